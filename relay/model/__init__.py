@@ -1,0 +1,1 @@
+"""What things are: frozen values, valid from construction. Pure."""

@@ -1,0 +1,109 @@
+"""The shape of a flag's JSON (evaluation 6.1): which members it may have, and of which type.
+
+Members that are not listed are allowed and ignored here; they travel on in the item's verbatim
+bytes. Numbers that mean integers may be written as `3.0`: the reference truncates them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import UNSET, Struct, UnsetType
+
+Number = int | float
+
+
+class Clause(Struct, rename="camel", frozen=True):
+    """One condition of a rule."""
+
+    attribute: str = ""
+    op: str = ""
+    context_kind: str = ""
+    values: list[Any] | None = None
+    negate: bool = False
+
+
+class WeightedVariation(Struct, rename="camel", frozen=True):
+    """One bucket of a rollout; `weight` in thousandths of a percent."""
+
+    variation: Number = 0
+    weight: Number = 0
+    untracked: bool = False
+
+
+class Rollout(Struct, rename="camel", frozen=True):
+    """A percentage rollout or an experiment."""
+
+    variations: list[WeightedVariation] | None = None
+    kind: str = ""
+    context_kind: str = ""
+    seed: Number | None = None
+    bucket_by: str | None = None
+
+
+class Outcome(Struct, rename="camel", frozen=True):
+    """A fixed variation or a rollout: the fallthrough, and the base of a rule."""
+
+    variation: Number | None = None
+    rollout: Rollout | None = None
+
+
+class Rule(Outcome, rename="camel", frozen=True):
+    """Clauses, all of which must match, and their outcome."""
+
+    id: str = ""
+    clauses: list[Clause] | None = None
+    track_events: bool = False
+
+
+class Target(Struct, rename="camel", frozen=True):
+    """Keys that get a variation individually."""
+
+    variation: Number = 0
+    values: list[str] | None = None
+    context_kind: str = ""
+
+
+class Prerequisite(Struct, rename="camel", frozen=True):
+    """Another flag that must be on and give this variation."""
+
+    key: str = ""
+    variation: Number = 0
+
+
+class ClientSideAvailability(Struct, rename="camel", frozen=True):
+    """Which client-side SDKs may see the flag."""
+
+    using_mobile_key: bool = False
+    using_environment_id: bool = False
+
+
+class Migration(Struct, rename="camel", frozen=True):
+    """Settings of a migration flag."""
+
+    check_ratio: Number | None = None
+
+
+class Flag(Struct, rename="camel", frozen=True):
+    """A feature flag."""
+
+    key: str = ""
+    version: Number = 0
+    deleted: bool = False
+    on: bool = False
+    prerequisites: list[Prerequisite] | None = None
+    targets: list[Target] | None = None
+    context_targets: list[Target] | None = None
+    rules: list[Rule] | None = None
+    fallthrough: Outcome = Outcome()
+    off_variation: Number | None = None
+    variations: list[Any] | None = None
+    client_side_availability: ClientSideAvailability | None = None
+    client_side: bool | UnsetType = UNSET
+    salt: str = ""
+    track_events: bool = False
+    track_events_fallthrough: bool = False
+    debug_events_until_date: Number | None = None
+    migration: Migration | None = None
+    sampling_ratio: Number | None = None
+    exclude_from_summaries: bool = False

@@ -1,0 +1,41 @@
+"""The shape of a segment's JSON (evaluation 6.1). Members that are not listed are allowed."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from relay.model.flag import Clause, Number
+
+
+class SegmentTarget(Struct, rename="camel", frozen=True):
+    """Keys of one context kind that are in, or out of, the segment."""
+
+    values: list[str] | None = None
+    context_kind: str = ""
+
+
+class SegmentRule(Struct, rename="camel", frozen=True):
+    """Clauses, all of which must match, and the share of contexts that they admit."""
+
+    id: str = ""
+    clauses: list[Clause] | None = None
+    weight: Number | None = None
+    bucket_by: str | None = None
+    rollout_context_kind: str = ""
+
+
+class Segment(Struct, rename="camel", frozen=True):
+    """A set of contexts."""
+
+    key: str = ""
+    version: Number = 0
+    deleted: bool = False
+    included: list[str] | None = None
+    excluded: list[str] | None = None
+    included_contexts: list[SegmentTarget] | None = None
+    excluded_contexts: list[SegmentTarget] | None = None
+    salt: str = ""
+    rules: list[SegmentRule] | None = None
+    unbounded: bool = False
+    unbounded_context_kind: str = ""
+    generation: Number | None = None

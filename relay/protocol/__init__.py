@@ -1,0 +1,1 @@
+"""Bytes and JSON ↔ values; one file for each grammar. Pure."""
