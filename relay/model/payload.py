@@ -54,9 +54,9 @@ class Change:
     replace: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Payload:
-    """All items of an environment, tombstones included. Equal only to itself."""
+    """All items of an environment, tombstones included."""
 
     flags: Items
     segments: Items
@@ -86,6 +86,10 @@ class Payload:
         item = self.all(kind).get(key)
         return None if item is None or item.deleted else item
 
+    def __len__(self) -> int:
+        """Return the number of items, tombstones included."""
+        return len(self.flags) + len(self.segments)
+
     def __iter__(self) -> Iterator[Item]:
         """Yield all items, tombstones included; segments first, as stores write them."""
         yield from self.segments.values()
@@ -99,6 +103,13 @@ class Payload:
         if not newer:
             return self, None
         return self._updated(newer), Change(tuple(newer), tuple(filter(self._shows, newer)))
+
+    def is_newer_than(self, other: Payload) -> bool:
+        """Whether more items are ahead of `other`, by version, than behind it."""
+        return self._ahead_of(other) > other._ahead_of(self)
+
+    def _ahead_of(self, other: Payload) -> int:
+        return sum(map(other._is_news, self))
 
     def _shows(self, item: Item) -> bool:
         return not item.deleted or self.get(item.kind, item.key) is not None

@@ -1,0 +1,196 @@
+"""One environment of the relay: from its source to its payload, its subscribers and its copies.
+
+Memory first, then subscribers, then database: a slow or broken database never delays an SDK.
+Stored data are served at once; what upstream says stands above them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from enum import Enum
+
+from relay.errors import ErrorKind
+from relay.hub import Hub
+from relay.model.environment import EnvironmentSpec
+from relay.model.item import InvalidItem, Kind
+from relay.model.payload import EMPTY, Change, ChangeSet, Payload
+from relay.sources import Current, DataSource, Interrupted, Update
+from relay.stores import Copy
+
+
+class ConnectionState(Enum):
+    """How it stands with upstream, in the words of `/status` (status 8.1)."""
+
+    INITIALIZING = "INITIALIZING"
+    VALID = "VALID"
+    INTERRUPTED = "INTERRUPTED"
+    OFF = "OFF"
+
+
+@dataclass(slots=True)
+class Connection:
+    """How it stands with upstream, and since when. Times are Unix seconds."""
+
+    state: ConnectionState = ConnectionState.INITIALIZING
+    since: float = field(default_factory=time.time)
+    last_error: tuple[ErrorKind, float] | None = None
+    """The class and the time of the last failure; never cleared."""
+    delivered: bool = False
+    """Whether upstream has ever delivered data to this process."""
+    confirmed: float | None = None
+    """When upstream last showed that the data are current."""
+
+    def enter(self, state: ConnectionState) -> bool:
+        """Take the state on; return whether it is another one than before."""
+        if state is self.state:
+            return False
+        self.state, self.since = state, time.time()
+        return True
+
+
+class Environment:
+    """One environment: `run` keeps it current; `payload` is what it serves.
+
+    Args:
+        spec: what it is.
+        source: where its data come from.
+        hub: who is told.
+        copies: the database and the snapshot, where there are such.
+        log: a logger that names this environment.
+    """
+
+    def __init__(
+        self,
+        spec: EnvironmentSpec,
+        source: DataSource,
+        hub: Hub,
+        log: logging.Logger,
+        copies: Sequence[Copy] = (),
+    ) -> None:
+        self.spec = spec
+        self.hub = hub
+        self.copies = tuple(copies)
+        self.connection = Connection()
+        self.payload: Payload | None = None
+        """What is served; None until there are data from anywhere."""
+        self.invalid: dict[tuple[Kind, str], InvalidItem] = {}
+        """Items whose last version could not be used."""
+        self.rejected = 0
+        """Messages and items of upstream that could not be used, since the start."""
+        self.decided = asyncio.Event()
+        """Set when upstream has delivered, or has refused the key."""
+        self._source = source
+        self._log = log
+
+    async def run(self) -> None:
+        """Keep the environment current until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for copy in self.copies:
+                tasks.create_task(self._begin_with(copy))
+                tasks.create_task(copy.run())
+            tasks.create_task(self._follow_source())
+
+    def fail(self) -> None:
+        """Note that `run` has ended by a defect of ours; called while the exception is handled."""
+        self._log.exception("The environment failed and is started again; its data stay served")
+        self.connection.last_error = (ErrorKind.UNKNOWN, time.time())
+        if self.connection.delivered:
+            self.connection.enter(ConnectionState.INTERRUPTED)
+
+    async def _begin_with(self, copy: Copy) -> None:
+        """Serve stored data until upstream has delivered; the newer of two copies wins."""
+        stored = await copy.load()
+        if stored is None or self.connection.delivered:
+            return
+        if self.payload is None or stored.payload.is_newer_than(self.payload):
+            self._log.info(
+                "Serving stored data (%d items) until upstream delivers", len(stored.payload)
+            )
+            self._apply(ChangeSet(tuple(stored.payload), full=True))
+
+    async def _follow_source(self) -> None:
+        async with aclosing(self._source.updates()) as updates:
+            async for update in updates:
+                self._take(update)
+
+    def _take(self, update: Update) -> None:
+        match update:
+            case ChangeSet():
+                self._take_changes(update)
+            case Current():
+                self._confirm()
+            case Interrupted():
+                self._interrupt(update)
+
+    def _take_changes(self, changes: ChangeSet) -> None:
+        self._note_invalid(changes)
+        if changes.full or self.connection.delivered:
+            change = self._apply(changes)
+            self.connection.delivered = True
+            self._confirm(change)
+        else:
+            # A patch before the first put: those who listen may know it (streams 2.2), but it is
+            # not the data of an environment.
+            _, change = EMPTY.apply(changes)
+            if change is not None:
+                self.hub.publish(None, change)
+
+    def _apply(self, changes: ChangeSet) -> Change | None:
+        """Make the next payload and tell subscribers."""
+        first = self.payload is None
+        self.payload, change = (self.payload or EMPTY).apply(changes)
+        if change is None and first:
+            change = Change((), (), replace=True)
+        if change is not None:
+            self.hub.publish(self.payload, change)
+        return change
+
+    def _confirm(self, change: Change | None = None) -> None:
+        """Upstream is healthy, and the payload is what it has."""
+        if not self.connection.delivered or self.payload is None:
+            return
+        news = self.connection.enter(ConnectionState.VALID)
+        self.connection.confirmed = time.time()
+        self.decided.set()
+        if news:
+            self._log.info("Upstream is connected, data are current (%d items)", len(self.payload))
+        if news or change is not None:
+            for copy in self.copies:
+                copy.follow(self.payload, change)
+
+    def _interrupt(self, trouble: Interrupted) -> None:
+        connection = self.connection
+        if trouble.kind is ErrorKind.INVALID_DATA:
+            self.rejected += 1
+        if trouble.refused:
+            state = ConnectionState.OFF
+            self.decided.set()
+        elif connection.delivered:
+            state = ConnectionState.INTERRUPTED
+        else:
+            state = ConnectionState.INITIALIZING
+        first = connection.last_error is None
+        connection.last_error = (trouble.kind, time.time())
+        if connection.enter(state) or first:
+            self._log.warning("%s", trouble.reason)
+        for copy in self.copies:
+            copy.hold()
+
+    def _note_invalid(self, changes: ChangeSet) -> None:
+        """Keep account of items that cannot be used; log each when it appears."""
+        if changes.full:
+            known, self.invalid = self.invalid, {}
+        else:
+            known = self.invalid
+            for item in changes.items:
+                self.invalid.pop((item.kind, item.key), None)
+        for bad in changes.invalid:
+            self.rejected += 1
+            if known.get((bad.kind, bad.key)) != bad:
+                self._log.error("Upstream sent an unusable %s; its previous version stays", bad)
+            self.invalid[bad.kind, bad.key] = bad

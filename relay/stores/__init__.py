@@ -1,0 +1,103 @@
+"""Copies of an environment's data outside this process: the contracts.
+
+A *data store* is a database in the layout that SDKs read. A *copy* is what the environment keeps
+equal to its payload: `mirror.Mirror` around any data store, and `snapshot.Snapshot` on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from relay.model.item import InvalidItem, Item, Kind
+from relay.model.payload import Change, Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a store holds: a payload, and items that it could not read."""
+
+    payload: Payload
+    invalid: tuple[InvalidItem, ...] = ()
+
+
+Versions = Mapping[tuple[Kind, str], int]
+
+
+class DataStore(Protocol):
+    """A database in the layout that SDKs in daemon mode read (datastore 4).
+
+    Every method raises `StoreUnavailable` when the database cannot be reached or refuses.
+    """
+
+    async def load(self) -> Stored | None:
+        """Return everything that is stored; None if the store was never initialised."""
+
+    async def init(self, payload: Payload) -> None:
+        """Replace everything by `payload` and mark the store as initialised, in one step."""
+
+    async def upsert(self, items: Sequence[Item]) -> None:
+        """Write each item unless the store holds the same or a greater version of it."""
+
+    async def versions(self) -> Versions | None:
+        """Return the version of each stored item, tombstones included; None if not initialised.
+
+        An item that cannot be read counts as version -1.
+        """
+
+    async def aclose(self) -> None:
+        """Give connections back."""
+
+
+class StoreState(Enum):
+    """How it stands with the database, in the words of `/status` (status 8.1)."""
+
+    INITIALIZING = "INITIALIZING"
+    VALID = "VALID"
+    INTERRUPTED = "INTERRUPTED"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatus:
+    """What `/status` says of a database.
+
+    Args:
+        state: whether it can be reached and written.
+        since: Unix seconds of the last change of `state`.
+        database: `redis`.
+        server: its URL, the password masked.
+        prefix: of its keys.
+        invalid: items found there that could not be read.
+    """
+
+    state: StoreState
+    since: float
+    database: str
+    server: str
+    prefix: str
+    invalid: tuple[InvalidItem, ...] = ()
+
+
+class Copy(Protocol):
+    """Data kept equal to an environment's payload. None of its methods raises for an outage."""
+
+    @property
+    def status(self) -> StoreStatus | None:
+        """What `/status` shows under `dataStoreStatus`; None if it shows nothing of this copy."""
+
+    async def load(self) -> Stored | None:
+        """Return what was stored; None if nothing was. Waits while the store cannot be reached."""
+
+    def follow(self, payload: Payload, change: Change | None) -> None:
+        """Note that upstream vouches for `payload`, and what changed since the last call.
+
+        `change` is None when nothing did: upstream is (again) healthy. Returns at once.
+        """
+
+    def hold(self) -> None:
+        """Note that upstream is lost: write nothing before the next `follow`."""
+
+    async def run(self) -> None:
+        """Write what `follow` noted until cancelled; then finish what must not be lost."""
