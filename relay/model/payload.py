@@ -99,7 +99,7 @@ class Payload:
         """Return the next payload and what really changed; None if nothing did."""
         if changes.full:
             return self._replaced(changes)
-        newer = [item for item in changes.items if self._is_news(item)]
+        newer = [item for item in _newest(changes.items) if self._is_news(item)]
         if not newer:
             return self, None
         return self._updated(newer), Change(tuple(newer), tuple(filter(self._shows, newer)))
@@ -122,8 +122,6 @@ class Payload:
         after = self
         for item in items:
             before = after.all(item.kind).get(item.key)
-            if before is not None and before.version >= item.version:
-                continue
             size = after.size + _size(item) - (_size(before) if before else 0)
             if item.kind is Kind.FLAG:
                 after = replace(after, flags=after.flags.set(item.key, item), size=size)
@@ -146,6 +144,18 @@ class Payload:
 
 
 EMPTY = Payload(Map(), Map(), 0)
+
+
+def _newest(items: Sequence[Item]) -> Iterable[Item]:
+    """Return the newest version of each item, should several be among them."""
+    if len(items) == 1:
+        return items
+    newest: dict[tuple[Kind, str], Item] = {}
+    for item in items:
+        known = newest.setdefault((item.kind, item.key), item)
+        if item.version > known.version:
+            newest[item.kind, item.key] = item
+    return newest.values()
 
 
 def _size(item: Item) -> int:

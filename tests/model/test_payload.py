@@ -1,0 +1,132 @@
+"""Payloads: versions decide, and a change costs what it changes."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.model.item import InvalidItem, Item, Kind
+from relay.model.payload import EMPTY, SMALL_PAYLOAD, ChangeSet, Payload
+
+
+def flag(key, version, json=b"{}"):
+    return Item(Kind.FLAG, key, version, json)
+
+
+def gone(key, version):
+    return Item(Kind.FLAG, key, version, None)
+
+
+items = st.builds(
+    Item,
+    kind=st.sampled_from(Kind),
+    key=st.sampled_from("abcd"),
+    version=st.integers(0, 5),
+    json=st.one_of(st.none(), st.sampled_from([b"{}", b'{"x":1}'])),
+)
+consistent = st.lists(items, max_size=12).map(
+    lambda found: list({(i.kind, i.key, i.version): i for i in found}.values())
+)
+"""Items of which no two have the same key and version but other content."""
+
+
+def contents(payload):
+    return {(item.kind, item.key): item for item in payload}
+
+
+def test_a_greater_version_wins():
+    """An equal or older version changes nothing; a greater one does."""
+    payload, _ = EMPTY.apply(ChangeSet((flag("a", 2),)))
+    assert payload.apply(ChangeSet((flag("a", 2, b'{"other":1}'), flag("a", 1)))) == (payload, None)
+    after, change = payload.apply(ChangeSet((flag("a", 3),)))
+    assert after.get(Kind.FLAG, "a") == flag("a", 3)
+    assert change is not None
+    assert change.visible == (flag("a", 3),)
+    assert payload.get(Kind.FLAG, "a") == flag("a", 2)
+
+
+def test_a_deletion_leaves_a_tombstone():
+    """A later item must have a greater version than the deletion."""
+    payload, _ = EMPTY.apply(ChangeSet((flag("a", 1),)))
+    payload, change = payload.apply(ChangeSet((gone("a", 2),)))
+    assert payload.get(Kind.FLAG, "a") is None
+    assert change is not None
+    assert change.visible == (gone("a", 2),)
+    assert payload.apply(ChangeSet((flag("a", 2),)))[1] is None
+
+
+def test_the_deletion_of_an_unknown_item_is_kept_but_not_shown():
+    """Stores need the tombstone; clients never had the item."""
+    payload, change = Payload.of([flag("a", 1)]).apply(ChangeSet((gone("b", 7),)))
+    assert change is not None
+    assert change.items == (gone("b", 7),)
+    assert change.visible == ()
+    assert len(payload) == 2
+
+
+def test_a_full_change_set_replaces_everything_whatever_the_versions():
+    """Items vanish, tombstones are forgotten, versions go back."""
+    before = Payload.of([flag("a", 5), flag("b", 5), gone("c", 9)])
+    after, change = before.apply(ChangeSet((flag("a", 1),), full=True))
+    assert contents(after) == {(Kind.FLAG, "a"): flag("a", 1)}
+    assert change is not None
+    assert change.replace
+
+
+def test_an_identical_full_change_set_is_no_change():
+    """A reconnection that brings the same data is silent."""
+    before = Payload.of([flag("a", 5), gone("c", 9)])
+    assert before.apply(ChangeSet((flag("a", 5),), full=True)) == (before, None)
+
+
+def test_a_small_difference_in_a_large_environment_goes_out_as_patches():
+    """After a reconnection, clients do not download everything again for one flag."""
+    big = [flag(f"k{n}", 1, b"x" * 1000) for n in range(SMALL_PAYLOAD // 500)]
+    newer = [flag("k0", 2, b"y"), *big[1:]]
+    _, change = Payload.of(big).apply(ChangeSet(tuple(newer), full=True))
+    assert change is not None
+    assert not change.replace
+    assert change.visible == (newer[0],)
+    _, change = Payload.of(big).apply(ChangeSet(tuple(big[1:]), full=True))
+    assert change is not None
+    assert change.replace, "a vanished item has no version that a delete could carry"
+
+
+def test_an_invalid_item_keeps_its_previous_version():
+    """One bad item in a put does not take the flag away."""
+    before = Payload.of([flag("a", 1), flag("b", 1)])
+    bad = InvalidItem(Kind.FLAG, "a", "why")
+    after, _ = before.apply(ChangeSet((flag("b", 2),), full=True, invalid=(bad,)))
+    assert after.get(Kind.FLAG, "a") == flag("a", 1)
+    assert after.get(Kind.FLAG, "b") == flag("b", 2)
+
+
+@given(consistent, st.randoms())
+def test_the_order_of_partial_change_sets_does_not_matter(changes, random):
+    """Versions decide, so any order and any grouping lead to the same payload."""
+    one, _ = EMPTY.apply(ChangeSet(tuple(changes)))
+    shuffled = list(changes)
+    random.shuffle(shuffled)
+    other = EMPTY
+    for item in shuffled:
+        other, _ = other.apply(ChangeSet((item,)))
+    assert contents(one) == contents(other)
+    assert one.size == other.size == Payload.of(one).size
+    assert one.apply(ChangeSet(tuple(changes)))[1] is None
+
+
+@given(consistent, consistent)
+def test_what_a_client_is_told_leads_it_to_the_payload(first, second):
+    """Whoever applies the visible changes, by version, sees what a newcomer sees."""
+    before = Payload.of(first)
+    after, change = before.apply(ChangeSet(tuple(second)))
+    told = () if change is None else change.visible
+    client, _ = Payload.of(i for i in before if not i.deleted).apply(ChangeSet(told))
+    for kind in Kind:
+        assert {i.key: i for i in client.live(kind)} == {i.key: i for i in after.live(kind)}
+
+
+@given(consistent, consistent)
+def test_of_two_copies_at_most_one_is_newer(one, other):
+    """The comparison that chooses a copy at the start is antisymmetric."""
+    a, b = Payload.of(one), Payload.of(other)
+    assert not (a.is_newer_than(b) and b.is_newer_than(a))
+    assert not a.is_newer_than(a)
