@@ -1,0 +1,76 @@
+"""Small real implementations of our contracts, driven by a test."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from relay.model.payload import Change, Payload
+from relay.sources import Update
+from relay.stores import Stored, StoreStatus
+
+
+class ScriptedSource:
+    """A data source that yields what the test gives it."""
+
+    def __init__(self) -> None:
+        self._updates: asyncio.Queue[Update | Exception] = asyncio.Queue()
+        self.running = asyncio.Semaphore(0)
+        """Released each time that somebody begins to listen."""
+        self.refreshed = 0
+        self.ended = 0
+
+    async def give(self, *updates: Update | Exception) -> None:
+        """Deliver updates and return when the last has been dealt with."""
+        for update in updates:
+            self._updates.put_nowait(update)
+        await self._updates.join()
+
+    async def updates(self) -> AsyncGenerator[Update, None]:
+        self.running.release()
+        try:
+            while True:
+                update = await self._updates.get()
+                try:
+                    if isinstance(update, Exception):
+                        raise update
+                    yield update
+                finally:
+                    self._updates.task_done()
+        finally:
+            self.ended += 1
+
+    def refresh(self) -> None:
+        self.refreshed += 1
+
+
+class RecordingHub:
+    """What an environment tells its hub."""
+
+    def __init__(self) -> None:
+        self.published: list[tuple[Payload | None, Change]] = []
+
+    def publish(self, payload: Payload | None, change: Change) -> None:
+        self.published.append((payload, change))
+
+
+class MemoryCopy:
+    """A copy that is loaded when the test says so, and that records what it is told."""
+
+    def __init__(self) -> None:
+        self.loading: asyncio.Future[Stored | None] = asyncio.get_running_loop().create_future()
+        self.told: list[Change | str | None] = []
+        self.status: StoreStatus | None = None
+
+    async def load(self) -> Stored | None:
+        return await self.loading
+
+    def follow(self, payload: Payload, change: Change | None) -> None:
+        del payload
+        self.told.append(change)
+
+    def hold(self) -> None:
+        self.told.append("hold")
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()

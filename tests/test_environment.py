@@ -1,0 +1,226 @@
+"""An environment follows its source, tells its subscribers and keeps its copies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+import pytest
+
+from relay.environment import ConnectionState, Environment
+from relay.errors import ErrorKind
+from relay.model.credential import SDKKey
+from relay.model.environment import EnvironmentSpec
+from relay.model.item import InvalidItem, Item, Kind
+from relay.model.payload import ChangeSet, Payload
+from relay.relay import Relay
+from relay.sources import Current, Interrupted
+from relay.stores import Stored
+from tests.support.contracts import MemoryCopy, RecordingHub, ScriptedSource
+
+LOG = logging.getLogger("relay.env.test")
+
+
+def flag(key, version):
+    return Item(Kind.FLAG, key, version, b'{"version":%d}' % version)
+
+
+def put(*items, invalid=()):
+    return ChangeSet(items, full=True, invalid=invalid)
+
+
+OUTAGE = Interrupted(ErrorKind.NETWORK_ERROR, "Error in stream connection (will retry): gone")
+REFUSED = Interrupted(ErrorKind.ERROR_RESPONSE, "HTTP error 401", status=401, refused=True)
+
+
+class Stage:
+    """An environment with everything around it in the hands of the test."""
+
+    def __init__(self, copies=0, name="test"):
+        self.source, self.hub = ScriptedSource(), RecordingHub()
+        self.copies = [MemoryCopy() for _ in range(copies)]
+        spec = EnvironmentSpec(name, SDKKey(f"sdk-{name}"))
+        self.environment = Environment(spec, self.source, self.hub, LOG, self.copies)
+
+    async def __aenter__(self):
+        self._task = asyncio.create_task(self.environment.run())
+        await asyncio.sleep(0)
+        return self
+
+    async def __aexit__(self, *_):
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+
+async def test_a_put_is_served_told_and_copied():
+    """Memory first, then subscribers, then the database."""
+    async with Stage(copies=1) as stage:
+        await stage.source.give(put(flag("a", 1)))
+        env = stage.environment
+        assert env.payload.get(Kind.FLAG, "a") == flag("a", 1)
+        (payload, change), *rest = stage.hub.published
+        assert (payload, change.replace, rest) == (env.payload, True, [])
+        assert stage.copies[0].told == [change]
+        assert env.connection.state is ConnectionState.VALID
+        assert env.decided.is_set()
+
+
+async def test_what_changes_nothing_is_not_told():
+    """An old version and an identical put reach neither subscribers nor copies."""
+    async with Stage(copies=1) as stage:
+        await stage.source.give(put(flag("a", 5)))
+        await stage.source.give(ChangeSet((flag("a", 4),)), put(flag("a", 5)), Current())
+        assert len(stage.hub.published) == 1
+        assert len(stage.copies[0].told) == 1
+
+
+async def test_an_empty_environment_is_data():
+    """A put without items makes the environment able to serve."""
+    async with Stage() as stage:
+        await stage.source.give(put())
+        assert len(stage.environment.payload) == 0
+        assert stage.hub.published[0][1].replace
+
+
+async def test_a_patch_before_the_first_put_is_passed_on_but_not_served():
+    """One flag is not the data of an environment (streams 2.2)."""
+    async with Stage() as stage:
+        await stage.source.give(ChangeSet((flag("a", 1),)))
+        assert stage.environment.payload is None
+        ((payload, change),) = stage.hub.published
+        assert payload is None
+        assert change.visible == (flag("a", 1),)
+
+
+async def test_an_outage_keeps_the_data_and_holds_the_copies(caplog):
+    """Logged once when it begins and once when it ends; the copies may not write meanwhile."""
+    caplog.set_level(logging.INFO)
+    async with Stage(copies=1) as stage:
+        await stage.source.give(put(flag("a", 1)), OUTAGE, OUTAGE, OUTAGE)
+        env = stage.environment
+        assert env.connection.state is ConnectionState.INTERRUPTED
+        assert env.connection.last_error[0] is ErrorKind.NETWORK_ERROR
+        assert env.payload.get(Kind.FLAG, "a")
+        assert caplog.text.count(OUTAGE.reason) == 1
+        await stage.source.give(put(flag("a", 1)))
+        assert env.connection.state is ConnectionState.VALID
+        assert caplog.text.count("Upstream is connected") == 2
+        assert stage.copies[0].told[1:] == ["hold", "hold", "hold", None]
+
+
+async def test_before_the_first_data_an_outage_is_still_initialising():
+    """`/status` says INITIALIZING until upstream has delivered once (streams 2.5)."""
+    async with Stage() as stage:
+        await stage.source.give(OUTAGE)
+        assert stage.environment.connection.state is ConnectionState.INITIALIZING
+        assert not stage.environment.decided.is_set()
+
+
+async def test_a_refused_key_turns_the_connection_off_until_it_is_accepted():
+    """The source goes on trying; what comes then counts."""
+    async with Stage() as stage:
+        await stage.source.give(REFUSED)
+        assert stage.environment.connection.state is ConnectionState.OFF
+        assert stage.environment.decided.is_set()
+        await stage.source.give(put(flag("a", 1)))
+        assert stage.environment.connection.state is ConnectionState.VALID
+
+
+async def test_stored_data_are_served_at_once():
+    """Before upstream says anything; but upstream's word is not claimed for them."""
+    async with Stage(copies=1) as stage:
+        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
+        await asyncio.sleep(0.01)
+        env = stage.environment
+        assert env.payload.get(Kind.FLAG, "a") == flag("a", 1)
+        assert env.connection.state is ConnectionState.INITIALIZING
+        assert stage.copies[0].told == []
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_of_two_copies_the_newer_is_served(first):
+    """Whichever is loaded first."""
+    async with Stage(copies=2) as stage:
+        for n in (first, 1 - first):
+            stage.copies[n].loading.set_result(Stored(Payload.of([flag("a", n)])))
+            await asyncio.sleep(0.01)
+        assert stage.environment.payload.get(Kind.FLAG, "a").version == 1
+
+
+async def test_upstream_stands_above_stored_data():
+    """Also when a copy is loaded late and claims greater versions."""
+    async with Stage(copies=1) as stage:
+        await stage.source.give(put(flag("a", 1)))
+        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 9)])))
+        await asyncio.sleep(0.01)
+        assert stage.environment.payload.get(Kind.FLAG, "a").version == 1
+
+
+async def test_upstream_confirming_stored_data_wakes_the_copies():
+    """Nothing changed for subscribers, but a copy must know that it may write."""
+    async with Stage(copies=1) as stage:
+        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
+        await asyncio.sleep(0.01)
+        await stage.source.give(put(flag("a", 1)))
+        assert stage.copies[0].told == [None]
+        assert len(stage.hub.published) == 1
+
+
+async def test_unusable_items_are_named_until_they_are_mended(caplog):
+    """Logged once, however often they come again."""
+    bad = InvalidItem(Kind.FLAG, "w", "Expected `int`")
+    async with Stage() as stage:
+        await stage.source.give(put(flag("w", 1)), put(flag("a", 1), invalid=(bad,)))
+        await stage.source.give(put(flag("a", 1), invalid=(bad,)))
+        env = stage.environment
+        assert list(env.invalid.values()) == [bad]
+        assert env.rejected == 2
+        assert caplog.text.count('flag "w"') == 1
+        assert env.payload.get(Kind.FLAG, "w") == flag("w", 1)
+        await stage.source.give(ChangeSet((flag("w", 2),)))
+        assert env.invalid == {}
+
+
+async def test_the_source_is_closed_when_the_environment_ends():
+    """Cancelling is the only way to stop, and leaves nothing open."""
+    async with Stage() as stage:
+        await stage.source.give(put(flag("a", 1)))
+    assert stage.source.ended == 1
+
+
+async def test_one_environment_cannot_hurt_another(caplog, monkeypatch):
+    """A defect in one is logged, its data stay served, and it is run again."""
+    monkeypatch.setattr("relay.relay.RESTART_DELAY", 0.001)
+    bad, good = Stage(name="bad"), Stage(name="good")
+    relay = Relay([bad.environment, good.environment], init_timeout=5)
+    task = asyncio.create_task(relay.run())
+    await bad.source.give(put(flag("a", 1)), RuntimeError("a defect"))
+    await good.source.give(put(flag("b", 1)))
+    async with asyncio.timeout(5):
+        await bad.source.running.acquire()
+        await bad.source.running.acquire()
+    assert good.environment.connection.state is ConnectionState.VALID
+    assert bad.environment.connection.state is ConnectionState.INTERRUPTED
+    assert bad.environment.payload is not None
+    assert "a defect" in caplog.text
+    await bad.source.give(put(flag("a", 2)))
+    assert bad.environment.connection.state is ConnectionState.VALID
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_relay_knows_when_upstream_has_answered():
+    """True when each environment has data; False when one is refused or time is over."""
+    for answers, expected in [((put(), put()), True), ((put(), REFUSED), False), ((put(),), False)]:
+        stages = [Stage(name="one"), Stage(name="two")]
+        relay = Relay([stage.environment for stage in stages], init_timeout=0.2)
+        task = asyncio.create_task(relay.run())
+        for stage, answer in zip(stages, answers, strict=False):
+            await stage.source.give(answer)
+        assert await relay.until_decided() is expected
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
