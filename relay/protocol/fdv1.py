@@ -7,7 +7,7 @@ out in the bytes in which they came in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import msgspec
@@ -143,19 +143,38 @@ def _target(path: str) -> tuple[Kind, str] | None:
     return None
 
 
-def members(items: Iterable[Item]) -> bytes:
-    """Return the JSON object of live items by key."""
-    parts: list[bytes] = []
-    for item in items:
-        if item.json is not None:
-            parts += (b",", orjson.dumps(item.key), b":", item.json)
-    return b"{" + b"".join(parts[1:]) + b"}"
-
-
 def all_data(payload: Payload) -> bytes:
     """Return `{"flags":{…},"segments":{…}}`: the body of `/sdk/latest-all`, the data of a put."""
-    flags, segments = payload.live(Kind.FLAG), payload.live(Kind.SEGMENT)
-    return b'{"flags":%b,"segments":%b}' % (members(flags), members(segments))
+    return b"".join(_all_data(payload))
+
+
+def all_flags(payload: Payload) -> bytes:
+    """Return `{"<key>":<flag>,…}`: the body of `/sdk/flags`, the data of a put on `/flags`."""
+    return b"".join(_members(payload.live(Kind.FLAG)))
+
+
+# Parts are joined once, at the end: payloads of megabytes are not copied from step to step.
+
+
+def _all_data(payload: Payload) -> Iterator[bytes]:
+    yield b'{"flags":'
+    yield from _members(payload.live(Kind.FLAG))
+    yield b',"segments":'
+    yield from _members(payload.live(Kind.SEGMENT))
+    yield b"}"
+
+
+def _members(items: Iterable[Item]) -> Iterator[bytes]:
+    """Yield the parts of the JSON object that holds live items by key."""
+    before = b"{"
+    for item in items:
+        if item.json is not None:
+            yield before
+            yield orjson.dumps(item.key)
+            yield b":"
+            yield item.json
+            before = b","
+    yield b"{}" if before == b"{" else b"}"
 
 
 def _patch(path: str, item: Item) -> bytes:
@@ -171,7 +190,8 @@ class AllFormat:
 
     def opening(self, payload: Payload) -> bytes:
         """Return the put that begins a stream."""
-        return b'event: put\ndata: {"path":"/","data":%b}\n\n' % all_data(payload)
+        begin, end = b'event: put\ndata: {"path":"/","data":', b"}\n\n"
+        return b"".join((begin, *_all_data(payload), end))
 
     def update(self, change: Change) -> bytes:
         """Return patches and deletes for what changed."""
@@ -183,7 +203,7 @@ class FlagsFormat:
 
     def opening(self, payload: Payload) -> bytes:
         """Return the put that begins a stream."""
-        return b"event: put\ndata: %b\n\n" % members(payload.live(Kind.FLAG))
+        return b"".join((b"event: put\ndata: ", *_members(payload.live(Kind.FLAG)), b"\n\n"))
 
     def update(self, change: Change) -> bytes:
         """Return patches and deletes for the flags that changed; empty if none did."""
