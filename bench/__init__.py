@@ -1,0 +1,1 @@
+"""Measures Relay beside another relay and nginx: `python -m bench --help`."""

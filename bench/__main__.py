@@ -1,0 +1,99 @@
+"""The command line: `python -m bench`."""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bench.axes import Axis, axes
+from bench.machine import LOAD_CORE, allow_many_files, pinned
+from bench.servers import OWN_COMMAND, Certificate, Nginx, Relay, has_nginx, make_certificate
+from bench.table import NGINX, OURS, PEER, Figures, markdown
+
+STREAMS = 15_000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what the command line asks for, and print the table."""
+    options = _parser().parse_args(arguments)
+    chosen = [axis for axis in axes() if _chosen(axis.name, options.only)]
+    servers = _servers(options)
+    if allow_many_files() < STREAMS + 100:
+        print(f"the limit of open files is too low for {STREAMS} streams", file=sys.stderr)
+    gc.disable()
+    figures = Figures()
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, pinned(LOAD_CORE):
+        Path(folder).chmod(0o755)
+        certificate = make_certificate(Path(folder))
+        for axis in chosen:
+            _run(axis, servers, options.rounds, certificate, figures)
+    print(markdown((row for axis in chosen for row in axis.rows), figures))
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures.as_json(), indent=1))
+    return 0
+
+
+def _run(
+    axis: Axis,
+    servers: Mapping[str, Relay | Nginx],
+    rounds: int,
+    certificate: Certificate,
+    figures: Figures,
+) -> None:
+    """Measure one axis: all servers in turn, then all again."""
+    for number in range(1, rounds + 1):
+        for name, server in servers.items():
+            if name == NGINX and not axis.on_nginx:
+                continue
+            try:
+                measured = axis.measure(server, certificate)
+            except (OSError, RuntimeError) as error:
+                notes = "\n".join(getattr(error, "__notes__", ()))
+                print(f"{axis.name}: {name}: failed: {error}\n{notes}", file=sys.stderr)
+                continue
+            figures.add(name, measured)
+            shown = ", ".join(f"{figure} {value:.4g}" for figure, value in measured.items())
+            print(f"{axis.name} {number}/{rounds} {name}: {shown}", file=sys.stderr, flush=True)
+            gc.collect()
+
+
+def _servers(options: argparse.Namespace) -> Mapping[str, Relay | Nginx]:
+    servers: dict[str, Relay | Nginx] = {}
+    if options.peer:
+        servers[PEER] = Relay(PEER, options.peer)
+    if options.relay:
+        servers[OURS] = Relay(OURS, options.relay)
+    if has_nginx() and not options.no_nginx:
+        servers[NGINX] = Nginx()
+    return servers
+
+
+def _chosen(name: str, prefixes: Sequence[str]) -> bool:
+    return not prefixes or any(name.startswith(prefix) for prefix in prefixes)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--peer", metavar="CMD", help="command line of a relay to compare with")
+    parser.add_argument(
+        "--relay", metavar="CMD", default=OWN_COMMAND, help="ours (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only",
+        metavar="AXIS",
+        action="append",
+        default=[],
+        help="only axes whose name begins so; may be repeated: "
+        + ", ".join(axis.name for axis in axes()),
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--no-nginx", action="store_true", help="do not measure nginx")
+    parser.add_argument("--json", metavar="FILE", help="write every round's figures there")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,148 @@
+"""Thousands of streaming clients in one process."""
+
+import select
+import socket
+import ssl
+import time
+from types import TracebackType
+from typing import Self
+
+READ_BYTES = 256 * 1024
+# Below every server's listen backlog: a dropped SYN would cost a second that is not the server's.
+UNANSWERED = 2000
+# The end of what a client received, kept to recognise an event; more than a patch is long.
+TAIL_BYTES = 2048
+# A `put` is recognised by its end alone.
+PUT_TAIL_BYTES = 16
+END_OF_EVENT = b"\n\n"
+
+
+class Crowd:
+    """Clients of one stream, read as fast as one core can.
+
+    A client "has" an event when its bytes are in, up to the empty line that ends it.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        sdk_key: str,
+        clients: int,
+        tls: ssl.SSLContext | None = None,
+        path: str = "/all",
+    ) -> None:
+        self._address = ("127.0.0.1", port)
+        self._request = (
+            f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {sdk_key}\r\n"
+            "Accept: text/event-stream\r\nCache-Control: no-cache\r\n\r\n"
+        ).encode()
+        self._clients = clients
+        self._tls = tls
+        self._sockets: dict[int, socket.socket] = {}
+        self._tails: dict[int, bytes] = {}
+        self._poll = select.epoll()
+        self._buffer = bytearray(READ_BYTES)
+        self._view = memoryview(self._buffer)
+        self._read = self._read_once if tls is None else self._read_all
+
+    def connect(self, timeout: float = 120) -> float:
+        """Open all streams at once; return the seconds until the last has its first `put`."""
+        start = time.monotonic()
+        waiting: set[int] = set()
+        done = 0
+        while done < self._clients:
+            opened = len(self._sockets)
+            # A client is answered when the first bytes are in: it has a tail then.
+            answered = len(self._tails) + done
+            for _ in range(min(UNANSWERED + answered, self._clients) - opened):
+                waiting.add(self._open())
+            done += self._read_ready(waiting, b"", PUT_TAIL_BYTES)
+            self._check(start, timeout, done)
+        return time.monotonic() - start
+
+    def expect(self, marker: str, timeout: float = 60) -> list[float]:
+        """Read until every client has the event with `marker`.
+
+        Returns:
+            The CLOCK_MONOTONIC time at which each client had it, in that order.
+        """
+        start = time.monotonic()
+        waiting = set(self._sockets)
+        times: list[float] = []
+        while waiting:
+            done = self._read_ready(waiting, marker.encode(), TAIL_BYTES)
+            times += [time.monotonic()] * done
+            self._check(start, timeout, len(times))
+        return times
+
+    def close(self) -> None:
+        """Hang up."""
+        for client in self._sockets.values():
+            client.close()
+        self._poll.close()
+
+    def _open(self) -> int:
+        client = socket.create_connection(self._address, timeout=30)
+        if self._tls is not None:
+            client = self._tls.wrap_socket(client)
+        client.sendall(self._request)
+        client.setblocking(False)
+        number = client.fileno()
+        self._sockets[number] = client
+        self._poll.register(number, select.EPOLLIN)
+        return number
+
+    def _read_ready(self, waiting: set[int], marker: bytes, keep: int) -> int:
+        """Read who has something; return how many of `waiting` have what they wait for now."""
+        done = 0
+        tails, view = self._tails, self._view
+        for number, _ in self._poll.poll(1, 256):
+            size = self._read(self._sockets[number])
+            if number not in waiting:
+                continue
+            if size >= keep:
+                tail = bytes(view[size - keep : size])
+            else:
+                tail = (tails.get(number, b"") + view[:size])[-keep:]
+            end = tail.rfind(END_OF_EVENT)
+            if end >= 0 and tail.find(marker, 0, end) >= 0:
+                tails.pop(number, None)
+                waiting.discard(number)
+                done += 1
+            else:
+                tails[number] = tail
+        return done
+
+    def _read_once(self, client: socket.socket) -> int:
+        size = client.recv_into(self._buffer)
+        if not size:
+            raise ConnectionError("the server closed a stream")
+        return size
+
+    def _read_all(self, client: socket.socket) -> int:
+        """Read until TLS has nothing left: what it holds back would wake nobody."""
+        size = 0
+        while size < READ_BYTES:
+            try:
+                got = client.recv_into(self._view[size:])
+            except ssl.SSLWantReadError:
+                break
+            if not got:
+                raise ConnectionError("the server closed a stream")
+            size += got
+        return size
+
+    def _check(self, start: float, timeout: float, done: int) -> None:
+        if time.monotonic() - start > timeout:
+            raise TimeoutError(f"{done} of {self._clients} streams were served in {timeout} s")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

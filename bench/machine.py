@@ -1,0 +1,94 @@
+"""The machine: which core does what, and what a server's processes cost."""
+
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parent.parent
+CORES = sorted(os.sched_getaffinity(0))
+SERVER_CORE = CORES[0]
+LOAD_CORE = CORES[1 % len(CORES)]
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def pinned(core: int) -> Iterator[None]:
+    """Stay on one core; processes started meanwhile stay there for life."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def allow_many_files() -> int:
+    """Raise this process's limit of open files to the hard limit, and return it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+class Process:
+    """A server on its core, with the processes it starts."""
+
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], cwd: Path, log: IO[bytes]
+    ) -> None:
+        with pinned(SERVER_CORE):
+            self._program = subprocess.Popen(
+                command,
+                env=dict(env),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.pid = self._program.pid
+
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._program.poll() is None
+
+    def cpu_seconds(self) -> float:
+        """CPU time so far, in user and system mode, of the whole tree."""
+        return sum(_cpu_ticks(pid) for pid in self._tree()) / TICKS
+
+    def private_bytes(self) -> int:
+        """Memory that ending the tree would free (USS)."""
+        rollups = (_fields(pid, "smaps_rollup") for pid in self._tree())
+        return sum(each["Private_Clean"] + each["Private_Dirty"] for each in rollups)
+
+    def peak_bytes(self) -> int:
+        """The most resident memory each process of the tree ever had, summed."""
+        return sum(_fields(pid, "status")["VmHWM"] for pid in self._tree())
+
+    def stop(self) -> None:
+        """Kill the tree: what it would do at a proper end is not measured."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self._program.wait()
+
+    def _tree(self) -> list[int]:
+        found = [self.pid]
+        for pid in found:
+            for children in Path(f"/proc/{pid}/task").glob("*/children"):
+                found += map(int, children.read_text().split())
+        return found
+
+
+def _cpu_ticks(pid: int) -> int:
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(after_name[11]) + int(after_name[12])
+
+
+def _fields(pid: int, file: str) -> dict[str, int]:
+    """The kB lines of a file in /proc, in bytes."""
+    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    rows = (line.split() for line in lines if line.endswith(" kB"))
+    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows}

@@ -1,0 +1,167 @@
+"""A scripted stand-in for LaunchDarkly's stream, in a process of its own.
+
+Run as a program it serves `/all` and takes orders, one JSON object a line, on its standard input;
+for each it answers, on its standard output, with the CLOCK_MONOTONIC time just before sending.
+`Upstream` starts that program and gives the orders.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from bench import data
+from bench.machine import LOAD_CORE, ROOT, pinned
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+ACCEPTED = b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+UNAUTHORIZED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+class Upstream:
+    """The running program: where it listens, and what it shall send."""
+
+    def __init__(self, environments: Mapping[str, str]) -> None:
+        """Start it with a data set's name for each SDK key."""
+        command = [sys.executable, "-m", "bench.upstream", json.dumps(dict(environments))]
+        with pinned(LOAD_CORE):
+            self._program = subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        self.url = f"http://127.0.0.1:{self._reply()}"
+
+    def put(self, sdk_key: str, name: str, version: int) -> float:
+        """Send a whole data set on the open streams; return the time just before sending."""
+        self._order(order="put", sdk_key=sdk_key, name=name, version=version)
+        return float(self._reply())
+
+    def patch(self, sdk_key: str, version: int, marker: str, count: int = 1) -> float:
+        """Send `count` patches of different flags at once, the last of them with `marker`."""
+        self.start_patch(sdk_key, version, marker, count)
+        return float(self._reply())
+
+    def start_patch(self, sdk_key: str, version: int, marker: str, count: int = 1) -> None:
+        """Order patches without waiting for them to be sent; `sent()` tells when they were."""
+        self._order(order="patch", sdk_key=sdk_key, version=version, marker=marker, count=count)
+
+    def sent(self) -> float:
+        """The time at which what `start_patch` ordered was sent."""
+        return float(self._reply())
+
+    def _order(self, **order: Any) -> None:
+        assert self._program.stdin
+        self._program.stdin.write(json.dumps(order) + "\n")
+        self._program.stdin.flush()
+
+    def _reply(self) -> str:
+        assert self._program.stdout
+        line = self._program.stdout.readline()
+        if not line:
+            raise RuntimeError("the scripted upstream has ended")
+        return line.strip()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._program.communicate()
+
+
+class Feed:
+    """One environment: what a new stream begins with, and the streams that are open."""
+
+    def __init__(self, name: str) -> None:
+        self._lock = threading.Lock()
+        self._first = event("put", data.put(name))
+        self._streams: list[socket.socket] = []
+
+    def join(self, stream: socket.socket) -> None:
+        """Begin a stream: response head and first put."""
+        with self._lock:
+            stream.sendall(OK + self._first)
+            self._streams.append(stream)
+
+    def send(self, frames: bytes) -> float:
+        """Send to every open stream; return the time just before."""
+        with self._lock:
+            start = time.monotonic()
+            for stream in self._streams[:]:
+                try:
+                    stream.sendall(frames)
+                except OSError:
+                    self._streams.remove(stream)
+            return start
+
+
+def event(name: str, body: bytes) -> bytes:
+    """An event as one chunk of a chunked body."""
+    frame = b"event: %s\ndata: %s\n\n" % (name.encode(), body)
+    return b"%x\r\n%s\r\n" % (len(frame), frame)
+
+
+def obey(feed: Feed, order: Mapping[str, Any]) -> float:
+    """Carry out one order; return the time just before sending."""
+    version = order["version"]
+    if order["order"] == "put":
+        return feed.send(event("put", data.put(order["name"], version)))
+    last = order["count"] - 1
+    patches = (
+        data.patch(index, version, order["marker"] if index == last else "salt")
+        for index in range(order["count"])
+    )
+    return feed.send(b"".join(event("patch", patch) for patch in patches))
+
+
+def answer(client: socket.socket, feeds: Mapping[str, Feed]) -> None:
+    """Serve one connection: a stream, or "accepted" for whatever else a relay sends home."""
+    head = b""
+    while b"\r\n\r\n" not in head:
+        received = client.recv(65536)
+        if not received:
+            return
+        head += received
+    request, *lines = head.decode("latin-1").split("\r\n")
+    if request.split(" ")[1].partition("?")[0] != "/all":
+        client.sendall(ACCEPTED)
+        client.close()
+        return
+    headers = {name.lower(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
+    feed = feeds.get(headers.get("authorization", ""))
+    if feed is None:
+        client.sendall(UNAUTHORIZED)
+        client.close()
+        return
+    feed.join(client)
+
+
+def accept(listener: socket.socket, feeds: Mapping[str, Feed]) -> None:
+    """Serve every connection in a thread of its own: there are few."""
+    while True:
+        client, _ = listener.accept()
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        threading.Thread(target=answer, args=(client, feeds), daemon=True).start()
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    feeds = {key: Feed(name) for key, name in json.loads(sys.argv[1]).items()}
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    threading.Thread(target=accept, args=(listener, feeds), daemon=True).start()
+    print(listener.getsockname()[1], flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        print(repr(obey(feeds[order["sdk_key"]], order)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
