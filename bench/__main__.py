@@ -10,7 +10,15 @@ from pathlib import Path
 
 from bench.axes import Axis, axes
 from bench.machine import LOAD_CORE, allow_many_files, pinned
-from bench.servers import OWN_COMMAND, Certificate, Nginx, Relay, has_nginx, make_certificate
+from bench.servers import (
+    OWN_COMMAND,
+    Certificate,
+    Nginx,
+    Relay,
+    Server,
+    has_nginx,
+    make_certificate,
+)
 from bench.table import NGINX, OURS, PEER, Figures, markdown
 
 STREAMS = 15_000
@@ -38,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(
     axis: Axis,
-    servers: Mapping[str, Relay | Nginx],
+    servers: Mapping[str, Server],
     rounds: int,
     certificate: Certificate,
     figures: Figures,
@@ -60,8 +68,8 @@ def _run(
             gc.collect()
 
 
-def _servers(options: argparse.Namespace) -> Mapping[str, Relay | Nginx]:
-    servers: dict[str, Relay | Nginx] = {}
+def _servers(options: argparse.Namespace) -> Mapping[str, Server]:
+    servers: dict[str, Server] = {}
     if options.peer:
         servers[PEER] = Relay(PEER, options.peer)
     if options.relay:

@@ -1,36 +1,14 @@
 """What is measured, and what it shall reach."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 
-from bench.crowd import Crowd
-from bench.data import SIZES, flag_key
-from bench.polls import load, trusting_context
-from bench.servers import (
-    HEADERS,
-    POLL,
-    SDK_KEY,
-    SMALL_SDK_KEY,
-    Certificate,
-    Nginx,
-    Relay,
-    Session,
-)
+from bench import measures
+from bench.servers import Certificate, Server, Session
 from bench.table import NGINX, PEER, Goal, Row, at_least, at_most
-from bench.upstream import Upstream
 
-MB = 1e6
-LOAD_SECONDS = 3
-WARM_SECONDS = 1
-PATCHES = 5
-"""Single patches sent in one round; their median is the round's figure."""
-WATCHED_SECONDS = 1.0
-"""How long polls are watched after a patch was sent."""
-
-Measured = dict[str, float]
+Measure = Callable[[Server, Certificate], measures.Measured]
 
 
 @dataclass(frozen=True)
@@ -39,7 +17,7 @@ class Axis:
 
     name: str
     rows: tuple[Row, ...]
-    measure: Callable[[Relay | Nginx, Certificate], Measured]
+    measure: Measure
     on_nginx: bool = False
 
 
@@ -51,8 +29,8 @@ def axes() -> list[Axis]:
         _polls("570k", "570 KB", 30),
         _polls("2m", "2 MB", 6),
         _polls("2m-known", "2 MB known", 6),
-        _poll_variant("gzip", "gzip 570 KB", 100, _gzip_headers),
-        _poll_variant("304", "304 on 570 KB", 200, _unchanged_headers),
+        _poll_variant("gzip", "gzip 570 KB", 100, measures.gzip_headers),
+        _poll_variant("304", "304 on 570 KB", 200, measures.unchanged_headers),
         IDLE,
         _storm("2k", 3000, "2 KB", 0.6),
         _storm("100k", 2000, "100 KB", 0.2),
@@ -68,26 +46,23 @@ def axes() -> list[Axis]:
     ]
 
 
-# --- Polls
-
-
 def _polls(dataset: str, label: str, times: float) -> Axis:
     figure = f"poll {label}"
     goals = (at_least(times, PEER), at_least(0.9, NGINX))
-    measure = partial(_measure_polls, figure, dataset, lambda _: {})
+    measure = partial(measures.polls, figure, dataset, lambda _: {})
     return Axis(f"poll-{dataset}", _load_rows(figure, *goals), measure, on_nginx=True)
 
 
 def _poll_variant(
     name: str, figure: str, times: float, headers: Callable[[Session], dict[str, str]]
 ) -> Axis:
-    measure = partial(_measure_polls, figure, "570k", headers)
+    measure = partial(measures.polls, figure, "570k", headers)
     return Axis(f"poll-{name}", _load_rows(figure, at_least(times, PEER)), measure, on_nginx=True)
 
 
 def _tls_polls(dataset: str, label: str) -> Axis:
     figure = f"TLS poll {label}"
-    measure = partial(_measure_polls, figure, dataset, lambda _: {}, tls=True)
+    measure = partial(measures.polls, figure, dataset, lambda _: {}, tls=True)
     return Axis(f"tls-poll-{dataset}", _load_rows(figure), measure, on_nginx=True)
 
 
@@ -99,212 +74,13 @@ def _load_rows(figure: str, *goals: Goal) -> tuple[Row, ...]:
     )
 
 
-def _gzip_headers(_: Session) -> dict[str, str]:
-    return {"Accept-Encoding": "gzip"}
-
-
-def _unchanged_headers(session: Session) -> dict[str, str]:
-    client = session.client()
-    etag = client.get(POLL).headers["etag"]
-    client.close()
-    return {"If-None-Match": etag}
-
-
-def _measure_polls(
-    figure: str,
-    dataset: str,
-    headers: Callable[[Session], dict[str, str]],
-    server: Relay | Nginx,
-    certificate: Certificate,
-    *,
-    tls: bool = False,
-) -> Measured:
-    with server.serve(dataset, certificate if tls else None) as session:
-        session.await_status(size=whole(dataset))
-        sent = {**HEADERS, **headers(session)}
-        load(session.url(), sent, WARM_SECONDS)
-        cpu = session.process.cpu_seconds()
-        result = load(session.url(), sent, LOAD_SECONDS)
-        cpu = session.process.cpu_seconds() - cpu
-        return {
-            figure: result.requests / cpu,
-            f"{figure}: wall": result.requests / result.seconds,
-            f"{figure}: p99": result.p99_ms,
-        }
-
-
-def whole(dataset: str) -> int:
-    """No answer that is shorter holds all of the data set's flags."""
-    return SIZES[dataset].flags * 400
-
-
-# --- Streams
-
-
-def _measure_idle(server: Relay, _: Certificate) -> Measured:
-    clients = 15_000
-    with server.serve("2k") as session:
-        session.await_status(size=whole("2k"))
-        before, cpu = session.process.private_bytes(), session.process.cpu_seconds()
-        with Crowd(session.port, SDK_KEY, clients) as crowd:
-            crowd.connect()
-            cpu = session.process.cpu_seconds() - cpu
-            time.sleep(1)
-            after = session.process.private_bytes()
-        return {
-            "idle stream": (after - before) / clients / 1000,
-            "process with 15,000 idle streams": after / MB,
-            "accepting 15,000 streams": cpu,
-        }
-
-
 def _storm(dataset: str, clients: int, label: str, times: float) -> Axis:
     figure = f"storm {clients} × {label}"
     rows = (
         Row(f"{figure}: last client", "s", (at_most(times, PEER),)),
         Row(f"{figure}: peak memory", "MB", (at_most(90),)),
     )
-    return Axis(f"storm-{dataset}", rows, partial(_measure_storm, figure, dataset, clients))
-
-
-def _measure_storm(
-    figure: str, dataset: str, clients: int, server: Relay, _: Certificate
-) -> Measured:
-    with server.serve(dataset) as session:
-        session.await_status(size=whole(dataset))
-        with Crowd(session.port, SDK_KEY, clients) as crowd:
-            seconds = crowd.connect()
-        return {
-            f"{figure}: last client": seconds,
-            f"{figure}: peak memory": session.process.peak_bytes() / MB,
-        }
-
-
-def _measure_fan_out(server: Relay, _: Certificate) -> Measured:
-    clients = 15_000
-    with server.serve("2k") as session:
-        session.await_status(size=whole("2k"))
-        with Crowd(session.port, SDK_KEY, clients) as crowd:
-            crowd.connect()
-            cpu = session.process.cpu_seconds()
-            last = _send_patches(session, crowd, PATCHES, 1)
-            cpu = session.process.cpu_seconds() - cpu
-        return {
-            "one patch to 15,000 streams: last client": median(last) * 1e3,
-            "one patch to 15,000 streams: CPU per message": cpu / clients / PATCHES * 1e6,
-        }
-
-
-def _measure_burst(server: Relay, _: Certificate) -> Measured:
-    with server.serve("2k") as session:
-        session.await_status(size=whole("2k"))
-        with Crowd(session.port, SDK_KEY, 3000) as crowd:
-            crowd.connect()
-            last = _send_patches(session, crowd, 3, 50)
-        return {"50 patches at once × 3000 streams: last client": median(last) * 1e3}
-
-
-def _send_patches(session: Session, crowd: Crowd, times: int, count: int) -> list[float]:
-    """Send `count` patches at once, several `times`.
-
-    Returns:
-        For each time the seconds from sending until the last client had the last patch.
-    """
-    seconds = []
-    for version in range(2, 2 + times):
-        marker = f"marker-{version}-end"
-        sent = _upstream(session).patch(SDK_KEY, version, marker, count)
-        seconds.append(crowd.expect(marker)[-1] - sent)
-    return seconds
-
-
-def _measure_worst_poll(server: Relay, _: Certificate) -> Measured:
-    """Poll one environment while another one's patch goes out.
-
-    The streams' clients do not read meanwhile (a patch fits their buffers), so that nothing but
-    the server can make a poll wait.
-    """
-    worst = []
-    with server.serve("2k") as session:
-        session.await_status(size=whole("2k"))
-        watcher = session.client(SMALL_SDK_KEY)
-        with Crowd(session.port, SDK_KEY, 10_000) as crowd:
-            crowd.connect()
-            watcher.get(POLL)
-            for version in range(2, 2 + PATCHES):
-                marker = f"marker-{version}-end"
-                _upstream(session).start_patch(SDK_KEY, version, marker)
-                until = time.monotonic() + WATCHED_SECONDS
-                slowest = 0.0
-                while time.monotonic() < until:
-                    slowest = max(slowest, watcher.get(POLL).seconds)
-                worst.append(slowest)
-                _upstream(session).sent()
-                crowd.expect(marker)
-        watcher.close()
-    return {"worst small poll during a patch to 10,000 streams": median(worst) * 1e3}
-
-
-def _measure_tls_streams(server: Relay, certificate: Certificate) -> Measured:
-    clients = 3000
-    with server.serve("2k", certificate) as session:
-        session.await_status(size=whole("2k"))
-        before = session.process.private_bytes()
-        with Crowd(session.port, SDK_KEY, clients, trusting_context()) as crowd:
-            crowd.connect()
-            time.sleep(1)
-            after = session.process.private_bytes()
-            cpu = session.process.cpu_seconds()
-            last = _send_patches(session, crowd, PATCHES, 1)
-            cpu = session.process.cpu_seconds() - cpu
-        return {
-            "TLS idle stream": (after - before) / clients / 1000,
-            "TLS one patch to 3000 streams: last client": median(last) * 1e3,
-            "TLS one patch to 3000 streams: CPU per message": cpu / clients / PATCHES * 1e6,
-        }
-
-
-# --- Starting, and taking data in
-
-
-def _measure_start(server: Relay, _: Certificate) -> Measured:
-    with server.serve("570k") as session:
-        first = session.await_status("/status", pause=0.001)
-        served = session.await_status(pause=0.001, size=whole("570k"))
-        return {
-            "exec → first 200": (first - session.started) * 1e3,
-            "exec → 570 KB served": (served - session.started) * 1e3,
-        }
-
-
-def _measure_put(server: Relay, _: Certificate) -> Measured:
-    """Time from the first byte sent by upstream until a poll has the whole new body.
-
-    One flag is asked for until it is new, then everything: whole polls from the start would
-    compete with the server's own work.
-    """
-    times = []
-    path = f"{POLL}/{flag_key(0)}"
-    with server.serve("seed") as session:
-        session.await_status(path)
-        client = session.client()
-        for version in range(2, 2 + PATCHES):
-            new = f'"version":{version},'.encode()
-            sent = _upstream(session).put(SDK_KEY, "2m", version)
-            while new not in client.get(path).body.replace(b" ", b""):
-                pass
-            body = client.get(POLL).body
-            times.append(time.monotonic() - sent)
-            if len(body) < whole("2m"):
-                raise RuntimeError(f"a poll after the put gave {len(body)} bytes")
-        client.close()
-    return {"put of 2 MB → served": median(times) * 1e3}
-
-
-def _upstream(session: Session) -> Upstream:
-    if session.upstream is None:
-        raise TypeError("this server has no upstream")
-    return session.upstream
+    return Axis(f"storm-{dataset}", rows, partial(measures.storm, figure, dataset, clients))
 
 
 IDLE = Axis(
@@ -314,7 +90,7 @@ IDLE = Axis(
         Row("process with 15,000 idle streams", "MB", (at_most(110),)),
         Row("accepting 15,000 streams", "cpu-s"),
     ),
-    _measure_idle,
+    measures.idle,
 )
 FAN_OUT = Axis(
     "fan-out",
@@ -322,24 +98,24 @@ FAN_OUT = Axis(
         Row("one patch to 15,000 streams: last client", "ms", (at_most(0.75, PEER),)),
         Row("one patch to 15,000 streams: CPU per message", "µs", (at_most(0.75, PEER),)),
     ),
-    _measure_fan_out,
+    measures.fan_out,
 )
 BURST = Axis(
     "burst",
     (Row("50 patches at once × 3000 streams: last client", "ms", (at_most(0.1, PEER),)),),
-    _measure_burst,
+    measures.burst,
 )
 WORST_POLL = Axis(
     "worst-poll",
     (Row("worst small poll during a patch to 10,000 streams", "ms", (at_most(15),)),),
-    _measure_worst_poll,
+    measures.worst_poll,
 )
 START = Axis(
     "start",
     (Row("exec → first 200", "ms", (at_most(300),)), Row("exec → 570 KB served", "ms")),
-    _measure_start,
+    measures.start,
 )
-PUT = Axis("put", (Row("put of 2 MB → served", "ms", (at_most(1, PEER),)),), _measure_put)
+PUT = Axis("put", (Row("put of 2 MB → served", "ms", (at_most(1, PEER),)),), measures.put)
 TLS_STREAMS = Axis(
     "tls-streams",
     (
@@ -347,5 +123,5 @@ TLS_STREAMS = Axis(
         Row("TLS one patch to 3000 streams: last client", "ms"),
         Row("TLS one patch to 3000 streams: CPU per message", "µs"),
     ),
-    _measure_tls_streams,
+    measures.tls_streams,
 )

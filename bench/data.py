@@ -36,7 +36,7 @@ def flag(
 ) -> dict[str, Any]:
     """A flag of about `size` bytes with every property that LaunchDarkly's SDKs write."""
     clause = {"attribute": "plan", "op": "in", "values": ["pro", "team"], "negate": False}
-    body = {
+    body: dict[str, Any] = {
         "key": key,
         "on": True,
         "prerequisites": [],

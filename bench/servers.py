@@ -164,6 +164,9 @@ class Nginx:
                     process.stop()
 
 
+Server = Relay | Nginx
+
+
 @dataclass(frozen=True)
 class Certificate:
     """A self-signed certificate on disk."""

@@ -1,0 +1,212 @@
+"""What is done with a running server to get its figures: one function, one round."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+from bench.crowd import Crowd
+from bench.data import SIZES, flag_key
+from bench.polls import load, trusting_context
+from bench.servers import HEADERS, POLL, SDK_KEY, SMALL_SDK_KEY, Certificate, Server, Session
+from bench.upstream import Upstream
+
+MB = 1e6
+LOAD_SECONDS = 3
+WARM_SECONDS = 1
+PATCHES = 5
+"""Single patches sent in one round; their median is the round's figure."""
+WATCHED_SECONDS = 1.0
+"""How long polls are watched after a patch was sent."""
+
+Measured = dict[str, float]
+
+
+def gzip_headers(_: Session) -> dict[str, str]:
+    return {"Accept-Encoding": "gzip"}
+
+
+def unchanged_headers(session: Session) -> dict[str, str]:
+    client = session.client()
+    etag = client.get(POLL).headers["etag"]
+    client.close()
+    return {"If-None-Match": etag}
+
+
+def polls(
+    figure: str,
+    dataset: str,
+    headers: Callable[[Session], dict[str, str]],
+    server: Server,
+    certificate: Certificate,
+    *,
+    tls: bool = False,
+) -> Measured:
+    with server.serve(dataset, certificate if tls else None) as session:
+        session.await_status(size=whole(dataset))
+        sent = {**HEADERS, **headers(session)}
+        load(session.url(), sent, WARM_SECONDS)
+        cpu = session.process.cpu_seconds()
+        result = load(session.url(), sent, LOAD_SECONDS)
+        cpu = session.process.cpu_seconds() - cpu
+        return {
+            figure: result.requests / cpu,
+            f"{figure}: wall": result.requests / result.seconds,
+            f"{figure}: p99": result.p99_ms,
+        }
+
+
+def whole(dataset: str) -> int:
+    """No answer that is shorter holds all of the data set's flags."""
+    return SIZES[dataset].flags * 400
+
+
+def idle(server: Server, _: Certificate) -> Measured:
+    clients = 15_000
+    with server.serve("2k") as session:
+        session.await_status(size=whole("2k"))
+        before, cpu = session.process.private_bytes(), session.process.cpu_seconds()
+        with Crowd(session.port, SDK_KEY, clients) as crowd:
+            crowd.connect()
+            cpu = session.process.cpu_seconds() - cpu
+            time.sleep(1)
+            after = session.process.private_bytes()
+        return {
+            "idle stream": (after - before) / clients / 1000,
+            "process with 15,000 idle streams": after / MB,
+            "accepting 15,000 streams": cpu,
+        }
+
+
+def storm(figure: str, dataset: str, clients: int, server: Server, _: Certificate) -> Measured:
+    with server.serve(dataset) as session:
+        session.await_status(size=whole(dataset))
+        with Crowd(session.port, SDK_KEY, clients) as crowd:
+            seconds = crowd.connect()
+        return {
+            f"{figure}: last client": seconds,
+            f"{figure}: peak memory": session.process.peak_bytes() / MB,
+        }
+
+
+def fan_out(server: Server, _: Certificate) -> Measured:
+    clients = 15_000
+    with server.serve("2k") as session:
+        session.await_status(size=whole("2k"))
+        with Crowd(session.port, SDK_KEY, clients) as crowd:
+            crowd.connect()
+            cpu = session.process.cpu_seconds()
+            last = _send_patches(session, crowd, PATCHES, 1)
+            cpu = session.process.cpu_seconds() - cpu
+        return {
+            "one patch to 15,000 streams: last client": median(last) * 1e3,
+            "one patch to 15,000 streams: CPU per message": cpu / clients / PATCHES * 1e6,
+        }
+
+
+def burst(server: Server, _: Certificate) -> Measured:
+    with server.serve("2k") as session:
+        session.await_status(size=whole("2k"))
+        with Crowd(session.port, SDK_KEY, 3000) as crowd:
+            crowd.connect()
+            last = _send_patches(session, crowd, 3, 50)
+        return {"50 patches at once × 3000 streams: last client": median(last) * 1e3}
+
+
+def _send_patches(session: Session, crowd: Crowd, times: int, count: int) -> list[float]:
+    """Send `count` patches at once, several `times`.
+
+    Returns:
+        For each time the seconds from sending until the last client had the last patch.
+    """
+    seconds = []
+    for version in range(2, 2 + times):
+        marker = f"marker-{version}-end"
+        sent = _upstream(session).patch(SDK_KEY, version, marker, count)
+        seconds.append(crowd.expect(marker)[-1] - sent)
+    return seconds
+
+
+def worst_poll(server: Server, _: Certificate) -> Measured:
+    """Poll one environment while another one's patch goes out.
+
+    The streams' clients do not read meanwhile (a patch fits their buffers), so that nothing but
+    the server can make a poll wait.
+    """
+    worst = []
+    with server.serve("2k") as session:
+        session.await_status(size=whole("2k"))
+        watcher = session.client(SMALL_SDK_KEY)
+        with Crowd(session.port, SDK_KEY, 10_000) as crowd:
+            crowd.connect()
+            watcher.get(POLL)
+            for version in range(2, 2 + PATCHES):
+                marker = f"marker-{version}-end"
+                _upstream(session).start_patch(SDK_KEY, version, marker)
+                until = time.monotonic() + WATCHED_SECONDS
+                slowest = 0.0
+                while time.monotonic() < until:
+                    slowest = max(slowest, watcher.get(POLL).seconds)
+                worst.append(slowest)
+                _upstream(session).sent()
+                crowd.expect(marker)
+        watcher.close()
+    return {"worst small poll during a patch to 10,000 streams": median(worst) * 1e3}
+
+
+def tls_streams(server: Server, certificate: Certificate) -> Measured:
+    clients = 3000
+    with server.serve("2k", certificate) as session:
+        session.await_status(size=whole("2k"))
+        before = session.process.private_bytes()
+        with Crowd(session.port, SDK_KEY, clients, trusting_context()) as crowd:
+            crowd.connect()
+            time.sleep(1)
+            after = session.process.private_bytes()
+            cpu = session.process.cpu_seconds()
+            last = _send_patches(session, crowd, PATCHES, 1)
+            cpu = session.process.cpu_seconds() - cpu
+        return {
+            "TLS idle stream": (after - before) / clients / 1000,
+            "TLS one patch to 3000 streams: last client": median(last) * 1e3,
+            "TLS one patch to 3000 streams: CPU per message": cpu / clients / PATCHES * 1e6,
+        }
+
+
+def start(server: Server, _: Certificate) -> Measured:
+    with server.serve("570k") as session:
+        first = session.await_status("/status", pause=0.001)
+        served = session.await_status(pause=0.001, size=whole("570k"))
+        return {
+            "exec → first 200": (first - session.started) * 1e3,
+            "exec → 570 KB served": (served - session.started) * 1e3,
+        }
+
+
+def put(server: Server, _: Certificate) -> Measured:
+    """Time from the first byte sent by upstream until a poll has the whole new body.
+
+    One flag is asked for until it is new, then everything: whole polls from the start would
+    compete with the server's own work.
+    """
+    times = []
+    path = f"{POLL}/{flag_key(0)}"
+    with server.serve("seed") as session:
+        session.await_status(path)
+        client = session.client()
+        for version in range(2, 2 + PATCHES):
+            new = f'"version":{version},'.encode()
+            sent = _upstream(session).put(SDK_KEY, "2m", version)
+            while new not in client.get(path).body.replace(b" ", b""):
+                pass
+            body = client.get(POLL).body
+            times.append(time.monotonic() - sent)
+            if len(body) < whole("2m"):
+                raise RuntimeError(f"a poll after the put gave {len(body)} bytes")
+        client.close()
+    return {"put of 2 MB → served": median(times) * 1e3}
+
+
+def _upstream(session: Session) -> Upstream:
+    if session.upstream is None:
+        raise TypeError("this server has no upstream")
+    return session.upstream
