@@ -1,0 +1,61 @@
+# `make run` starts Relay with demo flags, `make test` checks everything. Both make their own
+# environment in .venv; all they need is Python 3.11 or newer (name another one: make PYTHON=…).
+
+PYTHON ?= python3
+PORT ?= 8030
+BIN := .venv/bin
+NODE_PACKAGES := tests/sdk-node/node_modules/.package-lock.json
+
+.PHONY: help run test lint format lock bench image clean
+
+help: ## what there is
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+
+run: .venv/run ## start Relay with the demo flags on port 8030 (PORT=…)
+	@sed -n '/^<!-- try it -->/,/^<!-- end -->/{/^<!--/d;/^```/d;p;}' README.md | sed 's/8030/$(PORT)/g'
+	@PORT=$(PORT) exec $(BIN)/python -m relay serve --flags config/flags.yaml
+
+test: lint $(NODE_PACKAGES) ## lint, types, import rules and all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: .venv/test ## put the code into its form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: ## choose the newest versions that pyproject.toml allows (needs uv)
+	uv pip compile $(COMPILE) pyproject.toml -o requirements.lock
+	uv pip compile $(COMPILE) --extra test --extra lint -c requirements.lock pyproject.toml -o requirements-dev.lock
+	cd tests/sdk-node && npm install --package-lock-only --no-audit --no-fund
+
+# Neither the index that was asked nor this command line belongs into a lock.
+COMPILE := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
+  --no-emit-index-url --no-header --no-annotate
+
+bench: .venv/test ## measure (BENCH_ARGS="--peer …"; see bench/README.md)
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+image: ## the container image relay:latest
+	docker build -t relay .
+
+clean: ## remove what make made here
+	rm -rf .venv tests/sdk-node/node_modules dist .*_cache .hypothesis
+
+# The lock of the tests holds everything that the lock of the program holds, in the same versions.
+.venv/run: requirements.lock scripts/venv
+	$(PYTHON) scripts/venv .venv $<
+	@touch $@
+
+.venv/test: requirements-dev.lock scripts/venv
+	$(PYTHON) scripts/venv .venv $<
+	@touch .venv/run $@
+
+$(NODE_PACKAGES): tests/sdk-node/package-lock.json scripts/node-packages
+	scripts/node-packages tests/sdk-node
+	@touch $@
