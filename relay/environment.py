@@ -138,7 +138,7 @@ class Environment:
             # not the data of an environment.
             _, change = EMPTY.apply(changes)
             if change is not None:
-                self.hub.publish(None, change)
+                self.hub.publish(self.payload, change)
 
     def _apply(self, changes: ChangeSet) -> Change | None:
         """Make the next payload and tell subscribers."""

@@ -94,6 +94,18 @@ async def test_a_patch_before_the_first_put_is_passed_on_but_not_served():
         assert change.visible == (flag("a", 1),)
 
 
+async def test_a_patch_before_the_first_put_leaves_stored_data_alone():
+    """What is served until upstream delivers stays what it was."""
+    async with Stage(copies=1) as stage:
+        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
+        await asyncio.sleep(0.01)
+        await stage.source.give(ChangeSet((flag("a", 2),)))
+        assert stage.environment.payload.get(Kind.FLAG, "a") == flag("a", 1)
+        payload, change = stage.hub.published[-1]
+        assert payload is stage.environment.payload
+        assert change.visible == (flag("a", 2),)
+
+
 async def test_an_outage_keeps_the_data_and_holds_the_copies(caplog):
     """Logged once when it begins and once when it ends; the copies may not write meanwhile."""
     caplog.set_level(logging.INFO)
