@@ -25,7 +25,11 @@ STREAMS = 15_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the command line asks for, and print the table."""
+    """Measure what the command line asks for, and print the table.
+
+    Returns:
+        The exit code: 1 when something could not be measured.
+    """
     options = _parser().parse_args(arguments)
     chosen = [axis for axis in axes() if _chosen(axis.name, options.only)]
     servers = _servers(options)
@@ -36,12 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, pinned(LOAD_CORE):
         Path(folder).chmod(0o755)
         certificate = make_certificate(Path(folder))
-        for axis in chosen:
-            _run(axis, servers, options.rounds, certificate, figures)
+        failures = sum(_run(axis, servers, options.rounds, certificate, figures) for axis in chosen)
     print(markdown((row for axis in chosen for row in axis.rows), figures))
     if options.json:
         Path(options.json).write_text(json.dumps(figures.as_json(), indent=1))
-    return 0
+    return 1 if failures else 0
 
 
 def _run(
@@ -50,8 +53,9 @@ def _run(
     rounds: int,
     certificate: Certificate,
     figures: Figures,
-) -> None:
-    """Measure one axis: all servers in turn, then all again."""
+) -> int:
+    """Measure one axis: all servers in turn, then all again. Return how often that failed."""
+    failures = 0
     for number in range(1, rounds + 1):
         for name, server in servers.items():
             if name == NGINX and not axis.on_nginx:
@@ -61,11 +65,13 @@ def _run(
             except (OSError, RuntimeError) as error:
                 notes = "\n".join(getattr(error, "__notes__", ()))
                 print(f"{axis.name}: {name}: failed: {error}\n{notes}", file=sys.stderr)
+                failures += 1
                 continue
             figures.add(name, measured)
             shown = ", ".join(f"{figure} {value:.4g}" for figure, value in measured.items())
             print(f"{axis.name} {number}/{rounds} {name}: {shown}", file=sys.stderr, flush=True)
             gc.collect()
+    return failures
 
 
 def _servers(options: argparse.Namespace) -> Mapping[str, Server]:

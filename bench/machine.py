@@ -5,7 +5,7 @@ import resource
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -71,7 +71,8 @@ class Process:
 
     def stop(self) -> None:
         """Kill the tree: what it would do at a proper end is not measured."""
-        os.killpg(self.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         self._program.wait()
 
     def _tree(self) -> list[int]:
