@@ -6,14 +6,16 @@ PORT ?= 8030
 BIN := .venv/bin
 NODE_PACKAGES := tests/sdk-node/node_modules/.package-lock.json
 
-.PHONY: help run test lint format lock bench image clean
+.PHONY: help run hints test lint format lock bench image clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
-run: .venv/run ## start Relay with the demo flags on port 8030 (PORT=…)
-	@sed -n '/^<!-- try it -->/,/^<!-- end -->/{/^<!--/d;/^```/d;p;}' README.md | sed 's/8030/$(PORT)/g'
+run: .venv/run hints ## start Relay with the demo flags on port 8030 (PORT=…)
 	@PORT=$(PORT) exec $(BIN)/python -m relay serve --flags config/flags.yaml
+
+hints:
+	@sed -n '/^<!-- try it -->/,/^<!-- end -->/{/^<!--/d;/^```/d;p;}' README.md | sed 's/8030/$(PORT)/g'
 
 test: lint $(NODE_PACKAGES) ## lint, types, import rules and all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
