@@ -1,14 +1,39 @@
 """The fan-out of one environment: each change is encoded once per stream and written to everybody.
 
-The hub knows bytes and subscribers; what the bytes mean is the business of the stream formats.
+The hub knows bytes and subscriptions; what the bytes mean is the business of the stream formats.
+Everybody gets the same bytes objects, already framed as chunks of an HTTP/1.1 body, so a client
+that does not read costs references, not copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from relay.model.payload import Change, Payload
+
+FAN_OUT_SLICE = 128
+"""Subscriptions written to in one turn of the loop: polls in between wait some 6 ms, and the last
+subscriber of many gets its message no later than without slices."""
+
+ARREARS_LIMIT = 256 * 1024
+"""Bytes of changes that are kept for a client whose buffer is full; beyond, it gets a fresh put."""
+
+TICK = 1.0
+"""Seconds between two looks at heartbeats, stalled clients and maximum connection times."""
+
+CONNECTION_TIME_JITTER = 0.1
+"""A maximum connection time is shortened by up to this share, so that clients that came together
+do not leave together. It is never exceeded by more than a tick."""
+
+ENDINGS_PER_SECOND = 500
+"""At most this many streams are ended each second at shutdown, if the time allows: their clients
+connect elsewhere at once."""
 
 
 class StreamFormat(Protocol):
@@ -21,16 +46,298 @@ class StreamFormat(Protocol):
         """Return the messages that bring a subscriber up to date; empty if they concern it not."""
 
 
+class Wire(Protocol):
+    """What a subscription writes to: an asyncio transport, or what looks like one."""
+
+    def write(self, data: bytes, /) -> None:
+        """Take bytes to send; never blocks."""
+
+    def close(self) -> None:
+        """Close after everything has been sent."""
+
+    def abort(self) -> None:
+        """Close now."""
+
+    def get_write_buffer_size(self) -> int:
+        """Return the number of bytes not yet sent."""
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol, /) -> None:
+        """Tell who wants to know about a full buffer and a lost connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """How long streams and their silences last. All in seconds.
+
+    Args:
+        heartbeat_interval: between two comments to everybody; 0 or less for none (streams 2.3).
+        max_connection_time: after which a stream is ended; 0 or less for never.
+        stall_timeout: for which a client whose buffer is full may take no byte at all. A minute
+            outlasts any loss of packets that TCP survives in practice.
+    """
+
+    heartbeat_interval: float = 180.0
+    max_connection_time: float = 0.0
+    stall_timeout: float = 60.0
+
+    @property
+    def tick(self) -> float:
+        """Seconds between two looks at the clock: fine enough for the shortest of these times."""
+        times = (self.heartbeat_interval, self.max_connection_time, self.stall_timeout)
+        return min(TICK, *(time / 10 for time in times if time > 0))
+
+
+def framed(data: bytes) -> bytes:
+    """Return `data` as one chunk of an HTTP/1.1 body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def unframed(chunks: bytes) -> Iterator[bytes]:
+    """Yield the data of chunks that `framed` made, for a server that frames by itself."""
+    at = 0
+    while at < len(chunks):
+        begin = chunks.index(b"\r\n", at) + 2
+        end = begin + int(chunks[at : begin - 2], 16)
+        yield chunks[begin:end]
+        at = end + 2
+
+
+HEARTBEAT = framed(b":\n")
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+class _Arrears:
+    """What a client with a full buffer has missed, and when it last took a byte."""
+
+    __slots__ = ("backlog", "chunks", "size", "taken_at")
+
+    def __init__(self, backlog: int, now: float) -> None:
+        self.chunks: list[bytes] = []
+        self.size = 0
+        self.backlog = backlog
+        self.taken_at = now
+
+    def add(self, chunk: bytes) -> None:
+        """Keep a chunk, or only the fact that there was one."""
+        if chunk is HEARTBEAT:
+            return
+        self.size += len(chunk)
+        if self.too_many:
+            self.chunks.clear()
+        else:
+            self.chunks.append(chunk)
+
+    @property
+    def too_many(self) -> bool:
+        return self.size > ARREARS_LIMIT
+
+    def stalled_for(self, backlog: int, now: float) -> float:
+        """Return the seconds since the client last took a byte."""
+        if backlog < self.backlog:
+            self.backlog, self.taken_at = backlog, now
+        return now - self.taken_at
+
+
+class Subscription(asyncio.Protocol):
+    """One client of one stream: the protocol of its transport, and all that is kept of it."""
+
+    __slots__ = ("_channel", "arrears", "ends_at", "wire")
+
+    def __init__(self, channel: _Channel, wire: Wire, ends_at: float) -> None:
+        self._channel = channel
+        self.wire = wire
+        self.ends_at = ends_at
+        self.arrears: _Arrears | None = None
+        """None as long as the client takes what it is sent."""
+
+    def data_received(self, data: bytes) -> None:
+        """Ignore what a client says after its request."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget this subscription."""
+        del exc
+        self._channel.forget(self)
+
+    def pause_writing(self) -> None:
+        """The buffer is full: from now on the client is slow."""
+        if self.arrears is None:
+            self._channel.note_slow(self)
+
+    def resume_writing(self) -> None:
+        """The buffer has emptied: the client gets what it missed, or everything."""
+        arrears = self.arrears
+        if arrears is None or self not in self._channel.subscriptions:
+            return
+        if arrears.too_many:
+            self._channel.start_over(self)
+            return
+        self._channel.note_quick(self)
+        for chunk in arrears.chunks:
+            self.wire.write(chunk)
+
+    def end(self) -> None:
+        """End the stream properly; what is still in the buffer goes out first."""
+        if self not in self._channel.subscriptions:
+            return
+        self._channel.note_ended(self)
+        self.wire.write(LAST_CHUNK)
+        self.wire.close()
+
+
+class _Channel:
+    """All subscriptions to one stream of an environment."""
+
+    def __init__(self, stream_format: StreamFormat) -> None:
+        self.subscriptions: dict[Subscription, None] = {}
+        self._slow: set[Subscription] = set()
+        """Those with arrears, and those that have been ended and are not gone yet."""
+        self.vacated = asyncio.Event()
+        self._format = stream_format
+        self._payload: Payload | None = None
+        self._opening: bytes | None = None
+        self._pending: list[bytes] = []
+        self._passes: deque[tuple[bytes, Iterator[Subscription]]] = deque()
+        """What is on its way to whom. Each pass has its own list: who comes later has an opening
+        that contains it."""
+        self._turn_is_due = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody is connected, ended streams that are not gone yet included."""
+        return bool(self.subscriptions or self._slow)
+
+    def publish(self, payload: Payload | None, change: Change) -> None:
+        self._payload, self._opening = payload, None
+        if not self.subscriptions:
+            return
+        if change.replace and payload is not None:
+            self._pending = [self._current_opening()]
+        elif update := self._format.update(change):
+            self._pending.append(framed(update))
+        self._take_turn_soon()
+
+    def heartbeat(self) -> None:
+        self._seal()
+        self._passes.append((HEARTBEAT, iter(list(self.subscriptions))))
+        self._take_turn_soon()
+
+    def subscribe(self, wire: Wire, head: bytes, ends_at: float) -> Subscription:
+        # Opening and registration are one step without an await, and what is pending is closed to
+        # newcomers before: nothing is lost between the two, and nothing doubled.
+        self._seal()
+        subscription = Subscription(self, wire, ends_at)
+        self.subscriptions[subscription] = None
+        wire.set_protocol(subscription)
+        if head:
+            wire.write(head)
+        if self._payload is not None:
+            wire.write(self._current_opening())
+        return subscription
+
+    def start_over(self, subscription: Subscription) -> None:
+        """Give a slow client everything anew; passes still on their way do not concern it."""
+        self.forget(subscription)
+        self.subscribe(subscription.wire, b"", subscription.ends_at)
+
+    def forget(self, subscription: Subscription) -> None:
+        self.subscriptions.pop(subscription, None)
+        self._slow.discard(subscription)
+        subscription.arrears = _Arrears(0, 0.0)  # passes on their way must not write to it
+        if not self.busy:
+            self.vacated.set()
+
+    def note_slow(self, subscription: Subscription) -> None:
+        backlog = subscription.wire.get_write_buffer_size()
+        subscription.arrears = _Arrears(backlog, asyncio.get_running_loop().time())
+        self._slow.add(subscription)
+
+    def note_quick(self, subscription: Subscription) -> None:
+        subscription.arrears = None
+        self._slow.discard(subscription)
+
+    def note_ended(self, subscription: Subscription) -> None:
+        self.subscriptions.pop(subscription, None)
+        self.note_slow(subscription)
+
+    def drop_stalled(self, now: float, stall_timeout: float) -> None:
+        for subscription in list(self._slow):
+            arrears, wire = subscription.arrears, subscription.wire
+            if arrears and arrears.stalled_for(wire.get_write_buffer_size(), now) > stall_timeout:
+                wire.abort()
+
+    def end_expired(self, now: float) -> None:
+        for subscription in list(self.subscriptions):
+            # The time of a slow client is over when it has taken its message, or has stalled.
+            if now >= subscription.ends_at and subscription.arrears is None:
+                subscription.end()
+
+    def abort_all(self) -> None:
+        for subscription in [*self.subscriptions, *self._slow]:
+            subscription.wire.abort()
+
+    def _current_opening(self) -> bytes:
+        if self._opening is None and self._payload is not None:
+            self._opening = framed(self._format.opening(self._payload))
+        return self._opening or b""
+
+    def _seal(self) -> None:
+        """Make what is pending a pass to those who listen now."""
+        if self._pending:
+            chunks = self._pending
+            joined = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            self._passes.append((joined, iter(list(self.subscriptions))))
+            self._pending = []
+
+    def _take_turn_soon(self) -> None:
+        if not self._turn_is_due:
+            self._turn_is_due = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Write to one slice of subscriptions."""
+        self._turn_is_due = False
+        if not self._passes:
+            self._seal()
+        if self._passes:
+            chunk, receivers = self._passes[0]
+            if _write_slice(chunk, receivers) < FAN_OUT_SLICE:
+                self._passes.popleft()
+        if self._passes or self._pending:
+            self._take_turn_soon()
+
+
+def _write_slice(chunk: bytes, receivers: Iterator[Subscription]) -> int:
+    """Write to the next slice of receivers; return how many there were."""
+    count = 0
+    for subscription in islice(receivers, FAN_OUT_SLICE):
+        count += 1
+        if subscription.arrears is None:
+            subscription.wire.write(chunk)
+        else:
+            subscription.arrears.add(chunk)
+    return count
+
+
 class Hub:
     """Everybody who listens to one environment.
 
     Args:
         formats: stream name, such as `all`, to its format.
+        limits: how long streams and their silences last.
     """
 
-    def __init__(self, formats: Mapping[str, StreamFormat]) -> None:
-        self._formats = dict(formats)
-        self._payload: Payload | None = None
+    def __init__(
+        self, formats: Mapping[str, StreamFormat], limits: StreamLimits | None = None
+    ) -> None:
+        self._channels = {name: _Channel(format_) for name, format_ in formats.items()}
+        self._limits = limits or StreamLimits()
+        self._ticker: asyncio.TimerHandle | None = None
+        self._next_heartbeat = 0.0
+        self._closing = False
+
+    def __len__(self) -> int:
+        """Return the number of open streams."""
+        return sum(len(channel.subscriptions) for channel in self._channels.values())
 
     def publish(self, payload: Payload | None, change: Change) -> None:
         """Tell subscribers of a change; returns at once.
@@ -39,5 +346,93 @@ class Hub:
             payload: what the environment serves now; None while it has no data of its own.
             change: what became different.
         """
-        self._payload = payload
-        del change
+        for channel in self._channels.values():
+            channel.publish(payload, change)
+
+    def subscribe(self, stream: str, wire: Wire, head: bytes = b"") -> Subscription:
+        """Send everything that there is now, and from now on each change.
+
+        The wire belongs to the subscription from now on.
+
+        Args:
+            stream: the name of the format.
+            wire: where to write, in chunks of HTTP/1.1.
+            head: bytes to write before, such as the head of the response.
+        """
+        self._keep_ticking()
+        subscription = self._channels[stream].subscribe(wire, head, self._end_of_a_new_stream())
+        if self._closing:
+            subscription.end()
+        return subscription
+
+    async def close(self, within: float) -> None:
+        """End all streams properly, a few at a time, and return when they are gone.
+
+        Clients that have not taken the end of their stream after `within` seconds are cut off.
+        """
+        self._closing = True
+        try:
+            async with asyncio.timeout(within):
+                await self._end_slowly(min(within / 2, len(self) / ENDINGS_PER_SECOND))
+                for channel in self._channels.values():
+                    await _vacated(channel)
+        except TimeoutError:
+            for channel in self._channels.values():
+                channel.abort_all()
+
+    async def _end_slowly(self, seconds: float) -> None:
+        """End all streams within about the given time."""
+        open_now = [s for channel in self._channels.values() for s in channel.subscriptions]
+        steps = max(1, round(seconds / 0.02))
+        size = -(-len(open_now) // steps)
+        for begin in range(0, len(open_now), size or 1):
+            _end(open_now[begin : begin + size])
+            await asyncio.sleep(seconds / steps)
+        for channel in self._channels.values():
+            _end(list(channel.subscriptions))  # those that started over meanwhile
+
+    def _end_of_a_new_stream(self) -> float:
+        longest = self._limits.max_connection_time
+        if longest <= 0:
+            return 0.0
+        jitter = random.random() * CONNECTION_TIME_JITTER  # noqa: S311 - no secret
+        return asyncio.get_running_loop().time() + longest * (1 - jitter)
+
+    def _keep_ticking(self) -> None:
+        if self._ticker is None:
+            loop = asyncio.get_running_loop()
+            self._next_heartbeat = loop.time() + self._limits.heartbeat_interval
+            self._ticker = loop.call_later(self._limits.tick, self._tick)
+
+    def _tick(self) -> None:
+        """Do what is due by time; the ticker rests when nobody is connected."""
+        loop = asyncio.get_running_loop()
+        self._ticker = None
+        now = loop.time()
+        heartbeat = self._heartbeat_is_due(now)
+        for channel in self._channels.values():
+            channel.drop_stalled(now, self._limits.stall_timeout)
+            if self._limits.max_connection_time > 0:
+                channel.end_expired(now)
+            if heartbeat:
+                channel.heartbeat()
+        if any(channel.busy for channel in self._channels.values()):
+            self._ticker = loop.call_later(self._limits.tick, self._tick)
+
+    def _heartbeat_is_due(self, now: float) -> bool:
+        interval = self._limits.heartbeat_interval
+        if interval <= 0 or now < self._next_heartbeat:
+            return False
+        self._next_heartbeat += interval * ((now - self._next_heartbeat) // interval + 1)
+        return True
+
+
+def _end(subscriptions: Iterable[Subscription]) -> None:
+    for subscription in subscriptions:
+        subscription.end()
+
+
+async def _vacated(channel: _Channel) -> None:
+    channel.vacated.clear()
+    if channel.busy:
+        await channel.vacated.wait()

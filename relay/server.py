@@ -1,0 +1,267 @@
+"""The process: listening, signals, an orderly end. Runs a relay beside its web server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import resource
+import signal
+import socket
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from relay.errors import RelayError
+from relay.relay import Relay
+from relay.web.frontdoor import Door, DoorLimits, Poll, front_door
+
+BACKLOG = 16 * 1024
+"""Connections that may wait to be accepted: thousands of SDKs come back at once after an outage.
+The kernel lowers it to its own limit."""
+
+UNSENT_LIMIT = 128 * 1024
+"""Bytes that the kernel takes from us beyond what is on its way: enough to keep a connection busy,
+and all that a client that does not read costs there. Unlike a capped send buffer it does not hurt
+long distances."""
+
+DEAD_AFTER_MS = 60_000
+"""Milliseconds after which a connection whose data nobody acknowledges is given up."""
+
+PROBE_AFTER, PROBE_EACH, PROBES = 60, 15, 4
+"""Seconds of silence before the kernel probes, seconds between probes, and their number."""
+
+STREAMS_SHARE = 0.75
+"""Share of the drain time in which streams end; the rest is for responses on their way."""
+
+_log = logging.getLogger("relay.server")
+
+
+class CannotListen(RelayError):
+    """The port cannot be listened on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """With what TLS is served.
+
+    Args:
+        cert: file of the certificate and its chain.
+        key: file of the private key.
+        minimum_version: of the protocol.
+    """
+
+    cert: Path
+    key: Path
+    minimum_version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """How the relay is served. Times in seconds.
+
+    Args:
+        port: to listen on; 0 for any free one.
+        tls: None for plain HTTP.
+        drain: the longest time that ending streams and responses may take. The default leaves
+            room within the 10 s that `docker stop` allows.
+        limits: what a connection may cost.
+    """
+
+    port: int = 8030
+    tls: Certificate | None = None
+    drain: float = 8.0
+    limits: DoorLimits = field(default_factory=DoorLimits)
+
+
+def listen(port: int) -> socket.socket:
+    """Return a socket that listens on all interfaces, IPv6 and IPv4.
+
+    Raises:
+        CannotListen: the port is taken, or not allowed.
+    """
+    try:
+        return _listening(port)
+    except OSError as e:
+        reason = f"listen tcp :{port}: {e.strerror}"
+        raise CannotListen(f"Error starting http listener on port: {port}  {reason}") from e
+
+
+def _listening(port: int) -> socket.socket:
+    family = socket.AF_INET6 if _has_ipv6() else socket.AF_INET
+    # Without its protocol number asyncio would not switch off Nagle's algorithm.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        _guard(listener)
+        listener.bind(("", port))
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _has_ipv6() -> bool:
+    if not socket.has_ipv6:
+        return False
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            probe.bind(("", 0))
+    except OSError:
+        return False
+    return True
+
+
+def _guard(listener: socket.socket) -> None:
+    """Bound what a silent client costs; accepted sockets inherit these options."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", PROBE_AFTER),
+        ("TCP_KEEPINTVL", PROBE_EACH),
+        ("TCP_KEEPCNT", PROBES),
+        ("TCP_USER_TIMEOUT", DEAD_AFTER_MS),
+        ("TCP_NOTSENT_LOWAT", UNSENT_LIMIT),
+    ):
+        if hasattr(socket, name):  # some are Linux's only
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def raise_file_limit() -> None:
+    """Allow as many connections as the system lets us have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class RelayServer(uvicorn.Server):
+    """uvicorn's server with our signals, our clock and our end.
+
+    Args:
+        config: uvicorn's.
+        relay: whose streams are ended at shutdown.
+        door: told each second; None if the application answers everything.
+        drain: the longest time that the end may take, in seconds.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, relay: Relay, door: Door | None, drain: float
+    ) -> None:
+        super().__init__(config)
+        self._relay = relay
+        self._door = door
+        self._drain = drain
+        self._ending: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop at the first signal, orderly; at the second, now. Signals are not raised again."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def stop(self) -> None:
+        """Begin the end; called again, hurry."""
+        if self.should_exit:
+            self.force_exit = True
+            if self._ending:
+                self._ending.cancel()
+        self._relay.stopping = True
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Renew the date once a second, as uvicorn does, and look after connections."""
+        should_exit = await super().on_tick(counter)
+        if self._door and counter % 10 == 0:
+            self._door.tick(self.server_state)
+        return should_exit
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, end streams, then let uvicorn wait for responses on their way."""
+        self._relay.stopping = True
+        for server in self.servers:
+            server.close()
+        self._ending = asyncio.create_task(self._end_streams())
+        await asyncio.wait([self._ending])
+        await super().shutdown(sockets)
+
+    async def _end_streams(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for environment in self._relay.environments.values():
+                tasks.create_task(environment.hub.close(self._drain * STREAMS_SHARE))
+
+
+def make_server(
+    relay: Relay, app: ASGIApp, options: ServerOptions, door: Door | None
+) -> RelayServer:
+    """Return a server that is ready to run.
+
+    Args:
+        relay: what is served.
+        app: the application behind the front door.
+        options: how.
+        door: the front door; None to let the application answer everything.
+    """
+    config = uvicorn.Config(
+        app,
+        http=front_door(door) if door else "httptools",
+        loop="uvloop",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=int(options.limits.keep_alive),
+        timeout_graceful_shutdown=max(1, round(options.drain * (1 - STREAMS_SHARE))),
+        ssl_certfile=options.tls.cert if options.tls else None,
+        ssl_keyfile=options.tls.key if options.tls else None,
+    )
+    config.load()
+    if config.ssl and options.tls:
+        config.ssl.minimum_version = options.tls.minimum_version
+    return RelayServer(config, relay, door, options.drain)
+
+
+async def run(
+    relay: Relay,
+    app: ASGIApp,
+    options: ServerOptions,
+    listener: socket.socket,
+    poll: Poll | None = None,
+) -> None:
+    """Serve until a signal, then end in order; stores are written before this returns.
+
+    Args:
+        relay: what is served.
+        app: the application behind the front door.
+        options: how.
+        listener: a listening socket; closed at the end.
+        poll: answers polls at the front door.
+    """
+    raise_file_limit()
+    server = make_server(relay, app, options, Door(relay, poll, options.limits))
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(relay.run())
+        gc.collect()
+        gc.freeze()  # what lives as long as the process need not be looked at again
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            running.cancel()

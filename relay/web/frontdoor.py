@@ -1,0 +1,352 @@
+"""uvicorn's HTTP protocol with prepared answers: hot GETs are answered when their head is read.
+
+No task, no ASGI, no work that could have been done once per change. Polls are written from prepared
+bytes; the connection of a stream goes over to the hub. Whatever is not plainly one of these, and
+each error, goes on to the application, which has the same routes and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from relay.environment import Environment
+from relay.model.payload import Payload
+from relay.relay import Relay
+from relay.web.streams import STREAMS, stream_headers
+
+USED_OF_UVICORN = (
+    *("connections", "cycle", "flow", "headers", "parser", "pipeline", "scope", "transport", "url"),
+    *("expect_100_continue", "timeout_keep_alive_task", "_unset_keepalive_if_required"),
+    *("on_message_begin", "on_headers_complete", "on_body", "on_message_complete"),
+)
+"""The attributes of uvicorn's protocol that this module relies on; a test looks for each."""
+
+MAX_PREPARED = 4096
+"""Request heads whose answer is remembered: far more than there are kinds of SDKs, some MB."""
+
+MAX_PREPARED_HEAD = 4096
+"""Bytes of a request head that may be remembered; SDKs send a few hundred."""
+
+JOINED_BODY = 16 * 1024
+"""Bodies up to this many bytes are joined with their head once a second: one write, one copy."""
+
+_END = b"\r\n\r\n"
+_BODY_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"expect", b"upgrade"))
+
+
+class Answer(Protocol):
+    """A response that is ready to be written."""
+
+    @property
+    def head(self) -> bytes:
+        """Status line and headers, each with its CRLF; neither `Date` nor the final blank line."""
+
+    @property
+    def body(self) -> bytes:
+        """The body; empty for a 304."""
+
+
+class Poll(Protocol):
+    """Answers polls."""
+
+    def __call__(
+        self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
+    ) -> Answer | None:
+        """Return the prepared answer; None if the path is no poll, or there is none yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoorLimits:
+    """What a connection may cost. Times in seconds, sizes in bytes.
+
+    Args:
+        keep_alive: a connection may rest between two requests. Longer than the minute that load
+            balancers and pollers use, so that they are the ones who close.
+        head_timeout: from the first byte of a request to the end of its head.
+        max_head_size: of a request.
+        stall_timeout: a client may leave its response untouched.
+    """
+
+    keep_alive: float = 75.0
+    head_timeout: float = 10.0
+    max_head_size: int = 64 * 1024
+    stall_timeout: float = 60.0
+
+
+class _Prepared:
+    """The answer to a request head, good as long as the environment's payload is the same."""
+
+    __slots__ = ("_date", "_written", "answer", "environment", "payload")
+
+    def __init__(self, environment: Environment, answer: Answer) -> None:
+        self.environment = environment
+        self.payload: Payload | None = environment.payload
+        self.answer = answer
+        self._date = b""
+        self._written: tuple[bytes, ...] = ()
+
+    def written(self, date: bytes) -> tuple[bytes, ...]:
+        """Return what goes over the wire; put together once a second."""
+        if self._date is not date:
+            self._date = date
+            head, body = self.answer.head + date, self.answer.body
+            self._written = (head + body,) if len(body) <= JOINED_BODY else (head, body)
+        return self._written
+
+
+class Door:
+    """What the connections of a server share.
+
+    Args:
+        relay: whose environments are served.
+        poll: answers polls; None leaves them to the application.
+        limits: what a connection may cost.
+    """
+
+    def __init__(
+        self, relay: Relay, poll: Poll | None = None, limits: DoorLimits | None = None
+    ) -> None:
+        self.relay = relay
+        self.poll = poll
+        self.limits = limits or DoorLimits()
+        self.date = b"\r\n"
+        """The `Date` header and the blank line that ends a head."""
+        self.now = time.monotonic()
+        """The time of the last tick."""
+        self._prepared: dict[bytes, _Prepared] = {}
+
+    def tick(self, state: ServerState) -> None:
+        """Renew the date and look after connections; to be called each second."""
+        headers = b"".join(b"%b: %b\r\n" % header for header in state.default_headers)
+        self.date = headers + b"\r\n"
+        self.now = time.monotonic()
+        for connection in list(state.connections):
+            if isinstance(connection, FrontDoor):
+                connection.check(self.now)
+
+    def prepared(self, head: bytes) -> _Prepared | None:
+        """Return what answered the same request head before, if it still holds."""
+        prepared = self._prepared.get(head)
+        if prepared is None or prepared.payload is prepared.environment.payload:
+            return prepared
+        del self._prepared[head]
+        return None
+
+    def remember(self, head: bytes, prepared: _Prepared) -> None:
+        """Keep an answer for the next request with the same head."""
+        if len(head) > MAX_PREPARED_HEAD or prepared.environment.spec.ttl > 0:
+            return  # an answer with a TTL says when it expires
+        if len(self._prepared) >= MAX_PREPARED:
+            self._prepared.clear()
+        self._prepared[head] = prepared
+
+
+class FrontDoor(HttpToolsProtocol):
+    """One connection.
+
+    Args:
+        door: what all connections share.
+        config, server_state, app_state, _loop: uvicorn's.
+    """
+
+    def __init__(
+        self,
+        door: Door,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._door = door
+        self._seen = door.now
+        """When the client last said something, or took something."""
+        self._backlog = 0
+        self._head_size = 0
+        """Bytes of an incomplete request head."""
+        self._between = True
+        """Whether no request is being read."""
+        self._whole = b""
+        """The bytes that the parser is fed with, if they are exactly one request head."""
+        self._answered = False
+        """Whether the request that is being read needs no application."""
+        self._stream: tuple[Environment, str] | None = None
+
+    def data_received(self, data: bytes) -> None:
+        """Answer at once what was answered before; parse everything else."""
+        door = self._door
+        if not self._head_size:  # the head of a request has one time-out for all its pieces
+            self._seen = door.now
+        if self._between and self._is_idle():
+            prepared = door.prepared(data)
+            if prepared is not None:
+                self._write(prepared)
+                return
+            if data.find(_END) == len(data) - len(_END):
+                self._whole = data
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        self._head_size += len(data)
+        super().data_received(data)
+        self._whole = b""
+        if self._stream is not None:
+            self._hand_over(*self._stream)
+        elif self._reads_head and self._head_size > self._door.limits.max_head_size:
+            self._refuse_head()
+
+    @property
+    def _reads_head(self) -> bool:
+        return not self._between and self._head_size > 0
+
+    def _is_idle(self) -> bool:
+        """Whether an answer written now follows the previous one, to a client that reads."""
+        cycle = self.cycle
+        return (cycle is None or cycle.response_complete) and not (
+            self.pipeline or self.flow.write_paused or self.transport.is_closing()
+        )
+
+    def on_message_begin(self) -> None:
+        """Note that a request begins."""
+        self._between = False
+        self._answered = False
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Answer a hot request; give any other to the application."""
+        size, self._head_size = self._head_size, 0
+        if self.transport.is_closing():
+            self._answered = True
+        elif size > self._door.limits.max_head_size and self._is_head_too_large():
+            self._refuse_head()
+        elif self._whole and self._answer(self._whole):
+            self._answered = True
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Give the body to the application; there is none otherwise."""
+        if not self._answered:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Note that the request has been read."""
+        self._between = True
+        if not self._answered:
+            super().on_message_complete()
+
+    def _answer(self, head: bytes) -> bool:
+        """Answer the request that has just been parsed, if it is plain and hot."""
+        parser = self.parser
+        if parser.get_method() != b"GET" or parser.get_http_version() != "1.1":
+            return False
+        headers = dict(self.headers)
+        repeated = len(headers) != len(self.headers)
+        if repeated or not parser.should_keep_alive() or not _BODY_HEADERS.isdisjoint(headers):
+            return False
+        environment = self._door.relay.by_sdk_key.get(_key(headers.get(b"authorization", b"")))
+        if environment is None:
+            return False
+        if self.url in STREAMS:
+            return self._take_stream(environment, STREAMS[self.url])
+        return self._answer_poll(environment, headers, head)
+
+    def _take_stream(self, environment: Environment, stream: str) -> bool:
+        if self.transport.get_write_buffer_size() or self._door.relay.stopping:
+            return False
+        self._stream = environment, stream
+        return True
+
+    def _answer_poll(
+        self, environment: Environment, headers: dict[bytes, bytes], head: bytes
+    ) -> bool:
+        if self._door.poll is None or not self.url.isascii():
+            return False
+        none_match, encoding = headers.get(b"if-none-match"), headers.get(b"accept-encoding")
+        answer = self._door.poll(
+            environment, self.url.decode("ascii"), none_match or b"", encoding or b""
+        )
+        if answer is None:
+            return False
+        prepared = _Prepared(environment, answer)
+        self._door.remember(head, prepared)
+        self._write(prepared)
+        return True
+
+    def _write(self, prepared: _Prepared) -> None:
+        if self.timeout_keep_alive_task is not None:
+            self._unset_keepalive_if_required()
+        self.server_state.total_requests += 1
+        self.transport.writelines(prepared.written(self._door.date))
+
+    def _hand_over(self, environment: Environment, stream: str) -> None:
+        """Give the connection to the hub, and leave nothing of this object behind."""
+        self._unset_keepalive_if_required()
+        self.server_state.total_requests += 1
+        self.connections.discard(self)
+        transport = self.transport
+        head = _stream_head(environment, self._door.date)
+        vars(self).clear()
+        environment.hub.subscribe(stream, transport, head)
+
+    def _is_head_too_large(self) -> bool:
+        """Whether the head itself is too large, not only what was received together with it."""
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        return size > self._door.limits.max_head_size
+
+    def _refuse_head(self) -> None:
+        if len(self.url) > self._door.limits.max_head_size // 2:
+            self._refuse(b"414 URI Too Long")
+        else:
+            self._refuse(b"431 Request Header Fields Too Large")
+
+    def _refuse(self, status: bytes) -> None:
+        """Answer that a request is unacceptable, and close."""
+        self._answered = True
+        if self._is_idle():
+            head = b"HTTP/1.1 %b\r\nconnection: close\r\ncontent-length: 0\r\n" % status
+            self.transport.write(head + self._door.date)
+        self.transport.close()
+
+    def check(self, now: float) -> None:
+        """Close the connection if its client has kept us waiting for too long."""
+        limits = self._door.limits
+        backlog = self.transport.get_write_buffer_size()
+        if backlog < self._backlog:
+            self._seen = now
+        self._backlog = backlog
+        waited = now - self._seen
+        if backlog:
+            if waited > limits.stall_timeout:
+                self.transport.abort()
+        elif self._reads_head:
+            if waited > limits.head_timeout:
+                self._refuse(b"408 Request Timeout")
+        elif waited > limits.keep_alive and (self._is_idle() or not self._between):
+            self.transport.close()
+
+
+def _key(authorization: bytes) -> str:
+    """Return the SDK key in a plain `Authorization` header; anything odd is the application's."""
+    return authorization.removeprefix(b"api_key ").decode("latin-1")
+
+
+def _stream_head(environment: Environment, date: bytes) -> bytes:
+    lines = (b"%b: %b\r\n" % header for header in stream_headers(environment))
+    return b"HTTP/1.1 200 OK\r\n" + b"".join(lines) + b"transfer-encoding: chunked\r\n" + date
+
+
+def front_door(door: Door) -> type[asyncio.Protocol]:
+    """Return what uvicorn wants as `http`: it makes the protocol of each connection."""
+
+    def connection(**uvicorns: Any) -> FrontDoor:
+        return FrontDoor(door, **uvicorns)
+
+    return cast("type[asyncio.Protocol]", connection)
