@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # 3.13 is the newest Python for which every locked dependency has a ready-made package
 # (immutables has none for 3.14 yet): nothing is compiled here, and no compiler is needed.
 ARG PYTHON=3.13-slim-bookworm

@@ -38,7 +38,7 @@ lock: ## choose the newest versions that pyproject.toml allows (needs uv)
 
 # Neither the index that was asked nor this command line belongs into a lock.
 COMPILE := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
-  --no-emit-index-url --no-header --no-annotate
+  --no-emit-index-url --no-emit-find-links --no-header --no-annotate
 
 bench: .venv/test ## measure (BENCH_ARGS="--peer …"; see bench/README.md)
 	$(BIN)/python -m bench $(BENCH_ARGS)
