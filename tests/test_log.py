@@ -1,0 +1,151 @@
+"""How log lines look, where they go, and that writing them harms nobody."""
+
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+
+import pytest
+
+from relay import log
+
+TIME = r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d{6}"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Each test leaves the process's logging as it was."""
+    root, ours = logging.getLogger(), logging.getLogger("relay")
+    before = root.handlers[:], root.level, ours.level
+    yield
+    root.handlers[:], root.level, ours.level = before
+    logging.getLogger("relay.env.Shop").setLevel(logging.NOTSET)
+    root.setLevel(before[1])
+    ours.setLevel(before[2])
+
+
+class Pipes:
+    """Two pipes that stand for the two outputs of the process."""
+
+    def __init__(self) -> None:
+        self.out_read, self.out = os.pipe()
+        self.err_read, self.err = os.pipe()
+
+    def read(self) -> tuple[str, str]:
+        os.close(self.out)
+        os.close(self.err)
+        return os.read(self.out_read, 65536).decode(), os.read(self.err_read, 65536).decode()
+
+    def close(self) -> None:
+        for descriptor in (self.out_read, self.out, self.err_read, self.err):
+            with suppress(OSError):
+                os.close(descriptor)
+
+
+@pytest.fixture(name="pipes")
+def make_pipes() -> Iterator[Pipes]:
+    """Outputs of this test's own."""
+    with closing(Pipes()) as pipes:
+        yield pipes
+
+
+def test_a_text_line_is_that_of_the_reference(pipes: Pipes) -> None:
+    """Date, time with microseconds, level, the environment's mask, message; errors go to stderr."""
+    with closing(log.Output(stdout=pipes.out, stderr=pipes.err)) as output:
+        log.set_up("debug", "text", output)
+        logging.getLogger("relay.server").debug("one")
+        logging.getLogger("relay.server").info("two %s", 2)
+        log.environment_log("Shop", "...abcd").warning("three")
+        logging.getLogger("relay.server").error("four")
+    out, err = pipes.read()
+    assert re.fullmatch(
+        rf"{TIME} DEBUG: one\n{TIME} INFO: two 2\n{TIME} WARN: \[env: \.\.\.abcd\] three\n", out
+    )
+    assert re.fullmatch(rf"{TIME} ERROR: four\n", err)
+
+
+def test_a_json_line_is_one_object_with_the_environment(pipes: Pipes) -> None:
+    """Collectors get one object per line, whatever the message holds."""
+    with closing(log.Output(stdout=pipes.out, stderr=pipes.err)) as output:
+        log.set_up("info", "json", output)
+        log.environment_log("Shop", "...abcd").info("two\nlines")
+    (line,) = pipes.read()[0].splitlines()
+    entry = json.loads(line)
+    assert entry.pop("time").endswith("Z")
+    assert entry == {
+        "level": "info",
+        "logger": "relay.env.Shop",
+        "environment": "Shop",
+        "message": "two\nlines",
+    }
+
+
+def test_text_from_outside_cannot_forge_a_line(pipes: Pipes) -> None:
+    """A line break within a message is shown, not written."""
+    with closing(log.Output(stdout=pipes.out, stderr=pipes.err)) as output:
+        log.set_up("info", "text", output)
+        logging.getLogger("relay").info("a\nb\rc")
+    assert pipes.read()[0].endswith("INFO: a\\nb\\rc\n")
+
+
+@pytest.mark.parametrize("line_format", ["text", "json"])
+def test_secrets_are_masked_wherever_they_stand(pipes: Pipes, line_format: str) -> None:
+    """A secret that slips into a message or a traceback shows its last four characters."""
+    with closing(log.Output(["sdk-secret-abcd"], pipes.out, pipes.err)) as output:
+        log.set_up("info", line_format, output)
+        try:
+            int("sdk-secret-abcd")
+        except ValueError:
+            logging.getLogger("relay").exception("sdk-secret-abcd")
+    shown = pipes.read()[1]
+    assert "sdk-secret" not in shown
+    assert shown.count("...abcd") >= 2
+
+
+def test_each_level_lets_through_what_is_as_grave(pipes: Pipes) -> None:
+    """The environment's level stands above the relay's; `none` silences."""
+    with closing(log.Output(stdout=pipes.out, stderr=pipes.err)) as output:
+        log.set_up("none", "text", output)
+        log.set_environment_level("Shop", "info")
+        logging.getLogger("relay.server").error("silenced")
+        logging.getLogger("library").error("silenced")
+        log.environment_log("Shop", "...abcd").info("shown")
+    out, err = pipes.read()
+    assert "shown" in out
+    assert "silenced" not in out + err
+
+
+def test_a_closed_output_costs_lines_and_nothing_else(pipes: Pipes) -> None:
+    """A broken pipe is counted."""
+    os.close(pipes.out_read)
+    with closing(log.Output(stdout=pipes.out, stderr=pipes.err)) as output:
+        log.set_up("info", "text", output)
+        logging.getLogger("relay").info("lost")
+    assert output.lost == 1
+
+
+def test_a_reader_that_stalls_does_not_stop_the_writer(
+    pipes: Pipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When nobody reads our output, lines are dropped and counted at once."""
+    monkeypatch.setattr(log, "CLOSE_LIMIT", 0.05)
+    output = log.Output(stdout=pipes.out, stderr=pipes.err)
+    log.set_up("info", "text", output)
+    begin = time.monotonic()
+    for _ in range(log.WAITING_LINES + 1000):
+        logging.getLogger("relay").info("x" * 100)
+    assert output.lost > 0
+    assert time.monotonic() - begin < 10
+    drain = threading.Thread(
+        target=lambda: [None for _ in iter(lambda: os.read(pipes.out_read, 65536), b"")]
+    )
+    drain.start()
+    output._waiting.put(None)
+    output._writer.join(10)
+    os.close(pipes.out)
+    drain.join(10)
+    assert not output._writer.is_alive()
