@@ -1,0 +1,272 @@
+"""The hub: each subscriber ends with the current payload, or disconnected."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from relay import hub as hub_module
+from relay.hub import HEARTBEAT, LAST_CHUNK, Hub, StreamLimits, framed, unframed
+from relay.model.item import Item, Kind, parse
+from relay.model.payload import EMPTY, Change, ChangeSet, Payload
+from relay.protocol.fdv1 import AllFormat
+
+HIGH, LOW = 2000, 500
+
+
+class Buffer:
+    """A transport whose client reads when the test says so."""
+
+    def __init__(self) -> None:
+        self.received = b""
+        self.closed = False
+        self._unread: list[bytes] = []
+        self._protocol: asyncio.Protocol | None = None
+        self._paused = False
+
+    def set_protocol(self, protocol) -> None:
+        self._protocol = protocol
+
+    def write(self, data: bytes) -> None:
+        assert not self.closed
+        self._unread.append(data)
+        if self.get_write_buffer_size() > HIGH and not self._paused:
+            self._paused = True
+            self._protocol.pause_writing()
+
+    def get_write_buffer_size(self) -> int:
+        return sum(map(len, self._unread))
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
+        self.closed = True
+        self._unread.clear()
+        self._protocol.connection_lost(None)
+
+    def read(self, limit: int = 1 << 30) -> None:
+        while self._unread and limit > 0:
+            taken, rest = self._unread[0][:limit], self._unread[0][limit:]
+            self.received += taken
+            limit -= len(taken)
+            self._unread[:1] = [rest] if rest else []
+        if self._paused and self.get_write_buffer_size() <= LOW:
+            self._paused = False
+            self._protocol.resume_writing()
+
+    def held(self) -> dict[str, int]:
+        """What an SDK holds that has read these bytes; versions never go down."""
+        held: dict[str, int] = {}
+        text = b"".join(unframed(self.received.removesuffix(LAST_CHUNK)))
+        for message in text.replace(b":\n", b"").decode().split("\n\n")[:-1]:
+            name, data = message.split("\n")
+            news = json.loads(data.removeprefix("data: "))
+            if name == "event: put":
+                flags = news["data"]["flags"]
+                put = {key: flag["version"] for key, flag in flags.items()}
+                assert all(put.get(key, 1 << 30) >= version for key, version in held.items())
+                held = put
+            else:
+                version, key = news["data"]["version"], news["data"]["key"]
+                assert held.get(key, 0) < version, "sent twice, or in the wrong order"
+                held[key] = version
+        return held
+
+
+def flag(key: str, version: int, size: int = 0) -> Item:
+    pad = "x" * size
+    return parse(Kind.FLAG, key, json.dumps({"key": key, "version": version, "pad": pad}).encode())
+
+
+async def turns(count: int = 20) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Changes, subscriptions, readers of any speed and turns of the loop in any order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.hub = Hub({"all": AllFormat()}, StreamLimits(heartbeat_interval=0))
+        self.payload: Payload | None = None
+        self.version = 0
+        self.buffers: list[Buffer] = []
+        self._kept = hub_module.FAN_OUT_SLICE, hub_module.ARREARS_LIMIT
+        hub_module.FAN_OUT_SLICE, hub_module.ARREARS_LIMIT = 2, 3000
+
+    def run(self, what) -> None:
+        async def in_loop() -> None:
+            what()
+
+        self.loop.run_until_complete(in_loop())
+
+    @rule(key=st.sampled_from("abc"), size=st.sampled_from([0, 600, 2500]), full=st.booleans())
+    def change(self, key, size, full):
+        self.version += 1
+        changes = ChangeSet((flag(key, self.version, size),), full=full or self.payload is None)
+        if full and self.payload is not None:
+            others = [item for item in self.payload if item.key != key]
+            changes = ChangeSet((*others, *changes.items), full=True)
+        self.payload, change = (self.payload or EMPTY).apply(changes)
+        assert change is not None
+        self.run(lambda: self.hub.publish(self.payload, change))
+
+    @precondition(lambda self: len(self.buffers) < 8)
+    @rule()
+    def subscribe(self):
+        buffer = Buffer()
+        self.buffers.append(buffer)
+        self.run(lambda: self.hub.subscribe("all", buffer))
+
+    @precondition(lambda self: self.buffers)
+    @rule(data=st.data(), limit=st.sampled_from([1, 700, 1 << 30]))
+    def read(self, data, limit):
+        buffer = data.draw(st.sampled_from(self.buffers))
+        self.run(lambda: buffer.read(limit))
+
+    @precondition(lambda self: self.buffers)
+    @rule(data=st.data())
+    def leave(self, data):
+        buffer = data.draw(st.sampled_from(self.buffers))
+        self.buffers.remove(buffer)
+        self.run(buffer.abort)
+
+    @rule()
+    def turn(self):
+        self.loop.run_until_complete(asyncio.sleep(0))
+
+    @invariant()
+    def what_waits_is_bounded(self):
+        for buffer in self.buffers:
+            size = sum(len(item.json) + 100 for item in self.payload or ())
+            assert buffer.get_write_buffer_size() <= 2 * (HIGH + size + 3000 + 3000)
+
+    def teardown(self):
+        for _ in range(30):
+            self.loop.run_until_complete(turns(5))
+            for buffer in self.buffers:
+                self.run(buffer.read)
+        wanted = {item.key: item.version for item in self.payload or ()}
+        try:
+            for buffer in self.buffers:
+                assert buffer.held() == wanted
+        finally:
+            for buffer in list(self.buffers):
+                self.run(buffer.abort)
+            self.loop.close()
+            hub_module.FAN_OUT_SLICE, hub_module.ARREARS_LIMIT = self._kept
+
+
+TestInterleavings = Interleavings.TestCase
+TestInterleavings.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def payload(*flags: Item) -> tuple[Payload, Change]:
+    after, change = EMPTY.apply(ChangeSet(flags, full=True))
+    assert change is not None
+    return after, change
+
+
+class CountingFormat(AllFormat):
+    def __init__(self) -> None:
+        self.encoded = 0
+
+    def opening(self, payload):
+        self.encoded += 1
+        return super().opening(payload)
+
+    def update(self, change):
+        self.encoded += 1
+        return super().update(change)
+
+
+async def test_nothing_is_encoded_for_nobody():
+    """Without listeners a change costs no bytes."""
+    counting = CountingFormat()
+    hub = Hub({"all": counting})
+    hub.publish(*payload(flag("a", 1)))
+    await turns()
+    assert counting.encoded == 0
+
+
+async def test_everybody_gets_the_same_bytes():
+    """The opening is encoded once, and all clients share one object."""
+    counting = CountingFormat()
+    hub = Hub({"all": counting})
+    hub.publish(*payload(flag("a", 1)))
+    buffers = [Buffer() for _ in range(3)]
+    for buffer in buffers:
+        hub.subscribe("all", buffer)
+    assert counting.encoded == 1
+    assert len({id(buffer._unread[0]) for buffer in buffers}) == 1
+    for buffer in buffers:
+        buffer.abort()
+
+
+async def test_changes_of_one_turn_are_joined():
+    """A burst is one write to each client."""
+    hub = Hub({"all": AllFormat()})
+    now, change = payload(flag("a", 1))
+    hub.publish(now, change)
+    buffer = Buffer()
+    hub.subscribe("all", buffer)
+    buffer.read()
+    for version in range(2, 12):
+        now, change = now.apply(ChangeSet((flag("a", version),)))
+        hub.publish(now, change)
+    await turns()
+    assert len(buffer._unread) == 1
+    assert buffer._unread[0].count(b"event: patch") == 10
+    buffer.abort()
+
+
+async def test_a_client_that_takes_nothing_is_disconnected():
+    """No progress for the stall time ends a connection."""
+    hub = Hub({"all": AllFormat()}, StreamLimits(0, 0, stall_timeout=0.05))
+    hub.publish(*payload(flag("a", 1, 2 * HIGH)))
+    buffer = Buffer()
+    hub.subscribe("all", buffer)
+    async with asyncio.timeout(2):
+        while not buffer.closed:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert len(hub) == 0
+
+
+async def test_a_client_that_takes_a_little_stays():
+    """A slow reader of a large opening is served to the end."""
+    hub = Hub({"all": AllFormat()}, StreamLimits(0, 0, stall_timeout=0.2))
+    hub.publish(*payload(flag("a", 1, 2 * HIGH)))
+    buffer = Buffer()
+    hub.subscribe("all", buffer)
+    for _ in range(20):
+        buffer.read(100)
+        await asyncio.sleep(0.03)
+    assert not buffer.closed
+    buffer.abort()
+
+
+async def test_close_cuts_off_who_does_not_read():
+    """The end of all streams takes no longer than it may."""
+    hub = Hub({"all": AllFormat()})
+    buffers = [Buffer() for _ in range(3)]
+    for buffer in buffers:
+        hub.subscribe("all", buffer)
+    async with asyncio.timeout(2):
+        await hub.close(0.1)
+    assert all(buffer.closed for buffer in buffers)
+
+
+def test_framing_is_undone():
+    """What was framed comes out as it went in, message by message."""
+    assert list(unframed(framed(b"a\r\nb") + HEARTBEAT + framed(b"x" * 300))) == [
+        b"a\r\nb",
+        b":\n",
+        b"x" * 300,
+    ]
