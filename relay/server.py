@@ -10,7 +10,7 @@ import resource
 import signal
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -265,3 +265,46 @@ async def run(
             await server.serve(sockets=[listener])
         finally:
             running.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What is served: a relay, the application, and what answers polls at the front door."""
+
+    relay: Relay
+    app: ASGIApp
+    poll: Poll | None = None
+
+
+async def serve(options: ServerOptions, build: Callable[[], Site]) -> int:
+    """Listen, build what is served, and serve it until a signal.
+
+    Args:
+        options: how to serve.
+        build: makes what is served. It runs in a thread once the port is open, so that connections
+            wait, rather than fail, while the large libraries are imported.
+
+    Returns:
+        The exit code of the process.
+    """
+    try:
+        listener = listen(options.port)
+    except CannotListen as e:
+        _log.error("%s", e)
+        return 1
+    site = await asyncio.to_thread(build)
+    await run(site.relay, site.app, options, listener, site.poll)
+    return 0
+
+
+async def settle(relay: Relay) -> int:
+    """Run the relay until each environment has its data, without serving: `exitAlways`.
+
+    Returns:
+        The exit code of the process: 0 if all environments have data from upstream.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(relay.run())
+        complete = await relay.until_decided()
+        running.cancel()
+    return 0 if complete else 1

@@ -37,6 +37,7 @@ MAX_PREPARED_HEAD = 4096
 JOINED_BODY = 16 * 1024
 """Bodies up to this many bytes are joined with their head once a second: one write, one copy."""
 
+_VERSIONS = ("1.1", "1.0")
 _END = b"\r\n\r\n"
 _BODY_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"expect", b"upgrade"))
 
@@ -224,6 +225,8 @@ class FrontDoor(HttpToolsProtocol):
         size, self._head_size = self._head_size, 0
         if self.transport.is_closing():
             self._answered = True
+        elif self.parser.get_http_version() not in _VERSIONS:
+            self._refuse(b"505 HTTP Version Not Supported")
         elif size > self._door.limits.max_head_size and self._is_head_too_large():
             self._refuse_head()
         elif self._whole and self._answer(self._whole):
