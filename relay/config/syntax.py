@@ -1,0 +1,183 @@
+"""The reference's configuration file (config 3.3): text to assignments. Pure.
+
+The grammar is that of git's configuration files: sections, perhaps with a quoted subsection, and
+`name = value` lines. What the names mean is decided in `load`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_HEADER = re.compile(
+    r"""\[ [ \t]* (?P<section>[A-Za-z0-9.-]+) (?:[ \t]+ "(?P<sub>(?:[^"\\\n]|\\.)*)")? [ \t]* \]""",
+    re.VERBOSE,
+)
+_NAME = re.compile("[A-Za-z][A-Za-z0-9-]*")
+_ESCAPES = {"\\": "\\", '"': '"', "n": "\n", "t": "\t"}
+_BLANKS = " \t\r"
+
+
+class FileSyntaxError(Exception):
+    """The text breaks the grammar; `line` and `column` count from 1."""
+
+    def __init__(self, line: int, column: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+        self.column = column
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One `name = value` of the file, or a bare section header (with an empty name).
+
+    Args:
+        section: as written; matched without regard to case.
+        subsection: as meant, escapes resolved; None without one.
+        name: as written.
+        value: the value; None if there was no `=`.
+        line: where it stands.
+    """
+
+    section: str
+    subsection: str | None
+    name: str
+    value: str | None
+    line: int
+
+
+def parse(text: str) -> list[Assignment]:
+    """Return what a file says, in order. Each section header gives an assignment without name.
+
+    Raises:
+        FileSyntaxError: where the grammar is broken.
+    """
+    reader = _Reader(text.removeprefix("\ufeff"))
+    found: list[Assignment] = []
+    section: tuple[str, str | None] | None = None
+    while reader.to_next_token():
+        line = reader.line
+        if reader.peek() == "[":
+            section = reader.header()
+            found.append(Assignment(*section, "", None, line))
+        elif section is None:
+            reader.fail("expected section header")
+        else:
+            name, value = reader.variable()
+            found.append(Assignment(*section, name, value, line))
+    return found
+
+
+class _Reader:
+    """A position in the text, and the productions of the grammar."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._at = 0
+
+    @property
+    def line(self) -> int:
+        return self._text.count("\n", 0, self._at) + 1
+
+    def fail(self, message: str) -> None:
+        start = self._text.rfind("\n", 0, self._at) + 1
+        raise FileSyntaxError(self.line, self._at - start + 1, message)
+
+    def peek(self) -> str:
+        return self._text[self._at : self._at + 1]
+
+    def to_next_token(self) -> bool:
+        """Skip blanks, line ends and comments; return whether anything is left."""
+        while self.peek():
+            if self.peek() in ";#":
+                self._skip_line()
+            elif self.peek() in _BLANKS + "\n":
+                self._at += 1
+            else:
+                return True
+        return False
+
+    def _skip_line(self) -> None:
+        end = self._text.find("\n", self._at)
+        self._at = len(self._text) if end < 0 else end
+
+    def _end_of_line(self) -> None:
+        """Only blanks and a comment may follow."""
+        while self.peek() and self.peek() in _BLANKS:
+            self._at += 1
+        if self.peek() and self.peek() in ";#":
+            self._skip_line()
+        if self.peek() not in ("", "\n"):
+            self.fail("expected EOL, EOF, or comment")
+
+    def header(self) -> tuple[str, str | None]:
+        match = _HEADER.match(self._text, self._at)
+        if match is None:
+            self.fail("malformed section header")
+            raise AssertionError
+        sub = match["sub"]
+        if sub is not None:
+            if bad := re.search(r'\\[^"\\]', sub):
+                self.fail(f"unknown escape sequence {bad[0]}")
+            sub = re.sub(r"\\(.)", r"\1", sub)
+            if not sub:
+                self.fail("empty subsection name")
+        self._at = match.end()
+        self._end_of_line()
+        return match["section"], sub
+
+    def variable(self) -> tuple[str, str | None]:
+        match = _NAME.match(self._text, self._at)
+        if match is None:
+            self.fail("expected section header or variable name")
+            raise AssertionError
+        self._at = match.end()
+        while self.peek() and self.peek() in _BLANKS:
+            self._at += 1
+        if self.peek() != "=":
+            self._end_of_line()
+            return match[0], None
+        self._at += 1
+        while self.peek() and self.peek() in _BLANKS:
+            self._at += 1
+        return match[0], self._value()
+
+    def _value(self) -> str:
+        """Read quoted and unquoted parts up to the end of the line."""
+        parts: list[str] = []
+        kept = 0
+        quoted = False
+        while char := self.peek():
+            if char == "\n" and not quoted:
+                break
+            if char in ";#" and not quoted:
+                self._skip_line()
+                break
+            if char == "\n":
+                break
+            self._at += 1
+            if char == '"':
+                quoted = not quoted
+                kept = len(parts)
+            elif char == "\\":
+                parts += self._escape(quoted=quoted)
+                kept = len(parts)
+            else:
+                parts.append(char)
+                if quoted or char not in _BLANKS:
+                    kept = len(parts)
+        if quoted:
+            self.fail("string not terminated")
+        return "".join(parts[:kept])
+
+    def _escape(self, *, quoted: bool) -> list[str]:
+        following = self._text[self._at : self._at + 2]
+        if following.startswith("\n") or following == "\r\n":
+            self._at += 1 if following[0] == "\n" else 2
+            return []
+        if not quoted and not following.startswith('"'):
+            self.fail("unquoted '\\' must be followed by new line or double quote")
+        if not following or following[0] not in _ESCAPES:
+            self.fail("unknown escape sequence")
+        self._at += 1
+        return [_ESCAPES[following[0]]]
