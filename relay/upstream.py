@@ -1,0 +1,289 @@
+"""The one HTTP session towards LaunchDarkly: headers, proxy, trusted CAs, redirects, errors.
+
+aiohttp's exceptions end here. Nothing that leaves holds a key or a proxy's password.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+from yarl import URL
+
+from relay import __version__
+from relay.errors import ConfigError, ErrorKind, UpstreamRefused, UpstreamUnavailable
+from relay.model.credential import SDKKey
+
+USER_AGENT = f"PythonRelay/{__version__} LDRelay/{__version__}"
+"""In the shape that LaunchDarkly reads: SDK, then relay (streams 2.4)."""
+
+CONNECT_TIMEOUT = 13.0
+"""Seconds for name, TCP, proxy and TLS together: the reference's 3 s and 10 s."""
+
+KEEPALIVE_IDLE = 60
+"""Seconds of silence before TCP probes the other side (streams 2.4)."""
+
+MAX_REDIRECTS = 10
+"""More is a loop."""
+
+MAX_BODY = 128 * 1024 * 1024
+"""Bytes of one answer, decompressed: as much as one message of a stream may have."""
+
+READ_BUFFER = 256 * 1024
+"""Bytes read ahead of us: a few wake-ups for a large put instead of dozens."""
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_PASSING = frozenset({400, 407, 408, 429})
+"""4xx that say nothing about the key; 407 comes from a proxy."""
+_MEANINGS = {401: "invalid SDK key", 403: "SDK key not permitted"}
+_OK = frozenset({200})
+
+
+class Upstream:
+    """Requests to LaunchDarkly. The session is made by the first request, in its event loop.
+
+    Args:
+        proxy: URL of the proxy for everything, maybe with userinfo; None to follow `HTTP_PROXY`,
+            `HTTPS_PROXY` and `NO_PROXY`.
+        ca_files: PEM files of authorities that are trusted beside the system's.
+        connect_timeout: seconds until a connection must stand.
+
+    Raises:
+        ConfigError: a CA file or the proxy's URL cannot be used.
+    """
+
+    def __init__(
+        self,
+        proxy: str | None = None,
+        ca_files: Sequence[Path] = (),
+        connect_timeout: float = CONNECT_TIMEOUT,
+    ) -> None:
+        self._proxy = None if proxy is None else _proxy_url(proxy)
+        self._tls = _tls_context(ca_files) if ca_files else None
+        self._connect_timeout = connect_timeout
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close all connections. The next request would begin anew."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    @asynccontextmanager
+    async def get(
+        self,
+        url: str,
+        key: SDKKey,
+        *,
+        accept: str,
+        read_timeout: float,
+        headers: dict[str, str] | None = None,
+        statuses: Collection[int] = _OK,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Ask for `url` and follow redirects; the answer is read within the context.
+
+        Args:
+            url: what to get.
+            key: goes to this host and to no other.
+            accept: the media type wanted.
+            read_timeout: seconds of silence that are an error.
+            headers: beside the usual ones.
+            statuses: those which are an answer; any other is an error.
+
+        Raises:
+            UpstreamRefused: the key is refused.
+            UpstreamUnavailable: anything else, also while the answer is read.
+        """
+        with _translated():
+            response, trusted = await self._open(
+                URL(url),
+                {
+                    "Authorization": key.value,
+                    "User-Agent": USER_AGENT,
+                    "Accept": accept,
+                    "Accept-Encoding": "gzip",
+                    "Cache-Control": "no-cache",
+                    **(headers or {}),
+                },
+                read_timeout,
+            )
+            try:
+                if response.status not in statuses:
+                    raise _status_error(response.status, trusted=trusted)
+                yield response
+            finally:
+                response.close()  # what is left unread is not worth reading
+
+    async def _open(
+        self, url: URL, headers: dict[str, str], read_timeout: float
+    ) -> tuple[aiohttp.ClientResponse, bool]:
+        """Return the answer at the end of all redirects, and whether its server got the key."""
+        trusted = True
+        for _ in range(MAX_REDIRECTS):
+            response = await self._request(url, headers, read_timeout)
+            location = response.headers.get("Location")
+            if response.status not in _REDIRECTS or not location:
+                return response, trusted
+            response.close()
+            target = url.join(URL(location))
+            if not _same_server(url, target):
+                trusted, headers = False, _without_secrets(headers)
+            url = target
+        raise UpstreamUnavailable(
+            ErrorKind.ERROR_RESPONSE, f"more than {MAX_REDIRECTS} redirects", response.status
+        )
+
+    async def _request(
+        self, url: URL, headers: dict[str, str], read_timeout: float
+    ) -> aiohttp.ClientResponse:
+        if self._session is None:
+            self._session = self._new_session()
+        return await self._session.get(
+            url,
+            headers=headers,
+            allow_redirects=False,
+            proxy=self._proxy or _environment_proxy(url),
+            timeout=aiohttp.ClientTimeout(
+                total=None, connect=self._connect_timeout, sock_read=read_timeout
+            ),
+        )
+
+    def _new_session(self) -> aiohttp.ClientSession:
+        # No limit of connections: each source has one at a time, so environments are the limit.
+        connector = aiohttp.TCPConnector(
+            limit=0,
+            ssl=self._tls if self._tls is not None else True,
+            socket_factory=_keepalive_socket,
+        )
+        return aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=READ_BUFFER,
+            trust_env=False,  # it would read ~/.netrc, too
+        )
+
+
+async def read_body(response: aiohttp.ClientResponse, max_body: int = MAX_BODY) -> bytes:
+    """Return the whole body of an answer; call it within `Upstream.get`.
+
+    Raises:
+        UpstreamUnavailable: it has more than `max_body` bytes.
+    """
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in response.content.iter_any():
+        size += len(chunk)
+        if size > max_body:
+            raise UpstreamUnavailable(
+                ErrorKind.INVALID_DATA, f"the answer is longer than {max_body} bytes"
+            )
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _status_error(status: int, *, trusted: bool) -> UpstreamUnavailable:
+    """Only a server that was shown the key can refuse it."""
+    meaning = _MEANINGS.get(status)
+    reason = f"HTTP error {status}" + (f" ({meaning})" if meaning else "")
+    refused = trusted and 400 <= status < 500 and status not in _PASSING  # noqa: PLR2004 - 4xx
+    kind = UpstreamRefused if refused else UpstreamUnavailable
+    return kind(ErrorKind.ERROR_RESPONSE, reason, status)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (aiohttp.ClientError, OSError, ValueError) as e:
+        raise UpstreamUnavailable(ErrorKind.NETWORK_ERROR, _reason(e)) from e
+
+
+def _reason(error: Exception) -> str:
+    """Say what happened without the texts of libraries that may hold URLs and headers."""
+    match error:
+        case aiohttp.ClientHttpProxyError():
+            reason = f"the proxy answers {error.status}"
+        case aiohttp.ClientConnectorCertificateError():
+            reason = f"the certificate of {error.host} is not trusted"
+        case aiohttp.ClientConnectorError():
+            reason = f"cannot connect to {error.host}:{error.port}: {error.os_error}"
+        case TimeoutError():
+            reason = "no answer in time"
+        case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError() | ConnectionError():
+            reason = "the server closed the connection"
+        case aiohttp.ClientResponseError():
+            reason = "the answer is not HTTP"
+        case aiohttp.InvalidURL():
+            reason = "the URL cannot be used"
+        case _:
+            reason = f"the request failed ({type(error).__name__})"
+    return reason
+
+
+def _same_server(one: URL, other: URL) -> bool:
+    """Whether a key given to `one` may be given to `other`: itself, or itself made secure."""
+    if one.origin() == other.origin():
+        return True
+    return one.host == other.host and (one.scheme, other.scheme) == ("http", "https")
+
+
+def _without_secrets(headers: dict[str, str]) -> dict[str, str]:
+    kept = ("User-Agent", "Accept", "Accept-Encoding", "Cache-Control")
+    return {name: headers[name] for name in kept}
+
+
+def _proxy_url(text: str) -> URL:
+    try:
+        url = URL(text)
+    except ValueError:
+        url = URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigError(["the proxy's URL must be http://host:port or https://host:port"])
+    return url
+
+
+def _environment_proxy(url: URL) -> URL | None:
+    if proxy_bypass(url.raw_authority.rpartition("@")[2]):
+        return None
+    proxy = getproxies().get(url.scheme)
+    return URL(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
+
+
+def _tls_context(ca_files: Sequence[Path]) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    problems = []
+    for file in ca_files:
+        try:
+            context.load_verify_locations(cafile=file)
+        except (OSError, ssl.SSLError) as e:
+            problems.append(f"CA file {file} cannot be used: {e.strerror or e}")
+    if problems:
+        raise ConfigError(problems)
+    return context
+
+
+def _keepalive_socket(address: Any) -> socket.socket:
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+    return made

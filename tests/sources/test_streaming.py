@@ -1,0 +1,343 @@
+"""The streaming source against a real server: what is yielded for what upstream does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from contextlib import aclosing, asynccontextmanager
+
+import pytest
+import trustme
+
+from relay.errors import ConfigError, ErrorKind
+from relay.model.credential import SDKKey
+from relay.model.item import Kind
+from relay.model.payload import ChangeSet
+from relay.protocol.sse import Decoder
+from relay.sources import Current, Interrupted
+from relay.sources.retry import Times
+from relay.sources.streaming import Streaming
+from relay.upstream import MAX_REDIRECTS, Upstream
+from tests.support import upstream as answers
+from tests.support.data import all_data, flag, put
+from tests.support.upstream import ScriptedUpstream
+
+KEY = "sdk-secret-4711"
+LOG = logging.getLogger("relay.env.test")
+FAST = Times(
+    first_delay=0.01, longest_delay=0.02, refused_delay=0.01, read_timeout=0.2, confirm_every=0.0
+)
+
+
+@pytest.fixture(name="server")
+async def scripted_upstream():
+    async with ScriptedUpstream() as server:
+        server.serve(KEY, all_data(flag("a", 1)))
+        yield server
+
+
+@asynccontextmanager
+async def listening(url, times=FAST, session=None):
+    """The updates of a streaming source, and the source."""
+    async with session or Upstream() as upstream:
+        source = Streaming(upstream, url + "/", SDKKey(KEY), LOG, times)
+        async with asyncio.timeout(20), aclosing(source.updates()) as updates:
+            yield updates, source
+
+
+async def until(updates, kind):
+    """The next update of a kind, however many others come before."""
+    async for update in updates:
+        if isinstance(update, kind):
+            return update
+    raise AssertionError
+
+
+async def test_a_stream_brings_all_data_and_then_changes(server):
+    """A put, a patch, a delete, in order."""
+    async with listening(server.url) as (updates, _):
+        first = await until(updates, ChangeSet)
+        assert first.full
+        assert [item.key for item in first.items] == ["a"]
+        await server.connected(KEY)
+        await server.patch(KEY, flag("a", 2))
+        assert (await until(updates, ChangeSet)).items[0].version == 2
+        await server.delete(KEY, "/flags/a", 3)
+        gone = (await until(updates, ChangeSet)).items[0]
+        assert (gone.kind, gone.key, gone.version, gone.json) == (Kind.FLAG, "a", 3, None)
+        await server.raw(KEY, b":\n\n")
+        assert await until(updates, Current) == Current()
+
+
+async def test_requests_look_like_those_of_an_sdk(server):
+    """The headers of streams 2.4; the last id comes back."""
+    server.script(KEY, answers.body(b"id: 77\n" + put(all_data())))
+    async with listening(server.url) as (updates, _):
+        await until(updates, Interrupted)
+        await until(updates, ChangeSet)
+    first, second = server.requests
+    assert (first.method, first.path) == ("GET", "/all")
+    assert first.headers["Authorization"] == KEY
+    assert first.headers["Accept"] == "text/event-stream"
+    assert first.headers["Cache-Control"] == "no-cache"
+    assert first.headers["Accept-Encoding"] == "gzip"
+    assert first.headers["User-Agent"].startswith("PythonRelay/")
+    assert " LDRelay/" in first.headers["User-Agent"]
+    assert "Last-Event-Id" not in first.headers
+    assert second.headers["Last-Event-Id"] == "77"
+
+
+FAULTS = {
+    "401": (answers.status(401), ErrorKind.ERROR_RESPONSE, 401, "invalid SDK key"),
+    "403": (answers.status(403), ErrorKind.ERROR_RESPONSE, 403, "not permitted"),
+    "404": (answers.status(404), ErrorKind.ERROR_RESPONSE, 404, "HTTP error 404"),
+    "400": (answers.status(400), ErrorKind.ERROR_RESPONSE, 400, "HTTP error 400"),
+    "429": (answers.status(429), ErrorKind.ERROR_RESPONSE, 429, "HTTP error 429"),
+    "503": (answers.status(503), ErrorKind.ERROR_RESPONSE, 503, "HTTP error 503"),
+    "204": (answers.status(204), ErrorKind.ERROR_RESPONSE, 204, "HTTP error 204"),
+    "stalled": (answers.stall, ErrorKind.NETWORK_ERROR, None, "no answer in time"),
+    "hung up": (answers.hang_up, ErrorKind.NETWORK_ERROR, None, "closed the connection"),
+    "stalled later": (
+        answers.body(b":\n", then="stall"), ErrorKind.NETWORK_ERROR, None, "no answer in time"),
+    "half a put": (
+        answers.half_a_put(all_data(flag("x"))), ErrorKind.NETWORK_ERROR, None, "closed"),
+    "cut": (
+        answers.body(put(all_data())[:30], then="abort"), ErrorKind.NETWORK_ERROR, None, "closed"),
+    "not JSON": (
+        answers.body(b"event: put\ndata: {oops\n\n"), ErrorKind.INVALID_DATA, None, "put message"),
+    "put without data": (
+        answers.body(b"event: put\n\n"), ErrorKind.INVALID_DATA, None, "put message"),
+    "a web page": (
+        answers.body(b"<p>", "text/html"), ErrorKind.ERROR_RESPONSE, 200, "not an event stream"),
+    "redirect loop": (answers.redirect("/all"), ErrorKind.ERROR_RESPONSE, 307, "redirects"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_fault_interrupts_and_passes(server, caplog, fault):
+    """Nothing is applied, the reason names what happened and no key, and data come in the end."""
+    answer, kind, status, words = FAULTS[fault]
+    # A request whose connection breaks before any answer is repeated once by aiohttp.
+    server.script(KEY, *[answer] * {"redirect loop": MAX_REDIRECTS, "hung up": 2}.get(fault, 1))
+    async with listening(server.url) as (updates, _):
+        trouble = await anext(updates)
+        assert isinstance(trouble, Interrupted)
+        assert (trouble.kind, trouble.status) == (kind, status)
+        assert words in trouble.reason
+        assert trouble.refused == (fault in ("401", "403", "404"))
+        assert (await until(updates, ChangeSet)).full
+    assert KEY not in caplog.text + trouble.reason
+
+
+async def test_a_refused_connection_and_an_unknown_host_are_tried_again(server):
+    """Also before the first success."""
+    await server.stop()
+    async with listening(server.url) as (updates, _):
+        trouble = await anext(updates)
+        assert trouble.kind is ErrorKind.NETWORK_ERROR
+        assert "cannot connect" in trouble.reason
+        await server.start()
+        assert await until(updates, ChangeSet)
+    async with listening("http://nowhere.invalid") as (updates, _):
+        assert (await anext(updates)).kind is ErrorKind.NETWORK_ERROR
+
+
+async def test_a_bad_item_does_not_break_the_stream(server):
+    """It is set apart; the connection stays."""
+    async with listening(server.url) as (updates, _):
+        await until(updates, ChangeSet)
+        await server.connected(KEY)
+        await server.patch(KEY, flag("a", 2, variations=3))
+        assert (await until(updates, ChangeSet)).invalid[0].key == "a"
+        await server.patch(KEY, flag("b", 2))
+        assert (await until(updates, ChangeSet)).items[0].key == "b"
+    assert len(server.requests) == 1
+
+
+async def test_unknown_events_are_logged_once_and_ignored(server, caplog):
+    """The stream goes on."""
+    caplog.set_level(logging.INFO)
+    async with listening(server.url) as (updates, _):
+        await until(updates, ChangeSet)
+        await server.connected(KEY)
+        await server.raw(KEY, b"event: news\ndata: x\n\n" * 3)
+        await server.raw(KEY, b"".join(b"event: n%d\ndata: x\n\n" % n for n in range(50)))
+        await server.patch(KEY, flag("a", 2))
+        await until(updates, ChangeSet)
+    assert caplog.text.count("'news'") == 1
+    assert len(caplog.messages) == 20
+
+
+async def test_refresh_connects_anew_without_an_interruption(server):
+    """All data come once more; nobody is alarmed."""
+    calm = Times(confirm_every=1000)
+    async with listening(server.url, calm) as (updates, source):
+        assert (await anext(updates)).full
+        waiting = asyncio.ensure_future(anext(updates))
+        await server.connected(KEY)
+        source.refresh()
+        assert (await waiting).full
+    assert len(server.requests) == 2
+
+
+async def test_refresh_ends_a_long_wait(server):
+    """A refused key is tried again when somebody asks."""
+    server.script(KEY, answers.status(401))
+    async with listening(server.url, Times()) as (updates, source):
+        assert (await anext(updates)).refused
+        source.refresh()
+        assert (await anext(updates)).full
+
+
+async def test_a_key_never_goes_to_another_server(server):
+    """A redirect elsewhere is followed without it, and what is said there is no refusal."""
+    async with ScriptedUpstream() as other:
+        server.script(KEY, answers.redirect(other.url + "/all"))
+        async with listening(server.url) as (updates, _):
+            trouble = await anext(updates)
+            assert (trouble.status, trouble.refused) == (401, False)
+        assert KEY not in str(other.requests)
+
+
+async def test_a_redirect_on_the_same_server_keeps_the_key(server):
+    """As LaunchDarkly may do."""
+    server.script(KEY, answers.redirect("/all?here"))
+    async with listening(server.url) as (updates, _):
+        assert (await anext(updates)).full
+
+
+async def test_large_and_compressed_puts_work(server):
+    """50 MB, and gzip."""
+    large = all_data(*(flag(f"f{n}", value="x" * 1_000_000) for n in range(50)))
+    server.script(KEY, answers.body(put(large)), answers.body(put(all_data(flag("z"))), gzip=True))
+    async with listening(server.url, Times(first_delay=0.01)) as (updates, _):
+        assert len((await until(updates, ChangeSet)).items) == 50
+        assert (await until(updates, ChangeSet)).items[0].key == "z"
+
+
+async def test_endless_garbage_is_given_up(server, monkeypatch):
+    """A message that never ends does not take the memory."""
+    monkeypatch.setattr("relay.sources.sse.Decoder", lambda: Decoder(max_message=1_000_000))
+    server.script(KEY, answers.drip(b"x" * 100_000))
+    async with listening(server.url) as (updates, _):
+        trouble = await anext(updates)
+        assert trouble.kind is ErrorKind.INVALID_DATA
+        assert "longer than" in trouble.reason
+
+
+async def test_cancelling_closes_the_connection(server):
+    """Nothing stays open, wherever the source is cancelled."""
+    async with listening(server.url, Times()) as (updates, _):
+        await anext(updates)
+        waiting = asyncio.ensure_future(anext(updates))
+        await server.connected(KEY)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await server.left(KEY)
+
+
+async def test_an_extra_authority_is_trusted(server, tmp_path):
+    """And none without being told; the reason names the host."""
+    authority = trustme.CA()
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    async with ScriptedUpstream(tls) as secure:
+        secure.serve(KEY, all_data())
+        async with listening(secure.url) as (updates, _):
+            assert "not trusted" in (await anext(updates)).reason
+        session = Upstream(ca_files=[tmp_path / "ca.pem"])
+        async with listening(secure.url, session=session) as (updates, _):
+            assert (await anext(updates)).full
+
+
+def test_unusable_settings_are_named(tmp_path):
+    """All at once, and without the proxy's password."""
+    with pytest.raises(ConfigError, match=r"missing\.pem"):
+        Upstream(ca_files=[tmp_path / "missing.pem"])
+    with pytest.raises(ConfigError, match="proxy's URL") as caught:
+        Upstream(proxy="socks5://me:hidden@x")
+    assert "hidden" not in str(caught.value)
+
+
+@asynccontextmanager
+async def a_proxy(expected_auth):
+    """A small forward proxy: absolute-form requests, and CONNECT; anything unauthorised is 407."""
+    seen: list[str] = []
+    tasks: set[asyncio.Task] = set()
+
+    async def pipe(reader, writer):
+        try:
+            while chunk := await reader.read(65536):
+                writer.write(chunk)
+                await writer.drain()
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    async def serve(reader, writer):
+        tasks.add(asyncio.current_task())
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        line = head.split("\r\n")[0]
+        seen.append(line)
+        if f"Proxy-Authorization: {expected_auth}" not in head:
+            writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
+            writer.close()
+            return
+        method, target, _ = line.split(" ")
+        authority = target if method == "CONNECT" else target.split("/")[2]
+        host, port = authority.split(":")
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        if method == "CONNECT":
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        else:
+            far_writer.write(head.replace(f"http://{authority}", "", 1).encode())
+        async with asyncio.TaskGroup() as both:
+            both.create_task(pipe(reader, far_writer))
+            both.create_task(pipe(far_reader, writer))
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = await asyncio.start_server(serve, sock=listener)
+    try:
+        yield listener.getsockname()[1], seen
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_proxy_with_a_password(server, tmp_path):
+    """Plain requests go in absolute form, TLS through CONNECT; the password stays secret."""
+    authority = trustme.CA()
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    async with a_proxy("Basic bWU6cEBzcw==") as (port, seen), ScriptedUpstream(tls) as secure:
+        secure.serve(KEY, all_data())
+        for target in (server, secure):
+            session = Upstream(f"http://me:p%40ss@127.0.0.1:{port}", [tmp_path / "ca.pem"])
+            async with listening(target.url, session=session) as (updates, _):
+                assert (await anext(updates)).full
+            wrong = Upstream(f"http://me:hidden@127.0.0.1:{port}", [tmp_path / "ca.pem"])
+            async with listening(target.url, session=wrong) as (updates, _):
+                trouble = await anext(updates)
+                assert "407" in trouble.reason
+                assert "hidden" not in trouble.reason
+                assert not trouble.refused
+    assert seen[0].startswith(f"GET {server.url}/all ")
+    assert any(line.startswith(f"CONNECT 127.0.0.1:{secure.port} ") for line in seen)
+
+
+async def test_the_environments_proxy_counts_when_none_is_configured(server, monkeypatch):
+    """`HTTP_PROXY`, but not for hosts in `NO_PROXY`."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    async with listening(server.url) as (updates, _):
+        assert "cannot connect to 127.0.0.1:1" in (await anext(updates)).reason
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    async with listening(server.url) as (updates, _):
+        assert (await anext(updates)).full
