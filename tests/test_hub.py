@@ -102,10 +102,12 @@ class Interleavings(RuleBasedStateMachine):
         hub_module.FAN_OUT_SLICE, hub_module.ARREARS_LIMIT = 2, 3000
 
     def run(self, what) -> None:
-        async def in_loop() -> None:
+        """Do something as the loop would, without giving the hub a turn before or after."""
+        asyncio._set_running_loop(self.loop)
+        try:
             what()
-
-        self.loop.run_until_complete(in_loop())
+        finally:
+            asyncio._set_running_loop(None)
 
     @rule(key=st.sampled_from("abc"), size=st.sampled_from([0, 600, 2500]), full=st.booleans())
     def change(self, key, size, full):
