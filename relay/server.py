@@ -256,6 +256,8 @@ async def run(
         poll: answers polls at the front door.
     """
     raise_file_limit()
+    # uvicorn warns of each malformed request: traffic that hostile clients could fill a disk with.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     server = make_server(relay, app, options, Door(relay, poll, options.limits))
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(relay.run())
