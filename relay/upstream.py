@@ -112,25 +112,25 @@ class Upstream:
             UpstreamRefused: the key is refused.
             UpstreamUnavailable: anything else, also while the answer is read.
         """
-        with _translated():
-            response, trusted = await self._open(
-                URL(url),
-                {
-                    "Authorization": key.value,
-                    "User-Agent": USER_AGENT,
-                    "Accept": accept,
-                    "Accept-Encoding": "gzip",
-                    "Cache-Control": "no-cache",
-                    **(headers or {}),
-                },
-                read_timeout,
-            )
-            try:
-                if response.status not in statuses:
-                    raise _status_error(response.status, trusted=trusted)
+        everything = {
+            "Authorization": key.value,
+            "User-Agent": USER_AGENT,
+            "Accept": accept,
+            "Accept-Encoding": "gzip",
+            "Cache-Control": "no-cache",
+            **(headers or {}),
+        }
+        # ValueError: URLs of redirects and of the environment's proxy may be anything. While the
+        # answer is read it would be a defect of ours.
+        with _translated(ValueError):
+            response, trusted = await self._open(URL(url), everything, read_timeout)
+        try:
+            if response.status not in statuses:
+                raise _status_error(response.status, trusted=trusted)
+            with _translated():
                 yield response
-            finally:
-                response.close()  # what is left unread is not worth reading
+        finally:
+            response.close()  # what is left unread is not worth reading
 
     async def _open(
         self, url: URL, headers: dict[str, str], read_timeout: float
@@ -209,10 +209,11 @@ def _status_error(status: int, *, trusted: bool) -> UpstreamUnavailable:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated(*more: type[Exception]) -> Iterator[None]:
+    failures: tuple[type[Exception], ...] = (aiohttp.ClientError, OSError, *more)
     try:
         yield
-    except (aiohttp.ClientError, OSError, ValueError) as e:
+    except failures as e:
         raise UpstreamUnavailable(ErrorKind.NETWORK_ERROR, _reason(e)) from e
 
 

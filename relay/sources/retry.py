@@ -23,6 +23,11 @@ class Times:
     """Silence after which a stream is dead; upstream sends a comment every three minutes."""
     confirm_every: float = 10.0
     """The least time between two `Current` of a quiet source."""
+    poll_interval: float = 30.0
+    poll_timeout: float = 60.0
+    """For one whole poll."""
+    file_interval: float = 1.0
+    """Between two looks at a file; looking costs microseconds, and people wait for it."""
 
 
 class Schedule:

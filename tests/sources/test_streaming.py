@@ -341,3 +341,12 @@ async def test_the_environments_proxy_counts_when_none_is_configured(server, mon
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     async with listening(server.url) as (updates, _):
         assert (await anext(updates)).full
+
+
+@pytest.mark.parametrize("location", ["http://[", "ftp://x/all", "http://127.0.0.1:99999/"])
+async def test_a_redirect_to_nonsense_is_an_ordinary_failure(server, location):
+    """Whatever the `Location` holds."""
+    server.script(KEY, answers.redirect(location))
+    async with listening(server.url) as (updates, _):
+        assert isinstance(await anext(updates), Interrupted)
+        assert (await until(updates, ChangeSet)).full

@@ -1,0 +1,91 @@
+"""The file-data format: what it means, what is filled in, how versions are counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ldclient.impl.model import FeatureFlag, Segment
+
+from relay.errors import InvalidData
+from relay.model.item import Kind
+from relay.protocol.filedata import numbered, read
+
+DEMO = Path(__file__).parent.parent.parent / "config/flags.yaml"
+SPARSE = b"""
+flagValues: {greeting: hello}
+flags:
+  lamp: {"on": true, variations: [1], targets: [{variation: 0}], rules: [{clauses: [{}]}, {}]}
+segments:
+  crowd: {rules: [{clauses: [{op: in}]}]}
+"""
+
+
+def items(text, before=(), floor=100, name="flags.yaml"):
+    known = {(item.kind, item.key): item for item in before}
+    return numbered(read(text, name), known, floor, name)
+
+
+@pytest.mark.parametrize("text", [DEMO.read_bytes(), SPARSE])
+def test_a_strict_sdk_takes_what_comes_out(text):
+    """The Python SDK refuses items without certain members."""
+    made = items(text)
+    assert len(made) >= 3
+    for item in made:
+        (FeatureFlag if item.kind is Kind.FLAG else Segment)(json.loads(item.json))
+
+
+def test_a_simple_value_becomes_a_whole_flag():
+    """On, one variation for everybody, visible to all kinds of SDK."""
+    flag = json.loads(items(b'{"flagValues":{"a":{"x":1}}}')[0].json)
+    assert flag["on"] is True
+    assert flag["variations"] == [{"x": 1}]
+    assert flag["fallthrough"] == {"variation": 0}
+    assert flag["clientSideAvailability"] == {"usingMobileKey": True, "usingEnvironmentId": True}
+
+
+def test_versions_grow_only_for_what_changed():
+    """Others keep theirs, so that clients hear of nothing."""
+    first = items(b'{"flagValues":{"a":1,"b":1}}')
+    assert [item.version for item in first] == [100, 100]
+    second = items(b'{"flagValues":{"a":1,"b":2}}', first)
+    assert [item.version for item in second] == [100, 101]
+    third = items(b'{"flagValues":{"a":3,"b":2}}', second, floor=500)
+    assert [item.version for item in third] == [500, 101]
+
+
+def test_a_version_in_the_file_counts_if_it_is_greater():
+    """Also when nothing else has changed."""
+    first = items(b'{"flags":{"a":{"version":7}}}')
+    assert first[0].version == 100
+    assert items(b'{"flags":{"a":{"version":700}}}', first)[0].version == 700
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "words"),
+    [
+        (b'{"flags": {', "f.json", ["f.json", "line 1"]),
+        (b"flags:\n  a: [1\n", "f.yaml", ["f.yaml", "line 3"]),
+        (b"", "f.yaml", ["f.yaml", "must be an object"]),
+        (b"flagz: {}", "f.yaml", ['"flagz"', "flagValues"]),
+        (b"flags: []\n", "f.yaml", []),
+        (b"flags: [1]", "f.yaml", ["flags must be an object"]),
+        (b"flags: {a: 1}", "f.yaml", ["f.yaml", 'flag "a"', "object"]),
+        (b"flags: {a: {on: true}}", "f.yaml", ["f.yaml", 'flag "a"', "quotes"]),
+        (b"flags: {a: {variations: 3}}", "f.yaml", ["f.yaml", 'flag "a"', "variations"]),
+        (b"flags: {a: {targets: 3, rules: 4}}", "f.yaml", ['flag "a"']),
+        (b"segments: {s: {included: x}}", "f.yaml", ['segment "s"', "included"]),
+        (b"flags: {a: {}}\nflagValues: {a: 1}", "f.yaml", ['"a" is both']),
+        (b"flagValues: {1: 1}", "f.yaml", ["key 1", "quotes"]),
+        (b"\xff\xfe\xff", "f.yaml", ["f.yaml"]),
+    ],
+)
+def test_errors_say_where(text, name, words):
+    """File and key, and the line where the syntax is wrong."""
+    if not words:
+        assert items(text, name=name) == ()
+        return
+    with pytest.raises(InvalidData) as caught:
+        items(text, name=name)
+    assert all(word in str(caught.value) for word in words), str(caught.value)

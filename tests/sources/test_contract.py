@@ -1,0 +1,106 @@
+"""Every source keeps the contract."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from relay.model.credential import SDKKey
+from relay.sources.file import File
+from relay.sources.polling import Polling
+from relay.sources.retry import Times
+from relay.sources.streaming import Streaming
+from relay.upstream import Upstream
+from tests.sources.contract import SourceContract
+from tests.support import upstream as answers
+from tests.support.data import put
+from tests.support.upstream import ScriptedUpstream
+
+KEY = "sdk-1"
+FAST = Times(
+    first_delay=0.01,
+    longest_delay=0.02,
+    confirm_every=0.0,
+    poll_interval=0.02,
+    file_interval=0.01,
+)
+
+
+class ServerStage:
+    def __init__(self, server, source):
+        self.server, self.source = server, source
+
+    async def show(self, text):
+        await self.server.put(KEY, text)
+
+
+class StreamStage(ServerStage):
+    async def show(self, text):
+        if any(request.path == "/all" for request in self.server.requests):
+            await self.server.connected(KEY)
+        await super().show(text)
+
+    async def spoil(self):
+        await self.server.connected(KEY)
+        self.server.always(KEY, answers.status(503))
+        await self.server.raw(KEY, put("[]"))
+
+    async def restore(self, text):
+        self.server.serve(KEY, text)
+        self.server.always(KEY, None)
+
+    async def beat(self):
+        await self.server.connected(KEY)
+        await self.server.raw(KEY, b":\n")
+
+
+class PollStage(ServerStage):
+    async def spoil(self):
+        self.server.always(KEY, answers.body(b'{"flags":', "application/json"))
+
+    restore = StreamStage.restore
+
+
+class FileStage:
+    def __init__(self, path):
+        self.path, self.source = path, File(path, FAST)
+
+    async def show(self, text):
+        self.path.write_text(text)
+
+    async def spoil(self):
+        self.path.write_text('{"flags": {')
+
+    restore = show
+
+
+@pytest.fixture(name="server")
+async def scripted_upstream():
+    async with ScriptedUpstream() as server:
+        yield server
+
+
+@pytest.fixture(name="session")
+async def upstream():
+    async with Upstream() as session:
+        yield session
+
+
+class TestStreaming(SourceContract):
+    @pytest.fixture
+    def stage(self, server, session):
+        log = logging.getLogger("relay.env.test")
+        return StreamStage(server, Streaming(session, server.url, SDKKey(KEY), log, FAST))
+
+
+class TestPolling(SourceContract):
+    @pytest.fixture
+    def stage(self, server, session):
+        return PollStage(server, Polling(session, server.url, SDKKey(KEY), FAST))
+
+
+class TestFile(SourceContract):
+    @pytest.fixture
+    def stage(self, tmp_path):
+        return FileStage(tmp_path / "flags.json")

@@ -1,0 +1,50 @@
+"""The file source: what editors do to files."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+
+from relay.errors import ErrorKind
+from relay.model.payload import ChangeSet
+from relay.sources import Interrupted
+from relay.sources.file import File
+from relay.sources.retry import Times
+
+FAST = Times(confirm_every=1000, file_interval=0.01)
+
+
+@pytest.fixture(name="path")
+def flags_file(tmp_path):
+    return tmp_path / "flags.yaml"
+
+
+async def test_a_file_may_come_later_and_be_replaced(path):
+    """Missing is said once; a rename over it is a change."""
+    async with asyncio.timeout(20), aclosing(File(path, FAST).updates()) as updates:
+        missing = await anext(updates)
+        assert isinstance(missing, Interrupted)
+        assert str(path) in missing.reason
+        path.write_text("flagValues: {a: 1}")
+        assert isinstance(first := await anext(updates), ChangeSet)
+        assert first.items[0].version == int(path.stat().st_mtime)
+        other = path.with_name("new")
+        other.write_text("flagValues: {a: 2}")
+        other.replace(path)
+        assert (await anext(updates)).items[0].version > first.items[0].version
+
+
+async def test_a_half_written_file_is_said_once(path):
+    """With file and reason; the next good state is taken."""
+    path.write_text("flags: {a: [")
+    async with asyncio.timeout(20), aclosing(File(path, FAST).updates()) as updates:
+        broken = await anext(updates)
+        assert broken.kind is ErrorKind.INVALID_DATA
+        assert str(path) in broken.reason
+        waiting = asyncio.ensure_future(anext(updates))
+        done, _ = await asyncio.wait([waiting], timeout=0.1)
+        assert not done
+        path.write_text("flagValues: {a: 1}")
+        assert (await waiting).full
