@@ -1,0 +1,79 @@
+"""Answers that are prepared once and sent many times, and the reference's texts of refusals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+import orjson
+from starlette.responses import Response
+
+Headers = tuple[tuple[bytes, bytes], ...]
+
+_TEXT: Headers = ((b"content-type", b"text/plain; charset=utf-8"),)
+_JSON: Headers = ((b"content-type", b"application/json"),)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole HTTP response.
+
+    Args:
+        status: its code.
+        headers: lower-case names and values, without `content-length` and `date`.
+        body: its bytes; empty for a 304.
+    """
+
+    status: int
+    headers: Headers = ()
+    body: bytes = b""
+    head: bytes = field(init=False, repr=False)
+    """Status line and headers, each with its CRLF; neither `date` nor the final blank line."""
+
+    def __post_init__(self) -> None:
+        line = b"HTTP/1.1 %d %b\r\n" % (self.status, HTTPStatus(self.status).phrase.encode())
+        headers = (b"%b: %b\r\n" % header for header in self.all_headers)
+        object.__setattr__(self, "head", line + b"".join(headers))
+
+    @property
+    def all_headers(self) -> Headers:
+        """The headers that are sent; a 304 has no length (it would be that of the 200)."""
+        if self.status == HTTPStatus.NOT_MODIFIED:
+            return self.headers
+        return (*self.headers, (b"content-length", b"%d" % len(self.body)))
+
+    def with_headers(self, *headers: tuple[bytes, bytes]) -> Answer:
+        """Return the same answer with more headers."""
+        return Answer(self.status, (*self.headers, *headers), self.body)
+
+    def as_response(self) -> Response:
+        """Return what the application sends; servers leave the body away for HEAD."""
+        response = Response(self.body, self.status)
+        response.raw_headers = list(self.all_headers)
+        return response
+
+
+def text(status: int, message: str) -> Answer:
+    """Return an answer in plain text, without a line end."""
+    return Answer(status, _TEXT, message.encode())
+
+
+def json_error(status: int, message: str) -> Answer:
+    """Return `{"message":"…"}`."""
+    return Answer(status, _JSON, orjson.dumps({"message": message}))
+
+
+# The texts are those of endpoints 1.1 and 1.2.
+NOT_FOUND = Answer(404, (*_TEXT, (b"x-content-type-options", b"nosniff")), b"404 page not found\n")
+NO_SUCH_ITEM = Answer(404)
+MALFORMED_CREDENTIAL = Answer(401)
+UNKNOWN_CREDENTIAL = text(
+    401,
+    "Relay Proxy does not recognize the client credential "
+    "(missing or invalid Authorization header)",
+)
+UNKNOWN_ENVIRONMENT_ID = text(404, "URL did not contain an environment ID")
+UNKNOWN_FILTER = text(
+    404, "Relay Proxy recognizes the provided credential, but the payload filter was not found"
+)
+NO_DATA = text(503, "client was not initialized")

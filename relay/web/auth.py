@@ -1,0 +1,65 @@
+"""From a request's credential to its environment (endpoints 1.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from relay.environment import Environment
+from relay.relay import Relay
+from relay.web.answers import (
+    MALFORMED_CREDENTIAL,
+    NO_DATA,
+    UNKNOWN_CREDENTIAL,
+    UNKNOWN_ENVIRONMENT_ID,
+    UNKNOWN_FILTER,
+    Answer,
+)
+
+_PREFIX = b"api_key "
+_BLANKS = b" \t"
+
+
+def for_sdk_key(relay: Relay, authorization: bytes, payload_filter: str) -> Environment | Answer:
+    """Return the environment that an `Authorization` header opens as an SDK key, or the refusal."""
+    return _by_header(relay.by_sdk_key, authorization, payload_filter)
+
+
+def for_mobile_key(relay: Relay, authorization: bytes, payload_filter: str) -> Environment | Answer:
+    """Return the environment that an `Authorization` header opens as a mobile key, or the refusal.
+
+    SDK keys and mobile keys are never accepted in each other's place.
+    """
+    return _by_header(relay.by_mobile_key, authorization, payload_filter)
+
+
+def for_environment_id(
+    relay: Relay, environment_id: str, payload_filter: str
+) -> Environment | Answer:
+    """Return the environment that a client-side ID in the path opens, or the refusal."""
+    environment = relay.by_environment_id.get(environment_id)
+    return _filtered(environment, payload_filter) or UNKNOWN_ENVIRONMENT_ID
+
+
+def with_data(environment: Environment | Answer) -> Environment | Answer:
+    """Refuse an environment that has no data yet; streams are let through and wait instead."""
+    if isinstance(environment, Environment) and environment.payload is None:
+        return NO_DATA
+    return environment
+
+
+def _by_header(
+    environments: Mapping[str, Environment], authorization: bytes, payload_filter: str
+) -> Environment | Answer:
+    key = authorization.strip(_BLANKS)
+    if key.startswith(_PREFIX):
+        key = key.removeprefix(_PREFIX).strip(_BLANKS)
+    if not key or b" " in key:
+        return MALFORMED_CREDENTIAL
+    environment = environments.get(key.decode("latin-1"))
+    return _filtered(environment, payload_filter) or UNKNOWN_CREDENTIAL
+
+
+def _filtered(environment: Environment | None, payload_filter: str) -> Environment | Answer | None:
+    if environment is not None and payload_filter:
+        return UNKNOWN_FILTER
+    return environment

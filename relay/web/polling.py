@@ -1,0 +1,231 @@
+"""What server-side SDKs poll: prepared once per payload and variant, then only looked up."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable
+from email.utils import formatdate
+from functools import lru_cache
+from weakref import WeakKeyDictionary
+
+from isal import igzip
+
+from relay.environment import Environment
+from relay.model.item import Kind
+from relay.model.payload import Payload
+from relay.protocol.fdv1 import all_data, all_flags
+from relay.web.answers import NO_SUCH_ITEM, Answer, Headers
+
+MIN_COMPRESSED = 1024
+"""Bytes of a body worth compressing: below, it fits one packet anyway."""
+
+MAX_COMPRESSED_AT_ONCE = 256 * 1024
+"""Bytes that are compressed on the event loop, in about 1 ms; more is done in a thread."""
+
+COMPRESSION_LEVEL = 1
+"""isal's 1 of 0 to 3: nearly as small as 3, and fast."""
+
+MAX_ITEMS = 1024
+"""Single flags and segments kept ready per environment; PHP asks for few, again and again."""
+
+_ITEM_PATHS = (("/sdk/flags/", Kind.FLAG), ("/sdk/segments/", Kind.SEGMENT))
+_QUOTED = re.compile(rb'(?:W/)?"([^"]*)"')
+
+
+class _Resource:
+    """One body with its ETag, in all its variants."""
+
+    def __init__(self, body: bytes, etag: bytes, headers: Headers) -> None:
+        self.body = body
+        self.etag = etag
+        self._tag = etag.strip(b'"')
+        self.compressible = len(body) >= MIN_COMPRESSED
+        vary: Headers = ((b"vary", b"Accept-Encoding"),) if self.compressible else ()
+        self._shared: Headers = ((b"etag", etag), *headers, *vary)
+        self._typed: Headers = ((b"content-type", b"application/json"), *self._shared)
+        self.plain = Answer(200, self._typed, body)
+        self.unchanged = Answer(304, self._shared)
+        self.compressed: Answer | None = None
+
+    def matches(self, if_none_match: bytes) -> bool:
+        """Whether the client has this: old exact form, quotes, list, `W/`, `*` (endpoints 1.6)."""
+        if if_none_match in (self.etag, b"*"):
+            return True
+        return self._tag in _QUOTED.findall(if_none_match)
+
+    def compress(self) -> Answer:
+        """Return the gzip variant. May run in a thread."""
+        if self.compressed is None:
+            # Without a time the bytes are equal at all replicas.
+            body = igzip.compress(self.body, COMPRESSION_LEVEL, mtime=0)
+            self.compressed = Answer(200, (*self._typed, (b"content-encoding", b"gzip")), body)
+        return self.compressed
+
+
+class _Polls:
+    """All that can be polled of one payload, made when somebody asks for it."""
+
+    def __init__(self, payload: Payload, headers: Headers) -> None:
+        self.payload = payload
+        self._headers = headers
+        self._ready: dict[str, _Resource | None] = {}
+        self._makers: dict[str, Callable[[], _Resource]] = {
+            "/sdk/flags": self._flags,
+            "/sdk/latest-all": self._latest_all,
+        }
+
+    def get(self, path: str) -> _Resource | None:
+        """Return a resource.
+
+        Raises:
+            KeyError: nothing of the kind is polled at this path.
+        """
+        if path not in self._ready:
+            resource = self._made(path)
+            if len(self._ready) >= MAX_ITEMS:
+                self._ready.clear()
+            self._ready[path] = resource
+        return self._ready[path]
+
+    def _made(self, path: str) -> _Resource | None:
+        for prefix, kind in _ITEM_PATHS:
+            if path.startswith(prefix):
+                return self._item(kind, path.removeprefix(prefix))
+        return self._makers[path]()
+
+    def _item(self, kind: Kind, key: str) -> _Resource | None:
+        item = self.payload.get(kind, key)
+        if item is None or item.json is None:
+            return None
+        return _Resource(item.json, b"relay-%d" % item.version, self._headers)
+
+    def _flags(self) -> _Resource:
+        body = all_flags(self.payload)
+        return _Resource(body, _versions_etag(self.payload), self._headers)
+
+    def _latest_all(self) -> _Resource:
+        return _Resource(all_data(self.payload), _data_etag(self.payload), self._headers)
+
+
+def _versions_etag(payload: Payload) -> bytes:
+    """Return the reference's ETag of all flags: it sees versions only, tombstones included."""
+    entries = ((item.key.encode(), item.version) for item in payload.flags.values())
+    text = b"".join(b"%b:%d" % entry for entry in sorted(entries))
+    digest = hashlib.sha1(text, usedforsecurity=False).hexdigest()
+    return b"relay-" + digest[:15].encode()
+
+
+def _data_etag(payload: Payload) -> bytes:
+    """Return a strong ETag: equal for equal data, whatever their order and history."""
+    digest = hashlib.sha256()
+    for kind in Kind:
+        for item in sorted(payload.live(kind), key=lambda item: item.key):
+            key, json = item.key.encode(), item.json or b""
+            sizes = b"%b %d %d %d " % (kind.value.encode(), len(key), item.version, len(json))
+            digest.update(sizes + key)
+            digest.update(json)
+    return b'"%b"' % digest.hexdigest()[:32].encode()
+
+
+@lru_cache(maxsize=256)
+def accepts_gzip(accept_encoding: bytes) -> bool:
+    """Whether an `Accept-Encoding` header prefers gzip to nothing, or likes it as much."""
+    weights: dict[bytes, float] = {}
+    for part in accept_encoding.lower().split(b","):
+        name, _, parameter = part.partition(b";")
+        weights[name.strip()] = _weight(parameter.replace(b" ", b""))
+    gzip = weights.get(b"gzip", weights.get(b"*", 0.0))
+    return gzip > 0 and gzip >= weights.get(b"identity", 0.0)
+
+
+def _weight(parameter: bytes) -> float:
+    if not parameter:
+        return 1.0
+    try:
+        return float(parameter.removeprefix(b"q="))
+    except ValueError:
+        return 0.0
+
+
+class Polling:
+    """Answers polls at both doors."""
+
+    def __init__(self) -> None:
+        self._polls: WeakKeyDictionary[Environment, _Polls] = WeakKeyDictionary()
+
+    def __call__(
+        self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
+    ) -> Answer | None:
+        """Return the answer at once; None if this is for the application.
+
+        Args:
+            environment: whose data.
+            path: as on the wire; a query or an escape is the application's business.
+            if_none_match: the header; empty if there is none.
+            accept_encoding: the header; empty if there is none.
+        """
+        if "%" in path or "?" in path:
+            return None
+        return self.answer(environment, path, if_none_match, accept_encoding)
+
+    def answer(
+        self,
+        environment: Environment,
+        path: str,
+        if_none_match: bytes,
+        accept_encoding: bytes,
+        *,
+        patient: bool = False,
+    ) -> Answer | None:
+        """Return the answer to a poll; None if there are no data, or nothing is polled there.
+
+        Args:
+            environment: whose data.
+            path: decoded.
+            if_none_match: the header; empty if there is none.
+            accept_encoding: the header; empty if there is none.
+            patient: compress a large body now; else the answer is None until that has been done.
+        """
+        if environment.payload is None:
+            return None
+        try:
+            resource = self._polls_of(environment, environment.payload).get(path)
+        except KeyError:
+            return None
+        if resource is None:
+            return NO_SUCH_ITEM.with_headers(*_environment_headers(environment))
+        answer = _variant(resource, if_none_match, accept_encoding, patient=patient)
+        ttl = environment.spec.ttl
+        return _expiring(answer, ttl) if answer is not None and ttl > 0 else answer
+
+    def _polls_of(self, environment: Environment, payload: Payload) -> _Polls:
+        polls = self._polls.get(environment)
+        if polls is None or polls.payload is not payload:
+            polls = self._polls[environment] = _Polls(payload, _environment_headers(environment))
+        return polls
+
+
+def _variant(
+    resource: _Resource, if_none_match: bytes, accept_encoding: bytes, *, patient: bool
+) -> Answer | None:
+    if if_none_match and resource.matches(if_none_match):
+        return resource.unchanged
+    if not (resource.compressible and accepts_gzip(accept_encoding)):
+        return resource.plain
+    if patient or len(resource.body) <= MAX_COMPRESSED_AT_ONCE:
+        return resource.compress()
+    return resource.compressed
+
+
+def _environment_headers(environment: Environment) -> Headers:
+    environment_id = environment.spec.environment_id
+    if environment_id is None:
+        return ()
+    return ((b"x-ld-envid", environment_id.value.encode("latin-1", "replace")),)
+
+
+def _expiring(answer: Answer, ttl: float) -> Answer:
+    expires = formatdate(time.time() + ttl, usegmt=True).encode()
+    return answer.with_headers((b"vary", b"Authorization"), (b"expires", expires))
