@@ -1,0 +1,76 @@
+// One LaunchDarkly SDK, driven by a test: JSON lines in, an answer for each (tests/support/sdk.py).
+import { readFileSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { createInterface } from 'node:readline';
+
+const require = createRequire(import.meta.url);
+const silent = { debug() {}, info() {}, warn() {}, error() {} };
+const domain = 'test';
+let client;
+let openFeature;
+
+function store({ line, redis }) {
+  if (line === '7') {
+    const { RedisFeatureStore } = require('launchdarkly-node-server-sdk-redis');
+    return RedisFeatureStore({ redisOpts: { url: redis }, cacheTTL: 0, logger: silent });
+  }
+  const { RedisFeatureStore } = require('@launchdarkly/node-server-sdk-redis');
+  const { hostname, port } = new URL(redis);
+  return RedisFeatureStore({ redisOpts: { host: hostname, port: Number(port) }, cacheTTL: 0 });
+}
+
+function options(setup) {
+  const { url, stream, redis, ca, fdv2 } = setup;
+  const all = { logger: silent, sendEvents: false, diagnosticOptOut: true, stream };
+  if (url) Object.assign(all, { baseUri: url, streamUri: url, eventsUri: url });
+  if (redis) Object.assign(all, { useLdd: true, featureStore: store(setup) });
+  if (ca) all.tlsParams = { ca: readFileSync(ca) };
+  if (fdv2) all.dataSystem = {};
+  if (setup.line === '9') all.initialReconnectDelay = 0.1;
+  else all.streamInitialReconnectDelay = 0.1;
+  return all;
+}
+
+const operations = {
+  async init(setup) {
+    if (setup.openfeature) {
+      const { LaunchDarklyProvider } = require('@launchdarkly/openfeature-node-server');
+      const { OpenFeature } = require('@openfeature/server-sdk');
+      const provider = new LaunchDarklyProvider(setup.key, options(setup));
+      client = provider.getClient();
+      await OpenFeature.setProviderAndWait(domain, provider);
+      openFeature = OpenFeature.getClient(domain);
+      return;
+    }
+    const old = setup.line === '7';
+    const name = old ? 'launchdarkly-node-server-sdk' : '@launchdarkly/node-server-sdk';
+    client = require(name).init(setup.key, options(setup));
+    client.on('error', () => {}); // without a listener the SDK ends the process
+  },
+  async ready() {
+    // The test sets the limit; the old line knows none.
+    if (!openFeature) await client.waitForInitialization();
+  },
+  async value({ flag, context, fallback }) {
+    if (!openFeature) return client.variation(flag, context, fallback);
+    const { key, ...attributes } = context;
+    return openFeature.getStringValue(flag, fallback, { targetingKey: key, ...attributes });
+  },
+  async close() {
+    await client?.close();
+  },
+};
+
+async function answer(line) {
+  const { operation, ...what } = JSON.parse(line);
+  try {
+    return { result: (await operations[operation](what)) ?? null };
+  } catch (e) {
+    return { error: String(e?.message ?? e) };
+  }
+}
+
+for await (const line of createInterface({ input: process.stdin })) {
+  process.stdout.write(`${JSON.stringify(await answer(line))}\n`);
+}
+process.exit(0);

@@ -1,0 +1,224 @@
+"""LaunchDarkly's SDKs, unmodified, behind one face: Python here, Node in a process beside."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import itertools
+import json
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from ld_openfeature import LaunchDarklyProvider
+from ldclient import Context, LDClient
+from ldclient.config import Config, HTTPConfig
+from ldclient.datasystem import default as fdv2
+from ldclient.feature_store import CacheConfig
+from ldclient.integrations import Redis
+from openfeature import api as openfeature
+from openfeature.evaluation_context import EvaluationContext
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGES = ROOT / "tests/sdk-node"
+PATIENCE = 10.0
+"""Seconds that a wait may take before the test fails."""
+SOMEBODY = {"kind": "user", "key": "somebody"}
+_domains = itertools.count()
+
+
+class SDKFailed(Exception):
+    """The SDK says that it failed for good."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How an SDK is configured; the same for all languages.
+
+    Args:
+        url: of the relay; empty with `redis`.
+        stream: False for polling.
+        redis: URL of the database to read in daemon mode.
+        ca: file of the certificate authority to trust.
+        fdv2: ask by the newer protocol first.
+        openfeature: evaluate through the OpenFeature provider.
+    """
+
+    key: str
+    url: str = ""
+    stream: bool = True
+    redis: str = ""
+    ca: str = ""
+    fdv2: bool = False
+    openfeature: bool = False
+
+
+class SDK(Protocol):
+    """One SDK instance; left, it is closed."""
+
+    async def ready(self) -> None:
+        """Wait until it has initialised.
+
+        Raises:
+            SDKFailed: it gave up.
+        """
+
+    async def value(self, flag: str, context: dict = SOMEBODY, fallback: Any = None) -> Any:
+        """Evaluate a flag."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+
+async def sees(
+    sdk: SDK, flag: str, value: Any, context: dict = SOMEBODY, seconds: float = PATIENCE
+) -> None:
+    """Wait until an SDK evaluates a flag to `value`."""
+    seen = None
+    try:
+        async with asyncio.timeout(seconds):
+            while (seen := await sdk.value(flag, context, "(none)")) != value:  # noqa: ASYNC110 - an SDK tells nobody
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"{flag} is still {seen!r}, not {value!r}") from None
+
+
+class PythonSDK:
+    """`launchdarkly-server-sdk` in this process; its calls block, so they run in threads."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._client: LDClient | None = None
+        self._domain = f"test-{next(_domains)}"
+
+    async def __aenter__(self) -> Self:
+        await asyncio.to_thread(self._start)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self._close)
+
+    async def ready(self) -> None:
+        assert self._client is not None
+        async with asyncio.timeout(PATIENCE):
+            while not self._client.is_initialized():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+    async def value(self, flag: str, context: dict = SOMEBODY, fallback: Any = None) -> Any:
+        evaluate = self._by_openfeature if self._setup.openfeature else self._directly
+        return await asyncio.to_thread(evaluate, flag, context, fallback)
+
+    def _directly(self, flag: str, context: dict, fallback: Any) -> Any:
+        assert self._client is not None
+        return self._client.variation(flag, Context.from_dict(context), fallback)
+
+    def _by_openfeature(self, flag: str, context: dict, fallback: Any) -> Any:
+        attributes = {name: value for name, value in context.items() if name != "key"}
+        asked = EvaluationContext(context["key"], attributes)
+        return openfeature.get_client(self._domain).get_string_value(flag, fallback, asked)
+
+    def _start(self) -> None:
+        setup = self._setup
+        options: dict[str, Any] = {"stream": setup.stream, "send_events": False}
+        if setup.redis:
+            store = Redis.new_feature_store(setup.redis, caching=CacheConfig.disabled())
+            options |= {"use_ldd": True, "feature_store": store}
+        if setup.url:
+            options |= dict.fromkeys(("base_uri", "stream_uri", "events_uri"), setup.url)
+        if setup.fdv2:
+            options["datasystem_config"] = fdv2().build()
+        config = Config(
+            setup.key,
+            http=HTTPConfig(ca_certs=setup.ca or None),
+            initial_reconnect_delay=0.1,
+            diagnostic_opt_out=True,
+            **options,
+        )
+        if setup.openfeature:
+            provider = LaunchDarklyProvider(config)
+            openfeature.set_provider_and_wait(provider, self._domain)
+            self._client = provider._LaunchDarklyProvider__client
+        else:
+            self._client = LDClient(config, start_wait=0)
+
+    def _close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+class NodeSDK:
+    """A Node SDK in a process of its own, driven by JSON lines (tests/sdk-node/driver.mjs).
+
+    Args:
+        line: of the SDK: `9` is the current one, `7` the one before.
+    """
+
+    def __init__(self, line: str, setup: Setup) -> None:
+        self._line = line
+        self._setup = setup
+        self._process: asyncio.subprocess.Process | None = None
+        self._asked = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        self._process = await asyncio.create_subprocess_exec(
+            *("node", str(PACKAGES / "driver.mjs")),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        try:
+            await self._ask("init", line=self._line, **asdict(self._setup))
+        except BaseException:
+            await self._end()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            await self._ask("close")
+        finally:
+            await self._end()
+
+    async def ready(self) -> None:
+        await self._ask("ready")
+
+    async def value(self, flag: str, context: dict = SOMEBODY, fallback: Any = None) -> Any:
+        return await self._ask("value", flag=flag, context=context, fallback=fallback)
+
+    async def _ask(self, operation: str, **what: Any) -> Any:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        async with self._asked, asyncio.timeout(PATIENCE):
+            self._process.stdin.write(json.dumps({"operation": operation, **what}).encode() + b"\n")
+            answer = json.loads(await self._process.stdout.readline())
+        if "error" in answer:
+            raise SDKFailed(answer["error"])
+        return answer["result"]
+
+    async def _end(self) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+
+
+def make(name: str, setup: Setup) -> SDK:
+    """Return the SDK of a name in `SDKS`; enter it to start it."""
+    return PythonSDK(setup) if name == "python" else NodeSDK(name.removeprefix("node"), setup)
+
+
+SDKS = ["python", "node9", "node7"]
+
+
+def install_packages() -> None:
+    """Install the npm packages, once, however many workers want them."""
+    lock = PACKAGES / "package-lock.json"
+    done = PACKAGES / "node_modules/.package-lock.json"
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if not done.exists() or done.stat().st_mtime < lock.stat().st_mtime:
+            subprocess.run([ROOT / "scripts/node-packages", PACKAGES], check=True, timeout=300)
+            done.touch()
