@@ -7,7 +7,6 @@ Stored data are served at once; what upstream says stands above them.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -16,6 +15,7 @@ from enum import Enum
 
 from relay.errors import ErrorKind
 from relay.hub import Hub
+from relay.log import Log
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Kind
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
@@ -69,7 +69,7 @@ class Environment:
         spec: EnvironmentSpec,
         source: DataSource,
         hub: Hub,
-        log: logging.Logger,
+        log: Log,
         copies: Sequence[Copy] = (),
     ) -> None:
         self.spec = spec

@@ -35,6 +35,9 @@ SHORTEST_SECRET = 6
 
 STDOUT, STDERR = 1, 2
 
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
+"""What lines are given to."""
+
 
 class EnvironmentLog(logging.LoggerAdapter[logging.Logger]):
     """The log of one environment: its lines carry its name, and the mask of its SDK key."""

@@ -17,7 +17,8 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
-from relay.errors import RelayError
+from relay.config.schema import Main
+from relay.errors import ConfigError, RelayError
 from relay.relay import Relay
 from relay.web.frontdoor import Door, DoorLimits, Poll, front_door
 
@@ -39,7 +40,15 @@ PROBE_AFTER, PROBE_EACH, PROBES = 60, 15, 4
 STREAMS_SHARE = 0.75
 """Share of the drain time in which streams end; the rest is for responses on their way."""
 
+
 _log = logging.getLogger("relay.server")
+
+TLS_VERSIONS = {
+    "1.0": ssl.TLSVersion.TLSv1,
+    "1.1": ssl.TLSVersion.TLSv1_1,
+    "1.2": ssl.TLSVersion.TLSv1_2,
+    "1.3": ssl.TLSVersion.TLSv1_3,
+}
 
 
 class CannotListen(RelayError):
@@ -53,12 +62,24 @@ class Certificate:
     Args:
         cert: file of the certificate and its chain.
         key: file of the private key.
-        minimum_version: of the protocol.
+        minimum: version of the protocol, a key of `TLS_VERSIONS`.
     """
 
     cert: Path
     key: Path
-    minimum_version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_2
+    minimum: str = "1.2"
+
+    def check(self) -> None:
+        """See that the files can be used.
+
+        Raises:
+            ConfigError: they cannot; says which, and why.
+        """
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.cert, self.key)
+        except (OSError, ssl.SSLError) as e:
+            files = f"TLS certificate {self.cert} with key {self.key}"
+            raise ConfigError([f"{files} cannot be used: {e.strerror or e}"]) from e
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +98,20 @@ class ServerOptions:
     tls: Certificate | None = None
     drain: float = 8.0
     limits: DoorLimits = field(default_factory=DoorLimits)
+
+    @classmethod
+    def of(cls, main: Main) -> ServerOptions:
+        """Return what a configuration says."""
+        certificate = Certificate(Path(main.tls_cert), Path(main.tls_key), main.tls_min_version)
+        limits = DoorLimits(
+            max_head_size=main.max_request_head_size, stall_timeout=main.client_stall_timeout
+        )
+        return cls(
+            port=main.port,
+            tls=certificate if main.tls_enabled else None,
+            drain=main.graceful_shutdown_timeout,
+            limits=limits,
+        )
 
 
 def listen(port: int) -> socket.socket:
@@ -161,6 +196,8 @@ class RelayServer(uvicorn.Server):
         self._relay = relay
         self._door = door
         self._drain = drain
+        self.at_end: Callable[[], object] = lambda: None
+        """Called when the end begins, beside which it may do its work."""
         self._ending: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
@@ -194,6 +231,7 @@ class RelayServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, end streams, then let uvicorn wait for responses on their way."""
         self._relay.stopping = True
+        self.at_end()
         for server in self.servers:
             server.close()
         self._ending = asyncio.create_task(self._end_streams())
@@ -235,7 +273,7 @@ def make_server(
     )
     config.load()
     if config.ssl and options.tls:
-        config.ssl.minimum_version = options.tls.minimum_version
+        config.ssl.minimum_version = TLS_VERSIONS[options.tls.minimum]
     return RelayServer(config, relay, door, options.drain)
 
 
@@ -261,6 +299,7 @@ async def run(
     server = make_server(relay, app, options, Door(relay, poll, options.limits))
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(relay.run())
+        server.at_end = running.cancel  # stores are written while streams end
         gc.collect()
         gc.freeze()  # what lives as long as the process need not be looked at again
         try:
@@ -278,7 +317,7 @@ class Site:
     poll: Poll | None = None
 
 
-async def serve(options: ServerOptions, build: Callable[[], Site]) -> int:
+async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
     """Listen, build what is served, and serve it until a signal.
 
     Args:
@@ -286,27 +325,36 @@ async def serve(options: ServerOptions, build: Callable[[], Site]) -> int:
         build: makes what is served. It runs in a thread once the port is open, so that connections
             wait, rather than fail, while the large libraries are imported.
 
-    Returns:
-        The exit code of the process.
+    Raises:
+        CannotListen: the port is taken, or not allowed.
+        ConfigError: the certificate cannot be used, or `build` raised it.
     """
+    if options.tls:
+        options.tls.check()
+    listener = listen(options.port)
+    _log.info("Starting server listening on port %d", listener.getsockname()[1])
+    if options.tls:
+        _log.info("TLS enabled for server (minimum TLS version: %s)", options.tls.minimum)
     try:
-        listener = listen(options.port)
-    except CannotListen as e:
-        _log.error("%s", e)
-        return 1
-    site = await asyncio.to_thread(build)
+        site = await asyncio.to_thread(build)
+    except BaseException:
+        listener.close()
+        raise
     await run(site.relay, site.app, options, listener, site.poll)
-    return 0
 
 
-async def settle(relay: Relay) -> int:
-    """Run the relay until each environment has its data, without serving: `exitAlways`.
+async def settle(relay: Relay, *, hasty: bool = False) -> bool:
+    """Run the relay until each environment and its database have the data: `exitAlways`.
+
+    Args:
+        relay: what is run, without being served.
+        hasty: stop at the first environment that fails: `exitOnError`.
 
     Returns:
-        The exit code of the process: 0 if all environments have data from upstream.
+        Whether all environments got there within `initTimeout`.
     """
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(relay.run())
-        complete = await relay.until_decided()
+        complete = await relay.until_settled(hasty=hasty)
         running.cancel()
-    return 0 if complete else 1
+    return complete

@@ -27,6 +27,9 @@ USER_AGENT = f"PythonRelay/{__version__} LDRelay/{__version__}"
 CONNECT_TIMEOUT = 13.0
 """Seconds for name, TCP, proxy and TLS together: the reference's 3 s and 10 s."""
 
+KEEP_UNUSED = 90.0
+"""Seconds for which a connection is kept for the next request (newer 10.2)."""
+
 KEEPALIVE_IDLE = 60
 """Seconds of silence before TCP probes the other side (streams 2.4)."""
 
@@ -53,6 +56,7 @@ class Upstream:
         proxy: URL of the proxy for everything, maybe with userinfo; None to follow `HTTP_PROXY`,
             `HTTPS_PROXY` and `NO_PROXY`.
         ca_files: PEM files of authorities that are trusted beside the system's.
+        keep_alive: seconds for which an unused connection is kept; 0 for not at all.
         connect_timeout: seconds until a connection must stand.
 
     Raises:
@@ -63,10 +67,12 @@ class Upstream:
         self,
         proxy: str | None = None,
         ca_files: Sequence[Path] = (),
+        keep_alive: float = KEEP_UNUSED,
         connect_timeout: float = CONNECT_TIMEOUT,
     ) -> None:
         self._proxy = None if proxy is None else _proxy_url(proxy)
         self._tls = _tls_context(ca_files) if ca_files else None
+        self._keep_alive = keep_alive
         self._connect_timeout = connect_timeout
         self._session: aiohttp.ClientSession | None = None
 
@@ -172,6 +178,8 @@ class Upstream:
             limit=0,
             ssl=self._tls if self._tls is not None else True,
             socket_factory=_keepalive_socket,
+            force_close=self._keep_alive <= 0,
+            keepalive_timeout=self._keep_alive if self._keep_alive > 0 else None,
         )
         return aiohttp.ClientSession(
             connector=connector,

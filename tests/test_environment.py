@@ -232,7 +232,7 @@ async def test_a_relay_knows_when_upstream_has_answered():
         task = asyncio.create_task(relay.run())
         for stage, answer in zip(stages, answers, strict=False):
             await stage.source.give(answer)
-        assert await relay.until_decided() is expected
+        assert await relay.until_settled() is expected
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -14,7 +14,7 @@ from relay.model.payload import ChangeSet
 from relay.protocol import filedata
 from relay.sources import Current, Interrupted, Update
 from relay.sources.retry import Times
-from relay.sources.sse import pause
+from relay.sources.waiting import pause
 
 MAX_FILE = 128 * 1024 * 1024
 """Bytes: as much as upstream may send at once."""

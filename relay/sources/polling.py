@@ -12,7 +12,8 @@ from relay.model.credential import SDKKey
 from relay.protocol import fdv1
 from relay.sources import Current, Update
 from relay.sources.retry import Schedule, Times
-from relay.sources.sse import interruption, pause
+from relay.sources.sse import interruption
+from relay.sources.waiting import pause
 from relay.upstream import Upstream, read_body
 
 _STATUSES = frozenset({200, 304})

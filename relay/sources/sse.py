@@ -16,6 +16,7 @@ from relay.model.payload import ChangeSet
 from relay.protocol.sse import Decoder, Event
 from relay.sources import Current, Interrupted, Update
 from relay.sources.retry import Schedule, Times
+from relay.sources.waiting import pause
 from relay.upstream import Upstream
 
 Understand = Callable[[Event], ChangeSet | None]
@@ -123,12 +124,3 @@ def interruption(what: str, error: UpstreamUnavailable | InvalidData, delay: flo
         return Interrupted(error.kind, reason, error.status, refused=True)
     reason = f"Error in {what} (will retry): {error.reason}"
     return Interrupted(error.kind, reason, error.status)
-
-
-async def pause(again: asyncio.Event, delay: float) -> None:
-    """Wait for `delay` seconds, or until `again` is set."""
-    try:
-        async with asyncio.timeout(delay):
-            await again.wait()
-    except TimeoutError:
-        return

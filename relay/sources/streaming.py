@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-
+from relay.log import Log
 from relay.model.credential import SDKKey
 from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
@@ -34,7 +33,7 @@ class Streaming(EventStream):
         upstream: Upstream,
         stream_uri: str,
         key: SDKKey,
-        log: logging.Logger,
+        log: Log,
         times: Times = Times(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(upstream, f"{stream_uri.rstrip('/')}/all", key, self._changes, times)

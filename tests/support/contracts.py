@@ -72,5 +72,8 @@ class MemoryCopy:
     def hold(self) -> None:
         self.told.append("hold")
 
+    async def written(self) -> None:
+        assert self.told
+
     async def run(self) -> None:
         await asyncio.Event().wait()

@@ -1,0 +1,117 @@
+"""From a configuration to a relay: the parts list. The only place that chooses implementations.
+
+What a configuration does not use is not imported: a start with a flags file loads neither the HTTP
+client nor a database driver.
+"""
+
+# ruff: noqa: PLC0415 - see above
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from pathlib import Path
+
+from relay.config.schema import Config, EnvironmentConfig, Main
+from relay.environment import Environment
+from relay.hub import Hub, StreamLimits
+from relay.log import Log, environment_log, set_environment_level
+from relay.model.credential import EnvironmentID, MobileKey, SDKKey
+from relay.model.environment import EnvironmentSpec
+from relay.protocol.fdv1 import AllFormat, FlagsFormat
+from relay.relay import Relay
+from relay.sources import DataSource
+from relay.sources.file import File
+from relay.sources.retry import Times
+from relay.stores import Copy
+
+DEMO = EnvironmentSpec(
+    "demo", SDKKey("sdk-demo"), MobileKey("mob-demo"), EnvironmentID("demo-client-side-id")
+)
+"""What opens the environment that a flags file makes."""
+
+Session = AbstractAsyncContextManager[object]
+Sources = Callable[[EnvironmentSpec, Log], DataSource]
+
+
+def build(config: Config) -> Relay:
+    """Return the relay that a configuration describes. Nothing is connected yet.
+
+    Raises:
+        ConfigError: something that it names, such as a file of authorities, cannot be used.
+    """
+    session, specs, sources = _origins(config)
+    return Relay(
+        [_environment(config, spec, sources) for spec in specs],
+        config.main.init_timeout,
+        upstream=session,
+        ignore_connection_errors=config.main.ignore_connection_errors,
+        disconnected_after=config.main.disconnected_status_time,
+    )
+
+
+def _origins(config: Config) -> tuple[Session, Sequence[EnvironmentSpec], Sources]:
+    """Return the environments and where their data come from: LaunchDarkly, or a file."""
+    if config.environments:
+        session, sources = _launchdarkly(config)
+        return session, [_spec(each) for each in config.environments], sources
+    path = Path(config.main.flags_file)
+    return nullcontext(), [DEMO], lambda _spec, _log: File(path)
+
+
+def _launchdarkly(config: Config) -> tuple[Session, Sources]:
+    from relay.sources.polling import Polling
+    from relay.sources.streaming import Streaming
+    from relay.upstream import Upstream
+
+    main, http = config.main, config.http
+    upstream = Upstream(
+        proxy=config.proxy.url or None,
+        ca_files=[Path(file) for file in config.proxy.ca_cert_files if file],
+        keep_alive=0.0 if http.disable_keep_alives else http.idle_conn_timeout,
+    )
+    times = Times(poll_interval=main.poll_interval)
+
+    def source(spec: EnvironmentSpec, log: Log) -> DataSource:
+        if main.data_source == "polling":
+            return Polling(upstream, main.base_uri, spec.sdk_key, times)
+        return Streaming(upstream, main.stream_uri, spec.sdk_key, log, times)
+
+    return upstream, source
+
+
+def _spec(given: EnvironmentConfig) -> EnvironmentSpec:
+    return EnvironmentSpec(
+        name=given.name,
+        sdk_key=SDKKey(given.sdk_key.reveal()),
+        mobile_key=MobileKey(given.mobile_key.reveal()) if given.mobile_key else None,
+        environment_id=EnvironmentID(given.env_id) if given.env_id else None,
+        project_key=given.proj_key,
+        secure_mode=given.secure_mode,
+        ttl=given.ttl,
+        allowed_origins=given.allowed_origin,
+        allowed_headers=given.allowed_header,
+        prefix=given.prefix,
+        log_level=given.log_level or None,
+    )
+
+
+def _environment(config: Config, spec: EnvironmentSpec, sources: Sources) -> Environment:
+    log = environment_log(spec.name, spec.sdk_key.masked)
+    if spec.log_level:
+        set_environment_level(spec.name, spec.log_level)
+    source = sources(spec, log)
+    hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(config.main))
+    return Environment(spec, source, hub, log, _copies(config, spec, source, log))
+
+
+def _stream_limits(main: Main) -> StreamLimits:
+    return StreamLimits(
+        heartbeat_interval=main.heartbeat_interval,
+        max_connection_time=main.max_client_connection_time,
+        stall_timeout=main.client_stall_timeout,
+    )
+
+
+def _copies(config: Config, spec: EnvironmentSpec, source: DataSource, log: Log) -> Sequence[Copy]:
+    return ()
