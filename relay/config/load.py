@@ -5,21 +5,24 @@ The environment is a mapping that the caller passes; nothing here reads the proc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from relay.config import rules
+from relay.config.rules import ENVIRONMENT, FILTERS, SHARED, Draft, Key
 from relay.config.schema import (
     NAMED_SECTIONS,
     SECTIONS,
     Config,
     EnvironmentConfig,
-    Main,
+    Filters,
+    Http,
     Option,
-    Redis,
-    Support,
+    Prometheus,
+    Proxy,
+    Webhook,
     options,
 )
 from relay.config.syntax import Assignment, FileSyntaxError, parse
@@ -27,16 +30,8 @@ from relay.config.values import BOOLEAN, LIST, PATH, SECRET, STRING, file_boolea
 from relay.errors import ConfigError
 
 DEFAULT_FILE = "/etc/ld-relay.conf"
-ENVIRONMENT = "Environment"
-_OLD_BASE_URI = "https://app.launchdarkly.com"
-_CLIENT_SIDE_BASE_URI = "https://clientsdk.launchdarkly.com"
-_SHORTEST_CLEANUP = 0.1
-_SHORTEST_POLL = 1.0
-_LATER_SECTIONS = ("DynamoDB", "Consul", "Datadog", "Stackdriver", "OpenTelemetry")
-"""Sections of which variables count only once the section is switched on, which is refused."""
-
-Key = tuple[str, str | None, str]
-"""Section, name of the subsection, attribute."""
+_SWITCHED = ("DynamoDB", "Datadog", "Stackdriver", "OpenTelemetry")
+"""Sections of which the other variables count only once `enabled` is set."""
 
 
 @dataclass(slots=True)
@@ -45,21 +40,31 @@ class _Given:
 
     values: dict[Key, Any] = field(default_factory=dict)
     sources: dict[Key, str] = field(default_factory=dict)
-    names: dict[tuple[str, str], None] = field(default_factory=dict)
+    names: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Each named section, and where it was first seen."""
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    complete: bool = True
+    """Whether everything could be read; otherwise checks would find what is not there."""
 
     def put(self, key: Key, option: Option, text: str, source: str) -> None:
         """Take a value over; raises ValueError if it is not one."""
         if option.kind is LIST:
             if text:
-                self.values[key] = (*self.values.get(key, ()), *option.kind.parse(text))
+                self.set(key, (*self.values.get(key, ()), *option.kind.parse(text)), source)
         elif text or option.kind in (STRING, PATH, SECRET):
-            self.values[key] = option.kind.parse(text)
+            self.set(key, option.kind.parse(text), source)
         else:
-            self.values.pop(key, None)
-        self.sources[key] = source
+            self.drop(key)
 
-    def of(self, section: str, name: str | None) -> dict[str, Any]:
+    def set(self, key: Key, value: object, source: str) -> None:
+        self.values[key], self.sources[key] = value, source
+
+    def drop(self, key: Key) -> None:
+        self.values.pop(key, None)
+        self.sources.pop(key, None)
+
+    def of(self, section: str, name: str | None = None) -> dict[str, Any]:
         return {a: v for (s, n, a), v in self.values.items() if (s, n) == (section, name)}
 
 
@@ -86,9 +91,11 @@ def load(
         _read_file(given, config_path, allow_missing_file)
     if from_env:
         _read_environ(given, environ)
-    if given.problems:
-        raise ConfigError(given.problems)
-    return _checked(given)
+    draft = _draft(given)
+    problems = given.problems + (rules.problems(draft) if given.complete else [])
+    if problems:
+        raise ConfigError(problems)
+    return _config(draft, given.warnings)
 
 
 def _read_file(given: _Given, path: str, allow_missing: bool) -> None:
@@ -97,6 +104,7 @@ def _read_file(given: _Given, path: str, allow_missing: bool) -> None:
     except FileNotFoundError:
         if not allow_missing:
             given.problems.append(f'configuration file "{path}" does not exist')
+            given.complete = False
         return
     except FileSyntaxError as e:
         reason = f"{path}:{e.line}:{e.column}: {e}"
@@ -112,6 +120,7 @@ def _read_file(given: _Given, path: str, allow_missing: bool) -> None:
                 given.problems.append(f"{path}:{each.line}: {e}")
         return
     given.problems.append(f'failed to read configuration file "{path}": {reason}')
+    given.complete = False
 
 
 def _assign(given: _Given, assignment: Assignment, source: str) -> None:
@@ -123,7 +132,8 @@ def _assign(given: _Given, assignment: Assignment, source: str) -> None:
     name = assignment.subsection
     if section in NAMED_SECTIONS:
         name = name or ""
-        given.names[section, name] = None
+        given.names.setdefault((section, name), source)
+        where += f', subsection "{name}"'
     elif name is not None:
         raise ValueError(f'{where}, subsection "{name}"')
     if not assignment.name:
@@ -150,37 +160,41 @@ def _file_text(option: Option, assignment: Assignment) -> str:
 
 def _read_environ(given: _Given, environ: Mapping[str, str]) -> None:
     for section in SECTIONS:
-        for option in options(section):
-            gated = section in _LATER_SECTIONS and option.support is not Support.REFUSED
-            if option.variable in environ and section != "Redis" and not gated:
-                _take(given, (section, None, option.attribute), option, option.variable, environ)
+        if section not in ("Redis", "Consul"):
+            _read_section(given, section, environ)
     _read_redis(given, environ)
-    for section, prefix in ((ENVIRONMENT, "LD_ENV_"), ("Filters", "LD_FILTER_KEYS_")):
+    _read_consul(given, environ)
+    _clear_shared(given)
+    for section, prefix in ((ENVIRONMENT, "LD_ENV_"), (FILTERS, "LD_FILTER_KEYS_")):
         for name in [v.removeprefix(prefix) for v in environ if v.startswith(prefix)]:
-            given.names[section, name] = None
+            given.names.setdefault((section, name), prefix + name)
             _read_named(given, section, name, environ)
+    given.warnings += _orphans(environ)
     if environ.get("EVENTS_SAMPLING_INTERVAL"):
         given.problems.append("EVENTS_SAMPLING_INTERVAL: this variable is no longer supported")
-    if _switch(given, environ, "USE_CONSUL"):
-        given.values["Consul", None, "host"] = environ.get("CONSUL_HOST") or "localhost"
-        given.sources["Consul", None, "host"] = "USE_CONSUL"
+
+
+def _read_section(given: _Given, section: str, environ: Mapping[str, str]) -> None:
+    for option in options(section):
+        variable = option.variable
+        if variable in environ:
+            _take(given, (section, None, option.attribute), option, variable, environ[variable])
+        if section in _SWITCHED and not given.values.get((section, None, "enabled")):
+            return
 
 
 def _read_named(given: _Given, section: str, name: str, environ: Mapping[str, str]) -> None:
     for option in options(section):
         variable = option.variable + name
         if option.variable and variable in environ:
-            _take(given, (section, name, option.attribute), option, variable, environ)
+            _take(given, (section, name, option.attribute), option, variable, environ[variable])
     old = f"LD_TTL_MINUTES_{name}"
     if section == ENVIRONMENT and environ.get(old):
         reason = f"this variable is no longer supported; use LD_TTL_{name}"
         given.problems.append(f"{old}: {reason}")
 
 
-def _take(
-    given: _Given, key: Key, option: Option, variable: str, environ: Mapping[str, str]
-) -> None:
-    text = environ[variable]
+def _take(given: _Given, key: Key, option: Option, variable: str, text: str) -> None:
     if not text and option.kind is BOOLEAN:
         return
     try:
@@ -199,137 +213,92 @@ def _switch(given: _Given, environ: Mapping[str, str], variable: str) -> bool:
 
 def _read_redis(given: _Given, environ: Mapping[str, str]) -> None:
     wanted = _switch(given, environ, "USE_REDIS")
-    if not wanted and not _redis_enabled(given.of("Redis", None)):
+    if not wanted and not _redis_enabled(given):
+        # REDIS_PORT is not looked at: Kubernetes sets it beside any service named "redis".
+        useless = [v for v in ("REDIS_URL", "REDIS_HOST") if environ.get(v)]
+        if not environ.get("USE_REDIS"):
+            given.warnings += [f"{v} has no effect without USE_REDIS=true" for v in useless]
         return
     if environ.get("REDIS_TTL"):
         given.problems.append("REDIS_TTL: this variable is no longer supported; use CACHE_TTL")
-    variables = dict(environ)
-    port = variables.get("REDIS_PORT", "")
-    if port.startswith("tcp://"):
-        # Docker links: the variable holds the whole address.
-        variables["REDIS_HOST"], _, variables["REDIS_PORT"] = port[6:].rpartition(":")
     for option in options("Redis"):
-        if option.variable in variables:
-            _take(given, ("Redis", None, option.attribute), option, option.variable, variables)
-    if not _redis_enabled(given.of("Redis", None)):
-        given.values["Redis", None, "host"] = "localhost"
+        if option.variable in environ:
+            text = environ[option.variable]
+            if option.variable == "REDIS_PORT" and text.startswith("tcp://"):
+                # Docker links: the variable holds the whole address.
+                host, _, text = text.removeprefix("tcp://").rpartition(":")
+                given.set(("Redis", None, "host"), host, "REDIS_PORT")
+            _take(given, ("Redis", None, option.attribute), option, option.variable, text)
+    if wanted and not _redis_enabled(given):
+        given.set(("Redis", None, "host"), "localhost", "USE_REDIS")
 
 
-def _redis_enabled(redis: Mapping[str, Any]) -> bool:
+def _redis_enabled(given: _Given) -> bool:
+    redis = given.of("Redis")
     return any(redis.get(attribute) for attribute in ("url", "host", "port"))
 
 
-def _checked(given: _Given) -> Config:
-    built = {name: cls(**given.of(name, None)) for name, cls in SECTIONS.items()}
-    environments = tuple(
-        EnvironmentConfig(name=name, **given.of(ENVIRONMENT, name))
-        for section, name in given.names
-        if section == ENVIRONMENT
+def _read_consul(given: _Given, environ: Mapping[str, str]) -> None:
+    if not _switch(given, environ, "USE_CONSUL"):
+        return
+    given.set(("Consul", None, "host"), "localhost", "USE_CONSUL")
+    _read_section(given, "Consul", environ)
+
+
+def _clear_shared(given: _Given) -> None:
+    """Variables that two sections share belong to the one that is in use."""
+    if given.values.get(("AutoConfig", None, "key")):
+        unused = "OfflineMode"
+    elif given.values.get(("OfflineMode", None, "file_data_source")):
+        unused = "AutoConfig"
+    else:
+        return
+    for attribute in SHARED:
+        given.drop((unused, None, attribute))
+
+
+def _orphans(environ: Mapping[str, str]) -> Iterator[str]:
+    """Say which variables belong to an environment that `LD_ENV_…` does not define."""
+    prefixes = [o.variable for o in options(ENVIRONMENT) if o.variable not in ("", "LD_ENV_")]
+    for variable in environ:
+        if not environ[variable] or variable.startswith("LD_TTL_MINUTES_"):
+            continue
+        for prefix in prefixes:
+            wanted = "LD_ENV_" + variable.removeprefix(prefix)
+            if variable.startswith(prefix) and wanted not in environ:
+                yield f"{variable} has no effect without {wanted}"
+
+
+def _draft(given: _Given) -> Draft:
+    named = {section: [n for s, n in given.names if s == section] for section in NAMED_SECTIONS}
+    headers: dict[Key, str] = {(s, n, ""): source for (s, n), source in given.names.items()}
+    return Draft(
+        sections={cls: cls(**given.of(name)) for name, cls in SECTIONS.items()},
+        environments=tuple(
+            EnvironmentConfig(name=name, **given.of(ENVIRONMENT, name))
+            for name in named[ENVIRONMENT]
+        ),
+        filters={name: Filters(**given.of(FILTERS, name)) for name in named[FILTERS]},
+        given=headers | given.sources,
     )
-    problems = [*_refused(given), *_main_problems(built["Main"])]
-    size = given.values.get(("Events", None, "max_inbound_payload_size"))
-    if size is not None and size <= 0:
-        problems.append("max inbound payload size must be greater than zero")
-    problems += [
-        f'SDK key is required for environment "{each.name}"'
-        for each in environments
-        if not each.sdk_key
-    ]
-    redis, redis_problems = _redis(built["Redis"])
-    warnings = _warnings(given)
-    if redis is not None:
-        bare = [each.name for each in environments if not each.prefix]
-        text = 'environment "{}" does not have a prefix specified for database storage'
-        if len(environments) > 1:
-            problems += [text.format(name) for name in bare]
-        else:
-            tail = "; this would be an error if multiple environments were configured"
-            warnings += [text.format(name) + tail for name in bare]
-    problems += redis_problems
-    if problems:
-        raise ConfigError(problems)
+
+
+def _config(draft: Draft, warnings: list[str]) -> Config:
     return Config(
-        main=_with_uris(built["Main"]),
-        events=built["Events"],
-        environments=environments,
-        redis=redis,
-        proxy=built["Proxy"],
-        http=built["Http"],
-        webhook=built["Webhook"],
-        prometheus=built["Prometheus"],
-        given={_label(key): source for key, source in given.sources.items()},
-        warnings=tuple(warnings),
+        main=rules.main_of(draft),
+        events=rules.events_of(draft),
+        environments=draft.environments,
+        redis=rules.redis_of(draft),
+        proxy=draft.of(Proxy),
+        http=draft.of(Http),
+        webhook=draft.of(Webhook),
+        prometheus=draft.of(Prometheus),
+        given={_label(key): source for key, source in draft.given.items()},
+        warnings=(*warnings, *rules.warnings(draft)),
     )
 
 
 def _label(key: Key) -> str:
     section, name, attribute = key
-    return f"{section}.{attribute}" if name is None else f'{section} "{name}".{attribute}'
-
-
-def _written(given: _Given, support: Support) -> Iterable[tuple[Key, Option, str]]:
-    """The options of this kind that were given something other than their default."""
-    for key, value in given.values.items():
-        option = next(o for o in options(key[0]) if o.attribute == key[2])
-        if option.support is support and value != option.default:
-            yield key, option, f"[{key[0]}] {option.name} ({given.sources.get(key, 'default')})"
-
-
-def _refused(given: _Given) -> list[str]:
-    return [
-        f"{shown} is not supported in this release"
-        for _, _, shown in _written(given, Support.REFUSED)
-    ]
-
-
-def _warnings(given: _Given) -> list[str]:
-    later = [f"{s} takes effect in a later release" for _, _, s in _written(given, Support.LATER)]
-    never = [f"{s} has no effect: {o.help}" for _, o, s in _written(given, Support.NO_EFFECT)]
-    return later + never
-
-
-def _main_problems(main: Main) -> list[str]:
-    rules = (
-        (main.workers != 1, "[Main] workers: this release runs as one process only"),
-        (
-            main.tls_enabled and not (main.tls_cert and main.tls_key),
-            "TLS cert and key are required if TLS is enabled",
-        ),
-        (
-            main.expired_credential_cleanup_interval < _SHORTEST_CLEANUP,
-            "expired credential cleanup interval must be >= 100ms",
-        ),
-        (main.poll_interval < _SHORTEST_POLL, "poll interval must be >= 1s"),
-        (
-            main.max_client_request_body_size <= 0,
-            "max client request body size must be greater than zero",
-        ),
-        (main.max_request_head_size <= 0, "max request head size must be greater than zero"),
-    )
-    return [text for broken, text in rules if broken]
-
-
-def _with_uris(main: Main) -> Main:
-    default = Main().base_uri
-    base = default if main.base_uri.rstrip("/") == _OLD_BASE_URI else main.base_uri
-    client_side = main.client_side_base_uri
-    if not client_side:
-        client_side = _CLIENT_SIDE_BASE_URI if base == default else base
-    return replace(main, base_uri=base, client_side_base_uri=client_side)
-
-
-def _redis(redis: Redis) -> tuple[Redis | None, list[str]]:
-    if not (redis.url or redis.host or redis.port):
-        return None, []
-    if redis.url and (redis.host or redis.port):
-        return None, ["please specify Redis URL or host/port, but not both"]
-    url = redis.url or f"redis://{redis.host or 'localhost'}:{redis.port or 6379}"
-    try:
-        hostname = urlsplit(url).hostname
-    except ValueError:
-        hostname = None
-    if not hostname and urlsplit(redis.url).scheme != "unix":
-        return None, ["invalid Redis hostname"]
-    if redis.tls and url.startswith("redis://"):
-        url = "rediss" + url.removeprefix("redis")
-    return replace(redis, url=url), []
+    label = section if name is None else f'{section} "{name}"'
+    return f"{label}.{attribute}" if attribute else label

@@ -15,6 +15,7 @@ from relay.config.values import (
     BOOLEAN,
     COUNT,
     DURATION,
+    HTTP_URI,
     INTEGER,
     LIST,
     LOG_LEVEL,
@@ -54,6 +55,7 @@ class Option:
         kind: its type.
         default: when nothing is said.
         help: what it does, a sentence or two.
+        example: as a person would write it, where the default shows nothing.
         support: what this release does with it.
     """
 
@@ -64,6 +66,7 @@ class Option:
     kind: Kind
     default: Any
     help: str
+    example: str
     support: Support
 
 
@@ -72,13 +75,14 @@ def _option(
     kind: Kind,
     default: Any,
     text: str,
+    example: str = "",
     *,
     name: str | None = None,
     support: Support = Support.FULL,
 ) -> Any:
     """Declare an option as a field of its section."""
-    metadata = {"variable": variable, "kind": kind, "help": text, "name": name, "support": support}
-    return field(default=default, metadata=metadata)
+    metadata = {"variable": variable, "kind": kind, "help": text, "example": example}
+    return field(default=default, metadata={**metadata, "name": name, "support": support})
 
 
 LATER, REFUSED, NO_EFFECT = Support.LATER, Support.REFUSED, Support.NO_EFFECT
@@ -91,22 +95,23 @@ class Main:
     port: int = _option("PORT", INTEGER, 8030, "Port to listen on, on all interfaces.")
     stream_uri: str = _option(
         "STREAM_URI",
-        URI,
+        HTTP_URI,
         "https://stream.launchdarkly.com",
         "Base of LaunchDarkly's stream, or of another relay.",
     )
     base_uri: str = _option(
         "BASE_URI",
-        URI,
+        HTTP_URI,
         "https://sdk.launchdarkly.com",
         "Base of LaunchDarkly's polling service; used with `dataSource = polling`.",
     )
     client_side_base_uri: str = _option(
         "CLIENT_SIDE_BASE_URI",
-        URI,
+        HTTP_URI,
         "",
         "Base of the goals that browsers ask for; when not set, LaunchDarkly's, or `baseUri` if that"
         " was changed.",
+        "https://clientsdk.launchdarkly.com",
         support=LATER,
     )
     data_source: str = _option(
@@ -123,6 +128,7 @@ class Main:
         PATH,
         "",
         "Serve this file of flags, in the SDKs' file-data format, when no environment is configured.",
+        "/etc/relay/flags.yaml",
     )
     init_timeout: float = _option(
         "INIT_TIMEOUT",
@@ -161,6 +167,7 @@ class Main:
         "",
         "Directory for the last known flags of each environment, for a start while LaunchDarkly and"
         " the database are away. Not set: none are kept.",
+        "/data",
     )
     graceful_shutdown_timeout: float = _option(
         "GRACEFUL_SHUTDOWN_TIMEOUT",
@@ -183,8 +190,16 @@ class Main:
         support=LATER,
     )
     tls_enabled: bool = _option("TLS_ENABLED", BOOLEAN, False, "Serve HTTPS instead of HTTP.")
-    tls_cert: str = _option("TLS_CERT", PATH, "", "PEM file of the certificate and its chain.")
-    tls_key: str = _option("TLS_KEY", PATH, "", "PEM file of the certificate's private key.")
+    tls_cert: str = _option(
+        "TLS_CERT",
+        PATH,
+        "",
+        "PEM file of the certificate and its chain.",
+        "/etc/relay/tls/cert.pem",
+    )
+    tls_key: str = _option(
+        "TLS_KEY", PATH, "", "PEM file of the certificate's private key.", "/etc/relay/tls/key.pem"
+    )
     tls_min_version: str = _option(
         "TLS_MIN_VERSION", TLS_VERSION, "1.2", "The oldest TLS version that is accepted."
     )
@@ -265,7 +280,7 @@ class Events:
     )
     events_uri: str = _option(
         "EVENTS_HOST",
-        URI,
+        HTTP_URI,
         "https://events.launchdarkly.com",
         "Base of LaunchDarkly's events service.",
         support=LATER,
@@ -287,6 +302,7 @@ class Events:
         SIZE,
         0,
         "The largest post of events; not set: unlimited.",
+        "10MiB",
         support=LATER,
     )
     spool_dir: str = _option(
@@ -294,6 +310,7 @@ class Events:
         PATH,
         "",
         "Directory in which accepted events wait for their delivery.",
+        "/data/events",
         support=LATER,
     )
 
@@ -303,20 +320,42 @@ class Webhook:
     """`[Webhook]`: LaunchDarkly's announcements of changes."""
 
     secret: Secret = _option(
-        "WEBHOOK_SECRET", SECRET, Secret(""), "Secret of the webhook.", support=LATER
+        "WEBHOOK_SECRET",
+        SECRET,
+        Secret(""),
+        "Secret of the webhook.",
+        "a-long-random-text",
+        support=LATER,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Redis:
-    """`[Redis]`: a Redis or Valkey server that is kept current for SDKs in daemon mode."""
+    """`[Redis]`: a Redis or Valkey server that is kept current for SDKs in daemon mode.
 
-    url: str = _option("REDIS_URL", URI, "", "Of the form `redis://[user[:password]@]host[:port]`.")
-    host: str = _option("REDIS_HOST", STRING, "", "Instead of `url`; default `localhost`.")
-    port: int = _option("REDIS_PORT", INTEGER, 0, "Instead of `url`; default 6379.")
+    A file switches it on by `url`, `host` or `port`; with variables, `USE_REDIS=true` does.
+    """
+
+    url: str = _option(
+        "REDIS_URL",
+        URI,
+        "",
+        "Of the form `redis://[user[:password]@]host[:port]`.",
+        "redis://localhost:6379",
+    )
+    host: str = _option(
+        "REDIS_HOST", STRING, "", "Instead of `url`; default `localhost`.", "localhost"
+    )
+    port: int = _option("REDIS_PORT", INTEGER, 0, "Instead of `url`; default 6379.", "6379")
     tls: bool = _option("REDIS_TLS", BOOLEAN, False, "Use TLS, as `rediss://` does.")
-    username: str = _option("REDIS_USERNAME", STRING, "", "Name of the ACL user.")
-    password: Secret = _option("REDIS_PASSWORD", SECRET, Secret(""), "Password.")
+    username: str = _option("REDIS_USERNAME", STRING, "", "Name of the ACL user.", "relay")
+    password: Secret = _option(
+        "REDIS_PASSWORD",
+        SECRET,
+        Secret(""),
+        "Password of the user, or of the server.",
+        "a-long-random-text",
+    )
     local_ttl: float = _option(
         "CACHE_TTL",
         DURATION,
@@ -325,11 +364,25 @@ class Redis:
         support=NO_EFFECT,
     )
     client_certificate_file: str = _option(
-        "REDIS_CLIENT_CERT_FILE", PATH, "", "PEM file of our certificate, with `clientKeyFile`."
+        "REDIS_CLIENT_CERT_FILE",
+        PATH,
+        "",
+        "PEM file of our certificate, with `clientKeyFile`.",
+        "/etc/relay/tls/redis-client.pem",
     )
-    client_key_file: str = _option("REDIS_CLIENT_KEY_FILE", PATH, "", "PEM file of its key.")
+    client_key_file: str = _option(
+        "REDIS_CLIENT_KEY_FILE",
+        PATH,
+        "",
+        "PEM file of its key.",
+        "/etc/relay/tls/redis-client-key.pem",
+    )
     ca_file: str = _option(
-        "REDIS_CA_FILE", PATH, "", "PEM file of authorities that replaces the system's."
+        "REDIS_CA_FILE",
+        PATH,
+        "",
+        "PEM file of authorities that replaces the system's.",
+        "/etc/relay/tls/redis-ca.pem",
     )
     atomic_upsert: bool = _option(
         "REDIS_ATOMIC_UPSERT",
@@ -352,22 +405,34 @@ class Proxy:
 
     url: str = _option(
         "PROXY_URL",
-        URI,
+        HTTP_URI,
         "",
         "HTTP proxy for all requests to LaunchDarkly, perhaps with `user:password@`. Not set: the"
         " variables HTTP_PROXY, HTTPS_PROXY and NO_PROXY count.",
+        "http://proxy.example.com:3128",
     )
     ca_cert_files: tuple[str, ...] = _option(
-        "PROXY_CA_CERTS", LIST, (), "PEM files of authorities that are trusted beside the system's."
+        "PROXY_CA_CERTS",
+        LIST,
+        (),
+        "PEM files of authorities that are trusted beside the system's.",
+        "/etc/relay/tls/company-ca.pem",
     )
     ntlm_auth: bool = _option(
         "PROXY_AUTH_NTLM", BOOLEAN, False, "NTLM authentication.", support=REFUSED
     )
-    user: str = _option("PROXY_AUTH_USER", STRING, "", "For NTLM only.", support=NO_EFFECT)
+    user: str = _option("PROXY_AUTH_USER", STRING, "", "For NTLM only.", "relay", support=NO_EFFECT)
     password: Secret = _option(
-        "PROXY_AUTH_PASSWORD", SECRET, Secret(""), "For NTLM only.", support=NO_EFFECT
+        "PROXY_AUTH_PASSWORD",
+        SECRET,
+        Secret(""),
+        "For NTLM only.",
+        "a-long-random-text",
+        support=NO_EFFECT,
     )
-    domain: str = _option("PROXY_AUTH_DOMAIN", STRING, "", "For NTLM only.", support=NO_EFFECT)
+    domain: str = _option(
+        "PROXY_AUTH_DOMAIN", STRING, "", "For NTLM only.", "EXAMPLE", support=NO_EFFECT
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,104 +500,266 @@ class Prometheus:
     )
     port: int = _option("PROMETHEUS_PORT", INTEGER, 8031, "That port.", support=LATER)
     prefix: str = _option(
-        "PROMETHEUS_PREFIX", STRING, "launchdarkly_relay", "Of the names.", support=LATER
+        "PROMETHEUS_PREFIX",
+        STRING,
+        "launchdarkly_relay",
+        "Beginning of the figures' names.",
+        support=LATER,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class AutoConfig:
-    """`[AutoConfig]`: environments announced by LaunchDarkly."""
+    """`[AutoConfig]`: environments that LaunchDarkly announces, instead of configured ones."""
 
     key: Secret = _option(
-        "AUTO_CONFIG_KEY", SECRET, Secret(""), "Automatic configuration key.", support=REFUSED
+        "AUTO_CONFIG_KEY",
+        SECRET,
+        Secret(""),
+        "Automatic configuration key; switches automatic configuration on.",
+        "rel-00000000-0000-0000-0000-000000000000",
+        support=REFUSED,
     )
-    env_datastore_prefix: str = _option("ENV_DATASTORE_PREFIX", STRING, "", "", support=LATER)
+    env_datastore_prefix: str = _option(
+        "ENV_DATASTORE_PREFIX",
+        STRING,
+        "",
+        "Prefix of keys in the database; `$CID` stands for the client-side ID.",
+        "ld-$CID",
+        support=LATER,
+    )
     env_datastore_table_name: str = _option(
-        "ENV_DATASTORE_TABLE_NAME", STRING, "", "", support=LATER
+        "ENV_DATASTORE_TABLE_NAME",
+        STRING,
+        "",
+        "DynamoDB table; `$CID` stands for the client-side ID.",
+        "ld-$CID",
+        support=LATER,
     )
-    env_allowed_origin: tuple[str, ...] = _option("ENV_ALLOWED_ORIGIN", LIST, (), "", support=LATER)
-    env_allowed_header: tuple[str, ...] = _option("ENV_ALLOWED_HEADER", LIST, (), "", support=LATER)
-    cache_key: str = _option("AUTO_CONFIG_CACHE_KEY", STRING, "", "", support=REFUSED)
+    env_allowed_origin: tuple[str, ...] = _option(
+        "ENV_ALLOWED_ORIGIN",
+        LIST,
+        (),
+        "CORS origins of every environment.",
+        "https://shop.example.com",
+        support=LATER,
+    )
+    env_allowed_header: tuple[str, ...] = _option(
+        "ENV_ALLOWED_HEADER",
+        LIST,
+        (),
+        "CORS request headers of every environment.",
+        "Timestamp-Valid",
+        support=LATER,
+    )
+    cache_key: str = _option(
+        "AUTO_CONFIG_CACHE_KEY",
+        STRING,
+        "",
+        "Key under which the list of environments is kept in the database.",
+        "relay-environments",
+        support=REFUSED,
+    )
     cache_encryption_key: Secret = _option(
-        "AUTO_CONFIG_CACHE_ENCRYPTION_KEY", SECRET, Secret(""), "", support=REFUSED
+        "AUTO_CONFIG_CACHE_ENCRYPTION_KEY",
+        SECRET,
+        Secret(""),
+        "Encrypts what is kept under `cacheKey`; not set: the automatic configuration key does.",
+        "a-long-random-text",
+        support=REFUSED,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class OfflineMode:
-    """`[OfflineMode]`: everything from an archive."""
+    """`[OfflineMode]`: everything from an archive that LaunchDarkly has made."""
 
-    file_data_source: str = _option("FILE_DATA_SOURCE", PATH, "", "", support=REFUSED)
+    file_data_source: str = _option(
+        "FILE_DATA_SOURCE",
+        PATH,
+        "",
+        "The archive; switches offline mode on.",
+        "/data/archive.tar.gz",
+        support=REFUSED,
+    )
     file_data_source_monitoring_interval: float = _option(
-        "FILE_DATA_SOURCE_MONITORING_INTERVAL", DURATION, 1.0, "", support=LATER
+        "FILE_DATA_SOURCE_MONITORING_INTERVAL",
+        DURATION,
+        1.0,
+        "Time between two looks at the archive.",
+        support=LATER,
     )
-    env_datastore_prefix: str = _option("ENV_DATASTORE_PREFIX", STRING, "", "", support=LATER)
+    env_datastore_prefix: str = _option(
+        "ENV_DATASTORE_PREFIX", STRING, "", "As in `[AutoConfig]`.", "ld-$CID", support=LATER
+    )
     env_datastore_table_name: str = _option(
-        "ENV_DATASTORE_TABLE_NAME", STRING, "", "", support=LATER
+        "ENV_DATASTORE_TABLE_NAME", STRING, "", "As in `[AutoConfig]`.", "ld-$CID", support=LATER
     )
-    env_allowed_origin: tuple[str, ...] = _option("ENV_ALLOWED_ORIGIN", LIST, (), "", support=LATER)
-    env_allowed_header: tuple[str, ...] = _option("ENV_ALLOWED_HEADER", LIST, (), "", support=LATER)
+    env_allowed_origin: tuple[str, ...] = _option(
+        "ENV_ALLOWED_ORIGIN",
+        LIST,
+        (),
+        "As in `[AutoConfig]`.",
+        "https://shop.example.com",
+        support=LATER,
+    )
+    env_allowed_header: tuple[str, ...] = _option(
+        "ENV_ALLOWED_HEADER", LIST, (), "As in `[AutoConfig]`.", "Timestamp-Valid", support=LATER
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class DynamoDB:
-    """`[DynamoDB]`: a DynamoDB table that is kept current."""
+    """`[DynamoDB]`: a DynamoDB table that is kept current for SDKs in daemon mode."""
 
-    enabled: bool = _option("USE_DYNAMODB", BOOLEAN, False, "", support=REFUSED)
-    table_name: str = _option("DYNAMODB_TABLE", STRING, "", "", support=LATER)
-    url: str = _option("DYNAMODB_URL", URI, "", "", support=LATER)
-    local_ttl: float = _option("CACHE_TTL", DURATION, 30.0, "", support=NO_EFFECT)
+    enabled: bool = _option(
+        "USE_DYNAMODB", BOOLEAN, False, "Keep a DynamoDB table current.", support=REFUSED
+    )
+    table_name: str = _option(
+        "DYNAMODB_TABLE",
+        STRING,
+        "",
+        "The table of environments that name none of their own.",
+        "flags",
+        support=LATER,
+    )
+    url: str = _option(
+        "DYNAMODB_URL",
+        HTTP_URI,
+        "",
+        "Of the service; not set: that of AWS.",
+        "http://localhost:8000",
+        support=LATER,
+    )
+    local_ttl: float = _option(
+        "CACHE_TTL", DURATION, 30.0, "See `[Redis]` `localTtl`.", support=NO_EFFECT
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Consul:
-    """`[Consul]`: a Consul server that is kept current."""
+    """`[Consul]`: a Consul server that is kept current; `USE_CONSUL=true` in the environment."""
 
-    host: str = _option("CONSUL_HOST", STRING, "", "", support=REFUSED)
-    token: Secret = _option("CONSUL_TOKEN", SECRET, Secret(""), "", support=LATER)
-    token_file: str = _option("CONSUL_TOKEN_FILE", PATH, "", "", support=LATER)
-    local_ttl: float = _option("CACHE_TTL", DURATION, 30.0, "", support=NO_EFFECT)
+    host: str = _option(
+        "CONSUL_HOST",
+        STRING,
+        "",
+        "Host, perhaps with a port; switches Consul on in a file.",
+        "localhost",
+        support=REFUSED,
+    )
+    token: Secret = _option(
+        "CONSUL_TOKEN", SECRET, Secret(""), "Access token.", "a-long-random-text", support=LATER
+    )
+    token_file: str = _option(
+        "CONSUL_TOKEN_FILE",
+        PATH,
+        "",
+        "File that holds the access token.",
+        "/etc/relay/consul-token",
+        support=LATER,
+    )
+    local_ttl: float = _option(
+        "CACHE_TTL", DURATION, 30.0, "See `[Redis]` `localTtl`.", support=NO_EFFECT
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Datadog:
     """`[Datadog]`: figures and traces for Datadog."""
 
-    enabled: bool = _option("USE_DATADOG", BOOLEAN, False, "", support=REFUSED)
-    prefix: str = _option("DATADOG_PREFIX", STRING, "launchdarkly_relay", "", support=LATER)
-    trace_addr: str = _option("DATADOG_TRACE_ADDR", STRING, "localhost:8126", "", support=LATER)
-    stats_addr: str = _option("DATADOG_STATS_ADDR", STRING, "localhost:8125", "", support=LATER)
-    tag: tuple[str, ...] = _option("", LIST, (), "", support=LATER)
+    enabled: bool = _option(
+        "USE_DATADOG", BOOLEAN, False, "Send figures and traces to Datadog.", support=REFUSED
+    )
+    prefix: str = _option(
+        "DATADOG_PREFIX",
+        STRING,
+        "launchdarkly_relay",
+        "Beginning of the figures' names.",
+        support=LATER,
+    )
+    trace_addr: str = _option(
+        "DATADOG_TRACE_ADDR",
+        STRING,
+        "localhost:8126",
+        "Host and port of the agent for traces.",
+        support=LATER,
+    )
+    stats_addr: str = _option(
+        "DATADOG_STATS_ADDR",
+        STRING,
+        "localhost:8125",
+        "Host and port of the agent for figures, or a `unix://` path.",
+        support=LATER,
+    )
+    tag: tuple[str, ...] = _option(
+        "", LIST, (), "Tags of all figures, each as `name:value`.", "team:shop", support=LATER
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Stackdriver:
     """`[Stackdriver]`: figures and traces for Google's Cloud Monitoring."""
 
-    enabled: bool = _option("USE_STACKDRIVER", BOOLEAN, False, "", support=REFUSED)
-    project_id: str = _option(
-        "STACKDRIVER_PROJECT_ID", STRING, "", "", name="projectID", support=LATER
+    enabled: bool = _option(
+        "USE_STACKDRIVER", BOOLEAN, False, "Send figures and traces there.", support=REFUSED
     )
-    prefix: str = _option("STACKDRIVER_PREFIX", STRING, "launchdarkly_relay", "", support=LATER)
+    project_id: str = _option(
+        "STACKDRIVER_PROJECT_ID",
+        STRING,
+        "",
+        "The Google Cloud project.",
+        "my-project",
+        name="projectID",
+        support=LATER,
+    )
+    prefix: str = _option(
+        "STACKDRIVER_PREFIX",
+        STRING,
+        "launchdarkly_relay",
+        "Beginning of the figures' names.",
+        support=LATER,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class OpenTelemetry:
     """`[OpenTelemetry]`: figures, traces and logs over OTLP."""
 
-    enabled: bool = _option("USE_OTLP", BOOLEAN, False, "", support=REFUSED)
+    enabled: bool = _option(
+        "USE_OTLP", BOOLEAN, False, "Export figures, traces and logs.", support=REFUSED
+    )
     protocol: str = _option(
-        "OTEL_EXPORTER_OTLP_PROTOCOL", one_of("grpc", "http"), "", "", support=LATER
+        "OTEL_EXPORTER_OTLP_PROTOCOL",
+        one_of("grpc", "http"),
+        "",
+        "The protocol.",
+        "grpc",
+        support=LATER,
     )
     metrics_cardinality_limit: int = _option(
-        "OTEL_METRICS_CARDINALITY_LIMIT", COUNT, 2000, "", support=LATER
+        "OTEL_METRICS_CARDINALITY_LIMIT",
+        COUNT,
+        2000,
+        "Series of one figure; 0 for any number.",
+        support=LATER,
     )
     environment_status_metrics: bool = _option(
-        "OTEL_ENVIRONMENT_STATUS_METRICS", BOOLEAN, False, "", support=LATER
+        "OTEL_ENVIRONMENT_STATUS_METRICS",
+        BOOLEAN,
+        False,
+        "Figures on the state of each environment.",
+        support=LATER,
     )
-    logs_exporter: str = _option("OTEL_LOGS_EXPORTER", STRING, "otlp", "", support=LATER)
-    traces_exporter: str = _option("OTEL_TRACES_EXPORTER", STRING, "otlp", "", support=LATER)
-    metrics_exporter: str = _option("OTEL_METRICS_EXPORTER", STRING, "otlp", "", support=LATER)
+    logs_exporter: str = _option(
+        "OTEL_LOGS_EXPORTER", STRING, "otlp", "`otlp`, or `none`.", support=LATER
+    )
+    traces_exporter: str = _option(
+        "OTEL_TRACES_EXPORTER", STRING, "otlp", "`otlp`, or `none`.", support=LATER
+    )
+    metrics_exporter: str = _option(
+        "OTEL_METRICS_EXPORTER", STRING, "otlp", "`otlp`, or `none`.", support=LATER
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -542,11 +769,25 @@ class EnvironmentConfig:
     name: str = ""
     """The subsection, or the end of the variables' names."""
     sdk_key: Secret = _option(
-        "LD_ENV_", SECRET, Secret(""), "SDK key; this variable makes the environment exist."
+        "LD_ENV_",
+        SECRET,
+        Secret(""),
+        "SDK key; required. In the environment, it is this variable that makes one exist.",
+        "sdk-00000000-0000-0000-0000-000000000000",
     )
-    mobile_key: Secret = _option("LD_MOBILE_KEY_", SECRET, Secret(""), "Opens it for mobile SDKs.")
+    mobile_key: Secret = _option(
+        "LD_MOBILE_KEY_",
+        SECRET,
+        Secret(""),
+        "Opens it for mobile SDKs.",
+        "mob-00000000-0000-0000-0000-000000000000",
+    )
     env_id: str = _option(
-        "LD_CLIENT_SIDE_ID_", STRING, "", "Client-side ID: opens it for browsers; sent to SDKs."
+        "LD_CLIENT_SIDE_ID_",
+        STRING,
+        "",
+        "Client-side ID: opens it for browsers; sent to SDKs.",
+        "000000000000000000000000",
     )
     prefix: str = _option(
         "LD_PREFIX_",
@@ -554,9 +795,15 @@ class EnvironmentConfig:
         "",
         "Prefix of its keys in the database, default `launchdarkly`; required when there are several"
         " environments.",
+        "production",
     )
     table_name: str = _option(
-        "LD_TABLE_NAME_", STRING, "", "Table of its own in DynamoDB.", support=LATER
+        "LD_TABLE_NAME_",
+        STRING,
+        "",
+        "Table of its own in DynamoDB.",
+        "flags-production",
+        support=LATER,
     )
     ttl: float = _option(
         "LD_TTL_", DURATION, 0.0, "For how long HTTP caches may keep polled answers; 0 for not."
@@ -565,16 +812,30 @@ class EnvironmentConfig:
         "LD_SECURE_MODE_", BOOLEAN, False, "Browsers must prove their context.", support=LATER
     )
     allowed_origin: tuple[str, ...] = _option(
-        "LD_ALLOWED_ORIGIN_", LIST, (), "CORS origins; none means all."
+        "LD_ALLOWED_ORIGIN_",
+        LIST,
+        (),
+        "CORS origins; none means all.",
+        "https://shop.example.com,https://www.example.com",
     )
     allowed_header: tuple[str, ...] = _option(
-        "LD_ALLOWED_HEADER_", LIST, (), "CORS request headers beside the standard ones."
+        "LD_ALLOWED_HEADER_",
+        LIST,
+        (),
+        "CORS request headers beside the standard ones.",
+        "Timestamp-Valid,Random-Id-Valid",
     )
     log_level: str = _option(
-        "LD_LOG_LEVEL_", LOG_LEVEL, "", "Of this environment's lines; default `[Main] logLevel`."
+        "LD_LOG_LEVEL_",
+        LOG_LEVEL,
+        "",
+        "Of this environment's lines; default `[Main] logLevel`.",
+        "debug",
     )
-    proj_key: str = _option("LD_PROJ_KEY_", STRING, "", "Key of its LaunchDarkly project.")
-    filter_key: str = _option("", STRING, "", "A payload filter.", support=REFUSED)
+    proj_key: str = _option("LD_PROJ_KEY_", STRING, "", "Key of its LaunchDarkly project.", "shop")
+    filter_key: str = _option(
+        "", STRING, "", "Key of a payload filter of its project.", "microservice-1", support=REFUSED
+    )
     offline: bool = _option(
         "", BOOLEAN, False, "The reference's own mark; nobody sets it.", support=NO_EFFECT
     )
@@ -582,9 +843,16 @@ class EnvironmentConfig:
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """`[Filters "PROJKEY"]`: payload filters of a project."""
+    """`[Filters "PROJKEY"]`: payload filters of a project. Its variable ends with the key."""
 
-    keys: tuple[str, ...] = _option("LD_FILTER_KEYS_", LIST, (), "", support=REFUSED)
+    keys: tuple[str, ...] = _option(
+        "LD_FILTER_KEYS_",
+        LIST,
+        (),
+        "Keys of the filters; each makes another environment of each environment of the project.",
+        "microservice-1,microservice-2",
+        support=REFUSED,
+    )
 
 
 SECTIONS: dict[str, type] = {
@@ -651,6 +919,7 @@ def _declared(section: str, declared: Field[Any]) -> Option:
         about["kind"],
         default,
         about["help"],
+        about["example"],
         about["support"],
     )
 

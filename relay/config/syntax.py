@@ -117,8 +117,8 @@ class _Reader:
             raise AssertionError
         sub = match["sub"]
         if sub is not None:
-            if bad := re.search(r'\\[^"\\]', sub):
-                self.fail(f"unknown escape sequence {bad[0]}")
+            if bad := next((c for c in re.findall(r"\\(.)", sub) if c not in '"\\'), None):
+                self.fail(f"unknown escape sequence \\{bad}")
             sub = re.sub(r"\\(.)", r"\1", sub)
             if not sub:
                 self.fail("empty subsection name")

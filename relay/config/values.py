@@ -9,24 +9,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 from urllib.parse import urlsplit
 
 from relay.model.credential import Secret
 
-_DURATION_PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
-_SECONDS = {
-    "ns": 1e-9,
-    "us": 1e-6,
-    "µs": 1e-6,
-    "μs": 1e-6,
-    "ms": 1e-3,
-    "s": 1.0,
-    "m": 60.0,
-    "h": 3600.0,
+_DURATION_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)")
+_NANOSECONDS = {
+    "h": 3600 * 10**9,
+    "m": 60 * 10**9,
+    "s": 10**9,
+    "ms": 10**6,
+    "us": 10**3,
+    "µs": 10**3,
+    "μs": 10**3,
+    "ns": 1,
 }
-_SIZE_PART = re.compile(r"(\d+\.?\d*|\.\d+)([KMGTPE]i?B|B)", re.IGNORECASE)
+_SIZE_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)([KMGTPE]i?B|B)", re.IGNORECASE)
 _SIZE_UNITS = "BKMGTPE"
+_LARGEST = 2**63 - 1
+"""Of integers, sizes and nanoseconds, as in the reference."""
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
 LOG_LEVELS = ("debug", "info", "warn", "error", "none")
 TLS_VERSIONS = ("1.0", "1.1", "1.2", "1.3")
@@ -64,42 +67,60 @@ def file_boolean(text: str) -> bool:
         raise ValueError(f"failed to parse bool `{text}`") from None
 
 
-def _integer(text: str) -> int:
-    if not re.fullmatch(r"[+-]?\d+", text, re.ASCII):
+def _number(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,99}", text) or abs(int(text)) > _LARGEST:
         raise ValueError("not a valid integer")
-    if int(text) <= 0:
-        raise ValueError("value must be greater than zero")
     return int(text)
+
+
+def _integer(text: str) -> int:
+    number = _number(text)
+    if number <= 0:
+        raise ValueError("value must be greater than zero")
+    return number
 
 
 def _count(text: str) -> int:
-    if not re.fullmatch(r"\+?\d+", text, re.ASCII):
-        raise ValueError("not a valid integer")
-    return int(text)
+    number = _number(text)
+    if number < 0:
+        raise ValueError("value must not be negative")
+    return number
+
+
+def _signed(text: str) -> tuple[int, str]:
+    return (-1, text[1:]) if text.startswith("-") else (1, text.removeprefix("+"))
 
 
 def _duration(text: str) -> float:
-    sign, rest = (-1.0, text[1:]) if text.startswith("-") else (1.0, text.removeprefix("+"))
+    sign, rest = _signed(text)
     if rest == "0":
         return 0.0
     parts = _DURATION_PART.findall(rest)
-    if not parts or "".join(number + unit for number, unit in parts) != rest:
+    nanoseconds = sum(int(Decimal(number) * _NANOSECONDS[unit]) for number, unit in parts)
+    whole = "".join(number + unit for number, unit in parts) == rest
+    if not parts or not whole or nanoseconds > _LARGEST:
         raise ValueError('not a valid duration (must use format "1ms", "1s", "1m", etc.)')
-    return sign * sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    return sign * nanoseconds / 1e9
 
 
 def _show_duration(seconds: float) -> str:
-    for unit, size in (("h", 3600), ("m", 60)):
-        if seconds and seconds % size == 0:
-            return f"{seconds / size:g}{unit}"
-    return f"{seconds:g}s" if seconds == 0 or abs(seconds) >= 1 else f"{seconds * 1000:g}ms"
+    nanoseconds = round(seconds * 1e9)
+    for unit, size in _NANOSECONDS.items():
+        if nanoseconds and nanoseconds % size == 0:
+            return f"{nanoseconds // size}{unit}"
+    return "0s"
 
 
 def _size(text: str) -> int:
-    parts = _SIZE_PART.findall(text.replace(" ", ""))
-    if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
+    sign, rest = _signed(text.replace(" ", ""))
+    if rest == "0":
+        return 0
+    parts = _SIZE_PART.findall(rest)
+    size = sum(float(n) * 1024 ** _SIZE_UNITS.index(unit[0].upper()) for n, unit in parts)
+    whole = "".join(number + unit for number, unit in parts) == rest
+    if not parts or not whole or size > _LARGEST:
         raise ValueError("not a valid base-2 byte size")
-    return int(sum(float(n) * 1024 ** _SIZE_UNITS.index(unit[0].upper()) for n, unit in parts))
+    return sign * int(size)
 
 
 def _show_size(size: int) -> str:
@@ -115,8 +136,17 @@ def _uri(text: str) -> str:
         _ = parts.port
     except ValueError:
         raise ValueError("not a valid URL/URI") from None
+    if re.search(r"[\x00-\x20\x7f]", text):
+        raise ValueError("not a valid URL/URI")
     if not parts.scheme:
         raise ValueError("must be an absolute URL/URI")
+    return text
+
+
+def _http_uri(text: str) -> str:
+    parts = urlsplit(_uri(text))
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be a URL that begins with http:// or https:// and names a host")
     return text
 
 
@@ -134,7 +164,8 @@ def one_of(*allowed: str, what: str = "") -> Kind:
             raise ValueError(f'"{text}" is not a valid {noun}{names}')
         return text.lower()
 
-    return Kind(" or ".join(f"`{word}`" for word in allowed), parse)
+    *most, last = (f"`{word}`" for word in allowed)
+    return Kind(f"{', '.join(most)} or {last}", parse)
 
 
 BOOLEAN = Kind("boolean", _boolean, lambda value: "true" if value else "false")
@@ -143,6 +174,7 @@ COUNT = Kind("integer", _count)
 DURATION = Kind("duration", _duration, _show_duration)
 SIZE = Kind("size", _size, _show_size)
 URI = Kind("URL", _uri)
+HTTP_URI = Kind("URL", _http_uri)
 STRING = Kind("text", str)
 PATH = Kind("path", str)
 SECRET = Kind("secret", Secret, lambda _: "********")

@@ -1,12 +1,20 @@
 """File and environment are merged first and validated after; all problems come at once."""
 
+import re
+import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from relay.config.load import load
-from relay.config.schema import Config
+from relay.config.schema import Config, Option, Support, options
+from relay.config.show import quoted
+from relay.config.values import BOOLEAN, LIST, PATH, SECRET, STRING
 from relay.errors import ConfigError
 
 
@@ -24,34 +32,169 @@ def problems(variables: Mapping[str, str]) -> tuple[str, ...]:
     ("variables", "problem"),
     [
         ({"PORT": "x"}, "PORT: not a valid integer"),
+        ({"PORT": "1.5"}, "PORT: not a valid integer"),
+        ({"PORT": "99999999999999999999"}, "PORT: not a valid integer"),
         ({"PORT": "0"}, "PORT: value must be greater than zero"),
+        ({"PORT": "-1"}, "PORT: value must be greater than zero"),
+        ({"PORT": "65536"}, "port must not be greater than 65535 (PORT)"),
+        ({"PROMETHEUS_PORT": "x"}, "PROMETHEUS_PORT: not a valid integer"),
+        ({"PROMETHEUS_PORT": "0"}, "PROMETHEUS_PORT: value must be greater than zero"),
+        ({"INIT_MAX_CONCURRENT": "-1"}, "INIT_MAX_CONCURRENT: value must not be negative"),
+        ({"EXIT_ALWAYS": "on"}, "EXIT_ALWAYS: not a valid boolean value (must be true/false, yes/no, or 0/1)"),
+        ({"INIT_TIMEOUT": "30"}, 'INIT_TIMEOUT: not a valid duration (must use format "1ms", "1s", "1m", etc.)'),
         ({"STREAM_URI": "x"}, "STREAM_URI: must be an absolute URL/URI"),
+        ({"STREAM_URI": "http://[x"}, "STREAM_URI: not a valid URL/URI"),
+        ({"STREAM_URI": "http://a b"}, "STREAM_URI: not a valid URL/URI"),
+        ({"STREAM_URI": "localhost:8030"}, "STREAM_URI: must be a URL that begins with http:// or https:// and names a host"),
         ({"LOG_LEVEL": "x"}, 'LOG_LEVEL: "x" is not a valid log level'),
+        ({"LOG_FORMAT": "x"}, 'LOG_FORMAT: "x" is not a valid value (must be text or json)'),
         ({"TLS_MIN_VERSION": "2"}, 'TLS_MIN_VERSION: "2" is not a valid TLS version'),
-        ({"TLS_ENABLED": "1"}, "TLS cert and key are required if TLS is enabled"),
+        ({"TLS_ENABLED": "1"}, "TLS cert and key are required if TLS is enabled (TLS_ENABLED)"),
+        ({"TLS_ENABLED": "1", "TLS_CERT": "c"}, "TLS cert and key are required if TLS is enabled (TLS_ENABLED, TLS_CERT)"),
+        ({"EXPIRED_CREDENTIAL_CLEANUP_INTERVAL": "99ms"}, "expired credential cleanup interval must be >= 100ms (EXPIRED_CREDENTIAL_CLEANUP_INTERVAL)"),
+        ({"POLL_INTERVAL": "999ms"}, "poll interval must be >= 1s (POLL_INTERVAL)"),
+        ({"MAX_CLIENT_REQUEST_BODY_SIZE": "0B"}, "max client request body size must be greater than zero (MAX_CLIENT_REQUEST_BODY_SIZE)"),
+        ({"MAX_REQUEST_HEAD_SIZE": "0"}, "max request head size must be greater than zero (MAX_REQUEST_HEAD_SIZE)"),
+        ({"WORKERS": "2"}, "[Main] workers: this release runs as one process only (WORKERS)"),
         ({"EVENTS_MAX_INBOUND_PAYLOAD_SIZE": "x"}, "EVENTS_MAX_INBOUND_PAYLOAD_SIZE: not a valid base-2 byte size"),
-        ({"EVENTS_MAX_INBOUND_PAYLOAD_SIZE": "0B"}, "max inbound payload size must be greater than zero"),
-        ({"LD_ENV_a": ""}, 'SDK key is required for environment "a"'),
+        ({"EVENTS_MAX_INBOUND_PAYLOAD_SIZE": "0B"}, "max inbound payload size must be greater than zero (EVENTS_MAX_INBOUND_PAYLOAD_SIZE)"),
+        ({"EVENTS_MAX_INBOUND_PAYLOAD_SIZE": "-1B"}, "max inbound payload size must be greater than zero (EVENTS_MAX_INBOUND_PAYLOAD_SIZE)"),
+        ({"LD_ENV_a": ""}, 'SDK key is required for environment "a" (LD_ENV_a)'),
+        ({"LD_ENV_": ""}, 'SDK key is required for environment "" (LD_ENV_)'),
+        ({"LD_ENV_a": "k", "LD_TTL_a": "x"}, 'LD_TTL_a: not a valid duration (must use format "1ms", "1s", "1m", etc.)'),
         ({"LD_ENV_a": "k", "LD_TTL_MINUTES_a": "1"}, "LD_TTL_MINUTES_a: this variable is no longer supported; use LD_TTL_a"),
+        ({"EVENTS_SAMPLING_INTERVAL": "1"}, "EVENTS_SAMPLING_INTERVAL: this variable is no longer supported"),
+        ({"USE_REDIS": "x"}, "USE_REDIS: not a valid boolean value (must be true/false, yes/no, or 0/1)"),
         ({"USE_REDIS": "1", "REDIS_TTL": "1s"}, "REDIS_TTL: this variable is no longer supported; use CACHE_TTL"),
         ({"USE_REDIS": "1", "REDIS_PORT": "tcp://h:x"}, "REDIS_PORT: not a valid integer"),
-        ({"USE_REDIS": "1", "REDIS_URL": "redis://h", "REDIS_HOST": "h"}, "please specify Redis URL or host/port, but not both"),
-        ({"EVENTS_SAMPLING_INTERVAL": "1"}, "EVENTS_SAMPLING_INTERVAL: this variable is no longer supported"),
-        ({"AUTO_CONFIG_KEY": "k"}, "[AutoConfig] key (AUTO_CONFIG_KEY) is not supported in this release"),
-        ({"USE_CONSUL": "1"}, "[Consul] host (USE_CONSUL) is not supported in this release"),
-        ({"WORKERS": "2"}, "[Main] workers: this release runs as one process only"),
+        ({"USE_REDIS": "1", "REDIS_PORT": "tcp://h:0"}, "REDIS_PORT: value must be greater than zero"),
+        ({"USE_REDIS": "1", "REDIS_PORT": "70000"}, "invalid Redis hostname (REDIS_PORT)"),
+        ({"USE_REDIS": "1", "REDIS_HOST": "a[b"}, "invalid Redis hostname (REDIS_HOST)"),
+        ({"USE_REDIS": "1", "REDIS_URL": "http://h"}, "invalid Redis URL: it must begin with redis:// or rediss:// (REDIS_URL)"),
+        ({"USE_REDIS": "1", "REDIS_URL": "redis://h", "REDIS_HOST": "h"}, "please specify Redis URL or host/port, but not both (REDIS_URL, REDIS_HOST)"),
+        ({"USE_REDIS": "1", "REDIS_CLIENT_CERT_FILE": "c"}, "a Redis client certificate needs a key, and a key a certificate (REDIS_CLIENT_CERT_FILE)"),
+        ({"AUTO_CONFIG_KEY": "k"}, "[AutoConfig] key is not supported in this release (AUTO_CONFIG_KEY)"),
+        ({"FILE_DATA_SOURCE": "f"}, "[OfflineMode] fileDataSource is not supported in this release (FILE_DATA_SOURCE)"),
+        ({"FILE_DATA_SOURCE_MONITORING_INTERVAL": "1s"}, "must specify offline mode filename if other offline mode properties are set (FILE_DATA_SOURCE_MONITORING_INTERVAL)"),
+        ({"USE_DYNAMODB": "1"}, "[DynamoDB] enabled is not supported in this release (USE_DYNAMODB)"),
+        ({"USE_CONSUL": "1"}, "[Consul] host is not supported in this release (USE_CONSUL)"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "h"}, "[Consul] host is not supported in this release (CONSUL_HOST)"),
+        ({"USE_DATADOG": "1"}, "[Datadog] enabled is not supported in this release (USE_DATADOG)"),
+        ({"USE_STACKDRIVER": "1"}, "[Stackdriver] enabled is not supported in this release (USE_STACKDRIVER)"),
+        ({"USE_OTLP": "1"}, "[OpenTelemetry] enabled is not supported in this release (USE_OTLP)"),
+        ({"PROXY_AUTH_NTLM": "1", "PROXY_URL": "http://p", "PROXY_AUTH_USER": "u", "PROXY_AUTH_PASSWORD": "p"}, "[Proxy] ntlmAuth is not supported in this release (PROXY_AUTH_NTLM)"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_as_the_reference_says_it(
     variables: dict[str, str], problem: str
 ) -> None:
-    """Each rule has its sentence."""
+    """Each rule has its sentence, and where the options were given."""
     assert problems(variables) == (problem,)
+
+
+REFUSED = re.compile("is not supported in this release")
+PREFIX_MISSING = "does not have a prefix specified for database storage"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        (
+            {"ENV_DATASTORE_PREFIX": "p"},
+            ["must specify auto-configuration key if other auto-configuration properties are set (ENV_DATASTORE_PREFIX)",
+             "must specify offline mode filename if other offline mode properties are set (ENV_DATASTORE_PREFIX)"],
+        ),
+        ({"AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_PREFIX": "p"}, []),
+        ({"FILE_DATA_SOURCE": "f", "ENV_ALLOWED_ORIGIN": "o"}, []),
+        (
+            {"AUTO_CONFIG_KEY": "k", "LD_ENV_a": "k"},
+            ["cannot configure specific environments if auto-configuration is enabled (AUTO_CONFIG_KEY, LD_ENV_a)"],
+        ),
+        (
+            {"AUTO_CONFIG_KEY": "k", "FILE_DATA_SOURCE": "f"},
+            ["cannot specify both auto-configuration key and file data source (AUTO_CONFIG_KEY, FILE_DATA_SOURCE)"],
+        ),
+        (
+            {"FILE_DATA_SOURCE": "f", "LD_ENV_a": "k"},
+            ["cannot configure specific environments if offline mode is enabled (FILE_DATA_SOURCE, LD_ENV_a)"],
+        ),
+        (
+            {"FILE_DATA_SOURCE": "f", "FILE_DATA_SOURCE_MONITORING_INTERVAL": "99ms"},
+            ["file data source monitoring interval must be >= 100ms (FILE_DATA_SOURCE_MONITORING_INTERVAL)"],
+        ),
+        (
+            {"AUTO_CONFIG_KEY": "k", "LD_FILTER_KEYS_p": "f"},
+            ["cannot configure filters if auto-configuration is enabled (LD_FILTER_KEYS_p)"],
+        ),
+        (
+            {"LD_ENV_a": "k", "LD_FILTER_KEYS_p": "f"},
+            ["when filters are configured, all environments must specify a 'projKey' (LD_ENV_a)"],
+        ),
+        (
+            {"LD_ENV_a": "k", "LD_PROJ_KEY_a": "q", "LD_FILTER_KEYS_p": "f", "LD_FILTER_KEYS_q": ""},
+            ["filters are configured for project 'p', but no environment references that project (LD_FILTER_KEYS_p)",
+             "filter key list for project 'q' cannot be empty (LD_FILTER_KEYS_q)"],
+        ),
+        (
+            {"LD_ENV_a": "k", "LD_PROJ_KEY_a": "p", "LD_FILTER_KEYS_p": "f,, g"},
+            ["filter key [1] for project 'p' is malformed (note: lists are comma-delimited) (LD_FILTER_KEYS_p)"],
+        ),
+        ({"LD_ENV_a": "k", "LD_PROJ_KEY_a": "p", "LD_FILTER_KEYS_p": "f, g"}, []),
+        (
+            {"USE_CONSUL": "1", "CONSUL_TOKEN": "t", "CONSUL_TOKEN_FILE": "f"},
+            ["Consul token must be specified as either an inline value or a file, but not both (CONSUL_TOKEN, CONSUL_TOKEN_FILE)"],
+        ),
+        (
+            {"USE_DYNAMODB": "1", "USE_CONSUL": "1", "USE_REDIS": "1"},
+            ["multiple databases are enabled (Redis, Consul, DynamoDB); only one is allowed (USE_REDIS, USE_CONSUL, USE_DYNAMODB)"],
+        ),
+        (
+            {"USE_DYNAMODB": "1", "LD_ENV_a": "k", "LD_PREFIX_a": "p"},
+            ["TableName property must be specified for DynamoDB, either globally or per environment (LD_ENV_a)"],
+        ),
+        ({"USE_DYNAMODB": "1", "DYNAMODB_TABLE": "t", "LD_ENV_a": "k"}, []),
+        (
+            {"USE_DYNAMODB": "1", "DYNAMODB_TABLE": "t", "LD_ENV_a": "k", "LD_ENV_b": "l", "LD_TABLE_NAME_a": "t"},
+            ['environment "b" does not have a prefix or table name specified for database storage (LD_ENV_b)'],
+        ),
+        (
+            {"USE_REDIS": "1", "LD_ENV_a": "k", "LD_ENV_b": "l", "LD_ENV_c": "m", "LD_PREFIX_b": "p"},
+            [f'environment "a" {PREFIX_MISSING} (LD_ENV_a)', f'environment "c" {PREFIX_MISSING} (LD_ENV_c)'],
+        ),
+        (
+            {"USE_REDIS": "1", "AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_PREFIX": "p"},
+            ['when using auto-configuration with database storage, database prefix (or, if using DynamoDB, table name) must be specified and must contain "$CID" (AUTO_CONFIG_KEY, ENV_DATASTORE_PREFIX)'],
+        ),
+        ({"USE_REDIS": "1", "AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_PREFIX": "p$CID"}, []),
+        ({"PROXY_AUTH_NTLM": "1"}, ["cannot specify proxy authentication without a proxy URL (PROXY_AUTH_NTLM)"]),
+        (
+            {"PROXY_AUTH_NTLM": "1", "PROXY_URL": "http://p", "PROXY_AUTH_USER": "u"},
+            ["NTLM proxy authentication requires username and password (PROXY_AUTH_NTLM)"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_checked_all_the_same(
+    variables: dict[str, str], expected: list[str]
+) -> None:
+    """The reference's rules on what this release refuses; the refusals themselves left out."""
+    assert [p for p in problems(variables) if not REFUSED.search(p)] == expected
 
 
 def test_all_problems_come_at_once() -> None:
     """Nobody has to start the relay once for each mistake."""
-    assert len(problems({"PORT": "x", "LOG_LEVEL": "y", "INIT_TIMEOUT": "30"})) == 3
+    variables = {"PORT": "x", "LOG_LEVEL": "y", "TLS_ENABLED": "1", "LD_ENV_a": "", "WORKERS": "2"}
+    assert len(problems(variables)) == len(variables)
+
+
+def test_a_file_that_cannot_be_read_hides_no_other_problem_and_makes_none(tmp_path: Path) -> None:
+    """What depends on the file is not guessed at."""
+    path = tmp_path / "relay.conf"
+    path.write_text("[Main")
+    with pytest.raises(ConfigError) as caught:
+        load(str(path), True, False, {"PORT": "x", "TLS_ENABLED": "1"})
+    first, second = caught.value.problems
+    assert first.startswith(f'failed to read configuration file "{path}": {path}:1:1: ')
+    assert second == "PORT: not a valid integer"
 
 
 def test_a_variable_completes_a_section_of_the_file(tmp_path: Path) -> None:
@@ -73,6 +216,14 @@ def test_a_variable_completes_a_section_of_the_file(tmp_path: Path) -> None:
         ("[Nonsense]", 'PATH:1: unsupported or misspelled section "Nonsense"'),
         ("[Main]\nx = 1", 'PATH:2: unsupported or misspelled section "Main", variable "x"'),
         ('[Main "x"]', 'PATH:1: unsupported or misspelled section "Main", subsection "x"'),
+        ('[Environment "a"]\nsdkKey = k\nx = 1', 'PATH:3: unsupported or misspelled section "Environment", subsection "a", variable "x"'),
+        ("[default-environment]", 'PATH:1: unsupported or misspelled section "default-environment"'),
+        ('[Environment "a"]\nmobileKey = m', 'SDK key is required for environment "a" (PATH:1)'),
+        ('[Filters "p"]\n[Environment "a"]\nsdkKey = k\nprojKey = p', "filter key list for project 'p' cannot be empty (PATH:1)"),
+        ('[Environment "\\\\x\\0"]', 'failed to read configuration file "PATH": PATH:1:1: unknown escape sequence \\0'),
+        ("[Main]\nport = x", "PATH:2: port: not a valid integer"),
+        ("[Main]\nexitAlways =", "PATH:2: exitAlways: failed to parse bool ``"),
+        ('[Environment ""]', 'failed to read configuration file "PATH": PATH:1:1: empty subsection name'),
         ("[Main]\nport", "PATH:2: port: blank value not supported for type"),
         ("[Main]\nexitAlways = x", "PATH:2: exitAlways: failed to parse bool `x`"),
         ('[Main]\nlogLevel = "', 'failed to read configuration file "PATH": PATH:2:13: string not terminated'),
@@ -106,7 +257,62 @@ def test_a_hundred_environments() -> None:
 def test_what_a_later_release_brings_is_accepted_with_a_warning() -> None:
     """Nothing is ignored in silence."""
     warnings = from_env({"USE_EVENTS": "true"}).warnings
-    assert warnings == ("[Events] sendEvents (USE_EVENTS) takes effect in a later release",)
+    assert warnings == ("[Events] sendEvents takes effect in a later release (USE_EVENTS)",)
+
+
+@pytest.mark.parametrize(
+    ("variables", "warning"),
+    [
+        ({"CACHE_TTL": "1s", "USE_REDIS": "1"}, "[Redis] localTtl has no effect: The relay serves from memory and never from the database, so nothing is cached for a time (CACHE_TTL)"),
+        ({"EXIT_ON_ERROR": "1"}, "[Main] exitOnError has no effect without exitAlways (EXIT_ON_ERROR)"),
+        ({"FLAGS_FILE": "f", "LD_ENV_a": "k"}, "[Main] flagsFile is not served, because environments are configured (FLAGS_FILE)"),
+        ({"REDIS_URL": "redis://h"}, "REDIS_URL has no effect without USE_REDIS=true"),
+        ({"LD_MOBILE_KEY_a": "m"}, "LD_MOBILE_KEY_a has no effect without LD_ENV_a"),
+        ({"EVENTS_METRICS_CAPACITY": "10000", "LD_ENV_a": "k", "LD_ENV_b": "k"}, 'environments "a" and "b" have the same SDK key; "b" answers to it (LD_ENV_a, LD_ENV_b)'),
+        ({"LD_ENV_a": "k", "LD_ENV_b": "l", "LD_MOBILE_KEY_a": "m", "LD_MOBILE_KEY_b": "m"}, 'environments "a" and "b" have the same mobile key; "b" answers to it (LD_MOBILE_KEY_a, LD_MOBILE_KEY_b)'),
+        ({"LD_ENV_a": "k", "LD_ENV_b": "l", "LD_CLIENT_SIDE_ID_a": "m", "LD_CLIENT_SIDE_ID_b": "m"}, 'environments "a" and "b" have the same client-side ID; "b" answers to it (LD_CLIENT_SIDE_ID_a, LD_CLIENT_SIDE_ID_b)'),
+        ({"USE_REDIS": "1", "LD_ENV_a": "k", "LD_ENV_b": "l", "LD_PREFIX_a": "m", "LD_PREFIX_b": "m"}, 'environments "a" and "b" have the same database prefix; each overwrites what the other has stored (LD_PREFIX_a, LD_PREFIX_b)'),
+        ({"USE_REDIS": "1", "LD_ENV_a": "k"}, f'environment "a" {PREFIX_MISSING}; this would be an error if multiple environments were configured (LD_ENV_a)'),
+    ],
+)  # fmt: skip
+def test_what_the_operator_should_know_is_a_warning(
+    variables: dict[str, str], warning: str
+) -> None:
+    """The relay starts, as the reference does, and says what nobody can have wanted."""
+    assert warning in from_env(variables).warnings
+
+
+def test_nothing_to_warn_of() -> None:
+    """What is empty or switched off on purpose is not worth a word; nor are other programs'."""
+    variables = {
+        "LD_ENV_a": "k",
+        "LD_ENV_b": "l",
+        "LD_MOBILE_KEY_c": "",
+        "USE_REDIS": "false",
+        "REDIS_URL": "redis://h",
+        "REDIS_PORT": "tcp://10.0.0.1:6379",
+        "OTEL_LOGS_EXPORTER": "console",
+        "LD_LIBRARY_PATH": "/lib",
+    }
+    config = from_env(variables)
+    assert (config.warnings, config.redis) == ((), None)
+
+
+def test_of_usage_metrics_a_thousand_are_kept_at_least() -> None:
+    """As the late reference does."""
+    config = from_env({"EVENTS_METRICS_CAPACITY": "5"})
+    assert config.events.metrics_capacity == 1000
+    expected = "[Events] metricsCapacity is taken as 1000, the least possible"
+    assert f"{expected} (EVENTS_METRICS_CAPACITY)" in config.warnings
+
+
+def test_a_section_of_redis_without_a_server_is_said(tmp_path: Path) -> None:
+    """A password alone switches nothing on."""
+    path = tmp_path / "relay.conf"
+    path.write_text("[Redis]\npassword = p\n")
+    config = load(str(path), False, False, {})
+    assert config.redis is None
+    assert config.warnings == (f"[Redis] has no effect without url, host or port ({path}:2)",)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +320,10 @@ def test_what_a_later_release_brings_is_accepted_with_a_warning() -> None:
     [
         ({"USE_REDIS": "1"}, "redis://localhost:6379"),
         ({"USE_REDIS": "1", "REDIS_PORT": "tcp://h:1"}, "redis://h:1"),
+        ({"USE_REDIS": "1", "REDIS_PORT": "tcp://[::1]:1"}, "redis://[::1]:1"),
+        ({"USE_REDIS": "1", "REDIS_PORT": "1"}, "redis://localhost:1"),
+        ({"USE_REDIS": "1", "REDIS_HOST": ""}, "redis://localhost:6379"),
+        ({"USE_REDIS": "1", "REDIS_URL": "rediss://u:p@h:1/2"}, "rediss://u:p@h:1/2"),
         ({"USE_REDIS": "1", "REDIS_TLS": "1"}, "rediss://localhost:6379"),
     ],
 )
@@ -122,3 +332,151 @@ def test_redis_is_found(variables: dict[str, str], url: str) -> None:
     redis = from_env(variables).redis
     assert redis
     assert redis.url == url
+
+
+def test_a_variable_replaces_what_the_file_says_of_redis(tmp_path: Path) -> None:
+    """File and environment are merged before anything is made of them; a file switches it on."""
+    path = tmp_path / "relay.conf"
+    path.write_text("[Redis]\nhost = file\nport = 1\n")
+    config = load(str(path), True, False, {"REDIS_HOST": "variable"})
+    assert config.redis
+    assert config.redis.url == "redis://variable:1"
+
+
+def test_an_empty_variable_takes_back_what_the_file_says(tmp_path: Path) -> None:
+    """Texts become empty, other types their default; booleans and lists stay."""
+    path = tmp_path / "relay.conf"
+    path.write_text(
+        "[Main]\ninitTimeout = 1s\ntlsCert = c\nexitAlways = on\nlogLevel = warn\n"
+        '[Environment "a"]\nsdkKey = k\nallowedOrigin = x\nprefix = p\n'
+    )
+    names = ("INIT_TIMEOUT", "TLS_CERT", "EXIT_ALWAYS", "LOG_LEVEL", "LD_ALLOWED_ORIGIN_a")
+    variables = {**dict.fromkeys(names, ""), "LD_ENV_a": "k2", "LD_PREFIX_a": ""}
+    config = load(str(path), True, False, variables)
+    main, (a,) = config.main, config.environments
+    assert (main.init_timeout, main.tls_cert, main.exit_always) == (10.0, "", True)
+    assert main.log_level == "info"
+    assert (a.sdk_key.reveal(), a.allowed_origin, a.prefix) == ("k2", ("x",), "")
+    assert config.given['Environment "a".allowed_origin'] == f"{path}:8"
+    assert "Main.init_timeout" not in config.given
+
+
+def test_repeated_options_of_a_file(tmp_path: Path) -> None:
+    """The last counts, lists grow, sections are merged whatever their case."""
+    path = tmp_path / "relay.conf"
+    path.write_text(
+        "[MAIN]\nPORT = 1\n[Proxy]\ncaCertFiles = a,b\n[main]\nport = 2 ; not 3\n"
+        "[proxy]\nCACERTFILES = c\nurl = http://p\nurl =\n"
+    )
+    config = load(str(path), False, False, {})
+    assert (config.main.port, config.proxy.ca_cert_files) == (2, ("a", "b", "c"))
+    assert config.proxy.url == ""
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        (None, ("https://sdk.launchdarkly.com", "https://clientsdk.launchdarkly.com")),
+        ("https://app.launchdarkly.com/", ("https://sdk.launchdarkly.com", "https://clientsdk.launchdarkly.com")),
+        ("https://sdk.launchdarkly.com/", ("https://sdk.launchdarkly.com", "https://clientsdk.launchdarkly.com")),
+        ("http://relay:1", ("http://relay:1", "http://relay:1")),
+    ],
+)  # fmt: skip
+def test_the_base_addresses(base: str | None, expected: tuple[str, str]) -> None:
+    """The old default is the new one; what was changed is changed for browsers, too."""
+    main = from_env({"BASE_URI": base} if base else {}).main
+    assert (main.base_uri, main.client_side_base_uri) == expected
+
+
+def test_without_any_flag_the_environment_is_read_if_there_is_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a container needs nothing but `-e LD_ENV_x=…`; a file alone comes first."""
+    path = tmp_path / "ld-relay.conf"
+    monkeypatch.setattr("relay.config.load.DEFAULT_FILE", str(path))
+    assert load("", False, False, {"PORT": "1"}).main.port == 1
+    path.write_text("[Main]\nport = 2\n")
+    assert load("", False, False, {"PORT": "1"}).main.port == 2
+
+
+BOTH = [
+    option
+    for section in ("Main", "Events", "Redis", "Proxy", "Http", "Webhook", "Prometheus")
+    for option in options(section)
+    if option.support is not Support.REFUSED
+]
+PER_ENVIRONMENT = [option for option in options("Environment") if option.variable]
+lines = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
+names = lines.filter(lambda name: name and not set(name) & set("()"))
+"""Without what encloses the sources of a problem."""
+urls = st.sampled_from(["http://h", "https://u:p%40@h:1/x?y=1", "HTTP://[::1]:8030"])
+words = st.sampled_from(["streaming", "JSON", "text", "polling", "debug", "None", "1.2", "1.3"])
+numbers = st.integers(1, 70000).map(str)
+texts = {
+    "boolean": st.sampled_from(["true", "YES", "1", "False", "no", "0"]),
+    "integer above 0": numbers,
+    "integer": numbers,
+    "duration": st.sampled_from(["0", "1s", "1.5h", "1m30s", "-2ms", "99ms", "+5us", "1h1ns"]),
+    "size": st.sampled_from(["1B", "1.5MiB", "0B", "64kb", "1MiB1B"]),
+    "URL": urls,
+}
+
+
+def text_of(option: Option) -> st.SearchStrategy[str]:
+    """Texts that an option may have: of its type, though maybe against a rule; or empty."""
+    if option.attribute == "url" and option.section == "Redis":
+        right = st.sampled_from(["redis://u:p@h:1/2", "rediss://h", "http://h"])
+    elif option.kind.name in texts:
+        right = texts[option.kind.name]
+    elif option.kind in (STRING, PATH, SECRET, LIST):
+        right = lines
+    else:
+        right = words.filter(lambda word: f"`{word.lower()}`" in option.kind.name)
+    return right if option.kind is BOOLEAN else right | st.just("")
+
+
+@st.composite
+def settings_of_both(draw: st.DrawFn) -> tuple[str, dict[str, str]]:
+    """The text of a file, and variables that say the same."""
+    file, variables = "", {}
+    for option in draw(st.lists(st.sampled_from(BOTH), unique=True, max_size=9)):
+        text = draw(text_of(option))
+        file += f"[{option.section}]\n{option.name} = {quoted(text)}\n"
+        variables[option.variable] = text
+    for name in draw(st.lists(names, unique=True, max_size=3)):
+        escaped = name.replace("\\", "\\\\").replace('"', '\\"')
+        file += f'[Environment "{escaped}"]\n'
+        chosen = draw(st.lists(st.sampled_from(PER_ENVIRONMENT), unique=True, max_size=4))
+        for option in {options("Environment")[0], *chosen}:
+            text = draw(text_of(option))
+            file += f"{option.name} = {quoted(text)}\n"
+            variables[option.variable + name] = text
+    if any(variables.get(v) for v in ("REDIS_URL", "REDIS_HOST", "REDIS_PORT")):
+        variables["USE_REDIS"] = "1"
+    else:
+        variables = {n: t for n, t in variables.items() if not n.startswith("REDIS_")}
+    return file, variables
+
+
+def outcome(*arguments: Any) -> Config | list[str]:
+    """What a configuration amounts to, without the places where it was given."""
+    try:
+        config = load(*arguments)
+    except ConfigError as e:
+        return [re.sub(r" \([^()]*\)$", "", problem) for problem in e.problems]
+    return replace(config, given={}, warnings=())
+
+
+@settings(deadline=None)
+@given(settings_of_both())
+def test_a_file_and_the_equivalent_variables_give_the_same(
+    both: tuple[str, dict[str, str]],
+) -> None:
+    """Or the same problems."""
+    file, variables = both
+    with tempfile.NamedTemporaryFile("w") as path:
+        path.write(file)
+        path.flush()
+        from_file = outcome(path.name, False, False, {})
+    from_variables = outcome("", True, False, variables)
+    assert from_file == from_variables

@@ -1,0 +1,417 @@
+"""What must hold between options (config 3.5), and what the operator should know. Pure.
+
+Each rule yields sentences, in the reference's words where it has the rule, with the options that
+they are about, so that every sentence can say where these were given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar, cast
+from urllib.parse import urlsplit
+
+from relay.config.schema import (
+    AutoConfig,
+    Consul,
+    DynamoDB,
+    EnvironmentConfig,
+    Events,
+    Filters,
+    Main,
+    OfflineMode,
+    Option,
+    Proxy,
+    Redis,
+    Support,
+    options,
+)
+
+ENVIRONMENT, FILTERS = "Environment", "Filters"
+
+SHARED = ("env_datastore_prefix", "env_datastore_table_name", "env_allowed_origin",
+          "env_allowed_header")  # fmt: skip
+"""What `[AutoConfig]` and `[OfflineMode]` have in common, variables included."""
+
+LAST_PORT = 65535
+_OLD_BASE_URI = "https://app.launchdarkly.com"
+_CLIENT_SIDE_BASE_URI = "https://clientsdk.launchdarkly.com"
+_SHORTEST_CLEANUP = 0.1
+_SHORTEST_LOOK = 0.1
+_SHORTEST_POLL = 1.0
+_LEAST_METRICS_CAPACITY = 1000
+_REDIS_SCHEMES = ("redis", "rediss", "unix")
+
+Key = tuple[str, str | None, str]
+"""Section, name of the subsection, attribute; an empty attribute means the section as such."""
+
+Sentence = tuple[str, tuple[Key, ...]]
+"""A sentence, and the options that it is about."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What file and environment say together, before it is checked.
+
+    Args:
+        sections: one of each class without a name of its own.
+        environments: in the order in which they were given.
+        filters: by project.
+        given: where each option came from that was given.
+    """
+
+    sections: Mapping[type, object]
+    environments: tuple[EnvironmentConfig, ...]
+    filters: Mapping[str, Filters]
+    given: Mapping[Key, str]
+
+    def of(self, section: type[T]) -> T:
+        """Return a section."""
+        return cast("T", self.sections[section])
+
+    def written(self, support: Support) -> Iterator[tuple[str, Option, Key]]:
+        """Yield the options that were given something other than their default, with their name."""
+        for key in self.given:
+            section, name, attribute = key
+            option = next((o for o in options(section) if o.attribute == attribute), None)
+            if option and option.support is support and self._value(key) != option.default:
+                label = section if name is None else f'{section} "{name}"'
+                yield f"[{label}] {option.name}", option, key
+
+    def _value(self, key: Key) -> object:
+        section, name, attribute = key
+        if section == ENVIRONMENT:
+            owner: object = next(each for each in self.environments if each.name == name)
+        elif section == FILTERS:
+            owner = self.filters[name or ""]
+        else:
+            owner = next(s for c, s in self.sections.items() if c.__name__ == section)
+        return getattr(owner, attribute)
+
+    def sourced(self, sentence: Sentence) -> str:
+        """Return the sentence with the places where its options were given."""
+        text, keys = sentence
+        sources = dict.fromkeys(self.given[key] for key in keys if key in self.given)
+        return f"{text} ({', '.join(sources)})" if sources else text
+
+
+def problems(draft: Draft) -> list[str]:
+    """Return everything that keeps the relay from starting."""
+    rules = (
+        _refused,
+        _main,
+        _events,
+        _auto_config,
+        _offline_mode,
+        _environments,
+        _filters,
+        _redis,
+        _consul,
+        _dynamodb,
+        _databases,
+        _proxy,
+    )
+    return [draft.sourced(sentence) for rule in rules for sentence in rule(draft)]
+
+
+def warnings(draft: Draft) -> list[str]:
+    """Return what the operator should know, though the relay starts."""
+    rules = (_later, _no_effect, _useless, _bare_environment, _duplicates, _raised)
+    return [draft.sourced(sentence) for rule in rules for sentence in rule(draft)]
+
+
+def main_of(draft: Draft) -> Main:
+    """Return the section with the addresses that follow from others."""
+    main = draft.of(Main)
+    default = Main().base_uri
+    given = main.base_uri.rstrip("/")
+    base = default if given in (default, _OLD_BASE_URI) else main.base_uri
+    client_side = main.client_side_base_uri
+    if not client_side:
+        client_side = _CLIENT_SIDE_BASE_URI if base == default else base
+    return replace(main, base_uri=base, client_side_base_uri=client_side)
+
+
+def events_of(draft: Draft) -> Events:
+    """Return the section with its least capacity."""
+    events = draft.of(Events)
+    capacity = max(events.metrics_capacity, _LEAST_METRICS_CAPACITY)
+    return replace(events, metrics_capacity=capacity)
+
+
+def redis_of(draft: Draft) -> Redis | None:
+    """Return the section with a complete URL; None if no Redis is configured."""
+    redis = draft.of(Redis)
+    if not _uses_redis(redis):
+        return None
+    url = redis.url or f"redis://{redis.host or 'localhost'}:{redis.port or 6379}"
+    if redis.tls and url.startswith("redis://"):
+        url = "rediss" + url.removeprefix("redis")
+    return replace(redis, url=url)
+
+
+def _main_key(*attributes: str) -> tuple[Key, ...]:
+    return _keys("Main", *attributes)
+
+
+def _keys(section: str, *attributes: str) -> tuple[Key, ...]:
+    return tuple((section, None, attribute) for attribute in attributes)
+
+
+def _environment_keys(draft: Draft) -> tuple[Key, ...]:
+    return tuple((ENVIRONMENT, each.name, "") for each in draft.environments)
+
+
+def _refused(draft: Draft) -> Iterator[Sentence]:
+    for shown, _, key in draft.written(Support.REFUSED):
+        yield f"{shown} is not supported in this release", (key,)
+
+
+def _main(draft: Draft) -> Iterator[Sentence]:
+    main = draft.of(Main)
+    if main.port > LAST_PORT:
+        yield f"port must not be greater than {LAST_PORT}", _main_key("port")
+    if main.workers != 1:
+        yield "[Main] workers: this release runs as one process only", _main_key("workers")
+    if main.tls_enabled and not (main.tls_cert and main.tls_key):
+        keys = _main_key("tls_enabled", "tls_cert", "tls_key")
+        yield "TLS cert and key are required if TLS is enabled", keys
+    if main.expired_credential_cleanup_interval < _SHORTEST_CLEANUP:
+        keys = _main_key("expired_credential_cleanup_interval")
+        yield "expired credential cleanup interval must be >= 100ms", keys
+    if main.poll_interval < _SHORTEST_POLL:
+        yield "poll interval must be >= 1s", _main_key("poll_interval")
+    if main.max_client_request_body_size <= 0:
+        keys = _main_key("max_client_request_body_size")
+        yield "max client request body size must be greater than zero", keys
+    if main.max_request_head_size <= 0:
+        keys = _main_key("max_request_head_size")
+        yield "max request head size must be greater than zero", keys
+
+
+def _events(draft: Draft) -> Iterator[Sentence]:
+    key: Key = ("Events", None, "max_inbound_payload_size")
+    if key in draft.given and draft.of(Events).max_inbound_payload_size <= 0:
+        yield "max inbound payload size must be greater than zero", (key,)
+
+
+def _auto_config(draft: Draft) -> Iterator[Sentence]:
+    auto = draft.of(AutoConfig)
+    keys = _keys("AutoConfig", *(name for name in SHARED if getattr(auto, name)))
+    if not auto.key and keys:
+        text = "must specify auto-configuration key if other auto-configuration properties are set"
+        yield text, keys
+    if not auto.key:
+        return
+    if draft.environments:
+        text = "cannot configure specific environments if auto-configuration is enabled"
+        yield text, (*_keys("AutoConfig", "key"), *_environment_keys(draft))
+    if draft.of(OfflineMode).file_data_source:
+        text = "cannot specify both auto-configuration key and file data source"
+        yield text, (*_keys("AutoConfig", "key"), *_keys("OfflineMode", "file_data_source"))
+
+
+def _offline_mode(draft: Draft) -> Iterator[Sentence]:
+    offline = draft.of(OfflineMode)
+    interval = _keys("OfflineMode", "file_data_source_monitoring_interval")
+    timed = interval[0] in draft.given
+    keys = _keys("OfflineMode", *(name for name in SHARED if getattr(offline, name)))
+    keys += interval if timed else ()
+    if not offline.file_data_source and keys:
+        text = "must specify offline mode filename if other offline mode properties are set"
+        yield text, keys
+    if offline.file_data_source and draft.environments:
+        text = "cannot configure specific environments if offline mode is enabled"
+        yield text, (*_keys("OfflineMode", "file_data_source"), *_environment_keys(draft))
+    if offline.file_data_source_monitoring_interval < _SHORTEST_LOOK:
+        yield "file data source monitoring interval must be >= 100ms", interval
+
+
+def _environments(draft: Draft) -> Iterator[Sentence]:
+    for each in draft.environments:
+        if not each.sdk_key:
+            text = f'SDK key is required for environment "{each.name}"'
+            yield text, ((ENVIRONMENT, each.name, ""),)
+
+
+def _filters(draft: Draft) -> Iterator[Sentence]:
+    if not draft.filters:
+        return
+    sections = tuple((FILTERS, project, "") for project in draft.filters)
+    if draft.of(AutoConfig).key:
+        yield "cannot configure filters if auto-configuration is enabled", sections
+        return
+    bare = tuple((ENVIRONMENT, e.name, "") for e in draft.environments if not e.proj_key)
+    if bare:
+        yield "when filters are configured, all environments must specify a 'projKey'", bare
+        return
+    used = {each.proj_key for each in draft.environments}
+    for project, filters in draft.filters.items():
+        where = ((FILTERS, project, ""),)
+        if project not in used:
+            text = f"filters are configured for project '{project}', but no environment references"
+            yield f"{text} that project", where
+        if not filters.keys:
+            yield f"filter key list for project '{project}' cannot be empty", where
+        for i, key in enumerate(filters.keys):
+            if not key.strip():
+                text = f"filter key [{i}] for project '{project}' is malformed"
+                yield f"{text} (note: lists are comma-delimited)", where
+
+
+def _uses_redis(redis: Redis) -> bool:
+    return bool(redis.url or redis.host or redis.port)
+
+
+def _redis(draft: Draft) -> Iterator[Sentence]:
+    given, redis = draft.of(Redis), redis_of(draft)
+    if redis is None:
+        return
+    address = _keys("Redis", "url", "host", "port")
+    scheme, host = _server(redis.url)
+    if given.url and (given.host or given.port):
+        yield "please specify Redis URL or host/port, but not both", address
+    elif scheme not in _REDIS_SCHEMES:
+        yield "invalid Redis URL: it must begin with redis:// or rediss://", address
+    elif not host and scheme != "unix":
+        yield "invalid Redis hostname", address
+    if bool(given.client_certificate_file) != bool(given.client_key_file):
+        keys = _keys("Redis", "client_certificate_file", "client_key_file")
+        yield "a Redis client certificate needs a key, and a key a certificate", keys
+
+
+def _server(url: str) -> tuple[str, str]:
+    """Return scheme and host of a URL; no host where that or the port makes no sense."""
+    scheme, _, _ = url.partition(":")
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return scheme, ""
+    return parts.scheme, parts.hostname or ""
+
+
+def _consul(draft: Draft) -> Iterator[Sentence]:
+    consul = draft.of(Consul)
+    if consul.token and consul.token_file:
+        text = "Consul token must be specified as either an inline value or a file, but not both"
+        yield text, _keys("Consul", "token", "token_file")
+
+
+def _dynamodb(draft: Draft) -> Iterator[Sentence]:
+    dynamodb = draft.of(DynamoDB)
+    if not dynamodb.enabled or dynamodb.table_name:
+        return
+    for each in draft.environments:
+        if not each.table_name:
+            text = "TableName property must be specified for DynamoDB, either globally or per"
+            yield f"{text} environment", ((ENVIRONMENT, each.name, ""),)
+
+
+def _enabled_databases(draft: Draft) -> dict[str, tuple[Key, ...]]:
+    """Return the databases that are switched on, with the options that do so."""
+    enabled = {}
+    if _uses_redis(draft.of(Redis)):
+        enabled["Redis"] = _keys("Redis", "url", "host", "port")
+    if draft.of(Consul).host:
+        enabled["Consul"] = _keys("Consul", "host")
+    if draft.of(DynamoDB).enabled:
+        enabled["DynamoDB"] = _keys("DynamoDB", "enabled")
+    return enabled
+
+
+def _databases(draft: Draft) -> Iterator[Sentence]:
+    enabled = _enabled_databases(draft)
+    if len(enabled) > 1:
+        text = f"multiple databases are enabled ({', '.join(enabled)}); only one is allowed"
+        yield text, tuple(key for keys in enabled.values() for key in keys)
+    if len(enabled) != 1:
+        return
+    if len(draft.environments) > 1:
+        yield from _without_prefix(draft)
+    auto = draft.of(AutoConfig)
+    place = auto.env_datastore_prefix
+    if draft.of(DynamoDB).enabled:
+        place += auto.env_datastore_table_name
+    if auto.key and "$CID" not in place:
+        text = (
+            "when using auto-configuration with database storage, database prefix (or, if using"
+            ' DynamoDB, table name) must be specified and must contain "$CID"'
+        )
+        yield text, _keys("AutoConfig", "key", *SHARED[:2])
+
+
+def _without_prefix(draft: Draft) -> Iterator[Sentence]:
+    dynamodb = draft.of(DynamoDB).enabled
+    lacking = "a prefix or table name" if dynamodb else "a prefix"
+    for each in draft.environments:
+        if not each.prefix and not (dynamodb and each.table_name):
+            text = f'environment "{each.name}" does not have {lacking} specified for database'
+            yield f"{text} storage", ((ENVIRONMENT, each.name, ""),)
+
+
+def _proxy(draft: Draft) -> Iterator[Sentence]:
+    proxy = draft.of(Proxy)
+    if not proxy.ntlm_auth:
+        return
+    if not proxy.url:
+        text = "cannot specify proxy authentication without a proxy URL"
+        yield text, _keys("Proxy", "ntlm_auth")
+    elif not (proxy.user and proxy.password):
+        text = "NTLM proxy authentication requires username and password"
+        yield text, _keys("Proxy", "ntlm_auth")
+
+
+def _later(draft: Draft) -> Iterator[Sentence]:
+    for shown, _, key in draft.written(Support.LATER):
+        yield f"{shown} takes effect in a later release", (key,)
+
+
+def _no_effect(draft: Draft) -> Iterator[Sentence]:
+    for shown, option, key in draft.written(Support.NO_EFFECT):
+        yield f"{shown} has no effect: {option.help.removesuffix('.')}", (key,)
+
+
+def _useless(draft: Draft) -> Iterator[Sentence]:
+    main = draft.of(Main)
+    if main.flags_file and draft.environments:
+        text = "[Main] flagsFile is not served, because environments are configured"
+        yield text, _main_key("flags_file")
+    if main.exit_on_error and not main.exit_always:
+        yield "[Main] exitOnError has no effect without exitAlways", _main_key("exit_on_error")
+    redis = tuple(key for key in draft.given if key[0] == "Redis")
+    if redis and not _uses_redis(draft.of(Redis)):
+        yield "[Redis] has no effect without url, host or port", redis
+
+
+def _bare_environment(draft: Draft) -> Iterator[Sentence]:
+    if len(_enabled_databases(draft)) == 1 and len(draft.environments) == 1:
+        for text, keys in _without_prefix(draft):
+            yield f"{text}; this would be an error if multiple environments were configured", keys
+
+
+def _duplicates(draft: Draft) -> Iterator[Sentence]:
+    """What two environments share: the reference lets the later one win, and so do we."""
+    nouns = {"sdk_key": "SDK key", "mobile_key": "mobile key", "env_id": "client-side ID"}
+    if _enabled_databases(draft):
+        nouns["prefix"] = "database prefix"
+    for attribute, noun in nouns.items():
+        earlier: dict[object, str] = {}
+        for each in draft.environments:
+            value = getattr(each, attribute)
+            if value and value in earlier:
+                text = f'environments "{earlier[value]}" and "{each.name}" have the same {noun}'
+                tail = f'; "{each.name}" answers to it'
+                if attribute == "prefix":
+                    tail = "; each overwrites what the other has stored"
+                names = (earlier[value], each.name)
+                yield text + tail, tuple((ENVIRONMENT, name, attribute) for name in names)
+            earlier[value] = each.name
+
+
+def _raised(draft: Draft) -> Iterator[Sentence]:
+    if draft.of(Events).metrics_capacity < _LEAST_METRICS_CAPACITY:
+        text = f"[Events] metricsCapacity is taken as {_LEAST_METRICS_CAPACITY}, the least possible"
+        yield text, (("Events", None, "metrics_capacity"),)
