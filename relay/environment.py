@@ -22,6 +22,10 @@ from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.sources import Current, DataSource, Interrupted, Update
 from relay.stores import Copy
 
+REASSURE_EVERY = 60.0
+"""Seconds after which copies are told again that the data are current, though nothing changed: the
+age of the data after a restart is right to a minute."""
+
 
 class ConnectionState(Enum):
     """How it stands with upstream, in the words of `/status` (status 8.1)."""
@@ -84,6 +88,10 @@ class Environment:
         """Messages and items of upstream that could not be used, since the start."""
         self.decided = asyncio.Event()
         """Set when upstream has delivered, or has refused the key."""
+        self._told = 0.0
+        """When the copies were last told that the data are current."""
+        self.created = time.time()
+        """Unix seconds."""
         self._source = source
         self._log = log
 
@@ -112,6 +120,10 @@ class Environment:
                 "Serving stored data (%d items) until upstream delivers", len(stored.payload)
             )
             self._apply(ChangeSet(tuple(stored.payload), full=True))
+            self.connection.confirmed = stored.confirmed
+        elif self.connection.confirmed is None and not self.payload.is_newer_than(stored.payload):
+            # The same data from a copy that knows how old they are.
+            self.connection.confirmed = stored.confirmed
 
     async def _follow_source(self) -> None:
         async with aclosing(self._source.updates()) as updates:
@@ -132,7 +144,7 @@ class Environment:
         if changes.full or self.connection.delivered:
             change = self._apply(changes)
             self.connection.delivered = True
-            self._confirm(change)
+            self._confirm(change, full=changes.full)
         else:
             # A patch before the first put: those who listen may know it (streams 2.2), but it is
             # not the data of an environment.
@@ -150,18 +162,20 @@ class Environment:
             self.hub.publish(self.payload, change)
         return change
 
-    def _confirm(self, change: Change | None = None) -> None:
+    def _confirm(self, change: Change | None = None, *, full: bool = False) -> None:
         """Upstream is healthy, and the payload is what it has."""
         if not self.connection.delivered or self.payload is None:
             return
+        now = time.time()
         news = self.connection.enter(ConnectionState.VALID)
-        self.connection.confirmed = time.time()
+        self.connection.confirmed = now
         self.decided.set()
         if news:
             self._log.info("Upstream is connected, data are current (%d items)", len(self.payload))
-        if news or change is not None:
+        if news or full or change is not None or abs(now - self._told) >= REASSURE_EVERY:
+            self._told = now
             for copy in self.copies:
-                copy.follow(self.payload, change)
+                copy.follow(self.payload, change, full=full)
 
     def _interrupt(self, trouble: Interrupted) -> None:
         connection = self.connection

@@ -68,12 +68,17 @@ async def test_a_put_is_served_told_and_copied():
 
 
 async def test_what_changes_nothing_is_not_told():
-    """An old version and an identical put reach neither subscribers nor copies."""
+    """An old version and an identical put do not reach subscribers.
+
+    Copies hear that upstream has sent everything once more: a mirror may have asked for it.
+    """
     async with Stage(copies=1) as stage:
         await stage.source.give(put(flag("a", 5)))
-        await stage.source.give(ChangeSet((flag("a", 4),)), put(flag("a", 5)), Current())
-        assert len(stage.hub.published) == 1
+        await stage.source.give(ChangeSet((flag("a", 4),)), Current())
         assert len(stage.copies[0].told) == 1
+        await stage.source.give(put(flag("a", 5)))
+        assert len(stage.hub.published) == 1
+        assert stage.copies[0].told[1:] == [None]
 
 
 async def test_an_empty_environment_is_data():
@@ -149,6 +154,40 @@ async def test_stored_data_are_served_at_once():
         assert env.payload.get(Kind.FLAG, "a") == flag("a", 1)
         assert env.connection.state is ConnectionState.INITIALIZING
         assert stage.copies[0].told == []
+
+
+async def test_the_age_of_stored_data_is_known_if_the_copy_knows_it():
+    """Until upstream speaks, the data are as old as the copy says."""
+    async with Stage(copies=1) as stage:
+        data = Payload.of([flag("a", 1)])
+        stage.copies[0].loading.set_result(Stored(data, confirmed=1_700_000_000.5))
+        await asyncio.sleep(0.01)
+        assert stage.environment.connection.confirmed == 1_700_000_000.5
+        await stage.source.give(put(flag("a", 1)))
+        assert stage.environment.connection.confirmed > 1_700_000_000.5
+
+
+@pytest.mark.parametrize(
+    ("second", "confirmed"), [(flag("a", 1), 7.0), (flag("a", 2), 7.0), (flag("a", 0), None)]
+)
+async def test_the_age_is_that_of_the_data_served(second, confirmed):
+    """A database does not know it; a snapshot knows it of the same or newer data only."""
+    async with Stage(copies=2) as stage:
+        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
+        await asyncio.sleep(0.01)
+        stage.copies[1].loading.set_result(Stored(Payload.of([second]), confirmed=7.0))
+        await asyncio.sleep(0.01)
+        assert stage.environment.connection.confirmed == confirmed
+
+
+async def test_copies_hear_now_and_then_that_data_are_current(monkeypatch):
+    """So that they know how old their data are, though nothing changes for long."""
+    async with Stage(copies=1) as stage:
+        await stage.source.give(put(flag("a", 1)), Current())
+        assert len(stage.copies[0].told) == 1
+        monkeypatch.setattr("relay.environment.REASSURE_EVERY", 0.0)
+        await stage.source.give(Current(), put(flag("a", 1)))
+        assert stage.copies[0].told[1:] == [None, None]
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from relay.model.item import InvalidItem, Item, Kind
 from relay.model.payload import Change, Payload
@@ -17,13 +17,31 @@ from relay.model.payload import Change, Payload
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a store holds: a payload, and items that it could not read."""
+    """What a store holds.
+
+    Args:
+        payload: all items that it could read.
+        invalid: those that it could not.
+        confirmed: Unix seconds at which upstream last vouched for the data; None if the store does
+            not know.
+    """
 
     payload: Payload
     invalid: tuple[InvalidItem, ...] = ()
+    confirmed: float | None = None
 
 
-Versions = Mapping[tuple[Kind, str], int]
+class Version(NamedTuple):
+    """The version of a stored item, and whether it is an item or a tombstone."""
+
+    number: int
+    live: bool
+
+
+UNREADABLE = Version(-1, live=False)
+"""Of a stored item that cannot be read: any other is newer."""
+
+Versions = Mapping[tuple[Kind, str], Version]
 
 
 class DataStore(Protocol):
@@ -32,19 +50,31 @@ class DataStore(Protocol):
     Every method raises `StoreUnavailable` when the database cannot be reached or refuses.
     """
 
+    @property
+    def server(self) -> str:
+        """Where it is, without secrets."""
+
+    @property
+    def prefix(self) -> str:
+        """Of its keys."""
+
     async def load(self) -> Stored | None:
         """Return everything that is stored; None if the store was never initialised."""
 
     async def init(self, payload: Payload) -> None:
         """Replace everything by `payload` and mark the store as initialised, in one step."""
 
-    async def upsert(self, items: Sequence[Item]) -> None:
-        """Write each item unless the store holds the same or a greater version of it."""
+    async def upsert(self, items: Sequence[Item]) -> bool:
+        """Write each item unless the store holds the same or a greater version of it, in one step.
+
+        Returns:
+            Whether the store was initialised; if not, nothing is written.
+        """
 
     async def versions(self) -> Versions | None:
         """Return the version of each stored item, tombstones included; None if not initialised.
 
-        An item that cannot be read counts as version -1.
+        An item that cannot be read is `UNREADABLE`.
         """
 
     async def aclose(self) -> None:
@@ -90,14 +120,23 @@ class Copy(Protocol):
     async def load(self) -> Stored | None:
         """Return what was stored; None if nothing was. Waits while the store cannot be reached."""
 
-    def follow(self, payload: Payload, change: Change | None) -> None:
+    def follow(self, payload: Payload, change: Change | None, *, full: bool = False) -> None:
         """Note that upstream vouches for `payload`, and what changed since the last call.
 
-        `change` is None when nothing did: upstream is (again) healthy. Returns at once.
+        Returns at once.
+
+        Args:
+            payload: all that upstream has.
+            change: None when nothing changed: upstream is still, or again, healthy; that is said
+                once a minute at most while it stays so.
+            full: whether upstream has just sent everything.
         """
 
     def hold(self) -> None:
         """Note that upstream is lost: write nothing before the next `follow`."""
+
+    async def written(self) -> None:
+        """Return once all that `follow` has noted is stored; waits as long as that takes."""
 
     async def run(self) -> None:
         """Write what `follow` noted until cancelled; then finish what must not be lost."""

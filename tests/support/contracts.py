@@ -65,8 +65,8 @@ class MemoryCopy:
     async def load(self) -> Stored | None:
         return await self.loading
 
-    def follow(self, payload: Payload, change: Change | None) -> None:
-        del payload
+    def follow(self, payload: Payload, change: Change | None, *, full: bool = False) -> None:
+        del payload, full
         self.told.append(change)
 
     def hold(self) -> None:

@@ -1,0 +1,442 @@
+"""The snapshot on disk: what upstream last vouched for, for a start while everything else is away.
+
+One file per environment. It begins with one line of fixed length (`_Header`), then comes one line
+of JSON for each item: `[kind, key, version, item]`, the item verbatim, or null for a tombstone. A
+new file takes the place of the old one in one step; only the time at which upstream last vouched
+for the data is renewed in place, by a single write within the first block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from relay.errors import InvalidData
+from relay.log import Log
+from relay.model.credential import SDKKey
+from relay.model.item import Item, Kind
+from relay.model.payload import EMPTY, Change, Payload
+from relay.stores import Stored, StoreStatus
+
+MAX_SIZE = 512 * 1024 * 1024
+"""Bytes of a file that is read: several times what upstream may send at once; more is damage."""
+
+CHUNK = 1024 * 1024
+"""Bytes that are made, summed and written, or read, at a time: a millisecond of the interpreter,
+which is then free for the event loop."""
+
+HEADER_SIZE = 512
+"""Bytes of the first line: no more than a sector, so that renewing it cannot leave half a line."""
+
+_FORMAT = b"relay snapshot "
+_VERSION = b"1 "
+"""Raised whenever items of an older relay could not be taken as they are."""
+
+_WRITING = threading.Lock()
+"""Held while a file is read or written: environments share the disk and the interpreter."""
+
+T = TypeVar("T")
+
+
+class UnknownFormat(Exception):
+    """The file is whole, but of another release or of another environment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often and how long a snapshot is written, in seconds.
+
+    Args:
+        gather: changes within this time are written together.
+        bytes_per_second: an environment that never rests is written at this rate on average, and
+            no faster: 20 GB a day, which no disk minds. So one of 50 MB is written every three
+            minutes at most, one of 500 KB every 2 seconds.
+        retry: between attempts while the disk does not work.
+        finish: for the last state, when the relay ends.
+    """
+
+    gather: float = 2.0
+    bytes_per_second: float = 256 * 1024
+    retry: float = 10.0
+    finish: float = 4.0
+
+
+class _Header(msgspec.Struct, frozen=True):
+    """What the first line says.
+
+    Args:
+        environment: SHA-256 of the SDK key, in hexadecimal digits.
+        filter: the environment's payload filter; there are none yet.
+        confirmed: Unix seconds at which upstream last vouched for the data.
+        items: their number.
+        size: bytes of all lines that follow.
+        sha256: of these.
+    """
+
+    environment: str
+    filter: str
+    confirmed: float
+    items: int
+    size: int
+    sha256: str
+
+
+class Snapshot:
+    """The copy of an environment's payload in a file.
+
+    Args:
+        directory: where it is; made for us alone if it does not exist.
+        sdk_key: the environment's. The file is bound to it and does not hold it.
+        log: a logger that names the environment.
+        pace: how often it is written.
+    """
+
+    status: StoreStatus | None = None
+
+    def __init__(
+        self,
+        directory: Path,
+        sdk_key: SDKKey,
+        log: Log,
+        pace: Pace = Pace(),
+    ) -> None:
+        self._file = _File(directory, hashlib.sha256(sdk_key.value.encode()).hexdigest())
+        self._log = log
+        self._pace = pace
+        self._vouched: tuple[Payload, float] = (EMPTY, 0.0)
+        """What upstream last vouched for, and when."""
+        self._noted = asyncio.Event()
+        """Set while there is something to write."""
+        self._complete = asyncio.Event()
+        """Set while the file holds everything."""
+        self._complete.set()
+        self._hurry = asyncio.Event()
+        self._writing: asyncio.Future[None] | None = None
+        self._begun = -float("inf")
+        """The clock when the file was last begun to be written as a whole."""
+        self._troubled = False
+
+    async def load(self) -> Stored | None:
+        """Return what the file holds; None without a file that can be used, which is said."""
+        try:
+            return await _in_thread(self._file.load)
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            self._begin_trouble("read", e)
+        except UnknownFormat as e:
+            self._log.warning("Snapshot %s is not used: %s", self._file.path, e)
+        except InvalidData as e:
+            self._log.error("%s; it is set aside and not used", e)
+        return None
+
+    def follow(self, payload: Payload, change: Change | None, *, full: bool = False) -> None:
+        """Note that upstream vouches for `payload` now."""
+        del change, full  # the file is written as a whole
+        self._vouched = (payload, time.time())
+        self._complete.clear()
+        self._noted.set()
+
+    def hold(self) -> None:
+        """Note that upstream is lost. What it vouched for before stays worth keeping."""
+
+    async def written(self) -> None:
+        """Return once all that `follow` has noted is stored; waits as long as that takes."""
+        self._hurry.set()
+        await self._complete.wait()
+
+    async def run(self) -> None:
+        """Write what `follow` noted until cancelled; then the last state, for a bounded time."""
+        try:
+            while True:
+                await self._noted.wait()
+                await self._until_due()
+                writing = self._write()
+                await asyncio.wait({writing})
+                if isinstance(writing.exception(), OSError):
+                    self._noted.set()
+                    await asyncio.sleep(self._pace.retry)
+                else:
+                    writing.result()
+        finally:
+            await self._finish()
+
+    async def _until_due(self) -> None:
+        """Wait, so that changes gather and the disk has rest; or until `written` is awaited."""
+        noted = time.monotonic()
+        while (delay := self._due(noted) - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self._hurry.wait()
+                    return
+
+    def _due(self, noted: float) -> float:
+        """Return the clock at which to write what was noted at `noted`."""
+        payload, _ = self._vouched
+        soon = noted + self._pace.gather
+        if self._file.holds(payload):
+            return soon  # only the time is renewed
+        return max(soon, self._begun + payload.size / self._pace.bytes_per_second)
+
+    def _write(self) -> asyncio.Future[None]:
+        """Begin to write what upstream vouched for."""
+        vouched = self._vouched
+        payload, confirmed = vouched
+        self._noted.clear()
+        self._hurry.clear()
+        if not self._file.holds(payload):
+            self._begun = time.monotonic()
+        self._writing = _in_thread(lambda: self._file.store(payload, confirmed))
+        self._writing.add_done_callback(lambda done: self._note_written(done, vouched))
+        return self._writing
+
+    def _note_written(self, done: asyncio.Future[None], vouched: tuple[Payload, float]) -> None:
+        error = done.exception()
+        if isinstance(error, OSError):
+            self._begin_trouble("written", error)
+        elif error is None:
+            self._end_trouble()
+            if vouched is self._vouched:
+                self._complete.set()
+
+    async def _finish(self) -> None:
+        """Write what is not stored yet, but do not keep the process from ending."""
+        deadline = time.monotonic() + self._pace.finish
+        if self._writing is not None:
+            await asyncio.wait({self._writing}, timeout=self._pace.finish)
+        if not self._complete.is_set() and (self._writing is None or self._writing.done()):
+            await asyncio.wait({self._write()}, timeout=max(0.0, deadline - time.monotonic()))
+        if not self._complete.is_set() and not self._troubled:
+            text = "Snapshot %s: the last state could not be written within %g s"
+            self._log.warning(text, self._file.path, self._pace.finish)
+
+    def _begin_trouble(self, what: str, error: OSError) -> None:
+        if not self._troubled:
+            self._troubled = True
+            reason = error.strerror or type(error).__name__
+            text = "Snapshot %s cannot be %s: %s; trying again every %g s"
+            self._log.warning(text, self._file.path, what, reason, self._pace.retry)
+
+    def _end_trouble(self) -> None:
+        if self._troubled:
+            self._troubled = False
+            self._log.info("Snapshot %s is written again", self._file.path)
+
+
+class _File:
+    """The file itself. Its methods block and raise `OSError`."""
+
+    def __init__(self, directory: Path, environment: str) -> None:
+        self._directory = directory
+        self._environment = environment
+        # Part of the digest suffices to tell environments apart; the header has all of it.
+        self._stem = f"environment-{environment[:16]}"
+        self.path = directory / f"{self._stem}.snapshot"
+        self._written: tuple[Payload, _Header] | None = None
+
+    def load(self) -> Stored | None:
+        """Return what the file holds, after clearing away what earlier processes left half done.
+
+        Raises:
+            InvalidData: it is damaged. It has been set aside.
+            UnknownFormat: it is of another release or environment.
+            OSError: it cannot be read; `FileNotFoundError` if there is none.
+        """
+        with _WRITING:
+            self._clean()
+            try:
+                payload, header = self._read()
+            except InvalidData:
+                with contextlib.suppress(OSError):
+                    self.path.replace(self._directory / f"{self._stem}.damaged")
+                raise
+        return Stored(payload, confirmed=header.confirmed)
+
+    def holds(self, payload: Payload) -> bool:
+        """Whether we have written this payload into the file."""
+        return self._written is not None and self._written[0] is payload
+
+    def store(self, payload: Payload, confirmed: float) -> None:
+        """Make the file hold this: all of it, or only the time if it holds the payload already."""
+        with _WRITING:
+            header = None
+            if self._written is not None and self._written[0] is payload:
+                header = self._renewed(self._written[1], confirmed)
+            self._written = payload, header or self._replaced(payload, confirmed)
+
+    def _read(self) -> tuple[Payload, _Header]:
+        with self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_SIZE:
+                raise self._damaged(f"longer than {MAX_SIZE} bytes")
+            first = file.read(HEADER_SIZE)
+            body = file.read()
+        header = self._header(first)
+        if len(body) != header.size:
+            raise self._damaged(f"{len(body)} bytes of items instead of {header.size}")
+        if hashlib.sha256(body).hexdigest() != header.sha256:
+            raise self._damaged("its checksum is wrong")
+        try:
+            payload = Payload.of(_items(body))
+        except (msgspec.MsgspecError, ValueError) as e:
+            raise self._damaged(str(e)) from e
+        if len(payload) != header.items:
+            raise self._damaged(f"{len(payload)} items instead of {header.items}")
+        return payload, header
+
+    def _header(self, line: bytes) -> _Header:
+        if line.startswith(_FORMAT) and not line.startswith(_FORMAT + _VERSION):
+            raise UnknownFormat("it was written by another release")
+        text, _, checksum = line.rstrip().rpartition(b" ")
+        if len(line) != HEADER_SIZE or checksum != _checksum(text):
+            raise self._damaged("its first line is not that of a snapshot")
+        try:
+            header = _DECODE_HEADER(text.removeprefix(_FORMAT + _VERSION))
+        except msgspec.MsgspecError as e:
+            raise self._damaged(str(e)) from e
+        if (header.environment, header.filter) != (self._environment, ""):
+            raise UnknownFormat("it belongs to another environment")
+        return header
+
+    def _damaged(self, reason: str) -> InvalidData:
+        return InvalidData(f"Snapshot {self.path}", f"damaged: {reason}")
+
+    def _renewed(self, before: _Header, confirmed: float) -> _Header | None:
+        """Write the time in place; return None if the file is no longer the one that we wrote."""
+        try:
+            with self.path.open("r+b", buffering=0) as file:
+                if file.read(HEADER_SIZE) != _line(before):
+                    return None
+                after = msgspec.structs.replace(before, confirmed=confirmed)
+                os.pwrite(file.fileno(), _line(after), 0)
+        except FileNotFoundError:
+            return None
+        return after
+
+    def _replaced(self, payload: Payload, confirmed: float) -> _Header:
+        """Put a new file in the place of the old one, in one step."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = self._directory / f"{self._stem}.{secrets.token_hex(8)}.tmp"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells `_clean` that we are alive
+                header = self._fill(file.write, payload, confirmed)
+                file.flush()
+                os.pwrite(descriptor, _line(header), 0)
+                os.fsync(descriptor)
+                temporary.replace(self.path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(self._directory)
+        return header
+
+    def _fill(
+        self, write: Callable[[bytes], object], payload: Payload, confirmed: float
+    ) -> _Header:
+        """Write all items behind room for the header, and return the header."""
+        write(b" " * HEADER_SIZE)
+        size, checksum = 0, hashlib.sha256()
+        for chunk in _chunks(payload):
+            write(chunk)
+            checksum.update(chunk)
+            size += len(chunk)
+        digest = checksum.hexdigest()
+        return _Header(self._environment, "", confirmed, len(payload), size, digest)
+
+    def _clean(self) -> None:
+        """Remove what a killed process left half written; what a living one writes is locked."""
+        for leftover in self._directory.glob(f"{self._stem}.*.tmp"):
+            with contextlib.suppress(OSError), leftover.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+
+
+_DECODE_HEADER = msgspec.json.Decoder(_Header).decode
+_DECODE_LINES = msgspec.json.Decoder(tuple[str, str, int, msgspec.Raw]).decode_lines
+
+
+def _line(header: _Header) -> bytes:
+    """Return the first line: format, JSON, checksum, blanks."""
+    text = _FORMAT + _VERSION + msgspec.json.encode(header)
+    return (text + b" " + _checksum(text)).ljust(HEADER_SIZE - 1) + b"\n"
+
+
+def _checksum(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)
+
+
+def _chunks(items: Iterable[Item]) -> Iterator[bytes]:
+    """Yield the lines of all items, many at a time."""
+    lines: list[bytes] = []
+    size = 0
+    for item in items:
+        kind, key = item.kind.value.encode(), msgspec.json.encode(item.key)
+        line = b'["%b",%b,%d,%b]\n' % (kind, key, item.version, item.json or b"null")
+        lines.append(line)
+        size += len(line)
+        if size >= CHUNK:
+            yield b"".join(lines)
+            lines, size = [], 0
+    yield b"".join(lines)
+
+
+def _items(body: bytes) -> Iterator[Item]:
+    """Yield the items of all lines; the opposite of `_chunks`."""
+    begin = 0
+    while begin < len(body):
+        end = body.find(b"\n", begin + CHUNK) + 1 or len(body)
+        for kind, key, version, raw in _DECODE_LINES(body[begin:end]):
+            json = bytes(raw)
+            yield Item(Kind(kind), key, version, None if json == b"null" else json)
+        begin = end
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a new name last. Where directories cannot be synchronised, the system sees to it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Do work in a thread that, unlike those of the loop's executor, cannot hold up the end.
+
+    A disk that hangs would.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: Callable[[], None]) -> None:
+        if not done.cancelled():
+            result()
+
+    def run() -> None:
+        try:
+            value = work()
+        except BaseException as e:  # noqa: BLE001 - raised again where the result is awaited
+            error = e
+            result = lambda: done.set_exception(error)  # noqa: E731
+        else:
+            result = lambda: done.set_result(value)  # noqa: E731
+        with contextlib.suppress(RuntimeError):  # the loop has ended without us
+            loop.call_soon_threadsafe(settle, result)
+
+    threading.Thread(target=run, name="snapshot", daemon=True).start()
+    return done

@@ -1,0 +1,482 @@
+"""The snapshot on disk: whole or not there at all, honest about its age, and never in the way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import random
+import resource
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relay.model.credential import SDKKey
+from relay.model.item import Item, Kind
+from relay.model.payload import EMPTY, Payload
+from relay.stores.snapshot import HEADER_SIZE, Pace, Snapshot
+from tests.support.strategies import change_sets
+
+ROOT = Path(__file__).parent.parent.parent
+LOG = logging.getLogger("relay.env.test")
+KEY = SDKKey("sdk-5ca1ab1e-0001")
+MS = 0.001
+FAST = Pace(gather=MS, bytes_per_second=1e12, retry=5 * MS, finish=5)
+LAZY = Pace(gather=3600, bytes_per_second=1, retry=3600, finish=5)
+"""Writes at the end only."""
+
+
+def flag(key, version, size=0):
+    return Item(Kind.FLAG, key, version, b'{"version":%d,"x":"%s"}' % (version, b"x" * size))
+
+
+def payload(*items):
+    return Payload.of(items or (flag("a", 1),))
+
+
+def snapshot(directory, key=KEY, pace=FAST):
+    return Snapshot(Path(directory), key, LOG, pace)
+
+
+@contextlib.asynccontextmanager
+async def running(copy):
+    """A snapshot that writes; it is cancelled at the end."""
+    task = asyncio.create_task(copy.run())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def save(directory, data, **options):
+    """Write a payload, and return the path of the file."""
+    copy = snapshot(directory, **options)
+    async with running(copy):
+        copy.follow(data, None)
+        async with asyncio.timeout(20):
+            await copy.written()
+    return copy._file.path
+
+
+async def load(directory, **options):
+    return await snapshot(directory, **options).load()
+
+
+async def until(condition):
+    """Return as soon as the condition holds."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - a file gives no sign
+            await asyncio.sleep(MS)
+
+
+async def test_what_was_vouched_for_is_there_after_a_restart(tmp_path):
+    """All items with their versions, tombstones, and the time at which upstream vouched."""
+    data = payload(
+        flag("a", 3), Item(Kind.FLAG, "gone", 7, None), Item(Kind.SEGMENT, "s", 1, b"{}")
+    )
+    before = time.time()
+    await save(tmp_path, data)
+    stored = await load(tmp_path)
+    assert set(stored.payload) == set(data)
+    assert before <= stored.confirmed <= time.time()
+
+
+numbers = st.sampled_from(["1e21", "-0", "1.0", "9007199254740993", "1e400", "1" * 40])
+texts = st.text(max_size=8).map(json.dumps)
+json_values = st.recursive(
+    numbers | texts | st.sampled_from(["null", "true", '"\u2028"']),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda parts: f"[ {', '.join(parts)}]")
+        | st.dictionaries(texts, inner, max_size=3).map(
+            lambda members: "{" + ",".join(f"{k} :{v}" for k, v in members.items()) + " }"
+        )
+    ),
+    max_leaves=6,
+)
+any_items = st.builds(
+    Item,
+    st.sampled_from(Kind),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    st.integers(-(2**70), 2**70),
+    st.none() | json_values.map(lambda value: f'{{"x": {value}}}'.encode()),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(change_sets, max_size=4), st.lists(any_items, max_size=6))
+def test_what_is_loaded_is_what_was_followed(changes, items):
+    """Whatever changes led there, and whatever keys, versions and JSON items have."""
+
+    async def there_and_back(directory):
+        copy = snapshot(directory)
+        data = EMPTY
+        async with running(copy):
+            for each in changes:
+                data, change = data.apply(each)
+                copy.follow(data, change)
+            data = Payload.of([*data, *items])
+            copy.follow(data, None)
+            await copy.written()
+        return data, await load(directory)
+
+    with tempfile.TemporaryDirectory() as directory:
+        data, stored = asyncio.run(there_and_back(directory))
+    assert set(stored.payload) == set(data)
+    assert stored.payload.size == data.size
+
+
+async def test_an_empty_environment_is_data(tmp_path):
+    """An environment without flags is not the same as no snapshot."""
+    await save(tmp_path, EMPTY)
+    assert len((await load(tmp_path)).payload) == 0
+
+
+async def test_without_a_file_there_is_nothing_to_load_and_nothing_to_say(tmp_path, caplog):
+    """The first start is no trouble."""
+    assert await load(tmp_path / "none") is None
+    assert caplog.text == ""
+
+
+async def test_nobody_else_can_read_it(tmp_path):
+    """Directory and file are private; the SDK key is in neither name nor content."""
+    path = await save(tmp_path / "new", payload())
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert KEY.value not in path.name
+    assert KEY.value.encode() not in path.read_bytes()
+
+
+async def test_it_is_bound_to_its_environment(tmp_path, caplog):
+    """The file of another key is not used, not even under our name."""
+    theirs = await save(tmp_path / "theirs", payload(), key=SDKKey("sdk-other"))
+    ours = await save(tmp_path / "ours", payload())
+    assert theirs.name != ours.name
+    theirs.replace(ours)
+    assert await load(tmp_path / "ours") is None
+    assert "it belongs to another environment" in caplog.text
+    await save(tmp_path / "ours", payload(flag("a", 2)))
+    assert (await load(tmp_path / "ours")).payload.get(Kind.FLAG, "a").version == 2
+
+
+async def test_a_file_of_another_release_is_not_used(tmp_path, caplog):
+    """After a downgrade; it is neither damage nor in the way of the next write."""
+    path = await save(tmp_path, payload())
+    path.write_bytes(path.read_bytes().replace(b"relay snapshot 1 ", b"relay snapshot 9 ", 1))
+    assert await load(tmp_path) is None
+    assert "another release" in caplog.text
+    await save(tmp_path, payload())
+    assert await load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "part", ["header", "body", "cut", "cut header", "empty", "longer", "other"]
+)
+async def test_a_damaged_file_is_reported_set_aside_and_not_used(tmp_path, caplog, part):
+    """One line says so; of several damaged files only the last is kept."""
+    for _ in range(2):
+        path = await save(tmp_path, payload())
+        data = bytearray(path.read_bytes())
+        if part == "header":
+            data[60] ^= 1
+        elif part == "body":
+            data[-9] ^= 1
+        else:
+            sizes = {"cut": len(data) - 5, "cut header": 99, "empty": 0}
+            del data[sizes.get(part, len(data)) :]
+        data += b"[]\n" if part == "longer" else b""
+        path.write_bytes(b"something else" if part == "other" else data)
+        caplog.clear()
+        assert await load(tmp_path) is None
+        assert caplog.text.count(": damaged: ") == len(caplog.records) == 1
+        assert [entry.suffix for entry in tmp_path.iterdir()] == [".damaged"]
+        assert await load(tmp_path) is None
+        assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("where", range(0, HEADER_SIZE, 37))
+async def test_no_bit_of_the_first_line_can_flip_unnoticed(tmp_path, where):
+    """Not even one of the time, or of the blanks."""
+    path = await save(tmp_path, payload())
+    data = bytearray(path.read_bytes())
+    data[where] ^= 4
+    path.write_bytes(data)
+    assert await load(tmp_path) is None
+
+
+async def test_changes_in_quick_succession_are_one_write(tmp_path):
+    """The file is replaced once, and holds the last of them."""
+    copy = snapshot(tmp_path, pace=Pace(gather=0.1, bytes_per_second=1e12))
+    async with running(copy):
+        for version in range(50):
+            copy.follow(payload(flag("a", version)), None)
+            await asyncio.sleep(0)
+        await until(lambda: list(tmp_path.glob("*.snapshot")))
+        inode = next(tmp_path.glob("*.snapshot")).stat().st_ino
+        assert (await load(tmp_path)).payload.get(Kind.FLAG, "a").version == 49
+    assert next(tmp_path.glob("*.snapshot")).stat().st_ino == inode
+
+
+async def test_a_large_environment_that_never_rests_does_not_wear_the_disk(tmp_path):
+    """The time between two writes grows with the size."""
+    copy = snapshot(tmp_path, pace=Pace(gather=MS, bytes_per_second=100_000, finish=5))
+    begin = time.monotonic()
+    async with running(copy):
+        inodes = set()
+        for version in range(10**6):
+            copy.follow(payload(flag("a", version, 20_000)), None)
+            await asyncio.sleep(MS)
+            inodes |= {entry.stat().st_ino for entry in tmp_path.glob("*.snapshot")}
+            if len(inodes) == 3:
+                break
+    assert time.monotonic() - begin >= 0.35
+
+
+async def test_a_change_that_meets_a_renewal_waits_for_its_time(tmp_path):
+    """What is only the time is written soon; a change that comes meanwhile has the disk rest."""
+    copy = snapshot(tmp_path, pace=Pace(gather=0.05, bytes_per_second=1000, finish=5))
+    data = payload(flag("a", 1, 20_000))
+    async with running(copy):
+        copy.follow(data, None)
+        await copy.written()
+        copy.follow(data, None)
+        await asyncio.sleep(5 * MS)
+        copy.follow(payload(flag("a", 2, 20_000)), None)
+        await asyncio.sleep(0.1)
+        assert (await load(tmp_path)).payload.get(Kind.FLAG, "a").version == 1
+    assert (await load(tmp_path)).payload.get(Kind.FLAG, "a").version == 2
+
+
+async def test_the_last_state_is_written_at_the_end(tmp_path):
+    """Also if its time had not come, and upstream was lost since."""
+    copy = snapshot(tmp_path, pace=LAZY)
+    async with running(copy):
+        copy.follow(payload(), None)
+        await asyncio.sleep(MS)
+        copy.hold()
+    assert await load(tmp_path)
+
+
+async def test_a_hung_disk_does_not_keep_the_process_from_ending(tmp_path, caplog):
+    """The last write has a bounded time; what it could not do is said."""
+    copy = snapshot(tmp_path, pace=Pace(gather=3600, finish=20 * MS))
+    free = threading.Event()
+    copy._file.store = lambda *_: free.wait(10)
+    begin = time.monotonic()
+    async with running(copy):
+        copy.follow(payload(), None)
+        await asyncio.sleep(MS)
+    assert time.monotonic() - begin < 5
+    assert "could not be written within" in caplog.text
+    free.set()
+
+
+async def test_the_time_is_renewed_in_place(tmp_path):
+    """Upstream vouching again for the same data costs no new file."""
+    copy, data = snapshot(tmp_path), payload(flag("a", 1, 10_000))
+    async with running(copy):
+        copy.follow(data, None)
+        await copy.written()
+        (path,) = tmp_path.iterdir()
+        inode, first = path.stat().st_ino, (await load(tmp_path)).confirmed
+        await asyncio.sleep(2 * MS)
+        copy.follow(data, None)
+        await copy.written()
+        assert path.stat().st_ino == inode
+        stored = await load(tmp_path)
+        assert stored.confirmed > first
+        assert set(stored.payload) == set(data)
+
+
+@pytest.mark.parametrize("action", ["remove", "replace"])
+async def test_a_file_that_somebody_touched_is_written_anew(tmp_path, action):
+    """Renewing the time notices that the file is no longer ours."""
+    copy, data = snapshot(tmp_path), payload(flag("a", 5))
+    async with running(copy):
+        copy.follow(data, None)
+        await copy.written()
+        if action == "remove":
+            next(tmp_path.iterdir()).unlink()
+        else:
+            await save(tmp_path, payload(flag("a", 4)))
+        copy.follow(data, None)
+        await copy.written()
+    assert set((await load(tmp_path)).payload) == set(data)
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file may grow; the error is another number (EFBIG) than that of a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (HEADER_SIZE, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_a_full_disk_is_said_once_when_it_begins_and_once_when_it_ends(tmp_path, caplog):
+    """The old snapshot stays, and nothing half written is left."""
+    caplog.set_level(logging.INFO)
+    await save(tmp_path, payload(flag("a", 1)))
+    copy = snapshot(tmp_path)
+    async with running(copy):
+        with full_disk():
+            for _ in range(5):
+                copy.follow(payload(flag("a", 2, 5000)), None)
+                await until(lambda: caplog.records)
+                await asyncio.sleep(8 * MS)
+            assert [entry.suffix for entry in tmp_path.iterdir()] == [".snapshot"]
+            assert (await load(tmp_path)).payload.get(Kind.FLAG, "a").version == 1
+        await copy.written()
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert os.strerror(errno.EFBIG) in caplog.text
+    assert "is written again" in caplog.text
+    assert (await load(tmp_path)).payload.get(Kind.FLAG, "a").version == 2
+
+
+@pytest.mark.parametrize("obstacle", ["file as directory", "directory as file"])
+async def test_a_place_that_cannot_be_written_is_said_once(tmp_path, caplog, obstacle):
+    """And once when it can, without a restart."""
+    caplog.set_level(logging.INFO)
+    directory = tmp_path / "snapshots"
+    in_the_way = directory
+    if obstacle == "file as directory":
+        directory.touch()
+    else:
+        in_the_way = await save(directory, payload())
+        in_the_way.unlink()
+        in_the_way.mkdir()
+    copy = snapshot(directory)
+    assert await copy.load() is None
+    async with running(copy):
+        copy.follow(payload(), None)
+        await asyncio.sleep(20 * MS)
+        assert len(caplog.records) == 1
+        assert "trying again" in caplog.text
+        in_the_way.unlink() if in_the_way.is_file() else in_the_way.rmdir()
+        await copy.written()
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert await load(directory)
+
+
+@contextlib.contextmanager
+def unprivileged():
+    """Root may do everything, so it is somebody else meanwhile."""
+    before = os.geteuid()
+    os.seteuid(before or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+async def test_missing_permissions_are_said_once(tmp_path, caplog):
+    """A directory that is not ours harms nothing."""
+    directory = tmp_path / "theirs"
+    directory.mkdir(mode=0o500)
+    copy = snapshot(directory)
+    with unprivileged():
+        await copy.load()
+        async with running(copy):
+            copy.follow(payload(), None)
+            await asyncio.sleep(20 * MS)
+    assert caplog.text.count(os.strerror(errno.EACCES)) == len(caplog.records) == 1
+
+
+async def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    """But not what another relay is writing now, nor what belongs to other environments."""
+    path = await save(tmp_path, payload())
+    dead, alive = (path.with_suffix(f".{name}.tmp") for name in ("dead", "alive"))
+    other = tmp_path / "environment-0000.dead.tmp"
+    for file in (dead, alive, other):
+        file.touch()
+    with alive.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert await load(tmp_path)
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, alive.name, other.name}
+
+
+async def test_it_does_not_appear_in_status(tmp_path):
+    """`dataStoreStatus` is about the database."""
+    assert snapshot(tmp_path).status is None
+
+
+WRITER = """
+import asyncio, logging, sys
+from pathlib import Path
+from relay.model.credential import SDKKey
+from relay.model.item import Item, Kind
+from relay.model.payload import Payload
+from relay.stores.snapshot import Pace, Snapshot
+
+async def main():
+    directory, begin = Path(sys.argv[1]), int(sys.argv[2])
+    pace = Pace(gather=0, bytes_per_second=1e12)
+    copy = Snapshot(directory, SDKKey("sdk-5ca1ab1e-0001"), logging.getLogger(), pace)
+    task = asyncio.create_task(copy.run())
+    for version in range(begin, begin + 10**6):
+        json = b'{"version":%d,"x":"%s"}' % (version, b"x" * 4000)
+        data = Payload.of(Item(Kind.FLAG, f"f{n}", version, json) for n in range(500))
+        for _ in range(2):
+            copy.follow(data, None)
+            await copy.written()
+        print(version, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_file(tmp_path, caplog):
+    """A real process that writes without pause is killed again and again."""
+    chance = random.Random(1)
+    version = 1
+    for _ in range(12):
+        command = [sys.executable, "-c", WRITER, str(tmp_path), str(version)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as writer:
+            written = int(writer.stdout.readline())
+            time.sleep(chance.uniform(0, 0.05))
+            writer.kill()
+            written = max([written, *map(int, writer.stdout.read().split())])
+        stored = asyncio.run(load(tmp_path))
+        assert len(stored.payload) == 500
+        assert len({item.version for item in stored.payload}) == 1
+        version = next(iter(stored.payload)).version
+        assert version in {written, written + 1}
+        assert [entry.suffix for entry in tmp_path.iterdir()] == [".snapshot"]
+    assert caplog.text == ""
+
+
+async def test_a_large_environment_does_not_hold_up_the_event_loop(tmp_path):
+    """Twenty megabytes are written and read while the loop goes on."""
+    data = Payload.of(flag(f"f{n}", 1, 2000) for n in range(10_000))
+    worst, stop = 0.0, False
+
+    async def tick():
+        nonlocal worst
+        while not stop:
+            begin = time.perf_counter()
+            await asyncio.sleep(MS)
+            worst = max(worst, time.perf_counter() - begin)
+
+    ticking = asyncio.create_task(tick())
+    path = await save(tmp_path, data)
+    stored = await load(tmp_path)
+    stop = True
+    await ticking
+    assert path.stat().st_size > 20_000_000
+    assert len(stored.payload) == len(data)
+    assert worst < 0.25
