@@ -21,6 +21,7 @@ from relay.config.schema import Main
 from relay.errors import ConfigError, RelayError
 from relay.relay import Relay
 from relay.web.frontdoor import Door, DoorLimits, Poll, front_door
+from relay.web.traffic import Traffic
 
 BACKLOG = 16 * 1024
 """Connections that may wait to be accepted: thousands of SDKs come back at once after an outage.
@@ -277,26 +278,30 @@ def make_server(
     return RelayServer(config, relay, door, options.drain)
 
 
-async def run(
-    relay: Relay,
-    app: ASGIApp,
-    options: ServerOptions,
-    listener: socket.socket,
-    poll: Poll | None = None,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What is served: a relay, the application, and what the front door has in common with it."""
+
+    relay: Relay
+    app: ASGIApp
+    poll: Poll | None = None
+    traffic: Traffic | None = None
+
+
+async def run(site: Site, options: ServerOptions, listener: socket.socket) -> None:
     """Serve until a signal, then end in order; stores are written before this returns.
 
     Args:
-        relay: what is served.
-        app: the application behind the front door.
+        site: what is served.
         options: how.
         listener: a listening socket; closed at the end.
-        poll: answers polls at the front door.
     """
     raise_file_limit()
     # uvicorn warns of each malformed request: traffic that hostile clients could fill a disk with.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    server = make_server(relay, app, options, Door(relay, poll, options.limits))
+    relay = site.relay
+    door = Door(relay, site.poll, options.limits, site.traffic)
+    server = make_server(relay, site.app, options, door)
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(relay.run())
         server.at_end = running.cancel  # stores are written while streams end
@@ -306,15 +311,6 @@ async def run(
             await server.serve(sockets=[listener])
         finally:
             running.cancel()
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """What is served: a relay, the application, and what answers polls at the front door."""
-
-    relay: Relay
-    app: ASGIApp
-    poll: Poll | None = None
 
 
 async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
@@ -340,7 +336,7 @@ async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
     except BaseException:
         listener.close()
         raise
-    await run(site.relay, site.app, options, listener, site.poll)
+    await run(site, options, listener)
 
 
 async def settle(relay: Relay, *, hasty: bool = False) -> bool:

@@ -8,6 +8,8 @@ from http import HTTPStatus
 import orjson
 from starlette.responses import Response
 
+from relay.model.environment import EnvironmentSpec
+
 Headers = tuple[tuple[bytes, bytes], ...]
 
 _TEXT: Headers = ((b"content-type", b"text/plain; charset=utf-8"),)
@@ -53,19 +55,32 @@ class Answer:
         return response
 
 
+def environment_headers(spec: EnvironmentSpec) -> Headers:
+    """Return the header that tells SDKs the client-side ID of their environment, if it has one."""
+    if spec.environment_id is None:
+        return ()
+    return ((b"x-ld-envid", spec.environment_id.value.encode("latin-1", "replace")),)
+
+
 def text(status: int, message: str) -> Answer:
     """Return an answer in plain text, without a line end."""
     return Answer(status, _TEXT, message.encode())
 
 
+def json(status: int, value: object) -> Answer:
+    """Return an answer in compact JSON."""
+    return Answer(status, _JSON, orjson.dumps(value))
+
+
 def json_error(status: int, message: str) -> Answer:
     """Return `{"message":"…"}`."""
-    return Answer(status, _JSON, orjson.dumps({"message": message}))
+    return json(status, {"message": message})
 
 
 # The texts are those of endpoints 1.1 and 1.2.
 NOT_FOUND = Answer(404, (*_TEXT, (b"x-content-type-options", b"nosniff")), b"404 page not found\n")
 NO_SUCH_ITEM = Answer(404)
+BAD_ESCAPE = Answer(400, (*_TEXT, (b"connection", b"close")), b"400 Bad Request")
 MALFORMED_CREDENTIAL = Answer(401)
 UNKNOWN_CREDENTIAL = text(
     401,
@@ -77,3 +92,13 @@ UNKNOWN_FILTER = text(
     404, "Relay Proxy recognizes the provided credential, but the payload filter was not found"
 )
 NO_DATA = text(503, "client was not initialized")
+EVENTS_ARE_OFF = json_error(503, "Event proxy is not enabled for this environment")
+
+# What later releases offer is there already, and says so: a 404 would make SDKs give up for good.
+NO_EVALUATION_YET = json_error(503, "Evaluation for client-side SDKs is not offered yet")
+NO_PINGS_YET = json_error(503, "Streams for client-side SDKs are not offered yet")
+NO_GOALS_YET = json_error(503, "Goals are not offered yet")
+FDV1_INSTEAD = json_error(
+    503, "This relay speaks FDv1; SDKs turn to it by themselves"
+).with_headers((b"x-ld-fd-fallback", b"true"))
+"""SDKs that ask by the newer protocol go over to FDv1 polling, at once (sdk-behaviour 11.11)."""

@@ -8,7 +8,6 @@ from relay.environment import Environment
 from relay.relay import Relay
 from relay.web.answers import (
     MALFORMED_CREDENTIAL,
-    NO_DATA,
     UNKNOWN_CREDENTIAL,
     UNKNOWN_ENVIRONMENT_ID,
     UNKNOWN_FILTER,
@@ -40,11 +39,14 @@ def for_environment_id(
     return _filtered(environment, payload_filter) or UNKNOWN_ENVIRONMENT_ID
 
 
-def with_data(environment: Environment | Answer) -> Environment | Answer:
-    """Refuse an environment that has no data yet; streams are let through and wait instead."""
-    if isinstance(environment, Environment) and environment.payload is None:
-        return NO_DATA
-    return environment
+def for_client(relay: Relay, credential: bytes, payload_filter: str) -> Environment | Answer:
+    """Return the environment that a mobile key or client-side ID opens, or the refusal.
+
+    This is how SDKs ask by the newer protocol (newer-versions 10.5).
+    """
+    given = credential.strip(_BLANKS).decode("latin-1")
+    environment = relay.by_mobile_key.get(given) or relay.by_environment_id.get(given)
+    return _filtered(environment, payload_filter) or UNKNOWN_CREDENTIAL
 
 
 def _by_header(

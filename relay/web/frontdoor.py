@@ -17,9 +17,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from relay.environment import Environment
+from relay.hub import Wire
 from relay.model.payload import Payload
 from relay.relay import Relay
+from relay.web.polling import template
 from relay.web.streams import STREAMS, stream_headers
+from relay.web.traffic import Count, LoggedWire, Series, Traffic, note, request_line, shown
 
 USED_OF_UVICORN = (
     *("connections", "cycle", "flow", "headers", "parser", "pipeline", "scope", "transport", "url"),
@@ -44,6 +47,10 @@ _BODY_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"expect", b
 
 class Answer(Protocol):
     """A response that is ready to be written."""
+
+    @property
+    def status(self) -> int:
+        """Its code."""
 
     @property
     def head(self) -> bytes:
@@ -84,12 +91,15 @@ class DoorLimits:
 class _Prepared:
     """The answer to a request head, good as long as the environment's payload is the same."""
 
-    __slots__ = ("_date", "_written", "answer", "environment", "payload")
+    __slots__ = ("_date", "_written", "answer", "count", "environment", "line", "payload")
 
-    def __init__(self, environment: Environment, answer: Answer) -> None:
+    def __init__(self, environment: Environment, answer: Answer, count: Count) -> None:
         self.environment = environment
         self.payload: Payload | None = environment.payload
         self.answer = answer
+        self.count = count
+        self.line = ""
+        """What is logged of each such request; empty for nothing."""
         self._date = b""
         self._written: tuple[bytes, ...] = ()
 
@@ -109,14 +119,20 @@ class Door:
         relay: whose environments are served.
         poll: answers polls; None leaves them to the application.
         limits: what a connection may cost.
+        traffic: counts requests; the application has the same.
     """
 
     def __init__(
-        self, relay: Relay, poll: Poll | None = None, limits: DoorLimits | None = None
+        self,
+        relay: Relay,
+        poll: Poll | None = None,
+        limits: DoorLimits | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         self.relay = relay
         self.poll = poll
         self.limits = limits or DoorLimits()
+        self.traffic = traffic or Traffic()
         self.date = b"\r\n"
         """The `Date` header and the blank line that ends a head."""
         self.now = time.monotonic()
@@ -232,6 +248,8 @@ class FrontDoor(HttpToolsProtocol):
         elif self._whole and self._answer(self._whole):
             self._answered = True
         else:
+            # uvicorn would cut a fragment off; in a request it is an ordinary part of the path.
+            self.url = self.url.replace(b"#", b"%23")
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -278,15 +296,36 @@ class FrontDoor(HttpToolsProtocol):
         )
         if answer is None:
             return False
-        prepared = _Prepared(environment, answer)
+        traffic = self._door.traffic
+        prepared = _Prepared(environment, answer, traffic.requests[self._series(environment)])
+        if traffic.logs:
+            prepared.line = self._line(answer.status, len(answer.body))
         self._door.remember(head, prepared)
         self._write(prepared)
         return True
+
+    def _series(self, environment: Environment) -> Series:
+        route = template(self.url.decode("ascii"))
+        return Series(environment.spec.name, route, "GET", "server")
+
+    def _line(self, status: int, size: int | None) -> str:
+        return request_line("GET", self._shown, self._authorization, status, size)
+
+    @property
+    def _shown(self) -> str:
+        return shown(self.url.decode("ascii"))
+
+    @property
+    def _authorization(self) -> str:
+        return dict(self.headers)[b"authorization"].decode("latin-1")
 
     def _write(self, prepared: _Prepared) -> None:
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
         self.server_state.total_requests += 1
+        prepared.count.value += 1
+        if prepared.line:
+            note(prepared.line)
         self.transport.writelines(prepared.written(self._door.date))
 
     def _hand_over(self, environment: Environment, stream: str) -> None:
@@ -294,10 +333,20 @@ class FrontDoor(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self.server_state.total_requests += 1
         self.connections.discard(self)
-        transport = self.transport
+        self._count_stream(environment)
+        wire: Wire = self.transport
         head = _stream_head(environment, self._door.date)
+        if self._door.traffic.logs:
+            note(self._line(200, None))
+            self.transport.write(head)
+            wire, head = LoggedWire(self.transport, self._shown, self._authorization), b""
         vars(self).clear()
-        environment.hub.subscribe(stream, transport, head)
+        environment.hub.subscribe(stream, wire, head)
+
+    def _count_stream(self, environment: Environment) -> None:
+        traffic, series = self._door.traffic, self._series(environment)
+        traffic.requests[series].value += 1
+        traffic.new_streams[series].value += 1
 
     def _is_head_too_large(self) -> bool:
         """Whether the head itself is too large, not only what was received together with it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import time
@@ -16,7 +17,7 @@ from relay.environment import Environment
 from relay.model.item import Kind
 from relay.model.payload import Payload
 from relay.protocol.fdv1 import all_data, all_flags
-from relay.web.answers import NO_SUCH_ITEM, Answer, Headers
+from relay.web.answers import NO_SUCH_ITEM, Answer, Headers, environment_headers
 
 MIN_COMPRESSED = 1024
 """Bytes of a body worth compressing: below, it fits one packet anyway."""
@@ -31,7 +32,17 @@ MAX_ITEMS = 1024
 """Single flags and segments kept ready per environment; PHP asks for few, again and again."""
 
 _ITEM_PATHS = (("/sdk/flags/", Kind.FLAG), ("/sdk/segments/", Kind.SEGMENT))
+_NO_KEYS = ("", ".", "..")
+"""What stands in place of a key when a path is not canonical: the application redirects it."""
 _QUOTED = re.compile(rb'(?:W/)?"([^"]*)"')
+
+
+def template(path: str) -> str:
+    """Return the route of a poll, such as `/sdk/flags/{key}`."""
+    for prefix, _ in _ITEM_PATHS:
+        if path.startswith(prefix):
+            return prefix + "{key}"
+    return path
 
 
 class _Resource:
@@ -48,6 +59,7 @@ class _Resource:
         self.plain = Answer(200, self._typed, body)
         self.unchanged = Answer(304, self._shared)
         self.compressed: Answer | None = None
+        self._compression: asyncio.Future[Answer] | None = None
 
     def matches(self, if_none_match: bytes) -> bool:
         """Whether the client has this: old exact form, quotes, list, `W/`, `*` (endpoints 1.6)."""
@@ -61,6 +73,22 @@ class _Resource:
             # Without a time the bytes are equal at all replicas.
             body = igzip.compress(self.body, COMPRESSION_LEVEL, mtime=0)
             self.compressed = Answer(200, (*self._typed, (b"content-encoding", b"gzip")), body)
+        return self.compressed
+
+    async def compress_aside(self) -> None:
+        """Compress in a thread, once for all who ask meanwhile."""
+        if self._compression is None:
+            self._compression = asyncio.ensure_future(asyncio.to_thread(self.compress))
+        await asyncio.shield(self._compression)  # who asks may go; others wait for the same
+
+    def variant(self, if_none_match: bytes, accept_encoding: bytes) -> Answer | None:
+        """Return what answers these headers; None while it waits to be compressed aside."""
+        if if_none_match and self.matches(if_none_match):
+            return self.unchanged
+        if not (self.compressible and accepts_gzip(accept_encoding)):
+            return self.plain
+        if len(self.body) <= MAX_COMPRESSED_AT_ONCE:
+            return self.compress()
         return self.compressed
 
 
@@ -96,6 +124,8 @@ class _Polls:
         return self._makers[path]()
 
     def _item(self, kind: Kind, key: str) -> _Resource | None:
+        if "/" in key or key in _NO_KEYS:
+            raise KeyError(key)
         item = self.payload.get(kind, key)
         if item is None or item.json is None:
             return None
@@ -171,61 +201,61 @@ class Polling:
         return self.answer(environment, path, if_none_match, accept_encoding)
 
     def answer(
-        self,
-        environment: Environment,
-        path: str,
-        if_none_match: bytes,
-        accept_encoding: bytes,
-        *,
-        patient: bool = False,
+        self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
     ) -> Answer | None:
-        """Return the answer to a poll; None if there are no data, or nothing is polled there.
+        """Return the answer to a poll at once.
+
+        None if there are no data, if nothing is polled there, or if a large body has to be
+        compressed first (see `complete`).
 
         Args:
             environment: whose data.
             path: decoded.
             if_none_match: the header; empty if there is none.
             accept_encoding: the header; empty if there is none.
-            patient: compress a large body now; else the answer is None until that has been done.
         """
+        found = self._find(environment, path)
+        if not isinstance(found, _Resource):
+            return found
+        return _expiring(found.variant(if_none_match, accept_encoding), environment)
+
+    async def complete(
+        self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
+    ) -> Answer | None:
+        """Return the answer to a poll; a large body is compressed aside, for the next ones as well.
+
+        The arguments are those of `answer`; None if there are no data, or nothing is polled there.
+        """
+        found = self._find(environment, path)
+        if not isinstance(found, _Resource):
+            return found
+        answer = found.variant(if_none_match, accept_encoding)
+        if answer is None:
+            await found.compress_aside()
+            answer = found.compressed
+        return _expiring(answer, environment)
+
+    def _find(self, environment: Environment, path: str) -> _Resource | Answer | None:
         if environment.payload is None:
             return None
         try:
             resource = self._polls_of(environment, environment.payload).get(path)
         except KeyError:
             return None
-        if resource is None:
-            return NO_SUCH_ITEM.with_headers(*_environment_headers(environment))
-        answer = _variant(resource, if_none_match, accept_encoding, patient=patient)
-        ttl = environment.spec.ttl
-        return _expiring(answer, ttl) if answer is not None and ttl > 0 else answer
+        return resource or NO_SUCH_ITEM.with_headers(*environment_headers(environment.spec))
 
     def _polls_of(self, environment: Environment, payload: Payload) -> _Polls:
         polls = self._polls.get(environment)
         if polls is None or polls.payload is not payload:
-            polls = self._polls[environment] = _Polls(payload, _environment_headers(environment))
+            polls = self._polls[environment] = _Polls(
+                payload, environment_headers(environment.spec)
+            )
         return polls
 
 
-def _variant(
-    resource: _Resource, if_none_match: bytes, accept_encoding: bytes, *, patient: bool
-) -> Answer | None:
-    if if_none_match and resource.matches(if_none_match):
-        return resource.unchanged
-    if not (resource.compressible and accepts_gzip(accept_encoding)):
-        return resource.plain
-    if patient or len(resource.body) <= MAX_COMPRESSED_AT_ONCE:
-        return resource.compress()
-    return resource.compressed
-
-
-def _environment_headers(environment: Environment) -> Headers:
-    environment_id = environment.spec.environment_id
-    if environment_id is None:
-        return ()
-    return ((b"x-ld-envid", environment_id.value.encode("latin-1", "replace")),)
-
-
-def _expiring(answer: Answer, ttl: float) -> Answer:
+def _expiring(answer: Answer | None, environment: Environment) -> Answer | None:
+    ttl = environment.spec.ttl
+    if answer is None or ttl <= 0:
+        return answer
     expires = formatdate(time.time() + ttl, usegmt=True).encode()
     return answer.with_headers((b"vary", b"Authorization"), (b"expires", expires))

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from relay.environment import Environment
 from relay.hub import LAST_CHUNK, unframed
+from relay.web.answers import Headers, environment_headers
 
 STREAMS: Mapping[bytes, str] = {b"/all": "all", b"/flags": "flags"}
 """Path to stream format, for server-side SDKs (endpoints 1.1, rows 18 and 19)."""
@@ -22,7 +23,7 @@ STREAMS: Mapping[bytes, str] = {b"/all": "all", b"/flags": "flags"}
 PIPE_LIMIT = 64 * 1024
 """Bytes that wait for the server to take them before the client counts as slow; as a transport."""
 
-_HEADERS = (
+_HEADERS: Headers = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-store, must-revalidate"),
     (b"connection", b"keep-alive"),
@@ -31,12 +32,9 @@ _HEADERS = (
 )
 
 
-def stream_headers(environment: Environment) -> tuple[tuple[bytes, bytes], ...]:
+def stream_headers(environment: Environment) -> Headers:
     """Return the response headers of a stream (endpoints 1.7), the same at both doors."""
-    environment_id = environment.spec.environment_id
-    if environment_id is None:
-        return _HEADERS
-    return (*_HEADERS, (b"x-ld-envid", environment_id.value.encode("latin-1", "replace")))
+    return (*_HEADERS, *environment_headers(environment.spec))
 
 
 class StreamResponse(Response):

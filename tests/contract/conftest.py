@@ -1,7 +1,33 @@
-"""A relay in full runs on the loop that it runs on in production."""
+"""A relay in full runs on the loop that it runs on in production, and is asked at both doors."""
 
+import ssl
+
+import pytest
+import trustme
 import uvloop
+
+from relay.server import Certificate
 
 
 def pytest_asyncio_loop_factories(config, item):
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory):
+    """A certificate for the server, and a context that trusts it."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("localhost")
+    folder = tmp_path_factory.mktemp("tls")
+    issued.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+    issued.private_key_pem.write_to_path(folder / "key.pem")
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    return Certificate(folder / "cert.pem", folder / "key.pem"), trust
+
+
+@pytest.fixture(params=["front", "front-tls", "app", "app-tls"])
+def door(request, authority):
+    """Keyword arguments that choose the door."""
+    tls = {"certificate": authority[0], "trust": authority[1]} if "tls" in request.param else {}
+    return {"front": request.param.startswith("front"), **tls}

@@ -4,39 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import ssl
 from pathlib import Path
 
 import pytest
-import trustme
 
 from relay.errors import InvalidData
 from relay.hub import StreamLimits
 from relay.protocol import fdv1
-from relay.server import Certificate
 from tests.support.serving import Served, Stream, serving, until
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "streams.jsonl"
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory):
-    """A certificate for the server, and a context that trusts it."""
-    authority = trustme.CA()
-    issued = authority.issue_cert("localhost")
-    folder = tmp_path_factory.mktemp("tls")
-    issued.cert_chain_pems[0].write_to_path(folder / "cert.pem")
-    issued.private_key_pem.write_to_path(folder / "key.pem")
-    trust = ssl.create_default_context()
-    authority.configure_trust(trust)
-    return Certificate(folder / "cert.pem", folder / "key.pem"), trust
-
-
-@pytest.fixture(params=["front", "front-tls", "app", "app-tls"])
-def door(request, authority):
-    """Keyword arguments that choose the door."""
-    tls = {"certificate": authority[0], "trust": authority[1]} if "tls" in request.param else {}
-    return {"front": request.param.startswith("front"), **tls}
 
 
 def flag(key: str, version: int, **more) -> dict:

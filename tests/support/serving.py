@@ -7,13 +7,10 @@ import logging
 import socket
 import ssl
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from relay.environment import Environment
 from relay.hub import Hub, StreamLimits
@@ -21,9 +18,11 @@ from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
-from relay.server import Certificate, ServerOptions, listen, make_server
+from relay.server import Certificate, ServerOptions, Site, listen, make_server
+from relay.web.app import make_app
 from relay.web.frontdoor import Door, DoorLimits, Poll
-from relay.web.streams import STREAMS, StreamResponse
+from relay.web.polling import Polling
+from relay.web.traffic import Traffic
 from tests.support.contracts import ScriptedSource
 
 SDK_KEY = "sdk-5ca1ab1e-0001-4000-8000-00000000a001"
@@ -38,22 +37,11 @@ class Served:
         self.hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, limits)
         self.environment = Environment(spec, self.source, self.hub, logging.getLogger("main"))
         self.relay = Relay([self.environment], 0)
+        self.polling, self.traffic = Polling(), Traffic()
 
-    def app(self) -> Starlette:
-        """The streams, and an answer that tells that the application gave it."""
-
-        async def stream(request: Request) -> Response:
-            key = request.headers.get("authorization", "")
-            environment = self.relay.by_sdk_key.get(key.removeprefix("api_key "))
-            if environment is None:
-                return Response(status_code=401)
-            return StreamResponse(environment, STREAMS[request.url.path.encode()])
-
-        async def echo(request: Request) -> Response:
-            return Response(b"app:" + await request.body())
-
-        streams = [Route(path.decode(), stream) for path in STREAMS]
-        return Starlette(routes=[*streams, Route("/{path:path}", echo, methods=["GET", "POST"])])
+    def app(self) -> ASGIApp:
+        """The application, as it is behind the front door."""
+        return make_app(self.relay, self.polling, self.traffic)
 
 
 @dataclass
@@ -86,24 +74,38 @@ async def serving(
     *,
     front: bool = True,
     poll: Poll | None = None,
+    app: ASGIApp | None = None,
     limits: DoorLimits | None = None,
     certificate: Certificate | None = None,
     trust: ssl.SSLContext | None = None,
     drain: float = 2.0,
 ) -> AsyncGenerator[Address, None]:
-    """Serve until left; the relay runs beside."""
+    """Serve until left; the relay runs beside.
+
+    Without `poll` and `app` both doors are those of production.
+    """
     options = ServerOptions(0, certificate, drain, limits or DoorLimits())
-    door = Door(served.relay, poll, options.limits) if front else None
+    site = Site(served.relay, app or served.app(), poll or served.polling, served.traffic)
+    async with serving_site(site, options, front=front) as port:
+        async with asyncio.timeout(5):
+            await served.source.running.acquire()
+        yield Address(port, trust)
+
+
+@asynccontextmanager
+async def serving_site(
+    site: Site, options: ServerOptions, *, front: bool = True
+) -> AsyncGenerator[int, None]:
+    """Serve any relay until left; the port is given."""
+    door = Door(site.relay, site.poll, options.limits, site.traffic) if front else None
     listener = listen(0)
-    server = make_server(served.relay, served.app(), options, door)
-    running = asyncio.create_task(served.relay.run())
+    server = make_server(site.relay, site.app, options, door)
+    running = asyncio.create_task(site.relay.run())
     serve = asyncio.create_task(server.serve(sockets=[listener]))
     port = listener.getsockname()[1]
     try:
-        async with asyncio.timeout(5):
-            await served.source.running.acquire()
         await until(lambda: server.started)
-        yield Address(port, trust)
+        yield port
     finally:
         server.stop()
         await asyncio.wait([serve])
@@ -176,6 +178,64 @@ class Stream:
 
     def close(self) -> None:
         self.writer.close()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A response: header names in lower case, without `date`; of a stream only the beginning."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+async def ask(
+    address: Address,
+    path: str,
+    headers: Sequence[tuple[str, str]] = (),
+    *,
+    method: str = "GET",
+    body: bytes = b"",
+    patience: float = 0.1,
+) -> Reply:
+    """Send a request exactly as given and read the response.
+
+    A stream is read until its first message is complete, or nothing comes for `patience` seconds.
+    """
+    reader, writer = await address.connect()
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        "Host: x",
+        *(f"{name}: {value}" for name, value in headers),
+    ]
+    length = [f"Content-Length: {len(body)}"] if body else []
+    writer.write("\r\n".join([*lines, *length, "", ""]).encode() + body)
+    try:
+        async with asyncio.timeout(5):
+            return await _reply(reader, method, patience)
+    finally:
+        writer.close()
+
+
+async def _reply(reader: asyncio.StreamReader, method: str, patience: float) -> Reply:
+    status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
+    headers: dict[str, str] = {}
+    for name, value in (line.split(": ", 1) for line in lines):
+        name = name.lower()  # noqa: PLW2901
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    assert headers.pop("date", None) or status.split()[1] == "400"
+    code = int(status.split()[1])
+    if method == "HEAD" or code == 304:
+        return Reply(code, headers, b"")
+    if "content-length" in headers:
+        return Reply(code, headers, await reader.readexactly(int(headers["content-length"])))
+    body = b""
+    with suppress(TimeoutError):
+        while not body.endswith(b"\n\n"):
+            async with asyncio.timeout(patience):
+                size = int(await reader.readuntil(b"\r\n"), 16)
+                body += (await reader.readexactly(size + 2))[:-2]
+    return Reply(code, headers, body)
 
 
 def stalled_socket(port: int, path: str = "/all") -> socket.socket:

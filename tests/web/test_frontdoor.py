@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
@@ -23,6 +25,12 @@ POLL = f"GET /sdk/flags HTTP/1.1\r\nHost: x\r\nAuthorization: {SDK_KEY}\r\n\r\n"
 class Answer:
     head: bytes
     body: bytes
+    status: int = 200
+
+
+async def application(scope, receive, send):
+    """Tells that the application was asked, and with what body."""
+    await Response(b"app:" + await Request(scope, receive).body())(scope, receive, send)
 
 
 class Polls:
@@ -109,7 +117,7 @@ async def test_a_poll_is_prepared_once_for_each_change():
 async def test_what_is_not_plain_goes_to_the_application(request_):
     """Bodies, repeated headers, unknown keys and paths are the application's business."""
     served = Served()
-    async with serving(served, poll=Polls()) as address:
+    async with serving(served, poll=Polls(), app=application) as address:
         await give(served, 1)
         reader, writer = await address.connect()
         writer.write(request_)
@@ -135,7 +143,7 @@ async def test_pipelined_requests_are_answered_in_order():
     """Requests that come together get their answers in their order, hot or not."""
     served = Served()
     other = POLL.replace(b"/sdk/flags", b"/other")
-    async with serving(served, poll=Polls()) as address:
+    async with serving(served, poll=Polls(), app=application) as address:
         await give(served, 1)
         reader, writer = await address.connect()
         writer.write(POLL)

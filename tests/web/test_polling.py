@@ -1,5 +1,6 @@
 """What is polled, and who may."""
 
+import asyncio
 import gzip
 import json
 from hashlib import sha1
@@ -67,14 +68,23 @@ async def test_large_bodies_are_not_compressed_on_the_loop(environment):
     poll = Polling()
     environment.payload = Payload.of([item(Kind.FLAG, flag("a", 1, "x" * MAX_COMPRESSED_AT_ONCE))])
     assert poll(environment, "/sdk/flags", b"", b"gzip") is None
-    made = poll.answer(environment, "/sdk/flags", b"", b"gzip", patient=True)
-    assert poll(environment, "/sdk/flags", b"", b"gzip") is made
+    asked = (environment, "/sdk/flags", b"", b"gzip")
+    made, same = await asyncio.gather(poll.complete(*asked), poll.complete(*asked))
+    assert poll(*asked) is made is same
     assert gzip.decompress(made.body) == poll(environment, "/sdk/flags", b"", b"").body
 
 
 async def test_missing(environment):
     """Unknown and deleted items are an empty 404; other paths and waiting environments no poll."""
     poll = Polling()
+    for path in (
+        "/sdk/flags/",
+        "/sdk/flags/a/b",
+        "/sdk/flags//",
+        "/sdk/segments/..",
+        "/sdk/flags/.",
+    ):
+        assert poll(environment, path, b"", b"") is None
     for path in ("/sdk/flags/gone", "/sdk/flags/none"):
         answer = poll(environment, path, b"", b"")
         assert (answer.status, answer.body) == (404, b"")
@@ -109,9 +119,10 @@ async def test_credentials(header, status):
 
 
 async def test_refusals():
-    """Filters, unknown IDs and missing data are refused in the reference's words."""
+    """Filters and unknown IDs are refused in the reference's words."""
     served = Served()
     key = SDK_KEY.encode()
     assert auth.for_sdk_key(served.relay, key, "f") is answers.UNKNOWN_FILTER
     assert auth.for_environment_id(served.relay, "x", "") is answers.UNKNOWN_ENVIRONMENT_ID
-    assert auth.with_data(served.environment) is answers.NO_DATA
+    assert auth.for_client(served.relay, key, "") is answers.UNKNOWN_CREDENTIAL
+    assert auth.for_client(served.relay, b"env-1", "") is served.environment

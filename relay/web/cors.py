@@ -1,0 +1,49 @@
+"""What browsers need to be told before their code may read an answer (endpoints 1.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from relay.model.environment import EnvironmentSpec
+
+ALLOWED_HEADERS = (
+    *("Cache-Control", "Content-Type", "Content-Length", "Accept-Encoding"),
+    *("X-LaunchDarkly-User-Agent", "X-LaunchDarkly-Payload-ID", "X-LaunchDarkly-Wrapper"),
+    *("X-LaunchDarkly-Event-Schema", "X-LaunchDarkly-Tags"),
+)
+"""Request headers that every SDK may send; environments may allow more."""
+
+MAX_AGE = 300
+"""Seconds for which a browser need not ask again."""
+
+
+def cors_headers(
+    spec: EnvironmentSpec | None,
+    origin: str,
+    methods: Sequence[str],
+    exposed: Sequence[str] = ("Date",),
+) -> dict[str, str]:
+    """Return the headers of an answer that browsers may read, errors included.
+
+    Args:
+        spec: the environment; None if the request named none.
+        origin: the request header; empty if there is none.
+        methods: of the route.
+        exposed: response headers that scripts may read.
+    """
+    more = spec.allowed_headers if spec else ()
+    return {
+        "access-control-allow-origin": _allowed_origin(spec, origin),
+        "access-control-allow-methods": ",".join(methods),
+        "access-control-allow-headers": ",".join((*ALLOWED_HEADERS, *more)),
+        "access-control-allow-credentials": "false",
+        "access-control-max-age": str(MAX_AGE),
+        "access-control-expose-headers": ",".join(exposed),
+    }
+
+
+def _allowed_origin(spec: EnvironmentSpec | None, origin: str) -> str:
+    allowed = spec.allowed_origins if spec else ()
+    if not allowed:
+        return origin or "*"
+    return origin if origin in allowed else allowed[0]

@@ -1,0 +1,133 @@
+"""What all authenticated routes have in common: credential, CORS, counts, then their own answer."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from urllib.parse import parse_qsl
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from relay.environment import Environment
+from relay.relay import Relay
+from relay.web import auth
+from relay.web.answers import Answer, environment_headers
+from relay.web.cors import cors_headers
+from relay.web.traffic import Series, Traffic
+
+Find = Callable[[Relay, Request], Environment | Answer]
+"""Returns the environment that a request opens, or the refusal."""
+
+Respond = Callable[[Request, Environment], Awaitable[Response]]
+"""Answers a request to an environment."""
+
+
+def parameter(request: Request, name: str) -> str:
+    """Return the first value of a query parameter; empty if there is none."""
+    pairs = parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    return next((value for key, value in pairs if key == name), "")
+
+
+def header(request: Request, name: str) -> bytes:
+    """Return the first value of a header; empty if there is none."""
+    return request.headers.get(name, "").encode("latin-1")
+
+
+def _sdk_key(relay: Relay, request: Request) -> Environment | Answer:
+    return auth.for_sdk_key(relay, header(request, "authorization"), parameter(request, "filter"))
+
+
+def _mobile_key(relay: Relay, request: Request) -> Environment | Answer:
+    given = header(request, "authorization")
+    return auth.for_mobile_key(relay, given, parameter(request, "filter"))
+
+
+def _environment_id(relay: Relay, request: Request) -> Environment | Answer:
+    given = request.path_params["envId"]
+    return auth.for_environment_id(relay, given, parameter(request, "filter"))
+
+
+def _mobile_key_or_environment_id(relay: Relay, request: Request) -> Environment | Answer:
+    given = parameter(request, "auth").encode("latin-1", "replace")
+    given = given or header(request, "authorization")
+    return auth.for_client(relay, given, parameter(request, "filter"))
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Whose a route is.
+
+    Args:
+        platform: its kind of SDK, in the words of the metrics.
+        find: from the credential to the environment.
+        exposed: response headers that scripts in browsers may read; none if it is not for browsers.
+        open_preflight: whether a preflight needs no credential.
+    """
+
+    platform: str
+    find: Find
+    exposed: Sequence[str] = ()
+    open_preflight: bool = False
+
+
+SERVER = Access("server", _sdk_key)
+MOBILE = Access("mobile", _mobile_key)
+BROWSER = Access("browser", _environment_id, ("Date",))
+FDV2_CLIENT = Access(
+    "browser", _mobile_key_or_environment_id, ("Date", "X-LD-FD-Fallback"), open_preflight=True
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Endpoint:
+    """The application behind one route.
+
+    Args:
+        relay: whose environments are served.
+        traffic: counts requests.
+        route: the template of the path.
+        methods: of the route; those for browsers include OPTIONS.
+        access: whose it is.
+        respond: answers what is allowed.
+    """
+
+    relay: Relay
+    traffic: Traffic
+    route: str
+    methods: Sequence[str]
+    access: Access
+    respond: Respond
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        request = Request(scope, receive)
+        found = self.access.find(self.relay, request)
+        response = await self._response(request, found)
+        environment = found if isinstance(found, Environment) else None
+        if environment and b"x-ld-envid" not in dict(response.raw_headers):
+            response.raw_headers.extend(environment_headers(environment.spec))
+        if self.access.exposed:
+            self._allow_browsers(request, response, environment)
+        await response(scope, receive, send)
+
+    async def _response(self, request: Request, found: Environment | Answer) -> Response:
+        preflight = request.method == "OPTIONS"
+        if preflight and (self.access.open_preflight or isinstance(found, Environment)):
+            return Response()
+        if isinstance(found, Answer):
+            return found.as_response()
+        series = Series(found.spec.name, self.route, request.method, self.access.platform)
+        self.traffic.requests[series].value += 1
+        return await self.respond(request, found)
+
+    def _allow_browsers(
+        self, request: Request, response: Response, environment: Environment | None
+    ) -> None:
+        spec = environment.spec if environment else None
+        origin = request.headers.get("origin", "")
+        headers = MutableHeaders(raw=response.raw_headers)
+        headers.update(cors_headers(spec, origin, self.methods, self.access.exposed))
+        headers.append("vary", "Origin")

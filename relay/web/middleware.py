@@ -1,0 +1,80 @@
+"""What happens to a request before it is routed, and to one that we fail to answer."""
+
+from __future__ import annotations
+
+import logging
+import re
+from posixpath import normpath
+from urllib.parse import quote
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from relay.web.answers import BAD_ESCAPE, Answer
+
+_BROKEN_ESCAPE = re.compile(rb"%(?![0-9a-fA-F]{2})")
+_UNESCAPED = "/!$&'()*+,;=:@~"
+
+_log = logging.getLogger("relay.web")
+
+
+class CanonicalPaths:
+    """Middleware that lets only well-formed, canonical paths through (endpoints 1.1)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, redirect, or pass on."""
+        answer = _objection(scope)
+        if answer is None:
+            await self._app(scope, receive, send)
+        else:
+            await answer.as_response()(scope, receive, send)
+
+
+def _objection(scope: Scope) -> Answer | None:
+    path: str = scope["path"]
+    if path == "*" and scope["method"] == "OPTIONS":
+        return Answer(200)  # a question to the server as such
+    if _BROKEN_ESCAPE.search(scope["raw_path"]):
+        return BAD_ESCAPE
+    clean = canonical(path)
+    if clean == path:
+        return None
+    location = quote(clean, safe=_UNESCAPED).encode()
+    if scope["query_string"]:
+        location += b"?" + scope["query_string"]
+    return Answer(301, ((b"location", location),))
+
+
+def canonical(path: str) -> str:
+    """Return a path without empty, `.` and `..` segments; a slash at its end stays.
+
+    It begins with exactly one slash, so that a redirection to it never leaves this host.
+    """
+    clean = normpath("/" + path.lstrip("/"))
+    return clean + "/" if path.endswith("/") and clean != "/" else clean
+
+
+class Defects:
+    """Middleware that turns an unexpected exception into a 500, logged once."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass everything through."""
+        started = False
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception:
+            if started:
+                raise  # the server logs it and cuts the connection
+            _log.exception("A request could not be answered because of a defect of ours")
+            await Answer(500).as_response()(scope, receive, send)

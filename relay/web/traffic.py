@@ -1,0 +1,239 @@
+"""What is asked of the relay: counts, and at level debug a line for each request (status 8.2, 8.3).
+
+Both doors feed it. Counting costs an addition; lines are made only if the level was debug when the
+process started. They hold neither keys nor contexts, unlike the reference's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from relay.hub import Wire, unframed
+
+MASK_TAIL = 5
+"""Characters of a credential that a line shows (status 8.3)."""
+
+_CREDENTIAL = re.compile(r"\b(?:sdk|mob|rel|api)-[0-9A-Za-z-]+")
+_SECRET_PARAMETER = re.compile(r"((?:^|&)auth=)([^&]*)")
+_EVENTS_PARAMETER = re.compile(r"((?:^|&)d=)[^&]*")
+_EVENT_STREAM = b"text/event-stream"
+_METHOD_NOT_ALLOWED = 405
+
+_log = logging.getLogger("relay.traffic")
+
+
+class Series(NamedTuple):
+    """What is counted apart.
+
+    All of it comes from the configuration and the route table, nothing from requests: the number
+    of series is bounded.
+    """
+
+    environment: str
+    """Its display name."""
+    route: str
+    """The template, such as `/sdk/flags/{key}`."""
+    method: str
+    platform: str
+    """`server`, `mobile` or `browser`: whose credential opens the route."""
+
+
+@dataclass(slots=True)
+class Count:
+    """A number that only grows."""
+
+    value: int = 0
+
+
+Counts = defaultdict[Series, Count]
+
+
+class Traffic:
+    """Counts of requests and of streams that were opened, since the start."""
+
+    def __init__(self) -> None:
+        self.requests: Counts = defaultdict(Count)
+        """Requests that passed the choice of the environment, streams included."""
+        self.new_streams: Counts = defaultdict(Count)
+        self.logs = _log.isEnabledFor(logging.DEBUG)
+        """Whether each request is logged."""
+
+
+def totals(counts: Mapping[Series, Count]) -> Mapping[str, int]:
+    """Return the sum for each environment."""
+    sums: defaultdict[str, int] = defaultdict(int)
+    for series, count in counts.items():
+        sums[series.environment] += count.value
+    return sums
+
+
+def request_line(method: str, url: str, authorization: str, status: int, size: int | None) -> str:
+    """Return the line of a request.
+
+    Args:
+        method: of the request.
+        url: as `shown` gives it.
+        authorization: the header; empty if there is none.
+        status: of the answer.
+        size: bytes of its body; None for a stream, whose line comes at its beginning.
+    """
+    end = "(streaming)" if size is None else f"bytes={size}"
+    auth = _masked(authorization) if authorization else "n/a"
+    return f"Request: method={method} url={url} auth={auth} status={status} {end}"
+
+
+def closed_line(url: str, authorization: str, size: int) -> str:
+    """Return the line of a stream that has ended; the arguments are those of `request_line`."""
+    auth = _masked(authorization) if authorization else "n/a"
+    return f"Stream closed: url={url} auth={auth} bytes={size}"
+
+
+def shown(path: str, query: str = "", *, has_context: bool = False) -> str:
+    """Return a request's target for a line: without keys, contexts and events.
+
+    Args:
+        path: not decoded.
+        query: not decoded, without the question mark.
+        has_context: whether the last segment of the path is a context.
+    """
+    if has_context:
+        path = path.rpartition("/")[0] + "/{context}"
+    query = _SECRET_PARAMETER.sub(lambda match: match[1] + _masked(match[2]), query)
+    query = _EVENTS_PARAMETER.sub(r"\1{events}", query)
+    target = f"{path}?{query}" if query else path
+    return _CREDENTIAL.sub(lambda match: _masked(match[0]), target)
+
+
+def note(line: str) -> None:
+    """Write a line."""
+    _log.debug("%s", line)
+
+
+def _masked(credential: str) -> str:
+    return "*" + credential[-MASK_TAIL:]
+
+
+class RequestLog:
+    """Middleware that logs each request which found a route; used only if `Traffic.logs`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass everything through, and log."""
+        entry = _Entry(scope)
+
+        async def noting(message: Message) -> None:
+            entry.see(message)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        finally:
+            entry.end()
+
+
+class _Entry:
+    """What a line says of one request to the application."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._status = 0
+        self._size = 0
+        self._streams = False
+
+    def see(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            content_type = dict(message["headers"]).get(b"content-type", b"")
+            self._streams = content_type.startswith(_EVENT_STREAM)
+            if self._streams:
+                self._note_request(None)
+        elif self._scope["method"] != "HEAD":
+            self._size += len(message.get("body", b""))
+
+    def end(self) -> None:
+        if self._streams:
+            note(closed_line(self._url, self._authorization, self._size))
+        elif self._status and self._found_route:
+            self._note_request(self._size)
+
+    def _note_request(self, size: int | None) -> None:
+        method = self._scope["method"]
+        note(request_line(method, self._url, self._authorization, self._status, size))
+
+    @property
+    def _found_route(self) -> bool:
+        return "endpoint" in self._scope and self._status != _METHOD_NOT_ALLOWED
+
+    @property
+    def _url(self) -> str:
+        path, query = self._scope["raw_path"], self._scope["query_string"]
+        has_context = "context" in self._scope.get("path_params", {})
+        return shown(path.decode("latin-1"), query.decode("latin-1"), has_context=has_context)
+
+    @property
+    def _authorization(self) -> str:
+        values = (value for name, value in self._scope["headers"] if name == b"authorization")
+        header: bytes = next(values, b"")
+        return header.decode("latin-1")
+
+
+class LoggedWire(asyncio.Protocol):
+    """Stands between a transport and the subscription that owns it, to log the end of the stream.
+
+    Args:
+        transport: of the client; the head of the response has been written.
+        url: as `shown` gives it.
+        authorization: the header.
+    """
+
+    def __init__(self, transport: Wire, url: str, authorization: str) -> None:
+        self._transport = transport
+        self._url = url
+        self._authorization = authorization
+        self._size = 0
+        self._owner: asyncio.BaseProtocol = asyncio.Protocol()
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol, /) -> None:
+        """Tell the owner what the transport says."""
+        self._owner = protocol
+        self._transport.set_protocol(self)
+
+    def write(self, data: bytes, /) -> None:
+        """Write chunks, and count what they hold."""
+        self._size += sum(map(len, unframed(data)))
+        self._transport.write(data)
+
+    def close(self) -> None:
+        """Close after everything has been sent."""
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Close now."""
+        self._transport.abort()
+
+    def get_write_buffer_size(self) -> int:
+        """Return the number of bytes not yet sent."""
+        return self._transport.get_write_buffer_size()
+
+    def pause_writing(self) -> None:
+        """Pass on that the buffer is full."""
+        self._owner.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Pass on that the buffer has emptied."""
+        self._owner.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Pass on that the client is gone, and log it."""
+        self._owner.connection_lost(exc)
+        note(closed_line(self._url, self._authorization, self._size))

@@ -1,0 +1,256 @@
+"""The application: routes, methods, paths, and what browsers and newer SDKs are told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from relay.environment import Environment
+from relay.hub import Hub
+from relay.model.credential import EnvironmentID, MobileKey, SDKKey
+from relay.model.environment import EnvironmentSpec
+from relay.protocol.fdv1 import AllFormat, FlagsFormat
+from relay.relay import Relay
+from relay.web.middleware import canonical
+from relay.web.polling import Polling
+from tests.support.contracts import ScriptedSource
+from tests.support.serving import SDK_KEY, Served, ask, serving
+
+SDK = (("Authorization", SDK_KEY),)
+MOBILE = (("Authorization", "mob-1"),)
+CONTEXT = "eyJrZXkiOiJhIn0"
+LATER = [
+    ("GET", f"/sdk/evalx/env-1/contexts/{CONTEXT}", ()),
+    ("REPORT", "/sdk/evalx/env-1/context", ()),
+    ("REPORT", "/sdk/evalx/env-1/contexts", ()),
+    ("GET", f"/sdk/evalx/env-1/users/{CONTEXT}", ()),
+    ("REPORT", "/sdk/evalx/env-1/user", ()),
+    ("REPORT", "/sdk/evalx/env-1/users", ()),
+    ("GET", f"/sdk/evalx/contexts/{CONTEXT}", SDK),
+    ("REPORT", "/sdk/evalx/context", SDK),
+    ("GET", f"/sdk/evalx/users/{CONTEXT}", SDK),
+    ("REPORT", "/sdk/evalx/user", SDK),
+    ("GET", f"/msdk/evalx/contexts/{CONTEXT}", MOBILE),
+    ("REPORT", "/msdk/evalx/context", MOBILE),
+    ("GET", f"/msdk/evalx/users/{CONTEXT}", MOBILE),
+    ("REPORT", "/msdk/evalx/user", MOBILE),
+    ("GET", "/sdk/goals/env-1", ()),
+    ("GET", f"/meval/{CONTEXT}", MOBILE),
+    ("REPORT", "/meval", MOBILE),
+    ("GET", "/mping", MOBILE),
+    ("GET", "/ping/env-1", ()),
+    ("GET", f"/eval/env-1/{CONTEXT}", ()),
+    ("REPORT", "/eval/env-1", ()),
+    ("POST", "/bulk", SDK),
+    ("POST", "/diagnostic", SDK),
+    ("POST", "/mobile", MOBILE),
+    ("POST", "/mobile/events", MOBILE),
+    ("POST", "/mobile/events/bulk", MOBILE),
+    ("POST", "/mobile/events/diagnostic", MOBILE),
+    ("POST", "/events/bulk/env-1", ()),
+    ("POST", "/events/diagnostic/env-1", ()),
+    ("GET", "/a/env-1.gif?d=W10=", ()),
+]
+"""Everything that later releases offer: method, path, credential."""
+
+
+@pytest.fixture
+async def address():
+    """An environment with every kind of credential, and no data."""
+    async with serving(with_all_credentials()) as address:
+        yield address
+
+
+def with_all_credentials(**more) -> Served:
+    served = Served()
+    ids = {"mobile_key": MobileKey("mob-1"), "environment_id": EnvironmentID("env-1")}
+    spec = EnvironmentSpec("main", SDKKey(SDK_KEY), **ids, **more)
+    hub = Hub({"all": AllFormat(), "flags": FlagsFormat()})
+    environment = Environment(spec, served.source, hub, logging.getLogger("main"))
+    served.environment, served.hub, served.relay = environment, hub, Relay([environment], 0)
+    return served
+
+
+async def test_what_comes_later_is_there_already(address):
+    """Routes of later releases refuse strangers, and tell everybody else 503 in JSON, never 404."""
+    for method, path, credential in LATER:
+        reply = await ask(address, path, credential, method=method, body=b"{}")
+        assert reply.status == 503, path
+        assert reply.headers["content-type"] == "application/json"
+        assert reply.headers["x-ld-envid"] == "env-1"
+        stranger = path.replace("env-1", "env-2")
+        reply = await ask(
+            address, stranger, [("Authorization", "sdk-x")], method=method, body=b"{}"
+        )
+        assert reply.status == (404 if "env-2" in stranger else 401), path
+
+
+async def test_browsers_may_read_everything(address):
+    """Each route of browsers answers preflights, and errors carry CORS headers, too."""
+    for method, path, credential in LATER:
+        if credential:
+            continue
+        origin = [("Origin", "https://app.example")]
+        preflight = await ask(address, path, origin, method="OPTIONS")
+        assert (preflight.status, preflight.body) == (200, b"")
+        assert preflight.headers["access-control-allow-methods"] == f"{method},OPTIONS"
+        unknown = path.replace("env-1", "env-2")
+        for asked in (path, unknown):
+            reply = await ask(address, asked, origin, method=method, body=b"{}")
+            assert reply.headers["access-control-allow-origin"] == "https://app.example"
+            assert reply.headers["vary"] == "Origin"
+        assert (await ask(address, unknown, origin, method="OPTIONS")).status == 404
+
+
+async def test_configured_origins():
+    """With configured origins nobody else is allowed; configured headers are added."""
+    more = {"allowed_origins": ("https://a", "https://b"), "allowed_headers": ("X-Extra",)}
+    async with serving(with_all_credentials(**more)) as address:
+        for origin, allowed in (("https://b", "https://b"), ("https://c", "https://a")):
+            reply = await ask(address, "/ping/env-1", [("Origin", origin)])
+            assert reply.headers["access-control-allow-origin"] == allowed
+            assert reply.headers["access-control-allow-headers"].endswith("-Tags,X-Extra")
+
+
+@pytest.mark.parametrize("path", ["/sdk/stream", "/sdk/poll"])
+async def test_newer_servers_sdks_fall_back(address, path):
+    """SDKs that ask by the newer protocol are sent to the older one, strangers are refused."""
+    for method in ("GET", "HEAD"):
+        reply = await ask(address, f"{path}?basis=x", SDK, method=method)
+        assert (reply.status, reply.headers["x-ld-fd-fallback"]) == (503, "true")
+    reply = await ask(address, path, [("Authorization", "sdk-x")])
+    assert reply.status == 401
+    assert "x-ld-fd-fallback" not in reply.headers
+
+
+@pytest.mark.parametrize("path", ["/sdk/stream/eval", "/sdk/poll/eval"])
+async def test_newer_client_sdks_fall_back(address, path):
+    """The same for browsers and mobile devices, whose code can read the header."""
+    asked = [
+        ("GET", f"{path}/{CONTEXT}?auth=env-1", ()),
+        ("GET", f"{path}/{CONTEXT}?withReasons=true&auth=mob-1", ()),
+        ("POST", f"{path}?auth=env-1", ()),
+        ("REPORT", path, MOBILE),
+        ("GET", f"{path}/{CONTEXT}", [("Authorization", "env-1")]),
+    ]
+    for method, target, credential in asked:
+        reply = await ask(address, target, credential, method=method, body=b"{}")
+        assert (reply.status, reply.headers["x-ld-fd-fallback"]) == (503, "true")
+        assert "X-LD-FD-Fallback" in reply.headers["access-control-expose-headers"]
+        assert reply.headers["access-control-allow-origin"] == "*"
+        preflight = await ask(address, target.partition("?")[0], method="OPTIONS")
+        assert preflight.status == 200
+        assert method in preflight.headers["access-control-allow-methods"].split(",")
+    for auth in ("", "?auth=sdk-x", f"?auth={SDK_KEY}"):
+        reply = await ask(address, f"{path}/{CONTEXT}{auth}")
+        assert reply.status == 401
+        assert reply.body.startswith(b"Relay Proxy does not recognize the client credential")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("POST", "/all", "GET, HEAD"),
+        ("OPTIONS", "/sdk/flags", "GET, HEAD"),
+        ("GET", "/bulk", "POST"),
+        ("DELETE", "/sdk/goals/nobody", "GET, HEAD, OPTIONS"),
+        ("PUT", "/status", "GET, HEAD"),
+        ("POST", "/readyz", "GET, HEAD"),
+    ],
+)
+async def test_methods(address, method, path, allow):
+    """A known path with another method is 405 for everybody, and says what is allowed."""
+    reply = await ask(address, path, method=method)
+    assert (reply.status, reply.headers["allow"], reply.body) == (405, allow, b"")
+
+
+@pytest.mark.parametrize(
+    ("path", "canonical_path"),
+    [
+        ("/", "/"), ("//", "/"), ("/a/", "/a/"), ("/a//", "/a/"), ("//evil.example/x", "/evil.example/x"),
+        ("/a/./b", "/a/b"), ("/a/../b", "/b"), ("/../../b", "/b"), ("/a/..", "/"), ("///..//", "/"), ("a", "/a"),
+    ],
+)  # fmt: skip
+def test_canonical(path, canonical_path):
+    """Canonical paths begin with one slash, so a redirection never leads to another host."""
+    assert canonical(path) == canonical_path
+
+
+async def test_paths(address):
+    """Non-canonical paths are redirected with their query, broken escapes are refused."""
+    reply = await ask(address, "//evil.example/%0d%0aX:%20y?a=b%zz", method="POST")
+    assert (reply.status, reply.body) == (301, b"")
+    assert reply.headers["location"] == "/evil.example/%0D%0AX:%20y?a=b%zz"
+    reply = await ask(address, "/sdk/flags/%zz", SDK)
+    assert (reply.status, reply.body, reply.headers["connection"]) == (
+        400,
+        b"400 Bad Request",
+        "close",
+    )
+    assert (await ask(address, "*", method="OPTIONS")).status == 200
+    assert (await ask(address, "/livez?a=%zz")).status == 200
+    assert (await ask(address, "http://any.example/livez")).status == 200
+    assert (await ask(address, "/livez#x")).status == 404
+    assert (await ask(address, "/livez/")).status == 404
+
+
+async def test_the_first_value_counts(address):
+    """Of several filters and several headers the first one counts."""
+    assert (await ask(address, "/sdk/poll?filter=&filter=x", SDK)).status == 503
+    assert (await ask(address, "/sdk/poll?filter=x&filter=", SDK)).status == 404
+    stranger = ("Authorization", "sdk-x")
+    assert (await ask(address, "/sdk/poll", [*SDK, stranger])).status == 503
+    assert (await ask(address, "/sdk/poll", [stranger, *SDK])).status == 401
+
+
+def tracebacks(caplog) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.exc_info]
+
+
+class Broken(Polling):
+    """Fails as only a defect of ours can."""
+
+    async def complete(self, *_: object) -> None:
+        raise RuntimeError("a defect")
+
+    def __call__(self, *_: object) -> None:
+        return None
+
+
+async def test_a_defect_is_an_empty_500(caplog):
+    """A defect is logged once, with its traceback, and the client learns nothing of it."""
+    served = Served()
+    served.polling = Broken()
+    async with serving(served) as address:
+        reply = await ask(address, "/sdk/flags", SDK)
+        assert (reply.status, reply.body) == (500, b"")
+        assert (await ask(address, "/livez")).status == 200
+    assert len(tracebacks(caplog)) == 1
+    assert SDK_KEY not in caplog.text
+
+
+async def test_a_stream_that_breaks_is_cut_off(caplog):
+    """A defect after the head has been sent ends the connection, and is logged once."""
+
+    class BrokenHub(Hub):
+        def subscribe(self, *_: object) -> None:
+            raise RuntimeError("a defect")
+
+    served = Served()
+    environment = Environment(
+        served.environment.spec, ScriptedSource(), BrokenHub({}), logging.getLogger("main")
+    )
+    served.relay = Relay([environment], 0)
+    served.source = environment._source
+    async with serving(served, front=False) as address:
+        received = b""
+        reader, writer = await address.connect()
+        writer.write(f"GET /all HTTP/1.1\r\nHost: x\r\nAuthorization: {SDK_KEY}\r\n\r\n".encode())
+        async with asyncio.timeout(5):
+            received = await reader.read()
+        writer.close()
+        assert received.startswith(b"HTTP/1.1 200 ")
+        assert not received.endswith(b"0\r\n\r\n")
+    assert len(tracebacks(caplog)) == 1
