@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from relay import cli
+
 ROOT = Path(__file__).parent.parent
 REFERENCE_COMMAND = [
     "/usr/bin/ldr",
@@ -97,15 +99,14 @@ def test_what_the_image_copies_is_sent_to_the_builder(
 
 
 def test_the_command_line_accepts_the_image_s_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The flags of the image's command are flags of ours; `--version` wins over all others."""
-    cli = pytest.importorskip("relay.cli")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
         raise SystemExit(cli.main([*REFERENCE_COMMAND[1:], "--version"]))
     assert exit_.value.code in {0, None}
-    assert "LaunchDarkly relay version" in capsys.readouterr().out
+    assert "LaunchDarkly relay version" in capfd.readouterr().out
 
 
 def test_compose_waits_for_valkey(compose: dict[str, Any]) -> None:
@@ -136,3 +137,4 @@ def test_compose_passes_environments_on_and_has_demo_flags(compose: dict[str, An
     in_image = Path(environment["FLAGS_FILE"])
     assert (ROOT / in_image.relative_to("/opt/relay")).is_file()
     assert environment["REDIS_URL"] == "redis://valkey:6379"
+    assert environment["USE_REDIS"] == "true"

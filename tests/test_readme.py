@@ -34,7 +34,6 @@ def snippet(command: str) -> str:
 @pytest.fixture(name="port", scope="module")
 def demo_relay() -> Iterator[int]:
     """A relay with the demo flags, started as `make run` starts it."""
-    pytest.importorskip("relay.cli")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

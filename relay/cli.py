@@ -1,0 +1,244 @@
+"""The command line: parse, call one function, return an exit code.
+
+Without a command it is the reference's (config 3.1): the same flags with one dash or two. `relay
+health` is not here but in `__main__`, because it must not pay for these imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NoReturn
+
+import uvloop
+
+from relay import __version__
+from relay.config.load import DEFAULT_FILE, load
+from relay.config.schema import Config
+from relay.config.show import effective, secrets
+from relay.errors import ConfigError, RelayError
+from relay.log import Output, set_up
+from relay.relay import Relay
+from relay.server import CannotListen, ServerOptions, Site, serve, settle
+
+USAGE = """\
+relay [serve] [options]   start the relay; the options are those of the reference relay
+relay check [options]     show the configuration that results, or all that is wrong with it
+relay health [URL]        exit with 0 if a relay is ready (default: the one of this host)"""
+
+COMMANDS = ("serve", "check")
+
+INTRODUCED = 10
+"""Environments that are named one by one at the start; of more, only the number is said."""
+
+_FLAG_VALUES = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+_log = logging.getLogger("relay")
+
+
+class UsageError(RelayError):
+    """The arguments cannot be understood."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
+    """Run a command and return the exit code of the process."""
+    command, rest = _command(arguments)
+    try:
+        options = _parse(rest)
+        if options.version:
+            with _logs():
+                _log.info("LaunchDarkly relay version %s", __version__)
+            return 0
+        config = _configuration(options, environ)
+    except UsageError as e:
+        sys.stderr.write(_parser().format_help())
+        return _failed("Error: %s", e)
+    except ConfigError as e:
+        if command == "check":
+            sys.stderr.writelines(f"{problem}\n" for problem in e.problems)
+            return 1
+        return _failed("Configuration error: %s", e)
+    if command == "check":
+        return _check(config)
+    with _logs(config):
+        return _serve(config, _source(options))
+
+
+def _command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Return the command and what follows it; flags alone mean `serve`."""
+    if arguments and arguments[0] in COMMANDS:
+        return arguments[0], arguments[1:]
+    return "serve", arguments
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        "relay",
+        usage=USAGE,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE", default="", help="configuration file")
+    add("--from-env", action="store_true", help="read environment variables; they stand above FILE")
+    add("--allow-missing-file", action="store_true", help="start also if FILE does not exist")
+    add("--flags", metavar="FILE", default="", help="serve a file of flags, reloaded on change")
+    add("--version", action="store_true", help="show the version and exit")
+    return parser
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    options, rest = _parser().parse_known_args(list(_go_flags(arguments)))
+    if rest:
+        raise UsageError(f"unknown argument {rest[0]}")
+    return options
+
+
+def _go_flags(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield flags as argparse knows them: two dashes, and no value for those that are boolean."""
+    for argument in arguments:
+        name, has_value, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-"):
+            yield argument
+        elif name not in {"from-env", "allow-missing-file", "version"} or not has_value:
+            yield f"--{argument.lstrip('-')}"
+        elif value.lower() not in _FLAG_VALUES:
+            raise UsageError(f'invalid boolean value "{value}" for -{name}')
+        elif _FLAG_VALUES[value.lower()]:
+            yield f"--{name}"
+
+
+def _configuration(options: argparse.Namespace, environ: Mapping[str, str]) -> Config:
+    """Return what file, environment and `--flags` say together.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    if options.flags:
+        # A file of flags needs no environment; where to listen may still stand in a variable.
+        from_env = options.from_env or not options.config
+        environ = {**environ, "FLAGS_FILE": options.flags}
+        config = load(options.config, from_env, options.allow_missing_file, environ)
+        if config.environments:
+            names = ", ".join(f'"{each.name}"' for each in config.environments)
+            raise ConfigError([f"--flags serves a file by itself; leave out environment {names}"])
+        return config
+    config = load(options.config, options.from_env, options.allow_missing_file, environ)
+    if not config.environments and not config.main.flags_file:
+        raise ConfigError(["you must specify at least one environment in your configuration"])
+    return config
+
+
+def _source(options: argparse.Namespace) -> str:
+    """Say where the configuration comes from (config 3.1)."""
+    if options.flags:
+        return f"flags file {options.flags}"
+    variables = "environment variables"
+    file = options.config or DEFAULT_FILE
+    if options.from_env and options.config:
+        return f"configuration file {file} plus {variables}"
+    if options.from_env or not os.path.exists(file):  # noqa: PTH110 - one look, no path to build
+        return f"configuration from {variables}"
+    return f"configuration file {file}"
+
+
+@contextmanager
+def _logs(config: Config | None = None) -> Iterator[None]:
+    """Send log lines where they belong, and the last of them before the process ends."""
+    output = Output(secrets(config) if config else ())
+    set_up(
+        config.main.log_level if config else "info",
+        config.main.log_format if config else "text",
+        output,
+    )
+    try:
+        yield
+    finally:
+        output.close()
+
+
+def _failed(text: str, reason: RelayError) -> int:
+    with _logs():
+        _log.error(text, reason)
+    return 1
+
+
+def _check(config: Config) -> int:
+    """Print the configuration, and everything that only a start would find wrong with it."""
+    sys.stdout.write(effective(config))
+    try:
+        options = ServerOptions.of(config.main)
+        if options.tls:
+            options.tls.check()
+        _site(config)
+    except ConfigError as e:
+        sys.stderr.writelines(f"{problem}\n" for problem in e.problems)
+        return 1
+    return 0
+
+
+def _serve(config: Config, source: str) -> int:
+    """Serve until a signal, or fill the databases once; return the exit code."""
+    _log.info("Starting LaunchDarkly relay version %s with %s", __version__, source)
+    for warning in config.warnings:
+        _log.warning("%s", warning)
+    try:
+        if config.main.exit_always:
+            return _run_once(config)
+        uvloop.run(serve(ServerOptions.of(config.main), partial(_site, config)))
+    except CannotListen as e:
+        _log.error("%s", e)
+        return 1
+    except ConfigError as e:
+        _log.error("Unable to create relay: %s", e)
+        return 1
+    return 0
+
+
+def _run_once(config: Config) -> int:
+    from relay.build import build  # noqa: PLC0415 - see `_site`
+
+    _log.info("Running in one-shot mode - will exit immediately after initializing environments")
+    if uvloop.run(settle(build(config), hasty=config.main.exit_on_error)):
+        return 0
+    _log.error("Unable to create relay: one or more environments failed to initialize")
+    return 1
+
+
+def _introduce(config: Config, relay: Relay) -> None:
+    """Say in a few lines what is served, and where it comes from."""
+    main = config.main
+    if not config.environments:
+        origin = f"flags file {main.flags_file}"
+    elif main.data_source == "polling":
+        origin = f"{main.base_uri} (polled)"
+    else:
+        origin = main.stream_uri
+    if len(relay.environments) > INTRODUCED:
+        _log.info("Serving %d environments from %s", len(relay.environments), origin)
+        return
+    for name, environment in relay.environments.items():
+        key = environment.spec.sdk_key.masked
+        _log.info('Serving environment "%s" (SDK key %s) from %s', name, key, origin)
+
+
+def _site(config: Config) -> Site:
+    """Make what is served. Its imports are heavy, so they wait until the port is open."""
+    from relay.build import build  # noqa: PLC0415
+    from relay.web.app import make_app  # noqa: PLC0415
+    from relay.web.polling import Polling  # noqa: PLC0415
+    from relay.web.traffic import Traffic  # noqa: PLC0415
+
+    relay = build(config)
+    _introduce(config, relay)
+    polling, traffic = Polling(), Traffic()
+    return Site(relay, make_app(relay, polling, traffic), polling, traffic)
