@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from typing import Never
 
 
 def main() -> None:
@@ -16,9 +18,17 @@ def main() -> None:
 
         sys.exit(health.main(arguments[1:], os.environ))
 
+    # Until the server takes signals over: as process 1 of a container we would not even get them.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
     from relay import cli
 
     sys.exit(cli.main(arguments))
+
+
+def _end(number: int, _frame: object) -> Never:
+    """End with the exit code that a shell gives to what a signal has ended."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

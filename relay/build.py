@@ -21,7 +21,6 @@ from relay.model.environment import EnvironmentSpec
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
 from relay.sources import DataSource
-from relay.sources.file import File
 from relay.sources.retry import Times
 from relay.stores import Copy
 
@@ -55,6 +54,8 @@ def _origins(config: Config) -> tuple[Session, Sequence[EnvironmentSpec], Source
     if config.environments:
         session, sources = _launchdarkly(config)
         return session, [_spec(each) for each in config.environments], sources
+    from relay.sources.file import File
+
     path = Path(config.main.flags_file)
     return nullcontext(), [DEMO], lambda _spec, _log: File(path)
 

@@ -107,7 +107,7 @@ def _go_flags(arguments: Sequence[str]) -> Iterator[str]:
     """Yield flags as argparse knows them: two dashes, and no value for those that are boolean."""
     for argument in arguments:
         name, has_value, value = argument.lstrip("-").partition("=")
-        if not argument.startswith("-"):
+        if argument in {"-", "-h"} or not argument.startswith("-"):
             yield argument
         elif name not in {"from-env", "allow-missing-file", "version"} or not has_value:
             yield f"--{argument.lstrip('-')}"
@@ -142,13 +142,11 @@ def _source(options: argparse.Namespace) -> str:
     """Say where the configuration comes from (config 3.1)."""
     if options.flags:
         return f"flags file {options.flags}"
-    variables = "environment variables"
-    file = options.config or DEFAULT_FILE
-    if options.from_env and options.config:
-        return f"configuration file {file} plus {variables}"
-    if options.from_env or not os.path.exists(file):  # noqa: PTH110 - one look, no path to build
-        return f"configuration from {variables}"
-    return f"configuration file {file}"
+    file = options.config or ("" if options.from_env else DEFAULT_FILE)
+    # A file that is missing was allowed to be.
+    if not file or not os.path.exists(file):  # noqa: PTH110 - one look, no path to build
+        return "configuration from environment variables"
+    return f"configuration file {file}" + (" plus environment variables" * options.from_env)
 
 
 @contextmanager
@@ -175,15 +173,20 @@ def _failed(text: str, reason: RelayError) -> int:
 def _check(config: Config) -> int:
     """Print the configuration, and everything that only a start would find wrong with it."""
     sys.stdout.write(effective(config))
-    try:
-        options = ServerOptions.of(config.main)
-        if options.tls:
-            options.tls.check()
-        _site(config)
-    except ConfigError as e:
-        sys.stderr.writelines(f"{problem}\n" for problem in e.problems)
-        return 1
-    return 0
+    problems = list(_unusable(config))
+    sys.stderr.writelines(f"{problem}\n" for problem in problems)
+    return 1 if problems else 0
+
+
+def _unusable(config: Config) -> Iterator[str]:
+    """Yield what is wrong with the files and addresses that a configuration names."""
+    certificate = ServerOptions.of(config.main).tls
+    for see in (certificate.check if certificate else None, partial(_site, config)):
+        try:
+            if see:
+                see()
+        except ConfigError as e:
+            yield from e.problems
 
 
 def _serve(config: Config, source: str) -> int:

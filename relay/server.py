@@ -41,6 +41,8 @@ PROBE_AFTER, PROBE_EACH, PROBES = 60, 15, 4
 STREAMS_SHARE = 0.75
 """Share of the drain time in which streams end; the rest is for responses on their way."""
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""What asks the process to end."""
 
 _log = logging.getLogger("relay.server")
 
@@ -205,12 +207,12 @@ class RelayServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Stop at the first signal, orderly; at the second, now. Signals are not raised again."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             loop.add_signal_handler(number, self.stop)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in SIGNALS:
                 loop.remove_signal_handler(number)
 
     def stop(self) -> None:
@@ -331,12 +333,25 @@ async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
     _log.info("Starting server listening on port %d", listener.getsockname()[1])
     if options.tls:
         _log.info("TLS enabled for server (minimum TLS version: %s)", options.tls.minimum)
+    asked_to_end = _asked_to_end()
     try:
         site = await asyncio.to_thread(build)
     except BaseException:
         listener.close()
         raise
+    if asked_to_end.is_set():
+        listener.close()
+        return
     await run(site, options, listener)
+
+
+def _asked_to_end() -> asyncio.Event:
+    """Return what the first signal sets, as long as no server has taken signals over."""
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, asked.set)
+    return asked
 
 
 async def settle(relay: Relay, *, hasty: bool = False) -> bool:
@@ -347,10 +362,14 @@ async def settle(relay: Relay, *, hasty: bool = False) -> bool:
         hasty: stop at the first environment that fails: `exitOnError`.
 
     Returns:
-        Whether all environments got there within `initTimeout`.
+        Whether all environments got there within `initTimeout`, and before a signal.
     """
+    asked_to_end = _asked_to_end()
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(relay.run())
-        complete = await relay.until_settled(hasty=hasty)
-        running.cancel()
-    return complete
+        settled = tasks.create_task(relay.until_settled(hasty=hasty))
+        ended = tasks.create_task(asked_to_end.wait())
+        await asyncio.wait({settled, ended}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (running, settled, ended):
+            task.cancel()
+    return settled.done() and not settled.cancelled() and settled.result()

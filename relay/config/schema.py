@@ -340,7 +340,7 @@ class Redis:
         "REDIS_URL",
         URI,
         "",
-        "Of the form `redis://[user[:password]@]host[:port]`.",
+        "Of the form `redis://[user[:password]@]host[:port][/database]`. In the environment it counts with `USE_REDIS=true` only.",
         "redis://localhost:6379",
     )
     host: str = _option(

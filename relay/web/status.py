@@ -80,6 +80,7 @@ def _described(relay: Relay, environment: Environment, counts: Counts) -> dict[s
         "dataAge": None if confirmed is None else max(0, round(time.time() - confirmed)),
         "items": None if payload is None else len(payload),
         **_invalid(environment.invalid.values()),
+        "rejected": environment.rejected or None,
         "streams": len(environment.hub),
         **{member: sums.get(spec.name, 0) for member, sums in counts.items()},
     }

@@ -8,24 +8,47 @@ import fcntl
 import itertools
 import json
 import subprocess
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol, Self
 
 from ld_openfeature import LaunchDarklyProvider
 from ldclient import Context, LDClient
+from ldclient.async_client import AsyncLDClient
+from ldclient.async_config import AsyncConfig
 from ldclient.config import Config, HTTPConfig
 from ldclient.datasystem import default as fdv2
+from ldclient.datasystem import fdv1_fallback_ds_builder
 from ldclient.feature_store import CacheConfig
+from ldclient.impl.aio.concurrency import AsyncEvent
+from ldclient.impl.datasource.async_feature_requester import AsyncFeatureRequesterImpl
+from ldclient.impl.datasource.async_polling import AsyncPollingUpdateProcessor
+from ldclient.impl.datasource.feature_requester import FeatureRequesterImpl
+from ldclient.impl.datasource.polling import PollingUpdateProcessor
+from ldclient.impl.retry import for_polling
 from ldclient.integrations import Redis
+from ldclient.interfaces import (
+    AsyncFeatureStore,
+    AsyncUpdateProcessor,
+    FeatureStore,
+    UpdateProcessor,
+)
 from openfeature import api as openfeature
 from openfeature.evaluation_context import EvaluationContext
+
+from tests.support.data import flag, segment
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ROOT / "tests/sdk-node"
 PATIENCE = 10.0
 """Seconds that a wait may take before the test fails."""
+MIN_POLL_INTERVAL = 30.0
+"""Seconds; of all SDKs. Below it Python gets the SDK's poller with another interval, and Node's
+clock runs faster."""
 SOMEBODY = {"kind": "user", "key": "somebody"}
+ANNA = {"kind": "user", "key": "anna"}
 _domains = itertools.count()
 
 
@@ -40,7 +63,9 @@ class Setup:
     Args:
         url: of the relay; empty with `redis`.
         stream: False for polling.
+        poll_interval: seconds; less than users can choose, whose SDKs enforce `MIN_POLL_INTERVAL`.
         redis: URL of the database to read in daemon mode.
+        prefix: of the keys there.
         ca: file of the certificate authority to trust.
         fdv2: ask by the newer protocol first.
         openfeature: evaluate through the OpenFeature provider.
@@ -49,7 +74,9 @@ class Setup:
     key: str
     url: str = ""
     stream: bool = True
+    poll_interval: float = MIN_POLL_INTERVAL
     redis: str = ""
+    prefix: str = "launchdarkly"
     ca: str = ""
     fdv2: bool = False
     openfeature: bool = False
@@ -84,6 +111,35 @@ async def sees(
                 await asyncio.sleep(0.02)
     except TimeoutError:
         raise AssertionError(f"{flag} is still {seen!r}, not {value!r}") from None
+
+
+IN_CROWD = [{"attribute": "", "op": "segmentMatch", "values": ["crowd"]}]
+EVERYTHING = [
+    flag("lamp", value="on"),
+    flag("text", value='U+2028 \u2028 and "quotes" and ü'),
+    flag("big", value=9007199254740991),
+    flag("tiny", value=1.5e-7),
+    flag("tree", value={"a": [1, {"b": None}], "c": ""}),
+    flag("for-crowd", value="crowd", rules=[{"variation": 0, "clauses": IN_CROWD}])
+    | {"variations": ["crowd", "others"], "fallthrough": {"variation": 1}},
+    flag("needs-lamp", value="lit", prerequisites=[{"key": "lamp", "variation": 0}]),
+    flag("needs-none", value="never", prerequisites=[{"key": "missing", "variation": 0}])
+    | {"variations": ["never", "off"]},
+    segment("crowd", included=["anna"]),
+]
+"""Values that are easily damaged, a segment that a flag needs, and prerequisites."""
+
+
+async def evaluates_everything(sdk: SDK, *, texts_only: bool = False) -> None:
+    """See that an SDK has `EVERYTHING`, unharmed; an OpenFeature provider is asked for texts."""
+    for item in EVERYTHING[: 2 if texts_only else 5]:
+        value = item["variations"][0]
+        assert json.dumps(await sdk.value(item["key"], fallback="(none)")) == json.dumps(value)
+    assert await sdk.value("for-crowd", ANNA, "(none)") == "crowd"
+    assert await sdk.value("for-crowd", fallback="(none)") == "others"
+    assert await sdk.value("needs-lamp", fallback="(none)") == "lit"
+    assert await sdk.value("needs-none", fallback="(none)") == "off"
+    assert await sdk.value("missing", fallback="fallback") == "fallback"
 
 
 class PythonSDK:
@@ -124,12 +180,17 @@ class PythonSDK:
         setup = self._setup
         options: dict[str, Any] = {"stream": setup.stream, "send_events": False}
         if setup.redis:
-            store = Redis.new_feature_store(setup.redis, caching=CacheConfig.disabled())
+            store = Redis.new_feature_store(
+                setup.redis, setup.prefix, caching=CacheConfig.disabled()
+            )
             options |= {"use_ldd": True, "feature_store": store}
         if setup.url:
             options |= dict.fromkeys(("base_uri", "stream_uri", "events_uri"), setup.url)
+        if not setup.stream and setup.poll_interval < MIN_POLL_INTERVAL:
+            options["update_processor_class"] = self._polls
         if setup.fdv2:
-            options["datasystem_config"] = fdv2().build()
+            fallback = fdv1_fallback_ds_builder().poll_interval(setup.poll_interval)
+            options["datasystem_config"] = fdv2().fdv1_compatible_synchronizer(fallback).build()
         config = Config(
             setup.key,
             http=HTTPConfig(ca_certs=setup.ca or None),
@@ -144,9 +205,67 @@ class PythonSDK:
         else:
             self._client = LDClient(config, start_wait=0)
 
+    def _polls(self, config: Config, store: FeatureStore, ready: Event) -> UpdateProcessor:
+        """The SDK's own poller; the minimum is in its configuration."""
+        every = for_polling(self._setup.poll_interval)
+        return PollingUpdateProcessor(config, FeatureRequesterImpl(config), store, ready, every)
+
     def _close(self) -> None:
         if self._client is not None:
             self._client.close()
+
+
+class AsyncPythonSDK:
+    """The asynchronous client of the same package: aiohttp below, and it offers gzip for streams."""
+
+    def __init__(self, setup: Setup) -> None:
+        assert not setup.fdv2, "not driven by this class"
+        assert not setup.openfeature, "there is no asynchronous provider"
+        options: dict[str, Any] = {"stream": setup.stream, "send_events": False}
+        self._end = AsyncExitStack()
+        if setup.redis:
+            store = Redis.async_feature_store(
+                setup.redis, setup.prefix, caching=CacheConfig.disabled()
+            )
+            options |= {"use_ldd": True, "feature_store": store}
+            self._end.push_async_callback(store.close)  # the client leaves it open
+        if setup.url:
+            options |= dict.fromkeys(("base_uri", "stream_uri", "events_uri"), setup.url)
+        if not setup.stream and setup.poll_interval < MIN_POLL_INTERVAL:
+            options["update_processor_class"] = self._polls
+        config = AsyncConfig(
+            setup.key,
+            http=HTTPConfig(ca_certs=setup.ca or None),
+            initial_reconnect_delay=0.1,
+            diagnostic_opt_out=True,
+            **options,
+        )
+        self._setup = setup
+        self._client = AsyncLDClient(config)
+
+    async def __aenter__(self) -> Self:
+        self._end.push_async_callback(self._client.close)
+        await self._client.start(start_wait=0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._end.aclose()
+
+    async def ready(self) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while not await self._client.is_initialized():  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+    async def value(self, flag: str, context: dict = SOMEBODY, fallback: Any = None) -> Any:
+        return await self._client.variation(flag, Context.from_dict(context), fallback)
+
+    def _polls(
+        self, config: AsyncConfig, store: AsyncFeatureStore, ready: AsyncEvent
+    ) -> AsyncUpdateProcessor:
+        """The SDK's own poller; the minimum is in its configuration."""
+        every = for_polling(self._setup.poll_interval)
+        requester = AsyncFeatureRequesterImpl(config)
+        return AsyncPollingUpdateProcessor(config, requester, store, ready, every)
 
 
 class NodeSDK:
@@ -207,10 +326,17 @@ class NodeSDK:
 
 def make(name: str, setup: Setup) -> SDK:
     """Return the SDK of a name in `SDKS`; enter it to start it."""
-    return PythonSDK(setup) if name == "python" else NodeSDK(name.removeprefix("node"), setup)
+    match name:
+        case "python":
+            return PythonSDK(setup)
+        case "python-async":
+            return AsyncPythonSDK(setup)
+    return NodeSDK(name.removeprefix("node"), setup)
 
 
-SDKS = ["python", "node9", "node7"]
+SDKS = ["python", "python-async", "node9", "node7"]
+FDV2_SDKS = ["python", "node9"]
+"""Those that can be configured for FDv2."""
 
 
 def install_packages() -> None:
