@@ -1,9 +1,8 @@
 """The snapshot on disk: what upstream last vouched for, for a start while everything else is away.
 
-One file per environment. It begins with one line of fixed length (`_Header`), then comes one line
-of JSON for each item: `[kind, key, version, item]`, the item verbatim, or null for a tombstone. A
-new file takes the place of the old one in one step; only the time at which upstream last vouched
-for the data is renewed in place, by a single write within the first block.
+One file per environment, in the form of `protocol/snapshot.py`. A new file takes the place of the
+old one in one step; only the time at which upstream last vouched for the data is renewed in place,
+by a single write within the first block.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import os
 import secrets
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -27,32 +25,18 @@ import msgspec
 from relay.errors import InvalidData
 from relay.log import Log
 from relay.model.credential import SDKKey
-from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Change, Payload
+from relay.protocol import snapshot as grammar
+from relay.protocol.snapshot import HEADER_SIZE, Header, UnknownFormat
 from relay.stores import Stored, StoreStatus
 
 MAX_SIZE = 512 * 1024 * 1024
 """Bytes of a file that is read: several times what upstream may send at once; more is damage."""
 
-CHUNK = 1024 * 1024
-"""Bytes that are made, summed and written, or read, at a time: a millisecond of the interpreter,
-which is then free for the event loop."""
-
-HEADER_SIZE = 512
-"""Bytes of the first line: no more than a sector, so that renewing it cannot leave half a line."""
-
-_FORMAT = b"relay snapshot "
-_VERSION = b"1 "
-"""Raised whenever items of an older relay could not be taken as they are."""
-
 _WRITING = threading.Lock()
 """Held while a file is read or written: environments share the disk and the interpreter."""
 
 T = TypeVar("T")
-
-
-class UnknownFormat(Exception):
-    """The file is whole, but of another release or of another environment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,26 +56,6 @@ class Pace:
     bytes_per_second: float = 256 * 1024
     retry: float = 10.0
     finish: float = 4.0
-
-
-class _Header(msgspec.Struct, frozen=True):
-    """What the first line says.
-
-    Args:
-        environment: SHA-256 of the SDK key, in hexadecimal digits.
-        filter: the environment's payload filter; there are none yet.
-        confirmed: Unix seconds at which upstream last vouched for the data.
-        items: their number.
-        size: bytes of all lines that follow.
-        sha256: of these.
-    """
-
-    environment: str
-    filter: str
-    confirmed: float
-    items: int
-    size: int
-    sha256: str
 
 
 class Snapshot:
@@ -140,7 +104,7 @@ class Snapshot:
         except UnknownFormat as e:
             self._log.warning("Snapshot %s is not used: %s", self._file.path, e)
         except InvalidData as e:
-            self._log.error("%s; it is set aside and not used", e)
+            self._log.error("Snapshot %s: %s; it is set aside", self._file.path, e)
         return None
 
     def follow(self, payload: Payload, change: Change | None, *, full: bool = False) -> None:
@@ -245,7 +209,7 @@ class _File:
         # Part of the digest suffices to tell environments apart; the header has all of it.
         self._stem = f"environment-{environment[:16]}"
         self.path = directory / f"{self._stem}.snapshot"
-        self._written: tuple[Payload, _Header] | None = None
+        self._written: tuple[Payload, Header] | None = None
 
     def load(self) -> Stored | None:
         """Return what the file holds, after clearing away what earlier processes left half done.
@@ -277,55 +241,30 @@ class _File:
                 header = self._renewed(self._written[1], confirmed)
             self._written = payload, header or self._replaced(payload, confirmed)
 
-    def _read(self) -> tuple[Payload, _Header]:
+    def _read(self) -> tuple[Payload, Header]:
         with self.path.open("rb") as file:
             if os.fstat(file.fileno()).st_size > MAX_SIZE:
-                raise self._damaged(f"longer than {MAX_SIZE} bytes")
+                raise grammar.damaged(f"longer than {MAX_SIZE} bytes")
             first = file.read(HEADER_SIZE)
             body = file.read()
-        header = self._header(first)
-        if len(body) != header.size:
-            raise self._damaged(f"{len(body)} bytes of items instead of {header.size}")
-        if hashlib.sha256(body).hexdigest() != header.sha256:
-            raise self._damaged("its checksum is wrong")
-        try:
-            payload = Payload.of(_items(body))
-        except (msgspec.MsgspecError, ValueError) as e:
-            raise self._damaged(str(e)) from e
-        if len(payload) != header.items:
-            raise self._damaged(f"{len(payload)} items instead of {header.items}")
-        return payload, header
-
-    def _header(self, line: bytes) -> _Header:
-        if line.startswith(_FORMAT) and not line.startswith(_FORMAT + _VERSION):
-            raise UnknownFormat("it was written by another release")
-        text, _, checksum = line.rstrip().rpartition(b" ")
-        if len(line) != HEADER_SIZE or checksum != _checksum(text):
-            raise self._damaged("its first line is not that of a snapshot")
-        try:
-            header = _DECODE_HEADER(text.removeprefix(_FORMAT + _VERSION))
-        except msgspec.MsgspecError as e:
-            raise self._damaged(str(e)) from e
+        header = grammar.header(first)
         if (header.environment, header.filter) != (self._environment, ""):
             raise UnknownFormat("it belongs to another environment")
-        return header
+        return grammar.payload(header, body), header
 
-    def _damaged(self, reason: str) -> InvalidData:
-        return InvalidData(f"Snapshot {self.path}", f"damaged: {reason}")
-
-    def _renewed(self, before: _Header, confirmed: float) -> _Header | None:
+    def _renewed(self, before: Header, confirmed: float) -> Header | None:
         """Write the time in place; return None if the file is no longer the one that we wrote."""
         try:
             with self.path.open("r+b", buffering=0) as file:
-                if file.read(HEADER_SIZE) != _line(before):
+                if file.read(HEADER_SIZE) != grammar.first_line(before):
                     return None
                 after = msgspec.structs.replace(before, confirmed=confirmed)
-                os.pwrite(file.fileno(), _line(after), 0)
+                os.pwrite(file.fileno(), grammar.first_line(after), 0)
         except FileNotFoundError:
             return None
         return after
 
-    def _replaced(self, payload: Payload, confirmed: float) -> _Header:
+    def _replaced(self, payload: Payload, confirmed: float) -> Header:
         """Put a new file in the place of the old one, in one step."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = self._directory / f"{self._stem}.{secrets.token_hex(8)}.tmp"
@@ -335,7 +274,7 @@ class _File:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells `_clean` that we are alive
                 header = self._fill(file.write, payload, confirmed)
                 file.flush()
-                os.pwrite(descriptor, _line(header), 0)
+                os.pwrite(descriptor, grammar.first_line(header), 0)
                 os.fsync(descriptor)
                 temporary.replace(self.path)
         except BaseException:
@@ -344,18 +283,16 @@ class _File:
         _sync_directory(self._directory)
         return header
 
-    def _fill(
-        self, write: Callable[[bytes], object], payload: Payload, confirmed: float
-    ) -> _Header:
+    def _fill(self, write: Callable[[bytes], object], payload: Payload, confirmed: float) -> Header:
         """Write all items behind room for the header, and return the header."""
         write(b" " * HEADER_SIZE)
         size, checksum = 0, hashlib.sha256()
-        for chunk in _chunks(payload):
+        for chunk in grammar.chunks(payload):
             write(chunk)
             checksum.update(chunk)
             size += len(chunk)
         digest = checksum.hexdigest()
-        return _Header(self._environment, "", confirmed, len(payload), size, digest)
+        return Header(self._environment, "", confirmed, len(payload), size, digest)
 
     def _clean(self) -> None:
         """Remove what a killed process left half written; what a living one writes is locked."""
@@ -363,46 +300,6 @@ class _File:
             with contextlib.suppress(OSError), leftover.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 leftover.unlink()
-
-
-_DECODE_HEADER = msgspec.json.Decoder(_Header).decode
-_DECODE_LINES = msgspec.json.Decoder(tuple[str, str, int, msgspec.Raw]).decode_lines
-
-
-def _line(header: _Header) -> bytes:
-    """Return the first line: format, JSON, checksum, blanks."""
-    text = _FORMAT + _VERSION + msgspec.json.encode(header)
-    return (text + b" " + _checksum(text)).ljust(HEADER_SIZE - 1) + b"\n"
-
-
-def _checksum(text: bytes) -> bytes:
-    return b"%08x" % zlib.crc32(text)
-
-
-def _chunks(items: Iterable[Item]) -> Iterator[bytes]:
-    """Yield the lines of all items, many at a time."""
-    lines: list[bytes] = []
-    size = 0
-    for item in items:
-        kind, key = item.kind.value.encode(), msgspec.json.encode(item.key)
-        line = b'["%b",%b,%d,%b]\n' % (kind, key, item.version, item.json or b"null")
-        lines.append(line)
-        size += len(line)
-        if size >= CHUNK:
-            yield b"".join(lines)
-            lines, size = [], 0
-    yield b"".join(lines)
-
-
-def _items(body: bytes) -> Iterator[Item]:
-    """Yield the items of all lines; the opposite of `_chunks`."""
-    begin = 0
-    while begin < len(body):
-        end = body.find(b"\n", begin + CHUNK) + 1 or len(body)
-        for kind, key, version, raw in _DECODE_LINES(body[begin:end]):
-            json = bytes(raw)
-            yield Item(Kind(kind), key, version, None if json == b"null" else json)
-        begin = end
 
 
 def _sync_directory(directory: Path) -> None:

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from relay.model.credential import SDKKey
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Payload
-from relay.stores.snapshot import HEADER_SIZE, Pace, Snapshot
+from relay.protocol.snapshot import HEADER_SIZE
+from relay.stores.snapshot import Pace, Snapshot
 from tests.support.strategies import change_sets
 
 ROOT = Path(__file__).parent.parent.parent
