@@ -169,6 +169,8 @@ def _is_unset(option: Option, value: object) -> bool:
 def _without_secrets(url: str) -> str:
     """Return a URL without what its userinfo and its query could tell."""
     parts = urlsplit(url)
+    if "@" in parts.path + parts.query + parts.fragment:
+        return f"{parts.scheme}://{MASK}"  # a `/` in a password, perhaps: it begins anywhere
     userinfo, at, server = parts.netloc.rpartition("@")
     user, colon, _ = userinfo.partition(":")
     shown = f"{user}:{MASK}" if colon else MASK
@@ -179,7 +181,9 @@ def _without_secrets(url: str) -> str:
 def _url_secrets(url: str) -> Iterator[str]:
     parts = urlsplit(url)
     in_query = (value for name, value in parse_qsl(parts.query) if "password" in name.lower())
-    for password in (parts.password or "", *in_query):
+    # What stands alone before the `@` is a password to Redis.
+    alone = parts.username if parts.password is None else None
+    for password in (parts.password or alone or "", *in_query):
         if password:
             yield from (password, unquote(password))
 

@@ -8,8 +8,9 @@ older is written again.
 What the database has *newer*, or has and we have not, may mean that this relay is behind, and that
 another one has written it. So that relays never write against each other, such a difference is
 looked at twice, then upstream is asked for everything once more; only what upstream still does not
-have is then removed, and what stays newer in the database stays there. Contents of equal version
-are not compared: other programs write the same item in other words.
+have is then removed, and what stays newer in the database stays there. What comes back soon after
+it was removed is vouched for by another relay, and stays too. Contents of equal version are not
+compared: other programs write the same item in other words.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class MirrorTimes:
         second_look: between the two looks at what is newer in the database: a change that is on its
             way to us as well has arrived by then.
         refresh: between two requests for everything, at least.
+        returned: after the removal of an item; back within this, it is another relay's, which
+            needs its own `probe` to write it again. Back later, it is from an old backup.
         finish: for what is not written yet when the relay ends.
     """
 
@@ -54,6 +57,7 @@ class MirrorTimes:
     longest_retry: float = 5.0
     second_look: float = 1.0
     refresh: float = 60.0
+    returned: float = 30.0
     finish: float = 2.0
 
 
@@ -133,15 +137,15 @@ class Mirror:
         self._full_at = -float("inf")
         """The clock when upstream last sent everything."""
         self._suspected: dict[Key, Version | None] = {}
-        """What was newer in the database, or only there, at the last look."""
+        """What was newer in the database, or only there, at the last look, and is not judged."""
         self._suspected_at = 0.0
         self._refreshed_at = -float("inf")
         self._looks_again = False
         """Whether the second look is due."""
         self._theirs: dict[Key, Version | None] = {}
         """What upstream does not have, though it was asked: somebody else's, and left alone."""
-        self._removed: set[Key] = set()
-        """What we have removed. Should it come back, somebody else vouches for it."""
+        self._removed: dict[Key, float] = {}
+        """What we have removed, by the clock, and may come back because others vouch for it."""
 
     async def load(self) -> Stored | None:
         """Return what the database holds; waits for the database, but not if upstream came."""
@@ -216,6 +220,7 @@ class Mirror:
 
     async def _finish(self) -> None:
         if self._healthy and not self._equal.is_set():
+            self._doubtful = True  # what was under way may have arrived or not
             with contextlib.suppress(TimeoutError, StoreUnavailable):
                 async with asyncio.timeout(self._times.finish):
                     await self._work()
@@ -241,11 +246,13 @@ class Mirror:
         self._doubtful = self._looks_again = False
         self._pending.clear()
         versions = await self._store.versions()
-        self._end_trouble()
         if versions is None:
+            if self._held:
+                self._log.warning("%s has lost its data; they are written again", self._label)
             await self._store.init(payload)
             self._note_equal(payload)
             return
+        self._forget_removed(versions)
         difference = Difference.between(versions, payload)
         suspects = {
             key: versions.get(key)
@@ -259,6 +266,8 @@ class Mirror:
             self._doubtful = True
             if difference.behind:
                 await self._store.upsert(difference.behind)
+            # Only now: a database that can be read may still refuse to be written.
+            self._end_trouble()
 
     def _is_ours(self, key: Key, versions: Versions) -> bool:
         """Whether the database has what we wrote: then upstream itself has gone back since."""
@@ -269,22 +278,32 @@ class Mirror:
 
     def _may_judge(self, suspects: dict[Key, Version | None]) -> bool:
         """Whether upstream has been asked about all that others may have written."""
-        if suspects.items() <= self._theirs.items():
+        unknown = dict(suspects.items() - self._theirs.items())
+        if not unknown:
             self._suspected = {}
             return True
         now = time.monotonic()
-        if suspects != self._suspected:
-            self._suspected, self._suspected_at = suspects, now
-            self._looks_again = True
-            return False
-        if self._full_at >= self._suspected_at:
+        lasting = unknown.keys() & self._suspected.keys()
+        if unknown != self._suspected:
+            self._suspected, self._suspected_at = unknown, now
+            self._looks_again = not lasting
+        elif self._full_at >= self._suspected_at:
             return True
-        if now - self._refreshed_at >= self._times.refresh:
+        # Also if it has become newer still: who is behind a busy writer never sees it twice alike.
+        if lasting and now - self._refreshed_at >= self._times.refresh:
             self._refreshed_at = now
             text = "%s holds other data than this relay (%s); asking upstream for everything"
-            self._log.info(text, self._label, _named(suspects))
+            self._log.info(text, self._label, _named(lasting))
             self._refresh()
         return False
+
+    def _forget_removed(self, versions: Versions) -> None:
+        now = time.monotonic()
+        self._removed = {
+            key: at
+            for key, at in self._removed.items()
+            if key in versions or now - at < self._times.returned
+        }
 
     async def _mend(
         self, payload: Payload, difference: Difference, suspects: dict[Key, Version | None]
@@ -301,15 +320,25 @@ class Mirror:
             self._log.warning(text, self._label, _named(theirs))
         self._theirs = theirs
         written = {(item.kind, item.key) for item in difference.behind}
-        if (difference.ahead or difference.extra) and not theirs:
+        surplus = (difference.ahead | difference.extra) - theirs.keys()
+        if surplus:
             # Upstream has gone back, or items have vanished: only the whole leads there.
-            self._removed |= difference.extra & suspects.keys()
-            written |= difference.ahead | difference.extra
-            await self._store.init(payload)
+            now = time.monotonic()
+            self._removed |= dict.fromkeys(surplus & difference.extra & suspects.keys(), now)
+            written |= surplus
+            await self._store.init(await self._beside(theirs, payload))
         elif written:
             await self._store.upsert(difference.behind)
         if written:
             self._log.info("%s brought up to date in %d items", self._label, len(written))
+
+    async def _beside(self, theirs: Collection[Key], payload: Payload) -> Payload:
+        """Return the payload with what is somebody else's as the database has it."""
+        stored = await self._store.load() if theirs else None
+        if stored is None:
+            return payload
+        kept = (stored.payload.all(kind).get(key) for kind, key in theirs)
+        return Payload.of([*payload, *(item for item in kept if item)])
 
     def _note_equal(self, payload: Payload) -> None:
         self._end_trouble()

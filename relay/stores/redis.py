@@ -7,26 +7,34 @@ database with few rights stays sufficient. redis-py's exceptions end here.
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
 
 import msgspec
-from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.asyncio.connection import (
+    AbstractConnection,
+    Connection,
+    ConnectionPool,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from relay.config.schema import Redis as RedisOptions
-from relay.errors import InvalidData, StoreUnavailable
+from relay.errors import ConfigError, InvalidData, StoreUnavailable
 from relay.model.item import InvalidItem, Item, Kind, parse
 from relay.model.payload import Payload
 from relay.stores import UNREADABLE, Stored, Version, Versions
 
 DEFAULT_PREFIX = "launchdarkly"
+DEFAULT_PORT = 6379
 
 CHUNK = 256 * 1024
 """Bytes of items in one command: half a millisecond of packing, then others have a turn."""
@@ -67,13 +75,13 @@ class RedisStore:
         prefix: of the keys; empty for `launchdarkly`.
 
     Raises:
-        ValueError: the URL cannot be used.
+        ConfigError: the URL, or a file for TLS, cannot be used.
     """
 
     def __init__(self, options: RedisOptions, prefix: str = "") -> None:
         self.prefix = prefix or DEFAULT_PREFIX
         self.server = _masked(options.url)
-        self._pool = ConnectionPool.from_url(options.url, **_connection_options(options))
+        self._pool = _pool(options)
         self._connect_timeout = options.connect_timeout
         self._read_timeout = options.read_timeout
         self._marker = f"{self.prefix}:$inited"
@@ -184,7 +192,10 @@ class RedisStore:
             await self._ask(connection, "EXISTS", self._marker)
             for kind in Kind:
                 await self._ask(connection, "HGETALL", self._hash(kind))
-            marked, *hashes = _see_success(await self._ask(connection, "EXEC"))
+            replies = await self._ask(connection, "EXEC")
+            if any(map(_is_wrong_type, replies)):
+                return None  # somebody has put something else in the place of a hash
+            marked, *hashes = _see_success(replies)
         if not marked:
             return None
         return {
@@ -226,16 +237,32 @@ class RedisStore:
             return await connection.read_response()
 
 
+def _pool(options: RedisOptions) -> ConnectionPool:
+    """Return where connections come from; none is opened, but all that they need is looked at."""
+    where = f"Redis at {_masked(options.url)}"
+    if options.url.startswith("rediss:"):
+        try:
+            context = ssl.create_default_context(cafile=options.ca_file or None)
+            if options.client_certificate_file:
+                key = options.client_key_file or None
+                context.load_cert_chain(options.client_certificate_file, key)
+        except (OSError, ssl.SSLError) as e:
+            files = (options.ca_file, options.client_certificate_file, options.client_key_file)
+            named = ", ".join(file for file in files if file)
+            raise ConfigError([f"{where}: TLS with {named} fails: {e.strerror or e}"]) from e
+    try:
+        return ConnectionPool(**_connection_options(options) | _address(options.url))
+    except ValueError as e:
+        raise ConfigError([f"{where}: the URL cannot be used: {e}"]) from e
+
+
 def _connection_options(options: RedisOptions) -> dict[str, Any]:
     given: dict[str, Any] = {
         "socket_connect_timeout": options.connect_timeout,
         "socket_timeout": None,  # see `_ask`
-        "socket_keepalive": True,
         "retry": Retry(NoBackoff(), 0),  # the mirror tries again, and tells
         "protocol": 2,  # older servers and proxies know no other
     }
-    if options.url.startswith("unix:"):
-        del given["socket_keepalive"]
     if options.username:
         given["username"] = options.username
     if options.password:
@@ -250,12 +277,53 @@ def _connection_options(options: RedisOptions) -> dict[str, Any]:
     return given
 
 
+def _address(url: str) -> dict[str, Any]:
+    """Return what a URL says, by the rules of the reference's driver; it stands above options.
+
+    What stands alone before the `@` is a password. Only a Unix socket has a query, as it has no
+    other place for `db=N`: those of other drivers can switch off checks of certificates, and more.
+
+    Raises:
+        ValueError: part of it means nothing here.
+    """
+    parts = urlsplit(url)
+    query = parse_qs(parts.query, keep_blank_values=True)
+    # They are not repeated: it may be a password that looks like a query.
+    if parts.fragment or query.keys() - ({"db"} if parts.scheme == "unix" else set()):
+        raise ValueError("what follows ? or # is not understood (in a password: %3F, %23)")
+    name, password = unquote(parts.username or ""), unquote(parts.password or "")
+    if parts.password is None:
+        name, password = "", name
+    given: dict[str, Any] = {"username": name} if name and password else {}
+    if password:
+        given["password"] = password
+    if parts.scheme == "unix":
+        if not parts.path:
+            raise ValueError("unix:// needs a path, as in unix:///run/redis.sock")
+        database = query.get("db", [""])[0]
+        given |= {"connection_class": UnixDomainSocketConnection, "path": unquote(parts.path)}
+    else:
+        database = parts.path.removeprefix("/")
+        tls = parts.scheme == "rediss"
+        given |= {
+            "connection_class": SSLConnection if tls else Connection,
+            "host": parts.hostname,
+            "port": parts.port or DEFAULT_PORT,
+            "socket_keepalive": True,
+        }
+    if not re.fullmatch("[0-9]{0,9}", database):
+        raise ValueError("a database is a number, as in redis://host:6379/1")
+    return given | {"db": int(database or 0)}
+
+
 def _masked(url: str) -> str:
     """Return a URL as `/status` shows it: the password is `xxxxx` (status 8.1)."""
     parts = urlsplit(url)
+    if "@" in parts.path + parts.query + parts.fragment:
+        return f"{parts.scheme}://xxxxx"  # a `/` in a password, perhaps: it begins anywhere
     user, has_user, address = parts.netloc.rpartition("@")
     name, has_password, _ = user.partition(":")
-    shown = f"{name}:xxxxx" if has_password else name
+    shown = f"{name}:xxxxx" if has_password else "xxxxx" if user else ""
     return urlunsplit((parts.scheme, f"{shown}{has_user}{address}", parts.path, "", ""))
 
 
@@ -304,6 +372,10 @@ async def _sliced(
             yield kind, key.decode(errors="replace"), json
 
 
+def _is_wrong_type(reply: Any) -> bool:
+    return isinstance(reply, ResponseError) and str(reply).startswith("WRONGTYPE")
+
+
 def _see_success(replies: list[Any]) -> list[Any]:
     """Return the replies of a transaction unless one of its commands failed."""
     for reply in replies:
@@ -317,7 +389,9 @@ def _reason(error: Exception) -> str:
         case AuthenticationError():
             return "the server refuses user or password"
         case ResponseError():
-            return f"the server answers: {str(error)[:200]}"
+            # A server that does not know AUTH repeats the password.
+            text, _, _ = str(error).partition(", with args beginning")
+            return f"the server answers: {text[:200]}"
         case RedisTimeout() | TimeoutError():
             return "no answer in time"
         case ssl.SSLError():

@@ -199,3 +199,10 @@ def test_short_words_in_urls_do_not_get_lost() -> None:
     """The user of a URL is no secret for the log: his name may be an ordinary word."""
     variables = {"USE_REDIS": "1", "REDIS_URL": "redis://default:hush@h?password=hush2"}
     assert secrets(load("", True, False, variables)) == ("hush", "hush2")
+
+
+@pytest.mark.parametrize("url", ["redis://alone@h:1", "redis://:alone@h:1", "redis://:alone@h/1"])
+def test_a_password_in_a_url_is_found_wherever_it_stands(url: str) -> None:
+    """To Redis, what stands alone before the `@` is one."""
+    config = load("", True, False, {"LD_ENV_a": "sdk-1", "USE_REDIS": "1", "REDIS_URL": url})
+    assert "one" not in effective(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from tests.support.serving import until
 GOLDEN = Path(__file__).parent.parent / "golden" / "redis.jsonl"
 LOG = logging.getLogger("relay.env.test")
 TIMES = MirrorTimes(
-    probe=0.05, retry=0.02, longest_retry=0.05, second_look=0.02, refresh=0.1, finish=1.0
-)
+    probe=0.05, retry=0.02, longest_retry=0.05, second_look=0.02, refresh=0.1, finish=1.0,
+    returned=2.0,
+)  # fmt: skip
 START = Payload.of([flag("lamp", 3), flag("gone", 4, None), segment("crowd", 5)])
 
 
@@ -126,6 +128,7 @@ async def test_more_changes_than_wait_one_by_one(server):
         ("HSET", "p:features", "lamp", "{nope"),
         ("HSET", "p:features", "lamp", '{"key":"lamp","version":1}'),
         ("HSET", "p:segments", "crowd", '{"version":4,"deleted":true}'),
+        ("SET", "p:features", "no hash"),
     ],
 )
 async def test_a_damaged_database_heals(site, damage):
@@ -160,6 +163,17 @@ async def test_an_old_backup_heals(site, caplog):
     assert caplog.text.count("asking upstream for everything") == 1
 
 
+async def test_an_old_backup_heals_each_time(server):
+    """What was removed once and is there again much later has nobody who vouches for it."""
+    async with Site(server, replace(TIMES, returned=0.1)) as site:
+        site.tell(START)
+        await site.mirror.written()
+        for _ in range(2):
+            server.do("HSET", "p:features", "long-deleted", '{"key":"long-deleted","version":1}')
+            await site.equal()
+            await until(lambda: not site.mirror._removed)
+
+
 async def test_what_vanished_or_went_back_upstream_does_so_in_the_database(site):
     """A full data set of upstream stands above what we had written ourselves."""
     site.tell(START)
@@ -188,6 +202,29 @@ async def test_newer_items_of_others_stay(site, caplog):
     assert 1 <= site.refreshed <= 2
 
 
+async def test_newer_items_of_others_do_not_keep_what_vanished(site, caplog):
+    """One item that is not ours is left alone; the rest follows upstream."""
+    site.tell(START)
+    await site.mirror.written()
+    site.server.do("HSET", "p:features", "lamp", '{"key":"lamp","version":99}')
+    await until(lambda: "newer than upstream has" in caplog.text)
+    site.apply(ChangeSet((flag("lamp", 3), flag("new", 1)), full=True))
+    await site.holds(Payload.of([flag("lamp", 99), flag("new", 1)]))
+
+
+async def test_a_relay_behind_a_busy_writer_asks_as_well(server):
+    """Though the database never looks the same twice."""
+    async with Site(server) as site:
+        site.tell(START)
+        await site.mirror.written()
+        for version in range(10, 10_000):
+            server.do("HSET", "p:features", "lamp", f'{{"key":"lamp","version":{version}}}')
+            await asyncio.sleep(TIMES.second_look / 10)
+            if site.refreshed:
+                break
+        assert site.refreshed == 1
+
+
 async def test_a_relay_that_is_behind_catches_up_by_asking(server):
     """It sees newer data, asks upstream, and gets what the other relay has."""
     ahead = Payload.of([flag("lamp", 4), flag("new", 1), segment("crowd", 5)])
@@ -202,12 +239,22 @@ async def test_a_relay_that_is_behind_catches_up_by_asking(server):
         assert slow.refreshed == 1
 
 
-async def test_two_relays_never_write_against_each_other(server):
+@pytest.mark.parametrize(
+    "behind",
+    [
+        [flag("lamp", 3), segment("crowd", 5)],
+        [flag("lamp", 4), segment("crowd", 5)],
+        [flag("lamp", 3), flag("new", 1), segment("crowd", 5)],
+        [],
+    ],
+    ids=["older and fewer", "fewer", "older", "nothing"],
+)
+async def test_two_relays_never_write_against_each_other(server, behind):
     """One whose upstream stays behind for ever: the newer data win, and the writing stops."""
     async with Site(server) as quick, Site(server) as slow:
         quick.tell(Payload.of([flag("lamp", 4), flag("new", 1), segment("crowd", 5)]))
         await quick.mirror.written()
-        slow.tell(Payload.of([flag("lamp", 3), segment("crowd", 5)]))
+        slow.tell(Payload.of(behind))
 
         def commands(name):
             return server.do("INFO", "commandstats").get(f"cmdstat_{name}", {"calls": 0})["calls"]
@@ -264,8 +311,8 @@ async def test_a_database_that_comes_late_or_dies_is_made_whole(tmp_path, caplog
         (("ACL", "SETUSER", "default", "-hset"), ("ACL", "SETUSER", "default", "+hset")),
     ],
 )
-async def test_a_database_that_refuses_is_tried_again(tmp_path, break_it, mend_it):
-    """A read-only replica, a full one, one without rights: whole as soon as it accepts."""
+async def test_a_database_that_refuses_is_tried_again(tmp_path, caplog, break_it, mend_it):
+    """A read-only replica, a full one, one without rights: whole as soon as it accepts, two lines."""
     with RedisServer(tmp_path) as server:
         async with Site(server) as site:
             site.tell(START)
@@ -273,8 +320,16 @@ async def test_a_database_that_refuses_is_tried_again(tmp_path, break_it, mend_i
             server.do(*break_it)
             site.apply(ChangeSet((flag("lamp", 9),)))
             await until(lambda: site.mirror.status.state is StoreState.INTERRUPTED)
+            # Several more tries, each of which can read.
+            tries = server.do("INFO", "commandstats")["cmdstat_hgetall"]["calls"]
+            await until(
+                lambda: server.do("INFO", "commandstats")["cmdstat_hgetall"]["calls"] > tries + 6
+            )
             server.do(*mend_it)
             await site.equal()
+            await until(lambda: "is available again" in caplog.text)
+            assert caplog.text.count("is unavailable") == 1
+            assert caplog.text.count("is available again") == 1
 
 
 async def test_a_database_that_hangs_is_given_up_and_tried_again(tmp_path):
@@ -326,6 +381,19 @@ async def test_the_last_changes_are_written_at_the_end(server):
         await site.mirror.written()
         site.apply(ChangeSet((flag("lamp", 9),)))
     await site.equal()
+
+
+async def test_a_change_that_is_being_written_at_the_end_is_not_lost(tmp_path):
+    """Whether it arrived is not known, so it is written again."""
+    with RedisServer(tmp_path) as server:
+        async with Site(server, MirrorTimes(probe=60)) as site:
+            site.tell(START)
+            await site.mirror.written()
+            server.pause()
+            site.apply(ChangeSet((flag("lamp", 9),)))
+            await until(lambda: not site.mirror._pending)
+            asyncio.get_running_loop().call_later(0.1, server.go_on)
+        await site.equal()
 
 
 async def test_a_database_that_hangs_does_not_hold_up_the_end(tmp_path):

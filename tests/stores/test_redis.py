@@ -7,11 +7,13 @@ import contextlib
 import json
 import random
 import ssl
+import sys
 
 import pytest
 import trustme
 
-from relay.errors import StoreUnavailable
+from relay.config.schema import Redis as RedisOptions
+from relay.errors import ConfigError, StoreUnavailable
 from relay.model.item import Kind
 from relay.model.payload import Payload
 from relay.stores import UNREADABLE
@@ -132,11 +134,61 @@ async def test_a_database_number_and_a_user_in_the_url(server):
 
 
 async def test_user_and_password_beside_the_url(server):
-    """The options REDIS_USERNAME and REDIS_PASSWORD stand above the URL."""
+    """REDIS_USERNAME and REDIS_PASSWORD count where the URL says nothing."""
     server.do("ACL", "SETUSER", "ben", "on", ">geheim", "~*", "+@all")
-    store = RedisStore(server.options(username="ben", password=secret("geheim")))
-    await store.init(ONE)
-    await store.aclose()
+    address = f"127.0.0.1:{server.port}"
+    for url, password in [
+        (f"redis://{address}", "geheim"),
+        (f"redis://:geheim@{address}", "is-not-used"),
+        (f"redis://geheim@{address}", ""),
+    ]:
+        options = server.options(url=url, username="ben", password=secret(password))
+        store = RedisStore(options)
+        await store.init(ONE)
+        await store.aclose()
+        assert "geheim" not in store.server
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://h", {"host": "h", "port": 6379, "db": 0}),
+        ("redis://h:7/", {"port": 7, "db": 0}),
+        ("rediss://[::1]:7/12", {"host": "::1", "db": 12}),
+        ("redis://anna:p%40ss@h", {"username": "anna", "password": "p@ss"}),
+        ("redis://:p%2Fss@h", {"username": None, "password": "p/ss"}),
+        ("redis://p%2Fss@h", {"username": None, "password": "p/ss"}),
+        ("unix:///run/a%20b.sock", {"path": "/run/a b.sock", "db": 0}),
+        ("unix://:p@/run/s?db=4", {"path": "/run/s", "db": 4, "password": "p"}),
+    ],
+)
+def test_a_url_means_what_the_reference_makes_of_it(url, expected):
+    """What stands alone before the `@` is a password."""
+    arguments = {"username": None, **RedisStore(RedisOptions(url=url))._pool.connection_kwargs}
+    assert {name: arguments[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:geheim@h/x",
+        "redis://:geheim@h/1/2",
+        "redis://:geheim@h?password=geheim",
+        "rediss://h?ssl_cert_reqs=none",
+        "redis://h:1?password=geheim@",
+        "redis://anna:1/geheim@h",
+        "redis://anna:1?geheim@h",
+        "redis://anna:1#geheim@h",
+        "unix://",
+        "unix:///s?db=x",
+        "unix:///s?timeout=1",
+    ],
+)
+def test_a_url_that_means_nothing_is_refused(url):
+    """It would be another database than the one that is meant, or one that is not checked."""
+    with pytest.raises(ConfigError, match="the URL cannot be used") as caught:
+        RedisStore(RedisOptions(url=url))
+    assert "geheim" not in str(caught.value)
 
 
 async def test_the_commands_of_the_reference_suffice(server):
@@ -237,6 +289,47 @@ async def test_a_wrong_password_is_not_shown(tmp_path):
     assert "one" not in str(caught.value) + store.server
 
 
+async def test_a_server_that_repeats_the_password_is_not_quoted(tmp_path):
+    """One that does not know AUTH does so."""
+    with RedisServer(tmp_path, rename_command='AUTH ""') as server:
+        store = RedisStore(server.options(url=f"redis://anna:geheim@127.0.0.1:{server.port}"))
+        with pytest.raises(StoreUnavailable, match="unknown command 'AUTH'") as caught:
+            await store.load()
+        await store.aclose()
+    assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"-LOADING Redis is loading the dataset in memory\r\n",
+        b"-MISCONF Redis is configured to save RDB snapshots, but it cannot\r\n",
+        b"-NOAUTH Authentication required.\r\n",
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"",
+    ],
+)
+async def test_whatever_a_server_answers_it_is_unavailable(answer):
+    """A database that starts, cannot save, is none, or closes connections: one exception of ours."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while answer and (commands := await reader.read(65536)):
+            writer.write(answer * commands.count(b"*"))
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as fake:
+        url = f"redis://127.0.0.1:{fake.sockets[0].getsockname()[1]}"
+        store = RedisStore(RedisOptions(url=url, connect_timeout=0.1, read_timeout=0.1))
+        for attempt in (store.load, store.versions):
+            with pytest.raises(StoreUnavailable):
+                await attempt()
+        with pytest.raises(StoreUnavailable):
+            await store.init(ONE)
+        with pytest.raises(StoreUnavailable):
+            await store.upsert([flag("lamp", 2)])
+        await store.aclose()
+
+
 async def test_a_server_that_is_gone_or_hangs_is_unavailable(tmp_path):
     """Nothing waits for longer than the configured times, and a new server is found again."""
     with RedisServer(tmp_path) as server:
@@ -270,3 +363,37 @@ async def test_a_killed_init_leaves_the_old_data(server):
         stored = await store.load()
         assert set(stored.payload) in ({*ONE}, {*large})
     await store.aclose()
+
+
+WRITER = """
+import asyncio, sys
+from relay.config.schema import Redis
+from relay.model.item import Item, Kind
+from relay.model.payload import Payload
+from relay.stores.redis import RedisStore
+
+async def write() -> None:
+    store = RedisStore(Redis(url=sys.argv[1]), "p")
+    for version in range(1, 1000):
+        json = b'{"version":%d,"pad":"%b"}' % (version, b"x" * 250_000)
+        await store.init(Payload.of(Item(Kind.FLAG, f"f{i}", version, json) for i in range(40)))
+        print(version, flush=True)
+
+asyncio.run(write())
+"""
+
+
+async def test_a_relay_that_is_killed_leaves_the_old_or_the_new_data(server, store):
+    """Never half: killed at any moment of an init, all items are of one version."""
+    for inits in range(1, 6):
+        writer = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", WRITER, server.url, stdout=asyncio.subprocess.PIPE
+        )
+        for _ in range(inits):
+            assert await writer.stdout.readline()
+        await asyncio.sleep(0.003 * inits)  # somewhere within the next
+        writer.kill()
+        await writer.communicate()
+        numbers = [version.number for version in (await store.versions()).values()]
+        assert len(numbers) == 40
+        assert len(set(numbers)) == 1
