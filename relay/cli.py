@@ -146,7 +146,7 @@ def _source(options: argparse.Namespace) -> str:
     # A file that is missing was allowed to be.
     if not file or not os.path.exists(file):  # noqa: PTH110 - one look, no path to build
         return "configuration from environment variables"
-    return f"configuration file {file}" + (" plus environment variables" * options.from_env)
+    return f"configuration file {file}{' plus environment variables' if options.from_env else ''}"
 
 
 @contextmanager

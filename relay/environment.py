@@ -90,6 +90,8 @@ class Environment:
         """Set when upstream has delivered, or has refused the key."""
         self._told = 0.0
         """When the copies were last told that the data are current."""
+        self._complaint = ""
+        """What was last logged of upstream."""
         self.created = time.time()
         """Unix seconds."""
         self._source = source
@@ -190,8 +192,11 @@ class Environment:
             state = ConnectionState.INITIALIZING
         first = connection.last_error is None
         connection.last_error = (trouble.kind, time.time())
-        if connection.enter(state) or first:
+        # Of unusable data each is told, not each time they come: a file may be mended by and by.
+        other = trouble.kind is ErrorKind.INVALID_DATA and trouble.reason != self._complaint
+        if connection.enter(state) or first or other:
             self._log.warning("%s", trouble.reason)
+            self._complaint = trouble.reason
         for copy in self.copies:
             copy.hold()
 

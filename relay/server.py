@@ -372,4 +372,4 @@ async def settle(relay: Relay, *, hasty: bool = False) -> bool:
         await asyncio.wait({settled, ended}, return_when=asyncio.FIRST_COMPLETED)
         for task in (running, settled, ended):
             task.cancel()
-    return settled.done() and not settled.cancelled() and settled.result()
+    return not settled.cancelled() and settled.result()

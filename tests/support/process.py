@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Self
@@ -33,6 +33,10 @@ class RelayProcess:
         arguments: of the command line; by default it reads its variables.
         variables: beside `PATH` and `PORT`.
     """
+
+    command: Sequence[str] = (sys.executable, "-m", "relay")
+    cwd = ROOT
+    """Where it runs; both may be another in a subclass."""
 
     def __init__(self, folder: Path, *arguments: str, **variables: str) -> None:
         self.port = free_port()
@@ -62,15 +66,19 @@ class RelayProcess:
 
     async def start(self) -> None:
         """Start it, and wait until its port is open."""
+        await self.spawn()
+        await self.until(self._listens)
+
+    async def spawn(self) -> None:
+        """Start it, and wait for nothing."""
         with self._output.open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "relay", *self._arguments),
-                cwd=ROOT,
+                *(*self.command, *self._arguments),
+                cwd=self.cwd,
                 env={"PATH": os.environ["PATH"], "PORT": str(self.port), **self._variables},
                 stdout=output,
                 stderr=asyncio.subprocess.STDOUT,
             )
-        await self.until(self._listens)
 
     async def stop(self) -> int:
         """Ask it to end, as Docker does; return its exit code."""

@@ -1,0 +1,584 @@
+"""The command line as people use it: what it takes, what it says, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import trustme
+
+from relay import __version__, cli
+from relay.server import listen
+from tests.support import upstream as answers
+from tests.support.data import all_data, flag
+from tests.support.process import PATIENCE, ROOT, RelayProcess
+from tests.support.redis import RedisServer
+from tests.support.serving import SDK_KEY, Address, Stream, ask
+from tests.support.upstream import ScriptedUpstream
+
+VERSION = f"LaunchDarkly relay version {__version__}"
+NO_ENVIRONMENT = "you must specify at least one environment in your configuration"
+FLAGS = '{"flagValues": {"lamp": "on"}}'
+AUTHORIZED = [("Authorization", SDK_KEY)]
+DEMO = [("Authorization", "sdk-demo")]
+SECRETS = {
+    "LD_ENV_main": "sdk-5ca1ab1e-0001-4000-8000-00000000a001",
+    "LD_MOBILE_KEY_main": "mob-5ca1ab1e-0001-4000-8000-00000000b001",
+    "LD_ENV_odd": "neither-prefix-nor-digits",
+    "REDIS_PASSWORD": "password-of-redis",
+    "WEBHOOK_SECRET": "secret-of-webhooks",
+}
+"""What is a secret as a whole."""
+EMBEDDED = {
+    "REDIS_URL": "redis://:password-in-redis-url@127.0.0.1:{port}",
+    "PROXY_URL": "http://me:password%20of-proxy@127.0.0.1:{port}",
+}
+"""What holds a secret."""
+HIDDEN = (*SECRETS.values(), "password-in-redis-url", "password%20of-proxy", "password of-proxy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a command ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(name="call")
+def call_in_this_process(capfd) -> Iterator[Callable[..., Run]]:
+    """Calls a command that ends by itself, with nothing in its environment but what is given."""
+    loggers = [logging.getLogger(name) for name in (None, "relay")]
+    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
+
+    def call(*arguments: str, **variables: str) -> Run:
+        code = cli.main(arguments, variables)
+        printed = capfd.readouterr()
+        return Run(code, printed.out, printed.err)
+
+    yield call
+    for logger, level, handlers in before:
+        logger.level, logger.handlers[:] = level, handlers
+
+
+def run(*arguments: str, **variables: str) -> Run:
+    """Run a command that ends by itself, in a process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "relay", *arguments],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    return Run(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(name="flags")
+def flags_file(tmp_path) -> Path:
+    """A file of flags."""
+    path = tmp_path / "flags.json"
+    path.write_text(FLAGS)
+    return path
+
+
+@pytest.fixture(name="launchdarkly")
+async def scripted_launchdarkly():
+    """It has one flag for `SDK_KEY`."""
+    async with ScriptedUpstream() as upstream:
+        upstream.serve(SDK_KEY, all_data(flag("lamp", value="on")))
+        yield upstream
+
+
+def relay_of(upstream: ScriptedUpstream, folder: Path, **variables: str) -> RelayProcess:
+    return RelayProcess(folder, STREAM_URI=upstream.url, **{"LD_ENV_main": SDK_KEY, **variables})
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--version",
+        "-version",
+        "--version=true",
+        "-version=T",
+        "--version=1",
+        "serve --version",
+        "--version --config /nowhere",
+        "-from-env=false -version -allow-missing-file=0",
+    ],
+)
+def test_the_version_wins_over_everything(call, arguments):
+    """In all spellings of the reference's flags: one line to stdout, and success."""
+    done = call(*arguments.split())
+    assert done.code == 0
+    assert re.fullmatch(rf"\S+ \S+ INFO: {re.escape(VERSION)}\n", done.out)
+    assert done.err == ""
+
+
+@pytest.mark.parametrize("arguments", ["--version=false", "--version=F", "--from-env", "-from-env"])
+def test_nothing_to_serve_is_an_error(call, arguments):
+    """Without any environment the relay says so and ends."""
+    done = call(*arguments.split())
+    assert (done.code, done.out) == (1, "")
+    assert re.fullmatch(rf"\S+ \S+ ERROR: Configuration error: {NO_ENVIRONMENT}\n", done.err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ("--nope", "--nope"),
+        ("-nope=1", "--nope=1"),
+        ("--from-env=perhaps", 'invalid boolean value "perhaps" for -from-env'),
+        ("--from-env=", 'invalid boolean value "" for -from-env'),
+        ("--from-env true", "unknown argument true"),
+        ("--config", "--config: expected one argument"),
+        ("--conf x", "unknown argument --conf"),
+        ("serv --from-env", "unknown argument serv"),
+        ("check check", "unknown argument check"),
+    ],
+)
+def test_what_is_misspelled_gets_the_usage(call, arguments, error):
+    """On stderr, with the reason as the last line, and exit code 1."""
+    done = call(*arguments.split())
+    assert (done.code, done.out) == (1, "")
+    usage, _, reason = done.err.partition(" ERROR: Error: ")
+    assert usage.startswith("usage: relay [serve]")
+    assert "--allow-missing-file" in usage
+    assert error in reason
+
+
+@pytest.mark.parametrize("argument", ["-h", "--help", "-help"])
+def test_help_is_no_error(call, capfd, argument):
+    """It is what was asked for: on stdout, with success."""
+    with pytest.raises(SystemExit) as end:
+        call(argument)
+    assert end.value.code == 0
+    printed = capfd.readouterr()
+    assert "relay check" in printed.out
+    assert printed.err == ""
+
+
+def test_a_missing_file_must_be_allowed(call, tmp_path, flags):
+    """Otherwise it is an error that names it; with variables beside, these are enough."""
+    missing = str(tmp_path / "missing.conf")
+    done = call("-config", missing, FLAGS_FILE=str(flags))
+    assert done.code == 1
+    assert f'configuration file "{missing}" does not exist' in done.err
+    done = call("-config", missing, "-allow-missing-file", FLAGS_FILE=str(flags))
+    assert (done.code, NO_ENVIRONMENT in done.err) == (1, True), "variables were not asked for"
+    container = ("--config", missing, "--allow-missing-file", "--from-env")
+    done = call(*container, FLAGS_FILE=str(flags), EXIT_ALWAYS="1")
+    assert done.code == 0
+    assert f"Starting {VERSION} with configuration from environment variables\n" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "source"),
+    [
+        ("--config=FILE", "configuration file FILE"),
+        ("-config FILE", "configuration file FILE"),
+        ("--config FILE -from-env=true", "configuration file FILE plus environment variables"),
+        ("--from-env", "configuration from environment variables"),
+        ("", "configuration file DEFAULT"),
+        ("", "configuration from environment variables"),
+    ],
+)
+def test_the_start_says_where_the_configuration_comes_from(
+    call, monkeypatch, flags, arguments, source
+):
+    """A file, variables, both; with neither flag the default file, or variables without one."""
+    files = {"FILE": flags.with_name("relay.conf"), "DEFAULT": flags.with_name("default.conf")}
+    for name, file in files.items():
+        if arguments or name in source:  # the default file is there, but in the last case
+            file.write_text(f"[Main]\nflagsFile = {flags}\nexitAlways = true\n")
+        arguments, source = (text.replace(name, str(file)) for text in (arguments, source))
+    for module in ("relay.config.load", "relay.cli"):
+        monkeypatch.setattr(f"{module}.DEFAULT_FILE", str(files["DEFAULT"]))
+    variables = {"FLAGS_FILE": str(flags), "EXIT_ALWAYS": "true"}
+    done = call(*arguments.split(), **(variables if "variables" in source else {}))
+    assert done.code == 0
+    assert f"Starting {VERSION} with {source}\n" in done.out
+
+
+# relay check
+
+
+def test_check_shows_what_results(call, tmp_path):
+    """The configuration with sources, secrets masked, and nothing is connected or written."""
+    file = tmp_path / "relay.conf"
+    file.write_text(f"[Main]\nport = 9000\nsnapshotDir = {tmp_path / 'snapshots'}\n")
+    embedded = {name: text.format(port=1) for name, text in EMBEDDED.items()}
+    secret = {name: text for name, text in SECRETS.items() if name != "REDIS_PASSWORD"}
+    prefixes = {"LD_PREFIX_main": "m", "LD_PREFIX_odd": "o", "USE_REDIS": "1"}
+    done = call("check", "--config", str(file), "-from-env", **secret, **embedded, **prefixes)
+    assert done.err == ""
+    assert done.code == 0
+    assert re.search(rf"(?m)^port = 9000 +# {file}:2$", done.out)
+    assert "sdkKey = ...a001" in done.out
+    assert "password" not in done.out.replace("# password =", "")
+    assert not [secret for secret in HIDDEN if secret in done.out]
+    assert not (tmp_path / "snapshots").exists()
+
+
+def test_check_names_all_problems_with_their_source(call, tmp_path):
+    """One line each on stderr, and no configuration that would not be in force."""
+    file = tmp_path / "relay.conf"
+    file.write_text("[Main]\nport = 70000\nnope = 1\n[Redis]\nhost = h\nreadTimeout = soon\n")
+    done = call("check", "--config", str(file), "--from-env", LD_ENV_x="sdk-1", INIT_TIMEOUT="x")
+    assert (done.code, done.out) == (1, "")
+    lines = done.err.splitlines()
+    assert len(lines) == 4, done.err
+    for source in (f"{file}:2", f"{file}:3", f"{file}:6", "INIT_TIMEOUT"):
+        assert len([line for line in lines if source in line]) == 1, source
+    done = call("check", "--config", str(tmp_path / "missing"))
+    assert (done.code, done.out) == (1, "")
+    assert "does not exist" in done.err
+    assert call("check", "--from-env") == Run(1, "", f"{NO_ENVIRONMENT}\n")
+
+
+def test_check_finds_files_that_cannot_be_used(call, tmp_path):
+    """What only a start would find is found before it, all at once; the start finds it, too."""
+    broken = tmp_path / "broken.pem"
+    broken.write_text("-----BEGIN CERTIFICATE-----\nnope\n-----END CERTIFICATE-----\n")
+    tls = {"TLS_ENABLED": "true", "TLS_CERT": str(broken), "TLS_KEY": str(tmp_path / "none.pem")}
+    authorities = {"PROXY_CA_CERTS": str(tmp_path / "absent.pem")}
+    redis = {"USE_REDIS": "1", "REDIS_URL": "rediss://:hidden@h:1", "REDIS_CA_FILE": str(broken)}
+    done = call("check", "--from-env", LD_ENV_main=SDK_KEY, **tls, **authorities)
+    assert done.code == 1
+    assert "sdkKey = ...a001" in done.out
+    first, second = done.err.splitlines()
+    assert first.startswith(f"TLS certificate {broken} with key {tmp_path / 'none.pem'} cannot be")
+    assert second.startswith(f"CA file {tmp_path / 'absent.pem'} cannot be used")
+    done = call("check", "--from-env", LD_ENV_main=SDK_KEY, **redis)
+    assert done.code == 1
+    assert done.err.startswith(f"Redis at rediss://:xxxxx@h:1: TLS with {broken} fails")
+    for given in (tls, authorities, redis):
+        done = call("--from-env", LD_ENV_main=SDK_KEY, **given)
+        assert done.code == 1
+        assert done.err.count("Unable to create relay: ") == 1
+        assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("query", ["db=x", "socket_timeout=soon", "nope=1"])
+def test_an_odd_redis_url_is_named(call, query):
+    """What the driver does not understand is the operator's error, not a defect at run time."""
+    url = f"redis://:hidden@h:1/0?{query}"
+    done = call("check", "--from-env", LD_ENV_main=SDK_KEY, USE_REDIS="1", REDIS_URL=url)
+    assert done.code == 1
+    assert done.err.startswith("Redis at redis://:xxxxx@h:1/0: the URL cannot be used: ")
+    assert "hidden" not in done.out + done.err
+
+
+# relay serve
+
+
+async def test_a_flags_file_is_served_and_read_again_when_it_changes(tmp_path, flags):
+    """Streams get the change; what breaks it is named, each time once, and the data stay."""
+    async with RelayProcess(tmp_path, "serve", "--flags", str(flags)) as relay:
+        await relay.said("Initialized LaunchDarkly client")
+        assert f"with flags file {flags}\n" in relay.log
+        stream = await Stream.open(relay.address, key="sdk-demo")
+        assert b'"on"' in await stream.until(b"\n\n")
+        flags.write_text('{"flagValues": {"lamp": "off"}}')
+        assert (await stream.until(b"\n\n")).startswith(b"event: put\n")
+        before = await ask(relay.address, "/sdk/flags", DEMO)
+        assert b'"off"' in before.body
+
+        flags.write_text('{"flags": {"lamp": {"on": "perhaps"}}}')
+        await relay.said("the data before stay in force")
+        assert re.search(rf"(?m)WARN: .*{flags}: .*\blamp\b.*\bon\b", relay.log)
+        assert (await ask(relay.address, "/sdk/flags", DEMO)).body == before.body
+        flags.write_text('{"flags": {"lamp": {"on": true}}')
+        await relay.said("the data before stay in force", times=2)
+        flags.write_text('{"flagValues": {"lamp": "on again"}}')
+        assert b"on again" in await stream.until(b"\n\n")
+        assert relay.log.count("WARN") == 2
+        stream.close()
+
+
+async def test_a_flags_file_that_comes_later(tmp_path):
+    """It is waited for, and missed in one line that names it."""
+    flags = tmp_path / "later.yaml"
+    async with RelayProcess(tmp_path, "--flags", str(flags), INIT_TIMEOUT="100ms") as relay:
+        await relay.said(f"{flags} cannot be read: No such file or directory")
+        await relay.said('Error initializing LaunchDarkly client for "demo"')
+        assert (await ask(relay.address, "/sdk/flags", DEMO)).status == 503
+        flags.write_text("flagValues: {lamp: here}")
+        await relay.said("data are current")
+        assert b'"here"' in (await ask(relay.address, "/sdk/flags", DEMO)).body
+        assert relay.log.count("cannot be read") == 1
+
+
+def test_flags_and_environments_exclude_each_other(call, flags):
+    """Which of them would be served is not guessed."""
+    done = call("--flags", str(flags), LD_ENV_Shop="sdk-1")
+    assert done.code == 1
+    assert '--flags serves a file by itself; leave out environment "Shop"' in done.err
+
+
+async def test_the_start_is_told_in_a_few_lines(tmp_path, launchdarkly):
+    """Version and configuration, port, database, environment and source, and that it works."""
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    with RedisServer(folder) as redis:
+        stores = {"USE_REDIS": "1", "REDIS_URL": redis.url, "LD_PREFIX_main": "shop"}
+        async with relay_of(launchdarkly, tmp_path, **stores) as relay:
+            await relay.said("Initialized")
+            lines = relay.log.splitlines()
+    wanted = [
+        f"Starting {VERSION} with configuration from environment variables",
+        f"Starting server listening on port {relay.port}",
+        f"Using Redis data store: {redis.url} with prefix: shop",
+        f'Serving environment "main" (SDK key ...a001) from {launchdarkly.url}',
+        "Upstream is connected, data are current (1 items)",
+        'Initialized LaunchDarkly client for "main" (SDK key ...a001)',
+    ]
+    assert [line for text in wanted for line in lines if text in line] == lines
+    assert all(re.match(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d{6} INFO: ", line) for line in lines)
+
+
+async def test_many_environments_are_not_introduced_one_by_one(tmp_path, launchdarkly):
+    """Their number is enough."""
+    more = {f"LD_ENV_e{n}": f"sdk-{n:04}-environment" for n in range(20)}
+    async with relay_of(launchdarkly, tmp_path, **more, DATA_SOURCE="polling",
+                        BASE_URI=launchdarkly.url) as relay:  # fmt: skip
+        await relay.said("Initialized")
+        assert f"Serving 21 environments from {launchdarkly.url} (polled)\n" in relay.log
+        assert "Serving environment" not in relay.log
+
+
+async def test_a_port_in_use_is_an_error(tmp_path, flags):
+    """In the reference's words, in one line, with exit code 1."""
+    with closing(listen(0)) as taken:
+        port = taken.getsockname()[1]
+        done = await asyncio.to_thread(run, "--flags", str(flags), PORT=str(port))
+    assert done.code == 1
+    text = (
+        f"Error starting http listener on port: {port}  listen tcp :{port}: Address already in use"
+    )
+    assert re.fullmatch(rf"\S+ \S+ ERROR: {text}\n", done.err)
+
+
+async def test_tls_is_served(tmp_path, flags):
+    """With the given certificate, from the given version on; `relay health` asks over TLS."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("localhost")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    issued.cert_chain_pems[0].write_to_path(cert)
+    issued.private_key_pem.write_to_path(key)
+    tls = {"TLS_ENABLED": "true", "TLS_CERT": str(cert), "TLS_KEY": str(key)}
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    file = ("--flags", str(flags))
+    async with RelayProcess(tmp_path, *file, **tls, TLS_MIN_VERSION="1.3") as relay:
+        await relay.said("TLS enabled for server (minimum TLS version: 1.3)")
+        await relay.said("Initialized")
+        assert (await ask(Address(relay.port, trust), "/sdk/flags", DEMO)).status == 200
+        asked = await asyncio.to_thread(run, "health", PORT=str(relay.port), TLS_ENABLED="true")
+        assert asked == Run(0, "", "")
+        trust.maximum_version = ssl.TLSVersion.TLSv1_2
+        with pytest.raises(OSError):
+            await Address(relay.port, trust).connect()
+        assert await relay.stop() == 0
+
+
+async def test_health_tells_by_its_exit_code(tmp_path, launchdarkly):
+    """0 for a relay that is ready; 1 and one line for one that is not, or not there."""
+    await launchdarkly.stop()
+    async with relay_of(launchdarkly, tmp_path) as relay:
+        asked = await asyncio.to_thread(run, "health", PORT=str(relay.port))
+        assert asked == Run(1, "", "not ready: status 503\n")
+        await launchdarkly.start()
+        await relay.said("Initialized")
+        assert await asyncio.to_thread(run, "health", relay.url) == Run(0, "", "")
+        await relay.stop()
+        asked = await asyncio.to_thread(run, "health", relay.url)
+    assert (asked.code, asked.out) == (1, "")
+    assert re.fullmatch("not ready: .*refused\n", asked.err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_it_at_any_moment(tmp_path, flags, number):
+    """Also while it is still being put together; the exit code is 0, and nothing is complained of."""
+    relay = RelayProcess(tmp_path, "--flags", str(flags))
+    for text in ("Starting server listening", "Initialized"):
+        await relay.spawn()
+        await relay.until(lambda text=text: text in relay.log)
+        relay.signal(number)
+        assert await relay.ended() == 0
+    assert "Traceback" not in relay.log
+    assert not re.search("WARN|ERROR", relay.log)
+
+
+# One-shot runs
+
+
+async def test_a_one_shot_run_fills_the_database_and_ends(tmp_path, launchdarkly):
+    """Everything is there when the process has ended with 0; nothing was served."""
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    with RedisServer(folder) as redis:
+        stores = {"USE_REDIS": "1", "REDIS_URL": redis.url, "SNAPSHOT_DIR": str(tmp_path / "s")}
+        relay = relay_of(launchdarkly, tmp_path, EXIT_ALWAYS="true", **stores)
+        await relay.spawn()
+        assert await relay.ended() == 0, relay.log
+        assert redis.do("EXISTS", "launchdarkly:$inited") == 1
+        assert list(redis.hash("launchdarkly:features")) == ["lamp"]
+    assert "Running in one-shot mode - will exit immediately after initializing" in relay.log
+    assert "listening" not in relay.log
+    assert len(list((tmp_path / "s").glob("*.snapshot"))) == 1
+
+
+UNSUCCESSFUL = "Unable to create relay: one or more environments failed to initialize\n"
+
+
+@pytest.mark.parametrize("ignore", [True, False])
+async def test_a_one_shot_run_that_fails_says_so(tmp_path, launchdarkly, ignore):
+    """Exit code 1 after `initTimeout`; `ignoreConnectionErrors` makes a warning of the reason."""
+    launchdarkly.always(SDK_KEY, answers.stall)
+    variables = {
+        "EXIT_ALWAYS": "1",
+        "INIT_TIMEOUT": "300ms",
+        "IGNORE_CONNECTION_ERRORS": str(ignore),
+    }
+    relay = relay_of(launchdarkly, tmp_path, **variables)
+    await relay.spawn()
+    assert await relay.ended() == 1
+    level = "WARN" if ignore else "ERROR"
+    reason = f'{level}: Error initializing LaunchDarkly client for "main": no data from upstream'
+    assert relay.log.count(reason) == 1
+    assert relay.log.endswith(f" ERROR: {UNSUCCESSFUL}")
+
+
+async def test_a_one_shot_run_needs_the_database(tmp_path, launchdarkly):
+    """Data that could not be stored in time are a failure."""
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    stores = {"USE_REDIS": "1", "REDIS_URL": RedisServer(folder).url}
+    relay = relay_of(launchdarkly, tmp_path, EXIT_ALWAYS="1", INIT_TIMEOUT="500ms", **stores)
+    await relay.spawn()
+    assert await relay.ended() == 1
+    assert relay.log.count('The data of "main" could not be stored in time') == 1
+    assert relay.log.count("is unavailable") == 1
+    assert relay.log.endswith(UNSUCCESSFUL)
+
+
+async def test_a_one_shot_run_may_end_at_the_first_error(tmp_path, launchdarkly):
+    """`exitOnError`: a refused key ends it, though another environment is still waited for."""
+    launchdarkly.always("sdk-late", answers.stall)
+    variables = {"LD_ENV_late": "sdk-late", "LD_ENV_refused": "sdk-refused", "INIT_TIMEOUT": "60s"}
+    relay = relay_of(launchdarkly, tmp_path, EXIT_ALWAYS="1", EXIT_ON_ERROR="1", **variables)
+    begin = time.monotonic()
+    await relay.spawn()
+    assert await relay.ended() == 1
+    assert time.monotonic() - begin < 10
+    assert relay.log.count("Upstream refuses the key: HTTP error 401 (invalid SDK key)") == 1
+    assert relay.log.endswith(UNSUCCESSFUL)
+
+
+async def test_a_one_shot_run_can_be_ended(tmp_path, launchdarkly):
+    """By a signal, without a traceback, and not with success."""
+    launchdarkly.always(SDK_KEY, answers.stall)
+    relay = relay_of(launchdarkly, tmp_path, EXIT_ALWAYS="1", INIT_TIMEOUT="60s")
+    await relay.spawn()
+    await launchdarkly.requested()
+    assert await relay.stop() == 1
+    assert "Traceback" not in relay.log
+
+
+# Logs
+
+
+async def test_log_lines_can_be_objects(tmp_path, launchdarkly):
+    """One for each line, with time, level, message, and the environment where there is one."""
+    await launchdarkly.stop()
+    async with relay_of(launchdarkly, tmp_path, LOG_FORMAT="json", INIT_TIMEOUT="100ms") as relay:
+        await relay.said("Error initializing")
+        await launchdarkly.start()
+        await relay.said("data are current")
+        await relay.stop()
+    objects = [json.loads(line) for line in relay.log.splitlines()]
+    assert {each["level"] for each in objects} == {"info", "warn", "error"}
+    assert all(re.fullmatch(r"[\d-]+T[\d:]+\.\d{6}Z", each["time"]) for each in objects)
+    [trouble] = [each for each in objects if each["level"] == "warn"]
+    assert trouble["environment"] == "main"
+    assert trouble["message"].startswith("Error in stream connection (will retry): cannot connect")
+
+
+async def test_the_level_decides_what_is_logged(tmp_path, launchdarkly):
+    """`none` is nothing at all, whatever happens; `debug` tells of each request."""
+    levels = ("none", "debug")
+    for level in levels:
+        (tmp_path / level).mkdir()
+    logs = {}
+    for level in levels:
+        async with relay_of(launchdarkly, tmp_path / level, LOG_LEVEL=level) as relay:
+            await launchdarkly.connected(SDK_KEY, levels.index(level) + 1)
+            launchdarkly.close_streams()
+            await relay.address.ask(b"garbage\r\n\r\n")
+            await ask(relay.address, "/sdk/flags", AUTHORIZED)
+            await relay.stop()
+            logs[level] = relay.log
+    assert logs["none"] == ""
+    assert logs["debug"].count("DEBUG: Request: method=GET url=/sdk/flags auth=*0a001") == 1
+
+
+async def test_no_secret_is_ever_printed(tmp_path, launchdarkly):
+    """Not in debug lines, errors of proxy, database and LaunchDarkly, health or `/status`."""
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    with RedisServer(folder, requirepass="another") as redis:
+        places = {name: text.format(port=redis.port) for name, text in EMBEDDED.items()}
+        stores = {"USE_REDIS": "1", "LD_PREFIX_main": "m", "LD_PREFIX_odd": "o"}
+        more = {"LOG_LEVEL": "debug", "INIT_TIMEOUT": "200ms", "SNAPSHOT_DIR": str(tmp_path / "s")}
+        # With a proxy nothing comes from LaunchDarkly, and the password comes from its own variable.
+        for left_out in ("", "PROXY_URL REDIS_PASSWORD"):
+            variables = {**SECRETS, **places, **stores, **more}
+            for name in left_out.split():
+                del variables[name]
+            given = unquote(" ".join(variables.values()))
+            hidden = [text for text in HIDDEN if unquote(text) in given]
+            async with relay_of(launchdarkly, tmp_path, **variables) as relay:
+                await relay.said("Error initializing LaunchDarkly client", 1 if left_out else 2)
+                await relay.said("is unavailable: the server refuses user or password", 2)
+                printed = await everything_asked(relay, hidden)
+                await relay.stop()
+            for secret in hidden:
+                assert secret not in relay.log + printed, secret
+            assert relay.log.count("DEBUG: Request: ") > 10
+
+
+async def everything_asked(relay: RelayProcess, hidden: Iterable[str]) -> str:
+    """Ask with each secret, in each place where a request may have one; return what is public."""
+    for secret in hidden:
+        for path in (
+            "/sdk/flags",
+            "/sdk/evalx/contexts/x",
+            "/mobile",
+            "/nowhere",
+            f"/sdk/flags/{secret}",
+        ):
+            escaped = path.replace(" ", "%20")
+            for method in ("GET", "POST"):
+                await ask(relay.address, escaped, [("Authorization", secret)], method=method)
+        await ask(relay.address, f"/all?auth={secret.replace(' ', '+')}")
+    health = ("/status", "/status/main", "/readyz", "/startupz", "/readyz/odd")
+    return "".join([(await ask(relay.address, path)).body.decode() for path in health])
