@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
                 _log.info("LaunchDarkly relay version %s", __version__)
             return 0
         config = _configuration(options, environ)
+        if options.unread:
+            ignored = f"{len(options.unread)} arguments after the options are ignored"
+            config = replace(config, warnings=(*config.warnings, ignored))
     except UsageError as e:
         sys.stderr.write(_parser().format_help())
         return _failed("Error: %s", e)
@@ -93,13 +97,17 @@ def _parser() -> _Parser:
     add("--allow-missing-file", action="store_true", help="start also if FILE does not exist")
     add("--flags", metavar="FILE", default="", help="serve a file of flags, reloaded on change")
     add("--version", action="store_true", help="show the version and exit")
+    add("unread", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    options, rest = _parser().parse_known_args(list(_go_flags(arguments)))
-    if rest:
-        raise UsageError(f"unknown argument {rest[0]}")
+    """Return the options. Like the reference, they end at the first argument that is none."""
+    if arguments and not arguments[0].startswith("-"):
+        raise UsageError(f"unknown command {arguments[0]}")
+    options, unknown = _parser().parse_known_args(list(_go_flags(arguments)))
+    if unknown:
+        raise UsageError(f"unknown argument {unknown[0]}")
     return options
 
 
@@ -180,7 +188,7 @@ def _check(config: Config) -> int:
 
 def _unusable(config: Config) -> Iterator[str]:
     """Yield what is wrong with the files and addresses that a configuration names."""
-    certificate = ServerOptions.of(config.main).tls
+    certificate = ServerOptions.of(config).tls
     for see in (certificate.check if certificate else None, partial(_site, config)):
         try:
             if see:
@@ -197,7 +205,7 @@ def _serve(config: Config, source: str) -> int:
     try:
         if config.main.exit_always:
             return _run_once(config)
-        uvloop.run(serve(ServerOptions.of(config.main), partial(_site, config)))
+        uvloop.run(serve(ServerOptions.of(config), partial(_site, config)))
     except CannotListen as e:
         _log.error("%s", e)
         return 1
@@ -237,11 +245,12 @@ def _introduce(config: Config, relay: Relay) -> None:
 def _site(config: Config) -> Site:
     """Make what is served. Its imports are heavy, so they wait until the port is open."""
     from relay.build import build  # noqa: PLC0415
-    from relay.web.app import make_app  # noqa: PLC0415
+    from relay.web.app import make_app, make_exporter  # noqa: PLC0415
     from relay.web.polling import Polling  # noqa: PLC0415
     from relay.web.traffic import Traffic  # noqa: PLC0415
 
     relay = build(config)
     _introduce(config, relay)
     polling, traffic = Polling(), Traffic()
-    return Site(relay, make_app(relay, polling, traffic), polling, traffic)
+    exporter = make_exporter(relay, traffic, config.prometheus.prefix)
+    return Site(relay, make_app(relay, polling, traffic), polling, traffic, exporter)

@@ -84,6 +84,8 @@ class Environment:
         """What is served; None until there are data from anywhere."""
         self.invalid: dict[tuple[Kind, str], InvalidItem] = {}
         """Items whose last version could not be used."""
+        self.changes = 0
+        """Changes of upstream that were applied, since the start: messages, not items."""
         self.rejected = 0
         """Messages and items of upstream that could not be used, since the start."""
         self.decided = asyncio.Event()
@@ -135,16 +137,17 @@ class Environment:
     def _take(self, update: Update) -> None:
         match update:
             case ChangeSet():
-                self._take_changes(update)
+                self._take_changes(update, time.monotonic())
             case Current():
                 self._confirm()
             case Interrupted():
                 self._interrupt(update)
 
-    def _take_changes(self, changes: ChangeSet) -> None:
+    def _take_changes(self, changes: ChangeSet, since: float) -> None:
         self._note_invalid(changes)
         if changes.full or self.connection.delivered:
-            change = self._apply(changes)
+            change = self._apply(changes, since)
+            self.changes += change is not None
             self.connection.delivered = True
             self._confirm(change, full=changes.full)
         else:
@@ -152,16 +155,16 @@ class Environment:
             # not the data of an environment.
             _, change = EMPTY.apply(changes)
             if change is not None:
-                self.hub.publish(self.payload, change)
+                self.hub.publish(self.payload, change, since)
 
-    def _apply(self, changes: ChangeSet) -> Change | None:
+    def _apply(self, changes: ChangeSet, since: float | None = None) -> Change | None:
         """Make the next payload and tell subscribers."""
         first = self.payload is None
         self.payload, change = (self.payload or EMPTY).apply(changes)
         if change is None and first:
             change = Change((), (), replace=True)
         if change is not None:
-            self.hub.publish(self.payload, change)
+            self.hub.publish(self.payload, change, since)
         return change
 
     def _confirm(self, change: Change | None = None, *, full: bool = False) -> None:

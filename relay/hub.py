@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from relay.model.count import Count, Durations
 from relay.model.payload import Change, Payload
 
 FAN_OUT_SLICE = 128
@@ -141,10 +143,11 @@ class _Arrears:
 class Subscription(asyncio.Protocol):
     """One client of one stream: the protocol of its transport, and all that is kept of it."""
 
-    __slots__ = ("_channel", "arrears", "ends_at", "wire")
+    __slots__ = ("_channel", "arrears", "count", "ends_at", "wire")
 
-    def __init__(self, channel: _Channel, wire: Wire, ends_at: float) -> None:
+    def __init__(self, channel: _Channel, wire: Wire, ends_at: float, count: Count) -> None:
         self._channel = channel
+        self.count = count
         self.wire = wire
         self.ends_at = ends_at
         self.arrears: _Arrears | None = None
@@ -156,6 +159,7 @@ class Subscription(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget this subscription."""
         del exc
+        self.count.value -= 1
         self._channel.forget(self)
 
     def pause_writing(self) -> None:
@@ -184,10 +188,20 @@ class Subscription(asyncio.Protocol):
         self.wire.close()
 
 
+class _Pass(NamedTuple):
+    """What is on its way to whom. Each has its own list: who comes later has an opening with it."""
+
+    chunk: bytes
+    receivers: Iterator[Subscription]
+    since: float | None
+    """When the first change in it came; None for a heartbeat."""
+
+
 class _Channel:
     """All subscriptions to one stream of an environment."""
 
-    def __init__(self, stream_format: StreamFormat) -> None:
+    def __init__(self, stream_format: StreamFormat, delays: Durations) -> None:
+        self._delays = delays
         self.subscriptions: dict[Subscription, None] = {}
         self._slow: set[Subscription] = set()
         """Those with arrears, and those that have been ended and are not gone yet."""
@@ -196,9 +210,8 @@ class _Channel:
         self._payload: Payload | None = None
         self._opening: bytes | None = None
         self._pending: list[bytes] = []
-        self._passes: deque[tuple[bytes, Iterator[Subscription]]] = deque()
-        """What is on its way to whom. Each pass has its own list: who comes later has an opening
-        that contains it."""
+        self._pending_since: float | None = None
+        self._passes: deque[_Pass] = deque()
         self._turn_is_due = False
 
     @property
@@ -206,7 +219,7 @@ class _Channel:
         """Whether anybody is connected, ended streams that are not gone yet included."""
         return bool(self.subscriptions or self._slow)
 
-    def publish(self, payload: Payload | None, change: Change) -> None:
+    def publish(self, payload: Payload | None, change: Change, since: float) -> None:
         self._payload, self._opening = payload, None
         if not self.subscriptions:
             return
@@ -214,18 +227,20 @@ class _Channel:
             self._pending = [self._current_opening()]
         elif update := self._format.update(change):
             self._pending.append(framed(update))
+        if self._pending and self._pending_since is None:
+            self._pending_since = since
         self._take_turn_soon()
 
     def heartbeat(self) -> None:
         self._seal()
-        self._passes.append((HEARTBEAT, iter(list(self.subscriptions))))
+        self._passes.append(_Pass(HEARTBEAT, iter(list(self.subscriptions)), None))
         self._take_turn_soon()
 
-    def subscribe(self, wire: Wire, head: bytes, ends_at: float) -> Subscription:
+    def subscribe(self, wire: Wire, head: bytes, ends_at: float, count: Count) -> Subscription:
         # Opening and registration are one step without an await, and what is pending is closed to
         # newcomers before: nothing is lost between the two, and nothing doubled.
         self._seal()
-        subscription = Subscription(self, wire, ends_at)
+        subscription = Subscription(self, wire, ends_at, count)
         self.subscriptions[subscription] = None
         wire.set_protocol(subscription)
         if head:
@@ -237,7 +252,7 @@ class _Channel:
     def start_over(self, subscription: Subscription) -> None:
         """Give a slow client everything anew; passes still on their way do not concern it."""
         self.forget(subscription)
-        self.subscribe(subscription.wire, b"", subscription.ends_at)
+        self.subscribe(subscription.wire, b"", subscription.ends_at, subscription.count)
 
     def forget(self, subscription: Subscription) -> None:
         self.subscriptions.pop(subscription, None)
@@ -285,8 +300,9 @@ class _Channel:
         if self._pending:
             chunks = self._pending
             joined = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-            self._passes.append((joined, iter(list(self.subscriptions))))
-            self._pending = []
+            receivers = iter(list(self.subscriptions))
+            self._passes.append(_Pass(joined, receivers, self._pending_since))
+            self._pending, self._pending_since = [], None
 
     def _take_turn_soon(self) -> None:
         if not self._turn_is_due:
@@ -299,9 +315,11 @@ class _Channel:
         if not self._passes:
             self._seal()
         if self._passes:
-            chunk, receivers = self._passes[0]
+            chunk, receivers, since = self._passes[0]
             if _write_slice(chunk, receivers) < FAN_OUT_SLICE:
                 self._passes.popleft()
+                if since is not None:
+                    self._delays.add(time.monotonic() - since)
         if self._passes or self._pending:
             self._take_turn_soon()
 
@@ -329,7 +347,9 @@ class Hub:
     def __init__(
         self, formats: Mapping[str, StreamFormat], limits: StreamLimits | None = None
     ) -> None:
-        self._channels = {name: _Channel(format_) for name, format_ in formats.items()}
+        self.delays = Durations()
+        """From when a change came until it was written to the last stream that takes it at once."""
+        self._channels = {name: _Channel(format_, self.delays) for name, format_ in formats.items()}
         self._limits = limits or StreamLimits()
         self._ticker: asyncio.TimerHandle | None = None
         self._next_heartbeat = 0.0
@@ -339,17 +359,26 @@ class Hub:
         """Return the number of open streams."""
         return sum(len(channel.subscriptions) for channel in self._channels.values())
 
-    def publish(self, payload: Payload | None, change: Change) -> None:
+    @property
+    def streams(self) -> Mapping[str, int]:
+        """The number of open streams of each name."""
+        return {name: len(channel.subscriptions) for name, channel in self._channels.items()}
+
+    def publish(self, payload: Payload | None, change: Change, since: float | None = None) -> None:
         """Tell subscribers of a change; returns at once.
 
         Args:
             payload: what the environment serves now; None while it has no data of its own.
             change: what became different.
+            since: the monotonic clock when the change came; None for now.
         """
+        since = time.monotonic() if since is None else since
         for channel in self._channels.values():
-            channel.publish(payload, change)
+            channel.publish(payload, change, since)
 
-    def subscribe(self, stream: str, wire: Wire, head: bytes = b"") -> Subscription:
+    def subscribe(
+        self, stream: str, wire: Wire, head: bytes = b"", count: Count | None = None
+    ) -> Subscription:
         """Send everything that there is now, and from now on each change.
 
         The wire belongs to the subscription from now on.
@@ -358,9 +387,13 @@ class Hub:
             stream: the name of the format.
             wire: where to write, in chunks of HTTP/1.1.
             head: bytes to write before, such as the head of the response.
+            count: of open streams; this one is in it until its connection is lost.
         """
         self._keep_ticking()
-        subscription = self._channels[stream].subscribe(wire, head, self._end_of_a_new_stream())
+        count = count or Count()
+        count.value += 1
+        ends_at = self._end_of_a_new_stream()
+        subscription = self._channels[stream].subscribe(wire, head, ends_at, count)
         if self._closing:
             subscription.end()
         return subscription

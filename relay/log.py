@@ -166,6 +166,12 @@ def _write(target: int, line: bytes) -> None:
         line = line[os.write(target, line) :]
 
 
+def lost_lines() -> int:
+    """Return the number of lines that the outputs in use could not give to anybody."""
+    handlers = logging.getLogger().handlers
+    return sum(handler.lost for handler in handlers if isinstance(handler, Output))
+
+
 def set_up(level: str, line_format: str, output: Output) -> None:
     """Send all logs to `output`, in place of where they went.
 

@@ -11,13 +11,13 @@ import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from relay.config.schema import Main
+from relay.config.schema import Config
 from relay.errors import ConfigError, RelayError
 from relay.relay import Relay
 from relay.web.frontdoor import Door, DoorLimits, Poll, front_door
@@ -95,16 +95,19 @@ class ServerOptions:
         drain: the longest time that ending streams and responses may take. The default leaves
             room within the 10 s that `docker stop` allows.
         limits: what a connection may cost.
+        exporter_port: for figures alone, without TLS; None for no such port.
     """
 
     port: int = 8030
     tls: Certificate | None = None
     drain: float = 8.0
     limits: DoorLimits = field(default_factory=DoorLimits)
+    exporter_port: int | None = None
 
     @classmethod
-    def of(cls, main: Main) -> ServerOptions:
+    def of(cls, config: Config) -> ServerOptions:
         """Return what a configuration says."""
+        main, prometheus = config.main, config.prometheus
         certificate = Certificate(Path(main.tls_cert), Path(main.tls_key), main.tls_min_version)
         limits = DoorLimits(
             max_head_size=main.max_request_head_size, stall_timeout=main.client_stall_timeout
@@ -114,6 +117,7 @@ class ServerOptions:
             tls=certificate if main.tls_enabled else None,
             drain=main.graceful_shutdown_timeout,
             limits=limits,
+            exporter_port=prometheus.port if prometheus.enabled else None,
         )
 
 
@@ -123,11 +127,23 @@ def listen(port: int) -> socket.socket:
     Raises:
         CannotListen: the port is taken, or not allowed.
     """
+    return _listen(port, f"Error starting http listener on port: {port} ")
+
+
+def listen_for_exporter(port: int) -> socket.socket:
+    """Return a socket for the port of `[Prometheus]`.
+
+    Raises:
+        CannotListen: the port is taken, or not allowed.
+    """
+    return _listen(port, "Error registering Prometheus metrics exporter:")
+
+
+def _listen(port: int, trouble: str) -> socket.socket:
     try:
         return _listening(port)
     except OSError as e:
-        reason = f"listen tcp :{port}: {e.strerror}"
-        raise CannotListen(f"Error starting http listener on port: {port}  {reason}") from e
+        raise CannotListen(f"{trouble} listen tcp :{port}: {e.strerror}") from e
 
 
 def _listening(port: int) -> socket.socket:
@@ -247,6 +263,26 @@ class RelayServer(uvicorn.Server):
                 tasks.create_task(environment.hub.close(self._drain * STREAMS_SHARE))
 
 
+class ExporterServer(RelayServer):
+    """The server of the figures' own port, with the front door's limits and nobody to open it.
+
+    Args:
+        app: the figures.
+        options: how the relay is served.
+    """
+
+    def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
+        nothing = Relay([], 0.0)
+        door = Door(nothing, None, options.limits)
+        config = _uvicorn_config(app, replace(options, tls=None), door)
+        super().__init__(config, nothing, door, options.drain)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the server of the relay, which ends this one."""
+        yield
+
+
 def make_server(
     relay: Relay, app: ASGIApp, options: ServerOptions, door: Door | None
 ) -> RelayServer:
@@ -258,6 +294,10 @@ def make_server(
         options: how.
         door: the front door; None to let the application answer everything.
     """
+    return RelayServer(_uvicorn_config(app, options, door), relay, door, options.drain)
+
+
+def _uvicorn_config(app: ASGIApp, options: ServerOptions, door: Door | None) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
         http=front_door(door) if door else "httptools",
@@ -277,7 +317,7 @@ def make_server(
     config.load()
     if config.ssl and options.tls:
         config.ssl.minimum_version = TLS_VERSIONS[options.tls.minimum]
-    return RelayServer(config, relay, door, options.drain)
+    return config
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,15 +328,51 @@ class Site:
     app: ASGIApp
     poll: Poll | None = None
     traffic: Traffic | None = None
+    exporter: ASGIApp | None = None
+    """What is served on a port of its own."""
 
 
-async def run(site: Site, options: ServerOptions, listener: socket.socket) -> None:
+@dataclass(frozen=True, slots=True)
+class Listeners:
+    """Listening sockets."""
+
+    main: socket.socket
+    exporter: socket.socket | None = None
+
+    @classmethod
+    def of(cls, options: ServerOptions) -> Listeners:
+        """Listen on the ports that the options name; say so.
+
+        Raises:
+            CannotListen: a port is taken, or not allowed.
+        """
+        main = listen(options.port)
+        _log.info("Starting server listening on port %d", main.getsockname()[1])
+        if options.exporter_port is None:
+            return cls(main)
+        try:
+            exporter = listen_for_exporter(options.exporter_port)
+        except CannotListen:
+            main.close()
+            raise
+        port = exporter.getsockname()[1]
+        _log.info("Successfully registered Prometheus metrics exporter on port %d", port)
+        return cls(main, exporter)
+
+    def close(self) -> None:
+        """Refuse those who wait."""
+        self.main.close()
+        if self.exporter:
+            self.exporter.close()
+
+
+async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
     """Serve until a signal, then end in order; stores are written before this returns.
 
     Args:
         site: what is served.
         options: how.
-        listener: a listening socket; closed at the end.
+        listeners: closed at the end.
     """
     raise_file_limit()
     # uvicorn warns of each malformed request: traffic that hostile clients could fill a disk with.
@@ -309,10 +385,16 @@ async def run(site: Site, options: ServerOptions, listener: socket.socket) -> No
         server.at_end = running.cancel  # stores are written while streams end
         gc.collect()
         gc.freeze()  # what lives as long as the process need not be looked at again
+        exporter = None
+        if site.exporter and listeners.exporter:
+            exporter = ExporterServer(site.exporter, options)
+            tasks.create_task(exporter.serve(sockets=[listeners.exporter]))
         try:
-            await server.serve(sockets=[listener])
+            await server.serve(sockets=[listeners.main])
         finally:
             running.cancel()
+            if exporter:
+                exporter.stop()
 
 
 async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
@@ -329,20 +411,19 @@ async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
     """
     if options.tls:
         options.tls.check()
-    listener = listen(options.port)
-    _log.info("Starting server listening on port %d", listener.getsockname()[1])
+    listeners = Listeners.of(options)
     if options.tls:
         _log.info("TLS enabled for server (minimum TLS version: %s)", options.tls.minimum)
     asked_to_end = _asked_to_end()
     try:
         site = await asyncio.to_thread(build)
     except BaseException:
-        listener.close()
+        listeners.close()
         raise
     if asked_to_end.is_set():
-        listener.close()
+        listeners.close()
         return
-    await run(site, options, listener)
+    await run(site, options, listeners)
 
 
 def _asked_to_end() -> asyncio.Event:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from relay import hub as hub_module
 from relay.hub import HEARTBEAT, LAST_CHUNK, Hub, StreamLimits, framed, unframed
+from relay.model.count import Count
 from relay.model.item import Item, Kind, parse
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.protocol.fdv1 import AllFormat
@@ -98,6 +100,7 @@ class Interleavings(RuleBasedStateMachine):
         self.payload: Payload | None = None
         self.version = 0
         self.buffers: list[Buffer] = []
+        self.count = Count()
         self._kept = hub_module.FAN_OUT_SLICE, hub_module.ARREARS_LIMIT
         hub_module.FAN_OUT_SLICE, hub_module.ARREARS_LIMIT = 2, 3000
 
@@ -125,7 +128,7 @@ class Interleavings(RuleBasedStateMachine):
     def subscribe(self):
         buffer = Buffer()
         self.buffers.append(buffer)
-        self.run(lambda: self.hub.subscribe("all", buffer))
+        self.run(lambda: self.hub.subscribe("all", buffer, b"", self.count))
 
     @precondition(lambda self: self.buffers)
     @rule(data=st.data(), limit=st.sampled_from([1, 700, 1 << 30]))
@@ -143,6 +146,10 @@ class Interleavings(RuleBasedStateMachine):
     @rule()
     def turn(self):
         self.loop.run_until_complete(asyncio.sleep(0))
+
+    @invariant()
+    def open_streams_are_counted(self):
+        assert self.count.value == len(self.hub) == self.hub.streams["all"] == len(self.buffers)
 
     @invariant()
     def what_waits_is_bounded(self):
@@ -227,6 +234,34 @@ async def test_changes_of_one_turn_are_joined():
     assert len(buffer._unread) == 1
     assert buffer._unread[0].count(b"event: patch") == 10
     buffer.abort()
+
+
+async def test_deliveries_are_timed_to_the_last_stream():
+    """One duration for each change, or burst of them, over all slices; none for a heartbeat."""
+    hub = Hub({"all": AllFormat()}, StreamLimits(heartbeat_interval=0.05))
+    now, change = payload(flag("a", 1))
+    hub.publish(now, change, since=0.0)
+    assert len(hub.delays) == 0
+    buffers = [Buffer() for _ in range(2 * hub_module.FAN_OUT_SLICE + 1)]
+    for buffer in buffers:
+        hub.subscribe("all", buffer)
+        buffer.read()
+    begin = time.monotonic() - 5
+    for version in (2, 3):
+        now, change = now.apply(ChangeSet((flag("a", version),)))
+        hub.publish(now, change, since=begin + version)
+    while not buffers[-1]._unread:
+        assert len(hub.delays) == 0
+        await asyncio.sleep(0)
+    await turns()
+    assert len(hub.delays) == 1
+    assert 3 < hub.delays.total < 4
+    async with asyncio.timeout(2):
+        while buffers[-1]._unread[-1] is not HEARTBEAT:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert len(hub.delays) == 1
+    for buffer in buffers:
+        buffer.abort()
 
 
 async def test_a_client_that_takes_nothing_is_disconnected():

@@ -6,6 +6,7 @@ they are about, so that every sentence can say where these were given.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
@@ -21,6 +22,7 @@ from relay.config.schema import (
     Main,
     OfflineMode,
     Option,
+    Prometheus,
     Proxy,
     Redis,
     Support,
@@ -33,6 +35,9 @@ SHARED = ("env_datastore_prefix", "env_datastore_table_name", "env_allowed_origi
           "env_allowed_header")  # fmt: skip
 """What `[AutoConfig]` and `[OfflineMode]` have in common, variables included."""
 
+FIGURES_INSTEAD = "; the relay's figures are at /metrics, for Prometheus"
+_FIGURES_ELSEWHERE = ("Datadog", "Stackdriver", "OpenTelemetry")
+
 LAST_PORT = 65535
 _OLD_BASE_URI = "https://app.launchdarkly.com"
 _CLIENT_SIDE_BASE_URI = "https://clientsdk.launchdarkly.com"
@@ -40,6 +45,7 @@ _SHORTEST_CLEANUP = 0.1
 _SHORTEST_LOOK = 0.1
 _SHORTEST_POLL = 1.0
 _LEAST_METRICS_CAPACITY = 1000
+_FIGURE_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 Key = tuple[str, str | None, str]
@@ -112,6 +118,7 @@ def problems(draft: Draft) -> list[str]:
         _dynamodb,
         _databases,
         _proxy,
+        _prometheus,
     )
     return [draft.sourced(sentence) for rule in rules for sentence in rule(draft)]
 
@@ -165,8 +172,9 @@ def _environment_keys(draft: Draft) -> tuple[Key, ...]:
 
 
 def _refused(draft: Draft) -> Iterator[Sentence]:
-    for shown, _, key in draft.written(Support.REFUSED):
-        yield f"{shown} is not supported in this release", (key,)
+    for shown, option, key in draft.written(Support.REFUSED):
+        instead = FIGURES_INSTEAD if option.section in _FIGURES_ELSEWHERE else ""
+        yield f"{shown} is not supported in this release{instead}", (key,)
 
 
 def _main(draft: Draft) -> Iterator[Sentence]:
@@ -362,6 +370,18 @@ def _proxy(draft: Draft) -> Iterator[Sentence]:
     elif not (proxy.user and proxy.password):
         text = "NTLM proxy authentication requires username and password"
         yield text, _keys("Proxy", "ntlm_auth")
+
+
+def _prometheus(draft: Draft) -> Iterator[Sentence]:
+    prometheus = draft.of(Prometheus)
+    if prometheus.prefix and not _FIGURE_NAME.fullmatch(prometheus.prefix):
+        text = "Prometheus prefix must consist of letters, digits and _, and begin with no digit"
+        yield text, _keys("Prometheus", "prefix")
+    if prometheus.port > LAST_PORT:
+        yield f"Prometheus port must not be greater than {LAST_PORT}", _keys("Prometheus", "port")
+    if prometheus.enabled and prometheus.port == draft.of(Main).port:
+        keys = (*_keys("Prometheus", "port"), *_main_key("port"))
+        yield "Prometheus port must not be the port of the relay", keys
 
 
 def _later(draft: Draft) -> Iterator[Sentence]:

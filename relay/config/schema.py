@@ -496,15 +496,19 @@ class Prometheus:
     """`[Prometheus]`: figures for a Prometheus server."""
 
     enabled: bool = _option(
-        "USE_PROMETHEUS", BOOLEAN, False, "Export figures on a port of their own.", support=LATER
+        "USE_PROMETHEUS",
+        BOOLEAN,
+        False,
+        "Serve figures on a port of their own, with the reference's names among them.",
     )
-    port: int = _option("PROMETHEUS_PORT", INTEGER, 8031, "That port.", support=LATER)
+    port: int = _option(
+        "PROMETHEUS_PORT", INTEGER, 8031, "That port, on all interfaces, without TLS."
+    )
     prefix: str = _option(
         "PROMETHEUS_PREFIX",
         STRING,
         "launchdarkly_relay",
-        "Beginning of the figures' names.",
-        support=LATER,
+        "Beginning of the names of the reference's figures.",
     )
 
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from relay.environment import Environment
 from relay.relay import Relay
-from relay.web import status
+from relay.web import metrics, status
 from relay.web.answers import (
     EVENTS_ARE_OFF,
     FDV1_INSTEAD,
@@ -37,6 +37,7 @@ from relay.web.endpoint import (
     Endpoint,
     Respond,
     header,
+    user_agent,
 )
 from relay.web.middleware import CanonicalPaths, Defects
 from relay.web.polling import Polling
@@ -124,6 +125,7 @@ def make_app(relay: Relay, polling: Polling, traffic: Traffic) -> ASGIApp:
         ("/startupz", lambda _: status.started(relay)),
         ("/readyz", lambda _: status.ready(relay)),
         ("/readyz/{environment}", lambda name: status.environment_ready(relay, name)),
+        ("/metrics", lambda _: metrics.page(relay, traffic)),
     )
     app = Starlette(
         routes=[
@@ -144,6 +146,16 @@ def make_app(relay: Relay, polling: Polling, traffic: Traffic) -> ASGIApp:
     )
     app.router.redirect_slashes = False
     return app
+
+
+def make_exporter(relay: Relay, traffic: Traffic, prefix: str) -> ASGIApp:
+    """Return what is served on the port of `[Prometheus]`: the reference's figures, then ours."""
+    page = _page(lambda _: metrics.exporter_page(relay, traffic, prefix))
+    return Starlette(
+        routes=[Route("/metrics", page, methods=GET)],
+        middleware=[Middleware(Defects)],
+        exception_handlers={404: _not_found, 405: _not_allowed},
+    )
 
 
 async def _not_found(_request: Request, _error: Exception) -> Response:
@@ -182,9 +194,10 @@ def _poll(polling: Polling) -> Respond:
 def _stream(traffic: Traffic) -> Respond:
     async def respond(request: Request, environment: Environment) -> Response:
         path = request.scope["path"]
+        agent = user_agent(traffic, request)
+        series = Series(environment.spec.name, path, "GET", SERVER.platform, agent)
         if request.method == "GET":
-            series = Series(environment.spec.name, path, "GET", SERVER.platform)
             traffic.new_streams[series].value += 1
-        return StreamResponse(environment, STREAMS[path.encode()])
+        return StreamResponse(environment, STREAMS[path.encode()], traffic.streams[series])
 
     return respond

@@ -36,6 +36,12 @@ def header(request: Request, name: str) -> bytes:
     return request.headers.get(name, "").encode("latin-1")
 
 
+def user_agent(traffic: Traffic, request: Request) -> str:
+    """Return the name under which the client of a request is counted."""
+    own, general = header(request, "x-launchdarkly-user-agent"), header(request, "user-agent")
+    return traffic.user_agent(own, general)
+
+
 def _sdk_key(relay: Relay, request: Request) -> Environment | Answer:
     return auth.for_sdk_key(relay, header(request, "authorization"), parameter(request, "filter"))
 
@@ -119,8 +125,9 @@ class Endpoint:
             return Response()
         if isinstance(found, Answer):
             return found.as_response()
-        series = Series(found.spec.name, self.route, request.method, self.access.platform)
-        self.traffic.requests[series].value += 1
+        agent = user_agent(self.traffic, request)
+        name, platform = found.spec.name, self.access.platform
+        self.traffic.requests[Series(name, self.route, request.method, platform, agent)].value += 1
         return await self.respond(request, found)
 
     def _allow_browsers(

@@ -18,11 +18,12 @@ from uvicorn.server import ServerState
 
 from relay.environment import Environment
 from relay.hub import Wire
+from relay.model.count import Count
 from relay.model.payload import Payload
 from relay.relay import Relay
 from relay.web.polling import template
 from relay.web.streams import STREAMS, stream_headers
-from relay.web.traffic import Count, LoggedWire, Series, Traffic, note, request_line, shown
+from relay.web.traffic import LoggedWire, Series, Traffic, note, request_line, shown
 
 USED_OF_UVICORN = (
     *("connections", "cycle", "flow", "headers", "parser", "pipeline", "scope", "transport", "url"),
@@ -305,8 +306,11 @@ class FrontDoor(HttpToolsProtocol):
         return True
 
     def _series(self, environment: Environment) -> Series:
-        route = template(self.url.decode("ascii"))
-        return Series(environment.spec.name, route, "GET", "server")
+        route, headers = template(self.url.decode("ascii")), dict(self.headers)
+        agent = self._door.traffic.user_agent(
+            headers.get(b"x-launchdarkly-user-agent", b""), headers.get(b"user-agent", b"")
+        )
+        return Series(environment.spec.name, route, "GET", "server", agent)
 
     def _line(self, status: int, size: int | None) -> str:
         return request_line("GET", self._shown, self._authorization, status, size)
@@ -333,7 +337,7 @@ class FrontDoor(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self.server_state.total_requests += 1
         self.connections.discard(self)
-        self._count_stream(environment)
+        count = self._count_stream(environment)
         wire: Wire = self.transport
         head = _stream_head(environment, self._door.date)
         if self._door.traffic.logs:
@@ -341,12 +345,14 @@ class FrontDoor(HttpToolsProtocol):
             self.transport.write(head)
             wire, head = LoggedWire(self.transport, self._shown, self._authorization), b""
         vars(self).clear()
-        environment.hub.subscribe(stream, wire, head)
+        environment.hub.subscribe(stream, wire, head, count)
 
-    def _count_stream(self, environment: Environment) -> None:
+    def _count_stream(self, environment: Environment) -> Count:
+        """Count a new stream; return the count of those that are open."""
         traffic, series = self._door.traffic, self._series(environment)
         traffic.requests[series].value += 1
         traffic.new_streams[series].value += 1
+        return traffic.streams[series]
 
     def _is_head_too_large(self) -> bool:
         """Whether the head itself is too large, not only what was received together with it."""

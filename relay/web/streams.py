@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from relay.environment import Environment
 from relay.hub import LAST_CHUNK, unframed
+from relay.model.count import Count
 from relay.web.answers import Headers, environment_headers
 
 STREAMS: Mapping[bytes, str] = {b"/all": "all", b"/flags": "flags"}
@@ -43,10 +44,12 @@ class StreamResponse(Response):
     Args:
         environment: whose hub to listen to.
         stream: the name of the format.
+        count: of open streams.
     """
 
-    def __init__(self, environment: Environment, stream: str) -> None:
+    def __init__(self, environment: Environment, stream: str, count: Count) -> None:
         super().__init__()
+        self._count = count
         self.raw_headers = list(stream_headers(environment))
         self._environment = environment
         self._stream = stream
@@ -62,7 +65,7 @@ class StreamResponse(Response):
 
     async def _send_stream(self, receive: Receive, send: Send) -> None:
         pipe = _Pipe()
-        subscription = self._environment.hub.subscribe(self._stream, pipe)
+        self._environment.hub.subscribe(self._stream, pipe, b"", self._count)
         leaving = asyncio.create_task(_disconnected(receive))
         leaving.add_done_callback(lambda _: pipe.abort())
         try:
@@ -70,7 +73,7 @@ class StreamResponse(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         finally:
             leaving.cancel()
-            subscription.connection_lost(None)
+            pipe.lost()
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -88,6 +91,11 @@ class _Pipe:
         self._ended = False
         self._paused = False
         self._protocol: asyncio.BaseProtocol | None = None
+
+    def lost(self) -> None:
+        """Tell the hub that the client is gone."""
+        if isinstance(self._protocol, asyncio.Protocol):
+            self._protocol.connection_lost(None)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol, /) -> None:
         self._protocol = protocol

@@ -11,15 +11,26 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relay.hub import Wire, unframed
+from relay.model.count import Count
 
 MASK_TAIL = 5
 """Characters of a credential that a line shows (status 8.3)."""
+
+MAX_USER_AGENTS = 64
+"""Kinds of clients that are counted apart, far more than a site has SDKs and versions of them. Of
+all further ones, as when somebody makes names up, there is only one count."""
+
+MAX_USER_AGENT = 80
+"""Characters of a client's name that tell it apart."""
+
+OTHER = "other"
+"""The name of the clients beyond."""
 
 _CREDENTIAL = re.compile(r"\b(?:sdk|mob|rel|api)-[0-9A-Za-z-]+")
 _SECRET_PARAMETER = re.compile(r"((?:^|&)auth=)([^&]*)")
@@ -31,11 +42,7 @@ _log = logging.getLogger("relay.traffic")
 
 
 class Series(NamedTuple):
-    """What is counted apart.
-
-    All of it comes from the configuration and the route table, nothing from requests: the number
-    of series is bounded.
-    """
+    """What is counted apart. There is a bound on the number of each of these."""
 
     environment: str
     """Its display name."""
@@ -44,27 +51,40 @@ class Series(NamedTuple):
     method: str
     platform: str
     """`server`, `mobile` or `browser`: whose credential opens the route."""
-
-
-@dataclass(slots=True)
-class Count:
-    """A number that only grows."""
-
-    value: int = 0
+    user_agent: str = ""
+    """As `Traffic.user_agent` gives it; empty if the client has no name."""
 
 
 Counts = defaultdict[Series, Count]
 
 
 class Traffic:
-    """Counts of requests and of streams that were opened, since the start."""
+    """Counts of requests and streams since the start, and of the streams that are open."""
 
     def __init__(self) -> None:
         self.requests: Counts = defaultdict(Count)
         """Requests that passed the choice of the environment, streams included."""
         self.new_streams: Counts = defaultdict(Count)
+        """Streams that were opened."""
+        self.streams: Counts = defaultdict(Count)
+        """Streams that are open."""
+        self._user_agents: set[str] = set()
         self.logs = _log.isEnabledFor(logging.DEBUG)
         """Whether each request is logged."""
+
+    def user_agent(self, own: bytes, general: bytes) -> str:
+        """Return the name under which a client is counted.
+
+        Args:
+            own: the header `X-LaunchDarkly-User-Agent`, empty if there is none; it comes first.
+            general: the header `User-Agent`, empty if there is none.
+        """
+        name = _readable((own or general)[:MAX_USER_AGENT])
+        if name not in self._user_agents:
+            if len(self._user_agents) >= MAX_USER_AGENTS:
+                return OTHER
+            self._user_agents.add(name)
+        return name
 
 
 def totals(counts: Mapping[Series, Count]) -> Mapping[str, int]:
@@ -119,6 +139,13 @@ def note(line: str) -> None:
 
 def _masked(credential: str) -> str:
     return "*" + credential[-MASK_TAIL:]
+
+
+@lru_cache(maxsize=2 * MAX_USER_AGENTS)
+def _readable(user_agent: bytes) -> str:
+    """Return a client's name as one short line without credentials."""
+    text = "".join(c if c.isprintable() else "?" for c in user_agent.decode("latin-1").strip())
+    return _CREDENTIAL.sub(lambda match: _masked(match[0]), text)
 
 
 class RequestLog:

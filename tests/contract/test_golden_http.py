@@ -23,6 +23,7 @@ from relay.config.load import load
 from relay.environment import ConnectionState, Environment
 from relay.model.item import Kind, parse
 from relay.model.payload import Payload
+from relay.protocol.prometheus import CONTENT_TYPE
 from relay.relay import Relay
 from relay.server import ServerOptions, Site
 from relay.stores import Stored, StoreState, StoreStatus
@@ -307,7 +308,9 @@ def store_said(state: StoreState) -> dict[str, str]:
 
 
 def offered_now(r: Recording, reply: Reply) -> Reply | None:
-    """The reference has neither polling for all SDKs nor FDv2, nor its way out (issue 3)."""
+    """The reference has neither polling for all SDKs nor FDv2, nor its way out, nor figures here."""
+    if r.path == "/metrics":
+        return Reply(200, {"content-type": CONTENT_TYPE}, b"<figures>")
     if r.path == "/sdk/poll":
         told = {"content-type": "application/json", "x-ld-fd-fallback": "true", "x-ld-envid": MAIN}
         return Reply(
@@ -448,6 +451,8 @@ def meaning(reply: Reply) -> tuple[int, dict[str, str], Any]:
     kind = headers.get("content-type", "")
     if kind == "application/json" and reply.body:
         return reply.status, headers, json.loads(reply.body)
+    if kind == CONTENT_TYPE and reply.body:
+        return reply.status, headers, b"<figures>"
     if reply.body.startswith(b"event: put\ndata: "):
         return reply.status, headers, json.loads(reply.body.decode().split("data: ", 1)[1])
     return reply.status, headers, reply.body

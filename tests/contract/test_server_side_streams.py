@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from relay.errors import InvalidData
 from relay.hub import StreamLimits
 from relay.protocol import fdv1
-from tests.support.serving import Served, Stream, serving, until
+from tests.support.serving import Served, Stream, serving, stalled_socket, until
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "streams.jsonl"
 
@@ -105,6 +106,7 @@ async def test_a_stream_ends_properly_when_its_time_is_over(door):
         await deliver(served, "put", put(flag("a", 1)))
         stream = await Stream.open(address)
         assert (await stream.rest()).startswith(b"event: put\n")
+        await until(lambda: [c.value for c in served.traffic.streams.values()] == [0])
         stream.close()
 
 
@@ -116,6 +118,28 @@ async def test_a_client_that_goes_is_forgotten(door):
         assert len(served.hub) == 1
         stream.close()
         await until(lambda: len(served.hub) == 0)
+
+
+@pytest.mark.parametrize("front", [True, False])
+async def test_a_slow_client_that_began_anew_is_forgotten_as_well(front):
+    """Nor of one that had missed so much that it was given everything once more."""
+    served, loop = Served(), asyncio.get_running_loop()
+    async with serving(served, front=front) as address:
+        client = await loop.run_in_executor(None, stalled_socket, address.port)
+        await until(lambda: len(served.hub) == 1)
+        subscriptions = served.hub._channels["all"].subscriptions
+        (first,) = subscriptions
+        version = 0
+        while first.arrears is None or not first.arrears.too_many:
+            version += 1
+            await deliver(served, "put", put(flag("a", version, pad="x" * 1_000_000)))
+            await asyncio.sleep(0)
+        while first in subscriptions:
+            await loop.run_in_executor(None, client.recv, 1 << 20)
+        assert len(served.hub) == 1
+        client.close()
+        await until(lambda: len(served.hub) == 0)
+        assert {count.value for count in served.traffic.streams.values()} == {0}
 
 
 async def test_the_end_of_the_server_ends_streams_properly(door):

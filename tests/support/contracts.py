@@ -50,7 +50,7 @@ class RecordingHub:
     def __init__(self) -> None:
         self.published: list[tuple[Payload | None, Change]] = []
 
-    def publish(self, payload: Payload | None, change: Change) -> None:
+    def publish(self, payload: Payload | None, change: Change, since: float | None = None) -> None:
         self.published.append((payload, change))
 
 

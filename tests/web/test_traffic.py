@@ -8,7 +8,15 @@ import re
 import pytest
 
 from relay.protocol import fdv1
-from relay.web.traffic import Series, Traffic, request_line, shown
+from relay.web.traffic import (
+    MAX_USER_AGENT,
+    MAX_USER_AGENTS,
+    OTHER,
+    Series,
+    Traffic,
+    request_line,
+    shown,
+)
 from tests.support.serving import SDK_KEY, Served, Stream, ask, serving, until
 
 SDK = (("Authorization", SDK_KEY),)
@@ -128,6 +136,25 @@ def test_lines():
     assert (
         shown("/x/sdk-1234-5678/mob-key", "a=1&auth=abcdefgh") == "/x/*-5678/*b-key?a=1&auth=*defgh"
     )
+
+
+def test_the_name_of_a_client():
+    """The SDK's own header comes first; what remains is one short line without keys."""
+    traffic = Traffic()
+    assert traffic.user_agent(b"", b"") == ""
+    assert traffic.user_agent(b"Go/1", b"curl") == "Go/1"
+    assert traffic.user_agent(b"", b"curl \n\x9f\xe9 ") == "curl ??\u00e9"
+    assert traffic.user_agent(b"", f"x {SDK_KEY}".encode()) == "x *0a001"
+    assert traffic.user_agent(b"", b"y" * 500) == "y" * MAX_USER_AGENT
+
+
+def test_clients_that_are_counted_apart_are_bounded():
+    """Those that came first keep their names; of the others nothing is kept."""
+    traffic = Traffic()
+    names = [traffic.user_agent(b"name %d" % n, b"") for n in range(3 * MAX_USER_AGENTS)]
+    assert len(set(names)) == MAX_USER_AGENTS + 1
+    assert names[-1] == OTHER
+    assert traffic.user_agent(b"name 0", b"") == "name 0"
 
 
 def test_a_count_is_one_object():

@@ -1,0 +1,234 @@
+"""The relay's figures for Prometheus: each of them once, with its meaning and where it comes from.
+
+`/metrics` has our own; the port of `[Prometheus]` has the reference's besides (status 8.2). Figures
+of requests are those that both doors count anyway; everything else is looked at when it is asked.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from relay import __version__, process
+from relay.config.schema import Prometheus
+from relay.environment import ConnectionState, Environment
+from relay.log import lost_lines
+from relay.model.count import Count, Durations
+from relay.model.item import Kind
+from relay.protocol.prometheus import CONTENT_TYPE, COUNTER, GAUGE, HISTOGRAM, Figure, Row
+from relay.protocol.prometheus import page as text
+from relay.relay import Relay
+from relay.stores import StoreState, StoreStatus
+from relay.web.answers import Answer
+from relay.web.traffic import Series, Traffic
+
+UNCOUNTED_ROUTES = frozenset(("/mping",))
+"""What the reference leaves out of its `requests` (status 8.2)."""
+
+Rows = Iterable[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What figures are taken from."""
+
+    relay: Relay
+    traffic: Traffic
+
+    @property
+    def environments(self) -> Mapping[str, Environment]:
+        """All environments by their display name."""
+        return self.relay.environments
+
+
+Look = Callable[[Sight], Rows]
+
+
+def page(relay: Relay, traffic: Traffic) -> Answer:
+    """Return `/metrics`."""
+    return _answer(OWN, Sight(relay, traffic))
+
+
+def exporter_page(relay: Relay, traffic: Traffic, prefix: str) -> Answer:
+    """Return `/metrics` on the port of `[Prometheus]`.
+
+    Args:
+        relay: what is told of.
+        traffic: what both doors have counted.
+        prefix: beginning of the names of the reference's figures; empty for its default.
+    """
+    prefix = prefix or Prometheus().prefix
+    return _answer({**reference(prefix), **OWN}, Sight(relay, traffic))
+
+
+def table() -> str:
+    """Return the table of the README: every figure there is."""
+    rows = [
+        f"| `{figure.name}` | {figure.kind} | {_listed(figure.labels)} | {figure.help} |"
+        for figure in (*OWN, *reference(Prometheus().prefix))
+    ]
+    return "\n".join(("| figure | type | labels | meaning |", "|---|---|---|---|", *rows, ""))
+
+
+def _listed(labels: Iterable[str]) -> str:
+    return " ".join(f"`{label}`" for label in labels) or "–"
+
+
+def _answer(figures: Mapping[Figure, Look], sight: Sight) -> Answer:
+    body = text((figure, look(sight)) for figure, look in figures.items())
+    return Answer(200, ((b"content-type", CONTENT_TYPE.encode()),), body)
+
+
+def _each(look: Callable[[Environment], float | Durations | None]) -> Look:
+    """Return what takes one number of each environment that has it."""
+
+    def rows(sight: Sight) -> Iterator[Row]:
+        for name, environment in sight.environments.items():
+            number = look(environment)
+            if number is not None:
+                yield (name,), number
+
+    return rows
+
+
+def _one(look: Callable[[], float | None]) -> Look:
+    """Return what takes a number of the whole process, if the system tells it."""
+
+    def rows(_sight: Sight) -> Iterator[Row]:
+        number = look()
+        if number is not None:
+            yield (), number
+
+    return rows
+
+
+def _sums(counts: Mapping[Series, Count], labels: Callable[[Series], tuple[str, ...]]) -> Rows:
+    """Return the sums of all series that have the same labels."""
+    sums: Counter[tuple[str, ...]] = Counter()
+    for series, count in counts.items():
+        sums[labels(series)] += count.value
+    return sums.items()
+
+
+def _streams(sight: Sight) -> Iterator[Row]:
+    for name, environment in sight.environments.items():
+        for stream, number in environment.hub.streams.items():
+            yield (name, stream), number
+
+
+def _new_streams(sight: Sight) -> Rows:
+    return _sums(sight.traffic.new_streams, lambda s: (s.environment, s.platform, s.route))
+
+
+def _requests(sight: Sight) -> Rows:
+    return _sums(sight.traffic.requests, lambda s: (s.environment, s.platform, s.route, s.method))
+
+
+def _data_age(environment: Environment) -> float | None:
+    confirmed = environment.connection.confirmed
+    return None if confirmed is None else max(0.0, round(time.time() - confirmed, 3))
+
+
+def _upstream_states(sight: Sight) -> Iterator[Row]:
+    for name, environment in sight.environments.items():
+        for state in ConnectionState:
+            yield (name, state.value), int(environment.connection.state is state)
+
+
+def _stores(sight: Sight) -> Iterator[tuple[str, StoreStatus]]:
+    for name, environment in sight.environments.items():
+        for copy in environment.copies:
+            if copy.status is not None:
+                yield name, copy.status
+
+
+def _store_states(sight: Sight) -> Iterator[Row]:
+    for name, status in _stores(sight):
+        for state in StoreState:
+            yield (name, status.database, state.value), int(status.state is state)
+
+
+def _unreadable_items(sight: Sight) -> Iterator[Row]:
+    for name, status in _stores(sight):
+        yield (name, status.database), len(status.invalid)
+
+
+def _items(sight: Sight) -> Iterator[Row]:
+    for name, environment in sight.environments.items():
+        if environment.payload is not None:
+            for kind in Kind:
+                yield (name, kind.noun), len(environment.payload.all(kind))
+
+
+def _build(_sight: Sight) -> Rows:
+    return [((__version__, platform.python_version()), 1)]
+
+
+OWN: Mapping[Figure, Look] = {
+    Figure("relay_streams", GAUGE, ("environment", "stream"), "Open streams."): _streams,
+    Figure("relay_new_streams_total", COUNTER, ("environment", "platform", "route"), "Streams that were opened."): _new_streams,
+    Figure("relay_requests_total", COUNTER, ("environment", "platform", "route", "method"), "Requests whose credential opened an environment, streams included."): _requests,
+    Figure("relay_changes_total", COUNTER, ("environment",), "Messages of LaunchDarkly that changed something."): _each(lambda e: e.changes),
+    Figure("relay_change_delivery_seconds", HISTOGRAM, ("environment",), "Time from the arrival of a change until it was written to the last stream whose client keeps up."): _each(lambda e: e.hub.delays),
+    Figure("relay_data_age_seconds", GAUGE, ("environment",), "Time since LaunchDarkly last confirmed that the flags are current; none before the first time."): _each(_data_age),
+    Figure("relay_upstream_state", GAUGE, ("environment", "state"), "How it stands with LaunchDarkly: 1 for the state that `/status` shows, 0 for the others."): _upstream_states,
+    Figure("relay_store_state", GAUGE, ("environment", "database", "state"), "How it stands with the database: 1 for the state that `/status` shows, 0 for the others."): _store_states,
+    Figure("relay_store_unreadable_items", GAUGE, ("environment", "database"), "Items in the database that could not be read."): _unreadable_items,
+    Figure("relay_items", GAUGE, ("environment", "kind"), "Flags and segments that are held, deleted ones included; none without data."): _items,
+    Figure("relay_invalid_items", GAUGE, ("environment",), "Flags and segments of which LaunchDarkly's last version could not be used."): _each(lambda e: len(e.invalid)),
+    Figure("relay_rejected_total", COUNTER, ("environment",), "Messages and items of LaunchDarkly that could not be used."): _each(lambda e: e.rejected),
+    Figure("relay_log_lines_lost_total", COUNTER, (), "Log lines that were dropped because nobody took them."): _one(lost_lines),
+    Figure("relay_build_info", GAUGE, ("version", "python"), "Always 1."): _build,
+    Figure("process_cpu_seconds_total", COUNTER, (), "Processor time of this process."): _one(process.cpu_seconds),
+    Figure("process_resident_memory_bytes", GAUGE, (), "Memory of this process."): _one(process.resident_bytes),
+    Figure("process_open_fds", GAUGE, (), "Open files and connections of this process."): _one(process.open_files),
+    Figure("process_max_fds", GAUGE, (), "How many of them there may be."): _one(process.max_open_files),
+    Figure("process_start_time_seconds", GAUGE, (), "Unix time of the start of this process."): _one(process.started),
+}  # fmt: skip
+"""What both ports tell. The names of the last five are those of all programs."""
+
+
+def reference(prefix: str) -> Mapping[Figure, Look]:
+    """Return what the reference tells, in its words.
+
+    Args:
+        prefix: beginning of the names.
+    """
+    client = ("env", "platformCategory", "userAgent")
+    request = ("env", "method", "platformCategory", "route", "userAgent")
+    return {
+        # The reference calls it a counter, though it goes down.
+        Figure(f"{prefix}_connections", GAUGE, client, "current number of connections"): _connections,
+        Figure(f"{prefix}_newconnections", COUNTER, client, "total number of connections"): _new_connections,
+        Figure(f"{prefix}_requests", COUNTER, request, "Number of hits to a route"): _hits,
+    }  # fmt: skip
+
+
+def _connections(sight: Sight) -> Rows:
+    return _sums(sight.traffic.streams, _client)
+
+
+def _new_connections(sight: Sight) -> Rows:
+    return _sums(sight.traffic.new_streams, _client)
+
+
+def _hits(sight: Sight) -> Rows:
+    counts = sight.traffic.requests
+    return _sums({s: counts[s] for s in counts if s.route not in UNCOUNTED_ROUTES}, _hit)
+
+
+def _hit(series: Series) -> tuple[str, ...]:
+    environment, platform_, agent = _client(series)
+    return environment, series.method, platform_, _tag(series.route), agent
+
+
+def _client(series: Series) -> tuple[str, str, str]:
+    return _tag(series.environment), series.platform, _tag(series.user_agent)
+
+
+def _tag(value: str) -> str:
+    """Return a label's value as the reference writes it."""
+    return value.replace("/", "_") or "_"

@@ -1,0 +1,67 @@
+"""Prometheus' own library reads what we write."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from relay.model.count import Durations
+from relay.protocol.prometheus import COUNTER, GAUGE, HISTOGRAM, Figure, page
+
+HOSTILE = 'a"b\\c\nd{e="f"} 1'
+
+
+def read(*figures):
+    """The samples of a page, as that library understands them."""
+    families = text_string_to_metric_families(page(figures).decode())
+    return [(s.name, s.labels, s.value) for family in families for s in family.samples]
+
+
+@given(values=st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=2, max_size=2))
+def test_any_text_is_a_label(values):
+    """Whatever a client calls itself, it comes out as it went in and forges no line."""
+    figure = Figure("relay_x", GAUGE, ("a", "b"), HOSTILE)
+    assert read((figure, [(tuple(values), 1.5)])) == [
+        ("relay_x", {"a": values[0], "b": values[1]}, 1.5)
+    ]
+
+
+@pytest.mark.parametrize("number", [0, 7, 2**60, 0.25, 1e-9, 1795595457.99, float("inf")])
+def test_numbers(number):
+    """Numbers are exact."""
+    assert read((Figure("relay_x_total", COUNTER, (), "x"), [((), number)])) == [
+        ("relay_x_total", {}, number)
+    ]
+
+
+@pytest.mark.parametrize("labels", [(), ("environment",)])
+def test_a_histogram(labels):
+    """Buckets cumulate; sum and count follow."""
+    durations = Durations()
+    for seconds in (0.002, 0.5, 60):
+        durations.add(seconds)
+    values = tuple("main" for _ in labels)
+    samples = read((Figure("relay_x_seconds", HISTOGRAM, labels, "x"), [(values, durations)]))
+    known = dict(zip(labels, values, strict=True))
+    buckets = {
+        labels.pop("le"): value for name, labels, value in samples if name.endswith("_bucket")
+    }
+    assert (buckets["0.001"], buckets["0.003"], buckets["1.0"], buckets["+Inf"]) == (0, 1, 2, 3)
+    assert samples[-2:] == [
+        ("relay_x_seconds_sum", known, 60.502),
+        ("relay_x_seconds_count", known, 3),
+    ]
+
+
+def test_the_type_is_the_name_s_own():
+    """A counter keeps its name, with or without `_total`."""
+    text = page([(Figure("relay_requests", COUNTER, (), "Two\nlines"), [])]).decode()
+    assert text == "# HELP relay_requests Two\\nlines\n# TYPE relay_requests counter\n"
+
+
+def test_what_is_no_text_does_not_break_the_page():
+    """A name of stray bytes, as a variable may have it, becomes question marks."""
+    name = b"\xff".decode(errors="surrogateescape")
+    assert b'{a="?"} 1\n' in page([(Figure("relay_x", GAUGE, ("a",), "x"), [((name,), 1)])])

@@ -1,0 +1,341 @@
+"""`/metrics`: what it tells, what it costs, and that README says the same."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from relay import __version__, process
+from relay.environment import ConnectionState, Environment
+from relay.hub import Hub
+from relay.log import Output
+from relay.model.credential import EnvironmentID, SDKKey
+from relay.model.environment import EnvironmentSpec
+from relay.model.item import InvalidItem, Item, Kind
+from relay.model.payload import Payload
+from relay.protocol import fdv1
+from relay.protocol.fdv1 import AllFormat, FlagsFormat
+from relay.relay import Relay
+from relay.stores import StoreState, StoreStatus
+from relay.web import metrics
+from relay.web.traffic import MAX_USER_AGENT, MAX_USER_AGENTS, OTHER, Series, Traffic
+from tests.support.contracts import MemoryCopy, ScriptedSource
+from tests.support.figures import samples
+from tests.support.serving import SDK_KEY, Served, Stream, ask, serving, until
+
+README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+SDK = ("Authorization", SDK_KEY)
+PUT = b'{"path":"/","data":{"flags":{"lamp":{"key":"lamp","version":1}}}}'
+PATCH = b'{"path":"/flags/lamp","data":{"key":"lamp","version":2}}'
+ENVIRONMENTS = 100
+SCRAPE_LIMIT = 0.02
+"""Seconds of the processor that a page of so many environments may take."""
+
+
+def environment(name: str, copies: Sequence[MemoryCopy] = ()) -> Environment:
+    spec = EnvironmentSpec(name, SDKKey(f"sdk-{name}"), environment_id=EnvironmentID(f"id-{name}"))
+    hub = Hub({"all": AllFormat(), "flags": FlagsFormat()})
+    return Environment(spec, ScriptedSource(), hub, logging.getLogger("test"), copies)
+
+
+class Told:
+    """The figures of a page, as Prometheus' own library reads them."""
+
+    def __init__(self, page: bytes) -> None:
+        self.samples = samples(page)
+
+    def __call__(self, name: str, **labels: str) -> float | None:
+        """The one value with these labels and perhaps others; None if there is none."""
+        found = [
+            s.value for s in self.samples if s.name == name and labels.items() <= s.labels.items()
+        ]
+        assert len(found) <= 1, found
+        return found[0] if found else None
+
+
+def told(relay: Relay, traffic: Traffic | None = None) -> Told:
+    return Told(metrics.page(relay, traffic or Traffic()).body)
+
+
+def exported(relay: Relay, traffic: Traffic, prefix: str = "launchdarkly_relay") -> Told:
+    return Told(metrics.exporter_page(relay, traffic, prefix).body)
+
+
+def test_readme_tells_of_every_figure_and_of_no_other():
+    """The table is the one that the declarations make, in their order."""
+    (shown,) = re.findall(r"(?s)<!-- metrics table -->\n(.*?)<!-- end -->", README)
+    assert shown == metrics.table()
+
+
+def test_readme_tells_how_clients_are_bounded():
+    """The bounds in its text are those of the code."""
+    assert f"up to {MAX_USER_AGENT} characters" in README
+    assert f"the first {MAX_USER_AGENTS} clients" in README
+
+
+def test_names_are_good():
+    """No name stands for two figures, labels are not repeated, and only counters are totals."""
+    figures = [*metrics.OWN, *metrics.reference("launchdarkly_relay")]
+    names = [figure.name for figure in figures]
+    assert len(set(names)) == len(names)
+    for figure in figures:
+        assert re.fullmatch(r"[a-z_]+", figure.name)
+        assert len(set(figure.labels)) == len(figure.labels)
+        assert not figure.help.startswith(" ")
+        assert "|" not in figure.help
+    for figure in metrics.OWN:
+        assert figure.name.endswith("_total") == (figure.kind == "counter")
+
+
+async def test_every_figure_is_told_by_a_busy_relay():
+    """An environment with data, a database and traffic lacks none of them, and makes no others."""
+    copy = MemoryCopy()
+    copy.status = StoreStatus(StoreState.VALID, 0.0, "redis", "redis://h", "p")
+    main = environment("main", [copy])
+    main.payload, main.connection.confirmed = Payload.of([]), time.time()
+    traffic = Traffic()
+    series = Series("main", "/all", "GET", "server")
+    for counts in (traffic.requests, traffic.new_streams, traffic.streams):
+        counts[series].value += 1
+    page = exported(Relay([main], 0), traffic)
+    suffix = re.compile("_(bucket|sum|count)$")
+    seen = {s.name if s.name.endswith("_total") else suffix.sub("", s.name) for s in page.samples}
+    assert seen == {f.name for f in (*metrics.OWN, *metrics.reference("launchdarkly_relay"))}
+
+
+async def test_how_an_environment_is():
+    """State of upstream and database, age and number of the data, and what cannot be used."""
+    silent, speaking = MemoryCopy(), MemoryCopy()
+    bad = InvalidItem(Kind.FLAG, "bad", "not JSON")
+    speaking.status = StoreStatus(
+        StoreState.INTERRUPTED, 0.0, "redis", "redis://h", "p", (bad, bad)
+    )
+    main, empty = environment("main", [silent, speaking]), environment("empty")
+    main.connection.enter(ConnectionState.VALID)
+    main.connection.confirmed = time.time() - 90
+    main.payload = Payload.of([Item(Kind.FLAG, "a", 1, b"{}"), Item(Kind.FLAG, "b", 1, None)])
+    main.invalid, main.rejected, main.changes = {(Kind.FLAG, "bad"): bad}, 3, 4
+    page = told(Relay([main, empty], 0))
+    assert page("relay_upstream_state", environment="main", state="VALID") == 1
+    assert page("relay_upstream_state", environment="main", state="OFF") == 0
+    assert page("relay_upstream_state", environment="empty", state="INITIALIZING") == 1
+    database = {"environment": "main", "database": "redis"}
+    assert page("relay_store_state", **database, state="INTERRUPTED") == 1
+    assert page("relay_store_state", **database, state="VALID") == 0
+    assert page("relay_store_unreadable_items", **database) == 2
+    assert page("relay_store_unreadable_items", environment="empty") is None
+    age = page("relay_data_age_seconds", environment="main")
+    assert age is not None
+    assert 90 <= age < 100
+    assert page("relay_data_age_seconds", environment="empty") is None
+    assert page("relay_items", environment="main", kind="flag") == 2
+    assert page("relay_items", environment="main", kind="segment") == 0
+    assert page("relay_items", environment="empty", kind="flag") is None
+    assert page("relay_invalid_items", environment="main") == 1
+    assert page("relay_rejected_total", environment="main") == 3
+    assert page("relay_changes_total", environment="main") == 4
+    assert page("relay_build_info", version=__version__) == 1
+
+
+async def test_how_the_process_is():
+    """Processor, memory, open files and the start are plausible; a new file is one more."""
+    before = told(Relay([], 0))
+    with closing(socket.socket()):
+        after = told(Relay([], 0))
+    assert after("process_open_fds") == before("process_open_fds") + 1
+    assert after("process_cpu_seconds_total") > before("process_cpu_seconds_total") > 0
+    assert 1e7 < after("process_resident_memory_bytes") < 1e10
+    assert after("process_max_fds") > after("process_open_fds")
+    assert after("process_start_time_seconds") == before("process_start_time_seconds")
+    assert 0 < time.time() - after("process_start_time_seconds") < 3600
+
+
+def test_where_the_system_tells_nothing_there_is_no_figure(monkeypatch, tmp_path):
+    """Without `/proc` the page lacks figures, not sense."""
+    monkeypatch.setattr(process, "_SELF", tmp_path / "none")
+    process.started.cache_clear()
+    try:
+        page = told(Relay([], 0))
+        assert page("process_open_fds") is None
+        assert page("process_start_time_seconds") is None
+        assert page("process_cpu_seconds_total") > 0
+    finally:
+        process.started.cache_clear()
+
+
+def test_an_older_kernel_has_its_files_counted(monkeypatch, tmp_path):
+    """Where the folder of descriptors tells no size, its entries are counted."""
+    folder = tmp_path / "fd"
+    folder.mkdir()
+    for name in "012":
+        (folder / name).touch()
+    monkeypatch.setattr(process, "_SELF", tmp_path)
+    assert process.open_files() in {3, folder.stat().st_size}
+    monkeypatch.setattr(Path, "stat", lambda _: type("Stat", (), {"st_size": 0}))
+    assert process.open_files() == 3
+
+
+def test_lost_log_lines_are_counted():
+    """Lines that no output could take are told."""
+    output = Output()
+    root = logging.getLogger()
+    root.addHandler(output)
+    try:
+        before = told(Relay([], 0))("relay_log_lines_lost_total")
+        output.emit(logging.LogRecord("x", logging.INFO, "", 0, "%d", ("no number",), None))
+        assert told(Relay([], 0))("relay_log_lines_lost_total") == before + 1
+    finally:
+        root.removeHandler(output)
+        output.close()
+
+
+@pytest.mark.parametrize("front", [True, False])
+async def test_traffic_by_client(front):
+    """The reference's figures: by client, with `_` for `/`, at both doors; streams go down again."""
+    served = Served()
+    agent = ("X-LaunchDarkly-User-Agent", "PythonClient/9.18.0")
+    general = ("User-Agent", "curl/8.5")
+    async with serving(served, front=front) as address:
+        await served.source.give(fdv1.parse("put", PUT))
+        for headers in ([SDK, agent, general], [SDK, general], [SDK, general], [SDK]):
+            await ask(address, "/sdk/flags/lamp", headers)
+        await ask(address, "/mping", [SDK])
+        lines = [": ".join(agent)]
+        streams = [await Stream.open(address, path, lines) for path in ("/all", "/all", "/flags")]
+        page = exported(served.relay, served.traffic)
+        python = {"env": "main", "platformCategory": "server", "userAgent": "PythonClient_9.18.0"}
+        route = {"route": "_sdk_flags_{key}", "method": "GET"}
+        assert page("launchdarkly_relay_requests", **python, **route) == 1
+        assert page("launchdarkly_relay_requests", **python, route="_all") == 2
+        assert page("launchdarkly_relay_requests", userAgent="curl_8.5", **route) == 2
+        assert page("launchdarkly_relay_requests", userAgent="_", **route) == 1
+        assert page("launchdarkly_relay_connections", **python) == 3
+        assert page("launchdarkly_relay_newconnections", **python) == 3
+        assert page("relay_streams", environment="main", stream="all") == 2
+        assert page("relay_streams", environment="main", stream="flags") == 1
+        assert page("relay_new_streams_total", environment="main", route="/all") == 2
+        own = {"environment": "main", "platform": "server", "method": "GET"}
+        assert page("relay_requests_total", **own, route="/sdk/flags/{key}") == 4
+        for stream in streams[1:]:
+            stream.close()
+        await until(lambda: len(served.hub) == 1)
+        page = exported(served.relay, served.traffic)
+        assert page("launchdarkly_relay_connections", **python) == 1
+        assert page("launchdarkly_relay_newconnections", **python) == 3
+        streams[0].close()
+        await until(lambda: len(served.hub) == 0)
+    assert exported(served.relay, served.traffic)("launchdarkly_relay_connections", **python) == 0
+
+
+async def test_what_the_reference_leaves_out():
+    """Its `requests` have no `/mping`; ours have."""
+    traffic = Traffic()
+    traffic.requests[Series("main", "/mping", "GET", "mobile")].value = 5
+    page = exported(Relay([], 0), traffic)
+    assert page("launchdarkly_relay_requests") is None
+    assert page("relay_requests_total", route="/mping") == 5
+
+
+async def test_clients_of_one_name_are_one_series():
+    """Two clients whose labels are the same are added up: a repeated line spoils a whole page."""
+    traffic = Traffic()
+    for name in ("a/b", "a_b"):
+        for counts in (traffic.requests, traffic.streams):
+            counts[Series("main", "/all", "GET", "server", name)].value = 2
+    page = exported(Relay([], 0), traffic)
+    assert page("launchdarkly_relay_requests", userAgent="a_b") == 4
+    assert page("launchdarkly_relay_connections", userAgent="a_b") == 4
+
+
+def test_the_prefix():
+    """It begins the reference's names only; without one it is the reference's."""
+    for prefix, begins in (("my", "my_"), ("", "launchdarkly_relay_")):
+        page = metrics.exporter_page(Relay([], 0), Traffic(), prefix).body.decode()
+        own = [name for name in re.findall(r"# TYPE (\S+)", page) if name.startswith(begins)]
+        assert own == [begins + name for name in ("connections", "newconnections", "requests")]
+
+
+@pytest.mark.parametrize("front", [True, False])
+async def test_names_of_clients_are_bounded_and_clean(front):
+    """Made-up names become one, long ones are cut, and nothing of a key is told."""
+    served = Served()
+    async with serving(served, front=front) as address:
+        await ask(address, "/sdk/flags", [SDK, ("User-Agent", f'x {SDK_KEY} \u00e9\u009f\\"')])
+        await ask(address, "/sdk/flags", [SDK, ("User-Agent", "y" * 500)])
+        for number in range(MAX_USER_AGENTS + 20):
+            await ask(address, "/sdk/flags", [SDK, ("User-Agent", f"name {number}")])
+    page = metrics.exporter_page(served.relay, served.traffic, "launchdarkly_relay").body
+    assert SDK_KEY.encode() not in page
+    assert SDK_KEY[5:20].encode() not in page
+    agents = {s.labels["userAgent"] for s in Told(page).samples if "userAgent" in s.labels}
+    assert len(agents) == MAX_USER_AGENTS + 1
+    assert max(map(len, agents)) <= MAX_USER_AGENT
+    assert (
+        exported(served.relay, served.traffic)("launchdarkly_relay_requests", userAgent=OTHER) == 22
+    )
+
+
+@pytest.mark.parametrize("front", [True, False])
+async def test_delivery_is_timed(front):
+    """From the arrival of a change to the last open stream; changes to nobody are not timed."""
+    served = Served()
+    async with serving(served, front=front) as address:
+        await served.source.give(fdv1.parse("put", PUT))
+        assert told(served.relay)("relay_change_delivery_seconds_count") == 0
+        stream = await Stream.open(address)
+        await stream.until(b"\n\n")
+        begin = time.monotonic()
+        await served.source.give(fdv1.parse("patch", PATCH))
+        await stream.until(b"\n\n")
+        page = told(served.relay)
+        assert page("relay_changes_total", environment="main") == 2
+        assert page("relay_change_delivery_seconds_count", environment="main") == 1
+        total = page("relay_change_delivery_seconds_sum", environment="main")
+        assert total is not None
+        assert 0 < total < time.monotonic() - begin
+        stream.close()
+
+
+@pytest.mark.parametrize("front", [True, False])
+async def test_the_page(front):
+    """GET and HEAD, without a credential; without the reference's figures."""
+    served = Served()
+    async with serving(served, front=front) as address:
+        get, head, post = [
+            await ask(address, "/metrics", method=method) for method in ("GET", "HEAD", "POST")
+        ]
+    assert (get.status, head.status, post.status) == (200, 200, 405)
+    assert get.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert Told(get.body)("relay_streams", environment="main", stream="all") == 0
+    assert b"launchdarkly" not in get.body
+    assert post.headers["allow"] == "GET, HEAD"
+
+
+async def test_a_page_of_many_environments_is_cheap():
+    """A scrape holds up nobody for long, even with every kind of client in every environment."""
+    environments, traffic = [], Traffic()
+    for number in range(ENVIRONMENTS):
+        copy = MemoryCopy()
+        copy.status = StoreStatus(StoreState.VALID, 0.0, "redis", "redis://h", "p")
+        one = environment(f"environment {number}", [copy])
+        one.payload, one.connection.confirmed = Payload.of([]), time.time()
+        environments.append(one)
+        for agent in ("PythonClient/9.18.0", "NodeJSClient/9.9.1", "Go/1"):
+            for route in ("/all", "/sdk/flags", "/sdk/latest-all"):
+                series = Series(one.spec.name, route, "GET", "server", agent)
+                for counts in (traffic.requests, traffic.new_streams, traffic.streams):
+                    counts[series].value += 1
+    relay = Relay(environments, 0)
+    times = []
+    for _ in range(5):
+        begin = time.process_time()
+        metrics.exporter_page(relay, traffic, "launchdarkly_relay")
+        times.append(time.process_time() - begin)
+    assert min(times) < SCRAPE_LIMIT
