@@ -148,11 +148,10 @@ def test_nothing_to_serve_is_an_error(call, arguments):
         ("-nope=1", "--nope=1"),
         ("--from-env=perhaps", 'invalid boolean value "perhaps" for -from-env'),
         ("--from-env=", 'invalid boolean value "" for -from-env'),
-        ("--from-env true", "unknown argument true"),
         ("--config", "--config: expected one argument"),
         ("--conf x", "unknown argument --conf"),
-        ("serv --from-env", "unknown argument serv"),
-        ("check check", "unknown argument check"),
+        ("serv --from-env", "unknown command serv"),
+        ("check check", "unknown command check"),
     ],
 )
 def test_what_is_misspelled_gets_the_usage(call, arguments, error):
@@ -163,6 +162,13 @@ def test_what_is_misspelled_gets_the_usage(call, arguments, error):
     assert usage.startswith("usage: relay [serve]")
     assert "--allow-missing-file" in usage
     assert error in reason
+
+
+def test_what_follows_the_options_is_ignored_as_by_the_reference(call):
+    """`--from-env true` starts there, so it starts here, with a warning."""
+    done = call("check", "--from-env", "true", "--port", LD_ENV_main="sdk-1")
+    assert done.code == 0
+    assert "# Warning: 2 arguments after the options are ignored" in done.out
 
 
 @pytest.mark.parametrize("argument", ["-h", "--help", "-help"])
