@@ -237,6 +237,9 @@ class RelayServer(uvicorn.Server):
             self.force_exit = True
             if self._ending:
                 self._ending.cancel()
+        elif self._relay.environments:
+            streams = sum(len(each.hub) for each in self._relay.environments.values())
+            _log.info("Stopping: ending %d streams within %g s", streams, self._drain)
         self._relay.stopping = True
         self.should_exit = True
 

@@ -231,6 +231,7 @@ class Mirror:
         self._news.clear()
         payload = self._payload
         if payload is None or not self._healthy:
+            await self._look_for_recovery()
             return
         if self._doubtful:
             await self._compare(payload)
@@ -240,6 +241,12 @@ class Mirror:
                 self._note_equal(payload)
             else:
                 await self._compare(payload)  # somebody has emptied it
+
+    async def _look_for_recovery(self) -> None:
+        """Without upstream nothing is written, but `/status` tells when the database is back."""
+        if self.status.state is StoreState.INTERRUPTED:
+            await self._store.versions()
+            self._end_trouble()
 
     async def _compare(self, payload: Payload) -> None:
         """Look at everything, and write or ask accordingly."""

@@ -475,3 +475,18 @@ async def test_recorded_contents(server, recording):
             assert (server.do("GET", f"{prefix}:$inited") == b"") == expected["marked"], name
             assert server.hash("other:features") == {"foreign": b'{"key":"foreign","version":1}'}
     assert site.payload.get(Kind.FLAG, "zeta") is not None
+
+
+async def test_a_database_is_found_again_while_upstream_is_lost(tmp_path):
+    """Nobody writes to it, but it is no longer said to be away."""
+    with RedisServer(tmp_path) as server:
+        async with Site(server) as site:
+            site.tell(START)
+            await site.mirror.written()
+            server.kill()
+            site.apply(ChangeSet((flag("lamp", 9),)))
+            await until(lambda: site.mirror.status.state is StoreState.INTERRUPTED)
+            site.mirror.hold()
+            server.start()
+            await until(lambda: site.mirror.status.state is StoreState.VALID)
+            assert server.do("DBSIZE") == 0
