@@ -14,10 +14,12 @@ from pathlib import Path
 
 from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
+from relay.events import Forwarder, Pace, Upstream
 from relay.hub import Hub, StreamLimits
 from relay.log import Log, environment_log, set_environment_level
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
+from relay.poststore import Limits
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
 from relay.sources import DataSource
@@ -29,6 +31,12 @@ DEMO = EnvironmentSpec(
 )
 """What opens the environment that a flags file makes."""
 
+POST_SIZE = 8 * 1024
+"""Bytes for which one post counts in `[Events] capacity`: some forty events."""
+
+SHORTEST_FLUSH = 0.01
+"""Seconds: an interval of 0 would make a request of each post."""
+
 Session = AbstractAsyncContextManager[object]
 Sources = Callable[[EnvironmentSpec, Log], DataSource]
 
@@ -39,34 +47,36 @@ def build(config: Config) -> Relay:
     Raises:
         ConfigError: something that it names, such as a file of authorities, cannot be used.
     """
-    session, specs, sources = _origins(config)
+    if config.environments:
+        specs = [_spec(each) for each in config.environments]
+        session, upstream, sources = _launchdarkly(config)
+        events = _forwarder(config, upstream, specs)
+    else:
+        specs, sources, events, session = [DEMO], _file(config), None, nullcontext()
     return Relay(
         [_environment(config, spec, sources) for spec in specs],
         config.main.init_timeout,
         upstream=session,
+        events=events,
         ignore_connection_errors=config.main.ignore_connection_errors,
         disconnected_after=config.main.disconnected_status_time,
     )
 
 
-def _origins(config: Config) -> tuple[Session, Sequence[EnvironmentSpec], Sources]:
-    """Return the environments and where their data come from: LaunchDarkly, or a file."""
-    if config.environments:
-        session, sources = _launchdarkly(config)
-        return session, [_spec(each) for each in config.environments], sources
+def _file(config: Config) -> Sources:
     from relay.sources.file import File
 
     path = Path(config.main.flags_file)
-    return nullcontext(), [DEMO], lambda _spec, _log: File(path)
+    return lambda _spec, _log: File(path)
 
 
-def _launchdarkly(config: Config) -> tuple[Session, Sources]:
+def _launchdarkly(config: Config) -> tuple[Session, Upstream, Sources]:
     from relay.sources.polling import Polling
     from relay.sources.streaming import Streaming
-    from relay.upstream import Upstream
+    from relay.upstream import Upstream as HTTPSession
 
     main, http = config.main, config.http
-    upstream = Upstream(
+    upstream = HTTPSession(
         proxy=config.proxy.url or None,
         ca_files=[Path(file) for file in config.proxy.ca_cert_files if file],
         keep_alive=0.0 if http.disable_keep_alives else http.idle_conn_timeout,
@@ -78,7 +88,19 @@ def _launchdarkly(config: Config) -> tuple[Session, Sources]:
             return Polling(upstream, main.base_uri, spec.sdk_key, times)
         return Streaming(upstream, main.stream_uri, spec.sdk_key, log, times)
 
-    return upstream, source
+    return upstream, upstream, source
+
+
+def _forwarder(config: Config, upstream: Upstream, specs: Sequence[EnvironmentSpec]) -> Forwarder:
+    """Return what delivers events: those of SDKs, if that is switched on, and our own."""
+    from relay.spool import Spool
+
+    events, drain = config.events, config.main.graceful_shutdown_timeout
+    directory = Path(events.spool_dir) if events.spool_dir else None
+    spool = Spool(directory, Limits(memory=events.capacity * POST_SIZE))
+    pace = Pace(flush_interval=max(events.flush_interval, SHORTEST_FLUSH), drain=drain / 4)
+    by_name = {spec.name: spec for spec in specs}
+    return Forwarder(spool, upstream, events.events_uri, by_name.get, pace)
 
 
 def _spec(given: EnvironmentConfig) -> EnvironmentSpec:

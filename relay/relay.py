@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 
 from relay.environment import ConnectionState, Environment
+from relay.events import Forwarder
 
 RESTART_DELAY = 10.0
 """Seconds before an environment that failed by a defect of ours is run again."""
@@ -22,7 +23,8 @@ class Relay:
     Args:
         environments: what it serves; of two with the same credential the later one counts.
         init_timeout: seconds to wait for upstream before serving without it counts as started.
-        upstream: the session that the sources share; open while the relay runs.
+        upstream: the session that sources and events share; whoever runs the relay opens it.
+        events: sees to the delivery of events; None where there is nobody to deliver them to.
         ignore_connection_errors: an environment without upstream at the end of that time is worth
             a warning, not an error.
         disconnected_after: seconds of interruption after which `/status` says `disconnected`.
@@ -34,6 +36,7 @@ class Relay:
         init_timeout: float,
         *,
         upstream: AbstractAsyncContextManager[object] | None = None,
+        events: Forwarder | None = None,
         ignore_connection_errors: bool = False,
         disconnected_after: float = 60.0,
     ) -> None:
@@ -44,7 +47,8 @@ class Relay:
             e.spec.environment_id.value: e for e in environments if e.spec.environment_id
         }
         self.disconnected_after = disconnected_after
-        self._upstream = upstream or nullcontext()
+        self.upstream = upstream or nullcontext()
+        self.events = events
         self._late = logging.WARNING if ignore_connection_errors else logging.ERROR
         self._init_deadline = time.monotonic() + init_timeout
         self.stopping = False
@@ -57,7 +61,7 @@ class Relay:
 
     async def run(self) -> None:
         """Keep all environments current until cancelled."""
-        async with self._upstream, asyncio.TaskGroup() as tasks:
+        async with asyncio.TaskGroup() as tasks:
             for environment in self.environments.values():
                 tasks.create_task(self._keep_running(environment))
                 tasks.create_task(self._report_start(environment))

@@ -10,7 +10,7 @@ import resource
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -333,6 +333,8 @@ class Site:
     traffic: Traffic | None = None
     exporter: ASGIApp | None = None
     """What is served on a port of its own."""
+    beside: Sequence[Callable[[], Coroutine[object, object, None]]] = ()
+    """What runs as long as the server does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,9 +385,17 @@ async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
     relay = site.relay
     door = Door(relay, site.poll, options.limits, site.traffic)
     server = make_server(relay, site.app, options, door)
-    async with asyncio.TaskGroup() as tasks:
-        running = tasks.create_task(relay.run())
-        server.at_end = running.cancel  # stores are written while streams end
+    async with relay.upstream, asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(run()) for run in (relay.run, *site.beside)]
+        forwarding = tasks.create_task(relay.events.run()) if relay.events else None
+
+        def end() -> None:
+            """Write stores and deliver events while streams end."""
+            _cancel(running)
+            if relay.events:
+                relay.events.hurry()
+
+        server.at_end = end
         gc.collect()
         gc.freeze()  # what lives as long as the process need not be looked at again
         exporter = None
@@ -395,9 +405,15 @@ async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
         try:
             await server.serve(sockets=[listeners.main])
         finally:
-            running.cancel()
+            # Only now: requests on their way have brought their events.
+            _cancel([*running, *([forwarding] if forwarding else [])])
             if exporter:
                 exporter.stop()
+
+
+def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
 
 
 async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
@@ -449,7 +465,7 @@ async def settle(relay: Relay, *, hasty: bool = False) -> bool:
         Whether all environments got there within `initTimeout`, and before a signal.
     """
     asked_to_end = _asked_to_end()
-    async with asyncio.TaskGroup() as tasks:
+    async with relay.upstream, asyncio.TaskGroup() as tasks:
         running = tasks.create_task(relay.run())
         settled = tasks.create_task(relay.until_settled(hasty=hasty))
         ended = tasks.create_task(asked_to_end.wait())

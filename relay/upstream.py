@@ -5,10 +5,12 @@ aiohttp's exceptions end here. Nothing that leaves holds a key or a proxy's pass
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +22,7 @@ from yarl import URL
 from relay import __version__
 from relay.errors import ConfigError, ErrorKind, UpstreamRefused, UpstreamUnavailable
 from relay.model.credential import SDKKey
+from relay.model.event import Receipt
 
 USER_AGENT = f"PythonRelay/{__version__} LDRelay/{__version__}"
 """In the shape that LaunchDarkly reads: SDK, then relay (streams 2.4)."""
@@ -47,6 +50,7 @@ _PASSING = frozenset({400, 407, 408, 429})
 """4xx that say nothing about the key; 407 comes from a proxy."""
 _MEANINGS = {401: "invalid SDK key", 403: "SDK key not permitted"}
 _OK = frozenset({200})
+_SECONDS = re.compile("[0-9]{1,9}")
 
 
 class Upstream:
@@ -138,6 +142,37 @@ class Upstream:
         finally:
             response.close()  # what is left unread is not worth reading
 
+    async def post(
+        self, url: str, body: bytes, *, headers: dict[str, str], within: float
+    ) -> Receipt:
+        """Send `body`, follow no redirect, and return whatever is answered.
+
+        Args:
+            url: where to.
+            body: as it goes out.
+            headers: beside the usual ones; with the key, where there is one.
+            within: seconds for everything.
+
+        Raises:
+            UpstreamUnavailable: there is no answer.
+        """
+        everything = {"User-Agent": USER_AGENT, "Accept-Encoding": "gzip", **headers}
+        limit = aiohttp.ClientTimeout(total=within, connect=self._connect_timeout)
+        with _translated(ValueError):
+            target = URL(url)
+            async with self._opened().post(
+                target,
+                data=body,
+                headers=everything,
+                skip_auto_headers=("Accept",),
+                allow_redirects=False,
+                proxy=self._proxy or _environment_proxy(target),
+                timeout=limit,
+            ) as response:
+                said = response.headers
+                date = _http_date(said.get("Date"))
+                return Receipt(response.status, date, _retry_after(said.get("Retry-After"), date))
+
     async def _open(
         self, url: URL, headers: dict[str, str], read_timeout: float
     ) -> tuple[aiohttp.ClientResponse, bool]:
@@ -160,9 +195,7 @@ class Upstream:
     async def _request(
         self, url: URL, headers: dict[str, str], read_timeout: float
     ) -> aiohttp.ClientResponse:
-        if self._session is None:
-            self._session = self._new_session()
-        return await self._session.get(
+        return await self._opened().get(
             url,
             headers=headers,
             allow_redirects=False,
@@ -172,8 +205,14 @@ class Upstream:
             ),
         )
 
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = self._new_session()
+        return self._session
+
     def _new_session(self) -> aiohttp.ClientSession:
-        # No limit of connections: each source has one at a time, so environments are the limit.
+        # No limit of connections: each source has one at a time, and the forwarder of events a few
+        # for each environment, so environments are the limit.
         connector = aiohttp.TCPConnector(
             limit=0,
             ssl=self._tls if self._tls is not None else True,
@@ -205,6 +244,23 @@ async def read_body(response: aiohttp.ClientResponse, max_body: int = MAX_BODY) 
             )
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _http_date(text: str | None) -> float | None:
+    try:
+        return parsedate_to_datetime(text).timestamp() if text else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _retry_after(text: str | None, now: float | None) -> float | None:
+    """Read seconds, or a date by the clock of the server."""
+    if not text:
+        return None
+    if _SECONDS.fullmatch(text):
+        return float(text)
+    date = _http_date(text)
+    return None if date is None or now is None else max(0.0, date - now)
 
 
 def _status_error(status: int, *, trusted: bool) -> UpstreamUnavailable:

@@ -276,23 +276,33 @@ class Events:
     """`[Events]`: analytics events."""
 
     send_events: bool = _option(
-        "USE_EVENTS", BOOLEAN, False, "Accept and forward analytics events.", support=LATER
+        "USE_EVENTS", BOOLEAN, False, "Accept analytics events of SDKs and forward them."
     )
     events_uri: str = _option(
         "EVENTS_HOST",
         HTTP_URI,
         "https://events.launchdarkly.com",
         "Base of LaunchDarkly's events service.",
-        support=LATER,
     )
     flush_interval: float = _option(
-        "EVENTS_FLUSH_INTERVAL", DURATION, 5.0, "Time between deliveries.", support=LATER
+        "EVENTS_FLUSH_INTERVAL",
+        DURATION,
+        5.0,
+        "For how long events gather before they are delivered together.",
     )
     capacity: int = _option(
-        "EVENTS_CAPACITY", INTEGER, 1000, "Events that are kept in memory.", support=LATER
+        "EVENTS_CAPACITY",
+        INTEGER,
+        1000,
+        "Posts of events that wait in memory, at 8 KiB each, when there is no disk for them; the"
+        " oldest go first, and are counted.",
     )
     metrics_capacity: int = _option(
-        "EVENTS_METRICS_CAPACITY", INTEGER, 10000, "Usage metrics that are kept.", support=LATER
+        "EVENTS_METRICS_CAPACITY",
+        INTEGER,
+        10000,
+        "Usage metrics are one post for each environment and minute.",
+        support=NO_EFFECT,
     )
     inline_users: bool = _option(
         "EVENTS_INLINE_USERS", BOOLEAN, False, "No SDK needs it any more.", support=NO_EFFECT
@@ -301,17 +311,16 @@ class Events:
         "EVENTS_MAX_INBOUND_PAYLOAD_SIZE",
         SIZE,
         0,
-        "The largest post of events; not set: unlimited.",
+        "The largest post of events, decompressed; not set: 32 MiB.",
         "10MiB",
-        support=LATER,
     )
     spool_dir: str = _option(
         "EVENTS_SPOOL_DIR",
         PATH,
         "",
-        "Directory in which accepted events wait for their delivery.",
+        "Directory in which accepted events wait for their delivery, safe from the end of the"
+        " process. Not set: they wait in memory.",
         "/data/events",
-        support=LATER,
     )
 
 

@@ -16,10 +16,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from relay.environment import Environment
+from relay.model.event import Endpoint as Target
 from relay.relay import Relay
 from relay.web import metrics, status
 from relay.web.answers import (
-    EVENTS_ARE_OFF,
     FDV1_INSTEAD,
     NO_DATA,
     NO_EVALUATION_YET,
@@ -39,7 +39,8 @@ from relay.web.endpoint import (
     header,
     user_agent,
 )
-from relay.web.middleware import CanonicalPaths, Defects
+from relay.web.events import Events
+from relay.web.middleware import CanonicalPaths, Defects, Shortcut
 from relay.web.polling import Polling
 from relay.web.streams import STREAMS, StreamResponse
 from relay.web.traffic import RequestLog, Series, Traffic
@@ -51,15 +52,27 @@ POST_REPORT_ = ("POST", "REPORT", "OPTIONS")
 Row = tuple[str, Sequence[str], Access, Respond]
 
 
-def _table(poll: Respond, stream: Respond) -> Sequence[Row]:
-    """Return the authenticated routes. The first that matches path and method counts."""
+def _table(poll: Respond, stream: Respond, events: Events) -> Sequence[Row]:
+    """Return the authenticated routes; the first that matches counts.
+
+    Routes are tried in turn, so those of events, which are busy, come first.
+    """
     evaluate, pings, goals = (
         _always(NO_EVALUATION_YET),
         _always(NO_PINGS_YET),
         _always(NO_GOALS_YET),
     )
-    events, fdv1 = _always(EVENTS_ARE_OFF), _always(FDV1_INSTEAD)
+    fdv1 = _always(FDV1_INSTEAD)
     return (
+        ("/bulk", POST, SERVER, events.posts(Target.BULK)),
+        ("/diagnostic", POST, SERVER, events.posts(Target.BULK_DIAGNOSTIC)),
+        ("/mobile", POST, MOBILE, events.posts(Target.MOBILE)),
+        ("/mobile/events", POST, MOBILE, events.posts(Target.MOBILE)),
+        ("/mobile/events/bulk", POST, MOBILE, events.posts(Target.MOBILE)),
+        ("/mobile/events/diagnostic", POST, MOBILE, events.posts(Target.MOBILE_DIAGNOSTIC)),
+        ("/events/bulk/{envId}", POST_, BROWSER, events.posts(Target.CLIENT_SIDE)),
+        ("/events/diagnostic/{envId}", POST_, BROWSER, events.posts(Target.CLIENT_SIDE_DIAGNOSTIC)),
+        ("/a/{envId}.gif", GET_, BROWSER, events.image),
         ("/all", GET, SERVER, stream),
         ("/flags", GET, SERVER, stream),
         ("/sdk/flags", GET, SERVER, poll),
@@ -97,27 +110,21 @@ def _table(poll: Respond, stream: Respond) -> Sequence[Row]:
         ("/ping/{envId}", GET_, BROWSER, pings),
         ("/eval/{envId}/{context}", GET_, BROWSER, pings),
         ("/eval/{envId}", REPORT_, BROWSER, pings),
-        ("/bulk", POST, SERVER, events),
-        ("/diagnostic", POST, SERVER, events),
-        ("/mobile", POST, MOBILE, events),
-        ("/mobile/events", POST, MOBILE, events),
-        ("/mobile/events/bulk", POST, MOBILE, events),
-        ("/mobile/events/diagnostic", POST, MOBILE, events),
-        ("/events/bulk/{envId}", POST_, BROWSER, events),
-        ("/events/diagnostic/{envId}", POST_, BROWSER, events),
-        ("/a/{envId}.gif", GET_, BROWSER, events),
     )
 
 
-def make_app(relay: Relay, polling: Polling, traffic: Traffic) -> ASGIApp:
+def make_app(
+    relay: Relay, polling: Polling, traffic: Traffic, events: Events | None = None
+) -> ASGIApp:
     """Return the application.
 
     Args:
         relay: what is served.
         polling: answers polls; the front door has the same.
         traffic: counts requests; the front door has the same.
+        events: takes events; None if they are off.
     """
-    table = _table(_poll(polling), _stream(traffic))
+    table = _table(_poll(polling), _stream(traffic), events or Events())
     pages = (
         ("/status", lambda _: status.overview(relay, traffic)),
         ("/status/{environment}", lambda name: status.one(relay, traffic, name)),
@@ -127,15 +134,14 @@ def make_app(relay: Relay, polling: Polling, traffic: Traffic) -> ASGIApp:
         ("/readyz/{environment}", lambda name: status.environment_ready(relay, name)),
         ("/metrics", lambda _: metrics.page(relay, traffic)),
     )
+    endpoints = [
+        (path, methods, Endpoint(relay, traffic, path, methods, access, respond))
+        for path, methods, access, respond in table
+    ]
     app = Starlette(
         routes=[
+            *(Route(path, endpoint, methods=methods) for path, methods, endpoint in endpoints),
             *(Route(path, _page(answer), methods=GET) for path, answer in pages),
-            *(
-                Route(
-                    path, Endpoint(relay, traffic, path, methods, access, respond), methods=methods
-                )
-                for path, methods, access, respond in table
-            ),
         ],
         middleware=[
             *([Middleware(RequestLog)] if traffic.logs else []),
@@ -145,7 +151,10 @@ def make_app(relay: Relay, polling: Polling, traffic: Traffic) -> ASGIApp:
         exception_handlers={404: _not_found, 405: _not_allowed},
     )
     app.router.redirect_slashes = False
-    return app
+    if traffic.logs:
+        return app
+    posts = {path: Defects(e) for path, methods, e in endpoints if methods == POST}
+    return Shortcut(app, posts)
 
 
 def make_exporter(relay: Relay, traffic: Traffic, prefix: str) -> ASGIApp:

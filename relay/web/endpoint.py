@@ -27,13 +27,19 @@ Respond = Callable[[Request, Environment], Awaitable[Response]]
 
 def parameter(request: Request, name: str) -> str:
     """Return the first value of a query parameter; empty if there is none."""
+    if not request.scope["query_string"]:
+        return ""
     pairs = parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True)
     return next((value for key, value in pairs if key == name), "")
 
 
 def header(request: Request, name: str) -> bytes:
-    """Return the first value of a header; empty if there is none."""
-    return request.headers.get(name, "").encode("latin-1")
+    """Return the first value of a header, named in lower case; empty if there is none."""
+    wanted = name.encode()
+    for given, value in request.scope["headers"]:
+        if given == wanted:
+            return bytes(value)
+    return b""
 
 
 def user_agent(traffic: Traffic, request: Request) -> str:

@@ -191,6 +191,8 @@ class FrontDoor(HttpToolsProtocol):
         """Bytes of an incomplete request head."""
         self._between = True
         """Whether no request is being read."""
+        self._in_body = False
+        """Whether what comes belongs to a request whose head is complete."""
         self._whole = b""
         """The bytes that the parser is fed with, if they are exactly one request head."""
         self._answered = False
@@ -212,7 +214,8 @@ class FrontDoor(HttpToolsProtocol):
         self._parse(data)
 
     def _parse(self, data: bytes) -> None:
-        self._head_size += len(data)
+        if not self._in_body:
+            self._head_size += len(data)
         super().data_received(data)
         self._whole = b""
         if self._stream is not None:
@@ -240,6 +243,7 @@ class FrontDoor(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Answer a hot request; give any other to the application."""
         size, self._head_size = self._head_size, 0
+        self._in_body = True
         if self.transport.is_closing():
             self._answered = True
         elif self.parser.get_http_version() not in _VERSIONS:
@@ -261,6 +265,7 @@ class FrontDoor(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """Note that the request has been read."""
         self._between = True
+        self._in_body = False
         if not self._answered:
             super().on_message_complete()
 

@@ -20,6 +20,7 @@ from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
 from relay.server import Certificate, ServerOptions, Site, listen, make_server
 from relay.web.app import make_app
+from relay.web.events import Events
 from relay.web.frontdoor import Door, DoorLimits, Poll
 from relay.web.polling import Polling
 from relay.web.traffic import Traffic
@@ -38,10 +39,11 @@ class Served:
         self.environment = Environment(spec, self.source, self.hub, logging.getLogger("main"))
         self.relay = Relay([self.environment], 0)
         self.polling, self.traffic = Polling(), Traffic()
+        self.events = Events()
 
     def app(self) -> ASGIApp:
         """The application, as it is behind the front door."""
-        return make_app(self.relay, self.polling, self.traffic)
+        return make_app(self.relay, self.polling, self.traffic, self.events)
 
 
 @dataclass

@@ -10,11 +10,12 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
+import json
 import ssl
 import threading
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -26,6 +27,8 @@ from tests.support import data
 EVENT_STREAM = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 PATIENCE = 10.0
 """Seconds that a wait may take before the test fails."""
+
+LARGEST_POST = 64 * 1024 * 1024
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -39,11 +42,35 @@ class Request:
     headers: CIMultiDictProxy[str]
 
 
+@dataclass(frozen=True)
+class Posted:
+    """One post of events as it came in, decompressed, and how it was answered."""
+
+    path: str
+    headers: CIMultiDictProxy[str]
+    body: bytes
+    status: int | None
+    """None until there is an answer, and if there never is one."""
+
+    @property
+    def payload_id(self) -> str:
+        return self.headers.get("X-LaunchDarkly-Payload-ID", "")
+
+    @property
+    def events(self) -> list:
+        return json.loads(self.body)
+
+
 class ScriptedUpstream:
-    """Serves `/all` and `/sdk/latest-all` for each SDK key that has data; others get 401."""
+    """Serves `/all` and `/sdk/latest-all` for each SDK key that has data; others get 401.
+
+    Posts of events get 202, unless answers are scripted for their key, or for their path where
+    there is no key.
+    """
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.requests: list[Request] = []
+        self.posts: list[Posted] = []
         self.port = 0
         self._tls = tls
         self._data: dict[str, str] = {}
@@ -67,7 +94,8 @@ class ScriptedUpstream:
 
     async def start(self) -> None:
         """Listen; after `stop` on the same port."""
-        app = web.Application()
+        app = web.Application(client_max_size=LARGEST_POST)
+        app.router.add_route("POST", "/{path:.*}", self._take_post)
         app.router.add_route("*", "/{path:.*}", self._answer)
         self._runner = web.AppRunner(app, shutdown_timeout=0.05, handler_cancellation=True)
         await self._runner.setup()
@@ -129,6 +157,19 @@ class ScriptedUpstream:
         """Wait until there have been `n` requests, counted from the start."""
         await self._until(lambda: len(self.requests) >= n)
 
+    @property
+    def accepted(self) -> list[Posted]:
+        """The posts of events that got 2xx."""
+        return [p for p in self.posts if p.status is not None and 200 <= p.status < 300]
+
+    async def posted(self, n: int = 1) -> None:
+        """Wait until there have been `n` posts of events, answered or not."""
+        await self._until(lambda: len(self.posts) >= n)
+
+    async def took(self, n: int = 1) -> None:
+        """Wait until `n` events have been accepted; those which came twice count twice."""
+        await self._until(lambda: sum(len(p.events) for p in self.accepted) >= n)
+
     async def left(self, key: str) -> None:
         """Wait until `key` has no open stream."""
         await self._until(lambda: not self._streams.get(key))
@@ -157,6 +198,23 @@ class ScriptedUpstream:
             case "/sdk/latest-all":
                 return self._poll(request, key)
         return web.Response(status=404)
+
+    async def _take_post(self, request: web.Request) -> web.StreamResponse:
+        """Record a post of events and answer as scripted."""
+        self.requests.append(Request(request.method, request.path_qs, request.headers))
+        post = Posted(request.path, request.headers, await request.read(), None)
+        place = len(self.posts)
+        self.posts.append(post)
+        await self._note()
+        key = request.headers.get("Authorization", request.path)
+        answer = self._always.get(key) or status(202)
+        if key not in self._always and self._answers[key]:
+            answer = self._answers[key].popleft()
+        response = await answer(request)
+        if request.transport is not None and not request.transport.is_closing():
+            self.posts[place] = replace(post, status=response.status)
+        await self._note()
+        return response
 
     def _poll(self, request: web.Request, key: str) -> web.Response:
         etag = '"' + hashlib.sha256(self._data[key].encode()).hexdigest()[:16] + '"'
@@ -223,6 +281,34 @@ def body(
         if then == "abort":
             abort(request)
         return stream
+
+    return answer
+
+
+def rejecting(poison: bytes, code: int = 400) -> Answer:
+    """Answers `code` to bodies with `poison` in them, and 202 to others."""
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(status=code if poison in await request.read() else 202)
+
+    return answer
+
+
+def at_most(size: int) -> Answer:
+    """Answers 413 to bodies that are longer, and 202 to others."""
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(status=413 if len(await request.read()) > size else 202)
+
+    return answer
+
+
+def slowly(seconds: float) -> Answer:
+    """Answers 202 after a while."""
+
+    async def answer(_: web.Request) -> web.Response:
+        await asyncio.sleep(seconds)
+        return web.Response(status=202)
 
     return answer
 

@@ -1,0 +1,476 @@
+"""Analytics events: joining the arrays of several posts, and summaries for old schemas.
+
+Events of a current schema are never parsed. SDKs of schemas 1 and 2 report each evaluation, and
+leave it to a relay to count them (events 5.5); what they wrote is copied as they wrote it, so that
+numbers and unknown members stay exact.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+from relay.errors import InvalidData
+from relay.model.item import Item
+
+SUMMARY_SCHEMA = 4
+"""The schema of what `summarised` returns."""
+
+MAX_CONTEXTS = 1000
+"""Contexts of which is remembered that upstream knows them; the reference's number."""
+
+FORGET_AFTER = 5 * 60_000
+"""Milliseconds after which contexts are introduced again; the reference's time."""
+
+_BLANKS = b" \t\n\r"
+_EMPTY = re.compile(rb"[ \t\n\r]*\[[ \t\n\r]*\][ \t\n\r]*")
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|(?P<lone>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)"
+)
+
+
+def is_array(body: bytes) -> bool:
+    """Return whether a text begins and ends like a JSON array; what is between is not read."""
+    text = body.strip(_BLANKS)
+    return len(text) > 1 and text[:1] == b"[" and text[-1:] == b"]"
+
+
+def is_empty(body: bytes) -> bool:
+    """Return whether a text is a JSON array without elements."""
+    return _EMPTY.fullmatch(body) is not None
+
+
+def joined(bodies: Iterable[bytes]) -> bytes:
+    """Return one array with the elements of several, in order and in the bytes in which they came.
+
+    Args:
+        bodies: texts for which `is_array` holds.
+    """
+    texts = (body.strip(_BLANKS) for body in bodies if not is_empty(body))
+    return b"[" + b",".join(memoryview(text)[1:-1] for text in texts) + b"]"
+
+
+class Contexts:
+    """The contexts of a lane that were introduced upstream by an index event not long ago."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, None] = {}
+        """Digests of kinds and keys; the one used last comes last."""
+        self._since: float | None = None
+
+    def introduce(self, keys: Iterable[tuple[str, str]], now: int) -> bool:
+        """Note a context; return whether it was unknown.
+
+        Args:
+            keys: its kinds and keys, sorted by kind.
+            now: in milliseconds.
+        """
+        if self._since is None or now - self._since >= FORGET_AFTER:
+            self._known.clear()
+            self._since = now
+        digest = blake2b(msgspec.json.encode(keys), digest_size=16).digest()
+        known = digest in self._known
+        self._known.pop(digest, None)
+        self._known[digest] = None
+        if len(self._known) > MAX_CONTEXTS:
+            del self._known[next(iter(self._known))]
+        return not known
+
+    def forget(self) -> None:
+        """Introduce all contexts again: what was to introduce them is lost."""
+        self._known.clear()
+
+
+Flags = Callable[[str], Item | None]
+"""Returns the flag of a key; None if there is none."""
+
+
+class Summarised(NamedTuple):
+    """What became of a post.
+
+    Args:
+        body: an array of events of `SUMMARY_SCHEMA`; None if nothing is to be sent.
+        dropped: reasons why events were dropped, each with their number.
+    """
+
+    body: bytes | None
+    dropped: Mapping[str, int]
+
+
+def summarised(
+    body: bytes, schema: int, flags: Flags, contexts: Contexts, *, now: int, server_time: int
+) -> Summarised:
+    """Turn the events of a post into those of the current schema, evaluations into counts.
+
+    Args:
+        body: text of a JSON array.
+        schema: of its events.
+        flags: tells what is to be done with evaluations that do not say it themselves.
+        contexts: those of the lane.
+        now: in milliseconds.
+        server_time: upstream's clock at its last answer, in milliseconds: debugging ends by it.
+    """
+    work = _Work(schema, flags, contexts, now, max(now, server_time))
+    try:
+        events = _elements(body)
+    except InvalidData as e:
+        return Summarised(None, {e.reason: 1})
+    for event in events:
+        try:
+            work.add(event)
+        except InvalidData as e:
+            work.dropped[e.reason] += 1
+        except (msgspec.MsgspecError, ValueError) as e:
+            work.dropped[f"invalid event: {e}"] += 1
+        except RecursionError:
+            work.dropped["nested too deeply"] += 1
+    output = work.output()
+    return Summarised(msgspec.json.encode(output) if output else None, work.dropped)
+
+
+def _elements(body: bytes) -> list[Raw]:
+    """Return the elements of an array, verbatim but for halves of surrogate pairs.
+
+    Raises:
+        InvalidData: it is not an array.
+    """
+    try:
+        body.decode()  # elements are copied, so nobody else would look
+        try:
+            return msgspec.json.decode(body, type=list[Raw])
+        except msgspec.DecodeError:
+            whole = _ESCAPE.sub(lambda m: b"\\ufffd" if m["lone"] else m[0], body)
+            return msgspec.json.decode(whole, type=list[Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+        raise InvalidData("events", f"no JSON array: {e}") from e
+    except RecursionError as e:
+        raise InvalidData("events", "nested too deeply") from e
+
+
+# What is read of events. Members that are only copied are not parsed.
+
+_Whole = Annotated[float, Meta(ge=-(2**53), le=2**53)]
+"""A number that stands for an integer; a fraction is cut off, as the reference does."""
+
+_NULL = Raw(b"null")
+
+
+class _Kind(Struct):
+    kind: str
+
+
+class _Event(Struct, rename="camel"):
+    creation_date: _Whole | None = None
+    key: str | None = None
+    context: Raw = _NULL
+    user: Raw = _NULL
+    user_key: str | None = None
+    sampling_ratio: _Whole | None = None
+
+
+class _Evaluation(_Event, rename="camel"):
+    version: _Whole | None = None
+    variation: _Whole | None = None
+    value: Raw = _NULL
+    default: Raw = _NULL
+    reason: Raw = _NULL
+    prereq_of: str | None = None
+    track_events: bool | None = None
+    debug_events_until_date: _Whole | None = None
+    exclude_from_summaries: bool | None = None
+
+
+class _Custom(_Event, rename="camel"):
+    data: Raw = _NULL
+    metric_value: Raw = _NULL
+
+
+class _KindAndKey(Struct):
+    kind: str | None = None
+    key: str | None = None
+
+
+class _Tracking(Struct, rename="camel"):
+    """What a flag says about its evaluations."""
+
+    track_events: bool = False
+    debug_events_until_date: float | None = None
+    variations: Raw = _NULL
+
+
+_kind = msgspec.json.Decoder(_Kind)
+_event = msgspec.json.Decoder(_Event)
+_evaluation = msgspec.json.Decoder(_Evaluation)
+_custom = msgspec.json.Decoder(_Custom)
+_kind_and_key = msgspec.json.Decoder(_KindAndKey)
+_members = msgspec.json.Decoder(dict[str, Raw])
+_number = msgspec.json.Decoder(float)
+_tracking = msgspec.json.Decoder(_Tracking)
+
+_CONTEXT_KIND = re.compile("[A-Za-z0-9._-]+")
+
+
+class _Context(NamedTuple):
+    keys: tuple[tuple[str, str], ...]
+    """Kinds and keys, sorted by kind."""
+    json: Raw | None
+    """None if the event names only the key of a user."""
+
+
+def _context(event: _Event) -> _Context:
+    """Return whom an event is about.
+
+    Raises:
+        InvalidData: it does not say so.
+    """
+    raw = event.context if _given(event.context) else event.user
+    if _given(raw):
+        return _Context(tuple(sorted(_keys(raw))), raw)
+    if event.user_key is None:
+        raise InvalidData("event", "neither context nor user")
+    return _Context((("user", event.user_key),), None)
+
+
+def _keys(raw: Raw) -> list[tuple[str, str]]:
+    context = _kind_and_key.decode(raw)
+    if context.kind is None:  # a user of old; only its key may be empty
+        if context.key is None:
+            raise InvalidData("event", "user without key")
+        return [("user", context.key)]
+    if context.kind != "multi":
+        return [_key(context.kind, context.key)]
+    parts = _members.decode(raw)
+    del parts["kind"]
+    if not parts:
+        raise InvalidData("event", "context of no kind")
+    return [_key(kind, _kind_and_key.decode(part).key) for kind, part in parts.items()]
+
+
+def _key(kind: str, key: str | None) -> tuple[str, str]:
+    if kind in ("kind", "multi") or not _CONTEXT_KIND.fullmatch(kind):
+        raise InvalidData("event", "context of invalid kind")
+    if not key:
+        raise InvalidData("event", "context without key")
+    return kind, key
+
+
+def _given(raw: Raw) -> bool:
+    return bytes(raw) != b"null"
+
+
+@dataclass(slots=True)
+class _Counter:
+    value: Raw
+    """That of the first evaluation."""
+    count: int = 0
+
+
+@dataclass(slots=True)
+class _Counters:
+    """The evaluations of one flag."""
+
+    default: Raw
+    """That of the first evaluation."""
+    kinds: set[str] = field(default_factory=set)
+    by_result: dict[tuple[int | None, int | None], _Counter] = field(default_factory=dict)
+    """By variation and version."""
+
+    def output(self) -> dict[str, object]:
+        counters = [
+            _present(
+                variation=variation,
+                version=version,
+                unknown=True if version is None else None,
+                value=counter.value,
+                count=counter.count,
+            )
+            for (variation, version), counter in self.by_result.items()
+        ]
+        return {"default": self.default, "counters": counters, "contextKinds": sorted(self.kinds)}
+
+
+class _Work:
+    """The events of one post, in the making.
+
+    Args:
+        schema: of the post.
+        flags: as in `summarised`.
+        contexts: as in `summarised`.
+        now: in milliseconds.
+        debug_now: the later one of our clock and upstream's, in milliseconds.
+    """
+
+    def __init__(
+        self, schema: int, flags: Flags, contexts: Contexts, now: int, debug_now: int
+    ) -> None:
+        self.dropped: Counter[str] = Counter()
+        self._schema = schema
+        self._flags = flags
+        self._contexts = contexts
+        self._now = now
+        self._debug_now = debug_now
+        self._events: list[object] = []
+        self._counters: dict[str, _Counters] = {}
+        self._dates: list[int] = []
+        """The first and the last one of what is counted."""
+
+    def add(self, raw: Raw) -> None:
+        """Take an event.
+
+        Raises:
+            InvalidData: something is missing.
+            MsgspecError: it is no event.
+        """
+        kind = _kind.decode(raw).kind
+        if not kind:
+            raise InvalidData("event", "empty kind")
+        if kind == "feature":
+            self._add_evaluation(_evaluation.decode(raw))
+        elif kind == "custom":
+            self._add_custom(_custom.decode(raw))
+        elif kind == "identify":
+            self._add_identify(_event.decode(raw))
+        else:
+            self._events.append(raw)
+
+    def output(self) -> list[object]:
+        """Return all events; the summary is the last one."""
+        if not self._counters:
+            return self._events
+        features = {key: counters.output() for key, counters in self._counters.items()}
+        start, end = self._dates
+        summary = {"kind": "summary", "startDate": start, "endDate": end, "features": features}
+        return [*self._events, summary]
+
+    def _add_evaluation(self, event: _Evaluation) -> None:
+        context = _context(event)
+        tracked, debugged, variation = self._wanted(event)
+        if not event.exclude_from_summaries:
+            self._count(event, context, variation)
+        self._introduce(event, context)
+        if tracked:
+            self._events.append(self._full("feature", event, context, variation))
+        if debugged > self._debug_now:
+            self._events.append(self._full("debug", event, context, variation))
+
+    def _wanted(self, event: _Evaluation) -> tuple[bool, float, int | None]:
+        """Return whether a full event is wanted, until when debug events are, and the variation."""
+        variation = _integer(event.variation)
+        if event.version is None:  # there was no such flag
+            return False, 0, variation
+        if event.track_events is not None or event.debug_events_until_date:
+            return bool(event.track_events), event.debug_events_until_date or 0, variation
+        flag = self._flags(event.key or "")
+        if flag is None or flag.json is None:
+            return False, 0, variation
+        says = _tracking.decode(flag.json)
+        if variation is None and self._schema == 1:
+            variation = _index(event.value, says.variations)
+        return says.track_events, says.debug_events_until_date or 0, variation
+
+    def _count(self, event: _Evaluation, context: _Context, variation: int | None) -> None:
+        date = self._date(event)
+        self._dates = [min([date, *self._dates]), max([date, *self._dates])]
+        counters = self._counters.setdefault(event.key or "", _Counters(event.default))
+        counters.kinds.update(kind for kind, _ in context.keys)
+        result = variation, _integer(event.version)
+        counters.by_result.setdefault(result, _Counter(event.value)).count += 1
+
+    def _introduce(self, event: _Event, context: _Context) -> None:
+        # Of a user of whom only the key is known there is nothing to tell.
+        if context.json is None or not self._contexts.introduce(context.keys, self._now):
+            return
+        date = self._date(event)
+        self._events.append({"kind": "index", "creationDate": date, "context": context.json})
+
+    def _add_custom(self, event: _Custom) -> None:
+        context = _context(event)
+        if _given(event.metric_value):
+            _number.decode(event.metric_value)
+        self._introduce(event, context)
+        output = _present(
+            kind="custom",
+            creationDate=self._date(event),
+            key=event.key or "",
+            data=_optional(event.data),
+            contextKeys=dict(context.keys),
+            metricValue=_optional(event.metric_value),
+            samplingRatio=_ratio(event),
+        )
+        self._events.append(output)
+
+    def _add_identify(self, event: _Event) -> None:
+        context = _context(event)
+        if context.json is None:
+            raise InvalidData("event", "neither context nor user")
+        self._contexts.introduce(context.keys, self._now)
+        date, ratio = self._date(event), _ratio(event)
+        output = _present(
+            kind="identify", creationDate=date, context=context.json, samplingRatio=ratio
+        )
+        self._events.append(output)
+
+    def _full(
+        self, kind: str, event: _Evaluation, context: _Context, variation: int | None
+    ) -> dict[str, object]:
+        return _present(
+            kind=kind,
+            creationDate=self._date(event),
+            key=event.key or "",
+            version=_integer(event.version),
+            context=context.json,
+            contextKeys=dict(context.keys) if context.json is None else None,
+            variation=variation,
+            value=event.value,
+            default=event.default,
+            reason=_optional(event.reason),
+            prereqOf=event.prereq_of,
+            samplingRatio=_ratio(event),
+        )
+
+    def _date(self, event: _Event) -> int:
+        return self._now if event.creation_date is None else int(event.creation_date)
+
+
+def _present(**members: object) -> dict[str, object]:
+    """Return an object without the members that are None."""
+    return {name: value for name, value in members.items() if value is not None}
+
+
+def _optional(raw: Raw) -> Raw | None:
+    return raw if _given(raw) else None
+
+
+def _integer(number: float | None) -> int | None:
+    return None if number is None else int(number)
+
+
+def _ratio(event: _Event) -> int | None:
+    return None if event.sampling_ratio == 1 else _integer(event.sampling_ratio)
+
+
+def _index(value: Raw, variations: Raw) -> int | None:
+    """Return the index of the first variation that equals a value; None if none does."""
+    # The standard library's parser keeps integers of any size.
+    wanted, offered = json.loads(bytes(value)), json.loads(bytes(variations))
+    return next((i for i, each in enumerate(offered or ()) if _same(each, wanted)), None)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two JSON values are equal; Python takes 1 for true."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return bool(one == other)

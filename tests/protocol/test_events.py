@@ -1,0 +1,459 @@
+"""Joined arrays, and summaries: the reference's recordings, the Python SDK, and what always holds."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ldclient import Context, LDClient
+from ldclient.config import Config
+from ldclient.impl.events.event_processor import DefaultEventProcessor
+from ldclient.impl.events.types import EventInputCustom, EventInputEvaluation, EventInputIdentify
+
+from relay.model.item import Kind, parse
+from relay.protocol.events import (
+    FORGET_AFTER,
+    MAX_CONTEXTS,
+    SUMMARY_SCHEMA,
+    Contexts,
+    is_array,
+    is_empty,
+    joined,
+    summarised,
+)
+from tests.support.data import all_data, flag
+from tests.support.upstream import in_thread
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+NOW = 1_700_000_000_000
+
+blanks = st.sampled_from([b"", b" ", b"\n\t\r "])
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+
+
+@st.composite
+def arrays(draw):
+    """A text of a JSON array, with blanks where they may be."""
+    array = json.dumps(draw(st.lists(values, max_size=4)), ensure_ascii=draw(st.booleans()))
+    inner = draw(blanks) + array.encode()[1:-1] + draw(blanks)
+    return draw(blanks) + b"[" + inner + b"]" + draw(blanks)
+
+
+@given(st.lists(arrays(), max_size=5))
+def test_joined_is_the_concatenation(bodies):
+    """Joined arrays hold the elements of all, in order."""
+    assert json.loads(joined(bodies)) == [e for body in bodies for e in json.loads(body)]
+
+
+def test_joined_keeps_the_bytes():
+    """Numbers, blanks and escapes stay as they are; empty arrays vanish."""
+    bodies = [b' [ 1.0 , "\\u00fc" ] ', b"[ ]", b'[12345678901234567890,{"a": -0}]', b"[]\n"]
+    wanted = b'[ 1.0 , "\\u00fc" ,12345678901234567890,{"a": -0}]'
+    assert joined(bodies) == wanted
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b" ", b"[", b"]", b"{}", b"null", b'"x"', b"[{", b"1]", b"\v[]", b"\xef\xbb\xbf[]"],
+)
+def test_what_cannot_be_joined(body):
+    """What does not begin and end like an array is recognised."""
+    assert not is_array(body)
+    assert not is_empty(body)
+
+
+@given(arrays())
+def test_what_can_be_joined(body):
+    """Every array is recognised, and so is every empty one."""
+    assert is_array(body)
+    assert is_empty(body) == (json.loads(body) == [])
+
+
+# The recordings.
+
+
+def recordings():
+    lines = (GOLDEN / "events.jsonl").read_text("utf-8").split("\n")
+    return [line for line in map(json.loads, filter(None, lines)) if is_summarised(line)]
+
+
+def is_summarised(recording):
+    return recording["name"].startswith("summarised")
+
+
+def store(*, data=None):
+    """Look flags up as the relay has them."""
+    data = data or json.loads((GOLDEN / "environment.json").read_text("utf-8"))["flags"]
+    items = {key: parse(Kind.FLAG, key, json.dumps(item).encode()) for key, item in data.items()}
+    return items.get
+
+
+def meaning(events):
+    """Events without the order that has no meaning: of counters and of kinds."""
+    for event in events:
+        for counted in event.get("features", {}).values():
+            counted["counters"].sort(key=lambda c: json.dumps(c, sort_keys=True))
+            counted["contextKinds"] = sorted(counted.get("contextKinds", []))
+    return events
+
+
+def wanted_of(recording):
+    """What the reference sent, or what is wanted instead."""
+    if "userKey only" in recording["name"]:  # row 30: they are counted
+        counters = [{"variation": 0, "version": 7, "value": True, "count": 1}]
+        lamp = {"default": False, "counters": counters, "contextKinds": ["user"]}
+        features = {"lamp": lamp}
+        return [{"kind": "summary", "startDate": 1000, "endDate": 1000, "features": features}]
+    wanted = [e for post in recording["upstream"] for e in json.loads(post["body"])]
+    if "more than the capacity" in recording["name"]:  # row 26: nothing is lost
+        more = ({**wanted[-1], "key": f"over{n}"} for n in range(9, 15))
+        wanted = [*wanted, *more]
+    return wanted
+
+
+def test_recordings():
+    """One after the other, posts are summarised as by the reference, or better where wanted."""
+    flags, lanes = store(), {}
+    for recording in recordings():
+        got = []
+        for post in recording["sent"]:
+            asked = {name.lower(): value for name, value in post["headers"]}
+            named = asked.get("x-launchdarkly-event-schema", "1")
+            schema = int(named) if named in "2345" else 1
+            lane = post["path"], schema, asked.get("x-launchdarkly-tags")
+            contexts = lanes.setdefault(lane, Contexts())
+            body = post["body"].encode()
+            result = summarised(body, schema, flags, contexts, now=NOW, server_time=0)
+            if result.body:
+                got += json.loads(result.body)
+        assert meaning(got) == meaning(wanted_of(recording)), recording["name"]
+
+
+# Details.
+
+
+def feature(key="lamp", user="u", date=1000, **members):
+    given = {"version": 7, "variation": 0, "value": True, "default": False, "user": {"key": user}}
+    return {"kind": "feature", "creationDate": date, "key": key, **given, **members}
+
+
+def summarise(events, contexts=None, flags=None, **options):
+    """Return the output as objects, and what was dropped."""
+    body = events if isinstance(events, bytes) else json.dumps(events).encode()
+    given = {"schema": 2, "now": NOW, "server_time": 0, **options}
+    schema = given.pop("schema")
+    result = summarised(body, schema, flags or {}.get, contexts or Contexts(), **given)
+    return (json.loads(result.body) if result.body else []), dict(result.dropped)
+
+
+def test_numbers_stay_exact():
+    """What is only copied keeps its spelling: values, defaults, contexts, data."""
+    raw = b'{"big": 12345678901234567890, "f":1.0,"z":-0}'
+    body = (
+        b'[{"kind":"feature","creationDate":5,"key":"f","version":1,"value":%b,"default":%b,'
+        b'"trackEvents":true,"reason":%b,"user":{"key":"u","custom":%b}},'
+        b'{"kind":"custom","key":"c","creationDate":5,"userKey":"u","data":%b,"metricValue":1.50},'
+        b'{"kind":"pageview","x":%b}]'
+    ) % ((raw,) * 6)
+    output = summarised(body, 2, {}.get, Contexts(), now=NOW, server_time=0).body
+    assert output.count(raw) == 9  # index 1, feature 4, custom 1, pageview 1, summary 2
+    assert b'"metricValue":1.50' in output
+
+
+def test_capacity_is_no_limit():
+    """However many events there are, none is lost."""
+    events = [feature(user=f"u{n}", trackEvents=True) for n in range(2500)]
+    output, dropped = summarise(events)
+    assert Counter(e["kind"] for e in output) == {"index": 2500, "feature": 2500, "summary": 1}
+    assert not dropped
+
+
+@pytest.mark.parametrize(
+    "events", [b"", b"{}", b"null", b"[{", b"[1]]", b'["\xff"]', b"[" * 100_000, b"[[1]"]
+)
+def test_what_is_no_array_is_dropped_as_a_whole(events):
+    """There is one reason, and nothing to send."""
+    output, dropped = summarise(events)
+    assert output == []
+    assert list(dropped.values()) == [1]
+
+
+def test_half_a_surrogate_pair():
+    """JavaScript cuts texts between two halves; these events count like others."""
+    body = json.dumps([feature(value="x\ud83d", default="\\ud800"), feature(value="\U0001f600")])
+    output, dropped = summarise(body.encode())
+    assert output[-1]["features"]["lamp"]["counters"][0]["value"] == "x\ufffd"
+    assert output[-1]["features"]["lamp"]["default"] == "\\ud800"
+    assert output[-1]["features"]["lamp"]["counters"][0]["count"] == 2
+    assert not dropped
+
+
+BROKEN = [
+    5, None, "x", [], {}, {"kind": 5}, {"kind": ""}, {"kind": "feature"}, {"kind": "custom", "user": {}},
+    {"kind": "identify", "userKey": "u"}, feature(version="x"), feature(variation=[]),
+    feature(creationDate="now"), feature(trackEvents=1), feature(creationDate=1e30), feature(key=1),
+    feature() | {"user": None}, feature(user=5), feature(user=None), feature(context={"kind": "multi"}),
+    feature(context={"kind": "org"}), feature(context={"kind": "org", "key": ""}), feature(context=[]),
+    feature(context={"kind": "a b", "key": "x"}), feature(context={"kind": "kind", "key": "x"}),
+    feature(context={"kind": "multi", "org": {"key": "o"}, "user": {}}),
+    feature(context={"kind": "multi", "org": 7}), {"kind": "custom", "userKey": "u", "metricValue": "1"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_events_are_dropped_alone(broken):
+    """Each has its reason; the others of the post are kept."""
+    output, dropped = summarise([feature(), broken, {"kind": "pageview"}])
+    assert [e["kind"] for e in output] == ["index", "pageview", "summary"]
+    assert list(dropped.values()) == [1]
+    assert output[-1]["features"]["lamp"]["counters"][0]["count"] == 1
+
+
+def test_nesting_beyond_all_measure():
+    """It costs the event, not the relay."""
+    nested = b'{"kind":"feature","key":"f","version":1,"userKey":"u","value":%b}'
+    deep = nested % (b"[" * 900 + b"]" * 900)
+    data = {"f": flag("f", variations=[json.loads(b"[" * 900 + b"]" * 900)])}
+    output, dropped = summarise(b"[" + deep + b"]", flags=store(data=data), schema=1)
+    assert sum(dropped.values()) + len(output) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "variation"),
+    [
+        (1, 1), (True, 0), (1.0, 1), ("1", 2), ([1, {"a": 0}], 3), ([1, {"a": False}], None), (None, 4),
+        ({}, 5), ([], None), (2**70, 6), (2**70 + 1, None), (0, None), ({"b": 1, "a": True}, 7), ({"a": 1, "b": 1}, None),
+    ],
+)  # fmt: skip
+def test_the_variation_of_schema_1_is_found_by_its_value(value, variation):
+    """Values are compared as JSON, where 1 is 1.0, but not true."""
+    variations = [True, 1, "1", [1, {"a": 0}], None, {}, 2**70, {"a": True, "b": 1}]
+    flags = store(data={"lamp": flag() | {"variations": variations}})
+    event = feature(value=value, variation=None)
+    counter = summarise([event], schema=1, flags=flags)[0][-1]["features"]["lamp"]["counters"][0]
+    assert counter.get("variation") == variation
+    counter = summarise([event], schema=2, flags=flags)[0][-1]["features"]["lamp"]["counters"][0]
+    assert "variation" not in counter
+
+
+@pytest.mark.parametrize(("offset", "wanted"), [(-1, False), (0, False), (1, True)])
+@pytest.mark.parametrize("where", ["event", "flag"])
+def test_debugging_ends_by_both_clocks(offset, wanted, where):
+    """By ours, and by upstream's where that is ahead."""
+    until = {"debugEventsUntilDate": NOW + offset}
+    flags = store(data={"lamp": flag(**(until if where == "flag" else {}))})
+    event = feature(**(until if where == "event" else {}))
+    for clocks in ({"now": NOW}, {"now": NOW - 500, "server_time": NOW}):
+        output, _ = summarise([event], flags=flags, **clocks)
+        assert ("debug" in [e["kind"] for e in output]) == wanted
+
+
+def test_a_flag_that_is_gone_or_not_there_yet_is_counted():
+    """Without data the reference drops such events; a deleted flag tells nothing either."""
+    gone = {"lamp": parse(Kind.FLAG, "lamp", b'{"version":8,"deleted":true}')}
+    for flags in ({}.get, gone.get):
+        output, dropped = summarise([feature()], flags=flags)
+        assert [e["kind"] for e in output] == ["index", "summary"]
+        assert not dropped
+
+
+def test_events_without_a_date_happened_now():
+    """A summary that began in 1970 would be of no use."""
+    output, _ = summarise([feature(date=None), feature(date=NOW - 5)])
+    assert output[0]["creationDate"] == NOW
+    assert (output[-1]["startDate"], output[-1]["endDate"]) == (NOW - 5, NOW)
+
+
+def test_users_known_only_by_their_key():
+    """Nothing is told of them, but what they did counts (row 30)."""
+    tracked = feature(userKey="u", trackEvents=True)
+    del tracked["user"]
+    custom = {"kind": "custom", "key": "c", "userKey": "u", "creationDate": 1}
+    output, _ = summarise([tracked, custom, feature()])
+    assert [e["kind"] for e in output] == ["feature", "custom", "index", "summary"]
+    assert output[0]["contextKeys"] == output[1]["contextKeys"] == {"user": "u"}
+    assert "context" not in output[0]
+    assert output[-1]["features"]["lamp"]["counters"][0]["count"] == 2
+
+
+# Whom upstream knows.
+
+
+def introduced(contexts, *users, now=NOW):
+    output, _ = summarise([feature(user=user) for user in users], contexts, now=now)
+    return [e["context"]["key"] for e in output if e["kind"] == "index"]
+
+
+def test_contexts_are_introduced_once():
+    """The thousand that were used last are remembered."""
+    contexts, many = Contexts(), [f"u{n}" for n in range(MAX_CONTEXTS)]
+    assert introduced(contexts, *many) == many
+    assert introduced(contexts, "u0", "new") == ["new"]  # u1 is forgotten, as u0 was used again
+    assert introduced(contexts, "u0", "u2", "u1") == ["u1"]
+
+
+def test_contexts_are_introduced_again_after_a_while():
+    """Five minutes after the first, all are forgotten together."""
+    contexts = Contexts()
+    assert introduced(contexts, "a") == ["a"]
+    assert introduced(contexts, "a", "b", now=NOW + FORGET_AFTER - 1) == ["b"]
+    assert introduced(contexts, "a", "b", now=NOW + FORGET_AFTER) == ["a", "b"]
+    contexts.forget()
+    assert introduced(contexts, "a", now=NOW + FORGET_AFTER) == ["a"]
+
+
+def test_kinds_are_told_apart():
+    """A user whose key looks like another kind's context is somebody else."""
+    contexts = Contexts()
+    org = feature(context={"kind": "org", "key": "x"})
+    both = feature(context={"kind": "multi", "org": {"key": "x"}, "user": {"key": "u"}})
+    again = feature(context={"user": {"key": "u"}, "kind": "multi", "org": {"key": "x"}})
+    output, _ = summarise([org, feature(user="org:x"), both, again, feature(user="u")], contexts)
+    assert [e["kind"] for e in output] == ["index"] * 4 + ["summary"]
+    assert output[-1]["features"]["lamp"]["contextKinds"] == ["org", "user"]
+
+
+# What always holds.
+
+evaluations = st.builds(
+    feature,
+    key=st.sampled_from(["a", "b"]),
+    user=st.sampled_from(["u", "v", "w"]),
+    date=st.integers(1, 9),
+    version=st.sampled_from([None, 1, 2]),
+    variation=st.sampled_from([None, 0, 1]),
+    trackEvents=st.sampled_from([None, False, True]),
+    excludeFromSummaries=st.sampled_from([None, False, True]),
+)
+
+
+def totals(posts):
+    """What several summaries say together."""
+    counts, dates, full = Counter(), [], Counter()
+    contexts = Contexts()
+    for events in posts:
+        output, dropped = summarise(events, contexts)
+        assert not dropped
+        for event in output:
+            if event["kind"] != "summary":
+                full[event["kind"]] += 1
+                continue
+            dates += [event["startDate"], event["endDate"]]
+            for key, counted in event["features"].items():
+                for counter in counted["counters"]:
+                    assert counter.get("unknown", False) == ("version" not in counter)
+                    counts[key, counter.get("variation"), counter.get("version")] += counter[
+                        "count"
+                    ]
+    return counts, dates and (min(dates), max(dates)), full
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(evaluations, max_size=12).flatmap(
+        lambda es: st.tuples(st.just(es), st.permutations(es), st.integers(1, 5))
+    )
+)
+def test_counts_add_up(case):
+    """Whatever the order and grouping, totals, times, and numbers of other events are the same."""
+    events, shuffled, size = case
+    groups = [shuffled[at : at + size] for at in range(0, len(shuffled), size)]
+    assert totals(groups) == totals([events])
+    assert totals([events])[0].total() == sum(not e["excludeFromSummaries"] for e in events)
+
+
+# The Python SDK, which summarises its own evaluations.
+
+
+class Recording(DefaultEventProcessor):
+    """The SDK's own processor, which keeps what it was given."""
+
+    inputs: list = []  # noqa: RUF012 - made anew by the test
+
+    def send_event(self, event):
+        self.inputs.append(event)
+        super().send_event(event)
+
+
+def as_schema_2(event):
+    """What an SDK without summaries would have sent."""
+    base = {"creationDate": event.timestamp, "context": event.context.to_dict()}
+    if isinstance(event, EventInputIdentify):
+        return {"kind": "identify", **base}
+    if isinstance(event, EventInputCustom):
+        given = {"data": event.data, "metricValue": event.metric_value}
+        return {"kind": "custom", "key": event.key, **base, **given}
+    assert isinstance(event, EventInputEvaluation)
+    version = None if event.flag is None else event.flag.version
+    members = {"version": version, "variation": event.variation, "value": event.value}
+    members |= {"default": event.default_value, "trackEvents": event.track_events}
+    members |= {"reason": event.reason, "excludeFromSummaries": event.exclude_from_summaries}
+    members |= {"prereqOf": event.prereq_of.key} if event.prereq_of else {}
+    if event.flag is not None and event.flag.debug_events_until_date:
+        members["debugEventsUntilDate"] = event.flag.debug_events_until_date
+    return {"kind": "feature", "key": event.key, **base, **members}
+
+
+def use(client):
+    """Do all that makes events, for several contexts, more than once."""
+    contexts = [Context.create("a"), Context.builder("b").name("B").build()]
+    org = Context.builder("o").kind("org").set("size", 12).build()
+    contexts += [org, Context.create_multi(Context.create("a"), org)]
+    for _ in range(3):
+        for context in contexts:
+            for key in ("lamp", "watched", "debugged", "needy", "off", "hidden", "nobody"):
+                client.variation(key, context, "none")
+            client.track("bought", context, {"n": [1, None]}, 2.5)
+            client.track("seen", context)
+        client.identify(Context.builder("c").name("C").build())
+
+
+def comparable(events):
+    """Custom events name their context by its keys or in full; both are of schema 4."""
+    for event in events:
+        if event["kind"] == "custom":
+            context = Context.from_dict(event.pop("context")) if "context" in event else None
+            parts = [context.get_individual_context(i) for i in range(context.individual_context_count)] if context else []  # fmt: skip
+            event.setdefault("contextKeys", {part.kind: part.key for part in parts})
+    return meaning(events)
+
+
+def test_the_sdk_agrees():
+    """Ours of raw evaluations is what LaunchDarkly's SDK makes of the same evaluations."""
+    far = 32_503_680_000_000
+    needs = [{"key": "watched", "variation": 0}]
+    flags = [
+        flag(), flag("watched", 3, "x", trackEvents=True), flag("debugged", 4, debugEventsUntilDate=far),
+        flag("needy", 5, prerequisites=needs), flag("off", 6, on=False), flag("hidden", 7, excludeFromSummaries=True),
+    ]  # fmt: skip
+    Recording.inputs = []
+    with in_thread() as upstream:
+        upstream.do("serve", "sdk-1", all_data(*flags))
+        config = Config(
+            "sdk-1",
+            base_uri=upstream.url,
+            stream_uri=upstream.url,
+            events_uri=upstream.url,
+            flush_interval=300,
+            event_processor_class=Recording,
+            diagnostic_opt_out=True,
+        )
+        client = LDClient(config, start_wait=5)
+        use(client)
+        client.close()
+        (post,) = upstream.upstream.posts
+    body = json.dumps([as_schema_2(event) for event in Recording.inputs]).encode()
+    ours = summarised(body, 2, {}.get, Contexts(), now=NOW, server_time=0)
+    assert not ours.dropped
+    kinds = {"index", "feature", "debug", "custom", "identify", "summary"}
+    assert {event["kind"] for event in post.events} == kinds
+    assert post.headers["X-LaunchDarkly-Event-Schema"] == str(SUMMARY_SCHEMA)
+    assert comparable(json.loads(ours.body)) == comparable(post.events)
