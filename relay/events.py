@@ -1,0 +1,491 @@
+"""The forwarder of analytics events: accepted once, delivered once.
+
+Each lane has a task while something waits in it. The spool fixes batches; the task sends the oldest
+one until upstream has it, so events arrive in order, and no lane waits for another one's trouble.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import partial
+from typing import Protocol
+
+from isal import igzip
+
+from relay.errors import UpstreamUnavailable
+from relay.log import Log, environment_log
+from relay.model.environment import EnvironmentSpec
+from relay.model.event import Endpoint, Lane, Post, Receipt
+from relay.poststore import MAX_BATCH, Backlog, Batch
+from relay.protocol.events import joined
+from relay.sources.waiting import pause
+from relay.spool import Spool
+
+SENDING = 4
+"""Requests at a time for one environment."""
+
+REPORT_EVERY = 60.0
+"""Seconds between two lines about events that are given up."""
+
+RESTART_DELAY = 10.0
+"""Seconds before a lane that failed by a defect of ours is served again."""
+
+JITTER = 0.5
+"""The greatest share of a delay that is taken off, so that lanes do not return all at once."""
+
+SMALL = 32 * 1024
+"""Bytes up to which a body is compressed at once: a thread would take longer."""
+
+LEVEL = 1
+"""Of compression: half the time of the next one, for a few bytes more."""
+
+_log = logging.getLogger("relay.events")
+
+
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """How long to wait after failures in a row, in seconds.
+
+    Args:
+        first: after the first one.
+        growth: from one to the next: about half as long again as upstream has been away already.
+        longest: the end of that; `Retry-After` counts up to it, too.
+        refused: after a refusal; doubles each time. A mended key is noticed, and upstream is not
+            asked in vain all day.
+        longest_refused: the end of that.
+    """
+
+    first: float = 1.0
+    growth: float = 1.5
+    longest: float = 300.0
+    refused: float = 300.0
+    longest_refused: float = 3600.0
+
+    def delay(self, failures: int, chance: float, *, refused: bool = False) -> float:
+        """Return the seconds to wait after so many failures or refusals before this one."""
+        first, growth, longest = self.first, self.growth, self.longest
+        if refused:
+            first, growth, longest = self.refused, 2.0, self.longest_refused
+        full: float = min(longest, first * growth ** min(failures, 100))  # floats have an end
+        return full * (1 - JITTER * chance)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """All times of the forwarder, in seconds.
+
+    Args:
+        flush_interval: for which posts gather in their lane, unless it fills up.
+        between: two batches of a lane that has more, unless upstream has answered faster than
+            that: it is not flooded after its absence.
+        timeout: for one request.
+        drain: for what waits when the relay ends.
+        retries: from failure to attempt.
+    """
+
+    flush_interval: float = 5.0
+    between: float = 0.1
+    timeout: float = 20.0
+    drain: float = 4.0
+    retries: Retries = Retries()
+
+
+@dataclass(slots=True)
+class Figures:
+    """What happened to the posts of an environment since the start.
+
+    Args:
+        received: accepted, duplicates among them.
+        duplicates: whose payload id was known, so that nothing was to be done.
+        forwarded: that upstream has taken.
+        retried: requests that had to be repeated.
+        quarantined: that upstream rejects as malformed, kept aside.
+        evicted: given up for want of room, or too old.
+        waiting: not delivered yet.
+    """
+
+    received: int = 0
+    duplicates: int = 0
+    forwarded: int = 0
+    retried: int = 0
+    quarantined: int = 0
+    evicted: int = 0
+    waiting: int = 0
+
+
+class Step(Enum):
+    """What follows an attempt to deliver a batch."""
+
+    DONE = auto()
+    AGAIN = auto()
+    REFUSED = auto()
+    SPLIT = auto()
+    REJECT = auto()
+
+
+BAD_REQUEST, TOO_LARGE = 400, 413
+_PASSING = frozenset({407, 408, 429})
+"""4xx that say nothing about the key or the posts; 407 comes from a proxy."""
+_OTHERS = {2: Step.DONE, 4: Step.REFUSED}
+"""By the first digit of the status."""
+
+
+def next_step(status: int | None, posts: int, failures: int) -> Step:
+    """Decide what follows an attempt.
+
+    Args:
+        status: of the answer; None without one.
+        posts: of the batch.
+        failures: of this lane in a row before this one.
+    """
+    # Proxies say 400 of anything, too; the reference tries once more as well.
+    if status is None or status in _PASSING or (status == BAD_REQUEST and failures == 0):
+        return Step.AGAIN
+    if status == TOO_LARGE or (status == BAD_REQUEST and posts > 1):
+        return Step.SPLIT
+    if status == BAD_REQUEST:
+        return Step.REJECT
+    return _OTHERS.get(status // 100, Step.AGAIN)
+
+
+def target(lane: Lane, spec: EnvironmentSpec | None) -> tuple[str, dict[str, str]] | None:
+    """Return the path of a lane and the header with its key; None while it has no credential.
+
+    The credential is the one that counts now, whatever counted when the post came.
+    """
+    endpoint = lane.endpoint
+    if spec is None:
+        return None
+    if endpoint.client_side:
+        found = spec.environment_id
+        return None if found is None else (endpoint.path(found.value), {})
+    key = spec.mobile_key if endpoint.mobile else spec.sdk_key
+    return None if key is None else (endpoint.path(), {"Authorization": key.value})
+
+
+def headers(lane: Lane, payload_id: str) -> dict[str, str]:
+    """Return what is said about a batch (events 5.4); nothing else of SDKs' requests goes on."""
+    said = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    if lane.endpoint.diagnostic:
+        return said
+    said["X-LaunchDarkly-Event-Schema"] = str(lane.schema)
+    said["X-LaunchDarkly-Payload-ID"] = payload_id
+    if lane.tags:
+        said["X-LaunchDarkly-Tags"] = lane.tags
+    if lane.wrapper:
+        said["X-LaunchDarkly-Wrapper"] = lane.wrapper
+    return said
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What came of an attempt."""
+
+    status: int | None
+    reason: str
+    retry_after: float | None = None
+    took: float = 0.0
+    """Seconds until the answer."""
+
+
+@dataclass(slots=True)
+class _Traffic:
+    """What is going on in a lane in which something waits."""
+
+    oldest: float
+    """When its first post came, in Unix seconds."""
+    size: int = 0
+    """Bytes that came since its last batch was taken."""
+    news: bool = True
+    """Whether something came since then."""
+    since: float = 0.0
+    """When the first of that came, in Unix seconds."""
+    due: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when there is no reason to gather any longer."""
+    task: asyncio.Task[None] | None = None
+
+
+class Upstream(Protocol):
+    """What sends; a contract, so that whoever imports this does not load the HTTP client."""
+
+    async def post(
+        self, url: str, body: bytes, *, headers: dict[str, str], within: float
+    ) -> Receipt:
+        """Send `body`; raises `UpstreamUnavailable` if there is no answer."""
+
+
+class Forwarder:
+    """Accepts posts and sees to their delivery while `run` runs.
+
+    Args:
+        spool: where they wait.
+        upstream: the session.
+        base: URL of LaunchDarkly's events service.
+        spec_of: tells the present description of an environment, by its name.
+        pace: when things are done.
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        upstream: Upstream,
+        base: str,
+        spec_of: Callable[[str], EnvironmentSpec | None],
+        pace: Pace = Pace(),
+    ) -> None:
+        self.spool = spool
+        self._upstream = upstream
+        self._base = base.rstrip("/")
+        self._spec_of = spec_of
+        self._pace = pace
+        self._figures: defaultdict[str, Figures] = defaultdict(Figures)
+        self._lanes: dict[Lane, _Traffic] = {}
+        self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(SENDING)
+        )
+        self._troubled: set[tuple[str, Endpoint]] = set()
+        """Where the last attempt failed."""
+        self._dates: dict[str, float] = {}
+        self._unreported: Counter[tuple[str, str]] = Counter()
+        self._report_at = 0.0
+        self._ending = asyncio.Event()
+        spool.on_evicted = self._note_evicted
+        spool.on_backlog = self._note_backlog
+
+    def accept(self, post: Post) -> Awaitable[bool]:
+        """Take a post; it will be delivered although nobody awaits the result.
+
+        Returns:
+            Resolves when the post is safe, with whether it was new.
+
+        Raises:
+            StoreUnavailable: the disk hangs and too much waits for it.
+        """
+        stored = self.spool.append(post)
+        stored.add_done_callback(partial(self._note_stored, post))
+        return asyncio.shield(stored)
+
+    def figures(self, environment: str) -> Figures:
+        """Return what happened to the posts of an environment."""
+        return self._figures[environment]
+
+    def oldest(self, environment: str) -> float | None:
+        """Return when the oldest post came that waits, in Unix seconds; None if none does."""
+        came = [t.oldest for lane, t in self._lanes.items() if lane.environment == environment]
+        return min(came, default=None)
+
+    def server_time(self, environment: str) -> float:
+        """Return upstream's clock at its last answer, in Unix seconds; 0 before the first."""
+        return self._dates.get(environment, 0.0)
+
+    def hurry(self) -> None:
+        """Gather no longer: the relay ends, and what waits shall go out."""
+        self._ending.set()
+        self._hurried()
+
+    async def run(self) -> None:
+        """Deliver until cancelled; then what can be within the drain time. The rest is kept."""
+        try:
+            await self.spool.open()
+            await asyncio.Event().wait()
+        finally:
+            await self._drain()
+            await self.spool.close()
+            self._report_all()
+
+    def _note_backlog(self, backlog: Sequence[Backlog]) -> None:
+        """Serve what an earlier process has left, or what a disk that works again has."""
+        for figures in self._figures.values():
+            figures.waiting = 0
+        for lane, posts, oldest in backlog:
+            self._figures[lane.environment].waiting += posts
+            if lane not in self._lanes:
+                # Not all lanes at once: upstream has been without us.
+                delay = random.random() * self._pace.flush_interval  # noqa: S311 - no secret
+                self._begin(lane, oldest, delay)
+            self._lanes[lane].news = True
+
+    async def _drain(self) -> None:
+        self.hurry()
+        deadline = time.monotonic() + self._pace.drain
+        while (tasks := self._hurried()) and (left := deadline - time.monotonic()) > 0:
+            await asyncio.wait(tasks, timeout=left)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _hurried(self) -> list[asyncio.Task[None]]:
+        for traffic in self._lanes.values():
+            traffic.due.set()
+        return [traffic.task for traffic in self._lanes.values() if traffic.task is not None]
+
+    def _begin(self, lane: Lane, oldest: float, delay: float) -> _Traffic:
+        traffic = self._lanes[lane] = _Traffic(oldest)
+        traffic.task = asyncio.create_task(self._keep_serving(lane, traffic, delay))
+        return traffic
+
+    def _note_stored(self, post: Post, stored: asyncio.Future[bool]) -> None:
+        """Count a post, and see to it that its lane is served."""
+        if stored.cancelled() or stored.exception() is not None:
+            return
+        figures = self._figures[post.lane.environment]
+        figures.received += 1
+        if not stored.result():
+            figures.duplicates += 1
+            return
+        figures.waiting += 1
+        traffic = self._lanes.get(post.lane)
+        if traffic is None:
+            traffic = self._begin(post.lane, post.received, self._pace.flush_interval)
+        if not traffic.news:
+            traffic.news, traffic.since = True, post.received
+        traffic.size += len(post.body)
+        if traffic.size >= MAX_BATCH or self._ending.is_set():
+            traffic.due.set()
+
+    async def _keep_serving(self, lane: Lane, traffic: _Traffic, delay: float) -> None:
+        """Serve a lane until nothing waits in it; a defect of ours cannot end that."""
+        while self._lanes.get(lane) is traffic:
+            try:
+                await self._serve(lane, traffic, delay)
+                self._lanes.pop(lane)
+            except Exception:  # noqa: BLE001 - the one boundary between lanes
+                _log.exception('Events of "%s" failed and are tried again', lane.environment)
+                if self._ending.is_set():
+                    self._lanes.pop(lane)
+                await pause(self._ending, RESTART_DELAY)
+
+    async def _serve(self, lane: Lane, traffic: _Traffic, delay: float) -> None:
+        failed: Counter[Step] = Counter()  # in a row
+        await pause(traffic.due, delay)
+        while True:
+            async with self._slots[lane.environment]:
+                traffic.due.clear()
+                traffic.news, traffic.size = False, 0
+                taken = await self.spool.take(lane)
+                if taken is None:
+                    failed.clear()
+                else:
+                    batch, bodies = taken
+                    traffic.oldest = batch.oldest
+                    outcome = await self._send(batch, bodies)
+                    step = next_step(outcome.status, batch.posts, failed.total())
+                    delay = await self._act(step, batch, outcome, failed[step])
+                    failed[step] += 1
+                    if step in (Step.DONE, Step.REJECT):
+                        failed.clear()
+            if failed:
+                if self._ending.is_set() and step is not Step.SPLIT:
+                    return  # what waits stays in the spool
+                await pause(self._ending, delay)
+            elif taken is not None and batch.more:
+                await pause(self._ending, delay)
+            elif traffic.news:
+                traffic.oldest = traffic.since or traffic.oldest
+                await pause(traffic.due, 0 if self._ending.is_set() else self._pace.flush_interval)
+            else:
+                return
+
+    async def _send(self, batch: Batch, bodies: Sequence[bytes]) -> _Outcome:
+        lane = batch.lane
+        where = target(lane, self._spec_of(lane.environment))
+        if where is None:
+            return _Outcome(401, "the environment has no credential for them")
+        path, key = where
+        if sum(map(len, bodies)) > SMALL:
+            body = await asyncio.to_thread(_packed, bodies)
+        else:
+            body = _packed(bodies)
+        del bodies  # memory is for those who need it
+        said = headers(lane, batch.payload_id) | key
+        url = self._base + path
+        began = time.monotonic()
+        try:
+            receipt = await self._upstream.post(url, body, headers=said, within=self._pace.timeout)
+        except UpstreamUnavailable as e:
+            return _Outcome(None, e.reason)
+        if receipt.date is not None:
+            self._dates[lane.environment] = receipt.date
+        took = time.monotonic() - began
+        reason = f"HTTP error {receipt.status}"
+        return _Outcome(receipt.status, reason, receipt.retry_after, took)
+
+    async def _act(self, step: Step, batch: Batch, outcome: _Outcome, failures: int) -> float:
+        """Do what follows an attempt; return the seconds to wait before the next one."""
+        figures = self._figures[batch.lane.environment]
+        if step is Step.DONE:
+            self._end_trouble(batch.lane)
+            done = await self.spool.finish(batch)
+            if done is None:  # given up while it was on its way, but it has arrived
+                done = batch.posts
+                self._count_evicted(batch.lane.environment, -done)
+            figures.forwarded += done
+            figures.waiting -= done
+            return min(self._pace.between, outcome.took)
+        if step is Step.SPLIT and await self.spool.split(batch):
+            return 0.0
+        if step in (Step.SPLIT, Step.REJECT):
+            figures.waiting -= await self.spool.quarantine(batch, outcome.reason)
+            figures.quarantined += batch.posts
+            self._report("set aside, as upstream rejects them", batch.lane.environment, batch.posts)
+            return self._pace.between
+        figures.retried += 1
+        if outcome.status != BAD_REQUEST:  # that is a batch's trouble, and told when it is found
+            self._begin_trouble(batch.lane, outcome.reason)
+        retries, chance = self._pace.retries, random.random()  # noqa: S311 - jitter
+        delay = retries.delay(failures, chance, refused=step is Step.REFUSED)
+        return max(delay, min(outcome.retry_after or 0.0, retries.longest))
+
+    def _begin_trouble(self, lane: Lane, reason: str) -> None:
+        where = (lane.environment, lane.endpoint)
+        if where not in self._troubled:
+            self._troubled.add(where)
+            text = "Events for %s cannot be delivered: %s; they are kept and tried again"
+            self._log_of(lane.environment).warning(text, lane.endpoint.value, reason)
+
+    def _end_trouble(self, lane: Lane) -> None:
+        where = (lane.environment, lane.endpoint)
+        if where in self._troubled:
+            self._troubled.remove(where)
+            text = "Events for %s are delivered again"
+            self._log_of(lane.environment).info(text, lane.endpoint.value)
+
+    def _note_evicted(self, evicted: Counter[str]) -> None:
+        for environment, posts in evicted.items():
+            self._count_evicted(environment, posts)
+
+    def _count_evicted(self, environment: str, posts: int) -> None:
+        figures = self._figures[environment]
+        figures.evicted += posts
+        figures.waiting -= posts
+        self._report("given up, as there is no room or they are too old", environment, posts)
+
+    def _report(self, fate: str, environment: str, posts: int) -> None:
+        """Count losses, and say what has gathered, once a minute at most."""
+        self._unreported[fate, environment] += posts
+        if time.monotonic() >= self._report_at:
+            self._report_all()
+
+    def _report_all(self) -> None:
+        self._report_at = time.monotonic() + REPORT_EVERY
+        for (fate, environment), posts in self._unreported.items():
+            if posts > 0:
+                self._log_of(environment).warning("%d posts of events were %s", posts, fate)
+        self._unreported.clear()
+
+    def _log_of(self, environment: str) -> Log:
+        spec = self._spec_of(environment)
+        return environment_log(environment, "" if spec is None else spec.sdk_key.masked)
+
+
+def _packed(bodies: Sequence[bytes]) -> bytes:
+    """Return what goes upstream; a body alone stays as it is."""
+    body = bodies[0] if len(bodies) == 1 else joined(bodies)
+    return igzip.compress(body, LEVEL)

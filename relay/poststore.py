@@ -1,0 +1,525 @@
+"""The database of events that wait: posts, the batches made of them, what was seen, the rejected.
+
+Blocking and without a thread, so that `spool.py` can have one on disk and one in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import uuid
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import msgspec
+
+from relay.model.event import Endpoint, Lane, Post
+
+MAX_BATCH = 512 * 1024
+"""Bytes of the posts of one batch, unless it is one post: what upstream surely takes at once, and
+little to send again."""
+
+MAX_POSTS = 1000
+"""Posts of one batch."""
+
+REMEMBERED = 600.0
+"""Seconds for which payload ids are known, so that an SDK's own retry is not counted twice."""
+
+MAX_REMEMBERED = 1_000_000
+"""Payload ids that are known: about 30 MB of database."""
+
+MAX_QUARANTINE = 16 * 1024 * 1024
+"""Bytes of posts that upstream rejects and that are kept for people to look at."""
+
+POST_OVERHEAD = 256
+"""Bytes that a post needs beside its body."""
+
+SHRINK_PAGES = 16_000
+"""Pages of 4 KB that are given back at once: a fraction of a second."""
+
+_ROWS = 100
+"""Rows of one statement: with each statement the interpreter changes hands."""
+
+VERSION = 1
+"""Of the tables. A file with another one is left alone."""
+
+_SETTINGS = (
+    "auto_vacuum=INCREMENTAL",
+    "journal_mode=WAL",
+    "synchronous=FULL",
+    "journal_size_limit=16777216",
+    "temp_store=MEMORY",
+)
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS lanes (id INTEGER PRIMARY KEY, environment TEXT NOT NULL,
+    endpoint TEXT NOT NULL, schema INTEGER NOT NULL, tags TEXT NOT NULL, wrapper TEXT NOT NULL,
+    UNIQUE (environment, endpoint, schema, tags, wrapper));
+CREATE TABLE IF NOT EXISTS posts (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,
+    size INTEGER NOT NULL, received REAL NOT NULL, payload_id TEXT NOT NULL,
+    checksum INTEGER NOT NULL, body BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS posts_of_lane ON posts (lane);
+CREATE TABLE IF NOT EXISTS batches (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,
+    first INTEGER NOT NULL, last INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER,
+    payload_id TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS batches_of_lane ON batches (lane, first, start);
+CREATE TABLE IF NOT EXISTS seen (id INTEGER PRIMARY KEY, received INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS quarantine (id INTEGER PRIMARY KEY, size INTEGER NOT NULL,
+    environment TEXT NOT NULL, endpoint TEXT NOT NULL, schema INTEGER NOT NULL,
+    payload_id TEXT NOT NULL, received REAL NOT NULL, reason TEXT NOT NULL, body BLOB NOT NULL);
+"""
+# A batch is the posts of its lane from `first` to `last`; of a post that was too large alone, its
+# elements from `start` to `stop`. So fixing a batch does not write its posts again.
+
+_log = logging.getLogger("relay.events")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Posts of one lane that go upstream in one request; once fixed, it never changes.
+
+    Args:
+        lane: whose posts.
+        payload_id: tells upstream that it has the batch already.
+        posts: how many.
+        oldest: when the first of them came, in Unix seconds.
+        more: whether others may wait behind it since before it was fixed.
+    """
+
+    lane: Lane
+    payload_id: str
+    posts: int
+    oldest: float
+    more: bool = field(default=True, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much may wait, and how long; the oldest goes first.
+
+    Args:
+        disk: bytes on disk.
+        memory: bytes while there is no disk.
+        age: seconds that events are worth delivering.
+        diagnostic_age: the same of diagnostics.
+    """
+
+    disk: int = 1024**3
+    memory: int = 8 * 1024 * 1024
+    age: float = 7 * 86400.0
+    diagnostic_age: float = 3600.0
+
+
+class Backlog(NamedTuple):
+    """What waits in a lane when the file is opened."""
+
+    lane: Lane
+    posts: int
+    oldest: float
+
+
+class Store:
+    """The database. Its methods block, and raise `sqlite3.Error`.
+
+    Args:
+        path: of the file; `:memory:` for none.
+        capacity: bytes of posts that it may hold.
+        limits: how old they may become.
+    """
+
+    def __init__(self, path: str, capacity: int, limits: Limits) -> None:
+        self.evicted: Counter[str] = Counter()
+        """Posts that were given up, by environment, until somebody takes note."""
+        self._capacity = capacity
+        self._limits = limits
+        self._lanes: dict[Lane, int] = {}
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
+        try:
+            # We are alone: a second process is told, and readers need no shared memory.
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version not in (0, VERSION):
+                raise sqlite3.NotSupportedError("another release wrote it")  # noqa: TRY301 - as SQLite
+            for setting in _SETTINGS:
+                self._db.execute(f"PRAGMA {setting}")
+            with self.transaction():
+                for statement in _SCHEMA.split(";"):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version={VERSION}")
+            self._size = self._sum()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        """Write everything into the one file and let go of it."""
+        self._db.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Do everything inside, and make it safe; or nothing."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._lanes.clear()
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self._size = self._sum()
+            raise
+
+    def add(self, posts: Sequence[Post]) -> list[bool]:
+        """Take posts; return of each whether it is new. Its payload id may be known already."""
+        ids = [_identity(post) for post in posts]
+        known = self._known([identity for identity in ids if identity is not None])
+        new: dict[int, float] = {}
+        kept: list[Post] = []
+        verdicts = []
+        for post, identity in zip(posts, ids, strict=True):
+            verdict = identity is None or (identity not in known and identity not in new)
+            verdicts.append(verdict)
+            if verdict:
+                kept.append(post)
+                if identity is not None:
+                    new[identity] = post.received
+        self._insert("seen", "id,received", [(i, int(at)) for i, at in new.items()])
+        self._insert(
+            "posts", "lane,size,received,payload_id,checksum,body", [self._row(p) for p in kept]
+        )
+        self._size += sum(len(post.body) + POST_OVERHEAD for post in kept)
+        while self._size > self._capacity and self._evict_oldest():
+            pass
+        return verdicts
+
+    def take(self, lane: Lane) -> tuple[Batch, list[bytes]] | None:
+        """Return the next batch of a lane and its bodies, fixed now or before; None without."""
+        number = self._lane(lane)
+        more = True
+        while True:
+            found = self._fixed(number)
+            if found is None:
+                more = self._fix(lane, number)
+                found = self._fixed(number)
+            if found is None:
+                return None
+            rows = self._members(number, found)
+            damaged = [row[0] for row in rows if zlib.crc32(row[3]) != row[2]]
+            if rows and not damaged:
+                batch = Batch(lane, found[5], len(rows), rows[0][1], more)
+                return batch, _bodies(found, rows)
+            # The others keep the id: if upstream knows it, it has all of them already.
+            _log.error("The disk has damaged %d of %d posts of a batch", len(damaged), len(rows))
+            for post in damaged:
+                self.evicted[lane.environment] += self._delete(number, post, post)
+            if len(damaged) == len(rows):
+                self._remove(number, found)
+
+    def finish(self, batch: Batch) -> int | None:
+        """Forget a batch; return the posts that are done with, None if it is not known."""
+        number = self._lane(batch.lane)
+        found = self._fixed(number, batch.payload_id)
+        return None if found is None else self._remove(number, found)
+
+    def split(self, batch: Batch) -> bool | None:
+        """Fix two halves in place of a batch.
+
+        Returns:
+            Whether it has two halves; None if it is not known.
+        """
+        number = self._lane(batch.lane)
+        found = self._fixed(number, batch.payload_id)
+        if found is None:
+            return None
+        row, first, last, start, stop, payload_id = found
+        ids = [
+            i
+            for (i,) in self._db.execute(
+                "SELECT id FROM posts WHERE lane=? AND id BETWEEN ? AND ? ORDER BY id",
+                (number, first, last),
+            )
+        ]
+        halves: list[tuple[int, int, int, int | None]]
+        if not ids:
+            return False
+        if len(ids) > 1:
+            middle = len(ids) // 2
+            halves = [(first, ids[middle - 1], 0, None), (ids[middle], last, 0, None)]
+        else:
+            (body,) = self._db.execute("SELECT body FROM posts WHERE id=?", ids).fetchone()
+            parts = elements(body)
+            end = len(parts or ()) if stop is None else stop
+            if batch.lane.endpoint.diagnostic or parts is None or end - start < 2:  # noqa: PLR2004 - halves
+                return False
+            middle = (start + end) // 2
+            halves = [(first, last, start, middle), (first, last, middle, end)]
+        self._db.execute("DELETE FROM batches WHERE id=?", (row,))
+        for place, half in enumerate(halves):
+            self._insert_batch(number, half, str(uuid.uuid5(_SPLITS, f"{payload_id}/{place}")))
+        return True
+
+    def quarantine(self, batch: Batch, reason: str) -> int | None:
+        """Set a batch aside for people to look at; return its posts, None if it is not known."""
+        number = self._lane(batch.lane)
+        found = self._fixed(number, batch.payload_id)
+        if found is None:
+            return None
+        lane = batch.lane
+        for body in _bodies(found, self._members(number, found)):
+            self._db.execute(
+                "INSERT INTO quarantine (size,environment,endpoint,schema,payload_id,received,"
+                "reason,body) VALUES (?,?,?,?,?,?,?,?)",
+                (
+                    *(len(body) + POST_OVERHEAD, lane.environment, lane.endpoint.name),
+                    *(lane.schema, batch.payload_id, batch.oldest, reason, body),
+                ),
+            )
+        self._db.execute(
+            "DELETE FROM quarantine WHERE id IN (SELECT id FROM (SELECT id,"
+            " sum(size) OVER (ORDER BY id DESC) AS total FROM quarantine) WHERE total>?)",
+            (min(MAX_QUARANTINE, self._capacity),),
+        )
+        return self._remove(number, found)
+
+    def tidy(self, now: float) -> None:
+        """Remove what is too old."""
+        limits = self._limits
+        for lane, number in self._all_lanes():
+            age = limits.diagnostic_age if lane.endpoint.diagnostic else limits.age
+            while (oldest := self._oldest(number)) is not None and oldest[1] < now - age:
+                self._evict(lane.environment, number, oldest[0])
+        self._db.execute("DELETE FROM seen WHERE received<?", (now - REMEMBERED,))
+        (many,) = self._db.execute("SELECT count(*) FROM seen").fetchone()
+        if many > MAX_REMEMBERED:
+            self._db.execute(
+                "DELETE FROM seen WHERE id IN (SELECT id FROM seen ORDER BY received LIMIT ?)",
+                (many - MAX_REMEMBERED // 2,),
+            )
+        self._db.execute("DELETE FROM lanes WHERE id NOT IN (SELECT lane FROM posts)")
+        self._lanes.clear()
+
+    def shrink(self) -> None:
+        """Give unused pages back to the disk, some at a time; not within a transaction."""
+        self._db.executescript(f"PRAGMA incremental_vacuum({SHRINK_PAGES})")
+
+    def backlog(self) -> list[Backlog]:
+        """Return the lanes in which something waits."""
+        found = []
+        for lane, number in self._all_lanes():
+            oldest = self._oldest(number)
+            if oldest is not None:
+                (posts,) = self._db.execute(
+                    "SELECT count(*) FROM posts WHERE lane=?", (number,)
+                ).fetchone()
+                found.append(Backlog(lane, posts, oldest[1]))
+        return found
+
+    def receive(self, other: Store) -> None:
+        """Take all that another store has: posts, batches, what was seen, what is set aside."""
+        (offset,) = self._db.execute("SELECT coalesce(max(id),0) FROM posts").fetchone()
+        numbers = {number: self._lane(lane) for lane, number in other._all_lanes()}
+        read = other._db.execute
+        for i, lane, *post in read(
+            "SELECT id,lane,size,received,payload_id,checksum,body FROM posts ORDER BY id"
+        ):
+            self._db.execute(
+                "INSERT INTO posts VALUES (?,?,?,?,?,?,?)", (i + offset, numbers[lane], *post)
+            )
+        for lane, first, last, start, stop, payload_id in read(
+            "SELECT lane,first,last,start,stop,payload_id FROM batches"
+        ):
+            moved = (first + offset, last + offset, start, stop)
+            self._insert_batch(numbers[lane], moved, payload_id)
+        for seen in read("SELECT id,received FROM seen"):
+            self._db.execute("INSERT OR REPLACE INTO seen VALUES (?,?)", seen)
+        columns = "size,environment,endpoint,schema,payload_id,received,reason,body"
+        for row in read(f"SELECT {columns} FROM quarantine ORDER BY id"):  # noqa: S608 - ours
+            self._db.execute(
+                f"INSERT INTO quarantine ({columns}) VALUES (?,?,?,?,?,?,?,?)",  # noqa: S608 - ours
+                row,
+            )
+        self._size = self._sum()
+
+    def _row(self, post: Post) -> tuple[Any, ...]:
+        body, size = post.body, len(post.body) + POST_OVERHEAD
+        return (
+            *(self._lane(post.lane), size, post.received, post.payload_id),
+            *(zlib.crc32(body), body),
+        )
+
+    def _known(self, ids: Sequence[int]) -> set[int]:
+        known: set[int] = set()
+        for chunk in _chunks(ids):
+            marks = ",".join("?" * len(chunk))
+            rows = self._db.execute(f"SELECT id FROM seen WHERE id IN ({marks})", chunk)  # noqa: S608 - marks
+            known.update(i for (i,) in rows.fetchall())
+        return known
+
+    def _insert(self, table: str, columns: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        for chunk in _chunks(rows):
+            one = f"({','.join('?' * len(chunk[0]))})"
+            marks = ",".join([one] * len(chunk))
+            values = [value for row in chunk for value in row]
+            self._db.execute(f"INSERT INTO {table} ({columns}) VALUES {marks}", values)  # noqa: S608 - ours
+
+    def _insert_batch(
+        self, number: int, members: tuple[int, int, int, int | None], payload_id: str
+    ) -> None:
+        self._db.execute(
+            "INSERT INTO batches (lane,first,last,start,stop,payload_id) VALUES (?,?,?,?,?,?)",
+            (number, *members, payload_id),
+        )
+
+    def _lane(self, lane: Lane) -> int:
+        number = self._lanes.get(lane)
+        if number is None:
+            key = (lane.environment, lane.endpoint.name, lane.schema, lane.tags, lane.wrapper)
+            self._db.execute(
+                "INSERT OR IGNORE INTO lanes (environment,endpoint,schema,tags,wrapper)"
+                " VALUES (?,?,?,?,?)",
+                key,
+            )
+            (number,) = self._db.execute(
+                "SELECT id FROM lanes WHERE environment=? AND endpoint=? AND schema=? AND tags=?"
+                " AND wrapper=?",
+                key,
+            ).fetchone()
+            self._lanes[lane] = number
+        return int(number)
+
+    def _all_lanes(self) -> list[tuple[Lane, int]]:
+        rows = self._db.execute("SELECT environment,endpoint,schema,tags,wrapper,id FROM lanes")
+        return [
+            (Lane(environment, Endpoint[endpoint], schema, tags, wrapper), number)
+            for environment, endpoint, schema, tags, wrapper, number in rows.fetchall()
+        ]
+
+    def _members(self, number: int, batch: Any) -> list[Any]:
+        return self._db.execute(
+            "SELECT id,received,checksum,body FROM posts WHERE lane=? AND id BETWEEN ? AND ?"
+            " ORDER BY id",
+            (number, batch[1], batch[2]),
+        ).fetchall()
+
+    def _fixed(self, number: int, payload_id: str | None = None) -> Any:
+        """Return the first batch of a lane, or the one with this id."""
+        return self._db.execute(
+            "SELECT id,first,last,start,stop,payload_id FROM batches WHERE lane=?"
+            " AND payload_id=coalesce(?,payload_id) ORDER BY first,start LIMIT 1",
+            (number, payload_id),
+        ).fetchone()
+
+    def _fix(self, lane: Lane, number: int) -> bool:
+        """Make a batch of the oldest posts of a lane without one; return whether it has more."""
+        most = 1 if lane.endpoint.diagnostic else MAX_POSTS
+        posts = self._db.execute(
+            "SELECT id,size-?,payload_id FROM posts WHERE lane=? ORDER BY id LIMIT ?",
+            (POST_OVERHEAD, number, most + 1),
+        ).fetchall()
+        if not posts:
+            return False
+        members = posts[: fitting([size for _, size, _ in posts[:most]])]
+        alone = len(members) == 1 and members[0][2]
+        payload_id = members[0][2] if alone else str(uuid.uuid4())
+        self._insert_batch(number, (members[0][0], members[-1][0], 0, None), payload_id)
+        return len(members) < len(posts)
+
+    def _remove(self, number: int, batch: Any) -> int:
+        """Remove a batch, and its posts unless parts of them wait still; return how many."""
+        row, first, last, *_ = batch
+        self._db.execute("DELETE FROM batches WHERE id=?", (row,))
+        waiting = self._db.execute(
+            "SELECT 1 FROM batches WHERE lane=? AND first<=? AND last>=?", (number, last, first)
+        ).fetchone()
+        return 0 if waiting else self._delete(number, first, last)
+
+    def _delete(self, number: int, first: int, last: int) -> int:
+        sizes = self._db.execute(
+            "DELETE FROM posts WHERE lane=? AND id BETWEEN ? AND ? RETURNING size",
+            (number, first, last),
+        ).fetchall()
+        self._size -= sum(size for (size,) in sizes)
+        return len(sizes)
+
+    def _oldest(self, number: int) -> tuple[int, float] | None:
+        found: tuple[int, float] | None = self._db.execute(
+            "SELECT id,received FROM posts WHERE lane=? ORDER BY id LIMIT 1", (number,)
+        ).fetchone()
+        return found
+
+    def _evict_oldest(self) -> bool:
+        found = self._db.execute(
+            "SELECT posts.id,lane,environment FROM posts JOIN lanes ON lanes.id=lane"
+            " ORDER BY posts.id LIMIT 1"
+        ).fetchone()
+        if found is None:
+            return False
+        self._evict(found[2], found[1], found[0])
+        return True
+
+    def _evict(self, environment: str, number: int, post: int) -> None:
+        """Give up the oldest post of a lane, and its whole batch: a batch never changes."""
+        (last,) = self._db.execute(
+            "SELECT coalesce(max(last),?) FROM batches WHERE lane=? AND first<=?",
+            (post, number, post),
+        ).fetchone()
+        self._give_up(environment, number, post, last)
+
+    def _give_up(self, environment: str, number: int, first: int, last: int) -> None:
+        self._db.execute("DELETE FROM batches WHERE lane=? AND last<=?", (number, last))
+        self.evicted[environment] += self._delete(number, first, last)
+
+    def _sum(self) -> int:
+        (size,) = self._db.execute("SELECT coalesce(sum(size),0) FROM posts").fetchone()
+        return int(size)
+
+
+_SPLITS = uuid.UUID("6b0f5f0e-3c56-4d0e-9c1e-6a1f8f2f7a54")
+"""Names of halves are derived below it: the same halves have the same ids, whoever splits."""
+
+
+def fitting(sizes: Sequence[int]) -> int:
+    """Return how many of the first posts go into one batch: at least one."""
+    total = 0
+    for count, size in enumerate(sizes):
+        total += size
+        if total > MAX_BATCH:
+            return max(count, 1)
+    return len(sizes)
+
+
+def elements(body: bytes) -> list[bytes] | None:
+    """Return the texts of the elements of an array; None if it is not one."""
+    try:
+        return [bytes(raw) for raw in msgspec.json.decode(body, type=list[msgspec.Raw])]
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _bodies(batch: Any, members: Sequence[Any]) -> list[bytes]:
+    start, stop = batch[3], batch[4]
+    if stop is None:
+        return [row[3] for row in members]
+    return [_array((elements(row[3]) or [])[start:stop]) for row in members]
+
+
+def _array(parts: Sequence[bytes]) -> bytes:
+    return b"[" + b",".join(parts) + b"]"
+
+
+def _identity(post: Post) -> int | None:
+    """Return what is remembered of a payload id; SDKs of two environments do not share ids."""
+    if not post.payload_id:
+        return None
+    text = f"{post.lane.environment}\0{post.lane.endpoint.name}\0{post.payload_id}"
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _chunks(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(rows), _ROWS):
+        yield rows[start : start + _ROWS]

@@ -1,0 +1,311 @@
+"""Where accepted events wait for their delivery: on disk, so that they survive us, or in memory.
+
+One thread owns the database. Whatever gathers while it works goes into its next transaction: one
+synchronisation of the disk makes many posts safe. While the disk does not work, a database in
+memory takes its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import queue
+import sqlite3
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from relay.errors import StoreUnavailable
+from relay.model.event import Lane, Post
+from relay.poststore import Backlog, Batch, Limits, Store
+
+GATHER = 0.003
+"""Seconds in which posts gather for one transaction, where the last one had several."""
+
+TIDY_EVERY = 60.0
+"""Seconds between two removals of what is too old."""
+
+CLOSE_LIMIT = 5.0
+"""Seconds that the last transaction has at the end; a disk that hangs does not hold us up."""
+
+MAX_LATER = 10_000
+"""Changes of batches that wait for the disk. A batch whose end is forgotten is sent again under its
+id, so nothing is lost or counted twice by it."""
+
+MAX_QUEUED = 64 * 1024 * 1024
+"""Bytes of posts that are not safe yet: more means that the disk hangs, and SDKs must be told."""
+
+_log = logging.getLogger("relay.events")
+
+
+@dataclass(slots=True)
+class _Job:
+    """Something to do in the next transaction: a post to add, or a call with the store."""
+
+    work: Post | Callable[[Store], Any]
+    done: asyncio.Future[Any]
+    value: Any = None
+    error: Exception | None = None
+
+
+class Spool:
+    """The store and the thread that owns it. All methods belong to one event loop.
+
+    Args:
+        directory: where the file is; None for memory only.
+        limits: how much may wait.
+        retry: seconds between attempts while the disk does not work.
+    """
+
+    def __init__(self, directory: Path | None, limits: Limits, retry: float = 10.0) -> None:
+        self.on_evicted: Callable[[Counter[str]], None] = lambda _: None
+        """Called in the event loop with the posts that were given up, by environment."""
+        self.on_backlog: Callable[[list[Backlog]], None] = lambda _: None
+        """Called in the event loop with all that waits, each time the file has been opened."""
+        self.trouble: str | None = None
+        """Why the disk does not work; None while it does, or if there is none."""
+        self._path = None if directory is None else directory / "events.db"
+        self._limits = limits
+        self._retry = retry
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._queued = 0
+        self._memory = Store(":memory:", limits.memory, limits)
+        self._disk: Store | None = None
+        self._later: deque[Callable[[Store], Any]] = deque(maxlen=MAX_LATER)
+        """What is to be done to the disk's store when it works again."""
+        self._try_at = 0.0
+        self._tidy_at = time.monotonic() + TIDY_EVERY
+        self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
+
+    @property
+    def durable(self) -> bool:
+        """Whether what is accepted now survives the end of this process."""
+        return self._disk is not None
+
+    async def open(self) -> None:
+        """Begin to work, with the disk if it works."""
+        self._loop = asyncio.get_running_loop()
+        self._closed = self._loop.create_future()
+        self._thread.start()
+        await self._do(Store.backlog)
+
+    async def close(self) -> None:
+        """Do what has been asked for, for a bounded time, and let go of the file."""
+        self._jobs.put(None)
+        await asyncio.wait({self._closed}, timeout=CLOSE_LIMIT)
+
+    def append(self, post: Post) -> asyncio.Future[bool]:
+        """Take a post.
+
+        Returns:
+            Resolves when the post is safe, with whether it was new.
+
+        Raises:
+            StoreUnavailable: too many wait for a disk that hangs.
+        """
+        if self._queued + len(post.body) > MAX_QUEUED:
+            raise StoreUnavailable("the disk does not take events fast enough")
+        self._queued += len(post.body)
+        return self._do(post)
+
+    async def take(self, lane: Lane) -> tuple[Batch, list[bytes]] | None:
+        """Return the next batch of a lane and its bodies; None if nothing waits.
+
+        The batch is in the spool, and the same again until it is finished, split or quarantined.
+        """
+        taken: tuple[Batch, list[bytes]] | None = await self._do(lambda store: store.take(lane))
+        return taken
+
+    async def finish(self, batch: Batch) -> int | None:
+        """Forget a batch; return the posts that are done with, None if they were evicted."""
+        work = lambda store: store.finish(batch)  # noqa: E731 - one of three alike
+        done: int | None = await self._change(work, batch.posts)
+        return done
+
+    async def split(self, batch: Batch) -> bool:
+        """Put two halves in the place of a batch; return whether it has two."""
+        return bool(await self._change(lambda store: store.split(batch), True))
+
+    async def quarantine(self, batch: Batch, reason: str) -> int:
+        """Set a batch aside; return its posts."""
+        work = lambda store: store.quarantine(batch, reason)  # noqa: E731 - one of three alike
+        return int(await self._change(work, batch.posts) or 0)
+
+    def _change(self, work: Callable[[Store], Any], otherwise: Any) -> asyncio.Future[Any]:
+        """Change a batch, later if it is on a disk that does not work; then return `otherwise`."""
+
+        def change(store: Store) -> Any:
+            result = work(store)
+            if result is not None:
+                return result
+            if self._disk is None and self._path is not None:
+                self._later.append(work)
+                return otherwise
+            return None  # it was evicted meanwhile
+
+        return self._do(change)
+
+    def _do(self, work: Post | Callable[[Store], Any]) -> asyncio.Future[Any]:
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._jobs.put(_Job(work, done))
+        return done
+
+    def _run(self) -> None:
+        """Do everything that is asked for, in the thread, until the end."""
+        several, ended = False, False
+        while not ended:
+            jobs, ended = self._next_jobs(gather=several)
+            several = len(jobs) > 1
+            if ended:
+                self._try_at = 0.0  # the last chance
+            try:
+                self._mend()
+                self._perform(jobs)
+            except Exception as e:  # noqa: BLE001 - a defect of ours must reach those who wait
+                for job in jobs:
+                    job.error = e
+            self._in_loop(self._settle, jobs, self._evictions())
+        lost = sum(left.posts for left in self._memory.backlog())
+        if lost:
+            _log.warning("%d posts of events could not be delivered and are lost", lost)
+        for store in (self._disk, self._memory):
+            if store is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    store.close()
+        self._in_loop(self._closed.set_result, None)
+
+    def _next_jobs(self, *, gather: bool) -> tuple[list[_Job], bool]:
+        """Wait for something to do; return all of it, and whether it is the last."""
+        jobs: list[_Job] = []
+        due = self._tidy_at if self.trouble is None else min(self._tidy_at, self._try_at)
+        try:
+            job = self._jobs.get(timeout=max(0.0, due - time.monotonic()))
+            if gather:
+                time.sleep(GATHER)
+            while job is not None:
+                jobs.append(job)
+                job = self._jobs.get_nowait()
+        except queue.Empty:
+            return jobs, False
+        return jobs, True
+
+    def _perform(self, jobs: Sequence[_Job]) -> None:
+        """Do all jobs in one transaction; in memory if the disk fails."""
+        tidy = time.monotonic() >= self._tidy_at
+        if tidy:
+            self._tidy_at = time.monotonic() + TIDY_EVERY
+        if not jobs and not tidy:
+            return
+        try:
+            self._transact(self._disk or self._memory, jobs, tidy=tidy)
+        except sqlite3.Error as e:
+            if self._disk is None:
+                raise
+            self._begin_trouble(e)
+            self._transact(self._memory, jobs, tidy=tidy)
+
+    def _transact(self, store: Store, jobs: Sequence[_Job], *, tidy: bool) -> None:
+        with store.transaction():
+            if tidy:
+                store.tidy(time.time())
+            posts = [job for job in jobs if isinstance(job.work, Post)]
+            verdicts = store.add([job.work for job in posts if isinstance(job.work, Post)])
+            for job, verdict in zip(posts, verdicts, strict=True):
+                job.value = verdict
+            for job in jobs:
+                if not isinstance(job.work, Post):
+                    job.value = job.work(store)
+        if tidy:
+            store.shrink()
+
+    def _mend(self) -> None:
+        """Open the file if it is not open and the time has come; what is in memory moves there."""
+        if self._path is None or self._disk is not None or time.monotonic() < self._try_at:
+            return
+        disk = None
+        try:
+            _prepare(self._path)
+            disk = Store(str(self._path), self._limits.disk, self._limits)
+            with disk.transaction():
+                for work in self._later:
+                    work(disk)
+                disk.receive(self._memory)
+                backlog = disk.backlog()
+        except (OSError, sqlite3.Error) as e:
+            if disk is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    disk.close()
+            self._begin_trouble(e)
+            return
+        self._disk = disk
+        self._later.clear()
+        self._memory.close()
+        self._memory = Store(":memory:", self._limits.memory, self._limits)
+        self._in_loop(self._loop.call_soon, self.on_backlog, backlog)  # likewise
+        if self.trouble is not None:
+            _log.info("Events are kept on disk again")
+        self.trouble = None
+
+    def _begin_trouble(self, error: Exception) -> None:
+        """Continue in memory, and say so once."""
+        disk, self._disk = self._disk, None
+        self._try_at = time.monotonic() + self._retry
+        if disk is not None:
+            with contextlib.suppress(sqlite3.Error):
+                disk.close()
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        if isinstance(error, sqlite3.DatabaseError) and _is_damage(error) and self._path:
+            self._set_aside(self._path)
+        if self.trouble is None:
+            text = "Events are kept in memory only, up to %d bytes: %s: %s; trying again every %g s"
+            _log.warning(text, self._limits.memory, self._path, reason, self._retry)
+        self.trouble = reason or type(error).__name__
+
+    def _set_aside(self, path: Path) -> None:
+        _log.error("%s is damaged and set aside as %s.damaged", path, path.name)
+        self._try_at = 0.0
+        for suffix in ("-wal", "-shm", ""):
+            with contextlib.suppress(OSError):
+                Path(f"{path}{suffix}").replace(f"{path}.damaged{suffix}")
+
+    def _evictions(self) -> Counter[str]:
+        evicted: Counter[str] = Counter()
+        for store in (self._disk, self._memory):
+            if store is not None:
+                evicted += store.evicted
+                store.evicted.clear()
+        return evicted
+
+    def _settle(self, jobs: Sequence[_Job], evicted: Counter[str]) -> None:
+        for job in jobs:
+            if isinstance(job.work, Post):
+                self._queued -= len(job.work.body)
+            if job.done.done():
+                continue
+            if job.error is None:
+                job.done.set_result(job.value)
+            else:
+                job.done.set_exception(job.error)
+        if evicted:
+            self._loop.call_soon(self.on_evicted, evicted)  # after what the results lead to
+
+    def _in_loop(self, call: Callable[..., object], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended without us
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+
+def _prepare(path: Path) -> None:
+    """Make the directory and the file, for us alone: events hold what contexts hold."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)

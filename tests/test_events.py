@@ -1,0 +1,669 @@
+"""The forwarder: accepted once, delivered once, in order, and nobody waits for another's trouble."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.events import Forwarder, Pace, Retries, Step, headers, next_step, target
+from relay.model.credential import EnvironmentID, MobileKey, SDKKey
+from relay.model.environment import EnvironmentSpec
+from relay.model.event import Endpoint, Lane, Post
+from relay.poststore import MAX_BATCH, Limits
+from relay.spool import Spool
+from relay.upstream import USER_AGENT, Upstream
+from tests.support import upstream as answers
+from tests.support.upstream import PATIENCE, ScriptedUpstream
+
+ROOT = Path(__file__).parent.parent
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
+"""How often a relay is killed; at night more often."""
+KEY, MOBILE = "sdk-prod", "mob-prod"
+SPEC = EnvironmentSpec("prod", SDKKey(KEY), MobileKey(MOBILE), EnvironmentID("id-prod"))
+BARE = EnvironmentSpec("bare", SDKKey("sdk-bare"))
+LANE = Lane("prod", Endpoint.BULK, 4)
+LIMITS = Limits(memory=16 << 20)
+FAST = Pace(
+    flush_interval=0.02,
+    between=0.0,
+    timeout=0.2,
+    drain=0.5,
+    retries=Retries(first=0.01, longest=0.05, refused=0.02, longest_refused=0.04),
+)
+LAZY = Pace(flush_interval=3600.0, drain=1.0, retries=FAST.retries)
+
+
+def post(number=0, lane=LANE, payload_id=None):
+    given_id = f"id-{number}" if payload_id is None else payload_id
+    return Post(lane, given_id, b"[%d]" % number, time.time())
+
+
+@contextlib.asynccontextmanager
+async def forwarding(url, *, pace=FAST, specs=(SPEC, BARE), directory=None):
+    """A forwarder that runs; it drains and ends when left."""
+    known = {spec.name: spec for spec in specs}
+    spool = Spool(directory, LIMITS, 0.01)
+    async with Upstream() as upstream:
+        forwarder = Forwarder(spool, upstream, url, known.get, pace)
+        running = asyncio.create_task(forwarder.run())
+        try:
+            yield forwarder
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
+@pytest.fixture
+async def upstream():
+    async with ScriptedUpstream() as scripted:
+        yield scripted
+
+
+async def settled(forwarder, environment="prod"):
+    """Wait until nothing of an environment waits any more."""
+    async with asyncio.timeout(PATIENCE):
+        while forwarder.figures(environment).waiting or forwarder.oldest(environment) is not None:
+            await forwarder.spool._do(lambda _: None)
+            await asyncio.sleep(0)
+
+
+def events(posts):
+    return [event for each in posts for event in each.events]
+
+
+# Pure decisions
+
+
+@pytest.mark.parametrize(
+    ("status", "posts", "failures", "step"),
+    [
+        *((status, 3, 0, Step.DONE) for status in (200, 202, 204)),
+        *((status, 3, 0, Step.AGAIN) for status in (None, 301, 307, 407, 408, 429, 500, 503, 599)),
+        *((status, 3, 0, Step.REFUSED) for status in (401, 402, 403, 404, 405, 410, 418)),
+        *((413, posts, failures, Step.SPLIT) for posts in (1, 3) for failures in (0, 1)),
+        *((400, posts, 0, Step.AGAIN) for posts in (1, 3)),
+        (400, 3, 1, Step.SPLIT),
+        (400, 1, 1, Step.REJECT),
+    ],
+)
+def test_what_follows_an_answer(status, posts, failures, step):
+    """What may pass is tried again; only what is proven bad is set aside."""
+    assert next_step(status, posts, failures) is step
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "path", "key"),
+    [
+        (Endpoint.BULK, "/bulk", KEY),
+        (Endpoint.MOBILE, "/mobile", MOBILE),
+        (Endpoint.CLIENT_SIDE, "/events/bulk/id-prod", None),
+        (Endpoint.BULK_DIAGNOSTIC, "/diagnostic", KEY),
+        (Endpoint.MOBILE_DIAGNOSTIC, "/mobile/events/diagnostic", MOBILE),
+        (Endpoint.CLIENT_SIDE_DIAGNOSTIC, "/events/diagnostic/id-prod", None),
+    ],
+)
+def test_where_posts_go_and_with_which_key(endpoint, path, key):
+    """Each kind of credential has its path; the client-side ID is no key."""
+    said = {} if key is None else {"Authorization": key}
+    assert target(Lane("prod", endpoint), SPEC) == (path, said)
+    assert target(Lane("prod", endpoint), None) is None
+    server = endpoint in (Endpoint.BULK, Endpoint.BULK_DIAGNOSTIC)
+    assert (target(Lane("bare", endpoint), BARE) is not None) is server
+
+
+def test_only_known_headers_are_said():
+    """Schema and id of analytics; tags and wrapper where an SDK gave them; of diagnostics none."""
+    usual = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    assert headers(Lane("e", Endpoint.MOBILE, 3), "i") == usual | {
+        "X-LaunchDarkly-Event-Schema": "3",
+        "X-LaunchDarkly-Payload-ID": "i",
+    }
+    full = headers(Lane("e", Endpoint.BULK, 4, "a/b", "w/1"), "i")
+    assert (full["X-LaunchDarkly-Tags"], full["X-LaunchDarkly-Wrapper"]) == ("a/b", "w/1")
+    assert headers(Lane("e", Endpoint.BULK_DIAGNOSTIC), "i") == usual
+
+
+@given(st.integers(0, 10_000), st.floats(0, 1, exclude_max=True))
+def test_delays_grow_to_a_bound(failures, chance):
+    """From a second to five minutes; after refusals from five minutes to an hour."""
+    for refused, shortest, longest in ((False, 1, 300), (True, 300, 3600)):
+        delay = Retries().delay(failures, chance, refused=refused)
+        assert shortest / 2 < delay <= longest
+        assert delay <= Retries().delay(failures + 1, chance, refused=refused)
+    assert Retries().delay(20, 0.0) == 300
+    assert [Retries().delay(n, 0.0, refused=True) for n in range(5)] == [300, 600, 1200, 2400, 3600]
+
+
+# Delivery
+
+
+async def test_posts_of_a_lane_arrive_together_and_in_order(upstream):
+    """One request for what gathers, compressed, with its length, and nothing of the SDK's."""
+    async with forwarding(upstream.url) as forwarder:
+        await asyncio.gather(*(forwarder.accept(post(n)) for n in range(50)))
+        await upstream.took(50)
+        await settled(forwarder)
+        assert forwarder.oldest("prod") is None
+        figures = forwarder.figures("prod")
+    (only,) = upstream.posts
+    assert only.events == list(range(50))
+    assert only.path == "/bulk"
+    sent = dict(only.headers)
+    assert sent.pop("Content-Length").isdigit()
+    assert len(sent.pop("X-LaunchDarkly-Payload-ID")) == 36
+    assert sent == {
+        "Host": upstream.url.removeprefix("http://"),
+        "User-Agent": USER_AGENT,
+        "Accept-Encoding": "gzip",
+        "Content-Type": "application/json",
+        "Content-Encoding": "gzip",
+        "X-LaunchDarkly-Event-Schema": "4",
+        "Authorization": KEY,
+    }
+    assert (figures.received, figures.forwarded, figures.waiting) == (50, 50, 0)
+
+
+async def test_a_post_alone_goes_on_as_it_came(upstream):
+    """With the SDK's id and its very bytes."""
+    body = b' [ {"f": 1.0, "big": 12345678901234567890, "s": "<&>\\u2028"} ] '
+    async with forwarding(upstream.url) as forwarder:
+        await forwarder.accept(Post(LANE, "the-id", body, time.time()))
+        await upstream.took()
+    assert upstream.posts[0].body == body
+    assert upstream.posts[0].payload_id == "the-id"
+
+
+async def test_lanes_are_never_mixed(upstream):
+    """Endpoint, schema, tags and wrapper each make a lane of their own."""
+    lanes = [
+        *(LANE, LANE._replace(schema=3), LANE._replace(tags="a/b"), LANE._replace(wrapper="w")),
+        *(LANE._replace(endpoint=Endpoint.MOBILE), LANE._replace(endpoint=Endpoint.CLIENT_SIDE)),
+    ]
+    async with forwarding(upstream.url) as forwarder:
+        for n in range(3):
+            for place, lane in enumerate(lanes):
+                await forwarder.accept(post(10 * place + n, lane))
+        await upstream.took(18)
+        await settled(forwarder)
+    for place, _ in enumerate(lanes):
+        own = [e for e in events(upstream.accepted) if e // 10 == place]
+        assert own == [10 * place + n for n in range(3)]
+    for each in upstream.posts:
+        assert len({event // 10 for event in each.events}) == 1
+    client_side = [p for p in upstream.posts if p.path == "/events/bulk/id-prod"]
+    assert client_side
+    assert not any("Authorization" in p.headers for p in client_side)
+
+
+async def test_diagnostics_go_one_by_one_and_verbatim(upstream):
+    """Whatever they hold."""
+    lane = Lane("prod", Endpoint.MOBILE_DIAGNOSTIC)
+    async with forwarding(upstream.url) as forwarder:
+        for text in (b'{"kind": "diagnostic-init"}', b"hello"):
+            await forwarder.accept(Post(lane, "", text, time.time()))
+        await upstream.posted(2)
+    assert [p.body for p in upstream.posts] == [b'{"kind": "diagnostic-init"}', b"hello"]
+    assert {(p.path, p.headers["Authorization"]) for p in upstream.posts} == {
+        ("/mobile/events/diagnostic", MOBILE)
+    }
+    assert not any("X-LaunchDarkly-Payload-ID" in p.headers for p in upstream.posts)
+
+
+async def test_an_sdks_retry_is_counted_once(upstream):
+    """The same payload id again is accepted and not passed on."""
+    async with forwarding(upstream.url) as forwarder:
+        assert await forwarder.accept(post(1)) is True
+        assert await forwarder.accept(post(1)) is False
+        await settled(forwarder)
+        assert await forwarder.accept(post(1)) is False
+        await forwarder.accept(post(2))
+        await upstream.took(2)
+        figures = forwarder.figures("prod")
+        assert (figures.received, figures.duplicates) == (4, 2)
+    assert events(upstream.posts) == [1, 2]
+
+
+async def test_a_full_lane_does_not_wait(upstream):
+    """As soon as there is a batch's worth it goes."""
+    half = b'["' + b"x" * (MAX_BATCH // 2) + b'"]'
+    async with forwarding(upstream.url, pace=LAZY) as forwarder:
+        await forwarder.accept(Post(LANE, "1", half, time.time()))
+        await forwarder.accept(Post(LANE, "2", half, time.time()))
+        await upstream.posted()
+
+
+async def test_steady_traffic_goes_in_batches(upstream):
+    """The interval is kept between batches, too: few requests for many posts."""
+    pace = Pace(flush_interval=0.1, between=0.0, drain=0.5)
+    async with forwarding(upstream.url, pace=pace) as forwarder:
+        until = time.monotonic() + 0.55
+        n = 0
+        while time.monotonic() < until:
+            await forwarder.accept(post(n))
+            n += 1
+            await asyncio.sleep(0.001)
+    assert events(upstream.posts) == list(range(n))
+    assert 2 <= len(upstream.posts) <= 8
+
+
+async def test_who_hangs_up_leaves_the_post(upstream):
+    """A request that is cancelled while its post becomes safe takes nothing back."""
+    async with forwarding(upstream.url) as forwarder:
+        waiting = asyncio.ensure_future(forwarder.accept(post(1)))
+        waiting.cancel()
+        await upstream.took(1)
+    assert events(upstream.posts) == [1]
+
+
+async def test_upstreams_clock_is_known(upstream):
+    """Debug events end by it."""
+    async with forwarding(upstream.url) as forwarder:
+        assert forwarder.server_time("prod") == 0.0
+        await forwarder.accept(post(1))
+        await settled(forwarder)
+        assert abs(forwarder.server_time("prod") - time.time()) < 5
+
+
+async def test_events_go_through_the_proxy_too(upstream):
+    """As everything that goes upstream does."""
+    async with Upstream(proxy=upstream.url) as proxied:
+        forwarder = Forwarder(
+            Spool(None, LIMITS), proxied, "http://events.example/base/", lambda _: SPEC, FAST
+        )
+        running = asyncio.create_task(forwarder.run())
+        await forwarder.accept(post(1))
+        await upstream.took(1)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    assert upstream.posts[0].path == "/base/bulk"
+    assert upstream.posts[0].headers["Host"] == "events.example"
+
+
+async def test_the_age_of_what_waits_is_known(upstream):
+    """Of the oldest post, also when others came while a batch was on its way."""
+    gate = asyncio.Event()
+
+    async def when_told(_):
+        await gate.wait()
+        return answers.web.Response(status=202)
+
+    upstream.script(KEY, when_told)
+    pace = Pace(flush_interval=0.05, drain=0.5)
+    async with forwarding(upstream.url, pace=pace) as forwarder:
+        first, second = post(1), post(2)
+        await forwarder.accept(first)
+        assert forwarder.oldest("prod") == first.received
+        await upstream.posted(1)
+        await forwarder.accept(second)
+        assert forwarder.oldest("prod") == first.received
+        gate.set()
+        async with asyncio.timeout(PATIENCE):
+            while forwarder.figures("prod").waiting == 2:
+                await forwarder.spool._do(lambda _: None)
+        assert forwarder.oldest("prod") == second.received
+        await settled(forwarder)
+
+
+# Trouble
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        *(answers.status(code) for code in (400, 401, 403, 404, 408, 429, 500, 503)),
+        answers.redirect("/elsewhere"),
+        *(answers.stall, answers.hang_up, answers.slowly(1)),
+    ],
+    ids=["400", "401", "403", "404", "408", "429", "500", "503", "307", "stall", "reset", "slow"],
+)
+async def test_what_may_pass_is_tried_again_as_the_same_batch(upstream, failure, caplog):
+    """The same members under the same id, though others have come; said once when it begins, ends."""
+    with caplog.at_level(logging.INFO, "relay"):
+        async with forwarding(upstream.url) as forwarder:
+            upstream.script(KEY, failure)
+            await asyncio.gather(*(forwarder.accept(post(n)) for n in range(3)))
+            await upstream.posted(1)
+            await forwarder.accept(post(3))
+            await upstream.took(4)
+            await settled(forwarder)
+            assert forwarder.figures("prod").retried == 1
+    first, again, *rest = upstream.posts
+    assert (again.body, again.payload_id) == (first.body, first.payload_id)
+    assert events([again, *rest]) == [0, 1, 2, 3]
+    said = [r.getMessage() for r in caplog.records if r.name == "relay.env.prod"]
+    if first.status == 400:
+        assert said == [], "a batch's own trouble is told when its post is found"
+    else:
+        assert said[0].startswith("Events for /bulk cannot be delivered: ")
+        assert said[1:] == ["Events for /bulk are delivered again"]
+    assert KEY not in caplog.text
+
+
+async def test_a_refused_key_is_never_given_up(upstream, caplog):
+    """It is tried again for ever, and said once."""
+    upstream.always(KEY, answers.status(401))
+    async with forwarding(upstream.url) as forwarder:
+        await forwarder.accept(post(1))
+        await upstream.posted(6)
+        upstream.always(KEY, None)
+        await upstream.took(1)
+    assert caplog.text.count("HTTP error 401") == 1
+    assert len({p.payload_id for p in upstream.posts}) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "patient"),
+    [
+        *(("3600", True), ("Fri, 01 Jan 2100 00:00:00 GMT", True), ("1" * 30, False)),
+        *(("soon", False), ("Fri, 01 Jan 2010 00:00:00 GMT", False), ("-5", False)),
+    ],
+)
+async def test_upstream_may_ask_for_patience(upstream, asked, patient):
+    """Retry-After counts, as seconds and as a date, within our own bounds."""
+    pace = Pace(0.01, retries=Retries(first=0.01, longest=0.3))
+    async with forwarding(upstream.url, pace=pace) as forwarder:
+        upstream.script(KEY, answers.status(429, **{"Retry-After": asked}))
+        await forwarder.accept(post(1))
+        await upstream.posted(1)
+        began = time.monotonic()
+        await upstream.took(1)
+    waited = time.monotonic() - began
+    assert (waited > 0.28) is patient
+    assert waited < 2
+
+
+@pytest.mark.parametrize("poison", range(7))
+async def test_a_poisonous_post_is_found_and_blocks_nobody(upstream, poison, caplog):
+    """Only it goes to quarantine; the others arrive once and in order."""
+    upstream.always(KEY, answers.rejecting(b"%d" % (100 + poison)))
+    async with forwarding(upstream.url) as forwarder:
+        await asyncio.gather(*(forwarder.accept(post(100 + n)) for n in range(7)))
+        await settled(forwarder)
+        figures = forwarder.figures("prod")
+        assert (figures.forwarded, figures.quarantined, figures.waiting) == (6, 1, 0)
+        kept = await forwarder.spool._do(
+            lambda store: store._db.execute("SELECT body,reason FROM quarantine").fetchall()
+        )
+    assert kept == [(b"[%d]" % (100 + poison), "HTTP error 400")]
+    assert events(upstream.accepted) == [100 + n for n in range(7) if n != poison]
+    assert "1 posts of events were set aside" in caplog.text
+
+
+async def test_what_is_too_large_is_halved(upstream):
+    """By posts, then by elements; what is too large alone is set aside. All else arrives once."""
+    upstream.always(KEY, answers.at_most(40))
+    elements = [f'"{n:010}"' for n in range(10)]
+    big = Post(LANE, "big", f"[{','.join(elements)}]".encode(), time.time())
+    monster = Post(LANE, "monster", b'["' + b"m" * 100 + b'"]', time.time())
+    async with forwarding(upstream.url) as forwarder:
+        await asyncio.gather(*map(forwarder.accept, [post(1), big, monster, post(2)]))
+        await settled(forwarder)
+        figures = forwarder.figures("prod")
+        assert (figures.forwarded, figures.quarantined) == (3, 1)
+    assert events(upstream.accepted) == [1, *(f"{n:010}" for n in range(10)), 2]
+    ids = [p.payload_id for p in upstream.accepted]
+    assert len(ids) == len(set(ids))
+
+
+async def test_a_diagnostic_post_that_is_rejected_is_set_aside(upstream):
+    """It blocks no others."""
+    lane = Lane("prod", Endpoint.BULK_DIAGNOSTIC)
+    upstream.always(KEY, answers.rejecting(b"bad", 413))
+    async with forwarding(upstream.url) as forwarder:
+        await forwarder.accept(Post(lane, "", b'["bad","bad"]', time.time()))
+        await forwarder.accept(Post(lane, "", b"{}", time.time()))
+        await settled(forwarder)
+        assert forwarder.figures("prod").quarantined == 1
+    assert [p.body for p in upstream.accepted] == [b"{}"]
+
+
+async def test_without_a_credential_events_wait(upstream, caplog):
+    """They are kept, as somebody may add the key; others are not delayed."""
+    specs = [BARE, SPEC]
+    async with forwarding(upstream.url, specs=specs) as forwarder:
+        forwarder._spec_of = lambda name: next((s for s in specs if s.name == name), None)
+        await forwarder.accept(post(1, Lane("bare", Endpoint.MOBILE, 4)))
+        await forwarder.accept(post(2))
+        await upstream.took(1)
+        assert events(upstream.posts) == [2]
+        specs[0] = EnvironmentSpec("bare", SDKKey("sdk-bare"), MobileKey("mob-new"))
+        await upstream.took(2)
+    assert upstream.posts[1].headers["Authorization"] == "mob-new"
+    assert "no credential" in caplog.text
+
+
+async def test_a_rotated_key_counts_for_what_waits(upstream):
+    """The key is the one of the moment of sending."""
+    specs = {"prod": SPEC}
+    async with forwarding(upstream.url, specs=()) as forwarder:
+        forwarder._spec_of = specs.get
+        upstream.script(KEY, answers.status(401))
+        await forwarder.accept(post(1))
+        await upstream.posted(1)
+        specs["prod"] = EnvironmentSpec("prod", SDKKey("sdk-next"))
+        await upstream.took(1)
+    assert [p.headers["Authorization"] for p in upstream.posts] == [KEY, "sdk-next"]
+
+
+@pytest.mark.parametrize("failure", [answers.stall, answers.status(503), answers.status(401)])
+async def test_one_failing_environment_delays_no_other(upstream, failure):
+    """Of 100 environments one fails with many lanes; the others' events come as if it did not."""
+    specs = [EnvironmentSpec(f"e{n}", SDKKey(f"sdk-{n}")) for n in range(100)]
+    upstream.always("sdk-0", failure)
+    pace = Pace(flush_interval=0.05, timeout=30.0, drain=0.1, retries=FAST.retries)
+    async with forwarding(upstream.url, specs=specs, pace=pace) as forwarder:
+        for tag in range(50):
+            await forwarder.accept(post(tag, Lane("e0", Endpoint.BULK, 4, f"tag/{tag}")))
+        await upstream.posted(1)
+        began = time.monotonic()
+        await asyncio.gather(
+            *(forwarder.accept(post(n, Lane(f"e{n}", Endpoint.BULK, 4))) for n in range(1, 100))
+        )
+        await upstream.took(99)
+        assert time.monotonic() - began < 2
+        stuck = [p for p in upstream.posts if p.headers["Authorization"] == "sdk-0"]
+        assert failure is not answers.stall or len(stuck) <= 4
+        assert forwarder.figures("e0").waiting == 50
+        assert forwarder.oldest("e0") is not None
+        await settled(forwarder, "e1")
+
+
+async def test_a_defect_in_one_lane_does_not_end_it(upstream, monkeypatch, caplog):
+    """It is logged, and the lane is served again."""
+    monkeypatch.setattr("relay.events.RESTART_DELAY", 0.01)
+    async with forwarding(upstream.url) as forwarder:
+        take, calls = forwarder.spool.take, []
+
+        async def defective(lane):
+            calls.append(lane)
+            if len(calls) == 1:
+                raise ZeroDivisionError
+            return await take(lane)
+
+        monkeypatch.setattr(forwarder.spool, "take", defective)
+        await forwarder.accept(post(1))
+        await upstream.took(1)
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_losses_are_counted_and_said(upstream, caplog):
+    """What has no room is given up oldest first, in the figures and in the log."""
+    upstream.always(KEY, answers.status(503))
+    async with forwarding(upstream.url) as forwarder:
+        forwarder.spool._memory._capacity = 3000
+        await asyncio.gather(*(forwarder.accept(post(n)) for n in range(100)))
+        figures = forwarder.figures("prod")
+        assert figures.evicted + figures.waiting == 100
+        assert 0 < figures.waiting < 15
+        upstream.always(KEY, None)
+        await settled(forwarder)
+    assert events(upstream.accepted)[-1] == 99
+    assert "posts of events were given up" in caplog.text
+
+
+async def test_what_arrives_is_not_counted_as_lost(upstream):
+    """Though it was given up while it was on its way."""
+    gate = asyncio.Event()
+
+    async def when_told(_):
+        await gate.wait()
+        return answers.web.Response(status=202)
+
+    upstream.script(KEY, when_told)
+    async with forwarding(upstream.url, pace=Pace(0.01, drain=0.5)) as forwarder:
+        await forwarder.accept(post(1))
+        await upstream.posted(1)
+        forwarder.spool._memory._capacity = 300
+        await forwarder.accept(post(2))
+        assert forwarder.figures("prod").evicted == 1
+        gate.set()
+        await settled(forwarder)
+        figures = forwarder.figures("prod")
+    assert (figures.forwarded, figures.evicted, figures.waiting) == (2, 0, 0)
+    assert events(upstream.accepted) == [1, 2]
+
+
+# The end, and the next beginning
+
+
+async def test_what_waits_is_sent_at_the_end(upstream):
+    """Within the drain time."""
+    async with forwarding(upstream.url, pace=LAZY) as forwarder:
+        for n in range(5):
+            await forwarder.accept(post(n))
+        assert not upstream.posts
+    assert events(upstream.accepted) == list(range(5))
+
+
+@pytest.mark.parametrize("failure", [answers.stall, answers.status(503), answers.hang_up])
+async def test_what_cannot_be_sent_at_the_end_is_sent_by_the_next_process(
+    upstream, failure, tmp_path
+):
+    """The end does not wait for upstream; the same batch goes on."""
+    upstream.always(KEY, failure)
+    async with forwarding(upstream.url, directory=tmp_path) as forwarder:
+        for n in range(5):
+            await forwarder.accept(post(n))
+        await upstream.posted(1)
+        began = time.monotonic()
+    assert time.monotonic() - began < 3
+    upstream.always(KEY, None)
+    async with forwarding(upstream.url, directory=tmp_path) as forwarder:
+        await upstream.took(5)
+        await settled(forwarder)
+        assert forwarder.figures("prod").forwarded == 5
+        assert await forwarder.accept(post(3)) is False
+    assert events(upstream.accepted) == list(range(5))
+    assert upstream.accepted[0].payload_id == upstream.posts[0].payload_id
+
+
+async def test_a_disk_that_works_again_is_served_again(upstream, tmp_path):
+    """What it held before its trouble is delivered without a restart."""
+    upstream.always(KEY, answers.status(503))
+    async with forwarding(upstream.url, directory=tmp_path) as forwarder:
+        await forwarder.accept(post(1))
+        await upstream.posted(1)
+        spool = forwarder.spool
+        spool._retry = 3600
+        spool._disk._db.execute("PRAGMA max_page_count=1")
+        big = Post(LANE, "big", b'["' + b"x" * 100_000 + b'"]', time.time())
+        await forwarder.accept(big)
+        assert not spool.durable
+        upstream.always(KEY, None)
+        await upstream.took(1)
+        spool._try_at = 0.0
+        await forwarder.accept(post(2))
+        await upstream.took(3)
+        await settled(forwarder)
+        assert spool.durable
+    assert sorted(map(str, events(upstream.accepted))) == ["1", "2", "x" * 100_000]
+
+
+CHILD = """
+import asyncio, sys, time
+from pathlib import Path
+from relay.events import Forwarder, Pace, Retries
+from relay.model.credential import SDKKey
+from relay.model.environment import EnvironmentSpec
+from relay.model.event import Endpoint, Lane, Post
+from relay.poststore import Limits
+from relay.spool import Spool
+from relay.upstream import Upstream
+
+async def main():
+    folder, url, name = sys.argv[1:]
+    spec = EnvironmentSpec("prod", SDKKey("sdk-prod"))
+    pace = Pace(0.02, 0.0, 0.2, retries=Retries(first=0.01, longest=0.05))
+    async with Upstream() as upstream:
+        forwarder = Forwarder(Spool(Path(folder), Limits()), upstream, url, lambda _: spec, pace)
+        running = asyncio.create_task(forwarder.run())
+        await asyncio.sleep(0)
+        async def sdk(client):
+            lane = Lane("prod", Endpoint.BULK, 4, f"tag/{client % 2}")
+            for n in range(10**6):
+                text = f"{name}-{client}-{n}"
+                await forwarder.accept(Post(lane, text, b'["%s"]' % text.encode(), time.time()))
+                print(text, flush=True)
+                await asyncio.sleep(0.001)
+        await asyncio.gather(running, *(sdk(client) for client in range(8)))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.timeout(900)
+async def test_kill_9_loses_and_repeats_nothing(upstream, tmp_path):
+    """Killed again and again while upstream is unreliable: all that was accepted arrives, under one id."""
+    chance = random.Random(4)
+
+    async def unreliable(request):
+        if len(await request.read()) > 300:
+            return await answers.status(413)(request)
+        which = chance.choice(
+            [answers.status(202)] * 5
+            + [answers.status(503), answers.hang_up, answers.slowly(0.1), answers.slowly(0.3)]
+        )
+        return await which(request)
+
+    upstream.always(KEY, unreliable)
+    accepted = set()
+    for round_ in range(ROUNDS):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", CHILD, tmp_path / "spool", upstream.url, str(round_)),
+            cwd=ROOT,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        seen = 0
+        limit = chance.randrange(50, 400)
+        while seen < limit:
+            line = await process.stdout.readline()
+            assert line, "the child has ended"
+            accepted.add(line.decode().strip())
+            seen += 1
+        process.send_signal(signal.SIGKILL)
+        rest, _ = await process.communicate()
+        accepted.update(rest.decode().rpartition("\n")[0].split())
+    upstream.always(KEY, None)
+    async with forwarding(upstream.url, directory=tmp_path / "spool") as forwarder:
+        await asyncio.wait_for(forwarder.spool._do(lambda _: None), PATIENCE)
+        await settled(forwarder)
+    ids = defaultdict(Counter)
+    for each in upstream.accepted:
+        for event in each.events:
+            ids[event][each.payload_id] += 1
+    assert len(accepted) > 500
+    assert accepted <= set(ids), "an accepted event is lost"
+    assert {len(found) for found in ids.values()} == {1}, "an event came under two ids"
+    assert any(p.status == 413 for p in upstream.posts)

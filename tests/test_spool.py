@@ -1,0 +1,565 @@
+"""The spool: safe when it says so, the same batches whoever asks, bounded, and never in the way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay import poststore
+from relay.errors import StoreUnavailable
+from relay.model.event import Endpoint, Lane, Post
+from relay.poststore import MAX_BATCH, MAX_POSTS, REMEMBERED, Limits, Store, elements, fitting
+from relay.spool import MAX_QUEUED, Spool
+
+LANE = Lane("prod", Endpoint.BULK, 4)
+OTHER = Lane("test", Endpoint.BULK, 4)
+DIAGNOSTIC = Lane("prod", Endpoint.BULK_DIAGNOSTIC)
+LIMITS = Limits(memory=1024 * 1024)
+ROOT = Path(__file__).parent.parent
+
+
+def post(number=0, lane=LANE, payload_id=None, received=None, size=0):
+    body = b'[{"n":%d,"x":"%s"}]' % (number, b"x" * size)
+    given_id = f"id-{number}" if payload_id is None else payload_id
+    return Post(lane, given_id, body, time.time() if received is None else received)
+
+
+@contextlib.asynccontextmanager
+async def opened(directory, limits=LIMITS, retry=0.01):
+    spool = Spool(directory, limits, retry)
+    await spool.open()
+    try:
+        yield spool
+    finally:
+        await spool.close()
+
+
+async def drained(spool, lane=LANE):
+    """Take and finish everything; return the batches with their bodies."""
+    found = []
+    while (taken := await spool.take(lane)) is not None:
+        found.append(taken)
+        await spool.finish(taken[0])
+    return found
+
+
+def bodies(batches):
+    return [body for _, members in batches for body in members]
+
+
+def memory(capacity=1024 * 1024, **limits):
+    return Store(":memory:", capacity, Limits(**limits))
+
+
+def stored(store, *posts):
+    with store.transaction():
+        return store.add(posts)
+
+
+# What is appended
+
+
+@pytest.mark.parametrize("durable", [True, False])
+async def test_what_is_appended_comes_out_once_and_in_order(tmp_path, durable):
+    """With a directory and without one the spool does the same."""
+    async with opened(tmp_path if durable else None) as spool:
+        assert spool.durable is durable
+        assert await asyncio.gather(*(spool.append(post(n)) for n in range(250))) == [True] * 250
+        batches = await drained(spool)
+        assert bodies(batches) == [post(n).body for n in range(250)]
+        assert await spool.take(LANE) is None
+
+
+async def test_a_restart_finds_what_was_not_finished(tmp_path):
+    """Posts, the batch that was fixed, and what was seen survive; the rest is reported."""
+    async with opened(tmp_path) as spool:
+        await asyncio.gather(*(spool.append(post(n)) for n in range(3)))
+        first, _ = await spool.take(LANE)
+        await spool.append(post(3))
+        await spool.append(post(4, OTHER))
+    backlog = []
+    spool = Spool(tmp_path, LIMITS)
+    spool.on_backlog = backlog.extend
+    await spool.open()
+    assert {(left.lane, left.posts) for left in backlog} == {(LANE, 4), (OTHER, 1)}
+    assert not await spool.append(post(1))
+    batches = await drained(spool)
+    assert [batch.posts for batch, _ in batches] == [3, 1]
+    assert batches[0][0].payload_id == first.payload_id
+    await spool.close()
+
+
+async def test_a_post_alone_keeps_its_id_and_joined_ones_get_a_new_one():
+    """Upstream can tell an SDK's own retry of what was passed on as it came."""
+    async with opened(None) as spool:
+        await spool.append(post(1))
+        alone, _ = await spool.take(LANE)
+        await spool.append(post(2))
+        assert (await spool.take(LANE))[0] == alone, "a fixed batch changed"
+        await spool.finish(alone)
+        await spool.append(post(3))
+        joined, _ = await spool.take(LANE)
+        assert alone.payload_id == "id-1"
+        assert joined.posts == 2
+        assert joined.payload_id not in {"id-2", "id-3"}
+
+
+def test_known_payload_ids_are_dropped_for_ten_minutes():
+    """Only of the same environment and endpoint; posts without one are always new."""
+    store = memory()
+    now = time.time()
+    assert stored(store, post(1), post(1), post(1, OTHER), post(2, payload_id="")) == [
+        *(True, False, True, True)
+    ]
+    assert stored(store, post(1), post(2, payload_id="")) == [False, True]
+    store.tidy(now + REMEMBERED - 5)
+    assert stored(store, post(1)) == [False]
+    store.tidy(now + REMEMBERED + 5)
+    assert stored(store, post(1)) == [True]
+
+
+def test_the_number_of_known_ids_is_bounded(monkeypatch):
+    """A flood of ids costs the oldest of them, not memory."""
+    monkeypatch.setattr(poststore, "MAX_REMEMBERED", 10)
+    store = memory()
+    now = time.time()
+    stored(store, *(post(n, received=now + n) for n in range(20)))
+    store.tidy(now)
+    assert stored(store, post(0), post(19)) == [True, False]
+
+
+# Batches
+
+
+@given(st.lists(st.integers(0, 2 * MAX_BATCH), min_size=1, max_size=20))
+def test_a_batch_is_as_long_as_fits(sizes):
+    """At least one post; more only within the limit; all that fit."""
+    count = fitting(sizes)
+    assert 1 <= count <= len(sizes)
+    assert count == 1 or sum(sizes[:count]) <= MAX_BATCH
+    assert count == len(sizes) or sum(sizes[: count + 1]) > MAX_BATCH
+
+
+def test_batches_are_bounded_in_posts_and_bytes():
+    """And a batch tells whether others wait behind it."""
+    store = memory(10 * MAX_BATCH)
+    stored(store, *(post(n) for n in range(MAX_POSTS + 1)))
+    batch, _ = store.take(LANE)
+    assert (batch.posts, batch.more) == (MAX_POSTS, True)
+    store.finish(batch)
+    batch, _ = store.take(LANE)
+    assert (batch.posts, batch.more) == (1, False)
+    store.finish(batch)
+    stored(store, *(post(5000 + n, size=MAX_BATCH // 2 - 100) for n in range(3)))
+    assert store.take(LANE)[0].posts == 2
+
+
+def test_diagnostics_travel_alone():
+    """One post per request, whatever it holds."""
+    store = memory()
+    stored(store, *(Post(DIAGNOSTIC, "", b"hello", time.time()) for _ in range(3)))
+    batch, texts = store.take(DIAGNOSTIC)
+    assert (batch.posts, texts) == (1, [b"hello"])
+    assert store.split(batch) is False
+
+
+def test_halves_have_ids_derived_from_the_whole():
+    """Whoever splits the same batch again gets the same halves under the same ids."""
+    found = []
+    for _ in range(2):
+        store = memory()
+        stored(store, *(post(n) for n in range(5)))
+        whole, _ = store.take(LANE)
+        store._db.execute("UPDATE batches SET payload_id='whole'")
+        assert store.split(poststore.Batch(LANE, "whole", 5, whole.oldest)) is True
+        halves = []
+        while (taken := store.take(LANE)) is not None:
+            halves.append((taken[0].payload_id, taken[1]))
+            store.finish(taken[0])
+        found.append(halves)
+    assert found[0] == found[1]
+    assert [len(texts) for _, texts in found[0]] == [2, 3]
+    assert len({payload_id for payload_id, _ in found[0]} | {"whole"}) == 3
+
+
+@given(st.integers(1, 40))
+def test_splitting_to_the_end_loses_no_element(count):
+    """A post that is too large alone is split by its elements, each sent once and in order."""
+    store = memory()
+    texts = [b'{"n": %d.0}' % n for n in range(count)]
+    stored(store, Post(LANE, "big", b"[" + b" , ".join(texts) + b"]", 1.0))
+    seen, ids, done = [], set(), 0
+    while (taken := store.take(LANE)) is not None:
+        if store.split(taken[0]):
+            continue
+        parts = elements(taken[1][0])
+        assert len(parts) == 1, "what has several elements can be split"
+        assert taken[0].payload_id not in ids
+        ids.add(taken[0].payload_id)
+        seen += parts
+        done += store.finish(taken[0])
+    assert seen == texts
+    assert done == 1, "the post is done with when its last part is"
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"[", b"hello", b"\xff", b'["\xff"]'])
+def test_what_is_no_array_has_no_elements(body):
+    """It cannot be split, and nothing is raised."""
+    parts = elements(body)
+    assert parts is None or b"".join(parts) in body
+
+
+def test_the_rejected_go_to_quarantine_which_is_bounded():
+    """Post, id and reason are kept; the oldest make room."""
+    store = memory(30_000)
+    for n in range(40):
+        stored(store, post(n, size=1000))
+        batch, _ = store.take(LANE)
+        assert store.quarantine(batch, "HTTP error 400") == 1
+    assert store.take(LANE) is None
+    kept = store._db.execute("SELECT payload_id,reason,body FROM quarantine").fetchall()
+    assert kept[-1] == ("id-39", "HTTP error 400", post(39, size=1000).body)
+    assert 15 < len(kept) < 30
+
+
+# Bounds
+
+
+def test_the_oldest_make_room_and_are_counted():
+    """What is full keeps the newest; a batch goes as a whole, as it never changes."""
+    store = memory(10_000)
+    stored(store, *(post(n, size=1000) for n in range(6)))
+    fixed, _ = store.take(LANE)
+    assert fixed.posts == 6
+    stored(store, *(post(n, OTHER, size=1000) for n in range(4)))
+    assert store.evicted == Counter({"prod": 6})
+    assert store.take(LANE) is None
+    assert store.finish(fixed) is None
+    assert store.take(OTHER)[0].posts == 4
+
+
+def test_the_old_are_given_up_diagnostics_sooner():
+    """Each at its age; the young stay."""
+    store = memory(age=1000, diagnostic_age=100)
+    stored(
+        store,
+        *(post(1, received=0), post(2, received=900)),
+        *(post(3, DIAGNOSTIC, received=0), post(4, DIAGNOSTIC, received=190)),
+    )
+    store.tidy(200)
+    assert store.evicted == Counter({"prod": 1})
+    assert store.take(DIAGNOSTIC)[1] == [post(4).body]
+    store.tidy(1100)
+    assert store.evicted == Counter({"prod": 3})
+    assert store.take(LANE)[1] == [post(2).body]
+
+
+async def test_evictions_are_told():
+    """The event loop hears who has lost how much."""
+    async with opened(None, Limits(memory=5000)) as spool:
+        told = Counter()
+        spool.on_evicted = told.update
+        await asyncio.gather(*(spool.append(post(n, size=1000)) for n in range(20)))
+        left = await drained(spool)
+        assert told["prod"] + len(bodies(left)) == 20
+        assert bodies(left)[-1] == post(19, size=1000).body
+
+
+def test_unused_space_is_given_back(tmp_path):
+    """After a long absence of upstream the file shrinks again."""
+    store = Store(str(tmp_path / "events.db"), 1 << 30, LIMITS)
+    stored(store, *(post(n, size=50_000) for n in range(200)))
+    while (taken := store.take(LANE)) is not None:
+        with store.transaction():
+            store.finish(taken[0])
+    store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    before = (tmp_path / "events.db").stat().st_size
+    for _ in range(3):
+        with store.transaction():
+            store.tidy(time.time())
+        store.shrink()
+    store.close()
+    assert (tmp_path / "events.db").stat().st_size < before / 10
+
+
+# Trouble
+
+
+async def test_a_directory_that_cannot_be_made_is_said_once(tmp_path, caplog):
+    """Events wait in memory, and move to the disk when it works."""
+    blocked = tmp_path / "spool"
+    blocked.write_text("a file where the directory should be")
+    with caplog.at_level(logging.INFO, "relay.events"):
+        async with opened(blocked) as spool:
+            assert await spool.append(post(1))
+            batch, _ = await spool.take(LANE)
+            await asyncio.gather(*(spool.append(post(n)) for n in range(2, 5)))
+            assert not spool.durable
+            assert "File exists" in spool.trouble
+            blocked.unlink()
+            while not spool.durable:
+                await spool.append(post(0, payload_id=""))
+            assert (await spool.take(LANE))[0].payload_id == batch.payload_id
+            assert await spool.finish(batch) == 1
+            assert not await spool.append(post(3)), "what was seen moves, too"
+    texts = [record.getMessage() for record in caplog.records]
+    assert [text for text in texts if "memory only" in text] == [texts[0]]
+    assert texts[1] == "Events are kept on disk again"
+    async with opened(blocked) as spool:
+        assert bodies(await drained(spool))[:3] == [post(n).body for n in range(2, 5)]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can make a small disk")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mount is not allowed here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+async def test_a_full_disk_costs_nothing_that_was_accepted(small_disk, caplog):
+    """Posts go to memory, what is delivered is forgotten later, and then the disk has it all."""
+    with caplog.at_level(logging.INFO, "relay.events"):
+        async with opened(small_disk / "spool", Limits(memory=4 << 20)) as spool:
+            await spool.append(post(0))
+            batch, _ = await spool.take(LANE)
+            ballast = small_disk / "ballast"
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while file.write(b"x" * 4096):
+                    pass
+            spool._retry = 3600
+            for n in range(1, 100):
+                assert await spool.append(post(n, size=5000))
+            assert not spool.durable
+            assert await spool.finish(batch) == 1
+            ballast.unlink()
+            spool._try_at = 0.0
+            assert await spool.append(post(100))
+            assert spool.durable
+            found = bodies(await drained(spool))
+    assert Counter(found) == Counter(
+        [post(n, size=5000).body for n in range(1, 100)] + [post(100).body]
+    )
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+async def test_a_write_that_fails_moves_to_memory_and_back(tmp_path, monkeypatch, caplog):
+    """As of a full disk: SQLite is told that its file may not grow."""
+    with caplog.at_level(logging.INFO, "relay.events"):
+        async with opened(tmp_path) as spool:
+            told = []
+            spool.on_backlog = told.append
+            await spool.append(post(0))
+            batch, _ = await spool.take(LANE)
+            await spool.append(post(1))
+            spool._retry = 3600
+            spool._disk._db.execute("PRAGMA max_page_count=1")
+            assert await spool.append(post(2, size=100_000))
+            assert not spool.durable
+            assert "full" in spool.trouble
+            # The batch of the disk is delivered meanwhile; the lane goes on with what is in memory.
+            assert await spool.finish(batch) == 1
+            taken = await spool.take(LANE)
+            assert taken[1] == [post(2, size=100_000).body]
+            spool._try_at = 0.0
+            await spool.append(post(3))
+            assert spool.durable
+            assert spool.trouble is None
+            assert [left.posts for left in told[0]] == [2]
+            # What the disk had before, then the batch that memory had fixed.
+            assert sorted(bodies(await drained(spool))) == sorted(
+                post(n, size=100_000 if n == 2 else 0).body for n in (1, 2, 3)
+            )
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+async def test_a_damaged_file_is_set_aside(tmp_path, caplog):
+    """It is kept for people; a new one takes its place at once."""
+    (tmp_path / "events.db").write_bytes(b"this is no database, as anybody can see" * 100)
+    async with opened(tmp_path) as spool:
+        assert await spool.append(post(1))
+        assert spool.durable
+    assert (tmp_path / "events.db.damaged").read_bytes().startswith(b"this is no database")
+    assert "damaged" in caplog.text
+
+
+async def test_a_file_of_another_release_is_left_alone(tmp_path, caplog):
+    """Its events wait for the release that can read them."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "events.db")) as other:
+        other.execute("PRAGMA user_version=99")
+    before = (tmp_path / "events.db").read_bytes()
+    async with opened(tmp_path) as spool:
+        assert await spool.append(post(1))
+        assert not spool.durable
+    assert (tmp_path / "events.db").read_bytes() == before
+    assert "another release" in caplog.text
+
+
+def test_a_damaged_post_is_found_by_its_checksum(caplog):
+    """It is counted as lost; the rest of its batch goes on under the same id."""
+    store = memory()
+    stored(store, post(1), post(2), post(3))
+    fixed, _ = store.take(LANE)
+    store._db.execute("UPDATE posts SET body=x'5b375d' WHERE payload_id='id-2'")
+    batch, texts = store.take(LANE)
+    assert batch.payload_id == fixed.payload_id
+    assert texts == [post(1).body, post(3).body]
+    assert store.evicted == Counter({"prod": 1})
+    assert "damaged 1 of 3" in caplog.text
+    store._db.execute("UPDATE posts SET body=x'5b375d' WHERE payload_id='id-1'")
+    assert store.take(LANE)[1] == [post(3).body]
+    assert store.split(batch) is False, "one post of one element is left"
+    store._db.execute("UPDATE posts SET body=x'5b375d'")
+    assert store.take(LANE) is None
+
+
+async def test_a_second_process_on_the_same_file_works_in_memory(tmp_path):
+    """Two relays cannot deliver the same events."""
+    async with opened(tmp_path) as first, opened(tmp_path) as second:
+        assert await first.append(post(1))
+        assert await second.append(post(2))
+        assert first.durable
+        assert not second.durable
+        assert "locked" in second.trouble
+        assert bodies(await drained(first)) == [post(1).body]
+
+
+async def test_events_are_for_our_eyes_only(tmp_path):
+    """The directory and the files are readable by nobody else."""
+    async with opened(tmp_path / "new" / "spool") as spool:
+        await spool.append(post(1))
+        folder = tmp_path / "new" / "spool"
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
+
+
+async def test_a_disk_that_hangs_holds_up_nobody(tmp_path, monkeypatch):
+    """The loop goes on, what waits is bounded, and the end comes in time."""
+    monkeypatch.setattr("relay.spool.CLOSE_LIMIT", 0.05)
+    freed = threading.Event()
+    spool = Spool(tmp_path, LIMITS)
+    await spool.open()
+    spool._do(lambda _: freed.wait(60))
+    big = Post(LANE, "", b"x" * (MAX_QUEUED // 4), 1.0)
+    waiting = [spool.append(big) for _ in range(4)]
+    with pytest.raises(StoreUnavailable):
+        spool.append(post(1))
+    started = time.monotonic()
+    await spool.close()
+    assert time.monotonic() - started < 1
+    assert not any(each.done() for each in waiting)
+    freed.set()
+    await asyncio.gather(*waiting)
+    await spool._closed
+
+
+async def test_a_defect_reaches_who_waits_and_nobody_else():
+    """The thread goes on."""
+    async with opened(None) as spool:
+        with pytest.raises(ZeroDivisionError):
+            await spool._do(lambda _: 1 / 0)
+        assert await spool.append(post(1))
+        assert bodies(await drained(spool)) == [post(1).body]
+
+
+async def test_who_goes_away_takes_no_post_along():
+    """A post whose sender is gone is kept all the same."""
+    async with opened(None) as spool:
+        spool.append(post(1)).cancel()
+        await spool.append(post(2))
+        assert bodies(await drained(spool)) == [post(1).body, post(2).body]
+
+
+async def test_one_synchronisation_serves_many_posts(tmp_path):
+    """Posts that come together share transactions."""
+    async with opened(tmp_path) as spool:
+        commits = []
+        spool._disk._db.set_trace_callback(lambda sql: sql == "COMMIT" and commits.append(sql))
+        await asyncio.gather(*(spool.append(post(n)) for n in range(1000)))
+        assert len(commits) < 50
+
+
+CHILD = """
+import asyncio, sys, time
+from pathlib import Path
+from relay.model.event import Endpoint, Lane, Post
+from relay.poststore import Limits
+from relay.spool import Spool
+
+async def main():
+    spool = Spool(Path(sys.argv[1]), Limits())
+    await spool.open()
+    lane = Lane("prod", Endpoint.BULK, 4)
+    async def client(name):
+        for n in range(10**6):
+            text = f"{sys.argv[2]}-{name}-{n}"
+            await spool.append(Post(lane, text, b'["%s"]' % text.encode(), time.time()))
+            print(text, flush=True)
+    async def deliver():
+        while True:
+            if taken := await spool.take(lane):
+                for body in taken[1]:
+                    print("sent", taken[0].payload_id, body.decode(), flush=True)
+                await spool.finish(taken[0])
+            await asyncio.sleep(0.005)
+    await asyncio.gather(deliver(), *(client(c) for c in range(8)))
+
+asyncio.run(main())
+"""
+
+
+async def test_kill_9_loses_nothing_that_was_safe(tmp_path):
+    """Ten rounds of writing and delivering; all that was safe comes out, once or under one id."""
+    acknowledged, sent = set(), {}
+
+    def note(payload_id, text):
+        sent.setdefault(text, set()).add(payload_id)
+
+    for round_ in range(10):
+        with (tmp_path / "out").open("wb") as out:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", CHILD, tmp_path / "spool", str(round_)),
+                cwd=ROOT,
+                stdout=out,
+            )
+            while (tmp_path / "out").stat().st_size < 4000 * (round_ + 1):
+                await asyncio.sleep(0.005)
+                assert process.returncode is None
+            process.kill()
+            await process.wait()
+        for line in (tmp_path / "out").read_text().splitlines(keepends=True):
+            words = line.split()
+            if not line.endswith("\n"):
+                continue
+            if words[0] == "sent":
+                note(words[1], words[2])
+            else:
+                acknowledged.add(f'["{words[0]}"]')
+    async with opened(tmp_path / "spool") as spool:
+        for batch, texts in await drained(spool):
+            for text in texts:
+                note(batch.payload_id, text.decode())
+    assert len(acknowledged) > 500
+    assert acknowledged <= set(sent)
+    assert {len(ids) for ids in sent.values()} == {1}
