@@ -1,0 +1,242 @@
+"""Request bodies: received within limits, decompressed as they come (endpoints 1.8).
+
+A compressed body is never inflated further than its limit, however much it could become.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import cast
+
+from isal import isal_zlib
+from starlette.requests import Request
+from starlette.types import Receive
+
+from relay.errors import RelayError
+from relay.web.answers import Answer, json_error
+from relay.web.endpoint import header
+
+MAX_SIZE = 32 * 1024 * 1024
+"""Bytes of a decompressed body where the configuration sets no limit: far beyond any SDK's."""
+
+MAX_HELD = 128 * 1024 * 1024
+"""Bytes of all bodies that are received at a time; what would go beyond is refused."""
+
+MAX_DISCARDED = 256 * 1024
+"""Bytes of a refused body that are still read, so that its client sees the answer. The reference's
+number."""
+
+DISCARD_TIME = 5.0
+"""Seconds for that."""
+
+GZIP_OVERHEAD = 64 * 1024
+"""Bytes by which a compressed body may exceed the limit for what is in it."""
+
+INFLATED_AT_ONCE = 256 * 1024
+"""Bytes after whose decompression others have their turn: less than a millisecond."""
+
+_GZIP_MAGIC = b"\x1f\x8b\x08"
+_GZIP_HEADER = 10
+_GZIP = 31
+"""The decompressor's number for a gzip stream."""
+
+CORRUPT = cast("type[Exception]", isal_zlib.error)  # which its stubs take for an instance
+"""What decompressing raises."""
+
+UNREADABLE = json_error(400, "unable to read request body")
+NO_ROOM = json_error(503, "Events cannot be accepted at the moment")
+
+
+def _bad_start(message: str) -> Answer:
+    text = (b"content-type", b"text/plain; charset=utf-8")
+    return Answer(400, (text, (b"x-content-type-options", b"nosniff")), message.encode() + b"\n")
+
+
+NOT_GZIP = _bad_start("gzip: invalid header")
+CUT_HEADER = _bad_start("unexpected EOF")
+NO_HEADER = _bad_start("EOF")
+
+
+class Refused(RelayError):
+    """A body cannot be taken.
+
+    Args:
+        answer: what the client is told.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.body.decode())
+        self.answer = answer
+
+
+class Room:
+    """The limits that bodies share.
+
+    Args:
+        max_size: of one body, decompressed; 0 for `MAX_SIZE`.
+        max_held: of all together.
+    """
+
+    def __init__(self, max_size: int = 0, max_held: int = MAX_HELD) -> None:
+        self.max_size = max_size or MAX_SIZE
+        self._left = max_held
+
+    def take(self, size: int) -> None:
+        """Note that so many bytes more are held.
+
+        Raises:
+            Refused: there is no room for them.
+        """
+        if size > self._left:
+            raise Refused(NO_ROOM)
+        self._left -= size
+
+    def give_back(self, size: int) -> None:
+        """Note that they are held no longer."""
+        self._left += size
+
+
+class Body:
+    """The body of one request: `begin`, then `read`, then in any case `release`.
+
+    Args:
+        request: its own.
+        room: for it.
+    """
+
+    def __init__(self, request: Request, room: Room) -> None:
+        self._receive: Receive = request.receive
+        self._compressed = b"gzip" in header(request, "content-encoding").lower()
+        self._room = room
+        self._held = 0
+        self._start = b""
+        self._received = 0
+        """Bytes that came, compressed or not."""
+        self._ended = False
+
+    async def begin(self) -> None:
+        """See that a compressed body begins like one.
+
+        Raises:
+            Refused: it does not.
+        """
+        if not self._compressed:
+            return
+        while len(self._start) < _GZIP_HEADER and not self._ended:
+            self._start += await self._chunk()
+        if not self._start:
+            raise Refused(NO_HEADER)
+        if len(self._start) < _GZIP_HEADER:
+            raise Refused(CUT_HEADER)
+        if not self._start.startswith(_GZIP_MAGIC):
+            raise Refused(NOT_GZIP)
+
+    async def read(self) -> bytes:
+        """Return the body, decompressed.
+
+        Raises:
+            Refused: it is too large, incomplete or corrupt.
+        """
+        parts = [part async for part in (self._inflated() if self._compressed else self._plain())]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def release(self) -> None:
+        """Let others have the room."""
+        self._room.give_back(self._held)
+        self._held = 0
+
+    async def refused(self, answer: Answer) -> Answer:
+        """Return the answer to a client whose body is not wanted, once it may be listening."""
+        with suppress(TimeoutError, Refused):
+            async with asyncio.timeout(DISCARD_TIME):
+                most = min(self._received, self._room.max_size) + MAX_DISCARDED
+                while not self._ended and self._received <= most:
+                    await self._chunk()
+        return answer if self._ended else answer.with_headers((b"connection", b"close"))
+
+    async def _chunk(self) -> bytes:
+        message = await self._receive()
+        if message["type"] != "http.request":
+            self._ended = True
+            raise Refused(UNREADABLE)  # the client is gone, and will not read it
+        self._ended = not message.get("more_body", False)
+        chunk: bytes = message.get("body", b"")
+        self._received += len(chunk)
+        return chunk
+
+    def _hold(self, part: bytes) -> bytes:
+        if self._held + len(part) > self._room.max_size:
+            raise Refused(UNREADABLE)
+        self._room.take(len(part))
+        self._held += len(part)
+        return part
+
+    async def _plain(self) -> AsyncIterator[bytes]:
+        while not self._ended:
+            yield self._hold(await self._chunk())
+
+    async def _inflated(self) -> AsyncIterator[bytes]:
+        gunzip = Gunzip()
+        data = self._start
+        try:
+            while True:
+                for part in gunzip.parts(data):
+                    yield self._hold(part)
+                    if len(part) == INFLATED_AT_ONCE:
+                        await asyncio.sleep(0)
+                if self._ended:
+                    break
+                data = await self._chunk()
+                if self._received > self._room.max_size + GZIP_OVERHEAD:
+                    raise Refused(UNREADABLE)
+        except CORRUPT as e:
+            raise Refused(UNREADABLE) from e
+        if not gunzip.complete:
+            raise Refused(UNREADABLE)
+
+
+class Gunzip:
+    """Decompresses gzip streams that follow each other; what follows the last does not matter."""
+
+    def __init__(self) -> None:
+        self.complete = False
+        """Whether a whole stream has come, and no further one has begun."""
+        self._inflater = isal_zlib.decompressobj(_GZIP)
+        self._pending = b""
+        self._over = False
+        """Whether something else has come after a stream."""
+
+    def parts(self, data: bytes) -> Iterator[bytes]:
+        """Yield what further bytes contain, in parts of `INFLATED_AT_ONCE` at most.
+
+        Raises:
+            CORRUPT: they are not gzip.
+        """
+        self._pending += data
+        while self._in_stream():
+            part = self._inflater.decompress(self._pending, INFLATED_AT_ONCE)
+            self._pending = self._inflater.unconsumed_tail
+            if self._inflater.eof:
+                self._pending = self._inflater.unused_data
+                self.complete = True
+            if part:
+                yield part
+            # It may keep back what did not fit, although it has taken all input.
+            if not self.complete and len(part) < INFLATED_AT_ONCE:
+                break
+
+    def _in_stream(self) -> bool:
+        """Return whether there is something to decompress; begin the next stream if it comes."""
+        if self._over:
+            self._pending = b""
+        elif not self.complete:
+            return True
+        elif self._pending.startswith(_GZIP_MAGIC):
+            self._inflater = isal_zlib.decompressobj(_GZIP)
+            self.complete = False
+            return True
+        else:
+            self._over = not _GZIP_MAGIC.startswith(self._pending)
+        return False

@@ -1,0 +1,296 @@
+"""The endpoints of events (endpoints 1.8): posts are accepted, and answered when they are safe.
+
+Events of a current schema are not parsed, here or anywhere. Those of schemas 1 and 2 are summarised
+before they are accepted, so that what is kept is what upstream will get.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import re
+import time
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from relay.environment import Environment
+from relay.errors import StoreUnavailable
+from relay.log import Log, environment_log
+from relay.model.event import Endpoint, Lane, Post
+from relay.model.item import Item, Kind
+from relay.model.payload import EMPTY as NO_ITEMS
+from relay.model.payload import Payload
+from relay.protocol.events import (
+    SUMMARY_SCHEMA,
+    Contexts,
+    Summarised,
+    is_array,
+    is_empty,
+    summarised,
+)
+from relay.web.answers import EVENTS_ARE_OFF, Answer, json_error
+from relay.web.body import NO_ROOM, Body, Refused, Room
+from relay.web.endpoint import Respond, header, parameter
+
+LAST_OLD_SCHEMA = 2
+"""Events of later schemas come summarised."""
+
+IMAGE_SCHEMA = 3
+"""That of the events in the address of an image (endpoints 1.8)."""
+
+SUMMARISED_AT_ONCE = 128 * 1024
+"""Bytes up to which a post is summarised in the event loop: a few milliseconds."""
+
+MAX_SUMMARISED_LANES = 256
+"""Lanes whose contexts are remembered; tags are whatever clients say."""
+
+MAX_ORIGINS = 256
+"""Kinds of senders in an environment whose posts travel apart. Each costs a task while something
+waits, and clients may say what they like; of further ones tags and wrapper are not passed on."""
+
+REPORT_EVERY = 60.0
+"""Seconds between two lines about what could not be used."""
+
+_SCHEMA = re.compile(rb"\+?0*[0-9]{1,2}")
+_PAYLOAD_ID = re.compile(rb"[!-~]{1,100}")
+_STANDARD_ALPHABET = str.maketrans("-_ ", "+/+")
+"""From the URL-safe one; in a query an unescaped `+` reads as a blank."""
+
+_GIF = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
+
+ACCEPTED = Answer(202)
+IMAGE = Answer(200, ((b"content-type", b"image/gif"),), _GIF)
+EMPTY = json_error(400, "body may not be empty")
+
+
+class Accepting(Protocol):
+    """What takes posts and sees to their delivery."""
+
+    def accept(self, post: Post) -> Awaitable[object]:
+        """Take a post; the result is there when it is safe.
+
+        Raises:
+            StoreUnavailable: it cannot be taken.
+        """
+
+    def server_time(self, environment: str) -> float:
+        """Return upstream's clock at its last answer, in Unix seconds; 0 before the first."""
+
+
+@dataclass(slots=True)
+class _Introduced:
+    """Whom upstream knows in a lane; one post at a time may ask."""
+
+    contexts: Contexts = field(default_factory=Contexts)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+@dataclass(slots=True)
+class _Report:
+    """What could not be used in an environment, and has not been told yet."""
+
+    number: int = 0
+    due: float = 0.0
+
+
+class Events:
+    """Answers what SDKs send to the endpoints of events.
+
+    Args:
+        forwarder: takes posts; None if events are off.
+        max_size: bytes of the largest post, decompressed; 0 for the bound of `relay.web.body`.
+        unusable: counts posts that are no arrays, and old events that are malformed, by
+            environment.
+    """
+
+    def __init__(
+        self,
+        forwarder: Accepting | None = None,
+        max_size: int = 0,
+        unusable: Counter[str] | None = None,
+    ) -> None:
+        self.unusable = Counter() if unusable is None else unusable
+        self._forwarder = forwarder
+        self._room = Room(max_size)
+        self._origins: defaultdict[str, set[tuple[int, str, str]]] = defaultdict(set)
+        """Schema, tags and wrapper that were seen, by environment."""
+        self._crowded: set[str] = set()
+        """Environments in which there are more."""
+        self._introduced: OrderedDict[Lane, _Introduced] = OrderedDict()
+        """The lane used last comes last."""
+        self._reports: dict[str, _Report] = {}
+
+    def posts(self, endpoint: Endpoint) -> Respond:
+        """Return what answers posts to an endpoint."""
+
+        async def respond(request: Request, environment: Environment) -> Response:
+            return (await self._answer(request, environment, endpoint)).as_response()
+
+        return respond
+
+    async def image(self, request: Request, environment: Environment) -> Response:
+        """Answer a request for the image, in whose address browsers send events."""
+        if self._forwarder is None:
+            return EVENTS_ARE_OFF.as_response()
+        body = _from_base64(parameter(request, "d")) if request.method == "GET" else b""
+        if body:
+            lane = Lane(environment.spec.name, Endpoint.CLIENT_SIDE, IMAGE_SCHEMA)
+            try:
+                await self._accept_events(self._forwarder, environment, _post(lane, "", body))
+            except StoreUnavailable:
+                return NO_ROOM.as_response()
+        return IMAGE.as_response()
+
+    async def _answer(
+        self, request: Request, environment: Environment, endpoint: Endpoint
+    ) -> Answer:
+        body = Body(request, self._room)
+        try:
+            await body.begin()
+            if self._forwarder is None:
+                return await body.refused(EVENTS_ARE_OFF)
+            content = await body.read()
+            if not content:
+                return EMPTY
+            await self._accept(self._forwarder, request, environment, endpoint, content)
+        except Refused as e:
+            return await body.refused(e.answer)
+        except StoreUnavailable:
+            return NO_ROOM
+        finally:
+            body.release()
+        return ACCEPTED
+
+    async def _accept(
+        self,
+        forwarder: Accepting,
+        request: Request,
+        environment: Environment,
+        endpoint: Endpoint,
+        body: bytes,
+    ) -> None:
+        name, payload_id = environment.spec.name, _payload_id(request)
+        if endpoint.diagnostic:
+            await forwarder.accept(_post(Lane(name, endpoint), payload_id, body))
+            return
+        schema = _schema(header(request, "x-launchdarkly-event-schema"))
+        tags = header(request, "x-launchdarkly-tags").decode("latin-1")
+        wrapper = header(request, "x-launchdarkly-wrapper").decode("latin-1")
+        if not self._is_known_origin(environment, (schema, tags, wrapper)):
+            tags = wrapper = ""
+        post = _post(Lane(name, endpoint, schema, tags, wrapper), payload_id, body)
+        old = schema <= LAST_OLD_SCHEMA or "x-launchdarkly-unsummarized" in request.headers
+        await self._accept_events(forwarder, environment, post, old=old)
+
+    def _is_known_origin(self, environment: Environment, origin: tuple[int, str, str]) -> bool:
+        """Whether a kind of senders may travel apart; the first ones may."""
+        known = self._origins[environment.spec.name]
+        if origin in known or len(known) < MAX_ORIGINS:
+            known.add(origin)
+            return True
+        if environment.spec.name not in self._crowded:
+            self._crowded.add(environment.spec.name)
+            text = "Events come from more than %d kinds of senders; tags of others are left out"
+            _log_of(environment).warning(text, MAX_ORIGINS)
+        return False
+
+    async def _accept_events(
+        self, forwarder: Accepting, environment: Environment, post: Post, *, old: bool = False
+    ) -> None:
+        """Pass on what can be delivered, which is what looks like an array and holds something."""
+        if not is_array(post.body):
+            self._note_unusable(environment, "a post is no JSON array", 1)
+        elif is_empty(post.body):
+            pass
+        elif old:
+            await self._accept_old(forwarder, environment, post)
+        else:
+            await forwarder.accept(post)
+
+    async def _accept_old(self, forwarder: Accepting, environment: Environment, post: Post) -> None:
+        """Summarise a post and pass it on.
+
+        Lanes are told apart by their schema here, as in the reference, not afterwards.
+        """
+        introduced = self._introduced_in(post.lane)
+        async with introduced.turn:
+            server_time = forwarder.server_time(environment.spec.name)
+            payload = environment.payload or NO_ITEMS
+            result = await _summarised(post, payload, introduced.contexts, server_time)
+        for reason, number in result.dropped.items():
+            self._note_unusable(environment, reason, number)
+        if result.body is None:
+            return
+        lane = post.lane._replace(schema=SUMMARY_SCHEMA)
+        try:
+            await forwarder.accept(Post(lane, post.payload_id, result.body, post.received))
+        except StoreUnavailable:
+            introduced.contexts.forget()
+            raise
+
+    def _introduced_in(self, lane: Lane) -> _Introduced:
+        introduced = self._introduced.pop(lane, None) or _Introduced()
+        self._introduced[lane] = introduced
+        if len(self._introduced) > MAX_SUMMARISED_LANES:
+            self._introduced.popitem(last=False)
+        return introduced
+
+    def _note_unusable(self, environment: Environment, reason: str, number: int) -> None:
+        """Count it, and say so at once the first time, then once a minute at most."""
+        spec = environment.spec
+        self.unusable[spec.name] += number
+        report = self._reports.setdefault(spec.name, _Report())
+        report.number += number
+        now = time.monotonic()
+        if now >= report.due:
+            text = "Posts or events that cannot be used were dropped: %d, the last one because: %s"
+            _log_of(environment).warning(text, report.number, reason)
+            report.number, report.due = 0, now + REPORT_EVERY
+
+
+def _log_of(environment: Environment) -> Log:
+    return environment_log(environment.spec.name, environment.spec.sdk_key.masked)
+
+
+async def _summarised(
+    post: Post, payload: Payload, contexts: Contexts, server_time: float
+) -> Summarised:
+    def flag(key: str) -> Item | None:
+        return payload.get(Kind.FLAG, key)
+
+    def work() -> Summarised:
+        now, theirs = int(post.received * 1000), int(server_time * 1000)
+        schema = post.lane.schema
+        return summarised(post.body, schema, flag, contexts, now=now, server_time=theirs)
+
+    return work() if len(post.body) <= SUMMARISED_AT_ONCE else await asyncio.to_thread(work)
+
+
+def _post(lane: Lane, payload_id: str, body: bytes) -> Post:
+    return Post(lane, payload_id, body, time.time())
+
+
+def _schema(given: bytes) -> int:
+    """Return the schema that a header names; 1 if it names none (events 5.2)."""
+    return max(1, int(given)) if _SCHEMA.fullmatch(given) else 1
+
+
+def _payload_id(request: Request) -> str:
+    """Return the SDK's payload id; empty if there is none, or none that SDKs would make."""
+    given = header(request, "x-launchdarkly-payload-id")
+    return given.decode() if _PAYLOAD_ID.fullmatch(given) else ""
+
+
+def _from_base64(text: str) -> bytes:
+    """Return what a text in either alphabet encodes, padded or not; empty if it is neither."""
+    text = text.translate(_STANDARD_ALPHABET).rstrip("=")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return b""

@@ -1,0 +1,662 @@
+"""The endpoints of events: what is answered, what is accepted, and what neither costs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gzip
+import json
+import logging
+import tracemalloc
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from relay.environment import Environment
+from relay.errors import StoreUnavailable
+from relay.hub import Hub
+from relay.model.credential import EnvironmentID, MobileKey, SDKKey
+from relay.model.environment import EnvironmentSpec
+from relay.model.event import Endpoint, Lane, Post
+from relay.model.item import Kind, parse
+from relay.model.payload import Payload
+from relay.protocol.events import joined
+from relay.relay import Relay
+from relay.web.body import MAX_DISCARDED, MAX_SIZE, Room
+from relay.web.cors import ALLOWED_HEADERS
+from relay.web.events import MAX_ORIGINS, SUMMARISED_AT_ONCE, Events
+from relay.web.frontdoor import DoorLimits
+from tests.support.contracts import ScriptedSource
+from tests.support.serving import Served, ask, serving, until
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+KEY, MOBILE_KEY = (
+    "sdk-5ca1ab1e-0001-4000-8000-00000000a001",
+    "mob-5ca1ab1e-0001-4000-8000-00000000b001",
+)
+ID = "5ca1ab1e00000000000c0001"
+SDK = ("Authorization", KEY)
+GZIP = ("Content-Encoding", "gzip")
+SCHEMA_4 = ("X-LaunchDarkly-Event-Schema", "4")
+SOME = b'[{"kind":"custom","key":"k"}]'
+GIF = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
+UNREADABLE = b'{"message":"unable to read request body"}'
+
+
+@dataclass
+class Kept:
+    """Takes posts and keeps them: what the endpoints need of a forwarder."""
+
+    posts: list[Post] = field(default_factory=list)
+    full: bool = False
+    safe: asyncio.Event = field(default_factory=asyncio.Event)
+    time: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.safe.set()
+
+    async def accept(self, post: Post) -> bool:
+        if self.full:
+            raise StoreUnavailable("full")
+        self.posts.append(post)
+        await self.safe.wait()
+        return True
+
+    def server_time(self, environment: str) -> float:
+        return self.time
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [post.body for post in self.posts]
+
+
+def environment(name: str, number: str) -> Environment:
+    """One of the recordings' environments."""
+    key, mobile = (f"{kind}-5ca1ab1e-00{number}-4000-8000-00000000{letter}0{number}" for kind, letter in (("sdk", "a"), ("mob", "b")))  # fmt: skip
+    client = f"5ca1ab1e00000000000c00{number}"
+    spec = EnvironmentSpec(name, SDKKey(key), MobileKey(mobile), EnvironmentID(client))
+    return Environment(spec, ScriptedSource(), Hub({}), logging.getLogger(name))
+
+
+def served_by(kept: Kept | None, max_size: int = 0) -> Served:
+    """The recordings' environment `main` with its flags, and others."""
+    served = Served()
+    main = environment("main", "01")
+    served.source = main._source
+    data = json.loads((GOLDEN / "environment.json").read_text("utf-8"))["flags"]
+    main.payload = Payload.of(
+        parse(Kind.FLAG, k, json.dumps(item).encode()) for k, item in data.items()
+    )
+    others = [environment(f"e{n}", f"{n:02}") for n in (2, *range(4, 16))]
+    served.relay = Relay([main, *others], 0)
+    served.events = Events(kept, max_size)
+    return served
+
+
+@pytest.fixture
+def kept():
+    return Kept()
+
+
+@pytest.fixture
+async def address(kept):
+    """A relay whose events are on."""
+    async with serving(served_by(kept)) as address:
+        yield address
+
+
+async def post(address, body, *headers, path="/bulk"):
+    return await ask(address, path, [SDK, *headers], method="POST", body=body)
+
+
+# The recordings.
+
+
+def lines(file):
+    return [json.loads(line) for line in (GOLDEN / file).read_text("utf-8").split("\n") if line]
+
+
+def content(sent) -> bytes:
+    if "body_base64" in sent:
+        return base64.b64decode(sent["body_base64"])
+    return sent.get("body", "").encode()
+
+
+def target(path: str, headers: dict[str, str]) -> tuple[str, ...]:
+    """Where events went upstream, as a name."""
+    key = headers.get("authorization", "").removeprefix("api_key ")
+    schema = "" if "diagnostic" in path else headers.get("x-launchdarkly-event-schema", "")
+    tags = "" if "diagnostic" in path else headers.get("x-launchdarkly-tags", "")
+    return path, key, schema, tags
+
+
+def went_upstream(recording) -> dict[tuple[str, ...], list]:
+    """What the reference sent, by target; what it sent again counts once."""
+    found: dict[tuple[str, ...], list] = defaultdict(list)
+    for sent in recording["upstream"]:
+        headers = {name.lower(): value for name, value in sent["headers"]}
+        where = target(sent["path"], headers)
+        if "diagnostic" not in sent["path"]:
+            found[where] += json.loads(sent["body"])
+        elif sent["body"] not in found[where]:
+            found[where].append(sent["body"])
+    return without_order(found)
+
+
+def accepted(posts: list[Post], relay: Relay) -> dict[tuple[str, ...], list]:
+    """What was taken, by target."""
+    found: dict[tuple[str, ...], list[bytes]] = defaultdict(list)
+    for p in posts:
+        spec = relay.environments[p.lane.environment].spec
+        endpoint = p.lane.endpoint
+        key = spec.mobile_key if endpoint.mobile else spec.sdk_key
+        name = "" if endpoint.client_side else key.value
+        schema = "" if endpoint.diagnostic else str(p.lane.schema)
+        path = endpoint.path(spec.environment_id.value)
+        found[path, name, schema, p.lane.tags].append(p.body)
+    whole = {
+        where: [b.decode() for b in bodies] if "diagnostic" in where[0] else json.loads(joined(bodies))
+        for where, bodies in found.items()
+    }  # fmt: skip
+    return without_order(whole)
+
+
+def without_order(found):
+    for events in found.values():
+        for event in events:
+            for counted in event.get("features", {}).values() if isinstance(event, dict) else ():
+                counted["counters"].sort(key=lambda c: json.dumps(c, sort_keys=True))
+                counted.get("contextKinds", []).sort()
+    return dict(found)
+
+
+CLIENT_SIDE = (f"/events/bulk/{ID}", "", "3", "")
+CONTEXT = {"kind": "user", "key": "c1"}
+
+
+def custom(key, **more):
+    return {"kind": "custom", "creationDate": 1000, "key": key, "context": CONTEXT, **more}
+
+
+LAMP = {"variation": 0, "version": 7, "value": True, "count": 1}
+SUMMARY = {"kind": "summary", "startDate": 1000, "endDate": 1000}
+COUNTED = {"lamp": {"default": False, "counters": [LAMP], "contextKinds": ["user"]}}
+
+WANTED = {
+    # Row 5: both alphabets, with or without padding.
+    "image beacon, base64 without padding": {CLIENT_SIDE: [custom("gif-nopad1")]},
+    "image beacon, url-safe alphabet with - or _": {
+        CLIENT_SIDE: [custom("gif-url", data="¿ûÿ~~~???")]
+    },
+    # Row 30: events with only a user's key count.
+    "summarised, schema 2: userKey only (inlined users off)": {
+        ("/bulk", KEY, "4", ""): [{**SUMMARY, "features": COUNTED}]
+    },
+}
+"""What is taken where the reference loses it, by the recording's name."""
+
+
+@pytest.mark.parametrize("front", [True, False], ids=["front", "app"])
+async def test_what_is_accepted_of_the_recordings(kept, front):
+    """One after the other, the recordings' posts leave the relay as they left the reference."""
+    served = served_by(kept)
+    async with serving(served, front=front) as address:
+        for recording in lines("events.jsonl"):
+            name = recording["name"]
+            kept.posts.clear()
+            for sent in recording["sent"]:
+                headers = [(n, v) for n, v in sent["headers"]]
+                method, body = sent["method"], content(sent)
+                reply = await ask(address, sent["path"], headers, method=method, body=body)
+                assert reply.status == sent["status"], name
+                assert reply.body == (GIF if sent["response"] == "<gif>" else b""), name
+            got, wanted = accepted(kept.posts, served.relay), went_upstream(recording)
+            if "capacity" in name:  # row 26: no event is lost
+                for where, events in wanted.items():
+                    assert got[where][: len(events)] == events, name
+                    sent_events = sum(len(json.loads(s["body"])) for s in recording["sent"])
+                    assert len(got[where]) == sent_events + ("summarised" in name), name
+            else:
+                assert got == WANTED.get(name, wanted), name
+
+
+HEADERS = ("content-type", "x-content-type-options", "allow")
+
+
+def wanted_reply(recording) -> tuple[int, dict[str, str], object]:
+    """The reference's answer, or what is wanted instead."""
+    status = recording["response"]["status"]
+    headers = {name.lower(): value for name, value in recording["response"]["headers"]}
+    body = content(recording["response"])
+    path = recording["request"]["path"]
+    if "trailing garbage" in recording["name"]:  # row 29
+        status, headers, body = 202, {}, b""
+    kept = {n: v for n, v in headers.items() if n in HEADERS or n.startswith("access-control-")}
+    if body.startswith(b"{"):  # row 12
+        kept["content-type"] = "application/json"
+    if status == 405:  # row 11
+        kept["allow"] = "POST"
+    if path.startswith("/events/diagnostic/"):  # row 7
+        kept["access-control-allow-methods"] = "POST,OPTIONS"
+    if status == 404:  # row 9
+        allowed = ",".join(ALLOWED_HEADERS)
+        kept |= {
+            "access-control-allow-origin": "https://app.example",
+            "access-control-max-age": "300",
+        }
+        kept |= {
+            "access-control-allow-credentials": "false",
+            "access-control-allow-headers": allowed,
+        }
+        kept |= {"access-control-expose-headers": "Date"}
+    return status, kept, body
+
+
+@pytest.mark.parametrize("setup", ["ready", "events-limit", "events-off"])
+async def test_answers_of_the_recordings(setup):
+    """Status, text and headers are the reference's, or better where that is wanted."""
+    kept = None if setup == "events-off" else Kept()
+    served = served_by(kept, 100 if setup == "events-limit" else 0)
+    asked = [line for line in lines("events-http.jsonl") if line["setup"] == setup]
+    assert len(asked) >= 5
+    async with serving(served) as address:
+        for recording in asked:
+            sent = recording["request"]
+            headers = [(n, v) for n, v in sent["headers"]]
+            body = content(sent)
+            if "Expect" in recording["name"]:
+                continue
+            if sent.get("chunked"):
+                body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+                reply = await raw(address, sent["method"], sent["path"], headers, body)
+            else:
+                reply = await ask(address, sent["path"], headers, method=sent["method"], body=body)
+            kept_headers = {
+                n: v for n, v in reply.headers.items() if n in HEADERS or n.startswith("access-control-")
+            }  # fmt: skip
+            got = reply.status, kept_headers, reply.body
+            assert got == wanted_reply(recording), recording["name"]
+
+
+async def raw(address, method, path, headers, chunked):
+    """Send a body in chunks, as given."""
+
+    @dataclass
+    class Sent:
+        address: object
+
+        async def connect(self):
+            reader, writer = await self.address.connect()
+            write = writer.write
+            writer.write = lambda head: write(head + chunked)
+            return reader, writer
+
+    headers = [*headers, ("Transfer-Encoding", "chunked")]
+    return await ask(Sent(address), path, headers, method=method)
+
+
+# What is made of a post.
+
+LAYOUT = [
+    ("/bulk", Endpoint.BULK, ("Authorization", KEY)),
+    ("/mobile", Endpoint.MOBILE, ("Authorization", MOBILE_KEY)),
+    ("/mobile/events", Endpoint.MOBILE, ("Authorization", MOBILE_KEY)),
+    ("/mobile/events/bulk", Endpoint.MOBILE, ("Authorization", MOBILE_KEY)),
+    (f"/events/bulk/{ID}", Endpoint.CLIENT_SIDE, ("X-Nothing", "x")),
+    ("/diagnostic", Endpoint.BULK_DIAGNOSTIC, ("Authorization", KEY)),
+    ("/mobile/events/diagnostic", Endpoint.MOBILE_DIAGNOSTIC, ("Authorization", MOBILE_KEY)),
+    (f"/events/diagnostic/{ID}", Endpoint.CLIENT_SIDE_DIAGNOSTIC, ("X-Nothing", "x")),
+]
+
+
+@pytest.mark.parametrize(("path", "endpoint", "credential"), LAYOUT)
+async def test_a_post_in_full(address, kept, path, endpoint, credential):
+    """Of all headers only schema, tags, wrapper and payload id matter; of diagnostics only the id."""
+    payload_id = "11111111-2222-4333-8444-555555555555"
+    more = [("x-launchdarkly-tags", "application-id/shop"), ("X-LaunchDarkly-Wrapper", "w/1")]
+    more += [("X-LaunchDarkly-Payload-ID", payload_id), ("Cookie", "a=b"), ("X-LaunchDarkly-Event-Schema", "5")]  # fmt: skip
+    reply = await ask(address, path, [credential, *more], method="POST", body=SOME)
+    assert (reply.status, reply.body, reply.headers["content-length"]) == (202, b"", "0")
+    lane = Lane("main", endpoint)
+    if not endpoint.diagnostic:
+        lane = Lane("main", endpoint, 5, "application-id/shop", "w/1")
+    (got,) = kept.posts
+    assert got == Post(lane, payload_id, SOME, got.received)
+
+
+async def test_schemas(address, kept):
+    """What is no positive integer means 1; what is old leaves as of the current schema."""
+    body = SOME[:-2] + b',"userKey":"u"}]'
+    for given, schema in (("3", 3), ("4", 4), ("+4", 4), ("004", 4), ("99", 99)):
+        await post(address, body, ("X-LaunchDarkly-Event-Schema", given))
+        got = kept.posts.pop()
+        assert (got.lane.schema, got.body) == (schema, body)
+    for given in ("2", "1", "0", "-4", "4.0", "4_0", "9" * 30, "", "x"):
+        await post(address, body, ("X-LaunchDarkly-Event-Schema", given))
+        got = kept.posts.pop()
+        assert got.lane.schema == 4
+        assert json.loads(got.body)[0]["contextKeys"] == {"user": "u"}
+
+
+async def test_kinds_of_senders_are_bounded(address, kept, caplog):
+    """Each travels apart; of those beyond the bound tags are left out, which is said once."""
+    for number in range(MAX_ORIGINS + 2):
+        await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Tags", f"application-id/{number}"))
+    tags = [each.lane.tags for each in kept.posts]
+    assert len(set(tags)) == MAX_ORIGINS + 1
+    assert tags[-2:] == ["", ""]
+    assert caplog.text.count("tags of others are left out") == 1
+    await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Tags", "application-id/0"))
+    assert kept.posts[-1].lane.tags == "application-id/0"
+
+
+@pytest.mark.parametrize("given", ["", " ", "a b", "x" * 101, "\xe4"])
+async def test_payload_ids_that_no_sdk_makes(address, kept, given):
+    """They are treated as none; none is made up here."""
+    await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Payload-ID", given))
+    await post(address, SOME, SCHEMA_4)
+    assert [p.payload_id for p in kept.posts] == ["", ""]
+
+
+async def test_the_answer_waits_until_the_post_is_safe(address, kept):
+    """Not before; and then at once."""
+    kept.safe.clear()
+    for request in (post(address, SOME, SCHEMA_4), post(address, b"hello", path="/diagnostic")):
+        asked = asyncio.create_task(request)
+        await until(lambda: kept.posts)
+        await asyncio.sleep(0)
+        assert not asked.done()
+        kept.safe.set()
+        assert (await asked).status == 202
+        kept.safe.clear()
+        kept.posts.clear()
+
+
+async def test_what_cannot_be_kept_is_not_accepted(address, kept):
+    """The SDK is told to come again, and what the lost post would have introduced is not known."""
+    old = [{"kind": "custom", "key": "k", "user": {"key": "u"}}]
+    kept.full = True
+    for path, body in (("/bulk", SOME), ("/bulk", json.dumps(old).encode()), ("/diagnostic", b"x")):
+        schema = SCHEMA_4 if body is SOME else ("X-LaunchDarkly-Event-Schema", "2")
+        reply = await post(address, body, schema, path=path)
+        assert (reply.status, reply.headers["content-type"]) == (503, "application/json")
+    image = f"/a/{ID}.gif?d={base64.b64encode(SOME).decode()}"
+    assert (await ask(address, image)).status == 503
+    kept.full = False
+    await post(address, json.dumps(old).encode(), ("X-LaunchDarkly-Event-Schema", "2"))
+    (got,) = kept.bodies
+    assert [event["kind"] for event in json.loads(got)] == ["index", "custom"]
+
+
+async def test_unusable_posts_are_counted_and_told_once(address, kept, caplog):
+    """The SDK gets its 202; the log tells of the first one, and no secret."""
+    for body in (b"{}", b"hello", b"null", b'[{"kind":5}]'):
+        assert (await post(address, body, ("X-LaunchDarkly-Event-Schema", "2"))).status == 202
+    assert kept.posts == []
+    told = [r for r in caplog.records if "cannot be used" in r.getMessage()]
+    assert len(told) == 1
+    assert told[0].environment == "main"
+    assert KEY not in caplog.text
+
+
+async def test_large_old_posts_come_out_like_small_ones(address, kept):
+    """They are summarised beside the event loop."""
+    event = {
+        "kind": "feature",
+        "key": "lamp",
+        "user": {"key": "u"},
+        "version": 1,
+        "creationDate": 5,
+    }
+    number = SUMMARISED_AT_ONCE // 60
+    body = json.dumps([event] * number).encode()
+    assert len(body) > SUMMARISED_AT_ONCE
+    await asyncio.gather(*(post(address, body) for _ in range(3)))
+    events = [json.loads(got) for got in kept.bodies]
+    assert sum(len(e) for e in events) == 4  # one index, three summaries
+    counts = [e[-1]["features"]["lamp"]["counters"][0]["count"] for e in events]
+    assert counts == [number] * 3
+
+
+async def test_debugging_ends_by_the_clock_of_upstream(address, kept):
+    """The forwarder knows that clock."""
+    far = 32_503_680_000_000
+    event = {
+        "kind": "feature",
+        "key": "x",
+        "version": 1,
+        "userKey": "u",
+        "debugEventsUntilDate": far,
+    }
+    for kept.time in (0.0, far / 1000 + 1):
+        await post(address, json.dumps([event]).encode())
+    assert [b'"debug"' in body for body in kept.bodies] == [True, False]
+
+
+# Bodies.
+
+
+@pytest.mark.parametrize("named", ["gzip", "GZIP", "Gzip, identity", "x-gzip"])
+async def test_compressed(address, kept, named):
+    """Any letter case, and whatever follows the stream (row 29)."""
+    trailers = [b"", b"\0" * 9, b"\x1f", b"\x1f\x8b", b"garbage", gzip.compress(b"")]
+    for trailer in trailers:
+        body = gzip.compress(SOME) + trailer
+        assert (await post(address, body, SCHEMA_4, ("Content-Encoding", named))).status == 202
+    assert kept.bodies == [SOME] * len(trailers)
+
+
+async def test_compressed_in_pieces(address, kept):
+    """Chunks end anywhere, also in a header; several streams make one body."""
+    body = gzip.compress(SOME[:9]) + gzip.compress(b"") + gzip.compress(SOME[9:]) + b"\x1f?"
+    for size in (1, 2, 3, 7, 10, 11, 1000):
+        pieces = [body[at : at + size] for at in range(0, len(body), size)]
+        chunked = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+        reply = await raw(address, "POST", "/bulk", [SDK, GZIP, SCHEMA_4], chunked)
+        assert reply.status == 202
+    assert kept.bodies == [SOME] * 7
+
+
+async def test_large_bodies_arrive_whole(address, kept):
+    """Also those that compress well, and those that do not compress."""
+    for text in (b" " * 3_000_000, b"".join(b"%d," % (n * 7919) for n in range(200_000))):
+        body = b"[" + text + b"1]"
+        for sent in (body, gzip.compress(body, 1), gzip.compress(body, 0)):
+            headers = [SCHEMA_4] if sent is body else [SCHEMA_4, GZIP]
+            assert (await post(address, sent, *headers)).status == 202
+            assert kept.posts.pop().body == body
+
+
+@pytest.mark.parametrize("cut", [11, 20, -9, -8, -1])
+async def test_cut_or_corrupt(address, kept, cut):
+    """Half a stream is refused, and so is one whose checksum is wrong, also the second of two."""
+    whole = gzip.compress(SOME)
+    wrong = whole[:-6] + bytes([whole[-6] ^ 1]) + whole[-5:]
+    for body in (whole[:cut], wrong, whole + wrong, whole + whole[:cut]):
+        reply = await post(address, body, SCHEMA_4, GZIP)
+        assert (reply.status, reply.body) == (400, UNREADABLE)
+    assert kept.posts == []
+
+
+async def test_a_bomb_costs_little():
+    """A gigabyte in a megabyte is inflated up to the limit, no further."""
+    bomb = gzip.compress(b" " * 2**20) * 1024
+    async with serving(served_by(kept := Kept(), 2**20)) as address:
+        tracemalloc.start()
+        try:
+            reply = await post(address, bomb, GZIP, SCHEMA_4)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert (reply.status, reply.body) == (400, UNREADABLE)
+        assert peak < 2**23
+    assert kept.posts == []
+
+
+async def test_a_bomb_of_nothing():
+    """Streams without content are bounded by their own size."""
+    nothing = gzip.compress(b"") * 10_000
+    async with serving(served_by(Kept(), 1000)) as address:
+        reply = await post(address, nothing, GZIP, SCHEMA_4)
+        assert (reply.status, reply.body) == (400, UNREADABLE)
+
+
+async def test_the_bound_without_a_limit(address, kept):
+    """Without a configured limit there is one, too."""
+    for more, status in ((0, 202), (1, 400)):
+        body = b"[" + b" " * (MAX_SIZE - 3) + b"1]" + b" " * more
+        assert (await post(address, gzip.compress(body, 1), SCHEMA_4, GZIP)).status == status
+    assert [len(body) for body in kept.bodies] == [MAX_SIZE]
+
+
+async def test_there_is_room_for_so_many_only(kept):
+    """Bodies that are received or kept at a time are bounded together; afterwards there is room."""
+    served = served_by(kept)
+    served.events._room = Room(1000, 1500)
+    kept.safe.clear()
+    async with serving(served) as address:
+        body = b"[" + b" " * 898 + b"1]"
+        first = asyncio.create_task(post(address, body, SCHEMA_4))
+        await until(lambda: kept.posts)
+        refused = await post(address, body, SCHEMA_4)
+        assert (refused.status, refused.headers["content-type"]) == (503, "application/json")
+        kept.safe.set()
+        assert (await first).status == 202
+        for _ in range(3):
+            assert (await post(address, body, SCHEMA_4)).status == 202
+        assert (await post(address, b" " * 1001, SCHEMA_4)).status == 400
+        assert served.events._room._left == 1500
+
+
+async def test_a_client_that_leaves(address, kept, caplog):
+    """Half a post is none, is no defect of ours, and leaves nothing behind."""
+    reader, writer = await address.connect()
+    head = f"POST /bulk HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nContent-Length: 100\r\n\r\n"
+    writer.write(head.encode() + SOME)
+    await writer.drain()
+    assert (await post(address, SOME, SCHEMA_4)).status == 202
+    writer.close()
+    assert await reader.read() == b""
+    assert (await post(address, SOME, SCHEMA_4)).status == 202
+    assert len(kept.posts) == 2
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize(("size", "closes"), [(2000, False), (MAX_DISCARDED * 2, True)])
+async def test_refused_bodies(size, closes):
+    """What is little more is read, so that the connection lives; what is much more is not."""
+    async with serving(served_by(Kept(), 1000)) as address:
+        reader, writer = await address.connect()
+        head = f"POST /bulk HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nContent-Length: {size}\r\n\r\n"
+        writer.write(head.encode())
+        writer.write(b" " * min(size, MAX_DISCARDED + 70_000))
+        async with asyncio.timeout(5):
+            answer = await reader.readuntil(b"\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 400 ")
+            assert (b"connection: close" in answer) == closes
+            assert await reader.readexactly(len(UNREADABLE)) == UNREADABLE
+            if closes:
+                assert await reader.read() == b""
+            else:
+                writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.close()
+
+
+async def test_slow_bodies(kept):
+    """The time-out for heads is none for bodies, which may take longer."""
+    limits = DoorLimits(head_timeout=0.1)
+    async with serving(served_by(kept), limits=limits) as address:
+        reader, writer = await address.connect()
+        head = f"POST /bulk HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nContent-Length: {len(SOME)}\r\nX-LaunchDarkly-Event-Schema: 4\r\n\r\n"
+        writer.write(head.encode())
+        await writer.drain()
+        await asyncio.sleep(0.1)  # so that the rest comes by itself
+        writer.write(SOME[:9])
+        await asyncio.sleep(2.1)  # the front door looks at the time each second
+        writer.write(SOME[9:])
+        async with asyncio.timeout(5):
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+        writer.close()
+    assert kept.bodies == [SOME]
+
+
+async def test_a_client_that_asks_first(address, kept):
+    """`Expect: 100-continue` is answered before the body comes."""
+    reader, writer = await address.connect()
+    head = f"POST /bulk HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nContent-Length: {len(SOME)}\r\nX-LaunchDarkly-Event-Schema: 4\r\nExpect: 100-continue\r\n\r\n"
+    writer.write(head.encode())
+    async with asyncio.timeout(5):
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
+        writer.write(SOME)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
+    writer.close()
+    assert kept.bodies == [SOME]
+
+
+# Images.
+
+TEXT = '[{"kind":"custom","key":"ÿ~~>>??","x":1}]'
+
+
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode])
+@pytest.mark.parametrize(("padded", "escaped"), [(True, True), (True, False), (False, False)])
+async def test_images(address, kept, encode, padded, escaped):
+    """Both alphabets, padded or not, `+` escaped or not (row 5)."""
+    headers = [("X-LaunchDarkly-Tags", "t"), ("X-LaunchDarkly-Payload-ID", "p"), SCHEMA_4]
+    for text in (TEXT, TEXT + " ", TEXT + "  "):
+        data = encode(text.encode()).decode()
+        data = data if padded else data.rstrip("=")
+        data = data.replace("+", "%2B").replace("/", "%2F") if escaped else data
+        reply = await ask(address, f"/a/{ID}.gif?x=1&d={data}", headers)
+        assert (reply.status, reply.headers["content-type"], reply.body) == (200, "image/gif", GIF)
+        got = kept.posts.pop()
+        assert got == Post(Lane("main", Endpoint.CLIENT_SIDE, 3), "", text.encode(), got.received)
+
+
+async def test_images_without_events(address, kept):
+    """The image is there whatever the address says."""
+    for data in ("", "?d", "?d=", "?d=!!!", "?d=%00", "?d=W", "?d=e30=", "?d=W10=", "?d=%C3%A4"):
+        reply = await ask(address, f"/a/{ID}.gif{data}")
+        assert (reply.status, reply.body) == (200, GIF)
+    assert kept.posts == []
+
+
+async def test_asking_about_an_image_is_not_loading_it(address, kept):
+    """HEAD and preflights carry no events."""
+    for method in ("HEAD", "OPTIONS"):
+        data = base64.b64encode(SOME).decode()
+        reply = await ask(address, f"/a/{ID}.gif?d={data}", method=method)
+        assert reply.status == 200
+    assert kept.posts == []
+
+
+async def test_without_events():
+    """If events are off, all routes say so; what is no gzip is told first, as by the reference."""
+    async with serving(served_by(None)) as address:
+        for path, _, credential in LAYOUT:
+            reply = await ask(address, path, [credential], method="POST", body=SOME)
+            assert (reply.status, reply.headers["content-type"]) == (503, "application/json")
+            reply = await ask(address, path, [credential, GZIP], method="POST", body=SOME)
+            assert (reply.status, reply.body) == (400, b"gzip: invalid header\n")
+        assert (await ask(address, f"/a/{ID}.gif?d=W10=")).status == 503
+        assert (await ask(address, f"/a/{ID}.gif", method="OPTIONS")).status == 200
+
+
+async def test_a_defect_of_ours(caplog):
+    """It is an empty 500, logged once; no SDK gives up for good because of it."""
+
+    class Broken(Kept):
+        async def accept(self, post: Post) -> bool:
+            raise RuntimeError("a defect")
+
+    served = served_by(Broken())
+    async with serving(served) as address:
+        for path, _, credential in (LAYOUT[0], LAYOUT[4]):
+            caplog.clear()
+            reply = await ask(address, path, [credential, SCHEMA_4], method="POST", body=SOME)
+            assert (reply.status, reply.body) == (500, b"")
+            assert len([record for record in caplog.records if record.exc_info]) == 1
+    assert served.events._room._left == Room()._left
