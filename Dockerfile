@@ -32,6 +32,7 @@ COPY config /opt/relay/config
 COPY LICENSE /opt/relay/
 ENV PORT=8030 \
     SNAPSHOT_DIR=/data/snapshots \
+    EVENTS_SPOOL_DIR=/data/events \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 USER 1000:1000

@@ -6,7 +6,7 @@ PORT ?= 8030
 BIN := .venv/bin
 NODE_PACKAGES := tests/sdk-node/node_modules/.package-lock.json
 
-.PHONY: help run hints test lint format lock bench image clean
+.PHONY: help run hints test nightly lint format lock bench image clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -19,6 +19,9 @@ hints:
 
 test: lint $(NODE_PACKAGES) ## lint, types, import rules and all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+nightly: .venv/test $(NODE_PACKAGES) ## the tests that kill relays, many times over
+	KILL_ROUNDS=200 $(BIN)/python -m pytest --timeout 3600 tests/test_spool.py tests/test_events.py tests/contract/test_events.py
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -242,15 +242,29 @@ def _introduce(config: Config, relay: Relay) -> None:
         _log.info('Serving environment "%s" (SDK key %s) from %s', name, key, origin)
 
 
+def _introduce_events(config: Config) -> None:
+    events = config.events
+    if events.send_events and config.environments:
+        place = events.spool_dir or "memory"
+        _log.info("Forwarding events to %s; until then they wait in %s", events.events_uri, place)
+
+
 def _site(config: Config) -> Site:
     """Make what is served. Its imports are heavy, so they wait until the port is open."""
     from relay.build import build  # noqa: PLC0415
     from relay.web.app import make_app, make_exporter  # noqa: PLC0415
+    from relay.web.events import Events  # noqa: PLC0415
     from relay.web.polling import Polling  # noqa: PLC0415
     from relay.web.traffic import Traffic  # noqa: PLC0415
+    from relay.web.usage import Usage  # noqa: PLC0415
 
     relay = build(config)
     _introduce(config, relay)
+    _introduce_events(config)
     polling, traffic = Polling(), Traffic()
+    forwarder = relay.events if config.events.send_events else None
+    events = Events(forwarder, config.events.max_inbound_payload_size, traffic.unusable)
+    app = make_app(relay, polling, traffic, events)
     exporter = make_exporter(relay, traffic, config.prometheus.prefix)
-    return Site(relay, make_app(relay, polling, traffic), polling, traffic, exporter)
+    usage = [Usage(relay.environments, traffic, relay.events.accept).run] if relay.events else []
+    return Site(relay, app, polling, traffic, exporter, usage)

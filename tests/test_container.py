@@ -67,6 +67,7 @@ def test_the_image_writes_nowhere_but_in_its_volume(image: dict[str, str]) -> No
     assert image["VOLUME"] == "/data"
     environment = dict(pair.split("=", 1) for pair in shlex.split(image["ENV"]))
     assert environment["SNAPSHOT_DIR"].startswith("/data/")
+    assert environment["EVENTS_SPOOL_DIR"].startswith("/data/")
     assert environment["PYTHONDONTWRITEBYTECODE"] == "1"
     assert "install -d -o 1000 -g 1000 -m 700 /data" in image["RUN"]
 
@@ -123,8 +124,8 @@ def test_compose_runs_the_relay_as_it_is_meant_to_run(compose: dict[str, Any]) -
     assert service["read_only"] is True
     assert service["stop_grace_period"] == "10s"
     assert service["cap_drop"] == ["ALL"]
-    assert "snapshots:/data" in service["volumes"]
-    assert "snapshots" in compose["volumes"]
+    assert "data:/data" in service["volumes"]
+    assert "data" in compose["volumes"]
     assert service["ports"] == ["${RELAY_PORT:-8030}:8030"]
 
 

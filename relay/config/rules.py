@@ -125,7 +125,15 @@ def problems(draft: Draft) -> list[str]:
 
 def warnings(draft: Draft) -> list[str]:
     """Return what the operator should know, though the relay starts."""
-    rules = (_later, _no_effect, _useless, _bare_environment, _duplicates, _raised)
+    rules = (
+        _later,
+        _no_effect,
+        _useless,
+        _events_in_memory,
+        _bare_environment,
+        _duplicates,
+        _raised,
+    )
     return [draft.sourced(sentence) for rule in rules for sentence in rule(draft)]
 
 
@@ -392,6 +400,13 @@ def _later(draft: Draft) -> Iterator[Sentence]:
 def _no_effect(draft: Draft) -> Iterator[Sentence]:
     for shown, option, key in draft.written(Support.NO_EFFECT):
         yield f"{shown} has no effect: {option.help.removesuffix('.')}", (key,)
+
+
+def _events_in_memory(draft: Draft) -> Iterator[Sentence]:
+    events = draft.of(Events)
+    if events.send_events and not events.spool_dir:
+        text = "accepted events wait in memory only; [Events] spoolDir keeps them on disk"
+        yield text, _keys("Events", "send_events")
 
 
 def _useless(draft: Draft) -> Iterator[Sentence]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from relay import __version__, process
 from relay.config.schema import Prometheus
 from relay.environment import ConnectionState, Environment
+from relay.events import Figures
 from relay.log import lost_lines
 from relay.model.count import Count, Durations
 from relay.model.item import Kind
@@ -23,7 +24,7 @@ from relay.protocol.prometheus import page as text
 from relay.relay import Relay
 from relay.stores import StoreState, StoreStatus
 from relay.web.answers import Answer
-from relay.web.traffic import Series, Traffic
+from relay.web.traffic import Series, Traffic, tag
 
 UNCOUNTED_ROUTES = frozenset(("/mping",))
 """What the reference leaves out of its `requests` (status 8.2)."""
@@ -156,6 +157,35 @@ def _unreadable_items(sight: Sight) -> Iterator[Row]:
         yield (name, status.database), len(status.invalid)
 
 
+def _events(look: Callable[[Figures], float]) -> Look:
+    """Return what takes one number of the events of each environment, where they are forwarded."""
+
+    def rows(sight: Sight) -> Iterator[Row]:
+        if sight.relay.events is not None:
+            for name in sight.environments:
+                yield (name,), look(sight.relay.events.figures(name))
+
+    return rows
+
+
+def _oldest_events(sight: Sight) -> Iterator[Row]:
+    if sight.relay.events is not None:
+        for name in sight.environments:
+            oldest = sight.relay.events.oldest(name)
+            yield (name,), 0.0 if oldest is None else max(0.0, round(time.time() - oldest, 3))
+
+
+def _unusable(sight: Sight) -> Iterator[Row]:
+    if sight.relay.events is not None:
+        for name in sight.environments:
+            yield (name,), sight.traffic.unusable[name]
+
+
+def _spool_durable(sight: Sight) -> Iterator[Row]:
+    if sight.relay.events is not None:
+        yield (), int(sight.relay.events.spool.durable)
+
+
 def _items(sight: Sight) -> Iterator[Row]:
     for name, environment in sight.environments.items():
         if environment.payload is not None:
@@ -180,6 +210,16 @@ OWN: Mapping[Figure, Look] = {
     Figure("relay_items", GAUGE, ("environment", "kind"), "Flags and segments that are held, deleted ones included; none without data."): _items,
     Figure("relay_invalid_items", GAUGE, ("environment",), "Flags and segments of which LaunchDarkly's last version could not be used."): _each(lambda e: len(e.invalid)),
     Figure("relay_rejected_total", COUNTER, ("environment",), "Messages and items of LaunchDarkly that could not be used."): _each(lambda e: e.rejected),
+    Figure("relay_event_posts_received_total", COUNTER, ("environment",), "Posts of events that were accepted, duplicates included."): _events(lambda f: f.received),
+    Figure("relay_event_posts_duplicate_total", COUNTER, ("environment",), "Posts that an SDK had sent before, by their payload id."): _events(lambda f: f.duplicates),
+    Figure("relay_event_posts_forwarded_total", COUNTER, ("environment",), "Posts that LaunchDarkly has taken."): _events(lambda f: f.forwarded),
+    Figure("relay_event_requests_retried_total", COUNTER, ("environment",), "Requests to LaunchDarkly's events service that had to be repeated."): _events(lambda f: f.retried),
+    Figure("relay_event_posts_quarantined_total", COUNTER, ("environment",), "Posts that LaunchDarkly rejects as malformed, kept aside."): _events(lambda f: f.quarantined),
+    Figure("relay_event_posts_evicted_total", COUNTER, ("environment",), "Posts that were given up for want of room, or as too old."): _events(lambda f: f.evicted),
+    Figure("relay_event_posts_unusable_total", COUNTER, ("environment",), "Posts that were no JSON array, and events of old schemas that were malformed: answered with 202, as by the reference, and dropped."): _unusable,
+    Figure("relay_event_posts_waiting", GAUGE, ("environment",), "Posts that wait for their delivery."): _events(lambda f: f.waiting),
+    Figure("relay_event_oldest_seconds", GAUGE, ("environment",), "How long the oldest of them has waited; 0 if none waits."): _oldest_events,
+    Figure("relay_event_spool_durable", GAUGE, (), "1 if accepted events survive the end of the process, 0 if they wait in memory."): _spool_durable,
     Figure("relay_log_lines_lost_total", COUNTER, (), "Log lines that were dropped because nobody took them."): _one(lost_lines),
     Figure("relay_build_info", GAUGE, ("version", "python"), "Always 1."): _build,
     Figure("process_cpu_seconds_total", COUNTER, (), "Processor time of this process."): _one(process.cpu_seconds),
@@ -222,13 +262,8 @@ def _hits(sight: Sight) -> Rows:
 
 def _hit(series: Series) -> tuple[str, ...]:
     environment, platform_, agent = _client(series)
-    return environment, series.method, platform_, _tag(series.route), agent
+    return environment, series.method, platform_, tag(series.route), agent
 
 
 def _client(series: Series) -> tuple[str, str, str]:
-    return _tag(series.environment), series.platform, _tag(series.user_agent)
-
-
-def _tag(value: str) -> str:
-    """Return a label's value as the reference writes it."""
-    return value.replace("/", "_") or "_"
+    return tag(series.environment), series.platform, tag(series.user_agent)

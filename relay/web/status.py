@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from itertools import islice
 
 from relay import __version__
@@ -83,7 +84,23 @@ def _described(relay: Relay, environment: Environment, counts: Counts) -> dict[s
         "rejected": environment.rejected or None,
         "streams": len(environment.hub),
         **{member: sums.get(spec.name, 0) for member, sums in counts.items()},
+        "events": _events(relay, spec.name),
     }
+    return _without_none(members)
+
+
+def _events(relay: Relay, name: str) -> dict[str, object] | None:
+    """Return how it stands with the events of an environment; None if nothing forwards them."""
+    if relay.events is None:
+        return None
+    oldest = relay.events.oldest(name)
+    age = None if oldest is None else max(0, round(time.time() - oldest))
+    members = {**asdict(relay.events.figures(name)), "oldestAge": age}
+    durable = relay.events.spool.durable
+    return {"kept": "on disk" if durable else "in memory", **_without_none(members)}
+
+
+def _without_none(members: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in members.items() if value is not None}
 
 

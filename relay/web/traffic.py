@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -68,6 +68,8 @@ class Traffic:
         """Streams that were opened."""
         self.streams: Counts = defaultdict(Count)
         """Streams that are open."""
+        self.unusable: Counter[str] = Counter()
+        """Posts and events of SDKs that could not be used, by environment."""
         self._user_agents: set[str] = set()
         self.logs = _log.isEnabledFor(logging.DEBUG)
         """Whether each request is logged."""
@@ -85,6 +87,11 @@ class Traffic:
                 return OTHER
             self._user_agents.add(name)
         return name
+
+
+def tag(value: str) -> str:
+    """Return a name as the reference writes it in figures (status 8.2)."""
+    return value.replace("/", "_") or "_"
 
 
 def totals(counts: Mapping[Series, Count]) -> Mapping[str, int]:

@@ -259,8 +259,8 @@ def test_a_hundred_environments() -> None:
 
 def test_what_a_later_release_brings_is_accepted_with_a_warning() -> None:
     """Nothing is ignored in silence."""
-    warnings = from_env({"USE_EVENTS": "true"}).warnings
-    assert warnings == ("[Events] sendEvents takes effect in a later release (USE_EVENTS)",)
+    warnings = from_env({"EVAL_STREAMS": "true"}).warnings
+    assert warnings == ("[Main] evalStreams takes effect in a later release (EVAL_STREAMS)",)
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ function store({ line, redis, prefix }) {
 }
 
 function options(setup) {
-  const { url, stream, redis, ca, fdv2 } = setup;
-  const all = { logger: silent, sendEvents: false, diagnosticOptOut: true, stream };
+  const { url, stream, redis, ca, fdv2, events } = setup;
+  const all = { logger: silent, sendEvents: events, diagnosticOptOut: !events, stream };
   if (url) Object.assign(all, { baseUri: url, streamUri: url, eventsUri: url });
   if (redis) Object.assign(all, { useLdd: true, featureStore: store(setup) });
   if (ca) all.tlsParams = { ca: readFileSync(ca) };
@@ -69,7 +69,18 @@ const operations = {
     const { key, ...attributes } = context;
     return openFeature.getStringValue(flag, fallback, { targetingKey: key, ...attributes });
   },
+  async track({ event, context, data }) {
+    client.track(event, context, data);
+  },
+  async identify({ context }) {
+    client.identify(context);
+  },
+  async flush() {
+    await client.flush();
+  },
   async close() {
+    // `close` does not wait for the events that it sends, and this process ends.
+    await client?.flush().catch(() => {});
     await client?.close();
   },
 };

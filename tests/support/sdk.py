@@ -69,6 +69,7 @@ class Setup:
         ca: file of the certificate authority to trust.
         fdv2: ask by the newer protocol first.
         openfeature: evaluate through the OpenFeature provider.
+        events: send events, and diagnostics.
     """
 
     key: str
@@ -80,6 +81,7 @@ class Setup:
     ca: str = ""
     fdv2: bool = False
     openfeature: bool = False
+    events: bool = False
 
 
 class SDK(Protocol):
@@ -163,6 +165,18 @@ class PythonSDK:
             while not self._client.is_initialized():  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
+    async def track(self, event: str, context: dict, data: Any) -> None:
+        assert self._client is not None
+        self._client.track(event, Context.from_dict(context), data)
+
+    async def identify(self, context: dict) -> None:
+        assert self._client is not None
+        self._client.identify(Context.from_dict(context))
+
+    async def flush(self) -> None:
+        assert self._client is not None
+        self._client.flush()
+
     async def value(self, flag: str, context: dict = SOMEBODY, fallback: Any = None) -> Any:
         evaluate = self._by_openfeature if self._setup.openfeature else self._directly
         return await asyncio.to_thread(evaluate, flag, context, fallback)
@@ -178,7 +192,7 @@ class PythonSDK:
 
     def _start(self) -> None:
         setup = self._setup
-        options: dict[str, Any] = {"stream": setup.stream, "send_events": False}
+        options: dict[str, Any] = {"stream": setup.stream, "send_events": setup.events}
         if setup.redis:
             store = Redis.new_feature_store(
                 setup.redis, setup.prefix, caching=CacheConfig.disabled()
@@ -195,7 +209,7 @@ class PythonSDK:
             setup.key,
             http=HTTPConfig(ca_certs=setup.ca or None),
             initial_reconnect_delay=0.1,
-            diagnostic_opt_out=True,
+            diagnostic_opt_out=not setup.events,
             **options,
         )
         if setup.openfeature:
@@ -221,7 +235,7 @@ class AsyncPythonSDK:
     def __init__(self, setup: Setup) -> None:
         assert not setup.fdv2, "not driven by this class"
         assert not setup.openfeature, "there is no asynchronous provider"
-        options: dict[str, Any] = {"stream": setup.stream, "send_events": False}
+        options: dict[str, Any] = {"stream": setup.stream, "send_events": setup.events}
         self._end = AsyncExitStack()
         if setup.redis:
             store = Redis.async_feature_store(
@@ -237,7 +251,7 @@ class AsyncPythonSDK:
             setup.key,
             http=HTTPConfig(ca_certs=setup.ca or None),
             initial_reconnect_delay=0.1,
-            diagnostic_opt_out=True,
+            diagnostic_opt_out=not setup.events,
             **options,
         )
         self._setup = setup
@@ -302,6 +316,15 @@ class NodeSDK:
 
     async def ready(self) -> None:
         await self._ask("ready")
+
+    async def track(self, event: str, context: dict, data: Any) -> None:
+        await self._ask("track", event=event, context=context, data=data)
+
+    async def identify(self, context: dict) -> None:
+        await self._ask("identify", context=context)
+
+    async def flush(self) -> None:
+        await self._ask("flush")
 
     async def value(self, flag: str, context: dict = SOMEBODY, fallback: Any = None) -> Any:
         return await self._ask("value", flag=flag, context=context, fallback=fallback)

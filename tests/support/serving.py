@@ -102,17 +102,17 @@ async def serving_site(
     door = Door(site.relay, site.poll, options.limits, site.traffic) if front else None
     listener = listen(0)
     server = make_server(site.relay, site.app, options, door)
-    running = asyncio.create_task(site.relay.run())
-    serve = asyncio.create_task(server.serve(sockets=[listener]))
-    port = listener.getsockname()[1]
-    try:
-        await until(lambda: server.started)
-        yield port
-    finally:
-        server.stop()
-        await asyncio.wait([serve])
-        running.cancel()
-        await asyncio.wait([running])
+    async with site.relay.upstream:
+        running = asyncio.create_task(site.relay.run())
+        serve = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            await until(lambda: server.started)
+            yield listener.getsockname()[1]
+        finally:
+            server.stop()
+            await asyncio.wait([serve])
+            running.cancel()
+            await asyncio.wait([running])
 
 
 async def until(holds: Callable[[], bool], seconds: float = 5) -> None:

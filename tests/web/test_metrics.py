@@ -14,16 +14,20 @@ import pytest
 
 from relay import __version__, process
 from relay.environment import ConnectionState, Environment
+from relay.events import Forwarder
 from relay.hub import Hub
 from relay.log import Output
 from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Item, Kind
 from relay.model.payload import Payload
+from relay.poststore import Limits
 from relay.protocol import fdv1
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
+from relay.spool import Spool
 from relay.stores import StoreState, StoreStatus
+from relay.upstream import Upstream
 from relay.web import metrics
 from relay.web.traffic import MAX_USER_AGENT, MAX_USER_AGENTS, OTHER, Series, Traffic
 from tests.support.contracts import MemoryCopy, ScriptedSource
@@ -104,7 +108,9 @@ async def test_every_figure_is_told_by_a_busy_relay():
     series = Series("main", "/all", "GET", "server")
     for counts in (traffic.requests, traffic.new_streams, traffic.streams):
         counts[series].value += 1
-    page = exported(Relay([main], 0), traffic)
+    nowhere = Upstream()
+    forwarder = Forwarder(Spool(None, Limits()), nowhere, "http://h", {"main": main.spec}.get)
+    page = exported(Relay([main], 0, events=forwarder), traffic)
     suffix = re.compile("_(bucket|sum|count)$")
     seen = {s.name if s.name.endswith("_total") else suffix.sub("", s.name) for s in page.samples}
     assert seen == {f.name for f in (*metrics.OWN, *metrics.reference("launchdarkly_relay"))}

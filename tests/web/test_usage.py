@@ -1,0 +1,72 @@
+"""The relay reports its use to LaunchDarkly as the reference does."""
+
+import json
+from pathlib import Path
+
+from relay.model.event import Endpoint, Lane
+from relay.web.traffic import Series, Traffic
+from relay.web.usage import SCHEMA, Usage
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "usage.json"
+MASKED = {"relayId": "<uuid>", "startDate": "<ms>", "endDate": "<ms>"}
+
+
+class Reports:
+    """A relay's traffic, and what it reports of it."""
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
+        self.usage = Usage(["main", "quiet"], self.traffic, self._accept)
+
+    async def _accept(self, _post) -> None:
+        raise AssertionError
+
+    def stream(self, agent: str, change: int, opened: int = 0) -> None:
+        series = Series("main", "/all", "GET", "server", agent)
+        self.traffic.streams[series].value += change
+        self.traffic.new_streams[series].value += opened
+
+    def poll(self, agent: str, number: int, route: str = "/sdk/flags") -> None:
+        self.traffic.requests[Series("main", route, "GET", "server", agent)].value += number
+
+    def told(self, now: float) -> list[dict]:
+        return [event for post in self.usage.posts(now) for event in json.loads(post.body)]
+
+
+def test_a_report_is_the_recorded_one():
+    """One stream and one poll: members, their order and names are the reference's."""
+    reports = Reports()
+    reports.stream("PyClient/9.0", 1, opened=1)
+    reports.poll("PHPClient/6", 1)
+    (post,) = reports.usage.posts(1e10)
+    assert post.lane == Lane("main", Endpoint.BULK, SCHEMA)
+    (event,) = json.loads(post.body)
+    recorded = json.loads(GOLDEN.read_text())
+    assert json.dumps([{**event, **MASKED}]) == json.dumps(recorded)
+
+
+def test_periods_follow_each_other_and_polls_are_counted_in_one():
+    """New streams are counted since the start, polls since the last report."""
+    reports = Reports()
+    reports.stream("a", 2, opened=2)
+    reports.poll("a", 5)
+    (first,) = reports.told(1e10)
+    reports.stream("a", -1)
+    reports.poll("a", 2, "/sdk/flags/{key}")
+    reports.poll("a", 9, "/all")
+    (second,) = reports.told(1e10 + 60)
+    assert first["endDate"] == second["startDate"]
+    assert first["relayId"] == second["relayId"]
+    assert second["connections"][0]["current"] == 1
+    assert second["newConnections"][0]["count"] == 2
+    assert second["pollingCounts"][0]["count"] == 2
+
+
+def test_nothing_is_said_where_nothing_happens():
+    """No streams, no polls: no report; and what is over is not reported for ever."""
+    reports = Reports()
+    assert reports.told(1e10) == []
+    reports.poll("", 1)
+    (event,) = reports.told(1e10 + 60)
+    assert event["pollingCounts"] == [{"userAgent": "_", "platformCategory": "server", "count": 1}]
+    assert reports.told(1e10 + 120) == []
