@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from relay.config.rules import ENVIRONMENT, FILTERS
 from relay.config.schema import NAMED_SECTIONS, SECTIONS, Config, Option, Redis, Support, options
 from relay.config.values import BOOLEAN, COUNT, DURATION, HTTP_URI, SECRET, URI
-from relay.model.credential import masked
+from relay.model.credential import masked, masked_url
 
 MASK = "********"
 
@@ -157,25 +157,13 @@ def _value(option: Option, value: Any) -> str:
     if option.attribute in _KEYS and len(value.reveal()) >= SHORTEST_MASKED_KEY:
         return masked(value.reveal())
     if option.kind in (URI, HTTP_URI):
-        return quoted(_without_secrets(value))
+        return quoted(masked_url(value, MASK))
     return quoted(option.kind.show(value))
 
 
 def _is_unset(option: Option, value: object) -> bool:
     """Whether the value means that there is none."""
     return not value and option.kind not in (BOOLEAN, COUNT, DURATION)
-
-
-def _without_secrets(url: str) -> str:
-    """Return a URL without what its userinfo and its query could tell."""
-    parts = urlsplit(url)
-    if "@" in parts.path + parts.query + parts.fragment:
-        return f"{parts.scheme}://{MASK}"  # a `/` in a password, perhaps: it begins anywhere
-    userinfo, at, server = parts.netloc.rpartition("@")
-    user, colon, _ = userinfo.partition(":")
-    shown = f"{user}:{MASK}" if colon else MASK
-    query = re.sub(r"=[^&]*", f"={MASK}", parts.query)
-    return parts._replace(netloc=f"{shown}@{server}" if at else server, query=query).geturl()
 
 
 def _url_secrets(url: str) -> Iterator[str]:

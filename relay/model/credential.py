@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 _HEX = re.compile("[0-9a-fA-F]")
 _KIND_PREFIX = re.compile("[a-z]{3}-")
@@ -26,6 +27,21 @@ def obscured(key: str) -> str:
 def masked(key: str) -> str:
     """Return `key` as log lines show it: three dots and the last four characters."""
     return "..." + key[-4:]
+
+
+def masked_url(url: str, mask: str) -> str:
+    """Return `url` without what its userinfo and its query could tell.
+
+    What stands alone before the `@` is masked as well: to Redis it is a password.
+    """
+    parts = urlsplit(url)
+    if "@" in parts.path + parts.query + parts.fragment:
+        return f"{parts.scheme}://{mask}"  # a `/` in a password, perhaps: it begins anywhere
+    userinfo, at, server = parts.netloc.rpartition("@")
+    name, colon, _ = userinfo.partition(":")
+    shown = f"{name}:{mask}" if colon else mask if name else ""
+    query = re.sub("=[^&]*", f"={mask}", parts.query)
+    return parts._replace(netloc=f"{shown}{at}{server}", query=query).geturl()
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -12,7 +12,7 @@ import ssl
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import msgspec
 from redis.asyncio.connection import (
@@ -29,6 +29,7 @@ from redis.exceptions import TimeoutError as RedisTimeout
 
 from relay.config.schema import Redis as RedisOptions
 from relay.errors import ConfigError, InvalidData, StoreUnavailable
+from relay.model.credential import masked_url
 from relay.model.item import InvalidItem, Item, Kind, parse
 from relay.model.payload import Payload
 from relay.stores import UNREADABLE, Stored, Version, Versions
@@ -318,13 +319,7 @@ def _address(url: str) -> dict[str, Any]:
 
 def _masked(url: str) -> str:
     """Return a URL as `/status` shows it: the password is `xxxxx` (status 8.1)."""
-    parts = urlsplit(url)
-    if "@" in parts.path + parts.query + parts.fragment:
-        return f"{parts.scheme}://xxxxx"  # a `/` in a password, perhaps: it begins anywhere
-    user, has_user, address = parts.netloc.rpartition("@")
-    name, has_password, _ = user.partition(":")
-    shown = f"{name}:xxxxx" if has_password else "xxxxx" if user else ""
-    return urlunsplit((parts.scheme, f"{shown}{has_user}{address}", parts.path, "", ""))
+    return masked_url(url, "xxxxx").partition("?")[0].partition("#")[0]
 
 
 def _version(json: bytes) -> Version:
