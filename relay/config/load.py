@@ -170,6 +170,8 @@ def _read_environ(given: _Given, environ: Mapping[str, str]) -> None:
             given.names.setdefault((section, name), prefix + name)
             _read_named(given, section, name, environ)
     given.warnings += _orphans(environ)
+    if environ.get("LD_TRACE_LOG_BIG_SEGMENTS"):
+        given.warnings.append("LD_TRACE_LOG_BIG_SEGMENTS takes effect in a later release")
     if environ.get("EVENTS_SAMPLING_INTERVAL"):
         given.problems.append("EVENTS_SAMPLING_INTERVAL: this variable is no longer supported")
 

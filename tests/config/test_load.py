@@ -259,8 +259,11 @@ def test_a_hundred_environments() -> None:
 
 def test_what_a_later_release_brings_is_accepted_with_a_warning() -> None:
     """Nothing is ignored in silence."""
-    warnings = from_env({"EVAL_STREAMS": "true"}).warnings
-    assert warnings == ("[Main] evalStreams takes effect in a later release (EVAL_STREAMS)",)
+    warnings = from_env({"EVAL_STREAMS": "true", "LD_TRACE_LOG_BIG_SEGMENTS": "1"}).warnings
+    assert warnings == (
+        "LD_TRACE_LOG_BIG_SEGMENTS takes effect in a later release",
+        "[Main] evalStreams takes effect in a later release (EVAL_STREAMS)",
+    )
 
 
 @pytest.mark.parametrize(
