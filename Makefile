@@ -38,6 +38,7 @@ lock: ## choose the newest versions that pyproject.toml allows (needs uv)
 	uv pip compile $(COMPILE) pyproject.toml -o requirements.lock
 	uv pip compile $(COMPILE) --extra test --extra lint -c requirements.lock pyproject.toml -o requirements-dev.lock
 	cd tests/sdk-node && npm install --package-lock-only --no-audit --no-fund
+	@touch tests/sdk-node/package-lock.json # npm has written into node_modules, too, without installing
 
 # Neither the index that was asked nor this command line belongs into a lock.
 COMPILE := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import random
+import re
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,14 +16,18 @@ import pytest
 
 from tests.support import data
 from tests.support.data import flag
+from tests.support.overhearing import overhearing
 from tests.support.process import PATIENCE, RelayProcess
-from tests.support.sdk import Setup, install_packages, make, sees
-from tests.support.serving import SDK_KEY, Address
+from tests.support.sdk import CLIENT_SIDE_SDKS, SOMEBODY, Setup, install_packages, make, sees
+from tests.support.serving import SDK_KEY, Address, ask, until
 from tests.support.upstream import ScriptedUpstream, status
 
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
 """How often the relay is killed; at night more often: KILL_ROUNDS=200."""
 ANNA = {"kind": "user", "key": "anna", "name": "Ännä <&> \u2028"}
+BOOTSTRAP = {"lamp": "on", "$flagsState": {"lamp": {"version": 3, "variation": 0}}, "$valid": True}
+MOBILE_KEY = "mob-main"
+ORIGIN = "https://shop.example"
 EXACT = {"big": 9007199254740991, "small": 1.5e-7, "text": 'ü "<&>" \u2028', "list": [None, True]}
 
 
@@ -37,6 +43,7 @@ def relay_of(upstream: ScriptedUpstream, folder: Path, **variables: str) -> Rela
     given = {
         "LD_ENV_main": SDK_KEY,
         "LD_CLIENT_SIDE_ID_main": "id-main",
+        "LD_MOBILE_KEY_main": MOBILE_KEY,
         "STREAM_URI": upstream.url,
         "EVENTS_HOST": upstream.url,
         "USE_EVENTS": "true",
@@ -62,17 +69,19 @@ async def send(address: Address, number: int, payload_id: str = "", key: str = S
     return int(answer.split()[1]) if answer else 0
 
 
-def arrived(upstream: ScriptedUpstream) -> Iterator[tuple[str, str]]:
+def arrived(upstream: ScriptedUpstream, path: str = "/bulk") -> Iterator[tuple[str, str]]:
     """Each event that upstream took, with the id of the payload in which it came."""
     for post in upstream.accepted:
-        if post.path == "/bulk":
+        if post.path == path:
             yield from ((e["key"], post.payload_id) for e in post.events if e["kind"] == "custom")
 
 
-async def until_arrived(upstream: ScriptedUpstream, wanted: set[str], seconds: float) -> None:
+async def until_arrived(
+    upstream: ScriptedUpstream, wanted: set[str], seconds: float, path: str = "/bulk"
+) -> None:
     """Wait until upstream has taken these events."""
     async with asyncio.timeout(seconds):
-        while not wanted <= {key for key, _ in arrived(upstream)}:  # noqa: ASYNC110
+        while not wanted <= {key for key, _ in arrived(upstream, path)}:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
@@ -92,11 +101,25 @@ def packages() -> None:
 
 
 @pytest.mark.sdk
-@pytest.mark.parametrize("name", ["python", "node9", "node7"])
-async def test_the_events_of_an_sdk_arrive_unharmed(name, upstream, tmp_path, packages):
+@pytest.mark.parametrize(
+    ("name", "compressed"),
+    [
+        ("python", False),
+        ("python", True),
+        ("python-async", True),
+        ("node9", False),
+        ("node9", True),
+        ("node7", False),
+    ],
+)
+async def test_the_events_of_an_sdk_arrive_unharmed(name, compressed, upstream, tmp_path, packages):
     """Evaluations, `track`, `identify`; what is flushed, and what `close` leaves behind."""
-    async with relay_of(upstream, tmp_path) as relay:
-        async with make(name, Setup(SDK_KEY, relay.url, events=True)) as sdk:
+    async with (
+        relay_of(upstream, tmp_path) as relay,
+        overhearing(relay.address) as overheard,
+    ):
+        setup = Setup(SDK_KEY, overheard.url, events=True, compressed=compressed)
+        async with make(name, setup) as sdk:
             await sdk.ready()
             await sees(sdk, "lamp", "on", ANNA)
             await sdk.identify(ANNA)
@@ -105,6 +128,7 @@ async def test_the_events_of_an_sdk_arrive_unharmed(name, upstream, tmp_path, pa
             await until_arrived(upstream, {"flushed"}, PATIENCE)
             await sdk.track("closed", ANNA, EXACT)
         await until_arrived(upstream, {"closed"}, PATIENCE)
+    assert (b"content-encoding: gzip" in overheard.asked.lower()) == compressed
     posts = [post for post in upstream.accepted if post.path == "/bulk"]
     events = [event for post in posts for event in post.events]
     kinds = [event["kind"] for event in events]
@@ -117,6 +141,201 @@ async def test_the_events_of_an_sdk_arrive_unharmed(name, upstream, tmp_path, pa
     assert all(post.headers["X-LaunchDarkly-Event-Schema"] == "4" for post in posts)
     diagnostics = [post for post in upstream.accepted if post.path == "/diagnostic"]
     assert [post.events["kind"] for post in diagnostics] == ["diagnostic-init"]
+
+
+@pytest.mark.sdk
+@pytest.mark.parametrize("name", CLIENT_SIDE_SDKS)
+async def test_the_events_of_a_client_side_sdk_arrive_unharmed(name, upstream, tmp_path, packages):
+    """They are under the client-side ID, without a key; pages of any origin may read the answers.
+
+    The flags are the SDK's own: it needs nothing but the endpoints of events.
+    """
+    path = "/events/bulk/id-main"
+    introduced = [ANNA]
+    async with (
+        relay_of(upstream, tmp_path) as relay,
+        overhearing(relay.address) as overheard,
+    ):
+        setup = Setup("id-main", overheard.url, events=True, bootstrap=BOOTSTRAP, context=ANNA)
+        async with make(name, setup) as sdk:
+            await sdk.ready()
+            assert await sdk.value("lamp", ANNA, "(none)") == "on"
+            await sdk.track("flushed", ANNA, EXACT)
+            await sdk.flush()
+            await until_arrived(upstream, {"flushed"}, PATIENCE, path)
+            if name == "browser":  # the other one fetches flags for whom it is told of
+                await sdk.identify(SOMEBODY)
+                introduced.append(SOMEBODY)
+            await sdk.track("closed", introduced[-1], EXACT)
+        await until_arrived(upstream, {"closed"}, PATIENCE, path)
+    answers = re.findall(rb"HTTP/1\.1 202 .*?\r\n\r\n", overheard.answered, re.DOTALL)
+    assert len(answers) == overheard.asked.count(b"POST /events/") >= 3
+    assert all(b"\r\naccess-control-allow-origin: *\r\n" in answer.lower() for answer in answers)
+    assert all("Authorization" not in post.headers for post in upstream.posts)
+    posts = [post for post in upstream.accepted if post.path == path]
+    assert all(post.headers["X-LaunchDarkly-Event-Schema"] == "4" for post in posts)
+    events = [event for post in posts for event in post.events]
+    custom = {event["key"]: event for event in events if event["kind"] == "custom"}
+    data = {key: event["data"] for key, event in custom.items()}
+    assert json.dumps(data) == json.dumps({"flushed": EXACT, "closed": EXACT})
+    assert custom["closed"]["context"] == introduced[-1]
+    assert [event["context"] for event in events if event["kind"] == "identify"] == introduced
+    (summary,) = (event for event in events if event["kind"] == "summary")
+    counter = {"value": "on", "variation": 0, "version": 3, "count": 1}
+    assert summary["features"]["lamp"]["counters"] == [counter]
+    (diagnostic,) = (p for p in upstream.accepted if p.path == "/events/diagnostic/id-main")
+    assert diagnostic.events["kind"] == "diagnostic-init"
+
+
+async def test_browsers_may_post_events_from_another_origin(upstream, tmp_path):
+    """They ask first whether they may, with the headers that the SDK sends."""
+    wanted = ["content-type", "x-launchdarkly-event-schema", "x-launchdarkly-payload-id"]
+    wanted += ["x-launchdarkly-tags", "x-launchdarkly-user-agent", "x-launchdarkly-wrapper"]
+    path = "/events/bulk/id-main"
+    question = [
+        ("Origin", ORIGIN),
+        ("Access-Control-Request-Method", "POST"),
+        ("Access-Control-Request-Headers", ",".join(wanted)),
+    ]
+    post = [("Origin", ORIGIN), ("X-LaunchDarkly-Event-Schema", "4")]
+    async with relay_of(upstream, tmp_path) as relay:
+        leave = await ask(relay.address, path, question, method="OPTIONS")
+        body = b'[{"kind":"custom","key":"e1"}]'
+        answer = await ask(relay.address, path, post, method="POST", body=body)
+        await upstream.took(1)
+    assert leave.status == 200
+    assert "POST" in leave.headers["access-control-allow-methods"].split(",")
+    allowed = leave.headers["access-control-allow-headers"].lower().split(",")
+    assert set(wanted) <= set(allowed)
+    assert answer.status == 202
+    for each in (leave, answer):
+        assert each.headers["access-control-allow-origin"] == ORIGIN
+    assert [(p.path, p.body) for p in upstream.accepted] == [(path, body)]
+
+
+async def test_events_in_the_address_of_an_image_arrive(upstream, tmp_path):
+    """Old browsers cannot post elsewhere; in the SDK's alphabet `?` and `>` encode to `_` and `-`."""
+    body = json.dumps([{"kind": "custom", "key": "??>>", "data": EXACT}]).encode()
+    text = base64.urlsafe_b64encode(body).decode().rstrip("=")
+    assert {"_", "-"} & set(text)
+    async with relay_of(upstream, tmp_path) as relay:
+        answer = await ask(relay.address, f"/a/id-main.gif?d={text}", [("Origin", ORIGIN)])
+        await upstream.took(1)
+    assert (answer.status, answer.headers["content-type"]) == (200, "image/gif")
+    assert answer.body.startswith(b"GIF89a")
+    assert answer.headers["access-control-allow-origin"] == ORIGIN
+    (post,) = upstream.accepted
+    assert (post.path, post.body) == ("/events/bulk/id-main", body)
+    assert "Authorization" not in post.headers
+
+
+@pytest.mark.parametrize(
+    ("who", "headers"),
+    [
+        ("user", [("X-LaunchDarkly-Event-Schema", "2")]),
+        (
+            "context",
+            [("X-LaunchDarkly-Event-Schema", "4"), ("X-LaunchDarkly-Unsummarized", "true")],
+        ),
+    ],
+    ids=["old", "new"],
+)
+async def test_the_evaluations_of_a_php_sdk_arrive_counted(who, headers, upstream, tmp_path):
+    """Each process of PHP reports its own evaluations; the relay knows what others have told."""
+    context = {"key": "anna"} if who == "user" else {"kind": "user", "key": "anna"}
+
+    def evaluated(created: int, value: str, variation: int, **members: object) -> dict:
+        return {
+            "kind": "feature",
+            "creationDate": created,
+            "key": "lamp",
+            who: context,
+            "variation": variation,
+            "value": value,
+            "default": "off",
+            "version": 7,
+            **members,
+        }
+
+    unknown = {"kind": "feature", "key": "gone", "value": "x", "default": "x", who: context}
+    bought = {"kind": "custom", "creationDate": 1500, "key": "bought", who: context}
+    first = [
+        evaluated(1000, "on", 0),
+        evaluated(1200, "on", 0),
+        evaluated(1400, "dim", 1, trackEvents=True),
+        unknown | {"creationDate": 1450},
+        bought | {"data": EXACT, "metricValue": 1.5},
+    ]
+    headers = [
+        ("Authorization", SDK_KEY),
+        ("User-Agent", "PHPClient/6.4.0"),
+        ("Content-Type", "application/json"),
+        ("Accept", "application/json"),
+        *headers,
+    ]
+    async with relay_of(upstream, tmp_path) as relay:
+        for posted in (first, [evaluated(2000, "on", 0)]):
+            body = json.dumps(posted).encode()
+            answer = await ask(relay.address, "/bulk", headers, method="POST", body=body)
+            assert answer.status == 202
+        await upstream.took(5)
+    assert all(post.path == "/bulk" for post in upstream.accepted)
+    assert {post.headers["X-LaunchDarkly-Event-Schema"] for post in upstream.accepted} == {"4"}
+    assert all("X-LaunchDarkly-Unsummarized" not in post.headers for post in upstream.accepted)
+    index, feature, custom, summary, later = (e for p in upstream.accepted for e in p.events)
+    assert index == {"kind": "index", "creationDate": 1000, "context": context}
+    assert (feature["kind"], feature["value"], feature["version"]) == ("feature", "dim", 7)
+    assert feature["context"] == context
+    assert (custom["kind"], custom["key"], custom["metricValue"]) == ("custom", "bought", 1.5)
+    assert json.dumps(custom["data"]) == json.dumps(EXACT)
+    assert (summary["kind"], summary["startDate"], summary["endDate"]) == ("summary", 1000, 1450)
+    assert summary["features"] == {
+        "lamp": {
+            "default": "off",
+            "counters": [
+                {"variation": 0, "version": 7, "value": "on", "count": 2},
+                {"variation": 1, "version": 7, "value": "dim", "count": 1},
+            ],
+            "contextKinds": ["user"],
+        },
+        "gone": {
+            "default": "x",
+            "counters": [{"unknown": True, "value": "x", "count": 1}],
+            "contextKinds": ["user"],
+        },
+    }
+    assert (later["kind"], later["startDate"], later["endDate"]) == ("summary", 2000, 2000)
+    (counter,) = later["features"]["lamp"]["counters"]
+    assert counter == {"variation": 0, "version": 7, "value": "on", "count": 1}
+
+
+async def test_what_a_mobile_sdk_posts_goes_on_with_the_mobile_key(upstream, tmp_path):
+    """The requests of React Native: events and diagnostics, and of its headers those that count."""
+    events = b'[{"kind":"custom","key":"tapped","data":{"big": 12345678901234567890}}]'
+    diagnostic = b'{"kind":"diagnostic-init"}'
+    common = [
+        ("authorization", MOBILE_KEY),
+        ("user-agent", "ReactNativeClient/10.12.0"),
+        ("x-launchdarkly-tags", "application-id/shop application-version/2"),
+        ("content-type", "application/json"),
+    ]
+    of_events = [("x-launchdarkly-payload-id", "id-1"), ("x-launchdarkly-event-schema", "4")]
+    async with relay_of(upstream, tmp_path) as relay:
+        for path, headers, body in (
+            ("/mobile", [*common, *of_events], events),
+            ("/mobile/events/diagnostic", common, diagnostic),
+        ):
+            answer = await ask(relay.address, path, headers, method="POST", body=body)
+            assert answer.status == 202
+        await until(lambda: len(upstream.accepted) == 2)
+    posts = {post.path: post for post in upstream.accepted}
+    assert set(posts) == {"/mobile", "/mobile/events/diagnostic"}
+    assert all(post.headers["Authorization"] == MOBILE_KEY for post in posts.values())
+    post = posts["/mobile"]
+    assert (post.body, post.payload_id) == (events, "id-1")
+    assert post.headers["X-LaunchDarkly-Event-Schema"] == "4"
+    assert post.headers["X-LaunchDarkly-Tags"] == "application-id/shop application-version/2"
+    assert posts["/mobile/events/diagnostic"].body == diagnostic
 
 
 async def test_nothing_acknowledged_is_lost_when_the_relay_is_killed(upstream, tmp_path):

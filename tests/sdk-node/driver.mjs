@@ -8,6 +8,7 @@ const silent = { debug() {}, info() {}, warn() {}, error() {} };
 const domain = 'test';
 let client;
 let openFeature;
+let clientSide; // the setup of such an SDK
 
 // The SDKs poll every 30 s at the least; for a test that cannot wait, the clock runs faster then.
 function hasten(seconds) {
@@ -38,13 +39,35 @@ function options(setup) {
   if (redis) Object.assign(all, { useLdd: true, featureStore: store(setup) });
   if (ca) all.tlsParams = { ca: readFileSync(ca) };
   if (fdv2) all.dataSystem = {};
+  if (setup.compressed) all.enableEventCompression = true;
   if (setup.line === '9') all.initialReconnectDelay = 0.1;
   else all.streamInitialReconnectDelay = 0.1;
   return all;
 }
 
+// It streams only for listeners to changes, of which there are none.
+async function startClientSide({ line, key, bootstrap, context, url, events }) {
+  const all = { logger: silent, sendEvents: events, diagnosticOptOut: !events };
+  if (line === 'client') {
+    const { initialize } = require('launchdarkly-node-client-sdk');
+    const urls = { baseUrl: url, streamUrl: url, eventsUrl: url };
+    client = initialize(key, context, { ...all, ...urls, bootstrap });
+  } else {
+    const { createClient } = require('@launchdarkly/js-client-sdk');
+    const uris = { baseUri: url, streamUri: url, eventsUri: url };
+    client = createClient(key, context, { ...all, ...uris });
+    await client.start({ bootstrap });
+  }
+}
+
 const operations = {
   async init(setup) {
+    if (setup.bootstrap) {
+      clientSide = setup;
+      await startClientSide(setup);
+      client.on('error', () => {});
+      return;
+    }
     if (setup.poll_interval < 30) hasten(setup.poll_interval);
     if (setup.openfeature) {
       const { LaunchDarklyProvider } = require('@launchdarkly/openfeature-node-server');
@@ -65,22 +88,26 @@ const operations = {
     if (!openFeature) await client.waitForInitialization();
   },
   async value({ flag, context, fallback }) {
+    if (clientSide) return client.variation(flag, fallback);
     if (!openFeature) return client.variation(flag, context, fallback);
     const { key, ...attributes } = context;
     return openFeature.getStringValue(flag, fallback, { targetingKey: key, ...attributes });
   },
   async track({ event, context, data }) {
-    client.track(event, context, data);
+    if (clientSide) client.track(event, data);
+    else client.track(event, context, data);
   },
   async identify({ context }) {
-    client.identify(context);
+    if (clientSide?.line === 'browser') {
+      await client.identify(context, { bootstrap: clientSide.bootstrap });
+    } else await client.identify(context);
   },
   async flush() {
     await client.flush();
   },
   async close() {
-    // `close` does not wait for the events that it sends, and this process ends.
-    await client?.flush().catch(() => {});
+    // Those of servers do not wait for the events that `close` sends, and this process ends.
+    if (!clientSide) await client?.flush().catch(() => {});
     await client?.close();
   },
 };

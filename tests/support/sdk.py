@@ -70,6 +70,9 @@ class Setup:
         fdv2: ask by the newer protocol first.
         openfeature: evaluate through the OpenFeature provider.
         events: send events, and diagnostics.
+        compressed: send events in gzip.
+        bootstrap: the flags of a client-side SDK, which then asks for none.
+        context: whom a client-side SDK serves from its start.
     """
 
     key: str
@@ -82,6 +85,9 @@ class Setup:
     fdv2: bool = False
     openfeature: bool = False
     events: bool = False
+    compressed: bool = False
+    bootstrap: dict | None = None
+    context: dict | None = None
 
 
 class SDK(Protocol):
@@ -193,6 +199,7 @@ class PythonSDK:
     def _start(self) -> None:
         setup = self._setup
         options: dict[str, Any] = {"stream": setup.stream, "send_events": setup.events}
+        options["enable_event_compression"] = setup.compressed
         if setup.redis:
             store = Redis.new_feature_store(
                 setup.redis, setup.prefix, caching=CacheConfig.disabled()
@@ -236,6 +243,7 @@ class AsyncPythonSDK:
         assert not setup.fdv2, "not driven by this class"
         assert not setup.openfeature, "there is no asynchronous provider"
         options: dict[str, Any] = {"stream": setup.stream, "send_events": setup.events}
+        options["enable_event_compression"] = setup.compressed
         self._end = AsyncExitStack()
         if setup.redis:
             store = Redis.async_feature_store(
@@ -270,6 +278,15 @@ class AsyncPythonSDK:
             while not await self._client.is_initialized():  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
+    async def track(self, event: str, context: dict, data: Any) -> None:
+        self._client.track(event, Context.from_dict(context), data)
+
+    async def identify(self, context: dict) -> None:
+        self._client.identify(Context.from_dict(context))
+
+    async def flush(self) -> None:
+        await self._client.flush()
+
     async def value(self, flag: str, context: dict = SOMEBODY, fallback: Any = None) -> Any:
         return await self._client.variation(flag, Context.from_dict(context), fallback)
 
@@ -286,10 +303,18 @@ class NodeSDK:
     """A Node SDK in a process of its own, driven by JSON lines (tests/sdk-node/driver.mjs).
 
     Args:
-        line: of the SDK: `9` is the current one, `7` the one before.
+        line: of the SDK: `9` is the current one of servers, `7` the one before; `client` is for
+            programs on desktops, `browser` the current one of browsers. The latter two know only
+            the context that they serve; `identify` changes it.
     """
 
     def __init__(self, line: str, setup: Setup) -> None:
+        client_side = line in CLIENT_SIDE_SDKS
+        assert client_side == (setup.bootstrap is not None), "client-side SDKs start from it"
+        assert client_side == (setup.context is not None), "client-side SDKs serve one context"
+        assert line == "9" or not setup.compressed, "the others cannot"
+        others = setup.redis or setup.ca or setup.fdv2 or setup.openfeature
+        assert not (client_side and others), "not driven by this class"
         self._line = line
         self._setup = setup
         self._process: asyncio.subprocess.Process | None = None
@@ -348,7 +373,7 @@ class NodeSDK:
 
 
 def make(name: str, setup: Setup) -> SDK:
-    """Return the SDK of a name in `SDKS`; enter it to start it."""
+    """Return the SDK of a name in `SDKS` or `CLIENT_SIDE_SDKS`; enter it to start it."""
     match name:
         case "python":
             return PythonSDK(setup)
@@ -358,6 +383,7 @@ def make(name: str, setup: Setup) -> SDK:
 
 
 SDKS = ["python", "python-async", "node9", "node7"]
+CLIENT_SIDE_SDKS = ["client", "browser"]
 FDV2_SDKS = ["python", "node9"]
 """Those that can be configured for FDv2."""
 
