@@ -43,6 +43,10 @@ def axes() -> list[Axis]:
         PUT,
         *(_tls_polls(*each) for each in (("2k", "2 KB"), ("570k", "570 KB"))),
         TLS_STREAMS,
+        EVENTS,
+        EVENTS_ROOM,
+        EVENTS_SPOOL,
+        EVENTS_OUTAGE,
     ]
 
 
@@ -124,4 +128,56 @@ TLS_STREAMS = Axis(
         Row("TLS one patch to 3000 streams: CPU per message", "µs"),
     ),
     measures.tls_streams,
+)
+DEFAULT_CAPACITY = 1000
+"""Events (reference) or posts (ours) that may wait in memory unless told otherwise."""
+ROOM_FOR_ALL = 3_000_000
+"""More than can be posted in one flush interval: a relay that drops what is over has room."""
+ROOMY = "posts of 43 events, room for all"
+POSTS, SPOOLED = "posts of 43 events", "posts of 43 events, on disk"
+EVENTS = Axis(
+    "events-post",
+    (
+        *_load_rows(POSTS, at_least(3, PEER)),
+        Row(f"{POSTS}: peak memory", "MB", (at_most(90),)),
+        Row(f"{POSTS}: p50", "ms"),
+        Row(f"{POSTS}: arrived", "%"),
+        Row(f"{POSTS}: with delivery", "posts/cpu-s"),
+    ),
+    partial(measures.post_events, POSTS, DEFAULT_CAPACITY),
+)
+EVENTS_ROOM = Axis(
+    "events-room",
+    (
+        *_load_rows(ROOMY),
+        Row(f"{ROOMY}: peak memory", "MB"),
+        Row(f"{ROOMY}: p50", "ms"),
+        Row(f"{ROOMY}: arrived", "%"),
+        Row(f"{ROOMY}: with delivery", "posts/cpu-s"),
+    ),
+    partial(measures.post_events, ROOMY, ROOM_FOR_ALL),
+)
+EVENTS_SPOOL = Axis(
+    "events-spool",
+    (
+        *_load_rows(SPOOLED, at_least(1, PEER)),
+        Row(f"{SPOOLED}: p50", "ms"),
+        Row(f"{SPOOLED}: peak memory", "MB"),
+        Row(f"{SPOOLED}: one client, p50", "ms"),
+        Row(f"{SPOOLED}: one client, p99", "ms"),
+        Row("7 KB written and synchronised: p50", "ms"),
+        Row("7 KB written and synchronised: p99", "ms"),
+    ),
+    partial(measures.post_events_to_disk, SPOOLED),
+)
+EVENTS_OUTAGE = Axis(
+    "events-outage",
+    (
+        Row("outage: posts lost", "posts", (at_most(0),)),
+        Row("outage: memory growth", "MB", (at_most(50),)),
+        Row("outage: upstream back → all there", "s", (at_most(30),)),
+        Row("outage: posts taken", "posts/s"),
+        Row("outage: time to 202, p99", "ms"),
+    ),
+    measures.events_outage,
 )

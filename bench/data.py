@@ -24,6 +24,11 @@ SIZES = {
     "seed": Size(1, 555),
 }
 PATCH_BYTES = 1000
+EVENTS = 43
+"""Events of one post of the usual size."""
+EVENT_KEY = "bench-event-"
+"""What the keys of numbered events begin with."""
+EVENT_TIME = 1_700_000_000_000
 
 
 def flag_key(index: int) -> str:
@@ -81,6 +86,37 @@ def patch(index: int, version: int, marker: str) -> bytes:
     key = flag_key(index)
     body = flag(key, version, PATCH_BYTES, salt=marker)
     return compact({"path": f"/flags/{key}", "data": body})
+
+
+def events() -> bytes:
+    """A post as SDKs make them, of about 7 KB: evaluations in full."""
+    return compact([_evaluation(index) for index in range(EVENTS)])
+
+
+def _evaluation(index: int) -> dict[str, Any]:
+    return {
+        "kind": "feature",
+        "creationDate": EVENT_TIME + index,
+        "key": flag_key(index),
+        "context": {"kind": "user", "key": f"user-key-{index:012}"},
+        "value": True,
+        "variation": 0,
+        "version": 1,
+    }
+
+
+def numbered_event(number: int, size: int) -> bytes:
+    """A post of about `size` bytes with one event, which can be told from all others."""
+    event = {
+        "kind": "custom",
+        "creationDate": EVENT_TIME + number,
+        "key": f"{EVENT_KEY}{number:08}",
+        "context": {"kind": "user", "key": "anna"},
+        "data": "",
+    }
+    missing = max(0, size - len(compact([event])))
+    event["data"] = random.Random(number).randbytes(missing // 2 + 1).hex()[:missing]
+    return compact([event])
 
 
 def compact(value: Any) -> bytes:

@@ -65,6 +65,10 @@ class Process:
         rollups = (_fields(pid, "smaps_rollup") for pid in self._tree())
         return sum(each["Private_Clean"] + each["Private_Dirty"] for each in rollups)
 
+    def resident_bytes(self) -> int:
+        """Resident memory of the tree, what its processes share counted for each."""
+        return sum(_fields(pid, "status")["VmRSS"] for pid in self._tree())
+
     def peak_bytes(self) -> int:
         """The most resident memory each process of the tree ever had, summed."""
         return sum(_fields(pid, "status")["VmHWM"] for pid in self._tree())

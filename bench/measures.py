@@ -1,13 +1,27 @@
 """What is done with a running server to get its figures: one function, one round."""
 
+import os
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
+from bench import posts
 from bench.crowd import Crowd
-from bench.data import SIZES, flag_key
-from bench.polls import load, trusting_context
-from bench.servers import HEADERS, POLL, SDK_KEY, SMALL_SDK_KEY, Certificate, Server, Session
+from bench.data import SIZES, events, flag_key, numbered_event
+from bench.polls import load, quantile_ms, trusting_context
+from bench.servers import (
+    HEADERS,
+    POLL,
+    SDK_KEY,
+    SMALL_SDK_KEY,
+    Certificate,
+    Relay,
+    Server,
+    Session,
+)
 from bench.upstream import Upstream
 
 MB = 1e6
@@ -17,6 +31,19 @@ PATCHES = 5
 """Single patches sent in one round; their median is the round's figure."""
 WATCHED_SECONDS = 1.0
 """How long polls are watched after a patch was sent."""
+
+DISK = Path("/var/tmp")
+"""Where the spool is: unlike `/tmp`, this is on a disk everywhere."""
+BULK = "/bulk"
+SILENCE_SECONDS = 8
+"""Without anything new for so long, no more events are expected: posts gather for 5 s."""
+OUTAGE_SILENCE_SECONDS = 20
+"""The same after an outage: longer than any relay's pause between two attempts then."""
+OUTAGE_SECONDS = 30
+OUTAGE_RATE = 2000
+OUTAGE_BYTES = 1000
+OUTAGE_CAPACITY = 100_000
+"""Events that may wait: more than come, so that no relay loses one for want of room."""
 
 Measured = dict[str, float]
 
@@ -204,6 +231,125 @@ def put(server: Server, _: Certificate) -> Measured:
                 raise RuntimeError(f"a poll after the put gave {len(body)} bytes")
         client.close()
     return {"put of 2 MB → served": median(times) * 1e3}
+
+
+def post_events(figure: str, capacity: int, server: Server, _: Certificate) -> Measured:
+    """Post events of 7 KB, where `capacity` of them may wait in memory."""
+    relay = _with(_relay(server), EVENTS_CAPACITY=str(capacity))
+    with relay.serve("2k", events=True) as session:
+        session.await_status(size=whole("2k"))
+        _upstream(session).open_mailbox()
+        cpu = session.process.cpu_seconds()
+        measured, made = _post_load(figure, session)
+        peak = session.process.peak_bytes()
+        _await_events(session, made * len(events()), SILENCE_SECONDS)
+        cpu = session.process.cpu_seconds() - cpu
+        arrived = _upstream(session).arrived().size / len(events())
+        return {
+            **measured,
+            f"{figure}: peak memory": peak / MB,
+            f"{figure}: arrived": arrived / made * 100,
+            f"{figure}: with delivery": arrived / cpu,
+        }
+
+
+def post_events_to_disk(figure: str, server: Server, _: Certificate) -> Measured:
+    """The same with a spool on disk; a relay that has none ignores that."""
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=DISK) as folder:
+        syncs = _sync_seconds(Path(folder))
+        relay = _with(_relay(server), EVENTS_SPOOL_DIR=f"{folder}/spool")
+        with relay.serve("2k", events=True) as session:
+            session.await_status(size=whole("2k"))
+            _upstream(session).open_mailbox()
+            url, body = session.url(BULK), events()
+            alone = posts.post(url, HEADERS, lambda _: body, seconds=LOAD_SECONDS, connections=1)
+            measured, _ = _post_load(figure, session)
+            return {
+                **measured,
+                f"{figure}: peak memory": session.process.peak_bytes() / MB,
+                f"{figure}: one client, p50": alone.p50_ms,
+                f"{figure}: one client, p99": alone.p99_ms,
+                "7 KB written and synchronised: p50": quantile_ms(syncs, 0.5),
+                "7 KB written and synchronised: p99": quantile_ms(syncs, 0.99),
+            }
+
+
+def _post_load(figure: str, session: Session) -> tuple[Measured, int]:
+    """Return the figures, and how many posts were made in all."""
+    warm = posts.load(session.url(BULK), HEADERS, events(), WARM_SECONDS)
+    cpu = session.process.cpu_seconds()
+    result = posts.load(session.url(BULK), HEADERS, events(), LOAD_SECONDS)
+    cpu = session.process.cpu_seconds() - cpu
+    measured = {
+        figure: result.requests / cpu,
+        f"{figure}: wall": result.requests / result.seconds,
+        f"{figure}: p50": result.p50_ms,
+        f"{figure}: p99": result.p99_ms,
+    }
+    return measured, warm.requests + result.requests
+
+
+def _sync_seconds(folder: Path) -> list[float]:
+    """What it takes, time after time, to append a post to a file and to make it safe."""
+    body, times = events(), []
+    with (folder / "bare").open("wb", buffering=0) as file:
+        for _ in range(300):
+            start = time.monotonic()
+            file.write(body)
+            os.fdatasync(file)
+            times.append(time.monotonic() - start)
+    return times
+
+
+def events_outage(server: Server, _: Certificate) -> Measured:
+    """Post distinct events while upstream refuses connections; then let it take them."""
+    made = OUTAGE_SECONDS * OUTAGE_RATE
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=DISK) as folder:
+        relay = _with(
+            _relay(server),
+            EVENTS_SPOOL_DIR=f"{folder}/spool",
+            EVENTS_CAPACITY=str(OUTAGE_CAPACITY),
+        )
+        with relay.serve("2k", events=True) as session:
+            session.await_status(size=whole("2k"))
+            before = session.process.resident_bytes()
+            result = posts.post(
+                session.url(BULK),
+                HEADERS,
+                lambda number: numbered_event(number, OUTAGE_BYTES),
+                seconds=OUTAGE_SECONDS,
+                rate=OUTAGE_RATE,
+            )
+            opened = _upstream(session).open_mailbox(keep=True)
+            _await_events(session, made * OUTAGE_BYTES, OUTAGE_SILENCE_SECONDS)
+            arrived = _upstream(session).arrived(events=True)
+            return {
+                "outage: posts lost": made - arrived.events,
+                "outage: memory growth": (session.process.peak_bytes() - before) / MB,
+                "outage: upstream back → all there": arrived.last - opened,
+                "outage: posts taken": result.requests / result.seconds,
+                "outage: time to 202, p99": result.p99_ms,
+            }
+
+
+def _await_events(session: Session, size: int, silence: float) -> None:
+    """Wait until so many bytes have arrived, or nothing has come for `silence` seconds."""
+    last, changed = 0, time.monotonic()
+    while last < size and time.monotonic() < changed + silence:
+        time.sleep(0.2)
+        arrived = _upstream(session).arrived().size
+        if arrived != last:
+            last, changed = arrived, time.monotonic()
+
+
+def _relay(server: Server) -> Relay:
+    if not isinstance(server, Relay):
+        raise TypeError("this server takes no events")
+    return server
+
+
+def _with(relay: Relay, **variables: str) -> Relay:
+    return replace(relay, variables={**relay.variables, **variables})
 
 
 def _upstream(session: Session) -> Upstream:

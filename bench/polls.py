@@ -8,7 +8,7 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -24,6 +24,7 @@ class Load(NamedTuple):
     requests: int
     seconds: float
     p99_ms: float
+    p50_ms: float
 
 
 class Response(NamedTuple):
@@ -84,25 +85,26 @@ def trusting_context() -> ssl.SSLContext:
 def load(url: str, headers: Mapping[str, str], seconds: float) -> Load:
     """Poll `url` on all connections for a while, as fast as the server answers."""
     if shutil.which("wrk"):
-        return _wrk(url, headers, seconds)
+        given = (each for name, value in headers.items() for each in ("-H", f"{name}: {value}"))
+        return wrk(url, seconds, *given)
     return _own_load(url, headers, seconds)
 
 
-def _wrk(url: str, headers: Mapping[str, str], seconds: float) -> Load:
+def wrk(url: str, seconds: float, *options: str) -> Load:
+    """Ask on all connections for a while, in the way that wrk's options say."""
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds:.0f}s", "--latency", "--timeout=20s"]
-    for name, value in headers.items():
-        command += ["-H", f"{name}: {value}"]
     with pinned(LOAD_CORE):
-        done = subprocess.run([*command, url], capture_output=True, text=True, check=True)
+        done = subprocess.run([*command, *options, url], capture_output=True, text=True, check=True)
     text = done.stdout
     total = re.search(r"(\d+) requests in ([\d.]+)(us|ms|s|m)\b", text)
     if total is None or "Non-2xx" in text:
         raise RuntimeError(f"wrk failed on {url}:\n{text}")
-    p99 = re.search(r"99%\s+([\d.]+)(us|ms|s|m)\b", text)
+    p50, p99 = (re.search(rf"{n}%\s+([\d.]+)(us|ms|s|m)\b", text) for n in (50, 99))
     return Load(
         requests=int(total[1]),
         seconds=float(total[2]) * UNITS[total[3]] / 1e3,
         p99_ms=float(p99[1]) * UNITS[p99[2]] if p99 else float("nan"),
+        p50_ms=float(p50[1]) * UNITS[p50[2]] if p50 else float("nan"),
     )
 
 
@@ -139,8 +141,12 @@ def _own_load(url: str, headers: Mapping[str, str], seconds: float) -> Load:
     for client in clients.values():
         client.close()
     poll.close()
-    slow = sorted(times)[int(len(times) * 0.99)] * 1e3 if times else float("nan")
-    return Load(len(times), now - start, slow)
+    return Load(len(times), now - start, quantile_ms(times, 0.99), quantile_ms(times, 0.5))
+
+
+def quantile_ms(times: Sequence[float], share: float) -> float:
+    """The time in milliseconds that a share of `times`, in seconds, stays below."""
+    return sorted(times)[int(len(times) * share)] * 1e3 if times else float("nan")
 
 
 def _answer_length(client: socket.socket, request: bytes) -> int:

@@ -73,15 +73,22 @@ class Relay:
     variables: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
-    def serve(self, dataset: str, tls: "Certificate | None" = None) -> Iterator[Session]:
-        """Run it on a free port with two environments: `dataset`, and one of 2 KB."""
+    def serve(
+        self, dataset: str, tls: "Certificate | None" = None, *, events: bool = False
+    ) -> Iterator[Session]:
+        """Run it on a free port with two environments: `dataset`, and one of 2 KB.
+
+        With `events` it forwards them to the upstream's mailbox.
+        """
         with (
             tempfile.TemporaryDirectory(prefix="bench-") as folder,
             (Path(folder) / "log").open("w+b") as log,
             Upstream({SDK_KEY: dataset, SMALL_SDK_KEY: "2k"}) as upstream,
         ):
             port = free_port()
-            env = self._environment(upstream.url, port, tls)
+            env = {**self._environment(upstream.url, port, tls), **self.variables}
+            if events:
+                env |= {"USE_EVENTS": "true", "EVENTS_HOST": upstream.events_url}
             started = time.monotonic()
             process = Process(shlex.split(self.command), env, Path(folder), log)
             scheme = "https" if tls else "http"
@@ -114,7 +121,6 @@ class Relay:
             "LD_ENV_main": SDK_KEY,
             "LD_ENV_small": SMALL_SDK_KEY,
             **encrypted,
-            **self.variables,
         }
 
 

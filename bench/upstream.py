@@ -1,8 +1,8 @@
-"""A scripted stand-in for LaunchDarkly's stream, in a process of its own.
+"""A scripted stand-in for LaunchDarkly's stream and events service, in a process of its own.
 
 Run as a program it serves `/all` and takes orders, one JSON object a line, on its standard input;
-for each it answers, on its standard output, with the CLOCK_MONOTONIC time just before sending.
-`Upstream` starts that program and gives the orders.
+for each it answers on its standard output: with the CLOCK_MONOTONIC time just before sending, or
+with what has arrived. `Upstream` starts that program and gives the orders.
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from bench import data
 from bench.machine import LOAD_CORE, ROOT, pinned
+from bench.mailbox import Arrived, Mailbox
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 ACCEPTED = b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -34,6 +35,8 @@ class Upstream:
                 command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
         self.url = f"http://127.0.0.1:{self._reply()}"
+        self.events_url = f"http://127.0.0.1:{self._reply()}"
+        """Where events go that shall be counted; refuses connections until it is opened."""
 
     def put(self, sdk_key: str, name: str, version: int) -> float:
         """Send a whole data set on the open streams; return the time just before sending."""
@@ -52,6 +55,16 @@ class Upstream:
     def sent(self) -> float:
         """The time at which what `start_patch` ordered was sent."""
         return float(self._reply())
+
+    def open_mailbox(self, *, keep: bool = False) -> float:
+        """Take events from now on; return the time. Keep them to count numbered ones."""
+        self._order(order="open", keep=keep)
+        return float(self._reply())
+
+    def arrived(self, *, events: bool = False) -> Arrived:
+        """What events came in; numbered ones are counted only if they are asked for."""
+        self._order(order="arrived", events=events)
+        return Arrived(*json.loads(self._reply()))
 
     def _order(self, **order: Any) -> None:
         assert self._program.stdin
@@ -109,8 +122,17 @@ def event(name: str, body: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(frame), frame)
 
 
-def obey(feed: Feed, order: Mapping[str, Any]) -> float:
-    """Carry out one order; return the time just before sending."""
+def obey(feeds: Mapping[str, Feed], mailbox: Mailbox, order: Mapping[str, Any]) -> str:
+    """Carry out one order; return the answer."""
+    if order["order"] == "open":
+        return repr(mailbox.open(keep=order["keep"]))
+    if order["order"] == "arrived":
+        return json.dumps(mailbox.arrived(events=order["events"]))
+    return repr(send(feeds[order["sdk_key"]], order))
+
+
+def send(feed: Feed, order: Mapping[str, Any]) -> float:
+    """Send what is ordered; return the time just before."""
     version = order["version"]
     if order["order"] == "put":
         return feed.send(event("put", data.put(order["name"], version)))
@@ -157,10 +179,10 @@ def main() -> None:
     feeds = {key: Feed(name) for key, name in json.loads(sys.argv[1]).items()}
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     threading.Thread(target=accept, args=(listener, feeds), daemon=True).start()
-    print(listener.getsockname()[1], flush=True)
+    mailbox = Mailbox()
+    print(listener.getsockname()[1], mailbox.port, sep="\n", flush=True)
     for line in sys.stdin:
-        order = json.loads(line)
-        print(repr(obey(feeds[order["sdk_key"]], order)), flush=True)
+        print(obey(feeds, mailbox, json.loads(line)), flush=True)
 
 
 if __name__ == "__main__":

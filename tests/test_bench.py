@@ -1,11 +1,12 @@
 """The measuring clients and the scripted upstream understand each other."""
 
+import gzip
 import json
 from urllib.parse import urlsplit
 
 import pytest
 
-from bench import data
+from bench import data, posts
 from bench.axes import axes
 from bench.crowd import Crowd
 from bench.polls import Client
@@ -76,3 +77,38 @@ def test_goals_are_judged_on_medians_and_only_where_both_sides_were_measured() -
     assert polls.split(" | ")[2:] == ["10", "55", "5.5×", "50", "≥ 5× and ≥ 0.9× nginx", "yes |"]
     assert memory.endswith("| ≤ 90 MB | **no** |")
     assert patch.endswith("| ≤ 0.75× | – |")
+
+
+def test_a_mailbox_refuses_until_it_is_opened_and_counts_distinct_events() -> None:
+    """Posts at a pace all arrive; an event that comes twice counts once, its bytes twice."""
+    with Upstream({"sdk-one": "2k"}) as upstream:
+        url = f"{upstream.events_url}/bulk"
+        with pytest.raises(ConnectionRefusedError):
+            posts.post(url, {}, lambda _: b"[]", seconds=0.1, rate=10)
+        opened = upstream.open_mailbox(keep=True)
+        made = posts.post(
+            url, {}, lambda number: data.numbered_event(number % 20, 1000), seconds=0.2, rate=200
+        )
+        arrived = upstream.arrived(events=True)
+        assert (made.requests, arrived.size, arrived.events) == (40, 40_000, 20)
+        assert arrived.last > opened
+
+
+def test_a_compressed_post_counts_with_the_size_of_its_content() -> None:
+    """A relay that compresses delivers as much as one that does not."""
+    with Upstream({"sdk-one": "2k"}) as upstream:
+        upstream.open_mailbox()
+        body = gzip.compress(data.events())
+        posts.post(f"{upstream.events_url}/bulk", {}, lambda _: body, seconds=0.1, rate=20)
+        assert upstream.arrived().size == 2 * len(data.events())
+
+
+def test_busy_clients_post_events_of_the_usual_size() -> None:
+    """What the busy clients say that they have posted has arrived."""
+    assert 6_800 <= len(data.events()) <= 7_200
+    assert len(json.loads(data.events())) == data.EVENTS
+    with Upstream({"sdk-one": "2k"}) as upstream:
+        upstream.open_mailbox()
+        made = posts.load(f"{upstream.events_url}/bulk", {}, data.events(), 1)
+        assert made.requests > 0
+        assert upstream.arrived().size >= made.requests * len(data.events())

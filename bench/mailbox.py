@@ -1,0 +1,112 @@
+"""Where a relay's posts of events arrive: the scripted upstream's second port.
+
+Until it is opened it refuses connections. It costs little: a body is counted by the length that
+gzip writes at its end, and is only looked into when it was kept and somebody asks.
+"""
+
+import gzip
+import re
+import socket
+import threading
+import time
+from typing import NamedTuple
+
+from bench import data
+
+ACCEPTED = b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n"
+READ_BYTES = 256 * 1024
+GZIP = b"\x1f\x8b"
+
+_LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
+_NUMBER = re.compile(data.EVENT_KEY.encode() + rb"(\d+)")
+
+
+class Arrived(NamedTuple):
+    """What has come in so far."""
+
+    size: int
+    """Bytes of all bodies, uncompressed."""
+    events: int
+    """Distinct numbered events, among the bodies that were kept."""
+    last: float
+    """CLOCK_MONOTONIC time at which the last of them came that had not come before."""
+
+
+class Mailbox:
+    """Takes every post. The port is held from the start, and listens once it is opened."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        self.port = int(self._socket.getsockname()[1])
+        self._lock = threading.Lock()
+        self._keep = False
+        self._size = 0
+        self._kept: list[tuple[float, bytes]] = []
+
+    def open(self, *, keep: bool) -> float:
+        """Accept connections from now on; return the time.
+
+        Args:
+            keep: keep the bodies, so that numbered events can be counted.
+        """
+        self._keep = keep
+        self._socket.listen(128)
+        threading.Thread(target=self._accept, daemon=True).start()
+        return time.monotonic()
+
+    def arrived(self, *, events: bool) -> Arrived:
+        """Count what has arrived, numbered events only if they are asked for: that takes time."""
+        with self._lock:
+            size, kept = self._size, self._kept[:] if events else []
+        seen: set[bytes] = set()
+        last = 0.0
+        for when, body in kept:
+            new = set(_NUMBER.findall(gzip.decompress(body) if _is_gzip(body) else body)) - seen
+            if new:
+                seen |= new
+                last = when
+        return Arrived(size, len(seen), last)
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._socket.accept()
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        """Take post after post of one connection."""
+        received = b""
+        with client:
+            while True:
+                while (end := received.find(b"\r\n\r\n")) < 0:
+                    more = client.recv(READ_BYTES)
+                    if not more:
+                        return
+                    received += more
+                told = _LENGTH.search(received, 0, end + 2)
+                if told is None:
+                    raise ValueError(f"a post without Content-Length: {received[:end]!r}")
+                parts = [received[end + 4 :]]
+                missing = int(told[1]) - len(parts[0])
+                while missing > 0:
+                    more = client.recv(READ_BYTES)
+                    if not more:
+                        return
+                    parts.append(more)
+                    missing -= len(more)
+                body = b"".join(parts)
+                received = body[int(told[1]) :]
+                self._note(body[: int(told[1])])
+                client.sendall(ACCEPTED)
+
+    def _note(self, body: bytes) -> None:
+        size = int.from_bytes(body[-4:], "little") if _is_gzip(body) else len(body)
+        with self._lock:
+            self._size += size
+            if self._keep:
+                self._kept.append((time.monotonic(), body))
+
+
+def _is_gzip(body: bytes) -> bool:
+    return body.startswith(GZIP)
