@@ -26,7 +26,8 @@ from relay.model.event import Lane, Post
 from relay.poststore import Backlog, Batch, Limits, Store
 
 GATHER = 0.003
-"""Seconds in which posts gather for one transaction on disk, where the last one had several."""
+"""Seconds in which posts gather for one transaction, where the last one had several. In memory as
+well: it keeps those who post faster than upstream takes from pushing out what waits."""
 
 TIDY_EVERY = 60.0
 """Seconds between two removals of what is too old."""
@@ -160,7 +161,7 @@ class Spool:
         """Do everything that is asked for, in the thread, until the end."""
         several, ended = False, False
         while not ended:
-            jobs, ended = self._next_jobs(gather=several and self._disk is not None)
+            jobs, ended = self._next_jobs(gather=several)
             several = len(jobs) > 1
             if ended:
                 self._try_at = 0.0  # the last chance
