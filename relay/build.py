@@ -1,7 +1,7 @@
 """From a configuration to a relay: the parts list. The only place that chooses implementations.
 
 What a configuration does not use is not imported: a start with a flags file loads neither the HTTP
-client nor a database driver.
+client nor the driver of Redis.
 """
 
 # ruff: noqa: PLC0415 - see above

@@ -25,6 +25,7 @@ from relay.model.environment import EnvironmentSpec
 from relay.model.event import Endpoint, Lane, Post, Receipt
 from relay.poststore import MAX_BATCH, Backlog, Batch
 from relay.protocol.events import joined
+from relay.sources.retry import JITTER
 from relay.sources.waiting import pause
 from relay.spool import Spool
 
@@ -36,9 +37,6 @@ REPORT_EVERY = 60.0
 
 RESTART_DELAY = 10.0
 """Seconds before a lane that failed by a defect of ours is served again."""
-
-JITTER = 0.5
-"""The greatest share of a delay that is taken off, so that lanes do not return all at once."""
 
 SMALL = 32 * 1024
 """Bytes up to which a body is compressed at once: a thread would take longer."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 JITTER = 0.5
-"""The greatest share of a delay that is taken off, so that relays do not return all at once."""
+"""The greatest share of a delay that is taken off, so that those who wait do not return all at
+once."""
 
 
 @dataclass(frozen=True, slots=True)

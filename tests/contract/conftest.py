@@ -7,10 +7,17 @@ import trustme
 import uvloop
 
 from relay.server import Certificate
+from tests.support.sdk import install_packages
 
 
 def pytest_asyncio_loop_factories(config, item):
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(scope="session")
+def packages():
+    """What the Node and browser SDKs need, installed on first use."""
+    install_packages()
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,11 @@ import pytest
 from tests.support import data
 from tests.support.browser import page
 from tests.support.process import PATIENCE, RelayProcess
-from tests.support.sdk import PACKAGES, install_packages
+from tests.support.sdk import PACKAGES
 from tests.support.serving import SDK_KEY
 from tests.support.upstream import Posted, ScriptedUpstream
 
-pytestmark = pytest.mark.sdk
+pytestmark = [pytest.mark.sdk, pytest.mark.usefixtures("packages")]
 MODULES = PACKAGES / "node_modules"
 V3 = MODULES / "launchdarkly-js-client-sdk/dist/ldclient.min.js"
 V4 = MODULES / "@launchdarkly/js-client-sdk/dist/index.js"
@@ -51,11 +51,6 @@ VALUES = {
         "$valid": True,
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def packages() -> None:
-    install_packages()
 
 
 def events(upstream: ScriptedUpstream) -> list[dict]:

@@ -18,7 +18,7 @@ from tests.support import data
 from tests.support.data import flag
 from tests.support.overhearing import overhearing
 from tests.support.process import PATIENCE, RelayProcess
-from tests.support.sdk import CLIENT_SIDE_SDKS, SOMEBODY, Setup, install_packages, make, sees
+from tests.support.sdk import CLIENT_SIDE_SDKS, SOMEBODY, Setup, make, sees
 from tests.support.serving import SDK_KEY, Address, ask, until
 from tests.support.upstream import ScriptedUpstream, status
 
@@ -93,11 +93,6 @@ async def page(relay: RelayProcess, path: str) -> bytes:
 async def events_status(relay: RelayProcess) -> dict:
     """What `/status` says of the events of the environment."""
     return json.loads(await page(relay, "/status"))["environments"]["main"]["events"]
-
-
-@pytest.fixture(scope="module")
-def packages() -> None:
-    install_packages()
 
 
 @pytest.mark.sdk

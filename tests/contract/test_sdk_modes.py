@@ -35,14 +35,13 @@ from tests.support.sdk import (
     SDKS,
     Setup,
     evaluates_everything,
-    install_packages,
     make,
     sees,
 )
 from tests.support.serving import SDK_KEY
 from tests.support.upstream import ScriptedUpstream
 
-pytestmark = pytest.mark.sdk
+pytestmark = [pytest.mark.sdk, pytest.mark.usefixtures("packages")]
 POLL_INTERVAL = 0.1
 SDK_INSTANCES = 50
 ENVIRONMENTS = 100
@@ -54,12 +53,6 @@ OFF_AFTER_REFUSAL = {("fdv2", "python")}
 ends by an exception, and it keeps the values that it has."""
 SETTINGS = {"GRACEFUL_SHUTDOWN_TIMEOUT": "1s", "INIT_TIMEOUT": "60s", "LOG_LEVEL": "debug"}
 """Streams end within a second, stored data must not wait for LaunchDarkly, requests are seen."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def packages() -> None:
-    """What the Node SDKs need, installed on first use."""
-    install_packages()
 
 
 class LaunchDarkly:

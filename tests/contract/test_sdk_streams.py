@@ -15,21 +15,14 @@ from tests.support.sdk import (
     SDKFailed,
     Setup,
     evaluates_everything,
-    install_packages,
     make,
     sees,
 )
 from tests.support.serving import SDK_KEY, Served, serving, until
 from tests.support.upstream import ScriptedUpstream, status
 
-pytestmark = pytest.mark.sdk
+pytestmark = [pytest.mark.sdk, pytest.mark.usefixtures("packages")]
 UNKNOWN = "sdk-5ca1ab1e-0002-4000-8000-00000000a002"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def packages() -> None:
-    """What the Node SDKs need, installed on first use."""
-    install_packages()
 
 
 class OnUpstream:

@@ -11,6 +11,7 @@ from contextlib import closing
 import pytest
 
 from relay.server import CannotListen, ServerOptions, Site, listen, serve, settle
+from tests.support.process import free_port
 from tests.support.serving import Address, Served, Stream
 
 STREAMS = 1000
@@ -18,6 +19,7 @@ STREAMS = 1000
 SERVER = """
 import asyncio, sys, uvloop
 from relay.server import ServerOptions, Site, serve
+from tests.support.process import free_port
 from tests.support.serving import Served
 from relay.protocol import fdv1
 
@@ -30,11 +32,6 @@ async def main():
 
 sys.exit(uvloop.run(main()))
 """
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        return probe.getsockname()[1]
 
 
 async def start() -> tuple[asyncio.subprocess.Process, Address]:

