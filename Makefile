@@ -20,8 +20,9 @@ hints:
 test: lint $(NODE_PACKAGES) ## lint, types, import rules and all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-nightly: .venv/test $(NODE_PACKAGES) ## the tests that kill relays, many times over
+nightly: .venv/test $(NODE_PACKAGES) ## the tests that kill relays and those that make things up, many times over
 	KILL_ROUNDS=200 $(BIN)/python -m pytest --timeout 3600 tests/test_spool.py tests/test_events.py tests/contract/test_events.py
+	EXAMPLES=20000 $(BIN)/python -m pytest --timeout 3600 tests/evaluation/test_against_sdk.py
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from bench import measures
+from bench import evaluations, measures
 from bench.servers import Certificate, Server, Session
 from bench.table import NGINX, PEER, Goal, Row, at_least, at_most
 
@@ -47,6 +47,14 @@ def axes() -> list[Axis]:
         EVENTS_ROOM,
         EVENTS_SPOOL,
         EVENTS_OUTAGE,
+        _evaluations("eval-1000", "1000 flags", "new", 5),
+        _evaluations("eval-1000", "1000 flags", "repeated", 25),
+        _evaluations("eval-3", "3 flags", "new", 2),
+        _evaluations("eval-3", "3 flags", "repeated", 5),
+        CLIENT_PINGS,
+        CLIENT_EVALUATING,
+        CLIENT_CHANGE,
+        EVAL_WORST_POLL,
     ]
 
 
@@ -62,6 +70,12 @@ def _poll_variant(
 ) -> Axis:
     measure = partial(measures.polls, figure, "570k", headers)
     return Axis(f"poll-{name}", _load_rows(figure, at_least(times, PEER)), measure, on_nginx=True)
+
+
+def _evaluations(dataset: str, label: str, contexts: str, times: float) -> Axis:
+    figure = f"evaluate {label}, {CONTEXTS[contexts][0]}"
+    measure = partial(evaluations.evaluate, figure, dataset, CONTEXTS[contexts][1])
+    return Axis(f"{dataset}-{contexts}", _load_rows(figure, at_least(times, PEER)), measure)
 
 
 def _tls_polls(dataset: str, label: str) -> Axis:
@@ -180,4 +194,38 @@ EVENTS_OUTAGE = Axis(
         Row("outage: time to 202, p99", "ms"),
     ),
     measures.events_outage,
+)
+CONTEXTS = {
+    "new": ("new contexts", evaluations.NEW),
+    "repeated": (f"{evaluations.REPEATED} contexts", evaluations.REPEATED),
+}
+CLIENT_PINGS = Axis(
+    "client-idle-pings",
+    (Row("idle client stream, pings", "KB", (at_most(3),)),),
+    evaluations.idle_pings,
+)
+CLIENT_EVALUATING = Axis(
+    "client-idle-evaluating",
+    (Row("idle client stream, evaluating", "KB", (at_most(5),)),),
+    evaluations.idle_evaluating,
+)
+CHANGED = f"{evaluations.VIEWERS} client streams, one flag changes"
+CHANGED_PINGS = f"{evaluations.VIEWERS} client streams, pings, one flag changes"
+CLIENT_CHANGE = Axis(
+    "client-change",
+    (
+        Row(f"{CHANGED}: last client", "s", (at_most(0.2, PEER),)),
+        Row(f"{CHANGED}: CPU", "cpu-s", (at_most(0.2, PEER),)),
+        Row(f"{CHANGED_PINGS}: last client", "s"),
+        Row(f"{CHANGED_PINGS}: CPU", "cpu-s"),
+    ),
+    evaluations.change,
+)
+EVAL_WORST_POLL = Axis(
+    "eval-worst-poll",
+    (
+        Row("worst small poll beside evaluations of 1000 flags", "ms", (at_most(15),)),
+        Row("worst small poll after a put of 1000 flags beside them", "ms", (at_most(15),)),
+    ),
+    evaluations.worst_poll,
 )

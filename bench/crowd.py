@@ -4,6 +4,7 @@ import select
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -18,7 +19,7 @@ END_OF_EVENT = b"\n\n"
 
 
 class Crowd:
-    """Clients of one stream, read as fast as one core can.
+    """Clients of one stream, read as fast as one core can; `path` may tell one from the other.
 
     A client "has" an event when its bytes are in, up to the empty line that ends it.
     """
@@ -29,13 +30,14 @@ class Crowd:
         sdk_key: str,
         clients: int,
         tls: ssl.SSLContext | None = None,
-        path: str = "/all",
+        path: Callable[[int], str] = lambda _: "/all",
     ) -> None:
         self._address = ("127.0.0.1", port)
-        self._request = (
-            f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {sdk_key}\r\n"
+        self._path = path
+        self._headers = (
+            f"Host: localhost\r\nAuthorization: {sdk_key}\r\n"
             "Accept: text/event-stream\r\nCache-Control: no-cache\r\n\r\n"
-        ).encode()
+        )
         self._clients = clients
         self._tls = tls
         self._sockets: dict[int, socket.socket] = {}
@@ -82,10 +84,11 @@ class Crowd:
         self._poll.close()
 
     def _open(self) -> int:
+        path = self._path(len(self._sockets))
         client = socket.create_connection(self._address, timeout=30)
         if self._tls is not None:
             client = self._tls.wrap_socket(client)
-        client.sendall(self._request)
+        client.sendall(f"GET {path} HTTP/1.1\r\n{self._headers}".encode())
         client.setblocking(False)
         number = client.fileno()
         self._sockets[number] = client

@@ -1,5 +1,6 @@
 """Made-up flag data of known size, in the form in which LaunchDarkly sends them."""
 
+import base64
 import json
 import random
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ class Size(NamedTuple):
     bytes_each: int
     known: bool = True
     """Fill with a variation, otherwise with a property that no SDK knows."""
+    mixed: tuple[int, int, int] | None = None
+    """How many are constant, have targets or rules, and have rollouts: for client-side SDKs."""
 
 
 SIZES = {
@@ -22,6 +25,8 @@ SIZES = {
     "2m": Size(1000, 2075, known=False),
     "2m-known": Size(1000, 2075),
     "seed": Size(1, 555),
+    "eval-1000": Size(1000, 740, mixed=(737, 163, 100)),
+    "eval-3": Size(3, 740, mixed=(1, 1, 1)),
 }
 PATCH_BYTES = 1000
 EVENTS = 43
@@ -29,6 +34,11 @@ EVENTS = 43
 EVENT_KEY = "bench-event-"
 """What the keys of numbered events begin with."""
 EVENT_TIME = 1_700_000_000_000
+FOR_CLIENTS = {
+    "clientSideAvailability": {"usingMobileKey": True, "usingEnvironmentId": True},
+    "clientSide": True,
+}
+"""What lets client-side SDKs see a flag."""
 
 
 def flag_key(index: int) -> str:
@@ -72,8 +82,85 @@ def flag(
 def flags(name: str, version: int = 1) -> dict[str, Any]:
     """The flags of the data set `name` by key, all at `version`."""
     size = SIZES[name]
+    if size.mixed:
+        return mixed_flags(size.mixed, version)
     keys = map(flag_key, range(size.flags))
     return {key: flag(key, version, size.bytes_each, known=size.known) for key in keys}
+
+
+def mixed_flags(counts: tuple[int, int, int], version: int) -> dict[str, Any]:
+    """Flags for client-side SDKs, as many of each kind as `counts` says, in no order."""
+    makers = (constant_flag, ruled_flag, rollout_flag)
+    kinds = [make for make, count in zip(makers, counts, strict=True) for _ in range(count)]
+    random.Random(1).shuffle(kinds)
+    made = (make(index, version) for index, make in enumerate(kinds))
+    return {each["key"]: each for each in made}
+
+
+def constant_flag(index: int, version: int) -> dict[str, Any]:
+    """A flag that has the same value for everybody; every fifth is off."""
+    body = flag(flag_key(index), version, 0)
+    values = [_value(body["key"], version, letter) for letter in "ab"]
+    return body | FOR_CLIENTS | {"variations": values, "rules": [], "on": index % 5 != 0}
+
+
+def ruled_flag(index: int, version: int) -> dict[str, Any]:
+    """A flag with targets or rules, of one of four kinds."""
+    kind = index % 4
+    clauses = [
+        [_clause("plan", "in", "pro", "team"), _clause("country", "in", "de", "fr")],
+        [_clause("email", "endsWith", "@example.com", "@example.org")],
+        [_clause("age", "greaterThanOrEqual", 20 + index % 50)],
+        [_clause("country", "startsWith", "d", "n"), _clause("plan", "in", "free")],
+    ]
+    rules = [
+        {"variation": number, "id": f"rule-{number}", "clauses": clauses[(kind + number) % 4]}
+        for number in range(2)
+    ]
+    targets = [f"user-{number:09}" for number in range(index, index + 50)]
+    more = {"targets": [{"variation": 1, "values": targets}]} if kind == 0 else {}
+    return constant_flag(index, version) | {"on": True, "rules": rules} | more
+
+
+def rollout_flag(index: int, version: int, text: str = "") -> dict[str, Any]:
+    """A flag whose value depends on the context's key; all its values begin with `text`."""
+    body = constant_flag(index, version)
+    weights = [{"variation": number, "weight": 50_000} for number in range(2)]
+    values = [text + value for value in body["variations"]]
+    salt = f"salt-{index}"
+    rollout = {"fallthrough": {"rollout": {"variations": weights}}}
+    return body | rollout | {"on": True, "salt": salt, "variations": values}
+
+
+def _clause(attribute: str, operator: str, *values: Any) -> dict[str, Any]:
+    return {"attribute": attribute, "op": operator, "values": list(values), "negate": False}
+
+
+def _value(key: str, version: int, letter: str) -> str:
+    """A text of 48 characters."""
+    return f"{key}-{version}-{letter}-".ljust(48, letter)
+
+
+CONTEXT_START = '{"kind":"user","key":"user-'
+"""Of every context; then come nine digits. Both are as long as base64 needs it to end between
+them, so that a context's base64 is made of that of its parts."""
+CONTEXT_ENDS = tuple(
+    f'","plan":"{plan}","country":"{country}","email":"anna@{domain}","age":{age}}}'
+    for plan, age in (("free", 19), ("pro", 42), ("team", 64))
+    for country, domain in (("de", "example.com"), ("no", "example.net"))
+)
+"""The ends of contexts, in turn."""
+
+
+def context_in_base64(number: int) -> str:
+    """The context with this number, as client-side SDKs put it into a path."""
+    text = f"{CONTEXT_START}{number:09}{CONTEXT_ENDS[number % len(CONTEXT_ENDS)]}"
+    return base64url(text)
+
+
+def base64url(text: str) -> str:
+    """`text` in URL-safe base64 without padding."""
+    return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
 
 
 def put(name: str, version: int = 1) -> bytes:

@@ -148,7 +148,7 @@ def _send_patches(session: Session, crowd: Crowd, times: int, count: int) -> lis
     seconds = []
     for version in range(2, 2 + times):
         marker = f"marker-{version}-end"
-        sent = _upstream(session).patch(SDK_KEY, version, marker, count)
+        sent = upstream_of(session).patch(SDK_KEY, version, marker, count)
         seconds.append(crowd.expect(marker)[-1] - sent)
     return seconds
 
@@ -168,13 +168,13 @@ def worst_poll(server: Server, _: Certificate) -> Measured:
             watcher.get(POLL)
             for version in range(2, 2 + PATCHES):
                 marker = f"marker-{version}-end"
-                _upstream(session).start_patch(SDK_KEY, version, marker)
+                upstream_of(session).start_patch(SDK_KEY, version, marker)
                 until = time.monotonic() + WATCHED_SECONDS
                 slowest = 0.0
                 while time.monotonic() < until:
                     slowest = max(slowest, watcher.get(POLL).seconds)
                 worst.append(slowest)
-                _upstream(session).sent()
+                upstream_of(session).sent()
                 crowd.expect(marker)
         watcher.close()
     return {"worst small poll during a patch to 10,000 streams": median(worst) * 1e3}
@@ -222,7 +222,7 @@ def put(server: Server, _: Certificate) -> Measured:
         client = session.client()
         for version in range(2, 2 + PATCHES):
             new = f'"version":{version},'.encode()
-            sent = _upstream(session).put(SDK_KEY, "2m", version)
+            sent = upstream_of(session).put(SDK_KEY, "2m", version)
             while new not in client.get(path).body.replace(b" ", b""):
                 pass
             body = client.get(POLL).body
@@ -235,16 +235,16 @@ def put(server: Server, _: Certificate) -> Measured:
 
 def post_events(figure: str, capacity: int, server: Server, _: Certificate) -> Measured:
     """Post events of 7 KB, where `capacity` of them may wait in memory."""
-    relay = _with(_relay(server), EVENTS_CAPACITY=str(capacity))
+    relay = with_variables(as_relay(server), EVENTS_CAPACITY=str(capacity))
     with relay.serve("2k", events=True) as session:
         session.await_status(size=whole("2k"))
-        _upstream(session).open_mailbox()
+        upstream_of(session).open_mailbox()
         cpu = session.process.cpu_seconds()
         measured, made = _post_load(figure, session)
         peak = session.process.peak_bytes()
         _await_events(session, made * len(events()), SILENCE_SECONDS)
         cpu = session.process.cpu_seconds() - cpu
-        arrived = _upstream(session).arrived().size / len(events())
+        arrived = upstream_of(session).arrived().size / len(events())
         return {
             **measured,
             f"{figure}: peak memory": peak / MB,
@@ -257,10 +257,10 @@ def post_events_to_disk(figure: str, server: Server, _: Certificate) -> Measured
     """The same with a spool on disk; a relay that has none ignores that."""
     with tempfile.TemporaryDirectory(prefix="bench-", dir=DISK) as folder:
         syncs = _sync_seconds(Path(folder))
-        relay = _with(_relay(server), EVENTS_SPOOL_DIR=f"{folder}/spool")
+        relay = with_variables(as_relay(server), EVENTS_SPOOL_DIR=f"{folder}/spool")
         with relay.serve("2k", events=True) as session:
             session.await_status(size=whole("2k"))
-            _upstream(session).open_mailbox()
+            upstream_of(session).open_mailbox()
             url, body = session.url(BULK), events()
             alone = posts.post(url, HEADERS, lambda _: body, seconds=LOAD_SECONDS, connections=1)
             measured, _ = _post_load(figure, session)
@@ -305,8 +305,8 @@ def events_outage(server: Server, _: Certificate) -> Measured:
     """Post distinct events while upstream refuses connections; then let it take them."""
     made = OUTAGE_SECONDS * OUTAGE_RATE
     with tempfile.TemporaryDirectory(prefix="bench-", dir=DISK) as folder:
-        relay = _with(
-            _relay(server),
+        relay = with_variables(
+            as_relay(server),
             EVENTS_SPOOL_DIR=f"{folder}/spool",
             EVENTS_CAPACITY=str(OUTAGE_CAPACITY),
         )
@@ -320,9 +320,9 @@ def events_outage(server: Server, _: Certificate) -> Measured:
                 seconds=OUTAGE_SECONDS,
                 rate=OUTAGE_RATE,
             )
-            opened = _upstream(session).open_mailbox(keep=True)
+            opened = upstream_of(session).open_mailbox(keep=True)
             _await_events(session, made * OUTAGE_BYTES, OUTAGE_SILENCE_SECONDS)
-            arrived = _upstream(session).arrived(events=True)
+            arrived = upstream_of(session).arrived(events=True)
             return {
                 "outage: posts lost": made - arrived.events,
                 "outage: memory growth": (session.process.peak_bytes() - before) / MB,
@@ -337,22 +337,22 @@ def _await_events(session: Session, size: int, silence: float) -> None:
     last, changed = 0, time.monotonic()
     while last < size and time.monotonic() < changed + silence:
         time.sleep(0.2)
-        arrived = _upstream(session).arrived().size
+        arrived = upstream_of(session).arrived().size
         if arrived != last:
             last, changed = arrived, time.monotonic()
 
 
-def _relay(server: Server) -> Relay:
+def as_relay(server: Server) -> Relay:
     if not isinstance(server, Relay):
         raise TypeError("this server takes no events")
     return server
 
 
-def _with(relay: Relay, **variables: str) -> Relay:
+def with_variables(relay: Relay, **variables: str) -> Relay:
     return replace(relay, variables={**relay.variables, **variables})
 
 
-def _upstream(session: Session) -> Upstream:
+def upstream_of(session: Session) -> Upstream:
     if session.upstream is None:
         raise TypeError("this server has no upstream")
     return session.upstream

@@ -52,6 +52,11 @@ class Upstream:
         """Order patches without waiting for them to be sent; `sent()` tells when they were."""
         self._order(order="patch", sdk_key=sdk_key, version=version, marker=marker, count=count)
 
+    def change(self, sdk_key: str, flag: Mapping[str, Any]) -> float:
+        """Send a patch of one flag; return the time just before sending."""
+        self._order(order="change", sdk_key=sdk_key, flag=flag)
+        return float(self._reply())
+
     def sent(self) -> float:
         """The time at which what `start_patch` ordered was sent."""
         return float(self._reply())
@@ -133,6 +138,10 @@ def obey(feeds: Mapping[str, Feed], mailbox: Mailbox, order: Mapping[str, Any]) 
 
 def send(feed: Feed, order: Mapping[str, Any]) -> float:
     """Send what is ordered; return the time just before."""
+    if order["order"] == "change":
+        flag = order["flag"]
+        patch = {"path": f"/flags/{flag['key']}", "data": flag}
+        return feed.send(event("patch", data.compact(patch)))
     version = order["version"]
     if order["order"] == "put":
         return feed.send(event("put", data.put(order["name"], version)))

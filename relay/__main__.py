@@ -1,6 +1,6 @@
 """`relay …` and `python -m relay …`."""
 
-# ruff: noqa: PLC0415 - `relay health` must not pay for what the other commands import
+# ruff: noqa: PLC0415 - `relay health` must not pay for what the other commands import, nor `eval`
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ def main() -> None:
     # Until the server takes signals over: as process 1 of a container we would not even get them.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
+    if arguments[:1] == ["eval"]:
+        from relay import explain
+
+        sys.exit(explain.main(arguments[1:]))
     from relay import cli
 
     sys.exit(cli.main(arguments))

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
+from relay.evalstreams import client_side_channels
+from relay.evaluations import Evaluations
 from relay.events import Forwarder, Pace, Upstream
 from relay.hub import Hub, StreamLimits
 from relay.log import Log, environment_log, set_environment_level
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
+from relay.model.reply import Fetch
 from relay.poststore import Limits
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
@@ -47,20 +51,27 @@ def build(config: Config) -> Relay:
     Raises:
         ConfigError: something that it names, such as a file of authorities, cannot be used.
     """
+    events: Forwarder | None = None
+    fetch: Fetch | None = None
     if config.environments:
-        specs = [_spec(each) for each in config.environments]
-        session, upstream, sources = _launchdarkly(config)
+        specs = [_spec(each, config.main) for each in config.environments]
+        session, upstream, fetch, sources = _launchdarkly(config)
         events = _forwarder(config, upstream, specs)
     else:
-        specs, sources, events, session = [DEMO], _file(config), None, nullcontext()
+        specs, sources, session = [_demo(config.main)], _file(config), nullcontext()
     return Relay(
         [_environment(config, spec, sources) for spec in specs],
         config.main.init_timeout,
         upstream=session,
+        fetch=fetch,
         events=events,
         ignore_connection_errors=config.main.ignore_connection_errors,
         disconnected_after=config.main.disconnected_status_time,
     )
+
+
+def _demo(main: Main) -> EnvironmentSpec:
+    return replace(DEMO, eval_streams=main.eval_streams)
 
 
 def _file(config: Config) -> Sources:
@@ -70,7 +81,7 @@ def _file(config: Config) -> Sources:
     return lambda _spec, _log: File(path)
 
 
-def _launchdarkly(config: Config) -> tuple[Session, Upstream, Sources]:
+def _launchdarkly(config: Config) -> tuple[Session, Upstream, Fetch, Sources]:
     from relay.sources.polling import Polling
     from relay.sources.streaming import Streaming
     from relay.upstream import Upstream as HTTPSession
@@ -88,7 +99,7 @@ def _launchdarkly(config: Config) -> tuple[Session, Upstream, Sources]:
             return Polling(upstream, main.base_uri, spec.sdk_key, times)
         return Streaming(upstream, main.stream_uri, spec.sdk_key, log, times)
 
-    return upstream, upstream, source
+    return upstream, upstream, upstream.fetch, source
 
 
 def _forwarder(config: Config, upstream: Upstream, specs: Sequence[EnvironmentSpec]) -> Forwarder:
@@ -103,7 +114,7 @@ def _forwarder(config: Config, upstream: Upstream, specs: Sequence[EnvironmentSp
     return Forwarder(spool, upstream, events.events_uri, by_name.get, pace)
 
 
-def _spec(given: EnvironmentConfig) -> EnvironmentSpec:
+def _spec(given: EnvironmentConfig, main: Main) -> EnvironmentSpec:
     return EnvironmentSpec(
         name=given.name,
         sdk_key=SDKKey(given.sdk_key.reveal()),
@@ -111,6 +122,7 @@ def _spec(given: EnvironmentConfig) -> EnvironmentSpec:
         environment_id=EnvironmentID(given.env_id) if given.env_id else None,
         project_key=given.proj_key,
         secure_mode=given.secure_mode,
+        eval_streams=main.eval_streams if given.eval_streams is None else given.eval_streams,
         ttl=given.ttl,
         allowed_origins=given.allowed_origin,
         allowed_headers=given.allowed_header,
@@ -124,8 +136,11 @@ def _environment(config: Config, spec: EnvironmentSpec, sources: Sources) -> Env
     if spec.log_level:
         set_environment_level(spec.name, spec.log_level)
     source = sources(spec, log)
-    hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(config.main))
-    return Environment(spec, source, hub, log, tuple(_copies(config, spec, source, log)))
+    evaluations, main = Evaluations(), config.main
+    streams = client_side_channels(evaluations, main.ping_stream_jitter_time)
+    hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
+    copies = tuple(_copies(config, spec, source, log))
+    return Environment(spec, source, hub, log, copies, evaluations=evaluations)
 
 
 def _stream_limits(main: Main) -> StreamLimits:

@@ -1,7 +1,7 @@
 """The command line: parse, call one function, return an exit code.
 
 Without a command it is the reference's (config 3.1): the same flags with one dash or two. `relay
-health` is not here but in `__main__`, because it must not pay for these imports.
+health` and `relay eval` are not here but in `__main__`: they must not pay for these imports.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from relay.server import CannotListen, ServerOptions, Site, serve, settle
 USAGE = """\
 relay [serve] [options]   start the relay; the options are those of the reference relay
 relay check [options]     show the configuration that results, or all that is wrong with it
+relay eval FLAG --context JSON [--flags FILE | --url URL --sdk-key KEY]
+                          show what a flag gives to a context, and what led there
 relay health [URL]        exit with 0 if a relay is ready (default: the one of this host)"""
 
 COMMANDS = ("serve", "check")
@@ -253,7 +255,9 @@ def _site(config: Config) -> Site:
     """Make what is served. Its imports are heavy, so they wait until the port is open."""
     from relay.build import build  # noqa: PLC0415
     from relay.web.app import make_app, make_exporter  # noqa: PLC0415
+    from relay.web.evaluation import Evaluation  # noqa: PLC0415
     from relay.web.events import Events  # noqa: PLC0415
+    from relay.web.goals import Goals  # noqa: PLC0415
     from relay.web.polling import Polling  # noqa: PLC0415
     from relay.web.traffic import Traffic  # noqa: PLC0415
     from relay.web.usage import Usage  # noqa: PLC0415
@@ -264,7 +268,9 @@ def _site(config: Config) -> Site:
     polling, traffic = Polling(), Traffic()
     forwarder = relay.events if config.events.send_events else None
     events = Events(forwarder, config.events.max_inbound_payload_size, traffic.unusable)
-    app = make_app(relay, polling, traffic, events)
+    evaluation = Evaluation(config.main.max_client_request_body_size)
+    goals = Goals(relay.fetch, config.main.client_side_base_uri)
+    app = make_app(relay, polling, traffic, events, evaluation=evaluation, goals=goals)
     exporter = make_exporter(relay, traffic, config.prometheus.prefix)
     usage = [Usage(relay.environments, traffic, relay.events.accept).run] if relay.events else []
     return Site(relay, app, polling, traffic, exporter, usage)

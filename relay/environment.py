@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from relay.errors import ErrorKind
+from relay.evaluations import Evaluations
 from relay.hub import Hub
 from relay.log import Log
 from relay.model.environment import EnvironmentSpec
@@ -64,8 +65,9 @@ class Environment:
         spec: what it is.
         source: where its data come from.
         hub: who is told.
-        copies: the database and the snapshot, where there are such.
         log: a logger that names this environment.
+        copies: the database and the snapshot, where there are such.
+        evaluations: of its flags, if the hub has streams that need them.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class Environment:
         hub: Hub,
         log: Log,
         copies: Sequence[Copy] = (),
+        *,
+        evaluations: Evaluations | None = None,
     ) -> None:
         self.spec = spec
         self.hub = hub
@@ -82,6 +86,8 @@ class Environment:
         self.connection = Connection()
         self.payload: Payload | None = None
         """What is served; None until there are data from anywhere."""
+        self.evaluations = evaluations or Evaluations()
+        """The same, evaluated for client-side SDKs."""
         self.invalid: dict[tuple[Kind, str], InvalidItem] = {}
         """Items whose last version could not be used."""
         self.changes = 0
@@ -164,6 +170,8 @@ class Environment:
         if change is None and first:
             change = Change((), (), replace=True)
         if change is not None:
+            # First, because streams of evaluated flags ask for them at once.
+            self.evaluations.follow(self.payload)
             self.hub.publish(self.payload, change, since)
         return change
 

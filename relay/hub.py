@@ -1,8 +1,9 @@
 """The fan-out of one environment: each change is encoded once per stream and written to everybody.
 
 The hub knows bytes and subscriptions; what the bytes mean is the business of the stream formats.
-Everybody gets the same bytes objects, already framed as chunks of an HTTP/1.1 body, so a client
-that does not read costs references, not copies.
+Everybody on a shared channel gets the same bytes objects, already framed as chunks of an HTTP/1.1
+body, so a client that does not read costs references, not copies. Streams of pings are in here,
+too; those whose bytes depend on the client are in `relay.evalstreams`.
 """
 
 from __future__ import annotations
@@ -10,14 +11,19 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from relay.model.count import Count, Durations
 from relay.model.payload import Change, Payload
+from relay.protocol.clientside import PING
+
+Who = TypeVar("Who")
+"""What a channel has to know of each client, such as the context that it evaluates for."""
 
 FAN_OUT_SLICE = 128
 """Subscriptions written to in one turn of the loop: polls in between wait some 6 ms, and the last
@@ -32,6 +38,10 @@ TICK = 1.0
 CONNECTION_TIME_JITTER = 0.1
 """A maximum connection time is shortened by up to this share, so that clients that came together
 do not leave together. It is never exceeded by more than a tick."""
+
+PING_SLOTS = 64
+"""A delayed ping goes out in one of so many slots of time, chosen for each client by chance: so
+fine that the clients' polls come evenly, so coarse that the slots cost nothing."""
 
 ENDINGS_PER_SECOND = 500
 """At most this many streams are ended each second at shutdown, if the time allows: their clients
@@ -105,6 +115,7 @@ def unframed(chunks: bytes) -> Iterator[bytes]:
 
 
 HEARTBEAT = framed(b":\n")
+PING_CHUNK = framed(PING)
 LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -121,7 +132,7 @@ class _Arrears:
 
     def add(self, chunk: bytes) -> None:
         """Keep a chunk, or only the fact that there was one."""
-        if chunk is HEARTBEAT:
+        if chunk is HEARTBEAT or (chunk is PING_CHUNK and chunk in self.chunks):
             return
         self.size += len(chunk)
         if self.too_many:
@@ -145,13 +156,20 @@ class Subscription(asyncio.Protocol):
 
     __slots__ = ("_channel", "arrears", "count", "ends_at", "wire")
 
-    def __init__(self, channel: _Channel, wire: Wire, ends_at: float, count: Count) -> None:
+    def __init__(self, channel: Channel[Any], wire: Wire, ends_at: float, count: Count) -> None:
         self._channel = channel
         self.count = count
         self.wire = wire
         self.ends_at = ends_at
         self.arrears: _Arrears | None = None
         """None as long as the client takes what it is sent."""
+
+    def send(self, chunk: bytes) -> None:
+        """Write a chunk, or keep it until the client has taken what it was sent before."""
+        if self.arrears is None:
+            self.wire.write(chunk)
+        else:
+            self.arrears.add(chunk)
 
     def data_received(self, data: bytes) -> None:
         """Ignore what a client says after its request."""
@@ -188,38 +206,199 @@ class Subscription(asyncio.Protocol):
         self.wire.close()
 
 
-class _Pass(NamedTuple):
+class Pass(Protocol):
     """What is on its way to whom. Each has its own list: who comes later has an opening with it."""
 
-    chunk: bytes
-    receivers: Iterator[Subscription]
-    since: float | None
-    """When the first change in it came; None for a heartbeat."""
+    @property
+    def since(self) -> float | None:
+        """When the first change in it came; None for a heartbeat."""
+
+    def write_slice(self) -> bool:
+        """Write to the next slice of subscriptions; return whether these were the last."""
 
 
-class _Channel:
-    """All subscriptions to one stream of an environment."""
+class SharedPass:
+    """The same bytes for everybody.
 
-    def __init__(self, stream_format: StreamFormat, delays: Durations) -> None:
-        self._delays = delays
-        self.subscriptions: dict[Subscription, None] = {}
+    Args:
+        chunk: framed.
+        receivers: those who listened when it was made.
+        since: when the first change in it came; None for a heartbeat.
+    """
+
+    __slots__ = ("_chunk", "_receivers", "since")
+
+    def __init__(
+        self, chunk: bytes, receivers: Iterable[Subscription], since: float | None = None
+    ) -> None:
+        self._chunk = chunk
+        self._receivers = iter(list(receivers))
+        self.since = since
+
+    def write_slice(self) -> bool:
+        """Write to the next slice of subscriptions; return whether these were the last."""
+        chunk, count = self._chunk, 0
+        for subscription in islice(self._receivers, FAN_OUT_SLICE):
+            count += 1
+            if subscription.arrears is None:
+                subscription.wire.write(chunk)
+            else:
+                subscription.arrears.add(chunk)
+        return count < FAN_OUT_SLICE
+
+
+class Channel(ABC, Generic[Who]):
+    """All subscriptions to one stream of an environment: who is there, slow, or has to go.
+
+    What they are sent, and when, is for the classes below it.
+    """
+
+    def __init__(self) -> None:
+        self.delays = Durations()
+        """How long passes took; the hub gives all its channels the same."""
+        self.subscriptions: dict[Subscription, Who] = {}
         self._slow: set[Subscription] = set()
         """Those with arrears, and those that have been ended and are not gone yet."""
         self.vacated = asyncio.Event()
-        self._format = stream_format
-        self._payload: Payload | None = None
-        self._opening: bytes | None = None
-        self._pending: list[bytes] = []
-        self._pending_since: float | None = None
-        self._passes: deque[_Pass] = deque()
+        self._passes: deque[Pass] = deque()
         self._turn_is_due = False
+
+    @abstractmethod
+    def publish(self, payload: Payload | None, change: Change, since: float) -> None:
+        """Tell subscribers of a change; returns at once."""
+
+    @abstractmethod
+    def _open(self, subscription: Subscription) -> None:
+        """Write the opening to a subscription that has just come."""
+
+    @abstractmethod
+    def _seal(self) -> None:
+        """Make what is pending a pass to those who listen now."""
+
+    @property
+    @abstractmethod
+    def _is_pending(self) -> bool:
+        """Whether there is something to seal."""
 
     @property
     def busy(self) -> bool:
         """Whether anybody is connected, ended streams that are not gone yet included."""
         return bool(self.subscriptions or self._slow)
 
+    def subscribe(
+        self, wire: Wire, head: bytes, ends_at: float, count: Count, who: Who
+    ) -> Subscription:
+        """Take a client in and write its opening, in one step."""
+        # Opening and registration are one step without an await, and what is pending is closed to
+        # newcomers before: nothing is lost between the two, and nothing doubled.
+        self._close_pending()
+        subscription = Subscription(self, wire, ends_at, count)
+        self.subscriptions[subscription] = who
+        wire.set_protocol(subscription)
+        if head:
+            wire.write(head)
+        self._open(subscription)
+        return subscription
+
+    def heartbeat(self) -> None:
+        """Write a comment to everybody."""
+        self._close_pending()
+        self._pass(SharedPass(HEARTBEAT, self.subscriptions))
+
+    def start_over(self, subscription: Subscription) -> None:
+        """Give a slow client everything anew; passes still on their way do not concern it."""
+        who = self.subscriptions[subscription]
+        self.forget(subscription)
+        self.subscribe(subscription.wire, b"", subscription.ends_at, subscription.count, who)
+
+    def forget(self, subscription: Subscription) -> None:
+        """Note that a client is gone."""
+        self.subscriptions.pop(subscription, None)
+        self._slow.discard(subscription)
+        subscription.arrears = _Arrears(0, 0.0)  # passes on their way must not write to it
+        if not self.busy:
+            self.vacated.set()
+
+    def note_slow(self, subscription: Subscription) -> None:
+        """Note that a client's buffer is full."""
+        backlog = subscription.wire.get_write_buffer_size()
+        subscription.arrears = _Arrears(backlog, asyncio.get_running_loop().time())
+        self._slow.add(subscription)
+
+    def note_quick(self, subscription: Subscription) -> None:
+        """Note that a client's buffer has emptied."""
+        subscription.arrears = None
+        self._slow.discard(subscription)
+
+    def note_ended(self, subscription: Subscription) -> None:
+        """Note that a client has got the end of its stream."""
+        self.subscriptions.pop(subscription, None)
+        self.note_slow(subscription)
+
+    def drop_stalled(self, now: float, stall_timeout: float) -> None:
+        """Cut off clients that have taken nothing for too long."""
+        for subscription in list(self._slow):
+            arrears, wire = subscription.arrears, subscription.wire
+            if arrears and arrears.stalled_for(wire.get_write_buffer_size(), now) > stall_timeout:
+                wire.abort()
+
+    def end_expired(self, now: float) -> None:
+        """End streams whose time is over."""
+        for subscription in list(self.subscriptions):
+            # The time of a slow client is over when it has taken its message, or has stalled.
+            if now >= subscription.ends_at and subscription.arrears is None:
+                subscription.end()
+
+    def abort_all(self) -> None:
+        """Cut everybody off."""
+        for subscription in [*self.subscriptions, *self._slow]:
+            subscription.wire.abort()
+
+    def _close_pending(self) -> None:
+        """See that what is pending is not for those who come now."""
+        self._seal()
+
+    def _pass(self, new: Pass) -> None:
+        self._passes.append(new)
+        self._take_turn_soon()
+
+    def _take_turn_soon(self) -> None:
+        if not self._turn_is_due:
+            self._turn_is_due = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Write to one slice of subscriptions."""
+        self._turn_is_due = False
+        try:
+            if not self._passes:
+                self._seal()
+            if self._passes and self._passes[0].write_slice():
+                since = self._passes.popleft().since
+                if since is not None:
+                    self.delays.add(time.monotonic() - since)
+        finally:  # what goes wrong for one client does not keep others waiting
+            if self._passes or self._is_pending:
+                self._take_turn_soon()
+
+
+class SharedChannel(Channel[None]):
+    """A stream of which everybody gets the same bytes.
+
+    Args:
+        stream_format: makes them.
+    """
+
+    def __init__(self, stream_format: StreamFormat) -> None:
+        super().__init__()
+        self._format = stream_format
+        self._payload: Payload | None = None
+        self._opening: bytes | None = None
+        self._pending: list[bytes] = []
+        self._pending_since: float | None = None
+
     def publish(self, payload: Payload | None, change: Change, since: float) -> None:
+        """Encode a change, once."""
         self._payload, self._opening = payload, None
         if not self.subscriptions:
             return
@@ -231,125 +410,113 @@ class _Channel:
             self._pending_since = since
         self._take_turn_soon()
 
-    def heartbeat(self) -> None:
-        self._seal()
-        self._passes.append(_Pass(HEARTBEAT, iter(list(self.subscriptions)), None))
-        self._take_turn_soon()
-
-    def subscribe(self, wire: Wire, head: bytes, ends_at: float, count: Count) -> Subscription:
-        # Opening and registration are one step without an await, and what is pending is closed to
-        # newcomers before: nothing is lost between the two, and nothing doubled.
-        self._seal()
-        subscription = Subscription(self, wire, ends_at, count)
-        self.subscriptions[subscription] = None
-        wire.set_protocol(subscription)
-        if head:
-            wire.write(head)
+    def _open(self, subscription: Subscription) -> None:
         if self._payload is not None:
-            wire.write(self._current_opening())
-        return subscription
-
-    def start_over(self, subscription: Subscription) -> None:
-        """Give a slow client everything anew; passes still on their way do not concern it."""
-        self.forget(subscription)
-        self.subscribe(subscription.wire, b"", subscription.ends_at, subscription.count)
-
-    def forget(self, subscription: Subscription) -> None:
-        self.subscriptions.pop(subscription, None)
-        self._slow.discard(subscription)
-        subscription.arrears = _Arrears(0, 0.0)  # passes on their way must not write to it
-        if not self.busy:
-            self.vacated.set()
-
-    def note_slow(self, subscription: Subscription) -> None:
-        backlog = subscription.wire.get_write_buffer_size()
-        subscription.arrears = _Arrears(backlog, asyncio.get_running_loop().time())
-        self._slow.add(subscription)
-
-    def note_quick(self, subscription: Subscription) -> None:
-        subscription.arrears = None
-        self._slow.discard(subscription)
-
-    def note_ended(self, subscription: Subscription) -> None:
-        self.subscriptions.pop(subscription, None)
-        self.note_slow(subscription)
-
-    def drop_stalled(self, now: float, stall_timeout: float) -> None:
-        for subscription in list(self._slow):
-            arrears, wire = subscription.arrears, subscription.wire
-            if arrears and arrears.stalled_for(wire.get_write_buffer_size(), now) > stall_timeout:
-                wire.abort()
-
-    def end_expired(self, now: float) -> None:
-        for subscription in list(self.subscriptions):
-            # The time of a slow client is over when it has taken its message, or has stalled.
-            if now >= subscription.ends_at and subscription.arrears is None:
-                subscription.end()
-
-    def abort_all(self) -> None:
-        for subscription in [*self.subscriptions, *self._slow]:
-            subscription.wire.abort()
+            subscription.wire.write(self._current_opening())
 
     def _current_opening(self) -> bytes:
         if self._opening is None and self._payload is not None:
             self._opening = framed(self._format.opening(self._payload))
         return self._opening or b""
 
+    @property
+    def _is_pending(self) -> bool:
+        return bool(self._pending)
+
     def _seal(self) -> None:
-        """Make what is pending a pass to those who listen now."""
         if self._pending:
             chunks = self._pending
             joined = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-            receivers = iter(list(self.subscriptions))
-            self._passes.append(_Pass(joined, receivers, self._pending_since))
+            self._passes.append(SharedPass(joined, self.subscriptions, self._pending_since))
             self._pending, self._pending_since = [], None
 
-    def _take_turn_soon(self) -> None:
-        if not self._turn_is_due:
-            self._turn_is_due = True
-            asyncio.get_running_loop().call_soon(self._turn)
 
-    def _turn(self) -> None:
-        """Write to one slice of subscriptions."""
-        self._turn_is_due = False
-        if not self._passes:
-            self._seal()
-        if self._passes:
-            chunk, receivers, since = self._passes[0]
-            if _write_slice(chunk, receivers) < FAN_OUT_SLICE:
-                self._passes.popleft()
-                if since is not None:
-                    self._delays.add(time.monotonic() - since)
-        if self._passes or self._pending:
+class PingChannel(Channel[None]):
+    """A stream that only says that something changed; its clients then poll (streams 2.2).
+
+    Pings of one turn of the loop are one. With a jitter, each client has a delay of its own, so
+    that the polls do not all come at once; what changes during the delay adds no further ping.
+
+    Args:
+        jitter: seconds up to which a ping is delayed.
+    """
+
+    def __init__(self, jitter: float = 0.0) -> None:
+        super().__init__()
+        self._jitter = max(0.0, jitter)
+        self._has_data = False
+        self._pending_since: float | None = None
+        self._slots: deque[list[Subscription]] = deque()
+        """Who gets a delayed ping, by when: the first slot is due next."""
+        self._waiting: set[Subscription] = set()
+        """All who are in a slot."""
+
+    def publish(self, payload: Payload | None, change: Change, since: float) -> None:
+        """Ping everybody, at once or by and by; without data there is nothing to poll."""
+        self._has_data = payload is not None
+        if not (self._has_data and self.subscriptions and (change.visible or change.replace)):
+            return
+        if self._jitter:
+            self._delay_pings()
+        elif self._pending_since is None:
+            self._pending_since = since
             self._take_turn_soon()
 
+    def _open(self, subscription: Subscription) -> None:
+        if self._has_data:
+            subscription.wire.write(PING_CHUNK)
 
-def _write_slice(chunk: bytes, receivers: Iterator[Subscription]) -> int:
-    """Write to the next slice of receivers; return how many there were."""
-    count = 0
-    for subscription in islice(receivers, FAN_OUT_SLICE):
-        count += 1
-        if subscription.arrears is None:
-            subscription.wire.write(chunk)
-        else:
-            subscription.arrears.add(chunk)
-    return count
+    @property
+    def _is_pending(self) -> bool:
+        return self._pending_since is not None
+
+    def _seal(self) -> None:
+        if self._pending_since is not None:
+            self._passes.append(SharedPass(PING_CHUNK, self.subscriptions, self._pending_since))
+            self._pending_since = None
+
+    def _delay_pings(self) -> None:
+        if not self._slots:
+            asyncio.get_running_loop().call_later(self._jitter / PING_SLOTS, self._ping_a_slot)
+        while len(self._slots) < PING_SLOTS:
+            self._slots.append([])
+        for subscription in self.subscriptions:
+            if subscription not in self._waiting:
+                self._waiting.add(subscription)
+                random.choice(self._slots).append(subscription)  # noqa: S311 - no secret
+
+    def _ping_a_slot(self) -> None:
+        due = self._slots.popleft()
+        if due:
+            self._waiting.difference_update(due)
+            self._pass(SharedPass(PING_CHUNK, due))
+        if not self._waiting:
+            self._slots.clear()
+        if self._slots:
+            asyncio.get_running_loop().call_later(self._jitter / PING_SLOTS, self._ping_a_slot)
 
 
 class Hub:
     """Everybody who listens to one environment.
 
     Args:
-        formats: stream name, such as `all`, to its format.
+        formats: stream name, such as `all`, to the format of a shared channel.
         limits: how long streams and their silences last.
+        channels: other streams by name.
     """
 
     def __init__(
-        self, formats: Mapping[str, StreamFormat], limits: StreamLimits | None = None
+        self,
+        formats: Mapping[str, StreamFormat],
+        limits: StreamLimits | None = None,
+        channels: Mapping[str, Channel[Any]] | None = None,
     ) -> None:
         self.delays = Durations()
         """From when a change came until it was written to the last stream that takes it at once."""
-        self._channels = {name: _Channel(format_, self.delays) for name, format_ in formats.items()}
+        shared = {name: SharedChannel(format_) for name, format_ in formats.items()}
+        self._channels: Mapping[str, Channel[Any]] = {**shared, **(channels or {})}
+        for channel in self._channels.values():
+            channel.delays = self.delays
         self._limits = limits or StreamLimits()
         self._ticker: asyncio.TimerHandle | None = None
         self._next_heartbeat = 0.0
@@ -377,23 +544,29 @@ class Hub:
             channel.publish(payload, change, since)
 
     def subscribe(
-        self, stream: str, wire: Wire, head: bytes = b"", count: Count | None = None
+        self,
+        stream: str,
+        wire: Wire,
+        head: bytes = b"",
+        count: Count | None = None,
+        who: object = None,
     ) -> Subscription:
         """Send everything that there is now, and from now on each change.
 
         The wire belongs to the subscription from now on.
 
         Args:
-            stream: the name of the format.
+            stream: the name of the format or channel.
             wire: where to write, in chunks of HTTP/1.1.
             head: bytes to write before, such as the head of the response.
             count: of open streams; this one is in it until its connection is lost.
+            who: what the channel has to know of the client; None for shared ones.
         """
         self._keep_ticking()
         count = count or Count()
         count.value += 1
         ends_at = self._end_of_a_new_stream()
-        subscription = self._channels[stream].subscribe(wire, head, ends_at, count)
+        subscription = self._channels[stream].subscribe(wire, head, ends_at, count, who)
         if self._closing:
             subscription.end()
         return subscription
@@ -465,7 +638,7 @@ def _end(subscriptions: Iterable[Subscription]) -> None:
         subscription.end()
 
 
-async def _vacated(channel: _Channel) -> None:
+async def _vacated(channel: Channel[Any]) -> None:
     channel.vacated.clear()
     if channel.busy:
         await channel.vacated.wait()

@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 
 from relay.environment import ConnectionState, Environment
 from relay.events import Forwarder
+from relay.model.reply import Fetch
 
 RESTART_DELAY = 10.0
 """Seconds before an environment that failed by a defect of ours is run again."""
@@ -24,6 +25,7 @@ class Relay:
         environments: what it serves; of two with the same credential the later one counts.
         init_timeout: seconds to wait for upstream before serving without it counts as started.
         upstream: the session that sources and events share; whoever runs the relay opens it.
+        fetch: asks LaunchDarkly for what needs no key; None where there is no network.
         events: sees to the delivery of events; None where there is nobody to deliver them to.
         ignore_connection_errors: an environment without upstream at the end of that time is worth
             a warning, not an error.
@@ -36,6 +38,7 @@ class Relay:
         init_timeout: float,
         *,
         upstream: AbstractAsyncContextManager[object] | None = None,
+        fetch: Fetch | None = None,
         events: Forwarder | None = None,
         ignore_connection_errors: bool = False,
         disconnected_after: float = 60.0,
@@ -48,6 +51,7 @@ class Relay:
         }
         self.disconnected_after = disconnected_after
         self.upstream = upstream or nullcontext()
+        self.fetch = fetch
         self.events = events
         self._late = logging.WARNING if ignore_connection_errors else logging.ERROR
         self._init_deadline = time.monotonic() + init_timeout

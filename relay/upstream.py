@@ -5,6 +5,7 @@ aiohttp's exceptions end here. Nothing that leaves holds a key or a proxy's pass
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import ssl
@@ -23,6 +24,7 @@ from relay import __version__
 from relay.errors import ConfigError, ErrorKind, UpstreamRefused, UpstreamUnavailable
 from relay.model.credential import SDKKey
 from relay.model.event import Receipt
+from relay.model.reply import Reply
 
 USER_AGENT = f"PythonRelay/{__version__} LDRelay/{__version__}"
 """In the shape that LaunchDarkly reads: SDK, then relay (streams 2.4)."""
@@ -172,6 +174,38 @@ class Upstream:
                 said = response.headers
                 date = _http_date(said.get("Date"))
                 return Receipt(response.status, date, _retry_after(said.get("Retry-After"), date))
+
+    async def fetch(
+        self, url: str, *, headers: dict[str, str], within: float, max_body: int
+    ) -> Reply:
+        """Ask for `url`, which needs no key, follow redirects, and return whatever is answered.
+
+        Args:
+            url: what to get.
+            headers: beside the usual ones; redirects to other servers do not take them along.
+            within: seconds for everything.
+            max_body: bytes of the answer that are an error.
+
+        Raises:
+            UpstreamUnavailable: there is no answer.
+        """
+        usual = {
+            "User-Agent": USER_AGENT,
+            "Accept": "application/json",
+            "Accept-Encoding": "gzip",
+            "Cache-Control": "no-cache",
+        }
+        with _translated(ValueError):
+            async with asyncio.timeout(within):
+                response, _ = await self._open(URL(url), {**usual, **headers}, within)
+                try:
+                    body = await read_body(response, max_body)
+                finally:
+                    response.close()
+        said: dict[str, str] = {}
+        for name, value in response.headers.items():
+            said.setdefault(name.lower(), value)
+        return Reply(response.status, said, body)
 
     async def _open(
         self, url: URL, headers: dict[str, str], read_timeout: float

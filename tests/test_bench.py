@@ -1,5 +1,6 @@
 """The measuring clients and the scripted upstream understand each other."""
 
+import base64
 import gzip
 import json
 from urllib.parse import urlsplit
@@ -9,9 +10,12 @@ import pytest
 from bench import data, posts
 from bench.axes import axes
 from bench.crowd import Crowd
+from bench.evaluations import ENVIRONMENT_ID, poll_path, stream_path
 from bench.polls import Client
+from bench.servers import OWN_COMMAND, SDK_KEY, Relay
 from bench.table import NGINX, OURS, PEER, Figures, Row, at_least, at_most, markdown
 from bench.upstream import Upstream
+from bench.viewers import Viewers
 
 
 def test_a_crowd_sees_puts_and_patches_of_its_environment() -> None:
@@ -112,3 +116,42 @@ def test_busy_clients_post_events_of_the_usual_size() -> None:
         made = posts.load(f"{upstream.events_url}/bulk", {}, data.events(), 1)
         assert made.requests > 0
         assert upstream.arrived().size >= made.requests * len(data.events())
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"), [("eval-1000", (737, 163, 100)), ("eval-3", (1, 1, 1))]
+)
+def test_mixed_flags_are_of_each_kind_as_many_as_said(
+    name: str, counts: tuple[int, int, int]
+) -> None:
+    """All are visible to client-side SDKs, and long enough to be waited for by size."""
+    flags = data.flags(name).values()
+    rollouts = sum("rollout" in each["fallthrough"] for each in flags)
+    ruled = sum(bool(each["rules"]) for each in flags)
+    assert (len(flags) - rollouts - ruled, ruled, rollouts) == counts
+    assert all(each["clientSideAvailability"]["usingEnvironmentId"] for each in flags)
+    assert min(len(data.compact(each)) for each in flags) >= 400
+
+
+def test_a_context_is_put_together_of_the_base64_of_its_parts() -> None:
+    """What wrk joins is what the encoding of the whole gives."""
+    number = 123_456_789
+    parts = [data.CONTEXT_START, "123", "456", "789"]
+    parts.append(data.CONTEXT_ENDS[number % len(data.CONTEXT_ENDS)])
+    whole = data.context_in_base64(number)
+    assert "".join(map(data.base64url, parts)) == whole
+    assert json.loads(base64.urlsafe_b64decode(whole + "=="))["key"] == "user-123456789"
+
+
+@pytest.mark.parametrize("evaluating", ["false", "true"])
+def test_viewers_have_a_changed_flag_by_a_poll_or_in_their_stream(evaluating: str) -> None:
+    """A ping leads to a poll, in which the change is; an evaluating stream has it itself."""
+    variables = {"LD_CLIENT_SIDE_ID_main": ENVIRONMENT_ID, "EVAL_STREAMS": evaluating}
+    with Relay("ours", OWN_COMMAND, variables).serve("eval-3") as session:
+        session.await_status(poll_path(0))
+        upstream = session.upstream
+        assert upstream
+        with Viewers(session.port, 20, stream_path, poll_path) as viewers:
+            viewers.connect(timeout=20)
+            sent = upstream.change(SDK_KEY, data.rollout_flag(0, 2, "the-marker"))
+            assert viewers.expect("the-marker", timeout=20) > sent

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from relay import hub as hub_module
-from relay.hub import HEARTBEAT, LAST_CHUNK, Hub, StreamLimits, framed, unframed
+from relay.hub import (
+    HEARTBEAT,
+    LAST_CHUNK,
+    PING_CHUNK,
+    Hub,
+    PingChannel,
+    StreamLimits,
+    framed,
+    unframed,
+)
 from relay.model.count import Count
 from relay.model.item import Item, Kind, parse
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
@@ -307,3 +316,106 @@ def test_framing_is_undone():
         b":\n",
         b"x" * 300,
     ]
+
+
+def listening(hub: Hub, stream: str, count: int = 1, who: object = None) -> list[Buffer]:
+    """Clients that have taken their opening."""
+    buffers = [Buffer() for _ in range(count)]
+    for buffer in buffers:
+        hub.subscribe(stream, buffer, who=who)
+        buffer.read()
+    return buffers
+
+
+def pings(*buffers: Buffer) -> list[int]:
+    """How many pings each has received, and nothing else."""
+    for buffer in buffers:
+        buffer.read()
+        assert buffer.received == PING_CHUNK * (len(buffer.received) // len(PING_CHUNK))
+    return [len(buffer.received) // len(PING_CHUNK) for buffer in buffers]
+
+
+async def test_pings_of_one_turn_are_one():
+    """A client polls once for a burst; one that comes with data there is pinged at once."""
+    hub = Hub({}, channels={"ping": PingChannel()})
+    (early,) = listening(hub, "ping")
+    now, change = payload(flag("a", 1))
+    hub.publish(now, change)
+    await turns()
+    assert pings(early) == [1]
+    (late,) = listening(hub, "ping")
+    assert pings(late) == [1]
+    for version in range(2, 12):
+        now, change = now.apply(ChangeSet((flag("a", version),)))
+        hub.publish(now, change)
+    await turns()
+    assert pings(early, late) == [2, 2]
+    assert len(hub.delays) == 2
+    early.abort(), late.abort()
+
+
+async def test_what_nobody_can_see_is_no_reason_to_poll():
+    """Neither the tombstone of an unknown flag, nor a patch before there are data."""
+    hub = Hub({}, channels={"ping": PingChannel()})
+    (buffer,) = listening(hub, "ping")
+    _, change = payload(flag("a", 1))
+    hub.publish(None, change)
+    await turns()
+    assert pings(buffer) == [0]
+    now, change = payload(flag("a", 1))
+    hub.publish(now, change)
+    now, change = now.apply(ChangeSet((Item(Kind.FLAG, "unknown", 4, None),)))
+    await turns()
+    hub.publish(now, change)
+    await turns()
+    assert pings(buffer) == [1]
+    buffer.abort()
+
+
+async def test_a_jitter_spreads_pings():
+    """Each client has a delay of its own within the jitter; changes meanwhile add no ping."""
+    hub = Hub({}, StreamLimits(heartbeat_interval=0), {"ping": PingChannel(0.5)})
+    now, change = payload(flag("a", 1))
+    hub.publish(now, change)
+    buffers = listening(hub, "ping", 40)
+    gone, *others = buffers
+    assert pings(*buffers) == [1] * 40
+    begin = time.monotonic()
+    for version in (2, 3):
+        now, change = now.apply(ChangeSet((flag("a", version),)))
+        hub.publish(now, change)
+    gone.abort()
+    arrivals = []
+    async with asyncio.timeout(5):
+        while pings(*others) != [2] * 39:
+            assert max(pings(*others)) <= 2
+            arrivals.append(sum(pings(*others)))
+            await asyncio.sleep(0.01)
+    assert time.monotonic() - begin < 1.5
+    assert len(set(arrivals)) > 5, "they come a few at a time"
+    await asyncio.sleep(0.6)
+    assert pings(*others) == [2] * 39
+    hub.publish(*now.apply(ChangeSet((flag("a", 4),))))
+    async with asyncio.timeout(5):
+        while pings(*others) != [3] * 39:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    for buffer in others:
+        buffer.abort()
+
+
+async def test_a_slow_client_owes_one_poll():
+    """However many pings a client with a full buffer has missed, it gets one."""
+    hub = Hub({}, channels={"ping": PingChannel()})
+    now, change = payload(flag("a", 1))
+    hub.publish(now, change)
+    (buffer,) = listening(hub, "ping")
+    while not buffer._paused:
+        buffer.write(PING_CHUNK)
+    for version in range(2, 12):
+        now, change = now.apply(ChangeSet((flag("a", version),)))
+        hub.publish(now, change)
+        await turns()
+    waiting = buffer.get_write_buffer_size() // len(PING_CHUNK)
+    buffer.read()
+    assert pings(buffer) == [1 + waiting + 1]
+    buffer.abort()

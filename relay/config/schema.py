@@ -112,7 +112,6 @@ class Main:
         "Base of the goals that browsers ask for; when not set, LaunchDarkly's, or `baseUri` if that"
         " was changed.",
         "https://clientsdk.launchdarkly.com",
-        support=LATER,
     )
     data_source: str = _option(
         "DATA_SOURCE",
@@ -187,7 +186,6 @@ class Main:
         SIZE,
         5 * 1024 * 1024,
         "The largest body of an evaluation request.",
-        support=LATER,
     )
     tls_enabled: bool = _option("TLS_ENABLED", BOOLEAN, False, "Serve HTTPS instead of HTTP.")
     tls_cert: str = _option(
@@ -239,14 +237,12 @@ class Main:
         BOOLEAN,
         False,
         "Client-side streams carry evaluated flags instead of pings.",
-        support=LATER,
     )
     ping_stream_jitter_time: float = _option(
         "PING_STREAM_JITTER_TIME",
         DURATION,
         0.0,
         "Pings of client-side streams are delayed by a random time up to this.",
-        support=LATER,
     )
     big_segments_stale_as_degraded: bool = _option(
         "BIG_SEGMENTS_STALE_AS_DEGRADED",
@@ -822,7 +818,14 @@ class EnvironmentConfig:
         "LD_TTL_", DURATION, 0.0, "For how long HTTP caches may keep polled answers; 0 for not."
     )
     secure_mode: bool = _option(
-        "LD_SECURE_MODE_", BOOLEAN, False, "Browsers must prove their context.", support=LATER
+        "LD_SECURE_MODE_", BOOLEAN, False, "Browsers must prove their context."
+    )
+    eval_streams: bool | None = _option(
+        "LD_EVAL_STREAMS_",
+        BOOLEAN,
+        None,
+        "Its client-side streams carry evaluated flags, or pings; default `[Main] evalStreams`.",
+        "true",
     )
     allowed_origin: tuple[str, ...] = _option(
         "LD_ALLOWED_ORIGIN_",

@@ -163,7 +163,7 @@ def _value(option: Option, value: Any) -> str:
 
 def _is_unset(option: Option, value: object) -> bool:
     """Whether the value means that there is none."""
-    return not value and option.kind not in (BOOLEAN, COUNT, DURATION)
+    return value is None or (not value and option.kind not in (BOOLEAN, COUNT, DURATION))
 
 
 def _url_secrets(url: str) -> Iterator[str]:

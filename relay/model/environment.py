@@ -18,6 +18,7 @@ class EnvironmentSpec:
         environment_id: opens it for client-side SDKs; sent as `X-LD-EnvId`.
         project_key: the LaunchDarkly project, where the configuration names it.
         secure_mode: client-side requests must carry a hash of the context.
+        eval_streams: client-side streams carry evaluated flags instead of pings.
         ttl: seconds for which polled answers may be cached; 0 for none.
         allowed_origins: CORS origins; none means every origin.
         allowed_headers: CORS request headers beside the standard ones.
@@ -31,6 +32,7 @@ class EnvironmentSpec:
     environment_id: EnvironmentID | None = None
     project_key: str = ""
     secure_mode: bool = False
+    eval_streams: bool = False
     ttl: float = 0.0
     allowed_origins: tuple[str, ...] = ()
     allowed_headers: tuple[str, ...] = ()

@@ -95,9 +95,6 @@ NO_DATA = text(503, "client was not initialized")
 EVENTS_ARE_OFF = json_error(503, "Event proxy is not enabled for this environment")
 
 # What later releases offer is there already, and says so: a 404 would make SDKs give up for good.
-NO_EVALUATION_YET = json_error(503, "Evaluation for client-side SDKs is not offered yet")
-NO_PINGS_YET = json_error(503, "Streams for client-side SDKs are not offered yet")
-NO_GOALS_YET = json_error(503, "Goals are not offered yet")
 FDV1_INSTEAD = json_error(
     503, "This relay speaks FDv1; SDKs turn to it by themselves"
 ).with_headers((b"x-ld-fd-fallback", b"true"))

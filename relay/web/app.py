@@ -16,15 +16,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from relay.environment import Environment
+from relay.evaluation.audience import Audience
 from relay.model.event import Endpoint as Target
 from relay.relay import Relay
 from relay.web import metrics, status
 from relay.web.answers import (
     FDV1_INSTEAD,
     NO_DATA,
-    NO_EVALUATION_YET,
-    NO_GOALS_YET,
-    NO_PINGS_YET,
     NOT_FOUND,
     Answer,
 )
@@ -39,29 +37,37 @@ from relay.web.endpoint import (
     header,
     user_agent,
 )
+from relay.web.evaluation import Evaluation
 from relay.web.events import Events
+from relay.web.goals import Goals
 from relay.web.middleware import CanonicalPaths, Defects, Shortcut
 from relay.web.polling import Polling
-from relay.web.streams import STREAMS, StreamResponse
+from relay.web.streams import STREAMS, ClientStreams, StreamResponse
 from relay.web.traffic import RequestLog, Series, Traffic
 
 GET, REPORT, POST = ("GET",), ("REPORT",), ("POST",)
 GET_, REPORT_, POST_ = ("GET", "OPTIONS"), ("REPORT", "OPTIONS"), ("POST", "OPTIONS")
 POST_REPORT_ = ("POST", "REPORT", "OPTIONS")
+REPORT_POST, REPORT_POST_ = ("REPORT", "POST"), ("REPORT", "POST", "OPTIONS")
 
 Row = tuple[str, Sequence[str], Access, Respond]
 
 
-def _table(poll: Respond, stream: Respond, events: Events) -> Sequence[Row]:
+def _table(
+    poll: Respond,
+    stream: Respond,
+    *,
+    streams: ClientStreams,
+    events: Events,
+    evaluation: Evaluation,
+    goals: Goals,
+) -> Sequence[Row]:
     """Return the authenticated routes; the first that matches counts.
 
     Routes are tried in turn, so those of events, which are busy, come first.
     """
-    evaluate, pings, goals = (
-        _always(NO_EVALUATION_YET),
-        _always(NO_PINGS_YET),
-        _always(NO_GOALS_YET),
-    )
+    in_path = {audience: evaluation.in_path(audience) for audience in Audience}
+    in_body = {audience: evaluation.in_body(audience) for audience in Audience}
     fdv1 = _always(FDV1_INSTEAD)
     return (
         ("/bulk", POST, SERVER, events.posts(Target.BULK)),
@@ -85,36 +91,42 @@ def _table(poll: Respond, stream: Respond, events: Events) -> Sequence[Row]:
         ("/sdk/stream/eval/{context}", GET_, FDV2_CLIENT, fdv1),
         ("/sdk/poll/eval", POST_REPORT_, FDV2_CLIENT, fdv1),
         ("/sdk/poll/eval/{context}", GET_, FDV2_CLIENT, fdv1),
-        ("/sdk/goals/{envId}", GET_, BROWSER, goals),
-        ("/sdk/evalx/{envId}/contexts/{context}", GET_, BROWSER, evaluate),
-        ("/sdk/evalx/{envId}/contexts", REPORT_, BROWSER, evaluate),
-        ("/sdk/evalx/{envId}/context", REPORT_, BROWSER, evaluate),
-        ("/sdk/evalx/{envId}/users/{context}", GET_, BROWSER, evaluate),
-        ("/sdk/evalx/{envId}/users", REPORT_, BROWSER, evaluate),
-        ("/sdk/evalx/{envId}/user", REPORT_, BROWSER, evaluate),
-        ("/sdk/evalx/contexts/{context}", GET, SERVER, evaluate),
-        ("/sdk/evalx/contexts", REPORT, SERVER, evaluate),
-        ("/sdk/evalx/context", REPORT, SERVER, evaluate),
-        ("/sdk/evalx/users/{context}", GET, SERVER, evaluate),
-        ("/sdk/evalx/users", REPORT, SERVER, evaluate),
-        ("/sdk/evalx/user", REPORT, SERVER, evaluate),
-        ("/msdk/evalx/contexts/{context}", GET, MOBILE, evaluate),
-        ("/msdk/evalx/contexts", REPORT, MOBILE, evaluate),
-        ("/msdk/evalx/context", REPORT, MOBILE, evaluate),
-        ("/msdk/evalx/users/{context}", GET, MOBILE, evaluate),
-        ("/msdk/evalx/users", REPORT, MOBILE, evaluate),
-        ("/msdk/evalx/user", REPORT, MOBILE, evaluate),
-        ("/meval/{context}", GET, MOBILE, pings),
-        ("/meval", REPORT, MOBILE, pings),
-        ("/mping", GET, MOBILE, pings),
-        ("/ping/{envId}", GET_, BROWSER, pings),
-        ("/eval/{envId}/{context}", GET_, BROWSER, pings),
-        ("/eval/{envId}", REPORT_, BROWSER, pings),
+        ("/sdk/goals/{envId}", GET_, BROWSER, goals.respond),
+        ("/sdk/evalx/{envId}/contexts/{context}", GET_, BROWSER, in_path[Audience.BROWSER]),
+        ("/sdk/evalx/{envId}/contexts", REPORT_POST_, BROWSER, in_body[Audience.BROWSER]),
+        ("/sdk/evalx/{envId}/context", REPORT_POST_, BROWSER, in_body[Audience.BROWSER]),
+        ("/sdk/evalx/{envId}/users/{context}", GET_, BROWSER, in_path[Audience.BROWSER]),
+        ("/sdk/evalx/{envId}/users", REPORT_POST_, BROWSER, in_body[Audience.BROWSER]),
+        ("/sdk/evalx/{envId}/user", REPORT_POST_, BROWSER, in_body[Audience.BROWSER]),
+        ("/sdk/evalx/contexts/{context}", GET, SERVER, in_path[Audience.SERVER]),
+        ("/sdk/evalx/contexts", REPORT_POST, SERVER, in_body[Audience.SERVER]),
+        ("/sdk/evalx/context", REPORT_POST, SERVER, in_body[Audience.SERVER]),
+        ("/sdk/evalx/users/{context}", GET, SERVER, in_path[Audience.SERVER]),
+        ("/sdk/evalx/users", REPORT_POST, SERVER, in_body[Audience.SERVER]),
+        ("/sdk/evalx/user", REPORT_POST, SERVER, in_body[Audience.SERVER]),
+        ("/msdk/evalx/contexts/{context}", GET, MOBILE, in_path[Audience.MOBILE]),
+        ("/msdk/evalx/contexts", REPORT_POST, MOBILE, in_body[Audience.MOBILE]),
+        ("/msdk/evalx/context", REPORT_POST, MOBILE, in_body[Audience.MOBILE]),
+        ("/msdk/evalx/users/{context}", GET, MOBILE, in_path[Audience.MOBILE]),
+        ("/msdk/evalx/users", REPORT_POST, MOBILE, in_body[Audience.MOBILE]),
+        ("/msdk/evalx/user", REPORT_POST, MOBILE, in_body[Audience.MOBILE]),
+        ("/meval/{context}", GET, MOBILE, streams.in_path(Audience.MOBILE)),
+        ("/meval", REPORT, MOBILE, streams.in_body(Audience.MOBILE)),
+        ("/mping", GET, MOBILE, streams.pings(Audience.MOBILE)),
+        ("/ping/{envId}", GET_, BROWSER, streams.pings(Audience.BROWSER)),
+        ("/eval/{envId}/{context}", GET_, BROWSER, streams.in_path(Audience.BROWSER)),
+        ("/eval/{envId}", REPORT_, BROWSER, streams.in_body(Audience.BROWSER)),
     )
 
 
 def make_app(
-    relay: Relay, polling: Polling, traffic: Traffic, events: Events | None = None
+    relay: Relay,
+    polling: Polling,
+    traffic: Traffic,
+    events: Events | None = None,
+    *,
+    evaluation: Evaluation | None = None,
+    goals: Goals | None = None,
 ) -> ASGIApp:
     """Return the application.
 
@@ -123,8 +135,18 @@ def make_app(
         polling: answers polls; the front door has the same.
         traffic: counts requests; the front door has the same.
         events: takes events; None if they are off.
+        evaluation: evaluates flags; the front door has the same.
+        goals: gives goals; None where there are none.
     """
-    table = _table(_poll(polling), _stream(traffic), events or Events())
+    evaluation = evaluation or Evaluation()
+    table = _table(
+        _poll(polling),
+        _stream(traffic),
+        streams=ClientStreams(traffic, evaluation.room),
+        events=events or Events(),
+        evaluation=evaluation,
+        goals=goals or Goals(),
+    )
     pages = (
         ("/status", lambda _: status.overview(relay, traffic)),
         ("/status/{environment}", lambda name: status.one(relay, traffic, name)),

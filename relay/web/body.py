@@ -77,10 +77,21 @@ class Room:
     Args:
         max_size: of one body, decompressed; 0 for `MAX_SIZE`.
         max_held: of all together.
+        too_large: what the sender of a larger one is told.
+        full: what the sender is told of one for which there is no room.
     """
 
-    def __init__(self, max_size: int = 0, max_held: int = MAX_HELD) -> None:
+    def __init__(
+        self,
+        max_size: int = 0,
+        max_held: int = MAX_HELD,
+        *,
+        too_large: Answer = UNREADABLE,
+        full: Answer = NO_ROOM,
+    ) -> None:
         self.max_size = max_size or MAX_SIZE
+        self.too_large = too_large
+        self._full = full
         self._left = max_held
 
     def take(self, size: int) -> None:
@@ -90,7 +101,7 @@ class Room:
             Refused: there is no room for them.
         """
         if size > self._left:
-            raise Refused(NO_ROOM)
+            raise Refused(self._full)
         self._left -= size
 
     def give_back(self, size: int) -> None:
@@ -168,7 +179,7 @@ class Body:
 
     def _hold(self, part: bytes) -> bytes:
         if self._held + len(part) > self._room.max_size:
-            raise Refused(UNREADABLE)
+            raise Refused(self._room.too_large)
         self._room.take(len(part))
         self._held += len(part)
         return part
@@ -190,7 +201,7 @@ class Body:
                     break
                 data = await self._chunk()
                 if self._received > self._room.max_size + GZIP_OVERHEAD:
-                    raise Refused(UNREADABLE)
+                    raise Refused(self._room.too_large)
         except CORRUPT as e:
             raise Refused(UNREADABLE) from e
         if not gunzip.complete:

@@ -27,9 +27,14 @@ Respond = Callable[[Request, Environment], Awaitable[Response]]
 
 def parameter(request: Request, name: str) -> str:
     """Return the first value of a query parameter; empty if there is none."""
-    if not request.scope["query_string"]:
+    return parameter_in(request.scope["query_string"], name)
+
+
+def parameter_in(query: bytes, name: str) -> str:
+    """Return the first value of a parameter in a query; empty if there is none."""
+    if not query:
         return ""
-    pairs = parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
     return next((value for key, value in pairs if key == name), "")
 
 

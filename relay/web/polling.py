@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from email.utils import formatdate
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from weakref import WeakKeyDictionary
 
 from isal import igzip
@@ -45,27 +45,38 @@ def template(path: str) -> str:
     return path
 
 
-class _Resource:
-    """One body with its ETag, in all its variants."""
+class Resource:
+    """One body with its ETag, in all its variants.
+
+    Args:
+        body: in JSON.
+        etag: as it is sent.
+        headers: beside the usual ones, of all variants.
+    """
 
     def __init__(self, body: bytes, etag: bytes, headers: Headers) -> None:
         self.body = body
         self.etag = etag
-        self._tag = etag.strip(b'"')
         self.compressible = len(body) >= MIN_COMPRESSED
         vary: Headers = ((b"vary", b"Accept-Encoding"),) if self.compressible else ()
         self._shared: Headers = ((b"etag", etag), *headers, *vary)
         self._typed: Headers = ((b"content-type", b"application/json"), *self._shared)
-        self.plain = Answer(200, self._typed, body)
-        self.unchanged = Answer(304, self._shared)
         self.compressed: Answer | None = None
         self._compression: asyncio.Future[Answer] | None = None
 
+    @cached_property
+    def plain(self) -> Answer:
+        """The variant that is not compressed."""
+        return Answer(200, self._typed, self.body)
+
+    @cached_property
+    def unchanged(self) -> Answer:
+        """What a client is told that has it."""
+        return Answer(304, self._shared)
+
     def matches(self, if_none_match: bytes) -> bool:
-        """Whether the client has this: old exact form, quotes, list, `W/`, `*` (endpoints 1.6)."""
-        if if_none_match in (self.etag, b"*"):
-            return True
-        return self._tag in _QUOTED.findall(if_none_match)
+        """Whether the client has this."""
+        return is_known(self.etag, if_none_match)
 
     def compress(self) -> Answer:
         """Return the gzip variant. May run in a thread."""
@@ -92,19 +103,31 @@ class _Resource:
         return self.compressed
 
 
+def is_known(etag: bytes, if_none_match: bytes) -> bool:
+    """Whether a client has what an ETag names: old exact form, list, `W/`, `*` (endpoints 1.6).
+
+    Args:
+        etag: as it is sent.
+        if_none_match: the client's header; empty if there is none.
+    """
+    if if_none_match in (etag, b"*"):
+        return True
+    return etag.removeprefix(b"W/").strip(b'"') in _QUOTED.findall(if_none_match)
+
+
 class _Polls:
     """All that can be polled of one payload, made when somebody asks for it."""
 
     def __init__(self, payload: Payload, headers: Headers) -> None:
         self.payload = payload
         self._headers = headers
-        self._ready: dict[str, _Resource | None] = {}
-        self._makers: dict[str, Callable[[], _Resource]] = {
+        self._ready: dict[str, Resource | None] = {}
+        self._makers: dict[str, Callable[[], Resource]] = {
             "/sdk/flags": self._flags,
             "/sdk/latest-all": self._latest_all,
         }
 
-    def get(self, path: str) -> _Resource | None:
+    def get(self, path: str) -> Resource | None:
         """Return a resource.
 
         Raises:
@@ -117,26 +140,26 @@ class _Polls:
             self._ready[path] = resource
         return self._ready[path]
 
-    def _made(self, path: str) -> _Resource | None:
+    def _made(self, path: str) -> Resource | None:
         for prefix, kind in _ITEM_PATHS:
             if path.startswith(prefix):
                 return self._item(kind, path.removeprefix(prefix))
         return self._makers[path]()
 
-    def _item(self, kind: Kind, key: str) -> _Resource | None:
+    def _item(self, kind: Kind, key: str) -> Resource | None:
         if "/" in key or key in _NO_KEYS:
             raise KeyError(key)
         item = self.payload.get(kind, key)
         if item is None or item.json is None:
             return None
-        return _Resource(item.json, b"relay-%d" % item.version, self._headers)
+        return Resource(item.json, b"relay-%d" % item.version, self._headers)
 
-    def _flags(self) -> _Resource:
+    def _flags(self) -> Resource:
         body = all_flags(self.payload)
-        return _Resource(body, _versions_etag(self.payload), self._headers)
+        return Resource(body, _versions_etag(self.payload), self._headers)
 
-    def _latest_all(self) -> _Resource:
-        return _Resource(all_data(self.payload), _data_etag(self.payload), self._headers)
+    def _latest_all(self) -> Resource:
+        return Resource(all_data(self.payload), _data_etag(self.payload), self._headers)
 
 
 def _versions_etag(payload: Payload) -> bytes:
@@ -215,9 +238,9 @@ class Polling:
             accept_encoding: the header; empty if there is none.
         """
         found = self._find(environment, path)
-        if not isinstance(found, _Resource):
+        if not isinstance(found, Resource):
             return found
-        return _expiring(found.variant(if_none_match, accept_encoding), environment)
+        return expiring(found.variant(if_none_match, accept_encoding), environment)
 
     async def complete(
         self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
@@ -227,15 +250,15 @@ class Polling:
         The arguments are those of `answer`; None if there are no data, or nothing is polled there.
         """
         found = self._find(environment, path)
-        if not isinstance(found, _Resource):
+        if not isinstance(found, Resource):
             return found
         answer = found.variant(if_none_match, accept_encoding)
         if answer is None:
             await found.compress_aside()
             answer = found.compressed
-        return _expiring(answer, environment)
+        return expiring(answer, environment)
 
-    def _find(self, environment: Environment, path: str) -> _Resource | Answer | None:
+    def _find(self, environment: Environment, path: str) -> Resource | Answer | None:
         if environment.payload is None:
             return None
         try:
@@ -253,7 +276,8 @@ class Polling:
         return polls
 
 
-def _expiring(answer: Answer | None, environment: Environment) -> Answer | None:
+def expiring(answer: Answer | None, environment: Environment) -> Answer | None:
+    """Return an answer with the time until which caches may keep it, if there is one."""
     ttl = environment.spec.ttl
     if answer is None or ttl <= 0:
         return answer

@@ -1,7 +1,8 @@
-"""The streams of server-side SDKs, `/all` and `/flags`, as the application serves them.
+"""The streams of SDKs, and how the application serves them.
 
-The front door serves nearly all of them, with shared bytes and without a task; this is for what it
-leaves: HTTP/1.0, odd headers, another ASGI server. The bytes are the same.
+The front door serves nearly all of them, with shared bytes and without a task; the application is
+for what it leaves: HTTP/1.0, odd headers, contexts in bodies, another ASGI server. The bytes are
+the same.
 """
 
 from __future__ import annotations
@@ -9,14 +10,24 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from relay.environment import Environment
+from relay.evalstreams import EVALUATING, PINGS, Viewer
+from relay.evaluation.audience import Audience
 from relay.hub import LAST_CHUNK, unframed
+from relay.model.context import Context
 from relay.model.count import Count
-from relay.web.answers import Headers, environment_headers
+from relay.web.answers import Answer, Headers, environment_headers, json_error
+from relay.web.body import Refused, Room
+from relay.web.context import check_proof, context_in_body, context_in_path, read_context_body
+from relay.web.cors import cors_headers
+from relay.web.endpoint import BROWSER, MOBILE, Access, Respond, parameter_in, user_agent
+from relay.web.traffic import Series, Traffic
 
 STREAMS: Mapping[bytes, str] = {b"/all": "all", b"/flags": "flags"}
 """Path to stream format, for server-side SDKs (endpoints 1.1, rows 18 and 19)."""
@@ -24,13 +35,17 @@ STREAMS: Mapping[bytes, str] = {b"/all": "all", b"/flags": "flags"}
 PIPE_LIMIT = 64 * 1024
 """Bytes that wait for the server to take them before the client counts as slow; as a transport."""
 
+NO_KEY = json_error(400, "User must have a 'key' attribute")
+
+_UNBUFFERED = (b"x-accel-buffering", b"no")
 _HEADERS: Headers = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-store, must-revalidate"),
     (b"connection", b"keep-alive"),
     (b"access-control-allow-origin", b"*"),
-    (b"x-accel-buffering", b"no"),
+    _UNBUFFERED,
 )
+_ACCESS: Mapping[Audience, Access] = {Audience.MOBILE: MOBILE, Audience.BROWSER: BROWSER}
 
 
 def stream_headers(environment: Environment) -> Headers:
@@ -38,17 +53,156 @@ def stream_headers(environment: Environment) -> Headers:
     return (*_HEADERS, *environment_headers(environment.spec))
 
 
+@dataclass(frozen=True, slots=True)
+class ClientStream:
+    """What a client-side SDK is given when it asks for a stream.
+
+    Args:
+        name: of the channel.
+        viewer: for whom it is evaluated; None for pings.
+    """
+
+    name: str
+    viewer: Viewer | None = None
+
+
+PING_STREAM = ClientStream(PINGS)
+"""What `/ping/{envId}` and `/mping` give."""
+
+
+def client_stream(
+    environment: Environment, audience: Audience, segment: bytes, query: bytes
+) -> ClientStream | Answer:
+    """Return what `/eval/{envId}/{context}` or `/meval/{context}` gives, or the refusal.
+
+    Args:
+        environment: whose flags.
+        audience: MOBILE or BROWSER, by the path.
+        segment: of the path, which holds the context, without percent escapes.
+        query: as on the wire.
+    """
+    try:
+        return _stream_for(environment, audience, segment, context_in_path(segment), query)
+    except Refused as e:
+        return e.answer.with_headers(_UNBUFFERED)
+
+
+def _stream_for(
+    environment: Environment, audience: Audience, raw: bytes, context: Context, query: bytes
+) -> ClientStream:
+    """Return the stream for a context, which need not be evaluated if it gets pings.
+
+    Raises:
+        Refused: secure mode is not satisfied, or there is no key to evaluate for.
+    """
+    if audience is Audience.BROWSER:
+        proof = parameter_in(query, "h")
+        check_proof(environment.spec, context.fully_qualified_key, proof)
+    if not environment.spec.eval_streams:
+        return PING_STREAM
+    if context.has_empty_key:
+        raise Refused(NO_KEY)
+    with_reasons = parameter_in(query, "withReasons") == "true"
+    return ClientStream(EVALUATING[audience], Viewer(raw, context, with_reasons=with_reasons))
+
+
+def client_stream_headers(environment: Environment, audience: Audience, origin: str) -> Headers:
+    """Return the response headers of a GET of a client-side stream, as the application has them.
+
+    Args:
+        environment: whose stream.
+        audience: MOBILE or BROWSER, by the path.
+        origin: the request header; empty if there is none.
+    """
+    headers = stream_headers(environment)
+    access = _ACCESS[audience]
+    if not access.exposed:
+        return headers
+    given = cors_headers(environment.spec, origin, ("GET", "OPTIONS"), access.exposed)
+    cors = {name.encode(): value.encode("latin-1") for name, value in given.items()}
+    own = [(name, cors.pop(name, value)) for name, value in headers]
+    return (*own, *cors.items(), (b"vary", b"Origin"))
+
+
+class ClientStreams:
+    """The client-side streams of the application.
+
+    Args:
+        traffic: counts them.
+        room: for contexts in bodies.
+    """
+
+    def __init__(self, traffic: Traffic, room: Room) -> None:
+        self._traffic = traffic
+        self._room = room
+
+    def pings(self, audience: Audience) -> Respond:
+        """Return what answers the paths without a context."""
+
+        async def respond(request: Request, environment: Environment) -> Response:
+            return self._begin(request, environment, PING_STREAM, audience)
+
+        return respond
+
+    def in_path(self, audience: Audience) -> Respond:
+        """Return what answers a GET whose path ends in the context."""
+
+        async def respond(request: Request, environment: Environment) -> Response:
+            segment = request.path_params["context"].encode(errors="replace")
+            query = request.scope["query_string"]
+            stream = client_stream(environment, audience, segment, query)
+            if isinstance(stream, Answer):
+                return stream.as_response()
+            return self._begin(request, environment, stream, audience)
+
+        return respond
+
+    def in_body(self, audience: Audience) -> Respond:
+        """Return what answers a REPORT whose body is the context."""
+
+        async def respond(request: Request, environment: Environment) -> Response:
+            try:
+                body = await read_context_body(request, self._room)
+                context, query = context_in_body(body), request.scope["query_string"]
+                stream = _stream_for(environment, audience, body, context, query)
+            except Refused as e:
+                return e.answer.with_headers(_UNBUFFERED).as_response()
+            return self._begin(request, environment, stream, audience)
+
+        return respond
+
+    def _begin(
+        self,
+        request: Request,
+        environment: Environment,
+        stream: ClientStream,
+        audience: Audience,
+    ) -> Response:
+        agent, platform = user_agent(self._traffic, request), _ACCESS[audience].platform
+        route: str = request.scope["route"].path
+        method = "GET" if request.method == "HEAD" else request.method
+        series = Series(environment.spec.name, route, method, platform, agent)
+        if request.method != "HEAD":
+            self._traffic.new_streams[series].value += 1
+        count = self._traffic.streams[series]
+        return StreamResponse(environment, stream.name, count, stream.viewer)
+
+
 class StreamResponse(Response):
     """A stream of one environment; it lasts until the client goes or the hub ends it.
 
     Args:
         environment: whose hub to listen to.
-        stream: the name of the format.
+        stream: the name of the format or channel.
         count: of open streams.
+        viewer: for whom an evaluating stream is; None for others.
     """
 
-    def __init__(self, environment: Environment, stream: str, count: Count) -> None:
+    def __init__(
+        self, environment: Environment, stream: str, count: Count, viewer: Viewer | None = None
+    ) -> None:
         super().__init__()
+        self._viewer = viewer
         self._count = count
         self.raw_headers = list(stream_headers(environment))
         self._environment = environment
@@ -65,7 +219,7 @@ class StreamResponse(Response):
 
     async def _send_stream(self, receive: Receive, send: Send) -> None:
         pipe = _Pipe()
-        self._environment.hub.subscribe(self._stream, pipe, b"", self._count)
+        self._environment.hub.subscribe(self._stream, pipe, b"", self._count, self._viewer)
         leaving = asyncio.create_task(_disconnected(receive))
         leaving.add_done_callback(lambda _: pipe.abort())
         try:

@@ -35,6 +35,7 @@ OTHER = "other"
 _CREDENTIAL = re.compile(r"\b(?:sdk|mob|rel|api)-[0-9A-Za-z-]+")
 _SECRET_PARAMETER = re.compile(r"((?:^|&)auth=)([^&]*)")
 _EVENTS_PARAMETER = re.compile(r"((?:^|&)d=)[^&]*")
+_PROOF_PARAMETER = re.compile(r"((?:^|&)h=)[^&]*")
 _EVENT_STREAM = b"text/event-stream"
 _METHOD_NOT_ALLOWED = 405
 
@@ -135,6 +136,7 @@ def shown(path: str, query: str = "", *, has_context: bool = False) -> str:
         path = path.rpartition("/")[0] + "/{context}"
     query = _SECRET_PARAMETER.sub(lambda match: match[1] + _masked(match[2]), query)
     query = _EVENTS_PARAMETER.sub(r"\1{events}", query)
+    query = _PROOF_PARAMETER.sub(r"\1{hash}", query)
     target = f"{path}?{query}" if query else path
     return _CREDENTIAL.sub(lambda match: _masked(match[0]), target)
 

@@ -259,10 +259,12 @@ def test_a_hundred_environments() -> None:
 
 def test_what_a_later_release_brings_is_accepted_with_a_warning() -> None:
     """Nothing is ignored in silence."""
-    warnings = from_env({"EVAL_STREAMS": "true", "LD_TRACE_LOG_BIG_SEGMENTS": "1"}).warnings
+    warnings = from_env(
+        {"BIG_SEGMENTS_STALE_AS_DEGRADED": "1", "LD_TRACE_LOG_BIG_SEGMENTS": "1"}
+    ).warnings
     assert warnings == (
         "LD_TRACE_LOG_BIG_SEGMENTS takes effect in a later release",
-        "[Main] evalStreams takes effect in a later release (EVAL_STREAMS)",
+        "[Main] bigSegmentsStaleAsDegraded takes effect in a later release (BIG_SEGMENTS_STALE_AS_DEGRADED)",
     )
 
 

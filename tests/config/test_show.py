@@ -94,7 +94,12 @@ def test_what_was_given_stands_with_its_source(tmp_path: Path) -> None:
 
 def test_warnings_come_last() -> None:
     """Each on a line of its own."""
-    config = load("", True, False, {"EVAL_STREAMS": "1", "CACHE_TTL": "1s", "USE_REDIS": "1"})
+    config = load(
+        "",
+        True,
+        False,
+        {"BIG_SEGMENTS_STALE_AS_DEGRADED": "1", "CACHE_TTL": "1s", "USE_REDIS": "1"},
+    )
     *_, first, second = effective(config).splitlines()
     assert [first, second] == [f"# Warning: {warning}" for warning in config.warnings]
 

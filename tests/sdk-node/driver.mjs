@@ -45,13 +45,16 @@ function options(setup) {
   return all;
 }
 
-// It streams only for listeners to changes, of which there are none.
-async function startClientSide({ line, key, bootstrap, context, url, events }) {
+// With flags to start from it does not stream: there are no listeners to changes.
+async function startClientSide({ line, key, bootstrap, context, url, events, proof, more }) {
   const all = { logger: silent, sendEvents: events, diagnosticOptOut: !events };
+  if (!bootstrap) Object.assign(all, { streaming: true, streamReconnectDelay: 50 });
+  if (proof) all.hash = proof;
   if (line === 'client') {
     const { initialize } = require('launchdarkly-node-client-sdk');
     const urls = { baseUrl: url, streamUrl: url, eventsUrl: url };
-    client = initialize(key, context, { ...all, ...urls, bootstrap });
+    const from = { bootstrap: bootstrap ?? undefined };
+    client = initialize(key, context, { ...all, ...urls, ...from, ...more });
   } else {
     const { createClient } = require('@launchdarkly/js-client-sdk');
     const uris = { baseUri: url, streamUri: url, eventsUri: url };
@@ -62,7 +65,7 @@ async function startClientSide({ line, key, bootstrap, context, url, events }) {
 
 const operations = {
   async init(setup) {
-    if (setup.bootstrap) {
+    if (setup.context) {
       clientSide = setup;
       await startClientSide(setup);
       client.on('error', () => {});

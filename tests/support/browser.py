@@ -51,19 +51,34 @@ async def page(html: str, scripts: dict[str, Path], folder: Path) -> AsyncIterat
     await site.start()
     assert site._server is not None
     port = site._server.sockets[0].getsockname()[1]
-    options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
+    try:
+        async with browsing(f"http://localhost:{port}/", folder):
+            yield f"http://localhost:{port}"
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def browsing(url: str, folder: Path, *more: str) -> AsyncIterator[None]:
+    """A browser shows what is at an address until left.
+
+    Args:
+        url: of the page.
+        folder: an empty folder for the browser's profile, and its log.
+        more: options of the browser.
+    """
+    options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", *more)
     quiet = ("--no-first-run", "--disable-background-networking", "--disable-component-update")
     with (folder / "browser.log").open("wb") as log:
         browser = await asyncio.create_subprocess_exec(
             *(executable(), *options, *quiet, f"--user-data-dir={folder}/profile"),
-            *("--enable-logging=stderr", f"http://localhost:{port}/"),
+            *("--enable-logging=stderr", url),
             stdout=log,
             stderr=log,
         )
         try:
-            yield f"http://localhost:{port}"
+            yield
         finally:
             with contextlib.suppress(ProcessLookupError):
                 browser.kill()
             await browser.wait()
-            await runner.cleanup()

@@ -71,8 +71,10 @@ class Setup:
         openfeature: evaluate through the OpenFeature provider.
         events: send events, and diagnostics.
         compressed: send events in gzip.
-        bootstrap: the flags of a client-side SDK, which then asks for none.
+        bootstrap: the flags of a client-side SDK, which then asks for none; without, it streams.
         context: whom a client-side SDK serves from its start.
+        proof: the hash of secure mode, for a client-side SDK.
+        more: options of the Node client SDK, by its own names for them.
     """
 
     key: str
@@ -88,6 +90,8 @@ class Setup:
     compressed: bool = False
     bootstrap: dict | None = None
     context: dict | None = None
+    proof: str = ""
+    more: dict | None = None
 
 
 class SDK(Protocol):
@@ -310,7 +314,7 @@ class NodeSDK:
 
     def __init__(self, line: str, setup: Setup) -> None:
         client_side = line in CLIENT_SIDE_SDKS
-        assert client_side == (setup.bootstrap is not None), "client-side SDKs start from it"
+        assert line != "browser" or setup.bootstrap is not None, "it streams in a browser only"
         assert client_side == (setup.context is not None), "client-side SDKs serve one context"
         assert line == "9" or not setup.compressed, "the others cannot"
         others = setup.redis or setup.ca or setup.fdv2 or setup.openfeature

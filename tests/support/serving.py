@@ -8,11 +8,14 @@ import socket
 import ssl
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from starlette.types import ASGIApp
 
 from relay.environment import Environment
+from relay.evalstreams import client_side_channels
+from relay.evaluations import Evaluations
 from relay.hub import Hub, StreamLimits
 from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
@@ -30,13 +33,25 @@ SDK_KEY = "sdk-5ca1ab1e-0001-4000-8000-00000000a001"
 
 
 class Served:
-    """An environment with a scripted source, and the relay that serves it."""
+    """An environment with a scripted source, and the relay that serves it.
 
-    def __init__(self, limits: StreamLimits | None = None) -> None:
+    Args:
+        limits: of its streams.
+        ping_jitter: of pings.
+        more: what the environment is beside.
+    """
+
+    def __init__(
+        self, limits: StreamLimits | None = None, *, ping_jitter: float = 0.0, **more: Any
+    ) -> None:
         self.source = ScriptedSource()
         spec = EnvironmentSpec("main", SDKKey(SDK_KEY), environment_id=EnvironmentID("env-1"))
-        self.hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, limits)
-        self.environment = Environment(spec, self.source, self.hub, logging.getLogger("main"))
+        spec = replace(spec, **more)
+        evaluations = Evaluations()
+        streams = client_side_channels(evaluations, ping_jitter)
+        self.hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, limits, streams)
+        log = logging.getLogger("main")
+        self.environment = Environment(spec, self.source, self.hub, log, evaluations=evaluations)
         self.relay = Relay([self.environment], 0)
         self.polling, self.traffic = Polling(), Traffic()
         self.events = Events()
@@ -132,12 +147,19 @@ class Stream:
 
     @classmethod
     async def open(
-        cls, address: Address, path: str = "/all", headers: Sequence[str] = (), key: str = SDK_KEY
+        cls,
+        address: Address,
+        path: str = "/all",
+        headers: Sequence[str] = (),
+        key: str = SDK_KEY,
+        *,
+        method: str = "GET",
+        body: bytes = b"",
     ) -> Stream:
         """Send the request and read the head of the response."""
         stream = cls(*await address.connect())
-        lines = [f"GET {path} HTTP/1.1", "Host: x", f"Authorization: {key}", *headers, "", ""]
-        stream.writer.write("\r\n".join(lines).encode())
+        lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Authorization: {key}", *headers, "", ""]
+        stream.writer.write("\r\n".join(lines).encode() + body)
         async with asyncio.timeout(5):
             stream.head = await stream._reader.readuntil(b"\r\n\r\n")
         return stream
@@ -198,6 +220,7 @@ async def ask(
     *,
     method: str = "GET",
     body: bytes = b"",
+    chunked: bool = False,
     patience: float = 0.1,
 ) -> Reply:
     """Send a request exactly as given and read the response.
@@ -211,6 +234,9 @@ async def ask(
         *(f"{name}: {value}" for name, value in headers),
     ]
     length = [f"Content-Length: {len(body)}"] if body else []
+    if chunked:
+        length = ["Transfer-Encoding: chunked"]
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     writer.write("\r\n".join([*lines, *length, "", ""]).encode() + body)
     try:
         async with asyncio.timeout(5):

@@ -9,9 +9,7 @@ import pytest
 
 from relay.environment import Environment
 from relay.hub import Hub
-from relay.model.credential import EnvironmentID, MobileKey, SDKKey
-from relay.model.environment import EnvironmentSpec
-from relay.protocol.fdv1 import AllFormat, FlagsFormat
+from relay.model.credential import MobileKey
 from relay.relay import Relay
 from relay.web.middleware import canonical
 from relay.web.polling import Polling
@@ -21,7 +19,7 @@ from tests.support.serving import SDK_KEY, Served, ask, serving
 SDK = (("Authorization", SDK_KEY),)
 MOBILE = (("Authorization", "mob-1"),)
 CONTEXT = "eyJrZXkiOiJhIn0"
-LATER = [
+ROUTES = [
     ("GET", f"/sdk/evalx/env-1/contexts/{CONTEXT}", ()),
     ("REPORT", "/sdk/evalx/env-1/context", ()),
     ("REPORT", "/sdk/evalx/env-1/contexts", ()),
@@ -53,7 +51,9 @@ LATER = [
     ("POST", "/events/diagnostic/env-1", ()),
     ("GET", "/a/env-1.gif?d=W10=", ()),
 ]
-"""Everything that later releases offer: method, path, credential."""
+"""What is for client-side SDKs, or for events: method, path, credential."""
+STREAMS = ("/meval", "/mping", "/ping/", "/eval/")
+JSON = ("Content-Type", "application/json")
 
 
 @pytest.fixture
@@ -64,40 +64,38 @@ async def address():
 
 
 def with_all_credentials(**more) -> Served:
-    served = Served()
-    ids = {"mobile_key": MobileKey("mob-1"), "environment_id": EnvironmentID("env-1")}
-    spec = EnvironmentSpec("main", SDKKey(SDK_KEY), **ids, **more)
-    hub = Hub({"all": AllFormat(), "flags": FlagsFormat()})
-    environment = Environment(spec, served.source, hub, logging.getLogger("main"))
-    served.environment, served.hub, served.relay = environment, hub, Relay([environment], 0)
-    return served
+    return Served(mobile_key=MobileKey("mob-1"), **more)
 
 
-async def test_what_comes_later_is_there_already(address):
-    """Routes of later releases refuse strangers, and tell everybody else 503 in JSON, never 404."""
-    for method, path, credential in LATER:
-        reply = await ask(address, path, credential, method=method, body=b"{}")
-        assert reply.status == 503, path
-        assert reply.headers["content-type"] == "application/json"
-        assert reply.headers["x-ld-envid"] == "env-1"
+async def test_without_data_or_events_the_routes_are_there(address):
+    """They refuse strangers, and tell everybody else 503 in JSON, never 404; there are no goals."""
+    for method, path, credential in ROUTES:
         stranger = path.replace("env-1", "env-2")
         reply = await ask(
             address, stranger, [("Authorization", "sdk-x")], method=method, body=b"{}"
         )
         assert reply.status == (404 if "env-2" in stranger else 401), path
+        if path.startswith(STREAMS):
+            continue  # which wait
+        reply = await ask(address, path, [*credential, JSON], method=method, body=b'{"key":"a"}')
+        assert reply.status == (200 if "goals" in path else 503), path
+        assert reply.headers["content-type"] == "application/json"
+        assert reply.headers["x-ld-envid"] == "env-1"
 
 
 async def test_browsers_may_read_everything(address):
     """Each route of browsers answers preflights, and errors carry CORS headers, too."""
-    for method, path, credential in LATER:
+    for method, path, credential in ROUTES:
         if credential:
             continue
         origin = [("Origin", "https://app.example")]
         preflight = await ask(address, path, origin, method="OPTIONS")
         assert (preflight.status, preflight.body) == (200, b"")
-        assert preflight.headers["access-control-allow-methods"] == f"{method},OPTIONS"
+        posts = method == "REPORT" and not path.startswith(STREAMS)
+        methods = "REPORT,POST,OPTIONS" if posts else f"{method},OPTIONS"
+        assert preflight.headers["access-control-allow-methods"] == methods
         unknown = path.replace("env-1", "env-2")
-        for asked in (path, unknown):
+        for asked in [unknown] if path.startswith(STREAMS) else [path, unknown]:
             reply = await ask(address, asked, origin, method=method, body=b"{}")
             assert reply.headers["access-control-allow-origin"] == "https://app.example"
             assert reply.headers["vary"] == "Origin"
@@ -109,7 +107,7 @@ async def test_configured_origins():
     more = {"allowed_origins": ("https://a", "https://b"), "allowed_headers": ("X-Extra",)}
     async with serving(with_all_credentials(**more)) as address:
         for origin, allowed in (("https://b", "https://b"), ("https://c", "https://a")):
-            reply = await ask(address, "/ping/env-1", [("Origin", origin)])
+            reply = await ask(address, "/sdk/goals/env-1", [("Origin", origin)])
             assert reply.headers["access-control-allow-origin"] == allowed
             assert reply.headers["access-control-allow-headers"].endswith("-Tags,X-Extra")
 

@@ -1,0 +1,183 @@
+"""What is done with a running relay to measure how it serves client-side SDKs: one function, one
+round."""
+
+import json
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+
+from bench import data
+from bench.crowd import Crowd
+from bench.measures import (
+    LOAD_SECONDS,
+    WARM_SECONDS,
+    Measured,
+    as_relay,
+    upstream_of,
+    whole,
+    with_variables,
+)
+from bench.polls import Load, wrk
+from bench.servers import POLL, SDK_KEY, SMALL_SDK_KEY, Certificate, Server, Session
+from bench.viewers import Viewers
+
+ENVIRONMENT_ID = "0123456789abcdef01234567"
+REPEATED = 200
+"""Contexts that ask again and again."""
+NEW = 10**9
+"""More contexts than can ask within a round: none comes twice."""
+IDLE = 10_000
+VIEWERS = 5_000
+SETTLE_SECONDS = 1.0
+CHANGES = 3
+"""Changes of one flag in one round; their median is the round's figure."""
+WATCHED_SECONDS = 3
+"""How long small polls are watched, once beside evaluations and once after each put."""
+PUTS = 3
+
+SCRIPT = """
+local number, groups, ends = {first}, {{{groups}}}, {{{ends}}}
+local rest_of_head = " HTTP/1.1\\r\\nHost: bench\\r\\n\\r\\n"
+function request()
+  number = (number + 1) % {contexts}
+  local low, rest = number % 1000, math.floor(number / 1000)
+  local digits = groups[math.floor(rest / 1000) + 1] .. groups[rest % 1000 + 1] .. groups[low + 1]
+  return "GET {path}" .. digits .. ends[number % #ends + 1] .. rest_of_head
+end
+"""
+"""For wrk: base64 is put together of that of three digits at a time."""
+
+
+def evaluate(figure: str, dataset: str, contexts: int, server: Server, _: Certificate) -> Measured:
+    """Ask for all flags, for so many contexts in turn."""
+    with _serve(server, dataset) as session:
+        _load(session, contexts, 0, WARM_SECONDS)
+        cpu = session.process.cpu_seconds()
+        result = _load(session, contexts, contexts // 2, LOAD_SECONDS)
+        cpu = session.process.cpu_seconds() - cpu
+        return {
+            figure: result.requests / cpu,
+            f"{figure}: wall": result.requests / result.seconds,
+            f"{figure}: p99": result.p99_ms,
+        }
+
+
+def idle_pings(server: Server, _: Certificate) -> Measured:
+    """Memory of streams that have had their first ping."""
+    return {"idle client stream, pings": _idle(server, lambda _: f"/ping/{ENVIRONMENT_ID}") / 1e3}
+
+
+def idle_evaluating(server: Server, _: Certificate) -> Measured:
+    """The same where each has had its flags, evaluated for a context of its own."""
+    return {"idle client stream, evaluating": _idle(server, stream_path) / 1e3}
+
+
+def _idle(server: Server, path: Callable[[int], str]) -> float:
+    with _serve(server, "eval-1000") as session:
+        before = session.process.private_bytes()
+        with Crowd(session.port, "", IDLE, path=path) as crowd:
+            crowd.connect(timeout=300)
+            time.sleep(SETTLE_SECONDS)
+            return (session.process.private_bytes() - before) / IDLE
+
+
+def change(server: Server, _: Certificate) -> Measured:
+    """Change one of 1000 flags for clients with contexts of their own, first with pings only."""
+    named = {"false": f"{VIEWERS} client streams, pings", "true": f"{VIEWERS} client streams"}
+    measured: Measured = {}
+    for evaluating, figure in named.items():
+        seconds, cpu = _change(server, evaluating)
+        measured |= {f"{figure}, one flag changes: last client": seconds}
+        measured |= {f"{figure}, one flag changes: CPU": cpu}
+    return measured
+
+
+def _change(server: Server, evaluating: str) -> tuple[float, float]:
+    with (
+        _serve(server, "eval-1000", EVAL_STREAMS=evaluating) as session,
+        Viewers(session.port, VIEWERS, stream_path, poll_path) as viewers,
+    ):
+        viewers.connect()
+        times, cpu = [], session.process.cpu_seconds()
+        for version in range(2, 2 + CHANGES):
+            marker = f"marker-{version}-end-"
+            flag = data.rollout_flag(7, version, marker)
+            sent = upstream_of(session).change(SDK_KEY, flag)
+            times.append(viewers.expect(marker) - sent)
+        return median(times), (session.process.cpu_seconds() - cpu) / CHANGES
+
+
+def worst_poll(server: Server, _: Certificate) -> Measured:
+    """Poll one environment while another one's flags are evaluated as fast as it goes."""
+    with _serve(server, "eval-1000") as session:
+        _load(session, NEW, 0, WARM_SECONDS)
+        seconds = WATCHED_SECONDS * (1 + PUTS) + 1
+        load = threading.Thread(target=_load, args=(session, NEW, NEW // 2, seconds))
+        load.start()
+        worst = _worst(session)
+        after = []
+        for version in range(2, 2 + PUTS):
+            upstream_of(session).put(SDK_KEY, "eval-1000", version)
+            after.append(_worst(session))
+        load.join()
+        return {
+            "worst small poll beside evaluations of 1000 flags": worst * 1e3,
+            "worst small poll after a put of 1000 flags beside them": median(after) * 1e3,
+        }
+
+
+def _worst(session: Session) -> float:
+    watcher = session.client(SMALL_SDK_KEY)
+    until = time.monotonic() + WATCHED_SECONDS
+    slowest = 0.0
+    while time.monotonic() < until:
+        slowest = max(slowest, watcher.get(POLL).seconds)
+    watcher.close()
+    return slowest
+
+
+@contextmanager
+def _serve(server: Server, dataset: str, **variables: str) -> Iterator[Session]:
+    """Run a relay with a client-side ID until all flags can be evaluated.
+
+    Its client-side streams evaluate, unless told otherwise or it cannot.
+    """
+    given = {"LD_CLIENT_SIDE_ID_main": ENVIRONMENT_ID, "EVAL_STREAMS": "true", **variables}
+    relay = with_variables(as_relay(server), **given)
+    with relay.serve(dataset) as session:
+        session.await_status(size=whole(dataset))
+        session.await_status(poll_path(0))
+        yield session
+
+
+def stream_path(number: int) -> str:
+    """The path of a client-side SDK's stream, for its context."""
+    return f"/eval/{ENVIRONMENT_ID}/{data.context_in_base64(number)}"
+
+
+def poll_path(number: int) -> str:
+    """The path on which the same SDK polls."""
+    return f"/sdk/evalx/{ENVIRONMENT_ID}/contexts/{data.context_in_base64(number)}"
+
+
+def _load(session: Session, contexts: int, first: int, seconds: float) -> Load:
+    """Ask for all flags on all connections for a while.
+
+    Raises:
+        RuntimeError: There is no wrk; our own clients would be slower than what they measure.
+    """
+    if not shutil.which("wrk"):
+        raise RuntimeError("evaluations are measured with wrk, which is not installed")
+    groups = ",".join(json.dumps(data.base64url(f"{digits:03}")) for digits in range(1000))
+    ends = ",".join(json.dumps(data.base64url(end)) for end in data.CONTEXT_ENDS)
+    start = data.base64url(data.CONTEXT_START)
+    path = f"/sdk/evalx/{ENVIRONMENT_ID}/contexts/{start}"
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
+        text = SCRIPT.format(first=first, groups=groups, ends=ends, contexts=contexts, path=path)
+        file.write(text)
+        file.flush()
+        return wrk(session.url(""), seconds, "-s", file.name)

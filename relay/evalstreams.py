@@ -1,0 +1,281 @@
+"""Streams that carry evaluated flags: each client gets what changed for its own context.
+
+A channel knows which program its clients have (`relay.evaluations`). When there is a newer one,
+only the flags that may differ between the two are evaluated under both, once for each distinct
+context, and those whose entry of the evalx answer differs are sent: a change that concerns nobody
+costs no client a byte, and nobody polls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import blake2b
+from itertools import islice
+from typing import Any
+from weakref import WeakValueDictionary
+
+from relay.evaluation.audience import Audience
+from relay.evaluation.program import Program
+from relay.evaluations import Evaluations
+from relay.hub import FAN_OUT_SLICE, Channel, PingChannel, Subscription, Wire, framed
+from relay.model.context import Context
+from relay.model.count import Count
+from relay.model.payload import Change, Payload
+from relay.protocol import clientside
+
+PINGS = "ping"
+"""The stream of pings."""
+
+EVALUATING: Mapping[Audience, str] = {
+    Audience.MOBILE: "eval-mobile",
+    Audience.BROWSER: "eval-browser",
+}
+"""The evaluating stream of each kind of client-side SDK."""
+
+SLICE_TIME = 0.004
+"""Seconds of evaluation in one turn of the loop, so that polls in between wait no longer than for
+a slice of shared bytes; an evaluation that takes longer by itself is not interrupted."""
+
+
+MANY_FLAGS = 200
+"""Where at least so many flags, and a quarter of all, may have changed, clients for whom any did
+get a put: it costs less than to find and write each change. Below, patches pay."""
+
+MANY_SHARE = 4
+"""What makes a quarter of it."""
+
+
+class Viewer:
+    """For whom a stream is evaluated. Streams of one channel with equal contexts share theirs.
+
+    Args:
+        raw: the JSON of the context as it was received.
+        context: what it says.
+        with_reasons: whether entries have reasons.
+    """
+
+    __slots__ = ("__weakref__", "context", "identity", "with_reasons")
+
+    def __init__(self, raw: bytes, context: Context, *, with_reasons: bool = False) -> None:
+        self.context = context
+        self.with_reasons = with_reasons
+        self.identity = blake2b(raw, digest_size=16, person=b"%d" % with_reasons).digest()
+        """Equal for the same request; the JSON itself is not kept."""
+
+
+class EvaluatingChannel(Channel[Viewer]):
+    """The evaluating streams of one kind of client.
+
+    Args:
+        evaluations: of the environment.
+        audience: which flags its clients may see.
+    """
+
+    def __init__(self, evaluations: Evaluations, audience: Audience) -> None:
+        super().__init__()
+        self._evaluations = evaluations
+        self._audience = audience
+        self._viewers: WeakValueDictionary[bytes, Viewer] = WeakValueDictionary()
+        self._sent: Program | None = None
+        """What clients have, those passes included that are on their way."""
+        self._unopened: dict[Subscription, None] = {}
+        """Who waits for a put because there is no program yet; everybody if nothing was sent."""
+        self._is_behind = False
+        """Whether there may be a newer program than those sent or being compiled."""
+        self._compiling: asyncio.Task[None] | None = None
+        self._compiled: Program | None = None
+        self._since: float | None = None
+
+    def publish(self, payload: Payload | None, change: Change, since: float) -> None:
+        """Note that there is news; it is looked at in the next turn, however much comes in this."""
+        del change
+        if not self.subscriptions:
+            self._sent = None
+        elif payload is not None:
+            self._since = since if self._since is None else self._since
+            self._look_soon()
+
+    def subscribe(
+        self, wire: Wire, head: bytes, ends_at: float, count: Count, who: Viewer
+    ) -> Subscription:
+        """Take a client in and write its put, now if possible."""
+        shared = self._viewers.setdefault(who.identity, who)
+        return super().subscribe(wire, head, ends_at, count, shared)
+
+    def forget(self, subscription: Subscription) -> None:
+        """Note that a client is gone."""
+        self._unopened.pop(subscription, None)
+        super().forget(subscription)
+
+    def _open(self, subscription: Subscription) -> None:
+        if self._sent is None:
+            self._unopened[subscription] = None
+            self._look_soon()
+        else:
+            subscription.wire.write(_put(self._sent, self.subscriptions[subscription]))
+
+    def _close_pending(self) -> None:
+        """Nothing is pending for others only: newcomers begin with what the others have."""
+
+    def _look_soon(self) -> None:
+        self._is_behind = True
+        self._take_turn_soon()
+
+    @property
+    def _is_pending(self) -> bool:
+        return self._compiling is None and (self._is_behind or self._compiled is not None)
+
+    def _seal(self) -> None:
+        """Make the step to the newest program a pass, once those before it are through."""
+        if not self._is_pending or self._passes:
+            return
+        program, self._compiled = self._compiled, None
+        if program is None:
+            self._is_behind = False
+            program = self._evaluations.current(self._audience)
+            if program is None:
+                self._compiling = asyncio.create_task(self._compile())
+                return
+        since, self._since = self._since, None
+        self._step_to(program, since)
+
+    async def _compile(self) -> None:
+        try:
+            self._compiled = await self._evaluations.ready(self._audience)
+        finally:
+            self._compiling = None
+            self._take_turn_soon()
+
+    def _step_to(self, program: Program, since: float | None) -> None:
+        before, self._sent = self._sent, program
+        unopened, self._unopened = self._unopened, {}
+        opened = {s: who for s, who in self.subscriptions.items() if s not in unopened}
+        if before is not None and opened:
+            touched = program.flags_touched_by(before)
+            many = len(touched) >= max(MANY_FLAGS, program.size / MANY_SHARE)
+            if many:
+                self._pass(_Replacement(before, program, opened, since))
+            elif touched:
+                self._pass(_Update(before, program, touched, opened, since))
+        if unopened:
+            present = {s: who for s, who in self.subscriptions.items() if s in unopened}
+            self._pass(_Openings(program, present))
+
+
+def client_side_channels(
+    evaluations: Evaluations, ping_jitter: float = 0.0
+) -> Mapping[str, Channel[Any]]:
+    """Return the channels of client-side SDKs by name, for the hub.
+
+    Args:
+        evaluations: of the environment.
+        ping_jitter: seconds up to which pings are delayed.
+    """
+    evaluating = {
+        name: EvaluatingChannel(evaluations, audience) for audience, name in EVALUATING.items()
+    }
+    return {PINGS: PingChannel(ping_jitter), **evaluating}
+
+
+class _Personal(ABC):
+    """A pass that has other bytes for each viewer; they are made once for all its streams.
+
+    Args:
+        receivers: those who are to get it.
+        since: when the first change in it came; None if there is none.
+    """
+
+    def __init__(
+        self, receivers: Mapping[Subscription, Viewer], since: float | None = None
+    ) -> None:
+        self.since = since
+        by_viewer: dict[Viewer, list[Subscription]] = {}
+        for subscription, viewer in receivers.items():
+            by_viewer.setdefault(viewer, []).append(subscription)
+        self._receivers = _flat(by_viewer)
+        self._viewer: Viewer | None = None
+        self._chunk = b""
+
+    @abstractmethod
+    def _made_for(self, viewer: Viewer) -> bytes:
+        """Return the chunk for a viewer; empty for none."""
+
+    def write_slice(self) -> bool:
+        """Write to the next slice of subscriptions; return whether these were the last."""
+        end, count = time.perf_counter() + SLICE_TIME, 0
+        for viewer, subscription in islice(self._receivers, FAN_OUT_SLICE):
+            count += 1
+            if viewer is not self._viewer:
+                self._viewer, self._chunk = viewer, self._made_for(viewer)
+            if self._chunk:
+                subscription.send(self._chunk)
+            if time.perf_counter() > end:
+                return False
+        return count < FAN_OUT_SLICE
+
+
+def _flat(
+    by_viewer: Mapping[Viewer, Iterable[Subscription]],
+) -> Iterator[tuple[Viewer, Subscription]]:
+    for viewer, subscriptions in by_viewer.items():
+        for subscription in subscriptions:
+            yield viewer, subscription
+
+
+class _Openings(_Personal):
+    """The puts of those who came before there was a program."""
+
+    def __init__(self, program: Program, receivers: Mapping[Subscription, Viewer]) -> None:
+        super().__init__(receivers)
+        self._program = program
+
+    def _made_for(self, viewer: Viewer) -> bytes:
+        return _put(self._program, viewer)
+
+
+class _Update(_Personal):
+    """What is different between two programs."""
+
+    def __init__(
+        self,
+        before: Program,
+        after: Program,
+        touched: frozenset[str],
+        receivers: Mapping[Subscription, Viewer],
+        since: float | None,
+    ) -> None:
+        super().__init__(receivers, since)
+        self._before, self._after = before, after
+        self._touched = touched
+
+    def _made_for(self, viewer: Viewer) -> bytes:
+        context, with_reasons = viewer.context, viewer.with_reasons
+        before = self._before.some(context, self._touched, with_reasons=with_reasons)
+        after = self._after.some(context, self._touched, with_reasons=with_reasons)
+        messages = clientside.changes(before, after, self._after.version)
+        return framed(messages) if messages else b""
+
+
+class _Replacement(_Personal):
+    """A put for those to whom anything is different between two programs."""
+
+    def __init__(
+        self,
+        before: Program,
+        after: Program,
+        receivers: Mapping[Subscription, Viewer],
+        since: float | None,
+    ) -> None:
+        super().__init__(receivers, since)
+        self._before, self._after = before, after
+
+    def _made_for(self, viewer: Viewer) -> bytes:
+        put = _put(self._after, viewer)
+        return b"" if put == _put(self._before, viewer) else put
+
+
+def _put(program: Program, viewer: Viewer) -> bytes:
+    return framed(clientside.put(program.all(viewer.context, with_reasons=viewer.with_reasons)))

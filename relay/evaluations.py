@@ -1,0 +1,116 @@
+"""The evaluation of one environment: programs for its payload, compiled when somebody asks.
+
+Compiling a large payload takes longer than the loop may be held, so it is done in slices; of a
+payload that differs little from the one before, almost everything is taken over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from relay.evaluation.audience import Audience
+from relay.evaluation.compiled import CompiledFlag
+from relay.evaluation.program import Library, Program
+from relay.model.payload import Payload
+
+SLICE = 0.001
+"""Seconds for which compiling holds the loop at a time. The flag that is being compiled when they
+are over is finished, and polls in between should wait no more than twice as long."""
+
+AT_ONCE = 0.002
+"""Seconds of work for which nobody has to wait: enough to look through thousands of flags for those
+that a patch has changed."""
+
+
+@dataclass(slots=True)
+class _Work:
+    """A program in the making.
+
+    Args:
+        keys: of flags that were not looked at so far.
+        flags: those that the audience sees of the others.
+    """
+
+    keys: Iterator[str]
+    flags: dict[str, CompiledFlag] = field(default_factory=dict)
+
+
+class Evaluations:
+    """Programs of the newest payload of an environment, for each audience that asks."""
+
+    def __init__(self) -> None:
+        self._payload: Payload | None = None
+        self._library: Library | None = None
+        self._version = 0
+        self._programs: dict[Audience, Program] = {}
+        self._works: dict[Audience, _Work] = {}
+        self._compiling = asyncio.Lock()
+
+    def follow(self, payload: Payload) -> None:
+        """Take note of new data; nothing is compiled yet.
+
+        The version of the data is about the time in seconds, so that it still grows when the relay
+        is started anew, and fits the 32 bits that some SDKs have for it. It is greater than that of
+        any flag, because SDKs hold flags with their own version until a stream changes them.
+        """
+        if payload is self._payload:
+            return
+        self._payload = payload
+        highest = max((item.version for item in payload.flags.values()), default=0)
+        self._version = max(self._version + 1, int(time.time()), highest + 1)
+        self._programs = {}
+        self._works = {}
+
+    def current(self, audience: Audience, /) -> Program | None:
+        """Return the program of the newest payload if it is ready, or can be at once."""
+        program = self._programs.get(audience)
+        if program is None and audience not in self._works and not self._compiling.locked():
+            program = self._advance(audience, AT_ONCE)
+        return program
+
+    async def ready(self, audience: Audience, /) -> Program | None:
+        """Return the program of the newest payload when it is compiled.
+
+        One of those who wait does the work; if he gives up, the next one goes on with it.
+
+        Returns:
+            None if there is no payload.
+        """
+        async with self._compiling:
+            while self._payload is not None:
+                program = self._programs.get(audience) or self._advance(audience, SLICE)
+                if program is not None:
+                    return program
+                await asyncio.sleep(0)
+        return None
+
+    def _advance(self, audience: Audience, seconds: float) -> Program | None:
+        """Work for a while; return the program if that completes it."""
+        if self._payload is None:
+            return None
+        until = time.perf_counter() + seconds
+        payload = self._payload
+        if self._library is None or self._library.payload is not payload:
+            self._library = Library(payload, self._library)
+        work = self._works.get(audience)
+        if work is None:
+            work = self._works[audience] = _Work(iter(sorted(payload.flags)))
+        if not _compile(self._library, audience, work, until):
+            return None
+        del self._works[audience]
+        program = self._programs[audience] = Program(work.flags, self._version)
+        return program
+
+
+def _compile(library: Library, audience: Audience, work: _Work, until: float) -> bool:
+    """Compile flags until the time is over; return whether none is left."""
+    for key in work.keys:
+        flag = library.seen(audience, key)
+        if flag is not None:
+            work.flags[key] = flag
+        if time.perf_counter() > until:
+            return False
+    return True

@@ -1,0 +1,277 @@
+"""Compiled flags give what the interpreter gives, byte for byte, and what changed is known."""
+
+import json
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relay.evaluation.audience import Audience
+from relay.evaluation.bucketing import single, single_of_int
+from relay.evaluation.evaluator import evaluate
+from relay.evaluation.items import Data, parse_flag
+from relay.evaluation.program import MAX_CALLS, Library, Program
+from relay.evaluation.results import render
+from relay.evaluation.thresholds import threshold
+from relay.model.context import Context, parse_context
+from relay.model.flag import Flag
+from relay.model.item import Kind
+from relay.model.payload import Payload
+from tests.evaluation.strategies import FLAGS, SEGMENTS, contexts, data, flags, payload_of, segments
+from tests.support.data import flag, segment
+
+ANNA = parse_context(b'{"kind":"user","key":"anna","plan":"pro"}')
+EVERYBODY = pytest.mark.parametrize("audience", Audience)
+
+
+def program_of(library: Library, audience: Audience, version: int = 1) -> Program:
+    """The program of a whole payload."""
+    seen = ((key, library.seen(audience, key)) for key in sorted(library.payload.flags))
+    return Program({key: flag for key, flag in seen if flag}, version)
+
+
+def interpreted(
+    payload: Payload, audience: Audience, context: Context, *, with_reasons: bool
+) -> dict[str, bytes]:
+    """What the interpreter gives."""
+    known = Data.of(payload)
+    parsed = {item.key: parse_flag(item.json) for item in payload.live(Kind.FLAG)}
+    return {
+        key: render(flag, evaluate(flag, context, known), with_reasons=with_reasons)
+        for key, flag in parsed.items()
+        if audience.sees(flag)
+    }
+
+
+def members(entries: dict[str, bytes]) -> list[bytes]:
+    """Entries as they stand in a body."""
+    return sorted(json.dumps(key).encode() + b":" + entry for key, entry in entries.items())
+
+
+def same(program: Program, payload: Payload, audience: Audience, context: Context) -> None:
+    """Assert that a program gives what the interpreter gives."""
+    for with_reasons in (False, True):
+        wanted = interpreted(payload, audience, context, with_reasons=with_reasons)
+        assert program.some(context, [*FLAGS, "unknown"], with_reasons=with_reasons) == wanted
+        body = program.all(context, with_reasons=with_reasons)
+        assert json.loads(body) == {key: json.loads(entry) for key, entry in wanted.items()}
+        rest = body[1:-1]
+        for member in members(wanted):
+            assert member in rest
+        assert len(rest) == sum(map(len, members(wanted))) + max(0, len(wanted) - 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data(), st.lists(contexts, min_size=1, max_size=4))
+def test_compiled_flags_give_the_bytes_of_the_interpreter(data_set, asking):
+    """Whatever the flags, segments and contexts, compiling changes no byte of any result."""
+    payload = payload_of(data_set)
+    library = Library(payload)
+    for audience in Audience:
+        program = program_of(library, audience)
+        for context in asking:
+            same(program, payload, audience, context)
+
+
+@st.composite
+def changed(draw: st.DrawFn) -> tuple[dict, dict]:
+    """A data set, and one in which some items are others, gone or new."""
+    before = draw(data())
+    after = {kind: dict(items) for kind, items in before.items()}
+    for key in draw(st.sets(st.sampled_from(FLAGS), max_size=2)):
+        after["flags"].pop(key, None)
+        if draw(st.booleans()):
+            after["flags"][key] = draw(flags(key))
+    for key in draw(st.sets(st.sampled_from(SEGMENTS), max_size=1)):
+        after["segments"].pop(key, None)
+        if draw(st.booleans()):
+            after["segments"][key] = draw(segments(key))
+    return before, after
+
+
+@settings(max_examples=100, deadline=None)
+@given(changed(), st.lists(contexts, min_size=1, max_size=4))
+def test_a_program_built_on_the_one_before_is_the_same_as_one_made_anew(change, asking):
+    """What is taken over from an earlier payload gives just what compiling everything gives."""
+    before, after = map(payload_of, change)
+    library = Library(before)
+    program_of(library, Audience.SERVER)
+    program_of(library, Audience.BROWSER)
+    library = Library(after, library)
+    for audience in Audience:
+        program = program_of(library, audience)
+        anew = program_of(Library(after), audience)
+        for context in asking:
+            for with_reasons in (False, True):
+                body = program.all(context, with_reasons=with_reasons)
+                assert body == anew.all(context, with_reasons=with_reasons)
+            same(program, after, audience, context)
+
+
+@settings(max_examples=100, deadline=None)
+@given(changed(), st.lists(contexts, min_size=1, max_size=4))
+def test_every_flag_whose_result_differs_is_touched(change, asking):
+    """No change of a result goes unnoticed, whatever led to it."""
+    before, after = map(payload_of, change)
+    library = Library(before)
+    olds = {audience: program_of(library, audience) for audience in Audience}
+    library = Library(after, library)
+    for audience, old in olds.items():
+        new = program_of(library, audience)
+        touched = new.flags_touched_by(old)
+        for context in asking:
+            for with_reasons in (False, True):
+                was = old.some(context, FLAGS, with_reasons=with_reasons)
+                now = new.some(context, FLAGS, with_reasons=with_reasons)
+                differing = {key for key in FLAGS if was.get(key) != now.get(key)}
+                assert differing <= touched
+
+
+@EVERYBODY
+def test_equal_data_touch_nothing(audience):
+    """A full set of data that is what was there already is no change, though its bytes are new."""
+    items = {
+        "flags": {
+            "a": flag("a", prerequisites=[{"key": "b", "variation": 0}], clientSide=True),
+            "b": flag("b"),
+        },
+        "segments": {},
+    }
+    library = Library(payload_of(items))
+    old = program_of(library, audience)
+    new = program_of(Library(payload_of(items), library), audience)
+    assert new.flags_touched_by(old) == frozenset()
+
+
+def test_what_depends_on_a_change_is_touched_and_nothing_else():
+    """A segment touches the flags that ask for it, and those of which they are prerequisites."""
+    rule = {
+        "clauses": [{"attribute": "", "op": "segmentMatch", "values": ["outer"]}],
+        "variation": 1,
+    }
+    nested = {"clauses": [{"attribute": "", "op": "segmentMatch", "values": ["inner"]}]}
+    items = {
+        "flags": {
+            "asks": flag("asks", rules=[rule]),
+            "needs": flag("needs", prerequisites=[{"key": "asks", "variation": 0}]),
+            "neither": flag("neither"),
+        },
+        "segments": {"outer": segment("outer", rules=[nested]), "inner": segment("inner")},
+    }
+    library = Library(payload_of(items))
+    old = program_of(library, Audience.SERVER)
+    items["segments"]["inner"] = segment("inner", 2, included=["anna"])
+    new = program_of(Library(payload_of(items), library), Audience.SERVER)
+    assert new.flags_touched_by(old) == {"asks", "needs"}
+    assert json.loads(new.all(ANNA, with_reasons=False))["asks"]["variation"] == 1
+
+
+@EVERYBODY
+def test_availability_decides_who_sees_a_flag(audience):
+    """A flag that is no longer available is touched, and no longer there."""
+    seen = {"usingMobileKey": True, "usingEnvironmentId": True}
+    open_one = {"flags": {"a": flag("a", clientSideAvailability=seen)}, "segments": {}}
+    closed = {"flags": {"a": flag("a", 2, clientSideAvailability={})}, "segments": {}}
+    library = Library(payload_of(open_one))
+    old = program_of(library, audience)
+    new = program_of(Library(payload_of(closed), library), audience)
+    assert new.flags_touched_by(old) == {"a"}
+    assert old.some(ANNA, ["a"], with_reasons=False).keys() == {"a"}
+    visible = audience is Audience.SERVER
+    assert new.some(ANNA, ["a"], with_reasons=False).keys() == ({"a"} if visible else set())
+
+
+@pytest.mark.parametrize(
+    ("flag_", "mobile", "browser"),
+    [
+        (Flag(), True, False),
+        (Flag(client_side=True), True, True),
+        (Flag(client_side=False), True, False),
+    ],
+)
+def test_without_availability_mobile_sdks_see_a_flag_and_browsers_ask_client_side(
+    flag_, mobile, browser
+):
+    """Flags from before `clientSideAvailability` are open to mobile SDKs."""
+    assert Audience.MOBILE.sees(flag_) is mobile
+    assert Audience.BROWSER.sees(flag_) is browser
+
+
+def test_flags_that_do_not_depend_on_the_context_are_settled():
+    """A rule that gives what everybody gets does not make a flag depend on the context."""
+    rule = {"clauses": [{"attribute": "plan", "op": "in", "values": ["pro"]}], "variation": 0}
+    library = Library(payload_of({"flags": {"a": flag("a", rules=[rule])}, "segments": {}}))
+    compiled = library.flag("a")
+    assert compiled is not None
+    assert compiled.settled(with_reasons=False) is not None
+    assert compiled.settled(with_reasons=True) is None
+
+
+def test_cycles_big_segments_and_long_chains_are_left_to_the_interpreter():
+    """What only the interpreter does is done by it, within a program, too."""
+    big = {"clauses": [{"attribute": "", "op": "segmentMatch", "values": ["big"]}], "variation": 1}
+    chain = {
+        f"c{i}": flag(f"c{i}", prerequisites=[{"key": f"c{i + 1}", "variation": 0}])
+        for i in range(300)
+    }
+    items = {
+        "flags": {
+            "a": flag("a", prerequisites=[{"key": "b", "variation": 0}]),
+            "b": flag("b", prerequisites=[{"key": "a", "variation": 0}]),
+            "c": flag("c", rules=[big]),
+            "c300": flag("c300"),
+            **chain,
+        },
+        "segments": {"big": segment("big", unbounded=True, generation=1)},
+    }
+    payload = payload_of(items)
+    program = program_of(Library(payload), Audience.SERVER)
+    wanted = interpreted(payload, Audience.SERVER, ANNA, with_reasons=True)
+    assert program.some(ANNA, items["flags"], with_reasons=True) == wanted
+    assert b"MALFORMED_FLAG" in wanted["a"]
+    assert b"NOT_CONFIGURED" in wanted["c"]
+    assert b"MALFORMED_FLAG" in wanted["c0"]
+    assert b'"value":true' in wanted["c280"]
+
+
+def test_flags_that_share_prerequisites_many_times_do_not_take_forever():
+    """Forty levels of flags, each of which needs both of the next level, are evaluated at once."""
+    rule = {"clauses": [{"attribute": "key", "op": "in", "values": ["ben"]}], "variation": 1}
+    items = {"flags": {}, "segments": {}}
+    for level in range(40):
+        needs = (
+            [{"key": f"{side}{level + 1}", "variation": 0} for side in "xy"] if level < 39 else []
+        )
+        for side in "xy":
+            items["flags"][f"{side}{level}"] = flag(
+                f"{side}{level}", prerequisites=needs, rules=[rule]
+            )
+    assert MAX_CALLS < 2**40
+    payload = payload_of(items)
+    program = program_of(Library(payload), Audience.SERVER)
+    results = program.some(ANNA, items["flags"], with_reasons=True)
+    assert results == interpreted(payload, Audience.SERVER, ANNA, with_reasons=True)
+
+
+_singles = st.floats(min_value=-1, max_value=3, width=32)
+_weights = st.integers(1, 100_000).map(lambda weight: single(weight / 100_000))
+
+
+@settings(max_examples=300)
+@given(
+    st.one_of(_weights, _singles),
+    st.integers(-3, 3),
+    st.integers(0, 2**60 - 1),
+    st.binary(min_size=12, max_size=12),
+)
+def test_thresholds_are_exact(bound, off, anywhere, rest):
+    """A digest sorts before a threshold just when its bucket, in single precision, is below."""
+    text = threshold(bound)
+    edges = [anywhere]
+    if len(text) == 8:
+        edges.append(min(max((int.from_bytes(text, "big") >> 4) + off, 0), 2**60 - 1))
+    for number in edges:
+        digest = ((number << 4) | 15).to_bytes(8, "big") + rest
+        assert (digest < text) is (single_of_int(number) / 2.0**60 < bound)
+        assert struct.unpack(">f", struct.pack(">f", bound)) == (bound,)

@@ -1,0 +1,155 @@
+"""Programs are compiled when somebody asks, in slices, once for all who wait."""
+
+import asyncio
+import json
+import time
+
+import pytest
+
+from relay.evaluation.audience import Audience
+from relay.evaluations import Evaluations
+from relay.model.context import parse_context
+from relay.model.item import Item, Kind, parse
+from relay.model.payload import EMPTY, ChangeSet, Payload
+from tests.support.data import flag
+
+ANNA = parse_context(b'{"kind":"user","key":"anna"}')
+MANY = 3000
+"""Flags that take several slices to compile."""
+
+
+def item(key: str, version: int = 1, **members: object) -> Item:
+    """A flag as it arrives."""
+    return parse(
+        Kind.FLAG, key, json.dumps(flag(key, version, clientSide=True, **members)).encode()
+    )
+
+
+def many(version: int = 1) -> Payload:
+    """A payload that takes a while."""
+    return Payload.of(item(f"flag-{number:04}", version) for number in range(MANY))
+
+
+async def test_without_data_there_is_no_program():
+    """Who asks before there are data gets nothing, and does not wait for them."""
+    evaluations = Evaluations()
+    assert evaluations.current(Audience.SERVER) is None
+    assert await evaluations.ready(Audience.SERVER) is None
+
+
+async def test_a_small_payload_is_ready_at_once():
+    """Few flags need no waiting, and the program stays the same until the data change."""
+    evaluations = Evaluations()
+    payload = Payload.of([item("lamp")])
+    evaluations.follow(payload)
+    program = evaluations.current(Audience.SERVER)
+    assert program is not None
+    assert b'"lamp":{"value":true' in program.all(ANNA, with_reasons=False)
+    evaluations.follow(payload)
+    assert evaluations.current(Audience.SERVER) is program
+    assert await evaluations.ready(Audience.SERVER) is program
+
+
+async def test_a_large_payload_is_compiled_in_slices():
+    """Others have their turns while thousands of flags are compiled, and then a patch is at once."""
+    evaluations = Evaluations()
+    payload = many()
+    evaluations.follow(payload)
+    assert evaluations.current(Audience.SERVER) is None
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(others())
+    program = await evaluations.ready(Audience.SERVER)
+    task.cancel()
+    assert turns > 3
+    assert program is not None
+    assert len(json.loads(program.all(ANNA, with_reasons=False))) == MANY
+    patched, _ = payload.apply(ChangeSet((item("flag-0007", 2),)))
+    evaluations.follow(patched)
+    newer = await evaluations.ready(Audience.SERVER)
+    assert newer is not None
+    assert newer.flags_touched_by(program) == {"flag-0007"}
+
+
+async def test_who_is_asked_at_once_compiles_no_second_slice():
+    """Many requests in one turn of the loop hold it for one slice, not each for one."""
+    evaluations = Evaluations()
+    evaluations.follow(many())
+    assert evaluations.current(Audience.SERVER) is None
+    since = time.process_time()
+    assert all(evaluations.current(Audience.SERVER) is None for _ in range(100))
+    assert time.process_time() - since < 0.02
+
+
+async def test_all_who_wait_share_one_program():
+    """The program is made once; one who gives up does not leave the others without."""
+    evaluations = Evaluations()
+    evaluations.follow(many())
+    first, *others = [asyncio.create_task(evaluations.ready(Audience.SERVER)) for _ in range(5)]
+    await asyncio.sleep(0)
+    first.cancel()
+    programs = await asyncio.gather(*others)
+    assert programs[0] is not None
+    assert all(program is programs[0] for program in programs)
+    with pytest.raises(asyncio.CancelledError):
+        await first
+
+
+async def test_audiences_share_compiled_flags():
+    """A flag that several audiences see is compiled for all of them at once."""
+    evaluations = Evaluations()
+    evaluations.follow(Payload.of([item("lamp")]))
+    programs = [evaluations.current(audience) for audience in Audience]
+    assert None not in programs
+    assert all(a.flags_touched_by(b) == frozenset() for a in programs for b in programs)
+
+
+async def test_who_waits_gets_the_newest_payload():
+    """Data that come while a program is compiled are in what those who wait get."""
+    evaluations = Evaluations()
+    evaluations.follow(many())
+    waiting = asyncio.create_task(evaluations.ready(Audience.SERVER))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    evaluations.follow(Payload.of([item("lamp")]))
+    program = await waiting
+    assert program is not None
+    assert json.loads(program.all(ANNA, with_reasons=False)).keys() == {"lamp"}
+
+
+async def test_what_was_deleted_is_gone():
+    """A tombstone is no flag, and the deleted flag is touched."""
+    evaluations = Evaluations()
+    payload = Payload.of([item("lamp"), item("door")])
+    evaluations.follow(payload)
+    before = evaluations.current(Audience.SERVER)
+    after, _ = payload.apply(ChangeSet((Item(Kind.FLAG, "lamp", 2, None),)))
+    evaluations.follow(after)
+    program = evaluations.current(Audience.SERVER)
+    assert program is not None
+    assert program.flags_touched_by(before) == {"lamp"}
+    assert program.some(ANNA, ["lamp"], with_reasons=False) == {}
+    evaluations.follow(EMPTY)
+    program = evaluations.current(Audience.SERVER)
+    assert program is not None
+    assert program.all(ANNA, with_reasons=True) == b"{}"
+
+
+async def test_versions_grow_with_each_payload_and_fit_32_bits():
+    """Versions are those of the data: equal for all audiences, greater with each new payload."""
+    evaluations = Evaluations()
+    versions = []
+    for version in range(1, 6):
+        evaluations.follow(Payload.of([item("lamp", version)]))
+        of_audiences = {evaluations.current(audience).version for audience in Audience}
+        assert len(of_audiences) == 1
+        versions += of_audiences
+    assert versions == sorted(set(versions))
+    assert time.time() - 60 < versions[0]
+    assert versions[-1] < 2**32

@@ -1,0 +1,156 @@
+"""What the front door is given at once, and what of it is kept."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+
+from relay.environment import Environment
+from relay.evaluation.audience import Audience
+from relay.model.item import Kind, parse
+from relay.model.payload import ChangeSet
+from relay.web import evaluation
+from relay.web.answers import Answer
+from relay.web.evaluation import Evaluation
+from tests.support import data
+from tests.support.serving import SDK_KEY, Served, ask, serving
+
+OPEN = {"clientSideAvailability": {"usingEnvironmentId": True, "usingMobileKey": True}}
+ITEMS = [data.flag("lamp", value="x" * 2000, **OPEN), data.flag("hidden")]
+FOR_BROWSERS = ("access-control-", "content-length", "vary")
+
+
+def segment(context: object) -> bytes:
+    return base64.urlsafe_b64encode(json.dumps(context).encode()).rstrip(b"=")
+
+
+ANNA = segment({"kind": "user", "key": "anna"})
+
+
+def give(environment: Environment, *items: dict) -> None:
+    parsed = [parse(Kind.FLAG, item["key"], json.dumps(item).encode()) for item in items]
+    environment._apply(ChangeSet(tuple(parsed), full=True))
+
+
+async def answer_to(
+    made: Evaluation,
+    environment: Environment,
+    context: bytes = ANNA,
+    query: bytes = b"",
+    audience: Audience = Audience.BROWSER,
+    **headers: bytes,
+) -> Answer | None:
+    await environment.evaluations.ready(audience)
+    asked = {"if_none_match": b"", "accept_encoding": b"", **headers}
+    return made.answer(environment, audience, context, query, **asked)
+
+
+@pytest.fixture
+def environment():
+    environment = Served().environment
+    give(environment, *ITEMS)
+    return environment
+
+
+@pytest.mark.parametrize(
+    ("context", "query", "headers"),
+    [
+        (ANNA, b"", {}),
+        (ANNA, b"withReasons=true", {}),
+        (ANNA, b"", {"accept_encoding": b"gzip"}),
+        (ANNA, b"", {"if_none_match": b"*"}),
+        (b"e30", b"", {}),
+        (b"!", b"", {}),
+        (segment({"key": ""}), b"", {}),
+    ],
+)
+async def test_the_answer_is_that_of_the_application(context, query, headers):
+    """All but what browsers are told: that depends on the origin."""
+    served = Served()
+    give(served.environment, *ITEMS)
+    path = f"/sdk/evalx/env-1/contexts/{context.decode()}?{query.decode()}"
+    told = [(name.replace("_", "-"), value.decode()) for name, value in headers.items()]
+    async with serving(served, front=False) as address:
+        reply = await ask(address, path, told)
+        answer = await answer_to(Evaluation(), served.environment, context, query, **headers)
+    assert answer is not None
+    assert (answer.status, answer.body) == (reply.status, reply.body)
+    ours = {name.decode(): value.decode() for name, value in answer.headers}
+    for headers_of in (ours, reply.headers):
+        for name in [name for name in headers_of if name.startswith(FOR_BROWSERS)]:
+            del headers_of[name]
+    assert ours == reply.headers
+
+
+@pytest.mark.parametrize(
+    ("context", "query"),
+    [
+        (ANNA + b"%3D%3D", b""),
+        (b"", b""),
+        (b".", b""),
+        (b"..", b""),
+        (ANNA, b"filter=x"),
+        (ANNA, b"f%69lter=x"),
+    ],
+)
+async def test_what_is_not_plain_is_for_the_application(environment, context, query):
+    """It knows escapes, filters and paths that are not canonical."""
+    assert await answer_to(Evaluation(), environment, context, query) is None
+
+
+async def test_a_context_that_asks_again_is_not_evaluated_again(environment):
+    """Until the data change; its answers with and without reasons, for each audience, are apart."""
+    made = Evaluation()
+    first = await answer_to(made, environment)
+    again = await answer_to(made, environment)
+    assert first is not None
+    assert again is not None
+    assert again.body is first.body
+    reasons = await answer_to(made, environment, query=b"withReasons=true")
+    server = await answer_to(made, environment, audience=Audience.SERVER)
+    assert reasons is not None
+    assert server is not None
+    assert len({first.body, reasons.body, server.body}) == 3
+    give(environment, ITEMS[0] | {"version": 2})
+    changed = await answer_to(made, environment)
+    assert changed is not None
+    assert json.loads(changed.body)["lamp"]["version"] == 2
+
+
+async def test_what_is_kept_is_bounded(environment, monkeypatch):
+    """In bytes; those that ask again stay, the others go."""
+    monkeypatch.setattr(evaluation, "MAX_KEPT", 64 * 1024)
+    made = Evaluation()
+    first = await answer_to(made, environment)
+    for n in range(100):
+        await answer_to(made, environment, segment({"key": f"user-{n}"}))
+        again = await answer_to(made, environment)
+        assert first is not None
+        assert again is not None
+        assert again.body is first.body
+        assert made._kept.size == sum(known.size for known in made._kept.answers.values())
+        assert made._kept.size <= 64 * 1024
+    assert 3 < len(made._kept.answers) < 20
+
+
+async def test_two_relays_keep_their_answers_apart():
+    """Although their environments have the same name."""
+    made = Evaluation()
+    values = []
+    for value in ("one", "two"):
+        environment = Served().environment
+        give(environment, data.flag("lamp", value=value, **OPEN))
+        answer = await answer_to(made, environment)
+        assert answer is not None
+        values.append(json.loads(answer.body)["lamp"]["value"])
+    assert values == ["one", "two"]
+
+
+async def test_without_data_the_answer_is_503():
+    """At once, too."""
+    answer = await answer_to(Evaluation(), Served().environment)
+    assert answer is not None
+    assert (answer.status, answer.body) == (503, b'{"message":"Service not initialized"}')
+    assert SDK_KEY.encode() not in answer.head
