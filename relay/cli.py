@@ -259,6 +259,7 @@ def _site(config: Config) -> Site:
     from relay.web.events import Events  # noqa: PLC0415
     from relay.web.goals import Goals  # noqa: PLC0415
     from relay.web.polling import Polling  # noqa: PLC0415
+    from relay.web.posting import Posts  # noqa: PLC0415
     from relay.web.traffic import Traffic  # noqa: PLC0415
     from relay.web.usage import Usage  # noqa: PLC0415
 
@@ -273,4 +274,5 @@ def _site(config: Config) -> Site:
     app = make_app(relay, polling, traffic, events, evaluation=evaluation, goals=goals)
     exporter = make_exporter(relay, traffic, config.prometheus.prefix)
     usage = [Usage(relay.environments, traffic, relay.events.accept).run] if relay.events else []
-    return Site(relay, app, polling, traffic, exporter, usage)
+    posts = Posts(relay, events, traffic)
+    return Site(relay, app, polling, traffic, exporter, usage, posts)

@@ -11,10 +11,9 @@ import logging
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from functools import partial
 from typing import Protocol
 
 from isal import igzip
@@ -256,8 +255,9 @@ class Forwarder:
         self._ending = asyncio.Event()
         spool.on_evicted = self._note_evicted
         spool.on_backlog = self._note_backlog
+        spool.on_stored = self._note_stored
 
-    def accept(self, post: Post) -> Awaitable[bool]:
+    def accept(self, post: Post) -> asyncio.Future[bool]:
         """Take a post; it will be delivered although nobody awaits the result.
 
         Returns:
@@ -266,9 +266,7 @@ class Forwarder:
         Raises:
             StoreUnavailable: the disk hangs and too much waits for it.
         """
-        stored = self.spool.append(post)
-        stored.add_done_callback(partial(self._note_stored, post))
-        return asyncio.shield(stored)
+        return self.spool.append(post)
 
     def figures(self, environment: str) -> Figures:
         """Return what happened to the posts of an environment."""
@@ -329,13 +327,11 @@ class Forwarder:
         traffic.task = asyncio.create_task(self._keep_serving(lane, traffic, delay))
         return traffic
 
-    def _note_stored(self, post: Post, stored: asyncio.Future[bool]) -> None:
+    def _note_stored(self, post: Post, new: bool) -> None:
         """Count a post, and see to it that its lane is served."""
-        if stored.cancelled() or stored.exception() is not None:
-            return
         figures = self._figures[post.lane.environment]
         figures.received += 1
-        if not stored.result():
+        if not new:
             figures.duplicates += 1
             return
         figures.waiting += 1

@@ -21,6 +21,7 @@ from relay.config.schema import Config
 from relay.errors import ConfigError, RelayError
 from relay.relay import Relay
 from relay.web.frontdoor import Door, DoorLimits, Poll, front_door
+from relay.web.posting import Posts
 from relay.web.traffic import Traffic
 
 BACKLOG = 16 * 1024
@@ -335,6 +336,7 @@ class Site:
     """What is served on a port of its own."""
     beside: Sequence[Callable[[], Coroutine[object, object, None]]] = ()
     """What runs as long as the server does."""
+    posts: Posts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,7 +385,7 @@ async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
     # uvicorn warns of each malformed request: traffic that hostile clients could fill a disk with.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     relay = site.relay
-    door = Door(relay, site.poll, options.limits, site.traffic)
+    door = Door(relay, site.poll, options.limits, site.traffic, site.posts)
     server = make_server(relay, site.app, options, door)
     async with relay.upstream, asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(run()) for run in (relay.run, *site.beside)]

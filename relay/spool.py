@@ -65,6 +65,9 @@ class Spool:
     """
 
     def __init__(self, directory: Path | None, limits: Limits, retry: float = 10.0) -> None:
+        self.on_stored: Callable[[Post, bool], None] = lambda _post, _new: None
+        """Called in the event loop with each post that is safe, and whether it was new; before the
+        result of `append`, and whether or not anybody waits for that."""
         self.on_evicted: Callable[[Counter[str]], None] = lambda _: None
         """Called in the event loop with the posts that were given up, by environment."""
         self.on_backlog: Callable[[list[Backlog]], None] = lambda _: None
@@ -287,6 +290,8 @@ class Spool:
         for job in jobs:
             if isinstance(job.work, Post):
                 self._queued -= len(job.work.body)
+                if job.error is None:
+                    self.on_stored(job.work, job.value)
             if job.done.done():
                 continue
             if job.error is None:
@@ -294,7 +299,7 @@ class Spool:
             else:
                 job.done.set_exception(job.error)
         if evicted:
-            self._loop.call_soon(self.on_evicted, evicted)  # after what the results lead to
+            self.on_evicted(evicted)
 
     def _in_loop(self, call: Callable[..., object], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended without us

@@ -1,6 +1,6 @@
 """The application: the whole route table, and how errors become answers (endpoints 1.1).
 
-Behind the front door, which takes the hot GETs; this has all routes, and the same bytes.
+Behind the front door, which takes the hot requests; this has all routes, and the same bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from starlette.types import ASGIApp
 
 from relay.environment import Environment
 from relay.evaluation.audience import Audience
-from relay.model.event import Endpoint as Target
 from relay.relay import Relay
 from relay.web import metrics, status
 from relay.web.answers import (
@@ -40,13 +39,14 @@ from relay.web.endpoint import (
 from relay.web.evaluation import Evaluation
 from relay.web.events import Events
 from relay.web.goals import Goals
-from relay.web.middleware import CanonicalPaths, Defects, Shortcut
+from relay.web.middleware import CanonicalPaths, Defects
 from relay.web.polling import Polling
+from relay.web.posting import BROWSERS, ROUTES
 from relay.web.streams import STREAMS, ClientStreams, StreamResponse
 from relay.web.traffic import RequestLog, Series, Traffic
 
 GET, REPORT, POST = ("GET",), ("REPORT",), ("POST",)
-GET_, REPORT_, POST_ = ("GET", "OPTIONS"), ("REPORT", "OPTIONS"), ("POST", "OPTIONS")
+GET_, REPORT_ = ("GET", "OPTIONS"), ("REPORT", "OPTIONS")
 POST_REPORT_ = ("POST", "REPORT", "OPTIONS")
 REPORT_POST, REPORT_POST_ = ("REPORT", "POST"), ("REPORT", "POST", "OPTIONS")
 
@@ -70,14 +70,15 @@ def _table(
     in_body = {audience: evaluation.in_body(audience) for audience in Audience}
     fdv1 = _always(FDV1_INSTEAD)
     return (
-        ("/bulk", POST, SERVER, events.posts(Target.BULK)),
-        ("/diagnostic", POST, SERVER, events.posts(Target.BULK_DIAGNOSTIC)),
-        ("/mobile", POST, MOBILE, events.posts(Target.MOBILE)),
-        ("/mobile/events", POST, MOBILE, events.posts(Target.MOBILE)),
-        ("/mobile/events/bulk", POST, MOBILE, events.posts(Target.MOBILE)),
-        ("/mobile/events/diagnostic", POST, MOBILE, events.posts(Target.MOBILE_DIAGNOSTIC)),
-        ("/events/bulk/{envId}", POST_, BROWSER, events.posts(Target.CLIENT_SIDE)),
-        ("/events/diagnostic/{envId}", POST_, BROWSER, events.posts(Target.CLIENT_SIDE_DIAGNOSTIC)),
+        *(
+            (
+                each.template,
+                BROWSERS if each.access is BROWSER else POST,
+                each.access,
+                events.posts(each.endpoint),
+            )
+            for each in ROUTES.values()
+        ),
         ("/a/{envId}.gif", GET_, BROWSER, events.image),
         ("/all", GET, SERVER, stream),
         ("/flags", GET, SERVER, stream),
@@ -173,10 +174,7 @@ def make_app(
         exception_handlers={404: _not_found, 405: _not_allowed},
     )
     app.router.redirect_slashes = False
-    if traffic.logs:
-        return app
-    posts = {path: Defects(e) for path, methods, e in endpoints if methods == POST}
-    return Shortcut(app, posts)
+    return app
 
 
 def make_exporter(relay: Relay, traffic: Traffic, prefix: str) -> ASGIApp:

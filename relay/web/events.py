@@ -12,7 +12,7 @@ import binascii
 import re
 import time
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -36,7 +36,7 @@ from relay.protocol.events import (
 )
 from relay.web.answers import EVENTS_ARE_OFF, Answer, json_error
 from relay.web.body import NO_ROOM, Body, Refused, Room
-from relay.web.endpoint import Respond, header, parameter
+from relay.web.endpoint import Respond, parameter
 
 LAST_OLD_SCHEMA = 2
 """Events of later schemas come summarised."""
@@ -57,6 +57,7 @@ waits, and clients may say what they like; of further ones tags and wrapper are 
 REPORT_EVERY = 60.0
 """Seconds between two lines about what could not be used."""
 
+_SCHEMA_HEADER = b"x-launchdarkly-event-schema"
 _SCHEMA = re.compile(rb"\+?0*[0-9]{1,2}")
 _PAYLOAD_ID = re.compile(rb"[!-~]{1,100}")
 _STANDARD_ALPHABET = str.maketrans("-_ ", "+/+")
@@ -117,7 +118,8 @@ class Events:
     ) -> None:
         self.unusable = Counter() if unusable is None else unusable
         self._forwarder = forwarder
-        self._room = Room(max_size)
+        self.room = Room(max_size)
+        """For bodies that are received, at both doors."""
         self._origins: defaultdict[str, set[tuple[int, str, str]]] = defaultdict(set)
         """Schema, tags and wrapper that were seen, by environment."""
         self._crowded: set[str] = set()
@@ -150,7 +152,7 @@ class Events:
     async def _answer(
         self, request: Request, environment: Environment, endpoint: Endpoint
     ) -> Answer:
-        body = Body(request, self._room)
+        body = Body(request, self.room)
         try:
             await body.begin()
             if self._forwarder is None:
@@ -158,7 +160,7 @@ class Events:
             content = await body.read()
             if not content:
                 return EMPTY
-            await self._accept(self._forwarder, request, environment, endpoint, content)
+            await self._accept(self._forwarder, environment, endpoint, _first(request), content)
         except Refused as e:
             return await body.refused(e.answer)
         except StoreUnavailable:
@@ -167,26 +169,66 @@ class Events:
             body.release()
         return ACCEPTED
 
+    @property
+    def on(self) -> bool:
+        """Whether events are taken at all."""
+        return self._forwarder is not None
+
+    def accept_plain(
+        self,
+        environment: Environment,
+        endpoint: Endpoint,
+        headers: Mapping[bytes, bytes],
+        body: bytes,
+    ) -> Awaitable[object] | None:
+        """Accept a post that is passed on as it is, like nearly all.
+
+        Args:
+            environment: whose events they are.
+            endpoint: to which it was sent.
+            headers: of the request; names in lower case, each with its first value.
+            body: decompressed.
+
+        Returns:
+            The result is there when the post is safe; None if it needs more than that.
+
+        Raises:
+            StoreUnavailable: it cannot be taken.
+        """
+        if self._forwarder is None or not _is_plain(endpoint, headers, body):
+            return None
+        return self._forwarder.accept(self._post_of(environment, endpoint, headers, body))
+
     async def _accept(
         self,
         forwarder: Accepting,
-        request: Request,
         environment: Environment,
         endpoint: Endpoint,
+        headers: Mapping[bytes, bytes],
         body: bytes,
     ) -> None:
-        name, payload_id = environment.spec.name, _payload_id(request)
+        post = self._post_of(environment, endpoint, headers, body)
         if endpoint.diagnostic:
-            await forwarder.accept(_post(Lane(name, endpoint), payload_id, body))
-            return
-        schema = _schema(header(request, "x-launchdarkly-event-schema"))
-        tags = header(request, "x-launchdarkly-tags").decode("latin-1")
-        wrapper = header(request, "x-launchdarkly-wrapper").decode("latin-1")
+            await forwarder.accept(post)
+        else:
+            await self._accept_events(forwarder, environment, post, old=_is_old(headers))
+
+    def _post_of(
+        self,
+        environment: Environment,
+        endpoint: Endpoint,
+        headers: Mapping[bytes, bytes],
+        body: bytes,
+    ) -> Post:
+        name, payload_id = environment.spec.name, _payload_id(headers)
+        if endpoint.diagnostic:
+            return _post(Lane(name, endpoint), payload_id, body)
+        schema = _schema(headers.get(_SCHEMA_HEADER, b""))
+        tags = headers.get(b"x-launchdarkly-tags", b"").decode("latin-1")
+        wrapper = headers.get(b"x-launchdarkly-wrapper", b"").decode("latin-1")
         if not self._is_known_origin(environment, (schema, tags, wrapper)):
             tags = wrapper = ""
-        post = _post(Lane(name, endpoint, schema, tags, wrapper), payload_id, body)
-        old = schema <= LAST_OLD_SCHEMA or "x-launchdarkly-unsummarized" in request.headers
-        await self._accept_events(forwarder, environment, post, old=old)
+        return _post(Lane(name, endpoint, schema, tags, wrapper), payload_id, body)
 
     def _is_known_origin(self, environment: Environment, origin: tuple[int, str, str]) -> bool:
         """Whether a kind of senders may travel apart; the first ones may."""
@@ -281,9 +323,26 @@ def _schema(given: bytes) -> int:
     return max(1, int(given)) if _SCHEMA.fullmatch(given) else 1
 
 
-def _payload_id(request: Request) -> str:
+def _is_old(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether events come one by one, and are to be summarised."""
+    schema = _schema(headers.get(_SCHEMA_HEADER, b""))
+    return schema <= LAST_OLD_SCHEMA or b"x-launchdarkly-unsummarized" in headers
+
+
+def _is_plain(endpoint: Endpoint, headers: Mapping[bytes, bytes], body: bytes) -> bool:
+    if endpoint.diagnostic:
+        return bool(body)
+    return not _is_old(headers) and is_array(body) and not is_empty(body)
+
+
+def _first(request: Request) -> Mapping[bytes, bytes]:
+    """Return the headers of a request, each with its first value."""
+    return dict(reversed(request.scope["headers"]))
+
+
+def _payload_id(headers: Mapping[bytes, bytes]) -> str:
     """Return the SDK's payload id; empty if there is none, or none that SDKs would make."""
-    given = header(request, "x-launchdarkly-payload-id")
+    given = headers.get(b"x-launchdarkly-payload-id", b"")
     return given.decode() if _PAYLOAD_ID.fullmatch(given) else ""
 
 

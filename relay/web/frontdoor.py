@@ -1,16 +1,19 @@
-"""uvicorn's HTTP protocol with prepared answers: hot GETs are answered when their head is read.
+"""uvicorn's HTTP protocol with prepared answers: hot requests need no application.
 
 No task, no ASGI, no work that could have been done once per change. Polls are written from prepared
-bytes; the connection of a stream goes over to the hub. Whatever is not plainly one of these, and
-each error, goes on to the application, which has the same routes and gives the same bytes.
+bytes; the connection of a stream goes over to the hub; posts of events are answered when they are
+safe. Whatever is not plainly one of these, and each error, goes on to the application, which has
+the same routes and gives the same bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from functools import partial
+from typing import Any, ClassVar, Protocol, cast
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -22,6 +25,7 @@ from relay.model.count import Count
 from relay.model.payload import Payload
 from relay.relay import Relay
 from relay.web.polling import template
+from relay.web.posting import Posts, Receiving
 from relay.web.streams import STREAMS, stream_headers
 from relay.web.traffic import LoggedWire, Series, Traffic, note, request_line, shown
 
@@ -29,6 +33,7 @@ USED_OF_UVICORN = (
     *("connections", "cycle", "flow", "headers", "parser", "pipeline", "scope", "transport", "url"),
     *("expect_100_continue", "timeout_keep_alive_task", "_unset_keepalive_if_required"),
     *("on_message_begin", "on_headers_complete", "on_body", "on_message_complete"),
+    *("on_response_complete", "connection_lost"),
 )
 """The attributes of uvicorn's protocol that this module relies on; a test looks for each."""
 
@@ -43,7 +48,8 @@ JOINED_BODY = 16 * 1024
 
 _VERSIONS = ("1.1", "1.0")
 _END = b"\r\n\r\n"
-_BODY_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"expect", b"upgrade"))
+_ODD_HEADERS = frozenset((b"expect", b"upgrade"))
+_BODY_HEADERS = _ODD_HEADERS | {b"content-length", b"transfer-encoding"}
 
 
 class Answer(Protocol):
@@ -121,6 +127,7 @@ class Door:
         poll: answers polls; None leaves them to the application.
         limits: what a connection may cost.
         traffic: counts requests; the application has the same.
+        posts: takes posts of events; None leaves them to the application.
     """
 
     def __init__(
@@ -129,9 +136,11 @@ class Door:
         poll: Poll | None = None,
         limits: DoorLimits | None = None,
         traffic: Traffic | None = None,
+        posts: Posts | None = None,
     ) -> None:
         self.relay = relay
         self.poll = poll
+        self.posts = posts
         self.limits = limits or DoorLimits()
         self.traffic = traffic or Traffic()
         self.date = b"\r\n"
@@ -198,6 +207,8 @@ class FrontDoor(HttpToolsProtocol):
         self._answered = False
         """Whether the request that is being read needs no application."""
         self._stream: tuple[Environment, str] | None = None
+        self._post: Receiving | None = None
+        """What is being received or kept."""
 
     def data_received(self, data: bytes) -> None:
         """Answer at once what was answered before; parse everything else."""
@@ -250,7 +261,7 @@ class FrontDoor(HttpToolsProtocol):
             self._refuse(b"505 HTTP Version Not Supported")
         elif size > self._door.limits.max_head_size and self._is_head_too_large():
             self._refuse_head()
-        elif self._whole and self._answer(self._whole):
+        elif self._answer():
             self._answered = True
         else:
             # uvicorn would cut a fragment off; in a request it is an ordinary part of the path.
@@ -258,43 +269,107 @@ class FrontDoor(HttpToolsProtocol):
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Give the body to the application; there is none otherwise."""
+        """Give the body to the application, unless it is that of a post which is taken here."""
         if not self._answered:
             super().on_body(body)
+        elif self._post is not None and not self._post.take(body):
+            self._pass_on(self._post)
 
     def on_message_complete(self) -> None:
         """Note that the request has been read."""
         self._between = True
         self._in_body = False
+        if self._answered and self._post is not None:
+            self._keep(self._post)
         if not self._answered:
             super().on_message_complete()
 
-    def _answer(self, head: bytes) -> bool:
-        """Answer the request that has just been parsed, if it is plain and hot."""
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of what the client has sent."""
+        if self._post is not None:
+            self._post.release()
+        super().connection_lost(exc)
+
+    def _answer(self) -> bool:
+        """Answer the request that has just been parsed, or begin to, if it is plain and hot."""
         parser = self.parser
-        if parser.get_method() != b"GET" or parser.get_http_version() != "1.1":
+        method, (_, _, path) = parser.get_method(), self.url.partition(b"/")
+        answer = self._ANSWERS.get((method, path.partition(b"/")[0]))
+        if answer is None or parser.get_http_version() != "1.1" or not parser.should_keep_alive():
             return False
         headers = dict(self.headers)
-        repeated = len(headers) != len(self.headers)
-        if repeated or not parser.should_keep_alive() or not _BODY_HEADERS.isdisjoint(headers):
+        if len(headers) != len(self.headers) or not _ODD_HEADERS.isdisjoint(headers):
             return False
-        environment = self._door.relay.by_sdk_key.get(_key(headers.get(b"authorization", b"")))
-        if environment is None:
-            return False
-        if self.url in STREAMS:
-            return self._take_stream(environment, STREAMS[self.url])
-        return self._answer_poll(environment, headers, head)
+        return answer(self, headers)
 
-    def _take_stream(self, environment: Environment, stream: str) -> bool:
+    def _opened(self, headers: Mapping[bytes, bytes]) -> Environment | None:
+        """Return the environment of a GET that is all that has come."""
+        if not self._whole or not _BODY_HEADERS.isdisjoint(headers):
+            return None
+        return self._door.relay.by_sdk_key.get(_key(headers.get(b"authorization", b"")))
+
+    def _take_stream(self, headers: Mapping[bytes, bytes]) -> bool:
+        environment, stream = self._opened(headers), STREAMS.get(self.url)
+        if environment is None or stream is None:
+            return False
         if self.transport.get_write_buffer_size() or self._door.relay.stopping:
             return False
         self._stream = environment, stream
         return True
 
-    def _answer_poll(
-        self, environment: Environment, headers: dict[bytes, bytes], head: bytes
-    ) -> bool:
-        if self._door.poll is None or not self.url.isascii():
+    def _take_post(self, headers: Mapping[bytes, bytes]) -> bool:
+        """Begin to receive a post of events: one at a time, as it is answered after a while."""
+        posts, logs = self._door.posts, self._door.traffic.logs
+        if posts is None or logs or not self._is_idle():
+            return False
+        post = posts.begin(self.url, headers)
+        if post is None:
+            return False
+        # So that requests which come meanwhile wait, and a shutdown does, too.
+        self._post = self.cycle = cast("Any", post)
+        return True
+
+    def _keep(self, post: Receiving) -> None:
+        """See to it that a post that has come is answered when it is safe."""
+        kept = self._door.posts.accept(post) if self._door.posts else None
+        if kept is None:
+            self._pass_on(post)
+        elif kept.done():
+            self._end_post(post, kept)
+        else:
+            kept.add_done_callback(partial(self._end_post, post))
+
+    def _end_post(self, post: Receiving, kept: asyncio.Future[object]) -> None:
+        post.release()
+        post.response_complete = True
+        self._post = None
+        self._seen = self._door.now
+        if self._door.posts is None or self.transport.is_closing():
+            return
+        answer = self._door.posts.answer(post, kept)
+        if not post.keep_alive:
+            answer = answer.with_headers((b"connection", b"close"))
+        self.transport.write(answer.head + self._door.date + answer.body)
+        if not post.keep_alive:
+            self.transport.close()
+        elif self.pipeline:
+            self.on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+
+    def _pass_on(self, post: Receiving) -> None:
+        """Give a post to the application after all, with what has come of it."""
+        body = b"".join(post.parts)
+        post.release()
+        self._post = self.cycle = cast("Any", None)
+        self._answered = False
+        super().on_headers_complete()
+        if body:
+            super().on_body(body)
+
+    def _answer_poll(self, headers: Mapping[bytes, bytes]) -> bool:
+        environment, head = self._opened(headers), self._whole
+        if environment is None or self._door.poll is None or not self.url.isascii():
             return False
         none_match, encoding = headers.get(b"if-none-match"), headers.get(b"accept-encoding")
         answer = self._door.poll(
@@ -394,6 +469,21 @@ class FrontDoor(HttpToolsProtocol):
                 self._refuse(b"408 Request Timeout")
         elif waited > limits.keep_alive and (self._is_idle() or not self._between):
             self.transport.close()
+
+    _ANSWERS: ClassVar[Mapping[tuple[bytes, bytes], _Take]] = {
+        (b"GET", b"all"): _take_stream,
+        (b"GET", b"flags"): _take_stream,
+        (b"GET", b"sdk"): _answer_poll,
+        (b"POST", b"bulk"): _take_post,
+        (b"POST", b"diagnostic"): _take_post,
+        (b"POST", b"events"): _take_post,
+        (b"POST", b"mobile"): _take_post,
+    }
+    """By method and first segment of the path, what takes a request that is plain."""
+
+
+_Take = Callable[[FrontDoor, Mapping[bytes, bytes]], bool]
+"""Answers a request with these headers, or begins to; False if it is the application's."""
 
 
 def _key(authorization: bytes) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
 from posixpath import normpath
 from urllib.parse import quote
 
@@ -55,25 +54,6 @@ def canonical(path: str) -> str:
     """
     clean = normpath("/" + path.lstrip("/"))
     return clean + "/" if path.endswith("/") and clean != "/" else clean
-
-
-class Shortcut:
-    """Takes posts to well-known paths past all routing, which costs more than answering them.
-
-    Args:
-        app: answers everything else.
-        posts: what answers a post, by its path.
-    """
-
-    def __init__(self, app: ASGIApp, posts: Mapping[str, ASGIApp]) -> None:
-        self._app = app
-        self._posts = posts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything to one of them."""
-        post = scope["type"] == "http" and scope["method"] == "POST"
-        app = self._posts.get(scope["path"], self._app) if post else self._app
-        await app(scope, receive, send)
 
 
 class Defects:

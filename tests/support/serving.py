@@ -26,6 +26,7 @@ from relay.web.app import make_app
 from relay.web.events import Events
 from relay.web.frontdoor import Door, DoorLimits, Poll
 from relay.web.polling import Polling
+from relay.web.posting import Posts
 from relay.web.traffic import Traffic
 from tests.support.contracts import ScriptedSource
 
@@ -92,6 +93,7 @@ async def serving(
     front: bool = True,
     poll: Poll | None = None,
     app: ASGIApp | None = None,
+    posts: Posts | None = None,
     limits: DoorLimits | None = None,
     certificate: Certificate | None = None,
     trust: ssl.SSLContext | None = None,
@@ -102,7 +104,11 @@ async def serving(
     Without `poll` and `app` both doors are those of production.
     """
     options = ServerOptions(0, certificate, drain, limits or DoorLimits())
-    site = Site(served.relay, app or served.app(), poll or served.polling, served.traffic)
+    if app is None:
+        posts = Posts(served.relay, served.events, served.traffic)
+    site = Site(
+        served.relay, app or served.app(), poll or served.polling, served.traffic, posts=posts
+    )
     async with serving_site(site, options, front=front) as port:
         async with asyncio.timeout(5):
             await served.source.running.acquire()
@@ -114,7 +120,8 @@ async def serving_site(
     site: Site, options: ServerOptions, *, front: bool = True
 ) -> AsyncGenerator[int, None]:
     """Serve any relay until left; the port is given."""
-    door = Door(site.relay, site.poll, options.limits, site.traffic) if front else None
+    given = site.poll, options.limits, site.traffic, site.posts
+    door = Door(site.relay, *given) if front else None
     listener = listen(0)
     server = make_server(site.relay, site.app, options, door)
     async with site.relay.upstream:

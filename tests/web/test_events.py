@@ -28,6 +28,7 @@ from relay.web.body import MAX_DISCARDED, MAX_SIZE, Room
 from relay.web.cors import ALLOWED_HEADERS
 from relay.web.events import MAX_ORIGINS, SUMMARISED_AT_ONCE, Events
 from relay.web.frontdoor import DoorLimits
+from relay.web.posting import Posts
 from tests.support.contracts import ScriptedSource
 from tests.support.serving import Served, ask, serving, until
 
@@ -100,10 +101,16 @@ def kept():
     return Kept()
 
 
+@pytest.fixture(params=[True, False], ids=["door", "app"])
+def front(request):
+    """Whether the front door is there; both have to do the same."""
+    return request.param
+
+
 @pytest.fixture
-async def address(kept):
+async def address(kept, front):
     """A relay whose events are on."""
-    async with serving(served_by(kept)) as address:
+    async with serving(served_by(kept), front=front) as address:
         yield address
 
 
@@ -198,7 +205,6 @@ WANTED = {
 """What is taken where the reference loses it, by the recording's name."""
 
 
-@pytest.mark.parametrize("front", [True, False], ids=["front", "app"])
 async def test_what_is_accepted_of_the_recordings(kept, front):
     """One after the other, the recordings' posts leave the relay as they left the reference."""
     served = served_by(kept)
@@ -255,13 +261,13 @@ def wanted_reply(recording) -> tuple[int, dict[str, str], object]:
 
 
 @pytest.mark.parametrize("setup", ["ready", "events-limit", "events-off"])
-async def test_answers_of_the_recordings(setup):
+async def test_answers_of_the_recordings(setup, front):
     """Status, text and headers are the reference's, or better where that is wanted."""
     kept = None if setup == "events-off" else Kept()
     served = served_by(kept, 100 if setup == "events-limit" else 0)
     asked = [line for line in lines("events-http.jsonl") if line["setup"] == setup]
     assert len(asked) >= 5
-    async with serving(served) as address:
+    async with serving(served, front=front) as address:
         for recording in asked:
             sent = recording["request"]
             headers = [(n, v) for n, v in sent["headers"]]
@@ -480,10 +486,10 @@ async def test_cut_or_corrupt(address, kept, cut):
     assert kept.posts == []
 
 
-async def test_a_bomb_costs_little():
+async def test_a_bomb_costs_little(front):
     """A gigabyte in a megabyte is inflated up to the limit, no further."""
     bomb = gzip.compress(b" " * 2**20) * 1024
-    async with serving(served_by(kept := Kept(), 2**20)) as address:
+    async with serving(served_by(kept := Kept(), 2**20), front=front) as address:
         tracemalloc.start()
         try:
             reply = await post(address, bomb, GZIP, SCHEMA_4)
@@ -495,10 +501,10 @@ async def test_a_bomb_costs_little():
     assert kept.posts == []
 
 
-async def test_a_bomb_of_nothing():
+async def test_a_bomb_of_nothing(front):
     """Streams without content are bounded by their own size."""
     nothing = gzip.compress(b"") * 10_000
-    async with serving(served_by(Kept(), 1000)) as address:
+    async with serving(served_by(Kept(), 1000), front=front) as address:
         reply = await post(address, nothing, GZIP, SCHEMA_4)
         assert (reply.status, reply.body) == (400, UNREADABLE)
 
@@ -511,12 +517,12 @@ async def test_the_bound_without_a_limit(address, kept):
     assert [len(body) for body in kept.bodies] == [MAX_SIZE]
 
 
-async def test_there_is_room_for_so_many_only(kept):
+async def test_there_is_room_for_so_many_only(kept, front):
     """Bodies that are received or kept at a time are bounded together; afterwards there is room."""
     served = served_by(kept)
-    served.events._room = Room(1000, 1500)
+    served.events.room = Room(1000, 1500)
     kept.safe.clear()
-    async with serving(served) as address:
+    async with serving(served, front=front) as address:
         body = b"[" + b" " * 898 + b"1]"
         first = asyncio.create_task(post(address, body, SCHEMA_4))
         await until(lambda: kept.posts)
@@ -527,7 +533,7 @@ async def test_there_is_room_for_so_many_only(kept):
         for _ in range(3):
             assert (await post(address, body, SCHEMA_4)).status == 202
         assert (await post(address, b" " * 1001, SCHEMA_4)).status == 400
-        assert served.events._room._left == 1500
+        assert served.events.room._left == 1500
 
 
 async def test_a_client_that_leaves(address, kept, caplog):
@@ -545,9 +551,9 @@ async def test_a_client_that_leaves(address, kept, caplog):
 
 
 @pytest.mark.parametrize(("size", "closes"), [(2000, False), (MAX_DISCARDED * 2, True)])
-async def test_refused_bodies(size, closes):
+async def test_refused_bodies(size, closes, front):
     """What is little more is read, so that the connection lives; what is much more is not."""
-    async with serving(served_by(Kept(), 1000)) as address:
+    async with serving(served_by(Kept(), 1000), front=front) as address:
         reader, writer = await address.connect()
         head = f"POST /bulk HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nContent-Length: {size}\r\n\r\n"
         writer.write(head.encode())
@@ -633,9 +639,9 @@ async def test_asking_about_an_image_is_not_loading_it(address, kept):
     assert kept.posts == []
 
 
-async def test_without_events():
+async def test_without_events(front):
     """If events are off, all routes say so; what is no gzip is told first, as by the reference."""
-    async with serving(served_by(None)) as address:
+    async with serving(served_by(None), front=front) as address:
         for path, _, credential in LAYOUT:
             reply = await ask(address, path, [credential], method="POST", body=SOME)
             assert (reply.status, reply.headers["content-type"]) == (503, "application/json")
@@ -645,7 +651,7 @@ async def test_without_events():
         assert (await ask(address, f"/a/{ID}.gif", method="OPTIONS")).status == 200
 
 
-async def test_a_defect_of_ours(caplog):
+async def test_a_defect_of_ours(caplog, front):
     """It is an empty 500, logged once; no SDK gives up for good because of it."""
 
     class Broken(Kept):
@@ -653,10 +659,100 @@ async def test_a_defect_of_ours(caplog):
             raise RuntimeError("a defect")
 
     served = served_by(Broken())
-    async with serving(served) as address:
+    async with serving(served, front=front) as address:
         for path, _, credential in (LAYOUT[0], LAYOUT[4]):
             caplog.clear()
             reply = await ask(address, path, [credential, SCHEMA_4], method="POST", body=SOME)
             assert (reply.status, reply.body) == (500, b"")
             assert len([record for record in caplog.records if record.exc_info]) == 1
-    assert served.events._room._left == Room()._left
+    assert served.events.room._left == Room()._left
+
+
+# At the front door alone.
+
+
+async def never(scope, receive, send):
+    """Stands for the application where it must not be asked."""
+    raise AssertionError(scope["path"])
+
+
+def request_of(path, credential, *headers, body=SOME):
+    """A post as it goes over the wire."""
+    said = [credential, SCHEMA_4, *headers, ("Content-Length", str(len(body)))]
+    lines = [f"POST {path} HTTP/1.1", "Host: x", *(f"{n}: {v}" for n, v in said), "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+@pytest.mark.parametrize(("path", "endpoint", "credential"), LAYOUT)
+@pytest.mark.parametrize("compressed", [True, False])
+async def test_plain_posts_need_no_application(kept, path, endpoint, credential, compressed):
+    """Of each endpoint, compressed or not, whole or in chunks; their answers are the same bytes."""
+    body = gzip.compress(SOME) if compressed else SOME
+    headers = [credential, SCHEMA_4, ("Origin", "https://app.example"), *([GZIP] * compressed)]
+    half = len(body) // 2
+    pieces = (body[:half], body[half:])
+    chunked = b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
+    served = served_by(kept)
+    posts = Posts(served.relay, served.events, served.traffic)
+    async with serving(served, app=never, posts=posts) as address:
+        whole = await ask(address, path, headers, method="POST", body=body)
+        assert await raw(address, "POST", path, headers, chunked) == whole
+    assert [(p.lane.endpoint, p.body) for p in kept.posts] == [(endpoint, SOME)] * 2
+    async with serving(served_by(kept), front=False) as address:
+        assert await ask(address, path, headers, method="POST", body=body) == whole
+    assert sum(count.value for count in served.traffic.requests.values()) == 2
+
+
+async def test_posts_that_come_at_once_are_answered_in_turn(kept):
+    """The second waits for the first although it came with it; so does what is no post."""
+    kept.safe.clear()
+    async with serving(served_by(kept)) as address:
+        reader, writer = await address.connect()
+        one = request_of("/bulk", SDK)
+        writer.write(one + one + b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" + one)
+        await until(lambda: kept.posts)
+        assert len(kept.posts) == 1
+        kept.safe.set()
+        async with asyncio.timeout(5):
+            for status in (b"202", b"202", b"200", b"202"):
+                assert (await reader.readuntil(b"\r\n\r\n")).split()[1] == status
+                if status == b"200":
+                    await reader.readexactly(len((await ask(address, "/livez")).body))
+        writer.write(one)
+        assert (await reader.readuntil(b"\r\n\r\n")).split()[1] == b"202"
+        writer.close()
+    assert len(kept.posts) == 4
+
+
+@pytest.mark.parametrize("complete", [True, False])
+async def test_who_leaves_gives_the_room_back(kept, complete):
+    """In the middle of a post as while it is being kept; what was complete is kept all the same."""
+    kept.safe.clear()
+    served = served_by(kept)
+    whole = served.events.room._left
+    async with serving(served) as address:
+        _, writer = await address.connect()
+        writer.write(request_of("/bulk", SDK)[: None if complete else -5])
+        await until(lambda: served.events.room._left < whole)
+        writer.close()
+        await until(lambda: served.events.room._left == whole)
+        kept.safe.set()
+        assert (await post(address, SOME, SCHEMA_4)).status == 202
+        assert served.events.room._left == whole
+    assert len(kept.posts) == 1 + complete
+
+
+async def test_a_post_on_its_way_at_the_end_is_answered(kept):
+    """A shutdown waits for it, and its connection ends with the answer."""
+    kept.safe.clear()
+    async with serving(served_by(kept)) as address:
+        reader, writer = await address.connect()
+        writer.write(request_of("/bulk", SDK))
+        await until(lambda: kept.posts)
+        asyncio.get_running_loop().call_later(0.2, kept.safe.set)
+    async with asyncio.timeout(5):
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 202 ")
+        assert b"connection: close" in head
+        assert await reader.read() == b""
+    writer.close()
