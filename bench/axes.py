@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from bench import measures
+from bench import measures, webhook
 from bench.servers import Certificate, Server, Session
 from bench.table import NGINX, PEER, Goal, Row, at_least, at_most
 
@@ -47,6 +47,7 @@ def axes() -> list[Axis]:
         EVENTS_ROOM,
         EVENTS_SPOOL,
         EVENTS_OUTAGE,
+        WEBHOOK,
     ]
 
 
@@ -180,4 +181,13 @@ EVENTS_OUTAGE = Axis(
         Row("outage: time to 202, p99", "ms"),
     ),
     measures.events_outage,
+)
+BEYOND = "webhook → Redis beyond upstream's latency"
+WEBHOOK = Axis(
+    "webhook",
+    (
+        Row(f"{BEYOND}: worst of {webhook.CHANGES}", "ms", (at_most(300),)),
+        Row(f"{BEYOND}: p50", "ms"),
+    ),
+    webhook.webhook,
 )

@@ -8,12 +8,14 @@ client nor the driver of Redis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
+from relay.errors import ConfigError
 from relay.events import Forwarder, Pace, Upstream
 from relay.hub import Hub, StreamLimits
 from relay.log import Log, environment_log, set_environment_level
@@ -25,6 +27,7 @@ from relay.relay import Relay
 from relay.sources import DataSource
 from relay.sources.retry import Times
 from relay.stores import Copy
+from relay.sync import Way
 
 DEMO = EnvironmentSpec(
     "demo", SDKKey("sdk-demo"), MobileKey("mob-demo"), EnvironmentID("demo-client-side-id")
@@ -61,6 +64,42 @@ def build(config: Config) -> Relay:
         ignore_connection_errors=config.main.ignore_connection_errors,
         disconnected_after=config.main.disconnected_status_time,
     )
+
+
+def ways(
+    config: Config, names: Collection[str] = (), relay_url: str = ""
+) -> tuple[Session, list[Way]]:
+    """Return how the data of environments get into the database once, and the session for that.
+
+    Args:
+        config: what it says of LaunchDarkly, the database and the environments counts.
+        names: of the environments that are wanted; none for all.
+        relay_url: a running relay that is asked instead of LaunchDarkly.
+
+    Raises:
+        ConfigError: there is no database, or no such environment; or see `build`.
+    """
+    from relay.stores.redis import RedisStore
+
+    known, redis = [each.name for each in config.environments], config.redis
+    problems = [f'there is no environment "{name}"' for name in names if name not in known]
+    if not known:
+        problems.append("there is no environment whose flags could be stored")
+    if not redis:
+        problems.append("there is no database to bring up to date; [Redis] or USE_REDIS names one")
+    if problems or not redis:
+        raise ConfigError(problems)
+    if relay_url:
+        main = replace(config.main, data_source="polling", base_uri=relay_url)
+        config = replace(config, main=main)
+    session, _, sources = _launchdarkly(config)
+    found = []
+    for spec in map(_spec, config.environments):
+        if not names or spec.name in names:
+            log = _log_of(spec)
+            store = RedisStore(redis, spec.prefix)
+            found.append(Way(spec, sources(spec, log), store, log))
+    return session, found
 
 
 def _file(config: Config) -> Sources:
@@ -110,6 +149,7 @@ def _spec(given: EnvironmentConfig) -> EnvironmentSpec:
         mobile_key=MobileKey(given.mobile_key.reveal()) if given.mobile_key else None,
         environment_id=EnvironmentID(given.env_id) if given.env_id else None,
         project_key=given.proj_key,
+        environment_key=given.env_key,
         secure_mode=given.secure_mode,
         ttl=given.ttl,
         allowed_origins=given.allowed_origin,
@@ -120,12 +160,16 @@ def _spec(given: EnvironmentConfig) -> EnvironmentSpec:
 
 
 def _environment(config: Config, spec: EnvironmentSpec, sources: Sources) -> Environment:
-    log = environment_log(spec.name, spec.sdk_key.masked)
-    if spec.log_level:
-        set_environment_level(spec.name, spec.log_level)
+    log = _log_of(spec)
     source = sources(spec, log)
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(config.main))
     return Environment(spec, source, hub, log, tuple(_copies(config, spec, source, log)))
+
+
+def _log_of(spec: EnvironmentSpec) -> Log:
+    if spec.log_level:
+        set_environment_level(spec.name, spec.log_level)
+    return environment_log(spec.name, spec.sdk_key.masked)
 
 
 def _stream_limits(main: Main) -> StreamLimits:

@@ -17,6 +17,7 @@ class EnvironmentSpec:
         mobile_key: opens it for mobile SDKs.
         environment_id: opens it for client-side SDKs; sent as `X-LD-EnvId`.
         project_key: the LaunchDarkly project, where the configuration names it.
+        environment_key: its key within that project, where the configuration names it.
         secure_mode: client-side requests must carry a hash of the context.
         ttl: seconds for which polled answers may be cached; 0 for none.
         allowed_origins: CORS origins; none means every origin.
@@ -30,6 +31,7 @@ class EnvironmentSpec:
     mobile_key: MobileKey | None = None
     environment_id: EnvironmentID | None = None
     project_key: str = ""
+    environment_key: str = ""
     secure_mode: bool = False
     ttl: float = 0.0
     allowed_origins: tuple[str, ...] = ()

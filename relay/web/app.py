@@ -44,6 +44,8 @@ from relay.web.middleware import CanonicalPaths, Defects, Shortcut
 from relay.web.polling import Polling
 from relay.web.streams import STREAMS, StreamResponse
 from relay.web.traffic import RequestLog, Series, Traffic
+from relay.web.webhooks import PATH as WEBHOOK
+from relay.web.webhooks import Webhooks
 
 GET, REPORT, POST = ("GET",), ("REPORT",), ("POST",)
 GET_, REPORT_, POST_ = ("GET", "OPTIONS"), ("REPORT", "OPTIONS"), ("POST", "OPTIONS")
@@ -114,7 +116,11 @@ def _table(poll: Respond, stream: Respond, events: Events) -> Sequence[Row]:
 
 
 def make_app(
-    relay: Relay, polling: Polling, traffic: Traffic, events: Events | None = None
+    relay: Relay,
+    polling: Polling,
+    traffic: Traffic,
+    events: Events | None = None,
+    webhooks: Webhooks | None = None,
 ) -> ASGIApp:
     """Return the application.
 
@@ -123,6 +129,7 @@ def make_app(
         polling: answers polls; the front door has the same.
         traffic: counts requests; the front door has the same.
         events: takes events; None if they are off.
+        webhooks: takes webhooks; None if they are off.
     """
     table = _table(_poll(polling), _stream(traffic), events or Events())
     pages = (
@@ -142,6 +149,7 @@ def make_app(
         routes=[
             *(Route(path, endpoint, methods=methods) for path, methods, endpoint in endpoints),
             *(Route(path, _page(answer), methods=GET) for path, answer in pages),
+            *([Route(WEBHOOK, webhooks, methods=POST)] if webhooks else []),
         ],
         middleware=[
             *([Middleware(RequestLog)] if traffic.logs else []),

@@ -77,10 +77,21 @@ class Room:
     Args:
         max_size: of one body, decompressed; 0 for `MAX_SIZE`.
         max_held: of all together.
+        too_large: what is answered to a body beyond the first limit;
+        no_room: and beyond the second.
     """
 
-    def __init__(self, max_size: int = 0, max_held: int = MAX_HELD) -> None:
+    def __init__(
+        self,
+        max_size: int = 0,
+        max_held: int = MAX_HELD,
+        *,
+        too_large: Answer = UNREADABLE,
+        no_room: Answer = NO_ROOM,
+    ) -> None:
         self.max_size = max_size or MAX_SIZE
+        self.too_large = too_large
+        self._no_room = no_room
         self._left = max_held
 
     def take(self, size: int) -> None:
@@ -90,7 +101,7 @@ class Room:
             Refused: there is no room for them.
         """
         if size > self._left:
-            raise Refused(NO_ROOM)
+            raise Refused(self._no_room)
         self._left -= size
 
     def give_back(self, size: int) -> None:
@@ -104,11 +115,12 @@ class Body:
     Args:
         request: its own.
         room: for it.
+        raw: read it as it is on the wire, compressed or not.
     """
 
-    def __init__(self, request: Request, room: Room) -> None:
+    def __init__(self, request: Request, room: Room, *, raw: bool = False) -> None:
         self._receive: Receive = request.receive
-        self._compressed = b"gzip" in header(request, "content-encoding").lower()
+        self._compressed = not raw and b"gzip" in header(request, "content-encoding").lower()
         self._room = room
         self._held = 0
         self._start = b""
@@ -168,7 +180,7 @@ class Body:
 
     def _hold(self, part: bytes) -> bytes:
         if self._held + len(part) > self._room.max_size:
-            raise Refused(UNREADABLE)
+            raise Refused(self._room.too_large)
         self._room.take(len(part))
         self._held += len(part)
         return part
