@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from bench import evaluations, measures
+from bench import evaluations, measures, webhook
 from bench.servers import Certificate, Server, Session
 from bench.table import NGINX, PEER, Goal, Row, at_least, at_most
 
@@ -55,6 +55,7 @@ def axes() -> list[Axis]:
         CLIENT_EVALUATING,
         CLIENT_CHANGE,
         EVAL_WORST_POLL,
+        WEBHOOK,
     ]
 
 
@@ -228,4 +229,13 @@ EVAL_WORST_POLL = Axis(
         Row("worst small poll after a put of 1000 flags beside them", "ms", (at_most(15),)),
     ),
     evaluations.worst_poll,
+)
+BEYOND = "webhook → Redis beyond upstream's latency"
+WEBHOOK = Axis(
+    "webhook",
+    (
+        Row(f"{BEYOND}: worst of {webhook.CHANGES}", "ms", (at_most(300),)),
+        Row(f"{BEYOND}: p50", "ms"),
+    ),
+    webhook.webhook,
 )

@@ -19,6 +19,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "2k": Size(3, 665),
+    "6k": Size(10, 555),
     "100k": Size(175, 555),
     "570k": Size(1000, 555),
     # A relay that parses flags and writes them anew serves only a quarter of this one's bytes.
@@ -163,9 +164,14 @@ def base64url(text: str) -> str:
     return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
 
 
+def everything(name: str, version: int = 1) -> dict[str, Any]:
+    """The data set `name` as polling SDKs get it."""
+    return {"flags": flags(name, version), "segments": {}}
+
+
 def put(name: str, version: int = 1) -> bytes:
     """The data of a `put` event holding the data set `name`."""
-    return compact({"path": "/", "data": {"flags": flags(name, version), "segments": {}}})
+    return compact({"path": "/", "data": everything(name, version)})
 
 
 def patch(index: int, version: int, marker: str) -> bytes:

@@ -9,15 +9,20 @@ import re
 import socket
 import threading
 import time
+from contextlib import suppress
 from typing import NamedTuple
 
 from bench import data
 
 ACCEPTED = b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n"
+BACKLOG = 1024
+"""Connections that may wait to be accepted: more than ever come at once."""
 READ_BYTES = 256 * 1024
+END = b"\r\n\r\n"
 GZIP = b"\x1f\x8b"
 
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
+_CHUNKED = re.compile(rb"(?i)\r\ntransfer-encoding: *chunked")
 _NUMBER = re.compile(data.EVENT_KEY.encode() + rb"(\d+)")
 
 
@@ -33,9 +38,14 @@ class Arrived(NamedTuple):
 
 
 class Mailbox:
-    """Takes every post. The port is held from the start, and listens once it is opened."""
+    """Takes every post. The port is held from the start, and listens once it is opened.
 
-    def __init__(self) -> None:
+    Args:
+        latency: seconds of each round trip, of which setting up a connection is one.
+    """
+
+    def __init__(self, latency: float = 0.0) -> None:
+        self._latency = latency
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.port = int(self._socket.getsockname()[1])
@@ -51,7 +61,7 @@ class Mailbox:
             keep: keep the bodies, so that numbered events can be counted.
         """
         self._keep = keep
-        self._socket.listen(128)
+        self._socket.listen(BACKLOG)
         threading.Thread(target=self._accept, daemon=True).start()
         return time.monotonic()
 
@@ -75,29 +85,33 @@ class Mailbox:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
+        with suppress(ConnectionError):  # a function that ends does not always hang up in form
+            self._take(client)
+
+    def _take(self, client: socket.socket) -> None:
         """Take post after post of one connection."""
         received = b""
+        trips = 2
         with client:
             while True:
-                while (end := received.find(b"\r\n\r\n")) < 0:
+                while (end := received.find(END)) < 0:
                     more = client.recv(READ_BYTES)
                     if not more:
                         return
                     received += more
                 told = _LENGTH.search(received, 0, end + 2)
-                if told is None:
-                    raise ValueError(f"a post without Content-Length: {received[:end]!r}")
-                parts = [received[end + 4 :]]
-                missing = int(told[1]) - len(parts[0])
-                while missing > 0:
-                    more = client.recv(READ_BYTES)
-                    if not more:
-                        return
-                    parts.append(more)
-                    missing -= len(more)
-                body = b"".join(parts)
-                received = body[int(told[1]) :]
-                self._note(body[: int(told[1])])
+                if told:
+                    whole = _read_length(client, received[end + 4 :], int(told[1]))
+                elif _CHUNKED.search(received, 0, end + 2):
+                    whole = _read_chunks(client, received[end + 4 :])
+                else:
+                    raise ValueError(f"a post without a length: {received[:end]!r}")
+                if whole is None:
+                    return
+                body, received = whole
+                self._note(body)
+                time.sleep(trips * self._latency)
+                trips = 1
                 client.sendall(ACCEPTED)
 
     def _note(self, body: bytes) -> None:
@@ -106,6 +120,35 @@ class Mailbox:
             self._size += size
             if self._keep:
                 self._kept.append((time.monotonic(), body))
+
+
+def _read_length(client: socket.socket, received: bytes, size: int) -> tuple[bytes, bytes] | None:
+    """Read a body of known size; return it and what follows, None if the client hung up."""
+    parts = [received]
+    missing = size - len(received)
+    while missing > 0:
+        more = client.recv(READ_BYTES)
+        if not more:
+            return None
+        parts.append(more)
+        missing -= len(more)
+    whole = b"".join(parts)
+    return whole[:size], whole[size:]
+
+
+def _read_chunks(client: socket.socket, received: bytes) -> tuple[bytes, bytes] | None:
+    """The same for a body in chunks, which Node SDKs send; they send no more before the answer."""
+    while not received.endswith(b"0" + END):
+        more = client.recv(READ_BYTES)
+        if not more:
+            return None
+        received += more
+    body = b""
+    while received != b"0" + END:
+        size, _, rest = received.partition(b"\r\n")
+        length = int(size, 16)
+        body, received = body + rest[:length], rest[length + 2 :]
+    return body, b""
 
 
 def _is_gzip(body: bytes) -> bool:

@@ -74,16 +74,22 @@ class Relay:
 
     @contextmanager
     def serve(
-        self, dataset: str, tls: "Certificate | None" = None, *, events: bool = False
+        self,
+        dataset: str,
+        tls: "Certificate | None" = None,
+        *,
+        events: bool = False,
+        latency: float = 0.0,
     ) -> Iterator[Session]:
         """Run it on a free port with two environments: `dataset`, and one of 2 KB.
 
-        With `events` it forwards them to the upstream's mailbox.
+        With `events` it forwards them to the upstream's mailbox. A round trip to the upstream
+        takes `latency` seconds.
         """
         with (
             tempfile.TemporaryDirectory(prefix="bench-") as folder,
             (Path(folder) / "log").open("w+b") as log,
-            Upstream({SDK_KEY: dataset, SMALL_SDK_KEY: "2k"}) as upstream,
+            Upstream({SDK_KEY: dataset, SMALL_SDK_KEY: "2k"}, latency) as upstream,
         ):
             port = free_port()
             env = {**self._environment(upstream.url, port, tls), **self.variables}

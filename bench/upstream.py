@@ -1,10 +1,12 @@
-"""A scripted stand-in for LaunchDarkly's stream and events service, in a process of its own.
+"""A scripted stand-in for LaunchDarkly's flags and events services, in a process of its own.
 
-Run as a program it serves `/all` and takes orders, one JSON object a line, on its standard input;
+Run as a program it serves `/all` and `/sdk/latest-all`, as if it were `latency` seconds away, and
+takes orders, one JSON object a line, on its standard input;
 for each it answers on its standard output: with the CLOCK_MONOTONIC time just before sending, or
 with what has arrived. `Upstream` starts that program and gives the orders.
 """
 
+import gzip
 import json
 import socket
 import subprocess
@@ -17,9 +19,13 @@ from typing import Any, Self
 
 from bench import data
 from bench.machine import LOAD_CORE, ROOT, pinned
-from bench.mailbox import Arrived, Mailbox
+from bench.mailbox import BACKLOG, Arrived, Mailbox
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+POLLED = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n"
+    b"Content-Length: %d\r\nConnection: close\r\n\r\n%b"
+)
 ACCEPTED = b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 UNAUTHORIZED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -27,10 +33,19 @@ UNAUTHORIZED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nConnection: c
 class Upstream:
     """The running program: where it listens, and what it shall send."""
 
-    def __init__(self, environments: Mapping[str, str]) -> None:
-        """Start it with a data set's name for each SDK key."""
-        command = [sys.executable, "-m", "bench.upstream", json.dumps(dict(environments))]
-        with pinned(LOAD_CORE):
+    def __init__(
+        self, environments: Mapping[str, str], latency: float = 0.0, core: int = LOAD_CORE
+    ) -> None:
+        """Start it with a data set's name for each SDK key.
+
+        Args:
+            environments: the data sets.
+            latency: seconds of each round trip, of which setting up a connection is one.
+            core: where it runs; not that of its clients where it is what they wait for.
+        """
+        given = [json.dumps(dict(environments)), str(latency)]
+        command = [sys.executable, "-m", "bench.upstream", *given]
+        with pinned(core):
             self._program = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
@@ -71,6 +86,11 @@ class Upstream:
         self._order(order="arrived", events=events)
         return Arrived(*json.loads(self._reply()))
 
+    def asked(self) -> int:
+        """How often flags were asked for: streams and polls that it answered."""
+        self._order(order="asked")
+        return int(self._reply())
+
     def _order(self, **order: Any) -> None:
         assert self._program.stdin
         self._program.stdin.write(json.dumps(order) + "\n")
@@ -101,13 +121,25 @@ class Feed:
     def __init__(self, name: str) -> None:
         self._lock = threading.Lock()
         self._first = event("put", data.put(name))
+        self._everything = gzip.compress(data.compact(data.everything(name)))
+        self.asked = 0
+        """Streams and polls so far."""
         self._streams: list[socket.socket] = []
 
     def join(self, stream: socket.socket) -> None:
         """Begin a stream: response head and first put."""
+        stream.sendall(OK)
         with self._lock:
-            stream.sendall(OK + self._first)
+            self.asked += 1
+            stream.sendall(self._first)
             self._streams.append(stream)
+
+    def poll(self, client: socket.socket) -> None:
+        """Answer a poll with what a new stream begins with."""
+        with self._lock:
+            self.asked += 1
+        client.sendall(POLLED % (len(self._everything), self._everything))
+        client.close()
 
     def send(self, frames: bytes) -> float:
         """Send to every open stream; return the time just before."""
@@ -133,6 +165,8 @@ def obey(feeds: Mapping[str, Feed], mailbox: Mailbox, order: Mapping[str, Any]) 
         return repr(mailbox.open(keep=order["keep"]))
     if order["order"] == "arrived":
         return json.dumps(mailbox.arrived(events=order["events"]))
+    if order["order"] == "asked":
+        return str(sum(feed.asked for feed in feeds.values()))
     return repr(send(feeds[order["sdk_key"]], order))
 
 
@@ -153,8 +187,8 @@ def send(feed: Feed, order: Mapping[str, Any]) -> float:
     return feed.send(b"".join(event("patch", patch) for patch in patches))
 
 
-def answer(client: socket.socket, feeds: Mapping[str, Feed]) -> None:
-    """Serve one connection: a stream, or "accepted" for whatever else a relay sends home."""
+def answer(client: socket.socket, feeds: Mapping[str, Feed], latency: float) -> None:
+    """Serve one connection: flags, or "accepted" for whatever else a relay sends home."""
     head = b""
     while b"\r\n\r\n" not in head:
         received = client.recv(65536)
@@ -162,7 +196,9 @@ def answer(client: socket.socket, feeds: Mapping[str, Feed]) -> None:
             return
         head += received
     request, *lines = head.decode("latin-1").split("\r\n")
-    if request.split(" ")[1].partition("?")[0] != "/all":
+    time.sleep(2 * latency)
+    path = request.split(" ")[1].partition("?")[0]
+    if path not in ("/all", "/sdk/latest-all"):
         client.sendall(ACCEPTED)
         client.close()
         return
@@ -172,23 +208,27 @@ def answer(client: socket.socket, feeds: Mapping[str, Feed]) -> None:
         client.sendall(UNAUTHORIZED)
         client.close()
         return
-    feed.join(client)
+    if path == "/all":
+        feed.join(client)
+    else:
+        feed.poll(client)
 
 
-def accept(listener: socket.socket, feeds: Mapping[str, Feed]) -> None:
+def accept(listener: socket.socket, feeds: Mapping[str, Feed], latency: float) -> None:
     """Serve every connection in a thread of its own: there are few."""
     while True:
         client, _ = listener.accept()
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        threading.Thread(target=answer, args=(client, feeds), daemon=True).start()
+        threading.Thread(target=answer, args=(client, feeds, latency), daemon=True).start()
 
 
 def main() -> None:
     """Serve until standard input ends."""
     feeds = {key: Feed(name) for key, name in json.loads(sys.argv[1]).items()}
-    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-    threading.Thread(target=accept, args=(listener, feeds), daemon=True).start()
-    mailbox = Mailbox()
+    listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
+    latency = float(sys.argv[2])
+    threading.Thread(target=accept, args=(listener, feeds, latency), daemon=True).start()
+    mailbox = Mailbox(latency)
     print(listener.getsockname()[1], mailbox.port, sep="\n", flush=True)
     for line in sys.stdin:
         print(obey(feeds, mailbox, json.loads(line)), flush=True)

@@ -8,13 +8,14 @@ client nor the driver of Redis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
+from relay.errors import ConfigError
 from relay.evalstreams import client_side_channels
 from relay.evaluations import Evaluations
 from relay.events import Forwarder, Pace, Upstream
@@ -29,6 +30,7 @@ from relay.relay import Relay
 from relay.sources import DataSource
 from relay.sources.retry import Times
 from relay.stores import Copy
+from relay.sync import Way
 
 DEMO = EnvironmentSpec(
     "demo", SDKKey("sdk-demo"), MobileKey("mob-demo"), EnvironmentID("demo-client-side-id")
@@ -72,6 +74,42 @@ def build(config: Config) -> Relay:
 
 def _demo(main: Main) -> EnvironmentSpec:
     return replace(DEMO, eval_streams=main.eval_streams)
+
+
+def ways(
+    config: Config, names: Collection[str] = (), relay_url: str = ""
+) -> tuple[Session, list[Way]]:
+    """Return how the data of environments get into the database once, and the session for that.
+
+    Args:
+        config: what it says of LaunchDarkly, the database and the environments counts.
+        names: of the environments that are wanted; none for all.
+        relay_url: a running relay that is asked instead of LaunchDarkly.
+
+    Raises:
+        ConfigError: there is no database, or no such environment; or see `build`.
+    """
+    from relay.stores.redis import RedisStore
+
+    known, redis = [each.name for each in config.environments], config.redis
+    problems = [f'there is no environment "{name}"' for name in names if name not in known]
+    if not known:
+        problems.append("there is no environment whose flags could be stored")
+    if not redis:
+        problems.append("there is no database to bring up to date; [Redis] or USE_REDIS names one")
+    if problems or not redis:
+        raise ConfigError(problems)
+    if relay_url:
+        main = replace(config.main, data_source="polling", base_uri=relay_url)
+        config = replace(config, main=main)
+    session, _, _, sources = _launchdarkly(config)
+    found = []
+    for spec in (_spec(each, config.main) for each in config.environments):
+        if not names or spec.name in names:
+            log = _log_of(spec)
+            store = RedisStore(redis, spec.prefix)
+            found.append(Way(spec, sources(spec, log), store, log))
+    return session, found
 
 
 def _file(config: Config) -> Sources:
@@ -121,6 +159,7 @@ def _spec(given: EnvironmentConfig, main: Main) -> EnvironmentSpec:
         mobile_key=MobileKey(given.mobile_key.reveal()) if given.mobile_key else None,
         environment_id=EnvironmentID(given.env_id) if given.env_id else None,
         project_key=given.proj_key,
+        environment_key=given.env_key,
         secure_mode=given.secure_mode,
         eval_streams=main.eval_streams if given.eval_streams is None else given.eval_streams,
         ttl=given.ttl,
@@ -132,15 +171,19 @@ def _spec(given: EnvironmentConfig, main: Main) -> EnvironmentSpec:
 
 
 def _environment(config: Config, spec: EnvironmentSpec, sources: Sources) -> Environment:
-    log = environment_log(spec.name, spec.sdk_key.masked)
-    if spec.log_level:
-        set_environment_level(spec.name, spec.log_level)
+    log = _log_of(spec)
     source = sources(spec, log)
     evaluations, main = Evaluations(), config.main
     streams = client_side_channels(evaluations, main.ping_stream_jitter_time)
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
     copies = tuple(_copies(config, spec, source, log))
     return Environment(spec, source, hub, log, copies, evaluations=evaluations)
+
+
+def _log_of(spec: EnvironmentSpec) -> Log:
+    if spec.log_level:
+        set_environment_level(spec.name, spec.log_level)
+    return environment_log(spec.name, spec.sdk_key.masked)
 
 
 def _stream_limits(main: Main) -> StreamLimits:

@@ -22,22 +22,36 @@ from relay import __version__
 from relay.config.load import DEFAULT_FILE, load
 from relay.config.schema import Config
 from relay.config.show import effective, secrets
+from relay.config.values import HTTP_URI
 from relay.errors import ConfigError, RelayError
 from relay.log import Output, set_up
+from relay.model.item import Kind
 from relay.relay import Relay
-from relay.server import CannotListen, ServerOptions, Site, serve, settle
+from relay.server import CannotListen, ServerOptions, Site, serve, settle, until_signal
+from relay.sync import Outcome, Plan, synchronise
 
 USAGE = """\
 relay [serve] [options]   start the relay; the options are those of the reference relay
 relay check [options]     show the configuration that results, or all that is wrong with it
 relay eval FLAG --context JSON [--flags FILE | --url URL --sdk-key KEY]
                           show what a flag gives to a context, and what led there
+relay sync [options]      bring the database up to date once; exit with 0 if all environments are,
+                          1 if some could not be brought there, 2 if the configuration is wrong
 relay health [URL]        exit with 0 if a relay is ready (default: the one of this host)"""
 
-COMMANDS = ("serve", "check")
+COMMANDS = ("serve", "check", "sync")
+
+SWITCHES = ("from-env", "allow-missing-file", "version", "dry-run")
+"""Flags without a value, which may be written with one: `-from-env=false`."""
 
 INTRODUCED = 10
 """Environments that are named one by one at the start; of more, only the number is said."""
+
+NAMED = 20
+"""Flags and segments of each kind of change that a dry run names; of more, the number is said."""
+
+FAILED, UNUSABLE = 1, 2
+"""Exit codes of `relay sync`: some environment is not up to date; nothing could be tried."""
 
 _FLAG_VALUES = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
 _log = logging.getLogger("relay")
@@ -55,8 +69,9 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """Run a command and return the exit code of the process."""
     command, rest = _command(arguments)
+    unusable = UNUSABLE if command == "sync" else 1
     try:
-        options = _parse(rest)
+        options = _parse(rest, command)
         if options.version:
             with _logs():
                 _log.info("LaunchDarkly relay version %s", __version__)
@@ -66,17 +81,18 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
             ignored = f"{len(options.unread)} arguments after the options are ignored"
             config = replace(config, warnings=(*config.warnings, ignored))
     except UsageError as e:
-        sys.stderr.write(_parser().format_help())
-        return _failed("Error: %s", e)
+        sys.stderr.write(_parser(command).format_help())
+        return _failed("Error: %s", e, unusable)
     except ConfigError as e:
         if command == "check":
             sys.stderr.writelines(f"{problem}\n" for problem in e.problems)
             return 1
-        return _failed("Configuration error: %s", e)
+        return _failed("Configuration error: %s", e, unusable)
     if command == "check":
         return _check(config)
     with _logs(config):
-        return _serve(config, _source(options))
+        sync = command == "sync"
+        return _sync(config, options) if sync else _serve(config, _source(options))
 
 
 def _command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
@@ -86,7 +102,7 @@ def _command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     return "serve", arguments
 
 
-def _parser() -> _Parser:
+def _parser(command: str) -> _Parser:
     parser = _Parser(
         "relay",
         usage=USAGE,
@@ -99,17 +115,27 @@ def _parser() -> _Parser:
     add("--allow-missing-file", action="store_true", help="start also if FILE does not exist")
     add("--flags", metavar="FILE", default="", help="serve a file of flags, reloaded on change")
     add("--version", action="store_true", help="show the version and exit")
+    if command == "sync":
+        text = "only this environment; may be repeated"
+        add("--environment", metavar="NAME", action="append", default=[], help=text)
+        text = "ask a running relay, not LaunchDarkly"
+        add("--from", metavar="URL", dest="relay", default="", help=text)
+        add("--dry-run", action="store_true", help="show what would change, and write nothing")
     add("unread", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def _parse(arguments: Sequence[str], command: str) -> argparse.Namespace:
     """Return the options. Like the reference, they end at the first argument that is none."""
     if arguments and not arguments[0].startswith("-"):
         raise UsageError(f"unknown command {arguments[0]}")
-    options, unknown = _parser().parse_known_args(list(_go_flags(arguments)))
+    parser = _parser(command)
+    options, unknown = parser.parse_known_args(list(_go_flags(arguments)))
     if unknown:
         raise UsageError(f"unknown argument {unknown[0]}")
+    if command == "sync" and options.unread:
+        # A word too much may be a forgotten `--environment`: that must not mean all of them.
+        raise UsageError(f"unknown argument {options.unread[0]}")
     return options
 
 
@@ -119,7 +145,7 @@ def _go_flags(arguments: Sequence[str]) -> Iterator[str]:
         name, has_value, value = argument.lstrip("-").partition("=")
         if argument in {"-", "-h"} or not argument.startswith("-"):
             yield argument
-        elif name not in {"from-env", "allow-missing-file", "version"} or not has_value:
+        elif name not in SWITCHES or not has_value:
             yield f"--{argument.lstrip('-')}"
         elif value.lower() not in _FLAG_VALUES:
             raise UsageError(f'invalid boolean value "{value}" for -{name}')
@@ -174,10 +200,10 @@ def _logs(config: Config | None = None) -> Iterator[None]:
         output.close()
 
 
-def _failed(text: str, reason: RelayError) -> int:
+def _failed(text: str, reason: RelayError, code: int) -> int:
     with _logs():
         _log.error(text, reason)
-    return 1
+    return code
 
 
 def _check(config: Config) -> int:
@@ -227,6 +253,51 @@ def _run_once(config: Config) -> int:
     return 1
 
 
+def _sync(config: Config, options: argparse.Namespace) -> int:
+    """Bring the database up to date once; return the exit code."""
+    from relay.build import ways  # noqa: PLC0415 - see `_site`
+
+    for warning in config.warnings:
+        _log.warning("%s", warning)
+    try:
+        url = HTTP_URI.parse(options.relay) if options.relay else ""
+        session, found = ways(config, options.environment, url)
+    except (ConfigError, ValueError) as e:
+        _log.error("Configuration error: %s", e)
+        return UNUSABLE
+    plan = Plan(config.main.init_timeout, dry_run=options.dry_run)
+    tell = partial(_tell, dry_run=options.dry_run)
+    outcomes = uvloop.run(until_signal(synchronise(found, session, plan, tell)))
+    if outcomes is None or any(outcome.problem for outcome in outcomes.values()):
+        return FAILED
+    return 0
+
+
+def _tell(outcome: Outcome, *, dry_run: bool) -> None:
+    """Print how it went with an environment; a dry run names what would change."""
+    counts, changes = outcome.changes.counts(), outcome.changes
+    if outcome.problem:
+        said = f"failed: {outcome.problem}"
+    elif changes:
+        numbers = ", ".join(f"{n} {kind}" for kind, n in counts.items() if kind != "kept")
+        said = f"{'would change' if dry_run else 'brought up to date'}: {numbers}"
+    else:
+        said = "is up to date"
+    if counts["kept"] and not outcome.problem:
+        said += f"; {counts['kept']} newer than upstream left as they are"
+    print(f"{outcome.name}: {said} ({outcome.items} items upstream)", flush=True)
+    if dry_run:
+        for kind in counts:
+            _name(kind, getattr(changes, kind))
+
+
+def _name(what: str, keys: Sequence[tuple[Kind, str]]) -> None:
+    for noun, key in sorted((kind.noun, key) for kind, key in keys[:NAMED]):
+        print(f"  {what}: {noun} {key!r}")
+    if len(keys) > NAMED:
+        print(f"  {what}: {len(keys) - NAMED} more")
+
+
 def _introduce(config: Config, relay: Relay) -> None:
     """Say in a few lines what is served, and where it comes from."""
     main = config.main
@@ -262,6 +333,7 @@ def _site(config: Config) -> Site:
     from relay.web.posting import Posts  # noqa: PLC0415
     from relay.web.traffic import Traffic  # noqa: PLC0415
     from relay.web.usage import Usage  # noqa: PLC0415
+    from relay.web.webhooks import Webhooks  # noqa: PLC0415
 
     relay = build(config)
     _introduce(config, relay)
@@ -271,8 +343,12 @@ def _site(config: Config) -> Site:
     events = Events(forwarder, config.events.max_inbound_payload_size, traffic.unusable)
     evaluation = Evaluation(config.main.max_client_request_body_size)
     goals = Goals(relay.fetch, config.main.client_side_base_uri)
-    app = make_app(relay, polling, traffic, events, evaluation=evaluation, goals=goals)
+    secrets = config.webhook.secrets
+    webhooks = Webhooks(relay.environments.values(), secrets) if secrets else None
+    app = make_app(relay, polling, traffic, events, webhooks, evaluation=evaluation, goals=goals)
     exporter = make_exporter(relay, traffic, config.prometheus.prefix)
-    usage = [Usage(relay.environments, traffic, relay.events.accept).run] if relay.events else []
+    beside = [Usage(relay.environments, traffic, relay.events.accept).run] if relay.events else []
+    if webhooks:
+        beside.append(webhooks.run)
     posts = Posts(relay, events, traffic)
-    return Site(relay, app, polling, traffic, exporter, usage, posts)
+    return Site(relay, app, polling, traffic, exporter, beside, posts)

@@ -113,6 +113,14 @@ class Environment:
                 tasks.create_task(copy.run())
             tasks.create_task(self._follow_source())
 
+    def look(self, *, doubt: bool = False) -> None:
+        """See soon whether upstream has news.
+
+        Args:
+            doubt: they should have come long ago.
+        """
+        self._source.look(doubt=doubt)
+
     def fail(self) -> None:
         """Note that `run` has ended by a defect of ours; called while the exception is handled."""
         self._log.exception("The environment failed and is started again; its data stay served")

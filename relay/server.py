@@ -13,6 +13,7 @@ import ssl
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -44,6 +45,8 @@ STREAMS_SHARE = 0.75
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """What asks the process to end."""
+
+T = TypeVar("T")
 
 _log = logging.getLogger("relay.server")
 
@@ -454,6 +457,17 @@ def _asked_to_end() -> asyncio.Event:
     for number in SIGNALS:
         loop.add_signal_handler(number, asked.set)
     return asked
+
+
+async def until_signal(work: Coroutine[object, object, T]) -> T | None:
+    """Return what comes of some work; None if a signal ended it before."""
+    asked_to_end = asyncio.create_task(_asked_to_end().wait())
+    working = asyncio.create_task(work)
+    await asyncio.wait({working, asked_to_end}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (working, asked_to_end):
+        task.cancel()
+    await asyncio.wait({working, asked_to_end})
+    return None if working.cancelled() else working.result()
 
 
 async def settle(relay: Relay, *, hasty: bool = False) -> bool:

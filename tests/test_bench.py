@@ -3,12 +3,27 @@
 import base64
 import gzip
 import json
+import math
 from urllib.parse import urlsplit
+from xml.etree import ElementTree as ET
 
 import pytest
 
 from bench import data, posts
 from bench.axes import axes
+from bench.cold_start.__main__ import measure
+from bench.cold_start.burst import Setup, standing_ready
+from bench.cold_start.plot import svg
+from bench.cold_start.results import Burst, Results, Scene, judged, verdicts
+from bench.cold_start.results import markdown as markdown_of_bursts
+from bench.cold_start.ways import (
+    DIRECT_POLL,
+    DIRECT_STREAM,
+    LATENCY,
+    PEER_STREAM,
+    RELAY_STREAM,
+    ways,
+)
 from bench.crowd import Crowd
 from bench.evaluations import ENVIRONMENT_ID, poll_path, stream_path
 from bench.polls import Client
@@ -16,6 +31,7 @@ from bench.servers import OWN_COMMAND, SDK_KEY, Relay
 from bench.table import NGINX, OURS, PEER, Figures, Row, at_least, at_most, markdown
 from bench.upstream import Upstream
 from bench.viewers import Viewers
+from tests.support.sdk import install_packages
 
 
 def test_a_crowd_sees_puts_and_patches_of_its_environment() -> None:
@@ -155,3 +171,49 @@ def test_viewers_have_a_changed_flag_by_a_poll_or_in_their_stream(evaluating: st
             viewers.connect(timeout=20)
             sent = upstream.change(SDK_KEY, data.rollout_flag(0, 2, "the-marker"))
             assert viewers.expect("the-marker", timeout=20) > sent
+
+
+@pytest.mark.parametrize("sdk", ["python", "node"])
+def test_functions_that_start_together_each_get_a_flag_and_lose_no_event(sdk: str) -> None:
+    """Every way but the peer's serves real SDKs; only direct ones ask LaunchDarkly for flags."""
+    if sdk == "node":
+        install_packages()
+    for way in ways(OWN_COMMAND, ""):
+        burst = measure(Scene(sdk, 10, 2), way)
+        assert (burst.errors, burst.events, burst.sent) == (0, 2, 2), way.name
+        direct = way.name in (DIRECT_STREAM, DIRECT_POLL)
+        assert burst.asked == (2 if direct else 0), way.name
+        least = 2 * LATENCY * 1e3 if direct else 0
+        assert least < burst.p50_ms <= burst.p99_ms < burst.total_p99_ms, way.name
+
+
+def test_a_process_that_gets_no_flag_counts_as_an_error() -> None:
+    """A relay's refusal of the key shows in the figures, and does not end the measurement."""
+    setup = Setup("sdk-unknown", "http://127.0.0.1:9", "http://127.0.0.1:9", stream=False, limit=1)
+    with standing_ready("python", setup, 1) as release:
+        runs = release()
+    burst = judged(runs, 1, asked=0, events=0, cpu=math.nan)
+    assert burst.errors == 1
+    assert math.isnan(burst.p99_ms)
+
+
+def test_cold_starts_are_judged_and_drawn() -> None:
+    """The worst ratio decides; every way that was measured is in the table and the drawing."""
+    results = Results()
+    for count, peer in ((1, 20.0), (50, 9.0)):
+        scene = Scene("python", 1000, count)
+        for way, time in ((RELAY_STREAM, 10.0), (PEER_STREAM, peer), (DIRECT_STREAM, 150.0)):
+            asked = count if way == DIRECT_STREAM else 0
+            cpu = {RELAY_STREAM: 0.1, PEER_STREAM: 1.0}.get(way, math.nan)
+            results.add(
+                scene, way, Burst(time, time, time, time, time, 0, asked, count, count, cpu)
+            )
+    told = {verdict.goal: (verdict.worst, verdict.met) for verdict in verdicts(results)}
+    slower = told[f"{RELAY_STREAM}: p99 on an own core < {PEER_STREAM}"]
+    assert slower == ("1.11× (python, 50 × 1000 flags)", False)
+    assert told[f"{RELAY_STREAM}: p99 on an own core < {DIRECT_STREAM}"][1]
+    assert ("0.10×", True) in told.values()
+    assert "| python | 1000 | 50 | direct, streaming | 150 |" in markdown_of_bursts(results)
+    drawing = ET.fromstring(svg(results))
+    dots = drawing.findall(".//{*}g/{*}circle")
+    assert len(dots) == 6

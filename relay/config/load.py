@@ -167,6 +167,8 @@ def _read_environ(given: _Given, environ: Mapping[str, str]) -> None:
     _clear_shared(given)
     for section, prefix in ((ENVIRONMENT, "LD_ENV_"), (FILTERS, "LD_FILTER_KEYS_")):
         for name in [v.removeprefix(prefix) for v in environ if v.startswith(prefix)]:
+            if section == ENVIRONMENT and _is_environment_key(name, environ):
+                continue
             given.names.setdefault((section, name), prefix + name)
             _read_named(given, section, name, environ)
     given.warnings += _orphans(environ)
@@ -174,6 +176,18 @@ def _read_environ(given: _Given, environ: Mapping[str, str]) -> None:
         given.warnings.append("LD_TRACE_LOG_BIG_SEGMENTS takes effect in a later release")
     if environ.get("EVENTS_SAMPLING_INTERVAL"):
         given.problems.append("EVENTS_SAMPLING_INTERVAL: this variable is no longer supported")
+
+
+def _is_environment_key(name: str, environ: Mapping[str, str]) -> bool:
+    """Whether `LD_ENV_` and this name is the option `envKey` of another environment.
+
+    `LD_ENV_KEY_x` could as well be the SDK key of an environment "KEY_x"; it is, as in the
+    reference, unless there is an environment "x".
+    """
+    other = name.removeprefix("KEY_")
+    return (
+        other != name and "LD_ENV_" + other in environ and not _is_environment_key(other, environ)
+    )
 
 
 def _read_section(given: _Given, section: str, environ: Mapping[str, str]) -> None:
@@ -261,10 +275,16 @@ def _clear_shared(given: _Given) -> None:
 
 def _orphans(environ: Mapping[str, str]) -> Iterator[str]:
     """Say which variables belong to an environment that `LD_ENV_…` does not define."""
-    prefixes = [o.variable for o in options(ENVIRONMENT) if o.variable not in ("", "LD_ENV_")]
+    own = ("", "LD_ENV_", "LD_ENV_KEY_")
+    prefixes = [o.variable for o in options(ENVIRONMENT) if o.variable not in own]
     for variable in environ:
         if not environ[variable] or variable.startswith("LD_TTL_MINUTES_"):
             continue
+        name = variable.removeprefix("LD_ENV_KEY_")
+        alone = name != variable and not _is_environment_key("KEY_" + name, environ)
+        if alone and not environ[variable].startswith("sdk-"):
+            tail = f"it is the option envKey only beside LD_ENV_{name}"
+            yield f'{variable} makes an environment "KEY_{name}"; {tail}'
         for prefix in prefixes:
             wanted = "LD_ENV_" + variable.removeprefix(prefix)
             if variable.startswith(prefix) and wanted not in environ:

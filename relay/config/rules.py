@@ -26,6 +26,7 @@ from relay.config.schema import (
     Proxy,
     Redis,
     Support,
+    Webhook,
     options,
 )
 
@@ -109,6 +110,7 @@ def problems(draft: Draft) -> list[str]:
         _refused,
         _main,
         _events,
+        _webhook,
         _auto_config,
         _offline_mode,
         _environments,
@@ -211,6 +213,12 @@ def _events(draft: Draft) -> Iterator[Sentence]:
     key: Key = ("Events", None, "max_inbound_payload_size")
     if key in draft.given and draft.of(Events).max_inbound_payload_size <= 0:
         yield "max inbound payload size must be greater than zero", (key,)
+
+
+def _webhook(draft: Draft) -> Iterator[Sentence]:
+    webhook = draft.of(Webhook)
+    if webhook.secret and not webhook.secrets:
+        yield "[Webhook] secret consists of commas only", _keys("Webhook", "secret")
 
 
 def _auto_config(draft: Draft) -> Iterator[Sentence]:

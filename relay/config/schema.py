@@ -322,16 +322,22 @@ class Events:
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """`[Webhook]`: LaunchDarkly's announcements of changes."""
+    """`[Webhook]`: LaunchDarkly's announcements of changes, at `/webhooks/launchdarkly`."""
 
     secret: Secret = _option(
         "WEBHOOK_SECRET",
         SECRET,
         Secret(""),
-        "Secret of the webhook.",
+        "Secret of the webhook, or several with commas between them; without one there is no such"
+        " route.",
         "a-long-random-text",
-        support=LATER,
     )
+
+    @property
+    def secrets(self) -> tuple[Secret, ...]:
+        """Each secret by itself; any of them may have signed."""
+        parts = (part.strip() for part in self.secret.reveal().split(","))
+        return tuple(Secret(part) for part in parts if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -849,6 +855,13 @@ class EnvironmentConfig:
         "debug",
     )
     proj_key: str = _option("LD_PROJ_KEY_", STRING, "", "Key of its LaunchDarkly project.", "shop")
+    env_key: str = _option(
+        "LD_ENV_KEY_",
+        STRING,
+        "",
+        "Key of the environment within its project, by which webhooks name it.",
+        "production",
+    )
     filter_key: str = _option(
         "", STRING, "", "Key of a payload filter of its project.", "microservice-1", support=REFUSED
     )

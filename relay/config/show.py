@@ -14,7 +14,16 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from relay.config.rules import ENVIRONMENT, FILTERS
-from relay.config.schema import NAMED_SECTIONS, SECTIONS, Config, Option, Redis, Support, options
+from relay.config.schema import (
+    NAMED_SECTIONS,
+    SECTIONS,
+    Config,
+    Option,
+    Redis,
+    Support,
+    Webhook,
+    options,
+)
 from relay.config.values import BOOLEAN, COUNT, DURATION, HTTP_URI, SECRET, URI
 from relay.model.credential import masked, masked_url
 
@@ -105,6 +114,8 @@ def secrets(config: Config) -> tuple[str, ...]:
             value = getattr(values, option.attribute)
             if option.kind is SECRET and value:
                 found.append(value.reveal())
+                if isinstance(values, Webhook):
+                    found += (secret.reveal() for secret in values.secrets)
             elif option.kind in (URI, HTTP_URI) and value:
                 found += _url_secrets(value)
     return tuple(dict.fromkeys(found))

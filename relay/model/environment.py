@@ -17,6 +17,7 @@ class EnvironmentSpec:
         mobile_key: opens it for mobile SDKs.
         environment_id: opens it for client-side SDKs; sent as `X-LD-EnvId`.
         project_key: the LaunchDarkly project, where the configuration names it.
+        environment_key: its key within that project, where the configuration names it.
         secure_mode: client-side requests must carry a hash of the context.
         eval_streams: client-side streams carry evaluated flags instead of pings.
         ttl: seconds for which polled answers may be cached; 0 for none.
@@ -31,6 +32,7 @@ class EnvironmentSpec:
     mobile_key: MobileKey | None = None
     environment_id: EnvironmentID | None = None
     project_key: str = ""
+    environment_key: str = ""
     secure_mode: bool = False
     eval_streams: bool = False
     ttl: float = 0.0

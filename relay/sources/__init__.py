@@ -50,3 +50,12 @@ class DataSource(Protocol):
 
     def refresh(self) -> None:
         """Ask upstream soon for all data once more, also if nothing seems to have changed."""
+
+    def look(self, *, doubt: bool = False) -> None:
+        """See soon whether upstream has news: somebody says so, but its caches may lag behind.
+
+        What comes of it is never older than what came before.
+
+        Args:
+            doubt: the news should have come long ago.
+        """

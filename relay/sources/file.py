@@ -43,6 +43,11 @@ class File:
         """Read the file now."""
         self._again.set()
 
+    def look(self, *, doubt: bool = False) -> None:
+        """Read the file now."""
+        del doubt  # what a file holds is never late
+        self._again.set()
+
     async def updates(self) -> AsyncGenerator[Update, None]:
         """Yield all data when the file has changed, and how it stands, until cancelled."""
         seen: Mark | str | None = "nothing yet"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import deque
 from collections.abc import AsyncGenerator
 
 from relay.errors import InvalidData, UpstreamRefused, UpstreamUnavailable
 from relay.model.credential import SDKKey
+from relay.model.item import Kind
+from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
 from relay.sources import Current, Update
 from relay.sources.retry import Schedule, Times
@@ -18,6 +21,9 @@ from relay.upstream import Upstream, read_body
 
 _STATUSES = frozenset({200, 304})
 _NOT_MODIFIED = 304
+
+PAST = 32
+"""ETags of earlier data that are remembered: what lags behind by more is told by its versions."""
 
 
 class Polling:
@@ -43,10 +49,25 @@ class Polling:
         self._times = times
         self._again = asyncio.Event()
         self._etag = ""
+        self._hinted = False
+        """Whether the next poll is for a hint, and may meet a cache that lags behind."""
+        self._past: deque[str] = deque(maxlen=PAST)
+        """ETags of the data before."""
+        self._versions: dict[tuple[Kind, str], int] = {}
+        """Of the data that were delivered last."""
 
     def refresh(self) -> None:
         """Ask for everything now."""
         self._etag = ""
+        self._again.set()
+
+    def look(self, *, doubt: bool = False) -> None:
+        """Poll now, and take an answer only if it is no older than the one before.
+
+        The regular poll takes whatever upstream has: there may be reasons to go back.
+        """
+        del doubt  # asking again is all that can be done
+        self._hinted = True
         self._again.set()
 
     async def updates(self) -> AsyncGenerator[Update, None]:
@@ -57,7 +78,8 @@ class Polling:
             self._again.clear()
             delay = self._times.poll_interval
             try:
-                update = await self._poll()
+                hinted, self._hinted = self._hinted, False
+                update = await self._poll(hinted=hinted)
                 schedule.succeeded(time.monotonic())
             except (UpstreamUnavailable, InvalidData) as e:
                 refused = isinstance(e, UpstreamRefused)
@@ -67,7 +89,7 @@ class Polling:
             yield update
             await pause(self._again, delay)
 
-    async def _poll(self) -> Update:
+    async def _poll(self, *, hinted: bool) -> Update:
         asked_with = self._etag
         async with self._upstream.get(
             self._url,
@@ -82,6 +104,22 @@ class Polling:
             async with asyncio.timeout(self._times.poll_timeout):
                 body = await read_body(response)
             changes = fdv1.parse_all(body)
+            etag = response.headers.get("ETag", "")
+            if hinted and self._is_older(changes, etag):
+                return Current()  # what was delivered is newer than this
+            if asked_with and asked_with != etag:
+                self._past.append(asked_with)
+            if etag in self._past:  # upstream has gone back
+                self._past.remove(etag)
+            self._versions = {(item.kind, item.key): item.version for item in changes.items}
             if self._etag == asked_with and not self._again.is_set():
-                self._etag = response.headers.get("ETag", "")
+                self._etag = etag
             return changes
+
+    def _is_older(self, changes: ChangeSet, etag: str) -> bool:
+        if etag and etag in self._past:
+            return True
+        return any(
+            item.version < self._versions.get((item.kind, item.key), item.version)
+            for item in changes.items
+        )

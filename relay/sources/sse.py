@@ -52,6 +52,13 @@ class EventStream:
         if self._response is not None:
             self._response.close()
 
+    def look(self, *, doubt: bool = False) -> None:
+        """Connect now if there is no connection; else news come by themselves, unless in doubt."""
+        if self._response is None:
+            self._again.set()
+        elif doubt:
+            self.refresh()
+
     async def updates(self) -> AsyncGenerator[Update, None]:
         """Yield what the stream brings, and how it stands, until cancelled."""
         schedule = Schedule(self._times)

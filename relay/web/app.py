@@ -44,6 +44,8 @@ from relay.web.polling import Polling
 from relay.web.posting import BROWSERS, ROUTES
 from relay.web.streams import STREAMS, ClientStreams, StreamResponse
 from relay.web.traffic import RequestLog, Series, Traffic
+from relay.web.webhooks import PATH as WEBHOOK
+from relay.web.webhooks import Webhooks
 
 GET, REPORT, POST = ("GET",), ("REPORT",), ("POST",)
 GET_, REPORT_ = ("GET", "OPTIONS"), ("REPORT", "OPTIONS")
@@ -125,6 +127,7 @@ def make_app(
     polling: Polling,
     traffic: Traffic,
     events: Events | None = None,
+    webhooks: Webhooks | None = None,
     *,
     evaluation: Evaluation | None = None,
     goals: Goals | None = None,
@@ -136,6 +139,7 @@ def make_app(
         polling: answers polls; the front door has the same.
         traffic: counts requests; the front door has the same.
         events: takes events; None if they are off.
+        webhooks: takes webhooks; None if they are off.
         evaluation: evaluates flags; the front door has the same.
         goals: gives goals; None where there are none.
     """
@@ -165,6 +169,7 @@ def make_app(
         routes=[
             *(Route(path, endpoint, methods=methods) for path, methods, endpoint in endpoints),
             *(Route(path, _page(answer), methods=GET) for path, answer in pages),
+            *([Route(WEBHOOK, webhooks, methods=POST)] if webhooks else []),
         ],
         middleware=[
             *([Middleware(RequestLog)] if traffic.logs else []),

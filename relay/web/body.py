@@ -115,11 +115,12 @@ class Body:
     Args:
         request: its own.
         room: for it.
+        raw: read it as it is on the wire, compressed or not.
     """
 
-    def __init__(self, request: Request, room: Room) -> None:
+    def __init__(self, request: Request, room: Room, *, raw: bool = False) -> None:
         self._receive: Receive = request.receive
-        self._compressed = b"gzip" in header(request, "content-encoding").lower()
+        self._compressed = not raw and b"gzip" in header(request, "content-encoding").lower()
         self._room = room
         self._held = 0
         self._start = b""

@@ -488,3 +488,35 @@ def test_a_file_and_the_equivalent_variables_give_the_same(
         from_file = outcome(path.name, False, False, {})
     from_variables = outcome("", True, False, variables)
     assert from_file == from_variables
+
+
+@pytest.mark.parametrize(
+    ("variables", "keys"),
+    [
+        ({"LD_ENV_x": "sdk-1", "LD_ENV_KEY_x": "production"}, {"x": "production"}),
+        ({"LD_ENV_KEY_x": "sdk-1"}, {"KEY_x": ""}),
+        ({"LD_ENV_KEY_x": "sdk-1", "LD_ENV_KEY_KEY_x": "test"}, {"KEY_x": "test"}),
+        ({"LD_ENV_x": "sdk-1", "LD_ENV_KEY_": "sdk-2", "LD_ENV_": "sdk-3"}, {"x": "", "": "sdk-2"}),
+    ],
+)
+def test_the_key_of_an_environment_is_told_from_an_sdk_key(variables, keys):
+    """`LD_ENV_KEY_x` belongs to "x" if there is one, and makes an environment if there is none."""
+    config = load("", from_env=True, allow_missing_file=False, environ=variables)
+    assert {each.name: each.env_key for each in config.environments} == keys
+
+
+def test_an_environment_key_alone_is_suspicious():
+    """Its SDK key may have been forgotten."""
+    environ = {"LD_ENV_KEY_x": "production"}
+    config = load("", from_env=True, allow_missing_file=False, environ=environ)
+    text = 'LD_ENV_KEY_x makes an environment "KEY_x"; it is the option envKey only beside LD_ENV_x'
+    assert text in config.warnings
+
+
+def test_several_webhook_secrets_may_be_given():
+    """With commas between them; commas alone are none."""
+    environ = {"WEBHOOK_SECRET": "one, two,"}
+    config = load("", from_env=True, allow_missing_file=False, environ=environ)
+    assert [secret.reveal() for secret in config.webhook.secrets] == ["one", "two"]
+    with pytest.raises(ConfigError, match="consists of commas only"):
+        load("", from_env=True, allow_missing_file=False, environ={"WEBHOOK_SECRET": ", ,"})

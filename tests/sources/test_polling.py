@@ -76,6 +76,29 @@ async def test_a_fault_interrupts_and_passes(server, fault):
         assert (await anext(updates)).full
 
 
+async def test_a_hint_is_a_poll_now_that_brings_nothing_older(server):
+    """Neither lower versions, nor a state that upstream had before; a regular poll may go back."""
+    first, second = all_data(flag()), all_data(flag(), flag("added"))
+    lower = all_data(flag(version=0), flag("added"), flag("other"))
+    server.serve(KEY, first)
+    times = Times(poll_interval=3600)
+    async with Upstream() as session, asyncio.timeout(20):
+        source = Polling(session, server.url, SDKKey(KEY), times)
+        updates = source.updates()
+        assert (await anext(updates)).full
+        server.serve(KEY, second)
+        source.look()
+        assert len((await anext(updates)).items) == 2
+        for old in (first, lower):
+            server.serve(KEY, old)
+            source.look()
+            assert await anext(updates) == Current()
+        server.serve(KEY, lower)
+        source.refresh()
+        assert len((await anext(updates)).items) == 3
+        await updates.aclose()
+
+
 async def test_a_body_without_end_is_given_up(server, monkeypatch):
     """Memory is bounded."""
     monkeypatch.setattr("relay.upstream.read_body.__defaults__", (1000,), raising=False)

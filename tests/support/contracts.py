@@ -18,6 +18,8 @@ class ScriptedSource:
         self.running = asyncio.Semaphore(0)
         """Released each time that somebody begins to listen."""
         self.refreshed = 0
+        self.looked: list[bool] = []
+        """Hints that came, each with its doubt."""
         self.ended = 0
 
     async def give(self, *updates: Update | Exception) -> None:
@@ -42,6 +44,9 @@ class ScriptedSource:
 
     def refresh(self) -> None:
         self.refreshed += 1
+
+    def look(self, *, doubt: bool = False) -> None:
+        self.looked.append(doubt)
 
 
 class RecordingHub:

@@ -1,0 +1,121 @@
+"""The command line: `python -m bench.cold_start`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+from bench.cold_start.burst import SDKS, standing_ready
+from bench.cold_start.plot import svg
+from bench.cold_start.results import WAYS, Burst, Results, Scene, judged, markdown
+from bench.cold_start.ways import DATASETS, Way, await_events, ways
+from bench.machine import LOAD_CORE, allow_many_files, pinned
+from bench.measures import SILENCE_SECONDS
+from bench.servers import OWN_COMMAND
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what the command line asks for, and print the tables.
+
+    Returns:
+        The exit code: 1 when something could not be measured.
+    """
+    options = _parser().parse_args(arguments)
+    allow_many_files()
+    results = Results()
+    failures = 0
+    chosen = [way for way in ways(options.relay, options.peer) if _chosen(way, options.way)]
+    with pinned(LOAD_CORE):
+        for scene in map(Scene._make, product(options.sdk, options.flags, options.n)):
+            for number in range(1, options.rounds + 1):
+                for way in chosen:
+                    try:
+                        burst = measure(scene, way)
+                    except (OSError, RuntimeError) as error:
+                        notes = "\n".join(getattr(error, "__notes__", ()))
+                        print(f"{scene}: {way.name}: failed: {error}\n{notes}", file=sys.stderr)
+                        failures += 1
+                        continue
+                    results.add(scene, way.name, burst)
+                    told = f"{scene} {number}/{options.rounds} {way.name}"
+                    print(f"{told}: {_shown(burst)}", file=sys.stderr, flush=True)
+    print(markdown(results))
+    if options.json:
+        Path(options.json).write_text(json.dumps(results.as_json(), indent=1))
+    if options.plot:
+        Path(options.plot).write_text(svg(results))
+    return 1 if failures else 0
+
+
+def measure(scene: Scene, way: Way) -> Burst:
+    """One burst with a place of its own."""
+    with way.open(DATASETS[scene.flags]) as place:
+        relay, upstream = place.relay, place.upstream
+        with standing_ready(scene.sdk, place.setup, scene.processes) as release:
+            asked = upstream.asked()
+            cpu = relay.cpu_seconds() if relay else float("nan")
+            runs = release()
+            asked = upstream.asked() - asked
+        sent = sum(run.closed for run in runs)
+        events = await_events(upstream, sent, SILENCE_SECONDS)
+        cpu = relay.cpu_seconds() - cpu if relay else cpu
+        return judged(runs, scene.processes, asked, events, cpu)
+
+
+def _shown(burst: Burst) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in burst._asdict().items())
+
+
+def _chosen(way: Way, prefixes: Sequence[str]) -> bool:
+    return not prefixes or any(way.name.startswith(prefix) for prefix in prefixes)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.cold_start", description=__doc__)
+    parser.add_argument(
+        "--peer", metavar="CMD", default="", help="command line of a relay to compare with"
+    )
+    parser.add_argument(
+        "--relay", metavar="CMD", default=OWN_COMMAND, help="ours (default: %(default)s)"
+    )
+    parser.add_argument("--n", type=_numbers, default=[1, 50, 200], help="processes: 1,50,200")
+    parser.add_argument("--flags", type=_flags, default=[10, 1000], help="flags: 10,1000")
+    parser.add_argument("--sdk", type=_sdks, default=list(SDKS), help="SDKs: python,node")
+    parser.add_argument(
+        "--way",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="only ways whose name begins so; may be repeated: " + "; ".join(WAYS),
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--plot", metavar="FILE", help="draw the times there, as SVG")
+    parser.add_argument("--json", metavar="FILE", help="write every round's figures there")
+    return parser
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [int(each) for each in text.split(",")]
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError("not a number of processes")
+    return numbers
+
+
+def _flags(text: str) -> list[int]:
+    numbers = [int(each) for each in text.split(",")]
+    if not DATASETS.keys() >= set(numbers):
+        raise argparse.ArgumentTypeError(f"there are {sorted(DATASETS)}")
+    return numbers
+
+
+def _sdks(text: str) -> list[str]:
+    names = text.split(",")
+    if not set(SDKS) >= set(names):
+        raise argparse.ArgumentTypeError(f"there are {SDKS}")
+    return names
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

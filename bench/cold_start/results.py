@@ -1,0 +1,203 @@
+"""What bursts gave, the table that shows it, and what it shall reach."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import isnan
+from statistics import median
+from typing import NamedTuple
+
+from bench.cold_start.burst import Run
+from bench.cold_start.ways import (
+    DAEMON,
+    DIRECT_POLL,
+    DIRECT_STREAM,
+    PEER_STREAM,
+    RELAY_POLL,
+    RELAY_STREAM,
+)
+from bench.polls import quantile_ms
+
+WAYS = (DIRECT_STREAM, DIRECT_POLL, PEER_STREAM, RELAY_STREAM, RELAY_POLL, DAEMON)
+"""In the order of the table."""
+CPU_SHARE = 0.2
+"""Of the reference's CPU time Relay shall need no more."""
+
+
+class Scene(NamedTuple):
+    """What happens, whatever the way."""
+
+    sdk: str
+    flags: int
+    processes: int
+
+    def __str__(self) -> str:
+        return f"{self.sdk}, {self.processes} × {self.flags} flags"
+
+
+class Burst(NamedTuple):
+    """What one burst gave."""
+
+    p50_ms: float
+    """Median time from an SDK's construction to the first flag's value."""
+    p99_ms: float
+    alone_p50_ms: float
+    """The same without the time in which a process waited for a core: on this machine they share
+    one, functions do not."""
+    alone_p99_ms: float
+    total_p99_ms: float
+    """Until `close` had returned."""
+    errors: int
+    """Processes without the flag's value, and those whose `close` failed or that said nothing."""
+    asked: int
+    """Requests for flags that arrived at LaunchDarkly."""
+    events: int
+    """Distinct events that arrived there."""
+    sent: int
+    """Those whose sender's `close` had returned."""
+    cpu: float
+    """CPU seconds of the relay until the last event had arrived; NaN without a relay."""
+
+
+TIMES = 5
+"""The first so many members of a burst are times."""
+
+
+def judged(runs: Sequence[Run], count: int, asked: int, events: int, cpu: float) -> Burst:
+    """Sum up a burst of `count` processes."""
+    first = [run.first for run in runs if not run.error]
+    alone = [max(run.first - run.queued, run.cpu) for run in runs if not run.error]
+    total = [run.total for run in runs if run.closed]
+    return Burst(
+        p50_ms=quantile_ms(first, 0.5),
+        p99_ms=quantile_ms(first, 0.99),
+        alone_p50_ms=quantile_ms(alone, 0.5),
+        alone_p99_ms=quantile_ms(alone, 0.99),
+        total_p99_ms=quantile_ms(total, 0.99),
+        errors=count - sum(run.closed and not run.error for run in runs),
+        asked=asked,
+        events=events,
+        sent=len(total),
+        cpu=cpu,
+    )
+
+
+@dataclass
+class Results:
+    """All rounds of all bursts."""
+
+    rounds: dict[tuple[Scene, str], list[Burst]] = field(default_factory=dict)
+
+    def add(self, scene: Scene, way: str, burst: Burst) -> None:
+        """Keep what one round gave."""
+        self.rounds.setdefault((scene, way), []).append(burst)
+
+    def scenes(self) -> list[Scene]:
+        """Those that were measured, in their order."""
+        return list(dict.fromkeys(scene for scene, _ in self.rounds))
+
+    def middle(self, scene: Scene, way: str) -> Burst | None:
+        """Times as medians of the rounds, and what is counted as sums."""
+        bursts = self.rounds.get((scene, way))
+        if not bursts:
+            return None
+        columns = Burst(*map(list, zip(*bursts, strict=True)))
+        return Burst(
+            *(median(times) for times in columns[:TIMES]),
+            *(sum(counts) for counts in columns[TIMES:-1]),
+            median(columns.cpu),
+        )
+
+    def as_json(self) -> list[dict[str, object]]:
+        """All rounds."""
+        return [
+            {**scene._asdict(), "way": way, **burst._asdict()}
+            for (scene, way), bursts in self.rounds.items()
+            for burst in bursts
+        ]
+
+
+def markdown(results: Results) -> str:
+    """The bursts, then the goals."""
+    head = ["SDK", "flags", "processes", "way", "p50 ms", "p99 ms"]
+    head += ["own core p50 ms", "own core p99 ms", "closed p99 ms"]
+    head += ["errors", "flag requests", "events", "relay CPU s"]
+    rows = [
+        _cells(scene, way, burst)
+        for scene in results.scenes()
+        for way in WAYS
+        if (burst := results.middle(scene, way))
+    ]
+    goals = [[goal, worst, "yes" if met else "**no**"] for goal, worst, met in verdicts(results)]
+    tables = [(head, rows), (["goal", "measured", "met?"], goals)]
+    return "\n\n".join(_table(names, cells) for names, cells in tables if cells)
+
+
+def _cells(scene: Scene, way: str, burst: Burst) -> list[str]:
+    times = [f"{each:,.0f}" if each >= 10 else f"{each:.2g}" for each in burst[:TIMES]]
+    cpu = f"{burst.cpu:.2f}" if not isnan(burst.cpu) else "–"
+    events = f"{burst.events} of {burst.sent}"
+    counts = [str(burst.errors), str(burst.asked), events, cpu]
+    return [scene.sdk, f"{scene.flags}", f"{scene.processes}", way, *times, *counts]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+class Verdict(NamedTuple):
+    """A goal, what of all that was measured comes nearest to missing it, and whether it is met."""
+
+    goal: str
+    worst: str
+    met: bool
+
+
+def verdicts(results: Results) -> Iterator[Verdict]:
+    """Judge what was measured; what was not is left out."""
+    others = {
+        RELAY_STREAM: (PEER_STREAM, DIRECT_STREAM),
+        RELAY_POLL: (PEER_STREAM, DIRECT_POLL),
+    }
+    for way, compared in others.items():
+        for other in compared:
+            yield from _faster(results, way, other)
+    yield from _less_cpu(results)
+    relayed = [
+        (scene, way, burst)
+        for scene in results.scenes()
+        for way in others
+        if (burst := results.middle(scene, way))
+    ]
+    if relayed:
+        asked = sum(burst.asked for _, _, burst in relayed)
+        yield Verdict("Relay: requests for flags upstream during bursts: 0", str(asked), asked == 0)
+        lost = sum(max(0, burst.sent - burst.events) for _, _, burst in relayed)
+        sent = sum(burst.sent for _, _, burst in relayed)
+        goal = "Relay: events lost whose `close` had returned: 0"
+        yield Verdict(goal, f"{lost} of {sent}", lost == 0)
+        errors = sum(burst.errors for _, _, burst in relayed)
+        yield Verdict("Relay: processes that failed: 0", str(errors), errors == 0)
+
+
+def _faster(results: Results, way: str, other: str) -> Iterator[Verdict]:
+    ratios = [
+        (ours.alone_p99_ms / theirs.alone_p99_ms, scene)
+        for scene in results.scenes()
+        if (ours := results.middle(scene, way)) and (theirs := results.middle(scene, other))
+    ]
+    if ratios:
+        ratio, scene = max(ratios)
+        yield Verdict(f"{way}: p99 on an own core < {other}", f"{ratio:.2f}× ({scene})", ratio < 1)
+
+
+def _less_cpu(results: Results) -> Iterator[Verdict]:
+    """Judge the largest burst of each SDK: in small ones the clock's ticks are too coarse."""
+    largest = {scene.sdk: scene for scene in sorted(results.scenes(), key=lambda s: s[1:])}
+    for scene in largest.values():
+        for way in (RELAY_STREAM, RELAY_POLL):
+            ours, theirs = results.middle(scene, way), results.middle(scene, PEER_STREAM)
+            if ours and theirs and theirs.cpu:
+                ratio = ours.cpu / theirs.cpu
+                goal = f"{way}: CPU ≤ {CPU_SHARE}× reference, {scene}"
+                yield Verdict(goal, f"{ratio:.2f}×", ratio <= CPU_SHARE)

@@ -1,0 +1,1 @@
+"""Relay's parts that run as AWS Lambda functions."""
