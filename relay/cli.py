@@ -331,6 +331,7 @@ def _site(config: Config) -> Site:
     from relay.web.goals import Goals  # noqa: PLC0415
     from relay.web.polling import Polling  # noqa: PLC0415
     from relay.web.posting import Posts  # noqa: PLC0415
+    from relay.web.questions import Questions  # noqa: PLC0415
     from relay.web.traffic import Traffic  # noqa: PLC0415
     from relay.web.usage import Usage  # noqa: PLC0415
     from relay.web.webhooks import Webhooks  # noqa: PLC0415
@@ -350,5 +351,5 @@ def _site(config: Config) -> Site:
     beside = [Usage(relay.environments, traffic, relay.events.accept).run] if relay.events else []
     if webhooks:
         beside.append(webhooks.run)
-    posts = Posts(relay, events, traffic)
-    return Site(relay, app, polling, traffic, exporter, beside, posts)
+    posts, questions = Posts(relay, events, traffic), Questions(relay, evaluation, traffic)
+    return Site(relay, app, polling, traffic, exporter, beside, posts, questions)

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 from relay.config.schema import Config
 from relay.errors import ConfigError, RelayError
 from relay.relay import Relay
-from relay.web.frontdoor import Door, DoorLimits, Poll, front_door
+from relay.web.frontdoor import Door, DoorLimits, Poll, Questions, front_door
 from relay.web.posting import Posts
 from relay.web.traffic import Traffic
 
@@ -340,6 +340,7 @@ class Site:
     beside: Sequence[Callable[[], Coroutine[object, object, None]]] = ()
     """What runs as long as the server does."""
     posts: Posts | None = None
+    questions: Questions | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,7 +389,9 @@ async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
     # uvicorn warns of each malformed request: traffic that hostile clients could fill a disk with.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     relay = site.relay
-    door = Door(relay, site.poll, options.limits, site.traffic, site.posts)
+    door = Door(
+        relay, site.poll, options.limits, site.traffic, site.posts, questions=site.questions
+    )
     server = make_server(relay, site.app, options, door)
     async with relay.upstream, asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(run()) for run in (relay.run, *site.beside)]

@@ -47,6 +47,7 @@ JOINED_BODY = 16 * 1024
 """Bodies up to this many bytes are joined with their head once a second: one write, one copy."""
 
 _VERSIONS = ("1.1", "1.0")
+_EVALUATED = b"/sdk/evalx/"
 _END = b"\r\n\r\n"
 _ODD_HEADERS = frozenset((b"expect", b"upgrade"))
 _BODY_HEADERS = _ODD_HEADERS | {b"content-length", b"transfer-encoding"}
@@ -75,6 +76,13 @@ class Poll(Protocol):
         self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
     ) -> Answer | None:
         """Return the prepared answer; None if the path is no poll, or there is none yet."""
+
+
+class Questions(Protocol):
+    """Answers contexts that ask for their flags; `relay.web.questions` does."""
+
+    def answer(self, url: bytes, headers: Mapping[bytes, bytes], /) -> tuple[Answer, Count] | None:
+        """Return the answer to a GET and what counts it; None if it is the application's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +136,7 @@ class Door:
         limits: what a connection may cost.
         traffic: counts requests; the application has the same.
         posts: takes posts of events; None leaves them to the application.
+        questions: answers contexts that ask for flags; None leaves them to the application.
     """
 
     def __init__(
@@ -137,10 +146,13 @@ class Door:
         limits: DoorLimits | None = None,
         traffic: Traffic | None = None,
         posts: Posts | None = None,
+        *,
+        questions: Questions | None = None,
     ) -> None:
         self.relay = relay
         self.poll = poll
         self.posts = posts
+        self.questions = questions
         self.limits = limits or DoorLimits()
         self.traffic = traffic or Traffic()
         self.date = b"\r\n"
@@ -317,6 +329,26 @@ class FrontDoor(HttpToolsProtocol):
         self._stream = environment, stream
         return True
 
+    def _answer_sdk(self, headers: Mapping[bytes, bytes]) -> bool:
+        if self.url.startswith(_EVALUATED):
+            return self._answer_question(headers)
+        return self._answer_poll(headers)
+
+    def _answer_question(self, headers: Mapping[bytes, bytes]) -> bool:
+        """Answer a context that asks for its flags."""
+        questions, logs = self._door.questions, self._door.traffic.logs
+        if questions is None or logs or not self._whole or not _BODY_HEADERS.isdisjoint(headers):
+            return False
+        answered = questions.answer(self.url, headers)
+        if answered is None:
+            return False
+        answer, count = answered
+        self._unset_keepalive_if_required()
+        self.server_state.total_requests += 1
+        count.value += 1
+        self.transport.writelines((answer.head, self._door.date, answer.body))
+        return True
+
     def _take_post(self, headers: Mapping[bytes, bytes]) -> bool:
         """Begin to receive a post of events: one at a time, as it is answered after a while."""
         posts, logs = self._door.posts, self._door.traffic.logs
@@ -473,7 +505,8 @@ class FrontDoor(HttpToolsProtocol):
     _ANSWERS: ClassVar[Mapping[tuple[bytes, bytes], _Take]] = {
         (b"GET", b"all"): _take_stream,
         (b"GET", b"flags"): _take_stream,
-        (b"GET", b"sdk"): _answer_poll,
+        (b"GET", b"sdk"): _answer_sdk,
+        (b"GET", b"msdk"): _answer_question,
         (b"POST", b"bulk"): _take_post,
         (b"POST", b"diagnostic"): _take_post,
         (b"POST", b"events"): _take_post,

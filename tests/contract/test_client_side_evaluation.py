@@ -25,6 +25,7 @@ from relay.web.evaluation import Evaluation
 from relay.web.events import Events
 from relay.web.goals import Goals
 from relay.web.polling import Polling
+from relay.web.questions import Questions
 from relay.web.traffic import Traffic
 from tests.support import data
 from tests.support.clients import client
@@ -81,10 +82,11 @@ async def serving(
         polling,
         traffic,
         Events(relay.events),
-        evaluation=Evaluation(config.main.max_client_request_body_size),
+        evaluation=(evaluation := Evaluation(config.main.max_client_request_body_size)),
         goals=Goals(relay.fetch, config.main.client_side_base_uri),
     )
-    site = Site(relay, app, polling, traffic)
+    questions = Questions(relay, evaluation, traffic)
+    site = Site(relay, app, polling, traffic, questions=questions)
     async with serving_site(site, ServerOptions(0, drain=2), front=front) as port:
         delivering = asyncio.create_task(relay.events.run())
         await until(lambda: all(e.payload is not None for e in relay.environments.values()))

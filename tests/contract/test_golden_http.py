@@ -34,8 +34,10 @@ from relay.server import ServerOptions, Site
 from relay.stores import Stored, StoreState, StoreStatus
 from relay.web.app import make_app
 from relay.web.cors import ALLOWED_HEADERS
+from relay.web.evaluation import Evaluation
 from relay.web.goals import Goals
 from relay.web.polling import MIN_COMPRESSED, Polling
+from relay.web.questions import Questions
 from relay.web.traffic import Traffic
 from tests.support.contracts import MemoryCopy
 from tests.support.serving import Address, Reply, ask, serving_site, until
@@ -561,7 +563,10 @@ async def relay_in(setup: str, *, front: bool) -> AsyncGenerator[Address, None]:
             prepare(setup, upstream, environment)
         polling, traffic = Polling(), Traffic()
         goals = Goals(relay.fetch, upstream.url)
-        site = Site(relay, make_app(relay, polling, traffic, goals=goals), polling, traffic)
+        evaluation = Evaluation()
+        app = make_app(relay, polling, traffic, evaluation=evaluation, goals=goals)
+        questions = Questions(relay, evaluation, traffic)
+        site = Site(relay, app, polling, traffic, questions=questions)
         async with serving_site(site, ServerOptions(0, drain=2), front=front) as port:
             await reach(setup, upstream, relay)
             yield Address(port)

@@ -23,10 +23,12 @@ from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
 from relay.server import Certificate, ServerOptions, Site, listen, make_server
 from relay.web.app import make_app
+from relay.web.evaluation import Evaluation
 from relay.web.events import Events
 from relay.web.frontdoor import Door, DoorLimits, Poll
 from relay.web.polling import Polling
 from relay.web.posting import Posts
+from relay.web.questions import Questions
 from relay.web.traffic import Traffic
 from tests.support.contracts import ScriptedSource
 
@@ -56,10 +58,13 @@ class Served:
         self.relay = Relay([self.environment], 0)
         self.polling, self.traffic = Polling(), Traffic()
         self.events = Events()
+        self.evaluation = Evaluation()
+        self.questions = Questions(self.relay, self.evaluation, self.traffic)
 
     def app(self) -> ASGIApp:
         """The application, as it is behind the front door."""
-        return make_app(self.relay, self.polling, self.traffic, self.events)
+        given = self.relay, self.polling, self.traffic, self.events
+        return make_app(*given, evaluation=self.evaluation)
 
 
 @dataclass
@@ -107,7 +112,12 @@ async def serving(
     if app is None:
         posts = Posts(served.relay, served.events, served.traffic)
     site = Site(
-        served.relay, app or served.app(), poll or served.polling, served.traffic, posts=posts
+        served.relay,
+        app or served.app(),
+        poll or served.polling,
+        served.traffic,
+        posts=posts,
+        questions=served.questions if app is None else None,
     )
     async with serving_site(site, options, front=front) as port:
         async with asyncio.timeout(5):
@@ -121,7 +131,7 @@ async def serving_site(
 ) -> AsyncGenerator[int, None]:
     """Serve any relay until left; the port is given."""
     given = site.poll, options.limits, site.traffic, site.posts
-    door = Door(site.relay, *given) if front else None
+    door = Door(site.relay, *given, questions=site.questions) if front else None
     listener = listen(0)
     server = make_server(site.relay, site.app, options, door)
     async with site.relay.upstream:
