@@ -24,9 +24,10 @@ from relay.hub import Wire
 from relay.model.count import Count
 from relay.model.payload import Payload
 from relay.relay import Relay
+from relay.web.answers import Headers
 from relay.web.polling import template
 from relay.web.posting import Posts, Receiving
-from relay.web.streams import STREAMS, stream_headers
+from relay.web.streams import STREAMS, Opening, client_opening, stream_headers
 from relay.web.traffic import LoggedWire, Series, Traffic, note, request_line, shown
 
 USED_OF_UVICORN = (
@@ -218,7 +219,7 @@ class FrontDoor(HttpToolsProtocol):
         """The bytes that the parser is fed with, if they are exactly one request head."""
         self._answered = False
         """Whether the request that is being read needs no application."""
-        self._stream: tuple[Environment, str] | None = None
+        self._stream: Opening | None = None
         self._post: Receiving | None = None
         """What is being received or kept."""
 
@@ -242,7 +243,7 @@ class FrontDoor(HttpToolsProtocol):
         super().data_received(data)
         self._whole = b""
         if self._stream is not None:
-            self._hand_over(*self._stream)
+            self._hand_over(self._stream)
         elif self._reads_head and self._head_size > self._door.limits.max_head_size:
             self._refuse_head()
 
@@ -324,9 +325,20 @@ class FrontDoor(HttpToolsProtocol):
         environment, stream = self._opened(headers), STREAMS.get(self.url)
         if environment is None or stream is None:
             return False
+        given = stream_headers(environment)
+        return self._open(Opening(environment, stream, given, self._series(environment)))
+
+    def _take_client_stream(self, headers: Mapping[bytes, bytes]) -> bool:
+        traffic = self._door.traffic
+        if traffic.logs or not self._whole or not _BODY_HEADERS.isdisjoint(headers):
+            return False
+        opening = client_opening(self._door.relay, traffic, self.url, headers)
+        return opening is not None and self._open(opening)
+
+    def _open(self, opening: Opening) -> bool:
         if self.transport.get_write_buffer_size() or self._door.relay.stopping:
             return False
-        self._stream = environment, stream
+        self._stream = opening
         return True
 
     def _answer_sdk(self, headers: Mapping[bytes, bytes]) -> bool:
@@ -444,24 +456,24 @@ class FrontDoor(HttpToolsProtocol):
             note(prepared.line)
         self.transport.writelines(prepared.written(self._door.date))
 
-    def _hand_over(self, environment: Environment, stream: str) -> None:
+    def _hand_over(self, opening: Opening) -> None:
         """Give the connection to the hub, and leave nothing of this object behind."""
         self._unset_keepalive_if_required()
         self.server_state.total_requests += 1
         self.connections.discard(self)
-        count = self._count_stream(environment)
+        count = self._count_stream(opening.series)
         wire: Wire = self.transport
-        head = _stream_head(environment, self._door.date)
+        head = _stream_head(opening.headers, self._door.date)
         if self._door.traffic.logs:
             note(self._line(200, None))
             self.transport.write(head)
             wire, head = LoggedWire(self.transport, self._shown, self._authorization), b""
         vars(self).clear()
-        environment.hub.subscribe(stream, wire, head, count)
+        opening.environment.hub.subscribe(opening.name, wire, head, count, opening.viewer)
 
-    def _count_stream(self, environment: Environment) -> Count:
+    def _count_stream(self, series: Series) -> Count:
         """Count a new stream; return the count of those that are open."""
-        traffic, series = self._door.traffic, self._series(environment)
+        traffic = self._door.traffic
         traffic.requests[series].value += 1
         traffic.new_streams[series].value += 1
         return traffic.streams[series]
@@ -505,6 +517,10 @@ class FrontDoor(HttpToolsProtocol):
     _ANSWERS: ClassVar[Mapping[tuple[bytes, bytes], _Take]] = {
         (b"GET", b"all"): _take_stream,
         (b"GET", b"flags"): _take_stream,
+        (b"GET", b"eval"): _take_client_stream,
+        (b"GET", b"meval"): _take_client_stream,
+        (b"GET", b"ping"): _take_client_stream,
+        (b"GET", b"mping"): _take_client_stream,
         (b"GET", b"sdk"): _answer_sdk,
         (b"GET", b"msdk"): _answer_question,
         (b"POST", b"bulk"): _take_post,
@@ -524,8 +540,8 @@ def _key(authorization: bytes) -> str:
     return authorization.removeprefix(b"api_key ").decode("latin-1")
 
 
-def _stream_head(environment: Environment, date: bytes) -> bytes:
-    lines = (b"%b: %b\r\n" % header for header in stream_headers(environment))
+def _stream_head(headers: Headers, date: bytes) -> bytes:
+    lines = (b"%b: %b\r\n" % header for header in headers)
     return b"HTTP/1.1 200 OK\r\n" + b"".join(lines) + b"transfer-encoding: chunked\r\n" + date
 
 

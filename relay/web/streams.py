@@ -8,9 +8,11 @@ the same.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,6 +24,7 @@ from relay.evaluation.audience import Audience
 from relay.hub import LAST_CHUNK, unframed
 from relay.model.context import Context
 from relay.model.count import Count
+from relay.relay import Relay
 from relay.web.answers import Answer, Headers, environment_headers, json_error
 from relay.web.body import Refused, Room
 from relay.web.context import check_proof, context_in_body, context_in_path, read_context_body
@@ -122,6 +125,72 @@ def client_stream_headers(environment: Environment, audience: Audience, origin: 
     cors = {name.encode(): value.encode("latin-1") for name, value in given.items()}
     own = [(name, cors.pop(name, value)) for name, value in headers]
     return (*own, *cors.items(), (b"vary", b"Origin"))
+
+
+class Opening(NamedTuple):
+    """A stream that the front door is about to give to the hub."""
+
+    environment: Environment
+    name: str
+    """Of the format or channel."""
+    headers: Headers
+    """Of the response."""
+    series: Series
+    """Under which it is counted."""
+    viewer: Viewer | None = None
+    """For whom it is evaluated; None for shared streams."""
+
+
+def client_opening(
+    relay: Relay, traffic: Traffic, url: bytes, headers: Mapping[bytes, bytes]
+) -> Opening | None:
+    """Return the client-side stream that a plain GET asks for; None if it is the application's.
+
+    Args:
+        relay: whose environments are served.
+        traffic: counts streams.
+        url: as on the wire.
+        headers: of the request, each once.
+    """
+    path, _, query = url.partition(b"?")
+    match = _CLIENT_PATHS.fullmatch(path)
+    if match is None or b"%" in query or b"filter" in query:
+        return None
+    identity, segment = match["ping"] or match["id"], match["mobile"] or match["context"]
+    audience = Audience.BROWSER if identity else Audience.MOBILE
+    if identity:
+        environment = relay.by_environment_id.get(identity.decode())
+    else:
+        key = headers.get(b"authorization", b"").removeprefix(b"api_key ").decode("latin-1")
+        environment = relay.by_mobile_key.get(key)
+    if environment is None:
+        return None
+    stream = client_stream(environment, audience, segment, query) if segment else PING_STREAM
+    if isinstance(stream, Answer):
+        return None
+    route = _CLIENT_ROUTES[audience, bool(segment)]
+    agent = traffic.user_agent(
+        headers.get(b"x-launchdarkly-user-agent", b""), headers.get(b"user-agent", b"")
+    )
+    series = Series(environment.spec.name, route, "GET", _ACCESS[audience].platform, agent)
+    origin = headers.get(b"origin", b"").decode("latin-1")
+    given = client_stream_headers(environment, audience, origin)
+    return Opening(environment, stream.name, given, series, stream.viewer)
+
+
+_CLIENT_PATHS = re.compile(
+    rb"/(?:mping|meval/(?P<mobile>[\w=-]+)|ping/(?P<ping>[\w-]+)"
+    rb"|eval/(?P<id>[\w-]+)/(?P<context>[\w=-]+))"
+)
+"""Of GETs that need no decoding."""
+
+_CLIENT_ROUTES: Mapping[tuple[Audience, bool], str] = {
+    (Audience.MOBILE, False): "/mping",
+    (Audience.MOBILE, True): "/meval/{context}",
+    (Audience.BROWSER, False): "/ping/{envId}",
+    (Audience.BROWSER, True): "/eval/{envId}/{context}",
+}
+"""By whether there is a context."""
 
 
 class ClientStreams:
