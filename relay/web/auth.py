@@ -49,6 +49,21 @@ def for_client(relay: Relay, credential: bytes, payload_filter: str) -> Environm
     return _filtered(environment, payload_filter) or UNKNOWN_CREDENTIAL
 
 
+def by_plain_key(
+    environments: Mapping[str, Environment], headers: Mapping[bytes, bytes]
+) -> Environment | None:
+    """Return the environment that a plain `Authorization` header opens, at the front door.
+
+    None for what is unknown, missing or odd: the application finds it, or the refusal.
+
+    Args:
+        environments: by the kind of key that is wanted.
+        headers: of the request, each once.
+    """
+    given = headers.get(b"authorization", b"")
+    return environments.get(given.removeprefix(_PREFIX).decode("latin-1"))
+
+
 def _by_header(
     environments: Mapping[str, Environment], authorization: bytes, payload_filter: str
 ) -> Environment | Answer:

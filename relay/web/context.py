@@ -29,6 +29,7 @@ NO_CONTEXT = json_error(
 WRONG_TYPE = text(415, "Content-Type must be application/json.")
 TOO_LARGE = json_error(413, "Request body exceeds maximum allowed size.")
 NO_ROOM = json_error(503, "Contexts cannot be accepted at the moment")
+NO_KEY = json_error(400, "User must have a 'key' attribute")
 WRONG_HASH = json_error(400, "Environment is in secure mode, and context hash does not match.")
 
 _STANDARD = bytes.maketrans(b"-_", b"+/")

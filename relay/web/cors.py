@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from relay.model.environment import EnvironmentSpec
+from relay.web.answers import Headers
 
 ALLOWED_HEADERS = (
     *("Cache-Control", "Content-Type", "Content-Length", "Accept-Encoding"),
@@ -15,6 +17,9 @@ ALLOWED_HEADERS = (
 
 MAX_AGE = 300
 """Seconds for which a browser need not ask again."""
+
+MAX_KNOWN = 1024
+"""Pairs of environment and origin whose headers are at hand; each is some hundred bytes."""
 
 
 def cors_headers(
@@ -40,6 +45,23 @@ def cors_headers(
         "access-control-max-age": str(MAX_AGE),
         "access-control-expose-headers": ",".join(exposed),
     }
+
+
+@lru_cache(maxsize=MAX_KNOWN)
+def cors_lines(
+    spec: EnvironmentSpec, origin: bytes, methods: tuple[str, ...], exposed: tuple[str, ...]
+) -> Headers:
+    """Return the same as the front door writes it, and that it depends on the origin.
+
+    Args:
+        spec: the environment.
+        origin: the request header; empty if there is none.
+        methods: of the route.
+        exposed: response headers that scripts may read.
+    """
+    given = cors_headers(spec, origin.decode("latin-1"), methods, exposed)
+    lines = ((name.encode(), value.encode("latin-1")) for name, value in given.items())
+    return (*lines, (b"vary", b"Origin"))
 
 
 def _allowed_origin(spec: EnvironmentSpec | None, origin: str) -> str:

@@ -86,7 +86,7 @@ class Access:
 
     platform: str
     find: Find
-    exposed: Sequence[str] = ()
+    exposed: tuple[str, ...] = ()
     open_preflight: bool = False
 
 

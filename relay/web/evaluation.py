@@ -21,6 +21,7 @@ from relay.model.context import Context
 from relay.web.answers import Answer, environment_headers, json_error
 from relay.web.body import Refused
 from relay.web.context import (
+    NO_KEY,
     check_proof,
     context_in_body,
     context_in_path,
@@ -37,7 +38,6 @@ ENTRY_SIZE = 2 * 1024
 """Bytes that keeping an answer costs beside its bodies."""
 
 NO_DATA = json_error(503, "Service not initialized")
-NO_KEY = json_error(400, "User must have a 'key' attribute")
 
 _NO_SEGMENTS = (b"", b".", b"..")
 """What stands in place of a context when a path is not canonical: the application redirects it."""

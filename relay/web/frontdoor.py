@@ -25,10 +25,11 @@ from relay.model.count import Count
 from relay.model.payload import Payload
 from relay.relay import Relay
 from relay.web.answers import Headers
+from relay.web.auth import by_plain_key
 from relay.web.polling import template
 from relay.web.posting import Posts, Receiving
 from relay.web.streams import STREAMS, Opening, client_opening, stream_headers
-from relay.web.traffic import LoggedWire, Series, Traffic, note, request_line, shown
+from relay.web.traffic import LoggedWire, Series, Traffic, client, note, request_line, shown
 
 USED_OF_UVICORN = (
     *("connections", "cycle", "flow", "headers", "parser", "pipeline", "scope", "transport", "url"),
@@ -319,7 +320,7 @@ class FrontDoor(HttpToolsProtocol):
         """Return the environment of a GET that is all that has come."""
         if not self._whole or not _BODY_HEADERS.isdisjoint(headers):
             return None
-        return self._door.relay.by_sdk_key.get(_key(headers.get(b"authorization", b"")))
+        return by_plain_key(self._door.relay.by_sdk_key, headers)
 
     def _take_stream(self, headers: Mapping[bytes, bytes]) -> bool:
         environment, stream = self._opened(headers), STREAMS.get(self.url)
@@ -430,10 +431,8 @@ class FrontDoor(HttpToolsProtocol):
         return True
 
     def _series(self, environment: Environment) -> Series:
-        route, headers = template(self.url.decode("ascii")), dict(self.headers)
-        agent = self._door.traffic.user_agent(
-            headers.get(b"x-launchdarkly-user-agent", b""), headers.get(b"user-agent", b"")
-        )
+        route = template(self.url.decode("ascii"))
+        agent = client(self._door.traffic, dict(self.headers))
         return Series(environment.spec.name, route, "GET", "server", agent)
 
     def _line(self, status: int, size: int | None) -> str:
@@ -533,11 +532,6 @@ class FrontDoor(HttpToolsProtocol):
 
 _Take = Callable[[FrontDoor, Mapping[bytes, bytes]], bool]
 """Answers a request with these headers, or begins to; False if it is the application's."""
-
-
-def _key(authorization: bytes) -> str:
-    """Return the SDK key in a plain `Authorization` header; anything odd is the application's."""
-    return authorization.removeprefix(b"api_key ").decode("latin-1")
 
 
 def _stream_head(headers: Headers, date: bytes) -> bytes:

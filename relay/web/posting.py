@@ -18,6 +18,7 @@ from relay.model.count import Count
 from relay.model.event import Endpoint
 from relay.relay import Relay
 from relay.web.answers import Answer, environment_headers
+from relay.web.auth import by_plain_key
 from relay.web.body import (
     CORRUPT,
     INFLATED_AT_ONCE,
@@ -26,7 +27,7 @@ from relay.web.body import (
     Refused,
     Room,
 )
-from relay.web.cors import cors_headers
+from relay.web.cors import cors_lines
 from relay.web.endpoint import BROWSER, MOBILE, SERVER, Access
 from relay.web.events import ACCEPTED, Events
 from relay.web.traffic import Series, Traffic
@@ -39,7 +40,6 @@ MAX_KNOWN = 4096
 """Counts that are at hand: of each kind of client at each route of each environment."""
 
 _ID = re.compile(rb"[0-9A-Za-z_-]+")
-_PREFIX = b"api_key "
 
 _log = logging.getLogger("relay.web")
 
@@ -97,9 +97,8 @@ class Posts:
             if _ID.fullmatch(last):
                 environment = self._relay.by_environment_id.get(last.decode())
         else:
-            key = headers.get(b"authorization", b"").removeprefix(_PREFIX).decode("latin-1")
             known = self._relay.by_mobile_key if route.access is MOBILE else self._relay.by_sdk_key
-            environment = known.get(key)
+            environment = by_plain_key(known, headers)
         if environment is None or not self._events.on or not _has_plain_body(headers):
             return None
         return Receiving(environment, route, headers, self._events.room)
@@ -129,13 +128,10 @@ class Posts:
             _log.error(text, exc_info=error)
             return Answer(500)
         answer = NO_ROOM if error else ACCEPTED
-        spec = post.environment.spec
+        spec, access = post.environment.spec, post.route.access
         more = environment_headers(spec)
-        if post.route.access is BROWSER:
-            origin = post.headers.get(b"origin", b"").decode("latin-1")
-            cors = cors_headers(spec, origin, BROWSERS, BROWSER.exposed)
-            more += tuple((n.encode(), v.encode("latin-1")) for n, v in cors.items())
-            more += ((b"vary", b"Origin"),)
+        if access is BROWSER:
+            more += cors_lines(spec, post.headers.get(b"origin", b""), BROWSERS, access.exposed)
         return answer.with_headers(*more)
 
     def _count(self, post: Receiving) -> Count:

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import NamedTuple
 
 from relay.environment import Environment
 from relay.evaluation.audience import Audience
 from relay.model.count import Count
-from relay.model.environment import EnvironmentSpec
 from relay.relay import Relay
-from relay.web.answers import Answer, Headers, environment_headers
-from relay.web.cors import cors_headers
+from relay.web.answers import Answer
+from relay.web.auth import by_plain_key
+from relay.web.cors import cors_lines
 from relay.web.endpoint import BROWSER, MOBILE, SERVER, Access
 from relay.web.evaluation import Evaluation
-from relay.web.traffic import Series, Traffic
-
-MAX_KNOWN = 1024
-"""Pairs of environment and origin whose headers are at hand; each is some hundred bytes."""
+from relay.web.traffic import Series, Traffic, client
 
 METHODS = ("GET", "OPTIONS")
 """Of the routes of browsers, as they are told."""
 
-_KEY_PREFIX = b"api_key "
 _BROWSERS = re.compile(rb"/sdk/evalx/([0-9A-Za-z_-]+)/(contexts|users)")
 
 
@@ -88,35 +83,23 @@ class Questions:
         )
         if answer is None:
             return None
-        agent = self._traffic.user_agent(
-            headers.get(b"x-launchdarkly-user-agent", b""), headers.get(b"user-agent", b"")
-        )
-        name, platform = environment.spec.name, route.access.platform
-        series = Series(name, route.template, "GET", platform, agent)
-        more: Headers = ()
-        if b"x-ld-envid" not in dict(answer.headers):
-            more = environment_headers(environment.spec)
-        if route.access is BROWSER:
-            more += _for_browsers(environment.spec, headers.get(b"origin", b""))
-        return answer.with_headers(*more), self._traffic.requests[series]
+        spec, access = environment.spec, route.access
+        agent = client(self._traffic, headers)
+        series = Series(spec.name, route.template, "GET", access.platform, agent)
+        if access is BROWSER:
+            origin = headers.get(b"origin", b"")
+            answer = answer.with_headers(*cors_lines(spec, origin, METHODS, access.exposed))
+        return answer, self._traffic.requests[series]
 
     def _found(
         self, prefix: bytes, headers: Mapping[bytes, bytes]
     ) -> tuple[Route | None, Environment | None]:
         route = _BY_KEY.get(prefix)
         if route is not None:
-            key = headers.get(b"authorization", b"").removeprefix(_KEY_PREFIX).decode("latin-1")
             mobile = route.access is MOBILE
             known = self._relay.by_mobile_key if mobile else self._relay.by_sdk_key
-            return route, known.get(key)
+            return route, by_plain_key(known, headers)
         match = _BROWSERS.fullmatch(prefix)
         if match is None:
             return None, None
         return _BY_ID[match[2]], self._relay.by_environment_id.get(match[1].decode())
-
-
-@lru_cache(maxsize=MAX_KNOWN)
-def _for_browsers(spec: EnvironmentSpec, origin: bytes) -> Headers:
-    given = cors_headers(spec, origin.decode("latin-1"), METHODS, BROWSER.exposed)
-    cors = tuple((name.encode(), value.encode("latin-1")) for name, value in given.items())
-    return (*cors, (b"vary", b"Origin"))

@@ -25,20 +25,25 @@ from relay.hub import LAST_CHUNK, unframed
 from relay.model.context import Context
 from relay.model.count import Count
 from relay.relay import Relay
-from relay.web.answers import Answer, Headers, environment_headers, json_error
+from relay.web.answers import Answer, Headers, environment_headers
+from relay.web.auth import by_plain_key
 from relay.web.body import Refused, Room
-from relay.web.context import check_proof, context_in_body, context_in_path, read_context_body
-from relay.web.cors import cors_headers
+from relay.web.context import (
+    NO_KEY,
+    check_proof,
+    context_in_body,
+    context_in_path,
+    read_context_body,
+)
+from relay.web.cors import cors_lines
 from relay.web.endpoint import BROWSER, MOBILE, Access, Respond, parameter_in, user_agent
-from relay.web.traffic import Series, Traffic
+from relay.web.traffic import Series, Traffic, client
 
 STREAMS: Mapping[bytes, str] = {b"/all": "all", b"/flags": "flags"}
 """Path to stream format, for server-side SDKs (endpoints 1.1, rows 18 and 19)."""
 
 PIPE_LIMIT = 64 * 1024
 """Bytes that wait for the server to take them before the client counts as slow; as a transport."""
-
-NO_KEY = json_error(400, "User must have a 'key' attribute")
 
 _UNBUFFERED = (b"x-accel-buffering", b"no")
 _HEADERS: Headers = (
@@ -109,7 +114,7 @@ def _stream_for(
     return ClientStream(EVALUATING[audience], Viewer(raw, context, with_reasons=with_reasons))
 
 
-def client_stream_headers(environment: Environment, audience: Audience, origin: str) -> Headers:
+def client_stream_headers(environment: Environment, audience: Audience, origin: bytes) -> Headers:
     """Return the response headers of a GET of a client-side stream, as the application has them.
 
     Args:
@@ -121,10 +126,9 @@ def client_stream_headers(environment: Environment, audience: Audience, origin: 
     access = _ACCESS[audience]
     if not access.exposed:
         return headers
-    given = cors_headers(environment.spec, origin, ("GET", "OPTIONS"), access.exposed)
-    cors = {name.encode(): value.encode("latin-1") for name, value in given.items()}
+    cors = dict(cors_lines(environment.spec, origin, ("GET", "OPTIONS"), access.exposed))
     own = [(name, cors.pop(name, value)) for name, value in headers]
-    return (*own, *cors.items(), (b"vary", b"Origin"))
+    return (*own, *cors.items())
 
 
 class Opening(NamedTuple):
@@ -161,20 +165,16 @@ def client_opening(
     if identity:
         environment = relay.by_environment_id.get(identity.decode())
     else:
-        key = headers.get(b"authorization", b"").removeprefix(b"api_key ").decode("latin-1")
-        environment = relay.by_mobile_key.get(key)
+        environment = by_plain_key(relay.by_mobile_key, headers)
     if environment is None:
         return None
     stream = client_stream(environment, audience, segment, query) if segment else PING_STREAM
     if isinstance(stream, Answer):
         return None
     route = _CLIENT_ROUTES[audience, bool(segment)]
-    agent = traffic.user_agent(
-        headers.get(b"x-launchdarkly-user-agent", b""), headers.get(b"user-agent", b"")
-    )
-    series = Series(environment.spec.name, route, "GET", _ACCESS[audience].platform, agent)
-    origin = headers.get(b"origin", b"").decode("latin-1")
-    given = client_stream_headers(environment, audience, origin)
+    platform, agent = _ACCESS[audience].platform, client(traffic, headers)
+    series = Series(environment.spec.name, route, "GET", platform, agent)
+    given = client_stream_headers(environment, audience, headers.get(b"origin", b""))
     return Opening(environment, stream.name, given, series, stream.viewer)
 
 

@@ -90,6 +90,12 @@ class Traffic:
         return name
 
 
+def client(traffic: Traffic, headers: Mapping[bytes, bytes]) -> str:
+    """Return the name under which the client of a request at the front door is counted."""
+    own, general = headers.get(b"x-launchdarkly-user-agent", b""), headers.get(b"user-agent", b"")
+    return traffic.user_agent(own, general)
+
+
 def tag(value: str) -> str:
     """Return a name as the reference writes it in figures (status 8.2)."""
     return value.replace("/", "_") or "_"
