@@ -588,7 +588,8 @@ async def test_a_database_that_lost_its_data_gets_them_again(stored, redis):
 async def test_two_relays_on_one_database_one_of_them_behind(stored, upstream, tmp_path, redis):
     """What is newer stays, nobody writes against the other, and each serves what it has."""
     await upstream.put(SDK_KEY, SECOND)
-    await eventually(lambda: holds(redis, 2))
+    await stored.said("brought up to date in 1 items")
+    assert await holds(redis, 2)
     quiet = len(stored.log.splitlines())
     folder = tmp_path / "behind"
     folder.mkdir()
