@@ -235,8 +235,8 @@ class Main:
     eval_streams: bool = _option(
         "EVAL_STREAMS",
         BOOLEAN,
-        False,
-        "Client-side streams carry evaluated flags instead of pings.",
+        True,
+        "Client-side streams carry evaluated flags; `false` sends pings, as the reference does.",
     )
     ping_stream_jitter_time: float = _option(
         "PING_STREAM_JITTER_TIME",
@@ -831,7 +831,7 @@ class EnvironmentConfig:
         BOOLEAN,
         None,
         "Its client-side streams carry evaluated flags, or pings; default `[Main] evalStreams`.",
-        "true",
+        "false",
     )
     allowed_origin: tuple[str, ...] = _option(
         "LD_ALLOWED_ORIGIN_",
