@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from relay.config.schema import Config
 from relay.errors import ConfigError, RelayError
 from relay.relay import Relay
+from relay.sources.waiting import pause
 from relay.web.frontdoor import Door, DoorLimits, Poll, Questions, front_door
 from relay.web.posting import Posts
 from relay.web.traffic import Traffic
@@ -39,6 +40,9 @@ DEAD_AFTER_MS = 60_000
 
 PROBE_AFTER, PROBE_EACH, PROBES = 60, 15, 4
 """Seconds of silence before the kernel probes, seconds between probes, and their number."""
+
+TICK = 1.0
+"""Seconds between two looks at connections; the header with the date is as old at most."""
 
 STREAMS_SHARE = 0.75
 """Share of the drain time in which streams end; the rest is for responses on their way."""
@@ -222,6 +226,7 @@ class RelayServer(uvicorn.Server):
         self.at_end: Callable[[], object] = lambda: None
         """Called when the end begins, beside which it may do its work."""
         self._ending: asyncio.Task[None] | None = None
+        self._asked_to_end = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -246,13 +251,17 @@ class RelayServer(uvicorn.Server):
             _log.info("Stopping: ending %d streams within %g s", streams, self._drain)
         self._relay.stopping = True
         self.should_exit = True
+        self._asked_to_end.set()
 
-    async def on_tick(self, counter: int) -> bool:
-        """Renew the date once a second, as uvicorn does, and look after connections."""
-        should_exit = await super().on_tick(counter)
-        if self._door and counter % 10 == 0:
-            self._door.tick(self.server_state)
-        return should_exit
+    async def main_loop(self) -> None:
+        """Renew the date and look after connections once a second until the end begins.
+
+        uvicorn wakes up ten times a second, only to see whether it shall end.
+        """
+        while not await self.on_tick(0):
+            if self._door:
+                self._door.tick(self.server_state)
+            await pause(self._asked_to_end, TICK)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, end streams, then let uvicorn wait for responses on their way."""
