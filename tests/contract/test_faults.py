@@ -43,9 +43,9 @@ MiB = 1024 * 1024
 
 
 def relay_of(upstream: ScriptedUpstream, folder: Path, **variables: str) -> RelayProcess:
-    """A relay with one environment unless others are named, which does not wait long."""
+    """A relay with one environment unless others are named."""
     environments = {"LD_ENV_main": SDK_KEY} if not any("LD_ENV" in v for v in variables) else {}
-    given = {"STREAM_URI": upstream.url, "INIT_TIMEOUT": "300ms", **environments, **variables}
+    given = {"STREAM_URI": upstream.url, "INIT_TIMEOUT": "20s", **environments, **variables}
     return RelayProcess(folder, **given)
 
 
@@ -210,10 +210,12 @@ class Sick:
 
 
 @asynccontextmanager
-async def sick_relay(upstream: ScriptedUpstream, folder: Path) -> AsyncIterator[Sick]:
+async def sick_relay(
+    upstream: ScriptedUpstream, folder: Path, patience: str = "20s"
+) -> AsyncIterator[Sick]:
     keys = Sick(upstream, RelayProcess(folder)).keys
     variables = {f"LD_ENV_{name}": key for name, key in {**keys, "healthy": HEALTHY}.items()}
-    relay = relay_of(upstream, folder, **variables)
+    relay = relay_of(upstream, folder, INIT_TIMEOUT=patience, **variables)
     async with Sick(upstream, relay) as sick:
         yield sick
 
@@ -222,7 +224,7 @@ async def test_a_fault_of_launchdarkly_at_the_start_stays_in_its_environment(
     upstream, tmp_path, open_stream
 ):
     """Streams wait, polls get 503, health tells which; when it is over the data come by themselves."""
-    async with sick_relay(upstream, tmp_path) as sick, AsyncExitStack() as stack:
+    async with sick_relay(upstream, tmp_path, "1s") as sick, AsyncExitStack() as stack:
         sick.strike()
         relay = await stack.enter_async_context(sick.relay)
         await relay.said("Error initializing LaunchDarkly client", len(sick.faults))
@@ -355,7 +357,7 @@ async def test_stored_data_are_served_while_launchdarkly_is_down(
         )
     await upstream.stop()
     variables = {name: value for store in versions for name, value in stores[store].items()}
-    async with relay_of(upstream, tmp_path, **variables) as relay:
+    async with relay_of(upstream, tmp_path, INIT_TIMEOUT="300ms", **variables) as relay:
         await eventually(lambda: serves(relay, served))
         assert await page(relay, "/readyz") == (200, {"status": "ready"})
         await relay.said("Error initializing")
@@ -563,6 +565,7 @@ async def test_a_database_that_is_down_at_the_start(upstream, tmp_path):
     variables = access(redis) | {"REDIS_USERNAME": "", "REDIS_PASSWORD": ""}
     async with relay_of(upstream, tmp_path, **variables) as relay:
         await relay.said("is unavailable")
+        await relay.said("Initialized")
         assert await serves(relay, 1)
         assert await page(relay, "/readyz") == (200, {"status": "ready"})
         with redis:
