@@ -414,6 +414,7 @@ async def test_a_slow_client_begins_anew_with_a_put(front):
         received = b""
         while first in subscriptions:
             received = (received + await loop.run_in_executor(None, client.recv, 1 << 20))[-100:]
+        await until(lambda: not relay.hub._channels["eval-browser"]._is_pending)
         await give(relay, data.patch(visible(version=version + 1, value="the end")))
         while b"the end" not in received:
             received = received[-2_000_000:] + await loop.run_in_executor(
