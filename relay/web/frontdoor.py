@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol, cast
 
+from httptools import HttpRequestParser
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
 from relay.environment import Environment
@@ -35,7 +39,7 @@ USED_OF_UVICORN = (
     *("connections", "cycle", "flow", "headers", "parser", "pipeline", "scope", "transport", "url"),
     *("expect_100_continue", "timeout_keep_alive_task", "_unset_keepalive_if_required"),
     *("on_message_begin", "on_headers_complete", "on_body", "on_message_complete"),
-    *("on_response_complete", "connection_lost"),
+    *("on_response_complete", "connection_lost", "server", "client", "scheme"),
 )
 """The attributes of uvicorn's protocol that this module relies on; a test looks for each."""
 
@@ -51,6 +55,9 @@ JOINED_BODY = 16 * 1024
 _VERSIONS = ("1.1", "1.0")
 _EVALUATED = b"/sdk/evalx/"
 _END = b"\r\n\r\n"
+_CLOSING = (b"connection", b"close")
+_CLOSE = b"%b: %b\r\n" % _CLOSING
+_INSTANCE_ID = (b"\r\nX-LaunchDarkly-Instance-Id: ", b"\r\nx-launchdarkly-instance-id: ")
 _ODD_HEADERS = frozenset((b"expect", b"upgrade"))
 _BODY_HEADERS = _ODD_HEADERS | {b"content-length", b"transfer-encoding"}
 
@@ -106,15 +113,25 @@ class DoorLimits:
 
 
 class _Prepared:
-    """The answer to a request head, good as long as the environment's payload is the same."""
+    """The answer to a request head, good as long as the environment's payload is the same.
 
-    __slots__ = ("_date", "_written", "answer", "count", "environment", "line", "payload")
+    Args:
+        environment: whose data are in it.
+        answer: the response.
+        count: of such requests.
+        closes: whether the client wants the connection to end with it.
+    """
 
-    def __init__(self, environment: Environment, answer: Answer, count: Count) -> None:
+    __slots__ = ("_date", "_written", "answer", "closes", "count", "environment", "line", "payload")
+
+    def __init__(
+        self, environment: Environment, answer: Answer, count: Count, *, closes: bool = False
+    ) -> None:
         self.environment = environment
         self.payload: Payload | None = environment.payload
         self.answer = answer
         self.count = count
+        self.closes = closes
         self.line = ""
         """What is logged of each such request; empty for nothing."""
         self._date = b""
@@ -124,7 +141,8 @@ class _Prepared:
         """Return what goes over the wire; put together once a second."""
         if self._date is not date:
             self._date = date
-            head, body = self.answer.head + date, self.answer.body
+            head, body = self.answer.head, self.answer.body
+            head += _CLOSE + date if self.closes else date
             self._written = (head + body,) if len(body) <= JOINED_BODY else (head, body)
         return self._written
 
@@ -162,6 +180,7 @@ class Door:
         self.now = time.monotonic()
         """The time of the last tick."""
         self._prepared: dict[bytes, _Prepared] = {}
+        self._openings: dict[bytes, Opening] = {}
 
     def tick(self, state: ServerState) -> None:
         """Renew the date and look after connections; to be called each second."""
@@ -175,18 +194,42 @@ class Door:
     def prepared(self, head: bytes) -> _Prepared | None:
         """Return what answered the same request head before, if it still holds."""
         prepared = self._prepared.get(head)
+        if prepared is None:
+            head = _of_any_instance(head)
+            prepared = self._prepared.get(head)
         if prepared is None or prepared.payload is prepared.environment.payload:
             return prepared
         del self._prepared[head]
         return None
 
     def remember(self, head: bytes, prepared: _Prepared) -> None:
-        """Keep an answer for the next request with the same head."""
+        """Keep an answer for the next request with the same head, of whichever instance."""
         if len(head) > MAX_PREPARED_HEAD or prepared.environment.spec.ttl > 0:
             return  # an answer with a TTL says when it expires
         if len(self._prepared) >= MAX_PREPARED:
             self._prepared.clear()
-        self._prepared[head] = prepared
+        self._prepared[_of_any_instance(head)] = prepared
+
+    def opening(self, head: bytes) -> Opening | None:
+        """Return the stream that was asked for with the same request head before."""
+        return self._openings.get(_of_any_instance(head))
+
+    def remember_opening(self, head: bytes, opening: Opening) -> None:
+        """Keep what to open for the next request with the same head, of whichever instance."""
+        if len(head) <= MAX_PREPARED_HEAD:
+            if len(self._openings) >= MAX_PREPARED:
+                self._openings.clear()
+            self._openings[_of_any_instance(head)] = opening
+
+
+def _of_any_instance(head: bytes) -> bytes:
+    """Return a head without the value of the one header that tells functions of a fleet apart."""
+    for name in _INSTANCE_ID:
+        start = head.find(name)
+        if start >= 0:
+            start += len(name)
+            return head[:start] + head[head.find(b"\r\n", start) :]
+    return head
 
 
 class FrontDoor(HttpToolsProtocol):
@@ -220,9 +263,17 @@ class FrontDoor(HttpToolsProtocol):
         """The bytes that the parser is fed with, if they are exactly one request head."""
         self._answered = False
         """Whether the request that is being read needs no application."""
+        self._closes = False
+        """Whether the client wants the connection to end with the answer."""
         self._stream: Opening | None = None
         self._post: Receiving | None = None
         """What is being received or kept."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Note what the door needs; who is connected to whom, only the application asks."""
+        self.connections.add(self)
+        self.transport = transport
+        self.flow = FlowControl(transport)
 
     def data_received(self, data: bytes) -> None:
         """Answer at once what was answered before; parse everything else."""
@@ -235,6 +286,10 @@ class FrontDoor(HttpToolsProtocol):
                 self._write(prepared)
                 return
             if data.find(_END) == len(data) - len(_END):
+                opening = door.opening(data)
+                if opening is not None and self._can_open():
+                    self._hand_over(opening)
+                    return
                 self._whole = data
         self._parse(data)
 
@@ -263,7 +318,9 @@ class FrontDoor(HttpToolsProtocol):
         """Note that a request begins."""
         self._between = False
         self._answered = False
-        super().on_message_begin()
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
 
     def on_headers_complete(self) -> None:
         """Answer a hot request; give any other to the application."""
@@ -278,9 +335,21 @@ class FrontDoor(HttpToolsProtocol):
         elif self._answer():
             self._answered = True
         else:
-            # uvicorn would cut a fragment off; in a request it is an ordinary part of the path.
-            self.url = self.url.replace(b"#", b"%23")
-            super().on_headers_complete()
+            self._begin_in_application()
+
+    def _begin_in_application(self) -> None:
+        """Give the request, whose head has been read, to the application."""
+        if self.scheme is None:
+            self.server = get_local_addr(self.transport)
+            self.client = get_remote_addr(self.transport)
+            self.scheme = "https" if is_ssl(self.transport) else "http"
+        # uvicorn would cut a fragment off; in a request it is an ordinary part of the path.
+        url, headers = self.url.replace(b"#", b"%23"), self.headers
+        expects_more = self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects_more
+        self.headers.extend(headers)
+        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Give the body to the application, unless it is that of a post which is taken here."""
@@ -309,8 +378,9 @@ class FrontDoor(HttpToolsProtocol):
         parser = self.parser
         method, (_, _, path) = parser.get_method(), self.url.partition(b"/")
         answer = self._ANSWERS.get((method, path.partition(b"/")[0]))
-        if answer is None or parser.get_http_version() != "1.1" or not parser.should_keep_alive():
+        if answer is None or parser.get_http_version() != "1.1":
             return False
+        self._closes = not parser.should_keep_alive()
         headers = dict(self.headers)
         if len(headers) != len(self.headers) or not _ODD_HEADERS.isdisjoint(headers):
             return False
@@ -327,7 +397,10 @@ class FrontDoor(HttpToolsProtocol):
         if environment is None or stream is None:
             return False
         given = stream_headers(environment)
-        return self._open(Opening(environment, stream, given, self._series(environment)))
+        opening = Opening(environment, stream, given, self._series(environment))
+        if not self._door.traffic.logs:
+            self._door.remember_opening(self._whole, opening)
+        return self._open(opening)
 
     def _take_client_stream(self, headers: Mapping[bytes, bytes]) -> bool:
         traffic = self._door.traffic
@@ -337,10 +410,13 @@ class FrontDoor(HttpToolsProtocol):
         return opening is not None and self._open(opening)
 
     def _open(self, opening: Opening) -> bool:
-        if self.transport.get_write_buffer_size() or self._door.relay.stopping:
+        if not self._can_open():
             return False
         self._stream = opening
         return True
+
+    def _can_open(self) -> bool:
+        return not (self.transport.get_write_buffer_size() or self._door.relay.stopping)
 
     def _answer_sdk(self, headers: Mapping[bytes, bytes]) -> bool:
         if self.url.startswith(_EVALUATED):
@@ -359,7 +435,10 @@ class FrontDoor(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self.server_state.total_requests += 1
         count.value += 1
-        self.transport.writelines((answer.head, self._door.date, answer.body))
+        more = _CLOSE if self._closes else b""
+        self.transport.writelines((answer.head, more, self._door.date, answer.body))
+        if self._closes:
+            self.transport.close()
         return True
 
     def _take_post(self, headers: Mapping[bytes, bytes]) -> bool:
@@ -370,6 +449,7 @@ class FrontDoor(HttpToolsProtocol):
         post = posts.begin(self.url, headers)
         if post is None:
             return False
+        post.keep_alive = not self._closes
         # So that requests which come meanwhile wait, and a shutdown does, too.
         self._post = self.cycle = cast("Any", post)
         return True
@@ -393,7 +473,7 @@ class FrontDoor(HttpToolsProtocol):
             return
         answer = self._door.posts.answer(post, kept)
         if not post.keep_alive:
-            answer = answer.with_headers((b"connection", b"close"))
+            answer = answer.with_headers(_CLOSING)
         self.transport.write(answer.head + self._door.date + answer.body)
         if not post.keep_alive:
             self.transport.close()
@@ -408,7 +488,7 @@ class FrontDoor(HttpToolsProtocol):
         post.release()
         self._post = self.cycle = cast("Any", None)
         self._answered = False
-        super().on_headers_complete()
+        self._begin_in_application()
         if body:
             super().on_body(body)
 
@@ -423,7 +503,8 @@ class FrontDoor(HttpToolsProtocol):
         if answer is None:
             return False
         traffic = self._door.traffic
-        prepared = _Prepared(environment, answer, traffic.requests[self._series(environment)])
+        count = traffic.requests[self._series(environment)]
+        prepared = _Prepared(environment, answer, count, closes=self._closes)
         if traffic.logs:
             prepared.line = self._line(answer.status, len(answer.body))
         self._door.remember(head, prepared)
@@ -454,6 +535,8 @@ class FrontDoor(HttpToolsProtocol):
         if prepared.line:
             note(prepared.line)
         self.transport.writelines(prepared.written(self._door.date))
+        if prepared.closes:
+            self.transport.close()
 
     def _hand_over(self, opening: Opening) -> None:
         """Give the connection to the hub, and leave nothing of this object behind."""
@@ -540,9 +623,37 @@ def _stream_head(headers: Headers, date: bytes) -> bytes:
 
 
 def front_door(door: Door) -> type[asyncio.Protocol]:
-    """Return what uvicorn wants as `http`: it makes the protocol of each connection."""
+    """Return what uvicorn wants as `http`: it makes the protocol of each connection.
+
+    What all connections of a server begin with are attributes of their class: functions come by the
+    thousand, and uvicorn gives each of their connections thirty.
+    """
+    kinds: list[Callable[[], FrontDoor]] = []
 
     def connection(**uvicorns: Any) -> FrontDoor:
-        return FrontDoor(door, **uvicorns)
+        if not kinds:
+            kinds.append(_kind_like(FrontDoor(door, **uvicorns)))
+        return kinds[0]()
 
     return cast("type[asyncio.Protocol]", connection)
+
+
+def _kind_like(first: FrontDoor) -> Callable[[], FrontDoor]:
+    """Return the class of connections that begin as this one did."""
+    door = first._door  # noqa: SLF001 - it is one of ours
+
+    def begin(connection: FrontDoor) -> None:
+        connection.parser = parser = HttpRequestParser(connection)
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        connection.pipeline = deque()
+        connection._seen = door.now  # noqa: SLF001 - likewise
+
+    own = ("parser", "pipeline", "_seen")
+    shared = {
+        # A function would become a method.
+        name: staticmethod(value) if hasattr(value, "__get__") else value
+        for name, value in vars(first).items()
+        if name not in own
+    }
+    kind: Callable[[], FrontDoor] = type("FrontDoor", (FrontDoor,), {**shared, "__init__": begin})
+    return kind

@@ -103,6 +103,61 @@ async def test_a_poll_is_prepared_once_for_each_change():
         writer.close()
 
 
+@pytest.mark.parametrize("name", [b"X-LaunchDarkly-Instance-Id", b"x-launchdarkly-instance-id"])
+async def test_instances_of_a_function_share_what_was_prepared(name):
+    """What tells them apart is left out of account: each new one gets its flags at once."""
+    served, polls = Served(), Polls()
+    async with serving(served, poll=polls) as address:
+        await give(served, 1)
+        for number in range(3):
+            reader, writer = await address.connect()
+            tail = b"\r\n%b: 5f252577-%d\r\nAccept: x\r\n\r\n" % (name, number)
+            writer.write(POLL.removesuffix(b"\r\n\r\n") + tail)
+            _, body = await answer(reader)
+            assert json.loads(body)["a"]["version"] == 1
+            writer.close()
+        assert polls.asked == 1
+        reader, writer = await address.connect()
+        writer.write(POLL.removesuffix(b"\r\n\r\n") + tail.replace(b"Accept: x", b"Accept: y"))
+        await answer(reader)
+        assert polls.asked == 2
+        writer.close()
+
+
+async def test_streams_of_a_kind_are_prepared_once():
+    """Each is a stream of its own, of the environment whose key it has, and counted."""
+    served = Served()
+    async with serving(served) as address:
+        await give(served, 1)
+        streams = [await Stream.open(address, "/flags") for _ in range(3)]
+        for stream in streams:
+            assert b'"version": 1' in await stream.until(b"\n\n")
+        assert len(served.hub) == 3
+        unknown = await Stream.open(address, "/flags", key="sdk-unknown")
+        assert unknown.status == 401
+        for stream in (*streams, unknown):
+            stream.close()
+        await until(lambda: len(served.hub) == 0)
+        [opened] = [count.value for count in served.traffic.new_streams.values()]
+        assert opened == 3
+
+
+async def test_a_client_that_wants_the_connection_to_end_is_not_sent_elsewhere():
+    """Its poll is prepared like any other; it is told, and the connection ends with the answer."""
+    served, polls = Served(), Polls()
+    async with serving(served, poll=polls, app=application) as address:
+        await give(served, 1)
+        for _ in range(2):
+            reader, writer = await address.connect()
+            writer.write(POLL.replace(b"Host: x", b"Host: x\r\nConnection: close"))
+            head, body = await answer(reader)
+            assert b"\r\nconnection: close\r\n" in head
+            assert json.loads(body)["a"]["version"] == 1
+            assert await reader.read() == b""
+            writer.close()
+        assert polls.asked == 1
+
+
 @pytest.mark.parametrize(
     "request_",
     [
