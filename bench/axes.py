@@ -29,6 +29,7 @@ def axes() -> list[Axis]:
         _polls("570k", "570 KB", 30),
         _polls("2m", "2 MB", 6),
         _polls("2m-known", "2 MB known", 6),
+        CONNECTIONS,
         _poll_variant("gzip", "gzip 570 KB", 100, measures.gzip_headers),
         _poll_variant("304", "304 on 570 KB", 200, measures.unchanged_headers),
         IDLE,
@@ -64,6 +65,10 @@ def _polls(dataset: str, label: str, times: float) -> Axis:
     goals = (at_least(times, PEER), at_least(0.9, NGINX))
     measure = partial(measures.polls, figure, dataset, lambda _: {})
     return Axis(f"poll-{dataset}", _load_rows(figure, *goals), measure, on_nginx=True)
+
+
+def _ended(_: Session) -> dict[str, str]:
+    return {"Connection": "close"}
 
 
 def _poll_variant(
@@ -102,6 +107,12 @@ def _storm(dataset: str, clients: int, label: str, times: float) -> Axis:
     return Axis(f"storm-{dataset}", rows, partial(measures.storm, figure, dataset, clients))
 
 
+CONNECTIONS = Axis(
+    "connections",
+    _load_rows("poll 2 KB on a new connection", at_least(2, PEER)),
+    partial(measures.polls, "poll 2 KB on a new connection", "2k", _ended),
+    on_nginx=True,
+)
 IDLE = Axis(
     "idle",
     (
