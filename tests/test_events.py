@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.batches import MAX_BATCH, Limits
 from relay.events import Forwarder, Pace, Retries, Step, headers, next_step, target
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import Endpoint, Lane, Post
-from relay.poststore import MAX_BATCH, Limits
 from relay.spool import Spool
 from relay.upstream import USER_AGENT, Upstream
 from tests.support import upstream as answers
@@ -58,6 +58,7 @@ async def forwarding(url, *, pace=FAST, specs=(SPEC, BARE), directory=None):
     async with Upstream() as upstream:
         forwarder = Forwarder(spool, upstream, url, known.get, pace)
         running = asyncio.create_task(forwarder.run())
+        await asyncio.sleep(0)  # so that it has begun
         try:
             yield forwarder
         finally:
@@ -311,7 +312,7 @@ async def test_the_age_of_what_waits_is_known(upstream):
         gate.set()
         async with asyncio.timeout(PATIENCE):
             while forwarder.figures("prod").waiting == 2:
-                await forwarder.spool._do(lambda _: None)
+                await asyncio.sleep(0)
         assert forwarder.oldest("prod") == second.received
         await settled(forwarder)
 
@@ -393,9 +394,7 @@ async def test_a_poisonous_post_is_found_and_blocks_nobody(upstream, poison, cap
         await settled(forwarder)
         figures = forwarder.figures("prod")
         assert (figures.forwarded, figures.quarantined, figures.waiting) == (6, 1, 0)
-        kept = await forwarder.spool._do(
-            lambda store: store._db.execute("SELECT body,reason FROM quarantine").fetchall()
-        )
+        kept = [(each.body, each.reason) for each in forwarder.spool.memory.rejected]
     assert kept == [(b"[%d]" % (100 + poison), "HTTP error 400")]
     assert events(upstream.accepted) == [100 + n for n in range(7) if n != poison]
     assert "1 posts of events were set aside" in caplog.text
@@ -502,7 +501,7 @@ async def test_losses_are_counted_and_said(upstream, caplog):
     """What has no room is given up oldest first, in the figures and in the log."""
     upstream.always(KEY, answers.status(503))
     async with forwarding(upstream.url) as forwarder:
-        forwarder.spool._memory._capacity = 3000
+        forwarder.spool.memory.capacity = 3000
         await asyncio.gather(*(forwarder.accept(post(n)) for n in range(100)))
         figures = forwarder.figures("prod")
         assert figures.evicted + figures.waiting == 100
@@ -525,7 +524,7 @@ async def test_what_arrives_is_not_counted_as_lost(upstream):
     async with forwarding(upstream.url, pace=Pace(0.01, drain=0.5)) as forwarder:
         await forwarder.accept(post(1))
         await upstream.posted(1)
-        forwarder.spool._memory._capacity = 300
+        forwarder.spool.memory.capacity = 300
         await forwarder.accept(post(2))
         assert forwarder.figures("prod").evicted == 1
         gate.set()
@@ -598,7 +597,7 @@ from relay.events import Forwarder, Pace, Retries
 from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import Endpoint, Lane, Post
-from relay.poststore import Limits
+from relay.batches import Limits
 from relay.spool import Spool
 from relay.upstream import Upstream
 

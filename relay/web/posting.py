@@ -1,7 +1,8 @@
 """Posts of events at the front door: the plain ones, which are nearly all, without the application.
 
 A post that turns out to be odd is given to the application with all that has come of it, so what is
-refused is refused there, and in its words.
+refused is refused there, and in its words. SDKs send the same head again and again, but for the
+length and the id of the post: what a head means is found out once.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from relay.environment import Environment
 from relay.errors import StoreUnavailable
 from relay.model.count import Count
-from relay.model.event import Endpoint
+from relay.model.event import Endpoint, Lane
 from relay.relay import Relay
 from relay.web.answers import Answer, environment_headers
 from relay.web.auth import by_plain_key
@@ -29,7 +30,7 @@ from relay.web.body import (
 )
 from relay.web.cors import cors_lines
 from relay.web.endpoint import BROWSER, MOBILE, SERVER, Access
-from relay.web.events import ACCEPTED, Events
+from relay.web.events import ACCEPTED, Events, is_payload_id
 from relay.web.traffic import Series, Traffic
 
 PLAIN_SIZE = 256 * 1024
@@ -38,6 +39,21 @@ the application. Posts of SDKs have some KB."""
 
 MAX_KNOWN = 4096
 """Counts that are at hand: of each kind of client at each route of each environment."""
+
+MAX_HEADS = 1024
+"""Heads whose meaning is known: of each kind of client in each environment; a few KB each."""
+
+MAX_HEAD = 4096
+"""Bytes of a head whose meaning is remembered; SDKs send a few hundred."""
+
+MAX_VALUE = 101
+"""Bytes up to the end of the value of a variable header."""
+
+_LENGTH = b"content-length"
+_VARIABLE = (_LENGTH, b"x-launchdarkly-payload-id")
+"""The headers that are different in each post of a client."""
+
+_END = b"\r\n\r\n"
 
 _ID = re.compile(rb"[0-9A-Za-z_-]+")
 
@@ -85,6 +101,7 @@ class Posts:
         self._events = events
         self._traffic = traffic
         self._counts: dict[tuple[Route, str, bytes, bytes], Count] = {}
+        self._heads: dict[tuple[bytes, ...], Head] = {}
 
     def begin(self, url: bytes, headers: Mapping[bytes, bytes]) -> Receiving | None:
         """Return what receives a post whose head has come; None if it is the application's."""
@@ -92,16 +109,26 @@ class Posts:
         route = ROUTES.get(url) or ROUTES.get(prefix + slash)
         if route is None:
             return None
-        environment: Environment | None = None
-        if route.access is BROWSER:
-            if _ID.fullmatch(last):
-                environment = self._relay.by_environment_id.get(last.decode())
-        else:
-            known = self._relay.by_mobile_key if route.access is MOBILE else self._relay.by_sdk_key
-            environment = by_plain_key(known, headers)
+        environment = self._opened(route, last, headers)
         if environment is None or not self._events.on or not _has_plain_body(headers):
             return None
-        return Receiving(environment, route, headers, self._events.room)
+        return Receiving(environment, route, url, headers, self._events.room)
+
+    def _opened(
+        self, route: Route, last: bytes, headers: Mapping[bytes, bytes]
+    ) -> Environment | None:
+        """Return the environment of a post.
+
+        Args:
+            route: where it goes.
+            last: segment of its path.
+            headers: of the request.
+        """
+        relay = self._relay
+        if route.access is not BROWSER:
+            known = relay.by_mobile_key if route.access is MOBILE else relay.by_sdk_key
+            return by_plain_key(known, headers)
+        return relay.by_environment_id.get(last.decode()) if _ID.fullmatch(last) else None
 
     def accept(self, post: Receiving) -> asyncio.Future[object] | None:
         """Accept a post whose body has come; None if it is the application's."""
@@ -112,9 +139,7 @@ class Posts:
         try:
             kept = events.accept_plain(environment, post.route.endpoint, headers, body)
         except Exception as e:  # noqa: BLE001 - the client is answered all the same
-            failed: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-            failed.set_exception(e)
-            return failed
+            return _failed(e)
         if kept is None:
             return None
         self._count(post).value += 1
@@ -127,12 +152,63 @@ class Posts:
             text = "A request could not be answered because of a defect of ours"
             _log.error(text, exc_info=error)
             return Answer(500)
-        answer = NO_ROOM if error else ACCEPTED
+        return self._completed(NO_ROOM if error else ACCEPTED, post)
+
+    def _completed(self, answer: Answer, post: Receiving) -> Answer:
+        """Return an answer with what is said to SDKs of this kind and this environment."""
         spec, access = post.environment.spec, post.route.access
         more = environment_headers(spec)
         if access is BROWSER:
             more += cors_lines(spec, post.headers.get(b"origin", b""), BROWSERS, access.exposed)
         return answer.with_headers(*more)
+
+    def learn(self, post: Receiving) -> Head | None:
+        """Return what the head of an accepted post means, for those that follow; None if odd."""
+        found = _texts(post.start, post.url, post.headers)
+        if found is None:
+            return None
+        head = self._heads.get(found[0])
+        if head is None or not self._holds(head):
+            if len(self._heads) >= MAX_HEADS:
+                self._heads.clear()
+            head = self._heads[found[0]] = self._meaning(*found, post)
+        return head
+
+    def _meaning(self, texts: tuple[bytes, ...], length_at: int, post: Receiving) -> Head:
+        environment, headers = post.environment, post.headers
+        lane = self._events.lane(environment, post.route.endpoint, headers)
+        answer = self._completed(ACCEPTED, post).head
+        count = self._count(post)
+        return Head(texts, length_at, environment, post, lane, count, answer)
+
+    def _holds(self, head: Head) -> bool:
+        """Whether a head means what it meant: its credential opens the same environment."""
+        opened = self._opened(head.route, head.last, head.headers)
+        return opened is head.environment and opened.spec is head.spec
+
+    def accept_known(self, head: Head, data: bytes) -> asyncio.Future[object] | None:
+        """Accept a whole request with a known head; None if it has another one, or is odd."""
+        found = head.read(data)
+        if found is None or not self._holds(head):
+            return None
+        payload_id, body = found
+        events = self._events
+        if head.compressed:
+            body = _inflated(body, lambda size: size <= events.room.max_size)
+        if len(body) > events.room.max_size:
+            return None
+        try:
+            kept = events.accept_in(head.lane, payload_id, body)
+        except Exception as e:  # noqa: BLE001 - the client is answered all the same
+            return _failed(e)
+        if kept is None:
+            return None
+        head.count.value += 1
+        return asyncio.ensure_future(kept)
+
+    def waiting(self, head: Head) -> Receiving:
+        """Return what stands for a post with a known head until it is safe."""
+        return Receiving(head.environment, head.route, b"", head.headers, self._events.room, head)
 
     def _count(self, post: Receiving) -> Count:
         own = post.headers.get(b"x-launchdarkly-user-agent", b"")
@@ -150,6 +226,45 @@ class Posts:
         return count
 
 
+def _failed(error: Exception) -> asyncio.Future[object]:
+    failed: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+    failed.set_exception(error)
+    return failed
+
+
+def _texts(
+    start: bytes, url: bytes, headers: Mapping[bytes, bytes]
+) -> tuple[tuple[bytes, ...], int] | None:
+    """Cut the values of the variable headers out of a head.
+
+    Args:
+        start: the first bytes of the request.
+        url: its target, as it was parsed.
+        headers: the same, each once.
+
+    Returns:
+        What is before, between and after the values, and which of them is the length; None if the
+        head is not written plainly, or has no length.
+    """
+    end = start.find(_END)
+    line, *lines = start[: max(end, 0)].split(b"\r\n")
+    if line != b"POST %b HTTP/1.1" % url or len(lines) != len(headers):
+        return None
+    texts, names = [line], []
+    for each in lines:
+        name, _, value = each.partition(b":")
+        name = name.lower()
+        if headers.get(name) != value.strip(b" \t"):
+            return None
+        texts[-1] += b"\r\n" + each
+        if name in _VARIABLE:
+            names.append(name)
+            texts[-1] = texts[-1].removesuffix(headers[name])
+            texts.append(b"")
+    texts[-1] += _END
+    return (tuple(texts), names.index(_LENGTH)) if _LENGTH in names else None
+
+
 def _has_plain_body(headers: Mapping[bytes, bytes]) -> bool:
     length = headers.get(b"content-length")
     if length is None:
@@ -160,28 +275,109 @@ def _has_plain_body(headers: Mapping[bytes, bytes]) -> bool:
 _NOBODY_WAITS = asyncio.Event()
 
 
+class Head:
+    """What the head of a post means, and all heads that are the same but for length and id.
+
+    Args:
+        texts: what is before, between and after the values of these headers.
+        length_at: which of the values is the length.
+        environment: whose events come.
+        post: one with this head.
+        lane: how they travel.
+        count: of such requests.
+        answer: status line and headers of a 202.
+    """
+
+    __slots__ = (
+        *("_after", "_before", "_date", "_length_at", "_written", "answer"),
+        *("compressed", "count", "environment", "headers", "lane", "last", "route", "spec"),
+    )
+
+    def __init__(  # noqa: PLR0917 - all that a head tells
+        self,
+        texts: tuple[bytes, ...],
+        length_at: int,
+        environment: Environment,
+        post: Receiving,
+        lane: Lane,
+        count: Count,
+        answer: bytes,
+    ) -> None:
+        self.environment = environment
+        self.spec = environment.spec
+        self.route = post.route
+        self.last = post.url.rpartition(b"/")[2]
+        kept = (b"authorization", b"origin")
+        self.headers = {name: post.headers[name] for name in kept if name in post.headers}
+        self.compressed = post.compressed
+        self.lane = lane
+        self.count = count
+        self.answer = answer
+        self._before, *self._after = texts
+        self._length_at = length_at
+        self._date = b""
+        self._written = b""
+
+    def read(self, data: bytes) -> tuple[str, bytes] | None:
+        """Return id and body of a whole request with this head; None of any other."""
+        if not data.startswith(self._before):
+            return None
+        at = len(self._before)
+        values = [b"", b""]
+        for place, text in enumerate(self._after):
+            end = data.find(b"\r", at, at + MAX_VALUE)
+            if end < 0 or not data.startswith(text, end):
+                return None
+            values[place] = data[at:end]
+            at = end + len(text)
+        length, payload_id = values[self._length_at], values[1 - self._length_at]
+        if not length.isdigit() or int(length) != len(data) - at or len(data) > PLAIN_SIZE:
+            return None
+        if len(self._after) > 1 and not is_payload_id(payload_id):
+            return None
+        return payload_id.decode(), data[at:]
+
+    def written(self, date: bytes) -> bytes:
+        """Return the 202; put together once a second."""
+        if self._date is not date:
+            self._date, self._written = date, self.answer + date
+        return self._written
+
+
 class Receiving:
     """A post that is being received or kept. To uvicorn it looks like a request to the application.
 
     Args:
         environment: whose events come.
         route: to which endpoint.
+        url: the target of the request.
         headers: of the request, each once.
         room: for the body.
+        head: if what its head means was known.
     """
 
     __slots__ = (
-        *("_held", "_room", "environment", "headers", "parts", "route"),
+        *("_held", "_room", "environment", "head", "headers", "parts", "route", "start", "url"),
         *("disconnected", "keep_alive", "response_complete"),
     )
 
     message_event = _NOBODY_WAITS
 
-    def __init__(
-        self, environment: Environment, route: Route, headers: Mapping[bytes, bytes], room: Room
+    def __init__(  # noqa: PLR0917 - most posts need none of these
+        self,
+        environment: Environment,
+        route: Route,
+        url: bytes,
+        headers: Mapping[bytes, bytes],
+        room: Room,
+        head: Head | None = None,
     ) -> None:
         self.environment = environment
         self.route = route
+        self.url = url
+        self.head = head
+        self.start = b""
+        """The first bytes of the request, if they are at hand."""
         self.headers = headers
         self.parts: list[bytes] = []
         self.disconnected = False
@@ -198,9 +394,12 @@ class Receiving:
     def content(self) -> bytes:
         """Return the body, decompressed; empty if there is none, or it is not plain."""
         body = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
-        if b"gzip" in self.headers.get(b"content-encoding", b"").lower():
-            body = self._inflated(body)
-        return body
+        return _inflated(body, self._hold) if self.compressed else body
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the body is."""
+        return b"gzip" in self.headers.get(b"content-encoding", b"").lower()
 
     def release(self) -> None:
         """Let others have the room."""
@@ -218,14 +417,16 @@ class Receiving:
         self._held += size
         return True
 
-    def _inflated(self, body: bytes) -> bytes:
-        gunzip = Gunzip()
-        found = b""
-        try:
-            for part in gunzip.parts(body):
-                if found or len(part) == INFLATED_AT_ONCE or not self._hold(len(part)):
-                    return b""
-                found = part
-        except CORRUPT:
-            return b""
-        return found if gunzip.complete else b""
+
+def _inflated(body: bytes, hold: Callable[[int], bool]) -> bytes:
+    """Return what is in a compressed body; empty if it is not plain, or `hold` says no."""
+    gunzip = Gunzip()
+    found = b""
+    try:
+        for part in gunzip.parts(body):
+            if found or len(part) == INFLATED_AT_ONCE or not hold(len(part)):
+                return b""
+            found = part
+    except CORRUPT:
+        return b""
+    return found if gunzip.complete else b""
