@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
@@ -177,14 +177,13 @@ class Recent:
         self.seen: dict[int, float] = {}
         """When each came, in Unix seconds; the first one comes first."""
 
-    def note(self, post: Post) -> bool:
-        """Note a post; return whether it is new."""
-        number = identity(post)
+    def note(self, number: int, received: float) -> bool:
+        """Note an identity, unless it is 0, that of none; return whether it is new."""
         if not number:
             return True
         if number in self.seen:
             return False
-        self.seen[number] = post.received
+        self.seen[number] = received
         if len(self.seen) > MAX_REMEMBERED:
             self._forget(MAX_REMEMBERED // 16 + 1)
         return True
@@ -194,6 +193,10 @@ class Recent:
         limit = now - REMEMBERED
         self._forget(next((n for n, at in enumerate(self.seen.values()) if at >= limit), None))
 
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Forget these."""
+        for number in numbers:
+            self.seen.pop(number, None)
+
     def _forget(self, number: int | None) -> None:
-        for each in list(islice(self.seen, number)):
-            del self.seen[each]
+        self.forget(list(islice(self.seen, number)))

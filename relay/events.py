@@ -475,7 +475,7 @@ class Forwarder:
             figures.waiting -= done
             if self._held:
                 self._release()
-            return min(self._pace.between, outcome.took)
+            return 0.0 if self._held else min(self._pace.between, outcome.took)
         if step is Step.SPLIT and await self.spool.split(batch):
             return 0.0
         if step in (Step.SPLIT, Step.REJECT):

@@ -20,6 +20,7 @@ from relay.batches import (
     fitting,
     half_ids,
     halves,
+    identity,
     most_posts,
     part,
 )
@@ -98,7 +99,7 @@ class MemoryStore:
 
     def append(self, post: Post) -> bool:
         """Take a post; return whether it is new."""
-        if not self.recent.note(post):
+        if not self.recent.note(identity(post), post.received):
             return False
         lane = post.lane
         line = self._lines.get(lane)

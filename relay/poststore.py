@@ -8,22 +8,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
+import time
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from heapq import merge
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
-from isal import isal_zlib
+from isal import igzip, isal_zlib
 
 from relay.batches import (
     MAX_QUARANTINE,
-    MAX_REMEMBERED,
     POST_OVERHEAD,
-    REMEMBERED,
     Backlog,
     Batch,
     Limits,
+    Recent,
     batch_id,
     fitting,
     half_ids,
@@ -38,11 +39,19 @@ from relay.model.event import Endpoint, Lane, Post
 SHRINK_PAGES = 16_000
 """Pages of 4 KB that are given back at once: a fraction of a second."""
 
+LEVEL = 0
+"""Of compression on disk: writing what it saves takes longer than compressing it."""
+
 _ROWS = 100
 """Rows of one statement: with each statement the interpreter changes hands."""
 
-VERSION = 1
+VERSION = 2
 """Of the tables. A file with another one is left alone."""
+
+_GZIP = 31
+"""The decompressor's number for a gzip stream."""
+
+_CORRUPT = cast("type[Exception]", isal_zlib.error)  # which its stubs take for an instance
 
 _SETTINGS = (
     "auto_vacuum=INCREMENTAL",
@@ -57,20 +66,22 @@ CREATE TABLE IF NOT EXISTS lanes (id INTEGER PRIMARY KEY, environment TEXT NOT N
     endpoint TEXT NOT NULL, schema INTEGER NOT NULL, tags TEXT NOT NULL, wrapper TEXT NOT NULL,
     UNIQUE (environment, endpoint, schema, tags, wrapper));
 CREATE TABLE IF NOT EXISTS posts (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,
-    size INTEGER NOT NULL, received REAL NOT NULL, payload_id TEXT NOT NULL,
-    checksum INTEGER NOT NULL, body BLOB NOT NULL);
+    size INTEGER NOT NULL, length INTEGER NOT NULL, received REAL NOT NULL,
+    payload_id TEXT NOT NULL, body BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS posts_of_lane ON posts (lane);
 CREATE TABLE IF NOT EXISTS batches (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,
     first INTEGER NOT NULL, last INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER,
     payload_id TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS batches_of_lane ON batches (lane, first, start);
-CREATE TABLE IF NOT EXISTS seen (id INTEGER PRIMARY KEY, received INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS seen (received REAL NOT NULL, ids BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS quarantine (id INTEGER PRIMARY KEY, size INTEGER NOT NULL,
     environment TEXT NOT NULL, endpoint TEXT NOT NULL, schema INTEGER NOT NULL,
     payload_id TEXT NOT NULL, received REAL NOT NULL, reason TEXT NOT NULL, body BLOB NOT NULL);
 """
 # A batch is the posts of its lane from `first` to `last`; of a post that was too large alone, its
-# elements from `start` to `stop`. So fixing a batch does not write its posts again.
+# elements from `start` to `stop`. So fixing a batch does not write its posts again. Bodies are gzip
+# streams, which have checksums; `length` is that of what is in them. The payload ids of a
+# transaction are one row of `seen`: rows of their own would be all over the file.
 
 _log = logging.getLogger("relay.events")
 
@@ -89,6 +100,9 @@ class DiskStore:
         self._capacity = limits.disk
         self._limits = limits
         self._lanes: dict[Lane, int] = {}
+        self.recent = Recent()
+        self._noted: list[int] = []
+        """Identities that the transaction adds to them."""
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
         try:
             # We are alone: a second process is told, and readers need no shared memory.
@@ -103,6 +117,7 @@ class DiskStore:
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version={VERSION}")
             self._size = self._sum()
+            self._recall()
         except BaseException:
             self._db.close()
             raise
@@ -115,11 +130,13 @@ class DiskStore:
     def transaction(self) -> Iterator[None]:
         """Do everything inside, and make it safe; or nothing."""
         self._db.execute("BEGIN IMMEDIATE")
+        self._noted.clear()
         try:
             yield
             self._db.execute("COMMIT")
         except BaseException:
             self._lanes.clear()
+            self.recent.forget(self._noted)
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             self._size = self._sum()
@@ -127,23 +144,13 @@ class DiskStore:
 
     def add(self, posts: Sequence[Post]) -> list[bool]:
         """Take posts; return of each whether it is new. Its payload id may be known already."""
-        ids = [identity(post) for post in posts]
-        known = self._known([each for each in ids if each])
-        new: dict[int, float] = {}
-        kept: list[Post] = []
-        verdicts = []
-        for post, each in zip(posts, ids, strict=True):
-            verdict = not each or (each not in known and each not in new)
-            verdicts.append(verdict)
-            if verdict:
-                kept.append(post)
-                if each:
-                    new[each] = post.received
-        self._insert("seen", "id,received", [(i, int(at)) for i, at in new.items()])
-        self._insert(
-            "posts", "lane,size,received,payload_id,checksum,body", [self._row(p) for p in kept]
-        )
-        self._size += sum(len(post.body) + POST_OVERHEAD for post in kept)
+        verdicts = [self._note(identity(post), post.received) for post in posts]
+        kept = [post for post, new in zip(posts, verdicts, strict=True) if new]
+        if kept:
+            self._write_noted(max(post.received for post in kept))
+        rows = [self._row(post) for post in kept]
+        self._insert("posts", "lane,size,length,received,payload_id,body", rows)
+        self._size += sum(row[1] for row in rows)
         while self._size > self._capacity and self._evict_oldest():
             pass
         return verdicts
@@ -160,10 +167,12 @@ class DiskStore:
             if found is None:
                 return None
             rows = self._members(number, found)
-            damaged = [row[0] for row in rows if isal_zlib.crc32(row[3]) != row[2]]
-            if rows and not damaged:
+            bodies = [_read(body, length) for _, _, length, body in rows]
+            whole = [body for body in bodies if body is not None]
+            if rows and len(whole) == len(rows):
                 batch = Batch(lane, found[5], len(rows), rows[0][1], more)
-                return batch, _bodies(found, rows)
+                return batch, [part(body, found[3], found[4]) for body in whole]
+            damaged = [row[0] for row, body in zip(rows, bodies, strict=True) if body is None]
             # The others keep the id: if upstream knows it, it has all of them already.
             _log.error("The disk has damaged %d of %d posts of a batch", len(damaged), len(rows))
             for post in damaged:
@@ -202,8 +211,8 @@ class DiskStore:
             middle = len(ids) // 2
             parts = [(first, ids[middle - 1], 0, None), (ids[middle], last, 0, None)]
         else:
-            (body,) = self._db.execute("SELECT body FROM posts WHERE id=?", ids).fetchone()
-            cut = halves(batch.lane, body, start, stop)
+            ((_, _, length, body),) = self._members(number, found)
+            cut = halves(batch.lane, _read(body, length) or b"", start, stop)
             if cut is None:
                 return False
             parts = [(first, last, cut[0], cut[1]), (first, last, cut[1], cut[2])]
@@ -218,8 +227,8 @@ class DiskStore:
         found = self._fixed(number, batch.payload_id)
         if found is None:
             return None
-        for body in _bodies(found, self._members(number, found)):
-            self._reject(batch, reason, body)
+        for _, _, length, body in self._members(number, found):
+            self._reject(batch, reason, part(_read(body, length) or b"", found[3], found[4]))
         self._db.execute(
             "DELETE FROM quarantine WHERE id IN (SELECT id FROM (SELECT id,"
             " sum(size) OVER (ORDER BY id DESC) AS total FROM quarantine) WHERE total>?)",
@@ -234,13 +243,9 @@ class DiskStore:
             limit = now - limits.age_in(lane)
             while (oldest := self._oldest(number)) is not None and oldest[1] < limit:
                 self._evict(lane.environment, number, oldest[0])
-        self._db.execute("DELETE FROM seen WHERE received<?", (now - REMEMBERED,))
-        (many,) = self._db.execute("SELECT count(*) FROM seen").fetchone()
-        if many > MAX_REMEMBERED:
-            self._db.execute(
-                "DELETE FROM seen WHERE id IN (SELECT id FROM seen ORDER BY received LIMIT ?)",
-                (many - MAX_REMEMBERED // 2,),
-            )
+        self.recent.tidy(now)
+        since = next(iter(self.recent.seen.values()), now)
+        self._db.execute("DELETE FROM seen WHERE received<?", (since,))
         self._db.execute("DELETE FROM lanes WHERE id NOT IN (SELECT lane FROM posts)")
         self._lanes.clear()
 
@@ -274,8 +279,9 @@ class DiskStore:
                 first, last = rows[id(fixed.posts[0])], rows[id(fixed.posts[-1])]
                 members = (first, last, fixed.start, fixed.stop)
                 self._insert_batch(self._lane(line.lane), members, fixed.payload_id)
-        seen = memory.recent.seen.items()
-        self._db.executemany("INSERT OR REPLACE INTO seen VALUES (?,?)", seen)
+        for number, received in memory.recent.seen.items():
+            self._note(number, received)
+        self._write_noted(time.time())
         for batch, reason, body in memory.rejected:
             self._reject(batch, reason, body)
         self._size = self._sum()
@@ -292,19 +298,28 @@ class DiskStore:
         )
 
     def _row(self, post: Post) -> tuple[Any, ...]:
-        body, size = post.body, len(post.body) + POST_OVERHEAD
+        body = igzip.compress(post.body, LEVEL)
         return (
-            *(self._lane(post.lane), size, post.received, post.payload_id),
-            *(isal_zlib.crc32(body), body),
+            *(self._lane(post.lane), len(body) + POST_OVERHEAD, len(post.body)),
+            *(post.received, post.payload_id, body),
         )
 
-    def _known(self, ids: Sequence[int]) -> set[int]:
-        known: set[int] = set()
-        for chunk in _chunks(ids):
-            marks = ",".join("?" * len(chunk))
-            rows = self._db.execute(f"SELECT id FROM seen WHERE id IN ({marks})", chunk)  # noqa: S608 - marks
-            known.update(i for (i,) in rows.fetchall())
-        return known
+    def _note(self, number: int, received: float) -> bool:
+        new = self.recent.note(number, received)
+        if new and number:
+            self._noted.append(number)
+        return new
+
+    def _write_noted(self, received: float) -> None:
+        if self._noted:
+            ids = array("q", self._noted).tobytes()
+            self._db.execute("INSERT INTO seen VALUES (?,?)", (received, ids))
+
+    def _recall(self) -> None:
+        """Read which payload ids an earlier process has seen."""
+        for received, ids in self._db.execute("SELECT received,ids FROM seen ORDER BY received"):
+            for number in array("q", ids):
+                self.recent.note(number, received)
 
     def _insert(self, table: str, columns: str, rows: Sequence[tuple[Any, ...]]) -> None:
         for chunk in _chunks(rows):
@@ -347,7 +362,7 @@ class DiskStore:
 
     def _members(self, number: int, batch: Any) -> list[Any]:
         return self._db.execute(
-            "SELECT id,received,checksum,body FROM posts WHERE lane=? AND id BETWEEN ? AND ?"
+            "SELECT id,received,length,body FROM posts WHERE lane=? AND id BETWEEN ? AND ?"
             " ORDER BY id",
             (number, batch[1], batch[2]),
         ).fetchall()
@@ -364,8 +379,8 @@ class DiskStore:
         """Make a batch of the oldest posts of a lane without one; return whether it has more."""
         most = most_posts(lane)
         posts = self._db.execute(
-            "SELECT id,size-?,payload_id FROM posts WHERE lane=? ORDER BY id LIMIT ?",
-            (POST_OVERHEAD, number, most + 1),
+            "SELECT id,length,payload_id FROM posts WHERE lane=? ORDER BY id LIMIT ?",
+            (number, most + 1),
         ).fetchall()
         if not posts:
             return False
@@ -424,8 +439,12 @@ class DiskStore:
         return int(size)
 
 
-def _bodies(batch: Any, members: Sequence[Any]) -> list[bytes]:
-    return [part(row[3], batch[3], batch[4]) for row in members]
+def _read(body: bytes, length: int) -> bytes | None:
+    """Return a body as it came; None if the disk has damaged it."""
+    try:
+        return isal_zlib.decompress(body, _GZIP, length)
+    except _CORRUPT:
+        return None
 
 
 def _chunks(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import logging
 import os
+import random
 import shutil
 import sqlite3
 import stat
@@ -21,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay import batches
-from relay.batches import MAX_BATCH, MAX_POSTS, REMEMBERED, Batch, Limits, elements, fitting
+from relay.batches import MAX_BATCH, MAX_POSTS, REMEMBERED, Limits, elements, fitting
 from relay.errors import StoreUnavailable
 from relay.memorystore import MemoryStore
 from relay.model.event import Endpoint, Lane, Post
@@ -36,7 +38,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def post(number=0, lane=LANE, payload_id=None, received=None, size=0):
-    body = b'[{"n":%d,"x":"%s"}]' % (number, b"x" * size)
+    noise = base64.b64encode(random.Random(number).randbytes(size))[:size]  # keeps its size on disk
+    body = b'[{"n":%d,"x":"%s"}]' % (number, noise)
     given_id = f"id-{number}" if payload_id is None else payload_id
     return Post(lane, given_id, body, time.time() if received is None else received)
 
