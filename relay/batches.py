@@ -5,17 +5,18 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from typing import NamedTuple, Protocol
 
 import msgspec
 
-from relay.model.event import Lane, Post
+from relay.model.event import Endpoint, Lane, Post
 
-MAX_BATCH = 512 * 1024
-"""Bytes of the posts of one batch, unless it is one post: what upstream surely takes at once, and
-little to send again."""
+MAX_BATCH = 1024 * 1024
+"""Bytes of the posts of one batch, unless it is one post: what upstream surely takes at once, as
+SDKs send as much when they are busy, and little to send again."""
 
 MAX_POSTS = 1000
 """Posts of one batch."""
@@ -24,8 +25,12 @@ REMEMBERED = 600.0
 """Seconds for which payload ids are known, so that an SDK's own retry is not counted twice."""
 
 MAX_REMEMBERED = 250_000
-"""Payload ids that are known: those of 400 posts a second for all that time, or 25 MB. SDKs repeat
+"""Payload ids that are known: those of 400 posts a second for all that time, or 20 MB. SDKs repeat
 a post after a second, so at a hundred times that rate their retries are known still."""
+
+ID_BYTES = 7
+"""Of what is remembered of a payload id. As numbers, longer ones take half as much memory again;
+that two of as many as are known are the same happens once in 300,000,000,000 posts."""
 
 MAX_QUARANTINE = 16 * 1024 * 1024
 """Bytes of posts that upstream rejects and that are kept for people to look at."""
@@ -166,16 +171,23 @@ def identity(post: Post) -> int:
     """
     if not post.payload_id:
         return 0
-    text = f"{post.lane.environment}\0{post.lane.endpoint.name}\0{post.payload_id}"
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+    text = _scope(post.lane.environment, post.lane.endpoint) + post.payload_id.encode()
+    return int.from_bytes(blake2b(text, digest_size=ID_BYTES).digest(), "big")
+
+
+@lru_cache(maxsize=1024)
+def _scope(environment: str, endpoint: Endpoint) -> bytes:
+    return f"{environment}\0{endpoint.name}\0".encode()
 
 
 class Recent:
     """The identities of posts of the last minutes."""
 
     def __init__(self) -> None:
-        self.seen: dict[int, float] = {}
-        """When each came, in Unix seconds; the first one comes first."""
+        self.seen: dict[int, int] = {}
+        """The second in which each came; the first one comes first."""
+        self._second = 0
+        """That of the last one: the same object for many saves much memory."""
 
     def note(self, number: int, received: float) -> bool:
         """Note an identity, unless it is 0, that of none; return whether it is new."""
@@ -183,7 +195,10 @@ class Recent:
             return True
         if number in self.seen:
             return False
-        self.seen[number] = received
+        second = int(received)
+        if second != self._second:
+            self._second = second
+        self.seen[number] = self._second
         if len(self.seen) > MAX_REMEMBERED:
             self._forget(MAX_REMEMBERED // 16 + 1)
         return True

@@ -356,6 +356,8 @@ def _is_plain(endpoint: Endpoint, headers: Mapping[bytes, bytes], body: bytes) -
 
 def _is_deliverable(endpoint: Endpoint, body: bytes) -> bool:
     """Whether a body is passed on; that of diagnostics whatever it is."""
+    if body[:2] == b"[{" and body[-1:] == b"]":
+        return True  # like nearly all
     return bool(body) if endpoint.diagnostic else is_array(body) and not is_empty(body)
 
 

@@ -19,7 +19,7 @@ from relay.model.count import Count
 from relay.model.event import Endpoint, Lane
 from relay.relay import Relay
 from relay.web.answers import Answer, environment_headers
-from relay.web.auth import by_plain_key
+from relay.web.auth import plain_key
 from relay.web.body import (
     CORRUPT,
     INFLATED_AT_ONCE,
@@ -87,6 +87,14 @@ BROWSERS = ("POST", "OPTIONS")
 """The methods of routes that browsers use, as they are told."""
 
 
+class Opened(NamedTuple):
+    """Where a post goes, and whose it is."""
+
+    route: Route
+    credential: str
+    environment: Environment
+
+
 class Posts:
     """What takes posts from connections.
 
@@ -109,35 +117,30 @@ class Posts:
         route = ROUTES.get(url) or ROUTES.get(prefix + slash)
         if route is None:
             return None
-        environment = self._opened(route, last, headers)
+        credential = plain_key(headers)
+        if route.access is BROWSER:
+            credential = last.decode() if _ID.fullmatch(last) else ""
+        environment = self._environments(route).get(credential)
         if environment is None or not self._events.on or not _has_plain_body(headers):
             return None
-        return Receiving(environment, route, url, headers, self._events.room)
+        opened = Opened(route, credential, environment)
+        return Receiving(opened, url, headers, self._events.room)
 
-    def _opened(
-        self, route: Route, last: bytes, headers: Mapping[bytes, bytes]
-    ) -> Environment | None:
-        """Return the environment of a post.
-
-        Args:
-            route: where it goes.
-            last: segment of its path.
-            headers: of the request.
-        """
+    def _environments(self, route: Route) -> Mapping[str, Environment]:
+        """Return all environments by the credentials that open a route."""
         relay = self._relay
-        if route.access is not BROWSER:
-            known = relay.by_mobile_key if route.access is MOBILE else relay.by_sdk_key
-            return by_plain_key(known, headers)
-        return relay.by_environment_id.get(last.decode()) if _ID.fullmatch(last) else None
+        if route.access is SERVER:
+            return relay.by_sdk_key
+        return relay.by_mobile_key if route.access is MOBILE else relay.by_environment_id
 
     def accept(self, post: Receiving) -> asyncio.Future[object] | None:
         """Accept a post whose body has come; None if it is the application's."""
         body = post.content()
         if not body:
             return None
-        events, environment, headers = self._events, post.environment, post.headers
+        route, _, environment = post.opened
         try:
-            kept = events.accept_plain(environment, post.route.endpoint, headers, body)
+            kept = self._events.accept_plain(environment, route.endpoint, post.headers, body)
         except Exception as e:  # noqa: BLE001 - the client is answered all the same
             return _failed(e)
         if kept is None:
@@ -156,7 +159,7 @@ class Posts:
 
     def _completed(self, answer: Answer, post: Receiving) -> Answer:
         """Return an answer with what is said to SDKs of this kind and this environment."""
-        spec, access = post.environment.spec, post.route.access
+        spec, access = post.opened.environment.spec, post.opened.route.access
         more = environment_headers(spec)
         if access is BROWSER:
             more += cors_lines(spec, post.headers.get(b"origin", b""), BROWSERS, access.exposed)
@@ -175,16 +178,18 @@ class Posts:
         return head
 
     def _meaning(self, texts: tuple[bytes, ...], length_at: int, post: Receiving) -> Head:
-        environment, headers = post.environment, post.headers
-        lane = self._events.lane(environment, post.route.endpoint, headers)
+        endpoint, environment = post.opened.route.endpoint, post.opened.environment
+        lane = self._events.lane(environment, endpoint, post.headers)
         answer = self._completed(ACCEPTED, post).head
-        count = self._count(post)
-        return Head(texts, length_at, environment, post, lane, count, answer)
+        return Head(texts, length_at, post, lane, self._count(post), answer)
 
     def _holds(self, head: Head) -> bool:
         """Whether a head means what it meant: its credential opens the same environment."""
-        opened = self._opened(head.route, head.last, head.headers)
-        return opened is head.environment and opened.spec is head.spec
+        route, credential, environment = head.opened
+        return (
+            self._environments(route).get(credential) is environment
+            and environment.spec is head.spec
+        )
 
     def accept_known(self, head: Head, data: bytes) -> asyncio.Future[object] | None:
         """Accept a whole request with a known head; None if it has another one, or is odd."""
@@ -208,12 +213,12 @@ class Posts:
 
     def waiting(self, head: Head) -> Receiving:
         """Return what stands for a post with a known head until it is safe."""
-        return Receiving(head.environment, head.route, b"", head.headers, self._events.room, head)
+        return Receiving(head.opened, b"", head.headers, self._events.room, head)
 
     def _count(self, post: Receiving) -> Count:
         own = post.headers.get(b"x-launchdarkly-user-agent", b"")
         general = post.headers.get(b"user-agent", b"")
-        route, name = post.route, post.environment.spec.name
+        route, name = post.opened.route, post.opened.environment.spec.name
         key = (route, name, own, general)
         count = self._counts.get(key)
         if count is None:
@@ -281,7 +286,6 @@ class Head:
     Args:
         texts: what is before, between and after the values of these headers.
         length_at: which of the values is the length.
-        environment: whose events come.
         post: one with this head.
         lane: how they travel.
         count: of such requests.
@@ -290,25 +294,21 @@ class Head:
 
     __slots__ = (
         *("_after", "_before", "_date", "_length_at", "_written", "answer"),
-        *("compressed", "count", "environment", "headers", "lane", "last", "route", "spec"),
+        *("compressed", "count", "headers", "lane", "opened", "spec"),
     )
 
     def __init__(  # noqa: PLR0917 - all that a head tells
         self,
         texts: tuple[bytes, ...],
         length_at: int,
-        environment: Environment,
         post: Receiving,
         lane: Lane,
         count: Count,
         answer: bytes,
     ) -> None:
-        self.environment = environment
-        self.spec = environment.spec
-        self.route = post.route
-        self.last = post.url.rpartition(b"/")[2]
-        kept = (b"authorization", b"origin")
-        self.headers = {name: post.headers[name] for name in kept if name in post.headers}
+        self.opened = post.opened
+        self.spec = post.opened.environment.spec
+        self.headers = {b"origin": post.headers.get(b"origin", b"")}
         self.compressed = post.compressed
         self.lane = lane
         self.count = count
@@ -348,8 +348,7 @@ class Receiving:
     """A post that is being received or kept. To uvicorn it looks like a request to the application.
 
     Args:
-        environment: whose events come.
-        route: to which endpoint.
+        opened: where it goes, and whose it is.
         url: the target of the request.
         headers: of the request, each once.
         room: for the body.
@@ -357,23 +356,21 @@ class Receiving:
     """
 
     __slots__ = (
-        *("_held", "_room", "environment", "head", "headers", "parts", "route", "start", "url"),
+        *("_held", "_room", "head", "headers", "opened", "parts", "start", "url"),
         *("disconnected", "keep_alive", "response_complete"),
     )
 
     message_event = _NOBODY_WAITS
 
-    def __init__(  # noqa: PLR0917 - most posts need none of these
+    def __init__(
         self,
-        environment: Environment,
-        route: Route,
+        opened: Opened,
         url: bytes,
         headers: Mapping[bytes, bytes],
         room: Room,
         head: Head | None = None,
     ) -> None:
-        self.environment = environment
-        self.route = route
+        self.opened = opened
         self.url = url
         self.head = head
         self.start = b""
