@@ -668,3 +668,103 @@ async def test_kill_9_loses_and_repeats_nothing(upstream, tmp_path):
     assert accepted <= set(ids), "an accepted event is lost"
     assert {len(found) for found in ids.values()} == {1}, "an event came under two ids"
     assert any(p.status == 413 for p in upstream.posts)
+
+
+# While memory fills up
+
+
+def large(number, lane=LANE):
+    """A post of 10 KB."""
+    return Post(lane, f"id-{number}", b'["%s"]' % (b"%05d" % number * 2000), time.time())
+
+
+@contextlib.asynccontextmanager
+async def tight(url, *, specs=(SPEC, BARE), pace=FAST):
+    """A forwarder in whose memory there is room for ten large posts."""
+    async with forwarding(url, pace=pace, specs=specs) as forwarder:
+        forwarder.spool.memory.capacity = 10 * 10_300
+        yield forwarder
+
+
+async def test_who_posts_too_fast_waits_for_upstream(upstream):
+    """More than there is room for arrives whole: the answers keep pace with upstream."""
+    async with tight(upstream.url) as forwarder:
+
+        async def client(name):
+            for n in range(20):
+                await forwarder.accept(large(100 * name + n))
+
+        await asyncio.gather(*map(client, range(4)))
+        await settled(forwarder)
+        assert forwarder.figures("prod").evicted == 0
+    assert len(events(upstream.posts)) == 80
+
+
+async def test_an_answer_is_held_back_until_a_batch_is_done(upstream):
+    """Then at once, and in the order of the posts."""
+    gate = asyncio.Event()
+
+    async def when_told(_):
+        await gate.wait()
+        return answers.web.Response(status=202)
+
+    upstream.script(KEY, when_told)
+    pace = Pace(flush_interval=3600.0, timeout=10.0, drain=0.5)
+    async with tight(upstream.url, pace=pace) as forwarder:
+        early = [forwarder.accept(large(n)) for n in range(5)]
+        assert all(each.done() for each in early)
+        held = [forwarder.accept(large(n)) for n in range(5, 7)]
+        await upstream.posted(1)  # nobody waits for the flush interval either
+        assert not any(each.done() for each in held)
+        gate.set()
+        assert await asyncio.gather(*held) == [True, True]
+        assert forwarder.figures("prod").evicted == 0
+
+
+async def test_an_answer_is_held_back_for_a_bounded_time(upstream, monkeypatch):
+    """An upstream that does not answer costs a client that, and the oldest make room."""
+    monkeypatch.setattr("relay.events.HOLD", 0.05)
+    upstream.always(KEY, answers.stall)
+    pace = Pace(flush_interval=0.01, timeout=60.0, drain=0.1)
+    async with tight(upstream.url, pace=pace) as forwarder:
+        for n in range(20):
+            began = time.monotonic()
+            assert await forwarder.accept(large(n))
+            waited = time.monotonic() - began
+            assert n >= 10 or (waited > 0.04) is (n >= 5)
+            assert waited < 1
+            assert forwarder.spool.memory.size <= forwarder.spool.memory.capacity
+        figures = forwarder.figures("prod")
+        assert figures.evicted + figures.waiting == 20
+
+
+async def test_nobody_waits_for_an_upstream_that_is_away(upstream):
+    """Nor for another environment's: what cannot be delivered gives way."""
+    upstream.always(KEY, answers.status(503))
+    async with tight(upstream.url) as forwarder:
+        for n in range(5):
+            forwarder.accept(large(n))
+        held = forwarder.accept(large(5))
+        assert not held.done()
+        assert await asyncio.wait_for(held, 0.9), "the failure lets it go"
+        for n in range(6, 30):
+            assert forwarder.accept(large(n)).done()
+        assert forwarder.figures("prod").evicted >= 20
+        other = Lane("bare", Endpoint.BULK, 4)
+        assert forwarder.accept(large(100, other)).done()
+        await upstream.took(1)
+        upstream.always(KEY, None)
+        await settled(forwarder)
+        assert forwarder.accept(large(200)).done()
+
+
+async def test_the_end_holds_nothing_back(upstream):
+    """What is held is answered when the relay ends."""
+    upstream.always(KEY, answers.stall)
+    pace = Pace(flush_interval=0.01, timeout=60.0, drain=0.1)
+    async with tight(upstream.url, pace=pace) as forwarder:
+        held = [forwarder.accept(large(n)) for n in range(9)][-1]
+        assert not held.done()
+        forwarder.hurry()
+        assert held.done()
+        assert forwarder.accept(large(10)).done()

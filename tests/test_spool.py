@@ -80,7 +80,10 @@ both = pytest.mark.parametrize("new_store", [in_memory, on_disk])
 
 
 def stored(store, *posts):
-    return store.add(posts)
+    if isinstance(store, MemoryStore):
+        return store.add(posts)
+    with store.transaction():
+        return store.add(posts)
 
 
 def quarantined(store):
@@ -160,6 +163,16 @@ def test_the_number_of_known_ids_is_bounded(monkeypatch):
     stored(store, *(post(n, received=now + n) for n in range(20)))
     assert len(store.recent.seen) <= 10
     assert stored(store, post(9), post(19)) == [True, False]
+
+
+def test_what_was_not_written_was_not_seen():
+    """A transaction that fails leaves no ids behind: its posts come again, and are new."""
+    store = on_disk()
+    with pytest.raises(ZeroDivisionError), store.transaction():
+        assert store.add([post(1)]) == [True]
+        raise ZeroDivisionError
+    assert stored(store, post(1), post(1)) == [True, False]
+    assert store.take(LANE)[1] == [post(1).body]
 
 
 # Batches
@@ -321,6 +334,52 @@ def test_unused_space_is_given_back(tmp_path):
         store.shrink()
     store.close()
     assert (tmp_path / "events.db").stat().st_size < before / 10
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(0, 30), st.sampled_from([LANE, OTHER, DIAGNOSTIC])),
+        st.tuples(st.sampled_from(["take", "finish", "split", "reject"]), st.none(), st.none()),
+    ),
+    max_size=40,
+)
+
+
+@given(ACTIONS)
+def test_memory_and_disk_do_the_same(actions):
+    """Whatever is done in whatever order; what memory holds then goes on on disk, all of it."""
+    memory, disk, moved = in_memory(), on_disk(), on_disk()
+    last = {}
+    for action in actions:
+        assert _done(memory, *action, last) == _done(disk, *action, last)
+    assert set(memory.backlog()) == set(disk.backlog())
+    moved.receive(memory)
+    for lane in (LANE, OTHER, DIAGNOSTIC):
+        assert _emptied(moved, lane) == _emptied(disk, lane)
+    assert [row[1:] for row in quarantined(moved)] == [row[1:] for row in quarantined(disk)]
+
+
+def _done(store, action, count, lane, last):
+    """What comes of an action, but for ids."""
+    if action == "add":
+        return stored(store, *(post(n, lane, received=n) for n in range(count)))
+    if action == "take":
+        batch, texts = store.take(LANE) or (None, [])
+        last[store] = batch
+        return batch and (batch.posts, batch.oldest, batch.more, texts)
+    batch = last.get(store)
+    if batch is None:
+        return None
+    if action == "reject":
+        return store.quarantine(batch, "HTTP error 400")
+    return store.finish(batch) if action == "finish" else store.split(batch)
+
+
+def _emptied(store, lane):
+    found = []
+    while (taken := store.take(lane)) is not None:
+        found.append((taken[0].posts, taken[1], store.finish(taken[0])))
+    return found
 
 
 # Trouble

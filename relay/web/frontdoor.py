@@ -27,7 +27,7 @@ from relay.relay import Relay
 from relay.web.answers import Headers
 from relay.web.auth import by_plain_key
 from relay.web.polling import template
-from relay.web.posting import MAX_HEAD, Head, Posts, Receiving
+from relay.web.posting import Head, Posts, Receiving
 from relay.web.streams import STREAMS, Opening, client_opening, stream_headers
 from relay.web.traffic import LoggedWire, Series, Traffic, client, note, request_line, shown
 
@@ -224,7 +224,7 @@ class FrontDoor(HttpToolsProtocol):
         self._post: Receiving | None = None
         """What is being received or kept."""
         self._post_start = b""
-        """The first bytes of the post that is being parsed."""
+        """What the parser is fed with, if it begins with a post."""
         self._post_head: Head | None = None
         """What the head of the last post means; the next one will have the same."""
 
@@ -237,7 +237,7 @@ class FrontDoor(HttpToolsProtocol):
             if data.startswith(b"POST "):
                 if self._post_head is not None and self._take_known(self._post_head, data):
                     return
-                self._post_start = data[:MAX_HEAD]
+                self._post_start = data
             else:
                 prepared = door.prepared(data)
                 if prepared is not None:
@@ -379,7 +379,6 @@ class FrontDoor(HttpToolsProtocol):
         post = posts.begin(self.url, headers)
         if post is None:
             return False
-        post.start = self._post_start
         # So that requests which come meanwhile wait, and a shutdown does, too.
         self._post = self.cycle = cast("Any", post)
         return True
@@ -391,7 +390,8 @@ class FrontDoor(HttpToolsProtocol):
         if posts is None or kept is None:
             self._pass_on(post)
             return
-        self._post_head = posts.learn(post)
+        if self._post_start:
+            self._post_head = posts.learn(self._post_start, post)
         if kept.done():
             self._end_post(post, kept)
         else:

@@ -165,9 +165,14 @@ class Posts:
             more += cors_lines(spec, post.headers.get(b"origin", b""), BROWSERS, access.exposed)
         return answer.with_headers(*more)
 
-    def learn(self, post: Receiving) -> Head | None:
-        """Return what the head of an accepted post means, for those that follow; None if odd."""
-        found = _texts(post.start, post.url, post.headers)
+    def learn(self, data: bytes, post: Receiving) -> Head | None:
+        """Return what the head of an accepted post means, for those that follow; None if odd.
+
+        Args:
+            data: the request, and maybe what follows it.
+            post: what has come of it.
+        """
+        found = _texts(data, post.url, post.headers)
         if found is None:
             return None
         head = self._heads.get(found[0])
@@ -238,12 +243,12 @@ def _failed(error: Exception) -> asyncio.Future[object]:
 
 
 def _texts(
-    start: bytes, url: bytes, headers: Mapping[bytes, bytes]
+    data: bytes, url: bytes, headers: Mapping[bytes, bytes]
 ) -> tuple[tuple[bytes, ...], int] | None:
     """Cut the values of the variable headers out of a head.
 
     Args:
-        start: the first bytes of the request.
+        data: begins with the head.
         url: its target, as it was parsed.
         headers: the same, each once.
 
@@ -251,8 +256,10 @@ def _texts(
         What is before, between and after the values, and which of them is the length; None if the
         head is not written plainly, or has no length.
     """
-    end = start.find(_END)
-    line, *lines = start[: max(end, 0)].split(b"\r\n")
+    if _LENGTH not in headers:
+        return None
+    end = data.find(_END, 0, MAX_HEAD)
+    line, *lines = data[: max(end, 0)].split(b"\r\n")
     if line != b"POST %b HTTP/1.1" % url or len(lines) != len(headers):
         return None
     texts, names = [line], []
@@ -267,7 +274,7 @@ def _texts(
             texts[-1] = texts[-1].removesuffix(headers[name])
             texts.append(b"")
     texts[-1] += _END
-    return (tuple(texts), names.index(_LENGTH)) if _LENGTH in names else None
+    return tuple(texts), names.index(_LENGTH)
 
 
 def _has_plain_body(headers: Mapping[bytes, bytes]) -> bool:
@@ -356,7 +363,7 @@ class Receiving:
     """
 
     __slots__ = (
-        *("_held", "_room", "head", "headers", "opened", "parts", "start", "url"),
+        *("_held", "_room", "head", "headers", "opened", "parts", "url"),
         *("disconnected", "keep_alive", "response_complete"),
     )
 
@@ -373,8 +380,6 @@ class Receiving:
         self.opened = opened
         self.url = url
         self.head = head
-        self.start = b""
-        """The first bytes of the request, if they are at hand."""
         self.headers = headers
         self.parts: list[bytes] = []
         self.disconnected = False
