@@ -168,9 +168,14 @@ def test_the_number_of_known_ids_is_bounded(monkeypatch):
 def test_what_was_not_written_was_not_seen():
     """A transaction that fails leaves no ids behind: its posts come again, and are new."""
     store = on_disk()
-    with pytest.raises(ZeroDivisionError), store.transaction():
-        assert store.add([post(1)]) == [True]
-        raise ZeroDivisionError
+
+    def fail():
+        with store.transaction():
+            assert store.add([post(1)]) == [True]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert stored(store, post(1), post(1)) == [True, False]
     assert store.take(LANE)[1] == [post(1).body]
 
