@@ -259,6 +259,8 @@ class Forwarder:
         self._held: deque[tuple[asyncio.Future[bool], bool, int, float]] = deque()
         """Answers that are held back: what they say, the bytes of their posts, and until when."""
         self._let_go: asyncio.TimerHandle | None = None
+        self._hasty = asyncio.Event()
+        """Set while somebody waits for upstream, or the relay ends: no pause between batches."""
         spool.on_evicted = self._note_evicted
         spool.on_backlog = self._note_backlog
         spool.on_stored = self._note_stored
@@ -297,6 +299,7 @@ class Forwarder:
         answer: asyncio.Future[bool] = loop.create_future()
         if not self._held:
             self._hurried()
+            self._hasty.set()
             self._let_go = loop.call_later(HOLD, self._release)
         self._held.append((answer, new, size, loop.time() + HOLD))
         return answer
@@ -317,6 +320,8 @@ class Forwarder:
             self._held.popleft()
             if not answer.done():
                 answer.set_result(new)
+        if not self._held and not self._ending.is_set():
+            self._hasty.clear()
 
     def figures(self, environment: str) -> Figures:
         """Return what happened to the posts of an environment."""
@@ -334,6 +339,7 @@ class Forwarder:
     def hurry(self) -> None:
         """Gather no longer: the relay ends, and what waits shall go out."""
         self._ending.set()
+        self._hasty.set()
         self._release(everything=True)
         self._hurried()
 
@@ -431,7 +437,7 @@ class Forwarder:
                     return  # what waits stays in the spool
                 await pause(self._ending, delay)
             elif taken is not None and batch.more:
-                await pause(self._ending, delay)
+                await pause(self._hasty, delay)
             elif traffic.news:
                 traffic.oldest = traffic.since or traffic.oldest
                 await pause(traffic.due, 0 if self._ending.is_set() else self._pace.flush_interval)
@@ -475,7 +481,7 @@ class Forwarder:
             figures.waiting -= done
             if self._held:
                 self._release()
-            return 0.0 if self._held else min(self._pace.between, outcome.took)
+            return min(self._pace.between, outcome.took)
         if step is Step.SPLIT and await self.spool.split(batch):
             return 0.0
         if step in (Step.SPLIT, Step.REJECT):

@@ -758,6 +758,22 @@ async def test_nobody_waits_for_an_upstream_that_is_away(upstream):
         assert forwarder.accept(large(200)).done()
 
 
+async def test_there_is_no_pause_while_somebody_waits(upstream, monkeypatch):
+    """A slow upstream gets time to breathe between batches, but not at the clients' expense."""
+    monkeypatch.setattr("relay.batches.MAX_BATCH", 15_000)  # one post
+    upstream.script(KEY, answers.slowly(0.8))
+    pace = Pace(flush_interval=0.01, between=3600.0, timeout=10.0, drain=0.5)
+    async with tight(upstream.url, pace=pace) as forwarder:
+        for n in range(4):
+            assert forwarder.accept(large(n)).done()
+        await upstream.took(1)
+        await forwarder.accept(large(4))
+        assert len(upstream.posts) == 1, "the pause is as long as the answer has taken"
+        began = time.monotonic()
+        await asyncio.gather(*(forwarder.accept(large(n)) for n in (5, 6)))
+        assert time.monotonic() - began < 0.4
+
+
 async def test_the_end_holds_nothing_back(upstream):
     """What is held is answered when the relay ends."""
     upstream.always(KEY, answers.stall)
