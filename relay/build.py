@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from relay.batches import Limits
 from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
 from relay.errors import ConfigError
@@ -24,7 +25,6 @@ from relay.log import Log, environment_log, set_environment_level
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Fetch
-from relay.poststore import Limits
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
 from relay.sources import DataSource

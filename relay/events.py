@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -18,11 +18,11 @@ from typing import Protocol
 
 from isal import igzip
 
+from relay.batches import MAX_BATCH, POST_OVERHEAD, Backlog, Batch
 from relay.errors import UpstreamUnavailable
 from relay.log import Log, environment_log
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import Endpoint, Lane, Post, Receipt
-from relay.poststore import MAX_BATCH, Backlog, Batch
 from relay.protocol.events import joined
 from relay.sources.retry import JITTER
 from relay.sources.waiting import pause
@@ -33,6 +33,9 @@ SENDING = 4
 
 REPORT_EVERY = 60.0
 """Seconds between two lines about events that are given up."""
+
+HOLD = 1.0
+"""Seconds for which the answer to a post is held back at most, while memory fills up."""
 
 RESTART_DELAY = 10.0
 """Seconds before a lane that failed by a defect of ours is served again."""
@@ -253,6 +256,11 @@ class Forwarder:
         self._unreported: Counter[tuple[str, str]] = Counter()
         self._report_at = 0.0
         self._ending = asyncio.Event()
+        self._held: deque[tuple[asyncio.Future[bool], bool, int, float]] = deque()
+        """Answers that are held back: what they say, the bytes of their posts, and until when."""
+        self._let_go: asyncio.TimerHandle | None = None
+        self._hasty = asyncio.Event()
+        """Set while somebody waits for upstream, or the relay ends: no pause between batches."""
         spool.on_evicted = self._note_evicted
         spool.on_backlog = self._note_backlog
         spool.on_stored = self._note_stored
@@ -266,7 +274,54 @@ class Forwarder:
         Raises:
             StoreUnavailable: the disk hangs and too much waits for it.
         """
-        return self.spool.append(post)
+        kept = self.spool.append(post)
+        if self._is_crowded() and kept.done() and not self._is_troubled(post.lane):
+            return self._hold(kept.result(), len(post.body))
+        return kept
+
+    # While upstream takes what comes, whoever posts faster than that waits for it, instead of
+    # pushing out what others have posted. Of a disk there is enough.
+
+    def _is_crowded(self) -> bool:
+        """Whether more than half of the memory is full of what upstream will take soon."""
+        memory = self.spool.memory
+        if 2 * memory.size <= memory.capacity:
+            return False
+        stuck = sum(memory.sizes[name] for name in {name for name, _ in self._troubled})
+        return 2 * (memory.size - stuck) > memory.capacity and not self._ending.is_set()
+
+    def _is_troubled(self, lane: Lane) -> bool:
+        return (lane.environment, lane.endpoint) in self._troubled
+
+    def _hold(self, new: bool, size: int) -> asyncio.Future[bool]:
+        """Return what will be said of a post when there is room again, or after a while."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[bool] = loop.create_future()
+        if not self._held:
+            self._hurried()
+            self._hasty.set()
+            self._let_go = loop.call_later(HOLD, self._release)
+        self._held.append((answer, new, size, loop.time() + HOLD))
+        return answer
+
+    def _release(self, *, everything: bool = False) -> None:
+        """Answer as many as may post again, and whoever has waited for long enough."""
+        if self._let_go is not None:
+            self._let_go.cancel()
+        loop = asyncio.get_running_loop()
+        memory, now = self.spool.memory, loop.time()
+        room = memory.capacity // 2 - memory.size
+        while self._held:
+            answer, new, size, until = self._held[0]
+            room -= size + POST_OVERHEAD
+            if room < 0 and until > now and not everything:
+                self._let_go = loop.call_at(until, self._release)
+                break
+            self._held.popleft()
+            if not answer.done():
+                answer.set_result(new)
+        if not self._held and not self._ending.is_set():
+            self._hasty.clear()
 
     def figures(self, environment: str) -> Figures:
         """Return what happened to the posts of an environment."""
@@ -284,6 +339,8 @@ class Forwarder:
     def hurry(self) -> None:
         """Gather no longer: the relay ends, and what waits shall go out."""
         self._ending.set()
+        self._hasty.set()
+        self._release(everything=True)
         self._hurried()
 
     async def run(self) -> None:
@@ -380,7 +437,7 @@ class Forwarder:
                     return  # what waits stays in the spool
                 await pause(self._ending, delay)
             elif taken is not None and batch.more:
-                await pause(self._ending, delay)
+                await pause(self._hasty, delay)
             elif traffic.news:
                 traffic.oldest = traffic.since or traffic.oldest
                 await pause(traffic.due, 0 if self._ending.is_set() else self._pace.flush_interval)
@@ -422,6 +479,8 @@ class Forwarder:
                 self._count_evicted(batch.lane.environment, -done)
             figures.forwarded += done
             figures.waiting -= done
+            if self._held:
+                self._release()
             return min(self._pace.between, outcome.took)
         if step is Step.SPLIT and await self.spool.split(batch):
             return 0.0
@@ -438,16 +497,15 @@ class Forwarder:
         return max(delay, min(outcome.retry_after or 0.0, retries.longest))
 
     def _begin_trouble(self, lane: Lane, reason: str) -> None:
-        where = (lane.environment, lane.endpoint)
-        if where not in self._troubled:
-            self._troubled.add(where)
+        if not self._is_troubled(lane):
+            self._troubled.add((lane.environment, lane.endpoint))
+            self._release(everything=True)
             text = "Events for %s cannot be delivered: %s; they are kept and tried again"
             self._log_of(lane.environment).warning(text, lane.endpoint.value, reason)
 
     def _end_trouble(self, lane: Lane) -> None:
-        where = (lane.environment, lane.endpoint)
-        if where in self._troubled:
-            self._troubled.remove(where)
+        if self._is_troubled(lane):
+            self._troubled.remove((lane.environment, lane.endpoint))
             text = "Events for %s are delivered again"
             self._log_of(lane.environment).info(text, lane.endpoint.value)
 

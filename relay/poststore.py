@@ -1,6 +1,6 @@
 """The database of events that wait: posts, the batches made of them, what was seen, the rejected.
 
-Blocking and without a thread, so that `spool.py` can have one on disk and one in memory.
+Blocking and without a thread, which is the business of `spool.py`.
 """
 
 from __future__ import annotations
@@ -8,45 +8,50 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-import uuid
-import zlib
+import time
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from typing import Any, NamedTuple
+from heapq import merge
+from operator import attrgetter
+from typing import Any, cast
 
-import msgspec
+from isal import igzip, isal_zlib
 
+from relay.batches import (
+    MAX_QUARANTINE,
+    POST_OVERHEAD,
+    Backlog,
+    Batch,
+    Limits,
+    Recent,
+    batch_id,
+    fitting,
+    half_ids,
+    halves,
+    identity,
+    most_posts,
+    part,
+)
+from relay.memorystore import MemoryStore
 from relay.model.event import Endpoint, Lane, Post
-
-MAX_BATCH = 512 * 1024
-"""Bytes of the posts of one batch, unless it is one post: what upstream surely takes at once, and
-little to send again."""
-
-MAX_POSTS = 1000
-"""Posts of one batch."""
-
-REMEMBERED = 600.0
-"""Seconds for which payload ids are known, so that an SDK's own retry is not counted twice."""
-
-MAX_REMEMBERED = 1_000_000
-"""Payload ids that are known: about 30 MB of database."""
-
-MAX_QUARANTINE = 16 * 1024 * 1024
-"""Bytes of posts that upstream rejects and that are kept for people to look at."""
-
-POST_OVERHEAD = 256
-"""Bytes that a post needs beside its body."""
 
 SHRINK_PAGES = 16_000
 """Pages of 4 KB that are given back at once: a fraction of a second."""
 
+LEVEL = 0
+"""Of compression on disk: writing what it saves takes longer than compressing it."""
+
 _ROWS = 100
 """Rows of one statement: with each statement the interpreter changes hands."""
 
-VERSION = 1
+VERSION = 2
 """Of the tables. A file with another one is left alone."""
+
+_GZIP = 31
+"""The decompressor's number for a gzip stream."""
+
+_CORRUPT = cast("type[Exception]", isal_zlib.error)  # which its stubs take for an instance
 
 _SETTINGS = (
     "auto_vacuum=INCREMENTAL",
@@ -61,83 +66,43 @@ CREATE TABLE IF NOT EXISTS lanes (id INTEGER PRIMARY KEY, environment TEXT NOT N
     endpoint TEXT NOT NULL, schema INTEGER NOT NULL, tags TEXT NOT NULL, wrapper TEXT NOT NULL,
     UNIQUE (environment, endpoint, schema, tags, wrapper));
 CREATE TABLE IF NOT EXISTS posts (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,
-    size INTEGER NOT NULL, received REAL NOT NULL, payload_id TEXT NOT NULL,
-    checksum INTEGER NOT NULL, body BLOB NOT NULL);
+    size INTEGER NOT NULL, length INTEGER NOT NULL, received REAL NOT NULL,
+    payload_id TEXT NOT NULL, body BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS posts_of_lane ON posts (lane);
 CREATE TABLE IF NOT EXISTS batches (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,
     first INTEGER NOT NULL, last INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER,
     payload_id TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS batches_of_lane ON batches (lane, first, start);
-CREATE TABLE IF NOT EXISTS seen (id INTEGER PRIMARY KEY, received INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS seen (received REAL NOT NULL, ids BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS quarantine (id INTEGER PRIMARY KEY, size INTEGER NOT NULL,
     environment TEXT NOT NULL, endpoint TEXT NOT NULL, schema INTEGER NOT NULL,
     payload_id TEXT NOT NULL, received REAL NOT NULL, reason TEXT NOT NULL, body BLOB NOT NULL);
 """
 # A batch is the posts of its lane from `first` to `last`; of a post that was too large alone, its
-# elements from `start` to `stop`. So fixing a batch does not write its posts again.
+# elements from `start` to `stop`. So fixing a batch does not write its posts again. Bodies are gzip
+# streams, which have checksums; `length` is that of what is in them. The payload ids of a
+# transaction are one row of `seen`: rows of their own would be all over the file.
 
 _log = logging.getLogger("relay.events")
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Posts of one lane that go upstream in one request; once fixed, it never changes.
-
-    Args:
-        lane: whose posts.
-        payload_id: tells upstream that it has the batch already.
-        posts: how many.
-        oldest: when the first of them came, in Unix seconds.
-        more: whether others may wait behind it since before it was fixed.
-    """
-
-    lane: Lane
-    payload_id: str
-    posts: int
-    oldest: float
-    more: bool = field(default=True, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much may wait, and how long; the oldest goes first.
-
-    Args:
-        disk: bytes on disk.
-        memory: bytes while there is no disk.
-        age: seconds that events are worth delivering.
-        diagnostic_age: the same of diagnostics.
-    """
-
-    disk: int = 1024**3
-    memory: int = 8 * 1024 * 1024
-    age: float = 7 * 86400.0
-    diagnostic_age: float = 3600.0
-
-
-class Backlog(NamedTuple):
-    """What waits in a lane when the file is opened."""
-
-    lane: Lane
-    posts: int
-    oldest: float
-
-
-class Store:
+class DiskStore:
     """The database. Its methods block, and raise `sqlite3.Error`.
 
     Args:
-        path: of the file; `:memory:` for none.
-        capacity: bytes of posts that it may hold.
-        limits: how old they may become.
+        path: of the file.
+        limits: how much may wait, and how long.
     """
 
-    def __init__(self, path: str, capacity: int, limits: Limits) -> None:
+    def __init__(self, path: str, limits: Limits) -> None:
         self.evicted: Counter[str] = Counter()
         """Posts that were given up, by environment, until somebody takes note."""
-        self._capacity = capacity
+        self._capacity = limits.disk
         self._limits = limits
         self._lanes: dict[Lane, int] = {}
+        self.recent = Recent()
+        self._noted: list[int] = []
+        """Identities that the transaction adds to them."""
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
         try:
             # We are alone: a second process is told, and readers need no shared memory.
@@ -152,6 +117,7 @@ class Store:
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version={VERSION}")
             self._size = self._sum()
+            self._recall()
         except BaseException:
             self._db.close()
             raise
@@ -164,11 +130,13 @@ class Store:
     def transaction(self) -> Iterator[None]:
         """Do everything inside, and make it safe; or nothing."""
         self._db.execute("BEGIN IMMEDIATE")
+        self._noted.clear()
         try:
             yield
             self._db.execute("COMMIT")
         except BaseException:
             self._lanes.clear()
+            self.recent.forget(self._noted)
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             self._size = self._sum()
@@ -176,23 +144,13 @@ class Store:
 
     def add(self, posts: Sequence[Post]) -> list[bool]:
         """Take posts; return of each whether it is new. Its payload id may be known already."""
-        ids = [_identity(post) for post in posts]
-        known = self._known([identity for identity in ids if identity is not None])
-        new: dict[int, float] = {}
-        kept: list[Post] = []
-        verdicts = []
-        for post, identity in zip(posts, ids, strict=True):
-            verdict = identity is None or (identity not in known and identity not in new)
-            verdicts.append(verdict)
-            if verdict:
-                kept.append(post)
-                if identity is not None:
-                    new[identity] = post.received
-        self._insert("seen", "id,received", [(i, int(at)) for i, at in new.items()])
-        self._insert(
-            "posts", "lane,size,received,payload_id,checksum,body", [self._row(p) for p in kept]
-        )
-        self._size += sum(len(post.body) + POST_OVERHEAD for post in kept)
+        verdicts = [self._note(identity(post), post.received) for post in posts]
+        kept = [post for post, new in zip(posts, verdicts, strict=True) if new]
+        if kept:
+            self._write_noted(max(post.received for post in kept))
+        rows = [self._row(post) for post in kept]
+        self._insert("posts", "lane,size,length,received,payload_id,body", rows)
+        self._size += sum(row[1] for row in rows)
         while self._size > self._capacity and self._evict_oldest():
             pass
         return verdicts
@@ -209,10 +167,12 @@ class Store:
             if found is None:
                 return None
             rows = self._members(number, found)
-            damaged = [row[0] for row in rows if zlib.crc32(row[3]) != row[2]]
-            if rows and not damaged:
+            bodies = [_read(body, length) for _, _, length, body in rows]
+            whole = [body for body in bodies if body is not None]
+            if rows and len(whole) == len(rows):
                 batch = Batch(lane, found[5], len(rows), rows[0][1], more)
-                return batch, _bodies(found, rows)
+                return batch, [part(body, found[3], found[4]) for body in whole]
+            damaged = [row[0] for row, body in zip(rows, bodies, strict=True) if body is None]
             # The others keep the id: if upstream knows it, it has all of them already.
             _log.error("The disk has damaged %d of %d posts of a batch", len(damaged), len(rows))
             for post in damaged:
@@ -244,23 +204,21 @@ class Store:
                 (number, first, last),
             )
         ]
-        halves: list[tuple[int, int, int, int | None]]
         if not ids:
             return False
+        parts: list[tuple[int, int, int, int | None]]
         if len(ids) > 1:
             middle = len(ids) // 2
-            halves = [(first, ids[middle - 1], 0, None), (ids[middle], last, 0, None)]
+            parts = [(first, ids[middle - 1], 0, None), (ids[middle], last, 0, None)]
         else:
-            (body,) = self._db.execute("SELECT body FROM posts WHERE id=?", ids).fetchone()
-            parts = elements(body)
-            end = len(parts or ()) if stop is None else stop
-            if batch.lane.endpoint.diagnostic or parts is None or end - start < 2:  # noqa: PLR2004 - halves
+            ((_, _, length, body),) = self._members(number, found)
+            cut = halves(batch.lane, _read(body, length) or b"", start, stop)
+            if cut is None:
                 return False
-            middle = (start + end) // 2
-            halves = [(first, last, start, middle), (first, last, middle, end)]
+            parts = [(first, last, cut[0], cut[1]), (first, last, cut[1], cut[2])]
         self._db.execute("DELETE FROM batches WHERE id=?", (row,))
-        for place, half in enumerate(halves):
-            self._insert_batch(number, half, str(uuid.uuid5(_SPLITS, f"{payload_id}/{place}")))
+        for half, its_id in zip(parts, half_ids(payload_id), strict=True):
+            self._insert_batch(number, half, its_id)
         return True
 
     def quarantine(self, batch: Batch, reason: str) -> int | None:
@@ -269,16 +227,8 @@ class Store:
         found = self._fixed(number, batch.payload_id)
         if found is None:
             return None
-        lane = batch.lane
-        for body in _bodies(found, self._members(number, found)):
-            self._db.execute(
-                "INSERT INTO quarantine (size,environment,endpoint,schema,payload_id,received,"
-                "reason,body) VALUES (?,?,?,?,?,?,?,?)",
-                (
-                    *(len(body) + POST_OVERHEAD, lane.environment, lane.endpoint.name),
-                    *(lane.schema, batch.payload_id, batch.oldest, reason, body),
-                ),
-            )
+        for _, _, length, body in self._members(number, found):
+            self._reject(batch, reason, part(_read(body, length) or b"", found[3], found[4]))
         self._db.execute(
             "DELETE FROM quarantine WHERE id IN (SELECT id FROM (SELECT id,"
             " sum(size) OVER (ORDER BY id DESC) AS total FROM quarantine) WHERE total>?)",
@@ -290,16 +240,12 @@ class Store:
         """Remove what is too old."""
         limits = self._limits
         for lane, number in self._all_lanes():
-            age = limits.diagnostic_age if lane.endpoint.diagnostic else limits.age
-            while (oldest := self._oldest(number)) is not None and oldest[1] < now - age:
+            limit = now - limits.age_in(lane)
+            while (oldest := self._oldest(number)) is not None and oldest[1] < limit:
                 self._evict(lane.environment, number, oldest[0])
-        self._db.execute("DELETE FROM seen WHERE received<?", (now - REMEMBERED,))
-        (many,) = self._db.execute("SELECT count(*) FROM seen").fetchone()
-        if many > MAX_REMEMBERED:
-            self._db.execute(
-                "DELETE FROM seen WHERE id IN (SELECT id FROM seen ORDER BY received LIMIT ?)",
-                (many - MAX_REMEMBERED // 2,),
-            )
+        self.recent.tidy(now)
+        since = next(iter(self.recent.seen.values()), now)
+        self._db.execute("DELETE FROM seen WHERE received<?", (since,))
         self._db.execute("DELETE FROM lanes WHERE id NOT IN (SELECT lane FROM posts)")
         self._lanes.clear()
 
@@ -319,46 +265,61 @@ class Store:
                 found.append(Backlog(lane, posts, oldest[1]))
         return found
 
-    def receive(self, other: Store) -> None:
+    def receive(self, memory: MemoryStore) -> None:
         """Take all that another store has: posts, batches, what was seen, what is set aside."""
-        (offset,) = self._db.execute("SELECT coalesce(max(id),0) FROM posts").fetchone()
-        numbers = {number: self._lane(lane) for lane, number in other._all_lanes()}
-        read = other._db.execute
-        for i, lane, *post in read(
-            "SELECT id,lane,size,received,payload_id,checksum,body FROM posts ORDER BY id"
-        ):
-            self._db.execute(
-                "INSERT INTO posts VALUES (?,?,?,?,?,?,?)", (i + offset, numbers[lane], *post)
-            )
-        for lane, first, last, start, stop, payload_id in read(
-            "SELECT lane,first,last,start,stop,payload_id FROM batches"
-        ):
-            moved = (first + offset, last + offset, start, stop)
-            self._insert_batch(numbers[lane], moved, payload_id)
-        for seen in read("SELECT id,received FROM seen"):
-            self._db.execute("INSERT OR REPLACE INTO seen VALUES (?,?)", seen)
-        columns = "size,environment,endpoint,schema,payload_id,received,reason,body"
-        for row in read(f"SELECT {columns} FROM quarantine ORDER BY id"):  # noqa: S608 - ours
-            self._db.execute(
-                f"INSERT INTO quarantine ({columns}) VALUES (?,?,?,?,?,?,?,?)",  # noqa: S608 - ours
-                row,
-            )
+        (last,) = self._db.execute("SELECT coalesce(max(id),0) FROM posts").fetchone()
+        rows: dict[int, int] = {}
+        waiting = [line.waiting for line in memory.lines]
+        for row, post in enumerate(merge(*waiting, key=attrgetter("received")), last + 1):
+            rows[id(post)] = row
+            values = (row, *self._row(post))
+            self._db.execute("INSERT INTO posts VALUES (?,?,?,?,?,?,?)", values)
+        for line in memory.lines:
+            for fixed in line.batches:
+                first, last = rows[id(fixed.posts[0])], rows[id(fixed.posts[-1])]
+                members = (first, last, fixed.start, fixed.stop)
+                self._insert_batch(self._lane(line.lane), members, fixed.payload_id)
+        for number, received in memory.recent.seen.items():
+            self._note(number, received)
+        self._write_noted(time.time())
+        for batch, reason, body in memory.rejected:
+            self._reject(batch, reason, body)
         self._size = self._sum()
 
-    def _row(self, post: Post) -> tuple[Any, ...]:
-        body, size = post.body, len(post.body) + POST_OVERHEAD
-        return (
-            *(self._lane(post.lane), size, post.received, post.payload_id),
-            *(zlib.crc32(body), body),
+    def _reject(self, batch: Batch, reason: str, body: bytes) -> None:
+        lane = batch.lane
+        self._db.execute(
+            "INSERT INTO quarantine (size,environment,endpoint,schema,payload_id,received,"
+            "reason,body) VALUES (?,?,?,?,?,?,?,?)",
+            (
+                *(len(body) + POST_OVERHEAD, lane.environment, lane.endpoint.name),
+                *(lane.schema, batch.payload_id, batch.oldest, reason, body),
+            ),
         )
 
-    def _known(self, ids: Sequence[int]) -> set[int]:
-        known: set[int] = set()
-        for chunk in _chunks(ids):
-            marks = ",".join("?" * len(chunk))
-            rows = self._db.execute(f"SELECT id FROM seen WHERE id IN ({marks})", chunk)  # noqa: S608 - marks
-            known.update(i for (i,) in rows.fetchall())
-        return known
+    def _row(self, post: Post) -> tuple[Any, ...]:
+        body = igzip.compress(post.body, LEVEL)
+        return (
+            *(self._lane(post.lane), len(body) + POST_OVERHEAD, len(post.body)),
+            *(post.received, post.payload_id, body),
+        )
+
+    def _note(self, number: int, received: float) -> bool:
+        new = self.recent.note(number, received)
+        if new and number:
+            self._noted.append(number)
+        return new
+
+    def _write_noted(self, received: float) -> None:
+        if self._noted:
+            ids = array("q", self._noted).tobytes()
+            self._db.execute("INSERT INTO seen VALUES (?,?)", (received, ids))
+
+    def _recall(self) -> None:
+        """Read which payload ids an earlier process has seen."""
+        for received, ids in self._db.execute("SELECT received,ids FROM seen ORDER BY received"):
+            for number in array("q", ids):
+                self.recent.note(number, received)
 
     def _insert(self, table: str, columns: str, rows: Sequence[tuple[Any, ...]]) -> None:
         for chunk in _chunks(rows):
@@ -401,7 +362,7 @@ class Store:
 
     def _members(self, number: int, batch: Any) -> list[Any]:
         return self._db.execute(
-            "SELECT id,received,checksum,body FROM posts WHERE lane=? AND id BETWEEN ? AND ?"
+            "SELECT id,received,length,body FROM posts WHERE lane=? AND id BETWEEN ? AND ?"
             " ORDER BY id",
             (number, batch[1], batch[2]),
         ).fetchall()
@@ -416,16 +377,15 @@ class Store:
 
     def _fix(self, lane: Lane, number: int) -> bool:
         """Make a batch of the oldest posts of a lane without one; return whether it has more."""
-        most = 1 if lane.endpoint.diagnostic else MAX_POSTS
+        most = most_posts(lane)
         posts = self._db.execute(
-            "SELECT id,size-?,payload_id FROM posts WHERE lane=? ORDER BY id LIMIT ?",
-            (POST_OVERHEAD, number, most + 1),
+            "SELECT id,length,payload_id FROM posts WHERE lane=? ORDER BY id LIMIT ?",
+            (number, most + 1),
         ).fetchall()
         if not posts:
             return False
         members = posts[: fitting([size for _, size, _ in posts[:most]])]
-        alone = len(members) == 1 and members[0][2]
-        payload_id = members[0][2] if alone else str(uuid.uuid4())
+        payload_id = batch_id([own for _, _, own in members])
         self._insert_batch(number, (members[0][0], members[-1][0], 0, None), payload_id)
         return len(members) < len(posts)
 
@@ -479,45 +439,12 @@ class Store:
         return int(size)
 
 
-_SPLITS = uuid.UUID("6b0f5f0e-3c56-4d0e-9c1e-6a1f8f2f7a54")
-"""Names of halves are derived below it: the same halves have the same ids, whoever splits."""
-
-
-def fitting(sizes: Sequence[int]) -> int:
-    """Return how many of the first posts go into one batch: at least one."""
-    total = 0
-    for count, size in enumerate(sizes):
-        total += size
-        if total > MAX_BATCH:
-            return max(count, 1)
-    return len(sizes)
-
-
-def elements(body: bytes) -> list[bytes] | None:
-    """Return the texts of the elements of an array; None if it is not one."""
+def _read(body: bytes, length: int) -> bytes | None:
+    """Return a body as it came; None if the disk has damaged it."""
     try:
-        return [bytes(raw) for raw in msgspec.json.decode(body, type=list[msgspec.Raw])]
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        return isal_zlib.decompress(body, _GZIP, length)
+    except _CORRUPT:
         return None
-
-
-def _bodies(batch: Any, members: Sequence[Any]) -> list[bytes]:
-    start, stop = batch[3], batch[4]
-    if stop is None:
-        return [row[3] for row in members]
-    return [_array((elements(row[3]) or [])[start:stop]) for row in members]
-
-
-def _array(parts: Sequence[bytes]) -> bytes:
-    return b"[" + b",".join(parts) + b"]"
-
-
-def _identity(post: Post) -> int | None:
-    """Return what is remembered of a payload id; SDKs of two environments do not share ids."""
-    if not post.payload_id:
-        return None
-    text = f"{post.lane.environment}\0{post.lane.endpoint.name}\0{post.payload_id}"
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _chunks(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:

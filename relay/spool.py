@@ -1,8 +1,8 @@
 """Where accepted events wait for their delivery: on disk, so that they survive us, or in memory.
 
 One thread owns the database. Whatever gathers while it works goes into its next transaction: one
-synchronisation of the disk makes many posts safe. While the disk does not work, a database in
-memory takes its place.
+synchronisation of the disk makes many posts safe. While the disk does not work, a store in memory
+takes its place; without a directory that is all there is, and it needs no thread.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from relay.batches import Backlog, Batch, Limits, Store
 from relay.errors import StoreUnavailable
+from relay.memorystore import MemoryStore
 from relay.model.event import Lane, Post
-from relay.poststore import Backlog, Batch, Limits, Store
+from relay.poststore import DiskStore
 
 GATHER = 0.003
-"""Seconds in which posts gather for one transaction, where the last one had several. In memory as
-well: it keeps those who post faster than upstream takes from pushing out what waits."""
+"""Seconds in which posts gather for one transaction, where the last one had several."""
 
 TIDY_EVERY = 60.0
 """Seconds between two removals of what is too old."""
@@ -79,13 +80,16 @@ class Spool:
         self._retry = retry
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._queued = 0
-        self._memory = Store(":memory:", limits.memory, limits)
-        self._disk: Store | None = None
+        self.memory = MemoryStore(limits)
+        """What waits while there is no disk."""
+        self._disk: DiskStore | None = None
         self._later: deque[Callable[[Store], Any]] = deque(maxlen=MAX_LATER)
         """What is to be done to the disk's store when it works again."""
         self._try_at = 0.0
         self._tidy_at = time.monotonic() + TIDY_EVERY
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
+        self._answers: dict[bool, asyncio.Future[bool]] = {}
+        """What is said of posts that are safe at once: whether they were new."""
 
     @property
     def durable(self) -> bool:
@@ -96,23 +100,36 @@ class Spool:
         """Begin to work, with the disk if it works."""
         self._loop = asyncio.get_running_loop()
         self._closed = self._loop.create_future()
-        self._thread.start()
-        await self._do(Store.backlog)
+        if self._path is None:
+            self._tidying = self._loop.call_later(TIDY_EVERY, self._tidy_memory)
+        else:
+            self._thread.start()
+            await self._do(lambda _: None)
 
     async def close(self) -> None:
         """Do what has been asked for, for a bounded time, and let go of the file."""
-        self._jobs.put(None)
-        await asyncio.wait({self._closed}, timeout=CLOSE_LIMIT)
+        if self._path is None:
+            self._tidying.cancel()
+            self._say_what_is_lost()
+        else:
+            self._jobs.put(None)
+            await asyncio.wait({self._closed}, timeout=CLOSE_LIMIT)
 
     def append(self, post: Post) -> asyncio.Future[bool]:
         """Take a post.
 
         Returns:
-            Resolves when the post is safe, with whether it was new.
+            Resolves when the post is safe, with whether it was new; at once without a directory.
 
         Raises:
             StoreUnavailable: too many wait for a disk that hangs.
         """
+        if self._path is None:
+            new = self.memory.append(post)
+            self.on_stored(post, new)
+            if self.memory.evicted:
+                self.on_evicted(self._evictions())
+            return self._answers.get(new) or self._answer(new)
         if self._queued + len(post.body) > MAX_QUEUED:
             raise StoreUnavailable("the disk does not take events fast enough")
         self._queued += len(post.body)
@@ -157,8 +174,28 @@ class Spool:
 
     def _do(self, work: Post | Callable[[Store], Any]) -> asyncio.Future[Any]:
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._jobs.put(_Job(work, done))
+        job = _Job(work, done)
+        if self._path is None:
+            self._do_now(job)
+        else:
+            self._jobs.put(job)
         return done
+
+    def _answer(self, new: bool) -> asyncio.Future[bool]:
+        answer = self._answers[new] = asyncio.get_running_loop().create_future()
+        answer.set_result(new)
+        return answer
+
+    def _do_now(self, job: _Job) -> None:
+        try:
+            _do_all([job], self.memory)
+        except Exception as e:  # noqa: BLE001 - a defect of ours must reach who waits
+            job.error = e
+        self._settle([job], self._evictions())
+
+    def _tidy_memory(self) -> None:
+        self._tidying = self._loop.call_later(TIDY_EVERY, self._tidy_memory)
+        self._do(lambda store: store.tidy(time.time()))
 
     def _run(self) -> None:
         """Do everything that is asked for, in the thread, until the end."""
@@ -175,14 +212,16 @@ class Spool:
                 for job in jobs:
                     job.error = e
             self._in_loop(self._settle, jobs, self._evictions())
-        lost = sum(left.posts for left in self._memory.backlog())
+        self._say_what_is_lost()
+        if self._disk is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._disk.close()
+        self._in_loop(self._closed.set_result, None)
+
+    def _say_what_is_lost(self) -> None:
+        lost = sum(left.posts for left in self.memory.backlog())
         if lost:
             _log.warning("%d posts of events could not be delivered and are lost", lost)
-        for store in (self._disk, self._memory):
-            if store is not None:
-                with contextlib.suppress(sqlite3.Error):
-                    store.close()
-        self._in_loop(self._closed.set_result, None)
 
     def _next_jobs(self, *, gather: bool) -> tuple[list[_Job], bool]:
         """Wait for something to do; return all of it, and whether it is the last."""
@@ -206,27 +245,17 @@ class Spool:
             self._tidy_at = time.monotonic() + TIDY_EVERY
         if not jobs and not tidy:
             return
-        try:
-            self._transact(self._disk or self._memory, jobs, tidy=tidy)
-        except sqlite3.Error as e:
-            if self._disk is None:
-                raise
-            self._begin_trouble(e)
-            self._transact(self._memory, jobs, tidy=tidy)
-
-    def _transact(self, store: Store, jobs: Sequence[_Job], *, tidy: bool) -> None:
-        with store.transaction():
-            if tidy:
-                store.tidy(time.time())
-            posts = [job for job in jobs if isinstance(job.work, Post)]
-            verdicts = store.add([job.work for job in posts if isinstance(job.work, Post)])
-            for job, verdict in zip(posts, verdicts, strict=True):
-                job.value = verdict
-            for job in jobs:
-                if not isinstance(job.work, Post):
-                    job.value = job.work(store)
-        if tidy:
-            store.shrink()
+        if self._disk is not None:
+            try:
+                with self._disk.transaction():
+                    _do_all(jobs, self._disk, tidy=tidy)
+                if tidy:
+                    self._disk.shrink()
+            except sqlite3.Error as e:
+                self._begin_trouble(e)
+            else:
+                return
+        _do_all(jobs, self.memory, tidy=tidy)
 
     def _mend(self) -> None:
         """Open the file if it is not open and the time has come; what is in memory moves there."""
@@ -235,11 +264,11 @@ class Spool:
         disk = None
         try:
             _prepare(self._path)
-            disk = Store(str(self._path), self._limits.disk, self._limits)
+            disk = DiskStore(str(self._path), self._limits)
             with disk.transaction():
                 for work in self._later:
                     work(disk)
-                disk.receive(self._memory)
+                disk.receive(self.memory)
                 backlog = disk.backlog()
         except (OSError, sqlite3.Error) as e:
             if disk is not None:
@@ -249,8 +278,7 @@ class Spool:
             return
         self._disk = disk
         self._later.clear()
-        self._memory.close()
-        self._memory = Store(":memory:", self._limits.memory, self._limits)
+        self.memory = MemoryStore(self._limits)
         self._in_loop(self._loop.call_soon, self.on_backlog, backlog)  # likewise
         if self.trouble is not None:
             _log.info("Events are kept on disk again")
@@ -280,7 +308,7 @@ class Spool:
 
     def _evictions(self) -> Counter[str]:
         evicted: Counter[str] = Counter()
-        for store in (self._disk, self._memory):
+        for store in (self._disk, self.memory):
             if store is not None:
                 evicted += store.evicted
                 store.evicted.clear()
@@ -304,6 +332,18 @@ class Spool:
     def _in_loop(self, call: Callable[..., object], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended without us
             self._loop.call_soon_threadsafe(call, *arguments)
+
+
+def _do_all(jobs: Sequence[_Job], store: Store, *, tidy: bool = False) -> None:
+    if tidy:
+        store.tidy(time.time())
+    posts = [job for job in jobs if isinstance(job.work, Post)]
+    verdicts = store.add([job.work for job in posts if isinstance(job.work, Post)])
+    for job, verdict in zip(posts, verdicts, strict=True):
+        job.value = verdict
+    for job in jobs:
+        if not isinstance(job.work, Post):
+            job.value = job.work(store)
 
 
 def _prepare(path: Path) -> None:

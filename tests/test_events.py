@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.batches import MAX_BATCH, Limits
 from relay.events import Forwarder, Pace, Retries, Step, headers, next_step, target
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import Endpoint, Lane, Post
-from relay.poststore import MAX_BATCH, Limits
 from relay.spool import Spool
 from relay.upstream import USER_AGENT, Upstream
 from tests.support import upstream as answers
@@ -58,6 +58,7 @@ async def forwarding(url, *, pace=FAST, specs=(SPEC, BARE), directory=None):
     async with Upstream() as upstream:
         forwarder = Forwarder(spool, upstream, url, known.get, pace)
         running = asyncio.create_task(forwarder.run())
+        await asyncio.sleep(0)  # so that it has begun
         try:
             yield forwarder
         finally:
@@ -312,6 +313,7 @@ async def test_the_age_of_what_waits_is_known(upstream):
         async with asyncio.timeout(PATIENCE):
             while forwarder.figures("prod").waiting == 2:
                 await forwarder.spool._do(lambda _: None)
+                await asyncio.sleep(0)
         assert forwarder.oldest("prod") == second.received
         await settled(forwarder)
 
@@ -393,9 +395,7 @@ async def test_a_poisonous_post_is_found_and_blocks_nobody(upstream, poison, cap
         await settled(forwarder)
         figures = forwarder.figures("prod")
         assert (figures.forwarded, figures.quarantined, figures.waiting) == (6, 1, 0)
-        kept = await forwarder.spool._do(
-            lambda store: store._db.execute("SELECT body,reason FROM quarantine").fetchall()
-        )
+        kept = [(each.body, each.reason) for each in forwarder.spool.memory.rejected]
     assert kept == [(b"[%d]" % (100 + poison), "HTTP error 400")]
     assert events(upstream.accepted) == [100 + n for n in range(7) if n != poison]
     assert "1 posts of events were set aside" in caplog.text
@@ -502,7 +502,7 @@ async def test_losses_are_counted_and_said(upstream, caplog):
     """What has no room is given up oldest first, in the figures and in the log."""
     upstream.always(KEY, answers.status(503))
     async with forwarding(upstream.url) as forwarder:
-        forwarder.spool._memory._capacity = 3000
+        forwarder.spool.memory.capacity = 3000
         await asyncio.gather(*(forwarder.accept(post(n)) for n in range(100)))
         figures = forwarder.figures("prod")
         assert figures.evicted + figures.waiting == 100
@@ -525,7 +525,7 @@ async def test_what_arrives_is_not_counted_as_lost(upstream):
     async with forwarding(upstream.url, pace=Pace(0.01, drain=0.5)) as forwarder:
         await forwarder.accept(post(1))
         await upstream.posted(1)
-        forwarder.spool._memory._capacity = 300
+        forwarder.spool.memory.capacity = 300
         await forwarder.accept(post(2))
         assert forwarder.figures("prod").evicted == 1
         gate.set()
@@ -578,7 +578,8 @@ async def test_a_disk_that_works_again_is_served_again(upstream, tmp_path):
         spool = forwarder.spool
         spool._retry = 3600
         spool._disk._db.execute("PRAGMA max_page_count=1")
-        big = Post(LANE, "big", b'["' + b"x" * 100_000 + b'"]', time.time())
+        text = os.urandom(50_000).hex()
+        big = Post(LANE, "big", f'["{text}"]'.encode(), time.time())
         await forwarder.accept(big)
         assert not spool.durable
         upstream.always(KEY, None)
@@ -588,7 +589,7 @@ async def test_a_disk_that_works_again_is_served_again(upstream, tmp_path):
         await upstream.took(3)
         await settled(forwarder)
         assert spool.durable
-    assert sorted(map(str, events(upstream.accepted))) == ["1", "2", "x" * 100_000]
+    assert sorted(map(str, events(upstream.accepted))) == sorted(["1", "2", text])
 
 
 CHILD = """
@@ -598,7 +599,7 @@ from relay.events import Forwarder, Pace, Retries
 from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import Endpoint, Lane, Post
-from relay.poststore import Limits
+from relay.batches import Limits
 from relay.spool import Spool
 from relay.upstream import Upstream
 
@@ -667,3 +668,119 @@ async def test_kill_9_loses_and_repeats_nothing(upstream, tmp_path):
     assert accepted <= set(ids), "an accepted event is lost"
     assert {len(found) for found in ids.values()} == {1}, "an event came under two ids"
     assert any(p.status == 413 for p in upstream.posts)
+
+
+# While memory fills up
+
+
+def large(number, lane=LANE):
+    """A post of 10 KB."""
+    return Post(lane, f"id-{number}", b'["%s"]' % (b"%05d" % number * 2000), time.time())
+
+
+@contextlib.asynccontextmanager
+async def tight(url, *, specs=(SPEC, BARE), pace=FAST):
+    """A forwarder in whose memory there is room for ten large posts."""
+    async with forwarding(url, pace=pace, specs=specs) as forwarder:
+        forwarder.spool.memory.capacity = 10 * 10_300
+        yield forwarder
+
+
+async def test_who_posts_too_fast_waits_for_upstream(upstream):
+    """More than there is room for arrives whole: the answers keep pace with upstream."""
+    async with tight(upstream.url) as forwarder:
+
+        async def client(name):
+            for n in range(20):
+                await forwarder.accept(large(100 * name + n))
+
+        await asyncio.gather(*map(client, range(4)))
+        await settled(forwarder)
+        assert forwarder.figures("prod").evicted == 0
+    assert len(events(upstream.posts)) == 80
+
+
+async def test_an_answer_is_held_back_until_a_batch_is_done(upstream):
+    """Then at once, and in the order of the posts."""
+    gate = asyncio.Event()
+
+    async def when_told(_):
+        await gate.wait()
+        return answers.web.Response(status=202)
+
+    upstream.script(KEY, when_told)
+    pace = Pace(flush_interval=3600.0, timeout=10.0, drain=0.5)
+    async with tight(upstream.url, pace=pace) as forwarder:
+        early = [forwarder.accept(large(n)) for n in range(5)]
+        assert all(each.done() for each in early)
+        held = [forwarder.accept(large(n)) for n in range(5, 7)]
+        await upstream.posted(1)  # nobody waits for the flush interval either
+        assert not any(each.done() for each in held)
+        gate.set()
+        assert await asyncio.gather(*held) == [True, True]
+        assert forwarder.figures("prod").evicted == 0
+
+
+async def test_an_answer_is_held_back_for_a_bounded_time(upstream, monkeypatch):
+    """An upstream that does not answer costs a client that, and the oldest make room."""
+    monkeypatch.setattr("relay.events.HOLD", 0.05)
+    upstream.always(KEY, answers.stall)
+    pace = Pace(flush_interval=0.01, timeout=60.0, drain=0.1)
+    async with tight(upstream.url, pace=pace) as forwarder:
+        for n in range(20):
+            began = time.monotonic()
+            assert await forwarder.accept(large(n))
+            waited = time.monotonic() - began
+            assert n >= 10 or (waited > 0.04) is (n >= 5)
+            assert waited < 1
+            assert forwarder.spool.memory.size <= forwarder.spool.memory.capacity
+        figures = forwarder.figures("prod")
+        assert figures.evicted + figures.waiting == 20
+
+
+async def test_nobody_waits_for_an_upstream_that_is_away(upstream):
+    """Nor for another environment's: what cannot be delivered gives way."""
+    upstream.always(KEY, answers.status(503))
+    async with tight(upstream.url) as forwarder:
+        for n in range(5):
+            forwarder.accept(large(n))
+        held = forwarder.accept(large(5))
+        assert not held.done()
+        assert await asyncio.wait_for(held, 0.9), "the failure lets it go"
+        for n in range(6, 30):
+            assert forwarder.accept(large(n)).done()
+        assert forwarder.figures("prod").evicted >= 20
+        other = Lane("bare", Endpoint.BULK, 4)
+        assert forwarder.accept(large(100, other)).done()
+        await upstream.took(1)
+        upstream.always(KEY, None)
+        await settled(forwarder)
+        assert forwarder.accept(large(200)).done()
+
+
+async def test_there_is_no_pause_while_somebody_waits(upstream, monkeypatch):
+    """A slow upstream gets time to breathe between batches, but not at the clients' expense."""
+    monkeypatch.setattr("relay.batches.MAX_BATCH", 15_000)  # one post
+    upstream.script(KEY, answers.slowly(0.8))
+    pace = Pace(flush_interval=0.01, between=3600.0, timeout=10.0, drain=0.5)
+    async with tight(upstream.url, pace=pace) as forwarder:
+        for n in range(4):
+            assert forwarder.accept(large(n)).done()
+        await upstream.took(1)
+        await forwarder.accept(large(4))
+        assert len(upstream.posts) == 1, "the pause is as long as the answer has taken"
+        began = time.monotonic()
+        await asyncio.gather(*(forwarder.accept(large(n)) for n in (5, 6)))
+        assert time.monotonic() - began < 0.4
+
+
+async def test_the_end_holds_nothing_back(upstream):
+    """What is held is answered when the relay ends."""
+    upstream.always(KEY, answers.stall)
+    pace = Pace(flush_interval=0.01, timeout=60.0, drain=0.1)
+    async with tight(upstream.url, pace=pace) as forwarder:
+        held = [forwarder.accept(large(n)) for n in range(9)][-1]
+        assert not held.done()
+        forwarder.hurry()
+        assert held.done()
+        assert forwarder.accept(large(10)).done()

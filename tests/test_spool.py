@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import logging
 import os
+import random
 import shutil
 import sqlite3
 import stat
@@ -20,10 +22,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay import poststore
+from relay import batches
+from relay.batches import MAX_BATCH, MAX_POSTS, REMEMBERED, Limits, elements, fitting
 from relay.errors import StoreUnavailable
+from relay.memorystore import MemoryStore
 from relay.model.event import Endpoint, Lane, Post
-from relay.poststore import MAX_BATCH, MAX_POSTS, REMEMBERED, Limits, Store, elements, fitting
+from relay.poststore import DiskStore
 from relay.spool import MAX_QUEUED, Spool
 
 LANE = Lane("prod", Endpoint.BULK, 4)
@@ -34,7 +38,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def post(number=0, lane=LANE, payload_id=None, received=None, size=0):
-    body = b'[{"n":%d,"x":"%s"}]' % (number, b"x" * size)
+    noise = base64.b64encode(random.Random(number).randbytes(size))[:size]  # keeps its size on disk
+    body = b'[{"n":%d,"x":"%s"}]' % (number, noise)
     given_id = f"id-{number}" if payload_id is None else payload_id
     return Post(lane, given_id, body, time.time() if received is None else received)
 
@@ -62,13 +67,29 @@ def bodies(batches):
     return [body for _, members in batches for body in members]
 
 
-def memory(capacity=1024 * 1024, **limits):
-    return Store(":memory:", capacity, Limits(**limits))
+def in_memory(capacity=1024 * 1024, **limits):
+    return MemoryStore(Limits(memory=capacity, **limits))
+
+
+def on_disk(capacity=1024 * 1024, **limits):
+    return DiskStore(":memory:", Limits(disk=capacity, **limits))
+
+
+both = pytest.mark.parametrize("new_store", [in_memory, on_disk])
+"""All that is said of a store holds of both."""
 
 
 def stored(store, *posts):
+    if isinstance(store, MemoryStore):
+        return store.add(posts)
     with store.transaction():
         return store.add(posts)
+
+
+def quarantined(store):
+    if isinstance(store, MemoryStore):
+        return [(each.batch.payload_id, each.reason, each.body) for each in store.rejected]
+    return store._db.execute("SELECT payload_id,reason,body FROM quarantine").fetchall()
 
 
 # What is appended
@@ -119,9 +140,10 @@ async def test_a_post_alone_keeps_its_id_and_joined_ones_get_a_new_one():
         assert joined.payload_id not in {"id-2", "id-3"}
 
 
-def test_known_payload_ids_are_dropped_for_ten_minutes():
+@both
+def test_known_payload_ids_are_dropped_for_ten_minutes(new_store):
     """Only of the same environment and endpoint; posts without one are always new."""
-    store = memory()
+    store = new_store()
     now = time.time()
     assert stored(store, post(1), post(1), post(1, OTHER), post(2, payload_id="")) == [
         *(True, False, True, True)
@@ -135,12 +157,27 @@ def test_known_payload_ids_are_dropped_for_ten_minutes():
 
 def test_the_number_of_known_ids_is_bounded(monkeypatch):
     """A flood of ids costs the oldest of them, not memory."""
-    monkeypatch.setattr(poststore, "MAX_REMEMBERED", 10)
-    store = memory()
+    monkeypatch.setattr(batches, "MAX_REMEMBERED", 10)
+    store = in_memory()
     now = time.time()
     stored(store, *(post(n, received=now + n) for n in range(20)))
-    store.tidy(now)
-    assert stored(store, post(0), post(19)) == [True, False]
+    assert len(store.recent.seen) <= 10
+    assert stored(store, post(9), post(19)) == [True, False]
+
+
+def test_what_was_not_written_was_not_seen():
+    """A transaction that fails leaves no ids behind: its posts come again, and are new."""
+    store = on_disk()
+
+    def fail():
+        with store.transaction():
+            assert store.add([post(1)]) == [True]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert stored(store, post(1), post(1)) == [True, False]
+    assert store.take(LANE)[1] == [post(1).body]
 
 
 # Batches
@@ -155,9 +192,10 @@ def test_a_batch_is_as_long_as_fits(sizes):
     assert count == len(sizes) or sum(sizes[: count + 1]) > MAX_BATCH
 
 
-def test_batches_are_bounded_in_posts_and_bytes():
+@both
+def test_batches_are_bounded_in_posts_and_bytes(new_store):
     """And a batch tells whether others wait behind it."""
-    store = memory(10 * MAX_BATCH)
+    store = new_store(10 * MAX_BATCH)
     stored(store, *(post(n) for n in range(MAX_POSTS + 1)))
     batch, _ = store.take(LANE)
     assert (batch.posts, batch.more) == (MAX_POSTS, True)
@@ -169,24 +207,26 @@ def test_batches_are_bounded_in_posts_and_bytes():
     assert store.take(LANE)[0].posts == 2
 
 
-def test_diagnostics_travel_alone():
+@both
+def test_diagnostics_travel_alone(new_store):
     """One post per request, whatever it holds."""
-    store = memory()
+    store = new_store()
     stored(store, *(Post(DIAGNOSTIC, "", b"hello", time.time()) for _ in range(3)))
     batch, texts = store.take(DIAGNOSTIC)
     assert (batch.posts, texts) == (1, [b"hello"])
     assert store.split(batch) is False
 
 
-def test_halves_have_ids_derived_from_the_whole():
+@both
+def test_halves_have_ids_derived_from_the_whole(new_store, monkeypatch):
     """Whoever splits the same batch again gets the same halves under the same ids."""
+    monkeypatch.setattr("relay.batches.uuid.uuid4", lambda: "whole")
     found = []
     for _ in range(2):
-        store = memory()
+        store = new_store()
         stored(store, *(post(n) for n in range(5)))
         whole, _ = store.take(LANE)
-        store._db.execute("UPDATE batches SET payload_id='whole'")
-        assert store.split(poststore.Batch(LANE, "whole", 5, whole.oldest)) is True
+        assert store.split(whole) is True
         halves = []
         while (taken := store.take(LANE)) is not None:
             halves.append((taken[0].payload_id, taken[1]))
@@ -197,10 +237,11 @@ def test_halves_have_ids_derived_from_the_whole():
     assert len({payload_id for payload_id, _ in found[0]} | {"whole"}) == 3
 
 
-@given(st.integers(1, 40))
-def test_splitting_to_the_end_loses_no_element(count):
+@both
+@given(count=st.integers(1, 40))
+def test_splitting_to_the_end_loses_no_element(new_store, count):
     """A post that is too large alone is split by its elements, each sent once and in order."""
-    store = memory()
+    store = new_store()
     texts = [b'{"n": %d.0}' % n for n in range(count)]
     stored(store, Post(LANE, "big", b"[" + b" , ".join(texts) + b"]", 1.0))
     seen, ids, done = [], set(), 0
@@ -224,15 +265,16 @@ def test_what_is_no_array_has_no_elements(body):
     assert parts is None or b"".join(parts) in body
 
 
-def test_the_rejected_go_to_quarantine_which_is_bounded():
+@both
+def test_the_rejected_go_to_quarantine_which_is_bounded(new_store):
     """Post, id and reason are kept; the oldest make room."""
-    store = memory(30_000)
+    store = new_store(30_000)
     for n in range(40):
         stored(store, post(n, size=1000))
         batch, _ = store.take(LANE)
         assert store.quarantine(batch, "HTTP error 400") == 1
     assert store.take(LANE) is None
-    kept = store._db.execute("SELECT payload_id,reason,body FROM quarantine").fetchall()
+    kept = quarantined(store)
     assert kept[-1] == ("id-39", "HTTP error 400", post(39, size=1000).body)
     assert 15 < len(kept) < 30
 
@@ -240,9 +282,10 @@ def test_the_rejected_go_to_quarantine_which_is_bounded():
 # Bounds
 
 
-def test_the_oldest_make_room_and_are_counted():
+@both
+def test_the_oldest_make_room_and_are_counted(new_store):
     """What is full keeps the newest; a batch goes as a whole, as it never changes."""
-    store = memory(10_000)
+    store = new_store(10_000)
     stored(store, *(post(n, size=1000) for n in range(6)))
     fixed, _ = store.take(LANE)
     assert fixed.posts == 6
@@ -253,9 +296,10 @@ def test_the_oldest_make_room_and_are_counted():
     assert store.take(OTHER)[0].posts == 4
 
 
-def test_the_old_are_given_up_diagnostics_sooner():
+@both
+def test_the_old_are_given_up_diagnostics_sooner(new_store):
     """Each at its age; the young stay."""
-    store = memory(age=1000, diagnostic_age=100)
+    store = new_store(age=1000, diagnostic_age=100)
     stored(
         store,
         *(post(1, received=0), post(2, received=900)),
@@ -282,7 +326,7 @@ async def test_evictions_are_told():
 
 def test_unused_space_is_given_back(tmp_path):
     """After a long absence of upstream the file shrinks again."""
-    store = Store(str(tmp_path / "events.db"), 1 << 30, LIMITS)
+    store = DiskStore(str(tmp_path / "events.db"), LIMITS)
     stored(store, *(post(n, size=50_000) for n in range(200)))
     while (taken := store.take(LANE)) is not None:
         with store.transaction():
@@ -295,6 +339,52 @@ def test_unused_space_is_given_back(tmp_path):
         store.shrink()
     store.close()
     assert (tmp_path / "events.db").stat().st_size < before / 10
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(0, 30), st.sampled_from([LANE, OTHER, DIAGNOSTIC])),
+        st.tuples(st.sampled_from(["take", "finish", "split", "reject"]), st.none(), st.none()),
+    ),
+    max_size=40,
+)
+
+
+@given(ACTIONS)
+def test_memory_and_disk_do_the_same(actions):
+    """Whatever is done in whatever order; what memory holds then goes on on disk, all of it."""
+    memory, disk, moved = in_memory(), on_disk(), on_disk()
+    last = {}
+    for action in actions:
+        assert _done(memory, *action, last) == _done(disk, *action, last)
+    assert set(memory.backlog()) == set(disk.backlog())
+    moved.receive(memory)
+    for lane in (LANE, OTHER, DIAGNOSTIC):
+        assert _emptied(moved, lane) == _emptied(disk, lane)
+    assert [row[1:] for row in quarantined(moved)] == [row[1:] for row in quarantined(disk)]
+
+
+def _done(store, action, count, lane, last):
+    """What comes of an action, but for ids."""
+    if action == "add":
+        return stored(store, *(post(n, lane, received=n) for n in range(count)))
+    if action == "take":
+        batch, texts = store.take(LANE) or (None, [])
+        last[store] = batch
+        return batch and (batch.posts, batch.oldest, batch.more, texts)
+    batch = last.get(store)
+    if batch is None:
+        return None
+    if action == "reject":
+        return store.quarantine(batch, "HTTP error 400")
+    return store.finish(batch) if action == "finish" else store.split(batch)
+
+
+def _emptied(store, lane):
+    found = []
+    while (taken := store.take(lane)) is not None:
+        found.append((taken[0].posts, taken[1], store.finish(taken[0])))
+    return found
 
 
 # Trouble
@@ -418,7 +508,7 @@ async def test_a_file_of_another_release_is_left_alone(tmp_path, caplog):
 
 def test_a_damaged_post_is_found_by_its_checksum(caplog):
     """It is counted as lost; the rest of its batch goes on under the same id."""
-    store = memory()
+    store = on_disk()
     stored(store, post(1), post(2), post(3))
     fixed, _ = store.take(LANE)
     store._db.execute("UPDATE posts SET body=x'5b375d' WHERE payload_id='id-2'")
@@ -504,7 +594,7 @@ CHILD = """
 import asyncio, sys, time
 from pathlib import Path
 from relay.model.event import Endpoint, Lane, Post
-from relay.poststore import Limits
+from relay.batches import Limits
 from relay.spool import Spool
 
 async def main():

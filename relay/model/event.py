@@ -21,6 +21,8 @@ class Endpoint(Enum):
     MOBILE_DIAGNOSTIC = "/mobile/events/diagnostic"
     CLIENT_SIDE_DIAGNOSTIC = "/events/diagnostic/{}"
 
+    __hash__ = object.__hash__  # that of enumerations takes longer, and lanes are looked up often
+
     @property
     def diagnostic(self) -> bool:
         """Whether it takes diagnostics: one per request, never joined."""
@@ -81,8 +83,7 @@ class Receipt:
     retry_after: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Post:
+class Post(NamedTuple):
     """What one SDK sent in one request.
 
     Args:

@@ -55,8 +55,12 @@ def joined(bodies: Iterable[bytes]) -> bytes:
     Args:
         bodies: texts for which `is_array` holds.
     """
-    texts = (body.strip(_BLANKS) for body in bodies if not is_empty(body))
-    return b"[" + b",".join(memoryview(text)[1:-1] for text in texts) + b"]"
+    texts = [body.strip(_BLANKS) for body in bodies if not is_empty(body)]
+    if len(texts) < 2:  # noqa: PLR2004 - nothing to join
+        return texts[0] if texts else b"[]"
+    # The outer brackets are those of the first and the last, which saves a large copy.
+    first, last = memoryview(texts[0])[:-1], memoryview(texts[-1])[1:]
+    return b",".join([first, *(memoryview(text)[1:-1] for text in texts[1:-1]), last])
 
 
 class Contexts:

@@ -60,8 +60,12 @@ def by_plain_key(
         environments: by the kind of key that is wanted.
         headers: of the request, each once.
     """
-    given = headers.get(b"authorization", b"")
-    return environments.get(given.removeprefix(_PREFIX).decode("latin-1"))
+    return environments.get(plain_key(headers))
+
+
+def plain_key(headers: Mapping[bytes, bytes]) -> str:
+    """Return the key in a plain `Authorization` header; empty if there is none."""
+    return headers.get(b"authorization", b"").removeprefix(_PREFIX).decode("latin-1")
 
 
 def _by_header(

@@ -199,6 +199,19 @@ class Events:
             return None
         return self._forwarder.accept(self._post_of(environment, endpoint, headers, body))
 
+    def accept_in(self, lane: Lane, payload_id: str, body: bytes) -> Awaitable[object] | None:
+        """Accept a post of a current schema, of whose head that is known.
+
+        Returns:
+            The result is there when the post is safe; None if it needs more than that.
+
+        Raises:
+            StoreUnavailable: it cannot be taken.
+        """
+        if self._forwarder is None or not _is_deliverable(lane.endpoint, body):
+            return None
+        return self._forwarder.accept(Post(lane, payload_id, body, time.time()))
+
     async def _accept(
         self,
         forwarder: Accepting,
@@ -220,15 +233,21 @@ class Events:
         headers: Mapping[bytes, bytes],
         body: bytes,
     ) -> Post:
-        name, payload_id = environment.spec.name, _payload_id(headers)
+        return _post(self.lane(environment, endpoint, headers), _payload_id(headers), body)
+
+    def lane(
+        self, environment: Environment, endpoint: Endpoint, headers: Mapping[bytes, bytes]
+    ) -> Lane:
+        """Return how a post travels that has come with these headers."""
+        name = environment.spec.name
         if endpoint.diagnostic:
-            return _post(Lane(name, endpoint), payload_id, body)
+            return Lane(name, endpoint)
         schema = _schema(headers.get(_SCHEMA_HEADER, b""))
         tags = headers.get(b"x-launchdarkly-tags", b"").decode("latin-1")
         wrapper = headers.get(b"x-launchdarkly-wrapper", b"").decode("latin-1")
         if not self._is_known_origin(environment, (schema, tags, wrapper)):
             tags = wrapper = ""
-        return _post(Lane(name, endpoint, schema, tags, wrapper), payload_id, body)
+        return Lane(name, endpoint, schema, tags, wrapper)
 
     def _is_known_origin(self, environment: Environment, origin: tuple[int, str, str]) -> bool:
         """Whether a kind of senders may travel apart; the first ones may."""
@@ -330,9 +349,16 @@ def _is_old(headers: Mapping[bytes, bytes]) -> bool:
 
 
 def _is_plain(endpoint: Endpoint, headers: Mapping[bytes, bytes], body: bytes) -> bool:
-    if endpoint.diagnostic:
-        return bool(body)
-    return not _is_old(headers) and is_array(body) and not is_empty(body)
+    if not endpoint.diagnostic and _is_old(headers):
+        return False
+    return _is_deliverable(endpoint, body)
+
+
+def _is_deliverable(endpoint: Endpoint, body: bytes) -> bool:
+    """Whether a body is passed on; that of diagnostics whatever it is."""
+    if body[:2] == b"[{" and body[-1:] == b"]":
+        return True  # like nearly all
+    return bool(body) if endpoint.diagnostic else is_array(body) and not is_empty(body)
 
 
 def _first(request: Request) -> Mapping[bytes, bytes]:
@@ -343,7 +369,12 @@ def _first(request: Request) -> Mapping[bytes, bytes]:
 def _payload_id(headers: Mapping[bytes, bytes]) -> str:
     """Return the SDK's payload id; empty if there is none, or none that SDKs would make."""
     given = headers.get(b"x-launchdarkly-payload-id", b"")
-    return given.decode() if _PAYLOAD_ID.fullmatch(given) else ""
+    return given.decode() if is_payload_id(given) else ""
+
+
+def is_payload_id(given: bytes) -> bool:
+    """Whether it is an id that SDKs would make."""
+    return _PAYLOAD_ID.fullmatch(given) is not None
 
 
 def _from_base64(text: str) -> bytes:

@@ -31,7 +31,7 @@ from relay.relay import Relay
 from relay.web.answers import Headers
 from relay.web.auth import by_plain_key
 from relay.web.polling import template
-from relay.web.posting import Posts, Receiving
+from relay.web.posting import Head, Posts, Receiving
 from relay.web.streams import STREAMS, Opening, client_opening, stream_headers
 from relay.web.traffic import LoggedWire, Series, Traffic, client, note, request_line, shown
 
@@ -268,6 +268,10 @@ class FrontDoor(HttpToolsProtocol):
         self._stream: Opening | None = None
         self._post: Receiving | None = None
         """What is being received or kept."""
+        self._post_start = b""
+        """What the parser is fed with, if it begins with a post."""
+        self._post_head: Head | None = None
+        """What the head of the last post means; the next one will have the same."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Note what the door needs; who is connected to whom, only the application asks."""
@@ -281,23 +285,35 @@ class FrontDoor(HttpToolsProtocol):
         if not self._head_size:  # the head of a request has one time-out for all its pieces
             self._seen = door.now
         if self._between and self._is_idle():
-            prepared = door.prepared(data)
-            if prepared is not None:
-                self._write(prepared)
-                return
-            if data.find(_END) == len(data) - len(_END):
-                opening = door.opening(data)
-                if opening is not None and self._can_open():
-                    self._hand_over(opening)
+            if data.startswith(b"POST "):
+                if self._post_head is not None and self._take_known(self._post_head, data):
                     return
-                self._whole = data
+                self._post_start = data
+            elif self._answer_again(data):
+                return
         self._parse(data)
+
+    def _answer_again(self, data: bytes) -> bool:
+        """Do what was done for the same request before."""
+        door = self._door
+        prepared = door.prepared(data)
+        if prepared is not None:
+            self._write(prepared)
+            return True
+        if data.find(_END) != len(data) - len(_END):
+            return False
+        opening = door.opening(data)
+        if opening is not None and self._can_open():
+            self._hand_over(opening)
+            return True
+        self._whole = data
+        return False
 
     def _parse(self, data: bytes) -> None:
         if not self._in_body:
             self._head_size += len(data)
         super().data_received(data)
-        self._whole = b""
+        self._whole = self._post_start = b""
         if self._stream is not None:
             self._hand_over(self._stream)
         elif self._reads_head and self._head_size > self._door.limits.max_head_size:
@@ -456,13 +472,34 @@ class FrontDoor(HttpToolsProtocol):
 
     def _keep(self, post: Receiving) -> None:
         """See to it that a post that has come is answered when it is safe."""
-        kept = self._door.posts.accept(post) if self._door.posts else None
-        if kept is None:
+        posts = self._door.posts
+        kept = posts.accept(post) if posts else None
+        if posts is None or kept is None:
             self._pass_on(post)
-        elif kept.done():
+            return
+        if self._post_start:
+            self._post_head = posts.learn(self._post_start, post)
+        if kept.done():
             self._end_post(post, kept)
         else:
             kept.add_done_callback(partial(self._end_post, post))
+
+    def _take_known(self, head: Head, data: bytes) -> bool:
+        """Take a post that has come at once and has the head of the last one."""
+        posts = self._door.posts
+        kept = posts.accept_known(head, data) if posts else None
+        if posts is None or kept is None:
+            return False
+        if self.timeout_keep_alive_task is not None:
+            self._unset_keepalive_if_required()
+        if kept.done() and kept.exception() is None:
+            self.server_state.total_requests += 1
+            self.transport.write(head.written(self._door.date))
+            return True
+        post = posts.waiting(head)
+        self._post = self.cycle = cast("Any", post)
+        kept.add_done_callback(partial(self._end_post, post))
+        return True
 
     def _end_post(self, post: Receiving, kept: asyncio.Future[object]) -> None:
         post.release()
@@ -471,10 +508,14 @@ class FrontDoor(HttpToolsProtocol):
         self._seen = self._door.now
         if self._door.posts is None or self.transport.is_closing():
             return
-        answer = self._door.posts.answer(post, kept)
-        if not post.keep_alive:
-            answer = answer.with_headers(_CLOSING)
-        self.transport.write(answer.head + self._door.date + answer.body)
+        head = post.head
+        if head is not None and post.keep_alive and not kept.cancelled() and not kept.exception():
+            self.transport.write(head.written(self._door.date))
+        else:
+            answer = self._door.posts.answer(post, kept)
+            if not post.keep_alive:
+                answer = answer.with_headers(_CLOSING)
+            self.transport.write(answer.head + self._door.date + answer.body)
         if not post.keep_alive:
             self.transport.close()
         elif self.pipeline:

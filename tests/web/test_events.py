@@ -7,16 +7,20 @@ import base64
 import gzip
 import json
 import logging
+import re
 import tracemalloc
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from relay.environment import Environment
 from relay.errors import StoreUnavailable
 from relay.hub import Hub
+from relay.model.count import Count
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import Endpoint, Lane, Post
@@ -27,8 +31,8 @@ from relay.relay import Relay
 from relay.web.body import MAX_DISCARDED, MAX_SIZE, Room
 from relay.web.cors import ALLOWED_HEADERS
 from relay.web.events import MAX_ORIGINS, SUMMARISED_AT_ONCE, Events
-from relay.web.frontdoor import DoorLimits
-from relay.web.posting import Posts
+from relay.web.frontdoor import DoorLimits, FrontDoor
+from relay.web.posting import ROUTES, Head, Opened, Posts, Receiving, _texts
 from tests.support.contracts import ScriptedSource
 from tests.support.serving import Served, ask, serving, until
 
@@ -43,6 +47,9 @@ GZIP = ("Content-Encoding", "gzip")
 SCHEMA_4 = ("X-LaunchDarkly-Event-Schema", "4")
 SOME = b'[{"kind":"custom","key":"k"}]'
 GIF = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
+LANE_4 = Lane("main", Endpoint.BULK, 4)
+TAGGED, MOBILE_4 = LANE_4._replace(tags="a/b"), LANE_4._replace(endpoint=Endpoint.MOBILE)
+DIAGNOSTIC = Lane("main", Endpoint.BULK_DIAGNOSTIC)
 UNREADABLE = b'{"message":"unable to read request body"}'
 
 
@@ -335,12 +342,12 @@ async def test_a_post_in_full(address, kept, path, endpoint, credential):
 async def test_schemas(address, kept):
     """What is no positive integer means 1; what is old leaves as of the current schema."""
     body = SOME[:-2] + b',"userKey":"u"}]'
-    for given, schema in (("3", 3), ("4", 4), ("+4", 4), ("004", 4), ("99", 99)):
-        await post(address, body, ("X-LaunchDarkly-Event-Schema", given))
+    for named, schema in (("3", 3), ("4", 4), ("+4", 4), ("004", 4), ("99", 99)):
+        await post(address, body, ("X-LaunchDarkly-Event-Schema", named))
         got = kept.posts.pop()
         assert (got.lane.schema, got.body) == (schema, body)
-    for given in ("2", "1", "0", "-4", "4.0", "4_0", "9" * 30, "", "x"):
-        await post(address, body, ("X-LaunchDarkly-Event-Schema", given))
+    for named in ("2", "1", "0", "-4", "4.0", "4_0", "9" * 30, "", "x"):
+        await post(address, body, ("X-LaunchDarkly-Event-Schema", named))
         got = kept.posts.pop()
         assert got.lane.schema == 4
         assert json.loads(got.body)[0]["contextKeys"] == {"user": "u"}
@@ -756,3 +763,178 @@ async def test_a_post_on_its_way_at_the_end_is_answered(kept):
         assert b"connection: close" in head
         assert await reader.read() == b""
     writer.close()
+
+
+# Heads that were seen before.
+
+
+def with_id(number, path="/bulk", credential=SDK, *headers, body=SOME):
+    """A post with a payload id of its own; two of one kind differ in nothing else but the length."""
+    own = ("X-LaunchDarkly-Payload-ID", f"id-{number}")
+    return request_of(path, credential, *headers, own, body=body)
+
+
+async def statuses(reader, number):
+    """The status codes of so many answers without a body, and their heads."""
+    async with asyncio.timeout(5):
+        heads = [await reader.readuntil(b"\r\n\r\n") for _ in range(number)]
+    return [int(head.split()[1]) for head in heads], heads
+
+
+@pytest.mark.parametrize("layout", LAYOUT)
+@pytest.mark.parametrize("compressed", [True, False])
+async def test_a_head_is_parsed_once(kept, monkeypatch, layout, compressed):
+    """Later posts of a connection mean what the first one meant; ids and bodies are their own."""
+    path, endpoint, credential = layout
+    parsed = []
+    complete = FrontDoor.on_headers_complete
+    monkeypatch.setattr(
+        FrontDoor, "on_headers_complete", lambda door: parsed.append(door) or complete(door)
+    )
+    bodies = [b'[{"kind":"custom","n":%d}]' % 10**n for n in range(12)]
+    headers = [("Origin", "https://app.example"), *([GZIP] * compressed)]
+    served = served_by(kept)
+    posts = Posts(served.relay, served.events, served.traffic)
+    async with serving(served, app=never, posts=posts) as address:
+        reader, writer = await address.connect()
+        heads = []
+        for number, body in enumerate(bodies):
+            sent = gzip.compress(body) if compressed else body
+            writer.write(with_id(number, path, credential, *headers, body=sent))
+            (status,), (head,) = await statuses(reader, 1)
+            assert status == 202
+            heads.append(re.sub(rb"date: [^\r]*", b"", head))
+        writer.close()
+    assert len(parsed) == 1
+    assert len(set(heads)) == 1, "later answers are those of the first"
+    assert kept.bodies == bodies
+    assert [p.payload_id for p in kept.posts] == [f"id-{n}" for n in range(len(bodies))]
+    assert {p.lane for p in kept.posts} == {kept.posts[0].lane}
+    assert kept.posts[0].lane.endpoint is endpoint
+    assert sum(count.value for count in served.traffic.requests.values()) == len(bodies)
+
+
+async def test_what_differs_from_the_last_head_means_what_it_says(address, kept):
+    """On the connection of a known head: other headers, bodies and pieces are as without it."""
+    chunked = b"".join(
+        (
+            *(b"POST /bulk HTTP/1.1\r\nHost: x\r\nAuthorization: ", KEY.encode()),
+            *(
+                b"\r\nX-LaunchDarkly-Event-Schema: 4\r\nTransfer-Encoding: chunked\r\n\r\n",
+                b"%x\r\n",
+            ),
+            *(SOME, b"\r\n0\r\n\r\n"),
+        )
+    )
+    chunked = chunked.replace(b"%x", b"%x" % len(SOME))
+    known = with_id(1)
+    requests = [
+        *((known, 202, LANE_4, "id-1"), (with_id(2), 202, LANE_4, "id-2")),
+        (with_id(3, "/bulk", SDK, ("X-LaunchDarkly-Tags", "a/b")), 202, TAGGED, "id-3"),
+        (with_id(4), 202, LANE_4, "id-4"),
+        (known.replace(b"Schema: 4", b"Schema: 3"), 202, LANE_4._replace(schema=3), "id-1"),
+        (known.replace(b"id-1", b"two words"), 202, LANE_4, ""),
+        (known.replace(b"id-1", b""), 202, LANE_4, ""),
+        (known.replace(b"id-1", b"i" * 100), 202, LANE_4, "i" * 100),
+        (known.replace(b"id-1", b"i" * 101), 202, LANE_4, ""),
+        (known.replace(b"Length: ", b"Length: 00"), 202, LANE_4, "id-1"),
+        (chunked, 202, LANE_4, ""),
+        (with_id(5, body=b"no array"), 202, None, ""),
+        (with_id(6, body=b" [ ] "), 202, None, ""),
+        (with_id(7, "/diagnostic", body=b"hello"), 202, DIAGNOSTIC, "id-7"),
+        (with_id(8, "/mobile", ("Authorization", MOBILE_KEY)), 202, MOBILE_4, "id-8"),
+        (with_id(9), 202, LANE_4, "id-9"),
+    ]
+    reader, writer = await address.connect()
+    for sent, wanted, lane, payload_id in requests:
+        kept.posts.clear()
+        half = len(sent) // 2
+        for pieces in ([sent], [sent[:half], sent[half:]]):
+            kept.posts.clear()
+            for piece in pieces:
+                writer.write(piece)
+                await asyncio.sleep(0.01)
+            assert (await statuses(reader, 1))[0] == [wanted]
+            found = [(post.lane, post.payload_id) for post in kept.posts]
+            assert found == ([] if lane is None else [(lane, payload_id)]), sent
+    kept.posts.clear()
+    writer.write(with_id(10) + with_id(11) + with_id(12)[:-3])
+    await statuses(reader, 2)
+    writer.write(with_id(12)[-3:])
+    await statuses(reader, 1)
+    assert [post.payload_id for post in kept.posts] == ["id-10", "id-11", "id-12"]
+    kept.full = True
+    writer.write(with_id(13))
+    assert (await statuses(reader, 1))[0] == [503]
+    writer.close()
+
+
+@given(st.data())
+def test_a_head_is_known_by_every_byte(data):
+    """Whoever changes, adds or takes away something has another head, or the same post."""
+    first = with_id(1)
+    lines = first.partition(b"\r\n\r\n")[0].lower().split(b"\r\n")[1:]
+    headers = {name: value.strip() for name, _, value in (line.partition(b":") for line in lines)}
+    opened = Opened(ROUTES[b"/bulk"], KEY, environment("main", "01"))
+    post = Receiving(opened, b"/bulk", headers, Room())
+    texts, length_at = _texts(first, b"/bulk", headers)
+    head = Head(texts, length_at, post, LANE_4, Count(), b"")
+    assert head.read(first) == ("id-1", SOME)
+    at = data.draw(st.integers(0, len(first) - len(SOME) - 1))
+    until_ = data.draw(st.integers(at, min(at + 3, len(first) - len(SOME))))
+    changed = first[:at] + data.draw(st.binary(max_size=3)) + first[until_:]
+    found = head.read(changed)
+    if found is not None:
+        payload_id, body = found
+        rebuilt = first.replace(b"id-1", payload_id.encode())
+        assert body == SOME
+        assert re.sub(rb"(Length: )0*", rb"\1", changed) == rebuilt
+
+
+async def test_a_known_head_opens_what_its_key_opens_now(kept):
+    """Keys that go over to another environment, or are revoked, take effect at the next post."""
+    served = served_by(kept)
+    relay = served.relay
+    async with serving(served) as address:
+        reader, writer = await address.connect()
+        for number in range(2):
+            writer.write(with_id(number))
+            (status,), (head,) = await statuses(reader, 1)
+            assert status == 202
+            assert f"x-ld-envid: {ID}".encode() in head
+        main, other = relay.by_sdk_key[KEY], relay.environments["e2"]
+        relay.by_sdk_key[KEY] = other
+        for number in range(2, 4):
+            writer.write(with_id(number))
+            _, (head,) = await statuses(reader, 1)
+            assert other.spec.environment_id.value.encode() in head
+        other.spec = replace(other.spec, environment_id=EnvironmentID("renamed"))
+        writer.write(with_id(4))
+        assert b"x-ld-envid: renamed" in (await statuses(reader, 1))[1][0]
+        del relay.by_sdk_key[KEY]
+        writer.write(with_id(5))
+        reply, _ = await statuses(reader, 1)
+        assert reply == [401]
+        writer.close()
+        relay.by_sdk_key[KEY] = main
+        assert (await post(address, SOME, SCHEMA_4)).status == 202
+    assert [p.lane.environment for p in kept.posts] == ["main"] * 2 + ["e2"] * 3 + ["main"]
+
+
+async def test_connections_share_what_heads_mean(kept, monkeypatch):
+    """As long as there are not too many of them."""
+    monkeypatch.setattr("relay.web.posting.MAX_HEADS", 2)
+    served = served_by(kept)
+    posts = Posts(served.relay, served.events, served.traffic)
+    async with serving(served, app=never, posts=posts) as address:
+        for _ in range(3):
+            reader, writer = await address.connect()
+            for number in range(2):
+                writer.write(with_id(number))
+                assert (await statuses(reader, 1))[0] == [202]
+            writer.close()
+        assert len(posts._heads) == 1
+        for tag in range(9):
+            await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Tags", f"tag/{tag}"))
+            assert len(posts._heads) <= 2
+    assert len(kept.posts) == 15

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from relay import __version__, process
+from relay.batches import Limits
 from relay.environment import ConnectionState, Environment
 from relay.events import Forwarder
 from relay.hub import Hub
@@ -21,7 +22,6 @@ from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Item, Kind
 from relay.model.payload import Payload
-from relay.poststore import Limits
 from relay.protocol import fdv1
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay

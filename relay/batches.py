@@ -1,0 +1,217 @@
+"""Posts that wait and the batches made of them: what the stores in memory and on disk share."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import islice
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from relay.model.event import Endpoint, Lane, Post
+
+MAX_BATCH = 1024 * 1024
+"""Bytes of the posts of one batch, unless it is one post: what upstream surely takes at once, as
+SDKs send as much when they are busy, and little to send again."""
+
+MAX_POSTS = 1000
+"""Posts of one batch."""
+
+REMEMBERED = 600.0
+"""Seconds for which payload ids are known, so that an SDK's own retry is not counted twice."""
+
+MAX_REMEMBERED = 250_000
+"""Payload ids that are known: those of 400 posts a second for all that time, or 20 MB. SDKs repeat
+a post after a second, so at a hundred times that rate their retries are known still."""
+
+ID_BYTES = 7
+"""Of what is remembered of a payload id. As numbers, longer ones take half as much memory again;
+that two of as many as are known are the same happens once in 300,000,000,000 posts."""
+
+MAX_QUARANTINE = 16 * 1024 * 1024
+"""Bytes of posts that upstream rejects and that are kept for people to look at."""
+
+POST_OVERHEAD = 256
+"""Bytes that a post needs beside its body."""
+
+_SPLITS = uuid.UUID("6b0f5f0e-3c56-4d0e-9c1e-6a1f8f2f7a54")
+"""Names of halves are derived below it: the same halves have the same ids, whoever splits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Posts of one lane that go upstream in one request; once fixed, it never changes.
+
+    Args:
+        lane: whose posts.
+        payload_id: tells upstream that it has the batch already.
+        posts: how many.
+        oldest: when the first of them came, in Unix seconds.
+        more: whether others may wait behind it since before it was fixed.
+    """
+
+    lane: Lane
+    payload_id: str
+    posts: int
+    oldest: float
+    more: bool = field(default=True, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much may wait, and how long; the oldest goes first.
+
+    Args:
+        disk: bytes on disk.
+        memory: bytes while there is no disk.
+        age: seconds that events are worth delivering.
+        diagnostic_age: the same of diagnostics.
+    """
+
+    disk: int = 1024**3
+    memory: int = 8 * 1024 * 1024
+    age: float = 7 * 86400.0
+    diagnostic_age: float = 3600.0
+
+    def age_in(self, lane: Lane) -> float:
+        """Return the seconds that the posts of a lane are worth delivering."""
+        return self.diagnostic_age if lane.endpoint.diagnostic else self.age
+
+
+class Backlog(NamedTuple):
+    """What waits in a lane."""
+
+    lane: Lane
+    posts: int
+    oldest: float
+
+
+class Store(Protocol):
+    """Where posts wait. What is done to a batch gives None if the store does not know it."""
+
+    def add(self, posts: Sequence[Post], /) -> list[bool]:
+        """Take posts; return of each whether it is new. Its payload id may be known already."""
+
+    def take(self, lane: Lane, /) -> tuple[Batch, list[bytes]] | None:
+        """Return the next batch of a lane and its bodies, fixed now or before; None without."""
+
+    def finish(self, batch: Batch, /) -> int | None:
+        """Forget a batch; return the posts that are done with."""
+
+    def split(self, batch: Batch, /) -> bool | None:
+        """Fix two halves in place of a batch; return whether it has two."""
+
+    def quarantine(self, batch: Batch, reason: str, /) -> int | None:
+        """Set a batch aside for people to look at; return its posts."""
+
+    def tidy(self, now: float, /) -> None:
+        """Remove what is too old."""
+
+    def backlog(self) -> list[Backlog]:
+        """Return the lanes in which something waits."""
+
+
+def fitting(sizes: Sequence[int]) -> int:
+    """Return how many of the first posts go into one batch: at least one."""
+    total = 0
+    for count, size in enumerate(sizes):
+        total += size
+        if total > MAX_BATCH:
+            return max(count, 1)
+    return len(sizes)
+
+
+def most_posts(lane: Lane) -> int:
+    """Return how many posts of a lane may go together; diagnostics never do."""
+    return 1 if lane.endpoint.diagnostic else MAX_POSTS
+
+
+def batch_id(payload_ids: Sequence[str]) -> str:
+    """Return the id of a new batch, from those of its members: one alone keeps its own."""
+    return (len(payload_ids) == 1 and payload_ids[0]) or str(uuid.uuid4())
+
+
+def half_ids(payload_id: str) -> tuple[str, str]:
+    """Return the ids of the halves of a batch."""
+    return str(uuid.uuid5(_SPLITS, f"{payload_id}/0")), str(uuid.uuid5(_SPLITS, f"{payload_id}/1"))
+
+
+def elements(body: bytes) -> list[bytes] | None:
+    """Return the texts of the elements of an array; None if it is not one."""
+    try:
+        return [bytes(raw) for raw in msgspec.json.decode(body, type=list[msgspec.Raw])]
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def part(body: bytes, start: int, stop: int | None) -> bytes:
+    """Return an array with the elements of a post from `start` to `stop`; all of it without."""
+    if stop is None:
+        return body
+    return b"[" + b",".join((elements(body) or [])[start:stop]) + b"]"
+
+
+def halves(lane: Lane, body: bytes, start: int, stop: int | None) -> tuple[int, int, int] | None:
+    """Return where the two halves of a part of a post begin and end; None if it has no two."""
+    found = None if lane.endpoint.diagnostic else elements(body)
+    if found is None:
+        return None
+    end = len(found) if stop is None else stop
+    return None if end - start < 2 else (start, (start + end) // 2, end)  # noqa: PLR2004 - halves
+
+
+def identity(post: Post) -> int:
+    """Return what is remembered of a payload id, 0 for none.
+
+    SDKs of two environments do not share ids.
+    """
+    if not post.payload_id:
+        return 0
+    text = _scope(post.lane.environment, post.lane.endpoint) + post.payload_id.encode()
+    return int.from_bytes(blake2b(text, digest_size=ID_BYTES).digest(), "big")
+
+
+@lru_cache(maxsize=1024)
+def _scope(environment: str, endpoint: Endpoint) -> bytes:
+    return f"{environment}\0{endpoint.name}\0".encode()
+
+
+class Recent:
+    """The identities of posts of the last minutes."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, int] = {}
+        """The second in which each came; the first one comes first."""
+        self._second = 0
+        """That of the last one: the same object for many saves much memory."""
+
+    def note(self, number: int, received: float) -> bool:
+        """Note an identity, unless it is 0, that of none; return whether it is new."""
+        if not number:
+            return True
+        if number in self.seen:
+            return False
+        second = int(received)
+        if second != self._second:
+            self._second = second
+        self.seen[number] = self._second
+        if len(self.seen) > MAX_REMEMBERED:
+            self._forget(MAX_REMEMBERED // 16 + 1)
+        return True
+
+    def tidy(self, now: float) -> None:
+        """Forget what is too old."""
+        limit = now - REMEMBERED
+        self._forget(next((n for n, at in enumerate(self.seen.values()) if at >= limit), None))
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Forget these."""
+        for number in numbers:
+            self.seen.pop(number, None)
+
+    def _forget(self, number: int | None) -> None:
+        self.forget(list(islice(self.seen, number)))

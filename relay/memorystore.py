@@ -1,0 +1,237 @@
+"""Events that wait in memory, where there is no disk, or while it does not work."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import count, islice
+from typing import NamedTuple
+
+from relay.batches import (
+    MAX_QUARANTINE,
+    POST_OVERHEAD,
+    Backlog,
+    Batch,
+    Limits,
+    Recent,
+    batch_id,
+    fitting,
+    half_ids,
+    halves,
+    identity,
+    most_posts,
+    part,
+)
+from relay.model.event import Lane, Post
+
+
+class Fixed(NamedTuple):
+    """A batch: posts, or of a post that was too large alone its elements from `start` to `stop`."""
+
+    payload_id: str
+    posts: Sequence[Post]
+    start: int = 0
+    stop: int | None = None
+
+
+class Rejected(NamedTuple):
+    """A post that upstream rejects, or a part of one."""
+
+    batch: Batch
+    reason: str
+    body: bytes
+
+
+@dataclass(slots=True)
+class Line:
+    """What waits in a lane, in order; the batches come before the other posts."""
+
+    lane: Lane
+    number: int
+    batches: deque[Fixed] = field(default_factory=deque)
+    posts: deque[Post] = field(default_factory=deque)
+
+    @property
+    def oldest(self) -> float:
+        """When the first post came."""
+        return (self.batches[0].posts if self.batches else self.posts)[0].received
+
+    @property
+    def waiting(self) -> list[Post]:
+        """All posts, each once."""
+        parts = {id(fixed.posts): fixed.posts for fixed in self.batches}
+        return [post for posts in (*parts.values(), self.posts) for post in posts]
+
+
+class MemoryStore:
+    """A store without a file; it is gone with the process.
+
+    Args:
+        limits: how much may wait, and how long.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.evicted: Counter[str] = Counter()
+        """Posts that were given up, by environment, until somebody takes note."""
+        self.sizes: Counter[str] = Counter()
+        """Bytes that wait, by environment."""
+        self.size = 0
+        """Bytes of all."""
+        self.capacity = limits.memory
+        self.recent = Recent()
+        self.rejected: deque[Rejected] = deque()
+        self._limits = limits
+        self._lines: dict[Lane, Line] = {}
+        self._numbers = count()
+        self._order: list[tuple[float, int, Line]] = []
+        """A heap of all lines. The time is that of a line's oldest post, or of an earlier one."""
+
+    @property
+    def lines(self) -> Iterable[Line]:
+        """All lanes in which something waits."""
+        return self._lines.values()
+
+    def add(self, posts: Sequence[Post], /) -> list[bool]:
+        """Take posts; return of each whether it is new."""
+        return [self.append(post) for post in posts]
+
+    def append(self, post: Post) -> bool:
+        """Take a post; return whether it is new."""
+        if not self.recent.note(identity(post), post.received):
+            return False
+        lane = post.lane
+        line = self._lines.get(lane)
+        if line is None:
+            line = self._lines[lane] = Line(lane, next(self._numbers))
+            heappush(self._order, (post.received, line.number, line))
+        line.posts.append(post)
+        size = len(post.body) + POST_OVERHEAD
+        self.size += size
+        self.sizes[lane.environment] += size
+        while self.size > self.capacity:
+            self._evict(self._oldest())
+        return True
+
+    def take(self, lane: Lane, /) -> tuple[Batch, list[bytes]] | None:
+        """Return the next batch of a lane and its bodies, fixed now or before; None without."""
+        line = self._lines.get(lane)
+        if line is None:
+            return None
+        more = True
+        if not line.batches:
+            _fix(line)
+            more = bool(line.posts)
+        fixed = line.batches[0]
+        batch = Batch(lane, fixed.payload_id, len(fixed.posts), fixed.posts[0].received, more)
+        return batch, [part(post.body, fixed.start, fixed.stop) for post in fixed.posts]
+
+    def finish(self, batch: Batch, /) -> int | None:
+        """Forget a batch; return the posts that are done with, None if it is not known."""
+        fixed = self._find(batch)
+        return None if fixed is None else self._remove(self._lines[batch.lane], fixed)
+
+    def split(self, batch: Batch, /) -> bool | None:
+        """Fix two halves in place of a batch; return whether it has two, None if not known."""
+        fixed = self._find(batch)
+        if fixed is None:
+            return None
+        one, other = half_ids(fixed.payload_id)
+        posts, middle = fixed.posts, len(fixed.posts) // 2
+        if middle:
+            parts = [Fixed(one, posts[:middle]), Fixed(other, posts[middle:])]
+        else:
+            cut = halves(batch.lane, posts[0].body, fixed.start, fixed.stop)
+            if cut is None:
+                return False
+            parts = [Fixed(one, posts, cut[0], cut[1]), Fixed(other, posts, cut[1], cut[2])]
+        batches = self._lines[batch.lane].batches
+        place = batches.index(fixed)
+        batches[place] = parts[0]
+        batches.insert(place + 1, parts[1])
+        return True
+
+    def quarantine(self, batch: Batch, reason: str, /) -> int | None:
+        """Set a batch aside, while there is room; return its posts, None if it is not known."""
+        fixed = self._find(batch)
+        if fixed is None:
+            return None
+        for post in fixed.posts:
+            body = part(post.body, fixed.start, fixed.stop)
+            self.rejected.append(Rejected(batch, reason, body))
+        size = sum(len(rejected.body) + POST_OVERHEAD for rejected in self.rejected)
+        while size > min(MAX_QUARANTINE, self.capacity):
+            size -= len(self.rejected.popleft().body) + POST_OVERHEAD
+        return self._remove(self._lines[batch.lane], fixed)
+
+    def tidy(self, now: float, /) -> None:
+        """Remove what is too old."""
+        for line in list(self.lines):
+            limit = now - self._limits.age_in(line.lane)
+            while line.lane in self._lines and line.oldest < limit:
+                self._evict(line)
+        self.recent.tidy(now)
+
+    def backlog(self) -> list[Backlog]:
+        """Return the lanes in which something waits."""
+        return [Backlog(line.lane, len(line.waiting), line.oldest) for line in self.lines]
+
+    def _find(self, batch: Batch) -> Fixed | None:
+        line = self._lines.get(batch.lane)
+        batches = () if line is None else line.batches
+        return next((fixed for fixed in batches if fixed.payload_id == batch.payload_id), None)
+
+    def _remove(self, line: Line, fixed: Fixed) -> int:
+        """Remove a batch, and its posts unless parts of them wait still; return how many."""
+        line.batches.remove(fixed)
+        posts: Sequence[Post] = fixed.posts
+        if fixed.stop is not None and any(other.posts is posts for other in line.batches):
+            posts = ()
+        return self._forget(line, posts)
+
+    def _evict(self, line: Line) -> None:
+        """Give up the oldest post of a lane, and its whole batch: a batch never changes."""
+        if not line.batches:
+            posts: Sequence[Post] = (line.posts.popleft(),)
+        else:
+            posts = line.batches.popleft().posts
+            while line.batches and line.batches[0].posts is posts:
+                line.batches.popleft()
+        self.evicted[line.lane.environment] += self._forget(line, posts)
+
+    def _forget(self, line: Line, posts: Sequence[Post]) -> int:
+        """Take note that posts have left a lane; return how many."""
+        size = sum(len(post.body) + POST_OVERHEAD for post in posts)
+        self.size -= size
+        self.sizes[line.lane.environment] -= size
+        if not line.posts and not line.batches:
+            del self._lines[line.lane]
+            if len(self._order) > 2 * len(self._lines) + 8:
+                self._order = [entry for entry in self._order if self._waits(entry[2])]
+                heapify(self._order)
+        return len(posts)
+
+    def _oldest(self) -> Line:
+        """Return the line with the oldest post."""
+        while True:
+            came, number, line = self._order[0]
+            if not self._waits(line):
+                heappop(self._order)
+            elif came < line.oldest:
+                heapreplace(self._order, (line.oldest, number, line))
+            else:
+                return line
+
+    def _waits(self, line: Line) -> bool:
+        return self._lines.get(line.lane) is line
+
+
+def _fix(line: Line) -> None:
+    """Make a batch of the oldest posts of a lane without one."""
+    first = list(islice(line.posts, most_posts(line.lane)))
+    members = first[: fitting([len(post.body) for post in first])]
+    for _ in members:
+        line.posts.popleft()
+    payload_id = batch_id([post.payload_id for post in members])
+    line.batches.append(Fixed(payload_id, members))
