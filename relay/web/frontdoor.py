@@ -30,8 +30,9 @@ from relay.model.payload import Payload
 from relay.relay import Relay
 from relay.web.answers import Headers
 from relay.web.auth import by_plain_key
+from relay.web.heads import END, MAX_HEAD, Outline, taken_apart
 from relay.web.polling import template
-from relay.web.posting import Head, Posts, Receiving
+from relay.web.posting import CHUNKED, Posts, Receiving, only_chunk
 from relay.web.streams import STREAMS, Opening, client_opening, stream_headers
 from relay.web.traffic import LoggedWire, Series, Traffic, client, note, request_line, shown
 
@@ -43,21 +44,16 @@ USED_OF_UVICORN = (
 )
 """The attributes of uvicorn's protocol that this module relies on; a test looks for each."""
 
-MAX_PREPARED = 4096
-"""Request heads whose answer is remembered: far more than there are kinds of SDKs, some MB."""
-
-MAX_PREPARED_HEAD = 4096
-"""Bytes of a request head that may be remembered; SDKs send a few hundred."""
+MAX_KNOWN = 4096
+"""Request heads that are remembered: far more than there are kinds of SDKs, some MB."""
 
 JOINED_BODY = 16 * 1024
 """Bodies up to this many bytes are joined with their head once a second: one write, one copy."""
 
 _VERSIONS = ("1.1", "1.0")
 _EVALUATED = b"/sdk/evalx/"
-_END = b"\r\n\r\n"
 _CLOSING = (b"connection", b"close")
 _CLOSE = b"%b: %b\r\n" % _CLOSING
-_INSTANCE_ID = (b"\r\nX-LaunchDarkly-Instance-Id: ", b"\r\nx-launchdarkly-instance-id: ")
 _ODD_HEADERS = frozenset((b"expect", b"upgrade"))
 _BODY_HEADERS = _ODD_HEADERS | {b"content-length", b"transfer-encoding"}
 
@@ -179,8 +175,7 @@ class Door:
         """The `Date` header and the blank line that ends a head."""
         self.now = time.monotonic()
         """The time of the last tick."""
-        self._prepared: dict[bytes, _Prepared] = {}
-        self._openings: dict[bytes, Opening] = {}
+        self._known: dict[bytes | Outline, _Prepared | Opening] = {}
 
     def tick(self, state: ServerState) -> None:
         """Renew the date and look after connections; to be called each second."""
@@ -191,45 +186,28 @@ class Door:
             if isinstance(connection, FrontDoor):
                 connection.check(self.now)
 
-    def prepared(self, head: bytes) -> _Prepared | None:
-        """Return what answered the same request head before, if it still holds."""
-        prepared = self._prepared.get(head)
-        if prepared is None:
-            head = _of_any_instance(head)
-            prepared = self._prepared.get(head)
-        if prepared is None or prepared.payload is prepared.environment.payload:
-            return prepared
-        del self._prepared[head]
-        return None
+    def known(self, head: bytes) -> _Prepared | Opening | None:
+        """Return what was given for the same request head before, if it still holds."""
+        key: bytes | Outline = head
+        known = self._known.get(key)
+        if known is None:
+            key, _ = taken_apart(head)
+            known = self._known.get(key)
+        if isinstance(known, _Prepared) and known.payload is not known.environment.payload:
+            del self._known[key]
+            return None
+        return known
 
-    def remember(self, head: bytes, prepared: _Prepared) -> None:
-        """Keep an answer for the next request with the same head, of whichever instance."""
-        if len(head) > MAX_PREPARED_HEAD or prepared.environment.spec.ttl > 0:
+    def remember(self, head: bytes, given: _Prepared | Opening) -> None:
+        """Keep what was given for the next request with the same head, of whichever instance."""
+        if len(head) > MAX_HEAD or (
+            given.environment.spec.ttl > 0 and not isinstance(given, Opening)
+        ):
             return  # an answer with a TTL says when it expires
-        if len(self._prepared) >= MAX_PREPARED:
-            self._prepared.clear()
-        self._prepared[_of_any_instance(head)] = prepared
-
-    def opening(self, head: bytes) -> Opening | None:
-        """Return the stream that was asked for with the same request head before."""
-        return self._openings.get(_of_any_instance(head))
-
-    def remember_opening(self, head: bytes, opening: Opening) -> None:
-        """Keep what to open for the next request with the same head, of whichever instance."""
-        if len(head) <= MAX_PREPARED_HEAD:
-            if len(self._openings) >= MAX_PREPARED:
-                self._openings.clear()
-            self._openings[_of_any_instance(head)] = opening
-
-
-def _of_any_instance(head: bytes) -> bytes:
-    """Return a head without the value of the one header that tells functions of a fleet apart."""
-    for name in _INSTANCE_ID:
-        start = head.find(name)
-        if start >= 0:
-            start += len(name)
-            return head[:start] + head[head.find(b"\r\n", start) :]
-    return head
+        if len(self._known) >= MAX_KNOWN:
+            self._known.clear()
+        outline, values = taken_apart(head)
+        self._known[outline if values else head] = given
 
 
 class FrontDoor(HttpToolsProtocol):
@@ -270,8 +248,6 @@ class FrontDoor(HttpToolsProtocol):
         """What is being received or kept."""
         self._post_start = b""
         """What the parser is fed with, if it begins with a post."""
-        self._post_head: Head | None = None
-        """What the head of the last post means; the next one will have the same."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Note what the door needs; who is connected to whom, only the application asks."""
@@ -284,9 +260,12 @@ class FrontDoor(HttpToolsProtocol):
         door = self._door
         if not self._head_size:  # the head of a request has one time-out for all its pieces
             self._seen = door.now
+        if self._post is not None and self._post.missing:
+            self._take_more(self._post, data)
+            return
         if self._between and self._is_idle():
             if data.startswith(b"POST "):
-                if self._post_head is not None and self._take_known(self._post_head, data):
+                if self._take_known(data):
                     return
                 self._post_start = data
             elif self._answer_again(data):
@@ -295,18 +274,15 @@ class FrontDoor(HttpToolsProtocol):
 
     def _answer_again(self, data: bytes) -> bool:
         """Do what was done for the same request before."""
-        door = self._door
-        prepared = door.prepared(data)
-        if prepared is not None:
-            self._write(prepared)
+        known = self._door.known(data)
+        if isinstance(known, _Prepared):
+            self._write(known)
             return True
-        if data.find(_END) != len(data) - len(_END):
-            return False
-        opening = door.opening(data)
-        if opening is not None and self._can_open():
-            self._hand_over(opening)
+        if known is not None and self._can_open():
+            self._hand_over(known)
             return True
-        self._whole = data
+        if data.find(END) == len(data) - len(END):
+            self._whole = data
         return False
 
     def _parse(self, data: bytes) -> None:
@@ -415,7 +391,7 @@ class FrontDoor(HttpToolsProtocol):
         given = stream_headers(environment)
         opening = Opening(environment, stream, given, self._series(environment))
         if not self._door.traffic.logs:
-            self._door.remember_opening(self._whole, opening)
+            self._door.remember(self._whole, opening)
         return self._open(opening)
 
     def _take_client_stream(self, headers: Mapping[bytes, bytes]) -> bool:
@@ -466,6 +442,7 @@ class FrontDoor(HttpToolsProtocol):
         if post is None:
             return False
         post.keep_alive = not self._closes
+        post.start = self._post_start[: self._post_start.find(END) + len(END)]
         # So that requests which come meanwhile wait, and a shutdown does, too.
         self._post = self.cycle = cast("Any", post)
         return True
@@ -477,29 +454,46 @@ class FrontDoor(HttpToolsProtocol):
         if posts is None or kept is None:
             self._pass_on(post)
             return
-        if self._post_start:
-            self._post_head = posts.learn(self._post_start, post)
+        if post.head is None and post.start:
+            posts.learn(post.start, post)
         if kept.done():
             self._end_post(post, kept)
         else:
             kept.add_done_callback(partial(self._end_post, post))
 
-    def _take_known(self, head: Head, data: bytes) -> bool:
-        """Take a post that has come at once and has the head of the last one."""
-        posts = self._door.posts
-        kept = posts.accept_known(head, data) if posts else None
-        if posts is None or kept is None:
+    def _take_known(self, data: bytes) -> bool:
+        """Take a post whose head means what another one's meant; the parser is not needed."""
+        posts, end = self._door.posts, data.find(END) + len(END)
+        if posts is None or self._door.traffic.logs or end < len(END):
             return False
+        post = posts.known(data[:end])
+        if post is None:
+            return False
+        body: bytes | None = data[end:]
+        if post.missing == CHUNKED:
+            body = only_chunk(data[end:])
+            post.missing = len(body or b"")
+        if body is None or len(body) > post.missing:
+            return False  # more requests, or chunks
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
-        if kept.done() and kept.exception() is None:
-            self.server_state.total_requests += 1
-            self.transport.write(head.written(self._door.date))
-            return True
-        post = posts.waiting(head)
         self._post = self.cycle = cast("Any", post)
-        kept.add_done_callback(partial(self._end_post, post))
+        self._between, self._in_body = False, True
+        self._take_more(post, body)
         return True
+
+    def _take_more(self, post: Receiving, data: bytes) -> None:
+        """Take a part of the body of a post whose head is known, and what follows it."""
+        part, rest = data[: post.missing], data[post.missing :]
+        post.missing -= len(part)
+        if not post.take(part):
+            post.missing = 0
+            self._pass_on(post)
+        elif not post.missing:
+            self._between, self._in_body = True, False
+            self._keep(post)
+        if rest:
+            self._parse(rest)
 
     def _end_post(self, post: Receiving, kept: asyncio.Future[object]) -> None:
         post.release()
@@ -529,6 +523,10 @@ class FrontDoor(HttpToolsProtocol):
         post.release()
         self._post = self.cycle = cast("Any", None)
         self._answered = False
+        if post.head is not None:  # the parser has not seen it
+            self._between, self._in_body = True, False
+            self._parse(post.start + body)
+            return
         self._begin_in_application()
         if body:
             super().on_body(body)

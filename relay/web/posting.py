@@ -1,8 +1,8 @@
 """Posts of events at the front door: the plain ones, which are nearly all, without the application.
 
 A post that turns out to be odd is given to the application with all that has come of it, so what is
-refused is refused there, and in its words. SDKs send the same head again and again, but for the
-length and the id of the post: what a head means is found out once.
+refused is refused there, and in its words. What a head means is found out once for all that have
+the same outline: their bodies are received without the parser.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from relay.environment import Environment
@@ -31,6 +31,7 @@ from relay.web.body import (
 from relay.web.cors import cors_lines
 from relay.web.endpoint import BROWSER, MOBILE, SERVER, Access
 from relay.web.events import ACCEPTED, Events, is_payload_id
+from relay.web.heads import LENGTH, MAX_HEAD, PAYLOAD_ID, Outline, names, taken_apart
 from relay.web.traffic import Series, Traffic
 
 PLAIN_SIZE = 256 * 1024
@@ -40,22 +41,18 @@ the application. Posts of SDKs have some KB."""
 MAX_KNOWN = 4096
 """Counts that are at hand: of each kind of client at each route of each environment."""
 
+CHUNKED = -1
+"""In place of the length of a body that comes in chunks."""
+
+MAX_DIGITS = 9
+"""Of a length."""
+
 MAX_HEADS = 1024
 """Heads whose meaning is known: of each kind of client in each environment; a few KB each."""
 
-MAX_HEAD = 4096
-"""Bytes of a head whose meaning is remembered; SDKs send a few hundred."""
-
-MAX_VALUE = 101
-"""Bytes up to the end of the value of a variable header."""
-
-_LENGTH = b"content-length"
-_VARIABLE = (_LENGTH, b"x-launchdarkly-payload-id")
-"""The headers that are different in each post of a client."""
-
-_END = b"\r\n\r\n"
-
 _ID = re.compile(rb"[0-9A-Za-z_-]+")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,5})\r\n")
+_LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 _log = logging.getLogger("relay.web")
 
@@ -109,7 +106,7 @@ class Posts:
         self._events = events
         self._traffic = traffic
         self._counts: dict[tuple[Route, str, bytes, bytes], Count] = {}
-        self._heads: dict[tuple[bytes, ...], Head] = {}
+        self._heads: dict[Outline, Head] = {}
 
     def begin(self, url: bytes, headers: Mapping[bytes, bytes]) -> Receiving | None:
         """Return what receives a post whose head has come; None if it is the application's."""
@@ -139,13 +136,18 @@ class Posts:
         if not body:
             return None
         route, _, environment = post.opened
+        head, events = post.head, self._events
         try:
-            kept = self._events.accept_plain(environment, route.endpoint, post.headers, body)
+            if head is not None:
+                kept = events.accept_in(head.lane, post.payload_id, body)
+            else:
+                kept = events.accept_plain(environment, route.endpoint, post.headers, body)
         except Exception as e:  # noqa: BLE001 - the client is answered all the same
             return _failed(e)
         if kept is None:
             return None
-        self._count(post).value += 1
+        count = head.count if head is not None else self._count(post)
+        count.value += 1
         return asyncio.ensure_future(kept)
 
     def answer(self, post: Receiving, kept: asyncio.Future[object]) -> Answer:
@@ -165,28 +167,27 @@ class Posts:
             more += cors_lines(spec, post.headers.get(b"origin", b""), BROWSERS, access.exposed)
         return answer.with_headers(*more)
 
-    def learn(self, data: bytes, post: Receiving) -> Head | None:
-        """Return what the head of an accepted post means, for those that follow; None if odd.
+    def learn(self, head: bytes, post: Receiving) -> None:
+        """Remember what the head of an accepted post means, for those that follow.
 
         Args:
-            data: the request, and maybe what follows it.
+            head: as on the wire.
             post: what has come of it.
         """
-        found = _texts(data, post.url, post.headers)
-        if found is None:
-            return None
-        head = self._heads.get(found[0])
-        if head is None or not self._holds(head):
+        if len(head) > MAX_HEAD:
+            return
+        outline, _ = taken_apart(head)
+        known = self._heads.get(outline)
+        if known is None or not self._holds(known):
             if len(self._heads) >= MAX_HEADS:
                 self._heads.clear()
-            head = self._heads[found[0]] = self._meaning(*found, post)
-        return head
+            self._heads[outline] = self._meaning(outline, post)
 
-    def _meaning(self, texts: tuple[bytes, ...], length_at: int, post: Receiving) -> Head:
+    def _meaning(self, outline: Outline, post: Receiving) -> Head:
         endpoint, environment = post.opened.route.endpoint, post.opened.environment
         lane = self._events.lane(environment, endpoint, post.headers)
         answer = self._completed(ACCEPTED, post).head
-        return Head(texts, length_at, post, lane, self._count(post), answer)
+        return Head(outline, post, lane, self._count(post), answer)
 
     def _holds(self, head: Head) -> bool:
         """Whether a head means what it meant: its credential opens the same environment."""
@@ -196,29 +197,19 @@ class Posts:
             and environment.spec is head.spec
         )
 
-    def accept_known(self, head: Head, data: bytes) -> asyncio.Future[object] | None:
-        """Accept a whole request with a known head; None if it has another one, or is odd."""
-        found = head.read(data)
-        if found is None or not self._holds(head):
+    def known(self, head: bytes) -> Receiving | None:
+        """Return what receives a post with this head; None if the parser has to look at it."""
+        outline, values = taken_apart(head)
+        known = self._heads.get(outline)
+        if known is None or not self._holds(known):
             return None
-        payload_id, body = found
-        events = self._events
-        if head.compressed:
-            body = _inflated(body, lambda size: size <= events.room.max_size)
-        if len(body) > events.room.max_size:
+        payload_id, missing = known.read(values)
+        if missing is None:
             return None
-        try:
-            kept = events.accept_in(head.lane, payload_id, body)
-        except Exception as e:  # noqa: BLE001 - the client is answered all the same
-            return _failed(e)
-        if kept is None:
-            return None
-        head.count.value += 1
-        return asyncio.ensure_future(kept)
-
-    def waiting(self, head: Head) -> Receiving:
-        """Return what stands for a post with a known head until it is safe."""
-        return Receiving(head.opened, b"", head.headers, self._events.room, head)
+        post = Receiving(known.opened, b"", known.headers, self._events.room, known)
+        post.keep_alive, post.start = known.keep_alive, head
+        post.payload_id, post.missing = payload_id, missing
+        return post
 
     def _count(self, post: Receiving) -> Count:
         own = post.headers.get(b"x-launchdarkly-user-agent", b"")
@@ -242,41 +233,6 @@ def _failed(error: Exception) -> asyncio.Future[object]:
     return failed
 
 
-def _texts(
-    data: bytes, url: bytes, headers: Mapping[bytes, bytes]
-) -> tuple[tuple[bytes, ...], int] | None:
-    """Cut the values of the variable headers out of a head.
-
-    Args:
-        data: begins with the head.
-        url: its target, as it was parsed.
-        headers: the same, each once.
-
-    Returns:
-        What is before, between and after the values, and which of them is the length; None if the
-        head is not written plainly, or has no length.
-    """
-    if _LENGTH not in headers:
-        return None
-    end = data.find(_END, 0, MAX_HEAD)
-    line, *lines = data[: max(end, 0)].split(b"\r\n")
-    if line != b"POST %b HTTP/1.1" % url or len(lines) != len(headers):
-        return None
-    texts, names = [line], []
-    for each in lines:
-        name, _, value = each.partition(b":")
-        name = name.lower()
-        if headers.get(name) != value.strip(b" \t"):
-            return None
-        texts[-1] += b"\r\n" + each
-        if name in _VARIABLE:
-            names.append(name)
-            texts[-1] = texts[-1].removesuffix(headers[name])
-            texts.append(b"")
-    texts[-1] += _END
-    return tuple(texts), names.index(_LENGTH)
-
-
 def _has_plain_body(headers: Mapping[bytes, bytes]) -> bool:
     length = headers.get(b"content-length")
     if length is None:
@@ -288,11 +244,10 @@ _NOBODY_WAITS = asyncio.Event()
 
 
 class Head:
-    """What the head of a post means, and all heads that are the same but for length and id.
+    """What the head of a post means, and all heads with the same outline.
 
     Args:
-        texts: what is before, between and after the values of these headers.
-        length_at: which of the values is the length.
+        outline: of the head.
         post: one with this head.
         lane: how they travel.
         count: of such requests.
@@ -300,55 +255,62 @@ class Head:
     """
 
     __slots__ = (
-        *("_after", "_before", "_date", "_length_at", "_written", "answer"),
+        *("_date", "_id_at", "_length_at", "_written", "answer", "keep_alive"),
         *("compressed", "count", "headers", "lane", "opened", "spec"),
     )
 
-    def __init__(  # noqa: PLR0917 - all that a head tells
-        self,
-        texts: tuple[bytes, ...],
-        length_at: int,
-        post: Receiving,
-        lane: Lane,
-        count: Count,
-        answer: bytes,
+    def __init__(
+        self, outline: Outline, post: Receiving, lane: Lane, count: Count, answer: bytes
     ) -> None:
         self.opened = post.opened
         self.spec = post.opened.environment.spec
         self.headers = {b"origin": post.headers.get(b"origin", b"")}
         self.compressed = post.compressed
+        self.keep_alive = post.keep_alive
         self.lane = lane
         self.count = count
         self.answer = answer
-        self._before, *self._after = texts
-        self._length_at = length_at
+        variable = names(outline)
+        self._length_at = variable.index(LENGTH) if LENGTH in variable else None
+        self._id_at = variable.index(PAYLOAD_ID) if PAYLOAD_ID in variable else None
         self._date = b""
         self._written = b""
 
-    def read(self, data: bytes) -> tuple[str, bytes] | None:
-        """Return id and body of a whole request with this head; None of any other."""
-        if not data.startswith(self._before):
-            return None
-        at = len(self._before)
-        values = [b"", b""]
-        for place, text in enumerate(self._after):
-            end = data.find(b"\r", at, at + MAX_VALUE)
-            if end < 0 or not data.startswith(text, end):
-                return None
-            values[place] = data[at:end]
-            at = end + len(text)
-        length, payload_id = values[self._length_at], values[1 - self._length_at]
-        if not length.isdigit() or int(length) != len(data) - at or len(data) > PLAIN_SIZE:
-            return None
-        if len(self._after) > 1 and not is_payload_id(payload_id):
-            return None
-        return payload_id.decode(), data[at:]
+    def read(self, values: Sequence[bytes]) -> tuple[str, int | None]:
+        """Return what a post with this head has of its own.
+
+        Args:
+            values: of the headers that the outline leaves out.
+
+        Returns:
+            Its payload id, empty for none, and the bytes of its body; `CHUNKED` if they come in
+            chunks, None if the parser has to look at it.
+        """
+        missing: int | None = CHUNKED
+        if self._length_at is not None:
+            length = values[self._length_at]
+            missing = int(length) if length.isdigit() and len(length) <= MAX_DIGITS else None
+        if missing is not None and missing > PLAIN_SIZE:
+            missing = None
+        if self._id_at is None:
+            return "", missing
+        payload_id = values[self._id_at]
+        return payload_id.decode(), missing if is_payload_id(payload_id) else None
 
     def written(self, date: bytes) -> bytes:
         """Return the 202; put together once a second."""
         if self._date is not date:
             self._date, self._written = date, self.answer + date
         return self._written
+
+
+def only_chunk(body: bytes) -> bytes | None:
+    """Return what is in a body of one chunk, as SDKs send them; None of any other."""
+    match = _CHUNK_SIZE.match(body)
+    if match is None:
+        return None
+    size, start = int(match[1], 16), match.end()
+    return body[start : start + size] if body[start + size :] == _LAST_CHUNK else None
 
 
 class Receiving:
@@ -363,8 +325,8 @@ class Receiving:
     """
 
     __slots__ = (
-        *("_held", "_room", "head", "headers", "opened", "parts", "url"),
-        *("disconnected", "keep_alive", "response_complete"),
+        *("_held", "_room", "head", "headers", "missing", "opened", "parts", "payload_id"),
+        *("start", "url", "disconnected", "keep_alive", "response_complete"),
     )
 
     message_event = _NOBODY_WAITS
@@ -382,6 +344,12 @@ class Receiving:
         self.head = head
         self.headers = headers
         self.parts: list[bytes] = []
+        self.start = b""
+        """The head as it came, if it came at once."""
+        self.payload_id = ""
+        """Of a post whose head is known."""
+        self.missing = 0
+        """Bytes of the body that are still to come, if the head is known."""
         self.disconnected = False
         self.keep_alive = True
         self.response_complete = False
@@ -401,6 +369,8 @@ class Receiving:
     @property
     def compressed(self) -> bool:
         """Whether the body is."""
+        if self.head is not None:
+            return self.head.compressed
         return b"gzip" in self.headers.get(b"content-encoding", b"").lower()
 
     def release(self) -> None:
