@@ -46,6 +46,7 @@ def axes() -> list[Axis]:
         TLS_STREAMS,
         EVENTS,
         EVENTS_ROOM,
+        EVENTS_CONNECTIONS,
         EVENTS_SPOOL,
         EVENTS_OUTAGE,
         _evaluations("eval-1000", "1000 flags", "new", 5),
@@ -68,7 +69,7 @@ def _polls(dataset: str, label: str, times: float) -> Axis:
 
 
 def _ended(_: Session) -> dict[str, str]:
-    return {"Connection": "close"}
+    return measures.ENDED
 
 
 def _poll_variant(
@@ -159,6 +160,7 @@ DEFAULT_CAPACITY = 1000
 """Events (reference) or posts (ours) that may wait in memory unless told otherwise."""
 ROOM_FOR_ALL = 3_000_000
 """More than can be posted in one flush interval: a relay that drops what is over has room."""
+SINGLE = "posts of 43 events, each on a new connection"
 ROOMY = "posts of 43 events, room for all"
 POSTS, SPOOLED = "posts of 43 events", "posts of 43 events, on disk"
 EVENTS = Axis(
@@ -182,6 +184,17 @@ EVENTS_ROOM = Axis(
         Row(f"{ROOMY}: with delivery", "posts/cpu-s"),
     ),
     partial(measures.post_events, ROOMY, ROOM_FOR_ALL),
+)
+EVENTS_CONNECTIONS = Axis(
+    "events-connections",
+    (
+        *_load_rows(SINGLE, at_least(1, PEER)),
+        Row(f"{SINGLE}: peak memory", "MB"),
+        Row(f"{SINGLE}: p50", "ms"),
+        Row(f"{SINGLE}: arrived", "%"),
+        Row(f"{SINGLE}: with delivery", "posts/cpu-s"),
+    ),
+    partial(measures.post_events, SINGLE, DEFAULT_CAPACITY, ended=True),
 )
 EVENTS_SPOOL = Axis(
     "events-spool",

@@ -3,7 +3,7 @@
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,8 @@ from bench.upstream import Upstream
 MB = 1e6
 LOAD_SECONDS = 3
 WARM_SECONDS = 1
+ENDED = {"Connection": "close"}
+"""The header of whoever asks once only, as a short-lived function does."""
 PATCHES = 5
 """Single patches sent in one round; their median is the round's figure."""
 WATCHED_SECONDS = 1.0
@@ -233,14 +235,24 @@ def put(server: Server, _: Certificate) -> Measured:
     return {"put of 2 MB → served": median(times) * 1e3}
 
 
-def post_events(figure: str, capacity: int, server: Server, _: Certificate) -> Measured:
-    """Post events of 7 KB, where `capacity` of them may wait in memory."""
+def post_events(
+    figure: str, capacity: int, server: Server, _: Certificate, *, ended: bool = False
+) -> Measured:
+    """Post events of 7 KB, where `capacity` of them may wait in memory.
+
+    Args:
+        figure: what it is called.
+        capacity: of the relay's memory, in its unit.
+        server: a relay.
+        ended: whether each post has a connection of its own.
+    """
+    headers = HEADERS | ENDED if ended else HEADERS
     relay = with_variables(as_relay(server), EVENTS_CAPACITY=str(capacity))
     with relay.serve("2k", events=True) as session:
         session.await_status(size=whole("2k"))
         upstream_of(session).open_mailbox()
         cpu = session.process.cpu_seconds()
-        measured, made = _post_load(figure, session)
+        measured, made = _post_load(figure, session, headers)
         peak = session.process.peak_bytes()
         _await_events(session, made * len(events()), SILENCE_SECONDS)
         cpu = session.process.cpu_seconds() - cpu
@@ -263,7 +275,7 @@ def post_events_to_disk(figure: str, server: Server, _: Certificate) -> Measured
             upstream_of(session).open_mailbox()
             url, body = session.url(BULK), events()
             alone = posts.post(url, HEADERS, lambda _: body, seconds=LOAD_SECONDS, connections=1)
-            measured, _ = _post_load(figure, session)
+            measured, _ = _post_load(figure, session, HEADERS)
             return {
                 **measured,
                 f"{figure}: peak memory": session.process.peak_bytes() / MB,
@@ -274,11 +286,11 @@ def post_events_to_disk(figure: str, server: Server, _: Certificate) -> Measured
             }
 
 
-def _post_load(figure: str, session: Session) -> tuple[Measured, int]:
+def _post_load(figure: str, session: Session, headers: Mapping[str, str]) -> tuple[Measured, int]:
     """Return the figures, and how many posts were made in all."""
-    warm = posts.load(session.url(BULK), HEADERS, events(), WARM_SECONDS)
+    warm = posts.load(session.url(BULK), headers, events(), WARM_SECONDS)
     cpu = session.process.cpu_seconds()
-    result = posts.load(session.url(BULK), HEADERS, events(), LOAD_SECONDS)
+    result = posts.load(session.url(BULK), headers, events(), LOAD_SECONDS)
     cpu = session.process.cpu_seconds() - cpu
     measured = {
         figure: result.requests / cpu,
