@@ -484,9 +484,11 @@ class FrontDoor(HttpToolsProtocol):
 
     def _take_more(self, post: Receiving, data: bytes) -> None:
         """Take a part of the body of a post whose head is known, and what follows it."""
-        part, rest = data[: post.missing], data[post.missing :]
-        post.missing -= len(part)
-        if not post.take(part):
+        rest = b""
+        if len(data) > post.missing:
+            data, rest = data[: post.missing], data[post.missing :]
+        post.missing -= len(data)
+        if not post.take(data):
             post.missing = 0
             self._pass_on(post)
         elif not post.missing:

@@ -30,7 +30,7 @@ from relay.web.body import (
 )
 from relay.web.cors import cors_lines
 from relay.web.endpoint import BROWSER, MOBILE, SERVER, Access
-from relay.web.events import ACCEPTED, Events, is_payload_id
+from relay.web.events import ACCEPTED, Events
 from relay.web.heads import LENGTH, MAX_HEAD, PAYLOAD_ID, Outline, names, taken_apart
 from relay.web.traffic import Series, Traffic
 
@@ -44,8 +44,8 @@ MAX_KNOWN = 4096
 CHUNKED = -1
 """In place of the length of a body that comes in chunks."""
 
-MAX_DIGITS = 9
-"""Of a length."""
+MAX_DIGITS = 6
+"""Of the length of a body that is received here."""
 
 MAX_HEADS = 1024
 """Heads whose meaning is known: of each kind of client in each environment; a few KB each."""
@@ -290,12 +290,7 @@ class Head:
         if self._length_at is not None:
             length = values[self._length_at]
             missing = int(length) if length.isdigit() and len(length) <= MAX_DIGITS else None
-        if missing is not None and missing > PLAIN_SIZE:
-            missing = None
-        if self._id_at is None:
-            return "", missing
-        payload_id = values[self._id_at]
-        return payload_id.decode(), missing if is_payload_id(payload_id) else None
+        return "" if self._id_at is None else values[self._id_at].decode(), missing
 
     def written(self, date: bytes) -> bytes:
         """Return the 202; put together once a second."""
@@ -375,8 +370,9 @@ class Receiving:
 
     def release(self) -> None:
         """Let others have the room."""
-        self._room.give_back(self._held)
-        self._held = 0
+        if self._held:
+            self._room.give_back(self._held)
+            self._held = 0
         self.parts.clear()
 
     def _hold(self, size: int) -> bool:
