@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 
 from relay.evaluation.audience import Audience
 from relay.evaluation.compiled import CompiledFlag, Outcome, compiled, interpreted
@@ -26,6 +27,9 @@ from relay.model.segment import Segment
 MAX_CALLS = 1000
 """Flags and segments that one evaluation may go through, each as often as it is named. Beyond, the
 interpreter is better, which looks at each of them once."""
+
+MARK_SIZE = 16
+"""Bytes that tell bodies apart: nobody will meet two with the same."""
 
 Name = tuple[Kind, str]
 """What flags and segments call each other by."""
@@ -244,6 +248,21 @@ def _data(reach: Mapping[Name, _Parsed | None]) -> Data:
     return Data(flag, segment)
 
 
+@dataclass(frozen=True, slots=True)
+class Body:
+    """An evalx answer in two pieces, because the second is the same for every context.
+
+    Args:
+        varying: what depends on the context.
+        settled: the rest.
+        mark: another one for each other body; the same at all replicas that have the same flags.
+    """
+
+    varying: bytes
+    settled: bytes
+    mark: bytes
+
+
 class Program:
     """What an audience gets of a payload; immutable.
 
@@ -263,6 +282,11 @@ class Program:
 
     def all(self, context: Context, *, with_reasons: bool) -> bytes:
         """Return the body of an evalx answer (endpoints 1.5)."""
+        body = self.body(context, with_reasons=with_reasons)
+        return body.varying + body.settled
+
+    def body(self, context: Context, *, with_reasons: bool) -> Body:
+        """Return the same in pieces."""
         subject = Subject(context)
         if with_reasons:
             form = self._with_reasons
@@ -272,9 +296,8 @@ class Program:
             form = self._without_reasons
             outcomes = [choose(subject) for choose in form.open_flags]
             members = [each.plain or each.make_plain() for each in outcomes]
-        if form.settled:
-            members.append(form.settled)
-        return b"{" + b",".join(members) + b"}"
+        varying = b"{" + b",".join(members)
+        return Body(varying, form.settled, sha256(form.digest + varying).digest()[:MARK_SIZE])
 
     def some(
         self, context: Context, keys: Iterable[str], *, with_reasons: bool
@@ -308,11 +331,13 @@ class _Form:
     """A program with or without reasons.
 
     Args:
-        settled: the members of all flags that do not depend on the context, joined.
+        settled: the end of a body: the members of all flags that do not depend on the context.
+        digest: of those.
         open_flags: the others.
     """
 
     settled: bytes
+    digest: bytes
     open_flags: tuple[Callable[[Subject], Outcome], ...]
 
 
@@ -324,4 +349,7 @@ def _form(flags: Iterable[CompiledFlag], *, with_reasons: bool) -> _Form:
             open_flags.append(flag.choose)
         else:
             settled.append(outcome.member(with_reasons=with_reasons))
-    return _Form(b",".join(settled), tuple(open_flags))
+    if open_flags and settled:
+        settled.insert(0, b"")
+    end = b",".join(settled) + b"}"
+    return _Form(end, sha256(end).digest(), tuple(open_flags))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,12 @@ MAX_PREPARED = 4096
 
 MAX_PREPARED_HEAD = 4096
 """Bytes of a request head that may be remembered; SDKs send a few hundred."""
+
+MAX_TOLD = 32 * 1024 * 1024
+"""Bytes of evaluated answers that are remembered by the head of their request."""
+
+TOLD_SIZE = 1024
+"""Bytes that remembering one costs beside its head and body."""
 
 JOINED_BODY = 16 * 1024
 """Bodies up to this many bytes are joined with their head once a second: one write, one copy."""
@@ -80,11 +87,35 @@ class Poll(Protocol):
         """Return the prepared answer; None if the path is no poll, or there is none yet."""
 
 
+class Told(Protocol):
+    """An answer to a context; `relay.web.questions.Told` is."""
+
+    @property
+    def head(self) -> bytes:
+        """As `Answer.head`."""
+
+    @property
+    def pieces(self) -> tuple[bytes, ...]:
+        """Of the body."""
+
+    @property
+    def environment(self) -> Environment:
+        """Whose flags it has."""
+
+    @property
+    def counter(self) -> Count:
+        """What counts it."""
+
+    @property
+    def again(self) -> bool:
+        """Whether the same request may well come again."""
+
+
 class Questions(Protocol):
     """Answers contexts that ask for their flags; `relay.web.questions` does."""
 
-    def answer(self, url: bytes, headers: Mapping[bytes, bytes], /) -> tuple[Answer, Count] | None:
-        """Return the answer to a GET and what counts it; None if it is the application's."""
+    def answer(self, url: bytes, headers: Mapping[bytes, bytes], /) -> Told | None:
+        """Return the answer to a GET; None if it is the application's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,24 +139,33 @@ class DoorLimits:
 class _Prepared:
     """The answer to a request head, good as long as the environment's payload is the same."""
 
-    __slots__ = ("_date", "_written", "answer", "count", "environment", "line", "payload")
+    __slots__ = ("_date", "_head", "_pieces", "_written", "count", "environment", "line", "payload")
 
-    def __init__(self, environment: Environment, answer: Answer, count: Count) -> None:
+    def __init__(
+        self, environment: Environment, head: bytes, pieces: tuple[bytes, ...], count: Count
+    ) -> None:
         self.environment = environment
         self.payload: Payload | None = environment.payload
-        self.answer = answer
         self.count = count
         self.line = ""
         """What is logged of each such request; empty for nothing."""
+        self._head = head
+        self._pieces = pieces
         self._date = b""
         self._written: tuple[bytes, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """The bytes of the body."""
+        return sum(map(len, self._pieces))
 
     def written(self, date: bytes) -> tuple[bytes, ...]:
         """Return what goes over the wire; put together once a second."""
         if self._date is not date:
             self._date = date
-            head, body = self.answer.head + date, self.answer.body
-            self._written = (head + body,) if len(body) <= JOINED_BODY else (head, body)
+            written = (self._head, date, *self._pieces)
+            joined = self.size <= JOINED_BODY
+            self._written = (b"".join(written),) if joined else written
         return self._written
 
 
@@ -162,6 +202,9 @@ class Door:
         self.now = time.monotonic()
         """The time of the last tick."""
         self._prepared: dict[bytes, _Prepared] = {}
+        self._told: OrderedDict[bytes, _Prepared] = OrderedDict()
+        """The oldest comes first."""
+        self._told_size = 0
 
     def tick(self, state: ServerState) -> None:
         """Renew the date and look after connections; to be called each second."""
@@ -174,10 +217,11 @@ class Door:
 
     def prepared(self, head: bytes) -> _Prepared | None:
         """Return what answered the same request head before, if it still holds."""
-        prepared = self._prepared.get(head)
+        prepared = self._prepared.get(head) or self._told.get(head)
         if prepared is None or prepared.payload is prepared.environment.payload:
             return prepared
-        del self._prepared[head]
+        if self._prepared.pop(head, None) is None:
+            self._forget(head, self._told.pop(head))
         return None
 
     def remember(self, head: bytes, prepared: _Prepared) -> None:
@@ -187,6 +231,22 @@ class Door:
         if len(self._prepared) >= MAX_PREPARED:
             self._prepared.clear()
         self._prepared[head] = prepared
+
+    def remember_told(self, head: bytes, told: _Prepared) -> None:
+        """Keep the answer to a context for the next request with the same head."""
+        if len(head) > MAX_PREPARED_HEAD or told.environment.spec.ttl > 0 or head in self._told:
+            return
+        self._told[head] = told
+        self._told_size += _told_size(head, told)
+        while self._told_size > MAX_TOLD:
+            self._forget(*self._told.popitem(last=False))
+
+    def _forget(self, head: bytes, told: _Prepared) -> None:
+        self._told_size -= _told_size(head, told)
+
+
+def _told_size(head: bytes, told: _Prepared) -> int:
+    return TOLD_SIZE + len(head) + told.size
 
 
 class FrontDoor(HttpToolsProtocol):
@@ -352,14 +412,13 @@ class FrontDoor(HttpToolsProtocol):
         questions, logs = self._door.questions, self._door.traffic.logs
         if questions is None or logs or not self._whole or not _BODY_HEADERS.isdisjoint(headers):
             return False
-        answered = questions.answer(self.url, headers)
-        if answered is None:
+        told = questions.answer(self.url, headers)
+        if told is None:
             return False
-        answer, count = answered
-        self._unset_keepalive_if_required()
-        self.server_state.total_requests += 1
-        count.value += 1
-        self.transport.writelines((answer.head, self._door.date, answer.body))
+        prepared = _Prepared(told.environment, told.head, told.pieces, told.counter)
+        if told.again:
+            self._door.remember_told(self._whole, prepared)
+        self._write(prepared)
         return True
 
     def _take_post(self, headers: Mapping[bytes, bytes]) -> bool:
@@ -423,7 +482,8 @@ class FrontDoor(HttpToolsProtocol):
         if answer is None:
             return False
         traffic = self._door.traffic
-        prepared = _Prepared(environment, answer, traffic.requests[self._series(environment)])
+        count = traffic.requests[self._series(environment)]
+        prepared = _Prepared(environment, answer.head, (answer.body,), count)
         if traffic.logs:
             prepared.line = self._line(answer.status, len(answer.body))
         self._door.remember(head, prepared)

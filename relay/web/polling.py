@@ -52,19 +52,26 @@ class Resource:
         body: in JSON.
         etag: as it is sent.
         headers: beside the usual ones, of all variants.
+        rest: of the body, if other bodies end in the same object.
     """
 
-    def __init__(self, body: bytes, etag: bytes, headers: Headers) -> None:
-        self.body = body
+    def __init__(self, body: bytes, etag: bytes, headers: Headers, rest: bytes = b"") -> None:
+        self.pieces = (body, rest) if rest else (body,)
+        self.size = len(body) + len(rest)
         self.etag = etag
-        self.compressible = len(body) >= MIN_COMPRESSED
+        self.compressible = self.size >= MIN_COMPRESSED
         vary: Headers = ((b"vary", b"Accept-Encoding"),) if self.compressible else ()
         self._shared: Headers = ((b"etag", etag), *headers, *vary)
         self._typed: Headers = ((b"content-type", b"application/json"), *self._shared)
         self.compressed: Answer | None = None
         self._compression: asyncio.Future[Answer] | None = None
 
-    @cached_property
+    @property
+    def body(self) -> bytes:
+        """The body in one piece."""
+        return b"".join(self.pieces)
+
+    @property
     def plain(self) -> Answer:
         """The variant that is not compressed."""
         return Answer(200, self._typed, self.body)
@@ -98,7 +105,7 @@ class Resource:
             return self.unchanged
         if not (self.compressible and accepts_gzip(accept_encoding)):
             return self.plain
-        if len(self.body) <= MAX_COMPRESSED_AT_ONCE:
+        if self.size <= MAX_COMPRESSED_AT_ONCE:
             return self.compress()
         return self.compressed
 
