@@ -17,7 +17,8 @@ from starlette.responses import Response
 
 from relay.environment import Environment
 from relay.evaluation.audience import Audience
-from relay.evaluation.program import Body, Program
+from relay.evaluation.form import Body
+from relay.evaluation.program import Program
 from relay.model.context import Context
 from relay.web.answers import Answer, environment_headers, json_error
 from relay.web.body import Refused
@@ -38,8 +39,9 @@ MAX_KEPT = 64 * 1024 * 1024
 ENTRY_SIZE = 2 * 1024
 """Bytes that keeping an answer costs beside its bodies."""
 
-MAX_AT_ONCE = 32 * 1024
-"""Bytes of a context that is read on the event loop; a larger one is read in a thread."""
+MAX_AT_ONCE = 8 * 1024
+"""Bytes of a context that is evaluated on the event loop, a larger one in a thread: an array of
+thousands of values is looked through for each condition."""
 
 MAX_SEEN = 16 * 1024
 """Contexts that have asked once lately. Only who asks again is kept an answer for: most that ask
@@ -320,7 +322,7 @@ def _prove(environment: Environment, key: str, question: _Question) -> None:
 def _result(environment: Environment, body: Body) -> Resource:
     """Make the resource of a body. Its ETag is equal at all replicas with equal flags."""
     etag = b'"%b"' % body.mark.hex().encode()
-    return Resource(body.varying, etag, environment_headers(environment.spec), body.settled)
+    return Resource(body.pieces, etag, environment_headers(environment.spec))
 
 
 def _of(environment: Environment, refusal: Answer) -> Answer:

@@ -49,15 +49,14 @@ class Resource:
     """One body with its ETag, in all its variants.
 
     Args:
-        body: in JSON.
+        pieces: of the body, in JSON.
         etag: as it is sent.
         headers: beside the usual ones, of all variants.
-        rest: of the body, if other bodies end in the same object.
     """
 
-    def __init__(self, body: bytes, etag: bytes, headers: Headers, rest: bytes = b"") -> None:
-        self.pieces = (body, rest) if rest else (body,)
-        self.size = len(body) + len(rest)
+    def __init__(self, pieces: tuple[bytes, ...], etag: bytes, headers: Headers) -> None:
+        self.pieces = pieces
+        self.size = sum(map(len, pieces))
         self.etag = etag
         self.compressible = self.size >= MIN_COMPRESSED
         vary: Headers = ((b"vary", b"Accept-Encoding"),) if self.compressible else ()
@@ -159,14 +158,14 @@ class _Polls:
         item = self.payload.get(kind, key)
         if item is None or item.json is None:
             return None
-        return Resource(item.json, b"relay-%d" % item.version, self._headers)
+        return Resource((item.json,), b"relay-%d" % item.version, self._headers)
 
     def _flags(self) -> Resource:
         body = all_flags(self.payload)
-        return Resource(body, _versions_etag(self.payload), self._headers)
+        return Resource((body,), _versions_etag(self.payload), self._headers)
 
     def _latest_all(self) -> Resource:
-        return Resource(all_data(self.payload), _data_etag(self.payload), self._headers)
+        return Resource((all_data(self.payload),), _data_etag(self.payload), self._headers)
 
 
 def _versions_etag(payload: Payload) -> bytes:
