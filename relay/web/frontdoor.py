@@ -114,7 +114,10 @@ class Told(Protocol):
 class Questions(Protocol):
     """Answers contexts that ask for their flags; `relay.web.questions` does."""
 
-    def answer(self, url: bytes, headers: Mapping[bytes, bytes], /) -> Told | None:
+    def known(self, head: bytes, /) -> Told | None:
+        """Return the answer to a request that differs from an earlier one in its context only."""
+
+    def answer(self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], /) -> Told | None:
         """Return the answer to a GET; None if it is the application's."""
 
 
@@ -295,8 +298,21 @@ class FrontDoor(HttpToolsProtocol):
                 self._write(prepared)
                 return
             if data.find(_END) == len(data) - len(_END):
+                if self._tell_known(data):
+                    return
                 self._whole = data
         self._parse(data)
+
+    def _tell_known(self, head: bytes) -> bool:
+        """Answer a request that differs from an earlier one in its context only."""
+        door = self._door
+        if door.questions is None or len(head) > door.limits.max_head_size:
+            return False
+        told = door.questions.known(head)
+        if told is None:
+            return False
+        self._tell(head, told)
+        return True
 
     def _parse(self, data: bytes) -> None:
         if not self._in_body:
@@ -412,14 +428,22 @@ class FrontDoor(HttpToolsProtocol):
         questions, logs = self._door.questions, self._door.traffic.logs
         if questions is None or logs or not self._whole or not _BODY_HEADERS.isdisjoint(headers):
             return False
-        told = questions.answer(self.url, headers)
+        told = questions.answer(self._whole, self.url, headers)
         if told is None:
             return False
-        prepared = _Prepared(told.environment, told.head, told.pieces, told.counter)
-        if told.again:
-            self._door.remember_told(self._whole, prepared)
-        self._write(prepared)
+        self._tell(self._whole, told)
         return True
+
+    def _tell(self, head: bytes, told: Told) -> None:
+        """Answer a context; remember that if it may well ask again."""
+        if told.again:
+            prepared = _Prepared(told.environment, told.head, told.pieces, told.counter)
+            self._door.remember_told(head, prepared)
+        if self.timeout_keep_alive_task is not None:
+            self._unset_keepalive_if_required()
+        self.server_state.total_requests += 1
+        told.counter.value += 1
+        self.transport.writelines((told.head, self._door.date, *told.pieces))
 
     def _take_post(self, headers: Mapping[bytes, bytes]) -> bool:
         """Begin to receive a post of events: one at a time, as it is answered after a while."""

@@ -24,11 +24,18 @@ METHODS = ("GET", "OPTIONS")
 
 MAX_KNOWN = 1024
 """Kinds of requests that are at hand: far more than there are environments, each with some sites
-and kinds of clients. Each takes some kB."""
+and kinds of clients."""
+
+MAX_KNOWN_REST = 4096
+"""Bytes of a request without its context that may be remembered; SDKs send a few hundred."""
 
 _BROWSERS = re.compile(rb"/sdk/evalx/([0-9A-Za-z_-]+)/(contexts|users)")
-_ASKED_WITH = (b"authorization", b"origin", b"x-launchdarkly-user-agent", b"user-agent")
-"""Headers that matter, beside those that choose the variant."""
+_PLAIN = re.compile(
+    rb"GET (/m?sdk/evalx/(?:[0-9A-Za-z_-]+/)?(?:contexts|users))/([0-9A-Za-z_=+-]+)"
+    rb"(?:\?([0-9A-Za-z=&]*))?( HTTP/1\.1\r\n.*)",
+    re.DOTALL,
+)
+"""A request: path, context, query, and the rest."""
 
 
 class Route(NamedTuple):
@@ -75,15 +82,36 @@ class Told(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Asker:
-    """What requests have in common that differ in their contexts only."""
+    """What requests have in common that differ in their contexts only.
+
+    Args:
+        environment: whose flags they ask for.
+        route: on which.
+        count: what counts them.
+        cors: what browsers are told.
+        if_none_match: the header; empty if there is none.
+        accept_encoding: the header; empty if there is none.
+    """
 
     environment: Environment
     route: Route
     count: Count
     cors: Headers
+    if_none_match: bytes
+    accept_encoding: bytes
+    takes_plain: bool = field(init=False)
+    """Whether the answer is the plain variant if that is not worth compressing."""
+    is_plain: bool = field(init=False)
+    """Whether it is in any case."""
     frames: dict[bool, tuple[bytes, bytes]] = field(default_factory=dict)
     """By whether a body is worth compressing: the head of its plain answer, up to the ETag and
     from there to its length."""
+
+    def __post_init__(self) -> None:
+        takes_plain = not (self.if_none_match or self.environment.spec.ttl)
+        is_plain = takes_plain and not accepts_gzip(self.accept_encoding)
+        object.__setattr__(self, "takes_plain", takes_plain)
+        object.__setattr__(self, "is_plain", is_plain)
 
     def tell(self, answer: Answer, *, again: bool = False) -> Told:
         answer = answer.with_headers(*self.cors)
@@ -118,47 +146,64 @@ class Questions:
         self._relay = relay
         self._evaluation = evaluation
         self._traffic = traffic
-        self._askers: dict[tuple[bytes | None, ...], _Asker] = {}
+        self._askers: dict[tuple[bytes, bytes], _Asker] = {}
+        """By the path without the context, and all that follows it in a request."""
 
-    def answer(self, url: bytes, headers: Mapping[bytes, bytes]) -> Told | None:
-        """Return the answer to a GET; None if it is the application's.
+    def known(self, head: bytes) -> Told | None:
+        """Return the answer to a request that differs from an earlier one in its context only.
+
+        None if there was none, or if this has to be looked at anew.
 
         Args:
-            url: as on the wire.
-            headers: of the request, each once.
+            head: all of the request.
+        """
+        match = _PLAIN.fullmatch(head)
+        if match is None:
+            return None
+        prefix, segment, query, rest = match.groups(b"")
+        asker = self._askers.get((prefix, rest))
+        return None if asker is None else self._told(asker, segment, query)
+
+    def answer(self, head: bytes, url: bytes, headers: Mapping[bytes, bytes]) -> Told | None:
+        """Return the answer to a GET that is all of a request; None if it is the application's.
+
+        Args:
+            head: all of the request.
+            url: of it.
+            headers: of it, each once.
         """
         path, _, query = url.partition(b"?")
         prefix, _, segment = path.rpartition(b"/")
         asker = self._asker(prefix, headers)
         if asker is None:
             return None
+        told = self._told(asker, segment, query)
+        match = _PLAIN.fullmatch(head)
+        if told is not None and match is not None and not asker.if_none_match:
+            self._remember(prefix, match[4], asker)
+        return told
+
+    def _remember(self, prefix: bytes, rest: bytes, asker: _Asker) -> None:
+        if len(rest) <= MAX_KNOWN_REST:
+            if len(self._askers) >= MAX_KNOWN:
+                self._askers.clear()
+            self._askers[prefix, rest] = asker
+
+    def _told(self, asker: _Asker, segment: bytes, query: bytes) -> Told | None:
         environment, audience = asker.environment, asker.route.audience
         found = self._evaluation.find(environment, audience, segment, query)
         if found is None:
             return None
         if isinstance(found, Answer):
             return asker.tell(found)
-        if_none_match = headers.get(b"if-none-match", b"")
-        accept_encoding = headers.get(b"accept-encoding", b"")
-        compressed = found.resource.compressible and accepts_gzip(accept_encoding)
-        if not (if_none_match or compressed or environment.spec.ttl):
+        resource = found.resource
+        if asker.is_plain or (asker.takes_plain and not resource.compressible):
             return asker.tell_plainly(found)
-        variant = found.resource.variant(if_none_match, accept_encoding)
+        variant = resource.variant(asker.if_none_match, asker.accept_encoding)
         answer = timed(variant, environment, audience)
         return None if answer is None else asker.tell(answer, again=found.again)
 
     def _asker(self, prefix: bytes, headers: Mapping[bytes, bytes]) -> _Asker | None:
-        key = (prefix, *map(headers.get, _ASKED_WITH))
-        asker = self._askers.get(key)
-        if asker is None:
-            asker = self._new_asker(prefix, headers)
-            if asker is not None:
-                if len(self._askers) >= MAX_KNOWN:
-                    self._askers.clear()
-                self._askers[key] = asker
-        return asker
-
-    def _new_asker(self, prefix: bytes, headers: Mapping[bytes, bytes]) -> _Asker | None:
         route, environment = self._found(prefix, headers)
         if route is None or environment is None:
             return None
@@ -168,7 +213,14 @@ class Questions:
         origin = headers.get(b"origin", b"")
         told = access is BROWSER
         cors = cors_lines(spec, origin, METHODS, access.exposed) if told else ()
-        return _Asker(environment, route, self._traffic.requests[series], cors)
+        return _Asker(
+            environment,
+            route,
+            self._traffic.requests[series],
+            cors,
+            headers.get(b"if-none-match", b""),
+            headers.get(b"accept-encoding", b""),
+        )
 
     def _found(
         self, prefix: bytes, headers: Mapping[bytes, bytes]
