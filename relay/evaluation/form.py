@@ -7,8 +7,8 @@ joined once for all contexts that have the same features. Rollouts remain for ea
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
+from typing import NamedTuple
 
 from relay.evaluation.compiled import Choose, CompiledFlag, Outcome
 from relay.evaluation.subject import Subject
@@ -28,8 +28,7 @@ FEATURE_SIZE = 8
 Join = Callable[[Iterable[Outcome]], bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
+class Body(NamedTuple):
     """An evalx answer.
 
     Args:

@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
-from weakref import ref
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -88,13 +87,11 @@ class _Known:
     """An answer that was given.
 
     Args:
-        environment: whose.
         version: of the data.
         key: of the context, fully qualified; empty if nobody has to prove it.
         resource: the answer.
     """
 
-    environment: ref[Environment]
     version: int
     key: str
     resource: Resource
@@ -253,14 +250,13 @@ class Evaluation:
             Refused: there is none for this context, or no data.
         """
         audience, raw, reader, reasons, _ = question
-        place = (environment.spec.name, audience, raw, reasons, reader)
+        place = (environment, audience, raw, reasons, reader)
         known = self._kept.get(place)
         if (
             known is not None
             and program is not None
             and environment.payload is not None
             and known.version == program.version
-            and known.environment() is environment
         ):
             _prove(environment, known.key, question)
             return Found(known.resource, again=True)
@@ -272,7 +268,7 @@ class Evaluation:
             key, resource = result
             # A compressed body may join it, smaller than the plain one.
             size = ENTRY_SIZE + len(resource.pieces[0]) + resource.size + len(raw)
-            self._kept.put(place, _Known(ref(environment), program.version, key, resource, size))
+            self._kept.put(place, _Known(program.version, key, resource, size))
         return Found(result.resource, again)
 
 
@@ -301,8 +297,10 @@ def _evaluated(
         Refused: there is no result for this context, or no data.
     """
     context = question.context(question.raw)
-    key = context.fully_qualified_key if environment.spec.secure_mode else ""
-    _prove(environment, key, question)
+    key = ""
+    if environment.spec.secure_mode:
+        key = context.fully_qualified_key
+        _prove(environment, key, question)
     if environment.payload is None:
         raise Refused(NO_DATA)
     if program is None:

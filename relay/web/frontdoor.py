@@ -166,10 +166,15 @@ class _Prepared:
         """Return what goes over the wire; put together once a second."""
         if self._date is not date:
             self._date = date
-            written = (self._head, date, *self._pieces)
-            joined = self.size <= JOINED_BODY
-            self._written = (b"".join(written),) if joined else written
+            self._written = _written(self._head, date, self._pieces)
         return self._written
+
+
+def _written(head: bytes, date: bytes, pieces: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    """Return what goes over the wire, in as few pieces as is worthwhile."""
+    written = (head, date, *pieces)
+    joined = sum(map(len, pieces)) <= JOINED_BODY
+    return (b"".join(written),) if joined else written
 
 
 class Door:
@@ -443,7 +448,7 @@ class FrontDoor(HttpToolsProtocol):
             self._unset_keepalive_if_required()
         self.server_state.total_requests += 1
         told.counter.value += 1
-        self.transport.writelines((told.head, self._door.date, *told.pieces))
+        self.transport.writelines(_written(told.head, self._door.date, told.pieces))
 
     def _take_post(self, headers: Mapping[bytes, bytes]) -> bool:
         """Begin to receive a post of events: one at a time, as it is answered after a while."""

@@ -59,11 +59,18 @@ class Resource:
         self.size = sum(map(len, pieces))
         self.etag = etag
         self.compressible = self.size >= MIN_COMPRESSED
-        vary: Headers = ((b"vary", b"Accept-Encoding"),) if self.compressible else ()
-        self._shared: Headers = ((b"etag", etag), *headers, *vary)
-        self._typed: Headers = ((b"content-type", b"application/json"), *self._shared)
+        self._headers = headers
         self.compressed: Answer | None = None
         self._compression: asyncio.Future[Answer] | None = None
+
+    @property
+    def _shared(self) -> Headers:
+        vary: Headers = ((b"vary", b"Accept-Encoding"),) if self.compressible else ()
+        return ((b"etag", self.etag), *self._headers, *vary)
+
+    @property
+    def _typed(self) -> Headers:
+        return ((b"content-type", b"application/json"), *self._shared)
 
     @property
     def body(self) -> bytes:
