@@ -19,6 +19,9 @@ MARK_SIZE = 16
 MAX_GROUPS = 2 * 1024 * 1024
 """Bytes that are kept for groups of contexts."""
 
+MIN_GROUPED = 8
+"""Flags for which a group is worth looking up. Fewer are evaluated as fast."""
+
 GROUP_SIZE = 1024
 """Bytes that keeping a group costs beside its members and features."""
 
@@ -61,6 +64,9 @@ class Form:
                 grouped.append(flag)
             else:
                 singles.append(flag.choose)
+        if len(grouped) < MIN_GROUPED:
+            singles += [flag.choose for flag in grouped]
+            grouped = []
         self._join: Join = join
         self._singles = tuple(singles)
         self._groups = _Groups(grouped, join, b"," if singles else b"") if grouped else None
@@ -72,9 +78,11 @@ class Form:
         own = b"{" + self._join([choose(subject) for choose in self._singles])
         end = self._end
         if self._groups is None:
-            return Body((own, end.text), _mark(own + end.digest))
+            mark = sha256(own + end.digest).digest()[:MARK_SIZE]
+            return Body((own, end.text), mark)
         group = self._groups.piece(subject)
-        return Body((own, group.text, end.text), _mark(own + group.digest + end.digest))
+        mark = sha256(own + group.digest + end.digest).digest()[:MARK_SIZE]
+        return Body((own, group.text, end.text), mark)
 
 
 class _Piece:
@@ -128,10 +136,6 @@ class _Groups:
             self._size = self._hits = 0
         else:
             self._kept[features] = piece
-
-
-def _mark(text: bytes) -> bytes:
-    return sha256(text).digest()[:MARK_SIZE]
 
 
 def _join_plain(outcomes: Iterable[Outcome]) -> bytes:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json as stdlib_json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -38,8 +37,7 @@ _NOT_CUSTOM = frozenset({"kind", "key", "name", "anonymous", "_meta"})
 """What `custom` of a legacy user cannot set."""
 
 
-@dataclass(frozen=True, slots=True)
-class Individual:
+class Individual(NamedTuple):
     """The part of a context that is of one kind.
 
     Args:
@@ -56,8 +54,7 @@ class Individual:
     secondary: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """Who asks for flags: at least one individual, each of another kind."""
 
     individuals: Mapping[str, Individual]

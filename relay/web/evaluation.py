@@ -180,7 +180,7 @@ class Evaluation:
 
         None if this is for the application.
         """
-        if len(segment) > MAX_AT_ONCE or segment in _NO_SEGMENTS or b"%" in segment:
+        if len(segment) > MAX_AT_ONCE or b"%" in segment or segment in _NO_SEGMENTS:
             return None
         if query and (b"%" in query or b"filter" in query):
             return None
@@ -276,7 +276,7 @@ def _question(
     audience: Audience, raw: bytes, context: Callable[[bytes], Context], query: bytes
 ) -> _Question:
     if not query:
-        return _Question(audience, raw, context, with_reasons=False, proof="")
+        return _Question(audience, raw, context, False, "")
     reasons = parameter_in(query, "withReasons") == "true"
     return _Question(audience, raw, context, reasons, parameter_in(query, "h"))
 
@@ -296,7 +296,8 @@ def _evaluated(
     Raises:
         Refused: there is no result for this context, or no data.
     """
-    context = question.context(question.raw)
+    _, raw, reader, with_reasons, _ = question
+    context = reader(raw)
     key = ""
     if environment.spec.secure_mode:
         key = context.fully_qualified_key
@@ -307,7 +308,7 @@ def _evaluated(
         return None
     if context.has_empty_key:
         raise Refused(NO_KEY)
-    body = program.body(context, with_reasons=question.with_reasons)
+    body = program.body(context, with_reasons=with_reasons)
     return _Evaluated(key, _result(environment, body))
 
 
