@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -52,11 +52,19 @@ MAX_TOLD = 32 * 1024 * 1024
 TOLD_SIZE = 1024
 """Bytes that remembering one costs beside its head and body."""
 
+MAX_TURN = 0.002
+"""Seconds in which contexts are evaluated one after the other; who has not been answered by then
+has to wait for the next turn of the event loop, so that polls come in between."""
+
+PAUSE = 0.001
+"""Seconds after which a question is no longer one of a series."""
+
 JOINED_BODY = 16 * 1024
 """Bodies up to this many bytes are joined with their head once a second: one write, one copy."""
 
 _VERSIONS = ("1.1", "1.0")
 _EVALUATED = b"/sdk/evalx/"
+_QUESTIONS = (b"GET /sdk/evalx/", b"GET /msdk/evalx/")
 _END = b"\r\n\r\n"
 _ODD_HEADERS = frozenset((b"expect", b"upgrade"))
 _BODY_HEADERS = _ODD_HEADERS | {b"content-length", b"transfer-encoding"}
@@ -213,6 +221,11 @@ class Door:
         self._told: OrderedDict[bytes, _Prepared] = OrderedDict()
         """The oldest comes first."""
         self._told_size = 0
+        self._waiting: deque[FrontDoor] = deque()
+        """Connections whose question comes to its turn later."""
+        self._turn_began = 0.0
+        self._told_at = 0.0
+        """When the last question was answered."""
 
     def tick(self, state: ServerState) -> None:
         """Renew the date and look after connections; to be called each second."""
@@ -252,6 +265,31 @@ class Door:
     def _forget(self, head: bytes, told: _Prepared) -> None:
         self._told_size -= _told_size(head, told)
 
+    def makes_wait(self, connection: FrontDoor) -> bool:
+        """Whether a question has to wait for the next turn of the loop; if so, it will get it."""
+        if not self._waiting:
+            now = time.monotonic()
+            if now - self._told_at > PAUSE:
+                self._turn_began = now
+            self._told_at = now
+            if now - self._turn_began < MAX_TURN:
+                return False
+            connection.loop.call_soon(self._take_turn, connection.loop)
+        self._waiting.append(connection)
+        return True
+
+    def _take_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Answer those who wait, as long as a turn may last."""
+        began = now = time.monotonic()
+        while self._waiting:
+            self._waiting.popleft().go_on()
+            now = time.monotonic()
+            if now - began > MAX_TURN:
+                break
+        self._turn_began = self._told_at = now
+        if self._waiting:
+            loop.call_soon(self._take_turn, loop)
+
 
 def _told_size(head: bytes, told: _Prepared) -> int:
     return TOLD_SIZE + len(head) + told.size
@@ -288,6 +326,10 @@ class FrontDoor(HttpToolsProtocol):
         """The bytes that the parser is fed with, if they are exactly one request head."""
         self._answered = False
         """Whether the request that is being read needs no application."""
+        self._waits = b""
+        """The question that waits for its turn."""
+        self._early = b""
+        """What the client has said since."""
         self._stream: Opening | None = None
         self._post: Receiving | None = None
         """What is being received or kept."""
@@ -295,6 +337,10 @@ class FrontDoor(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Answer at once what was answered before; parse everything else."""
         door = self._door
+        if self._waits:
+            self._early += data
+            self.transport.pause_reading()
+            return
         if not self._head_size:  # the head of a request has one time-out for all its pieces
             self._seen = door.now
         if self._between and self._is_idle():
@@ -303,10 +349,31 @@ class FrontDoor(HttpToolsProtocol):
                 self._write(prepared)
                 return
             if data.find(_END) == len(data) - len(_END):
+                if data.startswith(_QUESTIONS) and door.makes_wait(self):
+                    self._waits = data
+                    return
                 if self._tell_known(data):
                     return
                 self._whole = data
         self._parse(data)
+
+    def go_on(self) -> None:
+        """Answer the question that has waited."""
+        head, self._waits = self._waits, b""
+        if self.transport.is_closing() or not head:
+            return
+        if not self._tell_known(head):
+            self._whole = head
+            self._parse(head)
+        early, self._early = self._early, b""
+        if early:
+            self.transport.resume_reading()
+            self.data_received(early)
+
+    def shutdown(self) -> None:
+        """End as soon as nobody waits for an answer."""
+        self.go_on()
+        super().shutdown()
 
     def _tell_known(self, head: bytes) -> bool:
         """Answer a request that differs from an earlier one in its context only."""
