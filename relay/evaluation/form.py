@@ -35,12 +35,19 @@ class Body(NamedTuple):
     """An evalx answer.
 
     Args:
-        pieces: of which the last are the same objects for many contexts.
+        own: its beginning, made for the context.
+        shared: the rest, the same objects for many contexts.
         mark: another one for each other body; the same at all replicas that have the same flags.
     """
 
-    pieces: tuple[bytes, ...]
+    own: bytes
+    shared: tuple[Piece, ...]
     mark: bytes
+
+    @property
+    def pieces(self) -> tuple[bytes, ...]:
+        """All of it, in pieces."""
+        return (self.own, *[piece.text for piece in self.shared])
 
 
 class Form:
@@ -71,7 +78,7 @@ class Form:
         self._singles = tuple(singles)
         self._groups = _Groups(grouped, join, b"," if singles else b"") if grouped else None
         comma = b"," if settled and (singles or grouped) else b""
-        self._end = _Piece(comma + join(settled) + b"}")
+        self._end = Piece(comma + join(settled) + b"}")
 
     def body(self, subject: Subject) -> Body:
         """Return the body for a context."""
@@ -79,16 +86,16 @@ class Form:
         end = self._end
         if self._groups is None:
             mark = sha256(own + end.digest).digest()[:MARK_SIZE]
-            return Body((own, end.text), mark)
+            return Body(own, (end,), mark)
         group = self._groups.piece(subject)
         mark = sha256(own + group.digest + end.digest).digest()[:MARK_SIZE]
-        return Body((own, group.text, end.text), mark)
+        return Body(own, (group, end), mark)
 
 
-class _Piece:
+class Piece:
     """Members, joined."""
 
-    __slots__ = ("digest", "text")
+    __slots__ = ("__weakref__", "digest", "text")
 
     def __init__(self, text: bytes) -> None:
         self.text = text
@@ -107,12 +114,12 @@ class _Groups:
         self._flags = tuple(flag.choose for flag in flags)
         self._join = join
         self._start = start
-        self._kept: dict[tuple[Hashable, ...], _Piece] = {}
+        self._kept: dict[tuple[Hashable, ...], Piece] = {}
         self._size = 0
         self._hits = 0
         self._worthwhile = True
 
-    def piece(self, subject: Subject) -> _Piece:
+    def piece(self, subject: Subject) -> Piece:
         """Return the members of all these flags."""
         if not self._worthwhile:
             return self._new(subject)
@@ -125,10 +132,10 @@ class _Groups:
         self._keep(features, piece)
         return piece
 
-    def _new(self, subject: Subject) -> _Piece:
-        return _Piece(self._start + self._join([choose(subject) for choose in self._flags]))
+    def _new(self, subject: Subject) -> Piece:
+        return Piece(self._start + self._join([choose(subject) for choose in self._flags]))
 
-    def _keep(self, features: tuple[Hashable, ...], piece: _Piece) -> None:
+    def _keep(self, features: tuple[Hashable, ...], piece: Piece) -> None:
         self._size += GROUP_SIZE + FEATURE_SIZE * len(features) + len(piece.text)
         if self._size > MAX_GROUPS:
             self._worthwhile = self._hits > len(self._kept)

@@ -29,14 +29,15 @@ from relay.web.context import (
     read_context_body,
     room_for_contexts,
 )
+from relay.web.deflating import Evaluated
 from relay.web.endpoint import Respond, header, parameter_in
-from relay.web.polling import Resource, expiring
+from relay.web.polling import expiring
 
 MAX_KEPT = 64 * 1024 * 1024
 """Bytes of the answers that are kept for contexts that ask again: all environments together."""
 
 ENTRY_SIZE = 2 * 1024
-"""Bytes that keeping an answer costs beside its bodies."""
+"""Bytes that keeping an answer costs beside its body."""
 
 MAX_AT_ONCE = 8 * 1024
 """Bytes of a context that is evaluated on the event loop, a larger one in a thread: an array of
@@ -78,7 +79,7 @@ class Found(NamedTuple):
         again: whether it is kept because the context had asked before.
     """
 
-    resource: Resource
+    resource: Evaluated
     again: bool
 
 
@@ -94,7 +95,7 @@ class _Known:
 
     version: int
     key: str
-    resource: Resource
+    resource: Evaluated
     size: int
 
 
@@ -237,8 +238,7 @@ class Evaluation:
             return _of(environment, NO_DATA)
         answer = resource.variant(none_match, encoding)
         if answer is None:
-            await resource.compress_aside()
-            answer = resource.compressed
+            answer = await resource.compress_aside()
         return timed(answer, environment, audience) or NO_DATA
 
     def _found(
@@ -266,8 +266,7 @@ class Evaluation:
         again = self._kept.has_asked(place)
         if again:
             key, resource = result
-            # A compressed body may join it, smaller than the plain one.
-            size = ENTRY_SIZE + len(resource.pieces[0]) + resource.size + len(raw)
+            size = ENTRY_SIZE + len(resource.pieces[0]) + len(raw)  # the other pieces are shared
             self._kept.put(place, _Known(program.version, key, resource, size))
         return Found(result.resource, again)
 
@@ -285,7 +284,7 @@ class _Evaluated(NamedTuple):
     """A new result, and the key of its context (see `_Known`)."""
 
     key: str
-    resource: Resource
+    resource: Evaluated
 
 
 def _evaluated(
@@ -318,10 +317,10 @@ def _prove(environment: Environment, key: str, question: _Question) -> None:
         check_proof(environment.spec, key, question.proof)
 
 
-def _result(environment: Environment, body: Body) -> Resource:
+def _result(environment: Environment, body: Body) -> Evaluated:
     """Make the resource of a body. Its ETag is equal at all replicas with equal flags."""
     etag = b'"%b"' % body.mark.hex().encode()
-    return Resource(body.pieces, etag, environment_headers(environment.spec))
+    return Evaluated(body, etag, environment_headers(environment.spec))
 
 
 def _of(environment: Environment, refusal: Answer) -> Answer:

@@ -87,6 +87,11 @@ class Resource:
         """What a client is told that has it."""
         return Answer(304, self._shared)
 
+    @property
+    def to_compress(self) -> int:
+        """The bytes that `compress` would have to look at."""
+        return self.size
+
     def matches(self, if_none_match: bytes) -> bool:
         """Whether the client has this."""
         return is_known(self.etag, if_none_match)
@@ -96,14 +101,19 @@ class Resource:
         if self.compressed is None:
             # Without a time the bytes are equal at all replicas.
             body = igzip.compress(self.body, COMPRESSION_LEVEL, mtime=0)
-            self.compressed = Answer(200, (*self._typed, (b"content-encoding", b"gzip")), body)
+            self.compressed = self.compressed_answer(body)
         return self.compressed
 
-    async def compress_aside(self) -> None:
+    def compressed_answer(self, body: bytes) -> Answer:
+        """Return the variant with a compressed body."""
+        return Answer(200, (*self._typed, (b"content-encoding", b"gzip")), body)
+
+    async def compress_aside(self) -> Answer:
         """Compress in a thread, once for all who ask meanwhile."""
         if self._compression is None:
             self._compression = asyncio.ensure_future(asyncio.to_thread(self.compress))
-        await asyncio.shield(self._compression)  # who asks may go; others wait for the same
+        # Who asks may go; others wait for the same.
+        return await asyncio.shield(self._compression)
 
     def variant(self, if_none_match: bytes, accept_encoding: bytes) -> Answer | None:
         """Return what answers these headers; None while it waits to be compressed aside."""
@@ -111,7 +121,7 @@ class Resource:
             return self.unchanged
         if not (self.compressible and accepts_gzip(accept_encoding)):
             return self.plain
-        if self.size <= MAX_COMPRESSED_AT_ONCE:
+        if self.to_compress <= MAX_COMPRESSED_AT_ONCE:
             return self.compress()
         return self.compressed
 
@@ -267,8 +277,7 @@ class Polling:
             return found
         answer = found.variant(if_none_match, accept_encoding)
         if answer is None:
-            await found.compress_aside()
-            answer = found.compressed
+            answer = await found.compress_aside()
         return expiring(answer, environment)
 
     def _find(self, environment: Environment, path: str) -> Resource | Answer | None:

@@ -16,7 +16,7 @@ from relay.web.auth import by_plain_key
 from relay.web.cors import cors_lines
 from relay.web.endpoint import BROWSER, MOBILE, SERVER, Access
 from relay.web.evaluation import Evaluation, Found, timed
-from relay.web.polling import Resource, accepts_gzip
+from relay.web.polling import MAX_COMPRESSED_AT_ONCE, Resource, accepts_gzip
 from relay.web.traffic import Series, Traffic, client
 
 METHODS = ("GET", "OPTIONS")
@@ -99,36 +99,43 @@ class _Asker:
     cors: Headers
     if_none_match: bytes
     accept_encoding: bytes
-    takes_plain: bool = field(init=False)
-    """Whether the answer is the plain variant if that is not worth compressing."""
-    is_plain: bool = field(init=False)
-    """Whether it is in any case."""
-    frames: dict[bool, tuple[bytes, bytes]] = field(default_factory=dict)
-    """By whether a body is worth compressing: the head of its plain answer, up to the ETag and
-    from there to its length."""
+    is_usual: bool = field(init=False)
+    """Whether all answers to those who have no ETag have the same head, but for ETag and length."""
+    takes_gzip: bool = field(init=False)
+    frames: dict[tuple[bool, bool], tuple[bytes, bytes]] = field(default_factory=dict)
+    """By whether a body is worth compressing, and is compressed: the head of the answer up to the
+    ETag, and from there to the length."""
 
     def __post_init__(self) -> None:
-        takes_plain = not (self.if_none_match or self.environment.spec.ttl)
-        is_plain = takes_plain and not accepts_gzip(self.accept_encoding)
-        object.__setattr__(self, "takes_plain", takes_plain)
-        object.__setattr__(self, "is_plain", is_plain)
+        is_usual = not (self.if_none_match or self.environment.spec.ttl)
+        object.__setattr__(self, "is_usual", is_usual)
+        object.__setattr__(self, "takes_gzip", accepts_gzip(self.accept_encoding))
 
     def tell(self, answer: Answer, *, again: bool = False) -> Told:
         answer = answer.with_headers(*self.cors)
         return Told(answer.head, (answer.body,), self.environment, self.count, again)
 
-    def tell_plainly(self, found: Found) -> Told:
-        """Return what `tell` returns of the plain variant, without doing all again."""
-        resource = found.resource
-        frame = self.frames.get(resource.compressible)
-        if frame is None:
-            frame = self.frames[resource.compressible] = self._frame(resource)
-        head = b"%b%b%b%d\r\n" % (frame[0], resource.etag, frame[1], resource.size)
-        return Told(head, resource.pieces, self.environment, self.count, found.again)
+    def tell_usual(self, found: Found) -> Told | None:
+        """Return what `tell` returns of the plain or compressed variant, without doing all again.
 
-    def _frame(self, resource: Resource) -> tuple[bytes, bytes]:
-        head = resource.plain.with_headers(*self.cors).head
-        start, _, rest = head.partition(resource.etag)
+        None if it has to be compressed aside.
+        """
+        resource = found.resource
+        zipped = self.takes_gzip and resource.compressible
+        if zipped and resource.to_compress > MAX_COMPRESSED_AT_ONCE:
+            return None
+        pieces = (resource.compressed_body(),) if zipped else resource.pieces
+        size = len(pieces[0]) if zipped else resource.size
+        frame = self.frames.get((resource.compressible, zipped))
+        if frame is None:
+            frame = self._frame(resource, zipped=zipped)
+            self.frames[resource.compressible, zipped] = frame
+        head = b"%b%b%b%d\r\n" % (frame[0], resource.etag, frame[1], size)
+        return Told(head, pieces, self.environment, self.count, found.again)
+
+    def _frame(self, resource: Resource, *, zipped: bool) -> tuple[bytes, bytes]:
+        answer = resource.compress() if zipped else resource.plain
+        start, _, rest = answer.with_headers(*self.cors).head.partition(resource.etag)
         end, name, _ = rest.rpartition(b"content-length: ")
         return start, end + name
 
@@ -196,10 +203,9 @@ class Questions:
             return None
         if isinstance(found, Answer):
             return asker.tell(found)
-        resource = found.resource
-        if asker.is_plain or (asker.takes_plain and not resource.compressible):
-            return asker.tell_plainly(found)
-        variant = resource.variant(asker.if_none_match, asker.accept_encoding)
+        if asker.is_usual:
+            return asker.tell_usual(found)
+        variant = found.resource.variant(asker.if_none_match, asker.accept_encoding)
         answer = timed(variant, environment, audience)
         return None if answer is None else asker.tell(answer, again=found.again)
 
