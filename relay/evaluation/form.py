@@ -35,19 +35,14 @@ class Body(NamedTuple):
     """An evalx answer.
 
     Args:
-        own: its beginning, made for the context.
-        shared: the rest, the same objects for many contexts.
+        pieces: the first was made for the context.
+        shared: the others, the same objects for many contexts.
         mark: another one for each other body; the same at all replicas that have the same flags.
     """
 
-    own: bytes
+    pieces: tuple[bytes, ...]
     shared: tuple[Piece, ...]
     mark: bytes
-
-    @property
-    def pieces(self) -> tuple[bytes, ...]:
-        """All of it, in pieces."""
-        return (self.own, *[piece.text for piece in self.shared])
 
 
 class Form:
@@ -86,10 +81,10 @@ class Form:
         end = self._end
         if self._groups is None:
             mark = sha256(own + end.digest).digest()[:MARK_SIZE]
-            return Body(own, (end,), mark)
+            return Body((own, end.text), (end,), mark)
         group = self._groups.piece(subject)
         mark = sha256(own + group.digest + end.digest).digest()[:MARK_SIZE]
-        return Body(own, (group, end), mark)
+        return Body((own, group.text, end.text), (group, end), mark)
 
 
 class Piece:

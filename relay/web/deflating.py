@@ -31,13 +31,13 @@ class Evaluated(Resource):
 
     def __init__(self, body: Body, etag: bytes, headers: Headers) -> None:
         super().__init__(body.pieces, etag, headers)
-        self._body = body
+        self._shared_pieces = body.shared
 
     @property
     def to_compress(self) -> int:
         """The bytes that were not compressed so far."""
-        new = (len(piece.text) for piece in self._body.shared if piece not in _deflated)
-        return len(self._body.own) + sum(new)
+        new = (len(piece.text) for piece in self._shared_pieces if piece not in _deflated)
+        return len(self.pieces[0]) + sum(new)
 
     def compress(self) -> Answer:
         """Return the gzip variant. May run in a thread."""
@@ -45,8 +45,8 @@ class Evaluated(Resource):
 
     def compressed_body(self) -> bytes:
         """Return its body."""
-        shared = [_deflated.get(piece) or _deflate_shared(piece) for piece in self._body.shared]
-        blocks = (_START, _deflate(self._body.own), *shared, _LAST_BLOCK)
+        shared = [_deflated.get(piece) or _deflate_shared(piece) for piece in self._shared_pieces]
+        blocks = (_START, _deflate(self.pieces[0]), *shared, _LAST_BLOCK)
         return b"".join((*blocks, _trailer(self.pieces)))
 
 
