@@ -7,14 +7,15 @@ definition; `tests/evaluation/test_program.py` holds both to the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from hashlib import sha1
 
 import orjson
 
 from relay.evaluation import bucketing
-from relay.evaluation.conditions import Predicate, SegmentCondition, clauses_condition
+from relay.evaluation.conditions import Predicate, SegmentCondition, Vocabulary
 from relay.evaluation.evaluator import evaluate, is_experiment
-from relay.evaluation.hashing import Hashing, hashing
+from relay.evaluation.hashing import Hashing, hashing, of_keys_alone
 from relay.evaluation.items import Data
 from relay.evaluation.results import Evaluation, Reason, ReasonKind, render
 from relay.evaluation.subject import Subject, Uncompilable
@@ -72,6 +73,9 @@ Choose = Callable[[Subject], Outcome]
 Decision = Outcome | Choose
 """What a flag gives: one outcome for everybody, or a function that chooses one."""
 
+Feature = Callable[[Subject], Hashable]
+"""Something that contexts have in common with many others: a condition, or being targeted."""
+
 
 class CompiledFlag:
     """A live flag, ready to be evaluated.
@@ -80,20 +84,23 @@ class CompiledFlag:
         flag: with raw variations.
         decision: what it gives.
         outcomes: all that may occur; none if they are not known.
+        features: those that decide; None if there is more to it, as with rollouts.
         interpreted: whether this is left to the interpreter; so is what depends on it.
     """
 
-    __slots__ = ("choose", "constant", "flag", "interpreted", "same")
+    __slots__ = ("choose", "constant", "features", "flag", "interpreted", "same")
 
     def __init__(
         self,
         flag: Flag,
         decision: Decision,
         outcomes: Sequence[Outcome],
+        features: tuple[Feature, ...] | None = None,
         *,
         interpreted: bool = False,
     ) -> None:
         self.flag = flag
+        self.features = features
         self.interpreted = interpreted
         self.constant = decision if isinstance(decision, Outcome) else None
         """The outcome of every context, if there is just one."""
@@ -135,6 +142,7 @@ def compiled(
     key: str,
     flag: Flag,
     prerequisite: Callable[[str], CompiledFlag | None],
+    vocabulary: Vocabulary,
     in_segment: SegmentCondition,
 ) -> CompiledFlag:
     """Return the compiled form of a live flag.
@@ -143,12 +151,13 @@ def compiled(
         key: under which the flag is filed.
         flag: with raw variations.
         prerequisite: gives the compiled flag of a key, or None.
+        vocabulary: of the environment's conditions.
         in_segment: gives the condition of being in a segment.
 
     Raises:
         Uncompilable: only the interpreter can evaluate this.
     """
-    return _Compilation(key, flag, prerequisite, in_segment).run()
+    return _Compilation(key, flag, prerequisite, vocabulary, in_segment).run()
 
 
 class _Compilation:
@@ -159,19 +168,23 @@ class _Compilation:
         key: str,
         flag: Flag,
         prerequisite: Callable[[str], CompiledFlag | None],
+        vocabulary: Vocabulary,
         in_segment: SegmentCondition,
     ) -> None:
         self._flag = flag
         self._label = label_of(key)
         self._prerequisite = prerequisite
+        self._vocabulary = vocabulary
         self._in_segment = in_segment
         self._evaluated: tuple[str, ...] = ()
         """Prerequisites that have been evaluated when the outcome that comes next occurs."""
         self._outcomes: list[Outcome] = []
+        self._features: dict[Feature, None] | None = {}
 
     def run(self) -> CompiledFlag:
         decision = self._decision()
-        return CompiledFlag(self._flag, decision, self._outcomes)
+        features = None if self._features is None else tuple(self._features)
+        return CompiledFlag(self._flag, decision, self._outcomes, features)
 
     def _decision(self) -> Decision:
         if not self._flag.on:
@@ -191,8 +204,16 @@ class _Compilation:
             ):
                 return _require(needs, self._off(failed))
             if needed.constant is None:
+                self._depend_on(needed.features)
                 needs.append((needed.choose, wanted, self._off(failed)))
         return _require(needs, self._targeted())
+
+    def _depend_on(self, features: Iterable[Feature] | None) -> None:
+        """Note what decides, besides; None for something else than features."""
+        if features is None:
+            self._features = None
+        elif self._features is not None:
+            self._features.update(dict.fromkeys(features))
 
     # Outcomes
 
@@ -223,7 +244,9 @@ class _Compilation:
         listed = [(kind, keys) for kind, keys in self._targets() if keys]
         decision = self._ruled()
         for kind, keys in reversed(listed):
-            decision = _target(kind, keys, decision)
+            targeted = _targeted(kind, keys)
+            self._depend_on((targeted,))
+            decision = _target(targeted, decision)
         return decision
 
     def _targets(self) -> list[tuple[str, dict[str, Outcome]]]:
@@ -241,7 +264,7 @@ class _Compilation:
     def _ruled(self) -> Decision:
         steps: list[tuple[Predicate, Decision]] = []
         for index, rule in enumerate(self._flag.rules or ()):
-            condition = clauses_condition(rule.clauses, self._in_segment)
+            condition = self._vocabulary.clauses(rule.clauses, self._in_segment)
             if condition is False:
                 continue
             reason = Reason(ReasonKind.RULE_MATCH, rule_index=index, rule_id=rule.id)
@@ -249,6 +272,7 @@ class _Compilation:
             if condition is True:
                 # Later rules never count, but what is malformed in them does not, either.
                 return _first(steps, decision)
+            self._depend_on(None if self._vocabulary.is_by_chance(condition) else (condition,))
             steps.append((condition, decision))
         return _first(steps, self._wanted(self._flag.fallthrough, Reason(ReasonKind.FALLTHROUGH)))
 
@@ -265,7 +289,7 @@ class _Compilation:
     def _rollout(self, rollout: Rollout, reason: Reason) -> Decision:
         flag, experiment = self._flag, rollout.kind == "experiment"
         prefix = bucketing.salted(flag.key, flag.salt, rollout.seed)
-        digest = hashing(rollout.context_kind, rollout.bucket_by, prefix, experiment=experiment)
+        hashed = rollout.context_kind, rollout.bucket_by, prefix
         bounds, reached = [], 0.0
         for each in rollout.variations or ():
             reached = bucketing.single(reached + bucketing.share(each.weight))
@@ -283,7 +307,11 @@ class _Compilation:
         lacking = self._variation((rollout.variations or ())[first].variation, reason)
         if len(bounds) == 1 and not experiment:
             return lacking
-        return _bucket(digest, bounds, lacking)
+        self._depend_on(None)
+        usual = of_keys_alone(*hashed, experiment=experiment)
+        if usual is not None and len(bounds[1:]) == 1:
+            return _split(*usual, bounds, lacking)
+        return _bucket(hashing(*hashed, experiment=experiment), bounds, lacking)
 
 
 def _targets(flag: Flag) -> Iterable[tuple[Target, Number]]:
@@ -314,13 +342,19 @@ def _require(needs: Sequence[tuple[Choose, int, Outcome]], then: Decision) -> De
     return choose
 
 
-def _target(kind: str, outcomes: dict[str, Outcome], otherwise: Decision) -> Decision:
-    def choose(subject: Subject) -> Outcome:
+def _targeted(kind: str, outcomes: dict[str, Outcome]) -> Callable[[Subject], Outcome | None]:
+    def targeted(subject: Subject) -> Outcome | None:
         individual = subject.individuals.get(kind)
-        if individual is not None:
-            listed = outcomes.get(individual.key)
-            if listed is not None:
-                return listed
+        return None if individual is None else outcomes.get(individual.key)
+
+    return targeted
+
+
+def _target(targeted: Callable[[Subject], Outcome | None], otherwise: Decision) -> Decision:
+    def choose(subject: Subject) -> Outcome:
+        listed = targeted(subject)
+        if listed is not None:
+            return listed
         return otherwise if isinstance(otherwise, Outcome) else otherwise(subject)
 
     return choose
@@ -355,6 +389,21 @@ def _either(holds: Predicate, then: Decision, otherwise: Decision) -> Choose:
         return lambda subject: then if holds(subject) else otherwise
     if_so, if_not = _as_function(then), _as_function(otherwise)
     return lambda subject: if_so(subject) if holds(subject) else if_not(subject)
+
+
+def _split(
+    kind: str, start: bytes, bounds: Sequence[tuple[bytes, Outcome]], lacking: Outcome
+) -> Choose:
+    """Return what `_bucket` would for the usual rollout, with little around SHA-1."""
+    (bound, first), (_, last) = bounds
+
+    def either(subject: Subject) -> Outcome:
+        suffix = subject.suffixes.get(kind)
+        if suffix is None:
+            return lacking
+        return first if sha1(start + suffix, usedforsecurity=False).digest() < bound else last
+
+    return either
 
 
 def _bucket(

@@ -10,6 +10,9 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet, WeakValueDictionary
+
+import msgspec
 
 from relay.evaluation.bucketing import salted, share
 from relay.evaluation.hashing import hashing
@@ -19,6 +22,9 @@ from relay.evaluation.thresholds import threshold
 from relay.model.context import DEFAULT_KIND, Individual, Reference, lookup, parse_reference
 from relay.model.flag import Clause
 from relay.model.segment import Segment, SegmentRule, SegmentTarget
+
+MAX_SHARED_VALUES = 32
+"""Values of a clause that may be another flag's, too. Longer lists are particular."""
 
 Predicate = Callable[[Subject], bool]
 Condition = Predicate | bool
@@ -224,6 +230,10 @@ class _Order:
     decisive: Callable[[Iterable[Any]], Any]
 
 
+_NUMBERS = (int, float)
+"""The types that JSON has for numbers; booleans have one of their own."""
+
+
 def _number(value: Any) -> Any:
     return value if is_number(value) else None
 
@@ -243,6 +253,8 @@ _ORDERS = {
 
 def _ordered(order: _Order, values: Sequence[Any]) -> Test:
     read, compare = order.read, order.compare
+    if read is _number:
+        return _ordered_numbers(order, [value for value in values if is_number(value)])
     operands = [each for each in map(read, values) if each is not None]
     if read is timestamp:
         operands = [each for each in operands if each != ZERO_TIME]
@@ -259,43 +271,94 @@ def _ordered(order: _Order, values: Sequence[Any]) -> Test:
     return test
 
 
+def _ordered_numbers(order: _Order, operands: Sequence[Any]) -> Test:
+    """Return what `_ordered` would, in fewer steps."""
+    if not operands:
+        return _never
+    compare, decisive = order.compare, order.decisive(operands)
+    return lambda value: type(value) in _NUMBERS and compare(value, decisive)
+
+
 SegmentCondition = Callable[[str], Condition]
 """Gives the condition of being in the segment of a key; False for an unknown one."""
 
 
-def clauses_condition(clauses: Iterable[Clause] | None, in_segment: SegmentCondition) -> Condition:
-    """Return whether all clauses match.
+class Vocabulary:
+    """Conditions that many flags have. Equal ones are the same object as long as one has them."""
 
-    Raises:
-        Uncompilable: a clause is malformed, or asks for such a segment.
-    """
-    return all_of([_clause_or_segments(clause, in_segment) for clause in clauses or ()])
+    def __init__(self) -> None:
+        self._shared: WeakValueDictionary[object, Predicate] = WeakValueDictionary()
+        self._by_chance: WeakSet[Predicate] = WeakSet()
 
+    def is_by_chance(self, condition: Condition) -> bool:
+        """Whether a condition depends on hashes, so that nearly each subject is another case."""
+        return not isinstance(condition, bool) and condition in self._by_chance
 
-def _clause_or_segments(clause: Clause, in_segment: SegmentCondition) -> Condition:
-    if clause.op != "segmentMatch":
-        return clause_condition(clause)
-    keys = [key for key in clause.values or () if isinstance(key, str)]
-    contained = any_of([in_segment(key) for key in keys])
-    return negated(contained) if clause.negate else contained
+    def clauses(self, clauses: Iterable[Clause] | None, in_segment: SegmentCondition) -> Condition:
+        """Return whether all clauses match.
 
+        Raises:
+            Uncompilable: a clause is malformed, or asks for such a segment.
+        """
+        parts = [self._clause(clause, in_segment) for clause in clauses or ()]
+        return self._made_of("all", parts, all_of)
 
-def segment_condition(segment: Segment, in_segment: SegmentCondition) -> Condition:
-    """Return whether a subject is in the segment (evaluation 6.7).
+    def segment(self, segment: Segment, in_segment: SegmentCondition) -> Condition:
+        """Return whether a subject is in the segment (evaluation 6.7).
 
-    Raises:
-        Uncompilable: the segment is a big one, or has something malformed.
-    """
-    if segment.unbounded:
-        raise Uncompilable
-    ruled = any_of([_segment_rule(segment, rule, in_segment) for rule in segment.rules or ()])
-    listed = _Lists(
-        frozenset(segment.included or ()),
-        _of_kinds(segment.included_contexts),
-        frozenset(segment.excluded or ()),
-        _of_kinds(segment.excluded_contexts),
-    )
-    return listed.before(ruled)
+        Raises:
+            Uncompilable: the segment is a big one, or has something malformed.
+        """
+        if segment.unbounded:
+            raise Uncompilable
+        rules = [self._segment_rule(segment, rule, in_segment) for rule in segment.rules or ()]
+        listed = _Lists(
+            frozenset(segment.included or ()),
+            _of_kinds(segment.included_contexts),
+            frozenset(segment.excluded or ()),
+            _of_kinds(segment.excluded_contexts),
+        )
+        return self._noted(listed.before(any_of(rules)), rules)
+
+    def _clause(self, clause: Clause, in_segment: SegmentCondition) -> Condition:
+        values = clause.values or ()
+        if clause.op == "segmentMatch":
+            parts = [in_segment(key) for key in values if isinstance(key, str)]
+            if clause.negate:
+                return self._made_of("none", parts, lambda them: negated(any_of(them)))
+            return self._made_of("any", parts, any_of)
+        if len(values) > MAX_SHARED_VALUES:
+            return clause_condition(clause)
+        name = msgspec.json.encode(clause)
+        return self._shared.get(name) or self._share(name, clause_condition(clause))
+
+    def _segment_rule(
+        self, segment: Segment, rule: SegmentRule, in_segment: SegmentCondition
+    ) -> Condition:
+        clauses = self.clauses(rule.clauses, in_segment)
+        if rule.weight is None:
+            return clauses
+        whole = all_of([clauses, _admission(segment, rule)])
+        if not isinstance(whole, bool):
+            self._by_chance.add(whole)
+        return whole
+
+    def _made_of(
+        self, how: str, parts: list[Condition], make: Callable[[list[Condition]], Condition]
+    ) -> Condition:
+        # Parts are the same objects if they are equal, and live as long as what is made of them.
+        name = (how, *(part if isinstance(part, bool) else id(part) for part in parts))
+        return self._shared.get(name) or self._share(name, self._noted(make(parts), parts))
+
+    def _share(self, name: object, condition: Condition) -> Condition:
+        if not isinstance(condition, bool):
+            self._shared[name] = condition
+        return condition
+
+    def _noted(self, whole: Condition, parts: Iterable[Condition]) -> Condition:
+        if not isinstance(whole, bool) and any(map(self.is_by_chance, parts)):
+            self._by_chance.add(whole)
+        return whole
 
 
 def _of_kinds(targets: Sequence[SegmentTarget] | None) -> tuple[tuple[str, frozenset[str]], ...]:
@@ -365,16 +428,14 @@ def _is_listed(
     return False
 
 
-def _segment_rule(segment: Segment, rule: SegmentRule, in_segment: SegmentCondition) -> Condition:
-    clauses = clauses_condition(rule.clauses, in_segment)
-    if rule.weight is None:
-        return clauses
+def _admission(segment: Segment, rule: SegmentRule) -> Predicate:
+    """Return whether a subject is in the share that a rule admits."""
     prefix = salted(segment.key, segment.salt)
     hashed = hashing(rule.rollout_context_kind, rule.bucket_by, prefix, experiment=False)
-    bound = threshold(share(rule.weight))
+    bound = threshold(share(rule.weight or 0))
 
     def admitted(subject: Subject) -> bool:
         digest = hashed(subject)
         return digest is not None and digest < bound
 
-    return all_of([clauses, admitted])
+    return admitted

@@ -14,6 +14,18 @@ Hashing = Callable[[Subject], bytes | None]
 """Gives a digest to compare with a threshold; None if the subject lacks the context kind."""
 
 
+def of_keys_alone(
+    kind: str, by: str | None, prefix: str, *, experiment: bool
+) -> tuple[str, bytes] | None:
+    """Return of which kind `Subject.suffixes` is hashed, and what before it.
+
+    The arguments are those of `hashing`. None if other things are hashed than these.
+    """
+    if experiment or (by and by != "key"):
+        return None
+    return kind or DEFAULT_KIND, f"{prefix}.".encode()
+
+
 def hashing(kind: str, by: str | None, prefix: str, *, experiment: bool) -> Hashing:
     """Return the digests of subjects.
 
@@ -26,13 +38,14 @@ def hashing(kind: str, by: str | None, prefix: str, *, experiment: bool) -> Hash
     Raises:
         Uncompilable: `by` is no valid reference.
     """
+    usual = of_keys_alone(kind, by, prefix, experiment=experiment)
+    if usual is not None:
+        return _of_suffixes(*usual)
     start = f"{prefix}.".encode()
     kind_of_key = kind or DEFAULT_KIND
     if experiment:
         return _of_keys(kind_of_key, start)
-    if not by or by == "key":
-        return _of_suffixes(kind_of_key, start)
-    path = parse_reference(by, literal=not kind)
+    path = parse_reference(by or "", literal=not kind)
     if path is None:
         raise Uncompilable
     return _of_attribute(kind_of_key, path, start)

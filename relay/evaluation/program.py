@@ -7,14 +7,15 @@ it may look up are. So two programs differ just where their compiled flags are n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from relay.evaluation.audience import Audience
-from relay.evaluation.compiled import CompiledFlag, Outcome, compiled, interpreted
-from relay.evaluation.conditions import Condition, segment_condition
+from relay.evaluation.compiled import CompiledFlag, compiled, interpreted
+from relay.evaluation.conditions import Condition, Vocabulary
 from relay.evaluation.evaluator import MAX_CHAIN
+from relay.evaluation.form import Body, Form
 from relay.evaluation.items import Data, parse_flag, parse_segment
 from relay.evaluation.subject import Subject, Uncompilable
 from relay.model.context import Context
@@ -70,11 +71,13 @@ class Library:
         self._kept: dict[str, _Kept] = {}
         self._segments: dict[str, Condition | None] = {}
         """None for one that cannot be compiled."""
+        self._vocabulary = Vocabulary()
         if before is not None:
             self._begin_with(before)
 
     def _begin_with(self, before: Library) -> None:
         """Keep what was made for another payload, also what nobody has asked for since."""
+        self._vocabulary = before._vocabulary
         self._parsed = before._parsed.copy()
         self._kept = before._kept.copy()
         if len(self._parsed) > len(self.payload):
@@ -143,7 +146,7 @@ class Library:
     def _compiled(self, key: str, flag: Flag, reach: Mapping[Name, _Parsed | None]) -> CompiledFlag:
         if _is_sound(reach, (Kind.FLAG, key)):
             try:
-                return compiled(key, flag, self.flag, self._in_segment)
+                return compiled(key, flag, self.flag, self._vocabulary, self._in_segment)
             except Uncompilable:
                 pass
         return interpreted(key, flag, _data(reach))
@@ -151,11 +154,19 @@ class Library:
     def _in_segment(self, key: str) -> Condition:
         if key not in self._segments:
             parsed = self._parse((Kind.SEGMENT, key))
-            self._segments[key] = _segment(parsed, self._in_segment)
+            self._segments[key] = self._segment(parsed)
         condition = self._segments[key]
         if condition is None:
             raise Uncompilable
         return condition
+
+    def _segment(self, parsed: _Parsed | None) -> Condition | None:
+        if parsed is None or not isinstance(parsed.value, Segment):
+            return False
+        try:
+            return self._vocabulary.segment(parsed.value, self._in_segment)
+        except Uncompilable:
+            return None
 
     def _reach(self, name: Name) -> dict[Name, _Parsed | None]:
         """Return all that a flag may look up, itself first."""
@@ -186,15 +197,6 @@ def _segments_of(clauses: Iterable[Clause] | None) -> Iterator[str]:
     for clause in clauses or ():
         if clause.op == "segmentMatch":
             yield from (key for key in clause.values or () if isinstance(key, str))
-
-
-def _segment(parsed: _Parsed | None, in_segment: Callable[[str], Condition]) -> Condition | None:
-    if parsed is None or not isinstance(parsed.value, Segment):
-        return False
-    try:
-        return segment_condition(parsed.value, in_segment)
-    except Uncompilable:
-        return None
 
 
 def _is_sound(reach: Mapping[Name, _Parsed | None], start: Name) -> bool:
@@ -263,18 +265,12 @@ class Program:
 
     def all(self, context: Context, *, with_reasons: bool) -> bytes:
         """Return the body of an evalx answer (endpoints 1.5)."""
-        subject = Subject(context)
-        if with_reasons:
-            form = self._with_reasons
-            outcomes = [choose(subject) for choose in form.open_flags]
-            members = [each.reasoned or each.make_reasoned() for each in outcomes]
-        else:
-            form = self._without_reasons
-            outcomes = [choose(subject) for choose in form.open_flags]
-            members = [each.plain or each.make_plain() for each in outcomes]
-        if form.settled:
-            members.append(form.settled)
-        return b"{" + b",".join(members) + b"}"
+        return b"".join(self.body(context, with_reasons=with_reasons).pieces)
+
+    def body(self, context: Context, *, with_reasons: bool) -> Body:
+        """Return the same in pieces."""
+        form = self._with_reasons if with_reasons else self._without_reasons
+        return form.body(Subject(context))
 
     def some(
         self, context: Context, keys: Iterable[str], *, with_reasons: bool
@@ -295,33 +291,9 @@ class Program:
         return frozenset(changed | (theirs.keys() - ours.keys()))
 
     @cached_property
-    def _without_reasons(self) -> _Form:
-        return _form(self._flags.values(), with_reasons=False)
+    def _without_reasons(self) -> Form:
+        return Form(self._flags.values(), with_reasons=False)
 
     @cached_property
-    def _with_reasons(self) -> _Form:
-        return _form(self._flags.values(), with_reasons=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """A program with or without reasons.
-
-    Args:
-        settled: the members of all flags that do not depend on the context, joined.
-        open_flags: the others.
-    """
-
-    settled: bytes
-    open_flags: tuple[Callable[[Subject], Outcome], ...]
-
-
-def _form(flags: Iterable[CompiledFlag], *, with_reasons: bool) -> _Form:
-    settled, open_flags = [], []
-    for flag in flags:
-        outcome = flag.settled(with_reasons=with_reasons)
-        if outcome is None:
-            open_flags.append(flag.choose)
-        else:
-            settled.append(outcome.member(with_reasons=with_reasons))
-    return _Form(b",".join(settled), tuple(open_flags))
+    def _with_reasons(self) -> Form:
+        return Form(self._flags.values(), with_reasons=True)

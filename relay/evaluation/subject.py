@@ -23,7 +23,7 @@ class Subject:
         """The key of each individual, as it is hashed for experiments."""
         self.suffixes = self.keys
         """The same for rollouts, which take the secondary key of a legacy user in."""
-        for kind, each in individuals.items():
-            if each.secondary is not None:
-                secondary = b"." + each.secondary.encode()
-                self.suffixes = {**self.keys, kind: self.keys[kind] + secondary}
+        user = individuals.get(DEFAULT_KIND)
+        if user is not None and user.secondary is not None:
+            suffix = self.keys[DEFAULT_KIND] + b"." + user.secondary.encode()
+            self.suffixes = {**self.keys, DEFAULT_KIND: suffix}

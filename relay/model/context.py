@@ -9,8 +9,7 @@ from __future__ import annotations
 import json as stdlib_json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -38,8 +37,7 @@ _NOT_CUSTOM = frozenset({"kind", "key", "name", "anonymous", "_meta"})
 """What `custom` of a legacy user cannot set."""
 
 
-@dataclass(frozen=True, slots=True)
-class Individual:
+class Individual(NamedTuple):
     """The part of a context that is of one kind.
 
     Args:
@@ -56,8 +54,7 @@ class Individual:
     secondary: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """Who asks for flags: at least one individual, each of another kind."""
 
     individuals: Mapping[str, Individual]
@@ -79,7 +76,8 @@ class Context:
     @property
     def has_empty_key(self) -> bool:
         """Whether this is a legacy user with the key "", for whom nothing can be evaluated."""
-        return not self.is_multi and not next(iter(self.individuals.values())).key
+        user = self.individuals.get(DEFAULT_KIND)
+        return user is not None and not user.key and not self.is_multi
 
     @property
     def fully_qualified_key(self) -> str:
@@ -171,20 +169,20 @@ def _size(json: bytes) -> int:
 
 def _individual(kind: str, members: dict[str, Any]) -> Individual:
     """Return a context of one kind (evaluation 6.2)."""
-    if kind in _RESERVED_KINDS or _KIND.fullmatch(kind) is None:
+    if kind != DEFAULT_KIND and (kind in _RESERVED_KINDS or _KIND.fullmatch(kind) is None):
         raise _invalid('"kind" is not allowed')
     key = members.get("key")
     if not isinstance(key, str) or not key:
         raise _invalid('"key" must be a string that is not empty')
-    _check("name", members.get("name"), str)
     if not isinstance(members.get("anonymous", False), bool):
         raise _invalid('"anonymous" must be true or false')
-    meta = members.get("_meta")
-    _check("_meta", meta, dict)
-    if meta is not None:
-        _check_strings("privateAttributes", meta.get("privateAttributes"))
     attributes = {name: value for name, value in members.items() if value is not None}
-    attributes.pop("_meta", None)
+    if "name" in attributes:
+        _check("name", attributes["name"], str)
+    if "_meta" in attributes:
+        meta = attributes.pop("_meta")
+        _check("_meta", meta, dict)
+        _check_strings("privateAttributes", meta.get("privateAttributes"))
     attributes["kind"] = kind
     attributes.setdefault("anonymous", False)
     return Individual(kind, key, attributes)

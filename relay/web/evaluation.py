@@ -5,17 +5,18 @@ The same context asks again and again: its answer is looked up by the bytes of t
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from weakref import ref
+from typing import NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from relay.environment import Environment
 from relay.evaluation.audience import Audience
+from relay.evaluation.form import Body
 from relay.evaluation.program import Program
 from relay.model.context import Context
 from relay.web.answers import Answer, environment_headers, json_error
@@ -28,14 +29,23 @@ from relay.web.context import (
     read_context_body,
     room_for_contexts,
 )
+from relay.web.deflating import Evaluated
 from relay.web.endpoint import Respond, header, parameter_in
-from relay.web.polling import Resource, expiring
+from relay.web.polling import expiring
 
 MAX_KEPT = 64 * 1024 * 1024
 """Bytes of the answers that are kept for contexts that ask again: all environments together."""
 
 ENTRY_SIZE = 2 * 1024
-"""Bytes that keeping an answer costs beside its bodies."""
+"""Bytes that keeping an answer costs beside its body."""
+
+MAX_AT_ONCE = 8 * 1024
+"""Bytes of a context that is evaluated on the event loop, a larger one in a thread: an array of
+thousands of values is looked through for each condition."""
+
+MAX_SEEN = 16 * 1024
+"""Contexts that have asked once lately. Only who asks again is kept an answer for: most that ask
+only once would push out those who do. Each takes some 100 bytes."""
 
 NO_DATA = json_error(503, "Service not initialized")
 
@@ -43,8 +53,7 @@ _NO_SEGMENTS = (b"", b".", b"..")
 """What stands in place of a context when a path is not canonical: the application redirects it."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Question:
+class _Question(NamedTuple):
     """Who asks, and how.
 
     Args:
@@ -62,31 +71,55 @@ class _Question:
     proof: str
 
 
+class Found(NamedTuple):
+    """A result.
+
+    Args:
+        resource: what answers.
+        again: whether it is kept because the context had asked before.
+    """
+
+    resource: Evaluated
+    again: bool
+
+
 @dataclass(frozen=True, slots=True)
 class _Known:
     """An answer that was given.
 
     Args:
-        environment: whose.
         version: of the data.
-        key: of the context, fully qualified.
+        key: of the context, fully qualified; empty if nobody has to prove it.
         resource: the answer.
     """
 
-    environment: ref[Environment]
     version: int
     key: str
-    resource: Resource
+    resource: Evaluated
     size: int
 
 
 @dataclass(slots=True)
 class _Kept:
-    """The answers that were given last, within `MAX_KEPT`."""
+    """The answers that were given last to those who ask again, within `MAX_KEPT`."""
 
     answers: OrderedDict[tuple[object, ...], _Known] = field(default_factory=OrderedDict)
     """The one used last comes last."""
     size: int = 0
+    _seen: set[int] = field(default_factory=set)
+    """Hashes of the questions that were asked since there were last `MAX_SEEN` of them."""
+    _seen_before: set[int] = field(default_factory=set)
+    """Those of the time before."""
+
+    def has_asked(self, key: tuple[object, ...]) -> bool:
+        """Whether a question was asked lately; from now on it was."""
+        mark = hash(key)
+        if mark in self._seen or mark in self._seen_before:
+            return True
+        if len(self._seen) >= MAX_SEEN:
+            self._seen_before, self._seen = self._seen, set()
+        self._seen.add(mark)
+        return False
 
     def get(self, key: tuple[object, ...]) -> _Known | None:
         known = self.answers.get(key)
@@ -135,17 +168,29 @@ class Evaluation:
             if_none_match: the header; empty if there is none.
             accept_encoding: the header; empty if there is none.
         """
-        if b"%" in segment or b"%" in query or b"filter" in query or segment in _NO_SEGMENTS:
+        found = self.find(environment, audience, segment, query)
+        if not isinstance(found, Found):
+            return found
+        variant = found.resource.variant(if_none_match, accept_encoding)
+        return timed(variant, environment, audience)
+
+    def find(
+        self, environment: Environment, audience: Audience, segment: bytes, query: bytes
+    ) -> Found | Answer | None:
+        """Return the result that a GET asks for, or the refusal; the arguments are `answer`'s.
+
+        None if this is for the application.
+        """
+        if len(segment) > MAX_AT_ONCE or b"%" in segment or segment in _NO_SEGMENTS:
+            return None
+        if query and (b"%" in query or b"filter" in query):
             return None
         question = _question(audience, segment, context_in_path, query)
         try:
             program = environment.evaluations.current(audience)
-            resource = self._resource(environment, program, question)
+            return self._found(environment, program, question)
         except Refused as e:
             return _of(environment, e.answer)
-        if resource is None:
-            return None
-        return _timed(resource.variant(if_none_match, accept_encoding), environment, audience)
 
     def in_path(self, audience: Audience) -> Respond:
         """Return what answers a GET whose path ends in the context."""
@@ -177,81 +222,112 @@ class Evaluation:
         none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
         evaluations, audience = environment.evaluations, question.audience
         try:
-            resource = self._resource(environment, evaluations.current(audience), question)
-            if resource is None:
+            if len(question.raw) > MAX_AT_ONCE:
                 program = await evaluations.ready(audience)
-                resource = self._resource(environment, program, question)
+                aside = await asyncio.to_thread(_evaluated, environment, program, question)
+                resource = aside.resource if aside else None
+            else:
+                found = self._found(environment, evaluations.current(audience), question)
+                if found is None:
+                    program = await evaluations.ready(audience)
+                    found = self._found(environment, program, question)
+                resource = found.resource if found else None
         except Refused as e:
             return _of(environment, e.answer)
         if resource is None:
             return _of(environment, NO_DATA)
         answer = resource.variant(none_match, encoding)
         if answer is None:
-            await resource.compress_aside()
-            answer = resource.compressed
-        return _timed(answer, environment, audience) or NO_DATA
+            answer = await resource.compress_aside()
+        return timed(answer, environment, audience) or NO_DATA
 
-    def _resource(
+    def _found(
         self, environment: Environment, program: Program | None, question: _Question
-    ) -> Resource | None:
+    ) -> Found | None:
         """Return the result; None if it has to wait for the program.
 
         Raises:
             Refused: there is none for this context, or no data.
         """
-        if environment.payload is None:
-            program = None
-        audience, raw, reasons = question.audience, question.raw, question.with_reasons
-        place = (environment.spec.name, audience, raw, reasons, question.context)
+        audience, raw, reader, reasons, _ = question
+        place = (environment, audience, raw, reasons, reader)
         known = self._kept.get(place)
         if (
             known is not None
             and program is not None
+            and environment.payload is not None
             and known.version == program.version
-            and known.environment() is environment
         ):
-            _prove(environment, audience, known.key, question.proof)
-            return known.resource
-        context = question.context(raw)
-        key = context.fully_qualified_key
-        _prove(environment, audience, key, question.proof)
-        if environment.payload is None:
-            raise Refused(NO_DATA)
-        if program is None:
+            _prove(environment, known.key, question)
+            return Found(known.resource, again=True)
+        result = _evaluated(environment, program, question)
+        if result is None or program is None:
             return None
-        if context.has_empty_key:
-            raise Refused(NO_KEY)
-        resource = _result(environment, program.all(context, with_reasons=reasons))
-        # A compressed body may join it, smaller than the plain one.
-        size = ENTRY_SIZE + 2 * len(resource.body) + len(raw)
-        self._kept.put(place, _Known(ref(environment), program.version, key, resource, size))
-        return resource
+        again = self._kept.has_asked(place)
+        if again:
+            key, resource = result
+            size = ENTRY_SIZE + len(resource.pieces[0]) + len(raw)  # the other pieces are shared
+            self._kept.put(place, _Known(program.version, key, resource, size))
+        return Found(result.resource, again)
 
 
 def _question(
     audience: Audience, raw: bytes, context: Callable[[bytes], Context], query: bytes
 ) -> _Question:
+    if not query:
+        return _Question(audience, raw, context, False, "")
     reasons = parameter_in(query, "withReasons") == "true"
     return _Question(audience, raw, context, reasons, parameter_in(query, "h"))
 
 
-def _prove(environment: Environment, audience: Audience, key: str, proof: str) -> None:
+class _Evaluated(NamedTuple):
+    """A new result, and the key of its context (see `_Known`)."""
+
+    key: str
+    resource: Evaluated
+
+
+def _evaluated(
+    environment: Environment, program: Program | None, question: _Question
+) -> _Evaluated | None:
+    """Evaluate; None if that has to wait for the program. May run in a thread.
+
+    Raises:
+        Refused: there is no result for this context, or no data.
+    """
+    _, raw, reader, with_reasons, _ = question
+    context = reader(raw)
+    key = ""
+    if environment.spec.secure_mode:
+        key = context.fully_qualified_key
+        _prove(environment, key, question)
+    if environment.payload is None:
+        raise Refused(NO_DATA)
+    if program is None:
+        return None
+    if context.has_empty_key:
+        raise Refused(NO_KEY)
+    body = program.body(context, with_reasons=with_reasons)
+    return _Evaluated(key, _result(environment, body))
+
+
+def _prove(environment: Environment, key: str, question: _Question) -> None:
     """Secure mode is for those whose credential is public."""
-    if audience is Audience.BROWSER:
-        check_proof(environment.spec, key, proof)
+    if question.audience is Audience.BROWSER:
+        check_proof(environment.spec, key, question.proof)
 
 
-def _result(environment: Environment, body: bytes) -> Resource:
-    """Make the resource of a body. Its ETag is equal at all replicas whose result is equal."""
-    digest = hashlib.sha256(body).hexdigest()[:32].encode()
-    return Resource(body, b'"%b"' % digest, environment_headers(environment.spec))
+def _result(environment: Environment, body: Body) -> Evaluated:
+    """Make the resource of a body. Its ETag is equal at all replicas with equal flags."""
+    etag = b'"%b"' % body.mark.hex().encode()
+    return Evaluated(body, etag, environment_headers(environment.spec))
 
 
 def _of(environment: Environment, refusal: Answer) -> Answer:
     return refusal.with_headers(*environment_headers(environment.spec))
 
 
-def _timed(answer: Answer | None, environment: Environment, audience: Audience) -> Answer | None:
+def timed(answer: Answer | None, environment: Environment, audience: Audience) -> Answer | None:
     """Only what servers poll may be cached without asking again.
 
     An SDK that gets a ping asks for its flags, and must not get them from its own cache.

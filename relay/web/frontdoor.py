@@ -26,15 +26,16 @@ from uvicorn.server import ServerState
 from relay.environment import Environment
 from relay.hub import Wire
 from relay.model.count import Count
-from relay.model.payload import Payload
 from relay.relay import Relay
 from relay.web.answers import Headers
 from relay.web.auth import by_plain_key
-from relay.web.heads import END, MAX_HEAD, Outline, taken_apart
+from relay.web.heads import END
 from relay.web.polling import template
 from relay.web.posting import CHUNKED, Posts, Receiving, only_chunk
+from relay.web.prepared import CLOSE, CLOSING, Given, Prepared, assembled
 from relay.web.streams import STREAMS, Opening, client_opening, stream_headers
 from relay.web.traffic import LoggedWire, Series, Traffic, client, note, request_line, shown
+from relay.web.turns import Turns
 
 USED_OF_UVICORN = (
     *("connections", "cycle", "flow", "headers", "parser", "pipeline", "scope", "transport", "url"),
@@ -44,16 +45,9 @@ USED_OF_UVICORN = (
 )
 """The attributes of uvicorn's protocol that this module relies on; a test looks for each."""
 
-MAX_KNOWN = 4096
-"""Request heads that are remembered: far more than there are kinds of SDKs, some MB."""
-
-JOINED_BODY = 16 * 1024
-"""Bodies up to this many bytes are joined with their head once a second: one write, one copy."""
-
 _VERSIONS = ("1.1", "1.0")
 _EVALUATED = b"/sdk/evalx/"
-_CLOSING = (b"connection", b"close")
-_CLOSE = b"%b: %b\r\n" % _CLOSING
+_QUESTIONS = (b"GET /sdk/evalx/", b"GET /msdk/evalx/")
 _ODD_HEADERS = frozenset((b"expect", b"upgrade"))
 _BODY_HEADERS = _ODD_HEADERS | {b"content-length", b"transfer-encoding"}
 
@@ -83,11 +77,44 @@ class Poll(Protocol):
         """Return the prepared answer; None if the path is no poll, or there is none yet."""
 
 
+class Told(Protocol):
+    """An answer to a context; `relay.web.questions.Told` is."""
+
+    @property
+    def head(self) -> bytes:
+        """As `Answer.head`."""
+
+    @property
+    def pieces(self) -> tuple[bytes, ...]:
+        """Of the body."""
+
+    @property
+    def environment(self) -> Environment:
+        """Whose flags it has."""
+
+    @property
+    def counter(self) -> Count:
+        """What counts it."""
+
+    @property
+    def again(self) -> bool:
+        """Whether the same request may well come again."""
+
+    @property
+    def closes(self) -> bool:
+        """Whether the client wants the connection to end with it."""
+
+
 class Questions(Protocol):
     """Answers contexts that ask for their flags; `relay.web.questions` does."""
 
-    def answer(self, url: bytes, headers: Mapping[bytes, bytes], /) -> tuple[Answer, Count] | None:
-        """Return the answer to a GET and what counts it; None if it is the application's."""
+    def known(self, head: bytes, /) -> Told | None:
+        """Return the answer to a request that differs from an earlier one in its context only."""
+
+    def answer(
+        self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], /, *, closes: bool
+    ) -> Told | None:
+        """Return the answer to a GET; None if it is the application's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,41 +133,6 @@ class DoorLimits:
     head_timeout: float = 10.0
     max_head_size: int = 64 * 1024
     stall_timeout: float = 60.0
-
-
-class _Prepared:
-    """The answer to a request head, good as long as the environment's payload is the same.
-
-    Args:
-        environment: whose data are in it.
-        answer: the response.
-        count: of such requests.
-        closes: whether the client wants the connection to end with it.
-    """
-
-    __slots__ = ("_date", "_written", "answer", "closes", "count", "environment", "line", "payload")
-
-    def __init__(
-        self, environment: Environment, answer: Answer, count: Count, *, closes: bool = False
-    ) -> None:
-        self.environment = environment
-        self.payload: Payload | None = environment.payload
-        self.answer = answer
-        self.count = count
-        self.closes = closes
-        self.line = ""
-        """What is logged of each such request; empty for nothing."""
-        self._date = b""
-        self._written: tuple[bytes, ...] = ()
-
-    def written(self, date: bytes) -> tuple[bytes, ...]:
-        """Return what goes over the wire; put together once a second."""
-        if self._date is not date:
-            self._date = date
-            head, body = self.answer.head, self.answer.body
-            head += _CLOSE + date if self.closes else date
-            self._written = (head + body,) if len(body) <= JOINED_BODY else (head, body)
-        return self._written
 
 
 class Door:
@@ -175,7 +167,8 @@ class Door:
         """The `Date` header and the blank line that ends a head."""
         self.now = time.monotonic()
         """The time of the last tick."""
-        self._known: dict[bytes | Outline, _Prepared | Opening] = {}
+        self.given = Given()
+        self.turns = Turns()
 
     def tick(self, state: ServerState) -> None:
         """Renew the date and look after connections; to be called each second."""
@@ -185,29 +178,6 @@ class Door:
         for connection in list(state.connections):
             if isinstance(connection, FrontDoor):
                 connection.check(self.now)
-
-    def known(self, head: bytes) -> _Prepared | Opening | None:
-        """Return what was given for the same request head before, if it still holds."""
-        key: bytes | Outline = head
-        known = self._known.get(key)
-        if known is None:
-            key, _ = taken_apart(head)
-            known = self._known.get(key)
-        if isinstance(known, _Prepared) and known.payload is not known.environment.payload:
-            del self._known[key]
-            return None
-        return known
-
-    def remember(self, head: bytes, given: _Prepared | Opening) -> None:
-        """Keep what was given for the next request with the same head, of whichever instance."""
-        if len(head) > MAX_HEAD or (
-            given.environment.spec.ttl > 0 and not isinstance(given, Opening)
-        ):
-            return  # an answer with a TTL says when it expires
-        if len(self._known) >= MAX_KNOWN:
-            self._known.clear()
-        outline, values = taken_apart(head)
-        self._known[outline if values else head] = given
 
 
 class FrontDoor(HttpToolsProtocol):
@@ -243,6 +213,10 @@ class FrontDoor(HttpToolsProtocol):
         """Whether the request that is being read needs no application."""
         self._closes = False
         """Whether the client wants the connection to end with the answer."""
+        self._waits = b""
+        """The question that waits for its turn."""
+        self._early = b""
+        """What the client has said since."""
         self._stream: Opening | None = None
         self._post: Receiving | None = None
         """What is being received or kept."""
@@ -258,6 +232,10 @@ class FrontDoor(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Answer at once what was answered before; parse everything else."""
         door = self._door
+        if self._waits:
+            self._early += data
+            self.transport.pause_reading()
+            return
         if not self._head_size:  # the head of a request has one time-out for all its pieces
             self._seen = door.now
         if self._post is not None and self._post.missing:
@@ -273,17 +251,54 @@ class FrontDoor(HttpToolsProtocol):
         self._parse(data)
 
     def _answer_again(self, data: bytes) -> bool:
-        """Do what was done for the same request before."""
-        known = self._door.known(data)
-        if isinstance(known, _Prepared):
-            self._write(known)
+        """Do what was done for the same request before, or see to it later."""
+        door = self._door
+        given = door.given.find(data)
+        if isinstance(given, Prepared):
+            self._write(given)
             return True
-        if known is not None and self._can_open():
-            self._hand_over(known)
+        if given is not None and self._can_open():
+            self._hand_over(given)
             return True
-        if data.find(END) == len(data) - len(END):
-            self._whole = data
+        if data.find(END) != len(data) - len(END):
+            return False
+        if data.startswith(_QUESTIONS):
+            if door.turns.has_to_wait(self):
+                self._waits = data
+                return True
+            if self._tell_known(data):
+                return True
+        self._whole = data
         return False
+
+    def go_on(self) -> None:
+        """Answer the question that has waited."""
+        head, self._waits = self._waits, b""
+        if self.transport.is_closing() or not head:
+            return
+        if not self._tell_known(head):
+            self._whole = head
+            self._parse(head)
+        early, self._early = self._early, b""
+        if early:
+            self.transport.resume_reading()
+            self.data_received(early)
+
+    def shutdown(self) -> None:
+        """End as soon as nobody waits for an answer."""
+        self.go_on()
+        super().shutdown()
+
+    def _tell_known(self, head: bytes) -> bool:
+        """Answer a request that differs from an earlier one in its context only."""
+        door = self._door
+        if door.questions is None or len(head) > door.limits.max_head_size:
+            return False
+        told = door.questions.known(head)
+        if told is None:
+            return False
+        self._tell(head, told)
+        return True
 
     def _parse(self, data: bytes) -> None:
         if not self._in_body:
@@ -391,7 +406,7 @@ class FrontDoor(HttpToolsProtocol):
         given = stream_headers(environment)
         opening = Opening(environment, stream, given, self._series(environment))
         if not self._door.traffic.logs:
-            self._door.remember(self._whole, opening)
+            self._door.given.keep(self._whole, opening)
         return self._open(opening)
 
     def _take_client_stream(self, headers: Mapping[bytes, bytes]) -> bool:
@@ -420,18 +435,27 @@ class FrontDoor(HttpToolsProtocol):
         questions, logs = self._door.questions, self._door.traffic.logs
         if questions is None or logs or not self._whole or not _BODY_HEADERS.isdisjoint(headers):
             return False
-        answered = questions.answer(self.url, headers)
-        if answered is None:
+        told = questions.answer(self._whole, self.url, headers, closes=self._closes)
+        if told is None:
             return False
-        answer, count = answered
-        self._unset_keepalive_if_required()
-        self.server_state.total_requests += 1
-        count.value += 1
-        more = _CLOSE if self._closes else b""
-        self.transport.writelines((answer.head, more, self._door.date, answer.body))
-        if self._closes:
-            self.transport.close()
+        self._tell(self._whole, told)
         return True
+
+    def _tell(self, head: bytes, told: Told) -> None:
+        """Answer a context; remember that if it may well ask again."""
+        if told.again:
+            prepared = Prepared(
+                told.environment, told.head, told.pieces, told.counter, closes=told.closes
+            )
+            self._door.given.keep_told(head, prepared)
+        if self.timeout_keep_alive_task is not None:
+            self._unset_keepalive_if_required()
+        self.server_state.total_requests += 1
+        told.counter.value += 1
+        start = told.head + CLOSE if told.closes else told.head
+        self.transport.writelines(assembled(start, self._door.date, told.pieces))
+        if told.closes:
+            self.transport.close()
 
     def _take_post(self, headers: Mapping[bytes, bytes]) -> bool:
         """Begin to receive a post of events: one at a time, as it is answered after a while."""
@@ -510,7 +534,7 @@ class FrontDoor(HttpToolsProtocol):
         else:
             answer = self._door.posts.answer(post, kept)
             if not post.keep_alive:
-                answer = answer.with_headers(_CLOSING)
+                answer = answer.with_headers(CLOSING)
             self.transport.write(answer.head + self._door.date + answer.body)
         if not post.keep_alive:
             self.transport.close()
@@ -545,10 +569,10 @@ class FrontDoor(HttpToolsProtocol):
             return False
         traffic = self._door.traffic
         count = traffic.requests[self._series(environment)]
-        prepared = _Prepared(environment, answer, count, closes=self._closes)
+        prepared = Prepared(environment, answer.head, (answer.body,), count, closes=self._closes)
         if traffic.logs:
             prepared.line = self._line(answer.status, len(answer.body))
-        self._door.remember(head, prepared)
+        self._door.given.keep(head, prepared)
         self._write(prepared)
         return True
 
@@ -568,7 +592,7 @@ class FrontDoor(HttpToolsProtocol):
     def _authorization(self) -> str:
         return dict(self.headers)[b"authorization"].decode("latin-1")
 
-    def _write(self, prepared: _Prepared) -> None:
+    def _write(self, prepared: Prepared) -> None:
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
         self.server_state.total_requests += 1

@@ -49,22 +49,35 @@ class Resource:
     """One body with its ETag, in all its variants.
 
     Args:
-        body: in JSON.
+        pieces: of the body, in JSON.
         etag: as it is sent.
         headers: beside the usual ones, of all variants.
     """
 
-    def __init__(self, body: bytes, etag: bytes, headers: Headers) -> None:
-        self.body = body
+    def __init__(self, pieces: tuple[bytes, ...], etag: bytes, headers: Headers) -> None:
+        self.pieces = pieces
+        self.size = sum(map(len, pieces))
         self.etag = etag
-        self.compressible = len(body) >= MIN_COMPRESSED
-        vary: Headers = ((b"vary", b"Accept-Encoding"),) if self.compressible else ()
-        self._shared: Headers = ((b"etag", etag), *headers, *vary)
-        self._typed: Headers = ((b"content-type", b"application/json"), *self._shared)
+        self.compressible = self.size >= MIN_COMPRESSED
+        self._headers = headers
         self.compressed: Answer | None = None
         self._compression: asyncio.Future[Answer] | None = None
 
-    @cached_property
+    @property
+    def _shared(self) -> Headers:
+        vary: Headers = ((b"vary", b"Accept-Encoding"),) if self.compressible else ()
+        return ((b"etag", self.etag), *self._headers, *vary)
+
+    @property
+    def _typed(self) -> Headers:
+        return ((b"content-type", b"application/json"), *self._shared)
+
+    @property
+    def body(self) -> bytes:
+        """The body in one piece."""
+        return b"".join(self.pieces)
+
+    @property
     def plain(self) -> Answer:
         """The variant that is not compressed."""
         return Answer(200, self._typed, self.body)
@@ -73,6 +86,11 @@ class Resource:
     def unchanged(self) -> Answer:
         """What a client is told that has it."""
         return Answer(304, self._shared)
+
+    @property
+    def to_compress(self) -> int:
+        """The bytes that `compress` would have to look at."""
+        return self.size
 
     def matches(self, if_none_match: bytes) -> bool:
         """Whether the client has this."""
@@ -83,14 +101,19 @@ class Resource:
         if self.compressed is None:
             # Without a time the bytes are equal at all replicas.
             body = igzip.compress(self.body, COMPRESSION_LEVEL, mtime=0)
-            self.compressed = Answer(200, (*self._typed, (b"content-encoding", b"gzip")), body)
+            self.compressed = self.compressed_answer(body)
         return self.compressed
 
-    async def compress_aside(self) -> None:
+    def compressed_answer(self, body: bytes) -> Answer:
+        """Return the variant with a compressed body."""
+        return Answer(200, (*self._typed, (b"content-encoding", b"gzip")), body)
+
+    async def compress_aside(self) -> Answer:
         """Compress in a thread, once for all who ask meanwhile."""
         if self._compression is None:
             self._compression = asyncio.ensure_future(asyncio.to_thread(self.compress))
-        await asyncio.shield(self._compression)  # who asks may go; others wait for the same
+        # Who asks may go; others wait for the same.
+        return await asyncio.shield(self._compression)
 
     def variant(self, if_none_match: bytes, accept_encoding: bytes) -> Answer | None:
         """Return what answers these headers; None while it waits to be compressed aside."""
@@ -98,7 +121,7 @@ class Resource:
             return self.unchanged
         if not (self.compressible and accepts_gzip(accept_encoding)):
             return self.plain
-        if len(self.body) <= MAX_COMPRESSED_AT_ONCE:
+        if self.to_compress <= MAX_COMPRESSED_AT_ONCE:
             return self.compress()
         return self.compressed
 
@@ -152,14 +175,14 @@ class _Polls:
         item = self.payload.get(kind, key)
         if item is None or item.json is None:
             return None
-        return Resource(item.json, b"relay-%d" % item.version, self._headers)
+        return Resource((item.json,), b"relay-%d" % item.version, self._headers)
 
     def _flags(self) -> Resource:
         body = all_flags(self.payload)
-        return Resource(body, _versions_etag(self.payload), self._headers)
+        return Resource((body,), _versions_etag(self.payload), self._headers)
 
     def _latest_all(self) -> Resource:
-        return Resource(all_data(self.payload), _data_etag(self.payload), self._headers)
+        return Resource((all_data(self.payload),), _data_etag(self.payload), self._headers)
 
 
 def _versions_etag(payload: Payload) -> bytes:
@@ -254,8 +277,7 @@ class Polling:
             return found
         answer = found.variant(if_none_match, accept_encoding)
         if answer is None:
-            await found.compress_aside()
-            answer = found.compressed
+            answer = await found.compress_aside()
         return expiring(answer, environment)
 
     def _find(self, environment: Environment, path: str) -> Resource | Answer | None:

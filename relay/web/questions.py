@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from relay.environment import Environment
 from relay.evaluation.audience import Audience
 from relay.model.count import Count
 from relay.relay import Relay
-from relay.web.answers import Answer
+from relay.web.answers import Answer, Headers
 from relay.web.auth import by_plain_key
 from relay.web.cors import cors_lines
 from relay.web.endpoint import BROWSER, MOBILE, SERVER, Access
-from relay.web.evaluation import Evaluation
+from relay.web.evaluation import Evaluation, Found, timed
+from relay.web.polling import MAX_COMPRESSED_AT_ONCE, Resource, accepts_gzip
 from relay.web.traffic import Series, Traffic, client
 
 METHODS = ("GET", "OPTIONS")
 """Of the routes of browsers, as they are told."""
 
+MAX_KNOWN = 1024
+"""Kinds of requests that are at hand: far more than there are environments, each with some sites
+and kinds of clients."""
+
+MAX_KNOWN_REST = 4096
+"""Bytes of a request without its context that may be remembered; SDKs send a few hundred."""
+
 _BROWSERS = re.compile(rb"/sdk/evalx/([0-9A-Za-z_-]+)/(contexts|users)")
+_PLAIN = re.compile(
+    rb"GET (/m?sdk/evalx/(?:[0-9A-Za-z_-]+/)?(?:contexts|users))/([0-9A-Za-z_=+-]+)"
+    rb"(?:\?([0-9A-Za-z=&]*))?( HTTP/1\.1\r\n.*)",
+    re.DOTALL,
+)
+"""A request: path, context, query, and the rest."""
 
 
 class Route(NamedTuple):
@@ -47,6 +62,88 @@ _BY_ID: Mapping[bytes, Route] = {
 }
 
 
+class Told(NamedTuple):
+    """An answer in the form in which it is written.
+
+    Args:
+        head: as `Answer.head`.
+        pieces: of the body.
+        environment: whose flags it has.
+        counter: what counts it.
+        closes: whether the client wants the connection to end with it.
+        again: whether the same request may well come again.
+    """
+
+    head: bytes
+    pieces: tuple[bytes, ...]
+    environment: Environment
+    counter: Count
+    closes: bool
+    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Asker:
+    """What requests have in common that differ in their contexts only.
+
+    Args:
+        environment: whose flags they ask for.
+        route: on which.
+        count: what counts them.
+        cors: what browsers are told.
+        if_none_match: the header; empty if there is none.
+        accept_encoding: the header; empty if there is none.
+        closes: whether the connection shall end with the answer.
+    """
+
+    environment: Environment
+    route: Route
+    count: Count
+    cors: Headers
+    if_none_match: bytes
+    accept_encoding: bytes
+    closes: bool
+    is_usual: bool = field(init=False)
+    """Whether all answers to those who have no ETag have the same head, but for ETag and length."""
+    takes_gzip: bool = field(init=False)
+    frames: dict[tuple[bool, bool], tuple[bytes, bytes]] = field(default_factory=dict)
+    """By whether a body is worth compressing, and is compressed: the head of the answer up to the
+    ETag, and from there to the length."""
+
+    def __post_init__(self) -> None:
+        is_usual = not (self.if_none_match or self.environment.spec.ttl)
+        object.__setattr__(self, "is_usual", is_usual)
+        object.__setattr__(self, "takes_gzip", accepts_gzip(self.accept_encoding))
+
+    def tell(self, answer: Answer, *, again: bool = False) -> Told:
+        answer = answer.with_headers(*self.cors)
+        return Told(answer.head, (answer.body,), self.environment, self.count, self.closes, again)
+
+    def tell_usual(self, found: Found) -> Told | None:
+        """Return what `tell` returns of the plain or compressed variant, without doing all again.
+
+        None if it has to be compressed aside.
+        """
+        resource = found.resource
+        zipped = self.takes_gzip and resource.compressible
+        if zipped and resource.to_compress > MAX_COMPRESSED_AT_ONCE:
+            return None
+        pieces = (resource.compressed_body(),) if zipped else resource.pieces
+        size = len(pieces[0]) if zipped else resource.size
+        frame = self.frames.get((resource.compressible, zipped))
+        if frame is None:
+            frame = self._frame(resource, zipped=zipped)
+            self.frames[resource.compressible, zipped] = frame
+        head = b"%b%b%b%d\r\n" % (frame[0], resource.etag, frame[1], size)
+        return Told(head, pieces, self.environment, self.count, self.closes, found.again)
+
+    def _frame(self, resource: Resource, *, zipped: bool) -> tuple[bytes, bytes]:
+        answer = resource.compress() if zipped else resource.plain
+        start, _, rest = answer.with_headers(*self.cors).head.partition(resource.etag)
+        end, name, _ = rest.rpartition(b"content-length: ")
+        return start, end + name
+
+
 class Questions:
     """What answers them.
 
@@ -60,36 +157,86 @@ class Questions:
         self._relay = relay
         self._evaluation = evaluation
         self._traffic = traffic
+        self._askers: dict[tuple[bytes, bytes], _Asker] = {}
+        """By the path without the context, and all that follows it in a request."""
 
-    def answer(self, url: bytes, headers: Mapping[bytes, bytes]) -> tuple[Answer, Count] | None:
-        """Return the answer to a GET and what counts it; None if it is the application's.
+    def known(self, head: bytes) -> Told | None:
+        """Return the answer to a request that differs from an earlier one in its context only.
+
+        None if there was none, or if this has to be looked at anew.
 
         Args:
-            url: as on the wire.
-            headers: of the request, each once.
+            head: all of the request.
+        """
+        match = _PLAIN.fullmatch(head)
+        if match is None:
+            return None
+        prefix, segment, query, rest = match.groups(b"")
+        asker = self._askers.get((prefix, rest))
+        return None if asker is None else self._told(asker, segment, query)
+
+    def answer(
+        self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], *, closes: bool
+    ) -> Told | None:
+        """Return the answer to a GET that is all of a request; None if it is the application's.
+
+        Args:
+            head: all of the request.
+            url: of it.
+            headers: of it, each once.
+            closes: whether the client wants the connection to end with the answer.
         """
         path, _, query = url.partition(b"?")
         prefix, _, segment = path.rpartition(b"/")
+        asker = self._asker(prefix, headers, closes=closes)
+        if asker is None:
+            return None
+        told = self._told(asker, segment, query)
+        match = _PLAIN.fullmatch(head)
+        if told is not None and match is not None and not asker.if_none_match:
+            self._remember(prefix, match[4], asker)
+        return told
+
+    def _remember(self, prefix: bytes, rest: bytes, asker: _Asker) -> None:
+        if len(rest) <= MAX_KNOWN_REST:
+            if len(self._askers) >= MAX_KNOWN:
+                self._askers.clear()
+            self._askers[prefix, rest] = asker
+
+    def _told(self, asker: _Asker, segment: bytes, query: bytes) -> Told | None:
+        environment, audience = asker.environment, asker.route.audience
+        found = self._evaluation.find(environment, audience, segment, query)
+        if found is None:
+            return None
+        if isinstance(found, Answer):
+            return asker.tell(found)
+        if asker.is_usual:
+            return asker.tell_usual(found)
+        variant = found.resource.variant(asker.if_none_match, asker.accept_encoding)
+        answer = timed(variant, environment, audience)
+        return None if answer is None else asker.tell(answer, again=found.again)
+
+    def _asker(
+        self, prefix: bytes, headers: Mapping[bytes, bytes], *, closes: bool
+    ) -> _Asker | None:
         route, environment = self._found(prefix, headers)
         if route is None or environment is None:
-            return None
-        answer = self._evaluation.answer(
-            environment,
-            route.audience,
-            segment,
-            query,
-            if_none_match=headers.get(b"if-none-match", b""),
-            accept_encoding=headers.get(b"accept-encoding", b""),
-        )
-        if answer is None:
             return None
         spec, access = environment.spec, route.access
         agent = client(self._traffic, headers)
         series = Series(spec.name, route.template, "GET", access.platform, agent)
-        if access is BROWSER:
-            origin = headers.get(b"origin", b"")
-            answer = answer.with_headers(*cors_lines(spec, origin, METHODS, access.exposed))
-        return answer, self._traffic.requests[series]
+        origin = headers.get(b"origin", b"")
+        told = access is BROWSER
+        cors = cors_lines(spec, origin, METHODS, access.exposed) if told else ()
+        return _Asker(
+            environment,
+            route,
+            self._traffic.requests[series],
+            cors,
+            headers.get(b"if-none-match", b""),
+            headers.get(b"accept-encoding", b""),
+            closes,
+        )
 
     def _found(
         self, prefix: bytes, headers: Mapping[bytes, bytes]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relay.evaluation import form
 from relay.evaluation.audience import Audience
 from relay.evaluation.bucketing import single, single_of_int
 from relay.evaluation.evaluator import evaluate
@@ -23,6 +24,14 @@ from tests.support.data import flag, segment
 
 ANNA = parse_context(b'{"kind":"user","key":"anna","plan":"pro"}')
 EVERYBODY = pytest.mark.parametrize("audience", Audience)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def groups_of_any_size():
+    """Test data have few flags; they are grouped all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(form, "MIN_GROUPED", 1)
+        yield
 
 
 def program_of(library: Library, audience: Audience, version: int = 1) -> Program:
@@ -54,7 +63,9 @@ def same(program: Program, payload: Payload, audience: Audience, context: Contex
     for with_reasons in (False, True):
         wanted = interpreted(payload, audience, context, with_reasons=with_reasons)
         assert program.some(context, [*FLAGS, "unknown"], with_reasons=with_reasons) == wanted
-        body = program.all(context, with_reasons=with_reasons)
+        first = program.body(context, with_reasons=with_reasons)
+        assert program.body(context, with_reasons=with_reasons) == first
+        body = b"".join(first.pieces)
         assert json.loads(body) == {key: json.loads(entry) for key, entry in wanted.items()}
         rest = body[1:-1]
         for member in members(wanted):
@@ -104,8 +115,8 @@ def test_a_program_built_on_the_one_before_is_the_same_as_one_made_anew(change, 
         anew = program_of(Library(after), audience)
         for context in asking:
             for with_reasons in (False, True):
-                body = program.all(context, with_reasons=with_reasons)
-                assert body == anew.all(context, with_reasons=with_reasons)
+                body = program.body(context, with_reasons=with_reasons)
+                assert body == anew.body(context, with_reasons=with_reasons)
             same(program, after, audience, context)
 
 
@@ -275,3 +286,83 @@ def test_thresholds_are_exact(bound, off, anywhere, rest):
         digest = ((number << 4) | 15).to_bytes(8, "big") + rest
         assert (digest < text) is (single_of_int(number) / 2.0**60 < bound)
         assert struct.unpack(">f", struct.pack(">f", bound)) == (bound,)
+
+
+def rule(clause: dict, variation: int = 1) -> dict:
+    return {"clauses": [clause], "variation": variation}
+
+
+def context_of(key: str, **attributes: object) -> Context:
+    return parse_context(json.dumps({"kind": "user", "key": key, **attributes}).encode())
+
+
+PRO = {"attribute": "plan", "op": "in", "values": ["pro"]}
+IN_CROWD = {"attribute": "", "op": "segmentMatch", "values": ["crowd"]}
+HALF = {"rollout": {"variations": [{"variation": n, "weight": 50_000} for n in (0, 1)]}}
+
+
+def test_contexts_with_the_same_features_share_their_bytes():
+    """Also those of flags with equal clauses, lists in segments, targets and prerequisites."""
+    items = {
+        "flags": {
+            "a": flag("a", rules=[rule(PRO)]),
+            "b": flag("b", rules=[rule(PRO, 0), rule(IN_CROWD)]),
+            "c": flag("c", targets=[{"variation": 1, "values": ["carl"]}]),
+            "d": flag("d", prerequisites=[{"key": "c", "variation": 0}]),
+            "same": flag("same"),
+        },
+        "segments": {"crowd": segment("crowd", included=["ben"])},
+    }
+    program = program_of(Library(payload_of(items)), Audience.SERVER)
+    asking = [
+        *(context_of(f"anna-{n}", plan="pro") for n in range(3)),
+        *(context_of(f"anna-{n}", plan="free", n=n) for n in range(3)),
+        context_of("ben", plan="pro"),
+        context_of("carl", plan="pro"),
+    ]
+    pieces = [program.body(context, with_reasons=False).pieces for context in asking]
+    assert len({id(piece) for *_, piece in pieces}) == 1
+    groups = [id(piece) for _, piece, _ in pieces]
+    assert [groups.index(group) for group in groups] == [0, 0, 0, 3, 3, 3, 6, 7]
+    marks = [program.body(context, with_reasons=False).mark for context in asking]
+    bodies = [b"".join(each) for each in pieces]
+    assert [marks.index(mark) for mark in marks] == [bodies.index(body) for body in bodies]
+
+
+def test_rollouts_are_no_features():
+    """They differ between contexts that are alike otherwise: also those of segments."""
+    drawn = {"clauses": [], "weight": 50_000}
+    items = {
+        "flags": {
+            "a": flag("a", fallthrough=HALF),
+            "b": flag("b", rules=[rule(IN_CROWD)]),
+            "c": flag("c", prerequisites=[{"key": "a", "variation": 0}]),
+            "d": flag("d", rules=[rule({**IN_CROWD, "negate": True}), rule(PRO)]),
+            "e": flag("e", rules=[rule(PRO)]),
+        },
+        "segments": {"crowd": segment("crowd", rules=[drawn])},
+    }
+    library = Library(payload_of(items))
+    flags_ = {key: library.flag(key) for key in items["flags"]}
+    assert {key for key, each in flags_.items() if each and each.features is None} == set("abcd")
+
+
+def test_what_is_kept_for_groups_is_bounded_and_given_up_if_nobody_gains(monkeypatch):
+    """Where most contexts have features of their own, they are not looked at any more."""
+    monkeypatch.setattr(form, "MAX_GROUPS", 32 * 1024)
+    values = [f"v{n}" for n in range(64)]
+    rules = [rule({"attribute": "tag", "op": "in", "values": [value]}) for value in values]
+    items = {f"f{n}": flag(f"f{n}", rules=[each]) for n, each in enumerate(rules)}
+    payload = payload_of({"flags": items, "segments": {}})
+    for repeats, worthwhile in ((1, False), (3, True)):
+        program = program_of(Library(payload), Audience.SERVER)
+        groups = program._without_reasons._groups
+        assert groups is not None
+        for value in values:
+            context = context_of("anna", tag=value)
+            for _ in range(repeats):
+                body = program.body(context, with_reasons=False)
+                assert json.loads(b"".join(body.pieces))[f"f{value[1:]}"]["variation"] == 1
+            kept = sum(len(piece.text) for piece in groups._kept.values())
+            assert kept <= groups._size <= 32 * 1024
+        assert groups._worthwhile is worthwhile

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 
 import pytest
 
 from relay.environment import Environment
 from relay.evaluation.audience import Audience
+from relay.model.count import Count
 from relay.model.item import Kind, parse
 from relay.model.payload import ChangeSet
-from relay.web import evaluation
+from relay.web import evaluation, prepared
 from relay.web.answers import Answer
-from relay.web.evaluation import Evaluation
+from relay.web.evaluation import Evaluation, Found
+from relay.web.prepared import Given, Prepared
 from tests.support import data
 from tests.support.serving import SDK_KEY, Served, ask, serving
 
@@ -45,6 +48,13 @@ async def answer_to(
     await environment.evaluations.ready(audience)
     asked = {"if_none_match": b"", "accept_encoding": b"", **headers}
     return made.answer(environment, audience, context, query, **asked)
+
+
+def kept(made: Evaluation, environment: Environment, context: bytes = ANNA) -> object:
+    """What is found for a context that asks when everything is compiled; None if it is not kept."""
+    found = made.find(environment, Audience.BROWSER, context, b"")
+    assert isinstance(found, Found)
+    return found.resource if found.again else None
 
 
 @pytest.fixture
@@ -101,13 +111,17 @@ async def test_what_is_not_plain_is_for_the_application(environment, context, qu
 
 
 async def test_a_context_that_asks_again_is_not_evaluated_again(environment):
-    """Until the data change; its answers with and without reasons, for each audience, are apart."""
+    """Until the data change; its answers with and without reasons, for each audience, are apart.
+
+    Nothing is kept for a context that has asked only once.
+    """
     made = Evaluation()
     first = await answer_to(made, environment)
-    again = await answer_to(made, environment)
     assert first is not None
-    assert again is not None
-    assert again.body is first.body
+    assert not made._kept.answers
+    resource = kept(made, environment)
+    assert resource is not None
+    assert kept(made, environment) is resource
     reasons = await answer_to(made, environment, query=b"withReasons=true")
     server = await answer_to(made, environment, audience=Audience.SERVER)
     assert reasons is not None
@@ -123,16 +137,16 @@ async def test_what_is_kept_is_bounded(environment, monkeypatch):
     """In bytes; those that ask again stay, the others go."""
     monkeypatch.setattr(evaluation, "MAX_KEPT", 64 * 1024)
     made = Evaluation()
-    first = await answer_to(made, environment)
+    await answer_to(made, environment)
+    first = kept(made, environment)
+    assert first is not None
     for n in range(100):
-        await answer_to(made, environment, segment({"key": f"user-{n}"}))
-        again = await answer_to(made, environment)
-        assert first is not None
-        assert again is not None
-        assert again.body is first.body
+        for _ in range(2):
+            await answer_to(made, environment, segment({"key": f"user-{n}"}))
+        assert kept(made, environment) is first
         assert made._kept.size == sum(known.size for known in made._kept.answers.values())
         assert made._kept.size <= 64 * 1024
-    assert 3 < len(made._kept.answers) < 20
+    assert 3 < len(made._kept.answers) < 40
 
 
 async def test_two_relays_keep_their_answers_apart():
@@ -154,3 +168,96 @@ async def test_without_data_the_answer_is_503():
     assert answer is not None
     assert (answer.status, answer.body) == (503, b'{"message":"Service not initialized"}')
     assert SDK_KEY.encode() not in answer.head
+
+
+async def test_the_number_of_contexts_that_are_known_to_have_asked_is_bounded(monkeypatch):
+    """The last ones are known; those long ago are as if they had never asked."""
+    monkeypatch.setattr(evaluation, "MAX_SEEN", 10)
+    kept = Evaluation()._kept
+    for n in range(100):
+        assert not kept.has_asked((n,))
+        assert kept.has_asked((n,))
+        assert len(kept._seen) + len(kept._seen_before) <= 20
+    assert kept.has_asked((90,))
+    assert not kept.has_asked((70,))
+
+
+async def test_the_same_request_is_answered_from_memory_until_the_data_change():
+    """At the front door, byte for byte but for the date."""
+    served = Served()
+    give(served.environment, *ITEMS)
+    asked = []
+    find = served.evaluation.find
+    served.evaluation.find = lambda *given: asked.append(given) or find(*given)
+    async with serving(served) as address:
+        reader, writer = await address.connect()
+
+        async def get(context: bytes) -> bytes:
+            path = b"/sdk/evalx/env-1/contexts/" + context
+            writer.write(b"GET %b HTTP/1.1\r\nHost: x\r\nOrigin: a\r\n\r\n" % path)
+            head = await reader.readuntil(b"\r\n\r\n")
+            size = re.search(rb"content-length: (\d+)", head)
+            assert size is not None
+            date = re.compile(rb"date: .*\r\n")
+            return date.sub(b"", head) + await reader.readexactly(int(size[1]))
+
+        answers = [await get(ANNA) for _ in range(5)]
+        assert len(asked) == 2
+        assert len(set(answers)) == 1
+        give(served.environment, ITEMS[0] | {"version": 2})
+        asked.clear()
+        changed = await get(ANNA)
+        assert len(asked) == 1
+        assert json.loads(changed.partition(b"\r\n\r\n")[2])["lamp"]["version"] == 2
+        writer.close()
+
+
+async def test_what_is_remembered_at_the_front_door_is_bounded(monkeypatch):
+    """In bytes; the oldest go first."""
+    monkeypatch.setattr(prepared, "MAX_TOLD", 64 * 1024)
+    served = Served()
+    give(served.environment, *ITEMS)
+    given = Given()
+    await served.environment.evaluations.ready(Audience.BROWSER)
+    heads = [b"GET /%d" % n for n in range(100)]
+    for head in heads:
+        told = Prepared(served.environment, b"HTTP/1.1 200 OK\r\n", (b"x" * 2000,), Count())
+        given.keep_told(head, told)
+        assert given.find(head) is told
+        assert given._told_size <= 64 * 1024
+    assert given.find(heads[0]) is None
+    assert 10 < sum(given.find(head) is not None for head in heads) < 30
+    give(served.environment, ITEMS[0] | {"version": 2})
+    assert not any(given.find(head) for head in heads)
+    assert given._told_size == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("/sdk/evalx/env-1/contexts/{}", {}),
+        ("/sdk/evalx/env-1/users/{}", {"origin": "https://a.example"}),
+        ("/sdk/evalx/env-1/contexts/{}?withReasons=true", {"accept-encoding": "gzip"}),
+        ("/sdk/evalx/contexts/{}", {"authorization": SDK_KEY}),
+        ("/sdk/evalx/env-1/contexts/{}", {"if-none-match": "*"}),
+    ],
+)
+async def test_requests_that_differ_in_their_contexts_only_are_answered_alike(path, headers):
+    """The first of their kind is parsed, the others are not: the answers are the application's."""
+    contexts = [{"kind": "user", "key": f"{n}"} for n in range(3)]
+    contexts += [{"key": ""}, {"kind": "user"}]
+    served, told = Served(), list(headers.items())
+    rule = {"variation": 1, "clauses": [{"attribute": "key", "op": "in", "values": ["1"]}]}
+    give(served.environment, *ITEMS, data.flag("door", rules=[rule], **OPEN))
+    paths = [path.format(segment(context).decode()) for context in contexts]
+    async with serving(served, front=False) as address:
+        expected = [await ask(address, each, told) for each in paths]
+    async with serving(served) as address:
+        replies = [await ask(address, each, told) for each in paths]
+    for reply, wanted in zip(replies, expected, strict=True):
+        assert (reply.status, reply.body) == (wanted.status, wanted.body)
+        assert reply.headers == wanted.headers
+    unchanged = "if-none-match" in headers
+    assert len({reply.body for reply in replies}) == (3 if unchanged else 4)
+    assert len(served.questions._askers) == (0 if unchanged else 1)
+    assert sum(count.value for count in served.traffic.requests.values()) == 2 * len(contexts)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +17,7 @@ from uvicorn.server import ServerState
 
 from relay.hub import StreamLimits
 from relay.protocol import fdv1
+from relay.web import turns
 from relay.web.frontdoor import USED_OF_UVICORN, DoorLimits
 from tests.support.serving import SDK_KEY, Served, Stream, serving, stalled_socket, until
 
@@ -317,3 +320,76 @@ async def test_stalled_streams_cost_little_and_harm_nobody():
         for client in stalled:
             client.close()
         stream.close()
+
+
+@pytest.fixture
+def slow(monkeypatch) -> tuple[Served, list[bytes]]:
+    """A relay that evaluates one context in each turn of the loop, and those that it has had."""
+    monkeypatch.setattr(turns, "MAX_TURN", 0)
+    served, asked = Served(), []
+    find = served.evaluation.find
+
+    def slowly(environment, audience, segment, query):
+        time.sleep(0.002)
+        asked.append(segment)
+        return find(environment, audience, segment, query)
+
+    monkeypatch.setattr(served.evaluation, "find", slowly)
+    return served, asked
+
+
+def question(number: int) -> bytes:
+    context = base64.urlsafe_b64encode(b'{"kind":"user","key":"%d"}' % number).rstrip(b"=")
+    return b"GET /sdk/evalx/env-1/contexts/%b HTTP/1.1\r\nHost: x\r\n\r\n" % context
+
+
+async def test_a_poll_need_not_wait_for_all_contexts(slow):
+    """Contexts that ask at the same time are evaluated in turns, in the order of their coming."""
+    served, asked = slow
+    async with serving(served) as address:
+        await give(served, 1)
+        pollster, poll = await address.connect()
+        clients = [await address.connect() for _ in range(20)]
+        for number, (_, writer) in enumerate(clients):
+            writer.write(question(number))
+        poll.write(POLL)
+        await answer(pollster)
+        assert len(asked) < 15
+        for reader, writer in clients:
+            assert (await answer(reader))[0].startswith(b"HTTP/1.1 200")
+            writer.close()
+        assert len(set(asked)) == 20
+        poll.close()
+
+
+async def test_what_comes_while_a_context_waits_is_answered_after_it(slow):
+    """Requests on the same connection keep their order, whatever they are."""
+    served, asked = slow
+    async with serving(served) as address:
+        await give(served, 1)
+        clients = [await address.connect() for _ in range(5)]
+        for number, (_, writer) in enumerate(clients):
+            writer.write(question(number))
+        await until(lambda: len(asked) > 0)
+        for _, writer in clients:
+            writer.write(POLL)
+            writer.write(question(100) + question(101))
+        for reader, writer in clients:
+            heads = [(await answer(reader))[0] for _ in range(4)]
+            assert [b"etag: relay-" in head for head in heads] == [False, True, False, False]
+            writer.close()
+
+
+async def test_a_context_that_waits_is_answered_before_the_end(slow):
+    """A relay that stops answers all that it has read."""
+    served, asked = slow
+    async with serving(served) as address:
+        await give(served, 1)
+        clients = [await address.connect() for _ in range(20)]
+        for number, (_, writer) in enumerate(clients):
+            writer.write(question(number))
+        await until(lambda: len(asked) > 0)
+        clients.pop()[1].transport.abort()
+    for reader, writer in clients:
+        assert (await answer(reader))[0].startswith(b"HTTP/1.1 200")
+        writer.close()

@@ -1,0 +1,148 @@
+"""Bodies of evalx answers, put together of pieces that many contexts share.
+
+What no context changes is joined once. Of the flags that rules and targets decide, the members are
+joined once for all contexts that have the same features. Rollouts remain for each context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from hashlib import sha256
+from typing import NamedTuple
+
+from relay.evaluation.compiled import Choose, CompiledFlag, Outcome
+from relay.evaluation.subject import Subject
+
+MARK_SIZE = 16
+"""Bytes that tell bodies apart: nobody will meet two with the same."""
+
+MAX_GROUPS = 2 * 1024 * 1024
+"""Bytes that are kept for groups of contexts."""
+
+MIN_GROUPED = 8
+"""Flags for which a group is worth looking up. Fewer are evaluated as fast."""
+
+GROUP_SIZE = 1024
+"""Bytes that keeping a group costs beside its members and features."""
+
+FEATURE_SIZE = 8
+"""Bytes of a feature."""
+
+Join = Callable[[Iterable[Outcome]], bytes]
+
+
+class Body(NamedTuple):
+    """An evalx answer.
+
+    Args:
+        pieces: the first was made for the context.
+        shared: the others, the same objects for many contexts.
+        mark: another one for each other body; the same at all replicas that have the same flags.
+    """
+
+    pieces: tuple[bytes, ...]
+    shared: tuple[Piece, ...]
+    mark: bytes
+
+
+class Form:
+    """All flags of a program, with or without reasons.
+
+    Args:
+        flags: all of them.
+        with_reasons: whether there are reasons.
+    """
+
+    def __init__(self, flags: Iterable[CompiledFlag], *, with_reasons: bool) -> None:
+        join = _join_reasoned if with_reasons else _join_plain
+        settled: list[Outcome] = []
+        grouped: list[CompiledFlag] = []
+        singles: list[Choose] = []
+        for flag in flags:
+            outcome = flag.settled(with_reasons=with_reasons)
+            if outcome is not None:
+                settled.append(outcome)
+            elif flag.features is not None:
+                grouped.append(flag)
+            else:
+                singles.append(flag.choose)
+        if len(grouped) < MIN_GROUPED:
+            singles += [flag.choose for flag in grouped]
+            grouped = []
+        self._join: Join = join
+        self._singles = tuple(singles)
+        self._groups = _Groups(grouped, join, b"," if singles else b"") if grouped else None
+        comma = b"," if settled and (singles or grouped) else b""
+        self._end = Piece(comma + join(settled) + b"}")
+
+    def body(self, subject: Subject) -> Body:
+        """Return the body for a context."""
+        own = b"{" + self._join([choose(subject) for choose in self._singles])
+        end = self._end
+        if self._groups is None:
+            mark = sha256(own + end.digest).digest()[:MARK_SIZE]
+            return Body((own, end.text), (end,), mark)
+        group = self._groups.piece(subject)
+        mark = sha256(own + group.digest + end.digest).digest()[:MARK_SIZE]
+        return Body((own, group.text, end.text), (group, end), mark)
+
+
+class Piece:
+    """Members, joined."""
+
+    __slots__ = ("__weakref__", "digest", "text")
+
+    def __init__(self, text: bytes) -> None:
+        self.text = text
+        self.digest = sha256(text).digest()
+
+
+class _Groups:
+    """Flags that depend on features only, for groups of contexts that have the same ones.
+
+    If groups are so many that most contexts are in a new one, nothing is kept any more.
+    """
+
+    def __init__(self, flags: Sequence[CompiledFlag], join: Join, start: bytes) -> None:
+        features = (feature for flag in flags for feature in flag.features or ())
+        self._features = tuple(dict.fromkeys(features))
+        self._flags = tuple(flag.choose for flag in flags)
+        self._join = join
+        self._start = start
+        self._kept: dict[tuple[Hashable, ...], Piece] = {}
+        self._size = 0
+        self._hits = 0
+        self._worthwhile = True
+
+    def piece(self, subject: Subject) -> Piece:
+        """Return the members of all these flags."""
+        if not self._worthwhile:
+            return self._new(subject)
+        features = tuple([feature(subject) for feature in self._features])
+        piece = self._kept.get(features)
+        if piece is not None:
+            self._hits += 1
+            return piece
+        piece = self._new(subject)
+        self._keep(features, piece)
+        return piece
+
+    def _new(self, subject: Subject) -> Piece:
+        return Piece(self._start + self._join([choose(subject) for choose in self._flags]))
+
+    def _keep(self, features: tuple[Hashable, ...], piece: Piece) -> None:
+        self._size += GROUP_SIZE + FEATURE_SIZE * len(features) + len(piece.text)
+        if self._size > MAX_GROUPS:
+            self._worthwhile = self._hits > len(self._kept)
+            self._kept.clear()
+            self._size = self._hits = 0
+        else:
+            self._kept[features] = piece
+
+
+def _join_plain(outcomes: Iterable[Outcome]) -> bytes:
+    return b",".join([each.plain or each.make_plain() for each in outcomes])
+
+
+def _join_reasoned(outcomes: Iterable[Outcome]) -> bytes:
+    return b",".join([each.reasoned or each.make_reasoned() for each in outcomes])

@@ -1,0 +1,150 @@
+"""What the front door has given before, and gives again to whoever asks in the same words.
+
+Answers are put together once: when the data change, and once a second for their date. The request
+that asks for one is looked up by its bytes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from relay.environment import Environment
+from relay.model.count import Count
+from relay.model.payload import Payload
+from relay.web.heads import MAX_HEAD, Outline, taken_apart
+from relay.web.streams import Opening
+
+MAX_KINDS = 4096
+"""Request heads that are remembered: far more than there are kinds of SDKs, some MB."""
+
+MAX_TOLD = 32 * 1024 * 1024
+"""Bytes of evaluated answers that are remembered by the head of their request."""
+
+TOLD_SIZE = 1024
+"""Bytes that remembering one costs beside its head and body."""
+
+JOINED_BODY = 16 * 1024
+"""Bodies up to this many bytes are joined with their head: one write, one copy."""
+
+CLOSING = (b"connection", b"close")
+CLOSE = b"%b: %b\r\n" % CLOSING
+"""The header of an answer with which the connection ends."""
+
+
+class Prepared:
+    """The answer to a request head, good as long as the environment's payload is the same.
+
+    Args:
+        environment: whose data are in it.
+        head: status line and headers, each with its CRLF; neither `Date` nor the blank line.
+        pieces: of the body.
+        count: of such requests.
+        closes: whether the client wants the connection to end with it.
+    """
+
+    __slots__ = (
+        *("_date", "_head", "_pieces", "_written", "closes", "count"),
+        *("environment", "line", "payload"),
+    )
+
+    def __init__(
+        self,
+        environment: Environment,
+        head: bytes,
+        pieces: tuple[bytes, ...],
+        count: Count,
+        *,
+        closes: bool = False,
+    ) -> None:
+        self.environment = environment
+        self.payload: Payload | None = environment.payload
+        self.count = count
+        self.closes = closes
+        self.line = ""
+        """What is logged of each such request; empty for nothing."""
+        self._head = head + CLOSE if closes else head
+        self._pieces = pieces
+        self._date = b""
+        self._written: tuple[bytes, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Whether the data are the same still."""
+        return self.payload is self.environment.payload
+
+    @property
+    def size(self) -> int:
+        """The bytes of the body."""
+        return sum(map(len, self._pieces))
+
+    def written(self, date: bytes) -> tuple[bytes, ...]:
+        """Return what goes over the wire; put together once a second.
+
+        Args:
+            date: the header and the blank line that ends a head.
+        """
+        if self._date is not date:
+            self._date = date
+            self._written = assembled(self._head, date, self._pieces)
+        return self._written
+
+
+def assembled(head: bytes, date: bytes, pieces: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    """Return what goes over the wire, in as few pieces as is worthwhile."""
+    written = (head, date, *pieces)
+    joined = sum(map(len, pieces)) <= JOINED_BODY
+    return (b"".join(written),) if joined else written
+
+
+class Given:
+    """What was given, by the heads of the requests."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[bytes | Outline, Prepared | Opening] = {}
+        self._told: OrderedDict[bytes, Prepared] = OrderedDict()
+        """The oldest comes first."""
+        self._told_size = 0
+
+    def find(self, head: bytes) -> Prepared | Opening | None:
+        """Return what was given for the same head before, if it still holds."""
+        given = self._kinds.get(head) or self._told.get(head)
+        key: bytes | Outline = head
+        if given is None:
+            key, _ = taken_apart(head)
+            given = self._kinds.get(key)
+        if isinstance(given, Prepared) and not given.holds:
+            self._forget(key)
+            return None
+        return given
+
+    def keep(self, head: bytes, given: Prepared | Opening) -> None:
+        """Keep what was given for the next request with the same head, of whichever instance."""
+        if len(head) > MAX_HEAD or (isinstance(given, Prepared) and _expires(given)):
+            return
+        if len(self._kinds) >= MAX_KINDS:
+            self._kinds.clear()
+        outline, values = taken_apart(head)
+        self._kinds[outline if values else head] = given
+
+    def keep_told(self, head: bytes, told: Prepared) -> None:
+        """Keep what was evaluated for a context for the next request with the same head."""
+        if len(head) > MAX_HEAD or _expires(told) or head in self._told:
+            return
+        self._told[head] = told
+        self._told_size += _told_size(head, told)
+        while self._told_size > MAX_TOLD:
+            oldest, its = self._told.popitem(last=False)
+            self._told_size -= _told_size(oldest, its)
+
+    def _forget(self, key: bytes | Outline) -> None:
+        if self._kinds.pop(key, None) is None and isinstance(key, bytes):
+            self._told_size -= _told_size(key, self._told.pop(key))
+
+
+def _expires(prepared: Prepared) -> bool:
+    """Whether an answer says when it expires, so that the next one says something else."""
+    return prepared.environment.spec.ttl > 0
+
+
+def _told_size(head: bytes, told: Prepared) -> int:
+    return TOLD_SIZE + len(head) + told.size
