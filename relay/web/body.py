@@ -94,6 +94,10 @@ class Room:
         self._full = full
         self._left = max_held
 
+    def has(self, size: int) -> bool:
+        """Whether there is room for a body, and for so many bytes at the moment."""
+        return size <= self.max_size and size <= self._left
+
     def take(self, size: int) -> None:
         """Note that so many bytes more are held.
 

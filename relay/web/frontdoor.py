@@ -26,8 +26,9 @@ from relay.model.payload import Payload
 from relay.relay import Relay
 from relay.web.answers import Headers
 from relay.web.auth import by_plain_key
+from relay.web.heads import MAX_HEAD, Known
 from relay.web.polling import template
-from relay.web.posting import Head, Posts, Receiving
+from relay.web.posting import Posts, Receiving
 from relay.web.streams import STREAMS, Opening, client_opening, stream_headers
 from relay.web.traffic import LoggedWire, Series, Traffic, client, note, request_line, shown
 
@@ -47,6 +48,10 @@ MAX_PREPARED_HEAD = 4096
 
 JOINED_BODY = 16 * 1024
 """Bodies up to this many bytes are joined with their head once a second: one write, one copy."""
+
+MAX_LESSONS = 32
+"""Heads of posts that one connection may teach: of the clients behind a proxy; one that makes up a
+new one for each post costs no more than that."""
 
 _VERSIONS = ("1.1", "1.0")
 _EVALUATED = b"/sdk/evalx/"
@@ -224,20 +229,25 @@ class FrontDoor(HttpToolsProtocol):
         self._post: Receiving | None = None
         """What is being received or kept."""
         self._post_start = b""
-        """What the parser is fed with, if it begins with a post."""
-        self._post_head: Head | None = None
-        """What the head of the last post means; the next one will have the same."""
+        """With what the parser is fed, if that begins with a post."""
+        self._lessons = 0
+        """Heads of posts that this connection has taught."""
+        self._missing = 0
+        """Bytes that are still to come of a post with a known head."""
 
     def data_received(self, data: bytes) -> None:
         """Answer at once what was answered before; parse everything else."""
         door = self._door
         if not self._head_size:  # the head of a request has one time-out for all its pieces
             self._seen = door.now
+        if self._missing and self._post is not None:
+            self._take_piece(self._post, data)
+            return
         if self._between and self._is_idle():
             if data.startswith(b"POST "):
-                if self._post_head is not None and self._take_known(self._post_head, data):
+                if self._take_known(data):
                     return
-                self._post_start = data
+                self._post_start = data[:MAX_HEAD]
             else:
                 prepared = door.prepared(data)
                 if prepared is not None:
@@ -379,6 +389,7 @@ class FrontDoor(HttpToolsProtocol):
         post = posts.begin(self.url, headers)
         if post is None:
             return False
+        post.start = self._post_start
         # So that requests which come meanwhile wait, and a shutdown does, too.
         self._post = self.cycle = cast("Any", post)
         return True
@@ -390,26 +401,61 @@ class FrontDoor(HttpToolsProtocol):
         if posts is None or kept is None:
             self._pass_on(post)
             return
-        if self._post_start:
-            self._post_head = posts.learn(self._post_start, post)
+        if post.start and self._lessons < MAX_LESSONS:
+            self._lessons += 1
+            posts.learn(post)
         if kept.done():
             self._end_post(post, kept)
         else:
             kept.add_done_callback(partial(self._end_post, post))
 
-    def _take_known(self, head: Head, data: bytes) -> bool:
-        """Take a post that has come at once and has the head of the last one."""
+    def _take_known(self, data: bytes) -> bool:
+        """Take a post with a known head, or its first piece."""
         posts = self._door.posts
-        kept = posts.accept_known(head, data) if posts else None
+        known = posts.known(data) if posts else None
+        if posts is None or known is None or known.size < len(data):
+            return False
+        if known.size == len(data):
+            return self._keep_known(known, data)
+        post = posts.waiting(known)
+        if not post.take(data):
+            post.release()
+            return False
+        self._unset_keepalive_if_required()
+        self._post = self.cycle = cast("Any", post)
+        self._between = False
+        self._missing = known.size - len(data)
+        return True
+
+    def _take_piece(self, post: Receiving, data: bytes) -> None:
+        """Take a further piece of a known post; parse it all if it turns out to be odd."""
+        self._missing -= len(data)
+        plain = post.take(data)
+        if plain and self._missing > 0:
+            return
+        whole, complete = b"".join(post.parts), plain and not self._missing
+        post.release()
+        post.response_complete = self._between = True
+        self._post, self._missing = None, 0
+        if not (complete and post.known and self._keep_known(post.known, whole)):
+            self._parse(whole)
+        if not post.keep_alive:
+            self.shutdown()
+
+    def _keep_known(self, known: Known, data: bytes) -> bool:
+        """Take a whole post with a known head; answer it when it is safe."""
+        posts = self._door.posts
+        kept = posts.accept_known(known, data) if posts else None
         if posts is None or kept is None:
             return False
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
         if kept.done() and kept.exception() is None:
             self.server_state.total_requests += 1
-            self.transport.write(head.written(self._door.date))
+            self.transport.write(known.head.written(self._door.date))
             return True
-        post = posts.waiting(head)
+        post = posts.waiting(known)
+        post.hold(known.size - known.start)
         self._post = self.cycle = cast("Any", post)
         kept.add_done_callback(partial(self._end_post, post))
         return True
@@ -421,9 +467,9 @@ class FrontDoor(HttpToolsProtocol):
         self._seen = self._door.now
         if self._door.posts is None or self.transport.is_closing():
             return
-        head = post.head
-        if head is not None and post.keep_alive and not kept.cancelled() and not kept.exception():
-            self.transport.write(head.written(self._door.date))
+        known = post.known
+        if known and post.keep_alive and not kept.cancelled() and not kept.exception():
+            self.transport.write(known.head.written(self._door.date))
         else:
             answer = self._door.posts.answer(post, kept)
             if not post.keep_alive:

@@ -1,8 +1,7 @@
 """Posts of events at the front door: the plain ones, which are nearly all, without the application.
 
 A post that turns out to be odd is given to the application with all that has come of it, so what is
-refused is refused there, and in its words. SDKs send the same head again and again, but for the
-length and the id of the post: what a head means is found out once.
+refused is refused there, and in its words.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from relay.environment import Environment
 from relay.errors import StoreUnavailable
 from relay.model.count import Count
-from relay.model.event import Endpoint, Lane
+from relay.model.event import Endpoint
 from relay.relay import Relay
 from relay.web.answers import Answer, environment_headers
 from relay.web.auth import plain_key
@@ -29,8 +27,9 @@ from relay.web.body import (
     Room,
 )
 from relay.web.cors import cors_lines
-from relay.web.endpoint import BROWSER, MOBILE, SERVER, Access
-from relay.web.events import ACCEPTED, Events, is_payload_id
+from relay.web.endpoint import BROWSER, MOBILE, SERVER
+from relay.web.events import ACCEPTED, Events
+from relay.web.heads import Head, Known, Opened, Route, cut, length_at
 from relay.web.traffic import Series, Traffic
 
 PLAIN_SIZE = 256 * 1024
@@ -43,29 +42,9 @@ MAX_KNOWN = 4096
 MAX_HEADS = 1024
 """Heads whose meaning is known: of each kind of client in each environment; a few KB each."""
 
-MAX_HEAD = 4096
-"""Bytes of a head whose meaning is remembered; SDKs send a few hundred."""
-
-MAX_VALUE = 101
-"""Bytes up to the end of the value of a variable header."""
-
-_LENGTH = b"content-length"
-_VARIABLE = (_LENGTH, b"x-launchdarkly-payload-id")
-"""The headers that are different in each post of a client."""
-
-_END = b"\r\n\r\n"
-
 _ID = re.compile(rb"[0-9A-Za-z_-]+")
 
 _log = logging.getLogger("relay.web")
-
-
-class Route(NamedTuple):
-    """Where events are posted."""
-
-    template: str
-    endpoint: Endpoint
-    access: Access
 
 
 ROUTES: Mapping[bytes, Route] = {
@@ -85,14 +64,6 @@ ROUTES: Mapping[bytes, Route] = {
 
 BROWSERS = ("POST", "OPTIONS")
 """The methods of routes that browsers use, as they are told."""
-
-
-class Opened(NamedTuple):
-    """Where a post goes, and whose it is."""
-
-    route: Route
-    credential: str
-    environment: Environment
 
 
 class Posts:
@@ -165,28 +136,31 @@ class Posts:
             more += cors_lines(spec, post.headers.get(b"origin", b""), BROWSERS, access.exposed)
         return answer.with_headers(*more)
 
-    def learn(self, data: bytes, post: Receiving) -> Head | None:
-        """Return what the head of an accepted post means, for those that follow; None if odd.
+    def learn(self, post: Receiving) -> None:
+        """Remember what the head of an accepted post means, unless it is odd."""
+        head = cut(post.start)
+        at = length_at(head, post.url, post.headers) if head else None
+        if head is None or at is None:
+            return
+        if len(self._heads) >= MAX_HEADS:
+            self._heads.clear()
+        route, _, environment = post.opened
+        self._heads[head.texts] = Head(
+            post.opened,
+            at,
+            self._events.lane(environment, route.endpoint, post.headers),
+            compressed=post.compressed,
+            origin=post.headers.get(b"origin", b""),
+            count=self._count(post),
+            answer=self._completed(ACCEPTED, post).head,
+        )
 
-        Args:
-            data: the request, and maybe what follows it.
-            post: what has come of it.
-        """
-        found = _texts(data, post.url, post.headers)
-        if found is None:
-            return None
-        head = self._heads.get(found[0])
-        if head is None or not self._holds(head):
-            if len(self._heads) >= MAX_HEADS:
-                self._heads.clear()
-            head = self._heads[found[0]] = self._meaning(*found, post)
-        return head
-
-    def _meaning(self, texts: tuple[bytes, ...], length_at: int, post: Receiving) -> Head:
-        endpoint, environment = post.opened.route.endpoint, post.opened.environment
-        lane = self._events.lane(environment, endpoint, post.headers)
-        answer = self._completed(ACCEPTED, post).head
-        return Head(texts, length_at, post, lane, self._count(post), answer)
+    def known(self, data: bytes) -> Known | None:
+        """Return what is known of the post with which data begin; None if it is not known."""
+        head = cut(data)
+        meaning = self._heads.get(head.texts) if head else None
+        known = meaning.read(head) if head and meaning else None
+        return known if known and known.size <= PLAIN_SIZE else None
 
     def _holds(self, head: Head) -> bool:
         """Whether a head means what it meant: its credential opens the same environment."""
@@ -196,19 +170,18 @@ class Posts:
             and environment.spec is head.spec
         )
 
-    def accept_known(self, head: Head, data: bytes) -> asyncio.Future[object] | None:
-        """Accept a whole request with a known head; None if it has another one, or is odd."""
-        found = head.read(data)
-        if found is None or not self._holds(head):
+    def accept_known(self, known: Known, data: bytes) -> asyncio.Future[object] | None:
+        """Accept a whole post; None if it is odd, or its head means something else by now."""
+        head, body = known.head, data[known.start :]
+        if not self._holds(head):
             return None
-        payload_id, body = found
-        events = self._events
+        events, room = self._events, self._events.room
         if head.compressed:
-            body = _inflated(body, lambda size: size <= events.room.max_size)
-        if len(body) > events.room.max_size:
+            body = _inflated(body, room.has)
+        if not room.has(len(body)):
             return None
         try:
-            kept = events.accept_in(head.lane, payload_id, body)
+            kept = events.accept_in(head.lane, known.payload_id, body)
         except Exception as e:  # noqa: BLE001 - the client is answered all the same
             return _failed(e)
         if kept is None:
@@ -216,9 +189,10 @@ class Posts:
         head.count.value += 1
         return asyncio.ensure_future(kept)
 
-    def waiting(self, head: Head) -> Receiving:
-        """Return what stands for a post with a known head until it is safe."""
-        return Receiving(head.opened, b"", head.headers, self._events.room, head)
+    def waiting(self, known: Known) -> Receiving:
+        """Return what stands for a known post until it is complete, or safe."""
+        headers = {b"origin": known.head.origin}
+        return Receiving(known.head.opened, b"", headers, self._events.room, known)
 
     def _count(self, post: Receiving) -> Count:
         own = post.headers.get(b"x-launchdarkly-user-agent", b"")
@@ -242,41 +216,6 @@ def _failed(error: Exception) -> asyncio.Future[object]:
     return failed
 
 
-def _texts(
-    data: bytes, url: bytes, headers: Mapping[bytes, bytes]
-) -> tuple[tuple[bytes, ...], int] | None:
-    """Cut the values of the variable headers out of a head.
-
-    Args:
-        data: begins with the head.
-        url: its target, as it was parsed.
-        headers: the same, each once.
-
-    Returns:
-        What is before, between and after the values, and which of them is the length; None if the
-        head is not written plainly, or has no length.
-    """
-    if _LENGTH not in headers:
-        return None
-    end = data.find(_END, 0, MAX_HEAD)
-    line, *lines = data[: max(end, 0)].split(b"\r\n")
-    if line != b"POST %b HTTP/1.1" % url or len(lines) != len(headers):
-        return None
-    texts, names = [line], []
-    for each in lines:
-        name, _, value = each.partition(b":")
-        name = name.lower()
-        if headers.get(name) != value.strip(b" \t"):
-            return None
-        texts[-1] += b"\r\n" + each
-        if name in _VARIABLE:
-            names.append(name)
-            texts[-1] = texts[-1].removesuffix(headers[name])
-            texts.append(b"")
-    texts[-1] += _END
-    return tuple(texts), names.index(_LENGTH)
-
-
 def _has_plain_body(headers: Mapping[bytes, bytes]) -> bool:
     length = headers.get(b"content-length")
     if length is None:
@@ -287,70 +226,6 @@ def _has_plain_body(headers: Mapping[bytes, bytes]) -> bool:
 _NOBODY_WAITS = asyncio.Event()
 
 
-class Head:
-    """What the head of a post means, and all heads that are the same but for length and id.
-
-    Args:
-        texts: what is before, between and after the values of these headers.
-        length_at: which of the values is the length.
-        post: one with this head.
-        lane: how they travel.
-        count: of such requests.
-        answer: status line and headers of a 202.
-    """
-
-    __slots__ = (
-        *("_after", "_before", "_date", "_length_at", "_written", "answer"),
-        *("compressed", "count", "headers", "lane", "opened", "spec"),
-    )
-
-    def __init__(  # noqa: PLR0917 - all that a head tells
-        self,
-        texts: tuple[bytes, ...],
-        length_at: int,
-        post: Receiving,
-        lane: Lane,
-        count: Count,
-        answer: bytes,
-    ) -> None:
-        self.opened = post.opened
-        self.spec = post.opened.environment.spec
-        self.headers = {b"origin": post.headers.get(b"origin", b"")}
-        self.compressed = post.compressed
-        self.lane = lane
-        self.count = count
-        self.answer = answer
-        self._before, *self._after = texts
-        self._length_at = length_at
-        self._date = b""
-        self._written = b""
-
-    def read(self, data: bytes) -> tuple[str, bytes] | None:
-        """Return id and body of a whole request with this head; None of any other."""
-        if not data.startswith(self._before):
-            return None
-        at = len(self._before)
-        values = [b"", b""]
-        for place, text in enumerate(self._after):
-            end = data.find(b"\r", at, at + MAX_VALUE)
-            if end < 0 or not data.startswith(text, end):
-                return None
-            values[place] = data[at:end]
-            at = end + len(text)
-        length, payload_id = values[self._length_at], values[1 - self._length_at]
-        if not length.isdigit() or int(length) != len(data) - at or len(data) > PLAIN_SIZE:
-            return None
-        if len(self._after) > 1 and not is_payload_id(payload_id):
-            return None
-        return payload_id.decode(), data[at:]
-
-    def written(self, date: bytes) -> bytes:
-        """Return the 202; put together once a second."""
-        if self._date is not date:
-            self._date, self._written = date, self.answer + date
-        return self._written
-
-
 class Receiving:
     """A post that is being received or kept. To uvicorn it looks like a request to the application.
 
@@ -359,11 +234,11 @@ class Receiving:
         url: the target of the request.
         headers: of the request, each once.
         room: for the body.
-        head: if what its head means was known.
+        known: if its head was known.
     """
 
     __slots__ = (
-        *("_held", "_room", "head", "headers", "opened", "parts", "url"),
+        *("_held", "_room", "headers", "known", "opened", "parts", "start", "url"),
         *("disconnected", "keep_alive", "response_complete"),
     )
 
@@ -375,11 +250,13 @@ class Receiving:
         url: bytes,
         headers: Mapping[bytes, bytes],
         room: Room,
-        head: Head | None = None,
+        known: Known | None = None,
     ) -> None:
         self.opened = opened
         self.url = url
-        self.head = head
+        self.known = known
+        self.start = b""
+        """The first bytes of the request, where its head may be learnt."""
         self.headers = headers
         self.parts: list[bytes] = []
         self.disconnected = False
@@ -391,12 +268,12 @@ class Receiving:
     def take(self, part: bytes) -> bool:
         """Take a further part; return whether the post is plain still."""
         self.parts.append(part)
-        return self._hold(len(part))
+        return self.hold(len(part))
 
     def content(self) -> bytes:
         """Return the body, decompressed; empty if there is none, or it is not plain."""
         body = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
-        return _inflated(body, self._hold) if self.compressed else body
+        return _inflated(body, self.hold) if self.compressed else body
 
     @property
     def compressed(self) -> bool:
@@ -409,7 +286,8 @@ class Receiving:
         self._held = 0
         self.parts.clear()
 
-    def _hold(self, size: int) -> bool:
+    def hold(self, size: int) -> bool:
+        """Take room for so many bytes, until the release; return whether there is any."""
         if self._held + size > min(self._room.max_size, 2 * PLAIN_SIZE):
             return False
         try:
