@@ -57,12 +57,9 @@ waits, and clients may say what they like; of further ones tags and wrapper are 
 REPORT_EVERY = 60.0
 """Seconds between two lines about what could not be used."""
 
-MAX_PAYLOAD_ID = 100
-"""Characters of a payload id; SDKs send 36."""
-
 _SCHEMA_HEADER = b"x-launchdarkly-event-schema"
 _SCHEMA = re.compile(rb"\+?0*[0-9]{1,2}")
-_PAYLOAD_ID = re.compile(rb"[!-~]{1,%d}" % MAX_PAYLOAD_ID)
+_PAYLOAD_ID = re.compile(rb"[!-~]{1,100}")
 _STANDARD_ALPHABET = str.maketrans("-_ ", "+/+")
 """From the URL-safe one; in a query an unescaped `+` reads as a blank."""
 
@@ -372,7 +369,12 @@ def _first(request: Request) -> Mapping[bytes, bytes]:
 def _payload_id(headers: Mapping[bytes, bytes]) -> str:
     """Return the SDK's payload id; empty if there is none, or none that SDKs would make."""
     given = headers.get(b"x-launchdarkly-payload-id", b"")
-    return given.decode() if _PAYLOAD_ID.fullmatch(given) else ""
+    return given.decode() if is_payload_id(given) else ""
+
+
+def is_payload_id(given: bytes) -> bool:
+    """Whether it is an id that SDKs would make."""
+    return _PAYLOAD_ID.fullmatch(given) is not None
 
 
 def _from_base64(text: str) -> bytes:

@@ -26,7 +26,7 @@ from relay.model.payload import Payload
 from relay.relay import Relay
 from relay.web.answers import Headers
 from relay.web.auth import by_plain_key
-from relay.web.heads import MAX_HEAD, Known
+from relay.web.heads import MAX_HEAD, Head, Known
 from relay.web.polling import template
 from relay.web.posting import Posts, Receiving
 from relay.web.streams import STREAMS, Opening, client_opening, stream_headers
@@ -232,6 +232,8 @@ class FrontDoor(HttpToolsProtocol):
         """With what the parser is fed, if that begins with a post."""
         self._lessons = 0
         """Heads of posts that this connection has taught."""
+        self._last_head: Head | None = None
+        """That of the last post, if it was known."""
         self._missing = 0
         """Bytes that are still to come of a post with a known head."""
 
@@ -412,7 +414,7 @@ class FrontDoor(HttpToolsProtocol):
     def _take_known(self, data: bytes) -> bool:
         """Take a post with a known head, or its first piece."""
         posts = self._door.posts
-        known = posts.known(data) if posts else None
+        known = posts.known(data, self._last_head) if posts else None
         if posts is None or known is None or known.size < len(data):
             return False
         if known.size == len(data):
@@ -446,6 +448,7 @@ class FrontDoor(HttpToolsProtocol):
         """Take a whole post with a known head; answer it when it is safe."""
         posts = self._door.posts
         kept = posts.accept_known(known, data) if posts else None
+        self._last_head = known.head if kept else None
         if posts is None or kept is None:
             return False
         if self.timeout_keep_alive_task is not None:

@@ -14,7 +14,7 @@ from relay.environment import Environment
 from relay.model.count import Count
 from relay.model.event import Endpoint, Lane
 from relay.web.endpoint import Access
-from relay.web.events import MAX_PAYLOAD_ID
+from relay.web.events import is_payload_id
 
 MAX_HEAD = 4096
 """Bytes of a head whose meaning is remembered; SDKs send a few hundred."""
@@ -74,6 +74,21 @@ def cut(data: bytes) -> Cut | None:
     return None
 
 
+def cut_like(data: bytes, texts: tuple[bytes, ...]) -> Cut | None:
+    """Cut a head that has these texts, as the last one on the connection; None if it has others."""
+    if not data.startswith(texts[0]):
+        return None
+    at = len(texts[0])
+    values: list[bytes] = []
+    for text in texts[1:]:
+        end = data.find(b"\r", at, at + MAX_HEAD)
+        if end < 0 or not data.startswith(text, end):
+            return None
+        values.append(data[at:end])
+        at = end + len(text)
+    return Cut(texts, values, at)
+
+
 def length_at(head: Cut, url: bytes, headers: Mapping[bytes, bytes]) -> int | None:
     """Return which of the values is the length; None if there is none, or the head is odd.
 
@@ -99,6 +114,7 @@ class Head:
     """What a head means, and all that are the same but for length and id.
 
     Args:
+        texts: of the head.
         opened: where the post goes, and whose it is.
         length_at: which of the values is the length.
         lane: how the post travels.
@@ -110,11 +126,12 @@ class Head:
 
     __slots__ = (
         *("_date", "_length_at", "_written", "answer", "compressed"),
-        *("count", "lane", "opened", "origin", "spec"),
+        *("count", "lane", "opened", "origin", "spec", "texts"),
     )
 
     def __init__(
         self,
+        texts: tuple[bytes, ...],
         opened: Opened,
         length_at: int,
         lane: Lane,
@@ -124,6 +141,7 @@ class Head:
         count: Count,
         answer: bytes,
     ) -> None:
+        self.texts = texts
         self.opened = opened
         self.spec = opened.environment.spec
         self.lane = lane
@@ -143,7 +161,7 @@ class Head:
             return None
         if len(values) > 1:
             payload_id = values[1 - self._length_at]
-            if not 0 < len(payload_id) <= MAX_PAYLOAD_ID:
+            if not is_payload_id(payload_id):
                 return None
         return Known(self, payload_id.decode(), head.end, head.end + int(length))
 

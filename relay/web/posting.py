@@ -29,7 +29,7 @@ from relay.web.body import (
 from relay.web.cors import cors_lines
 from relay.web.endpoint import BROWSER, MOBILE, SERVER
 from relay.web.events import ACCEPTED, Events
-from relay.web.heads import Head, Known, Opened, Route, cut, length_at
+from relay.web.heads import Head, Known, Opened, Route, cut, cut_like, length_at
 from relay.web.traffic import Series, Traffic
 
 PLAIN_SIZE = 256 * 1024
@@ -146,6 +146,7 @@ class Posts:
             self._heads.clear()
         route, _, environment = post.opened
         self._heads[head.texts] = Head(
+            head.texts,
             post.opened,
             at,
             self._events.lane(environment, route.endpoint, post.headers),
@@ -155,10 +156,17 @@ class Posts:
             answer=self._completed(ACCEPTED, post).head,
         )
 
-    def known(self, data: bytes) -> Known | None:
-        """Return what is known of the post with which data begin; None if it is not known."""
-        head = cut(data)
-        meaning = self._heads.get(head.texts) if head else None
+    def known(self, data: bytes, last: Head | None = None) -> Known | None:
+        """Return what is known of the post with which data begin; None if it is not known.
+
+        Args:
+            data: what has come.
+            last: the head of the post before on the same connection; probably it is the same.
+        """
+        head, meaning = (cut_like(data, last.texts), last) if last else (None, None)
+        if head is None:
+            head = cut(data)
+            meaning = self._heads.get(head.texts) if head else None
         known = meaning.read(head) if head and meaning else None
         return known if known and known.size <= PLAIN_SIZE else None
 
