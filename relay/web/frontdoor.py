@@ -45,6 +45,10 @@ USED_OF_UVICORN = (
 )
 """The attributes of uvicorn's protocol that this module relies on; a test looks for each."""
 
+MAX_LESSONS = 32
+"""Heads of posts that one connection may teach: of the clients behind a proxy; one that makes up a
+new one for each post costs no more than that."""
+
 _VERSIONS = ("1.1", "1.0")
 _EVALUATED = b"/sdk/evalx/"
 _QUESTIONS = (b"GET /sdk/evalx/", b"GET /msdk/evalx/")
@@ -222,6 +226,8 @@ class FrontDoor(HttpToolsProtocol):
         """What is being received or kept."""
         self._post_start = b""
         """What the parser is fed with, if it begins with a post."""
+        self._lessons = 0
+        """Heads of posts that this connection has taught."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Note what the door needs; who is connected to whom, only the application asks."""
@@ -478,7 +484,8 @@ class FrontDoor(HttpToolsProtocol):
         if posts is None or kept is None:
             self._pass_on(post)
             return
-        if post.head is None and post.start:
+        if post.head is None and post.start and self._lessons < MAX_LESSONS:
+            self._lessons += 1
             posts.learn(post.start, post)
         if kept.done():
             self._end_post(post, kept)

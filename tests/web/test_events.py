@@ -7,10 +7,12 @@ import base64
 import gzip
 import json
 import logging
+import random
 import re
 import tracemalloc
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -728,14 +730,19 @@ async def test_posts_that_come_at_once_are_answered_in_turn(kept):
     assert len(kept.posts) == 4
 
 
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("complete", [True, False])
-async def test_who_leaves_gives_the_room_back(kept, complete):
+async def test_who_leaves_gives_the_room_back(kept, complete, known):
     """In the middle of a post as while it is being kept; what was complete is kept all the same."""
-    kept.safe.clear()
     served = served_by(kept)
     whole = served.events.room._left
     async with serving(served) as address:
-        _, writer = await address.connect()
+        reader, writer = await address.connect()
+        if known:  # the head, from an earlier post
+            writer.write(request_of("/bulk", SDK))
+            await statuses(reader, 1)
+            kept.posts.clear()
+        kept.safe.clear()
         writer.write(request_of("/bulk", SDK)[: None if complete else -5])
         await until(lambda: served.events.room._left < whole)
         writer.close()
@@ -746,14 +753,25 @@ async def test_who_leaves_gives_the_room_back(kept, complete):
     assert len(kept.posts) == 1 + complete
 
 
-async def test_a_post_on_its_way_at_the_end_is_answered(kept):
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("complete", [True, False])
+async def test_a_post_on_its_way_at_the_end_is_answered(kept, complete, known):
     """A shutdown waits for it, and its connection ends with the answer."""
-    kept.safe.clear()
-    async with serving(served_by(kept)) as address:
+    served = served_by(kept)
+    whole = served.events.room._left
+    async with serving(served) as address:
         reader, writer = await address.connect()
-        writer.write(request_of("/bulk", SDK))
-        await until(lambda: kept.posts)
-        asyncio.get_running_loop().call_later(0.2, kept.safe.set)
+        if known:
+            writer.write(request_of("/bulk", SDK))
+            await statuses(reader, 1)
+        kept.safe.clear()
+        sent = request_of("/bulk", SDK)
+        writer.write(sent[: None if complete else -5])
+        await until(lambda: served.events.room._left < whole)
+        loop = asyncio.get_running_loop()
+        if not complete:
+            loop.call_later(0.1, writer.write, sent[-5:])
+        loop.call_later(0.2, kept.safe.set)
     async with asyncio.timeout(5):
         head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 202 ")
@@ -948,6 +966,62 @@ async def test_a_known_head_opens_what_its_key_opens_now(kept):
         relay.by_sdk_key[KEY] = main
         assert (await post(address, SOME, SCHEMA_4)).status == 202
     assert [p.lane.environment for p in kept.posts] == ["main"] * 2 + ["e2"] * 3 + ["main"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_pieces_of_any_size(kept, seed):
+    """Posts of known and unknown heads, cut anywhere, come out whole, once and in order."""
+    chance = random.Random(seed)
+    lengths = [chance.choice((1, 100, 10_000)) for _ in range(8)]
+    bodies = [b'[{"n":"%s"}]' % (b"x" * length) for length in lengths]
+    async with serving(served_by(kept)) as address:
+        reader, writer = await address.connect()
+        for number, body in enumerate(bodies):
+            tags = [("X-LaunchDarkly-Tags", "a/b")] * (chance.random() < 0.3)
+            sent = with_id(number, "/bulk", SDK, *tags, body=body)
+            cuts = sorted(chance.choices(range(len(sent)), k=chance.randrange(4)))
+            for start, stop in pairwise([0, *cuts, len(sent)]):
+                writer.write(sent[start:stop])
+                await asyncio.sleep(0.002)
+            if chance.random() < 0.7:  # otherwise the next one follows at once
+                await until(lambda number=number: len(kept.posts) == number + 1)
+        assert (await statuses(reader, len(bodies)))[0] == [202] * len(bodies)
+        writer.close()
+    assert kept.bodies == bodies
+    assert [post.payload_id for post in kept.posts] == [f"id-{n}" for n in range(len(bodies))]
+
+
+async def test_there_is_no_room_for_a_known_post_in_pieces(kept):
+    """It is refused as any other."""
+    served = served_by(kept)
+    served.events.room = Room(1000, 500)
+    async with serving(served) as address:
+        reader, writer = await address.connect()
+        for _ in range(2):
+            writer.write(with_id(1))
+            assert (await statuses(reader, 1))[0] == [202]
+        sent = with_id(2, body=b"[" + b" " * 700 + b"1]")
+        writer.write(sent[:-600])
+        await until(lambda: served.events.room._left < 500)
+        writer.write(sent[-600:])
+        assert (await statuses(reader, 1))[0] == [503]
+        await until(lambda: served.events.room._left == 500)
+        writer.close()
+    assert kept.bodies == [SOME] * 2
+
+
+async def test_a_connection_teaches_only_so_many_heads(kept, monkeypatch):
+    """Somebody whose heads are all different does not make us forget the others'."""
+    monkeypatch.setattr("relay.web.frontdoor.MAX_LESSONS", 3)
+    served = served_by(kept)
+    posts = Posts(served.relay, served.events, served.traffic)
+    async with serving(served, app=never, posts=posts) as address:
+        reader, writer = await address.connect()
+        for number in range(9):
+            writer.write(with_id(1, "/bulk", SDK, ("Traceparent", f"{number}")))
+            assert (await statuses(reader, 1))[0] == [202]
+        writer.close()
+    assert len(posts._heads) == 3
 
 
 async def test_connections_share_what_heads_mean(kept, monkeypatch):
