@@ -290,6 +290,7 @@ class _Compilation:
         flag, experiment = self._flag, rollout.kind == "experiment"
         prefix = bucketing.salted(flag.key, flag.salt, rollout.seed)
         hashed = rollout.context_kind, rollout.bucket_by, prefix
+        digest = hashing(*hashed, experiment=experiment)
         bounds, reached = [], 0.0
         for each in rollout.variations or ():
             reached = bucketing.single(reached + bucketing.share(each.weight))
@@ -311,7 +312,7 @@ class _Compilation:
         usual = of_keys_alone(*hashed, experiment=experiment)
         if usual is not None and len(bounds[1:]) == 1:
             return _split(*usual, bounds, lacking)
-        return _bucket(hashing(*hashed, experiment=experiment), bounds, lacking)
+        return _bucket(digest, bounds, lacking)
 
 
 def _targets(flag: Flag) -> Iterable[tuple[Target, Number]]:

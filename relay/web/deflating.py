@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
@@ -42,6 +43,10 @@ class Evaluated(Resource):
     def compress(self) -> Answer:
         """Return the gzip variant. May run in a thread."""
         return self.compressed_answer(self.compressed_body())
+
+    async def compress_aside(self) -> Answer:
+        """Compress in a thread; what is shared is compressed for others, too."""
+        return await asyncio.to_thread(self.compress)
 
     def compressed_body(self) -> bytes:
         """Return its body."""

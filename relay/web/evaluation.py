@@ -266,7 +266,8 @@ class Evaluation:
         again = self._kept.has_asked(place)
         if again:
             key, resource = result
-            size = ENTRY_SIZE + len(resource.pieces[0]) + len(raw)  # the other pieces are shared
+            # Mostly shared, but not with the answers of other data, or of no group.
+            size = ENTRY_SIZE + resource.size + len(raw)
             self._kept.put(place, _Known(program.version, key, resource, size))
         return Found(result.resource, again)
 

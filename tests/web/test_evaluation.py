@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import re
+import threading
 
 import pytest
 
 from relay.environment import Environment
 from relay.evaluation.audience import Audience
+from relay.model.context import Context
 from relay.model.count import Count
 from relay.model.item import Kind, parse
 from relay.model.payload import ChangeSet
@@ -146,7 +148,7 @@ async def test_what_is_kept_is_bounded(environment, monkeypatch):
         assert kept(made, environment) is first
         assert made._kept.size == sum(known.size for known in made._kept.answers.values())
         assert made._kept.size <= 64 * 1024
-    assert 3 < len(made._kept.answers) < 40
+    assert 3 < len(made._kept.answers) < 20
 
 
 async def test_two_relays_keep_their_answers_apart():
@@ -189,6 +191,7 @@ async def test_the_same_request_is_answered_from_memory_until_the_data_change():
     asked = []
     find = served.evaluation.find
     served.evaluation.find = lambda *given: asked.append(given) or find(*given)
+    await served.environment.evaluations.ready(Audience.BROWSER)
     async with serving(served) as address:
         reader, writer = await address.connect()
 
@@ -261,3 +264,32 @@ async def test_requests_that_differ_in_their_contexts_only_are_answered_alike(pa
     assert len({reply.body for reply in replies}) == (3 if unchanged else 4)
     assert len(served.questions._askers) == (0 if unchanged else 1)
     assert sum(count.value for count in served.traffic.requests.values()) == 2 * len(contexts)
+
+
+@pytest.mark.parametrize("audience_path", ["/sdk/evalx/env-1/context", "/sdk/evalx/context"])
+async def test_a_large_context_does_not_hold_the_loop(audience_path, monkeypatch):
+    """It is read and evaluated in a thread, with the result and the refusals of a small one."""
+    read, threads = evaluation.context_in_body, []
+
+    def noting(body: bytes) -> Context:
+        threads.append(threading.current_thread())
+        return read(body)
+
+    monkeypatch.setattr(evaluation, "context_in_body", noting)
+    served, told = Served(), [("authorization", SDK_KEY), ("content-type", "application/json")]
+    rule = {"variation": 1, "clauses": [{"attribute": "tags", "op": "in", "values": ["last"]}]}
+    give(served.environment, data.flag("door", rules=[rule], **OPEN))
+    for audience in Audience:  # else what is small may have to wait, and is read twice
+        await served.environment.evaluations.ready(audience)
+    tags = [f"tag-{n}" for n in range(2000)]
+    values, statuses = [], []
+    async with serving(served) as address:
+        for more, key in (([], "anna"), (tags, "anna"), ([*tags, "last"], "anna"), (tags, 5)):
+            body = json.dumps({"kind": "user", "key": key, "tags": more}).encode()
+            reply = await ask(address, audience_path, told, method="REPORT", body=body)
+            statuses.append(reply.status)
+            values.append(json.loads(reply.body).get("door", {}).get("variation"))
+    assert statuses == [200, 200, 200, 400]
+    assert values == [0, 0, 1, None]
+    mine = threading.current_thread()
+    assert [thread is mine for thread in threads] == [True, False, False, False]
