@@ -41,7 +41,7 @@ USED_OF_UVICORN = (
     *("connections", "cycle", "flow", "headers", "parser", "pipeline", "scope", "transport", "url"),
     *("expect_100_continue", "timeout_keep_alive_task", "_unset_keepalive_if_required"),
     *("on_message_begin", "on_headers_complete", "on_body", "on_message_complete"),
-    *("on_response_complete", "connection_lost", "server", "client", "scheme"),
+    *("on_response_complete", "connection_lost", "server", "client", "scheme", "shutdown"),
 )
 """The attributes of uvicorn's protocol that this module relies on; a test looks for each."""
 
