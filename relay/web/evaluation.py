@@ -251,7 +251,8 @@ class Evaluation:
         """
         audience, raw, reader, reasons, _ = question
         place = (environment, audience, raw, reasons, reader)
-        known = self._kept.get(place)
+        again = self._kept.has_asked(place)
+        known = self._kept.get(place) if again else None
         if (
             known is not None
             and program is not None
@@ -263,7 +264,6 @@ class Evaluation:
         result = _evaluated(environment, program, question)
         if result is None or program is None:
             return None
-        again = self._kept.has_asked(place)
         if again:
             key, resource = result
             # Mostly shared, but not with the answers of other data, or of no group.

@@ -259,7 +259,8 @@ class FrontDoor(HttpToolsProtocol):
     def _answer_again(self, data: bytes) -> bool:
         """Do what was done for the same request before, or see to it later."""
         door = self._door
-        given = door.given.find(data)
+        asks = data.startswith(_QUESTIONS)
+        given = door.given.told(data) if asks else door.given.find(data)
         if isinstance(given, Prepared):
             self._write(given)
             return True
@@ -268,7 +269,7 @@ class FrontDoor(HttpToolsProtocol):
             return True
         if data.find(END) != len(data) - len(END):
             return False
-        if data.startswith(_QUESTIONS):
+        if asks:
             if door.turns.has_to_wait(self):
                 self._waits = data
                 return True

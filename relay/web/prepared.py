@@ -106,16 +106,24 @@ class Given:
         self._told_size = 0
 
     def find(self, head: bytes) -> Prepared | Opening | None:
-        """Return what was given for the same head before, if it still holds."""
-        given = self._kinds.get(head) or self._told.get(head)
+        """Return what was given for the same head before, of whichever instance, if it holds."""
         key: bytes | Outline = head
+        given = self._kinds.get(key)
         if given is None:
             key, _ = taken_apart(head)
             given = self._kinds.get(key)
         if isinstance(given, Prepared) and not given.holds:
-            self._forget(key)
+            del self._kinds[key]
             return None
         return given
+
+    def told(self, head: bytes) -> Prepared | None:
+        """Return what was evaluated for the context in the same head before, if it holds."""
+        told = self._told.get(head)
+        if told is not None and not told.holds:
+            self._told_size -= _told_size(head, self._told.pop(head))
+            return None
+        return told
 
     def keep(self, head: bytes, given: Prepared | Opening) -> None:
         """Keep what was given for the next request with the same head, of whichever instance."""
@@ -135,10 +143,6 @@ class Given:
         while self._told_size > MAX_TOLD:
             oldest, its = self._told.popitem(last=False)
             self._told_size -= _told_size(oldest, its)
-
-    def _forget(self, key: bytes | Outline) -> None:
-        if self._kinds.pop(key, None) is None and isinstance(key, bytes):
-            self._told_size -= _told_size(key, self._told.pop(key))
 
 
 def _expires(prepared: Prepared) -> bool:

@@ -226,12 +226,12 @@ async def test_what_is_remembered_at_the_front_door_is_bounded(monkeypatch):
     for head in heads:
         told = Prepared(served.environment, b"HTTP/1.1 200 OK\r\n", (b"x" * 2000,), Count())
         given.keep_told(head, told)
-        assert given.find(head) is told
+        assert given.told(head) is told
         assert given._told_size <= 64 * 1024
-    assert given.find(heads[0]) is None
-    assert 10 < sum(given.find(head) is not None for head in heads) < 30
+    assert given.told(heads[0]) is None
+    assert 10 < sum(given.told(head) is not None for head in heads) < 30
     give(served.environment, ITEMS[0] | {"version": 2})
-    assert not any(given.find(head) for head in heads)
+    assert not any(given.told(head) for head in heads)
     assert given._told_size == 0
 
 
