@@ -22,7 +22,8 @@ from relay.config.schema import Config
 from relay.errors import ConfigError, RelayError
 from relay.relay import Relay
 from relay.sources.waiting import pause
-from relay.web.frontdoor import Door, DoorLimits, Poll, Questions, front_door
+from relay.web.door import Door, DoorLimits, Poll, Questions
+from relay.web.frontdoor import front_door
 from relay.web.posting import Posts
 from relay.web.traffic import Traffic
 

@@ -9,12 +9,10 @@ the same routes and gives the same bytes.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
 from httptools import HttpRequestParser
 from uvicorn.config import Config
@@ -26,16 +24,15 @@ from uvicorn.server import ServerState
 from relay.environment import Environment
 from relay.hub import Wire
 from relay.model.count import Count
-from relay.relay import Relay
 from relay.web.answers import Headers
 from relay.web.auth import by_plain_key
+from relay.web.door import Connection, Door, Told
 from relay.web.heads import END
 from relay.web.polling import template
-from relay.web.posting import CHUNKED, Posts, Receiving, only_chunk
-from relay.web.prepared import CLOSE, CLOSING, Given, Prepared, assembled
+from relay.web.posting import CHUNKED, Receiving, only_chunk
+from relay.web.prepared import CLOSE, CLOSING, Prepared, assembled
 from relay.web.streams import STREAMS, Opening, client_opening, stream_headers
-from relay.web.traffic import LoggedWire, Series, Traffic, client, note, request_line, shown
-from relay.web.turns import Turns
+from relay.web.traffic import LoggedWire, Series, client, note, request_line, shown
 
 USED_OF_UVICORN = (
     *("connections", "cycle", "flow", "headers", "parser", "pipeline", "scope", "transport", "url"),
@@ -56,135 +53,7 @@ _ODD_HEADERS = frozenset((b"expect", b"upgrade"))
 _BODY_HEADERS = _ODD_HEADERS | {b"content-length", b"transfer-encoding"}
 
 
-class Answer(Protocol):
-    """A response that is ready to be written."""
-
-    @property
-    def status(self) -> int:
-        """Its code."""
-
-    @property
-    def head(self) -> bytes:
-        """Status line and headers, each with its CRLF; neither `Date` nor the final blank line."""
-
-    @property
-    def body(self) -> bytes:
-        """The body; empty for a 304."""
-
-
-class Poll(Protocol):
-    """Answers polls."""
-
-    def __call__(
-        self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
-    ) -> Answer | None:
-        """Return the prepared answer; None if the path is no poll, or there is none yet."""
-
-
-class Told(Protocol):
-    """An answer to a context; `relay.web.questions.Told` is."""
-
-    @property
-    def head(self) -> bytes:
-        """As `Answer.head`."""
-
-    @property
-    def pieces(self) -> tuple[bytes, ...]:
-        """Of the body."""
-
-    @property
-    def environment(self) -> Environment:
-        """Whose flags it has."""
-
-    @property
-    def counter(self) -> Count:
-        """What counts it."""
-
-    @property
-    def again(self) -> bool:
-        """Whether the same request may well come again."""
-
-    @property
-    def closes(self) -> bool:
-        """Whether the client wants the connection to end with it."""
-
-
-class Questions(Protocol):
-    """Answers contexts that ask for their flags; `relay.web.questions` does."""
-
-    def known(self, head: bytes, /) -> Told | None:
-        """Return the answer to a request that differs from an earlier one in its context only."""
-
-    def answer(
-        self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], /, *, closes: bool
-    ) -> Told | None:
-        """Return the answer to a GET; None if it is the application's."""
-
-
-@dataclass(frozen=True, slots=True)
-class DoorLimits:
-    """What a connection may cost. Times in seconds, sizes in bytes.
-
-    Args:
-        keep_alive: a connection may rest between two requests. Longer than the minute that load
-            balancers and pollers use, so that they are the ones who close.
-        head_timeout: from the first byte of a request to the end of its head.
-        max_head_size: of a request.
-        stall_timeout: a client may leave its response untouched.
-    """
-
-    keep_alive: float = 75.0
-    head_timeout: float = 10.0
-    max_head_size: int = 64 * 1024
-    stall_timeout: float = 60.0
-
-
-class Door:
-    """What the connections of a server share.
-
-    Args:
-        relay: whose environments are served.
-        poll: answers polls; None leaves them to the application.
-        limits: what a connection may cost.
-        traffic: counts requests; the application has the same.
-        posts: takes posts of events; None leaves them to the application.
-        questions: answers contexts that ask for flags; None leaves them to the application.
-    """
-
-    def __init__(
-        self,
-        relay: Relay,
-        poll: Poll | None = None,
-        limits: DoorLimits | None = None,
-        traffic: Traffic | None = None,
-        posts: Posts | None = None,
-        *,
-        questions: Questions | None = None,
-    ) -> None:
-        self.relay = relay
-        self.poll = poll
-        self.posts = posts
-        self.questions = questions
-        self.limits = limits or DoorLimits()
-        self.traffic = traffic or Traffic()
-        self.date = b"\r\n"
-        """The `Date` header and the blank line that ends a head."""
-        self.now = time.monotonic()
-        """The time of the last tick."""
-        self.given = Given()
-        self.turns = Turns()
-
-    def tick(self, state: ServerState) -> None:
-        """Renew the date and look after connections; to be called each second."""
-        headers = b"".join(b"%b: %b\r\n" % header for header in state.default_headers)
-        self.date = headers + b"\r\n"
-        self.now = time.monotonic()
-        for connection in list(state.connections):
-            if isinstance(connection, FrontDoor):
-                connection.check(self.now)
-
-
-class FrontDoor(HttpToolsProtocol):
+class FrontDoor(HttpToolsProtocol, Connection):
     """One connection.
 
     Args:

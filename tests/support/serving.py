@@ -23,9 +23,9 @@ from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
 from relay.server import Certificate, ServerOptions, Site, listen, make_server
 from relay.web.app import make_app
+from relay.web.door import Door, DoorLimits, Poll
 from relay.web.evaluation import Evaluation
 from relay.web.events import Events
-from relay.web.frontdoor import Door, DoorLimits, Poll
 from relay.web.polling import Polling
 from relay.web.posting import Posts
 from relay.web.questions import Questions

@@ -29,8 +29,9 @@ from relay.protocol.events import joined
 from relay.relay import Relay
 from relay.web.body import MAX_DISCARDED, MAX_SIZE, Room
 from relay.web.cors import ALLOWED_HEADERS
+from relay.web.door import DoorLimits
 from relay.web.events import MAX_ORIGINS, SUMMARISED_AT_ONCE, Events
-from relay.web.frontdoor import DoorLimits, FrontDoor
+from relay.web.frontdoor import FrontDoor
 from relay.web.posting import Posts
 from tests.support.contracts import ScriptedSource
 from tests.support.serving import Served, ask, serving, until

@@ -18,7 +18,8 @@ from uvicorn.server import ServerState
 from relay.hub import StreamLimits
 from relay.protocol import fdv1
 from relay.web import turns
-from relay.web.frontdoor import USED_OF_UVICORN, DoorLimits
+from relay.web.door import DoorLimits
+from relay.web.frontdoor import USED_OF_UVICORN
 from tests.support.serving import SDK_KEY, Served, Stream, serving, stalled_socket, until
 
 POLL = f"GET /sdk/flags HTTP/1.1\r\nHost: x\r\nAuthorization: {SDK_KEY}\r\n\r\n".encode()
