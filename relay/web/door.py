@@ -11,10 +11,9 @@ from typing import Protocol
 from uvicorn.server import ServerState
 
 from relay.environment import Environment
-from relay.model.count import Count
 from relay.relay import Relay
 from relay.web.posting import Posts
-from relay.web.prepared import Given
+from relay.web.prepared import Given, Told
 from relay.web.traffic import Traffic
 from relay.web.turns import Turns
 
@@ -42,34 +41,6 @@ class Poll(Protocol):
         self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
     ) -> Answer | None:
         """Return the prepared answer; None if the path is no poll, or there is none yet."""
-
-
-class Told(Protocol):
-    """An answer to a context; `relay.web.questions.Told` is."""
-
-    @property
-    def head(self) -> bytes:
-        """As `Answer.head`."""
-
-    @property
-    def pieces(self) -> tuple[bytes, ...]:
-        """Of the body."""
-
-    @property
-    def environment(self) -> Environment:
-        """Whose flags it has."""
-
-    @property
-    def counter(self) -> Count:
-        """What counts it."""
-
-    @property
-    def again(self) -> bool:
-        """Whether the same request may well come again."""
-
-    @property
-    def closes(self) -> bool:
-        """Whether the client wants the connection to end with it."""
 
 
 class Questions(Protocol):

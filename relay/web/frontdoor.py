@@ -26,11 +26,11 @@ from relay.hub import Wire
 from relay.model.count import Count
 from relay.web.answers import Headers
 from relay.web.auth import by_plain_key
-from relay.web.door import Connection, Door, Told
+from relay.web.door import Connection, Door
 from relay.web.heads import END
 from relay.web.polling import template
 from relay.web.posting import CHUNKED, Receiving, only_chunk
-from relay.web.prepared import CLOSE, CLOSING, Prepared, assembled
+from relay.web.prepared import CLOSE, CLOSING, Prepared, Told, assembled
 from relay.web.streams import STREAMS, Opening, client_opening, stream_headers
 from relay.web.traffic import LoggedWire, Series, client, note, request_line, shown
 
@@ -324,14 +324,9 @@ class FrontDoor(HttpToolsProtocol, Connection):
                 told.environment, told.head, told.pieces, told.counter, closes=told.closes
             )
             self._door.given.keep_told(head, prepared)
-        if self.timeout_keep_alive_task is not None:
-            self._unset_keepalive_if_required()
-        self.server_state.total_requests += 1
-        told.counter.value += 1
         start = told.head + CLOSE if told.closes else told.head
-        self.transport.writelines(assembled(start, self._door.date, told.pieces))
-        if told.closes:
-            self.transport.close()
+        written = assembled(start, self._door.date, told.pieces)
+        self._respond(written, told.counter, closes=told.closes)
 
     def _take_post(self, headers: Mapping[bytes, bytes]) -> bool:
         """Begin to receive a post of events: one at a time, as it is answered after a while."""
@@ -470,14 +465,19 @@ class FrontDoor(HttpToolsProtocol, Connection):
         return dict(self.headers)[b"authorization"].decode("latin-1")
 
     def _write(self, prepared: Prepared) -> None:
+        if prepared.line:
+            note(prepared.line)
+        written = prepared.written(self._door.date)
+        self._respond(written, prepared.count, closes=prepared.closes)
+
+    def _respond(self, written: tuple[bytes, ...], count: Count, *, closes: bool) -> None:
+        """Write a whole answer, and count it."""
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
         self.server_state.total_requests += 1
-        prepared.count.value += 1
-        if prepared.line:
-            note(prepared.line)
-        self.transport.writelines(prepared.written(self._door.date))
-        if prepared.closes:
+        count.value += 1
+        self.transport.writelines(written)
+        if closes:
             self.transport.close()
 
     def _hand_over(self, opening: Opening) -> None:

@@ -44,9 +44,6 @@ MAX_KNOWN = 4096
 CHUNKED = -1
 """In place of the length of a body that comes in chunks."""
 
-MAX_DIGITS = 6
-"""Of the length of a body that is received here."""
-
 MAX_HEADS = 1024
 """Heads whose meaning is known: of each kind of client in each environment; a few KB each."""
 
@@ -237,7 +234,11 @@ def _has_plain_body(headers: Mapping[bytes, bytes]) -> bool:
     length = headers.get(b"content-length")
     if length is None:
         return headers.get(b"transfer-encoding", b"").lower() == b"chunked"
-    return b"transfer-encoding" not in headers and length.isdigit() and int(length) <= PLAIN_SIZE
+    return b"transfer-encoding" not in headers and _is_plain_length(length)
+
+
+def _is_plain_length(length: bytes) -> bool:
+    return length.isdigit() and int(length) <= PLAIN_SIZE
 
 
 _NOBODY_WAITS = asyncio.Event()
@@ -289,7 +290,7 @@ class Head:
         missing: int | None = CHUNKED
         if self._length_at is not None:
             length = values[self._length_at]
-            missing = int(length) if length.isdigit() and len(length) <= MAX_DIGITS else None
+            missing = int(length) if _is_plain_length(length) else None
         return "" if self._id_at is None else values[self._id_at].decode(), missing
 
     def written(self, date: bytes) -> bytes:

@@ -7,6 +7,7 @@ that asks for one is looked up by its bytes.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import NamedTuple
 
 from relay.environment import Environment
 from relay.model.count import Count
@@ -87,6 +88,26 @@ class Prepared:
             self._date = date
             self._written = assembled(self._head, date, self._pieces)
         return self._written
+
+
+class Told(NamedTuple):
+    """An evaluated answer in the form in which it is written.
+
+    Args:
+        head: as `Prepared`'s.
+        pieces: of the body.
+        environment: whose flags it has.
+        counter: what counts it.
+        closes: whether the client wants the connection to end with it.
+        again: whether the same request may well come again.
+    """
+
+    head: bytes
+    pieces: tuple[bytes, ...]
+    environment: Environment
+    counter: Count
+    closes: bool
+    again: bool = False
 
 
 def assembled(head: bytes, date: bytes, pieces: tuple[bytes, ...]) -> tuple[bytes, ...]:

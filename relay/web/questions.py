@@ -16,7 +16,9 @@ from relay.web.auth import by_plain_key
 from relay.web.cors import cors_lines
 from relay.web.endpoint import BROWSER, MOBILE, SERVER, Access
 from relay.web.evaluation import Evaluation, Found, timed
+from relay.web.heads import MAX_HEAD
 from relay.web.polling import MAX_COMPRESSED_AT_ONCE, Resource, accepts_gzip
+from relay.web.prepared import Told
 from relay.web.traffic import Series, Traffic, client
 
 METHODS = ("GET", "OPTIONS")
@@ -25,9 +27,6 @@ METHODS = ("GET", "OPTIONS")
 MAX_KNOWN = 1024
 """Kinds of requests that are at hand: far more than there are environments, each with some sites
 and kinds of clients."""
-
-MAX_KNOWN_REST = 4096
-"""Bytes of a request without its context that may be remembered; SDKs send a few hundred."""
 
 _BROWSERS = re.compile(rb"/sdk/evalx/([0-9A-Za-z_-]+)/(contexts|users)")
 _PLAIN = re.compile(
@@ -60,26 +59,6 @@ _BY_ID: Mapping[bytes, Route] = {
     name: Route(f"/sdk/evalx/{{envId}}/{name.decode()}/{{context}}", Audience.BROWSER, BROWSER)
     for name in (b"contexts", b"users")
 }
-
-
-class Told(NamedTuple):
-    """An answer in the form in which it is written.
-
-    Args:
-        head: as `Answer.head`.
-        pieces: of the body.
-        environment: whose flags it has.
-        counter: what counts it.
-        closes: whether the client wants the connection to end with it.
-        again: whether the same request may well come again.
-    """
-
-    head: bytes
-    pieces: tuple[bytes, ...]
-    environment: Environment
-    counter: Count
-    closes: bool
-    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +177,7 @@ class Questions:
         return told
 
     def _remember(self, prefix: bytes, rest: bytes, asker: _Asker) -> None:
-        if len(rest) <= MAX_KNOWN_REST:
+        if len(rest) <= MAX_HEAD:
             if len(self._askers) >= MAX_KNOWN:
                 self._askers.clear()
             self._askers[prefix, rest] = asker

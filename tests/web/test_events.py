@@ -32,7 +32,7 @@ from relay.web.cors import ALLOWED_HEADERS
 from relay.web.door import DoorLimits
 from relay.web.events import MAX_ORIGINS, SUMMARISED_AT_ONCE, Events
 from relay.web.frontdoor import FrontDoor
-from relay.web.posting import Posts
+from relay.web.posting import PLAIN_SIZE, Posts
 from tests.support.contracts import ScriptedSource
 from tests.support.serving import Served, ask, serving, until
 
@@ -1023,6 +1023,22 @@ async def test_a_connection_teaches_only_so_many_heads(kept, monkeypatch):
             assert (await statuses(reader, 1))[0] == [202]
         writer.close()
     assert len(posts._heads) == 3
+
+
+async def test_a_known_head_does_not_make_a_large_body_plain(kept):
+    """It takes turns with other large ones in the application, as with a head that is new."""
+    served = served_by(kept)
+    posts = Posts(served.relay, served.events, served.traffic)
+    async with serving(served, app=never, posts=posts) as address:
+        reader, writer = await address.connect()
+        writer.write(with_id(1))
+        await statuses(reader, 1)
+        writer.close()
+    head = with_id(2).removesuffix(SOME)
+    assert posts.known(head).missing == len(SOME)
+    for size, plain in ((PLAIN_SIZE, True), (PLAIN_SIZE + 1, False), (10**30, False)):
+        longer = head.replace(b"Length: %d" % len(SOME), b"Length: %d" % size)
+        assert (posts.known(longer) is not None) == plain
 
 
 async def test_connections_share_what_heads_mean(kept, monkeypatch):
