@@ -5,8 +5,8 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
+
+from bench.machine import Closing
 
 READ_BYTES = 256 * 1024
 # Below every server's listen backlog: a dropped SYN would cost a second that is not the server's.
@@ -18,7 +18,7 @@ PUT_TAIL_BYTES = 16
 END_OF_EVENT = b"\n\n"
 
 
-class Crowd:
+class Crowd(Closing):
     """Clients of one stream, read as fast as one core can; `path` may tell one from the other.
 
     A client "has" an event when its bytes are in, up to the empty line that ends it.
@@ -138,14 +138,3 @@ class Crowd:
     def _check(self, start: float, timeout: float, done: int) -> None:
         if time.monotonic() - start > timeout:
             raise TimeoutError(f"{done} of {self._clients} streams were served in {timeout} s")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

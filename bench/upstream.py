@@ -14,11 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from bench import data
-from bench.machine import LOAD_CORE, ROOT, pinned
+from bench.machine import LOAD_CORE, ROOT, Closing, pinned
 from bench.mailbox import BACKLOG, Arrived, Mailbox
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -30,7 +29,7 @@ ACCEPTED = b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\nConnection: close\r\n
 UNAUTHORIZED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
-class Upstream:
+class Upstream(Closing):
     """The running program: where it listens, and what it shall send."""
 
     def __init__(
@@ -103,15 +102,8 @@ class Upstream:
             raise RuntimeError("the scripted upstream has ended")
         return line.strip()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End what it has begun."""
         self._program.communicate()
 
 

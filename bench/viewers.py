@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
+
+from bench.machine import Closing
 
 READ_BYTES = 256 * 1024
 UNANSWERED = 1000
@@ -43,7 +43,7 @@ class _Viewer:
     """Whether the stream has begun."""
 
 
-class Viewers:
+class Viewers(Closing):
     """Clients of one environment, each with a context of its own, read as one core can.
 
     Args:
@@ -170,15 +170,8 @@ class Viewers:
         if time.monotonic() - start > timeout:
             raise TimeoutError(f"{done} of {self._count} clients had it in {timeout} s")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End what it has begun."""
         self._end.close()
         self._epoll.close()
 
