@@ -31,11 +31,18 @@ SDK_KEY = "sdk-examples"
 PREFIX = "shop"
 WAYS = ["streaming", "polling", "daemon"]
 
+# Python runs a signal's handler between two steps of the program: a read that began just before
+# the handler's turn would hold it up until the next line.
 PYTHON_RUNTIME = """
-import importlib, json, sys
+import importlib, json, select, sys
 from ldclient import Context
 example = importlib.import_module(sys.argv[1])
-for line in sys.stdin:
+while True:
+    while not select.select([sys.stdin], [], [], 0.05)[0]:
+        pass
+    line = sys.stdin.readline()
+    if not line:
+        break
     print(json.dumps(example.handler(json.loads(line), None)), flush=True)
     example.client.track("left over", Context.create("anna"))
     print("at rest", flush=True)
