@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from hashlib import sha256
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from relay.evaluation.compiled import Choose, CompiledFlag, Outcome
 from relay.evaluation.subject import Subject
@@ -31,7 +32,7 @@ FEATURE_SIZE = 8
 Join = Callable[[Iterable[Outcome]], bytes]
 
 
-class Body(NamedTuple):
+class Body(Struct, frozen=True):
     """An evalx answer.
 
     Args:
@@ -43,6 +44,11 @@ class Body(NamedTuple):
     pieces: tuple[bytes, ...]
     shared: tuple[Piece, ...]
     mark: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole."""
+        return sum(map(len, self.pieces))
 
 
 class Form:

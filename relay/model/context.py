@@ -9,7 +9,7 @@ from __future__ import annotations
 import json as stdlib_json
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -37,7 +37,7 @@ _NOT_CUSTOM = frozenset({"kind", "key", "name", "anonymous", "_meta"})
 """What `custom` of a legacy user cannot set."""
 
 
-class Individual(NamedTuple):
+class Individual(msgspec.Struct, frozen=True):
     """The part of a context that is of one kind.
 
     Args:
@@ -54,7 +54,7 @@ class Individual(NamedTuple):
     secondary: str | None = None
 
 
-class Context(NamedTuple):
+class Context(msgspec.Struct, frozen=True):
     """Who asks for flags: at least one individual, each of another kind."""
 
     individuals: Mapping[str, Individual]
@@ -168,24 +168,24 @@ def _size(json: bytes) -> int:
 
 
 def _individual(kind: str, members: dict[str, Any]) -> Individual:
-    """Return a context of one kind (evaluation 6.2)."""
+    """Return a context of one kind, which `members` become part of (evaluation 6.2)."""
     if kind != DEFAULT_KIND and (kind in _RESERVED_KINDS or _KIND.fullmatch(kind) is None):
         raise _invalid('"kind" is not allowed')
     key = members.get("key")
     if not isinstance(key, str) or not key:
         raise _invalid('"key" must be a string that is not empty')
-    if not isinstance(members.get("anonymous", False), bool):
+    if not isinstance(members.setdefault("anonymous", False), bool):
         raise _invalid('"anonymous" must be true or false')
-    attributes = {name: value for name, value in members.items() if value is not None}
-    if "name" in attributes:
-        _check("name", attributes["name"], str)
-    if "_meta" in attributes:
-        meta = attributes.pop("_meta")
+    if None in members.values():
+        members = {name: value for name, value in members.items() if value is not None}
+    if "name" in members:
+        _check("name", members["name"], str)
+    if "_meta" in members:
+        meta = members.pop("_meta")
         _check("_meta", meta, dict)
         _check_strings("privateAttributes", meta.get("privateAttributes"))
-    attributes["kind"] = kind
-    attributes.setdefault("anonymous", False)
-    return Individual(kind, key, attributes)
+    members["kind"] = kind
+    return Individual(kind, key, members)
 
 
 def _legacy_user(members: dict[str, Any]) -> Individual:

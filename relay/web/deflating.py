@@ -26,33 +26,43 @@ class Evaluated(Resource):
 
     Args:
         body: in JSON.
-        etag: as it is sent.
         headers: beside the usual ones, of all variants.
     """
 
-    def __init__(self, body: Body, etag: bytes, headers: Headers) -> None:
-        super().__init__(body.pieces, etag, headers)
-        self._shared_pieces = body.shared
+    def __init__(self, body: Body, headers: Headers) -> None:
+        super().__init__(body.pieces, etag_of(body), headers)
+        self._body = body
 
     @property
     def to_compress(self) -> int:
         """The bytes that were not compressed so far."""
-        new = (len(piece.text) for piece in self._shared_pieces if piece not in _deflated)
-        return len(self.pieces[0]) + sum(new)
+        return to_compress(self._body)
 
     def compress(self) -> Answer:
         """Return the gzip variant. May run in a thread."""
-        return self.compressed_answer(self.compressed_body())
+        return self.compressed_answer(compressed(self._body))
 
     async def compress_aside(self) -> Answer:
         """Compress in a thread; what is shared is compressed for others, too."""
         return await asyncio.to_thread(self.compress)
 
-    def compressed_body(self) -> bytes:
-        """Return its body."""
-        shared = [_deflated.get(piece) or _deflate_shared(piece) for piece in self._shared_pieces]
-        blocks = (_START, _deflate(self.pieces[0]), *shared, _LAST_BLOCK)
-        return b"".join((*blocks, _trailer(self.pieces)))
+
+def etag_of(body: Body) -> bytes:
+    """Return the ETag, equal at all replicas with equal flags."""
+    return b'"%b"' % body.mark.hex().encode()
+
+
+def to_compress(body: Body) -> int:
+    """Return the number of bytes of a body that were not compressed so far."""
+    new = (len(piece.text) for piece in body.shared if piece not in _deflated)
+    return len(body.pieces[0]) + sum(new)
+
+
+def compressed(body: Body) -> bytes:
+    """Return a body in gzip. May run in a thread."""
+    shared = [_deflated.get(piece) or _deflate_shared(piece) for piece in body.shared]
+    blocks = (_START, _deflate(body.pieces[0]), *shared, _LAST_BLOCK)
+    return b"".join((*blocks, _trailer(body.pieces)))
 
 
 def _deflate_shared(piece: Piece) -> bytes:

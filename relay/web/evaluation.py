@@ -9,8 +9,8 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
+from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -53,49 +53,49 @@ _NO_SEGMENTS = (b"", b".", b"..")
 """What stands in place of a context when a path is not canonical: the application redirects it."""
 
 
-class _Question(NamedTuple):
+class _Question(Struct, frozen=True):
     """Who asks, and how.
 
     Args:
         audience: of flags.
         raw: the bytes that hold the context, as they came.
-        context: reads them.
+        reader: gets it from them.
         with_reasons: whether the reasons are wanted.
         proof: what secure mode wants.
     """
 
     audience: Audience
     raw: bytes
-    context: Callable[[bytes], Context]
+    reader: Callable[[bytes], Context]
     with_reasons: bool
     proof: str
 
 
-class Found(NamedTuple):
+class Found(Struct, frozen=True):
     """A result.
 
     Args:
-        resource: what answers.
+        body: what answers.
         again: whether it is kept because the context had asked before.
     """
 
-    resource: Evaluated
+    body: Body
     again: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
+class _Known(Struct, frozen=True):
     """An answer that was given.
 
     Args:
         version: of the data.
         key: of the context, fully qualified; empty if nobody has to prove it.
-        resource: the answer.
+        body: the answer.
+        size: bytes that keeping it costs.
     """
 
     version: int
     key: str
-    resource: Evaluated
+    body: Body
     size: int
 
 
@@ -171,7 +171,7 @@ class Evaluation:
         found = self.find(environment, audience, segment, query)
         if not isinstance(found, Found):
             return found
-        variant = found.resource.variant(if_none_match, accept_encoding)
+        variant = resource_of(found.body, environment).variant(if_none_match, accept_encoding)
         return timed(variant, environment, audience)
 
     def find(
@@ -224,18 +224,18 @@ class Evaluation:
         try:
             if len(question.raw) > MAX_AT_ONCE:
                 program = await evaluations.ready(audience)
-                aside = await asyncio.to_thread(_evaluated, environment, program, question)
-                resource = aside.resource if aside else None
+                body = await asyncio.to_thread(_read_and_evaluated, environment, program, question)
             else:
                 found = self._found(environment, evaluations.current(audience), question)
                 if found is None:
                     program = await evaluations.ready(audience)
                     found = self._found(environment, program, question)
-                resource = found.resource if found else None
+                body = found.body if found else None
         except Refused as e:
             return _of(environment, e.answer)
-        if resource is None:
+        if body is None:
             return _of(environment, NO_DATA)
+        resource = resource_of(body, environment)
         answer = resource.variant(none_match, encoding)
         if answer is None:
             answer = await resource.compress_aside()
@@ -249,8 +249,8 @@ class Evaluation:
         Raises:
             Refused: there is none for this context, or no data.
         """
-        audience, raw, reader, reasons, _ = question
-        place = (environment, audience, raw, reasons, reader)
+        raw, reader = question.raw, question.reader
+        place = (environment, question.audience, raw, question.with_reasons, reader)
         again = self._kept.has_asked(place)
         known = self._kept.get(place) if again else None
         if (
@@ -260,56 +260,52 @@ class Evaluation:
             and known.version == program.version
         ):
             _prove(environment, known.key, question)
-            return Found(known.resource, again=True)
-        result = _evaluated(environment, program, question)
-        if result is None or program is None:
+            return Found(known.body, again=True)
+        context = reader(raw)
+        body = _evaluated(environment, program, question, context)
+        if body is None or program is None:
             return None
         if again:
-            key, resource = result
+            key = context.fully_qualified_key if environment.spec.secure_mode else ""
             # Mostly shared, but not with the answers of other data, or of no group.
-            size = ENTRY_SIZE + resource.size + len(raw)
-            self._kept.put(place, _Known(program.version, key, resource, size))
-        return Found(result.resource, again)
+            size = ENTRY_SIZE + body.size + len(raw)
+            self._kept.put(place, _Known(program.version, key, body, size))
+        return Found(body, again)
 
 
 def _question(
-    audience: Audience, raw: bytes, context: Callable[[bytes], Context], query: bytes
+    audience: Audience, raw: bytes, reader: Callable[[bytes], Context], query: bytes
 ) -> _Question:
     if not query:
-        return _Question(audience, raw, context, False, "")
+        return _Question(audience, raw, reader, False, "")
     reasons = parameter_in(query, "withReasons") == "true"
-    return _Question(audience, raw, context, reasons, parameter_in(query, "h"))
+    return _Question(audience, raw, reader, reasons, parameter_in(query, "h"))
 
 
-class _Evaluated(NamedTuple):
-    """A new result, and the key of its context (see `_Known`)."""
-
-    key: str
-    resource: Evaluated
+def _read_and_evaluated(
+    environment: Environment, program: Program | None, question: _Question
+) -> Body | None:
+    """Do for a large context what `_evaluated` does; in a thread."""
+    return _evaluated(environment, program, question, question.reader(question.raw))
 
 
 def _evaluated(
-    environment: Environment, program: Program | None, question: _Question
-) -> _Evaluated | None:
-    """Evaluate; None if that has to wait for the program. May run in a thread.
+    environment: Environment, program: Program | None, question: _Question, context: Context
+) -> Body | None:
+    """Evaluate; None if that has to wait for the program.
 
     Raises:
         Refused: there is no result for this context, or no data.
     """
-    _, raw, reader, with_reasons, _ = question
-    context = reader(raw)
-    key = ""
     if environment.spec.secure_mode:
-        key = context.fully_qualified_key
-        _prove(environment, key, question)
+        _prove(environment, context.fully_qualified_key, question)
     if environment.payload is None:
         raise Refused(NO_DATA)
     if program is None:
         return None
     if context.has_empty_key:
         raise Refused(NO_KEY)
-    body = program.body(context, with_reasons=with_reasons)
-    return _Evaluated(key, _result(environment, body))
+    return program.body(context, with_reasons=question.with_reasons)
 
 
 def _prove(environment: Environment, key: str, question: _Question) -> None:
@@ -318,10 +314,9 @@ def _prove(environment: Environment, key: str, question: _Question) -> None:
         check_proof(environment.spec, key, question.proof)
 
 
-def _result(environment: Environment, body: Body) -> Evaluated:
-    """Make the resource of a body. Its ETag is equal at all replicas with equal flags."""
-    etag = b'"%b"' % body.mark.hex().encode()
-    return Evaluated(body, etag, environment_headers(environment.spec))
+def resource_of(body: Body, environment: Environment) -> Evaluated:
+    """Return a result in all its variants."""
+    return Evaluated(body, environment_headers(environment.spec))
 
 
 def _of(environment: Environment, refusal: Answer) -> Answer:

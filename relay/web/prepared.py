@@ -7,7 +7,8 @@ that asks for one is looked up by its bytes.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from relay.environment import Environment
 from relay.model.count import Count
@@ -90,7 +91,7 @@ class Prepared:
         return self._written
 
 
-class Told(NamedTuple):
+class Told(Struct, frozen=True):
     """An evaluated answer in the form in which it is written.
 
     Args:

@@ -9,15 +9,17 @@ from typing import NamedTuple
 
 from relay.environment import Environment
 from relay.evaluation.audience import Audience
+from relay.evaluation.form import Body
 from relay.model.count import Count
 from relay.relay import Relay
 from relay.web.answers import Answer, Headers
 from relay.web.auth import by_plain_key
 from relay.web.cors import cors_lines
+from relay.web.deflating import compressed, etag_of, to_compress
 from relay.web.endpoint import BROWSER, MOBILE, SERVER, Access
-from relay.web.evaluation import Evaluation, Found, timed
+from relay.web.evaluation import Evaluation, Found, resource_of, timed
 from relay.web.heads import MAX_HEAD
-from relay.web.polling import MAX_COMPRESSED_AT_ONCE, Resource, accepts_gzip
+from relay.web.polling import MAX_COMPRESSED_AT_ONCE, MIN_COMPRESSED, accepts_gzip
 from relay.web.prepared import Told
 from relay.web.traffic import Series, Traffic, client
 
@@ -29,12 +31,10 @@ MAX_KNOWN = 1024
 and kinds of clients."""
 
 _BROWSERS = re.compile(rb"/sdk/evalx/([0-9A-Za-z_-]+)/(contexts|users)")
-_PLAIN = re.compile(
-    rb"GET (/m?sdk/evalx/(?:[0-9A-Za-z_-]+/)?(?:contexts|users))/([0-9A-Za-z_=+-]+)"
-    rb"(?:\?([0-9A-Za-z=&]*))?( HTTP/1\.1\r\n.*)",
-    re.DOTALL,
-)
-"""A request: path, context, query, and the rest."""
+_LINE_END = b" HTTP/1.1\r\n"
+_NOT_ALPHANUMERIC = b"-_=+"
+"""What base64 has beside, but for the slash."""
+_PLAIN_QUERY = re.compile(rb"[0-9A-Za-z=&]*")
 
 
 class Route(NamedTuple):
@@ -103,20 +103,23 @@ class _Asker:
 
         None if it has to be compressed aside.
         """
-        resource = found.resource
-        zipped = self.takes_gzip and resource.compressible
-        if zipped and resource.to_compress > MAX_COMPRESSED_AT_ONCE:
-            return None
-        pieces = (resource.compressed_body(),) if zipped else resource.pieces
-        size = len(pieces[0]) if zipped else resource.size
-        frame = self.frames.get((resource.compressible, zipped))
+        body = found.body
+        pieces, size = body.pieces, body.size
+        compressible = size >= MIN_COMPRESSED
+        zipped = compressible and self.takes_gzip
+        if zipped:
+            if to_compress(body) > MAX_COMPRESSED_AT_ONCE:
+                return None
+            pieces = (compressed(body),)
+            size = len(pieces[0])
+        frame = self.frames.get((compressible, zipped))
         if frame is None:
-            frame = self._frame(resource, zipped=zipped)
-            self.frames[resource.compressible, zipped] = frame
-        head = b"%b%b%b%d\r\n" % (frame[0], resource.etag, frame[1], size)
+            frame = self.frames[compressible, zipped] = self._frame(body, zipped=zipped)
+        head = b"%b%b%b%d\r\n" % (frame[0], etag_of(body), frame[1], size)
         return Told(head, pieces, self.environment, self.count, self.closes, found.again)
 
-    def _frame(self, resource: Resource, *, zipped: bool) -> tuple[bytes, bytes]:
+    def _frame(self, body: Body, *, zipped: bool) -> tuple[bytes, bytes]:
+        resource = resource_of(body, self.environment)
         answer = resource.compress() if zipped else resource.plain
         start, _, rest = answer.with_headers(*self.cors).head.partition(resource.etag)
         end, name, _ = rest.rpartition(b"content-length: ")
@@ -137,7 +140,7 @@ class Questions:
         self._evaluation = evaluation
         self._traffic = traffic
         self._askers: dict[tuple[bytes, bytes], _Asker] = {}
-        """By the path without the context, and all that follows it in a request."""
+        """By all that comes before the context in a request, and all that follows its line."""
 
     def known(self, head: bytes) -> Told | None:
         """Return the answer to a request that differs from an earlier one in its context only.
@@ -147,12 +150,17 @@ class Questions:
         Args:
             head: all of the request.
         """
-        match = _PLAIN.fullmatch(head)
-        if match is None:
+        line, _, rest = head.partition(_LINE_END)
+        start, _, last = line.rpartition(b"/")
+        asker = self._askers.get((start, rest))
+        if asker is None:
             return None
-        prefix, segment, query, rest = match.groups(b"")
-        asker = self._askers.get((prefix, rest))
-        return None if asker is None else self._told(asker, segment, query)
+        segment, _, query = last.partition(b"?")
+        # In any other case the parser has something to say.
+        plain = segment.translate(None, _NOT_ALPHANUMERIC).isalnum()
+        if not plain or (query and _PLAIN_QUERY.fullmatch(query) is None):
+            return None
+        return self._told(asker, segment, query)
 
     def answer(
         self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], *, closes: bool
@@ -171,16 +179,16 @@ class Questions:
         if asker is None:
             return None
         told = self._told(asker, segment, query)
-        match = _PLAIN.fullmatch(head)
-        if told is not None and match is not None and not asker.if_none_match:
-            self._remember(prefix, match[4], asker)
+        if told is not None and not asker.if_none_match:
+            self._remember(prefix, head, asker)
         return told
 
-    def _remember(self, prefix: bytes, rest: bytes, asker: _Asker) -> None:
-        if len(rest) <= MAX_HEAD:
+    def _remember(self, prefix: bytes, head: bytes, asker: _Asker) -> None:
+        _, _, rest = head.partition(_LINE_END)
+        if rest and len(rest) <= MAX_HEAD:
             if len(self._askers) >= MAX_KNOWN:
                 self._askers.clear()
-            self._askers[prefix, rest] = asker
+            self._askers[b"GET " + prefix, rest] = asker
 
     def _told(self, asker: _Asker, segment: bytes, query: bytes) -> Told | None:
         environment, audience = asker.environment, asker.route.audience
@@ -191,7 +199,8 @@ class Questions:
             return asker.tell(found)
         if asker.is_usual:
             return asker.tell_usual(found)
-        variant = found.resource.variant(asker.if_none_match, asker.accept_encoding)
+        resource = resource_of(found.body, environment)
+        variant = resource.variant(asker.if_none_match, asker.accept_encoding)
         answer = timed(variant, environment, audience)
         return None if answer is None else asker.tell(answer, again=found.again)
 

@@ -56,7 +56,7 @@ def kept(made: Evaluation, environment: Environment, context: bytes = ANNA) -> o
     """What is found for a context that asks when everything is compiled; None if it is not kept."""
     found = made.find(environment, Audience.BROWSER, context, b"")
     assert isinstance(found, Found)
-    return found.resource if found.again else None
+    return found.body if found.again else None
 
 
 @pytest.fixture
@@ -121,9 +121,9 @@ async def test_a_context_that_asks_again_is_not_evaluated_again(environment):
     first = await answer_to(made, environment)
     assert first is not None
     assert not made._kept.answers
-    resource = kept(made, environment)
-    assert resource is not None
-    assert kept(made, environment) is resource
+    body = kept(made, environment)
+    assert body is not None
+    assert kept(made, environment) is body
     reasons = await answer_to(made, environment, query=b"withReasons=true")
     server = await answer_to(made, environment, audience=Audience.SERVER)
     assert reasons is not None
@@ -264,6 +264,43 @@ async def test_requests_that_differ_in_their_contexts_only_are_answered_alike(pa
     assert len({reply.body for reply in replies}) == (3 if unchanged else 4)
     assert len(served.questions._askers) == (0 if unchanged else 1)
     assert sum(count.value for count in served.traffic.requests.values()) == 2 * len(contexts)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("{} x", "{}\n", "{}\r", "{}\0", "{}\x7f", "{}!", "{}%3D", "", "a/{}", "?{}", "{}#x"),
+        *(
+            "{}?h=a b",
+            "{}?h=\n",
+            "{}?\0",
+            "{}?h=%41",
+            "{}?filter=x",
+            "{}?h=a/b",
+            "{}\xe9",
+            "{}?\xe9",
+        ),
+    ],
+)
+async def test_what_is_odd_after_a_plain_one_is_looked_at_as_if_it_were_the_first(target):
+    """The parser and the application decide; no connection is answered otherwise than a new one."""
+    served = Served()
+    give(served.environment, *ITEMS)
+    await served.environment.evaluations.ready(Audience.BROWSER)
+
+    def request(segment: str, *more: str) -> bytes:
+        lines = [f"GET /sdk/evalx/env-1/contexts/{segment} HTTP/1.1", "Host: x", *more, "", ""]
+        return "\r\n".join(lines).encode("latin-1")
+
+    odd, plain = target.format(ANNA.decode()), ANNA.decode()
+    async with serving(served) as address:
+        before = undated(await address.ask(request(odd, "Connection: close")))
+        assert (await address.ask(request(plain, "Connection: close"))).startswith(b"HTTP/1.1 200")
+        assert undated(await address.ask(request(odd, "Connection: close"))) == before
+
+
+def undated(reply: bytes) -> bytes:
+    return re.sub(rb"date: [^\r]*", b"", reply)
 
 
 @pytest.mark.parametrize("audience_path", ["/sdk/evalx/env-1/context", "/sdk/evalx/context"])
