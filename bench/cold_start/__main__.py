@@ -3,17 +3,22 @@
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from bench.cold_start.burst import SDKS, standing_ready
+from bench.cold_start.burst import SDKS, Run, standing_ready
+from bench.cold_start.companions import Companions, Overheard, overhear
 from bench.cold_start.plot import svg
 from bench.cold_start.results import WAYS, Burst, Results, Scene, judged, markdown
 from bench.cold_start.ways import DATASETS, Way, await_events, ways
 from bench.machine import LOAD_CORE, allow_many_files, pinned
 from bench.measures import SILENCE_SECONDS
 from bench.servers import OWN_COMMAND
+
+PAUSE = 0.03
+"""Seconds between two functions, in which the former ends."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,20 +32,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = Results()
     failures = 0
     chosen = [way for way in ways(options.relay, options.peer) if _chosen(way, options.way)]
+    scenes = map(Scene._make, product(options.sdk, options.flags, options.n))
     with pinned(LOAD_CORE):
-        for scene in map(Scene._make, product(options.sdk, options.flags, options.n)):
-            for number in range(1, options.rounds + 1):
-                for way in chosen:
-                    try:
-                        burst = measure(scene, way)
-                    except (OSError, RuntimeError) as error:
-                        notes = "\n".join(getattr(error, "__notes__", ()))
-                        print(f"{scene}: {way.name}: failed: {error}\n{notes}", file=sys.stderr)
-                        failures += 1
-                        continue
+        for scene, number, way in product(scenes, range(1, options.rounds + 1), chosen):
+            told = f"{scene} {number}/{options.rounds} {way.name}"
+            try:
+                if options.starts:
+                    runs = measure_starts(scene, way, options.starts)
+                    results.add_starts(scene, way.name, runs, options.starts)
+                    print(f"{told}: {results.starts(scene, way.name)}", file=sys.stderr, flush=True)
+                if options.bursts:
+                    burst = measure(scene, way)
                     results.add(scene, way.name, burst)
-                    told = f"{scene} {number}/{options.rounds} {way.name}"
-                    print(f"{told}: {_shown(burst)}", file=sys.stderr, flush=True)
+                    print(f"{told}: {burst}", file=sys.stderr, flush=True)
+            except (OSError, RuntimeError) as error:
+                notes = "\n".join(getattr(error, "__notes__", ()))
+                print(f"{told}: failed: {error}\n{notes}", file=sys.stderr)
+                failures += 1
     print(markdown(results))
     if options.json:
         Path(options.json).write_text(json.dumps(results.as_json(), indent=1))
@@ -53,10 +61,10 @@ def measure(scene: Scene, way: Way) -> Burst:
     """One burst with a place of its own."""
     with way.open(DATASETS[scene.flags]) as place:
         relay, upstream = place.relay, place.upstream
-        with standing_ready(scene.sdk, place.setup, scene.processes) as release:
+        with standing_ready(scene.sdk, place.setup, scene.processes) as standing:
             asked = upstream.asked()
             cpu = relay.cpu_seconds() if relay else float("nan")
-            runs = release()
+            runs = standing.let_all_go()
             asked = upstream.asked() - asked
         sent = sum(run.closed for run in runs)
         events = await_events(upstream, sent, SILENCE_SECONDS)
@@ -64,8 +72,24 @@ def measure(scene: Scene, way: Way) -> Burst:
         return judged(runs, scene.processes, asked, events, cpu)
 
 
-def _shown(burst: Burst) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in burst._asdict().items())
+def measure_starts(scene: Scene, way: Way, count: int) -> list[Run]:
+    """Start `count` functions one by one, each beside companions that make up the scene's number.
+
+    Daemon mode asks no server, and has no companions.
+    """
+    with way.open(DATASETS[scene.flags]) as place:
+        setup = place.setup
+        others = 0 if setup.redis else scene.processes - 1
+        overheard = overhear(scene.sdk, setup) if others else Overheard(b"", 0)
+        companions = Companions(setup.flags_url, overheard, others)
+        runs = []
+        with standing_ready(scene.sdk, setup, count) as standing:
+            for _ in range(count):
+                standing.let_one_go()
+                companions.ask()
+                runs += standing.one()
+                time.sleep(PAUSE)
+        return runs
 
 
 def _chosen(way: Way, prefixes: Sequence[str]) -> bool:
@@ -90,7 +114,19 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="only ways whose name begins so; may be repeated: " + "; ".join(WAYS),
     )
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument(
+        "--starts",
+        type=int,
+        default=50,
+        help="of single functions in each round; 0 for none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bursts",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether all processes start together, too",
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw the times there, as SVG")
     parser.add_argument("--json", metavar="FILE", help="write every round's figures there")
     return parser

@@ -1,4 +1,4 @@
-"""One burst: processes with an SDK each that stand ready, and are let go together."""
+"""Processes with an SDK each that stand ready, and are let go: together, or one by one."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -65,19 +65,46 @@ class Run(NamedTuple):
     closed: bool
     """Whether `close` returned without an error."""
 
+    @property
+    def unhindered(self) -> float:
+        """Seconds to the first flag's value, less those for which it had no core."""
+        return max(self.first - self.queued, self.cpu)
+
+
+class Standing:
+    """Processes that stand ready: each goes when it has read a byte, or at the end of the input."""
+
+    def __init__(self, gate: IO[bytes], lines: "_Lines", count: int) -> None:
+        self._gate = gate
+        self._lines = lines
+        self._count = count
+
+    def let_all_go(self) -> list[Run]:
+        """Let them go together; return how those fared that said so in time."""
+        self._gate.close()
+        return self._runs(self._count)
+
+    def let_one_go(self) -> None:
+        """Let one of them go."""
+        self._count -= 1
+        self._gate.write(b".")
+
+    def one(self) -> list[Run]:
+        """Return how the one fared that was let go last; nothing if it did not say so in time."""
+        return self._runs(1)
+
+    def _runs(self, count: int) -> list[Run]:
+        return [Run(**json.loads(line)) for line in self._lines.take(count, END_LIMIT)]
+
 
 @contextmanager
-def standing_ready(sdk: str, setup: Setup, count: int) -> Iterator[Callable[[], list[Run]]]:
-    """Start `count` processes and wait until all stand ready.
-
-    Yields:
-        What lets them go, and returns how those fared that said so in time.
-    """
+def standing_ready(sdk: str, setup: Setup, count: int) -> Iterator[Standing]:
+    """Start `count` processes and wait until all stand ready."""
     output, said = os.pipe()
     barrier, gate = os.pipe()
     with ExitStack() as end:
         lines = end.enter_context(_Lines(output))
-        held = end.enter_context(os.fdopen(gate, "wb"))
+        held = end.enter_context(os.fdopen(gate, "wb", buffering=0))
         try:
             for command in _commands(sdk, setup, count):
                 end.enter_context(_program(command, barrier, said))
@@ -87,12 +114,7 @@ def standing_ready(sdk: str, setup: Setup, count: int) -> Iterator[Callable[[], 
         ready = lines.take(count, READY_LIMIT)
         if ready != ["ready"] * count:
             raise RuntimeError(f"{len(ready)} of {count} processes stood ready: {ready[-1:]}")
-
-        def release() -> list[Run]:
-            held.close()
-            return [Run(**json.loads(line)) for line in lines.take(count, END_LIMIT)]
-
-        yield release
+        yield Standing(held, lines, count)
 
 
 def _commands(sdk: str, setup: Setup, count: int) -> Iterator[Sequence[str]]:

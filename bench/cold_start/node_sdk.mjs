@@ -1,6 +1,6 @@
-// A function with the Node SDK (bench/cold_start/burst.py): says "ready", waits until its standard
-// input ends, and then says on a line how it fared. Arguments: the packages' folder, the setup.
-import { readFileSync, writeSync } from 'node:fs';
+// A function with the Node SDK (bench/cold_start/burst.py): says "ready", waits for a byte or the end of
+// its standard input, and then says on a line how it fared. Arguments: the packages' folder, the setup.
+import { readFileSync, readSync, writeSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { join } from 'node:path';
 
@@ -26,7 +26,7 @@ function options() {
 }
 
 writeSync(1, 'ready\n');
-readFileSync(0);
+readSync(0, Buffer.alloc(1));
 const queued = () => Number(readFileSync('/proc/self/schedstat', 'utf8').split(' ')[1]) / 1e9;
 const queuedBefore = queued(); // seconds for which the only thread that matters had no core
 const usedBefore = process.cpuUsage();

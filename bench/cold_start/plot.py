@@ -22,7 +22,7 @@ COLUMNS = 2
 def svg(results: Results) -> str:
     """One panel for each SDK and number of flags; a dot is p50, the end of its line p99.
 
-    Times are those of processes with a core of their own, as functions have one.
+    Times are those of functions that start one by one, among others that only ask.
     """
     scenes = results.scenes()
     panels = list(dict.fromkeys((scene.sdk, scene.flags) for scene in scenes))
@@ -55,11 +55,9 @@ class _Scale:
     """Milliseconds to height, logarithmic, in whole powers of ten."""
 
     def __init__(self, results: Results, scenes: Sequence[Scene]) -> None:
-        bursts = [results.middle(*each) for each in product(scenes, WAYS)]
-        times = [
-            time for burst in bursts if burst for time in (burst.alone_p50_ms, burst.alone_p99_ms)
-        ]
-        times = [time for time in times if time > 0] or [1.0]
+        starts = [results.starts(*each) for each in product(scenes, WAYS)]
+        times = [time for own in starts if own for time in (own.p50_ms, own.p99_ms)]
+        times = [time for time in times if 0 < time < math.inf] or [1.0]
         self.low = math.floor(math.log10(min(times)))
         self.high = max(self.low + 1, math.ceil(math.log10(max(times))))
 
@@ -92,12 +90,12 @@ def _middle(place: int, counts: Sequence[int]) -> float:
 def _marks(results: Results, scene: Scene, middle: float, scale: _Scale) -> Iterator[str]:
     step = 13
     for place, (way, colour) in enumerate(zip(WAYS, COLOURS, strict=True)):
-        burst = results.middle(scene, way)
-        if burst is None or not burst.alone_p50_ms > 0:
+        own = results.starts(scene, way)
+        if own is None or math.isinf(own.p99_ms):
             continue
         x = middle + (place - (len(WAYS) - 1) / 2) * step
-        low, high = scale.y(burst.alone_p50_ms), scale.y(burst.alone_p99_ms)
-        told = f"{way}: p50 {burst.alone_p50_ms:.0f} ms, p99 {burst.alone_p99_ms:.0f} ms"
+        low, high = scale.y(own.p50_ms), scale.y(own.p99_ms)
+        told = f"{way}: p50 {own.p50_ms:.0f} ms, p99 {own.p99_ms:.0f} ms"
         yield (
             f'<g stroke="{colour}" stroke-width="2"><title>{escape(told)}</title>'
             f'<path d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 4:.1f} {high:.1f}h8"/>'
