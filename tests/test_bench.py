@@ -11,8 +11,9 @@ import pytest
 
 from bench import data, posts
 from bench.axes import axes
-from bench.cold_start.__main__ import measure
-from bench.cold_start.burst import Setup, standing_ready
+from bench.cold_start.__main__ import measure, measure_starts
+from bench.cold_start.burst import Run, Setup, standing_ready
+from bench.cold_start.companions import Companions, overhear
 from bench.cold_start.plot import svg
 from bench.cold_start.results import Burst, Results, Scene, judged, verdicts
 from bench.cold_start.results import markdown as markdown_of_bursts
@@ -187,11 +188,47 @@ def test_functions_that_start_together_each_get_a_flag_and_lose_no_event(sdk: st
         assert least < burst.p50_ms <= burst.p99_ms < burst.total_p99_ms, way.name
 
 
+@pytest.mark.parametrize("sdk", ["python", "node"])
+def test_functions_that_start_one_by_one_have_companions_that_ask_as_they_do(sdk: str) -> None:
+    """Each gets its flag, and LaunchDarkly is asked by the others, too, where there is no relay."""
+    if sdk == "node":
+        install_packages()
+    for way in ways(OWN_COMMAND, ""):
+        runs = measure_starts(Scene(sdk, 10, 5), way, 2)
+        assert [run.error for run in runs] == ["", ""], way.name
+        least = 2 * LATENCY if way.name in (DIRECT_STREAM, DIRECT_POLL) else 0
+        assert least < min(run.unhindered for run in runs), way.name
+
+
+def test_functions_that_get_no_flag_count_as_infinitely_late() -> None:
+    """A start that fails or says nothing is no fast one."""
+    results, scene = Results(), Scene("python", 10, 1)
+    failed = Run(0, first=0.1, queued=0, cpu=0, total=1, error="no flag", closed=True)
+    results.add_starts(scene, RELAY_STREAM, [failed], 2)
+    starts = results.starts(scene, RELAY_STREAM)
+    assert starts is not None
+    assert (starts.p99_ms, starts.count, starts.errors) == (math.inf, 0, 2)
+
+
+def test_companions_ask_what_an_sdk_asks() -> None:
+    """So many, each as an instance of its own, all of whom get a whole answer."""
+    setup = Setup(SDK_KEY, "", "", stream=True)
+    overheard = overhear("python", setup)
+    assert overheard.request.startswith(b"GET /all HTTP/1.1\r\n")
+    assert 0 < overheard.delay < 10
+    with Upstream({SDK_KEY: "100k"}) as upstream:
+        companions = Companions(upstream.url, overheard, 3)
+        assert companions.size > 80_000
+        asked = upstream.asked()
+        companions.ask()
+        assert upstream.asked() - asked == 3
+
+
 def test_a_process_that_gets_no_flag_counts_as_an_error() -> None:
     """A relay's refusal of the key shows in the figures, and does not end the measurement."""
     setup = Setup("sdk-unknown", "http://127.0.0.1:9", "http://127.0.0.1:9", stream=False, limit=1)
-    with standing_ready("python", setup, 1) as release:
-        runs = release()
+    with standing_ready("python", setup, 1) as standing:
+        runs = standing.let_all_go()
     burst = judged(runs, 1, asked=0, events=0, cpu=math.nan)
     assert burst.errors == 1
     assert math.isnan(burst.p99_ms)
@@ -205,13 +242,14 @@ def test_cold_starts_are_judged_and_drawn() -> None:
         for way, time in ((RELAY_STREAM, 10.0), (PEER_STREAM, peer), (DIRECT_STREAM, 150.0)):
             asked = count if way == DIRECT_STREAM else 0
             cpu = {RELAY_STREAM: 0.1, PEER_STREAM: 1.0}.get(way, math.nan)
-            results.add(
-                scene, way, Burst(time, time, time, time, time, 0, asked, count, count, cpu)
-            )
+            results.add(scene, way, Burst(time, time, time, 0, asked, count, count, cpu))
+            run = Run(0, first=time / 1e3, queued=0, cpu=0, total=1, error="", closed=True)
+            results.add_starts(scene, way, [run] * 2, 2)
     told = {verdict.goal: (verdict.worst, verdict.met) for verdict in verdicts(results)}
-    slower = told[f"{RELAY_STREAM}: p99 on an own core < {PEER_STREAM}"]
+    slower = told[f"{RELAY_STREAM}, among others: p99 < {PEER_STREAM}"]
     assert slower == ("1.11× (python, 50 × 1000 flags)", False)
-    assert told[f"{RELAY_STREAM}: p99 on an own core < {DIRECT_STREAM}"][1]
+    assert told[f"{RELAY_STREAM}, alone: p99 < {PEER_STREAM}"][1]
+    assert told[f"{RELAY_STREAM}, among others: p99 < {DIRECT_STREAM}"][1]
     assert ("0.10×", True) in told.values()
     assert "| python | 1000 | 50 | direct, streaming | 150 |" in markdown_of_bursts(results)
     drawing = ET.fromstring(svg(results))

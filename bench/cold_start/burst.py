@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import IO, NamedTuple, Self
 
 from bench import data
-from bench.machine import LOAD_CORE, ROOT, pinned
+from bench.machine import CORES, LOAD_CORE, ROOT, pin_threads, pinned
 
 PACKAGES = ROOT / "tests/sdk-node"
 """Where the Node SDK is installed (`make` does that)."""
+NODE = "node"
 NODE_PROGRAM = Path(__file__).with_name("node_sdk.mjs")
 INITIAL_LIMIT = 60
 """Seconds that a function gives its SDK: none shall give up because this machine is small."""
@@ -106,14 +107,18 @@ def standing_ready(sdk: str, setup: Setup, count: int) -> Iterator[Standing]:
         lines = end.enter_context(_Lines(output))
         held = end.enter_context(os.fdopen(gate, "wb", buffering=0))
         try:
-            for command in _commands(sdk, setup, count):
+            programs = [
                 end.enter_context(_program(command, barrier, said))
+                for command in _commands(sdk, setup, count)
+            ]
         finally:
             os.close(barrier)
             os.close(said)
         ready = lines.take(count, READY_LIMIT)
         if ready != ["ready"] * count:
             raise RuntimeError(f"{len(ready)} of {count} processes stood ready: {ready[-1:]}")
+        for program in programs:
+            pin_threads(program, LOAD_CORE)
         yield Standing(held, lines, count)
 
 
@@ -125,18 +130,19 @@ def _commands(sdk: str, setup: Setup, count: int) -> Iterator[Sequence[str]]:
         return
     for number in range(count):
         given = json.dumps(asdict(replace(setup, number=number)))
-        yield ["node", str(NODE_PROGRAM), str(PACKAGES), given]
+        yield [NODE, str(NODE_PROGRAM), str(PACKAGES), given]
 
 
 @contextmanager
-def _program(command: Sequence[str], barrier: int, said: int) -> Iterator[None]:
-    """Start one where the clients run; end it with those that it made, should it still run."""
-    with pinned(LOAD_CORE):
+def _program(command: Sequence[str], barrier: int, said: int) -> Iterator[int]:
+    """Start one, on all cores unless it makes others; end it with those, should it still run."""
+    cores = CORES if command[0] == NODE else {LOAD_CORE}
+    with pinned(*cores):
         program = subprocess.Popen(
             command, cwd=ROOT, stdin=barrier, stdout=said, start_new_session=True
         )
     try:
-        yield
+        yield program.pid
     finally:
         with suppress(ProcessLookupError):
             os.killpg(program.pid, signal.SIGKILL)

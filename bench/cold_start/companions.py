@@ -82,7 +82,8 @@ class Companions:
         first = max(0.0, overheard.delay - SPREAD / 2)
         self._times = [first + SPREAD * number / max(1, count - 1) for number in range(count)]
         self._buffer = bytearray(READ_BYTES)
-        self._size = self._size_of_an_answer() if count else 0
+        self.size = self._size_of_an_answer() if count else 0
+        """Bytes after which one of them has what he asked for."""
 
     def ask(self) -> None:
         """Ask, each at his time from now on; return when all have their answers.
@@ -102,7 +103,7 @@ class Companions:
                     if due is not None and now >= due:
                         client = self._connected()
                         clients[client.fileno()] = client
-                        missing[client.fileno()] = self._size
+                        missing[client.fileno()] = self.size
                         poll.register(client, select.EPOLLIN)
                         due = next(waiting, None)
                     elif now > LIMIT:
