@@ -15,6 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
+PASSING = frozenset({407, 408, 429})
+"""4xx that pass by themselves and say nothing about a key; 407 comes from a proxy."""
+
 
 class ErrorKind(Enum):
     """What went wrong upstream, in the words of `/status` (streams 2.5)."""

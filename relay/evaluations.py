@@ -59,8 +59,7 @@ class Evaluations:
         if payload is self._payload:
             return
         self._payload = payload
-        highest = max((item.version for item in payload.flags.values()), default=0)
-        self._version = max(self._version + 1, int(time.time()), highest + 1)
+        self._version = max(self._version + 1, int(time.time()), payload.newest + 1)
         self._programs = {}
         self._works = {}
 

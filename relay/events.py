@@ -19,7 +19,7 @@ from typing import Protocol
 from isal import igzip
 
 from relay.batches import MAX_BATCH, POST_OVERHEAD, Backlog, Batch
-from relay.errors import UpstreamUnavailable
+from relay.errors import PASSING, UpstreamUnavailable
 from relay.log import Log, environment_log
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import Endpoint, Lane, Post, Receipt
@@ -131,8 +131,6 @@ class Step(Enum):
 
 
 BAD_REQUEST, TOO_LARGE = 400, 413
-_PASSING = frozenset({407, 408, 429})
-"""4xx that say nothing about the key or the posts; 407 comes from a proxy."""
 _OTHERS = {2: Step.DONE, 4: Step.REFUSED}
 """By the first digit of the status."""
 
@@ -146,7 +144,7 @@ def next_step(status: int | None, posts: int, failures: int) -> Step:
         failures: of this lane in a row before this one.
     """
     # Proxies say 400 of anything, too; the reference tries once more as well.
-    if status is None or status in _PASSING or (status == BAD_REQUEST and failures == 0):
+    if status is None or status in PASSING or (status == BAD_REQUEST and failures == 0):
         return Step.AGAIN
     if status == TOO_LARGE or (status == BAD_REQUEST and posts > 1):
         return Step.SPLIT

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from heapq import merge
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any
 
 from isal import igzip, isal_zlib
 
@@ -35,6 +35,7 @@ from relay.batches import (
 )
 from relay.memorystore import MemoryStore
 from relay.model.event import Endpoint, Lane, Post
+from relay.protocol.gzip import CORRUPT, GZIP
 
 SHRINK_PAGES = 16_000
 """Pages of 4 KB that are given back at once: a fraction of a second."""
@@ -47,11 +48,6 @@ _ROWS = 100
 
 VERSION = 2
 """Of the tables. A file with another one is left alone."""
-
-_GZIP = 31
-"""The decompressor's number for a gzip stream."""
-
-_CORRUPT = cast("type[Exception]", isal_zlib.error)  # which its stubs take for an instance
 
 _SETTINGS = (
     "auto_vacuum=INCREMENTAL",
@@ -442,8 +438,8 @@ class DiskStore:
 def _read(body: bytes, length: int) -> bytes | None:
     """Return a body as it came; None if the disk has damaged it."""
     try:
-        return isal_zlib.decompress(body, _GZIP, length)
-    except _CORRUPT:
+        return isal_zlib.decompress(body, GZIP, length)
+    except CORRUPT:
         return None
 
 

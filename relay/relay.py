@@ -7,10 +7,14 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 from relay.environment import ConnectionState, Environment
-from relay.events import Forwarder
 from relay.model.reply import Fetch
+
+if TYPE_CHECKING:
+    # Brings SQLite and compression, for which the opening of the port need not wait.
+    from relay.events import Forwarder
 
 RESTART_DELAY = 10.0
 """Seconds before an environment that failed by a defect of ours is run again."""

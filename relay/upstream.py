@@ -21,7 +21,7 @@ import aiohttp
 from yarl import URL
 
 from relay import __version__
-from relay.errors import ConfigError, ErrorKind, UpstreamRefused, UpstreamUnavailable
+from relay.errors import PASSING, ConfigError, ErrorKind, UpstreamRefused, UpstreamUnavailable
 from relay.model.credential import SDKKey
 from relay.model.event import Receipt
 from relay.model.reply import Reply
@@ -48,8 +48,7 @@ READ_BUFFER = 256 * 1024
 """Bytes read ahead of us: a few wake-ups for a large put instead of dozens."""
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_PASSING = frozenset({400, 407, 408, 429})
-"""4xx that say nothing about the key; 407 comes from a proxy."""
+_SAY_NOTHING_OF_THE_KEY = PASSING | {400}
 _MEANINGS = {401: "invalid SDK key", 403: "SDK key not permitted"}
 _OK = frozenset({200})
 _SECONDS = re.compile("[0-9]{1,9}")
@@ -301,7 +300,7 @@ def _status_error(status: int, *, trusted: bool) -> UpstreamUnavailable:
     """Only a server that was shown the key can refuse it."""
     meaning = _MEANINGS.get(status)
     reason = f"HTTP error {status}" + (f" ({meaning})" if meaning else "")
-    refused = trusted and 400 <= status < 500 and status not in _PASSING  # noqa: PLR2004 - 4xx
+    refused = trusted and 400 <= status < 500 and status not in _SAY_NOTHING_OF_THE_KEY  # noqa: PLR2004 - 4xx
     kind = UpstreamRefused if refused else UpstreamUnavailable
     return kind(ErrorKind.ERROR_RESPONSE, reason, status)
 

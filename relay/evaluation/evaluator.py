@@ -9,8 +9,9 @@ is not satisfied.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
+
+from msgspec.structs import replace
 
 from relay.evaluation import bucketing
 from relay.evaluation.items import Data, Membership

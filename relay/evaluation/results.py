@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from enum import Enum
 
 import orjson
+from msgspec import Struct
 
 from relay.model.flag import Flag
 
@@ -38,8 +38,7 @@ class BigSegmentsStatus(Enum):
         return max(self, other, key=order.index)
 
 
-@dataclass(frozen=True, slots=True)
-class Reason:
+class Reason(Struct, frozen=True, gc=False):
     """Why a flag has its value, and what is particular to the kind of reason.
 
     Args:
@@ -76,8 +75,7 @@ class Reason:
         return b",".join(members) + b"}"
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True, gc=False):
     """Something that an evaluation found out on its way, for people to read.
 
     Args:
@@ -98,8 +96,7 @@ class Step:
         return "  " * self.depth + self.text % tuple(arguments)
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
+class Evaluation(Struct, frozen=True, gc=False):
     """The result of a flag for a context.
 
     Args:

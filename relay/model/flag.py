@@ -13,7 +13,7 @@ from msgspec import UNSET, Struct, UnsetType
 Number = int | float
 
 
-class Clause(Struct, rename="camel", frozen=True):
+class Clause(Struct, rename="camel", frozen=True, gc=False):
     """One condition of a rule."""
 
     attribute: str = ""
@@ -23,7 +23,7 @@ class Clause(Struct, rename="camel", frozen=True):
     negate: bool = False
 
 
-class WeightedVariation(Struct, rename="camel", frozen=True):
+class WeightedVariation(Struct, rename="camel", frozen=True, gc=False):
     """One bucket of a rollout; `weight` in thousandths of a percent."""
 
     variation: Number = 0
@@ -31,7 +31,7 @@ class WeightedVariation(Struct, rename="camel", frozen=True):
     untracked: bool = False
 
 
-class Rollout(Struct, rename="camel", frozen=True):
+class Rollout(Struct, rename="camel", frozen=True, gc=False):
     """A percentage rollout or an experiment."""
 
     variations: list[WeightedVariation] | None = None
@@ -41,14 +41,14 @@ class Rollout(Struct, rename="camel", frozen=True):
     bucket_by: str | None = None
 
 
-class Outcome(Struct, rename="camel", frozen=True):
+class Outcome(Struct, rename="camel", frozen=True, gc=False):
     """A fixed variation or a rollout: the fallthrough, and the base of a rule."""
 
     variation: Number | None = None
     rollout: Rollout | None = None
 
 
-class Rule(Outcome, rename="camel", frozen=True):
+class Rule(Outcome, rename="camel", frozen=True, gc=False):
     """Clauses, all of which must match, and their outcome."""
 
     id: str = ""
@@ -56,7 +56,7 @@ class Rule(Outcome, rename="camel", frozen=True):
     track_events: bool = False
 
 
-class Target(Struct, rename="camel", frozen=True):
+class Target(Struct, rename="camel", frozen=True, gc=False):
     """Keys that get a variation individually."""
 
     variation: Number = 0
@@ -64,27 +64,27 @@ class Target(Struct, rename="camel", frozen=True):
     context_kind: str = ""
 
 
-class Prerequisite(Struct, rename="camel", frozen=True):
+class Prerequisite(Struct, rename="camel", frozen=True, gc=False):
     """Another flag that must be on and give this variation."""
 
     key: str = ""
     variation: Number = 0
 
 
-class ClientSideAvailability(Struct, rename="camel", frozen=True):
+class ClientSideAvailability(Struct, rename="camel", frozen=True, gc=False):
     """Which client-side SDKs may see the flag."""
 
     using_mobile_key: bool = False
     using_environment_id: bool = False
 
 
-class Migration(Struct, rename="camel", frozen=True):
+class Migration(Struct, rename="camel", frozen=True, gc=False):
     """Settings of a migration flag."""
 
     check_ratio: Number | None = None
 
 
-class Flag(Struct, rename="camel", frozen=True):
+class Flag(Struct, rename="camel", frozen=True, gc=False):
     """A feature flag."""
 
     key: str = ""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import msgspec
+from msgspec import Struct
 
 from relay.errors import InvalidData
 from relay.model.flag import Flag
@@ -28,8 +29,7 @@ class Kind(Enum):
         return "flag" if self is Kind.FLAG else "segment"
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(Struct, frozen=True, gc=False):
     """A flag or segment at one version.
 
     Args:

@@ -7,7 +7,7 @@ change costs work in proportion to the change, not to the environment.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from immutables import Map
 
@@ -62,6 +62,8 @@ class Payload:
     segments: Items
     size: int
     """Bytes of JSON of the live items."""
+    newest: int
+    """No item has a greater version."""
 
     @classmethod
     def of(cls, items: Iterable[Item]) -> Payload:
@@ -71,7 +73,8 @@ class Payload:
             by_kind[item.kind][item.key] = item
         flags, segments = by_kind[Kind.FLAG], by_kind[Kind.SEGMENT]
         size = sum(map(_size, flags.values())) + sum(map(_size, segments.values()))
-        return cls(Map(flags), Map(segments), size)
+        versions = (item.version for items in by_kind.values() for item in items.values())
+        return cls(Map(flags), Map(segments), size, max(versions, default=0))
 
     def all(self, kind: Kind) -> Items:
         """Return all items of a kind by key, tombstones included."""
@@ -123,10 +126,14 @@ class Payload:
         for item in items:
             before = after.all(item.kind).get(item.key)
             size = after.size + _size(item) - (_size(before) if before else 0)
-            if item.kind is Kind.FLAG:
-                after = replace(after, flags=after.flags.set(item.key, item), size=size)
-            else:
-                after = replace(after, segments=after.segments.set(item.key, item), size=size)
+            changed = after.all(item.kind).set(item.key, item)
+            is_flag = item.kind is Kind.FLAG
+            after = Payload(
+                flags=changed if is_flag else after.flags,
+                segments=after.segments if is_flag else changed,
+                size=size,
+                newest=max(after.newest, item.version),
+            )
         return after
 
     def _replaced(self, changes: ChangeSet) -> tuple[Payload, Change | None]:
@@ -143,7 +150,7 @@ class Payload:
         return after, Change(different, visible, replace=not (patches_suffice and cheap))
 
 
-EMPTY = Payload(Map(), Map(), 0)
+EMPTY = Payload(Map(), Map(), 0, 0)
 
 
 def _newest(items: Sequence[Item]) -> Iterable[Item]:

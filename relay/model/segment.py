@@ -7,14 +7,14 @@ from msgspec import Struct
 from relay.model.flag import Clause, Number
 
 
-class SegmentTarget(Struct, rename="camel", frozen=True):
+class SegmentTarget(Struct, rename="camel", frozen=True, gc=False):
     """Keys of one context kind that are in, or out of, the segment."""
 
     values: list[str] | None = None
     context_kind: str = ""
 
 
-class SegmentRule(Struct, rename="camel", frozen=True):
+class SegmentRule(Struct, rename="camel", frozen=True, gc=False):
     """Clauses, all of which must match, and the share of contexts that they admit."""
 
     id: str = ""
@@ -24,7 +24,7 @@ class SegmentRule(Struct, rename="camel", frozen=True):
     rollout_context_kind: str = ""
 
 
-class Segment(Struct, rename="camel", frozen=True):
+class Segment(Struct, rename="camel", frozen=True, gc=False):
     """A set of contexts."""
 
     key: str = ""

@@ -1,13 +1,14 @@
 """The first flag delivery protocol: messages from upstream, and what server-side SDKs get.
 
-Reading: `parse` (streams 2.6) and `parse_all` (the body of `/sdk/latest-all`). Writing: the formats
+Reading: `parse` (streams 2.6) and `parse_all` (the body of `/sdk/latest-all`), both also in steps,
+for whoever must not be held up by a large payload. Writing: the formats
 of the streams `/all` and `/flags` (streams 2.2) and the JSON that polls share with them. Items go
 out in the bytes in which they came in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TypeVar
 
 import msgspec
@@ -21,6 +22,9 @@ from relay.model.item import parse as parse_item
 from relay.model.payload import Change, ChangeSet, Payload
 
 T = TypeVar("T")
+
+Steps = Generator[None, None, T]
+"""Work that pauses after each item; what it returns is the result."""
 
 
 class _Data(Struct):
@@ -60,9 +64,14 @@ def parse(name: str, data: bytes) -> ChangeSet | None:
     Raises:
         InvalidData: the message as a whole is broken; nothing of it may be applied.
     """
+    return _result(in_steps(name, data))
+
+
+def in_steps(name: str, data: bytes) -> Steps[ChangeSet | None]:
+    """Do in steps what `parse` does at once."""
     match name:
         case "put":
-            return _changes(_decoded(_PUT, "put message", data).data, "put message")
+            return (yield from _changes(_decoded(_PUT, "put message", data).data, "put message"))
         case "patch":
             patch = _decoded(_PATCH, "patch message", data)
             return _patched(patch.path, bytes(patch.data))
@@ -78,8 +87,22 @@ def parse_all(body: bytes) -> ChangeSet:
     Raises:
         InvalidData: the body as a whole is broken.
     """
+    return _result(all_in_steps(body))
+
+
+def all_in_steps(body: bytes) -> Steps[ChangeSet]:
+    """Do in steps what `parse_all` does at once."""
     what = "body of /sdk/latest-all"
-    return _changes(_decoded(_DATA, what, body), what)
+    return (yield from _changes(_decoded(_DATA, what, body), what))
+
+
+def _result(steps: Steps[T]) -> T:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 def _decoded(decoder: msgspec.json.Decoder[T], what: str, data: bytes) -> T:
@@ -98,7 +121,7 @@ def _valid_utf8(data: bytes) -> bytes:
     return data
 
 
-def _changes(data: _Data, what: str) -> ChangeSet:
+def _changes(data: _Data, what: str) -> Steps[ChangeSet]:
     if data.flags is UNSET and data.segments is UNSET:
         raise InvalidData(what, "it has neither flags nor segments")
     items: list[Item] = []
@@ -109,6 +132,7 @@ def _changes(data: _Data, what: str) -> ChangeSet:
                 items.append(parse_item(kind, key, bytes(json)))
             except InvalidData as e:
                 invalid.append(InvalidItem(kind, key, e.reason))
+            yield
     return ChangeSet(tuple(items), full=True, invalid=tuple(invalid))
 
 

@@ -16,7 +16,7 @@ from relay.protocol import fdv1
 from relay.sources import Current, Update
 from relay.sources.retry import Schedule, Times
 from relay.sources.sse import interruption
-from relay.sources.waiting import pause
+from relay.sources.waiting import in_slices, pause
 from relay.upstream import Upstream, read_body
 
 _STATUSES = frozenset({200, 304})
@@ -103,7 +103,7 @@ class Polling:
                 return Current()
             async with asyncio.timeout(self._times.poll_timeout):
                 body = await read_body(response)
-            changes = fdv1.parse_all(body)
+            changes = await in_slices(fdv1.all_in_steps(body))
             etag = response.headers.get("ETag", "")
             if hinted and self._is_older(changes, etag):
                 return Current()  # what was delivered is newer than this

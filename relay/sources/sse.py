@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing
 
 import aiohttp
@@ -16,11 +16,12 @@ from relay.model.payload import ChangeSet
 from relay.protocol.sse import Decoder, Event
 from relay.sources import Current, Interrupted, Update
 from relay.sources.retry import Schedule, Times
-from relay.sources.waiting import pause
+from relay.sources.waiting import in_slices, pause
 from relay.upstream import Upstream
 
-Understand = Callable[[Event], ChangeSet | None]
-"""What a message changes, or None; raises `InvalidData` if the message is broken."""
+Understand = Callable[[Event], Generator[None, None, ChangeSet | None]]
+"""Finds out in steps what a message changes, or None; raises `InvalidData` if the message is
+broken."""
 
 
 class EventStream:
@@ -103,7 +104,7 @@ class EventStream:
         told = None  # when we last yielded; None until this connection has delivered
         async for chunk in response.content.iter_any():
             for event in decoder.feed(chunk):
-                changes = self._understand(event)
+                changes = await in_slices(self._understand(event))
                 self._last_id = event.id
                 schedule.succeeded(time.monotonic())
                 if changes is not None:

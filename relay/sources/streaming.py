@@ -40,11 +40,11 @@ class Streaming(EventStream):
         self._log = log
         self._unknown: set[str] = set()
 
-    def _changes(self, event: Event) -> ChangeSet | None:
+    def _changes(self, event: Event) -> fdv1.Steps[ChangeSet | None]:
         if event.name not in _KNOWN:
             self._note_unknown(event.name)
             return None
-        return fdv1.parse(event.name, event.data)
+        return (yield from fdv1.in_steps(event.name, event.data))
 
     def _note_unknown(self, name: str) -> None:
         if name not in self._unknown and len(self._unknown) < MAX_UNKNOWN:

@@ -16,7 +16,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from relay.environment import Environment
-from relay.evaluation.audience import Audience
 from relay.relay import Relay
 from relay.web import metrics, status
 from relay.web.answers import (
@@ -68,8 +67,8 @@ def _table(
 
     Routes are tried in turn, so those of events, which are busy, come first.
     """
-    in_path = {audience: evaluation.in_path(audience) for audience in Audience}
-    in_body = {audience: evaluation.in_body(audience) for audience in Audience}
+    in_path = {each: evaluation.in_path(each.audience) for each in (SERVER, MOBILE, BROWSER)}
+    in_body = {each: evaluation.in_body(each.audience) for each in (SERVER, MOBILE, BROWSER)}
     fdv1 = _always(FDV1_INSTEAD)
     return (
         *(
@@ -95,30 +94,30 @@ def _table(
         ("/sdk/poll/eval", POST_REPORT_, FDV2_CLIENT, fdv1),
         ("/sdk/poll/eval/{context}", GET_, FDV2_CLIENT, fdv1),
         ("/sdk/goals/{envId}", GET_, BROWSER, goals.respond),
-        ("/sdk/evalx/{envId}/contexts/{context}", GET_, BROWSER, in_path[Audience.BROWSER]),
-        ("/sdk/evalx/{envId}/contexts", REPORT_POST_, BROWSER, in_body[Audience.BROWSER]),
-        ("/sdk/evalx/{envId}/context", REPORT_POST_, BROWSER, in_body[Audience.BROWSER]),
-        ("/sdk/evalx/{envId}/users/{context}", GET_, BROWSER, in_path[Audience.BROWSER]),
-        ("/sdk/evalx/{envId}/users", REPORT_POST_, BROWSER, in_body[Audience.BROWSER]),
-        ("/sdk/evalx/{envId}/user", REPORT_POST_, BROWSER, in_body[Audience.BROWSER]),
-        ("/sdk/evalx/contexts/{context}", GET, SERVER, in_path[Audience.SERVER]),
-        ("/sdk/evalx/contexts", REPORT_POST, SERVER, in_body[Audience.SERVER]),
-        ("/sdk/evalx/context", REPORT_POST, SERVER, in_body[Audience.SERVER]),
-        ("/sdk/evalx/users/{context}", GET, SERVER, in_path[Audience.SERVER]),
-        ("/sdk/evalx/users", REPORT_POST, SERVER, in_body[Audience.SERVER]),
-        ("/sdk/evalx/user", REPORT_POST, SERVER, in_body[Audience.SERVER]),
-        ("/msdk/evalx/contexts/{context}", GET, MOBILE, in_path[Audience.MOBILE]),
-        ("/msdk/evalx/contexts", REPORT_POST, MOBILE, in_body[Audience.MOBILE]),
-        ("/msdk/evalx/context", REPORT_POST, MOBILE, in_body[Audience.MOBILE]),
-        ("/msdk/evalx/users/{context}", GET, MOBILE, in_path[Audience.MOBILE]),
-        ("/msdk/evalx/users", REPORT_POST, MOBILE, in_body[Audience.MOBILE]),
-        ("/msdk/evalx/user", REPORT_POST, MOBILE, in_body[Audience.MOBILE]),
-        ("/meval/{context}", GET, MOBILE, streams.in_path(Audience.MOBILE)),
-        ("/meval", REPORT, MOBILE, streams.in_body(Audience.MOBILE)),
-        ("/mping", GET, MOBILE, streams.pings(Audience.MOBILE)),
-        ("/ping/{envId}", GET_, BROWSER, streams.pings(Audience.BROWSER)),
-        ("/eval/{envId}/{context}", GET_, BROWSER, streams.in_path(Audience.BROWSER)),
-        ("/eval/{envId}", REPORT_, BROWSER, streams.in_body(Audience.BROWSER)),
+        ("/sdk/evalx/{envId}/contexts/{context}", GET_, BROWSER, in_path[BROWSER]),
+        ("/sdk/evalx/{envId}/contexts", REPORT_POST_, BROWSER, in_body[BROWSER]),
+        ("/sdk/evalx/{envId}/context", REPORT_POST_, BROWSER, in_body[BROWSER]),
+        ("/sdk/evalx/{envId}/users/{context}", GET_, BROWSER, in_path[BROWSER]),
+        ("/sdk/evalx/{envId}/users", REPORT_POST_, BROWSER, in_body[BROWSER]),
+        ("/sdk/evalx/{envId}/user", REPORT_POST_, BROWSER, in_body[BROWSER]),
+        ("/sdk/evalx/contexts/{context}", GET, SERVER, in_path[SERVER]),
+        ("/sdk/evalx/contexts", REPORT_POST, SERVER, in_body[SERVER]),
+        ("/sdk/evalx/context", REPORT_POST, SERVER, in_body[SERVER]),
+        ("/sdk/evalx/users/{context}", GET, SERVER, in_path[SERVER]),
+        ("/sdk/evalx/users", REPORT_POST, SERVER, in_body[SERVER]),
+        ("/sdk/evalx/user", REPORT_POST, SERVER, in_body[SERVER]),
+        ("/msdk/evalx/contexts/{context}", GET, MOBILE, in_path[MOBILE]),
+        ("/msdk/evalx/contexts", REPORT_POST, MOBILE, in_body[MOBILE]),
+        ("/msdk/evalx/context", REPORT_POST, MOBILE, in_body[MOBILE]),
+        ("/msdk/evalx/users/{context}", GET, MOBILE, in_path[MOBILE]),
+        ("/msdk/evalx/users", REPORT_POST, MOBILE, in_body[MOBILE]),
+        ("/msdk/evalx/user", REPORT_POST, MOBILE, in_body[MOBILE]),
+        ("/meval/{context}", GET, MOBILE, streams.in_path(MOBILE)),
+        ("/meval", REPORT, MOBILE, streams.in_body(MOBILE)),
+        ("/mping", GET, MOBILE, streams.pings(MOBILE)),
+        ("/ping/{envId}", GET_, BROWSER, streams.pings(BROWSER)),
+        ("/eval/{envId}/{context}", GET_, BROWSER, streams.in_path(BROWSER)),
+        ("/eval/{envId}", REPORT_, BROWSER, streams.in_body(BROWSER)),
     )
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
-from typing import cast
 
 from isal import isal_zlib
 from starlette.requests import Request
 from starlette.types import Receive
 
 from relay.errors import RelayError
+from relay.protocol.gzip import CORRUPT, GZIP
 from relay.web.answers import Answer, json_error
 from relay.web.endpoint import header
 
@@ -39,11 +39,6 @@ INFLATED_AT_ONCE = 256 * 1024
 
 _GZIP_MAGIC = b"\x1f\x8b\x08"
 _GZIP_HEADER = 10
-_GZIP = 31
-"""The decompressor's number for a gzip stream."""
-
-CORRUPT = cast("type[Exception]", isal_zlib.error)  # which its stubs take for an instance
-"""What decompressing raises."""
 
 UNREADABLE = json_error(400, "unable to read request body")
 NO_ROOM = json_error(503, "Events cannot be accepted at the moment")
@@ -215,7 +210,7 @@ class Gunzip:
     def __init__(self) -> None:
         self.complete = False
         """Whether a whole stream has come, and no further one has begun."""
-        self._inflater = isal_zlib.decompressobj(_GZIP)
+        self._inflater = isal_zlib.decompressobj(GZIP)
         self._pending = b""
         self._over = False
         """Whether something else has come after a stream."""
@@ -246,7 +241,7 @@ class Gunzip:
         elif not self.complete:
             return True
         elif self._pending.startswith(_GZIP_MAGIC):
-            self._inflater = isal_zlib.decompressobj(_GZIP)
+            self._inflater = isal_zlib.decompressobj(GZIP)
             self.complete = False
             return True
         else:

@@ -16,7 +16,7 @@ from relay.model.context import Context, parse_context
 from relay.model.environment import EnvironmentSpec
 from relay.web.answers import json_error, text
 from relay.web.body import Body, Refused, Room
-from relay.web.endpoint import header
+from relay.web.endpoint import header, parameter_in
 
 MAX_CONTEXT = 5 * 1024 * 1024
 """Bytes of the largest body that holds a context, where the configuration says nothing: the
@@ -106,13 +106,23 @@ def _check_type(content_type: bytes) -> None:
         raise Refused(WRONG_TYPE)
 
 
+def wants_reasons(query: bytes) -> bool:
+    """Whether the query of a request asks for the reasons of results."""
+    return parameter_in(query, "withReasons") == "true"
+
+
+def proof_in(query: bytes) -> str:
+    """Return what the query of a request has for `check_proof`; empty if there is nothing."""
+    return parameter_in(query, "h")
+
+
 def check_proof(spec: EnvironmentSpec, key: str, proof: str) -> None:
     """See that the owner of the SDK key has signed for a context, if secure mode is on.
 
     Args:
         spec: of the environment.
         key: the context's, fully qualified.
-        proof: the parameter `h`.
+        proof: the parameter `h` (see `proof_in`).
 
     Raises:
         Refused: secure mode is on, and the proof is wrong.

@@ -12,26 +12,11 @@ from uvicorn.server import ServerState
 
 from relay.environment import Environment
 from relay.relay import Relay
+from relay.web.answers import Answer
 from relay.web.posting import Posts
 from relay.web.prepared import Given, Told
 from relay.web.traffic import Traffic
 from relay.web.turns import Turns
-
-
-class Answer(Protocol):
-    """A response that is ready to be written."""
-
-    @property
-    def status(self) -> int:
-        """Its code."""
-
-    @property
-    def head(self) -> bytes:
-        """Status line and headers, each with its CRLF; neither `Date` nor the final blank line."""
-
-    @property
-    def body(self) -> bytes:
-        """The body; empty for a 304."""
 
 
 class Poll(Protocol):

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from relay.environment import Environment
+from relay.evaluation.audience import Audience
 from relay.relay import Relay
 from relay.web import auth
 from relay.web.answers import Answer, environment_headers
@@ -73,28 +74,36 @@ def _mobile_key_or_environment_id(relay: Relay, request: Request) -> Environment
     return auth.for_client(relay, given, parameter(request, "filter"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Access:
     """Whose a route is.
 
     Args:
-        platform: its kind of SDK, in the words of the metrics.
+        audience: which flags its SDKs may see.
         find: from the credential to the environment.
         exposed: response headers that scripts in browsers may read; none if it is not for browsers.
         open_preflight: whether a preflight needs no credential.
     """
 
-    platform: str
+    audience: Audience
     find: Find
     exposed: tuple[str, ...] = ()
     open_preflight: bool = False
 
+    @property
+    def platform(self) -> str:
+        """Its kind of SDK, in the words of the metrics."""
+        return self.audience.value
 
-SERVER = Access("server", _sdk_key)
-MOBILE = Access("mobile", _mobile_key)
-BROWSER = Access("browser", _environment_id, ("Date",))
+
+SERVER = Access(Audience.SERVER, _sdk_key)
+MOBILE = Access(Audience.MOBILE, _mobile_key)
+BROWSER = Access(Audience.BROWSER, _environment_id, ("Date",))
 FDV2_CLIENT = Access(
-    "browser", _mobile_key_or_environment_id, ("Date", "X-LD-FD-Fallback"), open_preflight=True
+    Audience.BROWSER,
+    _mobile_key_or_environment_id,
+    ("Date", "X-LD-FD-Fallback"),
+    open_preflight=True,
 )
 
 

@@ -26,11 +26,13 @@ from relay.web.context import (
     check_proof,
     context_in_body,
     context_in_path,
+    proof_in,
     read_context_body,
     room_for_contexts,
+    wants_reasons,
 )
 from relay.web.deflating import Evaluated
-from relay.web.endpoint import Respond, header, parameter_in
+from relay.web.endpoint import Respond, header
 from relay.web.polling import expiring
 
 MAX_KEPT = 64 * 1024 * 1024
@@ -276,10 +278,7 @@ class Evaluation:
 def _question(
     audience: Audience, raw: bytes, reader: Callable[[bytes], Context], query: bytes
 ) -> _Question:
-    if not query:
-        return _Question(audience, raw, reader, False, "")
-    reasons = parameter_in(query, "withReasons") == "true"
-    return _Question(audience, raw, reader, reasons, parameter_in(query, "h"))
+    return _Question(audience, raw, reader, wants_reasons(query), proof_in(query))
 
 
 def _read_and_evaluated(

@@ -17,11 +17,11 @@ from relay.environment import Environment
 from relay.errors import StoreUnavailable
 from relay.model.count import Count
 from relay.model.event import Endpoint, Lane
+from relay.protocol.gzip import CORRUPT
 from relay.relay import Relay
 from relay.web.answers import Answer, environment_headers
 from relay.web.auth import plain_key
 from relay.web.body import (
-    CORRUPT,
     INFLATED_AT_ONCE,
     NO_ROOM,
     Gunzip,

@@ -41,22 +41,18 @@ class Route(NamedTuple):
     """Where a kind of client asks."""
 
     template: str
-    audience: Audience
     access: Access
 
 
 _BY_KEY: Mapping[bytes, Route] = {
     b"/%b/evalx/%b" % (root, name): Route(
-        f"/{root.decode()}/evalx/{name.decode()}/{{context}}", audience, access
+        f"/{root.decode()}/evalx/{name.decode()}/{{context}}", access
     )
-    for root, audience, access in (
-        (b"sdk", Audience.SERVER, SERVER),
-        (b"msdk", Audience.MOBILE, MOBILE),
-    )
+    for root, access in ((b"sdk", SERVER), (b"msdk", MOBILE))
     for name in (b"contexts", b"users")
 }
 _BY_ID: Mapping[bytes, Route] = {
-    name: Route(f"/sdk/evalx/{{envId}}/{name.decode()}/{{context}}", Audience.BROWSER, BROWSER)
+    name: Route(f"/sdk/evalx/{{envId}}/{name.decode()}/{{context}}", BROWSER)
     for name in (b"contexts", b"users")
 }
 
@@ -67,7 +63,7 @@ class _Asker:
 
     Args:
         environment: whose flags they ask for.
-        route: on which.
+        audience: of these.
         count: what counts them.
         cors: what browsers are told.
         if_none_match: the header; empty if there is none.
@@ -76,7 +72,7 @@ class _Asker:
     """
 
     environment: Environment
-    route: Route
+    audience: Audience
     count: Count
     cors: Headers
     if_none_match: bytes
@@ -191,7 +187,7 @@ class Questions:
             self._askers[b"GET " + prefix, rest] = asker
 
     def _told(self, asker: _Asker, segment: bytes, query: bytes) -> Told | None:
-        environment, audience = asker.environment, asker.route.audience
+        environment, audience = asker.environment, asker.audience
         found = self._evaluation.find(environment, audience, segment, query)
         if found is None:
             return None
@@ -218,7 +214,7 @@ class Questions:
         cors = cors_lines(spec, origin, METHODS, access.exposed) if told else ()
         return _Asker(
             environment,
-            route,
+            access.audience,
             self._traffic.requests[series],
             cors,
             headers.get(b"if-none-match", b""),

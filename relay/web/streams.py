@@ -20,7 +20,6 @@ from starlette.types import Receive, Scope, Send
 
 from relay.environment import Environment
 from relay.evalstreams import EVALUATING, PINGS, Viewer
-from relay.evaluation.audience import Audience
 from relay.hub import LAST_CHUNK, unframed
 from relay.model.context import Context
 from relay.model.count import Count
@@ -33,10 +32,12 @@ from relay.web.context import (
     check_proof,
     context_in_body,
     context_in_path,
+    proof_in,
     read_context_body,
+    wants_reasons,
 )
 from relay.web.cors import cors_lines
-from relay.web.endpoint import BROWSER, MOBILE, Access, Respond, parameter_in, user_agent
+from relay.web.endpoint import BROWSER, MOBILE, Access, Respond, user_agent
 from relay.web.traffic import Series, Traffic, client
 
 STREAMS: Mapping[bytes, str] = {b"/all": "all", b"/flags": "flags"}
@@ -53,7 +54,6 @@ _HEADERS: Headers = (
     (b"access-control-allow-origin", b"*"),
     _UNBUFFERED,
 )
-_ACCESS: Mapping[Audience, Access] = {Audience.MOBILE: MOBILE, Audience.BROWSER: BROWSER}
 
 
 def stream_headers(environment: Environment) -> Headers:
@@ -79,51 +79,49 @@ PING_STREAM = ClientStream(PINGS)
 
 
 def client_stream(
-    environment: Environment, audience: Audience, segment: bytes, query: bytes
+    environment: Environment, access: Access, segment: bytes, query: bytes
 ) -> ClientStream | Answer:
     """Return what `/eval/{envId}/{context}` or `/meval/{context}` gives, or the refusal.
 
     Args:
         environment: whose flags.
-        audience: MOBILE or BROWSER, by the path.
+        access: MOBILE or BROWSER, by the path.
         segment: of the path, which holds the context, without percent escapes.
         query: as on the wire.
     """
     try:
-        return _stream_for(environment, audience, segment, context_in_path(segment), query)
+        return _stream_for(environment, access, segment, context_in_path(segment), query)
     except Refused as e:
         return e.answer.with_headers(_UNBUFFERED)
 
 
 def _stream_for(
-    environment: Environment, audience: Audience, raw: bytes, context: Context, query: bytes
+    environment: Environment, access: Access, raw: bytes, context: Context, query: bytes
 ) -> ClientStream:
     """Return the stream for a context, which need not be evaluated if it gets pings.
 
     Raises:
         Refused: secure mode is not satisfied, or there is no key to evaluate for.
     """
-    if audience is Audience.BROWSER:
-        proof = parameter_in(query, "h")
-        check_proof(environment.spec, context.fully_qualified_key, proof)
+    if access is BROWSER:
+        check_proof(environment.spec, context.fully_qualified_key, proof_in(query))
     if not environment.spec.eval_streams:
         return PING_STREAM
     if context.has_empty_key:
         raise Refused(NO_KEY)
-    with_reasons = parameter_in(query, "withReasons") == "true"
-    return ClientStream(EVALUATING[audience], Viewer(raw, context, with_reasons=with_reasons))
+    viewer = Viewer(raw, context, with_reasons=wants_reasons(query))
+    return ClientStream(EVALUATING[access.audience], viewer)
 
 
-def client_stream_headers(environment: Environment, audience: Audience, origin: bytes) -> Headers:
+def client_stream_headers(environment: Environment, access: Access, origin: bytes) -> Headers:
     """Return the response headers of a GET of a client-side stream, as the application has them.
 
     Args:
         environment: whose stream.
-        audience: MOBILE or BROWSER, by the path.
+        access: MOBILE or BROWSER, by the path.
         origin: the request header; empty if there is none.
     """
     headers = stream_headers(environment)
-    access = _ACCESS[audience]
     if not access.exposed:
         return headers
     cors = dict(cors_lines(environment.spec, origin, ("GET", "OPTIONS"), access.exposed))
@@ -161,20 +159,20 @@ def client_opening(
     if match is None or b"%" in query or b"filter" in query:
         return None
     identity, segment = match["ping"] or match["id"], match["mobile"] or match["context"]
-    audience = Audience.BROWSER if identity else Audience.MOBILE
+    access = BROWSER if identity else MOBILE
     if identity:
         environment = relay.by_environment_id.get(identity.decode())
     else:
         environment = by_plain_key(relay.by_mobile_key, headers)
     if environment is None:
         return None
-    stream = client_stream(environment, audience, segment, query) if segment else PING_STREAM
+    stream = client_stream(environment, access, segment, query) if segment else PING_STREAM
     if isinstance(stream, Answer):
         return None
-    route = _CLIENT_ROUTES[audience, bool(segment)]
-    platform, agent = _ACCESS[audience].platform, client(traffic, headers)
-    series = Series(environment.spec.name, route, "GET", platform, agent)
-    given = client_stream_headers(environment, audience, headers.get(b"origin", b""))
+    route = _CLIENT_ROUTES[access, bool(segment)]
+    agent = client(traffic, headers)
+    series = Series(environment.spec.name, route, "GET", access.platform, agent)
+    given = client_stream_headers(environment, access, headers.get(b"origin", b""))
     return Opening(environment, stream.name, given, series, stream.viewer)
 
 
@@ -184,11 +182,11 @@ _CLIENT_PATHS = re.compile(
 )
 """Of GETs that need no decoding."""
 
-_CLIENT_ROUTES: Mapping[tuple[Audience, bool], str] = {
-    (Audience.MOBILE, False): "/mping",
-    (Audience.MOBILE, True): "/meval/{context}",
-    (Audience.BROWSER, False): "/ping/{envId}",
-    (Audience.BROWSER, True): "/eval/{envId}/{context}",
+_CLIENT_ROUTES: Mapping[tuple[Access, bool], str] = {
+    (MOBILE, False): "/mping",
+    (MOBILE, True): "/meval/{context}",
+    (BROWSER, False): "/ping/{envId}",
+    (BROWSER, True): "/eval/{envId}/{context}",
 }
 """By whether there is a context."""
 
@@ -205,38 +203,38 @@ class ClientStreams:
         self._traffic = traffic
         self._room = room
 
-    def pings(self, audience: Audience) -> Respond:
+    def pings(self, access: Access) -> Respond:
         """Return what answers the paths without a context."""
 
         async def respond(request: Request, environment: Environment) -> Response:
-            return self._begin(request, environment, PING_STREAM, audience)
+            return self._begin(request, environment, PING_STREAM, access)
 
         return respond
 
-    def in_path(self, audience: Audience) -> Respond:
+    def in_path(self, access: Access) -> Respond:
         """Return what answers a GET whose path ends in the context."""
 
         async def respond(request: Request, environment: Environment) -> Response:
             segment = request.path_params["context"].encode(errors="replace")
             query = request.scope["query_string"]
-            stream = client_stream(environment, audience, segment, query)
+            stream = client_stream(environment, access, segment, query)
             if isinstance(stream, Answer):
                 return stream.as_response()
-            return self._begin(request, environment, stream, audience)
+            return self._begin(request, environment, stream, access)
 
         return respond
 
-    def in_body(self, audience: Audience) -> Respond:
+    def in_body(self, access: Access) -> Respond:
         """Return what answers a REPORT whose body is the context."""
 
         async def respond(request: Request, environment: Environment) -> Response:
             try:
                 body = await read_context_body(request, self._room)
                 context, query = context_in_body(body), request.scope["query_string"]
-                stream = _stream_for(environment, audience, body, context, query)
+                stream = _stream_for(environment, access, body, context, query)
             except Refused as e:
                 return e.answer.with_headers(_UNBUFFERED).as_response()
-            return self._begin(request, environment, stream, audience)
+            return self._begin(request, environment, stream, access)
 
         return respond
 
@@ -245,12 +243,12 @@ class ClientStreams:
         request: Request,
         environment: Environment,
         stream: ClientStream,
-        audience: Audience,
+        access: Access,
     ) -> Response:
-        agent, platform = user_agent(self._traffic, request), _ACCESS[audience].platform
+        agent = user_agent(self._traffic, request)
         route: str = request.scope["route"].path
         method = "GET" if request.method == "HEAD" else request.method
-        series = Series(environment.spec.name, route, method, platform, agent)
+        series = Series(environment.spec.name, route, method, access.platform, agent)
         if request.method != "HEAD":
             self._traffic.new_streams[series].value += 1
         count = self._traffic.streams[series]

@@ -20,7 +20,7 @@ MODULES = PACKAGES / "node_modules"
 V3 = MODULES / "launchdarkly-js-client-sdk/dist/ldclient.min.js"
 V4 = MODULES / "@launchdarkly/js-client-sdk/dist/index.js"
 
-# Client-side evaluation is not in this release, so flags come by the SDKs' own `bootstrap`.
+# Events only: what flags a page gets is `test_client_side_evaluation.py`'s business.
 PAGES = {
     "v3": """<script src="/sdk.js"></script><script>
 const options = { baseUrl: RELAY, streamUrl: RELAY, eventsUrl: RELAY, fetchGoals: false, bootstrap: FLAGS };

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.web.body import CORRUPT, INFLATED_AT_ONCE, Gunzip
+from relay.protocol.gzip import CORRUPT
+from relay.web.body import INFLATED_AT_ONCE, Gunzip
 
 contents = st.one_of(
     st.binary(max_size=300),

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import time
-from dataclasses import dataclass
 
 import pytest
 from starlette.requests import Request
@@ -18,18 +17,12 @@ from uvicorn.server import ServerState
 from relay.hub import StreamLimits
 from relay.protocol import fdv1
 from relay.web import turns
+from relay.web.answers import Answer
 from relay.web.door import DoorLimits
 from relay.web.frontdoor import USED_OF_UVICORN
 from tests.support.serving import SDK_KEY, Served, Stream, serving, stalled_socket, until
 
 POLL = f"GET /sdk/flags HTTP/1.1\r\nHost: x\r\nAuthorization: {SDK_KEY}\r\n\r\n".encode()
-
-
-@dataclass
-class Answer:
-    head: bytes
-    body: bytes
-    status: int = 200
 
 
 async def application(scope, receive, send):
@@ -48,7 +41,7 @@ class Polls:
             return None
         self.asked += 1
         body = fdv1.all_flags(environment.payload)
-        return Answer(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n" % len(body), body)
+        return Answer(200, (), body)
 
 
 def put(version: int, size: int = 0) -> bytes:
