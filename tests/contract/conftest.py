@@ -7,6 +7,7 @@ import trustme
 import uvloop
 
 from relay.server import Certificate
+from tests.support.redis import RedisServer
 from tests.support.sdk import install_packages
 
 
@@ -18,6 +19,15 @@ def pytest_asyncio_loop_factories(config, item):
 def packages():
     """What the Node and browser SDKs need, installed on first use."""
     install_packages()
+
+
+@pytest.fixture
+def redis(tmp_path):
+    """A database of the test's own."""
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    with RedisServer(folder) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

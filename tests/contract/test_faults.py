@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -315,15 +315,6 @@ async def test_without_launchdarkly_and_without_stored_data_everybody_waits(
         assert len(lines(relay, "WARN")) == len(lines(relay, "cannot connect to")) == 1
         assert len(lines(relay, "ERROR")) == 1
         assert len(lines(relay, "data are current")) == 1
-
-
-@pytest.fixture(name="redis")
-def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A database that a test may break; not yet started."""
-    folder = tmp_path / "redis"
-    folder.mkdir()
-    with RedisServer(folder) as server:
-        yield server
 
 
 async def fill(relay: RelayProcess) -> None:

@@ -96,14 +96,6 @@ SHAPES = (rest, multi_value, http)
 
 
 @pytest.fixture
-def redis(tmp_path) -> Iterator[RedisServer]:
-    folder = tmp_path / "redis"
-    folder.mkdir()
-    with RedisServer(folder) as server:
-        yield server
-
-
-@pytest.fixture
 def upstream() -> Iterator[ThreadedUpstream]:
     with in_thread() as upstream:
         upstream.do("serve", SDK_KEY, all_data(flag(value="one")))

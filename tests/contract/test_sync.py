@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -23,14 +23,6 @@ async def upstream() -> AsyncIterator[ScriptedUpstream]:
     async with ScriptedUpstream() as upstream:
         upstream.serve(SDK_KEY, all_data(flag(value="one"), segment()))
         yield upstream
-
-
-@pytest.fixture
-def redis(tmp_path) -> Iterator[RedisServer]:
-    folder = tmp_path / "redis"
-    folder.mkdir()
-    with RedisServer(folder) as server:
-        yield server
 
 
 class Sync(RelayProcess):
