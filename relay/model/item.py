@@ -23,6 +23,8 @@ class Kind(Enum):
     FLAG = "flags"
     SEGMENT = "segments"
 
+    __hash__ = object.__hash__  # Enum's own takes as long as several look-ups
+
     @property
     def noun(self) -> str:
         """The kind in a sentence."""
