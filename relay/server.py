@@ -21,7 +21,6 @@ from starlette.types import ASGIApp
 from relay.config.schema import Config
 from relay.errors import ConfigError, RelayError
 from relay.relay import Relay
-from relay.sources.waiting import pause
 from relay.web.door import Door, DoorLimits, Poll, Questions
 from relay.web.frontdoor import front_door
 from relay.web.posting import Posts
@@ -259,10 +258,12 @@ class RelayServer(uvicorn.Server):
 
         uvicorn wakes up ten times a second, only to see whether it shall end.
         """
+        # One task that ends once, not a time-out that is thrown each second.
+        asked_to_end = asyncio.create_task(self._asked_to_end.wait())
         while not await self.on_tick(0):
             if self._door:
                 self._door.tick(self.server_state)
-            await pause(self._asked_to_end, TICK)
+            await asyncio.wait([asked_to_end], timeout=TICK)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, end streams, then let uvicorn wait for responses on their way."""
