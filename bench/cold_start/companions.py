@@ -9,8 +9,7 @@ import select
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from urllib.parse import urlsplit
@@ -92,7 +91,7 @@ class Companions:
             TimeoutError: they have not.
         """
         start = time.monotonic()
-        with _polling() as poll:
+        with select.epoll() as poll:
             clients: dict[int, socket.socket] = {}
             missing: dict[int, int] = {}
             waiting = iter(self._times)
@@ -151,12 +150,3 @@ class Companions:
             except TimeoutError:
                 pass
         return size - size // 100
-
-
-@contextmanager
-def _polling() -> Iterator[select.epoll]:
-    poll = select.epoll()
-    try:
-        yield poll
-    finally:
-        poll.close()
