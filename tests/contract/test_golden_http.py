@@ -26,6 +26,7 @@ from relay import __version__
 from relay.build import build
 from relay.config.load import load
 from relay.environment import ConnectionState, Environment
+from relay.errors import ErrorKind
 from relay.model.item import Kind, parse
 from relay.model.payload import Payload
 from relay.protocol.prometheus import CONTENT_TYPE
@@ -545,8 +546,15 @@ async def reach(setup: str, upstream: ScriptedUpstream, relay: Relay) -> None:
         upstream.close_streams()
         lost = ConnectionState.OFF if setup == "lost-401" else ConnectionState.INTERRUPTED
         await until(lambda: environment.connection.state is lost)
+        # The end of the stream may have been noted first: wait for the answer to the next attempt.
+        await until(lambda: last_error_of(environment) is ErrorKind.ERROR_RESPONSE)
         since = environment.connection.since
         await until(lambda: time.time() - since >= relay.disconnected_after)
+
+
+def last_error_of(environment: Environment) -> ErrorKind | None:
+    error = environment.connection.last_error
+    return error and error[0]
 
 
 @asynccontextmanager
