@@ -110,12 +110,12 @@ class EvaluatingChannel(Channel[Viewer]):
         self._unopened.pop(subscription, None)
         super().forget(subscription)
 
-    def _open(self, subscription: Subscription) -> None:
+    def _opening_for(self, subscription: Subscription) -> bytes:
         if self._sent is None:
             self._unopened[subscription] = None
             self._look_soon()
-        else:
-            subscription.wire.write(_put(self._sent, self.subscriptions[subscription]))
+            return b""
+        return _put(self._sent, self.subscriptions[subscription])
 
     def _close_pending(self) -> None:
         """Nothing is pending for others only: newcomers begin with what the others have."""

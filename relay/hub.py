@@ -32,12 +32,15 @@ subscriber of many gets its message no later than without slices."""
 ARREARS_LIMIT = 256 * 1024
 """Bytes of changes that are kept for a client whose buffer is full; beyond, it gets a fresh put."""
 
-TICK = 1.0
-"""Seconds between two looks at heartbeats, stalled clients and maximum connection times."""
+MAX_LOOK = 5.0
+"""Seconds between two looks at stalled clients, at most: to wake up costs more than to look."""
+
+MAX_OVERTIME = 1.0
+"""Seconds by which a maximum connection time may be exceeded."""
 
 CONNECTION_TIME_JITTER = 0.1
 """A maximum connection time is shortened by up to this share, so that clients that came together
-do not leave together. It is never exceeded by more than a tick."""
+do not leave together."""
 
 PING_SLOTS = 64
 """A delayed ping goes out in one of so many slots of time, chosen for each client by chance: so
@@ -63,6 +66,9 @@ class Wire(Protocol):
 
     def write(self, data: bytes, /) -> None:
         """Take bytes to send; never blocks."""
+
+    def writelines(self, parts: Iterable[bytes], /) -> None:
+        """Take bytes to send together."""
 
     def close(self) -> None:
         """Close after everything has been sent."""
@@ -93,10 +99,14 @@ class StreamLimits:
     stall_timeout: float = 60.0
 
     @property
-    def tick(self) -> float:
-        """Seconds between two looks at the clock: fine enough for the shortest of these times."""
-        times = (self.heartbeat_interval, self.max_connection_time, self.stall_timeout)
-        return min(TICK, *(time / 10 for time in times if time > 0))
+    def look(self) -> float:
+        """Seconds between two looks at all clients: fine enough for the times they are held to."""
+        times = [MAX_LOOK]
+        if self.stall_timeout > 0:
+            times.append(self.stall_timeout / 10)
+        if self.max_connection_time > 0:
+            times += [MAX_OVERTIME, self.max_connection_time / 10]
+        return min(times)
 
 
 def framed(data: bytes) -> bytes:
@@ -268,8 +278,8 @@ class Channel(ABC, Generic[Who]):
         """Tell subscribers of a change; returns at once."""
 
     @abstractmethod
-    def _open(self, subscription: Subscription) -> None:
-        """Write the opening to a subscription that has just come."""
+    def _opening_for(self, subscription: Subscription) -> bytes:
+        """Return what a subscription that has just come begins with; empty if it has to wait."""
 
     @abstractmethod
     def _seal(self) -> None:
@@ -295,9 +305,9 @@ class Channel(ABC, Generic[Who]):
         subscription = Subscription(self, wire, ends_at, count)
         self.subscriptions[subscription] = who
         wire.set_protocol(subscription)
-        if head:
-            wire.write(head)
-        self._open(subscription)
+        # Together: each write is a packet, and may be all that wakes the client.
+        if parts := [part for part in (head, self._opening_for(subscription)) if part]:
+            wire.writelines(parts)
         return subscription
 
     def heartbeat(self) -> None:
@@ -410,9 +420,9 @@ class SharedChannel(Channel[None]):
             self._pending_since = since
         self._take_turn_soon()
 
-    def _open(self, subscription: Subscription) -> None:
-        if self._payload is not None:
-            subscription.wire.write(self._current_opening())
+    def _opening_for(self, subscription: Subscription) -> bytes:
+        del subscription
+        return self._current_opening()
 
     def _current_opening(self) -> bytes:
         if self._opening is None and self._payload is not None:
@@ -462,9 +472,9 @@ class PingChannel(Channel[None]):
             self._pending_since = since
             self._take_turn_soon()
 
-    def _open(self, subscription: Subscription) -> None:
-        if self._has_data:
-            subscription.wire.write(PING_CHUNK)
+    def _opening_for(self, subscription: Subscription) -> bytes:
+        del subscription
+        return PING_CHUNK if self._has_data else b""
 
     @property
     def _is_pending(self) -> bool:
@@ -518,6 +528,7 @@ class Hub:
         for channel in self._channels.values():
             channel.delays = self.delays
         self._limits = limits or StreamLimits()
+        self._look = self._limits.look
         self._ticker: asyncio.TimerHandle | None = None
         self._next_heartbeat = 0.0
         self._closing = False
@@ -606,15 +617,20 @@ class Hub:
 
     def _keep_ticking(self) -> None:
         if self._ticker is None:
-            loop = asyncio.get_running_loop()
-            self._next_heartbeat = loop.time() + self._limits.heartbeat_interval
-            self._ticker = loop.call_later(self._limits.tick, self._tick)
+            now = asyncio.get_running_loop().time()
+            self._next_heartbeat = now + self._limits.heartbeat_interval
+            self._tick_soon(now)
+
+    def _tick_soon(self, now: float) -> None:
+        delay = self._look
+        if self._limits.heartbeat_interval > 0:
+            delay = min(delay, max(0.0, self._next_heartbeat - now))
+        self._ticker = asyncio.get_running_loop().call_later(delay, self._tick)
 
     def _tick(self) -> None:
         """Do what is due by time; the ticker rests when nobody is connected."""
-        loop = asyncio.get_running_loop()
         self._ticker = None
-        now = loop.time()
+        now = asyncio.get_running_loop().time()
         heartbeat = self._heartbeat_is_due(now)
         for channel in self._channels.values():
             channel.drop_stalled(now, self._limits.stall_timeout)
@@ -623,7 +639,7 @@ class Hub:
             if heartbeat:
                 channel.heartbeat()
         if any(channel.busy for channel in self._channels.values()):
-            self._ticker = loop.call_later(self._limits.tick, self._tick)
+            self._tick_soon(now)
 
     def _heartbeat_is_due(self, now: float) -> bool:
         interval = self._limits.heartbeat_interval

@@ -49,6 +49,10 @@ class Buffer:
             self._paused = True
             self._protocol.pause_writing()
 
+    def writelines(self, parts) -> None:
+        for part in parts:
+            self.write(part)
+
     def get_write_buffer_size(self) -> int:
         return sum(map(len, self._unread))
 

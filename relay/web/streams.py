@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -328,6 +328,10 @@ class _Pipe:
         if self._protocol and self._size > PIPE_LIMIT and not self._paused:
             self._paused = True
             self._protocol.pause_writing()
+
+    def writelines(self, parts: Iterable[bytes], /) -> None:
+        for part in parts:
+            self.write(part)
 
     def close(self) -> None:
         self._ended = True

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -254,6 +254,11 @@ class LoggedWire(asyncio.Protocol):
         """Write chunks, and count what they hold."""
         self._size += sum(map(len, unframed(data)))
         self._transport.write(data)
+
+    def writelines(self, parts: Iterable[bytes], /) -> None:
+        """Write chunks, and count what they hold."""
+        for part in parts:
+            self.write(part)
 
     def close(self) -> None:
         """Close after everything has been sent."""
