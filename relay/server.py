@@ -30,19 +30,17 @@ BACKLOG = 16 * 1024
 """Connections that may wait to be accepted: thousands of SDKs come back at once after an outage.
 The kernel lowers it to its own limit."""
 
-UNSENT_LIMIT = 128 * 1024
-"""Bytes that the kernel takes from us beyond what is on its way: enough to keep a connection busy,
-and all that a client that does not read costs there. Unlike a capped send buffer it does not hurt
-long distances."""
+UNSENT_LIMIT = 512 * 1024
+"""Bytes that the kernel takes from us beyond what is on its way: on the same machine a usual
+payload at once, for each time that we are told to go on costs more than writing does; and all that
+a client that does not read costs there. Over a network the kernel takes less by itself, and unlike
+a capped send buffer this does not hurt long distances."""
 
 DEAD_AFTER_MS = 60_000
 """Milliseconds after which a connection whose data nobody acknowledges is given up."""
 
 PROBE_AFTER, PROBE_EACH, PROBES = 60, 15, 4
 """Seconds of silence before the kernel probes, seconds between probes, and their number."""
-
-TICK = 1.0
-"""Seconds between two looks at connections; the header with the date is as old at most."""
 
 STREAMS_SHARE = 0.75
 """Share of the drain time in which streams end; the rest is for responses on their way."""
@@ -212,7 +210,7 @@ class RelayServer(uvicorn.Server):
     Args:
         config: uvicorn's.
         relay: whose streams are ended at shutdown.
-        door: told each second; None if the application answers everything.
+        door: looks after connections; None if the application answers everything.
         drain: the longest time that the end may take, in seconds.
     """
 
@@ -254,16 +252,19 @@ class RelayServer(uvicorn.Server):
         self._asked_to_end.set()
 
     async def main_loop(self) -> None:
-        """Renew the date and look after connections once a second until the end begins.
+        """Look after connections until the end begins.
 
-        uvicorn wakes up ten times a second, only to see whether it shall end.
+        uvicorn wakes up ten times a second, to see whether it shall end and what time it is; the
+        door renews the date when somebody comes.
         """
-        # One task that ends once, not a time-out that is thrown each second.
+        if self._door is None:
+            await super().main_loop()
+            return
+        # One task that ends once, not a time-out that is thrown each time.
         asked_to_end = asyncio.create_task(self._asked_to_end.wait())
-        while not await self.on_tick(0):
-            if self._door:
-                self._door.tick(self.server_state)
-            await asyncio.wait([asked_to_end], timeout=TICK)
+        while not self.should_exit:
+            self._door.look_after(self.server_state.connections)
+            await asyncio.wait([asked_to_end], timeout=self._door.limits.look)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, end streams, then let uvicorn wait for responses on their way."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from email.utils import formatdate
 from typing import Protocol
 
 from uvicorn.server import ServerState
@@ -17,6 +18,12 @@ from relay.web.posting import Posts
 from relay.web.prepared import Given, Told
 from relay.web.traffic import Traffic
 from relay.web.turns import Turns
+
+DATE_LASTS = 1.0
+"""Seconds for which a date is used."""
+
+MIN_LOOK = 0.1
+"""Seconds between two looks at connections, at least, whatever is configured."""
 
 
 class Poll(Protocol):
@@ -65,6 +72,11 @@ class DoorLimits:
     max_head_size: int = 64 * 1024
     stall_timeout: float = 60.0
 
+    @property
+    def look(self) -> float:
+        """Seconds between two looks at connections: to wake up costs more than to look."""
+        return max(MIN_LOOK, min(self.keep_alive, self.head_timeout, self.stall_timeout) / 2)
+
 
 class Door:
     """What the connections of a server share.
@@ -96,16 +108,26 @@ class Door:
         self.traffic = traffic or Traffic()
         self.date = b"\r\n"
         """The `Date` header and the blank line that ends a head."""
-        self.now = time.monotonic()
-        """The time of the last tick."""
+        self.stale_at = 0.0
+        """When the date is to be renewed, by the monotonic clock."""
         self.given = Given()
         self.turns = Turns()
 
-    def tick(self, state: ServerState) -> None:
-        """Renew the date and look after connections; to be called each second."""
-        headers = b"".join(b"%b: %b\r\n" % header for header in state.default_headers)
-        self.date = headers + b"\r\n"
-        self.now = time.monotonic()
-        for connection in list(state.connections):
+    def renew_date(self, state: ServerState, now: float) -> None:
+        """Say what time it is; to be called before an answer whenever the date is stale.
+
+        Args:
+            state: the server's; uvicorn begins the application's answers with its headers.
+            now: by the monotonic clock.
+        """
+        date = formatdate(usegmt=True).encode()
+        state.default_headers = [(b"date", date)]
+        self.date = b"date: %b\r\n\r\n" % date
+        self.stale_at = now + DATE_LASTS
+
+    def look_after(self, connections: Iterable[object]) -> None:
+        """Close connections whose clients are too slow."""
+        now = time.monotonic()
+        for connection in list(connections):
             if isinstance(connection, Connection):
-                connection.check(self.now)
+                connection.check(now)

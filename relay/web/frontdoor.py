@@ -12,6 +12,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
+from time import monotonic
 from typing import Any, ClassVar, cast
 
 from httptools import HttpRequestParser
@@ -71,7 +72,7 @@ class FrontDoor(HttpToolsProtocol, Connection):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._door = door
-        self._seen = door.now
+        self._seen = monotonic()
         """When the client last said something, or took something."""
         self._backlog = 0
         self._head_size = 0
@@ -106,13 +107,15 @@ class FrontDoor(HttpToolsProtocol, Connection):
 
     def data_received(self, data: bytes) -> None:
         """Answer at once what was answered before; parse everything else."""
-        door = self._door
+        door, now = self._door, monotonic()
+        if now >= door.stale_at:
+            door.renew_date(self.server_state, now)
         if self._waits:
             self._early += data
             self.transport.pause_reading()
             return
         if not self._head_size:  # the head of a request has one time-out for all its pieces
-            self._seen = door.now
+            self._seen = now
         if self._post is not None and self._post.missing:
             self._take_more(self._post, data)
             return
@@ -397,7 +400,7 @@ class FrontDoor(HttpToolsProtocol, Connection):
         post.release()
         post.response_complete = True
         self._post = None
-        self._seen = self._door.now
+        self._seen = monotonic()
         if self._door.posts is None or self.transport.is_closing():
             return
         head = post.head
@@ -582,13 +585,12 @@ def front_door(door: Door) -> type[asyncio.Protocol]:
 
 def _kind_like(first: FrontDoor) -> Callable[[], FrontDoor]:
     """Return the class of connections that begin as this one did."""
-    door = first._door  # noqa: SLF001 - it is one of ours
 
     def begin(connection: FrontDoor) -> None:
         connection.parser = parser = HttpRequestParser(connection)
         parser.set_dangerous_leniencies(lenient_data_after_close=True)
         connection.pipeline = deque()
-        connection._seen = door.now  # noqa: SLF001 - likewise
+        connection._seen = monotonic()  # noqa: SLF001 - likewise
 
     own = ("parser", "pipeline", "_seen")
     shared = {

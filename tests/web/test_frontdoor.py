@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import time
+from email.utils import parsedate_to_datetime
 
 import pytest
 from starlette.requests import Request
@@ -98,6 +99,24 @@ async def test_a_poll_is_prepared_once_for_each_change():
         assert json.loads((await answer(reader))[1])["a"]["version"] == 2
         assert polls.asked == 2
         writer.close()
+
+
+@pytest.mark.parametrize("path", [b"/sdk/flags", b"/all", b"/whatever"])
+async def test_after_a_silence_the_date_is_that_of_the_answer(path):
+    """Polls, streams and the application's answers: none tells when somebody was here last."""
+    async with serving(Served()) as address:
+        for _ in range(2):
+            begin = int(time.time())
+            reader, writer = await address.connect()
+            writer.write(b"GET %b HTTP/1.1\r\nHost: x\r\nAuthorization: " % path)
+            writer.write(SDK_KEY.encode() + b"\r\n\r\n")
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            writer.close()
+            await writer.wait_closed()
+            date = head.partition("\r\ndate: ")[2].partition("\r\n")[0]
+            said = parsedate_to_datetime(date).timestamp()
+            assert begin <= said <= time.time()
+            await until(lambda said=said: time.time() >= said + 2)
 
 
 @pytest.mark.parametrize("name", [b"X-LaunchDarkly-Instance-Id", b"x-launchdarkly-instance-id"])
