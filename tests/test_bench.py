@@ -194,7 +194,8 @@ def test_functions_that_start_one_by_one_have_companions_that_ask_as_they_do(sdk
     if sdk == "node":
         install_packages()
     for way in ways(OWN_COMMAND, ""):
-        runs = measure_starts(Scene(sdk, 10, 5), way, 2)
+        runs, cpu = measure_starts(Scene(sdk, 10, 5), way, 2)
+        assert math.isnan(cpu) != (way.name.startswith("Relay") and 0 <= cpu < 10), way.name
         assert [run.error for run in runs] == ["", ""], way.name
         least = 2 * LATENCY if way.name in (DIRECT_STREAM, DIRECT_POLL) else 0
         assert least < min(run.unhindered for run in runs), way.name
@@ -204,7 +205,7 @@ def test_functions_that_get_no_flag_count_as_infinitely_late() -> None:
     """A start that fails or says nothing is no fast one."""
     results, scene = Results(), Scene("python", 10, 1)
     failed = Run(0, first=0.1, queued=0, cpu=0, total=1, error="no flag", closed=True)
-    results.add_starts(scene, RELAY_STREAM, [failed], 2)
+    results.add_starts(scene, RELAY_STREAM, [failed], 2, cpu=math.nan)
     starts = results.starts(scene, RELAY_STREAM)
     assert starts is not None
     assert (starts.p99_ms, starts.count, starts.errors) == (math.inf, 0, 2)
@@ -244,13 +245,14 @@ def test_cold_starts_are_judged_and_drawn() -> None:
             cpu = {RELAY_STREAM: 0.1, PEER_STREAM: 1.0}.get(way, math.nan)
             results.add(scene, way, Burst(time, time, time, 0, asked, count, count, cpu))
             run = Run(0, first=time / 1e3, queued=0, cpu=0, total=1, error="", closed=True)
-            results.add_starts(scene, way, [run] * 2, 2)
+            results.add_starts(scene, way, [run] * 2, 2, cpu=2 * cpu)
     told = {verdict.goal: (verdict.worst, verdict.met) for verdict in verdicts(results)}
     slower = told[f"{RELAY_STREAM}, among others: p99 < {PEER_STREAM}"]
     assert slower == ("1.11× (python, 50 × 1000 flags)", False)
     assert told[f"{RELAY_STREAM}, alone: p99 < {PEER_STREAM}"][1]
     assert told[f"{RELAY_STREAM}, among others: p99 < {DIRECT_STREAM}"][1]
-    assert ("0.10×", True) in told.values()
+    for how in ("at the same moment", "on one core"):
+        assert told[f"{RELAY_STREAM}: CPU ≤ 0.2× reference, {scene}, {how}"] == ("0.10×", True)
     assert "| python | 1000 | 50 | direct, streaming | 150 |" in markdown_of_bursts(results)
     drawing = ET.fromstring(svg(results))
     dots = drawing.findall(".//{*}g/{*}circle")

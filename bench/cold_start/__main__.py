@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             told = f"{scene} {number}/{options.rounds} {way.name}"
             try:
                 if options.starts:
-                    runs = measure_starts(scene, way, options.starts)
-                    results.add_starts(scene, way.name, runs, options.starts)
+                    runs, cpu = measure_starts(scene, way, options.starts)
+                    results.add_starts(scene, way.name, runs, options.starts, cpu)
                     print(f"{told}: {results.starts(scene, way.name)}", file=sys.stderr, flush=True)
                 if options.bursts:
                     burst = measure(scene, way)
@@ -72,24 +72,29 @@ def measure(scene: Scene, way: Way) -> Burst:
         return judged(runs, scene.processes, asked, events, cpu)
 
 
-def measure_starts(scene: Scene, way: Way, count: int) -> list[Run]:
+def measure_starts(scene: Scene, way: Way, count: int) -> tuple[list[Run], float]:
     """Start `count` functions one by one, each beside companions that make up the scene's number.
 
     Daemon mode asks no server, and has no companions.
+
+    Returns:
+        How the functions fared, and the CPU seconds of the relay; NaN without a relay.
     """
     with way.open(DATASETS[scene.flags]) as place:
-        setup = place.setup
+        relay, setup = place.relay, place.setup
         others = 0 if setup.redis else scene.processes - 1
         overheard = overhear(scene.sdk, setup) if others else Overheard(b"", 0)
         companions = Companions(setup.flags_url, overheard, others)
         runs = []
         with standing_ready(scene.sdk, setup, count) as standing:
+            cpu = relay.cpu_seconds() if relay else float("nan")
             for _ in range(count):
                 standing.let_one_go()
                 companions.ask()
                 runs += standing.one()
                 time.sleep(PAUSE)
-        return runs
+            cpu = relay.cpu_seconds() - cpu if relay else cpu
+        return runs, cpu
 
 
 def _chosen(way: Way, prefixes: Sequence[str]) -> bool:
