@@ -150,38 +150,16 @@ class Evaluation:
         self.room = room_for_contexts(max_body)
         self._kept = _Kept()
 
-    def answer(
-        self,
-        environment: Environment,
-        audience: Audience,
-        segment: bytes,
-        query: bytes,
-        *,
-        if_none_match: bytes,
-        accept_encoding: bytes,
-    ) -> Answer | None:
-        """Return the answer to a GET at once, but for CORS; None if this is for the application.
+    def find(
+        self, environment: Environment, audience: Audience, segment: bytes, query: bytes
+    ) -> Found | Answer | None:
+        """Return the result that a GET asks for, or the refusal; None if it is the application's.
 
         Args:
             environment: whose flags.
             audience: which of them.
             segment: of the path, which holds the context, as on the wire.
             query: as on the wire.
-            if_none_match: the header; empty if there is none.
-            accept_encoding: the header; empty if there is none.
-        """
-        found = self.find(environment, audience, segment, query)
-        if not isinstance(found, Found):
-            return found
-        variant = resource_of(found.body, environment).variant(if_none_match, accept_encoding)
-        return timed(variant, environment, audience)
-
-    def find(
-        self, environment: Environment, audience: Audience, segment: bytes, query: bytes
-    ) -> Found | Answer | None:
-        """Return the result that a GET asks for, or the refusal; the arguments are `answer`'s.
-
-        None if this is for the application.
         """
         if len(segment) > MAX_AT_ONCE or b"%" in segment or segment in _NO_SEGMENTS:
             return None

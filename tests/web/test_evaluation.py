@@ -17,7 +17,7 @@ from relay.model.item import Kind, parse
 from relay.model.payload import ChangeSet
 from relay.web import evaluation, prepared
 from relay.web.answers import Answer
-from relay.web.evaluation import Evaluation, Found
+from relay.web.evaluation import Evaluation, Found, resource_of, timed
 from relay.web.prepared import Given, Prepared
 from tests.support import data
 from tests.support.serving import SDK_KEY, Served, ask, serving
@@ -45,11 +45,17 @@ async def answer_to(
     context: bytes = ANNA,
     query: bytes = b"",
     audience: Audience = Audience.BROWSER,
-    **headers: bytes,
+    *,
+    if_none_match: bytes = b"",
+    accept_encoding: bytes = b"",
 ) -> Answer | None:
+    """What a GET gets; None if it is for the application."""
     await environment.evaluations.ready(audience)
-    asked = {"if_none_match": b"", "accept_encoding": b"", **headers}
-    return made.answer(environment, audience, context, query, **asked)
+    found = made.find(environment, audience, context, query)
+    if not isinstance(found, Found):
+        return found
+    resource = resource_of(found.body, environment)
+    return timed(resource.variant(if_none_match, accept_encoding), environment, audience)
 
 
 def kept(made: Evaluation, environment: Environment, context: bytes = ANNA) -> object:
