@@ -232,6 +232,28 @@ async def test_everybody_gets_the_same_bytes():
         buffer.abort()
 
 
+async def test_a_stream_begins_with_one_write(monkeypatch):
+    """The head does not go out alone: each write of a transport is a packet."""
+    hub = Hub({"all": AllFormat()})
+    hub.publish(*payload(flag("a", 1)))
+    buffer, together = Buffer(), []
+    monkeypatch.setattr(buffer, "writelines", together.append)
+    hub.subscribe("all", buffer, b"head")
+    ((head, opening),) = together
+    assert head == b"head"
+    assert b"event: put" in opening
+    assert buffer._unread == []
+    buffer.abort()
+
+
+def test_the_hub_wakes_as_rarely_as_its_limits_allow():
+    """To look after clients; for a heartbeat it wakes when that is due."""
+    assert StreamLimits().look == 5
+    assert StreamLimits(stall_timeout=20).look == 2
+    assert StreamLimits(max_connection_time=900).look == 1
+    assert StreamLimits(heartbeat_interval=0, max_connection_time=0, stall_timeout=0).look == 5
+
+
 async def test_changes_of_one_turn_are_joined():
     """A burst is one write to each client."""
     hub = Hub({"all": AllFormat()})
