@@ -263,7 +263,7 @@ class RelayServer(uvicorn.Server):
         # One task that ends once, not a time-out that is thrown each time.
         asked_to_end = asyncio.create_task(self._asked_to_end.wait())
         while not self.should_exit:
-            self._door.look_after(self.server_state.connections)
+            self._door.look_after(self.server_state)
             await asyncio.wait([asked_to_end], timeout=self._door.limits.look)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

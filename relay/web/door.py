@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Protocol
@@ -125,9 +125,11 @@ class Door:
         self.date = b"date: %b\r\n\r\n" % date
         self.stale_at = now + DATE_LASTS
 
-    def look_after(self, connections: Iterable[object]) -> None:
+    def look_after(self, state: ServerState) -> None:
         """Close connections whose clients are too slow."""
         now = time.monotonic()
-        for connection in list(connections):
+        if state.connections:  # some may be told why
+            self.renew_date(state, now)
+        for connection in list(state.connections):
             if isinstance(connection, Connection):
                 connection.check(now)
