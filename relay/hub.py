@@ -9,6 +9,7 @@ too; those whose bytes depend on the client are in `relay.evalstreams`.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from abc import ABC, abstractmethod
@@ -618,13 +619,12 @@ class Hub:
     def _keep_ticking(self) -> None:
         if self._ticker is None:
             now = asyncio.get_running_loop().time()
-            self._next_heartbeat = now + self._limits.heartbeat_interval
+            interval = self._limits.heartbeat_interval
+            self._next_heartbeat = now + interval if interval > 0 else math.inf
             self._tick_soon(now)
 
     def _tick_soon(self, now: float) -> None:
-        delay = self._look
-        if self._limits.heartbeat_interval > 0:
-            delay = min(delay, max(0.0, self._next_heartbeat - now))
+        delay = min(self._look, self._next_heartbeat - now)
         self._ticker = asyncio.get_running_loop().call_later(delay, self._tick)
 
     def _tick(self) -> None:
@@ -642,9 +642,9 @@ class Hub:
             self._tick_soon(now)
 
     def _heartbeat_is_due(self, now: float) -> bool:
-        interval = self._limits.heartbeat_interval
-        if interval <= 0 or now < self._next_heartbeat:
+        if now < self._next_heartbeat:
             return False
+        interval = self._limits.heartbeat_interval
         self._next_heartbeat += interval * ((now - self._next_heartbeat) // interval + 1)
         return True
 

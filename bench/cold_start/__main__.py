@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from itertools import product
+from math import nan
 from pathlib import Path
 
 from bench.cold_start.burst import SDKS, Run, standing_ready
@@ -13,7 +14,7 @@ from bench.cold_start.companions import Companions, Overheard, overhear
 from bench.cold_start.plot import svg
 from bench.cold_start.results import WAYS, Burst, Results, Scene, judged, markdown
 from bench.cold_start.ways import DATASETS, Way, await_events, ways
-from bench.machine import LOAD_CORE, allow_many_files, pinned
+from bench.machine import LOAD_CORE, Process, allow_many_files, pinned
 from bench.measures import SILENCE_SECONDS
 from bench.servers import OWN_COMMAND
 
@@ -63,12 +64,12 @@ def measure(scene: Scene, way: Way) -> Burst:
         relay, upstream = place.relay, place.upstream
         with standing_ready(scene.sdk, place.setup, scene.processes) as standing:
             asked = upstream.asked()
-            cpu = relay.cpu_seconds() if relay else float("nan")
+            cpu = _cpu_seconds(relay)
             runs = standing.let_all_go()
             asked = upstream.asked() - asked
         sent = sum(run.closed for run in runs)
         events = await_events(upstream, sent, SILENCE_SECONDS)
-        cpu = relay.cpu_seconds() - cpu if relay else cpu
+        cpu = _cpu_seconds(relay) - cpu
         return judged(runs, scene.processes, asked, events, cpu)
 
 
@@ -87,14 +88,19 @@ def measure_starts(scene: Scene, way: Way, count: int) -> tuple[list[Run], float
         companions = Companions(setup.flags_url, overheard, others)
         runs = []
         with standing_ready(scene.sdk, setup, count) as standing:
-            cpu = relay.cpu_seconds() if relay else float("nan")
+            cpu = _cpu_seconds(relay)
             for _ in range(count):
                 standing.let_one_go()
                 companions.ask()
                 runs += standing.one()
                 time.sleep(PAUSE)
-            cpu = relay.cpu_seconds() - cpu if relay else cpu
+            cpu = _cpu_seconds(relay) - cpu
         return runs, cpu
+
+
+def _cpu_seconds(relay: Process | None) -> float:
+    """Return what the relay has used until now; NaN without a relay."""
+    return relay.cpu_seconds() if relay else nan
 
 
 def _chosen(way: Way, prefixes: Sequence[str]) -> bool:

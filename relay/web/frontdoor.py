@@ -590,7 +590,7 @@ def _kind_like(first: FrontDoor) -> Callable[[], FrontDoor]:
         connection.parser = parser = HttpRequestParser(connection)
         parser.set_dangerous_leniencies(lenient_data_after_close=True)
         connection.pipeline = deque()
-        connection._seen = monotonic()  # noqa: SLF001 - likewise
+        connection._seen = monotonic()  # noqa: SLF001 - it is one of ours
 
     own = ("parser", "pipeline", "_seen")
     shared = {
