@@ -76,7 +76,7 @@ class UpstreamUnavailable(RelayError):
 
 
 class UpstreamRefused(UpstreamUnavailable):
-    """Upstream refuses the key (401, 403, 404 …): only somebody's action will change that."""
+    """Upstream refuses the key (401, 403, 404 …): by mistake, or until somebody mends it."""
 
 
 class StoreUnavailable(RelayError):

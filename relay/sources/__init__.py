@@ -26,7 +26,7 @@ class Interrupted:
         kind: the class of failure, as `/status` names it.
         reason: a sentence for the log, without secrets.
         status: the HTTP status of the answer, if there was one.
-        refused: upstream refuses the key; the next attempt is minutes or hours away.
+        refused: upstream refuses the key; attempts are up to minutes apart.
     """
 
     kind: ErrorKind

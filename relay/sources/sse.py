@@ -106,9 +106,10 @@ class EventStream:
             for event in decoder.feed(chunk):
                 changes = await in_slices(self._understand(event))
                 self._last_id = event.id
-                schedule.succeeded(time.monotonic())
                 if changes is not None:
                     told = time.monotonic()
+                    if changes.full:
+                        schedule.succeeded(told)
                     yield changes
             schedule.asked_for(decoder.retry)
             # Heartbeats, too, show that the data are current, once there are some.

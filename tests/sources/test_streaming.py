@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import ssl
+import time
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
@@ -21,7 +22,7 @@ from relay.sources.retry import Times
 from relay.sources.streaming import Streaming
 from relay.upstream import MAX_REDIRECTS, Upstream
 from tests.support import upstream as answers
-from tests.support.data import all_data, flag, put
+from tests.support.data import all_data, flag, patch, put
 from tests.support.upstream import ScriptedUpstream
 
 KEY = "sdk-secret-4711"
@@ -144,6 +145,22 @@ async def test_a_refused_connection_and_an_unknown_host_are_tried_again(server):
         assert (await anext(updates)).kind is ErrorKind.NETWORK_ERROR
 
 
+@pytest.mark.parametrize(
+    ("content", "half_life"),
+    [(put(all_data()), 1000), (patch(flag("a", 2)), 1e-6), (b":\n", 1e-6)],
+    ids=["data", "a patch", "a comment"],
+)
+async def test_a_stream_that_ends_at_once_is_opened_less_and_less_often(server, content, half_life):
+    """Memory slows down what delivers and ends; what never delivers all data is no success."""
+    server.always(KEY, answers.body(content))
+    times = Times(first_delay=0.01, longest_delay=1, growth=2, half_life=half_life)
+    begin = time.monotonic()
+    async with listening(server.url, times) as (updates, _):
+        for _ in range(7):
+            await until(updates, Interrupted)
+    assert time.monotonic() - begin >= sum(0.01 * 2**n for n in range(6)) / 2  # jitter
+
+
 async def test_a_bad_item_does_not_break_the_stream(server):
     """It is set apart; the connection stays."""
     async with listening(server.url) as (updates, _):
@@ -185,7 +202,7 @@ async def test_refresh_connects_anew_without_an_interruption(server):
 async def test_refresh_ends_a_long_wait(server):
     """A refused key is tried again when somebody asks."""
     server.script(KEY, answers.status(401))
-    async with listening(server.url, Times()) as (updates, source):
+    async with listening(server.url, Times(refused_delay=300)) as (updates, source):
         assert (await anext(updates)).refused
         source.refresh()
         assert (await anext(updates)).full
