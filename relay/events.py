@@ -24,7 +24,7 @@ from relay.log import Log, environment_log
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import Endpoint, Lane, Post, Receipt
 from relay.protocol.events import joined
-from relay.sources.retry import JITTER
+from relay.sources.retry import JITTER, LONGEST_REFUSED_DELAY, REFUSED_DELAY
 from relay.sources.waiting import pause
 from relay.spool import Spool
 
@@ -57,16 +57,15 @@ class Retries:
         first: after the first one.
         growth: from one to the next: about half as long again as upstream has been away already.
         longest: the end of that; `Retry-After` counts up to it, too.
-        refused: after a refusal; doubles each time. A mended key is noticed, and upstream is not
-            asked in vain all day.
+        refused: after a refusal of the key, as for flags; doubles each time.
         longest_refused: the end of that.
     """
 
     first: float = 1.0
     growth: float = 1.5
     longest: float = 300.0
-    refused: float = 300.0
-    longest_refused: float = 3600.0
+    refused: float = REFUSED_DELAY
+    longest_refused: float = LONGEST_REFUSED_DELAY
 
     def delay(self, failures: int, chance: float, *, refused: bool = False) -> float:
         """Return the seconds to wait after so many failures or refusals before this one."""

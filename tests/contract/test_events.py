@@ -410,7 +410,7 @@ async def test_what_cannot_be_delivered_at_the_end_is_delivered_by_the_next_rela
 
 
 async def test_a_refused_key_does_not_switch_events_off(upstream, tmp_path):
-    """SDKs are told 202, the posts wait, and `/status` and `/metrics` tell so."""
+    """SDKs are told 202, the posts wait, `/status` and `/metrics` tell so, and 5 s later they go."""
     upstream.always(SDK_KEY, status(401))
     async with relay_of(upstream, tmp_path) as relay:
         for number in range(3):
@@ -421,6 +421,8 @@ async def test_a_refused_key_does_not_switch_events_off(upstream, tmp_path):
         assert events["kept"] == "on disk"
         metrics = await page(relay, "/metrics")
         assert b'relay_event_posts_waiting{environment="main"} 3\n' in metrics
+        upstream.always(SDK_KEY, None)
+        await upstream.took(3)
         assert SDK_KEY not in relay.log
 
 
