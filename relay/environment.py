@@ -39,22 +39,40 @@ class ConnectionState(Enum):
 
 @dataclass(slots=True)
 class Connection:
-    """How it stands with upstream, and since when. Times are Unix seconds."""
+    """How it stands with upstream, and since when.
+
+    Times that people read are Unix seconds. How long something lasts is measured by the monotonic
+    clock: the other one may be corrected at any moment.
+    """
 
     state: ConnectionState = ConnectionState.INITIALIZING
     since: float = field(default_factory=time.time)
+    """When the state was entered, in Unix seconds."""
+    entered: float = field(default_factory=time.monotonic)
+    """The same by the monotonic clock."""
     last_error: tuple[ErrorKind, float] | None = None
-    """The class and the time of the last failure; never cleared."""
+    """The class and the time of the last failure, in Unix seconds; never cleared."""
     delivered: bool = False
     """Whether upstream has ever delivered data to this process."""
     confirmed: float | None = None
-    """When upstream last showed that the data are current."""
+    """When upstream last showed that the data are current, by the monotonic clock; None if that is
+    not known."""
+
+    @property
+    def lasts(self) -> float:
+        """The seconds since the state was entered."""
+        return time.monotonic() - self.entered
+
+    @property
+    def data_age(self) -> float | None:
+        """The seconds since upstream last showed that the data are current; None if not known."""
+        return None if self.confirmed is None else max(0.0, time.monotonic() - self.confirmed)
 
     def enter(self, state: ConnectionState) -> bool:
         """Take the state on; return whether it is another one than before."""
         if state is self.state:
             return False
-        self.state, self.since = state, time.time()
+        self.state, self.since, self.entered = state, time.time(), time.monotonic()
         return True
 
 
@@ -96,8 +114,8 @@ class Environment:
         """Messages and items of upstream that could not be used, since the start."""
         self.decided = asyncio.Event()
         """Set when upstream has delivered, or has refused the key."""
-        self._told = 0.0
-        """When the copies were last told that the data are current."""
+        self._told = -float("inf")
+        """When the copies were last told that the data are current, by the monotonic clock."""
         self._complaint = ""
         """What was last logged of upstream."""
         self.created = time.time()
@@ -138,10 +156,10 @@ class Environment:
                 "Serving stored data (%d items) until upstream delivers", len(stored.payload)
             )
             self._apply(ChangeSet(tuple(stored.payload), full=True))
-            self.connection.confirmed = stored.confirmed
+            self.connection.confirmed = _before_now(stored.age)
         elif self.connection.confirmed is None and not self.payload.is_newer_than(stored.payload):
             # The same data from a copy that knows how old they are.
-            self.connection.confirmed = stored.confirmed
+            self.connection.confirmed = _before_now(stored.age)
 
     async def _follow_source(self) -> None:
         async with aclosing(self._source.updates()) as updates:
@@ -187,13 +205,13 @@ class Environment:
         """Upstream is healthy, and the payload is what it has."""
         if not self.connection.delivered or self.payload is None:
             return
-        now = time.time()
+        now = time.monotonic()
         news = self.connection.enter(ConnectionState.VALID)
         self.connection.confirmed = now
         self.decided.set()
         if news:
             self._log.info("Upstream is connected, data are current (%d items)", len(self.payload))
-        if news or full or change is not None or abs(now - self._told) >= REASSURE_EVERY:
+        if news or full or change is not None or now - self._told >= REASSURE_EVERY:
             self._told = now
             for copy in self.copies:
                 copy.follow(self.payload, change, full=full)
@@ -232,3 +250,8 @@ class Environment:
             if known.get((bad.kind, bad.key)) != bad:
                 self._log.error("Upstream sent an unusable %s; its previous version stays", bad)
             self.invalid[bad.kind, bad.key] = bad
+
+
+def _before_now(age: float | None) -> float | None:
+    """Return the monotonic clock so many seconds ago."""
+    return None if age is None else time.monotonic() - age

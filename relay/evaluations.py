@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from relay.evaluation.audience import Audience
 from relay.evaluation.compiled import CompiledFlag
 from relay.evaluation.program import Library, Program
+from relay.model.item import version_of_time
 from relay.model.payload import Payload
 
 SLICE = 0.001
@@ -53,13 +54,13 @@ class Evaluations:
         """Take note of new data; nothing is compiled yet.
 
         The version of the data is about the time in seconds, so that it still grows when the relay
-        is started anew, and fits the 32 bits that some SDKs have for it. It is greater than that of
+        is started anew. It is greater than that of
         any flag, because SDKs hold flags with their own version until a stream changes them.
         """
         if payload is self._payload:
             return
         self._payload = payload
-        self._version = max(self._version + 1, int(time.time()), payload.newest + 1)
+        self._version = max(self._version + 1, version_of_time(time.time()), payload.newest + 1)
         self._programs = {}
         self._works = {}
 

@@ -16,6 +16,19 @@ from relay.errors import InvalidData
 from relay.model.flag import Flag
 from relay.model.segment import Segment
 
+LAST_VERSION_OF_TIME = 2**31 - 2**20
+"""Of January 2038, whatever a clock says: some SDKs keep versions in 32 bits, and those that follow
+need room, too."""
+
+
+def version_of_time(seconds: float) -> int:
+    """Return a version that is greater than those of earlier times.
+
+    Args:
+        seconds: Unix seconds, perhaps of a clock that is wrong.
+    """
+    return int(min(max(seconds, 0), LAST_VERSION_OF_TIME))
+
 
 class Kind(Enum):
     """The two kinds of item. The value is the word of paths and payloads (streams 2.2)."""

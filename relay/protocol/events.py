@@ -27,8 +27,8 @@ SUMMARY_SCHEMA = 4
 MAX_CONTEXTS = 1000
 """Contexts of which is remembered that upstream knows them; the reference's number."""
 
-FORGET_AFTER = 5 * 60_000
-"""Milliseconds after which contexts are introduced again; the reference's time."""
+FORGET_AFTER = 300.0
+"""Seconds after which contexts are introduced again; the reference's time."""
 
 _BLANKS = b" \t\n\r"
 _EMPTY = re.compile(rb"[ \t\n\r]*\[[ \t\n\r]*\][ \t\n\r]*")
@@ -71,16 +71,22 @@ class Contexts:
         """Digests of kinds and keys; the one used last comes last."""
         self._since: float | None = None
 
-    def introduce(self, keys: Iterable[tuple[str, str]], now: int) -> bool:
-        """Note a context; return whether it was unknown.
+    def forget_old(self, now: float) -> None:
+        """Forget all together, some time after the first.
 
         Args:
-            keys: its kinds and keys, sorted by kind.
-            now: in milliseconds.
+            now: seconds of a clock that nobody sets.
         """
         if self._since is None or now - self._since >= FORGET_AFTER:
             self._known.clear()
             self._since = now
+
+    def introduce(self, keys: Iterable[tuple[str, str]]) -> bool:
+        """Note a context; return whether it was unknown.
+
+        Args:
+            keys: its kinds and keys, sorted by kind.
+        """
         digest = blake2b(msgspec.json.encode(keys), digest_size=16).digest()
         known = digest in self._known
         self._known.pop(digest, None)
@@ -391,7 +397,7 @@ class _Work:
 
     def _introduce(self, event: _Event, context: _Context) -> None:
         # Of a user of whom only the key is known there is nothing to tell.
-        if context.json is None or not self._contexts.introduce(context.keys, self._now):
+        if context.json is None or not self._contexts.introduce(context.keys):
             return
         date = self._date(event)
         self._events.append({"kind": "index", "creationDate": date, "context": context.json})
@@ -416,7 +422,7 @@ class _Work:
         context = _context(event)
         if context.json is None:
             raise InvalidData("event", "neither context nor user")
-        self._contexts.introduce(context.keys, self._now)
+        self._contexts.introduce(context.keys)
         date, ratio = self._date(event), _ratio(event)
         output = _present(
             kind="identify", creationDate=date, context=context.json, samplingRatio=ratio

@@ -28,6 +28,13 @@ _VERSION = b"1 "
 """Raised whenever items of an older relay could not be taken as they are."""
 
 
+EARLIEST = 1_735_689_600.0
+"""Unix seconds: the year 2025. No snapshot was written before; a clock that says so is wrong."""
+
+UNSTEADY = 60.0
+"""Seconds by which a clock that is kept right may go back."""
+
+
 class UnknownFormat(Exception):
     """The file is whole, but of another release or of another environment."""
 
@@ -68,6 +75,21 @@ def header(line: bytes) -> Header:
         return _DECODE_HEADER(text.removeprefix(_FORMAT + _VERSION))
     except msgspec.MsgspecError as e:
         raise damaged(str(e)) from e
+
+
+def age(header: Header, now: float) -> float | None:
+    """Return the seconds since upstream last vouched for the data; None if that cannot be known.
+
+    The clock may have been wrong when the file was written, and may be wrong now: a time that has
+    not come yet, or before there were snapshots, says nothing.
+
+    Args:
+        header: of the file.
+        now: Unix seconds.
+    """
+    if not EARLIEST <= header.confirmed <= now + UNSTEADY:
+        return None
+    return max(0.0, now - header.confirmed)
 
 
 def first_line(header: Header) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from relay.errors import ErrorKind, InvalidData
-from relay.model.item import Item, Kind
+from relay.model.item import Item, Kind, version_of_time
 from relay.model.payload import ChangeSet
 from relay.protocol import filedata
 from relay.sources import Current, Interrupted, Update
@@ -80,9 +80,9 @@ class File:
 
 
 def _text(path: Path) -> tuple[bytes, int]:
-    """Return what a file holds, and the Unix second in which it was last changed."""
+    """Return what a file holds, and the version that its last change gives to items."""
     with path.open("rb") as file:
-        changed = int(os.fstat(file.fileno()).st_mtime)
+        changed = version_of_time(os.fstat(file.fileno()).st_mtime)
         text = file.read(MAX_FILE + 1)
     if len(text) > MAX_FILE:
         raise InvalidData(str(path), f"it is longer than {MAX_FILE} bytes")

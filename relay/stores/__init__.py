@@ -22,13 +22,12 @@ class Stored:
     Args:
         payload: all items that it could read.
         invalid: those that it could not.
-        confirmed: Unix seconds at which upstream last vouched for the data; None if the store does
-            not know.
+        age: seconds since upstream last vouched for the data; None if the store does not know.
     """
 
     payload: Payload
     invalid: tuple[InvalidItem, ...] = ()
-    confirmed: float | None = None
+    age: float | None = None
 
 
 class Version(NamedTuple):

@@ -81,7 +81,7 @@ class Snapshot:
         self._log = log
         self._pace = pace
         self._vouched: tuple[Payload, float] = (EMPTY, 0.0)
-        """What upstream last vouched for, and when."""
+        """What upstream last vouched for, and when, in Unix seconds: another process reads it."""
         self._noted = asyncio.Event()
         """Set while there is something to write."""
         self._complete = asyncio.Event()
@@ -227,7 +227,7 @@ class _File:
                 with contextlib.suppress(OSError):
                     self.path.replace(self._directory / f"{self._stem}.damaged")
                 raise
-        return Stored(payload, confirmed=header.confirmed)
+        return Stored(payload, age=grammar.age(header, time.time()))
 
     def holds(self, payload: Payload) -> bool:
         """Whether we have written this payload into the file."""

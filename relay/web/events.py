@@ -325,6 +325,8 @@ async def _summarised(
     def flag(key: str) -> Item | None:
         return payload.get(Kind.FLAG, key)
 
+    contexts.forget_old(time.monotonic())
+
     def work() -> Summarised:
         now, theirs = int(post.received * 1000), int(server_time * 1000)
         schema = post.lane.schema

@@ -129,8 +129,8 @@ def _requests(sight: Sight) -> Rows:
 
 
 def _data_age(environment: Environment) -> float | None:
-    confirmed = environment.connection.confirmed
-    return None if confirmed is None else max(0.0, round(time.time() - confirmed, 3))
+    age = environment.connection.data_age
+    return None if age is None else round(age, 3)
 
 
 def _upstream_states(sight: Sight) -> Iterator[Row]:

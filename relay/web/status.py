@@ -55,7 +55,7 @@ def _is_connected(relay: Relay, environment: Environment) -> bool:
     """Whether upstream has ever delivered, and is not lost for long."""
     connection = environment.connection
     valid = connection.state is ConnectionState.VALID
-    recent = time.time() - connection.since < relay.disconnected_after
+    recent = connection.lasts < relay.disconnected_after
     return connection.delivered and (valid or recent)
 
 
@@ -70,7 +70,7 @@ def _counts(traffic: Traffic) -> Counts:
 def _described(relay: Relay, environment: Environment, counts: Counts) -> dict[str, object]:
     """Return the members of an environment: the reference's in its order, then ours."""
     spec, payload = environment.spec, environment.payload
-    confirmed = environment.connection.confirmed
+    age = environment.connection.data_age
     members = {
         "sdkKey": spec.sdk_key.obscured,
         "envId": spec.environment_id.value if spec.environment_id else None,
@@ -78,7 +78,7 @@ def _described(relay: Relay, environment: Environment, counts: Counts) -> dict[s
         "status": "connected" if _is_connected(relay, environment) else "disconnected",
         "connectionStatus": _connection(environment),
         "dataStoreStatus": _store(relay, environment),
-        "dataAge": None if confirmed is None else max(0, round(time.time() - confirmed)),
+        "dataAge": None if age is None else round(age),
         "items": None if payload is None else len(payload),
         **_invalid(environment.invalid.values()),
         "rejected": environment.rejected or None,

@@ -47,27 +47,31 @@ class Usage:
         self._accept = accept
         self._interval = interval
         self._relay_id = str(uuid.uuid4())
-        self._since = time.time()
         self._polls: Mapping[str, Counter[Client]] = {}
         """What the last report knew."""
 
     async def run(self) -> None:
         """Report until cancelled."""
+        begun = time.monotonic()
         while True:
             await asyncio.sleep(self._interval)
-            for post in self.posts(time.time()):
+            ended = time.monotonic()
+            posts = self.posts(time.time(), ended - begun)
+            begun = ended
+            for post in posts:
                 await self._accept(post)
 
-    def posts(self, now: float) -> list[Post]:
+    def posts(self, now: float, lasted: float) -> list[Post]:
         """Return what is to be reported, and begin a new period.
 
         Args:
             now: Unix seconds.
+            lasted: seconds of the period that ends, whatever was done to the clock meanwhile.
         """
         polls = _by_environment(self._traffic.requests, _POLLS)
         open_now = _by_environment(self._traffic.streams)
         opened = _by_environment(self._traffic.new_streams)
-        period = {"startDate": round(self._since * 1000), "endDate": round(now * 1000)}
+        period = {"startDate": round((now - lasted) * 1000), "endDate": round(now * 1000)}
         posts = []
         for name in self._environments:
             new_polls = polls.get(name, Counter()) - self._polls.get(name, Counter())
@@ -81,7 +85,7 @@ class Usage:
                 event = {"kind": "relayMetrics", "relayId": self._relay_id, **period, **said}
                 lane = Lane(name, Endpoint.BULK, SCHEMA)
                 posts.append(Post(lane, str(uuid.uuid4()), orjson.dumps([event]), now))
-        self._polls, self._since = polls, now
+        self._polls = polls
         return posts
 
 

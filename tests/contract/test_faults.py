@@ -700,6 +700,43 @@ async def test_a_kill_while_the_snapshot_is_written(upstream, tmp_path):
         assert "damaged" not in relay.log
 
 
+CLOCK = """
+import os, time
+from pathlib import Path
+right, wrong_by = time.time, Path(os.environ["WRONG_BY"])
+time.time = lambda: right() + wrong_by.stat().st_size
+"""
+WEEK = 7 * 86400
+
+
+async def test_a_clock_that_jumps_changes_no_age_and_no_verdict(upstream, tmp_path):
+    """An outage is as long as it was; what was stored by a wrong clock is served, its age unknown."""
+    (tmp_path / "sitecustomize.py").write_text(CLOCK)
+    wrong_by = tmp_path / "clock"  # by as many seconds as it is long: that changes in one step
+    wrong_by.touch()
+    clock = {"PYTHONPATH": str(tmp_path), "WRONG_BY": str(wrong_by)}
+    snapshots = str(tmp_path / "snapshots")
+    os.truncate(wrong_by, WEEK)
+    async with relay_of(upstream, tmp_path, SNAPSHOT_DIR=snapshots, **clock) as relay:
+        await relay.said("data are current")
+        await upstream.stop()
+        await relay.said("the server closed the connection")
+        for jump in (0, 2 * WEEK, WEEK):
+            os.truncate(wrong_by, jump)
+            whole = (await page(relay, "/status"))[1]
+            assert whole["status"] == "healthy"
+            assert whole["environments"]["main"]["dataAge"] < 60
+        assert await relay.stop() == 0
+        os.truncate(wrong_by, 0)
+        await relay.start()
+        await relay.said("Serving stored data")
+        assert await serves(relay, 1)
+        assert "dataAge" not in (await page(relay, "/status/main"))[1]
+        await upstream.start()
+        await relay.said("data are current", 2)
+        assert (await page(relay, "/status/main"))[1]["dataAge"] < 60
+
+
 async def test_a_kill_while_the_database_is_filled(upstream, tmp_path, redis):
     """The database has everything of before or everything of after, never a part."""
     variables = {"USE_REDIS": "true", "REDIS_URL": redis.url, "EXIT_ALWAYS": "true"}

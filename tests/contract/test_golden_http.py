@@ -548,8 +548,7 @@ async def reach(setup: str, upstream: ScriptedUpstream, relay: Relay) -> None:
         await until(lambda: environment.connection.state is lost)
         # The end of the stream may have been noted first: wait for the answer to the next attempt.
         await until(lambda: last_error_of(environment) is ErrorKind.ERROR_RESPONSE)
-        since = environment.connection.since
-        await until(lambda: time.time() - since >= relay.disconnected_after)
+        await until(lambda: environment.connection.lasts >= relay.disconnected_after)
 
 
 def last_error_of(environment: Environment) -> ErrorKind | None:

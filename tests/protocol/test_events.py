@@ -303,11 +303,19 @@ def test_contexts_are_introduced_once():
 def test_contexts_are_introduced_again_after_a_while():
     """Five minutes after the first, all are forgotten together."""
     contexts = Contexts()
-    assert introduced(contexts, "a") == ["a"]
-    assert introduced(contexts, "a", "b", now=NOW + FORGET_AFTER - 1) == ["b"]
-    assert introduced(contexts, "a", "b", now=NOW + FORGET_AFTER) == ["a", "b"]
+    for now, expected in ((7, "ab"), (6 + FORGET_AFTER, ""), (7 + FORGET_AFTER, "ab")):
+        contexts.forget_old(now)
+        assert introduced(contexts, "a", "b") == list(expected)
     contexts.forget()
-    assert introduced(contexts, "a", now=NOW + FORGET_AFTER) == ["a"]
+    assert introduced(contexts, "a") == ["a"]
+
+
+def test_contexts_stay_known_while_the_clock_is_corrected():
+    """The time of events is no measure of how long ago a context was introduced."""
+    contexts = Contexts()
+    assert introduced(contexts, "a") == ["a"]
+    for jump in (8, -8):
+        assert introduced(contexts, "a", now=NOW + jump * 86_400_000) == []
 
 
 def test_kinds_are_told_apart():

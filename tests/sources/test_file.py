@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import aclosing
 
 import pytest
 
 from relay.errors import ErrorKind
+from relay.model.item import LAST_VERSION_OF_TIME
 from relay.model.payload import ChangeSet
 from relay.sources import Interrupted
 from relay.sources.file import File
@@ -34,6 +36,17 @@ async def test_a_file_may_come_later_and_be_replaced(path):
         other.write_text("flagValues: {a: 2}")
         other.replace(path)
         assert (await anext(updates)).items[0].version > first.items[0].version
+
+
+async def test_a_file_of_a_wrong_clock_gives_versions_that_sdks_can_hold(path):
+    """In 32 bits, with room for the next ones."""
+    for seconds, version in ((-5, 0), (2**40, LAST_VERSION_OF_TIME)):
+        path.write_text("flagValues: {a: 1}")
+        os.utime(path, (0, seconds))
+        async with asyncio.timeout(20), aclosing(File(path, FAST).updates()) as updates:
+            assert (await anext(updates)).items[0].version == version
+            path.write_text("flagValues: {a: 2}")
+            assert version < (await anext(updates)).items[0].version < 2**31
 
 
 async def test_a_half_written_file_is_said_once(path):

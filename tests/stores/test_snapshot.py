@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from relay.model.credential import SDKKey
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Payload
+from relay.protocol import snapshot as grammar
 from relay.protocol.snapshot import HEADER_SIZE
 from relay.stores.snapshot import Pace, Snapshot
 from tests.support.strategies import change_sets
@@ -89,11 +90,31 @@ async def test_what_was_vouched_for_is_there_after_a_restart(tmp_path):
     data = payload(
         flag("a", 3), Item(Kind.FLAG, "gone", 7, None), Item(Kind.SEGMENT, "s", 1, b"{}")
     )
-    before = time.time()
+    begin = time.monotonic()
     await save(tmp_path, data)
     stored = await load(tmp_path)
     assert set(stored.payload) == set(data)
-    assert before <= stored.confirmed <= time.time()
+    assert 0 <= stored.age <= time.monotonic() - begin + 0.1  # two clocks
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "age"),
+    [
+        (2_000_000_000, 2_000_000_000 + 7, 7),
+        (2_000_000_000, 2_000_000_000 + 8 * 86400, 8 * 86400),
+        (2_000_000_000, 2_000_000_000 - 5, 0),  # kept right by small steps
+        (2_000_000_000 + 8 * 86400, 2_000_000_000, None),  # was wrong when it was written
+        (2_000_000_000, 1000, None),  # has not been set yet
+        (1000, 2_000_000_000, None),  # had not been set yet
+    ],
+)
+async def test_an_age_that_cannot_be_is_not_known(tmp_path, monkeypatch, written, read, age):
+    """By what the clock says when a snapshot is written and when it is read; the data count."""
+    monkeypatch.setattr("time.time", lambda: written)
+    await save(tmp_path, payload(flag("a", 1)))
+    monkeypatch.setattr("time.time", lambda: read)
+    stored = await load(tmp_path)
+    assert (stored.age, len(stored.payload)) == (age, 1)
 
 
 numbers = st.sampled_from(["1e21", "-0", "1.0", "9007199254740993", "1e400", "1" * 40])
@@ -292,13 +313,14 @@ async def test_the_time_is_renewed_in_place(tmp_path):
         copy.follow(data, None)
         await copy.written()
         (path,) = tmp_path.iterdir()
-        inode, first = path.stat().st_ino, (await load(tmp_path)).confirmed
+        inode, first = path.stat().st_ino, path.read_bytes()[:HEADER_SIZE]
         await asyncio.sleep(2 * MS)
         copy.follow(data, None)
         await copy.written()
         assert path.stat().st_ino == inode
         stored = await load(tmp_path)
-        assert stored.confirmed > first
+        renewed = path.read_bytes()[:HEADER_SIZE]
+        assert grammar.header(renewed).confirmed > grammar.header(first).confirmed
         assert set(stored.payload) == set(data)
 
 

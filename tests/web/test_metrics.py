@@ -102,7 +102,7 @@ async def test_every_figure_is_told_by_a_busy_relay():
     copy = MemoryCopy()
     copy.status = StoreStatus(StoreState.VALID, 0.0, "redis", "redis://h", "p")
     main = environment("main", [copy])
-    main.payload, main.connection.confirmed = Payload.of([]), time.time()
+    main.payload, main.connection.confirmed = Payload.of([]), time.monotonic()
     traffic = Traffic()
     series = Series("main", "/all", "GET", "server")
     for counts in (traffic.requests, traffic.new_streams, traffic.streams):
@@ -124,7 +124,7 @@ async def test_how_an_environment_is():
     )
     main, empty = environment("main", [silent, speaking]), environment("empty")
     main.connection.enter(ConnectionState.VALID)
-    main.connection.confirmed = time.time() - 90
+    main.connection.confirmed = time.monotonic() - 90
     main.payload = Payload.of([Item(Kind.FLAG, "a", 1, b"{}"), Item(Kind.FLAG, "b", 1, None)])
     main.invalid, main.rejected, main.changes = {(Kind.FLAG, "bad"): bad}, 3, 4
     page = told(Relay([main, empty], 0))
@@ -336,7 +336,7 @@ def scrape_time(environments: int) -> float:
         copy = MemoryCopy()
         copy.status = StoreStatus(StoreState.VALID, 0.0, "redis", "redis://h", "p")
         one = environment(f"environment {number}", [copy])
-        one.payload, one.connection.confirmed = Payload.of([]), time.time()
+        one.payload, one.connection.confirmed = Payload.of([]), time.monotonic()
         served.append(one)
         for agent in ("PythonClient/9.18.0", "NodeJSClient/9.9.1", "Go/1"):
             for route in ("/all", "/sdk/flags", "/sdk/latest-all"):

@@ -39,7 +39,7 @@ def environment(name: str = "main", copies=()) -> Environment:
 def connected(given: Environment) -> Environment:
     connection = given.connection
     connection.enter(ConnectionState.VALID)
-    connection.delivered, connection.confirmed = True, time.time() - 7
+    connection.delivered, connection.confirmed = True, time.monotonic() - 7
     given.payload = EMPTY
     given.decided.set()
     return given
@@ -92,12 +92,28 @@ async def test_an_outage_shows_after_a_while():
     relay = Relay([lost, connected(environment("other"))], 0, disconnected_after=60)
     lost.connection.enter(ConnectionState.INTERRUPTED)
     assert said(relay)["status"] == "connected"
-    lost.connection.since -= 61
+    lost.connection.entered -= 61
     assert said(relay)["status"] == "disconnected"
     assert json.loads(status.overview(relay, Traffic()).body)["status"] == "degraded"
     lost.connection.enter(ConnectionState.VALID)
-    lost.connection.since -= 61
+    lost.connection.entered -= 61
     assert said(relay)["status"] == "connected"
+
+
+@pytest.mark.parametrize("jump", [-8 * 86400, 8 * 86400])
+async def test_a_clock_that_is_corrected_changes_no_age(monkeypatch, jump):
+    """How long an outage lasts and how old the data are is not read off the clock of the day."""
+    lost = connected(environment())
+    relay = Relay([lost], 0, disconnected_after=60)
+    lost.connection.enter(ConnectionState.INTERRUPTED)
+    right = time.time
+    monkeypatch.setattr("time.time", lambda: right() + jump)
+    assert (said(relay)["status"], said(relay)["dataAge"]) == ("connected", 7)
+    lost.connection.entered -= 61
+    assert said(relay)["status"] == "disconnected"
+    lost.connection.enter(ConnectionState.OFF)
+    since = said(relay)["connectionStatus"]["stateSince"]
+    assert abs(since / 1000 - time.time()) < 60
 
 
 async def test_stored_data_are_not_a_connection():

@@ -29,8 +29,8 @@ class Reports:
     def poll(self, agent: str, number: int, route: str = "/sdk/flags") -> None:
         self.traffic.requests[Series("main", route, "GET", "server", agent)].value += number
 
-    def told(self, now: float) -> list[dict]:
-        return [event for post in self.usage.posts(now) for event in json.loads(post.body)]
+    def told(self, now: float, lasted: float = 60) -> list[dict]:
+        return [event for post in self.usage.posts(now, lasted) for event in json.loads(post.body)]
 
 
 def test_a_report_is_the_recorded_one():
@@ -38,7 +38,7 @@ def test_a_report_is_the_recorded_one():
     reports = Reports()
     reports.stream("PyClient/9.0", 1, opened=1)
     reports.poll("PHPClient/6", 1)
-    (post,) = reports.usage.posts(1e10)
+    (post,) = reports.usage.posts(1e10, 60)
     assert post.lane == Lane("main", Endpoint.BULK, SCHEMA)
     (event,) = json.loads(post.body)
     recorded = json.loads(GOLDEN.read_text())
@@ -60,6 +60,15 @@ def test_periods_follow_each_other_and_polls_are_counted_in_one():
     assert second["connections"][0]["current"] == 1
     assert second["newConnections"][0]["count"] == 2
     assert second["pollingCounts"][0]["count"] == 2
+
+
+def test_a_period_is_as_long_as_it_was_though_the_clock_is_corrected():
+    """It ends by the present clock, and began as long before as time has passed."""
+    reports = Reports()
+    for now in (1e10, 1e10 + 8 * 86400, 1e10 - 8 * 86400):
+        reports.poll("a", 1)
+        (event,) = reports.told(now, 60.5)
+        assert (event["startDate"], event["endDate"]) == ((now - 60.5) * 1000, now * 1000)
 
 
 def test_nothing_is_said_where_nothing_happens():
