@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -17,10 +16,9 @@ from relay.stores import StoreState
 from relay.stores.mirror import MAX_PENDING, Mirror, MirrorTimes
 from relay.stores.redis import RedisStore
 from tests.stores.contract import flag, segment
-from tests.support.redis import RedisServer
+from tests.support.redis import RedisServer, recorded
 from tests.support.serving import until
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "redis.jsonl"
 LOG = logging.getLogger("relay.env.test")
 TIMES = MirrorTimes(
     probe=0.05, retry=0.02, longest_retry=0.05, second_look=0.02, refresh=0.1, finish=1.0,
@@ -409,13 +407,6 @@ async def test_a_database_that_hangs_does_not_hold_up_the_end(tmp_path):
         server.go_on()
 
 
-def recorded():
-    with GOLDEN.open(encoding="utf-8", newline="\n") as lines:
-        for line in lines:
-            recording = json.loads(line)
-            yield pytest.param(recording, id=recording["name"])
-
-
 def as_written(item, key: str) -> dict:
     value = json.loads(item)
     return {"tombstone": value["version"]} if value.get("deleted") else {"key": key, **value}
@@ -441,7 +432,7 @@ UNLIKE_THE_REFERENCE = {
 }
 
 
-@pytest.mark.parametrize("recording", list(recorded()))
+@pytest.mark.parametrize("recording", recorded(), ids=lambda recording: recording["name"])
 async def test_recorded_contents(server, recording):
     """After each recorded message the database holds what the reference would have there."""
     prefix = recording["prefix"] or "launchdarkly"
