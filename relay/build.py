@@ -201,9 +201,10 @@ def _copies(config: Config, spec: EnvironmentSpec, source: DataSource, log: Log)
 
         yield Snapshot(Path(config.main.snapshot_dir), spec.sdk_key, log)
     if config.redis:
-        from relay.stores.mirror import Mirror
+        from relay.stores.mirror import ONCE, Mirror, MirrorTimes
         from relay.stores.redis import RedisStore
 
         store = RedisStore(config.redis, spec.prefix)
         log.info("Using Redis data store: %s with prefix: %s", store.server, store.prefix)
-        yield Mirror(store, "redis", source.refresh, log)
+        times = ONCE if config.main.exit_always else MirrorTimes()
+        yield Mirror(store, "redis", source.refresh, log, times)

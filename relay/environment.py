@@ -214,7 +214,7 @@ class Environment:
         if news or full or change is not None or now - self._told >= REASSURE_EVERY:
             self._told = now
             for copy in self.copies:
-                copy.follow(self.payload, change, full=full)
+                copy.follow(self.payload, change, full=full, unusable=self.invalid)
 
     def _interrupt(self, trouble: Interrupted) -> None:
         connection = self.connection

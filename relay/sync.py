@@ -20,11 +20,7 @@ from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.sources import DataSource, Interrupted, Update
 from relay.stores import DataStore
-from relay.stores.mirror import Mirror, MirrorTimes
-
-TIMES = MirrorTimes(second_look=2.0, refresh=0.0)
-"""What only the database has is looked at again after the two seconds that LaunchDarkly's guide
-waits for its caches (webhooks 12.3)."""
+from relay.stores.mirror import ONCE, Mirror
 
 LAST_ANSWER = 3.0
 """Seconds that the last look has for its answer; then what is there must do."""
@@ -258,7 +254,7 @@ class _Run:
             self._bad = frozenset((bad.kind, bad.key) for bad in stored.invalid)
         running = [asyncio.create_task(self._listen())]
         if not self._plan.dry_run:
-            self._mirror = Mirror(way.store, "redis", way.source.refresh, way.log, TIMES)
+            self._mirror = Mirror(way.store, "redis", way.source.refresh, way.log, ONCE)
             running.append(asyncio.create_task(self._mirror.run()))
         done = asyncio.create_task(self._done())
         try:

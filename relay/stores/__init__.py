@@ -6,7 +6,7 @@ equal to its payload: `mirror.Mirror` around any data store, and `snapshot.Snaps
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -40,7 +40,9 @@ class Version(NamedTuple):
 UNREADABLE = Version(-1, live=False)
 """Of a stored item that cannot be read: any other is newer."""
 
-Versions = Mapping[tuple[Kind, str], Version]
+Key = tuple[Kind, str]
+
+Versions = Mapping[Key, Version]
 
 
 class DataStore(Protocol):
@@ -119,7 +121,14 @@ class Copy(Protocol):
     async def load(self) -> Stored | None:
         """Return what was stored; None if nothing was. Waits while the store cannot be reached."""
 
-    def follow(self, payload: Payload, change: Change | None, *, full: bool = False) -> None:
+    def follow(
+        self,
+        payload: Payload,
+        change: Change | None,
+        *,
+        full: bool = False,
+        unusable: Collection[Key] = (),
+    ) -> None:
         """Note that upstream vouches for `payload`, and what changed since the last call.
 
         Returns at once.
@@ -129,6 +138,8 @@ class Copy(Protocol):
             change: None when nothing changed: upstream is still, or again, healthy; that is said
                 once a minute at most while it stays so.
             full: whether upstream has just sent everything.
+            unusable: items of which upstream's last version cannot be used: `payload` has them as
+                they were before, or not at all.
         """
 
     def hold(self) -> None:

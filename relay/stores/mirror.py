@@ -6,11 +6,9 @@ overwritten) the versions of all its items are compared with the payload's, and 
 older is written again.
 
 What the database has *newer*, or has and we have not, may mean that this relay is behind, and that
-another one has written it. So that relays never write against each other, such a difference is
-looked at twice, then upstream is asked for everything once more; only what upstream still does not
-have is then removed, and what stays newer in the database stays there. What comes back soon after
-it was removed is vouched for by another relay, and stays too. Contents of equal version are not
-compared: other programs write the same item in other words.
+another one has written it. So that relays never write against each other, it is left alone until
+`conflicts` says that upstream has disowned it. Contents of equal version are not compared: other
+programs write the same item in other words.
 """
 
 from __future__ import annotations
@@ -18,22 +16,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 from relay.errors import StoreUnavailable
 from relay.log import Log
-from relay.model.item import Item, Kind
+from relay.model.item import Item
 from relay.model.payload import EMPTY, Change, Payload
-from relay.stores import DataStore, Stored, StoreState, StoreStatus, Version, Versions
+from relay.stores import DataStore, Key, Stored, StoreState, StoreStatus, Versions
+from relay.stores.conflicts import NEVER, Conflicts, ConflictTimes, Verdict
 
 MAX_PENDING = 1000
 """Changed items that wait for a slow database one by one; of more, all versions are compared."""
 
 NAMED = 5
 """Items that a log line names."""
-
-Key = tuple[Kind, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +41,21 @@ class MirrorTimes:
         probe: between two comparisons while nothing happens.
         retry: after the first failure, doubling;
         longest_retry: up to this.
-        second_look: between the two looks at what is newer in the database: a change that is on its
-            way to us as well has arrived by then.
-        refresh: between two requests for everything, at least.
-        returned: after the removal of an item; back within this, it is another relay's, which
-            needs its own `probe` to write it again. Back later, it is from an old backup.
         finish: for what is not written yet when the relay ends.
+        conflicts: until what is newer in the database, or only there, is replaced.
     """
 
     probe: float = 10.0
     retry: float = 0.5
     longest_retry: float = 5.0
-    second_look: float = 1.0
-    refresh: float = 60.0
-    returned: float = 30.0
     finish: float = 2.0
+    conflicts: ConflictTimes = field(default_factory=ConflictTimes)
+
+
+ONCE = MirrorTimes(conflicts=ConflictTimes(second_look=0.01, refresh=2.0, newer=NEVER, extra=2.0))
+"""Times of a run that ends when the database is up to date. What is newer there stays: such a run
+does not know what the one before it replaced. What only the database has goes after the two seconds
+that LaunchDarkly's guide waits for its caches (webhooks 12.3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +121,8 @@ class Mirror:
         )
         self._payload: Payload | None = None
         """What upstream last vouched for."""
+        self._unusable: frozenset[Key] = frozenset()
+        """Items that upstream has in a version that we do not know."""
         self._healthy = False
         """Whether it still does."""
         self._pending: dict[Key, Item] = {}
@@ -134,18 +133,13 @@ class Mirror:
         self._equal = asyncio.Event()
         self._held: Payload = EMPTY
         """What we know the database to have held, last."""
-        self._full_at = -float("inf")
+        self._answered = -NEVER
         """The clock when upstream last sent everything."""
-        self._suspected: dict[Key, Version | None] = {}
-        """What was newer in the database, or only there, at the last look, and is not judged."""
-        self._suspected_at = 0.0
-        self._refreshed_at = -float("inf")
-        self._looks_again = False
-        """Whether the second look is due."""
-        self._theirs: dict[Key, Version | None] = {}
-        """What upstream does not have, though it was asked: somebody else's, and left alone."""
-        self._removed: dict[Key, float] = {}
-        """What we have removed, by the clock, and may come back because others vouch for it."""
+        self._conflicts = Conflicts(times.conflicts)
+        self._settled = True
+        """Nothing more will be done about conflicts."""
+        self._look_at = NEVER
+        """The clock when they are to be looked at again."""
 
     async def load(self) -> Stored | None:
         """Return what the database holds; waits for the database, but not if upstream came."""
@@ -164,13 +158,22 @@ class Mirror:
             return stored
         return None
 
-    def follow(self, payload: Payload, change: Change | None, *, full: bool = False) -> None:
+    def follow(
+        self,
+        payload: Payload,
+        change: Change | None,
+        *,
+        full: bool = False,
+        unusable: Collection[Key] = (),
+    ) -> None:
         """Note what is to be written; returns at once."""
         if full:
-            self._full_at = time.monotonic()
+            self._answered = _clock()
+            self._doubtful |= bool(self._conflicts)  # that is what they wait for
         if not self._healthy or (change is not None and change.replace):
             self._doubtful = True
         self._payload, self._healthy = payload, True
+        self._unusable = frozenset(unusable)
         items = change.items if change is not None and not self._doubtful else ()
         self._pending.update(((item.kind, item.key), item) for item in items)
         if len(self._pending) > MAX_PENDING:
@@ -209,14 +212,12 @@ class Mirror:
 
     async def _rest(self) -> None:
         """Wait until there is something to write, or it is time to compare again."""
-        if self._looks_again:
-            await asyncio.sleep(self._times.second_look)
-            return
+        wait = max(0.0, min(self._times.probe, self._look_at - _clock()))
         try:
-            async with asyncio.timeout(self._times.probe):
+            async with asyncio.timeout(wait):
                 await self._news.wait()
         except TimeoutError:
-            self._doubtful = True
+            self._doubtful, self._look_at = True, NEVER
 
     async def _finish(self) -> None:
         if self._healthy and not self._equal.is_set():
@@ -250,31 +251,32 @@ class Mirror:
 
     async def _compare(self, payload: Payload) -> None:
         """Look at everything, and write or ask accordingly."""
-        self._doubtful = self._looks_again = False
+        # What comes while we look may know more than `payload`.
+        answered, unusable = self._answered, self._unusable
+        self._doubtful = False
         self._pending.clear()
         versions = await self._store.versions()
         if versions is None:
             if self._held:
                 self._log.warning("%s has lost its data; they are written again", self._label)
+            self._judge({}, frozenset(), answered)
             await self._store.init(payload)
-            self._note_equal(payload)
-            return
-        self._forget_removed(versions)
-        difference = Difference.between(versions, payload)
-        suspects = {
-            key: versions.get(key)
-            for key in difference.ahead | difference.extra
-            if not self._is_ours(key, versions)
-        }
-        if self._may_judge(suspects):
-            await self._mend(payload, difference, suspects)
-            self._note_equal(payload)
         else:
-            self._doubtful = True
-            if difference.behind:
-                await self._store.upsert(difference.behind)
-            # Only now: a database that can be read may still refuse to be written.
-            self._end_trouble()
+            difference = Difference.between(versions, payload)
+            unlike = difference.ahead | difference.extra
+            strange = {
+                key: versions[key] for key in unlike - unusable if not self._is_ours(key, versions)
+            }
+            verdict = self._judge(strange, difference.extra, answered)
+            if verdict.ask:
+                text = "%s holds other data than this relay (%s); asking upstream for everything"
+                self._log.info(text, self._label, _named(verdict.ask))
+                self._refresh()
+            left = (unlike & unusable) | (strange.keys() - verdict.replace)
+            await self._mend(payload, difference.behind, unlike - left, left)
+            if verdict.replace:
+                self._note_replaced(verdict.replace, versions, payload)
+        self._note_equal(payload)
 
     def _is_ours(self, key: Key, versions: Versions) -> bool:
         """Whether the database has what we wrote: then upstream itself has gone back since."""
@@ -283,68 +285,56 @@ class Mirror:
         stored = versions.get(key)
         return held is not None and stored is not None and held.version == stored.number
 
-    def _may_judge(self, suspects: dict[Key, Version | None]) -> bool:
-        """Whether upstream has been asked about all that others may have written."""
-        unknown = dict(suspects.items() - self._theirs.items())
-        if not unknown:
-            self._suspected = {}
-            return True
-        now = time.monotonic()
-        lasting = unknown.keys() & self._suspected.keys()
-        if unknown != self._suspected:
-            self._suspected, self._suspected_at = unknown, now
-            self._looks_again = not lasting
-        elif self._full_at >= self._suspected_at:
-            return True
-        # Also if it has become newer still: who is behind a busy writer never sees it twice alike.
-        if lasting and now - self._refreshed_at >= self._times.refresh:
-            self._refreshed_at = now
-            text = "%s holds other data than this relay (%s); asking upstream for everything"
-            self._log.info(text, self._label, _named(lasting))
-            self._refresh()
-        return False
-
-    def _forget_removed(self, versions: Versions) -> None:
-        now = time.monotonic()
-        self._removed = {
-            key: at
-            for key, at in self._removed.items()
-            if key in versions or now - at < self._times.returned
-        }
+    def _judge(self, strange: Versions, extra: Collection[Key], answered: float) -> Verdict:
+        """Decide about what others may have written."""
+        verdict = self._conflicts.judge(_clock(), strange, extra, answered)
+        self._settled, self._look_at = verdict.settled, verdict.look_at
+        if verdict.returned:
+            text = (
+                "%s holds again what was replaced (%s): something else writes to it, maybe a relay"
+                " that gets newer data than this one; it is left alone for %.0f s at least"
+            )
+            self._log.warning(text, self._label, _named(verdict.returned), verdict.wait)
+        return verdict
 
     async def _mend(
-        self, payload: Payload, difference: Difference, suspects: dict[Key, Version | None]
+        self,
+        payload: Payload,
+        behind: Sequence[Item],
+        surplus: Collection[Key],
+        left: Collection[Key],
     ) -> None:
-        """Write what upstream has; it has just been asked, or nothing was doubtful."""
-        theirs = {
-            key: version
-            for key, version in suspects.items()
-            if key in difference.ahead or key in self._removed
-        }
-        self._suspected = {}
-        if theirs.keys() - self._theirs.keys():
-            text = "%s holds items newer than upstream has (%s); they are left as they are"
-            self._log.warning(text, self._label, _named(theirs))
-        self._theirs = theirs
-        written = {(item.kind, item.key) for item in difference.behind}
-        surplus = (difference.ahead | difference.extra) - theirs.keys()
+        """Write what upstream has.
+
+        Args:
+            payload: all of it.
+            behind: what the database lacks, or has older.
+            surplus: what it has newer, or alone, and shall not have.
+            left: what it may keep.
+        """
         if surplus:
             # Upstream has gone back, or items have vanished: only the whole leads there.
-            now = time.monotonic()
-            self._removed |= dict.fromkeys(surplus & difference.extra & suspects.keys(), now)
-            written |= surplus
-            await self._store.init(await self._beside(theirs, payload))
-        elif written:
-            await self._store.upsert(difference.behind)
-        if written:
+            await self._store.init(await self._beside(left, payload))
+        elif behind:
+            await self._store.upsert(behind)
+        if surplus or behind:
+            written = {*surplus, *((item.kind, item.key) for item in behind)}
             self._log.info("%s brought up to date in %d items", self._label, len(written))
 
-    async def _beside(self, theirs: Collection[Key], payload: Payload) -> Payload:
-        """Return the payload with what is somebody else's as the database has it."""
-        stored = await self._store.load() if theirs else None
+    def _note_replaced(self, keys: Collection[Key], versions: Versions, payload: Payload) -> None:
+        self._conflicts.replaced(keys)
+        text = (
+            "%s held what upstream does not have, though it was asked for everything twice (%s);"
+            " upstream's data have replaced it"
+        )
+        self._log.warning(text, self._label, _told(keys, versions, payload))
+
+    async def _beside(self, others: Collection[Key], payload: Payload) -> Payload:
+        """Return the payload with what may be somebody else's as the database has it."""
+        stored = await self._store.load() if others else None
         if stored is None:
             return payload
-        kept = (stored.payload.all(kind).get(key) for kind, key in theirs)
+        kept = (stored.payload.all(kind).get(key) for kind, key in others)
         return Payload.of([*payload, *(item for item in kept if item)])
 
     def _note_equal(self, payload: Payload) -> None:
@@ -352,7 +342,9 @@ class Mirror:
         self._held = payload
         if self.status.invalid:
             self.status = replace(self.status, invalid=())
-        if payload is self._payload and not self._doubtful and not self._pending:
+        if not self._settled:
+            self._equal.clear()
+        elif payload is self._payload and not self._doubtful and not self._pending:
             self._equal.set()
 
     def _begin_trouble(self, error: StoreUnavailable) -> None:
@@ -376,8 +368,32 @@ class Mirror:
             self._log.error("%s holds an unreadable %s; it is skipped", self._label, bad)
 
 
+def _clock() -> float:
+    """Return the time by which the event loop waits."""
+    return asyncio.get_running_loop().time()
+
+
 def _named(keys: Collection[Key]) -> str:
     """Return the names of some items for a log line."""
-    names = [f'{kind.noun} "{key}"' for kind, key in list(keys)[:NAMED]]
-    more = len(keys) - len(names)
-    return ", ".join(names) + (f" and {more} more" if more else "")
+    return _listed([f'{kind.noun} "{key}"' for kind, key in _some(keys)], len(keys))
+
+
+def _told(keys: Collection[Key], versions: Versions, payload: Payload) -> str:
+    """Return some items of a database for a log line, with their versions there and upstream."""
+    texts = []
+    for kind, key in _some(keys):
+        item, stored = payload.all(kind).get(key), versions[kind, key].number
+        there = f"in version {stored}" if stored >= 0 else "unreadable"
+        texts.append(
+            f'{kind.noun} "{key}" {there}, upstream has {item.version if item else "none"}'
+        )
+    return _listed(texts, len(keys), "; ")
+
+
+def _some(keys: Collection[Key]) -> list[Key]:
+    return sorted(keys, key=lambda each: (each[0].noun, each[1]))[:NAMED]
+
+
+def _listed(texts: Collection[str], count: int, separator: str = ", ") -> str:
+    more = count - len(texts)
+    return separator.join(texts) + (f" and {more} more" if more else "")

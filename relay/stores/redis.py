@@ -1,7 +1,8 @@
 """Redis or Valkey in the layout that SDKs in daemon mode read (datastore 4.1, 4.3).
 
-Only commands of the reference are used (WATCH, MULTI, HSET …, no scripts), so that a user of the
-database with few rights stays sufficient. redis-py's exceptions end here.
+Only commands that ld-relay was seen to send are used (WATCH, MULTI, HGET …; no HMGET, no scripts),
+so that a user of the database with rights to no others stays sufficient. redis-py's exceptions end
+here.
 """
 
 from __future__ import annotations
@@ -170,13 +171,16 @@ class RedisStore:
         self, connection: AbstractConnection, kind: Kind, items: Sequence[Item]
     ) -> list[Item]:
         """Return the items of a kind whose version is above the stored one."""
-        keys = [item.key for item in items]
-        stored = await self._ask(connection, "HMGET", self._hash(kind), *keys)
-        return [
-            item
-            for item, json in zip(items, stored, strict=True)
-            if json is None or item.version > _version(json).number
-        ]
+        name, newer = self._hash(kind), []
+        for start in range(0, len(items), SLICE):
+            part = items[start : start + SLICE]
+            stored = await self._ask_each(connection, [("HGET", name, item.key) for item in part])
+            newer += [
+                item
+                for item, json in zip(part, stored, strict=True)
+                if json is None or item.version > _version(json).number
+            ]
+        return newer
 
     async def _set(self, connection: AbstractConnection, kind: Kind, items: Iterable[Item]) -> None:
         for chunk in _chunks(items):
@@ -229,13 +233,20 @@ class RedisStore:
             raise StoreUnavailable(_reason(e)) from e
 
     async def _ask(self, connection: AbstractConnection, *command: str | bytes) -> Any:
-        """Send a command and return its reply.
+        """Send a command and return its reply."""
+        [reply] = await self._ask_each(connection, [command])
+        return reply
+
+    async def _ask_each(
+        self, connection: AbstractConnection, commands: Sequence[Sequence[str | bytes]]
+    ) -> list[Any]:
+        """Send commands together and return their replies, in time for one.
 
         The library's own time limit on sending would, on Python 3.11, swallow a cancellation.
         """
         async with asyncio.timeout(self._read_timeout):
-            await connection.send_command(*command)
-            return await connection.read_response()
+            await connection.send_packed_command(connection.pack_commands(commands))
+            return [await connection.read_response() for _ in commands]
 
 
 def _pool(options: RedisOptions) -> ConnectionPool:
@@ -263,6 +274,7 @@ def _connection_options(options: RedisOptions) -> dict[str, Any]:
         "socket_timeout": None,  # see `_ask`
         "retry": Retry(NoBackoff(), 0),  # the mirror tries again, and tells
         "protocol": 2,  # older servers and proxies know no other
+        "driver_info": None,  # CLIENT SETINFO: a right that the user may not have
     }
     if options.username:
         given["username"] = options.username

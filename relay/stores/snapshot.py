@@ -15,7 +15,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -28,7 +28,7 @@ from relay.model.credential import SDKKey
 from relay.model.payload import EMPTY, Change, Payload
 from relay.protocol import snapshot as grammar
 from relay.protocol.snapshot import HEADER_SIZE, Header, UnknownFormat
-from relay.stores import Stored, StoreStatus
+from relay.stores import Key, Stored, StoreStatus
 
 MAX_SIZE = 512 * 1024 * 1024
 """Bytes of a file that is read: several times what upstream may send at once; more is damage."""
@@ -107,9 +107,16 @@ class Snapshot:
             self._log.error("Snapshot %s: %s; it is set aside", self._file.path, e)
         return None
 
-    def follow(self, payload: Payload, change: Change | None, *, full: bool = False) -> None:
+    def follow(
+        self,
+        payload: Payload,
+        change: Change | None,
+        *,
+        full: bool = False,
+        unusable: Collection[Key] = (),
+    ) -> None:
         """Note that upstream vouches for `payload` now."""
-        del change, full  # the file is written as a whole
+        del change, full, unusable  # the file is written as a whole
         self._vouched = (payload, time.time())
         self._complete.clear()
         self._noted.set()

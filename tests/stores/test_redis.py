@@ -17,9 +17,9 @@ from relay.errors import ConfigError, StoreUnavailable
 from relay.model.item import Kind
 from relay.model.payload import Payload
 from relay.stores import UNREADABLE
-from relay.stores.redis import CHUNK, RedisStore
+from relay.stores.redis import CHUNK, SLICE, RedisStore
 from tests.stores.contract import StoreContract, flag, segment
-from tests.support.redis import RedisServer, secret
+from tests.support.redis import RedisServer, commands_of_ld_relay, secret
 
 ONE = Payload.of([flag("lamp", 1)])
 
@@ -191,15 +191,29 @@ def test_a_url_that_means_nothing_is_refused(url):
     assert "geheim" not in str(caught.value)
 
 
-async def test_the_commands_of_the_reference_suffice(server):
-    """A user with rights to just these can be used, as before."""
-    commands = "+ping +multi +exec +watch +unwatch +hget +hmget +hgetall +hset +del +set +exists"
-    server.do("ACL", "SETUSER", "few", "on", ">geheim", "~p:*", "-@all", *commands.split())
-    store = RedisStore(server.options(username="few", password=secret("geheim")), "p")
-    await store.init(ONE)
-    assert await store.upsert([flag("lamp", 2)])
-    assert (await store.load()).payload.get(Kind.FLAG, "lamp") == flag("lamp", 2)
-    await store.aclose()
+async def test_the_commands_of_ld_relay_suffice(tmp_path):
+    """A user with rights to just these can be used, as before; nothing else is even tried."""
+    with RedisServer(tmp_path) as server:
+        server.add_user_of_ld_relay("few", "geheim", "p")
+        url = f"redis://few:geheim@127.0.0.1:{server.port}/3"
+        store = RedisStore(server.options(url=url), "p")
+        many = [flag(f"f{n}", 1) for n in range(2 * SLICE + 1)]
+        await store.init(Payload.of([*many, segment("crowd", 1)]))
+        newer = [flag("f0", 2), flag(f"f{2 * SLICE}", 2, None), flag("new", 1), segment("crowd", 2)]
+        assert await store.upsert([*newer, *many])
+        assert set((await store.load()).payload) == set(Payload.of([*many, *newer]))
+        assert len(await store.versions()) == len(many) + 2
+        server.do("FLUSHALL")
+        assert await store.load() is None
+        assert not await store.upsert(newer)
+        await store.aclose()
+        assert server.denied() == []
+
+
+def test_the_recording_names_what_the_database_needs():
+    """The rights that the tests give are those of the recording, and HMGET is none of them."""
+    wanted = "AUTH DEL EXEC EXISTS HGET HGETALL HSET MULTI PING SELECT SET UNWATCH WATCH"
+    assert commands_of_ld_relay() == wanted.split()
 
 
 async def test_a_unix_socket(server):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 
 from relay.model.payload import Change, Payload
 from relay.sources import Update
-from relay.stores import Stored, StoreStatus
+from relay.stores import Key, Stored, StoreStatus
 
 
 class ScriptedSource:
@@ -70,8 +70,15 @@ class MemoryCopy:
     async def load(self) -> Stored | None:
         return await self.loading
 
-    def follow(self, payload: Payload, change: Change | None, *, full: bool = False) -> None:
-        del payload, full
+    def follow(
+        self,
+        payload: Payload,
+        change: Change | None,
+        *,
+        full: bool = False,
+        unusable: Collection[Key] = (),
+    ) -> None:
+        del payload, full, unusable
         self.told.append(change)
 
     def hold(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 import time
@@ -19,6 +20,23 @@ from tests.support.process import free_port
 
 START_LIMIT = 10.0
 """Seconds until the server must answer."""
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "redis.jsonl"
+
+HANDSHAKE = ("AUTH", "SELECT")
+"""Sent by ld-relay's driver where the URL names a user or a database: no recording shows them, as
+MONITOR hides the first, and all are of database 0."""
+
+
+def recorded() -> list[dict[str, Any]]:
+    """What ld-relay did with a database, step by step, with and without a prefix."""
+    with GOLDEN.open(encoding="utf-8", newline="\n") as lines:
+        return list(map(json.loads, lines))
+
+
+def commands_of_ld_relay() -> list[str]:
+    """All that a user of the database had to be allowed so far."""
+    return sorted({name for each in recorded() for name in each["commands"]}.union(HANDSHAKE))
 
 
 class RedisServer:
@@ -99,6 +117,17 @@ class RedisServer:
     def go_on(self) -> None:
         assert self._process
         self._process.send_signal(signal.SIGCONT)
+
+    def add_user_of_ld_relay(self, name: str, password: str, prefix: str) -> None:
+        """Add a user who may do what ld-relay did, to the keys of one prefix, and nothing else."""
+        allowed = [f"+{command.lower()}" for command in commands_of_ld_relay()]
+        rights = ["resetchannels", f"~{prefix}:*", "-@all", *allowed]
+        self.do("ACL", "SETUSER", name, "reset", "on", f">{password}", *rights)
+
+    def denied(self) -> list[str]:
+        """What users were refused for want of a right, since the start."""
+        with closing(self.client()) as client:
+            return [entry["object"] for entry in client.acl_log()]
 
     def hash(self, key: str) -> dict[str, bytes]:
         """Return a hash, by its fields."""
