@@ -150,7 +150,8 @@ def _parse(text: str, variable: str) -> Proxy:
         host, port = url.raw_host or "", url.port  # both are looked at only now
     except ValueError:
         url, host, port = URL(), "", None
-    if url.scheme not in ("http", "https") or not port or not host or _BAD_IN_HOST.search(host):
+    clean = text.isprintable() and " " not in text and not _BAD_IN_HOST.search(host)
+    if not clean or url.scheme not in ("http", "https") or not host or not port:
         where = f"{variable}: " if variable else ""
         form = "http://host:port or https://host:port"
         raise ConfigError([f"{where}the proxy's URL must be {form}"])
