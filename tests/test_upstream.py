@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import re
-import socket
 import ssl
-from contextlib import suppress
 
 import pytest
 
@@ -16,6 +13,7 @@ from relay.model.credential import SDKKey
 from relay.upstream import Upstream, read_body
 from tests.support.authorities import UNTIDY, Authority
 from tests.support.data import all_data
+from tests.support.peers import peer
 from tests.support.proxy import a_proxy
 from tests.support.upstream import ScriptedUpstream
 
@@ -60,19 +58,6 @@ async def test_another_host_and_an_old_certificate_are_not(tmp_path, host, days,
         assert not secure.requests
 
 
-def serve(listener, tls, answer):
-    """Accept a client, shake hands where there is TLS, read, answer and close."""
-    for _ in range(1 if tls or answer else 2):  # without an answer it is asked once more
-        connection, _ = listener.accept()
-        with connection, suppress(OSError):
-            if tls:
-                connection = tls.wrap_socket(connection, server_side=True)
-            connection.settimeout(5)
-            connection.recv(65536)
-            connection.sendall(answer)
-            connection.close()
-
-
 @pytest.mark.parametrize(
     ("tls", "answer", "reason"),
     [
@@ -93,16 +78,15 @@ async def test_a_failure_says_what_happened(tmp_path, tls, answer, reason):
     if tls == "client certificate":
         context.verify_mode = ssl.CERT_REQUIRED
         context.maximum_version = ssl.TLSVersion.TLSv1_2  # refuses within the handshake
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}/all"
-        session = Upstream(ca_files=[authority.file])
-        if tls == "old":
-            session._tls.maximum_version = ssl.TLSVersion.TLSv1_2
-            context.minimum_version = ssl.TLSVersion.TLSv1_3
-        inner = context if tls and tls != "plain" else None
-        serving = asyncio.to_thread(serve, listener, inner, answer)
-        with pytest.raises(UpstreamUnavailable, match=reason) as caught:
-            await asyncio.gather(ask(session, url), serving)
+    session = Upstream(ca_files=[authority.file])
+    if tls == "old":
+        session._tls.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+    with (
+        peer(answer, tls=context if tls and tls != "plain" else None) as port,
+        pytest.raises(UpstreamUnavailable, match=reason) as caught,
+    ):
+        await ask(session, f"{'https' if tls else 'http'}://127.0.0.1:{port}/all")
     assert not re.search(f"Error\\b|{KEY}", caught.value.reason)
 
 
