@@ -23,7 +23,7 @@ from relay.stores.redis import CHUNK, RedisStore
 from tests.stores.contract import StoreContract, flag, segment
 from tests.support.authorities import UNTIDY, Authority
 from tests.support.peers import peer
-from tests.support.redis import RedisServer, secret
+from tests.support.redis import RedisServer, encrypted, secret
 
 ONE = Payload.of([flag("lamp", 1)])
 
@@ -212,26 +212,6 @@ async def test_a_unix_socket(server):
     await store.init(ONE)
     await store.aclose()
     assert server.do("EXISTS", "p:$inited") == 1
-
-
-async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Pass bytes on until the end."""
-    with contextlib.suppress(OSError):
-        while data := await reader.read(65536):
-            writer.write(data)
-    writer.close()
-
-
-@contextlib.asynccontextmanager
-async def encrypted(server, tls):
-    """The server behind TLS, which the one at hand does not know; yields its URL."""
-
-    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        inner_reader, inner_writer = await asyncio.open_unix_connection(server.socket)
-        await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
-
-    async with await asyncio.start_server(forward, "localhost", 0, ssl=tls) as front:
-        yield f"rediss://localhost:{front.sockets[0].getsockname()[1]}"
 
 
 async def test_tls_with_client_certificates(server, tmp_path):
