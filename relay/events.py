@@ -24,6 +24,7 @@ from relay.log import Log, environment_log
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import Endpoint, Lane, Post, Receipt
 from relay.protocol.events import joined
+from relay.protocol.urls import join
 from relay.sources.retry import JITTER, LONGEST_REFUSED_DELAY, REFUSED_DELAY
 from relay.sources.waiting import pause
 from relay.spool import Spool
@@ -239,7 +240,7 @@ class Forwarder:
     ) -> None:
         self.spool = spool
         self._upstream = upstream
-        self._base = base.rstrip("/")
+        self._base = base
         self._spec_of = spec_of
         self._pace = pace
         self._figures: defaultdict[str, Figures] = defaultdict(Figures)
@@ -453,7 +454,7 @@ class Forwarder:
             body = _packed(bodies)
         del bodies  # memory is for those who need it
         said = headers(lane, batch.payload_id) | key
-        url = self._base + path
+        url = join(self._base, path)
         began = time.monotonic()
         try:
             receipt = await self._upstream.post(url, body, headers=said, within=self._pace.timeout)

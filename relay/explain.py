@@ -6,13 +6,22 @@ The flag comes from a file, or from a running relay, with all that it depends on
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import IO, Any, Never
 from urllib.error import HTTPError
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import (
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    ProxyHandler,
+    Request,
+    build_opener,
+)
+
+from yarl import URL
 
 from relay.errors import InvalidData, RelayError
 from relay.evaluation.evaluator import evaluate
@@ -21,6 +30,10 @@ from relay.evaluation.results import value
 from relay.model.context import Context, parse_context
 from relay.model.payload import Payload
 from relay.protocol import fdv1, filedata
+from relay.protocol.urls import join
+from relay.proxies import environment_proxies
+from relay.reasons import describe, one_line
+from relay.tls import client_context
 
 USAGE = """relay eval FLAG --context JSON --flags FILE
        relay eval FLAG --context JSON --url URL --sdk-key KEY"""
@@ -88,7 +101,7 @@ def _read(name: str) -> Payload:
     try:
         text = Path(name).read_bytes()
     except OSError as e:
-        raise Unanswerable(f"{name} cannot be read: {e.strerror}") from e
+        raise Unanswerable(f"{name} cannot be read: {describe(e)}") from e
     return Payload.of(filedata.numbered(filedata.read(text, name), {}, 1, name))
 
 
@@ -96,16 +109,25 @@ def _fetch(url: str, key: str) -> Payload:
     if not url.startswith(("http://", "https://")):
         raise Unanswerable("--url must begin with http:// or https://")
     try:
-        request = Request(f"{url.rstrip('/')}/sdk/latest-all", headers={"Authorization": key})  # noqa: S310
-        with build_opener(_NoRedirects).open(request, timeout=TIME_LIMIT) as response:
+        request = Request(join(url, "/sdk/latest-all"), headers={"Authorization": key})  # noqa: S310
+        proxy = environment_proxies(os.environ)(URL(url))
+        if proxy:
+            request.set_proxy(proxy.url.authority, proxy.url.scheme)
+            if proxy.authorization:
+                request.add_header("Proxy-Authorization", proxy.authorization)
+        handlers = [HTTPSHandler(context=client_context())] if url.startswith("https:") else []
+        opener = build_opener(ProxyHandler({}), *handlers, _NoRedirects)
+        with opener.open(request, timeout=TIME_LIMIT) as response:
             body: bytes = response.read(MAX_DATA + 1)
     except HTTPError as e:
         e.close()
         raise Unanswerable(f"the relay answers with status {e.code}") from e
-    except (OSError, HTTPException, ValueError) as e:
-        raise Unanswerable(
-            f"the relay cannot be asked: {getattr(e, 'reason', type(e).__name__)}"
-        ) from e
+    except ValueError as e:  # whose text may quote the key
+        raise Unanswerable("the relay cannot be asked: URL or key is malformed") from e
+    except (OSError, HTTPException, RelayError) as e:
+        cause = getattr(e, "reason", e)
+        why = describe(cause) if isinstance(cause, Exception) else one_line(str(cause))
+        raise Unanswerable(f"the relay cannot be asked: {why}") from e
     if len(body) > MAX_DATA:
         raise Unanswerable(f"the relay's data are longer than {MAX_DATA} bytes")
     return Payload.of(fdv1.parse_all(body).items)

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from relay.config.schema import Config
 from relay.errors import ConfigError, RelayError
+from relay.reasons import describe
 from relay.relay import Relay
 from relay.web.door import Door, DoorLimits, Poll, Questions
 from relay.web.frontdoor import front_door
@@ -149,7 +150,7 @@ def _listen(port: int, trouble: str) -> socket.socket:
     try:
         return _listening(port)
     except OSError as e:
-        raise CannotListen(f"{trouble} listen tcp :{port}: {e.strerror}") from e
+        raise CannotListen(f"{trouble} listen tcp :{port}: {describe(e)}") from e
 
 
 def _listening(port: int) -> socket.socket:

@@ -26,6 +26,7 @@ from relay.errors import StoreUnavailable
 from relay.memorystore import MemoryStore
 from relay.model.event import Lane, Post
 from relay.poststore import DiskStore
+from relay.reasons import describe
 
 GATHER = 0.003
 """Seconds in which posts gather for one transaction, where the last one had several."""
@@ -291,13 +292,13 @@ class Spool:
         if disk is not None:
             with contextlib.suppress(sqlite3.Error):
                 disk.close()
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = describe(error)
         if isinstance(error, sqlite3.DatabaseError) and _is_damage(error) and self._path:
             self._set_aside(self._path)
         if self.trouble is None:
             text = "Events are kept in memory only, up to %d bytes: %s: %s; trying again every %g s"
             _log.warning(text, self._limits.memory, self._path, reason, self._retry)
-        self.trouble = reason or type(error).__name__
+        self.trouble = reason
 
     def _set_aside(self, path: Path) -> None:
         _log.error("%s is damaged and set aside as %s.damaged", path, path.name)

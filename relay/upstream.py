@@ -6,6 +6,7 @@ aiohttp's exceptions end here. Nothing that leaves holds a key or a proxy's pass
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
 import ssl
@@ -15,16 +16,18 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from yarl import URL
 
 from relay import __version__
-from relay.errors import PASSING, ConfigError, ErrorKind, UpstreamRefused, UpstreamUnavailable
+from relay.errors import PASSING, ErrorKind, UpstreamRefused, UpstreamUnavailable
 from relay.model.credential import SDKKey
 from relay.model.event import Receipt
 from relay.model.reply import Reply
+from relay.proxies import ProxyChoice, environment_proxies, fixed_proxy
+from relay.reasons import describe, one_line, tls_reason
+from relay.tls import client_context
 
 USER_AGENT = f"PythonRelay/{__version__} LDRelay/{__version__}"
 """In the shape that LaunchDarkly reads: SDK, then relay (streams 2.4)."""
@@ -52,6 +55,7 @@ _SAY_NOTHING_OF_THE_KEY = PASSING | {400}
 _MEANINGS = {401: "invalid SDK key", 403: "SDK key not permitted"}
 _OK = frozenset({200})
 _SECONDS = re.compile("[0-9]{1,9}")
+_USERINFO = re.compile("[^/ ']*@")
 
 
 class Upstream:
@@ -59,13 +63,13 @@ class Upstream:
 
     Args:
         proxy: URL of the proxy for everything, maybe with userinfo; None to follow `HTTP_PROXY`,
-            `HTTPS_PROXY` and `NO_PROXY`.
+            `HTTPS_PROXY` and `NO_PROXY` as they are now.
         ca_files: PEM files of authorities that are trusted beside the system's.
         keep_alive: seconds for which an unused connection is kept; 0 for not at all.
         connect_timeout: seconds until a connection must stand.
 
     Raises:
-        ConfigError: a CA file or the proxy's URL cannot be used.
+        ConfigError: a CA file, the proxy's URL or one of these variables cannot be used.
     """
 
     def __init__(
@@ -75,7 +79,10 @@ class Upstream:
         keep_alive: float = KEEP_UNUSED,
         connect_timeout: float = CONNECT_TIMEOUT,
     ) -> None:
-        self._proxy = None if proxy is None else _proxy_url(proxy)
+        self._proxy_for: ProxyChoice = (
+            environment_proxies(os.environ) if proxy is None else fixed_proxy(proxy)
+        )
+        # Without files it can wait: reading the system's authorities takes its time.
         self._tls = _tls_context(ca_files) if ca_files else None
         self._keep_alive = keep_alive
         self._connect_timeout = connect_timeout
@@ -131,8 +138,8 @@ class Upstream:
             "Cache-Control": "no-cache",
             **(headers or {}),
         }
-        # ValueError: URLs of redirects and of the environment's proxy may be anything. While the
-        # answer is read it would be a defect of ours.
+        # ValueError: headers and URLs may hold what cannot be sent. While the answer is read it
+        # would be a defect of ours.
         with _translated(ValueError):
             response, trusted = await self._open(URL(url), everything, read_timeout)
         try:
@@ -160,15 +167,8 @@ class Upstream:
         everything = {"User-Agent": USER_AGENT, "Accept-Encoding": "gzip", **headers}
         limit = aiohttp.ClientTimeout(total=within, connect=self._connect_timeout)
         with _translated(ValueError):
-            target = URL(url)
-            async with self._opened().post(
-                target,
-                data=body,
-                headers=everything,
-                skip_auto_headers=("Accept",),
-                allow_redirects=False,
-                proxy=self._proxy or _environment_proxy(target),
-                timeout=limit,
+            async with await self._ask(
+                "POST", URL(url), everything, limit, data=body, skip_auto_headers=("Accept",)
             ) as response:
                 said = response.headers
                 date = _http_date(said.get("Date"))
@@ -217,7 +217,7 @@ class Upstream:
             if response.status not in _REDIRECTS or not location:
                 return response, trusted
             response.close()
-            target = url.join(URL(location))
+            target = _redirected(url, location)
             if not _same_server(url, target):
                 trusted, headers = False, _without_secrets(headers)
             url = target
@@ -228,15 +228,45 @@ class Upstream:
     async def _request(
         self, url: URL, headers: dict[str, str], read_timeout: float
     ) -> aiohttp.ClientResponse:
-        return await self._opened().get(
+        limit = aiohttp.ClientTimeout(
+            total=None, connect=self._connect_timeout, sock_read=read_timeout
+        )
+        return await self._ask("GET", url, headers, limit)
+
+    async def _ask(
+        self,
+        method: str,
+        url: URL,
+        headers: dict[str, str],
+        limit: aiohttp.ClientTimeout,
+        **more: Any,
+    ) -> aiohttp.ClientResponse:
+        """Send one request, through its proxy if it has one, and return the answer's head."""
+        proxy = self._proxy_for(url)
+        if proxy is not None:
+            more["proxy"] = proxy.url
+            authorization = {"Proxy-Authorization": proxy.authorization}
+            if not proxy.authorization:
+                pass
+            elif url.scheme == "https":
+                more["proxy_headers"] = authorization  # it is the tunnel's, not upstream's to see
+            else:
+                headers = headers | authorization
+        return await self._opened().request(
+            method,
             url,
             headers=headers,
             allow_redirects=False,
-            proxy=self._proxy or _environment_proxy(url),
-            timeout=aiohttp.ClientTimeout(
-                total=None, connect=self._connect_timeout, sock_read=read_timeout
-            ),
+            ssl=self._tls_for(url, proxy.url if proxy else None),
+            timeout=limit,
+            **more,
         )
+
+    def _tls_for(self, *urls: URL | None) -> ssl.SSLContext | bool:
+        """Return the context for a connection; where none is encrypted it need not be made."""
+        if self._tls is None and any(url and url.scheme == "https" for url in urls):
+            self._tls = _tls_context()
+        return self._tls or True
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -248,7 +278,6 @@ class Upstream:
         # for each environment, so environments are the limit.
         connector = aiohttp.TCPConnector(
             limit=0,
-            ssl=self._tls if self._tls is not None else True,
             socket_factory=_keepalive_socket,
             force_close=self._keep_alive <= 0,
             keepalive_timeout=self._keep_alive if self._keep_alive > 0 else None,
@@ -315,25 +344,53 @@ def _translated(*more: type[Exception]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Say what happened without the texts of libraries that may hold URLs and headers."""
+    """Say what happened, without the texts of libraries that may hold URLs and headers."""
     match error:
         case aiohttp.ClientHttpProxyError():
             reason = f"the proxy answers {error.status}"
         case aiohttp.ClientConnectorCertificateError():
-            reason = f"the certificate of {error.host} is not trusted"
+            why = describe(error.certificate_error)
+            reason = f"the certificate of {error.host} is not trusted: {why}"
         case aiohttp.ClientConnectorError():
-            reason = f"cannot connect to {error.host}:{error.port}: {error.os_error}"
+            tls = tls_reason(error.os_error)
+            why = f"TLS failed: {tls}" if tls else describe(error.os_error)
+            reason = f"cannot connect to {error.host}:{error.port}: {why}"
+        case aiohttp.ConnectionTimeoutError():
+            reason = "no connection in time"
         case TimeoutError():
             reason = "no answer in time"
-        case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError() | ConnectionError():
-            reason = "the server closed the connection"
+        case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError() | OSError():
+            reason = _end_reason(error)
         case aiohttp.ClientResponseError():
-            reason = "the answer is not HTTP"
+            # What follows the first words of the parser's message is what the server has sent.
+            why = one_line(error.message.partition("\n")[0].partition("'")[0]).rstrip(": ")
+            reason = "the answer is not HTTP" + (f": {why}" if why else "")
         case aiohttp.InvalidURL():
             reason = "the URL cannot be used"
         case _:
-            reason = f"the request failed ({type(error).__name__})"
+            reason = f"the request failed: {_USERINFO.sub('', describe(error))}"
     return reason
+
+
+def _end_reason(error: Exception) -> str:
+    """Say how a connection ended before the answer did."""
+    tls = tls_reason(error)
+    if tls:
+        return f"TLS failed: {tls}"
+    if isinstance(error, aiohttp.ClientPayloadError) and "content-encoding" in str(error):
+        return "the answer cannot be decompressed"
+    if isinstance(error, aiohttp.ClientOSError) and error.errno:
+        return f"the connection broke: {describe(error)}"
+    return "the server closed the connection"
+
+
+def _redirected(url: URL, location: str) -> URL:
+    try:
+        return url.join(URL(location))
+    except ValueError as e:
+        raise UpstreamUnavailable(
+            ErrorKind.ERROR_RESPONSE, "the target of a redirect is not a URL"
+        ) from e
 
 
 def _same_server(one: URL, other: URL) -> bool:
@@ -348,33 +405,9 @@ def _without_secrets(headers: dict[str, str]) -> dict[str, str]:
     return {name: headers[name] for name in kept}
 
 
-def _proxy_url(text: str) -> URL:
-    try:
-        url = URL(text)
-    except ValueError:
-        url = URL()
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError(["the proxy's URL must be http://host:port or https://host:port"])
-    return url
-
-
-def _environment_proxy(url: URL) -> URL | None:
-    if proxy_bypass(url.raw_authority.rpartition("@")[2]):
-        return None
-    proxy = getproxies().get(url.scheme)
-    return URL(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
-
-
-def _tls_context(ca_files: Sequence[Path]) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    problems = []
-    for file in ca_files:
-        try:
-            context.load_verify_locations(cafile=file)
-        except (OSError, ssl.SSLError) as e:
-            problems.append(f"CA file {file} cannot be used: {e.strerror or e}")
-    if problems:
-        raise ConfigError(problems)
+def _tls_context(ca_files: Sequence[Path] = ()) -> ssl.SSLContext:
+    context = client_context(ca_files)
+    context.set_alpn_protocols(["http/1.1"])
     return context
 
 

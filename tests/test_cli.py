@@ -275,12 +275,26 @@ def test_check_finds_files_that_cannot_be_used(call, tmp_path):
     assert second.startswith(f"CA file {tmp_path / 'absent.pem'} cannot be used")
     done = call("check", "--from-env", LD_ENV_main=SDK_KEY, **redis)
     assert done.code == 1
-    assert done.err.startswith(f"Redis at rediss://:xxxxx@h:1: TLS with {broken} fails")
+    assert done.err.startswith(f"Redis at rediss://:xxxxx@h:1: CA file {broken} cannot be used: ")
     for given in (tls, authorities, redis):
         done = call("--from-env", LD_ENV_main=SDK_KEY, **given)
         assert done.code == 1
         assert done.err.count("Unable to create relay: ") == 1
         assert "Traceback" not in done.err
+
+
+def test_proxies_of_the_environment_that_cannot_be_spoken_to_are_named(tmp_path, flags):
+    """By check and start, all at once; where nothing is asked of anybody they do not matter."""
+    proxies = {"http_proxy": "socks5://me:hidden@h:1", "HTTPS_PROXY": "socks5h://me:hidden@h:1"}
+    must = ": the proxy's URL must be http://host:port or https://host:port"
+    done = run("check", "--from-env", LD_ENV_main=SDK_KEY, **proxies)
+    assert (done.code, done.err) == (1, "".join(f"{name}{must}\n" for name in proxies))
+    done = run("--from-env", LD_ENV_main=SDK_KEY, **proxies)
+    assert done.code == 1
+    assert f"Unable to create relay: {', '.join(f'{name}{must}' for name in proxies)}\n" in done.err
+    assert "hidden" not in done.err + done.out
+    for more in ({"PROXY_URL": "http://h:1", "LD_ENV_main": SDK_KEY}, {"FLAGS_FILE": str(flags)}):
+        assert run("check", "--from-env", **more, **proxies).code == 0
 
 
 @pytest.mark.parametrize("query", ["db=x", "socket_timeout=soon", "nope=1"])

@@ -12,6 +12,7 @@ from relay.errors import ErrorKind, InvalidData
 from relay.model.item import Item, Kind, version_of_time
 from relay.model.payload import ChangeSet
 from relay.protocol import filedata
+from relay.reasons import describe
 from relay.sources import Current, Interrupted, Update
 from relay.sources.retry import Times
 from relay.sources.waiting import pause
@@ -72,7 +73,7 @@ class File:
             text, changed = _text(self._path)
             items = filedata.numbered(filedata.read(text, name), self._items, changed, name)
         except OSError as e:
-            return Interrupted(ErrorKind.UNKNOWN, f"{name} cannot be read: {e.strerror}")
+            return Interrupted(ErrorKind.UNKNOWN, f"{name} cannot be read: {describe(e)}")
         except InvalidData as e:
             return Interrupted(ErrorKind.INVALID_DATA, f"{e} (the data before stay in force)")
         self._items = {(item.kind, item.key): item for item in items}

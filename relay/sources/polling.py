@@ -13,6 +13,7 @@ from relay.model.credential import SDKKey
 from relay.model.item import Kind
 from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
+from relay.protocol.urls import join
 from relay.sources import Current, Update
 from relay.sources.retry import Schedule, Times
 from relay.sources.sse import interruption
@@ -44,7 +45,7 @@ class Polling:
         times: Times = Times(),  # noqa: B008 - frozen
     ) -> None:
         self._upstream = upstream
-        self._url = f"{base_uri.rstrip('/')}/sdk/latest-all"
+        self._url = join(base_uri, "/sdk/latest-all")
         self._key = key
         self._times = times
         self._again = asyncio.Event()

@@ -7,6 +7,7 @@ from relay.model.credential import SDKKey
 from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
 from relay.protocol.sse import Event
+from relay.protocol.urls import join
 from relay.sources.retry import Times
 from relay.sources.sse import EventStream
 from relay.upstream import Upstream
@@ -36,7 +37,7 @@ class Streaming(EventStream):
         log: Log,
         times: Times = Times(),  # noqa: B008 - frozen
     ) -> None:
-        super().__init__(upstream, f"{stream_uri.rstrip('/')}/all", key, self._changes, times)
+        super().__init__(upstream, join(stream_uri, "/all"), key, self._changes, times)
         self._log = log
         self._unknown: set[str] = set()
 

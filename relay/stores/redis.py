@@ -26,6 +26,7 @@ from redis.asyncio.connection import (
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from relay.config.schema import Redis as RedisOptions
@@ -33,7 +34,9 @@ from relay.errors import ConfigError, InvalidData, StoreUnavailable
 from relay.model.credential import masked_url
 from relay.model.item import InvalidItem, Item, Kind, parse
 from relay.model.payload import Payload
+from relay.reasons import describe, one_line, tls_reason
 from relay.stores import UNREADABLE, Stored, Version, Versions
+from relay.tls import client_context
 
 DEFAULT_PREFIX = "launchdarkly"
 DEFAULT_PORT = 6379
@@ -249,23 +252,61 @@ class RedisStore:
             return [await connection.read_response() for _ in commands]
 
 
+class _TLSConnection(SSLConnection):
+    """A connection over TLS with a context of ours."""
+
+    def __init__(self, tls: ssl.SSLContext, **options: Any) -> None:
+        super().__init__(**options)
+        self.ssl_context.context = tls  # instead of one that the library would make
+
+
+async def _log_in(connection: AbstractConnection) -> None:
+    """Send user, password and number of the database, and read what the server says by itself.
+
+    A server that refuses everybody (`-DENIED`, `-ERR max number of clients reached`) says so and
+    closes, without being asked. The library would take that for the reply to a command of its own,
+    by which it tells its name, and ignore it; that command also needs a right that the user may not
+    have (CLIENT SETINFO), so it is not sent.
+
+    Raises:
+        RedisError: the server refuses.
+    """
+    for name in ("driver_info", "lib_name", "lib_version"):
+        setattr(connection, name, None)
+    await connection.on_connect()
+    # Before redis-py 8 it had the longer name.
+    has_spoken = getattr(connection, "can_read", None) or connection.can_read_destructive
+    if await has_spoken():
+        await connection.read_response()
+
+
 def _pool(options: RedisOptions) -> ConnectionPool:
     """Return where connections come from; none is opened, but all that they need is looked at."""
     where = f"Redis at {_masked(options.url)}"
+    given = _connection_options(options)
     if options.url.startswith("rediss:"):
         try:
-            context = ssl.create_default_context(cafile=options.ca_file or None)
-            if options.client_certificate_file:
-                key = options.client_key_file or None
-                context.load_cert_chain(options.client_certificate_file, key)
-        except (OSError, ssl.SSLError) as e:
-            files = (options.ca_file, options.client_certificate_file, options.client_key_file)
-            named = ", ".join(file for file in files if file)
-            raise ConfigError([f"{where}: TLS with {named} fails: {e.strerror or e}"]) from e
+            given["tls"] = _tls_context(options)
+        except ConfigError as e:
+            raise ConfigError([f"{where}: {problem}" for problem in e.problems]) from e
     try:
-        return ConnectionPool(**_connection_options(options) | _address(options.url))
+        return ConnectionPool(**given | _address(options.url))
     except ValueError as e:
         raise ConfigError([f"{where}: the URL cannot be used: {e}"]) from e
+
+
+def _tls_context(options: RedisOptions) -> ssl.SSLContext:
+    own = options.ca_file
+    context = client_context([own] if own else [], trust_system=not own)
+    if options.client_certificate_file:
+        key = options.client_key_file or None
+        try:
+            context.load_cert_chain(options.client_certificate_file, key)
+        except OSError as e:  # also of OpenSSL
+            files = f"client certificate {options.client_certificate_file}"
+            files += f" with key {key}" if key else ""
+            raise ConfigError([f"{files} cannot be used: {describe(e)}"]) from e
+    return context
 
 
 def _connection_options(options: RedisOptions) -> dict[str, Any]:
@@ -274,19 +315,12 @@ def _connection_options(options: RedisOptions) -> dict[str, Any]:
         "socket_timeout": None,  # see `_ask`
         "retry": Retry(NoBackoff(), 0),  # the mirror tries again, and tells
         "protocol": 2,  # older servers and proxies know no other
-        "driver_info": None,  # CLIENT SETINFO: a right that the user may not have
+        "redis_connect_func": _log_in,
     }
     if options.username:
         given["username"] = options.username
     if options.password:
         given["password"] = options.password.reveal()
-    if options.url.startswith("rediss:"):
-        given |= {
-            "ssl_cert_reqs": "required",
-            "ssl_ca_certs": options.ca_file or None,
-            "ssl_certfile": options.client_certificate_file or None,
-            "ssl_keyfile": options.client_key_file or None,
-        }
     return given
 
 
@@ -319,7 +353,7 @@ def _address(url: str) -> dict[str, Any]:
         database = parts.path.removeprefix("/")
         tls = parts.scheme == "rediss"
         given |= {
-            "connection_class": SSLConnection if tls else Connection,
+            "connection_class": _TLSConnection if tls else Connection,
             "host": parts.hostname,
             "port": parts.port or DEFAULT_PORT,
             "socket_keepalive": True,
@@ -392,15 +426,31 @@ def _see_success(replies: list[Any]) -> list[Any]:
 
 
 def _reason(error: Exception) -> str:
+    """Say what happened: in the server's words if it has said anything."""
+    tls = tls_reason(error)
     match error:
+        case _ if tls:
+            reason = f"TLS failed: {tls}"
         case AuthenticationError():
-            return "the server refuses user or password"
+            reason = f"the server refuses user or password: {_reply(error)}"
         case ResponseError():
-            # A server that does not know AUTH repeats the password.
-            text, _, _ = str(error).partition(", with args beginning")
-            return f"the server answers: {text[:200]}"
+            reason = f"the server answers: {_reply(error)}"
         case RedisTimeout() | TimeoutError():
-            return "no answer in time"
-        case ssl.SSLError():
-            return f"TLS failed: {error.reason}"
-    return str(error)[:200] or type(error).__name__
+            reason = "no answer in time"
+        case RedisConnectionError(__context__=OSError() as cause):
+            reason = describe(cause)
+        case RedisConnectionError():
+            reason = _reply(error)  # that it loads its data, or has too many clients, is a reply
+        case _:
+            reason = describe(error)
+    return reason
+
+
+def _reply(error: RedisError) -> str:
+    """Return the text of an error without what a server repeats of a command.
+
+    One that does not know AUTH repeats the password.
+    """
+    text, _, _ = str(error).partition(", with args beginning")
+    code = getattr(error, "status_code", None)  # of redis-py 8, which takes it from the text
+    return one_line(f"{code} {text}" if code else text)

@@ -28,6 +28,7 @@ from relay.model.credential import SDKKey
 from relay.model.payload import EMPTY, Change, Payload
 from relay.protocol import snapshot as grammar
 from relay.protocol.snapshot import HEADER_SIZE, Header, UnknownFormat
+from relay.reasons import describe
 from relay.stores import Key, Stored, StoreStatus
 
 MAX_SIZE = 512 * 1024 * 1024
@@ -197,9 +198,8 @@ class Snapshot:
     def _begin_trouble(self, what: str, error: OSError) -> None:
         if not self._troubled:
             self._troubled = True
-            reason = error.strerror or type(error).__name__
             text = "Snapshot %s cannot be %s: %s; trying again every %g s"
-            self._log.warning(text, self._file.path, what, reason, self._pace.retry)
+            self._log.warning(text, self._file.path, what, describe(error), self._pace.retry)
 
     def _end_trouble(self) -> None:
         if self._troubled:

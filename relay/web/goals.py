@@ -11,7 +11,7 @@ import re
 import time
 from dataclasses import dataclass, replace
 from http import HTTPStatus
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
 from starlette.requests import Request
@@ -21,6 +21,7 @@ from relay.environment import Environment
 from relay.errors import UpstreamUnavailable
 from relay.log import Log, environment_log
 from relay.model.reply import Fetch, Reply
+from relay.protocol.urls import join
 from relay.web.answers import Answer
 from relay.web.endpoint import header
 from relay.web.polling import is_known
@@ -55,13 +56,12 @@ class Goals:
 
     Args:
         fetch: asks LaunchDarkly; None where there is no network, and so no goals.
-        base_uri: of the service that has them; only its scheme and host count.
+        base_uri: of the service that has them. The reference leaves out its path.
     """
 
     def __init__(self, fetch: Fetch | None = None, base_uri: str = "") -> None:
         self._fetch = fetch
-        parts = urlsplit(base_uri)
-        self._origin = f"{parts.scheme}://{parts.netloc}"
+        self._base = base_uri
         self._known: WeakKeyDictionary[Environment, _Goals] = WeakKeyDictionary()
 
     async def respond(self, request: Request, environment: Environment) -> Response:
@@ -70,7 +70,8 @@ class Goals:
             return _NONE.as_response()
         goals = self._known.get(environment)
         if goals is None:
-            url = f"{self._origin}/sdk/goals/{quote(request.path_params['envId'], safe='')}"
+            identifier = quote(request.path_params["envId"], safe="")
+            url = join(self._base, f"/sdk/goals/{identifier}")
             log = environment_log(environment.spec.name, environment.spec.sdk_key.masked)
             goals = self._known[environment] = _Goals(self._fetch, url, log)
         passed = {name: header(request, name).decode("latin-1") for name in PASSED_ON}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import ssl
 import time
 from contextlib import aclosing, asynccontextmanager
@@ -23,6 +22,7 @@ from relay.sources.streaming import Streaming
 from relay.upstream import MAX_REDIRECTS, Upstream
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag, patch, put
+from tests.support.proxy import a_proxy
 from tests.support.upstream import ScriptedUpstream
 
 KEY = "sdk-secret-4711"
@@ -280,54 +280,6 @@ def test_unusable_settings_are_named(tmp_path):
     assert "hidden" not in str(caught.value)
 
 
-@asynccontextmanager
-async def a_proxy(expected_auth):
-    """A small forward proxy: absolute-form requests, and CONNECT; anything unauthorised is 407."""
-    seen: list[str] = []
-    tasks: set[asyncio.Task] = set()
-
-    async def pipe(reader, writer):
-        try:
-            while chunk := await reader.read(65536):
-                writer.write(chunk)
-                await writer.drain()
-        except OSError:
-            pass
-        finally:
-            writer.close()
-
-    async def serve(reader, writer):
-        tasks.add(asyncio.current_task())
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        line = head.split("\r\n")[0]
-        seen.append(line)
-        if f"Proxy-Authorization: {expected_auth}" not in head:
-            writer.write(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
-            writer.close()
-            return
-        method, target, _ = line.split(" ")
-        authority = target if method == "CONNECT" else target.split("/")[2]
-        host, port = authority.split(":")
-        far_reader, far_writer = await asyncio.open_connection(host, int(port))
-        if method == "CONNECT":
-            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
-        else:
-            far_writer.write(head.replace(f"http://{authority}", "", 1).encode())
-        async with asyncio.TaskGroup() as both:
-            both.create_task(pipe(reader, far_writer))
-            both.create_task(pipe(far_reader, writer))
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = await asyncio.start_server(serve, sock=listener)
-    try:
-        yield listener.getsockname()[1], seen
-    finally:
-        server.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 async def test_a_proxy_with_a_password(server, tmp_path):
     """Plain requests go in absolute form, TLS through CONNECT; the password stays secret."""
     authority = trustme.CA()
@@ -348,16 +300,6 @@ async def test_a_proxy_with_a_password(server, tmp_path):
                 assert not trouble.refused
     assert seen[0].startswith(f"GET {server.url}/all ")
     assert any(line.startswith(f"CONNECT 127.0.0.1:{secure.port} ") for line in seen)
-
-
-async def test_the_environments_proxy_counts_when_none_is_configured(server, monkeypatch):
-    """`HTTP_PROXY`, but not for hosts in `NO_PROXY`."""
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    async with listening(server.url) as (updates, _):
-        assert "cannot connect to 127.0.0.1:1" in (await anext(updates)).reason
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    async with listening(server.url) as (updates, _):
-        assert (await anext(updates)).full
 
 
 @pytest.mark.parametrize("location", ["http://[", "ftp://x/all", "http://127.0.0.1:99999/"])

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import json
 import random
+import re
+import socket
 import ssl
 import sys
 
 import pytest
-import trustme
+import uvloop
 
 from relay.config.schema import Redis as RedisOptions
 from relay.errors import ConfigError, StoreUnavailable
@@ -19,7 +21,9 @@ from relay.model.payload import Payload
 from relay.stores import UNREADABLE
 from relay.stores.redis import CHUNK, SLICE, RedisStore
 from tests.stores.contract import StoreContract, flag, segment
-from tests.support.redis import RedisServer, commands_of_ld_relay, secret
+from tests.support.authorities import UNTIDY, Authority
+from tests.support.peers import peer
+from tests.support.redis import RedisServer, commands_of_ld_relay, encrypted, secret
 
 ONE = Payload.of([flag("lamp", 1)])
 
@@ -224,41 +228,17 @@ async def test_a_unix_socket(server):
     assert server.do("EXISTS", "p:$inited") == 1
 
 
-async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Pass bytes on until the end."""
-    with contextlib.suppress(OSError):
-        while data := await reader.read(65536):
-            writer.write(data)
-    writer.close()
-
-
 async def test_tls_with_client_certificates(server, tmp_path):
-    """`rediss://` with an authority of one's own and a certificate of the client.
-
-    The server at hand knows no TLS, so something that does stands before it.
-    """
-    authority = trustme.CA()
-    files = {name: str(tmp_path / f"{name}.pem") for name in ("ca", "cert", "key")}
-    issued = authority.issue_cert("localhost")
-    authority.cert_pem.write_to_path(files["ca"])
-    issued.cert_chain_pems[0].write_to_path(files["cert"])
-    issued.private_key_pem.write_to_path(files["key"])
-    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=files["ca"])
-    tls.load_cert_chain(files["cert"], files["key"])
+    """`rediss://` with an authority of one's own and a certificate of the client."""
+    authority = Authority(tmp_path)
+    certificate, key = map(str, authority.issue("a client"))
+    tls = authority.server("localhost")
+    tls.load_verify_locations(authority.file)
     tls.verify_mode = ssl.CERT_REQUIRED
     tls.maximum_version = ssl.TLSVersion.TLSv1_2  # refuses within the handshake
-
-    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        inner_reader, inner_writer = await asyncio.open_unix_connection(server.socket)
-        await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
-
-    async with await asyncio.start_server(forward, "localhost", 0, ssl=tls) as front:
-        url = f"rediss://localhost:{front.sockets[0].getsockname()[1]}"
-        trusted = {"url": url, "ca_file": files["ca"]}
-        certified = {
-            "client_certificate_file": files["cert"],
-            "client_key_file": files["key"],
-        }
+    async with encrypted(server, tls) as url:
+        trusted = {"url": url, "ca_file": str(authority.file)}
+        certified = {"client_certificate_file": certificate, "client_key_file": key}
         store = RedisStore(server.options(**trusted, **certified))
         await store.init(ONE)
         await store.aclose()
@@ -268,6 +248,174 @@ async def test_tls_with_client_certificates(server, tmp_path):
                 await store.load()
             await store.aclose()
     assert server.do("EXISTS", "launchdarkly:$inited") == 1
+
+
+@pytest.mark.parametrize("form", UNTIDY.values(), ids=UNTIDY.keys())
+@pytest.mark.parametrize("named", [True, False], ids=["named", "of the system"])
+async def test_an_authority_that_is_not_by_the_book_is_trusted(
+    server, tmp_path, monkeypatch, form, named
+):
+    """On every interpreter, with REDIS_CA_FILE or among the system's."""
+    authority = Authority(tmp_path, **form)
+    if not named:
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
+    async with encrypted(server, authority.server("localhost")) as url:
+        store = RedisStore(server.options(url=url, ca_file=str(authority.file) if named else ""))
+        await store.init(ONE)
+        await store.aclose()
+    assert server.do("EXISTS", "launchdarkly:$inited") == 1
+
+
+async def test_another_host_and_an_unknown_authority_are_not_trusted(server, tmp_path):
+    """The reason is what OpenSSL says."""
+    authority, other = (Authority(tmp_path, **UNTIDY["no keyUsage"]) for _ in range(2))
+    for known, host, reason in [
+        (authority, "another.example", "Hostname mismatch, certificate is not valid for 'localhost'."),
+        (other, "localhost", "unable to get local issuer certificate"),
+    ]:  # fmt: skip
+        async with encrypted(server, authority.server(host)) as url:
+            store = RedisStore(server.options(url=url, ca_file=str(known.file)))
+            with pytest.raises(StoreUnavailable) as caught:
+                await store.load()
+            await store.aclose()
+        assert str(caught.value) == f"TLS failed: {reason}"
+
+
+def test_files_for_tls_that_cannot_be_used_are_named(tmp_path):
+    """At the start, with the reason."""
+    absent = str(tmp_path / "absent.pem")
+    certificate, key = map(str, Authority(tmp_path).issue("one"))
+    _, other_key = map(str, Authority(tmp_path).issue("other"))
+    for options, reason in [
+        ({"ca_file": absent}, f"CA file {absent} cannot be used: No such file or directory"),
+        ({"client_certificate_file": absent}, "cannot be used: No such file or directory"),
+        (
+            {"client_certificate_file": certificate, "client_key_file": other_key},
+            f"client certificate {certificate} with key {other_key} cannot be used: key values mismatch",
+        ),
+    ]:  # fmt: skip
+        with pytest.raises(ConfigError) as caught:
+            RedisStore(RedisOptions(url="rediss://:geheim@h", **options))
+        assert str(caught.value).startswith("Redis at rediss://:xxxxx@h: ")
+        assert str(caught.value).endswith(reason)
+    RedisStore(
+        RedisOptions(url="rediss://h", client_certificate_file=certificate, client_key_file=key)
+    )
+
+
+async def test_a_server_that_speaks_no_tls_or_sends_an_alert_says_so(tmp_path):
+    """In OpenSSL's words."""
+    authority = Authority(tmp_path)
+    demanding = authority.server("localhost")
+    demanding.verify_mode = ssl.CERT_REQUIRED
+    demanding.maximum_version = ssl.TLSVersion.TLSv1_2
+    for tls, words, reason in [
+        (None, b"-ERR Protocol error\r\n", "TLS failed: wrong version number"),
+        (demanding, b"", "TLS failed: .*alert handshake failure"),
+    ]:
+        with peer(words, tls=tls) as port:
+            url = f"rediss://localhost:{port}"
+            store = RedisStore(RedisOptions(url=url, ca_file=str(authority.file)))
+            with pytest.raises(StoreUnavailable, match=reason):
+                await store.load()
+            await store.aclose()
+
+
+REFUSALS = {
+    "-DENIED Redis is running in protected mode": "the server answers: DENIED Redis is running in",
+    "-NOAUTH Authentication required.": "the server refuses user or password: NOAUTH Authentication",
+    "-WRONGPASS invalid username-password pair": "the server refuses user or password: WRONGPASS inv",
+    "-ERR max number of clients reached": "max number of clients reached",
+    "-LOADING Redis is loading the dataset in memory": "LOADING Redis is loading the dataset",
+    "-MASTERDOWN Link with MASTER is down": "MASTERDOWN Link with MASTER is down",
+    "-ERR busy": "the server answers: ERR busy",
+    "HTTP/1.1 400 Bad Request": "Protocol error",
+}
+
+
+@pytest.mark.parametrize(("words", "reason"), REFUSALS.items(), ids=lambda text: text.split()[0])
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("listens", [False, True], ids=["at once", "when asked"])
+@pytest.mark.parametrize("more", [{}, {"password": secret("geheim")}], ids=["open", "password"])
+def test_what_a_server_says_before_it_closes_is_said(run, words, reason, *, listens, more):
+    """Whenever it says it, whatever we would have asked, on both loops."""
+
+    async def attempt(port: int) -> str:
+        store = RedisStore(RedisOptions(url=f"redis://127.0.0.1:{port}/0", **more))
+        try:
+            await store.load()
+        except StoreUnavailable as e:
+            return str(e)
+        finally:
+            await store.aclose()
+
+    with peer(f"{words}\r\n".encode(), listens=listens) as port:
+        for _ in range(5):
+            assert reason in run(attempt(port))
+
+
+async def reason_of(options) -> str:
+    store = RedisStore(options)
+    with pytest.raises(StoreUnavailable) as caught:
+        await store.load()
+    await store.aclose()
+    return str(caught.value)
+
+
+def own_address() -> str:
+    """An address of this machine by which a server takes us for a stranger."""
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            pytest.skip("this machine has no network")
+        return probe.getsockname()[0]
+
+
+async def test_a_server_in_protected_mode_says_so(tmp_path):
+    """A real one: it tells strangers what to do, and closes."""
+    with RedisServer(tmp_path, bind="*", protected_mode="yes") as server:
+        options = server.options(url=f"redis://{own_address()}:{server.port}")
+        for _ in range(5):
+            assert "the server answers: DENIED" in await reason_of(options)
+        assert "protected mode" in await reason_of(options)
+
+
+async def test_a_server_with_too_many_clients_says_so(tmp_path):
+    """A real one, with room for a single client."""
+    with RedisServer(tmp_path, maxclients="1") as server, server.client() as other:
+        other.ping()
+        for _ in range(5):
+            assert "max number of clients reached" in await reason_of(server.options())
+
+
+async def test_a_server_that_wants_a_password_says_so(tmp_path):
+    """A real one, asked without any."""
+    with RedisServer(tmp_path, requirepass="the-right-one") as server:
+        reason = await reason_of(server.options())
+    assert reason == "the server refuses user or password: NOAUTH Authentication required."
+
+
+async def test_a_server_that_cannot_be_reached_is_described(tmp_path):
+    """In the words of the system: no library's numbers and tuples."""
+    assert await reason_of(RedisOptions(url="redis://127.0.0.1:1")) == "Connection refused"
+    assert await reason_of(RedisOptions(url="redis://localhost:1")) == "Connection refused"
+    assert "ame" in await reason_of(RedisOptions(url="redis://nowhere.invalid"))
+    absent = RedisOptions(url=f"unix://{tmp_path}/absent")
+    assert await reason_of(absent) == "No such file or directory"
+    with peer(b"") as port:
+        options = RedisOptions(url=f"redis://127.0.0.1:{port}")
+        assert re.match("Connection (closed by server|reset by peer)", await reason_of(options))
+
+
+async def test_nothing_but_what_is_needed_is_sent_to_log_in(server):
+    """No name of a library: its reply would hide a refusal, and few users may send it."""
+    with server.client() as monitor, monitor.monitor() as heard:
+        store = RedisStore(server.options(url=f"{server.url}/2"))
+        await store.load()
+        await store.aclose()
+        commands = [heard.next_command()["command"] for _ in range(2)]
+    assert commands == ["SELECT 2", "MULTI"]
 
 
 @pytest.mark.parametrize(

@@ -66,13 +66,18 @@ class ScriptedUpstream:
 
     Posts of events get 202, unless answers are scripted for their key, or for their path where
     there is no key.
+
+    Args:
+        tls: to serve HTTPS.
+        prefix: path below which everything lies; nothing else is there.
     """
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None, prefix: str = "") -> None:
         self.requests: list[Request] = []
         self.posts: list[Posted] = []
         self.port = 0
         self._tls = tls
+        self._prefix = prefix
         self._data: dict[str, str] = {}
         self._answers: dict[str, deque[Answer]] = defaultdict(deque)
         self._always: dict[str, Answer] = {}
@@ -83,7 +88,8 @@ class ScriptedUpstream:
 
     @property
     def url(self) -> str:
-        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
+        scheme = "https" if self._tls else "http"
+        return f"{scheme}://127.0.0.1:{self.port}{self._prefix}"
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -95,8 +101,8 @@ class ScriptedUpstream:
     async def start(self) -> None:
         """Listen; after `stop` on the same port."""
         app = web.Application(client_max_size=LARGEST_POST)
-        app.router.add_route("POST", "/{path:.*}", self._take_post)
-        app.router.add_route("*", "/{path:.*}", self._answer)
+        app.router.add_route("POST", f"{self._prefix}/{{path:.*}}", self._take_post)
+        app.router.add_route("*", f"{self._prefix}/{{path:.*}}", self._answer)
         self._runner = web.AppRunner(app, shutdown_timeout=0.05, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(
@@ -192,7 +198,7 @@ class ScriptedUpstream:
             return await self._answers[key].popleft()(request)
         if key not in self._data:
             return web.Response(status=401)
-        match request.path:
+        match request.path.removeprefix(self._prefix):
             case "/all":
                 return await self._stream(request, key)
             case "/sdk/latest-all":

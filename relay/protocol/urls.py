@@ -1,0 +1,13 @@
+"""URLs of LaunchDarkly's services."""
+
+from __future__ import annotations
+
+
+def join(base: str, path: str) -> str:
+    """Return the URL of a path below a base, which may have a path of its own.
+
+    Args:
+        base: such as `https://sdk.launchdarkly.com` or `http://host/prefix/`.
+        path: with a `/` in front.
+    """
+    return base.rstrip("/") + path
