@@ -24,6 +24,7 @@ from relay.relay import Relay
 from relay.web.door import Door, DoorLimits, Poll, Questions
 from relay.web.frontdoor import front_door
 from relay.web.posting import Posts
+from relay.web.protocol import HTTPProtocol
 from relay.web.traffic import Traffic
 
 BACKLOG = 16 * 1024
@@ -319,7 +320,7 @@ def make_server(
 def _uvicorn_config(app: ASGIApp, options: ServerOptions, door: Door | None) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
-        http=front_door(door) if door else "httptools",
+        http=front_door(door) if door else HTTPProtocol,
         loop="uvloop",
         ws="none",
         lifespan="off",
