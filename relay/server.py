@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from relay.config.schema import Config
 from relay.errors import ConfigError, RelayError
+from relay.health import announce
 from relay.relay import Relay
 from relay.web.door import Door, DoorLimits, Poll, Questions
 from relay.web.frontdoor import front_door
@@ -358,10 +359,12 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
-    """Listening sockets."""
+    """Listening sockets, and what tells of them."""
 
     main: socket.socket
     exporter: socket.socket | None = None
+    announcement: socket.socket | None = None
+    """Tells `relay health` where the main one is."""
 
     @classmethod
     def of(cls, options: ServerOptions) -> Listeners:
@@ -371,23 +374,25 @@ class Listeners:
             CannotListen: a port is taken, or not allowed.
         """
         main = listen(options.port)
-        _log.info("Starting server listening on port %d", main.getsockname()[1])
+        port = main.getsockname()[1]
+        _log.info("Starting server listening on port %d", port)
+        announcement = announce(port, tls=options.tls is not None)
         if options.exporter_port is None:
-            return cls(main)
+            return cls(main, None, announcement)
         try:
             exporter = listen_for_exporter(options.exporter_port)
         except CannotListen:
-            main.close()
+            cls(main, None, announcement).close()
             raise
         port = exporter.getsockname()[1]
         _log.info("Successfully registered Prometheus metrics exporter on port %d", port)
-        return cls(main, exporter)
+        return cls(main, exporter, announcement)
 
     def close(self) -> None:
         """Refuse those who wait."""
-        self.main.close()
-        if self.exporter:
-            self.exporter.close()
+        for each in (self.main, self.exporter, self.announcement):
+            if each:
+                each.close()
 
 
 async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:

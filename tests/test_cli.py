@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
 import signal
 import ssl
@@ -20,11 +21,11 @@ from urllib.parse import unquote
 import pytest
 import trustme
 
-from relay import __version__, cli
+from relay import __version__, cli, health
 from relay.server import listen
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag
-from tests.support.process import PATIENCE, ROOT, RelayProcess
+from tests.support.process import PATIENCE, ROOT, RelayProcess, free_port
 from tests.support.redis import RedisServer
 from tests.support.serving import SDK_KEY, Address, Stream, ask
 from tests.support.upstream import ScriptedUpstream
@@ -404,6 +405,81 @@ async def test_tls_is_served(tmp_path, flags):
         with pytest.raises(OSError):
             await Address(relay.port, trust).connect()
         assert await relay.stop() == 0
+
+
+@pytest.fixture
+def configured(tmp_path, flags) -> tuple[Path, int]:
+    """A file that says where and how to serve, and its port."""
+    issued = trustme.CA().issue_cert("relay.example.com")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    port, file = free_port(), tmp_path / "relay.conf"
+    file.write_text(
+        f"[Main]\nport = {port}\nflagsFile = {flags}\ntlsEnabled = yes\n"
+        f"tlsCert = {tmp_path / 'cert.pem'}\ntlsKey = {tmp_path / 'key.pem'}\n"
+    )
+    return file, port
+
+
+async def test_health_asks_what_is_served(tmp_path, configured, monkeypatch):
+    """Port and TLS stand in the file alone; it asks with TLS, and without a line in the log."""
+    file, port = configured
+    relay = RelayProcess(tmp_path, "--config", str(file))
+    relay.port = port
+    async with relay:
+        await relay.said("Initialized")
+        asked = await asyncio.to_thread(run, "health", PORT=str(port))
+        assert asked == Run(0, "", "")
+        said = relay.log
+        # Also where nothing tells how it is asked.
+        monkeypatch.setattr(health, "announced", list)
+        assert await asyncio.to_thread(health.main, [], {"PORT": str(port)}) == 0
+        assert relay.log == said
+
+
+CONTAINER = ("unshare", "--pid", "--net", "--fork", "--kill-child", "--mount-proc", "sh", "-c")
+LOOPBACK = "ip link set lo up"
+
+
+class Contained(RelayProcess):
+    """A relay that is process 1 of its namespace, with a network of its own."""
+
+    command = (*CONTAINER, f'{LOOPBACK} && exec "$@"', "sh", *RelayProcess.command)
+
+    def beside(self, *arguments: str, **variables: str) -> int:
+        """Run a command in the same container; return its exit code."""
+        [inside] = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        enter = ("nsenter", "--pid", "--net", "--mount", f"--wd={ROOT}", "--target", inside)
+        return subprocess.run(
+            [*enter, *RelayProcess.command, *arguments],
+            env={"PATH": os.environ["PATH"], **variables},
+            cwd=ROOT,
+            check=False,
+            timeout=PATIENCE,
+        ).returncode
+
+
+@pytest.fixture
+def containers() -> None:
+    """The test needs the right to make namespaces."""
+    if subprocess.run([*CONTAINER, LOOPBACK], check=False, capture_output=True).returncode:
+        pytest.skip("no containers here")
+
+
+@pytest.mark.usefixtures("containers")
+async def test_health_asks_what_the_container_runs(tmp_path, configured):
+    """Its command need not read the variables of the image, such as PORT."""
+    file, port = configured
+    relay = Contained(tmp_path, "--config", str(file))
+    await relay.spawn()
+    try:
+        await relay.said("Initialized")
+        image = {"PORT": "8030"}
+        assert await asyncio.to_thread(relay.beside, "health", **image) == 0
+        for url, code in (f"https://127.0.0.1:{port}", 0), ("http://127.0.0.1:8030", 1):
+            assert await asyncio.to_thread(relay.beside, "health", url, **image) == code
+    finally:
+        await relay.kill()
 
 
 async def test_health_tells_by_its_exit_code(tmp_path, launchdarkly):
