@@ -460,15 +460,32 @@ async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
     if options.tls:
         _log.info("TLS enabled for server (minimum TLS version: %s)", options.tls.minimum)
     asked_to_end = _asked_to_end()
+    with _noted_hangups():
+        try:
+            site = await asyncio.to_thread(build)
+        except BaseException:
+            listeners.close()
+            raise
+        if asked_to_end.is_set():
+            listeners.close()
+            return
+        await run(site, options, listeners)
+
+
+@contextlib.contextmanager
+def _noted_hangups() -> Iterator[None]:
+    """Log that SIGHUP changes nothing. Before and after, the process keeps it waiting."""
+    text = (
+        "SIGHUP changes nothing: the configuration is read at the start; restart to read it again"
+    )
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, _log.warning, text)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     try:
-        site = await asyncio.to_thread(build)
-    except BaseException:
-        listeners.close()
-        raise
-    if asked_to_end.is_set():
-        listeners.close()
-        return
-    await run(site, options, listeners)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 def _asked_to_end() -> asyncio.Event:

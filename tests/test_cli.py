@@ -510,6 +510,47 @@ async def test_a_signal_ends_it_at_any_moment(tmp_path, flags, number):
     assert not re.search("WARN|ERROR", relay.log)
 
 
+async def test_a_hangup_ends_nothing(tmp_path, flags):
+    """A relay without a reload says so in one line, whenever it comes: from the beginning on."""
+    relay = RelayProcess(tmp_path, "--flags", str(flags), LOG_FORMAT="json")
+    await relay.spawn()
+    await relay.until(lambda: "Starting LaunchDarkly relay" in relay.log)
+    relay.signal(signal.SIGHUP)
+    await relay.said("SIGHUP changes nothing")
+    await relay.said("Initialized")
+    relay.signal(signal.SIGHUP)
+    await relay.said("SIGHUP changes nothing", 2)
+    assert (await ask(relay.address, "/sdk/flags", DEMO)).status == 200
+    relay.signal(signal.SIGTERM)
+    relay.signal(signal.SIGHUP)
+    assert await relay.ended() == 0
+    levels = [
+        line["level"] for line in map(json.loads, relay.log.splitlines()) if "HUP" in str(line)
+    ]
+    assert levels[:2] == ["warn", "warn"]
+    assert "Traceback" not in relay.log
+
+
+@pytest.mark.parametrize(
+    "arguments", [["sync"], ["check"], ["eval"], [], ["serve"], ["--from-env"]]
+)
+def test_a_hangup_comes_as_early_as_it_may(arguments, monkeypatch):
+    """What serves keeps it before it imports anything; what ends by itself is ended by it."""
+    program = (
+        "import os, signal, sys, relay.__main__ as program\n"
+        f"sys.argv[1:] = {arguments}\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name in ('relay.cli', 'relay.explain'):\n"
+        "            os.kill(os.getpid(), signal.SIGHUP); os._exit(0)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "program.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=False, timeout=PATIENCE, cwd=ROOT)
+    ends_by_itself = arguments[:1] in (["sync"], ["check"], ["eval"])
+    assert done.returncode == (-signal.SIGHUP if ends_by_itself else 0)
+
+
 # One-shot runs
 
 
