@@ -1,37 +1,49 @@
 # `make run` starts Relay with demo flags, `make test` checks everything. Both make their own
-# environment in .venv; all they need is Python 3.11 or newer (name another one: make PYTHON=…).
+# environment in .venv; all they need is Python 3.11 or newer. Another one may be named, and has an
+# environment of its own beside the usual one: make PYTHON=python3.13 uses .venv-3.13.
 
 PYTHON ?= python3
 PORT ?= 8030
-BIN := .venv/bin
+ifeq ($(origin PYTHON),file)
+VENV := .venv
+else
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
+BIN := $(VENV)/bin
+IMAGE_PYTHON := $(shell sed -n 's/^ARG PYTHON=\([0-9.]*\).*/\1/p' Dockerfile)
 NODE_PACKAGES := tests/sdk-node/node_modules/.package-lock.json
 
-.PHONY: help run hints test nightly lint format lock bench image clean
+.PHONY: help run hints test test-image pytest nightly lint format lock bench image clean
 
 help: ## what there is
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
 
-run: .venv/run hints ## start Relay with the demo flags on port 8030 (PORT=…)
+run: $(VENV)/run hints ## start Relay with the demo flags on port 8030 (PORT=…)
 	@PORT=$(PORT) exec $(BIN)/python -m relay serve --flags config/flags.yaml
 
 hints:
-	@sed -n '/^<!-- try it -->/,/^<!-- end -->/{/^<!--/d;/^```/d;p;}' README.md | sed 's/8030/$(PORT)/g'
+	@sed -n '/^<!-- try it -->/,/^<!-- end -->/{/^<!--/d;/^```/d;p;}' README.md | sed 's/8030/$(PORT)/g; s|\.venv/|$(VENV)/|g'
 
-test: lint $(NODE_PACKAGES) ## lint, types, import rules and all tests
+test: lint pytest ## lint, types, import rules and all tests (PYTHON=…)
+
+test-image: ## all tests on the Python of the image, if this machine has it
+	@python=$$(scripts/find-python $(IMAGE_PYTHON)) && $(MAKE) --no-print-directory pytest PYTHON=$$python
+
+pytest: $(VENV)/test $(NODE_PACKAGES)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-nightly: .venv/test $(NODE_PACKAGES) ## the tests that kill relays and those that make things up, many times over
+nightly: $(VENV)/test $(NODE_PACKAGES) ## the tests that kill relays and those that make things up, many times over
 	KILL_ROUNDS=200 $(BIN)/python -m pytest --timeout 3600 tests/test_spool.py tests/test_events.py tests/contract/test_events.py
 	EXAMPLES=20000 $(BIN)/python -m pytest --timeout 3600 tests/evaluation/test_against_sdk.py
 
-lint: .venv/test
+lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 	$(BIN)/codespell
 
-format: .venv/test ## put the code into its form
+format: $(VENV)/test ## put the code into its form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -45,23 +57,23 @@ lock: ## choose the newest versions that pyproject.toml allows (needs uv)
 COMPILE := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
   --no-emit-index-url --no-emit-find-links --no-header --no-annotate
 
-bench: .venv/test ## measure (BENCH_ARGS="--peer …"; see bench/README.md)
+bench: $(VENV)/test ## measure (BENCH_ARGS="--peer …"; see bench/README.md)
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
 image: ## the container image relay:latest
 	docker build -t relay .
 
 clean: ## remove what make made here
-	rm -rf .venv tests/sdk-node/node_modules dist .*_cache .hypothesis
+	rm -rf .venv .venv-* tests/sdk-node/node_modules dist .*_cache .hypothesis
 
 # The lock of the tests holds everything that the lock of the program holds, in the same versions.
-.venv/run: requirements.lock scripts/venv
-	$(PYTHON) scripts/venv .venv $<
+$(VENV)/run: requirements.lock scripts/venv
+	$(PYTHON) scripts/venv $(VENV) $<
 	@touch $@
 
-.venv/test: requirements-dev.lock scripts/venv
-	$(PYTHON) scripts/venv .venv $<
-	@touch .venv/run $@
+$(VENV)/test: requirements-dev.lock scripts/venv
+	$(PYTHON) scripts/venv $(VENV) $<
+	@touch $(VENV)/run $@
 
 $(NODE_PACKAGES): tests/sdk-node/package-lock.json scripts/node-packages
 	scripts/node-packages tests/sdk-node

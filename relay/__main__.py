@@ -21,6 +21,9 @@ def main() -> None:
     # Until the server takes signals over: as process 1 of a container we would not even get them.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
+    if arguments[:1] not in (["check"], ["eval"], ["sync"]):
+        # The kernel keeps it until the server says what comes of it. Others end by it, as usual.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     if arguments[:1] == ["eval"]:
         from relay import explain
 

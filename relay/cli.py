@@ -304,9 +304,9 @@ def _introduce(config: Config, relay: Relay) -> None:
     if not config.environments:
         origin = f"flags file {main.flags_file}"
     elif main.data_source == "polling":
-        origin = f"{main.base_uri} (polled)"
+        origin = f"{_without_query(main.base_uri)} (polled)"
     else:
-        origin = main.stream_uri
+        origin = _without_query(main.stream_uri)
     if len(relay.environments) > INTRODUCED:
         _log.info("Serving %d environments from %s", len(relay.environments), origin)
         return
@@ -318,8 +318,13 @@ def _introduce(config: Config, relay: Relay) -> None:
 def _introduce_events(config: Config) -> None:
     events = config.events
     if events.send_events and config.environments:
-        place = events.spool_dir or "memory"
-        _log.info("Forwarding events to %s; until then they wait in %s", events.events_uri, place)
+        url, place = _without_query(events.events_uri), events.spool_dir or "memory"
+        _log.info("Forwarding events to %s; until then they wait in %s", url, place)
+
+
+def _without_query(url: str) -> str:
+    """Return an address for a line; in its query there may be a secret."""
+    return url.partition("?")[0]
 
 
 def _site(config: Config) -> Site:

@@ -2,31 +2,93 @@
 
 Docker and Kubernetes start this every few seconds beside the relay, so it imports next to nothing:
 one request over a plain socket, of which only the status line is read.
+
+Where the relay of this host is, its server says by a name in the kernel's table of Unix sockets:
+port and TLS may stand in a file, an option or a variable. Such a name needs no place on a disk,
+every user may read it, and it goes when the server goes, however that ends.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
 
-TIME_LIMIT = 5.0
-"""Seconds for the whole check; Docker's own limit is longer."""
+TIME_LIMIT = 2.5
+"""Seconds for the whole check; the limit that the image gives it is longer."""
 
 LONGEST_STATUS_LINE = 1024
 """Bytes that are read at most: more is no relay."""
 
 DEFAULT_PORT = "8030"
+
+SOCKETS = "/proc/net/unix"
+"""The kernel's table of the Unix sockets of this container or host; only Linux has it."""
+
 _OK = 200
 _TRUE = ("true", "yes", "1")
 
+Announced = tuple[str, str, str, str]
+"""PID namespace, number of the process, scheme and port of a server that runs."""
+
+
+def announce(port: int, *, tls: bool) -> socket.socket | None:
+    """Let `relay health` know where this process serves.
+
+    Args:
+        port: that it listens on.
+        tls: whether it speaks TLS there.
+
+    Returns:
+        What holds the name until it is closed; None on systems without such names.
+    """
+    name = "/".join(("relay", namespace(), str(os.getpid()), "https" if tls else "http", str(port)))
+    try:
+        holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except (AttributeError, OSError):
+        return None
+    try:
+        holder.bind(f"\0{name}".encode())
+    except OSError:
+        holder.close()
+        return None
+    return holder
+
+
+def announced(table: str = SOCKETS) -> list[Announced]:
+    """Return what the servers say that run here; nothing on systems without such names."""
+    try:
+        with open(table, encoding="latin-1") as file:  # noqa: PTH123 - pathlib is slow to import
+            names = [line.rstrip("\n").partition(" @relay/")[2] for line in file]
+    except OSError:
+        return []
+    servers: list[Announced] = []
+    for name in names:
+        match name.split("/"):
+            case [space, process, ("http" | "https") as scheme, port] if port.isdecimal():
+                servers.append((space, process, scheme, port))
+    return servers
+
+
+def namespace() -> str:
+    """Return what tells this container's processes from others'; empty if the system does not."""
+    try:
+        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - pathlib is slow to import
+    except OSError:
+        return ""
+
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Return 0 if the relay is ready and 1 if not, after one line that says why not."""
-    url = arguments[0] if arguments else own_url(environ)
+    """Return 0 if the relay is ready and 1 if not, after one line that says why not.
+
+    Args:
+        arguments: the URL to ask; none for the relay of this container or host.
+        environ: the environment variables.
+    """
     try:
-        status = ask(url)
+        status = ask(arguments[0]) if arguments else ask_own(own_url(environ, announced()))
     except (OSError, ValueError) as e:
         return _not_ready(str(e))
     return 0 if status == _OK else _not_ready(f"status {status}")
@@ -37,10 +99,43 @@ def _not_ready(reason: str) -> int:
     return 1
 
 
-def own_url(environ: Mapping[str, str]) -> str:
-    """Return where the relay of this host is asked, by the variables that it was started with."""
-    scheme = "https" if environ.get("TLS_ENABLED", "").lower() in _TRUE else "http"
-    return f"{scheme}://127.0.0.1:{environ.get('PORT') or DEFAULT_PORT}/readyz"
+def own_url(environ: Mapping[str, str], servers: Sequence[Announced]) -> str:
+    """Return where the relay of this container or host is asked.
+
+    Args:
+        environ: where there may be several relays, `PORT` says which one is meant. Of one that is
+            not announced, `TLS_ENABLED` says how it is asked.
+        servers: those that are announced.
+    """
+    here, wanted = namespace(), environ.get("PORT", "").strip()
+    own = [each for each in servers if each[0] == here]
+    found = (
+        # The container's own command, which need not have read the variables of its image.
+        [each for each in own if each[1] == "1"]
+        or [each for each in servers if each[3] == (wanted or DEFAULT_PORT)]
+        or ([] if wanted or len(own) > 1 else own)
+    )
+    if found:
+        _, _, scheme, port = found[0]
+    else:
+        tls = environ.get("TLS_ENABLED", "").strip().lower() in _TRUE
+        scheme, port = "https" if tls else "http", wanted or DEFAULT_PORT
+    return f"{scheme}://127.0.0.1:{port}/readyz"
+
+
+def ask_own(url: str) -> int:
+    """Return the status with which `url` is answered, be it with TLS or without.
+
+    Raises:
+        OSError: nobody answers, or not in time.
+        ValueError: the answer is not HTTP.
+    """
+    try:
+        return ask(url)
+    except (ConnectionResetError, ValueError):
+        if not url.startswith("http://"):
+            raise
+    return ask(url.replace("http", "https", 1))
 
 
 def ask(url: str) -> int:

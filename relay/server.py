@@ -20,11 +20,13 @@ from starlette.types import ASGIApp
 
 from relay.config.schema import Config
 from relay.errors import ConfigError, RelayError
+from relay.health import announce
 from relay.reasons import describe
 from relay.relay import Relay
 from relay.web.door import Door, DoorLimits, Poll, Questions
 from relay.web.frontdoor import front_door
 from relay.web.posting import Posts
+from relay.web.protocol import HTTPProtocol
 from relay.web.traffic import Traffic
 
 BACKLOG = 16 * 1024
@@ -320,7 +322,7 @@ def make_server(
 def _uvicorn_config(app: ASGIApp, options: ServerOptions, door: Door | None) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
-        http=front_door(door) if door else "httptools",
+        http=front_door(door) if door else HTTPProtocol,
         loop="uvloop",
         ws="none",
         lifespan="off",
@@ -358,10 +360,12 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
-    """Listening sockets."""
+    """Listening sockets, and what tells of them."""
 
     main: socket.socket
     exporter: socket.socket | None = None
+    announcement: socket.socket | None = None
+    """Tells `relay health` where the main one is."""
 
     @classmethod
     def of(cls, options: ServerOptions) -> Listeners:
@@ -371,23 +375,25 @@ class Listeners:
             CannotListen: a port is taken, or not allowed.
         """
         main = listen(options.port)
-        _log.info("Starting server listening on port %d", main.getsockname()[1])
+        port = main.getsockname()[1]
+        _log.info("Starting server listening on port %d", port)
+        announcement = announce(port, tls=options.tls is not None)
         if options.exporter_port is None:
-            return cls(main)
+            return cls(main, None, announcement)
         try:
             exporter = listen_for_exporter(options.exporter_port)
         except CannotListen:
-            main.close()
+            cls(main, None, announcement).close()
             raise
         port = exporter.getsockname()[1]
         _log.info("Successfully registered Prometheus metrics exporter on port %d", port)
-        return cls(main, exporter)
+        return cls(main, exporter, announcement)
 
     def close(self) -> None:
         """Refuse those who wait."""
-        self.main.close()
-        if self.exporter:
-            self.exporter.close()
+        for each in (self.main, self.exporter, self.announcement):
+            if each:
+                each.close()
 
 
 async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
@@ -455,15 +461,32 @@ async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
     if options.tls:
         _log.info("TLS enabled for server (minimum TLS version: %s)", options.tls.minimum)
     asked_to_end = _asked_to_end()
+    with _noted_hangups():
+        try:
+            site = await asyncio.to_thread(build)
+        except BaseException:
+            listeners.close()
+            raise
+        if asked_to_end.is_set():
+            listeners.close()
+            return
+        await run(site, options, listeners)
+
+
+@contextlib.contextmanager
+def _noted_hangups() -> Iterator[None]:
+    """Log that SIGHUP changes nothing. Before and after, the process keeps it waiting."""
+    text = (
+        "SIGHUP changes nothing: the configuration is read at the start; restart to read it again"
+    )
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, _log.warning, text)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     try:
-        site = await asyncio.to_thread(build)
-    except BaseException:
-        listeners.close()
-        raise
-    if asked_to_end.is_set():
-        listeners.close()
-        return
-    await run(site, options, listeners)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
 def _asked_to_end() -> asyncio.Event:

@@ -23,6 +23,7 @@ from typing import Any
 
 from relay.batches import Backlog, Batch, Limits, Store
 from relay.errors import StoreUnavailable
+from relay.files import make_directory, open_private
 from relay.memorystore import MemoryStore
 from relay.model.event import Lane, Post
 from relay.poststore import DiskStore
@@ -348,9 +349,9 @@ def _do_all(jobs: Sequence[_Job], store: Store, *, tidy: bool = False) -> None:
 
 
 def _prepare(path: Path) -> None:
-    """Make the directory and the file, for us alone: events hold what contexts hold."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    """Make the directory and the file; SQLite makes its others as private as this one."""
+    make_directory(path.parent)
+    os.close(open_private(path, os.O_RDWR | os.O_CREAT))
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
 import signal
 import ssl
@@ -20,11 +21,11 @@ from urllib.parse import unquote
 import pytest
 import trustme
 
-from relay import __version__, cli
+from relay import __version__, cli, health
 from relay.server import listen
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag
-from tests.support.process import PATIENCE, ROOT, RelayProcess
+from tests.support.process import PATIENCE, ROOT, RelayProcess, free_port
 from tests.support.redis import RedisServer
 from tests.support.serving import SDK_KEY, Address, Stream, ask
 from tests.support.upstream import ScriptedUpstream
@@ -420,6 +421,81 @@ async def test_tls_is_served(tmp_path, flags):
         assert await relay.stop() == 0
 
 
+@pytest.fixture
+def configured(tmp_path, flags) -> tuple[Path, int]:
+    """A file that says where and how to serve, and its port."""
+    issued = trustme.CA().issue_cert("relay.example.com")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    port, file = free_port(), tmp_path / "relay.conf"
+    file.write_text(
+        f"[Main]\nport = {port}\nflagsFile = {flags}\ntlsEnabled = yes\n"
+        f"tlsCert = {tmp_path / 'cert.pem'}\ntlsKey = {tmp_path / 'key.pem'}\n"
+    )
+    return file, port
+
+
+async def test_health_asks_what_is_served(tmp_path, configured, monkeypatch):
+    """Port and TLS stand in the file alone; it asks with TLS, and without a line in the log."""
+    file, port = configured
+    relay = RelayProcess(tmp_path, "--config", str(file))
+    relay.port = port
+    async with relay:
+        await relay.said("Initialized")
+        asked = await asyncio.to_thread(run, "health", PORT=str(port))
+        assert asked == Run(0, "", "")
+        said = relay.log
+        # Also where nothing tells how it is asked.
+        monkeypatch.setattr(health, "announced", list)
+        assert await asyncio.to_thread(health.main, [], {"PORT": str(port)}) == 0
+        assert relay.log == said
+
+
+CONTAINER = ("unshare", "--pid", "--net", "--fork", "--kill-child", "--mount-proc", "sh", "-c")
+LOOPBACK = "ip link set lo up"
+
+
+class Contained(RelayProcess):
+    """A relay that is process 1 of its namespace, with a network of its own."""
+
+    command = (*CONTAINER, f'{LOOPBACK} && exec "$@"', "sh", *RelayProcess.command)
+
+    def beside(self, *arguments: str, **variables: str) -> int:
+        """Run a command in the same container; return its exit code."""
+        [inside] = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        enter = ("nsenter", "--pid", "--net", "--mount", f"--wd={ROOT}", "--target", inside)
+        return subprocess.run(
+            [*enter, *RelayProcess.command, *arguments],
+            env={"PATH": os.environ["PATH"], **variables},
+            cwd=ROOT,
+            check=False,
+            timeout=PATIENCE,
+        ).returncode
+
+
+@pytest.fixture
+def containers() -> None:
+    """The test needs the right to make namespaces."""
+    if subprocess.run([*CONTAINER, LOOPBACK], check=False, capture_output=True).returncode:
+        pytest.skip("no containers here")
+
+
+@pytest.mark.usefixtures("containers")
+async def test_health_asks_what_the_container_runs(tmp_path, configured):
+    """Its command need not read the variables of the image, such as PORT."""
+    file, port = configured
+    relay = Contained(tmp_path, "--config", str(file))
+    await relay.spawn()
+    try:
+        await relay.said("Initialized")
+        image = {"PORT": "8030"}
+        assert await asyncio.to_thread(relay.beside, "health", **image) == 0
+        for url, code in (f"https://127.0.0.1:{port}", 0), ("http://127.0.0.1:8030", 1):
+            assert await asyncio.to_thread(relay.beside, "health", url, **image) == code
+    finally:
+        await relay.kill()
+
+
 async def test_health_tells_by_its_exit_code(tmp_path, launchdarkly):
     """0 for a relay that is ready; 1 and one line for one that is not, or not there."""
     await launchdarkly.stop()
@@ -446,6 +522,47 @@ async def test_a_signal_ends_it_at_any_moment(tmp_path, flags, number):
         assert await relay.ended() == 0
     assert "Traceback" not in relay.log
     assert not re.search("WARN|ERROR", relay.log)
+
+
+async def test_a_hangup_ends_nothing(tmp_path, flags):
+    """A relay without a reload says so in one line, whenever it comes: from the beginning on."""
+    relay = RelayProcess(tmp_path, "--flags", str(flags), LOG_FORMAT="json")
+    await relay.spawn()
+    await relay.until(lambda: "Starting LaunchDarkly relay" in relay.log)
+    relay.signal(signal.SIGHUP)
+    await relay.said("SIGHUP changes nothing")
+    await relay.said("Initialized")
+    relay.signal(signal.SIGHUP)
+    await relay.said("SIGHUP changes nothing", 2)
+    assert (await ask(relay.address, "/sdk/flags", DEMO)).status == 200
+    relay.signal(signal.SIGTERM)
+    relay.signal(signal.SIGHUP)
+    assert await relay.ended() == 0
+    levels = [
+        line["level"] for line in map(json.loads, relay.log.splitlines()) if "HUP" in str(line)
+    ]
+    assert levels[:2] == ["warn", "warn"]
+    assert "Traceback" not in relay.log
+
+
+@pytest.mark.parametrize(
+    "arguments", [["sync"], ["check"], ["eval"], [], ["serve"], ["--from-env"]]
+)
+def test_a_hangup_comes_as_early_as_it_may(arguments, monkeypatch):
+    """What serves keeps it before it imports anything; what ends by itself is ended by it."""
+    program = (
+        "import os, signal, sys, relay.__main__ as program\n"
+        f"sys.argv[1:] = {arguments}\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name in ('relay.cli', 'relay.explain'):\n"
+        "            os.kill(os.getpid(), signal.SIGHUP); os._exit(0)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "program.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=False, timeout=PATIENCE, cwd=ROOT)
+    ends_by_itself = arguments[:1] in (["sync"], ["check"], ["eval"])
+    assert done.returncode == (-signal.SIGHUP if ends_by_itself else 0)
 
 
 # One-shot runs

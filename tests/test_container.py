@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from relay import cli
+from relay import cli, health
 
 ROOT = Path(__file__).parent.parent
 REFERENCE_COMMAND = [
@@ -62,6 +62,23 @@ def test_the_image_can_be_watched_and_stopped(image: dict[str, str]) -> None:
     assert image["STOPSIGNAL"] == "SIGTERM"
 
 
+STARTED_BY = "interval", "timeout", "start-period", "retries"
+"""Options of a health check that engines of all versions in use know."""
+
+
+@pytest.mark.parametrize("engine", [20, 25])
+def test_a_container_is_soon_healthy(image: dict[str, str], engine: int) -> None:
+    """One that is ready after a second is healthy within two; one that never is, after a while."""
+    given = dict(re.findall(r"--([\w-]+)=([\d.]+)s?(?= )", image["HEALTHCHECK"]))
+    assert set(given) <= set(STARTED_BY)
+    interval, start_period = float(given["interval"]), float(given.get("start-period", 0))
+    # Since version 25 the start period has an interval of its own, which is 5 s by default.
+    first = 5 if engine >= 25 and start_period else interval
+    assert 1 < first < 2
+    assert start_period + interval * int(given["retries"]) >= 30
+    assert float(given["timeout"]) > health.TIME_LIMIT
+
+
 def test_the_image_writes_nowhere_but_in_its_volume(image: dict[str, str]) -> None:
     """With a read-only root there is still a place for snapshots, owned by the user."""
     assert image["VOLUME"] == "/data"
@@ -69,7 +86,8 @@ def test_the_image_writes_nowhere_but_in_its_volume(image: dict[str, str]) -> No
     assert environment["SNAPSHOT_DIR"].startswith("/data/")
     assert environment["EVENTS_SPOOL_DIR"].startswith("/data/")
     assert environment["PYTHONDONTWRITEBYTECODE"] == "1"
-    assert "install -d -o 1000 -g 1000 -m 700 /data" in image["RUN"]
+    # For its user, and for any that is in group 0, whatever either has made; for nobody else.
+    assert "install -d -o 1000 -g 0 -m 2770 /data" in image["RUN"]
 
 
 def test_the_image_is_built_from_locked_packages_and_without_a_compiler(

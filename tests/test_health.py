@@ -1,11 +1,13 @@
 """`relay health` tells Docker and Kubernetes whether a relay is ready."""
 
+import os
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -73,17 +75,59 @@ def test_what_is_no_address_is_refused(url: str) -> None:
         health.split(url)
 
 
+HERE = health.namespace()
+FIRST, LATER = (HERE, "1", "https", "9000"), (HERE, "77", "https", "9001")
+ELSEWHERE = ("pid:[1]", "1", "https", "80")
+
+
 @pytest.mark.parametrize(
-    ("variables", "url"),
+    ("variables", "servers", "url"),
     [
-        ({}, "http://127.0.0.1:8030/readyz"),
-        ({"PORT": ""}, "http://127.0.0.1:8030/readyz"),
-        ({"PORT": "80", "TLS_ENABLED": "Yes"}, "https://127.0.0.1:80/readyz"),
+        ({}, [], "http://127.0.0.1:8030"),
+        ({"PORT": ""}, [], "http://127.0.0.1:8030"),
+        ({"PORT": "80\n", "TLS_ENABLED": "Yes"}, [], "https://127.0.0.1:80"),
+        ({}, [LATER], "https://127.0.0.1:9001"),
+        ({}, [LATER, ELSEWHERE], "https://127.0.0.1:9001"),
+        ({}, [LATER, (HERE, "78", "http", "9002")], "http://127.0.0.1:8030"),
+        ({}, [LATER, (HERE, "78", "https", "8030")], "https://127.0.0.1:8030"),
+        ({"PORT": "9001"}, [LATER, ELSEWHERE], "https://127.0.0.1:9001"),
+        ({"PORT": "80"}, [LATER, ELSEWHERE], "https://127.0.0.1:80"),
+        # One that is not there is not mistaken for another.
+        ({"PORT": "8030", "TLS_ENABLED": "1"}, [LATER], "https://127.0.0.1:8030"),
+        ({}, [ELSEWHERE], "http://127.0.0.1:8030"),
+        # The variables of an image are not always read.
+        ({"PORT": "8030"}, [LATER, FIRST], "https://127.0.0.1:9000"),
+        ({"TLS_ENABLED": "true"}, [(HERE, "1", "http", "9000")], "http://127.0.0.1:9000"),
     ],
 )
-def test_the_own_relay_is_found_by_its_variables(variables: dict[str, str], url: str) -> None:
-    """PORT and TLS_ENABLED say where the relay of this host is."""
-    assert health.own_url(variables) == url
+def test_the_own_relay_is_found(variables, servers, url) -> None:
+    """The container's own command comes first; then PORT; then the only one that runs."""
+    assert health.own_url(variables, servers) == f"{url}/readyz"
+
+
+def test_a_server_is_announced_until_it_ends() -> None:
+    """By a name in the kernel's table."""
+    holder = health.announce(65123, tls=True)
+    assert holder is not None
+    announced = (HERE, str(os.getpid()), "https", "65123")
+    assert announced in health.announced()
+    assert health.announce(65123, tls=True) is None, "one process has one server at a port"
+    holder.close()
+    assert announced not in health.announced()
+
+
+def test_other_names_are_none_of_ours(tmp_path: Path) -> None:
+    """Whatever programs call their sockets; a system without the table announces nothing."""
+    table = tmp_path / "unix"
+    names = (
+        *("", " /run/x", " @relay/", " @relay/a/1/http/x", " @relay/a/1/ftp/1", " @relay/a/1/http"),
+        *(" @relay/a/1/http/1/2", " @relay\xff", " x @relay/b/2/https/3", " @relay/a/1/http/80"),
+    )
+    head = "Num       RefCount Protocol Flags    Type St Inode Path\n"
+    row = "0000000000000000: 00000002 00000000 00010000 0001 01 2342"
+    table.write_text(head + "".join(f"{row}{name}\n" for name in names), "latin-1")
+    assert health.announced(str(table)) == [("b", "2", "https", "3"), ("a", "1", "http", "80")]
+    assert health.announced(str(tmp_path / "none")) == []
 
 
 def test_ipv6_addresses_keep_their_brackets_out_of_the_socket() -> None:

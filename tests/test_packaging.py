@@ -1,6 +1,7 @@
 """What the repository promises about itself: versions, locks, modules that import alone."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -116,3 +117,52 @@ def test_every_module_imports_alone() -> None:
         timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_another_python_has_an_environment_of_its_own() -> None:
+    """What one installs does not pass for the other's: `make test PYTHON=…` really runs on that."""
+    named = f"PYTHON={sys.executable}"
+    for given, folder in ((), ".venv"), ((named,), ".venv-{}.{}".format(*sys.version_info)):
+        done = subprocess.run(
+            ["make", "--dry-run", "--always-make", "test", *given],
+            cwd=ROOT,
+            env={"PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        assert f"scripts/venv {folder} requirements-dev.lock\n" in done.stdout
+        assert f"\n{folder}/bin/mypy\n" in done.stdout
+        assert f"\n{folder}/bin/python -m pytest" in done.stdout
+
+
+def find_python(version: str, path: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/find-python", version],
+        env={"PATH": path, "HOME": "/nowhere"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_python_is_found_that_runs(tmp_path: Path) -> None:
+    """A name on the PATH is not enough: it may be a stub, or another version."""
+    own = "{}.{}".format(*sys.version_info)
+    stub, real, other = (tmp_path / name for name in ("stub", "real", "other"))
+    for folder, name, program in (
+        (stub, own, "exit 127"),
+        (stub, "3.99", "echo not found >&2; exit 127"),
+        (other, "3.99", f'exec {sys.executable} "$@"'),
+        (real, own, f'exec {sys.executable} "$@"'),
+    ):
+        folder.mkdir(exist_ok=True)
+        file = folder / f"python{name}"
+        file.write_text(f"#!/bin/sh\n{program}\n")
+        file.chmod(0o755)
+    path = f"{stub}:{other}:{real}:/nowhere"
+    assert find_python(own, path) == (0, f"{sys.executable}\n")
+    assert find_python("3.99", path) == (1, "There is no Python 3.99 here.\n")

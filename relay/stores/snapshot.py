@@ -23,6 +23,7 @@ from typing import TypeVar
 import msgspec
 
 from relay.errors import InvalidData
+from relay.files import make_directory, open_private
 from relay.log import Log
 from relay.model.credential import SDKKey
 from relay.model.payload import EMPTY, Change, Payload
@@ -273,9 +274,9 @@ class _File:
 
     def _replaced(self, payload: Payload, confirmed: float) -> Header:
         """Put a new file in the place of the old one, in one step."""
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(self._directory)
         temporary = self._directory / f"{self._stem}.{secrets.token_hex(8)}.tmp"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells `_clean` that we are alive

@@ -231,6 +231,7 @@ def _stream(traffic: Traffic) -> Respond:
         series = Series(environment.spec.name, path, "GET", SERVER.platform, agent)
         if request.method == "GET":
             traffic.new_streams[series].value += 1
-        return StreamResponse(environment, STREAMS[path.encode()], traffic.streams[series])
+        count = traffic.streams[series]
+        return StreamResponse(environment, STREAMS[path.encode()], count, request.scope)
 
     return respond

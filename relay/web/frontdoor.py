@@ -18,7 +18,6 @@ from typing import Any, ClassVar, cast
 from httptools import HttpRequestParser
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
@@ -32,6 +31,7 @@ from relay.web.heads import END
 from relay.web.polling import template
 from relay.web.posting import CHUNKED, Receiving, only_chunk
 from relay.web.prepared import CLOSE, CLOSING, Prepared, Told, assembled
+from relay.web.protocol import HTTPProtocol
 from relay.web.streams import STREAMS, Opening, client_opening, stream_headers
 from relay.web.traffic import LoggedWire, Series, client, note, request_line, shown
 
@@ -54,7 +54,7 @@ _ODD_HEADERS = frozenset((b"expect", b"upgrade"))
 _BODY_HEADERS = _ODD_HEADERS | {b"content-length", b"transfer-encoding"}
 
 
-class FrontDoor(HttpToolsProtocol, Connection):
+class FrontDoor(HTTPProtocol, Connection):
     """One connection.
 
     Args:
@@ -282,7 +282,7 @@ class FrontDoor(HttpToolsProtocol, Connection):
         environment, stream = self._opened(headers), STREAMS.get(self.url)
         if environment is None or stream is None:
             return False
-        given = stream_headers(environment)
+        given = stream_headers(environment, closes=self._closes)
         opening = Opening(environment, stream, given, self._series(environment))
         if not self._door.traffic.logs:
             self._door.given.keep(self._whole, opening)
@@ -292,7 +292,8 @@ class FrontDoor(HttpToolsProtocol, Connection):
         traffic = self._door.traffic
         if traffic.logs or not self._whole or not _BODY_HEADERS.isdisjoint(headers):
             return False
-        opening = client_opening(self._door.relay, traffic, self.url, headers)
+        relay, closes = self._door.relay, self._closes
+        opening = client_opening(relay, traffic, self.url, headers, closes=closes)
         return opening is not None and self._open(opening)
 
     def _open(self, opening: Opening) -> bool:

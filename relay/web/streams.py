@@ -47,18 +47,30 @@ PIPE_LIMIT = 64 * 1024
 """Bytes that wait for the server to take them before the client counts as slow; as a transport."""
 
 _UNBUFFERED = (b"x-accel-buffering", b"no")
-_HEADERS: Headers = (
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache, no-store, must-revalidate"),
-    (b"connection", b"keep-alive"),
-    (b"access-control-allow-origin", b"*"),
-    _UNBUFFERED,
-)
 
 
-def stream_headers(environment: Environment) -> Headers:
-    """Return the response headers of a stream (endpoints 1.7), the same at both doors."""
-    return (*_HEADERS, *environment_headers(environment.spec))
+def _headers(connection: bytes) -> Headers:
+    return (
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache, no-store, must-revalidate"),
+        (b"connection", connection),
+        (b"access-control-allow-origin", b"*"),
+        _UNBUFFERED,
+    )
+
+
+_HEADERS, _CLOSING_HEADERS = _headers(b"keep-alive"), _headers(b"close")
+
+
+def stream_headers(environment: Environment, *, closes: bool) -> Headers:
+    """Return the response headers of a stream (endpoints 1.7), the same at both doors.
+
+    Args:
+        environment: whose stream.
+        closes: whether the client wants the connection to end with it.
+    """
+    headers = _CLOSING_HEADERS if closes else _HEADERS
+    return (*headers, *environment_headers(environment.spec))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +125,18 @@ def _stream_for(
     return ClientStream(EVALUATING[access.audience], viewer)
 
 
-def client_stream_headers(environment: Environment, access: Access, origin: bytes) -> Headers:
+def client_stream_headers(
+    environment: Environment, access: Access, origin: bytes, *, closes: bool
+) -> Headers:
     """Return the response headers of a GET of a client-side stream, as the application has them.
 
     Args:
         environment: whose stream.
         access: MOBILE or BROWSER, by the path.
         origin: the request header; empty if there is none.
+        closes: whether the client wants the connection to end with it.
     """
-    headers = stream_headers(environment)
+    headers = stream_headers(environment, closes=closes)
     if not access.exposed:
         return headers
     cors = dict(cors_lines(environment.spec, origin, ("GET", "OPTIONS"), access.exposed))
@@ -144,7 +159,7 @@ class Opening(NamedTuple):
 
 
 def client_opening(
-    relay: Relay, traffic: Traffic, url: bytes, headers: Mapping[bytes, bytes]
+    relay: Relay, traffic: Traffic, url: bytes, headers: Mapping[bytes, bytes], *, closes: bool
 ) -> Opening | None:
     """Return the client-side stream that a plain GET asks for; None if it is the application's.
 
@@ -153,6 +168,7 @@ def client_opening(
         traffic: counts streams.
         url: as on the wire.
         headers: of the request, each once.
+        closes: whether the client wants the connection to end with the stream.
     """
     path, _, query = url.partition(b"?")
     match = _CLIENT_PATHS.fullmatch(path)
@@ -172,7 +188,8 @@ def client_opening(
     route = _CLIENT_ROUTES[access, bool(segment)]
     agent = client(traffic, headers)
     series = Series(environment.spec.name, route, "GET", access.platform, agent)
-    given = client_stream_headers(environment, access, headers.get(b"origin", b""))
+    origin = headers.get(b"origin", b"")
+    given = client_stream_headers(environment, access, origin, closes=closes)
     return Opening(environment, stream.name, given, series, stream.viewer)
 
 
@@ -252,7 +269,7 @@ class ClientStreams:
         if request.method != "HEAD":
             self._traffic.new_streams[series].value += 1
         count = self._traffic.streams[series]
-        return StreamResponse(environment, stream.name, count, stream.viewer)
+        return StreamResponse(environment, stream.name, count, request.scope, stream.viewer)
 
 
 class StreamResponse(Response):
@@ -262,16 +279,22 @@ class StreamResponse(Response):
         environment: whose hub to listen to.
         stream: the name of the format or channel.
         count: of open streams.
+        scope: of the request.
         viewer: for whom an evaluating stream is; None for others.
     """
 
     def __init__(
-        self, environment: Environment, stream: str, count: Count, viewer: Viewer | None = None
+        self,
+        environment: Environment,
+        stream: str,
+        count: Count,
+        scope: Scope,
+        viewer: Viewer | None = None,
     ) -> None:
         super().__init__()
         self._viewer = viewer
         self._count = count
-        self.raw_headers = list(stream_headers(environment))
+        self.raw_headers = list(stream_headers(environment, closes=_closes(scope)))
         self._environment = environment
         self._stream = stream
 
@@ -295,6 +318,14 @@ class StreamResponse(Response):
         finally:
             leaving.cancel()
             pipe.lost()
+
+
+def _closes(scope: Scope) -> bool:
+    """Whether the server ends the connection with the answer (RFC 9112, 9.3)."""
+    if scope["http_version"] == "1.0":
+        return True
+    given = [value for name, value in scope["headers"] if name == b"connection"]
+    return any(each.strip().lower() == b"close" for each in b",".join(given).split(b","))
 
 
 async def _disconnected(receive: Receive) -> None:

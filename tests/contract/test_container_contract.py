@@ -1,7 +1,7 @@
 """The image's promises, kept by the same files and the same command without a container.
 
 The layout, the command and the variables are those of the Dockerfile. As far as the machine allows
-it runs as user 1000, who can write nowhere but in the volume.
+it runs as the image's user, or as any other with group 0; they can write only in the volume.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import os
 import re
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from py_compile import PycInvalidationMode
@@ -29,18 +31,22 @@ from tests.support.process import PATIENCE, ROOT, RelayProcess
 from tests.support.serving import SDK_KEY, ask
 from tests.support.upstream import ScriptedUpstream
 
-USER = 1000
-BECOME = f"""
+BECOME = """
 import os, sys
+user, group = map(int, sys.argv[1].split(":"))
 os.setgroups([])
-os.setgid({USER})
-os.setuid({USER})
-os.execv(sys.argv[1], sys.argv[1:])
+os.setgid(group)
+os.setuid(user)
+os.umask(0o022)
+os.execv(sys.argv[2], sys.argv[2:])
 """
-AS_USER = (sys.executable, "-c", BECOME)
-"""What makes root's command the user's."""
 PACKAGES = sysconfig.get_path("purelib")
 DOCKERFILE = re.sub(r"\\\n\s*", " ", (ROOT / "Dockerfile").read_text())
+
+
+def run_as(user: str) -> Sequence[str]:
+    """What makes root's command that of a user, such as `1000:1000`."""
+    return (sys.executable, "-c", BECOME, user)
 
 
 def instruction(word: str) -> str:
@@ -55,12 +61,12 @@ class Image:
     Args:
         root: stands for `/`.
         python: the interpreter.
-        runs_as: what stands before each command: `AS_USER`, or nothing.
+        runs_as: user and group; empty for whoever runs the tests.
     """
 
     root: Path
     python: str
-    runs_as: Sequence[str]
+    runs_as: str = ""
 
     def build(self) -> None:
         """Do what the Dockerfile does."""
@@ -78,13 +84,17 @@ class Image:
         for link in re.findall(r"ln -s /opt/relay/bin/relay (\S+)", DOCKERFILE):
             self.path(link).parent.mkdir(parents=True, exist_ok=True)
             self.path(link).symlink_to(command)
-        self.path("/data").mkdir(mode=0o700)
+        self.path("/data").mkdir()
         self.path("/ldr").mkdir()
         for path in [self.root, *self.root.rglob("*")]:
             if not path.is_symlink() and path != self.path("/data"):
                 path.chmod(path.stat().st_mode & ~0o222 | 0o444)
+        owner, group, mode = re.findall(r"install -d -o (\d+) -g (\d+) -m (\d+) /data", DOCKERFILE)[
+            0
+        ]
         if self.runs_as:
-            os.chown(self.path("/data"), USER, USER)
+            os.chown(self.path("/data"), int(owner), int(group))
+        self.path("/data").chmod(int(mode, 8))
 
     def path(self, absolute: str) -> Path:
         """Where a path of the image is."""
@@ -95,13 +105,14 @@ class Image:
         name, *arguments = json.loads("[" + instruction(word).partition("[")[2])
         program = self.path(f"/usr/bin/{Path(name).name}")
         paths = [str(self.path(each)) if each.startswith("/") else each for each in arguments]
-        return [*self.runs_as, str(program), *paths]
+        return [*(run_as(self.runs_as) if self.runs_as else ()), str(program), *paths]
 
     def variables(self) -> dict[str, str]:
         """Those of `ENV`, and what leads this Python to the packages."""
         given = dict(each.split("=", 1) for each in shlex.split(instruction("ENV")))
         assert given.pop("PORT") == "8030"
-        given["SNAPSHOT_DIR"] = str(self.path(given["SNAPSHOT_DIR"]))
+        for name in ("SNAPSHOT_DIR", "EVENTS_SPOOL_DIR"):
+            given[name] = str(self.path(given[name]))
         return {**given, "PYTHONPATH": f"{self.path('/opt/relay/lib')}:{PACKAGES}"}
 
     def files(self) -> set[tuple[str, int]]:
@@ -126,10 +137,10 @@ class Image:
 
 
 def usable(python: str) -> bool:
-    """Whether the user may run a Python, with the packages that are installed here."""
+    """Whether the image's user may run a Python, with the packages that are installed here."""
     environ = {"PYTHONPATH": PACKAGES, "PATH": ""}
     done = subprocess.run(
-        [*AS_USER, python, "-c", "import aiohttp, uvloop"],
+        [*run_as(instruction("USER")), python, "-c", "import aiohttp, uvloop"],
         env=environ,
         cwd="/",
         stderr=subprocess.DEVNULL,
@@ -144,12 +155,12 @@ def built_image() -> Iterator[Image]:
     """An image. A temporary folder of pytest would be closed to user 1000."""
     pythons = [sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"]
     with tempfile.TemporaryDirectory() as folder:
-        image = Image(Path(folder).resolve(), sys.executable, ())
+        image = Image(Path(folder).resolve(), sys.executable)
         if os.getuid() == 0:
             image.root.chmod(0o755)
             found = [python for python in pythons if usable(python)]
             if found:
-                image.python, image.runs_as = found[0], AS_USER
+                image.python, image.runs_as = found[0], instruction("USER")
         image.build()
         yield image
         for path in [image.root, *image.root.rglob("*")]:
@@ -191,8 +202,9 @@ async def test_it_needs_nothing_but_variables_and_writes_nothing_but_its_volume(
         assert await asyncio.to_thread(image.healthy, relay.port) == 0
         assert await relay.stop() == 0
         [snapshot] = image.path("/data/snapshots").iterdir()
-        assert snapshot.stat().st_mode & 0o777 == 0o600
-        assert snapshot.stat().st_uid == (USER if image.runs_as else os.getuid())
+        assert snapshot.stat().st_mode & 0o007 == 0
+        user = image.runs_as.partition(":")[0]
+        assert snapshot.stat().st_uid == (int(user) if user else os.getuid())
         assert image.files() == before
         assert await asyncio.to_thread(image.healthy, relay.port) == 1
 
@@ -204,6 +216,44 @@ async def test_it_needs_nothing_but_variables_and_writes_nothing_but_its_volume(
         assert await relay.stop() == 0
     assert "Traceback" not in relay.log
     assert image.files() == before
+
+
+async def test_any_user_of_group_0_keeps_snapshots_and_events(image, upstream, tmp_path):
+    """As OpenShift runs it: each may follow the image's own, and any other."""
+    if not image.runs_as:
+        pytest.skip("only root can become somebody else")
+    own, before = image.runs_as, image.files()
+    variables = {
+        "LD_ENV_main": SDK_KEY,
+        "STREAM_URI": upstream.url,
+        "USE_EVENTS": "true",
+        "EVENTS_HOST": "http://127.0.0.1:1",
+    }
+    sdk = [("Authorization", SDK_KEY), ("Content-Type", "application/json")]
+    try:
+        for number, user in enumerate((own, "12345:0", "1000650000:0")):
+            image.runs_as = user
+            async with Container(image, tmp_path, **variables) as relay:
+                await relay.said("Initialized")
+                assert number == 0 or "Serving stored data (1 items)" in relay.log
+                event = b'[{"kind":"custom","key":"k%d","context":{"key":"a"}}]' % number
+                assert (
+                    await ask(relay.address, "/bulk", sdk, method="POST", body=event)
+                ).status == 202
+                assert await asyncio.to_thread(image.healthy, relay.port) == 0
+                assert await relay.stop() == 0
+            assert "Permission denied" not in relay.log
+            assert "memory" not in relay.log
+            for path in image.path("/data").rglob("*"):
+                found = path.stat()
+                assert found.st_gid == 0
+                assert found.st_mode & 0o007 == 0
+        [database] = image.path("/data/events").glob("*.db")
+        with closing(sqlite3.connect(database)) as events:
+            assert events.execute("SELECT count(*) FROM posts").fetchone() == (3,)
+        assert image.files() == before
+    finally:
+        image.runs_as = own
 
 
 async def test_a_mounted_file_is_read_with_variables_above_it(image, upstream, tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import json
 import logging
 import re
 
@@ -17,6 +20,7 @@ from relay.web.traffic import (
     request_line,
     shown,
 )
+from tests.support.process import RelayProcess
 from tests.support.serving import SDK_KEY, Served, Stream, ask, serving, until
 
 SDK = (("Authorization", SDK_KEY),)
@@ -90,7 +94,7 @@ async def test_each_request_is_logged_at_debug(front, debug):
     assert lines(debug) == [
         poll,
         poll,
-        "Request: method=GET url=/livez?a=b auth=n/a status=200 bytes=18",
+        "Request: method=GET url=/livez?{query} auth=n/a status=200 bytes=18",
         "Request: method=GET url=/all auth=*0a001 status=200 (streaming)",
         f"Stream closed: url=/all auth=*0a001 bytes={len(opening) + len(change)}",
     ]
@@ -107,10 +111,10 @@ async def test_lines_hold_no_secrets(front, debug):
         await ask(address, "/a/env-1.gif?d=W10=")
         await ask(address, "/sdk/poll", SDK)
     assert [re.sub(r" status.*", "", line.partition("url=")[2]) for line in lines(debug)] == [
-        "/sdk/evalx/env-1/contexts/{context}?withReasons=true auth=n/a",
+        "/sdk/evalx/env-1/contexts/{context}?{query} auth=n/a",
         "/sdk/evalx/*0a001/contexts/{context} auth=n/a",
-        "/sdk/poll/eval/{context}?auth=*refix&x=y auth=n/a",
-        "/a/env-1.gif?d={events} auth=n/a",
+        "/sdk/poll/eval/{context}?{query} auth=n/a",
+        "/a/env-1.gif?{query} auth=n/a",
         "/sdk/poll auth=*0a001",
     ]
 
@@ -136,9 +140,75 @@ def test_lines():
     assert line == "Request: method=GET url=/sdk/flags auth=*fghij status=200 bytes=3"
     line = request_line("GET", "/all", "", 200, None)
     assert line == "Request: method=GET url=/all auth=n/a status=200 (streaming)"
-    assert (
-        shown("/x/sdk-1234-5678/mob-key", "a=1&auth=abcdefgh") == "/x/*-5678/*b-key?a=1&auth=*defgh"
+    assert shown("/x/sdk-1234-5678/mob-key") == "/x/*-5678/*b-key"
+    assert shown("/x?a=1&b=sdk-1234?c") == "/x?{query}"
+    assert shown("/x/Y29udGV4dA?a", has_context=True) == "/x/{context}?{query}"
+
+
+PERSON = "anna@example.com"
+CONTEXT = base64.urlsafe_b64encode(json.dumps({"kind": "user", "key": PERSON}).encode()).decode()
+QUERY = f"email={PERSON}&auth=key-without-prefix"
+
+
+async def test_no_line_holds_what_is_in_a_query(tmp_path):
+    """Whatever is asked, at both doors, of a relay in full at level debug; nor a context."""
+    flags = tmp_path / "flags.yaml"
+    flags.write_text("flagValues: {lamp: true}")
+    asked = [
+        f"{line.replace('CONTEXT', CONTEXT)}?{QUERY} HTTP/{version}"
+        for version in ("1.1", "1.0", "2.0")
+        for line in (
+            *("GET /status", "GET /status/demo", "GET /readyz", "GET /metrics", "HEAD /livez"),
+            *("GET /nothing", "POST /status", "GET /sdk//flags", "GET /%", "OPTIONS *"),
+            *("GET /sdk/latest-all", "GET /sdk/flags/lamp", "GET /sdk/goals/demo-client-side-id"),
+            *("GET /all", "GET /flags", "GET /mping", "GET /ping/demo-client-side-id"),
+            *("GET /meval/CONTEXT", "GET /eval/demo-client-side-id/CONTEXT"),
+            *("GET /sdk/evalx/contexts/CONTEXT", "GET /msdk/evalx/users/CONTEXT"),
+            *("GET /sdk/evalx/nobody/contexts/CONTEXT", "REPORT /sdk/evalx/context"),
+            *("GET /sdk/poll/eval/CONTEXT", "GET /a/demo-client-side-id.gif"),
+            *("POST /bulk", "POST /mobile", "POST /events/bulk/demo-client-side-id"),
+            *("GET http://relay", "GET http://relay/livez", "GET nonsense"),
+        )
+    ]
+    body = json.dumps({"kind": "user", "key": PERSON})
+    relay = RelayProcess(tmp_path, "--flags", str(flags), LOG_LEVEL="debug")
+    async with relay:
+        await relay.said("Initialized")
+        for line in asked:
+            for key in ("sdk-demo", "mob-demo"):
+                length = len(body) if line.startswith(("POST", "REPORT")) else 0
+                head = [line, "Host: x", f"Authorization: {key}", f"Referer: /?{QUERY}"]
+                head += [f"Content-Length: {length}"] if length else []
+                reader, writer = await relay.address.connect()
+                writer.write("\r\n".join([*head, "", body[:length]]).encode())
+                async with asyncio.timeout(5):
+                    assert await reader.readline()
+                writer.close()
+        await relay.said("url=/status?{query}")
+        await relay.said("url=/meval/{context}?{query}")
+        assert await relay.stop() == 0
+    for secret in (PERSON, "email", "without-prefix", CONTEXT, CONTEXT[:20]):
+        assert secret not in relay.log
+
+
+async def test_the_start_names_addresses_without_their_queries(tmp_path):
+    """In which there may be a secret."""
+    addresses = dict.fromkeys(
+        ("STREAM_URI", "EVENTS_HOST", "BASE_URI"), f"http://localhost:1/path?token={QUERY}"
     )
+    relay = RelayProcess(
+        tmp_path,
+        "--from-env",
+        LD_ENV_main=SDK_KEY,
+        USE_EVENTS="true",
+        LOG_LEVEL="debug",
+        **addresses,
+    )
+    async with relay:
+        await relay.said("from http://localhost:1/path")
+        await relay.said("Forwarding events to http://localhost:1/path;")
+        await relay.said("cannot connect")
+    assert PERSON not in relay.log
 
 
 def test_the_name_of_a_client():

@@ -1,0 +1,64 @@
+"""What the relay writes is as private as where it is written."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+
+from relay.files import make_directory, open_private
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture(autouse=True, params=[0o022, 0o077, 0o000])
+def mask(request):
+    """Of the process; it must not matter."""
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.parametrize("above", [0o700, 0o755, 0o777, 0o775, 0o750, 0o1777])
+def test_files_are_the_relays_alone(tmp_path, above):
+    """Wherever others may look, too."""
+    tmp_path.chmod(above)
+    file = tmp_path / "a" / "b" / "file"
+    make_directory(file.parent)
+    os.close(open_private(file, os.O_RDWR | os.O_CREAT))
+    assert [mode(file), mode(file.parent), mode(file.parent.parent)] == [0o600, 0o700, 0o700]
+    assert mode(tmp_path) == above
+
+
+@pytest.mark.parametrize("above", [0o770, 0o2770])
+def test_files_are_the_groups_where_the_directory_is(tmp_path, above):
+    """And nobody else's; directories below share it, and pass on whose it is."""
+    tmp_path.chmod(above)
+    file = tmp_path / "a" / "b" / "file"
+    make_directory(file.parent)
+    os.close(open_private(file, os.O_RDWR | os.O_CREAT))
+    assert [mode(file), mode(file.parent), mode(file.parent.parent)] == [0o660, above, above]
+
+
+def test_what_exists_stays_as_it_is(tmp_path):
+    """The operator may have had reasons."""
+    tmp_path.chmod(0o770)
+    folder, file = tmp_path / "a", tmp_path / "a" / "file"
+    folder.mkdir()
+    folder.chmod(0o700)
+    file.touch()
+    file.chmod(0o640)
+    make_directory(folder)
+    os.close(open_private(file, os.O_RDWR | os.O_CREAT))
+    assert [mode(file), mode(folder)] == [0o640, 0o700]
+
+
+def test_a_file_in_the_place_of_a_directory_is_an_error(tmp_path):
+    """Also of one above."""
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError):
+            make_directory(path)

@@ -1,0 +1,60 @@
+"""What uvicorn's protocol lacks is added in one place."""
+
+from __future__ import annotations
+
+import pytest
+
+from relay.hub import LAST_CHUNK, framed
+from relay.web.protocol import BareTransport, with_path
+
+HEAD = b"HTTP/1.1 200 OK\r\n%bconnection: close\r\n\r\n"
+
+
+class Transport:
+    """Remembers what was written."""
+
+    def __init__(self) -> None:
+        self.written = b""
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (b"/", b"/"),
+        (b"*", b"*"),
+        (b"", b""),
+        (b"/a?u=http://x", b"/a?u=http://x"),
+        (b"http://h", b"http://h/"),
+        (b"http://h?", b"http://h/?"),
+        (b"http://h?a=http://x/b", b"http://h/?a=http://x/b"),
+        (b"https://[::1]:80", b"https://[::1]:80/"),
+        (b"http://h/a?b", b"http://h/a?b"),
+        (b"http://", b"http://"),
+        (b"host:80", b"host:80"),
+    ],
+)
+def test_a_url_without_a_path_gets_one(target, path):
+    """Nothing else is touched."""
+    assert with_path(target) == path
+
+
+def test_chunks_are_taken_away():
+    """However many are written together; the head does not announce them."""
+    transport = Transport()
+    bare = BareTransport(transport)
+    bare.write(HEAD % b"transfer-encoding: chunked\r\n")
+    bare.write(framed(b"one\r\n"))
+    bare.write(framed(b"two") + framed(b"three") + LAST_CHUNK)
+    assert transport.written == HEAD % b"" + b"one\r\ntwothree"
+
+
+def test_a_body_with_a_length_is_left_alone():
+    """Also one that looks like chunks."""
+    transport = Transport()
+    bare = BareTransport(transport)
+    bare.write(HEAD % b"content-length: 5\r\n")
+    bare.write(LAST_CHUNK)
+    assert transport.written == HEAD % b"content-length: 5\r\n" + LAST_CHUNK
