@@ -538,6 +538,7 @@ def test_a_hangup_comes_as_early_as_it_may(arguments, monkeypatch):
     """What serves keeps it before it imports anything; what ends by itself is ended by it."""
     program = (
         "import os, signal, sys, relay.__main__ as program\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs tests may ignore it\n"
         f"sys.argv[1:] = {arguments}\n"
         "class Stop:\n"
         "    def find_spec(self, name, *_):\n"
