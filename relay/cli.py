@@ -167,7 +167,8 @@ def _configuration(options: argparse.Namespace, environ: Mapping[str, str]) -> C
         if config.environments:
             names = ", ".join(f'"{each.name}"' for each in config.environments)
             raise ConfigError([f"--flags serves a file by itself; leave out environment {names}"])
-        return config
+        # Variables are not read if there is a file, unless that is asked for.
+        return replace(config, main=replace(config.main, flags_file=options.flags))
     config = load(options.config, options.from_env, options.allow_missing_file, environ)
     if not config.environments and not config.main.flags_file:
         raise ConfigError(["you must specify at least one environment in your configuration"])

@@ -475,17 +475,17 @@ async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
 
 @contextlib.contextmanager
 def _noted_hangups() -> Iterator[None]:
-    """Log that SIGHUP changes nothing. Before and after, the process keeps it waiting."""
+    """Log that SIGHUP changes nothing. Before and after it waits, if the process keeps it so."""
     text = (
         "SIGHUP changes nothing: the configuration is read at the start; restart to read it again"
     )
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGHUP, _log.warning, text)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         loop.remove_signal_handler(signal.SIGHUP)
 
 

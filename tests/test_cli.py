@@ -335,6 +335,17 @@ async def test_a_flags_file_is_served_and_read_again_when_it_changes(tmp_path, f
         stream.close()
 
 
+async def test_a_flags_file_is_served_beside_a_configuration(tmp_path, flags):
+    """Of which only where and how to serve counts."""
+    file = tmp_path / "relay.conf"
+    file.write_text(f"[Main]\nport = {free_port()}\nlogFormat = json\nflagsFile = /nowhere\n")
+    relay = RelayProcess(tmp_path, "--config", str(file), "--flags", str(flags))
+    await relay.spawn()
+    await relay.said("Initialized")
+    assert f"from flags file {flags}" in relay.log
+    await relay.kill()
+
+
 async def test_a_flags_file_that_comes_later(tmp_path):
     """It is waited for, and missed in one line that names it."""
     flags = tmp_path / "later.yaml"
@@ -552,6 +563,7 @@ def test_a_hangup_comes_as_early_as_it_may(arguments, monkeypatch):
     """What serves keeps it before it imports anything; what ends by itself is ended by it."""
     program = (
         "import os, signal, sys, relay.__main__ as program\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs tests may ignore it\n"
         f"sys.argv[1:] = {arguments}\n"
         "class Stop:\n"
         "    def find_spec(self, name, *_):\n"

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -74,7 +75,9 @@ def in_memory(capacity=1024 * 1024, **limits):
 
 
 def on_disk(capacity=1024 * 1024, **limits):
-    return DiskStore(":memory:", Limits(disk=capacity, **limits))
+    store = DiskStore(":memory:", Limits(disk=capacity, **limits))
+    weakref.finalize(store, store._db.close)  # from 3.13 on, Python warns of those left open
+    return store
 
 
 both = pytest.mark.parametrize("new_store", [in_memory, on_disk])
