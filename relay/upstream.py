@@ -6,6 +6,7 @@ aiohttp's exceptions end here. Nothing that leaves holds a key or a proxy's pass
 from __future__ import annotations
 
 import asyncio
+import base64
 import re
 import socket
 import ssl
@@ -160,7 +161,7 @@ class Upstream:
         everything = {"User-Agent": USER_AGENT, "Accept-Encoding": "gzip", **headers}
         limit = aiohttp.ClientTimeout(total=within, connect=self._connect_timeout)
         with _translated(ValueError):
-            target = URL(url)
+            target, everything = _with_credentials(URL(url), everything)
             async with self._opened().post(
                 target,
                 data=body,
@@ -228,6 +229,7 @@ class Upstream:
     async def _request(
         self, url: URL, headers: dict[str, str], read_timeout: float
     ) -> aiohttp.ClientResponse:
+        url, headers = _with_credentials(url, headers)
         return await self._opened().get(
             url,
             headers=headers,
@@ -334,6 +336,21 @@ def _reason(error: Exception) -> str:
         case _:
             reason = f"the request failed ({type(error).__name__})"
     return reason
+
+
+def _with_credentials(url: URL, headers: dict[str, str]) -> tuple[URL, dict[str, str]]:
+    """Return the URL without user and password, and the headers, perhaps with these.
+
+    As with Go (net/http, `Client.send`), they count where no other credential is sent: a key stands
+    above them. What needs none, such as goals and events of browsers, is sent with them.
+    """
+    if url.raw_user is None and url.raw_password is None:
+        return url, headers
+    if "Authorization" not in headers:
+        credentials = f"{url.user or ''}:{url.password or ''}".encode()
+        basic = f"Basic {base64.b64encode(credentials).decode()}"
+        headers = {**headers, "Authorization": basic}
+    return url.with_user(None), headers
 
 
 def _same_server(one: URL, other: URL) -> bool:

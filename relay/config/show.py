@@ -24,8 +24,9 @@ from relay.config.schema import (
     Webhook,
     options,
 )
-from relay.config.values import BOOLEAN, COUNT, DURATION, HTTP_URI, SECRET, URI
-from relay.model.credential import masked, masked_url
+from relay.config.values import BOOLEAN, COUNT, DURATION, HTTP_URI, URI
+from relay.model.credential import Secret, masked, masked_url
+from relay.model.text import one_line
 
 MASK = "********"
 
@@ -102,7 +103,7 @@ def effective(config: Config) -> str:
         name = f" {_subsection(each.name)}" if each.name else ""
         lines += ["", f"[{ENVIRONMENT}{name}]", *_lines(config, ENVIRONMENT, each.name, each)]
     lines += ["", *(f"# Warning: {warning}" for warning in config.warnings)]
-    return "\n".join(line.replace("\n", " ") for line in lines).rstrip("\n") + "\n"
+    return "\n".join(map(one_line, lines)).rstrip("\n") + "\n"
 
 
 def secrets(config: Config) -> tuple[str, ...]:
@@ -112,7 +113,7 @@ def secrets(config: Config) -> tuple[str, ...]:
     for section, values in (*_sections(config), *named):
         for option in options(section):
             value = getattr(values, option.attribute)
-            if option.kind is SECRET and value:
+            if isinstance(value, Secret) and value:
                 found.append(value.reveal())
                 if isinstance(values, Webhook):
                     found += (secret.reveal() for secret in values.secrets)

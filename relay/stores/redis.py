@@ -32,7 +32,9 @@ from relay.errors import ConfigError, InvalidData, StoreUnavailable
 from relay.model.credential import masked_url
 from relay.model.item import InvalidItem, Item, Kind, parse
 from relay.model.payload import Payload
+from relay.model.text import one_line
 from relay.stores import UNREADABLE, Stored, Version, Versions
+from relay.tls import EncryptedKey, load_key_pair
 
 DEFAULT_PREFIX = "launchdarkly"
 DEFAULT_PORT = 6379
@@ -80,7 +82,7 @@ class RedisStore:
     """
 
     def __init__(self, options: RedisOptions, prefix: str = "") -> None:
-        self.prefix = prefix or DEFAULT_PREFIX
+        self.prefix = one_line(prefix or DEFAULT_PREFIX)
         self.server = _masked(options.url)
         self._pool = _pool(options)
         self._connect_timeout = options.connect_timeout
@@ -246,7 +248,9 @@ def _pool(options: RedisOptions) -> ConnectionPool:
             context = ssl.create_default_context(cafile=options.ca_file or None)
             if options.client_certificate_file:
                 key = options.client_key_file or None
-                context.load_cert_chain(options.client_certificate_file, key)
+                load_key_pair(context, options.client_certificate_file, key)
+        except EncryptedKey as e:
+            raise ConfigError([f"[Redis] clientKeyFile: {e}"]) from e
         except (OSError, ssl.SSLError) as e:
             files = (options.ca_file, options.client_certificate_file, options.client_key_file)
             named = ", ".join(file for file in files if file)
@@ -274,6 +278,7 @@ def _connection_options(options: RedisOptions) -> dict[str, Any]:
             "ssl_ca_certs": options.ca_file or None,
             "ssl_certfile": options.client_certificate_file or None,
             "ssl_keyfile": options.client_key_file or None,
+            "ssl_password": "",  # of a key that is encrypted after all: an error, no question
         }
     return given
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from relay.config.load import load
 from relay.config.schema import Config, Option, Support, options
 from relay.config.show import quoted
-from relay.config.values import BOOLEAN, LIST, PATH, SECRET, STRING
+from relay.config.values import BOOLEAN, HEADER_NAMES, ORIGINS
 from relay.errors import ConfigError
 
 
@@ -108,7 +108,7 @@ PREFIX_MISSING = "does not have a prefix specified for database storage"
              "must specify offline mode filename if other offline mode properties are set (ENV_DATASTORE_PREFIX)"],
         ),
         ({"AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_PREFIX": "p"}, []),
-        ({"FILE_DATA_SOURCE": "f", "ENV_ALLOWED_ORIGIN": "o"}, []),
+        ({"FILE_DATA_SOURCE": "f", "ENV_ALLOWED_ORIGIN": "http://o"}, []),
         (
             {"AUTO_CONFIG_KEY": "k", "LD_ENV_a": "k"},
             ["cannot configure specific environments if auto-configuration is enabled (AUTO_CONFIG_KEY, LD_ENV_a)"],
@@ -203,12 +203,16 @@ def test_a_file_that_cannot_be_read_hides_no_other_problem_and_makes_none(tmp_pa
 def test_a_variable_completes_a_section_of_the_file(tmp_path: Path) -> None:
     """The file may leave the SDK key to the environment; the environment stands above the file."""
     path = tmp_path / "relay.conf"
-    path.write_text('[main]\nport = 1\n[Environment "Shop"]\nprefix = "p"\nallowedOrigin = a\n')
-    variables = {"LD_ENV_Shop": "sdk-1", "PORT": "2", "LD_ALLOWED_ORIGIN_Shop": "b,c"}
+    path.write_text(
+        '[main]\nport = 1\n[Environment "Shop"]\nprefix = "p"\nallowedOrigin = http://a\n'
+    )
+    origins = "http://b, http://c"
+    variables = {"LD_ENV_Shop": "sdk-1", "PORT": "2", "LD_ALLOWED_ORIGIN_Shop": origins}
     config = load(str(path), True, False, variables)
     (shop,) = config.environments
     assert (config.main.port, shop.name, shop.prefix) == (2, "Shop", "p")
-    assert (shop.sdk_key.reveal(), shop.allowed_origin) == ("sdk-1", ("a", "b", "c"))
+    assert shop.sdk_key.reveal() == "sdk-1"
+    assert shop.allowed_origin == ("http://a", "http://b", "http://c")
     assert config.given["Main.port"] == "PORT"
     assert config.given['Environment "Shop".prefix'] == f"{path}:4"
 
@@ -356,7 +360,7 @@ def test_an_empty_variable_takes_back_what_the_file_says(tmp_path: Path) -> None
     path = tmp_path / "relay.conf"
     path.write_text(
         "[Main]\ninitTimeout = 1s\ntlsCert = c\nexitAlways = on\nlogLevel = warn\n"
-        '[Environment "a"]\nsdkKey = k\nallowedOrigin = x\nprefix = p\n'
+        '[Environment "a"]\nsdkKey = k\nallowedOrigin = http://x\nprefix = p\n'
     )
     names = ("INIT_TIMEOUT", "TLS_CERT", "EXIT_ALWAYS", "LOG_LEVEL", "LD_ALLOWED_ORIGIN_a")
     variables = {**dict.fromkeys(names, ""), "LD_ENV_a": "k2", "LD_PREFIX_a": ""}
@@ -364,7 +368,7 @@ def test_an_empty_variable_takes_back_what_the_file_says(tmp_path: Path) -> None
     main, (a,) = config.main, config.environments
     assert (main.init_timeout, main.tls_cert, main.exit_always) == (10.0, "", True)
     assert main.log_level == "info"
-    assert (a.sdk_key.reveal(), a.allowed_origin, a.prefix) == ("k2", ("x",), "")
+    assert (a.sdk_key.reveal(), a.allowed_origin, a.prefix) == ("k2", ("http://x",), "")
     assert config.given['Environment "a".allowed_origin'] == f"{path}:8"
     assert "Main.init_timeout" not in config.given
 
@@ -427,7 +431,12 @@ texts = {
     "duration": st.sampled_from(["0", "1s", "1.5h", "1m30s", "-2ms", "99ms", "+5us", "1h1ns"]),
     "size": st.sampled_from(["1B", "1.5MiB", "0B", "64kb", "1MiB1B"]),
     "URL": urls,
+    "key": st.from_regex("[!-~]{1,12}", fullmatch=True),
+    "ID": st.from_regex("[!-~]{1,12}", fullmatch=True),
 }
+origins = st.sampled_from(
+    ["https://a.example", "HTTP://B:80/", "null, *", "ionic://x", "https://*.x"]
+)
 
 
 def text_of(option: Option) -> st.SearchStrategy[str]:
@@ -436,7 +445,11 @@ def text_of(option: Option) -> st.SearchStrategy[str]:
         right = st.sampled_from(["redis://u:p@h:1/2", "rediss://h", "http://h"])
     elif option.kind.name in texts:
         right = texts[option.kind.name]
-    elif option.kind in (STRING, PATH, SECRET, LIST):
+    elif option.kind is ORIGINS:
+        right = origins
+    elif option.kind is HEADER_NAMES:
+        right = st.sampled_from(["X-A", "X-A , X-B,", "X A", ","])
+    elif option.kind.is_text or option.kind.is_list:
         right = lines
     else:
         right = words.filter(lambda word: f"`{word.lower()}`" in option.kind.name)
@@ -466,12 +479,16 @@ def settings_of_both(draw: st.DrawFn) -> tuple[str, dict[str, str]]:
     return file, variables
 
 
-def outcome(*arguments: Any) -> Config | list[str]:
+def outcome(names: Mapping[str, str], *arguments: Any) -> Config | list[str]:
     """What a configuration amounts to, without the places where it was given."""
     try:
         config = load(*arguments)
     except ConfigError as e:
-        return [re.sub(r" \([^()]*\)$", "", problem) for problem in e.problems]
+        found = [re.sub(r" \([^()]*\)$", "", problem) for problem in e.problems]
+        found = [re.sub(r"^\S+:[0-9]+: [A-Za-z]+: ", "", problem) for problem in found]
+        for name in names:
+            found = [problem.removeprefix(f"{name}: ") for problem in found]
+        return sorted(found)
     return replace(config, given={}, warnings=())
 
 
@@ -485,8 +502,8 @@ def test_a_file_and_the_equivalent_variables_give_the_same(
     with tempfile.NamedTemporaryFile("w") as path:
         path.write(file)
         path.flush()
-        from_file = outcome(path.name, False, False, {})
-    from_variables = outcome("", True, False, variables)
+        from_file = outcome({}, path.name, False, False, {})
+    from_variables = outcome(variables, "", True, False, variables)
     assert from_file == from_variables
 
 
