@@ -39,8 +39,8 @@ def _not_ready(reason: str) -> int:
 
 def own_url(environ: Mapping[str, str]) -> str:
     """Return where the relay of this host is asked, by the variables that it was started with."""
-    scheme = "https" if environ.get("TLS_ENABLED", "").lower() in _TRUE else "http"
-    return f"{scheme}://127.0.0.1:{environ.get('PORT') or DEFAULT_PORT}/readyz"
+    scheme = "https" if environ.get("TLS_ENABLED", "").strip().lower() in _TRUE else "http"
+    return f"{scheme}://127.0.0.1:{environ.get('PORT', '').strip() or DEFAULT_PORT}/readyz"
 
 
 def ask(url: str) -> int:

@@ -166,7 +166,8 @@ class Output(logging.Handler):
 
 def _forms(secret: str) -> Iterator[str]:
     """Yield how a secret may stand in a line: as it is, and as texts and objects are written."""
-    yield from (secret, one_line(secret), repr(secret)[1:-1], json.dumps(secret)[1:-1])
+    for form in (secret, repr(secret)[1:-1]):
+        yield from (form, one_line(form), json.dumps(form)[1:-1])
 
 
 def _write(target: int, line: bytes) -> None:

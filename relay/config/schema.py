@@ -847,7 +847,7 @@ class EnvironmentConfig:
         "LD_ALLOWED_ORIGIN_",
         ORIGINS,
         (),
-        "CORS origins; none means all.",
+        "CORS origins, as in `https://shop.example.com`, without wildcards; none or `*` means all.",
         "https://shop.example.com,https://www.example.com",
     )
     allowed_header: tuple[str, ...] = _option(

@@ -62,9 +62,9 @@ _INTRODUCTION = r"""# The configuration file of Relay, with every option there i
 #
 #   * `[Section]` or `[Section "Name"]`, then lines `option = value`. Upper and lower case matter in
 #     names between quotation marks only. A section may occur several times.
-#   * `#` and `;` begin a comment. A value that contains one of them, or that begins or ends with a
-#     blank, stands between quotation marks; within these, \" \\ \n and \t are a quotation mark,
-#     a backslash, a line feed and a tabulator.
+#   * `#` and `;` begin a comment; `//` does not. A value that contains one of them stands between
+#     quotation marks; within these, \" \\ \n and \t are a quotation mark, a backslash, a line feed
+#     and a tabulator.
 #   * boolean: true, yes, on or 1; false, no, off or 0. An option without `=` is true.
 #   * duration: numbers with the units ns, us, ms, s, m and h, such as 30s or 1m30s.
 #   * size: numbers with the units B, KiB, MiB, GiB, such as 64KiB.
@@ -72,8 +72,14 @@ _INTRODUCTION = r"""# The configuration file of Relay, with every option there i
 #     grows. Any other option that is given again replaces what was said before.
 #
 # A variable takes the same values, but for `on` and `off`. One that is empty takes back what the
-# file says, except for booleans and lists, where it says nothing. Whatever is misspelled, misplaced
-# or malformed keeps the relay from starting, and is named with its line or variable.
+# file says, except for booleans and lists, where it says nothing.
+#
+# Blanks, line ends, byte order marks and the like around a value, and around each value of a list,
+# are taken off; so are quotation marks around a variable, except in text and secrets. (A password
+# that begins or ends with a blank can be given in a URL, as %20.) Whatever is misspelled, misplaced
+# or malformed keeps the relay from starting, and is named with its line or variable: a key with a
+# blank in it, an origin that no browser has, text that is not UTF-8. Variables that Kubernetes sets
+# for services, such as PROMETHEUS_PORT=tcp://10.0.0.1:9090, do not count.
 """
 
 _NOTES = {
