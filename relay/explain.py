@@ -14,11 +14,13 @@ from typing import IO, Any, Never
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+from relay.config.values import HTTP_URI, KEY, Kind
 from relay.errors import InvalidData, RelayError
 from relay.evaluation.evaluator import evaluate
 from relay.evaluation.items import Data
 from relay.evaluation.results import value
 from relay.model.context import Context, parse_context
+from relay.model.credential import Secret
 from relay.model.payload import Payload
 from relay.protocol import fdv1, filedata
 
@@ -80,8 +82,19 @@ def _answer(options: argparse.Namespace) -> str:
         raise Unanswerable("name either a file with --flags or a relay with --url")
     if options.url and not options.sdk_key:
         raise Unanswerable("--url needs the --sdk-key of the environment")
-    payload = _read(options.flags) if options.flags else _fetch(options.url, options.sdk_key)
+    if options.flags:
+        payload = _read(options.flags)
+    else:
+        key: Secret = _parsed("--sdk-key", KEY, options.sdk_key)
+        payload = _fetch(_parsed("--url", HTTP_URI, options.url), key.reveal())
     return _explained(Data.of(payload), options.flag, context)
+
+
+def _parsed(option: str, kind: Kind, text: str) -> Any:
+    try:
+        return kind.parse(text)
+    except ValueError as e:
+        raise Unanswerable(f"{option}: {e}") from e
 
 
 def _read(name: str) -> Payload:
@@ -93,8 +106,6 @@ def _read(name: str) -> Payload:
 
 
 def _fetch(url: str, key: str) -> Payload:
-    if not url.startswith(("http://", "https://")):
-        raise Unanswerable("--url must begin with http:// or https://")
     try:
         request = Request(f"{url.rstrip('/')}/sdk/latest-all", headers={"Authorization": key})  # noqa: S310
         with build_opener(_NoRedirects).open(request, timeout=TIME_LIMIT) as response:

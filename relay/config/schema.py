@@ -32,6 +32,7 @@ from relay.config.values import (
     URI,
     Kind,
     one_of,
+    stripped,
 )
 from relay.model.credential import Secret
 
@@ -341,7 +342,7 @@ class Webhook:
     @property
     def secrets(self) -> tuple[Secret, ...]:
         """Each secret by itself; any of them may have signed."""
-        parts = (part.strip() for part in self.secret.reveal().split(","))
+        parts = map(stripped, self.secret.reveal().split(","))
         return tuple(Secret(part) for part in parts if part)
 
 

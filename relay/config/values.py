@@ -45,7 +45,7 @@ _AROUND = (
 _QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.DOTALL)
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _NOT_OF_A_KEY = re.compile("[^!-~]|[\"']")
-_NOT_OF_AN_ID = re.compile("[^!-~]|[\"'/]")
+_NOT_OF_AN_ID = re.compile(r"""[^!-~]|["'/\\?#%]""")
 _NAMES = {
     " ": "a blank", "\t": "a tabulator", "\n": "a line end", "\r": "a carriage return",
     '"': "a quotation mark", "'": "a quotation mark", "/": "a slash", "\u00a0": "a no-break space",
@@ -122,7 +122,8 @@ def _key(text: str) -> Secret:
 
 
 def _environment_id(text: str) -> str:
-    rule = "a client-side ID has ASCII characters only, no blanks, quotation marks and slashes"
+    # It is a segment of paths, ours and LaunchDarkly's.
+    rule = "a client-side ID has ASCII characters only, no blanks, and none of \"'/\\?#%"
     return _without(_NOT_OF_AN_ID, text, rule)
 
 

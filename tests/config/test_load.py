@@ -613,7 +613,7 @@ def test_a_service_named_redis_does_not_count_against_the_file(tmp_path: Path) -
         ({"LD_ENV_a\nb": "k"}, 'the name of environment "a\\nb" has control characters (LD_ENV_a\nb)'),
         ({"LD_ENV_a": " \n"}, 'SDK key is required for environment "a" (LD_ENV_a)'),
         ({"LD_ENV_a": "sdk 1"}, "LD_ENV_a: a key has ASCII characters only, no blanks and no quotation marks, but character 4 is a blank"),
-        ({"LD_ENV_a": "k", "LD_CLIENT_SIDE_ID_a": "i\nd"}, "LD_CLIENT_SIDE_ID_a: a client-side ID has ASCII characters only, no blanks, quotation marks and slashes, but character 2 is a line end"),
+        ({"LD_ENV_a": "k", "LD_CLIENT_SIDE_ID_a": "i\nd"}, "LD_CLIENT_SIDE_ID_a: a client-side ID has ASCII characters only, no blanks, and none of \"'/\\?#%, but character 2 is a line end"),
         ({"LD_ENV_a": "k", "LD_PREFIX_a": "a\r\nb"}, "LD_PREFIX_a: must not contain control characters, but character 2 is a carriage return"),
         ({"USE_REDIS": "1", "REDIS_HOST": "a b"}, "invalid Redis hostname (REDIS_HOST)"),
     ],

@@ -78,6 +78,7 @@ def test_quotation_marks_that_may_be_meant_stay():
         (values.KEY, "sdk-\udcff", "not UTF-8"),
         (values.ENVIRONMENT_ID, "id\r\nset-cookie: a=b", "character 3 is a carriage return"),
         (values.ENVIRONMENT_ID, "a/b", "character 2 is a slash"),
+        (values.ENVIRONMENT_ID, "a?b", "character 2 is U+003F"),
         (values.STRING, "a\nb", "character 2 is a line end"),
         (values.STRING, "a\x85b", "character 2 is U+0085"),
         (values.STRING, "\udce9", "not UTF-8"),
