@@ -21,11 +21,13 @@ import uvloop
 from relay import __version__
 from relay.config.load import DEFAULT_FILE, load
 from relay.config.schema import Config
-from relay.config.show import effective, secrets
+from relay.config.show import MASK, effective, secrets
 from relay.config.values import HTTP_URI
 from relay.errors import ConfigError, RelayError
 from relay.log import Output, set_up
+from relay.model.credential import masked_url
 from relay.model.item import Kind
+from relay.model.text import one_line
 from relay.relay import Relay
 from relay.server import CannotListen, ServerOptions, Site, serve, settle, until_signal
 from relay.sync import Outcome, Plan, synchronise
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
         return _failed("Error: %s", e, unusable)
     except ConfigError as e:
         if command == "check":
-            sys.stderr.writelines(f"{problem}\n" for problem in e.problems)
+            sys.stderr.writelines(f"{one_line(problem)}\n" for problem in e.problems)
             return 1
         return _failed("Configuration error: %s", e, unusable)
     if command == "check":
@@ -211,7 +213,7 @@ def _check(config: Config) -> int:
     """Print the configuration, and everything that only a start would find wrong with it."""
     sys.stdout.write(effective(config))
     problems = list(_unusable(config))
-    sys.stderr.writelines(f"{problem}\n" for problem in problems)
+    sys.stderr.writelines(f"{one_line(problem)}\n" for problem in problems)
     return 1 if problems else 0
 
 
@@ -286,7 +288,7 @@ def _tell(outcome: Outcome, *, dry_run: bool) -> None:
         said = "is up to date"
     if counts["kept"] and not outcome.problem:
         said += f"; {counts['kept']} newer than upstream left as they are"
-    print(f"{outcome.name}: {said} ({outcome.items} items upstream)", flush=True)
+    print(one_line(f"{outcome.name}: {said} ({outcome.items} items upstream)"), flush=True)
     if dry_run:
         for kind in counts:
             _name(kind, getattr(changes, kind))
@@ -305,9 +307,9 @@ def _introduce(config: Config, relay: Relay) -> None:
     if not config.environments:
         origin = f"flags file {main.flags_file}"
     elif main.data_source == "polling":
-        origin = f"{_without_query(main.base_uri)} (polled)"
+        origin = f"{_shown(main.base_uri)} (polled)"
     else:
-        origin = _without_query(main.stream_uri)
+        origin = _shown(main.stream_uri)
     if len(relay.environments) > INTRODUCED:
         _log.info("Serving %d environments from %s", len(relay.environments), origin)
         return
@@ -319,13 +321,13 @@ def _introduce(config: Config, relay: Relay) -> None:
 def _introduce_events(config: Config) -> None:
     events = config.events
     if events.send_events and config.environments:
-        url, place = _without_query(events.events_uri), events.spool_dir or "memory"
-        _log.info("Forwarding events to %s; until then they wait in %s", url, place)
+        to, place = _shown(events.events_uri), events.spool_dir or "memory"
+        _log.info("Forwarding events to %s; until then they wait in %s", to, place)
 
 
-def _without_query(url: str) -> str:
-    """Return an address for a line; in its query there may be a secret."""
-    return url.partition("?")[0]
+def _shown(url: str) -> str:
+    """Return an address for a line: without password and query, where there may be secrets."""
+    return masked_url(url.partition("?")[0], MASK)
 
 
 def _site(config: Config) -> Site:

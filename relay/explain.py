@@ -23,16 +23,18 @@ from urllib.request import (
 
 from yarl import URL
 
+from relay.config.values import HTTP_URI, KEY, Kind
 from relay.errors import InvalidData, RelayError
 from relay.evaluation.evaluator import evaluate
 from relay.evaluation.items import Data
 from relay.evaluation.results import value
 from relay.model.context import Context, parse_context
+from relay.model.credential import Secret
 from relay.model.payload import Payload
 from relay.protocol import fdv1, filedata
 from relay.protocol.urls import join
 from relay.proxies import environment_proxies
-from relay.reasons import describe, one_line
+from relay.reasons import describe, shorten
 from relay.tls import client_context
 
 USAGE = """relay eval FLAG --context JSON --flags FILE
@@ -93,8 +95,19 @@ def _answer(options: argparse.Namespace) -> str:
         raise Unanswerable("name either a file with --flags or a relay with --url")
     if options.url and not options.sdk_key:
         raise Unanswerable("--url needs the --sdk-key of the environment")
-    payload = _read(options.flags) if options.flags else _fetch(options.url, options.sdk_key)
+    if options.flags:
+        payload = _read(options.flags)
+    else:
+        key: Secret = _parsed("--sdk-key", KEY, options.sdk_key)
+        payload = _fetch(_parsed("--url", HTTP_URI, options.url), key.reveal())
     return _explained(Data.of(payload), options.flag, context)
+
+
+def _parsed(option: str, kind: Kind, text: str) -> Any:
+    try:
+        return kind.parse(text)
+    except ValueError as e:
+        raise Unanswerable(f"{option}: {e}") from e
 
 
 def _read(name: str) -> Payload:
@@ -106,8 +119,6 @@ def _read(name: str) -> Payload:
 
 
 def _fetch(url: str, key: str) -> Payload:
-    if not url.startswith(("http://", "https://")):
-        raise Unanswerable("--url must begin with http:// or https://")
     try:
         request = Request(join(url, "/sdk/latest-all"), headers={"Authorization": key})  # noqa: S310
         proxy = environment_proxies(os.environ)(URL(url))
@@ -126,7 +137,7 @@ def _fetch(url: str, key: str) -> Payload:
         raise Unanswerable("the relay cannot be asked: URL or key is malformed") from e
     except (OSError, HTTPException, RelayError) as e:
         cause = getattr(e, "reason", e)
-        why = describe(cause) if isinstance(cause, Exception) else one_line(str(cause))
+        why = describe(cause) if isinstance(cause, Exception) else shorten(str(cause))
         raise Unanswerable(f"the relay cannot be asked: {why}") from e
     if len(body) > MAX_DATA:
         raise Unanswerable(f"the relay's data are longer than {MAX_DATA} bytes")

@@ -12,8 +12,10 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, Final
+
+from relay.model.text import one_line
 
 LEVELS: Final = {
     "debug": logging.DEBUG,
@@ -67,9 +69,13 @@ class TextFormatter(logging.Formatter):
         """Return the line, and below it the traceback if there is one."""
         key = getattr(record, "masked_key", "")
         prefix = f"[env: {key}] " if key else ""
-        message = _one_line(record.getMessage())
-        line = f"{_local_time(record.created)} {_level(record)}: {prefix}{message}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        message = one_line(prefix + record.getMessage())
+        line = f"{_local_time(record.created)} {_level(record)}: {message}"
+        if not record.exc_info:
+            return line
+        # Indented: no text of an exception looks like a line of its own.
+        traceback = self.formatException(record.exc_info).split("\n")
+        return "\n    ".join((line, *map(one_line, traceback)))
 
 
 class JSONFormatter(logging.Formatter):
@@ -101,11 +107,6 @@ def _level(record: logging.LogRecord) -> str:
     return "WARN" if record.levelno == logging.WARNING else record.levelname
 
 
-def _one_line(message: str) -> str:
-    """Keep text from outside from looking like a line of its own."""
-    return message.replace("\r", "\\r").replace("\n", "\\n")
-
-
 class Output(logging.Handler):
     """The end of all logs: masks secrets, and hands lines to the thread that writes them.
 
@@ -121,8 +122,10 @@ class Output(logging.Handler):
         super().__init__()
         self.lost = 0
         """Lines that nobody could be given."""
+        known = {s for s in secrets if len(s) >= SHORTEST_SECRET}
+        shown = {form for secret in known for form in _forms(secret)}
         # Longest first: one secret may be the beginning of another.
-        self._secrets = sorted({s for s in secrets if len(s) >= SHORTEST_SECRET}, key=len)[::-1]
+        self._secrets = sorted(shown, key=len)[::-1]
         self._stdout, self._stderr = stdout, stderr
         self._waiting: queue.Queue[tuple[int, bytes] | None] = queue.Queue(WAITING_LINES)
         self._writer = threading.Thread(target=self._write_all, name="log", daemon=True)
@@ -159,6 +162,12 @@ class Output(logging.Handler):
                 _write(*entry)
             except OSError:
                 self.lost += 1
+
+
+def _forms(secret: str) -> Iterator[str]:
+    """Yield how a secret may stand in a line: as it is, and as texts and objects are written."""
+    for form in (secret, repr(secret)[1:-1]):
+        yield from (form, one_line(form), json.dumps(form)[1:-1])
 
 
 def _write(target: int, line: bytes) -> None:

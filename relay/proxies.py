@@ -155,10 +155,11 @@ def _parse(text: str, variable: str) -> Proxy:
         where = f"{variable}: " if variable else ""
         form = "http://host:port or https://host:port"
         raise ConfigError([f"{where}the proxy's URL must be {form}"])
-    return Proxy(url.origin(), _authorization(url))
+    return Proxy(url.origin(), basic_authorization(url))
 
 
-def _authorization(url: URL) -> str:
+def basic_authorization(url: URL) -> str:
+    """Return the header's value for user and password of a URL, in UTF-8; empty if it has none."""
     if url.raw_user is None and url.raw_password is None:
         return ""
     user, password = unquote_to_bytes(url.raw_user or ""), unquote_to_bytes(url.raw_password or "")

@@ -11,6 +11,8 @@ import socket
 import ssl
 from collections.abc import Iterator
 
+from relay.model.text import one_line
+
 MAX_LENGTH = 200
 """Characters of a text that is not our own."""
 
@@ -41,11 +43,9 @@ def tls_reason(error: BaseException) -> str:
     return ""
 
 
-def one_line(text: str) -> str:
+def shorten(text: str) -> str:
     """Return a text of somebody else's so that it fits into a line of the log."""
-    line = " ".join(text.split())
-    printable = "".join(c if c.isprintable() else "?" for c in line)
-    return printable[:MAX_LENGTH]
+    return one_line(" ".join(text.split()))[:MAX_LENGTH]
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -75,8 +75,8 @@ def _words(error: BaseException) -> str:
             text = "no answer in time"
         case ConnectionError() if not text:
             text = "the other side closed the connection"
-    return one_line(text)
+    return shorten(text)
 
 
 def _openssl(text: str) -> str:
-    return one_line(_OPENSSL_PLACE.sub("", text))
+    return shorten(_OPENSSL_PLACE.sub("", text))

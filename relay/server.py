@@ -23,6 +23,7 @@ from relay.errors import ConfigError, RelayError
 from relay.health import announce
 from relay.reasons import describe
 from relay.relay import Relay
+from relay.tls import EncryptedKey, load_key_pair
 from relay.web.door import Door, DoorLimits, Poll, Questions
 from relay.web.frontdoor import front_door
 from relay.web.posting import Posts
@@ -62,6 +63,9 @@ TLS_VERSIONS = {
     "1.3": ssl.TLSVersion.TLSv1_3,
 }
 
+CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES"
+"""Of TLS 1.2, those of Go, and so of the reference."""
+
 
 class CannotListen(RelayError):
     """The port cannot be listened on."""
@@ -87,11 +91,25 @@ class Certificate:
         Raises:
             ConfigError: they cannot; says which, and why.
         """
+        self.context()
+
+    def context(self) -> ssl.SSLContext:
+        """Return what serves TLS.
+
+        Raises:
+            ConfigError: the files cannot be used; says which, and why.
+        """
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.cert, self.key)
+            load_key_pair(made, self.cert, self.key)
+        except EncryptedKey as e:
+            raise ConfigError([f"[Main] tlsKey: {e}"]) from e
         except (OSError, ssl.SSLError) as e:
             files = f"TLS certificate {self.cert} with key {self.key}"
             raise ConfigError([f"{files} cannot be used: {e.strerror or e}"]) from e
+        made.set_ciphers(CIPHERS)
+        made.minimum_version = TLS_VERSIONS[self.minimum]
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,12 +351,9 @@ def _uvicorn_config(app: ASGIApp, options: ServerOptions, door: Door | None) -> 
         backlog=BACKLOG,
         timeout_keep_alive=int(options.limits.keep_alive),
         timeout_graceful_shutdown=max(1, round(options.drain * (1 - STREAMS_SHARE))),
-        ssl_certfile=options.tls.cert if options.tls else None,
-        ssl_keyfile=options.tls.key if options.tls else None,
     )
     config.load()
-    if config.ssl and options.tls:
-        config.ssl.minimum_version = TLS_VERSIONS[options.tls.minimum]
+    config.ssl = options.tls.context() if options.tls else None
     return config
 
 

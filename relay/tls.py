@@ -1,4 +1,6 @@
-"""Makes the contexts of all TLS connections that the relay opens: what is trusted, and how much.
+"""TLS: the contexts of all connections that the relay opens, and certificates of its own.
+
+Nobody is ever asked for a pass phrase.
 
 The decision is the same on every interpreter. Python 3.13 began to demand by default what RFC 5280
 asks of authorities (`VERIFY_X509_STRICT`): keyUsage, critical basicConstraints. Authorities that
@@ -13,9 +15,14 @@ from __future__ import annotations
 import ssl
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
-from relay.errors import ConfigError
+from relay.errors import ConfigError, RelayError
 from relay.reasons import describe
+
+
+class EncryptedKey(RelayError):
+    """A private key is encrypted; there is no option for its pass phrase."""
 
 
 def client_context(
@@ -48,3 +55,30 @@ def client_context(
     if problems:
         raise ConfigError(problems)
     return context
+
+
+def load_key_pair(context: ssl.SSLContext, cert: Path | str, key: Path | str | None) -> None:
+    """Let a context present a certificate.
+
+    Left to itself, OpenSSL asks at the terminal for the pass phrase of a key, and waits: also in a
+    container with one, and in the middle of a start.
+
+    Args:
+        context: of a server or a client.
+        cert: PEM file of the certificate and its chain.
+        key: PEM file of the private key; None if it is in the same file.
+
+    Raises:
+        EncryptedKey: the key has a pass phrase; the message is the end of a sentence.
+        OSError: a file cannot be read; ssl.SSLError, which is one, means that it holds nothing
+            usable.
+    """
+
+    def refuse() -> NoReturn:
+        file = key or cert
+        raise EncryptedKey(
+            f"the private key in {file} is encrypted; give one without a pass phrase, which"
+            f" `openssl pkey -in {file}` makes"
+        )
+
+    context.load_cert_chain(cert, key, password=refuse)

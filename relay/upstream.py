@@ -25,8 +25,8 @@ from relay.errors import PASSING, ErrorKind, UpstreamRefused, UpstreamUnavailabl
 from relay.model.credential import SDKKey
 from relay.model.event import Receipt
 from relay.model.reply import Reply
-from relay.proxies import ProxyChoice, environment_proxies, fixed_proxy
-from relay.reasons import describe, one_line, tls_reason
+from relay.proxies import ProxyChoice, basic_authorization, environment_proxies, fixed_proxy
+from relay.reasons import describe, shorten, tls_reason
 from relay.tls import client_context
 
 USER_AGENT = f"PythonRelay/{__version__} LDRelay/{__version__}"
@@ -242,6 +242,7 @@ class Upstream:
         **more: Any,
     ) -> aiohttp.ClientResponse:
         """Send one request, through its proxy if it has one, and return the answer's head."""
+        url, headers = _with_credentials(url, headers)
         proxy = self._proxy_for(url)
         if proxy is not None:
             more["proxy"] = proxy.url
@@ -363,7 +364,7 @@ def _reason(error: Exception) -> str:
             reason = _end_reason(error)
         case aiohttp.ClientResponseError():
             # What follows the first words of the parser's message is what the server has sent.
-            why = one_line(error.message.partition("\n")[0].partition("'")[0]).rstrip(": ")
+            why = shorten(error.message.partition("\n")[0].partition("'")[0]).rstrip(": ")
             reason = "the answer is not HTTP" + (f": {why}" if why else "")
         case aiohttp.InvalidURL():
             reason = "the URL cannot be used"
@@ -391,6 +392,18 @@ def _redirected(url: URL, location: str) -> URL:
         raise UpstreamUnavailable(
             ErrorKind.ERROR_RESPONSE, "the target of a redirect is not a URL"
         ) from e
+
+
+def _with_credentials(url: URL, headers: dict[str, str]) -> tuple[URL, dict[str, str]]:
+    """Return the URL without user and password, and the headers, perhaps with these.
+
+    As with Go (net/http, `Client.send`), they count where no other credential is sent: a key stands
+    above them. What needs none, such as goals and events of browsers, is sent with them.
+    """
+    basic = basic_authorization(url)
+    if not basic:
+        return url, headers
+    return url.with_user(None), {"Authorization": basic, **headers}
 
 
 def _same_server(one: URL, other: URL) -> bool:

@@ -20,6 +20,12 @@ from urllib.parse import unquote
 
 import pytest
 import trustme
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 
 from relay import __version__, cli, health
 from relay.server import listen
@@ -296,6 +302,56 @@ def test_proxies_of_the_environment_that_cannot_be_spoken_to_are_named(tmp_path,
     assert "hidden" not in done.err + done.out
     for more in ({"PROXY_URL": "http://h:1", "LD_ENV_main": SDK_KEY}, {"FLAGS_FILE": str(flags)}):
         assert run("check", "--from-env", **more, **proxies).code == 0
+
+
+TERMINAL = """
+import os, pty, sys
+sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
+"""
+"""Runs a command with a terminal, at which OpenSSL could ask."""
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("TLS_KEY", "[Main] tlsKey"), ("REDIS_CLIENT_KEY_FILE", "[Redis] clientKeyFile")],
+)
+def test_nobody_is_asked_for_a_pass_phrase(tmp_path, name, option, terminal, command):
+    """An encrypted key ends the start with a sentence, with and without a terminal."""
+    issued = trustme.CA().issue_cert("localhost")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    issued.cert_chain_pems[0].write_to_path(cert)
+    plain = load_pem_private_key(issued.private_key_pem.bytes(), None)
+    encryption = BestAvailableEncryption(b"secret")
+    key.write_bytes(plain.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption))
+    variables = {
+        "TLS_KEY": {"TLS_ENABLED": "true", "TLS_CERT": str(cert)},
+        "REDIS_CLIENT_KEY_FILE": {
+            "USE_REDIS": "true",
+            "REDIS_URL": "rediss://localhost:1",
+            "REDIS_CLIENT_CERT_FILE": str(cert),
+        },
+    }[name]
+    variables |= {name: str(key), "LD_ENV_main": SDK_KEY, "PORT": str(free_port())}
+    done = subprocess.run(
+        [
+            *((sys.executable, "-c", TERMINAL) if terminal else ()),
+            *(sys.executable, "-m", "relay", command, "--from-env"),
+        ],
+        cwd=ROOT,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 1
+    printed = done.stdout + done.stderr
+    assert f"{option}: the private key in {key} is encrypted; " in printed
+    assert "pass phrase:" not in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize("query", ["db=x", "socket_timeout=soon", "nope=1"])

@@ -122,9 +122,16 @@ def test_what_cannot_be_evaluated_is_said(flags, capsys, key, context, error):
         (["lamp", "--context", ANNA, "--url", "http://h"], "--url needs the --sdk-key"),
         (
             ["lamp", "--context", ANNA, "--url", "file:///x", "--sdk-key", "k"],
-            "must begin with http",
+            "--url: must be a URL that begins with http",
         ),
-        (["lamp", "--context", ANNA, "--url", "http://[", "--sdk-key", "k"], "cannot be asked"),
+        (
+            ["lamp", "--context", ANNA, "--url", "http://[", "--sdk-key", "k"],
+            "--url: not a valid URL",
+        ),
+        (
+            ["lamp", "--context", ANNA, "--url", "http://h", "--sdk-key", "a b"],
+            "--sdk-key: a key has",
+        ),
         (
             ["lamp", "--context", ANNA, "--url", "http://127.0.0.1:1", "--sdk-key", "k"],
             "cannot be asked",

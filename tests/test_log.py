@@ -106,6 +106,36 @@ def test_secrets_are_masked_wherever_they_stand(pipes: Pipes, line_format: str) 
     assert shown.count("...abcd") >= 2
 
 
+@pytest.mark.parametrize("line_format", ["text", "json"])
+@pytest.mark.parametrize("secret", ['pass"word-abcd', "pässword-abcd", "pass\nword-abcd"])
+def test_secrets_are_masked_also_where_they_are_escaped(
+    pipes: Pipes, line_format: str, secret: str
+) -> None:
+    """A quotation mark, a letter beyond ASCII or a line end in a password hides it from nobody."""
+    with closing(log.Output([secret], pipes.out, pipes.err)) as output:
+        log.set_up("info", line_format, output)
+        logging.getLogger("relay").info("it is %s, or %r", secret, secret)
+    shown = pipes.read()[0]
+    assert "word-" not in shown
+    assert shown.count("...abcd") == 2
+
+
+def test_a_traceback_is_set_apart_from_lines(pipes: Pipes) -> None:
+    """Its lines are indented, and the text of the exception cannot begin one."""
+    with closing(log.Output(stdout=pipes.out, stderr=pipes.err)) as output:
+        log.set_up("info", "text", output)
+        error = ValueError("a\n2026/01/01 00:00:00.000000 INFO: forged\r\x1b[2K\u2028")
+        try:
+            raise error
+        except ValueError:
+            logging.getLogger("relay").exception("failed")
+    first, *rest = pipes.read()[1].splitlines()
+    assert first.endswith("ERROR: failed")
+    assert rest[0] == "    Traceback (most recent call last):"
+    assert all(line.startswith("    ") for line in rest)
+    assert rest[-1].endswith("\\r\\x1b[2K\\u2028")
+
+
 def test_each_level_lets_through_what_is_as_grave(pipes: Pipes) -> None:
     """The environment's level stands above the relay's; `none` silences."""
     with closing(log.Output(stdout=pipes.out, stderr=pipes.err)) as output:

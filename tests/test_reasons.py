@@ -40,7 +40,7 @@ ALERT = ssl.SSLError(1, "[SSL: TLSV1_ALERT_UNKNOWN_CA] tlsv1 alert unknown ca (_
         (verification("unable to get local issuer certificate"), "unable to get local issuer certificate"),
         (ALERT, "tlsv1 alert unknown ca"),
         (ssl.SSLEOFError(8, "EOF occurred in violation of protocol (_ssl.c:1006)"), "EOF occurred in violation of protocol"),
-        (ValueError("two\r\nlines and a \x1b[31m colour"), "two lines and a ?[31m colour"),
+        (ValueError("two\r\nlines and a \x1b[31m colour"), "two lines and a \\x1b[31m colour"),
         (ValueError("x" * 500), "x" * 200),
         (caused(RuntimeError(), OSError(errno.ENOSPC, "")), "No space left on device"),
         (caused(RuntimeError(), KeyError()), "RuntimeError, without a reason"),

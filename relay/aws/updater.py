@@ -125,7 +125,7 @@ def _prepare_log() -> None:
     root = logging.getLogger()
     if not root.handlers:
         logging.basicConfig(format="%(levelname)s: %(message)s")
-    level = os.environ.get("LOG_LEVEL", "info").lower()
+    level = os.environ.get("LOG_LEVEL", "info").strip().lower()
     logging.getLogger("relay").setLevel(LEVELS.get(level, logging.INFO))
 
 
@@ -143,7 +143,7 @@ def _configuration(environ: Mapping[str, str]) -> Config:
 
 
 def _allows_invoke(environ: Mapping[str, str]) -> bool:
-    return environ.get(ALLOW_INVOKE, "").lower() in ("true", "yes", "1")
+    return environ.get(ALLOW_INVOKE, "").strip().lower() in ("true", "yes", "1")
 
 
 def _understood(event: Any, config: Config) -> _Request:

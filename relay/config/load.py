@@ -5,6 +5,7 @@ The environment is a mapping that the caller passes; nothing here reads the proc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +27,19 @@ from relay.config.schema import (
     options,
 )
 from relay.config.syntax import Assignment, FileSyntaxError, parse
-from relay.config.values import BOOLEAN, LIST, PATH, SECRET, STRING, file_boolean
+from relay.config.values import BOOLEAN, file_boolean, stripped
 from relay.errors import ConfigError
+from relay.model.text import is_utf8, one_line
 
 DEFAULT_FILE = "/etc/ld-relay.conf"
 _SWITCHED = ("DynamoDB", "Datadog", "Stackdriver", "OpenTelemetry")
 """Sections of which the other variables count only once `enabled` is set."""
+_LINK = re.compile(r"(?:tcp|udp|sctp)://(.+):([0-9]+)")
+"""The address of a service, as Kubernetes and Docker's links write it."""
+_SERVICE_VARIABLE = re.compile(
+    r"(.+?)_(?:SERVICE_HOST|SERVICE_PORT(?:_.*)?"
+    r"|PORT(?:_[0-9]+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)?)"
+)
 
 
 @dataclass(slots=True)
@@ -42,6 +50,8 @@ class _Given:
     sources: dict[Key, str] = field(default_factory=dict)
     names: dict[tuple[str, str], str] = field(default_factory=dict)
     """Each named section, and where it was first seen."""
+    unusable: set[Key] = field(default_factory=set)
+    """What was given, and cannot be right."""
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     complete: bool = True
@@ -49,13 +59,17 @@ class _Given:
 
     def put(self, key: Key, option: Option, text: str, source: str) -> None:
         """Take a value over; raises ValueError if it is not one."""
-        if option.kind is LIST:
-            if text:
-                self.set(key, (*self.values.get(key, ()), *option.kind.parse(text)), source)
-        elif text or option.kind in (STRING, PATH, SECRET):
-            self.set(key, option.kind.parse(text), source)
-        else:
-            self.drop(key)
+        kind = option.kind
+        if not kind.clean(text) and not kind.is_text:
+            if kind is not BOOLEAN and not kind.is_list:
+                self.drop(key)
+            return
+        try:
+            value = kind.parse(text)
+        except ValueError:
+            self.unusable.add(key)
+            raise
+        self.set(key, (*self.values.get(key, ()), *value) if kind.is_list else value, source)
 
     def set(self, key: Key, value: object, source: str) -> None:
         self.values[key], self.sources[key] = value, source
@@ -100,7 +114,8 @@ def load(
 
 def _read_file(given: _Given, path: str, allow_missing: bool) -> None:
     try:
-        assignments = parse(Path(path).read_bytes().decode())
+        content = Path(path).read_bytes()
+        assignments = parse(content.decode())
     except FileNotFoundError:
         if not allow_missing:
             given.problems.append(f'configuration file "{path}" does not exist')
@@ -110,8 +125,9 @@ def _read_file(given: _Given, path: str, allow_missing: bool) -> None:
         reason = f"{path}:{e.line}:{e.column}: {e}"
     except OSError as e:
         reason = e.strerror or "cannot be read"
-    except UnicodeDecodeError:
-        reason = "not UTF-8"
+    except UnicodeDecodeError as e:
+        line = content.count(b"\n", 0, e.start) + 1
+        reason = f"{path}:{line}: not UTF-8"
     else:
         for each in assignments:
             try:
@@ -151,14 +167,15 @@ def _assign(given: _Given, assignment: Assignment, source: str) -> None:
 
 def _file_text(option: Option, assignment: Assignment) -> str:
     if option.kind is BOOLEAN:
-        value = "true" if assignment.value is None else assignment.value
+        value = "true" if assignment.value is None else BOOLEAN.clean(assignment.value)
         return "true" if file_boolean(value) else "false"
     if assignment.value is None:
         raise ValueError("blank value not supported for type")
     return assignment.value
 
 
-def _read_environ(given: _Given, environ: Mapping[str, str]) -> None:
+def _read_environ(given: _Given, everything: Mapping[str, str]) -> None:
+    environ = _of_the_operator(everything)
     for section in SECTIONS:
         if section not in ("Redis", "Consul"):
             _read_section(given, section, environ)
@@ -169,6 +186,11 @@ def _read_environ(given: _Given, environ: Mapping[str, str]) -> None:
         for name in [v.removeprefix(prefix) for v in environ if v.startswith(prefix)]:
             if section == ENVIRONMENT and _is_environment_key(name, environ):
                 continue
+            if not is_utf8(name):
+                given.problems.append(
+                    f"{one_line(prefix + name)}: the variable's name is not UTF-8"
+                )
+                continue
             given.names.setdefault((section, name), prefix + name)
             _read_named(given, section, name, environ)
     given.warnings += _orphans(environ)
@@ -176,6 +198,26 @@ def _read_environ(given: _Given, environ: Mapping[str, str]) -> None:
         given.warnings.append("LD_TRACE_LOG_BIG_SEGMENTS takes effect in a later release")
     if environ.get("EVENTS_SAMPLING_INTERVAL"):
         given.problems.append("EVENTS_SAMPLING_INTERVAL: this variable is no longer supported")
+
+
+def _of_the_operator(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that somebody may have set for us, without blanks around their values.
+
+    Kubernetes, and Docker's links, set a dozen for each service of the neighbourhood. A service
+    named "prometheus" makes `PROMETHEUS_PORT=tcp://10.0.0.1:9090` and more.
+    """
+    services = {
+        name.removesuffix("_PORT")
+        for name, value in environ.items()
+        if name.endswith("_PORT") and _LINK.fullmatch(value)
+    }
+
+    def is_of_a_service(name: str) -> bool:
+        # What the reference makes of `REDIS_PORT` is decided where Redis is read.
+        match = _SERVICE_VARIABLE.fullmatch(name)
+        return match is not None and match[1] in services and name != "REDIS_PORT"
+
+    return {name: stripped(v) for name, v in environ.items() if not is_of_a_service(name)}
 
 
 def _is_environment_key(name: str, environ: Mapping[str, str]) -> bool:
@@ -211,8 +253,6 @@ def _read_named(given: _Given, section: str, name: str, environ: Mapping[str, st
 
 
 def _take(given: _Given, key: Key, option: Option, variable: str, text: str) -> None:
-    if not text and option.kind is BOOLEAN:
-        return
     try:
         given.put(key, option, text, variable)
     except ValueError as e:
@@ -241,12 +281,21 @@ def _read_redis(given: _Given, environ: Mapping[str, str]) -> None:
         if option.variable in environ:
             text = environ[option.variable]
             if option.variable == "REDIS_PORT" and text.startswith("tcp://"):
-                # Docker links: the variable holds the whole address.
+                # Links: the variable holds the whole address of what is named "redis" (config 3.5).
                 host, _, text = text.removeprefix("tcp://").rpartition(":")
+                if not _is_linked(given, host):
+                    continue
                 given.set(("Redis", None, "host"), host, "REDIS_PORT")
             _take(given, ("Redis", None, option.attribute), option, option.variable, text)
     if wanted and not _redis_enabled(given):
         given.set(("Redis", None, "host"), "localhost", "USE_REDIS")
+
+
+def _is_linked(given: _Given, address: str) -> bool:
+    """Whether a link named "redis" leads where the operator wants to go: he said nothing else."""
+    redis = given.of("Redis")
+    host = str(redis.get("host") or "redis").lower()
+    return not redis.get("url") and (host == address or host.partition(".")[0] == "redis")
 
 
 def _redis_enabled(given: _Given) -> bool:
@@ -288,7 +337,7 @@ def _orphans(environ: Mapping[str, str]) -> Iterator[str]:
         for prefix in prefixes:
             wanted = "LD_ENV_" + variable.removeprefix(prefix)
             if variable.startswith(prefix) and wanted not in environ:
-                yield f"{variable} has no effect without {wanted}"
+                yield one_line(f"{variable} has no effect without {wanted}")
 
 
 def _draft(given: _Given) -> Draft:
@@ -302,6 +351,7 @@ def _draft(given: _Given) -> Draft:
         ),
         filters={name: Filters(**given.of(FILTERS, name)) for name in named[FILTERS]},
         given=headers | given.sources,
+        unusable=given.unusable,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 from urllib.parse import urlsplit
@@ -29,6 +30,7 @@ from relay.config.schema import (
     Webhook,
     options,
 )
+from relay.model.text import one_line
 
 ENVIRONMENT, FILTERS = "Environment", "Filters"
 
@@ -67,12 +69,14 @@ class Draft:
         environments: in the order in which they were given.
         filters: by project.
         given: where each option came from that was given.
+        unusable: options that were given something which has been found wrong already.
     """
 
     sections: Mapping[type, object]
     environments: tuple[EnvironmentConfig, ...]
     filters: Mapping[str, Filters]
     given: Mapping[Key, str]
+    unusable: AbstractSet[Key] = frozenset()
 
     def of(self, section: type[T]) -> T:
         """Return a section."""
@@ -255,8 +259,11 @@ def _offline_mode(draft: Draft) -> Iterator[Sentence]:
 
 def _environments(draft: Draft) -> Iterator[Sentence]:
     for each in draft.environments:
-        if not each.sdk_key:
+        if not each.sdk_key and (ENVIRONMENT, each.name, "sdk_key") not in draft.unusable:
             text = f'SDK key is required for environment "{each.name}"'
+            yield text, ((ENVIRONMENT, each.name, ""),)
+        if (name := one_line(each.name)) != each.name:
+            text = f'the name of environment "{name}" has control characters'
             yield text, ((ENVIRONMENT, each.name, ""),)
 
 
@@ -309,6 +316,8 @@ def _redis(draft: Draft) -> Iterator[Sentence]:
 def _server(url: str) -> tuple[str, str]:
     """Return scheme and host of a URL; no host where that or the port makes no sense."""
     scheme, _, _ = url.partition(":")
+    if re.search(r"\s", url):
+        return scheme, ""
     try:
         parts = urlsplit(url)
         _ = parts.port

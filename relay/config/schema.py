@@ -15,11 +15,16 @@ from relay.config.values import (
     BOOLEAN,
     COUNT,
     DURATION,
+    ENVIRONMENT_ID,
+    HEADER_NAMES,
     HTTP_URI,
     INTEGER,
+    KEY,
     LIST,
     LOG_LEVEL,
+    ORIGINS,
     PATH,
+    PATHS,
     SECRET,
     SIZE,
     STRING,
@@ -27,6 +32,7 @@ from relay.config.values import (
     URI,
     Kind,
     one_of,
+    stripped,
 )
 from relay.model.credential import Secret
 
@@ -336,7 +342,7 @@ class Webhook:
     @property
     def secrets(self) -> tuple[Secret, ...]:
         """Each secret by itself; any of them may have signed."""
-        parts = (part.strip() for part in self.secret.reveal().split(","))
+        parts = map(stripped, self.secret.reveal().split(","))
         return tuple(Secret(part) for part in parts if part)
 
 
@@ -424,7 +430,7 @@ class Proxy:
     )
     ca_cert_files: tuple[str, ...] = _option(
         "PROXY_CA_CERTS",
-        LIST,
+        PATHS,
         (),
         "PEM files of authorities that are trusted beside the system's.",
         "/etc/relay/tls/company-ca.pem",
@@ -529,7 +535,7 @@ class AutoConfig:
 
     key: Secret = _option(
         "AUTO_CONFIG_KEY",
-        SECRET,
+        KEY,
         Secret(""),
         "Automatic configuration key; switches automatic configuration on.",
         "rel-00000000-0000-0000-0000-000000000000",
@@ -553,7 +559,7 @@ class AutoConfig:
     )
     env_allowed_origin: tuple[str, ...] = _option(
         "ENV_ALLOWED_ORIGIN",
-        LIST,
+        ORIGINS,
         (),
         "CORS origins of every environment.",
         "https://shop.example.com",
@@ -561,7 +567,7 @@ class AutoConfig:
     )
     env_allowed_header: tuple[str, ...] = _option(
         "ENV_ALLOWED_HEADER",
-        LIST,
+        HEADER_NAMES,
         (),
         "CORS request headers of every environment.",
         "Timestamp-Valid",
@@ -612,14 +618,19 @@ class OfflineMode:
     )
     env_allowed_origin: tuple[str, ...] = _option(
         "ENV_ALLOWED_ORIGIN",
-        LIST,
+        ORIGINS,
         (),
         "As in `[AutoConfig]`.",
         "https://shop.example.com",
         support=LATER,
     )
     env_allowed_header: tuple[str, ...] = _option(
-        "ENV_ALLOWED_HEADER", LIST, (), "As in `[AutoConfig]`.", "Timestamp-Valid", support=LATER
+        "ENV_ALLOWED_HEADER",
+        HEADER_NAMES,
+        (),
+        "As in `[AutoConfig]`.",
+        "Timestamp-Valid",
+        support=LATER,
     )
 
 
@@ -785,21 +796,21 @@ class EnvironmentConfig:
     """The subsection, or the end of the variables' names."""
     sdk_key: Secret = _option(
         "LD_ENV_",
-        SECRET,
+        KEY,
         Secret(""),
         "SDK key; required. In the environment, it is this variable that makes one exist.",
         "sdk-00000000-0000-0000-0000-000000000000",
     )
     mobile_key: Secret = _option(
         "LD_MOBILE_KEY_",
-        SECRET,
+        KEY,
         Secret(""),
         "Opens it for mobile SDKs.",
         "mob-00000000-0000-0000-0000-000000000000",
     )
     env_id: str = _option(
         "LD_CLIENT_SIDE_ID_",
-        STRING,
+        ENVIRONMENT_ID,
         "",
         "Client-side ID: opens it for browsers; sent to SDKs.",
         "000000000000000000000000",
@@ -835,14 +846,14 @@ class EnvironmentConfig:
     )
     allowed_origin: tuple[str, ...] = _option(
         "LD_ALLOWED_ORIGIN_",
-        LIST,
+        ORIGINS,
         (),
-        "CORS origins; none means all.",
+        "CORS origins, as in `https://shop.example.com`, without wildcards; none or `*` means all.",
         "https://shop.example.com,https://www.example.com",
     )
     allowed_header: tuple[str, ...] = _option(
         "LD_ALLOWED_HEADER_",
-        LIST,
+        HEADER_NAMES,
         (),
         "CORS request headers beside the standard ones.",
         "Timestamp-Valid,Random-Id-Valid",

@@ -24,8 +24,9 @@ from relay.config.schema import (
     Webhook,
     options,
 )
-from relay.config.values import BOOLEAN, COUNT, DURATION, HTTP_URI, SECRET, URI
-from relay.model.credential import masked, masked_url
+from relay.config.values import BOOLEAN, COUNT, DURATION, HTTP_URI, URI
+from relay.model.credential import Secret, masked, masked_url
+from relay.model.text import one_line
 
 MASK = "********"
 
@@ -61,9 +62,9 @@ _INTRODUCTION = r"""# The configuration file of Relay, with every option there i
 #
 #   * `[Section]` or `[Section "Name"]`, then lines `option = value`. Upper and lower case matter in
 #     names between quotation marks only. A section may occur several times.
-#   * `#` and `;` begin a comment. A value that contains one of them, or that begins or ends with a
-#     blank, stands between quotation marks; within these, \" \\ \n and \t are a quotation mark,
-#     a backslash, a line feed and a tabulator.
+#   * `#` and `;` begin a comment; `//` does not. A value that contains one of them stands between
+#     quotation marks; within these, \" \\ \n and \t are a quotation mark, a backslash, a line feed
+#     and a tabulator.
 #   * boolean: true, yes, on or 1; false, no, off or 0. An option without `=` is true.
 #   * duration: numbers with the units ns, us, ms, s, m and h, such as 30s or 1m30s.
 #   * size: numbers with the units B, KiB, MiB, GiB, such as 64KiB.
@@ -71,8 +72,14 @@ _INTRODUCTION = r"""# The configuration file of Relay, with every option there i
 #     grows. Any other option that is given again replaces what was said before.
 #
 # A variable takes the same values, but for `on` and `off`. One that is empty takes back what the
-# file says, except for booleans and lists, where it says nothing. Whatever is misspelled, misplaced
-# or malformed keeps the relay from starting, and is named with its line or variable.
+# file says, except for booleans and lists, where it says nothing.
+#
+# Blanks, line ends, byte order marks and the like around a value, and around each value of a list,
+# are taken off; so are quotation marks around a variable, except in text and secrets. (A password
+# that begins or ends with a blank can be given in a URL, as %20.) Whatever is misspelled, misplaced
+# or malformed keeps the relay from starting, and is named with its line or variable: a key with a
+# blank in it, an origin that no browser has, text that is not UTF-8. Variables that Kubernetes sets
+# for services, such as PROMETHEUS_PORT=tcp://10.0.0.1:9090, do not count.
 """
 
 _NOTES = {
@@ -102,7 +109,7 @@ def effective(config: Config) -> str:
         name = f" {_subsection(each.name)}" if each.name else ""
         lines += ["", f"[{ENVIRONMENT}{name}]", *_lines(config, ENVIRONMENT, each.name, each)]
     lines += ["", *(f"# Warning: {warning}" for warning in config.warnings)]
-    return "\n".join(line.replace("\n", " ") for line in lines).rstrip("\n") + "\n"
+    return "\n".join(map(one_line, lines)).rstrip("\n") + "\n"
 
 
 def secrets(config: Config) -> tuple[str, ...]:
@@ -112,7 +119,7 @@ def secrets(config: Config) -> tuple[str, ...]:
     for section, values in (*_sections(config), *named):
         for option in options(section):
             value = getattr(values, option.attribute)
-            if option.kind is SECRET and value:
+            if isinstance(value, Secret) and value:
                 found.append(value.reveal())
                 if isinstance(values, Webhook):
                     found += (secret.reveal() for secret in values.secrets)

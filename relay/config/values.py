@@ -1,7 +1,12 @@
 """The types of option (config 3.4): how each is written, and what is said when it is not. Pure.
 
-`parse` gives a value or raises `ValueError` with the sentence that the operator reads. Empty text
-has been dealt with before: it means "not set".
+`Kind.parse` is where text from a file, a variable or the command line becomes a value. It gives one
+or raises `ValueError` with the sentence that the operator reads. Empty text has been dealt with
+before: it means "not set".
+
+Secrets of Kubernetes, YAML blocks and editors add line ends, blanks, byte order marks and quotation
+marks. What stands around a value is taken off; what is left is checked by what the value is. No
+sentence repeats a credential.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from relay.model.credential import Secret
+from relay.model.text import is_utf8, one_line
 
 _DURATION_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)")
 _NANOSECONDS = {
@@ -31,6 +37,26 @@ _SIZE_UNITS = "BKMGTPE"
 _LARGEST = 2**63 - 1
 """Of integers, sizes and nanoseconds, as in the reference."""
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
+_AROUND = (
+    "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"
+    + "".join(map(chr, range(0x2000, 0x2010)))
+)
+"""Blanks and line ends of all kinds, and characters that nobody sees."""
+_QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.DOTALL)
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_NOT_OF_A_KEY = re.compile("[^!-~]|[\"']")
+_NOT_OF_AN_ID = re.compile(r"""[^!-~]|["'/\\?#%]""")
+_NAMES = {
+    " ": "a blank", "\t": "a tabulator", "\n": "a line end", "\r": "a carriage return",
+    '"': "a quotation mark", "'": "a quotation mark", "/": "a slash", "\u00a0": "a no-break space",
+    "\ufeff": "a byte order mark",
+}  # fmt: skip
+_ORIGIN = re.compile(
+    r"([a-z][a-z0-9+.-]*)://([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?/?", re.IGNORECASE
+)
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_LAST_PORT = 65535
+_HEADER_NAME = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 LOG_LEVELS = ("debug", "info", "warn", "error", "none")
 TLS_VERSIONS = ("1.0", "1.1", "1.2", "1.3")
 
@@ -41,13 +67,90 @@ class Kind:
 
     Args:
         name: for people.
-        parse: text to value.
+        convert: clean text to value; raises `ValueError`.
         show: value to text, as it would be written.
+        is_text: the empty text is a value, too: it replaces another.
+        is_list: values of several sources are joined.
+        quotable: quotation marks around a value can be part of it. Otherwise, they came with it,
+            as from the variables' file of Docker, which keeps them.
     """
 
     name: str
-    parse: Callable[[str], Any]
+    convert: Callable[[str], Any]
     show: Callable[[Any], str] = str
+    is_text: bool = False
+    is_list: bool = False
+    quotable: bool = False
+
+    def clean(self, text: str) -> str:
+        """Return what is meant: without the blanks, line ends and quotation marks around it."""
+        text = stripped(text)
+        quoted = None if self.quotable else _QUOTED.fullmatch(text)
+        return stripped(quoted[2]) if quoted else text
+
+    def parse(self, text: str) -> Any:
+        """Return the value that a text stands for.
+
+        Raises:
+            ValueError: it cannot be right; the message is for the operator.
+        """
+        if not is_utf8(text):
+            raise ValueError("not UTF-8")
+        return self.convert(self.clean(text))
+
+
+def stripped(text: str) -> str:
+    """Return a text without the blanks, line ends and invisible characters around it."""
+    return text.strip(_AROUND)
+
+
+def _without(pattern: re.Pattern[str], text: str, rule: str) -> str:
+    """Return the text, which must not contain the pattern; the message does not repeat it."""
+    if odd := pattern.search(text):
+        name = _NAMES.get(odd[0], f"U+{ord(odd[0]):04X}")
+        raise ValueError(f"{rule}, but character {odd.start() + 1} is {name}")
+    return text
+
+
+def _text(text: str) -> str:
+    return _without(_CONTROL, text, "must not contain control characters")
+
+
+def _key(text: str) -> Secret:
+    rule = "a key has ASCII characters only, no blanks and no quotation marks"
+    return Secret(_without(_NOT_OF_A_KEY, text, rule))
+
+
+def _environment_id(text: str) -> str:
+    # It is a segment of paths, ours and LaunchDarkly's.
+    rule = "a client-side ID has ASCII characters only, no blanks, and none of \"'/\\?#%"
+    return _without(_NOT_OF_AN_ID, text, rule)
+
+
+def _origin(text: str) -> str:
+    """Return an origin as browsers write it, which is what it is compared with."""
+    if text == "*" or text.lower() == "null":
+        return text.lower()
+    if text.lower() in {"file://", "file:///"}:
+        return "file://"
+    match = _ORIGIN.fullmatch(text)
+    if match is None or int(match[3] or 0) > _LAST_PORT:
+        raise ValueError(
+            f'no browser has the origin "{one_line(text)}"; one looks like https://shop.example.com'
+            " or http://localhost:3000, and * means all"
+        )
+    scheme, host = match[1].lower(), match[2]
+    # Only where the host is a name of the net, its case does not matter.
+    host = host.lower() if scheme in _DEFAULT_PORTS else host
+    port = int(match[3]) if match[3] else _DEFAULT_PORTS.get(scheme)
+    suffix = "" if port in (None, _DEFAULT_PORTS.get(scheme)) else f":{port}"
+    return f"{scheme}://{host}{suffix}"
+
+
+def _header_name(text: str) -> str:
+    if not _HEADER_NAME.fullmatch(text):
+        raise ValueError(f'"{one_line(text)}" is not the name of a header')
+    return text
 
 
 def _boolean(text: str) -> bool:
@@ -136,7 +239,7 @@ def _uri(text: str) -> str:
         _ = parts.port
     except ValueError:
         raise ValueError("not a valid URL/URI") from None
-    if re.search(r"[\x00-\x20\x7f]", text):
+    if re.search(r"[\s\x00-\x20\x7f-\x9f]", text):
         raise ValueError("not a valid URL/URI")
     if not parts.scheme:
         raise ValueError("must be an absolute URL/URI")
@@ -150,8 +253,23 @@ def _http_uri(text: str) -> str:
     return text
 
 
-def _list(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
+def _list_of(member: Kind, *, keeps_empty: bool = False) -> Kind:
+    """Return the type of which several values stand with commas between them.
+
+    Args:
+        member: the type of each value.
+        keeps_empty: a value may be empty, because somebody else judges that.
+    """
+
+    def convert(text: str) -> tuple[Any, ...]:
+        parts = [member.clean(part) for part in text.split(",")]
+        values = tuple(member.convert(part) for part in parts if part or keeps_empty)
+        if not values:
+            # An empty list may mean that all are allowed, which commas cannot have meant.
+            raise ValueError("the list has commas only")
+        return values
+
+    return Kind("list", convert, ",".join, is_list=True)
 
 
 def one_of(*allowed: str, what: str = "") -> Kind:
@@ -175,9 +293,14 @@ DURATION = Kind("duration", _duration, _show_duration)
 SIZE = Kind("size", _size, _show_size)
 URI = Kind("URL", _uri)
 HTTP_URI = Kind("URL", _http_uri)
-STRING = Kind("text", str)
-PATH = Kind("path", str)
-SECRET = Kind("secret", Secret, lambda _: "********")
-LIST = Kind("list", _list, ",".join)
+STRING = Kind("text", _text, is_text=True, quotable=True)
+PATH = Kind("path", _text, is_text=True)
+SECRET = Kind("secret", Secret, lambda _: "********", is_text=True, quotable=True)
+KEY = Kind("key", _key, lambda _: "********", is_text=True)
+ENVIRONMENT_ID = Kind("ID", _environment_id, is_text=True)
+LIST = _list_of(STRING, keeps_empty=True)
+PATHS = _list_of(PATH)
+ORIGINS = _list_of(Kind("origin", _origin))
+HEADER_NAMES = _list_of(Kind("name", _header_name))
 LOG_LEVEL = one_of(*LOG_LEVELS, what="log level")
 TLS_VERSION = one_of(*TLS_VERSIONS, what="TLS version")

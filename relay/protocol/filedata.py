@@ -6,11 +6,15 @@ which nobody counts by hand, are counted here.
 
 from __future__ import annotations
 
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from typing import Any
 
 import orjson
 import yaml
+from yaml.constructor import ConstructorError
+from yaml.reader import ReaderError
 
 from relay.errors import InvalidData
 from relay.model.item import Item, Kind, parse
@@ -88,22 +92,61 @@ def _json(kind: Kind, key: str, members: Members) -> bytes:
         raise InvalidData(f'{kind.noun} "{key}"', f"{e}{hint}") from e
 
 
-def _loaded(text: bytes, name: str) -> Members:
+class _Loader(yaml.SafeLoader):
+    """Reads what JSON can say as well."""
+
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        """Return a number; JSON knows neither `.inf` nor `.nan`, which would become null."""
+        number: float = self.construct_yaml_float(node)
+        if not isfinite(number):
+            text = f"{node.value} is not a number that flags can have"
+            raise ConstructorError(None, None, text, node.start_mark)
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
+
+
+def _loaded(content: bytes, name: str) -> Members:
+    text = _decoded(content, name)
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as e:
         if name.endswith(".json"):
-            raise InvalidData(name, str(e)) from e
+            raise InvalidData(name, f"{_place(e.doc, e.pos)}{e.msg}") from e
         value = _yaml(text, name)
     return _object(value, "the file", name)
 
 
-def _yaml(text: bytes, name: str) -> Any:
+def _decoded(content: bytes, name: str) -> str:
+    """Return the text of a file, without the byte order mark that some editors write."""
     try:
-        return yaml.safe_load(text)
+        if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            return content.decode("utf-16")
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        # What came before it could be read.
+        place = _place(e.object[: e.start].decode(e.encoding, "replace"), -1)
+        raise InvalidData(name, f"{place}not {e.encoding.upper()}") from e
+
+
+def _place(text: str, at: int) -> str:
+    """Return the beginning of a message on a character; -1 stands for the one behind the text."""
+    before = text if at < 0 else text[:at]
+    line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+    return f"line {line}, column {column}: "
+
+
+def _yaml(text: str, name: str) -> Any:
+    try:
+        return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as e:
-        where = f"line {e.problem_mark.line + 1}: " if e.problem_mark else ""
+        mark = e.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise InvalidData(name, f"{where}{e.problem}") from e
+    except ReaderError as e:
+        character = f"U+{e.character:04X} is not allowed"
+        raise InvalidData(name, f"{_place(text, e.position)}{character}") from e
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise InvalidData(name, str(e)) from e
 

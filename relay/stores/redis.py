@@ -34,9 +34,10 @@ from relay.errors import ConfigError, InvalidData, StoreUnavailable
 from relay.model.credential import masked_url
 from relay.model.item import InvalidItem, Item, Kind, parse
 from relay.model.payload import Payload
-from relay.reasons import describe, one_line, tls_reason
+from relay.model.text import one_line
+from relay.reasons import describe, shorten, tls_reason
 from relay.stores import UNREADABLE, Stored, Version, Versions
-from relay.tls import client_context
+from relay.tls import EncryptedKey, client_context, load_key_pair
 
 DEFAULT_PREFIX = "launchdarkly"
 DEFAULT_PORT = 6379
@@ -84,7 +85,7 @@ class RedisStore:
     """
 
     def __init__(self, options: RedisOptions, prefix: str = "") -> None:
-        self.prefix = prefix or DEFAULT_PREFIX
+        self.prefix = one_line(prefix or DEFAULT_PREFIX)
         self.server = _masked(options.url)
         self._pool = _pool(options)
         self._connect_timeout = options.connect_timeout
@@ -301,7 +302,9 @@ def _tls_context(options: RedisOptions) -> ssl.SSLContext:
     if options.client_certificate_file:
         key = options.client_key_file or None
         try:
-            context.load_cert_chain(options.client_certificate_file, key)
+            load_key_pair(context, options.client_certificate_file, key)
+        except EncryptedKey as e:
+            raise ConfigError([f"[Redis] clientKeyFile: {e}"]) from e
         except OSError as e:  # also of OpenSSL
             files = f"client certificate {options.client_certificate_file}"
             files += f" with key {key}" if key else ""
@@ -453,4 +456,4 @@ def _reply(error: RedisError) -> str:
     """
     text, _, _ = str(error).partition(", with args beginning")
     code = getattr(error, "status_code", None)  # of redis-py 8, which takes it from the text
-    return one_line(f"{code} {text}" if code else text)
+    return shorten(f"{code} {text}" if code else text)

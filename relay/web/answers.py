@@ -9,6 +9,7 @@ import orjson
 from starlette.responses import Response
 
 from relay.model.environment import EnvironmentSpec
+from relay.model.text import header_value
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -59,7 +60,7 @@ def environment_headers(spec: EnvironmentSpec) -> Headers:
     """Return the header that tells SDKs the client-side ID of their environment, if it has one."""
     if spec.environment_id is None:
         return ()
-    return ((b"x-ld-envid", spec.environment_id.value.encode("latin-1", "replace")),)
+    return ((b"x-ld-envid", header_value(spec.environment_id.value.encode(errors="replace"))),)
 
 
 def text(status: int, message: str) -> Answer:

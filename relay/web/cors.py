@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from relay.model.environment import EnvironmentSpec
+from relay.model.text import header_value
 from relay.web.answers import Headers
 
 ALLOWED_HEADERS = (
@@ -38,9 +39,9 @@ def cors_headers(
     """
     more = spec.allowed_headers if spec else ()
     return {
-        "access-control-allow-origin": _allowed_origin(spec, origin),
+        "access-control-allow-origin": _as_header(_allowed_origin(spec, origin)),
         "access-control-allow-methods": ",".join(methods),
-        "access-control-allow-headers": ",".join((*ALLOWED_HEADERS, *more)),
+        "access-control-allow-headers": _as_header(",".join((*ALLOWED_HEADERS, *more))),
         "access-control-allow-credentials": "false",
         "access-control-max-age": str(MAX_AGE),
         "access-control-expose-headers": ",".join(exposed),
@@ -68,4 +69,11 @@ def _allowed_origin(spec: EnvironmentSpec | None, origin: str) -> str:
     allowed = spec.allowed_origins if spec else ()
     if not allowed:
         return origin or "*"
-    return origin if origin in allowed else allowed[0]
+    if origin in allowed:
+        return origin
+    return "*" if "*" in allowed else allowed[0]
+
+
+def _as_header(text: str) -> str:
+    """Return what is sent of a text that the configuration, or a request, has brought."""
+    return header_value(text.encode("latin-1", "replace")).decode("latin-1")

@@ -21,6 +21,7 @@ from relay.environment import Environment
 from relay.errors import UpstreamUnavailable
 from relay.log import Log, environment_log
 from relay.model.reply import Fetch, Reply
+from relay.model.text import header_value
 from relay.protocol.urls import join
 from relay.web.answers import Answer
 from relay.web.endpoint import header
@@ -200,7 +201,7 @@ def _lifetime(reply: Reply) -> float | None:
 def _answer(found: _Found, if_none_match: bytes) -> Answer:
     reply = found.reply
     headers = tuple(
-        (name.encode(), reply.headers[name].encode("latin-1", "replace"))
+        (name.encode(), header_value(reply.headers[name].encode(errors="surrogateescape")))
         for name in PASSED_BACK
         if name in reply.headers
     )

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from relay.model.text import header_value
 from relay.web.answers import BAD_ESCAPE, Answer
 
 _BROKEN_ESCAPE = re.compile(rb"%(?![0-9a-fA-F]{2})")
@@ -44,7 +45,7 @@ def _objection(scope: Scope) -> Answer | None:
     location = quote(clean, safe=_UNESCAPED).encode()
     if scope["query_string"]:
         location += b"?" + scope["query_string"]
-    return Answer(301, ((b"location", location),))
+    return Answer(301, ((b"location", header_value(location)),))
 
 
 def canonical(path: str) -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from relay.config.load import load
 from relay.config.schema import Config, Option, Support, options
 from relay.config.show import quoted
-from relay.config.values import BOOLEAN, LIST, PATH, SECRET, STRING
+from relay.config.values import BOOLEAN, HEADER_NAMES, ORIGINS
 from relay.errors import ConfigError
 
 
@@ -108,7 +108,7 @@ PREFIX_MISSING = "does not have a prefix specified for database storage"
              "must specify offline mode filename if other offline mode properties are set (ENV_DATASTORE_PREFIX)"],
         ),
         ({"AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_PREFIX": "p"}, []),
-        ({"FILE_DATA_SOURCE": "f", "ENV_ALLOWED_ORIGIN": "o"}, []),
+        ({"FILE_DATA_SOURCE": "f", "ENV_ALLOWED_ORIGIN": "http://o"}, []),
         (
             {"AUTO_CONFIG_KEY": "k", "LD_ENV_a": "k"},
             ["cannot configure specific environments if auto-configuration is enabled (AUTO_CONFIG_KEY, LD_ENV_a)"],
@@ -203,12 +203,16 @@ def test_a_file_that_cannot_be_read_hides_no_other_problem_and_makes_none(tmp_pa
 def test_a_variable_completes_a_section_of_the_file(tmp_path: Path) -> None:
     """The file may leave the SDK key to the environment; the environment stands above the file."""
     path = tmp_path / "relay.conf"
-    path.write_text('[main]\nport = 1\n[Environment "Shop"]\nprefix = "p"\nallowedOrigin = a\n')
-    variables = {"LD_ENV_Shop": "sdk-1", "PORT": "2", "LD_ALLOWED_ORIGIN_Shop": "b,c"}
+    path.write_text(
+        '[main]\nport = 1\n[Environment "Shop"]\nprefix = "p"\nallowedOrigin = http://a\n'
+    )
+    origins = "http://b, http://c"
+    variables = {"LD_ENV_Shop": "sdk-1", "PORT": "2", "LD_ALLOWED_ORIGIN_Shop": origins}
     config = load(str(path), True, False, variables)
     (shop,) = config.environments
     assert (config.main.port, shop.name, shop.prefix) == (2, "Shop", "p")
-    assert (shop.sdk_key.reveal(), shop.allowed_origin) == ("sdk-1", ("a", "b", "c"))
+    assert shop.sdk_key.reveal() == "sdk-1"
+    assert shop.allowed_origin == ("http://a", "http://b", "http://c")
     assert config.given["Main.port"] == "PORT"
     assert config.given['Environment "Shop".prefix'] == f"{path}:4"
 
@@ -356,7 +360,7 @@ def test_an_empty_variable_takes_back_what_the_file_says(tmp_path: Path) -> None
     path = tmp_path / "relay.conf"
     path.write_text(
         "[Main]\ninitTimeout = 1s\ntlsCert = c\nexitAlways = on\nlogLevel = warn\n"
-        '[Environment "a"]\nsdkKey = k\nallowedOrigin = x\nprefix = p\n'
+        '[Environment "a"]\nsdkKey = k\nallowedOrigin = http://x\nprefix = p\n'
     )
     names = ("INIT_TIMEOUT", "TLS_CERT", "EXIT_ALWAYS", "LOG_LEVEL", "LD_ALLOWED_ORIGIN_a")
     variables = {**dict.fromkeys(names, ""), "LD_ENV_a": "k2", "LD_PREFIX_a": ""}
@@ -364,7 +368,7 @@ def test_an_empty_variable_takes_back_what_the_file_says(tmp_path: Path) -> None
     main, (a,) = config.main, config.environments
     assert (main.init_timeout, main.tls_cert, main.exit_always) == (10.0, "", True)
     assert main.log_level == "info"
-    assert (a.sdk_key.reveal(), a.allowed_origin, a.prefix) == ("k2", ("x",), "")
+    assert (a.sdk_key.reveal(), a.allowed_origin, a.prefix) == ("k2", ("http://x",), "")
     assert config.given['Environment "a".allowed_origin'] == f"{path}:8"
     assert "Main.init_timeout" not in config.given
 
@@ -427,7 +431,12 @@ texts = {
     "duration": st.sampled_from(["0", "1s", "1.5h", "1m30s", "-2ms", "99ms", "+5us", "1h1ns"]),
     "size": st.sampled_from(["1B", "1.5MiB", "0B", "64kb", "1MiB1B"]),
     "URL": urls,
+    "key": st.from_regex("[!-~]{1,12}", fullmatch=True),
+    "ID": st.from_regex("[!-~]{1,12}", fullmatch=True),
 }
+origins = st.sampled_from(
+    ["https://a.example", "HTTP://B:80/", "null, *", "ionic://x", "https://*.x"]
+)
 
 
 def text_of(option: Option) -> st.SearchStrategy[str]:
@@ -436,7 +445,11 @@ def text_of(option: Option) -> st.SearchStrategy[str]:
         right = st.sampled_from(["redis://u:p@h:1/2", "rediss://h", "http://h"])
     elif option.kind.name in texts:
         right = texts[option.kind.name]
-    elif option.kind in (STRING, PATH, SECRET, LIST):
+    elif option.kind is ORIGINS:
+        right = origins
+    elif option.kind is HEADER_NAMES:
+        right = st.sampled_from(["X-A", "X-A , X-B,", "X A", ","])
+    elif option.kind.is_text or option.kind.is_list:
         right = lines
     else:
         right = words.filter(lambda word: f"`{word.lower()}`" in option.kind.name)
@@ -466,12 +479,16 @@ def settings_of_both(draw: st.DrawFn) -> tuple[str, dict[str, str]]:
     return file, variables
 
 
-def outcome(*arguments: Any) -> Config | list[str]:
+def outcome(names: Mapping[str, str], *arguments: Any) -> Config | list[str]:
     """What a configuration amounts to, without the places where it was given."""
     try:
         config = load(*arguments)
     except ConfigError as e:
-        return [re.sub(r" \([^()]*\)$", "", problem) for problem in e.problems]
+        found = [re.sub(r" \([^()]*\)$", "", problem) for problem in e.problems]
+        found = [re.sub(r"^\S+:[0-9]+: [A-Za-z]+: ", "", problem) for problem in found]
+        for name in names:
+            found = [problem.removeprefix(f"{name}: ") for problem in found]
+        return sorted(found)
     return replace(config, given={}, warnings=())
 
 
@@ -485,8 +502,8 @@ def test_a_file_and_the_equivalent_variables_give_the_same(
     with tempfile.NamedTemporaryFile("w") as path:
         path.write(file)
         path.flush()
-        from_file = outcome(path.name, False, False, {})
-    from_variables = outcome("", True, False, variables)
+        from_file = outcome({}, path.name, False, False, {})
+    from_variables = outcome(variables, "", True, False, variables)
     assert from_file == from_variables
 
 
@@ -520,3 +537,132 @@ def test_several_webhook_secrets_may_be_given():
     assert [secret.reveal() for secret in config.webhook.secrets] == ["one", "two"]
     with pytest.raises(ConfigError, match="consists of commas only"):
         load("", from_env=True, allow_missing_file=False, environ={"WEBHOOK_SECRET": ", ,"})
+
+
+def service(name: str, address: str = "10.0.0.1", port: str = "80") -> dict[str, str]:
+    """The variables that Kubernetes sets for a service."""
+    url, by_port = f"tcp://{address}:{port}", f"{name}_PORT_{port}_TCP"
+    return {
+        f"{name}_SERVICE_HOST": address,
+        f"{name}_SERVICE_PORT": port,
+        f"{name}_SERVICE_PORT_HTTP": port,
+        f"{name}_PORT": url,
+        by_port: url,
+        f"{by_port}_PROTO": "tcp",
+        f"{by_port}_PORT": port,
+        f"{by_port}_ADDR": address,
+    }
+
+
+def test_variables_of_services_are_not_the_operators() -> None:
+    """Kubernetes sets them in each container, whatever a service of the namespace is called."""
+    variables = {"LD_ENV_main": "sdk-1"}
+    for name in (
+        "PROMETHEUS",
+        "REDIS",
+        "LD_ENV_SHOP",
+        "LD_FILTER_KEYS_SHOP",
+        "LD_PREFIX",
+        "EVENTS",
+    ):
+        variables |= service(name, "fd00::1" if name == "EVENTS" else "10.0.0.1")
+    config = from_env({**variables, "USE_PROMETHEUS": "true"})
+    assert [each.name for each in config.environments] == ["main"]
+    assert (config.prometheus.port, config.redis, config.warnings) == (8031, None, ())
+
+
+@pytest.mark.parametrize(
+    ("variables", "url"),
+    [
+        ({"REDIS_URL": "redis://mine:1"}, "redis://mine:1"),
+        ({"REDIS_HOST": "mine"}, "redis://mine:6379"),
+        ({"REDIS_HOST": "redis"}, "redis://10.0.0.1:6400"),
+        ({"REDIS_HOST": "redis.shop.svc"}, "redis://10.0.0.1:6400"),
+        ({}, "redis://10.0.0.1:6400"),
+    ],
+)
+def test_a_service_named_redis_counts_where_it_is_meant(
+    variables: dict[str, str], url: str
+) -> None:
+    """As in the reference where nothing else is said, and never against what the operator says."""
+    given = {"LD_ENV_main": "sdk-1", "USE_REDIS": "1", **variables}
+    redis = from_env({**given, **service("REDIS", port="6400")}).redis
+    assert redis
+    assert redis.url == url
+
+
+def test_a_service_named_redis_does_not_count_against_the_file(tmp_path: Path) -> None:
+    """The file says where Redis is."""
+    path = tmp_path / "relay.conf"
+    path.write_text("[Redis]\nurl = redis://mine:1\n")
+    redis = load(str(path), True, False, service("REDIS")).redis
+    assert redis
+    assert redis.url == "redis://mine:1"
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({"LD_ENV_caf\udce9": "k"}, r"LD_ENV_caf\xe9: the variable's name is not UTF-8"),
+        ({"LD_ENV_a": "k\udcff"}, "LD_ENV_a: not UTF-8"),
+        ({"LD_ENV_a": "k", "LD_PREFIX_a": "\udcff"}, "LD_PREFIX_a: not UTF-8"),
+        ({"LD_ENV_a": "k", "LD_ALLOWED_ORIGIN_a": "http://a,\udcff"}, "LD_ALLOWED_ORIGIN_a: not UTF-8"),
+        ({"TLS_CERT": "/\udcff"}, "TLS_CERT: not UTF-8"),
+        ({"PORT": "\udcff"}, "PORT: not UTF-8"),
+        ({"USE_REDIS": "\udcff"}, "USE_REDIS: not UTF-8"),
+        ({"LD_ENV_a\nb": "k"}, 'the name of environment "a\\nb" has control characters (LD_ENV_a\nb)'),
+        ({"LD_ENV_a": " \n"}, 'SDK key is required for environment "a" (LD_ENV_a)'),
+        ({"LD_ENV_a": "sdk 1"}, "LD_ENV_a: a key has ASCII characters only, no blanks and no quotation marks, but character 4 is a blank"),
+        ({"LD_ENV_a": "k", "LD_CLIENT_SIDE_ID_a": "i\nd"}, "LD_CLIENT_SIDE_ID_a: a client-side ID has ASCII characters only, no blanks, and none of \"'/\\?#%, but character 2 is a line end"),
+        ({"LD_ENV_a": "k", "LD_PREFIX_a": "a\r\nb"}, "LD_PREFIX_a: must not contain control characters, but character 2 is a carriage return"),
+        ({"USE_REDIS": "1", "REDIS_HOST": "a b"}, "invalid Redis hostname (REDIS_HOST)"),
+    ],
+)  # fmt: skip
+def test_what_is_not_clean_inside_is_refused_by_name(
+    variables: dict[str, str], problem: str
+) -> None:
+    """At the start, not where it fails; once each."""
+    assert problems(variables) == (problem,)
+
+
+def test_what_is_not_clean_around_does_not_matter(tmp_path: Path) -> None:
+    """In variables and in files; a blank value is an empty one."""
+    path = tmp_path / "relay.conf"
+    path.write_text(
+        '[Environment "a"]\nmobileKey =\u00a0mob-0\nmobileKey = " mob-1\\n"\nprefix = p\n'
+        "[Main]\nexitAlways = \ufeffyes \n"
+    )
+    variables = {
+        "LD_ENV_a": "sdk-1\r\n",
+        "LD_PREFIX_a": " ",
+        "USE_REDIS": "true\n",
+        "REDIS_URL": "redis://h\r\n",
+        "PORT": "\n",
+    }
+    config = load(str(path), True, False, variables)
+    (a,) = config.environments
+    assert (a.sdk_key.reveal(), a.mobile_key.reveal(), a.prefix) == ("sdk-1", "mob-1", "")
+    assert (config.main.exit_always, config.main.port) == (True, 8030)
+    assert config.redis
+    assert config.redis.url == "redis://h"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'[Environment "a"]\nsdkKey = "sdk-1" // comment\n', ":2: sdkKey: a key has ASCII characters only, no blanks and no quotation marks, but character 6 is a blank"),
+        (b'[Environment "a"]\nsdkKey = k\nprefix = \xe9t\xe9\n', ":3: not UTF-8"),
+        (b'[Environment "a\x01"]\nsdkKey = k\n', 'the name of environment "a\\x01" has control characters (PATH:1)'),
+        ('[Environment "a"]\nsdkKey = “sdk-1”\n'.encode(), ":2: sdkKey: a key has ASCII characters only, no blanks and no quotation marks, but character 1 is U+201C"),
+    ],
+)  # fmt: skip
+def test_what_is_not_clean_inside_a_file_names_its_line(
+    tmp_path: Path, content: bytes, problem: str
+) -> None:
+    """LaunchDarkly's own example has a comment that is none."""
+    path = tmp_path / "relay.conf"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load(str(path), False, False, {})
+    (found,) = caught.value.problems
+    assert found.endswith(problem.replace("PATH", str(path)))

@@ -62,9 +62,28 @@ def test_a_version_in_the_file_counts_if_it_is_greater():
     assert items(b'{"flags":{"a":{"version":700}}}', first)[0].version == 700
 
 
+@pytest.mark.parametrize("name", ["f.json", "f.yaml"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_the_file(name, encoding):
+    """As some editors and shells write it."""
+    text = '{"flagValues": {"greeting": "grüß Gott"}}'
+    (item,) = items(text.encode(encoding), name=name)
+    assert json.loads(item.json)["variations"] == ["grüß Gott"]
+
+
 @pytest.mark.parametrize(
     ("text", "name", "words"),
     [
+        (b"flagValues:\n  a: 1\n  b: [1, .inf]\n", "f.yaml", ["f.yaml: line 3, column 10: .inf"]),
+        (b"flagValues: {a: -.Inf}", "f.yaml", ["f.yaml: line 1, column 17: -.Inf"]),
+        (b"flagValues:\n  a: .nan\n", "f.yaml", ["f.yaml: line 2, column 6: .nan"]),
+        (b"flagValues:\n  a: 1.0e+400\n", "f.yaml", ["line 2, column 6: 1.0e+400"]),
+        (b'{"flagValues":\n {"a": NaN}}', "f.json", ["f.json: line 2, column 8: "]),
+        (b'{"flagValues":\n {"a": 1e400}}', "f.json", ["f.json: line 2, column 8: "]),
+        (b"flags:\n  a: \xff\n", "f.yaml", ["f.yaml: line 2, column 6: not UTF-8"]),
+        (b'{"flags":\n"\xff"}', "f.json", ["f.json: line 2, column 2: not UTF-8"]),
+        (b"flags:\n a: \x00", "f.yaml", ["f.yaml: line 2, column 5: U+0000"]),
+        (b"flags:\n\ta: 1", "f.yaml", ["f.yaml: line 2, column 1: "]),
         (b'{"flags": {', "f.json", ["f.json", "line 1"]),
         (b"flags:\n  a: [1\n", "f.yaml", ["f.yaml", "line 3"]),
         (b"", "f.yaml", ["f.yaml", "must be an object"]),

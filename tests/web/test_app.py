@@ -9,8 +9,10 @@ import pytest
 
 from relay.environment import Environment
 from relay.hub import Hub
-from relay.model.credential import MobileKey
+from relay.model.credential import MobileKey, SDKKey
+from relay.model.environment import EnvironmentSpec
 from relay.relay import Relay
+from relay.web.cors import cors_headers
 from relay.web.middleware import canonical
 from relay.web.polling import Polling
 from tests.support.contracts import ScriptedSource
@@ -110,6 +112,15 @@ async def test_configured_origins():
             reply = await ask(address, "/sdk/goals/env-1", [("Origin", origin)])
             assert reply.headers["access-control-allow-origin"] == allowed
             assert reply.headers["access-control-allow-headers"].endswith("-Tags,X-Extra")
+
+
+@pytest.mark.parametrize("allowed", [("*",), ("*", "https://a"), ("https://a", "*")])
+def test_a_star_among_the_origins_means_all(allowed):
+    """Wherever it stands; who has a name is called by it."""
+    spec = EnvironmentSpec("x", SDKKey("sdk-1"), allowed_origins=allowed)
+    for origin in ("https://a", "https://b", ""):
+        given = cors_headers(spec, origin, ("GET",))["access-control-allow-origin"]
+        assert given == (origin if origin in allowed and origin else "*")
 
 
 @pytest.mark.parametrize("path", ["/sdk/stream", "/sdk/poll"])
