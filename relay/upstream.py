@@ -35,6 +35,10 @@ USER_AGENT = f"PythonRelay/{__version__} LDRelay/{__version__}"
 CONNECT_TIMEOUT = 13.0
 """Seconds for name, TCP, proxy and TLS together: the reference's 3 s and 10 s."""
 
+HEAD_TIMEOUT = 30.0
+"""Seconds until an answer must begin, redirects included. Whoever streams begins at once; a server
+that is silent for so long has accepted the connection and hangs."""
+
 KEEP_UNUSED = 90.0
 """Seconds for which a connection is kept for the next request (newer 10.2)."""
 
@@ -67,6 +71,7 @@ class Upstream:
         ca_files: PEM files of authorities that are trusted beside the system's.
         keep_alive: seconds for which an unused connection is kept; 0 for not at all.
         connect_timeout: seconds until a connection must stand.
+        head_timeout: seconds until an answer that is read bit by bit must begin.
 
     Raises:
         ConfigError: a CA file, the proxy's URL or one of these variables cannot be used.
@@ -78,6 +83,7 @@ class Upstream:
         ca_files: Sequence[Path] = (),
         keep_alive: float = KEEP_UNUSED,
         connect_timeout: float = CONNECT_TIMEOUT,
+        head_timeout: float = HEAD_TIMEOUT,
     ) -> None:
         self._proxy_for: ProxyChoice = (
             environment_proxies(os.environ) if proxy is None else fixed_proxy(proxy)
@@ -86,6 +92,7 @@ class Upstream:
         self._tls = _tls_context(ca_files) if ca_files else None
         self._keep_alive = keep_alive
         self._connect_timeout = connect_timeout
+        self._head_timeout = head_timeout
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -141,7 +148,8 @@ class Upstream:
         # ValueError: headers and URLs may hold what cannot be sent. While the answer is read it
         # would be a defect of ours.
         with _translated(ValueError):
-            response, trusted = await self._open(URL(url), everything, read_timeout)
+            async with asyncio.timeout(self._head_timeout):
+                response, trusted = await self._open(URL(url), everything, read_timeout)
         try:
             if response.status not in statuses:
                 raise _status_error(response.status, trusted=trusted)

@@ -7,6 +7,7 @@ import logging
 import ssl
 import time
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import trustme
@@ -130,6 +131,15 @@ async def test_a_fault_interrupts_and_passes(server, caplog, fault):
         assert trouble.refused == (fault in ("401", "403", "404"))
         assert (await until(updates, ChangeSet)).full
     assert KEY not in caplog.text + trouble.reason
+
+
+async def test_a_server_that_accepts_and_says_nothing_is_given_up_soon(server):
+    """The silence that a stream may keep once it has begun is minutes long; before, it is a fault."""
+    server.script(KEY, answers.stall)
+    patient, session = replace(FAST, read_timeout=3600.0), Upstream(head_timeout=0.1)
+    async with listening(server.url, patient, session) as (updates, _):
+        assert (await anext(updates)).reason.endswith("no answer in time")
+        assert await until(updates, ChangeSet)
 
 
 async def test_a_refused_connection_and_an_unknown_host_are_tried_again(server):
