@@ -1,8 +1,8 @@
 """Analytics events: joining the arrays of several posts, and summaries for old schemas.
 
-Events of a current schema are never parsed. SDKs of schemas 1 and 2 report each evaluation, and
-leave it to a relay to count them (events 5.5); what they wrote is copied as they wrote it, so that
-numbers and unknown members stay exact.
+Events of a current schema are never parsed, only seen to be well-formed. SDKs of schemas 1 and 2
+report each evaluation, and leave it to a relay to count them (events 5.5); what they wrote is
+copied as they wrote it, so that numbers and unknown members stay exact.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ MAX_CONTEXTS = 1000
 FORGET_AFTER = 5 * 60_000
 """Milliseconds after which contexts are introduced again; the reference's time."""
 
+_skip = msgspec.json.Decoder(Raw).decode
+"""The fastest check there is: 5 microseconds for the 7 KB of forty events."""
+
 _BLANKS = b" \t\n\r"
 _EMPTY = re.compile(rb"[ \t\n\r]*\[[ \t\n\r]*\][ \t\n\r]*")
 _ESCAPE = re.compile(
@@ -47,6 +50,31 @@ def is_array(body: bytes) -> bool:
 def is_empty(body: bytes) -> bool:
     """Return whether a text is a JSON array without elements."""
     return _EMPTY.fullmatch(body) is not None
+
+
+def is_well_formed(body: bytes) -> bool | None:
+    """Return whether a text is JSON in UTF-8 (RFC 8259); None if it is nested too deeply to tell.
+
+    Halves of surrogate pairs, written as escapes, are well-formed: SDKs write those of a text that
+    was cut within an emoji.
+    """
+    try:
+        if not body.isascii():
+            body.decode()  # the decoder does not look into what it only skips
+        _skip(body)
+    except RecursionError:
+        return None
+    except UnicodeDecodeError:
+        return False
+    except msgspec.DecodeError:
+        whole = _with_whole_pairs(body)
+        return is_well_formed(whole) if whole != body else False
+    return True
+
+
+def _with_whole_pairs(body: bytes) -> bytes:
+    """Return a text with another character for each escape that is half of a surrogate pair."""
+    return _ESCAPE.sub(lambda m: b"\\ufffd" if m["lone"] else m[0], body)
 
 
 def joined(bodies: Iterable[bytes]) -> bytes:
@@ -76,7 +104,7 @@ class Contexts:
 
         Args:
             keys: its kinds and keys, sorted by kind.
-            now: in milliseconds.
+            now: in milliseconds, by a clock that does not jump.
         """
         if self._since is None or now - self._since >= FORGET_AFTER:
             self._known.clear()
@@ -111,7 +139,14 @@ class Summarised(NamedTuple):
 
 
 def summarised(
-    body: bytes, schema: int, flags: Flags, contexts: Contexts, *, now: int, server_time: int
+    body: bytes,
+    schema: int,
+    flags: Flags,
+    contexts: Contexts,
+    *,
+    now: int,
+    server_time: int,
+    passed: int | None = None,
 ) -> Summarised:
     """Turn the events of a post into those of the current schema, evaluations into counts.
 
@@ -122,8 +157,11 @@ def summarised(
         contexts: those of the lane.
         now: in milliseconds.
         server_time: upstream's clock at its last answer, in milliseconds: debugging ends by it.
+        passed: milliseconds by a clock that does not jump, for `contexts`; None for `now`.
     """
-    work = _Work(schema, flags, contexts, now, max(now, server_time))
+    passed = now if passed is None else passed
+    debug_now = max(now, server_time)
+    work = _Work(schema, flags, contexts, now=now, debug_now=debug_now, passed=passed)
     try:
         events = _elements(body)
     except InvalidData as e:
@@ -152,8 +190,7 @@ def _elements(body: bytes) -> list[Raw]:
         try:
             return msgspec.json.decode(body, type=list[Raw])
         except msgspec.DecodeError:
-            whole = _ESCAPE.sub(lambda m: b"\\ufffd" if m["lone"] else m[0], body)
-            return msgspec.json.decode(whole, type=list[Raw])
+            return msgspec.json.decode(_with_whole_pairs(body), type=list[Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError) as e:
         raise InvalidData("events", f"no JSON array: {e}") from e
     except RecursionError as e:
@@ -311,10 +348,18 @@ class _Work:
         contexts: as in `summarised`.
         now: in milliseconds.
         debug_now: the later one of our clock and upstream's, in milliseconds.
+        passed: as in `summarised`.
     """
 
     def __init__(
-        self, schema: int, flags: Flags, contexts: Contexts, now: int, debug_now: int
+        self,
+        schema: int,
+        flags: Flags,
+        contexts: Contexts,
+        *,
+        now: int,
+        debug_now: int,
+        passed: int,
     ) -> None:
         self.dropped: Counter[str] = Counter()
         self._schema = schema
@@ -322,6 +367,7 @@ class _Work:
         self._contexts = contexts
         self._now = now
         self._debug_now = debug_now
+        self._passed = passed
         self._events: list[object] = []
         self._counters: dict[str, _Counters] = {}
         self._dates: list[int] = []
@@ -391,7 +437,7 @@ class _Work:
 
     def _introduce(self, event: _Event, context: _Context) -> None:
         # Of a user of whom only the key is known there is nothing to tell.
-        if context.json is None or not self._contexts.introduce(context.keys, self._now):
+        if context.json is None or not self._contexts.introduce(context.keys, self._passed):
             return
         date = self._date(event)
         self._events.append({"kind": "index", "creationDate": date, "context": context.json})
@@ -416,7 +462,7 @@ class _Work:
         context = _context(event)
         if context.json is None:
             raise InvalidData("event", "neither context nor user")
-        self._contexts.introduce(context.keys, self._now)
+        self._contexts.introduce(context.keys, self._passed)
         date, ratio = self._date(event), _ratio(event)
         output = _present(
             kind="identify", creationDate=date, context=context.json, samplingRatio=ratio

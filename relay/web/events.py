@@ -19,6 +19,7 @@ from typing import Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
+from relay import clock
 from relay.environment import Environment
 from relay.errors import StoreUnavailable
 from relay.log import Log, environment_log
@@ -327,8 +328,15 @@ async def _summarised(
 
     def work() -> Summarised:
         now, theirs = int(post.received * 1000), int(server_time * 1000)
-        schema = post.lane.schema
-        return summarised(post.body, schema, flag, contexts, now=now, server_time=theirs)
+        return summarised(
+            post.body,
+            post.lane.schema,
+            flag,
+            contexts,
+            now=now,
+            server_time=theirs,
+            passed=int(clock.now() * 1000),
+        )
 
     return work() if len(post.body) <= SUMMARISED_AT_ONCE else await asyncio.to_thread(work)
 

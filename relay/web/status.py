@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import islice
 
-from relay import __version__
+from relay import __version__, clock
 from relay.environment import ConnectionState, Environment
 from relay.model.item import InvalidItem
 from relay.relay import Relay
@@ -94,7 +94,7 @@ def _events(relay: Relay, name: str) -> dict[str, object] | None:
     if relay.events is None:
         return None
     oldest = relay.events.oldest(name)
-    age = None if oldest is None else max(0, round(time.time() - oldest))
+    age = None if oldest is None else max(0, round(clock.now() - oldest))
     members = {**asdict(relay.events.figures(name)), "oldestAge": age}
     durable = relay.events.spool.durable
     return {"kept": "on disk" if durable else "in memory", **_without_none(members)}

@@ -367,6 +367,48 @@ async def test_nothing_acknowledged_is_lost_when_the_relay_is_killed(upstream, t
     assert {key: found for key, found in ids.items() if len(found) > 1} == {}
 
 
+async def test_an_upstream_that_rejects_everything_for_seconds_costs_nothing(upstream, tmp_path):
+    """A proxy says 400 or 413 to all for a while; all that SDKs post meanwhile arrives, each once."""
+    async with relay_of(upstream, tmp_path) as relay:
+        for first, code in ((0, 400), (100, 413)):
+            upstream.always(SDK_KEY, status(code))
+            for number in range(first, first + 100):
+                assert await send(relay.address, number) == 202
+            await upstream.posted(len(upstream.posts) + 4)
+            upstream.always(SDK_KEY, None)
+            wanted = {f"e{number}" for number in range(first + 100)}
+            await until_arrived(upstream, wanted, PATIENCE)
+        events = await events_status(relay)
+        assert events["quarantined"] == events["evicted"] == 0
+    assert len(list(arrived(upstream))) == 200
+
+
+async def test_bodies_that_are_not_well_formed_are_set_aside(upstream, tmp_path):
+    """They are answered like others, and counted; those posted together with them arrive."""
+    bad = (
+        b'[{"kind":"custom","key":"x"]',
+        b"[NaN]",
+        b'["\x00"]',
+        b'["\xff"]',
+        b'[{"k":"]',
+        b'["}]',
+    )
+    headers = [("Authorization", SDK_KEY), ("X-LaunchDarkly-Event-Schema", "4")]
+    async with relay_of(upstream, tmp_path, EVENTS_FLUSH_INTERVAL="1s") as relay:
+        for number, body in enumerate(bad):
+            assert await send(relay.address, number) == 202
+            answer = await ask(relay.address, "/bulk", headers, method="POST", body=body)
+            assert answer.status == 202
+        await until_arrived(upstream, {f"e{number}" for number in range(len(bad))}, PATIENCE)
+        while (events := await events_status(relay))["waiting"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        figures = await page(relay, "/metrics")
+        assert (events["quarantined"], events["forwarded"]) == (len(bad), len(bad))
+        assert b'relay_event_posts_quarantined_total{environment="main"} 6\n' in figures
+        assert relay.log.count("as they are no well-formed JSON") == 1
+    assert {post.status for post in upstream.posts} == {202}, "upstream never saw them"
+
+
 async def test_a_retry_of_an_sdk_is_not_counted_twice_also_across_a_restart(upstream, tmp_path):
     """The payload id that the SDK gave is known; a post that is alone keeps it upstream."""
     async with relay_of(upstream, tmp_path) as relay:
