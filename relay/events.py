@@ -502,7 +502,7 @@ class Forwarder:
         lane = batch.lane
         where = target(lane, self._spec_of(lane.environment))
         if where is None:
-            return _Outcome(401, "the environment has no credential for them")
+            return _Outcome(401, f"the environment has no credential for them{_setting(lane)}")
         path, key = where
         checked = not lane.endpoint.diagnostic  # what is in those is nobody's business
         if sum(map(len, bodies)) > SMALL:
@@ -640,6 +640,15 @@ class Forwarder:
     def _log_of(self, environment: str) -> Log:
         spec = self._spec_of(environment)
         return environment_log(environment, "" if spec is None else spec.sdk_key.masked)
+
+
+def _setting(lane: Lane) -> str:
+    """Return the setting without which the posts of a lane cannot be sent."""
+    if lane.endpoint.mobile:
+        return f": set mobileKey (LD_MOBILE_KEY_{lane.environment})"
+    if lane.endpoint.client_side:
+        return f": set envId (LD_CLIENT_SIDE_ID_{lane.environment})"
+    return f": set sdkKey (LD_ENV_{lane.environment})"
 
 
 def _packed(bodies: Sequence[bytes], *, checked: bool) -> bytes | _Outcome:

@@ -564,7 +564,7 @@ async def test_without_a_credential_events_wait(upstream, caplog):
         specs[0] = EnvironmentSpec("bare", SDKKey("sdk-bare"), MobileKey("mob-new"))
         await upstream.took(2)
     assert upstream.posts[1].headers["Authorization"] == "mob-new"
-    assert "no credential" in caplog.text
+    assert "no credential for them: set mobileKey (LD_MOBILE_KEY_bare)" in caplog.text
 
 
 async def test_a_rotated_key_counts_for_what_waits(upstream):

@@ -181,6 +181,11 @@ def _unusable(sight: Sight) -> Iterator[Row]:
             yield (name,), sight.traffic.unusable[name]
 
 
+def _discarded(sight: Sight) -> Iterator[Row]:
+    for name in sight.environments:
+        yield (name,), sight.traffic.discarded[name]
+
+
 def _spool_durable(sight: Sight) -> Iterator[Row]:
     if sight.relay.events is not None:
         yield (), int(sight.relay.events.spool.durable)
@@ -217,6 +222,7 @@ OWN: Mapping[Figure, Look] = {
     Figure("relay_event_posts_quarantined_total", COUNTER, ("environment",), "Posts that are no well-formed JSON, or that LaunchDarkly rejects while it takes others; kept aside."): _events(lambda f: f.quarantined),
     Figure("relay_event_posts_evicted_total", COUNTER, ("environment",), "Posts that were given up for want of room, or as too old."): _events(lambda f: f.evicted),
     Figure("relay_event_posts_unusable_total", COUNTER, ("environment",), "Posts that were no JSON array, and events of old schemas that were malformed: answered with 202, as by the reference, and dropped."): _unusable,
+    Figure("relay_event_posts_discarded_total", COUNTER, ("environment",), "Posts that were accepted and dropped, because the flags come from a file."): _discarded,
     Figure("relay_event_posts_waiting", GAUGE, ("environment",), "Posts that wait for their delivery."): _events(lambda f: f.waiting),
     Figure("relay_event_oldest_seconds", GAUGE, ("environment",), "How long the oldest of them has waited; 0 if none waits."): _oldest_events,
     Figure("relay_event_spool_durable", GAUGE, (), "1 if accepted events survive the end of the process, 0 if they wait in memory."): _spool_durable,

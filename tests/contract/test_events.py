@@ -466,10 +466,59 @@ async def test_a_refused_key_does_not_switch_events_off(upstream, tmp_path):
         assert SDK_KEY not in relay.log
 
 
+ENDPOINTS = [
+    ("/bulk", "sdk"),
+    ("/diagnostic", "sdk"),
+    *((f"/mobile{rest}", "mob") for rest in ("", "/events", "/events/bulk", "/events/diagnostic")),
+    *(("/events/bulk/{}", "id"), ("/events/diagnostic/{}", "id")),
+]
+"""Where SDKs post events, and with which credential."""
+
+
 async def test_events_stay_off_unless_switched_on(upstream, tmp_path):
-    """Without USE_EVENTS the answer is the reference's."""
+    """Without USE_EVENTS the answer begins like the reference's, and says which setting is missing."""
+    keys = {"sdk": SDK_KEY, "mob": MOBILE_KEY, "id": "none"}
+    answers = []
     async with relay_of(upstream, tmp_path, USE_EVENTS="false") as relay:
-        assert await send(relay.address, 1) == 503
+        for path, kind in ENDPOINTS:
+            given = [("Authorization", keys[kind])]
+            url = path.format("id-main")
+            answers.append(await ask(relay.address, url, given, method="POST", body=b"[{}]"))
+        answers.append(await ask(relay.address, "/a/id-main.gif?d=W3t9XQ"))
+    text = "Event proxy is not enabled for this environment"
+    for answer in answers:
+        assert answer.status == 503
+        assert json.loads(answer.body)["message"].startswith(text)
+        assert b"[Events] sendEvents (USE_EVENTS=true)" in answer.body
+
+
+@pytest.mark.parametrize("switched", ["true", "false"])
+async def test_a_relay_with_a_flags_file_takes_events_and_drops_them(switched, tmp_path):
+    """As the reference does in offline mode: whatever is posted, wherever; counted, not announced."""
+    flags = tmp_path / "flags.json"
+    flags.write_text('{"flagValues": {"lamp": true}}')
+    keys = {"sdk": "sdk-demo", "mob": "mob-demo", "id": "none"}
+    bodies = (b"[{}]", b'[{"kind":"custom","key":"k"}]', b"hello", b"", b"[]", b"x" * 300_000)
+    relay = RelayProcess(tmp_path, "serve", "--flags", str(flags), USE_EVENTS=switched)
+    posted = 0
+    async with relay:
+        for path, kind in ENDPOINTS:
+            for body in bodies:
+                for schema in ("4", "2"):
+                    given = [("Authorization", keys[kind]), ("X-LaunchDarkly-Event-Schema", schema)]
+                    url = path.format("demo-client-side-id")
+                    answer = await ask(relay.address, url, given, method="POST", body=body)
+                    assert (answer.status, answer.body) == (202, b"")
+                    posted += 1
+        image = await ask(relay.address, "/a/demo-client-side-id.gif?d=W3t9XQ")
+        assert (image.status, image.body[:5]) == (200, b"GIF89")
+        status = json.loads(await page(relay, "/status"))
+        assert status["environments"]["demo"]["events"] == {"discarded": posted + 1}
+        figure = b'relay_event_posts_discarded_total{environment="demo"} %d\n' % (posted + 1)
+        assert figure in await page(relay, "/metrics")
+    assert relay.log.count("Events will be accepted, but will be discarded") == 1
+    assert "memory" not in relay.log
+    assert "Forwarding events" not in relay.log
 
 
 async def test_without_a_directory_events_wait_in_memory_and_the_start_says_so(upstream, tmp_path):
