@@ -77,14 +77,15 @@ CREATE TABLE IF NOT EXISTS seen (received REAL NOT NULL, ids BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS quarantine (id INTEGER PRIMARY KEY, size INTEGER NOT NULL,
     environment TEXT NOT NULL, endpoint TEXT NOT NULL, schema INTEGER NOT NULL,
     payload_id TEXT NOT NULL, received REAL NOT NULL, reason TEXT NOT NULL, body BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS clock (id INTEGER PRIMARY KEY, now REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS clock (id INTEGER PRIMARY KEY, now REAL NOT NULL, ours REAL NOT NULL);
 """
 # A batch is the posts of its lane from `first` to `last`; of a post that was too large alone, its
 # elements from `start` to `stop`. So fixing a batch does not write its posts again. Bodies are gzip
 # streams, which have checksums; `length` is that of what is in them. The payload ids of a
 # transaction are one row of `seen`: rows of their own would be all over the file. Batches that were
 # put aside are numbered in that order. Times are by a clock of the file's own, which goes while it
-# is open; its row is written now and then. Files of earlier releases lack `aside` and `clock`.
+# is open; its row, and beside it our clock, is written now and then. Files of earlier releases lack
+# `aside` and `clock`.
 
 _log = logging.getLogger("relay.events")
 
@@ -121,7 +122,9 @@ class DiskStore:
                 if "aside" not in self._columns("batches"):
                     self._db.execute("ALTER TABLE batches ADD aside INTEGER NOT NULL DEFAULT 0")
                 self._db.execute(f"PRAGMA user_version={VERSION}")
-                self._ahead = self._distance(clock.now())
+                now = clock.now()
+                self._ahead = self._distance(now)
+                self._write_clock(now)
             self._size = self._sum()
             self._recall()
         except BaseException:
@@ -144,11 +147,14 @@ class DiskStore:
         ).fetchone()
         if last is None:
             return 0.0
-        absence = now - last
-        return float(absence - min(max(absence, 0.0), LONGEST_ABSENCE))
+        row = self._db.execute("SELECT ours-now FROM clock").fetchone()
+        was_ahead = row[0] if row else 0.0
+        absence = now - (last + was_ahead)
+        passed = min(max(absence, 0.0), LONGEST_ABSENCE)
+        return float(now - (last + passed))
 
     def _write_clock(self, now: float) -> None:
-        self._db.execute("INSERT OR REPLACE INTO clock VALUES (0,?)", (now - self._ahead,))
+        self._db.execute("INSERT OR REPLACE INTO clock VALUES (0,?,?)", (now - self._ahead, now))
 
     def _columns(self, table: str) -> set[str]:
         return {name for _, name, *_ in self._db.execute(f"PRAGMA table_info({table})")}
@@ -225,7 +231,7 @@ class DiskStore:
         found = self._find(number, batch.payload_id)
         if found is None:
             return None
-        row, first, last, start, stop, payload_id = found
+        row, first, last, start, stop, payload_id, aside = found
         ids = [
             i
             for (i,) in self._db.execute(
@@ -247,7 +253,7 @@ class DiskStore:
             parts = [(first, last, cut[0], cut[1]), (first, last, cut[1], cut[2])]
         self._db.execute("DELETE FROM batches WHERE id=?", (row,))
         for half, its_id in zip(parts, half_ids(payload_id), strict=True):
-            self._insert_batch(number, half, its_id)
+            self._insert_batch(number, half, its_id, aside)
         return True
 
     def put_aside(self, batch: Batch) -> bool | None:
@@ -379,11 +385,16 @@ class DiskStore:
             self._db.execute(f"INSERT INTO {table} ({columns}) VALUES {marks}", values)  # noqa: S608 - ours
 
     def _insert_batch(
-        self, number: int, members: tuple[int, int, int, int | None], payload_id: str
+        self,
+        number: int,
+        members: tuple[int, int, int, int | None],
+        payload_id: str,
+        aside: int = 0,
     ) -> None:
         self._db.execute(
-            "INSERT INTO batches (lane,first,last,start,stop,payload_id) VALUES (?,?,?,?,?,?)",
-            (number, *members, payload_id),
+            "INSERT INTO batches (lane,first,last,start,stop,payload_id,aside)"
+            " VALUES (?,?,?,?,?,?,?)",
+            (number, *members, payload_id, aside),
         )
 
     def _lane(self, lane: Lane) -> int:
@@ -427,11 +438,11 @@ class DiskStore:
 
     def _suspect(self, number: int) -> Any:
         """Return the batch of a lane that was put aside first."""
-        return self._batch("aside>0 ORDER BY aside", (number,))
+        return self._batch("aside>0 ORDER BY aside,first,start", (number,))
 
     def _batch(self, which: str, values: tuple[Any, ...]) -> Any:
         return self._db.execute(
-            "SELECT id,first,last,start,stop,payload_id FROM batches"  # noqa: S608 - ours
+            "SELECT id,first,last,start,stop,payload_id,aside FROM batches"  # noqa: S608 - ours
             f" WHERE lane=? AND {which} LIMIT 1",
             values,
         ).fetchone()
