@@ -93,11 +93,18 @@ class Backlog(NamedTuple):
 class Store(Protocol):
     """Where posts wait. What is done to a batch gives None if the store does not know it."""
 
+    # Suspects are batches that were put aside: the others go before them.
+
     def add(self, posts: Sequence[Post], /) -> list[bool]:
         """Take posts; return of each whether it is new. Its payload id may be known already."""
 
-    def take(self, lane: Lane, /) -> tuple[Batch, list[bytes]] | None:
-        """Return the next batch of a lane and its bodies, fixed now or before; None without."""
+    def take(self, lane: Lane, /, *, suspects: bool = False) -> tuple[Batch, list[bytes]] | None:
+        """Return the next batch of a lane and its bodies, fixed now or before; None without.
+
+        Args:
+            lane: whose.
+            suspects: prefer those that were put aside; of them the one put aside first.
+        """
 
     def finish(self, batch: Batch, /) -> int | None:
         """Forget a batch; return the posts that are done with."""
@@ -105,8 +112,19 @@ class Store(Protocol):
     def split(self, batch: Batch, /) -> bool | None:
         """Fix two halves in place of a batch; return whether it has two."""
 
-    def quarantine(self, batch: Batch, reason: str, /) -> int | None:
-        """Set a batch aside for people to look at; return its posts."""
+    def put_aside(self, batch: Batch, /) -> bool | None:
+        """Let the others go before a batch; return whether others than suspects wait."""
+
+    def quarantine(
+        self, batch: Batch, reason: str, only: Sequence[int] | None = None, /
+    ) -> int | None:
+        """Keep posts of a batch for people to look at; return how many are done with.
+
+        Args:
+            batch: whose posts.
+            reason: for people.
+            only: places in the batch; None for all. The others keep its id.
+        """
 
     def tidy(self, now: float, /) -> None:
         """Remove what is too old."""

@@ -320,7 +320,10 @@ def _introduce(config: Config, relay: Relay) -> None:
 
 def _introduce_events(config: Config) -> None:
     events = config.events
-    if events.send_events and config.environments:
+    if not config.environments:
+        text = "Events will be accepted, but will be discarded, since flags come from a file"
+        _log.info("%s", text)
+    elif events.send_events:
         to, place = _shown(events.events_uri), events.spool_dir or "memory"
         _log.info("Forwarding events to %s; until then they wait in %s", to, place)
 
@@ -335,7 +338,7 @@ def _site(config: Config) -> Site:
     from relay.build import build  # noqa: PLC0415
     from relay.web.app import make_app, make_exporter  # noqa: PLC0415
     from relay.web.evaluation import Evaluation  # noqa: PLC0415
-    from relay.web.events import Events  # noqa: PLC0415
+    from relay.web.events import Discarder, Events  # noqa: PLC0415
     from relay.web.goals import Goals  # noqa: PLC0415
     from relay.web.polling import Polling  # noqa: PLC0415
     from relay.web.posting import Posts  # noqa: PLC0415
@@ -349,7 +352,8 @@ def _site(config: Config) -> Site:
     _introduce_events(config)
     polling, traffic = Polling(), Traffic()
     forwarder = relay.events if config.events.send_events else None
-    events = Events(forwarder, config.events.max_inbound_payload_size, traffic.unusable)
+    takes = forwarder if config.environments else Discarder(traffic.discarded)
+    events = Events(takes, config.events.max_inbound_payload_size, traffic.unusable)
     evaluation = Evaluation(config.main.max_client_request_body_size)
     goals = Goals(relay.fetch, config.main.client_side_base_uri)
     secrets = config.webhook.secrets

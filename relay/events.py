@@ -18,12 +18,13 @@ from typing import Protocol
 
 from isal import igzip
 
-from relay.batches import MAX_BATCH, POST_OVERHEAD, Backlog, Batch
+from relay.batches import MAX_BATCH, POST_OVERHEAD, Backlog, Batch, half_ids
+from relay.blame import Evidence
 from relay.errors import PASSING, UpstreamUnavailable
 from relay.log import Log, environment_log
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import Endpoint, Lane, Post, Receipt
-from relay.protocol.events import joined
+from relay.protocol.events import is_well_formed, joined
 from relay.protocol.urls import join
 from relay.sources.retry import JITTER, LONGEST_REFUSED_DELAY, REFUSED_DELAY
 from relay.sources.waiting import pause
@@ -40,6 +41,13 @@ HOLD = 1.0
 
 RESTART_DELAY = 10.0
 """Seconds before a lane that failed by a defect of ours is served again."""
+
+HOLDS_TOLD = 3
+"""How often a post is rejected alone, while there is no other to compare it with, until that is
+told: most are convicted before."""
+
+MALFORMED = "no well-formed JSON array"
+"""Why a post is in quarantine that upstream has not seen."""
 
 SMALL = 32 * 1024
 """Bytes up to which a body is compressed at once: a thread would take longer."""
@@ -106,7 +114,8 @@ class Figures:
         duplicates: whose payload id was known, so that nothing was to be done.
         forwarded: that upstream has taken.
         retried: requests that had to be repeated.
-        quarantined: that upstream rejects as malformed, kept aside.
+        quarantined: that are not well-formed, or that upstream rejects while it takes others; kept
+            aside.
         evicted: given up for want of room, or too old.
         waiting: not delivered yet.
     """
@@ -128,6 +137,13 @@ class Step(Enum):
     REFUSED = auto()
     SPLIT = auto()
     REJECT = auto()
+    """A post is rejected alone. Who is to blame decides what follows."""
+    QUARANTINE = auto()
+    """The post is: it is kept for people."""
+    SUSPECT = auto()
+    """That is open: others of its lane are tried."""
+    HOLD = auto()
+    """That is open, and there are no others, or several are rejected: it is waited."""
 
 
 BAD_REQUEST, TOO_LARGE = 400, 413
@@ -141,7 +157,7 @@ def next_step(status: int | None, posts: int, failures: int) -> Step:
     Args:
         status: of the answer; None without one.
         posts: of the batch.
-        failures: of this lane in a row before this one.
+        failures: how often this batch, or the one that it is a half of, was rejected before.
     """
     # Proxies say 400 of anything, too; the reference tries once more as well.
     if status is None or status in PASSING or (status == BAD_REQUEST and failures == 0):
@@ -191,6 +207,10 @@ class _Outcome:
     retry_after: float | None = None
     took: float = 0.0
     """Seconds until the answer."""
+    malformed: Sequence[int] = ()
+    """Nothing was sent, as the posts at these places are not well-formed."""
+    unclear: bool = False
+    """Nothing was sent, as of a post nobody can tell: it has to go alone."""
 
 
 @dataclass(slots=True)
@@ -207,6 +227,10 @@ class _Traffic:
     """When the first of that came, in Unix seconds."""
     due: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when there is no reason to gather any longer."""
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when something comes, or the relay ends."""
+    suspects: dict[str, float] = field(default_factory=dict)
+    """Payload ids of batches that were put aside, and when their first post came."""
     task: asyncio.Task[None] | None = None
 
 
@@ -248,6 +272,7 @@ class Forwarder:
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(SENDING)
         )
+        self._evidence: defaultdict[tuple[str, Endpoint], Evidence] = defaultdict(Evidence)
         self._troubled: set[tuple[str, Endpoint]] = set()
         """Where the last attempt failed."""
         self._dates: dict[str, float] = {}
@@ -326,9 +351,9 @@ class Forwarder:
         return self._figures[environment]
 
     def oldest(self, environment: str) -> float | None:
-        """Return when the oldest post came that waits, in Unix seconds; None if none does."""
-        came = [t.oldest for lane, t in self._lanes.items() if lane.environment == environment]
-        return min(came, default=None)
+        """Return when the oldest post came that waits, by `clock`; None if none does."""
+        mine = [t for lane, t in self._lanes.items() if lane.environment == environment]
+        return min((min([t.oldest, *t.suspects.values()]) for t in mine), default=None)
 
     def server_time(self, environment: str) -> float:
         """Return upstream's clock at its last answer, in Unix seconds; 0 before the first."""
@@ -375,6 +400,7 @@ class Forwarder:
     def _hurried(self) -> list[asyncio.Task[None]]:
         for traffic in self._lanes.values():
             traffic.due.set()
+            traffic.arrived.set()
         return [traffic.task for traffic in self._lanes.values() if traffic.task is not None]
 
     def _begin(self, lane: Lane, oldest: float, delay: float) -> _Traffic:
@@ -396,6 +422,7 @@ class Forwarder:
         if not traffic.news:
             traffic.news, traffic.since = True, post.received
         traffic.size += len(post.body)
+        traffic.arrived.set()
         if traffic.size >= MAX_BATCH or self._ending.is_set():
             traffic.due.set()
 
@@ -416,24 +443,16 @@ class Forwarder:
         await pause(traffic.due, delay)
         while True:
             async with self._slots[lane.environment]:
-                traffic.due.clear()
-                traffic.news, traffic.size = False, 0
-                taken = await self.spool.take(lane)
+                taken = await self._take(lane, traffic)
                 if taken is None:
                     failed.clear()
                 else:
                     batch, bodies = taken
-                    traffic.oldest = batch.oldest
-                    outcome = await self._send(batch, bodies)
-                    step = next_step(outcome.status, batch.posts, failed.total())
-                    delay = await self._act(step, batch, outcome, failed[step])
-                    failed[step] += 1
-                    if step in (Step.DONE, Step.REJECT):
-                        failed.clear()
+                    step, delay = await self._attempt(batch, bodies, traffic, failed)
             if failed:
-                if self._ending.is_set() and step is not Step.SPLIT:
+                if self._ending.is_set() and step not in (Step.SPLIT, Step.SUSPECT):
                     return  # what waits stays in the spool
-                await pause(self._ending, delay)
+                await self._recover(step, lane, traffic, delay)
             elif taken is not None and batch.more:
                 await pause(self._hasty, delay)
             elif traffic.news:
@@ -442,22 +461,64 @@ class Forwarder:
             else:
                 return
 
+    async def _take(self, lane: Lane, traffic: _Traffic) -> tuple[Batch, list[bytes]] | None:
+        traffic.due.clear()
+        traffic.arrived.clear()
+        traffic.news, traffic.size = False, 0
+        if traffic.suspects and self._evidence_of(lane).accepting:
+            # Upstream has just taken something: now it is seen whose fault it was.
+            return await self.spool.take(lane, suspects=True)
+        return await self.spool.take(lane)
+
+    async def _attempt(
+        self, batch: Batch, bodies: Sequence[bytes], traffic: _Traffic, failed: Counter[Step]
+    ) -> tuple[Step, float]:
+        """Try to deliver a batch; return what was done, and the seconds until the next attempt."""
+        traffic.oldest = batch.oldest
+        outcome = await self._send(batch, bodies)
+        step = await self._settle(batch, outcome, traffic)
+        delay = self._delay(step, outcome, failed[step])
+        failed[step] += 1
+        if step in (Step.DONE, Step.QUARANTINE):
+            failed.clear()
+        elif step is Step.HOLD:
+            outage = self._evidence_of(batch.lane).outage
+            if outage or failed[step] >= HOLDS_TOLD:
+                self._begin_trouble(batch.lane, outcome.reason)
+        return step, delay
+
+    async def _recover(self, step: Step, lane: Lane, traffic: _Traffic, delay: float) -> None:
+        """Wait after something went wrong."""
+        if step is not Step.HOLD or self._evidence_of(lane).outage:
+            await pause(self._ending, delay)
+            return
+        await pause(traffic.arrived, delay)  # something else to compare with
+        await pause(traffic.due, self._pace.flush_interval if traffic.news else 0)
+
+    def _evidence_of(self, lane: Lane) -> Evidence:
+        return self._evidence[lane.environment, lane.endpoint]
+
     async def _send(self, batch: Batch, bodies: Sequence[bytes]) -> _Outcome:
         lane = batch.lane
         where = target(lane, self._spec_of(lane.environment))
         if where is None:
-            return _Outcome(401, "the environment has no credential for them")
+            return _Outcome(401, f"the environment has no credential for them{_setting(lane)}")
         path, key = where
+        checked = not lane.endpoint.diagnostic  # what is in those is nobody's business
         if sum(map(len, bodies)) > SMALL:
-            body = await asyncio.to_thread(_packed, bodies)
+            parcel = await asyncio.to_thread(_packed, bodies, checked=checked)
         else:
-            body = _packed(bodies)
+            parcel = _packed(bodies, checked=checked)
+        if isinstance(parcel, _Outcome):
+            return parcel
         del bodies  # memory is for those who need it
         said = headers(lane, batch.payload_id) | key
         url = join(self._base, path)
         began = time.monotonic()
         try:
-            receipt = await self._upstream.post(url, body, headers=said, within=self._pace.timeout)
+            receipt = await self._upstream.post(
+                url, parcel, headers=said, within=self._pace.timeout
+            )
         except UpstreamUnavailable as e:
             return _Outcome(None, e.reason)
         if receipt.date is not None:
@@ -466,30 +527,76 @@ class Forwarder:
         reason = f"HTTP error {receipt.status}"
         return _Outcome(receipt.status, reason, receipt.retry_after, took)
 
-    async def _act(self, step: Step, batch: Batch, outcome: _Outcome, failures: int) -> float:
-        """Do what follows an attempt; return the seconds to wait before the next one."""
-        figures = self._figures[batch.lane.environment]
+    async def _settle(self, batch: Batch, outcome: _Outcome, traffic: _Traffic) -> Step:
+        """Do what follows an attempt; return it."""
+        evidence = self._evidence_of(batch.lane)
+        if outcome.malformed:
+            await self._quarantine(batch, MALFORMED, outcome.malformed)
+            return Step.SPLIT
+        if outcome.unclear and await self.spool.split(batch):
+            return Step.SPLIT
+        name = batch.payload_id
+        step = next_step(outcome.status, batch.posts, int(evidence.knows(name)))
         if step is Step.DONE:
+            await self._finish(batch)
+            evidence.take(name)
+            traffic.suspects.pop(name, None)
             self._end_trouble(batch.lane)
-            done = await self.spool.finish(batch)
-            if done is None:  # given up while it was on its way, but it has arrived
-                done = batch.posts
-                self._count_evicted(batch.lane.environment, -done)
-            figures.forwarded += done
-            figures.waiting -= done
-            if self._held:
-                self._release()
+        elif step in (Step.AGAIN, Step.REFUSED):
+            self._figures[batch.lane.environment].retried += 1
+            if outcome.status == BAD_REQUEST:  # a batch's trouble, and told when that is clear
+                evidence.doubt(name)
+            else:
+                self._begin_trouble(batch.lane, outcome.reason)
+        elif step is Step.SPLIT:
+            if await self.spool.split(batch):
+                evidence.split(name, half_ids(name))
+            else:
+                step = Step.REJECT
+        if step is Step.REJECT:
+            step = await self._judge(batch, outcome, traffic)
+        return step
+
+    async def _judge(self, batch: Batch, outcome: _Outcome, traffic: _Traffic) -> Step:
+        """Set a post aside that is rejected alone: for good if it is to blame."""
+        evidence = self._evidence_of(batch.lane)
+        if evidence.reject(batch.payload_id):
+            traffic.suspects.pop(batch.payload_id, None)
+            await self._quarantine(batch, outcome.reason)
+            return Step.QUARANTINE
+        others = await self.spool.put_aside(batch)
+        traffic.suspects[batch.payload_id] = batch.oldest
+        return Step.SUSPECT if others and not evidence.outage else Step.HOLD
+
+    async def _finish(self, batch: Batch) -> None:
+        figures = self._figures[batch.lane.environment]
+        done = await self.spool.finish(batch)
+        if done is None:  # given up while it was on its way, but it has arrived
+            done = batch.posts
+            self._count_evicted(batch.lane.environment, -done)
+        figures.forwarded += done
+        figures.waiting -= done
+        if self._held:
+            self._release()
+
+    async def _quarantine(
+        self, batch: Batch, reason: str, only: Sequence[int] | None = None
+    ) -> None:
+        figures = self._figures[batch.lane.environment]
+        posts = batch.posts if only is None else len(only)
+        figures.waiting -= await self.spool.quarantine(batch, reason, only)
+        figures.quarantined += posts
+        fate = "upstream rejects them" if only is None else "they are no well-formed JSON"
+        self._report(f"set aside, as {fate}", batch.lane.environment, posts)
+
+    def _delay(self, step: Step, outcome: _Outcome, failures: int) -> float:
+        """Return the seconds to wait after an attempt, before which were so many like it."""
+        if step is Step.DONE:
             return min(self._pace.between, outcome.took)
-        if step is Step.SPLIT and await self.spool.split(batch):
+        if step is Step.SPLIT:
             return 0.0
-        if step in (Step.SPLIT, Step.REJECT):
-            figures.waiting -= await self.spool.quarantine(batch, outcome.reason)
-            figures.quarantined += batch.posts
-            self._report("set aside, as upstream rejects them", batch.lane.environment, batch.posts)
+        if step in (Step.QUARANTINE, Step.SUSPECT):
             return self._pace.between
-        figures.retried += 1
-        if outcome.status != BAD_REQUEST:  # that is a batch's trouble, and told when it is found
-            self._begin_trouble(batch.lane, outcome.reason)
         retries, chance = self._pace.retries, random.random()  # noqa: S311 - jitter
         delay = retries.delay(failures, chance, refused=step is Step.REFUSED)
         return max(delay, min(outcome.retry_after or 0.0, retries.longest))
@@ -535,7 +642,25 @@ class Forwarder:
         return environment_log(environment, "" if spec is None else spec.sdk_key.masked)
 
 
-def _packed(bodies: Sequence[bytes]) -> bytes:
-    """Return what goes upstream; a body alone stays as it is."""
-    body = bodies[0] if len(bodies) == 1 else joined(bodies)
-    return igzip.compress(body, LEVEL)
+def _setting(lane: Lane) -> str:
+    """Return the setting without which the posts of a lane cannot be sent."""
+    if lane.endpoint.mobile:
+        return f": set mobileKey (LD_MOBILE_KEY_{lane.environment})"
+    if lane.endpoint.client_side:
+        return f": set envId (LD_CLIENT_SIDE_ID_{lane.environment})"
+    return f": set sdkKey (LD_ENV_{lane.environment})"
+
+
+def _packed(bodies: Sequence[bytes], *, checked: bool) -> bytes | _Outcome:
+    """Return what goes upstream; a body alone stays as it is.
+
+    Args:
+        bodies: of a batch.
+        checked: see first that each is a JSON array, as one that is not would spoil the others.
+    """
+    verdicts = [is_well_formed(body) for body in bodies] if checked else []
+    malformed = [place for place, verdict in enumerate(verdicts) if verdict is False]
+    unclear = None in verdicts and len(bodies) > 1
+    if malformed or unclear:
+        return _Outcome(None, "", malformed=malformed, unclear=unclear)
+    return igzip.compress(bodies[0] if len(bodies) == 1 else joined(bodies), LEVEL)

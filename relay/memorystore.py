@@ -52,16 +52,26 @@ class Line:
     number: int
     batches: deque[Fixed] = field(default_factory=deque)
     posts: deque[Post] = field(default_factory=deque)
+    suspects: deque[Fixed] = field(default_factory=deque)
+    """Batches that were put aside, in that order. They came before all the others."""
+
+    @property
+    def fixed(self) -> list[Fixed]:
+        """All batches, those with the oldest posts first."""
+        suspects = sorted(self.suspects, key=lambda fixed: (fixed.posts[0].received, fixed.start))
+        return [*suspects, *self.batches]
 
     @property
     def oldest(self) -> float:
         """When the first post came."""
+        if self.suspects:
+            return min(fixed.posts[0].received for fixed in self.suspects)
         return (self.batches[0].posts if self.batches else self.posts)[0].received
 
     @property
     def waiting(self) -> list[Post]:
         """All posts, each once."""
-        parts = {id(fixed.posts): fixed.posts for fixed in self.batches}
+        parts = {id(fixed.posts): fixed.posts for fixed in self.fixed}
         return [post for posts in (*parts.values(), self.posts) for post in posts]
 
 
@@ -114,16 +124,19 @@ class MemoryStore:
             self._evict(self._oldest())
         return True
 
-    def take(self, lane: Lane, /) -> tuple[Batch, list[bytes]] | None:
+    def take(self, lane: Lane, /, *, suspects: bool = False) -> tuple[Batch, list[bytes]] | None:
         """Return the next batch of a lane and its bodies, fixed now or before; None without."""
         line = self._lines.get(lane)
         if line is None:
             return None
         more = True
-        if not line.batches:
-            _fix(line)
-            more = bool(line.posts)
-        fixed = line.batches[0]
+        if line.suspects and (suspects or not (line.batches or line.posts)):
+            fixed = line.suspects[0]
+        else:
+            if not line.batches:
+                _fix(line)
+                more = bool(line.posts or line.suspects)
+            fixed = line.batches[0]
         batch = Batch(lane, fixed.payload_id, len(fixed.posts), fixed.posts[0].received, more)
         return batch, [part(post.body, fixed.start, fixed.stop) for post in fixed.posts]
 
@@ -146,24 +159,43 @@ class MemoryStore:
             if cut is None:
                 return False
             parts = [Fixed(one, posts, cut[0], cut[1]), Fixed(other, posts, cut[1], cut[2])]
-        batches = self._lines[batch.lane].batches
+        batches = _queue_of(self._lines[batch.lane], fixed)
         place = batches.index(fixed)
         batches[place] = parts[0]
         batches.insert(place + 1, parts[1])
         return True
 
-    def quarantine(self, batch: Batch, reason: str, /) -> int | None:
-        """Set a batch aside, while there is room; return its posts, None if it is not known."""
+    def put_aside(self, batch: Batch, /) -> bool | None:
+        """Let the others go before a batch; return whether others than suspects wait."""
         fixed = self._find(batch)
         if fixed is None:
             return None
-        for post in fixed.posts:
+        line = self._lines[batch.lane]
+        _queue_of(line, fixed).remove(fixed)
+        line.suspects.append(fixed)
+        return bool(line.batches or line.posts)
+
+    def quarantine(
+        self, batch: Batch, reason: str, only: Sequence[int] | None = None, /
+    ) -> int | None:
+        """Keep posts of a batch for people, while there is room; return how many are done with."""
+        fixed = self._find(batch)
+        if fixed is None:
+            return None
+        bad = fixed.posts if only is None else [fixed.posts[place] for place in only]
+        for post in bad:
             body = part(post.body, fixed.start, fixed.stop)
             self.rejected.append(Rejected(batch, reason, body))
         size = sum(len(rejected.body) + POST_OVERHEAD for rejected in self.rejected)
         while size > min(MAX_QUARANTINE, self.capacity):
             size -= len(self.rejected.popleft().body) + POST_OVERHEAD
-        return self._remove(self._lines[batch.lane], fixed)
+        line = self._lines[batch.lane]
+        if len(bad) == len(fixed.posts):
+            return self._remove(line, fixed)
+        left = [post for place, post in enumerate(fixed.posts) if place not in set(only or ())]
+        queue = _queue_of(line, fixed)
+        queue[queue.index(fixed)] = fixed._replace(posts=left)
+        return self._forget(line, bad)
 
     def tidy(self, now: float, /) -> None:
         """Remove what is too old."""
@@ -179,25 +211,27 @@ class MemoryStore:
 
     def _find(self, batch: Batch) -> Fixed | None:
         line = self._lines.get(batch.lane)
-        batches = () if line is None else line.batches
+        batches = () if line is None else (*line.batches, *line.suspects)
         return next((fixed for fixed in batches if fixed.payload_id == batch.payload_id), None)
 
     def _remove(self, line: Line, fixed: Fixed) -> int:
         """Remove a batch, and its posts unless parts of them wait still; return how many."""
-        line.batches.remove(fixed)
+        _queue_of(line, fixed).remove(fixed)
         posts: Sequence[Post] = fixed.posts
-        if fixed.stop is not None and any(other.posts is posts for other in line.batches):
+        if fixed.stop is not None and any(other.posts is posts for other in line.fixed):
             posts = ()
         return self._forget(line, posts)
 
     def _evict(self, line: Line) -> None:
         """Give up the oldest post of a lane, and its whole batch: a batch never changes."""
-        if not line.batches:
+        batches = line.fixed
+        if not batches:
             posts: Sequence[Post] = (line.posts.popleft(),)
         else:
-            posts = line.batches.popleft().posts
-            while line.batches and line.batches[0].posts is posts:
-                line.batches.popleft()
+            posts = batches[0].posts
+            for fixed in batches:
+                if fixed.posts is posts:
+                    _queue_of(line, fixed).remove(fixed)
         self.evicted[line.lane.environment] += self._forget(line, posts)
 
     def _forget(self, line: Line, posts: Sequence[Post]) -> int:
@@ -205,7 +239,7 @@ class MemoryStore:
         size = sum(len(post.body) + POST_OVERHEAD for post in posts)
         self.size -= size
         self.sizes[line.lane.environment] -= size
-        if not line.posts and not line.batches:
+        if not line.posts and not line.batches and not line.suspects:
             del self._lines[line.lane]
             if len(self._order) > 2 * len(self._lines) + 8:
                 self._order = [entry for entry in self._order if self._waits(entry[2])]
@@ -235,3 +269,8 @@ def _fix(line: Line) -> None:
         line.posts.popleft()
     payload_id = batch_id([post.payload_id for post in members])
     line.batches.append(Fixed(payload_id, members))
+
+
+def _queue_of(line: Line, fixed: Fixed) -> deque[Fixed]:
+    """Return where a batch of a lane waits: among the suspects, or the others."""
+    return line.suspects if fixed in line.suspects else line.batches

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import sqlite3
-import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from isal import igzip, isal_zlib
 
+from relay import clock
 from relay.batches import (
     MAX_QUARANTINE,
     POST_OVERHEAD,
@@ -49,6 +49,10 @@ _ROWS = 100
 VERSION = 2
 """Of the tables. A file with another one is left alone."""
 
+LONGEST_ABSENCE = 300.0
+"""Seconds that pass between two processes at most, as far as ages are concerned: a restart takes no
+longer, and whether the clock was right, both times, nobody knows."""
+
 _SETTINGS = (
     "auto_vacuum=INCREMENTAL",
     "journal_mode=WAL",
@@ -67,17 +71,21 @@ CREATE TABLE IF NOT EXISTS posts (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,
 CREATE INDEX IF NOT EXISTS posts_of_lane ON posts (lane);
 CREATE TABLE IF NOT EXISTS batches (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,
     first INTEGER NOT NULL, last INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER,
-    payload_id TEXT NOT NULL);
+    payload_id TEXT NOT NULL, aside INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX IF NOT EXISTS batches_of_lane ON batches (lane, first, start);
 CREATE TABLE IF NOT EXISTS seen (received REAL NOT NULL, ids BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS quarantine (id INTEGER PRIMARY KEY, size INTEGER NOT NULL,
     environment TEXT NOT NULL, endpoint TEXT NOT NULL, schema INTEGER NOT NULL,
     payload_id TEXT NOT NULL, received REAL NOT NULL, reason TEXT NOT NULL, body BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS clock (id INTEGER PRIMARY KEY, now REAL NOT NULL, ours REAL NOT NULL);
 """
 # A batch is the posts of its lane from `first` to `last`; of a post that was too large alone, its
 # elements from `start` to `stop`. So fixing a batch does not write its posts again. Bodies are gzip
 # streams, which have checksums; `length` is that of what is in them. The payload ids of a
-# transaction are one row of `seen`: rows of their own would be all over the file.
+# transaction are one row of `seen`: rows of their own would be all over the file. Batches that were
+# put aside are numbered in that order. Times are by a clock of the file's own, which goes while it
+# is open; its row, and beside it our clock, is written now and then. Files of earlier releases lack
+# `aside` and `clock`.
 
 _log = logging.getLogger("relay.events")
 
@@ -111,7 +119,12 @@ class DiskStore:
             with self.transaction():
                 for statement in _SCHEMA.split(";"):
                     self._db.execute(statement)
+                if "aside" not in self._columns("batches"):
+                    self._db.execute("ALTER TABLE batches ADD aside INTEGER NOT NULL DEFAULT 0")
                 self._db.execute(f"PRAGMA user_version={VERSION}")
+                now = clock.now()
+                self._ahead = self._distance(now)
+                self._write_clock(now)
             self._size = self._sum()
             self._recall()
         except BaseException:
@@ -120,7 +133,31 @@ class DiskStore:
 
     def close(self) -> None:
         """Write everything into the one file and let go of it."""
-        self._db.close()
+        try:
+            with self.transaction():
+                self._write_clock(clock.now())
+        finally:
+            self._db.close()
+
+    def _distance(self, now: float) -> float:
+        """Return by how much our clock is ahead of the file's, which goes on where it was."""
+        (last,) = self._db.execute(
+            "SELECT max(at) FROM (SELECT now AS at FROM clock UNION ALL SELECT received FROM seen"
+            " UNION ALL SELECT received FROM posts WHERE id=(SELECT max(id) FROM posts))"
+        ).fetchone()
+        if last is None:
+            return 0.0
+        row = self._db.execute("SELECT ours-now FROM clock").fetchone()
+        was_ahead = row[0] if row else 0.0
+        absence = now - (last + was_ahead)
+        passed = min(max(absence, 0.0), LONGEST_ABSENCE)
+        return float(now - (last + passed))
+
+    def _write_clock(self, now: float) -> None:
+        self._db.execute("INSERT OR REPLACE INTO clock VALUES (0,?,?)", (now - self._ahead, now))
+
+    def _columns(self, table: str) -> set[str]:
+        return {name for _, name, *_ in self._db.execute(f"PRAGMA table_info({table})")}
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -151,22 +188,24 @@ class DiskStore:
             pass
         return verdicts
 
-    def take(self, lane: Lane) -> tuple[Batch, list[bytes]] | None:
+    def take(self, lane: Lane, *, suspects: bool = False) -> tuple[Batch, list[bytes]] | None:
         """Return the next batch of a lane and its bodies, fixed now or before; None without."""
         number = self._lane(lane)
         more = True
         while True:
-            found = self._fixed(number)
-            if found is None:
-                more = self._fix(lane, number)
+            found = self._suspect(number) if suspects else None
+            found = found or self._fixed(number)
+            if found is None and (posts := self._unfixed(number, most_posts(lane) + 1)):
+                more = self._fix(lane, number, posts)
                 found = self._fixed(number)
+            found = found or self._suspect(number)
             if found is None:
                 return None
             rows = self._members(number, found)
             bodies = [_read(body, length) for _, _, length, body in rows]
             whole = [body for body in bodies if body is not None]
             if rows and len(whole) == len(rows):
-                batch = Batch(lane, found[5], len(rows), rows[0][1], more)
+                batch = Batch(lane, found[5], len(rows), rows[0][1] + self._ahead, more)
                 return batch, [part(body, found[3], found[4]) for body in whole]
             damaged = [row[0] for row, body in zip(rows, bodies, strict=True) if body is None]
             # The others keep the id: if upstream knows it, it has all of them already.
@@ -179,7 +218,7 @@ class DiskStore:
     def finish(self, batch: Batch) -> int | None:
         """Forget a batch; return the posts that are done with, None if it is not known."""
         number = self._lane(batch.lane)
-        found = self._fixed(number, batch.payload_id)
+        found = self._find(number, batch.payload_id)
         return None if found is None else self._remove(number, found)
 
     def split(self, batch: Batch) -> bool | None:
@@ -189,10 +228,10 @@ class DiskStore:
             Whether it has two halves; None if it is not known.
         """
         number = self._lane(batch.lane)
-        found = self._fixed(number, batch.payload_id)
+        found = self._find(number, batch.payload_id)
         if found is None:
             return None
-        row, first, last, start, stop, payload_id = found
+        row, first, last, start, stop, payload_id, aside = found
         ids = [
             i
             for (i,) in self._db.execute(
@@ -214,34 +253,52 @@ class DiskStore:
             parts = [(first, last, cut[0], cut[1]), (first, last, cut[1], cut[2])]
         self._db.execute("DELETE FROM batches WHERE id=?", (row,))
         for half, its_id in zip(parts, half_ids(payload_id), strict=True):
-            self._insert_batch(number, half, its_id)
+            self._insert_batch(number, half, its_id, aside)
         return True
 
-    def quarantine(self, batch: Batch, reason: str) -> int | None:
-        """Set a batch aside for people to look at; return its posts, None if it is not known."""
+    def put_aside(self, batch: Batch) -> bool | None:
+        """Let the others go before a batch; return whether others than suspects wait."""
         number = self._lane(batch.lane)
-        found = self._fixed(number, batch.payload_id)
+        found = self._find(number, batch.payload_id)
         if found is None:
             return None
-        for _, _, length, body in self._members(number, found):
+        self._db.execute(
+            "UPDATE batches SET aside=(SELECT max(aside)+1 FROM batches) WHERE id=?", (found[0],)
+        )
+        return self._fixed(number) is not None or bool(self._unfixed(number, 1))
+
+    def quarantine(
+        self, batch: Batch, reason: str, only: Sequence[int] | None = None
+    ) -> int | None:
+        """Keep posts of a batch for people to look at; return how many are done with."""
+        number = self._lane(batch.lane)
+        found = self._find(number, batch.payload_id)
+        if found is None:
+            return None
+        members = self._members(number, found)
+        bad = members if only is None else [members[place] for place in only]
+        for _, _, length, body in bad:
             self._reject(batch, reason, part(_read(body, length) or b"", found[3], found[4]))
         self._db.execute(
             "DELETE FROM quarantine WHERE id IN (SELECT id FROM (SELECT id,"
             " sum(size) OVER (ORDER BY id DESC) AS total FROM quarantine) WHERE total>?)",
             (min(MAX_QUARANTINE, self._capacity),),
         )
-        return self._remove(number, found)
+        if len(bad) == len(members):
+            return self._remove(number, found)
+        return sum(self._delete(number, row, row) for row, *_ in bad)
 
     def tidy(self, now: float) -> None:
         """Remove what is too old."""
         limits = self._limits
         for lane, number in self._all_lanes():
-            limit = now - limits.age_in(lane)
+            limit = now - self._ahead - limits.age_in(lane)
             while (oldest := self._oldest(number)) is not None and oldest[1] < limit:
                 self._evict(lane.environment, number, oldest[0])
         self.recent.tidy(now)
         since = next(iter(self.recent.seen.values()), now)
-        self._db.execute("DELETE FROM seen WHERE received<?", (since,))
+        self._db.execute("DELETE FROM seen WHERE received<?", (since - self._ahead,))
+        self._write_clock(now)
         self._db.execute("DELETE FROM lanes WHERE id NOT IN (SELECT lane FROM posts)")
         self._lanes.clear()
 
@@ -258,7 +315,7 @@ class DiskStore:
                 (posts,) = self._db.execute(
                     "SELECT count(*) FROM posts WHERE lane=?", (number,)
                 ).fetchone()
-                found.append(Backlog(lane, posts, oldest[1]))
+                found.append(Backlog(lane, posts, oldest[1] + self._ahead))
         return found
 
     def receive(self, memory: MemoryStore) -> None:
@@ -271,13 +328,16 @@ class DiskStore:
             values = (row, *self._row(post))
             self._db.execute("INSERT INTO posts VALUES (?,?,?,?,?,?,?)", values)
         for line in memory.lines:
-            for fixed in line.batches:
+            number = self._lane(line.lane)
+            for fixed in (*line.suspects, *line.batches):
                 first, last = rows[id(fixed.posts[0])], rows[id(fixed.posts[-1])]
                 members = (first, last, fixed.start, fixed.stop)
-                self._insert_batch(self._lane(line.lane), members, fixed.payload_id)
+                self._insert_batch(number, members, fixed.payload_id)
+            for suspect in line.suspects:
+                self.put_aside(Batch(line.lane, suspect.payload_id, 0, 0.0))
         for number, received in memory.recent.seen.items():
             self._note(number, received)
-        self._write_noted(time.time())
+        self._write_noted(clock.now())
         for batch, reason, body in memory.rejected:
             self._reject(batch, reason, body)
         self._size = self._sum()
@@ -297,7 +357,7 @@ class DiskStore:
         body = igzip.compress(post.body, LEVEL)
         return (
             *(self._lane(post.lane), len(body) + POST_OVERHEAD, len(post.body)),
-            *(post.received, post.payload_id, body),
+            *(post.received - self._ahead, post.payload_id, body),
         )
 
     def _note(self, number: int, received: float) -> bool:
@@ -309,13 +369,13 @@ class DiskStore:
     def _write_noted(self, received: float) -> None:
         if self._noted:
             ids = array("q", self._noted).tobytes()
-            self._db.execute("INSERT INTO seen VALUES (?,?)", (received, ids))
+            self._db.execute("INSERT INTO seen VALUES (?,?)", (received - self._ahead, ids))
 
     def _recall(self) -> None:
         """Read which payload ids an earlier process has seen."""
         for received, ids in self._db.execute("SELECT received,ids FROM seen ORDER BY received"):
             for number in array("q", ids):
-                self.recent.note(number, received)
+                self.recent.note(number, received + self._ahead)
 
     def _insert(self, table: str, columns: str, rows: Sequence[tuple[Any, ...]]) -> None:
         for chunk in _chunks(rows):
@@ -325,11 +385,16 @@ class DiskStore:
             self._db.execute(f"INSERT INTO {table} ({columns}) VALUES {marks}", values)  # noqa: S608 - ours
 
     def _insert_batch(
-        self, number: int, members: tuple[int, int, int, int | None], payload_id: str
+        self,
+        number: int,
+        members: tuple[int, int, int, int | None],
+        payload_id: str,
+        aside: int = 0,
     ) -> None:
         self._db.execute(
-            "INSERT INTO batches (lane,first,last,start,stop,payload_id) VALUES (?,?,?,?,?,?)",
-            (number, *members, payload_id),
+            "INSERT INTO batches (lane,first,last,start,stop,payload_id,aside)"
+            " VALUES (?,?,?,?,?,?,?)",
+            (number, *members, payload_id, aside),
         )
 
     def _lane(self, lane: Lane) -> int:
@@ -363,27 +428,49 @@ class DiskStore:
             (number, batch[1], batch[2]),
         ).fetchall()
 
-    def _fixed(self, number: int, payload_id: str | None = None) -> Any:
-        """Return the first batch of a lane, or the one with this id."""
+    def _find(self, number: int, payload_id: str) -> Any:
+        """Return the batch of a lane with this id."""
+        return self._batch("payload_id=?", (number, payload_id))
+
+    def _fixed(self, number: int) -> Any:
+        """Return the first batch of a lane that was not put aside."""
+        return self._batch("aside=0 ORDER BY first,start", (number,))
+
+    def _suspect(self, number: int) -> Any:
+        """Return the batch of a lane that was put aside first."""
+        return self._batch("aside>0 ORDER BY aside,first,start", (number,))
+
+    def _batch(self, which: str, values: tuple[Any, ...]) -> Any:
         return self._db.execute(
-            "SELECT id,first,last,start,stop,payload_id FROM batches WHERE lane=?"
-            " AND payload_id=coalesce(?,payload_id) ORDER BY first,start LIMIT 1",
-            (number, payload_id),
+            "SELECT id,first,last,start,stop,payload_id,aside FROM batches"  # noqa: S608 - ours
+            f" WHERE lane=? AND {which} LIMIT 1",
+            values,
         ).fetchone()
 
-    def _fix(self, lane: Lane, number: int) -> bool:
-        """Make a batch of the oldest posts of a lane without one; return whether it has more."""
-        most = most_posts(lane)
-        posts = self._db.execute(
-            "SELECT id,length,payload_id FROM posts WHERE lane=? ORDER BY id LIMIT ?",
-            (number, most + 1),
+    def _unfixed(self, number: int, most: int) -> list[Any]:
+        """Return the oldest posts of a lane that are in no batch."""
+        (batches,) = self._db.execute(
+            "SELECT count(*) FROM batches WHERE lane=?", (number,)
+        ).fetchone()
+        return self._db.execute(
+            "SELECT id,length,payload_id FROM posts WHERE lane=? AND (?=0 OR NOT EXISTS (SELECT 1"
+            " FROM batches WHERE lane=posts.lane AND posts.id BETWEEN first AND last))"
+            " ORDER BY id LIMIT ?",
+            (number, batches, most),
         ).fetchall()
-        if not posts:
-            return False
-        members = posts[: fitting([size for _, size, _ in posts[:most]])]
+
+    def _fix(self, lane: Lane, number: int, posts: Sequence[Any]) -> bool:
+        """Make a batch of the oldest posts of a lane without one; return whether it has more."""
+        # The posts of a batch are all those between its first and its last: none that is aside.
+        suspects, end = self._db.execute(
+            "SELECT count(*),min(CASE WHEN first>? THEN first END) FROM batches WHERE lane=?",
+            (posts[0][0], number),
+        ).fetchone()
+        candidates = [post for post in posts[: most_posts(lane)] if end is None or post[0] < end]
+        members = candidates[: fitting([size for _, size, _ in candidates])]
         payload_id = batch_id([own for _, _, own in members])
         self._insert_batch(number, (members[0][0], members[-1][0], 0, None), payload_id)
-        return len(members) < len(posts)
+        return suspects > 0 or len(members) < len(posts)
 
     def _remove(self, number: int, batch: Any) -> int:
         """Remove a batch, and its posts unless parts of them wait still; return how many."""

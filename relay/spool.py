@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from relay import clock
 from relay.batches import Backlog, Batch, Limits, Store
 from relay.errors import StoreUnavailable
 from relay.files import make_directory, open_private
@@ -37,6 +38,9 @@ TIDY_EVERY = 60.0
 
 CLOSE_LIMIT = 5.0
 """Seconds that the last transaction has at the end; a disk that hangs does not hold us up."""
+
+SKEW = 60.0
+"""Seconds by which the time of a post may differ from ours; else it is by a clock that jumps."""
 
 MAX_LATER = 10_000
 """Changes of batches that wait for the disk. A batch whose end is forgotten is sent again under its
@@ -126,6 +130,9 @@ class Spool:
         Raises:
             StoreUnavailable: too many wait for a disk that hangs.
         """
+        now = clock.now()
+        if not -SKEW < post.received - now < SKEW:
+            post = post._replace(received=now)
         if self._path is None:
             new = self.memory.append(post)
             self.on_stored(post, new)
@@ -137,17 +144,23 @@ class Spool:
         self._queued += len(post.body)
         return self._do(post)
 
-    async def take(self, lane: Lane) -> tuple[Batch, list[bytes]] | None:
+    async def take(self, lane: Lane, *, suspects: bool = False) -> tuple[Batch, list[bytes]] | None:
         """Return the next batch of a lane and its bodies; None if nothing waits.
 
-        The batch is in the spool, and the same again until it is finished, split or quarantined.
+        The batch is in the spool, and the same again until it is finished, split, put aside or
+        quarantined.
+
+        Args:
+            lane: whose.
+            suspects: prefer those that were put aside; of them the one put aside first.
         """
-        taken: tuple[Batch, list[bytes]] | None = await self._do(lambda store: store.take(lane))
+        work = lambda store: store.take(lane, suspects=suspects)  # noqa: E731 - one of all alike
+        taken: tuple[Batch, list[bytes]] | None = await self._do(work)
         return taken
 
     async def finish(self, batch: Batch) -> int | None:
         """Forget a batch; return the posts that are done with, None if they were evicted."""
-        work = lambda store: store.finish(batch)  # noqa: E731 - one of three alike
+        work = lambda store: store.finish(batch)  # noqa: E731 - one of all alike
         done: int | None = await self._change(work, batch.posts)
         return done
 
@@ -155,10 +168,15 @@ class Spool:
         """Put two halves in the place of a batch; return whether it has two."""
         return bool(await self._change(lambda store: store.split(batch), True))
 
-    async def quarantine(self, batch: Batch, reason: str) -> int:
-        """Set a batch aside; return its posts."""
-        work = lambda store: store.quarantine(batch, reason)  # noqa: E731 - one of three alike
-        return int(await self._change(work, batch.posts) or 0)
+    async def put_aside(self, batch: Batch) -> bool:
+        """Let the others go before a batch; return whether others than suspects wait."""
+        return bool(await self._change(lambda store: store.put_aside(batch), True))
+
+    async def quarantine(self, batch: Batch, reason: str, only: Sequence[int] | None = None) -> int:
+        """Set a batch aside, or the posts at these places in it; return how many are done with."""
+        work = lambda store: store.quarantine(batch, reason, only)  # noqa: E731 - one of all alike
+        posts = batch.posts if only is None else len(only)
+        return int(await self._change(work, posts) or 0)
 
     def _change(self, work: Callable[[Store], Any], otherwise: Any) -> asyncio.Future[Any]:
         """Change a batch, later if it is on a disk that does not work; then return `otherwise`."""
@@ -197,7 +215,7 @@ class Spool:
 
     def _tidy_memory(self) -> None:
         self._tidying = self._loop.call_later(TIDY_EVERY, self._tidy_memory)
-        self._do(lambda store: store.tidy(time.time()))
+        self._do(lambda store: store.tidy(clock.now()))
 
     def _run(self) -> None:
         """Do everything that is asked for, in the thread, until the end."""
@@ -338,7 +356,7 @@ class Spool:
 
 def _do_all(jobs: Sequence[_Job], store: Store, *, tidy: bool = False) -> None:
     if tidy:
-        store.tidy(time.time())
+        store.tidy(clock.now())
     posts = [job for job in jobs if isinstance(job.work, Post)]
     verdicts = store.add([job.work for job in posts if isinstance(job.work, Post)])
     for job, verdict in zip(posts, verdicts, strict=True):

@@ -402,6 +402,129 @@ async def test_a_poisonous_post_is_found_and_blocks_nobody(upstream, poison, cap
     assert "1 posts of events were set aside" in caplog.text
 
 
+@pytest.mark.parametrize("code", [400, 413])
+@pytest.mark.parametrize("durable", [True, False], ids=["disk", "memory"])
+async def test_an_upstream_that_rejects_everything_for_a_while_costs_no_event(
+    upstream, code, durable, tmp_path
+):
+    """All that was accepted before, during and after it arrives, each once; nothing is set aside."""
+    async with forwarding(upstream.url, directory=tmp_path if durable else None) as forwarder:
+        for turn in range(3):
+            first = 100 * turn
+            await asyncio.gather(*(forwarder.accept(post(first + n)) for n in range(50)))
+            upstream.always(KEY, answers.status(code))
+            seen = len(upstream.posts)
+            for n in range(50, 100):
+                await forwarder.accept(post(first + n))
+                await asyncio.sleep(0.002)
+            await upstream.posted(seen + 20)
+            upstream.always(KEY, None)
+            await upstream.took(len(upstream.accepted) + 1)
+        await settled(forwarder)
+        figures = forwarder.figures("prod")
+    assert (figures.forwarded, figures.quarantined, figures.evicted) == (300, 0, 0)
+    assert sorted(events(upstream.accepted)) == list(range(300))
+
+
+async def test_a_post_that_is_rejected_with_nothing_to_compare_is_held(upstream, caplog):
+    """It is told and tried again for ever; when others are taken and it is not, it is set aside."""
+    upstream.always(KEY, answers.rejecting(b"666"))
+    async with forwarding(upstream.url) as forwarder:
+        await forwarder.accept(post(666))
+        await upstream.posted(8)
+        figures = forwarder.figures("prod")
+        assert (figures.waiting, figures.quarantined) == (1, 0)
+        assert forwarder.oldest("prod") is not None
+        assert caplog.text.count("Events for /bulk cannot be delivered: HTTP error 400") == 1
+        await forwarder.accept(post(1))
+        await settled(forwarder)
+        assert (figures.forwarded, figures.quarantined) == (1, 1)
+        assert caplog.text.count("cannot be delivered") == 1
+
+
+async def test_what_comes_behind_a_suspect_does_not_wait_for_it(upstream):
+    """However long it is until that is tried again."""
+    upstream.always(KEY, answers.rejecting(b"666", 413))
+    pace = Pace(0.02, 0.0, 0.2, drain=0.5, retries=Retries(first=3600.0, longest=3600.0))
+    async with forwarding(upstream.url, pace=pace) as forwarder:
+        await forwarder.accept(post(666))
+        await upstream.posted(1)  # now it is held for an hour
+        for number in range(3):
+            await forwarder.accept(post(number))
+            await upstream.took(number + 1)
+        await settled(forwarder)
+        assert forwarder.figures("prod").quarantined == 1
+
+
+async def test_another_lane_of_the_same_kind_is_evidence_another_kind_is_none(upstream):
+    """Upstream may take server-side events and reject the mobile ones, all of them."""
+    mobile = LANE._replace(endpoint=Endpoint.MOBILE)
+    upstream.always(KEY, answers.rejecting(b"666"))
+    upstream.always(MOBILE, answers.status(400))
+    async with forwarding(upstream.url) as forwarder:
+        await forwarder.accept(post(666))
+        await forwarder.accept(post(777, mobile))
+        figures = forwarder.figures("prod")
+        async with asyncio.timeout(PATIENCE):
+            while figures.quarantined == 0:
+                await forwarder.accept(post(1, LANE._replace(tags="other"), payload_id=""))
+                await asyncio.sleep(0.02)
+        await upstream.posted(len(upstream.posts) + 5)
+        kept = [each.body for each in forwarder.spool.memory.rejected]
+        assert kept == [b"[666]"]
+        upstream.always(MOBILE, None)
+        await settled(forwarder)
+    assert 777 in events(upstream.accepted)
+
+
+async def test_a_suspect_survives_a_restart(upstream, tmp_path):
+    """It waits on disk like all else, and is delivered when upstream is well again."""
+    upstream.always(KEY, answers.status(400))
+    async with forwarding(upstream.url, directory=tmp_path) as forwarder:
+        await asyncio.gather(*(forwarder.accept(post(n)) for n in range(6)))
+        await upstream.posted(12)
+    async with forwarding(upstream.url, directory=tmp_path) as forwarder:
+        await upstream.posted(len(upstream.posts) + 3)
+        upstream.always(KEY, None)
+        await settled(forwarder)
+        assert forwarder.figures("prod").forwarded == 6
+    assert sorted(events(upstream.accepted)) == list(range(6))
+
+
+MALFORMED = [
+    *(b'[{"kind":"custom","key":"x"]', b"[NaN]", b"[1,]", b"[1],[2]", b'["\x00"]', b'["\xff"]'),
+    *(b'["\xed\xa0\x80"]', b'["a]', b'[b"]', b"[1]]", b"[01]", b"[1 2]", b'["\t"]'),
+]
+
+
+@pytest.mark.parametrize("durable", [True, False], ids=["disk", "memory"])
+async def test_what_is_not_well_formed_spoils_no_batch(upstream, durable, tmp_path, caplog):
+    """Of posts that gather together those arrive that are well-formed; the others upstream never sees."""
+    async with forwarding(upstream.url, directory=tmp_path if durable else None) as forwarder:
+        for number, body in enumerate(MALFORMED):
+            forwarder.accept(post(number))
+            forwarder.accept(Post(LANE, f"bad-{number}", body, time.time()))
+        await forwarder.accept(post(100))
+        await settled(forwarder)
+        figures = forwarder.figures("prod")
+        assert figures.received == 2 * len(MALFORMED) + 1
+        assert figures.quarantined == len(MALFORMED)
+        assert figures.forwarded == len(MALFORMED) + 1
+    assert events(upstream.posts) == [*range(len(MALFORMED)), 100]
+    assert caplog.text.count("posts of events were set aside, as they are no well-formed JSON") == 1
+
+
+async def test_what_nobody_can_check_goes_alone(upstream):
+    """Upstream decides on a body that is nested too deeply for us, and on nothing else with it."""
+    deep = b"[" * 200_000 + b"]" * 200_000
+    async with forwarding(upstream.url) as forwarder:
+        for each in (post(1), Post(LANE, "deep", deep, time.time()), post(2)):
+            await forwarder.accept(each)
+        await settled(forwarder)
+        assert forwarder.figures("prod").forwarded == 3
+    assert [each.body for each in upstream.accepted] == [b"[1]", deep, b"[2]"]
+
+
 async def test_what_is_too_large_is_halved(upstream):
     """By posts, then by elements; what is too large alone is set aside. All else arrives once."""
     upstream.always(KEY, answers.at_most(40))
@@ -442,7 +565,7 @@ async def test_without_a_credential_events_wait(upstream, caplog):
         specs[0] = EnvironmentSpec("bare", SDKKey("sdk-bare"), MobileKey("mob-new"))
         await upstream.took(2)
     assert upstream.posts[1].headers["Authorization"] == "mob-new"
-    assert "no credential" in caplog.text
+    assert "no credential for them: set mobileKey (LD_MOBILE_KEY_bare)" in caplog.text
 
 
 async def test_a_rotated_key_counts_for_what_waits(upstream):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gzip
 import logging
 import os
 import random
@@ -13,22 +14,22 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-import weakref
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from relay import batches
+from relay import batches, clock
 from relay.batches import MAX_BATCH, MAX_POSTS, REMEMBERED, Limits, elements, fitting
 from relay.errors import StoreUnavailable
 from relay.memorystore import MemoryStore
 from relay.model.event import Endpoint, Lane, Post
-from relay.poststore import DiskStore
+from relay.poststore import LONGEST_ABSENCE, DiskStore
 from relay.spool import MAX_QUEUED, Spool
 
 LANE = Lane("prod", Endpoint.BULK, 4)
@@ -74,10 +75,20 @@ def in_memory(capacity=1024 * 1024, **limits):
     return MemoryStore(Limits(memory=capacity, **limits))
 
 
+STORES: list[DiskStore] = []
+
+
 def on_disk(capacity=1024 * 1024, **limits):
-    store = DiskStore(":memory:", Limits(disk=capacity, **limits))
-    weakref.finalize(store, store._db.close)  # from 3.13 on, Python warns of those left open
-    return store
+    STORES.append(DiskStore(":memory:", Limits(disk=capacity, **limits)))
+    return STORES[-1]
+
+
+@pytest.fixture(autouse=True)
+def closing_stores():
+    """Close what `on_disk` has opened."""
+    yield
+    while STORES:
+        STORES.pop().close()
 
 
 both = pytest.mark.parametrize("new_store", [in_memory, on_disk])
@@ -284,6 +295,219 @@ def test_the_rejected_go_to_quarantine_which_is_bounded(new_store):
     assert 15 < len(kept) < 30
 
 
+@both
+def test_what_is_put_aside_comes_last_or_first(new_store):
+    """As asked; among themselves in the order in which they were put aside."""
+    store = new_store()
+    stored(store, *(post(n) for n in range(4)))
+    whole, _ = store.take(LANE)
+    store.split(whole)
+    one, texts = store.take(LANE)
+    assert texts == [post(0).body, post(1).body]
+    assert store.put_aside(one) is True
+    assert store.take(LANE, suspects=True)[0] == one
+    other, texts = store.take(LANE)
+    assert texts == [post(2).body, post(3).body]
+    assert store.put_aside(other) is False, "only suspects are left"
+    assert store.take(LANE)[0] == one
+    assert store.put_aside(one) is False
+    assert store.take(LANE)[0] == other
+    stored(store, post(4))
+    new, texts = store.take(LANE)
+    assert texts == [post(4).body]
+    assert new.more
+    assert store.finish(new) == 1
+    assert [store.finish(each) for each in (one, other, one)] == [2, 2, None]
+    assert store.put_aside(one) is None
+    assert store.take(LANE) is None
+
+
+@both
+def test_parts_of_a_post_can_be_put_aside(new_store):
+    """The post is done with when its last part is."""
+    store = new_store()
+    stored(store, Post(LANE, "big", b"[1,2,3,4]", 1.0), post(5))
+    store.split(store.take(LANE)[0])
+    store.split(store.take(LANE)[0])
+    part, texts = store.take(LANE)
+    assert texts == [b"[1,2]"]
+    store.put_aside(part)
+    found = []
+    while (taken := store.take(LANE)) is not None:
+        found.append((taken[1], store.finish(taken[0])))
+    assert found == [([b"[3,4]"], 0), ([post(5).body], 1), ([b"[1,2]"], 1)]
+
+
+@both
+def test_suspects_make_room_first(new_store):
+    """They have waited for longest."""
+    store = new_store(10_000)
+    stored(store, *(post(n, size=1000) for n in range(4)))
+    store.split(store.take(LANE)[0])
+    first, _ = store.take(LANE)
+    store.put_aside(first)
+    stored(store, *(post(n, size=1000) for n in range(4, 8)))
+    assert store.evicted == Counter({"prod": 2})
+    assert store.finish(first) is None
+    assert store.take(LANE)[1] == [post(n, size=1000).body for n in (2, 3)]
+
+
+@both
+def test_some_posts_of_a_batch_can_be_set_aside(new_store):
+    """The others keep its id."""
+    store = new_store()
+    stored(store, *(post(n) for n in range(4)))
+    batch, _ = store.take(LANE)
+    assert store.quarantine(batch, "malformed", [0, 2]) == 2
+    left, texts = store.take(LANE)
+    assert (left.payload_id, texts) == (batch.payload_id, [post(1).body, post(3).body])
+    assert [row[1:] for row in quarantined(store)] == [("malformed", post(n).body) for n in (0, 2)]
+    assert store.quarantine(left, "malformed", [0, 1]) == 2
+    assert store.take(LANE) is None
+
+
+# Time
+
+
+class JumpingClock:
+    """The system's clock, which somebody corrects again and again."""
+
+    def __init__(self, monkeypatch):
+        self._patch = monkeypatch
+        self._real, self.offset = time.time, 0.0
+        monkeypatch.setattr(time, "time", lambda: self._real() + self.offset)
+
+    def restart(self):
+        """Begin to measure as a new process does."""
+        self._patch.setattr(clock, "_BEGINNING", time.time() - time.monotonic())
+
+
+DAY = 86400.0
+MOMENTS = st.lists(
+    st.one_of(
+        st.just("post"),
+        st.sampled_from(["tidy", "take", "restart"]),
+        st.floats(-20 * DAY, 20 * DAY),
+    ),
+    min_size=3,
+    max_size=30,
+)
+
+
+@pytest.mark.parametrize("durable", [True, False], ids=["disk", "memory"])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(moments=MOMENTS)
+@example(["post", 8 * DAY, "tidy", "post", "restart", "tidy"])
+@example(["post", -8 * DAY, "tidy", "post", "restart", "tidy", 8 * DAY, "restart", "tidy"])
+@example(["post", 600.0, *["restart"] * 5, "tidy"])
+@example([-8 * DAY, "restart", "post", "restart", 8 * DAY, "restart", "tidy"])
+def test_a_clock_that_jumps_loses_nothing(durable, moments):
+    """Whatever it does while we run, or between two processes, all that waits is delivered."""
+
+    async def run(folder, system):
+        directory = folder if durable else None
+        spool, count, evicted = Spool(directory, LIMITS), 0, Counter()
+        spool.on_evicted = evicted.update
+        await spool.open()
+        for moment in moments:
+            if moment == "post":
+                assert await spool.append(post(count))
+                count += 1
+            elif moment == "tidy":
+                await spool._do(lambda store: store.tidy(clock.now()))
+            elif moment == "take":
+                await spool.take(LANE)
+            elif moment != "restart":
+                system.offset += moment
+            elif durable:
+                await spool.close()
+                system.restart()
+                spool = Spool(directory, LIMITS)
+                spool.on_evicted = evicted.update
+                await spool.open()
+        for number in range(0 if "restart" in moments else count):
+            assert not await spool.append(post(number)), "an id is forgotten"
+        assert bodies(await drained(spool)) == [post(number).body for number in range(count)]
+        await spool.close()
+        assert not evicted
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        asyncio.run(run(Path(folder), JumpingClock(patch)))
+
+
+def test_time_goes_on_in_a_file_that_is_closed_but_not_for_long(tmp_path, monkeypatch):
+    """Of a restart so much passes as it took, and of a longer absence five minutes."""
+    system = JumpingClock(monkeypatch)
+    began = clock.now()
+    ages = []
+    for absence in (0.0, 100.0, 9 * DAY, 0.0, 0.0, -9 * DAY, 50.0):
+        system.offset += absence
+        system.restart()
+        store = DiskStore(str(tmp_path / "events.db"), LIMITS)
+        if not ages:
+            stored(store, post(1, received=began))
+        ages.append(round(clock.now() - store.backlog()[0].oldest, -1))
+        store.close()
+    jumped = 100 + LONGEST_ABSENCE
+    assert ages == [0, 100, jumped, jumped, jumped, jumped, jumped + 50]
+
+
+def test_what_waits_for_a_week_of_running_is_given_up_across_restarts(tmp_path, monkeypatch):
+    """Each process adds the time that it ran."""
+    now, left = 1e9, []
+    monkeypatch.setattr(clock, "now", lambda: now)
+    for day in range(9):
+        store = DiskStore(str(tmp_path / "events.db"), LIMITS)
+        if day == 0:
+            stored(store, post(1, received=now + 1))
+        now += DAY
+        with store.transaction():
+            store.tidy(now)
+        left.append(len(store.backlog()))
+        store.close()
+    assert left == [1, 1, 1, 1, 1, 1, 1, 0, 0]
+
+
+def test_a_file_of_an_earlier_release_is_read(tmp_path):
+    """Its posts, its batches, and what it has seen, though its clock was wrong."""
+    path = tmp_path / "events.db"
+    long_ago = time.time() - 30 * DAY
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as old:
+        old.executescript(
+            "CREATE TABLE lanes (id INTEGER PRIMARY KEY, environment TEXT NOT NULL,"
+            " endpoint TEXT NOT NULL, schema INTEGER NOT NULL, tags TEXT NOT NULL,"
+            " wrapper TEXT NOT NULL, UNIQUE (environment, endpoint, schema, tags, wrapper));"
+            "CREATE TABLE posts (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL, size INTEGER"
+            " NOT NULL, length INTEGER NOT NULL, received REAL NOT NULL, payload_id TEXT NOT NULL,"
+            " body BLOB NOT NULL);"
+            "CREATE TABLE batches (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,"
+            " first INTEGER NOT NULL, last INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER,"
+            " payload_id TEXT NOT NULL);"
+            "PRAGMA user_version=2;"
+            "INSERT INTO lanes VALUES (1,'prod','BULK',4,'','');"
+        )
+        for number in (1, 2):
+            body = gzip.compress(post(number).body)
+            row = (number, 1, 300, len(post(number).body), long_ago, f"id-{number}", body)
+            old.execute("INSERT INTO posts VALUES (?,?,?,?,?,?,?)", row)
+        old.execute("INSERT INTO batches VALUES (1,1,1,1,0,NULL,'id-1')")
+    store = DiskStore(str(path), LIMITS)
+    with store.transaction():
+        store.tidy(clock.now())
+    assert not store.evicted
+    first, texts = store.take(LANE)
+    assert (first.payload_id, texts) == ("id-1", [post(1).body])
+    assert store.put_aside(first)
+    assert store.take(LANE)[1] == [post(2).body]
+    assert store.take(LANE, suspects=True)[0] == first
+    store.close()
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        (version,) = file.execute("PRAGMA user_version").fetchone()
+    assert version == 2, "an earlier release can read it, too"
+
+
 # Bounds
 
 
@@ -349,7 +573,10 @@ def test_unused_space_is_given_back(tmp_path):
 ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("add"), st.integers(0, 30), st.sampled_from([LANE, OTHER, DIAGNOSTIC])),
-        st.tuples(st.sampled_from(["take", "finish", "split", "reject"]), st.none(), st.none()),
+        st.tuples(
+            st.sampled_from(["take", "suspect", "finish", "split", "aside", "reject", "exclude"]),
+            *(st.none(), st.none()),
+        ),
     ),
     max_size=40,
 )
@@ -373,16 +600,20 @@ def _done(store, action, count, lane, last):
     """What comes of an action, but for ids."""
     if action == "add":
         return stored(store, *(post(n, lane, received=n) for n in range(count)))
-    if action == "take":
-        batch, texts = store.take(LANE) or (None, [])
+    if action in ("take", "suspect"):
+        batch, texts = store.take(LANE, suspects=action == "suspect") or (None, [])
         last[store] = batch
         return batch and (batch.posts, batch.oldest, batch.more, texts)
     batch = last.get(store)
     if batch is None:
         return None
+    if action == "exclude":
+        last[store] = None
+        return store.quarantine(batch, "malformed", range(0, batch.posts, 2))
     if action == "reject":
         return store.quarantine(batch, "HTTP error 400")
-    return store.finish(batch) if action == "finish" else store.split(batch)
+    actions = {"aside": store.put_aside, "finish": store.finish, "split": store.split}
+    return actions[action](batch)
 
 
 def _emptied(store, lane):

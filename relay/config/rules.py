@@ -421,7 +421,7 @@ def _no_effect(draft: Draft) -> Iterator[Sentence]:
 
 def _events_in_memory(draft: Draft) -> Iterator[Sentence]:
     events = draft.of(Events)
-    if events.send_events and not events.spool_dir:
+    if events.send_events and draft.environments and not events.spool_dir:
         text = "accepted events wait in memory only; [Events] spoolDir keeps them on disk"
         yield text, _keys("Events", "send_events")
 

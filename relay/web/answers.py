@@ -93,7 +93,10 @@ UNKNOWN_FILTER = text(
     404, "Relay Proxy recognizes the provided credential, but the payload filter was not found"
 )
 NO_DATA = text(503, "client was not initialized")
-EVENTS_ARE_OFF = json_error(503, "Event proxy is not enabled for this environment")
+EVENTS_ARE_OFF = json_error(
+    503,
+    "Event proxy is not enabled for this environment: set [Events] sendEvents (USE_EVENTS=true)",
+)
 
 # What later releases offer is there already, and says so: a 404 would make SDKs give up for good.
 FDV1_INSTEAD = json_error(

@@ -84,6 +84,34 @@ class Accepting(Protocol):
         """Return upstream's clock at its last answer, in Unix seconds; 0 before the first."""
 
 
+class Discarder:
+    """Takes posts and drops them, where flags come from a file and events go nowhere.
+
+    The reference does so in offline mode (offline-and-autoconfig 7.3).
+
+    Args:
+        discarded: counts them, by environment.
+    """
+
+    def __init__(self, discarded: Counter[str]) -> None:
+        self._discarded = discarded
+
+    def accept(self, post: Post) -> Awaitable[object]:
+        """Drop a post."""
+        self.discard(post.lane.environment)
+        done: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        done.set_result(True)
+        return done
+
+    def discard(self, environment: str) -> None:
+        """Count a post that was dropped, whatever was in it."""
+        self._discarded[environment] += 1
+
+    def server_time(self, _environment: str) -> float:
+        """Return 0: there is no upstream."""
+        return 0.0
+
+
 @dataclass(slots=True)
 class _Introduced:
     """Whom upstream knows in a lane; one post at a time may ask."""
@@ -104,7 +132,7 @@ class Events:
     """Answers what SDKs send to the endpoints of events.
 
     Args:
-        forwarder: takes posts; None if events are off.
+        forwarder: takes posts, or drops them; None if events are off.
         max_size: bytes of the largest post, decompressed; 0 for the bound of `relay.web.body`.
         unusable: counts posts that are no arrays, and old events that are malformed, by
             environment.
@@ -141,7 +169,10 @@ class Events:
         if self._forwarder is None:
             return EVENTS_ARE_OFF.as_response()
         body = _from_base64(parameter(request, "d")) if request.method == "GET" else b""
-        if body:
+        if isinstance(self._forwarder, Discarder):
+            if body:
+                self._forwarder.discard(environment.spec.name)
+        elif body:
             lane = Lane(environment.spec.name, Endpoint.CLIENT_SIDE, IMAGE_SCHEMA)
             try:
                 await self._accept_events(self._forwarder, environment, _post(lane, "", body))
@@ -157,6 +188,9 @@ class Events:
             await body.begin()
             if self._forwarder is None:
                 return await body.refused(EVENTS_ARE_OFF)
+            if isinstance(self._forwarder, Discarder):
+                self._forwarder.discard(environment.spec.name)
+                return await body.refused(ACCEPTED)
             content = await body.read()
             if not content:
                 return EMPTY
@@ -329,8 +363,14 @@ async def _summarised(
 
     def work() -> Summarised:
         now, theirs = int(post.received * 1000), int(server_time * 1000)
-        schema = post.lane.schema
-        return summarised(post.body, schema, flag, contexts, now=now, server_time=theirs)
+        return summarised(
+            post.body,
+            post.lane.schema,
+            flag,
+            contexts,
+            now=now,
+            server_time=theirs,
+        )
 
     return work() if len(post.body) <= SUMMARISED_AT_ONCE else await asyncio.to_thread(work)
 

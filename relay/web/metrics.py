@@ -7,12 +7,11 @@ of requests are those that both doors count anyway; everything else is looked at
 from __future__ import annotations
 
 import platform
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from relay import __version__, process
+from relay import __version__, clock, process
 from relay.config.schema import Prometheus
 from relay.environment import ConnectionState, Environment
 from relay.events import Figures
@@ -172,13 +171,18 @@ def _oldest_events(sight: Sight) -> Iterator[Row]:
     if sight.relay.events is not None:
         for name in sight.environments:
             oldest = sight.relay.events.oldest(name)
-            yield (name,), 0.0 if oldest is None else max(0.0, round(time.time() - oldest, 3))
+            yield (name,), 0.0 if oldest is None else max(0.0, round(clock.now() - oldest, 3))
 
 
 def _unusable(sight: Sight) -> Iterator[Row]:
     if sight.relay.events is not None:
         for name in sight.environments:
             yield (name,), sight.traffic.unusable[name]
+
+
+def _discarded(sight: Sight) -> Iterator[Row]:
+    for name in sight.environments:
+        yield (name,), sight.traffic.discarded[name]
 
 
 def _spool_durable(sight: Sight) -> Iterator[Row]:
@@ -214,9 +218,10 @@ OWN: Mapping[Figure, Look] = {
     Figure("relay_event_posts_duplicate_total", COUNTER, ("environment",), "Posts that an SDK had sent before, by their payload id."): _events(lambda f: f.duplicates),
     Figure("relay_event_posts_forwarded_total", COUNTER, ("environment",), "Posts that LaunchDarkly has taken."): _events(lambda f: f.forwarded),
     Figure("relay_event_requests_retried_total", COUNTER, ("environment",), "Requests to LaunchDarkly's events service that had to be repeated."): _events(lambda f: f.retried),
-    Figure("relay_event_posts_quarantined_total", COUNTER, ("environment",), "Posts that LaunchDarkly rejects as malformed, kept aside."): _events(lambda f: f.quarantined),
+    Figure("relay_event_posts_quarantined_total", COUNTER, ("environment",), "Posts that are no well-formed JSON, or that LaunchDarkly rejects while it takes others; kept aside."): _events(lambda f: f.quarantined),
     Figure("relay_event_posts_evicted_total", COUNTER, ("environment",), "Posts that were given up for want of room, or as too old."): _events(lambda f: f.evicted),
     Figure("relay_event_posts_unusable_total", COUNTER, ("environment",), "Posts that were no JSON array, and events of old schemas that were malformed: answered with 202, as by the reference, and dropped."): _unusable,
+    Figure("relay_event_posts_discarded_total", COUNTER, ("environment",), "Posts that were accepted and dropped, because the flags come from a file."): _discarded,
     Figure("relay_event_posts_waiting", GAUGE, ("environment",), "Posts that wait for their delivery."): _events(lambda f: f.waiting),
     Figure("relay_event_oldest_seconds", GAUGE, ("environment",), "How long the oldest of them has waited; 0 if none waits."): _oldest_events,
     Figure("relay_event_spool_durable", GAUGE, (), "1 if accepted events survive the end of the process, 0 if they wait in memory."): _spool_durable,

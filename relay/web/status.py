@@ -5,12 +5,11 @@ An outage of LaunchDarkly shows in `/status`, but never makes a relay that has d
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import islice
 
-from relay import __version__
+from relay import __version__, clock
 from relay.environment import ConnectionState, Environment
 from relay.model.item import InvalidItem
 from relay.relay import Relay
@@ -29,7 +28,7 @@ def overview(relay: Relay, traffic: Traffic) -> Answer:
     """Return `/status`; health is in the body, the status is always 200."""
     counts = _counts(traffic)
     environments = {
-        name: _described(relay, environment, counts)
+        name: _described(relay, traffic, environment, counts)
         for name, environment in sorted(relay.environments.items())
     }
     healthy = all(_is_connected(relay, each) for each in relay.environments.values())
@@ -48,7 +47,7 @@ def one(relay: Relay, traffic: Traffic, identifier: str) -> Answer:
     environment = named or relay.by_environment_id.get(identifier)
     if environment is None:
         return json(404, {"error": "there is no environment with this name or client-side ID"})
-    return json(200, _described(relay, environment, _counts(traffic)))
+    return json(200, _described(relay, traffic, environment, _counts(traffic)))
 
 
 def _is_connected(relay: Relay, environment: Environment) -> bool:
@@ -67,7 +66,9 @@ def _counts(traffic: Traffic) -> Counts:
     return {"requests": totals(traffic.requests), "newStreams": totals(traffic.new_streams)}
 
 
-def _described(relay: Relay, environment: Environment, counts: Counts) -> dict[str, object]:
+def _described(
+    relay: Relay, traffic: Traffic, environment: Environment, counts: Counts
+) -> dict[str, object]:
     """Return the members of an environment: the reference's in its order, then ours."""
     spec, payload = environment.spec, environment.payload
     age = environment.connection.data_age
@@ -84,17 +85,18 @@ def _described(relay: Relay, environment: Environment, counts: Counts) -> dict[s
         "rejected": environment.rejected or None,
         "streams": len(environment.hub),
         **{member: sums.get(spec.name, 0) for member, sums in counts.items()},
-        "events": _events(relay, spec.name),
+        "events": _events(relay, traffic, spec.name),
     }
     return _without_none(members)
 
 
-def _events(relay: Relay, name: str) -> dict[str, object] | None:
-    """Return how it stands with the events of an environment; None if nothing forwards them."""
+def _events(relay: Relay, traffic: Traffic, name: str) -> dict[str, object] | None:
+    """Return how it stands with the events of an environment; None if there is nothing to tell."""
     if relay.events is None:
-        return None
+        discarded = traffic.discarded[name]
+        return {"discarded": discarded} if discarded else None
     oldest = relay.events.oldest(name)
-    age = None if oldest is None else max(0, round(time.time() - oldest))
+    age = None if oldest is None else max(0, round(clock.now() - oldest))
     members = {**asdict(relay.events.figures(name)), "oldestAge": age}
     durable = relay.events.spool.durable
     return {"kept": "on disk" if durable else "in memory", **_without_none(members)}

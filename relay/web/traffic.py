@@ -68,6 +68,8 @@ class Traffic:
         """Streams that are open."""
         self.unusable: Counter[str] = Counter()
         """Posts and events of SDKs that could not be used, by environment."""
+        self.discarded: Counter[str] = Counter()
+        """Posts of SDKs that were dropped, as nobody is there to deliver them to."""
         self._user_agents: set[str] = set()
         self.logs = _log.isEnabledFor(logging.DEBUG)
         """Whether each request is logged."""

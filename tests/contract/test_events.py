@@ -367,6 +367,48 @@ async def test_nothing_acknowledged_is_lost_when_the_relay_is_killed(upstream, t
     assert {key: found for key, found in ids.items() if len(found) > 1} == {}
 
 
+async def test_an_upstream_that_rejects_everything_for_seconds_costs_nothing(upstream, tmp_path):
+    """A proxy says 400 or 413 to all for a while; all that SDKs post meanwhile arrives, each once."""
+    async with relay_of(upstream, tmp_path) as relay:
+        for first, code in ((0, 400), (100, 413)):
+            upstream.always(SDK_KEY, status(code))
+            for number in range(first, first + 100):
+                assert await send(relay.address, number) == 202
+            await upstream.posted(len(upstream.posts) + 4)
+            upstream.always(SDK_KEY, None)
+            wanted = {f"e{number}" for number in range(first + 100)}
+            await until_arrived(upstream, wanted, PATIENCE)
+        events = await events_status(relay)
+        assert events["quarantined"] == events["evicted"] == 0
+    assert len(list(arrived(upstream))) == 200
+
+
+async def test_bodies_that_are_not_well_formed_are_set_aside(upstream, tmp_path):
+    """They are answered like others, and counted; those posted together with them arrive."""
+    bad = (
+        b'[{"kind":"custom","key":"x"]',
+        b"[NaN]",
+        b'["\x00"]',
+        b'["\xff"]',
+        b'[{"k":"]',
+        b'["}]',
+    )
+    headers = [("Authorization", SDK_KEY), ("X-LaunchDarkly-Event-Schema", "4")]
+    async with relay_of(upstream, tmp_path, EVENTS_FLUSH_INTERVAL="1s") as relay:
+        for number, body in enumerate(bad):
+            assert await send(relay.address, number) == 202
+            answer = await ask(relay.address, "/bulk", headers, method="POST", body=body)
+            assert answer.status == 202
+        await until_arrived(upstream, {f"e{number}" for number in range(len(bad))}, PATIENCE)
+        while (events := await events_status(relay))["waiting"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        figures = await page(relay, "/metrics")
+        assert (events["quarantined"], events["forwarded"]) == (len(bad), len(bad))
+        assert b'relay_event_posts_quarantined_total{environment="main"} 6\n' in figures
+        assert relay.log.count("as they are no well-formed JSON") == 1
+    assert {post.status for post in upstream.posts} == {202}, "upstream never saw them"
+
+
 async def test_a_retry_of_an_sdk_is_not_counted_twice_also_across_a_restart(upstream, tmp_path):
     """The payload id that the SDK gave is known; a post that is alone keeps it upstream."""
     async with relay_of(upstream, tmp_path) as relay:
@@ -426,10 +468,59 @@ async def test_a_refused_key_does_not_switch_events_off(upstream, tmp_path):
         assert SDK_KEY not in relay.log
 
 
+ENDPOINTS = [
+    ("/bulk", "sdk"),
+    ("/diagnostic", "sdk"),
+    *((f"/mobile{rest}", "mob") for rest in ("", "/events", "/events/bulk", "/events/diagnostic")),
+    *(("/events/bulk/{}", "id"), ("/events/diagnostic/{}", "id")),
+]
+"""Where SDKs post events, and with which credential."""
+
+
 async def test_events_stay_off_unless_switched_on(upstream, tmp_path):
-    """Without USE_EVENTS the answer is the reference's."""
+    """Without USE_EVENTS the answer begins like the reference's, and says which setting is missing."""
+    keys = {"sdk": SDK_KEY, "mob": MOBILE_KEY, "id": "none"}
+    answers = []
     async with relay_of(upstream, tmp_path, USE_EVENTS="false") as relay:
-        assert await send(relay.address, 1) == 503
+        for path, kind in ENDPOINTS:
+            given = [("Authorization", keys[kind])]
+            url = path.format("id-main")
+            answers.append(await ask(relay.address, url, given, method="POST", body=b"[{}]"))
+        answers.append(await ask(relay.address, "/a/id-main.gif?d=W3t9XQ"))
+    text = "Event proxy is not enabled for this environment"
+    for answer in answers:
+        assert answer.status == 503
+        assert json.loads(answer.body)["message"].startswith(text)
+        assert b"[Events] sendEvents (USE_EVENTS=true)" in answer.body
+
+
+@pytest.mark.parametrize("switched", ["true", "false"])
+async def test_a_relay_with_a_flags_file_takes_events_and_drops_them(switched, tmp_path):
+    """As the reference does in offline mode: whatever is posted, wherever; counted, not announced."""
+    flags = tmp_path / "flags.json"
+    flags.write_text('{"flagValues": {"lamp": true}}')
+    keys = {"sdk": "sdk-demo", "mob": "mob-demo", "id": "none"}
+    bodies = (b"[{}]", b'[{"kind":"custom","key":"k"}]', b"hello", b"", b"[]", b"x" * 300_000)
+    relay = RelayProcess(tmp_path, "serve", "--flags", str(flags), USE_EVENTS=switched)
+    posted = 0
+    async with relay:
+        for path, kind in ENDPOINTS:
+            for body in bodies:
+                for schema in ("4", "2"):
+                    given = [("Authorization", keys[kind]), ("X-LaunchDarkly-Event-Schema", schema)]
+                    url = path.format("demo-client-side-id")
+                    answer = await ask(relay.address, url, given, method="POST", body=body)
+                    assert (answer.status, answer.body) == (202, b"")
+                    posted += 1
+        image = await ask(relay.address, "/a/demo-client-side-id.gif?d=W3t9XQ")
+        assert (image.status, image.body[:5]) == (200, b"GIF89")
+        status = json.loads(await page(relay, "/status"))
+        assert status["environments"]["demo"]["events"] == {"discarded": posted + 1}
+        figure = b'relay_event_posts_discarded_total{environment="demo"} %d\n' % (posted + 1)
+        assert figure in await page(relay, "/metrics")
+    assert relay.log.count("Events will be accepted, but will be discarded") == 1
+    assert "memory" not in relay.log
+    assert "Forwarding events" not in relay.log
 
 
 async def test_without_a_directory_events_wait_in_memory_and_the_start_says_so(upstream, tmp_path):

@@ -314,6 +314,15 @@ def row_12(r: Recording, reply: Reply) -> Reply | None:
     return with_headers(reply, content_type="application/json")
 
 
+def with_setting(r: Recording, reply: Reply) -> Reply | None:
+    """A 503 of events says which setting is missing."""
+    text = b"Event proxy is not enabled for this environment"
+    if reply.status != 503 or text not in reply.body:
+        return None
+    setting = b": set [Events] sendEvents (USE_EVENTS=true)"
+    return replace(reply, body=reply.body.replace(text, text + setting))
+
+
 def row_13(r: Recording, reply: Reply) -> Reply | None:
     """The standard forms of If-None-Match match, too, and a 304 carries the ETag."""
     known = r.asked.get("if-none-match", "")
@@ -455,7 +464,7 @@ def strict_parser(r: Recording, reply: Reply) -> Reply | None:
 
 DIFFERENCES: tuple[Change, ...] = (
     *(rows_16_to_19, rows_1_2_and_6, row_3, only_known_headers, tagged, posted),
-    *(row_13, row_4, row_14, row_7, row_9, row_10, row_11, row_12, newer_10_1),
+    *(row_13, row_4, row_14, row_7, row_9, row_10, row_11, row_12, with_setting, newer_10_1),
     *(our_status, offered_now, strict_parser),
 )
 """In the order in which they are applied."""

@@ -22,6 +22,7 @@ from relay.protocol.events import (
     Contexts,
     is_array,
     is_empty,
+    is_well_formed,
     joined,
     summarised,
 )
@@ -287,8 +288,58 @@ def test_users_known_only_by_their_key():
 # Whom upstream knows.
 
 
+@given(arrays())
+def test_what_json_writers_write_is_well_formed(body):
+    """With blanks wherever they may be, as escapes or in UTF-8."""
+    assert is_well_formed(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "verdict"),
+    [
+        *((body, True) for body in (b"[]", b' [ 1 , {"a" : [null, true, -0.5e+7]} ]\r\n')),
+        *((body, True) for body in (b'[{"a":1,"a":2}]', b"[1e999]", b"[%s]" % (b"1" * 500))),
+        *((body, True) for body in (b'["\\ud83d"]', b'["\\udc00x"]', b'["\\ud83d\\ude00"]')),
+        *((body, True) for body in ('["é😀\u2028\x7f"]'.encode(), b"[" * 200 + b"]" * 200)),
+        *(
+            (body, False)
+            for body in (b"", b"[", b'[{"a":1]', b"[1,]", b"[,1]", b"[1 2]", b"[1],[2]")
+        ),
+        *((body, False) for body in (b"[NaN]", b"[Infinity]", b"[01]", b"[1.]", b"[+1]", b"['a']")),
+        *((body, False) for body in (b'["\x00"]', b"[1\x00]", b'["\n"]', b"[1\x0b]", b'["\\x"]')),
+        *((body, False) for body in (b'["\xff"]', b'["\xc0\x80"]', b'["\xed\xa0\x80"]')),
+        *(
+            (body, False)
+            for body in (b'[{"\xff":1}]', b'["\xe9"]', b'["\\ud83d]', b'["\\ud83d",NaN]')
+        ),
+        (b"\xef\xbb\xbf[]", False),
+        (b"[" * 200_000 + b"]" * 200_000, None),
+    ],
+)
+def test_what_is_well_formed(body, verdict):
+    """RFC 8259 decides; only of what is nested beyond any event nobody can tell."""
+    assert is_well_formed(body) is verdict
+
+
+@given(st.binary(max_size=20) | st.text('[]{}",:0-1.eE truefalsn\\ud8\x00\u20ac', max_size=20))
+def test_well_formed_is_what_the_standard_library_reads(given_body):
+    """But for what that takes beyond the standard."""
+
+    def refuse(name):
+        raise ValueError(name)
+
+    body = given_body if isinstance(given_body, bytes) else given_body.encode("utf-8", "replace")
+    try:
+        json.loads(body.decode(), parse_constant=refuse)
+    except ValueError:
+        assert is_well_formed(body) is False
+    else:
+        assert is_well_formed(body) is True
+
+
 def introduced(contexts, *users, now=NOW):
-    output, _ = summarise([feature(user=user) for user in users], contexts, now=now)
+    posted = [feature(user=user) for user in users]
+    output, _ = summarise(posted, contexts, now=now)
     return [e["context"]["key"] for e in output if e["kind"] == "index"]
 
 

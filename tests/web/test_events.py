@@ -50,6 +50,7 @@ GIF = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7
 LANE_4 = Lane("main", Endpoint.BULK, 4)
 TAGGED, MOBILE_4 = LANE_4._replace(tags="a/b"), LANE_4._replace(endpoint=Endpoint.MOBILE)
 DIAGNOSTIC = Lane("main", Endpoint.BULK_DIAGNOSTIC)
+OFF = "Event proxy is not enabled for this environment"
 UNREADABLE = b'{"message":"unable to read request body"}'
 
 
@@ -247,6 +248,9 @@ def wanted_reply(recording) -> tuple[int, dict[str, str], object]:
     if "trailing garbage" in recording["name"]:  # row 29
         status, headers, body = 202, {}, b""
     kept = {n: v for n, v in headers.items() if n in HEADERS or n.startswith("access-control-")}
+    if status == 503:  # it says which setting is missing, too
+        body = json.dumps({"message": f"{OFF}: set [Events] sendEvents (USE_EVENTS=true)"})
+        body = body.replace('": "', '":"').encode()
     if body.startswith(b"{"):  # row 12
         kept["content-type"] = "application/json"
     if status == 405:  # row 11

@@ -1,0 +1,86 @@
+"""Who is to blame for a rejection: a table of what upstream did, and what follows from it."""
+
+from __future__ import annotations
+
+import pytest
+
+from relay import blame
+from relay.blame import Evidence
+
+
+def judged(story):
+    """Let things happen to `x` and others; return at which of its rejections it was convicted.
+
+    `+` upstream takes another batch; `x` it rejects x alone; `y`, `z` others alone; `*` it rejects a
+    batch for the first time; `/` a batch with x in it, which is split.
+    """
+    evidence, rejections = Evidence(), 0
+    for number, what in enumerate(story):
+        if what == "+":
+            evidence.take(f"good {number}")
+        elif what == "*":
+            evidence.doubt(f"batch {number}")
+        elif what == "/":
+            evidence.split(f"batch {number}", ["x", "other half"])
+        else:
+            guilty = evidence.reject(what)
+            rejections += what == "x"
+            if guilty and what == "x":
+                return rejections
+    return None
+
+
+@pytest.mark.parametrize(
+    ("story", "convicted"),
+    [
+        # Upstream takes others between its rejections.
+        ("x+x+x", 3),
+        ("/x+x+x", 3),
+        ("/+x+x", 2),
+        ("x++++x+x", 3),
+        # Nothing else comes afterwards: one more rejection, with nothing else rejected.
+        ("/+xx", 2),
+        ("x+xx", 3),
+        ("+xxx+xx", 5),
+        # Upstream rejects everything, or there is nothing to compare with.
+        ("xxxxxxxxxx", None),
+        ("+xxxxxxxxx", None),
+        ("++/xxxxxxx", None),
+        ("xyxyxyxyxy", None),
+        ("+xyzxyzxyz", None),
+        # The first moment of an outage; afterwards others are rejected, too.
+        ("/+xyxyxyxy", None),
+        ("/+x*x*x*x*", None),
+        ("x+y+y", None),
+        # Two bad ones among good ones.
+        ("xy+x+y+x+y", 3),
+        ("xy+x+xy", 3),
+        ("xy+xyxyxy+xy", 5),
+    ],
+)
+def test_a_post_is_convicted_by_what_upstream_takes_meanwhile(story, convicted):
+    """Only by two rejections after others were taken; in an outage never."""
+    assert judged(story) == convicted
+
+
+def test_an_outage_is_several_rejected_and_none_taken():
+    """One post alone is none; the first that is taken ends it."""
+    evidence = Evidence()
+    for post, outage in (("x", False), ("x", False), ("y", True), ("z", True)):
+        assert not evidence.reject(post)
+        assert evidence.outage is outage
+        assert not evidence.accepting
+    evidence.take("good")
+    assert not evidence.outage
+    assert evidence.accepting
+
+
+def test_the_number_of_known_batches_is_bounded(monkeypatch):
+    """The oldest are forgotten, and tried once more like new ones."""
+    monkeypatch.setattr(blame, "MAX_KNOWN", 3)
+    evidence = Evidence()
+    for number in range(5):
+        evidence.doubt(str(number))
+    assert [number for number in range(5) if evidence.knows(str(number))] == [2, 3, 4]
+    evidence.take("4")
+    assert not evidence.knows("4")
