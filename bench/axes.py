@@ -51,6 +51,7 @@ def axes() -> list[Axis]:
         EVENTS_OUTAGE,
         _evaluations("eval-1000", "1000 flags", "new", 5),
         _evaluations("eval-1000", "1000 flags", "repeated", 25),
+        _evaluations("eval-rules", "1000 flags, rule-heavy", "new", 5),
         _evaluations("eval-3", "3 flags", "new", 2),
         _evaluations("eval-3", "3 flags", "repeated", 5),
         CLIENT_PINGS,

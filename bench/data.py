@@ -3,7 +3,11 @@
 import base64
 import json
 import random
+from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from bench import targeting
+from bench.targeting import clause
 
 
 class Size(NamedTuple):
@@ -13,8 +17,8 @@ class Size(NamedTuple):
     bytes_each: int
     known: bool = True
     """Fill with a variation, otherwise with a property that no SDK knows."""
-    mixed: tuple[int, int, int] | None = None
-    """How many are constant, have targets or rules, and have rollouts: for client-side SDKs."""
+    mixed: Mapping[str, int] | None = None
+    """How many there are of each kind in `MAKERS`: for client-side SDKs."""
 
 
 SIZES = {
@@ -26,8 +30,11 @@ SIZES = {
     "2m": Size(1000, 2075, known=False),
     "2m-known": Size(1000, 2075),
     "seed": Size(1, 555),
-    "eval-1000": Size(1000, 740, mixed=(737, 163, 100)),
-    "eval-3": Size(3, 740, mixed=(1, 1, 1)),
+    "eval-1000": Size(1000, 740, mixed={"constant": 737, "ruled": 163, "rollout": 100}),
+    "eval-3": Size(3, 740, mixed={"constant": 1, "ruled": 1, "rollout": 1}),
+    "eval-rules": Size(
+        1000, 740, mixed={"constant": 600, "rule-heavy": 250, "segment": 50, "rollout": 100}
+    ),
 }
 PATCH_BYTES = 1000
 EVENTS = 43
@@ -89,12 +96,11 @@ def flags(name: str, version: int = 1) -> dict[str, Any]:
     return {key: flag(key, version, size.bytes_each, known=size.known) for key in keys}
 
 
-def mixed_flags(counts: tuple[int, int, int], version: int) -> dict[str, Any]:
+def mixed_flags(counts: Mapping[str, int], version: int) -> dict[str, Any]:
     """Flags for client-side SDKs, as many of each kind as `counts` says, in no order."""
-    makers = (constant_flag, ruled_flag, rollout_flag)
-    kinds = [make for make, count in zip(makers, counts, strict=True) for _ in range(count)]
+    kinds = [kind for kind, count in counts.items() for _ in range(count)]
     random.Random(1).shuffle(kinds)
-    made = (make(index, version) for index, make in enumerate(kinds))
+    made = (MAKERS[kind](index, version) for index, kind in enumerate(kinds))
     return {each["key"]: each for each in made}
 
 
@@ -109,10 +115,10 @@ def ruled_flag(index: int, version: int) -> dict[str, Any]:
     """A flag with targets or rules, of one of four kinds."""
     kind = index % 4
     clauses = [
-        [_clause("plan", "in", "pro", "team"), _clause("country", "in", "de", "fr")],
-        [_clause("email", "endsWith", "@example.com", "@example.org")],
-        [_clause("age", "greaterThanOrEqual", 20 + index % 50)],
-        [_clause("country", "startsWith", "d", "n"), _clause("plan", "in", "free")],
+        [clause("plan", "in", ["pro", "team"]), clause("country", "in", ["de", "fr"])],
+        [clause("email", "endsWith", ["@example.com", "@example.org"])],
+        [clause("age", "greaterThanOrEqual", [20 + index % 50])],
+        [clause("country", "startsWith", ["d", "n"]), clause("plan", "in", ["free"])],
     ]
     rules = [
         {"variation": number, "id": f"rule-{number}", "clauses": clauses[(kind + number) % 4]}
@@ -133,8 +139,23 @@ def rollout_flag(index: int, version: int, text: str = "") -> dict[str, Any]:
     return body | rollout | {"on": True, "salt": salt, "variations": values}
 
 
-def _clause(attribute: str, operator: str, *values: Any) -> dict[str, Any]:
-    return {"attribute": attribute, "op": operator, "values": list(values), "negate": False}
+def rule_heavy_flag(index: int, version: int) -> dict[str, Any]:
+    """A flag with rules that hardly another one has."""
+    return constant_flag(index, version) | {"on": True, "rules": targeting.rules(index)}
+
+
+def segment_flag(index: int, version: int) -> dict[str, Any]:
+    """A flag that asks for a segment."""
+    return constant_flag(index, version) | {"on": True, "rules": targeting.segment_rules(index)}
+
+
+MAKERS = {
+    "constant": constant_flag,
+    "ruled": ruled_flag,
+    "rollout": rollout_flag,
+    "rule-heavy": rule_heavy_flag,
+    "segment": segment_flag,
+}
 
 
 def _value(key: str, version: int, letter: str) -> str:
@@ -142,21 +163,39 @@ def _value(key: str, version: int, letter: str) -> str:
     return f"{key}-{version}-{letter}-".ljust(48, letter)
 
 
-CONTEXT_START = '{"kind":"user","key":"user-'
-"""Of every context; then come nine digits. Both are as long as base64 needs it to end between
-them, so that a context's base64 is made of that of its parts."""
-CONTEXT_ENDS = tuple(
-    f'","plan":"{plan}","country":"{country}","email":"anna@{domain}","age":{age}}}'
-    for plan, age in (("free", 19), ("pro", 42), ("team", 64))
-    for country, domain in (("de", "example.com"), ("no", "example.net"))
+class Contexts(NamedTuple):
+    """Contexts that a number tells apart.
+
+    Args:
+        parts: of their JSON; a context has one of each, which come in turn, and nine digits between
+            them. All but the last are as long as base64 needs it to end with them, so that a
+            context's base64 is made of that of its parts.
+    """
+
+    parts: tuple[tuple[str, ...], ...]
+
+    def in_base64(self, number: int) -> str:
+        """The context with this number, as client-side SDKs put it into a path."""
+        return base64url(f"{number:09}".join(each[number % len(each)] for each in self.parts))
+
+
+CONTEXT_START = ('{"kind":"user","key":"user-',)
+USUAL_CONTEXTS = Contexts(
+    (
+        CONTEXT_START,
+        tuple(
+            f'","plan":"{plan}","country":"{country}","email":"anna@{domain}","age":{age}}}'
+            for plan, age in (("free", 19), ("pro", 42), ("team", 64))
+            for country, domain in (("de", "example.com"), ("no", "example.net"))
+        ),
+    )
 )
-"""The ends of contexts, in turn."""
-
-
-def context_in_base64(number: int) -> str:
-    """The context with this number, as client-side SDKs put it into a path."""
-    text = f"{CONTEXT_START}{number:09}{CONTEXT_ENDS[number % len(CONTEXT_ENDS)]}"
-    return base64url(text)
+CONTEXTS = {
+    "eval-1000": USUAL_CONTEXTS,
+    "eval-3": USUAL_CONTEXTS,
+    "eval-rules": Contexts((CONTEXT_START, targeting.CONTEXT_MIDDLES, targeting.CONTEXT_ENDS)),
+}
+"""Who asks, by data set."""
 
 
 def base64url(text: str) -> str:
@@ -166,7 +205,11 @@ def base64url(text: str) -> str:
 
 def everything(name: str, version: int = 1) -> dict[str, Any]:
     """The data set `name` as polling SDKs get it."""
-    return {"flags": flags(name, version), "segments": {}}
+    asked_for = "segment" in (SIZES[name].mixed or {})
+    return {
+        "flags": flags(name, version),
+        "segments": targeting.segments(version) if asked_for else {},
+    }
 
 
 def put(name: str, version: int = 1) -> bytes:

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from statistics import median
 
@@ -40,13 +40,15 @@ WATCHED_SECONDS = 3
 PUTS = 3
 
 SCRIPT = """
-local number, groups, ends = {first}, {{{groups}}}, {{{ends}}}
+local number, groups, parts = {first}, {{{groups}}}, {{{parts}}}
 local rest_of_head = " HTTP/1.1\\r\\nHost: bench\\r\\n\\r\\n"
 function request()
   number = (number + 1) % {contexts}
   local low, rest = number % 1000, math.floor(number / 1000)
   local digits = groups[math.floor(rest / 1000) + 1] .. groups[rest % 1000 + 1] .. groups[low + 1]
-  return "GET {path}" .. digits .. ends[number % #ends + 1] .. rest_of_head
+  local context = {{}}
+  for i, part in ipairs(parts) do context[i] = part[number % #part + 1] end
+  return "GET {path}" .. table.concat(context, digits) .. rest_of_head
 end
 """
 """For wrk: base64 is put together of that of three digits at a time."""
@@ -55,9 +57,9 @@ end
 def evaluate(figure: str, dataset: str, contexts: int, server: Server, _: Certificate) -> Measured:
     """Ask for all flags, for so many contexts in turn."""
     with _serve(server, dataset) as session:
-        _load(session, contexts, 0, WARM_SECONDS)
+        _load(session, dataset, contexts, 0, WARM_SECONDS)
         cpu = session.process.cpu_seconds()
-        result = _load(session, contexts, contexts // 2, LOAD_SECONDS)
+        result = _load(session, dataset, contexts, contexts // 2, LOAD_SECONDS)
         cpu = session.process.cpu_seconds() - cpu
         return {
             figure: result.requests / cpu,
@@ -113,15 +115,16 @@ def _change(server: Server, evaluating: str) -> tuple[float, float]:
 
 def worst_poll(server: Server, _: Certificate) -> Measured:
     """Poll one environment while another one's flags are evaluated as fast as it goes."""
-    with _serve(server, "eval-1000") as session:
-        _load(session, NEW, 0, WARM_SECONDS)
+    dataset = "eval-1000"
+    with _serve(server, dataset) as session:
+        _load(session, dataset, NEW, 0, WARM_SECONDS)
         seconds = WATCHED_SECONDS * (1 + PUTS) + 1
-        load = threading.Thread(target=_load, args=(session, NEW, NEW // 2, seconds))
+        load = threading.Thread(target=_load, args=(session, dataset, NEW, NEW // 2, seconds))
         load.start()
         worst = _worst(session)
         after = []
         for version in range(2, 2 + PUTS):
-            upstream_of(session).put(SDK_KEY, "eval-1000", version)
+            upstream_of(session).put(SDK_KEY, dataset, version)
             after.append(_worst(session))
         load.join()
         return {
@@ -156,15 +159,15 @@ def _serve(server: Server, dataset: str, **variables: str) -> Iterator[Session]:
 
 def stream_path(number: int) -> str:
     """The path of a client-side SDK's stream, for its context."""
-    return f"/eval/{ENVIRONMENT_ID}/{data.context_in_base64(number)}"
+    return f"/eval/{ENVIRONMENT_ID}/{data.USUAL_CONTEXTS.in_base64(number)}"
 
 
 def poll_path(number: int) -> str:
     """The path on which the same SDK polls."""
-    return f"/sdk/evalx/{ENVIRONMENT_ID}/contexts/{data.context_in_base64(number)}"
+    return f"/sdk/evalx/{ENVIRONMENT_ID}/contexts/{data.USUAL_CONTEXTS.in_base64(number)}"
 
 
-def _load(session: Session, contexts: int, first: int, seconds: float) -> Load:
+def _load(session: Session, dataset: str, contexts: int, first: int, seconds: float) -> Load:
     """Ask for all flags on all connections for a while.
 
     Raises:
@@ -172,12 +175,15 @@ def _load(session: Session, contexts: int, first: int, seconds: float) -> Load:
     """
     if not shutil.which("wrk"):
         raise RuntimeError("evaluations are measured with wrk, which is not installed")
-    groups = ",".join(json.dumps(data.base64url(f"{digits:03}")) for digits in range(1000))
-    ends = ",".join(json.dumps(data.base64url(end)) for end in data.CONTEXT_ENDS)
-    start = data.base64url(data.CONTEXT_START)
-    path = f"/sdk/evalx/{ENVIRONMENT_ID}/contexts/{start}"
+    groups = _table(f"{digits:03}" for digits in range(1000))
+    parts = ",".join(f"{{{_table(part)}}}" for part in data.CONTEXTS[dataset].parts)
+    path = f"/sdk/evalx/{ENVIRONMENT_ID}/contexts/"
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
-        text = SCRIPT.format(first=first, groups=groups, ends=ends, contexts=contexts, path=path)
+        text = SCRIPT.format(first=first, groups=groups, parts=parts, contexts=contexts, path=path)
         file.write(text)
         file.flush()
         return wrk(session.url(""), seconds, "-s", file.name)
+
+
+def _table(texts: Iterable[str]) -> str:
+    return ",".join(json.dumps(data.base64url(text)) for text in texts)

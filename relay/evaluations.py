@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from relay.evaluation.audience import Audience
 from relay.evaluation.compiled import CompiledFlag
+from relay.evaluation.index import Index
 from relay.evaluation.program import Library, Program
 from relay.model.item import version_of_time
 from relay.model.payload import Payload
@@ -32,10 +33,12 @@ class _Work:
 
     Args:
         keys: of flags that were not looked at so far.
-        flags: those that the audience sees of the others.
+        index: of the features of the others.
+        flags: those of them that the audience sees.
     """
 
     keys: Iterator[str]
+    index: Index
     flags: dict[str, CompiledFlag] = field(default_factory=dict)
 
 
@@ -48,6 +51,8 @@ class Evaluations:
         self._version = 0
         self._programs: dict[Audience, Program] = {}
         self._works: dict[Audience, _Work] = {}
+        self._indexes: dict[Audience, Index] = {}
+        """Those of the last programs, also of earlier payloads."""
         self._compiling = asyncio.Lock()
 
     def follow(self, payload: Payload) -> None:
@@ -97,11 +102,13 @@ class Evaluations:
             self._library = Library(payload, self._library)
         work = self._works.get(audience)
         if work is None:
-            work = self._works[audience] = _Work(iter(sorted(payload.flags)))
+            index = Index(self._indexes.get(audience))
+            work = self._works[audience] = _Work(iter(sorted(payload.flags)), index)
         if not _compile(self._library, audience, work, until):
             return None
         del self._works[audience]
-        program = self._programs[audience] = Program(work.flags, self._version)
+        self._indexes[audience] = work.index
+        program = self._programs[audience] = Program(work.flags, self._version, work.index)
         return program
 
 
@@ -111,6 +118,8 @@ def _compile(library: Library, audience: Audience, work: _Work, until: float) ->
         flag = library.seen(audience, key)
         if flag is not None:
             work.flags[key] = flag
+            if flag.features:
+                work.index.add(flag.features)
         if time.perf_counter() > until:
             return False
     return True

@@ -32,6 +32,9 @@ from bench.servers import OWN_COMMAND, SDK_KEY, Relay
 from bench.table import NGINX, OURS, PEER, Figures, Row, at_least, at_most, markdown
 from bench.upstream import Upstream
 from bench.viewers import Viewers
+from relay.evaluation.program import Library, Program
+from relay.web.context import context_in_path
+from tests.evaluation.strategies import payload_of
 from tests.support.sdk import install_packages
 
 
@@ -135,29 +138,62 @@ def test_busy_clients_post_events_of_the_usual_size() -> None:
         assert upstream.arrived().size >= made.requests * len(data.events())
 
 
-@pytest.mark.parametrize(
-    ("name", "counts"), [("eval-1000", (737, 163, 100)), ("eval-3", (1, 1, 1))]
-)
-def test_mixed_flags_are_of_each_kind_as_many_as_said(
-    name: str, counts: tuple[int, int, int]
-) -> None:
+@pytest.mark.parametrize("name", ["eval-1000", "eval-3", "eval-rules"])
+def test_mixed_flags_are_of_each_kind_as_many_as_said(name: str) -> None:
     """All are visible to client-side SDKs, and long enough to be waited for by size."""
-    flags = data.flags(name).values()
+    flags, counts = data.flags(name).values(), data.SIZES[name].mixed
+    assert counts
     rollouts = sum("rollout" in each["fallthrough"] for each in flags)
     ruled = sum(bool(each["rules"]) for each in flags)
-    assert (len(flags) - rollouts - ruled, ruled, rollouts) == counts
+    assert len(flags) == sum(counts.values()) == data.SIZES[name].flags
+    assert rollouts == counts["rollout"]
+    assert len(flags) - rollouts - ruled == counts["constant"]
     assert all(each["clientSideAvailability"]["usingEnvironmentId"] for each in flags)
     assert min(len(data.compact(each)) for each in flags) >= 400
 
 
-def test_a_context_is_put_together_of_the_base64_of_its_parts() -> None:
+def test_rule_heavy_flags_ask_for_segments_that_are_there() -> None:
+    """Rules are over three attributes, with four values each, and few flags have equal ones."""
+    everything = data.everything("eval-rules")
+    rules = [rule for flag in everything["flags"].values() for rule in flag["rules"]]
+    clauses = [clause for rule in rules for clause in rule["clauses"]]
+    named = [clause["values"][0] for clause in clauses if clause["op"] == "segmentMatch"]
+    assert len(named) == 50
+    assert set(named) <= everything["segments"].keys()
+    others = [clause for clause in clauses if clause["op"] != "segmentMatch"]
+    operators = {(clause["attribute"], clause["op"]) for clause in others}
+    assert operators == {("country", "in"), ("email", "endsWith"), ("appVersion", "startsWith")}
+    assert {len(clause["values"]) for clause in others} == {4}
+    assert len({data.compact(clause) for clause in others}) > 0.9 * len(others)
+    assert data.everything("eval-1000")["segments"] == {}
+
+
+def test_few_of_many_rules_match_a_context() -> None:
+    """Some match every context, and hardly two contexts have the same flags."""
+    library = Library(payload_of(data.everything("eval-rules")))
+    flags = {key: library.flag(key) for key in library.payload.flags}
+    program = Program({key: flag for key, flag in flags.items() if flag is not None}, 1)
+    ruled = [key for key, each in data.flags("eval-rules").items() if each["rules"]]
+    contexts = data.CONTEXTS["eval-rules"]
+    seen = []
+    for number in range(10**6, 10**6 + 200):
+        context = context_in_path(contexts.in_base64(number).encode())
+        entries = program.some(context, ruled, with_reasons=False)
+        seen.append(tuple(json.loads(entry)["variation"] for entry in entries.values()))
+    assert len(set(seen)) > 190
+    assert 5 < sum(map(sum, seen)) / len(seen) < 30
+
+
+@pytest.mark.parametrize("name", data.CONTEXTS)
+def test_a_context_is_put_together_of_the_base64_of_its_parts(name: str) -> None:
     """What wrk joins is what the encoding of the whole gives."""
-    number = 123_456_789
-    parts = [data.CONTEXT_START, "123", "456", "789"]
-    parts.append(data.CONTEXT_ENDS[number % len(data.CONTEXT_ENDS)])
-    whole = data.context_in_base64(number)
-    assert "".join(map(data.base64url, parts)) == whole
-    assert json.loads(base64.urlsafe_b64decode(whole + "=="))["key"] == "user-123456789"
+    number, contexts = 123_456_789, data.CONTEXTS[name]
+    parts = (each[number % len(each)] for each in contexts.parts)
+    digits = "".join(map(data.base64url, ("123", "456", "789")))
+    whole = contexts.in_base64(number)
+    assert digits.join(map(data.base64url, parts)) == whole
+    padding = "=" * (-len(whole) % 4)
+    assert json.loads(base64.urlsafe_b64decode(whole + padding))["key"] == "user-123456789"
 
 
 @pytest.mark.parametrize("evaluating", ["false", "true"])

@@ -141,6 +141,26 @@ async def test_what_was_deleted_is_gone():
     assert program.all(ANNA, with_reasons=True) == b"{}"
 
 
+async def test_changed_rules_count_at_once_and_old_ones_no_more():
+    """Rules that many patches change, one after the other, each hold from then on."""
+    evaluations = Evaluations()
+    clause = {"attribute": "key", "op": "in", "values": ["anna"]}
+    rule = {"clauses": [clause], "variation": 1}
+    payload = Payload.of(item(f"flag-{number:02}", rules=[rule]) for number in range(20))
+    for version in range(2, 40):
+        key = f"flag-{version % 20:02}"
+        other = rule | {"clauses": [clause | {"values": ["anna" if version % 3 else "ben", key]}]}
+        changed = item(key, version, rules=[other])
+        payload, _ = payload.apply(ChangeSet((changed,)))
+        evaluations.follow(payload)
+        program = evaluations.current(Audience.SERVER)
+        assert program is not None
+        entries = program.some(ANNA, payload.flags, with_reasons=True)
+        body = json.loads(program.all(ANNA, with_reasons=True))
+        assert body == {name: json.loads(entry) for name, entry in entries.items()}
+        assert body[key]["variation"] == (1 if version % 3 else 0)
+
+
 async def test_versions_grow_with_each_payload_and_fit_32_bits():
     """Versions are those of the data: equal for all audiences, greater with each new payload."""
     evaluations = Evaluations()

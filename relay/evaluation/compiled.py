@@ -7,18 +7,20 @@ definition; `tests/evaluation/test_program.py` holds both to the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha1
+from typing import Any
 
 import orjson
 
 from relay.evaluation import bucketing
 from relay.evaluation.conditions import Predicate, SegmentCondition, Vocabulary
 from relay.evaluation.evaluator import evaluate, is_experiment
+from relay.evaluation.features import KEY, Feature, Match, Trigger
 from relay.evaluation.hashing import Hashing, hashing, of_keys_alone
 from relay.evaluation.items import Data
 from relay.evaluation.results import Evaluation, Reason, ReasonKind, render
-from relay.evaluation.subject import Subject, Uncompilable
+from relay.evaluation.subject import NOBODY, Subject, Uncompilable
 from relay.evaluation.thresholds import NOTHING, threshold
 from relay.model.context import DEFAULT_KIND
 from relay.model.flag import Flag, Number, Rollout, Target
@@ -73,8 +75,7 @@ Choose = Callable[[Subject], Outcome]
 Decision = Outcome | Choose
 """What a flag gives: one outcome for everybody, or a function that chooses one."""
 
-Feature = Callable[[Subject], Hashable]
-"""Something that contexts have in common with many others: a condition, or being targeted."""
+Features = tuple[Feature[Any], ...]
 
 
 class CompiledFlag:
@@ -88,14 +89,14 @@ class CompiledFlag:
         interpreted: whether this is left to the interpreter; so is what depends on it.
     """
 
-    __slots__ = ("choose", "constant", "features", "flag", "interpreted", "same")
+    __slots__ = ("choose", "constant", "features", "flag", "interpreted", "same", "usual")
 
     def __init__(
         self,
         flag: Flag,
         decision: Decision,
         outcomes: Sequence[Outcome],
-        features: tuple[Feature, ...] | None = None,
+        features: Features | None = None,
         *,
         interpreted: bool = False,
     ) -> None:
@@ -106,6 +107,8 @@ class CompiledFlag:
         """The outcome of every context, if there is just one."""
         self.choose: Choose = _as_function(decision)
         """Gives the outcome of a context."""
+        self.usual = None if features is None else self.choose(NOBODY)
+        """The outcome where all features have their usual values, if features decide."""
         self.same = self.constant or _all_alike(outcomes)
         """An outcome whose JSON without reasons is that of every context, if there is one."""
         if self.same is not None:
@@ -179,7 +182,7 @@ class _Compilation:
         self._evaluated: tuple[str, ...] = ()
         """Prerequisites that have been evaluated when the outcome that comes next occurs."""
         self._outcomes: list[Outcome] = []
-        self._features: dict[Feature, None] | None = {}
+        self._features: dict[Feature[Any], None] | None = {}
 
     def run(self) -> CompiledFlag:
         decision = self._decision()
@@ -208,7 +211,7 @@ class _Compilation:
                 needs.append((needed.choose, wanted, self._off(failed)))
         return _require(needs, self._targeted())
 
-    def _depend_on(self, features: Iterable[Feature] | None) -> None:
+    def _depend_on(self, features: Features | None) -> None:
         """Note what decides, besides; None for something else than features."""
         if features is None:
             self._features = None
@@ -246,7 +249,7 @@ class _Compilation:
         for kind, keys in reversed(listed):
             targeted = _targeted(kind, keys)
             self._depend_on((targeted,))
-            decision = _target(targeted, decision)
+            decision = _target(targeted.value, decision)
         return decision
 
     def _targets(self) -> list[tuple[str, dict[str, Outcome]]]:
@@ -272,8 +275,8 @@ class _Compilation:
             if condition is True:
                 # Later rules never count, but what is malformed in them does not, either.
                 return _first(steps, decision)
-            self._depend_on(None if self._vocabulary.is_by_chance(condition) else (condition,))
-            steps.append((condition, decision))
+            self._depend_on(None if condition.by_chance else (condition,))
+            steps.append((condition.value, decision))
         return _first(steps, self._wanted(self._flag.fallthrough, Reason(ReasonKind.FALLTHROUGH)))
 
     # Variation or rollout
@@ -343,12 +346,13 @@ def _require(needs: Sequence[tuple[Choose, int, Outcome]], then: Decision) -> De
     return choose
 
 
-def _targeted(kind: str, outcomes: dict[str, Outcome]) -> Callable[[Subject], Outcome | None]:
+def _targeted(kind: str, outcomes: dict[str, Outcome]) -> Feature[Outcome | None]:
     def targeted(subject: Subject) -> Outcome | None:
         individual = subject.individuals.get(kind)
         return None if individual is None else outcomes.get(individual.key)
 
-    return targeted
+    trigger = Trigger(kind, KEY, Match.EQUAL, outcomes.keys())
+    return Feature(targeted, (trigger,), is_simple=True)
 
 
 def _target(targeted: Callable[[Subject], Outcome | None], otherwise: Decision) -> Decision:

@@ -10,11 +10,20 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import msgspec
 
 from relay.evaluation.bucketing import salted, share
+from relay.evaluation.features import (
+    KEY,
+    Feature,
+    Match,
+    Trigger,
+    Triggers,
+    triggers_of_all,
+    triggers_of_any,
+)
 from relay.evaluation.hashing import hashing
 from relay.evaluation.operators import ZERO_TIME, is_number, regex, semantic_version, timestamp
 from relay.evaluation.subject import Subject, Uncompilable
@@ -27,8 +36,8 @@ MAX_SHARED_VALUES = 32
 """Values of a clause that may be another flag's, too. Longer lists are particular."""
 
 Predicate = Callable[[Subject], bool]
-Condition = Predicate | bool
-"""A predicate, or its result if that is the same for every subject."""
+Condition = Feature[bool] | bool
+"""A predicate as a feature, or its result if that is the same for every subject."""
 
 Test = Callable[[Any], bool]
 """Whether one value of an attribute, not an array, matches any value of a clause."""
@@ -39,11 +48,12 @@ def all_of(conditions: Iterable[Condition]) -> Condition:
     open_ones = [condition for condition in conditions if condition is not True]
     if not open_ones:
         return True
-    predicates = [condition for condition in open_ones if condition is not False]
-    if len(predicates) < len(open_ones):
+    parts = [condition for condition in open_ones if condition is not False]
+    if len(parts) < len(open_ones):
         return False
-    if len(predicates) == 1:
-        return predicates[0]
+    if len(parts) == 1:
+        return parts[0]
+    predicates = [part.value for part in parts]
 
     def every(subject: Subject) -> bool:
         for holds in predicates:  # noqa: SIM110  # a generator would take twice as long
@@ -51,7 +61,7 @@ def all_of(conditions: Iterable[Condition]) -> Condition:
                 return False
         return True
 
-    return every
+    return Feature(every, triggers_of_all(parts), parts)
 
 
 def any_of(conditions: Iterable[Condition]) -> Condition:
@@ -59,11 +69,12 @@ def any_of(conditions: Iterable[Condition]) -> Condition:
     open_ones = [condition for condition in conditions if condition is not False]
     if not open_ones:
         return False
-    predicates = [condition for condition in open_ones if condition is not True]
-    if len(predicates) < len(open_ones):
+    parts = [condition for condition in open_ones if condition is not True]
+    if len(parts) < len(open_ones):
         return True
-    if len(predicates) == 1:
-        return predicates[0]
+    if len(parts) == 1:
+        return parts[0]
+    predicates = [part.value for part in parts]
 
     def some(subject: Subject) -> bool:
         for holds in predicates:  # noqa: SIM110  # as above
@@ -71,14 +82,15 @@ def any_of(conditions: Iterable[Condition]) -> Condition:
                 return True
         return False
 
-    return some
+    return Feature(some, triggers_of_any(parts), parts)
 
 
 def negated(condition: Condition) -> Condition:
     """Return whether the condition does not hold."""
     if isinstance(condition, bool):
         return not condition
-    return lambda subject: not condition(subject)
+    holds = condition.value
+    return Feature(lambda subject: not holds(subject), condition.triggers, (condition,))
 
 
 def clause_condition(clause: Clause) -> Condition:
@@ -95,13 +107,28 @@ def clause_condition(clause: Clause) -> Condition:
     if test is _never and not clause.negate:
         return False
     if clause.attribute == "kind":
-        return _kind_matches(test, clause.negate)
+        return Feature(_kind_matches(test, clause.negate))
     kind = clause.context_kind or DEFAULT_KIND
     if len(path) > 1:
-        return _deep_value_matches(kind, path, test, clause.negate)
-    if clause.op == "in" and all(isinstance(value, str) for value in values):
-        return _is_one_of(kind, path[0], frozenset(values), clause.negate)
-    return _value_matches(kind, path[0], test, clause.negate)
+        predicate = _deep_value_matches(kind, path, test, clause.negate)
+    elif clause.op == "in" and all(isinstance(value, str) for value in values):
+        predicate = _is_one_of(kind, path[0], frozenset(values), clause.negate)
+    else:
+        predicate = _value_matches(kind, path[0], test, clause.negate)
+    return Feature(predicate, (_trigger(kind, path, clause),), is_simple=True)
+
+
+_MATCHES = {match.value: match for match in Match}
+
+
+def _trigger(kind: str, path: Reference, clause: Clause) -> Trigger:
+    match = _MATCHES.get(clause.op, Match.PRESENT)
+    values = clause.values or ()
+    # A negated clause holds for nearly everybody who has the attribute.
+    if match is Match.PRESENT or clause.negate or len(values) > MAX_SHARED_VALUES:
+        return Trigger(kind, path, Match.PRESENT, ())
+    wanted = (str, int, float) if match is Match.EQUAL else str
+    return Trigger(kind, path, match, [each for each in values if isinstance(each, wanted)])
 
 
 def _kind_matches(test: Test, negate: bool) -> Predicate:
@@ -287,12 +314,7 @@ class Vocabulary:
     """Conditions that many flags have. Equal ones are the same object as long as one has them."""
 
     def __init__(self) -> None:
-        self._shared: WeakValueDictionary[object, Predicate] = WeakValueDictionary()
-        self._by_chance: WeakSet[Predicate] = WeakSet()
-
-    def is_by_chance(self, condition: Condition) -> bool:
-        """Whether a condition depends on hashes, so that nearly each subject is another case."""
-        return not isinstance(condition, bool) and condition in self._by_chance
+        self._shared: WeakValueDictionary[object, Feature[bool]] = WeakValueDictionary()
 
     def clauses(self, clauses: Iterable[Clause] | None, in_segment: SegmentCondition) -> Condition:
         """Return whether all clauses match.
@@ -318,7 +340,7 @@ class Vocabulary:
             frozenset(segment.excluded or ()),
             _of_kinds(segment.excluded_contexts),
         )
-        return self._noted(listed.before(any_of(rules)), rules)
+        return listed.before(any_of(rules))
 
     def _clause(self, clause: Clause, in_segment: SegmentCondition) -> Condition:
         values = clause.values or ()
@@ -338,27 +360,19 @@ class Vocabulary:
         clauses = self.clauses(rule.clauses, in_segment)
         if rule.weight is None:
             return clauses
-        whole = all_of([clauses, _admission(segment, rule)])
-        if not isinstance(whole, bool):
-            self._by_chance.add(whole)
-        return whole
+        return all_of([clauses, Feature(_admission(segment, rule), by_chance=True)])
 
     def _made_of(
         self, how: str, parts: list[Condition], make: Callable[[list[Condition]], Condition]
     ) -> Condition:
         # Parts are the same objects if they are equal, and live as long as what is made of them.
         name = (how, *(part if isinstance(part, bool) else id(part) for part in parts))
-        return self._shared.get(name) or self._share(name, self._noted(make(parts), parts))
+        return self._shared.get(name) or self._share(name, make(parts))
 
     def _share(self, name: object, condition: Condition) -> Condition:
         if not isinstance(condition, bool):
             self._shared[name] = condition
         return condition
-
-    def _noted(self, whole: Condition, parts: Iterable[Condition]) -> Condition:
-        if not isinstance(whole, bool) and any(map(self.is_by_chance, parts)):
-            self._by_chance.add(whole)
-        return whole
 
 
 def _of_kinds(targets: Sequence[SegmentTarget] | None) -> tuple[tuple[str, frozenset[str]], ...]:
@@ -379,11 +393,23 @@ class _Lists:
         """Return the condition in which the lists count before the rules."""
         if not (self.included or self.included_contexts or self.excluded or self.excluded_contexts):
             return rules
-        if self.included_contexts or self.excluded_contexts:
-            return self._full(rules)
-        return self._of_users(rules)
+        full = self.included_contexts or self.excluded_contexts
+        otherwise = rules if isinstance(rules, bool) else rules.value
+        contains = self._full(otherwise) if full else self._of_users(otherwise)
+        parts = () if isinstance(rules, bool) else (rules,)
+        return Feature(contains, self._triggers(rules), parts)
 
-    def _of_users(self, rules: Condition) -> Condition:
+    def _triggers(self, rules: Condition) -> Triggers:
+        of_rules = () if isinstance(rules, bool) else rules.triggers
+        if of_rules is None:
+            return None
+        listed = [(DEFAULT_KIND, self.included), *self.included_contexts]
+        if rules if isinstance(rules, bool) else rules.usual:
+            listed += [(DEFAULT_KIND, self.excluded), *self.excluded_contexts]
+        keys = (Trigger(kind, KEY, Match.EQUAL, keys) for kind, keys in listed if keys)
+        return (*keys, *of_rules)
+
+    def _of_users(self, rules: Predicate | bool) -> Predicate:
         included, excluded = self.included, self.excluded
 
         def contains(subject: Subject) -> bool:
@@ -397,7 +423,7 @@ class _Lists:
 
         return contains
 
-    def _full(self, rules: Condition) -> Condition:
+    def _full(self, rules: Predicate | bool) -> Predicate:
         included, excluded = self.included, self.excluded
 
         def contains(subject: Subject) -> bool:

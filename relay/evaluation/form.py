@@ -1,17 +1,21 @@
 """Bodies of evalx answers, put together of pieces that many contexts share.
 
-What no context changes is joined once. Of the flags that rules and targets decide, the members are
-joined once for all contexts that have the same features. Rollouts remain for each context.
+What no context changes is joined once. Of the flags that rules and targets decide, only those are
+evaluated on which a context has something unusual, and the members are joined once for all contexts
+that have the same features. Rollouts remain for each context.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
+from typing import Any
 
 from msgspec import Struct
 
 from relay.evaluation.compiled import Choose, CompiledFlag, Outcome
+from relay.evaluation.features import Feature
+from relay.evaluation.index import Index
 from relay.evaluation.subject import Subject
 
 MARK_SIZE = 16
@@ -26,10 +30,11 @@ MIN_GROUPED = 8
 GROUP_SIZE = 1024
 """Bytes that keeping a group costs beside its members and features."""
 
-FEATURE_SIZE = 8
-"""Bytes of a feature."""
+FEATURE_SIZE = 128
+"""Bytes of a feature that is not as usual."""
 
 Join = Callable[[Iterable[Outcome]], bytes]
+Member = Callable[[Outcome], bytes]
 
 
 class Body(Struct, frozen=True):
@@ -56,10 +61,11 @@ class Form:
 
     Args:
         flags: all of them.
+        index: of their features.
         with_reasons: whether there are reasons.
     """
 
-    def __init__(self, flags: Iterable[CompiledFlag], *, with_reasons: bool) -> None:
+    def __init__(self, flags: Iterable[CompiledFlag], index: Index, *, with_reasons: bool) -> None:
         join = _join_reasoned if with_reasons else _join_plain
         settled: list[Outcome] = []
         grouped: list[CompiledFlag] = []
@@ -77,7 +83,9 @@ class Form:
             grouped = []
         self._join: Join = join
         self._singles = tuple(singles)
-        self._groups = _Groups(grouped, join, b"," if singles else b"") if grouped else None
+        start = b"," if singles else b""
+        member = _reasoned if with_reasons else _plain
+        self._groups = _Groups(grouped, index, start, member) if grouped else None
         comma = b"," if settled and (singles or grouped) else b""
         self._end = Piece(comma + join(settled) + b"}")
 
@@ -94,13 +102,18 @@ class Form:
 
 
 class Piece:
-    """Members, joined."""
+    """Members, joined.
+
+    Args:
+        text: the members.
+        digest: another one for each other text that can be in its place.
+    """
 
     __slots__ = ("__weakref__", "digest", "text")
 
-    def __init__(self, text: bytes) -> None:
+    def __init__(self, text: bytes, digest: bytes = b"") -> None:
         self.text = text
-        self.digest = sha256(text).digest()
+        self.digest = digest or sha256(text).digest()
 
 
 class _Groups:
@@ -109,34 +122,58 @@ class _Groups:
     If groups are so many that most contexts are in a new one, nothing is kept any more.
     """
 
-    def __init__(self, flags: Sequence[CompiledFlag], join: Join, start: bytes) -> None:
-        features = (feature for flag in flags for feature in flag.features or ())
-        self._features = tuple(dict.fromkeys(features))
+    def __init__(
+        self, flags: Sequence[CompiledFlag], index: Index, start: bytes, member: Member
+    ) -> None:
+        self._index = index
         self._flags = tuple(flag.choose for flag in flags)
-        self._join = join
+        self._places: dict[Feature[Any], list[int]] = {}
+        """Of the flags that depend on a feature."""
+        for place, flag in enumerate(flags):
+            for feature in flag.features or ():
+                self._places.setdefault(feature, []).append(place)
+        self._depend_on_all = len(self._places) == index.size
+        self._member = member
         self._start = start
-        self._kept: dict[tuple[Hashable, ...], Piece] = {}
+        self._members = [member(flag.usual) for flag in flags if flag.usual is not None]
+        """The usual ones."""
+        self._usual = Piece(start + b",".join(self._members))
+        self._kept: dict[frozenset[tuple[Feature[Any], Any]], Piece] = {}
         self._size = 0
         self._hits = 0
         self._worthwhile = True
 
     def piece(self, subject: Subject) -> Piece:
         """Return the members of all these flags."""
+        unusual = self._index.unusual(subject)
+        if not self._depend_on_all:
+            places = self._places
+            unusual = {each: value for each, value in unusual.items() if each in places}
         if not self._worthwhile:
-            return self._new(subject)
-        features = tuple([feature(subject) for feature in self._features])
+            return self._new(subject, unusual)
+        features = frozenset(unusual.items())
         piece = self._kept.get(features)
         if piece is not None:
             self._hits += 1
             return piece
-        piece = self._new(subject)
+        piece = self._new(subject, unusual)
         self._keep(features, piece)
         return piece
 
-    def _new(self, subject: Subject) -> Piece:
-        return Piece(self._start + self._join([choose(subject) for choose in self._flags]))
+    def _new(self, subject: Subject, unusual: Iterable[Feature[Any]]) -> Piece:
+        """Put the usual members together with the others, which alone make a difference."""
+        members, others = self._members.copy(), []
+        for place in sorted({place for feature in unusual for place in self._places[feature]}):
+            member = self._member(self._flags[place](subject))
+            if member != members[place]:
+                members[place] = member
+                others.append(member)
+        if not others:
+            return self._usual
+        digest = sha256(self._usual.digest + b",".join(others)).digest()
+        return Piece(self._start + b",".join(members), digest)
 
-    def _keep(self, features: tuple[Hashable, ...], piece: Piece) -> None:
+    def _keep(self, features: frozenset[tuple[Feature[Any], Any]], piece: Piece) -> None:
         self._size += GROUP_SIZE + FEATURE_SIZE * len(features) + len(piece.text)
         if self._size > MAX_GROUPS:
             self._worthwhile = self._hits > len(self._kept)
@@ -144,6 +181,14 @@ class _Groups:
             self._size = self._hits = 0
         else:
             self._kept[features] = piece
+
+
+def _plain(outcome: Outcome) -> bytes:
+    return outcome.plain or outcome.make_plain()
+
+
+def _reasoned(outcome: Outcome) -> bytes:
+    return outcome.reasoned or outcome.make_reasoned()
 
 
 def _join_plain(outcomes: Iterable[Outcome]) -> bytes:

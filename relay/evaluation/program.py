@@ -16,6 +16,7 @@ from relay.evaluation.compiled import CompiledFlag, compiled, interpreted
 from relay.evaluation.conditions import Condition, Vocabulary
 from relay.evaluation.evaluator import MAX_CHAIN
 from relay.evaluation.form import Body, Form
+from relay.evaluation.index import Index
 from relay.evaluation.items import Data, parse_flag, parse_segment
 from relay.evaluation.subject import Subject, Uncompilable
 from relay.model.context import Context
@@ -252,11 +253,19 @@ class Program:
     Args:
         flags: those that it may see, by key, in the order in which they are written.
         version: of the data.
+        index: of their features; made if there is none.
     """
 
-    def __init__(self, flags: Mapping[str, CompiledFlag], version: int) -> None:
+    def __init__(
+        self, flags: Mapping[str, CompiledFlag], version: int, index: Index | None = None
+    ) -> None:
         self.version = version
         self._flags = flags
+        if index is None:
+            index = Index()
+            for flag in flags.values():
+                index.add(flag.features or ())
+        self._index = index
 
     @property
     def size(self) -> int:
@@ -292,8 +301,8 @@ class Program:
 
     @cached_property
     def _without_reasons(self) -> Form:
-        return Form(self._flags.values(), with_reasons=False)
+        return Form(self._flags.values(), self._index, with_reasons=False)
 
     @cached_property
     def _with_reasons(self) -> Form:
-        return Form(self._flags.values(), with_reasons=True)
+        return Form(self._flags.values(), self._index, with_reasons=True)

@@ -27,3 +27,7 @@ class Subject:
         if user is not None and user.secondary is not None:
             suffix = self.keys[DEFAULT_KIND] + b"." + user.secondary.encode()
             self.suffixes = {**self.keys, DEFAULT_KIND: suffix}
+
+
+NOBODY = Subject(Context({}))
+"""A context without individuals. Nobody asks for it, but flags have a result for it."""

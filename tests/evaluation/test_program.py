@@ -11,6 +11,7 @@ from relay.evaluation import form
 from relay.evaluation.audience import Audience
 from relay.evaluation.bucketing import single, single_of_int
 from relay.evaluation.evaluator import evaluate
+from relay.evaluation.index import Index
 from relay.evaluation.items import Data, parse_flag
 from relay.evaluation.program import MAX_CALLS, Library, Program
 from relay.evaluation.results import render
@@ -34,10 +35,15 @@ def groups_of_any_size():
         yield
 
 
-def program_of(library: Library, audience: Audience, version: int = 1) -> Program:
-    """The program of a whole payload."""
+def program_of(
+    library: Library, audience: Audience, version: int = 1, index: Index | None = None
+) -> Program:
+    """The program of a whole payload; `index` gets its features."""
     seen = ((key, library.seen(audience, key)) for key in sorted(library.payload.flags))
-    return Program({key: flag for key, flag in seen if flag}, version)
+    flags = {key: flag for key, flag in seen if flag}
+    for each in flags.values() if index else ():
+        index.add(each.features or ())
+    return Program(flags, version, index)
 
 
 def interpreted(
@@ -107,11 +113,12 @@ def test_a_program_built_on_the_one_before_is_the_same_as_one_made_anew(change, 
     """What is taken over from an earlier payload gives just what compiling everything gives."""
     before, after = map(payload_of, change)
     library = Library(before)
-    program_of(library, Audience.SERVER)
+    index = Index()
+    program_of(library, Audience.SERVER, index=index)
     program_of(library, Audience.BROWSER)
     library = Library(after, library)
     for audience in Audience:
-        program = program_of(library, audience)
+        program = program_of(library, audience, index=Index(index))
         anew = program_of(Library(after), audience)
         for context in asking:
             for with_reasons in (False, True):
