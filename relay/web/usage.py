@@ -67,7 +67,9 @@ class Usage:
         polls = _by_environment(self._traffic.requests, _POLLS)
         open_now = _by_environment(self._traffic.streams)
         opened = _by_environment(self._traffic.new_streams)
-        period = {"startDate": round(self._since * 1000), "endDate": round(now * 1000)}
+        # The clock may have been set back meanwhile.
+        since = min(self._since, now)
+        period = {"startDate": round(since * 1000), "endDate": round(now * 1000)}
         posts = []
         for name in self._environments:
             new_polls = polls.get(name, Counter()) - self._polls.get(name, Counter())
