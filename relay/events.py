@@ -475,6 +475,8 @@ class Forwarder:
     ) -> tuple[Step, float]:
         """Try to deliver a batch; return what was done, and the seconds until the next attempt."""
         traffic.oldest = batch.oldest
+        if self._evidence_of(batch.lane).accepting:
+            del failed[Step.HOLD]  # another lane has delivered something meanwhile
         outcome = await self._send(batch, bodies)
         step = await self._settle(batch, outcome, traffic)
         delay = self._delay(step, outcome, failed[step])

@@ -477,6 +477,25 @@ async def test_another_lane_of_the_same_kind_is_evidence_another_kind_is_none(up
     assert 777 in events(upstream.accepted)
 
 
+async def test_many_bad_posts_in_a_row_are_found_while_others_are_taken(upstream):
+    """They hold up the good ones of their lane only for so long as nothing else is delivered."""
+    upstream.always(KEY, answers.rejecting(b"666"))
+    other = LANE._replace(tags="other")
+    async with forwarding(upstream.url) as forwarder:
+        await asyncio.gather(
+            *(forwarder.accept(post(6660 + n % 10, payload_id="")) for n in range(20))
+        )
+        await asyncio.gather(*(forwarder.accept(post(n)) for n in range(5)))
+        figures, number = forwarder.figures("prod"), 0
+        async with asyncio.timeout(PATIENCE):
+            while figures.quarantined < 20:
+                number += 1
+                await forwarder.accept(post(1000 + number, other))
+                await asyncio.sleep(0.02)
+        await settled(forwarder)
+        assert (figures.quarantined, figures.forwarded) == (20, 5 + number)
+
+
 async def test_a_suspect_survives_a_restart(upstream, tmp_path):
     """It waits on disk like all else, and is delivered when upstream is well again."""
     upstream.always(KEY, answers.status(400))
@@ -753,7 +772,11 @@ async def test_kill_9_loses_and_repeats_nothing(upstream, tmp_path):
     """Killed again and again while upstream is unreliable: all that was accepted arrives, under one id."""
     chance = random.Random(4)
 
+    began = time.monotonic()
+
     async def unreliable(request):
+        if int((time.monotonic() - began) * 4) % 4 == 3:  # a quarter of each second
+            return await answers.status(400)(request)
         if len(await request.read()) > 300:
             return await answers.status(413)(request)
         which = chance.choice(

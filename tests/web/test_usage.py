@@ -79,3 +79,12 @@ def test_nothing_is_said_where_nothing_happens():
     (event,) = reports.told(1e10 + 60)
     assert event["pollingCounts"] == [{"userAgent": "_", "platformCategory": "server", "count": 1}]
     assert reports.told(1e10 + 120) == []
+
+
+def test_no_period_ends_before_it_began():
+    """The clock may be set back between two reports."""
+    reports = Reports()
+    for now in (1e10, 1e10 - 8 * 86400):
+        reports.poll("a", 1)
+        (event,) = reports.told(now)
+        assert event["startDate"] <= event["endDate"] == now * 1000
