@@ -30,7 +30,8 @@ test-image: ## all tests on the Python of the image, if this machine has it
 	@python=$$(scripts/find-python $(IMAGE_PYTHON)) && $(MAKE) --no-print-directory pytest PYTHON=$$python
 
 pytest: $(VENV)/test $(NODE_PACKAGES)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not timing" --durations 20 $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS) || [ $$? = 5 ] # 5: none was chosen
 
 nightly: $(VENV)/test $(NODE_PACKAGES) ## the tests that kill relays and those that make things up, many times over
 	KILL_ROUNDS=200 $(BIN)/python -m pytest --timeout 3600 tests/test_spool.py tests/test_events.py tests/contract/test_events.py

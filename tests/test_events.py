@@ -27,6 +27,8 @@ from relay.upstream import USER_AGENT, Upstream
 from tests.support import upstream as answers
 from tests.support.upstream import PATIENCE, ScriptedUpstream
 
+pytestmark = pytest.mark.timing
+
 ROOT = Path(__file__).parent.parent
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
 """How often a relay is killed; at night more often."""
