@@ -564,7 +564,7 @@ async def test_a_database_that_is_down_at_the_start(upstream, tmp_path):
             await relay.said("is available again")
         told = lines(relay, "Redis data store redis:")
         assert [line for line in told if "Using" not in line and "brought" not in line] == [
-            *lines(relay, "ERROR", "is unavailable: Error 111 connecting"),
+            *lines(relay, "ERROR", "is unavailable: Connection refused"),
             *lines(relay, "WARN", "is available again"),
         ]
         assert len(told) <= 4
