@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from relay import explain
+from tests.support.authorities import UNTIDY, Authority
 from tests.support.data import flag, segment
 from tests.support.process import PATIENCE, ROOT, RelayProcess
+from tests.support.proxy import a_proxy
 from tests.support.serving import until
 
 ANNA = '{"kind":"user","key":"anna","plan":"pro"}'
@@ -94,6 +97,35 @@ async def test_a_flag_of_a_running_relay_is_explained(flags, tmp_path, capsys):
         assert secret not in error
 
 
+async def test_a_relay_over_tls_is_asked_as_launchdarkly_is(flags, tmp_path, capsys, monkeypatch):
+    """The same authorities, the same proxies; what is not trusted is said in OpenSSL's words."""
+    authority = Authority(tmp_path, **UNTIDY["neither, and no key identifiers"])
+    certificate, key = authority.issue("localhost", "relay.example")
+    tls = {"TLS_ENABLED": "true", "TLS_CERT": str(certificate), "TLS_KEY": str(key)}
+    async with RelayProcess(tmp_path, "serve", "--flags", str(flags), **tls) as relay:
+        await relay.said("Initialized")
+        asked = ["lamp", "--context", ANNA, "--sdk-key", "sdk-demo", "--url"]
+        assert await asyncio.to_thread(explain.main, [*asked, relay.url]) == 1
+        error = capsys.readouterr().err
+        assert "the relay cannot be asked: unable to get local issuer certificate" in error
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
+        assert await asyncio.to_thread(explain.main, [*asked, relay.url]) == 0
+        async with a_proxy("Basic bWU6cMO8") as (port, seen):
+            monkeypatch.setenv("HTTPS_PROXY", f"me:p%C3%BC@127.0.0.1:{port}")
+            for url, heads in ((relay.url, 0), (f"https://relay.example:{relay.port}", 1)):
+                assert await asyncio.to_thread(explain.main, [*asked, url]) == 0
+                assert len(seen) == heads
+
+
+def test_a_key_that_cannot_be_sent_is_not_shown(capsys):
+    """Though the library quotes it."""
+    options = ["--url", "http://127.0.0.1:1", "--sdk-key", "sdk-secret\n"]
+    assert explain.main(["lamp", "--context", ANNA, *options]) == 1
+    assert capsys.readouterr().err == (
+        "Error: the relay cannot be asked: URL or key is malformed\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("key", "context", "error"),
     [
@@ -134,7 +166,7 @@ def test_what_cannot_be_evaluated_is_said(flags, capsys, key, context, error):
         ),
         (
             ["lamp", "--context", ANNA, "--url", "http://127.0.0.1:1", "--sdk-key", "k"],
-            "cannot be asked",
+            "cannot be asked: Connection refused",
         ),
         (["lamp", "--context", ANNA, "--flags", "/no/such/file"], "/no/such/file cannot be read"),
         (["lamp", "--context", ANNA, "--sdk-keys", "x", "--flags", "a"], "unrecognized arguments"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 import ssl
 
 import pytest
+import uvloop
 
 from relay.errors import UpstreamUnavailable
 from relay.model.credential import SDKKey
@@ -133,6 +135,25 @@ async def test_the_environments_proxy_counts_where_none_is_configured(
         assert "Proxy-Authorization" not in request.headers
     else:
         assert head.startswith(f"GET {url} ")
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_a_proxy_may_be_asked_over_tls(tmp_path, run, scheme):
+    """Its certificate is verified with the same authorities; TLS goes through TLS."""
+    authority = Authority(tmp_path)
+    tls = authority.server("ld.example") if scheme == "https" else None
+
+    async def attempt() -> int:
+        async with (
+            a_proxy(tls=authority.server("127.0.0.1")) as (port, _),
+            ScriptedUpstream(tls) as server,
+        ):
+            server.serve(KEY, all_data())
+            session = Upstream(f"https://127.0.0.1:{port}", [authority.file])
+            return await ask(session, f"{scheme}://ld.example:{server.port}/sdk/latest-all")
+
+    assert run(attempt()) == 200
 
 
 async def test_events_go_through_the_environments_proxy(tmp_path, monkeypatch, no_proxies):
