@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from relay.model.event import Endpoint, Lane, Post
+from relay.model.event import EventPayload, EventsEndpoint, Partition
 
 MAX_BATCH = 1024 * 1024
 """Bytes of the posts of one batch, unless it is one post: what upstream surely takes at once, as
@@ -47,14 +47,14 @@ class Batch:
     """Posts of one lane that go upstream in one request; once fixed, it never changes.
 
     Args:
-        lane: whose posts.
+        partition: whose posts.
         payload_id: tells upstream that it has the batch already.
         posts: how many.
         oldest: when the first of them came, in Unix seconds.
         more: whether others may wait behind it since before it was fixed.
     """
 
-    lane: Lane
+    partition: Partition
     payload_id: str
     posts: int
     oldest: float
@@ -77,7 +77,7 @@ class Limits:
     age: float = 7 * 86400.0
     diagnostic_age: float = 3600.0
 
-    def age_in(self, lane: Lane) -> float:
+    def age_in(self, lane: Partition) -> float:
         """Return the seconds that the posts of a lane are worth delivering."""
         return self.diagnostic_age if lane.endpoint.diagnostic else self.age
 
@@ -85,20 +85,22 @@ class Limits:
 class Backlog(NamedTuple):
     """What waits in a lane."""
 
-    lane: Lane
+    partition: Partition
     posts: int
     oldest: float
 
 
-class Store(Protocol):
+class EventStore(Protocol):
     """Where posts wait. What is done to a batch gives None if the store does not know it."""
 
     # Suspects are batches that were put aside: the others go before them.
 
-    def add(self, posts: Sequence[Post], /) -> list[bool]:
+    def add(self, posts: Sequence[EventPayload], /) -> list[bool]:
         """Take posts; return of each whether it is new. Its payload id may be known already."""
 
-    def take(self, lane: Lane, /, *, suspects: bool = False) -> tuple[Batch, list[bytes]] | None:
+    def take(
+        self, lane: Partition, /, *, suspects: bool = False
+    ) -> tuple[Batch, list[bytes]] | None:
         """Return the next batch of a lane and its bodies, fixed now or before; None without.
 
         Args:
@@ -126,7 +128,7 @@ class Store(Protocol):
             only: places in the batch; None for all. The others keep its id.
         """
 
-    def tidy(self, now: float, /) -> None:
+    def expire(self, now: float, /) -> None:
         """Remove what is too old."""
 
     def backlog(self) -> list[Backlog]:
@@ -143,9 +145,9 @@ def fitting(sizes: Sequence[int]) -> int:
     return len(sizes)
 
 
-def most_posts(lane: Lane) -> int:
+def max_payloads(partition: Partition) -> int:
     """Return how many posts of a lane may go together; diagnostics never do."""
-    return 1 if lane.endpoint.diagnostic else MAX_POSTS
+    return 1 if partition.endpoint.diagnostic else MAX_POSTS
 
 
 def batch_id(payload_ids: Sequence[str]) -> str:
@@ -173,32 +175,34 @@ def part(body: bytes, start: int, stop: int | None) -> bytes:
     return b"[" + b",".join((elements(body) or [])[start:stop]) + b"]"
 
 
-def halves(lane: Lane, body: bytes, start: int, stop: int | None) -> tuple[int, int, int] | None:
+def halves(
+    partition: Partition, body: bytes, start: int, stop: int | None
+) -> tuple[int, int, int] | None:
     """Return where the two halves of a part of a post begin and end; None if it has no two."""
-    found = None if lane.endpoint.diagnostic else elements(body)
+    found = None if partition.endpoint.diagnostic else elements(body)
     if found is None:
         return None
     end = len(found) if stop is None else stop
     return None if end - start < 2 else (start, (start + end) // 2, end)  # noqa: PLR2004 - halves
 
 
-def identity(post: Post) -> int:
+def dedup_key(post: EventPayload) -> int:
     """Return what is remembered of a payload id, 0 for none.
 
     SDKs of two environments do not share ids.
     """
     if not post.payload_id:
         return 0
-    text = _scope(post.lane.environment, post.lane.endpoint) + post.payload_id.encode()
+    text = _scope(post.partition.environment, post.partition.endpoint) + post.payload_id.encode()
     return int.from_bytes(blake2b(text, digest_size=ID_BYTES).digest(), "big")
 
 
 @lru_cache(maxsize=1024)
-def _scope(environment: str, endpoint: Endpoint) -> bytes:
+def _scope(environment: str, endpoint: EventsEndpoint) -> bytes:
     return f"{environment}\0{endpoint.name}\0".encode()
 
 
-class Recent:
+class DedupWindow:
     """The identities of posts of the last minutes."""
 
     def __init__(self) -> None:
@@ -207,7 +211,7 @@ class Recent:
         self._second = 0
         """That of the last one: the same object for many saves much memory."""
 
-    def note(self, number: int, received: float) -> bool:
+    def add(self, number: int, received: float) -> bool:
         """Note an identity, unless it is 0, that of none; return whether it is new."""
         if not number:
             return True
@@ -221,7 +225,7 @@ class Recent:
             self._forget(MAX_REMEMBERED // 16 + 1)
         return True
 
-    def tidy(self, now: float) -> None:
+    def expire(self, now: float) -> None:
         """Forget what is too old."""
         limit = now - REMEMBERED
         self._forget(next((n for n, at in enumerate(self.seen.values()) if at >= limit), None))

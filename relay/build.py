@@ -18,8 +18,8 @@ from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
 from relay.errors import ConfigError
 from relay.evalstreams import client_side_channels
-from relay.evaluations import Evaluations
-from relay.events import Forwarder, Pace, Upstream
+from relay.evaluations import ProgramCache
+from relay.events import Forwarder, ForwarderTimings, Upstream
 from relay.hub import Hub, StreamLimits
 from relay.log import Log, environment_log, set_environment_level
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
@@ -28,9 +28,9 @@ from relay.model.reply import Fetch
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
 from relay.sources import DataSource
-from relay.sources.retry import Times
-from relay.stores import Copy
-from relay.sync import Way
+from relay.sources.retry import SourceTimings
+from relay.stores import Mirror
+from relay.sync import SyncTarget
 
 DEMO = EnvironmentSpec(
     "demo", SDKKey("sdk-demo"), MobileKey("mob-demo"), EnvironmentID("demo-client-side-id")
@@ -76,9 +76,9 @@ def _demo(main: Main) -> EnvironmentSpec:
     return replace(DEMO, eval_streams=main.eval_streams)
 
 
-def ways(
+def sync_targets(
     config: Config, names: Collection[str] = (), relay_url: str = ""
-) -> tuple[Session, list[Way]]:
+) -> tuple[Session, list[SyncTarget]]:
     """Return how the data of environments get into the database once, and the session for that.
 
     Args:
@@ -108,20 +108,20 @@ def ways(
         if not names or spec.name in names:
             log = _log_of(spec)
             store = RedisStore(redis, spec.prefix)
-            found.append(Way(spec, sources(spec, log), store, log))
+            found.append(SyncTarget(spec, sources(spec, log), store, log))
     return session, found
 
 
 def _file(config: Config) -> Sources:
-    from relay.sources.file import File
+    from relay.sources.file import FileSource
 
     path = Path(config.main.flags_file)
-    return lambda _spec, _log: File(path)
+    return lambda _spec, _log: FileSource(path)
 
 
 def _launchdarkly(config: Config) -> tuple[Session, Upstream, Fetch, Sources]:
-    from relay.sources.polling import Polling
-    from relay.sources.streaming import Streaming
+    from relay.sources.polling import PollingSource
+    from relay.sources.streaming import StreamingSource
     from relay.upstream import Upstream as HTTPSession
 
     main, http = config.main, config.http
@@ -130,12 +130,12 @@ def _launchdarkly(config: Config) -> tuple[Session, Upstream, Fetch, Sources]:
         ca_files=[Path(file) for file in config.proxy.ca_cert_files if file],
         keep_alive=0.0 if http.disable_keep_alives else http.idle_conn_timeout,
     )
-    times = Times(poll_interval=main.poll_interval)
+    times = SourceTimings(poll_interval=main.poll_interval)
 
     def source(spec: EnvironmentSpec, log: Log) -> DataSource:
         if main.data_source == "polling":
-            return Polling(upstream, main.base_uri, spec.sdk_key, times)
-        return Streaming(upstream, main.stream_uri, spec.sdk_key, log, times)
+            return PollingSource(upstream, main.base_uri, spec.sdk_key, times)
+        return StreamingSource(upstream, main.stream_uri, spec.sdk_key, log, times)
 
     return upstream, upstream, upstream.fetch, source
 
@@ -147,7 +147,9 @@ def _forwarder(config: Config, upstream: Upstream, specs: Sequence[EnvironmentSp
     events, drain = config.events, config.main.graceful_shutdown_timeout
     directory = Path(events.spool_dir) if events.spool_dir else None
     spool = Spool(directory, Limits(memory=events.capacity * POST_SIZE))
-    pace = Pace(flush_interval=max(events.flush_interval, SHORTEST_FLUSH), drain=drain / 4)
+    pace = ForwarderTimings(
+        flush_interval=max(events.flush_interval, SHORTEST_FLUSH), drain=drain / 4
+    )
     by_name = {spec.name: spec for spec in specs}
     return Forwarder(spool, upstream, events.events_uri, by_name.get, pace)
 
@@ -173,11 +175,11 @@ def _spec(given: EnvironmentConfig, main: Main) -> EnvironmentSpec:
 def _environment(config: Config, spec: EnvironmentSpec, sources: Sources) -> Environment:
     log = _log_of(spec)
     source = sources(spec, log)
-    evaluations, main = Evaluations(), config.main
+    evaluations, main = ProgramCache(), config.main
     streams = client_side_channels(evaluations, main.ping_stream_jitter_time)
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
-    copies = tuple(_copies(config, spec, source, log))
-    return Environment(spec, source, hub, log, copies, evaluations=evaluations)
+    copies = tuple(_mirrors(config, spec, source, log))
+    return Environment(spec, source, hub, log, copies, programs=evaluations)
 
 
 def _log_of(spec: EnvironmentSpec) -> Log:
@@ -194,17 +196,19 @@ def _stream_limits(main: Main) -> StreamLimits:
     )
 
 
-def _copies(config: Config, spec: EnvironmentSpec, source: DataSource, log: Log) -> Iterator[Copy]:
+def _mirrors(
+    config: Config, spec: EnvironmentSpec, source: DataSource, log: Log
+) -> Iterator[Mirror]:
     """Yield the snapshot and the database, where these are configured."""
     if config.main.snapshot_dir and config.environments:
-        from relay.stores.snapshot import Snapshot
+        from relay.stores.snapshot import SnapshotMirror
 
-        yield Snapshot(Path(config.main.snapshot_dir), spec.sdk_key, log)
+        yield SnapshotMirror(Path(config.main.snapshot_dir), spec.sdk_key, log)
     if config.redis:
-        from relay.stores.mirror import ONCE, Mirror, MirrorTimes
+        from relay.stores.mirror import ONCE, DatabaseMirror, MirrorTimings
         from relay.stores.redis import RedisStore
 
         store = RedisStore(config.redis, spec.prefix)
         log.info("Using Redis data store: %s with prefix: %s", store.server, store.prefix)
-        times = ONCE if config.main.exit_always else MirrorTimes()
-        yield Mirror(store, "redis", source.refresh, log, times)
+        times = ONCE if config.main.exit_always else MirrorTimings()
+        yield DatabaseMirror(store, "redis", source.resync, log, times)

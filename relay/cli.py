@@ -24,13 +24,13 @@ from relay.config.schema import Config
 from relay.config.show import MASK, effective, secrets
 from relay.config.values import HTTP_URI
 from relay.errors import ConfigError, RelayError
-from relay.log import Output, set_up
+from relay.log import LogHandler, set_up
 from relay.model.credential import masked_url
 from relay.model.item import Kind
 from relay.model.text import one_line
 from relay.relay import Relay
-from relay.server import CannotListen, ServerOptions, Site, serve, settle, until_signal
-from relay.sync import Outcome, Plan, synchronise
+from relay.server import CannotListen, ServerOptions, Site, run_once, serve, until_signal
+from relay.sync import SyncOptions, SyncResult, synchronise
 
 USAGE = """\
 relay [serve] [options]   start the relay; the options are those of the reference relay
@@ -191,7 +191,7 @@ def _source(options: argparse.Namespace) -> str:
 @contextmanager
 def _logs(config: Config | None = None) -> Iterator[None]:
     """Send log lines where they belong, and the last of them before the process ends."""
-    output = Output(secrets(config) if config else ())
+    output = LogHandler(secrets(config) if config else ())
     set_up(
         config.main.log_level if config else "info",
         config.main.log_format if config else "text",
@@ -220,7 +220,7 @@ def _check(config: Config) -> int:
 def _unusable(config: Config) -> Iterator[str]:
     """Yield what is wrong with the files and addresses that a configuration names."""
     certificate = ServerOptions.of(config).tls
-    for see in (certificate.check if certificate else None, partial(_site, config)):
+    for see in (certificate.check if certificate else None, partial(build_site, config)):
         try:
             if see:
                 see()
@@ -236,7 +236,7 @@ def _serve(config: Config, source: str) -> int:
     try:
         if config.main.exit_always:
             return _run_once(config)
-        uvloop.run(serve(ServerOptions.of(config), partial(_site, config)))
+        uvloop.run(serve(ServerOptions.of(config), partial(build_site, config)))
     except CannotListen as e:
         _log.error("%s", e)
         return 1
@@ -247,10 +247,10 @@ def _serve(config: Config, source: str) -> int:
 
 
 def _run_once(config: Config) -> int:
-    from relay.build import build  # noqa: PLC0415 - see `_site`
+    from relay.build import build  # noqa: PLC0415 - see `build_site`
 
     _log.info("Running in one-shot mode - will exit immediately after initializing environments")
-    if uvloop.run(settle(build(config), hasty=config.main.exit_on_error)):
+    if uvloop.run(run_once(build(config), fail_fast=config.main.exit_on_error)):
         return 0
     _log.error("Unable to create relay: one or more environments failed to initialize")
     return 1
@@ -258,25 +258,25 @@ def _run_once(config: Config) -> int:
 
 def _sync(config: Config, options: argparse.Namespace) -> int:
     """Bring the database up to date once; return the exit code."""
-    from relay.build import ways  # noqa: PLC0415 - see `_site`
+    from relay.build import sync_targets  # noqa: PLC0415 - see `build_site`
 
     for warning in config.warnings:
         _log.warning("%s", warning)
     try:
         url = HTTP_URI.parse(options.relay) if options.relay else ""
-        session, found = ways(config, options.environment, url)
+        session, found = sync_targets(config, options.environment, url)
     except (ConfigError, ValueError) as e:
         _log.error("Configuration error: %s", e)
         return UNUSABLE
-    plan = Plan(config.main.init_timeout, dry_run=options.dry_run)
-    tell = partial(_tell, dry_run=options.dry_run)
+    plan = SyncOptions(config.main.init_timeout, dry_run=options.dry_run)
+    tell = partial(_print_result, dry_run=options.dry_run)
     outcomes = uvloop.run(until_signal(synchronise(found, session, plan, tell)))
     if outcomes is None or any(outcome.problem for outcome in outcomes.values()):
         return FAILED
     return 0
 
 
-def _tell(outcome: Outcome, *, dry_run: bool) -> None:
+def _print_result(outcome: SyncResult, *, dry_run: bool) -> None:
     """Print how it went with an environment; a dry run names what would change."""
     counts, changes = outcome.changes.counts(), outcome.changes
     if outcome.problem:
@@ -333,35 +333,42 @@ def _shown(url: str) -> str:
     return masked_url(url.partition("?")[0], MASK)
 
 
-def _site(config: Config) -> Site:
+def build_site(config: Config) -> Site:
     """Make what is served. Its imports are heavy, so they wait until the port is open."""
     from relay.build import build  # noqa: PLC0415
     from relay.web.app import make_app, make_exporter  # noqa: PLC0415
-    from relay.web.evaluation import Evaluation  # noqa: PLC0415
-    from relay.web.events import Discarder, Events  # noqa: PLC0415
+    from relay.web.evaluation import EvaluationHandler  # noqa: PLC0415
+    from relay.web.events import Discarder, EventsHandler  # noqa: PLC0415
     from relay.web.goals import Goals  # noqa: PLC0415
-    from relay.web.polling import Polling  # noqa: PLC0415
-    from relay.web.posting import Posts  # noqa: PLC0415
-    from relay.web.questions import Questions  # noqa: PLC0415
-    from relay.web.traffic import Traffic  # noqa: PLC0415
-    from relay.web.usage import Usage  # noqa: PLC0415
+    from relay.web.polling import PollingHandler  # noqa: PLC0415
+    from relay.web.posting import EventsFastPath  # noqa: PLC0415
+    from relay.web.questions import EvaluationFastPath  # noqa: PLC0415
+    from relay.web.traffic import RequestMetrics  # noqa: PLC0415
+    from relay.web.usage import UsageReporter  # noqa: PLC0415
     from relay.web.webhooks import Webhooks  # noqa: PLC0415
 
     relay = build(config)
     _introduce(config, relay)
     _introduce_events(config)
-    polling, traffic = Polling(), Traffic()
+    polling, traffic = PollingHandler(), RequestMetrics()
     forwarder = relay.events if config.events.send_events else None
     takes = forwarder if config.environments else Discarder(traffic.discarded)
-    events = Events(takes, config.events.max_inbound_payload_size, traffic.unusable)
-    evaluation = Evaluation(config.main.max_client_request_body_size)
+    events = EventsHandler(takes, config.events.max_inbound_payload_size, traffic.unusable)
+    evaluation = EvaluationHandler(config.main.max_client_request_body_size)
     goals = Goals(relay.fetch, config.main.client_side_base_uri)
     secrets = config.webhook.secrets
     webhooks = Webhooks(relay.environments.values(), secrets) if secrets else None
     app = make_app(relay, polling, traffic, events, webhooks, evaluation=evaluation, goals=goals)
     exporter = make_exporter(relay, traffic, config.prometheus.prefix)
-    beside = [Usage(relay.environments, traffic, relay.events.accept).run] if relay.events else []
+    beside = (
+        [UsageReporter(relay.environments, traffic, relay.events.accept).run]
+        if relay.events
+        else []
+    )
     if webhooks:
         beside.append(webhooks.run)
-    posts, questions = Posts(relay, events, traffic), Questions(relay, evaluation, traffic)
+    posts, questions = (
+        EventsFastPath(relay, events, traffic),
+        EvaluationFastPath(relay, evaluation, traffic),
+    )
     return Site(relay, app, polling, traffic, exporter, beside, posts, questions)

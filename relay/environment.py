@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from relay.errors import ErrorKind
-from relay.evaluations import Evaluations
+from relay.evaluations import ProgramCache
 from relay.hub import Hub
 from relay.log import Log
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Kind
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
-from relay.sources import Current, DataSource, Interrupted, Update
-from relay.stores import Copy
+from relay.sources import DataSource, Interrupted, Update, UpToDate
+from relay.stores import Mirror
 
-REASSURE_EVERY = 60.0
+CONFIRM_EVERY = 60.0
 """Seconds after which copies are told again that the data are current, though nothing changed: the
 age of the data after a restart is right to a minute."""
 
@@ -38,7 +38,7 @@ class ConnectionState(Enum):
 
 
 @dataclass(slots=True)
-class Connection:
+class UpstreamConnection:
     """How it stands with upstream, and since when.
 
     Times that people read are Unix seconds. How long something lasts is measured by the monotonic
@@ -52,9 +52,9 @@ class Connection:
     """The same by the monotonic clock."""
     last_error: tuple[ErrorKind, float] | None = None
     """The class and the time of the last failure, in Unix seconds; never cleared."""
-    delivered: bool = False
+    has_data: bool = False
     """Whether upstream has ever delivered data to this process."""
-    confirmed: float | None = None
+    last_confirmed: float | None = None
     """When upstream last showed that the data are current, by the monotonic clock; None if that is
     not known."""
 
@@ -66,7 +66,11 @@ class Connection:
     @property
     def data_age(self) -> float | None:
         """The seconds since upstream last showed that the data are current; None if not known."""
-        return None if self.confirmed is None else max(0.0, time.monotonic() - self.confirmed)
+        return (
+            None
+            if self.last_confirmed is None
+            else max(0.0, time.monotonic() - self.last_confirmed)
+        )
 
     def enter(self, state: ConnectionState) -> bool:
         """Take the state on; return whether it is another one than before."""
@@ -84,8 +88,8 @@ class Environment:
         source: where its data come from.
         hub: who is told.
         log: a logger that names this environment.
-        copies: the database and the snapshot, where there are such.
-        evaluations: of its flags, if the hub has streams that need them.
+        mirrors: the database and the snapshot, where there are such.
+        programs: of its flags, if the hub has streams that need them.
     """
 
     def __init__(
@@ -94,17 +98,17 @@ class Environment:
         source: DataSource,
         hub: Hub,
         log: Log,
-        copies: Sequence[Copy] = (),
+        mirrors: Sequence[Mirror] = (),
         *,
-        evaluations: Evaluations | None = None,
+        programs: ProgramCache | None = None,
     ) -> None:
         self.spec = spec
         self.hub = hub
-        self.copies = tuple(copies)
-        self.connection = Connection()
+        self.mirrors = tuple(mirrors)
+        self.connection = UpstreamConnection()
         self.payload: Payload | None = None
         """What is served; None until there are data from anywhere."""
-        self.evaluations = evaluations or Evaluations()
+        self.programs = programs or ProgramCache()
         """The same, evaluated for client-side SDKs."""
         self.invalid: dict[tuple[Kind, str], InvalidItem] = {}
         """Items whose last version could not be used."""
@@ -112,11 +116,11 @@ class Environment:
         """Changes of upstream that were applied, since the start: messages, not items."""
         self.rejected = 0
         """Messages and items of upstream that could not be used, since the start."""
-        self.decided = asyncio.Event()
+        self.init_done = asyncio.Event()
         """Set when upstream has delivered, or has refused the key."""
-        self._told = -float("inf")
+        self._mirrors_updated_at = -float("inf")
         """When the copies were last told that the data are current, by the monotonic clock."""
-        self._complaint = ""
+        self._last_warning = ""
         """What was last logged of upstream."""
         self.created = time.time()
         """Unix seconds."""
@@ -126,40 +130,42 @@ class Environment:
     async def run(self) -> None:
         """Keep the environment current until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            for copy in self.copies:
+            for copy in self.mirrors:
                 tasks.create_task(self._begin_with(copy))
                 tasks.create_task(copy.run())
             tasks.create_task(self._follow_source())
 
-    def look(self, *, doubt: bool = False) -> None:
+    def check(self, *, reconnect: bool = False) -> None:
         """See soon whether upstream has news.
 
         Args:
-            doubt: they should have come long ago.
+            reconnect: they should have come long ago.
         """
-        self._source.look(doubt=doubt)
+        self._source.check(reconnect=reconnect)
 
     def fail(self) -> None:
         """Note that `run` has ended by a defect of ours; called while the exception is handled."""
         self._log.exception("The environment failed and is started again; its data stay served")
         self.connection.last_error = (ErrorKind.UNKNOWN, time.time())
-        if self.connection.delivered:
+        if self.connection.has_data:
             self.connection.enter(ConnectionState.INTERRUPTED)
 
-    async def _begin_with(self, copy: Copy) -> None:
+    async def _begin_with(self, copy: Mirror) -> None:
         """Serve stored data until upstream has delivered; the newer of two copies wins."""
         stored = await copy.load()
-        if stored is None or self.connection.delivered:
+        if stored is None or self.connection.has_data:
             return
         if self.payload is None or stored.payload.is_newer_than(self.payload):
             self._log.info(
                 "Serving stored data (%d items) until upstream delivers", len(stored.payload)
             )
             self._apply(ChangeSet(tuple(stored.payload), full=True))
-            self.connection.confirmed = _before_now(stored.age)
-        elif self.connection.confirmed is None and not self.payload.is_newer_than(stored.payload):
+            self.connection.last_confirmed = _before_now(stored.age)
+        elif self.connection.last_confirmed is None and not self.payload.is_newer_than(
+            stored.payload
+        ):
             # The same data from a copy that knows how old they are.
-            self.connection.confirmed = _before_now(stored.age)
+            self.connection.last_confirmed = _before_now(stored.age)
 
     async def _follow_source(self) -> None:
         async with aclosing(self._source.updates()) as updates:
@@ -170,17 +176,17 @@ class Environment:
         match update:
             case ChangeSet():
                 self._take_changes(update, time.monotonic())
-            case Current():
+            case UpToDate():
                 self._confirm()
             case Interrupted():
                 self._interrupt(update)
 
     def _take_changes(self, changes: ChangeSet, since: float) -> None:
         self._note_invalid(changes)
-        if changes.full or self.connection.delivered:
+        if changes.full or self.connection.has_data:
             change = self._apply(changes, since)
             self.changes += change is not None
-            self.connection.delivered = True
+            self.connection.has_data = True
             self._confirm(change, full=changes.full)
         else:
             # A patch before the first put: those who listen may know it (streams 2.2), but it is
@@ -197,45 +203,45 @@ class Environment:
             change = Change((), (), replace=True)
         if change is not None:
             # First, because streams of evaluated flags ask for them at once.
-            self.evaluations.follow(self.payload)
+            self.programs.update(self.payload)
             self.hub.publish(self.payload, change, since)
         return change
 
     def _confirm(self, change: Change | None = None, *, full: bool = False) -> None:
         """Upstream is healthy, and the payload is what it has."""
-        if not self.connection.delivered or self.payload is None:
+        if not self.connection.has_data or self.payload is None:
             return
         now = time.monotonic()
         news = self.connection.enter(ConnectionState.VALID)
-        self.connection.confirmed = now
-        self.decided.set()
+        self.connection.last_confirmed = now
+        self.init_done.set()
         if news:
             self._log.info("Upstream is connected, data are current (%d items)", len(self.payload))
-        if news or full or change is not None or now - self._told >= REASSURE_EVERY:
-            self._told = now
-            for copy in self.copies:
-                copy.follow(self.payload, change, full=full, unusable=self.invalid)
+        if news or full or change is not None or now - self._mirrors_updated_at >= CONFIRM_EVERY:
+            self._mirrors_updated_at = now
+            for copy in self.mirrors:
+                copy.update(self.payload, change, full=full, unusable=self.invalid)
 
-    def _interrupt(self, trouble: Interrupted) -> None:
+    def _interrupt(self, outage: Interrupted) -> None:
         connection = self.connection
-        if trouble.kind is ErrorKind.INVALID_DATA:
+        if outage.kind is ErrorKind.INVALID_DATA:
             self.rejected += 1
-        if trouble.refused:
+        if outage.refused:
             state = ConnectionState.OFF
-            self.decided.set()
-        elif connection.delivered:
+            self.init_done.set()
+        elif connection.has_data:
             state = ConnectionState.INTERRUPTED
         else:
             state = ConnectionState.INITIALIZING
         first = connection.last_error is None
-        connection.last_error = (trouble.kind, time.time())
+        connection.last_error = (outage.kind, time.time())
         # Of unusable data each is told, not each time they come: a file may be mended by and by.
-        other = trouble.kind is ErrorKind.INVALID_DATA and trouble.reason != self._complaint
+        other = outage.kind is ErrorKind.INVALID_DATA and outage.reason != self._last_warning
         if connection.enter(state) or first or other:
-            self._log.warning("%s", trouble.reason)
-            self._complaint = trouble.reason
-        for copy in self.copies:
-            copy.hold()
+            self._log.warning("%s", outage.reason)
+            self._last_warning = outage.reason
+        for copy in self.mirrors:
+            copy.suspend()
 
     def _note_invalid(self, changes: ChangeSet) -> None:
         """Keep account of items that cannot be used; log each when it appears."""

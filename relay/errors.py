@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
-PASSING = frozenset({407, 408, 429})
+RETRYABLE_4XX = frozenset({407, 408, 429})
 """4xx that pass by themselves and say nothing about a key; 407 comes from a proxy."""
 
 

@@ -17,21 +17,28 @@ from itertools import islice
 from typing import Any
 from weakref import WeakValueDictionary
 
-from relay.evaluation.audience import Audience
+from relay.evaluation.audience import SDKKind
 from relay.evaluation.program import Program
-from relay.evaluations import Evaluations
-from relay.hub import FAN_OUT_SLICE, Channel, PingChannel, Subscription, Wire, framed
+from relay.evaluations import ProgramCache
+from relay.hub import (
+    FAN_OUT_SLICE,
+    Channel,
+    PingChannel,
+    StreamTransport,
+    Subscription,
+    encode_chunk,
+)
 from relay.model.context import Context
-from relay.model.count import Count
+from relay.model.count import MetricValue
 from relay.model.payload import Change, Payload
 from relay.protocol import clientside
 
 PINGS = "ping"
 """The stream of pings."""
 
-EVALUATING: Mapping[Audience, str] = {
-    Audience.MOBILE: "eval-mobile",
-    Audience.BROWSER: "eval-browser",
+EVALUATING: Mapping[SDKKind, str] = {
+    SDKKind.MOBILE: "eval-mobile",
+    SDKKind.BROWSER: "eval-browser",
 }
 """The evaluating stream of each kind of client-side SDK."""
 
@@ -48,7 +55,7 @@ MANY_SHARE = 4
 """What makes a quarter of it."""
 
 
-class Viewer:
+class EvalClient:
     """For whom a stream is evaluated. Streams of one channel with equal contexts share theirs.
 
     Args:
@@ -66,19 +73,19 @@ class Viewer:
         """Equal for the same request; the JSON itself is not kept."""
 
 
-class EvaluatingChannel(Channel[Viewer]):
+class EvaluatingChannel(Channel[EvalClient]):
     """The evaluating streams of one kind of client.
 
     Args:
         evaluations: of the environment.
-        audience: which flags its clients may see.
+        sdk_kind: which flags its clients may see.
     """
 
-    def __init__(self, evaluations: Evaluations, audience: Audience) -> None:
+    def __init__(self, evaluations: ProgramCache, sdk_kind: SDKKind) -> None:
         super().__init__()
         self._evaluations = evaluations
-        self._audience = audience
-        self._viewers: WeakValueDictionary[bytes, Viewer] = WeakValueDictionary()
+        self._sdk_kind = sdk_kind
+        self._clients: WeakValueDictionary[bytes, EvalClient] = WeakValueDictionary()
         self._sent: Program | None = None
         """What clients have, those passes included that are on their way."""
         self._unopened: dict[Subscription, None] = {}
@@ -96,14 +103,19 @@ class EvaluatingChannel(Channel[Viewer]):
             self._sent = None
         elif payload is not None:
             self._since = since if self._since is None else self._since
-            self._look_soon()
+            self._check_soon()
 
     def subscribe(
-        self, wire: Wire, head: bytes, ends_at: float, count: Count, who: Viewer
+        self,
+        transport: StreamTransport,
+        head: bytes,
+        ends_at: float,
+        count: MetricValue,
+        client: EvalClient,
     ) -> Subscription:
         """Take a client in and write its put, now if possible."""
-        shared = self._viewers.setdefault(who.identity, who)
-        return super().subscribe(wire, head, ends_at, count, shared)
+        shared = self._clients.setdefault(client.identity, client)
+        return super().subscribe(transport, head, ends_at, count, shared)
 
     def forget(self, subscription: Subscription) -> None:
         """Note that a client is gone."""
@@ -113,29 +125,29 @@ class EvaluatingChannel(Channel[Viewer]):
     def _opening_for(self, subscription: Subscription) -> bytes:
         if self._sent is None:
             self._unopened[subscription] = None
-            self._look_soon()
+            self._check_soon()
             return b""
         return _put(self._sent, self.subscriptions[subscription])
 
     def _close_pending(self) -> None:
         """Nothing is pending for others only: newcomers begin with what the others have."""
 
-    def _look_soon(self) -> None:
+    def _check_soon(self) -> None:
         self._is_behind = True
-        self._take_turn_soon()
+        self._schedule_slice()
 
     @property
     def _is_pending(self) -> bool:
         return self._compiling is None and (self._is_behind or self._compiled is not None)
 
-    def _seal(self) -> None:
+    def _start_pending(self) -> None:
         """Make the step to the newest program a pass, once those before it are through."""
-        if not self._is_pending or self._passes:
+        if not self._is_pending or self._fan_outs:
             return
         program, self._compiled = self._compiled, None
         if program is None:
             self._is_behind = False
-            program = self._evaluations.current(self._audience)
+            program = self._evaluations.current(self._sdk_kind)
             if program is None:
                 self._compiling = asyncio.create_task(self._compile())
                 return
@@ -144,10 +156,10 @@ class EvaluatingChannel(Channel[Viewer]):
 
     async def _compile(self) -> None:
         try:
-            self._compiled = await self._evaluations.ready(self._audience)
+            self._compiled = await self._evaluations.ready(self._sdk_kind)
         finally:
             self._compiling = None
-            self._take_turn_soon()
+            self._schedule_slice()
 
     def _step_to(self, program: Program, since: float | None) -> None:
         before, self._sent = self._sent, program
@@ -157,16 +169,16 @@ class EvaluatingChannel(Channel[Viewer]):
             touched = program.flags_touched_by(before)
             many = len(touched) >= max(MANY_FLAGS, program.size / MANY_SHARE)
             if many:
-                self._pass(_Replacement(before, program, opened, since))
+                self._start(_Replacement(before, program, opened, since))
             elif touched:
-                self._pass(_Update(before, program, touched, opened, since))
+                self._start(_Update(before, program, touched, opened, since))
         if unopened:
             present = {s: who for s, who in self.subscriptions.items() if s in unopened}
-            self._pass(_Openings(program, present))
+            self._start(_Openings(program, present))
 
 
 def client_side_channels(
-    evaluations: Evaluations, ping_jitter: float = 0.0
+    evaluations: ProgramCache, ping_jitter: float = 0.0
 ) -> Mapping[str, Channel[Any]]:
     """Return the channels of client-side SDKs by name, for the hub.
 
@@ -180,7 +192,7 @@ def client_side_channels(
     return {PINGS: PingChannel(ping_jitter), **evaluating}
 
 
-class _Personal(ABC):
+class _PersonalFanOut(ABC):
     """A pass that has other bytes for each viewer; they are made once for all its streams.
 
     Args:
@@ -189,18 +201,18 @@ class _Personal(ABC):
     """
 
     def __init__(
-        self, receivers: Mapping[Subscription, Viewer], since: float | None = None
+        self, receivers: Mapping[Subscription, EvalClient], since: float | None = None
     ) -> None:
         self.since = since
-        by_viewer: dict[Viewer, list[Subscription]] = {}
+        by_viewer: dict[EvalClient, list[Subscription]] = {}
         for subscription, viewer in receivers.items():
             by_viewer.setdefault(viewer, []).append(subscription)
         self._receivers = _flat(by_viewer)
-        self._viewer: Viewer | None = None
+        self._viewer: EvalClient | None = None
         self._chunk = b""
 
     @abstractmethod
-    def _made_for(self, viewer: Viewer) -> bytes:
+    def _made_for(self, viewer: EvalClient) -> bytes:
         """Return the chunk for a viewer; empty for none."""
 
     def write_slice(self) -> bool:
@@ -218,25 +230,25 @@ class _Personal(ABC):
 
 
 def _flat(
-    by_viewer: Mapping[Viewer, Iterable[Subscription]],
-) -> Iterator[tuple[Viewer, Subscription]]:
+    by_viewer: Mapping[EvalClient, Iterable[Subscription]],
+) -> Iterator[tuple[EvalClient, Subscription]]:
     for viewer, subscriptions in by_viewer.items():
         for subscription in subscriptions:
             yield viewer, subscription
 
 
-class _Openings(_Personal):
+class _Openings(_PersonalFanOut):
     """The puts of those who came before there was a program."""
 
-    def __init__(self, program: Program, receivers: Mapping[Subscription, Viewer]) -> None:
+    def __init__(self, program: Program, receivers: Mapping[Subscription, EvalClient]) -> None:
         super().__init__(receivers)
         self._program = program
 
-    def _made_for(self, viewer: Viewer) -> bytes:
+    def _made_for(self, viewer: EvalClient) -> bytes:
         return _put(self._program, viewer)
 
 
-class _Update(_Personal):
+class _Update(_PersonalFanOut):
     """What is different between two programs."""
 
     def __init__(
@@ -244,38 +256,40 @@ class _Update(_Personal):
         before: Program,
         after: Program,
         touched: frozenset[str],
-        receivers: Mapping[Subscription, Viewer],
+        receivers: Mapping[Subscription, EvalClient],
         since: float | None,
     ) -> None:
         super().__init__(receivers, since)
         self._before, self._after = before, after
         self._touched = touched
 
-    def _made_for(self, viewer: Viewer) -> bytes:
+    def _made_for(self, viewer: EvalClient) -> bytes:
         context, with_reasons = viewer.context, viewer.with_reasons
         before = self._before.some(context, self._touched, with_reasons=with_reasons)
         after = self._after.some(context, self._touched, with_reasons=with_reasons)
         messages = clientside.changes(before, after, self._after.version)
-        return framed(messages) if messages else b""
+        return encode_chunk(messages) if messages else b""
 
 
-class _Replacement(_Personal):
+class _Replacement(_PersonalFanOut):
     """A put for those to whom anything is different between two programs."""
 
     def __init__(
         self,
         before: Program,
         after: Program,
-        receivers: Mapping[Subscription, Viewer],
+        receivers: Mapping[Subscription, EvalClient],
         since: float | None,
     ) -> None:
         super().__init__(receivers, since)
         self._before, self._after = before, after
 
-    def _made_for(self, viewer: Viewer) -> bytes:
+    def _made_for(self, viewer: EvalClient) -> bytes:
         put = _put(self._after, viewer)
         return b"" if put == _put(self._before, viewer) else put
 
 
-def _put(program: Program, viewer: Viewer) -> bytes:
-    return framed(clientside.put(program.all(viewer.context, with_reasons=viewer.with_reasons)))
+def _put(program: Program, viewer: EvalClient) -> bytes:
+    return encode_chunk(
+        clientside.put(program.all(viewer.context, with_reasons=viewer.with_reasons))
+    )

@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from relay.evaluation.audience import Audience
+from relay.evaluation.audience import SDKKind
 from relay.evaluation.compiled import CompiledFlag
 from relay.evaluation.index import Index
-from relay.evaluation.program import Library, Program
+from relay.evaluation.program import FlagCompiler, Program
 from relay.model.item import version_of_time
 from relay.model.payload import Payload
 
@@ -42,20 +42,20 @@ class _Work:
     flags: dict[str, CompiledFlag] = field(default_factory=dict)
 
 
-class Evaluations:
+class ProgramCache:
     """Programs of the newest payload of an environment, for each audience that asks."""
 
     def __init__(self) -> None:
         self._payload: Payload | None = None
-        self._library: Library | None = None
+        self._library: FlagCompiler | None = None
         self._version = 0
-        self._programs: dict[Audience, Program] = {}
-        self._works: dict[Audience, _Work] = {}
-        self._indexes: dict[Audience, Index] = {}
+        self._programs: dict[SDKKind, Program] = {}
+        self._works: dict[SDKKind, _Work] = {}
+        self._indexes: dict[SDKKind, Index] = {}
         """Those of the last programs, also of earlier payloads."""
         self._compiling = asyncio.Lock()
 
-    def follow(self, payload: Payload) -> None:
+    def update(self, payload: Payload) -> None:
         """Take note of new data; nothing is compiled yet.
 
         The version of the data is about the time in seconds, so that it still grows when the relay
@@ -69,14 +69,14 @@ class Evaluations:
         self._programs = {}
         self._works = {}
 
-    def current(self, audience: Audience, /) -> Program | None:
+    def current(self, audience: SDKKind, /) -> Program | None:
         """Return the program of the newest payload if it is ready, or can be at once."""
         program = self._programs.get(audience)
         if program is None and audience not in self._works and not self._compiling.locked():
             program = self._advance(audience, AT_ONCE)
         return program
 
-    async def ready(self, audience: Audience, /) -> Program | None:
+    async def ready(self, audience: SDKKind, /) -> Program | None:
         """Return the program of the newest payload when it is compiled.
 
         One of those who wait does the work; if he gives up, the next one goes on with it.
@@ -92,14 +92,14 @@ class Evaluations:
                 await asyncio.sleep(0)
         return None
 
-    def _advance(self, audience: Audience, seconds: float) -> Program | None:
+    def _advance(self, audience: SDKKind, seconds: float) -> Program | None:
         """Work for a while; return the program if that completes it."""
         if self._payload is None:
             return None
         until = time.perf_counter() + seconds
         payload = self._payload
         if self._library is None or self._library.payload is not payload:
-            self._library = Library(payload, self._library)
+            self._library = FlagCompiler(payload, self._library)
         work = self._works.get(audience)
         if work is None:
             index = Index(self._indexes.get(audience))
@@ -112,7 +112,7 @@ class Evaluations:
         return program
 
 
-def _compile(library: Library, audience: Audience, work: _Work, until: float) -> bool:
+def _compile(library: FlagCompiler, audience: SDKKind, work: _Work, until: float) -> bool:
     """Compile flags until the time is over; return whether none is left."""
     for key in work.keys:
         flag = library.seen(audience, key)

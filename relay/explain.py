@@ -23,7 +23,7 @@ from urllib.request import (
 
 from yarl import URL
 
-from relay.config.values import HTTP_URI, KEY, Kind
+from relay.config.values import HTTP_URI, KEY, OptionType
 from relay.errors import InvalidData, RelayError
 from relay.evaluation.evaluator import evaluate
 from relay.evaluation.items import Data
@@ -103,7 +103,7 @@ def _answer(options: argparse.Namespace) -> str:
     return _explained(Data.of(payload), options.flag, context)
 
 
-def _parsed(option: str, kind: Kind, text: str) -> Any:
+def _parsed(option: str, kind: OptionType, text: str) -> Any:
     try:
         return kind.parse(text)
     except ValueError as e:

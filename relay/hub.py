@@ -19,21 +19,21 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
-from relay.model.count import Count, Durations
+from relay.model.count import Histogram, MetricValue
 from relay.model.payload import Change, Payload
 from relay.protocol.clientside import PING
 
-Who = TypeVar("Who")
+ClientT = TypeVar("ClientT")
 """What a channel has to know of each client, such as the context that it evaluates for."""
 
 FAN_OUT_SLICE = 128
 """Subscriptions written to in one turn of the loop: polls in between wait some 6 ms, and the last
 subscriber of many gets its message no later than without slices."""
 
-ARREARS_LIMIT = 256 * 1024
+MAX_PENDING = 256 * 1024
 """Bytes of changes that are kept for a client whose buffer is full; beyond, it gets a fresh put."""
 
-MAX_LOOK = 5.0
+MAX_SWEEP_INTERVAL = 5.0
 """Seconds between two looks at stalled clients, at most: to wake up costs more than to look."""
 
 MAX_OVERTIME = 1.0
@@ -62,7 +62,7 @@ class StreamFormat(Protocol):
         """Return the messages that bring a subscriber up to date; empty if they concern it not."""
 
 
-class Wire(Protocol):
+class StreamTransport(Protocol):
     """What a subscription writes to: an asyncio transport, or what looks like one."""
 
     def write(self, data: bytes, /) -> None:
@@ -100,9 +100,9 @@ class StreamLimits:
     stall_timeout: float = 60.0
 
     @property
-    def look(self) -> float:
+    def sweep_interval(self) -> float:
         """Seconds between two looks at all clients: fine enough for the times they are held to."""
-        times = [MAX_LOOK]
+        times = [MAX_SWEEP_INTERVAL]
         if self.stall_timeout > 0:
             times.append(self.stall_timeout / 10)
         if self.max_connection_time > 0:
@@ -110,13 +110,13 @@ class StreamLimits:
         return min(times)
 
 
-def framed(data: bytes) -> bytes:
+def encode_chunk(data: bytes) -> bytes:
     """Return `data` as one chunk of an HTTP/1.1 body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def unframed(chunks: bytes) -> Iterator[bytes]:
-    """Yield the data of chunks that `framed` made, for a server that frames by itself."""
+def decode_chunks(chunks: bytes) -> Iterator[bytes]:
+    """Yield the data of chunks that `encode_chunk` made, for a server that frames by itself."""
     at = 0
     while at < len(chunks):
         begin = chunks.index(b"\r\n", at) + 2
@@ -125,12 +125,12 @@ def unframed(chunks: bytes) -> Iterator[bytes]:
         at = end + 2
 
 
-HEARTBEAT = framed(b":\n")
-PING_CHUNK = framed(PING)
+HEARTBEAT = encode_chunk(b":\n")
+PING_CHUNK = encode_chunk(PING)
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-class _Arrears:
+class _PendingOutput:
     """What a client with a full buffer has missed, and when it last took a byte."""
 
     __slots__ = ("backlog", "chunks", "size", "taken_at")
@@ -153,7 +153,7 @@ class _Arrears:
 
     @property
     def too_many(self) -> bool:
-        return self.size > ARREARS_LIMIT
+        return self.size > MAX_PENDING
 
     def stalled_for(self, backlog: int, now: float) -> float:
         """Return the seconds since the client last took a byte."""
@@ -165,22 +165,24 @@ class _Arrears:
 class Subscription(asyncio.Protocol):
     """One client of one stream: the protocol of its transport, and all that is kept of it."""
 
-    __slots__ = ("_channel", "arrears", "count", "ends_at", "wire")
+    __slots__ = ("_channel", "count", "ends_at", "pending", "transport")
 
-    def __init__(self, channel: Channel[Any], wire: Wire, ends_at: float, count: Count) -> None:
+    def __init__(
+        self, channel: Channel[Any], transport: StreamTransport, ends_at: float, count: MetricValue
+    ) -> None:
         self._channel = channel
         self.count = count
-        self.wire = wire
+        self.transport = transport
         self.ends_at = ends_at
-        self.arrears: _Arrears | None = None
+        self.pending: _PendingOutput | None = None
         """None as long as the client takes what it is sent."""
 
     def send(self, chunk: bytes) -> None:
         """Write a chunk, or keep it until the client has taken what it was sent before."""
-        if self.arrears is None:
-            self.wire.write(chunk)
+        if self.pending is None:
+            self.transport.write(chunk)
         else:
-            self.arrears.add(chunk)
+            self.pending.add(chunk)
 
     def data_received(self, data: bytes) -> None:
         """Ignore what a client says after its request."""
@@ -193,31 +195,31 @@ class Subscription(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The buffer is full: from now on the client is slow."""
-        if self.arrears is None:
-            self._channel.note_slow(self)
+        if self.pending is None:
+            self._channel.mark_slow(self)
 
     def resume_writing(self) -> None:
         """The buffer has emptied: the client gets what it missed, or everything."""
-        arrears = self.arrears
+        arrears = self.pending
         if arrears is None or self not in self._channel.subscriptions:
             return
         if arrears.too_many:
-            self._channel.start_over(self)
+            self._channel.resync(self)
             return
-        self._channel.note_quick(self)
+        self._channel.mark_fast(self)
         for chunk in arrears.chunks:
-            self.wire.write(chunk)
+            self.transport.write(chunk)
 
     def end(self) -> None:
         """End the stream properly; what is still in the buffer goes out first."""
         if self not in self._channel.subscriptions:
             return
-        self._channel.note_ended(self)
-        self.wire.write(LAST_CHUNK)
-        self.wire.close()
+        self._channel.mark_ended(self)
+        self.transport.write(LAST_CHUNK)
+        self.transport.close()
 
 
-class Pass(Protocol):
+class FanOut(Protocol):
     """What is on its way to whom. Each has its own list: who comes later has an opening with it."""
 
     @property
@@ -228,7 +230,7 @@ class Pass(Protocol):
         """Write to the next slice of subscriptions; return whether these were the last."""
 
 
-class SharedPass:
+class SharedFanOut:
     """The same bytes for everybody.
 
     Args:
@@ -251,28 +253,28 @@ class SharedPass:
         chunk, count = self._chunk, 0
         for subscription in islice(self._receivers, FAN_OUT_SLICE):
             count += 1
-            if subscription.arrears is None:
-                subscription.wire.write(chunk)
+            if subscription.pending is None:
+                subscription.transport.write(chunk)
             else:
-                subscription.arrears.add(chunk)
+                subscription.pending.add(chunk)
         return count < FAN_OUT_SLICE
 
 
-class Channel(ABC, Generic[Who]):
+class Channel(ABC, Generic[ClientT]):
     """All subscriptions to one stream of an environment: who is there, slow, or has to go.
 
     What they are sent, and when, is for the classes below it.
     """
 
     def __init__(self) -> None:
-        self.delays = Durations()
+        self.delays = Histogram()
         """How long passes took; the hub gives all its channels the same."""
-        self.subscriptions: dict[Subscription, Who] = {}
+        self.subscriptions: dict[Subscription, ClientT] = {}
         self._slow: set[Subscription] = set()
         """Those with arrears, and those that have been ended and are not gone yet."""
-        self.vacated = asyncio.Event()
-        self._passes: deque[Pass] = deque()
-        self._turn_is_due = False
+        self.drained = asyncio.Event()
+        self._fan_outs: deque[FanOut] = deque()
+        self._slice_scheduled = False
 
     @abstractmethod
     def publish(self, payload: Payload | None, change: Change, since: float) -> None:
@@ -283,7 +285,7 @@ class Channel(ABC, Generic[Who]):
         """Return what a subscription that has just come begins with; empty if it has to wait."""
 
     @abstractmethod
-    def _seal(self) -> None:
+    def _start_pending(self) -> None:
         """Make what is pending a pass to those who listen now."""
 
     @property
@@ -292,64 +294,69 @@ class Channel(ABC, Generic[Who]):
         """Whether there is something to seal."""
 
     @property
-    def busy(self) -> bool:
+    def has_clients(self) -> bool:
         """Whether anybody is connected, ended streams that are not gone yet included."""
         return bool(self.subscriptions or self._slow)
 
     def subscribe(
-        self, wire: Wire, head: bytes, ends_at: float, count: Count, who: Who
+        self,
+        transport: StreamTransport,
+        head: bytes,
+        ends_at: float,
+        count: MetricValue,
+        client: ClientT,
     ) -> Subscription:
         """Take a client in and write its opening, in one step."""
         # Opening and registration are one step without an await, and what is pending is closed to
         # newcomers before: nothing is lost between the two, and nothing doubled.
         self._close_pending()
-        subscription = Subscription(self, wire, ends_at, count)
-        self.subscriptions[subscription] = who
-        wire.set_protocol(subscription)
+        subscription = Subscription(self, transport, ends_at, count)
+        self.subscriptions[subscription] = client
+        transport.set_protocol(subscription)
         # Together: each write is a packet, and may be all that wakes the client.
         if parts := [part for part in (head, self._opening_for(subscription)) if part]:
-            wire.writelines(parts)
+            transport.writelines(parts)
         return subscription
 
     def heartbeat(self) -> None:
         """Write a comment to everybody."""
         self._close_pending()
-        self._pass(SharedPass(HEARTBEAT, self.subscriptions))
+        self._start(SharedFanOut(HEARTBEAT, self.subscriptions))
 
-    def start_over(self, subscription: Subscription) -> None:
+    def resync(self, subscription: Subscription) -> None:
         """Give a slow client everything anew; passes still on their way do not concern it."""
         who = self.subscriptions[subscription]
         self.forget(subscription)
-        self.subscribe(subscription.wire, b"", subscription.ends_at, subscription.count, who)
+        self.subscribe(subscription.transport, b"", subscription.ends_at, subscription.count, who)
 
     def forget(self, subscription: Subscription) -> None:
         """Note that a client is gone."""
         self.subscriptions.pop(subscription, None)
         self._slow.discard(subscription)
-        subscription.arrears = _Arrears(0, 0.0)  # passes on their way must not write to it
-        if not self.busy:
-            self.vacated.set()
+        subscription.pending = _PendingOutput(0, 0.0)  # passes on their way must not write to it
+        if not self.has_clients:
+            self.drained.set()
 
-    def note_slow(self, subscription: Subscription) -> None:
+    def mark_slow(self, subscription: Subscription) -> None:
         """Note that a client's buffer is full."""
-        backlog = subscription.wire.get_write_buffer_size()
-        subscription.arrears = _Arrears(backlog, asyncio.get_running_loop().time())
+        backlog = subscription.transport.get_write_buffer_size()
+        subscription.pending = _PendingOutput(backlog, asyncio.get_running_loop().time())
         self._slow.add(subscription)
 
-    def note_quick(self, subscription: Subscription) -> None:
+    def mark_fast(self, subscription: Subscription) -> None:
         """Note that a client's buffer has emptied."""
-        subscription.arrears = None
+        subscription.pending = None
         self._slow.discard(subscription)
 
-    def note_ended(self, subscription: Subscription) -> None:
+    def mark_ended(self, subscription: Subscription) -> None:
         """Note that a client has got the end of its stream."""
         self.subscriptions.pop(subscription, None)
-        self.note_slow(subscription)
+        self.mark_slow(subscription)
 
     def drop_stalled(self, now: float, stall_timeout: float) -> None:
         """Cut off clients that have taken nothing for too long."""
         for subscription in list(self._slow):
-            arrears, wire = subscription.arrears, subscription.wire
+            arrears, wire = subscription.pending, subscription.transport
             if arrears and arrears.stalled_for(wire.get_write_buffer_size(), now) > stall_timeout:
                 wire.abort()
 
@@ -357,43 +364,43 @@ class Channel(ABC, Generic[Who]):
         """End streams whose time is over."""
         for subscription in list(self.subscriptions):
             # The time of a slow client is over when it has taken its message, or has stalled.
-            if now >= subscription.ends_at and subscription.arrears is None:
+            if now >= subscription.ends_at and subscription.pending is None:
                 subscription.end()
 
     def abort_all(self) -> None:
         """Cut everybody off."""
         for subscription in [*self.subscriptions, *self._slow]:
-            subscription.wire.abort()
+            subscription.transport.abort()
 
     def _close_pending(self) -> None:
         """See that what is pending is not for those who come now."""
-        self._seal()
+        self._start_pending()
 
-    def _pass(self, new: Pass) -> None:
-        self._passes.append(new)
-        self._take_turn_soon()
+    def _start(self, new: FanOut) -> None:
+        self._fan_outs.append(new)
+        self._schedule_slice()
 
-    def _take_turn_soon(self) -> None:
-        if not self._turn_is_due:
-            self._turn_is_due = True
-            asyncio.get_running_loop().call_soon(self._turn)
+    def _schedule_slice(self) -> None:
+        if not self._slice_scheduled:
+            self._slice_scheduled = True
+            asyncio.get_running_loop().call_soon(self._run_slice)
 
-    def _turn(self) -> None:
+    def _run_slice(self) -> None:
         """Write to one slice of subscriptions."""
-        self._turn_is_due = False
+        self._slice_scheduled = False
         try:
-            if not self._passes:
-                self._seal()
-            if self._passes and self._passes[0].write_slice():
-                since = self._passes.popleft().since
+            if not self._fan_outs:
+                self._start_pending()
+            if self._fan_outs and self._fan_outs[0].write_slice():
+                since = self._fan_outs.popleft().since
                 if since is not None:
                     self.delays.add(time.monotonic() - since)
         finally:  # what goes wrong for one client does not keep others waiting
-            if self._passes or self._is_pending:
-                self._take_turn_soon()
+            if self._fan_outs or self._is_pending:
+                self._schedule_slice()
 
 
-class SharedChannel(Channel[None]):
+class BroadcastChannel(Channel[None]):
     """A stream of which everybody gets the same bytes.
 
     Args:
@@ -416,10 +423,10 @@ class SharedChannel(Channel[None]):
         if change.replace and payload is not None:
             self._pending = [self._current_opening()]
         elif update := self._format.update(change):
-            self._pending.append(framed(update))
+            self._pending.append(encode_chunk(update))
         if self._pending and self._pending_since is None:
             self._pending_since = since
-        self._take_turn_soon()
+        self._schedule_slice()
 
     def _opening_for(self, subscription: Subscription) -> bytes:
         del subscription
@@ -427,18 +434,18 @@ class SharedChannel(Channel[None]):
 
     def _current_opening(self) -> bytes:
         if self._opening is None and self._payload is not None:
-            self._opening = framed(self._format.opening(self._payload))
+            self._opening = encode_chunk(self._format.opening(self._payload))
         return self._opening or b""
 
     @property
     def _is_pending(self) -> bool:
         return bool(self._pending)
 
-    def _seal(self) -> None:
+    def _start_pending(self) -> None:
         if self._pending:
             chunks = self._pending
             joined = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-            self._passes.append(SharedPass(joined, self.subscriptions, self._pending_since))
+            self._fan_outs.append(SharedFanOut(joined, self.subscriptions, self._pending_since))
             self._pending, self._pending_since = [], None
 
 
@@ -471,7 +478,7 @@ class PingChannel(Channel[None]):
             self._delay_pings()
         elif self._pending_since is None:
             self._pending_since = since
-            self._take_turn_soon()
+            self._schedule_slice()
 
     def _opening_for(self, subscription: Subscription) -> bytes:
         del subscription
@@ -481,9 +488,9 @@ class PingChannel(Channel[None]):
     def _is_pending(self) -> bool:
         return self._pending_since is not None
 
-    def _seal(self) -> None:
+    def _start_pending(self) -> None:
         if self._pending_since is not None:
-            self._passes.append(SharedPass(PING_CHUNK, self.subscriptions, self._pending_since))
+            self._fan_outs.append(SharedFanOut(PING_CHUNK, self.subscriptions, self._pending_since))
             self._pending_since = None
 
     def _delay_pings(self) -> None:
@@ -500,7 +507,7 @@ class PingChannel(Channel[None]):
         due = self._slots.popleft()
         if due:
             self._waiting.difference_update(due)
-            self._pass(SharedPass(PING_CHUNK, due))
+            self._start(SharedFanOut(PING_CHUNK, due))
         if not self._waiting:
             self._slots.clear()
         if self._slots:
@@ -522,14 +529,14 @@ class Hub:
         limits: StreamLimits | None = None,
         channels: Mapping[str, Channel[Any]] | None = None,
     ) -> None:
-        self.delays = Durations()
+        self.delays = Histogram()
         """From when a change came until it was written to the last stream that takes it at once."""
-        shared = {name: SharedChannel(format_) for name, format_ in formats.items()}
+        shared = {name: BroadcastChannel(format_) for name, format_ in formats.items()}
         self._channels: Mapping[str, Channel[Any]] = {**shared, **(channels or {})}
         for channel in self._channels.values():
             channel.delays = self.delays
         self._limits = limits or StreamLimits()
-        self._look = self._limits.look
+        self._sweep_interval = self._limits.sweep_interval
         self._ticker: asyncio.TimerHandle | None = None
         self._next_heartbeat = 0.0
         self._closing = False
@@ -558,10 +565,10 @@ class Hub:
     def subscribe(
         self,
         stream: str,
-        wire: Wire,
+        transport: StreamTransport,
         head: bytes = b"",
-        count: Count | None = None,
-        who: object = None,
+        count: MetricValue | None = None,
+        client: object = None,
     ) -> Subscription:
         """Send everything that there is now, and from now on each change.
 
@@ -569,16 +576,16 @@ class Hub:
 
         Args:
             stream: the name of the format or channel.
-            wire: where to write, in chunks of HTTP/1.1.
+            transport: where to write, in chunks of HTTP/1.1.
             head: bytes to write before, such as the head of the response.
             count: of open streams; this one is in it until its connection is lost.
-            who: what the channel has to know of the client; None for shared ones.
+            client: what the channel has to know of the client; None for shared ones.
         """
         self._keep_ticking()
-        count = count or Count()
+        count = count or MetricValue()
         count.value += 1
         ends_at = self._end_of_a_new_stream()
-        subscription = self._channels[stream].subscribe(wire, head, ends_at, count, who)
+        subscription = self._channels[stream].subscribe(transport, head, ends_at, count, client)
         if self._closing:
             subscription.end()
         return subscription
@@ -593,7 +600,7 @@ class Hub:
             async with asyncio.timeout(within):
                 await self._end_slowly(min(within / 2, len(self) / ENDINGS_PER_SECOND))
                 for channel in self._channels.values():
-                    await _vacated(channel)
+                    await _wait_drained(channel)
         except TimeoutError:
             for channel in self._channels.values():
                 channel.abort_all()
@@ -624,7 +631,7 @@ class Hub:
             self._tick_soon(now)
 
     def _tick_soon(self, now: float) -> None:
-        delay = min(self._look, self._next_heartbeat - now)
+        delay = min(self._sweep_interval, self._next_heartbeat - now)
         self._ticker = asyncio.get_running_loop().call_later(delay, self._tick)
 
     def _tick(self) -> None:
@@ -638,7 +645,7 @@ class Hub:
                 channel.end_expired(now)
             if heartbeat:
                 channel.heartbeat()
-        if any(channel.busy for channel in self._channels.values()):
+        if any(channel.has_clients for channel in self._channels.values()):
             self._tick_soon(now)
 
     def _heartbeat_is_due(self, now: float) -> bool:
@@ -654,7 +661,7 @@ def _end(subscriptions: Iterable[Subscription]) -> None:
         subscription.end()
 
 
-async def _vacated(channel: Channel[Any]) -> None:
-    channel.vacated.clear()
-    if channel.busy:
-        await channel.vacated.wait()
+async def _wait_drained(channel: Channel[Any]) -> None:
+    channel.drained.clear()
+    if channel.has_clients:
+        await channel.drained.wait()

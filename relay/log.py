@@ -107,7 +107,7 @@ def _level(record: logging.LogRecord) -> str:
     return "WARN" if record.levelno == logging.WARNING else record.levelname
 
 
-class Output(logging.Handler):
+class LogHandler(logging.Handler):
     """The end of all logs: masks secrets, and hands lines to the thread that writes them.
 
     Args:
@@ -178,10 +178,10 @@ def _write(target: int, line: bytes) -> None:
 def lost_lines() -> int:
     """Return the number of lines that the outputs in use could not give to anybody."""
     handlers = logging.getLogger().handlers
-    return sum(handler.lost for handler in handlers if isinstance(handler, Output))
+    return sum(handler.lost for handler in handlers if isinstance(handler, LogHandler))
 
 
-def set_up(level: str, line_format: str, output: Output) -> None:
+def set_up(level: str, line_format: str, output: LogHandler) -> None:
     """Send all logs to `output`, in place of where they went.
 
     Libraries' lines appear from WARN on, and never below the relay's own level.

@@ -23,18 +23,18 @@ from relay.batches import (
     POST_OVERHEAD,
     Backlog,
     Batch,
+    DedupWindow,
     Limits,
-    Recent,
     batch_id,
+    dedup_key,
     fitting,
     half_ids,
     halves,
-    identity,
-    most_posts,
+    max_payloads,
     part,
 )
 from relay.memorystore import MemoryStore
-from relay.model.event import Endpoint, Lane, Post
+from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.protocol.gzip import CORRUPT, GZIP
 
 SHRINK_PAGES = 16_000
@@ -103,9 +103,9 @@ class DiskStore:
         """Posts that were given up, by environment, until somebody takes note."""
         self._capacity = limits.disk
         self._limits = limits
-        self._lanes: dict[Lane, int] = {}
-        self.recent = Recent()
-        self._noted: list[int] = []
+        self._partitions: dict[Partition, int] = {}
+        self.recent = DedupWindow()
+        self._pending_ids: list[int] = []
         """Identities that the transaction adds to them."""
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
         try:
@@ -163,21 +163,21 @@ class DiskStore:
     def transaction(self) -> Iterator[None]:
         """Do everything inside, and make it safe; or nothing."""
         self._db.execute("BEGIN IMMEDIATE")
-        self._noted.clear()
+        self._pending_ids.clear()
         try:
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            self._lanes.clear()
-            self.recent.forget(self._noted)
+            self._partitions.clear()
+            self.recent.forget(self._pending_ids)
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             self._size = self._sum()
             raise
 
-    def add(self, posts: Sequence[Post]) -> list[bool]:
+    def add(self, posts: Sequence[EventPayload]) -> list[bool]:
         """Take posts; return of each whether it is new. Its payload id may be known already."""
-        verdicts = [self._note(identity(post), post.received) for post in posts]
+        verdicts = [self._note(dedup_key(post), post.received) for post in posts]
         kept = [post for post, new in zip(posts, verdicts, strict=True) if new]
         if kept:
             self._write_noted(max(post.received for post in kept))
@@ -188,15 +188,17 @@ class DiskStore:
             pass
         return verdicts
 
-    def take(self, lane: Lane, *, suspects: bool = False) -> tuple[Batch, list[bytes]] | None:
+    def take(
+        self, partition: Partition, *, suspects: bool = False
+    ) -> tuple[Batch, list[bytes]] | None:
         """Return the next batch of a lane and its bodies, fixed now or before; None without."""
-        number = self._lane(lane)
+        number = self._partition(partition)
         more = True
         while True:
             found = self._suspect(number) if suspects else None
             found = found or self._fixed(number)
-            if found is None and (posts := self._unfixed(number, most_posts(lane) + 1)):
-                more = self._fix(lane, number, posts)
+            if found is None and (posts := self._unfixed(number, max_payloads(partition) + 1)):
+                more = self._fix(partition, number, posts)
                 found = self._fixed(number)
             found = found or self._suspect(number)
             if found is None:
@@ -205,19 +207,19 @@ class DiskStore:
             bodies = [_read(body, length) for _, _, length, body in rows]
             whole = [body for body in bodies if body is not None]
             if rows and len(whole) == len(rows):
-                batch = Batch(lane, found[5], len(rows), rows[0][1] + self._ahead, more)
+                batch = Batch(partition, found[5], len(rows), rows[0][1] + self._ahead, more)
                 return batch, [part(body, found[3], found[4]) for body in whole]
             damaged = [row[0] for row, body in zip(rows, bodies, strict=True) if body is None]
             # The others keep the id: if upstream knows it, it has all of them already.
             _log.error("The disk has damaged %d of %d posts of a batch", len(damaged), len(rows))
             for post in damaged:
-                self.evicted[lane.environment] += self._delete(number, post, post)
+                self.evicted[partition.environment] += self._delete(number, post, post)
             if len(damaged) == len(rows):
                 self._remove(number, found)
 
     def finish(self, batch: Batch) -> int | None:
         """Forget a batch; return the posts that are done with, None if it is not known."""
-        number = self._lane(batch.lane)
+        number = self._partition(batch.partition)
         found = self._find(number, batch.payload_id)
         return None if found is None else self._remove(number, found)
 
@@ -227,7 +229,7 @@ class DiskStore:
         Returns:
             Whether it has two halves; None if it is not known.
         """
-        number = self._lane(batch.lane)
+        number = self._partition(batch.partition)
         found = self._find(number, batch.payload_id)
         if found is None:
             return None
@@ -247,7 +249,7 @@ class DiskStore:
             parts = [(first, ids[middle - 1], 0, None), (ids[middle], last, 0, None)]
         else:
             ((_, _, length, body),) = self._members(number, found)
-            cut = halves(batch.lane, _read(body, length) or b"", start, stop)
+            cut = halves(batch.partition, _read(body, length) or b"", start, stop)
             if cut is None:
                 return False
             parts = [(first, last, cut[0], cut[1]), (first, last, cut[1], cut[2])]
@@ -258,7 +260,7 @@ class DiskStore:
 
     def put_aside(self, batch: Batch) -> bool | None:
         """Let the others go before a batch; return whether others than suspects wait."""
-        number = self._lane(batch.lane)
+        number = self._partition(batch.partition)
         found = self._find(number, batch.payload_id)
         if found is None:
             return None
@@ -271,7 +273,7 @@ class DiskStore:
         self, batch: Batch, reason: str, only: Sequence[int] | None = None
     ) -> int | None:
         """Keep posts of a batch for people to look at; return how many are done with."""
-        number = self._lane(batch.lane)
+        number = self._partition(batch.partition)
         found = self._find(number, batch.payload_id)
         if found is None:
             return None
@@ -288,19 +290,19 @@ class DiskStore:
             return self._remove(number, found)
         return sum(self._delete(number, row, row) for row, *_ in bad)
 
-    def tidy(self, now: float) -> None:
+    def expire(self, now: float) -> None:
         """Remove what is too old."""
         limits = self._limits
-        for lane, number in self._all_lanes():
+        for lane, number in self._all_partitions():
             limit = now - self._ahead - limits.age_in(lane)
             while (oldest := self._oldest(number)) is not None and oldest[1] < limit:
                 self._evict(lane.environment, number, oldest[0])
-        self.recent.tidy(now)
+        self.recent.expire(now)
         since = next(iter(self.recent.seen.values()), now)
         self._db.execute("DELETE FROM seen WHERE received<?", (since - self._ahead,))
         self._write_clock(now)
         self._db.execute("DELETE FROM lanes WHERE id NOT IN (SELECT lane FROM posts)")
-        self._lanes.clear()
+        self._partitions.clear()
 
     def shrink(self) -> None:
         """Give unused pages back to the disk, some at a time; not within a transaction."""
@@ -309,7 +311,7 @@ class DiskStore:
     def backlog(self) -> list[Backlog]:
         """Return the lanes in which something waits."""
         found = []
-        for lane, number in self._all_lanes():
+        for lane, number in self._all_partitions():
             oldest = self._oldest(number)
             if oldest is not None:
                 (posts,) = self._db.execute(
@@ -322,19 +324,19 @@ class DiskStore:
         """Take all that another store has: posts, batches, what was seen, what is set aside."""
         (last,) = self._db.execute("SELECT coalesce(max(id),0) FROM posts").fetchone()
         rows: dict[int, int] = {}
-        waiting = [line.waiting for line in memory.lines]
+        waiting = [line.waiting for line in memory.queues]
         for row, post in enumerate(merge(*waiting, key=attrgetter("received")), last + 1):
             rows[id(post)] = row
             values = (row, *self._row(post))
             self._db.execute("INSERT INTO posts VALUES (?,?,?,?,?,?,?)", values)
-        for line in memory.lines:
-            number = self._lane(line.lane)
+        for line in memory.queues:
+            number = self._partition(line.partition)
             for fixed in (*line.suspects, *line.batches):
                 first, last = rows[id(fixed.posts[0])], rows[id(fixed.posts[-1])]
                 members = (first, last, fixed.start, fixed.stop)
                 self._insert_batch(number, members, fixed.payload_id)
             for suspect in line.suspects:
-                self.put_aside(Batch(line.lane, suspect.payload_id, 0, 0.0))
+                self.put_aside(Batch(line.partition, suspect.payload_id, 0, 0.0))
         for number, received in memory.recent.seen.items():
             self._note(number, received)
         self._write_noted(clock.now())
@@ -343,7 +345,7 @@ class DiskStore:
         self._size = self._sum()
 
     def _reject(self, batch: Batch, reason: str, body: bytes) -> None:
-        lane = batch.lane
+        lane = batch.partition
         self._db.execute(
             "INSERT INTO quarantine (size,environment,endpoint,schema,payload_id,received,"
             "reason,body) VALUES (?,?,?,?,?,?,?,?)",
@@ -353,29 +355,29 @@ class DiskStore:
             ),
         )
 
-    def _row(self, post: Post) -> tuple[Any, ...]:
+    def _row(self, post: EventPayload) -> tuple[Any, ...]:
         body = igzip.compress(post.body, LEVEL)
         return (
-            *(self._lane(post.lane), len(body) + POST_OVERHEAD, len(post.body)),
+            *(self._partition(post.partition), len(body) + POST_OVERHEAD, len(post.body)),
             *(post.received - self._ahead, post.payload_id, body),
         )
 
     def _note(self, number: int, received: float) -> bool:
-        new = self.recent.note(number, received)
+        new = self.recent.add(number, received)
         if new and number:
-            self._noted.append(number)
+            self._pending_ids.append(number)
         return new
 
     def _write_noted(self, received: float) -> None:
-        if self._noted:
-            ids = array("q", self._noted).tobytes()
+        if self._pending_ids:
+            ids = array("q", self._pending_ids).tobytes()
             self._db.execute("INSERT INTO seen VALUES (?,?)", (received - self._ahead, ids))
 
     def _recall(self) -> None:
         """Read which payload ids an earlier process has seen."""
         for received, ids in self._db.execute("SELECT received,ids FROM seen ORDER BY received"):
             for number in array("q", ids):
-                self.recent.note(number, received + self._ahead)
+                self.recent.add(number, received + self._ahead)
 
     def _insert(self, table: str, columns: str, rows: Sequence[tuple[Any, ...]]) -> None:
         for chunk in _chunks(rows):
@@ -397,8 +399,8 @@ class DiskStore:
             (number, *members, payload_id, aside),
         )
 
-    def _lane(self, lane: Lane) -> int:
-        number = self._lanes.get(lane)
+    def _partition(self, lane: Partition) -> int:
+        number = self._partitions.get(lane)
         if number is None:
             key = (lane.environment, lane.endpoint.name, lane.schema, lane.tags, lane.wrapper)
             self._db.execute(
@@ -411,13 +413,13 @@ class DiskStore:
                 " AND wrapper=?",
                 key,
             ).fetchone()
-            self._lanes[lane] = number
+            self._partitions[lane] = number
         return int(number)
 
-    def _all_lanes(self) -> list[tuple[Lane, int]]:
+    def _all_partitions(self) -> list[tuple[Partition, int]]:
         rows = self._db.execute("SELECT environment,endpoint,schema,tags,wrapper,id FROM lanes")
         return [
-            (Lane(environment, Endpoint[endpoint], schema, tags, wrapper), number)
+            (Partition(environment, EventsEndpoint[endpoint], schema, tags, wrapper), number)
             for environment, endpoint, schema, tags, wrapper, number in rows.fetchall()
         ]
 
@@ -459,14 +461,14 @@ class DiskStore:
             (number, batches, most),
         ).fetchall()
 
-    def _fix(self, lane: Lane, number: int, posts: Sequence[Any]) -> bool:
+    def _fix(self, lane: Partition, number: int, posts: Sequence[Any]) -> bool:
         """Make a batch of the oldest posts of a lane without one; return whether it has more."""
         # The posts of a batch are all those between its first and its last: none that is aside.
         suspects, end = self._db.execute(
             "SELECT count(*),min(CASE WHEN first>? THEN first END) FROM batches WHERE lane=?",
             (posts[0][0], number),
         ).fetchone()
-        candidates = [post for post in posts[: most_posts(lane)] if end is None or post[0] < end]
+        candidates = [post for post in posts[: max_payloads(lane)] if end is None or post[0] < end]
         members = candidates[: fitting([size for _, size, _ in candidates])]
         payload_id = batch_id([own for _, _, own in members])
         self._insert_batch(number, (members[0][0], members[-1][0], 0, None), payload_id)

@@ -89,7 +89,7 @@ class Relay:
         if await self._initialized(environment):
             _log.info('Initialized LaunchDarkly client for "%s" (SDK key %s)', name, key)
             return
-        decided = environment.decided.is_set()
+        decided = environment.init_done.is_set()
         reason = "the SDK key is refused" if decided else "no data from upstream within initTimeout"
         still = "no data" if environment.payload is None else "stored data"
         text = 'Error initializing LaunchDarkly client for "%s": %s; serving %s, still trying'
@@ -99,39 +99,39 @@ class Relay:
         """Wait until upstream has answered, or the time is over; return whether it gave data."""
         try:
             async with asyncio.timeout(max(0.0, self._init_deadline - time.monotonic())):
-                await environment.decided.wait()
+                await environment.init_done.wait()
         except TimeoutError:
             return False
         return environment.connection.state is ConnectionState.VALID
 
-    async def until_settled(self, *, hasty: bool = False) -> bool:
+    async def wait_until_synced(self, *, fail_fast: bool = False) -> bool:
         """Wait until each environment has data from upstream and its database has them, too.
 
         Args:
-            hasty: return at the first environment that fails.
+            fail_fast: return at the first environment that fails.
 
         Returns:
             Whether all environments got there before the time was over.
         """
-        waits = [asyncio.create_task(self._settled(e)) for e in self.environments.values()]
+        waits = [asyncio.create_task(self._is_synced(e)) for e in self.environments.values()]
         complete = True
         try:
             for settled in asyncio.as_completed(waits):
                 complete = await settled and complete
-                if hasty and not complete:
+                if fail_fast and not complete:
                     break
         finally:
             for wait in waits:
                 wait.cancel()
         return complete
 
-    async def _settled(self, environment: Environment) -> bool:
+    async def _is_synced(self, environment: Environment) -> bool:
         if not await self._initialized(environment):
             return False
         try:
             async with asyncio.timeout(max(0.0, self._init_deadline - time.monotonic())):
-                for copy in environment.copies:
-                    await copy.written()
+                for copy in environment.mirrors:
+                    await copy.flushed()
         except TimeoutError:
             _log.error('The data of "%s" could not be stored in time', environment.spec.name)
             return False

@@ -24,11 +24,11 @@ from relay.health import announce
 from relay.reasons import describe
 from relay.relay import Relay
 from relay.tls import EncryptedKey, load_key_pair
-from relay.web.door import Door, DoorLimits, Poll, Questions
-from relay.web.frontdoor import front_door
-from relay.web.posting import Posts
+from relay.web.door import ConnectionLimits, EvaluationResponder, FastPath, PollResponder
+from relay.web.frontdoor import protocol_factory
+from relay.web.posting import EventsFastPath
 from relay.web.protocol import HTTPProtocol
-from relay.web.traffic import Traffic
+from relay.web.traffic import RequestMetrics
 
 BACKLOG = 16 * 1024
 """Connections that may wait to be accepted: thousands of SDKs come back at once after an outage.
@@ -128,7 +128,7 @@ class ServerOptions:
     port: int = 8030
     tls: Certificate | None = None
     drain: float = 8.0
-    limits: DoorLimits = field(default_factory=DoorLimits)
+    limits: ConnectionLimits = field(default_factory=ConnectionLimits)
     exporter_port: int | None = None
 
     @classmethod
@@ -136,7 +136,7 @@ class ServerOptions:
         """Return what a configuration says."""
         main, prometheus = config.main, config.prometheus
         certificate = Certificate(Path(main.tls_cert), Path(main.tls_key), main.tls_min_version)
-        limits = DoorLimits(
+        limits = ConnectionLimits(
             max_head_size=main.max_request_head_size, stall_timeout=main.client_stall_timeout
         )
         return cls(
@@ -231,18 +231,18 @@ class RelayServer(uvicorn.Server):
     Args:
         config: uvicorn's.
         relay: whose streams are ended at shutdown.
-        door: looks after connections; None if the application answers everything.
+        fast_path: looks after connections; None if the application answers everything.
         drain: the longest time that the end may take, in seconds.
     """
 
     def __init__(
-        self, config: uvicorn.Config, relay: Relay, door: Door | None, drain: float
+        self, config: uvicorn.Config, relay: Relay, fast_path: FastPath | None, drain: float
     ) -> None:
         super().__init__(config)
         self._relay = relay
-        self._door = door
+        self._fast_path = fast_path
         self._drain = drain
-        self.at_end: Callable[[], object] = lambda: None
+        self.on_shutdown: Callable[[], object] = lambda: None
         """Called when the end begins, beside which it may do its work."""
         self._ending: asyncio.Task[None] | None = None
         self._asked_to_end = asyncio.Event()
@@ -278,19 +278,19 @@ class RelayServer(uvicorn.Server):
         uvicorn wakes up ten times a second, to see whether it shall end and what time it is; the
         door renews the date when somebody comes.
         """
-        if self._door is None:
+        if self._fast_path is None:
             await super().main_loop()
             return
         # One task that ends once, not a time-out that is thrown each time.
         asked_to_end = asyncio.create_task(self._asked_to_end.wait())
         while not self.should_exit:
-            self._door.look_after(self.server_state)
-            await asyncio.wait([asked_to_end], timeout=self._door.limits.look)
+            self._fast_path.sweep(self.server_state)
+            await asyncio.wait([asked_to_end], timeout=self._fast_path.limits.sweep_interval)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, end streams, then let uvicorn wait for responses on their way."""
         self._relay.stopping = True
-        self.at_end()
+        self.on_shutdown()
         for server in self.servers:
             server.close()
         self._ending = asyncio.create_task(self._end_streams())
@@ -313,7 +313,7 @@ class ExporterServer(RelayServer):
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
         nothing = Relay([], 0.0)
-        door = Door(nothing, None, options.limits)
+        door = FastPath(nothing, None, options.limits)
         config = _uvicorn_config(app, replace(options, tls=None), door)
         super().__init__(config, nothing, door, options.drain)
 
@@ -324,7 +324,7 @@ class ExporterServer(RelayServer):
 
 
 def make_server(
-    relay: Relay, app: ASGIApp, options: ServerOptions, door: Door | None
+    relay: Relay, app: ASGIApp, options: ServerOptions, fast_path: FastPath | None
 ) -> RelayServer:
     """Return a server that is ready to run.
 
@@ -332,15 +332,17 @@ def make_server(
         relay: what is served.
         app: the application behind the front door.
         options: how.
-        door: the front door; None to let the application answer everything.
+        fast_path: the front door; None to let the application answer everything.
     """
-    return RelayServer(_uvicorn_config(app, options, door), relay, door, options.drain)
+    return RelayServer(_uvicorn_config(app, options, fast_path), relay, fast_path, options.drain)
 
 
-def _uvicorn_config(app: ASGIApp, options: ServerOptions, door: Door | None) -> uvicorn.Config:
+def _uvicorn_config(
+    app: ASGIApp, options: ServerOptions, fast_path: FastPath | None
+) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
-        http=front_door(door) if door else HTTPProtocol,
+        http=protocol_factory(fast_path) if fast_path else HTTPProtocol,
         loop="uvloop",
         ws="none",
         lifespan="off",
@@ -363,14 +365,14 @@ class Site:
 
     relay: Relay
     app: ASGIApp
-    poll: Poll | None = None
-    traffic: Traffic | None = None
+    poll: PollResponder | None = None
+    traffic: RequestMetrics | None = None
     exporter: ASGIApp | None = None
     """What is served on a port of its own."""
-    beside: Sequence[Callable[[], Coroutine[object, object, None]]] = ()
+    background: Sequence[Callable[[], Coroutine[object, object, None]]] = ()
     """What runs as long as the server does."""
-    posts: Posts | None = None
-    questions: Questions | None = None
+    posts: EventsFastPath | None = None
+    questions: EvaluationResponder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,21 +425,21 @@ async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
     # uvicorn warns of each malformed request: traffic that hostile clients could fill a disk with.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     relay = site.relay
-    door = Door(
-        relay, site.poll, options.limits, site.traffic, site.posts, questions=site.questions
+    door = FastPath(
+        relay, site.poll, options.limits, site.traffic, site.posts, evaluation=site.questions
     )
     server = make_server(relay, site.app, options, door)
     async with relay.upstream, asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(run()) for run in (relay.run, *site.beside)]
+        running = [tasks.create_task(run()) for run in (relay.run, *site.background)]
         forwarding = tasks.create_task(relay.events.run()) if relay.events else None
 
         def end() -> None:
             """Write stores and deliver events while streams end."""
             _cancel(running)
             if relay.events:
-                relay.events.hurry()
+                relay.events.flush()
 
-        server.at_end = end
+        server.on_shutdown = end
         gc.collect()
         gc.freeze()  # what lives as long as the process need not be looked at again
         exporter = None
@@ -524,12 +526,12 @@ async def until_signal(work: Coroutine[object, object, T]) -> T | None:
     return None if working.cancelled() else working.result()
 
 
-async def settle(relay: Relay, *, hasty: bool = False) -> bool:
+async def run_once(relay: Relay, *, fail_fast: bool = False) -> bool:
     """Run the relay until each environment and its database have the data: `exitAlways`.
 
     Args:
         relay: what is run, without being served.
-        hasty: stop at the first environment that fails: `exitOnError`.
+        fail_fast: stop at the first environment that fails: `exitOnError`.
 
     Returns:
         Whether all environments got there within `initTimeout`, and before a signal.
@@ -537,7 +539,7 @@ async def settle(relay: Relay, *, hasty: bool = False) -> bool:
     asked_to_end = _asked_to_end()
     async with relay.upstream, asyncio.TaskGroup() as tasks:
         running = tasks.create_task(relay.run())
-        settled = tasks.create_task(relay.until_settled(hasty=hasty))
+        settled = tasks.create_task(relay.wait_until_synced(fail_fast=fail_fast))
         ended = tasks.create_task(asked_to_end.wait())
         await asyncio.wait({settled, ended}, return_when=asyncio.FIRST_COMPLETED)
         for task in (running, settled, ended):

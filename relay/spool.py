@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from relay import clock
-from relay.batches import Backlog, Batch, Limits, Store
+from relay.batches import Backlog, Batch, EventStore, Limits
 from relay.errors import StoreUnavailable
 from relay.files import make_directory, open_private
 from relay.memorystore import MemoryStore
-from relay.model.event import Lane, Post
+from relay.model.event import EventPayload, Partition
 from relay.poststore import DiskStore
 from relay.reasons import describe
 
 GATHER = 0.003
 """Seconds in which posts gather for one transaction, where the last one had several."""
 
-TIDY_EVERY = 60.0
+EXPIRE_EVERY = 60.0
 """Seconds between two removals of what is too old."""
 
 CLOSE_LIMIT = 5.0
@@ -42,7 +42,7 @@ CLOSE_LIMIT = 5.0
 SKEW = 60.0
 """Seconds by which the time of a post may differ from ours; else it is by a clock that jumps."""
 
-MAX_LATER = 10_000
+MAX_OVERFLOW = 10_000
 """Changes of batches that wait for the disk. A batch whose end is forgotten is sent again under its
 id, so nothing is lost or counted twice by it."""
 
@@ -56,7 +56,7 @@ _log = logging.getLogger("relay.events")
 class _Job:
     """Something to do in the next transaction: a post to add, or a call with the store."""
 
-    work: Post | Callable[[Store], Any]
+    work: EventPayload | Callable[[EventStore], Any]
     done: asyncio.Future[Any]
     value: Any = None
     error: Exception | None = None
@@ -72,14 +72,14 @@ class Spool:
     """
 
     def __init__(self, directory: Path | None, limits: Limits, retry: float = 10.0) -> None:
-        self.on_stored: Callable[[Post, bool], None] = lambda _post, _new: None
+        self.on_stored: Callable[[EventPayload, bool], None] = lambda _post, _new: None
         """Called in the event loop with each post that is safe, and whether it was new; before the
         result of `append`, and whether or not anybody waits for that."""
         self.on_evicted: Callable[[Counter[str]], None] = lambda _: None
         """Called in the event loop with the posts that were given up, by environment."""
         self.on_backlog: Callable[[list[Backlog]], None] = lambda _: None
         """Called in the event loop with all that waits, each time the file has been opened."""
-        self.trouble: str | None = None
+        self.outage: str | None = None
         """Why the disk does not work; None while it does, or if there is none."""
         self._path = None if directory is None else directory / "events.db"
         self._limits = limits
@@ -89,10 +89,10 @@ class Spool:
         self.memory = MemoryStore(limits)
         """What waits while there is no disk."""
         self._disk: DiskStore | None = None
-        self._later: deque[Callable[[Store], Any]] = deque(maxlen=MAX_LATER)
+        self._overflow: deque[Callable[[EventStore], Any]] = deque(maxlen=MAX_OVERFLOW)
         """What is to be done to the disk's store when it works again."""
         self._try_at = 0.0
-        self._tidy_at = time.monotonic() + TIDY_EVERY
+        self._expire_at = time.monotonic() + EXPIRE_EVERY
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         self._answers: dict[bool, asyncio.Future[bool]] = {}
         """What is said of posts that are safe at once: whether they were new."""
@@ -107,7 +107,7 @@ class Spool:
         self._loop = asyncio.get_running_loop()
         self._closed = self._loop.create_future()
         if self._path is None:
-            self._tidying = self._loop.call_later(TIDY_EVERY, self._tidy_memory)
+            self._tidying = self._loop.call_later(EXPIRE_EVERY, self._expire_memory)
         else:
             self._thread.start()
             await self._do(lambda _: None)
@@ -116,12 +116,12 @@ class Spool:
         """Do what has been asked for, for a bounded time, and let go of the file."""
         if self._path is None:
             self._tidying.cancel()
-            self._say_what_is_lost()
+            self._log_losses()
         else:
             self._jobs.put(None)
             await asyncio.wait({self._closed}, timeout=CLOSE_LIMIT)
 
-    def append(self, post: Post) -> asyncio.Future[bool]:
+    def append(self, post: EventPayload) -> asyncio.Future[bool]:
         """Take a post.
 
         Returns:
@@ -144,17 +144,19 @@ class Spool:
         self._queued += len(post.body)
         return self._do(post)
 
-    async def take(self, lane: Lane, *, suspects: bool = False) -> tuple[Batch, list[bytes]] | None:
+    async def take(
+        self, partition: Partition, *, suspects: bool = False
+    ) -> tuple[Batch, list[bytes]] | None:
         """Return the next batch of a lane and its bodies; None if nothing waits.
 
         The batch is in the spool, and the same again until it is finished, split, put aside or
         quarantined.
 
         Args:
-            lane: whose.
+            partition: whose.
             suspects: prefer those that were put aside; of them the one put aside first.
         """
-        work = lambda store: store.take(lane, suspects=suspects)  # noqa: E731 - one of all alike
+        work = lambda store: store.take(partition, suspects=suspects)  # noqa: E731 - one of all alike
         taken: tuple[Batch, list[bytes]] | None = await self._do(work)
         return taken
 
@@ -178,21 +180,21 @@ class Spool:
         posts = batch.posts if only is None else len(only)
         return int(await self._change(work, posts) or 0)
 
-    def _change(self, work: Callable[[Store], Any], otherwise: Any) -> asyncio.Future[Any]:
+    def _change(self, work: Callable[[EventStore], Any], otherwise: Any) -> asyncio.Future[Any]:
         """Change a batch, later if it is on a disk that does not work; then return `otherwise`."""
 
-        def change(store: Store) -> Any:
+        def change(store: EventStore) -> Any:
             result = work(store)
             if result is not None:
                 return result
             if self._disk is None and self._path is not None:
-                self._later.append(work)
+                self._overflow.append(work)
                 return otherwise
             return None  # it was evicted meanwhile
 
         return self._do(change)
 
-    def _do(self, work: Post | Callable[[Store], Any]) -> asyncio.Future[Any]:
+    def _do(self, work: EventPayload | Callable[[EventStore], Any]) -> asyncio.Future[Any]:
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         job = _Job(work, done)
         if self._path is None:
@@ -213,9 +215,9 @@ class Spool:
             job.error = e
         self._settle([job], self._evictions())
 
-    def _tidy_memory(self) -> None:
-        self._tidying = self._loop.call_later(TIDY_EVERY, self._tidy_memory)
-        self._do(lambda store: store.tidy(clock.now()))
+    def _expire_memory(self) -> None:
+        self._tidying = self._loop.call_later(EXPIRE_EVERY, self._expire_memory)
+        self._do(lambda store: store.expire(clock.now()))
 
     def _run(self) -> None:
         """Do everything that is asked for, in the thread, until the end."""
@@ -226,19 +228,19 @@ class Spool:
             if ended:
                 self._try_at = 0.0  # the last chance
             try:
-                self._mend()
+                self._recover()
                 self._perform(jobs)
             except Exception as e:  # noqa: BLE001 - a defect of ours must reach those who wait
                 for job in jobs:
                     job.error = e
             self._in_loop(self._settle, jobs, self._evictions())
-        self._say_what_is_lost()
+        self._log_losses()
         if self._disk is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._disk.close()
         self._in_loop(self._closed.set_result, None)
 
-    def _say_what_is_lost(self) -> None:
+    def _log_losses(self) -> None:
         lost = sum(left.posts for left in self.memory.backlog())
         if lost:
             _log.warning("%d posts of events could not be delivered and are lost", lost)
@@ -246,7 +248,7 @@ class Spool:
     def _next_jobs(self, *, gather: bool) -> tuple[list[_Job], bool]:
         """Wait for something to do; return all of it, and whether it is the last."""
         jobs: list[_Job] = []
-        due = self._tidy_at if self.trouble is None else min(self._tidy_at, self._try_at)
+        due = self._expire_at if self.outage is None else min(self._expire_at, self._try_at)
         try:
             job = self._jobs.get(timeout=max(0.0, due - time.monotonic()))
             if gather:
@@ -260,9 +262,9 @@ class Spool:
 
     def _perform(self, jobs: Sequence[_Job]) -> None:
         """Do all jobs in one transaction; in memory if the disk fails."""
-        tidy = time.monotonic() >= self._tidy_at
+        tidy = time.monotonic() >= self._expire_at
         if tidy:
-            self._tidy_at = time.monotonic() + TIDY_EVERY
+            self._expire_at = time.monotonic() + EXPIRE_EVERY
         if not jobs and not tidy:
             return
         if self._disk is not None:
@@ -272,12 +274,12 @@ class Spool:
                 if tidy:
                     self._disk.shrink()
             except sqlite3.Error as e:
-                self._begin_trouble(e)
+                self._begin_outage(e)
             else:
                 return
         _do_all(jobs, self.memory, tidy=tidy)
 
-    def _mend(self) -> None:
+    def _recover(self) -> None:
         """Open the file if it is not open and the time has come; what is in memory moves there."""
         if self._path is None or self._disk is not None or time.monotonic() < self._try_at:
             return
@@ -286,7 +288,7 @@ class Spool:
             _prepare(self._path)
             disk = DiskStore(str(self._path), self._limits)
             with disk.transaction():
-                for work in self._later:
+                for work in self._overflow:
                     work(disk)
                 disk.receive(self.memory)
                 backlog = disk.backlog()
@@ -294,17 +296,17 @@ class Spool:
             if disk is not None:
                 with contextlib.suppress(sqlite3.Error):
                     disk.close()
-            self._begin_trouble(e)
+            self._begin_outage(e)
             return
         self._disk = disk
-        self._later.clear()
+        self._overflow.clear()
         self.memory = MemoryStore(self._limits)
         self._in_loop(self._loop.call_soon, self.on_backlog, backlog)  # likewise
-        if self.trouble is not None:
+        if self.outage is not None:
             _log.info("Events are kept on disk again")
-        self.trouble = None
+        self.outage = None
 
-    def _begin_trouble(self, error: Exception) -> None:
+    def _begin_outage(self, error: Exception) -> None:
         """Continue in memory, and say so once."""
         disk, self._disk = self._disk, None
         self._try_at = time.monotonic() + self._retry
@@ -314,10 +316,10 @@ class Spool:
         reason = describe(error)
         if isinstance(error, sqlite3.DatabaseError) and _is_damage(error) and self._path:
             self._set_aside(self._path)
-        if self.trouble is None:
+        if self.outage is None:
             text = "Events are kept in memory only, up to %d bytes: %s: %s; trying again every %g s"
             _log.warning(text, self._limits.memory, self._path, reason, self._retry)
-        self.trouble = reason
+        self.outage = reason
 
     def _set_aside(self, path: Path) -> None:
         _log.error("%s is damaged and set aside as %s.damaged", path, path.name)
@@ -336,7 +338,7 @@ class Spool:
 
     def _settle(self, jobs: Sequence[_Job], evicted: Counter[str]) -> None:
         for job in jobs:
-            if isinstance(job.work, Post):
+            if isinstance(job.work, EventPayload):
                 self._queued -= len(job.work.body)
                 if job.error is None:
                     self.on_stored(job.work, job.value)
@@ -354,15 +356,15 @@ class Spool:
             self._loop.call_soon_threadsafe(call, *arguments)
 
 
-def _do_all(jobs: Sequence[_Job], store: Store, *, tidy: bool = False) -> None:
+def _do_all(jobs: Sequence[_Job], store: EventStore, *, tidy: bool = False) -> None:
     if tidy:
-        store.tidy(clock.now())
-    posts = [job for job in jobs if isinstance(job.work, Post)]
-    verdicts = store.add([job.work for job in posts if isinstance(job.work, Post)])
+        store.expire(clock.now())
+    posts = [job for job in jobs if isinstance(job.work, EventPayload)]
+    verdicts = store.add([job.work for job in posts if isinstance(job.work, EventPayload)])
     for job, verdict in zip(posts, verdicts, strict=True):
         job.value = verdict
     for job in jobs:
-        if not isinstance(job.work, Post):
+        if not isinstance(job.work, EventPayload):
             job.value = job.work(store)
 
 

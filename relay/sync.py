@@ -20,12 +20,12 @@ from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.sources import DataSource, Interrupted, Update
 from relay.stores import DataStore
-from relay.stores.mirror import ONCE, Mirror
+from relay.stores.mirror import ONCE, DatabaseMirror
 
 LAST_ANSWER = 3.0
 """Seconds that the last look has for its answer; then what is there must do."""
 
-AT_ONCE = 16
+MAX_CONCURRENT = 16
 """Environments that are brought up to date at a time: hundreds of payloads need not be in memory
 together."""
 
@@ -33,7 +33,7 @@ Key = tuple[Kind, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class SyncTarget:
     """From where to where one environment's data go.
 
     Args:
@@ -50,7 +50,7 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True)
-class Changes:
+class SyncChanges:
     """How a database differs from upstream, by the keys of items.
 
     Args:
@@ -80,7 +80,7 @@ class Changes:
         return {kind: len(getattr(self, kind)) for kind in kinds}
 
     @classmethod
-    def between(cls, stored: Payload | None, payload: Payload, bad: Collection[Key]) -> Changes:
+    def between(cls, stored: Payload | None, payload: Payload, bad: Collection[Key]) -> SyncChanges:
         """Compare by versions.
 
         Args:
@@ -111,7 +111,7 @@ class Changes:
 
 
 def _fate(item: Item, stored: Item | None, *, unreadable: bool) -> str:
-    """Return what happens to an item of upstream, as a member of `Changes`; or "same"."""
+    """Return what happens to an item of upstream, as a member of `SyncChanges`; or "same"."""
     if unreadable:
         return "deleted" if item.deleted else "updated"
     if stored is None or (stored.deleted and item.version > stored.version):
@@ -128,7 +128,7 @@ def _live(payload: Payload, bad: Collection[Key]) -> Iterator[Key]:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SyncResult:
     """How it went with one environment.
 
     Args:
@@ -140,67 +140,67 @@ class Outcome:
 
     name: str
     problem: str = ""
-    changes: Changes = field(default_factory=Changes)
+    changes: SyncChanges = field(default_factory=SyncChanges)
     items: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SyncOptions:
     """How to synchronise.
 
     Args:
-        patience: seconds that one environment has.
+        timeout: seconds that one environment has.
         dry_run: compare, and write nothing.
-        looks: seconds after the start at which upstream is asked again, until `seen` says that what
+        recheck_after: seconds after the start at which upstream is asked again, until `is_seen` says that what
             is expected of the environment is there.
-        seen: whether it is, by the environment's name, its payload, and what that changes.
+        is_seen: whether it is, by the environment's name, its payload, and what that changes.
     """
 
-    patience: float
+    timeout: float
     dry_run: bool = False
-    looks: Sequence[float] = ()
-    seen: Callable[[str, Payload, Changes], bool] = lambda _name, _payload, _changes: True
+    recheck_after: Sequence[float] = ()
+    is_seen: Callable[[str, Payload, SyncChanges], bool] = lambda _name, _payload, _changes: True
 
 
 async def synchronise(
-    ways: Sequence[Way],
+    targets: Sequence[SyncTarget],
     session: AbstractAsyncContextManager[object],
-    plan: Plan,
-    tell: Callable[[Outcome], None] = lambda _: None,
-) -> dict[str, Outcome]:
+    options: SyncOptions,
+    report: Callable[[SyncResult], None] = lambda _: None,
+) -> dict[str, SyncResult]:
     """Bring each environment's database up to date, several at a time.
 
     Args:
-        ways: the environments.
+        targets: the environments.
         session: of the sources; closed at the end.
-        plan: how.
-        tell: called for each environment when it is done.
+        options: how.
+        report: called for each environment when it is done.
     """
-    room = asyncio.Semaphore(AT_ONCE)
+    room = asyncio.Semaphore(MAX_CONCURRENT)
 
-    async def one(way: Way) -> Outcome:
+    async def one(way: SyncTarget) -> SyncResult:
         async with room:
-            outcome = await _one(way, plan)
-        tell(outcome)
+            outcome = await _one(way, options)
+        report(outcome)
         return outcome
 
     async with session, asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(one(way)) for way in ways]
+        running = [tasks.create_task(one(way)) for way in targets]
     return {outcome.name: outcome for outcome in (task.result() for task in running)}
 
 
-async def _one(way: Way, plan: Plan) -> Outcome:
-    run = _Run(way, plan)
+async def _one(target: SyncTarget, options: SyncOptions) -> SyncResult:
+    run = _Run(target, options)
     problem = ""
     try:
-        async with asyncio.timeout(plan.patience):
+        async with asyncio.timeout(options.timeout):
             await run.do()
     except StoreUnavailable as e:
-        problem = f"{way.store.server} is unavailable: {e}"
+        problem = f"{target.store.server} is unavailable: {e}"
     except (UpstreamUnavailable, TimeoutError) as e:
-        problem = str(e) or run.trouble
+        problem = str(e) or run.outage
     finally:
-        await way.store.aclose()
+        await target.store.aclose()
     return run.outcome(problem)
 
 
@@ -208,37 +208,37 @@ class _Run:
     """One environment's way to the database.
 
     Args:
-        way: it.
-        plan: how to go.
+        target: it.
+        options: how to go.
     """
 
-    def __init__(self, way: Way, plan: Plan) -> None:
-        self._way = way
-        self._plan = plan
+    def __init__(self, target: SyncTarget, options: SyncOptions) -> None:
+        self._target = target
+        self._options = options
         self._started = time.monotonic()
-        self._mirror: Mirror | None = None
+        self._mirror: DatabaseMirror | None = None
         self._before: Payload | None = None
         """What the database held; None if it was never filled."""
         self._bad: frozenset[Key] = frozenset()
         """What it held, and nobody could read."""
         self._payload = EMPTY
         """What upstream has, beside what it sent and cannot be used."""
-        self._changes: Changes | None = None
+        self._changes: SyncChanges | None = None
         """What that brings; None before upstream has answered."""
         self._answered = False
         """Whether upstream has answered since the last look."""
         self._refused = False
         self._news = asyncio.Event()
-        self.trouble = "no answer from upstream in time"
+        self.outage = "no answer from upstream in time"
         """What would be the reason if time were over now."""
 
-    def outcome(self, problem: str) -> Outcome:
+    def outcome(self, problem: str) -> SyncResult:
         """Return how it went."""
-        name = self._way.spec.name
+        name = self._target.spec.name
         if self._changes is None:
-            return Outcome(name, problem)
+            return SyncResult(name, problem)
         items = sum(1 for kind in Kind for _ in self._payload.live(kind))
-        return Outcome(name, problem, self._changes, items)
+        return SyncResult(name, problem, self._changes, items)
 
     async def do(self) -> None:
         """Load, compare and write, until upstream has what is expected.
@@ -247,14 +247,14 @@ class _Run:
             StoreUnavailable: the database cannot be read.
             UpstreamRefused: the key is refused.
         """
-        way = self._way
+        way = self._target
         stored = await way.store.load()
         if stored is not None:
             self._before = self._payload = stored.payload
             self._bad = frozenset((bad.kind, bad.key) for bad in stored.invalid)
         running = [asyncio.create_task(self._listen())]
-        if not self._plan.dry_run:
-            self._mirror = Mirror(way.store, "redis", way.source.refresh, way.log, ONCE)
+        if not self._options.dry_run:
+            self._mirror = DatabaseMirror(way.store, "redis", way.source.resync, way.log, ONCE)
             running.append(asyncio.create_task(self._mirror.run()))
         done = asyncio.create_task(self._done())
         try:
@@ -268,7 +268,7 @@ class _Run:
                 task.result()
 
     async def _listen(self) -> None:
-        async with aclosing(self._way.source.updates()) as updates:
+        async with aclosing(self._target.source.updates()) as updates:
             async for update in updates:
                 self._take(update)
                 self._answered = True
@@ -278,16 +278,16 @@ class _Run:
         match update:
             case ChangeSet() if update.full or self._changes is not None:
                 self._payload, _ = self._payload.apply(update)
-                self._changes = Changes.between(self._before, self._payload, self._bad)
+                self._changes = SyncChanges.between(self._before, self._payload, self._bad)
                 if self._mirror:
                     change = Change((), (), replace=True)
-                    self._mirror.follow(self._vouched_for(), change, full=update.full)
+                    self._mirror.update(self._vouched_for(), change, full=update.full)
             case Interrupted():
                 self._refused = update.refused
                 # Nobody waits for the next attempt here.
-                self.trouble = update.reason.partition("; next attempt")[0]
+                self.outage = update.reason.partition("; next attempt")[0]
                 if self._mirror:
-                    self._mirror.hold()
+                    self._mirror.suspend()
 
     def _vouched_for(self) -> Payload:
         """Return what the database shall hold: what upstream has, and what may be newer still."""
@@ -298,23 +298,25 @@ class _Run:
 
     async def _done(self) -> None:
         await self._until(lambda: self._changes is not None or self._refused)
-        looks = self._plan.looks
+        looks = self._options.recheck_after
         for number, at in enumerate(looks, 1):
             if await self._until(self._is_seen, self._started + at - time.monotonic()):
                 break
             self._answered = False
-            self._way.source.look(doubt=number == len(looks))
+            self._target.source.check(reconnect=number == len(looks))
             if number == len(looks):
                 await self._until(lambda: self._answered, LAST_ANSWER)
         if self._changes is None:
-            raise UpstreamRefused(ErrorKind.ERROR_RESPONSE, self.trouble)
+            raise UpstreamRefused(ErrorKind.ERROR_RESPONSE, self.outage)
         if self._mirror:
-            self.trouble = "the data could not be stored in time"
-            await self._mirror.written()
+            self.outage = "the data could not be stored in time"
+            await self._mirror.flushed()
 
     def _is_seen(self) -> bool:
         changes = self._changes
-        return changes is not None and self._plan.seen(self._way.spec.name, self._payload, changes)
+        return changes is not None and self._options.is_seen(
+            self._target.spec.name, self._payload, changes
+        )
 
     async def _until(self, holds: Callable[[], bool], seconds: float | None = None) -> bool:
         """Wait until something holds, for so many seconds at most; return whether it does."""

@@ -21,7 +21,7 @@ import aiohttp
 from yarl import URL
 
 from relay import __version__
-from relay.errors import PASSING, ErrorKind, UpstreamRefused, UpstreamUnavailable
+from relay.errors import RETRYABLE_4XX, ErrorKind, UpstreamRefused, UpstreamUnavailable
 from relay.model.credential import SDKKey
 from relay.model.event import Receipt
 from relay.model.reply import Reply
@@ -55,7 +55,7 @@ READ_BUFFER = 256 * 1024
 """Bytes read ahead of us: a few wake-ups for a large put instead of dozens."""
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_SAY_NOTHING_OF_THE_KEY = PASSING | {400}
+_SAY_NOTHING_OF_THE_KEY = RETRYABLE_4XX | {400}
 _MEANINGS = {401: "invalid SDK key", 403: "SDK key not permitted"}
 _OK = frozenset({200})
 _SECONDS = re.compile("[0-9]{1,9}")

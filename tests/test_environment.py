@@ -16,9 +16,9 @@ from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Item, Kind
 from relay.model.payload import ChangeSet, Payload
 from relay.relay import Relay
-from relay.sources import Current, Interrupted
+from relay.sources import Interrupted, UpToDate
 from relay.stores import Stored
-from tests.support.contracts import MemoryCopy, RecordingHub, ScriptedSource
+from tests.support.contracts import MemoryMirror, RecordingHub, ScriptedSource
 
 LOG = logging.getLogger("relay.env.test")
 
@@ -40,7 +40,7 @@ class Stage:
 
     def __init__(self, copies=0, name="test"):
         self.source, self.hub = ScriptedSource(), RecordingHub()
-        self.copies = [MemoryCopy() for _ in range(copies)]
+        self.copies = [MemoryMirror() for _ in range(copies)]
         spec = EnvironmentSpec(name, SDKKey(f"sdk-{name}"))
         self.environment = Environment(spec, self.source, self.hub, LOG, self.copies)
 
@@ -63,9 +63,9 @@ async def test_a_put_is_served_told_and_copied():
         assert env.payload.get(Kind.FLAG, "a") == flag("a", 1)
         (payload, change), *rest = stage.hub.published
         assert (payload, change.replace, rest) == (env.payload, True, [])
-        assert stage.copies[0].told == [change]
+        assert stage.mirrors[0].get_evaluated == [change]
         assert env.connection.state is ConnectionState.VALID
-        assert env.decided.is_set()
+        assert env.init_done.is_set()
 
 
 async def test_what_changes_nothing_is_not_told():
@@ -75,11 +75,11 @@ async def test_what_changes_nothing_is_not_told():
     """
     async with Stage(copies=1) as stage:
         await stage.source.give(put(flag("a", 5)))
-        await stage.source.give(ChangeSet((flag("a", 4),)), Current())
-        assert len(stage.copies[0].told) == 1
+        await stage.source.give(ChangeSet((flag("a", 4),)), UpToDate())
+        assert len(stage.mirrors[0].get_evaluated) == 1
         await stage.source.give(put(flag("a", 5)))
         assert len(stage.hub.published) == 1
-        assert stage.copies[0].told[1:] == [None]
+        assert stage.mirrors[0].get_evaluated[1:] == [None]
 
 
 async def test_an_empty_environment_is_data():
@@ -103,7 +103,7 @@ async def test_a_patch_before_the_first_put_is_passed_on_but_not_served():
 async def test_a_patch_before_the_first_put_leaves_stored_data_alone():
     """What is served until upstream delivers stays what it was."""
     async with Stage(copies=1) as stage:
-        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
+        stage.mirrors[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
         await asyncio.sleep(0.01)
         await stage.source.give(ChangeSet((flag("a", 2),)))
         assert stage.environment.payload.get(Kind.FLAG, "a") == flag("a", 1)
@@ -125,7 +125,7 @@ async def test_an_outage_keeps_the_data_and_holds_the_copies(caplog):
         await stage.source.give(put(flag("a", 1)))
         assert env.connection.state is ConnectionState.VALID
         assert caplog.text.count("Upstream is connected") == 2
-        assert stage.copies[0].told[1:] == ["hold", "hold", "hold", None]
+        assert stage.mirrors[0].get_evaluated[1:] == ["hold", "hold", "hold", None]
 
 
 async def test_before_the_first_data_an_outage_is_still_initialising():
@@ -133,7 +133,7 @@ async def test_before_the_first_data_an_outage_is_still_initialising():
     async with Stage() as stage:
         await stage.source.give(OUTAGE)
         assert stage.environment.connection.state is ConnectionState.INITIALIZING
-        assert not stage.environment.decided.is_set()
+        assert not stage.environment.init_done.is_set()
 
 
 async def test_a_refused_key_turns_the_connection_off_until_it_is_accepted():
@@ -141,7 +141,7 @@ async def test_a_refused_key_turns_the_connection_off_until_it_is_accepted():
     async with Stage() as stage:
         await stage.source.give(REFUSED)
         assert stage.environment.connection.state is ConnectionState.OFF
-        assert stage.environment.decided.is_set()
+        assert stage.environment.init_done.is_set()
         await stage.source.give(put(flag("a", 1)))
         assert stage.environment.connection.state is ConnectionState.VALID
 
@@ -149,12 +149,12 @@ async def test_a_refused_key_turns_the_connection_off_until_it_is_accepted():
 async def test_stored_data_are_served_at_once():
     """Before upstream says anything; but upstream's word is not claimed for them."""
     async with Stage(copies=1) as stage:
-        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
+        stage.mirrors[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
         await asyncio.sleep(0.01)
         env = stage.environment
         assert env.payload.get(Kind.FLAG, "a") == flag("a", 1)
         assert env.connection.state is ConnectionState.INITIALIZING
-        assert stage.copies[0].told == []
+        assert stage.mirrors[0].get_evaluated == []
 
 
 async def test_the_age_of_stored_data_is_known_if_the_copy_knows_it():
@@ -163,7 +163,7 @@ async def test_the_age_of_stored_data_is_known_if_the_copy_knows_it():
         connection = stage.environment.connection
         assert connection.data_age is None
         data = Payload.of([flag("a", 1)])
-        stage.copies[0].loading.set_result(Stored(data, age=1000.5))
+        stage.mirrors[0].loading.set_result(Stored(data, age=1000.5))
         await asyncio.sleep(0.01)
         assert 1000.5 <= connection.data_age < 1060
         await stage.source.give(put(flag("a", 1)))
@@ -176,9 +176,9 @@ async def test_the_age_of_stored_data_is_known_if_the_copy_knows_it():
 async def test_the_age_is_that_of_the_data_served(second, age):
     """A database does not know it; a snapshot knows it of the same or newer data only."""
     async with Stage(copies=2) as stage:
-        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
+        stage.mirrors[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
         await asyncio.sleep(0.01)
-        stage.copies[1].loading.set_result(Stored(Payload.of([second]), age=700))
+        stage.mirrors[1].loading.set_result(Stored(Payload.of([second]), age=700))
         await asyncio.sleep(0.01)
         found = stage.environment.connection.data_age
         assert found is None if age is None else 700 <= found < 760
@@ -187,11 +187,11 @@ async def test_the_age_is_that_of_the_data_served(second, age):
 async def test_copies_hear_now_and_then_that_data_are_current(monkeypatch):
     """So that they know how old their data are, though nothing changes for long."""
     async with Stage(copies=1) as stage:
-        await stage.source.give(put(flag("a", 1)), Current())
-        assert len(stage.copies[0].told) == 1
-        monkeypatch.setattr("relay.environment.REASSURE_EVERY", 0.0)
-        await stage.source.give(Current(), put(flag("a", 1)))
-        assert stage.copies[0].told[1:] == [None, None]
+        await stage.source.give(put(flag("a", 1)), UpToDate())
+        assert len(stage.mirrors[0].get_evaluated) == 1
+        monkeypatch.setattr("relay.environment.CONFIRM_EVERY", 0.0)
+        await stage.source.give(UpToDate(), put(flag("a", 1)))
+        assert stage.mirrors[0].get_evaluated[1:] == [None, None]
 
 
 @pytest.mark.parametrize("jump", [-8 * 86400, 8 * 86400])
@@ -201,8 +201,8 @@ async def test_copies_hear_as_rarely_when_the_clock_is_corrected(monkeypatch, ju
         await stage.source.give(put(flag("a", 1)))
         right = time.time
         monkeypatch.setattr("time.time", lambda: right() + jump)
-        await stage.source.give(Current())
-        assert len(stage.copies[0].told) == 1
+        await stage.source.give(UpToDate())
+        assert len(stage.mirrors[0].get_evaluated) == 1
         assert stage.environment.connection.data_age < 60
 
 
@@ -211,7 +211,7 @@ async def test_of_two_copies_the_newer_is_served(first):
     """Whichever is loaded first."""
     async with Stage(copies=2) as stage:
         for n in (first, 1 - first):
-            stage.copies[n].loading.set_result(Stored(Payload.of([flag("a", n)])))
+            stage.mirrors[n].loading.set_result(Stored(Payload.of([flag("a", n)])))
             await asyncio.sleep(0.01)
         assert stage.environment.payload.get(Kind.FLAG, "a").version == 1
 
@@ -220,7 +220,7 @@ async def test_upstream_stands_above_stored_data():
     """Also when a copy is loaded late and claims greater versions."""
     async with Stage(copies=1) as stage:
         await stage.source.give(put(flag("a", 1)))
-        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 9)])))
+        stage.mirrors[0].loading.set_result(Stored(Payload.of([flag("a", 9)])))
         await asyncio.sleep(0.01)
         assert stage.environment.payload.get(Kind.FLAG, "a").version == 1
 
@@ -228,10 +228,10 @@ async def test_upstream_stands_above_stored_data():
 async def test_upstream_confirming_stored_data_wakes_the_copies():
     """Nothing changed for subscribers, but a copy must know that it may write."""
     async with Stage(copies=1) as stage:
-        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
+        stage.mirrors[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
         await asyncio.sleep(0.01)
         await stage.source.give(put(flag("a", 1)))
-        assert stage.copies[0].told == [None]
+        assert stage.mirrors[0].get_evaluated == [None]
         assert len(stage.hub.published) == 1
 
 
@@ -287,7 +287,7 @@ async def test_a_relay_knows_when_upstream_has_answered():
         task = asyncio.create_task(relay.run())
         for stage, answer in zip(stages, answers, strict=False):
             await stage.source.give(answer)
-        assert await relay.until_settled() is expected
+        assert await relay.wait_until_synced() is expected
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

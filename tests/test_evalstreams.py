@@ -13,9 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from relay import evalstreams
 from relay import hub as hub_module
-from relay.evalstreams import EvaluatingChannel, Viewer
-from relay.evaluation.audience import Audience
-from relay.hub import LAST_CHUNK, Hub, StreamLimits, unframed
+from relay.evalstreams import EvalClient, EvaluatingChannel
+from relay.evaluation.audience import SDKKind
+from relay.hub import LAST_CHUNK, Hub, StreamLimits, decode_chunks
 from relay.model.context import parse_context
 from relay.model.payload import EMPTY, Change
 from tests.test_hub import Buffer, turns
@@ -66,7 +66,7 @@ class Programs:
         self._done = asyncio.Event()
 
     def current(self, audience):
-        assert audience is Audience.BROWSER
+        assert audience is SDKKind.BROWSER
         return None if self.slow else self.newest
 
     async def ready(self, audience):
@@ -85,7 +85,7 @@ class Site:
 
     def __init__(self) -> None:
         self.programs = Programs()
-        self.channel = EvaluatingChannel(self.programs, Audience.BROWSER)
+        self.channel = EvaluatingChannel(self.programs, SDKKind.BROWSER)
         self.hub = Hub({}, StreamLimits(heartbeat_interval=0), {"eval": self.channel})
 
     def set(self, **flags: tuple[int, str]) -> None:
@@ -100,8 +100,8 @@ class Site:
     def client(self, user: str, *, with_reasons: bool = False) -> Client:
         client = Client(user)
         raw = json.dumps({"kind": "user", "key": user}).encode()
-        viewer = Viewer(raw, parse_context(raw), with_reasons=with_reasons)
-        self.hub.subscribe("eval", client, who=viewer)
+        viewer = EvalClient(raw, parse_context(raw), with_reasons=with_reasons)
+        self.hub.subscribe("eval", client, client=viewer)
         return client
 
 
@@ -114,7 +114,7 @@ class Client(Buffer):
 
     @property
     def messages(self) -> list[tuple[str, dict]]:
-        text = b"".join(unframed(self.received.removesuffix(LAST_CHUNK))).decode()
+        text = b"".join(decode_chunks(self.received.removesuffix(LAST_CHUNK))).decode()
         lines = (message.split("\n") for message in text.split("\n\n")[:-1])
         return [(name[7:], json.loads(data[6:])) for name, data in lines]
 
@@ -196,11 +196,11 @@ async def test_equal_contexts_are_evaluated_once():
     assert len({id(client._unread[0]) for client in clients}) == 1
     reasoned.read()
     assert all("reason" in data.get("a", data) for _, data in reasoned.messages)
-    assert len(site.channel._viewers) == 2
+    assert len(site.channel._clients) == 2
     for client in [*clients, reasoned]:
         client.abort()
     del client
-    assert len(site.channel._viewers) == 0
+    assert len(site.channel._clients) == 0
 
 
 async def test_changes_of_one_turn_are_one_step():
@@ -261,7 +261,7 @@ async def test_clients_keep_their_data_while_a_program_is_compiled():
 
 async def test_a_client_that_missed_too_much_starts_over(monkeypatch):
     """What waits for a slow client is bounded; then it gets a put and goes on from there."""
-    monkeypatch.setattr(hub_module, "ARREARS_LIMIT", 500)
+    monkeypatch.setattr(hub_module, "MAX_PENDING", 500)
     site = Site()
     site.set(a=(1, "x"))
     slow, quick = site.client("x"), site.client("x")
@@ -372,8 +372,8 @@ class Interleavings(RuleBasedStateMachine):
         self.clients: list[Client] = []
         self.flags: dict[str, tuple[int, str]] = {}
         self.count = 0
-        self._kept = hub_module.ARREARS_LIMIT, evalstreams.FAN_OUT_SLICE
-        hub_module.ARREARS_LIMIT, evalstreams.FAN_OUT_SLICE = 800, 2
+        self._kept = hub_module.MAX_PENDING, evalstreams.FAN_OUT_SLICE
+        hub_module.MAX_PENDING, evalstreams.FAN_OUT_SLICE = 800, 2
 
     @staticmethod
     async def _site() -> Site:
@@ -442,7 +442,7 @@ class Interleavings(RuleBasedStateMachine):
                 self.run(client.abort)
             self.loop.run_until_complete(turns())
             self.loop.close()
-            hub_module.ARREARS_LIMIT, evalstreams.FAN_OUT_SLICE = self._kept
+            hub_module.MAX_PENDING, evalstreams.FAN_OUT_SLICE = self._kept
 
 
 TestInterleavings = Interleavings.TestCase

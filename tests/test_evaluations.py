@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from relay.evaluation.audience import Audience
-from relay.evaluations import Evaluations
+from relay.evaluation.audience import SDKKind
+from relay.evaluations import ProgramCache
 from relay.model.context import parse_context
 from relay.model.item import Item, Kind, parse
 from relay.model.payload import EMPTY, ChangeSet, Payload
@@ -32,30 +32,30 @@ def many(version: int = 1) -> Payload:
 
 async def test_without_data_there_is_no_program():
     """Who asks before there are data gets nothing, and does not wait for them."""
-    evaluations = Evaluations()
-    assert evaluations.current(Audience.SERVER) is None
-    assert await evaluations.ready(Audience.SERVER) is None
+    evaluations = ProgramCache()
+    assert evaluations.current(SDKKind.SERVER) is None
+    assert await evaluations.ready(SDKKind.SERVER) is None
 
 
 async def test_a_small_payload_is_ready_at_once():
     """Few flags need no waiting, and the program stays the same until the data change."""
-    evaluations = Evaluations()
+    evaluations = ProgramCache()
     payload = Payload.of([item("lamp")])
-    evaluations.follow(payload)
-    program = evaluations.current(Audience.SERVER)
+    evaluations.update(payload)
+    program = evaluations.current(SDKKind.SERVER)
     assert program is not None
     assert b'"lamp":{"value":true' in program.all(ANNA, with_reasons=False)
-    evaluations.follow(payload)
-    assert evaluations.current(Audience.SERVER) is program
-    assert await evaluations.ready(Audience.SERVER) is program
+    evaluations.update(payload)
+    assert evaluations.current(SDKKind.SERVER) is program
+    assert await evaluations.ready(SDKKind.SERVER) is program
 
 
 async def test_a_large_payload_is_compiled_in_slices():
     """Others have their turns while thousands of flags are compiled, and then a patch is at once."""
-    evaluations = Evaluations()
+    evaluations = ProgramCache()
     payload = many()
-    evaluations.follow(payload)
-    assert evaluations.current(Audience.SERVER) is None
+    evaluations.update(payload)
+    assert evaluations.current(SDKKind.SERVER) is None
     turns = 0
 
     async def others() -> None:
@@ -65,33 +65,33 @@ async def test_a_large_payload_is_compiled_in_slices():
             await asyncio.sleep(0)
 
     task = asyncio.create_task(others())
-    program = await evaluations.ready(Audience.SERVER)
+    program = await evaluations.ready(SDKKind.SERVER)
     task.cancel()
     assert turns > 3
     assert program is not None
     assert len(json.loads(program.all(ANNA, with_reasons=False))) == MANY
     patched, _ = payload.apply(ChangeSet((item("flag-0007", 2),)))
-    evaluations.follow(patched)
-    newer = await evaluations.ready(Audience.SERVER)
+    evaluations.update(patched)
+    newer = await evaluations.ready(SDKKind.SERVER)
     assert newer is not None
     assert newer.flags_touched_by(program) == {"flag-0007"}
 
 
 async def test_who_is_asked_at_once_compiles_no_second_slice():
     """Many requests in one turn of the loop hold it for one slice, not each for one."""
-    evaluations = Evaluations()
-    evaluations.follow(many())
-    assert evaluations.current(Audience.SERVER) is None
+    evaluations = ProgramCache()
+    evaluations.update(many())
+    assert evaluations.current(SDKKind.SERVER) is None
     since = time.process_time()
-    assert all(evaluations.current(Audience.SERVER) is None for _ in range(100))
+    assert all(evaluations.current(SDKKind.SERVER) is None for _ in range(100))
     assert time.process_time() - since < 0.02
 
 
 async def test_all_who_wait_share_one_program():
     """The program is made once; one who gives up does not leave the others without."""
-    evaluations = Evaluations()
-    evaluations.follow(many())
-    first, *others = [asyncio.create_task(evaluations.ready(Audience.SERVER)) for _ in range(5)]
+    evaluations = ProgramCache()
+    evaluations.update(many())
+    first, *others = [asyncio.create_task(evaluations.ready(SDKKind.SERVER)) for _ in range(5)]
     await asyncio.sleep(0)
     first.cancel()
     programs = await asyncio.gather(*others)
@@ -103,21 +103,21 @@ async def test_all_who_wait_share_one_program():
 
 async def test_audiences_share_compiled_flags():
     """A flag that several audiences see is compiled for all of them at once."""
-    evaluations = Evaluations()
-    evaluations.follow(Payload.of([item("lamp")]))
-    programs = [evaluations.current(audience) for audience in Audience]
+    evaluations = ProgramCache()
+    evaluations.update(Payload.of([item("lamp")]))
+    programs = [evaluations.current(audience) for audience in SDKKind]
     assert None not in programs
     assert all(a.flags_touched_by(b) == frozenset() for a in programs for b in programs)
 
 
 async def test_who_waits_gets_the_newest_payload():
     """Data that come while a program is compiled are in what those who wait get."""
-    evaluations = Evaluations()
-    evaluations.follow(many())
-    waiting = asyncio.create_task(evaluations.ready(Audience.SERVER))
+    evaluations = ProgramCache()
+    evaluations.update(many())
+    waiting = asyncio.create_task(evaluations.ready(SDKKind.SERVER))
     await asyncio.sleep(0)
     assert not waiting.done()
-    evaluations.follow(Payload.of([item("lamp")]))
+    evaluations.update(Payload.of([item("lamp")]))
     program = await waiting
     assert program is not None
     assert json.loads(program.all(ANNA, with_reasons=False)).keys() == {"lamp"}
@@ -125,25 +125,25 @@ async def test_who_waits_gets_the_newest_payload():
 
 async def test_what_was_deleted_is_gone():
     """A tombstone is no flag, and the deleted flag is touched."""
-    evaluations = Evaluations()
+    evaluations = ProgramCache()
     payload = Payload.of([item("lamp"), item("door")])
-    evaluations.follow(payload)
-    before = evaluations.current(Audience.SERVER)
+    evaluations.update(payload)
+    before = evaluations.current(SDKKind.SERVER)
     after, _ = payload.apply(ChangeSet((Item(Kind.FLAG, "lamp", 2, None),)))
-    evaluations.follow(after)
-    program = evaluations.current(Audience.SERVER)
+    evaluations.update(after)
+    program = evaluations.current(SDKKind.SERVER)
     assert program is not None
     assert program.flags_touched_by(before) == {"lamp"}
     assert program.some(ANNA, ["lamp"], with_reasons=False) == {}
-    evaluations.follow(EMPTY)
-    program = evaluations.current(Audience.SERVER)
+    evaluations.update(EMPTY)
+    program = evaluations.current(SDKKind.SERVER)
     assert program is not None
     assert program.all(ANNA, with_reasons=True) == b"{}"
 
 
 async def test_changed_rules_count_at_once_and_old_ones_no_more():
     """Rules that many patches change, one after the other, each hold from then on."""
-    evaluations = Evaluations()
+    evaluations = ProgramCache()
     clause = {"attribute": "key", "op": "in", "values": ["anna"]}
     rule = {"clauses": [clause], "variation": 1}
     payload = Payload.of(item(f"flag-{number:02}", rules=[rule]) for number in range(20))
@@ -152,8 +152,8 @@ async def test_changed_rules_count_at_once_and_old_ones_no_more():
         other = rule | {"clauses": [clause | {"values": ["anna" if version % 3 else "ben", key]}]}
         changed = item(key, version, rules=[other])
         payload, _ = payload.apply(ChangeSet((changed,)))
-        evaluations.follow(payload)
-        program = evaluations.current(Audience.SERVER)
+        evaluations.update(payload)
+        program = evaluations.current(SDKKind.SERVER)
         assert program is not None
         entries = program.some(ANNA, payload.flags, with_reasons=True)
         body = json.loads(program.all(ANNA, with_reasons=True))
@@ -163,11 +163,11 @@ async def test_changed_rules_count_at_once_and_old_ones_no_more():
 
 async def test_versions_grow_with_each_payload_and_fit_32_bits():
     """Versions are those of the data: equal for all audiences, greater with each new payload."""
-    evaluations = Evaluations()
+    evaluations = ProgramCache()
     versions = []
     for version in range(1, 6):
-        evaluations.follow(Payload.of([item("lamp", version)]))
-        of_audiences = {evaluations.current(audience).version for audience in Audience}
+        evaluations.update(Payload.of([item("lamp", version)]))
+        of_audiences = {evaluations.current(audience).version for audience in SDKKind}
         assert len(of_audiences) == 1
         versions += of_audiences
     assert versions == sorted(set(versions))
@@ -177,11 +177,11 @@ async def test_versions_grow_with_each_payload_and_fit_32_bits():
 
 async def test_versions_fit_whatever_the_clock_says(monkeypatch):
     """They still grow."""
-    evaluations = Evaluations()
+    evaluations = ProgramCache()
     versions = []
     for version, now in enumerate((2**40, 0.0, 1e9, 2**40), 1):
         monkeypatch.setattr("time.time", lambda now=now: now)
-        evaluations.follow(Payload.of([item("lamp", version)]))
-        versions.append(evaluations.current(Audience.SERVER).version)
+        evaluations.update(Payload.of([item("lamp", version)]))
+        versions.append(evaluations.current(SDKKind.SERVER).version)
     assert versions == sorted(set(versions))
     assert versions[-1] < 2**31

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.batches import MAX_BATCH, Limits
-from relay.events import Forwarder, Pace, Retries, Step, headers, next_step, target
+from relay.events import Backoff, Forwarder, ForwarderTimings, Step, headers, next_step, target
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
-from relay.model.event import Endpoint, Lane, Post
+from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.spool import Spool
 from relay.upstream import USER_AGENT, Upstream
 from tests.support import upstream as answers
@@ -35,21 +35,21 @@ ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
 KEY, MOBILE = "sdk-prod", "mob-prod"
 SPEC = EnvironmentSpec("prod", SDKKey(KEY), MobileKey(MOBILE), EnvironmentID("id-prod"))
 BARE = EnvironmentSpec("bare", SDKKey("sdk-bare"))
-LANE = Lane("prod", Endpoint.BULK, 4)
+LANE = Partition("prod", EventsEndpoint.BULK, 4)
 LIMITS = Limits(memory=16 << 20)
-FAST = Pace(
+FAST = ForwarderTimings(
     flush_interval=0.02,
     between=0.0,
     timeout=0.2,
     drain=0.5,
-    retries=Retries(first=0.01, longest=0.05, refused=0.02, longest_refused=0.04),
+    backoff=Backoff(first=0.01, longest=0.05, refused=0.02, longest_refused=0.04),
 )
-LAZY = Pace(flush_interval=3600.0, drain=1.0, retries=FAST.retries)
+LAZY = ForwarderTimings(flush_interval=3600.0, drain=1.0, backoff=FAST.backoff)
 
 
 def post(number=0, lane=LANE, payload_id=None):
     given_id = f"id-{number}" if payload_id is None else payload_id
-    return Post(lane, given_id, b"[%d]" % number, time.time())
+    return EventPayload(lane, given_id, b"[%d]" % number, time.time())
 
 
 @contextlib.asynccontextmanager
@@ -77,7 +77,7 @@ async def upstream():
 async def settled(forwarder, environment="prod"):
     """Wait until nothing of an environment waits any more."""
     async with asyncio.timeout(PATIENCE):
-        while forwarder.figures(environment).waiting or forwarder.oldest(environment) is not None:
+        while forwarder.counts(environment).waiting or forwarder.oldest(environment) is not None:
             await forwarder.spool._do(lambda _: None)
             await asyncio.sleep(0)
 
@@ -109,44 +109,44 @@ def test_what_follows_an_answer(status, posts, failures, step):
 @pytest.mark.parametrize(
     ("endpoint", "path", "key"),
     [
-        (Endpoint.BULK, "/bulk", KEY),
-        (Endpoint.MOBILE, "/mobile", MOBILE),
-        (Endpoint.CLIENT_SIDE, "/events/bulk/id-prod", None),
-        (Endpoint.BULK_DIAGNOSTIC, "/diagnostic", KEY),
-        (Endpoint.MOBILE_DIAGNOSTIC, "/mobile/events/diagnostic", MOBILE),
-        (Endpoint.CLIENT_SIDE_DIAGNOSTIC, "/events/diagnostic/id-prod", None),
+        (EventsEndpoint.BULK, "/bulk", KEY),
+        (EventsEndpoint.MOBILE, "/mobile", MOBILE),
+        (EventsEndpoint.CLIENT_SIDE, "/events/bulk/id-prod", None),
+        (EventsEndpoint.BULK_DIAGNOSTIC, "/diagnostic", KEY),
+        (EventsEndpoint.MOBILE_DIAGNOSTIC, "/mobile/events/diagnostic", MOBILE),
+        (EventsEndpoint.CLIENT_SIDE_DIAGNOSTIC, "/events/diagnostic/id-prod", None),
     ],
 )
 def test_where_posts_go_and_with_which_key(endpoint, path, key):
     """Each kind of credential has its path; the client-side ID is no key."""
     said = {} if key is None else {"Authorization": key}
-    assert target(Lane("prod", endpoint), SPEC) == (path, said)
-    assert target(Lane("prod", endpoint), None) is None
-    server = endpoint in (Endpoint.BULK, Endpoint.BULK_DIAGNOSTIC)
-    assert (target(Lane("bare", endpoint), BARE) is not None) is server
+    assert target(Partition("prod", endpoint), SPEC) == (path, said)
+    assert target(Partition("prod", endpoint), None) is None
+    server = endpoint in (EventsEndpoint.BULK, EventsEndpoint.BULK_DIAGNOSTIC)
+    assert (target(Partition("bare", endpoint), BARE) is not None) is server
 
 
 def test_only_known_headers_are_said():
     """Schema and id of analytics; tags and wrapper where an SDK gave them; of diagnostics none."""
     usual = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-    assert headers(Lane("e", Endpoint.MOBILE, 3), "i") == usual | {
+    assert headers(Partition("e", EventsEndpoint.MOBILE, 3), "i") == usual | {
         "X-LaunchDarkly-Event-Schema": "3",
         "X-LaunchDarkly-Payload-ID": "i",
     }
-    full = headers(Lane("e", Endpoint.BULK, 4, "a/b", "w/1"), "i")
+    full = headers(Partition("e", EventsEndpoint.BULK, 4, "a/b", "w/1"), "i")
     assert (full["X-LaunchDarkly-Tags"], full["X-LaunchDarkly-Wrapper"]) == ("a/b", "w/1")
-    assert headers(Lane("e", Endpoint.BULK_DIAGNOSTIC), "i") == usual
+    assert headers(Partition("e", EventsEndpoint.BULK_DIAGNOSTIC), "i") == usual
 
 
 @given(st.integers(0, 10_000), st.floats(0, 1, exclude_max=True))
 def test_delays_grow_to_a_bound(failures, chance):
     """From a second to five minutes; after refusals from five seconds."""
     for refused, shortest, longest in ((False, 1, 300), (True, 5, 300)):
-        delay = Retries().delay(failures, chance, refused=refused)
+        delay = Backoff().delay(failures, chance, refused=refused)
         assert shortest / 2 < delay <= longest
-        assert delay <= Retries().delay(failures + 1, chance, refused=refused)
-    assert Retries().delay(20, 0.0) == 300
-    delays = [Retries().delay(n, 0.0, refused=True) for n in range(8)]
+        assert delay <= Backoff().delay(failures + 1, chance, refused=refused)
+    assert Backoff().delay(20, 0.0) == 300
+    delays = [Backoff().delay(n, 0.0, refused=True) for n in range(8)]
     assert delays == [5, 10, 20, 40, 80, 160, 300, 300]
 
 
@@ -160,7 +160,7 @@ async def test_posts_of_a_lane_arrive_together_and_in_order(upstream):
         await upstream.took(50)
         await settled(forwarder)
         assert forwarder.oldest("prod") is None
-        figures = forwarder.figures("prod")
+        figures = forwarder.counts("prod")
     (only,) = upstream.posts
     assert only.events == list(range(50))
     assert only.path == "/bulk"
@@ -183,7 +183,7 @@ async def test_a_post_alone_goes_on_as_it_came(upstream):
     """With the SDK's id and its very bytes."""
     body = b' [ {"f": 1.0, "big": 12345678901234567890, "s": "<&>\\u2028"} ] '
     async with forwarding(upstream.url) as forwarder:
-        await forwarder.accept(Post(LANE, "the-id", body, time.time()))
+        await forwarder.accept(EventPayload(LANE, "the-id", body, time.time()))
         await upstream.took()
     assert upstream.posts[0].body == body
     assert upstream.posts[0].payload_id == "the-id"
@@ -193,7 +193,10 @@ async def test_lanes_are_never_mixed(upstream):
     """Endpoint, schema, tags and wrapper each make a lane of their own."""
     lanes = [
         *(LANE, LANE._replace(schema=3), LANE._replace(tags="a/b"), LANE._replace(wrapper="w")),
-        *(LANE._replace(endpoint=Endpoint.MOBILE), LANE._replace(endpoint=Endpoint.CLIENT_SIDE)),
+        *(
+            LANE._replace(endpoint=EventsEndpoint.MOBILE),
+            LANE._replace(endpoint=EventsEndpoint.CLIENT_SIDE),
+        ),
     ]
     async with forwarding(upstream.url) as forwarder:
         for n in range(3):
@@ -213,10 +216,10 @@ async def test_lanes_are_never_mixed(upstream):
 
 async def test_diagnostics_go_one_by_one_and_verbatim(upstream):
     """Whatever they hold."""
-    lane = Lane("prod", Endpoint.MOBILE_DIAGNOSTIC)
+    lane = Partition("prod", EventsEndpoint.MOBILE_DIAGNOSTIC)
     async with forwarding(upstream.url) as forwarder:
         for text in (b'{"kind": "diagnostic-init"}', b"hello"):
-            await forwarder.accept(Post(lane, "", text, time.time()))
+            await forwarder.accept(EventPayload(lane, "", text, time.time()))
         await upstream.posted(2)
     assert [p.body for p in upstream.posts] == [b'{"kind": "diagnostic-init"}', b"hello"]
     assert {(p.path, p.headers["Authorization"]) for p in upstream.posts} == {
@@ -234,7 +237,7 @@ async def test_an_sdks_retry_is_counted_once(upstream):
         assert await forwarder.accept(post(1)) is False
         await forwarder.accept(post(2))
         await upstream.took(2)
-        figures = forwarder.figures("prod")
+        figures = forwarder.counts("prod")
         assert (figures.received, figures.duplicates) == (4, 2)
     assert events(upstream.posts) == [1, 2]
 
@@ -243,14 +246,14 @@ async def test_a_full_lane_does_not_wait(upstream):
     """As soon as there is a batch's worth it goes."""
     half = b'["' + b"x" * (MAX_BATCH // 2) + b'"]'
     async with forwarding(upstream.url, pace=LAZY) as forwarder:
-        await forwarder.accept(Post(LANE, "1", half, time.time()))
-        await forwarder.accept(Post(LANE, "2", half, time.time()))
+        await forwarder.accept(EventPayload(LANE, "1", half, time.time()))
+        await forwarder.accept(EventPayload(LANE, "2", half, time.time()))
         await upstream.posted()
 
 
 async def test_steady_traffic_goes_in_batches(upstream):
     """The interval is kept between batches, too: few requests for many posts."""
-    pace = Pace(flush_interval=0.1, between=0.0, drain=0.5)
+    pace = ForwarderTimings(flush_interval=0.1, between=0.0, drain=0.5)
     async with forwarding(upstream.url, pace=pace) as forwarder:
         until = time.monotonic() + 0.55
         n = 0
@@ -304,7 +307,7 @@ async def test_the_age_of_what_waits_is_known(upstream):
         return answers.web.Response(status=202)
 
     upstream.script(KEY, when_told)
-    pace = Pace(flush_interval=0.05, drain=0.5)
+    pace = ForwarderTimings(flush_interval=0.05, drain=0.5)
     async with forwarding(upstream.url, pace=pace) as forwarder:
         first, second = post(1), post(2)
         await forwarder.accept(first)
@@ -314,7 +317,7 @@ async def test_the_age_of_what_waits_is_known(upstream):
         assert forwarder.oldest("prod") == first.received
         gate.set()
         async with asyncio.timeout(PATIENCE):
-            while forwarder.figures("prod").waiting == 2:
+            while forwarder.counts("prod").waiting == 2:
                 await forwarder.spool._do(lambda _: None)
                 await asyncio.sleep(0)
         assert forwarder.oldest("prod") == second.received
@@ -343,7 +346,7 @@ async def test_what_may_pass_is_tried_again_as_the_same_batch(upstream, failure,
             await forwarder.accept(post(3))
             await upstream.took(4)
             await settled(forwarder)
-            assert forwarder.figures("prod").retried == 1
+            assert forwarder.counts("prod").retried == 1
     first, again, *rest = upstream.posts
     assert (again.body, again.payload_id) == (first.body, first.payload_id)
     assert events([again, *rest]) == [0, 1, 2, 3]
@@ -377,7 +380,7 @@ async def test_a_refused_key_is_never_given_up(upstream, caplog):
 )
 async def test_upstream_may_ask_for_patience(upstream, asked, patient):
     """Retry-After counts, as seconds and as a date, within our own bounds."""
-    pace = Pace(0.01, retries=Retries(first=0.01, longest=0.3))
+    pace = ForwarderTimings(0.01, backoff=Backoff(first=0.01, longest=0.3))
     async with forwarding(upstream.url, pace=pace) as forwarder:
         upstream.script(KEY, answers.status(429, **{"Retry-After": asked}))
         await forwarder.accept(post(1))
@@ -396,7 +399,7 @@ async def test_a_poisonous_post_is_found_and_blocks_nobody(upstream, poison, cap
     async with forwarding(upstream.url) as forwarder:
         await asyncio.gather(*(forwarder.accept(post(100 + n)) for n in range(7)))
         await settled(forwarder)
-        figures = forwarder.figures("prod")
+        figures = forwarder.counts("prod")
         assert (figures.forwarded, figures.quarantined, figures.waiting) == (6, 1, 0)
         kept = [(each.body, each.reason) for each in forwarder.spool.memory.rejected]
     assert kept == [(b"[%d]" % (100 + poison), "HTTP error 400")]
@@ -423,7 +426,7 @@ async def test_an_upstream_that_rejects_everything_for_a_while_costs_no_event(
             upstream.always(KEY, None)
             await upstream.took(len(upstream.accepted) + 1)
         await settled(forwarder)
-        figures = forwarder.figures("prod")
+        figures = forwarder.counts("prod")
     assert (figures.forwarded, figures.quarantined, figures.evicted) == (300, 0, 0)
     assert sorted(events(upstream.accepted)) == list(range(300))
 
@@ -434,7 +437,7 @@ async def test_a_post_that_is_rejected_with_nothing_to_compare_is_held(upstream,
     async with forwarding(upstream.url) as forwarder:
         await forwarder.accept(post(666))
         await upstream.posted(8)
-        figures = forwarder.figures("prod")
+        figures = forwarder.counts("prod")
         assert (figures.waiting, figures.quarantined) == (1, 0)
         assert forwarder.oldest("prod") is not None
         assert caplog.text.count("Events for /bulk cannot be delivered: HTTP error 400") == 1
@@ -447,7 +450,9 @@ async def test_a_post_that_is_rejected_with_nothing_to_compare_is_held(upstream,
 async def test_what_comes_behind_a_suspect_does_not_wait_for_it(upstream):
     """However long it is until that is tried again."""
     upstream.always(KEY, answers.rejecting(b"666", 413))
-    pace = Pace(0.02, 0.0, 0.2, drain=0.5, retries=Retries(first=3600.0, longest=3600.0))
+    pace = ForwarderTimings(
+        0.02, 0.0, 0.2, drain=0.5, backoff=Backoff(first=3600.0, longest=3600.0)
+    )
     async with forwarding(upstream.url, pace=pace) as forwarder:
         await forwarder.accept(post(666))
         await upstream.posted(1)  # now it is held for an hour
@@ -455,18 +460,18 @@ async def test_what_comes_behind_a_suspect_does_not_wait_for_it(upstream):
             await forwarder.accept(post(number))
             await upstream.took(number + 1)
         await settled(forwarder)
-        assert forwarder.figures("prod").quarantined == 1
+        assert forwarder.counts("prod").quarantined == 1
 
 
 async def test_another_lane_of_the_same_kind_is_evidence_another_kind_is_none(upstream):
     """Upstream may take server-side events and reject the mobile ones, all of them."""
-    mobile = LANE._replace(endpoint=Endpoint.MOBILE)
+    mobile = LANE._replace(endpoint=EventsEndpoint.MOBILE)
     upstream.always(KEY, answers.rejecting(b"666"))
     upstream.always(MOBILE, answers.status(400))
     async with forwarding(upstream.url) as forwarder:
         await forwarder.accept(post(666))
         await forwarder.accept(post(777, mobile))
-        figures = forwarder.figures("prod")
+        figures = forwarder.counts("prod")
         async with asyncio.timeout(PATIENCE):
             while figures.quarantined == 0:
                 await forwarder.accept(post(1, LANE._replace(tags="other"), payload_id=""))
@@ -488,7 +493,7 @@ async def test_many_bad_posts_in_a_row_are_found_while_others_are_taken(upstream
             *(forwarder.accept(post(6660 + n % 10, payload_id="")) for n in range(20))
         )
         await asyncio.gather(*(forwarder.accept(post(n)) for n in range(5)))
-        figures, number = forwarder.figures("prod"), 0
+        figures, number = forwarder.counts("prod"), 0
         async with asyncio.timeout(PATIENCE):
             while figures.quarantined < 20:
                 number += 1
@@ -508,7 +513,7 @@ async def test_a_suspect_survives_a_restart(upstream, tmp_path):
         await upstream.posted(len(upstream.posts) + 3)
         upstream.always(KEY, None)
         await settled(forwarder)
-        assert forwarder.figures("prod").forwarded == 6
+        assert forwarder.counts("prod").forwarded == 6
     assert sorted(events(upstream.accepted)) == list(range(6))
 
 
@@ -524,10 +529,10 @@ async def test_what_is_not_well_formed_spoils_no_batch(upstream, durable, tmp_pa
     async with forwarding(upstream.url, directory=tmp_path if durable else None) as forwarder:
         for number, body in enumerate(MALFORMED):
             forwarder.accept(post(number))
-            forwarder.accept(Post(LANE, f"bad-{number}", body, time.time()))
+            forwarder.accept(EventPayload(LANE, f"bad-{number}", body, time.time()))
         await forwarder.accept(post(100))
         await settled(forwarder)
-        figures = forwarder.figures("prod")
+        figures = forwarder.counts("prod")
         assert figures.received == 2 * len(MALFORMED) + 1
         assert figures.quarantined == len(MALFORMED)
         assert figures.forwarded == len(MALFORMED) + 1
@@ -539,10 +544,10 @@ async def test_what_nobody_can_check_goes_alone(upstream):
     """Upstream decides on a body that is nested too deeply for us, and on nothing else with it."""
     deep = b"[" * 200_000 + b"]" * 200_000
     async with forwarding(upstream.url) as forwarder:
-        for each in (post(1), Post(LANE, "deep", deep, time.time()), post(2)):
+        for each in (post(1), EventPayload(LANE, "deep", deep, time.time()), post(2)):
             await forwarder.accept(each)
         await settled(forwarder)
-        assert forwarder.figures("prod").forwarded == 3
+        assert forwarder.counts("prod").forwarded == 3
     assert [each.body for each in upstream.accepted] == [b"[1]", deep, b"[2]"]
 
 
@@ -550,12 +555,12 @@ async def test_what_is_too_large_is_halved(upstream):
     """By posts, then by elements; what is too large alone is set aside. All else arrives once."""
     upstream.always(KEY, answers.at_most(40))
     elements = [f'"{n:010}"' for n in range(10)]
-    big = Post(LANE, "big", f"[{','.join(elements)}]".encode(), time.time())
-    monster = Post(LANE, "monster", b'["' + b"m" * 100 + b'"]', time.time())
+    big = EventPayload(LANE, "big", f"[{','.join(elements)}]".encode(), time.time())
+    monster = EventPayload(LANE, "monster", b'["' + b"m" * 100 + b'"]', time.time())
     async with forwarding(upstream.url) as forwarder:
         await asyncio.gather(*map(forwarder.accept, [post(1), big, monster, post(2)]))
         await settled(forwarder)
-        figures = forwarder.figures("prod")
+        figures = forwarder.counts("prod")
         assert (figures.forwarded, figures.quarantined) == (3, 1)
     assert events(upstream.accepted) == [1, *(f"{n:010}" for n in range(10)), 2]
     ids = [p.payload_id for p in upstream.accepted]
@@ -564,13 +569,13 @@ async def test_what_is_too_large_is_halved(upstream):
 
 async def test_a_diagnostic_post_that_is_rejected_is_set_aside(upstream):
     """It blocks no others."""
-    lane = Lane("prod", Endpoint.BULK_DIAGNOSTIC)
+    lane = Partition("prod", EventsEndpoint.BULK_DIAGNOSTIC)
     upstream.always(KEY, answers.rejecting(b"bad", 413))
     async with forwarding(upstream.url) as forwarder:
-        await forwarder.accept(Post(lane, "", b'["bad","bad"]', time.time()))
-        await forwarder.accept(Post(lane, "", b"{}", time.time()))
+        await forwarder.accept(EventPayload(lane, "", b'["bad","bad"]', time.time()))
+        await forwarder.accept(EventPayload(lane, "", b"{}", time.time()))
         await settled(forwarder)
-        assert forwarder.figures("prod").quarantined == 1
+        assert forwarder.counts("prod").quarantined == 1
     assert [p.body for p in upstream.accepted] == [b"{}"]
 
 
@@ -579,7 +584,7 @@ async def test_without_a_credential_events_wait(upstream, caplog):
     specs = [BARE, SPEC]
     async with forwarding(upstream.url, specs=specs) as forwarder:
         forwarder._spec_of = lambda name: next((s for s in specs if s.name == name), None)
-        await forwarder.accept(post(1, Lane("bare", Endpoint.MOBILE, 4)))
+        await forwarder.accept(post(1, Partition("bare", EventsEndpoint.MOBILE, 4)))
         await forwarder.accept(post(2))
         await upstream.took(1)
         assert events(upstream.posts) == [2]
@@ -607,20 +612,23 @@ async def test_one_failing_environment_delays_no_other(upstream, failure):
     """Of 100 environments one fails with many lanes; the others' events come as if it did not."""
     specs = [EnvironmentSpec(f"e{n}", SDKKey(f"sdk-{n}")) for n in range(100)]
     upstream.always("sdk-0", failure)
-    pace = Pace(flush_interval=0.05, timeout=30.0, drain=0.1, retries=FAST.retries)
+    pace = ForwarderTimings(flush_interval=0.05, timeout=30.0, drain=0.1, backoff=FAST.backoff)
     async with forwarding(upstream.url, specs=specs, pace=pace) as forwarder:
         for tag in range(50):
-            await forwarder.accept(post(tag, Lane("e0", Endpoint.BULK, 4, f"tag/{tag}")))
+            await forwarder.accept(post(tag, Partition("e0", EventsEndpoint.BULK, 4, f"tag/{tag}")))
         await upstream.posted(1)
         began = time.monotonic()
         await asyncio.gather(
-            *(forwarder.accept(post(n, Lane(f"e{n}", Endpoint.BULK, 4))) for n in range(1, 100))
+            *(
+                forwarder.accept(post(n, Partition(f"e{n}", EventsEndpoint.BULK, 4)))
+                for n in range(1, 100)
+            )
         )
         await upstream.took(99)
         assert time.monotonic() - began < 2
         stuck = [p for p in upstream.posts if p.headers["Authorization"] == "sdk-0"]
         assert failure is not answers.stall or len(stuck) <= 4
-        assert forwarder.figures("e0").waiting == 50
+        assert forwarder.counts("e0").waiting == 50
         assert forwarder.oldest("e0") is not None
         await settled(forwarder, "e1")
 
@@ -649,7 +657,7 @@ async def test_losses_are_counted_and_said(upstream, caplog):
     async with forwarding(upstream.url) as forwarder:
         forwarder.spool.memory.capacity = 3000
         await asyncio.gather(*(forwarder.accept(post(n)) for n in range(100)))
-        figures = forwarder.figures("prod")
+        figures = forwarder.counts("prod")
         assert figures.evicted + figures.waiting == 100
         assert 0 < figures.waiting < 15
         upstream.always(KEY, None)
@@ -667,15 +675,15 @@ async def test_what_arrives_is_not_counted_as_lost(upstream):
         return answers.web.Response(status=202)
 
     upstream.script(KEY, when_told)
-    async with forwarding(upstream.url, pace=Pace(0.01, drain=0.5)) as forwarder:
+    async with forwarding(upstream.url, pace=ForwarderTimings(0.01, drain=0.5)) as forwarder:
         await forwarder.accept(post(1))
         await upstream.posted(1)
         forwarder.spool.memory.capacity = 300
         await forwarder.accept(post(2))
-        assert forwarder.figures("prod").evicted == 1
+        assert forwarder.counts("prod").evicted == 1
         gate.set()
         await settled(forwarder)
-        figures = forwarder.figures("prod")
+        figures = forwarder.counts("prod")
     assert (figures.forwarded, figures.evicted, figures.waiting) == (2, 0, 0)
     assert events(upstream.accepted) == [1, 2]
 
@@ -708,7 +716,7 @@ async def test_what_cannot_be_sent_at_the_end_is_sent_by_the_next_process(
     async with forwarding(upstream.url, directory=tmp_path) as forwarder:
         await upstream.took(5)
         await settled(forwarder)
-        assert forwarder.figures("prod").forwarded == 5
+        assert forwarder.counts("prod").forwarded == 5
         assert await forwarder.accept(post(3)) is False
     assert events(upstream.accepted) == list(range(5))
     assert upstream.accepted[0].payload_id == upstream.posts[0].payload_id
@@ -724,7 +732,7 @@ async def test_a_disk_that_works_again_is_served_again(upstream, tmp_path):
         spool._retry = 3600
         spool._disk._db.execute("PRAGMA max_page_count=1")
         text = os.urandom(50_000).hex()
-        big = Post(LANE, "big", f'["{text}"]'.encode(), time.time())
+        big = EventPayload(LANE, "big", f'["{text}"]'.encode(), time.time())
         await forwarder.accept(big)
         assert not spool.durable
         upstream.always(KEY, None)
@@ -824,7 +832,7 @@ async def test_kill_9_loses_and_repeats_nothing(upstream, tmp_path):
 
 def large(number, lane=LANE):
     """A post of 10 KB."""
-    return Post(lane, f"id-{number}", b'["%s"]' % (b"%05d" % number * 2000), time.time())
+    return EventPayload(lane, f"id-{number}", b'["%s"]' % (b"%05d" % number * 2000), time.time())
 
 
 @contextlib.asynccontextmanager
@@ -845,7 +853,7 @@ async def test_who_posts_too_fast_waits_for_upstream(upstream):
 
         await asyncio.gather(*map(client, range(4)))
         await settled(forwarder)
-        assert forwarder.figures("prod").evicted == 0
+        assert forwarder.counts("prod").evicted == 0
     assert len(events(upstream.posts)) == 80
 
 
@@ -858,7 +866,7 @@ async def test_an_answer_is_held_back_until_a_batch_is_done(upstream):
         return answers.web.Response(status=202)
 
     upstream.script(KEY, when_told)
-    pace = Pace(flush_interval=3600.0, timeout=10.0, drain=0.5)
+    pace = ForwarderTimings(flush_interval=3600.0, timeout=10.0, drain=0.5)
     async with tight(upstream.url, pace=pace) as forwarder:
         early = [forwarder.accept(large(n)) for n in range(5)]
         assert all(each.done() for each in early)
@@ -867,14 +875,14 @@ async def test_an_answer_is_held_back_until_a_batch_is_done(upstream):
         assert not any(each.done() for each in held)
         gate.set()
         assert await asyncio.gather(*held) == [True, True]
-        assert forwarder.figures("prod").evicted == 0
+        assert forwarder.counts("prod").evicted == 0
 
 
 async def test_an_answer_is_held_back_for_a_bounded_time(upstream, monkeypatch):
     """An upstream that does not answer costs a client that, and the oldest make room."""
-    monkeypatch.setattr("relay.events.HOLD", 0.05)
+    monkeypatch.setattr("relay.events.MAX_ACK_DELAY", 0.05)
     upstream.always(KEY, answers.stall)
-    pace = Pace(flush_interval=0.01, timeout=60.0, drain=0.1)
+    pace = ForwarderTimings(flush_interval=0.01, timeout=60.0, drain=0.1)
     async with tight(upstream.url, pace=pace) as forwarder:
         for n in range(20):
             began = time.monotonic()
@@ -883,7 +891,7 @@ async def test_an_answer_is_held_back_for_a_bounded_time(upstream, monkeypatch):
             assert n >= 10 or (waited > 0.04) is (n >= 5)
             assert waited < 1
             assert forwarder.spool.memory.size <= forwarder.spool.memory.capacity
-        figures = forwarder.figures("prod")
+        figures = forwarder.counts("prod")
         assert figures.evicted + figures.waiting == 20
 
 
@@ -898,8 +906,8 @@ async def test_nobody_waits_for_an_upstream_that_is_away(upstream):
         assert await asyncio.wait_for(held, 0.9), "the failure lets it go"
         for n in range(6, 30):
             assert forwarder.accept(large(n)).done()
-        assert forwarder.figures("prod").evicted >= 20
-        other = Lane("bare", Endpoint.BULK, 4)
+        assert forwarder.counts("prod").evicted >= 20
+        other = Partition("bare", EventsEndpoint.BULK, 4)
         assert forwarder.accept(large(100, other)).done()
         await upstream.took(1)
         upstream.always(KEY, None)
@@ -911,7 +919,7 @@ async def test_there_is_no_pause_while_somebody_waits(upstream, monkeypatch):
     """A slow upstream gets time to breathe between batches, but not at the clients' expense."""
     monkeypatch.setattr("relay.batches.MAX_BATCH", 15_000)  # one post
     upstream.script(KEY, answers.slowly(0.8))
-    pace = Pace(flush_interval=0.01, between=3600.0, timeout=10.0, drain=0.5)
+    pace = ForwarderTimings(flush_interval=0.01, between=3600.0, timeout=10.0, drain=0.5)
     async with tight(upstream.url, pace=pace) as forwarder:
         for n in range(4):
             assert forwarder.accept(large(n)).done()
@@ -926,10 +934,10 @@ async def test_there_is_no_pause_while_somebody_waits(upstream, monkeypatch):
 async def test_the_end_holds_nothing_back(upstream):
     """What is held is answered when the relay ends."""
     upstream.always(KEY, answers.stall)
-    pace = Pace(flush_interval=0.01, timeout=60.0, drain=0.1)
+    pace = ForwarderTimings(flush_interval=0.01, timeout=60.0, drain=0.1)
     async with tight(upstream.url, pace=pace) as forwarder:
         held = [forwarder.accept(large(n)) for n in range(9)][-1]
         assert not held.done()
-        forwarder.hurry()
+        forwarder.flush()
         assert held.done()
         assert forwarder.accept(large(10)).done()

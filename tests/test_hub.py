@@ -18,10 +18,10 @@ from relay.hub import (
     Hub,
     PingChannel,
     StreamLimits,
-    framed,
-    unframed,
+    decode_chunks,
+    encode_chunk,
 )
-from relay.model.count import Count
+from relay.model.count import MetricValue
 from relay.model.item import Item, Kind, parse
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.protocol.fdv1 import AllFormat
@@ -77,7 +77,7 @@ class Buffer:
     def held(self) -> dict[str, int]:
         """What an SDK holds that has read these bytes; versions never go down."""
         held: dict[str, int] = {}
-        text = b"".join(unframed(self.received.removesuffix(LAST_CHUNK)))
+        text = b"".join(decode_chunks(self.received.removesuffix(LAST_CHUNK)))
         for message in text.replace(b":\n", b"").decode().split("\n\n")[:-1]:
             name, data = message.split("\n")
             news = json.loads(data.removeprefix("data: "))
@@ -113,9 +113,9 @@ class Interleavings(RuleBasedStateMachine):
         self.payload: Payload | None = None
         self.version = 0
         self.buffers: list[Buffer] = []
-        self.count = Count()
-        self._kept = hub_module.FAN_OUT_SLICE, hub_module.ARREARS_LIMIT
-        hub_module.FAN_OUT_SLICE, hub_module.ARREARS_LIMIT = 2, 3000
+        self.count = MetricValue()
+        self._kept = hub_module.FAN_OUT_SLICE, hub_module.MAX_PENDING
+        hub_module.FAN_OUT_SLICE, hub_module.MAX_PENDING = 2, 3000
 
     def run(self, what) -> None:
         """Do something as the loop would, without giving the hub a turn before or after."""
@@ -183,7 +183,7 @@ class Interleavings(RuleBasedStateMachine):
             for buffer in list(self.buffers):
                 self.run(buffer.abort)
             self.loop.close()
-            hub_module.FAN_OUT_SLICE, hub_module.ARREARS_LIMIT = self._kept
+            hub_module.FAN_OUT_SLICE, hub_module.MAX_PENDING = self._kept
 
 
 TestInterleavings = Interleavings.TestCase
@@ -248,10 +248,13 @@ async def test_a_stream_begins_with_one_write(monkeypatch):
 
 def test_the_hub_wakes_as_rarely_as_its_limits_allow():
     """To look after clients; for a heartbeat it wakes when that is due."""
-    assert StreamLimits().look == 5
-    assert StreamLimits(stall_timeout=20).look == 2
-    assert StreamLimits(max_connection_time=900).look == 1
-    assert StreamLimits(heartbeat_interval=0, max_connection_time=0, stall_timeout=0).look == 5
+    assert StreamLimits().sweep_interval == 5
+    assert StreamLimits(stall_timeout=20).sweep_interval == 2
+    assert StreamLimits(max_connection_time=900).sweep_interval == 1
+    assert (
+        StreamLimits(heartbeat_interval=0, max_connection_time=0, stall_timeout=0).sweep_interval
+        == 5
+    )
 
 
 async def test_changes_of_one_turn_are_joined():
@@ -337,7 +340,7 @@ async def test_close_cuts_off_who_does_not_read():
 
 def test_framing_is_undone():
     """What was framed comes out as it went in, message by message."""
-    assert list(unframed(framed(b"a\r\nb") + HEARTBEAT + framed(b"x" * 300))) == [
+    assert list(decode_chunks(encode_chunk(b"a\r\nb") + HEARTBEAT + encode_chunk(b"x" * 300))) == [
         b"a\r\nb",
         b":\n",
         b"x" * 300,
@@ -348,7 +351,7 @@ def listening(hub: Hub, stream: str, count: int = 1, who: object = None) -> list
     """Clients that have taken their opening."""
     buffers = [Buffer() for _ in range(count)]
     for buffer in buffers:
-        hub.subscribe(stream, buffer, who=who)
+        hub.subscribe(stream, buffer, client=who)
         buffer.read()
     return buffers
 

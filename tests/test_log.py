@@ -55,7 +55,7 @@ def make_pipes() -> Iterator[Pipes]:
 
 def test_a_text_line_is_that_of_the_reference(pipes: Pipes) -> None:
     """Date, time with microseconds, level, the environment's mask, message; errors go to stderr."""
-    with closing(log.Output(stdout=pipes.out, stderr=pipes.err)) as output:
+    with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
         log.set_up("debug", "text", output)
         logging.getLogger("relay.server").debug("one")
         logging.getLogger("relay.server").info("two %s", 2)
@@ -70,7 +70,7 @@ def test_a_text_line_is_that_of_the_reference(pipes: Pipes) -> None:
 
 def test_a_json_line_is_one_object_with_the_environment(pipes: Pipes) -> None:
     """Collectors get one object per line, whatever the message holds."""
-    with closing(log.Output(stdout=pipes.out, stderr=pipes.err)) as output:
+    with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
         log.set_up("info", "json", output)
         log.environment_log("Shop", "...abcd").info("two\nlines")
     (line,) = pipes.read()[0].splitlines()
@@ -86,7 +86,7 @@ def test_a_json_line_is_one_object_with_the_environment(pipes: Pipes) -> None:
 
 def test_text_from_outside_cannot_forge_a_line(pipes: Pipes) -> None:
     """A line break within a message is shown, not written."""
-    with closing(log.Output(stdout=pipes.out, stderr=pipes.err)) as output:
+    with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
         log.set_up("info", "text", output)
         logging.getLogger("relay").info("a\nb\rc")
     assert pipes.read()[0].endswith("INFO: a\\nb\\rc\n")
@@ -95,7 +95,7 @@ def test_text_from_outside_cannot_forge_a_line(pipes: Pipes) -> None:
 @pytest.mark.parametrize("line_format", ["text", "json"])
 def test_secrets_are_masked_wherever_they_stand(pipes: Pipes, line_format: str) -> None:
     """A secret that slips into a message or a traceback shows its last four characters."""
-    with closing(log.Output(["sdk-secret-abcd"], pipes.out, pipes.err)) as output:
+    with closing(log.LogHandler(["sdk-secret-abcd"], pipes.out, pipes.err)) as output:
         log.set_up("info", line_format, output)
         try:
             int("sdk-secret-abcd")
@@ -112,7 +112,7 @@ def test_secrets_are_masked_also_where_they_are_escaped(
     pipes: Pipes, line_format: str, secret: str
 ) -> None:
     """A quotation mark, a letter beyond ASCII or a line end in a password hides it from nobody."""
-    with closing(log.Output([secret], pipes.out, pipes.err)) as output:
+    with closing(log.LogHandler([secret], pipes.out, pipes.err)) as output:
         log.set_up("info", line_format, output)
         logging.getLogger("relay").info("it is %s, or %r", secret, secret)
     shown = pipes.read()[0]
@@ -122,7 +122,7 @@ def test_secrets_are_masked_also_where_they_are_escaped(
 
 def test_a_traceback_is_set_apart_from_lines(pipes: Pipes) -> None:
     """Its lines are indented, and the text of the exception cannot begin one."""
-    with closing(log.Output(stdout=pipes.out, stderr=pipes.err)) as output:
+    with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
         log.set_up("info", "text", output)
         error = ValueError("a\n2026/01/01 00:00:00.000000 INFO: forged\r\x1b[2K\u2028")
         try:
@@ -138,7 +138,7 @@ def test_a_traceback_is_set_apart_from_lines(pipes: Pipes) -> None:
 
 def test_each_level_lets_through_what_is_as_grave(pipes: Pipes) -> None:
     """The environment's level stands above the relay's; `none` silences."""
-    with closing(log.Output(stdout=pipes.out, stderr=pipes.err)) as output:
+    with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
         log.set_up("none", "text", output)
         log.set_environment_level("Shop", "info")
         logging.getLogger("relay.server").error("silenced")
@@ -152,7 +152,7 @@ def test_each_level_lets_through_what_is_as_grave(pipes: Pipes) -> None:
 def test_a_closed_output_costs_lines_and_nothing_else(pipes: Pipes) -> None:
     """A broken pipe is counted."""
     os.close(pipes.out_read)
-    with closing(log.Output(stdout=pipes.out, stderr=pipes.err)) as output:
+    with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
         log.set_up("info", "text", output)
         logging.getLogger("relay").info("lost")
     assert output.lost == 1
@@ -163,7 +163,7 @@ def test_a_reader_that_stalls_does_not_stop_the_writer(
 ) -> None:
     """When nobody reads our output, lines are dropped and counted at once."""
     monkeypatch.setattr(log, "CLOSE_LIMIT", 0.05)
-    output = log.Output(stdout=pipes.out, stderr=pipes.err)
+    output = log.LogHandler(stdout=pipes.out, stderr=pipes.err)
     log.set_up("info", "text", output)
     begin = time.monotonic()
     for _ in range(log.WAITING_LINES + 1000):

@@ -24,17 +24,18 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from relay import batches, clock
+from relay import batches as batches_module
+from relay import clock
 from relay.batches import MAX_BATCH, MAX_POSTS, REMEMBERED, Limits, elements, fitting
 from relay.errors import StoreUnavailable
 from relay.memorystore import MemoryStore
-from relay.model.event import Endpoint, Lane, Post
+from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.poststore import LONGEST_ABSENCE, DiskStore
 from relay.spool import MAX_QUEUED, Spool
 
-LANE = Lane("prod", Endpoint.BULK, 4)
-OTHER = Lane("test", Endpoint.BULK, 4)
-DIAGNOSTIC = Lane("prod", Endpoint.BULK_DIAGNOSTIC)
+LANE = Partition("prod", EventsEndpoint.BULK, 4)
+OTHER = Partition("test", EventsEndpoint.BULK, 4)
+DIAGNOSTIC = Partition("prod", EventsEndpoint.BULK_DIAGNOSTIC)
 LIMITS = Limits(memory=1024 * 1024)
 ROOT = Path(__file__).parent.parent
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
@@ -45,7 +46,7 @@ def post(number=0, lane=LANE, payload_id=None, received=None, size=0):
     noise = base64.b64encode(random.Random(number).randbytes(size))[:size]  # keeps its size on disk
     body = b'[{"n":%d,"x":"%s"}]' % (number, noise)
     given_id = f"id-{number}" if payload_id is None else payload_id
-    return Post(lane, given_id, body, time.time() if received is None else received)
+    return EventPayload(lane, given_id, body, time.time() if received is None else received)
 
 
 @contextlib.asynccontextmanager
@@ -133,7 +134,7 @@ async def test_a_restart_finds_what_was_not_finished(tmp_path):
     spool = Spool(tmp_path, LIMITS)
     spool.on_backlog = backlog.extend
     await spool.open()
-    assert {(left.lane, left.posts) for left in backlog} == {(LANE, 4), (OTHER, 1)}
+    assert {(left.partition, left.posts) for left in backlog} == {(LANE, 4), (OTHER, 1)}
     assert not await spool.append(post(1))
     batches = await drained(spool)
     assert [batch.posts for batch, _ in batches] == [3, 1]
@@ -165,15 +166,15 @@ def test_known_payload_ids_are_dropped_for_ten_minutes(new_store):
         *(True, False, True, True)
     ]
     assert stored(store, post(1), post(2, payload_id="")) == [False, True]
-    store.tidy(now + REMEMBERED - 5)
+    store.expire(now + REMEMBERED - 5)
     assert stored(store, post(1)) == [False]
-    store.tidy(now + REMEMBERED + 5)
+    store.expire(now + REMEMBERED + 5)
     assert stored(store, post(1)) == [True]
 
 
 def test_the_number_of_known_ids_is_bounded(monkeypatch):
     """A flood of ids costs the oldest of them, not memory."""
-    monkeypatch.setattr(batches, "MAX_REMEMBERED", 10)
+    monkeypatch.setattr(batches_module, "MAX_REMEMBERED", 10)
     store = in_memory()
     now = time.time()
     stored(store, *(post(n, received=now + n) for n in range(20)))
@@ -227,7 +228,7 @@ def test_batches_are_bounded_in_posts_and_bytes(new_store):
 def test_diagnostics_travel_alone(new_store):
     """One post per request, whatever it holds."""
     store = new_store()
-    stored(store, *(Post(DIAGNOSTIC, "", b"hello", time.time()) for _ in range(3)))
+    stored(store, *(EventPayload(DIAGNOSTIC, "", b"hello", time.time()) for _ in range(3)))
     batch, texts = store.take(DIAGNOSTIC)
     assert (batch.posts, texts) == (1, [b"hello"])
     assert store.split(batch) is False
@@ -259,7 +260,7 @@ def test_splitting_to_the_end_loses_no_element(new_store, count):
     """A post that is too large alone is split by its elements, each sent once and in order."""
     store = new_store()
     texts = [b'{"n": %d.0}' % n for n in range(count)]
-    stored(store, Post(LANE, "big", b"[" + b" , ".join(texts) + b"]", 1.0))
+    stored(store, EventPayload(LANE, "big", b"[" + b" , ".join(texts) + b"]", 1.0))
     seen, ids, done = [], set(), 0
     while (taken := store.take(LANE)) is not None:
         if store.split(taken[0]):
@@ -326,7 +327,7 @@ def test_what_is_put_aside_comes_last_or_first(new_store):
 def test_parts_of_a_post_can_be_put_aside(new_store):
     """The post is done with when its last part is."""
     store = new_store()
-    stored(store, Post(LANE, "big", b"[1,2,3,4]", 1.0), post(5))
+    stored(store, EventPayload(LANE, "big", b"[1,2,3,4]", 1.0), post(5))
     store.split(store.take(LANE)[0])
     store.split(store.take(LANE)[0])
     part, texts = store.take(LANE)
@@ -416,7 +417,7 @@ def test_a_clock_that_jumps_loses_nothing(durable, moments):
                 assert await spool.append(post(count))
                 count += 1
             elif moment == "tidy":
-                await spool._do(lambda store: store.tidy(clock.now()))
+                await spool._do(lambda store: store.expire(clock.now()))
             elif moment == "take":
                 await spool.take(LANE)
             elif moment != "restart":
@@ -464,7 +465,7 @@ def test_what_waits_for_a_week_of_running_is_given_up_across_restarts(tmp_path, 
             stored(store, post(1, received=now + 1))
         now += DAY
         with store.transaction():
-            store.tidy(now)
+            store.expire(now)
         left.append(len(store.backlog()))
         store.close()
     assert left == [1, 1, 1, 1, 1, 1, 1, 0, 0]
@@ -495,7 +496,7 @@ def test_a_file_of_an_earlier_release_is_read(tmp_path):
         old.execute("INSERT INTO batches VALUES (1,1,1,1,0,NULL,'id-1')")
     store = DiskStore(str(path), LIMITS)
     with store.transaction():
-        store.tidy(clock.now())
+        store.expire(clock.now())
     assert not store.evicted
     first, texts = store.take(LANE)
     assert (first.payload_id, texts) == ("id-1", [post(1).body])
@@ -534,10 +535,10 @@ def test_the_old_are_given_up_diagnostics_sooner(new_store):
         *(post(1, received=0), post(2, received=900)),
         *(post(3, DIAGNOSTIC, received=0), post(4, DIAGNOSTIC, received=190)),
     )
-    store.tidy(200)
+    store.expire(200)
     assert store.evicted == Counter({"prod": 1})
     assert store.take(DIAGNOSTIC)[1] == [post(4).body]
-    store.tidy(1100)
+    store.expire(1100)
     assert store.evicted == Counter({"prod": 3})
     assert store.take(LANE)[1] == [post(2).body]
 
@@ -564,7 +565,7 @@ def test_unused_space_is_given_back(tmp_path):
     before = (tmp_path / "events.db").stat().st_size
     for _ in range(3):
         with store.transaction():
-            store.tidy(time.time())
+            store.expire(time.time())
         store.shrink()
     store.close()
     assert (tmp_path / "events.db").stat().st_size < before / 10
@@ -636,7 +637,7 @@ async def test_a_directory_that_cannot_be_made_is_said_once(tmp_path, caplog):
             batch, _ = await spool.take(LANE)
             await asyncio.gather(*(spool.append(post(n)) for n in range(2, 5)))
             assert not spool.durable
-            assert "File exists" in spool.trouble
+            assert "File exists" in spool.outage
             blocked.unlink()
             while not spool.durable:
                 await spool.append(post(0, payload_id=""))
@@ -703,7 +704,7 @@ async def test_a_write_that_fails_moves_to_memory_and_back(tmp_path, monkeypatch
             spool._disk._db.execute("PRAGMA max_page_count=1")
             assert await spool.append(post(2, size=100_000))
             assert not spool.durable
-            assert "full" in spool.trouble
+            assert "full" in spool.outage
             # The batch of the disk is delivered meanwhile; the lane goes on with what is in memory.
             assert await spool.finish(batch) == 1
             taken = await spool.take(LANE)
@@ -711,7 +712,7 @@ async def test_a_write_that_fails_moves_to_memory_and_back(tmp_path, monkeypatch
             spool._try_at = 0.0
             await spool.append(post(3))
             assert spool.durable
-            assert spool.trouble is None
+            assert spool.outage is None
             assert [left.posts for left in told[0]] == [2]
             # What the disk had before, then the batch that memory had fixed.
             assert sorted(bodies(await drained(spool))) == sorted(
@@ -767,7 +768,7 @@ async def test_a_second_process_on_the_same_file_works_in_memory(tmp_path):
         assert await second.append(post(2))
         assert first.durable
         assert not second.durable
-        assert "locked" in second.trouble
+        assert "locked" in second.outage
         assert bodies(await drained(first)) == [post(1).body]
 
 
@@ -787,7 +788,7 @@ async def test_a_disk_that_hangs_holds_up_nobody(tmp_path, monkeypatch):
     spool = Spool(tmp_path, LIMITS)
     await spool.open()
     spool._do(lambda _: freed.wait(60))
-    big = Post(LANE, "", b"x" * (MAX_QUEUED // 4), 1.0)
+    big = EventPayload(LANE, "", b"x" * (MAX_QUEUED // 4), 1.0)
     waiting = [spool.append(big) for _ in range(4)]
     with pytest.raises(StoreUnavailable):
         spool.append(post(1))

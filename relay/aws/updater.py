@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 from relay.errors import ConfigError, InvalidData, RelayError
 from relay.log import LEVELS
 from relay.protocol import webhook
-from relay.protocol.webhook import EVERYTHING, Announcement, Place
+from relay.protocol.webhook import EVERYTHING, ChangedResource, ChangeNotice
 
 if TYPE_CHECKING:
     from relay.config.schema import Config
     from relay.model.payload import Payload
-    from relay.sync import Changes, Outcome
+    from relay.sync import SyncChanges, SyncResult
 
 ALLOW_INVOKE = "UPDATER_ALLOW_INVOKE"
 """The variable that allows invocations without a signature."""
@@ -81,7 +81,7 @@ class _Request:
         name: by which it is known again; empty if it cannot come twice.
     """
 
-    announced: Announcement
+    announced: ChangeNotice
     name: str = ""
 
 
@@ -212,18 +212,18 @@ def _seconds(context: Any) -> float:
     return min(LONGEST, left() / 1000 - RESERVE) if left else LONGEST
 
 
-def _synchronised(config: Config, announced: Announcement, until: float) -> dict[str, Outcome]:
+def _synchronised(config: Config, announced: ChangeNotice, until: float) -> dict[str, SyncResult]:
     """Do the work within the time; a loop of its own leaves nothing open between invocations."""
     import asyncio
 
-    from relay.build import ways
-    from relay.sync import Plan, synchronise
+    from relay.build import sync_targets
+    from relay.sync import SyncOptions, synchronise
 
-    session, found = ways(config)
+    session, found = sync_targets(config)
     concerned = announced.concerning(way.spec for way in found)
     seconds = max(SHORTEST, until - time.monotonic())
 
-    def seen(name: str, payload: Payload, changes: Changes) -> bool:
+    def seen(name: str, payload: Payload, changes: SyncChanges) -> bool:
         return _is_seen(concerned[name], payload, changes)
 
     versioned = any(place.version for places in concerned.values() for place in places)
@@ -231,12 +231,12 @@ def _synchronised(config: Config, announced: Announcement, until: float) -> dict
     if announced is EVERYTHING:
         looks = ()  # nothing in particular is awaited
     looks = tuple(at for at in looks if at <= seconds - LAST_LOOK)
-    plan = Plan(seconds, looks=looks, seen=seen)
+    plan = SyncOptions(seconds, recheck_after=looks, is_seen=seen)
     chosen = [way for way in found if way.spec.name in concerned]
-    return asyncio.run(synchronise(chosen, session, plan, _tell))
+    return asyncio.run(synchronise(chosen, session, plan, _print))
 
 
-def _is_seen(places: tuple[Place, ...], payload: Payload, changes: Changes) -> bool:
+def _is_seen(places: tuple[ChangedResource, ...], payload: Payload, changes: SyncChanges) -> bool:
     """Whether upstream has what was announced, or some change where nothing particular was."""
     from relay.model.item import Kind
 
@@ -247,14 +247,14 @@ def _is_seen(places: tuple[Place, ...], payload: Payload, changes: Changes) -> b
     return all(item is not None and item.version >= versions[f] for f, item in items.items())
 
 
-def _tell(outcome: Outcome) -> None:
+def _print(outcome: SyncResult) -> None:
     if outcome.problem:
         _log.error('"%s" is not up to date: %s', outcome.name, outcome.problem)
     else:
         _log.info('"%s" is up to date: %s', outcome.name, json.dumps(outcome.changes.counts()))
 
 
-def _report(outcome: Outcome) -> dict[str, Any]:
+def _report(outcome: SyncResult) -> dict[str, Any]:
     if outcome.problem:
         return {"problem": "not up to date; the function's log tells why"}
     return {**outcome.changes.counts(), "items": outcome.items}

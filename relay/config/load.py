@@ -43,7 +43,7 @@ _SERVICE_VARIABLE = re.compile(
 
 
 @dataclass(slots=True)
-class _Given:
+class _RawOptions:
     """What the sources say so far."""
 
     values: dict[Key, Any] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class _Given:
 
     def put(self, key: Key, option: Option, text: str, source: str) -> None:
         """Take a value over; raises ValueError if it is not one."""
-        kind = option.kind
+        kind = option.type
         if not kind.clean(text) and not kind.is_text:
             if kind is not BOOLEAN and not kind.is_list:
                 self.drop(key)
@@ -100,7 +100,7 @@ def load(
     if not config_path and not from_env:
         from_env = not Path(DEFAULT_FILE).exists()
         config_path = "" if from_env else DEFAULT_FILE
-    given = _Given()
+    given = _RawOptions()
     if config_path:
         _read_file(given, config_path, allow_missing_file)
     if from_env:
@@ -112,7 +112,7 @@ def load(
     return _config(draft, given.warnings)
 
 
-def _read_file(given: _Given, path: str, allow_missing: bool) -> None:
+def _read_file(given: _RawOptions, path: str, allow_missing: bool) -> None:
     try:
         content = Path(path).read_bytes()
         assignments = parse(content.decode())
@@ -139,7 +139,7 @@ def _read_file(given: _Given, path: str, allow_missing: bool) -> None:
     given.complete = False
 
 
-def _assign(given: _Given, assignment: Assignment, source: str) -> None:
+def _assign(given: _RawOptions, assignment: Assignment, source: str) -> None:
     where = f'unsupported or misspelled section "{assignment.section}"'
     known = {name.lower(): name for name in (*SECTIONS, *NAMED_SECTIONS)}
     section = known.get(assignment.section.lower())
@@ -166,7 +166,7 @@ def _assign(given: _Given, assignment: Assignment, source: str) -> None:
 
 
 def _file_text(option: Option, assignment: Assignment) -> str:
-    if option.kind is BOOLEAN:
+    if option.type is BOOLEAN:
         value = "true" if assignment.value is None else BOOLEAN.clean(assignment.value)
         return "true" if file_boolean(value) else "false"
     if assignment.value is None:
@@ -174,7 +174,7 @@ def _file_text(option: Option, assignment: Assignment) -> str:
     return assignment.value
 
 
-def _read_environ(given: _Given, everything: Mapping[str, str]) -> None:
+def _read_environ(given: _RawOptions, everything: Mapping[str, str]) -> None:
     environ = _of_the_operator(everything)
     for section in SECTIONS:
         if section not in ("Redis", "Consul"):
@@ -232,7 +232,7 @@ def _is_environment_key(name: str, environ: Mapping[str, str]) -> bool:
     )
 
 
-def _read_section(given: _Given, section: str, environ: Mapping[str, str]) -> None:
+def _read_section(given: _RawOptions, section: str, environ: Mapping[str, str]) -> None:
     for option in options(section):
         variable = option.variable
         if variable in environ:
@@ -241,7 +241,7 @@ def _read_section(given: _Given, section: str, environ: Mapping[str, str]) -> No
             return
 
 
-def _read_named(given: _Given, section: str, name: str, environ: Mapping[str, str]) -> None:
+def _read_named(given: _RawOptions, section: str, name: str, environ: Mapping[str, str]) -> None:
     for option in options(section):
         variable = option.variable + name
         if option.variable and variable in environ:
@@ -252,14 +252,14 @@ def _read_named(given: _Given, section: str, name: str, environ: Mapping[str, st
         given.problems.append(f"{old}: {reason}")
 
 
-def _take(given: _Given, key: Key, option: Option, variable: str, text: str) -> None:
+def _take(given: _RawOptions, key: Key, option: Option, variable: str, text: str) -> None:
     try:
         given.put(key, option, text, variable)
     except ValueError as e:
         given.problems.append(f"{variable}: {e}")
 
 
-def _switch(given: _Given, environ: Mapping[str, str], variable: str) -> bool:
+def _switch(given: _RawOptions, environ: Mapping[str, str], variable: str) -> bool:
     try:
         return bool(environ.get(variable)) and bool(BOOLEAN.parse(environ[variable]))
     except ValueError as e:
@@ -267,7 +267,7 @@ def _switch(given: _Given, environ: Mapping[str, str], variable: str) -> bool:
         return False
 
 
-def _read_redis(given: _Given, environ: Mapping[str, str]) -> None:
+def _read_redis(given: _RawOptions, environ: Mapping[str, str]) -> None:
     wanted = _switch(given, environ, "USE_REDIS")
     if not wanted and not _redis_enabled(given):
         # REDIS_PORT is not looked at: Kubernetes sets it beside any service named "redis".
@@ -291,26 +291,26 @@ def _read_redis(given: _Given, environ: Mapping[str, str]) -> None:
         given.set(("Redis", None, "host"), "localhost", "USE_REDIS")
 
 
-def _is_linked(given: _Given, address: str) -> bool:
+def _is_linked(given: _RawOptions, address: str) -> bool:
     """Whether a link named "redis" leads where the operator wants to go: he said nothing else."""
     redis = given.of("Redis")
     host = str(redis.get("host") or "redis").lower()
     return not redis.get("url") and (host == address or host.partition(".")[0] == "redis")
 
 
-def _redis_enabled(given: _Given) -> bool:
+def _redis_enabled(given: _RawOptions) -> bool:
     redis = given.of("Redis")
     return any(redis.get(attribute) for attribute in ("url", "host", "port"))
 
 
-def _read_consul(given: _Given, environ: Mapping[str, str]) -> None:
+def _read_consul(given: _RawOptions, environ: Mapping[str, str]) -> None:
     if not _switch(given, environ, "USE_CONSUL"):
         return
     given.set(("Consul", None, "host"), "localhost", "USE_CONSUL")
     _read_section(given, "Consul", environ)
 
 
-def _clear_shared(given: _Given) -> None:
+def _clear_shared(given: _RawOptions) -> None:
     """Variables that two sections share belong to the one that is in use."""
     if given.values.get(("AutoConfig", None, "key")):
         unused = "OfflineMode"
@@ -340,7 +340,7 @@ def _orphans(environ: Mapping[str, str]) -> Iterator[str]:
                 yield one_line(f"{variable} has no effect without {wanted}")
 
 
-def _draft(given: _Given) -> Draft:
+def _draft(given: _RawOptions) -> Draft:
     named = {section: [n for s, n in given.names if s == section] for section in NAMED_SECTIONS}
     headers: dict[Key, str] = {(s, n, ""): source for (s, n), source in given.names.items()}
     return Draft(

@@ -54,7 +54,7 @@ _REDIS_SCHEMES = ("redis", "rediss", "unix")
 Key = tuple[str, str | None, str]
 """Section, name of the subsection, attribute; an empty attribute means the section as such."""
 
-Sentence = tuple[str, tuple[Key, ...]]
+Diagnostic = tuple[str, tuple[Key, ...]]
 """A sentence, and the options that it is about."""
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class Draft:
         """Return a section."""
         return cast("T", self.sections[section])
 
-    def written(self, support: Support) -> Iterator[tuple[str, Option, Key]]:
+    def options_with(self, support: Support) -> Iterator[tuple[str, Option, Key]]:
         """Yield the options that were given something other than their default, with their name."""
         for key in self.given:
             section, name, attribute = key
@@ -101,7 +101,7 @@ class Draft:
             owner = next(s for c, s in self.sections.items() if c.__name__ == section)
         return getattr(owner, attribute)
 
-    def sourced(self, sentence: Sentence) -> str:
+    def sourced(self, sentence: Diagnostic) -> str:
         """Return the sentence with the places where its options were given."""
         text, keys = sentence
         sources = dict.fromkeys(self.given[key] for key in keys if key in self.given)
@@ -185,13 +185,13 @@ def _environment_keys(draft: Draft) -> tuple[Key, ...]:
     return tuple((ENVIRONMENT, each.name, "") for each in draft.environments)
 
 
-def _refused(draft: Draft) -> Iterator[Sentence]:
-    for shown, option, key in draft.written(Support.REFUSED):
+def _refused(draft: Draft) -> Iterator[Diagnostic]:
+    for shown, option, key in draft.options_with(Support.REFUSED):
         instead = FIGURES_INSTEAD if option.section in _FIGURES_ELSEWHERE else ""
         yield f"{shown} is not supported in this release{instead}", (key,)
 
 
-def _main(draft: Draft) -> Iterator[Sentence]:
+def _main(draft: Draft) -> Iterator[Diagnostic]:
     main = draft.of(Main)
     if main.port > LAST_PORT:
         yield f"port must not be greater than {LAST_PORT}", _main_key("port")
@@ -213,19 +213,19 @@ def _main(draft: Draft) -> Iterator[Sentence]:
         yield "max request head size must be greater than zero", keys
 
 
-def _events(draft: Draft) -> Iterator[Sentence]:
+def _events(draft: Draft) -> Iterator[Diagnostic]:
     key: Key = ("Events", None, "max_inbound_payload_size")
     if key in draft.given and draft.of(Events).max_inbound_payload_size <= 0:
         yield "max inbound payload size must be greater than zero", (key,)
 
 
-def _webhook(draft: Draft) -> Iterator[Sentence]:
+def _webhook(draft: Draft) -> Iterator[Diagnostic]:
     webhook = draft.of(Webhook)
     if webhook.secret and not webhook.secrets:
         yield "[Webhook] secret consists of commas only", _keys("Webhook", "secret")
 
 
-def _auto_config(draft: Draft) -> Iterator[Sentence]:
+def _auto_config(draft: Draft) -> Iterator[Diagnostic]:
     auto = draft.of(AutoConfig)
     keys = _keys("AutoConfig", *(name for name in SHARED if getattr(auto, name)))
     if not auto.key and keys:
@@ -241,7 +241,7 @@ def _auto_config(draft: Draft) -> Iterator[Sentence]:
         yield text, (*_keys("AutoConfig", "key"), *_keys("OfflineMode", "file_data_source"))
 
 
-def _offline_mode(draft: Draft) -> Iterator[Sentence]:
+def _offline_mode(draft: Draft) -> Iterator[Diagnostic]:
     offline = draft.of(OfflineMode)
     interval = _keys("OfflineMode", "file_data_source_monitoring_interval")
     timed = interval[0] in draft.given
@@ -257,7 +257,7 @@ def _offline_mode(draft: Draft) -> Iterator[Sentence]:
         yield "file data source monitoring interval must be >= 100ms", interval
 
 
-def _environments(draft: Draft) -> Iterator[Sentence]:
+def _environments(draft: Draft) -> Iterator[Diagnostic]:
     for each in draft.environments:
         if not each.sdk_key and (ENVIRONMENT, each.name, "sdk_key") not in draft.unusable:
             text = f'SDK key is required for environment "{each.name}"'
@@ -267,7 +267,7 @@ def _environments(draft: Draft) -> Iterator[Sentence]:
             yield text, ((ENVIRONMENT, each.name, ""),)
 
 
-def _filters(draft: Draft) -> Iterator[Sentence]:
+def _filters(draft: Draft) -> Iterator[Diagnostic]:
     if not draft.filters:
         return
     sections = tuple((FILTERS, project, "") for project in draft.filters)
@@ -296,7 +296,7 @@ def _uses_redis(redis: Redis) -> bool:
     return bool(redis.url or redis.host or redis.port)
 
 
-def _redis(draft: Draft) -> Iterator[Sentence]:
+def _redis(draft: Draft) -> Iterator[Diagnostic]:
     given, redis = draft.of(Redis), redis_of(draft)
     if redis is None:
         return
@@ -326,14 +326,14 @@ def _server(url: str) -> tuple[str, str]:
     return parts.scheme, parts.hostname or ""
 
 
-def _consul(draft: Draft) -> Iterator[Sentence]:
+def _consul(draft: Draft) -> Iterator[Diagnostic]:
     consul = draft.of(Consul)
     if consul.token and consul.token_file:
         text = "Consul token must be specified as either an inline value or a file, but not both"
         yield text, _keys("Consul", "token", "token_file")
 
 
-def _dynamodb(draft: Draft) -> Iterator[Sentence]:
+def _dynamodb(draft: Draft) -> Iterator[Diagnostic]:
     dynamodb = draft.of(DynamoDB)
     if not dynamodb.enabled or dynamodb.table_name:
         return
@@ -355,7 +355,7 @@ def _enabled_databases(draft: Draft) -> dict[str, tuple[Key, ...]]:
     return enabled
 
 
-def _databases(draft: Draft) -> Iterator[Sentence]:
+def _databases(draft: Draft) -> Iterator[Diagnostic]:
     enabled = _enabled_databases(draft)
     if len(enabled) > 1:
         text = f"multiple databases are enabled ({', '.join(enabled)}); only one is allowed"
@@ -376,7 +376,7 @@ def _databases(draft: Draft) -> Iterator[Sentence]:
         yield text, _keys("AutoConfig", "key", *SHARED[:2])
 
 
-def _without_prefix(draft: Draft) -> Iterator[Sentence]:
+def _without_prefix(draft: Draft) -> Iterator[Diagnostic]:
     dynamodb = draft.of(DynamoDB).enabled
     lacking = "a prefix or table name" if dynamodb else "a prefix"
     for each in draft.environments:
@@ -385,7 +385,7 @@ def _without_prefix(draft: Draft) -> Iterator[Sentence]:
             yield f"{text} storage", ((ENVIRONMENT, each.name, ""),)
 
 
-def _proxy(draft: Draft) -> Iterator[Sentence]:
+def _proxy(draft: Draft) -> Iterator[Diagnostic]:
     proxy = draft.of(Proxy)
     if not proxy.ntlm_auth:
         return
@@ -397,7 +397,7 @@ def _proxy(draft: Draft) -> Iterator[Sentence]:
         yield text, _keys("Proxy", "ntlm_auth")
 
 
-def _prometheus(draft: Draft) -> Iterator[Sentence]:
+def _prometheus(draft: Draft) -> Iterator[Diagnostic]:
     prometheus = draft.of(Prometheus)
     if prometheus.prefix and not _FIGURE_NAME.fullmatch(prometheus.prefix):
         text = "Prometheus prefix must consist of letters, digits and _, and begin with no digit"
@@ -409,24 +409,24 @@ def _prometheus(draft: Draft) -> Iterator[Sentence]:
         yield "Prometheus port must not be the port of the relay", keys
 
 
-def _later(draft: Draft) -> Iterator[Sentence]:
-    for shown, _, key in draft.written(Support.LATER):
+def _later(draft: Draft) -> Iterator[Diagnostic]:
+    for shown, _, key in draft.options_with(Support.LATER):
         yield f"{shown} takes effect in a later release", (key,)
 
 
-def _no_effect(draft: Draft) -> Iterator[Sentence]:
-    for shown, option, key in draft.written(Support.NO_EFFECT):
+def _no_effect(draft: Draft) -> Iterator[Diagnostic]:
+    for shown, option, key in draft.options_with(Support.NO_EFFECT):
         yield f"{shown} has no effect: {option.help.removesuffix('.')}", (key,)
 
 
-def _events_in_memory(draft: Draft) -> Iterator[Sentence]:
+def _events_in_memory(draft: Draft) -> Iterator[Diagnostic]:
     events = draft.of(Events)
     if events.send_events and draft.environments and not events.spool_dir:
         text = "accepted events wait in memory only; [Events] spoolDir keeps them on disk"
         yield text, _keys("Events", "send_events")
 
 
-def _useless(draft: Draft) -> Iterator[Sentence]:
+def _useless(draft: Draft) -> Iterator[Diagnostic]:
     main = draft.of(Main)
     if main.flags_file and draft.environments:
         text = "[Main] flagsFile is not served, because environments are configured"
@@ -438,13 +438,13 @@ def _useless(draft: Draft) -> Iterator[Sentence]:
         yield "[Redis] has no effect without url, host or port", redis
 
 
-def _bare_environment(draft: Draft) -> Iterator[Sentence]:
+def _bare_environment(draft: Draft) -> Iterator[Diagnostic]:
     if len(_enabled_databases(draft)) == 1 and len(draft.environments) == 1:
         for text, keys in _without_prefix(draft):
             yield f"{text}; this would be an error if multiple environments were configured", keys
 
 
-def _duplicates(draft: Draft) -> Iterator[Sentence]:
+def _duplicates(draft: Draft) -> Iterator[Diagnostic]:
     """What two environments share: the reference lets the later one win, and so do we."""
     nouns = {"sdk_key": "SDK key", "mobile_key": "mobile key", "env_id": "client-side ID"}
     if _enabled_databases(draft):
@@ -463,7 +463,7 @@ def _duplicates(draft: Draft) -> Iterator[Sentence]:
             earlier[value] = each.name
 
 
-def _raised(draft: Draft) -> Iterator[Sentence]:
+def _raised(draft: Draft) -> Iterator[Diagnostic]:
     if draft.of(Events).metrics_capacity < _LEAST_METRICS_CAPACITY:
         text = f"[Events] metricsCapacity is taken as {_LEAST_METRICS_CAPACITY}, the least possible"
         yield text, (("Events", None, "metrics_capacity"),)

@@ -30,7 +30,7 @@ from relay.config.values import (
     STRING,
     TLS_VERSION,
     URI,
-    Kind,
+    OptionType,
     one_of,
     stripped,
 )
@@ -58,7 +58,7 @@ class Option:
         attribute: of the section's class.
         name: in the file; empty if the file has none.
         variable: of the environment; ends in `_` where an environment's name follows; may be empty.
-        kind: its type.
+        type: its type.
         default: when nothing is said.
         help: what it does, a sentence or two.
         example: as a person would write it, where the default shows nothing.
@@ -69,7 +69,7 @@ class Option:
     attribute: str
     name: str
     variable: str
-    kind: Kind
+    type: OptionType
     default: Any
     help: str
     example: str
@@ -78,7 +78,7 @@ class Option:
 
 def _option(
     variable: str,
-    kind: Kind,
+    kind: OptionType,
     default: Any,
     text: str,
     example: str = "",

@@ -123,7 +123,7 @@ def secrets(config: Config) -> tuple[str, ...]:
                 found.append(value.reveal())
                 if isinstance(values, Webhook):
                     found += (secret.reveal() for secret in values.secrets)
-            elif option.kind in (URI, HTTP_URI) and value:
+            elif option.type in (URI, HTTP_URI) and value:
                 found += _url_secrets(value)
     return tuple(dict.fromkeys(found))
 
@@ -174,14 +174,14 @@ def _value(option: Option, value: Any) -> str:
         return ""
     if option.attribute in _KEYS and len(value.reveal()) >= SHORTEST_MASKED_KEY:
         return masked(value.reveal())
-    if option.kind in (URI, HTTP_URI):
+    if option.type in (URI, HTTP_URI):
         return quoted(masked_url(value, MASK))
-    return quoted(option.kind.show(value))
+    return quoted(option.type.show(value))
 
 
 def _is_unset(option: Option, value: object) -> bool:
     """Whether the value means that there is none."""
-    return value is None or (not value and option.kind not in (BOOLEAN, COUNT, DURATION))
+    return value is None or (not value and option.type not in (BOOLEAN, COUNT, DURATION))
 
 
 def _url_secrets(url: str) -> Iterator[str]:
@@ -225,7 +225,7 @@ def _section_blocks(section: str, note: str) -> Iterator[str]:
     for option in options(section):
         own = "" if note or _is_refused(section) else _NOTES[option.support]
         name = _EXAMPLE_NAMES.get(section, "")
-        facts = [option.kind.name, f"default {_default(option) or 'none'}"]
+        facts = [option.type.name, f"default {_default(option) or 'none'}"]
         facts += [f"variable {option.variable}{name}"] if option.variable else ["no variable"]
         about = f"{option.help} {own}".strip()
         example = _default(option) or quoted(option.example)
@@ -239,7 +239,7 @@ def _comment(text: str) -> str:
 def _default(option: Option) -> str:
     """Return the default as a file would write it; nothing if the default is to have none."""
     unset = _is_unset(option, option.default)
-    return "" if unset else quoted(option.kind.show(option.default))
+    return "" if unset else quoted(option.type.show(option.default))
 
 
 def _is_refused(section: str) -> bool:
@@ -271,7 +271,7 @@ def _row(option: Option) -> str:
     name = "NAME" if option.section in NAMED_SECTIONS else ""
     default = f"`{_default(option)}`" if _default(option) else "–"
     variable = f"`{option.variable}{name}`"
-    return f"| `{option.name}` | {variable} | {option.kind.name} | {default} | {option.help} |"
+    return f"| `{option.name}` | {variable} | {option.type.name} | {default} | {option.help} |"
 
 
 def _rest() -> Iterator[str]:

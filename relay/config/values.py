@@ -1,6 +1,6 @@
 """The types of option (config 3.4): how each is written, and what is said when it is not. Pure.
 
-`Kind.parse` is where text from a file, a variable or the command line becomes a value. It gives one
+`OptionType.parse` is where text from a file, a variable or the command line becomes a value. It gives one
 or raises `ValueError` with the sentence that the operator reads. Empty text has been dealt with
 before: it means "not set".
 
@@ -62,7 +62,7 @@ TLS_VERSIONS = ("1.0", "1.1", "1.2", "1.3")
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class OptionType:
     """A type of option.
 
     Args:
@@ -253,7 +253,7 @@ def _http_uri(text: str) -> str:
     return text
 
 
-def _list_of(member: Kind, *, keeps_empty: bool = False) -> Kind:
+def _list_of(member: OptionType, *, keeps_empty: bool = False) -> OptionType:
     """Return the type of which several values stand with commas between them.
 
     Args:
@@ -269,10 +269,10 @@ def _list_of(member: Kind, *, keeps_empty: bool = False) -> Kind:
             raise ValueError("the list has commas only")
         return values
 
-    return Kind("list", convert, ",".join, is_list=True)
+    return OptionType("list", convert, ",".join, is_list=True)
 
 
-def one_of(*allowed: str, what: str = "") -> Kind:
+def one_of(*allowed: str, what: str = "") -> OptionType:
     """Return the type of which only these words are values, whatever their case."""
     noun = what or "value"
 
@@ -283,24 +283,24 @@ def one_of(*allowed: str, what: str = "") -> Kind:
         return text.lower()
 
     *most, last = (f"`{word}`" for word in allowed)
-    return Kind(f"{', '.join(most)} or {last}", parse)
+    return OptionType(f"{', '.join(most)} or {last}", parse)
 
 
-BOOLEAN = Kind("boolean", _boolean, lambda value: "true" if value else "false")
-INTEGER = Kind("integer above 0", _integer)
-COUNT = Kind("integer", _count)
-DURATION = Kind("duration", _duration, _show_duration)
-SIZE = Kind("size", _size, _show_size)
-URI = Kind("URL", _uri)
-HTTP_URI = Kind("URL", _http_uri)
-STRING = Kind("text", _text, is_text=True, quotable=True)
-PATH = Kind("path", _text, is_text=True)
-SECRET = Kind("secret", Secret, lambda _: "********", is_text=True, quotable=True)
-KEY = Kind("key", _key, lambda _: "********", is_text=True)
-ENVIRONMENT_ID = Kind("ID", _environment_id, is_text=True)
+BOOLEAN = OptionType("boolean", _boolean, lambda value: "true" if value else "false")
+INTEGER = OptionType("integer above 0", _integer)
+COUNT = OptionType("integer", _count)
+DURATION = OptionType("duration", _duration, _show_duration)
+SIZE = OptionType("size", _size, _show_size)
+URI = OptionType("URL", _uri)
+HTTP_URI = OptionType("URL", _http_uri)
+STRING = OptionType("text", _text, is_text=True, quotable=True)
+PATH = OptionType("path", _text, is_text=True)
+SECRET = OptionType("secret", Secret, lambda _: "********", is_text=True, quotable=True)
+KEY = OptionType("key", _key, lambda _: "********", is_text=True)
+ENVIRONMENT_ID = OptionType("ID", _environment_id, is_text=True)
 LIST = _list_of(STRING, keeps_empty=True)
 PATHS = _list_of(PATH)
-ORIGINS = _list_of(Kind("origin", _origin))
-HEADER_NAMES = _list_of(Kind("name", _header_name))
+ORIGINS = _list_of(OptionType("origin", _origin))
+HEADER_NAMES = _list_of(OptionType("name", _header_name))
 LOG_LEVEL = one_of(*LOG_LEVELS, what="log level")
 TLS_VERSION = one_of(*TLS_VERSIONS, what="TLS version")

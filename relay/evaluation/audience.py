@@ -9,7 +9,7 @@ from msgspec import UNSET
 from relay.model.flag import Flag
 
 
-class Audience(Enum):
+class SDKKind(Enum):
     """The kind of credential with which results are asked for."""
 
     SERVER = "server"
@@ -24,10 +24,10 @@ class Audience(Enum):
         Without `clientSideAvailability`, mobile SDKs see a flag, and browsers do if the older
         `clientSide` says so.
         """
-        if self is Audience.SERVER:
+        if self is SDKKind.SERVER:
             return True
         availability = flag.client_side_availability
-        if self is Audience.MOBILE:
+        if self is SDKKind.MOBILE:
             return availability is None or availability.using_mobile_key
         if availability is None:
             return flag.client_side is not UNSET and bool(flag.client_side)

@@ -1,6 +1,6 @@
 """One flag as a function of a subject: what does not depend on the context is done beforehand.
 
-Each way in which an evaluation can end is one `Outcome`, whose JSON is made when it first occurs.
+Each way in which an evaluation can end is one `CompiledResult`, whose JSON is made when it first occurs.
 What is rare (cycles, big segments, malformed references) is left to the interpreter, which is the
 definition; `tests/evaluation/test_program.py` holds both to the same bytes.
 """
@@ -14,25 +14,25 @@ from typing import Any
 import orjson
 
 from relay.evaluation import bucketing
-from relay.evaluation.conditions import Predicate, SegmentCondition, Vocabulary
+from relay.evaluation.conditions import ConditionCache, Predicate, SegmentCondition
 from relay.evaluation.evaluator import evaluate, is_experiment
 from relay.evaluation.features import KEY, Feature, Match, Trigger
 from relay.evaluation.hashing import Hashing, hashing, of_keys_alone
 from relay.evaluation.items import Data
-from relay.evaluation.results import Evaluation, Reason, ReasonKind, render
-from relay.evaluation.subject import NOBODY, Subject, Uncompilable
+from relay.evaluation.results import EvaluationDetail, Reason, ReasonKind, render
+from relay.evaluation.subject import NOBODY, EvalContext, Uncompilable
 from relay.evaluation.thresholds import NOTHING, threshold
 from relay.model.context import DEFAULT_KIND
 from relay.model.flag import Flag, Number, Rollout, Target
-from relay.model.flag import Outcome as Wanted
+from relay.model.flag import VariationOrRollout as Wanted
 
 
-class Outcome:
+class CompiledResult:
     """One result of one flag. Its JSON is made when it is first asked for, and kept."""
 
     __slots__ = ("_flag", "_label", "evaluation", "plain", "reasoned", "variation")
 
-    def __init__(self, flag: Flag, label: bytes, evaluation: Evaluation) -> None:
+    def __init__(self, flag: Flag, label: bytes, evaluation: EvaluationDetail) -> None:
         self.evaluation = evaluation
         self.variation = evaluation.variation
         self.plain: bytes | None = None
@@ -65,14 +65,14 @@ class Outcome:
         return self.member(with_reasons=with_reasons)[len(self._label) :]
 
     @property
-    def looks(self) -> object:
+    def depends_on(self) -> object:
         """What the JSON without reasons depends on, within one flag."""
         forced = self.evaluation.reason if self.evaluation.experiment else None
         return self.variation, self.evaluation.prerequisites, self.evaluation.experiment, forced
 
 
-Choose = Callable[[Subject], Outcome]
-Decision = Outcome | Choose
+Choose = Callable[[EvalContext], CompiledResult]
+Decision = CompiledResult | Choose
 """What a flag gives: one outcome for everybody, or a function that chooses one."""
 
 Features = tuple[Feature[Any], ...]
@@ -95,7 +95,7 @@ class CompiledFlag:
         self,
         flag: Flag,
         decision: Decision,
-        outcomes: Sequence[Outcome],
+        outcomes: Sequence[CompiledResult],
         features: Features | None = None,
         *,
         interpreted: bool = False,
@@ -103,7 +103,7 @@ class CompiledFlag:
         self.flag = flag
         self.features = features
         self.interpreted = interpreted
-        self.constant = decision if isinstance(decision, Outcome) else None
+        self.constant = decision if isinstance(decision, CompiledResult) else None
         """The outcome of every context, if there is just one."""
         self.choose: Choose = _as_function(decision)
         """Gives the outcome of a context."""
@@ -114,24 +114,24 @@ class CompiledFlag:
         if self.same is not None:
             self.same.make_plain()
 
-    def settled(self, *, with_reasons: bool) -> Outcome | None:
+    def settled(self, *, with_reasons: bool) -> CompiledResult | None:
         """Return an outcome that has the JSON of every context; None if contexts matter."""
         return self.constant if with_reasons else self.same
 
 
-def _all_alike(outcomes: Sequence[Outcome]) -> Outcome | None:
+def _all_alike(outcomes: Sequence[CompiledResult]) -> CompiledResult | None:
     if not outcomes:
         return None
-    first = outcomes[0].looks
-    return outcomes[0] if all(each.looks == first for each in outcomes[1:]) else None
+    first = outcomes[0].depends_on
+    return outcomes[0] if all(each.depends_on == first for each in outcomes[1:]) else None
 
 
 def interpreted(key: str, flag: Flag, data: Data) -> CompiledFlag:
     """Return a flag that the interpreter evaluates."""
     label = label_of(key)
 
-    def choose(subject: Subject) -> Outcome:
-        return Outcome(flag, label, evaluate(flag, subject.context, data))
+    def choose(subject: EvalContext) -> CompiledResult:
+        return CompiledResult(flag, label, evaluate(flag, subject.context, data))
 
     return CompiledFlag(flag, choose, (), interpreted=True)
 
@@ -145,7 +145,7 @@ def compiled(
     key: str,
     flag: Flag,
     prerequisite: Callable[[str], CompiledFlag | None],
-    vocabulary: Vocabulary,
+    vocabulary: ConditionCache,
     in_segment: SegmentCondition,
 ) -> CompiledFlag:
     """Return the compiled form of a live flag.
@@ -171,7 +171,7 @@ class _Compilation:
         key: str,
         flag: Flag,
         prerequisite: Callable[[str], CompiledFlag | None],
-        vocabulary: Vocabulary,
+        vocabulary: ConditionCache,
         in_segment: SegmentCondition,
     ) -> None:
         self._flag = flag
@@ -181,7 +181,7 @@ class _Compilation:
         self._in_segment = in_segment
         self._evaluated: tuple[str, ...] = ()
         """Prerequisites that have been evaluated when the outcome that comes next occurs."""
-        self._outcomes: list[Outcome] = []
+        self._outcomes: list[CompiledResult] = []
         self._features: dict[Feature[Any], None] | None = {}
 
     def run(self) -> CompiledFlag:
@@ -192,7 +192,7 @@ class _Compilation:
     def _decision(self) -> Decision:
         if not self._flag.on:
             return self._off(Reason(ReasonKind.OFF))
-        needs: list[tuple[Choose, int, Outcome]] = []
+        needs: list[tuple[Choose, int, CompiledResult]] = []
         for each in self._flag.prerequisites or ():
             failed = Reason(ReasonKind.PREREQUISITE_FAILED, prerequisite=each.key)
             needed = self._prerequisite(each.key)
@@ -220,22 +220,22 @@ class _Compilation:
 
     # Outcomes
 
-    def _outcome(self, variation: int | None, reason: Reason) -> Outcome:
+    def _outcome(self, variation: int | None, reason: Reason) -> CompiledResult:
         experiment = is_experiment(self._flag, reason)
-        evaluation = Evaluation(variation, reason, self._evaluated, experiment)
-        outcome = Outcome(self._flag, self._label, evaluation)
+        evaluation = EvaluationDetail(variation, reason, self._evaluated, experiment)
+        outcome = CompiledResult(self._flag, self._label, evaluation)
         self._outcomes.append(outcome)
         return outcome
 
-    def _error(self) -> Outcome:
+    def _error(self) -> CompiledResult:
         return self._outcome(None, Reason(ReasonKind.ERROR))
 
-    def _off(self, reason: Reason) -> Outcome:
+    def _off(self, reason: Reason) -> CompiledResult:
         if self._flag.off_variation is None:
             return self._outcome(None, reason)
         return self._variation(self._flag.off_variation, reason)
 
-    def _variation(self, variation: Number, reason: Reason) -> Outcome:
+    def _variation(self, variation: Number, reason: Reason) -> CompiledResult:
         index = int(variation)
         if 0 <= index < len(self._flag.variations or ()):
             return self._outcome(index, reason)
@@ -252,9 +252,9 @@ class _Compilation:
             decision = _target(targeted.value, decision)
         return decision
 
-    def _targets(self) -> list[tuple[str, dict[str, Outcome]]]:
+    def _targets(self) -> list[tuple[str, dict[str, CompiledResult]]]:
         """Return, in the order in which they count, context kinds and the outcomes of keys."""
-        groups: list[tuple[str, dict[str, Outcome]]] = []
+        groups: list[tuple[str, dict[str, CompiledResult]]] = []
         for target, variation in _targets(self._flag):
             outcome = self._variation(variation, Reason(ReasonKind.TARGET_MATCH))
             kind = target.context_kind or DEFAULT_KIND
@@ -331,13 +331,13 @@ def _targets(flag: Flag) -> Iterable[tuple[Target, Number]]:
             yield target, target.variation
 
 
-def _require(needs: Sequence[tuple[Choose, int, Outcome]], then: Decision) -> Decision:
+def _require(needs: Sequence[tuple[Choose, int, CompiledResult]], then: Decision) -> Decision:
     """Return `then` if all prerequisites give what is wanted, else the outcome of the first."""
     if not needs:
         return then
     go_on = _as_function(then)
 
-    def choose(subject: Subject) -> Outcome:
+    def choose(subject: EvalContext) -> CompiledResult:
         for needed, wanted, failed in needs:
             if needed(subject).variation != wanted:
                 return failed
@@ -346,8 +346,8 @@ def _require(needs: Sequence[tuple[Choose, int, Outcome]], then: Decision) -> De
     return choose
 
 
-def _targeted(kind: str, outcomes: dict[str, Outcome]) -> Feature[Outcome | None]:
-    def targeted(subject: Subject) -> Outcome | None:
+def _targeted(kind: str, outcomes: dict[str, CompiledResult]) -> Feature[CompiledResult | None]:
+    def targeted(subject: EvalContext) -> CompiledResult | None:
         individual = subject.individuals.get(kind)
         return None if individual is None else outcomes.get(individual.key)
 
@@ -355,12 +355,14 @@ def _targeted(kind: str, outcomes: dict[str, Outcome]) -> Feature[Outcome | None
     return Feature(targeted, (trigger,), is_simple=True)
 
 
-def _target(targeted: Callable[[Subject], Outcome | None], otherwise: Decision) -> Decision:
-    def choose(subject: Subject) -> Outcome:
+def _target(
+    targeted: Callable[[EvalContext], CompiledResult | None], otherwise: Decision
+) -> Decision:
+    def choose(subject: EvalContext) -> CompiledResult:
         listed = targeted(subject)
         if listed is not None:
             return listed
-        return otherwise if isinstance(otherwise, Outcome) else otherwise(subject)
+        return otherwise if isinstance(otherwise, CompiledResult) else otherwise(subject)
 
     return choose
 
@@ -374,7 +376,7 @@ def _first(steps: Sequence[tuple[Predicate, Decision]], otherwise: Decision) -> 
     ways = [(holds, _as_function(decision)) for holds, decision in steps]
     last = _as_function(otherwise)
 
-    def choose(subject: Subject) -> Outcome:
+    def choose(subject: EvalContext) -> CompiledResult:
         for holds, decide in ways:
             if holds(subject):
                 return decide(subject)
@@ -384,25 +386,25 @@ def _first(steps: Sequence[tuple[Predicate, Decision]], otherwise: Decision) -> 
 
 
 def _as_function(decision: Decision) -> Choose:
-    if isinstance(decision, Outcome):
+    if isinstance(decision, CompiledResult):
         return lambda _subject: decision
     return decision
 
 
 def _either(holds: Predicate, then: Decision, otherwise: Decision) -> Choose:
-    if isinstance(then, Outcome) and isinstance(otherwise, Outcome):
+    if isinstance(then, CompiledResult) and isinstance(otherwise, CompiledResult):
         return lambda subject: then if holds(subject) else otherwise
     if_so, if_not = _as_function(then), _as_function(otherwise)
     return lambda subject: if_so(subject) if holds(subject) else if_not(subject)
 
 
 def _split(
-    kind: str, start: bytes, bounds: Sequence[tuple[bytes, Outcome]], lacking: Outcome
+    kind: str, start: bytes, bounds: Sequence[tuple[bytes, CompiledResult]], lacking: CompiledResult
 ) -> Choose:
     """Return what `_bucket` would for the usual rollout, with little around SHA-1."""
     (bound, first), (_, last) = bounds
 
-    def either(subject: Subject) -> Outcome:
+    def either(subject: EvalContext) -> CompiledResult:
         suffix = subject.suffixes.get(kind)
         if suffix is None:
             return lacking
@@ -412,14 +414,14 @@ def _split(
 
 
 def _bucket(
-    digest_of: Hashing, bounds: Sequence[tuple[bytes, Outcome]], lacking: Outcome
+    digest_of: Hashing, bounds: Sequence[tuple[bytes, CompiledResult]], lacking: CompiledResult
 ) -> Choose:
     """Return the outcome of the first bound above the digest; the last if there is none."""
     *firsts, (_, last) = bounds
     if len(firsts) == 1:
         ((bound, first),) = firsts
 
-        def either(subject: Subject) -> Outcome:
+        def either(subject: EvalContext) -> CompiledResult:
             digest = digest_of(subject)
             if digest is None:
                 return lacking
@@ -427,7 +429,7 @@ def _bucket(
 
         return either
 
-    def choose(subject: Subject) -> Outcome:
+    def choose(subject: EvalContext) -> CompiledResult:
         digest = digest_of(subject)
         if digest is None:
             return lacking

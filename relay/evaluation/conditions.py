@@ -26,7 +26,7 @@ from relay.evaluation.features import (
 )
 from relay.evaluation.hashing import hashing
 from relay.evaluation.operators import ZERO_TIME, is_number, regex, semantic_version, timestamp
-from relay.evaluation.subject import Subject, Uncompilable
+from relay.evaluation.subject import EvalContext, Uncompilable
 from relay.evaluation.thresholds import threshold
 from relay.model.context import DEFAULT_KIND, Individual, Reference, lookup, parse_reference
 from relay.model.flag import Clause
@@ -35,7 +35,7 @@ from relay.model.segment import Segment, SegmentRule, SegmentTarget
 MAX_SHARED_VALUES = 32
 """Values of a clause that may be another flag's, too. Longer lists are particular."""
 
-Predicate = Callable[[Subject], bool]
+Predicate = Callable[[EvalContext], bool]
 Condition = Feature[bool] | bool
 """A predicate as a feature, or its result if that is the same for every subject."""
 
@@ -55,7 +55,7 @@ def all_of(conditions: Iterable[Condition]) -> Condition:
         return parts[0]
     predicates = [part.value for part in parts]
 
-    def every(subject: Subject) -> bool:
+    def every(subject: EvalContext) -> bool:
         for holds in predicates:  # noqa: SIM110  # a generator would take twice as long
             if not holds(subject):
                 return False
@@ -76,7 +76,7 @@ def any_of(conditions: Iterable[Condition]) -> Condition:
         return parts[0]
     predicates = [part.value for part in parts]
 
-    def some(subject: Subject) -> bool:
+    def some(subject: EvalContext) -> bool:
         for holds in predicates:  # noqa: SIM110  # as above
             if holds(subject):
                 return True
@@ -136,7 +136,7 @@ def _kind_matches(test: Test, negate: bool) -> Predicate:
 
 
 def _deep_value_matches(kind: str, path: Reference, test: Test, negate: bool) -> Predicate:
-    def holds(subject: Subject) -> bool:
+    def holds(subject: EvalContext) -> bool:
         individual = subject.individuals.get(kind)
         value = None if individual is None else lookup(individual, path)
         return value is not None and _matches(value, test) is not negate
@@ -145,7 +145,7 @@ def _deep_value_matches(kind: str, path: Reference, test: Test, negate: bool) ->
 
 
 def _value_matches(kind: str, name: str, test: Test, negate: bool) -> Predicate:
-    def holds(subject: Subject) -> bool:
+    def holds(subject: EvalContext) -> bool:
         individual = subject.individuals.get(kind)
         if individual is None:
             return False
@@ -161,7 +161,7 @@ def _is_one_of(kind: str, name: str, strings: frozenset[str], negate: bool) -> P
     def test(value: Any) -> bool:
         return isinstance(value, str) and value in strings
 
-    def holds(subject: Subject) -> bool:
+    def holds(subject: EvalContext) -> bool:
         individual = subject.individuals.get(kind)
         if individual is None:
             return False
@@ -310,7 +310,7 @@ SegmentCondition = Callable[[str], Condition]
 """Gives the condition of being in the segment of a key; False for an unknown one."""
 
 
-class Vocabulary:
+class ConditionCache:
     """Conditions that many flags have. Equal ones are the same object as long as one has them."""
 
     def __init__(self) -> None:
@@ -412,7 +412,7 @@ class _Lists:
     def _of_users(self, rules: Predicate | bool) -> Predicate:
         included, excluded = self.included, self.excluded
 
-        def contains(subject: Subject) -> bool:
+        def contains(subject: EvalContext) -> bool:
             user = subject.individuals.get(DEFAULT_KIND)
             if user is not None:
                 if user.key in included:
@@ -426,7 +426,7 @@ class _Lists:
     def _full(self, rules: Predicate | bool) -> Predicate:
         included, excluded = self.included, self.excluded
 
-        def contains(subject: Subject) -> bool:
+        def contains(subject: EvalContext) -> bool:
             individuals = subject.individuals
             user = individuals.get(DEFAULT_KIND)
             # A context that is just a user is looked for in the lists of users only.
@@ -460,7 +460,7 @@ def _admission(segment: Segment, rule: SegmentRule) -> Predicate:
     hashed = hashing(rule.rollout_context_kind, rule.bucket_by, prefix, experiment=False)
     bound = threshold(share(rule.weight or 0))
 
-    def admitted(subject: Subject) -> bool:
+    def admitted(subject: EvalContext) -> bool:
         digest = hashed(subject)
         return digest is not None and digest < bound
 

@@ -16,9 +16,15 @@ from msgspec.structs import replace
 from relay.evaluation import bucketing
 from relay.evaluation.items import Data, Membership
 from relay.evaluation.operators import OPERATORS
-from relay.evaluation.results import BigSegmentsStatus, Evaluation, Reason, ReasonKind, Step
+from relay.evaluation.results import (
+    BigSegmentsStatus,
+    EvaluationDetail,
+    Reason,
+    ReasonKind,
+    TraceStep,
+)
 from relay.model.context import DEFAULT_KIND, Context, Reference, lookup, parse_reference
-from relay.model.flag import Clause, Flag, Number, Outcome, Prerequisite, Rollout, Target
+from relay.model.flag import Clause, Flag, Number, Prerequisite, Rollout, Target, VariationOrRollout
 from relay.model.segment import Segment, SegmentRule, SegmentTarget
 
 MAX_CHAIN = 50
@@ -50,7 +56,7 @@ class _Contained(NamedTuple):
 _ERROR = _Result(None, Reason(ReasonKind.ERROR))
 
 
-def evaluate(flag: Flag, context: Context, data: Data) -> Evaluation:
+def evaluate(flag: Flag, context: Context, data: Data) -> EvaluationDetail:
     """Return what a live flag gives to a context, and why.
 
     Args:
@@ -62,10 +68,10 @@ def evaluate(flag: Flag, context: Context, data: Data) -> Evaluation:
     try:
         result = run.flag(flag, ())
     except _Malformed as e:
-        run.note("malformed: %s", str(e))
+        run.trace("malformed: %s", str(e))
         result = _ERROR
     reason = replace(result.reason, big_segments=run.big_segments)
-    return Evaluation(
+    return EvaluationDetail(
         result.variation,
         reason,
         tuple(run.prerequisites),
@@ -90,7 +96,7 @@ class _Run:
     def __init__(self, context: Context, data: Data) -> None:
         self.prerequisites: list[str] = []
         self.big_segments: BigSegmentsStatus | None = None
-        self.steps: list[Step] = []
+        self.steps: list[TraceStep] = []
         self._context = context
         self._data = data
         self._depth = 0
@@ -98,9 +104,9 @@ class _Run:
         self._flags: dict[str, _Result] = {}
         self._segments: dict[str, _Contained] = {}
 
-    def note(self, text: str, *arguments: object) -> None:
+    def trace(self, text: str, *arguments: object) -> None:
         """Add a step."""
-        self.steps.append(Step(self._depth, text, arguments))
+        self.steps.append(TraceStep(self._depth, text, arguments))
 
     # Section 6.3: flags
 
@@ -111,7 +117,7 @@ class _Run:
             _Malformed: a cycle, or a clause in a rule that cannot be evaluated.
         """
         if not flag.on:
-            self.note('flag "%s" is off', flag.key)
+            self.trace('flag "%s" is off', flag.key)
             return _off(flag, Reason(ReasonKind.OFF))
         failed, length = self._failed_prerequisite(flag, (*chain, flag.key))
         if failed is not None:
@@ -123,14 +129,14 @@ class _Run:
         """Evaluate a flag whose prerequisites are satisfied."""
         target = self._target(flag)
         if target is not None:
-            self.note("its key is listed for variation %d", int(target))
+            self.trace("its key is listed for variation %d", int(target))
             return _variation(flag, target, Reason(ReasonKind.TARGET_MATCH))
         for index, rule in enumerate(flag.rules or ()):
-            self.note('rule %d "%s"', index, rule.id)
+            self.trace('rule %d "%s"', index, rule.id)
             if self._matches(rule.clauses, ()):
                 reason = Reason(ReasonKind.RULE_MATCH, rule_index=index, rule_id=rule.id)
                 return self._outcome(flag, rule, reason)
-        self.note("no rule matches: fallthrough")
+        self.trace("no rule matches: fallthrough")
         return self._outcome(flag, flag.fallthrough, Reason(ReasonKind.FALLTHROUGH))
 
     # Section 6.4: prerequisites
@@ -141,14 +147,14 @@ class _Run:
         for prerequisite in flag.prerequisites or ():
             needed = self._data.flag(prerequisite.key)
             if needed is None:
-                self.note('prerequisite "%s" does not exist', prerequisite.key)
+                self.trace('prerequisite "%s" does not exist', prerequisite.key)
                 return prerequisite.key, length
             result = self._needed(prerequisite, needed, chain)
             length = max(length, 1 + result.chain)
             if len(chain) == 1:
                 self.prerequisites.append(prerequisite.key)
             if not (needed.on and result.variation == int(prerequisite.variation)):
-                self.note('prerequisite "%s" fails', prerequisite.key)
+                self.trace('prerequisite "%s" fails', prerequisite.key)
                 return prerequisite.key, length
         return None, length
 
@@ -161,12 +167,12 @@ class _Run:
         if len(chain) + (known.chain if known else 1) > MAX_CHAIN:
             raise _Malformed(f"more than {MAX_CHAIN} flags depend on each other in a row")
         if known is None:
-            self.note('prerequisite "%s" must give variation %d', key, int(prerequisite.variation))
+            self.trace('prerequisite "%s" must give variation %d', key, int(prerequisite.variation))
             self._depth += 1
             known = self.flag(flag, chain)
             self._depth -= 1
             self._flags[key] = known
-        self.note('prerequisite "%s" gives variation %s', key, known.variation)
+        self.trace('prerequisite "%s" gives variation %s', key, known.variation)
         return known
 
     # Section 6.5: targets
@@ -201,7 +207,7 @@ class _Run:
             matches = self._in_any(clause.values or (), segments) != clause.negate
         else:
             matches = self._attribute(clause)
-        self.note(
+        self.trace(
             "%s %s %s%s: %s",
             f"{clause.context_kind or DEFAULT_KIND} {clause.attribute}".rstrip(),
             clause.op,
@@ -241,7 +247,7 @@ class _Run:
         if len(within) + (known.chain if known else 1) > MAX_CHAIN:
             raise _Malformed(f"more than {MAX_CHAIN} segments are nested")
         if known is None:
-            self.note('segment "%s"', key)
+            self.trace('segment "%s"', key)
             self._depth += 1
             outside, self._nested = self._nested, 0
             answer = self._contains(segment, (*within, segment.key))
@@ -250,7 +256,7 @@ class _Run:
             self._depth -= 1
             self._segments[key] = known
         self._nested = max(self._nested, known.chain)
-        self.note('segment "%s" %s', key, "contains it" if known.answer else "does not contain it")
+        self.trace('segment "%s" %s', key, "contains it" if known.answer else "does not contain it")
         return known.answer
 
     def _contains(self, segment: Segment, chain: tuple[str, ...]) -> bool:
@@ -286,7 +292,7 @@ class _Run:
         return membership.segments.get(f"{segment.key}.g{int(segment.generation)}"), True
 
     def _consulted(self, status: BigSegmentsStatus) -> None:
-        self.note("big segments: %s", status.value)
+        self.trace("big segments: %s", status.value)
         self.big_segments = status.worse(self.big_segments)
 
     def _admits(self, segment: Segment, rule: SegmentRule, chain: tuple[str, ...]) -> bool:
@@ -302,23 +308,23 @@ class _Run:
             return False
         prefix = bucketing.salted(segment.key, segment.salt)
         position = bucketing.bucket(self._context, kind, by, prefix, plain=True)
-        self.note("bucket %s of %s", position, bucketing.share(rule.weight))
+        self.trace("bucket %s of %s", position, bucketing.share(rule.weight))
         return position < bucketing.share(rule.weight)
 
     # Section 6.9: variation or rollout
 
-    def _outcome(self, flag: Flag, outcome: Outcome, reason: Reason) -> _Result:
+    def _outcome(self, flag: Flag, outcome: VariationOrRollout, reason: Reason) -> _Result:
         if outcome.variation is not None:
             return _variation(flag, outcome.variation, reason)
         rollout = outcome.rollout
         if rollout is None or not rollout.variations:
-            self.note("it has neither a variation nor a rollout")
+            self.trace("it has neither a variation nor a rollout")
             return _ERROR
         by, valid = _bucket_by(rollout.bucket_by, rollout.context_kind)
         if rollout.kind == "experiment":
             by = None
         elif not valid:
-            self.note('invalid attribute reference "%s"', rollout.bucket_by)
+            self.trace('invalid attribute reference "%s"', rollout.bucket_by)
             return _ERROR
         return self._rolled_out(flag, rollout, rollout.variations, by, reason)
 
@@ -337,7 +343,7 @@ class _Run:
         )
         index, reached = bucketing.choose(position, variations)
         chosen = variations[index]
-        self.note("bucket %s: number %d of the rollout", position, index)
+        self.trace("bucket %s: number %d of the rollout", position, index)
         lacks_kind = self._context.get(rollout.context_kind) is None
         takes_part = experiment and not chosen.untracked and not (lacks_kind and reached)
         return _variation(flag, chosen.variation, replace(reason, in_experiment=takes_part))

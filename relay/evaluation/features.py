@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from enum import Enum
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from relay.evaluation.subject import NOBODY, Subject
+from relay.evaluation.subject import NOBODY, EvalContext
 from relay.model.context import Reference
 
 T_co = TypeVar("T_co", covariant=True)
@@ -64,7 +64,7 @@ class Feature(Generic[T_co]):
 
     def __init__(
         self,
-        value: Callable[[Subject], T_co],
+        value: Callable[[EvalContext], T_co],
         triggers: Triggers = None,
         parts: Sequence[Feature[Any]] = (),
         *,

@@ -13,12 +13,12 @@ from typing import Any
 
 from msgspec import Struct
 
-from relay.evaluation.compiled import Choose, CompiledFlag, Outcome
+from relay.evaluation.compiled import Choose, CompiledFlag, CompiledResult
 from relay.evaluation.features import Feature
 from relay.evaluation.index import Index
-from relay.evaluation.subject import Subject
+from relay.evaluation.subject import EvalContext
 
-MARK_SIZE = 16
+DIGEST_SIZE = 16
 """Bytes that tell bodies apart: nobody will meet two with the same."""
 
 MAX_GROUPS = 2 * 1024 * 1024
@@ -33,22 +33,22 @@ GROUP_SIZE = 1024
 FEATURE_SIZE = 128
 """Bytes of a feature that is not as usual."""
 
-Join = Callable[[Iterable[Outcome]], bytes]
-Member = Callable[[Outcome], bytes]
+Join = Callable[[Iterable[CompiledResult]], bytes]
+Member = Callable[[CompiledResult], bytes]
 
 
-class Body(Struct, frozen=True):
+class EvalBody(Struct, frozen=True):
     """An evalx answer.
 
     Args:
         pieces: the first was made for the context.
         shared: the others, the same objects for many contexts.
-        mark: another one for each other body; the same at all replicas that have the same flags.
+        digest: another one for each other body; the same at all replicas that have the same flags.
     """
 
     pieces: tuple[bytes, ...]
-    shared: tuple[Piece, ...]
-    mark: bytes
+    shared: tuple[Fragment, ...]
+    digest: bytes
 
     @property
     def size(self) -> int:
@@ -56,7 +56,7 @@ class Body(Struct, frozen=True):
         return sum(map(len, self.pieces))
 
 
-class Form:
+class ResponseTemplate:
     """All flags of a program, with or without reasons.
 
     Args:
@@ -67,7 +67,7 @@ class Form:
 
     def __init__(self, flags: Iterable[CompiledFlag], index: Index, *, with_reasons: bool) -> None:
         join = _join_reasoned if with_reasons else _join_plain
-        settled: list[Outcome] = []
+        settled: list[CompiledResult] = []
         grouped: list[CompiledFlag] = []
         singles: list[Choose] = []
         for flag in flags:
@@ -87,21 +87,21 @@ class Form:
         member = _reasoned if with_reasons else _plain
         self._groups = _Groups(grouped, index, start, member) if grouped else None
         comma = b"," if settled and (singles or grouped) else b""
-        self._end = Piece(comma + join(settled) + b"}")
+        self._end = Fragment(comma + join(settled) + b"}")
 
-    def body(self, subject: Subject) -> Body:
+    def body(self, context: EvalContext) -> EvalBody:
         """Return the body for a context."""
-        own = b"{" + self._join([choose(subject) for choose in self._singles])
+        own = b"{" + self._join([choose(context) for choose in self._singles])
         end = self._end
         if self._groups is None:
-            mark = sha256(own + end.digest).digest()[:MARK_SIZE]
-            return Body((own, end.text), (end,), mark)
-        group = self._groups.piece(subject)
-        mark = sha256(own + group.digest + end.digest).digest()[:MARK_SIZE]
-        return Body((own, group.text, end.text), (group, end), mark)
+            mark = sha256(own + end.digest).digest()[:DIGEST_SIZE]
+            return EvalBody((own, end.text), (end,), mark)
+        group = self._groups.piece(context)
+        mark = sha256(own + group.digest + end.digest).digest()[:DIGEST_SIZE]
+        return EvalBody((own, group.text, end.text), (group, end), mark)
 
 
-class Piece:
+class Fragment:
     """Members, joined.
 
     Args:
@@ -137,13 +137,13 @@ class _Groups:
         self._start = start
         self._members = [member(flag.usual) for flag in flags if flag.usual is not None]
         """The usual ones."""
-        self._usual = Piece(start + b",".join(self._members))
-        self._kept: dict[frozenset[tuple[Feature[Any], Any]], Piece] = {}
+        self._usual = Fragment(start + b",".join(self._members))
+        self._kept: dict[frozenset[tuple[Feature[Any], Any]], Fragment] = {}
         self._size = 0
         self._hits = 0
         self._worthwhile = True
 
-    def piece(self, subject: Subject) -> Piece:
+    def piece(self, subject: EvalContext) -> Fragment:
         """Return the members of all these flags."""
         unusual = self._index.unusual(subject)
         if not self._depend_on_all:
@@ -160,7 +160,7 @@ class _Groups:
         self._keep(features, piece)
         return piece
 
-    def _new(self, subject: Subject, unusual: Iterable[Feature[Any]]) -> Piece:
+    def _new(self, subject: EvalContext, unusual: Iterable[Feature[Any]]) -> Fragment:
         """Put the usual members together with the others, which alone make a difference."""
         members, others = self._members.copy(), []
         for place in sorted({place for feature in unusual for place in self._places[feature]}):
@@ -171,9 +171,9 @@ class _Groups:
         if not others:
             return self._usual
         digest = sha256(self._usual.digest + b",".join(others)).digest()
-        return Piece(self._start + b",".join(members), digest)
+        return Fragment(self._start + b",".join(members), digest)
 
-    def _keep(self, features: frozenset[tuple[Feature[Any], Any]], piece: Piece) -> None:
+    def _keep(self, features: frozenset[tuple[Feature[Any], Any]], piece: Fragment) -> None:
         self._size += GROUP_SIZE + FEATURE_SIZE * len(features) + len(piece.text)
         if self._size > MAX_GROUPS:
             self._worthwhile = self._hits > len(self._kept)
@@ -183,17 +183,17 @@ class _Groups:
             self._kept[features] = piece
 
 
-def _plain(outcome: Outcome) -> bytes:
+def _plain(outcome: CompiledResult) -> bytes:
     return outcome.plain or outcome.make_plain()
 
 
-def _reasoned(outcome: Outcome) -> bytes:
+def _reasoned(outcome: CompiledResult) -> bytes:
     return outcome.reasoned or outcome.make_reasoned()
 
 
-def _join_plain(outcomes: Iterable[Outcome]) -> bytes:
+def _join_plain(outcomes: Iterable[CompiledResult]) -> bytes:
     return b",".join([each.plain or each.make_plain() for each in outcomes])
 
 
-def _join_reasoned(outcomes: Iterable[Outcome]) -> bytes:
+def _join_reasoned(outcomes: Iterable[CompiledResult]) -> bytes:
     return b",".join([each.reasoned or each.make_reasoned() for each in outcomes])

@@ -6,18 +6,18 @@ from collections.abc import Callable
 from hashlib import sha1
 
 from relay.evaluation.bucketing import text_of
-from relay.evaluation.subject import Subject, Uncompilable
+from relay.evaluation.subject import EvalContext, Uncompilable
 from relay.evaluation.thresholds import NOTHING
 from relay.model.context import DEFAULT_KIND, Reference, lookup, parse_reference
 
-Hashing = Callable[[Subject], bytes | None]
+Hashing = Callable[[EvalContext], bytes | None]
 """Gives a digest to compare with a threshold; None if the subject lacks the context kind."""
 
 
 def of_keys_alone(
     kind: str, by: str | None, prefix: str, *, experiment: bool
 ) -> tuple[str, bytes] | None:
-    """Return of which kind `Subject.suffixes` is hashed, and what before it.
+    """Return of which kind `EvalContext.suffixes` is hashed, and what before it.
 
     The arguments are those of `hashing`. None if other things are hashed than these.
     """
@@ -52,7 +52,7 @@ def hashing(kind: str, by: str | None, prefix: str, *, experiment: bool) -> Hash
 
 
 def _of_keys(kind: str, start: bytes) -> Hashing:
-    def digest(subject: Subject) -> bytes | None:
+    def digest(subject: EvalContext) -> bytes | None:
         key = subject.keys.get(kind)
         return None if key is None else sha1(start + key, usedforsecurity=False).digest()
 
@@ -60,7 +60,7 @@ def _of_keys(kind: str, start: bytes) -> Hashing:
 
 
 def _of_suffixes(kind: str, start: bytes) -> Hashing:
-    def digest(subject: Subject) -> bytes | None:
+    def digest(subject: EvalContext) -> bytes | None:
         suffix = subject.suffixes.get(kind)
         return None if suffix is None else sha1(start + suffix, usedforsecurity=False).digest()
 
@@ -68,7 +68,7 @@ def _of_suffixes(kind: str, start: bytes) -> Hashing:
 
 
 def _of_attribute(kind: str, path: Reference, start: bytes) -> Hashing:
-    def digest(subject: Subject) -> bytes | None:
+    def digest(subject: EvalContext) -> bytes | None:
         individual = subject.individuals.get(kind)
         if individual is None:
             return None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 from relay.evaluation.features import Feature, Match, Trigger
-from relay.evaluation.subject import Subject
+from relay.evaluation.subject import EvalContext
 from relay.model.context import Reference, lookup
 
 MAX_LENGTH = 32
@@ -61,7 +61,7 @@ class Index:
                 if feature not in self._old.features:
                     self._new.enter(feature)
 
-    def unusual(self, subject: Subject) -> Unusual:
+    def unusual(self, subject: EvalContext) -> Unusual:
         """Return what is unusual about a subject. Some may be features of an earlier program."""
         unusual = self._old.unusual(subject)
         if self._new.features:
@@ -98,7 +98,7 @@ class _Entries:
 
     def __init__(self) -> None:
         self.features: Found = set()
-        self._always: list[tuple[Feature[Any], Callable[[Subject], Any], Any]] = []
+        self._always: list[tuple[Feature[Any], Callable[[EvalContext], Any], Any]] = []
         """Those without triggers, with their functions and usual values."""
         self._tables: dict[tuple[str, Reference], _Table] = {}
         self._effects: dict[tuple[object, ...], _Effect] = {}
@@ -117,7 +117,7 @@ class _Entries:
                 table = self._tables[place] = _Table()
             table.enter(trigger, feature)
 
-    def unusual(self, subject: Subject) -> Unusual:
+    def unusual(self, subject: EvalContext) -> Unusual:
         unusual = {
             feature: value
             for feature, value_of, usual in self._always
@@ -147,7 +147,7 @@ class _Entries:
         return unusual
 
     def _learn(
-        self, key: tuple[object, ...], table: _Table, value: Any, subject: Subject
+        self, key: tuple[object, ...], table: _Table, value: Any, subject: EvalContext
     ) -> _Effect:
         found: Found = set()
         table.find(value, found)

@@ -1,6 +1,6 @@
 """All flags of a payload that an audience may see, compiled.
 
-A `Library` compiles the flags of a payload one by one, when they are asked for, and takes over from
+A `FlagCompiler` compiles the flags of a payload one by one, when they are asked for, and takes over from
 the library before it what did not change: a flag is the same as long as its item and all items that
 it may look up are. So two programs differ just where their compiled flags are not the same objects.
 """
@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from relay.evaluation.audience import Audience
+from relay.evaluation.audience import SDKKind
 from relay.evaluation.compiled import CompiledFlag, compiled, interpreted
-from relay.evaluation.conditions import Condition, Vocabulary
+from relay.evaluation.conditions import Condition, ConditionCache
 from relay.evaluation.evaluator import MAX_CHAIN
-from relay.evaluation.form import Body, Form
+from relay.evaluation.form import EvalBody, ResponseTemplate
 from relay.evaluation.index import Index
 from relay.evaluation.items import Data, parse_flag, parse_segment
-from relay.evaluation.subject import Subject, Uncompilable
+from relay.evaluation.subject import EvalContext, Uncompilable
 from relay.model.context import Context
 from relay.model.flag import Clause, Flag
 from relay.model.item import Item, Kind
@@ -57,7 +57,7 @@ class _Kept:
     others: tuple[tuple[Name, Item | None], ...]
 
 
-class Library:
+class FlagCompiler:
     """The compiled flags of one payload.
 
     Args:
@@ -65,18 +65,18 @@ class Library:
         before: the library of an earlier payload, whose work is taken over where it still counts.
     """
 
-    def __init__(self, payload: Payload, before: Library | None = None) -> None:
+    def __init__(self, payload: Payload, before: FlagCompiler | None = None) -> None:
         self.payload = payload
         self._parsed: dict[Name, _Parsed] = {}
         self._flags: dict[str, CompiledFlag] = {}
         self._kept: dict[str, _Kept] = {}
         self._segments: dict[str, Condition | None] = {}
         """None for one that cannot be compiled."""
-        self._vocabulary = Vocabulary()
+        self._vocabulary = ConditionCache()
         if before is not None:
             self._begin_with(before)
 
-    def _begin_with(self, before: Library) -> None:
+    def _begin_with(self, before: FlagCompiler) -> None:
         """Keep what was made for another payload, also what nobody has asked for since."""
         self._vocabulary = before._vocabulary
         self._parsed = before._parsed.copy()
@@ -84,7 +84,7 @@ class Library:
         if len(self._parsed) > len(self.payload):
             self._forget_vanished()
 
-    def seen(self, audience: Audience, key: str) -> CompiledFlag | None:
+    def seen(self, audience: SDKKind, key: str) -> CompiledFlag | None:
         """Return a live flag, compiled; None if there is none that the audience may see."""
         kept = self._kept.get(key)
         if kept is not None and not kept.others and kept.item is self.payload.flags.get(key):
@@ -276,16 +276,16 @@ class Program:
         """Return the body of an evalx answer (endpoints 1.5)."""
         return b"".join(self.body(context, with_reasons=with_reasons).pieces)
 
-    def body(self, context: Context, *, with_reasons: bool) -> Body:
+    def body(self, context: Context, *, with_reasons: bool) -> EvalBody:
         """Return the same in pieces."""
         form = self._with_reasons if with_reasons else self._without_reasons
-        return form.body(Subject(context))
+        return form.body(EvalContext(context))
 
     def some(
         self, context: Context, keys: Iterable[str], *, with_reasons: bool
     ) -> dict[str, bytes]:
         """Return the entries of some flags, without those that the audience does not see."""
-        subject = Subject(context)
+        subject = EvalContext(context)
         flags = ((key, self._flags.get(key)) for key in keys)
         return {
             key: flag.choose(subject).entry(with_reasons=with_reasons)
@@ -300,9 +300,9 @@ class Program:
         return frozenset(changed | (theirs.keys() - ours.keys()))
 
     @cached_property
-    def _without_reasons(self) -> Form:
-        return Form(self._flags.values(), self._index, with_reasons=False)
+    def _without_reasons(self) -> ResponseTemplate:
+        return ResponseTemplate(self._flags.values(), self._index, with_reasons=False)
 
     @cached_property
-    def _with_reasons(self) -> Form:
-        return Form(self._flags.values(), self._index, with_reasons=True)
+    def _with_reasons(self) -> ResponseTemplate:
+        return ResponseTemplate(self._flags.values(), self._index, with_reasons=True)

@@ -75,7 +75,7 @@ class Reason(Struct, frozen=True, gc=False):
         return b",".join(members) + b"}"
 
 
-class Step(Struct, frozen=True, gc=False):
+class TraceStep(Struct, frozen=True, gc=False):
     """Something that an evaluation found out on its way, for people to read.
 
     Args:
@@ -96,7 +96,7 @@ class Step(Struct, frozen=True, gc=False):
         return "  " * self.depth + self.text % tuple(arguments)
 
 
-class Evaluation(Struct, frozen=True, gc=False):
+class EvaluationDetail(Struct, frozen=True, gc=False):
     """The result of a flag for a context.
 
     Args:
@@ -111,10 +111,10 @@ class Evaluation(Struct, frozen=True, gc=False):
     reason: Reason
     prerequisites: tuple[str, ...] = ()
     experiment: bool = False
-    steps: tuple[Step, ...] = ()
+    steps: tuple[TraceStep, ...] = ()
 
 
-def value(flag: Flag, evaluation: Evaluation) -> bytes:
+def value(flag: Flag, evaluation: EvaluationDetail) -> bytes:
     """Return the JSON of the value, in upstream's own words: numbers are exact.
 
     Args:
@@ -126,7 +126,7 @@ def value(flag: Flag, evaluation: Evaluation) -> bytes:
     return bytes(flag.variations[evaluation.variation])
 
 
-def render(flag: Flag, evaluation: Evaluation, *, with_reasons: bool) -> bytes:
+def render(flag: Flag, evaluation: EvaluationDetail, *, with_reasons: bool) -> bytes:
     """Return the entry of a flag in what client-side SDKs get (endpoints 1.5).
 
     Args:

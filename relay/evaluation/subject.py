@@ -9,7 +9,7 @@ class Uncompilable(Exception):
     """Something that only the interpreter does; never leaves this package."""
 
 
-class Subject:
+class EvalContext:
     """A context while flags are evaluated for it."""
 
     __slots__ = ("context", "individuals", "is_just_a_user", "keys", "suffixes")
@@ -29,5 +29,5 @@ class Subject:
             self.suffixes = {**self.keys, DEFAULT_KIND: suffix}
 
 
-NOBODY = Subject(Context({}))
+NOBODY = EvalContext(Context({}))
 """A context without individuals. Nobody asks for it, but flags have a result for it."""

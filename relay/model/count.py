@@ -11,14 +11,14 @@ BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(slots=True)
-class Count:
+class MetricValue:
     """A number that whoever changes it holds on to, so that counting is an addition."""
 
     value: int = 0
 
 
 @dataclass(slots=True)
-class Durations:
+class Histogram:
     """How long something took, each time."""
 
     total: float = 0.0

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import NamedTuple
 
 
-class Endpoint(Enum):
+class EventsEndpoint(Enum):
     """Where events go upstream (events 5.2, 5.6). The value is the path, and the name in files."""
 
     BULK = "/bulk"
@@ -44,13 +44,17 @@ class Endpoint(Enum):
 
 
 _DIAGNOSTIC = frozenset(
-    {Endpoint.BULK_DIAGNOSTIC, Endpoint.MOBILE_DIAGNOSTIC, Endpoint.CLIENT_SIDE_DIAGNOSTIC}
+    {
+        EventsEndpoint.BULK_DIAGNOSTIC,
+        EventsEndpoint.MOBILE_DIAGNOSTIC,
+        EventsEndpoint.CLIENT_SIDE_DIAGNOSTIC,
+    }
 )
-_MOBILE = frozenset({Endpoint.MOBILE, Endpoint.MOBILE_DIAGNOSTIC})
-_CLIENT_SIDE = frozenset({Endpoint.CLIENT_SIDE, Endpoint.CLIENT_SIDE_DIAGNOSTIC})
+_MOBILE = frozenset({EventsEndpoint.MOBILE, EventsEndpoint.MOBILE_DIAGNOSTIC})
+_CLIENT_SIDE = frozenset({EventsEndpoint.CLIENT_SIDE, EventsEndpoint.CLIENT_SIDE_DIAGNOSTIC})
 
 
-class Lane(NamedTuple):
+class Partition(NamedTuple):
     """Posts of one lane arrive in order and may be joined into one batch; of two lanes never.
 
     Args:
@@ -62,7 +66,7 @@ class Lane(NamedTuple):
     """
 
     environment: str
-    endpoint: Endpoint
+    endpoint: EventsEndpoint
     schema: int = 0
     tags: str = ""
     wrapper: str = ""
@@ -83,17 +87,17 @@ class Receipt:
     retry_after: float | None = None
 
 
-class Post(NamedTuple):
+class EventPayload(NamedTuple):
     """What one SDK sent in one request.
 
     Args:
-        lane: how it travels.
+        partition: how it travels.
         payload_id: the SDK's `X-LaunchDarkly-Payload-ID`; empty if it gave none.
         body: decompressed. The text of a JSON array; of diagnostics anything.
         received: Unix seconds.
     """
 
-    lane: Lane
+    partition: Partition
     payload_id: str
     body: bytes
     received: float

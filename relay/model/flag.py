@@ -41,14 +41,14 @@ class Rollout(Struct, rename="camel", frozen=True, gc=False):
     bucket_by: str | None = None
 
 
-class Outcome(Struct, rename="camel", frozen=True, gc=False):
+class VariationOrRollout(Struct, rename="camel", frozen=True, gc=False):
     """A fixed variation or a rollout: the fallthrough, and the base of a rule."""
 
     variation: Number | None = None
     rollout: Rollout | None = None
 
 
-class Rule(Outcome, rename="camel", frozen=True, gc=False):
+class Rule(VariationOrRollout, rename="camel", frozen=True, gc=False):
     """Clauses, all of which must match, and their outcome."""
 
     id: str = ""
@@ -95,7 +95,7 @@ class Flag(Struct, rename="camel", frozen=True, gc=False):
     targets: list[Target] | None = None
     context_targets: list[Target] | None = None
     rules: list[Rule] | None = None
-    fallthrough: Outcome = Outcome()
+    fallthrough: VariationOrRollout = VariationOrRollout()
     off_variation: Number | None = None
     variations: list[Any] | None = None
     client_side_availability: ClientSideAvailability | None = None

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from relay.model.count import Durations
+from relay.model.count import Histogram
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -21,7 +21,7 @@ HISTOGRAM: Final = "histogram"
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Metric:
     """What is told under one name.
 
     Args:
@@ -37,32 +37,32 @@ class Figure:
     help: str
 
 
-Row = tuple[tuple[str, ...], float | Durations]
+Row = tuple[tuple[str, ...], float | Histogram]
 """The values of the labels, and the number; of a histogram the durations."""
 
 
-def page(figures: Iterable[tuple[Figure, Iterable[Row]]]) -> bytes:
+def page(metrics: Iterable[tuple[Metric, Iterable[Row]]]) -> bytes:
     """Return the text of figures with their rows."""
-    blocks = (_block(figure, rows) for figure, rows in figures)
+    blocks = (_block(figure, rows) for figure, rows in metrics)
     # A name from an environment variable may hold bytes that are no text.
     return "".join(line for block in blocks for line in block).encode(errors="replace")
 
 
-def _block(figure: Figure, rows: Iterable[Row]) -> Iterator[str]:
-    name = figure.name
-    yield f"# HELP {name} {_escaped(figure.help)}\n# TYPE {name} {figure.kind}\n"
+def _block(metric: Metric, rows: Iterable[Row]) -> Iterator[str]:
+    name = metric.name
+    yield f"# HELP {name} {_escaped(metric.help)}\n# TYPE {name} {metric.kind}\n"
     for values, number in rows:
         labels = ",".join(
             f'{label}="{_quoted(value)}"'
-            for label, value in zip(figure.labels, values, strict=True)
+            for label, value in zip(metric.labels, values, strict=True)
         )
-        if isinstance(number, Durations):
+        if isinstance(number, Histogram):
             yield from _durations(name, labels, number)
         else:
             yield f"{name}{{{labels}}} {number}\n" if labels else f"{name} {number}\n"
 
 
-def _durations(name: str, labels: str, durations: Durations) -> Iterator[str]:
+def _durations(name: str, labels: str, durations: Histogram) -> Iterator[str]:
     comma = "," if labels else ""
     for bound, number in durations.cumulated():
         limit = "+Inf" if bound == float("inf") else bound

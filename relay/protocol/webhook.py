@@ -31,7 +31,7 @@ ANY = "*"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ChangedResource:
     """Something that has changed.
 
     Args:
@@ -54,18 +54,20 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Announcement:
+class ChangeNotice:
     """What a body says.
 
     Args:
         id: of the entry in the audit log; empty if there is none.
-        places: what has changed, without repetitions; empty for "anything".
+        resources: what has changed, without repetitions; empty for "anything".
     """
 
     id: str
-    places: tuple[Place, ...] = ()
+    resources: tuple[ChangedResource, ...] = ()
 
-    def concerning(self, specs: Iterable[EnvironmentSpec]) -> dict[str, tuple[Place, ...]]:
+    def concerning(
+        self, specs: Iterable[EnvironmentSpec]
+    ) -> dict[str, tuple[ChangedResource, ...]]:
         """Return the environments that should be looked at, and what should be seen in each.
 
         What belongs to none of them may be a change of any (webhooks 12.2): then it is all of
@@ -76,11 +78,11 @@ class Announcement:
         concerned = {name: places for name, places in found.items() if places}
         return concerned or dict.fromkeys(names, ())
 
-    def _places_in(self, spec: EnvironmentSpec) -> tuple[Place, ...]:
-        return tuple(place for place in self.places if place.may_be_in(spec))
+    def _places_in(self, spec: EnvironmentSpec) -> tuple[ChangedResource, ...]:
+        return tuple(place for place in self.resources if place.may_be_in(spec))
 
 
-EVERYTHING = Announcement("")
+EVERYTHING = ChangeNotice("")
 """Anything may have changed."""
 
 
@@ -104,7 +106,7 @@ def sign(body: bytes, secret: Secret) -> str:
     return hmac.new(secret.reveal().encode(), body, hashlib.sha256).hexdigest()
 
 
-def read(body: bytes) -> Announcement:
+def read(body: bytes) -> ChangeNotice:
     """Return what a body announces.
 
     Raises:
@@ -119,11 +121,11 @@ def read(body: bytes) -> Announcement:
     resources = [access.resource for access in entry.accesses or ()]
     resources += (entry.target.resources or ()) if entry.target else ()
     if len(resources) > MAX_RESOURCES:
-        return Announcement(entry.id)
+        return ChangeNotice(entry.id)
     places = [_place(resource, entry) for resource in dict.fromkeys(resources)]
     if None in places:
-        return Announcement(entry.id)
-    return Announcement(entry.id, tuple(dict.fromkeys(place for place in places if place)))
+        return ChangeNotice(entry.id)
+    return ChangeNotice(entry.id, tuple(dict.fromkeys(place for place in places if place)))
 
 
 class _Access(msgspec.Struct, frozen=True):
@@ -145,7 +147,7 @@ class _Entry(msgspec.Struct, frozen=True):
 _ENTRIES = msgspec.json.Decoder(_Entry)
 
 
-def _place(resource: str, entry: _Entry) -> Place | None:
+def _place(resource: str, entry: _Entry) -> ChangedResource | None:
     """Return what a resource such as `proj/KEY:env/KEY:flag/KEY;tag` names; None if unclear."""
     keys = dict(_parts(resource))
     project = keys.get("proj")
@@ -155,7 +157,7 @@ def _place(resource: str, entry: _Entry) -> Place | None:
     if ANY in flag:
         flag = ""
     version = _version(entry, environment, flag) if entry.kind in ("flag", "") and flag else None
-    return Place(project, environment, flag, version)
+    return ChangedResource(project, environment, flag, version)
 
 
 def _parts(resource: str) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from relay.model.payload import ChangeSet
 
 
 @dataclass(frozen=True, slots=True)
-class Current:
+class UpToDate:
     """The source works, and the data delivered so far are what upstream has now."""
 
 
@@ -35,7 +35,7 @@ class Interrupted:
     refused: bool = False
 
 
-Update = ChangeSet | Current | Interrupted
+Update = ChangeSet | UpToDate | Interrupted
 
 
 class DataSource(Protocol):
@@ -48,14 +48,14 @@ class DataSource(Protocol):
         only for defects of its own. Consume it under `contextlib.aclosing`.
         """
 
-    def refresh(self) -> None:
+    def resync(self) -> None:
         """Ask upstream soon for all data once more, also if nothing seems to have changed."""
 
-    def look(self, *, doubt: bool = False) -> None:
+    def check(self, *, reconnect: bool = False) -> None:
         """See soon whether upstream has news: somebody says so, but its caches may lag behind.
 
         What comes of it is never older than what came before.
 
         Args:
-            doubt: the news should have come long ago.
+            reconnect: the news should have come long ago.
         """

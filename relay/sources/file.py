@@ -13,9 +13,9 @@ from relay.model.item import Item, Kind, version_of_time
 from relay.model.payload import ChangeSet
 from relay.protocol import filedata
 from relay.reasons import describe
-from relay.sources import Current, Interrupted, Update
-from relay.sources.retry import Times
-from relay.sources.waiting import pause
+from relay.sources import Interrupted, Update, UpToDate
+from relay.sources.retry import SourceTimings
+from relay.sources.waiting import wait_for
 
 MAX_FILE = 128 * 1024 * 1024
 """Bytes: as much as upstream may send at once."""
@@ -24,7 +24,7 @@ Mark = tuple[int, int, int]
 """Time of the last change, size, and inode, because editors replace files."""
 
 
-class File:
+class FileSource:
     """An environment's data from a file in the SDKs' file-data format.
 
     A file that cannot be used changes nothing; that is said once for each state of the file.
@@ -34,19 +34,19 @@ class File:
         times: waiting times.
     """
 
-    def __init__(self, path: Path, times: Times = Times()) -> None:  # noqa: B008 - frozen
+    def __init__(self, path: Path, times: SourceTimings = SourceTimings()) -> None:  # noqa: B008 - frozen
         self._path = path
         self._times = times
         self._again = asyncio.Event()
         self._items: dict[tuple[Kind, str], Item] = {}
 
-    def refresh(self) -> None:
+    def resync(self) -> None:
         """Read the file now."""
         self._again.set()
 
-    def look(self, *, doubt: bool = False) -> None:
+    def check(self, *, reconnect: bool = False) -> None:
         """Read the file now."""
-        del doubt  # what a file holds is never late
+        del reconnect  # what a file holds is never late
         self._again.set()
 
     async def updates(self) -> AsyncGenerator[Update, None]:
@@ -64,8 +64,8 @@ class File:
                 yield update
             elif good and time.monotonic() - told >= self._times.confirm_every:
                 told = time.monotonic()
-                yield Current()
-            await pause(self._again, self._times.file_interval)
+                yield UpToDate()
+            await wait_for(self._again, self._times.file_interval)
 
     def _read(self) -> ChangeSet | Interrupted:
         name = str(self._path)

@@ -14,10 +14,10 @@ from relay.model.item import Kind
 from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
 from relay.protocol.urls import join
-from relay.sources import Current, Update
-from relay.sources.retry import Schedule, Times
+from relay.sources import Update, UpToDate
+from relay.sources.retry import Backoff, SourceTimings
 from relay.sources.sse import interruption
-from relay.sources.waiting import in_slices, pause
+from relay.sources.waiting import run_in_slices, wait_for
 from relay.upstream import Upstream, read_body
 
 _STATUSES = frozenset({200, 304})
@@ -27,7 +27,7 @@ PAST = 32
 """ETags of earlier data that are remembered: what lags behind by more is told by its versions."""
 
 
-class Polling:
+class PollingSource:
     """One environment's data by polling.
 
     Args:
@@ -42,7 +42,7 @@ class Polling:
         upstream: Upstream,
         base_uri: str,
         key: SDKKey,
-        times: Times = Times(),  # noqa: B008 - frozen
+        times: SourceTimings = SourceTimings(),  # noqa: B008 - frozen
     ) -> None:
         self._upstream = upstream
         self._url = join(base_uri, "/sdk/latest-all")
@@ -57,23 +57,23 @@ class Polling:
         self._versions: dict[tuple[Kind, str], int] = {}
         """Of the data that were delivered last."""
 
-    def refresh(self) -> None:
+    def resync(self) -> None:
         """Ask for everything now."""
         self._etag = ""
         self._again.set()
 
-    def look(self, *, doubt: bool = False) -> None:
+    def check(self, *, reconnect: bool = False) -> None:
         """Poll now, and take an answer only if it is no older than the one before.
 
         The regular poll takes whatever upstream has: there may be reasons to go back.
         """
-        del doubt  # asking again is all that can be done
+        del reconnect  # asking again is all that can be done
         self._hinted = True
         self._again.set()
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         """Yield all data when they changed, and how it stands, until cancelled."""
-        schedule = Schedule(self._times)
+        schedule = Backoff(self._times)
         self._etag = ""
         while True:
             self._again.clear()
@@ -88,7 +88,7 @@ class Polling:
                 delay = wait if refused else min(wait, delay)
                 update = interruption("poll", e, delay)
             yield update
-            await pause(self._again, delay)
+            await wait_for(self._again, delay)
 
     async def _poll(self, *, hinted: bool) -> Update:
         asked_with = self._etag
@@ -101,13 +101,13 @@ class Polling:
             statuses=_STATUSES if asked_with else frozenset({200}),
         ) as response:
             if response.status == _NOT_MODIFIED:
-                return Current()
+                return UpToDate()
             async with asyncio.timeout(self._times.poll_timeout):
                 body = await read_body(response)
-            changes = await in_slices(fdv1.all_in_steps(body))
+            changes = await run_in_slices(fdv1.all_in_steps(body))
             etag = response.headers.get("ETag", "")
             if hinted and self._is_older(changes, etag):
-                return Current()  # what was delivered is newer than this
+                return UpToDate()  # what was delivered is newer than this
             if asked_with and asked_with != etag:
                 self._past.append(asked_with)
             if etag in self._past:  # upstream has gone back

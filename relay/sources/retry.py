@@ -18,7 +18,7 @@ LONGEST_REFUSED_DELAY = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
+class SourceTimings:
     """All waiting times of a source, in seconds (streams 2.4, 2.5)."""
 
     first_delay: float = 1.0
@@ -42,7 +42,7 @@ class Times:
     """Between two looks at a file; looking costs microseconds, and people wait for it."""
 
 
-class Schedule:
+class Backoff:
     """Decides the next delay from what happened so far. Times are seconds of one clock.
 
     Delays grow from failure to failure, and begin anew once upstream has delivered. How often it
@@ -51,7 +51,7 @@ class Schedule:
     asked ever less often.
     """
 
-    def __init__(self, times: Times) -> None:
+    def __init__(self, times: SourceTimings) -> None:
         self._times = times
         self._base = times.first_delay
         self._step = 0.0

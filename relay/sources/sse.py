@@ -14,9 +14,9 @@ from relay.errors import ErrorKind, InvalidData, UpstreamRefused, UpstreamUnavai
 from relay.model.credential import SDKKey
 from relay.model.payload import ChangeSet
 from relay.protocol.sse import Decoder, Event
-from relay.sources import Current, Interrupted, Update
-from relay.sources.retry import Schedule, Times
-from relay.sources.waiting import in_slices, pause
+from relay.sources import Interrupted, Update, UpToDate
+from relay.sources.retry import Backoff, SourceTimings
+from relay.sources.waiting import run_in_slices, wait_for
 from relay.upstream import Upstream
 
 Understand = Callable[[Event], Generator[None, None, ChangeSet | None]]
@@ -36,7 +36,12 @@ class EventStream:
     """
 
     def __init__(
-        self, upstream: Upstream, url: str, key: SDKKey, understand: Understand, times: Times
+        self,
+        upstream: Upstream,
+        url: str,
+        key: SDKKey,
+        understand: Understand,
+        times: SourceTimings,
     ) -> None:
         self._upstream = upstream
         self._url = url
@@ -47,22 +52,22 @@ class EventStream:
         self._response: aiohttp.ClientResponse | None = None
         self._last_id = ""
 
-    def refresh(self) -> None:
+    def resync(self) -> None:
         """Connect anew now: a stream begins with all data."""
         self._again.set()
         if self._response is not None:
             self._response.close()
 
-    def look(self, *, doubt: bool = False) -> None:
+    def check(self, *, reconnect: bool = False) -> None:
         """Connect now if there is no connection; else news come by themselves, unless in doubt."""
         if self._response is None:
             self._again.set()
-        elif doubt:
-            self.refresh()
+        elif reconnect:
+            self.resync()
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         """Yield what the stream brings, and how it stands, until cancelled."""
-        schedule = Schedule(self._times)
+        schedule = Backoff(self._times)
         while True:
             self._again.clear()
             try:
@@ -76,9 +81,9 @@ class EventStream:
             refused = isinstance(error, UpstreamRefused)
             delay = schedule.failed(time.monotonic(), random.random(), refused=refused)  # noqa: S311 - jitter
             yield interruption("stream connection", error, delay)
-            await pause(self._again, delay)
+            await wait_for(self._again, delay)
 
-    async def _connection(self, schedule: Schedule) -> AsyncGenerator[Update, None]:
+    async def _connection(self, schedule: Backoff) -> AsyncGenerator[Update, None]:
         """Yield what one connection brings; it ends by raising."""
         async with self._upstream.get(
             self._url,
@@ -98,13 +103,13 @@ class EventStream:
         raise UpstreamUnavailable(ErrorKind.NETWORK_ERROR, "the server closed the stream")
 
     async def _messages(
-        self, response: aiohttp.ClientResponse, schedule: Schedule
+        self, response: aiohttp.ClientResponse, schedule: Backoff
     ) -> AsyncGenerator[Update, None]:
         decoder = Decoder()
         told = None  # when we last yielded; None until this connection has delivered
         async for chunk in response.content.iter_any():
             for event in decoder.feed(chunk):
-                changes = await in_slices(self._understand(event))
+                changes = await run_in_slices(self._understand(event))
                 self._last_id = event.id
                 if changes is not None:
                     told = time.monotonic()
@@ -115,7 +120,7 @@ class EventStream:
             # Heartbeats, too, show that the data are current, once there are some.
             if told is not None and time.monotonic() - told >= self._times.confirm_every:
                 told = time.monotonic()
-                yield Current()
+                yield UpToDate()
 
 
 def _demand_event_stream(response: aiohttp.ClientResponse) -> None:

@@ -8,7 +8,7 @@ from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
 from relay.protocol.sse import Event
 from relay.protocol.urls import join
-from relay.sources.retry import Times
+from relay.sources.retry import SourceTimings
 from relay.sources.sse import EventStream
 from relay.upstream import Upstream
 
@@ -18,7 +18,7 @@ MAX_UNKNOWN = 20
 """Unknown event names that are remembered and logged; a stream of random names stays quiet."""
 
 
-class Streaming(EventStream):
+class StreamingSource(EventStream):
     """One environment's data by streaming.
 
     Args:
@@ -35,7 +35,7 @@ class Streaming(EventStream):
         stream_uri: str,
         key: SDKKey,
         log: Log,
-        times: Times = Times(),  # noqa: B008 - frozen
+        times: SourceTimings = SourceTimings(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(upstream, join(stream_uri, "/all"), key, self._changes, times)
         self._log = log

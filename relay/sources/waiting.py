@@ -13,7 +13,7 @@ SLICE = 0.001
 T = TypeVar("T")
 
 
-async def pause(again: asyncio.Event, delay: float) -> None:
+async def wait_for(again: asyncio.Event, delay: float) -> None:
     """Wait for `delay` seconds, or until `again` is set."""
     try:
         async with asyncio.timeout(delay):
@@ -22,7 +22,7 @@ async def pause(again: asyncio.Event, delay: float) -> None:
         return
 
 
-async def in_slices(steps: Generator[None, None, T]) -> T:
+async def run_in_slices(steps: Generator[None, None, T]) -> T:
     """Return the result of work in steps; each time a slice is over, others have their turn."""
     until = time.perf_counter() + SLICE
     while True:

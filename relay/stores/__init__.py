@@ -111,7 +111,7 @@ class StoreStatus:
     invalid: tuple[InvalidItem, ...] = ()
 
 
-class Copy(Protocol):
+class Mirror(Protocol):
     """Data kept equal to an environment's payload. None of its methods raises for an outage."""
 
     @property
@@ -121,7 +121,7 @@ class Copy(Protocol):
     async def load(self) -> Stored | None:
         """Return what was stored; None if nothing was. Waits while the store cannot be reached."""
 
-    def follow(
+    def update(
         self,
         payload: Payload,
         change: Change | None,
@@ -142,11 +142,11 @@ class Copy(Protocol):
                 they were before, or not at all.
         """
 
-    def hold(self) -> None:
-        """Note that upstream is lost: write nothing before the next `follow`."""
+    def suspend(self) -> None:
+        """Note that upstream is lost: write nothing before the next `update`."""
 
-    async def written(self) -> None:
-        """Return once all that `follow` has noted is stored; waits as long as that takes."""
+    async def flushed(self) -> None:
+        """Return once all that `update` has noted is stored; waits as long as that takes."""
 
     async def run(self) -> None:
-        """Write what `follow` noted until cancelled; then finish what must not be lost."""
+        """Write what `update` noted until cancelled; then finish what must not be lost."""

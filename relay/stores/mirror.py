@@ -34,7 +34,7 @@ NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
-class MirrorTimes:
+class MirrorTimings:
     """Waiting times in seconds. Together they make a database whole within 30 s.
 
     Args:
@@ -52,7 +52,7 @@ class MirrorTimes:
     conflicts: ConflictTimes = field(default_factory=ConflictTimes)
 
 
-ONCE = MirrorTimes(conflicts=ConflictTimes(second_look=0.01, refresh=2.0, newer=NEVER, extra=2.0))
+ONCE = MirrorTimings(conflicts=ConflictTimes(second_look=0.01, refresh=2.0, newer=NEVER, extra=2.0))
 """Times of a run that ends when the database is up to date. What is newer there stays: such a run
 does not know what the one before it replaced. What only the database has goes after the two seconds
 that LaunchDarkly's guide waits for its caches (webhooks 12.3)."""
@@ -92,7 +92,7 @@ class Difference:
         return cls(tuple(behind), frozenset(ahead), frozenset(extra))
 
 
-class Mirror:
+class DatabaseMirror:
     """The copy of an environment's payload in a database.
 
     Args:
@@ -109,7 +109,7 @@ class Mirror:
         name: str,
         refresh: Callable[[], None],
         log: Log,
-        times: MirrorTimes = MirrorTimes(),
+        times: MirrorTimings = MirrorTimings(),
     ) -> None:
         self._store = store
         self._label = f"{name.capitalize()} data store {store.server}"
@@ -127,11 +127,11 @@ class Mirror:
         """Whether it still does."""
         self._pending: dict[Key, Item] = {}
         """What changed since the last write, as long as nothing else may be different."""
-        self._doubtful = True
+        self._needs_compare = True
         """Whether anything else may be different."""
         self._news = asyncio.Event()
         self._equal = asyncio.Event()
-        self._held: Payload = EMPTY
+        self._last_known: Payload = EMPTY
         """What we know the database to have held, last."""
         self._answered = -NEVER
         """The clock when upstream last sent everything."""
@@ -148,17 +148,17 @@ class Mirror:
             try:
                 stored = await self._store.load()
             except StoreUnavailable as e:
-                self._begin_trouble(e)
+                self._begin_outage(e)
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, self._times.longest_retry)
                 continue
-            self._end_trouble()
+            self._end_outage()
             if stored:
                 self._note_invalid(stored)
             return stored
         return None
 
-    def follow(
+    def update(
         self,
         payload: Payload,
         change: Change | None,
@@ -169,26 +169,26 @@ class Mirror:
         """Note what is to be written; returns at once."""
         if full:
             self._answered = _clock()
-            self._doubtful |= bool(self._conflicts)  # that is what they wait for
+            self._needs_compare |= bool(self._conflicts)  # that is what they wait for
         if not self._healthy or (change is not None and change.replace):
-            self._doubtful = True
+            self._needs_compare = True
         self._payload, self._healthy = payload, True
         self._unusable = frozenset(unusable)
-        items = change.items if change is not None and not self._doubtful else ()
+        items = change.items if change is not None and not self._needs_compare else ()
         self._pending.update(((item.kind, item.key), item) for item in items)
         if len(self._pending) > MAX_PENDING:
-            self._doubtful = True
-        if self._doubtful:
+            self._needs_compare = True
+        if self._needs_compare:
             self._pending.clear()
-        if self._doubtful or self._pending:
+        if self._needs_compare or self._pending:
             self._equal.clear()
             self._news.set()
 
-    def hold(self) -> None:
-        """Write nothing before the next `follow`: without upstream nobody vouches for the data."""
+    def suspend(self) -> None:
+        """Write nothing before the next `update`: without upstream nobody vouches for the data."""
         self._healthy = False
 
-    async def written(self) -> None:
+    async def flushed(self) -> None:
         """Return once the database holds the payload; waits as long as that takes."""
         await self._equal.wait()
 
@@ -200,8 +200,8 @@ class Mirror:
                 try:
                     await self._work()
                 except StoreUnavailable as e:
-                    self._begin_trouble(e)
-                    self._doubtful = True  # what was under way may have arrived or not
+                    self._begin_outage(e)
+                    self._needs_compare = True  # what was under way may have arrived or not
                     await asyncio.sleep(delay)
                     delay = min(delay * 2, self._times.longest_retry)
                 else:
@@ -217,11 +217,11 @@ class Mirror:
             async with asyncio.timeout(wait):
                 await self._news.wait()
         except TimeoutError:
-            self._doubtful, self._look_at = True, NEVER
+            self._needs_compare, self._look_at = True, NEVER
 
     async def _finish(self) -> None:
         if self._healthy and not self._equal.is_set():
-            self._doubtful = True  # what was under way may have arrived or not
+            self._needs_compare = True  # what was under way may have arrived or not
             with contextlib.suppress(TimeoutError, StoreUnavailable):
                 async with asyncio.timeout(self._times.finish):
                     await self._work()
@@ -232,9 +232,9 @@ class Mirror:
         self._news.clear()
         payload = self._payload
         if payload is None or not self._healthy:
-            await self._look_for_recovery()
+            await self._check_recovery()
             return
-        if self._doubtful:
+        if self._needs_compare:
             await self._compare(payload)
         elif self._pending:
             items, self._pending = list(self._pending.values()), {}
@@ -243,21 +243,21 @@ class Mirror:
             else:
                 await self._compare(payload)  # somebody has emptied it
 
-    async def _look_for_recovery(self) -> None:
+    async def _check_recovery(self) -> None:
         """Without upstream nothing is written, but `/status` tells when the database is back."""
         if self.status.state is StoreState.INTERRUPTED:
             await self._store.versions()
-            self._end_trouble()
+            self._end_outage()
 
     async def _compare(self, payload: Payload) -> None:
         """Look at everything, and write or ask accordingly."""
         # What comes while we look may know more than `payload`.
         answered, unusable = self._answered, self._unusable
-        self._doubtful = False
+        self._needs_compare = False
         self._pending.clear()
         versions = await self._store.versions()
         if versions is None:
-            if self._held:
+            if self._last_known:
                 self._log.warning("%s has lost its data; they are written again", self._label)
             self._judge({}, frozenset(), answered)
             await self._store.init(payload)
@@ -281,7 +281,7 @@ class Mirror:
     def _is_ours(self, key: Key, versions: Versions) -> bool:
         """Whether the database has what we wrote: then upstream itself has gone back since."""
         kind, name = key
-        held = self._held.all(kind).get(name)
+        held = self._last_known.all(kind).get(name)
         stored = versions.get(key)
         return held is not None and stored is not None and held.version == stored.number
 
@@ -338,22 +338,22 @@ class Mirror:
         return Payload.of([*payload, *(item for item in kept if item)])
 
     def _note_equal(self, payload: Payload) -> None:
-        self._end_trouble()
-        self._held = payload
+        self._end_outage()
+        self._last_known = payload
         if self.status.invalid:
             self.status = replace(self.status, invalid=())
         if not self._settled:
             self._equal.clear()
-        elif payload is self._payload and not self._doubtful and not self._pending:
+        elif payload is self._payload and not self._needs_compare and not self._pending:
             self._equal.set()
 
-    def _begin_trouble(self, error: StoreUnavailable) -> None:
+    def _begin_outage(self, error: StoreUnavailable) -> None:
         if self.status.state is not StoreState.INTERRUPTED:
             self._enter(StoreState.INTERRUPTED)
             text = "%s is unavailable: %s; flags are served from memory meanwhile"
             self._log.error(text, self._label, error)
 
-    def _end_trouble(self) -> None:
+    def _end_outage(self) -> None:
         if self.status.state is StoreState.INTERRUPTED:
             self._log.warning("%s is available again", self._label)
         if self.status.state is not StoreState.VALID:

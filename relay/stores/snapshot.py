@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class SnapshotTimings:
     """How often and how long a snapshot is written, in seconds.
 
     Args:
@@ -60,14 +60,14 @@ class Pace:
     finish: float = 4.0
 
 
-class Snapshot:
+class SnapshotMirror:
     """The copy of an environment's payload in a file.
 
     Args:
         directory: where it is; made for us alone if it does not exist.
         sdk_key: the environment's. The file is bound to it and does not hold it.
         log: a logger that names the environment.
-        pace: how often it is written.
+        timings: how often it is written.
     """
 
     status: StoreStatus | None = None
@@ -77,23 +77,23 @@ class Snapshot:
         directory: Path,
         sdk_key: SDKKey,
         log: Log,
-        pace: Pace = Pace(),
+        timings: SnapshotTimings = SnapshotTimings(),
     ) -> None:
-        self._file = _File(directory, hashlib.sha256(sdk_key.value.encode()).hexdigest())
+        self._file = _SnapshotFile(directory, hashlib.sha256(sdk_key.value.encode()).hexdigest())
         self._log = log
-        self._pace = pace
+        self._pace = timings
         self._vouched: tuple[Payload, float] = (EMPTY, 0.0)
         """What upstream last vouched for, and when, in Unix seconds: another process reads it."""
-        self._noted = asyncio.Event()
+        self._latest = asyncio.Event()
         """Set while there is something to write."""
         self._complete = asyncio.Event()
         """Set while the file holds everything."""
         self._complete.set()
-        self._hurry = asyncio.Event()
+        self._flush = asyncio.Event()
         self._writing: asyncio.Future[None] | None = None
         self._begun = -float("inf")
         """The clock when the file was last begun to be written as a whole."""
-        self._troubled = False
+        self._failing = False
 
     async def load(self) -> Stored | None:
         """Return what the file holds; None without a file that can be used, which is said."""
@@ -102,14 +102,14 @@ class Snapshot:
         except FileNotFoundError:
             pass
         except OSError as e:
-            self._begin_trouble("read", e)
+            self._begin_outage("read", e)
         except UnknownFormat as e:
             self._log.warning("Snapshot %s is not used: %s", self._file.path, e)
         except InvalidData as e:
             self._log.error("Snapshot %s: %s; it is set aside", self._file.path, e)
         return None
 
-    def follow(
+    def update(
         self,
         payload: Payload,
         change: Change | None,
@@ -121,26 +121,26 @@ class Snapshot:
         del change, full, unusable  # the file is written as a whole
         self._vouched = (payload, time.time())
         self._complete.clear()
-        self._noted.set()
+        self._latest.set()
 
-    def hold(self) -> None:
+    def suspend(self) -> None:
         """Note that upstream is lost. What it vouched for before stays worth keeping."""
 
-    async def written(self) -> None:
-        """Return once all that `follow` has noted is stored; waits as long as that takes."""
-        self._hurry.set()
+    async def flushed(self) -> None:
+        """Return once all that `update` has noted is stored; waits as long as that takes."""
+        self._flush.set()
         await self._complete.wait()
 
     async def run(self) -> None:
-        """Write what `follow` noted until cancelled; then the last state, for a bounded time."""
+        """Write what `update` noted until cancelled; then the last state, for a bounded time."""
         try:
             while True:
-                await self._noted.wait()
+                await self._latest.wait()
                 await self._until_due()
                 writing = self._write()
                 await asyncio.wait({writing})
                 if isinstance(writing.exception(), OSError):
-                    self._noted.set()
+                    self._latest.set()
                     await asyncio.sleep(self._pace.retry)
                 else:
                     writing.result()
@@ -148,19 +148,19 @@ class Snapshot:
             await self._finish()
 
     async def _until_due(self) -> None:
-        """Wait, so that changes gather and the disk has rest; or until `written` is awaited."""
+        """Wait, so that changes gather and the disk has rest; or until `flushed` is awaited."""
         noted = time.monotonic()
         while (delay := self._due(noted) - time.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
-                    await self._hurry.wait()
+                    await self._flush.wait()
                     return
 
     def _due(self, noted: float) -> float:
         """Return the clock at which to write what was noted at `noted`."""
         payload, _ = self._vouched
         soon = noted + self._pace.gather
-        if self._file.holds(payload):
+        if self._file.contains(payload):
             return soon  # only the time is renewed
         return max(soon, self._begun + payload.size / self._pace.bytes_per_second)
 
@@ -168,9 +168,9 @@ class Snapshot:
         """Begin to write what upstream vouched for."""
         vouched = self._vouched
         payload, confirmed = vouched
-        self._noted.clear()
-        self._hurry.clear()
-        if not self._file.holds(payload):
+        self._latest.clear()
+        self._flush.clear()
+        if not self._file.contains(payload):
             self._begun = time.monotonic()
         self._writing = _in_thread(lambda: self._file.store(payload, confirmed))
         self._writing.add_done_callback(lambda done: self._note_written(done, vouched))
@@ -179,9 +179,9 @@ class Snapshot:
     def _note_written(self, done: asyncio.Future[None], vouched: tuple[Payload, float]) -> None:
         error = done.exception()
         if isinstance(error, OSError):
-            self._begin_trouble("written", error)
+            self._begin_outage("written", error)
         elif error is None:
-            self._end_trouble()
+            self._end_outage()
             if vouched is self._vouched:
                 self._complete.set()
 
@@ -192,23 +192,23 @@ class Snapshot:
             await asyncio.wait({self._writing}, timeout=self._pace.finish)
         if not self._complete.is_set() and (self._writing is None or self._writing.done()):
             await asyncio.wait({self._write()}, timeout=max(0.0, deadline - time.monotonic()))
-        if not self._complete.is_set() and not self._troubled:
+        if not self._complete.is_set() and not self._failing:
             text = "Snapshot %s: the last state could not be written within %g s"
             self._log.warning(text, self._file.path, self._pace.finish)
 
-    def _begin_trouble(self, what: str, error: OSError) -> None:
-        if not self._troubled:
-            self._troubled = True
+    def _begin_outage(self, what: str, error: OSError) -> None:
+        if not self._failing:
+            self._failing = True
             text = "Snapshot %s cannot be %s: %s; trying again every %g s"
             self._log.warning(text, self._file.path, what, describe(error), self._pace.retry)
 
-    def _end_trouble(self) -> None:
-        if self._troubled:
-            self._troubled = False
+    def _end_outage(self) -> None:
+        if self._failing:
+            self._failing = False
             self._log.info("Snapshot %s is written again", self._file.path)
 
 
-class _File:
+class _SnapshotFile:
     """The file itself. Its methods block and raise `OSError`."""
 
     def __init__(self, directory: Path, environment: str) -> None:
@@ -237,7 +237,7 @@ class _File:
                 raise
         return Stored(payload, age=grammar.age(header, time.time()))
 
-    def holds(self, payload: Payload) -> bool:
+    def contains(self, payload: Payload) -> bool:
         """Whether we have written this payload into the file."""
         return self._written is not None and self._written[0] is payload
 

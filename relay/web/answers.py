@@ -18,7 +18,7 @@ _JSON: Headers = ((b"content-type", b"application/json"),)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PreparedResponse:
     """A whole HTTP response.
 
     Args:
@@ -45,11 +45,11 @@ class Answer:
             return self.headers
         return (*self.headers, (b"content-length", b"%d" % len(self.body)))
 
-    def with_headers(self, *headers: tuple[bytes, bytes]) -> Answer:
+    def with_headers(self, *headers: tuple[bytes, bytes]) -> PreparedResponse:
         """Return the same answer with more headers."""
-        return Answer(self.status, (*self.headers, *headers), self.body)
+        return PreparedResponse(self.status, (*self.headers, *headers), self.body)
 
-    def as_response(self) -> Response:
+    def to_starlette(self) -> Response:
         """Return what the application sends; servers leave the body away for HEAD."""
         response = Response(self.body, self.status)
         response.raw_headers = list(self.all_headers)
@@ -63,26 +63,28 @@ def environment_headers(spec: EnvironmentSpec) -> Headers:
     return ((b"x-ld-envid", header_value(spec.environment_id.value.encode(errors="replace"))),)
 
 
-def text(status: int, message: str) -> Answer:
+def text(status: int, message: str) -> PreparedResponse:
     """Return an answer in plain text, without a line end."""
-    return Answer(status, _TEXT, message.encode())
+    return PreparedResponse(status, _TEXT, message.encode())
 
 
-def json(status: int, value: object) -> Answer:
+def json(status: int, value: object) -> PreparedResponse:
     """Return an answer in compact JSON."""
-    return Answer(status, _JSON, orjson.dumps(value))
+    return PreparedResponse(status, _JSON, orjson.dumps(value))
 
 
-def json_error(status: int, message: str) -> Answer:
+def json_error(status: int, message: str) -> PreparedResponse:
     """Return `{"message":"…"}`."""
     return json(status, {"message": message})
 
 
 # The texts are those of endpoints 1.1 and 1.2.
-NOT_FOUND = Answer(404, (*_TEXT, (b"x-content-type-options", b"nosniff")), b"404 page not found\n")
-NO_SUCH_ITEM = Answer(404)
-BAD_ESCAPE = Answer(400, (*_TEXT, (b"connection", b"close")), b"400 Bad Request")
-MALFORMED_CREDENTIAL = Answer(401)
+NOT_FOUND = PreparedResponse(
+    404, (*_TEXT, (b"x-content-type-options", b"nosniff")), b"404 page not found\n"
+)
+NO_SUCH_ITEM = PreparedResponse(404)
+BAD_ESCAPE = PreparedResponse(400, (*_TEXT, (b"connection", b"close")), b"400 Bad Request")
+MALFORMED_CREDENTIAL = PreparedResponse(401)
 UNKNOWN_CREDENTIAL = text(
     401,
     "Relay Proxy does not recognize the client credential "
@@ -93,7 +95,7 @@ UNKNOWN_FILTER = text(
     404, "Relay Proxy recognizes the provided credential, but the payload filter was not found"
 )
 NO_DATA = text(503, "client was not initialized")
-EVENTS_ARE_OFF = json_error(
+EVENTS_DISABLED = json_error(
     503,
     "Event proxy is not enabled for this environment: set [Events] sendEvents (USE_EVENTS=true)",
 )

@@ -22,27 +22,27 @@ from relay.web.answers import (
     FDV1_INSTEAD,
     NO_DATA,
     NOT_FOUND,
-    Answer,
+    PreparedResponse,
 )
 from relay.web.endpoint import (
     BROWSER,
     FDV2_CLIENT,
     MOBILE,
     SERVER,
-    Access,
-    Endpoint,
-    Respond,
+    AuthenticatedRoute,
+    Handler,
+    RouteAuth,
     header,
     user_agent,
 )
-from relay.web.evaluation import Evaluation
-from relay.web.events import Events
+from relay.web.evaluation import EvaluationHandler
+from relay.web.events import EventsHandler
 from relay.web.goals import Goals
-from relay.web.middleware import CanonicalPaths, Defects
-from relay.web.polling import Polling
+from relay.web.middleware import PathNormalizationMiddleware, ServerErrorMiddleware
+from relay.web.polling import PollingHandler
 from relay.web.posting import BROWSERS, ROUTES
 from relay.web.streams import STREAMS, ClientStreams, StreamResponse
-from relay.web.traffic import RequestLog, Series, Traffic
+from relay.web.traffic import AccessLogMiddleware, RequestMetrics, Series
 from relay.web.webhooks import PATH as WEBHOOK
 from relay.web.webhooks import Webhooks
 
@@ -51,32 +51,32 @@ GET_, REPORT_ = ("GET", "OPTIONS"), ("REPORT", "OPTIONS")
 POST_REPORT_ = ("POST", "REPORT", "OPTIONS")
 REPORT_POST, REPORT_POST_ = ("REPORT", "POST"), ("REPORT", "POST", "OPTIONS")
 
-Row = tuple[str, Sequence[str], Access, Respond]
+Row = tuple[str, Sequence[str], RouteAuth, Handler]
 
 
 def _table(
-    poll: Respond,
-    stream: Respond,
+    poll: Handler,
+    stream: Handler,
     *,
     streams: ClientStreams,
-    events: Events,
-    evaluation: Evaluation,
+    events: EventsHandler,
+    evaluation: EvaluationHandler,
     goals: Goals,
 ) -> Sequence[Row]:
     """Return the authenticated routes; the first that matches counts.
 
     Routes are tried in turn, so those of events, which are busy, come first.
     """
-    in_path = {each: evaluation.in_path(each.audience) for each in (SERVER, MOBILE, BROWSER)}
-    in_body = {each: evaluation.in_body(each.audience) for each in (SERVER, MOBILE, BROWSER)}
+    in_path = {each: evaluation.in_path(each.sdk_kind) for each in (SERVER, MOBILE, BROWSER)}
+    in_body = {each: evaluation.in_body(each.sdk_kind) for each in (SERVER, MOBILE, BROWSER)}
     fdv1 = _always(FDV1_INSTEAD)
     return (
         *(
             (
                 each.template,
-                BROWSERS if each.access is BROWSER else POST,
-                each.access,
-                events.posts(each.endpoint),
+                BROWSERS if each.auth is BROWSER else POST,
+                each.auth,
+                events.handler(each.endpoint),
             )
             for each in ROUTES.values()
         ),
@@ -123,12 +123,12 @@ def _table(
 
 def make_app(
     relay: Relay,
-    polling: Polling,
-    traffic: Traffic,
-    events: Events | None = None,
+    polling: PollingHandler,
+    traffic: RequestMetrics,
+    events: EventsHandler | None = None,
     webhooks: Webhooks | None = None,
     *,
-    evaluation: Evaluation | None = None,
+    evaluation: EvaluationHandler | None = None,
     goals: Goals | None = None,
 ) -> ASGIApp:
     """Return the application.
@@ -142,12 +142,12 @@ def make_app(
         evaluation: evaluates flags; the front door has the same.
         goals: gives goals; None where there are none.
     """
-    evaluation = evaluation or Evaluation()
+    evaluation = evaluation or EvaluationHandler()
     table = _table(
         _poll(polling),
         _stream(traffic),
-        streams=ClientStreams(traffic, evaluation.room),
-        events=events or Events(),
+        streams=ClientStreams(traffic, evaluation.budget),
+        events=events or EventsHandler(),
         evaluation=evaluation,
         goals=goals or Goals(),
     )
@@ -161,7 +161,7 @@ def make_app(
         ("/metrics", lambda _: metrics.page(relay, traffic)),
     )
     endpoints = [
-        (path, methods, Endpoint(relay, traffic, path, methods, access, respond))
+        (path, methods, AuthenticatedRoute(relay, traffic, path, methods, access, respond))
         for path, methods, access, respond in table
     ]
     app = Starlette(
@@ -171,9 +171,9 @@ def make_app(
             *([Route(WEBHOOK, webhooks, methods=POST)] if webhooks else []),
         ],
         middleware=[
-            *([Middleware(RequestLog)] if traffic.logs else []),
-            Middleware(Defects),
-            Middleware(CanonicalPaths),
+            *([Middleware(AccessLogMiddleware)] if traffic.logs else []),
+            Middleware(ServerErrorMiddleware),
+            Middleware(PathNormalizationMiddleware),
         ],
         exception_handlers={404: _not_found, 405: _not_allowed},
     )
@@ -181,50 +181,50 @@ def make_app(
     return app
 
 
-def make_exporter(relay: Relay, traffic: Traffic, prefix: str) -> ASGIApp:
+def make_exporter(relay: Relay, traffic: RequestMetrics, prefix: str) -> ASGIApp:
     """Return what is served on the port of `[Prometheus]`: the reference's figures, then ours."""
     page = _page(lambda _: metrics.exporter_page(relay, traffic, prefix))
     return Starlette(
         routes=[Route("/metrics", page, methods=GET)],
-        middleware=[Middleware(Defects)],
+        middleware=[Middleware(ServerErrorMiddleware)],
         exception_handlers={404: _not_found, 405: _not_allowed},
     )
 
 
 async def _not_found(_request: Request, _error: Exception) -> Response:
-    return NOT_FOUND.as_response()
+    return NOT_FOUND.to_starlette()
 
 
 async def _not_allowed(_request: Request, error: Exception) -> Response:
     methods = error.headers["Allow"] if isinstance(error, HTTPException) and error.headers else ""
     allow = ", ".join(sorted(methods.split(", ")))
-    return Answer(405, ((b"allow", allow.encode()),)).as_response()
+    return PreparedResponse(405, ((b"allow", allow.encode()),)).to_starlette()
 
 
-def _page(answer: Callable[[str], Answer]) -> Callable[[Request], Awaitable[Response]]:
+def _page(answer: Callable[[str], PreparedResponse]) -> Callable[[Request], Awaitable[Response]]:
     async def page(request: Request) -> Response:
-        return answer(request.path_params.get("environment", "")).as_response()
+        return answer(request.path_params.get("environment", "")).to_starlette()
 
     return page
 
 
-def _always(answer: Answer) -> Respond:
+def _always(answer: PreparedResponse) -> Handler:
     async def respond(_request: Request, _environment: Environment) -> Response:
-        return answer.as_response()
+        return answer.to_starlette()
 
     return respond
 
 
-def _poll(polling: Polling) -> Respond:
+def _poll(polling: PollingHandler) -> Handler:
     async def respond(request: Request, environment: Environment) -> Response:
         none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
         answer = await polling.complete(environment, request.scope["path"], none_match, encoding)
-        return (answer or NO_DATA).as_response()
+        return (answer or NO_DATA).to_starlette()
 
     return respond
 
 
-def _stream(traffic: Traffic) -> Respond:
+def _stream(traffic: RequestMetrics) -> Handler:
     async def respond(request: Request, environment: Environment) -> Response:
         path = request.scope["path"]
         agent = user_agent(traffic, request)

@@ -11,19 +11,23 @@ from relay.web.answers import (
     UNKNOWN_CREDENTIAL,
     UNKNOWN_ENVIRONMENT_ID,
     UNKNOWN_FILTER,
-    Answer,
+    PreparedResponse,
 )
 
 _PREFIX = b"api_key "
 _BLANKS = b" \t"
 
 
-def for_sdk_key(relay: Relay, authorization: bytes, payload_filter: str) -> Environment | Answer:
+def for_sdk_key(
+    relay: Relay, authorization: bytes, payload_filter: str
+) -> Environment | PreparedResponse:
     """Return the environment that an `Authorization` header opens as an SDK key, or the refusal."""
     return _by_header(relay.by_sdk_key, authorization, payload_filter)
 
 
-def for_mobile_key(relay: Relay, authorization: bytes, payload_filter: str) -> Environment | Answer:
+def for_mobile_key(
+    relay: Relay, authorization: bytes, payload_filter: str
+) -> Environment | PreparedResponse:
     """Return the environment that an `Authorization` header opens as a mobile key, or the refusal.
 
     SDK keys and mobile keys are never accepted in each other's place.
@@ -33,13 +37,15 @@ def for_mobile_key(relay: Relay, authorization: bytes, payload_filter: str) -> E
 
 def for_environment_id(
     relay: Relay, environment_id: str, payload_filter: str
-) -> Environment | Answer:
+) -> Environment | PreparedResponse:
     """Return the environment that a client-side ID in the path opens, or the refusal."""
     environment = relay.by_environment_id.get(environment_id)
     return _filtered(environment, payload_filter) or UNKNOWN_ENVIRONMENT_ID
 
 
-def for_client(relay: Relay, credential: bytes, payload_filter: str) -> Environment | Answer:
+def for_client(
+    relay: Relay, credential: bytes, payload_filter: str
+) -> Environment | PreparedResponse:
     """Return the environment that a mobile key or client-side ID opens, or the refusal.
 
     This is how SDKs ask by the newer protocol (newer-versions 10.5).
@@ -70,7 +76,7 @@ def plain_key(headers: Mapping[bytes, bytes]) -> str:
 
 def _by_header(
     environments: Mapping[str, Environment], authorization: bytes, payload_filter: str
-) -> Environment | Answer:
+) -> Environment | PreparedResponse:
     key = authorization.strip(_BLANKS)
     if key.startswith(_PREFIX):
         key = key.removeprefix(_PREFIX).strip(_BLANKS)
@@ -80,7 +86,9 @@ def _by_header(
     return _filtered(environment, payload_filter) or UNKNOWN_CREDENTIAL
 
 
-def _filtered(environment: Environment | None, payload_filter: str) -> Environment | Answer | None:
+def _filtered(
+    environment: Environment | None, payload_filter: str
+) -> Environment | PreparedResponse | None:
     if environment is not None and payload_filter:
         return UNKNOWN_FILTER
     return environment

@@ -15,13 +15,13 @@ from starlette.types import Receive
 
 from relay.errors import RelayError
 from relay.protocol.gzip import CORRUPT, GZIP
-from relay.web.answers import Answer, json_error
+from relay.web.answers import PreparedResponse, json_error
 from relay.web.endpoint import header
 
 MAX_SIZE = 32 * 1024 * 1024
 """Bytes of a decompressed body where the configuration sets no limit: far beyond any SDK's."""
 
-MAX_HELD = 128 * 1024 * 1024
+MAX_BUFFERED = 128 * 1024 * 1024
 """Bytes of all bodies that are received at a time; what would go beyond is refused."""
 
 MAX_DISCARDED = 256 * 1024
@@ -41,12 +41,14 @@ _GZIP_MAGIC = b"\x1f\x8b\x08"
 _GZIP_HEADER = 10
 
 UNREADABLE = json_error(400, "unable to read request body")
-NO_ROOM = json_error(503, "Events cannot be accepted at the moment")
+BODIES_OVERLOADED = json_error(503, "Events cannot be accepted at the moment")
 
 
-def _bad_start(message: str) -> Answer:
+def _bad_start(message: str) -> PreparedResponse:
     text = (b"content-type", b"text/plain; charset=utf-8")
-    return Answer(400, (text, (b"x-content-type-options", b"nosniff")), message.encode() + b"\n")
+    return PreparedResponse(
+        400, (text, (b"x-content-type-options", b"nosniff")), message.encode() + b"\n"
+    )
 
 
 NOT_GZIP = _bad_start("gzip: invalid header")
@@ -54,24 +56,24 @@ CUT_HEADER = _bad_start("unexpected EOF")
 NO_HEADER = _bad_start("EOF")
 
 
-class Refused(RelayError):
+class RequestRejected(RelayError):
     """A body cannot be taken.
 
     Args:
         answer: what the client is told.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: PreparedResponse) -> None:
         super().__init__(answer.body.decode())
         self.answer = answer
 
 
-class Room:
+class MemoryBudget:
     """The limits that bodies share.
 
     Args:
         max_size: of one body, decompressed; 0 for `MAX_SIZE`.
-        max_held: of all together.
+        capacity: of all together.
         too_large: what the sender of a larger one is told.
         full: what the sender is told of one for which there is no room.
     """
@@ -79,45 +81,45 @@ class Room:
     def __init__(
         self,
         max_size: int = 0,
-        max_held: int = MAX_HELD,
+        capacity: int = MAX_BUFFERED,
         *,
-        too_large: Answer = UNREADABLE,
-        full: Answer = NO_ROOM,
+        too_large: PreparedResponse = UNREADABLE,
+        full: PreparedResponse = BODIES_OVERLOADED,
     ) -> None:
         self.max_size = max_size or MAX_SIZE
         self.too_large = too_large
         self._full = full
-        self._left = max_held
+        self._left = capacity
 
-    def take(self, size: int) -> None:
+    def acquire(self, size: int) -> None:
         """Note that so many bytes more are held.
 
         Raises:
             Refused: there is no room for them.
         """
         if size > self._left:
-            raise Refused(self._full)
+            raise RequestRejected(self._full)
         self._left -= size
 
-    def give_back(self, size: int) -> None:
+    def release(self, size: int) -> None:
         """Note that they are held no longer."""
         self._left += size
 
 
-class Body:
+class RequestBody:
     """The body of one request: `begin`, then `read`, then in any case `release`.
 
     Args:
         request: its own.
-        room: for it.
+        budget: for it.
         raw: read it as it is on the wire, compressed or not.
     """
 
-    def __init__(self, request: Request, room: Room, *, raw: bool = False) -> None:
+    def __init__(self, request: Request, budget: MemoryBudget, *, raw: bool = False) -> None:
         self._receive: Receive = request.receive
         self._compressed = not raw and b"gzip" in header(request, "content-encoding").lower()
-        self._room = room
-        self._held = 0
+        self._budget = budget
+        self._reserved = 0
         self._start = b""
         self._received = 0
         """Bytes that came, compressed or not."""
@@ -134,11 +136,11 @@ class Body:
         while len(self._start) < _GZIP_HEADER and not self._ended:
             self._start += await self._chunk()
         if not self._start:
-            raise Refused(NO_HEADER)
+            raise RequestRejected(NO_HEADER)
         if len(self._start) < _GZIP_HEADER:
-            raise Refused(CUT_HEADER)
+            raise RequestRejected(CUT_HEADER)
         if not self._start.startswith(_GZIP_MAGIC):
-            raise Refused(NOT_GZIP)
+            raise RequestRejected(NOT_GZIP)
 
     async def read(self) -> bytes:
         """Return the body, decompressed.
@@ -151,14 +153,14 @@ class Body:
 
     def release(self) -> None:
         """Let others have the room."""
-        self._room.give_back(self._held)
-        self._held = 0
+        self._budget.release(self._reserved)
+        self._reserved = 0
 
-    async def refused(self, answer: Answer) -> Answer:
+    async def reject(self, answer: PreparedResponse) -> PreparedResponse:
         """Return the answer to a client whose body is not wanted, once it may be listening."""
-        with suppress(TimeoutError, Refused):
+        with suppress(TimeoutError, RequestRejected):
             async with asyncio.timeout(DISCARD_TIME):
-                most = min(self._received, self._room.max_size) + MAX_DISCARDED
+                most = min(self._received, self._budget.max_size) + MAX_DISCARDED
                 while not self._ended and self._received <= most:
                     await self._chunk()
         return answer if self._ended else answer.with_headers((b"connection", b"close"))
@@ -167,22 +169,22 @@ class Body:
         message = await self._receive()
         if message["type"] != "http.request":
             self._ended = True
-            raise Refused(UNREADABLE)  # the client is gone, and will not read it
+            raise RequestRejected(UNREADABLE)  # the client is gone, and will not read it
         self._ended = not message.get("more_body", False)
         chunk: bytes = message.get("body", b"")
         self._received += len(chunk)
         return chunk
 
-    def _hold(self, part: bytes) -> bytes:
-        if self._held + len(part) > self._room.max_size:
-            raise Refused(self._room.too_large)
-        self._room.take(len(part))
-        self._held += len(part)
+    def _reserve(self, part: bytes) -> bytes:
+        if self._reserved + len(part) > self._budget.max_size:
+            raise RequestRejected(self._budget.too_large)
+        self._budget.acquire(len(part))
+        self._reserved += len(part)
         return part
 
     async def _plain(self) -> AsyncIterator[bytes]:
         while not self._ended:
-            yield self._hold(await self._chunk())
+            yield self._reserve(await self._chunk())
 
     async def _inflated(self) -> AsyncIterator[bytes]:
         gunzip = Gunzip()
@@ -190,18 +192,18 @@ class Body:
         try:
             while True:
                 for part in gunzip.parts(data):
-                    yield self._hold(part)
+                    yield self._reserve(part)
                     if len(part) == INFLATED_AT_ONCE:
                         await asyncio.sleep(0)
                 if self._ended:
                     break
                 data = await self._chunk()
-                if self._received > self._room.max_size + GZIP_OVERHEAD:
-                    raise Refused(self._room.too_large)
+                if self._received > self._budget.max_size + GZIP_OVERHEAD:
+                    raise RequestRejected(self._budget.too_large)
         except CORRUPT as e:
-            raise Refused(UNREADABLE) from e
+            raise RequestRejected(UNREADABLE) from e
         if not gunzip.complete:
-            raise Refused(UNREADABLE)
+            raise RequestRejected(UNREADABLE)
 
 
 class Gunzip:

@@ -15,7 +15,7 @@ from relay.errors import InvalidData
 from relay.model.context import Context, parse_context
 from relay.model.environment import EnvironmentSpec
 from relay.web.answers import json_error, text
-from relay.web.body import Body, Refused, Room
+from relay.web.body import MemoryBudget, RequestBody, RequestRejected
 from relay.web.endpoint import header, parameter_in
 
 MAX_CONTEXT = 5 * 1024 * 1024
@@ -28,7 +28,7 @@ NO_CONTEXT = json_error(
 )
 WRONG_TYPE = text(415, "Content-Type must be application/json.")
 TOO_LARGE = json_error(413, "Request body exceeds maximum allowed size.")
-NO_ROOM = json_error(503, "Contexts cannot be accepted at the moment")
+CONTEXTS_OVERLOADED = json_error(503, "Contexts cannot be accepted at the moment")
 NO_KEY = json_error(400, "User must have a 'key' attribute")
 WRONG_HASH = json_error(400, "Environment is in secure mode, and context hash does not match.")
 
@@ -50,11 +50,11 @@ def context_in_path(segment: bytes) -> Context:
     try:
         json = _from_base64(segment)
     except binascii.Error:
-        raise Refused(NOT_BASE64) from None
+        raise RequestRejected(NOT_BASE64) from None
     try:
         return parse_context(json)
     except InvalidData:
-        raise Refused(NO_CONTEXT) from None
+        raise RequestRejected(NO_CONTEXT) from None
 
 
 def _from_base64(segment: bytes) -> bytes:
@@ -71,31 +71,31 @@ def context_in_body(body: bytes) -> Context:
     try:
         return parse_context(body)
     except InvalidData as e:
-        raise Refused(json_error(400, e.reason)) from None
+        raise RequestRejected(json_error(400, e.reason)) from None
 
 
-def room_for_contexts(max_size: int = 0) -> Room:
+def context_budget(max_size: int = 0) -> MemoryBudget:
     """Return the limits that bodies with contexts share.
 
     Args:
         max_size: bytes of the largest; 0 for `MAX_CONTEXT`.
     """
-    return Room(max_size or MAX_CONTEXT, too_large=TOO_LARGE, full=NO_ROOM)
+    return MemoryBudget(max_size or MAX_CONTEXT, too_large=TOO_LARGE, full=CONTEXTS_OVERLOADED)
 
 
-async def read_context_body(request: Request, room: Room) -> bytes:
+async def read_context_body(request: Request, budget: MemoryBudget) -> bytes:
     """Return the body of a request that should hold a context.
 
     Raises:
         Refused: it is not declared to be JSON, is too large, or did not arrive.
     """
-    body = Body(request, room)
+    body = RequestBody(request, budget)
     try:
         _check_type(header(request, "content-type"))
         await body.begin()
         return await body.read()
-    except Refused as e:
-        raise Refused(await body.refused(e.answer)) from None
+    except RequestRejected as e:
+        raise RequestRejected(await body.reject(e.answer)) from None
     finally:
         body.release()
 
@@ -103,7 +103,7 @@ async def read_context_body(request: Request, room: Room) -> bytes:
 def _check_type(content_type: bytes) -> None:
     """Accept JSON with any parameters, in any letter case."""
     if content_type.partition(b";")[0].strip().lower() != b"application/json":
-        raise Refused(WRONG_TYPE)
+        raise RequestRejected(WRONG_TYPE)
 
 
 def wants_reasons(query: bytes) -> bool:
@@ -111,18 +111,18 @@ def wants_reasons(query: bytes) -> bool:
     return parameter_in(query, "withReasons") == "true"
 
 
-def proof_in(query: bytes) -> str:
-    """Return what the query of a request has for `check_proof`; empty if there is nothing."""
+def secure_mode_hash_in(query: bytes) -> str:
+    """Return what the query of a request has for `check_secure_mode_hash`; empty if there is nothing."""
     return parameter_in(query, "h")
 
 
-def check_proof(spec: EnvironmentSpec, key: str, proof: str) -> None:
+def check_secure_mode_hash(spec: EnvironmentSpec, key: str, proof: str) -> None:
     """See that the owner of the SDK key has signed for a context, if secure mode is on.
 
     Args:
         spec: of the environment.
         key: the context's, fully qualified.
-        proof: the parameter `h` (see `proof_in`).
+        proof: the parameter `h` (see `secure_mode_hash_in`).
 
     Raises:
         Refused: secure mode is on, and the proof is wrong.
@@ -132,4 +132,4 @@ def check_proof(spec: EnvironmentSpec, key: str, proof: str) -> None:
     message = key.encode(errors="replace")
     wanted = hmac.digest(spec.sdk_key.value.encode(), message, "sha256").hex()
     if not hmac.compare_digest(wanted.encode(), proof.encode(errors="replace")):
-        raise Refused(WRONG_HASH)
+        raise RequestRejected(WRONG_HASH)

@@ -8,8 +8,8 @@ from weakref import WeakKeyDictionary
 
 from isal import isal_zlib
 
-from relay.evaluation.form import Body, Piece
-from relay.web.answers import Answer, Headers
+from relay.evaluation.form import EvalBody, Fragment
+from relay.web.answers import Headers, PreparedResponse
 from relay.web.polling import COMPRESSION_LEVEL, Resource
 
 # RFC 1952: no name and no time, so that the bytes are equal at all replicas.
@@ -17,11 +17,11 @@ _START = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
 _LAST_BLOCK = b"\x03\0"
 _SIZES = 2**32
 
-_deflated: WeakKeyDictionary[Piece, bytes] = WeakKeyDictionary()
+_deflated: WeakKeyDictionary[Fragment, bytes] = WeakKeyDictionary()
 """Shared pieces, compressed."""
 
 
-class Evaluated(Resource):
+class EvaluationResource(Resource):
     """An evalx answer, of which only its own piece is compressed anew.
 
     Args:
@@ -29,7 +29,7 @@ class Evaluated(Resource):
         headers: beside the usual ones, of all variants.
     """
 
-    def __init__(self, body: Body, headers: Headers) -> None:
+    def __init__(self, body: EvalBody, headers: Headers) -> None:
         super().__init__(body.pieces, etag_of(body), headers)
         self._body = body
 
@@ -38,34 +38,34 @@ class Evaluated(Resource):
         """The bytes that were not compressed so far."""
         return to_compress(self._body)
 
-    def compress(self) -> Answer:
+    def compress(self) -> PreparedResponse:
         """Return the gzip variant. May run in a thread."""
         return self.compressed_answer(compressed(self._body))
 
-    async def compress_aside(self) -> Answer:
+    async def compress_in_thread(self) -> PreparedResponse:
         """Compress in a thread; what is shared is compressed for others, too."""
         return await asyncio.to_thread(self.compress)
 
 
-def etag_of(body: Body) -> bytes:
+def etag_of(body: EvalBody) -> bytes:
     """Return the ETag, equal at all replicas with equal flags."""
-    return b'"%b"' % body.mark.hex().encode()
+    return b'"%b"' % body.digest.hex().encode()
 
 
-def to_compress(body: Body) -> int:
+def to_compress(body: EvalBody) -> int:
     """Return the number of bytes of a body that were not compressed so far."""
     new = (len(piece.text) for piece in body.shared if piece not in _deflated)
     return len(body.pieces[0]) + sum(new)
 
 
-def compressed(body: Body) -> bytes:
+def compressed(body: EvalBody) -> bytes:
     """Return a body in gzip. May run in a thread."""
     shared = [_deflated.get(piece) or _deflate_shared(piece) for piece in body.shared]
     blocks = (_START, _deflate(body.pieces[0]), *shared, _LAST_BLOCK)
     return b"".join((*blocks, _trailer(body.pieces)))
 
 
-def _deflate_shared(piece: Piece) -> bytes:
+def _deflate_shared(piece: Fragment) -> bytes:
     deflated = _deflated[piece] = _deflate(piece.text)
     return deflated
 

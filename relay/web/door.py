@@ -13,41 +13,41 @@ from uvicorn.server import ServerState
 
 from relay.environment import Environment
 from relay.relay import Relay
-from relay.web.answers import Answer
-from relay.web.posting import Posts
-from relay.web.prepared import Given, Told
-from relay.web.traffic import Traffic
-from relay.web.turns import Turns
+from relay.web.answers import PreparedResponse
+from relay.web.posting import EventsFastPath
+from relay.web.prepared import EvaluationResponse, ResponseCache
+from relay.web.traffic import RequestMetrics
+from relay.web.turns import EvaluationScheduler
 
-DATE_LASTS = 1.0
+DATE_LIFETIME = 1.0
 """Seconds for which a date is used."""
 
-MIN_LOOK = 0.1
+MIN_SWEEP_INTERVAL = 0.1
 """Seconds between two looks at connections, at least, whatever is configured."""
 
 
-class Poll(Protocol):
+class PollResponder(Protocol):
     """Answers polls."""
 
     def __call__(
         self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
-    ) -> Answer | None:
+    ) -> PreparedResponse | None:
         """Return the prepared answer; None if the path is no poll, or there is none yet."""
 
 
-class Questions(Protocol):
+class EvaluationResponder(Protocol):
     """Answers contexts that ask for their flags; `relay.web.questions` does."""
 
-    def known(self, head: bytes, /) -> Told | None:
+    def answer_known(self, head: bytes, /) -> EvaluationResponse | None:
         """Return the answer to a request that differs from an earlier one in its context only."""
 
     def answer(
         self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], /, *, closes: bool
-    ) -> Told | None:
+    ) -> EvaluationResponse | None:
         """Return the answer to a GET; None if it is the application's."""
 
 
-class Connection(ABC):
+class SweptConnection(ABC):
     """A connection that is looked after."""
 
     @abstractmethod
@@ -56,7 +56,7 @@ class Connection(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class DoorLimits:
+class ConnectionLimits:
     """What a connection may cost. Times in seconds, sizes in bytes.
 
     Args:
@@ -73,12 +73,14 @@ class DoorLimits:
     stall_timeout: float = 60.0
 
     @property
-    def look(self) -> float:
+    def sweep_interval(self) -> float:
         """Seconds between two looks at connections: to wake up costs more than to look."""
-        return max(MIN_LOOK, min(self.keep_alive, self.head_timeout, self.stall_timeout) / 2)
+        return max(
+            MIN_SWEEP_INTERVAL, min(self.keep_alive, self.head_timeout, self.stall_timeout) / 2
+        )
 
 
-class Door:
+class FastPath:
     """What the connections of a server share.
 
     Args:
@@ -86,32 +88,32 @@ class Door:
         poll: answers polls; None leaves them to the application.
         limits: what a connection may cost.
         traffic: counts requests; the application has the same.
-        posts: takes posts of events; None leaves them to the application.
-        questions: answers contexts that ask for flags; None leaves them to the application.
+        events: takes posts of events; None leaves them to the application.
+        evaluation: answers contexts that ask for flags; None leaves them to the application.
     """
 
     def __init__(
         self,
         relay: Relay,
-        poll: Poll | None = None,
-        limits: DoorLimits | None = None,
-        traffic: Traffic | None = None,
-        posts: Posts | None = None,
+        poll: PollResponder | None = None,
+        limits: ConnectionLimits | None = None,
+        traffic: RequestMetrics | None = None,
+        events: EventsFastPath | None = None,
         *,
-        questions: Questions | None = None,
+        evaluation: EvaluationResponder | None = None,
     ) -> None:
         self.relay = relay
         self.poll = poll
-        self.posts = posts
-        self.questions = questions
-        self.limits = limits or DoorLimits()
-        self.traffic = traffic or Traffic()
+        self.events = events
+        self.evaluation = evaluation
+        self.limits = limits or ConnectionLimits()
+        self.traffic = traffic or RequestMetrics()
         self.date = b"\r\n"
         """The `Date` header and the blank line that ends a head."""
-        self.stale_at = 0.0
+        self.date_expires_at = 0.0
         """When the date is to be renewed, by the monotonic clock."""
-        self.given = Given()
-        self.turns = Turns()
+        self.cache = ResponseCache()
+        self.scheduler = EvaluationScheduler()
 
     def renew_date(self, state: ServerState, now: float) -> None:
         """Say what time it is; to be called before an answer whenever the date is stale.
@@ -123,13 +125,13 @@ class Door:
         date = formatdate(usegmt=True).encode()
         state.default_headers = [(b"date", date)]
         self.date = b"date: %b\r\n\r\n" % date
-        self.stale_at = now + DATE_LASTS
+        self.date_expires_at = now + DATE_LIFETIME
 
-    def look_after(self, state: ServerState) -> None:
+    def sweep(self, state: ServerState) -> None:
         """Close connections whose clients are too slow."""
         now = time.monotonic()
         if state.connections:  # some may be told why
             self.renew_date(state, now)
         for connection in list(state.connections):
-            if isinstance(connection, Connection):
+            if isinstance(connection, SweptConnection):
                 connection.check(now)

@@ -12,17 +12,17 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from relay.environment import Environment
-from relay.evaluation.audience import Audience
+from relay.evaluation.audience import SDKKind
 from relay.relay import Relay
 from relay.web import auth
-from relay.web.answers import Answer, environment_headers
+from relay.web.answers import PreparedResponse, environment_headers
 from relay.web.cors import cors_headers
-from relay.web.traffic import Series, Traffic
+from relay.web.traffic import RequestMetrics, Series
 
-Find = Callable[[Relay, Request], Environment | Answer]
+Resolve = Callable[[Relay, Request], Environment | PreparedResponse]
 """Returns the environment that a request opens, or the refusal."""
 
-Respond = Callable[[Request, Environment], Awaitable[Response]]
+Handler = Callable[[Request, Environment], Awaitable[Response]]
 """Answers a request to an environment."""
 
 
@@ -48,59 +48,59 @@ def header(request: Request, name: str) -> bytes:
     return b""
 
 
-def user_agent(traffic: Traffic, request: Request) -> str:
+def user_agent(traffic: RequestMetrics, request: Request) -> str:
     """Return the name under which the client of a request is counted."""
     own, general = header(request, "x-launchdarkly-user-agent"), header(request, "user-agent")
     return traffic.user_agent(own, general)
 
 
-def _sdk_key(relay: Relay, request: Request) -> Environment | Answer:
+def _sdk_key(relay: Relay, request: Request) -> Environment | PreparedResponse:
     return auth.for_sdk_key(relay, header(request, "authorization"), parameter(request, "filter"))
 
 
-def _mobile_key(relay: Relay, request: Request) -> Environment | Answer:
+def _mobile_key(relay: Relay, request: Request) -> Environment | PreparedResponse:
     given = header(request, "authorization")
     return auth.for_mobile_key(relay, given, parameter(request, "filter"))
 
 
-def _environment_id(relay: Relay, request: Request) -> Environment | Answer:
+def _environment_id(relay: Relay, request: Request) -> Environment | PreparedResponse:
     given = request.path_params["envId"]
     return auth.for_environment_id(relay, given, parameter(request, "filter"))
 
 
-def _mobile_key_or_environment_id(relay: Relay, request: Request) -> Environment | Answer:
+def _mobile_key_or_environment_id(relay: Relay, request: Request) -> Environment | PreparedResponse:
     given = parameter(request, "auth").encode("latin-1", "replace")
     given = given or header(request, "authorization")
     return auth.for_client(relay, given, parameter(request, "filter"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Access:
+class RouteAuth:
     """Whose a route is.
 
     Args:
-        audience: which flags its SDKs may see.
-        find: from the credential to the environment.
-        exposed: response headers that scripts in browsers may read; none if it is not for browsers.
+        sdk_kind: which flags its SDKs may see.
+        resolve: from the credential to the environment.
+        exposed_headers: response headers that scripts in browsers may read; none if it is not for browsers.
         open_preflight: whether a preflight needs no credential.
     """
 
-    audience: Audience
-    find: Find
-    exposed: tuple[str, ...] = ()
+    sdk_kind: SDKKind
+    resolve: Resolve
+    exposed_headers: tuple[str, ...] = ()
     open_preflight: bool = False
 
     @property
     def platform(self) -> str:
         """Its kind of SDK, in the words of the metrics."""
-        return self.audience.value
+        return self.sdk_kind.value
 
 
-SERVER = Access(Audience.SERVER, _sdk_key)
-MOBILE = Access(Audience.MOBILE, _mobile_key)
-BROWSER = Access(Audience.BROWSER, _environment_id, ("Date",))
-FDV2_CLIENT = Access(
-    Audience.BROWSER,
+SERVER = RouteAuth(SDKKind.SERVER, _sdk_key)
+MOBILE = RouteAuth(SDKKind.MOBILE, _mobile_key)
+BROWSER = RouteAuth(SDKKind.BROWSER, _environment_id, ("Date",))
+FDV2_CLIENT = RouteAuth(
+    SDKKind.BROWSER,
     _mobile_key_or_environment_id,
     ("Date", "X-LD-FD-Fallback"),
     open_preflight=True,
@@ -108,7 +108,7 @@ FDV2_CLIENT = Access(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Endpoint:
+class AuthenticatedRoute:
     """The application behind one route.
 
     Args:
@@ -116,39 +116,39 @@ class Endpoint:
         traffic: counts requests.
         route: the template of the path.
         methods: of the route; those for browsers include OPTIONS.
-        access: whose it is.
-        respond: answers what is allowed.
+        auth: whose it is.
+        handler: answers what is allowed.
     """
 
     relay: Relay
-    traffic: Traffic
+    traffic: RequestMetrics
     route: str
     methods: Sequence[str]
-    access: Access
-    respond: Respond
+    auth: RouteAuth
+    handler: Handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         request = Request(scope, receive)
-        found = self.access.find(self.relay, request)
+        found = self.auth.resolve(self.relay, request)
         response = await self._response(request, found)
         environment = found if isinstance(found, Environment) else None
         if environment and b"x-ld-envid" not in dict(response.raw_headers):
             response.raw_headers.extend(environment_headers(environment.spec))
-        if self.access.exposed:
+        if self.auth.exposed_headers:
             self._allow_browsers(request, response, environment)
         await response(scope, receive, send)
 
-    async def _response(self, request: Request, found: Environment | Answer) -> Response:
+    async def _response(self, request: Request, found: Environment | PreparedResponse) -> Response:
         preflight = request.method == "OPTIONS"
-        if preflight and (self.access.open_preflight or isinstance(found, Environment)):
+        if preflight and (self.auth.open_preflight or isinstance(found, Environment)):
             return Response()
-        if isinstance(found, Answer):
-            return found.as_response()
+        if isinstance(found, PreparedResponse):
+            return found.to_starlette()
         agent = user_agent(self.traffic, request)
-        name, platform = found.spec.name, self.access.platform
+        name, platform = found.spec.name, self.auth.platform
         self.traffic.requests[Series(name, self.route, request.method, platform, agent)].value += 1
-        return await self.respond(request, found)
+        return await self.handler(request, found)
 
     def _allow_browsers(
         self, request: Request, response: Response, environment: Environment | None
@@ -156,5 +156,5 @@ class Endpoint:
         spec = environment.spec if environment else None
         origin = request.headers.get("origin", "")
         headers = MutableHeaders(raw=response.raw_headers)
-        headers.update(cors_headers(spec, origin, self.methods, self.access.exposed))
+        headers.update(cors_headers(spec, origin, self.methods, self.auth.exposed_headers))
         headers.append("vary", "Origin")

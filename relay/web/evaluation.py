@@ -15,27 +15,27 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from relay.environment import Environment
-from relay.evaluation.audience import Audience
-from relay.evaluation.form import Body
+from relay.evaluation.audience import SDKKind
+from relay.evaluation.form import EvalBody
 from relay.evaluation.program import Program
 from relay.model.context import Context
-from relay.web.answers import Answer, environment_headers, json_error
-from relay.web.body import Refused
+from relay.web.answers import PreparedResponse, environment_headers, json_error
+from relay.web.body import RequestRejected
 from relay.web.context import (
     NO_KEY,
-    check_proof,
+    check_secure_mode_hash,
+    context_budget,
     context_in_body,
     context_in_path,
-    proof_in,
     read_context_body,
-    room_for_contexts,
+    secure_mode_hash_in,
     wants_reasons,
 )
-from relay.web.deflating import Evaluated
-from relay.web.endpoint import Respond, header
-from relay.web.polling import expiring
+from relay.web.deflating import EvaluationResource
+from relay.web.endpoint import Handler, header
+from relay.web.polling import with_ttl
 
-MAX_KEPT = 64 * 1024 * 1024
+MAX_CACHED = 64 * 1024 * 1024
 """Bytes of the answers that are kept for contexts that ask again: all environments together."""
 
 ENTRY_SIZE = 2 * 1024
@@ -45,47 +45,47 @@ MAX_AT_ONCE = 8 * 1024
 """Bytes of a context that is evaluated on the event loop, a larger one in a thread: an array of
 thousands of values is looked through for each condition."""
 
-MAX_SEEN = 16 * 1024
+MAX_RECENT = 16 * 1024
 """Contexts that have asked once lately. Only who asks again is kept an answer for: most that ask
 only once would push out those who do. Each takes some 100 bytes."""
 
-NO_DATA = json_error(503, "Service not initialized")
+NOT_INITIALIZED = json_error(503, "Service not initialized")
 
 _NO_SEGMENTS = (b"", b".", b"..")
 """What stands in place of a context when a path is not canonical: the application redirects it."""
 
 
-class _Question(Struct, frozen=True):
+class _EvaluationRequest(Struct, frozen=True):
     """Who asks, and how.
 
     Args:
-        audience: of flags.
+        sdk_kind: of flags.
         raw: the bytes that hold the context, as they came.
         reader: gets it from them.
         with_reasons: whether the reasons are wanted.
-        proof: what secure mode wants.
+        secure_mode_hash: what secure mode wants.
     """
 
-    audience: Audience
+    sdk_kind: SDKKind
     raw: bytes
     reader: Callable[[bytes], Context]
     with_reasons: bool
-    proof: str
+    secure_mode_hash: str
 
 
-class Found(Struct, frozen=True):
+class EvaluationResult(Struct, frozen=True):
     """A result.
 
     Args:
         body: what answers.
-        again: whether it is kept because the context had asked before.
+        cacheable: whether it is kept because the context had asked before.
     """
 
-    body: Body
-    again: bool
+    body: EvalBody
+    cacheable: bool
 
 
-class _Known(Struct, frozen=True):
+class _CacheEntry(Struct, frozen=True):
     """An answer that was given.
 
     Args:
@@ -97,48 +97,48 @@ class _Known(Struct, frozen=True):
 
     version: int
     key: str
-    body: Body
+    body: EvalBody
     size: int
 
 
 @dataclass(slots=True)
-class _Kept:
-    """The answers that were given last to those who ask again, within `MAX_KEPT`."""
+class _ResultCache:
+    """The answers that were given last to those who ask again, within `MAX_CACHED`."""
 
-    answers: OrderedDict[tuple[object, ...], _Known] = field(default_factory=OrderedDict)
+    entries: OrderedDict[tuple[object, ...], _CacheEntry] = field(default_factory=OrderedDict)
     """The one used last comes last."""
     size: int = 0
-    _seen: set[int] = field(default_factory=set)
-    """Hashes of the questions that were asked since there were last `MAX_SEEN` of them."""
-    _seen_before: set[int] = field(default_factory=set)
+    _recent: set[int] = field(default_factory=set)
+    """Hashes of the questions that were asked since there were last `MAX_RECENT` of them."""
+    _recent_before: set[int] = field(default_factory=set)
     """Those of the time before."""
 
-    def has_asked(self, key: tuple[object, ...]) -> bool:
+    def is_repeated(self, key: tuple[object, ...]) -> bool:
         """Whether a question was asked lately; from now on it was."""
         mark = hash(key)
-        if mark in self._seen or mark in self._seen_before:
+        if mark in self._recent or mark in self._recent_before:
             return True
-        if len(self._seen) >= MAX_SEEN:
-            self._seen_before, self._seen = self._seen, set()
-        self._seen.add(mark)
+        if len(self._recent) >= MAX_RECENT:
+            self._recent_before, self._recent = self._recent, set()
+        self._recent.add(mark)
         return False
 
-    def get(self, key: tuple[object, ...]) -> _Known | None:
-        known = self.answers.get(key)
+    def get(self, key: tuple[object, ...]) -> _CacheEntry | None:
+        known = self.entries.get(key)
         if known is not None:
-            self.answers.move_to_end(key)
+            self.entries.move_to_end(key)
         return known
 
-    def put(self, key: tuple[object, ...], known: _Known) -> None:
-        replaced = self.answers.pop(key, None)
+    def put(self, key: tuple[object, ...], known: _CacheEntry) -> None:
+        replaced = self.entries.pop(key, None)
         self.size += known.size - (replaced.size if replaced else 0)
-        self.answers[key] = known
-        while self.size > MAX_KEPT:
-            _, oldest = self.answers.popitem(last=False)
+        self.entries[key] = known
+        while self.size > MAX_CACHED:
+            _, oldest = self.entries.popitem(last=False)
             self.size -= oldest.size
 
 
-class Evaluation:
+class EvaluationHandler:
     """Answers evaluations at both doors.
 
     Args:
@@ -147,17 +147,17 @@ class Evaluation:
     """
 
     def __init__(self, max_body: int = 0) -> None:
-        self.room = room_for_contexts(max_body)
-        self._kept = _Kept()
+        self.budget = context_budget(max_body)
+        self._cache = _ResultCache()
 
     def find(
-        self, environment: Environment, audience: Audience, segment: bytes, query: bytes
-    ) -> Found | Answer | None:
+        self, environment: Environment, sdk_kind: SDKKind, segment: bytes, query: bytes
+    ) -> EvaluationResult | PreparedResponse | None:
         """Return the result that a GET asks for, or the refusal; None if it is the application's.
 
         Args:
             environment: whose flags.
-            audience: which of them.
+            sdk_kind: which of them.
             segment: of the path, which holds the context, as on the wire.
             query: as on the wire.
         """
@@ -165,82 +165,82 @@ class Evaluation:
             return None
         if query and (b"%" in query or b"filter" in query):
             return None
-        question = _question(audience, segment, context_in_path, query)
+        question = _request(sdk_kind, segment, context_in_path, query)
         try:
-            program = environment.evaluations.current(audience)
-            return self._found(environment, program, question)
-        except Refused as e:
+            program = environment.programs.current(sdk_kind)
+            return self._evaluate(environment, program, question)
+        except RequestRejected as e:
             return _of(environment, e.answer)
 
-    def in_path(self, audience: Audience) -> Respond:
+    def in_path(self, sdk_kind: SDKKind) -> Handler:
         """Return what answers a GET whose path ends in the context."""
 
         async def respond(request: Request, environment: Environment) -> Response:
             segment = request.path_params["context"].encode(errors="replace")
             query = request.scope["query_string"]
-            question = _question(audience, segment, context_in_path, query)
-            return (await self._complete(request, environment, question)).as_response()
+            question = _request(sdk_kind, segment, context_in_path, query)
+            return (await self._complete(request, environment, question)).to_starlette()
 
         return respond
 
-    def in_body(self, audience: Audience) -> Respond:
+    def in_body(self, sdk_kind: SDKKind) -> Handler:
         """Return what answers a request whose body is the context."""
 
         async def respond(request: Request, environment: Environment) -> Response:
             try:
-                body = await read_context_body(request, self.room)
-            except Refused as e:
-                return e.answer.as_response()
-            question = _question(audience, body, context_in_body, request.scope["query_string"])
-            return (await self._complete(request, environment, question)).as_response()
+                body = await read_context_body(request, self.budget)
+            except RequestRejected as e:
+                return e.answer.to_starlette()
+            question = _request(sdk_kind, body, context_in_body, request.scope["query_string"])
+            return (await self._complete(request, environment, question)).to_starlette()
 
         return respond
 
     async def _complete(
-        self, request: Request, environment: Environment, question: _Question
-    ) -> Answer:
+        self, request: Request, environment: Environment, question: _EvaluationRequest
+    ) -> PreparedResponse:
         none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
-        evaluations, audience = environment.evaluations, question.audience
+        evaluations, audience = environment.programs, question.sdk_kind
         try:
             if len(question.raw) > MAX_AT_ONCE:
                 program = await evaluations.ready(audience)
                 body = await asyncio.to_thread(_read_and_evaluated, environment, program, question)
             else:
-                found = self._found(environment, evaluations.current(audience), question)
+                found = self._evaluate(environment, evaluations.current(audience), question)
                 if found is None:
                     program = await evaluations.ready(audience)
-                    found = self._found(environment, program, question)
+                    found = self._evaluate(environment, program, question)
                 body = found.body if found else None
-        except Refused as e:
+        except RequestRejected as e:
             return _of(environment, e.answer)
         if body is None:
-            return _of(environment, NO_DATA)
-        resource = resource_of(body, environment)
+            return _of(environment, NOT_INITIALIZED)
+        resource = resource_for(body, environment)
         answer = resource.variant(none_match, encoding)
         if answer is None:
-            answer = await resource.compress_aside()
-        return timed(answer, environment, audience) or NO_DATA
+            answer = await resource.compress_in_thread()
+        return with_expiry(answer, environment, audience) or NOT_INITIALIZED
 
-    def _found(
-        self, environment: Environment, program: Program | None, question: _Question
-    ) -> Found | None:
+    def _evaluate(
+        self, environment: Environment, program: Program | None, question: _EvaluationRequest
+    ) -> EvaluationResult | None:
         """Return the result; None if it has to wait for the program.
 
         Raises:
             Refused: there is none for this context, or no data.
         """
         raw, reader = question.raw, question.reader
-        place = (environment, question.audience, raw, question.with_reasons, reader)
-        again = self._kept.has_asked(place)
-        known = self._kept.get(place) if again else None
+        place = (environment, question.sdk_kind, raw, question.with_reasons, reader)
+        again = self._cache.is_repeated(place)
+        known = self._cache.get(place) if again else None
         if (
             known is not None
             and program is not None
             and environment.payload is not None
             and known.version == program.version
         ):
-            _prove(environment, known.key, question)
-            return Found(known.body, again=True)
+            _check_secure_mode(environment, known.key, question)
+            return EvaluationResult(known.body, cacheable=True)
         context = reader(raw)
         body = _evaluated(environment, program, question, context)
         if body is None or program is None:
@@ -249,60 +249,67 @@ class Evaluation:
             key = context.fully_qualified_key if environment.spec.secure_mode else ""
             # Mostly shared, but not with the answers of other data, or of no group.
             size = ENTRY_SIZE + body.size + len(raw)
-            self._kept.put(place, _Known(program.version, key, body, size))
-        return Found(body, again)
+            self._cache.put(place, _CacheEntry(program.version, key, body, size))
+        return EvaluationResult(body, again)
 
 
-def _question(
-    audience: Audience, raw: bytes, reader: Callable[[bytes], Context], query: bytes
-) -> _Question:
-    return _Question(audience, raw, reader, wants_reasons(query), proof_in(query))
+def _request(
+    sdk_kind: SDKKind, raw: bytes, reader: Callable[[bytes], Context], query: bytes
+) -> _EvaluationRequest:
+    return _EvaluationRequest(
+        sdk_kind, raw, reader, wants_reasons(query), secure_mode_hash_in(query)
+    )
 
 
 def _read_and_evaluated(
-    environment: Environment, program: Program | None, question: _Question
-) -> Body | None:
+    environment: Environment, program: Program | None, question: _EvaluationRequest
+) -> EvalBody | None:
     """Do for a large context what `_evaluated` does; in a thread."""
     return _evaluated(environment, program, question, question.reader(question.raw))
 
 
 def _evaluated(
-    environment: Environment, program: Program | None, question: _Question, context: Context
-) -> Body | None:
+    environment: Environment,
+    program: Program | None,
+    question: _EvaluationRequest,
+    context: Context,
+) -> EvalBody | None:
     """Evaluate; None if that has to wait for the program.
 
     Raises:
         Refused: there is no result for this context, or no data.
     """
     if environment.spec.secure_mode:
-        _prove(environment, context.fully_qualified_key, question)
+        _check_secure_mode(environment, context.fully_qualified_key, question)
     if environment.payload is None:
-        raise Refused(NO_DATA)
+        raise RequestRejected(NOT_INITIALIZED)
     if program is None:
         return None
     if context.has_empty_key:
-        raise Refused(NO_KEY)
+        raise RequestRejected(NO_KEY)
     return program.body(context, with_reasons=question.with_reasons)
 
 
-def _prove(environment: Environment, key: str, question: _Question) -> None:
+def _check_secure_mode(environment: Environment, key: str, question: _EvaluationRequest) -> None:
     """Secure mode is for those whose credential is public."""
-    if question.audience is Audience.BROWSER:
-        check_proof(environment.spec, key, question.proof)
+    if question.sdk_kind is SDKKind.BROWSER:
+        check_secure_mode_hash(environment.spec, key, question.secure_mode_hash)
 
 
-def resource_of(body: Body, environment: Environment) -> Evaluated:
+def resource_for(body: EvalBody, environment: Environment) -> EvaluationResource:
     """Return a result in all its variants."""
-    return Evaluated(body, environment_headers(environment.spec))
+    return EvaluationResource(body, environment_headers(environment.spec))
 
 
-def _of(environment: Environment, refusal: Answer) -> Answer:
+def _of(environment: Environment, refusal: PreparedResponse) -> PreparedResponse:
     return refusal.with_headers(*environment_headers(environment.spec))
 
 
-def timed(answer: Answer | None, environment: Environment, audience: Audience) -> Answer | None:
+def with_expiry(
+    answer: PreparedResponse | None, environment: Environment, sdk_kind: SDKKind
+) -> PreparedResponse | None:
     """Only what servers poll may be cached without asking again.
 
     An SDK that gets a ping asks for its flags, and must not get them from its own cache.
     """
-    return expiring(answer, environment) if audience is Audience.SERVER else answer
+    return with_ttl(answer, environment) if sdk_kind is SDKKind.SERVER else answer

@@ -22,7 +22,7 @@ from starlette.responses import Response
 from relay.environment import Environment
 from relay.errors import StoreUnavailable
 from relay.log import Log, environment_log
-from relay.model.event import Endpoint, Lane, Post
+from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY as NO_ITEMS
 from relay.model.payload import Payload
@@ -34,9 +34,9 @@ from relay.protocol.events import (
     is_empty,
     summarised,
 )
-from relay.web.answers import EVENTS_ARE_OFF, Answer, json_error
-from relay.web.body import NO_ROOM, Body, Refused, Room
-from relay.web.endpoint import Respond, parameter
+from relay.web.answers import EVENTS_DISABLED, PreparedResponse, json_error
+from relay.web.body import BODIES_OVERLOADED, MemoryBudget, RequestBody, RequestRejected
+from relay.web.endpoint import Handler, parameter
 
 LAST_OLD_SCHEMA = 2
 """Events of later schemas come summarised."""
@@ -47,7 +47,7 @@ IMAGE_SCHEMA = 3
 SUMMARISED_AT_ONCE = 128 * 1024
 """Bytes up to which a post is summarised in the event loop: a few milliseconds."""
 
-MAX_SUMMARISED_LANES = 256
+MAX_SUMMARISED_PARTITIONS = 256
 """Lanes whose contexts are remembered; tags are whatever clients say."""
 
 MAX_ORIGINS = 256
@@ -65,15 +65,15 @@ _STANDARD_ALPHABET = str.maketrans("-_ ", "+/+")
 
 _GIF = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
 
-ACCEPTED = Answer(202)
-IMAGE = Answer(200, ((b"content-type", b"image/gif"),), _GIF)
+ACCEPTED = PreparedResponse(202)
+IMAGE = PreparedResponse(200, ((b"content-type", b"image/gif"),), _GIF)
 EMPTY = json_error(400, "body may not be empty")
 
 
-class Accepting(Protocol):
+class EventAcceptor(Protocol):
     """What takes posts and sees to their delivery."""
 
-    def accept(self, post: Post) -> Awaitable[object]:
+    def accept(self, post: EventPayload) -> Awaitable[object]:
         """Take a post; the result is there when it is safe.
 
         Raises:
@@ -96,9 +96,9 @@ class Discarder:
     def __init__(self, discarded: Counter[str]) -> None:
         self._discarded = discarded
 
-    def accept(self, post: Post) -> Awaitable[object]:
+    def accept(self, post: EventPayload) -> Awaitable[object]:
         """Drop a post."""
-        self.discard(post.lane.environment)
+        self.discard(post.partition.environment)
         done: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         done.set_result(True)
         return done
@@ -113,7 +113,7 @@ class Discarder:
 
 
 @dataclass(slots=True)
-class _Introduced:
+class _IntroducedContexts:
     """Whom upstream knows in a lane; one post at a time may ask."""
 
     contexts: Contexts = field(default_factory=Contexts)
@@ -128,7 +128,7 @@ class _Report:
     due: float = 0.0
 
 
-class Events:
+class EventsHandler:
     """Answers what SDKs send to the endpoints of events.
 
     Args:
@@ -140,78 +140,78 @@ class Events:
 
     def __init__(
         self,
-        forwarder: Accepting | None = None,
+        forwarder: EventAcceptor | None = None,
         max_size: int = 0,
         unusable: Counter[str] | None = None,
     ) -> None:
         self.unusable = Counter() if unusable is None else unusable
         self._forwarder = forwarder
-        self.room = Room(max_size)
+        self.budget = MemoryBudget(max_size)
         """For bodies that are received, at both doors."""
         self._origins: defaultdict[str, set[tuple[int, str, str]]] = defaultdict(set)
         """Schema, tags and wrapper that were seen, by environment."""
         self._crowded: set[str] = set()
         """Environments in which there are more."""
-        self._introduced: OrderedDict[Lane, _Introduced] = OrderedDict()
+        self._introduced: OrderedDict[Partition, _IntroducedContexts] = OrderedDict()
         """The lane used last comes last."""
         self._reports: dict[str, _Report] = {}
 
-    def posts(self, endpoint: Endpoint) -> Respond:
+    def handler(self, endpoint: EventsEndpoint) -> Handler:
         """Return what answers posts to an endpoint."""
 
         async def respond(request: Request, environment: Environment) -> Response:
-            return (await self._answer(request, environment, endpoint)).as_response()
+            return (await self._answer(request, environment, endpoint)).to_starlette()
 
         return respond
 
     async def image(self, request: Request, environment: Environment) -> Response:
         """Answer a request for the image, in whose address browsers send events."""
         if self._forwarder is None:
-            return EVENTS_ARE_OFF.as_response()
+            return EVENTS_DISABLED.to_starlette()
         body = _from_base64(parameter(request, "d")) if request.method == "GET" else b""
         if isinstance(self._forwarder, Discarder):
             if body:
                 self._forwarder.discard(environment.spec.name)
         elif body:
-            lane = Lane(environment.spec.name, Endpoint.CLIENT_SIDE, IMAGE_SCHEMA)
+            lane = Partition(environment.spec.name, EventsEndpoint.CLIENT_SIDE, IMAGE_SCHEMA)
             try:
                 await self._accept_events(self._forwarder, environment, _post(lane, "", body))
             except StoreUnavailable:
-                return NO_ROOM.as_response()
-        return IMAGE.as_response()
+                return BODIES_OVERLOADED.to_starlette()
+        return IMAGE.to_starlette()
 
     async def _answer(
-        self, request: Request, environment: Environment, endpoint: Endpoint
-    ) -> Answer:
-        body = Body(request, self.room)
+        self, request: Request, environment: Environment, endpoint: EventsEndpoint
+    ) -> PreparedResponse:
+        body = RequestBody(request, self.budget)
         try:
             await body.begin()
             if self._forwarder is None:
-                return await body.refused(EVENTS_ARE_OFF)
+                return await body.reject(EVENTS_DISABLED)
             if isinstance(self._forwarder, Discarder):
                 self._forwarder.discard(environment.spec.name)
-                return await body.refused(ACCEPTED)
+                return await body.reject(ACCEPTED)
             content = await body.read()
             if not content:
                 return EMPTY
             await self._accept(self._forwarder, environment, endpoint, _first(request), content)
-        except Refused as e:
-            return await body.refused(e.answer)
+        except RequestRejected as e:
+            return await body.reject(e.answer)
         except StoreUnavailable:
-            return NO_ROOM
+            return BODIES_OVERLOADED
         finally:
             body.release()
         return ACCEPTED
 
     @property
-    def on(self) -> bool:
+    def enabled(self) -> bool:
         """Whether events are taken at all."""
         return self._forwarder is not None
 
     def accept_plain(
         self,
         environment: Environment,
-        endpoint: Endpoint,
+        endpoint: EventsEndpoint,
         headers: Mapping[bytes, bytes],
         body: bytes,
     ) -> Awaitable[object] | None:
@@ -231,9 +231,11 @@ class Events:
         """
         if self._forwarder is None or not _is_plain(endpoint, headers, body):
             return None
-        return self._forwarder.accept(self._post_of(environment, endpoint, headers, body))
+        return self._forwarder.accept(self._payload_of(environment, endpoint, headers, body))
 
-    def accept_in(self, lane: Lane, payload_id: str, body: bytes) -> Awaitable[object] | None:
+    def accept_in_partition(
+        self, partition: Partition, payload_id: str, body: bytes
+    ) -> Awaitable[object] | None:
         """Accept a post of a current schema, of whose head that is known.
 
         Returns:
@@ -242,46 +244,46 @@ class Events:
         Raises:
             StoreUnavailable: it cannot be taken.
         """
-        if self._forwarder is None or not _is_deliverable(lane.endpoint, body):
+        if self._forwarder is None or not _is_deliverable(partition.endpoint, body):
             return None
-        return self._forwarder.accept(Post(lane, payload_id, body, time.time()))
+        return self._forwarder.accept(EventPayload(partition, payload_id, body, time.time()))
 
     async def _accept(
         self,
-        forwarder: Accepting,
+        forwarder: EventAcceptor,
         environment: Environment,
-        endpoint: Endpoint,
+        endpoint: EventsEndpoint,
         headers: Mapping[bytes, bytes],
         body: bytes,
     ) -> None:
-        post = self._post_of(environment, endpoint, headers, body)
+        post = self._payload_of(environment, endpoint, headers, body)
         if endpoint.diagnostic:
             await forwarder.accept(post)
         else:
             await self._accept_events(forwarder, environment, post, old=_is_old(headers))
 
-    def _post_of(
+    def _payload_of(
         self,
         environment: Environment,
-        endpoint: Endpoint,
+        endpoint: EventsEndpoint,
         headers: Mapping[bytes, bytes],
         body: bytes,
-    ) -> Post:
-        return _post(self.lane(environment, endpoint, headers), _payload_id(headers), body)
+    ) -> EventPayload:
+        return _post(self.partition(environment, endpoint, headers), _payload_id(headers), body)
 
-    def lane(
-        self, environment: Environment, endpoint: Endpoint, headers: Mapping[bytes, bytes]
-    ) -> Lane:
+    def partition(
+        self, environment: Environment, endpoint: EventsEndpoint, headers: Mapping[bytes, bytes]
+    ) -> Partition:
         """Return how a post travels that has come with these headers."""
         name = environment.spec.name
         if endpoint.diagnostic:
-            return Lane(name, endpoint)
+            return Partition(name, endpoint)
         schema = _schema(headers.get(_SCHEMA_HEADER, b""))
         tags = headers.get(b"x-launchdarkly-tags", b"").decode("latin-1")
         wrapper = headers.get(b"x-launchdarkly-wrapper", b"").decode("latin-1")
         if not self._is_known_origin(environment, (schema, tags, wrapper)):
             tags = wrapper = ""
-        return Lane(name, endpoint, schema, tags, wrapper)
+        return Partition(name, endpoint, schema, tags, wrapper)
 
     def _is_known_origin(self, environment: Environment, origin: tuple[int, str, str]) -> bool:
         """Whether a kind of senders may travel apart; the first ones may."""
@@ -296,7 +298,12 @@ class Events:
         return False
 
     async def _accept_events(
-        self, forwarder: Accepting, environment: Environment, post: Post, *, old: bool = False
+        self,
+        forwarder: EventAcceptor,
+        environment: Environment,
+        post: EventPayload,
+        *,
+        old: bool = False,
     ) -> None:
         """Pass on what can be delivered, which is what looks like an array and holds something."""
         if not is_array(post.body):
@@ -308,12 +315,14 @@ class Events:
         else:
             await forwarder.accept(post)
 
-    async def _accept_old(self, forwarder: Accepting, environment: Environment, post: Post) -> None:
+    async def _accept_old(
+        self, forwarder: EventAcceptor, environment: Environment, post: EventPayload
+    ) -> None:
         """Summarise a post and pass it on.
 
         Lanes are told apart by their schema here, as in the reference, not afterwards.
         """
-        introduced = self._introduced_in(post.lane)
+        introduced = self._contexts_of(post.partition)
         async with introduced.turn:
             server_time = forwarder.server_time(environment.spec.name)
             payload = environment.payload or NO_ITEMS
@@ -322,17 +331,17 @@ class Events:
             self._note_unusable(environment, reason, number)
         if result.body is None:
             return
-        lane = post.lane._replace(schema=SUMMARY_SCHEMA)
+        lane = post.partition._replace(schema=SUMMARY_SCHEMA)
         try:
-            await forwarder.accept(Post(lane, post.payload_id, result.body, post.received))
+            await forwarder.accept(EventPayload(lane, post.payload_id, result.body, post.received))
         except StoreUnavailable:
             introduced.contexts.forget()
             raise
 
-    def _introduced_in(self, lane: Lane) -> _Introduced:
-        introduced = self._introduced.pop(lane, None) or _Introduced()
-        self._introduced[lane] = introduced
-        if len(self._introduced) > MAX_SUMMARISED_LANES:
+    def _contexts_of(self, partition: Partition) -> _IntroducedContexts:
+        introduced = self._introduced.pop(partition, None) or _IntroducedContexts()
+        self._introduced[partition] = introduced
+        if len(self._introduced) > MAX_SUMMARISED_PARTITIONS:
             self._introduced.popitem(last=False)
         return introduced
 
@@ -354,7 +363,7 @@ def _log_of(environment: Environment) -> Log:
 
 
 async def _summarised(
-    post: Post, payload: Payload, contexts: Contexts, server_time: float
+    post: EventPayload, payload: Payload, contexts: Contexts, server_time: float
 ) -> Summarised:
     def flag(key: str) -> Item | None:
         return payload.get(Kind.FLAG, key)
@@ -365,7 +374,7 @@ async def _summarised(
         now, theirs = int(post.received * 1000), int(server_time * 1000)
         return summarised(
             post.body,
-            post.lane.schema,
+            post.partition.schema,
             flag,
             contexts,
             now=now,
@@ -375,8 +384,8 @@ async def _summarised(
     return work() if len(post.body) <= SUMMARISED_AT_ONCE else await asyncio.to_thread(work)
 
 
-def _post(lane: Lane, payload_id: str, body: bytes) -> Post:
-    return Post(lane, payload_id, body, time.time())
+def _post(lane: Partition, payload_id: str, body: bytes) -> EventPayload:
+    return EventPayload(lane, payload_id, body, time.time())
 
 
 def _schema(given: bytes) -> int:
@@ -390,13 +399,13 @@ def _is_old(headers: Mapping[bytes, bytes]) -> bool:
     return schema <= LAST_OLD_SCHEMA or b"x-launchdarkly-unsummarized" in headers
 
 
-def _is_plain(endpoint: Endpoint, headers: Mapping[bytes, bytes], body: bytes) -> bool:
+def _is_plain(endpoint: EventsEndpoint, headers: Mapping[bytes, bytes], body: bytes) -> bool:
     if not endpoint.diagnostic and _is_old(headers):
         return False
     return _is_deliverable(endpoint, body)
 
 
-def _is_deliverable(endpoint: Endpoint, body: bytes) -> bool:
+def _is_deliverable(endpoint: EventsEndpoint, body: bytes) -> bool:
     """Whether a body is passed on; that of diagnostics whatever it is."""
     if body[:2] == b"[{" and body[-1:] == b"]":
         return True  # like nearly all

@@ -22,18 +22,25 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
 from relay.environment import Environment
-from relay.hub import Wire
-from relay.model.count import Count
+from relay.hub import StreamTransport
+from relay.model.count import MetricValue
 from relay.web.answers import Headers
 from relay.web.auth import by_plain_key
-from relay.web.door import Connection, Door
+from relay.web.door import FastPath, SweptConnection
 from relay.web.heads import END
 from relay.web.polling import template
-from relay.web.posting import CHUNKED, Receiving, only_chunk
-from relay.web.prepared import CLOSE, CLOSING, Prepared, Told, assembled
+from relay.web.posting import CHUNKED, EventUpload, only_chunk
+from relay.web.prepared import CLOSE, CLOSING, CachedResponse, EvaluationResponse, assemble
 from relay.web.protocol import HTTPProtocol
-from relay.web.streams import STREAMS, Opening, client_opening, stream_headers
-from relay.web.traffic import LoggedWire, Series, client, note, request_line, shown
+from relay.web.streams import STREAMS, StreamRequest, client_stream_request, stream_headers
+from relay.web.traffic import (
+    LoggedTransport,
+    Series,
+    client_label,
+    log_request,
+    redact_url,
+    request_line,
+)
 
 USED_OF_UVICORN = (
     *("connections", "cycle", "flow", "headers", "parser", "pipeline", "scope", "transport", "url"),
@@ -43,60 +50,60 @@ USED_OF_UVICORN = (
 )
 """The attributes of uvicorn's protocol that this module relies on; a test looks for each."""
 
-MAX_LESSONS = 32
+MAX_HEADS_REMEMBERED = 32
 """Heads of posts that one connection may teach: of the clients behind a proxy; one that makes up a
 new one for each post costs no more than that."""
 
 _VERSIONS = ("1.1", "1.0")
 _EVALUATED = b"/sdk/evalx/"
-_QUESTIONS = (b"GET /sdk/evalx/", b"GET /msdk/evalx/")
+_EVALUATIONS = (b"GET /sdk/evalx/", b"GET /msdk/evalx/")
 _ODD_HEADERS = frozenset((b"expect", b"upgrade"))
 _BODY_HEADERS = _ODD_HEADERS | {b"content-length", b"transfer-encoding"}
 
 
-class FrontDoor(HTTPProtocol, Connection):
+class FastHTTPProtocol(HTTPProtocol, SweptConnection):
     """One connection.
 
     Args:
-        door: what all connections share.
+        shared: what all connections share.
         config, server_state, app_state, _loop: uvicorn's.
     """
 
     def __init__(
         self,
-        door: Door,
+        shared: FastPath,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._door = door
-        self._seen = monotonic()
+        self._shared = shared
+        self._last_activity = monotonic()
         """When the client last said something, or took something."""
         self._backlog = 0
         self._head_size = 0
         """Bytes of an incomplete request head."""
-        self._between = True
+        self._between_requests = True
         """Whether no request is being read."""
         self._in_body = False
         """Whether what comes belongs to a request whose head is complete."""
-        self._whole = b""
+        self._whole_head = b""
         """The bytes that the parser is fed with, if they are exactly one request head."""
         self._answered = False
         """Whether the request that is being read needs no application."""
         self._closes = False
         """Whether the client wants the connection to end with the answer."""
-        self._waits = b""
+        self._deferred = b""
         """The question that waits for its turn."""
-        self._early = b""
+        self._received_meanwhile = b""
         """What the client has said since."""
-        self._stream: Opening | None = None
-        self._post: Receiving | None = None
+        self._stream: StreamRequest | None = None
+        self._upload: EventUpload | None = None
         """What is being received or kept."""
-        self._post_start = b""
+        self._upload_start = b""
         """What the parser is fed with, if it begins with a post."""
-        self._lessons = 0
+        self._heads_remembered = 0
         """Heads of posts that this connection has taught."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -107,33 +114,33 @@ class FrontDoor(HTTPProtocol, Connection):
 
     def data_received(self, data: bytes) -> None:
         """Answer at once what was answered before; parse everything else."""
-        door, now = self._door, monotonic()
-        if now >= door.stale_at:
+        door, now = self._shared, monotonic()
+        if now >= door.date_expires_at:
             door.renew_date(self.server_state, now)
-        if self._waits:
-            self._early += data
+        if self._deferred:
+            self._received_meanwhile += data
             self.transport.pause_reading()
             return
         if not self._head_size:  # the head of a request has one time-out for all its pieces
-            self._seen = now
-        if self._post is not None and self._post.missing:
-            self._take_more(self._post, data)
+            self._last_activity = now
+        if self._upload is not None and self._upload.missing:
+            self._continue_upload(self._upload, data)
             return
-        if self._between and self._is_idle():
+        if self._between_requests and self._is_idle():
             if data.startswith(b"POST "):
-                if self._take_known(data):
+                if self._begin_known_upload(data):
                     return
-                self._post_start = data
-            elif self._answer_again(data):
+                self._upload_start = data
+            elif self._answer_from_cache(data):
                 return
         self._parse(data)
 
-    def _answer_again(self, data: bytes) -> bool:
+    def _answer_from_cache(self, data: bytes) -> bool:
         """Do what was done for the same request before, or see to it later."""
-        door = self._door
-        asks = data.startswith(_QUESTIONS)
-        given = door.given.told(data) if asks else door.given.find(data)
-        if isinstance(given, Prepared):
+        door = self._shared
+        asks = data.startswith(_EVALUATIONS)
+        given = door.cache.get_evaluated(data) if asks else door.cache.get(data)
+        if isinstance(given, CachedResponse):
             self._write(given)
             return True
         if given is not None and self._can_open():
@@ -142,56 +149,56 @@ class FrontDoor(HTTPProtocol, Connection):
         if data.find(END) != len(data) - len(END):
             return False
         if asks:
-            if door.turns.has_to_wait(self):
-                self._waits = data
+            if door.scheduler.defer(self):
+                self._deferred = data
                 return True
-            if self._tell_known(data):
+            if self._answer_known_client(data):
                 return True
-        self._whole = data
+        self._whole_head = data
         return False
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Answer the question that has waited."""
-        head, self._waits = self._waits, b""
+        head, self._deferred = self._deferred, b""
         if self.transport.is_closing() or not head:
             return
-        if not self._tell_known(head):
-            self._whole = head
+        if not self._answer_known_client(head):
+            self._whole_head = head
             self._parse(head)
-        early, self._early = self._early, b""
+        early, self._received_meanwhile = self._received_meanwhile, b""
         if early:
             self.transport.resume_reading()
             self.data_received(early)
 
     def shutdown(self) -> None:
         """End as soon as nobody waits for an answer."""
-        self.go_on()
+        self.resume()
         super().shutdown()
 
-    def _tell_known(self, head: bytes) -> bool:
+    def _answer_known_client(self, head: bytes) -> bool:
         """Answer a request that differs from an earlier one in its context only."""
-        door = self._door
-        if door.questions is None or len(head) > door.limits.max_head_size:
+        door = self._shared
+        if door.evaluation is None or len(head) > door.limits.max_head_size:
             return False
-        told = door.questions.known(head)
+        told = door.evaluation.answer_known(head)
         if told is None:
             return False
-        self._tell(head, told)
+        self._write_evaluation(head, told)
         return True
 
     def _parse(self, data: bytes) -> None:
         if not self._in_body:
             self._head_size += len(data)
         super().data_received(data)
-        self._whole = self._post_start = b""
+        self._whole_head = self._upload_start = b""
         if self._stream is not None:
             self._hand_over(self._stream)
-        elif self._reads_head and self._head_size > self._door.limits.max_head_size:
+        elif self._reads_head and self._head_size > self._shared.limits.max_head_size:
             self._refuse_head()
 
     @property
     def _reads_head(self) -> bool:
-        return not self._between and self._head_size > 0
+        return not self._between_requests and self._head_size > 0
 
     def _is_idle(self) -> bool:
         """Whether an answer written now follows the previous one, to a client that reads."""
@@ -202,7 +209,7 @@ class FrontDoor(HTTPProtocol, Connection):
 
     def on_message_begin(self) -> None:
         """Note that a request begins."""
-        self._between = False
+        self._between_requests = False
         self._answered = False
         self.url = b""
         self.headers = []
@@ -216,7 +223,7 @@ class FrontDoor(HTTPProtocol, Connection):
             self._answered = True
         elif self.parser.get_http_version() not in _VERSIONS:
             self._refuse(b"505 HTTP Version Not Supported")
-        elif size > self._door.limits.max_head_size and self._is_head_too_large():
+        elif size > self._shared.limits.max_head_size and self._is_head_too_large():
             self._refuse_head()
         elif self._answer():
             self._answered = True
@@ -241,22 +248,22 @@ class FrontDoor(HTTPProtocol, Connection):
         """Give the body to the application, unless it is that of a post which is taken here."""
         if not self._answered:
             super().on_body(body)
-        elif self._post is not None and not self._post.take(body):
-            self._pass_on(self._post)
+        elif self._upload is not None and not self._upload.receive(body):
+            self._pass_on(self._upload)
 
     def on_message_complete(self) -> None:
         """Note that the request has been read."""
-        self._between = True
+        self._between_requests = True
         self._in_body = False
-        if self._answered and self._post is not None:
-            self._keep(self._post)
+        if self._answered and self._upload is not None:
+            self._accept_upload(self._upload)
         if not self._answered:
             super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of what the client has sent."""
-        if self._post is not None:
-            self._post.release()
+        if self._upload is not None:
+            self._upload.release()
         super().connection_lost(exc)
 
     def _answer(self) -> bool:
@@ -272,99 +279,104 @@ class FrontDoor(HTTPProtocol, Connection):
             return False
         return answer(self, headers)
 
-    def _opened(self, headers: Mapping[bytes, bytes]) -> Environment | None:
+    def _environment_of(self, headers: Mapping[bytes, bytes]) -> Environment | None:
         """Return the environment of a GET that is all that has come."""
-        if not self._whole or not _BODY_HEADERS.isdisjoint(headers):
+        if not self._whole_head or not _BODY_HEADERS.isdisjoint(headers):
             return None
-        return by_plain_key(self._door.relay.by_sdk_key, headers)
+        return by_plain_key(self._shared.relay.by_sdk_key, headers)
 
     def _take_stream(self, headers: Mapping[bytes, bytes]) -> bool:
-        environment, stream = self._opened(headers), STREAMS.get(self.url)
+        environment, stream = self._environment_of(headers), STREAMS.get(self.url)
         if environment is None or stream is None:
             return False
         given = stream_headers(environment, closes=self._closes)
-        opening = Opening(environment, stream, given, self._series(environment))
-        if not self._door.traffic.logs:
-            self._door.given.keep(self._whole, opening)
+        opening = StreamRequest(environment, stream, given, self._series(environment))
+        if not self._shared.traffic.logs:
+            self._shared.cache.put(self._whole_head, opening)
         return self._open(opening)
 
     def _take_client_stream(self, headers: Mapping[bytes, bytes]) -> bool:
-        traffic = self._door.traffic
-        if traffic.logs or not self._whole or not _BODY_HEADERS.isdisjoint(headers):
+        traffic = self._shared.traffic
+        if traffic.logs or not self._whole_head or not _BODY_HEADERS.isdisjoint(headers):
             return False
-        relay, closes = self._door.relay, self._closes
-        opening = client_opening(relay, traffic, self.url, headers, closes=closes)
+        relay, closes = self._shared.relay, self._closes
+        opening = client_stream_request(relay, traffic, self.url, headers, closes=closes)
         return opening is not None and self._open(opening)
 
-    def _open(self, opening: Opening) -> bool:
+    def _open(self, opening: StreamRequest) -> bool:
         if not self._can_open():
             return False
         self._stream = opening
         return True
 
     def _can_open(self) -> bool:
-        return not (self.transport.get_write_buffer_size() or self._door.relay.stopping)
+        return not (self.transport.get_write_buffer_size() or self._shared.relay.stopping)
 
     def _answer_sdk(self, headers: Mapping[bytes, bytes]) -> bool:
         if self.url.startswith(_EVALUATED):
-            return self._answer_question(headers)
+            return self._answer_evaluation(headers)
         return self._answer_poll(headers)
 
-    def _answer_question(self, headers: Mapping[bytes, bytes]) -> bool:
+    def _answer_evaluation(self, headers: Mapping[bytes, bytes]) -> bool:
         """Answer a context that asks for its flags."""
-        questions, logs = self._door.questions, self._door.traffic.logs
-        if questions is None or logs or not self._whole or not _BODY_HEADERS.isdisjoint(headers):
+        questions, logs = self._shared.evaluation, self._shared.traffic.logs
+        if (
+            questions is None
+            or logs
+            or not self._whole_head
+            or not _BODY_HEADERS.isdisjoint(headers)
+        ):
             return False
-        told = questions.answer(self._whole, self.url, headers, closes=self._closes)
+        told = questions.answer(self._whole_head, self.url, headers, closes=self._closes)
         if told is None:
             return False
-        self._tell(self._whole, told)
+        self._write_evaluation(self._whole_head, told)
         return True
 
-    def _tell(self, head: bytes, told: Told) -> None:
+    def _write_evaluation(self, head: bytes, told: EvaluationResponse) -> None:
         """Answer a context; remember that if it may well ask again."""
-        if told.again:
-            prepared = Prepared(
+        if told.cacheable:
+            prepared = CachedResponse(
                 told.environment, told.head, told.pieces, told.counter, closes=told.closes
             )
-            self._door.given.keep_told(head, prepared)
+            self._shared.cache.put_evaluated(head, prepared)
         start = told.head + CLOSE if told.closes else told.head
-        written = assembled(start, self._door.date, told.pieces)
+        written = assemble(start, self._shared.date, told.pieces)
         self._respond(written, told.counter, closes=told.closes)
 
-    def _take_post(self, headers: Mapping[bytes, bytes]) -> bool:
+    def _begin_upload(self, headers: Mapping[bytes, bytes]) -> bool:
         """Begin to receive a post of events: one at a time, as it is answered after a while."""
-        posts, logs = self._door.posts, self._door.traffic.logs
+        posts, logs = self._shared.events, self._shared.traffic.logs
         if posts is None or logs or not self._is_idle():
             return False
         post = posts.begin(self.url, headers)
         if post is None:
             return False
         post.keep_alive = not self._closes
-        post.start = self._post_start[: self._post_start.find(END) + len(END)]
+        post.start = self._upload_start[: self._upload_start.find(END) + len(END)]
         # So that requests which come meanwhile wait, and a shutdown does, too.
-        self._post = self.cycle = cast("Any", post)
+        self._upload = self.cycle = cast("Any", post)
         return True
 
-    def _keep(self, post: Receiving) -> None:
+    def _accept_upload(self, post: EventUpload) -> None:
         """See to it that a post that has come is answered when it is safe."""
-        posts = self._door.posts
+        posts = self._shared.events
         kept = posts.accept(post) if posts else None
         if posts is None or kept is None:
             self._pass_on(post)
             return
-        if post.head is None and post.start and self._lessons < MAX_LESSONS:
-            self._lessons += 1
-            posts.learn(post.start, post)
+        if post.head is None and post.start and self._heads_remembered < MAX_HEADS_REMEMBERED:
+            self._heads_remembered += 1
+            posts.remember(post.start, post)
         if kept.done():
-            self._end_post(post, kept)
+            self._answer_upload(post, kept)
         else:
-            kept.add_done_callback(partial(self._end_post, post))
+            kept.add_done_callback(partial(self._answer_upload, post))
 
-    def _take_known(self, data: bytes) -> bool:
+    def _begin_known_upload(self, data: bytes) -> bool:
         """Take a post whose head means what another one's meant; the parser is not needed."""
-        posts, end = self._door.posts, data.find(END) + len(END)
-        if posts is None or self._door.traffic.logs or end < len(END):
+        posts, end = self._shared.events, data.find(END) + len(END)
+        if posts is None or self._shared.traffic.logs or end < len(END):
             return False
         post = posts.known(data[:end])
         if post is None:
@@ -377,41 +389,41 @@ class FrontDoor(HTTPProtocol, Connection):
             return False  # more requests, or chunks
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
-        self._post = self.cycle = cast("Any", post)
-        self._between, self._in_body = False, True
-        self._take_more(post, body)
+        self._upload = self.cycle = cast("Any", post)
+        self._between_requests, self._in_body = False, True
+        self._continue_upload(post, body)
         return True
 
-    def _take_more(self, post: Receiving, data: bytes) -> None:
+    def _continue_upload(self, post: EventUpload, data: bytes) -> None:
         """Take a part of the body of a post whose head is known, and what follows it."""
         rest = b""
         if len(data) > post.missing:
             data, rest = data[: post.missing], data[post.missing :]
         post.missing -= len(data)
-        if not post.take(data):
+        if not post.receive(data):
             post.missing = 0
             self._pass_on(post)
         elif not post.missing:
-            self._between, self._in_body = True, False
-            self._keep(post)
+            self._between_requests, self._in_body = True, False
+            self._accept_upload(post)
         if rest:
             self._parse(rest)
 
-    def _end_post(self, post: Receiving, kept: asyncio.Future[object]) -> None:
+    def _answer_upload(self, post: EventUpload, kept: asyncio.Future[object]) -> None:
         post.release()
         post.response_complete = True
-        self._post = None
-        self._seen = monotonic()
-        if self._door.posts is None or self.transport.is_closing():
+        self._upload = None
+        self._last_activity = monotonic()
+        if self._shared.events is None or self.transport.is_closing():
             return
         head = post.head
         if head is not None and post.keep_alive and not kept.cancelled() and not kept.exception():
-            self.transport.write(head.written(self._door.date))
+            self.transport.write(head.to_wire(self._shared.date))
         else:
-            answer = self._door.posts.answer(post, kept)
+            answer = self._shared.events.answer(post, kept)
             if not post.keep_alive:
                 answer = answer.with_headers(CLOSING)
-            self.transport.write(answer.head + self._door.date + answer.body)
+            self.transport.write(answer.head + self._shared.date + answer.body)
         if not post.keep_alive:
             self.transport.close()
         elif self.pipeline:
@@ -419,14 +431,14 @@ class FrontDoor(HTTPProtocol, Connection):
         else:
             self.server_state.total_requests += 1
 
-    def _pass_on(self, post: Receiving) -> None:
+    def _pass_on(self, post: EventUpload) -> None:
         """Give a post to the application after all, with what has come of it."""
         body = b"".join(post.parts)
         post.release()
-        self._post = self.cycle = cast("Any", None)
+        self._upload = self.cycle = cast("Any", None)
         self._answered = False
         if post.head is not None:  # the parser has not seen it
-            self._between, self._in_body = True, False
+            self._between_requests, self._in_body = True, False
             self._parse(post.start + body)
             return
         self._begin_in_application()
@@ -434,27 +446,29 @@ class FrontDoor(HTTPProtocol, Connection):
             super().on_body(body)
 
     def _answer_poll(self, headers: Mapping[bytes, bytes]) -> bool:
-        environment, head = self._opened(headers), self._whole
-        if environment is None or self._door.poll is None or not self.url.isascii():
+        environment, head = self._environment_of(headers), self._whole_head
+        if environment is None or self._shared.poll is None or not self.url.isascii():
             return False
         none_match, encoding = headers.get(b"if-none-match"), headers.get(b"accept-encoding")
-        answer = self._door.poll(
+        answer = self._shared.poll(
             environment, self.url.decode("ascii"), none_match or b"", encoding or b""
         )
         if answer is None:
             return False
-        traffic = self._door.traffic
+        traffic = self._shared.traffic
         count = traffic.requests[self._series(environment)]
-        prepared = Prepared(environment, answer.head, (answer.body,), count, closes=self._closes)
+        prepared = CachedResponse(
+            environment, answer.head, (answer.body,), count, closes=self._closes
+        )
         if traffic.logs:
             prepared.line = self._line(answer.status, len(answer.body))
-        self._door.given.keep(head, prepared)
+        self._shared.cache.put(head, prepared)
         self._write(prepared)
         return True
 
     def _series(self, environment: Environment) -> Series:
         route = template(self.url.decode("ascii"))
-        agent = client(self._door.traffic, dict(self.headers))
+        agent = client_label(self._shared.traffic, dict(self.headers))
         return Series(environment.spec.name, route, "GET", "server", agent)
 
     def _line(self, status: int, size: int | None) -> str:
@@ -462,19 +476,19 @@ class FrontDoor(HTTPProtocol, Connection):
 
     @property
     def _shown(self) -> str:
-        return shown(self.url.decode("ascii"))
+        return redact_url(self.url.decode("ascii"))
 
     @property
     def _authorization(self) -> str:
         return dict(self.headers)[b"authorization"].decode("latin-1")
 
-    def _write(self, prepared: Prepared) -> None:
+    def _write(self, prepared: CachedResponse) -> None:
         if prepared.line:
-            note(prepared.line)
-        written = prepared.written(self._door.date)
+            log_request(prepared.line)
+        written = prepared.to_wire(self._shared.date)
         self._respond(written, prepared.count, closes=prepared.closes)
 
-    def _respond(self, written: tuple[bytes, ...], count: Count, *, closes: bool) -> None:
+    def _respond(self, written: tuple[bytes, ...], count: MetricValue, *, closes: bool) -> None:
         """Write a whole answer, and count it."""
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
@@ -484,24 +498,24 @@ class FrontDoor(HTTPProtocol, Connection):
         if closes:
             self.transport.close()
 
-    def _hand_over(self, opening: Opening) -> None:
+    def _hand_over(self, opening: StreamRequest) -> None:
         """Give the connection to the hub, and leave nothing of this object behind."""
         self._unset_keepalive_if_required()
         self.server_state.total_requests += 1
         self.connections.discard(self)
         count = self._count_stream(opening.series)
-        wire: Wire = self.transport
-        head = _stream_head(opening.headers, self._door.date)
-        if self._door.traffic.logs:
-            note(self._line(200, None))
+        wire: StreamTransport = self.transport
+        head = _stream_head(opening.headers, self._shared.date)
+        if self._shared.traffic.logs:
+            log_request(self._line(200, None))
             self.transport.write(head)
-            wire, head = LoggedWire(self.transport, self._shown, self._authorization), b""
+            wire, head = LoggedTransport(self.transport, self._shown, self._authorization), b""
         vars(self).clear()
-        opening.environment.hub.subscribe(opening.name, wire, head, count, opening.viewer)
+        opening.environment.hub.subscribe(opening.name, wire, head, count, opening.client)
 
-    def _count_stream(self, series: Series) -> Count:
+    def _count_stream(self, series: Series) -> MetricValue:
         """Count a new stream; return the count of those that are open."""
-        traffic = self._door.traffic
+        traffic = self._shared.traffic
         traffic.requests[series].value += 1
         traffic.new_streams[series].value += 1
         return traffic.streams[series]
@@ -509,10 +523,10 @@ class FrontDoor(HTTPProtocol, Connection):
     def _is_head_too_large(self) -> bool:
         """Whether the head itself is too large, not only what was received together with it."""
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        return size > self._door.limits.max_head_size
+        return size > self._shared.limits.max_head_size
 
     def _refuse_head(self) -> None:
-        if len(self.url) > self._door.limits.max_head_size // 2:
+        if len(self.url) > self._shared.limits.max_head_size // 2:
             self._refuse(b"414 URI Too Long")
         else:
             self._refuse(b"431 Request Header Fields Too Large")
@@ -522,27 +536,27 @@ class FrontDoor(HTTPProtocol, Connection):
         self._answered = True
         if self._is_idle():
             head = b"HTTP/1.1 %b\r\nconnection: close\r\ncontent-length: 0\r\n" % status
-            self.transport.write(head + self._door.date)
+            self.transport.write(head + self._shared.date)
         self.transport.close()
 
     def check(self, now: float) -> None:
         """Close the connection if its client has kept us waiting for too long."""
-        limits = self._door.limits
+        limits = self._shared.limits
         backlog = self.transport.get_write_buffer_size()
         if backlog < self._backlog:
-            self._seen = now
+            self._last_activity = now
         self._backlog = backlog
-        waited = now - self._seen
+        waited = now - self._last_activity
         if backlog:
             if waited > limits.stall_timeout:
                 self.transport.abort()
         elif self._reads_head:
             if waited > limits.head_timeout:
                 self._refuse(b"408 Request Timeout")
-        elif waited > limits.keep_alive and (self._is_idle() or not self._between):
+        elif waited > limits.keep_alive and (self._is_idle() or not self._between_requests):
             self.transport.close()
 
-    _ANSWERS: ClassVar[Mapping[tuple[bytes, bytes], _Take]] = {
+    _ANSWERS: ClassVar[Mapping[tuple[bytes, bytes], _Answer]] = {
         (b"GET", b"all"): _take_stream,
         (b"GET", b"flags"): _take_stream,
         (b"GET", b"eval"): _take_client_stream,
@@ -550,16 +564,16 @@ class FrontDoor(HTTPProtocol, Connection):
         (b"GET", b"ping"): _take_client_stream,
         (b"GET", b"mping"): _take_client_stream,
         (b"GET", b"sdk"): _answer_sdk,
-        (b"GET", b"msdk"): _answer_question,
-        (b"POST", b"bulk"): _take_post,
-        (b"POST", b"diagnostic"): _take_post,
-        (b"POST", b"events"): _take_post,
-        (b"POST", b"mobile"): _take_post,
+        (b"GET", b"msdk"): _answer_evaluation,
+        (b"POST", b"bulk"): _begin_upload,
+        (b"POST", b"diagnostic"): _begin_upload,
+        (b"POST", b"events"): _begin_upload,
+        (b"POST", b"mobile"): _begin_upload,
     }
     """By method and first segment of the path, what takes a request that is plain."""
 
 
-_Take = Callable[[FrontDoor, Mapping[bytes, bytes]], bool]
+_Answer = Callable[[FastHTTPProtocol, Mapping[bytes, bytes]], bool]
 """Answers a request with these headers, or begins to; False if it is the application's."""
 
 
@@ -568,30 +582,30 @@ def _stream_head(headers: Headers, date: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\n" + b"".join(lines) + b"transfer-encoding: chunked\r\n" + date
 
 
-def front_door(door: Door) -> type[asyncio.Protocol]:
+def protocol_factory(shared: FastPath) -> type[asyncio.Protocol]:
     """Return what uvicorn wants as `http`: it makes the protocol of each connection.
 
     What all connections of a server begin with are attributes of their class: functions come by the
     thousand, and uvicorn gives each of their connections thirty.
     """
-    kinds: list[Callable[[], FrontDoor]] = []
+    kinds: list[Callable[[], FastHTTPProtocol]] = []
 
-    def connection(**uvicorns: Any) -> FrontDoor:
+    def connection(**uvicorns: Any) -> FastHTTPProtocol:
         if not kinds:
-            kinds.append(_kind_like(FrontDoor(door, **uvicorns)))
+            kinds.append(_class_like(FastHTTPProtocol(shared, **uvicorns)))
         return kinds[0]()
 
     return cast("type[asyncio.Protocol]", connection)
 
 
-def _kind_like(first: FrontDoor) -> Callable[[], FrontDoor]:
+def _class_like(first: FastHTTPProtocol) -> Callable[[], FastHTTPProtocol]:
     """Return the class of connections that begin as this one did."""
 
-    def begin(connection: FrontDoor) -> None:
+    def begin(connection: FastHTTPProtocol) -> None:
         connection.parser = parser = HttpRequestParser(connection)
         parser.set_dangerous_leniencies(lenient_data_after_close=True)
         connection.pipeline = deque()
-        connection._seen = monotonic()  # noqa: SLF001 - it is one of ours
+        connection._last_activity = monotonic()  # noqa: SLF001 - it is one of ours
 
     own = ("parser", "pipeline", "_seen")
     shared = {
@@ -600,5 +614,7 @@ def _kind_like(first: FrontDoor) -> Callable[[], FrontDoor]:
         for name, value in vars(first).items()
         if name not in own
     }
-    kind: Callable[[], FrontDoor] = type("FrontDoor", (FrontDoor,), {**shared, "__init__": begin})
+    kind: Callable[[], FastHTTPProtocol] = type(
+        "FastHTTPProtocol", (FastHTTPProtocol,), {**shared, "__init__": begin}
+    )
     return kind

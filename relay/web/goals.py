@@ -23,7 +23,7 @@ from relay.log import Log, environment_log
 from relay.model.reply import Fetch, Reply
 from relay.model.text import header_value
 from relay.protocol.urls import join
-from relay.web.answers import Answer
+from relay.web.answers import PreparedResponse
 from relay.web.endpoint import header
 from relay.web.polling import is_known
 
@@ -47,7 +47,7 @@ PASSED_BACK = ("content-type", "cache-control", "etag", "expires", "last-modifie
 
 _MAX_AGE = re.compile('(?:^|[ ,])max-age="?([0-9]{1,9})')
 _SECONDS = re.compile("[0-9]{1,9}")
-_NONE = Answer(200, ((b"content-type", b"application/json"),), b"[]")
+_NONE = PreparedResponse(200, ((b"content-type", b"application/json"),), b"[]")
 _UNREACHABLE = Reply(502, {}, b"")
 _STATUSES = frozenset(HTTPStatus)
 
@@ -68,7 +68,7 @@ class Goals:
     async def respond(self, request: Request, environment: Environment) -> Response:
         """Answer a request."""
         if self._fetch is None:
-            return _NONE.as_response()
+            return _NONE.to_starlette()
         goals = self._known.get(environment)
         if goals is None:
             identifier = quote(request.path_params["envId"], safe="")
@@ -77,7 +77,7 @@ class Goals:
             goals = self._known[environment] = _Goals(self._fetch, url, log)
         passed = {name: header(request, name).decode("latin-1") for name in PASSED_ON}
         found = await goals.get({name: value for name, value in passed.items() if value})
-        return _answer(found, header(request, "if-none-match")).as_response()
+        return _answer(found, header(request, "if-none-match")).to_starlette()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ def _lifetime(reply: Reply) -> float | None:
     return min(max(float(max_age[1]) - spent, 0.0), MAX_FRESH)
 
 
-def _answer(found: _Found, if_none_match: bytes) -> Answer:
+def _answer(found: _Found, if_none_match: bytes) -> PreparedResponse:
     reply = found.reply
     headers = tuple(
         (name.encode(), header_value(reply.headers[name].encode(errors="surrogateescape")))
@@ -210,5 +210,5 @@ def _answer(found: _Found, if_none_match: bytes) -> Answer:
         headers = (*headers, (b"x-from-cache", b"1"), (b"age", b"%d" % age))
     etag = dict(headers).get(b"etag", b"")
     if reply.status == HTTPStatus.OK and etag and is_known(etag, if_none_match):
-        return Answer(304, headers)
-    return Answer(reply.status, headers, reply.body)
+        return PreparedResponse(304, headers)
+    return PreparedResponse(reply.status, headers, reply.body)

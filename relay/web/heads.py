@@ -22,11 +22,11 @@ _VARIABLE = re.compile(
     re.IGNORECASE,
 )
 
-Outline = tuple[bytes, ...]
+HeadTemplate = tuple[bytes, ...]
 """Texts of a head, each but the last followed by the name of a header whose value is left out."""
 
 
-def taken_apart(head: bytes) -> tuple[Outline, list[bytes]]:
+def normalise_head(head: bytes) -> tuple[HeadTemplate, list[bytes]]:
     """Return the outline of a head, and the values that it leaves out.
 
     Only values of letters, digits and dashes are left out: whatever they are, a head is as valid as
@@ -38,6 +38,6 @@ def taken_apart(head: bytes) -> tuple[Outline, list[bytes]]:
     return tuple(parts), values
 
 
-def names(outline: Outline) -> list[bytes]:
+def variable_names(template: HeadTemplate) -> list[bytes]:
     """Return the names of the headers whose values are left out, in lower case."""
-    return [name.lower() for name in outline[1::2]]
+    return [name.lower() for name in template[1::2]]

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relay.model.text import header_value
-from relay.web.answers import BAD_ESCAPE, Answer
+from relay.web.answers import BAD_ESCAPE, PreparedResponse
 
 _BROKEN_ESCAPE = re.compile(rb"%(?![0-9a-fA-F]{2})")
 _UNESCAPED = "/!$&'()*+,;=:@~"
@@ -18,7 +18,7 @@ _UNESCAPED = "/!$&'()*+,;=:@~"
 _log = logging.getLogger("relay.web")
 
 
-class CanonicalPaths:
+class PathNormalizationMiddleware:
     """Middleware that lets only well-formed, canonical paths through (endpoints 1.1)."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -30,13 +30,13 @@ class CanonicalPaths:
         if answer is None:
             await self._app(scope, receive, send)
         else:
-            await answer.as_response()(scope, receive, send)
+            await answer.to_starlette()(scope, receive, send)
 
 
-def _objection(scope: Scope) -> Answer | None:
+def _objection(scope: Scope) -> PreparedResponse | None:
     path: str = scope["path"]
     if path == "*" and scope["method"] == "OPTIONS":
-        return Answer(200)  # a question to the server as such
+        return PreparedResponse(200)  # a question to the server as such
     if _BROKEN_ESCAPE.search(scope["raw_path"]):
         return BAD_ESCAPE
     clean = canonical(path)
@@ -45,7 +45,7 @@ def _objection(scope: Scope) -> Answer | None:
     location = quote(clean, safe=_UNESCAPED).encode()
     if scope["query_string"]:
         location += b"?" + scope["query_string"]
-    return Answer(301, ((b"location", header_value(location)),))
+    return PreparedResponse(301, ((b"location", header_value(location)),))
 
 
 def canonical(path: str) -> str:
@@ -57,7 +57,7 @@ def canonical(path: str) -> str:
     return clean + "/" if path.endswith("/") and clean != "/" else clean
 
 
-class Defects:
+class ServerErrorMiddleware:
     """Middleware that turns an unexpected exception into a 500, logged once."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -78,4 +78,4 @@ class Defects:
             if started:
                 raise  # the server logs it and cuts the connection
             _log.exception("A request could not be answered because of a defect of ours")
-            await Answer(500).as_response()(scope, receive, send)
+            await PreparedResponse(500).to_starlette()(scope, receive, send)

@@ -17,7 +17,7 @@ from relay.environment import Environment
 from relay.model.item import Kind
 from relay.model.payload import Payload
 from relay.protocol.fdv1 import all_data, all_flags
-from relay.web.answers import NO_SUCH_ITEM, Answer, Headers, environment_headers
+from relay.web.answers import NO_SUCH_ITEM, Headers, PreparedResponse, environment_headers
 
 MIN_COMPRESSED = 1024
 """Bytes of a body worth compressing: below, it fits one packet anyway."""
@@ -60,8 +60,8 @@ class Resource:
         self.etag = etag
         self.compressible = self.size >= MIN_COMPRESSED
         self._headers = headers
-        self.compressed: Answer | None = None
-        self._compression: asyncio.Future[Answer] | None = None
+        self.compressed: PreparedResponse | None = None
+        self._compression: asyncio.Future[PreparedResponse] | None = None
 
     @property
     def _shared(self) -> Headers:
@@ -78,14 +78,14 @@ class Resource:
         return b"".join(self.pieces)
 
     @property
-    def plain(self) -> Answer:
+    def plain(self) -> PreparedResponse:
         """The variant that is not compressed."""
-        return Answer(200, self._typed, self.body)
+        return PreparedResponse(200, self._typed, self.body)
 
     @cached_property
-    def unchanged(self) -> Answer:
+    def unchanged(self) -> PreparedResponse:
         """What a client is told that has it."""
-        return Answer(304, self._shared)
+        return PreparedResponse(304, self._shared)
 
     @property
     def to_compress(self) -> int:
@@ -96,7 +96,7 @@ class Resource:
         """Whether the client has this."""
         return is_known(self.etag, if_none_match)
 
-    def compress(self) -> Answer:
+    def compress(self) -> PreparedResponse:
         """Return the gzip variant. May run in a thread."""
         if self.compressed is None:
             # Without a time the bytes are equal at all replicas.
@@ -104,18 +104,18 @@ class Resource:
             self.compressed = self.compressed_answer(body)
         return self.compressed
 
-    def compressed_answer(self, body: bytes) -> Answer:
+    def compressed_answer(self, body: bytes) -> PreparedResponse:
         """Return the variant with a compressed body."""
-        return Answer(200, (*self._typed, (b"content-encoding", b"gzip")), body)
+        return PreparedResponse(200, (*self._typed, (b"content-encoding", b"gzip")), body)
 
-    async def compress_aside(self) -> Answer:
+    async def compress_in_thread(self) -> PreparedResponse:
         """Compress in a thread, once for all who ask meanwhile."""
         if self._compression is None:
             self._compression = asyncio.ensure_future(asyncio.to_thread(self.compress))
         # Who asks may go; others wait for the same.
         return await asyncio.shield(self._compression)
 
-    def variant(self, if_none_match: bytes, accept_encoding: bytes) -> Answer | None:
+    def variant(self, if_none_match: bytes, accept_encoding: bytes) -> PreparedResponse | None:
         """Return what answers these headers; None while it waits to be compressed aside."""
         if if_none_match and self.matches(if_none_match):
             return self.unchanged
@@ -225,7 +225,7 @@ def _weight(parameter: bytes) -> float:
         return 0.0
 
 
-class Polling:
+class PollingHandler:
     """Answers polls at both doors."""
 
     def __init__(self) -> None:
@@ -233,7 +233,7 @@ class Polling:
 
     def __call__(
         self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
-    ) -> Answer | None:
+    ) -> PreparedResponse | None:
         """Return the answer at once; None if this is for the application.
 
         Args:
@@ -248,7 +248,7 @@ class Polling:
 
     def answer(
         self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
-    ) -> Answer | None:
+    ) -> PreparedResponse | None:
         """Return the answer to a poll at once.
 
         None if there are no data, if nothing is polled there, or if a large body has to be
@@ -263,11 +263,11 @@ class Polling:
         found = self._find(environment, path)
         if not isinstance(found, Resource):
             return found
-        return expiring(found.variant(if_none_match, accept_encoding), environment)
+        return with_ttl(found.variant(if_none_match, accept_encoding), environment)
 
     async def complete(
         self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
-    ) -> Answer | None:
+    ) -> PreparedResponse | None:
         """Return the answer to a poll; a large body is compressed aside, for the next ones as well.
 
         The arguments are those of `answer`; None if there are no data, or nothing is polled there.
@@ -277,10 +277,10 @@ class Polling:
             return found
         answer = found.variant(if_none_match, accept_encoding)
         if answer is None:
-            answer = await found.compress_aside()
-        return expiring(answer, environment)
+            answer = await found.compress_in_thread()
+        return with_ttl(answer, environment)
 
-    def _find(self, environment: Environment, path: str) -> Resource | Answer | None:
+    def _find(self, environment: Environment, path: str) -> Resource | PreparedResponse | None:
         if environment.payload is None:
             return None
         try:
@@ -298,7 +298,7 @@ class Polling:
         return polls
 
 
-def expiring(answer: Answer | None, environment: Environment) -> Answer | None:
+def with_ttl(answer: PreparedResponse | None, environment: Environment) -> PreparedResponse | None:
     """Return an answer with the time until which caches may keep it, if there is one."""
     ttl = environment.spec.ttl
     if answer is None or ttl <= 0:

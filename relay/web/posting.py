@@ -15,24 +15,31 @@ from typing import NamedTuple
 
 from relay.environment import Environment
 from relay.errors import StoreUnavailable
-from relay.model.count import Count
-from relay.model.event import Endpoint, Lane
+from relay.model.count import MetricValue
+from relay.model.event import EventsEndpoint, Partition
 from relay.protocol.gzip import CORRUPT
 from relay.relay import Relay
-from relay.web.answers import Answer, environment_headers
+from relay.web.answers import PreparedResponse, environment_headers
 from relay.web.auth import plain_key
 from relay.web.body import (
+    BODIES_OVERLOADED,
     INFLATED_AT_ONCE,
-    NO_ROOM,
     Gunzip,
-    Refused,
-    Room,
+    MemoryBudget,
+    RequestRejected,
 )
 from relay.web.cors import cors_lines
-from relay.web.endpoint import BROWSER, MOBILE, SERVER, Access
-from relay.web.events import ACCEPTED, Events
-from relay.web.heads import LENGTH, MAX_HEAD, PAYLOAD_ID, Outline, names, taken_apart
-from relay.web.traffic import Series, Traffic
+from relay.web.endpoint import BROWSER, MOBILE, SERVER, RouteAuth
+from relay.web.events import ACCEPTED, EventsHandler
+from relay.web.heads import (
+    LENGTH,
+    MAX_HEAD,
+    PAYLOAD_ID,
+    HeadTemplate,
+    normalise_head,
+    variable_names,
+)
+from relay.web.traffic import RequestMetrics, Series
 
 PLAIN_SIZE = 256 * 1024
 """Bytes of a body, as it is sent, that are collected here; larger ones take turns with others in
@@ -54,25 +61,25 @@ _LAST_CHUNK = b"\r\n0\r\n\r\n"
 _log = logging.getLogger("relay.web")
 
 
-class Route(NamedTuple):
+class EventsRoute(NamedTuple):
     """Where events are posted."""
 
     template: str
-    endpoint: Endpoint
-    access: Access
+    endpoint: EventsEndpoint
+    auth: RouteAuth
 
 
-ROUTES: Mapping[bytes, Route] = {
+ROUTES: Mapping[bytes, EventsRoute] = {
     route.template.removesuffix("{envId}").encode(): route
     for route in (
-        Route("/bulk", Endpoint.BULK, SERVER),
-        Route("/diagnostic", Endpoint.BULK_DIAGNOSTIC, SERVER),
-        Route("/mobile", Endpoint.MOBILE, MOBILE),
-        Route("/mobile/events", Endpoint.MOBILE, MOBILE),
-        Route("/mobile/events/bulk", Endpoint.MOBILE, MOBILE),
-        Route("/mobile/events/diagnostic", Endpoint.MOBILE_DIAGNOSTIC, MOBILE),
-        Route("/events/bulk/{envId}", Endpoint.CLIENT_SIDE, BROWSER),
-        Route("/events/diagnostic/{envId}", Endpoint.CLIENT_SIDE_DIAGNOSTIC, BROWSER),
+        EventsRoute("/bulk", EventsEndpoint.BULK, SERVER),
+        EventsRoute("/diagnostic", EventsEndpoint.BULK_DIAGNOSTIC, SERVER),
+        EventsRoute("/mobile", EventsEndpoint.MOBILE, MOBILE),
+        EventsRoute("/mobile/events", EventsEndpoint.MOBILE, MOBILE),
+        EventsRoute("/mobile/events/bulk", EventsEndpoint.MOBILE, MOBILE),
+        EventsRoute("/mobile/events/diagnostic", EventsEndpoint.MOBILE_DIAGNOSTIC, MOBILE),
+        EventsRoute("/events/bulk/{envId}", EventsEndpoint.CLIENT_SIDE, BROWSER),
+        EventsRoute("/events/diagnostic/{envId}", EventsEndpoint.CLIENT_SIDE_DIAGNOSTIC, BROWSER),
     )
 }
 """By the path, without the environment's ID. The application has the same, from here."""
@@ -81,15 +88,15 @@ BROWSERS = ("POST", "OPTIONS")
 """The methods of routes that browsers use, as they are told."""
 
 
-class Opened(NamedTuple):
+class EventTarget(NamedTuple):
     """Where a post goes, and whose it is."""
 
-    route: Route
+    route: EventsRoute
     credential: str
     environment: Environment
 
 
-class Posts:
+class EventsFastPath:
     """What takes posts from connections.
 
     Args:
@@ -98,45 +105,45 @@ class Posts:
         traffic: counts requests; the application has the same.
     """
 
-    def __init__(self, relay: Relay, events: Events, traffic: Traffic) -> None:
+    def __init__(self, relay: Relay, events: EventsHandler, traffic: RequestMetrics) -> None:
         self._relay = relay
         self._events = events
         self._traffic = traffic
-        self._counts: dict[tuple[Route, str, bytes, bytes], Count] = {}
-        self._heads: dict[Outline, Head] = {}
+        self._counts: dict[tuple[EventsRoute, str, bytes, bytes], MetricValue] = {}
+        self._heads: dict[HeadTemplate, KnownHead] = {}
 
-    def begin(self, url: bytes, headers: Mapping[bytes, bytes]) -> Receiving | None:
+    def begin(self, url: bytes, headers: Mapping[bytes, bytes]) -> EventUpload | None:
         """Return what receives a post whose head has come; None if it is the application's."""
         prefix, slash, last = url.rpartition(b"/")
         route = ROUTES.get(url) or ROUTES.get(prefix + slash)
         if route is None:
             return None
         credential = plain_key(headers)
-        if route.access is BROWSER:
+        if route.auth is BROWSER:
             credential = last.decode() if _ID.fullmatch(last) else ""
         environment = self._environments(route).get(credential)
-        if environment is None or not self._events.on or not _has_plain_body(headers):
+        if environment is None or not self._events.enabled or not _has_plain_body(headers):
             return None
-        opened = Opened(route, credential, environment)
-        return Receiving(opened, url, headers, self._events.room)
+        opened = EventTarget(route, credential, environment)
+        return EventUpload(opened, url, headers, self._events.budget)
 
-    def _environments(self, route: Route) -> Mapping[str, Environment]:
+    def _environments(self, route: EventsRoute) -> Mapping[str, Environment]:
         """Return all environments by the credentials that open a route."""
         relay = self._relay
-        if route.access is SERVER:
+        if route.auth is SERVER:
             return relay.by_sdk_key
-        return relay.by_mobile_key if route.access is MOBILE else relay.by_environment_id
+        return relay.by_mobile_key if route.auth is MOBILE else relay.by_environment_id
 
-    def accept(self, post: Receiving) -> asyncio.Future[object] | None:
+    def accept(self, post: EventUpload) -> asyncio.Future[object] | None:
         """Accept a post whose body has come; None if it is the application's."""
         body = post.content()
         if not body:
             return None
-        route, _, environment = post.opened
+        route, _, environment = post.target
         head, events = post.head, self._events
         try:
             if head is not None:
-                kept = events.accept_in(head.lane, post.payload_id, body)
+                kept = events.accept_in_partition(head.partition, post.payload_id, body)
             else:
                 kept = events.accept_plain(environment, route.endpoint, post.headers, body)
         except Exception as e:  # noqa: BLE001 - the client is answered all the same
@@ -147,24 +154,26 @@ class Posts:
         count.value += 1
         return asyncio.ensure_future(kept)
 
-    def answer(self, post: Receiving, kept: asyncio.Future[object]) -> Answer:
+    def answer(self, post: EventUpload, kept: asyncio.Future[object]) -> PreparedResponse:
         """Return what is said about a post that is safe now, or cannot be kept."""
         error = asyncio.CancelledError() if kept.cancelled() else kept.exception()
         if error is not None and not isinstance(error, StoreUnavailable):
             text = "A request could not be answered because of a defect of ours"
             _log.error(text, exc_info=error)
-            return Answer(500)
-        return self._completed(NO_ROOM if error else ACCEPTED, post)
+            return PreparedResponse(500)
+        return self._completed(BODIES_OVERLOADED if error else ACCEPTED, post)
 
-    def _completed(self, answer: Answer, post: Receiving) -> Answer:
+    def _completed(self, answer: PreparedResponse, post: EventUpload) -> PreparedResponse:
         """Return an answer with what is said to SDKs of this kind and this environment."""
-        spec, access = post.opened.environment.spec, post.opened.route.access
+        spec, access = post.target.environment.spec, post.target.route.auth
         more = environment_headers(spec)
         if access is BROWSER:
-            more += cors_lines(spec, post.headers.get(b"origin", b""), BROWSERS, access.exposed)
+            more += cors_lines(
+                spec, post.headers.get(b"origin", b""), BROWSERS, access.exposed_headers
+            )
         return answer.with_headers(*more)
 
-    def learn(self, head: bytes, post: Receiving) -> None:
+    def remember(self, head: bytes, post: EventUpload) -> None:
         """Remember what the head of an accepted post means, for those that follow.
 
         Args:
@@ -173,50 +182,50 @@ class Posts:
         """
         if len(head) > MAX_HEAD:
             return
-        outline, _ = taken_apart(head)
+        outline, _ = normalise_head(head)
         known = self._heads.get(outline)
-        if known is None or not self._holds(known):
+        if known is None or not self._is_valid(known):
             if len(self._heads) >= MAX_HEADS:
                 self._heads.clear()
             self._heads[outline] = self._meaning(outline, post)
 
-    def _meaning(self, outline: Outline, post: Receiving) -> Head:
-        endpoint, environment = post.opened.route.endpoint, post.opened.environment
-        lane = self._events.lane(environment, endpoint, post.headers)
+    def _meaning(self, outline: HeadTemplate, post: EventUpload) -> KnownHead:
+        endpoint, environment = post.target.route.endpoint, post.target.environment
+        lane = self._events.partition(environment, endpoint, post.headers)
         answer = self._completed(ACCEPTED, post).head
-        return Head(outline, post, lane, self._count(post), answer)
+        return KnownHead(outline, post, lane, self._count(post), answer)
 
-    def _holds(self, head: Head) -> bool:
+    def _is_valid(self, head: KnownHead) -> bool:
         """Whether a head means what it meant: its credential opens the same environment."""
-        route, credential, environment = head.opened
+        route, credential, environment = head.target
         return (
             self._environments(route).get(credential) is environment
             and environment.spec is head.spec
         )
 
-    def known(self, head: bytes) -> Receiving | None:
+    def known(self, head: bytes) -> EventUpload | None:
         """Return what receives a post with this head; None if the parser has to look at it."""
-        outline, values = taken_apart(head)
+        outline, values = normalise_head(head)
         known = self._heads.get(outline)
-        if known is None or not self._holds(known):
+        if known is None or not self._is_valid(known):
             return None
         payload_id, missing = known.read(values)
         if missing is None:
             return None
-        post = Receiving(known.opened, b"", known.headers, self._events.room, known)
+        post = EventUpload(known.target, b"", known.headers, self._events.budget, known)
         post.keep_alive, post.start = known.keep_alive, head
         post.payload_id, post.missing = payload_id, missing
         return post
 
-    def _count(self, post: Receiving) -> Count:
+    def _count(self, post: EventUpload) -> MetricValue:
         own = post.headers.get(b"x-launchdarkly-user-agent", b"")
         general = post.headers.get(b"user-agent", b"")
-        route, name = post.opened.route, post.opened.environment.spec.name
+        route, name = post.target.route, post.target.environment.spec.name
         key = (route, name, own, general)
         count = self._counts.get(key)
         if count is None:
             agent = self._traffic.user_agent(own, general)
-            series = Series(name, route.template, "POST", route.access.platform, agent)
+            series = Series(name, route.template, "POST", route.auth.platform, agent)
             count = self._traffic.requests[series]
             if len(self._counts) >= MAX_KNOWN:
                 self._counts.clear()
@@ -244,34 +253,39 @@ def _is_plain_length(length: bytes) -> bool:
 _NOBODY_WAITS = asyncio.Event()
 
 
-class Head:
+class KnownHead:
     """What the head of a post means, and all heads with the same outline.
 
     Args:
         outline: of the head.
         post: one with this head.
-        lane: how they travel.
+        partition: how they travel.
         count: of such requests.
         answer: status line and headers of a 202.
     """
 
     __slots__ = (
         *("_date", "_id_at", "_length_at", "_written", "answer", "keep_alive"),
-        *("compressed", "count", "headers", "lane", "opened", "spec"),
+        *("compressed", "count", "headers", "partition", "target", "spec"),
     )
 
     def __init__(
-        self, outline: Outline, post: Receiving, lane: Lane, count: Count, answer: bytes
+        self,
+        outline: HeadTemplate,
+        post: EventUpload,
+        partition: Partition,
+        count: MetricValue,
+        answer: bytes,
     ) -> None:
-        self.opened = post.opened
-        self.spec = post.opened.environment.spec
+        self.target = post.target
+        self.spec = post.target.environment.spec
         self.headers = {b"origin": post.headers.get(b"origin", b"")}
         self.compressed = post.compressed
         self.keep_alive = post.keep_alive
-        self.lane = lane
+        self.partition = partition
         self.count = count
         self.answer = answer
-        variable = names(outline)
+        variable = variable_names(outline)
         self._length_at = variable.index(LENGTH) if LENGTH in variable else None
         self._id_at = variable.index(PAYLOAD_ID) if PAYLOAD_ID in variable else None
         self._date = b""
@@ -293,7 +307,7 @@ class Head:
             missing = int(length) if _is_plain_length(length) else None
         return "" if self._id_at is None else values[self._id_at].decode(), missing
 
-    def written(self, date: bytes) -> bytes:
+    def to_wire(self, date: bytes) -> bytes:
         """Return the 202; put together once a second."""
         if self._date is not date:
             self._date, self._written = date, self.answer + date
@@ -309,19 +323,19 @@ def only_chunk(body: bytes) -> bytes | None:
     return body[start : start + size] if body[start + size :] == _LAST_CHUNK else None
 
 
-class Receiving:
+class EventUpload:
     """A post that is being received or kept. To uvicorn it looks like a request to the application.
 
     Args:
-        opened: where it goes, and whose it is.
+        target: where it goes, and whose it is.
         url: the target of the request.
         headers: of the request, each once.
-        room: for the body.
+        budget: for the body.
         head: if what its head means was known.
     """
 
     __slots__ = (
-        *("_held", "_room", "head", "headers", "missing", "opened", "parts", "payload_id"),
+        *("_reserved", "_budget", "head", "headers", "missing", "target", "parts", "payload_id"),
         *("start", "url", "disconnected", "keep_alive", "response_complete"),
     )
 
@@ -329,13 +343,13 @@ class Receiving:
 
     def __init__(
         self,
-        opened: Opened,
+        target: EventTarget,
         url: bytes,
         headers: Mapping[bytes, bytes],
-        room: Room,
-        head: Head | None = None,
+        budget: MemoryBudget,
+        head: KnownHead | None = None,
     ) -> None:
-        self.opened = opened
+        self.target = target
         self.url = url
         self.head = head
         self.headers = headers
@@ -349,18 +363,18 @@ class Receiving:
         self.disconnected = False
         self.keep_alive = True
         self.response_complete = False
-        self._room = room
-        self._held = 0
+        self._budget = budget
+        self._reserved = 0
 
-    def take(self, part: bytes) -> bool:
+    def receive(self, part: bytes) -> bool:
         """Take a further part; return whether the post is plain still."""
         self.parts.append(part)
-        return self._hold(len(part))
+        return self._reserve(len(part))
 
     def content(self) -> bytes:
         """Return the body, decompressed; empty if there is none, or it is not plain."""
         body = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
-        return _inflated(body, self._hold) if self.compressed else body
+        return _inflated(body, self._reserve) if self.compressed else body
 
     @property
     def compressed(self) -> bool:
@@ -371,19 +385,19 @@ class Receiving:
 
     def release(self) -> None:
         """Let others have the room."""
-        if self._held:
-            self._room.give_back(self._held)
-            self._held = 0
+        if self._reserved:
+            self._budget.release(self._reserved)
+            self._reserved = 0
         self.parts.clear()
 
-    def _hold(self, size: int) -> bool:
-        if self._held + size > min(self._room.max_size, 2 * PLAIN_SIZE):
+    def _reserve(self, size: int) -> bool:
+        if self._reserved + size > min(self._budget.max_size, 2 * PLAIN_SIZE):
             return False
         try:
-            self._room.take(size)
-        except Refused:
+            self._budget.acquire(size)
+        except RequestRejected:
             return False
-        self._held += size
+        self._reserved += size
         return True
 
 

@@ -11,18 +11,18 @@ from collections import OrderedDict
 from msgspec import Struct
 
 from relay.environment import Environment
-from relay.model.count import Count
+from relay.model.count import MetricValue
 from relay.model.payload import Payload
-from relay.web.heads import MAX_HEAD, Outline, taken_apart
-from relay.web.streams import Opening
+from relay.web.heads import MAX_HEAD, HeadTemplate, normalise_head
+from relay.web.streams import StreamRequest
 
-MAX_KINDS = 4096
+MAX_HEADS = 4096
 """Request heads that are remembered: far more than there are kinds of SDKs, some MB."""
 
-MAX_TOLD = 32 * 1024 * 1024
+MAX_EVALUATED = 32 * 1024 * 1024
 """Bytes of evaluated answers that are remembered by the head of their request."""
 
-TOLD_SIZE = 1024
+EVALUATED_OVERHEAD = 1024
 """Bytes that remembering one costs beside its head and body."""
 
 JOINED_BODY = 16 * 1024
@@ -33,7 +33,7 @@ CLOSE = b"%b: %b\r\n" % CLOSING
 """The header of an answer with which the connection ends."""
 
 
-class Prepared:
+class CachedResponse:
     """The answer to a request head, good as long as the environment's payload is the same.
 
     Args:
@@ -54,7 +54,7 @@ class Prepared:
         environment: Environment,
         head: bytes,
         pieces: tuple[bytes, ...],
-        count: Count,
+        count: MetricValue,
         *,
         closes: bool = False,
     ) -> None:
@@ -70,7 +70,7 @@ class Prepared:
         self._written: tuple[bytes, ...] = ()
 
     @property
-    def holds(self) -> bool:
+    def is_fresh(self) -> bool:
         """Whether the data are the same still."""
         return self.payload is self.environment.payload
 
@@ -79,7 +79,7 @@ class Prepared:
         """The bytes of the body."""
         return sum(map(len, self._pieces))
 
-    def written(self, date: bytes) -> tuple[bytes, ...]:
+    def to_wire(self, date: bytes) -> tuple[bytes, ...]:
         """Return what goes over the wire; put together once a second.
 
         Args:
@@ -87,90 +87,90 @@ class Prepared:
         """
         if self._date is not date:
             self._date = date
-            self._written = assembled(self._head, date, self._pieces)
+            self._written = assemble(self._head, date, self._pieces)
         return self._written
 
 
-class Told(Struct, frozen=True):
+class EvaluationResponse(Struct, frozen=True):
     """An evaluated answer in the form in which it is written.
 
     Args:
-        head: as `Prepared`'s.
+        head: as `CachedResponse`'s.
         pieces: of the body.
         environment: whose flags it has.
         counter: what counts it.
         closes: whether the client wants the connection to end with it.
-        again: whether the same request may well come again.
+        cacheable: whether the same request may well come again.
     """
 
     head: bytes
     pieces: tuple[bytes, ...]
     environment: Environment
-    counter: Count
+    counter: MetricValue
     closes: bool
-    again: bool = False
+    cacheable: bool = False
 
 
-def assembled(head: bytes, date: bytes, pieces: tuple[bytes, ...]) -> tuple[bytes, ...]:
+def assemble(head: bytes, date: bytes, pieces: tuple[bytes, ...]) -> tuple[bytes, ...]:
     """Return what goes over the wire, in as few pieces as is worthwhile."""
     written = (head, date, *pieces)
     joined = sum(map(len, pieces)) <= JOINED_BODY
     return (b"".join(written),) if joined else written
 
 
-class Given:
+class ResponseCache:
     """What was given, by the heads of the requests."""
 
     def __init__(self) -> None:
-        self._kinds: dict[bytes | Outline, Prepared | Opening] = {}
-        self._told: OrderedDict[bytes, Prepared] = OrderedDict()
+        self._by_head: dict[bytes | HeadTemplate, CachedResponse | StreamRequest] = {}
+        self._evaluated: OrderedDict[bytes, CachedResponse] = OrderedDict()
         """The oldest comes first."""
-        self._told_size = 0
+        self._evaluated_size = 0
 
-    def find(self, head: bytes) -> Prepared | Opening | None:
+    def get(self, head: bytes) -> CachedResponse | StreamRequest | None:
         """Return what was given for the same head before, of whichever instance, if it holds."""
-        key: bytes | Outline = head
-        given = self._kinds.get(key)
+        key: bytes | HeadTemplate = head
+        given = self._by_head.get(key)
         if given is None:
-            key, _ = taken_apart(head)
-            given = self._kinds.get(key)
-        if isinstance(given, Prepared) and not given.holds:
-            del self._kinds[key]
+            key, _ = normalise_head(head)
+            given = self._by_head.get(key)
+        if isinstance(given, CachedResponse) and not given.is_fresh:
+            del self._by_head[key]
             return None
         return given
 
-    def told(self, head: bytes) -> Prepared | None:
+    def get_evaluated(self, head: bytes) -> CachedResponse | None:
         """Return what was evaluated for the context in the same head before, if it holds."""
-        told = self._told.get(head)
-        if told is not None and not told.holds:
-            self._told_size -= _told_size(head, self._told.pop(head))
+        told = self._evaluated.get(head)
+        if told is not None and not told.is_fresh:
+            self._evaluated_size -= _evaluated_size(head, self._evaluated.pop(head))
             return None
         return told
 
-    def keep(self, head: bytes, given: Prepared | Opening) -> None:
+    def put(self, head: bytes, given: CachedResponse | StreamRequest) -> None:
         """Keep what was given for the next request with the same head, of whichever instance."""
-        if len(head) > MAX_HEAD or (isinstance(given, Prepared) and _expires(given)):
+        if len(head) > MAX_HEAD or (isinstance(given, CachedResponse) and _expires(given)):
             return
-        if len(self._kinds) >= MAX_KINDS:
-            self._kinds.clear()
-        outline, values = taken_apart(head)
-        self._kinds[outline if values else head] = given
+        if len(self._by_head) >= MAX_HEADS:
+            self._by_head.clear()
+        outline, values = normalise_head(head)
+        self._by_head[outline if values else head] = given
 
-    def keep_told(self, head: bytes, told: Prepared) -> None:
+    def put_evaluated(self, head: bytes, told: CachedResponse) -> None:
         """Keep what was evaluated for a context for the next request with the same head."""
-        if len(head) > MAX_HEAD or _expires(told) or head in self._told:
+        if len(head) > MAX_HEAD or _expires(told) or head in self._evaluated:
             return
-        self._told[head] = told
-        self._told_size += _told_size(head, told)
-        while self._told_size > MAX_TOLD:
-            oldest, its = self._told.popitem(last=False)
-            self._told_size -= _told_size(oldest, its)
+        self._evaluated[head] = told
+        self._evaluated_size += _evaluated_size(head, told)
+        while self._evaluated_size > MAX_EVALUATED:
+            oldest, its = self._evaluated.popitem(last=False)
+            self._evaluated_size -= _evaluated_size(oldest, its)
 
 
-def _expires(prepared: Prepared) -> bool:
+def _expires(prepared: CachedResponse) -> bool:
     """Whether an answer says when it expires, so that the next one says something else."""
     return prepared.environment.spec.ttl > 0
 
 
-def _told_size(head: bytes, told: Prepared) -> int:
-    return TOLD_SIZE + len(head) + told.size
+def _evaluated_size(head: bytes, told: CachedResponse) -> int:
+    return EVALUATED_OVERHEAD + len(head) + told.size

@@ -8,7 +8,7 @@ from typing import cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from relay.hub import unframed
+from relay.hub import decode_chunks
 
 _CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
 _WITHOUT_PATH = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*://[^/?#]+)(\?.*)?", re.DOTALL)
@@ -48,7 +48,7 @@ class BareTransport:
             self._chunked = _CHUNKED in data
             data = data.replace(_CHUNKED, b"\r\n")
         elif self._chunked:
-            data = b"".join(unframed(data))
+            data = b"".join(decode_chunks(data))
         self._transport.write(data)
 
     def is_closing(self) -> bool:

@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from relay.environment import Environment
-from relay.evaluation.audience import Audience
-from relay.evaluation.form import Body
-from relay.model.count import Count
+from relay.evaluation.audience import SDKKind
+from relay.evaluation.form import EvalBody
+from relay.model.count import MetricValue
 from relay.relay import Relay
-from relay.web.answers import Answer, Headers
+from relay.web.answers import Headers, PreparedResponse
 from relay.web.auth import by_plain_key
 from relay.web.cors import cors_lines
 from relay.web.deflating import compressed, etag_of, to_compress
-from relay.web.endpoint import BROWSER, MOBILE, SERVER, Access
-from relay.web.evaluation import Evaluation, Found, resource_of, timed
+from relay.web.endpoint import BROWSER, MOBILE, SERVER, RouteAuth
+from relay.web.evaluation import EvaluationHandler, EvaluationResult, resource_for, with_expiry
 from relay.web.heads import MAX_HEAD
 from relay.web.polling import MAX_COMPRESSED_AT_ONCE, MIN_COMPRESSED, accepts_gzip
-from relay.web.prepared import Told
-from relay.web.traffic import Series, Traffic, client
+from relay.web.prepared import EvaluationResponse
+from relay.web.traffic import RequestMetrics, Series, client_label
 
 METHODS = ("GET", "OPTIONS")
 """Of the routes of browsers, as they are told."""
@@ -37,33 +37,33 @@ _NOT_ALPHANUMERIC = b"-_=+"
 _PLAIN_QUERY = re.compile(rb"[0-9A-Za-z=&]*")
 
 
-class Route(NamedTuple):
+class EvaluationRoute(NamedTuple):
     """Where a kind of client asks."""
 
     template: str
-    access: Access
+    auth: RouteAuth
 
 
-_BY_KEY: Mapping[bytes, Route] = {
-    b"/%b/evalx/%b" % (root, name): Route(
+_BY_KEY: Mapping[bytes, EvaluationRoute] = {
+    b"/%b/evalx/%b" % (root, name): EvaluationRoute(
         f"/{root.decode()}/evalx/{name.decode()}/{{context}}", access
     )
     for root, access in ((b"sdk", SERVER), (b"msdk", MOBILE))
     for name in (b"contexts", b"users")
 }
-_BY_ID: Mapping[bytes, Route] = {
-    name: Route(f"/sdk/evalx/{{envId}}/{name.decode()}/{{context}}", BROWSER)
+_BY_ID: Mapping[bytes, EvaluationRoute] = {
+    name: EvaluationRoute(f"/sdk/evalx/{{envId}}/{name.decode()}/{{context}}", BROWSER)
     for name in (b"contexts", b"users")
 }
 
 
 @dataclass(frozen=True, slots=True)
-class _Asker:
+class _ClientProfile:
     """What requests have in common that differ in their contexts only.
 
     Args:
         environment: whose flags they ask for.
-        audience: of these.
+        sdk_kind: of these.
         count: what counts them.
         cors: what browsers are told.
         if_none_match: the header; empty if there is none.
@@ -72,8 +72,8 @@ class _Asker:
     """
 
     environment: Environment
-    audience: Audience
-    count: Count
+    sdk_kind: SDKKind
+    count: MetricValue
     cors: Headers
     if_none_match: bytes
     accept_encoding: bytes
@@ -90,12 +90,14 @@ class _Asker:
         object.__setattr__(self, "is_usual", is_usual)
         object.__setattr__(self, "takes_gzip", accepts_gzip(self.accept_encoding))
 
-    def tell(self, answer: Answer, *, again: bool = False) -> Told:
+    def respond(self, answer: PreparedResponse, *, cacheable: bool = False) -> EvaluationResponse:
         answer = answer.with_headers(*self.cors)
-        return Told(answer.head, (answer.body,), self.environment, self.count, self.closes, again)
+        return EvaluationResponse(
+            answer.head, (answer.body,), self.environment, self.count, self.closes, cacheable
+        )
 
-    def tell_usual(self, found: Found) -> Told | None:
-        """Return what `tell` returns of the plain or compressed variant, without doing all again.
+    def respond_usual(self, found: EvaluationResult) -> EvaluationResponse | None:
+        """Return what `respond` returns of the plain or compressed variant, without doing all again.
 
         None if it has to be compressed aside.
         """
@@ -112,17 +114,19 @@ class _Asker:
         if frame is None:
             frame = self.frames[compressible, zipped] = self._frame(body, zipped=zipped)
         head = b"%b%b%b%d\r\n" % (frame[0], etag_of(body), frame[1], size)
-        return Told(head, pieces, self.environment, self.count, self.closes, found.again)
+        return EvaluationResponse(
+            head, pieces, self.environment, self.count, self.closes, found.cacheable
+        )
 
-    def _frame(self, body: Body, *, zipped: bool) -> tuple[bytes, bytes]:
-        resource = resource_of(body, self.environment)
+    def _frame(self, body: EvalBody, *, zipped: bool) -> tuple[bytes, bytes]:
+        resource = resource_for(body, self.environment)
         answer = resource.compress() if zipped else resource.plain
         start, _, rest = answer.with_headers(*self.cors).head.partition(resource.etag)
         end, name, _ = rest.rpartition(b"content-length: ")
         return start, end + name
 
 
-class Questions:
+class EvaluationFastPath:
     """What answers them.
 
     Args:
@@ -131,14 +135,16 @@ class Questions:
         traffic: counts requests; the application has the same.
     """
 
-    def __init__(self, relay: Relay, evaluation: Evaluation, traffic: Traffic) -> None:
+    def __init__(
+        self, relay: Relay, evaluation: EvaluationHandler, traffic: RequestMetrics
+    ) -> None:
         self._relay = relay
         self._evaluation = evaluation
         self._traffic = traffic
-        self._askers: dict[tuple[bytes, bytes], _Asker] = {}
+        self._profiles: dict[tuple[bytes, bytes], _ClientProfile] = {}
         """By all that comes before the context in a request, and all that follows its line."""
 
-    def known(self, head: bytes) -> Told | None:
+    def answer_known(self, head: bytes) -> EvaluationResponse | None:
         """Return the answer to a request that differs from an earlier one in its context only.
 
         None if there was none, or if this has to be looked at anew.
@@ -148,7 +154,7 @@ class Questions:
         """
         line, _, rest = head.partition(_LINE_END)
         start, _, last = line.rpartition(b"/")
-        asker = self._askers.get((start, rest))
+        asker = self._profiles.get((start, rest))
         if asker is None:
             return None
         segment, _, query = last.partition(b"?")
@@ -156,11 +162,11 @@ class Questions:
         plain = segment.translate(None, _NOT_ALPHANUMERIC).isalnum()
         if not plain or (query and _PLAIN_QUERY.fullmatch(query) is None):
             return None
-        return self._told(asker, segment, query)
+        return self._respond(asker, segment, query)
 
     def answer(
         self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], *, closes: bool
-    ) -> Told | None:
+    ) -> EvaluationResponse | None:
         """Return the answer to a GET that is all of a request; None if it is the application's.
 
         Args:
@@ -171,50 +177,52 @@ class Questions:
         """
         path, _, query = url.partition(b"?")
         prefix, _, segment = path.rpartition(b"/")
-        asker = self._asker(prefix, headers, closes=closes)
+        asker = self._profile(prefix, headers, closes=closes)
         if asker is None:
             return None
-        told = self._told(asker, segment, query)
+        told = self._respond(asker, segment, query)
         if told is not None and not asker.if_none_match:
             self._remember(prefix, head, asker)
         return told
 
-    def _remember(self, prefix: bytes, head: bytes, asker: _Asker) -> None:
+    def _remember(self, prefix: bytes, head: bytes, asker: _ClientProfile) -> None:
         _, _, rest = head.partition(_LINE_END)
         if rest and len(rest) <= MAX_HEAD:
-            if len(self._askers) >= MAX_KNOWN:
-                self._askers.clear()
-            self._askers[b"GET " + prefix, rest] = asker
+            if len(self._profiles) >= MAX_KNOWN:
+                self._profiles.clear()
+            self._profiles[b"GET " + prefix, rest] = asker
 
-    def _told(self, asker: _Asker, segment: bytes, query: bytes) -> Told | None:
-        environment, audience = asker.environment, asker.audience
+    def _respond(
+        self, asker: _ClientProfile, segment: bytes, query: bytes
+    ) -> EvaluationResponse | None:
+        environment, audience = asker.environment, asker.sdk_kind
         found = self._evaluation.find(environment, audience, segment, query)
         if found is None:
             return None
-        if isinstance(found, Answer):
-            return asker.tell(found)
+        if isinstance(found, PreparedResponse):
+            return asker.respond(found)
         if asker.is_usual:
-            return asker.tell_usual(found)
-        resource = resource_of(found.body, environment)
+            return asker.respond_usual(found)
+        resource = resource_for(found.body, environment)
         variant = resource.variant(asker.if_none_match, asker.accept_encoding)
-        answer = timed(variant, environment, audience)
-        return None if answer is None else asker.tell(answer, again=found.again)
+        answer = with_expiry(variant, environment, audience)
+        return None if answer is None else asker.respond(answer, cacheable=found.cacheable)
 
-    def _asker(
+    def _profile(
         self, prefix: bytes, headers: Mapping[bytes, bytes], *, closes: bool
-    ) -> _Asker | None:
-        route, environment = self._found(prefix, headers)
+    ) -> _ClientProfile | None:
+        route, environment = self._resolve(prefix, headers)
         if route is None or environment is None:
             return None
-        spec, access = environment.spec, route.access
-        agent = client(self._traffic, headers)
+        spec, access = environment.spec, route.auth
+        agent = client_label(self._traffic, headers)
         series = Series(spec.name, route.template, "GET", access.platform, agent)
         origin = headers.get(b"origin", b"")
         told = access is BROWSER
-        cors = cors_lines(spec, origin, METHODS, access.exposed) if told else ()
-        return _Asker(
+        cors = cors_lines(spec, origin, METHODS, access.exposed_headers) if told else ()
+        return _ClientProfile(
             environment,
-            access.audience,
+            access.sdk_kind,
             self._traffic.requests[series],
             cors,
             headers.get(b"if-none-match", b""),
@@ -222,12 +230,12 @@ class Questions:
             closes,
         )
 
-    def _found(
+    def _resolve(
         self, prefix: bytes, headers: Mapping[bytes, bytes]
-    ) -> tuple[Route | None, Environment | None]:
+    ) -> tuple[EvaluationRoute | None, Environment | None]:
         route = _BY_KEY.get(prefix)
         if route is not None:
-            mobile = route.access is MOBILE
+            mobile = route.auth is MOBILE
             known = self._relay.by_mobile_key if mobile else self._relay.by_sdk_key
             return route, by_plain_key(known, headers)
         match = _BROWSERS.fullmatch(prefix)

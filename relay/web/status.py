@@ -14,8 +14,8 @@ from relay.environment import ConnectionState, Environment
 from relay.model.item import InvalidItem
 from relay.relay import Relay
 from relay.stores import StoreState, StoreStatus
-from relay.web.answers import Answer, json
-from relay.web.traffic import Traffic, totals
+from relay.web.answers import PreparedResponse, json
+from relay.web.traffic import RequestMetrics, totals
 
 MAX_INVALID = 20
 """Invalid items that are named per environment and store; their number is always told."""
@@ -24,7 +24,7 @@ MAX_REASON = 200
 """Characters of the reason why an item is invalid."""
 
 
-def overview(relay: Relay, traffic: Traffic) -> Answer:
+def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
     """Return `/status`; health is in the body, the status is always 200."""
     counts = _counts(traffic)
     environments = {
@@ -41,7 +41,7 @@ def overview(relay: Relay, traffic: Traffic) -> Answer:
     return json(200, body)
 
 
-def one(relay: Relay, traffic: Traffic, identifier: str) -> Answer:
+def one(relay: Relay, traffic: RequestMetrics, identifier: str) -> PreparedResponse:
     """Return what `/status` says of the environment with this name or client-side ID."""
     named = relay.environments.get(identifier)
     environment = named or relay.by_environment_id.get(identifier)
@@ -55,19 +55,19 @@ def _is_connected(relay: Relay, environment: Environment) -> bool:
     connection = environment.connection
     valid = connection.state is ConnectionState.VALID
     recent = connection.lasts < relay.disconnected_after
-    return connection.delivered and (valid or recent)
+    return connection.has_data and (valid or recent)
 
 
 Counts = Mapping[str, Mapping[str, int]]
 """Member to environment to number."""
 
 
-def _counts(traffic: Traffic) -> Counts:
+def _counts(traffic: RequestMetrics) -> Counts:
     return {"requests": totals(traffic.requests), "newStreams": totals(traffic.new_streams)}
 
 
 def _described(
-    relay: Relay, traffic: Traffic, environment: Environment, counts: Counts
+    relay: Relay, traffic: RequestMetrics, environment: Environment, counts: Counts
 ) -> dict[str, object]:
     """Return the members of an environment: the reference's in its order, then ours."""
     spec, payload = environment.spec, environment.payload
@@ -90,14 +90,14 @@ def _described(
     return _without_none(members)
 
 
-def _events(relay: Relay, traffic: Traffic, name: str) -> dict[str, object] | None:
+def _events(relay: Relay, traffic: RequestMetrics, name: str) -> dict[str, object] | None:
     """Return how it stands with the events of an environment; None if there is nothing to tell."""
     if relay.events is None:
         discarded = traffic.discarded[name]
         return {"discarded": discarded} if discarded else None
     oldest = relay.events.oldest(name)
     age = None if oldest is None else max(0, round(clock.now() - oldest))
-    members = {**asdict(relay.events.figures(name)), "oldestAge": age}
+    members = {**asdict(relay.events.counts(name)), "oldestAge": age}
     durable = relay.events.spool.durable
     return {"kept": "on disk" if durable else "in memory", **_without_none(members)}
 
@@ -119,13 +119,13 @@ def _connection(environment: Environment) -> dict[str, object]:
 
 
 def _store(relay: Relay, environment: Environment) -> dict[str, object]:
-    statuses = (copy.status for copy in environment.copies)
+    statuses = (copy.status for copy in environment.mirrors)
     status = next((status for status in statuses if status is not None), None)
     if status is not None:
         return _database(status)
     # Without a database the reference speaks of its memory: there as soon as upstream has answered
     # or the time for that is over.
-    if relay.starting and not environment.decided.is_set():
+    if relay.starting and not environment.init_done.is_set():
         return {"state": StoreState.INITIALIZING.value, "stateSince": 0}
     return {"state": StoreState.VALID.value, "stateSince": _ms(environment.created)}
 
@@ -153,19 +153,19 @@ def _ms(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def live() -> Answer:
+def live() -> PreparedResponse:
     """Return `/livez`: the process answers."""
     return json(200, {"status": "alive"})
 
 
-def started(relay: Relay) -> Answer:
+def started(relay: Relay) -> PreparedResponse:
     """Return `/startupz`: 503 until each environment has data, or `initTimeout` is over."""
     if _starts(relay):
         return _health(503, "starting", relay.environments.values())
     return _health(200, "started", relay.environments.values())
 
 
-def ready(relay: Relay) -> Answer:
+def ready(relay: Relay) -> PreparedResponse:
     """Return `/readyz`: whether at least one environment can be served, however old its data."""
     environments = relay.environments.values()
     if relay.stopping:
@@ -177,7 +177,7 @@ def ready(relay: Relay) -> Answer:
     return _health(200, "ready", environments)
 
 
-def environment_ready(relay: Relay, name: str) -> Answer:
+def environment_ready(relay: Relay, name: str) -> PreparedResponse:
     """Return `/readyz/{environment}`: whether this environment can be served."""
     environment = relay.environments.get(name)
     if environment is None:
@@ -194,7 +194,7 @@ def _starts(relay: Relay) -> bool:
     return lack_data and relay.starting
 
 
-def _health(status: int, word: str, environments: Iterable[Environment]) -> Answer:
+def _health(status: int, word: str, environments: Iterable[Environment]) -> PreparedResponse:
     lacking = {e.spec.name: _lack(e) for e in environments if e.payload is None}
     return json(status, {"status": word, **({"unavailable": lacking} if lacking else {})})
 

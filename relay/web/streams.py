@@ -19,26 +19,26 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from relay.environment import Environment
-from relay.evalstreams import EVALUATING, PINGS, Viewer
-from relay.hub import LAST_CHUNK, unframed
+from relay.evalstreams import EVALUATING, PINGS, EvalClient
+from relay.hub import LAST_CHUNK, decode_chunks
 from relay.model.context import Context
-from relay.model.count import Count
+from relay.model.count import MetricValue
 from relay.relay import Relay
-from relay.web.answers import Answer, Headers, environment_headers
+from relay.web.answers import Headers, PreparedResponse, environment_headers
 from relay.web.auth import by_plain_key
-from relay.web.body import Refused, Room
+from relay.web.body import MemoryBudget, RequestRejected
 from relay.web.context import (
     NO_KEY,
-    check_proof,
+    check_secure_mode_hash,
     context_in_body,
     context_in_path,
-    proof_in,
     read_context_body,
+    secure_mode_hash_in,
     wants_reasons,
 )
 from relay.web.cors import cors_lines
-from relay.web.endpoint import BROWSER, MOBILE, Access, Respond, user_agent
-from relay.web.traffic import Series, Traffic, client
+from relay.web.endpoint import BROWSER, MOBILE, Handler, RouteAuth, user_agent
+from relay.web.traffic import RequestMetrics, Series, client_label
 
 STREAMS: Mapping[bytes, str] = {b"/all": "all", b"/flags": "flags"}
 """Path to stream format, for server-side SDKs (endpoints 1.1, rows 18 and 19)."""
@@ -79,11 +79,11 @@ class ClientStream:
 
     Args:
         name: of the channel.
-        viewer: for whom it is evaluated; None for pings.
+        client: for whom it is evaluated; None for pings.
     """
 
     name: str
-    viewer: Viewer | None = None
+    client: EvalClient | None = None
 
 
 PING_STREAM = ClientStream(PINGS)
@@ -91,60 +91,62 @@ PING_STREAM = ClientStream(PINGS)
 
 
 def client_stream(
-    environment: Environment, access: Access, segment: bytes, query: bytes
-) -> ClientStream | Answer:
+    environment: Environment, auth: RouteAuth, segment: bytes, query: bytes
+) -> ClientStream | PreparedResponse:
     """Return what `/eval/{envId}/{context}` or `/meval/{context}` gives, or the refusal.
 
     Args:
         environment: whose flags.
-        access: MOBILE or BROWSER, by the path.
+        auth: MOBILE or BROWSER, by the path.
         segment: of the path, which holds the context, without percent escapes.
         query: as on the wire.
     """
     try:
-        return _stream_for(environment, access, segment, context_in_path(segment), query)
-    except Refused as e:
+        return _stream_for(environment, auth, segment, context_in_path(segment), query)
+    except RequestRejected as e:
         return e.answer.with_headers(_UNBUFFERED)
 
 
 def _stream_for(
-    environment: Environment, access: Access, raw: bytes, context: Context, query: bytes
+    environment: Environment, auth: RouteAuth, raw: bytes, context: Context, query: bytes
 ) -> ClientStream:
     """Return the stream for a context, which need not be evaluated if it gets pings.
 
     Raises:
         Refused: secure mode is not satisfied, or there is no key to evaluate for.
     """
-    if access is BROWSER:
-        check_proof(environment.spec, context.fully_qualified_key, proof_in(query))
+    if auth is BROWSER:
+        check_secure_mode_hash(
+            environment.spec, context.fully_qualified_key, secure_mode_hash_in(query)
+        )
     if not environment.spec.eval_streams:
         return PING_STREAM
     if context.has_empty_key:
-        raise Refused(NO_KEY)
-    viewer = Viewer(raw, context, with_reasons=wants_reasons(query))
-    return ClientStream(EVALUATING[access.audience], viewer)
+        raise RequestRejected(NO_KEY)
+    viewer = EvalClient(raw, context, with_reasons=wants_reasons(query))
+    return ClientStream(EVALUATING[auth.sdk_kind], viewer)
 
 
 def client_stream_headers(
-    environment: Environment, access: Access, origin: bytes, *, closes: bool
+    environment: Environment, auth: RouteAuth, origin: bytes, *, closes: bool
 ) -> Headers:
     """Return the response headers of a GET of a client-side stream, as the application has them.
 
     Args:
         environment: whose stream.
-        access: MOBILE or BROWSER, by the path.
+        auth: MOBILE or BROWSER, by the path.
         origin: the request header; empty if there is none.
         closes: whether the client wants the connection to end with it.
     """
     headers = stream_headers(environment, closes=closes)
-    if not access.exposed:
+    if not auth.exposed_headers:
         return headers
-    cors = dict(cors_lines(environment.spec, origin, ("GET", "OPTIONS"), access.exposed))
+    cors = dict(cors_lines(environment.spec, origin, ("GET", "OPTIONS"), auth.exposed_headers))
     own = [(name, cors.pop(name, value)) for name, value in headers]
     return (*own, *cors.items())
 
 
-class Opening(NamedTuple):
+class StreamRequest(NamedTuple):
     """A stream that the front door is about to give to the hub."""
 
     environment: Environment
@@ -154,13 +156,18 @@ class Opening(NamedTuple):
     """Of the response."""
     series: Series
     """Under which it is counted."""
-    viewer: Viewer | None = None
+    client: EvalClient | None = None
     """For whom it is evaluated; None for shared streams."""
 
 
-def client_opening(
-    relay: Relay, traffic: Traffic, url: bytes, headers: Mapping[bytes, bytes], *, closes: bool
-) -> Opening | None:
+def client_stream_request(
+    relay: Relay,
+    traffic: RequestMetrics,
+    url: bytes,
+    headers: Mapping[bytes, bytes],
+    *,
+    closes: bool,
+) -> StreamRequest | None:
     """Return the client-side stream that a plain GET asks for; None if it is the application's.
 
     Args:
@@ -183,14 +190,14 @@ def client_opening(
     if environment is None:
         return None
     stream = client_stream(environment, access, segment, query) if segment else PING_STREAM
-    if isinstance(stream, Answer):
+    if isinstance(stream, PreparedResponse):
         return None
     route = _CLIENT_ROUTES[access, bool(segment)]
-    agent = client(traffic, headers)
+    agent = client_label(traffic, headers)
     series = Series(environment.spec.name, route, "GET", access.platform, agent)
     origin = headers.get(b"origin", b"")
     given = client_stream_headers(environment, access, origin, closes=closes)
-    return Opening(environment, stream.name, given, series, stream.viewer)
+    return StreamRequest(environment, stream.name, given, series, stream.client)
 
 
 _CLIENT_PATHS = re.compile(
@@ -199,7 +206,7 @@ _CLIENT_PATHS = re.compile(
 )
 """Of GETs that need no decoding."""
 
-_CLIENT_ROUTES: Mapping[tuple[Access, bool], str] = {
+_CLIENT_ROUTES: Mapping[tuple[RouteAuth, bool], str] = {
     (MOBILE, False): "/mping",
     (MOBILE, True): "/meval/{context}",
     (BROWSER, False): "/ping/{envId}",
@@ -213,45 +220,45 @@ class ClientStreams:
 
     Args:
         traffic: counts them.
-        room: for contexts in bodies.
+        budget: for contexts in bodies.
     """
 
-    def __init__(self, traffic: Traffic, room: Room) -> None:
+    def __init__(self, traffic: RequestMetrics, budget: MemoryBudget) -> None:
         self._traffic = traffic
-        self._room = room
+        self._budget = budget
 
-    def pings(self, access: Access) -> Respond:
+    def pings(self, auth: RouteAuth) -> Handler:
         """Return what answers the paths without a context."""
 
         async def respond(request: Request, environment: Environment) -> Response:
-            return self._begin(request, environment, PING_STREAM, access)
+            return self._begin(request, environment, PING_STREAM, auth)
 
         return respond
 
-    def in_path(self, access: Access) -> Respond:
+    def in_path(self, auth: RouteAuth) -> Handler:
         """Return what answers a GET whose path ends in the context."""
 
         async def respond(request: Request, environment: Environment) -> Response:
             segment = request.path_params["context"].encode(errors="replace")
             query = request.scope["query_string"]
-            stream = client_stream(environment, access, segment, query)
-            if isinstance(stream, Answer):
-                return stream.as_response()
-            return self._begin(request, environment, stream, access)
+            stream = client_stream(environment, auth, segment, query)
+            if isinstance(stream, PreparedResponse):
+                return stream.to_starlette()
+            return self._begin(request, environment, stream, auth)
 
         return respond
 
-    def in_body(self, access: Access) -> Respond:
+    def in_body(self, auth: RouteAuth) -> Handler:
         """Return what answers a REPORT whose body is the context."""
 
         async def respond(request: Request, environment: Environment) -> Response:
             try:
-                body = await read_context_body(request, self._room)
+                body = await read_context_body(request, self._budget)
                 context, query = context_in_body(body), request.scope["query_string"]
-                stream = _stream_for(environment, access, body, context, query)
-            except Refused as e:
-                return e.answer.with_headers(_UNBUFFERED).as_response()
-            return self._begin(request, environment, stream, access)
+                stream = _stream_for(environment, auth, body, context, query)
+            except RequestRejected as e:
+                return e.answer.with_headers(_UNBUFFERED).to_starlette()
+            return self._begin(request, environment, stream, auth)
 
         return respond
 
@@ -260,7 +267,7 @@ class ClientStreams:
         request: Request,
         environment: Environment,
         stream: ClientStream,
-        access: Access,
+        access: RouteAuth,
     ) -> Response:
         agent = user_agent(self._traffic, request)
         route: str = request.scope["route"].path
@@ -269,7 +276,7 @@ class ClientStreams:
         if request.method != "HEAD":
             self._traffic.new_streams[series].value += 1
         count = self._traffic.streams[series]
-        return StreamResponse(environment, stream.name, count, request.scope, stream.viewer)
+        return StreamResponse(environment, stream.name, count, request.scope, stream.client)
 
 
 class StreamResponse(Response):
@@ -280,19 +287,19 @@ class StreamResponse(Response):
         stream: the name of the format or channel.
         count: of open streams.
         scope: of the request.
-        viewer: for whom an evaluating stream is; None for others.
+        client: for whom an evaluating stream is; None for others.
     """
 
     def __init__(
         self,
         environment: Environment,
         stream: str,
-        count: Count,
+        count: MetricValue,
         scope: Scope,
-        viewer: Viewer | None = None,
+        client: EvalClient | None = None,
     ) -> None:
         super().__init__()
-        self._viewer = viewer
+        self._client = client
         self._count = count
         self.raw_headers = list(stream_headers(environment, closes=_closes(scope)))
         self._environment = environment
@@ -309,7 +316,7 @@ class StreamResponse(Response):
 
     async def _send_stream(self, receive: Receive, send: Send) -> None:
         pipe = _Pipe()
-        self._environment.hub.subscribe(self._stream, pipe, b"", self._count, self._viewer)
+        self._environment.hub.subscribe(self._stream, pipe, b"", self._count, self._client)
         leaving = asyncio.create_task(_disconnected(receive))
         leaving.add_done_callback(lambda _: pipe.abort())
         try:
@@ -380,7 +387,7 @@ class _Pipe:
             while self._chunks:
                 chunk = self._take()
                 if chunk is not LAST_CHUNK:
-                    for data in unframed(chunk):
+                    for data in decode_chunks(chunk):
                         yield data
             if self._ended:
                 return

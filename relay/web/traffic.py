@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from relay.hub import Wire, unframed
-from relay.model.count import Count
+from relay.hub import StreamTransport, decode_chunks
+from relay.model.count import MetricValue
 
 MASK_TAIL = 5
 """Characters of a credential that a line shows (status 8.3)."""
@@ -50,21 +50,21 @@ class Series(NamedTuple):
     platform: str
     """`server`, `mobile` or `browser`: whose credential opens the route."""
     user_agent: str = ""
-    """As `Traffic.user_agent` gives it; empty if the client has no name."""
+    """As `RequestMetrics.user_agent` gives it; empty if the client has no name."""
 
 
-Counts = defaultdict[Series, Count]
+Counts = defaultdict[Series, MetricValue]
 
 
-class Traffic:
+class RequestMetrics:
     """Counts of requests and streams since the start, and of the streams that are open."""
 
     def __init__(self) -> None:
-        self.requests: Counts = defaultdict(Count)
+        self.requests: Counts = defaultdict(MetricValue)
         """Requests that passed the choice of the environment, streams included."""
-        self.new_streams: Counts = defaultdict(Count)
+        self.new_streams: Counts = defaultdict(MetricValue)
         """Streams that were opened."""
-        self.streams: Counts = defaultdict(Count)
+        self.streams: Counts = defaultdict(MetricValue)
         """Streams that are open."""
         self.unusable: Counter[str] = Counter()
         """Posts and events of SDKs that could not be used, by environment."""
@@ -89,18 +89,18 @@ class Traffic:
         return name
 
 
-def client(traffic: Traffic, headers: Mapping[bytes, bytes]) -> str:
+def client_label(traffic: RequestMetrics, headers: Mapping[bytes, bytes]) -> str:
     """Return the name under which the client of a request at the front door is counted."""
     own, general = headers.get(b"x-launchdarkly-user-agent", b""), headers.get(b"user-agent", b"")
     return traffic.user_agent(own, general)
 
 
-def tag(value: str) -> str:
+def label_value(value: str) -> str:
     """Return a name as the reference writes it in figures (status 8.2)."""
     return value.replace("/", "_") or "_"
 
 
-def totals(counts: Mapping[Series, Count]) -> Mapping[str, int]:
+def totals(counts: Mapping[Series, MetricValue]) -> Mapping[str, int]:
     """Return the sum for each environment."""
     sums: defaultdict[str, int] = defaultdict(int)
     for series, count in counts.items():
@@ -113,7 +113,7 @@ def request_line(method: str, url: str, authorization: str, status: int, size: i
 
     Args:
         method: of the request.
-        url: as `shown` gives it.
+        url: as `redact_url` gives it.
         authorization: the header; empty if there is none.
         status: of the answer.
         size: bytes of its body; None for a stream, whose line comes at its beginning.
@@ -129,7 +129,7 @@ def closed_line(url: str, authorization: str, size: int) -> str:
     return f"Stream closed: url={url} auth={auth} bytes={size}"
 
 
-def shown(target: str, *, has_context: bool = False) -> str:
+def redact_url(target: str, *, has_context: bool = False) -> str:
     """Return a request's target for a line: without keys and contexts, and of a query the place.
 
     People's data are in all kinds of queries, also where none belongs.
@@ -145,7 +145,7 @@ def shown(target: str, *, has_context: bool = False) -> str:
     return path + "?{query}" if mark else path
 
 
-def note(line: str) -> None:
+def log_request(line: str) -> None:
     """Write a line."""
     _log.debug("%s", line)
 
@@ -161,8 +161,8 @@ def _readable(user_agent: bytes) -> str:
     return _CREDENTIAL.sub(lambda match: _masked(match[0]), text)
 
 
-class RequestLog:
-    """Middleware that logs each request which found a route; used only if `Traffic.logs`."""
+class AccessLogMiddleware:
+    """Middleware that logs each request which found a route; used only if `RequestMetrics.logs`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -202,13 +202,13 @@ class _Entry:
 
     def end(self) -> None:
         if self._streams:
-            note(closed_line(self._url, self._authorization, self._size))
+            log_request(closed_line(self._url, self._authorization, self._size))
         elif self._status and self._found_route:
             self._note_request(self._size)
 
     def _note_request(self, size: int | None) -> None:
         method = self._scope["method"]
-        note(request_line(method, self._url, self._authorization, self._status, size))
+        log_request(request_line(method, self._url, self._authorization, self._status, size))
 
     @property
     def _found_route(self) -> bool:
@@ -218,7 +218,7 @@ class _Entry:
     def _url(self) -> str:
         path, mark = self._scope["raw_path"], b"?" if self._scope["query_string"] else b""
         has_context = "context" in self._scope.get("path_params", {})
-        return shown((path + mark).decode("latin-1"), has_context=has_context)
+        return redact_url((path + mark).decode("latin-1"), has_context=has_context)
 
     @property
     def _authorization(self) -> str:
@@ -227,16 +227,16 @@ class _Entry:
         return header.decode("latin-1")
 
 
-class LoggedWire(asyncio.Protocol):
+class LoggedTransport(asyncio.Protocol):
     """Stands between a transport and the subscription that owns it, to log the end of the stream.
 
     Args:
         transport: of the client; the head of the response has been written.
-        url: as `shown` gives it.
+        url: as `redact_url` gives it.
         authorization: the header.
     """
 
-    def __init__(self, transport: Wire, url: str, authorization: str) -> None:
+    def __init__(self, transport: StreamTransport, url: str, authorization: str) -> None:
         self._transport = transport
         self._url = url
         self._authorization = authorization
@@ -250,7 +250,7 @@ class LoggedWire(asyncio.Protocol):
 
     def write(self, data: bytes, /) -> None:
         """Write chunks, and count what they hold."""
-        self._size += sum(map(len, unframed(data)))
+        self._size += sum(map(len, decode_chunks(data)))
         self._transport.write(data)
 
     def writelines(self, parts: Iterable[bytes], /) -> None:
@@ -281,4 +281,4 @@ class LoggedWire(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Pass on that the client is gone, and log it."""
         self._owner.connection_lost(exc)
-        note(closed_line(self._url, self._authorization, self._size))
+        log_request(closed_line(self._url, self._authorization, self._size))

@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 import orjson
 
-from relay.model.count import Count
-from relay.model.event import Endpoint, Lane, Post
-from relay.web.traffic import Series, Traffic, tag
+from relay.model.count import MetricValue
+from relay.model.event import EventPayload, EventsEndpoint, Partition
+from relay.web.traffic import RequestMetrics, Series, label_value
 
 INTERVAL = 60.0
 """Seconds between two reports of an environment that has something to report."""
@@ -25,7 +25,7 @@ Client = tuple[str, str]
 """User agent and platform."""
 
 
-class Usage:
+class UsageReporter:
     """Reports streams and polls of each environment.
 
     Args:
@@ -38,8 +38,8 @@ class Usage:
     def __init__(
         self,
         environments: Iterable[str],
-        traffic: Traffic,
-        accept: Callable[[Post], Awaitable[object]],
+        traffic: RequestMetrics,
+        accept: Callable[[EventPayload], Awaitable[object]],
         interval: float = INTERVAL,
     ) -> None:
         self._environments = tuple(environments)
@@ -61,7 +61,7 @@ class Usage:
             for post in posts:
                 await self._accept(post)
 
-    def posts(self, now: float, lasted: float) -> list[Post]:
+    def posts(self, now: float, lasted: float) -> list[EventPayload]:
         """Return what is to be reported, and begin a new period.
 
         Args:
@@ -83,20 +83,20 @@ class Usage:
             said = {member: clients for member, clients in lists.items() if clients}
             if said:
                 event = {"kind": "relayMetrics", "relayId": self._relay_id, **period, **said}
-                lane = Lane(name, Endpoint.BULK, SCHEMA)
-                posts.append(Post(lane, str(uuid.uuid4()), orjson.dumps([event]), now))
+                lane = Partition(name, EventsEndpoint.BULK, SCHEMA)
+                posts.append(EventPayload(lane, str(uuid.uuid4()), orjson.dumps([event]), now))
         self._polls = polls
         return posts
 
 
 def _by_environment(
-    counts: Mapping[Series, Count], routes: frozenset[str] | None = None
+    counts: Mapping[Series, MetricValue], routes: frozenset[str] | None = None
 ) -> dict[str, Counter[Client]]:
     sums: dict[str, Counter[Client]] = {}
     for series, count in counts.items():
         if routes is None or series.route in routes:
             clients = sums.setdefault(series.environment, Counter())
-            clients[tag(series.user_agent), series.platform] += count.value
+            clients[label_value(series.user_agent), series.platform] += count.value
     return sums
 
 

@@ -21,22 +21,22 @@ from relay.errors import InvalidData
 from relay.model.credential import Secret
 from relay.model.item import Kind
 from relay.protocol import webhook
-from relay.protocol.webhook import Announcement, Place
-from relay.sources.waiting import pause
-from relay.web.answers import Answer, json_error
-from relay.web.body import Body, Refused, Room
+from relay.protocol.webhook import ChangedResource, ChangeNotice
+from relay.sources.waiting import wait_for
+from relay.web.answers import PreparedResponse, json_error
+from relay.web.body import MemoryBudget, RequestBody, RequestRejected
 from relay.web.endpoint import header
 
 PATH = "/webhooks/launchdarkly"
 
-AGAIN_AFTER = (2.0, 5.0, 15.0)
+RECHECK_AFTER = (2.0, 5.0, 15.0)
 """Seconds after a webhook at which an environment that has not seen the change looks again."""
 
 BURST = 0.2
 """Seconds between two looks that webhooks cause at once: of many, those within it share one, and
 none waits longer than people would notice."""
 
-MAX_HELD = 16 * 1024 * 1024
+MAX_BUFFERED = 16 * 1024 * 1024
 """Bytes of all bodies that are received at a time."""
 
 BODY_TIME = 10.0
@@ -48,7 +48,7 @@ REMEMBERED = 10_000
 MAX_EXPECTED = 1000
 """Flags of one environment whose announced version is waited for; of more, any change will do."""
 
-COMPLAINTS, COMPLAINTS_WITHIN = 20, 60.0
+MAX_WARNINGS, WARNINGS_WITHIN = 20, 60.0
 """Refused webhooks that are logged within so many seconds: strangers can send them without end."""
 
 ACCEPTED = json_error(202, "accepted")
@@ -62,32 +62,32 @@ BUSY = json_error(503, "too many webhooks at a time")
 _log = logging.getLogger("relay.webhooks")
 
 
-class Watch:
+class RefreshTracker:
     """What one environment has been told of and has not seen yet.
 
     Args:
         environment: it.
-        again_after: seconds after a webhook, in rising order, at which it looks once more.
+        recheck_after: seconds after a webhook, in rising order, at which it looks once more.
         burst: seconds between two looks at once.
     """
 
     def __init__(
         self,
         environment: Environment,
-        again_after: Sequence[float] = AGAIN_AFTER,
+        recheck_after: Sequence[float] = RECHECK_AFTER,
         burst: float = BURST,
     ) -> None:
         self._environment = environment
-        self._again_after = tuple(again_after)
+        self._recheck_after = tuple(recheck_after)
         self._burst = burst
         self._expected: dict[str, int] = {}
         """The announced versions of flags."""
         self._changes: int | None = None
         """How many changes there had been at the last webhook that named no version."""
-        self._looked = -float("inf")
-        self._told = asyncio.Event()
+        self._checked = -float("inf")
+        self._announced = asyncio.Event()
 
-    def tell(self, places: Sequence[Place]) -> bool:
+    def announce(self, places: Sequence[ChangedResource]) -> bool:
         """Note what has changed; return whether there is anything to look for.
 
         Args:
@@ -106,33 +106,36 @@ class Watch:
             vague = True
         if vague:
             self._changes = self._environment.changes
-        self._told.set()
+        self._announced.set()
         return True
 
     async def run(self) -> None:
         """Look whenever there is something to look for, until cancelled."""
         while True:
-            await self._told.wait()
-            await self._look_until_seen()
+            await self._announced.wait()
+            await self._check_until_seen()
             self._expected.clear()
             self._changes = None
 
-    async def _look_until_seen(self) -> None:
+    async def _check_until_seen(self) -> None:
         due: list[float] = []
-        while due or self._told.is_set():
+        while due or self._announced.is_set():
             now = time.monotonic()
-            if self._told.is_set():
-                self._told.clear()
-                due = [max(now, self._looked + self._burst), *(now + t for t in self._again_after)]
+            if self._announced.is_set():
+                self._announced.clear()
+                due = [
+                    max(now, self._checked + self._burst),
+                    *(now + t for t in self._recheck_after),
+                ]
             if now < due[0]:
-                await pause(self._told, due[0] - now)
+                await wait_for(self._announced, due[0] - now)
                 continue
             if self._is_seen():
                 return
-            self._looked = now
+            self._checked = now
             del due[0]
             # A stream is worth opening anew only for what it is known to lack.
-            self._environment.look(doubt=not due and bool(self._expected))
+            self._environment.check(reconnect=not due and bool(self._expected))
 
     def _is_seen(self) -> bool:
         if self._changes is not None and self._environment.changes <= self._changes:
@@ -152,25 +155,25 @@ class Webhooks:
     Args:
         environments: all of the relay.
         secrets: those with which webhooks may be signed; at least one.
-        again_after: see `Watch`.
-        burst: see `Watch`.
+        recheck_after: see `RefreshTracker`.
+        burst: see `RefreshTracker`.
     """
 
     def __init__(
         self,
         environments: Collection[Environment],
         secrets: Sequence[Secret],
-        again_after: Sequence[float] = AGAIN_AFTER,
+        recheck_after: Sequence[float] = RECHECK_AFTER,
         burst: float = BURST,
     ) -> None:
-        self._watches = {e.spec.name: Watch(e, again_after, burst) for e in environments}
+        self._watches = {e.spec.name: RefreshTracker(e, recheck_after, burst) for e in environments}
         self._specs = [environment.spec for environment in environments]
         self._secrets = tuple(secrets)
         self._known: OrderedDict[str, None] = OrderedDict()
         """Webhooks that came, the last one last."""
-        self._room = Room(webhook.MAX_BODY, MAX_HELD, too_large=TOO_LARGE, full=BUSY)
-        self._complaints = 0
-        self._complaints_since = -float("inf")
+        self._budget = MemoryBudget(webhook.MAX_BODY, MAX_BUFFERED, too_large=TOO_LARGE, full=BUSY)
+        self._warnings = 0
+        self._warnings_since = -float("inf")
 
     async def run(self) -> None:
         """See that environments look, until cancelled."""
@@ -180,16 +183,16 @@ class Webhooks:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a webhook."""
-        response = (await self._answer(Request(scope, receive))).as_response()
+        response = (await self._answer(Request(scope, receive))).to_starlette()
         await response(scope, receive, send)
 
-    async def _answer(self, request: Request) -> Answer:
-        body = Body(request, self._room, raw=True)
+    async def _answer(self, request: Request) -> PreparedResponse:
+        body = RequestBody(request, self._budget, raw=True)
         try:
             async with asyncio.timeout(BODY_TIME):
                 content = await body.read()
-        except Refused as e:
-            return await body.refused(self._refuse(e.answer))
+        except RequestRejected as e:
+            return await body.reject(self._refuse(e.answer))
         except TimeoutError:
             return self._refuse(TOO_SLOW)
         finally:
@@ -207,10 +210,12 @@ class Webhooks:
         self._act(announced)
         return ACCEPTED
 
-    def _act(self, announced: Announcement) -> None:
+    def _act(self, announced: ChangeNotice) -> None:
         """Tell the environments that are concerned."""
         concerned = announced.concerning(self._specs)
-        looking = [name for name, places in concerned.items() if self._watches[name].tell(places)]
+        looking = [
+            name for name, places in concerned.items() if self._watches[name].announce(places)
+        ]
         # With a policy of the whole account there may be many: they are traffic.
         _log.debug("A webhook concerns %d environments; %d look", len(concerned), len(looking))
 
@@ -223,14 +228,14 @@ class Webhooks:
             self._known.popitem(last=False)
         return False
 
-    def _refuse(self, answer: Answer, detail: str = "") -> Answer:
+    def _refuse(self, answer: PreparedResponse, detail: str = "") -> PreparedResponse:
         """Log that a webhook is refused, unless that was said often of late."""
         now = time.monotonic()
-        if now - self._complaints_since > COMPLAINTS_WITHIN:
-            self._complaints, self._complaints_since = 0, now
-        self._complaints += 1
-        if self._complaints <= COMPLAINTS:
+        if now - self._warnings_since > WARNINGS_WITHIN:
+            self._warnings, self._warnings_since = 0, now
+        self._warnings += 1
+        if self._warnings <= MAX_WARNINGS:
             reason = orjson.loads(answer.body)["message"]
-            last = "; more are not logged for a while" if self._complaints == COMPLAINTS else ""
+            last = "; more are not logged for a while" if self._warnings == MAX_WARNINGS else ""
             _log.warning("A webhook is refused (%d): %s%s%s", answer.status, reason, detail, last)
         return answer

@@ -443,17 +443,17 @@ def text_of(option: Option) -> st.SearchStrategy[str]:
     """Texts that an option may have: of its type, though maybe against a rule; or empty."""
     if option.attribute == "url" and option.section == "Redis":
         right = st.sampled_from(["redis://u:p@h:1/2", "rediss://h", "http://h"])
-    elif option.kind.name in texts:
-        right = texts[option.kind.name]
-    elif option.kind is ORIGINS:
+    elif option.type.name in texts:
+        right = texts[option.type.name]
+    elif option.type is ORIGINS:
         right = origins
-    elif option.kind is HEADER_NAMES:
+    elif option.type is HEADER_NAMES:
         right = st.sampled_from(["X-A", "X-A , X-B,", "X A", ","])
-    elif option.kind.is_text or option.kind.is_list:
+    elif option.type.is_text or option.type.is_list:
         right = lines
     else:
-        right = words.filter(lambda word: f"`{word.lower()}`" in option.kind.name)
-    return right if option.kind is BOOLEAN else right | st.just("")
+        right = words.filter(lambda word: f"`{word.lower()}`" in option.type.name)
+    return right if option.type is BOOLEAN else right | st.just("")
 
 
 @st.composite

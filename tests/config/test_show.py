@@ -53,7 +53,7 @@ def test_every_option_of_the_file_can_be_uncommented(tmp_path: Path) -> None:
     """Each is well written, of its type, and the default where it has one."""
     path = tmp_path / "relay.conf"
     path.write_text(uncommented())
-    given = loading._Given()
+    given = loading._RawOptions()
     loading._read_file(given, str(path), allow_missing=False)
     assert given.problems == []
     assert len(given.values) == len(ALL)
@@ -176,7 +176,7 @@ def test_no_secret_is_ever_printed(data: st.DataObject) -> None:
     assert f"{parts[5]}%40" in secrets(config)
 
 
-@pytest.mark.parametrize("option", [o for o in ALL if o.kind is SECRET], ids=lambda o: o.variable)
+@pytest.mark.parametrize("option", [o for o in ALL if o.type is SECRET], ids=lambda o: o.variable)
 def test_no_secret_is_printed_when_others_are_wrong(option: Option) -> None:
     """Problems name options, not what they hold."""
     name = "a" if option.variable.endswith("_") else ""

@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from relay.server import CannotListen, ServerOptions, Site, listen, serve, settle
+from relay.server import CannotListen, ServerOptions, Site, listen, run_once, serve
 from tests.support.process import free_port
 from tests.support.serving import Address, Served, Stream
 
@@ -101,4 +101,4 @@ async def test_both_families_are_listened_on():
 
 async def test_settling_tells_whether_there_are_data():
     """Without upstream data the one-shot run ends in failure."""
-    assert not await settle(Served().relay)
+    assert not await run_once(Served().relay)

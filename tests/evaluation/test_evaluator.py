@@ -8,7 +8,7 @@ import pytest
 
 from relay.evaluation.evaluator import MAX_CHAIN, evaluate
 from relay.evaluation.items import Data, Membership
-from relay.evaluation.results import BigSegmentsStatus, Evaluation, ReasonKind, render
+from relay.evaluation.results import BigSegmentsStatus, EvaluationDetail, ReasonKind, render
 from relay.model.context import Context, parse_context
 from tests.evaluation.strategies import payload_of
 from tests.support import data
@@ -30,7 +30,7 @@ def data_of(*items: dict, memberships: dict[str, Membership] | None = None) -> D
     return Data(known.flag, known.segment, memberships or {})
 
 
-def evaluated(*items: dict, context: object = ANNA, **more: object) -> Evaluation:
+def evaluated(*items: dict, context: object = ANNA, **more: object) -> EvaluationDetail:
     """The evaluation of the first item."""
     known = data_of(*items, **more)
     flag = known.flag(items[0]["key"])
@@ -239,7 +239,7 @@ def test_evaluation_needs_only_part_of_the_stack():
     first = known.flag("f0")
     context = context_of(ANNA)
 
-    def below(frames: int) -> Evaluation:
+    def below(frames: int) -> EvaluationDetail:
         return below(frames - 1) if frames else evaluate(first, context, known)
 
     used = len(inspect.stack())

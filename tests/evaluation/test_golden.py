@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.evaluation.audience import Audience
+from relay.evaluation.audience import SDKKind
 from relay.evaluation.evaluator import evaluate
 from relay.evaluation.items import Data
 from relay.evaluation.results import render
@@ -16,7 +16,7 @@ from relay.model.payload import EMPTY
 from relay.protocol.fdv1 import parse_all
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-AUDIENCES = {"js": Audience.BROWSER, "mobile": Audience.MOBILE, "server": Audience.SERVER}
+AUDIENCES = {"js": SDKKind.BROWSER, "mobile": SDKKind.MOBILE, "server": SDKKind.SERVER}
 RECORDED = map(json.loads, (GOLDEN / "client-side.jsonl").read_text("utf-8").strip().split("\n"))
 ROWS = [
     row
@@ -29,7 +29,7 @@ PAYLOAD, _ = EMPTY.apply(parse_all((GOLDEN / "environment.json").read_bytes()))
 DATA = Data.of(PAYLOAD)
 
 
-def results(audience: Audience, context: bytes, *, with_reasons: bool) -> dict[str, dict]:
+def results(audience: SDKKind, context: bytes, *, with_reasons: bool) -> dict[str, dict]:
     """What this relay's interpreter gives for the recorded environment."""
     asking = parse_context(context)
     flags = [flag for item in PAYLOAD.live(Kind.FLAG) if (flag := DATA.flag(item.key))]
@@ -40,7 +40,7 @@ def results(audience: Audience, context: bytes, *, with_reasons: bool) -> dict[s
     }
 
 
-def audience_of(row: dict) -> Audience:
+def audience_of(row: dict) -> SDKKind:
     """Who asked; the names of recordings say it in their second word."""
     return AUDIENCES[row["name"].split()[1].rstrip(":")]
 
@@ -77,7 +77,7 @@ def test_results_are_those_of_the_reference(row):
 def test_there_are_recordings_for_every_audience():
     """The rows above are many; a renamed file or setup would leave none."""
     assert len(ROWS) > 250
-    assert set(map(audience_of, ROWS)) == set(Audience)
+    assert set(map(audience_of, ROWS)) == set(SDKKind)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.evaluation import index
-from relay.evaluation.conditions import Vocabulary, clause_condition
+from relay.evaluation.conditions import ConditionCache, clause_condition
 from relay.evaluation.features import Feature, Match, Trigger
 from relay.evaluation.index import Index
-from relay.evaluation.program import Library
-from relay.evaluation.subject import Subject
+from relay.evaluation.program import FlagCompiler
+from relay.evaluation.subject import EvalContext
 from relay.model.context import parse_context
 from relay.model.flag import Clause
 from tests.evaluation.strategies import context_values, data, payload_of
@@ -36,11 +36,11 @@ SINGLES = st.fixed_dictionaries(
 )
 
 
-def subject_of(value: object) -> Subject:
-    return Subject(parse_context(json.dumps(value).encode()))
+def subject_of(value: object) -> EvalContext:
+    return EvalContext(parse_context(json.dumps(value).encode()))
 
 
-def user(**attributes: object) -> Subject:
+def user(**attributes: object) -> EvalContext:
     return subject_of({"kind": "user", "key": "anna", **attributes})
 
 
@@ -57,7 +57,7 @@ def index_of(*features: Feature, before: Index | None = None) -> Index:
     return made
 
 
-def holding(features: list[Feature], subject: Subject) -> dict[Feature, object]:
+def holding(features: list[Feature], subject: EvalContext) -> dict[Feature, object]:
     """What an index should find."""
     values = {feature: feature.value(subject) for feature in features}
     return {feature: value for feature, value in values.items() if value is not feature.usual}
@@ -81,7 +81,7 @@ def narrow_limits():
 )
 def test_every_unusual_feature_is_found(rules, contexts):
     """Whatever the clauses and contexts, also if they ask again, in any order."""
-    vocabulary = Vocabulary()
+    vocabulary = ConditionCache()
     conditions = [vocabulary.clauses(clauses, lambda _: False) for clauses in rules]
     features = [condition for condition in conditions if isinstance(condition, Feature)]
     made = index_of(*features)
@@ -94,7 +94,7 @@ def test_every_unusual_feature_is_found(rules, contexts):
 @given(data(), st.lists(context_values, min_size=1, max_size=4))
 def test_features_of_whole_flags_are_found(data_set, contexts):
     """So are those of targets, of segments with lists and rules, and of prerequisites."""
-    library = Library(payload_of(data_set))
+    library = FlagCompiler(payload_of(data_set))
     flags = [library.flag(key) for key in library.payload.flags]
     features = [each for flag in flags if flag for each in flag.features or ()]
     made = index_of(*features)
@@ -112,7 +112,7 @@ def test_features_that_cannot_hold_are_not_asked(op, value, other):
     asked = []
 
     def feature(number: int, wanted: str) -> Feature:
-        def value_of(subject: Subject) -> bool:
+        def value_of(subject: EvalContext) -> bool:
             asked.append(number)
             return "user" in subject.individuals
 
@@ -130,7 +130,7 @@ def test_features_that_cannot_hold_are_not_asked(op, value, other):
 
 def test_it_takes_one_part_to_make_a_whole_hold():
     """A condition of several clauses is found by that with the fewest values."""
-    vocabulary = Vocabulary()
+    vocabulary = ConditionCache()
     clauses = [
         Clause(attribute="plan", op="greaterThan", values=[1]),
         Clause(attribute="mail", op="endsWith", values=["a", "b", "c"]),

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.evaluation import form
-from relay.evaluation.audience import Audience
+from relay.evaluation.audience import SDKKind
 from relay.evaluation.bucketing import single, single_of_int
 from relay.evaluation.evaluator import evaluate
 from relay.evaluation.index import Index
 from relay.evaluation.items import Data, parse_flag
-from relay.evaluation.program import MAX_CALLS, Library, Program
+from relay.evaluation.program import MAX_CALLS, FlagCompiler, Program
 from relay.evaluation.results import render
 from relay.evaluation.thresholds import threshold
 from relay.model.context import Context, parse_context
@@ -24,7 +24,7 @@ from tests.evaluation.strategies import FLAGS, SEGMENTS, contexts, data, flags, 
 from tests.support.data import flag, segment
 
 ANNA = parse_context(b'{"kind":"user","key":"anna","plan":"pro"}')
-EVERYBODY = pytest.mark.parametrize("audience", Audience)
+EVERYBODY = pytest.mark.parametrize("audience", SDKKind)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,7 +36,7 @@ def groups_of_any_size():
 
 
 def program_of(
-    library: Library, audience: Audience, version: int = 1, index: Index | None = None
+    library: FlagCompiler, audience: SDKKind, version: int = 1, index: Index | None = None
 ) -> Program:
     """The program of a whole payload; `index` gets its features."""
     seen = ((key, library.seen(audience, key)) for key in sorted(library.payload.flags))
@@ -47,7 +47,7 @@ def program_of(
 
 
 def interpreted(
-    payload: Payload, audience: Audience, context: Context, *, with_reasons: bool
+    payload: Payload, audience: SDKKind, context: Context, *, with_reasons: bool
 ) -> dict[str, bytes]:
     """What the interpreter gives."""
     known = Data.of(payload)
@@ -64,7 +64,7 @@ def members(entries: dict[str, bytes]) -> list[bytes]:
     return sorted(json.dumps(key).encode() + b":" + entry for key, entry in entries.items())
 
 
-def same(program: Program, payload: Payload, audience: Audience, context: Context) -> None:
+def same(program: Program, payload: Payload, audience: SDKKind, context: Context) -> None:
     """Assert that a program gives what the interpreter gives."""
     for with_reasons in (False, True):
         wanted = interpreted(payload, audience, context, with_reasons=with_reasons)
@@ -84,8 +84,8 @@ def same(program: Program, payload: Payload, audience: Audience, context: Contex
 def test_compiled_flags_give_the_bytes_of_the_interpreter(data_set, asking):
     """Whatever the flags, segments and contexts, compiling changes no byte of any result."""
     payload = payload_of(data_set)
-    library = Library(payload)
-    for audience in Audience:
+    library = FlagCompiler(payload)
+    for audience in SDKKind:
         program = program_of(library, audience)
         for context in asking:
             same(program, payload, audience, context)
@@ -112,19 +112,19 @@ def changed(draw: st.DrawFn) -> tuple[dict, dict]:
 def test_a_program_built_on_the_one_before_is_the_same_as_one_made_anew(change, asking):
     """What is taken over from an earlier payload gives just what compiling everything gives."""
     before, after = map(payload_of, change)
-    library = Library(before)
+    library = FlagCompiler(before)
     index = Index()
-    program_of(library, Audience.SERVER, index=index)
-    program_of(library, Audience.BROWSER)
-    library = Library(after, library)
-    for audience in Audience:
+    program_of(library, SDKKind.SERVER, index=index)
+    program_of(library, SDKKind.BROWSER)
+    library = FlagCompiler(after, library)
+    for audience in SDKKind:
         program = program_of(library, audience, index=Index(index))
-        anew = program_of(Library(after), audience)
+        anew = program_of(FlagCompiler(after), audience)
         for context in asking:
             for with_reasons in (False, True):
                 body = program.body(context, with_reasons=with_reasons)
                 other = anew.body(context, with_reasons=with_reasons)
-                assert (body.pieces, body.mark) == (other.pieces, other.mark)
+                assert (body.pieces, body.digest) == (other.pieces, other.digest)
             same(program, after, audience, context)
 
 
@@ -133,9 +133,9 @@ def test_a_program_built_on_the_one_before_is_the_same_as_one_made_anew(change, 
 def test_every_flag_whose_result_differs_is_touched(change, asking):
     """No change of a result goes unnoticed, whatever led to it."""
     before, after = map(payload_of, change)
-    library = Library(before)
-    olds = {audience: program_of(library, audience) for audience in Audience}
-    library = Library(after, library)
+    library = FlagCompiler(before)
+    olds = {audience: program_of(library, audience) for audience in SDKKind}
+    library = FlagCompiler(after, library)
     for audience, old in olds.items():
         new = program_of(library, audience)
         touched = new.flags_touched_by(old)
@@ -157,9 +157,9 @@ def test_equal_data_touch_nothing(audience):
         },
         "segments": {},
     }
-    library = Library(payload_of(items))
+    library = FlagCompiler(payload_of(items))
     old = program_of(library, audience)
-    new = program_of(Library(payload_of(items), library), audience)
+    new = program_of(FlagCompiler(payload_of(items), library), audience)
     assert new.flags_touched_by(old) == frozenset()
 
 
@@ -178,10 +178,10 @@ def test_what_depends_on_a_change_is_touched_and_nothing_else():
         },
         "segments": {"outer": segment("outer", rules=[nested]), "inner": segment("inner")},
     }
-    library = Library(payload_of(items))
-    old = program_of(library, Audience.SERVER)
+    library = FlagCompiler(payload_of(items))
+    old = program_of(library, SDKKind.SERVER)
     items["segments"]["inner"] = segment("inner", 2, included=["anna"])
-    new = program_of(Library(payload_of(items), library), Audience.SERVER)
+    new = program_of(FlagCompiler(payload_of(items), library), SDKKind.SERVER)
     assert new.flags_touched_by(old) == {"asks", "needs"}
     assert json.loads(new.all(ANNA, with_reasons=False))["asks"]["variation"] == 1
 
@@ -192,12 +192,12 @@ def test_availability_decides_who_sees_a_flag(audience):
     seen = {"usingMobileKey": True, "usingEnvironmentId": True}
     open_one = {"flags": {"a": flag("a", clientSideAvailability=seen)}, "segments": {}}
     closed = {"flags": {"a": flag("a", 2, clientSideAvailability={})}, "segments": {}}
-    library = Library(payload_of(open_one))
+    library = FlagCompiler(payload_of(open_one))
     old = program_of(library, audience)
-    new = program_of(Library(payload_of(closed), library), audience)
+    new = program_of(FlagCompiler(payload_of(closed), library), audience)
     assert new.flags_touched_by(old) == {"a"}
     assert old.some(ANNA, ["a"], with_reasons=False).keys() == {"a"}
-    visible = audience is Audience.SERVER
+    visible = audience is SDKKind.SERVER
     assert new.some(ANNA, ["a"], with_reasons=False).keys() == ({"a"} if visible else set())
 
 
@@ -213,14 +213,14 @@ def test_without_availability_mobile_sdks_see_a_flag_and_browsers_ask_client_sid
     flag_, mobile, browser
 ):
     """Flags from before `clientSideAvailability` are open to mobile SDKs."""
-    assert Audience.MOBILE.sees(flag_) is mobile
-    assert Audience.BROWSER.sees(flag_) is browser
+    assert SDKKind.MOBILE.sees(flag_) is mobile
+    assert SDKKind.BROWSER.sees(flag_) is browser
 
 
 def test_flags_that_do_not_depend_on_the_context_are_settled():
     """A rule that gives what everybody gets does not make a flag depend on the context."""
     rule = {"clauses": [{"attribute": "plan", "op": "in", "values": ["pro"]}], "variation": 0}
-    library = Library(payload_of({"flags": {"a": flag("a", rules=[rule])}, "segments": {}}))
+    library = FlagCompiler(payload_of({"flags": {"a": flag("a", rules=[rule])}, "segments": {}}))
     compiled = library.flag("a")
     assert compiled is not None
     assert compiled.settled(with_reasons=False) is not None
@@ -245,8 +245,8 @@ def test_cycles_big_segments_and_long_chains_are_left_to_the_interpreter():
         "segments": {"big": segment("big", unbounded=True, generation=1)},
     }
     payload = payload_of(items)
-    program = program_of(Library(payload), Audience.SERVER)
-    wanted = interpreted(payload, Audience.SERVER, ANNA, with_reasons=True)
+    program = program_of(FlagCompiler(payload), SDKKind.SERVER)
+    wanted = interpreted(payload, SDKKind.SERVER, ANNA, with_reasons=True)
     assert program.some(ANNA, items["flags"], with_reasons=True) == wanted
     assert b"MALFORMED_FLAG" in wanted["a"]
     assert b"NOT_CONFIGURED" in wanted["c"]
@@ -268,9 +268,9 @@ def test_flags_that_share_prerequisites_many_times_do_not_take_forever():
             )
     assert MAX_CALLS < 2**40
     payload = payload_of(items)
-    program = program_of(Library(payload), Audience.SERVER)
+    program = program_of(FlagCompiler(payload), SDKKind.SERVER)
     results = program.some(ANNA, items["flags"], with_reasons=True)
-    assert results == interpreted(payload, Audience.SERVER, ANNA, with_reasons=True)
+    assert results == interpreted(payload, SDKKind.SERVER, ANNA, with_reasons=True)
 
 
 _singles = st.floats(min_value=-1, max_value=3, width=32)
@@ -321,7 +321,7 @@ def test_contexts_with_the_same_features_share_their_bytes():
         },
         "segments": {"crowd": segment("crowd", included=["ben"])},
     }
-    program = program_of(Library(payload_of(items)), Audience.SERVER)
+    program = program_of(FlagCompiler(payload_of(items)), SDKKind.SERVER)
     asking = [
         *(context_of(f"anna-{n}", plan="pro") for n in range(3)),
         *(context_of(f"anna-{n}", plan="free", n=n) for n in range(3)),
@@ -332,7 +332,7 @@ def test_contexts_with_the_same_features_share_their_bytes():
     assert len({id(piece) for *_, piece in pieces}) == 1
     groups = [id(piece) for _, piece, _ in pieces]
     assert [groups.index(group) for group in groups] == [0, 0, 0, 3, 3, 3, 6, 7]
-    marks = [program.body(context, with_reasons=False).mark for context in asking]
+    marks = [program.body(context, with_reasons=False).digest for context in asking]
     bodies = [b"".join(each) for each in pieces]
     assert [marks.index(mark) for mark in marks] == [bodies.index(body) for body in bodies]
 
@@ -350,7 +350,7 @@ def test_rollouts_are_no_features():
         },
         "segments": {"crowd": segment("crowd", rules=[drawn])},
     }
-    library = Library(payload_of(items))
+    library = FlagCompiler(payload_of(items))
     flags_ = {key: library.flag(key) for key in items["flags"]}
     assert {key for key, each in flags_.items() if each and each.features is None} == set("abcd")
 
@@ -363,7 +363,7 @@ def test_what_is_kept_for_groups_is_bounded_and_given_up_if_nobody_gains(monkeyp
     items = {f"f{n}": flag(f"f{n}", rules=[each]) for n, each in enumerate(rules)}
     payload = payload_of({"flags": items, "segments": {}})
     for repeats, worthwhile in ((1, False), (3, True)):
-        program = program_of(Library(payload), Audience.SERVER)
+        program = program_of(FlagCompiler(payload), SDKKind.SERVER)
         groups = program._without_reasons._groups
         assert groups is not None
         for value in values:

@@ -1,11 +1,11 @@
 """What is counted of the relay's own work."""
 
-from relay.model.count import BOUNDS, Durations
+from relay.model.count import BOUNDS, Histogram
 
 
 def test_durations_are_cumulated():
     """Each bound has the number of durations up to it, itself included; the last has all."""
-    durations = Durations()
+    durations = Histogram()
     for seconds in (0.0, BOUNDS[0], BOUNDS[0] + 1e-9, 11.0):
         durations.add(seconds)
     numbers = dict(durations.cumulated())

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.evaluation.items import parse_flag
-from relay.evaluation.results import Evaluation, Reason, ReasonKind, render
+from relay.evaluation.results import EvaluationDetail, Reason, ReasonKind, render
 from relay.protocol.clientside import PING, changes, put
 
 
@@ -25,7 +25,7 @@ def entry(version: int, value: str = "true", **reason) -> bytes:
     """An entry of an evalx answer, as our own evaluation renders it."""
     flag = json.dumps({"key": "k", "version": version, "variations": ["_"]})
     flag = parse_flag(flag.replace('"_"', value).encode())
-    evaluation = Evaluation(0, Reason(ReasonKind.RULE_MATCH, **reason), ("a", "version"))
+    evaluation = EvaluationDetail(0, Reason(ReasonKind.RULE_MATCH, **reason), ("a", "version"))
     return render(flag, evaluation, with_reasons=True)
 
 

@@ -13,7 +13,7 @@ from relay.errors import InvalidData
 from relay.model.credential import SDKKey, Secret
 from relay.model.environment import EnvironmentSpec
 from relay.protocol import webhook
-from relay.protocol.webhook import MAX_RESOURCES, Announcement, Place
+from relay.protocol.webhook import MAX_RESOURCES, ChangedResource, ChangeNotice
 
 SECRETS = (Secret("old-secret"), Secret("new-secret"))
 
@@ -71,39 +71,45 @@ def test_without_a_secret_nothing_is_signed():
 @pytest.mark.parametrize(
     ("body", "places"),
     [
-        (entry("proj/shop:env/production:flag/lamp"), [Place("shop", "production", "lamp")]),
+        (
+            entry("proj/shop:env/production:flag/lamp"),
+            [ChangedResource("shop", "production", "lamp")],
+        ),
         (
             entry("proj/shop;a,b:env/production;c:flag/lamp;d,e"),
-            [Place("shop", "production", "lamp")],
+            [ChangedResource("shop", "production", "lamp")],
         ),
         (
             entry("proj/shop:env/production:flag/lamp", currentVersion=current(7)),
-            [Place("shop", "production", "lamp", 7)],
+            [ChangedResource("shop", "production", "lamp", 7)],
         ),
         (
             entry("proj/shop:env/production:flag/lamp", currentVersion=current(7, "test")),
-            [Place("shop", "production", "lamp")],
+            [ChangedResource("shop", "production", "lamp")],
         ),
         (
             entry("proj/shop:env/production:flag/lamp", currentVersion=current(7, key="other")),
-            [Place("shop", "production", "lamp")],
+            [ChangedResource("shop", "production", "lamp")],
         ),
         *(
             (
                 entry("proj/shop:env/production:flag/lamp", currentVersion=current(version)),
-                [Place("shop", "production", "lamp")],
+                [ChangedResource("shop", "production", "lamp")],
             )
             for version in (True, "7", 7.5, -1, 2**60, None)
         ),
-        (entry("proj/shop:env/production:segment/crowd"), [Place("shop", "production")]),
-        (entry("proj/shop:env/*:flag/lamp"), [Place("shop", "*", "lamp")]),
-        (entry("proj/shop:env/production:flag/*"), [Place("shop", "production")]),
-        (entry("proj/shop"), [Place("shop", "*")]),
+        (entry("proj/shop:env/production:segment/crowd"), [ChangedResource("shop", "production")]),
+        (entry("proj/shop:env/*:flag/lamp"), [ChangedResource("shop", "*", "lamp")]),
+        (entry("proj/shop:env/production:flag/*"), [ChangedResource("shop", "production")]),
+        (entry("proj/shop"), [ChangedResource("shop", "*")]),
         (
             entry("proj/shop:env/a:flag/x", target={"resources": ["proj/shop:env/a:flag/x"]}),
-            [Place("shop", "a", "x")],
+            [ChangedResource("shop", "a", "x")],
         ),
-        (entry(target={"resources": ["proj/shop:env/a:flag/x"]}), [Place("shop", "a", "x")]),
+        (
+            entry(target={"resources": ["proj/shop:env/a:flag/x"]}),
+            [ChangedResource("shop", "a", "x")],
+        ),
         (entry("member/*:token/1"), []),
         (entry("proj/shop:env/a:flag/x", "webhook/1"), []),
         (entry(*(f"proj/shop:env/a:flag/{i}" for i in range(MAX_RESOURCES + 1))), []),
@@ -113,7 +119,7 @@ def test_without_a_secret_nothing_is_signed():
 )
 def test_resources_name_places(body, places):
     """And what is unclear names none, which means anything."""
-    assert list(webhook.read(body).places) == places
+    assert list(webhook.read(body).resources) == places
 
 
 @pytest.mark.parametrize(
@@ -131,7 +137,7 @@ def test_what_is_no_audit_log_entry_is_said(body):
 def test_any_body_is_read_or_refused(body):
     """Strangers cannot make reading fail in another way."""
     with contextlib.suppress(InvalidData):
-        assert isinstance(webhook.read(body), Announcement)
+        assert isinstance(webhook.read(body), ChangeNotice)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from relay.model.item import Kind
 from relay.model.payload import EMPTY, Payload
-from relay.sources import ChangeSet, Current, DataSource, Interrupted
+from relay.sources import ChangeSet, DataSource, Interrupted, UpToDate
 from tests.support.data import all_data, flag, segment
 
 
@@ -76,7 +76,7 @@ class SourceContract:
         await stage.show(all_data(flag(value="one")))
         async with aclosing(stage.source.updates()) as updates:
             await until(updates, has("one"))
-            stage.source.refresh()
+            stage.source.resync()
             await until(updates, lambda u, _: isinstance(u, ChangeSet) and u.full)
 
     async def test_quiet_sources_say_that_data_are_current(self, stage):
@@ -86,7 +86,7 @@ class SourceContract:
             await until(updates, has("one"))
             if hasattr(stage, "beat"):
                 await stage.beat()
-            await until(updates, lambda u, _: isinstance(u, Current))
+            await until(updates, lambda u, _: isinstance(u, UpToDate))
 
     @pytest.mark.parametrize("steps", range(0, 12, 3))
     async def test_cancelling_anywhere_leaves_nothing_open(self, stage, steps):

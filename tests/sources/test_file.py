@@ -12,10 +12,10 @@ from relay.errors import ErrorKind
 from relay.model.item import LAST_VERSION_OF_TIME
 from relay.model.payload import ChangeSet
 from relay.sources import Interrupted
-from relay.sources.file import File
-from relay.sources.retry import Times
+from relay.sources.file import FileSource
+from relay.sources.retry import SourceTimings
 
-FAST = Times(confirm_every=1000, file_interval=0.01)
+FAST = SourceTimings(confirm_every=1000, file_interval=0.01)
 
 
 @pytest.fixture(name="path")
@@ -25,7 +25,7 @@ def flags_file(tmp_path):
 
 async def test_a_file_may_come_later_and_be_replaced(path):
     """Missing is said once; a rename over it is a change."""
-    async with asyncio.timeout(20), aclosing(File(path, FAST).updates()) as updates:
+    async with asyncio.timeout(20), aclosing(FileSource(path, FAST).updates()) as updates:
         missing = await anext(updates)
         assert isinstance(missing, Interrupted)
         assert str(path) in missing.reason
@@ -43,7 +43,7 @@ async def test_a_file_of_a_wrong_clock_gives_versions_that_sdks_can_hold(path):
     for seconds, version in ((-5, 0), (2**40, LAST_VERSION_OF_TIME)):
         path.write_text("flagValues: {a: 1}")
         os.utime(path, (0, seconds))
-        async with asyncio.timeout(20), aclosing(File(path, FAST).updates()) as updates:
+        async with asyncio.timeout(20), aclosing(FileSource(path, FAST).updates()) as updates:
             assert (await anext(updates)).items[0].version == version
             path.write_text("flagValues: {a: 2}")
             assert version < (await anext(updates)).items[0].version < 2**31
@@ -52,7 +52,7 @@ async def test_a_file_of_a_wrong_clock_gives_versions_that_sdks_can_hold(path):
 async def test_a_half_written_file_is_said_once(path):
     """With file and reason; the next good state is taken."""
     path.write_text("flags: {a: [")
-    async with asyncio.timeout(20), aclosing(File(path, FAST).updates()) as updates:
+    async with asyncio.timeout(20), aclosing(FileSource(path, FAST).updates()) as updates:
         broken = await anext(updates)
         assert broken.kind is ErrorKind.INVALID_DATA
         assert str(path) in broken.reason

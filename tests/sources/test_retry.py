@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.sources.retry import Schedule, Times
+from relay.sources.retry import Backoff, SourceTimings
 
 SECONDS = st.floats(0, 1000, allow_nan=False)
 CHANCE = st.floats(0, 1, exclude_max=True)
@@ -18,7 +18,7 @@ CHANCE = st.floats(0, 1, exclude_max=True)
 
 def test_delays_grow_up_to_a_bound():
     """1 s to 30 s, each a quarter longer than the one before."""
-    schedule = Schedule(Times())
+    schedule = Backoff(SourceTimings())
     delays = [schedule.failed(0, 0) for _ in range(20)]
     assert delays[:4] == [1, 1.25, 1.5625, 1.953125]
     growths = [later / earlier for earlier, later in pairwise(delays[:16])]
@@ -29,12 +29,12 @@ def test_delays_grow_up_to_a_bound():
 @given(CHANCE)
 def test_jitter_takes_at_most_half(chance):
     """So relays do not return all at once."""
-    assert 0.5 <= Schedule(Times()).failed(0, chance) <= 1
+    assert 0.5 <= Backoff(SourceTimings()).failed(0, chance) <= 1
 
 
 def test_what_ends_after_data_is_a_first_failure():
     """However long upstream had been away before, and however short the connection was."""
-    schedule = Schedule(Times())
+    schedule = Backoff(SourceTimings())
     assert [schedule.failed(0, 0) for _ in range(30)][-1] == 30
     schedule.succeeded(100)
     assert schedule.failed(100.1, 0) == 1
@@ -51,7 +51,7 @@ def test_what_ends_after_data_is_a_first_failure():
 )
 def test_what_ends_again_and_again_is_remembered_for_a_while(lasts, delays):
     """Each delay after a connection that delivered and lasted for so many seconds."""
-    schedule, now, found = Schedule(Times()), 0.0, []
+    schedule, now, found = Backoff(SourceTimings()), 0.0, []
     for _ in delays:
         schedule.succeeded(now)
         now += lasts
@@ -62,7 +62,7 @@ def test_what_ends_again_and_again_is_remembered_for_a_while(lasts, delays):
 
 def test_the_first_delivery_of_a_connection_counts():
     """A connection is well from its first data on, however often it brings more."""
-    schedule = Schedule(Times())
+    schedule = Backoff(SourceTimings())
     schedule.succeeded(0)
     schedule.failed(0, 0)
     schedule.succeeded(0)
@@ -72,7 +72,7 @@ def test_the_first_delivery_of_a_connection_counts():
 
 def test_a_refused_key_is_tried_after_seconds_and_later_minutes():
     """5 s, doubling to 5 min; a success begins anew, a broken connection does not."""
-    schedule = Schedule(Times())
+    schedule = Backoff(SourceTimings())
     delays = [schedule.failed(0, 0, refused=True) for _ in range(8)]
     assert delays == [5, 10, 20, 40, 80, 160, 300, 300]
     assert schedule.failed(0, 0) == 1
@@ -84,7 +84,7 @@ def test_a_refused_key_is_tried_after_seconds_and_later_minutes():
 
 def test_upstream_may_ask_for_a_delay_within_bounds():
     """The counter begins anew only when it asks for something new."""
-    schedule = Schedule(Times())
+    schedule = Backoff(SourceTimings())
     schedule.asked_for(5000)
     assert schedule.failed(0, 0) == 5
     schedule.asked_for(5000)
@@ -103,7 +103,7 @@ EVENTS = st.lists(
 
 def after(events, times=None):
     """A schedule to which all this happened, the time at its end, and the delays that it gave."""
-    schedule, now, delays = Schedule(times or Times()), 0.0, []
+    schedule, now, delays = Backoff(times or SourceTimings()), 0.0, []
     for what, seconds, chance in events:
         now += seconds
         if what == "succeeded":
@@ -158,7 +158,7 @@ def returns(outages, chance, schedule=None):
         chance: random numbers.
         schedule: decides when to try.
     """
-    schedule = schedule or Schedule(Times())
+    schedule = schedule or Backoff(SourceTimings())
     schedule.succeeded(0)
     now, found = 0.0, []
     for lost, back in outages:
@@ -215,7 +215,7 @@ def test_long_outages_are_over_within_half_their_time_and_half_a_minute(minutes)
 @pytest.mark.parametrize("lasts", [0.0, 0.1, 1.0])
 def test_an_upstream_that_delivers_and_closes_is_asked_less_and_less(lasts):
     """Data do not make up for an end that follows at once, again and again."""
-    chance, schedule, now, attempts = random.Random(4711), Schedule(Times()), 0.0, []
+    chance, schedule, now, attempts = random.Random(4711), Backoff(SourceTimings()), 0.0, []
     while now < 3600:
         attempts.append(now)
         schedule.succeeded(now)

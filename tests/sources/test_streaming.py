@@ -17,9 +17,9 @@ from relay.model.credential import SDKKey
 from relay.model.item import Kind
 from relay.model.payload import ChangeSet
 from relay.protocol.sse import Decoder
-from relay.sources import Current, Interrupted
-from relay.sources.retry import Times
-from relay.sources.streaming import Streaming
+from relay.sources import Interrupted, UpToDate
+from relay.sources.retry import SourceTimings
+from relay.sources.streaming import StreamingSource
 from relay.upstream import MAX_REDIRECTS, Upstream
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag, patch, put
@@ -28,7 +28,7 @@ from tests.support.upstream import ScriptedUpstream
 
 KEY = "sdk-secret-4711"
 LOG = logging.getLogger("relay.env.test")
-FAST = Times(
+FAST = SourceTimings(
     first_delay=0.01, longest_delay=0.02, refused_delay=0.01, read_timeout=0.2, confirm_every=0.0
 )
 
@@ -44,7 +44,7 @@ async def scripted_upstream():
 async def listening(url, times=FAST, session=None):
     """The updates of a streaming source, and the source."""
     async with session or Upstream() as upstream:
-        source = Streaming(upstream, url + "/", SDKKey(KEY), LOG, times)
+        source = StreamingSource(upstream, url + "/", SDKKey(KEY), LOG, times)
         async with asyncio.timeout(20), aclosing(source.updates()) as updates:
             yield updates, source
 
@@ -70,7 +70,7 @@ async def test_a_stream_brings_all_data_and_then_changes(server):
         gone = (await until(updates, ChangeSet)).items[0]
         assert (gone.kind, gone.key, gone.version, gone.json) == (Kind.FLAG, "a", 3, None)
         await server.raw(KEY, b":\n\n")
-        assert await until(updates, Current) == Current()
+        assert await until(updates, UpToDate) == UpToDate()
 
 
 async def test_requests_look_like_those_of_an_sdk(server):
@@ -163,7 +163,7 @@ async def test_a_refused_connection_and_an_unknown_host_are_tried_again(server):
 async def test_a_stream_that_ends_at_once_is_opened_less_and_less_often(server, content, half_life):
     """Memory slows down what delivers and ends; what never delivers all data is no success."""
     server.always(KEY, answers.body(content))
-    times = Times(first_delay=0.01, longest_delay=1, growth=2, half_life=half_life)
+    times = SourceTimings(first_delay=0.01, longest_delay=1, growth=2, half_life=half_life)
     begin = time.monotonic()
     async with listening(server.url, times) as (updates, _):
         for _ in range(7):
@@ -199,12 +199,12 @@ async def test_unknown_events_are_logged_once_and_ignored(server, caplog):
 
 async def test_refresh_connects_anew_without_an_interruption(server):
     """All data come once more; nobody is alarmed."""
-    calm = Times(confirm_every=1000)
+    calm = SourceTimings(confirm_every=1000)
     async with listening(server.url, calm) as (updates, source):
         assert (await anext(updates)).full
         waiting = asyncio.ensure_future(anext(updates))
         await server.connected(KEY)
-        source.refresh()
+        source.resync()
         assert (await waiting).full
     assert len(server.requests) == 2
 
@@ -212,9 +212,9 @@ async def test_refresh_connects_anew_without_an_interruption(server):
 async def test_refresh_ends_a_long_wait(server):
     """A refused key is tried again when somebody asks."""
     server.script(KEY, answers.status(401))
-    async with listening(server.url, Times(refused_delay=300)) as (updates, source):
+    async with listening(server.url, SourceTimings(refused_delay=300)) as (updates, source):
         assert (await anext(updates)).refused
-        source.refresh()
+        source.resync()
         assert (await anext(updates)).full
 
 
@@ -239,7 +239,7 @@ async def test_large_and_compressed_puts_work(server):
     """50 MB, and gzip."""
     large = all_data(*(flag(f"f{n}", value="x" * 1_000_000) for n in range(50)))
     server.script(KEY, answers.body(put(large)), answers.body(put(all_data(flag("z"))), gzip=True))
-    async with listening(server.url, Times(first_delay=0.01)) as (updates, _):
+    async with listening(server.url, SourceTimings(first_delay=0.01)) as (updates, _):
         assert len((await until(updates, ChangeSet)).items) == 50
         assert (await until(updates, ChangeSet)).items[0].key == "z"
 
@@ -256,7 +256,7 @@ async def test_endless_garbage_is_given_up(server, monkeypatch):
 
 async def test_cancelling_closes_the_connection(server):
     """Nothing stays open, wherever the source is cancelled."""
-    async with listening(server.url, Times()) as (updates, _):
+    async with listening(server.url, SourceTimings()) as (updates, _):
         await anext(updates)
         waiting = asyncio.ensure_future(anext(updates))
         await server.connected(KEY)

@@ -10,7 +10,7 @@ import pytest
 from relay.errors import InvalidData
 from relay.protocol import fdv1
 from relay.sources import waiting
-from relay.sources.waiting import in_slices
+from relay.sources.waiting import run_in_slices
 from tests.support.data import flag
 
 FLAGS = {f"flag-{n}": flag(f"flag-{n}") for n in range(50)}
@@ -32,7 +32,7 @@ async def test_others_have_their_turn_whenever_a_slice_is_over(
             await asyncio.sleep(0)
 
     beside = asyncio.create_task(other())
-    changes = await in_slices(fdv1.in_steps("put", PUT))
+    changes = await run_in_slices(fdv1.in_steps("put", PUT))
     counted = turns
     beside.cancel()
     assert changes == fdv1.parse("put", PUT)
@@ -41,4 +41,4 @@ async def test_others_have_their_turn_whenever_a_slice_is_over(
 
 async def test_what_is_wrong_is_told_as_it_would_be_at_once():
     with pytest.raises(InvalidData, match="put message"):
-        await in_slices(fdv1.in_steps("put", b"{"))
+        await run_in_slices(fdv1.in_steps("put", b"{"))

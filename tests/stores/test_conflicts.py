@@ -16,7 +16,7 @@ from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, ChangeSet, Payload
 from relay.stores import Key, Stored, Version, Versions
 from relay.stores.conflicts import NEVER, Conflicts, ConflictTimes
-from relay.stores.mirror import Mirror, MirrorTimes
+from relay.stores.mirror import DatabaseMirror, MirrorTimings
 from tests.stores.contract import flag
 from tests.support import virtual
 
@@ -210,7 +210,7 @@ class Relay:
         self._changes = changes
         self._lag = lag
         self._payload = EMPTY
-        self._mirror = Mirror(Store(database, name), "fake", self._refresh, LOG, VIRTUAL)
+        self._mirror = DatabaseMirror(Store(database, name), "fake", self._refresh, LOG, VIRTUAL)
 
     def _refresh(self) -> None:
         asyncio.get_running_loop().call_later(0.05, self._tell_all)
@@ -220,7 +220,7 @@ class Relay:
         everything = ChangeSet(tuple(i for at, i in self._changes if at <= seen))
         payload, _ = EMPTY.apply(everything)
         self._payload, change = self._payload.apply(ChangeSet(tuple(payload), full=True))
-        self._mirror.follow(self._payload, change, full=True)
+        self._mirror.update(self._payload, change, full=True)
 
     async def run(self, start: float) -> None:
         await asyncio.sleep(start)
@@ -232,14 +232,14 @@ class Relay:
                 await asyncio.sleep(max(0.0, at + self._lag - loop.time()))
                 self._payload, change = self._payload.apply(ChangeSet((item,)))
                 if change is not None:
-                    self._mirror.follow(self._payload, change)
+                    self._mirror.update(self._payload, change)
             await running
         finally:
             running.cancel()
             await asyncio.wait([running])
 
 
-VIRTUAL = MirrorTimes(conflicts=ConflictTimes(longest=240, forget=1e9))
+VIRTUAL = MirrorTimings(conflicts=ConflictTimes(longest=240, forget=1e9))
 KEYS = st.sampled_from(["a", "b", "c"])
 STEPS = st.lists(
     st.tuples(st.floats(0, 120), KEYS, st.booleans()),

@@ -14,7 +14,7 @@ from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.protocol import fdv1
 from relay.stores import StoreState
 from relay.stores.conflicts import NEVER, ConflictTimes
-from relay.stores.mirror import MAX_PENDING, ONCE, Mirror, MirrorTimes
+from relay.stores.mirror import MAX_PENDING, ONCE, DatabaseMirror, MirrorTimings
 from relay.stores.redis import RedisStore
 from tests.stores.contract import flag, segment
 from tests.support.redis import RedisServer, recorded
@@ -22,7 +22,7 @@ from tests.support.serving import until
 
 LOG = logging.getLogger("relay.env.test")
 QUICK = ConflictTimes(second_look=0.02, refresh=0.1, newer=0.2, extra=0.2)
-TIMES = MirrorTimes(probe=0.05, retry=0.02, longest_retry=0.05, finish=1.0, conflicts=QUICK)
+TIMES = MirrorTimings(probe=0.05, retry=0.02, longest_retry=0.05, finish=1.0, conflicts=QUICK)
 CAUTIOUS = replace(TIMES, conflicts=replace(QUICK, newer=NEVER))
 """What is newer in the database stays."""
 START = Payload.of([flag("lamp", 3), flag("gone", 4, None), segment("crowd", 5)])
@@ -31,12 +31,12 @@ START = Payload.of([flag("lamp", 3), flag("gone", 4, None), segment("crowd", 5)]
 class Site:
     """A mirror that runs, and the upstream that it may ask."""
 
-    def __init__(self, server: RedisServer, times: MirrorTimes = TIMES, **options) -> None:
+    def __init__(self, server: RedisServer, times: MirrorTimings = TIMES, **options) -> None:
         self.payload = EMPTY
         self.refreshed = 0
         self.server = server
         self.store = RedisStore(server.options(read_timeout=0.3, **options), "p")
-        self.mirror = Mirror(self.store, "redis", self._refresh, LOG, times)
+        self.mirror = DatabaseMirror(self.store, "redis", self._refresh, LOG, times)
 
     def _refresh(self) -> None:
         self.refreshed += 1
@@ -44,7 +44,7 @@ class Site:
 
     def tell(self, payload: Payload, change: Change | None = None, *, full: bool = True) -> None:
         self.payload = payload
-        self.mirror.follow(payload, change, full=full)
+        self.mirror.update(payload, change, full=full)
 
     def apply(self, changes: ChangeSet) -> None:
         """What an environment does with a change set."""
@@ -87,32 +87,32 @@ async def test_an_empty_database_is_filled(site):
     """The first word of upstream makes the database whole, tombstones included."""
     site.tell(START)
     async with asyncio.timeout(5):
-        await site.mirror.written()
+        await site.mirror.flushed()
     await site.equal()
     assert site.mirror.status.state is StoreState.VALID
 
 
 async def test_changes_are_written_as_they_come(server):
     """Without waiting for the next comparison."""
-    async with Site(server, MirrorTimes(probe=60)) as site:
+    async with Site(server, MirrorTimings(probe=60)) as site:
         site.tell(START)
-        await site.mirror.written()
+        await site.mirror.flushed()
         site.apply(ChangeSet((flag("lamp", 4), flag("new", 1))))
         site.apply(ChangeSet((flag("new", 2, None), segment("crowd", 6))))
         async with asyncio.timeout(5):
-            await site.mirror.written()
+            await site.mirror.flushed()
         await site.equal()
 
 
 async def test_more_changes_than_wait_one_by_one(server):
     """Beyond a bound nothing is lost: everything is compared."""
-    async with Site(server, MirrorTimes(probe=60)) as site:
+    async with Site(server, MirrorTimings(probe=60)) as site:
         site.tell(START)
-        await site.mirror.written()
+        await site.mirror.flushed()
         for n in range(MAX_PENDING + 10):
             site.apply(ChangeSet((flag(f"f{n}", 1),)))
         assert len(site.mirror._pending) <= MAX_PENDING + 1
-        await site.mirror.written()
+        await site.mirror.flushed()
         await site.equal()
 
 
@@ -133,7 +133,7 @@ async def test_more_changes_than_wait_one_by_one(server):
 async def test_a_damaged_database_heals(site, damage):
     """Wiped, robbed, overwritten: it is whole again soon, and upstream was not bothered."""
     site.tell(START)
-    await site.mirror.written()
+    await site.mirror.flushed()
     site.server.do(*damage)
     await site.equal()
     assert site.refreshed == 0
@@ -141,9 +141,9 @@ async def test_a_damaged_database_heals(site, damage):
 
 async def test_a_change_for_a_wiped_database_brings_everything(server):
     """There is never a partial data set: the marker is looked at with each write."""
-    async with Site(server, MirrorTimes(probe=60)) as site:
+    async with Site(server, MirrorTimings(probe=60)) as site:
         site.tell(START)
-        await site.mirror.written()
+        await site.mirror.flushed()
         server.do("FLUSHALL")
         site.apply(ChangeSet((flag("new", 1),)))
         await site.equal()
@@ -153,7 +153,7 @@ async def test_an_old_backup_heals(site, caplog):
     """Older items are written again; what upstream no longer has goes, once it was asked twice."""
     caplog.set_level(logging.INFO)
     site.tell(START)
-    await site.mirror.written()
+    await site.mirror.flushed()
     backup = RedisStore(site.server.options(), "p")
     await backup.init(Payload.of([flag("lamp", 1), flag("long-deleted", 1), segment("crowd", 5)]))
     await backup.aclose()
@@ -166,7 +166,7 @@ async def test_an_old_backup_heals(site, caplog):
 async def test_an_old_backup_heals_each_time(site, caplog):
     """What was removed and is there again goes again, though later, and that is said."""
     site.tell(START)
-    await site.mirror.written()
+    await site.mirror.flushed()
     for _ in range(2):
         site.server.do("HSET", "p:features", "long-deleted", '{"key":"long-deleted","version":1}')
         await site.equal()
@@ -177,7 +177,7 @@ async def test_an_old_backup_heals_each_time(site, caplog):
 async def test_what_vanished_or_went_back_upstream_does_so_in_the_database(site):
     """A full data set of upstream stands above what we had written ourselves."""
     site.tell(START)
-    await site.mirror.written()
+    await site.mirror.flushed()
     site.apply(ChangeSet((flag("lamp", 1),), full=True))
     await site.equal()
     assert site.refreshed == 0
@@ -187,7 +187,7 @@ async def test_what_is_newer_than_upstream_is_replaced_once_upstream_was_asked_t
     """Left from another project, it would be read for ever; the log says what it was, and why."""
     caplog.set_level(logging.INFO)
     site.tell(START)
-    await site.mirror.written()
+    await site.mirror.flushed()
     site.server.do("HSET", "p:features", "lamp", '{"key":"lamp","version":99}')
     site.server.do("HSET", "p:features", "gone", '{"key":"gone","version":98}')
     await until(lambda: site.refreshed == 1)
@@ -213,7 +213,7 @@ async def test_a_run_that_ends_leaves_what_is_newer(server):
     async with Site(server, once) as site:
         site.tell(Payload.of([flag("lamp", 3), flag("new", 2)]))
         async with asyncio.timeout(5):
-            await site.mirror.written()
+            await site.mirror.flushed()
         await site.holds(Payload.of([flag("lamp", 99), flag("new", 2)]))
 
 
@@ -221,7 +221,7 @@ async def test_newer_items_of_others_do_not_keep_what_vanished(server):
     """One item that is not ours is left alone; the rest follows upstream."""
     async with Site(server, CAUTIOUS) as site:
         site.tell(START)
-        await site.mirror.written()
+        await site.mirror.flushed()
         server.do("HSET", "p:features", "lamp", '{"key":"lamp","version":99}')
         await until(lambda: site.refreshed == 1)
         site.apply(ChangeSet((flag("lamp", 3), flag("new", 1)), full=True))
@@ -232,7 +232,7 @@ async def test_a_relay_behind_a_busy_writer_asks_as_well(server):
     """Though the database never looks the same twice; and it never writes against that writer."""
     async with Site(server) as site:
         site.tell(START)
-        await site.mirror.written()
+        await site.mirror.flushed()
         for version in range(10, 10_000):
             server.do("HSET", "p:features", "lamp", f'{{"key":"lamp","version":{version}}}')
             await asyncio.sleep(QUICK.second_look / 10)
@@ -247,11 +247,11 @@ async def test_a_relay_that_is_behind_catches_up_by_asking(server):
     ahead = Payload.of([flag("lamp", 4), flag("new", 1), segment("crowd", 5)])
     async with Site(server) as quick, Site(server) as slow:
         quick.tell(ahead)
-        await quick.mirror.written()
+        await quick.mirror.flushed()
         slow.tell(Payload.of([flag("lamp", 3), segment("crowd", 5)]), full=False)
         slow.payload = ahead  # what a fresh payload will be
         async with asyncio.timeout(5):
-            await slow.mirror.written()
+            await slow.mirror.flushed()
         await quick.equal()
         assert slow.refreshed == 1
 
@@ -271,7 +271,7 @@ async def test_two_relays_never_fight(server, caplog, behind):
     ahead = Payload.of([flag("lamp", 4), flag("new", 1), segment("crowd", 5)])
     async with Site(server) as quick, Site(server) as slow:
         quick.tell(ahead)
-        await quick.mirror.written()
+        await quick.mirror.flushed()
         slow.tell(Payload.of(behind))
 
         def waits() -> list[float]:
@@ -286,8 +286,8 @@ async def test_two_relays_never_fight(server, caplog, behind):
 async def test_nothing_is_written_while_upstream_is_lost(site):
     """Nobody vouches for the data then; they are written when upstream is back."""
     site.tell(START)
-    await site.mirror.written()
-    site.mirror.hold()
+    await site.mirror.flushed()
+    site.mirror.suspend()
     site.server.do("FLUSHALL")
     looks = site.server.do("INFO", "commandstats")["cmdstat_hgetall"]["calls"]
     await asyncio.sleep(TIMES.probe * 4)  # nothing happens: there is nothing to wait for
@@ -330,7 +330,7 @@ async def test_a_database_that_refuses_is_tried_again(tmp_path, caplog, break_it
     with RedisServer(tmp_path) as server:
         async with Site(server) as site:
             site.tell(START)
-            await site.mirror.written()
+            await site.mirror.flushed()
             server.do(*break_it)
             site.apply(ChangeSet((flag("lamp", 9),)))
             await until(lambda: site.mirror.status.state is StoreState.INTERRUPTED)
@@ -351,7 +351,7 @@ async def test_a_database_that_hangs_is_given_up_and_tried_again(tmp_path):
     with RedisServer(tmp_path) as server:
         async with Site(server) as site:
             site.tell(START)
-            await site.mirror.written()
+            await site.mirror.flushed()
             server.pause()
             for version in range(4, 200):
                 site.apply(ChangeSet((flag("lamp", version),)))
@@ -392,7 +392,7 @@ async def test_the_last_changes_are_written_at_the_end(server):
     """What was followed before the end is in the database after it."""
     async with Site(server) as site:
         site.tell(START)
-        await site.mirror.written()
+        await site.mirror.flushed()
         site.apply(ChangeSet((flag("lamp", 9),)))
     await site.equal()
 
@@ -400,9 +400,9 @@ async def test_the_last_changes_are_written_at_the_end(server):
 async def test_a_change_that_is_being_written_at_the_end_is_not_lost(tmp_path):
     """Whether it arrived is not known, so it is written again."""
     with RedisServer(tmp_path) as server:
-        async with Site(server, MirrorTimes(probe=60)) as site:
+        async with Site(server, MirrorTimings(probe=60)) as site:
             site.tell(START)
-            await site.mirror.written()
+            await site.mirror.flushed()
             server.pause()
             site.apply(ChangeSet((flag("lamp", 9),)))
             await until(lambda: not site.mirror._pending)
@@ -413,9 +413,9 @@ async def test_a_change_that_is_being_written_at_the_end_is_not_lost(tmp_path):
 async def test_a_database_that_hangs_does_not_hold_up_the_end(tmp_path):
     """The end takes no longer than the time that is allowed for it."""
     with RedisServer(tmp_path) as server:
-        async with Site(server, MirrorTimes(finish=0.2)) as site:
+        async with Site(server, MirrorTimings(finish=0.2)) as site:
             site.tell(START)
-            await site.mirror.written()
+            await site.mirror.flushed()
             server.pause()
             site.apply(ChangeSet((flag("lamp", 9),)))
             begin = asyncio.get_running_loop().time()
@@ -453,9 +453,9 @@ async def test_recorded_contents(server, recording):
     """After each recorded message the database holds what the reference would have there."""
     prefix = recording["prefix"] or "launchdarkly"
     store = RedisStore(server.options(), recording["prefix"])
-    site = Site(server, MirrorTimes(probe=60))
+    site = Site(server, MirrorTimings(probe=60))
     await site.store.aclose()
-    site.mirror = Mirror(store, "redis", site._refresh, LOG, MirrorTimes(probe=60))
+    site.mirror = DatabaseMirror(store, "redis", site._refresh, LOG, MirrorTimings(probe=60))
     async with site:
         for step in recording["steps"]:
             for command in step["before"]:
@@ -465,7 +465,7 @@ async def test_recorded_contents(server, recording):
                 changes = fdv1.parse(event.removeprefix("event: "), text.encode())
                 site.apply(changes)
                 async with asyncio.timeout(5):
-                    await site.mirror.written()
+                    await site.mirror.flushed()
             name, expected = step["step"], step["keys"]
             unlike = UNLIKE_THE_REFERENCE.get(name, {})
             if unlike is None:
@@ -489,11 +489,11 @@ async def test_a_database_is_found_again_while_upstream_is_lost(tmp_path):
     with RedisServer(tmp_path) as server:
         async with Site(server) as site:
             site.tell(START)
-            await site.mirror.written()
+            await site.mirror.flushed()
             server.kill()
             site.apply(ChangeSet((flag("lamp", 9),)))
             await until(lambda: site.mirror.status.state is StoreState.INTERRUPTED)
-            site.mirror.hold()
+            site.mirror.suspend()
             server.start()
             await until(lambda: site.mirror.status.state is StoreState.VALID)
             assert server.do("DBSIZE") == 0

@@ -28,15 +28,15 @@ from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Payload
 from relay.protocol import snapshot as grammar
 from relay.protocol.snapshot import HEADER_SIZE
-from relay.stores.snapshot import Pace, Snapshot
+from relay.stores.snapshot import SnapshotMirror, SnapshotTimings
 from tests.support.strategies import change_sets
 
 ROOT = Path(__file__).parent.parent.parent
 LOG = logging.getLogger("relay.env.test")
 KEY = SDKKey("sdk-5ca1ab1e-0001")
 MS = 0.001
-FAST = Pace(gather=MS, bytes_per_second=1e12, retry=5 * MS, finish=5)
-LAZY = Pace(gather=3600, bytes_per_second=1, retry=3600, finish=5)
+FAST = SnapshotTimings(gather=MS, bytes_per_second=1e12, retry=5 * MS, finish=5)
+LAZY = SnapshotTimings(gather=3600, bytes_per_second=1, retry=3600, finish=5)
 """Writes at the end only."""
 
 
@@ -49,7 +49,7 @@ def payload(*items):
 
 
 def snapshot(directory, key=KEY, pace=FAST):
-    return Snapshot(Path(directory), key, LOG, pace)
+    return SnapshotMirror(Path(directory), key, LOG, pace)
 
 
 @contextlib.asynccontextmanager
@@ -68,9 +68,9 @@ async def save(directory, data, **options):
     """Write a payload, and return the path of the file."""
     copy = snapshot(directory, **options)
     async with running(copy):
-        copy.follow(data, None)
+        copy.update(data, None)
         async with asyncio.timeout(20):
-            await copy.written()
+            await copy.flushed()
     return copy._file.path
 
 
@@ -149,10 +149,10 @@ def test_what_is_loaded_is_what_was_followed(changes, items):
         async with running(copy):
             for each in changes:
                 data, change = data.apply(each)
-                copy.follow(data, change)
+                copy.update(data, change)
             data = Payload.of([*data, *items])
-            copy.follow(data, None)
-            await copy.written()
+            copy.update(data, None)
+            await copy.flushed()
         return data, await load(directory)
 
     with tempfile.TemporaryDirectory() as directory:
@@ -241,10 +241,10 @@ async def test_no_bit_of_the_first_line_can_flip_unnoticed(tmp_path, where):
 
 async def test_changes_in_quick_succession_are_one_write(tmp_path):
     """The file is replaced once, and holds the last of them."""
-    copy = snapshot(tmp_path, pace=Pace(gather=0.1, bytes_per_second=1e12))
+    copy = snapshot(tmp_path, pace=SnapshotTimings(gather=0.1, bytes_per_second=1e12))
     async with running(copy):
         for version in range(50):
-            copy.follow(payload(flag("a", version)), None)
+            copy.update(payload(flag("a", version)), None)
             await asyncio.sleep(0)
         await until(lambda: list(tmp_path.glob("*.snapshot")))
         inode = next(tmp_path.glob("*.snapshot")).stat().st_ino
@@ -254,12 +254,12 @@ async def test_changes_in_quick_succession_are_one_write(tmp_path):
 
 async def test_a_large_environment_that_never_rests_does_not_wear_the_disk(tmp_path):
     """The time between two writes grows with the size."""
-    copy = snapshot(tmp_path, pace=Pace(gather=MS, bytes_per_second=100_000, finish=5))
+    copy = snapshot(tmp_path, pace=SnapshotTimings(gather=MS, bytes_per_second=100_000, finish=5))
     begin = time.monotonic()
     async with running(copy):
         inodes = set()
         for version in range(10**6):
-            copy.follow(payload(flag("a", version, 20_000)), None)
+            copy.update(payload(flag("a", version, 20_000)), None)
             await asyncio.sleep(MS)
             inodes |= {entry.stat().st_ino for entry in tmp_path.glob("*.snapshot")}
             if len(inodes) == 3:
@@ -269,14 +269,14 @@ async def test_a_large_environment_that_never_rests_does_not_wear_the_disk(tmp_p
 
 async def test_a_change_that_meets_a_renewal_waits_for_its_time(tmp_path):
     """What is only the time is written soon; a change that comes meanwhile has the disk rest."""
-    copy = snapshot(tmp_path, pace=Pace(gather=0.05, bytes_per_second=1000, finish=5))
+    copy = snapshot(tmp_path, pace=SnapshotTimings(gather=0.05, bytes_per_second=1000, finish=5))
     data = payload(flag("a", 1, 20_000))
     async with running(copy):
-        copy.follow(data, None)
-        await copy.written()
-        copy.follow(data, None)
+        copy.update(data, None)
+        await copy.flushed()
+        copy.update(data, None)
         await asyncio.sleep(5 * MS)
-        copy.follow(payload(flag("a", 2, 20_000)), None)
+        copy.update(payload(flag("a", 2, 20_000)), None)
         await asyncio.sleep(0.1)
         assert (await load(tmp_path)).payload.get(Kind.FLAG, "a").version == 1
     assert (await load(tmp_path)).payload.get(Kind.FLAG, "a").version == 2
@@ -286,20 +286,20 @@ async def test_the_last_state_is_written_at_the_end(tmp_path):
     """Also if its time had not come, and upstream was lost since."""
     copy = snapshot(tmp_path, pace=LAZY)
     async with running(copy):
-        copy.follow(payload(), None)
+        copy.update(payload(), None)
         await asyncio.sleep(MS)
-        copy.hold()
+        copy.suspend()
     assert await load(tmp_path)
 
 
 async def test_a_hung_disk_does_not_keep_the_process_from_ending(tmp_path, caplog):
     """The last write has a bounded time; what it could not do is said."""
-    copy = snapshot(tmp_path, pace=Pace(gather=3600, finish=20 * MS))
+    copy = snapshot(tmp_path, pace=SnapshotTimings(gather=3600, finish=20 * MS))
     free = threading.Event()
     copy._file.store = lambda *_: free.wait(10)
     begin = time.monotonic()
     async with running(copy):
-        copy.follow(payload(), None)
+        copy.update(payload(), None)
         await asyncio.sleep(MS)
     assert time.monotonic() - begin < 5
     assert "could not be written within" in caplog.text
@@ -310,13 +310,13 @@ async def test_the_time_is_renewed_in_place(tmp_path):
     """Upstream vouching again for the same data costs no new file."""
     copy, data = snapshot(tmp_path), payload(flag("a", 1, 10_000))
     async with running(copy):
-        copy.follow(data, None)
-        await copy.written()
+        copy.update(data, None)
+        await copy.flushed()
         (path,) = tmp_path.iterdir()
         inode, first = path.stat().st_ino, path.read_bytes()[:HEADER_SIZE]
         await asyncio.sleep(2 * MS)
-        copy.follow(data, None)
-        await copy.written()
+        copy.update(data, None)
+        await copy.flushed()
         assert path.stat().st_ino == inode
         stored = await load(tmp_path)
         renewed = path.read_bytes()[:HEADER_SIZE]
@@ -329,14 +329,14 @@ async def test_a_file_that_somebody_touched_is_written_anew(tmp_path, action):
     """Renewing the time notices that the file is no longer ours."""
     copy, data = snapshot(tmp_path), payload(flag("a", 5))
     async with running(copy):
-        copy.follow(data, None)
-        await copy.written()
+        copy.update(data, None)
+        await copy.flushed()
         if action == "remove":
             next(tmp_path.iterdir()).unlink()
         else:
             await save(tmp_path, payload(flag("a", 4)))
-        copy.follow(data, None)
-        await copy.written()
+        copy.update(data, None)
+        await copy.flushed()
     assert set((await load(tmp_path)).payload) == set(data)
 
 
@@ -359,12 +359,12 @@ async def test_a_full_disk_is_said_once_when_it_begins_and_once_when_it_ends(tmp
     async with running(copy):
         with full_disk():
             for _ in range(5):
-                copy.follow(payload(flag("a", 2, 5000)), None)
+                copy.update(payload(flag("a", 2, 5000)), None)
                 await until(lambda: caplog.records)
                 await asyncio.sleep(8 * MS)
             assert [entry.suffix for entry in tmp_path.iterdir()] == [".snapshot"]
             assert (await load(tmp_path)).payload.get(Kind.FLAG, "a").version == 1
-        await copy.written()
+        await copy.flushed()
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
     assert os.strerror(errno.EFBIG) in caplog.text
     assert "is written again" in caplog.text
@@ -386,12 +386,12 @@ async def test_a_place_that_cannot_be_written_is_said_once(tmp_path, caplog, obs
     copy = snapshot(directory)
     assert await copy.load() is None
     async with running(copy):
-        copy.follow(payload(), None)
+        copy.update(payload(), None)
         await asyncio.sleep(20 * MS)
         assert len(caplog.records) == 1
         assert "trying again" in caplog.text
         in_the_way.unlink() if in_the_way.is_file() else in_the_way.rmdir()
-        await copy.written()
+        await copy.flushed()
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
     assert await load(directory)
 
@@ -415,7 +415,7 @@ async def test_missing_permissions_are_said_once(tmp_path, caplog):
     with unprivileged():
         await copy.load()
         async with running(copy):
-            copy.follow(payload(), None)
+            copy.update(payload(), None)
             await asyncio.sleep(20 * MS)
     assert caplog.text.count(os.strerror(errno.EACCES)) == len(caplog.records) == 1
 
@@ -456,7 +456,7 @@ async def main():
         data = Payload.of(Item(Kind.FLAG, f"f{n}", version, json) for n in range(500))
         for _ in range(2):
             copy.follow(data, None)
-            await copy.written()
+            await copy.flushed()
         print(version, flush=True)
 
 asyncio.run(main())

@@ -14,7 +14,7 @@ from relay.model.environment import EnvironmentSpec
 from relay.relay import Relay
 from relay.web.cors import cors_headers
 from relay.web.middleware import canonical
-from relay.web.polling import Polling
+from relay.web.polling import PollingHandler
 from tests.support.contracts import ScriptedSource
 from tests.support.serving import SDK_KEY, Served, ask, serving
 
@@ -218,7 +218,7 @@ def tracebacks(caplog) -> list[logging.LogRecord]:
     return [record for record in caplog.records if record.exc_info]
 
 
-class Broken(Polling):
+class Broken(PollingHandler):
     """Fails as only a defect of ours can."""
 
     async def complete(self, *_: object) -> None:

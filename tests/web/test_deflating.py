@@ -7,11 +7,11 @@ import json
 
 import pytest
 
-from relay.evaluation.audience import Audience
-from relay.evaluation.program import Library, Program
+from relay.evaluation.audience import SDKKind
+from relay.evaluation.program import FlagCompiler, Program
 from relay.model.context import parse_context
 from relay.web import deflating, polling
-from relay.web.deflating import Evaluated
+from relay.web.deflating import EvaluationResource
 from tests.evaluation.strategies import payload_of
 from tests.support.data import flag
 
@@ -24,14 +24,14 @@ def program_of(*sorts: str) -> Program:
     """A program with twenty flags of each sort."""
     names = [f"{sort}-{n}" for sort in sorts for n in range(20)]
     flags = {name: flag(name, value=name * 50, **SORTS[name.split("-")[0]]) for name in names}
-    library = Library(payload_of({"flags": flags, "segments": {}}))
-    seen = ((name, library.seen(Audience.SERVER, name)) for name in sorted(names))
+    library = FlagCompiler(payload_of({"flags": flags, "segments": {}}))
+    seen = ((name, library.seen(SDKKind.SERVER, name)) for name in sorted(names))
     return Program({name: each for name, each in seen if each}, 1)
 
 
-def resource_of(program: Program, key: str, plan: str) -> Evaluated:
+def resource_of(program: Program, key: str, plan: str) -> EvaluationResource:
     context = parse_context(json.dumps({"kind": "user", "key": key, "plan": plan}).encode())
-    return Evaluated(program.body(context, with_reasons=False), ())
+    return EvaluationResource(program.body(context, with_reasons=False), ())
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ async def test_large_bodies_are_compressed_aside_only_once(monkeypatch):
     first, second = resource_of(program, "a", "pro"), resource_of(program, "b", "pro")
     monkeypatch.setattr(polling, "MAX_COMPRESSED_AT_ONCE", len(first.pieces[0]) * 2)
     assert first.variant(b"", b"gzip") is None
-    await first.compress_aside()
+    await first.compress_in_thread()
     answer = second.variant(b"", b"gzip")
     assert answer is not None
     assert gzip.decompress(answer.body) == second.body

@@ -10,15 +10,15 @@ import threading
 import pytest
 
 from relay.environment import Environment
-from relay.evaluation.audience import Audience
+from relay.evaluation.audience import SDKKind
 from relay.model.context import Context
-from relay.model.count import Count
+from relay.model.count import MetricValue
 from relay.model.item import Kind, parse
 from relay.model.payload import ChangeSet
 from relay.web import evaluation, prepared
-from relay.web.answers import Answer
-from relay.web.evaluation import Evaluation, Found, resource_of, timed
-from relay.web.prepared import Given, Prepared
+from relay.web.answers import PreparedResponse
+from relay.web.evaluation import EvaluationHandler, EvaluationResult, resource_for, with_expiry
+from relay.web.prepared import CachedResponse, ResponseCache
 from tests.support import data
 from tests.support.serving import SDK_KEY, Served, ask, serving
 
@@ -40,29 +40,29 @@ def give(environment: Environment, *items: dict) -> None:
 
 
 async def answer_to(
-    made: Evaluation,
+    made: EvaluationHandler,
     environment: Environment,
     context: bytes = ANNA,
     query: bytes = b"",
-    audience: Audience = Audience.BROWSER,
+    audience: SDKKind = SDKKind.BROWSER,
     *,
     if_none_match: bytes = b"",
     accept_encoding: bytes = b"",
-) -> Answer | None:
+) -> PreparedResponse | None:
     """What a GET gets; None if it is for the application."""
-    await environment.evaluations.ready(audience)
+    await environment.programs.ready(audience)
     found = made.find(environment, audience, context, query)
-    if not isinstance(found, Found):
+    if not isinstance(found, EvaluationResult):
         return found
-    resource = resource_of(found.body, environment)
-    return timed(resource.variant(if_none_match, accept_encoding), environment, audience)
+    resource = resource_for(found.body, environment)
+    return with_expiry(resource.variant(if_none_match, accept_encoding), environment, audience)
 
 
-def kept(made: Evaluation, environment: Environment, context: bytes = ANNA) -> object:
+def kept(made: EvaluationHandler, environment: Environment, context: bytes = ANNA) -> object:
     """What is found for a context that asks when everything is compiled; None if it is not kept."""
-    found = made.find(environment, Audience.BROWSER, context, b"")
-    assert isinstance(found, Found)
-    return found.body if found.again else None
+    found = made.find(environment, SDKKind.BROWSER, context, b"")
+    assert isinstance(found, EvaluationResult)
+    return found.body if found.cacheable else None
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ async def test_the_answer_is_that_of_the_application(context, query, headers):
     told = [(name.replace("_", "-"), value.decode()) for name, value in headers.items()]
     async with serving(served, front=False) as address:
         reply = await ask(address, path, told)
-        answer = await answer_to(Evaluation(), served.environment, context, query, **headers)
+        answer = await answer_to(EvaluationHandler(), served.environment, context, query, **headers)
     assert answer is not None
     assert (answer.status, answer.body) == (reply.status, reply.body)
     ours = {name.decode(): value.decode() for name, value in answer.headers}
@@ -115,7 +115,7 @@ async def test_the_answer_is_that_of_the_application(context, query, headers):
 )
 async def test_what_is_not_plain_is_for_the_application(environment, context, query):
     """It knows escapes, filters and paths that are not canonical."""
-    assert await answer_to(Evaluation(), environment, context, query) is None
+    assert await answer_to(EvaluationHandler(), environment, context, query) is None
 
 
 async def test_a_context_that_asks_again_is_not_evaluated_again(environment):
@@ -123,15 +123,15 @@ async def test_a_context_that_asks_again_is_not_evaluated_again(environment):
 
     Nothing is kept for a context that has asked only once.
     """
-    made = Evaluation()
+    made = EvaluationHandler()
     first = await answer_to(made, environment)
     assert first is not None
-    assert not made._kept.answers
+    assert not made._cache.entries
     body = kept(made, environment)
     assert body is not None
     assert kept(made, environment) is body
     reasons = await answer_to(made, environment, query=b"withReasons=true")
-    server = await answer_to(made, environment, audience=Audience.SERVER)
+    server = await answer_to(made, environment, audience=SDKKind.SERVER)
     assert reasons is not None
     assert server is not None
     assert len({first.body, reasons.body, server.body}) == 3
@@ -143,8 +143,8 @@ async def test_a_context_that_asks_again_is_not_evaluated_again(environment):
 
 async def test_what_is_kept_is_bounded(environment, monkeypatch):
     """In bytes; those that ask again stay, the others go."""
-    monkeypatch.setattr(evaluation, "MAX_KEPT", 64 * 1024)
-    made = Evaluation()
+    monkeypatch.setattr(evaluation, "MAX_CACHED", 64 * 1024)
+    made = EvaluationHandler()
     await answer_to(made, environment)
     first = kept(made, environment)
     assert first is not None
@@ -152,14 +152,14 @@ async def test_what_is_kept_is_bounded(environment, monkeypatch):
         for _ in range(2):
             await answer_to(made, environment, segment({"key": f"user-{n}"}))
         assert kept(made, environment) is first
-        assert made._kept.size == sum(known.size for known in made._kept.answers.values())
-        assert made._kept.size <= 64 * 1024
-    assert 3 < len(made._kept.answers) < 20
+        assert made._cache.size == sum(known.size for known in made._cache.entries.values())
+        assert made._cache.size <= 64 * 1024
+    assert 3 < len(made._cache.entries) < 20
 
 
 async def test_two_relays_keep_their_answers_apart():
     """Although their environments have the same name."""
-    made = Evaluation()
+    made = EvaluationHandler()
     values = []
     for value in ("one", "two"):
         environment = Served().environment
@@ -172,7 +172,7 @@ async def test_two_relays_keep_their_answers_apart():
 
 async def test_without_data_the_answer_is_503():
     """At once, too."""
-    answer = await answer_to(Evaluation(), Served().environment)
+    answer = await answer_to(EvaluationHandler(), Served().environment)
     assert answer is not None
     assert (answer.status, answer.body) == (503, b'{"message":"Service not initialized"}')
     assert SDK_KEY.encode() not in answer.head
@@ -180,14 +180,14 @@ async def test_without_data_the_answer_is_503():
 
 async def test_the_number_of_contexts_that_are_known_to_have_asked_is_bounded(monkeypatch):
     """The last ones are known; those long ago are as if they had never asked."""
-    monkeypatch.setattr(evaluation, "MAX_SEEN", 10)
-    kept = Evaluation()._kept
+    monkeypatch.setattr(evaluation, "MAX_RECENT", 10)
+    kept = EvaluationHandler()._cache
     for n in range(100):
-        assert not kept.has_asked((n,))
-        assert kept.has_asked((n,))
-        assert len(kept._seen) + len(kept._seen_before) <= 20
-    assert kept.has_asked((90,))
-    assert not kept.has_asked((70,))
+        assert not kept.is_repeated((n,))
+        assert kept.is_repeated((n,))
+        assert len(kept._recent) + len(kept._recent_before) <= 20
+    assert kept.is_repeated((90,))
+    assert not kept.is_repeated((70,))
 
 
 async def test_the_same_request_is_answered_from_memory_until_the_data_change():
@@ -197,7 +197,7 @@ async def test_the_same_request_is_answered_from_memory_until_the_data_change():
     asked = []
     find = served.evaluation.find
     served.evaluation.find = lambda *given: asked.append(given) or find(*given)
-    await served.environment.evaluations.ready(Audience.BROWSER)
+    await served.environment.programs.ready(SDKKind.BROWSER)
     async with serving(served) as address:
         reader, writer = await address.connect()
 
@@ -223,22 +223,24 @@ async def test_the_same_request_is_answered_from_memory_until_the_data_change():
 
 async def test_what_is_remembered_at_the_front_door_is_bounded(monkeypatch):
     """In bytes; the oldest go first."""
-    monkeypatch.setattr(prepared, "MAX_TOLD", 64 * 1024)
+    monkeypatch.setattr(prepared, "MAX_EVALUATED", 64 * 1024)
     served = Served()
     give(served.environment, *ITEMS)
-    given = Given()
-    await served.environment.evaluations.ready(Audience.BROWSER)
+    given = ResponseCache()
+    await served.environment.programs.ready(SDKKind.BROWSER)
     heads = [b"GET /%d" % n for n in range(100)]
     for head in heads:
-        told = Prepared(served.environment, b"HTTP/1.1 200 OK\r\n", (b"x" * 2000,), Count())
-        given.keep_told(head, told)
-        assert given.told(head) is told
-        assert given._told_size <= 64 * 1024
-    assert given.told(heads[0]) is None
-    assert 10 < sum(given.told(head) is not None for head in heads) < 30
+        told = CachedResponse(
+            served.environment, b"HTTP/1.1 200 OK\r\n", (b"x" * 2000,), MetricValue()
+        )
+        given.put_evaluated(head, told)
+        assert given.get_evaluated(head) is told
+        assert given._evaluated_size <= 64 * 1024
+    assert given.get_evaluated(heads[0]) is None
+    assert 10 < sum(given.get_evaluated(head) is not None for head in heads) < 30
     give(served.environment, ITEMS[0] | {"version": 2})
-    assert not any(given.told(head) for head in heads)
-    assert given._told_size == 0
+    assert not any(given.get_evaluated(head) for head in heads)
+    assert given._evaluated_size == 0
 
 
 @pytest.mark.parametrize(
@@ -268,7 +270,7 @@ async def test_requests_that_differ_in_their_contexts_only_are_answered_alike(pa
         assert reply.headers == wanted.headers
     unchanged = "if-none-match" in headers
     assert len({reply.body for reply in replies}) == (3 if unchanged else 4)
-    assert len(served.questions._askers) == (0 if unchanged else 1)
+    assert len(served.questions._profiles) == (0 if unchanged else 1)
     assert sum(count.value for count in served.traffic.requests.values()) == 2 * len(contexts)
 
 
@@ -292,7 +294,7 @@ async def test_what_is_odd_after_a_plain_one_is_looked_at_as_if_it_were_the_firs
     """The parser and the application decide; no connection is answered otherwise than a new one."""
     served = Served()
     give(served.environment, *ITEMS)
-    await served.environment.evaluations.ready(Audience.BROWSER)
+    await served.environment.programs.ready(SDKKind.BROWSER)
 
     def request(segment: str, *more: str) -> bytes:
         lines = [f"GET /sdk/evalx/env-1/contexts/{segment} HTTP/1.1", "Host: x", *more, "", ""]
@@ -322,8 +324,8 @@ async def test_a_large_context_does_not_hold_the_loop(audience_path, monkeypatch
     served, told = Served(), [("authorization", SDK_KEY), ("content-type", "application/json")]
     rule = {"variation": 1, "clauses": [{"attribute": "tags", "op": "in", "values": ["last"]}]}
     give(served.environment, data.flag("door", rules=[rule], **OPEN))
-    for audience in Audience:  # else what is small may have to wait, and is read twice
-        await served.environment.evaluations.ready(audience)
+    for audience in SDKKind:  # else what is small may have to wait, and is read twice
+        await served.environment.programs.ready(audience)
     tags = [f"tag-{n}" for n in range(2000)]
     values, statuses = [], []
     async with serving(served) as address:

@@ -22,17 +22,17 @@ from relay.errors import StoreUnavailable
 from relay.hub import Hub
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
-from relay.model.event import Endpoint, Lane, Post
+from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.model.item import Kind, parse
 from relay.model.payload import Payload
 from relay.protocol.events import joined
 from relay.relay import Relay
-from relay.web.body import MAX_DISCARDED, MAX_SIZE, Room
+from relay.web.body import MAX_DISCARDED, MAX_SIZE, MemoryBudget
 from relay.web.cors import ALLOWED_HEADERS
-from relay.web.door import DoorLimits
-from relay.web.events import MAX_ORIGINS, SUMMARISED_AT_ONCE, Events
-from relay.web.frontdoor import FrontDoor
-from relay.web.posting import PLAIN_SIZE, Posts
+from relay.web.door import ConnectionLimits
+from relay.web.events import MAX_ORIGINS, SUMMARISED_AT_ONCE, EventsHandler
+from relay.web.frontdoor import FastHTTPProtocol
+from relay.web.posting import PLAIN_SIZE, EventsFastPath
 from tests.support.contracts import ScriptedSource
 from tests.support.serving import Served, ask, serving, until
 
@@ -47,9 +47,9 @@ GZIP = ("Content-Encoding", "gzip")
 SCHEMA_4 = ("X-LaunchDarkly-Event-Schema", "4")
 SOME = b'[{"kind":"custom","key":"k"}]'
 GIF = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
-LANE_4 = Lane("main", Endpoint.BULK, 4)
-TAGGED, MOBILE_4 = LANE_4._replace(tags="a/b"), LANE_4._replace(endpoint=Endpoint.MOBILE)
-DIAGNOSTIC = Lane("main", Endpoint.BULK_DIAGNOSTIC)
+LANE_4 = Partition("main", EventsEndpoint.BULK, 4)
+TAGGED, MOBILE_4 = LANE_4._replace(tags="a/b"), LANE_4._replace(endpoint=EventsEndpoint.MOBILE)
+DIAGNOSTIC = Partition("main", EventsEndpoint.BULK_DIAGNOSTIC)
 OFF = "Event proxy is not enabled for this environment"
 UNREADABLE = b'{"message":"unable to read request body"}'
 
@@ -58,7 +58,7 @@ UNREADABLE = b'{"message":"unable to read request body"}'
 class Kept:
     """Takes posts and keeps them: what the endpoints need of a forwarder."""
 
-    posts: list[Post] = field(default_factory=list)
+    posts: list[EventPayload] = field(default_factory=list)
     full: bool = False
     safe: asyncio.Event = field(default_factory=asyncio.Event)
     time: float = 0.0
@@ -66,7 +66,7 @@ class Kept:
     def __post_init__(self) -> None:
         self.safe.set()
 
-    async def accept(self, post: Post) -> bool:
+    async def accept(self, post: EventPayload) -> bool:
         if self.full:
             raise StoreUnavailable("full")
         self.posts.append(post)
@@ -100,7 +100,7 @@ def served_by(kept: Kept | None, max_size: int = 0) -> Served:
     )
     others = [environment(f"e{n}", f"{n:02}") for n in (2, *range(4, 16))]
     served.relay = Relay([main, *others], 0)
-    served.events = Events(kept, max_size)
+    served.events = EventsHandler(kept, max_size)
     return served
 
 
@@ -160,17 +160,17 @@ def went_upstream(recording) -> dict[tuple[str, ...], list]:
     return without_order(found)
 
 
-def accepted(posts: list[Post], relay: Relay) -> dict[tuple[str, ...], list]:
+def accepted(posts: list[EventPayload], relay: Relay) -> dict[tuple[str, ...], list]:
     """What was taken, by target."""
     found: dict[tuple[str, ...], list[bytes]] = defaultdict(list)
     for p in posts:
-        spec = relay.environments[p.lane.environment].spec
-        endpoint = p.lane.endpoint
+        spec = relay.environments[p.partition.environment].spec
+        endpoint = p.partition.endpoint
         key = spec.mobile_key if endpoint.mobile else spec.sdk_key
         name = "" if endpoint.client_side else key.value
-        schema = "" if endpoint.diagnostic else str(p.lane.schema)
+        schema = "" if endpoint.diagnostic else str(p.partition.schema)
         path = endpoint.path(spec.environment_id.value)
-        found[path, name, schema, p.lane.tags].append(p.body)
+        found[path, name, schema, p.partition.tags].append(p.body)
     whole = {
         where: [b.decode() for b in bodies] if "diagnostic" in where[0] else json.loads(joined(bodies))
         for where, bodies in found.items()
@@ -317,14 +317,14 @@ async def raw(address, method, path, headers, chunked):
 # What is made of a post.
 
 LAYOUT = [
-    ("/bulk", Endpoint.BULK, ("Authorization", KEY)),
-    ("/mobile", Endpoint.MOBILE, ("Authorization", MOBILE_KEY)),
-    ("/mobile/events", Endpoint.MOBILE, ("Authorization", MOBILE_KEY)),
-    ("/mobile/events/bulk", Endpoint.MOBILE, ("Authorization", MOBILE_KEY)),
-    (f"/events/bulk/{ID}", Endpoint.CLIENT_SIDE, ("X-Nothing", "x")),
-    ("/diagnostic", Endpoint.BULK_DIAGNOSTIC, ("Authorization", KEY)),
-    ("/mobile/events/diagnostic", Endpoint.MOBILE_DIAGNOSTIC, ("Authorization", MOBILE_KEY)),
-    (f"/events/diagnostic/{ID}", Endpoint.CLIENT_SIDE_DIAGNOSTIC, ("X-Nothing", "x")),
+    ("/bulk", EventsEndpoint.BULK, ("Authorization", KEY)),
+    ("/mobile", EventsEndpoint.MOBILE, ("Authorization", MOBILE_KEY)),
+    ("/mobile/events", EventsEndpoint.MOBILE, ("Authorization", MOBILE_KEY)),
+    ("/mobile/events/bulk", EventsEndpoint.MOBILE, ("Authorization", MOBILE_KEY)),
+    (f"/events/bulk/{ID}", EventsEndpoint.CLIENT_SIDE, ("X-Nothing", "x")),
+    ("/diagnostic", EventsEndpoint.BULK_DIAGNOSTIC, ("Authorization", KEY)),
+    ("/mobile/events/diagnostic", EventsEndpoint.MOBILE_DIAGNOSTIC, ("Authorization", MOBILE_KEY)),
+    (f"/events/diagnostic/{ID}", EventsEndpoint.CLIENT_SIDE_DIAGNOSTIC, ("X-Nothing", "x")),
 ]
 
 
@@ -336,11 +336,11 @@ async def test_a_post_in_full(address, kept, path, endpoint, credential):
     more += [("X-LaunchDarkly-Payload-ID", payload_id), ("Cookie", "a=b"), ("X-LaunchDarkly-Event-Schema", "5")]  # fmt: skip
     reply = await ask(address, path, [credential, *more], method="POST", body=SOME)
     assert (reply.status, reply.body, reply.headers["content-length"]) == (202, b"", "0")
-    lane = Lane("main", endpoint)
+    lane = Partition("main", endpoint)
     if not endpoint.diagnostic:
-        lane = Lane("main", endpoint, 5, "application-id/shop", "w/1")
+        lane = Partition("main", endpoint, 5, "application-id/shop", "w/1")
     (got,) = kept.posts
-    assert got == Post(lane, payload_id, SOME, got.received)
+    assert got == EventPayload(lane, payload_id, SOME, got.received)
 
 
 async def test_schemas(address, kept):
@@ -349,11 +349,11 @@ async def test_schemas(address, kept):
     for named, schema in (("3", 3), ("4", 4), ("+4", 4), ("004", 4), ("99", 99)):
         await post(address, body, ("X-LaunchDarkly-Event-Schema", named))
         got = kept.posts.pop()
-        assert (got.lane.schema, got.body) == (schema, body)
+        assert (got.partition.schema, got.body) == (schema, body)
     for named in ("2", "1", "0", "-4", "4.0", "4_0", "9" * 30, "", "x"):
         await post(address, body, ("X-LaunchDarkly-Event-Schema", named))
         got = kept.posts.pop()
-        assert got.lane.schema == 4
+        assert got.partition.schema == 4
         assert json.loads(got.body)[0]["contextKeys"] == {"user": "u"}
 
 
@@ -361,12 +361,12 @@ async def test_kinds_of_senders_are_bounded(address, kept, caplog):
     """Each travels apart; of those beyond the bound tags are left out, which is said once."""
     for number in range(MAX_ORIGINS + 2):
         await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Tags", f"application-id/{number}"))
-    tags = [each.lane.tags for each in kept.posts]
+    tags = [each.partition.tags for each in kept.posts]
     assert len(set(tags)) == MAX_ORIGINS + 1
     assert tags[-2:] == ["", ""]
     assert caplog.text.count("tags of others are left out") == 1
     await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Tags", "application-id/0"))
-    assert kept.posts[-1].lane.tags == "application-id/0"
+    assert kept.posts[-1].partition.tags == "application-id/0"
 
 
 @pytest.mark.parametrize("given", ["", " ", "a b", "x" * 101, "\xe4"])
@@ -531,7 +531,7 @@ async def test_the_bound_without_a_limit(address, kept):
 async def test_there_is_room_for_so_many_only(kept, front):
     """Bodies that are received or kept at a time are bounded together; afterwards there is room."""
     served = served_by(kept)
-    served.events.room = Room(1000, 1500)
+    served.events.budget = MemoryBudget(1000, 1500)
     kept.safe.clear()
     async with serving(served, front=front) as address:
         body = b"[" + b" " * 898 + b"1]"
@@ -544,7 +544,7 @@ async def test_there_is_room_for_so_many_only(kept, front):
         for _ in range(3):
             assert (await post(address, body, SCHEMA_4)).status == 202
         assert (await post(address, b" " * 1001, SCHEMA_4)).status == 400
-        assert served.events.room._left == 1500
+        assert served.events.budget._left == 1500
 
 
 async def test_a_client_that_leaves(address, kept, caplog):
@@ -584,7 +584,7 @@ async def test_refused_bodies(size, closes, front):
 
 async def test_slow_bodies(kept):
     """The time-out for heads is none for bodies, which may take longer."""
-    limits = DoorLimits(head_timeout=0.1)
+    limits = ConnectionLimits(head_timeout=0.1)
     async with serving(served_by(kept), limits=limits) as address:
         reader, writer = await address.connect()
         head = f"POST /bulk HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nContent-Length: {len(SOME)}\r\nX-LaunchDarkly-Event-Schema: 4\r\n\r\n"
@@ -630,7 +630,9 @@ async def test_images(address, kept, encode, padded, escaped):
         reply = await ask(address, f"/a/{ID}.gif?x=1&d={data}", headers)
         assert (reply.status, reply.headers["content-type"], reply.body) == (200, "image/gif", GIF)
         got = kept.posts.pop()
-        assert got == Post(Lane("main", Endpoint.CLIENT_SIDE, 3), "", text.encode(), got.received)
+        assert got == EventPayload(
+            Partition("main", EventsEndpoint.CLIENT_SIDE, 3), "", text.encode(), got.received
+        )
 
 
 async def test_images_without_events(address, kept):
@@ -666,7 +668,7 @@ async def test_a_defect_of_ours(caplog, front):
     """It is an empty 500, logged once; no SDK gives up for good because of it."""
 
     class Broken(Kept):
-        async def accept(self, post: Post) -> bool:
+        async def accept(self, post: EventPayload) -> bool:
             raise RuntimeError("a defect")
 
     served = served_by(Broken())
@@ -676,7 +678,7 @@ async def test_a_defect_of_ours(caplog, front):
             reply = await ask(address, path, [credential, SCHEMA_4], method="POST", body=SOME)
             assert (reply.status, reply.body) == (500, b"")
             assert len([record for record in caplog.records if record.exc_info]) == 1
-    assert served.events.room._left == Room()._left
+    assert served.events.budget._left == MemoryBudget()._left
 
 
 # At the front door alone.
@@ -704,11 +706,11 @@ async def test_plain_posts_need_no_application(kept, path, endpoint, credential,
     pieces = (body[:half], body[half:])
     chunked = b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
     served = served_by(kept)
-    posts = Posts(served.relay, served.events, served.traffic)
+    posts = EventsFastPath(served.relay, served.events, served.traffic)
     async with serving(served, app=never, posts=posts) as address:
         whole = await ask(address, path, headers, method="POST", body=body)
         assert await raw(address, "POST", path, headers, chunked) == whole
-    assert [(p.lane.endpoint, p.body) for p in kept.posts] == [(endpoint, SOME)] * 2
+    assert [(p.partition.endpoint, p.body) for p in kept.posts] == [(endpoint, SOME)] * 2
     async with serving(served_by(kept), front=False) as address:
         assert await ask(address, path, headers, method="POST", body=body) == whole
     assert sum(count.value for count in served.traffic.requests.values()) == 2
@@ -740,7 +742,7 @@ async def test_posts_that_come_at_once_are_answered_in_turn(kept):
 async def test_who_leaves_gives_the_room_back(kept, complete, known):
     """In the middle of a post as while it is being kept; what was complete is kept all the same."""
     served = served_by(kept)
-    whole = served.events.room._left
+    whole = served.events.budget._left
     async with serving(served) as address:
         reader, writer = await address.connect()
         if known:  # the head, from an earlier post
@@ -749,12 +751,12 @@ async def test_who_leaves_gives_the_room_back(kept, complete, known):
             kept.posts.clear()
         kept.safe.clear()
         writer.write(request_of("/bulk", SDK)[: None if complete else -5])
-        await until(lambda: served.events.room._left < whole)
+        await until(lambda: served.events.budget._left < whole)
         writer.close()
-        await until(lambda: served.events.room._left == whole)
+        await until(lambda: served.events.budget._left == whole)
         kept.safe.set()
         assert (await post(address, SOME, SCHEMA_4)).status == 202
-        assert served.events.room._left == whole
+        assert served.events.budget._left == whole
     assert len(kept.posts) == 1 + complete
 
 
@@ -763,7 +765,7 @@ async def test_who_leaves_gives_the_room_back(kept, complete, known):
 async def test_a_post_on_its_way_at_the_end_is_answered(kept, complete, known):
     """A shutdown waits for it, and its connection ends with the answer."""
     served = served_by(kept)
-    whole = served.events.room._left
+    whole = served.events.budget._left
     async with serving(served) as address:
         reader, writer = await address.connect()
         if known:
@@ -772,7 +774,7 @@ async def test_a_post_on_its_way_at_the_end_is_answered(kept, complete, known):
         kept.safe.clear()
         sent = request_of("/bulk", SDK)
         writer.write(sent[: None if complete else -5])
-        await until(lambda: served.events.room._left < whole)
+        await until(lambda: served.events.budget._left < whole)
         loop = asyncio.get_running_loop()
         if not complete:
             loop.call_later(0.1, writer.write, sent[-5:])
@@ -831,14 +833,14 @@ async def test_a_head_is_parsed_once(kept, monkeypatch, layout, compressed, sent
     """Later posts, of whichever instance, mean what the first one meant; the rest is their own."""
     path, endpoint, credential = layout
     parsed = []
-    complete = FrontDoor.on_headers_complete
+    complete = FastHTTPProtocol.on_headers_complete
     monkeypatch.setattr(
-        FrontDoor, "on_headers_complete", lambda door: parsed.append(door) or complete(door)
+        FastHTTPProtocol, "on_headers_complete", lambda door: parsed.append(door) or complete(door)
     )
     bodies = [b'[{"kind":"custom","n":%d}]' % 10**n for n in range(12)]
     headers = [("Origin", "https://app.example"), *([GZIP] * compressed)]
     served = served_by(kept)
-    posts = Posts(served.relay, served.events, served.traffic)
+    posts = EventsFastPath(served.relay, served.events, served.traffic)
     async with serving(served, app=never, posts=posts) as address:
         heads = []
         for number, body in enumerate(bodies):
@@ -857,8 +859,8 @@ async def test_a_head_is_parsed_once(kept, monkeypatch, layout, compressed, sent
     assert len(set(heads)) == 1, "later answers are those of the first"
     assert kept.bodies == bodies
     assert [p.payload_id for p in kept.posts] == [f"id-{n}" for n in range(len(bodies))]
-    assert {p.lane for p in kept.posts} == {kept.posts[0].lane}
-    assert kept.posts[0].lane.endpoint is endpoint
+    assert {p.partition for p in kept.posts} == {kept.posts[0].partition}
+    assert kept.posts[0].partition.endpoint is endpoint
     assert sum(count.value for count in served.traffic.requests.values()) == len(bodies)
 
 
@@ -929,7 +931,7 @@ async def test_what_differs_from_the_last_head_means_what_it_says(address, kept)
                 writer.write(piece)
                 await asyncio.sleep(0.01)
             assert (await statuses(reader, 1))[0] == [wanted]
-            found = [(post.lane, post.payload_id) for post in kept.posts]
+            found = [(post.partition, post.payload_id) for post in kept.posts]
             assert found == ([] if lane is None else [(lane, payload_id)]), sent
     kept.posts.clear()
     writer.write(with_id(10) + with_id(11) + with_id(12)[:-3])
@@ -970,7 +972,7 @@ async def test_a_known_head_opens_what_its_key_opens_now(kept):
         writer.close()
         relay.by_sdk_key[KEY] = main
         assert (await post(address, SOME, SCHEMA_4)).status == 202
-    assert [p.lane.environment for p in kept.posts] == ["main"] * 2 + ["e2"] * 3 + ["main"]
+    assert [p.partition.environment for p in kept.posts] == ["main"] * 2 + ["e2"] * 3 + ["main"]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -999,7 +1001,7 @@ async def test_pieces_of_any_size(kept, seed):
 async def test_there_is_no_room_for_a_known_post_in_pieces(kept):
     """It is refused as any other."""
     served = served_by(kept)
-    served.events.room = Room(1000, 500)
+    served.events.budget = MemoryBudget(1000, 500)
     async with serving(served) as address:
         reader, writer = await address.connect()
         for _ in range(2):
@@ -1007,19 +1009,19 @@ async def test_there_is_no_room_for_a_known_post_in_pieces(kept):
             assert (await statuses(reader, 1))[0] == [202]
         sent = with_id(2, body=b"[" + b" " * 700 + b"1]")
         writer.write(sent[:-600])
-        await until(lambda: served.events.room._left < 500)
+        await until(lambda: served.events.budget._left < 500)
         writer.write(sent[-600:])
         assert (await statuses(reader, 1))[0] == [503]
-        await until(lambda: served.events.room._left == 500)
+        await until(lambda: served.events.budget._left == 500)
         writer.close()
     assert kept.bodies == [SOME] * 2
 
 
 async def test_a_connection_teaches_only_so_many_heads(kept, monkeypatch):
     """Somebody whose heads are all different does not make us forget the others'."""
-    monkeypatch.setattr("relay.web.frontdoor.MAX_LESSONS", 3)
+    monkeypatch.setattr("relay.web.frontdoor.MAX_HEADS_REMEMBERED", 3)
     served = served_by(kept)
-    posts = Posts(served.relay, served.events, served.traffic)
+    posts = EventsFastPath(served.relay, served.events, served.traffic)
     async with serving(served, app=never, posts=posts) as address:
         reader, writer = await address.connect()
         for number in range(9):
@@ -1032,7 +1034,7 @@ async def test_a_connection_teaches_only_so_many_heads(kept, monkeypatch):
 async def test_a_known_head_does_not_make_a_large_body_plain(kept):
     """It takes turns with other large ones in the application, as with a head that is new."""
     served = served_by(kept)
-    posts = Posts(served.relay, served.events, served.traffic)
+    posts = EventsFastPath(served.relay, served.events, served.traffic)
     async with serving(served, app=never, posts=posts) as address:
         reader, writer = await address.connect()
         writer.write(with_id(1))
@@ -1049,7 +1051,7 @@ async def test_connections_share_what_heads_mean(kept, monkeypatch):
     """As long as there are not too many of them."""
     monkeypatch.setattr("relay.web.posting.MAX_HEADS", 2)
     served = served_by(kept)
-    posts = Posts(served.relay, served.events, served.traffic)
+    posts = EventsFastPath(served.relay, served.events, served.traffic)
     async with serving(served, app=never, posts=posts) as address:
         for _ in range(3):
             reader, writer = await address.connect()

@@ -18,8 +18,8 @@ from uvicorn.server import ServerState
 from relay.hub import StreamLimits
 from relay.protocol import fdv1
 from relay.web import turns
-from relay.web.answers import Answer
-from relay.web.door import DoorLimits
+from relay.web.answers import PreparedResponse
+from relay.web.door import ConnectionLimits
 from relay.web.frontdoor import USED_OF_UVICORN
 from tests.support.serving import SDK_KEY, Served, Stream, serving, stalled_socket, until
 
@@ -42,7 +42,7 @@ class Polls:
             return None
         self.asked += 1
         body = fdv1.all_flags(environment.payload)
-        return Answer(200, (), body)
+        return PreparedResponse(200, (), body)
 
 
 def put(version: int, size: int = 0) -> bytes:
@@ -267,7 +267,7 @@ async def test_smuggling_and_garbage_are_refused(hostile):
 )
 async def test_a_huge_head_is_refused(hostile, status, pieces):
     """Beyond the limit a request head is refused, in one piece or in many."""
-    async with serving(Served(), limits=DoorLimits(max_head_size=8000)) as address:
+    async with serving(Served(), limits=ConnectionLimits(max_head_size=8000)) as address:
         reader, writer = await address.connect()
         size = len(hostile) // pieces
         for at in range(0, len(hostile), size):
@@ -285,7 +285,7 @@ async def test_a_huge_head_is_refused(hostile, status, pieces):
 async def test_slowloris_is_timed_out():
     """A head that does not become complete in time ends the connection; others are served."""
     served = Served()
-    async with serving(served, poll=Polls(), limits=DoorLimits(head_timeout=0.5)) as address:
+    async with serving(served, poll=Polls(), limits=ConnectionLimits(head_timeout=0.5)) as address:
         await give(served, 1)
         slow = [await address.connect() for _ in range(50)]
         for _, writer in slow:
@@ -303,7 +303,7 @@ async def test_slowloris_is_timed_out():
 async def test_a_resting_connection_is_closed():
     """A connection without requests is closed after the keep-alive time, without an answer."""
     served = Served()
-    async with serving(served, poll=Polls(), limits=DoorLimits(keep_alive=0.5)) as address:
+    async with serving(served, poll=Polls(), limits=ConnectionLimits(keep_alive=0.5)) as address:
         await give(served, 1)
         reader, writer = await address.connect()
         writer.write(POLL)
@@ -338,7 +338,7 @@ async def test_stalled_streams_cost_little_and_harm_nobody():
 @pytest.fixture
 def slow(monkeypatch) -> tuple[Served, list[bytes]]:
     """A relay that evaluates one context in each turn of the loop, and those that it has had."""
-    monkeypatch.setattr(turns, "MAX_TURN", 0)
+    monkeypatch.setattr(turns, "MAX_SLICE", 0)
     served, asked = Served(), []
     find = served.evaluation.find
 

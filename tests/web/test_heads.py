@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.web.heads import names, taken_apart
+from relay.web.heads import normalise_head, variable_names
 
 HEAD = (
     b"POST /bulk HTTP/1.1\r\nHost: x\r\nContent-Length: 12\r\nAuthorization: sdk-1\r\n"
@@ -18,12 +18,12 @@ HEAD = (
 
 def test_what_is_left_out():
     """Length and ids, in the order of the head, however their names are written."""
-    outline, values = taken_apart(HEAD)
+    outline, values = normalise_head(HEAD)
     assert values == [b"12", b"5f252577-99d3", b"a3c7fb12"]
-    assert names(outline) == [
+    assert variable_names(outline) == [
         *(b"content-length", b"x-launchdarkly-instance-id", b"x-launchdarkly-payload-id")
     ]
-    assert names(taken_apart(HEAD.lower())[0]) == names(outline)
+    assert variable_names(normalise_head(HEAD.lower())[0]) == variable_names(outline)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_what_is_left_out():
 )
 def test_who_says_something_else_is_not_alike(odd):
     """Values that a parser might read otherwise are part of the outline."""
-    assert taken_apart(odd)[0] != taken_apart(HEAD)[0]
+    assert normalise_head(odd)[0] != normalise_head(HEAD)[0]
 
 
 @given(st.data())
@@ -51,7 +51,7 @@ def test_a_head_is_known_by_every_byte(data):
     at = data.draw(st.integers(0, len(HEAD) - 1))
     until = data.draw(st.integers(at, min(at + 3, len(HEAD))))
     changed = HEAD[:at] + data.draw(st.binary(max_size=3)) + HEAD[until:]
-    (outline, values), (first, _) = taken_apart(changed), taken_apart(HEAD)
+    (outline, values), (first, _) = normalise_head(changed), normalise_head(HEAD)
     if outline == first:
         assert all(re.fullmatch(rb"[0-9A-Za-z-]{1,100}", value) for value in values)
         rebuilt = first[0]

@@ -17,7 +17,7 @@ from relay.batches import Limits
 from relay.environment import ConnectionState, Environment
 from relay.events import Forwarder
 from relay.hub import Hub
-from relay.log import Output
+from relay.log import LogHandler
 from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Item, Kind
@@ -29,8 +29,8 @@ from relay.spool import Spool
 from relay.stores import StoreState, StoreStatus
 from relay.upstream import Upstream
 from relay.web import metrics
-from relay.web.traffic import MAX_USER_AGENT, MAX_USER_AGENTS, OTHER, Series, Traffic
-from tests.support.contracts import MemoryCopy, ScriptedSource
+from relay.web.traffic import MAX_USER_AGENT, MAX_USER_AGENTS, OTHER, RequestMetrics, Series
+from tests.support.contracts import MemoryMirror, ScriptedSource
 from tests.support.figures import samples
 from tests.support.serving import SDK_KEY, Served, Stream, ask, serving, until
 
@@ -42,7 +42,7 @@ FEW = 20
 """Environments of a small site."""
 
 
-def environment(name: str, copies: Sequence[MemoryCopy] = ()) -> Environment:
+def environment(name: str, copies: Sequence[MemoryMirror] = ()) -> Environment:
     spec = EnvironmentSpec(name, SDKKey(f"sdk-{name}"), environment_id=EnvironmentID(f"id-{name}"))
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()})
     return Environment(spec, ScriptedSource(), hub, logging.getLogger("test"), copies)
@@ -63,11 +63,11 @@ class Told:
         return found[0] if found else None
 
 
-def told(relay: Relay, traffic: Traffic | None = None) -> Told:
-    return Told(metrics.page(relay, traffic or Traffic()).body)
+def told(relay: Relay, traffic: RequestMetrics | None = None) -> Told:
+    return Told(metrics.page(relay, traffic or RequestMetrics()).body)
 
 
-def exported(relay: Relay, traffic: Traffic, prefix: str = "launchdarkly_relay") -> Told:
+def exported(relay: Relay, traffic: RequestMetrics, prefix: str = "launchdarkly_relay") -> Told:
     return Told(metrics.exporter_page(relay, traffic, prefix).body)
 
 
@@ -99,11 +99,11 @@ def test_names_are_good():
 
 async def test_every_figure_is_told_by_a_busy_relay():
     """An environment with data, a database and traffic lacks none of them, and makes no others."""
-    copy = MemoryCopy()
+    copy = MemoryMirror()
     copy.status = StoreStatus(StoreState.VALID, 0.0, "redis", "redis://h", "p")
     main = environment("main", [copy])
-    main.payload, main.connection.confirmed = Payload.of([]), time.monotonic()
-    traffic = Traffic()
+    main.payload, main.connection.last_confirmed = Payload.of([]), time.monotonic()
+    traffic = RequestMetrics()
     series = Series("main", "/all", "GET", "server")
     for counts in (traffic.requests, traffic.new_streams, traffic.streams):
         counts[series].value += 1
@@ -117,14 +117,14 @@ async def test_every_figure_is_told_by_a_busy_relay():
 
 async def test_how_an_environment_is():
     """State of upstream and database, age and number of the data, and what cannot be used."""
-    silent, speaking = MemoryCopy(), MemoryCopy()
+    silent, speaking = MemoryMirror(), MemoryMirror()
     bad = InvalidItem(Kind.FLAG, "bad", "not JSON")
     speaking.status = StoreStatus(
         StoreState.INTERRUPTED, 0.0, "redis", "redis://h", "p", (bad, bad)
     )
     main, empty = environment("main", [silent, speaking]), environment("empty")
     main.connection.enter(ConnectionState.VALID)
-    main.connection.confirmed = time.monotonic() - 90
+    main.connection.last_confirmed = time.monotonic() - 90
     main.payload = Payload.of([Item(Kind.FLAG, "a", 1, b"{}"), Item(Kind.FLAG, "b", 1, None)])
     main.invalid, main.rejected, main.changes = {(Kind.FLAG, "bad"): bad}, 3, 4
     page = told(Relay([main, empty], 0))
@@ -189,7 +189,7 @@ def test_an_older_kernel_has_its_files_counted(monkeypatch, tmp_path):
 
 def test_lost_log_lines_are_counted():
     """Lines that no output could take are told."""
-    output = Output()
+    output = LogHandler()
     root = logging.getLogger()
     root.addHandler(output)
     try:
@@ -241,7 +241,7 @@ async def test_traffic_by_client(front):
 
 async def test_what_the_reference_leaves_out():
     """Its `requests` have no `/mping`; ours have."""
-    traffic = Traffic()
+    traffic = RequestMetrics()
     traffic.requests[Series("main", "/mping", "GET", "mobile")].value = 5
     page = exported(Relay([], 0), traffic)
     assert page("launchdarkly_relay_requests") is None
@@ -250,7 +250,7 @@ async def test_what_the_reference_leaves_out():
 
 async def test_clients_of_one_name_are_one_series():
     """Two clients whose labels are the same are added up: a repeated line spoils a whole page."""
-    traffic = Traffic()
+    traffic = RequestMetrics()
     for name in ("a/b", "a_b"):
         for counts in (traffic.requests, traffic.streams):
             counts[Series("main", "/all", "GET", "server", name)].value = 2
@@ -262,7 +262,7 @@ async def test_clients_of_one_name_are_one_series():
 def test_the_prefix():
     """It begins the reference's names only; without one it is the reference's."""
     for prefix, begins in (("my", "my_"), ("", "launchdarkly_relay_")):
-        page = metrics.exporter_page(Relay([], 0), Traffic(), prefix).body.decode()
+        page = metrics.exporter_page(Relay([], 0), RequestMetrics(), prefix).body.decode()
         own = [name for name in re.findall(r"# TYPE (\S+)", page) if name.startswith(begins)]
         assert own == [begins + name for name in ("connections", "newconnections", "requests")]
 
@@ -331,12 +331,12 @@ async def test_the_work_of_a_page_grows_with_the_environments_and_not_faster():
 
 def scrape_time(environments: int) -> float:
     """CPU seconds of one page, the best of some."""
-    served, traffic = [], Traffic()
+    served, traffic = [], RequestMetrics()
     for number in range(environments):
-        copy = MemoryCopy()
+        copy = MemoryMirror()
         copy.status = StoreStatus(StoreState.VALID, 0.0, "redis", "redis://h", "p")
         one = environment(f"environment {number}", [copy])
-        one.payload, one.connection.confirmed = Payload.of([]), time.monotonic()
+        one.payload, one.connection.last_confirmed = Payload.of([]), time.monotonic()
         served.append(one)
         for agent in ("PythonClient/9.18.0", "NodeJSClient/9.9.1", "Go/1"):
             for route in ("/all", "/sdk/flags", "/sdk/latest-all"):

@@ -10,7 +10,7 @@ import pytest
 from relay.model.item import Item, Kind, parse
 from relay.model.payload import Payload
 from relay.web import answers, auth
-from relay.web.polling import MAX_COMPRESSED_AT_ONCE, Polling, accepts_gzip
+from relay.web.polling import MAX_COMPRESSED_AT_ONCE, PollingHandler, accepts_gzip
 from tests.support.data import flag, segment
 from tests.support.serving import SDK_KEY, Served
 
@@ -30,7 +30,7 @@ def environment():
 
 async def test_etag_of_all_flags_is_the_references(environment):
     """The ETag is made of sorted keys and versions, tombstones included, and is not quoted."""
-    answer = Polling()(environment, "/sdk/flags", b"", b"")
+    answer = PollingHandler()(environment, "/sdk/flags", b"", b"")
     tag = "relay-" + sha1(b"a:7b:2gone:3").hexdigest()[:15]
     assert dict(answer.headers)[b"etag"] == tag.encode()
     assert json.loads(answer.body).keys() == {"a", "b"}
@@ -42,7 +42,7 @@ async def test_etag_of_all_flags_is_the_references(environment):
 )
 async def test_unchanged(environment, path, form):
     """Old exact and standard forms of If-None-Match give a 304 with the ETag and no body."""
-    poll = Polling()
+    poll = PollingHandler()
     etag = dict(poll(environment, path, b"", b"").headers)[b"etag"]
     asked = etag if form == b"%b" else form % etag.strip(b'"')
     answer = poll(environment, path, asked, b"gzip")
@@ -54,7 +54,7 @@ async def test_unchanged(environment, path, form):
 
 async def test_data_etag_sees_content(environment):
     """Other content with the same versions has another ETag; other order has not."""
-    poll = Polling()
+    poll = PollingHandler()
     items = list(environment.payload)
     first = poll(environment, "/sdk/latest-all", b"", b"")
     environment.payload = Payload.of(reversed(items))
@@ -65,7 +65,7 @@ async def test_data_etag_sees_content(environment):
 
 async def test_large_bodies_are_not_compressed_on_the_loop(environment):
     """The front door leaves a large body to the application until it has been compressed."""
-    poll = Polling()
+    poll = PollingHandler()
     environment.payload = Payload.of([item(Kind.FLAG, flag("a", 1, "x" * MAX_COMPRESSED_AT_ONCE))])
     assert poll(environment, "/sdk/flags", b"", b"gzip") is None
     asked = (environment, "/sdk/flags", b"", b"gzip")
@@ -76,7 +76,7 @@ async def test_large_bodies_are_not_compressed_on_the_loop(environment):
 
 async def test_missing(environment):
     """Unknown and deleted items are an empty 404; other paths and waiting environments no poll."""
-    poll = Polling()
+    poll = PollingHandler()
     for path in (
         "/sdk/flags/",
         "/sdk/flags/a/b",
@@ -115,7 +115,7 @@ async def test_credentials(header, status):
     given = header.replace(b"%b", SDK_KEY.encode())
     found = auth.for_sdk_key(served.relay, given, "")
     assert found is served.environment if not status else found.status == status
-    assert isinstance(auth.for_mobile_key(served.relay, given, ""), answers.Answer)
+    assert isinstance(auth.for_mobile_key(served.relay, given, ""), answers.PreparedResponse)
 
 
 async def test_refusals():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relay.hub import LAST_CHUNK, framed
+from relay.hub import LAST_CHUNK, encode_chunk
 from relay.web.protocol import BareTransport, with_path
 
 HEAD = b"HTTP/1.1 200 OK\r\n%bconnection: close\r\n\r\n"
@@ -46,8 +46,8 @@ def test_chunks_are_taken_away():
     transport = Transport()
     bare = BareTransport(transport)
     bare.write(HEAD % b"transfer-encoding: chunked\r\n")
-    bare.write(framed(b"one\r\n"))
-    bare.write(framed(b"two") + framed(b"three") + LAST_CHUNK)
+    bare.write(encode_chunk(b"one\r\n"))
+    bare.write(encode_chunk(b"two") + encode_chunk(b"three") + LAST_CHUNK)
     assert transport.written == HEAD % b"" + b"one\r\ntwothree"
 
 

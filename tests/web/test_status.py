@@ -19,8 +19,8 @@ from relay.model.payload import EMPTY, Payload
 from relay.relay import Relay
 from relay.stores import StoreState, StoreStatus
 from relay.web import status
-from relay.web.traffic import Series, Traffic
-from tests.support.contracts import MemoryCopy, ScriptedSource
+from relay.web.traffic import RequestMetrics, Series
+from tests.support.contracts import MemoryMirror, ScriptedSource
 from tests.support.serving import Served, Stream, ask, serving, until
 
 SECRETS = ("sdk-5ca1ab1e-0001", "mob-5ca1ab1e-0001")
@@ -39,14 +39,14 @@ def environment(name: str = "main", copies=()) -> Environment:
 def connected(given: Environment) -> Environment:
     connection = given.connection
     connection.enter(ConnectionState.VALID)
-    connection.delivered, connection.confirmed = True, time.monotonic() - 7
+    connection.has_data, connection.last_confirmed = True, time.monotonic() - 7
     given.payload = EMPTY
-    given.decided.set()
+    given.init_done.set()
     return given
 
 
 def said(relay: Relay, name: str = "main") -> dict:
-    return json.loads(status.overview(relay, Traffic()).body)["environments"][name]
+    return json.loads(status.overview(relay, RequestMetrics()).body)["environments"][name]
 
 
 async def test_the_members_of_an_environment():
@@ -56,7 +56,7 @@ async def test_the_members_of_an_environment():
     served.payload = Payload.of([item])
     served.invalid = {(Kind.FLAG, "bad"): InvalidItem(Kind.FLAG, "bad", "wrong" * 100)}
     served.connection.last_error = (ErrorKind.NETWORK_ERROR, 1700000000.5)
-    traffic = Traffic()
+    traffic = RequestMetrics()
     traffic.requests[Series("main", "/sdk/flags", "GET", "server")].value = 3
     traffic.requests[Series("main", "/all", "GET", "server")].value = 2
     traffic.new_streams[Series("main", "/all", "GET", "server")].value = 2
@@ -94,7 +94,7 @@ async def test_an_outage_shows_after_a_while():
     assert said(relay)["status"] == "connected"
     lost.connection.entered -= 61
     assert said(relay)["status"] == "disconnected"
-    assert json.loads(status.overview(relay, Traffic()).body)["status"] == "degraded"
+    assert json.loads(status.overview(relay, RequestMetrics()).body)["status"] == "degraded"
     lost.connection.enter(ConnectionState.VALID)
     lost.connection.entered -= 61
     assert said(relay)["status"] == "connected"
@@ -130,7 +130,7 @@ async def test_stored_data_are_not_a_connection():
 
 async def test_the_database():
     """What a copy says of its database is shown, with what it could not read."""
-    silent, speaking = MemoryCopy(), MemoryCopy()
+    silent, speaking = MemoryMirror(), MemoryMirror()
     invalid = tuple(InvalidItem(Kind.SEGMENT, f"s{n}", "not JSON") for n in range(50))
     speaking.status = StoreStatus(
         StoreState.INTERRUPTED, 1700000000.0, "redis", "redis://h:6379", "p", invalid
@@ -151,12 +151,12 @@ async def test_the_database():
 async def test_environments_are_sorted_and_found_one_by_one():
     """One environment is found by its name or its client-side ID."""
     relay = Relay([environment("b"), environment("a")], 0)
-    whole = json.loads(status.overview(relay, Traffic()).body)
+    whole = json.loads(status.overview(relay, RequestMetrics()).body)
     assert list(whole["environments"]) == ["a", "b"]
     for identifier in ("a", "id-a"):
-        one = json.loads(status.one(relay, Traffic(), identifier).body)
+        one = json.loads(status.one(relay, RequestMetrics(), identifier).body)
         assert one == whole["environments"]["a"]
-    assert status.one(relay, Traffic(), "sdk-5ca1ab1e-0001-4000-8000-000a").status == 404
+    assert status.one(relay, RequestMetrics(), "sdk-5ca1ab1e-0001-4000-8000-000a").status == 404
 
 
 HEALTH = [
@@ -180,7 +180,7 @@ async def test_health(case):
         each.payload = EMPTY if data[n] == "y" else None
         if str(n) in refused:
             each.connection.enter(ConnectionState.OFF)
-            each.decided.set()
+            each.init_done.set()
     relay = Relay(environments, 60 if starting else 0)
     relay.stopping = stopping
     assert status.live().status == 200

@@ -15,10 +15,10 @@ from relay.web.traffic import (
     MAX_USER_AGENT,
     MAX_USER_AGENTS,
     OTHER,
+    RequestMetrics,
     Series,
-    Traffic,
+    redact_url,
     request_line,
-    shown,
 )
 from tests.support.process import RelayProcess
 from tests.support.serving import SDK_KEY, Served, Stream, ask, serving, until
@@ -129,7 +129,7 @@ async def test_nothing_is_logged_otherwise(caplog):
         stream = await Stream.open(address)
         await until(lambda: len(served.hub) == 1)
         (subscription,) = served.hub._channels["all"].subscriptions
-        assert type(subscription.wire).__name__ == "TCPTransport"
+        assert type(subscription.transport).__name__ == "TCPTransport"
         stream.close()
     assert lines(caplog) == []
 
@@ -140,9 +140,9 @@ def test_lines():
     assert line == "Request: method=GET url=/sdk/flags auth=*fghij status=200 bytes=3"
     line = request_line("GET", "/all", "", 200, None)
     assert line == "Request: method=GET url=/all auth=n/a status=200 (streaming)"
-    assert shown("/x/sdk-1234-5678/mob-key") == "/x/*-5678/*b-key"
-    assert shown("/x?a=1&b=sdk-1234?c") == "/x?{query}"
-    assert shown("/x/Y29udGV4dA?a", has_context=True) == "/x/{context}?{query}"
+    assert redact_url("/x/sdk-1234-5678/mob-key") == "/x/*-5678/*b-key"
+    assert redact_url("/x?a=1&b=sdk-1234?c") == "/x?{query}"
+    assert redact_url("/x/Y29udGV4dA?a", has_context=True) == "/x/{context}?{query}"
 
 
 PERSON = "anna@example.com"
@@ -213,7 +213,7 @@ async def test_the_start_names_addresses_without_their_queries(tmp_path):
 
 def test_the_name_of_a_client():
     """The SDK's own header comes first; what remains is one short line without keys."""
-    traffic = Traffic()
+    traffic = RequestMetrics()
     assert traffic.user_agent(b"", b"") == ""
     assert traffic.user_agent(b"Go/1", b"curl") == "Go/1"
     assert traffic.user_agent(b"", b"curl \n\x9f\xe9 ") == "curl ??\u00e9"
@@ -223,7 +223,7 @@ def test_the_name_of_a_client():
 
 def test_clients_that_are_counted_apart_are_bounded():
     """Those that came first keep their names; of the others nothing is kept."""
-    traffic = Traffic()
+    traffic = RequestMetrics()
     names = [traffic.user_agent(b"name %d" % n, b"") for n in range(3 * MAX_USER_AGENTS)]
     assert len(set(names)) == MAX_USER_AGENTS + 1
     assert names[-1] == OTHER
@@ -232,7 +232,7 @@ def test_clients_that_are_counted_apart_are_bounded():
 
 def test_a_count_is_one_object():
     """Who keeps a count adds to it without a look-up."""
-    traffic = Traffic()
+    traffic = RequestMetrics()
     series = Series("main", "/all", "GET", "server")
     count = traffic.requests[series]
     count.value += 1

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from relay.model.event import Endpoint, Lane
-from relay.web.traffic import Series, Traffic
-from relay.web.usage import SCHEMA, Usage
+from relay.model.event import EventsEndpoint, Partition
+from relay.web.traffic import RequestMetrics, Series
+from relay.web.usage import SCHEMA, UsageReporter
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "usage.json"
 MASKED = {"relayId": "<uuid>", "startDate": "<ms>", "endDate": "<ms>"}
@@ -15,8 +15,8 @@ class Reports:
     """A relay's traffic, and what it reports of it."""
 
     def __init__(self) -> None:
-        self.traffic = Traffic()
-        self.usage = Usage(["main", "quiet"], self.traffic, self._accept)
+        self.traffic = RequestMetrics()
+        self.usage = UsageReporter(["main", "quiet"], self.traffic, self._accept)
 
     async def _accept(self, _post) -> None:
         raise AssertionError
@@ -39,7 +39,7 @@ def test_a_report_is_the_recorded_one():
     reports.stream("PyClient/9.0", 1, opened=1)
     reports.poll("PHPClient/6", 1)
     (post,) = reports.usage.posts(1e10, 60)
-    assert post.lane == Lane("main", Endpoint.BULK, SCHEMA)
+    assert post.partition == Partition("main", EventsEndpoint.BULK, SCHEMA)
     (event,) = json.loads(post.body)
     recorded = json.loads(GOLDEN.read_text())
     assert json.dumps([{**event, **MASKED}]) == json.dumps(recorded)
