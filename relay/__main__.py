@@ -14,7 +14,7 @@ def main() -> None:
     """Run the command that the arguments name, and exit with its code."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["health"]:
-        from relay import health
+        from relay.cli import health
 
         sys.exit(health.main(arguments[1:], os.environ))
 
@@ -25,12 +25,12 @@ def main() -> None:
         # The kernel keeps it until the server says what comes of it. Others end by it, as usual.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     if arguments[:1] == ["eval"]:
-        from relay import explain
+        from relay.cli.eval import main as evaluate
 
-        sys.exit(explain.main(arguments[1:]))
-    from relay import cli
+        sys.exit(evaluate(arguments[1:]))
+    from relay.cli import main
 
-    sys.exit(cli.main(arguments))
+    sys.exit(main.main(arguments))
 
 
 def _end(number: int, _frame: object) -> Never:

@@ -13,24 +13,24 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from relay.batches import Limits
+from relay.backoff import SourceTimings
 from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
 from relay.errors import ConfigError
-from relay.evalstreams import client_side_channels
-from relay.evaluations import ProgramCache
-from relay.events import Forwarder, ForwarderTimings, Upstream
-from relay.hub import Hub, StreamLimits
-from relay.log import Log, environment_log, set_environment_level
+from relay.events.forwarder import Forwarder, ForwarderTimings, Upstream
+from relay.events.store import Limits
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Fetch
+from relay.programs import ProgramCache
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
 from relay.sources import DataSource
-from relay.sources.retry import SourceTimings
 from relay.stores import Mirror
+from relay.streams.evaluated import client_side_channels
+from relay.streams.hub import Hub, StreamLimits
 from relay.sync import SyncTarget
+from relay.telemetry.log import Log, environment_log, set_environment_level
 
 DEMO = EnvironmentSpec(
     "demo", SDKKey("sdk-demo"), MobileKey("mob-demo"), EnvironmentID("demo-client-side-id")
@@ -89,7 +89,7 @@ def sync_targets(
     Raises:
         ConfigError: there is no database, or no such environment; or see `build`.
     """
-    from relay.stores.redis import RedisStore
+    from relay.stores.redis.store import RedisStore
 
     known, redis = [each.name for each in config.environments], config.redis
     problems = [f'there is no environment "{name}"' for name in names if name not in known]
@@ -142,7 +142,7 @@ def _launchdarkly(config: Config) -> tuple[Session, Upstream, Fetch, Sources]:
 
 def _forwarder(config: Config, upstream: Upstream, specs: Sequence[EnvironmentSpec]) -> Forwarder:
     """Return what delivers events: those of SDKs, if that is switched on, and our own."""
-    from relay.spool import Spool
+    from relay.events.spool import Spool
 
     events, drain = config.events, config.main.graceful_shutdown_timeout
     directory = Path(events.spool_dir) if events.spool_dir else None
@@ -206,7 +206,7 @@ def _mirrors(
         yield SnapshotMirror(Path(config.main.snapshot_dir), spec.sdk_key, log)
     if config.redis:
         from relay.stores.mirror import ONCE, DatabaseMirror, MirrorTimings
-        from relay.stores.redis import RedisStore
+        from relay.stores.redis.store import RedisStore
 
         store = RedisStore(config.redis, spec.prefix)
         log.info("Using Redis data store: %s with prefix: %s", store.server, store.prefix)

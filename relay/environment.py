@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from relay.errors import ErrorKind
-from relay.evaluations import ProgramCache
-from relay.hub import Hub
-from relay.log import Log
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Kind
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
+from relay.programs import ProgramCache
 from relay.sources import DataSource, Interrupted, Update, UpToDate
 from relay.stores import Mirror
+from relay.streams.hub import Hub
+from relay.telemetry.log import Log
 
 CONFIRM_EVERY = 60.0
 """Seconds after which copies are told again that the data are current, though nothing changed: the

@@ -14,7 +14,7 @@ from relay.model.reply import Fetch
 
 if TYPE_CHECKING:
     # Brings SQLite and compression, for which the opening of the port need not wait.
-    from relay.events import Forwarder
+    from relay.events.forwarder import Forwarder
 
 RESTART_DELAY = 10.0
 """Seconds before an environment that failed by a defect of ours is run again."""

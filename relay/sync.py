@@ -14,13 +14,13 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 
 from relay.errors import ErrorKind, StoreUnavailable, UpstreamRefused, UpstreamUnavailable
-from relay.log import Log
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.sources import DataSource, Interrupted, Update
 from relay.stores import DataStore
 from relay.stores.mirror import ONCE, DatabaseMirror
+from relay.telemetry.log import Log
 
 LAST_ANSWER = 3.0
 """Seconds that the last look has for its answer; then what is there must do."""

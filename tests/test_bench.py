@@ -32,8 +32,8 @@ from bench.servers import OWN_COMMAND, SDK_KEY, Relay
 from bench.table import NGINX, OURS, PEER, Figures, Row, at_least, at_most, markdown
 from bench.upstream import Upstream
 from bench.viewers import Viewers
-from relay.evaluation.program import FlagCompiler, Program
-from relay.web.context import context_in_path
+from relay.evaluation.compiled.program import FlagCompiler, Program
+from relay.web.contexts import context_in_path
 from tests.evaluation.strategies import payload_of
 from tests.support.sdk import install_packages
 

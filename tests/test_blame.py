@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from relay import blame
-from relay.blame import Evidence
+from relay.events import blame
+from relay.events.blame import Evidence
 
 
 def judged(story):

@@ -27,8 +27,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from relay import __version__, cli, health
-from relay.server import listen
+from relay import __version__
+from relay.cli import health, main
+from relay.server.run import listen
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag
 from tests.support.process import PATIENCE, ROOT, RelayProcess, free_port
@@ -73,7 +74,7 @@ def call_in_this_process(capfd) -> Iterator[Callable[..., Run]]:
     before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
 
     def call(*arguments: str, **variables: str) -> Run:
-        code = cli.main(arguments, variables)
+        code = main.main(arguments, variables)
         printed = capfd.readouterr()
         return Run(code, printed.out, printed.err)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from relay import explain
+from relay.cli.eval import main as evaluate
 from tests.support.authorities import UNTIDY, Authority
 from tests.support.data import flag, segment
 from tests.support.process import PATIENCE, ROOT, RelayProcess
@@ -65,7 +65,7 @@ def flags(tmp_path) -> Path:
 
 def test_a_flag_of_a_file_is_explained(flags, capsys):
     """Value, variation and reason, then the prerequisite, rule, segment, clause and bucket."""
-    assert explain.main(["lamp", "--context", ANNA, "--flags", str(flags)]) == 0
+    assert evaluate(["lamp", "--context", ANNA, "--flags", str(flags)]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(ANSWER)
     assert err == ""
@@ -87,11 +87,11 @@ async def test_a_flag_of_a_running_relay_is_explained(flags, tmp_path, capsys):
     """The relay that serves the file gives the same answer."""
     async with RelayProcess(tmp_path, "serve", "--flags", str(flags)) as relay:
         options = ["--url", relay.url, "--sdk-key", "sdk-demo"]
-        await until(lambda: explain.main(["lamp", "--context", ANNA, *options]) == 0, PATIENCE)
+        await until(lambda: evaluate(["lamp", "--context", ANNA, *options]) == 0, PATIENCE)
         assert ANSWER in capsys.readouterr().out
         secret = "sdk-wrong-key-of-somebody"
         options[-1] = secret
-        assert explain.main(["lamp", "--context", ANNA, *options]) == 1
+        assert evaluate(["lamp", "--context", ANNA, *options]) == 1
         error = capsys.readouterr().err
         assert "Error: the relay answers with status 401" in error
         assert secret not in error
@@ -105,22 +105,22 @@ async def test_a_relay_over_tls_is_asked_as_launchdarkly_is(flags, tmp_path, cap
     async with RelayProcess(tmp_path, "serve", "--flags", str(flags), **tls) as relay:
         await relay.said("Initialized")
         asked = ["lamp", "--context", ANNA, "--sdk-key", "sdk-demo", "--url"]
-        assert await asyncio.to_thread(explain.main, [*asked, relay.url]) == 1
+        assert await asyncio.to_thread(eval.main, [*asked, relay.url]) == 1
         error = capsys.readouterr().err
         assert "the relay cannot be asked: unable to get local issuer certificate" in error
         monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
-        assert await asyncio.to_thread(explain.main, [*asked, relay.url]) == 0
+        assert await asyncio.to_thread(eval.main, [*asked, relay.url]) == 0
         async with a_proxy("Basic bWU6cMO8") as (port, seen):
             monkeypatch.setenv("HTTPS_PROXY", f"me:p%C3%BC@127.0.0.1:{port}")
             for url, heads in ((relay.url, 0), (f"https://relay.example:{relay.port}", 1)):
-                assert await asyncio.to_thread(explain.main, [*asked, url]) == 0
+                assert await asyncio.to_thread(eval.main, [*asked, url]) == 0
                 assert len(seen) == heads
 
 
 def test_a_key_that_cannot_be_sent_is_not_shown(capsys):
     """The place of what is wrong with it is."""
     options = ["--url", "http://127.0.0.1:1", "--sdk-key", "sdk-sec\nret"]
-    assert explain.main(["lamp", "--context", ANNA, *options]) == 1
+    assert evaluate(["lamp", "--context", ANNA, *options]) == 1
     error = capsys.readouterr().err
     assert error.startswith("Error: --sdk-key: ")
     assert "ret" not in error
@@ -137,7 +137,7 @@ def test_a_key_that_cannot_be_sent_is_not_shown(capsys):
 )
 def test_what_cannot_be_evaluated_is_said(flags, capsys, key, context, error):
     """An unknown flag or a broken context is an error of one line."""
-    assert explain.main([key, "--context", context, "--flags", str(flags)]) == 1
+    assert evaluate([key, "--context", context, "--flags", str(flags)]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(error)
@@ -174,5 +174,5 @@ def test_what_cannot_be_evaluated_is_said(flags, capsys, key, context, error):
 )
 def test_a_question_that_makes_no_sense_is_refused(capsys, arguments, error):
     """What is missing or wrong in the arguments is named."""
-    assert explain.main(arguments) == 1
+    assert evaluate(arguments) == 1
     assert error in capsys.readouterr().err

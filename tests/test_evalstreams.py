@@ -11,13 +11,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from relay import evalstreams
-from relay import hub as hub_module
-from relay.evalstreams import EvalClient, EvaluatingChannel
-from relay.evaluation.audience import SDKKind
-from relay.hub import LAST_CHUNK, Hub, StreamLimits, decode_chunks
+from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import parse_context
 from relay.model.payload import EMPTY, Change
+from relay.streams import evaluated
+from relay.streams import hub as hub_module
+from relay.streams.evaluated import EvalClient, EvaluatingChannel
+from relay.streams.hub import LAST_CHUNK, Hub, StreamLimits, decode_chunks
 from tests.test_hub import Buffer, turns
 
 NEWS = Change((), (), replace=True)
@@ -290,7 +290,7 @@ async def test_a_client_that_missed_too_much_starts_over(monkeypatch):
 
 async def test_polls_in_between_do_not_wait_for_evaluations(monkeypatch):
     """However long evaluation takes, the loop gets its turn after a slice of it."""
-    monkeypatch.setattr(evalstreams, "SLICE_TIME", 0.0)
+    monkeypatch.setattr(evaluated, "SLICE_TIME", 0.0)
     site = Site()
     site.set(a=(1, "x"))
     clients = [site.client(str(n)) for n in range(10)]
@@ -332,7 +332,7 @@ async def test_a_failure_for_one_client_does_not_reach_the_others():
 
 async def test_many_changes_come_as_a_put(monkeypatch):
     """It is cheaper than patches, and still nobody gets one to whom nothing is different."""
-    monkeypatch.setattr(evalstreams, "MANY_FLAGS", 2)
+    monkeypatch.setattr(evaluated, "MANY_FLAGS", 2)
     site = Site()
     site.set(a=(1, "x"), b=(1, "x"), c=(1, "x"))
     concerned, other = site.client("y"), site.client("z")
@@ -372,8 +372,8 @@ class Interleavings(RuleBasedStateMachine):
         self.clients: list[Client] = []
         self.flags: dict[str, tuple[int, str]] = {}
         self.count = 0
-        self._kept = hub_module.MAX_PENDING, evalstreams.FAN_OUT_SLICE
-        hub_module.MAX_PENDING, evalstreams.FAN_OUT_SLICE = 800, 2
+        self._kept = hub_module.MAX_PENDING, evaluated.FAN_OUT_SLICE
+        hub_module.MAX_PENDING, evaluated.FAN_OUT_SLICE = 800, 2
 
     @staticmethod
     async def _site() -> Site:
@@ -442,7 +442,7 @@ class Interleavings(RuleBasedStateMachine):
                 self.run(client.abort)
             self.loop.run_until_complete(turns())
             self.loop.close()
-            hub_module.MAX_PENDING, evalstreams.FAN_OUT_SLICE = self._kept
+            hub_module.MAX_PENDING, evaluated.FAN_OUT_SLICE = self._kept
 
 
 TestInterleavings = Interleavings.TestCase

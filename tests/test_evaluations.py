@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from relay.evaluation.audience import SDKKind
-from relay.evaluations import ProgramCache
+from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import parse_context
 from relay.model.item import Item, Kind, parse
 from relay.model.payload import EMPTY, ChangeSet, Payload
+from relay.programs import ProgramCache
 from tests.support.data import flag
 
 ANNA = parse_context(b'{"kind":"user","key":"anna"}')

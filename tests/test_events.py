@@ -17,12 +17,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.batches import MAX_BATCH, Limits
-from relay.events import Backoff, Forwarder, ForwarderTimings, Step, headers, next_step, target
+from relay.events.forwarder import (
+    Backoff,
+    Forwarder,
+    ForwarderTimings,
+    Step,
+    headers,
+    next_step,
+    target,
+)
+from relay.events.spool import Spool
+from relay.events.store import MAX_BATCH, Limits
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import EventPayload, EventsEndpoint, Partition
-from relay.spool import Spool
 from relay.upstream import USER_AGENT, Upstream
 from tests.support import upstream as answers
 from tests.support.upstream import PATIENCE, ScriptedUpstream
@@ -635,7 +643,7 @@ async def test_one_failing_environment_delays_no_other(upstream, failure):
 
 async def test_a_defect_in_one_lane_does_not_end_it(upstream, monkeypatch, caplog):
     """It is logged, and the lane is served again."""
-    monkeypatch.setattr("relay.events.RESTART_DELAY", 0.01)
+    monkeypatch.setattr("relay.events.forwarder.RESTART_DELAY", 0.01)
     async with forwarding(upstream.url) as forwarder:
         take, calls = forwarder.spool.take, []
 
@@ -748,12 +756,12 @@ async def test_a_disk_that_works_again_is_served_again(upstream, tmp_path):
 CHILD = """
 import asyncio, sys, time
 from pathlib import Path
-from relay.events import Forwarder, Pace, Retries
+from relay.events.forwarder import Forwarder, Pace, Retries
 from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import Endpoint, Lane, Post
-from relay.batches import Limits
-from relay.spool import Spool
+from relay.events.store import Limits
+from relay.events.spool import Spool
 from relay.upstream import Upstream
 
 async def main():
@@ -880,7 +888,7 @@ async def test_an_answer_is_held_back_until_a_batch_is_done(upstream):
 
 async def test_an_answer_is_held_back_for_a_bounded_time(upstream, monkeypatch):
     """An upstream that does not answer costs a client that, and the oldest make room."""
-    monkeypatch.setattr("relay.events.MAX_ACK_DELAY", 0.05)
+    monkeypatch.setattr("relay.events.forwarder.MAX_ACK_DELAY", 0.05)
     upstream.always(KEY, answers.stall)
     pace = ForwarderTimings(flush_interval=0.01, timeout=60.0, drain=0.1)
     async with tight(upstream.url, pace=pace) as forwarder:
@@ -917,7 +925,7 @@ async def test_nobody_waits_for_an_upstream_that_is_away(upstream):
 
 async def test_there_is_no_pause_while_somebody_waits(upstream, monkeypatch):
     """A slow upstream gets time to breathe between batches, but not at the clients' expense."""
-    monkeypatch.setattr("relay.batches.MAX_BATCH", 15_000)  # one post
+    monkeypatch.setattr("relay.events.store.MAX_BATCH", 15_000)  # one post
     upstream.script(KEY, answers.slowly(0.8))
     pace = ForwarderTimings(flush_interval=0.01, between=3600.0, timeout=10.0, drain=0.5)
     async with tight(upstream.url, pace=pace) as forwarder:

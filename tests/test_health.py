@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from relay import health
+from relay.cli import health
 
 
 @contextmanager

@@ -10,8 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from relay import hub as hub_module
-from relay.hub import (
+from relay.model.item import Item, Kind, parse
+from relay.model.metrics import MetricValue
+from relay.model.payload import EMPTY, Change, ChangeSet, Payload
+from relay.protocol.fdv1 import AllFormat
+from relay.streams import hub as hub_module
+from relay.streams.hub import (
     HEARTBEAT,
     LAST_CHUNK,
     PING_CHUNK,
@@ -21,10 +25,6 @@ from relay.hub import (
     decode_chunks,
     encode_chunk,
 )
-from relay.model.count import MetricValue
-from relay.model.item import Item, Kind, parse
-from relay.model.payload import EMPTY, Change, ChangeSet, Payload
-from relay.protocol.fdv1 import AllFormat
 
 HIGH, LOW = 2000, 500
 

@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 
 import pytest
 
-from relay import log
+from relay.telemetry import log
 
 TIME = r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d{6}"
 

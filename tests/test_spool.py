@@ -24,14 +24,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from relay import batches as batches_module
 from relay import clock
-from relay.batches import MAX_BATCH, MAX_POSTS, REMEMBERED, Limits, elements, fitting
 from relay.errors import StoreUnavailable
-from relay.memorystore import MemoryStore
+from relay.events import store as batches_module
+from relay.events.memory import MemoryStore
+from relay.events.spool import MAX_QUEUED, Spool
+from relay.events.sqlite import LONGEST_ABSENCE, DiskStore
+from relay.events.store import MAX_BATCH, MAX_POSTS, REMEMBERED, Limits, elements, fitting
 from relay.model.event import EventPayload, EventsEndpoint, Partition
-from relay.poststore import LONGEST_ABSENCE, DiskStore
-from relay.spool import MAX_QUEUED, Spool
 
 LANE = Partition("prod", EventsEndpoint.BULK, 4)
 OTHER = Partition("test", EventsEndpoint.BULK, 4)
@@ -237,7 +237,7 @@ def test_diagnostics_travel_alone(new_store):
 @both
 def test_halves_have_ids_derived_from_the_whole(new_store, monkeypatch):
     """Whoever splits the same batch again gets the same halves under the same ids."""
-    monkeypatch.setattr("relay.batches.uuid.uuid4", lambda: "whole")
+    monkeypatch.setattr("relay.events.store.uuid.uuid4", lambda: "whole")
     found = []
     for _ in range(2):
         store = new_store()
@@ -783,7 +783,7 @@ async def test_events_are_for_our_eyes_only(tmp_path):
 
 async def test_a_disk_that_hangs_holds_up_nobody(tmp_path, monkeypatch):
     """The loop goes on, what waits is bounded, and the end comes in time."""
-    monkeypatch.setattr("relay.spool.CLOSE_LIMIT", 0.05)
+    monkeypatch.setattr("relay.events.spool.CLOSE_LIMIT", 0.05)
     freed = threading.Event()
     spool = Spool(tmp_path, LIMITS)
     await spool.open()
@@ -831,8 +831,8 @@ CHILD = """
 import asyncio, sys, time
 from pathlib import Path
 from relay.model.event import Endpoint, Lane, Post
-from relay.batches import Limits
-from relay.spool import Spool
+from relay.events.store import Limits
+from relay.events.spool import Spool
 
 async def main():
     spool = Spool(Path(sys.argv[1]), Limits())

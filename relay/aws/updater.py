@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from relay.errors import ConfigError, InvalidData, RelayError
-from relay.log import LEVELS
 from relay.protocol import webhook
 from relay.protocol.webhook import EVERYTHING, ChangedResource, ChangeNotice
+from relay.telemetry.log import LEVELS
 
 if TYPE_CHECKING:
     from relay.config.schema import Config

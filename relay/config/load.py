@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relay.config import rules
-from relay.config.rules import ENVIRONMENT, FILTERS, SHARED, Draft, Key
+from relay.config import checks
+from relay.config.checks import ENVIRONMENT, FILTERS, SHARED, Draft, Key
 from relay.config.schema import (
     NAMED_SECTIONS,
     SECTIONS,
@@ -27,7 +27,7 @@ from relay.config.schema import (
     options,
 )
 from relay.config.syntax import Assignment, FileSyntaxError, parse
-from relay.config.values import BOOLEAN, file_boolean, stripped
+from relay.config.types import BOOLEAN, file_boolean, stripped
 from relay.errors import ConfigError
 from relay.model.text import is_utf8, one_line
 
@@ -106,7 +106,7 @@ def load(
     if from_env:
         _read_environ(given, environ)
     draft = _draft(given)
-    problems = given.problems + (rules.problems(draft) if given.complete else [])
+    problems = given.problems + (checks.problems(draft) if given.complete else [])
     if problems:
         raise ConfigError(problems)
     return _config(draft, given.warnings)
@@ -357,16 +357,16 @@ def _draft(given: _RawOptions) -> Draft:
 
 def _config(draft: Draft, warnings: list[str]) -> Config:
     return Config(
-        main=rules.main_of(draft),
-        events=rules.events_of(draft),
+        main=checks.main_of(draft),
+        events=checks.events_of(draft),
         environments=draft.environments,
-        redis=rules.redis_of(draft),
+        redis=checks.redis_of(draft),
         proxy=draft.of(Proxy),
         http=draft.of(Http),
         webhook=draft.of(Webhook),
         prometheus=draft.of(Prometheus),
         given={_label(key): source for key, source in draft.given.items()},
-        warnings=(*warnings, *rules.warnings(draft)),
+        warnings=(*warnings, *checks.warnings(draft)),
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from relay.config.values import (
+from relay.config.types import (
     BOOLEAN,
     COUNT,
     DURATION,

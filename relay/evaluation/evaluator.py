@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from msgspec.structs import replace
 
 from relay.evaluation import bucketing
-from relay.evaluation.items import Data, Membership
+from relay.evaluation.data import Data, Membership
 from relay.evaluation.operators import OPERATORS
 from relay.evaluation.results import (
     BigSegmentsStatus,

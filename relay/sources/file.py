@@ -8,14 +8,14 @@ import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+from relay.aio import wait_for
+from relay.backoff import SourceTimings
 from relay.errors import ErrorKind, InvalidData
 from relay.model.item import Item, Kind, version_of_time
 from relay.model.payload import ChangeSet
 from relay.protocol import filedata
 from relay.reasons import describe
 from relay.sources import Interrupted, Update, UpToDate
-from relay.sources.retry import SourceTimings
-from relay.sources.waiting import wait_for
 
 MAX_FILE = 128 * 1024 * 1024
 """Bytes: as much as upstream may send at once."""

@@ -8,6 +8,8 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator
 
+from relay.aio import run_in_slices, wait_for
+from relay.backoff import Backoff, SourceTimings
 from relay.errors import InvalidData, UpstreamRefused, UpstreamUnavailable
 from relay.model.credential import SDKKey
 from relay.model.item import Kind
@@ -15,9 +17,7 @@ from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
 from relay.protocol.urls import join
 from relay.sources import Update, UpToDate
-from relay.sources.retry import Backoff, SourceTimings
-from relay.sources.sse import interruption
-from relay.sources.waiting import run_in_slices, wait_for
+from relay.sources.event_stream import interruption
 from relay.upstream import Upstream, read_body
 
 _STATUSES = frozenset({200, 304})

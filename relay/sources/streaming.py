@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from relay.log import Log
+from relay.backoff import SourceTimings
 from relay.model.credential import SDKKey
 from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
 from relay.protocol.sse import Event
 from relay.protocol.urls import join
-from relay.sources.retry import SourceTimings
-from relay.sources.sse import EventStream
+from relay.sources.event_stream import EventStream
+from relay.telemetry.log import Log
 from relay.upstream import Upstream
 
 _KNOWN = frozenset({"put", "patch", "delete"})

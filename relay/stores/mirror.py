@@ -20,11 +20,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from relay.errors import StoreUnavailable
-from relay.log import Log
 from relay.model.item import Item
 from relay.model.payload import EMPTY, Change, Payload
 from relay.stores import DataStore, Key, Stored, StoreState, StoreStatus, Versions
 from relay.stores.conflicts import NEVER, Conflicts, ConflictTimes, Verdict
+from relay.telemetry.log import Log
 
 MAX_PENDING = 1000
 """Changed items that wait for a slow database one by one; of more, all versions are compared."""

@@ -24,13 +24,13 @@ import msgspec
 
 from relay.errors import InvalidData
 from relay.files import make_directory, open_private
-from relay.log import Log
 from relay.model.credential import SDKKey
 from relay.model.payload import EMPTY, Change, Payload
 from relay.protocol import snapshot as grammar
 from relay.protocol.snapshot import HEADER_SIZE, Header, UnknownFormat
 from relay.reasons import describe
 from relay.stores import Key, Stored, StoreStatus
+from relay.telemetry.log import Log
 
 MAX_SIZE = 512 * 1024 * 1024
 """Bytes of a file that is read: several times what upstream may send at once; more is damage."""

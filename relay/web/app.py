@@ -17,14 +17,24 @@ from starlette.types import ASGIApp
 
 from relay.environment import Environment
 from relay.relay import Relay
-from relay.web import metrics, status
-from relay.web.answers import (
+from relay.telemetry.traffic import AccessLogMiddleware, RequestMetrics, Series
+from relay.web.endpoints import metrics, status
+from relay.web.endpoints.evaluation import EvaluationHandler
+from relay.web.endpoints.events import EventsHandler
+from relay.web.endpoints.goals import Goals
+from relay.web.endpoints.polling import PollingHandler
+from relay.web.endpoints.streams import STREAMS, ClientStreams, StreamResponse
+from relay.web.endpoints.webhooks import PATH as WEBHOOK
+from relay.web.endpoints.webhooks import Webhooks
+from relay.web.fastpath.events import BROWSERS, ROUTES
+from relay.web.middleware import PathNormalizationMiddleware, ServerErrorMiddleware
+from relay.web.responses import (
     FDV1_INSTEAD,
     NO_DATA,
     NOT_FOUND,
     PreparedResponse,
 )
-from relay.web.endpoint import (
+from relay.web.routing import (
     BROWSER,
     FDV2_CLIENT,
     MOBILE,
@@ -35,16 +45,6 @@ from relay.web.endpoint import (
     header,
     user_agent,
 )
-from relay.web.evaluation import EvaluationHandler
-from relay.web.events import EventsHandler
-from relay.web.goals import Goals
-from relay.web.middleware import PathNormalizationMiddleware, ServerErrorMiddleware
-from relay.web.polling import PollingHandler
-from relay.web.posting import BROWSERS, ROUTES
-from relay.web.streams import STREAMS, ClientStreams, StreamResponse
-from relay.web.traffic import AccessLogMiddleware, RequestMetrics, Series
-from relay.web.webhooks import PATH as WEBHOOK
-from relay.web.webhooks import Webhooks
 
 GET, REPORT, POST = ("GET",), ("REPORT",), ("POST",)
 GET_, REPORT_ = ("GET", "OPTIONS"), ("REPORT", "OPTIONS")

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from relay.model.environment import EnvironmentSpec
 from relay.model.text import header_value
-from relay.web.answers import Headers
+from relay.web.responses import Headers
 
 ALLOWED_HEADERS = (
     *("Cache-Control", "Content-Type", "Content-Length", "Accept-Encoding"),

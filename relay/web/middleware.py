@@ -10,7 +10,7 @@ from urllib.parse import quote
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relay.model.text import header_value
-from relay.web.answers import BAD_ESCAPE, PreparedResponse
+from relay.web.responses import BAD_ESCAPE, PreparedResponse
 
 _BROKEN_ESCAPE = re.compile(rb"%(?![0-9a-fA-F]{2})")
 _UNESCAPED = "/!$&'()*+,;=:@~"

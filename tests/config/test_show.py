@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from relay.config import load as loading
 from relay.config.load import load
+from relay.config.render import effective, quoted, reference, secrets, table
 from relay.config.schema import NAMED_SECTIONS, SECTIONS, Config, Option, options
-from relay.config.show import effective, quoted, reference, secrets, table
 from relay.config.syntax import parse
-from relay.config.values import SECRET
+from relay.config.types import SECRET
 from relay.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent

@@ -2,7 +2,7 @@
 
 import pytest
 
-from relay.config import values
+from relay.config import types
 from relay.model.credential import Secret
 from relay.model.text import header_value, one_line
 
@@ -14,19 +14,19 @@ AROUND = ["{}\n", "{}\r\n", " {}", "\t{} ", "\ufeff{}", "{}\u00a0", "\u200b{}\u2
 @pytest.mark.parametrize(
     ("kind", "text", "value"),
     [
-        (values.KEY, "sdk-1", "sdk-1"),
-        (values.ENVIRONMENT_ID, "id-1", "id-1"),
-        (values.STRING, "a prefix", "a prefix"),
-        (values.SECRET, "pass word", "pass word"),
-        (values.PATH, "/a b", "/a b"),
-        (values.INTEGER, "8030", 8030),
-        (values.BOOLEAN, "true", True),
-        (values.DURATION, "5s", 5.0),
-        (values.SIZE, "1KiB", 1024),
-        (values.LOG_LEVEL, "Debug", "debug"),
-        (values.URI, "redis://h", "redis://h"),
-        (values.HTTP_URI, "http://h", "http://h"),
-        (values.ORIGINS, "https://a,https://b", ("https://a", "https://b")),
+        (types.KEY, "sdk-1", "sdk-1"),
+        (types.ENVIRONMENT_ID, "id-1", "id-1"),
+        (types.STRING, "a prefix", "a prefix"),
+        (types.SECRET, "pass word", "pass word"),
+        (types.PATH, "/a b", "/a b"),
+        (types.INTEGER, "8030", 8030),
+        (types.BOOLEAN, "true", True),
+        (types.DURATION, "5s", 5.0),
+        (types.SIZE, "1KiB", 1024),
+        (types.LOG_LEVEL, "Debug", "debug"),
+        (types.URI, "redis://h", "redis://h"),
+        (types.HTTP_URI, "http://h", "http://h"),
+        (types.ORIGINS, "https://a,https://b", ("https://a", "https://b")),
     ],
 )
 def test_what_nobody_sees_is_taken_off(around, kind, text, value):
@@ -39,10 +39,10 @@ def test_what_nobody_sees_is_taken_off(around, kind, text, value):
 @pytest.mark.parametrize(
     ("kind", "members"),
     [
-        (values.ORIGINS, ("https://a", "https://b")),
-        (values.HEADER_NAMES, ("X-A", "X-B")),
-        (values.PATHS, ("/a", "/b")),
-        (values.LIST, ("a", "b")),
+        (types.ORIGINS, ("https://a", "https://b")),
+        (types.HEADER_NAMES, ("X-A", "X-B")),
+        (types.PATHS, ("/a", "/b")),
+        (types.LIST, ("a", "b")),
     ],
 )
 def test_what_nobody_sees_is_taken_off_members_of_lists(around, kind, members):
@@ -53,50 +53,50 @@ def test_what_nobody_sees_is_taken_off_members_of_lists(around, kind, members):
 @pytest.mark.parametrize("text", ['"{}"', "'{}'", '" {}\n"', '"{}"\n'])
 def test_quotation_marks_that_cannot_be_meant_are_taken_off(text):
     """As a file of variables brings them, which Docker does not interpret."""
-    assert values.KEY.parse(text.format("sdk-1")).reveal() == "sdk-1"
-    assert values.INTEGER.parse(text.format("1")) == 1
-    assert values.HTTP_URI.parse(text.format("http://h")) == "http://h"
-    assert values.ORIGINS.parse(text.format("http://a, http://b")) == ("http://a", "http://b")
-    assert values.ORIGINS.parse('"http://a","http://b"') == ("http://a", "http://b")
+    assert types.KEY.parse(text.format("sdk-1")).reveal() == "sdk-1"
+    assert types.INTEGER.parse(text.format("1")) == 1
+    assert types.HTTP_URI.parse(text.format("http://h")) == "http://h"
+    assert types.ORIGINS.parse(text.format("http://a, http://b")) == ("http://a", "http://b")
+    assert types.ORIGINS.parse('"http://a","http://b"') == ("http://a", "http://b")
 
 
 def test_quotation_marks_that_may_be_meant_stay():
     """In passwords and other free text."""
-    assert values.SECRET.parse('"x"').reveal() == '"x"'
-    assert values.STRING.parse('"x"\n') == '"x"'
+    assert types.SECRET.parse('"x"').reveal() == '"x"'
+    assert types.STRING.parse('"x"\n') == '"x"'
 
 
 @pytest.mark.parametrize(
     ("kind", "text", "words"),
     [
-        (values.KEY, "sdk-1 // comment", "character 6 is a blank"),
-        (values.KEY, "sdk\n-1", "character 4 is a line end"),
-        (values.KEY, 'sdk-1"', "character 6 is a quotation mark"),
-        (values.KEY, "sdk-ü", "character 5 is U+00FC"),
-        (values.KEY, "sdk-1\x00", "character 6 is U+0000"),
-        (values.KEY, "sdk\u200b-1", "character 4 is U+200B"),
-        (values.KEY, "sdk-\udcff", "not UTF-8"),
-        (values.ENVIRONMENT_ID, "id\r\nset-cookie: a=b", "character 3 is a carriage return"),
-        (values.ENVIRONMENT_ID, "a/b", "character 2 is a slash"),
-        (values.ENVIRONMENT_ID, "a?b", "character 2 is U+003F"),
-        (values.STRING, "a\nb", "character 2 is a line end"),
-        (values.STRING, "a\x85b", "character 2 is U+0085"),
-        (values.STRING, "\udce9", "not UTF-8"),
-        (values.SECRET, "\udce9", "not UTF-8"),
-        (values.PATH, "/a\x00b", "character 3 is U+0000"),
-        (values.HTTP_URI, "http://h\u00a0/", "not a valid URL/URI"),
-        (values.HEADER_NAMES, "X-A, X B", '"X B" is not the name of a header'),
-        (values.HEADER_NAMES, "X-A:1", "is not the name of a header"),
-        (values.HEADER_NAMES, "X\r\nY", "is not the name of a header"),
-        (values.ORIGINS, ",", "commas only"),
-        (values.ORIGINS, "a.example", "no browser has the origin"),
-        (values.ORIGINS, "https://*.x", 'no browser has the origin "https://*.x"'),
-        (values.ORIGINS, "https://a/path", "no browser has the origin"),
-        (values.ORIGINS, "https://u@a", "no browser has the origin"),
-        (values.ORIGINS, "https://a https://b", "no browser has the origin"),
-        (values.ORIGINS, "https://a:70000", "no browser has the origin"),
-        (values.ORIGINS, "https://bücher.example", "no browser has the origin"),
-        (values.ORIGINS, "https://a\r\nx: y", "no browser has the origin"),
+        (types.KEY, "sdk-1 // comment", "character 6 is a blank"),
+        (types.KEY, "sdk\n-1", "character 4 is a line end"),
+        (types.KEY, 'sdk-1"', "character 6 is a quotation mark"),
+        (types.KEY, "sdk-ü", "character 5 is U+00FC"),
+        (types.KEY, "sdk-1\x00", "character 6 is U+0000"),
+        (types.KEY, "sdk\u200b-1", "character 4 is U+200B"),
+        (types.KEY, "sdk-\udcff", "not UTF-8"),
+        (types.ENVIRONMENT_ID, "id\r\nset-cookie: a=b", "character 3 is a carriage return"),
+        (types.ENVIRONMENT_ID, "a/b", "character 2 is a slash"),
+        (types.ENVIRONMENT_ID, "a?b", "character 2 is U+003F"),
+        (types.STRING, "a\nb", "character 2 is a line end"),
+        (types.STRING, "a\x85b", "character 2 is U+0085"),
+        (types.STRING, "\udce9", "not UTF-8"),
+        (types.SECRET, "\udce9", "not UTF-8"),
+        (types.PATH, "/a\x00b", "character 3 is U+0000"),
+        (types.HTTP_URI, "http://h\u00a0/", "not a valid URL/URI"),
+        (types.HEADER_NAMES, "X-A, X B", '"X B" is not the name of a header'),
+        (types.HEADER_NAMES, "X-A:1", "is not the name of a header"),
+        (types.HEADER_NAMES, "X\r\nY", "is not the name of a header"),
+        (types.ORIGINS, ",", "commas only"),
+        (types.ORIGINS, "a.example", "no browser has the origin"),
+        (types.ORIGINS, "https://*.x", 'no browser has the origin "https://*.x"'),
+        (types.ORIGINS, "https://a/path", "no browser has the origin"),
+        (types.ORIGINS, "https://u@a", "no browser has the origin"),
+        (types.ORIGINS, "https://a https://b", "no browser has the origin"),
+        (types.ORIGINS, "https://a:70000", "no browser has the origin"),
+        (types.ORIGINS, "https://bücher.example", "no browser has the origin"),
+        (types.ORIGINS, "https://a\r\nx: y", "no browser has the origin"),
     ],
 )
 def test_what_cannot_be_right_is_refused(kind, text, words):
@@ -130,13 +130,13 @@ def test_what_cannot_be_right_is_refused(kind, text, words):
 )
 def test_origins_are_written_as_browsers_write_them(text, origin):
     """Else they could never match. `*`, `null` and those of programs are as they were."""
-    assert values.ORIGINS.parse(text) == (origin,)
+    assert types.ORIGINS.parse(text) == (origin,)
 
 
 def test_members_without_a_value_do_not_count():
     """As a comma at the end makes one; whoever judges filters wants to see them."""
-    assert values.ORIGINS.parse("https://a,, ") == ("https://a",)
-    assert values.LIST.parse("a, ,b") == ("a", "", "b")
+    assert types.ORIGINS.parse("https://a,, ") == ("https://a",)
+    assert types.LIST.parse("a, ,b") == ("a", "", "b")
 
 
 def test_a_text_fits_in_a_line_and_in_a_header():

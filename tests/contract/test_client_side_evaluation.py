@@ -19,14 +19,14 @@ from aiohttp import web
 
 from relay.build import build
 from relay.config.load import load
-from relay.server import ServerOptions, Site
+from relay.server.run import ServerOptions, Site
+from relay.telemetry.traffic import RequestMetrics
 from relay.web.app import make_app
-from relay.web.evaluation import EvaluationHandler
-from relay.web.events import EventsHandler
-from relay.web.goals import Goals
-from relay.web.polling import PollingHandler
-from relay.web.questions import EvaluationFastPath
-from relay.web.traffic import RequestMetrics
+from relay.web.endpoints.evaluation import EvaluationHandler
+from relay.web.endpoints.events import EventsHandler
+from relay.web.endpoints.goals import Goals
+from relay.web.endpoints.polling import PollingHandler
+from relay.web.fastpath.evaluation import EvaluationFastPath
 from tests.support import data
 from tests.support.clients import client
 from tests.support.sdk import ANNA, SOMEBODY, SDKFailed, sees

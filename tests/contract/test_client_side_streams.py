@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from relay.evalstreams import EvalClient
-from relay.hub import StreamLimits
 from relay.model.context import parse_context
 from relay.model.credential import MobileKey
 from relay.protocol.clientside import PING
+from relay.streams.evaluated import EvalClient
+from relay.streams.hub import StreamLimits
 from tests.contract.test_server_side_streams import replay
 from tests.support import data
 from tests.support.data import flag, segment

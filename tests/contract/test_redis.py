@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 import pytest
 
 from relay.environment import Environment
-from relay.hub import Hub
 from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.protocol.fdv1 import AllFormat
@@ -19,7 +18,8 @@ from relay.sources.polling import PollingSource
 from relay.sources.streaming import StreamingSource
 from relay.stores.conflicts import ConflictTimes
 from relay.stores.mirror import DatabaseMirror, MirrorTimings
-from relay.stores.redis import RedisStore
+from relay.stores.redis.store import RedisStore
+from relay.streams.hub import Hub
 from relay.upstream import Upstream
 from tests.support.data import all_data, flag, segment
 from tests.support.process import RelayProcess

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from relay.errors import InvalidData
-from relay.hub import StreamLimits
 from relay.protocol import fdv1
+from relay.streams.hub import StreamLimits
 from tests.support.serving import Served, Stream, serving, stalled_socket, until
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "streams.jsonl"

@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 
-from relay.server import CannotListen, ServerOptions, Site, listen, run_once, serve
+from relay.server.run import CannotListen, ServerOptions, Site, listen, run_once, serve
 from tests.support.process import free_port
 from tests.support.serving import Address, Served, Stream
 
@@ -18,7 +18,7 @@ STREAMS = 1000
 
 SERVER = """
 import asyncio, sys, uvloop
-from relay.server import ServerOptions, Site, serve
+from relay.server.run import ServerOptions, Site, serve
 from tests.support.process import free_port
 from tests.support.serving import Served
 from relay.protocol import fdv1

@@ -19,15 +19,15 @@ from starlette.responses import Response
 from relay.build import build
 from relay.config.load import load
 from relay.errors import ConfigError
-from relay.log import JSONFormatter, TextFormatter
 from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Reply
-from relay.stores.redis import RedisStore
-from relay.web.answers import PreparedResponse, environment_headers
+from relay.stores.redis.store import RedisStore
+from relay.telemetry.log import JSONFormatter, TextFormatter
 from relay.web.cors import cors_headers, cors_lines
-from relay.web.goals import Goals
+from relay.web.endpoints.goals import Goals
 from relay.web.middleware import PathNormalizationMiddleware
+from relay.web.responses import PreparedResponse, environment_headers
 from tests.support.data import all_data, flag
 from tests.support.process import RelayProcess
 from tests.support.serving import SDK_KEY, ask, until

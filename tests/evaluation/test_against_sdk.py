@@ -17,8 +17,8 @@ from ldclient.impl.events.types import EventFactory
 from ldclient.impl.model import FeatureFlag
 from ldclient.impl.model import Segment as SDKSegment
 
+from relay.evaluation.data import Data, Membership
 from relay.evaluation.evaluator import evaluate
-from relay.evaluation.items import Data, Membership
 from relay.evaluation.results import BigSegmentsStatus
 from relay.model.context import parse_context
 from tests.evaluation.strategies import SEGMENTS, context_values, data, payload_of

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from relay.evaluation.data import Data, Membership
 from relay.evaluation.evaluator import MAX_CHAIN, evaluate
-from relay.evaluation.items import Data, Membership
 from relay.evaluation.results import BigSegmentsStatus, EvaluationDetail, ReasonKind, render
 from relay.model.context import Context, parse_context
 from tests.evaluation.strategies import payload_of

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from relay.evaluation.audience import SDKKind
+from relay.evaluation.data import Data
 from relay.evaluation.evaluator import evaluate
-from relay.evaluation.items import Data
 from relay.evaluation.results import render
+from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import parse_context
 from relay.model.item import Kind
 from relay.model.payload import EMPTY

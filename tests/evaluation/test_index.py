@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.evaluation import index
-from relay.evaluation.conditions import ConditionCache, clause_condition
-from relay.evaluation.features import Feature, Match, Trigger
-from relay.evaluation.index import Index
-from relay.evaluation.program import FlagCompiler
-from relay.evaluation.subject import EvalContext
+from relay.evaluation.compiled import index
+from relay.evaluation.compiled.conditions import ConditionCache, clause_condition
+from relay.evaluation.compiled.context import EvalContext
+from relay.evaluation.compiled.features import Feature, Match, Trigger
+from relay.evaluation.compiled.index import Index
+from relay.evaluation.compiled.program import FlagCompiler
 from relay.model.context import parse_context
 from relay.model.flag import Clause
 from tests.evaluation.strategies import context_values, data, payload_of

@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.evaluation import form
-from relay.evaluation.audience import SDKKind
 from relay.evaluation.bucketing import single, single_of_int
+from relay.evaluation.compiled import fragments
+from relay.evaluation.compiled.index import Index
+from relay.evaluation.compiled.program import MAX_CALLS, FlagCompiler, Program
+from relay.evaluation.compiled.thresholds import threshold
+from relay.evaluation.data import Data, parse_flag
 from relay.evaluation.evaluator import evaluate
-from relay.evaluation.index import Index
-from relay.evaluation.items import Data, parse_flag
-from relay.evaluation.program import MAX_CALLS, FlagCompiler, Program
 from relay.evaluation.results import render
-from relay.evaluation.thresholds import threshold
+from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context, parse_context
 from relay.model.flag import Flag
 from relay.model.item import Kind
@@ -31,7 +31,7 @@ EVERYBODY = pytest.mark.parametrize("audience", SDKKind)
 def groups_of_any_size():
     """Test data have few flags; they are grouped all the same."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(form, "MIN_GROUPED", 1)
+        patch.setattr(fragments, "MIN_GROUPED", 1)
         yield
 
 
@@ -357,7 +357,7 @@ def test_rollouts_are_no_features():
 
 def test_what_is_kept_for_groups_is_bounded_and_given_up_if_nobody_gains(monkeypatch):
     """Where most contexts have features of their own, they are not looked at any more."""
-    monkeypatch.setattr(form, "MAX_GROUPS", 32 * 1024)
+    monkeypatch.setattr(fragments, "MAX_GROUPS", 32 * 1024)
     values = [f"v{n}" for n in range(64)]
     rules = [rule({"attribute": "tag", "op": "in", "values": [value]}) for value in values]
     items = {f"f{n}": flag(f"f{n}", rules=[each]) for n, each in enumerate(rules)}

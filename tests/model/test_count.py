@@ -1,6 +1,6 @@
 """What is counted of the relay's own work."""
 
-from relay.model.count import BOUNDS, Histogram
+from relay.model.metrics import BOUNDS, Histogram
 
 
 def test_durations_are_cumulated():

@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.evaluation.items import parse_flag
+from relay.evaluation.data import parse_flag
 from relay.evaluation.results import EvaluationDetail, Reason, ReasonKind, render
 from relay.protocol.clientside import PING, changes, put
 

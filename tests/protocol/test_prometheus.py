@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from relay.model.count import Histogram
+from relay.model.metrics import Histogram
 from relay.protocol.prometheus import COUNTER, GAUGE, HISTOGRAM, Metric, page
 
 HOSTILE = 'a"b\\c\nd{e="f"} 1'

@@ -6,10 +6,10 @@ import logging
 
 import pytest
 
+from relay.backoff import SourceTimings
 from relay.model.credential import SDKKey
 from relay.sources.file import FileSource
 from relay.sources.polling import PollingSource
-from relay.sources.retry import SourceTimings
 from relay.sources.streaming import StreamingSource
 from relay.upstream import Upstream
 from tests.sources.contract import SourceContract

@@ -7,12 +7,12 @@ from contextlib import aclosing, asynccontextmanager
 
 import pytest
 
+from relay.backoff import SourceTimings
 from relay.errors import ErrorKind
 from relay.model.credential import SDKKey
 from relay.model.payload import ChangeSet
 from relay.sources import Interrupted, UpToDate
 from relay.sources.polling import PollingSource
-from relay.sources.retry import SourceTimings
 from relay.upstream import Upstream
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.sources.retry import Backoff, SourceTimings
+from relay.backoff import Backoff, SourceTimings
 
 SECONDS = st.floats(0, 1000, allow_nan=False)
 CHANCE = st.floats(0, 1, exclude_max=True)

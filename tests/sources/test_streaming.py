@@ -12,13 +12,13 @@ from dataclasses import replace
 import pytest
 import trustme
 
+from relay.backoff import SourceTimings
 from relay.errors import ConfigError, ErrorKind
 from relay.model.credential import SDKKey
 from relay.model.item import Kind
 from relay.model.payload import ChangeSet
 from relay.protocol.sse import Decoder
 from relay.sources import Interrupted, UpToDate
-from relay.sources.retry import SourceTimings
 from relay.sources.streaming import StreamingSource
 from relay.upstream import MAX_REDIRECTS, Upstream
 from tests.support import upstream as answers
@@ -246,7 +246,9 @@ async def test_large_and_compressed_puts_work(server):
 
 async def test_endless_garbage_is_given_up(server, monkeypatch):
     """A message that never ends does not take the memory."""
-    monkeypatch.setattr("relay.sources.sse.Decoder", lambda: Decoder(max_message=1_000_000))
+    monkeypatch.setattr(
+        "relay.sources.event_stream.Decoder", lambda: Decoder(max_message=1_000_000)
+    )
     server.script(KEY, answers.drip(b"x" * 100_000))
     async with listening(server.url) as (updates, _):
         trouble = await anext(updates)

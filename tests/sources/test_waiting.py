@@ -7,10 +7,10 @@ import json
 
 import pytest
 
+from relay import aio
+from relay.aio import run_in_slices
 from relay.errors import InvalidData
 from relay.protocol import fdv1
-from relay.sources import waiting
-from relay.sources.waiting import run_in_slices
 from tests.support.data import flag
 
 FLAGS = {f"flag-{n}": flag(f"flag-{n}") for n in range(50)}
@@ -22,7 +22,7 @@ async def test_others_have_their_turn_whenever_a_slice_is_over(
     monkeypatch, slice_seconds, least, most
 ):
     """After each item, if that takes so long; within one slice nobody else runs."""
-    monkeypatch.setattr(waiting, "SLICE", slice_seconds)
+    monkeypatch.setattr(aio, "SLICE", slice_seconds)
     turns = 0
 
     async def other() -> None:

@@ -15,7 +15,7 @@ from relay.protocol import fdv1
 from relay.stores import StoreState
 from relay.stores.conflicts import NEVER, ConflictTimes
 from relay.stores.mirror import MAX_PENDING, ONCE, DatabaseMirror, MirrorTimings
-from relay.stores.redis import RedisStore
+from relay.stores.redis.store import RedisStore
 from tests.stores.contract import flag, segment
 from tests.support.redis import RedisServer, recorded
 from tests.support.serving import until

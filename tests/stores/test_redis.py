@@ -19,7 +19,7 @@ from relay.errors import ConfigError, StoreUnavailable
 from relay.model.item import Kind
 from relay.model.payload import Payload
 from relay.stores import UNREADABLE
-from relay.stores.redis import CHUNK, SLICE, RedisStore
+from relay.stores.redis.store import CHUNK, SLICE, RedisStore
 from tests.stores.contract import StoreContract, flag, segment
 from tests.support.authorities import UNTIDY, Authority
 from tests.support.peers import peer
@@ -532,7 +532,7 @@ import asyncio, sys
 from relay.config.schema import Redis
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
-from relay.stores.redis import RedisStore
+from relay.stores.redis.store import RedisStore
 
 async def write() -> None:
     store = RedisStore(Redis(url=sys.argv[1]), "p")

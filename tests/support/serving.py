@@ -14,22 +14,22 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from relay.environment import Environment
-from relay.evalstreams import client_side_channels
-from relay.evaluations import ProgramCache
-from relay.hub import Hub, StreamLimits
 from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
+from relay.programs import ProgramCache
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
-from relay.server import Certificate, ServerOptions, Site, listen, make_server
+from relay.server.run import Certificate, ServerOptions, Site, listen, make_server
+from relay.streams.evaluated import client_side_channels
+from relay.streams.hub import Hub, StreamLimits
+from relay.telemetry.traffic import RequestMetrics
 from relay.web.app import make_app
-from relay.web.door import ConnectionLimits, FastPath, PollResponder
-from relay.web.evaluation import EvaluationHandler
-from relay.web.events import EventsHandler
-from relay.web.polling import PollingHandler
-from relay.web.posting import EventsFastPath
-from relay.web.questions import EvaluationFastPath
-from relay.web.traffic import RequestMetrics
+from relay.web.endpoints.evaluation import EvaluationHandler
+from relay.web.endpoints.events import EventsHandler
+from relay.web.endpoints.polling import PollingHandler
+from relay.web.fastpath.evaluation import EvaluationFastPath
+from relay.web.fastpath.events import EventsFastPath
+from relay.web.fastpath.shared import ConnectionLimits, FastPath, PollResponder
 from tests.support.contracts import ScriptedSource
 
 SDK_KEY = "sdk-5ca1ab1e-0001-4000-8000-00000000a001"

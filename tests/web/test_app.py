@@ -8,13 +8,13 @@ import logging
 import pytest
 
 from relay.environment import Environment
-from relay.hub import Hub
 from relay.model.credential import MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.relay import Relay
+from relay.streams.hub import Hub
 from relay.web.cors import cors_headers
+from relay.web.endpoints.polling import PollingHandler
 from relay.web.middleware import canonical
-from relay.web.polling import PollingHandler
 from tests.support.contracts import ScriptedSource
 from tests.support.serving import SDK_KEY, Served, ask, serving
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.protocol.gzip import CORRUPT
-from relay.web.body import INFLATED_AT_ONCE, Gunzip
+from relay.web.bodies import INFLATED_AT_ONCE, Gunzip
 
 contents = st.one_of(
     st.binary(max_size=300),

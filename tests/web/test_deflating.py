@@ -7,11 +7,12 @@ import json
 
 import pytest
 
-from relay.evaluation.audience import SDKKind
-from relay.evaluation.program import FlagCompiler, Program
+from relay.evaluation.compiled.program import FlagCompiler, Program
+from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import parse_context
-from relay.web import deflating, polling
-from relay.web.deflating import EvaluationResource
+from relay.web import compression
+from relay.web.compression import EvaluationResource
+from relay.web.endpoints import polling
 from tests.evaluation.strategies import payload_of
 from tests.support.data import flag
 
@@ -61,9 +62,9 @@ def test_pieces_that_nobody_has_any_more_are_let_go():
     """With the program go the compressed pieces."""
     program = program_of(*SORTS)
     resource_of(program, "a", "pro").compress()
-    assert len(deflating._deflated) == 2
+    assert len(compression._deflated) == 2
     del program
-    assert len(deflating._deflated) == 0
+    assert len(compression._deflated) == 0
 
 
 async def test_large_bodies_are_compressed_aside_only_once(monkeypatch):

@@ -10,15 +10,21 @@ import threading
 import pytest
 
 from relay.environment import Environment
-from relay.evaluation.audience import SDKKind
+from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context
-from relay.model.count import MetricValue
 from relay.model.item import Kind, parse
+from relay.model.metrics import MetricValue
 from relay.model.payload import ChangeSet
-from relay.web import evaluation, prepared
-from relay.web.answers import PreparedResponse
-from relay.web.evaluation import EvaluationHandler, EvaluationResult, resource_for, with_expiry
-from relay.web.prepared import CachedResponse, ResponseCache
+from relay.web.endpoints import evaluation
+from relay.web.endpoints.evaluation import (
+    EvaluationHandler,
+    EvaluationResult,
+    resource_for,
+    with_expiry,
+)
+from relay.web.fastpath import cache
+from relay.web.fastpath.cache import CachedResponse, ResponseCache
+from relay.web.responses import PreparedResponse
 from tests.support import data
 from tests.support.serving import SDK_KEY, Served, ask, serving
 
@@ -223,7 +229,7 @@ async def test_the_same_request_is_answered_from_memory_until_the_data_change():
 
 async def test_what_is_remembered_at_the_front_door_is_bounded(monkeypatch):
     """In bytes; the oldest go first."""
-    monkeypatch.setattr(prepared, "MAX_EVALUATED", 64 * 1024)
+    monkeypatch.setattr(cache, "MAX_EVALUATED", 64 * 1024)
     served = Served()
     give(served.environment, *ITEMS)
     given = ResponseCache()

@@ -19,7 +19,6 @@ import pytest
 
 from relay.environment import Environment
 from relay.errors import StoreUnavailable
-from relay.hub import Hub
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import EventPayload, EventsEndpoint, Partition
@@ -27,12 +26,13 @@ from relay.model.item import Kind, parse
 from relay.model.payload import Payload
 from relay.protocol.events import joined
 from relay.relay import Relay
-from relay.web.body import MAX_DISCARDED, MAX_SIZE, MemoryBudget
+from relay.streams.hub import Hub
+from relay.web.bodies import MAX_DISCARDED, MAX_SIZE, MemoryBudget
 from relay.web.cors import ALLOWED_HEADERS
-from relay.web.door import ConnectionLimits
-from relay.web.events import MAX_ORIGINS, SUMMARISED_AT_ONCE, EventsHandler
-from relay.web.frontdoor import FastHTTPProtocol
-from relay.web.posting import PLAIN_SIZE, EventsFastPath
+from relay.web.endpoints.events import MAX_ORIGINS, SUMMARISED_AT_ONCE, EventsHandler
+from relay.web.fastpath.events import PLAIN_SIZE, EventsFastPath
+from relay.web.fastpath.protocol import FastHTTPProtocol
+from relay.web.fastpath.shared import ConnectionLimits
 from tests.support.contracts import ScriptedSource
 from tests.support.serving import Served, ask, serving, until
 
@@ -1019,7 +1019,7 @@ async def test_there_is_no_room_for_a_known_post_in_pieces(kept):
 
 async def test_a_connection_teaches_only_so_many_heads(kept, monkeypatch):
     """Somebody whose heads are all different does not make us forget the others'."""
-    monkeypatch.setattr("relay.web.frontdoor.MAX_HEADS_REMEMBERED", 3)
+    monkeypatch.setattr("relay.web.fastpath.protocol.MAX_HEADS_REMEMBERED", 3)
     served = served_by(kept)
     posts = EventsFastPath(served.relay, served.events, served.traffic)
     async with serving(served, app=never, posts=posts) as address:
@@ -1049,7 +1049,7 @@ async def test_a_known_head_does_not_make_a_large_body_plain(kept):
 
 async def test_connections_share_what_heads_mean(kept, monkeypatch):
     """As long as there are not too many of them."""
-    monkeypatch.setattr("relay.web.posting.MAX_HEADS", 2)
+    monkeypatch.setattr("relay.web.fastpath.events.MAX_HEADS", 2)
     served = served_by(kept)
     posts = EventsFastPath(served.relay, served.events, served.traffic)
     async with serving(served, app=never, posts=posts) as address:

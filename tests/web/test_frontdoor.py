@@ -15,12 +15,12 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from relay.hub import StreamLimits
 from relay.protocol import fdv1
-from relay.web import turns
-from relay.web.answers import PreparedResponse
-from relay.web.door import ConnectionLimits
-from relay.web.frontdoor import USED_OF_UVICORN
+from relay.streams.hub import StreamLimits
+from relay.web.fastpath import scheduler
+from relay.web.fastpath.protocol import USED_OF_UVICORN
+from relay.web.fastpath.shared import ConnectionLimits
+from relay.web.responses import PreparedResponse
 from tests.support.serving import SDK_KEY, Served, Stream, serving, stalled_socket, until
 
 POLL = f"GET /sdk/flags HTTP/1.1\r\nHost: x\r\nAuthorization: {SDK_KEY}\r\n\r\n".encode()
@@ -338,7 +338,7 @@ async def test_stalled_streams_cost_little_and_harm_nobody():
 @pytest.fixture
 def slow(monkeypatch) -> tuple[Served, list[bytes]]:
     """A relay that evaluates one context in each turn of the loop, and those that it has had."""
-    monkeypatch.setattr(turns, "MAX_SLICE", 0)
+    monkeypatch.setattr(scheduler, "MAX_SLICE", 0)
     served, asked = Served(), []
     find = served.evaluation.find
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.web.heads import normalise_head, variable_names
+from relay.web.fastpath.heads import normalise_head, variable_names
 
 HEAD = (
     b"POST /bulk HTTP/1.1\r\nHost: x\r\nContent-Length: 12\r\nAuthorization: sdk-1\r\n"

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from relay import __version__, process
-from relay.batches import Limits
+from relay import __version__
 from relay.environment import ConnectionState, Environment
-from relay.events import Forwarder
-from relay.hub import Hub
-from relay.log import LogHandler
+from relay.events.forwarder import Forwarder
+from relay.events.spool import Spool
+from relay.events.store import Limits
 from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Item, Kind
@@ -25,11 +24,13 @@ from relay.model.payload import Payload
 from relay.protocol import fdv1
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
-from relay.spool import Spool
 from relay.stores import StoreState, StoreStatus
+from relay.streams.hub import Hub
+from relay.telemetry import process
+from relay.telemetry.log import LogHandler
+from relay.telemetry.traffic import MAX_USER_AGENT, MAX_USER_AGENTS, OTHER, RequestMetrics, Series
 from relay.upstream import Upstream
-from relay.web import metrics
-from relay.web.traffic import MAX_USER_AGENT, MAX_USER_AGENTS, OTHER, RequestMetrics, Series
+from relay.web.endpoints import metrics
 from tests.support.contracts import MemoryMirror, ScriptedSource
 from tests.support.figures import samples
 from tests.support.serving import SDK_KEY, Served, Stream, ask, serving, until

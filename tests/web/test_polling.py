@@ -9,8 +9,8 @@ import pytest
 
 from relay.model.item import Item, Kind, parse
 from relay.model.payload import Payload
-from relay.web import answers, auth
-from relay.web.polling import MAX_COMPRESSED_AT_ONCE, PollingHandler, accepts_gzip
+from relay.web import access, responses
+from relay.web.endpoints.polling import MAX_COMPRESSED_AT_ONCE, PollingHandler, accepts_gzip
 from tests.support.data import flag, segment
 from tests.support.serving import SDK_KEY, Served
 
@@ -113,16 +113,16 @@ async def test_credentials(header, status):
     """Only the plain key and the prefix `api_key` are understood."""
     served = Served()
     given = header.replace(b"%b", SDK_KEY.encode())
-    found = auth.for_sdk_key(served.relay, given, "")
+    found = access.for_sdk_key(served.relay, given, "")
     assert found is served.environment if not status else found.status == status
-    assert isinstance(auth.for_mobile_key(served.relay, given, ""), answers.PreparedResponse)
+    assert isinstance(access.for_mobile_key(served.relay, given, ""), responses.PreparedResponse)
 
 
 async def test_refusals():
     """Filters and unknown IDs are refused in the reference's words."""
     served = Served()
     key = SDK_KEY.encode()
-    assert auth.for_sdk_key(served.relay, key, "f") is answers.UNKNOWN_FILTER
-    assert auth.for_environment_id(served.relay, "x", "") is answers.UNKNOWN_ENVIRONMENT_ID
-    assert auth.for_client(served.relay, key, "") is answers.UNKNOWN_CREDENTIAL
-    assert auth.for_client(served.relay, b"env-1", "") is served.environment
+    assert access.for_sdk_key(served.relay, key, "f") is responses.UNKNOWN_FILTER
+    assert access.for_environment_id(served.relay, "x", "") is responses.UNKNOWN_ENVIRONMENT_ID
+    assert access.for_client(served.relay, key, "") is responses.UNKNOWN_CREDENTIAL
+    assert access.for_client(served.relay, b"env-1", "") is served.environment

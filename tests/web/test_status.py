@@ -11,15 +11,15 @@ import pytest
 from relay import __version__
 from relay.environment import ConnectionState, Environment
 from relay.errors import ErrorKind
-from relay.hub import Hub
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Item, Kind
 from relay.model.payload import EMPTY, Payload
 from relay.relay import Relay
 from relay.stores import StoreState, StoreStatus
-from relay.web import status
-from relay.web.traffic import RequestMetrics, Series
+from relay.streams.hub import Hub
+from relay.telemetry.traffic import RequestMetrics, Series
+from relay.web.endpoints import status
 from tests.support.contracts import MemoryMirror, ScriptedSource
 from tests.support.serving import Served, Stream, ask, serving, until
 

@@ -11,7 +11,7 @@ import re
 import pytest
 
 from relay.protocol import fdv1
-from relay.web.traffic import (
+from relay.telemetry.traffic import (
     MAX_USER_AGENT,
     MAX_USER_AGENTS,
     OTHER,

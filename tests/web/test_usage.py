@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from relay.events.usage import SCHEMA, UsageReporter
 from relay.model.event import EventsEndpoint, Partition
-from relay.web.traffic import RequestMetrics, Series
-from relay.web.usage import SCHEMA, UsageReporter
+from relay.telemetry.traffic import RequestMetrics, Series
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "usage.json"
 MASKED = {"relayId": "<uuid>", "startDate": "<ms>", "endDate": "<ms>"}

@@ -1,0 +1,374 @@
+"""The command line: parse, call one function, return an exit code.
+
+Without a command it is the reference's (config 3.1): the same flags with one dash or two. `relay
+health` and `relay eval` are not here but in `__main__`: they must not pay for these imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import NoReturn
+
+import uvloop
+
+from relay import __version__
+from relay.config.load import DEFAULT_FILE, load
+from relay.config.render import MASK, effective, secrets
+from relay.config.schema import Config
+from relay.config.types import HTTP_URI
+from relay.errors import ConfigError, RelayError
+from relay.model.credential import masked_url
+from relay.model.item import Kind
+from relay.model.text import one_line
+from relay.relay import Relay
+from relay.server.run import CannotListen, ServerOptions, Site, run_once, serve, until_signal
+from relay.sync import SyncOptions, SyncResult, synchronise
+from relay.telemetry.log import LogHandler, set_up
+
+USAGE = """\
+relay [serve] [options]   start the relay; the options are those of the reference relay
+relay check [options]     show the configuration that results, or all that is wrong with it
+relay eval FLAG --context JSON [--flags FILE | --url URL --sdk-key KEY]
+                          show what a flag gives to a context, and what led there
+relay sync [options]      bring the database up to date once; exit with 0 if all environments are,
+                          1 if some could not be brought there, 2 if the configuration is wrong
+relay health [URL]        exit with 0 if a relay is ready (default: the one of this host)"""
+
+COMMANDS = ("serve", "check", "sync")
+
+SWITCHES = ("from-env", "allow-missing-file", "version", "dry-run")
+"""Flags without a value, which may be written with one: `-from-env=false`."""
+
+INTRODUCED = 10
+"""Environments that are named one by one at the start; of more, only the number is said."""
+
+NAMED = 20
+"""Flags and segments of each kind of change that a dry run names; of more, the number is said."""
+
+FAILED, UNUSABLE = 1, 2
+"""Exit codes of `relay sync`: some environment is not up to date; nothing could be tried."""
+
+_FLAG_VALUES = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+_log = logging.getLogger("relay")
+
+
+class UsageError(RelayError):
+    """The arguments cannot be understood."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
+    """Run a command and return the exit code of the process."""
+    command, rest = _command(arguments)
+    unusable = UNUSABLE if command == "sync" else 1
+    try:
+        options = _parse(rest, command)
+        if options.version:
+            with _logs():
+                _log.info("LaunchDarkly relay version %s", __version__)
+            return 0
+        config = _configuration(options, environ)
+        if options.unread:
+            ignored = f"{len(options.unread)} arguments after the options are ignored"
+            config = replace(config, warnings=(*config.warnings, ignored))
+    except UsageError as e:
+        sys.stderr.write(_parser(command).format_help())
+        return _failed("Error: %s", e, unusable)
+    except ConfigError as e:
+        if command == "check":
+            sys.stderr.writelines(f"{one_line(problem)}\n" for problem in e.problems)
+            return 1
+        return _failed("Configuration error: %s", e, unusable)
+    if command == "check":
+        return _check(config)
+    with _logs(config):
+        sync = command == "sync"
+        return _sync(config, options) if sync else _serve(config, _source(options))
+
+
+def _command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Return the command and what follows it; flags alone mean `serve`."""
+    if arguments and arguments[0] in COMMANDS:
+        return arguments[0], arguments[1:]
+    return "serve", arguments
+
+
+def _parser(command: str) -> _Parser:
+    parser = _Parser(
+        "relay",
+        usage=USAGE,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE", default="", help="configuration file")
+    add("--from-env", action="store_true", help="read environment variables; they stand above FILE")
+    add("--allow-missing-file", action="store_true", help="start also if FILE does not exist")
+    add("--flags", metavar="FILE", default="", help="serve a file of flags, reloaded on change")
+    add("--version", action="store_true", help="show the version and exit")
+    if command == "sync":
+        text = "only this environment; may be repeated"
+        add("--environment", metavar="NAME", action="append", default=[], help=text)
+        text = "ask a running relay, not LaunchDarkly"
+        add("--from", metavar="URL", dest="relay", default="", help=text)
+        add("--dry-run", action="store_true", help="show what would change, and write nothing")
+    add("unread", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _parse(arguments: Sequence[str], command: str) -> argparse.Namespace:
+    """Return the options. Like the reference, they end at the first argument that is none."""
+    if arguments and not arguments[0].startswith("-"):
+        raise UsageError(f"unknown command {arguments[0]}")
+    parser = _parser(command)
+    options, unknown = parser.parse_known_args(list(_go_flags(arguments)))
+    if unknown:
+        raise UsageError(f"unknown argument {unknown[0]}")
+    if command == "sync" and options.unread:
+        # A word too much may be a forgotten `--environment`: that must not mean all of them.
+        raise UsageError(f"unknown argument {options.unread[0]}")
+    return options
+
+
+def _go_flags(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield flags as argparse knows them: two dashes, and no value for those that are boolean."""
+    for argument in arguments:
+        name, has_value, value = argument.lstrip("-").partition("=")
+        if argument in {"-", "-h"} or not argument.startswith("-"):
+            yield argument
+        elif name not in SWITCHES or not has_value:
+            yield f"--{argument.lstrip('-')}"
+        elif value.lower() not in _FLAG_VALUES:
+            raise UsageError(f'invalid boolean value "{value}" for -{name}')
+        elif _FLAG_VALUES[value.lower()]:
+            yield f"--{name}"
+
+
+def _configuration(options: argparse.Namespace, environ: Mapping[str, str]) -> Config:
+    """Return what file, environment and `--flags` say together.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    if options.flags:
+        # A file of flags needs no environment; where to listen may still stand in a variable.
+        from_env = options.from_env or not options.config
+        environ = {**environ, "FLAGS_FILE": options.flags}
+        config = load(options.config, from_env, options.allow_missing_file, environ)
+        if config.environments:
+            names = ", ".join(f'"{each.name}"' for each in config.environments)
+            raise ConfigError([f"--flags serves a file by itself; leave out environment {names}"])
+        # Variables are not read if there is a file, unless that is asked for.
+        return replace(config, main=replace(config.main, flags_file=options.flags))
+    config = load(options.config, options.from_env, options.allow_missing_file, environ)
+    if not config.environments and not config.main.flags_file:
+        raise ConfigError(["you must specify at least one environment in your configuration"])
+    return config
+
+
+def _source(options: argparse.Namespace) -> str:
+    """Say where the configuration comes from (config 3.1)."""
+    if options.flags:
+        return f"flags file {options.flags}"
+    file = options.config or ("" if options.from_env else DEFAULT_FILE)
+    # A file that is missing was allowed to be.
+    if not file or not os.path.exists(file):  # noqa: PTH110 - one look, no path to build
+        return "configuration from environment variables"
+    return f"configuration file {file}{' plus environment variables' if options.from_env else ''}"
+
+
+@contextmanager
+def _logs(config: Config | None = None) -> Iterator[None]:
+    """Send log lines where they belong, and the last of them before the process ends."""
+    output = LogHandler(secrets(config) if config else ())
+    set_up(
+        config.main.log_level if config else "info",
+        config.main.log_format if config else "text",
+        output,
+    )
+    try:
+        yield
+    finally:
+        output.close()
+
+
+def _failed(text: str, reason: RelayError, code: int) -> int:
+    with _logs():
+        _log.error(text, reason)
+    return code
+
+
+def _check(config: Config) -> int:
+    """Print the configuration, and everything that only a start would find wrong with it."""
+    sys.stdout.write(effective(config))
+    problems = list(_unusable(config))
+    sys.stderr.writelines(f"{one_line(problem)}\n" for problem in problems)
+    return 1 if problems else 0
+
+
+def _unusable(config: Config) -> Iterator[str]:
+    """Yield what is wrong with the files and addresses that a configuration names."""
+    certificate = ServerOptions.of(config).tls
+    for see in (certificate.check if certificate else None, partial(build_site, config)):
+        try:
+            if see:
+                see()
+        except ConfigError as e:
+            yield from e.problems
+
+
+def _serve(config: Config, source: str) -> int:
+    """Serve until a signal, or fill the databases once; return the exit code."""
+    _log.info("Starting LaunchDarkly relay version %s with %s", __version__, source)
+    for warning in config.warnings:
+        _log.warning("%s", warning)
+    try:
+        if config.main.exit_always:
+            return _run_once(config)
+        uvloop.run(serve(ServerOptions.of(config), partial(build_site, config)))
+    except CannotListen as e:
+        _log.error("%s", e)
+        return 1
+    except ConfigError as e:
+        _log.error("Unable to create relay: %s", e)
+        return 1
+    return 0
+
+
+def _run_once(config: Config) -> int:
+    from relay.build import build  # noqa: PLC0415 - see `build_site`
+
+    _log.info("Running in one-shot mode - will exit immediately after initializing environments")
+    if uvloop.run(run_once(build(config), fail_fast=config.main.exit_on_error)):
+        return 0
+    _log.error("Unable to create relay: one or more environments failed to initialize")
+    return 1
+
+
+def _sync(config: Config, options: argparse.Namespace) -> int:
+    """Bring the database up to date once; return the exit code."""
+    from relay.build import sync_targets  # noqa: PLC0415 - see `build_site`
+
+    for warning in config.warnings:
+        _log.warning("%s", warning)
+    try:
+        url = HTTP_URI.parse(options.relay) if options.relay else ""
+        session, found = sync_targets(config, options.environment, url)
+    except (ConfigError, ValueError) as e:
+        _log.error("Configuration error: %s", e)
+        return UNUSABLE
+    plan = SyncOptions(config.main.init_timeout, dry_run=options.dry_run)
+    tell = partial(_print_result, dry_run=options.dry_run)
+    outcomes = uvloop.run(until_signal(synchronise(found, session, plan, tell)))
+    if outcomes is None or any(outcome.problem for outcome in outcomes.values()):
+        return FAILED
+    return 0
+
+
+def _print_result(outcome: SyncResult, *, dry_run: bool) -> None:
+    """Print how it went with an environment; a dry run names what would change."""
+    counts, changes = outcome.changes.counts(), outcome.changes
+    if outcome.problem:
+        said = f"failed: {outcome.problem}"
+    elif changes:
+        numbers = ", ".join(f"{n} {kind}" for kind, n in counts.items() if kind != "kept")
+        said = f"{'would change' if dry_run else 'brought up to date'}: {numbers}"
+    else:
+        said = "is up to date"
+    if counts["kept"] and not outcome.problem:
+        said += f"; {counts['kept']} newer than upstream left as they are"
+    print(one_line(f"{outcome.name}: {said} ({outcome.items} items upstream)"), flush=True)
+    if dry_run:
+        for kind in counts:
+            _name(kind, getattr(changes, kind))
+
+
+def _name(what: str, keys: Sequence[tuple[Kind, str]]) -> None:
+    for noun, key in sorted((kind.noun, key) for kind, key in keys[:NAMED]):
+        print(f"  {what}: {noun} {key!r}")
+    if len(keys) > NAMED:
+        print(f"  {what}: {len(keys) - NAMED} more")
+
+
+def _introduce(config: Config, relay: Relay) -> None:
+    """Say in a few lines what is served, and where it comes from."""
+    main = config.main
+    if not config.environments:
+        origin = f"flags file {main.flags_file}"
+    elif main.data_source == "polling":
+        origin = f"{_shown(main.base_uri)} (polled)"
+    else:
+        origin = _shown(main.stream_uri)
+    if len(relay.environments) > INTRODUCED:
+        _log.info("Serving %d environments from %s", len(relay.environments), origin)
+        return
+    for name, environment in relay.environments.items():
+        key = environment.spec.sdk_key.masked
+        _log.info('Serving environment "%s" (SDK key %s) from %s', name, key, origin)
+
+
+def _introduce_events(config: Config) -> None:
+    events = config.events
+    if not config.environments:
+        text = "Events will be accepted, but will be discarded, since flags come from a file"
+        _log.info("%s", text)
+    elif events.send_events:
+        to, place = _shown(events.events_uri), events.spool_dir or "memory"
+        _log.info("Forwarding events to %s; until then they wait in %s", to, place)
+
+
+def _shown(url: str) -> str:
+    """Return an address for a line: without password and query, where there may be secrets."""
+    return masked_url(url.partition("?")[0], MASK)
+
+
+def build_site(config: Config) -> Site:
+    """Make what is served. Its imports are heavy, so they wait until the port is open."""
+    from relay.build import build  # noqa: PLC0415
+    from relay.events.usage import UsageReporter  # noqa: PLC0415
+    from relay.telemetry.traffic import RequestMetrics  # noqa: PLC0415
+    from relay.web.app import make_app, make_exporter  # noqa: PLC0415
+    from relay.web.endpoints.evaluation import EvaluationHandler  # noqa: PLC0415
+    from relay.web.endpoints.events import Discarder, EventsHandler  # noqa: PLC0415
+    from relay.web.endpoints.goals import Goals  # noqa: PLC0415
+    from relay.web.endpoints.polling import PollingHandler  # noqa: PLC0415
+    from relay.web.endpoints.webhooks import Webhooks  # noqa: PLC0415
+    from relay.web.fastpath.evaluation import EvaluationFastPath  # noqa: PLC0415
+    from relay.web.fastpath.events import EventsFastPath  # noqa: PLC0415
+
+    relay = build(config)
+    _introduce(config, relay)
+    _introduce_events(config)
+    polling, traffic = PollingHandler(), RequestMetrics()
+    forwarder = relay.events if config.events.send_events else None
+    takes = forwarder if config.environments else Discarder(traffic.discarded)
+    events = EventsHandler(takes, config.events.max_inbound_payload_size, traffic.unusable)
+    evaluation = EvaluationHandler(config.main.max_client_request_body_size)
+    goals = Goals(relay.fetch, config.main.client_side_base_uri)
+    secrets = config.webhook.secrets
+    webhooks = Webhooks(relay.environments.values(), secrets) if secrets else None
+    app = make_app(relay, polling, traffic, events, webhooks, evaluation=evaluation, goals=goals)
+    exporter = make_exporter(relay, traffic, config.prometheus.prefix)
+    beside = (
+        [UsageReporter(relay.environments, traffic, relay.events.accept).run]
+        if relay.events
+        else []
+    )
+    if webhooks:
+        beside.append(webhooks.run)
+    posts, questions = (
+        EventsFastPath(relay, events, traffic),
+        EvaluationFastPath(relay, evaluation, traffic),
+    )
+    return Site(relay, app, polling, traffic, exporter, beside, posts, questions)

@@ -1,0 +1,1 @@
+"""Flags compiled for speed; the interpreter beside this package is the definition."""

@@ -1,0 +1,1 @@
+"""Analytics events: accepted, kept and delivered."""

@@ -1,0 +1,1 @@
+"""The database Redis, in the layout that SDKs read."""

@@ -1,0 +1,403 @@
+"""The streams of SDKs, and how the application serves them.
+
+The front door serves nearly all of them, with shared bytes and without a task; the application is
+for what it leaves: HTTP/1.0, odd headers, contexts in bodies, another ASGI server. The bytes are
+the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from relay.environment import Environment
+from relay.model.context import Context
+from relay.model.metrics import MetricValue
+from relay.relay import Relay
+from relay.streams.evaluated import EVALUATING, PINGS, EvalClient
+from relay.streams.hub import LAST_CHUNK, decode_chunks
+from relay.telemetry.traffic import RequestMetrics, Series, client_label
+from relay.web.access import by_plain_key
+from relay.web.bodies import MemoryBudget, RequestRejected
+from relay.web.contexts import (
+    NO_KEY,
+    check_secure_mode_hash,
+    context_in_body,
+    context_in_path,
+    read_context_body,
+    secure_mode_hash_in,
+    wants_reasons,
+)
+from relay.web.cors import cors_lines
+from relay.web.responses import Headers, PreparedResponse, environment_headers
+from relay.web.routing import BROWSER, MOBILE, Handler, RouteAuth, user_agent
+
+STREAMS: Mapping[bytes, str] = {b"/all": "all", b"/flags": "flags"}
+"""Path to stream format, for server-side SDKs (endpoints 1.1, rows 18 and 19)."""
+
+PIPE_LIMIT = 64 * 1024
+"""Bytes that wait for the server to take them before the client counts as slow; as a transport."""
+
+_UNBUFFERED = (b"x-accel-buffering", b"no")
+
+
+def _headers(connection: bytes) -> Headers:
+    return (
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache, no-store, must-revalidate"),
+        (b"connection", connection),
+        (b"access-control-allow-origin", b"*"),
+        _UNBUFFERED,
+    )
+
+
+_HEADERS, _CLOSING_HEADERS = _headers(b"keep-alive"), _headers(b"close")
+
+
+def stream_headers(environment: Environment, *, closes: bool) -> Headers:
+    """Return the response headers of a stream (endpoints 1.7), the same at both doors.
+
+    Args:
+        environment: whose stream.
+        closes: whether the client wants the connection to end with it.
+    """
+    headers = _CLOSING_HEADERS if closes else _HEADERS
+    return (*headers, *environment_headers(environment.spec))
+
+
+@dataclass(frozen=True, slots=True)
+class ClientStream:
+    """What a client-side SDK is given when it asks for a stream.
+
+    Args:
+        name: of the channel.
+        client: for whom it is evaluated; None for pings.
+    """
+
+    name: str
+    client: EvalClient | None = None
+
+
+PING_STREAM = ClientStream(PINGS)
+"""What `/ping/{envId}` and `/mping` give."""
+
+
+def client_stream(
+    environment: Environment, auth: RouteAuth, segment: bytes, query: bytes
+) -> ClientStream | PreparedResponse:
+    """Return what `/eval/{envId}/{context}` or `/meval/{context}` gives, or the refusal.
+
+    Args:
+        environment: whose flags.
+        auth: MOBILE or BROWSER, by the path.
+        segment: of the path, which holds the context, without percent escapes.
+        query: as on the wire.
+    """
+    try:
+        return _stream_for(environment, auth, segment, context_in_path(segment), query)
+    except RequestRejected as e:
+        return e.answer.with_headers(_UNBUFFERED)
+
+
+def _stream_for(
+    environment: Environment, auth: RouteAuth, raw: bytes, context: Context, query: bytes
+) -> ClientStream:
+    """Return the stream for a context, which need not be evaluated if it gets pings.
+
+    Raises:
+        Refused: secure mode is not satisfied, or there is no key to evaluate for.
+    """
+    if auth is BROWSER:
+        check_secure_mode_hash(
+            environment.spec, context.fully_qualified_key, secure_mode_hash_in(query)
+        )
+    if not environment.spec.eval_streams:
+        return PING_STREAM
+    if context.has_empty_key:
+        raise RequestRejected(NO_KEY)
+    viewer = EvalClient(raw, context, with_reasons=wants_reasons(query))
+    return ClientStream(EVALUATING[auth.sdk_kind], viewer)
+
+
+def client_stream_headers(
+    environment: Environment, auth: RouteAuth, origin: bytes, *, closes: bool
+) -> Headers:
+    """Return the response headers of a GET of a client-side stream, as the application has them.
+
+    Args:
+        environment: whose stream.
+        auth: MOBILE or BROWSER, by the path.
+        origin: the request header; empty if there is none.
+        closes: whether the client wants the connection to end with it.
+    """
+    headers = stream_headers(environment, closes=closes)
+    if not auth.exposed_headers:
+        return headers
+    cors = dict(cors_lines(environment.spec, origin, ("GET", "OPTIONS"), auth.exposed_headers))
+    own = [(name, cors.pop(name, value)) for name, value in headers]
+    return (*own, *cors.items())
+
+
+class StreamRequest(NamedTuple):
+    """A stream that the front door is about to give to the hub."""
+
+    environment: Environment
+    name: str
+    """Of the format or channel."""
+    headers: Headers
+    """Of the response."""
+    series: Series
+    """Under which it is counted."""
+    client: EvalClient | None = None
+    """For whom it is evaluated; None for shared streams."""
+
+
+def client_stream_request(
+    relay: Relay,
+    traffic: RequestMetrics,
+    url: bytes,
+    headers: Mapping[bytes, bytes],
+    *,
+    closes: bool,
+) -> StreamRequest | None:
+    """Return the client-side stream that a plain GET asks for; None if it is the application's.
+
+    Args:
+        relay: whose environments are served.
+        traffic: counts streams.
+        url: as on the wire.
+        headers: of the request, each once.
+        closes: whether the client wants the connection to end with the stream.
+    """
+    path, _, query = url.partition(b"?")
+    match = _CLIENT_PATHS.fullmatch(path)
+    if match is None or b"%" in query or b"filter" in query:
+        return None
+    identity, segment = match["ping"] or match["id"], match["mobile"] or match["context"]
+    access = BROWSER if identity else MOBILE
+    if identity:
+        environment = relay.by_environment_id.get(identity.decode())
+    else:
+        environment = by_plain_key(relay.by_mobile_key, headers)
+    if environment is None:
+        return None
+    stream = client_stream(environment, access, segment, query) if segment else PING_STREAM
+    if isinstance(stream, PreparedResponse):
+        return None
+    route = _CLIENT_ROUTES[access, bool(segment)]
+    agent = client_label(traffic, headers)
+    series = Series(environment.spec.name, route, "GET", access.platform, agent)
+    origin = headers.get(b"origin", b"")
+    given = client_stream_headers(environment, access, origin, closes=closes)
+    return StreamRequest(environment, stream.name, given, series, stream.client)
+
+
+_CLIENT_PATHS = re.compile(
+    rb"/(?:mping|meval/(?P<mobile>[\w=-]+)|ping/(?P<ping>[\w-]+)"
+    rb"|eval/(?P<id>[\w-]+)/(?P<context>[\w=-]+))"
+)
+"""Of GETs that need no decoding."""
+
+_CLIENT_ROUTES: Mapping[tuple[RouteAuth, bool], str] = {
+    (MOBILE, False): "/mping",
+    (MOBILE, True): "/meval/{context}",
+    (BROWSER, False): "/ping/{envId}",
+    (BROWSER, True): "/eval/{envId}/{context}",
+}
+"""By whether there is a context."""
+
+
+class ClientStreams:
+    """The client-side streams of the application.
+
+    Args:
+        traffic: counts them.
+        budget: for contexts in bodies.
+    """
+
+    def __init__(self, traffic: RequestMetrics, budget: MemoryBudget) -> None:
+        self._traffic = traffic
+        self._budget = budget
+
+    def pings(self, auth: RouteAuth) -> Handler:
+        """Return what answers the paths without a context."""
+
+        async def respond(request: Request, environment: Environment) -> Response:
+            return self._begin(request, environment, PING_STREAM, auth)
+
+        return respond
+
+    def in_path(self, auth: RouteAuth) -> Handler:
+        """Return what answers a GET whose path ends in the context."""
+
+        async def respond(request: Request, environment: Environment) -> Response:
+            segment = request.path_params["context"].encode(errors="replace")
+            query = request.scope["query_string"]
+            stream = client_stream(environment, auth, segment, query)
+            if isinstance(stream, PreparedResponse):
+                return stream.to_starlette()
+            return self._begin(request, environment, stream, auth)
+
+        return respond
+
+    def in_body(self, auth: RouteAuth) -> Handler:
+        """Return what answers a REPORT whose body is the context."""
+
+        async def respond(request: Request, environment: Environment) -> Response:
+            try:
+                body = await read_context_body(request, self._budget)
+                context, query = context_in_body(body), request.scope["query_string"]
+                stream = _stream_for(environment, auth, body, context, query)
+            except RequestRejected as e:
+                return e.answer.with_headers(_UNBUFFERED).to_starlette()
+            return self._begin(request, environment, stream, auth)
+
+        return respond
+
+    def _begin(
+        self,
+        request: Request,
+        environment: Environment,
+        stream: ClientStream,
+        access: RouteAuth,
+    ) -> Response:
+        agent = user_agent(self._traffic, request)
+        route: str = request.scope["route"].path
+        method = "GET" if request.method == "HEAD" else request.method
+        series = Series(environment.spec.name, route, method, access.platform, agent)
+        if request.method != "HEAD":
+            self._traffic.new_streams[series].value += 1
+        count = self._traffic.streams[series]
+        return StreamResponse(environment, stream.name, count, request.scope, stream.client)
+
+
+class StreamResponse(Response):
+    """A stream of one environment; it lasts until the client goes or the hub ends it.
+
+    Args:
+        environment: whose hub to listen to.
+        stream: the name of the format or channel.
+        count: of open streams.
+        scope: of the request.
+        client: for whom an evaluating stream is; None for others.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        stream: str,
+        count: MetricValue,
+        scope: Scope,
+        client: EvalClient | None = None,
+    ) -> None:
+        super().__init__()
+        self._client = client
+        self._count = count
+        self.raw_headers = list(stream_headers(environment, closes=_closes(scope)))
+        self._environment = environment
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the head at once, then whatever the hub writes."""
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": self.raw_headers},
+        )
+        if scope["method"] != "HEAD":
+            await self._send_stream(receive, send)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _send_stream(self, receive: Receive, send: Send) -> None:
+        pipe = _Pipe()
+        self._environment.hub.subscribe(self._stream, pipe, b"", self._count, self._client)
+        leaving = asyncio.create_task(_disconnected(receive))
+        leaving.add_done_callback(lambda _: pipe.abort())
+        try:
+            async for data in pipe:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        finally:
+            leaving.cancel()
+            pipe.lost()
+
+
+def _closes(scope: Scope) -> bool:
+    """Whether the server ends the connection with the answer (RFC 9112, 9.3)."""
+    if scope["http_version"] == "1.0":
+        return True
+    given = [value for name, value in scope["headers"] if name == b"connection"]
+    return any(each.strip().lower() == b"close" for each in b",".join(given).split(b","))
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Pipe:
+    """What looks like a transport to the hub; the other end is an async iterator of messages."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[bytes] = deque()
+        self._size = 0
+        self._news = asyncio.Event()
+        self._ended = False
+        self._paused = False
+        self._protocol: asyncio.BaseProtocol | None = None
+
+    def lost(self) -> None:
+        """Tell the hub that the client is gone."""
+        if isinstance(self._protocol, asyncio.Protocol):
+            self._protocol.connection_lost(None)
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol, /) -> None:
+        self._protocol = protocol
+
+    def write(self, data: bytes, /) -> None:
+        self._chunks.append(data)
+        self._size += len(data)
+        self._news.set()
+        if self._protocol and self._size > PIPE_LIMIT and not self._paused:
+            self._paused = True
+            self._protocol.pause_writing()
+
+    def writelines(self, parts: Iterable[bytes], /) -> None:
+        for part in parts:
+            self.write(part)
+
+    def close(self) -> None:
+        self._ended = True
+        self._news.set()
+
+    def abort(self) -> None:
+        self._chunks.clear()
+        self.close()
+
+    def get_write_buffer_size(self) -> int:
+        return self._size
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            while self._chunks:
+                chunk = self._take()
+                if chunk is not LAST_CHUNK:
+                    for data in decode_chunks(chunk):
+                        yield data
+            if self._ended:
+                return
+            self._news.clear()
+            await self._news.wait()
+
+    def _take(self) -> bytes:
+        chunk = self._chunks.popleft()
+        self._size -= len(chunk)
+        if self._protocol and self._paused and not self._chunks:
+            self._paused = False
+            self._protocol.resume_writing()
+        return chunk
