@@ -17,7 +17,8 @@ from relay.backoff import SourceTimings
 from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
 from relay.errors import ConfigError
-from relay.events.forwarder import Forwarder, ForwarderTimings, Upstream
+from relay.events.forwarder import Forwarder, Upstream
+from relay.events.policy import ForwarderTimings
 from relay.events.store import Limits
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec

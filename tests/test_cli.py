@@ -28,8 +28,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from relay import __version__
+from relay import announcement as announcement_module
 from relay.cli import health, main
-from relay.server.run import listen
+from relay.server.listeners import listen
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag
 from tests.support.process import PATIENCE, ROOT, RelayProcess, free_port
@@ -514,7 +515,7 @@ async def test_health_asks_what_is_served(tmp_path, configured, monkeypatch):
         assert asked == Run(0, "", "")
         said = relay.log
         # Also where nothing tells how it is asked.
-        monkeypatch.setattr(health, "announced", list)
+        monkeypatch.setattr(announcement_module, "announced", list)
         assert await asyncio.to_thread(health.main, [], {"PORT": str(port)}) == 0
         assert relay.log == said
 

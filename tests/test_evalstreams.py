@@ -14,10 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import parse_context
 from relay.model.payload import EMPTY, Change
+from relay.streams import channel as channel_module
 from relay.streams import evaluated
-from relay.streams import hub as hub_module
 from relay.streams.evaluated import EvalClient, EvaluatingChannel
-from relay.streams.hub import LAST_CHUNK, Hub, StreamLimits, decode_chunks
+from relay.streams.hub import Hub, StreamLimits
+from relay.streams.transport import LAST_CHUNK, decode_chunks
 from tests.test_hub import Buffer, turns
 
 NEWS = Change((), (), replace=True)
@@ -261,7 +262,7 @@ async def test_clients_keep_their_data_while_a_program_is_compiled():
 
 async def test_a_client_that_missed_too_much_starts_over(monkeypatch):
     """What waits for a slow client is bounded; then it gets a put and goes on from there."""
-    monkeypatch.setattr(hub_module, "MAX_PENDING", 500)
+    monkeypatch.setattr(channel_module, "MAX_PENDING", 500)
     site = Site()
     site.set(a=(1, "x"))
     slow, quick = site.client("x"), site.client("x")
@@ -372,8 +373,8 @@ class Interleavings(RuleBasedStateMachine):
         self.clients: list[Client] = []
         self.flags: dict[str, tuple[int, str]] = {}
         self.count = 0
-        self._kept = hub_module.MAX_PENDING, evaluated.FAN_OUT_SLICE
-        hub_module.MAX_PENDING, evaluated.FAN_OUT_SLICE = 800, 2
+        self._kept = channel_module.MAX_PENDING, evaluated.FAN_OUT_SLICE
+        channel_module.MAX_PENDING, evaluated.FAN_OUT_SLICE = 800, 2
 
     @staticmethod
     async def _site() -> Site:
@@ -442,7 +443,7 @@ class Interleavings(RuleBasedStateMachine):
                 self.run(client.abort)
             self.loop.run_until_complete(turns())
             self.loop.close()
-            hub_module.MAX_PENDING, evaluated.FAN_OUT_SLICE = self._kept
+            channel_module.MAX_PENDING, evaluated.FAN_OUT_SLICE = self._kept
 
 
 TestInterleavings = Interleavings.TestCase

@@ -17,15 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.events.forwarder import (
-    Backoff,
-    Forwarder,
-    ForwarderTimings,
-    Step,
-    headers,
-    next_step,
-    target,
-)
+from relay.events.forwarder import Forwarder
+from relay.events.policy import Backoff, ForwarderTimings, Step, headers, next_step, target
 from relay.events.spool import Spool
 from relay.events.store import MAX_BATCH, Limits
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from relay import announcement as announcement_module
 from relay.cli import health
 
 
@@ -75,7 +76,7 @@ def test_what_is_no_address_is_refused(url: str) -> None:
         health.split(url)
 
 
-HERE = health.namespace()
+HERE = announcement_module.namespace()
 FIRST, LATER = (HERE, "1", "https", "9000"), (HERE, "77", "https", "9001")
 ELSEWHERE = ("pid:[1]", "1", "https", "80")
 
@@ -107,13 +108,15 @@ def test_the_own_relay_is_found(variables, servers, url) -> None:
 
 def test_a_server_is_announced_until_it_ends() -> None:
     """By a name in the kernel's table."""
-    holder = health.announce(65123, tls=True)
+    holder = announcement_module.announce(65123, tls=True)
     assert holder is not None
     announced = (HERE, str(os.getpid()), "https", "65123")
-    assert announced in health.announced()
-    assert health.announce(65123, tls=True) is None, "one process has one server at a port"
+    assert announced in announcement_module.announced()
+    assert announcement_module.announce(65123, tls=True) is None, (
+        "one process has one server at a port"
+    )
     holder.close()
-    assert announced not in health.announced()
+    assert announced not in announcement_module.announced()
 
 
 def test_other_names_are_none_of_ours(tmp_path: Path) -> None:
@@ -126,8 +129,11 @@ def test_other_names_are_none_of_ours(tmp_path: Path) -> None:
     head = "Num       RefCount Protocol Flags    Type St Inode Path\n"
     row = "0000000000000000: 00000002 00000000 00010000 0001 01 2342"
     table.write_text(head + "".join(f"{row}{name}\n" for name in names), "latin-1")
-    assert health.announced(str(table)) == [("b", "2", "https", "3"), ("a", "1", "http", "80")]
-    assert health.announced(str(tmp_path / "none")) == []
+    assert announcement_module.announced(str(table)) == [
+        ("b", "2", "https", "3"),
+        ("a", "1", "http", "80"),
+    ]
+    assert announcement_module.announced(str(tmp_path / "none")) == []
 
 
 def test_ipv6_addresses_keep_their_brackets_out_of_the_socket() -> None:

@@ -14,17 +14,10 @@ from relay.model.item import Item, Kind, parse
 from relay.model.metrics import MetricValue
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.protocol.fdv1 import AllFormat
-from relay.streams import hub as hub_module
-from relay.streams.hub import (
-    HEARTBEAT,
-    LAST_CHUNK,
-    PING_CHUNK,
-    Hub,
-    PingChannel,
-    StreamLimits,
-    decode_chunks,
-    encode_chunk,
-)
+from relay.streams import channel as channel_module
+from relay.streams.hub import Hub, StreamLimits
+from relay.streams.ping import PingChannel
+from relay.streams.transport import HEARTBEAT, LAST_CHUNK, PING_CHUNK, decode_chunks, encode_chunk
 
 HIGH, LOW = 2000, 500
 
@@ -114,8 +107,8 @@ class Interleavings(RuleBasedStateMachine):
         self.version = 0
         self.buffers: list[Buffer] = []
         self.count = MetricValue()
-        self._kept = hub_module.FAN_OUT_SLICE, hub_module.MAX_PENDING
-        hub_module.FAN_OUT_SLICE, hub_module.MAX_PENDING = 2, 3000
+        self._kept = channel_module.FAN_OUT_SLICE, channel_module.MAX_PENDING
+        channel_module.FAN_OUT_SLICE, channel_module.MAX_PENDING = 2, 3000
 
     def run(self, what) -> None:
         """Do something as the loop would, without giving the hub a turn before or after."""
@@ -183,7 +176,7 @@ class Interleavings(RuleBasedStateMachine):
             for buffer in list(self.buffers):
                 self.run(buffer.abort)
             self.loop.close()
-            hub_module.FAN_OUT_SLICE, hub_module.MAX_PENDING = self._kept
+            channel_module.FAN_OUT_SLICE, channel_module.MAX_PENDING = self._kept
 
 
 TestInterleavings = Interleavings.TestCase
@@ -280,7 +273,7 @@ async def test_deliveries_are_timed_to_the_last_stream():
     now, change = payload(flag("a", 1))
     hub.publish(now, change, since=0.0)
     assert len(hub.delays) == 0
-    buffers = [Buffer() for _ in range(2 * hub_module.FAN_OUT_SLICE + 1)]
+    buffers = [Buffer() for _ in range(2 * channel_module.FAN_OUT_SLICE + 1)]
     for buffer in buffers:
         hub.subscribe("all", buffer)
         buffer.read()

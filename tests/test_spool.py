@@ -26,11 +26,12 @@ from hypothesis import strategies as st
 
 from relay import clock
 from relay.errors import StoreUnavailable
-from relay.events import store as batches_module
+from relay.events import dedup as dedup_module
+from relay.events.dedup import REMEMBERED
 from relay.events.memory import MemoryStore
 from relay.events.spool import MAX_QUEUED, Spool
 from relay.events.sqlite import LONGEST_ABSENCE, DiskStore
-from relay.events.store import MAX_BATCH, MAX_POSTS, REMEMBERED, Limits, elements, fitting
+from relay.events.store import MAX_BATCH, MAX_POSTS, Limits, elements, fitting
 from relay.model.event import EventPayload, EventsEndpoint, Partition
 
 LANE = Partition("prod", EventsEndpoint.BULK, 4)
@@ -174,7 +175,7 @@ def test_known_payload_ids_are_dropped_for_ten_minutes(new_store):
 
 def test_the_number_of_known_ids_is_bounded(monkeypatch):
     """A flood of ids costs the oldest of them, not memory."""
-    monkeypatch.setattr(batches_module, "MAX_REMEMBERED", 10)
+    monkeypatch.setattr(dedup_module, "MAX_REMEMBERED", 10)
     store = in_memory()
     now = time.time()
     stored(store, *(post(n, received=now + n) for n in range(20)))

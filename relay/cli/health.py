@@ -10,11 +10,12 @@ every user may read it, and it goes when the server goes, however that ends.
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+
+from relay.announcement import Announced, announced, namespace
 
 TIME_LIMIT = 2.5
 """Seconds for the whole check; the limit that the image gives it is longer."""
@@ -24,60 +25,9 @@ LONGEST_STATUS_LINE = 1024
 
 DEFAULT_PORT = "8030"
 
-SOCKETS = "/proc/net/unix"
-"""The kernel's table of the Unix sockets of this container or host; only Linux has it."""
 
 _OK = 200
 _TRUE = ("true", "yes", "1")
-
-Announced = tuple[str, str, str, str]
-"""PID namespace, number of the process, scheme and port of a server that runs."""
-
-
-def announce(port: int, *, tls: bool) -> socket.socket | None:
-    """Let `relay health` know where this process serves.
-
-    Args:
-        port: that it listens on.
-        tls: whether it speaks TLS there.
-
-    Returns:
-        What holds the name until it is closed; None on systems without such names.
-    """
-    name = "/".join(("relay", namespace(), str(os.getpid()), "https" if tls else "http", str(port)))
-    try:
-        holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    except (AttributeError, OSError):
-        return None
-    try:
-        holder.bind(f"\0{name}".encode())
-    except OSError:
-        holder.close()
-        return None
-    return holder
-
-
-def announced(table: str = SOCKETS) -> list[Announced]:
-    """Return what the servers say that run here; nothing on systems without such names."""
-    try:
-        with open(table, encoding="latin-1") as file:  # noqa: PTH123 - pathlib is slow to import
-            names = [line.rstrip("\n").partition(" @relay/")[2] for line in file]
-    except OSError:
-        return []
-    servers: list[Announced] = []
-    for name in names:
-        match name.split("/"):
-            case [space, process, ("http" | "https") as scheme, port] if port.isdecimal():
-                servers.append((space, process, scheme, port))
-    return servers
-
-
-def namespace() -> str:
-    """Return what tells this container's processes from others'; empty if the system does not."""
-    try:
-        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - pathlib is slow to import
-    except OSError:
-        return ""
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:

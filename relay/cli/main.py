@@ -20,15 +20,16 @@ import uvloop
 
 from relay import __version__
 from relay.config.load import DEFAULT_FILE, load
-from relay.config.render import MASK, effective, secrets
+from relay.config.render import effective, secrets
 from relay.config.schema import Config
 from relay.config.types import HTTP_URI
 from relay.errors import ConfigError, RelayError
-from relay.model.credential import masked_url
 from relay.model.item import Kind
 from relay.model.text import one_line
-from relay.relay import Relay
-from relay.server.run import CannotListen, ServerOptions, Site, run_once, serve, until_signal
+from relay.server.listeners import CannotListen
+from relay.server.options import ServerOptions
+from relay.server.run import run_once, serve, until_signal
+from relay.server.site import build_site
 from relay.sync import SyncOptions, SyncResult, synchronise
 from relay.telemetry.log import LogHandler, set_up
 
@@ -46,8 +47,6 @@ COMMANDS = ("serve", "check", "sync")
 SWITCHES = ("from-env", "allow-missing-file", "version", "dry-run")
 """Flags without a value, which may be written with one: `-from-env=false`."""
 
-INTRODUCED = 10
-"""Environments that are named one by one at the start; of more, only the number is said."""
 
 NAMED = 20
 """Flags and segments of each kind of change that a dry run names; of more, the number is said."""
@@ -299,76 +298,3 @@ def _name(what: str, keys: Sequence[tuple[Kind, str]]) -> None:
         print(f"  {what}: {noun} {key!r}")
     if len(keys) > NAMED:
         print(f"  {what}: {len(keys) - NAMED} more")
-
-
-def _introduce(config: Config, relay: Relay) -> None:
-    """Say in a few lines what is served, and where it comes from."""
-    main = config.main
-    if not config.environments:
-        origin = f"flags file {main.flags_file}"
-    elif main.data_source == "polling":
-        origin = f"{_shown(main.base_uri)} (polled)"
-    else:
-        origin = _shown(main.stream_uri)
-    if len(relay.environments) > INTRODUCED:
-        _log.info("Serving %d environments from %s", len(relay.environments), origin)
-        return
-    for name, environment in relay.environments.items():
-        key = environment.spec.sdk_key.masked
-        _log.info('Serving environment "%s" (SDK key %s) from %s', name, key, origin)
-
-
-def _introduce_events(config: Config) -> None:
-    events = config.events
-    if not config.environments:
-        text = "Events will be accepted, but will be discarded, since flags come from a file"
-        _log.info("%s", text)
-    elif events.send_events:
-        to, place = _shown(events.events_uri), events.spool_dir or "memory"
-        _log.info("Forwarding events to %s; until then they wait in %s", to, place)
-
-
-def _shown(url: str) -> str:
-    """Return an address for a line: without password and query, where there may be secrets."""
-    return masked_url(url.partition("?")[0], MASK)
-
-
-def build_site(config: Config) -> Site:
-    """Make what is served. Its imports are heavy, so they wait until the port is open."""
-    from relay.build import build  # noqa: PLC0415
-    from relay.events.usage import UsageReporter  # noqa: PLC0415
-    from relay.telemetry.traffic import RequestMetrics  # noqa: PLC0415
-    from relay.web.app import make_app, make_exporter  # noqa: PLC0415
-    from relay.web.endpoints.evaluation import EvaluationHandler  # noqa: PLC0415
-    from relay.web.endpoints.events import Discarder, EventsHandler  # noqa: PLC0415
-    from relay.web.endpoints.goals import Goals  # noqa: PLC0415
-    from relay.web.endpoints.polling import PollingHandler  # noqa: PLC0415
-    from relay.web.endpoints.webhooks import Webhooks  # noqa: PLC0415
-    from relay.web.fastpath.evaluation import EvaluationFastPath  # noqa: PLC0415
-    from relay.web.fastpath.events import EventsFastPath  # noqa: PLC0415
-
-    relay = build(config)
-    _introduce(config, relay)
-    _introduce_events(config)
-    polling, traffic = PollingHandler(), RequestMetrics()
-    forwarder = relay.events if config.events.send_events else None
-    takes = forwarder if config.environments else Discarder(traffic.discarded)
-    events = EventsHandler(takes, config.events.max_inbound_payload_size, traffic.unusable)
-    evaluation = EvaluationHandler(config.main.max_client_request_body_size)
-    goals = Goals(relay.fetch, config.main.client_side_base_uri)
-    secrets = config.webhook.secrets
-    webhooks = Webhooks(relay.environments.values(), secrets) if secrets else None
-    app = make_app(relay, polling, traffic, events, webhooks, evaluation=evaluation, goals=goals)
-    exporter = make_exporter(relay, traffic, config.prometheus.prefix)
-    beside = (
-        [UsageReporter(relay.environments, traffic, relay.events.accept).run]
-        if relay.events
-        else []
-    )
-    if webhooks:
-        beside.append(webhooks.run)
-    posts, questions = (
-        EventsFastPath(relay, events, traffic),
-        EvaluationFastPath(relay, evaluation, traffic),
-    )
-    return Site(relay, app, polling, traffic, exporter, beside, posts, questions)

@@ -9,15 +9,14 @@ from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count, islice
 from typing import NamedTuple
 
+from relay.events.dedup import DedupWindow, dedup_key
 from relay.events.store import (
     MAX_QUARANTINE,
     POST_OVERHEAD,
     Backlog,
     Batch,
-    DedupWindow,
     Limits,
     batch_id,
-    dedup_key,
     fitting,
     half_ids,
     halves,

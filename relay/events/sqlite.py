@@ -18,16 +18,15 @@ from typing import Any
 from isal import igzip, isal_zlib
 
 from relay import clock
+from relay.events.dedup import DedupWindow, dedup_key
 from relay.events.memory import MemoryStore
 from relay.events.store import (
     MAX_QUARANTINE,
     POST_OVERHEAD,
     Backlog,
     Batch,
-    DedupWindow,
     Limits,
     batch_id,
-    dedup_key,
     fitting,
     half_ids,
     halves,

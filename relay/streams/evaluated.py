@@ -24,14 +24,9 @@ from relay.model.metrics import MetricValue
 from relay.model.payload import Change, Payload
 from relay.programs import ProgramCache
 from relay.protocol import clientside
-from relay.streams.hub import (
-    FAN_OUT_SLICE,
-    Channel,
-    PingChannel,
-    StreamTransport,
-    Subscription,
-    encode_chunk,
-)
+from relay.streams.channel import FAN_OUT_SLICE, Channel, Subscription
+from relay.streams.ping import PingChannel
+from relay.streams.transport import StreamTransport, encode_chunk
 
 PINGS = "ping"
 """The stream of pings."""

@@ -17,7 +17,8 @@ from starlette.types import ASGIApp
 
 from relay.environment import Environment
 from relay.relay import Relay
-from relay.telemetry.traffic import AccessLogMiddleware, RequestMetrics, Series
+from relay.telemetry.traffic import RequestMetrics, Series
+from relay.web.access_log import AccessLogMiddleware
 from relay.web.endpoints import metrics, status
 from relay.web.endpoints.evaluation import EvaluationHandler
 from relay.web.endpoints.events import EventsHandler

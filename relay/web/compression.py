@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from isal import isal_zlib
 
 from relay.evaluation.compiled.fragments import EvalBody, Fragment
-from relay.web.endpoints.polling import COMPRESSION_LEVEL, Resource
+from relay.web.resources import COMPRESSION_LEVEL, Resource
 from relay.web.responses import Headers, PreparedResponse
 
 # RFC 1952: no name and no time, so that the bytes are equal at all replicas.

@@ -8,7 +8,7 @@ from typing import cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from relay.streams.hub import decode_chunks
+from relay.streams.transport import decode_chunks
 
 _CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
 _WITHOUT_PATH = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*://[^/?#]+)(\?.*)?", re.DOTALL)

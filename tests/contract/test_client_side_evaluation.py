@@ -19,7 +19,8 @@ from aiohttp import web
 
 from relay.build import build
 from relay.config.load import load
-from relay.server.run import ServerOptions, Site
+from relay.server.options import ServerOptions
+from relay.server.site import Site
 from relay.telemetry.traffic import RequestMetrics
 from relay.web.app import make_app
 from relay.web.endpoints.evaluation import EvaluationHandler

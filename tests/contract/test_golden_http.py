@@ -31,15 +31,17 @@ from relay.model.item import Kind, parse
 from relay.model.payload import Payload
 from relay.protocol.prometheus import CONTENT_TYPE
 from relay.relay import Relay
-from relay.server.run import ServerOptions, Site
+from relay.server.options import ServerOptions
+from relay.server.site import Site
 from relay.stores import Stored, StoreState, StoreStatus
 from relay.telemetry.traffic import RequestMetrics
 from relay.web.app import make_app
 from relay.web.cors import ALLOWED_HEADERS
 from relay.web.endpoints.evaluation import EvaluationHandler
 from relay.web.endpoints.goals import Goals
-from relay.web.endpoints.polling import MIN_COMPRESSED, PollingHandler
+from relay.web.endpoints.polling import PollingHandler
 from relay.web.fastpath.evaluation import EvaluationFastPath
+from relay.web.resources import MIN_COMPRESSED
 from tests.support.contracts import MemoryMirror
 from tests.support.serving import Address, Reply, ask, serving_site, until
 from tests.support.upstream import ScriptedUpstream, body, status

@@ -10,7 +10,10 @@ from contextlib import closing
 
 import pytest
 
-from relay.server.run import CannotListen, ServerOptions, Site, listen, run_once, serve
+from relay.server.listeners import CannotListen, listen
+from relay.server.options import ServerOptions
+from relay.server.run import run_once, serve
+from relay.server.site import Site
 from tests.support.process import free_port
 from tests.support.serving import Address, Served, Stream
 

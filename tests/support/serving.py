@@ -19,7 +19,10 @@ from relay.model.environment import EnvironmentSpec
 from relay.programs import ProgramCache
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
-from relay.server.run import Certificate, ServerOptions, Site, listen, make_server
+from relay.server.listeners import listen
+from relay.server.options import Certificate, ServerOptions
+from relay.server.server import make_server
+from relay.server.site import Site
 from relay.streams.evaluated import client_side_channels
 from relay.streams.hub import Hub, StreamLimits
 from relay.telemetry.traffic import RequestMetrics

@@ -11,8 +11,8 @@ from relay.evaluation.compiled.program import FlagCompiler, Program
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import parse_context
 from relay.web import compression
+from relay.web import resources as resources_module
 from relay.web.compression import EvaluationResource
-from relay.web.endpoints import polling
 from tests.evaluation.strategies import payload_of
 from tests.support.data import flag
 
@@ -71,7 +71,7 @@ async def test_large_bodies_are_compressed_aside_only_once(monkeypatch):
     """Later contexts need not wait for what they share."""
     program = program_of(*SORTS)
     first, second = resource_of(program, "a", "pro"), resource_of(program, "b", "pro")
-    monkeypatch.setattr(polling, "MAX_COMPRESSED_AT_ONCE", len(first.pieces[0]) * 2)
+    monkeypatch.setattr(resources_module, "MAX_COMPRESSED_AT_ONCE", len(first.pieces[0]) * 2)
     assert first.variant(b"", b"gzip") is None
     await first.compress_in_thread()
     answer = second.variant(b"", b"gzip")

@@ -10,7 +10,8 @@ import pytest
 from relay.model.item import Item, Kind, parse
 from relay.model.payload import Payload
 from relay.web import access, responses
-from relay.web.endpoints.polling import MAX_COMPRESSED_AT_ONCE, PollingHandler, accepts_gzip
+from relay.web.endpoints.polling import PollingHandler
+from relay.web.resources import MAX_COMPRESSED_AT_ONCE, accepts_gzip
 from tests.support.data import flag, segment
 from tests.support.serving import SDK_KEY, Served
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from relay.streams.hub import LAST_CHUNK, encode_chunk
+from relay.streams.transport import LAST_CHUNK, encode_chunk
 from relay.web.protocol import BareTransport, with_path
 
 HEAD = b"HTTP/1.1 200 OK\r\n%bconnection: close\r\n\r\n"

@@ -11,15 +11,9 @@ import re
 import pytest
 
 from relay.protocol import fdv1
-from relay.telemetry.traffic import (
-    MAX_USER_AGENT,
-    MAX_USER_AGENTS,
-    OTHER,
-    RequestMetrics,
-    Series,
-    redact_url,
-    request_line,
-)
+from relay.telemetry.redaction import redact_url
+from relay.telemetry.traffic import MAX_USER_AGENT, MAX_USER_AGENTS, OTHER, RequestMetrics, Series
+from relay.web.access_log import request_line
 from tests.support.process import RelayProcess
 from tests.support.serving import SDK_KEY, Served, Stream, ask, serving, until
 

@@ -31,7 +31,7 @@ from relay.web.contexts import (
     secure_mode_hash_in,
     wants_reasons,
 )
-from relay.web.endpoints.polling import with_ttl
+from relay.web.resources import with_ttl
 from relay.web.responses import PreparedResponse, environment_headers, json_error
 from relay.web.routing import Handler, header
 

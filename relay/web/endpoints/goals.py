@@ -23,7 +23,7 @@ from relay.model.reply import Fetch, Reply
 from relay.model.text import header_value
 from relay.protocol.urls import join
 from relay.telemetry.log import Log, environment_log
-from relay.web.endpoints.polling import is_known
+from relay.web.resources import is_known
 from relay.web.responses import PreparedResponse
 from relay.web.routing import header
 

@@ -8,11 +8,9 @@ the same.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,11 +19,9 @@ from starlette.types import Receive, Scope, Send
 from relay.environment import Environment
 from relay.model.context import Context
 from relay.model.metrics import MetricValue
-from relay.relay import Relay
 from relay.streams.evaluated import EVALUATING, PINGS, EvalClient
-from relay.streams.hub import LAST_CHUNK, decode_chunks
-from relay.telemetry.traffic import RequestMetrics, Series, client_label
-from relay.web.access import by_plain_key
+from relay.streams.transport import LAST_CHUNK, decode_chunks
+from relay.telemetry.traffic import RequestMetrics, Series
 from relay.web.bodies import MemoryBudget, RequestRejected
 from relay.web.contexts import (
     NO_KEY,
@@ -38,7 +34,7 @@ from relay.web.contexts import (
 )
 from relay.web.cors import cors_lines
 from relay.web.responses import Headers, PreparedResponse, environment_headers
-from relay.web.routing import BROWSER, MOBILE, Handler, RouteAuth, user_agent
+from relay.web.routing import BROWSER, Handler, RouteAuth, user_agent
 
 STREAMS: Mapping[bytes, str] = {b"/all": "all", b"/flags": "flags"}
 """Path to stream format, for server-side SDKs (endpoints 1.1, rows 18 and 19)."""
@@ -144,75 +140,6 @@ def client_stream_headers(
     cors = dict(cors_lines(environment.spec, origin, ("GET", "OPTIONS"), auth.exposed_headers))
     own = [(name, cors.pop(name, value)) for name, value in headers]
     return (*own, *cors.items())
-
-
-class StreamRequest(NamedTuple):
-    """A stream that the front door is about to give to the hub."""
-
-    environment: Environment
-    name: str
-    """Of the format or channel."""
-    headers: Headers
-    """Of the response."""
-    series: Series
-    """Under which it is counted."""
-    client: EvalClient | None = None
-    """For whom it is evaluated; None for shared streams."""
-
-
-def client_stream_request(
-    relay: Relay,
-    traffic: RequestMetrics,
-    url: bytes,
-    headers: Mapping[bytes, bytes],
-    *,
-    closes: bool,
-) -> StreamRequest | None:
-    """Return the client-side stream that a plain GET asks for; None if it is the application's.
-
-    Args:
-        relay: whose environments are served.
-        traffic: counts streams.
-        url: as on the wire.
-        headers: of the request, each once.
-        closes: whether the client wants the connection to end with the stream.
-    """
-    path, _, query = url.partition(b"?")
-    match = _CLIENT_PATHS.fullmatch(path)
-    if match is None or b"%" in query or b"filter" in query:
-        return None
-    identity, segment = match["ping"] or match["id"], match["mobile"] or match["context"]
-    access = BROWSER if identity else MOBILE
-    if identity:
-        environment = relay.by_environment_id.get(identity.decode())
-    else:
-        environment = by_plain_key(relay.by_mobile_key, headers)
-    if environment is None:
-        return None
-    stream = client_stream(environment, access, segment, query) if segment else PING_STREAM
-    if isinstance(stream, PreparedResponse):
-        return None
-    route = _CLIENT_ROUTES[access, bool(segment)]
-    agent = client_label(traffic, headers)
-    series = Series(environment.spec.name, route, "GET", access.platform, agent)
-    origin = headers.get(b"origin", b"")
-    given = client_stream_headers(environment, access, origin, closes=closes)
-    return StreamRequest(environment, stream.name, given, series, stream.client)
-
-
-_CLIENT_PATHS = re.compile(
-    rb"/(?:mping|meval/(?P<mobile>[\w=-]+)|ping/(?P<ping>[\w-]+)"
-    rb"|eval/(?P<id>[\w-]+)/(?P<context>[\w=-]+))"
-)
-"""Of GETs that need no decoding."""
-
-_CLIENT_ROUTES: Mapping[tuple[RouteAuth, bool], str] = {
-    (MOBILE, False): "/mping",
-    (MOBILE, True): "/meval/{context}",
-    (BROWSER, False): "/ping/{envId}",
-    (BROWSER, True): "/eval/{envId}/{context}",
-}
-"""By whether there is a context."""
 
 
 class ClientStreams:

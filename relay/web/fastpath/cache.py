@@ -13,8 +13,8 @@ from msgspec import Struct
 from relay.environment import Environment
 from relay.model.metrics import MetricValue
 from relay.model.payload import Payload
-from relay.web.endpoints.streams import StreamRequest
 from relay.web.fastpath.heads import MAX_HEAD, HeadTemplate, normalise_head
+from relay.web.fastpath.streams import StreamRequest
 
 MAX_HEADS = 4096
 """Request heads that are remembered: far more than there are kinds of SDKs, some MB."""

@@ -22,9 +22,9 @@ from relay.web.endpoints.evaluation import (
     resource_for,
     with_expiry,
 )
-from relay.web.endpoints.polling import MAX_COMPRESSED_AT_ONCE, MIN_COMPRESSED, accepts_gzip
 from relay.web.fastpath.cache import EvaluationResponse
 from relay.web.fastpath.heads import MAX_HEAD
+from relay.web.resources import MAX_COMPRESSED_AT_ONCE, MIN_COMPRESSED, accepts_gzip
 from relay.web.responses import Headers, PreparedResponse
 from relay.web.routing import BROWSER, MOBILE, SERVER, RouteAuth
 

@@ -23,27 +23,18 @@ from uvicorn.server import ServerState
 
 from relay.environment import Environment
 from relay.model.metrics import MetricValue
-from relay.streams.hub import StreamTransport
-from relay.telemetry.traffic import (
-    LoggedTransport,
-    Series,
-    client_label,
-    log_request,
-    redact_url,
-    request_line,
-)
+from relay.streams.transport import StreamTransport
+from relay.telemetry.redaction import redact_url
+from relay.telemetry.traffic import Series, client_label
 from relay.web.access import by_plain_key
+from relay.web.access_log import LoggedTransport, log_request, request_line
 from relay.web.endpoints.polling import template
-from relay.web.endpoints.streams import (
-    STREAMS,
-    StreamRequest,
-    client_stream_request,
-    stream_headers,
-)
+from relay.web.endpoints.streams import STREAMS, stream_headers
 from relay.web.fastpath.cache import CLOSE, CLOSING, CachedResponse, EvaluationResponse, assemble
 from relay.web.fastpath.events import CHUNKED, EventUpload, only_chunk
 from relay.web.fastpath.heads import END
 from relay.web.fastpath.shared import FastPath, SweptConnection
+from relay.web.fastpath.streams import StreamRequest, client_stream_request
 from relay.web.protocol import HTTPProtocol
 from relay.web.responses import Headers
 

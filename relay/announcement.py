@@ -1,0 +1,59 @@
+"""Tells `relay health` where a server of this host listens, by a name in the kernel's table of sockets."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+SOCKETS = "/proc/net/unix"
+"""The kernel's table of the Unix sockets of this container or host; only Linux has it."""
+
+
+Announced = tuple[str, str, str, str]
+"""PID namespace, number of the process, scheme and port of a server that runs."""
+
+
+def announce(port: int, *, tls: bool) -> socket.socket | None:
+    """Let `relay health` know where this process serves.
+
+    Args:
+        port: that it listens on.
+        tls: whether it speaks TLS there.
+
+    Returns:
+        What holds the name until it is closed; None on systems without such names.
+    """
+    name = "/".join(("relay", namespace(), str(os.getpid()), "https" if tls else "http", str(port)))
+    try:
+        holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except (AttributeError, OSError):
+        return None
+    try:
+        holder.bind(f"\0{name}".encode())
+    except OSError:
+        holder.close()
+        return None
+    return holder
+
+
+def announced(table: str = SOCKETS) -> list[Announced]:
+    """Return what the servers say that run here; nothing on systems without such names."""
+    try:
+        with open(table, encoding="latin-1") as file:  # noqa: PTH123 - pathlib is slow to import
+            names = [line.rstrip("\n").partition(" @relay/")[2] for line in file]
+    except OSError:
+        return []
+    servers: list[Announced] = []
+    for name in names:
+        match name.split("/"):
+            case [space, process, ("http" | "https") as scheme, port] if port.isdecimal():
+                servers.append((space, process, scheme, port))
+    return servers
+
+
+def namespace() -> str:
+    """Return what tells this container's processes from others'; empty if the system does not."""
+    try:
+        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - pathlib is slow to import
+    except OSError:
+        return ""
