@@ -36,7 +36,7 @@ from relay.web.fastpath.shared import ConnectionLimits
 from tests.support.contracts import ScriptedSource
 from tests.support.serving import Served, ask, serving, until
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parent.parent.parent / "golden"
 KEY, MOBILE_KEY = (
     "sdk-5ca1ab1e-0001-4000-8000-00000000a001",
     "mob-5ca1ab1e-0001-4000-8000-00000000b001",

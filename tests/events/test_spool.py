@@ -38,7 +38,7 @@ LANE = Partition("prod", EventsEndpoint.BULK, 4)
 OTHER = Partition("test", EventsEndpoint.BULK, 4)
 DIAGNOSTIC = Partition("prod", EventsEndpoint.BULK_DIAGNOSTIC)
 LIMITS = Limits(memory=1024 * 1024)
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
 """How often a process is killed; at night more often."""
 

@@ -30,7 +30,7 @@ from tests.support.upstream import PATIENCE, ScriptedUpstream
 
 pytestmark = pytest.mark.timing
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
 """How often a relay is killed; at night more often."""
 KEY, MOBILE = "sdk-prod", "mob-prod"

@@ -36,7 +36,7 @@ from tests.support.contracts import MemoryMirror, ScriptedSource
 from tests.support.figures import samples
 from tests.support.serving import SDK_KEY, Served, Stream, ask, serving, until
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+README = (Path(__file__).parent.parent.parent.parent / "README.md").read_text()
 SDK = ("Authorization", SDK_KEY)
 PUT = b'{"path":"/","data":{"flags":{"lamp":{"key":"lamp","version":1}}}}'
 PATCH = b'{"path":"/flags/lamp","data":{"key":"lamp","version":2}}'

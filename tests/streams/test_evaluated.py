@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from tests.test_hub import Buffer, turns
 
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import parse_context
@@ -19,7 +20,6 @@ from relay.streams import evaluated
 from relay.streams.evaluated import EvalClient, EvaluatingChannel
 from relay.streams.hub import Hub, StreamLimits
 from relay.streams.transport import LAST_CHUNK, decode_chunks
-from tests.test_hub import Buffer, turns
 
 NEWS = Change((), (), replace=True)
 
