@@ -1,4 +1,7 @@
-"""Tells `relay health` where a server of this host listens, by a name in the kernel's table of sockets."""
+"""Tells `relay health` where a server of this host listens.
+
+It does so by a name in the kernel's table of Unix sockets.
+"""
 
 from __future__ import annotations
 

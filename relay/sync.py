@@ -151,8 +151,8 @@ class SyncOptions:
     Args:
         timeout: seconds that one environment has.
         dry_run: compare, and write nothing.
-        recheck_after: seconds after the start at which upstream is asked again, until `is_seen` says that what
-            is expected of the environment is there.
+        recheck_after: seconds after the start at which upstream is asked again, until `is_seen`
+            says that the environment has what is expected.
         is_seen: whether it is, by the environment's name, its payload, and what that changes.
     """
 

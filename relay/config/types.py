@@ -1,8 +1,8 @@
 """The types of option (config 3.4): how each is written, and what is said when it is not. Pure.
 
-`OptionType.parse` is where text from a file, a variable or the command line becomes a value. It gives one
-or raises `ValueError` with the sentence that the operator reads. Empty text has been dealt with
-before: it means "not set".
+`OptionType.parse` is where text from a file, a variable or the command line becomes a value. It
+gives one or raises `ValueError` with the sentence that the operator reads. Empty text has been
+dealt with before: it means "not set".
 
 Secrets of Kubernetes, YAML blocks and editors add line ends, blanks, byte order marks and quotation
 marks. What stands around a value is taken off; what is left is checked by what the value is. No

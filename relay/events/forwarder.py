@@ -143,7 +143,7 @@ class Forwarder:
         upstream: Upstream,
         base: str,
         spec_of: Callable[[str], EnvironmentSpec | None],
-        timings: ForwarderTimings = ForwarderTimings(),
+        timings: ForwarderTimings = ForwarderTimings(),  # noqa: B008 - frozen
     ) -> None:
         self.spool = spool
         self._upstream = upstream

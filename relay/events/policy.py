@@ -1,4 +1,4 @@
-"""Decisions about the delivery of events: what follows an attempt, where a batch goes, what is said about it. Pure."""
+"""Decides about the delivery of events: the next step, the target, the headers. Pure."""
 
 from __future__ import annotations
 

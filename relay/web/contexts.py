@@ -112,7 +112,7 @@ def wants_reasons(query: bytes) -> bool:
 
 
 def secure_mode_hash_in(query: bytes) -> str:
-    """Return what the query of a request has for `check_secure_mode_hash`; empty if there is nothing."""
+    """Return the hash of secure mode in the query of a request; empty if there is none."""
     return parameter_in(query, "h")
 
 

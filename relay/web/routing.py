@@ -81,7 +81,8 @@ class RouteAuth:
     Args:
         sdk_kind: which flags its SDKs may see.
         resolve: from the credential to the environment.
-        exposed_headers: response headers that scripts in browsers may read; none if it is not for browsers.
+        exposed_headers: response headers that scripts in browsers may read; none if the route is
+            not for browsers.
         open_preflight: whether a preflight needs no credential.
     """
 

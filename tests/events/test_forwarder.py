@@ -144,7 +144,7 @@ def test_delays_grow_to_a_bound(failures, chance):
     """From a second to five minutes; after refusals from five seconds."""
     for refused, shortest, longest in ((False, 1, 300), (True, 5, 300)):
         delay = Backoff().delay(failures, chance, refused=refused)
-        assert shortest / 2 < delay <= longest
+        assert shortest / 2 <= delay <= longest
         assert delay <= Backoff().delay(failures + 1, chance, refused=refused)
     assert Backoff().delay(20, 0.0) == 300
     delays = [Backoff().delay(n, 0.0, refused=True) for n in range(8)]

@@ -1,8 +1,8 @@
 """One flag as a function of a subject: what does not depend on the context is done beforehand.
 
-Each way in which an evaluation can end is one `CompiledResult`, whose JSON is made when it first occurs.
-What is rare (cycles, big segments, malformed references) is left to the interpreter, which is the
-definition; `tests/evaluation/compiled/test_program.py` holds both to the same bytes.
+Each way in which an evaluation can end is one `CompiledResult`, whose JSON is made when it first
+occurs. What is rare (cycles, big segments, malformed references) is left to the interpreter, which
+is the definition; `tests/evaluation/compiled/test_program.py` holds both to the same bytes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """All flags of a payload that an audience may see, compiled.
 
-A `FlagCompiler` compiles the flags of a payload one by one, when they are asked for, and takes over from
-the library before it what did not change: a flag is the same as long as its item and all items that
-it may look up are. So two programs differ just where their compiled flags are not the same objects.
+A `FlagCompiler` compiles the flags of a payload one by one, when they are asked for, and takes over
+from the compiler before it what did not change: a flag is the same as long as its item and all
+items that it may look up are. So two programs differ just where their compiled flags are not the
+same objects.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class _ClientProfile:
         )
 
     def respond_usual(self, found: EvaluationResult) -> EvaluationResponse | None:
-        """Return what `respond` returns of the plain or compressed variant, without doing all again.
+        """Return the same as `respond` for the plain or compressed variant, without its work.
 
         None if it has to be compressed aside.
         """
