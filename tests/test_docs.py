@@ -109,6 +109,14 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     assert astray == []
 
 
+def test_modules_that_architecture_names_exist() -> None:
+    """`streams/hub.py` is there, in the package or in the repository."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    named = set(re.findall(r"`((?:[\w.-]+/)+[\w.-]*|[\w/]+\.py)`", text))
+    assert len(named) > 50
+    assert [n for n in named if not (ROOT / "relay" / n).exists() and not (ROOT / n).exists()] == []
+
+
 def test_readme_is_short() -> None:
     """Two hundred lines at most; the rest is in docs/."""
     assert len(README.read_text().splitlines()) <= MAX_README
