@@ -3,8 +3,10 @@
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 PROTOCOL = ROOT / "docs/protocol"
@@ -33,6 +35,11 @@ def sections(page: Path) -> list[str]:
 def prose(page: Path) -> str:
     """The text without fenced code."""
     return re.sub(r"(?ms)^```.*?^```$", "", page.read_text())
+
+
+def snippets(language: str, page: Path) -> list[str]:
+    """The fenced code of a page in one language."""
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", page.read_text())
 
 
 def anchors(page: Path) -> set[str]:
@@ -107,6 +114,26 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             astray.append(link)
     assert astray == []
+
+
+def test_python_in_daemon_mode_is_configured_as_shown() -> None:
+    """The snippet runs with LaunchDarkly's SDK, and opens no connection."""
+    (program,) = snippets("python", ROOT / "docs/daemon-mode.md")
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert names["config"].use_ldd
+    assert names["config"].feature_store is names["store"]
+
+
+def test_yaml_is_yaml() -> None:
+    """What is to be pasted into a configuration can be read."""
+    found = [yaml.safe_load(each) for page in pages() for each in snippets("yaml", page)]
+    assert {"scrape_configs"} in [set(each) for each in found]
+    (probes,) = [each for each in found if "livenessProbe" in each]
+    deployed = yaml.safe_load((ROOT / "examples/kubernetes/deployment.yaml").read_text())
+    (container,) = deployed["spec"]["template"]["spec"]["containers"]
+    for name, probe in probes.items():
+        assert probe["httpGet"]["path"] == container[name]["httpGet"]["path"]
 
 
 def test_modules_that_architecture_names_exist() -> None:
