@@ -1,4 +1,4 @@
-"""Code, `config/relay.conf` and README are in step; and no secret is ever printed."""
+"""Code, `config/relay.conf` and docs are in step; and no secret is ever printed."""
 
 import re
 from dataclasses import replace
@@ -36,10 +36,10 @@ def test_the_file_is_in_step_with_the_code() -> None:
     assert (ROOT / "config/relay.conf").read_text() == reference(), RENEW
 
 
-def test_the_readme_is_in_step_with_the_code() -> None:
+def test_the_page_is_in_step_with_the_code() -> None:
     """What is declared is what the table shows."""
     marked = "<!-- configuration table -->\n(.*?)<!-- end -->"
-    found = re.search(marked, (ROOT / "README.md").read_text(), re.DOTALL)
+    found = re.search(marked, (ROOT / "docs/configuration.md").read_text(), re.DOTALL)
     assert found
     assert found[1] == table(), RENEW
 
@@ -65,7 +65,7 @@ def test_every_option_of_the_file_can_be_uncommented(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ALL, ids=lambda option: f"{option.section}.{option.name}")
 def test_every_option_is_told_of(option: Option) -> None:
-    """By a sentence, in the file with its variable, and in the README."""
+    """By a sentence, in the file with its variable, and in docs/configuration.md."""
     assert re.fullmatch(r"[A-Z`].*\.", option.help)
     assert re.search(rf"(?m)^#{option.name} = .+$", reference())
     assert option.variable in reference()
