@@ -333,12 +333,12 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         """Answer a context; remember that if it may well ask again."""
         if told.cacheable:
             prepared = CachedResponse(
-                told.environment, told.head, told.pieces, told.counter, closes=told.closes
+                told.environment, told.head, told.pieces, told.count, closes=told.closes
             )
             self._shared.cache.put_evaluated(head, prepared)
         start = told.head + CLOSE if told.closes else told.head
         written = assemble(start, self._shared.date, told.pieces)
-        self._respond(written, told.counter, closes=told.closes)
+        self._respond(written, told.count, closes=told.closes)
 
     def _begin_upload(self, headers: Mapping[bytes, bytes]) -> bool:
         """Begin to receive a post of events: one at a time, as it is answered after a while."""
