@@ -196,7 +196,7 @@ class EventsHandler:
                 return EMPTY
             await self._accept(self._forwarder, environment, endpoint, _first(request), content)
         except RequestRejected as e:
-            return await body.reject(e.answer)
+            return await body.reject(e.response)
         except StoreUnavailable:
             return BODIES_OVERLOADED
         finally:

@@ -100,7 +100,7 @@ def client_stream(
     try:
         return _stream_for(environment, auth, segment, context_in_path(segment), query)
     except RequestRejected as e:
-        return e.answer.with_headers(_UNBUFFERED)
+        return e.response.with_headers(_UNBUFFERED)
 
 
 def _stream_for(
@@ -184,7 +184,7 @@ class ClientStreams:
                 context, query = context_in_body(body), request.scope["query_string"]
                 stream = _stream_for(environment, auth, body, context, query)
             except RequestRejected as e:
-                return e.answer.with_headers(_UNBUFFERED).to_starlette()
+                return e.response.with_headers(_UNBUFFERED).to_starlette()
             return self._begin(request, environment, stream, auth)
 
         return respond

@@ -96,7 +96,7 @@ class Webhooks:
             async with asyncio.timeout(BODY_TIME):
                 content = await body.read()
         except RequestRejected as e:
-            return await body.reject(self._refuse(e.answer))
+            return await body.reject(self._refuse(e.response))
         except TimeoutError:
             return self._refuse(TOO_SLOW)
         finally:
