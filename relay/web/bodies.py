@@ -91,6 +91,9 @@ class MemoryBudget:
         self._full = full
         self._left = capacity
 
+    def __repr__(self) -> str:
+        return f"<MemoryBudget [{self._left} bytes left]>"
+
     def acquire(self, size: int) -> None:
         """Take bytes out of the budget.
 
@@ -124,6 +127,10 @@ class RequestBody:
         self._received = 0
         """Bytes as they arrived, before decompression."""
         self._ended = False
+
+    def __repr__(self) -> str:
+        state = "complete" if self._ended else "incomplete"
+        return f"<RequestBody [{self._received} bytes received, {state}]>"
 
     async def begin(self) -> None:
         """Check the gzip header of a compressed body.
