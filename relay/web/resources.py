@@ -43,6 +43,9 @@ class Resource:
         self.compressed: PreparedResponse | None = None
         self._compression: asyncio.Future[PreparedResponse] | None = None
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.etag.decode('latin-1')} [{self.size} bytes]>"
+
     @property
     def _shared(self) -> Headers:
         vary: Headers = ((b"vary", b"Accept-Encoding"),) if self.compressible else ()

@@ -24,7 +24,7 @@ class PreparedResponse:
     Args:
         status: code.
         headers: lower-case names and values, without `content-length` and `date`.
-        body: its bytes; empty for a 304.
+        body: empty for a 304.
     """
 
     status: int
@@ -37,6 +37,10 @@ class PreparedResponse:
         line = b"HTTP/1.1 %d %b\r\n" % (self.status, HTTPStatus(self.status).phrase.encode())
         headers = (b"%b: %b\r\n" % header for header in self.all_headers)
         object.__setattr__(self, "head", line + b"".join(headers))
+
+    def __repr__(self) -> str:
+        # Without headers and body: they can be megabytes, and hold data of customers.
+        return f"<PreparedResponse [{self.status}, {len(self.body)} bytes]>"
 
     @property
     def all_headers(self) -> Headers:

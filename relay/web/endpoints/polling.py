@@ -115,9 +115,9 @@ class PollingHandler:
         """
         if "%" in path or "?" in path:
             return None
-        return self.answer(environment, path, if_none_match, accept_encoding)
+        return self.respond(environment, path, if_none_match, accept_encoding)
 
-    def answer(
+    def respond(
         self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
     ) -> PreparedResponse | None:
         """Return the response to a poll at once.
@@ -141,7 +141,7 @@ class PollingHandler:
     ) -> PreparedResponse | None:
         """Return the response to a poll, compressing a large body in a thread if necessary.
 
-        Arguments as in `answer`; None if there is no data, or the path is not that of a poll.
+        Arguments as in `respond`; None if there is no data, or the path is not that of a poll.
         """
         resource = self._resource_at(environment, path)
         if not isinstance(resource, Resource):
