@@ -150,6 +150,10 @@ class EvaluationHandler:
         self.budget = context_budget(max_body)
         self._cache = _ResultCache()
 
+    def __repr__(self) -> str:
+        cache = self._cache
+        return f"<EvaluationHandler [{len(cache.entries)} results cached, {cache.size} bytes]>"
+
     def find(
         self, environment: Environment, sdk_kind: SDKKind, segment: bytes, query: bytes
     ) -> EvaluationResult | PreparedResponse | None:
