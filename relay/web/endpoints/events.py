@@ -157,6 +157,10 @@ class EventsHandler:
         """Least recently used first."""
         self._reports: dict[str, _UnusableReport] = {}
 
+    def __repr__(self) -> str:
+        state = "enabled" if self.enabled else "disabled"
+        return f"<EventsHandler [{state}, {self.unusable.total()} unusable]>"
+
     def handler(self, endpoint: EventsEndpoint) -> Handler:
         """Return the handler of POSTs to an endpoint."""
 
