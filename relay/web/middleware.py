@@ -64,7 +64,7 @@ class ServerErrorMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request through, and answer it if that fails."""
+        """Pass a request through; respond with a 500 if that fails."""
         started = False
 
         async def send_and_mark_started(message: Message) -> None:
