@@ -166,8 +166,8 @@ class RequestBody:
     async def reject(self, response: PreparedResponse) -> PreparedResponse:
         """Return the response to an unwanted body.
 
-        Some of the body is read first: most clients look for a response only when they have sent
-        theirs. If too much is left, the response closes the connection.
+        Up to `MAX_DISCARDED` bytes of the body are read first, so that the client gets to see the
+        response. If more is left, the connection is closed after the response.
         """
         with suppress(TimeoutError, RequestRejected):
             async with asyncio.timeout(DISCARD_TIME):

@@ -255,7 +255,8 @@ class EvaluationHandler:
             return None
         if repeated:
             key = context.fully_qualified_key if environment.spec.secure_mode else ""
-            # Entries share most of a body, but not with those of other versions or without a group.
+            # Entries share most of their bodies. Each is counted in full all the same: those of
+            # other versions, or of contexts without a group, share nothing.
             size = ENTRY_SIZE + body.size + len(raw)
             self._cache.put(cache_key, _CacheEntry(program.version, key, body, size))
         return EvaluationResult(body, repeated)
