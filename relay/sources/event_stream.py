@@ -120,7 +120,7 @@ class EventStream:
                     if changes.full:
                         backoff.succeeded(last_yield)
                     yield changes
-            backoff.asked_for(decoder.retry)
+            backoff.set_first_delay(decoder.retry)
             # Heartbeats confirm the data, too, once there is some.
             if (
                 last_yield is not None
