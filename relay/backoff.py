@@ -61,6 +61,9 @@ class Backoff:
         self._healthy_since: float | None = None
         """Time of the first delivery of this connection; None since the last failure."""
 
+    def __repr__(self) -> str:
+        return f"<Backoff step={self._step:g} refusals={self._refusals}>"
+
     def succeeded(self, now: float) -> None:
         """Record a delivery of all data; only the first one of a connection counts."""
         self._refusals = 0

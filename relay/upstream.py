@@ -428,8 +428,8 @@ def _is_same_server(source: URL, target: URL) -> bool:
 
 
 def _without_secrets(headers: dict[str, str]) -> dict[str, str]:
-    kept = ("User-Agent", "Accept", "Accept-Encoding", "Cache-Control")
-    return {name: headers[name] for name in kept}
+    harmless = ("User-Agent", "Accept", "Accept-Encoding", "Cache-Control")
+    return {name: headers[name] for name in harmless}
 
 
 def _tls_context(ca_files: Sequence[Path] = ()) -> ssl.SSLContext:

@@ -95,6 +95,13 @@ def test_upstream_may_ask_for_a_delay_within_bounds():
     assert backoff.failed(0, 0) == 30
 
 
+def test_the_repr_states_failures_so_far():
+    backoff = Backoff(SourceTimings())
+    backoff.failed(0, 0)
+    backoff.failed(0, 0, refused=True)
+    assert repr(backoff) == "<Backoff step=1 refusals=1>"
+
+
 EVENTS = st.lists(
     st.tuples(st.sampled_from(["succeeded", "failed", "refused", "asked"]), SECONDS, CHANCE),
     max_size=60,

@@ -101,7 +101,7 @@ async def test_a_patch_before_the_first_put_is_passed_on_but_not_served():
 
 
 async def test_a_patch_before_the_first_put_leaves_stored_data_alone():
-    """What is served until upstream delivers stays what it was."""
+    """Stored data is served unchanged until upstream delivers."""
     async with Stage(mirrors=1) as stage:
         stage.mirrors[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
         await asyncio.sleep(0.01)
@@ -263,7 +263,7 @@ async def test_one_environment_cannot_hurt_another(caplog, monkeypatch):
     bad, good = Stage(name="bad"), Stage(name="good")
     relay = Relay([bad.environment, good.environment], init_timeout=5)
     task = asyncio.create_task(relay.run())
-    await bad.source.give(put(flag("a", 1)), RuntimeError("a defect"))
+    await bad.source.give(put(flag("a", 1)), RuntimeError("an accident"))
     await good.source.give(put(flag("b", 1)))
     async with asyncio.timeout(5):
         await bad.source.running.acquire()
@@ -271,7 +271,7 @@ async def test_one_environment_cannot_hurt_another(caplog, monkeypatch):
     assert good.environment.connection.state is ConnectionState.VALID
     assert bad.environment.connection.state is ConnectionState.INTERRUPTED
     assert bad.environment.payload is not None
-    assert "a defect" in caplog.text
+    assert "an accident" in caplog.text
     await bad.source.give(put(flag("a", 2)))
     assert bad.environment.connection.state is ConnectionState.VALID
     task.cancel()

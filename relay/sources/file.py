@@ -40,6 +40,9 @@ class FileSource:
         self._read_now = asyncio.Event()
         self._items: dict[tuple[Kind, str], Item] = {}
 
+    def __repr__(self) -> str:
+        return f"<FileSource {self._path} {len(self._items)} items>"
+
     def resync(self) -> None:
         """Read the file now."""
         self._read_now.set()

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from relay.aio import run_in_slices, wait_for
 from relay.backoff import Backoff, SourceTimings
 from relay.errors import InvalidData, UpstreamRefused, UpstreamUnavailable
-from relay.model.credential import SDKKey
+from relay.model.credential import SDKKey, masked_url
 from relay.model.item import Kind
 from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
@@ -57,6 +57,9 @@ class PollingSource:
         """ETags of earlier data."""
         self._versions: dict[tuple[Kind, str], int] = {}
         """Item versions of the data delivered last."""
+
+    def __repr__(self) -> str:
+        return f"<PollingSource {masked_url(self._url, 'xxxxx')} etag={self._etag!r}>"
 
     def resync(self) -> None:
         """Poll now, without an ETag."""

@@ -2,7 +2,7 @@
 
 Such an item may mean that this relay is behind and another relay has written it. Or it is a left-
 over of another project, an old backup or a mistake, which SDKs in daemon mode would read forever.
-The two cases cannot be told apart at once, so upstream is asked for all data. If two complete
+The cases cannot be distinguished at once, so upstream is asked for all data. If two complete
 responses, some time apart, still lack the item, it is replaced. If another relay restores it, the
 delays double each time, so that two relays never fight.
 
@@ -72,14 +72,14 @@ class _Conflict:
         extra: True if upstream has no such item.
         first_seen: time at which the key was first in conflict.
         since: time at which this version was first in conflict.
-        answer: time of the first complete response after `since`; None before.
+        answered_at: time of the first complete response after `since`; None before.
     """
 
     version: Version
     extra: bool
     first_seen: float
     since: float
-    answer: float | None = None
+    answered_at: float | None = None
 
 
 class Conflicts:
@@ -98,12 +98,19 @@ class Conflicts:
         self._asked_at = -NEVER
         self._quiet_since: float | None = None
 
+    def __repr__(self) -> str:
+        return f"<Conflicts open={len(self._open)} doublings={self._doublings}>"
+
     def __bool__(self) -> bool:
         """Return whether any conflict is open."""
         return bool(self._open)
 
     def judge(
-        self, now: float, contested: Mapping[Key, Version], extra: Collection[Key], answered: float
+        self,
+        now: float,
+        contested: Mapping[Key, Version],
+        extra: Collection[Key],
+        last_full_at: float,
     ) -> Verdict:
         """Decide about the items of the database that upstream does not have.
 
@@ -111,15 +118,15 @@ class Conflicts:
             now: time at which the database was read.
             contested: items that are newer in the database, or only there.
             extra: keys of items that upstream does not have.
-            answered: time of upstream's last complete response that is known to lack these items.
+            last_full_at: time of the last complete response that is known to lack these items.
         """
         returned = self._update_open(now, contested, extra)
         for conflict in self._open.values():
-            if conflict.answer is None and answered > conflict.since:
-                conflict.answer = answered
+            if conflict.answered_at is None and last_full_at > conflict.since:
+                conflict.answered_at = last_full_at
         wait = max((self._replace_delay(self._open[key]) for key in returned), default=0.0)
         replace = frozenset(
-            key for key, conflict in self._open.items() if self._is_disowned(conflict, answered)
+            key for key, conflict in self._open.items() if self._is_disowned(conflict, last_full_at)
         )
         if replace:
             self._reopen_rest(now, replace)
@@ -155,7 +162,7 @@ class Conflicts:
             )
             conflict.extra = key in extra
             if conflict.version != version:
-                conflict.version, conflict.since, conflict.answer = version, now, None
+                conflict.version, conflict.since, conflict.answered_at = version, now, None
             self._open[key] = conflict
         returned = self._replaced & self._open.keys()
         self._replaced -= returned
@@ -186,20 +193,21 @@ class Conflicts:
         base = self._timings.extra if conflict.extra else self._timings.newer
         return max(base, min(base * 2.0 ** min(self._doublings, 64), self._timings.longest))
 
-    def _is_disowned(self, conflict: _Conflict, answered: float) -> bool:
-        return conflict.answer is not None and answered - conflict.answer >= self._replace_delay(
-            conflict
+    def _is_disowned(self, conflict: _Conflict, last_full_at: float) -> bool:
+        return (
+            conflict.answered_at is not None
+            and last_full_at - conflict.answered_at >= self._replace_delay(conflict)
         )
 
     def _is_settled(self, conflict: _Conflict) -> bool:
-        return conflict.answer is not None and self._replace_delay(conflict) == NEVER
+        return conflict.answered_at is not None and self._replace_delay(conflict) == NEVER
 
     def _asks_at(self, conflict: _Conflict) -> float:
         """Return the time at which to ask upstream about this conflict."""
         timings = self._timings
-        if conflict.answer is None:
+        if conflict.answered_at is None:
             # `first_seen`, not `since`: a relay behind a busy writer never sees the same version
             # twice.
             return max(conflict.first_seen + timings.second_look, self._asked_at + timings.refresh)
         wait = self._replace_delay(conflict)
-        return max(conflict.answer + wait, self._asked_at + min(wait, timings.refresh))
+        return max(conflict.answered_at + wait, self._asked_at + min(wait, timings.refresh))

@@ -205,7 +205,7 @@ class DatabaseMirror:
                     await self._sync()
                 except StoreUnavailable as e:
                     self._begin_outage(e)
-                    self._needs_compare = True  # what was under way may have arrived or not
+                    self._needs_compare = True  # a failed write may have arrived all the same
                     await asyncio.sleep(delay)
                     delay = min(delay * 2, self._timings.longest_retry)
                 else:
@@ -225,7 +225,7 @@ class DatabaseMirror:
 
     async def _finish(self) -> None:
         if self._healthy and not self._flushed.is_set():
-            self._needs_compare = True  # what was under way may have arrived or not
+            self._needs_compare = True  # an interrupted write may have arrived
             with contextlib.suppress(TimeoutError, StoreUnavailable):
                 async with asyncio.timeout(self._timings.finish):
                     await self._sync()
@@ -340,8 +340,8 @@ class DatabaseMirror:
         stored = await self._store.load() if untouched else None
         if stored is None:
             return payload
-        kept = (stored.payload.all(kind).get(key) for kind, key in untouched)
-        return Payload.of([*payload, *(item for item in kept if item)])
+        stored_items = (stored.payload.all(kind).get(key) for kind, key in untouched)
+        return Payload.of([*payload, *(item for item in stored_items if item)])
 
     def _record_success(self, payload: Payload) -> None:
         self._end_outage()

@@ -87,7 +87,7 @@ class SnapshotMirror:
         self._dirty = asyncio.Event()
         """Set while an update waits to be written."""
         self._flushed = asyncio.Event()
-        """Set while the file holds the last update."""
+        """Set while the file contains the last update."""
         self._flushed.set()
         self._flush_requested = asyncio.Event()
         self._writing: asyncio.Future[None] | None = None
@@ -222,7 +222,7 @@ class _SnapshotFile:
     def __init__(self, directory: Path, environment: str) -> None:
         self._directory = directory
         self._environment = environment
-        # Part of the digest suffices to tell environments apart; the header has all of it.
+        # A part of the digest suffices to distinguish environments; the header has all of it.
         self._stem = f"environment-{environment[:16]}"
         self.path = directory / f"{self._stem}.snapshot"
         self._written: tuple[Payload, Header] | None = None
@@ -287,9 +287,8 @@ class _SnapshotFile:
         descriptor = open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                fcntl.flock(
-                    descriptor, fcntl.LOCK_EX
-                )  # tells `_remove_leftovers` that we are alive
+                # The lock tells `_remove_leftovers` that this process is alive.
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
                 header = self._write_items(file.write, payload, confirmed)
                 file.flush()
                 os.pwrite(descriptor, snapshot_format.first_line(header), 0)
@@ -347,7 +346,7 @@ def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
     def run() -> None:
         try:
             value = work()
-        except BaseException as e:  # noqa: BLE001 - raised again where the result is awaited
+        except BaseException as e:  # noqa: BLE001 - raised again where the future is awaited
             error = e
             set_outcome = lambda: future.set_exception(error)  # noqa: E731
         else:

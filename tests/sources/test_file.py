@@ -49,6 +49,14 @@ async def test_a_wrong_clock_gives_versions_that_sdks_can_hold(path):
             assert version < (await anext(updates)).items[0].version < 2**31
 
 
+async def test_the_repr_states_path_and_size(path):
+    path.write_text("flagValues: {a: 1}")
+    source = FileSource(path, FAST)
+    async with asyncio.timeout(20), aclosing(source.updates()) as updates:
+        await anext(updates)
+    assert repr(source) == f"<FileSource {path} 1 items>"
+
+
 async def test_a_half_written_file_is_reported_once(path):
     """With file and reason; the next good state is taken."""
     path.write_text("flags: {a: [")

@@ -65,7 +65,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_fault_interrupts_and_passes(server, fault):
-    """The next poll is tried in time, and the reason holds no key."""
+    """The next poll is made in time, and the reason does not contain the key."""
     answer, kind, refused = FAULTS[fault]
     server.script(KEY, answer)
     async with polling(server) as updates:
@@ -97,6 +97,13 @@ async def test_a_check_polls_now_and_ignores_older_data(server):
         source.resync()
         assert len((await anext(updates)).items) == 3
         await updates.aclose()
+
+
+async def test_the_repr_states_url_and_etag():
+    """Passwords in the URL are masked."""
+    async with Upstream() as session:
+        source = PollingSource(session, "http://me:hidden@sdk.example", SDKKey(KEY), FAST)
+        assert repr(source) == "<PollingSource http://me:xxxxx@sdk.example/sdk/latest-all etag=''>"
 
 
 async def test_a_body_without_end_is_rejected(server, monkeypatch):

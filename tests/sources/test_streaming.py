@@ -143,7 +143,7 @@ async def test_a_silent_server_times_out_before_the_read_timeout(server):
 
 
 async def test_a_refused_connection_and_an_unknown_host_are_tried_again(server):
-    """Also before the first success."""
+    """Even before the first success."""
     await server.stop()
     async with listening(server.url) as (updates, _):
         outage = await anext(updates)
@@ -327,7 +327,7 @@ async def test_a_proxy_with_a_password(server, tmp_path):
 
 @pytest.mark.parametrize("location", ["http://[", "ftp://x/all", "http://127.0.0.1:99999/"])
 async def test_a_redirect_to_nonsense_is_an_ordinary_failure(server, location):
-    """Whatever the `Location` holds."""
+    """For any content of `Location`."""
     server.script(KEY, answers.redirect(location))
     async with listening(server.url) as (updates, _):
         assert isinstance(await anext(updates), Interrupted)

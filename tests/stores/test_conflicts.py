@@ -69,7 +69,7 @@ def test_an_answer_from_before_does_not_count():
     """It may be older than the stored items."""
     conflicts = Conflicts()
     for now in range(100, 160, 10):
-        assert not conflicts.judge(now, {LAMP: V9}, (), answered=100).replace
+        assert not conflicts.judge(now, {LAMP: V9}, (), last_full_at=100).replace
 
 
 def test_an_upstream_that_does_not_answer_disowns_nothing():
@@ -84,7 +84,7 @@ def test_an_item_that_becomes_even_newer_belongs_to_another_writer():
     conflicts, asked = Conflicts(), []
     for n in range(300):
         version = Version(9 + n, live=True)
-        verdict = conflicts.judge(n, {LAMP: version}, (), answered=n - 0.5)
+        verdict = conflicts.judge(n, {LAMP: version}, (), last_full_at=n - 0.5)
         assert not verdict.replace
         asked += [n] * bool(verdict.ask)
     assert asked == [1, 61, 121, 181, 241]
@@ -127,6 +127,12 @@ def test_kept_items_are_settled_by_the_first_answer():
     assert conflicts.judge(2, {LAMP: V9}, (), 0).ask == {LAMP}
     verdict = conflicts.judge(3, {LAMP: V9}, (), 2.5)
     assert (verdict.settled, verdict.ask, verdict.recheck_at) == (True, frozenset(), NEVER)
+
+
+def test_the_repr_states_open_conflicts():
+    conflicts = Conflicts()
+    conflicts.judge(1, {LAMP: V9}, (), 0)
+    assert repr(conflicts) == "<Conflicts open=1 doublings=0>"
 
 
 # Two relays on one database

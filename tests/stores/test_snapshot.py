@@ -79,7 +79,7 @@ async def load(directory, **options):
 
 
 async def until(condition):
-    """Return as soon as the condition holds."""
+    """Wait until the condition is true."""
     async with asyncio.timeout(10):
         while not condition():  # noqa: ASYNC110 - a file gives no sign
             await asyncio.sleep(MS)
@@ -240,7 +240,7 @@ async def test_no_bit_of_the_first_line_can_flip_unnoticed(tmp_path, where):
 
 
 async def test_changes_in_quick_succession_are_one_write(tmp_path):
-    """The file is replaced once and holds the last change."""
+    """The file is replaced once and contains the last change."""
     mirror = snapshot(tmp_path, timings=SnapshotTimings(gather=0.1, bytes_per_second=1e12))
     async with running(mirror):
         for version in range(50):
@@ -431,8 +431,8 @@ async def test_files_of_killed_processes_are_removed(tmp_path):
     other = tmp_path / "environment-0000.dead.tmp"
     for file in (dead, alive, other):
         file.touch()
-    with alive.open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with alive.open() as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
         assert await load(tmp_path)
     assert {entry.name for entry in tmp_path.iterdir()} == {path.name, alive.name, other.name}
 
