@@ -421,7 +421,7 @@ def _with_credentials(url: URL, headers: dict[str, str]) -> tuple[URL, dict[str,
 
 
 def _is_same_server(source: URL, target: URL) -> bool:
-    """True if a key for `source` may be sent to `target`: the same server, or its HTTPS version."""
+    """Return whether `target` may get a key for `source`: same server, or its HTTPS version."""
     if source.origin() == target.origin():
         return True
     return source.host == target.host and (source.scheme, target.scheme) == ("http", "https")

@@ -285,7 +285,7 @@ class DatabaseMirror:
         self._record_success(payload)
 
     def _is_own_version(self, key: Key, versions: Versions) -> bool:
-        """True if this relay wrote the stored version: then upstream itself has gone back."""
+        """Return whether this relay wrote the stored version, so upstream itself has gone back."""
         kind, item_key = key
         known = self._last_known.all(kind).get(item_key)
         stored = versions.get(key)

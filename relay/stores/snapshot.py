@@ -100,7 +100,7 @@ class SnapshotMirror:
         return f"<SnapshotMirror {self._file.path} {'failing' if self._failing else state}>"
 
     async def load(self) -> Stored | None:
-        """Return the content of the file; None, with a log line, if it is unusable."""
+        """Return the content of the file; None if there is no file, or it is unusable (logged)."""
         try:
             return await _in_thread(self._file.load)
         except FileNotFoundError:
@@ -170,25 +170,23 @@ class SnapshotMirror:
 
     def _write(self) -> asyncio.Future[None]:
         """Start writing the confirmed data."""
-        confirmed_payload = self._confirmed
-        payload, confirmed = confirmed_payload
+        snapshot = self._confirmed
+        payload, confirmed = snapshot
         self._dirty.clear()
         self._flush_requested.clear()
         if not self._file.contains(payload):
             self._last_full_write = time.monotonic()
         self._writing = _in_thread(lambda: self._file.store(payload, confirmed))
-        self._writing.add_done_callback(lambda future: self._write_done(future, confirmed_payload))
+        self._writing.add_done_callback(lambda future: self._write_done(future, snapshot))
         return self._writing
 
-    def _write_done(
-        self, future: asyncio.Future[None], confirmed_payload: tuple[Payload, float]
-    ) -> None:
+    def _write_done(self, future: asyncio.Future[None], snapshot: tuple[Payload, float]) -> None:
         error = future.exception()
         if isinstance(error, OSError):
             self._begin_outage("written", error)
         elif error is None:
             self._end_outage()
-            if confirmed_payload is self._confirmed:
+            if snapshot is self._confirmed:
                 self._flushed.set()
 
     async def _finish(self) -> None:
@@ -246,7 +244,7 @@ class _SnapshotFile:
         return Stored(payload, age=snapshot_format.age(header, time.time()))
 
     def contains(self, payload: Payload) -> bool:
-        """True if this object has written `payload` into the file."""
+        """Return whether this object has written `payload` into the file."""
         return self._written is not None and self._written[0] is payload
 
     def store(self, payload: Payload, confirmed: float) -> None:
