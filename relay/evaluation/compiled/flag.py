@@ -17,7 +17,7 @@ from relay.evaluation import bucketing
 from relay.evaluation.compiled.conditions import ConditionCache, Predicate, SegmentCondition
 from relay.evaluation.compiled.context import NOBODY, EvalContext, Uncompilable
 from relay.evaluation.compiled.features import KEY, Feature, Match, Trigger
-from relay.evaluation.compiled.hashing import Hashing, hashing, of_keys_alone
+from relay.evaluation.compiled.hashing import Hashing, hashing, suffix_hash_of
 from relay.evaluation.compiled.thresholds import NOTHING, threshold
 from relay.evaluation.data import Data
 from relay.evaluation.evaluator import evaluate, is_experiment
@@ -291,12 +291,12 @@ class _Compilation:
 
     def _rollout(self, rollout: Rollout, reason: Reason) -> Decision:
         flag, experiment = self._flag, rollout.kind == "experiment"
-        prefix = bucketing.salted(flag.key, flag.salt, rollout.seed)
+        prefix = bucketing.hash_prefix(flag.key, flag.salt, rollout.seed)
         hashed = rollout.context_kind, rollout.bucket_by, prefix
         digest = hashing(*hashed, experiment=experiment)
         bounds, reached = [], 0.0
         for each in rollout.variations or ():
-            reached = bucketing.single(reached + bucketing.share(each.weight))
+            reached = bucketing.to_float32(reached + bucketing.share(each.weight))
             taking_part = Reason(
                 reason.kind,
                 rule_index=reason.rule_index,
@@ -312,7 +312,7 @@ class _Compilation:
         if len(bounds) == 1 and not experiment:
             return lacking
         self._depend_on(None)
-        usual = of_keys_alone(*hashed, experiment=experiment)
+        usual = suffix_hash_of(*hashed, experiment=experiment)
         if usual is not None and len(bounds[1:]) == 1:
             return _split(*usual, bounds, lacking)
         return _bucket(digest, bounds, lacking)

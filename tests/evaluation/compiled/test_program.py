@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.evaluation.bucketing import single, single_of_int
+from relay.evaluation.bucketing import int_to_float32, to_float32
 from relay.evaluation.compiled import fragments
 from relay.evaluation.compiled.index import Index
 from relay.evaluation.compiled.program import MAX_CALLS, FlagCompiler, Program
@@ -274,7 +274,7 @@ def test_flags_that_share_prerequisites_many_times_do_not_take_forever():
 
 
 _singles = st.floats(min_value=-1, max_value=3, width=32)
-_weights = st.integers(1, 100_000).map(lambda weight: single(weight / 100_000))
+_weights = st.integers(1, 100_000).map(lambda weight: to_float32(weight / 100_000))
 
 
 @settings(max_examples=300)
@@ -292,7 +292,7 @@ def test_thresholds_are_exact(bound, off, anywhere, rest):
         edges.append(min(max((int.from_bytes(text, "big") >> 4) + off, 0), 2**60 - 1))
     for number in edges:
         digest = ((number << 4) | 15).to_bytes(8, "big") + rest
-        assert (digest < text) is (single_of_int(number) / 2.0**60 < bound)
+        assert (digest < text) is (int_to_float32(number) / 2.0**60 < bound)
         assert struct.unpack(">f", struct.pack(">f", bound)) == (bound,)
 
 
