@@ -1,4 +1,4 @@
-"""Buckets: single precision to the last bit, and what is hashed."""
+"""Buckets: single precision to the last bit, and the hashed text."""
 
 import json
 import struct
@@ -53,7 +53,7 @@ def test_integers_do_not_round_twice():
 
 @pytest.mark.parametrize("weight", [10**400, -(10**400), 2**63])
 def test_weights_beyond_all_measure_do_no_harm(weight):
-    """What is too large for 64 bits counts as the largest number that is not."""
+    """Numbers beyond 64 bits are clamped to the largest signed one."""
     assert abs(share(weight)) == share(2**63 - 1)
 
 

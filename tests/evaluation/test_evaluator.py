@@ -59,7 +59,7 @@ def clause(attribute: str = "key", op: str = "in", *values: object, **members: o
 
 
 def within(*segments: str) -> dict:
-    """A clause that asks for segments."""
+    """A `segmentMatch` clause."""
     return clause("", "segmentMatch", *segments)
 
 
@@ -177,7 +177,7 @@ def chain_of_flags(length: int) -> list[dict]:
 
 
 def chain_of_segments(length: int) -> list[dict]:
-    """Segments of which each asks for the next; the last contains everybody."""
+    """A chain of nested segments; the last contains every context."""
     segments = [
         data.segment(f"s{number}", rules=[{"clauses": [within(f"s{number + 1}")]}])
         for number in range(length - 1)
@@ -197,8 +197,8 @@ def test_longer_chains_are_malformed(length):
     """They are refused, however long, and never end in an overflow of the stack."""
     assert length > MAX_CHAIN
     assert reason(*chain_of_flags(length)) == MALFORMED
-    asks = flag("f", rules=[rule(within("s0"))])
-    assert reason(asks, *chain_of_segments(length)) == MALFORMED
+    asking = flag("f", rules=[rule(within("s0"))])
+    assert reason(asking, *chain_of_segments(length)) == MALFORMED
 
 
 def test_the_bound_does_not_depend_on_what_was_evaluated_before():
@@ -209,8 +209,8 @@ def test_the_bound_does_not_depend_on_what_was_evaluated_before():
     assert reason(flag("top", prerequisites=needs[:1]), *chain) == {"kind": "FALLTHROUGH"}
     segments = chain_of_segments(MAX_CHAIN)
     segments.append(data.segment("top", rules=[{"clauses": [within("s0")]}]))
-    for asks in ([within("top")], [within("s1"), within("top")]):
-        assert reason(flag(rules=[rule(*asks)]), *segments) == MALFORMED
+    for asking in ([within("top")], [within("s1"), within("top")]):
+        assert reason(flag(rules=[rule(*asking)]), *segments) == MALFORMED
     assert reason(flag(rules=[rule(within("s0"))]), *segments)["kind"] == "RULE_MATCH"
 
 
@@ -264,8 +264,8 @@ def test_context_targets_for_users_stand_for_the_old_targets():
         ([{**empty, "variation": 0}], None),
     ):
         result = evaluated(flag(targets=targets, contextTargets=context_targets), context=BOTH)
-        wanted = ReasonKind.TARGET_MATCH if variation is not None else ReasonKind.FALLTHROUGH
-        assert (result.reason.kind, result.variation) == (wanted, variation or 0)
+        expected = ReasonKind.TARGET_MATCH if variation is not None else ReasonKind.FALLTHROUGH
+        assert (result.reason.kind, result.variation) == (expected, variation or 0)
 
 
 # Clauses
@@ -390,8 +390,8 @@ def test_memberships_decide_before_rules(listed, attributes, contained):
 
 def test_without_a_store_the_status_says_so():
     """Rules count, and the reason tells that the store was missing; also in an error."""
-    asks = flag(rules=[rule(within("big"))])
-    assert reason(asks, BIG, context={**ANNA, "x": 1}) == {
+    asking = flag(rules=[rule(within("big"))])
+    assert reason(asking, BIG, context={**ANNA, "x": 1}) == {
         "kind": "RULE_MATCH",
         "ruleIndex": 0,
         "ruleId": "r",
@@ -399,7 +399,7 @@ def test_without_a_store_the_status_says_so():
     }
     broken = flag(rules=[rule(within("big")), rule(BAD_CLAUSES[0])])
     assert reason(broken, BIG) == {**MALFORMED, "bigSegmentsStatus": "NOT_CONFIGURED"}
-    assert reason(asks, BIG, context=ORG) == {"kind": "FALLTHROUGH"}
+    assert reason(asking, BIG, context=ORG) == {"kind": "FALLTHROUGH"}
 
 
 def test_without_a_generation_nobody_is_in_a_big_segment():
@@ -473,7 +473,7 @@ def test_tracking_of_fallthrough_and_rules():
 
 
 def test_members_of_a_result_stand_in_their_order():
-    """All members at once, in the order of the reference; a rule ID may hold anything."""
+    """All members at once, in ld-relay's order; a rule ID may hold anything."""
     full = flag(
         version=7,
         prerequisites=[{"key": "p", "variation": 0}],
