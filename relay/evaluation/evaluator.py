@@ -135,9 +135,9 @@ class _Evaluation:
             self.trace('rule %d "%s"', index, rule.id)
             if self._all_match(rule.clauses, ()):
                 reason = Reason(ReasonKind.RULE_MATCH, rule_index=index, rule_id=rule.id)
-                return self._variation_or_rollout(flag, rule, reason)
+                return self._evaluate_choice(flag, rule, reason)
         self.trace("no rule matches: fallthrough")
-        return self._variation_or_rollout(flag, flag.fallthrough, Reason(ReasonKind.FALLTHROUGH))
+        return self._evaluate_choice(flag, flag.fallthrough, Reason(ReasonKind.FALLTHROUGH))
 
     # Section 6.4: prerequisites
 
@@ -326,9 +326,7 @@ class _Evaluation:
 
     # Section 6.9: variation or rollout
 
-    def _variation_or_rollout(
-        self, flag: Flag, choice: VariationOrRollout, reason: Reason
-    ) -> _Result:
+    def _evaluate_choice(self, flag: Flag, choice: VariationOrRollout, reason: Reason) -> _Result:
         if choice.variation is not None:
             return _variation(flag, choice.variation, reason)
         rollout = choice.rollout

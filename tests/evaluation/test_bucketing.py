@@ -25,7 +25,7 @@ def hashed(text: str) -> float:
 
 
 def bits(value: float) -> int:
-    """The bits of a number in single precision; nothing may be lost by writing it so."""
+    """The bits of a number in single precision; the conversion must be exact."""
     packed = struct.pack("<f", value)
     assert struct.unpack("<f", packed) == (value,)
     return struct.unpack("<I", packed)[0]
@@ -40,12 +40,12 @@ def test_integers_round_once_to_the_nearest(value):
         if neighbour < 0:
             continue
         (other,) = struct.unpack("<f", struct.pack("<I", neighbour))
-        ours, theirs = abs(Fraction(rounded) - value), abs(Fraction(other) - value)
-        assert ours < theirs or (ours == theirs and here % 2 == 0)
+        distance, other_distance = abs(Fraction(rounded) - value), abs(Fraction(other) - value)
+        assert distance < other_distance or (distance == other_distance and here % 2 == 0)
 
 
 def test_integers_do_not_round_twice():
-    """A little more than a tie is rounded up; by way of a double it would be a tie, and go down."""
+    """A little more than a tie is rounded up; through a double it would be a tie, and be rounded down."""
     value = (2**24 + 1 << 35) + 1
     assert int_to_float32(value) == 2**59 + 2**36
     assert struct.unpack("<f", struct.pack("<f", float(value))) == (2**59,)
@@ -74,7 +74,7 @@ def test_what_is_hashed(by, text):
 
 
 def test_a_seed_stands_for_key_and_salt():
-    """A seed is hashed in their place, without a fraction."""
+    """A seed replaces key and salt, without a fraction."""
     assert bucket(
         context_of(), "user", None, hash_prefix("f", "s", 61.0), include_secondary=True
     ) == hashed("61.anna")
@@ -94,7 +94,7 @@ def test_values_that_cannot_be_hashed_stand_at_zero(value):
 
 
 def test_a_context_without_the_kind_stands_at_zero():
-    """There is nothing to hash."""
+    """Without an individual of the kind, there is nothing to hash."""
     assert bucket(context_of(), "org", None, "p", include_secondary=True) == 0
 
 

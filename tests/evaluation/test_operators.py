@@ -1,4 +1,4 @@
-"""The operators of clauses, each with what it must tell apart."""
+"""The operators of clauses: values that match and values that do not."""
 
 import time
 
@@ -138,13 +138,13 @@ def test_hostile_patterns_take_no_time(pattern):
 
 
 def test_invalid_patterns_make_no_noise(capfd):
-    """An invalid pattern is upstream's; telling of it at each evaluation would flood the log."""
+    """An invalid pattern is upstream's; logging it at each evaluation would flood the log."""
     OPERATORS["matches"]("a", "(unclosed and never seen before")
     assert capfd.readouterr() == ("", "")
 
 
 def test_compiled_patterns_are_bounded():
-    """Only so many patterns are kept."""
+    """The cache of patterns is bounded."""
     for number in range(MAX_PATTERNS + 10):
         regex(f"{number}")
     assert regex.cache_info().currsize == MAX_PATTERNS

@@ -17,7 +17,7 @@ def test_an_item_keeps_the_bytes_in_which_it_came():
 
 
 def test_a_deleted_item_is_a_tombstone():
-    """Only the version of a deletion is kept."""
+    """A tombstone records only the version of the deletion."""
     assert parse(Kind.SEGMENT, "a", b'{"version":9,"deleted":true}') == Item(
         Kind.SEGMENT, "a", 9, None
     )

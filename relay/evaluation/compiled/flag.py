@@ -187,19 +187,19 @@ class _Compilation:
         self._features: dict[Feature[Any], None] | None = {}
 
     def compile(self) -> CompiledFlag:
-        decision = self._decision()
+        decision = self._compile_decision()
         features = None if self._features is None else tuple(self._features)
         return CompiledFlag(self._flag, decision, self._results, features)
 
-    def _decision(self) -> Decision:
+    def _compile_decision(self) -> Decision:
         if not self._flag.on:
-            return self._off(Reason(ReasonKind.OFF))
+            return self._off_result(Reason(ReasonKind.OFF))
         requirements: list[tuple[Choose, int, CompiledResult]] = []
         for each in self._flag.prerequisites or ():
             failed = Reason(ReasonKind.PREREQUISITE_FAILED, prerequisite=each.key)
             required = self._prerequisite(each.key)
             if required is None:
-                return _require(requirements, self._off(failed))
+                return _require(requirements, self._off_result(failed))
             if required.interpreted:
                 raise Uncompilable
             self._evaluated = (*self._evaluated, each.key)
@@ -207,11 +207,11 @@ class _Compilation:
             if not required.flag.on or (
                 required.constant is not None and required.constant.variation != expected
             ):
-                return _require(requirements, self._off(failed))
+                return _require(requirements, self._off_result(failed))
             if required.constant is None:
                 self._depend_on(required.features)
-                requirements.append((required.choose, expected, self._off(failed)))
-        return _require(requirements, self._targets_then_rules())
+                requirements.append((required.choose, expected, self._off_result(failed)))
+        return _require(requirements, self._compile_targets())
 
     def _depend_on(self, features: Features | None) -> None:
         """Add features that decide the result; None if something other than features does."""
@@ -222,43 +222,44 @@ class _Compilation:
 
     # Results
 
-    def _result(self, variation: int | None, reason: Reason) -> CompiledResult:
+    def _add_result(self, variation: int | None, reason: Reason) -> CompiledResult:
+        """Add a possible result, reached after the prerequisites evaluated so far."""
         experiment = is_experiment(self._flag, reason)
         detail = EvaluationDetail(variation, reason, self._evaluated, experiment)
         result = CompiledResult(self._flag, self._label, detail)
         self._results.append(result)
         return result
 
-    def _error(self) -> CompiledResult:
-        return self._result(None, Reason(ReasonKind.ERROR))
+    def _error_result(self) -> CompiledResult:
+        return self._add_result(None, Reason(ReasonKind.ERROR))
 
-    def _off(self, reason: Reason) -> CompiledResult:
+    def _off_result(self, reason: Reason) -> CompiledResult:
         if self._flag.off_variation is None:
-            return self._result(None, reason)
-        return self._variation(self._flag.off_variation, reason)
+            return self._add_result(None, reason)
+        return self._variation_result(self._flag.off_variation, reason)
 
-    def _variation(self, variation: Number, reason: Reason) -> CompiledResult:
+    def _variation_result(self, variation: Number, reason: Reason) -> CompiledResult:
         index = int(variation)
         if 0 <= index < len(self._flag.variations or ()):
-            return self._result(index, reason)
-        return self._error()
+            return self._add_result(index, reason)
+        return self._error_result()
 
     # Targets and rules
 
-    def _targets_then_rules(self) -> Decision:
-        groups = [(kind, results) for kind, results in self._targets() if results]
-        decision = self._rules()
+    def _compile_targets(self) -> Decision:
+        groups = [(kind, results) for kind, results in self._target_groups() if results]
+        decision = self._compile_rules()
         for kind, results in reversed(groups):
             target = _target_feature(kind, results)
             self._depend_on((target,))
-            decision = _target_or(target.value, decision)
+            decision = _target_or_else(target.value, decision)
         return decision
 
-    def _targets(self) -> list[tuple[str, dict[str, CompiledResult]]]:
+    def _target_groups(self) -> list[tuple[str, dict[str, CompiledResult]]]:
         """Return context kinds and their results by key, in order of precedence."""
         groups: list[tuple[str, dict[str, CompiledResult]]] = []
         for target, variation in _targets(self._flag):
-            result = self._variation(variation, Reason(ReasonKind.TARGET_MATCH))
+            result = self._variation_result(variation, Reason(ReasonKind.TARGET_MATCH))
             kind = target.context_kind or DEFAULT_KIND
             if not groups or groups[-1][0] != kind:
                 groups.append((kind, {}))
@@ -266,14 +267,14 @@ class _Compilation:
                 groups[-1][1].setdefault(key, result)
         return groups
 
-    def _rules(self) -> Decision:
+    def _compile_rules(self) -> Decision:
         steps: list[tuple[Predicate, Decision]] = []
         for index, rule in enumerate(self._flag.rules or ()):
             condition = self._conditions.clauses(rule.clauses, self._in_segment)
             if condition is False:
                 continue
             reason = Reason(ReasonKind.RULE_MATCH, rule_index=index, rule_id=rule.id)
-            decision = self._variation_or_rollout(rule, reason)
+            decision = self._compile_choice(rule, reason)
             if condition is True:
                 # Later rules can never match, so they are not compiled, even if malformed.
                 return _first(steps, decision)
@@ -281,20 +282,20 @@ class _Compilation:
             steps.append((condition.value, decision))
         return _first(
             steps,
-            self._variation_or_rollout(self._flag.fallthrough, Reason(ReasonKind.FALLTHROUGH)),
+            self._compile_choice(self._flag.fallthrough, Reason(ReasonKind.FALLTHROUGH)),
         )
 
     # Variation or rollout
 
-    def _variation_or_rollout(self, choice: VariationOrRollout, reason: Reason) -> Decision:
+    def _compile_choice(self, choice: VariationOrRollout, reason: Reason) -> Decision:
         if choice.variation is not None:
-            return self._variation(choice.variation, reason)
+            return self._variation_result(choice.variation, reason)
         rollout = choice.rollout
         if rollout is None or not rollout.variations:
-            return self._error()
-        return self._rollout(rollout, reason)
+            return self._error_result()
+        return self._compile_rollout(rollout, reason)
 
-    def _rollout(self, rollout: Rollout, reason: Reason) -> Decision:
+    def _compile_rollout(self, rollout: Rollout, reason: Reason) -> Decision:
         flag, experiment = self._flag, rollout.kind == "experiment"
         prefix = bucketing.hash_prefix(flag.key, flag.salt, rollout.seed)
         hash_arguments = rollout.context_kind, rollout.bucket_by, prefix
@@ -308,12 +309,14 @@ class _Compilation:
                 rule_id=reason.rule_id,
                 in_experiment=experiment and not each.untracked,
             )
-            bounds.append((threshold(upper_bound), self._variation(each.variation, share_reason)))
+            bounds.append(
+                (threshold(upper_bound), self._variation_result(each.variation, share_reason))
+            )
         # Without an individual of the kind, the bucket is 0 and the context is in no experiment.
         first = next((i for i, (bound, _) in enumerate(bounds) if bound > NOTHING), None)
         if first is None:
             return bounds[-1][1]
-        without_kind = self._variation((rollout.variations or ())[first].variation, reason)
+        without_kind = self._variation_result((rollout.variations or ())[first].variation, reason)
         if len(bounds) == 1 and not experiment:
             return without_kind
         self._depend_on(None)
@@ -364,7 +367,7 @@ def _target_feature(
     return Feature(result_of, (trigger,), is_simple=True)
 
 
-def _target_or(
+def _target_or_else(
     result_of: Callable[[EvalContext], CompiledResult | None], otherwise: Decision
 ) -> Decision:
     def choose(context: EvalContext) -> CompiledResult:
