@@ -118,11 +118,11 @@ class _Evaluation:
         """
         if not flag.on:
             self.trace('flag "%s" is off', flag.key)
-            return _off(flag, Reason(ReasonKind.OFF))
-        failed, length = self._failed_prerequisite(flag, (*chain, flag.key))
+            return _off_result(flag, Reason(ReasonKind.OFF))
+        failed, length = self._find_failed_prerequisite(flag, (*chain, flag.key))
         if failed is not None:
             reason = Reason(ReasonKind.PREREQUISITE_FAILED, prerequisite=failed)
-            return _off(flag, reason)._replace(chain=length)
+            return _off_result(flag, reason)._replace(chain=length)
         return self._evaluate_targets_and_rules(flag)._replace(chain=length)
 
     def _evaluate_targets_and_rules(self, flag: Flag) -> _Result:
@@ -130,7 +130,7 @@ class _Evaluation:
         target = self._targeted_variation(flag)
         if target is not None:
             self.trace("its key is listed for variation %d", int(target))
-            return _variation(flag, target, Reason(ReasonKind.TARGET_MATCH))
+            return _variation_result(flag, target, Reason(ReasonKind.TARGET_MATCH))
         for index, rule in enumerate(flag.rules or ()):
             self.trace('rule %d "%s"', index, rule.id)
             if self._all_match(rule.clauses, ()):
@@ -141,7 +141,9 @@ class _Evaluation:
 
     # Section 6.4: prerequisites
 
-    def _failed_prerequisite(self, flag: Flag, chain: tuple[str, ...]) -> tuple[str | None, int]:
+    def _find_failed_prerequisite(
+        self, flag: Flag, chain: tuple[str, ...]
+    ) -> tuple[str | None, int]:
         """Return the key of the first failing prerequisite or None, and the length of the chain."""
         length = 1
         for prerequisite in flag.prerequisites or ():
@@ -207,13 +209,13 @@ class _Evaluation:
 
     # Section 6.6: clauses
 
-    def _all_match(self, clauses: Sequence[Clause] | None, segments: tuple[str, ...]) -> bool:
-        """Return whether all clauses match; `segments` are the segments that enclose them."""
-        return all(self._clause_matches(clause, segments) for clause in clauses or ())
+    def _all_match(self, clauses: Sequence[Clause] | None, enclosing: tuple[str, ...]) -> bool:
+        """Return whether all clauses match; `enclosing` are the segments around them."""
+        return all(self._clause_matches(clause, enclosing) for clause in clauses or ())
 
-    def _clause_matches(self, clause: Clause, segments: tuple[str, ...]) -> bool:
+    def _clause_matches(self, clause: Clause, enclosing: tuple[str, ...]) -> bool:
         if clause.op == "segmentMatch":
-            matches = self._in_any_segment(clause.values or (), segments) != clause.negate
+            matches = self._in_any_segment(clause.values or (), enclosing) != clause.negate
         else:
             matches = self._attribute_matches(clause)
         self.trace(
@@ -241,25 +243,25 @@ class _Evaluation:
 
     # Section 6.7: segments
 
-    def _in_any_segment(self, keys: Sequence[Any], within: tuple[str, ...]) -> bool:
+    def _in_any_segment(self, keys: Sequence[Any], enclosing: tuple[str, ...]) -> bool:
         for key in keys:
             segment = self._data.segment(key) if isinstance(key, str) else None
-            if segment is not None and self._in_segment(key, segment, within):
+            if segment is not None and self._in_segment(key, segment, enclosing):
                 return True
         return False
 
-    def _in_segment(self, key: str, segment: Segment, within: tuple[str, ...]) -> bool:
-        """Return whether a segment contains the context; `within` are the enclosing segments."""
-        if segment.key in within:
+    def _in_segment(self, key: str, segment: Segment, enclosing: tuple[str, ...]) -> bool:
+        """Return whether a segment contains the context; `enclosing` are the segments around it."""
+        if segment.key in enclosing:
             raise _Malformed(f'segment "{segment.key}" depends on itself')
         known = self._segments.get(key)
-        if len(within) + (known.chain if known else 1) > MAX_CHAIN:
+        if len(enclosing) + (known.chain if known else 1) > MAX_CHAIN:
             raise _Malformed(f"more than {MAX_CHAIN} segments are nested")
         if known is None:
             self.trace('segment "%s"', key)
             self._depth += 1
             outside, self._nested = self._nested, 0
-            contains = self._evaluate_segment(segment, (*within, segment.key))
+            contains = self._evaluate_segment(segment, (*enclosing, segment.key))
             known = _SegmentResult(contains, 1 + self._nested)
             self._nested = outside
             self._depth -= 1
@@ -270,14 +272,16 @@ class _Evaluation:
         )
         return known.contains
 
-    def _evaluate_segment(self, segment: Segment, chain: tuple[str, ...]) -> bool:
+    def _evaluate_segment(self, segment: Segment, enclosing: tuple[str, ...]) -> bool:
         if segment.unbounded:
             membership, has_rules = self._membership_in_store(segment)
         else:
             membership, has_rules = self._membership_in_lists(segment), True
         if membership is not None or not has_rules:
             return bool(membership)
-        return any(self._segment_rule_matches(segment, rule, chain) for rule in segment.rules or ())
+        return any(
+            self._segment_rule_matches(segment, rule, enclosing) for rule in segment.rules or ()
+        )
 
     def _membership_in_lists(self, segment: Segment) -> bool | None:
         """Return True if the lists include the context, False if they exclude it, else None."""
@@ -307,9 +311,9 @@ class _Evaluation:
         self.big_segments = status.worse(self.big_segments)
 
     def _segment_rule_matches(
-        self, segment: Segment, rule: SegmentRule, chain: tuple[str, ...]
+        self, segment: Segment, rule: SegmentRule, enclosing: tuple[str, ...]
     ) -> bool:
-        if not self._all_match(rule.clauses, chain):
+        if not self._all_match(rule.clauses, enclosing):
             return False
         if rule.weight is None:
             return True
@@ -328,7 +332,7 @@ class _Evaluation:
 
     def _evaluate_choice(self, flag: Flag, choice: VariationOrRollout, reason: Reason) -> _Result:
         if choice.variation is not None:
-            return _variation(flag, choice.variation, reason)
+            return _variation_result(flag, choice.variation, reason)
         rollout = choice.rollout
         if rollout is None or not rollout.variations:
             self.trace("it has neither a variation nor a rollout")
@@ -359,16 +363,18 @@ class _Evaluation:
         self.trace("bucket %s: number %d of the rollout", position, index)
         lacks_kind = self._context.get(rollout.context_kind) is None
         in_experiment = experiment and not chosen.untracked and not (lacks_kind and reached)
-        return _variation(flag, chosen.variation, replace(reason, in_experiment=in_experiment))
+        return _variation_result(
+            flag, chosen.variation, replace(reason, in_experiment=in_experiment)
+        )
 
 
-def _off(flag: Flag, reason: Reason) -> _Result:
+def _off_result(flag: Flag, reason: Reason) -> _Result:
     if flag.off_variation is None:
         return _Result(None, reason)
-    return _variation(flag, flag.off_variation, reason)
+    return _variation_result(flag, flag.off_variation, reason)
 
 
-def _variation(flag: Flag, variation: Number, reason: Reason) -> _Result:
+def _variation_result(flag: Flag, variation: Number, reason: Reason) -> _Result:
     index = int(variation)
     return _Result(index, reason) if 0 <= index < len(flag.variations or ()) else _ERROR
 

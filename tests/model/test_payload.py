@@ -53,7 +53,7 @@ def test_a_deletion_leaves_a_tombstone():
     assert payload.apply(ChangeSet((flag("a", 2),)))[1] is None
 
 
-def test_the_deletion_of_an_unknown_item_is_kept_but_not_shown():
+def test_the_deletion_of_an_unknown_item_is_stored_but_not_visible():
     """Stores need the tombstone; clients never had the item."""
     payload, change = Payload.of([flag("a", 1)]).apply(ChangeSet((tombstone("b", 7),)))
     assert change is not None

@@ -85,7 +85,7 @@ def any_of(conditions: Iterable[Condition]) -> Condition:
     return Feature(any_holds, triggers_of_any(parts), parts)
 
 
-def negated(condition: Condition) -> Condition:
+def negation_of(condition: Condition) -> Condition:
     """Return the condition that a condition does not hold."""
     if isinstance(condition, bool):
         return not condition
@@ -115,13 +115,13 @@ def clause_condition(clause: Clause) -> Condition:
         predicate = _is_one_of(kind, path[0], frozenset(values), clause.negate)
     else:
         predicate = _value_matches(kind, path[0], test, clause.negate)
-    return Feature(predicate, (_trigger(kind, path, clause),), is_simple=True)
+    return Feature(predicate, (_clause_trigger(kind, path, clause),), is_simple=True)
 
 
 _MATCHES = {match.value: match for match in Match}
 
 
-def _trigger(kind: str, path: Reference, clause: Clause) -> Trigger:
+def _clause_trigger(kind: str, path: Reference, clause: Clause) -> Trigger:
     match = _MATCHES.get(clause.op, Match.PRESENT)
     values = clause.values or ()
     # A negated clause holds for nearly every context that has the attribute.
@@ -184,7 +184,7 @@ def _never(_value: object) -> bool:
 def _test(op: str, values: Sequence[Any]) -> Test:
     """Return the test of an operator from `operators.OPERATORS`, with its operands parsed."""
     if op in _ORDERS:
-        return _ordered(_ORDERS[op], values)
+        return _ordered_test(_ORDERS[op], values)
     if op == "in":
         return _equals_one_of(values)
     strings = tuple(value for value in values if isinstance(value, str))
@@ -220,7 +220,7 @@ def _contains(strings: tuple[str, ...]) -> Test:
     return lambda value: isinstance(value, str) and any(text in value for text in strings)
 
 
-def _finds(patterns: tuple[str, ...]) -> Test:
+def _matches_pattern(patterns: tuple[str, ...]) -> Test:
     searches = [search for search in map(regex, patterns) if search is not None]
     if not searches:
         return _never
@@ -238,7 +238,7 @@ _STRING_TESTS: dict[str, Callable[[tuple[str, ...]], Test]] = {
     "startsWith": _starts_with,
     "endsWith": _ends_with,
     "contains": _contains,
-    "matches": _finds,
+    "matches": _matches_pattern,
 }
 
 
@@ -278,10 +278,10 @@ _ORDERS = {
 }
 
 
-def _ordered(order: _Order, values: Sequence[Any]) -> Test:
+def _ordered_test(order: _Order, values: Sequence[Any]) -> Test:
     read, compare = order.read, order.compare
     if read is _number:
-        return _ordered_numbers(order, [value for value in values if is_number(value)])
+        return _ordered_number_test(order, [value for value in values if is_number(value)])
     operands = [each for each in map(read, values) if each is not None]
     if read is timestamp:
         operands = [each for each in operands if each != ZERO_TIME]
@@ -298,8 +298,8 @@ def _ordered(order: _Order, values: Sequence[Any]) -> Test:
     return test
 
 
-def _ordered_numbers(order: _Order, operands: Sequence[Any]) -> Test:
-    """Return the test that `_ordered` would, in fewer steps."""
+def _ordered_number_test(order: _Order, operands: Sequence[Any]) -> Test:
+    """Return the test that `_ordered_test` would, in fewer steps."""
     if not operands:
         return _never
     compare, decisive = order.compare, order.decisive(operands)
@@ -329,7 +329,7 @@ class ConditionCache:
             Uncompilable: a clause is malformed, or refers to an uncompilable segment.
         """
         parts = [self._clause(clause, in_segment) for clause in clauses or ()]
-        return self._combined("all", parts, all_of)
+        return self._combine("all", parts, all_of)
 
     def segment(self, segment: Segment, in_segment: SegmentCondition) -> Condition:
         """Return the condition of being in the segment (evaluation 6.7).
@@ -340,7 +340,7 @@ class ConditionCache:
         if segment.unbounded:
             raise Uncompilable
         rules = [self._segment_rule(segment, rule, in_segment) for rule in segment.rules or ()]
-        lists = _Lists(
+        lists = _KeyLists(
             frozenset(segment.included or ()),
             _keys_by_kind(segment.included_contexts),
             frozenset(segment.excluded or ()),
@@ -353,8 +353,8 @@ class ConditionCache:
         if clause.op == "segmentMatch":
             parts = [in_segment(key) for key in values if isinstance(key, str)]
             if clause.negate:
-                return self._combined("none", parts, lambda parts: negated(any_of(parts)))
-            return self._combined("any", parts, any_of)
+                return self._combine("none", parts, lambda parts: negation_of(any_of(parts)))
+            return self._combine("any", parts, any_of)
         if len(values) > MAX_SHARED_VALUES:
             return clause_condition(clause)
         key = msgspec.json.encode(clause)
@@ -368,7 +368,7 @@ class ConditionCache:
             return clauses
         return all_of([clauses, Feature(_is_in_share(segment, rule), by_chance=True)])
 
-    def _combined(
+    def _combine(
         self,
         operation: str,
         parts: list[Condition],
@@ -392,7 +392,7 @@ def _keys_by_kind(
 
 
 @dataclass(frozen=True, slots=True)
-class _Lists:
+class _KeyLists:
     """Keys that a segment includes or excludes regardless of its rules."""
 
     included: frozenset[str]
@@ -421,8 +421,10 @@ class _Lists:
         keys_by_kind = [(DEFAULT_KIND, self.included), *self.included_contexts]
         if rules if isinstance(rules, bool) else rules.usual:
             keys_by_kind += [(DEFAULT_KIND, self.excluded), *self.excluded_contexts]
-        keys = (Trigger(kind, KEY, Match.EQUAL, keys) for kind, keys in keys_by_kind if keys)
-        return (*keys, *rule_triggers)
+        key_triggers = (
+            Trigger(kind, KEY, Match.EQUAL, keys) for kind, keys in keys_by_kind if keys
+        )
+        return (*key_triggers, *rule_triggers)
 
     def _contains_user(self, rules: Predicate | bool) -> Predicate:
         included, excluded = self.included, self.excluded
