@@ -1,7 +1,7 @@
-"""The evaluation of one environment: programs for its payload, compiled when somebody asks.
+"""Cache of compiled programs for one environment, filled on demand.
 
-Compiling a large payload takes longer than the loop may be held, so it is done in slices; of a
-payload that differs little from the one before, almost everything is taken over.
+Compiling a large payload would block the event loop for too long, so it runs in slices. If a
+payload differs little from the previous one, almost everything is reused.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from relay.model.item import version_of_time
 from relay.model.payload import Payload
 
 SLICE = 0.001
-"""Seconds for which compiling holds the loop at a time. The flag that is being compiled when they
-are over is finished, and polls in between should wait no more than twice as long."""
+"""Seconds after which compiling yields to the event loop. The current flag is finished first;
+polls in between should wait no more than twice this time."""
 
 AT_ONCE = 0.002
-"""Seconds of work for which nobody has to wait: enough to look through thousands of flags for those
-that a patch has changed."""
+"""Seconds of compiling done synchronously: enough to check thousands of flags for those that a
+patch has changed."""
 
 
 @dataclass(slots=True)
-class _Work:
-    """A program in the making.
+class _PartialProgram:
+    """A partially compiled program.
 
     Args:
-        keys: of flags that were not looked at so far.
-        index: of the features of the others.
-        flags: those of them that the audience sees.
+        keys: keys of the flags still to compile.
+        index: index of the features of the flags compiled so far.
+        flags: the flags compiled so far that this kind of SDK may see.
     """
 
     keys: Iterator[str]
@@ -43,83 +43,89 @@ class _Work:
 
 
 class ProgramCache:
-    """Programs of the newest payload of an environment, for each audience that asks."""
+    """Programs of an environment's newest payload, compiled on demand for each kind of SDK."""
 
     def __init__(self) -> None:
         self._payload: Payload | None = None
-        self._library: FlagCompiler | None = None
+        self._compiler: FlagCompiler | None = None
         self._version = 0
         self._programs: dict[SDKKind, Program] = {}
-        self._works: dict[SDKKind, _Work] = {}
+        self._partials: dict[SDKKind, _PartialProgram] = {}
         self._indexes: dict[SDKKind, Index] = {}
-        """Those of the last programs, also of earlier payloads."""
-        self._compiling = asyncio.Lock()
+        """Indexes of the last programs, possibly of earlier payloads."""
+        self._lock = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        ready = ", ".join(sdk_kind.value for sdk_kind in self._programs)
+        return f"<ProgramCache version {self._version}, ready: {ready or 'none'}>"
 
     def update(self, payload: Payload) -> None:
-        """Take note of new data; nothing is compiled yet.
+        """Discard the programs of earlier data; new ones are compiled on demand.
 
-        The version of the data is about the time in seconds, so that it still grows when the relay
-        is started anew. It is greater than that of
-        any flag, because SDKs hold flags with their own version until a stream changes them.
+        The version of the data is roughly the time in seconds, so that it keeps growing across
+        restarts. It is greater than the version of any flag, because SDKs hold each flag under the
+        flag's own version until a stream changes it.
         """
         if payload is self._payload:
             return
         self._payload = payload
         self._version = max(self._version + 1, version_of_time(time.time()), payload.newest + 1)
         self._programs = {}
-        self._works = {}
+        self._partials = {}
 
-    def current(self, audience: SDKKind, /) -> Program | None:
-        """Return the program of the newest payload if it is ready, or can be at once."""
-        program = self._programs.get(audience)
-        if program is None and audience not in self._works and not self._compiling.locked():
-            program = self._advance(audience, AT_ONCE)
+    def current(self, sdk_kind: SDKKind, /) -> Program | None:
+        """Return the program of the newest payload if it is ready or soon compiled, else None."""
+        program = self._programs.get(sdk_kind)
+        if program is None and sdk_kind not in self._partials and not self._lock.locked():
+            program = self._advance(sdk_kind, AT_ONCE)
         return program
 
-    async def ready(self, audience: SDKKind, /) -> Program | None:
-        """Return the program of the newest payload when it is compiled.
+    async def ready(self, sdk_kind: SDKKind, /) -> Program | None:
+        """Wait until the program of the newest payload is compiled, and return it.
 
-        One of those who wait does the work; if he gives up, the next one goes on with it.
+        One of the waiting callers compiles; if it is cancelled, the next one continues.
 
         Returns:
             None if there is no payload.
         """
-        async with self._compiling:
+        async with self._lock:
             while self._payload is not None:
-                program = self._programs.get(audience) or self._advance(audience, SLICE)
+                program = self._programs.get(sdk_kind) or self._advance(sdk_kind, SLICE)
                 if program is not None:
                     return program
                 await asyncio.sleep(0)
         return None
 
-    def _advance(self, audience: SDKKind, seconds: float) -> Program | None:
-        """Work for a while; return the program if that completes it."""
+    def _advance(self, sdk_kind: SDKKind, seconds: float) -> Program | None:
+        """Compile for some seconds; return the program if that completes it."""
         if self._payload is None:
             return None
-        until = time.perf_counter() + seconds
+        deadline = time.perf_counter() + seconds
         payload = self._payload
-        if self._library is None or self._library.payload is not payload:
-            self._library = FlagCompiler(payload, self._library)
-        work = self._works.get(audience)
-        if work is None:
-            index = Index(self._indexes.get(audience))
-            work = self._works[audience] = _Work(iter(sorted(payload.flags)), index)
-        if not _compile(self._library, audience, work, until):
+        if self._compiler is None or self._compiler.payload is not payload:
+            self._compiler = FlagCompiler(payload, self._compiler)
+        partial = self._partials.get(sdk_kind)
+        if partial is None:
+            index = Index(self._indexes.get(sdk_kind))
+            partial = self._partials[sdk_kind] = _PartialProgram(iter(sorted(payload.flags)), index)
+        if not _compile(self._compiler, sdk_kind, partial, deadline):
             return None
-        del self._works[audience]
-        self._indexes[audience] = work.index
-        program = self._programs[audience] = Program(work.flags, self._version, work.index)
+        del self._partials[sdk_kind]
+        self._indexes[sdk_kind] = partial.index
+        program = self._programs[sdk_kind] = Program(partial.flags, self._version, partial.index)
         return program
 
 
-def _compile(library: FlagCompiler, audience: SDKKind, work: _Work, until: float) -> bool:
-    """Compile flags until the time is over; return whether none is left."""
-    for key in work.keys:
-        flag = library.seen(audience, key)
+def _compile(
+    compiler: FlagCompiler, sdk_kind: SDKKind, partial: _PartialProgram, deadline: float
+) -> bool:
+    """Compile flags until a time of `perf_counter`; return whether all are done."""
+    for key in partial.keys:
+        flag = compiler.seen(sdk_kind, key)
         if flag is not None:
-            work.flags[key] = flag
+            partial.flags[key] = flag
             if flag.features:
-                work.index.add(flag.features)
-        if time.perf_counter() > until:
+                partial.index.add(flag.features)
+        if time.perf_counter() > deadline:
             return False
     return True

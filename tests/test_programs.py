@@ -1,4 +1,4 @@
-"""Programs are compiled when somebody asks, in slices, once for all who wait."""
+"""Programs are compiled on demand, in slices, once for all waiters."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ MANY = 3000
 """Flags that take several slices to compile."""
 
 
-def item(key: str, version: int = 1, **members: object) -> Item:
+def make_item(key: str, version: int = 1, **members: object) -> Item:
     """A flag as it arrives."""
     return parse(
         Kind.FLAG, key, json.dumps(flag(key, version, clientSide=True, **members)).encode()
@@ -27,35 +27,35 @@ def item(key: str, version: int = 1, **members: object) -> Item:
 
 def many(version: int = 1) -> Payload:
     """A payload that takes a while."""
-    return Payload.of(item(f"flag-{number:04}", version) for number in range(MANY))
+    return Payload.of(make_item(f"flag-{number:04}", version) for number in range(MANY))
 
 
 async def test_without_data_there_is_no_program():
-    """Who asks before there are data gets nothing, and does not wait for them."""
-    evaluations = ProgramCache()
-    assert evaluations.current(SDKKind.SERVER) is None
-    assert await evaluations.ready(SDKKind.SERVER) is None
+    """Without data, callers get None at once instead of waiting for data."""
+    cache = ProgramCache()
+    assert cache.current(SDKKind.SERVER) is None
+    assert await cache.ready(SDKKind.SERVER) is None
 
 
 async def test_a_small_payload_is_ready_at_once():
     """Few flags need no waiting, and the program stays the same until the data change."""
-    evaluations = ProgramCache()
-    payload = Payload.of([item("lamp")])
-    evaluations.update(payload)
-    program = evaluations.current(SDKKind.SERVER)
+    cache = ProgramCache()
+    payload = Payload.of([make_item("lamp")])
+    cache.update(payload)
+    program = cache.current(SDKKind.SERVER)
     assert program is not None
     assert b'"lamp":{"value":true' in program.all(ANNA, with_reasons=False)
-    evaluations.update(payload)
-    assert evaluations.current(SDKKind.SERVER) is program
-    assert await evaluations.ready(SDKKind.SERVER) is program
+    cache.update(payload)
+    assert cache.current(SDKKind.SERVER) is program
+    assert await cache.ready(SDKKind.SERVER) is program
 
 
 async def test_a_large_payload_is_compiled_in_slices():
-    """Others have their turns while thousands of flags are compiled, and then a patch is at once."""
-    evaluations = ProgramCache()
+    """Other tasks run while thousands of flags are compiled; a patch then needs no waiting."""
+    cache = ProgramCache()
     payload = many()
-    evaluations.update(payload)
-    assert evaluations.current(SDKKind.SERVER) is None
+    cache.update(payload)
+    assert cache.current(SDKKind.SERVER) is None
     turns = 0
 
     async def others() -> None:
@@ -65,33 +65,33 @@ async def test_a_large_payload_is_compiled_in_slices():
             await asyncio.sleep(0)
 
     task = asyncio.create_task(others())
-    program = await evaluations.ready(SDKKind.SERVER)
+    program = await cache.ready(SDKKind.SERVER)
     task.cancel()
     assert turns > 3
     assert program is not None
     assert len(json.loads(program.all(ANNA, with_reasons=False))) == MANY
-    patched, _ = payload.apply(ChangeSet((item("flag-0007", 2),)))
-    evaluations.update(patched)
-    newer = await evaluations.ready(SDKKind.SERVER)
+    patched, _ = payload.apply(ChangeSet((make_item("flag-0007", 2),)))
+    cache.update(patched)
+    newer = await cache.ready(SDKKind.SERVER)
     assert newer is not None
     assert newer.flags_touched_by(program) == {"flag-0007"}
 
 
-async def test_who_is_asked_at_once_compiles_no_second_slice():
+async def test_current_compiles_no_second_slice():
     """Many requests in one turn of the loop hold it for one slice, not each for one."""
-    evaluations = ProgramCache()
-    evaluations.update(many())
-    assert evaluations.current(SDKKind.SERVER) is None
+    cache = ProgramCache()
+    cache.update(many())
+    assert cache.current(SDKKind.SERVER) is None
     since = time.process_time()
-    assert all(evaluations.current(SDKKind.SERVER) is None for _ in range(100))
+    assert all(cache.current(SDKKind.SERVER) is None for _ in range(100))
     assert time.process_time() - since < 0.02
 
 
-async def test_all_who_wait_share_one_program():
-    """The program is made once; one who gives up does not leave the others without."""
-    evaluations = ProgramCache()
-    evaluations.update(many())
-    first, *others = [asyncio.create_task(evaluations.ready(SDKKind.SERVER)) for _ in range(5)]
+async def test_all_waiters_share_one_program():
+    """The program is compiled once; cancelling one waiter does not affect the others."""
+    cache = ProgramCache()
+    cache.update(many())
+    first, *others = [asyncio.create_task(cache.ready(SDKKind.SERVER)) for _ in range(5)]
     await asyncio.sleep(0)
     first.cancel()
     programs = await asyncio.gather(*others)
@@ -101,59 +101,59 @@ async def test_all_who_wait_share_one_program():
         await first
 
 
-async def test_audiences_share_compiled_flags():
-    """A flag that several audiences see is compiled for all of them at once."""
-    evaluations = ProgramCache()
-    evaluations.update(Payload.of([item("lamp")]))
-    programs = [evaluations.current(audience) for audience in SDKKind]
+async def test_kinds_of_sdk_share_compiled_flags():
+    """A flag that several kinds of SDK see is compiled once for all of them."""
+    cache = ProgramCache()
+    cache.update(Payload.of([make_item("lamp")]))
+    programs = [cache.current(sdk_kind) for sdk_kind in SDKKind]
     assert None not in programs
     assert all(a.flags_touched_by(b) == frozenset() for a in programs for b in programs)
 
 
-async def test_who_waits_gets_the_newest_payload():
-    """Data that come while a program is compiled are in what those who wait get."""
-    evaluations = ProgramCache()
-    evaluations.update(many())
-    waiting = asyncio.create_task(evaluations.ready(SDKKind.SERVER))
+async def test_waiters_get_the_newest_payload():
+    """Data that arrive during compilation are in the program that waiters get."""
+    cache = ProgramCache()
+    cache.update(many())
+    waiting = asyncio.create_task(cache.ready(SDKKind.SERVER))
     await asyncio.sleep(0)
     assert not waiting.done()
-    evaluations.update(Payload.of([item("lamp")]))
+    cache.update(Payload.of([make_item("lamp")]))
     program = await waiting
     assert program is not None
     assert json.loads(program.all(ANNA, with_reasons=False)).keys() == {"lamp"}
 
 
-async def test_what_was_deleted_is_gone():
+async def test_deleted_flags_are_gone():
     """A tombstone is no flag, and the deleted flag is touched."""
-    evaluations = ProgramCache()
-    payload = Payload.of([item("lamp"), item("door")])
-    evaluations.update(payload)
-    before = evaluations.current(SDKKind.SERVER)
+    cache = ProgramCache()
+    payload = Payload.of([make_item("lamp"), make_item("door")])
+    cache.update(payload)
+    before = cache.current(SDKKind.SERVER)
     after, _ = payload.apply(ChangeSet((Item(Kind.FLAG, "lamp", 2, None),)))
-    evaluations.update(after)
-    program = evaluations.current(SDKKind.SERVER)
+    cache.update(after)
+    program = cache.current(SDKKind.SERVER)
     assert program is not None
     assert program.flags_touched_by(before) == {"lamp"}
     assert program.some(ANNA, ["lamp"], with_reasons=False) == {}
-    evaluations.update(EMPTY)
-    program = evaluations.current(SDKKind.SERVER)
+    cache.update(EMPTY)
+    program = cache.current(SDKKind.SERVER)
     assert program is not None
     assert program.all(ANNA, with_reasons=True) == b"{}"
 
 
 async def test_changed_rules_count_at_once_and_old_ones_no_more():
     """Rules that many patches change, one after the other, each hold from then on."""
-    evaluations = ProgramCache()
+    cache = ProgramCache()
     clause = {"attribute": "key", "op": "in", "values": ["anna"]}
     rule = {"clauses": [clause], "variation": 1}
-    payload = Payload.of(item(f"flag-{number:02}", rules=[rule]) for number in range(20))
+    payload = Payload.of(make_item(f"flag-{number:02}", rules=[rule]) for number in range(20))
     for version in range(2, 40):
         key = f"flag-{version % 20:02}"
         other = rule | {"clauses": [clause | {"values": ["anna" if version % 3 else "ben", key]}]}
-        changed = item(key, version, rules=[other])
+        changed = make_item(key, version, rules=[other])
         payload, _ = payload.apply(ChangeSet((changed,)))
-        evaluations.update(payload)
-        program = evaluations.current(SDKKind.SERVER)
+        cache.update(payload)
+        program = cache.current(SDKKind.SERVER)
         assert program is not None
         entries = program.some(ANNA, payload.flags, with_reasons=True)
         body = json.loads(program.all(ANNA, with_reasons=True))
@@ -162,14 +162,14 @@ async def test_changed_rules_count_at_once_and_old_ones_no_more():
 
 
 async def test_versions_grow_with_each_payload_and_fit_32_bits():
-    """Versions are those of the data: equal for all audiences, greater with each new payload."""
-    evaluations = ProgramCache()
+    """Versions are those of the data: equal for all kinds of SDK, greater with each new payload."""
+    cache = ProgramCache()
     versions = []
     for version in range(1, 6):
-        evaluations.update(Payload.of([item("lamp", version)]))
-        of_audiences = {evaluations.current(audience).version for audience in SDKKind}
-        assert len(of_audiences) == 1
-        versions += of_audiences
+        cache.update(Payload.of([make_item("lamp", version)]))
+        versions_of_kinds = {cache.current(sdk_kind).version for sdk_kind in SDKKind}
+        assert len(versions_of_kinds) == 1
+        versions += versions_of_kinds
     assert versions == sorted(set(versions))
     assert time.time() - 60 < versions[0]
     assert versions[-1] < 2**31
@@ -177,11 +177,21 @@ async def test_versions_grow_with_each_payload_and_fit_32_bits():
 
 async def test_versions_fit_whatever_the_clock_says(monkeypatch):
     """They still grow."""
-    evaluations = ProgramCache()
+    cache = ProgramCache()
     versions = []
     for version, now in enumerate((2**40, 0.0, 1e9, 2**40), 1):
         monkeypatch.setattr("time.time", lambda now=now: now)
-        evaluations.update(Payload.of([item("lamp", version)]))
-        versions.append(evaluations.current(SDKKind.SERVER).version)
+        cache.update(Payload.of([make_item("lamp", version)]))
+        versions.append(cache.current(SDKKind.SERVER).version)
     assert versions == sorted(set(versions))
     assert versions[-1] < 2**31
+
+
+async def test_a_cache_prints_its_state():
+    """In a debugger it says for which kinds of SDK programs are ready, and no content."""
+    cache = ProgramCache()
+    assert repr(cache) == "<ProgramCache version 0, ready: none>"
+    cache.update(Payload.of([make_item("lamp")]))
+    program = cache.current(SDKKind.SERVER)
+    assert program is not None
+    assert repr(cache) == f"<ProgramCache version {program.version}, ready: server>"

@@ -1,6 +1,6 @@
-"""`relay eval FLAG --context JSON`: what a flag gives to a context, and what led there.
+"""`relay eval FLAG --context JSON`: evaluate a flag for a context and print the trace.
 
-The flag comes from a file, or from a running relay, with all that it depends on.
+The flag and everything that it depends on are read from a file or from a running relay.
 """
 
 from __future__ import annotations
@@ -41,38 +41,38 @@ USAGE = """relay eval FLAG --context JSON --flags FILE
        relay eval FLAG --context JSON --url URL --sdk-key KEY"""
 
 TIME_LIMIT = 30.0
-"""Seconds that a relay may be silent."""
+"""Timeout in seconds for connecting to a relay, and for each read."""
 
 MAX_DATA = 128 * 1024 * 1024
-"""Bytes of flags: as much as upstream may send at once."""
+"""Maximum bytes of a relay's response: as much as upstream may send at once."""
 
 
-class Unanswerable(RelayError):
-    """The question cannot be answered; the message says why."""
+class EvalError(RelayError):
+    """The evaluation is impossible; the message says why."""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Never:
-        raise Unanswerable(f"{message}\nusage: {USAGE}")
+        raise EvalError(f"{message}\nusage: {USAGE}")
 
 
 class _NoRedirects(HTTPRedirectHandler):
-    """The SDK key goes to the host that was named, and to no other."""
+    """Sends the SDK key to the named host only."""
 
     def redirect_request(  # noqa: PLR0917 - the library's
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> None:
-        """Follow nothing; the redirect becomes an error."""
+        """Refuse the redirect, which makes it an error."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the answer and return 0, or say why there is none and return 1."""
+    """Print the result and return 0, or print an error and return 1."""
     try:
-        answer = _answer(_parser().parse_args(arguments))
-    except (Unanswerable, InvalidData) as e:
+        output = _evaluate(_parser().parse_args(arguments))
+    except (EvalError, InvalidData) as e:
         sys.stderr.write(f"Error: {e}\n")
         return 1
-    sys.stdout.write(answer)
+    sys.stdout.write(output)
     return 0
 
 
@@ -87,38 +87,38 @@ def _parser() -> _Parser:
     return parser
 
 
-def _answer(options: argparse.Namespace) -> str:
+def _evaluate(options: argparse.Namespace) -> str:
     context = parse_context(options.context.encode(errors="replace"))
     if context.has_empty_key:
-        raise Unanswerable("context: the key of a user must not be empty")
+        raise EvalError("context: the key of a user must not be empty")
     if bool(options.flags) == bool(options.url):
-        raise Unanswerable("name either a file with --flags or a relay with --url")
+        raise EvalError("name either a file with --flags or a relay with --url")
     if options.url and not options.sdk_key:
-        raise Unanswerable("--url needs the --sdk-key of the environment")
+        raise EvalError("--url needs the --sdk-key of the environment")
     if options.flags:
-        payload = _read(options.flags)
+        payload = _read_flags(options.flags)
     else:
-        key: Secret = _parsed("--sdk-key", KEY, options.sdk_key)
-        payload = _fetch(_parsed("--url", HTTP_URI, options.url), key.reveal())
-    return _explained(Data.of(payload), options.flag, context)
+        key: Secret = _parse_option("--sdk-key", KEY, options.sdk_key)
+        payload = _fetch_flags(_parse_option("--url", HTTP_URI, options.url), key.reveal())
+    return _explain(Data.of(payload), options.flag, context)
 
 
-def _parsed(option: str, kind: OptionType, text: str) -> Any:
+def _parse_option(option: str, kind: OptionType, text: str) -> Any:
     try:
         return kind.parse(text)
     except ValueError as e:
-        raise Unanswerable(f"{option}: {e}") from e
+        raise EvalError(f"{option}: {e}") from e
 
 
-def _read(name: str) -> Payload:
+def _read_flags(name: str) -> Payload:
     try:
         text = Path(name).read_bytes()
     except OSError as e:
-        raise Unanswerable(f"{name} cannot be read: {describe(e)}") from e
+        raise EvalError(f"{name} cannot be read: {describe(e)}") from e
     return Payload.of(filedata.numbered(filedata.read(text, name), {}, 1, name))
 
 
-def _fetch(url: str, key: str) -> Payload:
+def _fetch_flags(url: str, key: str) -> Payload:
     try:
         request = Request(join(url, "/sdk/latest-all"), headers={"Authorization": key})  # noqa: S310
         proxy = environment_proxies(os.environ)(URL(url))
@@ -132,29 +132,29 @@ def _fetch(url: str, key: str) -> Payload:
             body: bytes = response.read(MAX_DATA + 1)
     except HTTPError as e:
         e.close()
-        raise Unanswerable(f"the relay answers with status {e.code}") from e
-    except ValueError as e:  # whose text may quote the key
-        raise Unanswerable("the relay cannot be asked: URL or key is malformed") from e
+        raise EvalError(f"the relay answers with status {e.code}") from e
+    except ValueError as e:  # its message may quote the key, so it is not repeated
+        raise EvalError("the relay cannot be asked: URL or key is malformed") from e
     except (OSError, HTTPException, RelayError) as e:
         cause = getattr(e, "reason", e)
-        why = describe(cause) if isinstance(cause, Exception) else shorten(str(cause))
-        raise Unanswerable(f"the relay cannot be asked: {why}") from e
+        reason = describe(cause) if isinstance(cause, Exception) else shorten(str(cause))
+        raise EvalError(f"the relay cannot be asked: {reason}") from e
     if len(body) > MAX_DATA:
-        raise Unanswerable(f"the relay's data are longer than {MAX_DATA} bytes")
+        raise EvalError(f"the relay's data are longer than {MAX_DATA} bytes")
     return Payload.of(fdv1.parse_all(body).items)
 
 
-def _explained(data: Data, key: str, context: Context) -> str:
+def _explain(data: Data, key: str, context: Context) -> str:
     flag = data.flag(key)
     if flag is None:
-        raise Unanswerable(f'flag "{key}" is unknown')
-    evaluation = evaluate(flag, context, data)
-    variation: Any = "none" if evaluation.variation is None else evaluation.variation
+        raise EvalError(f'flag "{key}" is unknown')
+    detail = evaluate(flag, context, data)
+    variation: Any = "none" if detail.variation is None else detail.variation
     lines = [
-        f"value      {value(flag, evaluation).decode()}",
+        f"value      {value(flag, detail).decode()}",
         f"variation  {variation}",
-        f"reason     {evaluation.reason.json().decode()}",
+        f"reason     {detail.reason.json().decode()}",
         "because",
-        *(f"  {step}" for step in evaluation.steps),
+        *(f"  {step}" for step in detail.steps),
     ]
     return "\n".join(lines) + "\n"

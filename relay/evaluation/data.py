@@ -1,8 +1,8 @@
-"""Flags and segments as evaluation reads them: parsed, but variations stay the text they came as.
+"""Flags and segments parsed for evaluation; variations stay the raw JSON that upstream sent.
 
-A variation's value is passed on and never looked at, and no number in it may change on the way.
-That is why flags are parsed here once more: the check at their arrival (`relay.model.item`) looks
-into variations, too.
+A variation's value is passed through unread, so that no number in it changes on the way. Flags are
+therefore parsed a second time here: the validation on arrival (`relay.model.item`) decodes the
+variations, too.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def parse_segment(json: bytes) -> Segment:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """What a store of big segments knows about the key of a context.
+    """Big-segment memberships of one context key.
 
     Args:
-        status: whether and how well the store could answer.
-        segments: whether the key is in (or explicitly out of) segments, by `key.g<generation>`.
+        status: health of the big-segment store for this answer.
+        segments: True for included keys, False for excluded ones, by `key.g<generation>`.
     """
 
     status: BigSegmentsStatus
@@ -54,13 +54,13 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """All that an evaluation may look up.
+    """Everything that an evaluation may look up.
 
     Args:
-        flag: returns the live flag of a key, or None.
-        segment: returns the live segment of a key, or None.
-        memberships: in big segments, by the key of a context; what is missing is unknown because
-            no store of big segments is configured.
+        flag: returns the live flag with a key, or None.
+        segment: returns the live segment with a key, or None.
+        memberships: big-segment memberships by context key; a missing key means that no
+            big-segment store is configured.
     """
 
     flag: Callable[[str], Flag | None]
@@ -69,7 +69,7 @@ class Data:
 
     @classmethod
     def of(cls, payload: Payload) -> Data:
-        """Return the data of a payload. Items are parsed when they are needed, once."""
+        """Return the data of a payload; each item is parsed once, on first use."""
 
         @cache
         def flag(key: str) -> Flag | None:

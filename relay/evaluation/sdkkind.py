@@ -1,4 +1,4 @@
-"""Who may see which flags (evaluation 6.1)."""
+"""Visibility of flags to the kinds of SDK (evaluation 6.1)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from relay.model.flag import Flag
 
 
 class SDKKind(Enum):
-    """The kind of credential with which results are asked for."""
+    """The kind of SDK that requests results, by its credential."""
 
     SERVER = "server"
     MOBILE = "mobile"
     BROWSER = "browser"
 
-    __hash__ = object.__hash__  # Enum's own takes as long as several look-ups
+    __hash__ = object.__hash__  # Enum's own costs as much as several dict lookups
 
     def sees(self, flag: Flag) -> bool:
-        """Whether the flag is among the results.
+        """Return whether a flag is visible to this kind of SDK.
 
-        Without `clientSideAvailability`, mobile SDKs see a flag, and browsers do if the older
-        `clientSide` says so.
+        Without `clientSideAvailability`, a flag is visible to mobile SDKs, and to browsers if the
+        older `clientSide` says so.
         """
         if self is SDKKind.SERVER:
             return True

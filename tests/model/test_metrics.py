@@ -1,4 +1,4 @@
-"""What is counted of the relay's own work."""
+"""Metric values of the relay's own work."""
 
 from relay.model.metrics import BOUNDS, Histogram
 

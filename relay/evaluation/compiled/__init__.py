@@ -1,1 +1,1 @@
-"""Flags compiled for speed; the interpreter beside this package is the definition."""
+"""Flags compiled for speed; `relay.evaluation.evaluator` defines the results."""

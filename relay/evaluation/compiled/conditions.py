@@ -1,7 +1,7 @@
-"""Clauses and segments as predicates over subjects, with their operands prepared once.
+"""Clauses and segments compiled to predicates over contexts, with their operands parsed once.
 
-Only what is sound is compiled: `Uncompilable` is raised for whatever makes an evaluation fail or
-asks for more than the data at hand, and the flag is left to the interpreter.
+`Uncompilable` is raised for everything that would make an evaluation fail or needs more than the
+payload (big segments); the flag is then left to the interpreter.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from relay.evaluation.bucketing import salted, share
+from relay.evaluation.bucketing import hash_prefix, share
 from relay.evaluation.compiled.context import EvalContext, Uncompilable
 from relay.evaluation.compiled.features import (
     KEY,
@@ -33,71 +33,71 @@ from relay.model.flag import Clause
 from relay.model.segment import Segment, SegmentRule, SegmentTarget
 
 MAX_SHARED_VALUES = 32
-"""Values of a clause that may be another flag's, too. Longer lists are particular."""
+"""Values up to which equal clauses are shared between flags. Longer lists are hardly ever equal."""
 
 Predicate = Callable[[EvalContext], bool]
 Condition = Feature[bool] | bool
-"""A predicate as a feature, or its result if that is the same for every subject."""
+"""A predicate as a feature, or its result if that is the same for every context."""
 
 Test = Callable[[Any], bool]
-"""Whether one value of an attribute, not an array, matches any value of a clause."""
+"""Returns whether one value of an attribute, not an array, matches any value of a clause."""
 
 
 def all_of(conditions: Iterable[Condition]) -> Condition:
-    """Return whether all conditions hold."""
-    open_ones = [condition for condition in conditions if condition is not True]
-    if not open_ones:
+    """Return the condition that all conditions hold."""
+    undecided = [condition for condition in conditions if condition is not True]
+    if not undecided:
         return True
-    parts = [condition for condition in open_ones if condition is not False]
-    if len(parts) < len(open_ones):
+    parts = [condition for condition in undecided if condition is not False]
+    if len(parts) < len(undecided):
         return False
     if len(parts) == 1:
         return parts[0]
     predicates = [part.value for part in parts]
 
-    def every(subject: EvalContext) -> bool:
+    def all_hold(context: EvalContext) -> bool:
         for holds in predicates:  # noqa: SIM110  # a generator would take twice as long
-            if not holds(subject):
+            if not holds(context):
                 return False
         return True
 
-    return Feature(every, triggers_of_all(parts), parts)
+    return Feature(all_hold, triggers_of_all(parts), parts)
 
 
 def any_of(conditions: Iterable[Condition]) -> Condition:
-    """Return whether at least one condition holds."""
-    open_ones = [condition for condition in conditions if condition is not False]
-    if not open_ones:
+    """Return the condition that at least one condition holds."""
+    undecided = [condition for condition in conditions if condition is not False]
+    if not undecided:
         return False
-    parts = [condition for condition in open_ones if condition is not True]
-    if len(parts) < len(open_ones):
+    parts = [condition for condition in undecided if condition is not True]
+    if len(parts) < len(undecided):
         return True
     if len(parts) == 1:
         return parts[0]
     predicates = [part.value for part in parts]
 
-    def some(subject: EvalContext) -> bool:
+    def any_holds(context: EvalContext) -> bool:
         for holds in predicates:  # noqa: SIM110  # as above
-            if holds(subject):
+            if holds(context):
                 return True
         return False
 
-    return Feature(some, triggers_of_any(parts), parts)
+    return Feature(any_holds, triggers_of_any(parts), parts)
 
 
-def negated(condition: Condition) -> Condition:
-    """Return whether the condition does not hold."""
+def negation_of(condition: Condition) -> Condition:
+    """Return the condition that a condition does not hold."""
     if isinstance(condition, bool):
         return not condition
     holds = condition.value
-    return Feature(lambda subject: not holds(subject), condition.triggers, (condition,))
+    return Feature(lambda context: not holds(context), condition.triggers, (condition,))
 
 
 def clause_condition(clause: Clause) -> Condition:
-    """Return whether a context's attribute matches: all operators but `segmentMatch`.
+    """Return the condition that an attribute matches: all operators but `segmentMatch`.
 
     Raises:
-        Uncompilable: the attribute is missing or no valid reference.
+        Uncompilable: the attribute is missing or not a valid reference.
     """
     path = parse_reference(clause.attribute, literal=not clause.context_kind)
     if path is None:
@@ -115,29 +115,29 @@ def clause_condition(clause: Clause) -> Condition:
         predicate = _is_one_of(kind, path[0], frozenset(values), clause.negate)
     else:
         predicate = _value_matches(kind, path[0], test, clause.negate)
-    return Feature(predicate, (_trigger(kind, path, clause),), is_simple=True)
+    return Feature(predicate, (_clause_trigger(kind, path, clause),), is_simple=True)
 
 
 _MATCHES = {match.value: match for match in Match}
 
 
-def _trigger(kind: str, path: Reference, clause: Clause) -> Trigger:
+def _clause_trigger(kind: str, path: Reference, clause: Clause) -> Trigger:
     match = _MATCHES.get(clause.op, Match.PRESENT)
     values = clause.values or ()
-    # A negated clause holds for nearly everybody who has the attribute.
+    # A negated clause holds for nearly every context that has the attribute.
     if match is Match.PRESENT or clause.negate or len(values) > MAX_SHARED_VALUES:
         return Trigger(kind, path, Match.PRESENT, ())
-    wanted = (str, int, float) if match is Match.EQUAL else str
-    return Trigger(kind, path, match, [each for each in values if isinstance(each, wanted)])
+    types = (str, int, float) if match is Match.EQUAL else str
+    return Trigger(kind, path, match, [each for each in values if isinstance(each, types)])
 
 
 def _kind_matches(test: Test, negate: bool) -> Predicate:
-    return lambda subject: any(map(test, subject.individuals)) is not negate
+    return lambda context: any(map(test, context.individuals)) is not negate
 
 
 def _deep_value_matches(kind: str, path: Reference, test: Test, negate: bool) -> Predicate:
-    def holds(subject: EvalContext) -> bool:
-        individual = subject.individuals.get(kind)
+    def holds(context: EvalContext) -> bool:
+        individual = context.individuals.get(kind)
         value = None if individual is None else lookup(individual, path)
         return value is not None and _matches(value, test) is not negate
 
@@ -145,8 +145,8 @@ def _deep_value_matches(kind: str, path: Reference, test: Test, negate: bool) ->
 
 
 def _value_matches(kind: str, name: str, test: Test, negate: bool) -> Predicate:
-    def holds(subject: EvalContext) -> bool:
-        individual = subject.individuals.get(kind)
+    def holds(context: EvalContext) -> bool:
+        individual = context.individuals.get(kind)
         if individual is None:
             return False
         value = individual.attributes.get(name)
@@ -156,13 +156,13 @@ def _value_matches(kind: str, name: str, test: Test, negate: bool) -> Predicate:
 
 
 def _is_one_of(kind: str, name: str, strings: frozenset[str], negate: bool) -> Predicate:
-    """Return what most clauses of most flags are, in fewer steps than `_value_matches`."""
+    """Return `_value_matches` for `in` with strings, the most frequent clause, in fewer steps."""
 
     def test(value: Any) -> bool:
         return isinstance(value, str) and value in strings
 
-    def holds(subject: EvalContext) -> bool:
-        individual = subject.individuals.get(kind)
+    def holds(context: EvalContext) -> bool:
+        individual = context.individuals.get(kind)
         if individual is None:
             return False
         value = individual.attributes.get(name)
@@ -182,19 +182,19 @@ def _never(_value: object) -> bool:
 
 
 def _test(op: str, values: Sequence[Any]) -> Test:
-    """Return an operator with its operands read, as `operators.OPERATORS` defines it."""
+    """Return the test of an operator from `operators.OPERATORS`, with its operands parsed."""
     if op in _ORDERS:
-        return _ordered(_ORDERS[op], values)
+        return _ordered_test(_ORDERS[op], values)
     if op == "in":
         return _equals_one_of(values)
     strings = tuple(value for value in values if isinstance(value, str))
-    if op in _OF_STRINGS and strings:
-        return _OF_STRINGS[op](strings)
+    if op in _STRING_TESTS and strings:
+        return _STRING_TESTS[op](strings)
     return _never
 
 
 def _equals_one_of(values: Sequence[Any]) -> Test:
-    """Booleans stand apart because Python takes them for numbers."""
+    """Return the test of `in`. Booleans stand apart because they equal 0 and 1 in Python."""
     booleans = frozenset(value for value in values if isinstance(value, bool))
     scalars = frozenset(value for value in values if isinstance(value, str) or is_number(value))
     if not booleans and not scalars:
@@ -220,7 +220,7 @@ def _contains(strings: tuple[str, ...]) -> Test:
     return lambda value: isinstance(value, str) and any(text in value for text in strings)
 
 
-def _finds(patterns: tuple[str, ...]) -> Test:
+def _matches_pattern(patterns: tuple[str, ...]) -> Test:
     searches = [search for search in map(regex, patterns) if search is not None]
     if not searches:
         return _never
@@ -234,22 +234,22 @@ def _finds(patterns: tuple[str, ...]) -> Test:
     return test
 
 
-_OF_STRINGS: dict[str, Callable[[tuple[str, ...]], Test]] = {
+_STRING_TESTS: dict[str, Callable[[tuple[str, ...]], Test]] = {
     "startsWith": _starts_with,
     "endsWith": _ends_with,
     "contains": _contains,
-    "matches": _finds,
+    "matches": _matches_pattern,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """An operator on values that have an order.
+    """An operator on ordered values.
 
     Args:
-        read: makes something comparable of a value, or None.
+        read: converts a value to a comparable one, or to None.
         compare: the operator.
-        decisive: picks the operand that decides for all: less than any is less than the greatest.
+        decisive: picks the operand that decides: less than any means less than the greatest.
     """
 
     read: Callable[[Any], Any]
@@ -258,7 +258,7 @@ class _Order:
 
 
 _NUMBERS = (int, float)
-"""The types that JSON has for numbers; booleans have one of their own."""
+"""Types of decoded JSON numbers; compared with `type()`, so that booleans are not among them."""
 
 
 def _number(value: Any) -> Any:
@@ -278,10 +278,10 @@ _ORDERS = {
 }
 
 
-def _ordered(order: _Order, values: Sequence[Any]) -> Test:
+def _ordered_test(order: _Order, values: Sequence[Any]) -> Test:
     read, compare = order.read, order.compare
     if read is _number:
-        return _ordered_numbers(order, [value for value in values if is_number(value)])
+        return _ordered_number_test(order, [value for value in values if is_number(value)])
     operands = [each for each in map(read, values) if each is not None]
     if read is timestamp:
         operands = [each for each in operands if each != ZERO_TIME]
@@ -298,8 +298,8 @@ def _ordered(order: _Order, values: Sequence[Any]) -> Test:
     return test
 
 
-def _ordered_numbers(order: _Order, operands: Sequence[Any]) -> Test:
-    """Return what `_ordered` would, in fewer steps."""
+def _ordered_number_test(order: _Order, operands: Sequence[Any]) -> Test:
+    """Return the test that `_ordered_test` would, in fewer steps."""
     if not operands:
         return _never
     compare, decisive = order.compare, order.decisive(operands)
@@ -307,52 +307,58 @@ def _ordered_numbers(order: _Order, operands: Sequence[Any]) -> Test:
 
 
 SegmentCondition = Callable[[str], Condition]
-"""Gives the condition of being in the segment of a key; False for an unknown one."""
+"""Returns the condition of being in the segment with a key; False for an unknown segment."""
 
 
 class ConditionCache:
-    """Conditions that many flags have. Equal ones are the same object as long as one has them."""
+    """Interned conditions: equal conditions are one object for as long as any flag uses it.
+
+    Clauses are keyed by their JSON. Combinations are keyed by the `id()` of their parts, as equal
+    parts are usually the same object; that is sound because every feature keeps its parts alive, so
+    no id in a key is reused while the entry exists. The cache holds its values weakly: a condition
+    vanishes with the last compiled flag that uses it.
+    """
 
     def __init__(self) -> None:
         self._shared: WeakValueDictionary[object, Feature[bool]] = WeakValueDictionary()
 
     def clauses(self, clauses: Iterable[Clause] | None, in_segment: SegmentCondition) -> Condition:
-        """Return whether all clauses match.
+        """Return the condition that all clauses match.
 
         Raises:
-            Uncompilable: a clause is malformed, or asks for such a segment.
+            Uncompilable: a clause is malformed, or refers to an uncompilable segment.
         """
         parts = [self._clause(clause, in_segment) for clause in clauses or ()]
-        return self._made_of("all", parts, all_of)
+        return self._combine("all", parts, all_of)
 
     def segment(self, segment: Segment, in_segment: SegmentCondition) -> Condition:
-        """Return whether a subject is in the segment (evaluation 6.7).
+        """Return the condition of being in the segment (evaluation 6.7).
 
         Raises:
-            Uncompilable: the segment is a big one, or has something malformed.
+            Uncompilable: it is a big segment, or has a malformed rule.
         """
         if segment.unbounded:
             raise Uncompilable
         rules = [self._segment_rule(segment, rule, in_segment) for rule in segment.rules or ()]
-        listed = _Lists(
+        lists = _KeyLists(
             frozenset(segment.included or ()),
-            _of_kinds(segment.included_contexts),
+            _keys_by_kind(segment.included_contexts),
             frozenset(segment.excluded or ()),
-            _of_kinds(segment.excluded_contexts),
+            _keys_by_kind(segment.excluded_contexts),
         )
-        return listed.before(any_of(rules))
+        return lists.followed_by(any_of(rules))
 
     def _clause(self, clause: Clause, in_segment: SegmentCondition) -> Condition:
         values = clause.values or ()
         if clause.op == "segmentMatch":
             parts = [in_segment(key) for key in values if isinstance(key, str)]
             if clause.negate:
-                return self._made_of("none", parts, lambda them: negated(any_of(them)))
-            return self._made_of("any", parts, any_of)
+                return self._combine("none", parts, lambda parts: negation_of(any_of(parts)))
+            return self._combine("any", parts, any_of)
         if len(values) > MAX_SHARED_VALUES:
             return clause_condition(clause)
-        name = msgspec.json.encode(clause)
-        return self._shared.get(name) or self._share(name, clause_condition(clause))
+        key = msgspec.json.encode(clause)
+        return self._shared.get(key) or self._share(key, clause_condition(clause))
 
     def _segment_rule(
         self, segment: Segment, rule: SegmentRule, in_segment: SegmentCondition
@@ -360,86 +366,97 @@ class ConditionCache:
         clauses = self.clauses(rule.clauses, in_segment)
         if rule.weight is None:
             return clauses
-        return all_of([clauses, Feature(_admission(segment, rule), by_chance=True)])
+        return all_of([clauses, Feature(_is_in_share(segment, rule), by_chance=True)])
 
-    def _made_of(
-        self, how: str, parts: list[Condition], make: Callable[[list[Condition]], Condition]
+    def _combine(
+        self,
+        operation: str,
+        parts: list[Condition],
+        combine: Callable[[list[Condition]], Condition],
     ) -> Condition:
-        # Parts are the same objects if they are equal, and live as long as what is made of them.
-        name = (how, *(part if isinstance(part, bool) else id(part) for part in parts))
-        return self._shared.get(name) or self._share(name, make(parts))
+        # No id is reused while the entry exists: a feature keeps its parts alive.
+        key = (operation, *(part if isinstance(part, bool) else id(part) for part in parts))
+        return self._shared.get(key) or self._share(key, combine(parts))
 
-    def _share(self, name: object, condition: Condition) -> Condition:
+    def _share(self, key: object, condition: Condition) -> Condition:
         if not isinstance(condition, bool):
-            self._shared[name] = condition
+            self._shared[key] = condition
         return condition
 
 
-def _of_kinds(targets: Sequence[SegmentTarget] | None) -> tuple[tuple[str, frozenset[str]], ...]:
+def _keys_by_kind(
+    targets: Sequence[SegmentTarget] | None,
+) -> tuple[tuple[str, frozenset[str]], ...]:
     keys = ((each.context_kind or DEFAULT_KIND, each.values) for each in targets or ())
     return tuple((kind, frozenset(values)) for kind, values in keys if values)
 
 
 @dataclass(frozen=True, slots=True)
-class _Lists:
-    """Keys that are in a segment, or out of it, whatever its rules say."""
+class _KeyLists:
+    """Keys that a segment includes or excludes regardless of its rules."""
 
     included: frozenset[str]
     included_contexts: tuple[tuple[str, frozenset[str]], ...]
     excluded: frozenset[str]
     excluded_contexts: tuple[tuple[str, frozenset[str]], ...]
 
-    def before(self, rules: Condition) -> Condition:
-        """Return the condition in which the lists count before the rules."""
+    def followed_by(self, rules: Condition) -> Condition:
+        """Return the condition in which the lists take precedence over the rules."""
         if not (self.included or self.included_contexts or self.excluded or self.excluded_contexts):
             return rules
-        full = self.included_contexts or self.excluded_contexts
-        otherwise = rules if isinstance(rules, bool) else rules.value
-        contains = self._full(otherwise) if full else self._of_users(otherwise)
+        has_other_kinds = self.included_contexts or self.excluded_contexts
+        rules_value = rules if isinstance(rules, bool) else rules.value
+        contains = (
+            self._contains_any_kind(rules_value)
+            if has_other_kinds
+            else self._contains_user(rules_value)
+        )
         parts = () if isinstance(rules, bool) else (rules,)
         return Feature(contains, self._triggers(rules), parts)
 
     def _triggers(self, rules: Condition) -> Triggers:
-        of_rules = () if isinstance(rules, bool) else rules.triggers
-        if of_rules is None:
+        rule_triggers = () if isinstance(rules, bool) else rules.triggers
+        if rule_triggers is None:
             return None
-        listed = [(DEFAULT_KIND, self.included), *self.included_contexts]
+        keys_by_kind = [(DEFAULT_KIND, self.included), *self.included_contexts]
         if rules if isinstance(rules, bool) else rules.usual:
-            listed += [(DEFAULT_KIND, self.excluded), *self.excluded_contexts]
-        keys = (Trigger(kind, KEY, Match.EQUAL, keys) for kind, keys in listed if keys)
-        return (*keys, *of_rules)
+            keys_by_kind += [(DEFAULT_KIND, self.excluded), *self.excluded_contexts]
+        key_triggers = (
+            Trigger(kind, KEY, Match.EQUAL, keys) for kind, keys in keys_by_kind if keys
+        )
+        return (*key_triggers, *rule_triggers)
 
-    def _of_users(self, rules: Predicate | bool) -> Predicate:
+    def _contains_user(self, rules: Predicate | bool) -> Predicate:
         included, excluded = self.included, self.excluded
 
-        def contains(subject: EvalContext) -> bool:
-            user = subject.individuals.get(DEFAULT_KIND)
+        def contains(context: EvalContext) -> bool:
+            user = context.individuals.get(DEFAULT_KIND)
             if user is not None:
                 if user.key in included:
                     return True
                 if user.key in excluded:
                     return False
-            return rules if isinstance(rules, bool) else rules(subject)
+            return rules if isinstance(rules, bool) else rules(context)
 
         return contains
 
-    def _full(self, rules: Predicate | bool) -> Predicate:
+    def _contains_any_kind(self, rules: Predicate | bool) -> Predicate:
         included, excluded = self.included, self.excluded
 
-        def contains(subject: EvalContext) -> bool:
-            individuals = subject.individuals
+        def contains(context: EvalContext) -> bool:
+            individuals = context.individuals
             user = individuals.get(DEFAULT_KIND)
-            # A context that is just a user is looked for in the lists of users only.
-            others = not subject.is_just_a_user
+            # A context that is just a user is looked up in the user lists only.
+            check_other_kinds = not context.is_just_a_user
             if user is not None and user.key in included:
                 return True
-            if others and _is_listed(individuals, self.included_contexts):
+            if check_other_kinds and _is_listed(individuals, self.included_contexts):
                 return True
             if user is not None and user.key in excluded:
                 return False
-            if others and _is_listed(individuals, self.excluded_contexts):
+            if check_other_kinds and _is_listed(individuals, self.excluded_contexts):
                 return False
-            return rules if isinstance(rules, bool) else rules(subject)
+            return rules if isinstance(rules, bool) else rules(context)
 
         return contains
 
@@ -454,14 +471,14 @@ def _is_listed(
     return False
 
 
-def _admission(segment: Segment, rule: SegmentRule) -> Predicate:
-    """Return whether a subject is in the share that a rule admits."""
-    prefix = salted(segment.key, segment.salt)
-    hashed = hashing(rule.rollout_context_kind, rule.bucket_by, prefix, experiment=False)
+def _is_in_share(segment: Segment, rule: SegmentRule) -> Predicate:
+    """Return the predicate that a context is within the share of a weighted rule."""
+    prefix = hash_prefix(segment.key, segment.salt)
+    digest_of = hashing(rule.rollout_context_kind, rule.bucket_by, prefix, experiment=False)
     bound = threshold(share(rule.weight or 0))
 
-    def admitted(subject: EvalContext) -> bool:
-        digest = hashed(subject)
+    def is_admitted(context: EvalContext) -> bool:
+        digest = digest_of(context)
         return digest is not None and digest < bound
 
-    return admitted
+    return is_admitted

@@ -1,4 +1,4 @@
-"""A context as compiled flags want it: what most of them need is worked out once."""
+"""The context in the form that compiled flags read, with common values computed once."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from relay.model.context import DEFAULT_KIND, Context
 
 
 class Uncompilable(Exception):
-    """Something that only the interpreter does; never leaves this package."""
+    """Only the interpreter can evaluate this; never leaves this package."""
 
 
 class EvalContext:
-    """A context while flags are evaluated for it."""
+    """A context during its evaluation, with its encoded keys."""
 
     __slots__ = ("context", "individuals", "is_just_a_user", "keys", "suffixes")
 
@@ -20,9 +20,9 @@ class EvalContext:
         self.individuals = individuals
         self.is_just_a_user = len(individuals) == 1 and DEFAULT_KIND in individuals
         self.keys = {kind: each.key.encode() for kind, each in individuals.items()}
-        """The key of each individual, as it is hashed for experiments."""
+        """Encoded key by kind, as hashed for experiments."""
         self.suffixes = self.keys
-        """The same for rollouts, which take the secondary key of a legacy user in."""
+        """Encoded key by kind, as hashed for rollouts: with a legacy user's secondary key."""
         user = individuals.get(DEFAULT_KIND)
         if user is not None and user.secondary is not None:
             suffix = self.keys[DEFAULT_KIND] + b"." + user.secondary.encode()
@@ -30,4 +30,4 @@ class EvalContext:
 
 
 NOBODY = EvalContext(Context({}))
-"""A context without individuals. Nobody asks for it, but flags have a result for it."""
+"""A context without individuals. No client sends it; it yields the usual value of each feature."""

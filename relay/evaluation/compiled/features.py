@@ -1,4 +1,9 @@
-"""Features: what the result of a flag depends on, and which contexts they may tell apart at all."""
+"""Features: the properties of a context that decide flags, and the values that may change them.
+
+A feature is a condition or a list of targets. For most contexts it has its usual value, the one for
+a context without individuals. Its triggers tell which contexts may have another one, so that an
+index (`relay.evaluation.compiled.index`) finds those without evaluating every feature.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +22,25 @@ KEY: Reference = ("key",)
 
 
 class Match(Enum):
-    """A way in which an attribute may match one of several values."""
+    """The ways in which an attribute can match one of several values."""
 
     EQUAL = "in"
     START = "startsWith"
     END = "endsWith"
     PRESENT = ""
 
-    __hash__ = object.__hash__  # as in `Audience`
+    __hash__ = object.__hash__  # as in `SDKKind`
 
 
 class Trigger(NamedTuple):
-    """Values of an attribute, or of a member of an array, one of which a context must have.
+    """A match of one attribute, or of a member if it is an array, that may change a feature.
 
     Args:
-        kind: of the individual.
-        path: to the attribute.
-        match: how it has to match.
-        values: any of which it has to match; only strings unless `match` is EQUAL. There are none
-            for PRESENT, which says that the attribute has to be there.
+        kind: context kind of the individual.
+        path: path to the attribute.
+        match: the way of matching.
+        values: the attribute must match one of these; only strings unless `match` is EQUAL. Empty
+            for PRESENT, which matches any value.
     """
 
     kind: str
@@ -45,19 +50,19 @@ class Trigger(NamedTuple):
 
 
 Triggers = tuple[Trigger, ...] | None
-"""A feature has its usual value where none of them holds; None if there is no telling."""
+"""A feature has its usual value if no trigger matches; None if that cannot be predicted."""
 
 
 class Feature(Generic[T_co]):
-    """Something that contexts have in common with many others: a condition, or being targeted.
+    """A property that many contexts share: a condition, or being targeted.
 
     Args:
-        value: computes it; what it returns is compared by identity.
-        triggers: without which the value is that of a context without individuals.
-        parts: what it is made of, which live as long as it does.
-        is_simple: whether it depends on nothing but the attribute of its only trigger.
-        by_chance: whether it depends on hashes, so that nearly each context is another case; so
-            does what has such a part.
+        value: computes the value for a context; values are compared by identity.
+        triggers: the matches without which the value is the usual one.
+        parts: the features it is composed of; kept alive, as `ConditionCache` holds them weakly.
+        is_simple: it depends only on the attribute of its single trigger.
+        by_chance: it depends on a hash, so that nearly every context is a case of its own; true
+            as well if that holds for any of its parts.
     """
 
     __slots__ = ("__weakref__", "_parts", "by_chance", "is_simple", "triggers", "usual", "value")
@@ -77,22 +82,23 @@ class Feature(Generic[T_co]):
         self.by_chance: bool = by_chance or any(part.by_chance for part in parts)
         self._parts = parts
         self.usual = value(NOBODY)
-        """The value for a context without individuals, and for most others."""
+        """The value for a context without individuals, and for most other contexts."""
 
 
 def triggers_of_all(parts: Sequence[Feature[bool]]) -> Triggers:
-    """Return the triggers of a condition that holds if all parts do.
+    """Return the triggers of a condition that holds if all parts hold.
 
-    Where it usually does not, because of one part, it takes that part to make it hold.
+    If a part usually does not hold, the whole needs that part: its triggers alone are enough. Of
+    several such parts, the one with the fewest values is chosen.
     """
     decisive = [part.triggers for part in parts if not part.usual and part.triggers is not None]
     if decisive:
-        return min(decisive, key=_size)
+        return min(decisive, key=_selectivity)
     return triggers_of_any(parts)
 
 
 def triggers_of_any(parts: Sequence[Feature[bool]]) -> Triggers:
-    """Return the triggers of a condition that any of its parts may change."""
+    """Return the triggers of a condition that a change of any part may change."""
     triggers: list[Trigger] = []
     for part in parts:
         if part.triggers is None:
@@ -101,7 +107,7 @@ def triggers_of_any(parts: Sequence[Feature[bool]]) -> Triggers:
     return tuple(triggers)
 
 
-def _size(triggers: tuple[Trigger, ...]) -> float:
+def _selectivity(triggers: tuple[Trigger, ...]) -> float:
     return sum(
         math.inf if trigger.match is Match.PRESENT else len(trigger.values) for trigger in triggers
     )

@@ -1,8 +1,8 @@
-"""Bodies of evalx answers, put together of pieces that many contexts share.
+"""Bodies of evaluation responses, assembled from fragments that many contexts share.
 
-What no context changes is joined once. Of the flags that rules and targets decide, only those are
-evaluated on which a context has something unusual, and the members are joined once for all contexts
-that have the same features. Rollouts remain for each context.
+Flags that are the same for every context are joined once. Flags that rules and targets decide are
+evaluated only if the context has an unusual feature that they depend on, and are joined once for
+all contexts with the same features. Only rollouts are evaluated for every context.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from relay.evaluation.compiled.flag import Choose, CompiledFlag, CompiledResult
 from relay.evaluation.compiled.index import Index
 
 DIGEST_SIZE = 16
-"""Bytes that tell bodies apart: nobody will meet two with the same."""
+"""Bytes of a body's digest: enough to make collisions practically impossible."""
 
 MAX_GROUPS = 2 * 1024 * 1024
-"""Bytes that are kept for groups of contexts."""
+"""Bytes of cached fragments, for all groups of contexts of one template."""
 
 MIN_GROUPED = 8
-"""Flags for which a group is worth looking up. Fewer are evaluated as fast."""
+"""Flags from which looking up a group pays. Fewer are evaluated just as fast."""
 
 GROUP_SIZE = 1024
-"""Bytes that keeping a group costs beside its members and features."""
+"""Estimated bytes of a cached group beside its members and features."""
 
 FEATURE_SIZE = 128
-"""Bytes of a feature that is not as usual."""
+"""Estimated bytes of an unusual feature in the key of a group."""
 
 Join = Callable[[Iterable[CompiledResult]], bytes]
 Member = Callable[[CompiledResult], bytes]
 
 
 class EvalBody(Struct, frozen=True):
-    """An evalx answer.
+    """The body of an evaluation response.
 
     Args:
-        pieces: the first was made for the context.
-        shared: the others, the same objects for many contexts.
-        digest: another one for each other body; the same at all replicas that have the same flags.
+        pieces: the parts of the body; the first belongs to the context.
+        shared: the other parts, the same objects for many contexts.
+        digest: identifies the body; the same in all replicas that have the same flags.
     """
 
     pieces: tuple[bytes, ...]
@@ -52,61 +52,61 @@ class EvalBody(Struct, frozen=True):
 
     @property
     def size(self) -> int:
-        """Bytes of the whole."""
+        """Bytes of the whole body."""
         return sum(map(len, self.pieces))
 
 
 class ResponseTemplate:
-    """All flags of a program, with or without reasons.
+    """Template of the response bodies of a program, with or without reasons.
 
     Args:
-        flags: all of them.
-        index: of their features.
-        with_reasons: whether there are reasons.
+        flags: all flags of the program.
+        index: the index of their features.
+        with_reasons: include reasons.
     """
 
     def __init__(self, flags: Iterable[CompiledFlag], index: Index, *, with_reasons: bool) -> None:
         join = _join_reasoned if with_reasons else _join_plain
-        settled: list[CompiledResult] = []
+        constant: list[CompiledResult] = []
         grouped: list[CompiledFlag] = []
-        singles: list[Choose] = []
+        varying: list[Choose] = []
         for flag in flags:
-            outcome = flag.settled(with_reasons=with_reasons)
-            if outcome is not None:
-                settled.append(outcome)
+            result = flag.constant_result(with_reasons=with_reasons)
+            if result is not None:
+                constant.append(result)
             elif flag.features is not None:
                 grouped.append(flag)
             else:
-                singles.append(flag.choose)
+                varying.append(flag.choose)
         if len(grouped) < MIN_GROUPED:
-            singles += [flag.choose for flag in grouped]
+            varying += [flag.choose for flag in grouped]
             grouped = []
         self._join: Join = join
-        self._singles = tuple(singles)
-        start = b"," if singles else b""
+        self._varying = tuple(varying)
+        start = b"," if varying else b""
         member = _reasoned if with_reasons else _plain
         self._groups = _Groups(grouped, index, start, member) if grouped else None
-        comma = b"," if settled and (singles or grouped) else b""
-        self._end = Fragment(comma + join(settled) + b"}")
+        comma = b"," if constant and (varying or grouped) else b""
+        self._end = Fragment(comma + join(constant) + b"}")
 
     def body(self, context: EvalContext) -> EvalBody:
-        """Return the body for a context."""
-        own = b"{" + self._join([choose(context) for choose in self._singles])
+        """Fill the template for a context."""
+        head = b"{" + self._join([choose(context) for choose in self._varying])
         end = self._end
         if self._groups is None:
-            mark = sha256(own + end.digest).digest()[:DIGEST_SIZE]
-            return EvalBody((own, end.text), (end,), mark)
-        group = self._groups.piece(context)
-        mark = sha256(own + group.digest + end.digest).digest()[:DIGEST_SIZE]
-        return EvalBody((own, group.text, end.text), (group, end), mark)
+            digest = sha256(head + end.digest).digest()[:DIGEST_SIZE]
+            return EvalBody((head, end.text), (end,), digest)
+        group = self._groups.fragment(context)
+        digest = sha256(head + group.digest + end.digest).digest()[:DIGEST_SIZE]
+        return EvalBody((head, group.text, end.text), (group, end), digest)
 
 
 class Fragment:
-    """Members, joined.
+    """A part of a body that many contexts share.
 
     Args:
-        text: the members.
-        digest: another one for each other text that can be in its place.
+        text: members of the body, joined by commas.
+        digest: identifies the text among those that can be in its place.
     """
 
     __slots__ = ("__weakref__", "digest", "text")
@@ -117,9 +117,9 @@ class Fragment:
 
 
 class _Groups:
-    """Flags that depend on features only, for groups of contexts that have the same ones.
+    """Cache of the flags that only features decide, by the unusual features of a context.
 
-    If groups are so many that most contexts are in a new one, nothing is kept any more.
+    If most contexts turn out to be in a new group, caching stops.
     """
 
     def __init__(
@@ -127,73 +127,75 @@ class _Groups:
     ) -> None:
         self._index = index
         self._flags = tuple(flag.choose for flag in flags)
-        self._places: dict[Feature[Any], list[int]] = {}
-        """Of the flags that depend on a feature."""
-        for place, flag in enumerate(flags):
+        self._positions: dict[Feature[Any], list[int]] = {}
+        """Positions of the flags that depend on a feature."""
+        for position, flag in enumerate(flags):
             for feature in flag.features or ():
-                self._places.setdefault(feature, []).append(place)
-        self._depend_on_all = len(self._places) == index.size
+                self._positions.setdefault(feature, []).append(position)
+        self._uses_all_features = len(self._positions) == index.size
         self._member = member
         self._start = start
-        self._members = [member(flag.usual) for flag in flags if flag.usual is not None]
-        """The usual ones."""
-        self._usual = Fragment(start + b",".join(self._members))
-        self._kept: dict[frozenset[tuple[Feature[Any], Any]], Fragment] = {}
+        self._usual_members = [member(flag.usual) for flag in flags if flag.usual is not None]
+        """The usual member of each flag."""
+        self._usual = Fragment(start + b",".join(self._usual_members))
+        self._cache: dict[frozenset[tuple[Feature[Any], Any]], Fragment] = {}
         self._size = 0
         self._hits = 0
         self._worthwhile = True
 
-    def piece(self, subject: EvalContext) -> Fragment:
-        """Return the members of all these flags."""
-        unusual = self._index.unusual(subject)
-        if not self._depend_on_all:
-            places = self._places
-            unusual = {each: value for each, value in unusual.items() if each in places}
+    def fragment(self, context: EvalContext) -> Fragment:
+        """Return the members of all flags for a context."""
+        unusual = self._index.unusual(context)
+        if not self._uses_all_features:
+            positions = self._positions
+            unusual = {each: value for each, value in unusual.items() if each in positions}
         if not self._worthwhile:
-            return self._new(subject, unusual)
+            return self._join_members(context, unusual)
         features = frozenset(unusual.items())
-        piece = self._kept.get(features)
-        if piece is not None:
+        fragment = self._cache.get(features)
+        if fragment is not None:
             self._hits += 1
-            return piece
-        piece = self._new(subject, unusual)
-        self._keep(features, piece)
-        return piece
+            return fragment
+        fragment = self._join_members(context, unusual)
+        self._store(features, fragment)
+        return fragment
 
-    def _new(self, subject: EvalContext, unusual: Iterable[Feature[Any]]) -> Fragment:
-        """Put the usual members together with the others, which alone make a difference."""
-        members, others = self._members.copy(), []
-        for place in sorted({place for feature in unusual for place in self._places[feature]}):
-            member = self._member(self._flags[place](subject))
-            if member != members[place]:
-                members[place] = member
-                others.append(member)
-        if not others:
+    def _join_members(self, context: EvalContext, unusual: Iterable[Feature[Any]]) -> Fragment:
+        """Join the usual members and those that differ; only the latter enter the digest."""
+        members, differing = self._usual_members.copy(), []
+        for position in sorted(
+            {position for feature in unusual for position in self._positions[feature]}
+        ):
+            member = self._member(self._flags[position](context))
+            if member != members[position]:
+                members[position] = member
+                differing.append(member)
+        if not differing:
             return self._usual
-        digest = sha256(self._usual.digest + b",".join(others)).digest()
+        digest = sha256(self._usual.digest + b",".join(differing)).digest()
         return Fragment(self._start + b",".join(members), digest)
 
-    def _keep(self, features: frozenset[tuple[Feature[Any], Any]], piece: Fragment) -> None:
-        self._size += GROUP_SIZE + FEATURE_SIZE * len(features) + len(piece.text)
+    def _store(self, features: frozenset[tuple[Feature[Any], Any]], fragment: Fragment) -> None:
+        self._size += GROUP_SIZE + FEATURE_SIZE * len(features) + len(fragment.text)
         if self._size > MAX_GROUPS:
-            self._worthwhile = self._hits > len(self._kept)
-            self._kept.clear()
+            self._worthwhile = self._hits > len(self._cache)
+            self._cache.clear()
             self._size = self._hits = 0
         else:
-            self._kept[features] = piece
+            self._cache[features] = fragment
 
 
-def _plain(outcome: CompiledResult) -> bytes:
-    return outcome.plain or outcome.make_plain()
+def _plain(result: CompiledResult) -> bytes:
+    return result.plain or result.make_plain()
 
 
-def _reasoned(outcome: CompiledResult) -> bytes:
-    return outcome.reasoned or outcome.make_reasoned()
+def _reasoned(result: CompiledResult) -> bytes:
+    return result.reasoned or result.make_reasoned()
 
 
-def _join_plain(outcomes: Iterable[CompiledResult]) -> bytes:
-    return b",".join([each.plain or each.make_plain() for each in outcomes])
+def _join_plain(results: Iterable[CompiledResult]) -> bytes:
+    return b",".join([each.plain or each.make_plain() for each in results])
 
 
-def _join_reasoned(outcomes: Iterable[CompiledResult]) -> bytes:
-    return b",".join([each.reasoned or each.make_reasoned() for each in outcomes])
+def _join_reasoned(results: Iterable[CompiledResult]) -> bytes:
+    return b",".join([each.reasoned or each.make_reasoned() for each in results])

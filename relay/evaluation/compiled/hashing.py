@@ -1,25 +1,25 @@
-"""The SHA-1 digests that decide percentages, as functions of a subject (evaluation 6.9)."""
+"""SHA-1 digests that decide percentages, as functions of a context (evaluation 6.9)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import sha1
 
-from relay.evaluation.bucketing import text_of
+from relay.evaluation.bucketing import hash_text
 from relay.evaluation.compiled.context import EvalContext, Uncompilable
 from relay.evaluation.compiled.thresholds import NOTHING
 from relay.model.context import DEFAULT_KIND, Reference, lookup, parse_reference
 
 Hashing = Callable[[EvalContext], bytes | None]
-"""Gives a digest to compare with a threshold; None if the subject lacks the context kind."""
+"""Returns a digest to compare with a threshold; None if the context lacks the kind."""
 
 
-def of_keys_alone(
+def suffix_hash_of(
     kind: str, by: str | None, prefix: str, *, experiment: bool
 ) -> tuple[str, bytes] | None:
-    """Return of which kind `EvalContext.suffixes` is hashed, and what before it.
+    """Return the kind whose `EvalContext.suffixes` entry is hashed, and the prefix before it.
 
-    The arguments are those of `hashing`. None if other things are hashed than these.
+    None if anything else is hashed. The arguments are those of `hashing`.
     """
     if experiment or (by and by != "key"):
         return None
@@ -27,52 +27,52 @@ def of_keys_alone(
 
 
 def hashing(kind: str, by: str | None, prefix: str, *, experiment: bool) -> Hashing:
-    """Return the digests of subjects.
+    """Return the function that hashes a context.
 
     Args:
-        kind: of the individual that counts; empty for `user`.
-        by: the attribute that is hashed, as the flag or segment names it.
-        prefix: what is hashed before it.
-        experiment: these hash the key, and nothing else of the individual.
+        kind: kind of the individual to hash; empty for `user`.
+        by: reference to the attribute to hash, as in the flag or segment.
+        prefix: text hashed before it.
+        experiment: hash only the key, whatever `by` says.
 
     Raises:
-        Uncompilable: `by` is no valid reference.
+        Uncompilable: `by` is not a valid reference.
     """
-    usual = of_keys_alone(kind, by, prefix, experiment=experiment)
-    if usual is not None:
-        return _of_suffixes(*usual)
+    suffix_hash = suffix_hash_of(kind, by, prefix, experiment=experiment)
+    if suffix_hash is not None:
+        return _suffix_hashing(*suffix_hash)
     start = f"{prefix}.".encode()
-    kind_of_key = kind or DEFAULT_KIND
+    hashed_kind = kind or DEFAULT_KIND
     if experiment:
-        return _of_keys(kind_of_key, start)
+        return _key_hashing(hashed_kind, start)
     path = parse_reference(by or "", literal=not kind)
     if path is None:
         raise Uncompilable
-    return _of_attribute(kind_of_key, path, start)
+    return _attribute_hashing(hashed_kind, path, start)
 
 
-def _of_keys(kind: str, start: bytes) -> Hashing:
-    def digest(subject: EvalContext) -> bytes | None:
-        key = subject.keys.get(kind)
+def _key_hashing(kind: str, start: bytes) -> Hashing:
+    def digest(context: EvalContext) -> bytes | None:
+        key = context.keys.get(kind)
         return None if key is None else sha1(start + key, usedforsecurity=False).digest()
 
     return digest
 
 
-def _of_suffixes(kind: str, start: bytes) -> Hashing:
-    def digest(subject: EvalContext) -> bytes | None:
-        suffix = subject.suffixes.get(kind)
+def _suffix_hashing(kind: str, start: bytes) -> Hashing:
+    def digest(context: EvalContext) -> bytes | None:
+        suffix = context.suffixes.get(kind)
         return None if suffix is None else sha1(start + suffix, usedforsecurity=False).digest()
 
     return digest
 
 
-def _of_attribute(kind: str, path: Reference, start: bytes) -> Hashing:
-    def digest(subject: EvalContext) -> bytes | None:
-        individual = subject.individuals.get(kind)
+def _attribute_hashing(kind: str, path: Reference, start: bytes) -> Hashing:
+    def digest(context: EvalContext) -> bytes | None:
+        individual = context.individuals.get(kind)
         if individual is None:
             return None
-        text = text_of(lookup(individual, path))
+        text = hash_text(lookup(individual, path))
         if text is None:
             return NOTHING
         if individual.secondary is not None:

@@ -1,9 +1,10 @@
-"""An index from values of attributes to the features that they may change.
+"""Index from attribute values to the features that they may change.
 
-Most conditions of most flags do not hold for most contexts. Instead of asking them all, those that
-may hold are looked up: by a whole value, and by starts and ends of each length that conditions
-have. What is found need not be right, only complete: the features themselves are asked then. For
-values that come again, as countries and versions do, what depends on nothing else is remembered.
+Most conditions of most flags do not hold for most contexts. Instead of evaluating all of them, the
+index finds candidates: by the whole value, and by its prefixes and suffixes of every length that
+conditions use. Candidates must be complete but may be wrong: they are evaluated afterwards. For
+values that recur, such as countries and versions, the features that depend on nothing else are
+cached.
 """
 
 from __future__ import annotations
@@ -16,60 +17,60 @@ from relay.evaluation.compiled.features import Feature, Match, Trigger
 from relay.model.context import Reference, lookup
 
 MAX_LENGTH = 32
-"""Characters of a start or an end that are looked up, so that there are no more lengths than this.
-Longer ones are found by as much of them."""
+"""Characters of a prefix or suffix to look up, which bounds the number of lengths to try. Longer
+ones are found by their first or last characters."""
 
 MAX_ENTRIES = 32
-"""Values under which a feature is entered. Where there are more, they are asked as a set."""
+"""Values up to which a feature is entered under each of them; longer lists are tested as sets."""
 
-MAX_TEXT = 64
-"""Characters of a value that is remembered."""
+MAX_CACHED_LENGTH = 64
+"""Characters up to which a value's effect is cached."""
 
-MAX_REMEMBERED = 64 * 1024
-"""Features that are remembered for values, all together: some 3 MB."""
+MAX_CACHED = 64 * 1024
+"""Features in all cached effects together: some 3 MB."""
 
 VALUE_SIZE = 8
-"""What remembering a value costs beside that, in features."""
+"""Cost of a cached effect beside its features, in features."""
 
-Found = set[Feature[Any]]
+FeatureSet = set[Feature[Any]]
 Unusual = dict[Feature[Any], Any]
-"""Features that do not have their usual value, and the value of each."""
+"""Features that do not have their usual value, with their values."""
 
 
 class Index:
-    """The features of the flags of a program. Complete before it is used.
+    """Index of the features of a program's flags; all are added before the first look-up.
 
     Args:
-        before: the index of an earlier program; what was entered there is not entered again.
+        previous: the index of an earlier program, whose entries are reused.
     """
 
-    def __init__(self, before: Index | None = None) -> None:
-        self._features: Found = set()
-        self._old = _Entries() if before is None else before.lasting()
+    def __init__(self, previous: Index | None = None) -> None:
+        self._features: FeatureSet = set()
+        self._old = _Entries() if previous is None else previous.reusable()
         self._new = _Entries()
 
     @property
     def size(self) -> int:
-        """The number of features that may be unusual, those of earlier programs included."""
+        """Number of features in the index, those of earlier programs included."""
         return len(self._old.features) + len(self._new.features)
 
     def add(self, features: Iterable[Feature[Any]]) -> None:
-        """Enter features; those that are known already do not count."""
+        """Add features; those already present are skipped."""
         for feature in features:
             if feature not in self._features:
                 self._features.add(feature)
                 if feature not in self._old.features:
-                    self._new.enter(feature)
+                    self._new.add(feature)
 
-    def unusual(self, subject: EvalContext) -> Unusual:
-        """Return what is unusual about a subject. Some may be features of an earlier program."""
-        unusual = self._old.unusual(subject)
+    def unusual(self, context: EvalContext) -> Unusual:
+        """Return the unusual features of a context; some may belong to an earlier program."""
+        unusual = self._old.unusual(context)
         if self._new.features:
-            unusual |= self._new.unusual(subject)
+            unusual |= self._new.unusual(context)
         return unusual
 
-    def lasting(self) -> _Entries:
-        """Return the entries that the next index goes on with: those of which it will use most."""
+    def reusable(self) -> _Entries:
+        """Return the entries for the next index to reuse: those of which it will need most."""
         used = len(self._features) - len(self._new.features)
         if used < len(self._new.features):
             return self._new
@@ -77,11 +78,11 @@ class Index:
 
 
 class _Effect(NamedTuple):
-    """The consequences of one value of an attribute.
+    """The effect of one attribute value on the features.
 
     Args:
-        unusual: features that depend on nothing else.
-        mixed: features that may be unusual, as they depend on other attributes, too.
+        unusual: features that depend on this attribute only.
+        mixed: features that may be unusual, depending on other attributes.
     """
 
     unusual: Unusual
@@ -89,153 +90,163 @@ class _Effect(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The cost of remembering it, as `MAX_REMEMBERED` counts."""
+        """Its cost in the cache, as counted by `MAX_CACHED`."""
         return VALUE_SIZE + len(self.unusual) + len(self.mixed)
 
 
 class _Entries:
-    """What has been entered at some time, for the indexes of several programs."""
+    """Features by attribute, shared by the indexes of successive programs."""
 
     def __init__(self) -> None:
-        self.features: Found = set()
+        self.features: FeatureSet = set()
         self._always: list[tuple[Feature[Any], Callable[[EvalContext], Any], Any]] = []
-        """Those without triggers, with their functions and usual values."""
+        """Features without triggers, with their functions and usual values."""
         self._tables: dict[tuple[str, Reference], _Table] = {}
         self._effects: dict[tuple[object, ...], _Effect] = {}
-        """By table and value."""
+        """Cache of effects by table and value."""
         self._size = 0
 
-    def enter(self, feature: Feature[Any]) -> None:
+    def add(self, feature: Feature[Any]) -> None:
         self.features.add(feature)
         if feature.triggers is None:
             self._always.append((feature, feature.value, feature.usual))
             return
         for trigger in feature.triggers:
-            place = trigger.kind, trigger.path
-            table = self._tables.get(place)
+            attribute = trigger.kind, trigger.path
+            table = self._tables.get(attribute)
             if table is None:
-                table = self._tables[place] = _Table()
-            table.enter(trigger, feature)
+                table = self._tables[attribute] = _Table()
+            table.add(trigger, feature)
 
-    def unusual(self, subject: EvalContext) -> Unusual:
+    def unusual(self, context: EvalContext) -> Unusual:
         unusual = {
             feature: value
             for feature, value_of, usual in self._always
-            if (value := value_of(subject)) is not usual
+            if (value := value_of(context)) is not usual
         }
-        found: Found = set()
+        candidates: FeatureSet = set()
         for (kind, path), table in self._tables.items():
-            individual = subject.individuals.get(kind)
+            individual = context.individuals.get(kind)
             value = None if individual is None else lookup(individual, path)
             if value is None:
                 continue
             key = table.key(value)
             if key is None:
-                table.find(value, found)
+                table.collect(value, candidates)
                 continue
             effect = self._effects.get(key)
             if effect is None:
-                effect = self._learn(key, table, value, subject)
+                effect = self._cache_effect(key, table, value, context)
             else:
                 table.hits += 1
             unusual.update(effect.unusual)
-            found.update(effect.mixed)
-        for feature in found:
-            value = feature.value(subject)
+            candidates.update(effect.mixed)
+        for feature in candidates:
+            value = feature.value(context)
             if value is not feature.usual:
                 unusual[feature] = value
         return unusual
 
-    def _learn(
-        self, key: tuple[object, ...], table: _Table, value: Any, subject: EvalContext
+    def _cache_effect(
+        self, key: tuple[object, ...], table: _Table, value: Any, context: EvalContext
     ) -> _Effect:
-        found: Found = set()
-        table.find(value, found)
-        simple = [feature for feature in found if feature.is_simple]
-        values = {feature: feature.value(subject) for feature in simple}
+        candidates: FeatureSet = set()
+        table.collect(value, candidates)
+        simple = [feature for feature in candidates if feature.is_simple]
+        values = {feature: feature.value(context) for feature in simple}
         unusual = {
             feature: value for feature, value in values.items() if value is not feature.usual
         }
-        effect = _Effect(unusual, tuple(found.difference(simple)))
+        effect = _Effect(unusual, tuple(candidates.difference(simple)))
         table.misses += 1
         self._size += effect.size
-        if self._size > MAX_REMEMBERED:
-            self._forget()
+        if self._size > MAX_CACHED:
+            self._clear_cache()
         else:
             self._effects[key] = effect
         return effect
 
-    def _forget(self) -> None:
+    def _clear_cache(self) -> None:
         self._effects.clear()
         self._size = 0
         for table in self._tables.values():
-            table.judge()
+            table.check_hit_rate()
 
 
 class _Table:
     """The features that depend on one attribute."""
 
-    __slots__ = ("_ends", "_others", "_repeats", "_sets", "_starts", "_wholes", "hits", "misses")
+    __slots__ = (
+        "_by_prefix",
+        "_by_suffix",
+        "_by_value",
+        "_on_presence",
+        "_recurs",
+        "_value_sets",
+        "hits",
+        "misses",
+    )
 
     def __init__(self) -> None:
-        self._wholes: dict[Any, list[Feature[Any]]] = {}
-        self._sets: list[tuple[Collection[Any], Feature[Any]]] = []
-        self._starts: dict[int, dict[str, list[Feature[Any]]]] = {}
-        """By length, then by text."""
-        self._ends: dict[int, dict[str, list[Feature[Any]]]] = {}
-        self._others: list[Feature[Any]] = []
-        self._repeats = True
+        self._by_value: dict[Any, list[Feature[Any]]] = {}
+        self._value_sets: list[tuple[Collection[Any], Feature[Any]]] = []
+        self._by_prefix: dict[int, dict[str, list[Feature[Any]]]] = {}
+        """Features by length of the prefix, then by its text."""
+        self._by_suffix: dict[int, dict[str, list[Feature[Any]]]] = {}
+        """Features by length of the suffix, then by its text."""
+        self._on_presence: list[Feature[Any]] = []
+        self._recurs = True
         self.hits = 0
         self.misses = 0
 
-    def enter(self, trigger: Trigger, feature: Feature[Any]) -> None:
+    def add(self, trigger: Trigger, feature: Feature[Any]) -> None:
         match, values = trigger.match, trigger.values
         if match is Match.PRESENT:
-            self._others.append(feature)
+            self._on_presence.append(feature)
         elif match is Match.EQUAL and len(values) > MAX_ENTRIES:
-            self._sets.append((values, feature))
+            self._value_sets.append((values, feature))
         elif match is Match.EQUAL:
             for value in values:
-                self._wholes.setdefault(value, []).append(feature)
+                self._by_value.setdefault(value, []).append(feature)
         else:
-            start = match is Match.START
-            by_length = self._starts if start else self._ends
+            is_prefix = match is Match.START
+            by_length = self._by_prefix if is_prefix else self._by_suffix
             for value in values:
-                text = value[:MAX_LENGTH] if start else value[-MAX_LENGTH:]
+                text = value[:MAX_LENGTH] if is_prefix else value[-MAX_LENGTH:]
                 by_length.setdefault(len(text), {}).setdefault(text, []).append(feature)
 
-    def find(self, value: Any, found: Found) -> None:
+    def collect(self, value: Any, candidates: FeatureSet) -> None:
         """Add the features that a value may change."""
-        found.update(self._others)
+        candidates.update(self._on_presence)
         if isinstance(value, list):
             for each in value:
-                self._find(each, found)
+                self._collect(each, candidates)
         else:
-            self._find(value, found)
+            self._collect(value, candidates)
 
-    def _find(self, value: Any, found: Found) -> None:
+    def _collect(self, value: Any, candidates: FeatureSet) -> None:
         if not isinstance(value, str | int | float):
             return
-        found.update(self._wholes.get(value, ()))
-        found.update([feature for values, feature in self._sets if value in values])
+        candidates.update(self._by_value.get(value, ()))
+        candidates.update([feature for values, feature in self._value_sets if value in values])
         if isinstance(value, str):
-            for length, starts in self._starts.items():
-                found.update(starts.get(value[:length], ()))
+            for length, by_prefix in self._by_prefix.items():
+                candidates.update(by_prefix.get(value[:length], ()))
             size = len(value)
-            for length, ends in self._ends.items():
-                # Not value[-length:], which is all of it where the length is 0.
-                found.update(ends.get(value[max(0, size - length) :], ()))
+            for length, by_suffix in self._by_suffix.items():
+                # Not value[-length:], which is the whole value if the length is 0.
+                candidates.update(by_suffix.get(value[max(0, size - length) :], ()))
 
     def key(self, value: Any) -> tuple[object, ...] | None:
-        """Return the name under which the effect of a value is remembered; None if it is not."""
-        if not self._repeats:
+        """Return the cache key of the effect of a value; None if it is not to be cached."""
+        if not self._recurs:
             return None
         if isinstance(value, str):
-            return (self, value) if len(value) <= MAX_TEXT else None
-        # True, 1 and 1.0 are equal, but not to flags.
+            return (self, value) if len(value) <= MAX_CACHED_LENGTH else None
+        # True, 1 and 1.0 are equal in Python, but not to flags.
         return (self, type(value), value) if isinstance(value, int | float) else None
 
-    def judge(self) -> None:
-        """Give up remembering if most values did not come again."""
-        self._repeats = self._repeats and self.hits >= self.misses
+    def check_hit_rate(self) -> None:
+        """Stop caching the effects of values if most of them did not recur."""
+        self._recurs = self._recurs and self.hits >= self.misses
         self.hits = self.misses = 0

@@ -1,4 +1,4 @@
-"""The index finds every feature that is unusual about a context, and asks few of the others."""
+"""The index finds every unusual feature of a context, and evaluates few of the others."""
 
 import json
 
@@ -36,12 +36,12 @@ SINGLES = st.fixed_dictionaries(
 )
 
 
-def subject_of(value: object) -> EvalContext:
+def context_of(value: object) -> EvalContext:
     return EvalContext(parse_context(json.dumps(value).encode()))
 
 
 def user(**attributes: object) -> EvalContext:
-    return subject_of({"kind": "user", "key": "anna", **attributes})
+    return context_of({"kind": "user", "key": "anna", **attributes})
 
 
 def feature_of(op: str, *values: object, attribute: str = "plan", negate: bool = False) -> Feature:
@@ -51,26 +51,26 @@ def feature_of(op: str, *values: object, attribute: str = "plan", negate: bool =
     return condition
 
 
-def index_of(*features: Feature, before: Index | None = None) -> Index:
-    made = Index(before)
-    made.add(features)
-    return made
+def index_of(*features: Feature, previous: Index | None = None) -> Index:
+    built = Index(previous)
+    built.add(features)
+    return built
 
 
-def holding(features: list[Feature], subject: EvalContext) -> dict[Feature, object]:
-    """What an index should find."""
-    values = {feature: feature.value(subject) for feature in features}
+def holding(features: list[Feature], context: EvalContext) -> dict[Feature, object]:
+    """The unusual features, found by evaluating all of them."""
+    values = {feature: feature.value(context) for feature in features}
     return {feature: value for feature, value in values.items() if value is not feature.usual}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def narrow_limits():
-    """Texts in tests are short, and so are lists; what is remembered is soon too much."""
+    """Texts and lists in tests are short, and the cache is soon full."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index, "MAX_LENGTH", 2)
         patch.setattr(index, "MAX_ENTRIES", 2)
-        patch.setattr(index, "MAX_TEXT", 3)
-        patch.setattr(index, "MAX_REMEMBERED", 60)
+        patch.setattr(index, "MAX_CACHED_LENGTH", 3)
+        patch.setattr(index, "MAX_CACHED", 60)
         yield
 
 
@@ -80,125 +80,125 @@ def narrow_limits():
     st.lists(SINGLES, min_size=1, max_size=6),
 )
 def test_every_unusual_feature_is_found(rules, contexts):
-    """Whatever the clauses and contexts, also if they ask again, in any order."""
-    vocabulary = ConditionCache()
-    conditions = [vocabulary.clauses(clauses, lambda _: False) for clauses in rules]
+    """Whatever the clauses and contexts, also on repeated look-ups in any order."""
+    cache = ConditionCache()
+    conditions = [cache.clauses(clauses, lambda _: False) for clauses in rules]
     features = [condition for condition in conditions if isinstance(condition, Feature)]
-    made = index_of(*features)
-    for context in [*contexts, *reversed(contexts)]:
-        subject = subject_of(context)
-        assert made.unusual(subject) == holding(features, subject)
+    built = index_of(*features)
+    for value in [*contexts, *reversed(contexts)]:
+        context = context_of(value)
+        assert built.unusual(context) == holding(features, context)
 
 
 @settings(max_examples=200, deadline=None)
 @given(data(), st.lists(context_values, min_size=1, max_size=4))
 def test_features_of_whole_flags_are_found(data_set, contexts):
     """So are those of targets, of segments with lists and rules, and of prerequisites."""
-    library = FlagCompiler(payload_of(data_set))
-    flags = [library.flag(key) for key in library.payload.flags]
+    compiler = FlagCompiler(payload_of(data_set))
+    flags = [compiler.flag(key) for key in compiler.payload.flags]
     features = [each for flag in flags if flag for each in flag.features or ()]
-    made = index_of(*features)
-    for context in contexts:
-        subject = subject_of(context)
-        assert made.unusual(subject) == holding(features, subject)
+    built = index_of(*features)
+    for value in contexts:
+        context = context_of(value)
+        assert built.unusual(context) == holding(features, context)
 
 
 @pytest.mark.parametrize(
     ("op", "value", "other"),
     [("in", "pro", "free"), ("startsWith", "professional", "free"), ("endsWith", "pro", "profi")],
 )
-def test_features_that_cannot_hold_are_not_asked(op, value, other):
-    """Of a hundred conditions only those are asked that a context's attribute leads to."""
-    asked = []
+def test_features_that_cannot_hold_are_not_evaluated(op, value, other):
+    """Of a hundred conditions, only candidates for the context's attribute are evaluated."""
+    evaluated = []
 
-    def feature(number: int, wanted: str) -> Feature:
-        def value_of(subject: EvalContext) -> bool:
-            asked.append(number)
-            return "user" in subject.individuals
+    def feature(number: int, expected: str) -> Feature:
+        def value_of(context: EvalContext) -> bool:
+            evaluated.append(number)
+            return "user" in context.individuals
 
-        return Feature(value_of, (Trigger("user", ("plan",), Match(op), [wanted]),))
+        return Feature(value_of, (Trigger("user", ("plan",), Match(op), [expected]),))
 
     features = [feature(number, value if number == 7 else f"{number}") for number in range(100)]
-    made = index_of(*features)
-    asked.clear()
-    assert made.unusual(user(plan=other)) == {}
-    assert made.unusual(user()) == {}
-    assert asked == []
-    assert made.unusual(user(plan=["x", value])) == {features[7]: True}
-    assert asked == [7]
+    built = index_of(*features)
+    evaluated.clear()
+    assert built.unusual(user(plan=other)) == {}
+    assert built.unusual(user()) == {}
+    assert evaluated == []
+    assert built.unusual(user(plan=["x", value])) == {features[7]: True}
+    assert evaluated == [7]
 
 
-def test_it_takes_one_part_to_make_a_whole_hold():
+def test_conditions_are_found_by_their_most_selective_part():
     """A condition of several clauses is found by that with the fewest values."""
-    vocabulary = ConditionCache()
+    cache = ConditionCache()
     clauses = [
         Clause(attribute="plan", op="greaterThan", values=[1]),
         Clause(attribute="mail", op="endsWith", values=["a", "b", "c"]),
         Clause(attribute="country", op="in", values=["de", "fr"]),
     ]
-    condition = vocabulary.clauses(clauses, lambda _: False)
+    condition = cache.clauses(clauses, lambda _: False)
     assert isinstance(condition, Feature)
     assert condition.triggers == (Trigger("user", ("country",), Match.EQUAL, ["de", "fr"]),)
 
 
-def test_values_that_python_takes_for_equal_are_told_apart():
-    """What is remembered of 1 does not count for true, nor the other way round."""
+def test_values_that_are_equal_in_python_are_distinguished():
+    """The cached effect of 1 does not apply to true, nor the other way round."""
     features = [feature_of("in", True), feature_of("in", 1), feature_of("greaterThan", 0.5)]
-    made = index_of(*features)
+    built = index_of(*features)
     for value in (1, True, 1.0, 1, True, 1.0):
-        subject = user(plan=value)
-        assert made.unusual(subject) == holding(features, subject)
+        context = user(plan=value)
+        assert built.unusual(context) == holding(features, context)
 
 
-def entries_of(made: Index) -> index._Entries:
-    return made._new if made._new.features else made._old
+def entries_of(built: Index) -> index._Entries:
+    return built._new if built._new.features else built._old
 
 
 @pytest.mark.parametrize("kind", [str, int])
-def test_what_is_remembered_is_bounded_and_given_up_where_values_do_not_come_again(kind):
-    """An e-mail address or a time is soon not remembered any more, a country is."""
+def test_the_cache_is_bounded_and_given_up_for_values_that_do_not_recur(kind):
+    """Caching soon stops for an e-mail address or a time, but not for a country."""
     features = [feature_of("in", "de", attribute="country"), feature_of("contains", "a")]
-    made = index_of(*features)
-    entries = entries_of(made)
+    built = index_of(*features)
+    entries = entries_of(built)
     for number in range(200):
-        subject = user(country=["de", "fr"][number % 2], plan=kind(number))
-        assert made.unusual(subject) == holding(features, subject)
-        assert len(entries._effects) * index.VALUE_SIZE <= entries._size <= index.MAX_REMEMBERED
+        context = user(country=["de", "fr"][number % 2], plan=kind(number))
+        assert built.unusual(context) == holding(features, context)
+        assert len(entries._effects) * index.VALUE_SIZE <= entries._size <= index.MAX_CACHED
     assert {value for *_, value in entries._effects} == {"de", "fr"}
 
 
-def test_long_values_are_not_remembered():
-    """A context's own texts take no memory that lasts."""
+def test_long_values_are_not_cached():
+    """Texts of a single context take no lasting memory."""
     features = [feature_of("contains", "a")]
-    made = index_of(*features)
-    assert made.unusual(user(plan="a" * 1000)) == {features[0]: True}
-    assert made.unusual(user(plan=["a"])) == {features[0]: True}
-    assert entries_of(made)._effects == {}
+    built = index_of(*features)
+    assert built.unusual(user(plan="a" * 1000)) == {features[0]: True}
+    assert built.unusual(user(plan=["a"])) == {features[0]: True}
+    assert entries_of(built)._effects == {}
 
 
-def test_an_index_goes_on_with_the_entries_of_the_one_before():
+def test_an_index_reuses_the_entries_of_its_predecessor():
     """Only the features that a patch brings are entered."""
     features = [feature_of("in", f"plan-{number}") for number in range(20)]
-    made = index_of(*features)
-    entries = entries_of(made)
+    built = index_of(*features)
+    entries = entries_of(built)
     for last in range(20, 30):
         more = feature_of("in", f"plan-{last}")
-        made = index_of(*features[1:], more, before=made)
-        assert made._old is entries
-        assert made._new.features == {more}
+        built = index_of(*features[1:], more, previous=built)
+        assert built._old is entries
+        assert built._new.features == {more}
         for plan in (f"plan-{last}", "plan-19", "plan-3"):
-            subject = user(plan=plan)
-            assert made.unusual(subject) == holding([*features, more], subject)
+            context = user(plan=plan)
+            assert built.unusual(context) == holding([*features, more], context)
 
 
-def test_what_no_flag_has_any_more_is_forgotten():
-    """However much changes, there is never much more than flags have."""
+def test_unused_features_are_dropped():
+    """However much changes, the index never holds much more than the flags have."""
     ever = [feature_of("in", f"plan-{number}") for number in range(220)]
-    made = Index()
+    built = Index()
     for start in range(0, 200, 7):
         features = ever[start : start + 20]
-        made = index_of(*features, before=made)
-        assert made.unusual(user(plan=f"plan-{start}")) == {features[0]: True}
-        assert made.size <= 3 * len(features)
-    few = index_of(ever[0], before=index_of(ever[0], before=made))
-    assert index_of(ever[0], before=few).size == 1
+        built = index_of(*features, previous=built)
+        assert built.unusual(user(plan=f"plan-{start}")) == {features[0]: True}
+        assert built.size <= 3 * len(features)
+    few = index_of(ever[0], previous=index_of(ever[0], previous=built))
+    assert index_of(ever[0], previous=few).size == 1

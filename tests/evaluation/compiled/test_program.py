@@ -1,4 +1,4 @@
-"""Compiled flags give what the interpreter gives, byte for byte, and what changed is known."""
+"""Compiled flags give the same bytes as the interpreter, and changed results are detected."""
 
 import json
 import struct
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.evaluation.bucketing import single, single_of_int
+from relay.evaluation.bucketing import int_to_float32, to_float32
 from relay.evaluation.compiled import fragments
 from relay.evaluation.compiled.index import Index
 from relay.evaluation.compiled.program import MAX_CALLS, FlagCompiler, Program
@@ -24,22 +24,22 @@ from tests.evaluation.strategies import FLAGS, SEGMENTS, contexts, data, flags, 
 from tests.support.data import flag, segment
 
 ANNA = parse_context(b'{"kind":"user","key":"anna","plan":"pro"}')
-EVERYBODY = pytest.mark.parametrize("audience", SDKKind)
+EVERY_KIND = pytest.mark.parametrize("sdk_kind", SDKKind)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def groups_of_any_size():
-    """Test data have few flags; they are grouped all the same."""
+    """Group flags even in the small data sets of tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fragments, "MIN_GROUPED", 1)
         yield
 
 
 def program_of(
-    library: FlagCompiler, audience: SDKKind, version: int = 1, index: Index | None = None
+    compiler: FlagCompiler, sdk_kind: SDKKind, version: int = 1, index: Index | None = None
 ) -> Program:
-    """The program of a whole payload; `index` gets its features."""
-    seen = ((key, library.seen(audience, key)) for key in sorted(library.payload.flags))
+    """Compile a whole payload; `index` receives its features."""
+    seen = ((key, compiler.seen(sdk_kind, key)) for key in sorted(compiler.payload.flags))
     flags = {key: flag for key, flag in seen if flag}
     for each in flags.values() if index else ():
         index.add(each.features or ())
@@ -47,36 +47,36 @@ def program_of(
 
 
 def interpreted(
-    payload: Payload, audience: SDKKind, context: Context, *, with_reasons: bool
+    payload: Payload, sdk_kind: SDKKind, context: Context, *, with_reasons: bool
 ) -> dict[str, bytes]:
-    """What the interpreter gives."""
+    """The results of the interpreter."""
     known = Data.of(payload)
     parsed = {item.key: parse_flag(item.json) for item in payload.live(Kind.FLAG)}
     return {
         key: render(flag, evaluate(flag, context, known), with_reasons=with_reasons)
         for key, flag in parsed.items()
-        if audience.sees(flag)
+        if sdk_kind.sees(flag)
     }
 
 
 def members(entries: dict[str, bytes]) -> list[bytes]:
-    """Entries as they stand in a body."""
+    """Entries as members of a body."""
     return sorted(json.dumps(key).encode() + b":" + entry for key, entry in entries.items())
 
 
-def same(program: Program, payload: Payload, audience: SDKKind, context: Context) -> None:
-    """Assert that a program gives what the interpreter gives."""
+def assert_same(program: Program, payload: Payload, sdk_kind: SDKKind, context: Context) -> None:
+    """Assert that a program gives the same results as the interpreter."""
     for with_reasons in (False, True):
-        wanted = interpreted(payload, audience, context, with_reasons=with_reasons)
-        assert program.some(context, [*FLAGS, "unknown"], with_reasons=with_reasons) == wanted
+        expected = interpreted(payload, sdk_kind, context, with_reasons=with_reasons)
+        assert program.some(context, [*FLAGS, "unknown"], with_reasons=with_reasons) == expected
         first = program.body(context, with_reasons=with_reasons)
         assert program.body(context, with_reasons=with_reasons) == first
         body = b"".join(first.pieces)
-        assert json.loads(body) == {key: json.loads(entry) for key, entry in wanted.items()}
+        assert json.loads(body) == {key: json.loads(entry) for key, entry in expected.items()}
         rest = body[1:-1]
-        for member in members(wanted):
+        for member in members(expected):
             assert member in rest
-        assert len(rest) == sum(map(len, members(wanted))) + max(0, len(wanted) - 1)
+        assert len(rest) == sum(map(len, members(expected))) + max(0, len(expected) - 1)
 
 
 @settings(max_examples=200, deadline=None)
@@ -84,11 +84,11 @@ def same(program: Program, payload: Payload, audience: SDKKind, context: Context
 def test_compiled_flags_give_the_bytes_of_the_interpreter(data_set, asking):
     """Whatever the flags, segments and contexts, compiling changes no byte of any result."""
     payload = payload_of(data_set)
-    library = FlagCompiler(payload)
-    for audience in SDKKind:
-        program = program_of(library, audience)
+    compiler = FlagCompiler(payload)
+    for sdk_kind in SDKKind:
+        program = program_of(compiler, sdk_kind)
         for context in asking:
-            same(program, payload, audience, context)
+            assert_same(program, payload, sdk_kind, context)
 
 
 @st.composite
@@ -109,35 +109,35 @@ def changed(draw: st.DrawFn) -> tuple[dict, dict]:
 
 @settings(max_examples=100, deadline=None)
 @given(changed(), st.lists(contexts, min_size=1, max_size=4))
-def test_a_program_built_on_the_one_before_is_the_same_as_one_made_anew(change, asking):
-    """What is taken over from an earlier payload gives just what compiling everything gives."""
+def test_a_program_built_on_an_earlier_one_equals_one_compiled_from_scratch(change, asking):
+    """Reused results of an earlier payload give the same bytes as compiling everything."""
     before, after = map(payload_of, change)
-    library = FlagCompiler(before)
+    compiler = FlagCompiler(before)
     index = Index()
-    program_of(library, SDKKind.SERVER, index=index)
-    program_of(library, SDKKind.BROWSER)
-    library = FlagCompiler(after, library)
-    for audience in SDKKind:
-        program = program_of(library, audience, index=Index(index))
-        anew = program_of(FlagCompiler(after), audience)
+    program_of(compiler, SDKKind.SERVER, index=index)
+    program_of(compiler, SDKKind.BROWSER)
+    compiler = FlagCompiler(after, compiler)
+    for sdk_kind in SDKKind:
+        program = program_of(compiler, sdk_kind, index=Index(index))
+        anew = program_of(FlagCompiler(after), sdk_kind)
         for context in asking:
             for with_reasons in (False, True):
                 body = program.body(context, with_reasons=with_reasons)
                 other = anew.body(context, with_reasons=with_reasons)
                 assert (body.pieces, body.digest) == (other.pieces, other.digest)
-            same(program, after, audience, context)
+            assert_same(program, after, sdk_kind, context)
 
 
 @settings(max_examples=100, deadline=None)
 @given(changed(), st.lists(contexts, min_size=1, max_size=4))
 def test_every_flag_whose_result_differs_is_touched(change, asking):
-    """No change of a result goes unnoticed, whatever led to it."""
+    """Every changed result is detected, whatever caused it."""
     before, after = map(payload_of, change)
-    library = FlagCompiler(before)
-    olds = {audience: program_of(library, audience) for audience in SDKKind}
-    library = FlagCompiler(after, library)
-    for audience, old in olds.items():
-        new = program_of(library, audience)
+    compiler = FlagCompiler(before)
+    olds = {sdk_kind: program_of(compiler, sdk_kind) for sdk_kind in SDKKind}
+    compiler = FlagCompiler(after, compiler)
+    for sdk_kind, old in olds.items():
+        new = program_of(compiler, sdk_kind)
         touched = new.flags_touched_by(old)
         for context in asking:
             for with_reasons in (False, True):
@@ -147,9 +147,9 @@ def test_every_flag_whose_result_differs_is_touched(change, asking):
                 assert differing <= touched
 
 
-@EVERYBODY
-def test_equal_data_touch_nothing(audience):
-    """A full set of data that is what was there already is no change, though its bytes are new."""
+@EVERY_KIND
+def test_equal_data_touch_nothing(sdk_kind):
+    """A full data set equal to the present one is no change, even if its bytes are new."""
     items = {
         "flags": {
             "a": flag("a", prerequisites=[{"key": "b", "variation": 0}], clientSide=True),
@@ -157,14 +157,14 @@ def test_equal_data_touch_nothing(audience):
         },
         "segments": {},
     }
-    library = FlagCompiler(payload_of(items))
-    old = program_of(library, audience)
-    new = program_of(FlagCompiler(payload_of(items), library), audience)
+    compiler = FlagCompiler(payload_of(items))
+    old = program_of(compiler, sdk_kind)
+    new = program_of(FlagCompiler(payload_of(items), compiler), sdk_kind)
     assert new.flags_touched_by(old) == frozenset()
 
 
-def test_what_depends_on_a_change_is_touched_and_nothing_else():
-    """A segment touches the flags that ask for it, and those of which they are prerequisites."""
+def test_only_flags_that_depend_on_a_change_are_touched():
+    """A segment touches the flags that refer to it, and those that have them as prerequisites."""
     rule = {
         "clauses": [{"attribute": "", "op": "segmentMatch", "values": ["outer"]}],
         "variation": 1,
@@ -178,26 +178,26 @@ def test_what_depends_on_a_change_is_touched_and_nothing_else():
         },
         "segments": {"outer": segment("outer", rules=[nested]), "inner": segment("inner")},
     }
-    library = FlagCompiler(payload_of(items))
-    old = program_of(library, SDKKind.SERVER)
+    compiler = FlagCompiler(payload_of(items))
+    old = program_of(compiler, SDKKind.SERVER)
     items["segments"]["inner"] = segment("inner", 2, included=["anna"])
-    new = program_of(FlagCompiler(payload_of(items), library), SDKKind.SERVER)
+    new = program_of(FlagCompiler(payload_of(items), compiler), SDKKind.SERVER)
     assert new.flags_touched_by(old) == {"asks", "needs"}
     assert json.loads(new.all(ANNA, with_reasons=False))["asks"]["variation"] == 1
 
 
-@EVERYBODY
-def test_availability_decides_who_sees_a_flag(audience):
+@EVERY_KIND
+def test_availability_decides_who_sees_a_flag(sdk_kind):
     """A flag that is no longer available is touched, and no longer there."""
     seen = {"usingMobileKey": True, "usingEnvironmentId": True}
     open_one = {"flags": {"a": flag("a", clientSideAvailability=seen)}, "segments": {}}
     closed = {"flags": {"a": flag("a", 2, clientSideAvailability={})}, "segments": {}}
-    library = FlagCompiler(payload_of(open_one))
-    old = program_of(library, audience)
-    new = program_of(FlagCompiler(payload_of(closed), library), audience)
+    compiler = FlagCompiler(payload_of(open_one))
+    old = program_of(compiler, sdk_kind)
+    new = program_of(FlagCompiler(payload_of(closed), compiler), sdk_kind)
     assert new.flags_touched_by(old) == {"a"}
     assert old.some(ANNA, ["a"], with_reasons=False).keys() == {"a"}
-    visible = audience is SDKKind.SERVER
+    visible = sdk_kind is SDKKind.SERVER
     assert new.some(ANNA, ["a"], with_reasons=False).keys() == ({"a"} if visible else set())
 
 
@@ -217,18 +217,18 @@ def test_without_availability_mobile_sdks_see_a_flag_and_browsers_ask_client_sid
     assert SDKKind.BROWSER.sees(flag_) is browser
 
 
-def test_flags_that_do_not_depend_on_the_context_are_settled():
-    """A rule that gives what everybody gets does not make a flag depend on the context."""
+def test_flags_that_do_not_depend_on_the_context_are_constant():
+    """A rule with the same result as the fallthrough does not make a flag depend on the context."""
     rule = {"clauses": [{"attribute": "plan", "op": "in", "values": ["pro"]}], "variation": 0}
-    library = FlagCompiler(payload_of({"flags": {"a": flag("a", rules=[rule])}, "segments": {}}))
-    compiled = library.flag("a")
+    compiler = FlagCompiler(payload_of({"flags": {"a": flag("a", rules=[rule])}, "segments": {}}))
+    compiled = compiler.flag("a")
     assert compiled is not None
-    assert compiled.settled(with_reasons=False) is not None
-    assert compiled.settled(with_reasons=True) is None
+    assert compiled.constant_result(with_reasons=False) is not None
+    assert compiled.constant_result(with_reasons=True) is None
 
 
 def test_cycles_big_segments_and_long_chains_are_left_to_the_interpreter():
-    """What only the interpreter does is done by it, within a program, too."""
+    """Programs leave the cases that only the interpreter supports to the interpreter."""
     big = {"clauses": [{"attribute": "", "op": "segmentMatch", "values": ["big"]}], "variation": 1}
     chain = {
         f"c{i}": flag(f"c{i}", prerequisites=[{"key": f"c{i + 1}", "variation": 0}])
@@ -246,15 +246,15 @@ def test_cycles_big_segments_and_long_chains_are_left_to_the_interpreter():
     }
     payload = payload_of(items)
     program = program_of(FlagCompiler(payload), SDKKind.SERVER)
-    wanted = interpreted(payload, SDKKind.SERVER, ANNA, with_reasons=True)
-    assert program.some(ANNA, items["flags"], with_reasons=True) == wanted
-    assert b"MALFORMED_FLAG" in wanted["a"]
-    assert b"NOT_CONFIGURED" in wanted["c"]
-    assert b"MALFORMED_FLAG" in wanted["c0"]
-    assert b'"value":true' in wanted["c280"]
+    expected = interpreted(payload, SDKKind.SERVER, ANNA, with_reasons=True)
+    assert program.some(ANNA, items["flags"], with_reasons=True) == expected
+    assert b"MALFORMED_FLAG" in expected["a"]
+    assert b"NOT_CONFIGURED" in expected["c"]
+    assert b"MALFORMED_FLAG" in expected["c0"]
+    assert b'"value":true' in expected["c280"]
 
 
-def test_flags_that_share_prerequisites_many_times_do_not_take_forever():
+def test_flags_that_share_prerequisites_many_times_are_evaluated_in_time():
     """Forty levels of flags, each of which needs both of the next level, are evaluated at once."""
     rule = {"clauses": [{"attribute": "key", "op": "in", "values": ["ben"]}], "variation": 1}
     items = {"flags": {}, "segments": {}}
@@ -274,7 +274,7 @@ def test_flags_that_share_prerequisites_many_times_do_not_take_forever():
 
 
 _singles = st.floats(min_value=-1, max_value=3, width=32)
-_weights = st.integers(1, 100_000).map(lambda weight: single(weight / 100_000))
+_weights = st.integers(1, 100_000).map(lambda weight: to_float32(weight / 100_000))
 
 
 @settings(max_examples=300)
@@ -285,14 +285,14 @@ _weights = st.integers(1, 100_000).map(lambda weight: single(weight / 100_000))
     st.binary(min_size=12, max_size=12),
 )
 def test_thresholds_are_exact(bound, off, anywhere, rest):
-    """A digest sorts before a threshold just when its bucket, in single precision, is below."""
+    """A digest sorts before a threshold exactly if its bucket, in single precision, is below."""
     text = threshold(bound)
     edges = [anywhere]
     if len(text) == 8:
         edges.append(min(max((int.from_bytes(text, "big") >> 4) + off, 0), 2**60 - 1))
     for number in edges:
         digest = ((number << 4) | 15).to_bytes(8, "big") + rest
-        assert (digest < text) is (single_of_int(number) / 2.0**60 < bound)
+        assert (digest < text) is (int_to_float32(number) / 2.0**60 < bound)
         assert struct.unpack(">f", struct.pack(">f", bound)) == (bound,)
 
 
@@ -329,16 +329,16 @@ def test_contexts_with_the_same_features_share_their_bytes():
         context_of("carl", plan="pro"),
     ]
     pieces = [program.body(context, with_reasons=False).pieces for context in asking]
-    assert len({id(piece) for *_, piece in pieces}) == 1
-    groups = [id(piece) for _, piece, _ in pieces]
+    assert len({id(fragment) for *_, fragment in pieces}) == 1
+    groups = [id(fragment) for _, fragment, _ in pieces]
     assert [groups.index(group) for group in groups] == [0, 0, 0, 3, 3, 3, 6, 7]
-    marks = [program.body(context, with_reasons=False).digest for context in asking]
+    digests = [program.body(context, with_reasons=False).digest for context in asking]
     bodies = [b"".join(each) for each in pieces]
-    assert [marks.index(mark) for mark in marks] == [bodies.index(body) for body in bodies]
+    assert [digests.index(digest) for digest in digests] == [bodies.index(body) for body in bodies]
 
 
 def test_rollouts_are_no_features():
-    """They differ between contexts that are alike otherwise: also those of segments."""
+    """They differ between otherwise equal contexts, as do those of segments."""
     drawn = {"clauses": [], "weight": 50_000}
     items = {
         "flags": {
@@ -350,13 +350,13 @@ def test_rollouts_are_no_features():
         },
         "segments": {"crowd": segment("crowd", rules=[drawn])},
     }
-    library = FlagCompiler(payload_of(items))
-    flags_ = {key: library.flag(key) for key in items["flags"]}
+    compiler = FlagCompiler(payload_of(items))
+    flags_ = {key: compiler.flag(key) for key in items["flags"]}
     assert {key for key, each in flags_.items() if each and each.features is None} == set("abcd")
 
 
-def test_what_is_kept_for_groups_is_bounded_and_given_up_if_nobody_gains(monkeypatch):
-    """Where most contexts have features of their own, they are not looked at any more."""
+def test_the_cache_of_groups_is_bounded_and_given_up_if_it_does_not_pay(monkeypatch):
+    """If most contexts have a group of their own, groups are no longer looked up."""
     monkeypatch.setattr(fragments, "MAX_GROUPS", 32 * 1024)
     values = [f"v{n}" for n in range(64)]
     rules = [rule({"attribute": "tag", "op": "in", "values": [value]}) for value in values]
@@ -371,6 +371,15 @@ def test_what_is_kept_for_groups_is_bounded_and_given_up_if_nobody_gains(monkeyp
             for _ in range(repeats):
                 body = program.body(context, with_reasons=False)
                 assert json.loads(b"".join(body.pieces))[f"f{value[1:]}"]["variation"] == 1
-            kept = sum(len(piece.text) for piece in groups._kept.values())
-            assert kept <= groups._size <= 32 * 1024
+            cached = sum(len(fragment.text) for fragment in groups._cache.values())
+            assert cached <= groups._size <= 32 * 1024
         assert groups._worthwhile is worthwhile
+
+
+def test_programs_and_flags_print_their_state():
+    """In a debugger they say which version they are of, not their whole content."""
+    compiler = FlagCompiler(payload_of({"flags": {"a": flag("a")}, "segments": {}}))
+    program = program_of(compiler, SDKKind.SERVER, version=7)
+    assert repr(compiler.flag("a")) == "<CompiledFlag 'a' version 1>"
+    assert repr(compiler) == "<FlagCompiler of 1 flags, 1 used>"
+    assert repr(program) == "<Program of 1 flags, version 7>"
