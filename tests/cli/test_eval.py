@@ -105,15 +105,15 @@ async def test_a_relay_over_tls_is_asked_as_launchdarkly_is(flags, tmp_path, cap
     async with RelayProcess(tmp_path, "serve", "--flags", str(flags), **tls) as relay:
         await relay.said("Initialized")
         asked = ["lamp", "--context", ANNA, "--sdk-key", "sdk-demo", "--url"]
-        assert await asyncio.to_thread(eval.main, [*asked, relay.url]) == 1
+        assert await asyncio.to_thread(evaluate, [*asked, relay.url]) == 1
         error = capsys.readouterr().err
         assert "the relay cannot be asked: unable to get local issuer certificate" in error
         monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
-        assert await asyncio.to_thread(eval.main, [*asked, relay.url]) == 0
+        assert await asyncio.to_thread(evaluate, [*asked, relay.url]) == 0
         async with a_proxy("Basic bWU6cMO8") as (port, seen):
             monkeypatch.setenv("HTTPS_PROXY", f"me:p%C3%BC@127.0.0.1:{port}")
             for url, heads in ((relay.url, 0), (f"https://relay.example:{relay.port}", 1)):
-                assert await asyncio.to_thread(eval.main, [*asked, url]) == 0
+                assert await asyncio.to_thread(evaluate, [*asked, url]) == 0
                 assert len(seen) == heads
 
 
