@@ -150,7 +150,7 @@ def _sections(config: Config) -> Iterator[tuple[str, object]]:
 def _lines(config: Config, section: str, name: str | None, values: object) -> Iterator[str]:
     """Yield a line for each option that was set, and for each other one that has an effect."""
     label = section if name is None else f'{section} "{name}"'
-    sources = dict(config.given)
+    sources = dict(config.sources)
     skipped: tuple[str, ...] = ()
     if isinstance(values, Redis) and f"{label}.url" not in sources:
         # Host and port were merged into the URL; all three together would be rejected.

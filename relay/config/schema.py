@@ -973,7 +973,7 @@ class Config:
     Args:
         environments: in configuration order.
         redis: None if Redis is not configured; otherwise `redis.url` is complete.
-        given: source of each option that was set, `FILE:LINE` or the variable, by
+        sources: source of each option that was set, `FILE:LINE` or the variable, by
             `Section.attribute` or `Environment "NAME".attribute`.
         warnings: messages for the operator, such as on options without effect.
     """
@@ -986,7 +986,7 @@ class Config:
     http: Http = Http()
     webhook: Webhook = Webhook()
     prometheus: Prometheus = Prometheus()
-    given: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
 

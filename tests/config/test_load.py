@@ -213,8 +213,8 @@ def test_a_variable_completes_a_section_of_the_file(tmp_path: Path) -> None:
     assert (config.main.port, shop.name, shop.prefix) == (2, "Shop", "p")
     assert shop.sdk_key.reveal() == "sdk-1"
     assert shop.allowed_origin == ("http://a", "http://b", "http://c")
-    assert config.given["Main.port"] == "PORT"
-    assert config.given['Environment "Shop".prefix'] == f"{path}:4"
+    assert config.sources["Main.port"] == "PORT"
+    assert config.sources['Environment "Shop".prefix'] == f"{path}:4"
 
 
 @pytest.mark.parametrize(
@@ -369,8 +369,8 @@ def test_an_empty_variable_takes_back_what_the_file_says(tmp_path: Path) -> None
     assert (main.init_timeout, main.tls_cert, main.exit_always) == (10.0, "", True)
     assert main.log_level == "info"
     assert (a.sdk_key.reveal(), a.allowed_origin, a.prefix) == ("k2", ("http://x",), "")
-    assert config.given['Environment "a".allowed_origin'] == f"{path}:8"
-    assert "Main.init_timeout" not in config.given
+    assert config.sources['Environment "a".allowed_origin'] == f"{path}:8"
+    assert "Main.init_timeout" not in config.sources
 
 
 def test_repeated_options_of_a_file(tmp_path: Path) -> None:
@@ -489,7 +489,7 @@ def outcome(names: Mapping[str, str], *arguments: Any) -> Config | list[str]:
         for name in names:
             found = [problem.removeprefix(f"{name}: ") for problem in found]
         return sorted(found)
-    return replace(config, given={}, warnings=())
+    return replace(config, sources={}, warnings=())
 
 
 @settings(deadline=None)

@@ -168,7 +168,7 @@ def test_no_secret_is_ever_printed(data: st.DataObject) -> None:
         "LD_PREFIX_b": "b",
     }
     config = load("", True, False, variables)
-    shown = effective(config) + repr(config.given)
+    shown = effective(config) + repr(config.sources)
     for part in parts:
         assert part not in shown
         assert any(part in secret for secret in secrets(config))
