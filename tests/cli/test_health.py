@@ -144,8 +144,8 @@ def test_ipv6_addresses_keep_their_brackets_out_of_the_socket() -> None:
 def test_the_check_imports_next_to_nothing() -> None:
     """Neither the server nor TLS nor the configuration is loaded for a plain check."""
     program = (
-        "import sys, relay.health as h; h.main(['http://127.0.0.1:1/'], {});"
-        "print(sorted({'ssl', 'asyncio', 'urllib', 'logging', 'relay.cli'} & set(sys.modules)))"
+        "import sys, relay.cli.health as h; h.main(['http://127.0.0.1:1/'], {});"
+        "print(sorted({'ssl', 'asyncio', 'urllib', 'logging', 'relay.cli.main'} & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30

@@ -225,7 +225,7 @@ def test_the_start_says_where_the_configuration_comes_from(
         if arguments or name in source:  # the default file is there, but in the last case
             file.write_text(f"[Main]\nflagsFile = {flags}\nexitAlways = true\n")
         arguments, source = (text.replace(name, str(file)) for text in (arguments, source))
-    for module in ("relay.config.load", "relay.cli"):
+    for module in ("relay.config.load", "relay.cli.main"):
         monkeypatch.setattr(f"{module}.DEFAULT_FILE", str(files["DEFAULT"]))
     variables = {"FLAGS_FILE": str(flags), "EXIT_ALWAYS": "true"}
     done = call(*arguments.split(), **(variables if "variables" in source else {}))
