@@ -117,7 +117,7 @@ class Main:
         HTTP_URI,
         "",
         "Base URL for the goals (experimentation metrics) that browser SDKs request. Default:"
-        " LaunchDarkly's, or `baseUri` if that is not the default.",
+        " LaunchDarkly's, or `baseUri` if that was changed.",
         "https://clientsdk.launchdarkly.com",
     )
     data_source: str = _option(
@@ -141,8 +141,7 @@ class Main:
         "INIT_TIMEOUT",
         DURATION,
         10.0,
-        "How long the relay counts as starting while it waits for the first data from"
-        " LaunchDarkly.",
+        "How long the relay counts as starting while it waits for LaunchDarkly's first answer.",
     )
     heartbeat_interval: float = _option(
         "HEARTBEAT_INTERVAL",
@@ -230,7 +229,7 @@ class Main:
         "EXIT_ALWAYS",
         BOOLEAN,
         False,
-        "Fill the database once and exit; the exit code is 0 if all environments were initialized.",
+        "Fill the database once and exit; the exit code is 0 if all environments succeeded.",
     )
     exit_on_error: bool = _option(
         "EXIT_ON_ERROR",
@@ -431,9 +430,11 @@ class Redis:
         support=NO_EFFECT,
     )
     connect_timeout: float = _option(
-        "REDIS_CONNECT_TIMEOUT", DURATION, 5.0, "Timeout for connecting."
+        "REDIS_CONNECT_TIMEOUT", DURATION, 5.0, "Timeout for connecting to the server."
     )
-    read_timeout: float = _option("REDIS_READ_TIMEOUT", DURATION, 10.0, "Timeout for a reply.")
+    read_timeout: float = _option(
+        "REDIS_READ_TIMEOUT", DURATION, 10.0, "Timeout for a reply from the server."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,7 +483,7 @@ class Http:
         "HTTP_ENABLE_COMPRESSION",
         BOOLEAN,
         False,
-        "Poll responses are always compressed if the client accepts it, streams never.",
+        "Poll responses are always compressed if the client accepts that, streams never.",
         support=NO_EFFECT,
     )
     idle_conn_timeout: float = _option(
@@ -509,7 +510,7 @@ class Http:
 
 @dataclass(frozen=True, slots=True)
 class Concurrency:
-    """`[Concurrency]`: ld-relay's limits on concurrent initial payloads."""
+    """`[Concurrency]`: limits of ld-relay on concurrent initial payloads."""
 
     max_concurrent: int = _option(
         "INIT_MAX_CONCURRENT",
@@ -687,7 +688,7 @@ class DynamoDB:
 
 @dataclass(frozen=True, slots=True)
 class Consul:
-    """`[Consul]`: Consul server that the relay keeps up to date; variables need `USE_CONSUL=true`."""
+    """`[Consul]`: Consul server to keep up to date; its variables require `USE_CONSUL=true`."""
 
     host: str = _option(
         "CONSUL_HOST",
@@ -833,7 +834,7 @@ class EnvironmentConfig:
         "LD_ENV_",
         KEY,
         Secret(""),
-        "SDK key; required. This variable is what defines an environment.",
+        "SDK key; required. With variables, an environment exists if this one is set.",
         "sdk-00000000-0000-0000-0000-000000000000",
     )
     mobile_key: Secret = _option(
@@ -847,7 +848,7 @@ class EnvironmentConfig:
         "LD_CLIENT_SIDE_ID_",
         ENVIRONMENT_ID,
         "",
-        "Client-side ID; admits browser SDKs, and is sent to server-side SDKs.",
+        "Client-side ID; admits browser SDKs, and is sent to all SDKs.",
         "000000000000000000000000",
     )
     prefix: str = _option(
@@ -873,7 +874,7 @@ class EnvironmentConfig:
         "LD_SECURE_MODE_",
         BOOLEAN,
         False,
-        "Require client-side SDKs to send the secure-mode hash of their context.",
+        "Require browser SDKs to send the secure-mode hash of their context.",
     )
     eval_streams: bool | None = _option(
         "LD_EVAL_STREAMS_",
