@@ -1,7 +1,7 @@
 """Render the effective configuration, and the documentation of all options. Pure.
 
 `relay check` prints `effective`. `scripts/write-options` writes `reference` to `config/relay.conf`
-and `table` into the README; a test compares them.
+and `table` to `docs/configuration.md`; a test compares them.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def _shared_note(section: str) -> str:
 
 
 def table() -> str:
-    """Return the README's table of options, followed by the unsupported ones."""
+    """Return the table of options for the docs, followed by the unsupported ones."""
     lines = ["| option | variable | type | default | meaning |", "|---|---|---|---|---|"]
     for section in _ORDER:
         rows = [option for option in options(section) if option.support is Support.FULL]

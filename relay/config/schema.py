@@ -1,6 +1,6 @@
 """Every option, declared once: name, variable, type, default and help (config 3.5, newer 10.2).
 
-The loader, `relay check`, `config/relay.conf` and the table in the README are generated from these
+The loader, `relay check`, `config/relay.conf` and `docs/configuration.md` derive from these
 declarations; a test keeps them in sync. Times are seconds, sizes are bytes. An option's name in the
 file is its attribute's name in camel case.
 """

@@ -1,4 +1,4 @@
-"""Channels: who subscribes to a stream, and the fan-out of what is published there."""
+"""Channels: the subscriptions to one stream, and the fan-out of its changes."""
 
 from __future__ import annotations
 
@@ -15,62 +15,62 @@ from relay.model.payload import Change, Payload
 from relay.streams.transport import HEARTBEAT, LAST_CHUNK, PING_CHUNK, StreamTransport, encode_chunk
 
 ClientT = TypeVar("ClientT")
-"""What a channel has to know of each client, such as the context that it evaluates for."""
+"""A channel's own data about each client, such as the context that flags are evaluated for."""
 
 
 FAN_OUT_SLICE = 128
-"""Subscriptions written to in one turn of the loop: polls in between wait some 6 ms, and the last
-subscriber of many gets its message no later than without slices."""
+"""Subscriptions written to in one turn of the event loop: polls in between wait about 6 ms, and the
+last of many subscribers gets its message no later than without slices."""
 
 
 MAX_PENDING = 256 * 1024
-"""Bytes of changes that are kept for a client whose buffer is full; beyond, it gets a fresh put."""
+"""Maximum bytes of changes kept for a client with a full buffer; beyond, it gets a fresh put."""
 
 
 class StreamFormat(Protocol):
-    """Turns payloads and changes into the bytes of one kind of stream. Pure."""
+    """Encoder of payloads and changes for one kind of stream. Pure."""
 
     def opening(self, payload: Payload) -> bytes:
-        """Return the message that gives a new subscriber everything."""
+        """Return the message with all data, for a new subscriber."""
 
     def update(self, change: Change) -> bytes:
-        """Return the messages that bring a subscriber up to date; empty if they concern it not."""
+        """Return the messages for a change; empty if it does not affect this stream."""
 
 
 class _PendingOutput:
-    """What a client with a full buffer has missed, and when it last took a byte."""
+    """Chunks kept for a client with a full buffer, and the time when it last took a byte."""
 
-    __slots__ = ("backlog", "chunks", "size", "taken_at")
+    __slots__ = ("backlog", "chunks", "last_progress", "size")
 
     def __init__(self, backlog: int, now: float) -> None:
         self.chunks: list[bytes] = []
         self.size = 0
         self.backlog = backlog
-        self.taken_at = now
+        self.last_progress = now
 
     def add(self, chunk: bytes) -> None:
-        """Keep a chunk, or only the fact that there was one."""
+        """Keep a chunk; beyond `MAX_PENDING`, drop all and only note the overflow."""
         if chunk is HEARTBEAT or (chunk is PING_CHUNK and chunk in self.chunks):
             return
         self.size += len(chunk)
-        if self.too_many:
+        if self.overflowed:
             self.chunks.clear()
         else:
             self.chunks.append(chunk)
 
     @property
-    def too_many(self) -> bool:
+    def overflowed(self) -> bool:
         return self.size > MAX_PENDING
 
     def stalled_for(self, backlog: int, now: float) -> float:
         """Return the seconds since the client last took a byte."""
         if backlog < self.backlog:
-            self.backlog, self.taken_at = backlog, now
-        return now - self.taken_at
+            self.backlog, self.last_progress = backlog, now
+        return now - self.last_progress
 
 
 class Subscription(asyncio.Protocol):
-    """One client of one stream: the protocol of its transport, and all that is kept of it."""
+    """One client of one stream; the protocol of its transport."""
 
     __slots__ = ("_channel", "count", "ends_at", "pending", "transport")
 
@@ -82,43 +82,49 @@ class Subscription(asyncio.Protocol):
         self.transport = transport
         self.ends_at = ends_at
         self.pending: _PendingOutput | None = None
-        """None as long as the client takes what it is sent."""
+        """None as long as the client keeps up; also set once the stream has ended or is gone."""
+
+    def __repr__(self) -> str:
+        if self not in self._channel.subscriptions:
+            return "<Subscription [ended]>"
+        state = "fast" if self.pending is None else f"slow, {self.pending.size} bytes pending"
+        return f"<Subscription [{state}]>"
 
     def send(self, chunk: bytes) -> None:
-        """Write a chunk, or keep it until the client has taken what it was sent before."""
+        """Write a chunk, or keep it while the client's buffer is full."""
         if self.pending is None:
             self.transport.write(chunk)
         else:
             self.pending.add(chunk)
 
     def data_received(self, data: bytes) -> None:
-        """Ignore what a client says after its request."""
+        """Ignore anything that a client sends after its request."""
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget this subscription."""
+        """Remove this subscription from its channel."""
         del exc
         self.count.value -= 1
         self._channel.forget(self)
 
     def pause_writing(self) -> None:
-        """The buffer is full: from now on the client is slow."""
+        """Mark the client as slow: its buffer is full."""
         if self.pending is None:
             self._channel.mark_slow(self)
 
     def resume_writing(self) -> None:
-        """The buffer has emptied: the client gets what it missed, or everything."""
-        arrears = self.pending
-        if arrears is None or self not in self._channel.subscriptions:
+        """Write the missed chunks, or resync if they were too many: the buffer has emptied."""
+        pending = self.pending
+        if pending is None or self not in self._channel.subscriptions:
             return
-        if arrears.too_many:
+        if pending.overflowed:
             self._channel.resync(self)
             return
         self._channel.mark_fast(self)
-        for chunk in arrears.chunks:
+        for chunk in pending.chunks:
             self.transport.write(chunk)
 
     def end(self) -> None:
-        """End the stream properly; what is still in the buffer goes out first."""
+        """End the stream properly, after flushing the buffer."""
         if self not in self._channel.subscriptions:
             return
         self._channel.mark_ended(self)
@@ -127,23 +133,26 @@ class Subscription(asyncio.Protocol):
 
 
 class FanOut(Protocol):
-    """What is on its way to whom. Each has its own list: who comes later has an opening with it."""
+    """A fan-out in progress.
+
+    Its receivers are fixed at creation; later subscribers get the change in their opening.
+    """
 
     @property
     def since(self) -> float | None:
-        """When the first change in it came; None for a heartbeat."""
+        """Monotonic time of the first change in it; None for a heartbeat."""
 
     def write_slice(self) -> bool:
         """Write to the next slice of subscriptions; return whether these were the last."""
 
 
 class SharedFanOut:
-    """The same bytes for everybody.
+    """Fan-out of the same bytes to all receivers.
 
     Args:
-        chunk: framed.
-        receivers: those who listened when it was made.
-        since: when the first change in it came; None for a heartbeat.
+        chunk: a chunk of HTTP/1.1, or several joined.
+        receivers: the subscriptions at creation.
+        since: monotonic time of the first change in it; None for a heartbeat.
     """
 
     __slots__ = ("_chunk", "_receivers", "since")
@@ -168,41 +177,48 @@ class SharedFanOut:
 
 
 class Channel(ABC, Generic[ClientT]):
-    """All subscriptions to one stream of an environment: who is there, slow, or has to go.
+    """Base class of channels: all subscriptions to one stream of an environment.
 
-    What they are sent, and when, is for the classes below it.
+    Manages slow, stalled and ended clients, and runs fan-outs in slices. Subclasses decide about
+    content and time of messages.
     """
 
     def __init__(self) -> None:
         self.delays = Histogram()
-        """How long passes took; the hub gives all its channels the same."""
+        """Durations of fan-outs; the hub sets one histogram for all its channels."""
         self.subscriptions: dict[Subscription, ClientT] = {}
         self._slow: set[Subscription] = set()
-        """Those with arrears, and those that have been ended and are not gone yet."""
+        """Subscriptions with pending output, and ended ones whose connection is still open."""
         self.drained = asyncio.Event()
         self._fan_outs: deque[FanOut] = deque()
         self._slice_scheduled = False
 
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} [{len(self.subscriptions)} streams, "
+            f"{len(self._slow)} slow or ended, {len(self._fan_outs)} fan-outs]>"
+        )
+
     @abstractmethod
     def publish(self, payload: Payload | None, change: Change, since: float) -> None:
-        """Tell subscribers of a change; returns at once."""
+        """Schedule a change for delivery to the subscribers; returns at once."""
 
     @abstractmethod
     def _opening_for(self, subscription: Subscription) -> bytes:
-        """Return what a subscription that has just come begins with; empty if it has to wait."""
+        """Return the first chunk of a new subscription; empty if it has to wait for one."""
 
     @abstractmethod
     def _start_pending(self) -> None:
-        """Make what is pending a pass to those who listen now."""
+        """Start a fan-out of the pending changes to the present subscribers."""
 
     @property
     @abstractmethod
     def _is_pending(self) -> bool:
-        """Whether there is something to seal."""
+        """True if there are changes for `_start_pending`."""
 
     @property
     def has_clients(self) -> bool:
-        """Whether anybody is connected, ended streams that are not gone yet included."""
+        """True if any client is connected, even if its stream has ended."""
         return bool(self.subscriptions or self._slow)
 
     def subscribe(
@@ -213,78 +229,83 @@ class Channel(ABC, Generic[ClientT]):
         count: MetricValue,
         client: ClientT,
     ) -> Subscription:
-        """Take a client in and write its opening, in one step."""
-        # Opening and registration are one step without an await, and what is pending is closed to
-        # newcomers before: nothing is lost between the two, and nothing doubled.
+        """Register a client and write its opening."""
+        # The opening includes the pending changes, so they go to the earlier subscribers only.
+        # Without an await between the three steps no change is lost or sent twice.
         self._close_pending()
         subscription = Subscription(self, transport, ends_at, count)
         self.subscriptions[subscription] = client
         transport.set_protocol(subscription)
-        # Together: each write is a packet, and may be all that wakes the client.
+        # In one call: each write is a packet, and may wake the client on its own.
         if parts := [part for part in (head, self._opening_for(subscription)) if part]:
             transport.writelines(parts)
         return subscription
 
     def heartbeat(self) -> None:
-        """Write a comment to everybody."""
+        """Write a comment to all clients."""
         self._close_pending()
         self._start(SharedFanOut(HEARTBEAT, self.subscriptions))
 
     def resync(self, subscription: Subscription) -> None:
-        """Give a slow client everything anew; passes still on their way do not concern it."""
-        who = self.subscriptions[subscription]
+        """Start a slow client over with all data; fan-outs in progress skip it."""
+        client = self.subscriptions[subscription]
         self.forget(subscription)
-        self.subscribe(subscription.transport, b"", subscription.ends_at, subscription.count, who)
+        self.subscribe(
+            subscription.transport, b"", subscription.ends_at, subscription.count, client
+        )
 
     def forget(self, subscription: Subscription) -> None:
-        """Note that a client is gone."""
+        """Remove a subscription whose connection is lost."""
         self.subscriptions.pop(subscription, None)
         self._slow.discard(subscription)
-        subscription.pending = _PendingOutput(0, 0.0)  # passes on their way must not write to it
+        subscription.pending = _PendingOutput(0, 0.0)  # running fan-outs must not write to it
         if not self.has_clients:
             self.drained.set()
 
     def mark_slow(self, subscription: Subscription) -> None:
-        """Note that a client's buffer is full."""
+        """Keep further chunks for a client, as its buffer is full."""
         backlog = subscription.transport.get_write_buffer_size()
         subscription.pending = _PendingOutput(backlog, asyncio.get_running_loop().time())
         self._slow.add(subscription)
 
     def mark_fast(self, subscription: Subscription) -> None:
-        """Note that a client's buffer has emptied."""
+        """Write to a client directly again, as its buffer has emptied."""
         subscription.pending = None
         self._slow.discard(subscription)
 
     def mark_ended(self, subscription: Subscription) -> None:
-        """Note that a client has got the end of its stream."""
+        """Remove a subscription whose stream has ended, and watch it until its client is gone."""
         self.subscriptions.pop(subscription, None)
         self.mark_slow(subscription)
 
     def drop_stalled(self, now: float, stall_timeout: float) -> None:
-        """Cut off clients that have taken nothing for too long."""
+        """Abort the connections of clients that have taken no byte within the time-out."""
         for subscription in list(self._slow):
-            arrears, wire = subscription.pending, subscription.transport
-            if arrears and arrears.stalled_for(wire.get_write_buffer_size(), now) > stall_timeout:
-                wire.abort()
+            pending, transport = subscription.pending, subscription.transport
+            if (
+                pending
+                and pending.stalled_for(transport.get_write_buffer_size(), now) > stall_timeout
+            ):
+                transport.abort()
 
     def end_expired(self, now: float) -> None:
-        """End streams whose time is over."""
+        """End streams that have reached their maximum connection time."""
         for subscription in list(self.subscriptions):
-            # The time of a slow client is over when it has taken its message, or has stalled.
+            # A slow client is ended once it has caught up, unless it stalls before.
             if now >= subscription.ends_at and subscription.pending is None:
                 subscription.end()
 
     def abort_all(self) -> None:
-        """Cut everybody off."""
+        """Abort all connections."""
         for subscription in [*self.subscriptions, *self._slow]:
             subscription.transport.abort()
 
     def _close_pending(self) -> None:
-        """See that what is pending is not for those who come now."""
+        """Start the pending changes now, so that a new subscriber does not get them as well."""
         self._start_pending()
 
-    def _start(self, new: FanOut) -> None:
-        self._fan_outs.append(new)
+    def _start(self, fan_out: FanOut) -> None:
+        self._fan_outs.append(fan_out)
         self._schedule_slice()
 
     def _schedule_slice(self) -> None:
@@ -302,16 +323,16 @@ class Channel(ABC, Generic[ClientT]):
                 since = self._fan_outs.popleft().since
                 if since is not None:
                     self.delays.add(time.monotonic() - since)
-        finally:  # what goes wrong for one client does not keep others waiting
+        finally:  # an error for one client must not stop the fan-out to the others
             if self._fan_outs or self._is_pending:
                 self._schedule_slice()
 
 
 class BroadcastChannel(Channel[None]):
-    """A stream of which everybody gets the same bytes.
+    """Channel on which all clients get the same bytes.
 
     Args:
-        stream_format: makes them.
+        stream_format: encodes them.
     """
 
     def __init__(self, stream_format: StreamFormat) -> None:
@@ -323,12 +344,12 @@ class BroadcastChannel(Channel[None]):
         self._pending_since: float | None = None
 
     def publish(self, payload: Payload | None, change: Change, since: float) -> None:
-        """Encode a change, once."""
+        """Encode a change, once for all subscribers."""
         self._payload, self._opening = payload, None
         if not self.subscriptions:
             return
         if change.replace and payload is not None:
-            self._pending = [self._current_opening()]
+            self._pending = [self._encoded_opening()]
         elif update := self._format.update(change):
             self._pending.append(encode_chunk(update))
         if self._pending and self._pending_since is None:
@@ -337,9 +358,9 @@ class BroadcastChannel(Channel[None]):
 
     def _opening_for(self, subscription: Subscription) -> bytes:
         del subscription
-        return self._current_opening()
+        return self._encoded_opening()
 
-    def _current_opening(self) -> bytes:
+    def _encoded_opening(self) -> bytes:
         if self._opening is None and self._payload is not None:
             self._opening = encode_chunk(self._format.opening(self._payload))
         return self._opening or b""
@@ -351,6 +372,6 @@ class BroadcastChannel(Channel[None]):
     def _start_pending(self) -> None:
         if self._pending:
             chunks = self._pending
-            joined = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-            self._fan_outs.append(SharedFanOut(joined, self.subscriptions, self._pending_since))
+            chunk = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            self._fan_outs.append(SharedFanOut(chunk, self.subscriptions, self._pending_since))
             self._pending, self._pending_since = [], None

@@ -1,9 +1,9 @@
-"""The fan-out of one environment: each change is encoded once per stream and written to everybody.
+"""Fan-out of one environment: each change is encoded once per stream and written to all clients.
 
-The hub knows bytes and subscriptions; what the bytes mean is the business of the stream formats.
-Everybody on a shared channel gets the same bytes objects, already framed as chunks of an HTTP/1.1
-body, so a client that does not read costs references, not copies. Streams of pings are in here,
-too; those whose bytes depend on the client are in `relay.evalstreams`.
+The hub handles bytes and subscriptions; the stream formats give the bytes their meaning. All
+clients of a broadcast channel get the same bytes objects, already framed as chunks of an HTTP/1.1
+body, so a client that does not read costs references, not copies. Ping streams are in
+`relay.streams.ping`, and streams whose bytes depend on the client in `relay.streams.evaluated`.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ from relay.streams.channel import (
 from relay.streams.transport import StreamTransport
 
 MAX_SWEEP_INTERVAL = 5.0
-"""Seconds between two looks at stalled clients, at most: to wake up costs more than to look."""
+"""Maximum seconds between two sweeps for stalled clients: waking up costs more than the sweep."""
 
 MAX_OVERTIME = 1.0
-"""Seconds by which a maximum connection time may be exceeded."""
+"""Seconds by which a stream may exceed its maximum connection time."""
 
 CONNECTION_TIME_JITTER = 0.1
-"""A maximum connection time is shortened by up to this share, so that clients that came together
-do not leave together."""
+"""Maximum share by which a connection time is shortened at random, so that clients that connected
+together do not all reconnect together."""
 
 
 ENDINGS_PER_SECOND = 500
-"""At most this many streams are ended each second at shutdown, if the time allows: their clients
-connect elsewhere at once."""
+"""Maximum rate at which a shutdown ends streams, if the time allows: their clients reconnect
+elsewhere at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamLimits:
-    """How long streams and their silences last. All in seconds.
+    """Time limits of streams. All in seconds.
 
     Args:
-        heartbeat_interval: between two comments to everybody; 0 or less for none (streams 2.3).
-        max_connection_time: after which a stream is ended; 0 or less for never.
-        stall_timeout: for which a client whose buffer is full may take no byte at all. A minute
+        heartbeat_interval: between two comments; 0 or less for none (streams 2.3).
+        max_connection_time: after this a stream is ended; 0 or less for never.
+        stall_timeout: for this long a client with a full buffer may take no byte at all. A minute
             outlasts any loss of packets that TCP survives in practice.
     """
 
@@ -59,22 +59,22 @@ class StreamLimits:
 
     @property
     def sweep_interval(self) -> float:
-        """Seconds between two looks at all clients: fine enough for the times they are held to."""
-        times = [MAX_SWEEP_INTERVAL]
+        """Seconds between two sweeps over all clients, short enough to enforce the limits."""
+        intervals = [MAX_SWEEP_INTERVAL]
         if self.stall_timeout > 0:
-            times.append(self.stall_timeout / 10)
+            intervals.append(self.stall_timeout / 10)
         if self.max_connection_time > 0:
-            times += [MAX_OVERTIME, self.max_connection_time / 10]
-        return min(times)
+            intervals += [MAX_OVERTIME, self.max_connection_time / 10]
+        return min(intervals)
 
 
 class Hub:
-    """Everybody who listens to one environment.
+    """All streams of one environment.
 
     Args:
-        formats: stream name, such as `all`, to the format of a shared channel.
-        limits: how long streams and their silences last.
-        channels: other streams by name.
+        formats: the formats of broadcast channels by stream name, such as `all`.
+        limits: time limits of streams.
+        channels: other channels by stream name.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Hub:
         channels: Mapping[str, Channel[Any]] | None = None,
     ) -> None:
         self.delays = Histogram()
-        """From when a change came until it was written to the last stream that takes it at once."""
-        shared = {name: BroadcastChannel(format_) for name, format_ in formats.items()}
-        self._channels: Mapping[str, Channel[Any]] = {**shared, **(channels or {})}
+        """Seconds from receiving a change to writing it to the last stream that is not slow."""
+        broadcast = {name: BroadcastChannel(format_) for name, format_ in formats.items()}
+        self._channels: Mapping[str, Channel[Any]] = {**broadcast, **(channels or {})}
         for channel in self._channels.values():
             channel.delays = self.delays
         self._limits = limits or StreamLimits()
@@ -95,22 +95,26 @@ class Hub:
         self._next_heartbeat = 0.0
         self._closing = False
 
+    def __repr__(self) -> str:
+        streams = ", ".join(f"{name}: {count}" for name, count in self.streams.items())
+        return f"<Hub [{streams}]>"
+
     def __len__(self) -> int:
         """Return the number of open streams."""
         return sum(len(channel.subscriptions) for channel in self._channels.values())
 
     @property
     def streams(self) -> Mapping[str, int]:
-        """The number of open streams of each name."""
+        """The number of open streams by name."""
         return {name: len(channel.subscriptions) for name, channel in self._channels.items()}
 
     def publish(self, payload: Payload | None, change: Change, since: float | None = None) -> None:
-        """Tell subscribers of a change; returns at once.
+        """Schedule a change for delivery to all subscribers; returns at once.
 
         Args:
-            payload: what the environment serves now; None while it has no data of its own.
-            change: what became different.
-            since: the monotonic clock when the change came; None for now.
+            payload: the data that the environment serves now; None while it has none of its own.
+            change: the difference to the previous payload.
+            since: monotonic time at which the change was received; None for now.
         """
         since = time.monotonic() if since is None else since
         for channel in self._channels.values():
@@ -124,30 +128,30 @@ class Hub:
         count: MetricValue | None = None,
         client: object = None,
     ) -> Subscription:
-        """Send everything that there is now, and from now on each change.
+        """Send the current data, then each change.
 
-        The wire belongs to the subscription from now on.
+        The subscription takes over the transport.
 
         Args:
             stream: the name of the format or channel.
-            transport: where to write, in chunks of HTTP/1.1.
-            head: bytes to write before, such as the head of the response.
-            count: of open streams; this one is in it until its connection is lost.
-            client: what the channel has to know of the client; None for shared ones.
+            transport: written to in chunks of HTTP/1.1.
+            head: bytes to write first, such as the head of the response.
+            count: the number of open streams; includes this one until its connection is lost.
+            client: the channel's own data about the client; None for broadcast channels.
         """
         self._keep_ticking()
         count = count or MetricValue()
         count.value += 1
-        ends_at = self._end_of_a_new_stream()
+        ends_at = self._new_end_time()
         subscription = self._channels[stream].subscribe(transport, head, ends_at, count, client)
         if self._closing:
             subscription.end()
         return subscription
 
     async def close(self, within: float) -> None:
-        """End all streams properly, a few at a time, and return when they are gone.
+        """End all streams properly, a few at a time, and wait until they are closed.
 
-        Clients that have not taken the end of their stream after `within` seconds are cut off.
+        Clients that have not taken the end of their stream after `within` seconds are aborted.
         """
         self._closing = True
         try:
@@ -160,39 +164,39 @@ class Hub:
                 channel.abort_all()
 
     async def _end_slowly(self, seconds: float) -> None:
-        """End all streams within about the given time."""
-        open_now = [s for channel in self._channels.values() for s in channel.subscriptions]
+        """End all streams, spread over about `seconds`."""
+        subscriptions = [s for channel in self._channels.values() for s in channel.subscriptions]
         steps = max(1, round(seconds / 0.02))
-        size = -(-len(open_now) // steps)
-        for begin in range(0, len(open_now), size or 1):
-            _end(open_now[begin : begin + size])
+        size = -(-len(subscriptions) // steps)
+        for start in range(0, len(subscriptions), size or 1):
+            _end_all(subscriptions[start : start + size])
             await asyncio.sleep(seconds / steps)
         for channel in self._channels.values():
-            _end(list(channel.subscriptions))  # those that started over meanwhile
+            _end_all(list(channel.subscriptions))  # subscriptions that were resynced meanwhile
 
-    def _end_of_a_new_stream(self) -> float:
-        longest = self._limits.max_connection_time
-        if longest <= 0:
+    def _new_end_time(self) -> float:
+        max_time = self._limits.max_connection_time
+        if max_time <= 0:
             return 0.0
         jitter = random.random() * CONNECTION_TIME_JITTER  # noqa: S311 - no secret
-        return asyncio.get_running_loop().time() + longest * (1 - jitter)
+        return asyncio.get_running_loop().time() + max_time * (1 - jitter)
 
     def _keep_ticking(self) -> None:
         if self._ticker is None:
             now = asyncio.get_running_loop().time()
             interval = self._limits.heartbeat_interval
             self._next_heartbeat = now + interval if interval > 0 else math.inf
-            self._tick_soon(now)
+            self._schedule_tick(now)
 
-    def _tick_soon(self, now: float) -> None:
+    def _schedule_tick(self, now: float) -> None:
         delay = min(self._sweep_interval, self._next_heartbeat - now)
         self._ticker = asyncio.get_running_loop().call_later(delay, self._tick)
 
     def _tick(self) -> None:
-        """Do what is due by time; the ticker rests when nobody is connected."""
+        """Sweep all channels and send due heartbeats; stop ticking when no client is connected."""
         self._ticker = None
         now = asyncio.get_running_loop().time()
-        heartbeat = self._heartbeat_is_due(now)
+        heartbeat = self._take_due_heartbeat(now)
         for channel in self._channels.values():
             channel.drop_stalled(now, self._limits.stall_timeout)
             if self._limits.max_connection_time > 0:
@@ -200,9 +204,9 @@ class Hub:
             if heartbeat:
                 channel.heartbeat()
         if any(channel.has_clients for channel in self._channels.values()):
-            self._tick_soon(now)
+            self._schedule_tick(now)
 
-    def _heartbeat_is_due(self, now: float) -> bool:
+    def _take_due_heartbeat(self, now: float) -> bool:
         if now < self._next_heartbeat:
             return False
         interval = self._limits.heartbeat_interval
@@ -210,7 +214,7 @@ class Hub:
         return True
 
 
-def _end(subscriptions: Iterable[Subscription]) -> None:
+def _end_all(subscriptions: Iterable[Subscription]) -> None:
     for subscription in subscriptions:
         subscription.end()
 

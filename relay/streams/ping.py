@@ -11,18 +11,18 @@ from relay.streams.channel import Channel, SharedFanOut, Subscription
 from relay.streams.transport import PING_CHUNK
 
 PING_SLOTS = 64
-"""A delayed ping goes out in one of so many slots of time, chosen for each client by chance: so
-fine that the clients' polls come evenly, so coarse that the slots cost nothing."""
+"""Time slots over which delayed pings are spread, each client in a random one: fine enough for
+an even load of polls, coarse enough to cost nothing."""
 
 
 class PingChannel(Channel[None]):
-    """A stream that only says that something changed; its clients then poll (streams 2.2).
+    """Stream that only announces changes; its clients then poll (streams 2.2).
 
-    Pings of one turn of the loop are one. With a jitter, each client has a delay of its own, so
-    that the polls do not all come at once; what changes during the delay adds no further ping.
+    Pings within one turn of the event loop are merged. With a jitter, each client's ping has a
+    random delay, so that the polls do not all come at once; changes during the delay add no ping.
 
     Args:
-        jitter: seconds up to which a ping is delayed.
+        jitter: maximum delay of a ping in seconds.
     """
 
     def __init__(self, jitter: float = 0.0) -> None:
@@ -31,12 +31,12 @@ class PingChannel(Channel[None]):
         self._has_data = False
         self._pending_since: float | None = None
         self._slots: deque[list[Subscription]] = deque()
-        """Who gets a delayed ping, by when: the first slot is due next."""
-        self._waiting: set[Subscription] = set()
-        """All who are in a slot."""
+        """Receivers of delayed pings by time slot; the first slot is due next."""
+        self._scheduled: set[Subscription] = set()
+        """All subscriptions that are in a slot."""
 
     def publish(self, payload: Payload | None, change: Change, since: float) -> None:
-        """Ping everybody, at once or by and by; without data there is nothing to poll."""
+        """Ping all clients, at once or spread over the jitter; only if there are data to poll."""
         self._has_data = payload is not None
         if not (self._has_data and self.subscriptions and (change.visible or change.replace)):
             return
@@ -61,20 +61,20 @@ class PingChannel(Channel[None]):
 
     def _delay_pings(self) -> None:
         if not self._slots:
-            asyncio.get_running_loop().call_later(self._jitter / PING_SLOTS, self._ping_a_slot)
+            asyncio.get_running_loop().call_later(self._jitter / PING_SLOTS, self._ping_slot)
         while len(self._slots) < PING_SLOTS:
             self._slots.append([])
         for subscription in self.subscriptions:
-            if subscription not in self._waiting:
-                self._waiting.add(subscription)
+            if subscription not in self._scheduled:
+                self._scheduled.add(subscription)
                 random.choice(self._slots).append(subscription)  # noqa: S311 - no secret
 
-    def _ping_a_slot(self) -> None:
+    def _ping_slot(self) -> None:
         due = self._slots.popleft()
         if due:
-            self._waiting.difference_update(due)
+            self._scheduled.difference_update(due)
             self._start(SharedFanOut(PING_CHUNK, due))
-        if not self._waiting:
+        if not self._scheduled:
             self._slots.clear()
         if self._slots:
-            asyncio.get_running_loop().call_later(self._jitter / PING_SLOTS, self._ping_a_slot)
+            asyncio.get_running_loop().call_later(self._jitter / PING_SLOTS, self._ping_slot)

@@ -10,13 +10,13 @@ from relay.protocol.clientside import PING
 
 
 class StreamTransport(Protocol):
-    """What a subscription writes to: an asyncio transport, or what looks like one."""
+    """The part of an asyncio transport that a subscription uses."""
 
     def write(self, data: bytes, /) -> None:
-        """Take bytes to send; never blocks."""
+        """Buffer bytes to send; never blocks."""
 
     def writelines(self, parts: Iterable[bytes], /) -> None:
-        """Take bytes to send together."""
+        """Buffer bytes to send together."""
 
     def close(self) -> None:
         """Close after everything has been sent."""
@@ -28,7 +28,7 @@ class StreamTransport(Protocol):
         """Return the number of bytes not yet sent."""
 
     def set_protocol(self, protocol: asyncio.BaseProtocol, /) -> None:
-        """Tell who wants to know about a full buffer and a lost connection."""
+        """Set the protocol that is called for a full buffer and a lost connection."""
 
 
 def encode_chunk(data: bytes) -> bytes:
@@ -37,7 +37,7 @@ def encode_chunk(data: bytes) -> bytes:
 
 
 def decode_chunks(chunks: bytes) -> Iterator[bytes]:
-    """Yield the data of chunks that `encode_chunk` made, for a server that frames by itself."""
+    """Yield the data of chunks made by `encode_chunk`, for a server that does its own framing."""
     at = 0
     while at < len(chunks):
         begin = chunks.index(b"\r\n", at) + 2

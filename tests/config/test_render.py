@@ -1,4 +1,4 @@
-"""Code, `config/relay.conf` and README agree, and no secret is ever printed."""
+"""Code, `config/relay.conf` and docs agree, and no secret is ever printed."""
 
 import re
 from dataclasses import replace
@@ -36,10 +36,10 @@ def test_the_file_agrees_with_the_code() -> None:
     assert (ROOT / "config/relay.conf").read_text() == reference(), RENEW
 
 
-def test_the_readme_agrees_with_the_code() -> None:
+def test_the_page_agrees_with_the_code() -> None:
     """The table shows exactly the declared options."""
     marked = "<!-- configuration table -->\n(.*?)<!-- end -->"
-    match = re.search(marked, (ROOT / "README.md").read_text(), re.DOTALL)
+    match = re.search(marked, (ROOT / "docs/configuration.md").read_text(), re.DOTALL)
     assert match
     assert match[1] == table(), RENEW
 
@@ -65,7 +65,7 @@ def test_every_option_of_the_file_can_be_uncommented(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ALL, ids=lambda option: f"{option.section}.{option.name}")
 def test_every_option_is_documented(option: Option) -> None:
-    """It has a help sentence, and is in the file with its variable, and in the README."""
+    """It has a help sentence, and is in the file with its variable, and in docs/configuration.md."""
     assert re.fullmatch(r"[A-Z`].*\.", option.help)
     assert re.search(rf"(?m)^#{option.name} = .+$", reference())
     assert option.variable in reference()

@@ -1,4 +1,4 @@
-"""Evaluating streams: each client ends with what is true for its context, and is told no more."""
+"""Evaluating streams: each client ends up with the results for its context, and gets no more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
-from tests.test_hub import Buffer, turns
 
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import parse_context
@@ -20,18 +19,19 @@ from relay.streams import evaluated
 from relay.streams.evaluated import EvalClient, EvaluatingChannel
 from relay.streams.hub import Hub, StreamLimits
 from relay.streams.transport import LAST_CHUNK, decode_chunks
+from tests.streams.test_hub import Buffer, turns
 
-NEWS = Change((), (), replace=True)
+NEW_DATA = Change((), (), replace=True)
 
 
 @dataclass(frozen=True)
 class Program:
-    """Flags that are `on` for some users: by key, their version and who these are."""
+    """Flags that are on for some users: version and users by key."""
 
     version: int
     flags: dict[str, tuple[int, frozenset[str]]]
     asked: Counter = field(default_factory=Counter)
-    """How often each user's flags were evaluated."""
+    """Number of evaluations by user."""
 
     @property
     def size(self):
@@ -59,18 +59,18 @@ class Program:
 
 
 class Programs:
-    """What an environment has, some of it only after a while."""
+    """Programs of an environment; while `slow`, they are not ready."""
 
     def __init__(self) -> None:
         self.newest: Program | None = None
         self.slow = False
         self._done = asyncio.Event()
 
-    def current(self, audience):
-        assert audience is SDKKind.BROWSER
+    def current(self, sdk_kind):
+        assert sdk_kind is SDKKind.BROWSER
         return None if self.slow else self.newest
 
-    async def ready(self, audience):
+    async def ready(self, sdk_kind):
         if self.slow:
             await self._done.wait()
         return self.newest
@@ -96,18 +96,18 @@ class Site:
         self.programs.newest = Program(
             version, {key: (own, frozenset(users)) for key, (own, users) in flags.items()}
         )
-        self.hub.publish(EMPTY, NEWS)
+        self.hub.publish(EMPTY, NEW_DATA)
 
     def client(self, user: str, *, with_reasons: bool = False) -> Client:
         client = Client(user)
         raw = json.dumps({"kind": "user", "key": user}).encode()
-        viewer = EvalClient(raw, parse_context(raw), with_reasons=with_reasons)
-        self.hub.subscribe("eval", client, client=viewer)
+        eval_client = EvalClient(raw, parse_context(raw), with_reasons=with_reasons)
+        self.hub.subscribe("eval", client, client=eval_client)
         return client
 
 
 class Client(Buffer):
-    """What an SDK does with the messages."""
+    """Transport and SDK: keeps flags up to date by the messages."""
 
     def __init__(self, user: str) -> None:
         super().__init__()
@@ -119,26 +119,26 @@ class Client(Buffer):
         lines = (message.split("\n") for message in text.split("\n\n")[:-1])
         return [(name[7:], json.loads(data[6:])) for name, data in lines]
 
-    def held(self) -> dict[str, bool] | None:
-        """What the SDK has; None before its first put."""
-        held: dict[str, dict] | None = None
+    def state(self) -> dict[str, bool] | None:
+        """Return the values that the SDK has; None before its first put."""
+        state: dict[str, dict] | None = None
         newest = 0
         for name, data in self.messages:
             if name == "put":
-                held, newest = data, 0
+                state, newest = data, 0
                 continue
-            assert held is not None, "a change before the put"
+            assert state is not None, "a change before the put"
             assert data["version"] >= newest, (
                 "the versions of one pass are equal, later ones greater"
             )
-            assert data["version"] > held.get(data["key"], {"version": 0})["version"], "ignored"
+            assert data["version"] > state.get(data["key"], {"version": 0})["version"], "ignored"
             newest = data["version"]
-            held[data["key"]] = data
+            state[data["key"]] = data
             if name == "delete":
                 data["value"] = None
-        if held is None:
+        if state is None:
             return None
-        return {key: entry["value"] for key, entry in held.items() if entry["value"] is not None}
+        return {key: entry["value"] for key, entry in state.items() if entry["value"] is not None}
 
 
 async def test_a_stream_begins_with_all_results_and_goes_on_with_those_that_changed():
@@ -167,7 +167,7 @@ async def test_a_stream_begins_with_all_results_and_goes_on_with_those_that_chan
 
 
 async def test_a_change_without_another_result_is_silent():
-    """As when a segment changes that this context is not in: nobody else is told."""
+    """As when a segment changes that the context is not in: only affected clients get a message."""
     site = Site()
     site.set(a=(1, "x"))
     concerned, other = site.client("y"), site.client("z")
@@ -218,7 +218,7 @@ async def test_changes_of_one_turn_are_one_step():
     client.abort()
 
 
-async def test_who_comes_before_there_is_a_program_waits_for_it():
+async def test_a_client_waits_for_the_first_program():
     """Neither data nor a program: the stream is silent, then begins with a put."""
     site = Site()
     early = site.client("x")
@@ -234,12 +234,12 @@ async def test_who_comes_before_there_is_a_program_waits_for_it():
     await turns()
     for client in (early, late):
         client.read()
-        assert client.held() == {"a": True}
+        assert client.state() == {"a": True}
         client.abort()
 
 
 async def test_clients_keep_their_data_while_a_program_is_compiled():
-    """They get the change when it is ready; who comes meanwhile begins with what they have."""
+    """They get the change when it is ready; clients that come meanwhile begin with the same data."""
     site = Site()
     site.set(a=(1, "x"))
     early = site.client("x")
@@ -250,18 +250,18 @@ async def test_clients_keep_their_data_while_a_program_is_compiled():
     late = site.client("x")
     site.set(a=(3, ""))
     late.read()
-    assert late.held() == {"a": True}
+    assert late.state() == {"a": True}
     site.programs.finish()
     await turns()
     for client in (early, late):
         client.read()
-        assert client.held() == {"a": False}
+        assert client.state() == {"a": False}
         assert client.messages[-1][1]["flagVersion"] == 3
         client.abort()
 
 
 async def test_a_client_that_missed_too_much_starts_over(monkeypatch):
-    """What waits for a slow client is bounded; then it gets a put and goes on from there."""
+    """Pending output of a slow client is bounded; beyond, it gets a put and goes on from there."""
     monkeypatch.setattr(channel_module, "MAX_PENDING", 500)
     site = Site()
     site.set(a=(1, "x"))
@@ -269,11 +269,11 @@ async def test_a_client_that_missed_too_much_starts_over(monkeypatch):
     await turns()
     while not slow._paused:
         slow.write(b"1\r\n\n\r\n")
-    waiting = slow.get_write_buffer_size()
+    pending = slow.get_write_buffer_size()
     for version in range(2, 30):
         site.set(a=(version, "x" if version % 2 else ""))
         await turns()
-    assert slow.get_write_buffer_size() == waiting
+    assert slow.get_write_buffer_size() == pending
     slow.received = b""
     slow._unread = slow._unread[:1]
     slow.read()
@@ -282,10 +282,10 @@ async def test_a_client_that_missed_too_much_starts_over(monkeypatch):
     await turns()
     slow.read()
     assert [name for name, _ in slow.messages] == ["put", "put", "patch", "patch"]
-    assert slow.held() == {"a": True, "b": False}
+    assert slow.state() == {"a": True, "b": False}
     quick.read()
     quick.read()
-    assert quick.held() == {"a": True, "b": False}
+    assert quick.state() == {"a": True, "b": False}
     slow.abort(), quick.abort()
 
 
@@ -305,7 +305,7 @@ async def test_polls_in_between_do_not_wait_for_evaluations(monkeypatch):
 
 
 async def test_a_failure_for_one_client_does_not_reach_the_others():
-    """A defect that one context brings to light is reported, and the rest are served."""
+    """An exception for one context is reported, and the other clients are served."""
     site = Site()
     site.set(a=(1, "x"))
     clients = [site.client(user) for user in "xyz"]
@@ -332,7 +332,7 @@ async def test_a_failure_for_one_client_does_not_reach_the_others():
 
 
 async def test_many_changes_come_as_a_put(monkeypatch):
-    """It is cheaper than patches, and still nobody gets one to whom nothing is different."""
+    """It is cheaper than patches; a client without a different result still gets none."""
     monkeypatch.setattr(evaluated, "MANY_FLAGS", 2)
     site = Site()
     site.set(a=(1, "x"), b=(1, "x"), c=(1, "x"))
@@ -346,11 +346,11 @@ async def test_many_changes_come_as_a_put(monkeypatch):
         client.read()
     assert [name for name, _ in concerned.messages] == ["put", "put", "patch"]
     assert [name for name, _ in other.messages] == ["put"]
-    assert concerned.held() == {"a": False, "b": True, "c": False}
+    assert concerned.state() == {"a": False, "b": True, "c": False}
     concerned.abort(), other.abort()
 
 
-async def test_nothing_is_evaluated_for_nobody():
+async def test_nothing_is_evaluated_without_clients():
     """Without clients no program is asked for, and none is kept."""
     site = Site()
     site.set(a=(1, "x"))
@@ -373,16 +373,16 @@ class Interleavings(RuleBasedStateMachine):
         self.clients: list[Client] = []
         self.flags: dict[str, tuple[int, str]] = {}
         self.count = 0
-        self._kept = channel_module.MAX_PENDING, evaluated.FAN_OUT_SLICE
+        self._original_limits = channel_module.MAX_PENDING, evaluated.FAN_OUT_SLICE
         channel_module.MAX_PENDING, evaluated.FAN_OUT_SLICE = 800, 2
 
     @staticmethod
     async def _site() -> Site:
         return Site()
 
-    def run(self, what) -> None:
+    def run(self, action) -> None:
         async def act() -> None:
-            what()
+            action()
 
         self.loop.run_until_complete(act())
 
@@ -436,14 +436,14 @@ class Interleavings(RuleBasedStateMachine):
         has_data = self.site.programs.newest is not None
         try:
             for client in self.clients:
-                held = {key: client.user in users for key, (_, users) in wanted.items()}
-                assert client.held() == (held if has_data else None)
+                state = {key: client.user in users for key, (_, users) in wanted.items()}
+                assert client.state() == (state if has_data else None)
         finally:
             for client in self.clients:
                 self.run(client.abort)
             self.loop.run_until_complete(turns())
             self.loop.close()
-            channel_module.MAX_PENDING, evaluated.FAN_OUT_SLICE = self._kept
+            channel_module.MAX_PENDING, evaluated.FAN_OUT_SLICE = self._original_limits
 
 
 TestInterleavings = Interleavings.TestCase

@@ -1,4 +1,4 @@
-"""The hub: each subscriber ends with the current payload, or disconnected."""
+"""The hub: each subscriber ends up with the current payload, or is disconnected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HIGH, LOW = 2000, 500
 
 
 class Buffer:
-    """A transport whose client reads when the test says so."""
+    """Transport whose client reads when the test says so."""
 
     def __init__(self) -> None:
         self.received = b""
@@ -67,23 +67,23 @@ class Buffer:
             self._paused = False
             self._protocol.resume_writing()
 
-    def held(self) -> dict[str, int]:
-        """What an SDK holds that has read these bytes; versions never go down."""
-        held: dict[str, int] = {}
+    def state(self) -> dict[str, int]:
+        """Return the flag versions of an SDK that has read these bytes; they never go down."""
+        state: dict[str, int] = {}
         text = b"".join(decode_chunks(self.received.removesuffix(LAST_CHUNK)))
         for message in text.replace(b":\n", b"").decode().split("\n\n")[:-1]:
             name, data = message.split("\n")
-            news = json.loads(data.removeprefix("data: "))
+            message_data = json.loads(data.removeprefix("data: "))
             if name == "event: put":
-                flags = news["data"]["flags"]
+                flags = message_data["data"]["flags"]
                 put = {key: flag["version"] for key, flag in flags.items()}
-                assert all(put.get(key, 1 << 30) >= version for key, version in held.items())
-                held = put
+                assert all(put.get(key, 1 << 30) >= version for key, version in state.items())
+                state = put
             else:
-                version, key = news["data"]["version"], news["data"]["key"]
-                assert held.get(key, 0) < version, "sent twice, or in the wrong order"
-                held[key] = version
-        return held
+                version, key = message_data["data"]["version"], message_data["data"]["key"]
+                assert state.get(key, 0) < version, "sent twice, or in the wrong order"
+                state[key] = version
+        return state
 
 
 def flag(key: str, version: int, size: int = 0) -> Item:
@@ -107,14 +107,14 @@ class Interleavings(RuleBasedStateMachine):
         self.version = 0
         self.buffers: list[Buffer] = []
         self.count = MetricValue()
-        self._kept = channel_module.FAN_OUT_SLICE, channel_module.MAX_PENDING
+        self._original_limits = channel_module.FAN_OUT_SLICE, channel_module.MAX_PENDING
         channel_module.FAN_OUT_SLICE, channel_module.MAX_PENDING = 2, 3000
 
-    def run(self, what) -> None:
-        """Do something as the loop would, without giving the hub a turn before or after."""
+    def run(self, action) -> None:
+        """Run a callback as the loop would, without giving the hub a turn before or after."""
         asyncio._set_running_loop(self.loop)
         try:
-            what()
+            action()
         finally:
             asyncio._set_running_loop(None)
 
@@ -158,7 +158,7 @@ class Interleavings(RuleBasedStateMachine):
         assert self.count.value == len(self.hub) == self.hub.streams["all"] == len(self.buffers)
 
     @invariant()
-    def what_waits_is_bounded(self):
+    def pending_output_is_bounded(self):
         for buffer in self.buffers:
             size = sum(len(item.json) + 100 for item in self.payload or ())
             assert buffer.get_write_buffer_size() <= 2 * (HIGH + size + 3000 + 3000)
@@ -171,12 +171,12 @@ class Interleavings(RuleBasedStateMachine):
         wanted = {item.key: item.version for item in self.payload or ()}
         try:
             for buffer in self.buffers:
-                assert buffer.held() == wanted
+                assert buffer.state() == wanted
         finally:
             for buffer in list(self.buffers):
                 self.run(buffer.abort)
             self.loop.close()
-            channel_module.FAN_OUT_SLICE, channel_module.MAX_PENDING = self._kept
+            channel_module.FAN_OUT_SLICE, channel_module.MAX_PENDING = self._original_limits
 
 
 TestInterleavings = Interleavings.TestCase
@@ -202,24 +202,24 @@ class CountingFormat(AllFormat):
         return super().update(change)
 
 
-async def test_nothing_is_encoded_for_nobody():
-    """Without listeners a change costs no bytes."""
-    counting = CountingFormat()
-    hub = Hub({"all": counting})
+async def test_nothing_is_encoded_without_clients():
+    """Without subscribers a change is not encoded."""
+    stream_format = CountingFormat()
+    hub = Hub({"all": stream_format})
     hub.publish(*payload(flag("a", 1)))
     await turns()
-    assert counting.encoded == 0
+    assert stream_format.encoded == 0
 
 
-async def test_everybody_gets_the_same_bytes():
+async def test_all_clients_get_the_same_bytes():
     """The opening is encoded once, and all clients share one object."""
-    counting = CountingFormat()
-    hub = Hub({"all": counting})
+    stream_format = CountingFormat()
+    hub = Hub({"all": stream_format})
     hub.publish(*payload(flag("a", 1)))
     buffers = [Buffer() for _ in range(3)]
     for buffer in buffers:
         hub.subscribe("all", buffer)
-    assert counting.encoded == 1
+    assert stream_format.encoded == 1
     assert len({id(buffer._unread[0]) for buffer in buffers}) == 1
     for buffer in buffers:
         buffer.abort()
@@ -229,10 +229,10 @@ async def test_a_stream_begins_with_one_write(monkeypatch):
     """The head does not go out alone: each write of a transport is a packet."""
     hub = Hub({"all": AllFormat()})
     hub.publish(*payload(flag("a", 1)))
-    buffer, together = Buffer(), []
-    monkeypatch.setattr(buffer, "writelines", together.append)
+    buffer, writes = Buffer(), []
+    monkeypatch.setattr(buffer, "writelines", writes.append)
     hub.subscribe("all", buffer, b"head")
-    ((head, opening),) = together
+    ((head, opening),) = writes
     assert head == b"head"
     assert b"event: put" in opening
     assert buffer._unread == []
@@ -240,7 +240,7 @@ async def test_a_stream_begins_with_one_write(monkeypatch):
 
 
 def test_the_hub_wakes_as_rarely_as_its_limits_allow():
-    """To look after clients; for a heartbeat it wakes when that is due."""
+    """Sweeps are as rare as the limits allow; a heartbeat has a timer of its own."""
     assert StreamLimits().sweep_interval == 5
     assert StreamLimits(stall_timeout=20).sweep_interval == 2
     assert StreamLimits(max_connection_time=900).sweep_interval == 1
@@ -320,8 +320,8 @@ async def test_a_client_that_takes_a_little_stays():
     buffer.abort()
 
 
-async def test_close_cuts_off_who_does_not_read():
-    """The end of all streams takes no longer than it may."""
+async def test_close_aborts_clients_that_do_not_read():
+    """Ending all streams takes no longer than the given time."""
     hub = Hub({"all": AllFormat()})
     buffers = [Buffer() for _ in range(3)]
     for buffer in buffers:
@@ -332,7 +332,7 @@ async def test_close_cuts_off_who_does_not_read():
 
 
 def test_framing_is_undone():
-    """What was framed comes out as it went in, message by message."""
+    """Decoding chunks yields the encoded data, message by message."""
     assert list(decode_chunks(encode_chunk(b"a\r\nb") + HEARTBEAT + encode_chunk(b"x" * 300))) == [
         b"a\r\nb",
         b":\n",
@@ -340,17 +340,17 @@ def test_framing_is_undone():
     ]
 
 
-def listening(hub: Hub, stream: str, count: int = 1, who: object = None) -> list[Buffer]:
-    """Clients that have taken their opening."""
+def subscribe_many(hub: Hub, stream: str, count: int = 1, client: object = None) -> list[Buffer]:
+    """Return clients that have read their opening."""
     buffers = [Buffer() for _ in range(count)]
     for buffer in buffers:
-        hub.subscribe(stream, buffer, client=who)
+        hub.subscribe(stream, buffer, client=client)
         buffer.read()
     return buffers
 
 
 def pings(*buffers: Buffer) -> list[int]:
-    """How many pings each has received, and nothing else."""
+    """Return the number of pings that each has received; assert that there is nothing else."""
     for buffer in buffers:
         buffer.read()
         assert buffer.received == PING_CHUNK * (len(buffer.received) // len(PING_CHUNK))
@@ -360,12 +360,12 @@ def pings(*buffers: Buffer) -> list[int]:
 async def test_pings_of_one_turn_are_one():
     """A client polls once for a burst; one that comes with data there is pinged at once."""
     hub = Hub({}, channels={"ping": PingChannel()})
-    (early,) = listening(hub, "ping")
+    (early,) = subscribe_many(hub, "ping")
     now, change = payload(flag("a", 1))
     hub.publish(now, change)
     await turns()
     assert pings(early) == [1]
-    (late,) = listening(hub, "ping")
+    (late,) = subscribe_many(hub, "ping")
     assert pings(late) == [1]
     for version in range(2, 12):
         now, change = now.apply(ChangeSet((flag("a", version),)))
@@ -376,10 +376,10 @@ async def test_pings_of_one_turn_are_one():
     early.abort(), late.abort()
 
 
-async def test_what_nobody_can_see_is_no_reason_to_poll():
+async def test_an_invisible_change_is_no_reason_to_poll():
     """Neither the tombstone of an unknown flag, nor a patch before there are data."""
     hub = Hub({}, channels={"ping": PingChannel()})
-    (buffer,) = listening(hub, "ping")
+    (buffer,) = subscribe_many(hub, "ping")
     _, change = payload(flag("a", 1))
     hub.publish(None, change)
     await turns()
@@ -399,7 +399,7 @@ async def test_a_jitter_spreads_pings():
     hub = Hub({}, StreamLimits(heartbeat_interval=0), {"ping": PingChannel(0.5)})
     now, change = payload(flag("a", 1))
     hub.publish(now, change)
-    buffers = listening(hub, "ping", 40)
+    buffers = subscribe_many(hub, "ping", 40)
     gone, *others = buffers
     assert pings(*buffers) == [1] * 40
     begin = time.monotonic()
@@ -430,14 +430,33 @@ async def test_a_slow_client_owes_one_poll():
     hub = Hub({}, channels={"ping": PingChannel()})
     now, change = payload(flag("a", 1))
     hub.publish(now, change)
-    (buffer,) = listening(hub, "ping")
+    (buffer,) = subscribe_many(hub, "ping")
     while not buffer._paused:
         buffer.write(PING_CHUNK)
     for version in range(2, 12):
         now, change = now.apply(ChangeSet((flag("a", version),)))
         hub.publish(now, change)
         await turns()
-    waiting = buffer.get_write_buffer_size() // len(PING_CHUNK)
+    missed = buffer.get_write_buffer_size() // len(PING_CHUNK)
     buffer.read()
-    assert pings(buffer) == [1 + waiting + 1]
+    assert pings(buffer) == [1 + missed + 1]
+    buffer.abort()
+
+
+async def test_objects_state_their_condition():
+    """Streams by name, and a client's state, as a debugger shows them."""
+    hub = Hub({"all": AllFormat()}, channels={"ping": PingChannel()})
+    hub.publish(*payload(flag("a", 1)))
+    buffer = Buffer()
+    subscription = hub.subscribe("all", buffer)
+    assert repr(hub) == "<Hub [all: 1, ping: 0]>"
+    channel = hub._channels["all"]
+    assert repr(channel) == "<BroadcastChannel [1 streams, 0 slow or ended, 0 fan-outs]>"
+    assert repr(subscription) == "<Subscription [fast]>"
+    subscription.pause_writing()
+    subscription.send(b"1\r\n\n\r\n")
+    assert repr(subscription) == "<Subscription [slow, 6 bytes pending]>"
+    subscription.end()
+    assert repr(subscription) == "<Subscription [ended]>"
+    assert repr(channel) == "<BroadcastChannel [0 streams, 1 slow or ended, 0 fan-outs]>"
     buffer.abort()

@@ -1,1 +1,1 @@
-"""The same responses without ASGI: a uvicorn protocol that answers hot requests itself."""
+"""Fast path: a uvicorn protocol that answers hot requests itself, without ASGI."""

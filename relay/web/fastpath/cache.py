@@ -1,7 +1,6 @@
-"""What the front door has given before, and gives again to whoever asks in the same words.
+"""Cache of complete responses, keyed by the raw request head.
 
-Answers are put together once: when the data change, and once a second for their date. The request
-that asks for one is looked up by its bytes.
+A response is assembled when the data change, and once a second for its date.
 """
 
 from __future__ import annotations
@@ -17,35 +16,35 @@ from relay.web.fastpath.heads import MAX_HEAD, HeadTemplate, normalise_head
 from relay.web.fastpath.streams import StreamRequest
 
 MAX_HEADS = 4096
-"""Request heads that are remembered: far more than there are kinds of SDKs, some MB."""
+"""Maximum number of request heads with a cached response, some MB; far more than kinds of SDKs."""
 
 MAX_EVALUATED = 32 * 1024 * 1024
-"""Bytes of evaluated answers that are remembered by the head of their request."""
+"""Maximum bytes of cached evaluation responses."""
 
 EVALUATED_OVERHEAD = 1024
-"""Bytes that remembering one costs beside its head and body."""
+"""Bytes that each of them takes in addition to its head and body."""
 
 JOINED_BODY = 16 * 1024
-"""Bodies up to this many bytes are joined with their head: one write, one copy."""
+"""Bodies up to this many bytes are joined with their head: one write for one copy."""
 
 CLOSING = (b"connection", b"close")
 CLOSE = b"%b: %b\r\n" % CLOSING
-"""The header of an answer with which the connection ends."""
+"""Header of a response after which the connection is closed."""
 
 
 class CachedResponse:
-    """The answer to a request head, good as long as the environment's payload is the same.
+    """Complete response to a request head, fresh until the environment's payload changes.
 
     Args:
-        environment: whose data are in it.
+        environment: provides the data.
         head: status line and headers, each with its CRLF; neither `Date` nor the blank line.
-        pieces: of the body.
-        count: of such requests.
-        closes: whether the client wants the connection to end with it.
+        pieces: parts of the body.
+        count: counter of such requests.
+        closes: True if the client wants the connection closed after the response.
     """
 
     __slots__ = (
-        *("_date", "_head", "_pieces", "_written", "closes", "count"),
+        *("_assembled", "_date", "_head", "_pieces", "closes", "count"),
         *("environment", "line", "payload"),
     )
 
@@ -63,114 +62,128 @@ class CachedResponse:
         self.count = count
         self.closes = closes
         self.line = ""
-        """What is logged of each such request; empty for nothing."""
+        """Line to log for each such request; empty for none."""
         self._head = head + CLOSE if closes else head
         self._pieces = pieces
         self._date = b""
-        self._written: tuple[bytes, ...] = ()
+        self._assembled: tuple[bytes, ...] = ()
+
+    def __repr__(self) -> str:
+        state = "fresh" if self.is_fresh else "stale"
+        return f"<CachedResponse [{state}, {self.size} bytes]>"
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the data are the same still."""
+        """True if the environment still has the same payload."""
         return self.payload is self.environment.payload
 
     @property
     def size(self) -> int:
-        """The bytes of the body."""
+        """Size of the body in bytes."""
         return sum(map(len, self._pieces))
 
     def to_wire(self, date: bytes) -> tuple[bytes, ...]:
-        """Return what goes over the wire; put together once a second.
+        """Return the bytes to write; assembled once a second.
 
         Args:
-            date: the header and the blank line that ends a head.
+            date: the `Date` header and the blank line that ends a head.
         """
         if self._date is not date:
             self._date = date
-            self._written = assemble(self._head, date, self._pieces)
-        return self._written
+            self._assembled = assemble(self._head, date, self._pieces)
+        return self._assembled
 
 
 class EvaluationResponse(Struct, frozen=True):
-    """An evaluated answer in the form in which it is written.
+    """Response with evaluated flags, ready to be written.
 
     Args:
-        head: as `CachedResponse`'s.
-        pieces: of the body.
-        environment: whose flags it has.
-        counter: what counts it.
-        closes: whether the client wants the connection to end with it.
-        cacheable: whether the same request may well come again.
+        head: as for `CachedResponse`.
+        pieces: parts of the body.
+        environment: provides the flags.
+        count: counter of such requests.
+        closes: True if the client wants the connection closed after the response.
+        cacheable: True if the same request is likely to come again.
     """
 
     head: bytes
     pieces: tuple[bytes, ...]
     environment: Environment
-    counter: MetricValue
+    count: MetricValue
     closes: bool
     cacheable: bool = False
 
 
 def assemble(head: bytes, date: bytes, pieces: tuple[bytes, ...]) -> tuple[bytes, ...]:
-    """Return what goes over the wire, in as few pieces as is worthwhile."""
-    written = (head, date, *pieces)
+    """Return the bytes to write, in as few parts as is worthwhile."""
+    parts = (head, date, *pieces)
     joined = sum(map(len, pieces)) <= JOINED_BODY
-    return (b"".join(written),) if joined else written
+    return (b"".join(parts),) if joined else parts
 
 
 class ResponseCache:
-    """What was given, by the heads of the requests."""
+    """Cache of responses by request head.
+
+    Responses for all clients with a key are kept by normalised head, those for one context by the
+    head as it is.
+    """
 
     def __init__(self) -> None:
         self._by_head: dict[bytes | HeadTemplate, CachedResponse | StreamRequest] = {}
         self._evaluated: OrderedDict[bytes, CachedResponse] = OrderedDict()
-        """The oldest comes first."""
+        """Oldest first."""
         self._evaluated_size = 0
 
+    def __repr__(self) -> str:
+        return (
+            f"<ResponseCache [{len(self._by_head)} heads, "
+            f"{len(self._evaluated)} evaluated in {self._evaluated_size} bytes]>"
+        )
+
     def get(self, head: bytes) -> CachedResponse | StreamRequest | None:
-        """Return what was given for the same head before, of whichever instance, if it holds."""
+        """Return the fresh response to a head that is the same after normalisation."""
         key: bytes | HeadTemplate = head
-        given = self._by_head.get(key)
-        if given is None:
+        response = self._by_head.get(key)
+        if response is None:
             key, _ = normalise_head(head)
-            given = self._by_head.get(key)
-        if isinstance(given, CachedResponse) and not given.is_fresh:
+            response = self._by_head.get(key)
+        if isinstance(response, CachedResponse) and not response.is_fresh:
             del self._by_head[key]
             return None
-        return given
+        return response
 
     def get_evaluated(self, head: bytes) -> CachedResponse | None:
-        """Return what was evaluated for the context in the same head before, if it holds."""
-        told = self._evaluated.get(head)
-        if told is not None and not told.is_fresh:
-            self._evaluated_size -= _evaluated_size(head, self._evaluated.pop(head))
+        """Return the fresh evaluation response to the same head."""
+        response = self._evaluated.get(head)
+        if response is not None and not response.is_fresh:
+            self._evaluated_size -= _entry_size(head, self._evaluated.pop(head))
             return None
-        return told
+        return response
 
-    def put(self, head: bytes, given: CachedResponse | StreamRequest) -> None:
-        """Keep what was given for the next request with the same head, of whichever instance."""
-        if len(head) > MAX_HEAD or (isinstance(given, CachedResponse) and _expires(given)):
+    def put(self, head: bytes, response: CachedResponse | StreamRequest) -> None:
+        """Keep a response for all requests with the same head after normalisation."""
+        if len(head) > MAX_HEAD or (isinstance(response, CachedResponse) and _expires(response)):
             return
         if len(self._by_head) >= MAX_HEADS:
             self._by_head.clear()
-        outline, values = normalise_head(head)
-        self._by_head[outline if values else head] = given
+        template, values = normalise_head(head)
+        self._by_head[template if values else head] = response
 
-    def put_evaluated(self, head: bytes, told: CachedResponse) -> None:
-        """Keep what was evaluated for a context for the next request with the same head."""
-        if len(head) > MAX_HEAD or _expires(told) or head in self._evaluated:
+    def put_evaluated(self, head: bytes, response: CachedResponse) -> None:
+        """Keep an evaluation response for requests with the same head; evict the oldest ones."""
+        if len(head) > MAX_HEAD or _expires(response) or head in self._evaluated:
             return
-        self._evaluated[head] = told
-        self._evaluated_size += _evaluated_size(head, told)
+        self._evaluated[head] = response
+        self._evaluated_size += _entry_size(head, response)
         while self._evaluated_size > MAX_EVALUATED:
-            oldest, its = self._evaluated.popitem(last=False)
-            self._evaluated_size -= _evaluated_size(oldest, its)
+            oldest_head, oldest = self._evaluated.popitem(last=False)
+            self._evaluated_size -= _entry_size(oldest_head, oldest)
 
 
-def _expires(prepared: CachedResponse) -> bool:
-    """Whether an answer says when it expires, so that the next one says something else."""
-    return prepared.environment.spec.ttl > 0
+def _expires(response: CachedResponse) -> bool:
+    """Return whether a response states its expiry, which is different each time."""
+    return response.environment.spec.ttl > 0
 
 
-def _evaluated_size(head: bytes, told: CachedResponse) -> int:
-    return EVALUATED_OVERHEAD + len(head) + told.size
+def _entry_size(head: bytes, response: CachedResponse) -> int:
+    return EVALUATED_OVERHEAD + len(head) + response.size

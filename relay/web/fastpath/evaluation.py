@@ -1,4 +1,4 @@
-"""Contexts that ask for their flags at the front door: plain GETs, without the application."""
+"""Fast path of client-side evaluation (`GET /sdk/evalx/…`, `/msdk/evalx/…`)."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from relay.web.responses import Headers, PreparedResponse
 from relay.web.routing import BROWSER, MOBILE, SERVER, RouteAuth
 
 METHODS = ("GET", "OPTIONS")
-"""Of the routes of browsers, as they are told."""
+"""Methods of browsers' routes, for CORS."""
 
 MAX_KNOWN = 1024
-"""Kinds of requests that are at hand: far more than there are environments, each with some sites
-and kinds of clients."""
+"""Maximum number of client profiles: far more than environments, each with a few origins and kinds
+of clients."""
 
 _BROWSERS = re.compile(rb"/sdk/evalx/([0-9A-Za-z_-]+)/(contexts|users)")
 _LINE_END = b" HTTP/1.1\r\n"
-_NOT_ALPHANUMERIC = b"-_=+"
-"""What base64 has beside, but for the slash."""
+_BASE64_PUNCTUATION = b"-_=+"
+"""Characters of base64 in both alphabets that `isalnum` refuses, except the slash."""
 _PLAIN_QUERY = re.compile(rb"[0-9A-Za-z=&]*")
 
 
 class EvaluationRoute(NamedTuple):
-    """Where a kind of client asks."""
+    """Route of evaluation requests."""
 
     template: str
     auth: RouteAuth
@@ -51,9 +51,9 @@ class EvaluationRoute(NamedTuple):
 
 _BY_KEY: Mapping[bytes, EvaluationRoute] = {
     b"/%b/evalx/%b" % (root, name): EvaluationRoute(
-        f"/{root.decode()}/evalx/{name.decode()}/{{context}}", access
+        f"/{root.decode()}/evalx/{name.decode()}/{{context}}", auth
     )
-    for root, access in ((b"sdk", SERVER), (b"msdk", MOBILE))
+    for root, auth in ((b"sdk", SERVER), (b"msdk", MOBILE))
     for name in (b"contexts", b"users")
 }
 _BY_ID: Mapping[bytes, EvaluationRoute] = {
@@ -64,16 +64,16 @@ _BY_ID: Mapping[bytes, EvaluationRoute] = {
 
 @dataclass(frozen=True, slots=True)
 class _ClientProfile:
-    """What requests have in common that differ in their contexts only.
+    """Everything that requests have in common if they differ in their contexts only.
 
     Args:
-        environment: whose flags they ask for.
-        sdk_kind: of these.
-        count: what counts them.
-        cors: what browsers are told.
-        if_none_match: the header; empty if there is none.
-        accept_encoding: the header; empty if there is none.
-        closes: whether the connection shall end with the answer.
+        environment: provides the flags.
+        sdk_kind: kind of the clients.
+        count: counter of the requests.
+        cors: CORS headers of responses to browsers.
+        if_none_match: value of the header; empty if there is none.
+        accept_encoding: value of the header; empty if there is none.
+        closes: True if the client wants the connection closed after the response.
     """
 
     environment: Environment
@@ -84,60 +84,63 @@ class _ClientProfile:
     accept_encoding: bytes
     closes: bool
     is_usual: bool = field(init=False)
-    """Whether all answers to those who have no ETag have the same head, but for ETag and length."""
+    """True if the heads of all responses differ only in ETag and length."""
     takes_gzip: bool = field(init=False)
-    frames: dict[tuple[bool, bool], tuple[bytes, bytes]] = field(default_factory=dict)
-    """By whether a body is worth compressing, and is compressed: the head of the answer up to the
-    ETag, and from there to the length."""
+    head_parts: dict[tuple[bool, bool], tuple[bytes, bytes]] = field(default_factory=dict)
+    """Head of the response up to the ETag, and from there to the length; by whether a body is large
+    enough to be compressed, and whether it is compressed."""
 
     def __post_init__(self) -> None:
         is_usual = not (self.if_none_match or self.environment.spec.ttl)
         object.__setattr__(self, "is_usual", is_usual)
         object.__setattr__(self, "takes_gzip", accepts_gzip(self.accept_encoding))
 
-    def respond(self, answer: PreparedResponse, *, cacheable: bool = False) -> EvaluationResponse:
-        answer = answer.with_headers(*self.cors)
+    def respond(self, response: PreparedResponse, *, cacheable: bool = False) -> EvaluationResponse:
+        """Return a prepared response with this profile's headers."""
+        response = response.with_headers(*self.cors)
         return EvaluationResponse(
-            answer.head, (answer.body,), self.environment, self.count, self.closes, cacheable
+            response.head, (response.body,), self.environment, self.count, self.closes, cacheable
         )
 
-    def respond_usual(self, found: EvaluationResult) -> EvaluationResponse | None:
-        """Return the same as `respond` for the plain or compressed variant, without its work.
+    def respond_usual(self, result: EvaluationResult) -> EvaluationResponse | None:
+        """Return the same as `respond` for the plain or compressed variant, at less cost.
 
-        None if it has to be compressed aside.
+        None if it has to be compressed in a thread.
         """
-        body = found.body
+        body = result.body
         pieces, size = body.pieces, body.size
         compressible = size >= MIN_COMPRESSED
-        zipped = compressible and self.takes_gzip
-        if zipped:
+        compress = compressible and self.takes_gzip
+        if compress:
             if to_compress(body) > MAX_COMPRESSED_AT_ONCE:
                 return None
             pieces = (compressed(body),)
             size = len(pieces[0])
-        frame = self.frames.get((compressible, zipped))
-        if frame is None:
-            frame = self.frames[compressible, zipped] = self._frame(body, zipped=zipped)
-        head = b"%b%b%b%d\r\n" % (frame[0], etag_of(body), frame[1], size)
+        parts = self.head_parts.get((compressible, compress))
+        if parts is None:
+            parts = self.head_parts[compressible, compress] = self._split_head(
+                body, compress=compress
+            )
+        head = b"%b%b%b%d\r\n" % (parts[0], etag_of(body), parts[1], size)
         return EvaluationResponse(
-            head, pieces, self.environment, self.count, self.closes, found.cacheable
+            head, pieces, self.environment, self.count, self.closes, result.cacheable
         )
 
-    def _frame(self, body: EvalBody, *, zipped: bool) -> tuple[bytes, bytes]:
+    def _split_head(self, body: EvalBody, *, compress: bool) -> tuple[bytes, bytes]:
         resource = resource_for(body, self.environment)
-        answer = resource.compress() if zipped else resource.plain
-        start, _, rest = answer.with_headers(*self.cors).head.partition(resource.etag)
+        variant = resource.compress() if compress else resource.plain
+        start, _, rest = variant.with_headers(*self.cors).head.partition(resource.etag)
         end, name, _ = rest.rpartition(b"content-length: ")
         return start, end + name
 
 
 class EvaluationFastPath:
-    """What answers them.
+    """Handler of evaluation requests on the fast path.
 
     Args:
-        relay: whose environments are served.
-        evaluation: evaluates; the application has the same.
-        traffic: counts requests; the application has the same.
+        relay: provides the environments.
+        evaluation: evaluates the flags; shared with the application.
+        traffic: request metrics, shared with the application.
     """
 
     def __init__(
@@ -147,71 +150,71 @@ class EvaluationFastPath:
         self._evaluation = evaluation
         self._traffic = traffic
         self._profiles: dict[tuple[bytes, bytes], _ClientProfile] = {}
-        """By all that comes before the context in a request, and all that follows its line."""
+        """By the bytes before the context in a request, and the bytes after the request line."""
 
     def answer_known(self, head: bytes) -> EvaluationResponse | None:
-        """Return the answer to a request that differs from an earlier one in its context only.
+        """Return the response to a request that differs from an earlier one in its context only.
 
-        None if there was none, or if this has to be looked at anew.
+        None if there was no such request, or if this one has to be parsed.
 
         Args:
-            head: all of the request.
+            head: the whole request.
         """
         line, _, rest = head.partition(_LINE_END)
-        start, _, last = line.rpartition(b"/")
-        asker = self._profiles.get((start, rest))
-        if asker is None:
+        start, _, target = line.rpartition(b"/")
+        profile = self._profiles.get((start, rest))
+        if profile is None:
             return None
-        segment, _, query = last.partition(b"?")
-        # In any other case the parser has something to say.
-        plain = segment.translate(None, _NOT_ALPHANUMERIC).isalnum()
+        segment, _, query = target.partition(b"?")
+        # Anything else has to be judged by the parser.
+        plain = segment.translate(None, _BASE64_PUNCTUATION).isalnum()
         if not plain or (query and _PLAIN_QUERY.fullmatch(query) is None):
             return None
-        return self._respond(asker, segment, query)
+        return self._respond(profile, segment, query)
 
     def answer(
         self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], *, closes: bool
     ) -> EvaluationResponse | None:
-        """Return the answer to a GET that is all of a request; None if it is the application's.
+        """Return the response to a GET without a body; None to leave it to the application.
 
         Args:
-            head: all of the request.
-            url: of it.
-            headers: of it, each once.
-            closes: whether the client wants the connection to end with the answer.
+            head: the whole request.
+            url: target of the request.
+            headers: headers of the request, without repetitions.
+            closes: True if the client wants the connection closed after the response.
         """
         path, _, query = url.partition(b"?")
         prefix, _, segment = path.rpartition(b"/")
-        asker = self._profile(prefix, headers, closes=closes)
-        if asker is None:
+        profile = self._profile(prefix, headers, closes=closes)
+        if profile is None:
             return None
-        told = self._respond(asker, segment, query)
-        if told is not None and not asker.if_none_match:
-            self._remember(prefix, head, asker)
-        return told
+        response = self._respond(profile, segment, query)
+        if response is not None and not profile.if_none_match:
+            self._remember(prefix, head, profile)
+        return response
 
-    def _remember(self, prefix: bytes, head: bytes, asker: _ClientProfile) -> None:
+    def _remember(self, prefix: bytes, head: bytes, profile: _ClientProfile) -> None:
         _, _, rest = head.partition(_LINE_END)
         if rest and len(rest) <= MAX_HEAD:
             if len(self._profiles) >= MAX_KNOWN:
                 self._profiles.clear()
-            self._profiles[b"GET " + prefix, rest] = asker
+            self._profiles[b"GET " + prefix, rest] = profile
 
     def _respond(
-        self, asker: _ClientProfile, segment: bytes, query: bytes
+        self, profile: _ClientProfile, segment: bytes, query: bytes
     ) -> EvaluationResponse | None:
-        environment, audience = asker.environment, asker.sdk_kind
-        found = self._evaluation.find(environment, audience, segment, query)
-        if found is None:
+        environment, sdk_kind = profile.environment, profile.sdk_kind
+        result = self._evaluation.find(environment, sdk_kind, segment, query)
+        if result is None:
             return None
-        if isinstance(found, PreparedResponse):
-            return asker.respond(found)
-        if asker.is_usual:
-            return asker.respond_usual(found)
-        resource = resource_for(found.body, environment)
-        variant = resource.variant(asker.if_none_match, asker.accept_encoding)
-        answer = with_expiry(variant, environment, audience)
-        return None if answer is None else asker.respond(answer, cacheable=found.cacheable)
+        if isinstance(result, PreparedResponse):
+            return profile.respond(result)
+        if profile.is_usual:
+            return profile.respond_usual(result)
+        resource = resource_for(result.body, environment)
+        variant = resource.variant(profile.if_none_match, profile.accept_encoding)
+        response = with_expiry(variant, environment, sdk_kind)
+        return None if response is None else profile.respond(response, cacheable=result.cacheable)
 
     def _profile(
         self, prefix: bytes, headers: Mapping[bytes, bytes], *, closes: bool
@@ -219,15 +222,15 @@ class EvaluationFastPath:
         route, environment = self._resolve(prefix, headers)
         if route is None or environment is None:
             return None
-        spec, access = environment.spec, route.auth
-        agent = client_label(self._traffic, headers)
-        series = Series(spec.name, route.template, "GET", access.platform, agent)
+        spec, auth = environment.spec, route.auth
+        user_agent = client_label(self._traffic, headers)
+        series = Series(spec.name, route.template, "GET", auth.platform, user_agent)
         origin = headers.get(b"origin", b"")
-        told = access is BROWSER
-        cors = cors_lines(spec, origin, METHODS, access.exposed_headers) if told else ()
+        is_browser = auth is BROWSER
+        cors = cors_lines(spec, origin, METHODS, auth.exposed_headers) if is_browser else ()
         return _ClientProfile(
             environment,
-            access.sdk_kind,
+            auth.sdk_kind,
             self._traffic.requests[series],
             cors,
             headers.get(b"if-none-match", b""),
@@ -241,8 +244,8 @@ class EvaluationFastPath:
         route = _BY_KEY.get(prefix)
         if route is not None:
             mobile = route.auth is MOBILE
-            known = self._relay.by_mobile_key if mobile else self._relay.by_sdk_key
-            return route, by_plain_key(known, headers)
+            by_key = self._relay.by_mobile_key if mobile else self._relay.by_sdk_key
+            return route, by_plain_key(by_key, headers)
         match = _BROWSERS.fullmatch(prefix)
         if match is None:
             return None, None

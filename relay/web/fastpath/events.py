@@ -1,8 +1,8 @@
-"""Posts of events at the front door: the plain ones, which are nearly all, without the application.
+"""Fast path of event payloads (`POST /bulk`, `/mobile`, `/events/bulk/…` and the like).
 
-A post that turns out to be odd is given to the application with all that has come of it, so what is
-refused is refused there, and in its words. What a head means is found out once for all that have
-the same outline: their bodies are received without the parser.
+An upload that turns out to be unusual is passed on to the application with all that was received
+of it, so that requests are refused in one place only. A request head is parsed once for all heads
+with the same template; the bodies that follow these are received without the parser.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from relay.web.responses import PreparedResponse, environment_headers
 from relay.web.routing import BROWSER, MOBILE, SERVER, RouteAuth
 
 PLAIN_SIZE = 256 * 1024
-"""Bytes of a body, as it is sent, that are collected here; larger ones take turns with others in
-the application. Posts of SDKs have some KB."""
+"""Maximum bytes of a body, as sent, that is received here; larger ones are left to the application,
+which processes them in slices. Payloads of SDKs have some KB."""
 
 MAX_KNOWN = 4096
-"""Counts that are at hand: of each kind of client at each route of each environment."""
+"""Maximum number of counters at hand: by environment, route and kind of client."""
 
 CHUNKED = -1
-"""In place of the length of a body that comes in chunks."""
+"""Stands for the length of a body that comes in chunks."""
 
 MAX_HEADS = 1024
-"""Heads whose meaning is known: of each kind of client in each environment; a few KB each."""
+"""Maximum number of known heads: by environment and kind of client, a few KB each."""
 
 _ID = re.compile(rb"[0-9A-Za-z_-]+")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,5})\r\n")
@@ -62,7 +62,7 @@ _log = logging.getLogger("relay.web")
 
 
 class EventsRoute(NamedTuple):
-    """Where events are posted."""
+    """Route of event payloads."""
 
     template: str
     endpoint: EventsEndpoint
@@ -82,14 +82,14 @@ ROUTES: Mapping[bytes, EventsRoute] = {
         EventsRoute("/events/diagnostic/{envId}", EventsEndpoint.CLIENT_SIDE_DIAGNOSTIC, BROWSER),
     )
 }
-"""By the path, without the environment's ID. The application has the same, from here."""
+"""Routes by path without the environment ID; used by the application, too."""
 
 BROWSERS = ("POST", "OPTIONS")
-"""The methods of routes that browsers use, as they are told."""
+"""Methods of browsers' routes, for CORS."""
 
 
 class EventTarget(NamedTuple):
-    """Where a post goes, and whose it is."""
+    """Route and environment of an upload, and the credential that it came with."""
 
     route: EventsRoute
     credential: str
@@ -97,12 +97,12 @@ class EventTarget(NamedTuple):
 
 
 class EventsFastPath:
-    """What takes posts from connections.
+    """Handler of event payloads on the fast path.
 
     Args:
-        relay: whose environments are served.
-        events: accepts them; the application has the same.
-        traffic: counts requests; the application has the same.
+        relay: provides the environments.
+        events: accepts the payloads; shared with the application.
+        traffic: request metrics, shared with the application.
     """
 
     def __init__(self, relay: Relay, events: EventsHandler, traffic: RequestMetrics) -> None:
@@ -113,7 +113,7 @@ class EventsFastPath:
         self._heads: dict[HeadTemplate, KnownHead] = {}
 
     def begin(self, url: bytes, headers: Mapping[bytes, bytes]) -> EventUpload | None:
-        """Return what receives a post whose head has come; None if it is the application's."""
+        """Return an upload for a parsed head; None to leave it to the application."""
         prefix, slash, last = url.rpartition(b"/")
         route = ROUTES.get(url) or ROUTES.get(prefix + slash)
         if route is None:
@@ -124,79 +124,82 @@ class EventsFastPath:
         environment = self._environments(route).get(credential)
         if environment is None or not self._events.enabled or not _has_plain_body(headers):
             return None
-        opened = EventTarget(route, credential, environment)
-        return EventUpload(opened, url, headers, self._events.budget)
+        target = EventTarget(route, credential, environment)
+        return EventUpload(target, url, headers, self._events.budget)
 
     def _environments(self, route: EventsRoute) -> Mapping[str, Environment]:
-        """Return all environments by the credentials that open a route."""
+        """Return all environments by the kind of credential that a route needs."""
         relay = self._relay
         if route.auth is SERVER:
             return relay.by_sdk_key
         return relay.by_mobile_key if route.auth is MOBILE else relay.by_environment_id
 
-    def accept(self, post: EventUpload) -> asyncio.Future[object] | None:
-        """Accept a post whose body has come; None if it is the application's."""
-        body = post.content()
+    def accept(self, upload: EventUpload) -> asyncio.Future[object] | None:
+        """Accept a complete upload; None to leave it to the application.
+
+        The future is done when the payload is stored.
+        """
+        body = upload.content()
         if not body:
             return None
-        route, _, environment = post.target
-        head, events = post.head, self._events
+        route, _, environment = upload.target
+        head, events = upload.head, self._events
         try:
             if head is not None:
-                kept = events.accept_in_partition(head.partition, post.payload_id, body)
+                stored = events.accept_in_partition(head.partition, upload.payload_id, body)
             else:
-                kept = events.accept_plain(environment, route.endpoint, post.headers, body)
-        except Exception as e:  # noqa: BLE001 - the client is answered all the same
-            return _failed(e)
-        if kept is None:
+                stored = events.accept_plain(environment, route.endpoint, upload.headers, body)
+        except Exception as e:  # noqa: BLE001 - `answer` reports it
+            return _failed_future(e)
+        if stored is None:
             return None
-        count = head.count if head is not None else self._count(post)
+        count = head.count if head is not None else self._count(upload)
         count.value += 1
-        return asyncio.ensure_future(kept)
+        return asyncio.ensure_future(stored)
 
-    def answer(self, post: EventUpload, kept: asyncio.Future[object]) -> PreparedResponse:
-        """Return what is said about a post that is safe now, or cannot be kept."""
-        error = asyncio.CancelledError() if kept.cancelled() else kept.exception()
+    def answer(self, upload: EventUpload, stored: asyncio.Future[object]) -> PreparedResponse:
+        """Return the response to an upload that was stored, or could not be."""
+        error = asyncio.CancelledError() if stored.cancelled() else stored.exception()
         if error is not None and not isinstance(error, StoreUnavailable):
-            text = "A request could not be answered because of a defect of ours"
-            _log.error(text, exc_info=error)
+            message = "A request could not be answered because of a defect of ours"
+            _log.error(message, exc_info=error)
             return PreparedResponse(500)
-        return self._completed(BODIES_OVERLOADED if error else ACCEPTED, post)
+        return self._completed(BODIES_OVERLOADED if error else ACCEPTED, upload)
 
-    def _completed(self, answer: PreparedResponse, post: EventUpload) -> PreparedResponse:
-        """Return an answer with what is said to SDKs of this kind and this environment."""
-        spec, access = post.target.environment.spec, post.target.route.auth
-        more = environment_headers(spec)
-        if access is BROWSER:
-            more += cors_lines(
-                spec, post.headers.get(b"origin", b""), BROWSERS, access.exposed_headers
+    def _completed(self, response: PreparedResponse, upload: EventUpload) -> PreparedResponse:
+        """Return a response with the headers for this environment and kind of SDK."""
+        spec, auth = upload.target.environment.spec, upload.target.route.auth
+        headers = environment_headers(spec)
+        if auth is BROWSER:
+            headers += cors_lines(
+                spec, upload.headers.get(b"origin", b""), BROWSERS, auth.exposed_headers
             )
-        return answer.with_headers(*more)
+        return response.with_headers(*headers)
 
-    def remember(self, head: bytes, post: EventUpload) -> None:
-        """Remember what the head of an accepted post means, for those that follow.
+    def remember(self, head: bytes, upload: EventUpload) -> None:
+        """Remember the head of an accepted upload for later ones with the same template.
 
         Args:
-            head: as on the wire.
-            post: what has come of it.
+            head: as it was received.
+            upload: begun with this head.
         """
         if len(head) > MAX_HEAD:
             return
-        outline, _ = normalise_head(head)
-        known = self._heads.get(outline)
+        template, _ = normalise_head(head)
+        known = self._heads.get(template)
         if known is None or not self._is_valid(known):
             if len(self._heads) >= MAX_HEADS:
                 self._heads.clear()
-            self._heads[outline] = self._meaning(outline, post)
+            self._heads[template] = self._known_head(template, upload)
 
-    def _meaning(self, outline: HeadTemplate, post: EventUpload) -> KnownHead:
-        endpoint, environment = post.target.route.endpoint, post.target.environment
-        lane = self._events.partition(environment, endpoint, post.headers)
-        answer = self._completed(ACCEPTED, post).head
-        return KnownHead(outline, post, lane, self._count(post), answer)
+    def _known_head(self, template: HeadTemplate, upload: EventUpload) -> KnownHead:
+        endpoint, environment = upload.target.route.endpoint, upload.target.environment
+        partition = self._events.partition(environment, endpoint, upload.headers)
+        accepted_head = self._completed(ACCEPTED, upload).head
+        return KnownHead(template, upload, partition, self._count(upload), accepted_head)
 
     def _is_valid(self, head: KnownHead) -> bool:
-        """Whether a head means what it meant: its credential opens the same environment."""
+        """Return whether the credential of a known head still opens the same environment."""
         route, credential, environment = head.target
         return (
             self._environments(route).get(credential) is environment
@@ -204,28 +207,28 @@ class EventsFastPath:
         )
 
     def known(self, head: bytes) -> EventUpload | None:
-        """Return what receives a post with this head; None if the parser has to look at it."""
-        outline, values = normalise_head(head)
-        known = self._heads.get(outline)
+        """Return an upload for a known head; None if it has to be parsed."""
+        template, values = normalise_head(head)
+        known = self._heads.get(template)
         if known is None or not self._is_valid(known):
             return None
         payload_id, missing = known.read(values)
         if missing is None:
             return None
-        post = EventUpload(known.target, b"", known.headers, self._events.budget, known)
-        post.keep_alive, post.start = known.keep_alive, head
-        post.payload_id, post.missing = payload_id, missing
-        return post
+        upload = EventUpload(known.target, b"", known.headers, self._events.budget, known)
+        upload.keep_alive, upload.start = known.keep_alive, head
+        upload.payload_id, upload.missing = payload_id, missing
+        return upload
 
-    def _count(self, post: EventUpload) -> MetricValue:
-        own = post.headers.get(b"x-launchdarkly-user-agent", b"")
-        general = post.headers.get(b"user-agent", b"")
-        route, name = post.target.route, post.target.environment.spec.name
-        key = (route, name, own, general)
+    def _count(self, upload: EventUpload) -> MetricValue:
+        sdk_agent = upload.headers.get(b"x-launchdarkly-user-agent", b"")
+        plain_agent = upload.headers.get(b"user-agent", b"")
+        route, name = upload.target.route, upload.target.environment.spec.name
+        key = (route, name, sdk_agent, plain_agent)
         count = self._counts.get(key)
         if count is None:
-            agent = self._traffic.user_agent(own, general)
-            series = Series(name, route.template, "POST", route.auth.platform, agent)
+            user_agent = self._traffic.user_agent(sdk_agent, plain_agent)
+            series = Series(name, route.template, "POST", route.auth.platform, user_agent)
             count = self._traffic.requests[series]
             if len(self._counts) >= MAX_KNOWN:
                 self._counts.clear()
@@ -233,10 +236,10 @@ class EventsFastPath:
         return count
 
 
-def _failed(error: Exception) -> asyncio.Future[object]:
-    failed: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-    failed.set_exception(error)
-    return failed
+def _failed_future(error: Exception) -> asyncio.Future[object]:
+    future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+    future.set_exception(error)
+    return future
 
 
 def _has_plain_body(headers: Mapping[bytes, bytes]) -> bool:
@@ -250,56 +253,57 @@ def _is_plain_length(length: bytes) -> bool:
     return length.isdigit() and int(length) <= PLAIN_SIZE
 
 
-_NOBODY_WAITS = asyncio.Event()
+_UNUSED_EVENT = asyncio.Event()
+"""uvicorn sets the event of a cycle for its application; nothing waits for this one."""
 
 
 class KnownHead:
-    """What the head of a post means, and all heads with the same outline.
+    """Everything derived from a request head, shared by all requests with the same template.
 
     Args:
-        outline: of the head.
-        post: one with this head.
-        partition: how they travel.
-        count: of such requests.
-        answer: status line and headers of a 202.
+        template: of the head.
+        upload: an upload with this head.
+        partition: partition of the payloads.
+        count: counter of such requests.
+        accepted_head: status line and headers of a 202.
     """
 
     __slots__ = (
-        *("_date", "_id_at", "_length_at", "_written", "answer", "keep_alive"),
+        *("_accepted", "_date", "_id_at", "_length_at", "accepted_head", "keep_alive"),
         *("compressed", "count", "headers", "partition", "target", "spec"),
     )
 
     def __init__(
         self,
-        outline: HeadTemplate,
-        post: EventUpload,
+        template: HeadTemplate,
+        upload: EventUpload,
         partition: Partition,
         count: MetricValue,
-        answer: bytes,
+        accepted_head: bytes,
     ) -> None:
-        self.target = post.target
-        self.spec = post.target.environment.spec
-        self.headers = {b"origin": post.headers.get(b"origin", b"")}
-        self.compressed = post.compressed
-        self.keep_alive = post.keep_alive
+        self.target = upload.target
+        self.spec = upload.target.environment.spec
+        self.headers = {b"origin": upload.headers.get(b"origin", b"")}
+        self.compressed = upload.compressed
+        self.keep_alive = upload.keep_alive
         self.partition = partition
         self.count = count
-        self.answer = answer
-        variable = variable_names(outline)
-        self._length_at = variable.index(LENGTH) if LENGTH in variable else None
-        self._id_at = variable.index(PAYLOAD_ID) if PAYLOAD_ID in variable else None
+        self.accepted_head = accepted_head
+        variables = variable_names(template)
+        self._length_at = variables.index(LENGTH) if LENGTH in variables else None
+        self._id_at = variables.index(PAYLOAD_ID) if PAYLOAD_ID in variables else None
         self._date = b""
-        self._written = b""
+        self._accepted = b""
 
     def read(self, values: Sequence[bytes]) -> tuple[str, int | None]:
-        """Return what a post with this head has of its own.
+        """Return the variable parts of a head.
 
         Args:
-            values: of the headers that the outline leaves out.
+            values: of the variable headers.
 
         Returns:
-            Its payload id, empty for none, and the bytes of its body; `CHUNKED` if they come in
-            chunks, None if the parser has to look at it.
+            The payload id, empty for none, and the length of the body; `CHUNKED` if it comes in
+            chunks, None if it has to be parsed.
         """
         missing: int | None = CHUNKED
         if self._length_at is not None:
@@ -308,30 +312,33 @@ class KnownHead:
         return "" if self._id_at is None else values[self._id_at].decode(), missing
 
     def to_wire(self, date: bytes) -> bytes:
-        """Return the 202; put together once a second."""
+        """Return the bytes of the 202; assembled once a second."""
         if self._date is not date:
-            self._date, self._written = date, self.answer + date
-        return self._written
+            self._date, self._accepted = date, self.accepted_head + date
+        return self._accepted
 
 
 def only_chunk(body: bytes) -> bytes | None:
-    """Return what is in a body of one chunk, as SDKs send them; None of any other."""
-    match = _CHUNK_SIZE.match(body)
-    if match is None:
+    """Return the data of a body of one chunk, as SDKs send them; None for any other body."""
+    size_line = _CHUNK_SIZE.match(body)
+    if size_line is None:
         return None
-    size, start = int(match[1], 16), match.end()
+    size, start = int(size_line[1], 16), size_line.end()
     return body[start : start + size] if body[start + size :] == _LAST_CHUNK else None
 
 
 class EventUpload:
-    """A post that is being received or kept. To uvicorn it looks like a request to the application.
+    """Event payload that is being received or stored.
+
+    It takes the place of uvicorn's request cycle, so that pipelined requests and a shutdown wait
+    for its end.
 
     Args:
-        target: where it goes, and whose it is.
-        url: the target of the request.
-        headers: of the request, each once.
-        budget: for the body.
-        head: if what its head means was known.
+        target: route, credential and environment.
+        url: target of the request.
+        headers: headers of the request, without repetitions.
+        budget: memory budget of bodies.
+        head: the known head, if it is one.
     """
 
     __slots__ = (
@@ -339,7 +346,7 @@ class EventUpload:
         *("start", "url", "disconnected", "keep_alive", "response_complete"),
     )
 
-    message_event = _NOBODY_WAITS
+    message_event = _UNUSED_EVENT
 
     def __init__(
         self,
@@ -355,36 +362,40 @@ class EventUpload:
         self.headers = headers
         self.parts: list[bytes] = []
         self.start = b""
-        """The head as it came, if it came at once."""
+        """The head as it was received, if in one piece."""
         self.payload_id = ""
-        """Of a post whose head is known."""
+        """The payload id, if the head is known."""
         self.missing = 0
-        """Bytes of the body that are still to come, if the head is known."""
+        """Bytes of the body that are still missing, if the head is known."""
         self.disconnected = False
         self.keep_alive = True
         self.response_complete = False
         self._budget = budget
         self._reserved = 0
 
+    def __repr__(self) -> str:
+        state = "answered" if self.response_complete else f"{self._reserved} bytes reserved"
+        return f"<EventUpload {self.target.route.template} [{state}]>"
+
     def receive(self, part: bytes) -> bool:
-        """Take a further part; return whether the post is plain still."""
+        """Take a part of the body; return False if the application has to take over."""
         self.parts.append(part)
         return self._reserve(len(part))
 
     def content(self) -> bytes:
-        """Return the body, decompressed; empty if there is none, or it is not plain."""
+        """Return the body, decompressed; empty if there is none, or it needs the application."""
         body = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
         return _inflated(body, self._reserve) if self.compressed else body
 
     @property
     def compressed(self) -> bool:
-        """Whether the body is."""
+        """True if the body is compressed."""
         if self.head is not None:
             return self.head.compressed
         return b"gzip" in self.headers.get(b"content-encoding", b"").lower()
 
     def release(self) -> None:
-        """Let others have the room."""
+        """Release the memory that is reserved for the body."""
         if self._reserved:
             self._budget.release(self._reserved)
             self._reserved = 0
@@ -401,15 +412,15 @@ class EventUpload:
         return True
 
 
-def _inflated(body: bytes, hold: Callable[[int], bool]) -> bytes:
-    """Return what is in a compressed body; empty if it is not plain, or `hold` says no."""
+def _inflated(body: bytes, reserve: Callable[[int], bool]) -> bytes:
+    """Decompress a body; return empty bytes if it is corrupt or large, or `reserve` refuses."""
     gunzip = Gunzip()
-    found = b""
+    inflated = b""
     try:
         for part in gunzip.parts(body):
-            if found or len(part) == INFLATED_AT_ONCE or not hold(len(part)):
+            if inflated or len(part) == INFLATED_AT_ONCE or not reserve(len(part)):
                 return b""
-            found = part
+            inflated = part
     except CORRUPT:
         return b""
-    return found if gunzip.complete else b""
+    return inflated if gunzip.complete else b""

@@ -1,7 +1,7 @@
-"""Request heads as bytes: what is left of one without what each instance and each post has anew.
+"""Normalise raw request heads: take out the values that differ between instances of one client.
 
-Functions come by the thousand, and all of them say the same but for these values. What a head means
-is found out once, by the parser; whoever has the same outline means the same.
+Cloud functions connect by the thousand with heads that are the same except for these values. The
+parser runs once for each template; all heads with the same template mean the same.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 
 END = b"\r\n\r\n"
-"""What ends a head."""
+"""The blank line that ends a head."""
 
 MAX_HEAD = 4096
-"""Bytes of a head whose meaning is worth remembering; SDKs send a few hundred."""
+"""Maximum bytes of a head that is remembered; SDKs send a few hundred."""
 
 LENGTH = b"content-length"
 PAYLOAD_ID = b"x-launchdarkly-payload-id"
@@ -23,14 +23,14 @@ _VARIABLE = re.compile(
 )
 
 HeadTemplate = tuple[bytes, ...]
-"""Texts of a head, each but the last followed by the name of a header whose value is left out."""
+"""The texts of a head in between its variable values, with the name of the header before each."""
 
 
 def normalise_head(head: bytes) -> tuple[HeadTemplate, list[bytes]]:
-    """Return the outline of a head, and the values that it leaves out.
+    """Return the template of a head, and the values taken out of it.
 
-    Only values of letters, digits and dashes are left out: whatever they are, a head is as valid as
-    another one with the same outline.
+    Only values of letters, digits and dashes are taken out: with any of these, a head is as valid
+    as all others with the same template.
     """
     parts = _VARIABLE.split(head)
     values = parts[2::3]
@@ -39,5 +39,5 @@ def normalise_head(head: bytes) -> tuple[HeadTemplate, list[bytes]]:
 
 
 def variable_names(template: HeadTemplate) -> list[bytes]:
-    """Return the names of the headers whose values are left out, in lower case."""
+    """Return the names of the headers whose values were taken out, in lower case."""
     return [name.lower() for name in template[1::2]]

@@ -1,9 +1,9 @@
-"""uvicorn's HTTP protocol with prepared answers: hot requests need no application.
+"""uvicorn's HTTP protocol with a fast path: hot requests are answered without the application.
 
-No task, no ASGI, no work that could have been done once per change. Polls are written from prepared
-bytes; the connection of a stream goes over to the hub; posts of events are answered when they are
-safe. Whatever is not plainly one of these, and each error, goes on to the application, which has
-the same routes and gives the same bytes.
+No task, no ASGI, no work that could have been done once per change. Polls are written from cached
+bytes, the connection of a stream is handed over to the hub, and event payloads are answered when
+they are stored. Anything unusual, and each error, is passed on to the application, which has the
+same routes and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ USED_OF_UVICORN = (
     *("on_message_begin", "on_headers_complete", "on_body", "on_message_complete"),
     *("on_response_complete", "connection_lost", "server", "client", "scheme", "shutdown"),
 )
-"""The attributes of uvicorn's protocol that this module relies on; a test looks for each."""
+"""Attributes of uvicorn's protocol that this module relies on; a test checks for each."""
 
 MAX_HEADS_REMEMBERED = 32
-"""Heads of posts that one connection may teach: of the clients behind a proxy; one that makes up a
-new one for each post costs no more than that."""
+"""Maximum number of upload heads remembered from one connection: enough for the clients behind a
+proxy; bounds the cost of a client that makes up a new head for each upload."""
 
 _VERSIONS = ("1.1", "1.0")
-_EVALUATED = b"/sdk/evalx/"
-_EVALUATIONS = (b"GET /sdk/evalx/", b"GET /msdk/evalx/")
+_EVALUATION_PREFIX = b"/sdk/evalx/"
+_EVALUATION_STARTS = (b"GET /sdk/evalx/", b"GET /msdk/evalx/")
 _ODD_HEADERS = frozenset((b"expect", b"upgrade"))
 _BODY_HEADERS = _ODD_HEADERS | {b"content-length", b"transfer-encoding"}
 
 
 class FastHTTPProtocol(HTTPProtocol, SweptConnection):
-    """One connection.
+    """Protocol of one connection.
 
     Args:
-        shared: what all connections share.
-        config, server_state, app_state, _loop: uvicorn's.
+        shared: state shared by all connections.
+        config, server_state, app_state, _loop: as in uvicorn's protocol.
     """
 
     def __init__(
@@ -76,48 +76,62 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         super().__init__(config, server_state, app_state, _loop)
         self._shared = shared
         self._last_activity = monotonic()
-        """When the client last said something, or took something."""
-        self._backlog = 0
+        """Monotonic time at which the client last sent or took bytes."""
+        self._last_backlog = 0
+        """Bytes in the write buffer at the last sweep."""
         self._head_size = 0
         """Bytes of an incomplete request head."""
         self._between_requests = True
-        """Whether no request is being read."""
+        """True if no request is being read."""
         self._in_body = False
-        """Whether what comes belongs to a request whose head is complete."""
+        """True if the head of the request that is being read is complete."""
         self._whole_head = b""
-        """The bytes that the parser is fed with, if they are exactly one request head."""
+        """The bytes that are fed to the parser, if they are exactly one request head."""
         self._answered = False
-        """Whether the request that is being read needs no application."""
+        """True if the request that is being read does not go to the application."""
         self._closes = False
-        """Whether the client wants the connection to end with the answer."""
+        """True if the client wants the connection closed after the response."""
         self._deferred = b""
-        """The question that waits for its turn."""
+        """The deferred evaluation request."""
         self._received_meanwhile = b""
-        """What the client has said since."""
+        """Bytes received since then."""
         self._stream: StreamRequest | None = None
         self._upload: EventUpload | None = None
-        """What is being received or kept."""
+        """The upload that is being received or stored."""
         self._upload_start = b""
-        """What the parser is fed with, if it begins with a post."""
+        """The bytes that are fed to the parser, if they begin with an upload."""
         self._heads_remembered = 0
-        """Heads of posts that this connection has taught."""
+        """Number of upload heads remembered from this connection."""
+
+    def __repr__(self) -> str:
+        if not self.transport:  # before the connection, or after it was handed over
+            state = "detached"
+        elif self._deferred:
+            state = "deferred"
+        elif self._upload is not None:
+            state = repr(self._upload)
+        elif self._between_requests:
+            state = "idle" if self._is_idle() else "responding"
+        else:
+            state = "in body" if self._in_body else "in head"
+        return f"<FastHTTPProtocol [{state}]>"
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Note what the door needs; who is connected to whom, only the application asks."""
+        """Note the transport; the addresses are only looked up for the application."""
         self.connections.add(self)
         self.transport = transport
         self.flow = FlowControl(transport)
 
     def data_received(self, data: bytes) -> None:
-        """Answer at once what was answered before; parse everything else."""
-        door, now = self._shared, monotonic()
-        if now >= door.date_expires_at:
-            door.renew_date(self.server_state, now)
+        """Answer known requests at once; parse all others."""
+        shared, now = self._shared, monotonic()
+        if now >= shared.date_expires_at:
+            shared.renew_date(self.server_state, now)
         if self._deferred:
             self._received_meanwhile += data
             self.transport.pause_reading()
             return
-        if not self._head_size:  # the head of a request has one time-out for all its pieces
+        if not self._head_size:  # all pieces of a request head have one time-out
             self._last_activity = now
         if self._upload is not None and self._upload.missing:
             self._continue_upload(self._upload, data)
@@ -132,20 +146,20 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         self._parse(data)
 
     def _answer_from_cache(self, data: bytes) -> bool:
-        """Do what was done for the same request before, or see to it later."""
-        door = self._shared
-        asks = data.startswith(_EVALUATIONS)
-        given = door.cache.get_evaluated(data) if asks else door.cache.get(data)
-        if isinstance(given, CachedResponse):
-            self._write(given)
+        """Serve from the response cache, or defer; return False if the parser is needed."""
+        shared = self._shared
+        is_evaluation = data.startswith(_EVALUATION_STARTS)
+        cached = shared.cache.get_evaluated(data) if is_evaluation else shared.cache.get(data)
+        if isinstance(cached, CachedResponse):
+            self._write(cached)
             return True
-        if given is not None and self._can_open():
-            self._hand_over(given)
+        if cached is not None and self._can_open():
+            self._hand_over(cached)
             return True
         if data.find(END) != len(data) - len(END):
             return False
-        if asks:
-            if door.scheduler.defer(self):
+        if is_evaluation:
+            if shared.scheduler.defer(self):
                 self._deferred = data
                 return True
             if self._answer_known_client(data):
@@ -154,32 +168,32 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         return False
 
     def resume(self) -> None:
-        """Answer the question that has waited."""
+        """Answer the deferred request, then the bytes received since."""
         head, self._deferred = self._deferred, b""
         if self.transport.is_closing() or not head:
             return
         if not self._answer_known_client(head):
             self._whole_head = head
             self._parse(head)
-        early, self._received_meanwhile = self._received_meanwhile, b""
-        if early:
+        received, self._received_meanwhile = self._received_meanwhile, b""
+        if received:
             self.transport.resume_reading()
-            self.data_received(early)
+            self.data_received(received)
 
     def shutdown(self) -> None:
-        """End as soon as nobody waits for an answer."""
+        """Close the connection as soon as no response is outstanding."""
         self.resume()
         super().shutdown()
 
     def _answer_known_client(self, head: bytes) -> bool:
         """Answer a request that differs from an earlier one in its context only."""
-        door = self._shared
-        if door.evaluation is None or len(head) > door.limits.max_head_size:
+        shared = self._shared
+        if shared.evaluation is None or len(head) > shared.limits.max_head_size:
             return False
-        told = door.evaluation.answer_known(head)
-        if told is None:
+        response = shared.evaluation.answer_known(head)
+        if response is None:
             return False
-        self._write_evaluation(head, told)
+        self._write_evaluation(head, response)
         return True
 
     def _parse(self, data: bytes) -> None:
@@ -197,14 +211,14 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         return not self._between_requests and self._head_size > 0
 
     def _is_idle(self) -> bool:
-        """Whether an answer written now follows the previous one, to a client that reads."""
+        """Return whether a response can be written now, in order and to a client that reads."""
         cycle = self.cycle
         return (cycle is None or cycle.response_complete) and not (
             self.pipeline or self.flow.write_paused or self.transport.is_closing()
         )
 
     def on_message_begin(self) -> None:
-        """Note that a request begins."""
+        """Reset the state of the request."""
         self._between_requests = False
         self._answered = False
         self.url = b""
@@ -212,7 +226,7 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         self.expect_100_continue = False
 
     def on_headers_complete(self) -> None:
-        """Answer a hot request; give any other to the application."""
+        """Answer a hot request; pass any other on to the application."""
         size, self._head_size = self._head_size, 0
         self._in_body = True
         if self.transport.is_closing():
@@ -227,12 +241,12 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
             self._begin_in_application()
 
     def _begin_in_application(self) -> None:
-        """Give the request, whose head has been read, to the application."""
+        """Start the application for the request whose head has been read."""
         if self.scheme is None:
             self.server = get_local_addr(self.transport)
             self.client = get_remote_addr(self.transport)
             self.scheme = "https" if is_ssl(self.transport) else "http"
-        # uvicorn would cut a fragment off; in a request it is an ordinary part of the path.
+        # uvicorn would cut off a fragment; in a request target it is an ordinary part of the path.
         url, headers = self.url.replace(b"#", b"%23"), self.headers
         expects_more = self.expect_100_continue
         super().on_message_begin()
@@ -241,14 +255,14 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Give the body to the application, unless it is that of a post which is taken here."""
+        """Feed the body to the upload, or else to the application."""
         if not self._answered:
             super().on_body(body)
         elif self._upload is not None and not self._upload.receive(body):
             self._pass_on(self._upload)
 
     def on_message_complete(self) -> None:
-        """Note that the request has been read."""
+        """Note the end of the request; accept the upload."""
         self._between_requests = True
         self._in_body = False
         if self._answered and self._upload is not None:
@@ -257,185 +271,186 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
             super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of what the client has sent."""
+        """Release the memory of the upload."""
         if self._upload is not None:
             self._upload.release()
         super().connection_lost(exc)
 
     def _answer(self) -> bool:
-        """Answer the request that has just been parsed, or begin to, if it is plain and hot."""
+        """Handle the request that has just been parsed; return False if it is the application's."""
         parser = self.parser
         method, (_, _, path) = parser.get_method(), self.url.partition(b"/")
-        answer = self._ANSWERS.get((method, path.partition(b"/")[0]))
-        if answer is None or parser.get_http_version() != "1.1":
+        handler = self._HANDLERS.get((method, path.partition(b"/")[0]))
+        if handler is None or parser.get_http_version() != "1.1":
             return False
         self._closes = not parser.should_keep_alive()
         headers = dict(self.headers)
         if len(headers) != len(self.headers) or not _ODD_HEADERS.isdisjoint(headers):
             return False
-        return answer(self, headers)
+        return handler(self, headers)
 
     def _environment_of(self, headers: Mapping[bytes, bytes]) -> Environment | None:
-        """Return the environment of a GET that is all that has come."""
+        """Return the environment of a GET that arrived alone and in one piece."""
         if not self._whole_head or not _BODY_HEADERS.isdisjoint(headers):
             return None
         return by_plain_key(self._shared.relay.by_sdk_key, headers)
 
-    def _take_stream(self, headers: Mapping[bytes, bytes]) -> bool:
+    def _open_stream(self, headers: Mapping[bytes, bytes]) -> bool:
         environment, stream = self._environment_of(headers), STREAMS.get(self.url)
         if environment is None or stream is None:
             return False
-        given = stream_headers(environment, closes=self._closes)
-        opening = StreamRequest(environment, stream, given, self._series(environment))
+        lines = stream_headers(environment, closes=self._closes)
+        request = StreamRequest(environment, stream, lines, self._series(environment))
         if not self._shared.traffic.logs:
-            self._shared.cache.put(self._whole_head, opening)
-        return self._open(opening)
+            self._shared.cache.put(self._whole_head, request)
+        return self._open(request)
 
-    def _take_client_stream(self, headers: Mapping[bytes, bytes]) -> bool:
+    def _open_client_stream(self, headers: Mapping[bytes, bytes]) -> bool:
         traffic = self._shared.traffic
         if traffic.logs or not self._whole_head or not _BODY_HEADERS.isdisjoint(headers):
             return False
         relay, closes = self._shared.relay, self._closes
-        opening = client_stream_request(relay, traffic, self.url, headers, closes=closes)
-        return opening is not None and self._open(opening)
+        request = client_stream_request(relay, traffic, self.url, headers, closes=closes)
+        return request is not None and self._open(request)
 
-    def _open(self, opening: StreamRequest) -> bool:
+    def _open(self, request: StreamRequest) -> bool:
         if not self._can_open():
             return False
-        self._stream = opening
+        self._stream = request
         return True
 
     def _can_open(self) -> bool:
         return not (self.transport.get_write_buffer_size() or self._shared.relay.stopping)
 
     def _answer_sdk(self, headers: Mapping[bytes, bytes]) -> bool:
-        if self.url.startswith(_EVALUATED):
+        if self.url.startswith(_EVALUATION_PREFIX):
             return self._answer_evaluation(headers)
         return self._answer_poll(headers)
 
     def _answer_evaluation(self, headers: Mapping[bytes, bytes]) -> bool:
-        """Answer a context that asks for its flags."""
-        questions, logs = self._shared.evaluation, self._shared.traffic.logs
-        if (
-            questions is None
-            or logs
-            or not self._whole_head
-            or not _BODY_HEADERS.isdisjoint(headers)
-        ):
+        """Answer an evaluation request."""
+        handler, logs = self._shared.evaluation, self._shared.traffic.logs
+        if handler is None or logs or not self._whole_head or not _BODY_HEADERS.isdisjoint(headers):
             return False
-        told = questions.answer(self._whole_head, self.url, headers, closes=self._closes)
-        if told is None:
+        response = handler.answer(self._whole_head, self.url, headers, closes=self._closes)
+        if response is None:
             return False
-        self._write_evaluation(self._whole_head, told)
+        self._write_evaluation(self._whole_head, response)
         return True
 
-    def _write_evaluation(self, head: bytes, told: EvaluationResponse) -> None:
-        """Answer a context; remember that if it may well ask again."""
-        if told.cacheable:
-            prepared = CachedResponse(
-                told.environment, told.head, told.pieces, told.counter, closes=told.closes
+    def _write_evaluation(self, head: bytes, response: EvaluationResponse) -> None:
+        """Write an evaluation response, and cache it if it is likely to be requested again."""
+        if response.cacheable:
+            environment, count = response.environment, response.count
+            cached = CachedResponse(
+                environment, response.head, response.pieces, count, closes=response.closes
             )
-            self._shared.cache.put_evaluated(head, prepared)
-        start = told.head + CLOSE if told.closes else told.head
-        written = assemble(start, self._shared.date, told.pieces)
-        self._respond(written, told.counter, closes=told.closes)
+            self._shared.cache.put_evaluated(head, cached)
+        start = response.head + CLOSE if response.closes else response.head
+        parts = assemble(start, self._shared.date, response.pieces)
+        self._respond(parts, response.count, closes=response.closes)
 
     def _begin_upload(self, headers: Mapping[bytes, bytes]) -> bool:
-        """Begin to receive a post of events: one at a time, as it is answered after a while."""
-        posts, logs = self._shared.events, self._shared.traffic.logs
-        if posts is None or logs or not self._is_idle():
+        """Begin an upload of events: one at a time, as it is answered only when it is stored."""
+        events, logs = self._shared.events, self._shared.traffic.logs
+        if events is None or logs or not self._is_idle():
             return False
-        post = posts.begin(self.url, headers)
-        if post is None:
+        upload = events.begin(self.url, headers)
+        if upload is None:
             return False
-        post.keep_alive = not self._closes
-        post.start = self._upload_start[: self._upload_start.find(END) + len(END)]
-        # So that requests which come meanwhile wait, and a shutdown does, too.
-        self._upload = self.cycle = cast("Any", post)
+        upload.keep_alive = not self._closes
+        upload.start = self._upload_start[: self._upload_start.find(END) + len(END)]
+        # As the current cycle, it makes later requests and a shutdown wait.
+        self._upload = self.cycle = cast("Any", upload)
         return True
 
-    def _accept_upload(self, post: EventUpload) -> None:
-        """See to it that a post that has come is answered when it is safe."""
-        posts = self._shared.events
-        kept = posts.accept(post) if posts else None
-        if posts is None or kept is None:
-            self._pass_on(post)
+    def _accept_upload(self, upload: EventUpload) -> None:
+        """Accept a complete upload, and answer it when it is stored."""
+        events = self._shared.events
+        stored = events.accept(upload) if events else None
+        if events is None or stored is None:
+            self._pass_on(upload)
             return
-        if post.head is None and post.start and self._heads_remembered < MAX_HEADS_REMEMBERED:
+        if upload.head is None and upload.start and self._heads_remembered < MAX_HEADS_REMEMBERED:
             self._heads_remembered += 1
-            posts.remember(post.start, post)
-        if kept.done():
-            self._answer_upload(post, kept)
+            events.remember(upload.start, upload)
+        if stored.done():
+            self._answer_upload(upload, stored)
         else:
-            kept.add_done_callback(partial(self._answer_upload, post))
+            stored.add_done_callback(partial(self._answer_upload, upload))
 
     def _begin_known_upload(self, data: bytes) -> bool:
-        """Take a post whose head means what another one's meant; the parser is not needed."""
-        posts, end = self._shared.events, data.find(END) + len(END)
-        if posts is None or self._shared.traffic.logs or end < len(END):
+        """Begin an upload with a known head, without the parser."""
+        events, end = self._shared.events, data.find(END) + len(END)
+        if events is None or self._shared.traffic.logs or end < len(END):
             return False
-        post = posts.known(data[:end])
-        if post is None:
+        upload = events.known(data[:end])
+        if upload is None:
             return False
         body: bytes | None = data[end:]
-        if post.missing == CHUNKED:
+        if upload.missing == CHUNKED:
             body = only_chunk(data[end:])
-            post.missing = len(body or b"")
-        if body is None or len(body) > post.missing:
-            return False  # more requests, or chunks
+            upload.missing = len(body or b"")
+        if body is None or len(body) > upload.missing:
+            return False  # several chunks, or pipelined requests
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
-        self._upload = self.cycle = cast("Any", post)
+        self._upload = self.cycle = cast("Any", upload)
         self._between_requests, self._in_body = False, True
-        self._continue_upload(post, body)
+        self._continue_upload(upload, body)
         return True
 
-    def _continue_upload(self, post: EventUpload, data: bytes) -> None:
-        """Take a part of the body of a post whose head is known, and what follows it."""
-        rest = b""
-        if len(data) > post.missing:
-            data, rest = data[: post.missing], data[post.missing :]
-        post.missing -= len(data)
-        if not post.receive(data):
-            post.missing = 0
-            self._pass_on(post)
-        elif not post.missing:
+    def _continue_upload(self, upload: EventUpload, data: bytes) -> None:
+        """Receive a part of the body of an upload with a known head, and the bytes after it."""
+        following = b""
+        if len(data) > upload.missing:
+            data, following = data[: upload.missing], data[upload.missing :]
+        upload.missing -= len(data)
+        if not upload.receive(data):
+            upload.missing = 0
+            self._pass_on(upload)
+        elif not upload.missing:
             self._between_requests, self._in_body = True, False
-            self._accept_upload(post)
-        if rest:
-            self._parse(rest)
+            self._accept_upload(upload)
+        if following:
+            self._parse(following)
 
-    def _answer_upload(self, post: EventUpload, kept: asyncio.Future[object]) -> None:
-        post.release()
-        post.response_complete = True
+    def _answer_upload(self, upload: EventUpload, stored: asyncio.Future[object]) -> None:
+        upload.release()
+        upload.response_complete = True
         self._upload = None
         self._last_activity = monotonic()
         if self._shared.events is None or self.transport.is_closing():
             return
-        head = post.head
-        if head is not None and post.keep_alive and not kept.cancelled() and not kept.exception():
+        head = upload.head
+        if (
+            head is not None
+            and upload.keep_alive
+            and not stored.cancelled()
+            and not stored.exception()
+        ):
             self.transport.write(head.to_wire(self._shared.date))
         else:
-            answer = self._shared.events.answer(post, kept)
-            if not post.keep_alive:
-                answer = answer.with_headers(CLOSING)
-            self.transport.write(answer.head + self._shared.date + answer.body)
-        if not post.keep_alive:
+            response = self._shared.events.answer(upload, stored)
+            if not upload.keep_alive:
+                response = response.with_headers(CLOSING)
+            self.transport.write(response.head + self._shared.date + response.body)
+        if not upload.keep_alive:
             self.transport.close()
         elif self.pipeline:
             self.on_response_complete()
         else:
             self.server_state.total_requests += 1
 
-    def _pass_on(self, post: EventUpload) -> None:
-        """Give a post to the application after all, with what has come of it."""
-        body = b"".join(post.parts)
-        post.release()
+    def _pass_on(self, upload: EventUpload) -> None:
+        """Pass an upload on to the application, with the bytes received of it."""
+        body = b"".join(upload.parts)
+        upload.release()
         self._upload = self.cycle = cast("Any", None)
         self._answered = False
-        if post.head is not None:  # the parser has not seen it
+        if upload.head is not None:  # the parser has not seen it
             self._between_requests, self._in_body = True, False
-            self._parse(post.start + body)
+            self._parse(upload.start + body)
             return
         self._begin_in_application()
         if body:
@@ -445,79 +460,80 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         environment, head = self._environment_of(headers), self._whole_head
         if environment is None or self._shared.poll is None or not self.url.isascii():
             return False
-        none_match, encoding = headers.get(b"if-none-match"), headers.get(b"accept-encoding")
-        answer = self._shared.poll(
-            environment, self.url.decode("ascii"), none_match or b"", encoding or b""
+        etag, encoding = headers.get(b"if-none-match"), headers.get(b"accept-encoding")
+        prepared = self._shared.poll(
+            environment, self.url.decode("ascii"), etag or b"", encoding or b""
         )
-        if answer is None:
+        if prepared is None:
             return False
         traffic = self._shared.traffic
         count = traffic.requests[self._series(environment)]
-        prepared = CachedResponse(
-            environment, answer.head, (answer.body,), count, closes=self._closes
+        response = CachedResponse(
+            environment, prepared.head, (prepared.body,), count, closes=self._closes
         )
         if traffic.logs:
-            prepared.line = self._line(answer.status, len(answer.body))
-        self._shared.cache.put(head, prepared)
-        self._write(prepared)
+            response.line = self._log_line(prepared.status, len(prepared.body))
+        self._shared.cache.put(head, response)
+        self._write(response)
         return True
 
     def _series(self, environment: Environment) -> Series:
         route = template(self.url.decode("ascii"))
-        agent = client_label(self._shared.traffic, dict(self.headers))
-        return Series(environment.spec.name, route, "GET", "server", agent)
+        user_agent = client_label(self._shared.traffic, dict(self.headers))
+        return Series(environment.spec.name, route, "GET", "server", user_agent)
 
-    def _line(self, status: int, size: int | None) -> str:
-        return request_line("GET", self._shown, self._authorization, status, size)
+    def _log_line(self, status: int, size: int | None) -> str:
+        return request_line("GET", self._redacted_url, self._authorization, status, size)
 
     @property
-    def _shown(self) -> str:
+    def _redacted_url(self) -> str:
         return redact_url(self.url.decode("ascii"))
 
     @property
     def _authorization(self) -> str:
         return dict(self.headers)[b"authorization"].decode("latin-1")
 
-    def _write(self, prepared: CachedResponse) -> None:
-        if prepared.line:
-            log_request(prepared.line)
-        written = prepared.to_wire(self._shared.date)
-        self._respond(written, prepared.count, closes=prepared.closes)
+    def _write(self, response: CachedResponse) -> None:
+        if response.line:
+            log_request(response.line)
+        parts = response.to_wire(self._shared.date)
+        self._respond(parts, response.count, closes=response.closes)
 
-    def _respond(self, written: tuple[bytes, ...], count: MetricValue, *, closes: bool) -> None:
-        """Write a whole answer, and count it."""
+    def _respond(self, parts: tuple[bytes, ...], count: MetricValue, *, closes: bool) -> None:
+        """Write a complete response, and count it."""
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
         self.server_state.total_requests += 1
         count.value += 1
-        self.transport.writelines(written)
+        self.transport.writelines(parts)
         if closes:
             self.transport.close()
 
-    def _hand_over(self, opening: StreamRequest) -> None:
-        """Give the connection to the hub, and leave nothing of this object behind."""
+    def _hand_over(self, request: StreamRequest) -> None:
+        """Hand the connection over to the hub, and release the memory of this protocol."""
         self._unset_keepalive_if_required()
         self.server_state.total_requests += 1
         self.connections.discard(self)
-        count = self._count_stream(opening.series)
-        wire: StreamTransport = self.transport
-        head = _stream_head(opening.headers, self._shared.date)
+        count = self._count_stream(request.series)
+        transport: StreamTransport = self.transport
+        head = _stream_head(request.headers, self._shared.date)
         if self._shared.traffic.logs:
-            log_request(self._line(200, None))
+            log_request(self._log_line(200, None))
             self.transport.write(head)
-            wire, head = LoggedTransport(self.transport, self._shown, self._authorization), b""
+            url, authorization = self._redacted_url, self._authorization
+            transport, head = LoggedTransport(self.transport, url, authorization), b""
         vars(self).clear()
-        opening.environment.hub.subscribe(opening.name, wire, head, count, opening.client)
+        request.environment.hub.subscribe(request.name, transport, head, count, request.client)
 
     def _count_stream(self, series: Series) -> MetricValue:
-        """Count a new stream; return the count of those that are open."""
+        """Count a new stream; return the counter of open ones."""
         traffic = self._shared.traffic
         traffic.requests[series].value += 1
         traffic.new_streams[series].value += 1
         return traffic.streams[series]
 
     def _is_head_too_large(self) -> bool:
-        """Whether the head itself is too large, not only what was received together with it."""
+        """Return whether the head is too large without the bytes received together with it."""
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         return size > self._shared.limits.max_head_size
 
@@ -528,7 +544,7 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
             self._refuse(b"431 Request Header Fields Too Large")
 
     def _refuse(self, status: bytes) -> None:
-        """Answer that a request is unacceptable, and close."""
+        """Respond with an error status, and close the connection."""
         self._answered = True
         if self._is_idle():
             head = b"HTTP/1.1 %b\r\nconnection: close\r\ncontent-length: 0\r\n" % status
@@ -536,29 +552,29 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         self.transport.close()
 
     def check(self, now: float) -> None:
-        """Close the connection if its client has kept us waiting for too long."""
+        """Close the connection if its client has exceeded a time limit."""
         limits = self._shared.limits
         backlog = self.transport.get_write_buffer_size()
-        if backlog < self._backlog:
+        if backlog < self._last_backlog:
             self._last_activity = now
-        self._backlog = backlog
-        waited = now - self._last_activity
+        self._last_backlog = backlog
+        idle_time = now - self._last_activity
         if backlog:
-            if waited > limits.stall_timeout:
+            if idle_time > limits.stall_timeout:
                 self.transport.abort()
         elif self._reads_head:
-            if waited > limits.head_timeout:
+            if idle_time > limits.head_timeout:
                 self._refuse(b"408 Request Timeout")
-        elif waited > limits.keep_alive and (self._is_idle() or not self._between_requests):
+        elif idle_time > limits.keep_alive and (self._is_idle() or not self._between_requests):
             self.transport.close()
 
-    _ANSWERS: ClassVar[Mapping[tuple[bytes, bytes], _Answer]] = {
-        (b"GET", b"all"): _take_stream,
-        (b"GET", b"flags"): _take_stream,
-        (b"GET", b"eval"): _take_client_stream,
-        (b"GET", b"meval"): _take_client_stream,
-        (b"GET", b"ping"): _take_client_stream,
-        (b"GET", b"mping"): _take_client_stream,
+    _HANDLERS: ClassVar[Mapping[tuple[bytes, bytes], _Handler]] = {
+        (b"GET", b"all"): _open_stream,
+        (b"GET", b"flags"): _open_stream,
+        (b"GET", b"eval"): _open_client_stream,
+        (b"GET", b"meval"): _open_client_stream,
+        (b"GET", b"ping"): _open_client_stream,
+        (b"GET", b"mping"): _open_client_stream,
         (b"GET", b"sdk"): _answer_sdk,
         (b"GET", b"msdk"): _answer_evaluation,
         (b"POST", b"bulk"): _begin_upload,
@@ -566,11 +582,11 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         (b"POST", b"events"): _begin_upload,
         (b"POST", b"mobile"): _begin_upload,
     }
-    """By method and first segment of the path, what takes a request that is plain."""
+    """Handlers by method and first segment of the path."""
 
 
-_Answer = Callable[[FastHTTPProtocol, Mapping[bytes, bytes]], bool]
-"""Answers a request with these headers, or begins to; False if it is the application's."""
+_Handler = Callable[[FastHTTPProtocol, Mapping[bytes, bytes]], bool]
+"""Answers a request with these headers, or begins to; returns False if it is the application's."""
 
 
 def _stream_head(headers: Headers, date: bytes) -> bytes:
@@ -579,38 +595,42 @@ def _stream_head(headers: Headers, date: bytes) -> bytes:
 
 
 def protocol_factory(shared: FastPath) -> type[asyncio.Protocol]:
-    """Return what uvicorn wants as `http`: it makes the protocol of each connection.
+    """Return the factory of connection protocols, for uvicorn's option `http`.
 
-    What all connections of a server begin with are attributes of their class: functions come by the
-    thousand, and uvicorn gives each of their connections thirty.
+    The initial values of all connections of a server are attributes of their class: cloud functions
+    connect by the thousand, and uvicorn would set thirty attributes for each of them.
     """
-    kinds: list[Callable[[], FastHTTPProtocol]] = []
+    classes: list[Callable[[], FastHTTPProtocol]] = []
 
-    def connection(**uvicorns: Any) -> FastHTTPProtocol:
-        if not kinds:
-            kinds.append(_class_like(FastHTTPProtocol(shared, **uvicorns)))
-        return kinds[0]()
+    def make_protocol(**arguments: Any) -> FastHTTPProtocol:
+        if not classes:
+            classes.append(_class_like(FastHTTPProtocol(shared, **arguments)))
+        return classes[0]()
 
-    return cast("type[asyncio.Protocol]", connection)
+    return cast("type[asyncio.Protocol]", make_protocol)
 
 
-def _class_like(first: FastHTTPProtocol) -> Callable[[], FastHTTPProtocol]:
-    """Return the class of connections that begin as this one did."""
+def _class_like(model: FastHTTPProtocol) -> Callable[[], FastHTTPProtocol]:
+    """Return a class whose instances begin with the attributes of `model`.
 
-    def begin(connection: FastHTTPProtocol) -> None:
-        connection.parser = parser = HttpRequestParser(connection)
+    Its `__init__` replaces those of all base classes: it sets the attributes that an instance must
+    not share, and no others.
+    """
+
+    def init(protocol: FastHTTPProtocol) -> None:
+        protocol.parser = parser = HttpRequestParser(protocol)
         parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        connection.pipeline = deque()
-        connection._last_activity = monotonic()  # noqa: SLF001 - it is one of ours
+        protocol.pipeline = deque()
+        protocol._last_activity = monotonic()  # noqa: SLF001 - an instance of our own class
 
-    own = ("parser", "pipeline", "_seen")
+    own = ("parser", "pipeline", "_last_activity")
     shared = {
-        # A function would become a method.
+        # A plain function would become a method.
         name: staticmethod(value) if hasattr(value, "__get__") else value
-        for name, value in vars(first).items()
+        for name, value in vars(model).items()
         if name not in own
     }
-    kind: Callable[[], FastHTTPProtocol] = type(
-        "FastHTTPProtocol", (FastHTTPProtocol,), {**shared, "__init__": begin}
+    protocol_class: Callable[[], FastHTTPProtocol] = type(
+        "FastHTTPProtocol", (FastHTTPProtocol,), {**shared, "__init__": init}
     )
-    return kind
+    return protocol_class

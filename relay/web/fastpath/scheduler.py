@@ -1,4 +1,4 @@
-"""Who takes the loop's time for long takes turns, so that quick requests come in between."""
+"""Schedule evaluations so that they never hold the event loop for much more than 2 ms."""
 
 from __future__ import annotations
 
@@ -8,55 +8,58 @@ from collections import deque
 from typing import Protocol
 
 MAX_SLICE = 0.002
-"""Seconds in which contexts are evaluated one after the other; who has not been answered by then
-has to wait for the next turn of the event loop, so that polls come in between."""
+"""Seconds of evaluation in one turn of the event loop; further requests are deferred to the next
+turn, so that polls come in between."""
 
 BURST_GAP = 0.001
-"""Seconds after which a question is no longer one of a series."""
+"""Seconds without an evaluation request that end a burst."""
 
 
 class DeferredRequest(Protocol):
-    """A connection with a question."""
+    """Connection with an evaluation request that can be deferred."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """Its event loop."""
+        """The connection's event loop."""
 
     def resume(self) -> None:
-        """Answer the question that has waited."""
+        """Answer the deferred request."""
 
 
 class EvaluationScheduler:
-    """The questions of all connections of a server, in the order in which they came."""
+    """Queue of the deferred evaluation requests of all connections of a server."""
 
     def __init__(self) -> None:
-        self._waiting: deque[DeferredRequest] = deque()
-        self._began = 0.0
-        """When this turn began."""
-        self._last = 0.0
-        """When the last question was answered."""
+        self._deferred: deque[DeferredRequest] = deque()
+        self._slice_start = 0.0
+        """Monotonic time at which the current slice started."""
+        self._last_evaluation = 0.0
+        """Monotonic time of the last request."""
+
+    def __repr__(self) -> str:
+        return f"<EvaluationScheduler [{len(self._deferred)} deferred]>"
 
     def defer(self, connection: DeferredRequest) -> bool:
-        """Whether a question has to wait for the next turn of the loop; if so, it will get it."""
-        if not self._waiting:
+        """Defer a request if the current slice is used up; return True if it was deferred."""
+        if not self._deferred:
             now = time.monotonic()
-            if now - self._last > BURST_GAP:
-                self._began = now
-            self._last = now
-            if now - self._began < MAX_SLICE:
+            if now - self._last_evaluation > BURST_GAP:
+                self._slice_start = now
+            self._last_evaluation = now
+            if now - self._slice_start < MAX_SLICE:
                 return False
-            connection.loop.call_soon(self._take, connection.loop)
-        self._waiting.append(connection)
+            connection.loop.call_soon(self._run_slice, connection.loop)
+        self._deferred.append(connection)
         return True
 
-    def _take(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Answer those who wait, as long as a turn may last."""
-        began = now = time.monotonic()
-        while self._waiting:
-            self._waiting.popleft().resume()
+    def _run_slice(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Answer deferred requests for one slice."""
+        start = now = time.monotonic()
+        while self._deferred:
+            self._deferred.popleft().resume()
             now = time.monotonic()
-            if now - began > MAX_SLICE:
+            if now - start > MAX_SLICE:
                 break
-        self._began = self._last = now
-        if self._waiting:
-            loop.call_soon(self._take, loop)
+        self._slice_start = self._last_evaluation = now
+        if self._deferred:
+            loop.call_soon(self._run_slice, loop)

@@ -1,4 +1,4 @@
-"""What the connections at the front door share, and what it wants of those who answer there."""
+"""State shared by all fast-path connections, and the contracts of their handlers."""
 
 from __future__ import annotations
 
@@ -20,51 +20,51 @@ from relay.web.fastpath.scheduler import EvaluationScheduler
 from relay.web.responses import PreparedResponse
 
 DATE_LIFETIME = 1.0
-"""Seconds for which a date is used."""
+"""Seconds until the `Date` header is renewed."""
 
 MIN_SWEEP_INTERVAL = 0.1
-"""Seconds between two looks at connections, at least, whatever is configured."""
+"""Minimum seconds between two sweeps over connections, whatever is configured."""
 
 
 class PollResponder(Protocol):
-    """Answers polls."""
+    """Handler of polls."""
 
     def __call__(
         self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
     ) -> PreparedResponse | None:
-        """Return the prepared answer; None if the path is no poll, or there is none yet."""
+        """Return the prepared response; None if the path is no poll, or there are no data yet."""
 
 
 class EvaluationResponder(Protocol):
-    """Answers contexts that ask for their flags; `relay.web.questions` does."""
+    """Handler of evaluation requests; see `relay.web.fastpath.evaluation`."""
 
     def answer_known(self, head: bytes, /) -> EvaluationResponse | None:
-        """Return the answer to a request that differs from an earlier one in its context only."""
+        """Return the response to a request that differs from an earlier one in its context only."""
 
     def answer(
         self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], /, *, closes: bool
     ) -> EvaluationResponse | None:
-        """Return the answer to a GET; None if it is the application's."""
+        """Return the response to a GET; None to leave it to the application."""
 
 
 class SweptConnection(ABC):
-    """A connection that is looked after."""
+    """Connection that is swept for slow clients."""
 
     @abstractmethod
     def check(self, now: float) -> None:
-        """Close it if its client has kept us waiting for too long."""
+        """Close the connection if its client has exceeded a time limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """What a connection may cost. Times in seconds, sizes in bytes.
+    """Limits of one connection. Times in seconds, sizes in bytes.
 
     Args:
-        keep_alive: a connection may rest between two requests. Longer than the minute that load
-            balancers and pollers use, so that they are the ones who close.
-        head_timeout: from the first byte of a request to the end of its head.
-        max_head_size: of a request.
-        stall_timeout: a client may leave its response untouched.
+        keep_alive: maximum idle time between two requests. Longer than the minute that load
+            balancers and pollers use, so that they close first.
+        head_timeout: maximum time from the first byte of a request to the end of its head.
+        max_head_size: maximum size of the head of a request.
+        stall_timeout: maximum time in which a client takes no byte of its response.
     """
 
     keep_alive: float = 75.0
@@ -74,22 +74,22 @@ class ConnectionLimits:
 
     @property
     def sweep_interval(self) -> float:
-        """Seconds between two looks at connections: to wake up costs more than to look."""
+        """Seconds between two sweeps over connections: waking up costs more than the sweep."""
         return max(
             MIN_SWEEP_INTERVAL, min(self.keep_alive, self.head_timeout, self.stall_timeout) / 2
         )
 
 
 class FastPath:
-    """What the connections of a server share.
+    """State shared by the connections of a server.
 
     Args:
-        relay: whose environments are served.
-        poll: answers polls; None leaves them to the application.
-        limits: what a connection may cost.
-        traffic: counts requests; the application has the same.
-        events: takes posts of events; None leaves them to the application.
-        evaluation: answers contexts that ask for flags; None leaves them to the application.
+        relay: provides the environments.
+        poll: handler of polls; None leaves them to the application.
+        limits: limits of each connection.
+        traffic: request metrics, shared with the application.
+        events: handler of event payloads; None leaves them to the application.
+        evaluation: handler of evaluation requests; None leaves them to the application.
     """
 
     def __init__(
@@ -111,16 +111,16 @@ class FastPath:
         self.date = b"\r\n"
         """The `Date` header and the blank line that ends a head."""
         self.date_expires_at = 0.0
-        """When the date is to be renewed, by the monotonic clock."""
+        """Monotonic time at which the date has to be renewed."""
         self.cache = ResponseCache()
         self.scheduler = EvaluationScheduler()
 
     def renew_date(self, state: ServerState, now: float) -> None:
-        """Say what time it is; to be called before an answer whenever the date is stale.
+        """Renew the `Date` header; call before a response whenever it has expired.
 
         Args:
-            state: the server's; uvicorn begins the application's answers with its headers.
-            now: by the monotonic clock.
+            state: state of the server; uvicorn adds its headers to the application's responses.
+            now: monotonic time.
         """
         date = formatdate(usegmt=True).encode()
         state.default_headers = [(b"date", date)]
@@ -130,7 +130,7 @@ class FastPath:
     def sweep(self, state: ServerState) -> None:
         """Close connections whose clients are too slow."""
         now = time.monotonic()
-        if state.connections:  # some may be told why
+        if state.connections:  # some get a response before they are closed
             self.renew_date(state, now)
         for connection in list(state.connections):
             if isinstance(connection, SweptConnection):

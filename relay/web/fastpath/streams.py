@@ -17,17 +17,17 @@ from relay.web.routing import BROWSER, MOBILE, RouteAuth
 
 
 class StreamRequest(NamedTuple):
-    """A stream that the front door is about to give to the hub."""
+    """Request for a stream, ready for the hub."""
 
     environment: Environment
     name: str
-    """Of the format or channel."""
+    """Name of the format or channel."""
     headers: Headers
-    """Of the response."""
+    """Headers of the response."""
     series: Series
-    """Under which it is counted."""
+    """Labels of the metrics that count the stream."""
     client: EvalClient | None = None
-    """For whom it is evaluated; None for shared streams."""
+    """The client that flags are evaluated for; None for broadcast streams."""
 
 
 def client_stream_request(
@@ -38,43 +38,45 @@ def client_stream_request(
     *,
     closes: bool,
 ) -> StreamRequest | None:
-    """Return the client-side stream that a plain GET asks for; None if it is the application's.
+    """Return the request of a plain GET for a client-side stream.
+
+    None leaves it to the application.
 
     Args:
-        relay: whose environments are served.
-        traffic: counts streams.
-        url: as on the wire.
-        headers: of the request, each once.
-        closes: whether the client wants the connection to end with the stream.
+        relay: provides the environments.
+        traffic: request metrics.
+        url: target of the request as it was received.
+        headers: headers of the request, without repetitions.
+        closes: True if the client wants the connection closed after the stream.
     """
     path, _, query = url.partition(b"?")
     match = _CLIENT_PATHS.fullmatch(path)
     if match is None or b"%" in query or b"filter" in query:
         return None
-    identity, segment = match["ping"] or match["id"], match["mobile"] or match["context"]
-    access = BROWSER if identity else MOBILE
-    if identity:
-        environment = relay.by_environment_id.get(identity.decode())
+    environment_id, segment = match["ping"] or match["id"], match["mobile"] or match["context"]
+    auth = BROWSER if environment_id else MOBILE
+    if environment_id:
+        environment = relay.by_environment_id.get(environment_id.decode())
     else:
         environment = by_plain_key(relay.by_mobile_key, headers)
     if environment is None:
         return None
-    stream = client_stream(environment, access, segment, query) if segment else PING_STREAM
+    stream = client_stream(environment, auth, segment, query) if segment else PING_STREAM
     if isinstance(stream, PreparedResponse):
         return None
-    route = _CLIENT_ROUTES[access, bool(segment)]
-    agent = client_label(traffic, headers)
-    series = Series(environment.spec.name, route, "GET", access.platform, agent)
+    route = _CLIENT_ROUTES[auth, bool(segment)]
+    user_agent = client_label(traffic, headers)
+    series = Series(environment.spec.name, route, "GET", auth.platform, user_agent)
     origin = headers.get(b"origin", b"")
-    given = client_stream_headers(environment, access, origin, closes=closes)
-    return StreamRequest(environment, stream.name, given, series, stream.client)
+    response_headers = client_stream_headers(environment, auth, origin, closes=closes)
+    return StreamRequest(environment, stream.name, response_headers, series, stream.client)
 
 
 _CLIENT_PATHS = re.compile(
     rb"/(?:mping|meval/(?P<mobile>[\w=-]+)|ping/(?P<ping>[\w-]+)"
     rb"|eval/(?P<id>[\w-]+)/(?P<context>[\w=-]+))"
 )
-"""Of GETs that need no decoding."""
+"""Paths of client-side streams that need no percent-decoding."""
 
 
 _CLIENT_ROUTES: Mapping[tuple[RouteAuth, bool], str] = {
@@ -83,4 +85,4 @@ _CLIENT_ROUTES: Mapping[tuple[RouteAuth, bool], str] = {
     (BROWSER, False): "/ping/{envId}",
     (BROWSER, True): "/eval/{envId}/{context}",
 }
-"""By whether there is a context."""
+"""Route templates by kind of client, and by presence of a context."""

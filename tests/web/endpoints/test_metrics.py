@@ -1,4 +1,4 @@
-"""`/metrics`: what it tells, what it costs, and that README says the same."""
+"""`/metrics`: what it tells, what it costs, and that docs/operations.md says the same."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.support.contracts import MemoryMirror, ScriptedSource
 from tests.support.figures import samples
 from tests.support.serving import SDK_KEY, Served, Stream, ask, serving, until
 
-README = (Path(__file__).parent.parent.parent.parent / "README.md").read_text()
+PAGE = (Path(__file__).parent.parent.parent.parent / "docs/operations.md").read_text()
 SDK = ("Authorization", SDK_KEY)
 PUT = b'{"path":"/","data":{"flags":{"lamp":{"key":"lamp","version":1}}}}'
 PATCH = b'{"path":"/flags/lamp","data":{"key":"lamp","version":2}}'
@@ -73,16 +73,16 @@ def exported(relay: Relay, traffic: RequestMetrics, prefix: str = "launchdarkly_
     return Told(metrics.exporter_page(relay, traffic, prefix).body)
 
 
-def test_readme_tells_of_every_figure_and_of_no_other():
+def test_the_docs_tell_of_every_figure_and_of_no_other():
     """The table is the one that the declarations make, in their order."""
-    (shown,) = re.findall(r"(?s)<!-- metrics table -->\n(.*?)<!-- end -->", README)
+    (shown,) = re.findall(r"(?s)<!-- metrics table -->\n(.*?)<!-- end -->", PAGE)
     assert shown == catalogue_module.table()
 
 
-def test_readme_tells_how_clients_are_bounded():
+def test_the_docs_tell_how_clients_are_bounded():
     """The bounds in its text are those of the code."""
-    assert f"up to {MAX_USER_AGENT} characters" in README
-    assert f"the first {MAX_USER_AGENTS} clients" in README
+    assert f"up to {MAX_USER_AGENT} characters" in PAGE
+    assert f"the first {MAX_USER_AGENTS} clients" in PAGE
 
 
 def test_names_are_good():

@@ -1,4 +1,4 @@
-"""Request heads are alike when they say the same but for what each instance and each post has anew."""
+"""Request heads have the same template if only values of variable headers differ."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ HEAD = (
 )
 
 
-def test_what_is_left_out():
-    """Length and ids, in the order of the head, however their names are written."""
-    outline, values = normalise_head(HEAD)
+def test_variable_values_are_taken_out():
+    """Length and ids, in the order of the head, in upper or lower case."""
+    template, values = normalise_head(HEAD)
     assert values == [b"12", b"5f252577-99d3", b"a3c7fb12"]
-    assert variable_names(outline) == [
+    assert variable_names(template) == [
         *(b"content-length", b"x-launchdarkly-instance-id", b"x-launchdarkly-payload-id")
     ]
-    assert variable_names(normalise_head(HEAD.lower())[0]) == variable_names(outline)
+    assert variable_names(normalise_head(HEAD.lower())[0]) == variable_names(template)
 
 
 @pytest.mark.parametrize(
-    "odd",
+    "changed_head",
     [
         HEAD.replace(b": 12", b":12"),
         HEAD.replace(b": 12", b": 12 "),
@@ -40,21 +40,21 @@ def test_what_is_left_out():
         HEAD.replace(b"Content-Length: 12\r\n", b"Content-Length: 12\r\nContent-Length: 12\r\n"),
     ],
 )
-def test_who_says_something_else_is_not_alike(odd):
-    """Values that a parser might read otherwise are part of the outline."""
-    assert normalise_head(odd)[0] != normalise_head(HEAD)[0]
+def test_other_heads_have_another_template(changed_head):
+    """Values that a parser might read otherwise are part of the template."""
+    assert normalise_head(changed_head)[0] != normalise_head(HEAD)[0]
 
 
 @given(st.data())
-def test_a_head_is_known_by_every_byte(data):
-    """Whoever changes, adds or takes away something has another outline, or other values only."""
+def test_every_other_byte_is_in_the_template(data):
+    """Any change of a head makes another template, or other values only."""
     at = data.draw(st.integers(0, len(HEAD) - 1))
     until = data.draw(st.integers(at, min(at + 3, len(HEAD))))
     changed = HEAD[:at] + data.draw(st.binary(max_size=3)) + HEAD[until:]
-    (outline, values), (first, _) = normalise_head(changed), normalise_head(HEAD)
-    if outline == first:
+    (template, values), (original, _) = normalise_head(changed), normalise_head(HEAD)
+    if template == original:
         assert all(re.fullmatch(rb"[0-9A-Za-z-]{1,100}", value) for value in values)
-        rebuilt = first[0]
-        for name, value, text in zip(first[1::2], values, first[2::2], strict=True):
+        rebuilt = original[0]
+        for name, value, text in zip(original[1::2], values, original[2::2], strict=True):
             rebuilt += b"\r\n%b: %b%b" % (name, value, text)
         assert changed == rebuilt

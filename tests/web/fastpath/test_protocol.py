@@ -1,4 +1,4 @@
-"""The front door answers what is plainly hot, passes on what is not, and bears hostile clients."""
+"""The fast path answers hot requests, passes on all others, and withstands hostile clients."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import base64
 import json
 import time
 from email.utils import parsedate_to_datetime
+from unittest.mock import Mock
 
 import pytest
 from starlette.requests import Request
@@ -15,11 +16,15 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from relay.model.metrics import MetricValue
+from relay.model.payload import EMPTY
 from relay.protocol import fdv1
 from relay.streams.hub import StreamLimits
 from relay.web.fastpath import scheduler
-from relay.web.fastpath.protocol import USED_OF_UVICORN
-from relay.web.fastpath.shared import ConnectionLimits
+from relay.web.fastpath.cache import CachedResponse, ResponseCache
+from relay.web.fastpath.events import ROUTES, EventTarget, EventUpload
+from relay.web.fastpath.protocol import USED_OF_UVICORN, protocol_factory
+from relay.web.fastpath.shared import ConnectionLimits, FastPath
 from relay.web.responses import PreparedResponse
 from tests.support.serving import SDK_KEY, Served, Stream, serving, stalled_socket, until
 
@@ -27,20 +32,20 @@ POLL = f"GET /sdk/flags HTTP/1.1\r\nHost: x\r\nAuthorization: {SDK_KEY}\r\n\r\n"
 
 
 async def application(scope, receive, send):
-    """Tells that the application was asked, and with what body."""
+    """Echo the body, marked as coming from the application."""
     await Response(b"app:" + await Request(scope, receive).body())(scope, receive, send)
 
 
-class Polls:
-    """Answers `/sdk/flags` and counts how often it had to."""
+class PollHandler:
+    """Handler of `/sdk/flags` that counts its calls."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.calls = 0
 
     def __call__(self, environment, path, if_none_match, accept_encoding):
         if path != "/sdk/flags" or environment.payload is None:
             return None
-        self.asked += 1
+        self.calls += 1
         body = fdv1.all_flags(environment.payload)
         return PreparedResponse(200, (), body)
 
@@ -68,24 +73,24 @@ async def answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
         return head, await reader.readexactly(length)
 
 
-def test_uvicorn_has_what_we_use():
-    """A new uvicorn that lacks an attribute which we rely on is noticed here."""
+def test_uvicorn_has_the_attributes_in_use():
+    """This fails for a uvicorn that lacks an attribute which the protocol relies on."""
 
     async def app(scope, receive, send): ...
 
-    async def look() -> list[str]:
+    async def missing_attributes() -> list[str]:
         config = Config(app, lifespan="off", ws="none", log_config=None)
         protocol = HttpToolsProtocol(config, ServerState(), {})
         protocol.on_message_begin()
         return [name for name in USED_OF_UVICORN if not hasattr(protocol, name)]
 
-    assert asyncio.run(look()) == []
+    assert asyncio.run(missing_attributes()) == []
 
 
 async def test_a_poll_is_prepared_once_for_each_change():
-    """The same request is answered from memory until the payload changes."""
-    served, polls = Served(), Polls()
-    async with serving(served, poll=polls) as address:
+    """The same request is answered from the cache until the payload changes."""
+    served, poll = Served(), PollHandler()
+    async with serving(served, poll=poll) as address:
         await give(served, 1)
         reader, writer = await address.connect()
         for _ in range(3):
@@ -93,17 +98,17 @@ async def test_a_poll_is_prepared_once_for_each_change():
             head, body = await answer(reader)
             assert json.loads(body)["a"]["version"] == 1
             assert b"\r\ndate: " in head
-        assert polls.asked == 1
+        assert poll.calls == 1
         await give(served, 2)
         writer.write(POLL)
         assert json.loads((await answer(reader))[1])["a"]["version"] == 2
-        assert polls.asked == 2
+        assert poll.calls == 2
         writer.close()
 
 
 @pytest.mark.parametrize("path", [b"/sdk/flags", b"/all", b"/whatever"])
 async def test_after_a_silence_the_date_is_that_of_the_answer(path):
-    """Polls, streams and the application's answers: none tells when somebody was here last."""
+    """For polls, streams and the application's responses: none repeats that of the last request."""
     async with serving(Served()) as address:
         for _ in range(2):
             begin = int(time.time())
@@ -114,16 +119,16 @@ async def test_after_a_silence_the_date_is_that_of_the_answer(path):
             writer.close()
             await writer.wait_closed()
             date = head.partition("\r\ndate: ")[2].partition("\r\n")[0]
-            said = parsedate_to_datetime(date).timestamp()
-            assert begin <= said <= time.time()
-            await until(lambda said=said: time.time() >= said + 2)
+            date_time = parsedate_to_datetime(date).timestamp()
+            assert begin <= date_time <= time.time()
+            await until(lambda date_time=date_time: time.time() >= date_time + 2)
 
 
 @pytest.mark.parametrize("name", [b"X-LaunchDarkly-Instance-Id", b"x-launchdarkly-instance-id"])
-async def test_instances_of_a_function_share_what_was_prepared(name):
-    """What tells them apart is left out of account: each new one gets its flags at once."""
-    served, polls = Served(), Polls()
-    async with serving(served, poll=polls) as address:
+async def test_instances_of_a_function_share_cached_responses(name):
+    """The instance id is not part of the key: each new instance gets its flags at once."""
+    served, poll = Served(), PollHandler()
+    async with serving(served, poll=poll) as address:
         await give(served, 1)
         for number in range(3):
             reader, writer = await address.connect()
@@ -132,16 +137,16 @@ async def test_instances_of_a_function_share_what_was_prepared(name):
             _, body = await answer(reader)
             assert json.loads(body)["a"]["version"] == 1
             writer.close()
-        assert polls.asked == 1
+        assert poll.calls == 1
         reader, writer = await address.connect()
         writer.write(POLL.removesuffix(b"\r\n\r\n") + tail.replace(b"Accept: x", b"Accept: y"))
         await answer(reader)
-        assert polls.asked == 2
+        assert poll.calls == 2
         writer.close()
 
 
-async def test_streams_of_a_kind_are_prepared_once():
-    """Each is a stream of its own, of the environment whose key it has, and counted."""
+async def test_stream_requests_are_cached():
+    """Each is a counted stream of its own, in the environment of its key."""
     served = Served()
     async with serving(served) as address:
         await give(served, 1)
@@ -158,10 +163,10 @@ async def test_streams_of_a_kind_are_prepared_once():
         assert opened == 3
 
 
-async def test_a_client_that_wants_the_connection_to_end_is_not_sent_elsewhere():
-    """Its poll is prepared like any other; it is told, and the connection ends with the answer."""
-    served, polls = Served(), Polls()
-    async with serving(served, poll=polls, app=application) as address:
+async def test_polls_with_connection_close_are_cached():
+    """The response has the header, and the connection is closed after it."""
+    served, poll = Served(), PollHandler()
+    async with serving(served, poll=poll, app=application) as address:
         await give(served, 1)
         for _ in range(2):
             reader, writer = await address.connect()
@@ -171,7 +176,7 @@ async def test_a_client_that_wants_the_connection_to_end_is_not_sent_elsewhere()
             assert json.loads(body)["a"]["version"] == 1
             assert await reader.read() == b""
             writer.close()
-        assert polls.asked == 1
+        assert poll.calls == 1
 
 
 @pytest.mark.parametrize(
@@ -185,10 +190,10 @@ async def test_a_client_that_wants_the_connection_to_end_is_not_sent_elsewhere()
         POLL.replace(b"GET", b"POST"),
     ],
 )
-async def test_what_is_not_plain_goes_to_the_application(request_):
-    """Bodies, repeated headers, unknown keys and paths are the application's business."""
+async def test_unusual_requests_go_to_the_application(request_):
+    """Bodies, repeated headers, unknown keys and paths are left to the application."""
     served = Served()
-    async with serving(served, poll=Polls(), app=application) as address:
+    async with serving(served, poll=PollHandler(), app=application) as address:
         await give(served, 1)
         reader, writer = await address.connect()
         writer.write(request_)
@@ -197,9 +202,9 @@ async def test_what_is_not_plain_goes_to_the_application(request_):
 
 
 async def test_a_request_in_pieces_is_answered():
-    """The borders of packets do not matter."""
+    """Packet boundaries do not matter."""
     served = Served()
-    async with serving(served, poll=Polls()) as address:
+    async with serving(served, poll=PollHandler()) as address:
         await give(served, 1)
         reader, writer = await address.connect()
         for at in range(0, len(POLL), 7):
@@ -211,10 +216,10 @@ async def test_a_request_in_pieces_is_answered():
 
 
 async def test_pipelined_requests_are_answered_in_order():
-    """Requests that come together get their answers in their order, hot or not."""
+    """Pipelined requests get their responses in order, hot or not."""
     served = Served()
     other = POLL.replace(b"/sdk/flags", b"/other")
-    async with serving(served, poll=Polls(), app=application) as address:
+    async with serving(served, poll=PollHandler(), app=application) as address:
         await give(served, 1)
         reader, writer = await address.connect()
         writer.write(POLL)
@@ -243,9 +248,9 @@ async def test_pipelined_requests_are_answered_in_order():
     ],
 )
 async def test_smuggling_and_garbage_are_refused(hostile):
-    """What two servers could read differently is a 400 and the end of the connection."""
+    """Requests that two servers could read differently get a 400, and the connection is closed."""
     served = Served()
-    async with serving(served, poll=Polls()) as address:
+    async with serving(served, poll=PollHandler()) as address:
         await give(served, 1)
         async with asyncio.timeout(5):
             received = await address.ask(hostile)
@@ -266,7 +271,7 @@ async def test_smuggling_and_garbage_are_refused(hostile):
     ],
 )
 async def test_a_huge_head_is_refused(hostile, status, pieces):
-    """Beyond the limit a request head is refused, in one piece or in many."""
+    """A request head beyond the limit is refused, in one piece or in many."""
     async with serving(Served(), limits=ConnectionLimits(max_head_size=8000)) as address:
         reader, writer = await address.connect()
         size = len(hostile) // pieces
@@ -283,9 +288,11 @@ async def test_a_huge_head_is_refused(hostile, status, pieces):
 
 
 async def test_slowloris_is_timed_out():
-    """A head that does not become complete in time ends the connection; others are served."""
+    """A connection whose head is not complete in time is closed; others are served."""
     served = Served()
-    async with serving(served, poll=Polls(), limits=ConnectionLimits(head_timeout=0.5)) as address:
+    async with serving(
+        served, poll=PollHandler(), limits=ConnectionLimits(head_timeout=0.5)
+    ) as address:
         await give(served, 1)
         slow = [await address.connect() for _ in range(50)]
         for _, writer in slow:
@@ -300,10 +307,12 @@ async def test_slowloris_is_timed_out():
                 slow_writer.close()
 
 
-async def test_a_resting_connection_is_closed():
-    """A connection without requests is closed after the keep-alive time, without an answer."""
+async def test_an_idle_connection_is_closed():
+    """A connection without requests is closed after the keep-alive time, without a response."""
     served = Served()
-    async with serving(served, poll=Polls(), limits=ConnectionLimits(keep_alive=0.5)) as address:
+    async with serving(
+        served, poll=PollHandler(), limits=ConnectionLimits(keep_alive=0.5)
+    ) as address:
         await give(served, 1)
         reader, writer = await address.connect()
         writer.write(POLL)
@@ -337,72 +346,106 @@ async def test_stalled_streams_cost_little_and_harm_nobody():
 
 @pytest.fixture
 def slow(monkeypatch) -> tuple[Served, list[bytes]]:
-    """A relay that evaluates one context in each turn of the loop, and those that it has had."""
+    """A relay that evaluates one context in each turn of the loop, and the contexts so far."""
     monkeypatch.setattr(scheduler, "MAX_SLICE", 0)
-    served, asked = Served(), []
+    served, contexts = Served(), []
     find = served.evaluation.find
 
-    def slowly(environment, audience, segment, query):
+    def slow_find(environment, sdk_kind, segment, query):
         time.sleep(0.002)
-        asked.append(segment)
-        return find(environment, audience, segment, query)
+        contexts.append(segment)
+        return find(environment, sdk_kind, segment, query)
 
-    monkeypatch.setattr(served.evaluation, "find", slowly)
-    return served, asked
+    monkeypatch.setattr(served.evaluation, "find", slow_find)
+    return served, contexts
 
 
-def question(number: int) -> bytes:
+def evaluation_request(number: int) -> bytes:
     context = base64.urlsafe_b64encode(b'{"kind":"user","key":"%d"}' % number).rstrip(b"=")
     return b"GET /sdk/evalx/env-1/contexts/%b HTTP/1.1\r\nHost: x\r\n\r\n" % context
 
 
-async def test_a_poll_need_not_wait_for_all_contexts(slow):
-    """Contexts that ask at the same time are evaluated in turns, in the order of their coming."""
-    served, asked = slow
+async def test_a_poll_does_not_wait_for_all_evaluations(slow):
+    """Simultaneous evaluation requests are answered in slices, in the order of arrival."""
+    served, contexts = slow
     async with serving(served) as address:
         await give(served, 1)
-        pollster, poll = await address.connect()
+        poll_reader, poll_writer = await address.connect()
         clients = [await address.connect() for _ in range(20)]
         for number, (_, writer) in enumerate(clients):
-            writer.write(question(number))
-        poll.write(POLL)
-        await answer(pollster)
-        assert len(asked) < 15
+            writer.write(evaluation_request(number))
+        poll_writer.write(POLL)
+        await answer(poll_reader)
+        assert len(contexts) < 15
         for reader, writer in clients:
             assert (await answer(reader))[0].startswith(b"HTTP/1.1 200")
             writer.close()
-        assert len(set(asked)) == 20
-        poll.close()
+        assert len(set(contexts)) == 20
+        poll_writer.close()
 
 
-async def test_what_comes_while_a_context_waits_is_answered_after_it(slow):
-    """Requests on the same connection keep their order, whatever they are."""
-    served, asked = slow
+async def test_requests_after_a_deferred_one_are_answered_after_it(slow):
+    """Requests on one connection keep their order, whatever they are."""
+    served, contexts = slow
     async with serving(served) as address:
         await give(served, 1)
         clients = [await address.connect() for _ in range(5)]
         for number, (_, writer) in enumerate(clients):
-            writer.write(question(number))
-        await until(lambda: len(asked) > 0)
+            writer.write(evaluation_request(number))
+        await until(lambda: len(contexts) > 0)
         for _, writer in clients:
             writer.write(POLL)
-            writer.write(question(100) + question(101))
+            writer.write(evaluation_request(100) + evaluation_request(101))
         for reader, writer in clients:
             heads = [(await answer(reader))[0] for _ in range(4)]
             assert [b"etag: relay-" in head for head in heads] == [False, True, False, False]
             writer.close()
 
 
-async def test_a_context_that_waits_is_answered_before_the_end(slow):
-    """A relay that stops answers all that it has read."""
-    served, asked = slow
+async def test_a_deferred_request_is_answered_before_the_end(slow):
+    """A relay that stops answers all requests that it has read."""
+    served, contexts = slow
     async with serving(served) as address:
         await give(served, 1)
         clients = [await address.connect() for _ in range(20)]
         for number, (_, writer) in enumerate(clients):
-            writer.write(question(number))
-        await until(lambda: len(asked) > 0)
+            writer.write(evaluation_request(number))
+        await until(lambda: len(contexts) > 0)
         clients.pop()[1].transport.abort()
     for reader, writer in clients:
         assert (await answer(reader))[0].startswith(b"HTTP/1.1 200")
         writer.close()
+
+
+async def test_a_connection_states_its_condition():
+    """The state of the request, as a debugger shows it; none of what the client has sent."""
+    config = Config(application, lifespan="off", ws="none", log_config=None)
+    shared = FastPath(Served().relay)
+    loop, server_state = asyncio.get_running_loop(), ServerState()
+    make_protocol = protocol_factory(shared)
+    connection = make_protocol(config=config, server_state=server_state, app_state={}, _loop=loop)
+    assert repr(connection) == "<FastHTTPProtocol [detached]>"
+    connection.connection_made(Mock(is_closing=lambda: False))
+    assert repr(connection) == "<FastHTTPProtocol [idle]>"
+    connection.data_received(POLL[:40])
+    assert repr(connection) == "<FastHTTPProtocol [in head]>"
+    connection.connection_lost(None)
+
+
+async def test_caches_state_their_contents():
+    """Sizes and freshness, as a debugger shows them."""
+    served = Served()
+    cache = ResponseCache()
+    prepared = CachedResponse(served.environment, b"", (b"ab",), MetricValue())
+    assert repr(prepared) == "<CachedResponse [fresh, 2 bytes]>"
+    cache.put(b"1", prepared)
+    cache.put_evaluated(b"2", prepared)
+    assert repr(cache) == "<ResponseCache [1 heads, 1 evaluated in 1027 bytes]>"
+    assert repr(scheduler.EvaluationScheduler()) == "<EvaluationScheduler [0 deferred]>"
+    prepared.payload = EMPTY
+    assert repr(prepared) == "<CachedResponse [stale, 2 bytes]>"
+    route = ROUTES[b"/bulk"]
+    upload = EventUpload(
+        EventTarget(route, SDK_KEY, served.environment), b"/bulk", {}, served.events.budget
+    )
+    assert repr(upload) == "<EventUpload /bulk [0 bytes reserved]>"
