@@ -1,4 +1,4 @@
-"""How sources wait: until the next attempt, poll or look at a file, and in the midst of work."""
+"""Helpers for asyncio: interruptible waits, and work that pauses for the event loop."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from collections.abc import Generator
 from typing import TypeVar
 
 SLICE = 0.001
-"""Seconds for which a large payload is worked on before others have their turn."""
+"""Seconds of work before other tasks of the event loop can run."""
 
 T = TypeVar("T")
 
 
-async def wait_for(again: asyncio.Event, delay: float) -> None:
-    """Wait for `delay` seconds, or until `again` is set."""
+async def wait_for(event: asyncio.Event, delay: float) -> None:
+    """Wait for `delay` seconds, or until `event` is set."""
     try:
         async with asyncio.timeout(delay):
-            await again.wait()
+            await event.wait()
     except TimeoutError:
         return
 
 
 async def run_in_slices(steps: Generator[None, None, T]) -> T:
-    """Return the result of work in steps; each time a slice is over, others have their turn."""
-    until = time.perf_counter() + SLICE
+    """Return the result of a generator; yield to the event loop after each slice."""
+    deadline = time.perf_counter() + SLICE
     while True:
         try:
             next(steps)
         except StopIteration as end:
             result: T = end.value
             return result
-        if time.perf_counter() > until:
+        if time.perf_counter() > deadline:
             await asyncio.sleep(0)
-            until = time.perf_counter() + SLICE
+            deadline = time.perf_counter() + SLICE

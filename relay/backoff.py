@@ -1,4 +1,4 @@
-"""When to try again: a decision without a clock, a loop or chance of its own."""
+"""Retry delays of a data source; pure, without a clock, event loop or random numbers of its own."""
 
 from __future__ import annotations
 
@@ -6,108 +6,110 @@ import math
 from dataclasses import dataclass
 
 JITTER = 0.5
-"""The greatest share of a delay that is taken off, so that those who wait do not return all at
-once."""
+"""Maximum share of a delay subtracted at random, so that relays do not retry all at once."""
 
 REFUSED_DELAY = 5.0
-"""Seconds after which a refused key is tried again, for the first time. Services have refused keys
-by mistake for minutes, and people mend keys: nobody should wait for long afterwards."""
+"""Seconds until the first retry with a refused key. Services have refused keys by mistake for
+minutes, and operators fix keys, so recovery should not take long afterwards."""
 
 LONGEST_REFUSED_DELAY = 300.0
-"""Seconds up to which that delay doubles: upstream is not asked in vain all day."""
+"""Seconds up to which the delay for a refused key doubles, to avoid requests in vain all day."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceTimings:
-    """All waiting times of a source, in seconds (streams 2.4, 2.5)."""
+    """Delays and timeouts of a source, in seconds (streams 2.4, 2.5)."""
 
     first_delay: float = 1.0
     longest_delay: float = 30.0
     growth: float = 1.25
-    """From one delay to the next. The reference doubles them and so sleeps for as long again as
-    upstream has been away; a third of that lets the relay catch up within 4 s of an outage of 10 s,
-    for 14 attempts in the first minute instead of 6."""
+    """Factor from one delay to the next. ld-relay doubles its delays, so it may sleep for as long
+    again as an outage lasted. A smaller factor lets Relay recover within 4 s of an outage of 10 s,
+    at the cost of 14 attempts in the first minute instead of 6."""
     half_life: float = 10.0
-    """Of the memory of connections that ended: when one stays for as long, half is forgotten."""
+    """Duration of a healthy connection that halves the memory of earlier lost connections."""
     refused_delay: float = REFUSED_DELAY
     longest_refused_delay: float = LONGEST_REFUSED_DELAY
     read_timeout: float = 300.0
-    """Silence after which a stream is dead; upstream sends a comment every three minutes."""
+    """Silence after which a stream counts as dead; upstream sends a comment every three minutes."""
     confirm_every: float = 10.0
-    """The least time between two `Current` of a quiet source."""
+    """Minimum time between two `UpToDate` of a quiet source."""
     poll_interval: float = 30.0
     poll_timeout: float = 60.0
-    """For one whole poll."""
+    """Timeout for a complete poll."""
     file_interval: float = 1.0
-    """Between two looks at a file; looking costs microseconds, and people wait for it."""
+    """Time between two checks of a file: short, since checks are cheap and people wait for them."""
 
 
 class Backoff:
-    """Decides the next delay from what happened so far. Times are seconds of one clock.
+    """Computes retry delays from past successes and failures. Times are seconds of one clock.
 
-    Delays grow from failure to failure, and begin anew once upstream has delivered. How often it
-    has delivered and was lost at once stays in memory, and fades while a connection lasts: an
-    upstream that breaks down now and then is back at once, one that closes whatever is opened is
-    asked ever less often.
+    Delays grow with each failure and are reset once upstream has delivered. Connections that were
+    lost soon after delivery are remembered, and forgotten while a connection lasts: after a rare
+    outage the first retry is quick, but an upstream that closes every connection is contacted less
+    and less often.
     """
 
-    def __init__(self, times: SourceTimings) -> None:
-        self._times = times
-        self._base = times.first_delay
+    def __init__(self, timings: SourceTimings) -> None:
+        self._timings = timings
+        self._base = timings.first_delay
         self._step = 0.0
-        """By how many growths the next delay is longer than the first one."""
-        self._lost = 0.0
-        """Deliveries that ended, as far as they are remembered: the step at which to begin."""
+        """Exponent of `growth` for the next delay."""
+        self._remembered = 0.0
+        """Remembered number of lost connections: the step to start from after the next one."""
         self._refusals = 0
-        self._good_since: float | None = None
-        """When upstream delivered; None since a failure."""
+        self._healthy_since: float | None = None
+        """Time of the first delivery of this connection; None since the last failure."""
+
+    def __repr__(self) -> str:
+        return f"<Backoff step={self._step:g} refusals={self._refusals}>"
 
     def succeeded(self, now: float) -> None:
-        """Note that upstream delivered all that was asked for; the first time of a row counts."""
+        """Record a delivery of all data; only the first one of a connection counts."""
         self._refusals = 0
-        if self._good_since is None:
-            self._good_since = now
+        if self._healthy_since is None:
+            self._healthy_since = now
 
     def failed(self, now: float, chance: float, *, refused: bool = False) -> float:
-        """Return the seconds to wait after a failure.
+        """Record a failure; return the seconds until the next attempt.
 
         Args:
-            now: the time of the failure.
-            chance: a random number in [0, 1).
-            refused: upstream refused the key.
+            now: time of the failure.
+            chance: random number in [0, 1) for the jitter.
+            refused: True if upstream refused the key.
         """
-        if self._good_since is not None:
-            self._begin_anew(now - self._good_since)
-        delay = self._after_refusal() if refused else self._after_failure()
+        if self._healthy_since is not None:
+            self._forget_failures(now - self._healthy_since)
+        delay = self._next_refused_delay() if refused else self._next_delay()
         return delay * (1 - JITTER * chance)
 
-    def asked_for(self, milliseconds: int | None) -> None:
-        """Take a stream's `retry:` as the first delay, within our own bounds."""
+    def set_first_delay(self, milliseconds: int | None) -> None:
+        """Set the first delay to a stream's `retry:` value, within the configured bounds."""
         if milliseconds is None:
             return
-        base = min(max(milliseconds / 1000, self._times.first_delay), self._times.longest_delay)
+        base = min(max(milliseconds / 1000, self._timings.first_delay), self._timings.longest_delay)
         if base != self._base:
-            self._base, self._step, self._lost = base, 0.0, 0.0
+            self._base, self._step, self._remembered = base, 0.0, 0.0
 
-    def _begin_anew(self, lasted: float) -> None:
-        """Begin with the first delay, or further on if upstream was lost soon and often."""
-        self._good_since = None
-        self._step = self._lost * 0.5 ** (max(lasted, 0.0) / self._times.half_life)
-        # No more than what leads to the longest delay, so that it fades in bounded time.
-        self._lost = min(self._step + 1, self._last_step)
+    def _forget_failures(self, duration: float) -> None:
+        """Reset the step, but keep a part of it if connections are lost soon and often."""
+        self._healthy_since = None
+        self._step = self._remembered * 0.5 ** (max(duration, 0.0) / self._timings.half_life)
+        # Bounded by the step of the longest delay, so that it is forgotten in bounded time.
+        self._remembered = min(self._step + 1, self._max_step)
 
     @property
-    def _last_step(self) -> int:
-        """The step from which on delays are the longest."""
-        ratio = max(self._times.longest_delay / self._base, 1.0)
-        return math.ceil(math.log(ratio, self._times.growth))
+    def _max_step(self) -> int:
+        """First step with the longest delay."""
+        ratio = max(self._timings.longest_delay / self._base, 1.0)
+        return math.ceil(math.log(ratio, self._timings.growth))
 
-    def _after_failure(self) -> float:
-        delay = self._base * math.pow(self._times.growth, self._step)
-        self._step = min(self._step + 1, self._last_step)
-        return min(self._times.longest_delay, delay)
+    def _next_delay(self) -> float:
+        delay = self._base * math.pow(self._timings.growth, self._step)
+        self._step = min(self._step + 1, self._max_step)
+        return min(self._timings.longest_delay, delay)
 
-    def _after_refusal(self) -> float:
-        delay = self._times.refused_delay * 2.0 ** min(self._refusals, 64)  # floats have an end
+    def _next_refused_delay(self) -> float:
+        delay = self._timings.refused_delay * 2.0 ** min(self._refusals, 64)  # avoids an overflow
         self._refusals += 1
-        return min(self._times.longest_refused_delay, delay)
+        return min(self._timings.longest_refused_delay, delay)

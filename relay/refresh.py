@@ -1,4 +1,4 @@
-"""Checks upstream after a change notice until the announced versions are here."""
+"""Checks of upstream after a change notice, until the announced versions have arrived."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from relay.model.item import Kind
 from relay.protocol.webhook import ChangedResource
 
 RECHECK_AFTER = (2.0, 5.0, 15.0)
-"""Seconds after a webhook at which an environment that has not seen the change looks again."""
+"""Seconds after a webhook at which upstream is checked again if the change has not arrived."""
 
 
 BURST = 0.2
-"""Seconds between two looks that webhooks cause at once: of many, those within it share one, and
-none waits longer than people would notice."""
+"""Minimum seconds between two immediate checks: webhooks within it share one check, and no delay is
+long enough to be noticed."""
 
 
 MAX_EXPECTED = 1000
-"""Flags of one environment whose announced version is waited for; of more, any change will do."""
+"""Maximum number of flags whose announced versions are awaited; beyond it any change counts."""
 
 
 class RefreshTracker:
-    """What one environment has been told of and has not seen yet.
+    """Tracks announced changes that one environment has not received yet.
 
     Args:
-        environment: it.
-        recheck_after: seconds after a webhook, in rising order, at which it looks once more.
-        burst: seconds between two looks at once.
+        environment: environment to check.
+        recheck_after: seconds after a webhook, ascending, at which to check again.
+        burst: minimum seconds between two immediate checks.
     """
 
     def __init__(
@@ -43,22 +43,23 @@ class RefreshTracker:
         self._recheck_after = tuple(recheck_after)
         self._burst = burst
         self._expected: dict[str, int] = {}
-        """The announced versions of flags."""
+        """Announced versions by flag key."""
         self._changes: int | None = None
-        """How many changes there had been at the last webhook that named no version."""
+        """Number of changes at the last webhook without a version; None without such a webhook."""
         self._checked = -float("inf")
+        """Time of the last check, by `time.monotonic`."""
         self._announced = asyncio.Event()
 
-    def announce(self, places: Sequence[ChangedResource]) -> bool:
-        """Note what has changed; return whether there is anything to look for.
+    def announce(self, resources: Sequence[ChangedResource]) -> bool:
+        """Record a change notice; return whether there is anything to check for.
 
         Args:
-            places: none for "anything".
+            resources: changed resources; empty if anything may have changed.
         """
         unseen = {
-            p.flag: p.version for p in places if p.version and not self._has(p.flag, p.version)
+            r.flag: r.version for r in resources if r.version and not self._has(r.flag, r.version)
         }
-        vague = not places or any(place.version is None for place in places)
+        vague = not resources or any(resource.version is None for resource in resources)
         if not unseen and not vague:
             return False
         for flag, version in unseen.items():
@@ -72,14 +73,14 @@ class RefreshTracker:
         return True
 
     async def run(self) -> None:
-        """Look whenever there is something to look for, until cancelled."""
+        """Check upstream after each notice until its changes have arrived; run until cancelled."""
         while True:
             await self._announced.wait()
-            await self._check_until_seen()
+            await self._check_until_arrived()
             self._expected.clear()
             self._changes = None
 
-    async def _check_until_seen(self) -> None:
+    async def _check_until_arrived(self) -> None:
         due: list[float] = []
         while due or self._announced.is_set():
             now = time.monotonic()
@@ -92,20 +93,20 @@ class RefreshTracker:
             if now < due[0]:
                 await wait_for(self._announced, due[0] - now)
                 continue
-            if self._is_seen():
+            if self._has_arrived():
                 return
             self._checked = now
             del due[0]
-            # A stream is worth opening anew only for what it is known to lack.
+            # Only a version that is known to be missing justifies replacing a stream, at last.
             self._environment.check(reconnect=not due and bool(self._expected))
 
-    def _is_seen(self) -> bool:
+    def _has_arrived(self) -> bool:
         if self._changes is not None and self._environment.changes <= self._changes:
             return False
         return all(self._has(flag, version) for flag, version in self._expected.items())
 
     def _has(self, flag: str, version: int) -> bool:
-        """Whether the environment has at least this version of a flag, or knows it as deleted."""
+        """Return whether the environment has at least this version of a flag, even if deleted."""
         payload = self._environment.payload
         item = payload.all(Kind.FLAG).get(flag) if payload else None
         return item is not None and item.version >= version

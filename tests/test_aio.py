@@ -1,4 +1,4 @@
-"""Work on a large payload lets others have their turn."""
+"""Work on a large payload does not block the event loop."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ FLAGS = {f"flag-{n}": flag(f"flag-{n}") for n in range(50)}
 PUT = json.dumps({"path": "/", "data": {"flags": FLAGS, "segments": {}}}).encode()
 
 
-@pytest.mark.parametrize(("slice_seconds", "least", "most"), [(0.0, 50, 60), (60.0, 0, 1)])
-async def test_others_have_their_turn_whenever_a_slice_is_over(
-    monkeypatch, slice_seconds, least, most
-):
-    """After each item, if that takes so long; within one slice nobody else runs."""
+@pytest.mark.parametrize(("slice_seconds", "minimum", "maximum"), [(0.0, 50, 60), (60.0, 0, 1)])
+async def test_other_tasks_run_after_each_slice(monkeypatch, slice_seconds, minimum, maximum):
+    """After each item, if the slices are that short; never within a slice."""
     monkeypatch.setattr(aio, "SLICE", slice_seconds)
     turns = 0
 
@@ -31,14 +29,14 @@ async def test_others_have_their_turn_whenever_a_slice_is_over(
             turns += 1
             await asyncio.sleep(0)
 
-    beside = asyncio.create_task(other())
+    background = asyncio.create_task(other())
     changes = await run_in_slices(fdv1.in_steps("put", PUT))
     counted = turns
-    beside.cancel()
+    background.cancel()
     assert changes == fdv1.parse("put", PUT)
-    assert least <= counted <= most
+    assert minimum <= counted <= maximum
 
 
-async def test_what_is_wrong_is_told_as_it_would_be_at_once():
+async def test_errors_are_raised_as_without_slices():
     with pytest.raises(InvalidData, match="put message"):
         await run_in_slices(fdv1.in_steps("put", b"{"))

@@ -1,4 +1,4 @@
-"""When a source tries again."""
+"""Retry delays of data sources."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ CHANCE = st.floats(0, 1, exclude_max=True)
 
 
 def test_delays_grow_up_to_a_bound():
-    """1 s to 30 s, each a quarter longer than the one before."""
-    schedule = Backoff(SourceTimings())
-    delays = [schedule.failed(0, 0) for _ in range(20)]
+    """From 1 s to 30 s, each a quarter longer than the one before."""
+    backoff = Backoff(SourceTimings())
+    delays = [backoff.failed(0, 0) for _ in range(20)]
     assert delays[:4] == [1, 1.25, 1.5625, 1.953125]
     growths = [later / earlier for earlier, later in pairwise(delays[:16])]
     assert growths == [pytest.approx(1.25)] * 15
@@ -28,71 +28,78 @@ def test_delays_grow_up_to_a_bound():
 
 @given(CHANCE)
 def test_jitter_takes_at_most_half(chance):
-    """So relays do not return all at once."""
+    """So that relays do not retry all at once."""
     assert 0.5 <= Backoff(SourceTimings()).failed(0, chance) <= 1
 
 
-def test_what_ends_after_data_is_a_first_failure():
-    """However long upstream had been away before, and however short the connection was."""
-    schedule = Backoff(SourceTimings())
-    assert [schedule.failed(0, 0) for _ in range(30)][-1] == 30
-    schedule.succeeded(100)
-    assert schedule.failed(100.1, 0) == 1
-    assert schedule.failed(101, 0) == 1.25
+def test_delivered_data_resets_the_delay():
+    """However long the outage was, and however short the connection."""
+    backoff = Backoff(SourceTimings())
+    assert [backoff.failed(0, 0) for _ in range(30)][-1] == 30
+    backoff.succeeded(100)
+    assert backoff.failed(100.1, 0) == 1
+    assert backoff.failed(101, 0) == 1.25
 
 
 @pytest.mark.parametrize(
-    ("lasts", "delays"),
+    ("duration", "delays"),
     [
         (0, [1, 1.25, 1.5625, 1.953125]),  # as if it had never been there
         (10, [1, 1.118, 1.182, 1.216]),  # half is forgotten each time
         (60, [1, 1.0035, 1.0035, 1.0035]),
     ],
 )
-def test_what_ends_again_and_again_is_remembered_for_a_while(lasts, delays):
-    """Each delay after a connection that delivered and lasted for so many seconds."""
-    schedule, now, found = Backoff(SourceTimings()), 0.0, []
+def test_lost_connections_are_remembered_for_a_while(duration, delays):
+    """Delays between connections that deliver and last for some seconds."""
+    backoff, now, actual = Backoff(SourceTimings()), 0.0, []
     for _ in delays:
-        schedule.succeeded(now)
-        now += lasts
-        found.append(schedule.failed(now, 0))
-        now += found[-1]
-    assert found == pytest.approx(delays, rel=1e-3)
+        backoff.succeeded(now)
+        now += duration
+        actual.append(backoff.failed(now, 0))
+        now += actual[-1]
+    assert actual == pytest.approx(delays, rel=1e-3)
 
 
 def test_the_first_delivery_of_a_connection_counts():
-    """A connection is well from its first data on, however often it brings more."""
-    schedule = Backoff(SourceTimings())
-    schedule.succeeded(0)
-    schedule.failed(0, 0)
-    schedule.succeeded(0)
-    schedule.succeeded(599)
-    assert schedule.failed(600, 0) == pytest.approx(1)
+    """A connection is healthy from its first delivery on; later ones change nothing."""
+    backoff = Backoff(SourceTimings())
+    backoff.succeeded(0)
+    backoff.failed(0, 0)
+    backoff.succeeded(0)
+    backoff.succeeded(599)
+    assert backoff.failed(600, 0) == pytest.approx(1)
 
 
-def test_a_refused_key_is_tried_after_seconds_and_later_minutes():
-    """5 s, doubling to 5 min; a success begins anew, a broken connection does not."""
-    schedule = Backoff(SourceTimings())
-    delays = [schedule.failed(0, 0, refused=True) for _ in range(8)]
+def test_a_refused_key_is_retried_after_seconds_and_later_minutes():
+    """From 5 s, doubling to 5 min; reset by a success, not by a lost connection."""
+    backoff = Backoff(SourceTimings())
+    delays = [backoff.failed(0, 0, refused=True) for _ in range(8)]
     assert delays == [5, 10, 20, 40, 80, 160, 300, 300]
-    assert schedule.failed(0, 0) == 1
-    assert schedule.failed(0, 0, refused=True) == 300
-    schedule.succeeded(0)
-    assert schedule.failed(0, 0, refused=True) == 5
-    assert 5 < schedule.failed(0, 0.9, refused=True) < 10
+    assert backoff.failed(0, 0) == 1
+    assert backoff.failed(0, 0, refused=True) == 300
+    backoff.succeeded(0)
+    assert backoff.failed(0, 0, refused=True) == 5
+    assert 5 < backoff.failed(0, 0.9, refused=True) < 10
 
 
 def test_upstream_may_ask_for_a_delay_within_bounds():
-    """The counter begins anew only when it asks for something new."""
-    schedule = Backoff(SourceTimings())
-    schedule.asked_for(5000)
-    assert schedule.failed(0, 0) == 5
-    schedule.asked_for(5000)
-    assert schedule.failed(0, 0) == 6.25
-    schedule.asked_for(0)
-    assert schedule.failed(0, 0) == 1
-    schedule.asked_for(10**9)
-    assert schedule.failed(0, 0) == 30
+    """The step is reset only if the value has changed."""
+    backoff = Backoff(SourceTimings())
+    backoff.set_first_delay(5000)
+    assert backoff.failed(0, 0) == 5
+    backoff.set_first_delay(5000)
+    assert backoff.failed(0, 0) == 6.25
+    backoff.set_first_delay(0)
+    assert backoff.failed(0, 0) == 1
+    backoff.set_first_delay(10**9)
+    assert backoff.failed(0, 0) == 30
+
+
+def test_the_repr_states_failures_so_far():
+    backoff = Backoff(SourceTimings())
+    backoff.failed(0, 0)
+    backoff.failed(0, 0, refused=True)
+    assert repr(backoff) == "<Backoff step=1 refusals=1>"
 
 
 EVENTS = st.lists(
@@ -101,23 +108,23 @@ EVENTS = st.lists(
 )
 
 
-def after(events, times=None):
-    """A schedule to which all this happened, the time at its end, and the delays that it gave."""
-    schedule, now, delays = Backoff(times or SourceTimings()), 0.0, []
-    for what, seconds, chance in events:
+def after(events, timings=None):
+    """Apply events to a backoff; return it with the time at the end and all delays."""
+    backoff, now, delays = Backoff(timings or SourceTimings()), 0.0, []
+    for event, seconds, chance in events:
         now += seconds
-        if what == "succeeded":
-            schedule.succeeded(now)
-        elif what == "asked":
-            schedule.asked_for(int(seconds * 1000))
+        if event == "succeeded":
+            backoff.succeeded(now)
+        elif event == "asked":
+            backoff.set_first_delay(int(seconds * 1000))
         else:
-            delays.append(schedule.failed(now, chance, refused=what == "refused"))
-    return schedule, now, delays
+            delays.append(backoff.failed(now, chance, refused=event == "refused"))
+    return backoff, now, delays
 
 
 @given(EVENTS)
 def test_delays_have_bounds_whatever_happens(events):
-    """No less than half a second, no more than 30 s, or 5 min after refusals; and no chance."""
+    """Between 0.5 s and 30 s, or 5 min after refusals; and deterministic."""
     _, _, delays = after(events)
     assert all(0.5 <= delay <= 300 for delay in delays)
     _, _, unrefused = after([event for event in events if event[0] != "refused"])
@@ -126,67 +133,67 @@ def test_delays_have_bounds_whatever_happens(events):
 
 
 @given(EVENTS)
-def test_two_good_minutes_make_up_for_any_past(events):
-    """What is remembered of bad times is bounded, so they are forgotten in a known time."""
+def test_two_healthy_minutes_reset_any_past(events):
+    """The memory of failures is bounded, so it fades in a known time."""
     events = [event for event in events if event[0] != "asked"]
-    schedule, now, _ = after(events)
-    schedule.failed(now, 0)
-    schedule.succeeded(now)
-    assert schedule.failed(now + 120, 0) == pytest.approx(1, rel=1e-2)
+    backoff, now, _ = after(events)
+    backoff.failed(now, 0)
+    backoff.succeeded(now)
+    assert backoff.failed(now + 120, 0) == pytest.approx(1, rel=1e-2)
 
 
 @given(EVENTS, st.integers(2, 30))
 def test_without_data_delays_never_shrink(events, failures):
     """Apart from jitter."""
-    schedule, now, _ = after(events)
-    schedule.failed(now, 0)
-    delays = [schedule.failed(now, 0) for _ in range(failures)]
+    backoff, now, _ = after(events)
+    backoff.failed(now, 0)
+    delays = [backoff.failed(now, 0) for _ in range(failures)]
     assert delays == sorted(delays)
 
 
-# The world, simulated: no clock, and chance that is the same each time.
+# Simulations with virtual time and fixed random seeds.
 
 LATENCY = 0.2
-"""Seconds from an attempt until all data are there, at most."""
+"""Maximum seconds from an attempt until all data has arrived."""
 
 
-def returns(outages, chance, schedule=None):
-    """The seconds from upstream's return until data were current, for each outage that was noticed.
+def recovery_times(outages, chance, backoff=None):
+    """Return the recovery time in seconds of each outage that the relay noticed.
 
     Args:
         outages: pairs of the times at which upstream is lost and is back.
-        chance: random numbers.
-        schedule: decides when to try.
+        chance: random number generator.
+        backoff: computes the delays.
     """
-    schedule = schedule or Backoff(SourceTimings())
-    schedule.succeeded(0)
-    now, found = 0.0, []
+    backoff = backoff or Backoff(SourceTimings())
+    backoff.succeeded(0)
+    now, recoveries = 0.0, []
     for lost, back in outages:
         if back <= now:
             continue  # it came and went while the relay was still waiting
         now = max(now, lost)
         while True:
-            now += schedule.failed(now, chance.random())
+            now += backoff.failed(now, chance.random())
             if now >= back:
                 break
         now += LATENCY * chance.random()
-        schedule.succeeded(now)
-        found.append(now - back)
-    return found
+        backoff.succeeded(now)
+        recoveries.append(now - back)
+    return recoveries
 
 
-def outages(chance, number, lasting, apart):
-    """So many outages, the first one after a good minute; bounds of their seconds."""
-    now, found = 60.0, []
+def outages(chance, number, duration, gap):
+    """Return random outages, the first after one healthy minute; `duration` and `gap` are ranges."""
+    now, result = 60.0, []
     for _ in range(number):
-        back = now + chance.uniform(*lasting)
-        found.append((now, back))
-        now = back + chance.uniform(*apart)
-    return found
+        back = now + chance.uniform(*duration)
+        result.append((now, back))
+        now = back + chance.uniform(*gap)
+    return result
 
 
 @pytest.mark.parametrize(
-    ("number", "lasting", "apart"),
+    ("number", "duration", "gap"),
     [
         *((1, (2, 3), (0, 0)), (3, (2, 3), (3, 6)), (3, (2, 3), (10, 20)), (10, (2, 3), (3, 6))),
         *((3, (0.1, 1), (1, 5)), (10, (0.1, 2), (2, 5)), (5, (0.5, 10), (5, 20))),
@@ -194,33 +201,33 @@ def outages(chance, number, lasting, apart):
         *((1, (10, 10), (0, 0)), (3, (10, 10), (5, 10)), (3, (10, 10), (20, 60))),
     ],
 )
-def test_short_outages_are_over_within_four_seconds(number, lasting, apart):
-    """Of upstream's return, in nine of ten: of the first outage and of the last one of a series."""
+def test_short_outages_are_over_within_four_seconds(number, duration, gap):
+    """In 90 % of the cases, for the first and the last outage of a series and for all."""
     chance = random.Random(4711)
-    runs = [returns(outages(chance, number, lasting, apart), chance) for _ in range(2000)]
-    for found in ([run[0] for run in runs], [run[-1] for run in runs], list(chain(*runs))):
-        assert sum(seconds <= 4 for seconds in found) >= 0.9 * len(found)
+    runs = [recovery_times(outages(chance, number, duration, gap), chance) for _ in range(2000)]
+    for recoveries in ([run[0] for run in runs], [run[-1] for run in runs], list(chain(*runs))):
+        assert sum(seconds <= 4 for seconds in recoveries) >= 0.9 * len(recoveries)
 
 
 @pytest.mark.parametrize("minutes", [0.5, 1, 2, 10, 600])
 def test_long_outages_are_over_within_half_their_time_and_half_a_minute(minutes):
-    """In nine of ten within three tenths of it."""
+    """In 90 % of the cases within 30 % of the duration."""
     chance = random.Random(4711)
-    lasting = minutes * 60
-    found = sorted(returns([(60, 60 + lasting)], chance)[0] for _ in range(1000))
-    assert found[-1] <= min(30, lasting / 2) + LATENCY
-    assert found[900] <= min(27, lasting * 0.3) + LATENCY
+    duration = minutes * 60
+    recoveries = sorted(recovery_times([(60, 60 + duration)], chance)[0] for _ in range(1000))
+    assert recoveries[-1] <= min(30, duration / 2) + LATENCY
+    assert recoveries[900] <= min(27, duration * 0.3) + LATENCY
 
 
-@pytest.mark.parametrize("lasts", [0.0, 0.1, 1.0])
-def test_an_upstream_that_delivers_and_closes_is_asked_less_and_less(lasts):
-    """Data do not make up for an end that follows at once, again and again."""
-    chance, schedule, now, attempts = random.Random(4711), Backoff(SourceTimings()), 0.0, []
+@pytest.mark.parametrize("duration", [0.0, 0.1, 1.0])
+def test_an_upstream_that_delivers_and_closes_is_contacted_less_and_less(duration):
+    """Delivered data does not reset delays if connections end at once all the time."""
+    chance, backoff, now, attempts = random.Random(4711), Backoff(SourceTimings()), 0.0, []
     while now < 3600:
         attempts.append(now)
-        schedule.succeeded(now)
-        now += lasts
-        now += schedule.failed(now, chance.random())
+        backoff.succeeded(now)
+        now += duration
+        now += backoff.failed(now, chance.random())
     in_minute = Counter(int(at // 60) for at in attempts)
     assert in_minute[0] <= 25
     assert in_minute[0] > in_minute[1] > 0
@@ -228,11 +235,11 @@ def test_an_upstream_that_delivers_and_closes_is_asked_less_and_less(lasts):
 
 
 @pytest.mark.parametrize(
-    ("lasting", "share"), [(0.1, 0.25), (1, 0.2), (3, 0.1), (10, 0.06), (60, 0.03), (600, 0.02)]
+    ("duration", "share"), [(0.1, 0.25), (1, 0.2), (3, 0.1), (10, 0.06), (60, 0.03), (600, 0.02)]
 )
-def test_a_fleet_does_not_return_all_at_once(lasting, share):
-    """The greatest share of thousands of relays, lost together, that come in a tenth of a second."""
+def test_a_fleet_does_not_return_all_at_once(duration, share):
+    """Of thousands of relays with the same outage, few return within the same 0.1 s."""
     chance = random.Random(4711)
-    found = [returns([(60, 60 + lasting)], chance)[0] for _ in range(4000)]
-    arrivals = Counter(int(seconds * 10) for seconds in found)
-    assert max(arrivals.values()) <= share * len(found)
+    recoveries = [recovery_times([(60, 60 + duration)], chance)[0] for _ in range(4000)]
+    arrivals = Counter(int(seconds * 10) for seconds in recoveries)
+    assert max(arrivals.values()) <= share * len(recoveries)

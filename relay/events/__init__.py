@@ -1,1 +1,1 @@
-"""Analytics events: accepted, kept and delivered."""
+"""Analytics events: accept, keep and deliver them."""

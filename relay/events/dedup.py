@@ -1,4 +1,4 @@
-"""The window of payload ids that were accepted lately."""
+"""Window of recently accepted payload ids, which recognises an SDK's retries."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from itertools import islice
 from relay.model.event import EventPayload, EventsEndpoint
 
 REMEMBERED = 600.0
-"""Seconds for which payload ids are known, so that an SDK's own retry is not counted twice."""
+"""Seconds for which payload ids are remembered, so that an SDK's own retry is not counted twice."""
 
 
 MAX_REMEMBERED = 250_000
-"""Payload ids that are known: those of 400 posts a second for all that time, or 20 MB. SDKs repeat
-a post after a second, so at a hundred times that rate their retries are known still."""
+"""Maximum number of remembered payload ids: 400 payloads a second for the whole window, or 20 MB.
+SDKs retry after a second, so even at a hundred times that rate their retries are recognised."""
 
 
 ID_BYTES = 7
-"""Of what is remembered of a payload id. As numbers, longer ones take half as much memory again;
-that two of as many as are known are the same happens once in 300,000,000,000 posts."""
+"""Size of a deduplication key. Longer integers take half as much memory again; the probability
+that two keys collide in a full window is 1 in 300,000,000,000 payloads."""
 
 
-def dedup_key(post: EventPayload) -> int:
-    """Return what is remembered of a payload id, 0 for none.
+def dedup_key(payload: EventPayload) -> int:
+    """Return the deduplication key of a payload; 0 if it has no id.
 
-    SDKs of two environments do not share ids.
+    The environment and the endpoint are part of the key: ids are unique only within them.
     """
-    if not post.payload_id:
+    if not payload.payload_id:
         return 0
-    text = _scope(post.partition.environment, post.partition.endpoint) + post.payload_id.encode()
+    text = (
+        _scope(payload.partition.environment, payload.partition.endpoint)
+        + payload.payload_id.encode()
+    )
     return int.from_bytes(blake2b(text, digest_size=ID_BYTES).digest(), "big")
 
 
@@ -40,37 +43,42 @@ def _scope(environment: str, endpoint: EventsEndpoint) -> bytes:
 
 
 class DedupWindow:
-    """The identities of posts of the last minutes."""
+    """Deduplication keys of the payloads of the last `REMEMBERED` seconds."""
 
     def __init__(self) -> None:
         self.seen: dict[int, int] = {}
-        """The second in which each came; the first one comes first."""
+        """Second of arrival by deduplication key, oldest first."""
+        # Keys of one second share one integer object, which saves much memory.
         self._second = 0
-        """That of the last one: the same object for many saves much memory."""
 
-    def add(self, number: int, received: float) -> bool:
-        """Note an identity, unless it is 0, that of none; return whether it is new."""
-        if not number:
+    def __repr__(self) -> str:
+        return f"<DedupWindow: {len(self.seen)} keys>"
+
+    def add(self, key: int, received: float) -> bool:
+        """Record a key, unless it is 0; return whether it is new."""
+        if not key:
             return True
-        if number in self.seen:
+        if key in self.seen:
             return False
         second = int(received)
         if second != self._second:
             self._second = second
-        self.seen[number] = self._second
+        self.seen[key] = self._second
         if len(self.seen) > MAX_REMEMBERED:
-            self._forget(MAX_REMEMBERED // 16 + 1)
+            self._forget_oldest(MAX_REMEMBERED // 16 + 1)
         return True
 
     def expire(self, now: float) -> None:
-        """Forget what is too old."""
+        """Forget the keys that are older than the window."""
         limit = now - REMEMBERED
-        self._forget(next((n for n, at in enumerate(self.seen.values()) if at >= limit), None))
+        self._forget_oldest(
+            next((n for n, at in enumerate(self.seen.values()) if at >= limit), None)
+        )
 
-    def forget(self, numbers: Iterable[int]) -> None:
-        """Forget these."""
-        for number in numbers:
-            self.seen.pop(number, None)
+    def forget(self, keys: Iterable[int]) -> None:
+        """Forget the given keys."""
+        for key in keys:
+            self.seen.pop(key, None)
 
-    def _forget(self, number: int | None) -> None:
-        self.forget(list(islice(self.seen, number)))
+    def _forget_oldest(self, count: int | None) -> None:
+        self.forget(list(islice(self.seen, count)))

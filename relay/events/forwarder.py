@@ -1,7 +1,7 @@
-"""The forwarder of analytics events: accepted once, delivered once.
+"""Forwarder of analytics events: every payload is accepted once and delivered once.
 
-Each lane has a task while something waits in it. The spool fixes batches; the task sends the oldest
-one until upstream has it, so events arrive in order, and no lane waits for another one's trouble.
+Each partition that is not empty has a task. The spool fixes batches; the task sends the oldest one
+until upstream has it. So events arrive in order, and a failing partition delays no other.
 """
 
 from __future__ import annotations
@@ -22,53 +22,53 @@ from relay.errors import UpstreamUnavailable
 from relay.events.blame import Evidence
 from relay.events.policy import BAD_REQUEST, ForwarderTimings, Step, headers, next_step, target
 from relay.events.spool import Spool
-from relay.events.store import MAX_BATCH, POST_OVERHEAD, Backlog, Batch, half_ids
+from relay.events.store import MAX_BATCH, PAYLOAD_OVERHEAD, Backlog, Batch, half_ids
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import EventPayload, EventsEndpoint, Partition, Receipt
 from relay.protocol.events import is_well_formed, joined
 from relay.protocol.urls import join
 from relay.telemetry.log import Log, environment_log
 
-SENDING = 4
-"""Requests at a time for one environment."""
+MAX_REQUESTS = 4
+"""Maximum number of concurrent requests for one environment."""
 
 REPORT_EVERY = 60.0
-"""Seconds between two lines about events that are given up."""
+"""Seconds between two log lines about losses."""
 
 MAX_ACK_DELAY = 1.0
-"""Seconds for which the answer to a post is held back at most, while memory fills up."""
+"""Maximum delay in seconds of the acknowledgement of a payload while memory fills up."""
 
 RESTART_DELAY = 10.0
-"""Seconds before a lane that failed by a defect of ours is served again."""
+"""Seconds before a partition is served again after an unexpected error."""
 
 REJECTIONS_BEFORE_WARNING = 3
-"""How often a post is rejected alone, while there is no other to compare it with, until that is
-told: most are convicted before."""
+"""Consecutive rejections of a payload that has no other to compare it with, before a warning. Most
+payloads are convicted earlier."""
 
 MALFORMED = "no well-formed JSON array"
-"""Why a post is in quarantine that upstream has not seen."""
+"""Reason for a quarantine without an attempt to deliver the payload."""
 
 SMALL = 32 * 1024
-"""Bytes up to which a body is compressed at once: a thread would take longer."""
+"""Size in bytes up to which bodies are compressed in the event loop: a thread would take longer."""
 
 LEVEL = 1
-"""Of compression: half the time of the next one, for a few bytes more."""
+"""gzip level: level 2 takes twice as long for a few bytes less."""
 
 _log = logging.getLogger("relay.events")
 
 
 @dataclass(slots=True)
 class EventCounts:
-    """What happened to the posts of an environment since the start.
+    """Numbers of payloads of one environment since the start.
 
     Args:
-        received: accepted, duplicates among them.
-        duplicates: whose payload id was known, so that nothing was to be done.
-        forwarded: that upstream has taken.
-        retried: requests that had to be repeated.
-        quarantined: that are not well-formed, or that upstream rejects while it takes others; kept
-            aside.
-        evicted: given up for want of room, or too old.
+        received: accepted, duplicates included.
+        duplicates: dropped because their payload id was known.
+        forwarded: accepted by upstream.
+        retried: requests (not payloads) that had to be repeated.
+        quarantined: not well-formed, or rejected while upstream accepts others; kept for
+            inspection.
+        evicted: lost for want of space, or because they were too old.
         waiting: not delivered yet.
     """
 
@@ -83,58 +83,63 @@ class EventCounts:
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """What came of an attempt."""
+    """Result of an attempt to deliver a batch."""
 
     status: int | None
     reason: str
     retry_after: float | None = None
     took: float = 0.0
-    """Seconds until the answer."""
+    """Seconds until the response."""
     malformed: Sequence[int] = ()
-    """Nothing was sent, as the posts at these places are not well-formed."""
+    """Positions of payloads that are not well-formed; nothing was sent."""
     unclear: bool = False
-    """Nothing was sent, as of a post nobody can tell: it has to go alone."""
+    """True if a payload is nested too deeply to check, so that it must be sent alone; nothing was
+    sent."""
 
 
 @dataclass(slots=True)
 class _PartitionState:
-    """What is going on in a lane in which something waits."""
+    """State of a partition that is not empty."""
 
     oldest: float
-    """When its first post came, in Unix seconds."""
+    """Time of arrival of its oldest payload, in Unix seconds."""
     size: int = 0
-    """Bytes that came since its last batch was taken."""
-    news: bool = True
-    """Whether something came since then."""
-    since: float = 0.0
-    """When the first of that came, in Unix seconds."""
+    """Bytes received since its last batch was taken."""
+    has_new: bool = True
+    """True if a payload was received since then."""
+    new_since: float = 0.0
+    """Time of arrival of the first of those, in Unix seconds."""
     due: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when there is no reason to gather any longer."""
+    """Set when the next batch should be sent without gathering any longer."""
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when something comes, or the relay ends."""
+    """Set when a payload is received, or the relay shuts down."""
     suspects: dict[str, float] = field(default_factory=dict)
-    """Payload ids of batches that were put aside, and when their first post came."""
+    """Times of arrival of the oldest payloads of suspects, by the suspects' payload ids."""
     task: asyncio.Task[None] | None = None
 
 
 class Upstream(Protocol):
-    """What sends; a contract, so that whoever imports this does not load the HTTP client."""
+    """Contract of the HTTP session, so that importing this module does not load the client."""
 
     async def post(
         self, url: str, body: bytes, *, headers: dict[str, str], within: float
     ) -> Receipt:
-        """Send `body`; raises `UpstreamUnavailable` if there is no answer."""
+        """Send a body within so many seconds.
+
+        Raises:
+            UpstreamUnavailable: there is no response.
+        """
 
 
 class Forwarder:
-    """Accepts posts and sees to their delivery while `run` runs.
+    """Accepts payloads, and delivers them while `run` runs.
 
     Args:
-        spool: where they wait.
-        upstream: the session.
+        spool: store of the payloads.
+        upstream: HTTP session.
         base: URL of LaunchDarkly's events service.
-        spec_of: tells the present description of an environment, by its name.
-        timings: when things are done.
+        spec_of: returns the current description of an environment by its name.
+        timings: intervals and timeouts.
     """
 
     def __init__(
@@ -153,43 +158,51 @@ class Forwarder:
         self._counts: defaultdict[str, EventCounts] = defaultdict(EventCounts)
         self._partitions: dict[Partition, _PartitionState] = {}
         self._slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
-            lambda: asyncio.Semaphore(SENDING)
+            lambda: asyncio.Semaphore(MAX_REQUESTS)
         )
         self._evidence: defaultdict[tuple[str, EventsEndpoint], Evidence] = defaultdict(Evidence)
         self._failing: set[tuple[str, EventsEndpoint]] = set()
-        """Where the last attempt failed."""
-        self._dates: dict[str, float] = {}
+        """Environments and endpoints whose last attempt failed."""
+        self._server_times: dict[str, float] = {}
         self._unreported: Counter[tuple[str, str]] = Counter()
         self._report_at = 0.0
         self._ending = asyncio.Event()
         self._delayed_acks: deque[tuple[asyncio.Future[bool], bool, int, float]] = deque()
-        """Answers that are held back: what they say, the bytes of their posts, and until when."""
+        """Delayed acknowledgements: future, whether the payload was new, its size, latest time."""
         self._release_timer: asyncio.TimerHandle | None = None
         self._skip_pacing = asyncio.Event()
-        """Set while somebody waits for upstream, or the relay ends: no pause between batches."""
-        spool.on_evicted = self._note_evicted
-        spool.on_backlog = self._note_backlog
-        spool.on_stored = self._note_stored
+        """Set while acknowledgements are delayed, or the relay shuts down: batches follow without a
+        pause."""
+        spool.on_evicted = self._handle_evicted
+        spool.on_backlog = self._handle_backlog
+        spool.on_stored = self._handle_stored
 
-    def accept(self, post: EventPayload) -> asyncio.Future[bool]:
-        """Take a post; it will be delivered although nobody awaits the result.
+    def __repr__(self) -> str:
+        waiting = sum(counts.waiting for counts in self._counts.values())
+        return (
+            f"<Forwarder: {waiting} payloads waiting in {len(self._partitions)} partitions,"
+            f" {len(self._failing)} endpoints failing>"
+        )
+
+    def accept(self, payload: EventPayload) -> asyncio.Future[bool]:
+        """Accept a payload; it is delivered even if the result is not awaited.
 
         Returns:
-            Resolves when the post is safe, with whether it was new.
+            Future of whether the payload was new; resolves when it is safe.
 
         Raises:
-            StoreUnavailable: the disk hangs and too much waits for it.
+            StoreUnavailable: the disk hangs and too many payloads wait for it.
         """
-        kept = self.spool.append(post)
-        if self._is_crowded() and kept.done() and not self._is_failing(post.partition):
-            return self._delay_ack(kept.result(), len(post.body))
-        return kept
+        ack = self.spool.append(payload)
+        if self._is_crowded() and ack.done() and not self._is_failing(payload.partition):
+            return self._delay_ack(ack.result(), len(payload.body))
+        return ack
 
-    # While upstream takes what comes, whoever posts faster than that waits for it, instead of
-    # pushing out what others have posted. Of a disk there is enough.
+    # Back-pressure: while upstream accepts events, a client that sends faster than it is delayed,
+    # instead of evicting the events of other clients. A disk has space enough.
 
     def _is_crowded(self) -> bool:
-        """Whether more than half of the memory is full of what upstream will take soon."""
+        """Return whether payloads that upstream will accept soon fill over half of the memory."""
         memory = self.spool.memory
         if 2 * memory.size <= memory.capacity:
             return False
@@ -200,57 +213,57 @@ class Forwarder:
         return (partition.environment, partition.endpoint) in self._failing
 
     def _delay_ack(self, new: bool, size: int) -> asyncio.Future[bool]:
-        """Return what will be said of a post when there is room again, or after a while."""
+        """Return an acknowledgement that resolves when there is space, or after a time limit."""
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[bool] = loop.create_future()
+        ack: asyncio.Future[bool] = loop.create_future()
         if not self._delayed_acks:
             self._flush_all()
             self._skip_pacing.set()
             self._release_timer = loop.call_later(MAX_ACK_DELAY, self._release_acks)
-        self._delayed_acks.append((answer, new, size, loop.time() + MAX_ACK_DELAY))
-        return answer
+        self._delayed_acks.append((ack, new, size, loop.time() + MAX_ACK_DELAY))
+        return ack
 
     def _release_acks(self, *, everything: bool = False) -> None:
-        """Answer as many as may post again, and whoever has waited for long enough."""
+        """Resolve the acknowledgements for which there is space, and those that are due."""
         if self._release_timer is not None:
             self._release_timer.cancel()
         loop = asyncio.get_running_loop()
         memory, now = self.spool.memory, loop.time()
-        room = memory.capacity // 2 - memory.size
+        free = memory.capacity // 2 - memory.size
         while self._delayed_acks:
-            answer, new, size, until = self._delayed_acks[0]
-            room -= size + POST_OVERHEAD
-            if room < 0 and until > now and not everything:
+            ack, new, size, until = self._delayed_acks[0]
+            free -= size + PAYLOAD_OVERHEAD
+            if free < 0 and until > now and not everything:
                 self._release_timer = loop.call_at(until, self._release_acks)
                 break
             self._delayed_acks.popleft()
-            if not answer.done():
-                answer.set_result(new)
+            if not ack.done():
+                ack.set_result(new)
         if not self._delayed_acks and not self._ending.is_set():
             self._skip_pacing.clear()
 
     def counts(self, environment: str) -> EventCounts:
-        """Return what happened to the posts of an environment."""
+        """Return the counts of an environment."""
         return self._counts[environment]
 
     def oldest(self, environment: str) -> float | None:
-        """Return when the oldest post came that waits, by `clock`; None if none does."""
-        mine = [t for lane, t in self._partitions.items() if lane.environment == environment]
-        return min((min([t.oldest, *t.suspects.values()]) for t in mine), default=None)
+        """Return the time of arrival of the oldest waiting payload, by `clock`; None without."""
+        states = [s for p, s in self._partitions.items() if p.environment == environment]
+        return min((min([s.oldest, *s.suspects.values()]) for s in states), default=None)
 
     def server_time(self, environment: str) -> float:
-        """Return upstream's clock at its last answer, in Unix seconds; 0 before the first."""
-        return self._dates.get(environment, 0.0)
+        """Return upstream's clock at its last response, in Unix seconds; 0 before the first."""
+        return self._server_times.get(environment, 0.0)
 
     def flush(self) -> None:
-        """Gather no longer: the relay ends, and what waits shall go out."""
+        """Send all waiting payloads now, as the relay shuts down."""
         self._ending.set()
         self._skip_pacing.set()
         self._release_acks(everything=True)
         self._flush_all()
 
     async def run(self) -> None:
-        """Deliver until cancelled; then what can be within the drain time. The rest is kept."""
+        """Deliver until cancelled; then drain for a limited time. The rest stays in the spool."""
         try:
             await self.spool.open()
             await asyncio.Event().wait()
@@ -259,17 +272,17 @@ class Forwarder:
             await self.spool.close()
             self._report_all()
 
-    def _note_backlog(self, backlog: Sequence[Backlog]) -> None:
-        """Serve what an earlier process has left, or what a disk that works again has."""
-        for figures in self._counts.values():
-            figures.waiting = 0
-        for lane, posts, oldest in backlog:
-            self._counts[lane.environment].waiting += posts
-            if lane not in self._partitions:
-                # Not all lanes at once: upstream has been without us.
+    def _handle_backlog(self, backlog: Sequence[Backlog]) -> None:
+        """Serve the backlog of an earlier process, or of a disk that works again."""
+        for counts in self._counts.values():
+            counts.waiting = 0
+        for partition, payloads, oldest in backlog:
+            self._counts[partition.environment].waiting += payloads
+            if partition not in self._partitions:
+                # Spread the partitions: upstream should not get the whole backlog at once.
                 delay = random.random() * self._timings.flush_interval  # noqa: S311 - no secret
-                self._begin(lane, oldest, delay)
-            self._partitions[lane].news = True
+                self._begin(partition, oldest, delay)
+            self._partitions[partition].has_new = True
 
     async def _drain(self) -> None:
         self.flush()
@@ -281,218 +294,222 @@ class Forwarder:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _flush_all(self) -> list[asyncio.Task[None]]:
-        for traffic in self._partitions.values():
-            traffic.due.set()
-            traffic.arrived.set()
-        return [traffic.task for traffic in self._partitions.values() if traffic.task is not None]
+        for state in self._partitions.values():
+            state.due.set()
+            state.arrived.set()
+        return [state.task for state in self._partitions.values() if state.task is not None]
 
     def _begin(self, partition: Partition, oldest: float, delay: float) -> _PartitionState:
-        traffic = self._partitions[partition] = _PartitionState(oldest)
-        traffic.task = asyncio.create_task(self._keep_serving(partition, traffic, delay))
-        return traffic
+        state = self._partitions[partition] = _PartitionState(oldest)
+        state.task = asyncio.create_task(self._keep_serving(partition, state, delay))
+        return state
 
-    def _note_stored(self, post: EventPayload, new: bool) -> None:
-        """Count a post, and see to it that its lane is served."""
-        figures = self._counts[post.partition.environment]
-        figures.received += 1
+    def _handle_stored(self, payload: EventPayload, new: bool) -> None:
+        """Count a payload, and start serving its partition."""
+        counts = self._counts[payload.partition.environment]
+        counts.received += 1
         if not new:
-            figures.duplicates += 1
+            counts.duplicates += 1
             return
-        figures.waiting += 1
-        traffic = self._partitions.get(post.partition)
-        if traffic is None:
-            traffic = self._begin(post.partition, post.received, self._timings.flush_interval)
-        if not traffic.news:
-            traffic.news, traffic.since = True, post.received
-        traffic.size += len(post.body)
-        traffic.arrived.set()
-        if traffic.size >= MAX_BATCH or self._ending.is_set():
-            traffic.due.set()
+        counts.waiting += 1
+        state = self._partitions.get(payload.partition)
+        if state is None:
+            state = self._begin(payload.partition, payload.received, self._timings.flush_interval)
+        if not state.has_new:
+            state.has_new, state.new_since = True, payload.received
+        state.size += len(payload.body)
+        state.arrived.set()
+        if state.size >= MAX_BATCH or self._ending.is_set():
+            state.due.set()
 
     async def _keep_serving(
-        self, partition: Partition, traffic: _PartitionState, delay: float
+        self, partition: Partition, state: _PartitionState, delay: float
     ) -> None:
-        """Serve a lane until nothing waits in it; a defect of ours cannot end that."""
-        while self._partitions.get(partition) is traffic:
+        """Deliver a partition until it is empty; unexpected errors are logged and retried."""
+        while self._partitions.get(partition) is state:
             try:
-                await self._serve(partition, traffic, delay)
+                await self._serve(partition, state, delay)
                 self._partitions.pop(partition)
-            except Exception:  # noqa: BLE001 - the one boundary between lanes
+            except Exception:  # noqa: BLE001 - one partition must not stop the others
                 _log.exception('Events of "%s" failed and are tried again', partition.environment)
                 if self._ending.is_set():
                     self._partitions.pop(partition)
                 await wait_for(self._ending, RESTART_DELAY)
 
-    async def _serve(self, partition: Partition, traffic: _PartitionState, delay: float) -> None:
+    async def _serve(self, partition: Partition, state: _PartitionState, delay: float) -> None:
         failed: Counter[Step] = Counter()  # in a row
-        await wait_for(traffic.due, delay)
+        await wait_for(state.due, delay)
         while True:
             async with self._slots[partition.environment]:
-                taken = await self._take(partition, traffic)
+                taken = await self._take(partition, state)
                 if taken is None:
                     failed.clear()
                 else:
                     batch, bodies = taken
-                    step, delay = await self._attempt(batch, bodies, traffic, failed)
+                    step, delay = await self._attempt(batch, bodies, state, failed)
             if failed:
                 if self._ending.is_set() and step not in (Step.SPLIT, Step.SUSPECT):
-                    return  # what waits stays in the spool
-                await self._recover(step, partition, traffic, delay)
+                    return  # the payloads stay in the spool
+                await self._recover(step, partition, state, delay)
             elif taken is not None and batch.more:
                 await wait_for(self._skip_pacing, delay)
-            elif traffic.news:
-                traffic.oldest = traffic.since or traffic.oldest
+            elif state.has_new:
+                state.oldest = state.new_since or state.oldest
                 await wait_for(
-                    traffic.due, 0 if self._ending.is_set() else self._timings.flush_interval
+                    state.due, 0 if self._ending.is_set() else self._timings.flush_interval
                 )
             else:
                 return
 
     async def _take(
-        self, lane: Partition, traffic: _PartitionState
+        self, partition: Partition, state: _PartitionState
     ) -> tuple[Batch, list[bytes]] | None:
-        traffic.due.clear()
-        traffic.arrived.clear()
-        traffic.news, traffic.size = False, 0
-        if traffic.suspects and self._evidence_of(lane).accepting:
-            # Upstream has just taken something: now it is seen whose fault it was.
-            return await self.spool.take(lane, suspects=True)
-        return await self.spool.take(lane)
+        state.due.clear()
+        state.arrived.clear()
+        state.has_new, state.size = False, 0
+        if state.suspects and self._evidence_of(partition).accepting:
+            # Upstream has just accepted a batch, so a rejection now is evidence against a suspect.
+            return await self.spool.take(partition, suspects=True)
+        return await self.spool.take(partition)
 
     async def _attempt(
-        self, batch: Batch, bodies: Sequence[bytes], traffic: _PartitionState, failed: Counter[Step]
+        self, batch: Batch, bodies: Sequence[bytes], state: _PartitionState, failed: Counter[Step]
     ) -> tuple[Step, float]:
-        """Try to deliver a batch; return what was done, and the seconds until the next attempt."""
-        traffic.oldest = batch.oldest
+        """Try to deliver a batch; return the step and the seconds until the next attempt."""
+        state.oldest = batch.oldest
         if self._evidence_of(batch.partition).accepting:
-            del failed[Step.WAIT]  # another lane has delivered something meanwhile
-        outcome = await self._send(batch, bodies)
-        step = await self._settle(batch, outcome, traffic)
-        delay = self._delay(step, outcome, failed[step])
+            del failed[Step.WAIT]  # another partition has delivered a batch
+        attempt = await self._send(batch, bodies)
+        step = await self._settle(batch, attempt, state)
+        delay = self._delay(step, attempt, failed[step])
         failed[step] += 1
         if step in (Step.DONE, Step.QUARANTINE):
             failed.clear()
         elif step is Step.WAIT:
             outage = self._evidence_of(batch.partition).outage
             if outage or failed[step] >= REJECTIONS_BEFORE_WARNING:
-                self._begin_outage(batch.partition, outcome.reason)
+                self._begin_outage(batch.partition, attempt.reason)
         return step, delay
 
     async def _recover(
-        self, step: Step, lane: Partition, traffic: _PartitionState, delay: float
+        self, step: Step, partition: Partition, state: _PartitionState, delay: float
     ) -> None:
-        """Wait after something went wrong."""
-        if step is not Step.WAIT or self._evidence_of(lane).outage:
+        """Wait after a failure."""
+        if step is not Step.WAIT or self._evidence_of(partition).outage:
             await wait_for(self._ending, delay)
             return
-        await wait_for(traffic.arrived, delay)  # something else to compare with
-        await wait_for(traffic.due, self._timings.flush_interval if traffic.news else 0)
+        await wait_for(state.arrived, delay)  # another payload to compare with
+        await wait_for(state.due, self._timings.flush_interval if state.has_new else 0)
 
-    def _evidence_of(self, lane: Partition) -> Evidence:
-        return self._evidence[lane.environment, lane.endpoint]
+    def _evidence_of(self, partition: Partition) -> Evidence:
+        return self._evidence[partition.environment, partition.endpoint]
 
     async def _send(self, batch: Batch, bodies: Sequence[bytes]) -> _Attempt:
-        lane = batch.partition
-        where = target(lane, self._spec_of(lane.environment))
-        if where is None:
-            return _Attempt(401, f"the environment has no credential for them{_setting(lane)}")
-        path, key = where
-        checked = not lane.endpoint.diagnostic  # what is in those is nobody's business
+        partition = batch.partition
+        destination = target(partition, self._spec_of(partition.environment))
+        if destination is None:
+            return _Attempt(
+                401, f"the environment has no credential for them{_missing_setting(partition)}"
+            )
+        path, key = destination
+        checked = not partition.endpoint.diagnostic  # diagnostics are forwarded as they are
         if sum(map(len, bodies)) > SMALL:
-            parcel = await asyncio.to_thread(_packed, bodies, checked=checked)
+            packed = await asyncio.to_thread(_pack, bodies, checked=checked)
         else:
-            parcel = _packed(bodies, checked=checked)
-        if isinstance(parcel, _Attempt):
-            return parcel
-        del bodies  # memory is for those who need it
-        said = headers(lane, batch.payload_id) | key
+            packed = _pack(bodies, checked=checked)
+        if isinstance(packed, _Attempt):
+            return packed
+        del bodies  # free the memory during the request
+        fields = headers(partition, batch.payload_id) | key
         url = join(self._base, path)
         began = time.monotonic()
         try:
             receipt = await self._upstream.post(
-                url, parcel, headers=said, within=self._timings.timeout
+                url, packed, headers=fields, within=self._timings.timeout
             )
         except UpstreamUnavailable as e:
             return _Attempt(None, e.reason)
         if receipt.date is not None:
-            self._dates[lane.environment] = receipt.date
+            self._server_times[partition.environment] = receipt.date
         took = time.monotonic() - began
         reason = f"HTTP error {receipt.status}"
         return _Attempt(receipt.status, reason, receipt.retry_after, took)
 
-    async def _settle(self, batch: Batch, outcome: _Attempt, traffic: _PartitionState) -> Step:
-        """Do what follows an attempt; return it."""
+    async def _settle(self, batch: Batch, attempt: _Attempt, state: _PartitionState) -> Step:
+        """Carry out the next step after an attempt, and return it."""
         evidence = self._evidence_of(batch.partition)
-        if outcome.malformed:
-            await self._quarantine(batch, MALFORMED, outcome.malformed)
+        if attempt.malformed:
+            await self._quarantine(batch, MALFORMED, attempt.malformed)
             return Step.SPLIT
-        if outcome.unclear and await self.spool.split(batch):
+        if attempt.unclear and await self.spool.split(batch):
             return Step.SPLIT
-        name = batch.payload_id
-        step = next_step(outcome.status, batch.posts, int(evidence.knows(name)))
+        batch_id = batch.payload_id
+        step = next_step(attempt.status, batch.payloads, int(evidence.knows(batch_id)))
         if step is Step.DONE:
             await self._finish(batch)
-            evidence.take(name)
-            traffic.suspects.pop(name, None)
+            evidence.take(batch_id)
+            state.suspects.pop(batch_id, None)
             self._end_outage(batch.partition)
         elif step in (Step.AGAIN, Step.REFUSED):
             self._counts[batch.partition.environment].retried += 1
-            if outcome.status == BAD_REQUEST:  # a batch's trouble, and told when that is clear
-                evidence.doubt(name)
+            if (
+                attempt.status == BAD_REQUEST
+            ):  # logged only if it turns out to be no payload's fault
+                evidence.doubt(batch_id)
             else:
-                self._begin_outage(batch.partition, outcome.reason)
+                self._begin_outage(batch.partition, attempt.reason)
         elif step is Step.SPLIT:
             if await self.spool.split(batch):
-                evidence.split(name, half_ids(name))
+                evidence.split(batch_id, half_ids(batch_id))
             else:
                 step = Step.REJECT
         if step is Step.REJECT:
-            step = await self._judge(batch, outcome, traffic)
+            step = await self._judge(batch, attempt, state)
         return step
 
-    async def _judge(self, batch: Batch, outcome: _Attempt, traffic: _PartitionState) -> Step:
-        """Set a post aside that is rejected alone: for good if it is to blame."""
+    async def _judge(self, batch: Batch, attempt: _Attempt, state: _PartitionState) -> Step:
+        """Quarantine a payload that was rejected alone, or put it aside if it may be good."""
         evidence = self._evidence_of(batch.partition)
         if evidence.reject(batch.payload_id):
-            traffic.suspects.pop(batch.payload_id, None)
-            await self._quarantine(batch, outcome.reason)
+            state.suspects.pop(batch.payload_id, None)
+            await self._quarantine(batch, attempt.reason)
             return Step.QUARANTINE
         others = await self.spool.put_aside(batch)
-        traffic.suspects[batch.payload_id] = batch.oldest
+        state.suspects[batch.payload_id] = batch.oldest
         return Step.SUSPECT if others and not evidence.outage else Step.WAIT
 
     async def _finish(self, batch: Batch) -> None:
-        figures = self._counts[batch.partition.environment]
+        counts = self._counts[batch.partition.environment]
         done = await self.spool.finish(batch)
-        if done is None:  # given up while it was on its way, but it has arrived
-            done = batch.posts
+        if done is None:  # evicted during the request, but it has arrived
+            done = batch.payloads
             self._count_evicted(batch.partition.environment, -done)
-        figures.forwarded += done
-        figures.waiting -= done
+        counts.forwarded += done
+        counts.waiting -= done
         if self._delayed_acks:
             self._release_acks()
 
     async def _quarantine(
         self, batch: Batch, reason: str, only: Sequence[int] | None = None
     ) -> None:
-        figures = self._counts[batch.partition.environment]
-        posts = batch.posts if only is None else len(only)
-        figures.waiting -= await self.spool.quarantine(batch, reason, only)
-        figures.quarantined += posts
+        counts = self._counts[batch.partition.environment]
+        payloads = batch.payloads if only is None else len(only)
+        counts.waiting -= await self.spool.quarantine(batch, reason, only)
+        counts.quarantined += payloads
         fate = "upstream rejects them" if only is None else "they are no well-formed JSON"
-        self._report(f"set aside, as {fate}", batch.partition.environment, posts)
+        self._report(f"set aside, as {fate}", batch.partition.environment, payloads)
 
-    def _delay(self, step: Step, outcome: _Attempt, failures: int) -> float:
-        """Return the seconds to wait after an attempt, before which were so many like it."""
+    def _delay(self, step: Step, attempt: _Attempt, failures: int) -> float:
+        """Return the seconds to wait after a step that follows as many of the same kind."""
         if step is Step.DONE:
-            return min(self._timings.between, outcome.took)
+            return min(self._timings.between, attempt.took)
         if step is Step.SPLIT:
             return 0.0
         if step in (Step.QUARANTINE, Step.SUSPECT):
             return self._timings.between
-        retries, chance = self._timings.backoff, random.random()  # noqa: S311 - jitter
-        delay = retries.delay(failures, chance, refused=step is Step.REFUSED)
-        return max(delay, min(outcome.retry_after or 0.0, retries.longest))
+        backoff, chance = self._timings.backoff, random.random()  # noqa: S311 - jitter
+        delay = backoff.delay(failures, chance, refused=step is Step.REFUSED)
+        return max(delay, min(attempt.retry_after or 0.0, backoff.longest))
 
     def _begin_outage(self, partition: Partition, reason: str) -> None:
         if not self._is_failing(partition):
@@ -507,27 +524,27 @@ class Forwarder:
             text = "Events for %s are delivered again"
             self._log_of(partition.environment).info(text, partition.endpoint.value)
 
-    def _note_evicted(self, evicted: Counter[str]) -> None:
-        for environment, posts in evicted.items():
-            self._count_evicted(environment, posts)
+    def _handle_evicted(self, evicted: Counter[str]) -> None:
+        for environment, payloads in evicted.items():
+            self._count_evicted(environment, payloads)
 
-    def _count_evicted(self, environment: str, posts: int) -> None:
-        figures = self._counts[environment]
-        figures.evicted += posts
-        figures.waiting -= posts
-        self._report("given up, as there is no room or they are too old", environment, posts)
+    def _count_evicted(self, environment: str, payloads: int) -> None:
+        counts = self._counts[environment]
+        counts.evicted += payloads
+        counts.waiting -= payloads
+        self._report("given up, as there is no room or they are too old", environment, payloads)
 
-    def _report(self, fate: str, environment: str, posts: int) -> None:
-        """Count losses, and say what has gathered, once a minute at most."""
-        self._unreported[fate, environment] += posts
+    def _report(self, fate: str, environment: str, payloads: int) -> None:
+        """Count losses; log what has accumulated every `REPORT_EVERY` seconds at most."""
+        self._unreported[fate, environment] += payloads
         if time.monotonic() >= self._report_at:
             self._report_all()
 
     def _report_all(self) -> None:
         self._report_at = time.monotonic() + REPORT_EVERY
-        for (fate, environment), posts in self._unreported.items():
-            if posts > 0:
-                self._log_of(environment).warning("%d posts of events were %s", posts, fate)
+        for (fate, environment), payloads in self._unreported.items():
+            if payloads > 0:
+                self._log_of(environment).warning("%d posts of events were %s", payloads, fate)
         self._unreported.clear()
 
     def _log_of(self, environment: str) -> Log:
@@ -535,24 +552,24 @@ class Forwarder:
         return environment_log(environment, "" if spec is None else spec.sdk_key.masked)
 
 
-def _setting(lane: Partition) -> str:
-    """Return the setting without which the posts of a lane cannot be sent."""
-    if lane.endpoint.mobile:
-        return f": set mobileKey (LD_MOBILE_KEY_{lane.environment})"
-    if lane.endpoint.client_side:
-        return f": set envId (LD_CLIENT_SIDE_ID_{lane.environment})"
-    return f": set sdkKey (LD_ENV_{lane.environment})"
+def _missing_setting(partition: Partition) -> str:
+    """Return the hint to the option that a partition needs for its delivery."""
+    if partition.endpoint.mobile:
+        return f": set mobileKey (LD_MOBILE_KEY_{partition.environment})"
+    if partition.endpoint.client_side:
+        return f": set envId (LD_CLIENT_SIDE_ID_{partition.environment})"
+    return f": set sdkKey (LD_ENV_{partition.environment})"
 
 
-def _packed(bodies: Sequence[bytes], *, checked: bool) -> bytes | _Attempt:
-    """Return what goes upstream; a body alone stays as it is.
+def _pack(bodies: Sequence[bytes], *, checked: bool) -> bytes | _Attempt:
+    """Return the compressed body of a request, or why it cannot be sent; one body stays as it is.
 
     Args:
-        bodies: of a batch.
-        checked: see first that each is a JSON array, as one that is not would spoil the others.
+        bodies: bodies of a batch.
+        checked: check that each is well-formed, as a malformed one would spoil the others.
     """
     verdicts = [is_well_formed(body) for body in bodies] if checked else []
-    malformed = [place for place, verdict in enumerate(verdicts) if verdict is False]
+    malformed = [position for position, verdict in enumerate(verdicts) if verdict is False]
     unclear = None in verdicts and len(bodies) > 1
     if malformed or unclear:
         return _Attempt(None, "", malformed=malformed, unclear=unclear)

@@ -1,4 +1,4 @@
-"""Decides about the delivery of events: the next step, the target, the headers. Pure."""
+"""Delivery policy of events: the next step, the target, the headers. Pure."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from relay.model.event import Partition
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How long to wait after failures in a row, in seconds.
+    """Delays after consecutive failures, in seconds.
 
     Args:
-        first: after the first one.
-        growth: from one to the next: about half as long again as upstream has been away already.
-        longest: the end of that; `Retry-After` counts up to it, too.
-        refused: after a refusal of the key, as for flags; doubles each time.
-        longest_refused: the end of that.
+        first: delay after the first failure.
+        growth: factor from one delay to the next; 1.5 waits about half as long again as upstream
+            has been away already.
+        longest: upper bound, also for `Retry-After`.
+        refused: first delay after a refused key, as for flags; doubles each time.
+        longest_refused: upper bound of the delay after a refused key.
     """
 
     first: float = 1.0
@@ -30,25 +31,31 @@ class Backoff:
     longest_refused: float = LONGEST_REFUSED_DELAY
 
     def delay(self, failures: int, chance: float, *, refused: bool = False) -> float:
-        """Return the seconds to wait after so many failures or refusals before this one."""
+        """Return the delay in seconds after a failure.
+
+        Args:
+            failures: number of consecutive failures, or refusals, before this one.
+            chance: random number from 0 to 1, for the jitter.
+            refused: True if upstream refused the key.
+        """
         first, growth, longest = self.first, self.growth, self.longest
         if refused:
             first, growth, longest = self.refused, 2.0, self.longest_refused
-        full: float = min(longest, first * growth ** min(failures, 100))  # floats have an end
+        full: float = min(longest, first * growth ** min(failures, 100))  # or floats overflow
         return full * (1 - JITTER * chance)
 
 
 @dataclass(frozen=True, slots=True)
 class ForwarderTimings:
-    """All times of the forwarder, in seconds.
+    """Intervals and timeouts of the forwarder, in seconds.
 
     Args:
-        flush_interval: for which posts gather in their lane, unless it fills up.
-        between: two batches of a lane that has more, unless upstream has answered faster than
-            that: it is not flooded after its absence.
-        timeout: for one request.
-        drain: for what waits when the relay ends.
-        backoff: from failure to attempt.
+        flush_interval: time for which payloads gather in their partition, unless it fills up.
+        between: longest pause between two batches of a backlog, so that upstream is not flooded
+            after an outage; the pause is no longer than upstream's last answer took.
+        timeout: limit for one request.
+        drain: limit for the delivery of what is waiting at shutdown.
+        backoff: delays after failures.
     """
 
     flush_interval: float = 5.0
@@ -59,71 +66,71 @@ class ForwarderTimings:
 
 
 class Step(Enum):
-    """What follows an attempt to deliver a batch."""
+    """Next step after an attempt to deliver a batch."""
 
     DONE = auto()
     AGAIN = auto()
     REFUSED = auto()
     SPLIT = auto()
     REJECT = auto()
-    """A post is rejected alone. Who is to blame decides what follows."""
+    """A payload was rejected alone; the evidence decides between the three below."""
     QUARANTINE = auto()
-    """The post is: it is kept for people."""
+    """The payload is bad: keep it for inspection."""
     SUSPECT = auto()
-    """That is open: others of its lane are tried."""
+    """Undecided: put it aside and try others of its partition first."""
     WAIT = auto()
-    """That is open, and there are no others, or several are rejected: it is waited."""
+    """Undecided, and there are no others or several are rejected: wait."""
 
 
 BAD_REQUEST, TOO_LARGE = 400, 413
 
 
-_OTHERS = {2: Step.DONE, 4: Step.REFUSED}
-"""By the first digit of the status."""
+_STEP_BY_CLASS = {2: Step.DONE, 4: Step.REFUSED}
+"""Step by the first digit of the status; the others are retried."""
 
 
-def next_step(status: int | None, posts: int, failures: int) -> Step:
-    """Decide what follows an attempt.
+def next_step(status: int | None, payloads: int, failures: int) -> Step:
+    """Decide on the next step after an attempt.
 
     Args:
-        status: of the answer; None without one.
-        posts: of the batch.
-        failures: how often this batch, or the one that it is a half of, was rejected before.
+        status: HTTP status of the response; None without a response.
+        payloads: number of payloads in the batch.
+        failures: number of earlier rejections of this batch, or of the batch it is a half of.
     """
-    # Proxies say 400 of anything, too; the reference tries once more as well.
+    # Proxies answer 400 for reasons of their own; like ld-relay, retry it once.
     if status is None or status in RETRYABLE_4XX or (status == BAD_REQUEST and failures == 0):
         return Step.AGAIN
-    if status == TOO_LARGE or (status == BAD_REQUEST and posts > 1):
+    if status == TOO_LARGE or (status == BAD_REQUEST and payloads > 1):
         return Step.SPLIT
     if status == BAD_REQUEST:
         return Step.REJECT
-    return _OTHERS.get(status // 100, Step.AGAIN)
+    return _STEP_BY_CLASS.get(status // 100, Step.AGAIN)
 
 
 def target(partition: Partition, spec: EnvironmentSpec | None) -> tuple[str, dict[str, str]] | None:
-    """Return the path of a lane and the header with its key; None while it has no credential.
+    """Return the path of a partition and the header with its key; None without a credential.
 
-    The credential is the one that counts now, whatever counted when the post came.
+    The credential is the current one, even if the payloads came with an earlier one.
     """
     endpoint = partition.endpoint
     if spec is None:
         return None
     if endpoint.client_side:
-        found = spec.environment_id
-        return None if found is None else (endpoint.path(found.value), {})
+        environment_id = spec.environment_id
+        return None if environment_id is None else (endpoint.path(environment_id.value), {})
     key = spec.mobile_key if endpoint.mobile else spec.sdk_key
     return None if key is None else (endpoint.path(), {"Authorization": key.value})
 
 
 def headers(partition: Partition, payload_id: str) -> dict[str, str]:
-    """Return what is said about a batch (events 5.4); nothing else of SDKs' requests goes on."""
-    said = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    """Return the headers of a batch (events 5.4); no others of the SDKs' requests are forwarded."""
+    fields = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
     if partition.endpoint.diagnostic:
-        return said
-    said["X-LaunchDarkly-Event-Schema"] = str(partition.schema)
-    said["X-LaunchDarkly-Payload-ID"] = payload_id
+        return fields
+    fields["X-LaunchDarkly-Event-Schema"] = str(partition.schema)
+    fields["X-LaunchDarkly-Payload-ID"] = payload_id
     if partition.tags:
-        said["X-LaunchDarkly-Tags"] = partition.tags
+        fields["X-LaunchDarkly-Tags"] = partition.tags
     if partition.wrapper:
-        said["X-LaunchDarkly-Wrapper"] = partition.wrapper
-    return said
+        fields["X-LaunchDarkly-Wrapper"] = partition.wrapper
+    return fields

@@ -1,8 +1,8 @@
-"""Where accepted events wait for their delivery: on disk, so that they survive us, or in memory.
+"""Spool of accepted events until their delivery: on disk, to survive the process, or in memory.
 
-One thread owns the database. Whatever gathers while it works goes into its next transaction: one
-synchronisation of the disk makes many posts safe. While the disk does not work, a store in memory
-takes its place; without a directory that is all there is, and it needs no thread.
+One thread owns the database. Jobs that arrive during a transaction share the next one, so one
+synchronisation of the disk makes many payloads safe. While the disk fails, a store in memory takes
+its place; without a directory there is only the store in memory, and no thread.
 """
 
 from __future__ import annotations
@@ -31,30 +31,32 @@ from relay.model.event import EventPayload, Partition
 from relay.reasons import describe
 
 GATHER = 0.003
-"""Seconds in which posts gather for one transaction, where the last one had several."""
+"""Seconds in which jobs gather for one transaction, if the last one had several."""
 
 EXPIRE_EVERY = 60.0
-"""Seconds between two removals of what is too old."""
+"""Seconds between two removals of payloads that are too old."""
 
 CLOSE_LIMIT = 5.0
-"""Seconds that the last transaction has at the end; a disk that hangs does not hold us up."""
+"""Time limit in seconds for the last transaction; a disk that hangs does not delay the shutdown."""
 
 SKEW = 60.0
-"""Seconds by which the time of a post may differ from ours; else it is by a clock that jumps."""
+"""Maximum difference in seconds between a payload's time of arrival and `clock`. Beyond it, the
+system's clock has been changed, and the time is replaced."""
 
 MAX_OVERFLOW = 10_000
-"""Changes of batches that wait for the disk. A batch whose end is forgotten is sent again under its
-id, so nothing is lost or counted twice by it."""
+"""Maximum number of changes to batches that wait for the disk. If one is dropped, its batch is sent
+again under the same id, so nothing is lost or counted twice."""
 
 MAX_QUEUED = 64 * 1024 * 1024
-"""Bytes of posts that are not safe yet: more means that the disk hangs, and SDKs must be told."""
+"""Maximum size in bytes of payloads that are not safe yet. More means that the disk hangs, and that
+SDKs must get an error."""
 
 _log = logging.getLogger("relay.events")
 
 
 @dataclass(slots=True)
 class _Job:
-    """Something to do in the next transaction: a post to add, or a call with the store."""
+    """Work for the next transaction: a payload to add, or a function to call with the store."""
 
     work: EventPayload | Callable[[EventStore], Any]
     done: asyncio.Future[Any]
@@ -63,125 +65,131 @@ class _Job:
 
 
 class Spool:
-    """The store and the thread that owns it. All methods belong to one event loop.
+    """Event store and the thread that owns it. Call all methods in one event loop.
 
     Args:
-        directory: where the file is; None for memory only.
-        limits: how much may wait.
-        retry: seconds between attempts while the disk does not work.
+        directory: directory of the file; None for memory only.
+        limits: limits of size and age.
+        retry: seconds between attempts while the disk fails.
     """
 
     def __init__(self, directory: Path | None, limits: Limits, retry: float = 10.0) -> None:
-        self.on_stored: Callable[[EventPayload, bool], None] = lambda _post, _new: None
-        """Called in the event loop with each post that is safe, and whether it was new; before the
-        result of `append`, and whether or not anybody waits for that."""
+        self.on_stored: Callable[[EventPayload, bool], None] = lambda _payload, _new: None
+        """Called in the event loop with each payload that is safe, and whether it was new; before
+        `append` resolves, and even if its result was cancelled."""
         self.on_evicted: Callable[[Counter[str]], None] = lambda _: None
-        """Called in the event loop with the posts that were given up, by environment."""
+        """Called in the event loop with the number of evicted payloads by environment."""
         self.on_backlog: Callable[[list[Backlog]], None] = lambda _: None
-        """Called in the event loop with all that waits, each time the file has been opened."""
+        """Called in the event loop with the whole backlog each time the file has been opened."""
         self.outage: str | None = None
-        """Why the disk does not work; None while it does, or if there is none."""
+        """Reason why the disk fails; None while it works, or without a directory."""
         self._path = None if directory is None else directory / "events.db"
         self._limits = limits
         self._retry = retry
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._queued = 0
+        """Size in bytes of the payloads that are not safe yet."""
         self.memory = MemoryStore(limits)
-        """What waits while there is no disk."""
+        """Store without a disk, or during an outage."""
         self._disk: DiskStore | None = None
         self._overflow: deque[Callable[[EventStore], Any]] = deque(maxlen=MAX_OVERFLOW)
-        """What is to be done to the disk's store when it works again."""
+        """Changes to make to the store on disk when it works again."""
         self._try_at = 0.0
         self._expire_at = time.monotonic() + EXPIRE_EVERY
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
-        self._answers: dict[bool, asyncio.Future[bool]] = {}
-        """What is said of posts that are safe at once: whether they were new."""
+        self._resolved: dict[bool, asyncio.Future[bool]] = {}
+        """Shared resolved futures for payloads that are safe at once, by whether they were new."""
 
     @property
     def durable(self) -> bool:
-        """Whether what is accepted now survives the end of this process."""
+        """True if payloads accepted now survive the end of this process."""
         return self._disk is not None
 
+    def __repr__(self) -> str:
+        where = "memory" if self._path is None else str(self._path)
+        return f"<Spool: {where}, outage: {self.outage}>"
+
     async def open(self) -> None:
-        """Begin to work, with the disk if it works."""
+        """Start; return when the disk is in use, or known to fail."""
         self._loop = asyncio.get_running_loop()
         self._closed = self._loop.create_future()
         if self._path is None:
-            self._tidying = self._loop.call_later(EXPIRE_EVERY, self._expire_memory)
+            self._expiry_timer = self._loop.call_later(EXPIRE_EVERY, self._expire_memory)
         else:
             self._thread.start()
             await self._do(lambda _: None)
 
     async def close(self) -> None:
-        """Do what has been asked for, for a bounded time, and let go of the file."""
+        """Finish all jobs, within a time limit, and close the file."""
         if self._path is None:
-            self._tidying.cancel()
+            self._expiry_timer.cancel()
             self._log_losses()
         else:
             self._jobs.put(None)
             await asyncio.wait({self._closed}, timeout=CLOSE_LIMIT)
 
-    def append(self, post: EventPayload) -> asyncio.Future[bool]:
-        """Take a post.
+    def append(self, payload: EventPayload) -> asyncio.Future[bool]:
+        """Store a payload.
 
         Returns:
-            Resolves when the post is safe, with whether it was new; at once without a directory.
+            Future of whether it was new. Resolves when the payload is safe; without a directory at
+            once.
 
         Raises:
-            StoreUnavailable: too many wait for a disk that hangs.
+            StoreUnavailable: the disk hangs and too many payloads wait for it.
         """
         now = clock.now()
-        if not -SKEW < post.received - now < SKEW:
-            post = post._replace(received=now)
+        if not -SKEW < payload.received - now < SKEW:
+            payload = payload._replace(received=now)
         if self._path is None:
-            new = self.memory.append(post)
-            self.on_stored(post, new)
+            new = self.memory.append(payload)
+            self.on_stored(payload, new)
             if self.memory.evicted:
                 self.on_evicted(self._evictions())
-            return self._answers.get(new) or self._answer(new)
-        if self._queued + len(post.body) > MAX_QUEUED:
+            return self._resolved.get(new) or self._resolve(new)
+        if self._queued + len(payload.body) > MAX_QUEUED:
             raise StoreUnavailable("the disk does not take events fast enough")
-        self._queued += len(post.body)
-        return self._do(post)
+        self._queued += len(payload.body)
+        return self._do(payload)
 
     async def take(
         self, partition: Partition, *, suspects: bool = False
     ) -> tuple[Batch, list[bytes]] | None:
-        """Return the next batch of a lane and its bodies; None if nothing waits.
+        """Return the next batch of a partition and its bodies; None if nothing is waiting.
 
-        The batch is in the spool, and the same again until it is finished, split, put aside or
-        quarantined.
+        The batch stays in the spool: until it is finished, split, put aside or quarantined, it is
+        returned again, unchanged.
 
         Args:
-            partition: whose.
-            suspects: prefer those that were put aside; of them the one put aside first.
+            partition: partition to deliver.
+            suspects: prefer suspects, the one first that was put aside first.
         """
-        work = lambda store: store.take(partition, suspects=suspects)  # noqa: E731 - one of all alike
+        work = lambda store: store.take(partition, suspects=suspects)  # noqa: E731 - as the others
         taken: tuple[Batch, list[bytes]] | None = await self._do(work)
         return taken
 
     async def finish(self, batch: Batch) -> int | None:
-        """Forget a batch; return the posts that are done with, None if they were evicted."""
-        work = lambda store: store.finish(batch)  # noqa: E731 - one of all alike
-        done: int | None = await self._change(work, batch.posts)
+        """Remove a batch; return the number of payloads that are complete, None if evicted."""
+        work = lambda store: store.finish(batch)  # noqa: E731 - as the others
+        done: int | None = await self._change(work, batch.payloads)
         return done
 
     async def split(self, batch: Batch) -> bool:
-        """Put two halves in the place of a batch; return whether it has two."""
+        """Replace a batch by its halves; return False if it cannot be split."""
         return bool(await self._change(lambda store: store.split(batch), True))
 
     async def put_aside(self, batch: Batch) -> bool:
-        """Let the others go before a batch; return whether others than suspects wait."""
+        """Make a batch a suspect; return whether anything but suspects is waiting."""
         return bool(await self._change(lambda store: store.put_aside(batch), True))
 
     async def quarantine(self, batch: Batch, reason: str, only: Sequence[int] | None = None) -> int:
-        """Set a batch aside, or the posts at these places in it; return how many are done with."""
-        work = lambda store: store.quarantine(batch, reason, only)  # noqa: E731 - one of all alike
-        posts = batch.posts if only is None else len(only)
-        return int(await self._change(work, posts) or 0)
+        """Quarantine a batch, or only some positions of it; return the number that are complete."""
+        work = lambda store: store.quarantine(batch, reason, only)  # noqa: E731 - as the others
+        count = batch.payloads if only is None else len(only)
+        return int(await self._change(work, count) or 0)
 
     def _change(self, work: Callable[[EventStore], Any], otherwise: Any) -> asyncio.Future[Any]:
-        """Change a batch, later if it is on a disk that does not work; then return `otherwise`."""
+        """Change a batch; if it is on a disk that fails, do it later and return `otherwise`."""
 
         def change(store: EventStore) -> Any:
             result = work(store)
@@ -190,7 +198,7 @@ class Spool:
             if self._disk is None and self._path is not None:
                 self._overflow.append(work)
                 return otherwise
-            return None  # it was evicted meanwhile
+            return None  # evicted meanwhile
 
         return self._do(change)
 
@@ -198,29 +206,29 @@ class Spool:
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         job = _Job(work, done)
         if self._path is None:
-            self._do_now(job)
+            self._perform_now(job)
         else:
             self._jobs.put(job)
         return done
 
-    def _answer(self, new: bool) -> asyncio.Future[bool]:
-        answer = self._answers[new] = asyncio.get_running_loop().create_future()
-        answer.set_result(new)
-        return answer
+    def _resolve(self, new: bool) -> asyncio.Future[bool]:
+        future = self._resolved[new] = asyncio.get_running_loop().create_future()
+        future.set_result(new)
+        return future
 
-    def _do_now(self, job: _Job) -> None:
+    def _perform_now(self, job: _Job) -> None:
         try:
-            _do_all([job], self.memory)
-        except Exception as e:  # noqa: BLE001 - a defect of ours must reach who waits
+            _perform_all([job], self.memory)
+        except Exception as e:  # noqa: BLE001 - unexpected errors must reach the caller
             job.error = e
         self._settle([job], self._evictions())
 
     def _expire_memory(self) -> None:
-        self._tidying = self._loop.call_later(EXPIRE_EVERY, self._expire_memory)
+        self._expiry_timer = self._loop.call_later(EXPIRE_EVERY, self._expire_memory)
         self._do(lambda store: store.expire(clock.now()))
 
     def _run(self) -> None:
-        """Do everything that is asked for, in the thread, until the end."""
+        """Perform jobs in the thread until the spool is closed."""
         several, ended = False, False
         while not ended:
             jobs, ended = self._next_jobs(gather=several)
@@ -230,7 +238,7 @@ class Spool:
             try:
                 self._recover()
                 self._perform(jobs)
-            except Exception as e:  # noqa: BLE001 - a defect of ours must reach those who wait
+            except Exception as e:  # noqa: BLE001 - unexpected errors must reach the callers
                 for job in jobs:
                     job.error = e
             self._in_loop(self._settle, jobs, self._evictions())
@@ -241,12 +249,12 @@ class Spool:
         self._in_loop(self._closed.set_result, None)
 
     def _log_losses(self) -> None:
-        lost = sum(left.posts for left in self.memory.backlog())
+        lost = sum(backlog.payloads for backlog in self.memory.backlog())
         if lost:
             _log.warning("%d posts of events could not be delivered and are lost", lost)
 
     def _next_jobs(self, *, gather: bool) -> tuple[list[_Job], bool]:
-        """Wait for something to do; return all of it, and whether it is the last."""
+        """Wait for jobs; return all that are queued, and whether they are the last."""
         jobs: list[_Job] = []
         due = self._expire_at if self.outage is None else min(self._expire_at, self._try_at)
         try:
@@ -261,26 +269,26 @@ class Spool:
         return jobs, True
 
     def _perform(self, jobs: Sequence[_Job]) -> None:
-        """Do all jobs in one transaction; in memory if the disk fails."""
-        tidy = time.monotonic() >= self._expire_at
-        if tidy:
+        """Perform jobs in one transaction; in memory if the disk fails."""
+        expire = time.monotonic() >= self._expire_at
+        if expire:
             self._expire_at = time.monotonic() + EXPIRE_EVERY
-        if not jobs and not tidy:
+        if not jobs and not expire:
             return
         if self._disk is not None:
             try:
                 with self._disk.transaction():
-                    _do_all(jobs, self._disk, tidy=tidy)
-                if tidy:
+                    _perform_all(jobs, self._disk, expire=expire)
+                if expire:
                     self._disk.shrink()
             except sqlite3.Error as e:
                 self._begin_outage(e)
             else:
                 return
-        _do_all(jobs, self.memory, tidy=tidy)
+        _perform_all(jobs, self.memory, expire=expire)
 
     def _recover(self) -> None:
-        """Open the file if it is not open and the time has come; what is in memory moves there."""
+        """Open the file if it is closed and a retry is due, and move the memory's content to it."""
         if self._path is None or self._disk is not None or time.monotonic() < self._try_at:
             return
         disk = None
@@ -301,13 +309,14 @@ class Spool:
         self._disk = disk
         self._overflow.clear()
         self.memory = MemoryStore(self._limits)
-        self._in_loop(self._loop.call_soon, self.on_backlog, backlog)  # likewise
+        # `call_soon` lets the consequences of results that are settled already come first.
+        self._in_loop(self._loop.call_soon, self.on_backlog, backlog)
         if self.outage is not None:
             _log.info("Events are kept on disk again")
         self.outage = None
 
     def _begin_outage(self, error: Exception) -> None:
-        """Continue in memory, and say so once."""
+        """Continue in memory, and log it once."""
         disk, self._disk = self._disk, None
         self._try_at = time.monotonic() + self._retry
         if disk is not None:
@@ -352,16 +361,16 @@ class Spool:
             self.on_evicted(evicted)
 
     def _in_loop(self, call: Callable[..., object], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended without us
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
             self._loop.call_soon_threadsafe(call, *arguments)
 
 
-def _do_all(jobs: Sequence[_Job], store: EventStore, *, tidy: bool = False) -> None:
-    if tidy:
+def _perform_all(jobs: Sequence[_Job], store: EventStore, *, expire: bool = False) -> None:
+    if expire:
         store.expire(clock.now())
-    posts = [job for job in jobs if isinstance(job.work, EventPayload)]
-    verdicts = store.add([job.work for job in posts if isinstance(job.work, EventPayload)])
-    for job, verdict in zip(posts, verdicts, strict=True):
+    additions = [job for job in jobs if isinstance(job.work, EventPayload)]
+    verdicts = store.add([job.work for job in additions if isinstance(job.work, EventPayload)])
+    for job, verdict in zip(additions, verdicts, strict=True):
         job.value = verdict
     for job in jobs:
         if not isinstance(job.work, EventPayload):
@@ -369,7 +378,7 @@ def _do_all(jobs: Sequence[_Job], store: EventStore, *, tidy: bool = False) -> N
 
 
 def _prepare(path: Path) -> None:
-    """Make the directory and the file; SQLite makes its others as private as this one."""
+    """Create the directory and the file; SQLite gives its other files the same permissions."""
     make_directory(path.parent)
     os.close(open_private(path, os.O_RDWR | os.O_CREAT))
 

@@ -1,4 +1,4 @@
-"""Posts that wait and the batches made of them: what the stores in memory and on disk share."""
+"""Batches, limits and the contract of event stores: the parts shared by memory and disk."""
 
 from __future__ import annotations
 
@@ -12,51 +12,51 @@ import msgspec
 from relay.model.event import EventPayload, Partition
 
 MAX_BATCH = 1024 * 1024
-"""Bytes of the posts of one batch, unless it is one post: what upstream surely takes at once, as
-SDKs send as much when they are busy, and little to send again."""
+"""Maximum size in bytes of the payloads of one batch; a larger payload is a batch of its own.
+Upstream certainly accepts as much, as busy SDKs send as much, and it is cheap to send again."""
 
-MAX_POSTS = 1000
-"""Posts of one batch."""
+MAX_PAYLOADS = 1000
+"""Maximum number of payloads in one batch."""
 
 
 MAX_QUARANTINE = 16 * 1024 * 1024
-"""Bytes of posts that upstream rejects and that are kept for people to look at."""
+"""Maximum size in bytes of the quarantine: rejected payloads, kept for inspection."""
 
-POST_OVERHEAD = 256
-"""Bytes that a post needs beside its body."""
+PAYLOAD_OVERHEAD = 256
+"""Bytes that a payload needs beside its body."""
 
 _SPLITS = uuid.UUID("6b0f5f0e-3c56-4d0e-9c1e-6a1f8f2f7a54")
-"""Names of halves are derived below it: the same halves have the same ids, whoever splits."""
+"""Namespace of the ids of halves: the same halves get the same ids, even after a restart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Posts of one lane that go upstream in one request; once fixed, it never changes.
+    """Payloads of one partition that go upstream in one request; once fixed, it never changes.
 
     Args:
-        partition: whose posts.
-        payload_id: tells upstream that it has the batch already.
-        posts: how many.
-        oldest: when the first of them came, in Unix seconds.
-        more: whether others may wait behind it since before it was fixed.
+        partition: partition of all its payloads.
+        payload_id: id by which upstream recognises a repeated batch.
+        payloads: number of payloads.
+        oldest: time of arrival of the first one, in Unix seconds.
+        more: True if other payloads may have been waiting when it was fixed.
     """
 
     partition: Partition
     payload_id: str
-    posts: int
+    payloads: int
     oldest: float
     more: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much may wait, and how long; the oldest goes first.
+    """Limits of size and age; beyond them the oldest payloads are evicted.
 
     Args:
-        disk: bytes on disk.
-        memory: bytes while there is no disk.
-        age: seconds that events are worth delivering.
-        diagnostic_age: the same of diagnostics.
+        disk: maximum size on disk, in bytes.
+        memory: maximum size while there is no disk, in bytes.
+        age: seconds for which events are worth delivering.
+        diagnostic_age: the same for diagnostics.
     """
 
     disk: int = 1024**3
@@ -64,66 +64,72 @@ class Limits:
     age: float = 7 * 86400.0
     diagnostic_age: float = 3600.0
 
-    def age_in(self, lane: Partition) -> float:
-        """Return the seconds that the posts of a lane are worth delivering."""
-        return self.diagnostic_age if lane.endpoint.diagnostic else self.age
+    def age_in(self, partition: Partition) -> float:
+        """Return the seconds for which payloads of a partition are worth delivering."""
+        return self.diagnostic_age if partition.endpoint.diagnostic else self.age
 
 
 class Backlog(NamedTuple):
-    """What waits in a lane."""
+    """Number of payloads waiting in a partition, and the time of arrival of the oldest."""
 
     partition: Partition
-    posts: int
+    payloads: int
     oldest: float
 
 
 class EventStore(Protocol):
-    """Where posts wait. What is done to a batch gives None if the store does not know it."""
+    """Queues of payloads, one for each partition.
 
-    # Suspects are batches that were put aside: the others go before them.
+    Operations on a batch return None if the store does not have it.
+    """
 
-    def add(self, posts: Sequence[EventPayload], /) -> list[bool]:
-        """Take posts; return of each whether it is new. Its payload id may be known already."""
+    # Suspects are batches that were put aside: the others are delivered before them.
+
+    def add(self, payloads: Sequence[EventPayload], /) -> list[bool]:
+        """Store payloads; return for each whether it is new, that is, not a known id."""
 
     def take(
-        self, lane: Partition, /, *, suspects: bool = False
+        self, partition: Partition, /, *, suspects: bool = False
     ) -> tuple[Batch, list[bytes]] | None:
-        """Return the next batch of a lane and its bodies, fixed now or before; None without.
+        """Return the next batch of a partition and its bodies; None if nothing is waiting.
+
+        The batch stays in the store: until it is finished, split, put aside or quarantined, it is
+        returned again, unchanged.
 
         Args:
-            lane: whose.
-            suspects: prefer those that were put aside; of them the one put aside first.
+            partition: partition to deliver.
+            suspects: prefer suspects, the one first that was put aside first.
         """
 
     def finish(self, batch: Batch, /) -> int | None:
-        """Forget a batch; return the posts that are done with."""
+        """Remove a batch; return the number of payloads that are complete."""
 
     def split(self, batch: Batch, /) -> bool | None:
-        """Fix two halves in place of a batch; return whether it has two."""
+        """Replace a batch by its halves; return False if it cannot be split."""
 
     def put_aside(self, batch: Batch, /) -> bool | None:
-        """Let the others go before a batch; return whether others than suspects wait."""
+        """Make a batch a suspect; return whether anything but suspects is waiting."""
 
     def quarantine(
         self, batch: Batch, reason: str, only: Sequence[int] | None = None, /
     ) -> int | None:
-        """Keep posts of a batch for people to look at; return how many are done with.
+        """Move payloads of a batch to the quarantine; return the number that are complete.
 
         Args:
-            batch: whose posts.
-            reason: for people.
-            only: places in the batch; None for all. The others keep its id.
+            batch: batch of the payloads.
+            reason: explanation for people.
+            only: positions in the batch; None for all. The others keep the batch's id.
         """
 
     def expire(self, now: float, /) -> None:
-        """Remove what is too old."""
+        """Evict payloads that are too old."""
 
     def backlog(self) -> list[Backlog]:
-        """Return the lanes in which something waits."""
+        """Return the backlog of each partition that is not empty."""
 
 
 def fitting(sizes: Sequence[int]) -> int:
-    """Return how many of the first posts go into one batch: at least one."""
+    """Return how many of the first payloads fit into one batch: at least one."""
     total = 0
     for count, size in enumerate(sizes):
         total += size
@@ -133,12 +139,12 @@ def fitting(sizes: Sequence[int]) -> int:
 
 
 def max_payloads(partition: Partition) -> int:
-    """Return how many posts of a lane may go together; diagnostics never do."""
-    return 1 if partition.endpoint.diagnostic else MAX_POSTS
+    """Return the maximum number of payloads in a batch; diagnostics are never joined."""
+    return 1 if partition.endpoint.diagnostic else MAX_PAYLOADS
 
 
 def batch_id(payload_ids: Sequence[str]) -> str:
-    """Return the id of a new batch, from those of its members: one alone keeps its own."""
+    """Return the id of a new batch; a payload alone keeps its own."""
     return (len(payload_ids) == 1 and payload_ids[0]) or str(uuid.uuid4())
 
 
@@ -148,7 +154,7 @@ def half_ids(payload_id: str) -> tuple[str, str]:
 
 
 def elements(body: bytes) -> list[bytes] | None:
-    """Return the texts of the elements of an array; None if it is not one."""
+    """Return the texts of the elements of a JSON array; None if the body is not one."""
     try:
         return [bytes(raw) for raw in msgspec.json.decode(body, type=list[msgspec.Raw])]
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -156,7 +162,7 @@ def elements(body: bytes) -> list[bytes] | None:
 
 
 def part(body: bytes, start: int, stop: int | None) -> bytes:
-    """Return an array with the elements of a post from `start` to `stop`; all of it without."""
+    """Return an array of the elements from `start` to `stop`; the whole body without a stop."""
     if stop is None:
         return body
     return b"[" + b",".join((elements(body) or [])[start:stop]) + b"]"
@@ -165,9 +171,9 @@ def part(body: bytes, start: int, stop: int | None) -> bytes:
 def halves(
     partition: Partition, body: bytes, start: int, stop: int | None
 ) -> tuple[int, int, int] | None:
-    """Return where the two halves of a part of a post begin and end; None if it has no two."""
-    found = None if partition.endpoint.diagnostic else elements(body)
-    if found is None:
+    """Return start, middle and end of a part of a payload; None if it cannot be split."""
+    texts = None if partition.endpoint.diagnostic else elements(body)
+    if texts is None:
         return None
-    end = len(found) if stop is None else stop
+    end = len(texts) if stop is None else stop
     return None if end - start < 2 else (start, (start + end) // 2, end)  # noqa: PLR2004 - halves

@@ -1,4 +1,4 @@
-"""What the relay tells LaunchDarkly of its own use (events 5.7): connections are billed by it."""
+"""Reports of the relay's own use to LaunchDarkly, which bills connections by them (events 5.7)."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from relay.model.metrics import MetricValue
 from relay.telemetry.traffic import RequestMetrics, Series, label_value
 
 INTERVAL = 60.0
-"""Seconds between two reports of an environment that has something to report."""
+"""Seconds between two reports of an environment; one without traffic is not reported."""
 
 SCHEMA = 4
 
 _POLLS = frozenset({"/sdk/flags", "/sdk/flags/{key}", "/sdk/segments/{key}", "/sdk/latest-all"})
 
 Client = tuple[str, str]
-"""User agent and platform."""
+"""User agent and platform of a client."""
 
 
 class UsageReporter:
-    """Reports streams and polls of each environment.
+    """Reports the streams and polls of each environment.
 
     Args:
-        environments: their names.
-        traffic: what both doors have counted.
-        accept: takes a report for delivery.
+        environments: names of the environments.
+        traffic: request counts of the fast path and the application.
+        accept: accepts a report for delivery, as `Forwarder.accept`.
         interval: seconds between two reports.
     """
 
@@ -48,7 +48,7 @@ class UsageReporter:
         self._interval = interval
         self._relay_id = str(uuid.uuid4())
         self._polls: Mapping[str, Counter[Client]] = {}
-        """What the last report knew."""
+        """Poll counts at the last report."""
 
     async def run(self) -> None:
         """Report until cancelled."""
@@ -56,37 +56,39 @@ class UsageReporter:
         while True:
             await asyncio.sleep(self._interval)
             ended = time.monotonic()
-            posts = self.posts(time.time(), ended - begun)
+            payloads = self.collect(time.time(), ended - begun)
             begun = ended
-            for post in posts:
-                await self._accept(post)
+            for payload in payloads:
+                await self._accept(payload)
 
-    def posts(self, now: float, lasted: float) -> list[EventPayload]:
-        """Return what is to be reported, and begin a new period.
+    def collect(self, now: float, lasted: float) -> list[EventPayload]:
+        """Return the reports of the period that ends, and begin a new one.
 
         Args:
-            now: Unix seconds.
-            lasted: seconds of the period that ends, whatever was done to the clock meanwhile.
+            now: the system's time in Unix seconds.
+            lasted: length of the period in seconds, by a clock that is never corrected.
         """
         polls = _by_environment(self._traffic.requests, _POLLS)
         open_now = _by_environment(self._traffic.streams)
         opened = _by_environment(self._traffic.new_streams)
         period = {"startDate": round((now - lasted) * 1000), "endDate": round(now * 1000)}
-        posts = []
+        payloads = []
         for name in self._environments:
             new_polls = polls.get(name, Counter()) - self._polls.get(name, Counter())
             lists = {
-                "connections": _listed("current", open_now.get(name, Counter())),
-                "newConnections": _listed("count", opened.get(name, Counter())),
-                "pollingCounts": _listed("count", new_polls),
+                "connections": _list_clients("current", open_now.get(name, Counter())),
+                "newConnections": _list_clients("count", opened.get(name, Counter())),
+                "pollingCounts": _list_clients("count", new_polls),
             }
-            said = {member: clients for member, clients in lists.items() if clients}
-            if said:
-                event = {"kind": "relayMetrics", "relayId": self._relay_id, **period, **said}
-                lane = Partition(name, EventsEndpoint.BULK, SCHEMA)
-                posts.append(EventPayload(lane, str(uuid.uuid4()), orjson.dumps([event]), now))
+            members = {member: clients for member, clients in lists.items() if clients}
+            if members:
+                event = {"kind": "relayMetrics", "relayId": self._relay_id, **period, **members}
+                partition = Partition(name, EventsEndpoint.BULK, SCHEMA)
+                payloads.append(
+                    EventPayload(partition, str(uuid.uuid4()), orjson.dumps([event]), now)
+                )
         self._polls = polls
-        return posts
+        return payloads
 
 
 def _by_environment(
@@ -100,9 +102,9 @@ def _by_environment(
     return sums
 
 
-def _listed(what: str, clients: Counter[Client]) -> list[dict[str, object]]:
+def _list_clients(member: str, clients: Counter[Client]) -> list[dict[str, object]]:
     return [
-        {"userAgent": agent, "platformCategory": platform, what: number}
+        {"userAgent": agent, "platformCategory": platform, member: number}
         for (agent, platform), number in clients.items()
         if number > 0
     ]

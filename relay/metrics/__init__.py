@@ -1,1 +1,1 @@
-"""The metrics of the relay, declared once."""
+"""Metrics of the relay, declared in one table."""

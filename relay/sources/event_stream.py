@@ -1,4 +1,4 @@
-"""An event stream that reconnects for ever, whatever its messages mean."""
+"""An event stream that reconnects forever, independent of the protocol of its messages."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import aiohttp
 from relay.aio import run_in_slices, wait_for
 from relay.backoff import Backoff, SourceTimings
 from relay.errors import ErrorKind, InvalidData, UpstreamRefused, UpstreamUnavailable
-from relay.model.credential import SDKKey
+from relay.model.credential import SDKKey, masked_url
 from relay.model.payload import ChangeSet
 from relay.protocol.sse import Decoder, Event
 from relay.sources import Interrupted, Update, UpToDate
 from relay.upstream import Upstream
 
-Understand = Callable[[Event], Generator[None, None, ChangeSet | None]]
-"""Finds out in steps what a message changes, or None; raises `InvalidData` if the message is
-broken."""
+Interpret = Callable[[Event], Generator[None, None, ChangeSet | None]]
+"""Converts a message into a change set, in steps; None if it changes nothing. Raises `InvalidData`
+if the message is broken."""
 
 
 class EventStream:
-    """A data source: one stream of upstream, opened again whenever it ends.
+    """Data source for one upstream event stream; reopens the stream whenever it ends.
 
     Args:
-        upstream: the session.
-        url: of the stream.
-        key: what opens it.
-        understand: gives messages their meaning.
-        times: waiting times.
+        upstream: the HTTP session.
+        url: URL of the stream.
+        key: the SDK key to authenticate with.
+        interpret: converts messages into change sets.
+        timings: delays and timeouts.
     """
 
     def __init__(
@@ -40,62 +40,66 @@ class EventStream:
         upstream: Upstream,
         url: str,
         key: SDKKey,
-        understand: Understand,
-        times: SourceTimings,
+        interpret: Interpret,
+        timings: SourceTimings,
     ) -> None:
         self._upstream = upstream
         self._url = url
         self._key = key
-        self._understand = understand
-        self._times = times
-        self._again = asyncio.Event()
+        self._interpret = interpret
+        self._timings = timings
+        self._retry_now = asyncio.Event()
         self._response: aiohttp.ClientResponse | None = None
         self._last_id = ""
 
+    def __repr__(self) -> str:
+        state = "disconnected" if self._response is None else "connected"
+        return f"<{type(self).__name__} {masked_url(self._url, 'xxxxx')} {state}>"
+
     def resync(self) -> None:
-        """Connect anew now: a stream begins with all data."""
-        self._again.set()
+        """Reconnect now: a new stream begins with all data."""
+        self._retry_now.set()
         if self._response is not None:
             self._response.close()
 
     def check(self, *, reconnect: bool = False) -> None:
-        """Connect now if there is no connection; else news come by themselves, unless in doubt."""
+        """Connect now if disconnected; a healthy stream is replaced only if `reconnect`."""
         if self._response is None:
-            self._again.set()
+            self._retry_now.set()
         elif reconnect:
             self.resync()
 
     async def updates(self) -> AsyncGenerator[Update, None]:
-        """Yield what the stream brings, and how it stands, until cancelled."""
-        schedule = Backoff(self._times)
+        """Yield changes, confirmations and interruptions until cancelled."""
+        backoff = Backoff(self._timings)
         while True:
-            self._again.clear()
+            self._retry_now.clear()
             try:
-                async with aclosing(self._connection(schedule)) as updates:
+                async with aclosing(self._connection(backoff)) as updates:
                     async for update in updates:
                         yield update
             except (UpstreamUnavailable, InvalidData) as e:
                 error = e
-            if self._again.is_set():
+            if self._retry_now.is_set():
                 continue
             refused = isinstance(error, UpstreamRefused)
-            delay = schedule.failed(time.monotonic(), random.random(), refused=refused)  # noqa: S311 - jitter
+            delay = backoff.failed(time.monotonic(), random.random(), refused=refused)  # noqa: S311 - jitter
             yield interruption("stream connection", error, delay)
-            await wait_for(self._again, delay)
+            await wait_for(self._retry_now, delay)
 
-    async def _connection(self, schedule: Backoff) -> AsyncGenerator[Update, None]:
-        """Yield what one connection brings; it ends by raising."""
+    async def _connection(self, backoff: Backoff) -> AsyncGenerator[Update, None]:
+        """Yield the updates of one connection, which always ends by raising."""
         async with self._upstream.get(
             self._url,
             self._key,
             accept="text/event-stream",
-            read_timeout=self._times.read_timeout,
+            read_timeout=self._timings.read_timeout,
             headers={"Last-Event-Id": self._last_id} if self._last_id else None,
         ) as response:
-            _demand_event_stream(response)
+            _require_event_stream(response)
             self._response = response
             try:
-                async with aclosing(self._messages(response, schedule)) as updates:
+                async with aclosing(self._messages(response, backoff)) as updates:
                     async for update in updates:
                         yield update
             finally:
@@ -103,34 +107,37 @@ class EventStream:
         raise UpstreamUnavailable(ErrorKind.NETWORK_ERROR, "the server closed the stream")
 
     async def _messages(
-        self, response: aiohttp.ClientResponse, schedule: Backoff
+        self, response: aiohttp.ClientResponse, backoff: Backoff
     ) -> AsyncGenerator[Update, None]:
         decoder = Decoder()
-        told = None  # when we last yielded; None until this connection has delivered
+        last_yield = None  # monotonic; None until this connection has delivered
         async for chunk in response.content.iter_any():
             for event in decoder.feed(chunk):
-                changes = await run_in_slices(self._understand(event))
+                changes = await run_in_slices(self._interpret(event))
                 self._last_id = event.id
                 if changes is not None:
-                    told = time.monotonic()
+                    last_yield = time.monotonic()
                     if changes.full:
-                        schedule.succeeded(told)
+                        backoff.succeeded(last_yield)
                     yield changes
-            schedule.asked_for(decoder.retry)
-            # Heartbeats, too, show that the data are current, once there are some.
-            if told is not None and time.monotonic() - told >= self._times.confirm_every:
-                told = time.monotonic()
+            backoff.set_first_delay(decoder.retry)
+            # Heartbeats confirm the data, too, once there is some.
+            if (
+                last_yield is not None
+                and time.monotonic() - last_yield >= self._timings.confirm_every
+            ):
+                last_yield = time.monotonic()
                 yield UpToDate()
 
 
-def _demand_event_stream(response: aiohttp.ClientResponse) -> None:
+def _require_event_stream(response: aiohttp.ClientResponse) -> None:
     if response.content_type != "text/event-stream":
         reason = "the answer is not an event stream"
         raise UpstreamUnavailable(ErrorKind.ERROR_RESPONSE, reason, response.status)
 
 
 def interruption(what: str, error: UpstreamUnavailable | InvalidData, delay: float) -> Interrupted:
-    """Return what a source yields for an error after which it tries again in `delay` seconds."""
+    """Return the update for an error after which the source retries in `delay` seconds."""
     if isinstance(error, InvalidData):
         return Interrupted(ErrorKind.INVALID_DATA, f"Error in {what} (will retry): {error}")
     if isinstance(error, UpstreamRefused):

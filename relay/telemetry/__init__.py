@@ -1,1 +1,1 @@
-"""The relay seen from outside: log lines, counters, the process's own figures."""
+"""Log lines, request counts, and metrics of the process."""

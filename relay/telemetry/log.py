@@ -1,7 +1,7 @@
-"""Where log lines go and how they look (status 8.3). What is logged is decided where it happens.
+"""Format and destination of log lines (status 8.3).
 
-Lines are written by a thread of their own from a bounded queue: a reader of our output that stalls,
-a broken pipe or a full disk costs lines, which are counted, and never the relay.
+A thread writes the lines from a bounded queue: a reader that stalls, a broken pipe or a full disk
+costs lines, which are counted, but never delays the relay.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ LEVELS: Final = {
     "error": logging.ERROR,
     "none": logging.CRITICAL + 1,
 }
-"""The levels of the configuration."""
+"""Levels of `logging` by their names in the configuration."""
 
 WAITING_LINES = 10_000
-"""Lines that may wait for a slow reader: a few megabytes; further ones are dropped and counted."""
+"""Maximum number of queued lines, a few megabytes; further ones are dropped and counted."""
 
 CLOSE_LIMIT = 1.0
-"""Seconds that the last lines have at the end of the process."""
+"""Time limit in seconds for writing the last lines at the end of the process."""
 
 SHORTEST_SECRET = 6
-"""Characters from which a secret is looked for in lines: shorter ones would mask ordinary words."""
+"""Minimum length of a secret that is masked: shorter ones would mask ordinary words."""
 
 STDOUT, STDERR = 1, 2
 
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
-"""What lines are given to."""
+"""Logger of the process or of an environment."""
 
 
 class EnvironmentLog(logging.LoggerAdapter[logging.Logger]):
-    """The log of one environment: its lines carry its name, and the mask of its SDK key."""
+    """Log of one environment: its records have its name and its masked SDK key."""
 
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
     ) -> tuple[Any, MutableMapping[str, Any]]:
-        """Add the environment to what the caller passes."""
+        """Add the environment to the record's extra attributes."""
         return msg, {**kwargs, "extra": {**(self.extra or {}), **(kwargs.get("extra") or {})}}
 
 
@@ -55,39 +55,39 @@ def environment_log(name: str, masked_key: str) -> EnvironmentLog:
     """Return the log of an environment.
 
     Args:
-        name: its display name.
-        masked_key: the mask of its SDK key, such as `...abcd`.
+        name: display name of the environment.
+        masked_key: masked SDK key, such as `...abcd`.
     """
     logger = logging.getLogger(f"relay.env.{name}")
     return EnvironmentLog(logger, {"environment": name, "masked_key": masked_key})
 
 
 class TextFormatter(logging.Formatter):
-    """Lines for people, exactly as the reference writes them."""
+    """Formats text lines exactly like ld-relay."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, and below it the traceback if there is one."""
+        """Return the line, followed by the traceback if there is one."""
         key = getattr(record, "masked_key", "")
         prefix = f"[env: {key}] " if key else ""
         message = one_line(prefix + record.getMessage())
-        line = f"{_local_time(record.created)} {_level(record)}: {message}"
+        line = f"{_local_time(record.created)} {_level_name(record)}: {message}"
         if not record.exc_info:
             return line
-        # Indented: no text of an exception looks like a line of its own.
+        # Indented, so that no exception's text can look like a log line.
         traceback = self.formatException(record.exc_info).split("\n")
         return "\n    ".join((line, *map(one_line, traceback)))
 
 
 class JSONFormatter(logging.Formatter):
-    """One object per line, for log collectors. `time` is UTC."""
+    """Formats one JSON object per line, for log collectors; `time` is UTC."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the object."""
+        """Return the text of the object."""
         micros = int(record.created % 1 * 1e6)
         utc = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         fields = {
             "time": f"{utc}.{micros:06d}Z",
-            "level": _level(record).lower(),
+            "level": _level_name(record).lower(),
             "logger": record.name,
             "environment": getattr(record, "environment", None),
             "message": record.getMessage(),
@@ -101,19 +101,19 @@ def _local_time(created: float) -> str:
     return f"{text}.{int(created % 1 * 1e6):06d}"
 
 
-def _level(record: logging.LogRecord) -> str:
+def _level_name(record: logging.LogRecord) -> str:
     if record.levelno >= logging.ERROR:
         return "ERROR"
     return "WARN" if record.levelno == logging.WARNING else record.levelname
 
 
 class LogHandler(logging.Handler):
-    """The end of all logs: masks secrets, and hands lines to the thread that writes them.
+    """Handler of all records: masks secrets and queues the lines for the thread that writes them.
 
     Args:
-        secrets: texts that must not appear; the last line of defence.
-        stdout: descriptor for lines up to WARN.
-        stderr: descriptor for ERROR.
+        secrets: texts to mask wherever they appear, as the last line of defence.
+        stdout: file descriptor for lines up to WARN.
+        stderr: file descriptor for ERROR.
     """
 
     def __init__(
@@ -121,53 +121,56 @@ class LogHandler(logging.Handler):
     ) -> None:
         super().__init__()
         self.lost = 0
-        """Lines that nobody could be given."""
-        known = {s for s in secrets if len(s) >= SHORTEST_SECRET}
-        shown = {form for secret in known for form in _forms(secret)}
+        """Number of lines that could not be written."""
+        long_enough = {s for s in secrets if len(s) >= SHORTEST_SECRET}
+        spellings = {text for secret in long_enough for text in _spellings(secret)}
         # Longest first: one secret may be the beginning of another.
-        self._secrets = sorted(shown, key=len)[::-1]
+        self._secrets = sorted(spellings, key=len)[::-1]
         self._stdout, self._stderr = stdout, stderr
-        self._waiting: queue.Queue[tuple[int, bytes] | None] = queue.Queue(WAITING_LINES)
-        self._writer = threading.Thread(target=self._write_all, name="log", daemon=True)
+        self._queue: queue.Queue[tuple[int, bytes] | None] = queue.Queue(WAITING_LINES)
+        self._writer = threading.Thread(target=self._write_queued, name="log", daemon=True)
         self._writer.start()
 
+    def __repr__(self) -> str:
+        return f"<LogHandler: {self._queue.qsize()} lines queued, {self.lost} lost>"
+
     def emit(self, record: logging.LogRecord) -> None:
-        """Put a line in the queue, or count it as lost."""
+        """Queue a line, or count it as lost."""
         target = self._stderr if record.levelno >= logging.ERROR else self._stdout
         try:
-            line = self._masked(self.format(record))
-            self._waiting.put_nowait((target, f"{line}\n".encode(errors="replace")))
+            line = self._mask(self.format(record))
+            self._queue.put_nowait((target, f"{line}\n".encode(errors="replace")))
         except queue.Full:
             self.lost += 1
-        except Exception:  # noqa: BLE001 - a line that cannot be formatted must not stop its author
+        except Exception:  # noqa: BLE001 - a bad record must not raise in its caller
             self.lost += 1
 
     def close(self) -> None:
-        """Write what waits, for a bounded time, and end the thread."""
+        """Write the queued lines, within a time limit, and end the thread."""
         try:
-            self._waiting.put(None, timeout=CLOSE_LIMIT)
+            self._queue.put(None, timeout=CLOSE_LIMIT)
             self._writer.join(CLOSE_LIMIT)
         except queue.Full:
-            self.lost += self._waiting.qsize()
+            self.lost += self._queue.qsize()
         super().close()
 
-    def _masked(self, line: str) -> str:
+    def _mask(self, line: str) -> str:
         for secret in self._secrets:
             line = line.replace(secret, f"...{secret[-4:]}")
         return line
 
-    def _write_all(self) -> None:
-        while (entry := self._waiting.get()) is not None:
+    def _write_queued(self) -> None:
+        while (entry := self._queue.get()) is not None:
             try:
                 _write(*entry)
             except OSError:
                 self.lost += 1
 
 
-def _forms(secret: str) -> Iterator[str]:
-    """Yield how a secret may stand in a line: as it is, and as texts and objects are written."""
-    for form in (secret, repr(secret)[1:-1]):
-        yield from (form, one_line(form), json.dumps(form)[1:-1])
+def _spellings(secret: str) -> Iterator[str]:
+    """Yield the spellings of a secret in lines: plain, and escaped by `repr`, text or JSON."""
+    for text in (secret, repr(secret)[1:-1]):
+        yield from (text, one_line(text), json.dumps(text)[1:-1])
 
 
 def _write(target: int, line: bytes) -> None:
@@ -176,20 +179,20 @@ def _write(target: int, line: bytes) -> None:
 
 
 def lost_lines() -> int:
-    """Return the number of lines that the outputs in use could not give to anybody."""
+    """Return the number of lines that the current handlers could not write."""
     handlers = logging.getLogger().handlers
     return sum(handler.lost for handler in handlers if isinstance(handler, LogHandler))
 
 
 def set_up(level: str, line_format: str, output: LogHandler) -> None:
-    """Send all logs to `output`, in place of where they went.
+    """Send all records to `output`, and to no other handler.
 
-    Libraries' lines appear from WARN on, and never below the relay's own level.
+    Libraries are logged from WARN on, and never below the relay's own level.
 
     Args:
-        level: of the relay's lines: a key of `LEVELS`.
+        level: level of the relay's own records, a key of `LEVELS`.
         line_format: `text` or `json`.
-        output: where lines go; the caller closes it.
+        output: handler of the records; the caller closes it.
     """
     output.setFormatter(JSONFormatter() if line_format == "json" else TextFormatter())
     root = logging.getLogger()
@@ -199,5 +202,5 @@ def set_up(level: str, line_format: str, output: LogHandler) -> None:
 
 
 def set_environment_level(name: str, level: str) -> None:
-    """Give the lines of an environment a level of their own."""
+    """Set the level of one environment's log."""
     logging.getLogger(f"relay.env.{name}").setLevel(LEVELS[level])

@@ -1,7 +1,8 @@
-"""What is asked of the relay: counts, and at level debug a line for each request (status 8.2, 8.3).
+"""Counts of requests and streams, and the access log at level debug (status 8.2, 8.3).
 
-Both doors feed it. Counting costs an addition; lines are made only if the level was debug when the
-process started. They hold neither keys nor contexts nor queries, unlike the reference's.
+Fed by the fast path and the application. Counting costs one addition; requests are logged only if
+the level was debug at the start of the process. Unlike ld-relay's, the lines have neither keys nor
+contexts nor queries.
 """
 
 from __future__ import annotations
@@ -16,62 +17,62 @@ from relay.model.metrics import MetricValue
 from relay.telemetry.redaction import _CREDENTIAL, _masked
 
 MAX_USER_AGENTS = 64
-"""Kinds of clients that are counted apart, far more than a site has SDKs and versions of them. Of
-all further ones, as when somebody makes names up, there is only one count."""
+"""Maximum number of user agents with counts of their own: far more than a site has SDKs and their
+versions. Further ones, such as made-up names, share the label `OTHER`."""
 
 MAX_USER_AGENT = 80
-"""Characters of a client's name that tell it apart."""
+"""Length in characters to which user agents are truncated."""
 
 OTHER = "other"
-"""The name of the clients beyond."""
+"""Label of the user agents beyond `MAX_USER_AGENTS`."""
 
 
 _log = logging.getLogger("relay.traffic")
 
 
 class Series(NamedTuple):
-    """What is counted apart. There is a bound on the number of each of these."""
+    """Labels of a count; each has a bounded number of values."""
 
     environment: str
-    """Its display name."""
+    """Display name of the environment."""
     route: str
-    """The template, such as `/sdk/flags/{key}`."""
+    """Template of the path, such as `/sdk/flags/{key}`."""
     method: str
     platform: str
-    """`server`, `mobile` or `browser`: whose credential opens the route."""
+    """`server`, `mobile` or `browser`, by the kind of the route's credential."""
     user_agent: str = ""
-    """As `RequestMetrics.user_agent` gives it; empty if the client has no name."""
+    """As returned by `RequestMetrics.user_agent`; empty if the client has no name."""
 
 
 Counts = defaultdict[Series, MetricValue]
 
 
 class RequestMetrics:
-    """Counts of requests and streams since the start, and of the streams that are open."""
+    """Counts of requests and streams since the start, and of open streams."""
 
     def __init__(self) -> None:
         self.requests: Counts = defaultdict(MetricValue)
-        """Requests that passed the choice of the environment, streams included."""
+        """Requests whose credential was accepted, streams included."""
         self.new_streams: Counts = defaultdict(MetricValue)
-        """Streams that were opened."""
+        """Streams opened since the start."""
         self.streams: Counts = defaultdict(MetricValue)
-        """Streams that are open."""
+        """Open streams."""
         self.unusable: Counter[str] = Counter()
-        """Posts and events of SDKs that could not be used, by environment."""
+        """Unusable event payloads, and malformed events of old schemas, by environment."""
         self.discarded: Counter[str] = Counter()
-        """Posts of SDKs that were dropped, as nobody is there to deliver them to."""
+        """Event payloads dropped for want of an upstream to deliver them to, by environment."""
         self._user_agents: set[str] = set()
         self.logs = _log.isEnabledFor(logging.DEBUG)
-        """Whether each request is logged."""
+        """True if each request is logged; fixed at the start."""
 
     def user_agent(self, own: bytes, general: bytes) -> str:
-        """Return the name under which a client is counted.
+        """Return the label of a client's user agent.
 
         Args:
-            own: the header `X-LaunchDarkly-User-Agent`, empty if there is none; it comes first.
+            own: the header `X-LaunchDarkly-User-Agent`, empty if there is none; takes precedence.
             general: the header `User-Agent`, empty if there is none.
         """
-        name = _readable((own or general)[:MAX_USER_AGENT])
+        name = _printable((own or general)[:MAX_USER_AGENT])
         if name not in self._user_agents:
             if len(self._user_agents) >= MAX_USER_AGENTS:
                 return OTHER
@@ -80,18 +81,18 @@ class RequestMetrics:
 
 
 def client_label(traffic: RequestMetrics, headers: Mapping[bytes, bytes]) -> str:
-    """Return the name under which the client of a request at the front door is counted."""
+    """Return the label of the user agent of a request on the fast path."""
     own, general = headers.get(b"x-launchdarkly-user-agent", b""), headers.get(b"user-agent", b"")
     return traffic.user_agent(own, general)
 
 
 def label_value(value: str) -> str:
-    """Return a name as the reference writes it in figures (status 8.2)."""
+    """Return a label value with ld-relay's replacements (status 8.2)."""
     return value.replace("/", "_") or "_"
 
 
 def totals(counts: Mapping[Series, MetricValue]) -> Mapping[str, int]:
-    """Return the sum for each environment."""
+    """Return the sums of counts by environment."""
     sums: defaultdict[str, int] = defaultdict(int)
     for series, count in counts.items():
         sums[series.environment] += count.value
@@ -99,7 +100,7 @@ def totals(counts: Mapping[Series, MetricValue]) -> Mapping[str, int]:
 
 
 @lru_cache(maxsize=2 * MAX_USER_AGENTS)
-def _readable(user_agent: bytes) -> str:
-    """Return a client's name as one short line without credentials."""
+def _printable(user_agent: bytes) -> str:
+    """Return a user agent as printable text with masked credentials."""
     text = "".join(c if c.isprintable() else "?" for c in user_agent.decode("latin-1").strip())
     return _CREDENTIAL.sub(lambda match: _masked(match[0]), text)

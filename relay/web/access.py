@@ -1,4 +1,4 @@
-"""From a request's credential to its environment (endpoints 1.2)."""
+"""Resolve the credential of a request to its environment (endpoints 1.2)."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _BLANKS = b" \t"
 def for_sdk_key(
     relay: Relay, authorization: bytes, payload_filter: str
 ) -> Environment | PreparedResponse:
-    """Return the environment that an `Authorization` header opens as an SDK key, or the refusal."""
+    """Return the environment of the SDK key in an `Authorization` header, or the refusal."""
     return _by_header(relay.by_sdk_key, authorization, payload_filter)
 
 
 def for_mobile_key(
     relay: Relay, authorization: bytes, payload_filter: str
 ) -> Environment | PreparedResponse:
-    """Return the environment that an `Authorization` header opens as a mobile key, or the refusal.
+    """Return the environment of the mobile key in an `Authorization` header, or the refusal.
 
-    SDK keys and mobile keys are never accepted in each other's place.
+    SDK keys and mobile keys are never interchangeable.
     """
     return _by_header(relay.by_mobile_key, authorization, payload_filter)
 
@@ -38,7 +38,7 @@ def for_mobile_key(
 def for_environment_id(
     relay: Relay, environment_id: str, payload_filter: str
 ) -> Environment | PreparedResponse:
-    """Return the environment that a client-side ID in the path opens, or the refusal."""
+    """Return the environment of the client-side ID in a path, or the refusal."""
     environment = relay.by_environment_id.get(environment_id)
     return _filtered(environment, payload_filter) or UNKNOWN_ENVIRONMENT_ID
 
@@ -46,31 +46,32 @@ def for_environment_id(
 def for_client(
     relay: Relay, credential: bytes, payload_filter: str
 ) -> Environment | PreparedResponse:
-    """Return the environment that a mobile key or client-side ID opens, or the refusal.
+    """Return the environment of a mobile key or client-side ID, or the refusal.
 
-    This is how SDKs ask by the newer protocol (newer-versions 10.5).
+    FDv2 client-side SDKs authenticate this way (newer-versions 10.5).
     """
-    given = credential.strip(_BLANKS).decode("latin-1")
-    environment = relay.by_mobile_key.get(given) or relay.by_environment_id.get(given)
+    value = credential.strip(_BLANKS).decode("latin-1")
+    environment = relay.by_mobile_key.get(value) or relay.by_environment_id.get(value)
     return _filtered(environment, payload_filter) or UNKNOWN_CREDENTIAL
 
 
 def by_plain_key(
     environments: Mapping[str, Environment], headers: Mapping[bytes, bytes]
 ) -> Environment | None:
-    """Return the environment that a plain `Authorization` header opens, at the front door.
+    """Return the environment of a plain `Authorization` header, for the fast path.
 
-    None for what is unknown, missing or odd: the application finds it, or the refusal.
+    None if the key is unknown, missing or in an unusual form: the application resolves it or
+    refuses.
 
     Args:
-        environments: by the kind of key that is wanted.
+        environments: by SDK key or by mobile key.
         headers: of the request, each once.
     """
     return environments.get(plain_key(headers))
 
 
 def plain_key(headers: Mapping[bytes, bytes]) -> str:
-    """Return the key in a plain `Authorization` header; empty if there is none."""
+    """Return the key in a plain `Authorization` header; empty without one."""
     return headers.get(b"authorization", b"").removeprefix(_PREFIX).decode("latin-1")
 
 

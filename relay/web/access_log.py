@@ -1,4 +1,4 @@
-"""Lines about requests, at level debug; they hold neither keys nor contexts nor queries."""
+"""Access log, at level debug; its lines contain no keys, contexts or queries."""
 
 from __future__ import annotations
 
@@ -13,22 +13,19 @@ from relay.telemetry.redaction import _masked, redact_url
 
 _log = logging.getLogger("relay.traffic")
 
-
 _EVENT_STREAM = b"text/event-stream"
-
-
 _METHOD_NOT_ALLOWED = 405
 
 
 def request_line(method: str, url: str, authorization: str, status: int, size: int | None) -> str:
-    """Return the line of a request.
+    """Return the log line of a request.
 
     Args:
         method: of the request.
-        url: as `redact_url` gives it.
-        authorization: the header; empty if there is none.
-        status: of the answer.
-        size: bytes of its body; None for a stream, whose line comes at its beginning.
+        url: redacted by `redact_url`.
+        authorization: the header; empty without one.
+        status: of the response.
+        size: bytes of the response body; None for a stream, which is logged when it opens.
     """
     end = "(streaming)" if size is None else f"bytes={size}"
     auth = _masked(authorization) if authorization else "n/a"
@@ -36,38 +33,38 @@ def request_line(method: str, url: str, authorization: str, status: int, size: i
 
 
 def closed_line(url: str, authorization: str, size: int) -> str:
-    """Return the line of a stream that has ended; the arguments are those of `request_line`."""
+    """Return the log line of a closed stream; arguments as in `request_line`."""
     auth = _masked(authorization) if authorization else "n/a"
     return f"Stream closed: url={url} auth={auth} bytes={size}"
 
 
 def log_request(line: str) -> None:
-    """Write a line."""
+    """Log a line made by `request_line` or `closed_line`."""
     _log.debug("%s", line)
 
 
 class AccessLogMiddleware:
-    """Middleware that logs each request which found a route; used only if `RequestMetrics.logs`."""
+    """Middleware that logs every routed request; used only if `RequestMetrics.logs`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything through, and log."""
-        entry = _Entry(scope)
+        """Pass the request through, and log it."""
+        entry = _LogEntry(scope)
 
-        async def noting(message: Message) -> None:
-            entry.see(message)
+        async def observe_and_send(message: Message) -> None:
+            entry.observe(message)
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, observe_and_send)
         finally:
             entry.end()
 
 
-class _Entry:
-    """What a line says of one request to the application."""
+class _LogEntry:
+    """Log entry of one request to the application."""
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
@@ -75,13 +72,13 @@ class _Entry:
         self._size = 0
         self._streams = False
 
-    def see(self, message: Message) -> None:
+    def observe(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             content_type = dict(message["headers"]).get(b"content-type", b"")
             self._streams = content_type.startswith(_EVENT_STREAM)
             if self._streams:
-                self._note_request(None)
+                self._log_request(None)
         elif self._scope["method"] != "HEAD":
             self._size += len(message.get("body", b""))
 
@@ -89,9 +86,9 @@ class _Entry:
         if self._streams:
             log_request(closed_line(self._url, self._authorization, self._size))
         elif self._status and self._found_route:
-            self._note_request(self._size)
+            self._log_request(self._size)
 
-    def _note_request(self, size: int | None) -> None:
+    def _log_request(self, size: int | None) -> None:
         method = self._scope["method"]
         log_request(request_line(method, self._url, self._authorization, self._status, size))
 
@@ -101,9 +98,9 @@ class _Entry:
 
     @property
     def _url(self) -> str:
-        path, mark = self._scope["raw_path"], b"?" if self._scope["query_string"] else b""
+        path, separator = self._scope["raw_path"], b"?" if self._scope["query_string"] else b""
         has_context = "context" in self._scope.get("path_params", {})
-        return redact_url((path + mark).decode("latin-1"), has_context=has_context)
+        return redact_url((path + separator).decode("latin-1"), has_context=has_context)
 
     @property
     def _authorization(self) -> str:
@@ -113,11 +110,11 @@ class _Entry:
 
 
 class LoggedTransport(asyncio.Protocol):
-    """Stands between a transport and the subscription that owns it, to log the end of the stream.
+    """Proxy between a transport and the subscription that owns it; logs the end of the stream.
 
     Args:
         transport: of the client; the head of the response has been written.
-        url: as `redact_url` gives it.
+        url: redacted by `redact_url`.
         authorization: the header.
     """
 
@@ -129,41 +126,41 @@ class LoggedTransport(asyncio.Protocol):
         self._owner: asyncio.BaseProtocol = asyncio.Protocol()
 
     def set_protocol(self, protocol: asyncio.BaseProtocol, /) -> None:
-        """Tell the owner what the transport says."""
+        """Forward the callbacks of the transport to a new owner."""
         self._owner = protocol
         self._transport.set_protocol(self)
 
     def write(self, data: bytes, /) -> None:
-        """Write chunks, and count what they hold."""
+        """Write chunks, and count the bytes of their data."""
         self._size += sum(map(len, decode_chunks(data)))
         self._transport.write(data)
 
     def writelines(self, parts: Iterable[bytes], /) -> None:
-        """Write chunks, and count what they hold."""
+        """Write chunks, and count the bytes of their data."""
         for part in parts:
             self.write(part)
 
     def close(self) -> None:
-        """Close after everything has been sent."""
+        """Close once everything has been sent."""
         self._transport.close()
 
     def abort(self) -> None:
-        """Close now."""
+        """Close at once, dropping what has not been sent."""
         self._transport.abort()
 
     def get_write_buffer_size(self) -> int:
-        """Return the number of bytes not yet sent."""
+        """Return the number of unsent bytes."""
         return self._transport.get_write_buffer_size()
 
     def pause_writing(self) -> None:
-        """Pass on that the buffer is full."""
+        """Forward that the buffer is full."""
         self._owner.pause_writing()
 
     def resume_writing(self) -> None:
-        """Pass on that the buffer has emptied."""
+        """Forward that the buffer has drained."""
         self._owner.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Pass on that the client is gone, and log it."""
+        """Forward the end of the connection, and log it."""
         self._owner.connection_lost(exc)
         log_request(closed_line(self._url, self._authorization, self._size))

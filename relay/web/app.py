@@ -1,6 +1,7 @@
-"""The application: the whole route table, and how errors become answers (endpoints 1.1).
+"""The application: the complete route table, and the responses to errors (endpoints 1.1).
 
-Behind the front door, which takes the hot requests; this has all routes, and the same bytes.
+The fast path takes the hot requests before they get here. The application has every route, and its
+responses are byte for byte those of the fast path.
 """
 
 from __future__ import annotations
@@ -64,22 +65,22 @@ def _table(
     evaluation: EvaluationHandler,
     goals: Goals,
 ) -> Sequence[Row]:
-    """Return the authenticated routes; the first that matches counts.
+    """Return the authenticated routes; the first match wins.
 
-    Routes are tried in turn, so those of events, which are busy, come first.
+    Routes are tried in order, so the busy events routes come first.
     """
-    in_path = {each: evaluation.in_path(each.sdk_kind) for each in (SERVER, MOBILE, BROWSER)}
-    in_body = {each: evaluation.in_body(each.sdk_kind) for each in (SERVER, MOBILE, BROWSER)}
+    in_path = {auth: evaluation.in_path(auth.sdk_kind) for auth in (SERVER, MOBILE, BROWSER)}
+    in_body = {auth: evaluation.in_body(auth.sdk_kind) for auth in (SERVER, MOBILE, BROWSER)}
     fdv1 = _always(FDV1_INSTEAD)
     return (
         *(
             (
-                each.template,
-                BROWSERS if each.auth is BROWSER else POST,
-                each.auth,
-                events.handler(each.endpoint),
+                route.template,
+                BROWSERS if route.auth is BROWSER else POST,
+                route.auth,
+                events.handler(route.endpoint),
             )
-            for each in ROUTES.values()
+            for route in ROUTES.values()
         ),
         ("/a/{envId}.gif", GET_, BROWSER, events.image),
         ("/all", GET, SERVER, stream),
@@ -135,13 +136,13 @@ def make_app(
     """Return the application.
 
     Args:
-        relay: what is served.
-        polling: answers polls; the front door has the same.
-        traffic: counts requests; the front door has the same.
-        events: takes events; None if they are off.
-        webhooks: takes webhooks; None if they are off.
-        evaluation: evaluates flags; the front door has the same.
-        goals: gives goals; None where there are none.
+        relay: to serve.
+        polling: handles polls; shared with the fast path.
+        traffic: counts requests; shared with the fast path.
+        events: handles events; None if they are disabled.
+        webhooks: handles webhooks; None if they are disabled.
+        evaluation: handles evaluations; shared with the fast path.
+        goals: serves goals; None to serve an empty list.
     """
     evaluation = evaluation or EvaluationHandler()
     table = _table(
@@ -162,13 +163,13 @@ def make_app(
         ("/metrics", lambda _: metrics.page(relay, traffic)),
     )
     endpoints = [
-        (path, methods, AuthenticatedRoute(relay, traffic, path, methods, access, respond))
-        for path, methods, access, respond in table
+        (path, methods, AuthenticatedRoute(relay, traffic, path, methods, auth, handler))
+        for path, methods, auth, handler in table
     ]
     app = Starlette(
         routes=[
             *(Route(path, endpoint, methods=methods) for path, methods, endpoint in endpoints),
-            *(Route(path, _page(answer), methods=GET) for path, answer in pages),
+            *(Route(path, _page(render), methods=GET) for path, render in pages),
             *([Route(WEBHOOK, webhooks, methods=POST)] if webhooks else []),
         ],
         middleware=[
@@ -183,7 +184,7 @@ def make_app(
 
 
 def make_exporter(relay: Relay, traffic: RequestMetrics, prefix: str) -> ASGIApp:
-    """Return what is served on the port of `[Prometheus]`: the reference's figures, then ours."""
+    """Return the application on the port of `[Prometheus]`: ld-relay's metrics, then our own."""
     page = _page(lambda _: metrics.exporter_page(relay, traffic, prefix))
     return Starlette(
         routes=[Route("/metrics", page, methods=GET)],
@@ -202,16 +203,16 @@ async def _not_allowed(_request: Request, error: Exception) -> Response:
     return PreparedResponse(405, ((b"allow", allow.encode()),)).to_starlette()
 
 
-def _page(answer: Callable[[str], PreparedResponse]) -> Callable[[Request], Awaitable[Response]]:
+def _page(render: Callable[[str], PreparedResponse]) -> Callable[[Request], Awaitable[Response]]:
     async def page(request: Request) -> Response:
-        return answer(request.path_params.get("environment", "")).to_starlette()
+        return render(request.path_params.get("environment", "")).to_starlette()
 
     return page
 
 
-def _always(answer: PreparedResponse) -> Handler:
+def _always(response: PreparedResponse) -> Handler:
     async def respond(_request: Request, _environment: Environment) -> Response:
-        return answer.to_starlette()
+        return response.to_starlette()
 
     return respond
 
@@ -219,8 +220,8 @@ def _always(answer: PreparedResponse) -> Handler:
 def _poll(polling: PollingHandler) -> Handler:
     async def respond(request: Request, environment: Environment) -> Response:
         none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
-        answer = await polling.complete(environment, request.scope["path"], none_match, encoding)
-        return (answer or NO_DATA).to_starlette()
+        response = await polling.complete(environment, request.scope["path"], none_match, encoding)
+        return (response or NO_DATA).to_starlette()
 
     return respond
 

@@ -1,6 +1,6 @@
-"""Request bodies: received within limits, decompressed as they come (endpoints 1.8).
+"""Request bodies: received within limits, and decompressed while they arrive (endpoints 1.8).
 
-A compressed body is never inflated further than its limit, however much it could become.
+A compressed body is never inflated beyond its limit, however much it could expand.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from relay.web.responses import PreparedResponse, json_error
 from relay.web.routing import header
 
 MAX_SIZE = 32 * 1024 * 1024
-"""Bytes of a decompressed body where the configuration sets no limit: far beyond any SDK's."""
+"""Bytes of a decompressed body unless configured otherwise: far more than any SDK sends."""
 
 MAX_BUFFERED = 128 * 1024 * 1024
-"""Bytes of all bodies that are received at a time; what would go beyond is refused."""
+"""Bytes of all bodies in memory at a time; a body that would exceed them is refused."""
 
 MAX_DISCARDED = 256 * 1024
-"""Bytes of a refused body that are still read, so that its client sees the answer. The reference's
-number."""
+"""Bytes of a refused body that are still read, so that its client sees the response; as in
+ld-relay."""
 
 DISCARD_TIME = 5.0
-"""Seconds for that."""
+"""Seconds to read them."""
 
 GZIP_OVERHEAD = 64 * 1024
-"""Bytes by which a compressed body may exceed the limit for what is in it."""
+"""Bytes by which a compressed body may exceed the limit of its decompressed content."""
 
 INFLATED_AT_ONCE = 256 * 1024
-"""Bytes after whose decompression others have their turn: less than a millisecond."""
+"""Bytes that are decompressed before the event loop gets a turn: less than a millisecond."""
 
 _GZIP_MAGIC = b"\x1f\x8b\x08"
 _GZIP_HEADER = 10
@@ -57,25 +57,25 @@ NO_HEADER = _bad_start("EOF")
 
 
 class RequestRejected(RelayError):
-    """A body cannot be taken.
+    """A request is refused because of its body or its context.
 
     Args:
-        answer: what the client is told.
+        response: to send to the client.
     """
 
-    def __init__(self, answer: PreparedResponse) -> None:
-        super().__init__(answer.body.decode())
-        self.answer = answer
+    def __init__(self, response: PreparedResponse) -> None:
+        super().__init__(response.body.decode())
+        self.response = response
 
 
 class MemoryBudget:
-    """The limits that bodies share.
+    """Memory limits shared by request bodies, in bytes.
 
     Args:
         max_size: of one body, decompressed; 0 for `MAX_SIZE`.
-        capacity: of all together.
-        too_large: what the sender of a larger one is told.
-        full: what the sender is told of one for which there is no room.
+        capacity: of all bodies together.
+        too_large: response to a body that exceeds `max_size`.
+        full: response to a body that exceeds the remaining capacity.
     """
 
     def __init__(
@@ -91,28 +91,31 @@ class MemoryBudget:
         self._full = full
         self._left = capacity
 
+    def __repr__(self) -> str:
+        return f"<MemoryBudget [{self._left} bytes left]>"
+
     def acquire(self, size: int) -> None:
-        """Note that so many bytes more are held.
+        """Take bytes out of the budget.
 
         Raises:
-            Refused: there is no room for them.
+            RequestRejected: not enough of it is left.
         """
         if size > self._left:
             raise RequestRejected(self._full)
         self._left -= size
 
     def release(self, size: int) -> None:
-        """Note that they are held no longer."""
+        """Return bytes to the budget."""
         self._left += size
 
 
 class RequestBody:
-    """The body of one request: `begin`, then `read`, then in any case `release`.
+    """Body of one request: call `begin`, then `read`, and `release` in any case.
 
     Args:
-        request: its own.
-        budget: for it.
-        raw: read it as it is on the wire, compressed or not.
+        request: to read it from.
+        budget: to take its memory from.
+        raw: whether to leave it compressed if it is.
     """
 
     def __init__(self, request: Request, budget: MemoryBudget, *, raw: bool = False) -> None:
@@ -120,56 +123,64 @@ class RequestBody:
         self._compressed = not raw and b"gzip" in header(request, "content-encoding").lower()
         self._budget = budget
         self._reserved = 0
-        self._start = b""
+        self._prefix = b""
         self._received = 0
-        """Bytes that came, compressed or not."""
+        """Bytes as they arrived, before decompression."""
         self._ended = False
 
+    def __repr__(self) -> str:
+        state = "complete" if self._ended else "incomplete"
+        return f"<RequestBody [{self._received} bytes received, {state}]>"
+
     async def begin(self) -> None:
-        """See that a compressed body begins like one.
+        """Check the gzip header of a compressed body.
 
         Raises:
-            Refused: it does not.
+            RequestRejected: it is not a gzip header.
         """
         if not self._compressed:
             return
-        while len(self._start) < _GZIP_HEADER and not self._ended:
-            self._start += await self._chunk()
-        if not self._start:
+        while len(self._prefix) < _GZIP_HEADER and not self._ended:
+            self._prefix += await self._chunk()
+        if not self._prefix:
             raise RequestRejected(NO_HEADER)
-        if len(self._start) < _GZIP_HEADER:
+        if len(self._prefix) < _GZIP_HEADER:
             raise RequestRejected(CUT_HEADER)
-        if not self._start.startswith(_GZIP_MAGIC):
+        if not self._prefix.startswith(_GZIP_MAGIC):
             raise RequestRejected(NOT_GZIP)
 
     async def read(self) -> bytes:
         """Return the body, decompressed.
 
         Raises:
-            Refused: it is too large, incomplete or corrupt.
+            RequestRejected: it is too large, incomplete or corrupt.
         """
         parts = [part async for part in (self._inflated() if self._compressed else self._plain())]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def release(self) -> None:
-        """Let others have the room."""
+        """Return the memory of the body to the budget."""
         self._budget.release(self._reserved)
         self._reserved = 0
 
-    async def reject(self, answer: PreparedResponse) -> PreparedResponse:
-        """Return the answer to a client whose body is not wanted, once it may be listening."""
+    async def reject(self, response: PreparedResponse) -> PreparedResponse:
+        """Return the response to an unwanted body.
+
+        Up to `MAX_DISCARDED` bytes of the body are read first, so that the client gets to see the
+        response. If more is left, the connection is closed after the response.
+        """
         with suppress(TimeoutError, RequestRejected):
             async with asyncio.timeout(DISCARD_TIME):
-                most = min(self._received, self._budget.max_size) + MAX_DISCARDED
-                while not self._ended and self._received <= most:
+                limit = min(self._received, self._budget.max_size) + MAX_DISCARDED
+                while not self._ended and self._received <= limit:
                     await self._chunk()
-        return answer if self._ended else answer.with_headers((b"connection", b"close"))
+        return response if self._ended else response.with_headers((b"connection", b"close"))
 
     async def _chunk(self) -> bytes:
         message = await self._receive()
         if message["type"] != "http.request":
             self._ended = True
-            raise RequestRejected(UNREADABLE)  # the client is gone, and will not read it
+            raise RequestRejected(UNREADABLE)  # never sent: the client is gone
         self._ended = not message.get("more_body", False)
         chunk: bytes = message.get("body", b"")
         self._received += len(chunk)
@@ -188,7 +199,7 @@ class RequestBody:
 
     async def _inflated(self) -> AsyncIterator[bytes]:
         gunzip = Gunzip()
-        data = self._start
+        data = self._prefix
         try:
             while True:
                 for part in gunzip.parts(data):
@@ -207,18 +218,18 @@ class RequestBody:
 
 
 class Gunzip:
-    """Decompresses gzip streams that follow each other; what follows the last does not matter."""
+    """Decompressor of concatenated gzip streams; anything else after the last is ignored."""
 
     def __init__(self) -> None:
         self.complete = False
-        """Whether a whole stream has come, and no further one has begun."""
+        """True once a whole stream has been read and no other has begun."""
         self._inflater = isal_zlib.decompressobj(GZIP)
         self._pending = b""
-        self._over = False
-        """Whether something else has come after a stream."""
+        self._ended = False
+        """True once a stream was followed by something other than gzip."""
 
     def parts(self, data: bytes) -> Iterator[bytes]:
-        """Yield what further bytes contain, in parts of `INFLATED_AT_ONCE` at most.
+        """Yield the content of further bytes, in parts of `INFLATED_AT_ONCE` at most.
 
         Raises:
             CORRUPT: they are not gzip.
@@ -232,13 +243,13 @@ class Gunzip:
                 self.complete = True
             if part:
                 yield part
-            # It may keep back what did not fit, although it has taken all input.
+            # The inflater may withhold output that did not fit, although it has consumed all input.
             if not self.complete and len(part) < INFLATED_AT_ONCE:
                 break
 
     def _in_stream(self) -> bool:
-        """Return whether there is something to decompress; begin the next stream if it comes."""
-        if self._over:
+        """Return whether there are bytes to decompress; begin the next stream if there is one."""
+        if self._ended:
             self._pending = b""
         elif not self.complete:
             return True
@@ -247,5 +258,5 @@ class Gunzip:
             self.complete = False
             return True
         else:
-            self._over = not _GZIP_MAGIC.startswith(self._pending)
+            self._ended = not _GZIP_MAGIC.startswith(self._pending)
         return False

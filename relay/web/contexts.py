@@ -1,7 +1,6 @@
-"""Evaluation contexts in requests: in the path or the body, and the proof that secure mode wants.
+"""Evaluation contexts in the path or body of a request, and the hash that secure mode requires.
 
-What a context says is its user's business: no answer and no line of the log repeats any of it
-(endpoints 1.4).
+Contexts are private: no response and no log line repeats any part of one (endpoints 1.4).
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from relay.web.responses import json_error, text
 from relay.web.routing import header, parameter_in
 
 MAX_CONTEXT = 5 * 1024 * 1024
-"""Bytes of the largest body that holds a context, where the configuration says nothing: the
-reference's number."""
+"""Bytes of the largest body with a context unless configured otherwise; as in ld-relay."""
 
 NOT_BASE64 = json_error(400, "context part of URL path did not decode as valid base64")
 NO_CONTEXT = json_error(
@@ -37,15 +35,15 @@ _LINE_ENDS = b"\r\n"
 
 
 def context_in_path(segment: bytes) -> Context:
-    """Return the context that a segment of a path holds in base64.
+    """Return the context in a path segment, which is base64.
 
-    Both alphabets are accepted, padded or not; line ends do not count.
+    Both alphabets are accepted, padded or not; line ends are ignored.
 
     Args:
         segment: without percent escapes.
 
     Raises:
-        Refused: it is no base64, or no context.
+        RequestRejected: the segment is not base64, or not a context.
     """
     try:
         json = _from_base64(segment)
@@ -63,10 +61,10 @@ def _from_base64(segment: bytes) -> bytes:
 
 
 def context_in_body(body: bytes) -> Context:
-    """Return the context that a body holds in JSON.
+    """Return the context in a body, which is JSON.
 
     Raises:
-        Refused: it is no context.
+        RequestRejected: the body is not a context.
     """
     try:
         return parse_context(body)
@@ -75,19 +73,19 @@ def context_in_body(body: bytes) -> Context:
 
 
 def context_budget(max_size: int = 0) -> MemoryBudget:
-    """Return the limits that bodies with contexts share.
+    """Return the memory limits shared by bodies with contexts.
 
     Args:
-        max_size: bytes of the largest; 0 for `MAX_CONTEXT`.
+        max_size: bytes of the largest body; 0 for `MAX_CONTEXT`.
     """
     return MemoryBudget(max_size or MAX_CONTEXT, too_large=TOO_LARGE, full=CONTEXTS_OVERLOADED)
 
 
 async def read_context_body(request: Request, budget: MemoryBudget) -> bytes:
-    """Return the body of a request that should hold a context.
+    """Return the body of a request that should contain a context.
 
     Raises:
-        Refused: it is not declared to be JSON, is too large, or did not arrive.
+        RequestRejected: it is not declared as JSON, is too large, or did not arrive.
     """
     body = RequestBody(request, budget)
     try:
@@ -95,41 +93,45 @@ async def read_context_body(request: Request, budget: MemoryBudget) -> bytes:
         await body.begin()
         return await body.read()
     except RequestRejected as e:
-        raise RequestRejected(await body.reject(e.answer)) from None
+        raise RequestRejected(await body.reject(e.response)) from None
     finally:
         body.release()
 
 
 def _check_type(content_type: bytes) -> None:
-    """Accept JSON with any parameters, in any letter case."""
+    """Accept JSON with any parameters, in any letter case.
+
+    Raises:
+        RequestRejected: it is another type.
+    """
     if content_type.partition(b";")[0].strip().lower() != b"application/json":
         raise RequestRejected(WRONG_TYPE)
 
 
 def wants_reasons(query: bytes) -> bool:
-    """Whether the query of a request asks for the reasons of results."""
+    """Return whether a query asks for evaluation reasons."""
     return parameter_in(query, "withReasons") == "true"
 
 
 def secure_mode_hash_in(query: bytes) -> str:
-    """Return the hash of secure mode in the query of a request; empty if there is none."""
+    """Return the secure mode hash in a query; empty without one."""
     return parameter_in(query, "h")
 
 
-def check_secure_mode_hash(spec: EnvironmentSpec, key: str, proof: str) -> None:
-    """See that the owner of the SDK key has signed for a context, if secure mode is on.
+def check_secure_mode_hash(spec: EnvironmentSpec, key: str, secure_mode_hash: str) -> None:
+    """Check that the owner of the SDK key has signed for a context, if secure mode is on.
 
     Args:
         spec: of the environment.
-        key: the context's, fully qualified.
-        proof: the parameter `h` (see `secure_mode_hash_in`).
+        key: fully qualified key of the context.
+        secure_mode_hash: parameter `h` (see `secure_mode_hash_in`).
 
     Raises:
-        Refused: secure mode is on, and the proof is wrong.
+        RequestRejected: secure mode is on, and the hash is wrong.
     """
     if not spec.secure_mode:
         return
     message = key.encode(errors="replace")
-    wanted = hmac.digest(spec.sdk_key.value.encode(), message, "sha256").hex()
-    if not hmac.compare_digest(wanted.encode(), proof.encode(errors="replace")):
+    expected = hmac.digest(spec.sdk_key.value.encode(), message, "sha256").hex()
+    if not hmac.compare_digest(expected.encode(), secure_mode_hash.encode(errors="replace")):
         raise RequestRejected(WRONG_HASH)

@@ -1,4 +1,4 @@
-"""What happens to a request before it is routed, and to one that we fail to answer."""
+"""Middleware: normalization of paths before routing, and unexpected exceptions."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _log = logging.getLogger("relay.web")
 
 
 class PathNormalizationMiddleware:
-    """Middleware that lets only well-formed, canonical paths through (endpoints 1.1)."""
+    """Middleware that passes on well-formed, canonical paths only (endpoints 1.1)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, redirect, or pass on."""
-        answer = _objection(scope)
-        if answer is None:
+        """Refuse, redirect or pass on a request."""
+        response = _early_response(scope)
+        if response is None:
             await self._app(scope, receive, send)
         else:
-            await answer.to_starlette()(scope, receive, send)
+            await response.to_starlette()(scope, receive, send)
 
 
-def _objection(scope: Scope) -> PreparedResponse | None:
+def _early_response(scope: Scope) -> PreparedResponse | None:
     path: str = scope["path"]
     if path == "*" and scope["method"] == "OPTIONS":
-        return PreparedResponse(200)  # a question to the server as such
+        return PreparedResponse(200)  # addressed to the server itself
     if _BROKEN_ESCAPE.search(scope["raw_path"]):
         return BAD_ESCAPE
     clean = canonical(path)
@@ -49,9 +49,9 @@ def _objection(scope: Scope) -> PreparedResponse | None:
 
 
 def canonical(path: str) -> str:
-    """Return a path without empty, `.` and `..` segments; a slash at its end stays.
+    """Return a path without empty, `.` and `..` segments; a trailing slash stays.
 
-    It begins with exactly one slash, so that a redirection to it never leaves this host.
+    The result begins with exactly one slash, so that a redirect to it never leaves this host.
     """
     clean = normpath("/" + path.lstrip("/"))
     return clean + "/" if path.endswith("/") and clean != "/" else clean
@@ -64,18 +64,18 @@ class ServerErrorMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything through."""
+        """Pass a request through; respond with a 500 if that fails."""
         started = False
 
-        async def noting(message: Message) -> None:
+        async def send_and_mark_started(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, send_and_mark_started)
         except Exception:
             if started:
-                raise  # the server logs it and cuts the connection
+                raise  # too late for a 500; the server logs it and closes the connection
             _log.exception("A request could not be answered because of a defect of ours")
             await PreparedResponse(500).to_starlette()(scope, receive, send)

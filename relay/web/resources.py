@@ -1,4 +1,4 @@
-"""Resources: a body with its ETag, in all variants that clients may get."""
+"""Resources: a body with its ETag, in every variant that clients may get."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ from relay.environment import Environment
 from relay.web.responses import Headers, PreparedResponse
 
 MIN_COMPRESSED = 1024
-"""Bytes of a body worth compressing: below, it fits one packet anyway."""
-
+"""Bytes of a body worth compressing; a smaller one fits in one packet anyway."""
 
 MAX_COMPRESSED_AT_ONCE = 256 * 1024
-"""Bytes that are compressed on the event loop, in about 1 ms; more is done in a thread."""
-
+"""Bytes that are compressed on the event loop, in about 1 ms; more are compressed in a thread."""
 
 COMPRESSION_LEVEL = 1
-"""isal's 1 of 0 to 3: nearly as small as 3, and fast."""
-
+"""isal's level, of 0 to 3: output nearly as small as with 3, and fast."""
 
 _QUOTED = re.compile(rb'(?:W/)?"([^"]*)"')
 
@@ -32,9 +29,9 @@ class Resource:
     """One body with its ETag, in all its variants.
 
     Args:
-        pieces: of the body, in JSON.
-        etag: as it is sent.
-        headers: beside the usual ones, of all variants.
+        pieces: of the body, in JSON, to be concatenated.
+        etag: as sent.
+        headers: of all variants, besides the usual ones.
     """
 
     def __init__(self, pieces: tuple[bytes, ...], etag: bytes, headers: Headers) -> None:
@@ -45,6 +42,9 @@ class Resource:
         self._headers = headers
         self.compressed: PreparedResponse | None = None
         self._compression: asyncio.Future[PreparedResponse] | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.etag.decode('latin-1')} [{self.size} bytes]>"
 
     @property
     def _shared(self) -> Headers:
@@ -62,44 +62,44 @@ class Resource:
 
     @property
     def plain(self) -> PreparedResponse:
-        """The variant that is not compressed."""
+        """The uncompressed variant."""
         return PreparedResponse(200, self._typed, self.body)
 
     @cached_property
     def unchanged(self) -> PreparedResponse:
-        """What a client is told that has it."""
+        """The 304 for a client that has this already."""
         return PreparedResponse(304, self._shared)
 
     @property
     def to_compress(self) -> int:
-        """The bytes that `compress` would have to look at."""
+        """Number of bytes that `compress` has yet to compress."""
         return self.size
 
     def matches(self, if_none_match: bytes) -> bool:
-        """Whether the client has this."""
+        """Return whether an `If-None-Match` header names this."""
         return is_known(self.etag, if_none_match)
 
     def compress(self) -> PreparedResponse:
         """Return the gzip variant. May run in a thread."""
         if self.compressed is None:
-            # Without a time the bytes are equal at all replicas.
+            # Without a time, all replicas produce the same bytes.
             body = igzip.compress(self.body, COMPRESSION_LEVEL, mtime=0)
-            self.compressed = self.compressed_answer(body)
+            self.compressed = self.compressed_response(body)
         return self.compressed
 
-    def compressed_answer(self, body: bytes) -> PreparedResponse:
+    def compressed_response(self, body: bytes) -> PreparedResponse:
         """Return the variant with a compressed body."""
         return PreparedResponse(200, (*self._typed, (b"content-encoding", b"gzip")), body)
 
     async def compress_in_thread(self) -> PreparedResponse:
-        """Compress in a thread, once for all who ask meanwhile."""
+        """Compress in a thread; concurrent callers share one compression."""
         if self._compression is None:
             self._compression = asyncio.ensure_future(asyncio.to_thread(self.compress))
-        # Who asks may go; others wait for the same.
+        # One caller may be cancelled while others wait for the same compression.
         return await asyncio.shield(self._compression)
 
     def variant(self, if_none_match: bytes, accept_encoding: bytes) -> PreparedResponse | None:
-        """Return what answers these headers; None while it waits to be compressed aside."""
+        """Return the variant for these headers; None if it must be compressed in a thread first."""
         if if_none_match and self.matches(if_none_match):
             return self.unchanged
         if not (self.compressible and accepts_gzip(accept_encoding)):
@@ -110,11 +110,13 @@ class Resource:
 
 
 def is_known(etag: bytes, if_none_match: bytes) -> bool:
-    """Whether a client has what an ETag names: old exact form, list, `W/`, `*` (endpoints 1.6).
+    """Return whether `If-None-Match` names an ETag: verbatim, quoted, with `W/`, in a list, or `*`.
+
+    See endpoints 1.6.
 
     Args:
-        etag: as it is sent.
-        if_none_match: the client's header; empty if there is none.
+        etag: as sent.
+        if_none_match: the request header; empty without one.
     """
     if if_none_match in (etag, b"*"):
         return True
@@ -123,7 +125,7 @@ def is_known(etag: bytes, if_none_match: bytes) -> bool:
 
 @lru_cache(maxsize=256)
 def accepts_gzip(accept_encoding: bytes) -> bool:
-    """Whether an `Accept-Encoding` header prefers gzip to nothing, or likes it as much."""
+    """Return whether gzip is acceptable, and weighted at least as high as `identity`."""
     weights: dict[bytes, float] = {}
     for part in accept_encoding.lower().split(b","):
         name, _, parameter = part.partition(b";")
@@ -141,10 +143,12 @@ def _weight(parameter: bytes) -> float:
         return 0.0
 
 
-def with_ttl(answer: PreparedResponse | None, environment: Environment) -> PreparedResponse | None:
-    """Return an answer with the time until which caches may keep it, if there is one."""
+def with_ttl(
+    response: PreparedResponse | None, environment: Environment
+) -> PreparedResponse | None:
+    """Return a response with an `Expires` header, if the environment has a TTL."""
     ttl = environment.spec.ttl
-    if answer is None or ttl <= 0:
-        return answer
+    if response is None or ttl <= 0:
+        return response
     expires = formatdate(time.time() + ttl, usegmt=True).encode()
-    return answer.with_headers((b"vary", b"Authorization"), (b"expires", expires))
+    return response.with_headers((b"vary", b"Authorization"), (b"expires", expires))

@@ -1,4 +1,4 @@
-"""Answers that are prepared once and sent many times, and the reference's texts of refusals."""
+"""Responses that are prepared once and sent many times, and refusals in ld-relay's words."""
 
 from __future__ import annotations
 
@@ -19,62 +19,66 @@ _JSON: Headers = ((b"content-type", b"application/json"),)
 
 @dataclass(frozen=True, slots=True)
 class PreparedResponse:
-    """A whole HTTP response.
+    """A complete HTTP response.
 
     Args:
-        status: its code.
+        status: code.
         headers: lower-case names and values, without `content-length` and `date`.
-        body: its bytes; empty for a 304.
+        body: empty for a 304.
     """
 
     status: int
     headers: Headers = ()
     body: bytes = b""
     head: bytes = field(init=False, repr=False)
-    """Status line and headers, each with its CRLF; neither `date` nor the final blank line."""
+    """Status line and headers, each with its CRLF; without `date` and the final blank line."""
 
     def __post_init__(self) -> None:
         line = b"HTTP/1.1 %d %b\r\n" % (self.status, HTTPStatus(self.status).phrase.encode())
         headers = (b"%b: %b\r\n" % header for header in self.all_headers)
         object.__setattr__(self, "head", line + b"".join(headers))
 
+    def __repr__(self) -> str:
+        # Without headers and body: they can be megabytes, and hold data of customers.
+        return f"<PreparedResponse [{self.status}, {len(self.body)} bytes]>"
+
     @property
     def all_headers(self) -> Headers:
-        """The headers that are sent; a 304 has no length (it would be that of the 200)."""
+        """Headers to send; a 304 has no `content-length`, which would be that of the 200."""
         if self.status == HTTPStatus.NOT_MODIFIED:
             return self.headers
         return (*self.headers, (b"content-length", b"%d" % len(self.body)))
 
     def with_headers(self, *headers: tuple[bytes, bytes]) -> PreparedResponse:
-        """Return the same answer with more headers."""
+        """Return a copy with additional headers."""
         return PreparedResponse(self.status, (*self.headers, *headers), self.body)
 
     def to_starlette(self) -> Response:
-        """Return what the application sends; servers leave the body away for HEAD."""
+        """Return the response for the application; the server omits the body for HEAD."""
         response = Response(self.body, self.status)
         response.raw_headers = list(self.all_headers)
         return response
 
 
 def environment_headers(spec: EnvironmentSpec) -> Headers:
-    """Return the header that tells SDKs the client-side ID of their environment, if it has one."""
+    """Return the header that names the client-side ID of an environment, if it has one."""
     if spec.environment_id is None:
         return ()
     return ((b"x-ld-envid", header_value(spec.environment_id.value.encode(errors="replace"))),)
 
 
 def text(status: int, message: str) -> PreparedResponse:
-    """Return an answer in plain text, without a line end."""
+    """Return a response in plain text, without a line end."""
     return PreparedResponse(status, _TEXT, message.encode())
 
 
 def json(status: int, value: object) -> PreparedResponse:
-    """Return an answer in compact JSON."""
+    """Return a response in compact JSON."""
     return PreparedResponse(status, _JSON, orjson.dumps(value))
 
 
 def json_error(status: int, message: str) -> PreparedResponse:
-    """Return `{"message":"…"}`."""
+    """Return a response with `{"message":"…"}`."""
     return json(status, {"message": message})
 
 
@@ -100,8 +104,8 @@ EVENTS_DISABLED = json_error(
     "Event proxy is not enabled for this environment: set [Events] sendEvents (USE_EVENTS=true)",
 )
 
-# What later releases offer is there already, and says so: a 404 would make SDKs give up for good.
+# FDv2 routes exist although they are not supported yet: a 404 would make SDKs give up for good.
 FDV1_INSTEAD = json_error(
     503, "This relay speaks FDv1; SDKs turn to it by themselves"
 ).with_headers((b"x-ld-fd-fallback", b"true"))
-"""SDKs that ask by the newer protocol go over to FDv1 polling, at once (sdk-behaviour 11.11)."""
+"""Makes SDKs that speak FDv2 switch to FDv1 polling at once (sdk-behaviour 11.11)."""

@@ -1,4 +1,4 @@
-"""What all authenticated routes have in common: credential, CORS, counts, then their own answer."""
+"""Authenticated routes: credential, CORS and request counts around the handler of each route."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from relay.web.cors import cors_headers
 from relay.web.responses import PreparedResponse, environment_headers
 
 Resolve = Callable[[Relay, Request], Environment | PreparedResponse]
-"""Returns the environment that a request opens, or the refusal."""
+"""Return the environment of a request, or the refusal."""
 
 Handler = Callable[[Request, Environment], Awaitable[Response]]
-"""Answers a request to an environment."""
+"""Return the response to an authenticated request."""
 
 
 def parameter(request: Request, name: str) -> str:
-    """Return the first value of a query parameter; empty if there is none."""
+    """Return the first value of a query parameter of a request; empty without one."""
     return parameter_in(request.scope["query_string"], name)
 
 
 def parameter_in(query: bytes, name: str) -> str:
-    """Return the first value of a parameter in a query; empty if there is none."""
+    """Return the first value of a parameter in a query; empty without one."""
     if not query:
         return ""
     pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
@@ -40,18 +40,23 @@ def parameter_in(query: bytes, name: str) -> str:
 
 
 def header(request: Request, name: str) -> bytes:
-    """Return the first value of a header, named in lower case; empty if there is none."""
+    """Return the first value of a header; empty without one.
+
+    Args:
+        request: to read.
+        name: in lower case.
+    """
     wanted = name.encode()
-    for given, value in request.scope["headers"]:
-        if given == wanted:
+    for field, value in request.scope["headers"]:
+        if field == wanted:
             return bytes(value)
     return b""
 
 
 def user_agent(traffic: RequestMetrics, request: Request) -> str:
-    """Return the name under which the client of a request is counted."""
-    own, general = header(request, "x-launchdarkly-user-agent"), header(request, "user-agent")
-    return traffic.user_agent(own, general)
+    """Return the metric label of the client that sent a request."""
+    sdk_agent, agent = header(request, "x-launchdarkly-user-agent"), header(request, "user-agent")
+    return traffic.user_agent(sdk_agent, agent)
 
 
 def _sdk_key(relay: Relay, request: Request) -> Environment | PreparedResponse:
@@ -59,29 +64,29 @@ def _sdk_key(relay: Relay, request: Request) -> Environment | PreparedResponse:
 
 
 def _mobile_key(relay: Relay, request: Request) -> Environment | PreparedResponse:
-    given = header(request, "authorization")
-    return access.for_mobile_key(relay, given, parameter(request, "filter"))
+    credential = header(request, "authorization")
+    return access.for_mobile_key(relay, credential, parameter(request, "filter"))
 
 
 def _environment_id(relay: Relay, request: Request) -> Environment | PreparedResponse:
-    given = request.path_params["envId"]
-    return access.for_environment_id(relay, given, parameter(request, "filter"))
+    credential = request.path_params["envId"]
+    return access.for_environment_id(relay, credential, parameter(request, "filter"))
 
 
 def _mobile_key_or_environment_id(relay: Relay, request: Request) -> Environment | PreparedResponse:
-    given = parameter(request, "auth").encode("latin-1", "replace")
-    given = given or header(request, "authorization")
-    return access.for_client(relay, given, parameter(request, "filter"))
+    credential = parameter(request, "auth").encode("latin-1", "replace")
+    credential = credential or header(request, "authorization")
+    return access.for_client(relay, credential, parameter(request, "filter"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RouteAuth:
-    """Whose a route is.
+    """Authentication of a route.
 
     Args:
-        sdk_kind: which flags its SDKs may see.
-        resolve: from the credential to the environment.
-        exposed_headers: response headers that scripts in browsers may read; none if the route is
+        sdk_kind: decides which flags are visible.
+        resolve: finds the environment of the credential.
+        exposed_headers: response headers that scripts in browsers may read; empty if the route is
             not for browsers.
         open_preflight: whether a preflight needs no credential.
     """
@@ -93,7 +98,7 @@ class RouteAuth:
 
     @property
     def platform(self) -> str:
-        """Its kind of SDK, in the words of the metrics."""
+        """Metric label of the kind of SDK."""
         return self.sdk_kind.value
 
 
@@ -110,15 +115,15 @@ FDV2_CLIENT = RouteAuth(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AuthenticatedRoute:
-    """The application behind one route.
+    """ASGI application of one route.
 
     Args:
-        relay: whose environments are served.
+        relay: to serve.
         traffic: counts requests.
-        route: the template of the path.
+        route: template of the path.
         methods: of the route; those for browsers include OPTIONS.
-        auth: whose it is.
-        handler: answers what is allowed.
+        auth: decides who may use it.
+        handler: handles authenticated requests.
     """
 
     relay: Relay
@@ -129,27 +134,29 @@ class AuthenticatedRoute:
     handler: Handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Authenticate a request, count it and send the response."""
         request = Request(scope, receive)
-        found = self.auth.resolve(self.relay, request)
-        response = await self._response(request, found)
-        environment = found if isinstance(found, Environment) else None
+        resolved = self.auth.resolve(self.relay, request)
+        response = await self._response(request, resolved)
+        environment = resolved if isinstance(resolved, Environment) else None
         if environment and b"x-ld-envid" not in dict(response.raw_headers):
             response.raw_headers.extend(environment_headers(environment.spec))
         if self.auth.exposed_headers:
             self._allow_browsers(request, response, environment)
         await response(scope, receive, send)
 
-    async def _response(self, request: Request, found: Environment | PreparedResponse) -> Response:
+    async def _response(
+        self, request: Request, resolved: Environment | PreparedResponse
+    ) -> Response:
         preflight = request.method == "OPTIONS"
-        if preflight and (self.auth.open_preflight or isinstance(found, Environment)):
+        if preflight and (self.auth.open_preflight or isinstance(resolved, Environment)):
             return Response()
-        if isinstance(found, PreparedResponse):
-            return found.to_starlette()
+        if isinstance(resolved, PreparedResponse):
+            return resolved.to_starlette()
         agent = user_agent(self.traffic, request)
-        name, platform = found.spec.name, self.auth.platform
+        name, platform = resolved.spec.name, self.auth.platform
         self.traffic.requests[Series(name, self.route, request.method, platform, agent)].value += 1
-        return await self.handler(request, found)
+        return await self.handler(request, resolved)
 
     def _allow_browsers(
         self, request: Request, response: Response, environment: Environment | None

@@ -1,4 +1,4 @@
-"""Who is to blame for a rejection: a table of what upstream did, and what follows from it."""
+"""Blame for rejections: a table of upstream's answers and the verdicts that follow from them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from relay.events.blame import Evidence
 
 
 def judged(story):
-    """Let things happen to `x` and others; return at which of its rejections it was convicted.
+    """Play a story of `x` and others; return the number of the rejection that convicts `x`.
 
-    `+` upstream takes another batch; `x` it rejects x alone; `y`, `z` others alone; `*` it rejects a
+    `+` upstream accepts another batch; `x` it rejects x alone; `y`, `z` others alone; `*` it rejects a
     batch for the first time; `/` a batch with x in it, which is split.
     """
     evidence, rejections = Evidence(), 0
-    for number, what in enumerate(story):
-        if what == "+":
+    for number, step in enumerate(story):
+        if step == "+":
             evidence.take(f"good {number}")
-        elif what == "*":
+        elif step == "*":
             evidence.doubt(f"batch {number}")
-        elif what == "/":
+        elif step == "/":
             evidence.split(f"batch {number}", ["x", "other half"])
         else:
-            guilty = evidence.reject(what)
-            rejections += what == "x"
-            if guilty and what == "x":
+            guilty = evidence.reject(step)
+            rejections += step == "x"
+            if guilty and step == "x":
                 return rejections
     return None
 
@@ -33,7 +33,7 @@ def judged(story):
 @pytest.mark.parametrize(
     ("story", "convicted"),
     [
-        # Upstream takes others between its rejections.
+        # Upstream accepts others between its rejections.
         ("x+x+x", 3),
         ("/x+x+x", 3),
         ("/+x+x", 2),
@@ -58,16 +58,16 @@ def judged(story):
         ("xy+xyxyxy+xy", 5),
     ],
 )
-def test_a_post_is_convicted_by_what_upstream_takes_meanwhile(story, convicted):
-    """Only by two rejections after others were taken; in an outage never."""
+def test_a_payload_is_convicted_by_others_that_are_accepted_meanwhile(story, convicted):
+    """Only by two rejections after others were accepted; in an outage never."""
     assert judged(story) == convicted
 
 
-def test_an_outage_is_several_rejected_and_none_taken():
-    """One post alone is none; the first that is taken ends it."""
+def test_an_outage_is_several_rejected_and_none_accepted():
+    """One payload alone is none; the first accepted one ends it."""
     evidence = Evidence()
-    for post, outage in (("x", False), ("x", False), ("y", True), ("z", True)):
-        assert not evidence.reject(post)
+    for payload, outage in (("x", False), ("x", False), ("y", True), ("z", True)):
+        assert not evidence.reject(payload)
         assert evidence.outage is outage
         assert not evidence.accepting
     evidence.take("good")
@@ -76,7 +76,7 @@ def test_an_outage_is_several_rejected_and_none_taken():
 
 
 def test_the_number_of_known_batches_is_bounded(monkeypatch):
-    """The oldest are forgotten, and tried once more like new ones."""
+    """The oldest are forgotten, and retried like new ones."""
     monkeypatch.setattr(blame, "MAX_KNOWN", 3)
     evidence = Evidence()
     for number in range(5):
@@ -84,3 +84,14 @@ def test_the_number_of_known_batches_is_bounded(monkeypatch):
     assert [number for number in range(5) if evidence.knows(str(number))] == [2, 3, 4]
     evidence.take("4")
     assert not evidence.knows("4")
+
+
+def test_a_debugger_shows_the_verdict():
+    """Accepting, in an outage, or neither."""
+    evidence = Evidence()
+    assert repr(evidence) == "<Evidence: undecided, 0 known rejections>"
+    for payload in "xy":
+        evidence.reject(payload)
+    assert repr(evidence) == "<Evidence: outage, 2 known rejections>"
+    evidence.take("good")
+    assert repr(evidence) == "<Evidence: accepting, 2 known rejections>"

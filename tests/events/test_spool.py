@@ -1,4 +1,4 @@
-"""The spool: safe when it says so, the same batches whoever asks, bounded, and never in the way."""
+"""The spool: durable when it says so, with stable batches, bounded, and never blocking the loop."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from relay.events.dedup import REMEMBERED
 from relay.events.memory import MemoryStore
 from relay.events.spool import MAX_QUEUED, Spool
 from relay.events.sqlite import LONGEST_ABSENCE, DiskStore
-from relay.events.store import MAX_BATCH, MAX_POSTS, Limits, elements, fitting
+from relay.events.store import MAX_BATCH, MAX_PAYLOADS, Limits, elements, fitting
 from relay.model.event import EventPayload, EventsEndpoint, Partition
 
-LANE = Partition("prod", EventsEndpoint.BULK, 4)
+PARTITION = Partition("prod", EventsEndpoint.BULK, 4)
 OTHER = Partition("test", EventsEndpoint.BULK, 4)
 DIAGNOSTIC = Partition("prod", EventsEndpoint.BULK_DIAGNOSTIC)
 LIMITS = Limits(memory=1024 * 1024)
 ROOT = Path(__file__).parent.parent.parent
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
-"""How often a process is killed; at night more often."""
+"""Number of times that a process is killed; more in the nightly run."""
 
 
-def post(number=0, lane=LANE, payload_id=None, received=None, size=0):
+def payload(number=0, partition=PARTITION, payload_id=None, received=None, size=0):
     noise = base64.b64encode(random.Random(number).randbytes(size))[:size]  # keeps its size on disk
     body = b'[{"n":%d,"x":"%s"}]' % (number, noise)
-    given_id = f"id-{number}" if payload_id is None else payload_id
-    return EventPayload(lane, given_id, body, time.time() if received is None else received)
+    own_id = f"id-{number}" if payload_id is None else payload_id
+    return EventPayload(partition, own_id, body, time.time() if received is None else received)
 
 
 @contextlib.asynccontextmanager
@@ -60,13 +60,13 @@ async def opened(directory, limits=LIMITS, retry=0.01):
         await spool.close()
 
 
-async def drained(spool, lane=LANE):
+async def drained(spool, partition=PARTITION):
     """Take and finish everything; return the batches with their bodies."""
-    found = []
-    while (taken := await spool.take(lane)) is not None:
-        found.append(taken)
+    batches = []
+    while (taken := await spool.take(partition)) is not None:
+        batches.append(taken)
         await spool.finish(taken[0])
-    return found
+    return batches
 
 
 def bodies(batches):
@@ -94,14 +94,14 @@ def closing_stores():
 
 
 both = pytest.mark.parametrize("new_store", [in_memory, on_disk])
-"""All that is said of a store holds of both."""
+"""Both stores keep the same contract."""
 
 
-def stored(store, *posts):
+def stored(store, *payloads):
     if isinstance(store, MemoryStore):
-        return store.add(posts)
+        return store.add(payloads)
     with store.transaction():
-        return store.add(posts)
+        return store.add(payloads)
 
 
 def quarantined(store):
@@ -110,67 +110,67 @@ def quarantined(store):
     return store._db.execute("SELECT payload_id,reason,body FROM quarantine").fetchall()
 
 
-# What is appended
+# Appending
 
 
 @pytest.mark.parametrize("durable", [True, False])
-async def test_what_is_appended_comes_out_once_and_in_order(tmp_path, durable):
-    """With a directory and without one the spool does the same."""
+async def test_appended_payloads_come_out_once_and_in_order(tmp_path, durable):
+    """With and without a directory."""
     async with opened(tmp_path if durable else None) as spool:
         assert spool.durable is durable
-        assert await asyncio.gather(*(spool.append(post(n)) for n in range(250))) == [True] * 250
+        assert await asyncio.gather(*(spool.append(payload(n)) for n in range(250))) == [True] * 250
         batches = await drained(spool)
-        assert bodies(batches) == [post(n).body for n in range(250)]
-        assert await spool.take(LANE) is None
+        assert bodies(batches) == [payload(n).body for n in range(250)]
+        assert await spool.take(PARTITION) is None
 
 
-async def test_a_restart_finds_what_was_not_finished(tmp_path):
-    """Posts, the batch that was fixed, and what was seen survive; the rest is reported."""
+async def test_unfinished_payloads_survive_a_restart(tmp_path):
+    """Payloads, the fixed batch and the known ids survive; the backlog is reported."""
     async with opened(tmp_path) as spool:
-        await asyncio.gather(*(spool.append(post(n)) for n in range(3)))
-        first, _ = await spool.take(LANE)
-        await spool.append(post(3))
-        await spool.append(post(4, OTHER))
+        await asyncio.gather(*(spool.append(payload(n)) for n in range(3)))
+        first, _ = await spool.take(PARTITION)
+        await spool.append(payload(3))
+        await spool.append(payload(4, OTHER))
     backlog = []
     spool = Spool(tmp_path, LIMITS)
     spool.on_backlog = backlog.extend
     await spool.open()
-    assert {(left.partition, left.posts) for left in backlog} == {(LANE, 4), (OTHER, 1)}
-    assert not await spool.append(post(1))
+    assert {(left.partition, left.payloads) for left in backlog} == {(PARTITION, 4), (OTHER, 1)}
+    assert not await spool.append(payload(1))
     batches = await drained(spool)
-    assert [batch.posts for batch, _ in batches] == [3, 1]
+    assert [batch.payloads for batch, _ in batches] == [3, 1]
     assert batches[0][0].payload_id == first.payload_id
     await spool.close()
 
 
-async def test_a_post_alone_keeps_its_id_and_joined_ones_get_a_new_one():
-    """Upstream can tell an SDK's own retry of what was passed on as it came."""
+async def test_a_payload_alone_keeps_its_id_and_joined_ones_get_a_new_one():
+    """So upstream recognises an SDK's own retry of a payload that was forwarded unchanged."""
     async with opened(None) as spool:
-        await spool.append(post(1))
-        alone, _ = await spool.take(LANE)
-        await spool.append(post(2))
-        assert (await spool.take(LANE))[0] == alone, "a fixed batch changed"
+        await spool.append(payload(1))
+        alone, _ = await spool.take(PARTITION)
+        await spool.append(payload(2))
+        assert (await spool.take(PARTITION))[0] == alone, "a fixed batch changed"
         await spool.finish(alone)
-        await spool.append(post(3))
-        joined, _ = await spool.take(LANE)
+        await spool.append(payload(3))
+        joined, _ = await spool.take(PARTITION)
         assert alone.payload_id == "id-1"
-        assert joined.posts == 2
+        assert joined.payloads == 2
         assert joined.payload_id not in {"id-2", "id-3"}
 
 
 @both
 def test_known_payload_ids_are_dropped_for_ten_minutes(new_store):
-    """Only of the same environment and endpoint; posts without one are always new."""
+    """Only within an environment and endpoint; payloads without an id are always new."""
     store = new_store()
     now = time.time()
-    assert stored(store, post(1), post(1), post(1, OTHER), post(2, payload_id="")) == [
+    assert stored(store, payload(1), payload(1), payload(1, OTHER), payload(2, payload_id="")) == [
         *(True, False, True, True)
     ]
-    assert stored(store, post(1), post(2, payload_id="")) == [False, True]
+    assert stored(store, payload(1), payload(2, payload_id="")) == [False, True]
     store.expire(now + REMEMBERED - 5)
-    assert stored(store, post(1)) == [False]
+    assert stored(store, payload(1)) == [False]
     store.expire(now + REMEMBERED + 5)
-    assert stored(store, post(1)) == [True]
+    assert stored(store, payload(1)) == [True]
 
 
 def test_the_number_of_known_ids_is_bounded(monkeypatch):
@@ -178,24 +178,24 @@ def test_the_number_of_known_ids_is_bounded(monkeypatch):
     monkeypatch.setattr(dedup_module, "MAX_REMEMBERED", 10)
     store = in_memory()
     now = time.time()
-    stored(store, *(post(n, received=now + n) for n in range(20)))
+    stored(store, *(payload(n, received=now + n) for n in range(20)))
     assert len(store.recent.seen) <= 10
-    assert stored(store, post(9), post(19)) == [True, False]
+    assert stored(store, payload(9), payload(19)) == [True, False]
 
 
-def test_what_was_not_written_was_not_seen():
-    """A transaction that fails leaves no ids behind: its posts come again, and are new."""
+def test_a_failed_transaction_remembers_no_ids():
+    """Its payloads come again, and are new."""
     store = on_disk()
 
     def fail():
         with store.transaction():
-            assert store.add([post(1)]) == [True]
+            assert store.add([payload(1)]) == [True]
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert stored(store, post(1), post(1)) == [True, False]
-    assert store.take(LANE)[1] == [post(1).body]
+    assert stored(store, payload(1), payload(1)) == [True, False]
+    assert store.take(PARTITION)[1] == [payload(1).body]
 
 
 # Batches
@@ -203,7 +203,7 @@ def test_what_was_not_written_was_not_seen():
 
 @given(st.lists(st.integers(0, 2 * MAX_BATCH), min_size=1, max_size=20))
 def test_a_batch_is_as_long_as_fits(sizes):
-    """At least one post; more only within the limit; all that fit."""
+    """At least one payload; more only within the limit; all that fit."""
     count = fitting(sizes)
     assert 1 <= count <= len(sizes)
     assert count == 1 or sum(sizes[:count]) <= MAX_BATCH
@@ -211,42 +211,42 @@ def test_a_batch_is_as_long_as_fits(sizes):
 
 
 @both
-def test_batches_are_bounded_in_posts_and_bytes(new_store):
-    """And a batch tells whether others wait behind it."""
+def test_batches_are_bounded_in_payloads_and_bytes(new_store):
+    """And a batch says whether more payloads are waiting."""
     store = new_store(10 * MAX_BATCH)
-    stored(store, *(post(n) for n in range(MAX_POSTS + 1)))
-    batch, _ = store.take(LANE)
-    assert (batch.posts, batch.more) == (MAX_POSTS, True)
+    stored(store, *(payload(n) for n in range(MAX_PAYLOADS + 1)))
+    batch, _ = store.take(PARTITION)
+    assert (batch.payloads, batch.more) == (MAX_PAYLOADS, True)
     store.finish(batch)
-    batch, _ = store.take(LANE)
-    assert (batch.posts, batch.more) == (1, False)
+    batch, _ = store.take(PARTITION)
+    assert (batch.payloads, batch.more) == (1, False)
     store.finish(batch)
-    stored(store, *(post(5000 + n, size=MAX_BATCH // 2 - 100) for n in range(3)))
-    assert store.take(LANE)[0].posts == 2
+    stored(store, *(payload(5000 + n, size=MAX_BATCH // 2 - 100) for n in range(3)))
+    assert store.take(PARTITION)[0].payloads == 2
 
 
 @both
 def test_diagnostics_travel_alone(new_store):
-    """One post per request, whatever it holds."""
+    """One payload per request, with any body."""
     store = new_store()
     stored(store, *(EventPayload(DIAGNOSTIC, "", b"hello", time.time()) for _ in range(3)))
     batch, texts = store.take(DIAGNOSTIC)
-    assert (batch.posts, texts) == (1, [b"hello"])
+    assert (batch.payloads, texts) == (1, [b"hello"])
     assert store.split(batch) is False
 
 
 @both
 def test_halves_have_ids_derived_from_the_whole(new_store, monkeypatch):
-    """Whoever splits the same batch again gets the same halves under the same ids."""
+    """Splitting the same batch again gives the same halves under the same ids."""
     monkeypatch.setattr("relay.events.store.uuid.uuid4", lambda: "whole")
     found = []
     for _ in range(2):
         store = new_store()
-        stored(store, *(post(n) for n in range(5)))
-        whole, _ = store.take(LANE)
+        stored(store, *(payload(n) for n in range(5)))
+        whole, _ = store.take(PARTITION)
         assert store.split(whole) is True
         halves = []
-        while (taken := store.take(LANE)) is not None:
+        while (taken := store.take(PARTITION)) is not None:
             halves.append((taken[0].payload_id, taken[1]))
             store.finish(taken[0])
         found.append(halves)
@@ -258,26 +258,26 @@ def test_halves_have_ids_derived_from_the_whole(new_store, monkeypatch):
 @both
 @given(count=st.integers(1, 40))
 def test_splitting_to_the_end_loses_no_element(new_store, count):
-    """A post that is too large alone is split by its elements, each sent once and in order."""
+    """A payload that is too large alone is split by its elements, each sent once and in order."""
     store = new_store()
     texts = [b'{"n": %d.0}' % n for n in range(count)]
-    stored(store, EventPayload(LANE, "big", b"[" + b" , ".join(texts) + b"]", 1.0))
+    stored(store, EventPayload(PARTITION, "big", b"[" + b" , ".join(texts) + b"]", 1.0))
     seen, ids, done = [], set(), 0
-    while (taken := store.take(LANE)) is not None:
+    while (taken := store.take(PARTITION)) is not None:
         if store.split(taken[0]):
             continue
         parts = elements(taken[1][0])
-        assert len(parts) == 1, "what has several elements can be split"
+        assert len(parts) == 1, "a part of several elements can be split"
         assert taken[0].payload_id not in ids
         ids.add(taken[0].payload_id)
         seen += parts
         done += store.finish(taken[0])
     assert seen == texts
-    assert done == 1, "the post is done with when its last part is"
+    assert done == 1, "the payload is complete when its last part is"
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[", b"hello", b"\xff", b'["\xff"]'])
-def test_what_is_no_array_has_no_elements(body):
+def test_a_body_that_is_no_array_has_no_elements(body):
     """It cannot be split, and nothing is raised."""
     parts = elements(body)
     assert parts is None or b"".join(parts) in body
@@ -285,94 +285,96 @@ def test_what_is_no_array_has_no_elements(body):
 
 @both
 def test_the_rejected_go_to_quarantine_which_is_bounded(new_store):
-    """Post, id and reason are kept; the oldest make room."""
+    """Body, id and reason are kept; the oldest are deleted."""
     store = new_store(30_000)
     for n in range(40):
-        stored(store, post(n, size=1000))
-        batch, _ = store.take(LANE)
+        stored(store, payload(n, size=1000))
+        batch, _ = store.take(PARTITION)
         assert store.quarantine(batch, "HTTP error 400") == 1
-    assert store.take(LANE) is None
+    assert store.take(PARTITION) is None
     kept = quarantined(store)
-    assert kept[-1] == ("id-39", "HTTP error 400", post(39, size=1000).body)
+    assert kept[-1] == ("id-39", "HTTP error 400", payload(39, size=1000).body)
     assert 15 < len(kept) < 30
 
 
 @both
-def test_what_is_put_aside_comes_last_or_first(new_store):
-    """As asked; among themselves in the order in which they were put aside."""
+def test_suspects_come_last_or_first(new_store):
+    """As requested; among themselves in the order in which they were put aside."""
     store = new_store()
-    stored(store, *(post(n) for n in range(4)))
-    whole, _ = store.take(LANE)
+    stored(store, *(payload(n) for n in range(4)))
+    whole, _ = store.take(PARTITION)
     store.split(whole)
-    one, texts = store.take(LANE)
-    assert texts == [post(0).body, post(1).body]
+    one, texts = store.take(PARTITION)
+    assert texts == [payload(0).body, payload(1).body]
     assert store.put_aside(one) is True
-    assert store.take(LANE, suspects=True)[0] == one
-    other, texts = store.take(LANE)
-    assert texts == [post(2).body, post(3).body]
+    assert store.take(PARTITION, suspects=True)[0] == one
+    other, texts = store.take(PARTITION)
+    assert texts == [payload(2).body, payload(3).body]
     assert store.put_aside(other) is False, "only suspects are left"
-    assert store.take(LANE)[0] == one
+    assert store.take(PARTITION)[0] == one
     assert store.put_aside(one) is False
-    assert store.take(LANE)[0] == other
-    stored(store, post(4))
-    new, texts = store.take(LANE)
-    assert texts == [post(4).body]
+    assert store.take(PARTITION)[0] == other
+    stored(store, payload(4))
+    new, texts = store.take(PARTITION)
+    assert texts == [payload(4).body]
     assert new.more
     assert store.finish(new) == 1
     assert [store.finish(each) for each in (one, other, one)] == [2, 2, None]
     assert store.put_aside(one) is None
-    assert store.take(LANE) is None
+    assert store.take(PARTITION) is None
 
 
 @both
-def test_parts_of_a_post_can_be_put_aside(new_store):
-    """The post is done with when its last part is."""
+def test_parts_of_a_payload_can_be_put_aside(new_store):
+    """The payload is complete when its last part is."""
     store = new_store()
-    stored(store, EventPayload(LANE, "big", b"[1,2,3,4]", 1.0), post(5))
-    store.split(store.take(LANE)[0])
-    store.split(store.take(LANE)[0])
-    part, texts = store.take(LANE)
+    stored(store, EventPayload(PARTITION, "big", b"[1,2,3,4]", 1.0), payload(5))
+    store.split(store.take(PARTITION)[0])
+    store.split(store.take(PARTITION)[0])
+    part, texts = store.take(PARTITION)
     assert texts == [b"[1,2]"]
     store.put_aside(part)
     found = []
-    while (taken := store.take(LANE)) is not None:
+    while (taken := store.take(PARTITION)) is not None:
         found.append((taken[1], store.finish(taken[0])))
-    assert found == [([b"[3,4]"], 0), ([post(5).body], 1), ([b"[1,2]"], 1)]
+    assert found == [([b"[3,4]"], 0), ([payload(5).body], 1), ([b"[1,2]"], 1)]
 
 
 @both
-def test_suspects_make_room_first(new_store):
-    """They have waited for longest."""
+def test_suspects_are_evicted_first(new_store):
+    """They are the oldest."""
     store = new_store(10_000)
-    stored(store, *(post(n, size=1000) for n in range(4)))
-    store.split(store.take(LANE)[0])
-    first, _ = store.take(LANE)
+    stored(store, *(payload(n, size=1000) for n in range(4)))
+    store.split(store.take(PARTITION)[0])
+    first, _ = store.take(PARTITION)
     store.put_aside(first)
-    stored(store, *(post(n, size=1000) for n in range(4, 8)))
+    stored(store, *(payload(n, size=1000) for n in range(4, 8)))
     assert store.evicted == Counter({"prod": 2})
     assert store.finish(first) is None
-    assert store.take(LANE)[1] == [post(n, size=1000).body for n in (2, 3)]
+    assert store.take(PARTITION)[1] == [payload(n, size=1000).body for n in (2, 3)]
 
 
 @both
-def test_some_posts_of_a_batch_can_be_set_aside(new_store):
+def test_some_payloads_of_a_batch_can_be_quarantined(new_store):
     """The others keep its id."""
     store = new_store()
-    stored(store, *(post(n) for n in range(4)))
-    batch, _ = store.take(LANE)
+    stored(store, *(payload(n) for n in range(4)))
+    batch, _ = store.take(PARTITION)
     assert store.quarantine(batch, "malformed", [0, 2]) == 2
-    left, texts = store.take(LANE)
-    assert (left.payload_id, texts) == (batch.payload_id, [post(1).body, post(3).body])
-    assert [row[1:] for row in quarantined(store)] == [("malformed", post(n).body) for n in (0, 2)]
+    left, texts = store.take(PARTITION)
+    assert (left.payload_id, texts) == (batch.payload_id, [payload(1).body, payload(3).body])
+    assert [row[1:] for row in quarantined(store)] == [
+        ("malformed", payload(n).body) for n in (0, 2)
+    ]
     assert store.quarantine(left, "malformed", [0, 1]) == 2
-    assert store.take(LANE) is None
+    assert store.take(PARTITION) is None
 
 
 # Time
 
 
 class JumpingClock:
-    """The system's clock, which somebody corrects again and again."""
+    """The system's clock, which is corrected again and again."""
 
     def __init__(self, monkeypatch):
         self._patch = monkeypatch
@@ -387,8 +389,8 @@ class JumpingClock:
 DAY = 86400.0
 MOMENTS = st.lists(
     st.one_of(
-        st.just("post"),
-        st.sampled_from(["tidy", "take", "restart"]),
+        st.just("append"),
+        st.sampled_from(["expire", "take", "restart"]),
         st.floats(-20 * DAY, 20 * DAY),
     ),
     min_size=3,
@@ -401,12 +403,14 @@ MOMENTS = st.lists(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(moments=MOMENTS)
-@example(["post", 8 * DAY, "tidy", "post", "restart", "tidy"])
-@example(["post", -8 * DAY, "tidy", "post", "restart", "tidy", 8 * DAY, "restart", "tidy"])
-@example(["post", 600.0, *["restart"] * 5, "tidy"])
-@example([-8 * DAY, "restart", "post", "restart", 8 * DAY, "restart", "tidy"])
+@example(["append", 8 * DAY, "expire", "append", "restart", "expire"])
+@example(
+    ["append", -8 * DAY, "expire", "append", "restart", "expire", 8 * DAY, "restart", "expire"]
+)
+@example(["append", 600.0, *["restart"] * 5, "expire"])
+@example([-8 * DAY, "restart", "append", "restart", 8 * DAY, "restart", "expire"])
 def test_a_clock_that_jumps_loses_nothing(durable, moments):
-    """Whatever it does while we run, or between two processes, all that waits is delivered."""
+    """Whatever it does during a process or between two, every waiting payload is delivered."""
 
     async def run(folder, system):
         directory = folder if durable else None
@@ -414,13 +418,13 @@ def test_a_clock_that_jumps_loses_nothing(durable, moments):
         spool.on_evicted = evicted.update
         await spool.open()
         for moment in moments:
-            if moment == "post":
-                assert await spool.append(post(count))
+            if moment == "append":
+                assert await spool.append(payload(count))
                 count += 1
-            elif moment == "tidy":
+            elif moment == "expire":
                 await spool._do(lambda store: store.expire(clock.now()))
             elif moment == "take":
-                await spool.take(LANE)
+                await spool.take(PARTITION)
             elif moment != "restart":
                 system.offset += moment
             elif durable:
@@ -430,8 +434,8 @@ def test_a_clock_that_jumps_loses_nothing(durable, moments):
                 spool.on_evicted = evicted.update
                 await spool.open()
         for number in range(0 if "restart" in moments else count):
-            assert not await spool.append(post(number)), "an id is forgotten"
-        assert bodies(await drained(spool)) == [post(number).body for number in range(count)]
+            assert not await spool.append(payload(number)), "an id is forgotten"
+        assert bodies(await drained(spool)) == [payload(number).body for number in range(count)]
         await spool.close()
         assert not evicted
 
@@ -440,7 +444,7 @@ def test_a_clock_that_jumps_loses_nothing(durable, moments):
 
 
 def test_time_goes_on_in_a_file_that_is_closed_but_not_for_long(tmp_path, monkeypatch):
-    """Of a restart so much passes as it took, and of a longer absence five minutes."""
+    """A restart counts in full, a longer absence as five minutes."""
     system = JumpingClock(monkeypatch)
     began = clock.now()
     ages = []
@@ -449,21 +453,21 @@ def test_time_goes_on_in_a_file_that_is_closed_but_not_for_long(tmp_path, monkey
         system.restart()
         store = DiskStore(str(tmp_path / "events.db"), LIMITS)
         if not ages:
-            stored(store, post(1, received=began))
+            stored(store, payload(1, received=began))
         ages.append(round(clock.now() - store.backlog()[0].oldest, -1))
         store.close()
     jumped = 100 + LONGEST_ABSENCE
     assert ages == [0, 100, jumped, jumped, jumped, jumped, jumped + 50]
 
 
-def test_what_waits_for_a_week_of_running_is_given_up_across_restarts(tmp_path, monkeypatch):
-    """Each process adds the time that it ran."""
+def test_a_week_of_running_evicts_a_payload_across_restarts(tmp_path, monkeypatch):
+    """Each process adds the time for which it ran."""
     now, left = 1e9, []
     monkeypatch.setattr(clock, "now", lambda: now)
     for day in range(9):
         store = DiskStore(str(tmp_path / "events.db"), LIMITS)
         if day == 0:
-            stored(store, post(1, received=now + 1))
+            stored(store, payload(1, received=now + 1))
         now += DAY
         with store.transaction():
             store.expire(now)
@@ -473,7 +477,7 @@ def test_what_waits_for_a_week_of_running_is_given_up_across_restarts(tmp_path, 
 
 
 def test_a_file_of_an_earlier_release_is_read(tmp_path):
-    """Its posts, its batches, and what it has seen, though its clock was wrong."""
+    """Its payloads, batches and known ids, though its clock was wrong."""
     path = tmp_path / "events.db"
     long_ago = time.time() - 30 * DAY
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as old:
@@ -491,19 +495,19 @@ def test_a_file_of_an_earlier_release_is_read(tmp_path):
             "INSERT INTO lanes VALUES (1,'prod','BULK',4,'','');"
         )
         for number in (1, 2):
-            body = gzip.compress(post(number).body)
-            row = (number, 1, 300, len(post(number).body), long_ago, f"id-{number}", body)
+            body = gzip.compress(payload(number).body)
+            row = (number, 1, 300, len(payload(number).body), long_ago, f"id-{number}", body)
             old.execute("INSERT INTO posts VALUES (?,?,?,?,?,?,?)", row)
         old.execute("INSERT INTO batches VALUES (1,1,1,1,0,NULL,'id-1')")
     store = DiskStore(str(path), LIMITS)
     with store.transaction():
         store.expire(clock.now())
     assert not store.evicted
-    first, texts = store.take(LANE)
-    assert (first.payload_id, texts) == ("id-1", [post(1).body])
+    first, texts = store.take(PARTITION)
+    assert (first.payload_id, texts) == ("id-1", [payload(1).body])
     assert store.put_aside(first)
-    assert store.take(LANE)[1] == [post(2).body]
-    assert store.take(LANE, suspects=True)[0] == first
+    assert store.take(PARTITION)[1] == [payload(2).body]
+    assert store.take(PARTITION, suspects=True)[0] == first
     store.close()
     with contextlib.closing(sqlite3.connect(path)) as file:
         (version,) = file.execute("PRAGMA user_version").fetchone()
@@ -514,52 +518,52 @@ def test_a_file_of_an_earlier_release_is_read(tmp_path):
 
 
 @both
-def test_the_oldest_make_room_and_are_counted(new_store):
-    """What is full keeps the newest; a batch goes as a whole, as it never changes."""
+def test_a_full_store_evicts_the_oldest_and_counts_them(new_store):
+    """A batch is evicted as a whole, as it never changes."""
     store = new_store(10_000)
-    stored(store, *(post(n, size=1000) for n in range(6)))
-    fixed, _ = store.take(LANE)
-    assert fixed.posts == 6
-    stored(store, *(post(n, OTHER, size=1000) for n in range(4)))
+    stored(store, *(payload(n, size=1000) for n in range(6)))
+    fixed, _ = store.take(PARTITION)
+    assert fixed.payloads == 6
+    stored(store, *(payload(n, OTHER, size=1000) for n in range(4)))
     assert store.evicted == Counter({"prod": 6})
-    assert store.take(LANE) is None
+    assert store.take(PARTITION) is None
     assert store.finish(fixed) is None
-    assert store.take(OTHER)[0].posts == 4
+    assert store.take(OTHER)[0].payloads == 4
 
 
 @both
-def test_the_old_are_given_up_diagnostics_sooner(new_store):
+def test_old_payloads_are_evicted_diagnostics_sooner(new_store):
     """Each at its age; the young stay."""
     store = new_store(age=1000, diagnostic_age=100)
     stored(
         store,
-        *(post(1, received=0), post(2, received=900)),
-        *(post(3, DIAGNOSTIC, received=0), post(4, DIAGNOSTIC, received=190)),
+        *(payload(1, received=0), payload(2, received=900)),
+        *(payload(3, DIAGNOSTIC, received=0), payload(4, DIAGNOSTIC, received=190)),
     )
     store.expire(200)
     assert store.evicted == Counter({"prod": 1})
-    assert store.take(DIAGNOSTIC)[1] == [post(4).body]
+    assert store.take(DIAGNOSTIC)[1] == [payload(4).body]
     store.expire(1100)
     assert store.evicted == Counter({"prod": 3})
-    assert store.take(LANE)[1] == [post(2).body]
+    assert store.take(PARTITION)[1] == [payload(2).body]
 
 
-async def test_evictions_are_told():
-    """The event loop hears who has lost how much."""
+async def test_evictions_are_reported():
+    """The callback gets the number of evicted payloads by environment."""
     async with opened(None, Limits(memory=5000)) as spool:
-        told = Counter()
-        spool.on_evicted = told.update
-        await asyncio.gather(*(spool.append(post(n, size=1000)) for n in range(20)))
+        evicted = Counter()
+        spool.on_evicted = evicted.update
+        await asyncio.gather(*(spool.append(payload(n, size=1000)) for n in range(20)))
         left = await drained(spool)
-        assert told["prod"] + len(bodies(left)) == 20
-        assert bodies(left)[-1] == post(19, size=1000).body
+        assert evicted["prod"] + len(bodies(left)) == 20
+        assert bodies(left)[-1] == payload(19, size=1000).body
 
 
 def test_unused_space_is_given_back(tmp_path):
-    """After a long absence of upstream the file shrinks again."""
+    """After a long outage of upstream the file shrinks again."""
     store = DiskStore(str(tmp_path / "events.db"), LIMITS)
-    stored(store, *(post(n, size=50_000) for n in range(200)))
-    while (taken := store.take(LANE)) is not None:
+    stored(store, *(payload(n, size=50_000) for n in range(200)))
+    while (taken := store.take(PARTITION)) is not None:
         with store.transaction():
             store.finish(taken[0])
     store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -574,7 +578,9 @@ def test_unused_space_is_given_back(tmp_path):
 
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.integers(0, 30), st.sampled_from([LANE, OTHER, DIAGNOSTIC])),
+        st.tuples(
+            st.just("add"), st.integers(0, 30), st.sampled_from([PARTITION, OTHER, DIAGNOSTIC])
+        ),
         st.tuples(
             st.sampled_from(["take", "suspect", "finish", "split", "aside", "reject", "exclude"]),
             *(st.none(), st.none()),
@@ -586,70 +592,70 @@ ACTIONS = st.lists(
 
 @given(ACTIONS)
 def test_memory_and_disk_do_the_same(actions):
-    """Whatever is done in whatever order; what memory holds then goes on on disk, all of it."""
+    """For any sequence of actions; and the disk then takes over the whole content of the memory."""
     memory, disk, moved = in_memory(), on_disk(), on_disk()
     last = {}
     for action in actions:
         assert _done(memory, *action, last) == _done(disk, *action, last)
     assert set(memory.backlog()) == set(disk.backlog())
     moved.receive(memory)
-    for lane in (LANE, OTHER, DIAGNOSTIC):
-        assert _emptied(moved, lane) == _emptied(disk, lane)
+    for partition in (PARTITION, OTHER, DIAGNOSTIC):
+        assert _emptied(moved, partition) == _emptied(disk, partition)
     assert [row[1:] for row in quarantined(moved)] == [row[1:] for row in quarantined(disk)]
 
 
-def _done(store, action, count, lane, last):
-    """What comes of an action, but for ids."""
+def _done(store, action, count, partition, last):
+    """Return the result of an action, but for ids."""
     if action == "add":
-        return stored(store, *(post(n, lane, received=n) for n in range(count)))
+        return stored(store, *(payload(n, partition, received=n) for n in range(count)))
     if action in ("take", "suspect"):
-        batch, texts = store.take(LANE, suspects=action == "suspect") or (None, [])
+        batch, texts = store.take(PARTITION, suspects=action == "suspect") or (None, [])
         last[store] = batch
-        return batch and (batch.posts, batch.oldest, batch.more, texts)
+        return batch and (batch.payloads, batch.oldest, batch.more, texts)
     batch = last.get(store)
     if batch is None:
         return None
     if action == "exclude":
         last[store] = None
-        return store.quarantine(batch, "malformed", range(0, batch.posts, 2))
+        return store.quarantine(batch, "malformed", range(0, batch.payloads, 2))
     if action == "reject":
         return store.quarantine(batch, "HTTP error 400")
     actions = {"aside": store.put_aside, "finish": store.finish, "split": store.split}
     return actions[action](batch)
 
 
-def _emptied(store, lane):
+def _emptied(store, partition):
     found = []
-    while (taken := store.take(lane)) is not None:
-        found.append((taken[0].posts, taken[1], store.finish(taken[0])))
+    while (taken := store.take(partition)) is not None:
+        found.append((taken[0].payloads, taken[1], store.finish(taken[0])))
     return found
 
 
-# Trouble
+# Failures
 
 
-async def test_a_directory_that_cannot_be_made_is_said_once(tmp_path, caplog):
+async def test_a_directory_that_cannot_be_made_is_logged_once(tmp_path, caplog):
     """Events wait in memory, and move to the disk when it works."""
     blocked = tmp_path / "spool"
     blocked.write_text("a file where the directory should be")
     with caplog.at_level(logging.INFO, "relay.events"):
         async with opened(blocked) as spool:
-            assert await spool.append(post(1))
-            batch, _ = await spool.take(LANE)
-            await asyncio.gather(*(spool.append(post(n)) for n in range(2, 5)))
+            assert await spool.append(payload(1))
+            batch, _ = await spool.take(PARTITION)
+            await asyncio.gather(*(spool.append(payload(n)) for n in range(2, 5)))
             assert not spool.durable
             assert "File exists" in spool.outage
             blocked.unlink()
             while not spool.durable:
-                await spool.append(post(0, payload_id=""))
-            assert (await spool.take(LANE))[0].payload_id == batch.payload_id
+                await spool.append(payload(0, payload_id=""))
+            assert (await spool.take(PARTITION))[0].payload_id == batch.payload_id
             assert await spool.finish(batch) == 1
-            assert not await spool.append(post(3)), "what was seen moves, too"
+            assert not await spool.append(payload(3)), "known ids move, too"
     texts = [record.getMessage() for record in caplog.records]
     assert [text for text in texts if "memory only" in text] == [texts[0]]
     assert texts[1] == "Events are kept on disk again"
     async with opened(blocked) as spool:
-        assert bodies(await drained(spool))[:3] == [post(n).body for n in range(2, 5)]
+        assert bodies(await drained(spool))[:3] == [payload(n).body for n in range(2, 5)]
 
 
 @pytest.fixture
@@ -666,58 +672,58 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-async def test_a_full_disk_costs_nothing_that_was_accepted(small_disk, caplog):
-    """Posts go to memory, what is delivered is forgotten later, and then the disk has it all."""
+async def test_a_full_disk_loses_no_accepted_payload(small_disk, caplog):
+    """Payloads go to memory, finished batches are removed later, and the disk takes all over."""
     with caplog.at_level(logging.INFO, "relay.events"):
         async with opened(small_disk / "spool", Limits(memory=4 << 20)) as spool:
-            await spool.append(post(0))
-            batch, _ = await spool.take(LANE)
+            await spool.append(payload(0))
+            batch, _ = await spool.take(PARTITION)
             ballast = small_disk / "ballast"
             with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
                 while file.write(b"x" * 4096):
                     pass
             spool._retry = 3600
             for n in range(1, 100):
-                assert await spool.append(post(n, size=5000))
+                assert await spool.append(payload(n, size=5000))
             assert not spool.durable
             assert await spool.finish(batch) == 1
             ballast.unlink()
             spool._try_at = 0.0
-            assert await spool.append(post(100))
+            assert await spool.append(payload(100))
             assert spool.durable
             found = bodies(await drained(spool))
     assert Counter(found) == Counter(
-        [post(n, size=5000).body for n in range(1, 100)] + [post(100).body]
+        [payload(n, size=5000).body for n in range(1, 100)] + [payload(100).body]
     )
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
 async def test_a_write_that_fails_moves_to_memory_and_back(tmp_path, monkeypatch, caplog):
-    """As of a full disk: SQLite is told that its file may not grow."""
+    """As on a full disk: SQLite may not let its file grow."""
     with caplog.at_level(logging.INFO, "relay.events"):
         async with opened(tmp_path) as spool:
-            told = []
-            spool.on_backlog = told.append
-            await spool.append(post(0))
-            batch, _ = await spool.take(LANE)
-            await spool.append(post(1))
+            backlogs = []
+            spool.on_backlog = backlogs.append
+            await spool.append(payload(0))
+            batch, _ = await spool.take(PARTITION)
+            await spool.append(payload(1))
             spool._retry = 3600
             spool._disk._db.execute("PRAGMA max_page_count=1")
-            assert await spool.append(post(2, size=100_000))
+            assert await spool.append(payload(2, size=100_000))
             assert not spool.durable
             assert "full" in spool.outage
-            # The batch of the disk is delivered meanwhile; the lane goes on with what is in memory.
+            # The batch of the disk is delivered meanwhile; the partition continues with the memory.
             assert await spool.finish(batch) == 1
-            taken = await spool.take(LANE)
-            assert taken[1] == [post(2, size=100_000).body]
+            taken = await spool.take(PARTITION)
+            assert taken[1] == [payload(2, size=100_000).body]
             spool._try_at = 0.0
-            await spool.append(post(3))
+            await spool.append(payload(3))
             assert spool.durable
             assert spool.outage is None
-            assert [left.posts for left in told[0]] == [2]
-            # What the disk had before, then the batch that memory had fixed.
+            assert [left.payloads for left in backlogs[0]] == [2]
+            # The content of the disk, then the batch that was fixed in memory.
             assert sorted(bodies(await drained(spool))) == sorted(
-                post(n, size=100_000 if n == 2 else 0).body for n in (1, 2, 3)
+                payload(n, size=100_000 if n == 2 else 0).body for n in (1, 2, 3)
             )
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
@@ -726,7 +732,7 @@ async def test_a_damaged_file_is_set_aside(tmp_path, caplog):
     """It is kept for people; a new one takes its place at once."""
     (tmp_path / "events.db").write_bytes(b"this is no database, as anybody can see" * 100)
     async with opened(tmp_path) as spool:
-        assert await spool.append(post(1))
+        assert await spool.append(payload(1))
         assert spool.durable
     assert (tmp_path / "events.db.damaged").read_bytes().startswith(b"this is no database")
     assert "damaged" in caplog.text
@@ -738,61 +744,61 @@ async def test_a_file_of_another_release_is_left_alone(tmp_path, caplog):
         other.execute("PRAGMA user_version=99")
     before = (tmp_path / "events.db").read_bytes()
     async with opened(tmp_path) as spool:
-        assert await spool.append(post(1))
+        assert await spool.append(payload(1))
         assert not spool.durable
     assert (tmp_path / "events.db").read_bytes() == before
     assert "another release" in caplog.text
 
 
-def test_a_damaged_post_is_found_by_its_checksum(caplog):
-    """It is counted as lost; the rest of its batch goes on under the same id."""
+def test_a_damaged_payload_is_found_by_its_checksum(caplog):
+    """It is counted as lost; the rest of its batch keeps the id."""
     store = on_disk()
-    stored(store, post(1), post(2), post(3))
-    fixed, _ = store.take(LANE)
+    stored(store, payload(1), payload(2), payload(3))
+    fixed, _ = store.take(PARTITION)
     store._db.execute("UPDATE posts SET body=x'5b375d' WHERE payload_id='id-2'")
-    batch, texts = store.take(LANE)
+    batch, texts = store.take(PARTITION)
     assert batch.payload_id == fixed.payload_id
-    assert texts == [post(1).body, post(3).body]
+    assert texts == [payload(1).body, payload(3).body]
     assert store.evicted == Counter({"prod": 1})
     assert "damaged 1 of 3" in caplog.text
     store._db.execute("UPDATE posts SET body=x'5b375d' WHERE payload_id='id-1'")
-    assert store.take(LANE)[1] == [post(3).body]
-    assert store.split(batch) is False, "one post of one element is left"
+    assert store.take(PARTITION)[1] == [payload(3).body]
+    assert store.split(batch) is False, "one payload of one element is left"
     store._db.execute("UPDATE posts SET body=x'5b375d'")
-    assert store.take(LANE) is None
+    assert store.take(PARTITION) is None
 
 
 async def test_a_second_process_on_the_same_file_works_in_memory(tmp_path):
     """Two relays cannot deliver the same events."""
     async with opened(tmp_path) as first, opened(tmp_path) as second:
-        assert await first.append(post(1))
-        assert await second.append(post(2))
+        assert await first.append(payload(1))
+        assert await second.append(payload(2))
         assert first.durable
         assert not second.durable
         assert "locked" in second.outage
-        assert bodies(await drained(first)) == [post(1).body]
+        assert bodies(await drained(first)) == [payload(1).body]
 
 
-async def test_events_are_for_our_eyes_only(tmp_path):
-    """The directory and the files are readable by nobody else."""
+async def test_only_the_owner_can_read_the_files(tmp_path):
+    """The directory and the files have private permissions."""
     async with opened(tmp_path / "new" / "spool") as spool:
-        await spool.append(post(1))
+        await spool.append(payload(1))
         folder = tmp_path / "new" / "spool"
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
 
 
-async def test_a_disk_that_hangs_holds_up_nobody(tmp_path, monkeypatch):
-    """The loop goes on, what waits is bounded, and the end comes in time."""
+async def test_a_disk_that_hangs_blocks_nothing(tmp_path, monkeypatch):
+    """The loop continues, waiting payloads are bounded, and the shutdown is in time."""
     monkeypatch.setattr("relay.events.spool.CLOSE_LIMIT", 0.05)
     freed = threading.Event()
     spool = Spool(tmp_path, LIMITS)
     await spool.open()
     spool._do(lambda _: freed.wait(60))
-    big = EventPayload(LANE, "", b"x" * (MAX_QUEUED // 4), 1.0)
+    big = EventPayload(PARTITION, "", b"x" * (MAX_QUEUED // 4), 1.0)
     waiting = [spool.append(big) for _ in range(4)]
     with pytest.raises(StoreUnavailable):
-        spool.append(post(1))
+        spool.append(payload(1))
     started = time.monotonic()
     await spool.close()
     assert time.monotonic() - started < 1
@@ -802,51 +808,71 @@ async def test_a_disk_that_hangs_holds_up_nobody(tmp_path, monkeypatch):
     await spool._closed
 
 
-async def test_a_defect_reaches_who_waits_and_nobody_else():
-    """The thread goes on."""
+async def test_an_unexpected_error_reaches_its_caller_only():
+    """The spool continues to work."""
     async with opened(None) as spool:
         with pytest.raises(ZeroDivisionError):
             await spool._do(lambda _: 1 / 0)
-        assert await spool.append(post(1))
-        assert bodies(await drained(spool)) == [post(1).body]
+        assert await spool.append(payload(1))
+        assert bodies(await drained(spool)) == [payload(1).body]
 
 
-async def test_who_goes_away_takes_no_post_along():
-    """A post whose sender is gone is kept all the same."""
+async def test_a_cancelled_append_keeps_its_payload():
+    """A payload is stored even if its sender is gone."""
     async with opened(None) as spool:
-        spool.append(post(1)).cancel()
-        await spool.append(post(2))
-        assert bodies(await drained(spool)) == [post(1).body, post(2).body]
+        spool.append(payload(1)).cancel()
+        await spool.append(payload(2))
+        assert bodies(await drained(spool)) == [payload(1).body, payload(2).body]
 
 
 async def test_one_synchronisation_serves_many_posts(tmp_path):
-    """Posts that come together share transactions."""
+    """Payloads that arrive together share transactions."""
     async with opened(tmp_path) as spool:
         commits = []
         spool._disk._db.set_trace_callback(lambda sql: sql == "COMMIT" and commits.append(sql))
-        await asyncio.gather(*(spool.append(post(n)) for n in range(1000)))
+        await asyncio.gather(*(spool.append(payload(n)) for n in range(1000)))
         assert len(commits) < 50
+
+
+@both
+def test_a_debugger_shows_how_full_a_store_is(new_store):
+    """Its size and its capacity in bytes; no bodies."""
+    store = new_store(5000)
+    stored(store, payload(1, size=100))
+    (size,) = {int(word) for word in repr(store).split() if word.isdigit()} - {5000, 1}
+    assert 256 < size < 5000
+    assert f"Store: {size} of 5000 bytes" in repr(store)
+    assert repr(store.recent) == "<DedupWindow: 1 keys>"
+
+
+async def test_a_debugger_shows_the_spool_s_file_and_outage(tmp_path):
+    """The reason of an outage, or None."""
+    assert repr(Spool(None, LIMITS)) == "<Spool: memory, outage: None>"
+    spool = Spool(tmp_path, LIMITS)
+    spool.outage = "disk full"
+    assert repr(spool) == f"<Spool: {tmp_path}/events.db, outage: disk full>"
 
 
 CHILD = """
 import asyncio, sys, time
 from pathlib import Path
-from relay.model.event import Endpoint, Lane, Post
+from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.events.store import Limits
 from relay.events.spool import Spool
 
 async def main():
     spool = Spool(Path(sys.argv[1]), Limits())
     await spool.open()
-    lane = Lane("prod", Endpoint.BULK, 4)
+    partition = Partition("prod", EventsEndpoint.BULK, 4)
     async def client(name):
         for n in range(10**6):
             text = f"{sys.argv[2]}-{name}-{n}"
-            await spool.append(Post(lane, text, b'["%s"]' % text.encode(), time.time()))
+            body = b'["%s"]' % text.encode()
+            await spool.append(EventPayload(partition, text, body, time.time()))
             print(text, flush=True)
     async def deliver():
         while True:
-            if taken := await spool.take(lane):
+            if taken := await spool.take(partition):
                 for body in taken[1]:
                     print("sent", taken[0].payload_id, body.decode(), flush=True)
                 await spool.finish(taken[0])
@@ -857,8 +883,8 @@ asyncio.run(main())
 """
 
 
-async def test_kill_9_loses_nothing_that_was_safe(tmp_path):
-    """Rounds of writing and delivering; all that was safe comes out, once or under one id."""
+async def test_kill_9_loses_no_acknowledged_payload(tmp_path):
+    """All acknowledged payloads come out, once or under one id."""
     acknowledged, sent = set(), {}
 
     def note(payload_id, text):

@@ -1,4 +1,4 @@
-"""Every source keeps the contract."""
+"""Every data source fulfils the contract."""
 
 from __future__ import annotations
 

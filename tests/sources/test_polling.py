@@ -65,25 +65,25 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_fault_interrupts_and_passes(server, fault):
-    """The next poll is tried in time, and the reason holds no key."""
+    """The next poll is made in time, and the reason does not contain the key."""
     answer, kind, refused = FAULTS[fault]
     server.script(KEY, answer)
     async with polling(server) as updates:
-        trouble = await anext(updates)
-        assert isinstance(trouble, Interrupted)
-        assert (trouble.kind, trouble.refused) == (kind, refused)
-        assert KEY not in trouble.reason
+        outage = await anext(updates)
+        assert isinstance(outage, Interrupted)
+        assert (outage.kind, outage.refused) == (kind, refused)
+        assert KEY not in outage.reason
         assert (await anext(updates)).full
 
 
-async def test_a_hint_is_a_poll_now_that_brings_nothing_older(server):
-    """Neither lower versions, nor a state that upstream had before; a regular poll may go back."""
+async def test_a_check_polls_now_and_ignores_older_data(server):
+    """Neither lower versions nor an earlier state; a resync may go back."""
     first, second = all_data(flag()), all_data(flag(), flag("added"))
     lower = all_data(flag(version=0), flag("added"), flag("other"))
     server.serve(KEY, first)
-    times = SourceTimings(poll_interval=3600)
+    timings = SourceTimings(poll_interval=3600)
     async with Upstream() as session, asyncio.timeout(20):
-        source = PollingSource(session, server.url, SDKKey(KEY), times)
+        source = PollingSource(session, server.url, SDKKey(KEY), timings)
         updates = source.updates()
         assert (await anext(updates)).full
         server.serve(KEY, second)
@@ -99,11 +99,18 @@ async def test_a_hint_is_a_poll_now_that_brings_nothing_older(server):
         await updates.aclose()
 
 
-async def test_a_body_without_end_is_given_up(server, monkeypatch):
+async def test_the_repr_states_url_and_etag():
+    """Passwords in the URL are masked."""
+    async with Upstream() as session:
+        source = PollingSource(session, "http://me:hidden@sdk.example", SDKKey(KEY), FAST)
+        assert repr(source) == "<PollingSource http://me:xxxxx@sdk.example/sdk/latest-all etag=''>"
+
+
+async def test_a_body_without_end_is_rejected(server, monkeypatch):
     """Memory is bounded."""
     monkeypatch.setattr("relay.upstream.read_body.__defaults__", (1000,), raising=False)
     server.script(KEY, answers.body(b" " * 2000))
     async with polling(server) as updates:
-        trouble = await anext(updates)
-        assert trouble.kind is ErrorKind.INVALID_DATA
-        assert "longer than 1000 bytes" in trouble.reason
+        outage = await anext(updates)
+        assert outage.kind is ErrorKind.INVALID_DATA
+        assert "longer than 1000 bytes" in outage.reason

@@ -1,4 +1,4 @@
-"""How log lines look, where they go, and that writing them harms nobody."""
+"""Log lines: their format, their destination, and that writing them never blocks."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def logging_as_before() -> Iterator[None]:
 
 
 class Pipes:
-    """Two pipes that stand for the two outputs of the process."""
+    """Two pipes in place of the two outputs of the process."""
 
     def __init__(self) -> None:
         self.out_read, self.out = os.pipe()
@@ -48,12 +48,12 @@ class Pipes:
 
 @pytest.fixture(name="pipes")
 def make_pipes() -> Iterator[Pipes]:
-    """Outputs of this test's own."""
+    """Outputs of one test."""
     with closing(Pipes()) as pipes:
         yield pipes
 
 
-def test_a_text_line_is_that_of_the_reference(pipes: Pipes) -> None:
+def test_a_text_line_is_that_of_ld_relay(pipes: Pipes) -> None:
     """Date, time with microseconds, level, the environment's mask, message; errors go to stderr."""
     with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
         log.set_up("debug", "text", output)
@@ -69,7 +69,7 @@ def test_a_text_line_is_that_of_the_reference(pipes: Pipes) -> None:
 
 
 def test_a_json_line_is_one_object_with_the_environment(pipes: Pipes) -> None:
-    """Collectors get one object per line, whatever the message holds."""
+    """Collectors get one object per line, even for a message of several lines."""
     with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
         log.set_up("info", "json", output)
         log.environment_log("Shop", "...abcd").info("two\nlines")
@@ -85,7 +85,7 @@ def test_a_json_line_is_one_object_with_the_environment(pipes: Pipes) -> None:
 
 
 def test_text_from_outside_cannot_forge_a_line(pipes: Pipes) -> None:
-    """A line break within a message is shown, not written."""
+    """A line break within a message is escaped."""
     with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
         log.set_up("info", "text", output)
         logging.getLogger("relay").info("a\nb\rc")
@@ -93,7 +93,7 @@ def test_text_from_outside_cannot_forge_a_line(pipes: Pipes) -> None:
 
 
 @pytest.mark.parametrize("line_format", ["text", "json"])
-def test_secrets_are_masked_wherever_they_stand(pipes: Pipes, line_format: str) -> None:
+def test_secrets_are_masked_everywhere(pipes: Pipes, line_format: str) -> None:
     """A secret that slips into a message or a traceback shows its last four characters."""
     with closing(log.LogHandler(["sdk-secret-abcd"], pipes.out, pipes.err)) as output:
         log.set_up("info", line_format, output)
@@ -101,9 +101,9 @@ def test_secrets_are_masked_wherever_they_stand(pipes: Pipes, line_format: str) 
             int("sdk-secret-abcd")
         except ValueError:
             logging.getLogger("relay").exception("sdk-secret-abcd")
-    shown = pipes.read()[1]
-    assert "sdk-secret" not in shown
-    assert shown.count("...abcd") >= 2
+    written = pipes.read()[1]
+    assert "sdk-secret" not in written
+    assert written.count("...abcd") >= 2
 
 
 @pytest.mark.parametrize("line_format", ["text", "json"])
@@ -111,13 +111,13 @@ def test_secrets_are_masked_wherever_they_stand(pipes: Pipes, line_format: str) 
 def test_secrets_are_masked_also_where_they_are_escaped(
     pipes: Pipes, line_format: str, secret: str
 ) -> None:
-    """A quotation mark, a letter beyond ASCII or a line end in a password hides it from nobody."""
+    """Also with a quotation mark, a letter beyond ASCII or a line end in it."""
     with closing(log.LogHandler([secret], pipes.out, pipes.err)) as output:
         log.set_up("info", line_format, output)
         logging.getLogger("relay").info("it is %s, or %r", secret, secret)
-    shown = pipes.read()[0]
-    assert "word-" not in shown
-    assert shown.count("...abcd") == 2
+    written = pipes.read()[0]
+    assert "word-" not in written
+    assert written.count("...abcd") == 2
 
 
 def test_a_traceback_is_set_apart_from_lines(pipes: Pipes) -> None:
@@ -136,8 +136,8 @@ def test_a_traceback_is_set_apart_from_lines(pipes: Pipes) -> None:
     assert rest[-1].endswith("\\r\\x1b[2K\\u2028")
 
 
-def test_each_level_lets_through_what_is_as_grave(pipes: Pipes) -> None:
-    """The environment's level stands above the relay's; `none` silences."""
+def test_levels(pipes: Pipes) -> None:
+    """The environment's level overrides the relay's; `none` silences."""
     with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
         log.set_up("none", "text", output)
         log.set_environment_level("Shop", "info")
@@ -150,18 +150,19 @@ def test_each_level_lets_through_what_is_as_grave(pipes: Pipes) -> None:
 
 
 def test_a_closed_output_costs_lines_and_nothing_else(pipes: Pipes) -> None:
-    """A broken pipe is counted."""
+    """A line for a broken pipe is counted as lost."""
     os.close(pipes.out_read)
     with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
         log.set_up("info", "text", output)
         logging.getLogger("relay").info("lost")
     assert output.lost == 1
+    assert repr(output) == "<LogHandler: 0 lines queued, 1 lost>"
 
 
 def test_a_reader_that_stalls_does_not_stop_the_writer(
     pipes: Pipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When nobody reads our output, lines are dropped and counted at once."""
+    """When nobody reads the output, lines are dropped and counted at once."""
     monkeypatch.setattr(log, "CLOSE_LIMIT", 0.05)
     output = log.LogHandler(stdout=pipes.out, stderr=pipes.err)
     log.set_up("info", "text", output)
@@ -174,7 +175,7 @@ def test_a_reader_that_stalls_does_not_stop_the_writer(
         target=lambda: [None for _ in iter(lambda: os.read(pipes.out_read, 65536), b"")]
     )
     drain.start()
-    output._waiting.put(None)
+    output._queue.put(None)
     output._writer.join(10)
     os.close(pipes.out)
     drain.join(10)

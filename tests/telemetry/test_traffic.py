@@ -1,4 +1,4 @@
-"""What is counted and logged of requests, at both doors."""
+"""Counts and log lines of requests, on the fast path and in the application."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def deliver(served: Served) -> None:
 
 @pytest.fixture
 def debug(caplog):
-    """The level is debug when the server is made."""
+    """A log at level debug before the server is made."""
     caplog.set_level(logging.DEBUG, "relay.traffic")
     return caplog
 
@@ -40,7 +40,7 @@ def lines(caplog) -> list[str]:
 
 @pytest.mark.parametrize("front", [True, False])
 async def test_requests_are_counted(front):
-    """By environment, route, method and platform; refused ones and other pages not."""
+    """By environment, route, method and platform, but not if refused or of other pages."""
     served = Served()
     async with serving(served, front=front) as address:
         await deliver(served)
@@ -69,7 +69,7 @@ async def test_requests_are_counted(front):
 
 @pytest.mark.parametrize("front", [True, False])
 async def test_each_request_is_logged_at_debug(front, debug):
-    """One line per request and one for the end of a stream, the same at both doors."""
+    """One line per request and one for the end of a stream, the same on both paths."""
     served = Served()
     async with serving(served, front=front) as address:
         await deliver(served)
@@ -96,7 +96,7 @@ async def test_each_request_is_logged_at_debug(front, debug):
 
 @pytest.mark.parametrize("front", [True, False])
 async def test_lines_hold_no_secrets(front, debug):
-    """Neither keys nor contexts nor events get into lines."""
+    """No keys, contexts or events get into lines."""
     served = Served()
     async with serving(served, front=front) as address:
         await ask(address, "/sdk/evalx/env-1/contexts/eyJrZXkiOiJhIn0?withReasons=true")
@@ -113,8 +113,8 @@ async def test_lines_hold_no_secrets(front, debug):
     ]
 
 
-async def test_nothing_is_logged_otherwise(caplog):
-    """Unless the level was debug at the start there are no lines, and streams cost nothing more."""
+async def test_nothing_is_logged_at_other_levels(caplog):
+    """Unless the level was debug at the start, there are no lines, and streams have no overhead."""
     served = Served()
     assert not served.traffic.logs
     async with serving(served) as address:
@@ -128,8 +128,8 @@ async def test_nothing_is_logged_otherwise(caplog):
     assert lines(caplog) == []
 
 
-def test_lines():
-    """The forms are the reference's."""
+def test_format_of_lines():
+    """As in ld-relay."""
     line = request_line("GET", "/sdk/flags", "sdk-abcdefghij", 200, 3)
     assert line == "Request: method=GET url=/sdk/flags auth=*fghij status=200 bytes=3"
     line = request_line("GET", "/all", "", 200, None)
@@ -144,11 +144,11 @@ CONTEXT = base64.urlsafe_b64encode(json.dumps({"kind": "user", "key": PERSON}).e
 QUERY = f"email={PERSON}&auth=key-without-prefix"
 
 
-async def test_no_line_holds_what_is_in_a_query(tmp_path):
-    """Whatever is asked, at both doors, of a relay in full at level debug; nor a context."""
+async def test_no_line_has_the_content_of_a_query(tmp_path):
+    """Nor a context: any request to a whole relay at level debug, on both paths."""
     flags = tmp_path / "flags.yaml"
     flags.write_text("flagValues: {lamp: true}")
-    asked = [
+    requests = [
         f"{line.replace('CONTEXT', CONTEXT)}?{QUERY} HTTP/{version}"
         for version in ("1.1", "1.0", "2.0")
         for line in (
@@ -168,7 +168,7 @@ async def test_no_line_holds_what_is_in_a_query(tmp_path):
     relay = RelayProcess(tmp_path, "--flags", str(flags), LOG_LEVEL="debug")
     async with relay:
         await relay.said("Initialized")
-        for line in asked:
+        for line in requests:
             for key in ("sdk-demo", "mob-demo"):
                 length = len(body) if line.startswith(("POST", "REPORT")) else 0
                 head = [line, "Host: x", f"Authorization: {key}", f"Referer: /?{QUERY}"]
@@ -186,7 +186,7 @@ async def test_no_line_holds_what_is_in_a_query(tmp_path):
 
 
 async def test_the_start_names_addresses_without_their_queries(tmp_path):
-    """In which there may be a secret."""
+    """As there may be a secret in a query."""
     addresses = dict.fromkeys(
         ("STREAM_URI", "EVENTS_HOST", "BASE_URI"), f"http://localhost:1/path?token={QUERY}"
     )
@@ -205,8 +205,8 @@ async def test_the_start_names_addresses_without_their_queries(tmp_path):
     assert PERSON not in relay.log
 
 
-def test_the_name_of_a_client():
-    """The SDK's own header comes first; what remains is one short line without keys."""
+def test_the_label_of_a_user_agent():
+    """The SDK's own header takes precedence; the label is short, printable and without keys."""
     traffic = RequestMetrics()
     assert traffic.user_agent(b"", b"") == ""
     assert traffic.user_agent(b"Go/1", b"curl") == "Go/1"
@@ -215,8 +215,8 @@ def test_the_name_of_a_client():
     assert traffic.user_agent(b"", b"y" * 500) == "y" * MAX_USER_AGENT
 
 
-def test_clients_that_are_counted_apart_are_bounded():
-    """Those that came first keep their names; of the others nothing is kept."""
+def test_the_number_of_user_agents_is_bounded():
+    """Those that came first keep their labels; the others share one."""
     traffic = RequestMetrics()
     names = [traffic.user_agent(b"name %d" % n, b"") for n in range(3 * MAX_USER_AGENTS)]
     assert len(set(names)) == MAX_USER_AGENTS + 1
@@ -225,7 +225,7 @@ def test_clients_that_are_counted_apart_are_bounded():
 
 
 def test_a_count_is_one_object():
-    """Who keeps a count adds to it without a look-up."""
+    """A caller may keep it and add to it without a look-up."""
     traffic = RequestMetrics()
     series = Series("main", "/all", "GET", "server")
     count = traffic.requests[series]

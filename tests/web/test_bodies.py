@@ -1,13 +1,14 @@
-"""Decompression: whatever comes in whatever pieces, all of it comes out, and no more at a time."""
+"""Request bodies and their decompression, in pieces of any size."""
 
 import gzip
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 from relay.protocol.gzip import CORRUPT
-from relay.web.bodies import INFLATED_AT_ONCE, Gunzip
+from relay.web.bodies import INFLATED_AT_ONCE, Gunzip, MemoryBudget, RequestBody
 
 contents = st.one_of(
     st.binary(max_size=300),
@@ -22,7 +23,7 @@ contents = st.one_of(
     st.integers(1, 4000),
 )
 def test_any_streams_in_any_pieces(members, trailer, size):
-    """The contents of all streams come out; what follows does not matter."""
+    """The contents of all gzip streams come out in bounded parts; a trailer is ignored."""
     data = b"".join(gzip.compress(content, level) for content, level in members) + trailer
     gunzip, parts = Gunzip(), []
     for at in range(0, len(data), size):
@@ -34,8 +35,8 @@ def test_any_streams_in_any_pieces(members, trailer, size):
 
 @settings(max_examples=60, deadline=None)
 @given(contents, st.data())
-def test_half_a_stream_is_not_complete(content, data):
-    """A stream that is cut anywhere is noticed, also when it is the second one."""
+def test_a_cut_stream_is_incomplete(content, data):
+    """A stream that is cut anywhere is noticed, even if it is the second one."""
     whole = gzip.compress(content)
     cut = data.draw(st.integers(3, len(whole) - 1))
     for before in (b"", whole):
@@ -44,7 +45,22 @@ def test_half_a_stream_is_not_complete(content, data):
         assert not gunzip.complete
 
 
-def test_what_is_no_gzip():
-    """It is an error, not silence."""
+def test_corrupt_gzip_raises():
+    """Bytes that are not gzip are an error, not an empty body."""
     with pytest.raises(CORRUPT):
         list(Gunzip().parts(b"\x1f\x8b\x08\0\0\0\0\0\0\3" + b"\xff" * 50))
+
+
+async def test_a_debugger_shows_progress_and_memory():
+    """A body states what has arrived, a budget what is left."""
+    messages = [{"type": "http.request", "body": b"x" * 10, "more_body": more} for more in (1, 0)]
+
+    async def receive():
+        return messages.pop(0)
+
+    budget = MemoryBudget(capacity=100)
+    body = RequestBody(Request({"type": "http", "headers": []}, receive), budget)
+    assert repr(body) == "<RequestBody [0 bytes received, incomplete]>"
+    await body.read()
+    assert repr(body) == "<RequestBody [20 bytes received, complete]>"
+    assert repr(budget) == "<MemoryBudget [80 bytes left]>"

@@ -1,4 +1,4 @@
-"""Compressed bodies made of pieces are the same as those compressed in one."""
+"""Compressed bodies assembled from fragments."""
 
 from __future__ import annotations
 
@@ -18,62 +18,62 @@ from tests.support.data import flag
 
 HALVES = {"rollout": {"variations": [{"variation": n, "weight": 50_000} for n in (0, 1)]}}
 RULE = {"variation": 1, "clauses": [{"attribute": "plan", "op": "in", "values": ["pro"]}]}
-SORTS = {"fixed": {}, "ruled": {"rules": [RULE]}, "drawn": {"fallthrough": HALVES}}
+KINDS = {"fixed": {}, "ruled": {"rules": [RULE]}, "drawn": {"fallthrough": HALVES}}
 
 
-def program_of(*sorts: str) -> Program:
-    """A program with twenty flags of each sort."""
-    names = [f"{sort}-{n}" for sort in sorts for n in range(20)]
-    flags = {name: flag(name, value=name * 50, **SORTS[name.split("-")[0]]) for name in names}
-    library = FlagCompiler(payload_of({"flags": flags, "segments": {}}))
-    seen = ((name, library.seen(SDKKind.SERVER, name)) for name in sorted(names))
-    return Program({name: each for name, each in seen if each}, 1)
+def program_of(*kinds: str) -> Program:
+    """Return a program with twenty flags of each kind."""
+    names = [f"{kind}-{n}" for kind in kinds for n in range(20)]
+    flags = {name: flag(name, value=name * 50, **KINDS[name.split("-")[0]]) for name in names}
+    compiler = FlagCompiler(payload_of({"flags": flags, "segments": {}}))
+    visible = ((name, compiler.seen(SDKKind.SERVER, name)) for name in sorted(names))
+    return Program({name: compiled for name, compiled in visible if compiled}, 1)
 
 
-def resource_of(program: Program, key: str, plan: str) -> EvaluationResource:
+def resource_for(program: Program, key: str, plan: str) -> EvaluationResource:
     context = parse_context(json.dumps({"kind": "user", "key": key, "plan": plan}).encode())
     return EvaluationResource(program.body(context, with_reasons=False), ())
 
 
 @pytest.mark.parametrize(
-    "sorts", [(), ("fixed",), ("ruled",), ("drawn",), ("fixed", "drawn"), tuple(SORTS)]
+    "kinds", [(), ("fixed",), ("ruled",), ("drawn",), ("fixed", "drawn"), tuple(KINDS)]
 )
-def test_any_gzip_reader_gets_the_body(sorts):
-    """Whatever the pieces; also of contexts that share some with others."""
-    program = program_of(*sorts)
+def test_gzip_restores_the_body(kinds):
+    """Any combination of fragments is valid gzip, including shared ones."""
+    program = program_of(*kinds)
     for key, plan in [("a", "pro"), ("b", "pro"), ("c", "free"), ("a", "pro")]:
-        resource = resource_of(program, key, plan)
-        answer = resource.compress()
-        assert gzip.decompress(answer.body) == resource.body
-        assert (b"content-encoding", b"gzip") in answer.headers
-        assert len(answer.body) < max(100, len(resource.body) / 3)
+        resource = resource_for(program, key, plan)
+        response = resource.compress()
+        assert gzip.decompress(response.body) == resource.body
+        assert (b"content-encoding", b"gzip") in response.headers
+        assert len(response.body) < max(100, len(resource.body) / 3)
 
 
-def test_what_others_have_is_not_compressed_again():
-    """Only the piece that is a context's own, once others with the same features have asked."""
-    program = program_of(*SORTS)
-    first, second = resource_of(program, "a", "pro"), resource_of(program, "b", "pro")
+def test_shared_fragments_are_not_compressed_again():
+    """After a context with the same features, only the unshared fragment is compressed."""
+    program = program_of(*KINDS)
+    first, second = resource_for(program, "a", "pro"), resource_for(program, "b", "pro")
     assert first.to_compress == first.size
     first.compress()
     assert second.to_compress == len(second.pieces[0]) < second.size / 2
 
 
-def test_pieces_that_nobody_has_any_more_are_let_go():
-    """With the program go the compressed pieces."""
-    program = program_of(*SORTS)
-    resource_of(program, "a", "pro").compress()
+def test_compressed_fragments_live_as_long_as_the_program():
+    """Compressed fragments are freed with their program."""
+    program = program_of(*KINDS)
+    resource_for(program, "a", "pro").compress()
     assert len(compression._deflated) == 2
     del program
     assert len(compression._deflated) == 0
 
 
-async def test_large_bodies_are_compressed_aside_only_once(monkeypatch):
-    """Later contexts need not wait for what they share."""
-    program = program_of(*SORTS)
-    first, second = resource_of(program, "a", "pro"), resource_of(program, "b", "pro")
+async def test_only_the_first_large_body_is_compressed_in_a_thread(monkeypatch):
+    """Later bodies need no thread for the fragments that they share."""
+    program = program_of(*KINDS)
+    first, second = resource_for(program, "a", "pro"), resource_for(program, "b", "pro")
     monkeypatch.setattr(resources_module, "MAX_COMPRESSED_AT_ONCE", len(first.pieces[0]) * 2)
     assert first.variant(b"", b"gzip") is None
     await first.compress_in_thread()
-    answer = second.variant(b"", b"gzip")
-    assert answer is not None
-    assert gzip.decompress(answer.body) == second.body
+    response = second.variant(b"", b"gzip")
+    assert response is not None
+    assert gzip.decompress(response.body) == second.body

@@ -1,4 +1,4 @@
-"""What uvicorn's protocol lacks is added in one place."""
+"""Extensions of uvicorn's protocol: absolute URLs and HTTP/1.0."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HEAD = b"HTTP/1.1 200 OK\r\n%bconnection: close\r\n\r\n"
 
 
 class Transport:
-    """Remembers what was written."""
+    """Transport that records writes."""
 
     def __init__(self) -> None:
         self.written = b""
@@ -37,12 +37,12 @@ class Transport:
     ],
 )
 def test_a_url_without_a_path_gets_one(target, path):
-    """Nothing else is touched."""
+    """A URL without a path gets `/`; any other target is unchanged."""
     assert with_path(target) == path
 
 
-def test_chunks_are_taken_away():
-    """However many are written together; the head does not announce them."""
+def test_chunked_encoding_is_removed():
+    """Chunks are decoded, even several in one write, and the head does not announce them."""
     transport = Transport()
     bare = BareTransport(transport)
     bare.write(HEAD % b"transfer-encoding: chunked\r\n")
@@ -51,8 +51,8 @@ def test_chunks_are_taken_away():
     assert transport.written == HEAD % b"" + b"one\r\ntwothree"
 
 
-def test_a_body_with_a_length_is_left_alone():
-    """Also one that looks like chunks."""
+def test_a_body_with_a_length_is_unchanged():
+    """A body with a length is not decoded, even if it looks like chunks."""
     transport = Transport()
     bare = BareTransport(transport)
     bare.write(HEAD % b"content-length: 5\r\n")

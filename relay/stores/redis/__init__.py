@@ -1,1 +1,1 @@
-"""The database Redis, in the layout that SDKs read."""
+"""Redis data store, in the layout that SDKs read."""

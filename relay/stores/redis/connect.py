@@ -1,4 +1,4 @@
-"""Connections to Redis: addresses, TLS, and what the server says when it refuses."""
+"""Connections to Redis: addresses, TLS, authentication and error messages."""
 
 from __future__ import annotations
 
@@ -30,51 +30,51 @@ DEFAULT_PORT = 6379
 
 
 class _TLSConnection(SSLConnection):
-    """A connection over TLS with a context of ours."""
+    """A TLS connection with Relay's own context."""
 
     def __init__(self, tls: ssl.SSLContext, **options: Any) -> None:
         super().__init__(**options)
-        self.ssl_context.context = tls  # instead of one that the library would make
+        self.ssl_context.context = tls  # instead of the library's
 
 
-async def _log_in(connection: AbstractConnection) -> None:
-    """Send user, password and number of the database, and read what the server says by itself.
+async def _authenticate(connection: AbstractConnection) -> None:
+    """Send user, password and database number, and read an error that the server sends unasked.
 
-    A server that refuses everybody (`-DENIED`, `-ERR max number of clients reached`) says so and
-    closes, without being asked. The library would take that for the reply to a command of its own,
-    by which it tells its name, and ignore it; that command also needs a right that the user may not
-    have (CLIENT SETINFO), so it is not sent.
+    A server that refuses every client (`-DENIED`, `-ERR max number of clients reached`) sends an
+    error and closes the connection. The library would take that for the reply to its own
+    CLIENT SETINFO and ignore it. This command also needs a permission that the user may not have,
+    so it is not sent.
 
     Raises:
-        RedisError: the server refuses.
+        RedisError: the server refuses the client.
     """
     for name in ("driver_info", "lib_name", "lib_version"):
         setattr(connection, name, None)
     await connection.on_connect()
-    # Before redis-py 8 it had the longer name.
-    has_spoken = getattr(connection, "can_read", None) or connection.can_read_destructive
-    if await has_spoken():
+    # The method had the longer name before redis-py 8.
+    has_data = getattr(connection, "can_read", None) or connection.can_read_destructive
+    if await has_data():
         await connection.read_response()
 
 
-def _pool(options: RedisOptions) -> ConnectionPool:
-    """Return where connections come from; none is opened, but all that they need is looked at."""
-    where = f"Redis at {_masked(options.url)}"
-    given = _connection_options(options)
+def connection_pool(options: RedisOptions) -> ConnectionPool:
+    """Return a connection pool. Check all options and files, but open no connection."""
+    label = f"Redis at {masked_address(options.url)}"
+    kwargs = _connection_options(options)
     if options.url.startswith("rediss:"):
         try:
-            given["tls"] = _tls_context(options)
+            kwargs["tls"] = _tls_context(options)
         except ConfigError as e:
-            raise ConfigError([f"{where}: {problem}" for problem in e.problems]) from e
+            raise ConfigError([f"{label}: {problem}" for problem in e.problems]) from e
     try:
-        return ConnectionPool(**given | _address(options.url))
+        return ConnectionPool(**kwargs | _url_options(options.url))
     except ValueError as e:
-        raise ConfigError([f"{where}: the URL cannot be used: {e}"]) from e
+        raise ConfigError([f"{label}: the URL cannot be used: {e}"]) from e
 
 
 def _tls_context(options: RedisOptions) -> ssl.SSLContext:
-    own = options.ca_file
-    context = client_context([own] if own else [], trust_system=not own)
+    ca_file = options.ca_file
+    context = client_context([ca_file] if ca_file else [], trust_system=not ca_file)
     if options.client_certificate_file:
         key = options.client_key_file or None
         try:
@@ -89,49 +89,50 @@ def _tls_context(options: RedisOptions) -> ssl.SSLContext:
 
 
 def _connection_options(options: RedisOptions) -> dict[str, Any]:
-    given: dict[str, Any] = {
+    kwargs: dict[str, Any] = {
         "socket_connect_timeout": options.connect_timeout,
-        "socket_timeout": None,  # see `_ask`
-        "retry": Retry(NoBackoff(), 0),  # the mirror tries again, and tells
+        "socket_timeout": None,  # see `RedisStore._execute_all`
+        "retry": Retry(NoBackoff(), 0),  # the mirror retries and logs
         "protocol": 2,  # older servers and proxies know no other
-        "redis_connect_func": _log_in,
+        "redis_connect_func": _authenticate,
     }
     if options.username:
-        given["username"] = options.username
+        kwargs["username"] = options.username
     if options.password:
-        given["password"] = options.password.reveal()
-    return given
+        kwargs["password"] = options.password.reveal()
+    return kwargs
 
 
-def _address(url: str) -> dict[str, Any]:
-    """Return what a URL says, by the rules of the reference's driver; it stands above options.
+def _url_options(url: str) -> dict[str, Any]:
+    """Return the connection options of a URL, by the rules of ld-relay's driver.
 
-    What stands alone before the `@` is a password. Only a Unix socket has a query, as it has no
-    other place for `db=N`: those of other drivers can switch off checks of certificates, and more.
+    They override the other options. A single word before the `@` is a password. Only Unix sockets
+    accept a query, because they have no other place for `db=N`; in other drivers a query can
+    disable the verification of certificates, and more.
 
     Raises:
-        ValueError: part of it means nothing here.
+        ValueError: a part of the URL is not supported.
     """
     parts = urlsplit(url)
     query = parse_qs(parts.query, keep_blank_values=True)
-    # They are not repeated: it may be a password that looks like a query.
+    # Do not quote them: the "query" may be part of a password.
     if parts.fragment or query.keys() - ({"db"} if parts.scheme == "unix" else set()):
         raise ValueError("what follows ? or # is not understood (in a password: %3F, %23)")
     name, password = unquote(parts.username or ""), unquote(parts.password or "")
     if parts.password is None:
         name, password = "", name
-    given: dict[str, Any] = {"username": name} if name and password else {}
+    kwargs: dict[str, Any] = {"username": name} if name and password else {}
     if password:
-        given["password"] = password
+        kwargs["password"] = password
     if parts.scheme == "unix":
         if not parts.path:
             raise ValueError("unix:// needs a path, as in unix:///run/redis.sock")
         database = query.get("db", [""])[0]
-        given |= {"connection_class": UnixDomainSocketConnection, "path": unquote(parts.path)}
+        kwargs |= {"connection_class": UnixDomainSocketConnection, "path": unquote(parts.path)}
     else:
         database = parts.path.removeprefix("/")
         tls = parts.scheme == "rediss"
-        given |= {
+        kwargs |= {
             "connection_class": _TLSConnection if tls else Connection,
             "host": parts.hostname,
             "port": parts.port or DEFAULT_PORT,
@@ -139,40 +140,40 @@ def _address(url: str) -> dict[str, Any]:
         }
     if not re.fullmatch("[0-9]{0,9}", database):
         raise ValueError("a database is a number, as in redis://host:6379/1")
-    return given | {"db": int(database or 0)}
+    return kwargs | {"db": int(database or 0)}
 
 
-def _masked(url: str) -> str:
-    """Return a URL as `/status` shows it: the password is `xxxxx` (status 8.1)."""
+def masked_address(url: str) -> str:
+    """Return a URL as shown in `/status`: the password is `xxxxx` (status 8.1)."""
     return masked_url(url, "xxxxx").partition("?")[0].partition("#")[0]
 
 
-def _reason(error: Exception) -> str:
-    """Say what happened: in the server's words if it has said anything."""
+def reason_of(error: Exception) -> str:
+    """Return the reason of an error, in the server's words if it has sent any."""
     tls = tls_reason(error)
     match error:
         case _ if tls:
             reason = f"TLS failed: {tls}"
         case AuthenticationError():
-            reason = f"the server refuses user or password: {_reply(error)}"
+            reason = f"the server refuses user or password: {_error_text(error)}"
         case ResponseError():
-            reason = f"the server answers: {_reply(error)}"
+            reason = f"the server answers: {_error_text(error)}"
         case RedisTimeout() | TimeoutError():
             reason = "no answer in time"
         case RedisConnectionError(__context__=OSError() as cause):
             reason = describe(cause)
         case RedisConnectionError():
-            reason = _reply(error)  # that it loads its data, or has too many clients, is a reply
+            reason = _error_text(error)  # "loading" and "too many clients" are of this class, too
         case _:
             reason = describe(error)
     return reason
 
 
-def _reply(error: RedisError) -> str:
-    """Return the text of an error without what a server repeats of a command.
+def _error_text(error: RedisError) -> str:
+    """Return the text of an error without the arguments of the command.
 
-    One that does not know AUTH repeats the password.
+    A server that does not know AUTH repeats the password in its error.
     """
     text, _, _ = str(error).partition(", with args beginning")
-    code = getattr(error, "status_code", None)  # of redis-py 8, which takes it from the text
+    code = getattr(error, "status_code", None)  # redis-py 8 removes it from the text
     return shorten(f"{code} {text}" if code else text)

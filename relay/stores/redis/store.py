@@ -1,8 +1,7 @@
-"""Redis or Valkey in the layout that SDKs in daemon mode read (datastore 4.1, 4.3).
+"""Redis or Valkey data store, in the layout that SDKs in daemon mode read (datastore 4.1, 4.3).
 
-Only commands that ld-relay was seen to send are used (WATCH, MULTI, HGET …; no HMGET, no scripts),
-so that a user of the database with rights to no others stays sufficient. redis-py's exceptions end
-here.
+Only commands that ld-relay sends are used (WATCH, MULTI, HGET …; no HMGET, no scripts), so that a
+database user whose permissions fit ld-relay suffices. redis-py's exceptions are translated here.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from relay.model.item import InvalidItem, Item, Kind, parse
 from relay.model.payload import Payload
 from relay.model.text import one_line
 from relay.stores import UNREADABLE, Stored, Version, Versions
-from relay.stores.redis.connect import _masked, _pool, _reason
+from relay.stores.redis.connect import connection_pool, masked_address, reason_of
 
 DEFAULT_PREFIX = "launchdarkly"
 
 CHUNK = 256 * 1024
-"""Bytes of items in one command: half a millisecond of packing, then others have a turn."""
+"""Bytes of items per command: half a millisecond of packing before the loop can run other tasks."""
 
 SLICE = 256
-"""Stored items that are read in one turn of the loop: about a millisecond."""
+"""Stored items decoded without a pause for the event loop: about a millisecond."""
 
 MAX_RACES = 100
-"""Times that another writer may be quicker before a write counts as failed."""
+"""Attempts of a write that other writers interrupt, before it fails."""
 
 _NAMES = {Kind.FLAG: "features", Kind.SEGMENT: "segments"}
 
@@ -51,35 +50,38 @@ _SEGMENT_TOMBSTONE = (
 )
 
 
-class _Versioned(msgspec.Struct, frozen=True):
+class _StoredVersion(msgspec.Struct, frozen=True):
     version: int | float = 0
     deleted: bool = False
 
 
-_VERSIONED = msgspec.json.Decoder(_Versioned)
+_DECODER = msgspec.json.Decoder(_StoredVersion)
 
 
 class RedisStore:
-    """The data of one environment in a Redis.
+    """Data store for one environment in Redis.
 
     Args:
-        options: where it is; the URL is complete.
-        prefix: of the keys; empty for `launchdarkly`.
+        options: connection options with a complete URL.
+        prefix: prefix of the keys; empty for `launchdarkly`.
 
     Raises:
-        ConfigError: the URL, or a file for TLS, cannot be used.
+        ConfigError: the URL or a TLS file is unusable.
     """
 
     def __init__(self, options: RedisOptions, prefix: str = "") -> None:
         self.prefix = one_line(prefix or DEFAULT_PREFIX)
-        self.server = _masked(options.url)
-        self._pool = _pool(options)
+        self.server = masked_address(options.url)
+        self._pool = connection_pool(options)
         self._connect_timeout = options.connect_timeout
         self._read_timeout = options.read_timeout
         self._marker = f"{self.prefix}:$inited"
 
+    def __repr__(self) -> str:
+        return f"<RedisStore {self.server} {self.prefix!r}>"
+
     async def load(self) -> Stored | None:
-        """Return everything that is stored; None if the store was never initialised.
+        """Return everything stored; None if the store was never initialised.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -89,7 +91,7 @@ class RedisStore:
             return None
         items: list[Item] = []
         invalid: list[InvalidItem] = []
-        async for kind, key, json in _sliced(stored):
+        async for kind, key, json in _iter_items(stored):
             try:
                 items.append(parse(kind, key, json))
             except InvalidData as e:
@@ -97,7 +99,7 @@ class RedisStore:
         return Stored(Payload.of(items), tuple(invalid))
 
     async def versions(self) -> Versions | None:
-        """Return the version of each stored item; None if the store was never initialised.
+        """Return the versions of all stored items; None if the store was never initialised.
 
         Raises:
             StoreUnavailable: the database does not answer.
@@ -105,92 +107,96 @@ class RedisStore:
         stored = await self._read()
         if stored is None:
             return None
-        return {(kind, key): _version(json) async for kind, key, json in _sliced(stored)}
+        return {(kind, key): _version(json) async for kind, key, json in _iter_items(stored)}
 
     async def init(self, payload: Payload) -> None:
-        """Replace everything by `payload` and mark the store as initialised, in one transaction.
+        """Replace everything by `payload` and set the marker, in one transaction.
 
         Raises:
             StoreUnavailable: nothing was changed.
         """
         async with self._connection() as connection:
-            await self._ask(connection, "MULTI")
+            await self._execute(connection, "MULTI")
             for kind in (Kind.SEGMENT, Kind.FLAG):
-                await self._ask(connection, "DEL", self._hash(kind))
-                await self._set(connection, kind, payload.all(kind).values())
-            await self._ask(connection, "SET", self._marker, b"")
-            _see_success(await self._ask(connection, "EXEC"))
+                await self._execute(connection, "DEL", self._hash(kind))
+                await self._write_items(connection, kind, payload.all(kind).values())
+            await self._execute(connection, "SET", self._marker, b"")
+            _raise_failure(await self._execute(connection, "EXEC"))
 
     async def upsert(self, items: Sequence[Item]) -> bool:
-        """Write each item unless the store holds the same or a greater version of it.
+        """Write the items that are newer than the stored versions.
 
         Returns:
-            Whether the store was initialised; if not, nothing is written.
+            True if the store was initialised; otherwise nothing is written.
 
         Raises:
             StoreUnavailable: nothing was changed.
         """
         async with self._connection() as connection:
             for _ in range(MAX_RACES):
-                await self._ask(connection, "WATCH", self._marker, *map(self._hash, Kind))
-                if not await self._ask(connection, "EXISTS", self._marker):
-                    await self._ask(connection, "UNWATCH")
+                await self._execute(connection, "WATCH", self._marker, *map(self._hash, Kind))
+                if not await self._execute(connection, "EXISTS", self._marker):
+                    await self._execute(connection, "UNWATCH")
                     return False
-                if await self._written(connection, items):
+                if await self._write_newer(connection, items):
                     return True
         raise StoreUnavailable("other writers leave no room")
 
-    async def _written(self, connection: AbstractConnection, items: Sequence[Item]) -> bool:
-        """Write what is newer; return whether nobody else wrote since the keys are watched."""
+    async def _write_newer(self, connection: AbstractConnection, items: Sequence[Item]) -> bool:
+        """Write newer items; return False if another writer has changed a watched key."""
         by_kind = {kind: [item for item in items if item.kind is kind] for kind in Kind}
         kinds = [kind for kind in Kind if by_kind[kind]]
         newer = {kind: await self._newer(connection, kind, by_kind[kind]) for kind in kinds}
         if not any(newer.values()):
-            await self._ask(connection, "UNWATCH")
+            await self._execute(connection, "UNWATCH")
             return True
-        await self._ask(connection, "MULTI")
+        await self._execute(connection, "MULTI")
         for kind in kinds:
-            await self._set(connection, kind, newer[kind])
-        done = await self._ask(connection, "EXEC")
+            await self._write_items(connection, kind, newer[kind])
+        done = await self._execute(connection, "EXEC")
         if done is None:
             return False
-        _see_success(done)
+        _raise_failure(done)
         return True
 
     async def _newer(
         self, connection: AbstractConnection, kind: Kind, items: Sequence[Item]
     ) -> list[Item]:
-        """Return the items of a kind whose version is above the stored one."""
+        """Return the items of one kind that are newer than the stored ones."""
         name, newer = self._hash(kind), []
         for start in range(0, len(items), SLICE):
-            part = items[start : start + SLICE]
-            stored = await self._ask_each(connection, [("HGET", name, item.key) for item in part])
+            batch = items[start : start + SLICE]
+            stored = await self._execute_all(
+                connection, [("HGET", name, item.key) for item in batch]
+            )
             newer += [
                 item
-                for item, json in zip(part, stored, strict=True)
+                for item, json in zip(batch, stored, strict=True)
                 if json is None or item.version > _version(json).number
             ]
         return newer
 
-    async def _set(self, connection: AbstractConnection, kind: Kind, items: Iterable[Item]) -> None:
+    async def _write_items(
+        self, connection: AbstractConnection, kind: Kind, items: Iterable[Item]
+    ) -> None:
         for chunk in _chunks(items):
-            await self._ask(connection, "HSET", self._hash(kind), *chunk)
+            await self._execute(connection, "HSET", self._hash(kind), *chunk)
 
     async def aclose(self) -> None:
-        """Give connections back."""
+        """Close all connections."""
         await self._pool.aclose()
 
     async def _read(self) -> dict[Kind, dict[bytes, bytes]] | None:
-        """Return both hashes as they were at one moment."""
+        """Return both hashes, read in one transaction; None if the store is not initialised."""
         async with self._connection() as connection:
-            await self._ask(connection, "MULTI")
-            await self._ask(connection, "EXISTS", self._marker)
+            await self._execute(connection, "MULTI")
+            await self._execute(connection, "EXISTS", self._marker)
             for kind in Kind:
-                await self._ask(connection, "HGETALL", self._hash(kind))
-            replies = await self._ask(connection, "EXEC")
+                await self._execute(connection, "HGETALL", self._hash(kind))
+            replies = await self._execute(connection, "EXEC")
             if any(map(_is_wrong_type, replies)):
-                return None  # somebody has put something else in the place of a hash
-            marked, *hashes = _see_success(replies)
+                return None  # another program has replaced a hash
+            marked, *hashes = _raise_failure(replies)
         if not marked:
             return None
         return {
@@ -203,10 +209,10 @@ class RedisStore:
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[AbstractConnection]:
-        """Lend a connection that nobody else uses; after a failure all are closed.
+        """Acquire a connection for exclusive use; close all idle connections after a failure.
 
-        A half made transaction ends with its connection, and after a failover the name of the
-        server is looked up anew.
+        Closing a connection discards its unfinished transaction. After a failover, new connections
+        resolve the server's name again.
         """
         try:
             async with asyncio.timeout(self._connect_timeout + self._read_timeout):
@@ -220,19 +226,19 @@ class RedisStore:
                 await self._pool.release(connection)
         except (RedisError, OSError, TimeoutError) as e:
             await self._pool.disconnect(inuse_connections=False)
-            raise StoreUnavailable(_reason(e)) from e
+            raise StoreUnavailable(reason_of(e)) from e
 
-    async def _ask(self, connection: AbstractConnection, *command: str | bytes) -> Any:
-        """Send a command and return its reply."""
-        [reply] = await self._ask_each(connection, [command])
+    async def _execute(self, connection: AbstractConnection, *command: str | bytes) -> Any:
+        """Send one command; return its reply."""
+        [reply] = await self._execute_all(connection, [command])
         return reply
 
-    async def _ask_each(
+    async def _execute_all(
         self, connection: AbstractConnection, commands: Sequence[Sequence[str | bytes]]
     ) -> list[Any]:
-        """Send commands together and return their replies, in time for one.
+        """Send commands in one batch, within one timeout; return their replies.
 
-        The library's own time limit on sending would, on Python 3.11, swallow a cancellation.
+        The library's own timeout is not used: on Python 3.11 it can swallow a cancellation.
         """
         async with asyncio.timeout(self._read_timeout):
             await connection.send_packed_command(connection.pack_commands(commands))
@@ -240,16 +246,16 @@ class RedisStore:
 
 
 def _version(json: bytes) -> Version:
-    """Return the version of a stored item; one that cannot be read is below all others."""
+    """Return the version of a stored item; `UNREADABLE` if it cannot be decoded."""
     try:
-        stored = _VERSIONED.decode(json)
+        stored = _DECODER.decode(json)
         return Version(int(stored.version), live=not stored.deleted)
     except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError, RecursionError):
         return UNREADABLE
 
 
-def _json(item: Item) -> bytes:
-    """Return what is stored for an item; a tombstone is an object that old SDKs can read."""
+def _stored_json(item: Item) -> bytes:
+    """Return the JSON to store; tombstones are complete objects that old SDKs can read."""
     if item.json is not None:
         return item.json
     tombstone = _FLAG_TOMBSTONE if item.kind is Kind.FLAG else _SEGMENT_TOMBSTONE
@@ -257,11 +263,11 @@ def _json(item: Item) -> bytes:
 
 
 def _chunks(items: Iterable[Item]) -> Iterator[list[str | bytes]]:
-    """Yield keys and values in turn, so many at a time as one command shall hold."""
+    """Yield alternating keys and values, in lists for one command each."""
     chunk: list[str | bytes] = []
     size = 0
     for item in items:
-        json = _json(item)
+        json = _stored_json(item)
         chunk += (item.key, json)
         size += len(json)
         if size >= CHUNK:
@@ -271,10 +277,10 @@ def _chunks(items: Iterable[Item]) -> Iterator[list[str | bytes]]:
         yield chunk
 
 
-async def _sliced(
+async def _iter_items(
     stored: dict[Kind, dict[bytes, bytes]],
 ) -> AsyncIterator[tuple[Kind, str, bytes]]:
-    """Yield all stored items, with a turn of the loop for others now and then."""
+    """Yield all stored items; give other tasks a chance to run every `SLICE` items."""
     count = 0
     for kind, pairs in stored.items():
         for key, json in pairs.items():
@@ -288,8 +294,8 @@ def _is_wrong_type(reply: Any) -> bool:
     return isinstance(reply, ResponseError) and str(reply).startswith("WRONGTYPE")
 
 
-def _see_success(replies: list[Any]) -> list[Any]:
-    """Return the replies of a transaction unless one of its commands failed."""
+def _raise_failure(replies: list[Any]) -> list[Any]:
+    """Return the replies of a transaction; raise the error of a failed command."""
     for reply in replies:
         if isinstance(reply, Exception):
             raise reply

@@ -1,1 +1,1 @@
-"""The routes of the application, one module for each kind."""
+"""Endpoints of the application, one module for each kind."""

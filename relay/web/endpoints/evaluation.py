@@ -1,6 +1,6 @@
-"""What client-side SDKs ask for: all their flags, evaluated for one context (endpoints 1.5).
+"""Client-side evaluation: all flags, evaluated for one context (endpoints 1.5).
 
-The same context asks again and again: its answer is looked up by the bytes of the request.
+Clients repeat their requests, so results are cached by the bytes of the request.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ from relay.web.responses import PreparedResponse, environment_headers, json_erro
 from relay.web.routing import Handler, header
 
 MAX_CACHED = 64 * 1024 * 1024
-"""Bytes of the answers that are kept for contexts that ask again: all environments together."""
+"""Bytes of cached results, of all environments together."""
 
 ENTRY_SIZE = 2 * 1024
-"""Bytes that keeping an answer costs beside its body."""
+"""Bytes that a cached result takes besides its body."""
 
 MAX_AT_ONCE = 8 * 1024
-"""Bytes of a context that is evaluated on the event loop, a larger one in a thread: an array of
-thousands of values is looked through for each condition."""
+"""Bytes of a context that is evaluated on the event loop; a larger one is evaluated in a thread:
+each condition may search an array of thousands of values."""
 
 MAX_RECENT = 16 * 1024
-"""Contexts that have asked once lately. Only who asks again is kept an answer for: most that ask
-only once would push out those who do. Each takes some 100 bytes."""
+"""Requests that are remembered so as to recognise repeated ones, some 100 bytes each. Only results
+of repeated requests are cached: contexts that are evaluated once would evict the others."""
 
 NOT_INITIALIZED = json_error(503, "Service not initialized")
 
 _NO_SEGMENTS = (b"", b".", b"..")
-"""What stands in place of a context when a path is not canonical: the application redirects it."""
+"""Segments of paths that are not canonical, which the application redirects."""
 
 
 class _EvaluationRequest(Struct, frozen=True):
-    """Who asks, and how.
+    """Request for an evaluation.
 
     Args:
-        sdk_kind: of flags.
-        raw: the bytes that hold the context, as they came.
-        reader: gets it from them.
-        with_reasons: whether the reasons are wanted.
-        secure_mode_hash: what secure mode wants.
+        sdk_kind: decides which flags are visible.
+        raw: context as received.
+        reader: parses `raw`.
+        with_reasons: whether to include evaluation reasons.
+        secure_mode_hash: sent by the client; empty without one.
     """
 
     sdk_kind: SDKKind
@@ -74,11 +74,11 @@ class _EvaluationRequest(Struct, frozen=True):
 
 
 class EvaluationResult(Struct, frozen=True):
-    """A result.
+    """Result of an evaluation.
 
     Args:
-        body: what answers.
-        cacheable: whether it is kept because the context had asked before.
+        body: of the response.
+        cacheable: whether the request was repeated, so that its result is worth caching.
     """
 
     body: EvalBody
@@ -86,13 +86,13 @@ class EvaluationResult(Struct, frozen=True):
 
 
 class _CacheEntry(Struct, frozen=True):
-    """An answer that was given.
+    """Cached result.
 
     Args:
-        version: of the data.
-        key: of the context, fully qualified; empty if nobody has to prove it.
-        body: the answer.
-        size: bytes that keeping it costs.
+        version: of the program that it was evaluated with.
+        key: fully qualified key of the context; empty without secure mode.
+        body: of the response.
+        size: in bytes, with the overhead of the entry.
     """
 
     version: int
@@ -103,157 +103,166 @@ class _CacheEntry(Struct, frozen=True):
 
 @dataclass(slots=True)
 class _ResultCache:
-    """The answers that were given last to those who ask again, within `MAX_CACHED`."""
+    """LRU cache of results, of `MAX_CACHED` bytes; requests are admitted when they are repeated."""
 
     entries: OrderedDict[tuple[object, ...], _CacheEntry] = field(default_factory=OrderedDict)
-    """The one used last comes last."""
+    """Least recently used first."""
     size: int = 0
     _recent: set[int] = field(default_factory=set)
-    """Hashes of the questions that were asked since there were last `MAX_RECENT` of them."""
+    """Hashes of the latest requests, up to `MAX_RECENT`."""
     _recent_before: set[int] = field(default_factory=set)
-    """Those of the time before."""
+    """Hashes of the `MAX_RECENT` requests before."""
 
     def is_repeated(self, key: tuple[object, ...]) -> bool:
-        """Whether a question was asked lately; from now on it was."""
-        mark = hash(key)
-        if mark in self._recent or mark in self._recent_before:
+        """Return whether a request was seen recently, and remember it."""
+        digest = hash(key)
+        if digest in self._recent or digest in self._recent_before:
             return True
         if len(self._recent) >= MAX_RECENT:
             self._recent_before, self._recent = self._recent, set()
-        self._recent.add(mark)
+        self._recent.add(digest)
         return False
 
     def get(self, key: tuple[object, ...]) -> _CacheEntry | None:
-        known = self.entries.get(key)
-        if known is not None:
+        entry = self.entries.get(key)
+        if entry is not None:
             self.entries.move_to_end(key)
-        return known
+        return entry
 
-    def put(self, key: tuple[object, ...], known: _CacheEntry) -> None:
+    def put(self, key: tuple[object, ...], entry: _CacheEntry) -> None:
         replaced = self.entries.pop(key, None)
-        self.size += known.size - (replaced.size if replaced else 0)
-        self.entries[key] = known
+        self.size += entry.size - (replaced.size if replaced else 0)
+        self.entries[key] = entry
         while self.size > MAX_CACHED:
             _, oldest = self.entries.popitem(last=False)
             self.size -= oldest.size
 
 
 class EvaluationHandler:
-    """Answers evaluations at both doors.
+    """Handler of evaluation requests, for the application and the fast path.
 
     Args:
-        max_body: bytes of the largest body that holds a context; 0 for the bound of
-            `relay.web.context`.
+        max_body: bytes of the largest body with a context; 0 for
+            `relay.web.contexts.MAX_CONTEXT`.
     """
 
     def __init__(self, max_body: int = 0) -> None:
         self.budget = context_budget(max_body)
         self._cache = _ResultCache()
 
+    def __repr__(self) -> str:
+        cache = self._cache
+        return f"<EvaluationHandler [{len(cache.entries)} results cached, {cache.size} bytes]>"
+
     def find(
         self, environment: Environment, sdk_kind: SDKKind, segment: bytes, query: bytes
     ) -> EvaluationResult | PreparedResponse | None:
-        """Return the result that a GET asks for, or the refusal; None if it is the application's.
+        """Return the result for a GET, or the refusal; None if it is left to the application.
 
         Args:
-            environment: whose flags.
-            sdk_kind: which of them.
-            segment: of the path, which holds the context, as on the wire.
-            query: as on the wire.
+            environment: to evaluate for.
+            sdk_kind: decides which flags are visible.
+            segment: of the path, with the context, as received.
+            query: as received.
         """
         if len(segment) > MAX_AT_ONCE or b"%" in segment or segment in _NO_SEGMENTS:
             return None
         if query and (b"%" in query or b"filter" in query):
             return None
-        question = _request(sdk_kind, segment, context_in_path, query)
+        evaluation = _evaluation_request(sdk_kind, segment, context_in_path, query)
         try:
             program = environment.programs.current(sdk_kind)
-            return self._evaluate(environment, program, question)
+            return self._evaluate(environment, program, evaluation)
         except RequestRejected as e:
-            return _of(environment, e.answer)
+            return _with_environment_headers(environment, e.response)
 
     def in_path(self, sdk_kind: SDKKind) -> Handler:
-        """Return what answers a GET whose path ends in the context."""
+        """Return the handler of a GET whose path ends in the context."""
 
         async def respond(request: Request, environment: Environment) -> Response:
             segment = request.path_params["context"].encode(errors="replace")
             query = request.scope["query_string"]
-            question = _request(sdk_kind, segment, context_in_path, query)
-            return (await self._complete(request, environment, question)).to_starlette()
+            evaluation = _evaluation_request(sdk_kind, segment, context_in_path, query)
+            return (await self._complete(request, environment, evaluation)).to_starlette()
 
         return respond
 
     def in_body(self, sdk_kind: SDKKind) -> Handler:
-        """Return what answers a request whose body is the context."""
+        """Return the handler of a request whose body is the context."""
 
         async def respond(request: Request, environment: Environment) -> Response:
             try:
                 body = await read_context_body(request, self.budget)
             except RequestRejected as e:
-                return e.answer.to_starlette()
-            question = _request(sdk_kind, body, context_in_body, request.scope["query_string"])
-            return (await self._complete(request, environment, question)).to_starlette()
+                return e.response.to_starlette()
+            evaluation = _evaluation_request(
+                sdk_kind, body, context_in_body, request.scope["query_string"]
+            )
+            return (await self._complete(request, environment, evaluation)).to_starlette()
 
         return respond
 
     async def _complete(
-        self, request: Request, environment: Environment, question: _EvaluationRequest
+        self, request: Request, environment: Environment, evaluation: _EvaluationRequest
     ) -> PreparedResponse:
         none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
-        evaluations, audience = environment.programs, question.sdk_kind
+        programs, sdk_kind = environment.programs, evaluation.sdk_kind
         try:
-            if len(question.raw) > MAX_AT_ONCE:
-                program = await evaluations.ready(audience)
-                body = await asyncio.to_thread(_read_and_evaluated, environment, program, question)
+            if len(evaluation.raw) > MAX_AT_ONCE:
+                program = await programs.ready(sdk_kind)
+                body = await asyncio.to_thread(
+                    _parse_and_evaluate, environment, program, evaluation
+                )
             else:
-                found = self._evaluate(environment, evaluations.current(audience), question)
-                if found is None:
-                    program = await evaluations.ready(audience)
-                    found = self._evaluate(environment, program, question)
-                body = found.body if found else None
+                result = self._evaluate(environment, programs.current(sdk_kind), evaluation)
+                if result is None:
+                    program = await programs.ready(sdk_kind)
+                    result = self._evaluate(environment, program, evaluation)
+                body = result.body if result else None
         except RequestRejected as e:
-            return _of(environment, e.answer)
+            return _with_environment_headers(environment, e.response)
         if body is None:
-            return _of(environment, NOT_INITIALIZED)
+            return _with_environment_headers(environment, NOT_INITIALIZED)
         resource = resource_for(body, environment)
-        answer = resource.variant(none_match, encoding)
-        if answer is None:
-            answer = await resource.compress_in_thread()
-        return with_expiry(answer, environment, audience) or NOT_INITIALIZED
+        response = resource.variant(none_match, encoding)
+        if response is None:
+            response = await resource.compress_in_thread()
+        return with_expiry(response, environment, sdk_kind) or NOT_INITIALIZED
 
     def _evaluate(
-        self, environment: Environment, program: Program | None, question: _EvaluationRequest
+        self, environment: Environment, program: Program | None, evaluation: _EvaluationRequest
     ) -> EvaluationResult | None:
-        """Return the result; None if it has to wait for the program.
+        """Return the result, from the cache if possible; None if the program is not ready.
 
         Raises:
-            Refused: there is none for this context, or no data.
+            RequestRejected: the context is invalid or not allowed, or there is no data.
         """
-        raw, reader = question.raw, question.reader
-        place = (environment, question.sdk_kind, raw, question.with_reasons, reader)
-        again = self._cache.is_repeated(place)
-        known = self._cache.get(place) if again else None
+        raw, reader = evaluation.raw, evaluation.reader
+        cache_key = (environment, evaluation.sdk_kind, raw, evaluation.with_reasons, reader)
+        repeated = self._cache.is_repeated(cache_key)
+        entry = self._cache.get(cache_key) if repeated else None
         if (
-            known is not None
+            entry is not None
             and program is not None
             and environment.payload is not None
-            and known.version == program.version
+            and entry.version == program.version
         ):
-            _check_secure_mode(environment, known.key, question)
-            return EvaluationResult(known.body, cacheable=True)
+            _check_secure_mode(environment, entry.key, evaluation)
+            return EvaluationResult(entry.body, cacheable=True)
         context = reader(raw)
-        body = _evaluated(environment, program, question, context)
+        body = _evaluate_context(environment, program, evaluation, context)
         if body is None or program is None:
             return None
-        if again:
+        if repeated:
             key = context.fully_qualified_key if environment.spec.secure_mode else ""
-            # Mostly shared, but not with the answers of other data, or of no group.
+            # Entries share most of their bodies. Each is counted in full all the same: those of
+            # other versions, or of contexts without a group, share nothing.
             size = ENTRY_SIZE + body.size + len(raw)
-            self._cache.put(place, _CacheEntry(program.version, key, body, size))
-        return EvaluationResult(body, again)
+            self._cache.put(cache_key, _CacheEntry(program.version, key, body, size))
+        return EvaluationResult(body, repeated)
 
 
-def _request(
+def _evaluation_request(
     sdk_kind: SDKKind, raw: bytes, reader: Callable[[bytes], Context], query: bytes
 ) -> _EvaluationRequest:
     return _EvaluationRequest(
@@ -261,55 +270,61 @@ def _request(
     )
 
 
-def _read_and_evaluated(
-    environment: Environment, program: Program | None, question: _EvaluationRequest
+def _parse_and_evaluate(
+    environment: Environment, program: Program | None, evaluation: _EvaluationRequest
 ) -> EvalBody | None:
-    """Do for a large context what `_evaluated` does; in a thread."""
-    return _evaluated(environment, program, question, question.reader(question.raw))
+    """Parse and evaluate a large context, in a thread; see `_evaluate_context`."""
+    return _evaluate_context(environment, program, evaluation, evaluation.reader(evaluation.raw))
 
 
-def _evaluated(
+def _evaluate_context(
     environment: Environment,
     program: Program | None,
-    question: _EvaluationRequest,
+    evaluation: _EvaluationRequest,
     context: Context,
 ) -> EvalBody | None:
-    """Evaluate; None if that has to wait for the program.
+    """Return the body for a context; None if the program is not ready.
 
     Raises:
-        Refused: there is no result for this context, or no data.
+        RequestRejected: the context is invalid or not allowed, or there is no data.
     """
     if environment.spec.secure_mode:
-        _check_secure_mode(environment, context.fully_qualified_key, question)
+        _check_secure_mode(environment, context.fully_qualified_key, evaluation)
     if environment.payload is None:
         raise RequestRejected(NOT_INITIALIZED)
     if program is None:
         return None
     if context.has_empty_key:
         raise RequestRejected(NO_KEY)
-    return program.body(context, with_reasons=question.with_reasons)
+    return program.body(context, with_reasons=evaluation.with_reasons)
 
 
-def _check_secure_mode(environment: Environment, key: str, question: _EvaluationRequest) -> None:
-    """Secure mode is for those whose credential is public."""
-    if question.sdk_kind is SDKKind.BROWSER:
-        check_secure_mode_hash(environment.spec, key, question.secure_mode_hash)
+def _check_secure_mode(environment: Environment, key: str, evaluation: _EvaluationRequest) -> None:
+    """Check the secure mode hash of a browser: only browsers have a public credential.
+
+    Raises:
+        RequestRejected: the hash is wrong.
+    """
+    if evaluation.sdk_kind is SDKKind.BROWSER:
+        check_secure_mode_hash(environment.spec, key, evaluation.secure_mode_hash)
 
 
 def resource_for(body: EvalBody, environment: Environment) -> EvaluationResource:
-    """Return a result in all its variants."""
+    """Return a result as a resource, with all its variants."""
     return EvaluationResource(body, environment_headers(environment.spec))
 
 
-def _of(environment: Environment, refusal: PreparedResponse) -> PreparedResponse:
-    return refusal.with_headers(*environment_headers(environment.spec))
+def _with_environment_headers(
+    environment: Environment, response: PreparedResponse
+) -> PreparedResponse:
+    return response.with_headers(*environment_headers(environment.spec))
 
 
 def with_expiry(
-    answer: PreparedResponse | None, environment: Environment, sdk_kind: SDKKind
+    response: PreparedResponse | None, environment: Environment, sdk_kind: SDKKind
 ) -> PreparedResponse | None:
-    """Only what servers poll may be cached without asking again.
+    """Return the response with its TTL if it is for a server.
 
-    An SDK that gets a ping asks for its flags, and must not get them from its own cache.
+    Clients must revalidate: one that gets a ping must not read its flags from its HTTP cache.
     """
-    return with_ttl(answer, environment) if sdk_kind is SDKKind.SERVER else answer
+    return with_ttl(response, environment) if sdk_kind is SDKKind.SERVER else response

@@ -1,7 +1,7 @@
-"""The endpoints of events (endpoints 1.8): posts are accepted, and answered when they are safe.
+"""Events endpoints (endpoints 1.8): accept payloads, and respond once they are safe.
 
-Events of a current schema are not parsed, here or anywhere. Those of schemas 1 and 2 are summarised
-before they are accepted, so that what is kept is what upstream will get.
+Payloads of current schemas are never parsed. Those of schemas 1 and 2 are summarised before they
+are accepted, so that the stored bytes are those that upstream gets.
 """
 
 from __future__ import annotations
@@ -39,29 +39,30 @@ from relay.web.responses import EVENTS_DISABLED, PreparedResponse, json_error
 from relay.web.routing import Handler, parameter
 
 LAST_OLD_SCHEMA = 2
-"""Events of later schemas come summarised."""
+"""Events of later schemas arrive summarised."""
 
 IMAGE_SCHEMA = 3
-"""That of the events in the address of an image (endpoints 1.8)."""
+"""Schema of events in the URL of an image (endpoints 1.8)."""
 
 SUMMARISED_AT_ONCE = 128 * 1024
-"""Bytes up to which a post is summarised in the event loop: a few milliseconds."""
+"""Bytes of a payload that is summarised on the event loop, in a few ms; larger ones in a thread."""
 
 MAX_SUMMARISED_PARTITIONS = 256
-"""Lanes whose contexts are remembered; tags are whatever clients say."""
+"""Partitions whose introduced contexts are remembered: clients may send any number of tags."""
 
 MAX_ORIGINS = 256
-"""Kinds of senders in an environment whose posts travel apart. Each costs a task while something
-waits, and clients may say what they like; of further ones tags and wrapper are not passed on."""
+"""Combinations of schema, tags and wrapper that get partitions of their own, in each environment. A
+partition costs a task while it has a backlog, and clients may send anything; tags and wrapper of
+further combinations are not passed on."""
 
 REPORT_EVERY = 60.0
-"""Seconds between two lines about what could not be used."""
+"""Seconds between two log lines about unusable payloads."""
 
 _SCHEMA_HEADER = b"x-launchdarkly-event-schema"
 _SCHEMA = re.compile(rb"\+?0*[0-9]{1,2}")
 _PAYLOAD_ID = re.compile(rb"[!-~]{1,100}")
 _STANDARD_ALPHABET = str.maketrans("-_ ", "+/+")
-"""From the URL-safe one; in a query an unescaped `+` reads as a blank."""
+"""From the URL-safe alphabet; an unescaped `+` in a query is decoded as a blank."""
 
 _GIF = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
 
@@ -71,40 +72,40 @@ EMPTY = json_error(400, "body may not be empty")
 
 
 class EventAcceptor(Protocol):
-    """What takes posts and sees to their delivery."""
+    """Destination of event payloads."""
 
-    def accept(self, post: EventPayload) -> Awaitable[object]:
-        """Take a post; the result is there when it is safe.
+    def accept(self, payload: EventPayload) -> Awaitable[object]:
+        """Accept a payload for delivery; the result resolves once it is safe.
 
         Raises:
-            StoreUnavailable: it cannot be taken.
+            StoreUnavailable: it cannot be accepted.
         """
 
     def server_time(self, environment: str) -> float:
-        """Return upstream's clock at its last answer, in Unix seconds; 0 before the first."""
+        """Return upstream's time at its last response, in Unix seconds; 0 before the first."""
 
 
 class Discarder:
-    """Takes posts and drops them, where flags come from a file and events go nowhere.
+    """Acceptor that drops and counts payloads, for flags from a file: events have no upstream.
 
-    The reference does so in offline mode (offline-and-autoconfig 7.3).
+    ld-relay does the same in offline mode (offline-and-autoconfig 7.3).
 
     Args:
-        discarded: counts them, by environment.
+        discarded: number of dropped payloads, by environment.
     """
 
     def __init__(self, discarded: Counter[str]) -> None:
         self._discarded = discarded
 
-    def accept(self, post: EventPayload) -> Awaitable[object]:
-        """Drop a post."""
-        self.discard(post.partition.environment)
+    def accept(self, payload: EventPayload) -> Awaitable[object]:
+        """Drop and count a payload."""
+        self.discard(payload.partition.environment)
         done: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         done.set_result(True)
         return done
 
     def discard(self, environment: str) -> None:
-        """Count a post that was dropped, whatever was in it."""
+        """Count a dropped payload, whatever its content."""
         self._discarded[environment] += 1
 
     def server_time(self, _environment: str) -> float:
@@ -114,28 +115,28 @@ class Discarder:
 
 @dataclass(slots=True)
 class _IntroducedContexts:
-    """Whom upstream knows in a lane; one post at a time may ask."""
+    """Contexts introduced upstream by index events, of one partition; guarded by `lock`."""
 
     contexts: Contexts = field(default_factory=Contexts)
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 @dataclass(slots=True)
-class _Report:
-    """What could not be used in an environment, and has not been told yet."""
+class _UnusableReport:
+    """Unusable payloads and events of one environment that have not been logged yet."""
 
     number: int = 0
     due: float = 0.0
 
 
 class EventsHandler:
-    """Answers what SDKs send to the endpoints of events.
+    """Handler of the events endpoints, for the application and the fast path.
 
     Args:
-        forwarder: takes posts, or drops them; None if events are off.
-        max_size: bytes of the largest post, decompressed; 0 for the bound of `relay.web.body`.
-        unusable: counts posts that are no arrays, and old events that are malformed, by
-            environment.
+        forwarder: accepts payloads; None if events are disabled.
+        max_size: bytes of the largest payload, decompressed; 0 for `relay.web.bodies.MAX_SIZE`.
+        unusable: counts payloads that are not JSON arrays, and malformed events of schemas 1
+            and 2, by environment.
     """
 
     def __init__(
@@ -147,25 +148,29 @@ class EventsHandler:
         self.unusable = Counter() if unusable is None else unusable
         self._forwarder = forwarder
         self.budget = MemoryBudget(max_size)
-        """For bodies that are received, at both doors."""
+        """Shared by the application and the fast path."""
         self._origins: defaultdict[str, set[tuple[int, str, str]]] = defaultdict(set)
-        """Schema, tags and wrapper that were seen, by environment."""
-        self._crowded: set[str] = set()
-        """Environments in which there are more."""
+        """Combinations of schema, tags and wrapper, by environment."""
+        self._over_limit: set[str] = set()
+        """Environments that exceed `MAX_ORIGINS`, which has been logged."""
         self._introduced: OrderedDict[Partition, _IntroducedContexts] = OrderedDict()
-        """The lane used last comes last."""
-        self._reports: dict[str, _Report] = {}
+        """Least recently used first."""
+        self._reports: dict[str, _UnusableReport] = {}
+
+    def __repr__(self) -> str:
+        state = "enabled" if self.enabled else "disabled"
+        return f"<EventsHandler [{state}, {self.unusable.total()} unusable]>"
 
     def handler(self, endpoint: EventsEndpoint) -> Handler:
-        """Return what answers posts to an endpoint."""
+        """Return the handler of POSTs to an endpoint."""
 
         async def respond(request: Request, environment: Environment) -> Response:
-            return (await self._answer(request, environment, endpoint)).to_starlette()
+            return (await self._respond(request, environment, endpoint)).to_starlette()
 
         return respond
 
     async def image(self, request: Request, environment: Environment) -> Response:
-        """Answer a request for the image, in whose address browsers send events."""
+        """Respond to a request for the image in whose URL browsers send events."""
         if self._forwarder is None:
             return EVENTS_DISABLED.to_starlette()
         body = _from_base64(parameter(request, "d")) if request.method == "GET" else b""
@@ -173,14 +178,16 @@ class EventsHandler:
             if body:
                 self._forwarder.discard(environment.spec.name)
         elif body:
-            lane = Partition(environment.spec.name, EventsEndpoint.CLIENT_SIDE, IMAGE_SCHEMA)
+            partition = Partition(environment.spec.name, EventsEndpoint.CLIENT_SIDE, IMAGE_SCHEMA)
             try:
-                await self._accept_events(self._forwarder, environment, _post(lane, "", body))
+                await self._accept_events(
+                    self._forwarder, environment, _new_payload(partition, "", body)
+                )
             except StoreUnavailable:
                 return BODIES_OVERLOADED.to_starlette()
         return IMAGE.to_starlette()
 
-    async def _answer(
+    async def _respond(
         self, request: Request, environment: Environment, endpoint: EventsEndpoint
     ) -> PreparedResponse:
         body = RequestBody(request, self.budget)
@@ -194,9 +201,11 @@ class EventsHandler:
             content = await body.read()
             if not content:
                 return EMPTY
-            await self._accept(self._forwarder, environment, endpoint, _first(request), content)
+            await self._accept(
+                self._forwarder, environment, endpoint, _first_values(request), content
+            )
         except RequestRejected as e:
-            return await body.reject(e.answer)
+            return await body.reject(e.response)
         except StoreUnavailable:
             return BODIES_OVERLOADED
         finally:
@@ -205,7 +214,7 @@ class EventsHandler:
 
     @property
     def enabled(self) -> bool:
-        """Whether events are taken at all."""
+        """True if events are accepted."""
         return self._forwarder is not None
 
     def accept_plain(
@@ -215,19 +224,19 @@ class EventsHandler:
         headers: Mapping[bytes, bytes],
         body: bytes,
     ) -> Awaitable[object] | None:
-        """Accept a post that is passed on as it is, like nearly all.
+        """Accept a payload that is passed on unchanged, as nearly all are.
 
         Args:
-            environment: whose events they are.
-            endpoint: to which it was sent.
+            environment: that the events belong to.
+            endpoint: that received the payload.
             headers: of the request; names in lower case, each with its first value.
             body: decompressed.
 
         Returns:
-            The result is there when the post is safe; None if it needs more than that.
+            Resolves once the payload is safe; None if it cannot be passed on unchanged.
 
         Raises:
-            StoreUnavailable: it cannot be taken.
+            StoreUnavailable: it cannot be accepted.
         """
         if self._forwarder is None or not _is_plain(endpoint, headers, body):
             return None
@@ -236,13 +245,13 @@ class EventsHandler:
     def accept_in_partition(
         self, partition: Partition, payload_id: str, body: bytes
     ) -> Awaitable[object] | None:
-        """Accept a post of a current schema, of whose head that is known.
+        """Accept a payload of a current schema whose partition is known already.
 
         Returns:
-            The result is there when the post is safe; None if it needs more than that.
+            Resolves once the payload is safe; None if it cannot be passed on unchanged.
 
         Raises:
-            StoreUnavailable: it cannot be taken.
+            StoreUnavailable: it cannot be accepted.
         """
         if self._forwarder is None or not _is_deliverable(partition.endpoint, body):
             return None
@@ -256,11 +265,11 @@ class EventsHandler:
         headers: Mapping[bytes, bytes],
         body: bytes,
     ) -> None:
-        post = self._payload_of(environment, endpoint, headers, body)
+        payload = self._payload_of(environment, endpoint, headers, body)
         if endpoint.diagnostic:
-            await forwarder.accept(post)
+            await forwarder.accept(payload)
         else:
-            await self._accept_events(forwarder, environment, post, old=_is_old(headers))
+            await self._accept_events(forwarder, environment, payload, old=_is_old(headers))
 
     def _payload_of(
         self,
@@ -269,12 +278,14 @@ class EventsHandler:
         headers: Mapping[bytes, bytes],
         body: bytes,
     ) -> EventPayload:
-        return _post(self.partition(environment, endpoint, headers), _payload_id(headers), body)
+        return _new_payload(
+            self.partition(environment, endpoint, headers), _payload_id(headers), body
+        )
 
     def partition(
         self, environment: Environment, endpoint: EventsEndpoint, headers: Mapping[bytes, bytes]
     ) -> Partition:
-        """Return how a post travels that has come with these headers."""
+        """Return the partition of a payload with these headers."""
         name = environment.spec.name
         if endpoint.diagnostic:
             return Partition(name, endpoint)
@@ -286,13 +297,13 @@ class EventsHandler:
         return Partition(name, endpoint, schema, tags, wrapper)
 
     def _is_known_origin(self, environment: Environment, origin: tuple[int, str, str]) -> bool:
-        """Whether a kind of senders may travel apart; the first ones may."""
+        """Return whether an origin gets a partition of its own; the first `MAX_ORIGINS` do."""
         known = self._origins[environment.spec.name]
         if origin in known or len(known) < MAX_ORIGINS:
             known.add(origin)
             return True
-        if environment.spec.name not in self._crowded:
-            self._crowded.add(environment.spec.name)
+        if environment.spec.name not in self._over_limit:
+            self._over_limit.add(environment.spec.name)
             text = "Events come from more than %d kinds of senders; tags of others are left out"
             _log_of(environment).warning(text, MAX_ORIGINS)
         return False
@@ -301,39 +312,42 @@ class EventsHandler:
         self,
         forwarder: EventAcceptor,
         environment: Environment,
-        post: EventPayload,
+        payload: EventPayload,
         *,
         old: bool = False,
     ) -> None:
-        """Pass on what can be delivered, which is what looks like an array and holds something."""
-        if not is_array(post.body):
-            self._note_unusable(environment, "a post is no JSON array", 1)
-        elif is_empty(post.body):
+        """Pass on a payload that looks like a JSON array with elements; drop any other."""
+        if not is_array(payload.body):
+            self._count_unusable(environment, "a post is no JSON array", 1)
+        elif is_empty(payload.body):
             pass
         elif old:
-            await self._accept_old(forwarder, environment, post)
+            await self._accept_old(forwarder, environment, payload)
         else:
-            await forwarder.accept(post)
+            await forwarder.accept(payload)
 
     async def _accept_old(
-        self, forwarder: EventAcceptor, environment: Environment, post: EventPayload
+        self, forwarder: EventAcceptor, environment: Environment, payload: EventPayload
     ) -> None:
-        """Summarise a post and pass it on.
+        """Summarise a payload of an old schema and pass it on.
 
-        Lanes are told apart by their schema here, as in the reference, not afterwards.
+        Introduced contexts are kept by partition before summarising, that is by the old schema, as
+        in ld-relay.
         """
-        introduced = self._contexts_of(post.partition)
-        async with introduced.turn:
+        introduced = self._contexts_of(payload.partition)
+        async with introduced.lock:
             server_time = forwarder.server_time(environment.spec.name)
-            payload = environment.payload or NO_ITEMS
-            result = await _summarised(post, payload, introduced.contexts, server_time)
+            data = environment.payload or NO_ITEMS
+            result = await _summarised(payload, data, introduced.contexts, server_time)
         for reason, number in result.dropped.items():
-            self._note_unusable(environment, reason, number)
+            self._count_unusable(environment, reason, number)
         if result.body is None:
             return
-        lane = post.partition._replace(schema=SUMMARY_SCHEMA)
+        partition = payload.partition._replace(schema=SUMMARY_SCHEMA)
         try:
-            await forwarder.accept(EventPayload(lane, post.payload_id, result.body, post.received))
+            await forwarder.accept(
+                EventPayload(partition, payload.payload_id, result.body, payload.received)
+            )
         except StoreUnavailable:
             introduced.contexts.forget()
             raise
@@ -345,11 +359,11 @@ class EventsHandler:
             self._introduced.popitem(last=False)
         return introduced
 
-    def _note_unusable(self, environment: Environment, reason: str, number: int) -> None:
-        """Count it, and say so at once the first time, then once a minute at most."""
+    def _count_unusable(self, environment: Environment, reason: str, number: int) -> None:
+        """Count unusable payloads or events, and log them at once, then at most once a minute."""
         spec = environment.spec
         self.unusable[spec.name] += number
-        report = self._reports.setdefault(spec.name, _Report())
+        report = self._reports.setdefault(spec.name, _UnusableReport())
         report.number += number
         now = time.monotonic()
         if now >= report.due:
@@ -363,38 +377,38 @@ def _log_of(environment: Environment) -> Log:
 
 
 async def _summarised(
-    post: EventPayload, payload: Payload, contexts: Contexts, server_time: float
+    payload: EventPayload, data: Payload, contexts: Contexts, server_time: float
 ) -> Summarised:
     def flag(key: str) -> Item | None:
-        return payload.get(Kind.FLAG, key)
+        return data.get(Kind.FLAG, key)
 
     contexts.forget_old(time.monotonic())
 
     def work() -> Summarised:
-        now, theirs = int(post.received * 1000), int(server_time * 1000)
+        now, upstream_now = int(payload.received * 1000), int(server_time * 1000)
         return summarised(
-            post.body,
-            post.partition.schema,
+            payload.body,
+            payload.partition.schema,
             flag,
             contexts,
             now=now,
-            server_time=theirs,
+            server_time=upstream_now,
         )
 
-    return work() if len(post.body) <= SUMMARISED_AT_ONCE else await asyncio.to_thread(work)
+    return work() if len(payload.body) <= SUMMARISED_AT_ONCE else await asyncio.to_thread(work)
 
 
-def _post(lane: Partition, payload_id: str, body: bytes) -> EventPayload:
-    return EventPayload(lane, payload_id, body, time.time())
+def _new_payload(partition: Partition, payload_id: str, body: bytes) -> EventPayload:
+    return EventPayload(partition, payload_id, body, time.time())
 
 
-def _schema(given: bytes) -> int:
-    """Return the schema that a header names; 1 if it names none (events 5.2)."""
-    return max(1, int(given)) if _SCHEMA.fullmatch(given) else 1
+def _schema(value: bytes) -> int:
+    """Return the schema in a header; 1 if it is not a schema (events 5.2)."""
+    return max(1, int(value)) if _SCHEMA.fullmatch(value) else 1
 
 
 def _is_old(headers: Mapping[bytes, bytes]) -> bool:
-    """Whether events come one by one, and are to be summarised."""
+    """Return whether events arrive one by one, and have to be summarised."""
     schema = _schema(headers.get(_SCHEMA_HEADER, b""))
     return schema <= LAST_OLD_SCHEMA or b"x-launchdarkly-unsummarized" in headers
 
@@ -406,30 +420,30 @@ def _is_plain(endpoint: EventsEndpoint, headers: Mapping[bytes, bytes], body: by
 
 
 def _is_deliverable(endpoint: EventsEndpoint, body: bytes) -> bool:
-    """Whether a body is passed on; that of diagnostics whatever it is."""
+    """Return whether a body is passed on; a diagnostic body is unless it is empty."""
     if body[:2] == b"[{" and body[-1:] == b"]":
-        return True  # like nearly all
+        return True  # without a scan, as nearly all bodies are
     return bool(body) if endpoint.diagnostic else is_array(body) and not is_empty(body)
 
 
-def _first(request: Request) -> Mapping[bytes, bytes]:
+def _first_values(request: Request) -> Mapping[bytes, bytes]:
     """Return the headers of a request, each with its first value."""
     return dict(reversed(request.scope["headers"]))
 
 
 def _payload_id(headers: Mapping[bytes, bytes]) -> str:
-    """Return the SDK's payload id; empty if there is none, or none that SDKs would make."""
-    given = headers.get(b"x-launchdarkly-payload-id", b"")
-    return given.decode() if is_payload_id(given) else ""
+    """Return the payload ID of an SDK; empty without a plausible one."""
+    value = headers.get(b"x-launchdarkly-payload-id", b"")
+    return value.decode() if is_payload_id(value) else ""
 
 
-def is_payload_id(given: bytes) -> bool:
-    """Whether it is an id that SDKs would make."""
-    return _PAYLOAD_ID.fullmatch(given) is not None
+def is_payload_id(value: bytes) -> bool:
+    """Return whether a value is plausible as the payload ID of an SDK."""
+    return _PAYLOAD_ID.fullmatch(value) is not None
 
 
 def _from_base64(text: str) -> bytes:
-    """Return what a text in either alphabet encodes, padded or not; empty if it is neither."""
+    """Decode base64 in either alphabet, padded or not; empty if it is invalid."""
     text = text.translate(_STANDARD_ALPHABET).rstrip("=")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)

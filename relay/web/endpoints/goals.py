@@ -1,7 +1,7 @@
-"""The goals of browsers (endpoints 1.9): LaunchDarkly's answer, kept in memory while it is good.
+"""Goals for browsers (endpoints 1.9): an HTTP cache of LaunchDarkly's reply in each environment.
 
-For each environment there is one request to LaunchDarkly at a time, for all who ask meanwhile.
-While LaunchDarkly fails, its last answer stays good.
+Concurrent requests to an environment share one request to LaunchDarkly. While LaunchDarkly fails,
+its last good reply is served.
 """
 
 from __future__ import annotations
@@ -28,81 +28,81 @@ from relay.web.responses import PreparedResponse
 from relay.web.routing import header
 
 FETCH_LIMIT = 10.0
-"""Seconds that LaunchDarkly has for its answer: a page waits for it."""
+"""Seconds to wait for LaunchDarkly: a web page is waiting, too."""
 
 MAX_SIZE = 1024 * 1024
-"""Bytes of an answer: an environment has a few goals, of some hundred bytes each."""
+"""Bytes of a reply: an environment has a few goals, of some hundred bytes each."""
 
-MAX_FRESH = 24 * 3600.0
-"""Seconds for which an answer is good at most, whatever it says."""
+MAX_LIFETIME = 24 * 3600.0
+"""Maximum seconds for which a reply is fresh, whatever its `max-age`."""
 
 RETRY_AFTER = 5.0
-"""Seconds after a failure in which LaunchDarkly is not asked again: pages get what there is."""
+"""Seconds to wait after a failure; the last reply is served meanwhile."""
 
-PASSED_ON = ("x-launchdarkly-user-agent", "x-launchdarkly-wrapper", "x-launchdarkly-tags")
-"""What LaunchDarkly is told of a request."""
+FORWARDED_HEADERS = ("x-launchdarkly-user-agent", "x-launchdarkly-wrapper", "x-launchdarkly-tags")
+"""Request headers that are forwarded to LaunchDarkly."""
 
-PASSED_BACK = ("content-type", "cache-control", "etag", "expires", "last-modified")
-"""What a browser is told of LaunchDarkly's answer."""
+RETURNED_HEADERS = ("content-type", "cache-control", "etag", "expires", "last-modified")
+"""Headers of LaunchDarkly's reply that are returned to browsers."""
 
 _MAX_AGE = re.compile('(?:^|[ ,])max-age="?([0-9]{1,9})')
 _SECONDS = re.compile("[0-9]{1,9}")
-_NONE = PreparedResponse(200, ((b"content-type", b"application/json"),), b"[]")
+_NO_GOALS = PreparedResponse(200, ((b"content-type", b"application/json"),), b"[]")
 _UNREACHABLE = Reply(502, {}, b"")
 _STATUSES = frozenset(HTTPStatus)
 
 
 class Goals:
-    """Answers requests for goals.
+    """Handler of requests for goals.
 
     Args:
-        fetch: asks LaunchDarkly; None where there is no network, and so no goals.
-        base_uri: of the service that has them. The reference leaves out its path.
+        fetch: sends a request to LaunchDarkly; None without a network, and so without goals.
+        base_uri: of LaunchDarkly's client-side service. ld-relay ignores its path.
     """
 
     def __init__(self, fetch: Fetch | None = None, base_uri: str = "") -> None:
         self._fetch = fetch
         self._base = base_uri
-        self._known: WeakKeyDictionary[Environment, _Goals] = WeakKeyDictionary()
+        self._caches: WeakKeyDictionary[Environment, _GoalsCache] = WeakKeyDictionary()
 
     async def respond(self, request: Request, environment: Environment) -> Response:
-        """Answer a request."""
+        """Respond to a request for the goals of an environment."""
         if self._fetch is None:
-            return _NONE.to_starlette()
-        goals = self._known.get(environment)
-        if goals is None:
+            return _NO_GOALS.to_starlette()
+        cache = self._caches.get(environment)
+        if cache is None:
             identifier = quote(request.path_params["envId"], safe="")
             url = join(self._base, f"/sdk/goals/{identifier}")
             log = environment_log(environment.spec.name, environment.spec.sdk_key.masked)
-            goals = self._known[environment] = _Goals(self._fetch, url, log)
-        passed = {name: header(request, name).decode("latin-1") for name in PASSED_ON}
-        found = await goals.get({name: value for name, value in passed.items() if value})
-        return _answer(found, header(request, "if-none-match")).to_starlette()
+            cache = self._caches[environment] = _GoalsCache(self._fetch, url, log)
+        forwarded = {name: header(request, name).decode("latin-1") for name in FORWARDED_HEADERS}
+        entry = await cache.get({name: value for name, value in forwarded.items() if value})
+        return _response(entry, header(request, "if-none-match")).to_starlette()
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """An answer of LaunchDarkly. Times are of the monotonic clock.
+class _CachedReply:
+    """Reply of LaunchDarkly with its freshness; times are those of the monotonic clock.
 
     Args:
-        reply: it.
-        since: when LaunchDarkly gave or confirmed it.
-        until: when LaunchDarkly must be asked again.
-        kept: whether it was there already.
+        reply: of LaunchDarkly.
+        confirmed_at: time at which LaunchDarkly sent or confirmed it.
+        expires_at: time at which LaunchDarkly must be asked again.
+        from_cache: whether it was cached already.
     """
 
     reply: Reply
-    since: float
-    until: float
-    kept: bool = False
+    confirmed_at: float
+    expires_at: float
+    from_cache: bool = False
 
 
-class _Goals:
-    """The goals of one environment.
+class _GoalsCache:
+    """Cached goals of one environment.
 
     Args:
-        fetch: asks LaunchDarkly.
-        url: where they are.
+        fetch: sends a request to LaunchDarkly.
+        url: of the goals.
         log: of the environment.
     """
 
@@ -110,103 +110,103 @@ class _Goals:
         self._fetch = fetch
         self._url = url
         self._log = log
-        self._last: _Found | None = None
-        """What is given while it is good, a refusal perhaps."""
-        self._good: Reply | None = None
-        """What LaunchDarkly last gave, to be confirmed, or given in place of a failure."""
-        self._good_since = 0.0
+        self._current: _CachedReply | None = None
+        """Served until it expires; possibly an error."""
+        self._last_ok: Reply | None = None
+        """Last good reply, to be revalidated, or served in place of a failure."""
+        self._last_ok_at = 0.0
         self._failing = False
-        self._fetching: asyncio.Task[_Found] | None = None
+        self._fetching: asyncio.Task[_CachedReply] | None = None
 
-    async def get(self, headers: dict[str, str]) -> _Found:
-        """Return the goals.
+    async def get(self, headers: dict[str, str]) -> _CachedReply:
+        """Return the goals, from the cache if they are fresh.
 
         Args:
-            headers: what LaunchDarkly is told if it has to be asked.
+            headers: of the request to LaunchDarkly, if one is needed.
         """
-        if self._last is not None and time.monotonic() < self._last.until:
-            return replace(self._last, kept=True)
+        if self._current is not None and time.monotonic() < self._current.expires_at:
+            return replace(self._current, from_cache=True)
         if self._fetching is None:
             self._fetching = asyncio.create_task(self._refresh(headers))
-            self._fetching.add_done_callback(self._note_end)
-        return await asyncio.shield(self._fetching)  # who asks may go; others wait for the same
+            self._fetching.add_done_callback(self._clear_fetching)
+        return await asyncio.shield(self._fetching)  # callers may be cancelled
 
-    def _note_end(self, _task: asyncio.Task[_Found]) -> None:
+    def _clear_fetching(self, _task: asyncio.Task[_CachedReply]) -> None:
         self._fetching = None
 
-    async def _refresh(self, headers: dict[str, str]) -> _Found:
-        known = self._good.headers.get("etag") if self._good else None
-        if known is not None:
-            headers = {**headers, "if-none-match": known}
+    async def _refresh(self, headers: dict[str, str]) -> _CachedReply:
+        etag = self._last_ok.headers.get("etag") if self._last_ok else None
+        if etag is not None:
+            headers = {**headers, "if-none-match": etag}
         try:
             reply = await self._fetch(
                 self._url, headers=headers, within=FETCH_LIMIT, max_body=MAX_SIZE
             )
         except UpstreamUnavailable as e:
             return self._fail(_UNREACHABLE, e.reason)
-        confirmed = reply.status == HTTPStatus.NOT_MODIFIED and known is not None
+        confirmed = reply.status == HTTPStatus.NOT_MODIFIED and etag is not None
         if not confirmed and _is_failure(reply):
             return self._fail(reply, f"HTTP error {reply.status}")
         if self._failing:
             self._failing = False
             self._log.info("Goals come from LaunchDarkly again")
-        return self._take(reply, confirmed=confirmed)
+        return self._store(reply, confirmed=confirmed)
 
-    def _fail(self, reply: Reply, reason: str) -> _Found:
-        """Note a failure; return the last goals all the same, if there are any."""
+    def _fail(self, reply: Reply, reason: str) -> _CachedReply:
+        """Record a failure; return the last good reply if there is one, the failure otherwise."""
         if not self._failing:
             self._failing = True
             self._log.warning("LaunchDarkly gives no goals: %s", reason)
         now = time.monotonic()
-        if self._good is None:
-            passed = reply if reply.status in _STATUSES else _UNREACHABLE
-            self._last = _Found(passed, now, now + RETRY_AFTER)
-            return self._last
-        self._last = _Found(self._good, self._good_since, now + RETRY_AFTER)
-        return replace(self._last, kept=True)
+        if self._last_ok is None:
+            served = reply if reply.status in _STATUSES else _UNREACHABLE
+            self._current = _CachedReply(served, now, now + RETRY_AFTER)
+            return self._current
+        self._current = _CachedReply(self._last_ok, self._last_ok_at, now + RETRY_AFTER)
+        return replace(self._current, from_cache=True)
 
-    def _take(self, reply: Reply, *, confirmed: bool) -> _Found:
+    def _store(self, reply: Reply, *, confirmed: bool) -> _CachedReply:
         now = time.monotonic()
-        if confirmed and self._good is not None:
-            reply = replace(self._good, headers={**self._good.headers, **reply.headers})
-        lasts = _lifetime(reply)
+        if confirmed and self._last_ok is not None:
+            reply = replace(self._last_ok, headers={**self._last_ok.headers, **reply.headers})
+        lifetime = _lifetime(reply)
         if reply.status != HTTPStatus.OK:
-            lasts = RETRY_AFTER
-        self._good = reply if reply.status == HTTPStatus.OK and lasts is not None else None
-        self._good_since = now
-        found = _Found(reply, now, now + (lasts or 0.0), kept=confirmed)
-        self._last = found if lasts else None
-        return found
+            lifetime = RETRY_AFTER
+        self._last_ok = reply if reply.status == HTTPStatus.OK and lifetime is not None else None
+        self._last_ok_at = now
+        entry = _CachedReply(reply, now, now + (lifetime or 0.0), from_cache=confirmed)
+        self._current = entry if lifetime else None
+        return entry
 
 
 def _is_failure(reply: Reply) -> bool:
-    """Whether an answer says nothing about the goals: it may be another one soon."""
-    passing = reply.status == HTTPStatus.TOO_MANY_REQUESTS
-    return passing or not (reply.status == HTTPStatus.OK or 400 <= reply.status < 500)  # noqa: PLR2004 - 4xx
+    """Return whether a reply is a failure that may pass, and so says nothing about the goals."""
+    retryable = reply.status == HTTPStatus.TOO_MANY_REQUESTS
+    return retryable or not (reply.status == HTTPStatus.OK or 400 <= reply.status < 500)  # noqa: PLR2004 - 4xx
 
 
 def _lifetime(reply: Reply) -> float | None:
-    """Return for how many seconds an answer is good; None if it must not be kept."""
+    """Return the seconds for which a reply is fresh; None if it must not be stored."""
     control = reply.headers.get("cache-control", "").lower()
     if "no-store" in control:
         return None
     max_age = _MAX_AGE.search(control)
     if max_age is None or "no-cache" in control:
         return 0.0
-    age = reply.headers.get("age", "")
-    spent = float(age) if _SECONDS.fullmatch(age) else 0.0
-    return min(max(float(max_age[1]) - spent, 0.0), MAX_FRESH)
+    age_header = reply.headers.get("age", "")
+    age = float(age_header) if _SECONDS.fullmatch(age_header) else 0.0
+    return min(max(float(max_age[1]) - age, 0.0), MAX_LIFETIME)
 
 
-def _answer(found: _Found, if_none_match: bytes) -> PreparedResponse:
-    reply = found.reply
+def _response(entry: _CachedReply, if_none_match: bytes) -> PreparedResponse:
+    reply = entry.reply
     headers = tuple(
         (name.encode(), header_value(reply.headers[name].encode(errors="surrogateescape")))
-        for name in PASSED_BACK
+        for name in RETURNED_HEADERS
         if name in reply.headers
     )
-    if found.kept and reply.status == HTTPStatus.OK:
-        age = max(0, int(time.monotonic() - found.since))
+    if entry.from_cache and reply.status == HTTPStatus.OK:
+        age = max(0, int(time.monotonic() - entry.confirmed_at))
         headers = (*headers, (b"x-from-cache", b"1"), (b"age", b"%d" % age))
     etag = dict(headers).get(b"etag", b"")
     if reply.status == HTTPStatus.OK and etag and is_known(etag, if_none_match):

@@ -1,7 +1,7 @@
-"""The relay's figures for Prometheus: each of them once, with its meaning and where it comes from.
+"""Metrics pages for Prometheus.
 
-`/metrics` has our own; the port of `[Prometheus]` has the reference's besides (status 8.2). Figures
-of requests are those that both doors count anyway; everything else is looked at when it is asked.
+`/metrics` has the relay's own metrics; the port of `[Prometheus]` also has ld-relay's (status 8.2).
+Requests are counted as they come; all other metrics are collected when a page is requested.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from relay.config.schema import Prometheus
 from relay.metrics.catalogue import OWN, Collector, MetricsView, reference
 from relay.protocol.prometheus import CONTENT_TYPE, Metric
-from relay.protocol.prometheus import page as text
+from relay.protocol.prometheus import page as render
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestMetrics
 from relay.web.responses import PreparedResponse
@@ -19,21 +19,21 @@ from relay.web.responses import PreparedResponse
 
 def page(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
     """Return `/metrics`."""
-    return _answer(OWN, MetricsView(relay, traffic))
+    return _response(OWN, MetricsView(relay, traffic))
 
 
 def exporter_page(relay: Relay, traffic: RequestMetrics, prefix: str) -> PreparedResponse:
     """Return `/metrics` on the port of `[Prometheus]`.
 
     Args:
-        relay: what is told of.
-        traffic: what both doors have counted.
-        prefix: beginning of the names of the reference's figures; empty for its default.
+        relay: to collect metrics from.
+        traffic: request counts.
+        prefix: of the names of ld-relay's metrics; empty for the default.
     """
     prefix = prefix or Prometheus().prefix
-    return _answer({**reference(prefix), **OWN}, MetricsView(relay, traffic))
+    return _response({**reference(prefix), **OWN}, MetricsView(relay, traffic))
 
 
-def _answer(figures: Mapping[Metric, Collector], sight: MetricsView) -> PreparedResponse:
-    body = text((figure, look(sight)) for figure, look in figures.items())
+def _response(metrics: Mapping[Metric, Collector], view: MetricsView) -> PreparedResponse:
+    body = render((metric, collect(view)) for metric, collect in metrics.items())
     return PreparedResponse(200, ((b"content-type", CONTENT_TYPE.encode()),), body)

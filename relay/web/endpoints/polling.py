@@ -1,4 +1,4 @@
-"""What server-side SDKs poll: prepared once per payload and variant, then only looked up."""
+"""Polls of server-side SDKs: responses are prepared once for each payload and variant."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ from relay.web.resources import Resource, with_ttl
 from relay.web.responses import NO_SUCH_ITEM, Headers, PreparedResponse, environment_headers
 
 MAX_ITEMS = 1024
-"""Single flags and segments kept ready per environment; PHP asks for few, again and again."""
+"""Prepared resources per environment: PHP SDKs poll a few single flags again and again."""
 
 _ITEM_PATHS = (("/sdk/flags/", Kind.FLAG), ("/sdk/segments/", Kind.SEGMENT))
 _NO_KEYS = ("", ".", "..")
-"""What stands in place of a key when a path is not canonical: the application redirects it."""
+"""Keys in paths that are not canonical, which the application redirects."""
 
 
 def template(path: str) -> str:
-    """Return the route of a poll, such as `/sdk/flags/{key}`."""
+    """Return the route template of a poll, such as `/sdk/flags/{key}`."""
     for prefix, _ in _ITEM_PATHS:
         if path.startswith(prefix):
             return prefix + "{key}"
     return path
 
 
-class _Polls:
-    """All that can be polled of one payload, made when somebody asks for it."""
+class _PollResources:
+    """Resources of one payload that can be polled, built on first use."""
 
     def __init__(self, payload: Payload, headers: Headers) -> None:
         self.payload = payload
         self._headers = headers
-        self._ready: dict[str, Resource | None] = {}
-        self._makers: dict[str, Callable[[], Resource]] = {
+        self._cache: dict[str, Resource | None] = {}
+        self._builders: dict[str, Callable[[], Resource]] = {
             "/sdk/flags": self._flags,
             "/sdk/latest-all": self._latest_all,
         }
 
     def get(self, path: str) -> Resource | None:
-        """Return a resource.
+        """Return the resource at a path; None if the item does not exist or is deleted.
 
         Raises:
-            KeyError: nothing of the kind is polled at this path.
+            KeyError: the path is not that of a poll.
         """
-        if path not in self._ready:
-            resource = self._made(path)
-            if len(self._ready) >= MAX_ITEMS:
-                self._ready.clear()
-            self._ready[path] = resource
-        return self._ready[path]
+        if path not in self._cache:
+            resource = self._build(path)
+            if len(self._cache) >= MAX_ITEMS:
+                self._cache.clear()
+            self._cache[path] = resource
+        return self._cache[path]
 
-    def _made(self, path: str) -> Resource | None:
+    def _build(self, path: str) -> Resource | None:
         for prefix, kind in _ITEM_PATHS:
             if path.startswith(prefix):
                 return self._item(kind, path.removeprefix(prefix))
-        return self._makers[path]()
+        return self._builders[path]()
 
     def _item(self, kind: Kind, key: str) -> Resource | None:
         if "/" in key or key in _NO_KEYS:
@@ -77,7 +77,7 @@ class _Polls:
 
 
 def _versions_etag(payload: Payload) -> bytes:
-    """Return the reference's ETag of all flags: it sees versions only, tombstones included."""
+    """Return ld-relay's ETag of all flags, made of keys and versions, tombstones included."""
     entries = ((item.key.encode(), item.version) for item in payload.flags.values())
     text = b"".join(b"%b:%d" % entry for entry in sorted(entries))
     digest = hashlib.sha1(text, usedforsecurity=False).hexdigest()
@@ -85,7 +85,7 @@ def _versions_etag(payload: Payload) -> bytes:
 
 
 def _data_etag(payload: Payload) -> bytes:
-    """Return a strong ETag: equal for equal data, whatever their order and history."""
+    """Return a strong ETag: equal for equal data, regardless of order and history."""
     digest = hashlib.sha256()
     for kind in Kind:
         for item in sorted(payload.live(kind), key=lambda item: item.key):
@@ -97,73 +97,75 @@ def _data_etag(payload: Payload) -> bytes:
 
 
 class PollingHandler:
-    """Answers polls at both doors."""
+    """Handler of polls, for the application and the fast path."""
 
     def __init__(self) -> None:
-        self._polls: WeakKeyDictionary[Environment, _Polls] = WeakKeyDictionary()
+        self._resources: WeakKeyDictionary[Environment, _PollResources] = WeakKeyDictionary()
 
     def __call__(
         self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
     ) -> PreparedResponse | None:
-        """Return the answer at once; None if this is for the application.
+        """Return the response to a poll at once; None if it is left to the application.
 
         Args:
-            environment: whose data.
-            path: as on the wire; a query or an escape is the application's business.
-            if_none_match: the header; empty if there is none.
-            accept_encoding: the header; empty if there is none.
+            environment: to poll.
+            path: as received; one with a query or an escape is left to the application.
+            if_none_match: the header; empty without one.
+            accept_encoding: the header; empty without one.
         """
         if "%" in path or "?" in path:
             return None
-        return self.answer(environment, path, if_none_match, accept_encoding)
+        return self.respond(environment, path, if_none_match, accept_encoding)
 
-    def answer(
+    def respond(
         self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
     ) -> PreparedResponse | None:
-        """Return the answer to a poll at once.
+        """Return the response to a poll at once.
 
-        None if there are no data, if nothing is polled there, or if a large body has to be
-        compressed first (see `complete`).
+        None if there is no data, if the path is not that of a poll, or if a large body must be
+        compressed in a thread first (see `complete`).
 
         Args:
-            environment: whose data.
+            environment: to poll.
             path: decoded.
-            if_none_match: the header; empty if there is none.
-            accept_encoding: the header; empty if there is none.
+            if_none_match: the header; empty without one.
+            accept_encoding: the header; empty without one.
         """
-        found = self._find(environment, path)
-        if not isinstance(found, Resource):
-            return found
-        return with_ttl(found.variant(if_none_match, accept_encoding), environment)
+        resource = self._resource_at(environment, path)
+        if not isinstance(resource, Resource):
+            return resource
+        return with_ttl(resource.variant(if_none_match, accept_encoding), environment)
 
     async def complete(
         self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
     ) -> PreparedResponse | None:
-        """Return the answer to a poll; a large body is compressed aside, for the next ones as well.
+        """Return the response to a poll, compressing a large body in a thread if necessary.
 
-        The arguments are those of `answer`; None if there are no data, or nothing is polled there.
+        Arguments as in `respond`; None if there is no data, or the path is not that of a poll.
         """
-        found = self._find(environment, path)
-        if not isinstance(found, Resource):
-            return found
-        answer = found.variant(if_none_match, accept_encoding)
-        if answer is None:
-            answer = await found.compress_in_thread()
-        return with_ttl(answer, environment)
+        resource = self._resource_at(environment, path)
+        if not isinstance(resource, Resource):
+            return resource
+        response = resource.variant(if_none_match, accept_encoding)
+        if response is None:
+            response = await resource.compress_in_thread()
+        return with_ttl(response, environment)
 
-    def _find(self, environment: Environment, path: str) -> Resource | PreparedResponse | None:
+    def _resource_at(
+        self, environment: Environment, path: str
+    ) -> Resource | PreparedResponse | None:
         if environment.payload is None:
             return None
         try:
-            resource = self._polls_of(environment, environment.payload).get(path)
+            resource = self._resources_of(environment, environment.payload).get(path)
         except KeyError:
             return None
         return resource or NO_SUCH_ITEM.with_headers(*environment_headers(environment.spec))
 
-    def _polls_of(self, environment: Environment, payload: Payload) -> _Polls:
-        polls = self._polls.get(environment)
-        if polls is None or polls.payload is not payload:
-            polls = self._polls[environment] = _Polls(
+    def _resources_of(self, environment: Environment, payload: Payload) -> _PollResources:
+        resources = self._resources.get(environment)
+        if resources is None or resources.payload is not payload:
+            resources = self._resources[environment] = _PollResources(
                 payload, environment_headers(environment.spec)
             )
-        return polls
+        return resources

@@ -1,8 +1,8 @@
-"""The streams of SDKs, and how the application serves them.
+"""Streams of SDKs, as the application serves them (endpoints 1.7).
 
-The front door serves nearly all of them, with shared bytes and without a task; the application is
-for what it leaves: HTTP/1.0, odd headers, contexts in bodies, another ASGI server. The bytes are
-the same.
+The fast path serves nearly all streams, with shared bytes and without a task for each. The
+application serves the rest, with the same bytes: HTTP/1.0, unusual headers, contexts in bodies,
+other ASGI servers.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from relay.web.responses import Headers, PreparedResponse, environment_headers
 from relay.web.routing import BROWSER, Handler, RouteAuth, user_agent
 
 STREAMS: Mapping[bytes, str] = {b"/all": "all", b"/flags": "flags"}
-"""Path to stream format, for server-side SDKs (endpoints 1.1, rows 18 and 19)."""
+"""Stream formats for server-side SDKs, by path (endpoints 1.1, rows 18 and 19)."""
 
 PIPE_LIMIT = 64 * 1024
-"""Bytes that wait for the server to take them before the client counts as slow; as a transport."""
+"""Bytes that may wait for the ASGI server before the client counts as slow, as in a transport."""
 
 _UNBUFFERED = (b"x-accel-buffering", b"no")
 
@@ -59,11 +59,11 @@ _HEADERS, _CLOSING_HEADERS = _headers(b"keep-alive"), _headers(b"close")
 
 
 def stream_headers(environment: Environment, *, closes: bool) -> Headers:
-    """Return the response headers of a stream (endpoints 1.7), the same at both doors.
+    """Return the response headers of a stream (endpoints 1.7), for both paths.
 
     Args:
-        environment: whose stream.
-        closes: whether the client wants the connection to end with it.
+        environment: of the stream.
+        closes: whether the connection ends with the stream.
     """
     headers = _CLOSING_HEADERS if closes else _HEADERS
     return (*headers, *environment_headers(environment.spec))
@@ -71,11 +71,11 @@ def stream_headers(environment: Environment, *, closes: bool) -> Headers:
 
 @dataclass(frozen=True, slots=True)
 class ClientStream:
-    """What a client-side SDK is given when it asks for a stream.
+    """Stream that a client-side SDK gets.
 
     Args:
         name: of the channel.
-        client: for whom it is evaluated; None for pings.
+        client: to evaluate for; None for pings.
     """
 
     name: str
@@ -83,33 +83,33 @@ class ClientStream:
 
 
 PING_STREAM = ClientStream(PINGS)
-"""What `/ping/{envId}` and `/mping` give."""
+"""The stream of `/ping/{envId}` and `/mping`."""
 
 
 def client_stream(
     environment: Environment, auth: RouteAuth, segment: bytes, query: bytes
 ) -> ClientStream | PreparedResponse:
-    """Return what `/eval/{envId}/{context}` or `/meval/{context}` gives, or the refusal.
+    """Return the stream of `/eval/{envId}/{context}` or `/meval/{context}`, or the refusal.
 
     Args:
-        environment: whose flags.
+        environment: to evaluate for.
         auth: MOBILE or BROWSER, by the path.
-        segment: of the path, which holds the context, without percent escapes.
-        query: as on the wire.
+        segment: of the path, with the context, without percent escapes.
+        query: as received.
     """
     try:
         return _stream_for(environment, auth, segment, context_in_path(segment), query)
     except RequestRejected as e:
-        return e.answer.with_headers(_UNBUFFERED)
+        return e.response.with_headers(_UNBUFFERED)
 
 
 def _stream_for(
     environment: Environment, auth: RouteAuth, raw: bytes, context: Context, query: bytes
 ) -> ClientStream:
-    """Return the stream for a context, which need not be evaluated if it gets pings.
+    """Return the stream for a context; one that gets pings needs no key.
 
     Raises:
-        Refused: secure mode is not satisfied, or there is no key to evaluate for.
+        RequestRejected: the secure mode hash is wrong, or the context has no key to evaluate for.
     """
     if auth is BROWSER:
         check_secure_mode_hash(
@@ -119,35 +119,35 @@ def _stream_for(
         return PING_STREAM
     if context.has_empty_key:
         raise RequestRejected(NO_KEY)
-    viewer = EvalClient(raw, context, with_reasons=wants_reasons(query))
-    return ClientStream(EVALUATING[auth.sdk_kind], viewer)
+    client = EvalClient(raw, context, with_reasons=wants_reasons(query))
+    return ClientStream(EVALUATING[auth.sdk_kind], client)
 
 
 def client_stream_headers(
     environment: Environment, auth: RouteAuth, origin: bytes, *, closes: bool
 ) -> Headers:
-    """Return the response headers of a GET of a client-side stream, as the application has them.
+    """Return the response headers of a GET of a client-side stream, in the application's order.
 
     Args:
-        environment: whose stream.
+        environment: of the stream.
         auth: MOBILE or BROWSER, by the path.
-        origin: the request header; empty if there is none.
-        closes: whether the client wants the connection to end with it.
+        origin: the request header; empty without one.
+        closes: whether the connection ends with the stream.
     """
     headers = stream_headers(environment, closes=closes)
     if not auth.exposed_headers:
         return headers
     cors = dict(cors_lines(environment.spec, origin, ("GET", "OPTIONS"), auth.exposed_headers))
-    own = [(name, cors.pop(name, value)) for name, value in headers]
-    return (*own, *cors.items())
+    merged = [(name, cors.pop(name, value)) for name, value in headers]
+    return (*merged, *cors.items())
 
 
 class ClientStreams:
-    """The client-side streams of the application.
+    """Handlers of client-side streams.
 
     Args:
-        traffic: counts them.
-        budget: for contexts in bodies.
+        traffic: counts streams.
+        budget: memory for contexts in bodies.
     """
 
     def __init__(self, traffic: RequestMetrics, budget: MemoryBudget) -> None:
@@ -155,15 +155,15 @@ class ClientStreams:
         self._budget = budget
 
     def pings(self, auth: RouteAuth) -> Handler:
-        """Return what answers the paths without a context."""
+        """Return the handler of a path without a context."""
 
         async def respond(request: Request, environment: Environment) -> Response:
-            return self._begin(request, environment, PING_STREAM, auth)
+            return self._open(request, environment, PING_STREAM, auth)
 
         return respond
 
     def in_path(self, auth: RouteAuth) -> Handler:
-        """Return what answers a GET whose path ends in the context."""
+        """Return the handler of a GET whose path ends in the context."""
 
         async def respond(request: Request, environment: Environment) -> Response:
             segment = request.path_params["context"].encode(errors="replace")
@@ -171,12 +171,12 @@ class ClientStreams:
             stream = client_stream(environment, auth, segment, query)
             if isinstance(stream, PreparedResponse):
                 return stream.to_starlette()
-            return self._begin(request, environment, stream, auth)
+            return self._open(request, environment, stream, auth)
 
         return respond
 
     def in_body(self, auth: RouteAuth) -> Handler:
-        """Return what answers a REPORT whose body is the context."""
+        """Return the handler of a REPORT whose body is the context."""
 
         async def respond(request: Request, environment: Environment) -> Response:
             try:
@@ -184,22 +184,22 @@ class ClientStreams:
                 context, query = context_in_body(body), request.scope["query_string"]
                 stream = _stream_for(environment, auth, body, context, query)
             except RequestRejected as e:
-                return e.answer.with_headers(_UNBUFFERED).to_starlette()
-            return self._begin(request, environment, stream, auth)
+                return e.response.with_headers(_UNBUFFERED).to_starlette()
+            return self._open(request, environment, stream, auth)
 
         return respond
 
-    def _begin(
+    def _open(
         self,
         request: Request,
         environment: Environment,
         stream: ClientStream,
-        access: RouteAuth,
+        auth: RouteAuth,
     ) -> Response:
         agent = user_agent(self._traffic, request)
         route: str = request.scope["route"].path
         method = "GET" if request.method == "HEAD" else request.method
-        series = Series(environment.spec.name, route, method, access.platform, agent)
+        series = Series(environment.spec.name, route, method, auth.platform, agent)
         if request.method != "HEAD":
             self._traffic.new_streams[series].value += 1
         count = self._traffic.streams[series]
@@ -207,14 +207,14 @@ class ClientStreams:
 
 
 class StreamResponse(Response):
-    """A stream of one environment; it lasts until the client goes or the hub ends it.
+    """Stream of one environment; it lasts until the client disconnects or the hub ends it.
 
     Args:
-        environment: whose hub to listen to.
-        stream: the name of the format or channel.
+        environment: to subscribe to.
+        stream: name of the format or channel.
         count: of open streams.
         scope: of the request.
-        client: for whom an evaluating stream is; None for others.
+        client: to evaluate for; None for a stream that is the same for all clients.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class StreamResponse(Response):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the head at once, then whatever the hub writes."""
+        """Send the head at once, then the messages of the hub."""
         await send(
             {"type": "http.response.start", "status": 200, "headers": self.raw_headers},
         )
@@ -244,22 +244,22 @@ class StreamResponse(Response):
     async def _send_stream(self, receive: Receive, send: Send) -> None:
         pipe = _Pipe()
         self._environment.hub.subscribe(self._stream, pipe, b"", self._count, self._client)
-        leaving = asyncio.create_task(_disconnected(receive))
-        leaving.add_done_callback(lambda _: pipe.abort())
+        disconnect = asyncio.create_task(_disconnected(receive))
+        disconnect.add_done_callback(lambda _: pipe.abort())
         try:
             async for data in pipe:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         finally:
-            leaving.cancel()
-            pipe.lost()
+            disconnect.cancel()
+            pipe.notify_lost()
 
 
 def _closes(scope: Scope) -> bool:
-    """Whether the server ends the connection with the answer (RFC 9112, 9.3)."""
+    """Return whether the connection ends with the response (RFC 9112, 9.3)."""
     if scope["http_version"] == "1.0":
         return True
-    given = [value for name, value in scope["headers"] if name == b"connection"]
-    return any(each.strip().lower() == b"close" for each in b",".join(given).split(b","))
+    values = [value for name, value in scope["headers"] if name == b"connection"]
+    return any(option.strip().lower() == b"close" for option in b",".join(values).split(b","))
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -268,18 +268,18 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class _Pipe:
-    """What looks like a transport to the hub; the other end is an async iterator of messages."""
+    """Transport for the hub, whose other end is an async iterator of messages."""
 
     def __init__(self) -> None:
         self._chunks: deque[bytes] = deque()
         self._size = 0
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
         self._ended = False
         self._paused = False
         self._protocol: asyncio.BaseProtocol | None = None
 
-    def lost(self) -> None:
-        """Tell the hub that the client is gone."""
+    def notify_lost(self) -> None:
+        """Tell the hub that the client has disconnected."""
         if isinstance(self._protocol, asyncio.Protocol):
             self._protocol.connection_lost(None)
 
@@ -289,7 +289,7 @@ class _Pipe:
     def write(self, data: bytes, /) -> None:
         self._chunks.append(data)
         self._size += len(data)
-        self._news.set()
+        self._changed.set()
         if self._protocol and self._size > PIPE_LIMIT and not self._paused:
             self._paused = True
             self._protocol.pause_writing()
@@ -300,7 +300,7 @@ class _Pipe:
 
     def close(self) -> None:
         self._ended = True
-        self._news.set()
+        self._changed.set()
 
     def abort(self) -> None:
         self._chunks.clear()
@@ -312,16 +312,16 @@ class _Pipe:
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:
             while self._chunks:
-                chunk = self._take()
+                chunk = self._pop()
                 if chunk is not LAST_CHUNK:
                     for data in decode_chunks(chunk):
                         yield data
             if self._ended:
                 return
-            self._news.clear()
-            await self._news.wait()
+            self._changed.clear()
+            await self._changed.wait()
 
-    def _take(self) -> bytes:
+    def _pop(self) -> bytes:
         chunk = self._chunks.popleft()
         self._size -= len(chunk)
         if self._protocol and self._paused and not self._chunks:

@@ -1,7 +1,7 @@
-"""`POST /webhooks/launchdarkly`: who is told at once of a change looks at once (webhooks 12).
+"""`POST /webhooks/launchdarkly`: check upstream as soon as a change is announced (webhooks 12).
 
-Answered before anything is done. Then each environment that is concerned looks at upstream, and
-again a little later, until it has what was announced: upstream's caches may lag behind.
+The response does not wait for the check. Each affected environment checks upstream, and again a
+little later, until it has the announced change: upstream's caches may lag behind.
 """
 
 from __future__ import annotations
@@ -28,22 +28,20 @@ from relay.web.routing import header
 
 PATH = "/webhooks/launchdarkly"
 
-
 MAX_BUFFERED = 16 * 1024 * 1024
-"""Bytes of all bodies that are received at a time."""
+"""Bytes of all bodies that are being received."""
 
 BODY_TIME = 10.0
-"""Seconds in which a body must have come."""
+"""Seconds within which a body must arrive."""
 
-REMEMBERED = 10_000
-"""Webhooks that are known again when they come twice."""
-
+MAX_SEEN = 10_000
+"""Webhooks that are remembered so as to recognise repeated deliveries."""
 
 MAX_WARNINGS, WARNINGS_WITHIN = 20, 60.0
-"""Refused webhooks that are logged within so many seconds: strangers can send them without end."""
+"""Number of refused webhooks that are logged in so many seconds: anybody can send any number."""
 
 ACCEPTED = json_error(202, "accepted")
-KNOWN = json_error(202, "known already")
+REPEATED = json_error(202, "known already")
 UNSIGNED = json_error(401, "the signature in X-LD-Signature is missing or wrong")
 MALFORMED = json_error(400, "the body is not that of a LaunchDarkly webhook")
 TOO_LARGE = json_error(413, f"the body is longer than {webhook.MAX_BODY} bytes")
@@ -54,11 +52,11 @@ _log = logging.getLogger("relay.webhooks")
 
 
 class Webhooks:
-    """The application behind the route.
+    """ASGI application of the route.
 
     Args:
-        environments: all of the relay.
-        secrets: those with which webhooks may be signed; at least one.
+        environments: all environments of the relay.
+        secrets: with which webhooks may be signed; at least one.
         recheck_after: see `RefreshTracker`.
         burst: see `RefreshTracker`.
     """
@@ -70,33 +68,35 @@ class Webhooks:
         recheck_after: Sequence[float] = RECHECK_AFTER,
         burst: float = BURST,
     ) -> None:
-        self._watches = {e.spec.name: RefreshTracker(e, recheck_after, burst) for e in environments}
+        self._trackers = {
+            e.spec.name: RefreshTracker(e, recheck_after, burst) for e in environments
+        }
         self._specs = [environment.spec for environment in environments]
         self._secrets = tuple(secrets)
-        self._known: OrderedDict[str, None] = OrderedDict()
-        """Webhooks that came, the last one last."""
+        self._seen: OrderedDict[str, None] = OrderedDict()
+        """IDs of received webhooks, oldest first."""
         self._budget = MemoryBudget(webhook.MAX_BODY, MAX_BUFFERED, too_large=TOO_LARGE, full=BUSY)
         self._warnings = 0
         self._warnings_since = -float("inf")
 
     async def run(self) -> None:
-        """See that environments look, until cancelled."""
+        """Check upstream whenever webhooks have announced changes, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            for watch in self._watches.values():
-                tasks.create_task(watch.run())
+            for tracker in self._trackers.values():
+                tasks.create_task(tracker.run())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a webhook."""
-        response = (await self._answer(Request(scope, receive))).to_starlette()
+        """Respond to a webhook."""
+        response = (await self._respond(Request(scope, receive))).to_starlette()
         await response(scope, receive, send)
 
-    async def _answer(self, request: Request) -> PreparedResponse:
+    async def _respond(self, request: Request) -> PreparedResponse:
         body = RequestBody(request, self._budget, raw=True)
         try:
             async with asyncio.timeout(BODY_TIME):
                 content = await body.read()
         except RequestRejected as e:
-            return await body.reject(self._refuse(e.answer))
+            return await body.reject(self._refuse(e.response))
         except TimeoutError:
             return self._refuse(TOO_SLOW)
         finally:
@@ -105,41 +105,43 @@ class Webhooks:
         if not webhook.is_signed(content, signature, self._secrets):
             return self._refuse(UNSIGNED)
         try:
-            announced = webhook.read(content)
+            notice = webhook.read(content)
         except InvalidData as e:
             return self._refuse(MALFORMED, f": {e.reason}")
-        if self._is_known(announced.id or signature):
+        if self._is_repeated(notice.id or signature):
             _log.info("A webhook came again; it is not acted upon")
-            return KNOWN
-        self._act(announced)
+            return REPEATED
+        self._act(notice)
         return ACCEPTED
 
-    def _act(self, announced: ChangeNotice) -> None:
-        """Tell the environments that are concerned."""
-        concerned = announced.concerning(self._specs)
-        looking = [
-            name for name, places in concerned.items() if self._watches[name].announce(places)
+    def _act(self, notice: ChangeNotice) -> None:
+        """Announce the changes to the affected environments."""
+        affected = notice.concerning(self._specs)
+        checking = [
+            name for name, resources in affected.items() if self._trackers[name].announce(resources)
         ]
-        # With a policy of the whole account there may be many: they are traffic.
-        _log.debug("A webhook concerns %d environments; %d look", len(concerned), len(looking))
+        # At level debug: a webhook of the whole account may come as often as traffic.
+        _log.debug("A webhook concerns %d environments; %d look", len(affected), len(checking))
 
-    def _is_known(self, name: str) -> bool:
-        """Whether a webhook came before; from now on it did."""
-        if name in self._known:
+    def _is_repeated(self, name: str) -> bool:
+        """Return whether a webhook was received before, and remember it."""
+        if name in self._seen:
             return True
-        self._known[name] = None
-        if len(self._known) > REMEMBERED:
-            self._known.popitem(last=False)
+        self._seen[name] = None
+        if len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
         return False
 
-    def _refuse(self, answer: PreparedResponse, detail: str = "") -> PreparedResponse:
-        """Log that a webhook is refused, unless that was said often of late."""
+    def _refuse(self, response: PreparedResponse, detail: str = "") -> PreparedResponse:
+        """Log that a webhook is refused, up to `MAX_WARNINGS` times; return the response."""
         now = time.monotonic()
         if now - self._warnings_since > WARNINGS_WITHIN:
             self._warnings, self._warnings_since = 0, now
         self._warnings += 1
         if self._warnings <= MAX_WARNINGS:
-            reason = orjson.loads(answer.body)["message"]
-            last = "; more are not logged for a while" if self._warnings == MAX_WARNINGS else ""
-            _log.warning("A webhook is refused (%d): %s%s%s", answer.status, reason, detail, last)
-        return answer
+            reason = orjson.loads(response.body)["message"]
+            suffix = "; more are not logged for a while" if self._warnings == MAX_WARNINGS else ""
+            _log.warning(
+                "A webhook is refused (%d): %s%s%s", response.status, reason, detail, suffix
+            )
+        return response

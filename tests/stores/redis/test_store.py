@@ -1,4 +1,4 @@
-"""The layout in Redis is the one that SDKs read; what the server refuses is said without secrets."""
+"""The Redis store has the layout that SDKs read, and reports errors without secrets."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ async def store(server):
 
 
 class TestContract(StoreContract):
-    """What every store promises."""
+    """The contract of all data stores."""
 
 
 async def test_the_layout_is_that_of_the_sdks(server, store):
-    """Two hashes and a marker; tombstones are whole objects that old SDKs can parse."""
+    """Two hashes and a marker; tombstones are complete objects that old SDKs can parse."""
     await store.init(Payload.of([flag("lamp", 3), flag("gone", 4, None), segment("crowd", 5)]))
     assert set(server.do("KEYS", "*")) == {b"p:features", b"p:segments", b"p:$inited"}
     assert server.do("GET", "p:$inited") == b""
@@ -58,6 +58,12 @@ async def test_without_a_prefix_keys_begin_with_launchdarkly(server):
     await store.init(ONE)
     await store.aclose()
     assert server.do("EXISTS", "launchdarkly:$inited", "launchdarkly:features") == 2
+
+
+async def test_the_repr_states_server_and_prefix():
+    """Passwords are masked."""
+    store = RedisStore(RedisOptions(url="redis://anna:geheim@h/3"), "p")
+    assert repr(store) == "<RedisStore redis://anna:xxxxx@h/3 'p'>"
 
 
 async def test_keys_of_others_are_never_touched(server, store):
@@ -86,7 +92,7 @@ async def test_an_unreadable_item_is_reported_and_skipped(server, store):
 
 
 async def test_items_larger_than_a_command_are_whole(server, store):
-    """What is sent in several commands is one transaction all the same."""
+    """Items sent in several commands are written in one transaction."""
     pad = b"x" * (CHUNK // 3)
     items = [flag(f"f{i}", 1, b'{"version":1,"pad":"%b"}' % pad) for i in range(10)]
     await store.init(Payload.of(items))
@@ -94,7 +100,7 @@ async def test_items_larger_than_a_command_are_whole(server, store):
 
 
 async def test_two_writers_never_take_a_version_back(server):
-    """Whoever is quicker: what is stored only ever gets newer, and the newest arrives."""
+    """Stored items only become newer, and the newest version is stored in the end."""
     stores = [RedisStore(server.options(), "p") for _ in range(4)]
     await stores[0].init(Payload.of([]))
     order = [(flag(f"f{n % 3}", version), n % 4) for n, version in enumerate(range(1, 121))]
@@ -125,7 +131,7 @@ async def test_two_writers_never_take_a_version_back(server):
 
 
 async def test_a_database_number_and_a_user_in_the_url(server):
-    """`redis://user:password@host:port/N` means what it says."""
+    """All parts of `redis://user:password@host:port/N` are used."""
     server.do("ACL", "SETUSER", "anna", "on", ">geheim", "~p:*", "+@all", "-@scripting")
     url = f"redis://anna:geheim@127.0.0.1:{server.port}/3"
     store = RedisStore(server.options(url=url), "p")
@@ -138,7 +144,7 @@ async def test_a_database_number_and_a_user_in_the_url(server):
 
 
 async def test_user_and_password_beside_the_url(server):
-    """REDIS_USERNAME and REDIS_PASSWORD count where the URL says nothing."""
+    """REDIS_USERNAME and REDIS_PASSWORD are used where the URL has neither."""
     server.do("ACL", "SETUSER", "ben", "on", ">geheim", "~*", "+@all")
     address = f"127.0.0.1:{server.port}"
     for url, password in [
@@ -166,8 +172,8 @@ async def test_user_and_password_beside_the_url(server):
         ("unix://:p@/run/s?db=4", {"path": "/run/s", "db": 4, "password": "p"}),
     ],
 )
-def test_a_url_means_what_the_reference_makes_of_it(url, expected):
-    """What stands alone before the `@` is a password."""
+def test_urls_are_read_like_ld_relay(url, expected):
+    """A single word before the `@` is a password."""
     arguments = {"username": None, **RedisStore(RedisOptions(url=url))._pool.connection_kwargs}
     assert {name: arguments[name] for name in expected} == expected
 
@@ -188,15 +194,15 @@ def test_a_url_means_what_the_reference_makes_of_it(url, expected):
         "unix:///s?timeout=1",
     ],
 )
-def test_a_url_that_means_nothing_is_refused(url):
-    """It would be another database than the one that is meant, or one that is not checked."""
+def test_unsupported_urls_are_refused(url):
+    """They would select another database, or one whose certificate is not verified."""
     with pytest.raises(ConfigError, match="the URL cannot be used") as caught:
         RedisStore(RedisOptions(url=url))
     assert "geheim" not in str(caught.value)
 
 
 async def test_the_commands_of_ld_relay_suffice(tmp_path):
-    """A user with rights to just these can be used, as before; nothing else is even tried."""
+    """A user with permissions for just these suffices; no other command is tried."""
     with RedisServer(tmp_path) as server:
         server.add_user_of_ld_relay("few", "geheim", "p")
         url = f"redis://few:geheim@127.0.0.1:{server.port}/3"
@@ -215,7 +221,7 @@ async def test_the_commands_of_ld_relay_suffice(tmp_path):
 
 
 def test_the_recording_names_what_the_database_needs():
-    """The rights that the tests give are those of the recording, and HMGET is none of them."""
+    """The tests grant the permissions of the recording; HMGET is not among them."""
     wanted = "AUTH DEL EXEC EXISTS HGET HGETALL HSET MULTI PING SELECT SET UNWATCH WATCH"
     assert commands_of_ld_relay() == wanted.split()
 
@@ -229,7 +235,7 @@ async def test_a_unix_socket(server):
 
 
 async def test_tls_with_client_certificates(server, tmp_path):
-    """`rediss://` with an authority of one's own and a certificate of the client."""
+    """`rediss://` with a private authority and a client certificate."""
     authority = Authority(tmp_path)
     certificate, key = map(str, authority.issue("a client"))
     tls = authority.server("localhost")
@@ -267,7 +273,7 @@ async def test_an_authority_that_is_not_by_the_book_is_trusted(
 
 
 async def test_another_host_and_an_unknown_authority_are_not_trusted(server, tmp_path):
-    """The reason is what OpenSSL says."""
+    """The reason is stated in OpenSSL's words."""
     authority, other = (Authority(tmp_path, **UNTIDY["no keyUsage"]) for _ in range(2))
     for known, host, reason in [
         (authority, "another.example", "Hostname mismatch, certificate is not valid for 'localhost'."),
@@ -337,8 +343,8 @@ REFUSALS = {
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 @pytest.mark.parametrize("listens", [False, True], ids=["at once", "when asked"])
 @pytest.mark.parametrize("more", [{}, {"password": secret("geheim")}], ids=["open", "password"])
-def test_what_a_server_says_before_it_closes_is_said(run, words, reason, *, listens, more):
-    """Whenever it says it, whatever we would have asked, on both loops."""
+def test_errors_sent_before_closing_are_reported(run, words, reason, *, listens, more):
+    """Before or after the first command, and with both event loops."""
 
     async def attempt(port: int) -> str:
         store = RedisStore(RedisOptions(url=f"redis://127.0.0.1:{port}/0", **more))
@@ -363,7 +369,7 @@ async def reason_of(options) -> str:
 
 
 def own_address() -> str:
-    """An address of this machine by which a server takes us for a stranger."""
+    """Return an address of this machine that is not loopback."""
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing
@@ -373,7 +379,7 @@ def own_address() -> str:
 
 
 async def test_a_server_in_protected_mode_says_so(tmp_path):
-    """A real one: it tells strangers what to do, and closes."""
+    """A real server sends an explanation and closes the connection."""
     with RedisServer(tmp_path, bind="*", protected_mode="yes") as server:
         options = server.options(url=f"redis://{own_address()}:{server.port}")
         for _ in range(5):
@@ -382,7 +388,7 @@ async def test_a_server_in_protected_mode_says_so(tmp_path):
 
 
 async def test_a_server_with_too_many_clients_says_so(tmp_path):
-    """A real one, with room for a single client."""
+    """A real server that accepts a single client."""
     with RedisServer(tmp_path, maxclients="1") as server, server.client() as other:
         other.ping()
         for _ in range(5):
@@ -390,14 +396,14 @@ async def test_a_server_with_too_many_clients_says_so(tmp_path):
 
 
 async def test_a_server_that_wants_a_password_says_so(tmp_path):
-    """A real one, asked without any."""
+    """A real server, contacted without a password."""
     with RedisServer(tmp_path, requirepass="the-right-one") as server:
         reason = await reason_of(server.options())
     assert reason == "the server refuses user or password: NOAUTH Authentication required."
 
 
 async def test_a_server_that_cannot_be_reached_is_described(tmp_path):
-    """In the words of the system: no library's numbers and tuples."""
+    """In the words of the operating system, without error numbers of libraries."""
     assert await reason_of(RedisOptions(url="redis://127.0.0.1:1")) == "Connection refused"
     assert await reason_of(RedisOptions(url="redis://localhost:1")) == "Connection refused"
     assert "ame" in await reason_of(RedisOptions(url="redis://nowhere.invalid"))
@@ -408,8 +414,8 @@ async def test_a_server_that_cannot_be_reached_is_described(tmp_path):
         assert re.match("Connection (closed by server|reset by peer)", await reason_of(options))
 
 
-async def test_nothing_but_what_is_needed_is_sent_to_log_in(server):
-    """No name of a library: its reply would hide a refusal, and few users may send it."""
+async def test_authentication_sends_no_other_commands(server):
+    """CLIENT SETINFO would hide a refusal, and few users have the permission."""
     with server.client() as monitor, monitor.monitor() as heard:
         store = RedisStore(server.options(url=f"{server.url}/2"))
         await store.load()
@@ -427,7 +433,7 @@ async def test_nothing_but_what_is_needed_is_sent_to_log_in(server):
     ],
 )  # fmt: skip
 async def test_a_server_that_refuses_is_unavailable(tmp_path, break_it, reason):
-    """What it answers is passed on; nothing was changed."""
+    """The server's reply is reported, and nothing is changed."""
     with RedisServer(tmp_path) as server:
         store = RedisStore(server.options(), "p")
         await store.init(ONE)
@@ -441,7 +447,7 @@ async def test_a_server_that_refuses_is_unavailable(tmp_path, break_it, reason):
 
 
 async def test_a_wrong_password_is_not_shown(tmp_path):
-    """Neither ours nor the right one."""
+    """Neither the configured password nor the correct one."""
     with RedisServer(tmp_path, requirepass="the-right-one") as server:
         url = f"redis://:the-wrong-one@127.0.0.1:{server.port}"
         store = RedisStore(server.options(url=url))
@@ -452,7 +458,7 @@ async def test_a_wrong_password_is_not_shown(tmp_path):
 
 
 async def test_a_server_that_repeats_the_password_is_not_quoted(tmp_path):
-    """One that does not know AUTH does so."""
+    """A server without AUTH repeats its arguments."""
     with RedisServer(tmp_path, rename_command='AUTH ""') as server:
         store = RedisStore(server.options(url=f"redis://anna:geheim@127.0.0.1:{server.port}"))
         with pytest.raises(StoreUnavailable, match="unknown command 'AUTH'") as caught:
@@ -472,7 +478,7 @@ async def test_a_server_that_repeats_the_password_is_not_quoted(tmp_path):
     ],
 )
 async def test_whatever_a_server_answers_it_is_unavailable(answer):
-    """A database that starts, cannot save, is none, or closes connections: one exception of ours."""
+    """Any error reply, other protocol or closed connection is a `StoreUnavailable`."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while answer and (commands := await reader.read(65536)):
@@ -493,7 +499,7 @@ async def test_whatever_a_server_answers_it_is_unavailable(answer):
 
 
 async def test_a_server_that_is_gone_or_hangs_is_unavailable(tmp_path):
-    """Nothing waits for longer than the configured times, and a new server is found again."""
+    """No call exceeds the configured timeouts, and a new server is used again."""
     with RedisServer(tmp_path) as server:
         store = RedisStore(server.options(read_timeout=0.2), "p")
         await store.init(ONE)
@@ -511,14 +517,14 @@ async def test_a_server_that_is_gone_or_hangs_is_unavailable(tmp_path):
 
 
 async def test_a_killed_init_leaves_the_old_data(server):
-    """A transaction that was not completed has not happened."""
+    """An incomplete transaction has no effect."""
     store = RedisStore(server.options(), "p")
     await store.init(ONE)
     pad = b'{"version":2,"pad":"%b"}' % (b"x" * CHUNK)
     large = Payload.of(flag(f"f{i}", 2, pad) for i in range(40))
-    for turns in range(1, 60, 7):
+    for steps in range(1, 60, 7):
         init = asyncio.create_task(store.init(large))
-        for _ in range(turns):
+        for _ in range(steps):
             await asyncio.sleep(0)
         init.cancel()
         await asyncio.wait([init])
@@ -546,7 +552,7 @@ asyncio.run(write())
 
 
 async def test_a_relay_that_is_killed_leaves_the_old_or_the_new_data(server, store):
-    """Never half: killed at any moment of an init, all items are of one version."""
+    """After a kill at any moment of an init, all items have the same version."""
     for inits in range(1, 6):
         writer = await asyncio.create_subprocess_exec(
             sys.executable, "-c", WRITER, server.url, stdout=asyncio.subprocess.PIPE

@@ -1,4 +1,4 @@
-"""What the front door is given at once, and what of it is kept."""
+"""Evaluation requests: results, their cache, and the fast path."""
 
 from __future__ import annotations
 
@@ -40,41 +40,43 @@ def segment(context: object) -> bytes:
 ANNA = segment({"kind": "user", "key": "anna"})
 
 
-def give(environment: Environment, *items: dict) -> None:
+def set_flags(environment: Environment, *items: dict) -> None:
     parsed = [parse(Kind.FLAG, item["key"], json.dumps(item).encode()) for item in items]
     environment._apply(ChangeSet(tuple(parsed), full=True))
 
 
-async def answer_to(
-    made: EvaluationHandler,
+async def response_to(
+    handler: EvaluationHandler,
     environment: Environment,
     context: bytes = ANNA,
     query: bytes = b"",
-    audience: SDKKind = SDKKind.BROWSER,
+    sdk_kind: SDKKind = SDKKind.BROWSER,
     *,
     if_none_match: bytes = b"",
     accept_encoding: bytes = b"",
 ) -> PreparedResponse | None:
-    """What a GET gets; None if it is for the application."""
-    await environment.programs.ready(audience)
-    found = made.find(environment, audience, context, query)
-    if not isinstance(found, EvaluationResult):
-        return found
-    resource = resource_for(found.body, environment)
-    return with_expiry(resource.variant(if_none_match, accept_encoding), environment, audience)
+    """Return the response to a GET; None if it is left to the application."""
+    await environment.programs.ready(sdk_kind)
+    result = handler.find(environment, sdk_kind, context, query)
+    if not isinstance(result, EvaluationResult):
+        return result
+    resource = resource_for(result.body, environment)
+    return with_expiry(resource.variant(if_none_match, accept_encoding), environment, sdk_kind)
 
 
-def kept(made: EvaluationHandler, environment: Environment, context: bytes = ANNA) -> object:
-    """What is found for a context that asks when everything is compiled; None if it is not kept."""
-    found = made.find(environment, SDKKind.BROWSER, context, b"")
-    assert isinstance(found, EvaluationResult)
-    return found.body if found.cacheable else None
+def cached_body(
+    handler: EvaluationHandler, environment: Environment, context: bytes = ANNA
+) -> object:
+    """Return the cached body for a context; None if it is not cached."""
+    result = handler.find(environment, SDKKind.BROWSER, context, b"")
+    assert isinstance(result, EvaluationResult)
+    return result.body if result.cacheable else None
 
 
 @pytest.fixture
 def environment():
     environment = Served().environment
-    give(environment, *ITEMS)
+    set_flags(environment, *ITEMS)
     return environment
 
 
@@ -90,22 +92,24 @@ def environment():
         (segment({"key": ""}), b"", {}),
     ],
 )
-async def test_the_answer_is_that_of_the_application(context, query, headers):
-    """All but what browsers are told: that depends on the origin."""
+async def test_the_response_is_that_of_the_application(context, query, headers):
+    """The handler and the application agree in all but the CORS headers, which need the origin."""
     served = Served()
-    give(served.environment, *ITEMS)
+    set_flags(served.environment, *ITEMS)
     path = f"/sdk/evalx/env-1/contexts/{context.decode()}?{query.decode()}"
-    told = [(name.replace("_", "-"), value.decode()) for name, value in headers.items()]
+    request_headers = [(name.replace("_", "-"), value.decode()) for name, value in headers.items()]
     async with serving(served, front=False) as address:
-        reply = await ask(address, path, told)
-        answer = await answer_to(EvaluationHandler(), served.environment, context, query, **headers)
-    assert answer is not None
-    assert (answer.status, answer.body) == (reply.status, reply.body)
-    ours = {name.decode(): value.decode() for name, value in answer.headers}
-    for headers_of in (ours, reply.headers):
-        for name in [name for name in headers_of if name.startswith(FOR_BROWSERS)]:
-            del headers_of[name]
-    assert ours == reply.headers
+        reply = await ask(address, path, request_headers)
+        response = await response_to(
+            EvaluationHandler(), served.environment, context, query, **headers
+        )
+    assert response is not None
+    assert (response.status, response.body) == (reply.status, reply.body)
+    own_headers = {name.decode(): value.decode() for name, value in response.headers}
+    for fields in (own_headers, reply.headers):
+        for name in [name for name in fields if name.startswith(FOR_BROWSERS)]:
+            del fields[name]
+    assert own_headers == reply.headers
 
 
 @pytest.mark.parametrize(
@@ -119,90 +123,90 @@ async def test_the_answer_is_that_of_the_application(context, query, headers):
         (ANNA, b"f%69lter=x"),
     ],
 )
-async def test_what_is_not_plain_is_for_the_application(environment, context, query):
-    """It knows escapes, filters and paths that are not canonical."""
-    assert await answer_to(EvaluationHandler(), environment, context, query) is None
+async def test_unusual_requests_are_left_to_the_application(environment, context, query):
+    """Escapes, filters and paths that are not canonical are left to the application."""
+    assert await response_to(EvaluationHandler(), environment, context, query) is None
 
 
-async def test_a_context_that_asks_again_is_not_evaluated_again(environment):
-    """Until the data change; its answers with and without reasons, for each audience, are apart.
+async def test_repeated_requests_are_not_evaluated_again(environment):
+    """A result is cached from the second request until the data changes.
 
-    Nothing is kept for a context that has asked only once.
+    Results with and without reasons, and those for different kinds of SDKs, are separate.
     """
-    made = EvaluationHandler()
-    first = await answer_to(made, environment)
+    handler = EvaluationHandler()
+    first = await response_to(handler, environment)
     assert first is not None
-    assert not made._cache.entries
-    body = kept(made, environment)
+    assert not handler._cache.entries
+    body = cached_body(handler, environment)
     assert body is not None
-    assert kept(made, environment) is body
-    reasons = await answer_to(made, environment, query=b"withReasons=true")
-    server = await answer_to(made, environment, audience=SDKKind.SERVER)
+    assert cached_body(handler, environment) is body
+    reasons = await response_to(handler, environment, query=b"withReasons=true")
+    server = await response_to(handler, environment, sdk_kind=SDKKind.SERVER)
     assert reasons is not None
     assert server is not None
     assert len({first.body, reasons.body, server.body}) == 3
-    give(environment, ITEMS[0] | {"version": 2})
-    changed = await answer_to(made, environment)
+    set_flags(environment, ITEMS[0] | {"version": 2})
+    changed = await response_to(handler, environment)
     assert changed is not None
     assert json.loads(changed.body)["lamp"]["version"] == 2
 
 
-async def test_what_is_kept_is_bounded(environment, monkeypatch):
-    """In bytes; those that ask again stay, the others go."""
+async def test_the_cache_is_bounded(environment, monkeypatch):
+    """The cache is bounded in bytes; contexts that are requested again stay in it."""
     monkeypatch.setattr(evaluation, "MAX_CACHED", 64 * 1024)
-    made = EvaluationHandler()
-    await answer_to(made, environment)
-    first = kept(made, environment)
+    handler = EvaluationHandler()
+    await response_to(handler, environment)
+    first = cached_body(handler, environment)
     assert first is not None
     for n in range(100):
         for _ in range(2):
-            await answer_to(made, environment, segment({"key": f"user-{n}"}))
-        assert kept(made, environment) is first
-        assert made._cache.size == sum(known.size for known in made._cache.entries.values())
-        assert made._cache.size <= 64 * 1024
-    assert 3 < len(made._cache.entries) < 20
+            await response_to(handler, environment, segment({"key": f"user-{n}"}))
+        assert cached_body(handler, environment) is first
+        assert handler._cache.size == sum(entry.size for entry in handler._cache.entries.values())
+        assert handler._cache.size <= 64 * 1024
+    assert 3 < len(handler._cache.entries) < 20
 
 
-async def test_two_relays_keep_their_answers_apart():
-    """Although their environments have the same name."""
-    made = EvaluationHandler()
+async def test_two_relays_keep_their_results_apart():
+    """Environments of the same name do not share results."""
+    handler = EvaluationHandler()
     values = []
     for value in ("one", "two"):
         environment = Served().environment
-        give(environment, data.flag("lamp", value=value, **OPEN))
-        answer = await answer_to(made, environment)
-        assert answer is not None
-        values.append(json.loads(answer.body)["lamp"]["value"])
+        set_flags(environment, data.flag("lamp", value=value, **OPEN))
+        response = await response_to(handler, environment)
+        assert response is not None
+        values.append(json.loads(response.body)["lamp"]["value"])
     assert values == ["one", "two"]
 
 
-async def test_without_data_the_answer_is_503():
-    """At once, too."""
-    answer = await answer_to(EvaluationHandler(), Served().environment)
-    assert answer is not None
-    assert (answer.status, answer.body) == (503, b'{"message":"Service not initialized"}')
-    assert SDK_KEY.encode() not in answer.head
+async def test_without_data_the_response_is_503():
+    """The handler refuses without waiting for data."""
+    response = await response_to(EvaluationHandler(), Served().environment)
+    assert response is not None
+    assert (response.status, response.body) == (503, b'{"message":"Service not initialized"}')
+    assert SDK_KEY.encode() not in response.head
 
 
-async def test_the_number_of_contexts_that_are_known_to_have_asked_is_bounded(monkeypatch):
-    """The last ones are known; those long ago are as if they had never asked."""
+async def test_the_memory_of_recent_requests_is_bounded(monkeypatch):
+    """Recent requests are recognised; earlier ones are forgotten."""
     monkeypatch.setattr(evaluation, "MAX_RECENT", 10)
-    kept = EvaluationHandler()._cache
+    result_cache = EvaluationHandler()._cache
     for n in range(100):
-        assert not kept.is_repeated((n,))
-        assert kept.is_repeated((n,))
-        assert len(kept._recent) + len(kept._recent_before) <= 20
-    assert kept.is_repeated((90,))
-    assert not kept.is_repeated((70,))
+        assert not result_cache.is_repeated((n,))
+        assert result_cache.is_repeated((n,))
+        assert len(result_cache._recent) + len(result_cache._recent_before) <= 20
+    assert result_cache.is_repeated((90,))
+    assert not result_cache.is_repeated((70,))
 
 
 async def test_the_same_request_is_answered_from_memory_until_the_data_change():
-    """At the front door, byte for byte but for the date."""
+    """The fast path repeats its response byte for byte, but for the date."""
     served = Served()
-    give(served.environment, *ITEMS)
-    asked = []
+    set_flags(served.environment, *ITEMS)
+    calls = []
     find = served.evaluation.find
-    served.evaluation.find = lambda *given: asked.append(given) or find(*given)
+    served.evaluation.find = lambda *args: calls.append(args) or find(*args)
     await served.environment.programs.ready(SDKKind.BROWSER)
     async with serving(served) as address:
         reader, writer = await address.connect()
@@ -217,36 +221,36 @@ async def test_the_same_request_is_answered_from_memory_until_the_data_change():
             return date.sub(b"", head) + await reader.readexactly(int(size[1]))
 
         answers = [await get(ANNA) for _ in range(5)]
-        assert len(asked) == 2
+        assert len(calls) == 2
         assert len(set(answers)) == 1
-        give(served.environment, ITEMS[0] | {"version": 2})
-        asked.clear()
+        set_flags(served.environment, ITEMS[0] | {"version": 2})
+        calls.clear()
         changed = await get(ANNA)
-        assert len(asked) == 1
+        assert len(calls) == 1
         assert json.loads(changed.partition(b"\r\n\r\n")[2])["lamp"]["version"] == 2
         writer.close()
 
 
-async def test_what_is_remembered_at_the_front_door_is_bounded(monkeypatch):
-    """In bytes; the oldest go first."""
+async def test_the_response_cache_of_the_fast_path_is_bounded(monkeypatch):
+    """It is bounded in bytes, and evicts the oldest responses first."""
     monkeypatch.setattr(cache, "MAX_EVALUATED", 64 * 1024)
     served = Served()
-    give(served.environment, *ITEMS)
-    given = ResponseCache()
+    set_flags(served.environment, *ITEMS)
+    responses = ResponseCache()
     await served.environment.programs.ready(SDKKind.BROWSER)
     heads = [b"GET /%d" % n for n in range(100)]
     for head in heads:
-        told = CachedResponse(
+        response = CachedResponse(
             served.environment, b"HTTP/1.1 200 OK\r\n", (b"x" * 2000,), MetricValue()
         )
-        given.put_evaluated(head, told)
-        assert given.get_evaluated(head) is told
-        assert given._evaluated_size <= 64 * 1024
-    assert given.get_evaluated(heads[0]) is None
-    assert 10 < sum(given.get_evaluated(head) is not None for head in heads) < 30
-    give(served.environment, ITEMS[0] | {"version": 2})
-    assert not any(given.get_evaluated(head) for head in heads)
-    assert given._evaluated_size == 0
+        responses.put_evaluated(head, response)
+        assert responses.get_evaluated(head) is response
+        assert responses._evaluated_size <= 64 * 1024
+    assert responses.get_evaluated(heads[0]) is None
+    assert 10 < sum(responses.get_evaluated(head) is not None for head in heads) < 30
+    set_flags(served.environment, ITEMS[0] | {"version": 2})
+    assert not any(responses.get_evaluated(head) for head in heads)
+    assert responses._evaluated_size == 0
 
 
 @pytest.mark.parametrize(
@@ -259,21 +263,21 @@ async def test_what_is_remembered_at_the_front_door_is_bounded(monkeypatch):
         ("/sdk/evalx/env-1/contexts/{}", {"if-none-match": "*"}),
     ],
 )
-async def test_requests_that_differ_in_their_contexts_only_are_answered_alike(path, headers):
-    """The first of their kind is parsed, the others are not: the answers are the application's."""
+async def test_requests_that_differ_only_in_their_contexts(path, headers):
+    """Only the first of them is parsed; all responses are those of the application."""
     contexts = [{"kind": "user", "key": f"{n}"} for n in range(3)]
     contexts += [{"key": ""}, {"kind": "user"}]
-    served, told = Served(), list(headers.items())
+    served, request_headers = Served(), list(headers.items())
     rule = {"variation": 1, "clauses": [{"attribute": "key", "op": "in", "values": ["1"]}]}
-    give(served.environment, *ITEMS, data.flag("door", rules=[rule], **OPEN))
+    set_flags(served.environment, *ITEMS, data.flag("door", rules=[rule], **OPEN))
     paths = [path.format(segment(context).decode()) for context in contexts]
     async with serving(served, front=False) as address:
-        expected = [await ask(address, each, told) for each in paths]
+        expected = [await ask(address, each, request_headers) for each in paths]
     async with serving(served) as address:
-        replies = [await ask(address, each, told) for each in paths]
-    for reply, wanted in zip(replies, expected, strict=True):
-        assert (reply.status, reply.body) == (wanted.status, wanted.body)
-        assert reply.headers == wanted.headers
+        replies = [await ask(address, each, request_headers) for each in paths]
+    for reply, expected_reply in zip(replies, expected, strict=True):
+        assert (reply.status, reply.body) == (expected_reply.status, expected_reply.body)
+        assert reply.headers == expected_reply.headers
     unchanged = "if-none-match" in headers
     assert len({reply.body for reply in replies}) == (3 if unchanged else 4)
     assert len(served.questions._profiles) == (0 if unchanged else 1)
@@ -296,10 +300,10 @@ async def test_requests_that_differ_in_their_contexts_only_are_answered_alike(pa
         ),
     ],
 )
-async def test_what_is_odd_after_a_plain_one_is_looked_at_as_if_it_were_the_first(target):
-    """The parser and the application decide; no connection is answered otherwise than a new one."""
+async def test_an_unusual_request_after_a_plain_one_is_handled_as_the_first_would_be(target):
+    """The response does not depend on earlier requests: the parser and the application decide."""
     served = Served()
-    give(served.environment, *ITEMS)
+    set_flags(served.environment, *ITEMS)
     await served.environment.programs.ready(SDKKind.BROWSER)
 
     def request(segment: str, *more: str) -> bytes:
@@ -317,30 +321,41 @@ def undated(reply: bytes) -> bytes:
     return re.sub(rb"date: [^\r]*", b"", reply)
 
 
-@pytest.mark.parametrize("audience_path", ["/sdk/evalx/env-1/context", "/sdk/evalx/context"])
-async def test_a_large_context_does_not_hold_the_loop(audience_path, monkeypatch):
-    """It is read and evaluated in a thread, with the result and the refusals of a small one."""
-    read, threads = evaluation.context_in_body, []
+@pytest.mark.parametrize("path", ["/sdk/evalx/env-1/context", "/sdk/evalx/context"])
+async def test_a_large_context_does_not_block_the_loop(path, monkeypatch):
+    """It is parsed and evaluated in a thread, with the same results and refusals."""
+    parse_body, threads = evaluation.context_in_body, []
 
-    def noting(body: bytes) -> Context:
+    def recording_reader(body: bytes) -> Context:
         threads.append(threading.current_thread())
-        return read(body)
+        return parse_body(body)
 
-    monkeypatch.setattr(evaluation, "context_in_body", noting)
-    served, told = Served(), [("authorization", SDK_KEY), ("content-type", "application/json")]
+    monkeypatch.setattr(evaluation, "context_in_body", recording_reader)
+    served = Served()
+    request_headers = [("authorization", SDK_KEY), ("content-type", "application/json")]
     rule = {"variation": 1, "clauses": [{"attribute": "tags", "op": "in", "values": ["last"]}]}
-    give(served.environment, data.flag("door", rules=[rule], **OPEN))
-    for audience in SDKKind:  # else what is small may have to wait, and is read twice
-        await served.environment.programs.ready(audience)
+    set_flags(served.environment, data.flag("door", rules=[rule], **OPEN))
+    for sdk_kind in SDKKind:  # otherwise a small context may wait for it, and be parsed twice
+        await served.environment.programs.ready(sdk_kind)
     tags = [f"tag-{n}" for n in range(2000)]
     values, statuses = [], []
     async with serving(served) as address:
         for more, key in (([], "anna"), (tags, "anna"), ([*tags, "last"], "anna"), (tags, 5)):
             body = json.dumps({"kind": "user", "key": key, "tags": more}).encode()
-            reply = await ask(address, audience_path, told, method="REPORT", body=body)
+            reply = await ask(address, path, request_headers, method="REPORT", body=body)
             statuses.append(reply.status)
             values.append(json.loads(reply.body).get("door", {}).get("variation"))
     assert statuses == [200, 200, 200, 400]
     assert values == [0, 0, 1, None]
-    mine = threading.current_thread()
-    assert [thread is mine for thread in threads] == [True, False, False, False]
+    loop_thread = threading.current_thread()
+    assert [thread is loop_thread for thread in threads] == [True, False, False, False]
+
+
+async def test_a_debugger_shows_the_size_of_the_cache(environment):
+    """The handler states how many results it has cached, and their size."""
+    handler = EvaluationHandler()
+    assert repr(handler) == "<EvaluationHandler [0 results cached, 0 bytes]>"
+    for _ in range(2):
+        await response_to(handler, environment)
+    size = handler._cache.size
+    assert repr(handler) == f"<EvaluationHandler [1 results cached, {size} bytes]>"

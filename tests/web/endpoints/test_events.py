@@ -1,4 +1,4 @@
-"""The endpoints of events: what is answered, what is accepted, and what neither costs."""
+"""Events endpoints: responses, accepted payloads, and bounds on memory."""
 
 from __future__ import annotations
 
@@ -47,18 +47,21 @@ GZIP = ("Content-Encoding", "gzip")
 SCHEMA_4 = ("X-LaunchDarkly-Event-Schema", "4")
 SOME = b'[{"kind":"custom","key":"k"}]'
 GIF = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
-LANE_4 = Partition("main", EventsEndpoint.BULK, 4)
-TAGGED, MOBILE_4 = LANE_4._replace(tags="a/b"), LANE_4._replace(endpoint=EventsEndpoint.MOBILE)
+PARTITION_4 = Partition("main", EventsEndpoint.BULK, 4)
+TAGGED, MOBILE_4 = (
+    PARTITION_4._replace(tags="a/b"),
+    PARTITION_4._replace(endpoint=EventsEndpoint.MOBILE),
+)
 DIAGNOSTIC = Partition("main", EventsEndpoint.BULK_DIAGNOSTIC)
 OFF = "Event proxy is not enabled for this environment"
 UNREADABLE = b'{"message":"unable to read request body"}'
 
 
 @dataclass
-class Kept:
-    """Takes posts and keeps them: what the endpoints need of a forwarder."""
+class RecordingAcceptor:
+    """Acceptor that records payloads in place of a forwarder."""
 
-    posts: list[EventPayload] = field(default_factory=list)
+    payloads: list[EventPayload] = field(default_factory=list)
     full: bool = False
     safe: asyncio.Event = field(default_factory=asyncio.Event)
     time: float = 0.0
@@ -66,10 +69,10 @@ class Kept:
     def __post_init__(self) -> None:
         self.safe.set()
 
-    async def accept(self, post: EventPayload) -> bool:
+    async def accept(self, payload: EventPayload) -> bool:
         if self.full:
             raise StoreUnavailable("full")
-        self.posts.append(post)
+        self.payloads.append(payload)
         await self.safe.wait()
         return True
 
@@ -78,19 +81,19 @@ class Kept:
 
     @property
     def bodies(self) -> list[bytes]:
-        return [post.body for post in self.posts]
+        return [payload.body for payload in self.payloads]
 
 
 def environment(name: str, number: str) -> Environment:
-    """One of the recordings' environments."""
+    """Return an environment of the recordings."""
     key, mobile = (f"{kind}-5ca1ab1e-00{number}-4000-8000-00000000{letter}0{number}" for kind, letter in (("sdk", "a"), ("mob", "b")))  # fmt: skip
     client = f"5ca1ab1e00000000000c00{number}"
     spec = EnvironmentSpec(name, SDKKey(key), MobileKey(mobile), EnvironmentID(client))
     return Environment(spec, ScriptedSource(), Hub({}), logging.getLogger(name))
 
 
-def served_by(kept: Kept | None, max_size: int = 0) -> Served:
-    """The recordings' environment `main` with its flags, and others."""
+def served_by(acceptor: RecordingAcceptor | None, max_size: int = 0) -> Served:
+    """Return a relay with the environments of the recordings; `main` has its flags."""
     served = Served()
     main = environment("main", "01")
     served.source = main._source
@@ -100,25 +103,25 @@ def served_by(kept: Kept | None, max_size: int = 0) -> Served:
     )
     others = [environment(f"e{n}", f"{n:02}") for n in (2, *range(4, 16))]
     served.relay = Relay([main, *others], 0)
-    served.events = EventsHandler(kept, max_size)
+    served.events = EventsHandler(acceptor, max_size)
     return served
 
 
 @pytest.fixture
-def kept():
-    return Kept()
+def acceptor():
+    return RecordingAcceptor()
 
 
 @pytest.fixture(params=[True, False], ids=["door", "app"])
 def front(request):
-    """Whether the front door is there; both have to do the same."""
+    """True to serve through the fast path; the application must behave the same."""
     return request.param
 
 
 @pytest.fixture
-async def address(kept, front):
-    """A relay whose events are on."""
-    async with serving(served_by(kept), front=front) as address:
+async def address(acceptor, front):
+    """A relay with events enabled."""
+    async with serving(served_by(acceptor), front=front) as address:
         yield address
 
 
@@ -140,51 +143,51 @@ def content(sent) -> bytes:
 
 
 def target(path: str, headers: dict[str, str]) -> tuple[str, ...]:
-    """Where events went upstream, as a name."""
+    """Return path, key, schema and tags of a request upstream."""
     key = headers.get("authorization", "").removeprefix("api_key ")
     schema = "" if "diagnostic" in path else headers.get("x-launchdarkly-event-schema", "")
     tags = "" if "diagnostic" in path else headers.get("x-launchdarkly-tags", "")
     return path, key, schema, tags
 
 
-def went_upstream(recording) -> dict[tuple[str, ...], list]:
-    """What the reference sent, by target; what it sent again counts once."""
-    found: dict[tuple[str, ...], list] = defaultdict(list)
+def sent_upstream(recording) -> dict[tuple[str, ...], list]:
+    """Return the events that ld-relay sent, by target; repeated diagnostics count once."""
+    sent_by_target: dict[tuple[str, ...], list] = defaultdict(list)
     for sent in recording["upstream"]:
         headers = {name.lower(): value for name, value in sent["headers"]}
         where = target(sent["path"], headers)
         if "diagnostic" not in sent["path"]:
-            found[where] += json.loads(sent["body"])
-        elif sent["body"] not in found[where]:
-            found[where].append(sent["body"])
-    return without_order(found)
+            sent_by_target[where] += json.loads(sent["body"])
+        elif sent["body"] not in sent_by_target[where]:
+            sent_by_target[where].append(sent["body"])
+    return without_order(sent_by_target)
 
 
-def accepted(posts: list[EventPayload], relay: Relay) -> dict[tuple[str, ...], list]:
-    """What was taken, by target."""
-    found: dict[tuple[str, ...], list[bytes]] = defaultdict(list)
-    for p in posts:
+def accepted(payloads: list[EventPayload], relay: Relay) -> dict[tuple[str, ...], list]:
+    """Return the events that were accepted, by target."""
+    bodies_by_target: dict[tuple[str, ...], list[bytes]] = defaultdict(list)
+    for p in payloads:
         spec = relay.environments[p.partition.environment].spec
         endpoint = p.partition.endpoint
         key = spec.mobile_key if endpoint.mobile else spec.sdk_key
         name = "" if endpoint.client_side else key.value
         schema = "" if endpoint.diagnostic else str(p.partition.schema)
         path = endpoint.path(spec.environment_id.value)
-        found[path, name, schema, p.partition.tags].append(p.body)
-    whole = {
+        bodies_by_target[path, name, schema, p.partition.tags].append(p.body)
+    events = {
         where: [b.decode() for b in bodies] if "diagnostic" in where[0] else json.loads(joined(bodies))
-        for where, bodies in found.items()
+        for where, bodies in bodies_by_target.items()
     }  # fmt: skip
-    return without_order(whole)
+    return without_order(events)
 
 
-def without_order(found):
-    for events in found.values():
+def without_order(events_by_target):
+    for events in events_by_target.values():
         for event in events:
             for counted in event.get("features", {}).values() if isinstance(event, dict) else ():
                 counted["counters"].sort(key=lambda c: json.dumps(c, sort_keys=True))
                 counted.get("contextKinds", []).sort()
-    return dict(found)
+    return dict(events_by_target)
 
 
 CLIENT_SIDE = (f"/events/bulk/{ID}", "", "3", "")
@@ -199,7 +202,7 @@ LAMP = {"variation": 0, "version": 7, "value": True, "count": 1}
 SUMMARY = {"kind": "summary", "startDate": 1000, "endDate": 1000}
 COUNTED = {"lamp": {"default": False, "counters": [LAMP], "contextKinds": ["user"]}}
 
-WANTED = {
+EXPECTED = {
     # Row 5: both alphabets, with or without padding.
     "image beacon, base64 without padding": {CLIENT_SIDE: [custom("gif-nopad1")]},
     "image beacon, url-safe alphabet with - or _": {
@@ -210,76 +213,76 @@ WANTED = {
         ("/bulk", KEY, "4", ""): [{**SUMMARY, "features": COUNTED}]
     },
 }
-"""What is taken where the reference loses it, by the recording's name."""
+"""Events that are accepted although ld-relay loses them, by the name of the recording."""
 
 
-async def test_what_is_accepted_of_the_recordings(kept, front):
-    """One after the other, the recordings' posts leave the relay as they left the reference."""
-    served = served_by(kept)
+async def test_accepted_events_of_the_recordings(acceptor, front):
+    """The recorded payloads leave the relay as they left ld-relay."""
+    served = served_by(acceptor)
     async with serving(served, front=front) as address:
         for recording in lines("events.jsonl"):
             name = recording["name"]
-            kept.posts.clear()
+            acceptor.payloads.clear()
             for sent in recording["sent"]:
                 headers = [(n, v) for n, v in sent["headers"]]
                 method, body = sent["method"], content(sent)
                 reply = await ask(address, sent["path"], headers, method=method, body=body)
                 assert reply.status == sent["status"], name
                 assert reply.body == (GIF if sent["response"] == "<gif>" else b""), name
-            got, wanted = accepted(kept.posts, served.relay), went_upstream(recording)
+            got, expected = accepted(acceptor.payloads, served.relay), sent_upstream(recording)
             if "capacity" in name:  # row 26: no event is lost
-                for where, events in wanted.items():
+                for where, events in expected.items():
                     assert got[where][: len(events)] == events, name
                     sent_events = sum(len(json.loads(s["body"])) for s in recording["sent"])
                     assert len(got[where]) == sent_events + ("summarised" in name), name
             else:
-                assert got == WANTED.get(name, wanted), name
+                assert got == EXPECTED.get(name, expected), name
 
 
 HEADERS = ("content-type", "x-content-type-options", "allow")
 
 
-def wanted_reply(recording) -> tuple[int, dict[str, str], object]:
-    """The reference's answer, or what is wanted instead."""
+def expected_reply(recording) -> tuple[int, dict[str, str], object]:
+    """Return the response of ld-relay, with the intended differences."""
     status = recording["response"]["status"]
     headers = {name.lower(): value for name, value in recording["response"]["headers"]}
     body = content(recording["response"])
     path = recording["request"]["path"]
     if "trailing garbage" in recording["name"]:  # row 29
         status, headers, body = 202, {}, b""
-    kept = {n: v for n, v in headers.items() if n in HEADERS or n.startswith("access-control-")}
+    compared = {n: v for n, v in headers.items() if n in HEADERS or n.startswith("access-control-")}
     if status == 503:  # it says which setting is missing, too
         body = json.dumps({"message": f"{OFF}: set [Events] sendEvents (USE_EVENTS=true)"})
         body = body.replace('": "', '":"').encode()
     if body.startswith(b"{"):  # row 12
-        kept["content-type"] = "application/json"
+        compared["content-type"] = "application/json"
     if status == 405:  # row 11
-        kept["allow"] = "POST"
+        compared["allow"] = "POST"
     if path.startswith("/events/diagnostic/"):  # row 7
-        kept["access-control-allow-methods"] = "POST,OPTIONS"
+        compared["access-control-allow-methods"] = "POST,OPTIONS"
     if status == 404:  # row 9
         allowed = ",".join(ALLOWED_HEADERS)
-        kept |= {
+        compared |= {
             "access-control-allow-origin": "https://app.example",
             "access-control-max-age": "300",
         }
-        kept |= {
+        compared |= {
             "access-control-allow-credentials": "false",
             "access-control-allow-headers": allowed,
         }
-        kept |= {"access-control-expose-headers": "Date"}
-    return status, kept, body
+        compared |= {"access-control-expose-headers": "Date"}
+    return status, compared, body
 
 
 @pytest.mark.parametrize("setup", ["ready", "events-limit", "events-off"])
-async def test_answers_of_the_recordings(setup, front):
-    """Status, text and headers are the reference's, or better where that is wanted."""
-    kept = None if setup == "events-off" else Kept()
-    served = served_by(kept, 100 if setup == "events-limit" else 0)
-    asked = [line for line in lines("events-http.jsonl") if line["setup"] == setup]
-    assert len(asked) >= 5
+async def test_responses_of_the_recordings(setup, front):
+    """Status, text and headers are those of ld-relay, but for the intended differences."""
+    acceptor = None if setup == "events-off" else RecordingAcceptor()
+    served = served_by(acceptor, 100 if setup == "events-limit" else 0)
+    requested = [line for line in lines("events-http.jsonl") if line["setup"] == setup]
+    assert len(requested) >= 5
     async with serving(served, front=front) as address:
-        for recording in asked:
+        for recording in requested:
             sent = recording["request"]
             headers = [(n, v) for n, v in sent["headers"]]
             body = content(sent)
@@ -290,15 +293,15 @@ async def test_answers_of_the_recordings(setup, front):
                 reply = await raw(address, sent["method"], sent["path"], headers, body)
             else:
                 reply = await ask(address, sent["path"], headers, method=sent["method"], body=body)
-            kept_headers = {
+            own_headers = {
                 n: v for n, v in reply.headers.items() if n in HEADERS or n.startswith("access-control-")
             }  # fmt: skip
-            got = reply.status, kept_headers, reply.body
-            assert got == wanted_reply(recording), recording["name"]
+            got = reply.status, own_headers, reply.body
+            assert got == expected_reply(recording), recording["name"]
 
 
 async def raw(address, method, path, headers, chunked):
-    """Send a body in chunks, as given."""
+    """Send a request with a body that is chunked already."""
 
     @dataclass
     class Sent:
@@ -314,7 +317,7 @@ async def raw(address, method, path, headers, chunked):
     return await ask(Sent(address), path, headers, method=method)
 
 
-# What is made of a post.
+# Accepted payloads.
 
 LAYOUT = [
     ("/bulk", EventsEndpoint.BULK, ("Authorization", KEY)),
@@ -329,97 +332,97 @@ LAYOUT = [
 
 
 @pytest.mark.parametrize(("path", "endpoint", "credential"), LAYOUT)
-async def test_a_post_in_full(address, kept, path, endpoint, credential):
-    """Of all headers only schema, tags, wrapper and payload id matter; of diagnostics only the id."""
+async def test_a_complete_payload(address, acceptor, path, endpoint, credential):
+    """Only schema, tags, wrapper and payload ID matter; of diagnostics only the ID."""
     payload_id = "11111111-2222-4333-8444-555555555555"
     more = [("x-launchdarkly-tags", "application-id/shop"), ("X-LaunchDarkly-Wrapper", "w/1")]
     more += [("X-LaunchDarkly-Payload-ID", payload_id), ("Cookie", "a=b"), ("X-LaunchDarkly-Event-Schema", "5")]  # fmt: skip
     reply = await ask(address, path, [credential, *more], method="POST", body=SOME)
     assert (reply.status, reply.body, reply.headers["content-length"]) == (202, b"", "0")
-    lane = Partition("main", endpoint)
+    partition = Partition("main", endpoint)
     if not endpoint.diagnostic:
-        lane = Partition("main", endpoint, 5, "application-id/shop", "w/1")
-    (got,) = kept.posts
-    assert got == EventPayload(lane, payload_id, SOME, got.received)
+        partition = Partition("main", endpoint, 5, "application-id/shop", "w/1")
+    (got,) = acceptor.payloads
+    assert got == EventPayload(partition, payload_id, SOME, got.received)
 
 
-async def test_schemas(address, kept):
-    """What is no positive integer means 1; what is old leaves as of the current schema."""
+async def test_schemas(address, acceptor):
+    """A schema that is no positive integer means 1; events of old schemas are converted."""
     body = SOME[:-2] + b',"userKey":"u"}]'
     for named, schema in (("3", 3), ("4", 4), ("+4", 4), ("004", 4), ("99", 99)):
         await post(address, body, ("X-LaunchDarkly-Event-Schema", named))
-        got = kept.posts.pop()
+        got = acceptor.payloads.pop()
         assert (got.partition.schema, got.body) == (schema, body)
     for named in ("2", "1", "0", "-4", "4.0", "4_0", "9" * 30, "", "x"):
         await post(address, body, ("X-LaunchDarkly-Event-Schema", named))
-        got = kept.posts.pop()
+        got = acceptor.payloads.pop()
         assert got.partition.schema == 4
         assert json.loads(got.body)[0]["contextKeys"] == {"user": "u"}
 
 
-async def test_kinds_of_senders_are_bounded(address, kept, caplog):
-    """Each travels apart; of those beyond the bound tags are left out, which is said once."""
+async def test_partitions_by_origin_are_bounded(address, acceptor, caplog):
+    """Each origin has a partition; tags of those beyond the bound are dropped, with one warning."""
     for number in range(MAX_ORIGINS + 2):
         await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Tags", f"application-id/{number}"))
-    tags = [each.partition.tags for each in kept.posts]
+    tags = [each.partition.tags for each in acceptor.payloads]
     assert len(set(tags)) == MAX_ORIGINS + 1
     assert tags[-2:] == ["", ""]
     assert caplog.text.count("tags of others are left out") == 1
     await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Tags", "application-id/0"))
-    assert kept.posts[-1].partition.tags == "application-id/0"
+    assert acceptor.payloads[-1].partition.tags == "application-id/0"
 
 
-@pytest.mark.parametrize("given", ["", " ", "a b", "x" * 101, "\xe4"])
-async def test_payload_ids_that_no_sdk_makes(address, kept, given):
-    """They are treated as none; none is made up here."""
-    await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Payload-ID", given))
+@pytest.mark.parametrize("payload_id", ["", " ", "a b", "x" * 101, "\xe4"])
+async def test_payload_ids_that_no_sdk_makes(address, acceptor, payload_id):
+    """They are ignored, and no others are made up."""
+    await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Payload-ID", payload_id))
     await post(address, SOME, SCHEMA_4)
-    assert [p.payload_id for p in kept.posts] == ["", ""]
+    assert [p.payload_id for p in acceptor.payloads] == ["", ""]
 
 
-async def test_the_answer_waits_until_the_post_is_safe(address, kept):
-    """Not before; and then at once."""
-    kept.safe.clear()
+async def test_the_response_waits_until_the_payload_is_safe(address, acceptor):
+    """The response is sent as soon as the payload is safe, and no earlier."""
+    acceptor.safe.clear()
     for request in (post(address, SOME, SCHEMA_4), post(address, b"hello", path="/diagnostic")):
-        asked = asyncio.create_task(request)
-        await until(lambda: kept.posts)
+        requested = asyncio.create_task(request)
+        await until(lambda: acceptor.payloads)
         await asyncio.sleep(0)
-        assert not asked.done()
-        kept.safe.set()
-        assert (await asked).status == 202
-        kept.safe.clear()
-        kept.posts.clear()
+        assert not requested.done()
+        acceptor.safe.set()
+        assert (await requested).status == 202
+        acceptor.safe.clear()
+        acceptor.payloads.clear()
 
 
-async def test_what_cannot_be_kept_is_not_accepted(address, kept):
-    """The SDK is told to come again, and what the lost post would have introduced is not known."""
+async def test_a_payload_that_cannot_be_stored_is_refused(address, acceptor):
+    """The SDK is told to retry, and contexts of the lost payload are introduced again."""
     old = [{"kind": "custom", "key": "k", "user": {"key": "u"}}]
-    kept.full = True
+    acceptor.full = True
     for path, body in (("/bulk", SOME), ("/bulk", json.dumps(old).encode()), ("/diagnostic", b"x")):
         schema = SCHEMA_4 if body is SOME else ("X-LaunchDarkly-Event-Schema", "2")
         reply = await post(address, body, schema, path=path)
         assert (reply.status, reply.headers["content-type"]) == (503, "application/json")
     image = f"/a/{ID}.gif?d={base64.b64encode(SOME).decode()}"
     assert (await ask(address, image)).status == 503
-    kept.full = False
+    acceptor.full = False
     await post(address, json.dumps(old).encode(), ("X-LaunchDarkly-Event-Schema", "2"))
-    (got,) = kept.bodies
+    (got,) = acceptor.bodies
     assert [event["kind"] for event in json.loads(got)] == ["index", "custom"]
 
 
-async def test_unusable_posts_are_counted_and_told_once(address, kept, caplog):
-    """The SDK gets its 202; the log tells of the first one, and no secret."""
+async def test_unusable_payloads_are_counted_and_logged_once(address, acceptor, caplog):
+    """The SDK gets its 202; the first one is logged, without secrets."""
     for body in (b"{}", b"hello", b"null", b'[{"kind":5}]'):
         assert (await post(address, body, ("X-LaunchDarkly-Event-Schema", "2"))).status == 202
-    assert kept.posts == []
-    told = [r for r in caplog.records if "cannot be used" in r.getMessage()]
-    assert len(told) == 1
-    assert told[0].environment == "main"
+    assert acceptor.payloads == []
+    warnings = [r for r in caplog.records if "cannot be used" in r.getMessage()]
+    assert len(warnings) == 1
+    assert warnings[0].environment == "main"
     assert KEY not in caplog.text
 
 
-async def test_large_old_posts_come_out_like_small_ones(address, kept):
-    """They are summarised beside the event loop."""
+async def test_large_payloads_of_old_schemas_are_summarised_like_small_ones(address, acceptor):
+    """They are summarised in a thread, with the same result."""
     event = {
         "kind": "feature",
         "key": "lamp",
@@ -431,14 +434,14 @@ async def test_large_old_posts_come_out_like_small_ones(address, kept):
     body = json.dumps([event] * number).encode()
     assert len(body) > SUMMARISED_AT_ONCE
     await asyncio.gather(*(post(address, body) for _ in range(3)))
-    events = [json.loads(got) for got in kept.bodies]
+    events = [json.loads(got) for got in acceptor.bodies]
     assert sum(len(e) for e in events) == 4  # one index, three summaries
     counts = [e[-1]["features"]["lamp"]["counters"][0]["count"] for e in events]
     assert counts == [number] * 3
 
 
-async def test_debugging_ends_by_the_clock_of_upstream(address, kept):
-    """The forwarder knows that clock."""
+async def test_debugging_ends_by_the_clock_of_upstream(address, acceptor):
+    """The clock comes from the forwarder."""
     far = 32_503_680_000_000
     event = {
         "kind": "feature",
@@ -447,60 +450,60 @@ async def test_debugging_ends_by_the_clock_of_upstream(address, kept):
         "userKey": "u",
         "debugEventsUntilDate": far,
     }
-    for kept.time in (0.0, far / 1000 + 1):
+    for acceptor.time in (0.0, far / 1000 + 1):
         await post(address, json.dumps([event]).encode())
-    assert [b'"debug"' in body for body in kept.bodies] == [True, False]
+    assert [b'"debug"' in body for body in acceptor.bodies] == [True, False]
 
 
 # Bodies.
 
 
 @pytest.mark.parametrize("named", ["gzip", "GZIP", "Gzip, identity", "x-gzip"])
-async def test_compressed(address, kept, named):
-    """Any letter case, and whatever follows the stream (row 29)."""
+async def test_compressed(address, acceptor, named):
+    """The encoding is recognised in any letter case; data after the stream is ignored (row 29)."""
     trailers = [b"", b"\0" * 9, b"\x1f", b"\x1f\x8b", b"garbage", gzip.compress(b"")]
     for trailer in trailers:
         body = gzip.compress(SOME) + trailer
         assert (await post(address, body, SCHEMA_4, ("Content-Encoding", named))).status == 202
-    assert kept.bodies == [SOME] * len(trailers)
+    assert acceptor.bodies == [SOME] * len(trailers)
 
 
-async def test_compressed_in_pieces(address, kept):
-    """Chunks end anywhere, also in a header; several streams make one body."""
+async def test_compressed_in_pieces(address, acceptor):
+    """Chunks may end anywhere, even in a gzip header; several streams make one body."""
     body = gzip.compress(SOME[:9]) + gzip.compress(b"") + gzip.compress(SOME[9:]) + b"\x1f?"
     for size in (1, 2, 3, 7, 10, 11, 1000):
         pieces = [body[at : at + size] for at in range(0, len(body), size)]
         chunked = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
         reply = await raw(address, "POST", "/bulk", [SDK, GZIP, SCHEMA_4], chunked)
         assert reply.status == 202
-    assert kept.bodies == [SOME] * 7
+    assert acceptor.bodies == [SOME] * 7
 
 
-async def test_large_bodies_arrive_whole(address, kept):
-    """Also those that compress well, and those that do not compress."""
+async def test_large_bodies_arrive_whole(address, acceptor):
+    """Large bodies arrive whole, whether they compress well or not."""
     for text in (b" " * 3_000_000, b"".join(b"%d," % (n * 7919) for n in range(200_000))):
         body = b"[" + text + b"1]"
         for sent in (body, gzip.compress(body, 1), gzip.compress(body, 0)):
             headers = [SCHEMA_4] if sent is body else [SCHEMA_4, GZIP]
             assert (await post(address, sent, *headers)).status == 202
-            assert kept.posts.pop().body == body
+            assert acceptor.payloads.pop().body == body
 
 
 @pytest.mark.parametrize("cut", [11, 20, -9, -8, -1])
-async def test_cut_or_corrupt(address, kept, cut):
-    """Half a stream is refused, and so is one whose checksum is wrong, also the second of two."""
+async def test_cut_or_corrupt(address, acceptor, cut):
+    """Incomplete streams and wrong checksums are refused, even in the second of two streams."""
     whole = gzip.compress(SOME)
     wrong = whole[:-6] + bytes([whole[-6] ^ 1]) + whole[-5:]
     for body in (whole[:cut], wrong, whole + wrong, whole + whole[:cut]):
         reply = await post(address, body, SCHEMA_4, GZIP)
         assert (reply.status, reply.body) == (400, UNREADABLE)
-    assert kept.posts == []
+    assert acceptor.payloads == []
 
 
 async def test_a_bomb_costs_little(front):
-    """A gigabyte in a megabyte is inflated up to the limit, no further."""
+    """A gigabyte compressed to a megabyte is inflated up to the limit, no further."""
     bomb = gzip.compress(b" " * 2**20) * 1024
-    async with serving(served_by(kept := Kept(), 2**20), front=front) as address:
+    async with serving(served_by(acceptor := RecordingAcceptor(), 2**20), front=front) as address:
         tracemalloc.start()
         try:
             reply = await post(address, bomb, GZIP, SCHEMA_4)
@@ -509,37 +512,37 @@ async def test_a_bomb_costs_little(front):
             tracemalloc.stop()
         assert (reply.status, reply.body) == (400, UNREADABLE)
         assert peak < 2**23
-    assert kept.posts == []
+    assert acceptor.payloads == []
 
 
 async def test_a_bomb_of_nothing(front):
-    """Streams without content are bounded by their own size."""
+    """Streams without content are bounded by their compressed size."""
     nothing = gzip.compress(b"") * 10_000
-    async with serving(served_by(Kept(), 1000), front=front) as address:
+    async with serving(served_by(RecordingAcceptor(), 1000), front=front) as address:
         reply = await post(address, nothing, GZIP, SCHEMA_4)
         assert (reply.status, reply.body) == (400, UNREADABLE)
 
 
-async def test_the_bound_without_a_limit(address, kept):
-    """Without a configured limit there is one, too."""
+async def test_the_bound_without_a_limit(address, acceptor):
+    """Without a configured limit the default applies."""
     for more, status in ((0, 202), (1, 400)):
         body = b"[" + b" " * (MAX_SIZE - 3) + b"1]" + b" " * more
         assert (await post(address, gzip.compress(body, 1), SCHEMA_4, GZIP)).status == status
-    assert [len(body) for body in kept.bodies] == [MAX_SIZE]
+    assert [len(body) for body in acceptor.bodies] == [MAX_SIZE]
 
 
-async def test_there_is_room_for_so_many_only(kept, front):
-    """Bodies that are received or kept at a time are bounded together; afterwards there is room."""
-    served = served_by(kept)
+async def test_the_memory_of_all_bodies_is_bounded(acceptor, front):
+    """Bodies that are received or stored share a budget, which is returned afterwards."""
+    served = served_by(acceptor)
     served.events.budget = MemoryBudget(1000, 1500)
-    kept.safe.clear()
+    acceptor.safe.clear()
     async with serving(served, front=front) as address:
         body = b"[" + b" " * 898 + b"1]"
         first = asyncio.create_task(post(address, body, SCHEMA_4))
-        await until(lambda: kept.posts)
+        await until(lambda: acceptor.payloads)
         refused = await post(address, body, SCHEMA_4)
         assert (refused.status, refused.headers["content-type"]) == (503, "application/json")
-        kept.safe.set()
+        acceptor.safe.set()
         assert (await first).status == 202
         for _ in range(3):
             assert (await post(address, body, SCHEMA_4)).status == 202
@@ -547,8 +550,8 @@ async def test_there_is_room_for_so_many_only(kept, front):
         assert served.events.budget._left == 1500
 
 
-async def test_a_client_that_leaves(address, kept, caplog):
-    """Half a post is none, is no defect of ours, and leaves nothing behind."""
+async def test_a_client_that_leaves(address, acceptor, caplog):
+    """An incomplete upload is dropped without an error or leftovers."""
     reader, writer = await address.connect()
     head = f"POST /bulk HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nContent-Length: 100\r\n\r\n"
     writer.write(head.encode() + SOME)
@@ -557,14 +560,14 @@ async def test_a_client_that_leaves(address, kept, caplog):
     writer.close()
     assert await reader.read() == b""
     assert (await post(address, SOME, SCHEMA_4)).status == 202
-    assert len(kept.posts) == 2
+    assert len(acceptor.payloads) == 2
     assert not [record for record in caplog.records if record.exc_info]
 
 
 @pytest.mark.parametrize(("size", "closes"), [(2000, False), (MAX_DISCARDED * 2, True)])
 async def test_refused_bodies(size, closes, front):
-    """What is little more is read, so that the connection lives; what is much more is not."""
-    async with serving(served_by(Kept(), 1000), front=front) as address:
+    """A small rest of a refused body is read to keep the connection; a large one closes it."""
+    async with serving(served_by(RecordingAcceptor(), 1000), front=front) as address:
         reader, writer = await address.connect()
         head = f"POST /bulk HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nContent-Length: {size}\r\n\r\n"
         writer.write(head.encode())
@@ -582,26 +585,26 @@ async def test_refused_bodies(size, closes, front):
         writer.close()
 
 
-async def test_slow_bodies(kept):
-    """The time-out for heads is none for bodies, which may take longer."""
+async def test_slow_bodies(acceptor):
+    """The timeout for request heads does not apply to bodies."""
     limits = ConnectionLimits(head_timeout=0.1)
-    async with serving(served_by(kept), limits=limits) as address:
+    async with serving(served_by(acceptor), limits=limits) as address:
         reader, writer = await address.connect()
         head = f"POST /bulk HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nContent-Length: {len(SOME)}\r\nX-LaunchDarkly-Event-Schema: 4\r\n\r\n"
         writer.write(head.encode())
         await writer.drain()
-        await asyncio.sleep(0.1)  # so that the rest comes by itself
+        await asyncio.sleep(0.1)  # so that the rest arrives separately
         writer.write(SOME[:9])
-        await asyncio.sleep(2.1)  # the front door looks at the time each second
+        await asyncio.sleep(2.1)  # longer than the timeout and the interval of its checks
         writer.write(SOME[9:])
         async with asyncio.timeout(5):
             assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
         writer.close()
-    assert kept.bodies == [SOME]
+    assert acceptor.bodies == [SOME]
 
 
-async def test_a_client_that_asks_first(address, kept):
-    """`Expect: 100-continue` is answered before the body comes."""
+async def test_a_client_that_asks_first(address, acceptor):
+    """`Expect: 100-continue` is answered before the body arrives."""
     reader, writer = await address.connect()
     head = f"POST /bulk HTTP/1.1\r\nHost: x\r\nAuthorization: {KEY}\r\nContent-Length: {len(SOME)}\r\nX-LaunchDarkly-Event-Schema: 4\r\nExpect: 100-continue\r\n\r\n"
     writer.write(head.encode())
@@ -610,7 +613,7 @@ async def test_a_client_that_asks_first(address, kept):
         writer.write(SOME)
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
     writer.close()
-    assert kept.bodies == [SOME]
+    assert acceptor.bodies == [SOME]
 
 
 # Images.
@@ -620,7 +623,7 @@ TEXT = '[{"kind":"custom","key":"ÿ~~>>??","x":1}]'
 
 @pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode])
 @pytest.mark.parametrize(("padded", "escaped"), [(True, True), (True, False), (False, False)])
-async def test_images(address, kept, encode, padded, escaped):
+async def test_images(address, acceptor, encode, padded, escaped):
     """Both alphabets, padded or not, `+` escaped or not (row 5)."""
     headers = [("X-LaunchDarkly-Tags", "t"), ("X-LaunchDarkly-Payload-ID", "p"), SCHEMA_4]
     for text in (TEXT, TEXT + " ", TEXT + "  "):
@@ -629,31 +632,31 @@ async def test_images(address, kept, encode, padded, escaped):
         data = data.replace("+", "%2B").replace("/", "%2F") if escaped else data
         reply = await ask(address, f"/a/{ID}.gif?x=1&d={data}", headers)
         assert (reply.status, reply.headers["content-type"], reply.body) == (200, "image/gif", GIF)
-        got = kept.posts.pop()
+        got = acceptor.payloads.pop()
         assert got == EventPayload(
             Partition("main", EventsEndpoint.CLIENT_SIDE, 3), "", text.encode(), got.received
         )
 
 
-async def test_images_without_events(address, kept):
-    """The image is there whatever the address says."""
+async def test_images_without_events(address, acceptor):
+    """The image is served whatever its URL contains."""
     for data in ("", "?d", "?d=", "?d=!!!", "?d=%00", "?d=W", "?d=e30=", "?d=W10=", "?d=%C3%A4"):
         reply = await ask(address, f"/a/{ID}.gif{data}")
         assert (reply.status, reply.body) == (200, GIF)
-    assert kept.posts == []
+    assert acceptor.payloads == []
 
 
-async def test_asking_about_an_image_is_not_loading_it(address, kept):
-    """HEAD and preflights carry no events."""
+async def test_asking_about_an_image_is_not_loading_it(address, acceptor):
+    """Events in the URL of a HEAD or a preflight are ignored."""
     for method in ("HEAD", "OPTIONS"):
         data = base64.b64encode(SOME).decode()
         reply = await ask(address, f"/a/{ID}.gif?d={data}", method=method)
         assert reply.status == 200
-    assert kept.posts == []
+    assert acceptor.payloads == []
 
 
 async def test_without_events(front):
-    """If events are off, all routes say so; what is no gzip is told first, as by the reference."""
+    """All routes say that events are disabled; invalid gzip is refused first, as by ld-relay."""
     async with serving(served_by(None), front=front) as address:
         for path, _, credential in LAYOUT:
             reply = await ask(address, path, [credential], method="POST", body=SOME)
@@ -664,12 +667,12 @@ async def test_without_events(front):
         assert (await ask(address, f"/a/{ID}.gif", method="OPTIONS")).status == 200
 
 
-async def test_a_defect_of_ours(caplog, front):
-    """It is an empty 500, logged once; no SDK gives up for good because of it."""
+async def test_an_unexpected_error(caplog, front):
+    """The response is an empty 500, logged once; SDKs retry after it."""
 
-    class Broken(Kept):
-        async def accept(self, post: EventPayload) -> bool:
-            raise RuntimeError("a defect")
+    class Broken(RecordingAcceptor):
+        async def accept(self, payload: EventPayload) -> bool:
+            raise RuntimeError("unexpected")
 
     served = served_by(Broken())
     async with serving(served, front=front) as address:
@@ -681,51 +684,51 @@ async def test_a_defect_of_ours(caplog, front):
     assert served.events.budget._left == MemoryBudget()._left
 
 
-# At the front door alone.
+# On the fast path only.
 
 
-async def never(scope, receive, send):
-    """Stands for the application where it must not be asked."""
+async def unreachable_app(scope, receive, send):
+    """Fails instead of serving, where the application must not be reached."""
     raise AssertionError(scope["path"])
 
 
 def request_of(path, credential, *headers, body=SOME):
-    """A post as it goes over the wire."""
-    said = [credential, SCHEMA_4, *headers, ("Content-Length", str(len(body)))]
-    lines = [f"POST {path} HTTP/1.1", "Host: x", *(f"{n}: {v}" for n, v in said), "", ""]
+    """Return the bytes of a POST."""
+    own_headers = [credential, SCHEMA_4, *headers, ("Content-Length", str(len(body)))]
+    lines = [f"POST {path} HTTP/1.1", "Host: x", *(f"{n}: {v}" for n, v in own_headers), "", ""]
     return "\r\n".join(lines).encode() + body
 
 
 @pytest.mark.parametrize(("path", "endpoint", "credential"), LAYOUT)
 @pytest.mark.parametrize("compressed", [True, False])
-async def test_plain_posts_need_no_application(kept, path, endpoint, credential, compressed):
-    """Of each endpoint, compressed or not, whole or in chunks; their answers are the same bytes."""
+async def test_plain_payloads_need_no_application(acceptor, path, endpoint, credential, compressed):
+    """The fast path serves every endpoint, compressed or chunked, with the application's bytes."""
     body = gzip.compress(SOME) if compressed else SOME
     headers = [credential, SCHEMA_4, ("Origin", "https://app.example"), *([GZIP] * compressed)]
     half = len(body) // 2
     pieces = (body[:half], body[half:])
     chunked = b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
-    served = served_by(kept)
-    posts = EventsFastPath(served.relay, served.events, served.traffic)
-    async with serving(served, app=never, posts=posts) as address:
+    served = served_by(acceptor)
+    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    async with serving(served, app=unreachable_app, posts=fast_path) as address:
         whole = await ask(address, path, headers, method="POST", body=body)
         assert await raw(address, "POST", path, headers, chunked) == whole
-    assert [(p.partition.endpoint, p.body) for p in kept.posts] == [(endpoint, SOME)] * 2
-    async with serving(served_by(kept), front=False) as address:
+    assert [(p.partition.endpoint, p.body) for p in acceptor.payloads] == [(endpoint, SOME)] * 2
+    async with serving(served_by(acceptor), front=False) as address:
         assert await ask(address, path, headers, method="POST", body=body) == whole
     assert sum(count.value for count in served.traffic.requests.values()) == 2
 
 
-async def test_posts_that_come_at_once_are_answered_in_turn(kept):
-    """The second waits for the first although it came with it; so does what is no post."""
-    kept.safe.clear()
-    async with serving(served_by(kept)) as address:
+async def test_pipelined_posts_are_answered_in_order(acceptor):
+    """A request waits for those before it on its connection, whether it is a POST or not."""
+    acceptor.safe.clear()
+    async with serving(served_by(acceptor)) as address:
         reader, writer = await address.connect()
         one = request_of("/bulk", SDK)
         writer.write(one + one + b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" + one)
-        await until(lambda: kept.posts)
-        assert len(kept.posts) == 1
-        kept.safe.set()
+        await until(lambda: acceptor.payloads)
+        assert len(acceptor.payloads) == 1
+        acceptor.safe.set()
         async with asyncio.timeout(5):
             for status in (b"202", b"202", b"200", b"202"):
                 assert (await reader.readuntil(b"\r\n\r\n")).split()[1] == status
@@ -734,51 +737,51 @@ async def test_posts_that_come_at_once_are_answered_in_turn(kept):
         writer.write(one)
         assert (await reader.readuntil(b"\r\n\r\n")).split()[1] == b"202"
         writer.close()
-    assert len(kept.posts) == 4
+    assert len(acceptor.payloads) == 4
 
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("complete", [True, False])
-async def test_who_leaves_gives_the_room_back(kept, complete, known):
-    """In the middle of a post as while it is being kept; what was complete is kept all the same."""
-    served = served_by(kept)
+async def test_a_client_that_leaves_frees_its_memory(acceptor, complete, known):
+    """Memory is freed during an upload and after it; a complete payload is stored all the same."""
+    served = served_by(acceptor)
     whole = served.events.budget._left
     async with serving(served) as address:
         reader, writer = await address.connect()
-        if known:  # the head, from an earlier post
+        if known:  # the head, from an earlier request
             writer.write(request_of("/bulk", SDK))
             await statuses(reader, 1)
-            kept.posts.clear()
-        kept.safe.clear()
+            acceptor.payloads.clear()
+        acceptor.safe.clear()
         writer.write(request_of("/bulk", SDK)[: None if complete else -5])
         await until(lambda: served.events.budget._left < whole)
         writer.close()
         await until(lambda: served.events.budget._left == whole)
-        kept.safe.set()
+        acceptor.safe.set()
         assert (await post(address, SOME, SCHEMA_4)).status == 202
         assert served.events.budget._left == whole
-    assert len(kept.posts) == 1 + complete
+    assert len(acceptor.payloads) == 1 + complete
 
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("complete", [True, False])
-async def test_a_post_on_its_way_at_the_end_is_answered(kept, complete, known):
-    """A shutdown waits for it, and its connection ends with the answer."""
-    served = served_by(kept)
+async def test_an_upload_in_progress_at_shutdown_is_answered(acceptor, complete, known):
+    """A shutdown waits for it, and its connection is closed after the response."""
+    served = served_by(acceptor)
     whole = served.events.budget._left
     async with serving(served) as address:
         reader, writer = await address.connect()
         if known:
             writer.write(request_of("/bulk", SDK))
             await statuses(reader, 1)
-        kept.safe.clear()
+        acceptor.safe.clear()
         sent = request_of("/bulk", SDK)
         writer.write(sent[: None if complete else -5])
         await until(lambda: served.events.budget._left < whole)
         loop = asyncio.get_running_loop()
         if not complete:
             loop.call_later(0.1, writer.write, sent[-5:])
-        loop.call_later(0.2, kept.safe.set)
+        loop.call_later(0.2, acceptor.safe.set)
     async with asyncio.timeout(5):
         head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 202 ")
@@ -787,61 +790,61 @@ async def test_a_post_on_its_way_at_the_end_is_answered(kept, complete, known):
     writer.close()
 
 
-# Heads that were seen before.
+# Known heads.
 
 
 def with_id(number, path="/bulk", credential=SDK, *headers, body=SOME):
-    """A post with a payload id of its own; two of one kind differ in nothing else but the length."""
+    """Return the bytes of a POST with a payload ID."""
     own = ("X-LaunchDarkly-Payload-ID", f"id-{number}")
     return request_of(path, credential, *headers, own, body=body)
 
 
 async def statuses(reader, number):
-    """The status codes of so many answers without a body, and their heads."""
+    """Read a number of responses without bodies; return their status codes and heads."""
     async with asyncio.timeout(5):
         heads = [await reader.readuntil(b"\r\n\r\n") for _ in range(number)]
     return [int(head.split()[1]) for head in heads], heads
 
 
 def in_one_chunk(request):
-    """The same post, as Node sends it."""
+    """Return the same POST with a body of one chunk, as Node sends it."""
     head, _, body = request.partition(b"\r\n\r\n")
     head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
     return b"%b\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (head, len(body), body)
 
 
-async def sent_whole(writer, request):
+async def send_whole(writer, request):
     writer.write(request)
 
 
-async def sent_head_first(writer, request):
-    """As Python's HTTP client sends a post."""
+async def send_head_first(writer, request):
+    """Send the head before the body, as Python's HTTP client does."""
     head, end, body = request.partition(b"\r\n\r\n")
     for piece in (head + end, body[:3], body[3:]):
         writer.write(piece)
         await asyncio.sleep(0.01)
 
 
-async def sent_in_one_chunk(writer, request):
+async def send_in_one_chunk(writer, request):
     writer.write(in_one_chunk(request))
 
 
 @pytest.mark.parametrize("layout", LAYOUT)
 @pytest.mark.parametrize("compressed", [True, False])
-@pytest.mark.parametrize("sent", [sent_whole, sent_head_first, sent_in_one_chunk])
-async def test_a_head_is_parsed_once(kept, monkeypatch, layout, compressed, sent):
-    """Later posts, of whichever instance, mean what the first one meant; the rest is their own."""
+@pytest.mark.parametrize("sent", [send_whole, send_head_first, send_in_one_chunk])
+async def test_a_head_is_parsed_once(acceptor, monkeypatch, layout, compressed, sent):
+    """Later POSTs of any instance reuse the parsed head; ID, length and body are their own."""
     path, endpoint, credential = layout
     parsed = []
     complete = FastHTTPProtocol.on_headers_complete
     monkeypatch.setattr(
-        FastHTTPProtocol, "on_headers_complete", lambda door: parsed.append(door) or complete(door)
+        FastHTTPProtocol, "on_headers_complete", lambda self: parsed.append(self) or complete(self)
     )
     bodies = [b'[{"kind":"custom","n":%d}]' % 10**n for n in range(12)]
     headers = [("Origin", "https://app.example"), *([GZIP] * compressed)]
-    served = served_by(kept)
-    posts = EventsFastPath(served.relay, served.events, served.traffic)
-    async with serving(served, app=never, posts=posts) as address:
+    served = served_by(acceptor)
+    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    async with serving(served, app=unreachable_app, posts=fast_path) as address:
         heads = []
         for number, body in enumerate(bodies):
             if number % 4 == 0:
@@ -856,16 +859,16 @@ async def test_a_head_is_parsed_once(kept, monkeypatch, layout, compressed, sent
             if number % 4 == 3:
                 writer.close()
     assert len(parsed) == 1
-    assert len(set(heads)) == 1, "later answers are those of the first"
-    assert kept.bodies == bodies
-    assert [p.payload_id for p in kept.posts] == [f"id-{n}" for n in range(len(bodies))]
-    assert {p.partition for p in kept.posts} == {kept.posts[0].partition}
-    assert kept.posts[0].partition.endpoint is endpoint
+    assert len(set(heads)) == 1, "later responses are those of the first"
+    assert acceptor.bodies == bodies
+    assert [p.payload_id for p in acceptor.payloads] == [f"id-{n}" for n in range(len(bodies))]
+    assert {p.partition for p in acceptor.payloads} == {acceptor.payloads[0].partition}
+    assert acceptor.payloads[0].partition.endpoint is endpoint
     assert sum(count.value for count in served.traffic.requests.values()) == len(bodies)
 
 
-async def test_known_heads_with_odd_bodies(address, kept):
-    """They are answered as if nothing had been known: cut chunks, several ones, other sizes."""
+async def test_known_heads_with_unusual_bodies(address, acceptor):
+    """Split, multiple and invalid chunks are handled as after an unknown head."""
     head, _, body = in_one_chunk(with_id(1)).partition(b"\r\n\r\n")
     size = b"%x\r\n" % len(SOME)
     half = len(SOME) // 2
@@ -878,20 +881,20 @@ async def test_known_heads_with_odd_bodies(address, kept):
         (body.replace(size, b"-" + size, 1), 400),
         (body.replace(size, b"%x\r\n" % (len(SOME) - 1), 1), 400),
     ]
-    for sent, wanted in bodies:
+    for sent, expected in bodies:
         for pieces in ([head + b"\r\n\r\n" + sent], [head + b"\r\n\r\n", sent[:9], sent[9:]]):
-            kept.posts.clear()
+            acceptor.payloads.clear()
             reader, writer = await address.connect()
             for piece in pieces:
                 writer.write(piece)
                 await asyncio.sleep(0.01)
-            assert (await statuses(reader, 1))[0] == [wanted], (pieces, sent)
-            assert kept.bodies == ([SOME] if wanted == 202 else []), sent
+            assert (await statuses(reader, 1))[0] == [expected], (pieces, sent)
+            assert acceptor.bodies == ([SOME] if expected == 202 else []), sent
             writer.close()
 
 
-async def test_what_differs_from_the_last_head_means_what_it_says(address, kept):
-    """On the connection of a known head: other headers, bodies and pieces are as without it."""
+async def test_a_request_that_differs_from_the_last_is_read_anew(address, acceptor):
+    """Other headers, bodies and pieces after a known head are handled as without it."""
     chunked = b"".join(
         (
             *(b"POST /bulk HTTP/1.1\r\nHost: x\r\nAuthorization: ", KEY.encode()),
@@ -905,49 +908,49 @@ async def test_what_differs_from_the_last_head_means_what_it_says(address, kept)
     chunked = chunked.replace(b"%x", b"%x" % len(SOME))
     known = with_id(1)
     requests = [
-        *((known, 202, LANE_4, "id-1"), (with_id(2), 202, LANE_4, "id-2")),
+        *((known, 202, PARTITION_4, "id-1"), (with_id(2), 202, PARTITION_4, "id-2")),
         (with_id(3, "/bulk", SDK, ("X-LaunchDarkly-Tags", "a/b")), 202, TAGGED, "id-3"),
-        (with_id(4), 202, LANE_4, "id-4"),
-        (known.replace(b"Schema: 4", b"Schema: 3"), 202, LANE_4._replace(schema=3), "id-1"),
-        (known.replace(b"id-1", b"two words"), 202, LANE_4, ""),
-        (known.replace(b"id-1", b""), 202, LANE_4, ""),
-        (known.replace(b"id-1", b"i" * 100), 202, LANE_4, "i" * 100),
-        (known.replace(b"id-1", b"i" * 101), 202, LANE_4, ""),
-        (known.replace(b"Length: ", b"Length: 00"), 202, LANE_4, "id-1"),
-        (chunked, 202, LANE_4, ""),
+        (with_id(4), 202, PARTITION_4, "id-4"),
+        (known.replace(b"Schema: 4", b"Schema: 3"), 202, PARTITION_4._replace(schema=3), "id-1"),
+        (known.replace(b"id-1", b"two words"), 202, PARTITION_4, ""),
+        (known.replace(b"id-1", b""), 202, PARTITION_4, ""),
+        (known.replace(b"id-1", b"i" * 100), 202, PARTITION_4, "i" * 100),
+        (known.replace(b"id-1", b"i" * 101), 202, PARTITION_4, ""),
+        (known.replace(b"Length: ", b"Length: 00"), 202, PARTITION_4, "id-1"),
+        (chunked, 202, PARTITION_4, ""),
         (with_id(5, body=b"no array"), 202, None, ""),
         (with_id(6, body=b" [ ] "), 202, None, ""),
         (with_id(7, "/diagnostic", body=b"hello"), 202, DIAGNOSTIC, "id-7"),
         (with_id(8, "/mobile", ("Authorization", MOBILE_KEY)), 202, MOBILE_4, "id-8"),
-        (with_id(9), 202, LANE_4, "id-9"),
+        (with_id(9), 202, PARTITION_4, "id-9"),
     ]
     reader, writer = await address.connect()
-    for sent, wanted, lane, payload_id in requests:
-        kept.posts.clear()
+    for sent, expected, partition, payload_id in requests:
+        acceptor.payloads.clear()
         half = len(sent) // 2
         for pieces in ([sent], [sent[:half], sent[half:]]):
-            kept.posts.clear()
+            acceptor.payloads.clear()
             for piece in pieces:
                 writer.write(piece)
                 await asyncio.sleep(0.01)
-            assert (await statuses(reader, 1))[0] == [wanted]
-            found = [(post.partition, post.payload_id) for post in kept.posts]
-            assert found == ([] if lane is None else [(lane, payload_id)]), sent
-    kept.posts.clear()
+            assert (await statuses(reader, 1))[0] == [expected]
+            got = [(p.partition, p.payload_id) for p in acceptor.payloads]
+            assert got == ([] if partition is None else [(partition, payload_id)]), sent
+    acceptor.payloads.clear()
     writer.write(with_id(10) + with_id(11) + with_id(12)[:-3])
     await statuses(reader, 2)
     writer.write(with_id(12)[-3:])
     await statuses(reader, 1)
-    assert [post.payload_id for post in kept.posts] == ["id-10", "id-11", "id-12"]
-    kept.full = True
+    assert [p.payload_id for p in acceptor.payloads] == ["id-10", "id-11", "id-12"]
+    acceptor.full = True
     writer.write(with_id(13))
     assert (await statuses(reader, 1))[0] == [503]
     writer.close()
 
 
-async def test_a_known_head_opens_what_its_key_opens_now(kept):
-    """Keys that go over to another environment, or are revoked, take effect at the next post."""
-    served = served_by(kept)
+async def test_a_known_head_follows_changes_of_its_key(acceptor):
+    """A key that is moved to another environment or revoked takes effect with the next POST."""
+    served = served_by(acceptor)
     relay = served.relay
     async with serving(served) as address:
         reader, writer = await address.connect()
@@ -972,16 +975,18 @@ async def test_a_known_head_opens_what_its_key_opens_now(kept):
         writer.close()
         relay.by_sdk_key[KEY] = main
         assert (await post(address, SOME, SCHEMA_4)).status == 202
-    assert [p.partition.environment for p in kept.posts] == ["main"] * 2 + ["e2"] * 3 + ["main"]
+    assert [p.partition.environment for p in acceptor.payloads] == ["main"] * 2 + ["e2"] * 3 + [
+        "main"
+    ]
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_pieces_of_any_size(kept, seed):
-    """Posts of known and unknown heads, cut anywhere, come out whole, once and in order."""
+async def test_pieces_of_any_size(acceptor, seed):
+    """POSTs with known and unknown heads, cut anywhere, arrive whole, once and in order."""
     chance = random.Random(seed)
     lengths = [chance.choice((1, 100, 10_000)) for _ in range(8)]
     bodies = [b'[{"n":"%s"}]' % (b"x" * length) for length in lengths]
-    async with serving(served_by(kept)) as address:
+    async with serving(served_by(acceptor)) as address:
         reader, writer = await address.connect()
         for number, body in enumerate(bodies):
             tags = [("X-LaunchDarkly-Tags", "a/b")] * (chance.random() < 0.3)
@@ -991,16 +996,16 @@ async def test_pieces_of_any_size(kept, seed):
                 writer.write(sent[start:stop])
                 await asyncio.sleep(0.002)
             if chance.random() < 0.7:  # otherwise the next one follows at once
-                await until(lambda number=number: len(kept.posts) == number + 1)
+                await until(lambda number=number: len(acceptor.payloads) == number + 1)
         assert (await statuses(reader, len(bodies)))[0] == [202] * len(bodies)
         writer.close()
-    assert kept.bodies == bodies
-    assert [post.payload_id for post in kept.posts] == [f"id-{n}" for n in range(len(bodies))]
+    assert acceptor.bodies == bodies
+    assert [p.payload_id for p in acceptor.payloads] == [f"id-{n}" for n in range(len(bodies))]
 
 
-async def test_there_is_no_room_for_a_known_post_in_pieces(kept):
-    """It is refused as any other."""
-    served = served_by(kept)
+async def test_a_known_head_does_not_exceed_the_memory_budget(acceptor):
+    """A known head does not exempt a POST in pieces from the budget."""
+    served = served_by(acceptor)
     served.events.budget = MemoryBudget(1000, 500)
     async with serving(served) as address:
         reader, writer = await address.connect()
@@ -1014,53 +1019,61 @@ async def test_there_is_no_room_for_a_known_post_in_pieces(kept):
         assert (await statuses(reader, 1))[0] == [503]
         await until(lambda: served.events.budget._left == 500)
         writer.close()
-    assert kept.bodies == [SOME] * 2
+    assert acceptor.bodies == [SOME] * 2
 
 
-async def test_a_connection_teaches_only_so_many_heads(kept, monkeypatch):
-    """Somebody whose heads are all different does not make us forget the others'."""
+async def test_heads_remembered_by_a_connection_are_bounded(acceptor, monkeypatch):
+    """A client with ever new heads does not evict those of other connections."""
     monkeypatch.setattr("relay.web.fastpath.protocol.MAX_HEADS_REMEMBERED", 3)
-    served = served_by(kept)
-    posts = EventsFastPath(served.relay, served.events, served.traffic)
-    async with serving(served, app=never, posts=posts) as address:
+    served = served_by(acceptor)
+    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    async with serving(served, app=unreachable_app, posts=fast_path) as address:
         reader, writer = await address.connect()
         for number in range(9):
             writer.write(with_id(1, "/bulk", SDK, ("Traceparent", f"{number}")))
             assert (await statuses(reader, 1))[0] == [202]
         writer.close()
-    assert len(posts._heads) == 3
+    assert len(fast_path._heads) == 3
 
 
-async def test_a_known_head_does_not_make_a_large_body_plain(kept):
-    """It takes turns with other large ones in the application, as with a head that is new."""
-    served = served_by(kept)
-    posts = EventsFastPath(served.relay, served.events, served.traffic)
-    async with serving(served, app=never, posts=posts) as address:
+async def test_a_known_head_does_not_make_a_large_body_plain(acceptor):
+    """Large bodies go to the application even after a known head."""
+    served = served_by(acceptor)
+    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    async with serving(served, app=unreachable_app, posts=fast_path) as address:
         reader, writer = await address.connect()
         writer.write(with_id(1))
         await statuses(reader, 1)
         writer.close()
     head = with_id(2).removesuffix(SOME)
-    assert posts.known(head).missing == len(SOME)
+    assert fast_path.known(head).missing == len(SOME)
     for size, plain in ((PLAIN_SIZE, True), (PLAIN_SIZE + 1, False), (10**30, False)):
         longer = head.replace(b"Length: %d" % len(SOME), b"Length: %d" % size)
-        assert (posts.known(longer) is not None) == plain
+        assert (fast_path.known(longer) is not None) == plain
 
 
-async def test_connections_share_what_heads_mean(kept, monkeypatch):
-    """As long as there are not too many of them."""
+async def test_connections_share_known_heads(acceptor, monkeypatch):
+    """Known heads are shared by connections, up to a bound."""
     monkeypatch.setattr("relay.web.fastpath.events.MAX_HEADS", 2)
-    served = served_by(kept)
-    posts = EventsFastPath(served.relay, served.events, served.traffic)
-    async with serving(served, app=never, posts=posts) as address:
+    served = served_by(acceptor)
+    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    async with serving(served, app=unreachable_app, posts=fast_path) as address:
         for _ in range(3):
             reader, writer = await address.connect()
             for number in range(2):
                 writer.write(with_id(number))
                 assert (await statuses(reader, 1))[0] == [202]
             writer.close()
-        assert len(posts._heads) == 1
+        assert len(fast_path._heads) == 1
         for tag in range(9):
             await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Tags", f"tag/{tag}"))
-            assert len(posts._heads) <= 2
-    assert len(kept.posts) == 15
+            assert len(fast_path._heads) <= 2
+    assert len(acceptor.payloads) == 15
+
+
+def test_a_debugger_shows_whether_events_are_enabled(acceptor):
+    """The handler states whether it accepts events, and how many were unusable."""
+    handler = EventsHandler(acceptor)
+    handler.unusable["main"] += 2
+    assert repr(handler) == "<EventsHandler [enabled, 2 unusable]>"
+    assert repr(EventsHandler()) == "<EventsHandler [disabled, 0 unusable]>"

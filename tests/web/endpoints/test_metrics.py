@@ -1,4 +1,4 @@
-"""`/metrics`: what it tells, what it costs, and that docs/operations.md says the same."""
+"""`/metrics`: its values, its cost, and its table in docs/operations.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from relay.environment import ConnectionState, Environment
 from relay.events.forwarder import Forwarder
 from relay.events.spool import Spool
 from relay.events.store import Limits
-from relay.metrics import catalogue as catalogue_module
+from relay.metrics import catalogue
 from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Item, Kind
@@ -36,102 +36,102 @@ from tests.support.contracts import MemoryMirror, ScriptedSource
 from tests.support.figures import samples
 from tests.support.serving import SDK_KEY, Served, Stream, ask, serving, until
 
-PAGE = (Path(__file__).parent.parent.parent.parent / "docs/operations.md").read_text()
+OPERATIONS = (Path(__file__).parent.parent.parent.parent / "docs/operations.md").read_text()
 SDK = ("Authorization", SDK_KEY)
 PUT = b'{"path":"/","data":{"flags":{"lamp":{"key":"lamp","version":1}}}}'
 PATCH = b'{"path":"/flags/lamp","data":{"key":"lamp","version":2}}'
 FEW = 20
-"""Environments of a small site."""
+"""Number of environments of a small site."""
 
 
-def environment(name: str, copies: Sequence[MemoryMirror] = ()) -> Environment:
+def environment(name: str, mirrors: Sequence[MemoryMirror] = ()) -> Environment:
     spec = EnvironmentSpec(name, SDKKey(f"sdk-{name}"), environment_id=EnvironmentID(f"id-{name}"))
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()})
-    return Environment(spec, ScriptedSource(), hub, logging.getLogger("test"), copies)
+    return Environment(spec, ScriptedSource(), hub, logging.getLogger("test"), mirrors)
 
 
-class Told:
-    """The figures of a page, as Prometheus' own library reads them."""
+class Page:
+    """Samples of a page, as read by Prometheus' own library."""
 
     def __init__(self, page: bytes) -> None:
         self.samples = samples(page)
 
     def __call__(self, name: str, **labels: str) -> float | None:
-        """The one value with these labels and perhaps others; None if there is none."""
-        found = [
+        """Return the only value with these labels, and perhaps others; None without one."""
+        values = [
             s.value for s in self.samples if s.name == name and labels.items() <= s.labels.items()
         ]
-        assert len(found) <= 1, found
-        return found[0] if found else None
+        assert len(values) <= 1, values
+        return values[0] if values else None
 
 
-def told(relay: Relay, traffic: RequestMetrics | None = None) -> Told:
-    return Told(metrics.page(relay, traffic or RequestMetrics()).body)
+def own_page(relay: Relay, traffic: RequestMetrics | None = None) -> Page:
+    return Page(metrics.page(relay, traffic or RequestMetrics()).body)
 
 
-def exported(relay: Relay, traffic: RequestMetrics, prefix: str = "launchdarkly_relay") -> Told:
-    return Told(metrics.exporter_page(relay, traffic, prefix).body)
+def exporter_page(
+    relay: Relay, traffic: RequestMetrics, prefix: str = "launchdarkly_relay"
+) -> Page:
+    return Page(metrics.exporter_page(relay, traffic, prefix).body)
 
 
-def test_the_docs_tell_of_every_figure_and_of_no_other():
-    """The table is the one that the declarations make, in their order."""
-    (shown,) = re.findall(r"(?s)<!-- metrics table -->\n(.*?)<!-- end -->", PAGE)
-    assert shown == catalogue_module.table()
+def test_the_documentation_lists_every_metric_and_no_other():
+    """Its table is the one made from the declarations."""
+    (table,) = re.findall(r"(?s)<!-- metrics table -->\n(.*?)<!-- end -->", OPERATIONS)
+    assert table == catalogue.table()
 
 
-def test_the_docs_tell_how_clients_are_bounded():
-    """The bounds in its text are those of the code."""
-    assert f"up to {MAX_USER_AGENT} characters" in PAGE
-    assert f"the first {MAX_USER_AGENTS} clients" in PAGE
+def test_the_documentation_states_the_bounds_of_clients():
+    """They are those of the code."""
+    assert f"up to {MAX_USER_AGENT} characters" in OPERATIONS
+    assert f"the first {MAX_USER_AGENTS} clients" in OPERATIONS
 
 
-def test_names_are_good():
-    """No name stands for two figures, labels are not repeated, and only counters are totals."""
-    figures = [*catalogue_module.OWN, *catalogue_module.reference("launchdarkly_relay")]
-    names = [figure.name for figure in figures]
+def test_names_follow_the_rules():
+    """Names and labels are unique, and exactly the counters end in `_total`."""
+    declared = [*catalogue.OWN, *catalogue.reference("launchdarkly_relay")]
+    names = [metric.name for metric in declared]
     assert len(set(names)) == len(names)
-    for figure in figures:
-        assert re.fullmatch(r"[a-z_]+", figure.name)
-        assert len(set(figure.labels)) == len(figure.labels)
-        assert not figure.help.startswith(" ")
-        assert "|" not in figure.help
-    for figure in catalogue_module.OWN:
-        assert figure.name.endswith("_total") == (figure.kind == "counter")
+    for metric in declared:
+        assert re.fullmatch(r"[a-z_]+", metric.name)
+        assert len(set(metric.labels)) == len(metric.labels)
+        assert not metric.help.startswith(" ")
+        assert "|" not in metric.help
+    for metric in catalogue.OWN:
+        assert metric.name.endswith("_total") == (metric.kind == "counter")
 
 
-async def test_every_figure_is_told_by_a_busy_relay():
-    """An environment with data, a database and traffic lacks none of them, and makes no others."""
-    copy = MemoryMirror()
-    copy.status = StoreStatus(StoreState.VALID, 0.0, "redis", "redis://h", "p")
-    main = environment("main", [copy])
+async def test_a_busy_relay_exports_every_metric():
+    """An environment with data, a database and traffic exports the declared metrics and no others."""
+    mirror = MemoryMirror()
+    mirror.status = StoreStatus(StoreState.VALID, 0.0, "redis", "redis://h", "p")
+    main = environment("main", [mirror])
     main.payload, main.connection.last_confirmed = Payload.of([]), time.monotonic()
     traffic = RequestMetrics()
     series = Series("main", "/all", "GET", "server")
     for counts in (traffic.requests, traffic.new_streams, traffic.streams):
         counts[series].value += 1
-    nowhere = Upstream()
-    forwarder = Forwarder(Spool(None, Limits()), nowhere, "http://h", {"main": main.spec}.get)
-    page = exported(Relay([main], 0, events=forwarder), traffic)
+    upstream = Upstream()
+    forwarder = Forwarder(Spool(None, Limits()), upstream, "http://h", {"main": main.spec}.get)
+    page = exporter_page(Relay([main], 0, events=forwarder), traffic)
     suffix = re.compile("_(bucket|sum|count)$")
     seen = {s.name if s.name.endswith("_total") else suffix.sub("", s.name) for s in page.samples}
-    assert seen == {
-        f.name for f in (*catalogue_module.OWN, *catalogue_module.reference("launchdarkly_relay"))
-    }
+    assert seen == {f.name for f in (*catalogue.OWN, *catalogue.reference("launchdarkly_relay"))}
 
 
-async def test_how_an_environment_is():
-    """State of upstream and database, age and number of the data, and what cannot be used."""
-    silent, speaking = MemoryMirror(), MemoryMirror()
+async def test_metrics_of_an_environment():
+    """State of upstream and database, age and size of the data, and unusable items."""
+    silent, reporting = MemoryMirror(), MemoryMirror()
     bad = InvalidItem(Kind.FLAG, "bad", "not JSON")
-    speaking.status = StoreStatus(
+    reporting.status = StoreStatus(
         StoreState.INTERRUPTED, 0.0, "redis", "redis://h", "p", (bad, bad)
     )
-    main, empty = environment("main", [silent, speaking]), environment("empty")
+    main, empty = environment("main", [silent, reporting]), environment("empty")
     main.connection.enter(ConnectionState.VALID)
     main.connection.last_confirmed = time.monotonic() - 90
     main.payload = Payload.of([Item(Kind.FLAG, "a", 1, b"{}"), Item(Kind.FLAG, "b", 1, None)])
     main.invalid, main.rejected, main.changes = {(Kind.FLAG, "bad"): bad}, 3, 4
-    page = told(Relay([main, empty], 0))
+    page = own_page(Relay([main, empty], 0))
     assert page("relay_upstream_state", environment="main", state="VALID") == 1
     assert page("relay_upstream_state", environment="main", state="OFF") == 0
     assert page("relay_upstream_state", environment="empty", state="INITIALIZING") == 1
@@ -153,11 +153,11 @@ async def test_how_an_environment_is():
     assert page("relay_build_info", version=__version__) == 1
 
 
-async def test_how_the_process_is():
-    """Processor, memory, open files and the start are plausible; a new file is one more."""
-    before = told(Relay([], 0))
+async def test_metrics_of_the_process():
+    """CPU, memory, open files and start time are plausible; an opened file is counted."""
+    before = own_page(Relay([], 0))
     with closing(socket.socket()):
-        after = told(Relay([], 0))
+        after = own_page(Relay([], 0))
     assert after("process_open_fds") == before("process_open_fds") + 1
     assert after("process_cpu_seconds_total") > before("process_cpu_seconds_total") > 0
     assert 1e7 < after("process_resident_memory_bytes") < 1e10
@@ -166,12 +166,12 @@ async def test_how_the_process_is():
     assert 0 < time.time() - after("process_start_time_seconds") < 3600
 
 
-def test_where_the_system_tells_nothing_there_is_no_figure(monkeypatch, tmp_path):
-    """Without `/proc` the page lacks figures, not sense."""
+def test_without_proc_metrics_are_omitted(monkeypatch, tmp_path):
+    """Without `/proc` the page omits what it cannot measure."""
     monkeypatch.setattr(process, "_SELF", tmp_path / "none")
     process.started.cache_clear()
     try:
-        page = told(Relay([], 0))
+        page = own_page(Relay([], 0))
         assert page("process_open_fds") is None
         assert page("process_start_time_seconds") is None
         assert page("process_cpu_seconds_total") > 0
@@ -179,8 +179,8 @@ def test_where_the_system_tells_nothing_there_is_no_figure(monkeypatch, tmp_path
         process.started.cache_clear()
 
 
-def test_an_older_kernel_has_its_files_counted(monkeypatch, tmp_path):
-    """Where the folder of descriptors tells no size, its entries are counted."""
+def test_open_files_are_counted_on_older_kernels(monkeypatch, tmp_path):
+    """Where the folder of descriptors has no size, its entries are counted."""
     folder = tmp_path / "fd"
     folder.mkdir()
     for name in "012":
@@ -192,14 +192,14 @@ def test_an_older_kernel_has_its_files_counted(monkeypatch, tmp_path):
 
 
 def test_lost_log_lines_are_counted():
-    """Lines that no output could take are told."""
+    """Log lines that could not be written are counted."""
     output = LogHandler()
     root = logging.getLogger()
     root.addHandler(output)
     try:
-        before = told(Relay([], 0))("relay_log_lines_lost_total")
+        before = own_page(Relay([], 0))("relay_log_lines_lost_total")
         output.emit(logging.LogRecord("x", logging.INFO, "", 0, "%d", ("no number",), None))
-        assert told(Relay([], 0))("relay_log_lines_lost_total") == before + 1
+        assert own_page(Relay([], 0))("relay_log_lines_lost_total") == before + 1
     finally:
         root.removeHandler(output)
         output.close()
@@ -207,7 +207,7 @@ def test_lost_log_lines_are_counted():
 
 @pytest.mark.parametrize("front", [True, False])
 async def test_traffic_by_client(front):
-    """The reference's figures: by client, with `_` for `/`, at both doors; streams go down again."""
+    """ld-relay's metrics count by client, with `_` for `/`; closed streams are subtracted."""
     served = Served()
     agent = ("X-LaunchDarkly-User-Agent", "PythonClient/9.18.0")
     general = ("User-Agent", "curl/8.5")
@@ -218,7 +218,7 @@ async def test_traffic_by_client(front):
         await ask(address, "/mping", [SDK])
         lines = [": ".join(agent)]
         streams = [await Stream.open(address, path, lines) for path in ("/all", "/all", "/flags")]
-        page = exported(served.relay, served.traffic)
+        page = exporter_page(served.relay, served.traffic)
         python = {"env": "main", "platformCategory": "server", "userAgent": "PythonClient_9.18.0"}
         route = {"route": "_sdk_flags_{key}", "method": "GET"}
         assert page("launchdarkly_relay_requests", **python, **route) == 1
@@ -235,45 +235,47 @@ async def test_traffic_by_client(front):
         for stream in streams[1:]:
             stream.close()
         await until(lambda: len(served.hub) == 1)
-        page = exported(served.relay, served.traffic)
+        page = exporter_page(served.relay, served.traffic)
         assert page("launchdarkly_relay_connections", **python) == 1
         assert page("launchdarkly_relay_newconnections", **python) == 3
         streams[0].close()
         await until(lambda: len(served.hub) == 0)
-    assert exported(served.relay, served.traffic)("launchdarkly_relay_connections", **python) == 0
+    assert (
+        exporter_page(served.relay, served.traffic)("launchdarkly_relay_connections", **python) == 0
+    )
 
 
-async def test_what_the_reference_leaves_out():
-    """Its `requests` have no `/mping`; ours have."""
+async def test_routes_that_ld_relay_does_not_count():
+    """ld-relay's `requests` omit `/mping`; the relay's own metric includes it."""
     traffic = RequestMetrics()
     traffic.requests[Series("main", "/mping", "GET", "mobile")].value = 5
-    page = exported(Relay([], 0), traffic)
+    page = exporter_page(Relay([], 0), traffic)
     assert page("launchdarkly_relay_requests") is None
     assert page("relay_requests_total", route="/mping") == 5
 
 
 async def test_clients_of_one_name_are_one_series():
-    """Two clients whose labels are the same are added up: a repeated line spoils a whole page."""
+    """Clients with equal labels are added up: a repeated series would invalidate the page."""
     traffic = RequestMetrics()
     for name in ("a/b", "a_b"):
         for counts in (traffic.requests, traffic.streams):
             counts[Series("main", "/all", "GET", "server", name)].value = 2
-    page = exported(Relay([], 0), traffic)
+    page = exporter_page(Relay([], 0), traffic)
     assert page("launchdarkly_relay_requests", userAgent="a_b") == 4
     assert page("launchdarkly_relay_connections", userAgent="a_b") == 4
 
 
 def test_the_prefix():
-    """It begins the reference's names only; without one it is the reference's."""
-    for prefix, begins in (("my", "my_"), ("", "launchdarkly_relay_")):
+    """It applies to ld-relay's metrics only, and defaults to ld-relay's."""
+    for prefix, start in (("my", "my_"), ("", "launchdarkly_relay_")):
         page = metrics.exporter_page(Relay([], 0), RequestMetrics(), prefix).body.decode()
-        own = [name for name in re.findall(r"# TYPE (\S+)", page) if name.startswith(begins)]
-        assert own == [begins + name for name in ("connections", "newconnections", "requests")]
+        own = [name for name in re.findall(r"# TYPE (\S+)", page) if name.startswith(start)]
+        assert own == [start + name for name in ("connections", "newconnections", "requests")]
 
 
 @pytest.mark.parametrize("front", [True, False])
 async def test_names_of_clients_are_bounded_and_clean(front):
-    """Made-up names become one, long ones are cut, and nothing of a key is told."""
+    """Surplus names share a series, long ones are cut, and keys are masked."""
     served = Served()
     async with serving(served, front=front) as address:
         await ask(address, "/sdk/flags", [SDK, ("User-Agent", f'x {SDK_KEY} \u00e9\u009f\\"')])
@@ -283,27 +285,28 @@ async def test_names_of_clients_are_bounded_and_clean(front):
     page = metrics.exporter_page(served.relay, served.traffic, "launchdarkly_relay").body
     assert SDK_KEY.encode() not in page
     assert SDK_KEY[5:20].encode() not in page
-    agents = {s.labels["userAgent"] for s in Told(page).samples if "userAgent" in s.labels}
+    agents = {s.labels["userAgent"] for s in Page(page).samples if "userAgent" in s.labels}
     assert len(agents) == MAX_USER_AGENTS + 1
     assert max(map(len, agents)) <= MAX_USER_AGENT
     assert (
-        exported(served.relay, served.traffic)("launchdarkly_relay_requests", userAgent=OTHER) == 22
+        exporter_page(served.relay, served.traffic)("launchdarkly_relay_requests", userAgent=OTHER)
+        == 22
     )
 
 
 @pytest.mark.parametrize("front", [True, False])
 async def test_delivery_is_timed(front):
-    """From the arrival of a change to the last open stream; changes to nobody are not timed."""
+    """A change is timed until the last open stream has it; without streams it is not timed."""
     served = Served()
     async with serving(served, front=front) as address:
         await served.source.give(fdv1.parse("put", PUT))
-        assert told(served.relay)("relay_change_delivery_seconds_count") == 0
+        assert own_page(served.relay)("relay_change_delivery_seconds_count") == 0
         stream = await Stream.open(address)
         await stream.until(b"\n\n")
         begin = time.monotonic()
         await served.source.give(fdv1.parse("patch", PATCH))
         await stream.until(b"\n\n")
-        page = told(served.relay)
+        page = own_page(served.relay)
         assert page("relay_changes_total", environment="main") == 2
         assert page("relay_change_delivery_seconds_count", environment="main") == 1
         total = page("relay_change_delivery_seconds_sum", environment="main")
@@ -314,7 +317,7 @@ async def test_delivery_is_timed(front):
 
 @pytest.mark.parametrize("front", [True, False])
 async def test_the_page(front):
-    """GET and HEAD, without a credential; without the reference's figures."""
+    """GET and HEAD are served without a credential, and without ld-relay's metrics."""
     served = Served()
     async with serving(served, front=front) as address:
         get, head, post = [
@@ -322,24 +325,25 @@ async def test_the_page(front):
         ]
     assert (get.status, head.status, post.status) == (200, 200, 405)
     assert get.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-    assert Told(get.body)("relay_streams", environment="main", stream="all") == 0
+    assert Page(get.body)("relay_streams", environment="main", stream="all") == 0
     assert b"launchdarkly" not in get.body
     assert post.headers["allow"] == "GET, HEAD"
 
 
 async def test_the_work_of_a_page_grows_with_the_environments_and_not_faster():
-    """Even with every kind of client in every environment: a scrape holds up nobody for long."""
+    """The cost is linear even with every kind of client in every environment."""
     few, many = scrape_time(FEW), scrape_time(10 * FEW)
-    assert many < 30 * few  # ten times as many; it would be a hundred times if they met each other
+    # There are ten times as many environments; a quadratic cost would be a hundred times as high.
+    assert many < 30 * few
 
 
 def scrape_time(environments: int) -> float:
-    """CPU seconds of one page, the best of some."""
+    """Return the CPU seconds of one page, the best of seven."""
     served, traffic = [], RequestMetrics()
     for number in range(environments):
-        copy = MemoryMirror()
-        copy.status = StoreStatus(StoreState.VALID, 0.0, "redis", "redis://h", "p")
-        one = environment(f"environment {number}", [copy])
+        mirror = MemoryMirror()
+        mirror.status = StoreStatus(StoreState.VALID, 0.0, "redis", "redis://h", "p")
+        one = environment(f"environment {number}", [mirror])
         one.payload, one.connection.last_confirmed = Payload.of([]), time.monotonic()
         served.append(one)
         for agent in ("PythonClient/9.18.0", "NodeJSClient/9.9.1", "Go/1"):
