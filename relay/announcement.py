@@ -1,7 +1,4 @@
-"""Tells `relay health` where a server of this host listens.
-
-It does so by a name in the kernel's table of Unix sockets.
-"""
+"""Announce a server's port to `relay health`, by a name in the kernel's table of Unix sockets."""
 
 from __future__ import annotations
 
@@ -9,22 +6,22 @@ import os
 import socket
 
 SOCKETS = "/proc/net/unix"
-"""The kernel's table of the Unix sockets of this container or host; only Linux has it."""
+"""The kernel's table of Unix sockets of this container or host, on Linux only."""
 
 
 Announced = tuple[str, str, str, str]
-"""PID namespace, number of the process, scheme and port of a server that runs."""
+"""PID namespace, process ID, scheme and port of a running server."""
 
 
 def announce(port: int, *, tls: bool) -> socket.socket | None:
-    """Let `relay health` know where this process serves.
+    """Announce the port of this process to `relay health`.
 
     Args:
-        port: that it listens on.
-        tls: whether it speaks TLS there.
+        port: port that the process listens on.
+        tls: True if it serves TLS there.
 
     Returns:
-        What holds the name until it is closed; None on systems without such names.
+        A socket that holds the name until it is closed; None on systems without such names.
     """
     name = "/".join(("relay", namespace(), str(os.getpid()), "https" if tls else "http", str(port)))
     try:
@@ -40,7 +37,7 @@ def announce(port: int, *, tls: bool) -> socket.socket | None:
 
 
 def announced(table: str = SOCKETS) -> list[Announced]:
-    """Return what the servers say that run here; nothing on systems without such names."""
+    """Return the announced servers; empty on systems without such names."""
     try:
         with open(table, encoding="latin-1") as file:  # noqa: PTH123 - pathlib is slow to import
             names = [line.rstrip("\n").partition(" @relay/")[2] for line in file]
@@ -55,7 +52,7 @@ def announced(table: str = SOCKETS) -> list[Announced]:
 
 
 def namespace() -> str:
-    """Return what tells this container's processes from others'; empty if the system does not."""
+    """Return the PID namespace, which differs between containers; empty if the system has none."""
     try:
         return os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - pathlib is slow to import
     except OSError:

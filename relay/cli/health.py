@@ -1,11 +1,11 @@
-"""`relay health [URL]`: asks a relay whether it is ready; the exit code says so.
+"""`relay health [URL]`: check whether a relay is ready, and report it by the exit code.
 
-Docker and Kubernetes start this every few seconds beside the relay, so it imports next to nothing:
-one request over a plain socket, of which only the status line is read.
+Docker and Kubernetes run this every few seconds beside the relay, so it imports next to nothing: it
+sends one request over a plain socket and reads only the status line.
 
-Where the relay of this host is, its server says by a name in the kernel's table of Unix sockets:
-port and TLS may stand in a file, an option or a variable. Such a name needs no place on a disk,
-every user may read it, and it goes when the server goes, however that ends.
+Port and TLS of this host's relay may be set in a file, a flag or a variable, so the server
+announces them by a name in the kernel's table of Unix sockets. Such a name needs no disk, every
+user may read it, and it disappears with the server, however that ends.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from collections.abc import Mapping, Sequence
 from relay.announcement import Announced, announced, namespace
 
 TIME_LIMIT = 2.5
-"""Seconds for the whole check; the limit that the image gives it is longer."""
+"""Seconds for the whole check; the image's own limit is longer."""
 
-LONGEST_STATUS_LINE = 1024
-"""Bytes that are read at most: more is no relay."""
+MAX_STATUS_LINE = 1024
+"""Maximum number of bytes to read: a relay's status line is shorter."""
 
 DEFAULT_PORT = "8030"
-
 
 _OK = 200
 _TRUE = ("true", "yes", "1")
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Return 0 if the relay is ready and 1 if not, after one line that says why not.
+    """Return 0 if the relay is ready; otherwise print the reason on one line and return 1.
 
     Args:
-        arguments: the URL to ask; none for the relay of this container or host.
-        environ: the environment variables.
+        arguments: the URL to check; if empty, the relay of this container or host is checked.
+        environ: environment variables.
     """
     try:
         status = ask(arguments[0]) if arguments else ask_own(own_url(environ, announced()))
@@ -50,35 +49,35 @@ def _not_ready(reason: str) -> int:
 
 
 def own_url(environ: Mapping[str, str], servers: Sequence[Announced]) -> str:
-    """Return where the relay of this container or host is asked.
+    """Return the URL of the relay of this container or host.
 
     Args:
-        environ: where there may be several relays, `PORT` says which one is meant. Of one that is
-            not announced, `TLS_ENABLED` says how it is asked.
-        servers: those that are announced.
+        environ: `PORT` selects one of several relays; `TLS_ENABLED` gives the scheme of a relay
+            that is not announced.
+        servers: the announced servers.
     """
-    here, wanted = namespace(), environ.get("PORT", "").strip()
+    here, port_variable = namespace(), environ.get("PORT", "").strip()
     own = [each for each in servers if each[0] == here]
-    found = (
-        # The container's own command, which need not have read the variables of its image.
+    candidates = (
+        # Process 1 is the container's own command, which need not have read the image's variables.
         [each for each in own if each[1] == "1"]
-        or [each for each in servers if each[3] == (wanted or DEFAULT_PORT)]
-        or ([] if wanted or len(own) > 1 else own)
+        or [each for each in servers if each[3] == (port_variable or DEFAULT_PORT)]
+        or ([] if port_variable or len(own) > 1 else own)
     )
-    if found:
-        _, _, scheme, port = found[0]
+    if candidates:
+        _, _, scheme, port = candidates[0]
     else:
         tls = environ.get("TLS_ENABLED", "").strip().lower() in _TRUE
-        scheme, port = "https" if tls else "http", wanted or DEFAULT_PORT
+        scheme, port = "https" if tls else "http", port_variable or DEFAULT_PORT
     return f"{scheme}://127.0.0.1:{port}/readyz"
 
 
 def ask_own(url: str) -> int:
-    """Return the status with which `url` is answered, be it with TLS or without.
+    """Return the status code of a GET request to `url`; retry plain HTTP with TLS.
 
     Raises:
-        OSError: nobody answers, or not in time.
-        ValueError: the answer is not HTTP.
+        OSError: no response, or not in time.
+        ValueError: the response is not HTTP.
     """
     try:
         return ask(url)
@@ -89,27 +88,27 @@ def ask_own(url: str) -> int:
 
 
 def ask(url: str) -> int:
-    """Return the status with which `url` is answered; without a path, `/readyz` is asked.
+    """Return the status code of a GET request to `url`; the default path is `/readyz`.
 
     Raises:
-        OSError: nobody answers, or not in time.
-        ValueError: `url` is not one, or the answer is not HTTP.
+        OSError: no response, or not in time.
+        ValueError: `url` is invalid, or the response is not HTTP.
     """
     scheme, host, port, authority, path = split(url)
     deadline = time.monotonic() + TIME_LIMIT
     with socket.create_connection((host, port), TIME_LIMIT) as plain:
-        connection = _encrypted(plain, host) if scheme == "https" else plain
+        connection = _wrap_tls(plain, host) if scheme == "https" else plain
         with connection:
             request = f"GET {path} HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n"
             connection.sendall(request.encode("ascii"))
-            return _status(connection, deadline)
+            return _read_status(connection, deadline)
 
 
 def split(url: str) -> tuple[str, str, int, str, str]:
     """Return scheme, host, port, authority and path of an HTTP URL.
 
     Raises:
-        ValueError: it is not an HTTP URL.
+        ValueError: `url` is not an HTTP URL.
     """
     scheme, separator, rest = url.partition("://")
     authority, _, path = rest.partition("/")
@@ -123,25 +122,25 @@ def split(url: str) -> tuple[str, str, int, str, str]:
     return scheme, host.strip("[]"), int(port), authority, f"/{path or 'readyz'}"
 
 
-def _encrypted(plain: socket.socket, host: str) -> socket.socket:
+def _wrap_tls(plain: socket.socket, host: str) -> socket.socket:
     import ssl  # noqa: PLC0415 - costs more than the rest of the check
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    # The certificate names the public host; this asks the same machine, and sends no secret.
+    # The certificate names the public host; this connection stays on the machine, without secrets.
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     return context.wrap_socket(plain, server_hostname=host)
 
 
-def _status(connection: socket.socket, deadline: float) -> int:
-    answer = b""
-    while b"\r\n" not in answer and len(answer) < LONGEST_STATUS_LINE:
+def _read_status(connection: socket.socket, deadline: float) -> int:
+    data = b""
+    while b"\r\n" not in data and len(data) < MAX_STATUS_LINE:
         connection.settimeout(max(0.001, deadline - time.monotonic()))
-        part = connection.recv(LONGEST_STATUS_LINE)
+        part = connection.recv(MAX_STATUS_LINE)
         if not part:
             break
-        answer += part
-    version, _, rest = answer.partition(b" ")
+        data += part
+    version, _, rest = data.partition(b" ")
     if not version.startswith(b"HTTP/1.") or not rest[:3].isdigit():
         raise ValueError("the answer is not HTTP")
     return int(rest[:3])

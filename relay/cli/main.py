@@ -1,7 +1,7 @@
-"""The command line: parse, call one function, return an exit code.
+"""Command line: parse arguments, call one function, return an exit code.
 
-Without a command it is the reference's (config 3.1): the same flags with one dash or two. `relay
-health` and `relay eval` are not here but in `__main__`: they must not pay for these imports.
+Without a command it takes ld-relay's flags, with one dash or two (config 3.1). `__main__` handles
+`relay health` and `relay eval`, which must not pay for these imports.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ relay health [URL]        exit with 0 if a relay is ready (default: the one of t
 COMMANDS = ("serve", "check", "sync")
 
 SWITCHES = ("from-env", "allow-missing-file", "version", "dry-run")
-"""Flags without a value, which may be written with one: `-from-env=false`."""
+"""Boolean flags, which may be written with a value: `-from-env=false`."""
 
 
-NAMED = 20
-"""Flags and segments of each kind of change that a dry run names; of more, the number is said."""
+MAX_LISTED = 20
+"""Maximum number of items that a dry run lists by key per kind of change; the rest are counted."""
 
 FAILED, UNUSABLE = 1, 2
-"""Exit codes of `relay sync`: some environment is not up to date; nothing could be tried."""
+"""Exit codes of `relay sync`: an environment is not up to date; the configuration is unusable."""
 
 _FLAG_VALUES = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
 _log = logging.getLogger("relay")
 
 
 class UsageError(RelayError):
-    """The arguments cannot be understood."""
+    """Invalid command-line arguments."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,8 +79,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
             return 0
         config = _configuration(options, environ)
         if options.unread:
-            ignored = f"{len(options.unread)} arguments after the options are ignored"
-            config = replace(config, warnings=(*config.warnings, ignored))
+            warning = f"{len(options.unread)} arguments after the options are ignored"
+            config = replace(config, warnings=(*config.warnings, warning))
     except UsageError as e:
         sys.stderr.write(_parser(command).format_help())
         return _failed("Error: %s", e, unusable)
@@ -92,12 +92,12 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     if command == "check":
         return _check(config)
     with _logs(config):
-        sync = command == "sync"
-        return _sync(config, options) if sync else _serve(config, _source(options))
+        is_sync = command == "sync"
+        return _sync(config, options) if is_sync else _serve(config, _source(options))
 
 
 def _command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """Return the command and what follows it; flags alone mean `serve`."""
+    """Return the command and its arguments; without a command it is `serve`."""
     if arguments and arguments[0] in COMMANDS:
         return arguments[0], arguments[1:]
     return "serve", arguments
@@ -127,7 +127,7 @@ def _parser(command: str) -> _Parser:
 
 
 def _parse(arguments: Sequence[str], command: str) -> argparse.Namespace:
-    """Return the options. Like the reference, they end at the first argument that is none."""
+    """Return the options. As in ld-relay, they end at the first argument without a dash."""
     if arguments and not arguments[0].startswith("-"):
         raise UsageError(f"unknown command {arguments[0]}")
     parser = _parser(command)
@@ -135,13 +135,13 @@ def _parse(arguments: Sequence[str], command: str) -> argparse.Namespace:
     if unknown:
         raise UsageError(f"unknown argument {unknown[0]}")
     if command == "sync" and options.unread:
-        # A word too much may be a forgotten `--environment`: that must not mean all of them.
+        # A stray word may lack its `--environment`, and must not mean "all environments".
         raise UsageError(f"unknown argument {options.unread[0]}")
     return options
 
 
 def _go_flags(arguments: Sequence[str]) -> Iterator[str]:
-    """Yield flags as argparse knows them: two dashes, and no value for those that are boolean."""
+    """Yield Go-style flags in argparse's form: two dashes, and no value after boolean ones."""
     for argument in arguments:
         name, has_value, value = argument.lstrip("-").partition("=")
         if argument in {"-", "-h"} or not argument.startswith("-"):
@@ -155,20 +155,20 @@ def _go_flags(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _configuration(options: argparse.Namespace, environ: Mapping[str, str]) -> Config:
-    """Return what file, environment and `--flags` say together.
+    """Return the configuration from file, environment and `--flags`.
 
     Raises:
-        ConfigError: with every problem.
+        ConfigError: the configuration is invalid; contains every problem.
     """
     if options.flags:
-        # A file of flags needs no environment; where to listen may still stand in a variable.
+        # A flags file needs no environment, but variables such as PORT still apply.
         from_env = options.from_env or not options.config
         environ = {**environ, "FLAGS_FILE": options.flags}
         config = load(options.config, from_env, options.allow_missing_file, environ)
         if config.environments:
             names = ", ".join(f'"{each.name}"' for each in config.environments)
             raise ConfigError([f"--flags serves a file by itself; leave out environment {names}"])
-        # Variables are not read if there is a file, unless that is asked for.
+        # FLAGS_FILE has no effect if only a file is read.
         return replace(config, main=replace(config.main, flags_file=options.flags))
     config = load(options.config, options.from_env, options.allow_missing_file, environ)
     if not config.environments and not config.main.flags_file:
@@ -177,19 +177,19 @@ def _configuration(options: argparse.Namespace, environ: Mapping[str, str]) -> C
 
 
 def _source(options: argparse.Namespace) -> str:
-    """Say where the configuration comes from (config 3.1)."""
+    """Describe the source of the configuration for the log (config 3.1)."""
     if options.flags:
         return f"flags file {options.flags}"
     file = options.config or ("" if options.from_env else DEFAULT_FILE)
-    # A file that is missing was allowed to be.
-    if not file or not os.path.exists(file):  # noqa: PTH110 - one look, no path to build
+    # A missing file gets here only with `--allow-missing-file`.
+    if not file or not os.path.exists(file):  # noqa: PTH110 - one check, no path to build
         return "configuration from environment variables"
     return f"configuration file {file}{' plus environment variables' if options.from_env else ''}"
 
 
 @contextmanager
 def _logs(config: Config | None = None) -> Iterator[None]:
-    """Send log lines where they belong, and the last of them before the process ends."""
+    """Set up logging, and flush it at the end."""
     output = LogHandler(secrets(config) if config else ())
     set_up(
         config.main.log_level if config else "info",
@@ -209,20 +209,20 @@ def _failed(text: str, reason: RelayError, code: int) -> int:
 
 
 def _check(config: Config) -> int:
-    """Print the configuration, and everything that only a start would find wrong with it."""
+    """Print the configuration, and the problems that otherwise only a start would find."""
     sys.stdout.write(effective(config))
-    problems = list(_unusable(config))
+    problems = list(_unusable_resources(config))
     sys.stderr.writelines(f"{one_line(problem)}\n" for problem in problems)
     return 1 if problems else 0
 
 
-def _unusable(config: Config) -> Iterator[str]:
-    """Yield what is wrong with the files and addresses that a configuration names."""
+def _unusable_resources(config: Config) -> Iterator[str]:
+    """Yield problems with the files and addresses that a configuration names."""
     certificate = ServerOptions.of(config).tls
-    for see in (certificate.check if certificate else None, partial(build_site, config)):
+    for check in (certificate.check if certificate else None, partial(build_site, config)):
         try:
-            if see:
-                see()
+            if check:
+                check()
         except ConfigError as e:
             yield from e.problems
 
@@ -263,38 +263,38 @@ def _sync(config: Config, options: argparse.Namespace) -> int:
         _log.warning("%s", warning)
     try:
         url = HTTP_URI.parse(options.relay) if options.relay else ""
-        session, found = sync_targets(config, options.environment, url)
+        session, targets = sync_targets(config, options.environment, url)
     except (ConfigError, ValueError) as e:
         _log.error("Configuration error: %s", e)
         return UNUSABLE
-    plan = SyncOptions(config.main.init_timeout, dry_run=options.dry_run)
-    tell = partial(_print_result, dry_run=options.dry_run)
-    outcomes = uvloop.run(until_signal(synchronise(found, session, plan, tell)))
-    if outcomes is None or any(outcome.problem for outcome in outcomes.values()):
+    sync_options = SyncOptions(config.main.init_timeout, dry_run=options.dry_run)
+    report = partial(_print_result, dry_run=options.dry_run)
+    results = uvloop.run(until_signal(synchronise(targets, session, sync_options, report)))
+    if results is None or any(result.problem for result in results.values()):
         return FAILED
     return 0
 
 
-def _print_result(outcome: SyncResult, *, dry_run: bool) -> None:
-    """Print how it went with an environment; a dry run names what would change."""
-    counts, changes = outcome.changes.counts(), outcome.changes
-    if outcome.problem:
-        said = f"failed: {outcome.problem}"
+def _print_result(result: SyncResult, *, dry_run: bool) -> None:
+    """Print the result for one environment; a dry run lists the changed items."""
+    counts, changes = result.changes.counts(), result.changes
+    if result.problem:
+        text = f"failed: {result.problem}"
     elif changes:
         numbers = ", ".join(f"{n} {kind}" for kind, n in counts.items() if kind != "kept")
-        said = f"{'would change' if dry_run else 'brought up to date'}: {numbers}"
+        text = f"{'would change' if dry_run else 'brought up to date'}: {numbers}"
     else:
-        said = "is up to date"
-    if counts["kept"] and not outcome.problem:
-        said += f"; {counts['kept']} newer than upstream left as they are"
-    print(one_line(f"{outcome.name}: {said} ({outcome.items} items upstream)"), flush=True)
+        text = "is up to date"
+    if counts["kept"] and not result.problem:
+        text += f"; {counts['kept']} newer than upstream left as they are"
+    print(one_line(f"{result.name}: {text} ({result.items} items upstream)"), flush=True)
     if dry_run:
         for kind in counts:
-            _name(kind, getattr(changes, kind))
+            _print_keys(kind, getattr(changes, kind))
 
 
-def _name(what: str, keys: Sequence[tuple[Kind, str]]) -> None:
-    for noun, key in sorted((kind.noun, key) for kind, key in keys[:NAMED]):
-        print(f"  {what}: {noun} {key!r}")
-    if len(keys) > NAMED:
-        print(f"  {what}: {len(keys) - NAMED} more")
+def _print_keys(change: str, keys: Sequence[tuple[Kind, str]]) -> None:
+    for noun, key in sorted((kind.noun, key) for kind, key in keys[:MAX_LISTED]):
+        print(f"  {change}: {noun} {key!r}")
+    if len(keys) > MAX_LISTED:
+        print(f"  {change}: {len(keys) - MAX_LISTED} more")

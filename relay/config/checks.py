@@ -1,7 +1,7 @@
-"""What must hold between options (config 3.5), and what the operator should know. Pure.
+"""Check options against each other (config 3.5), and collect warnings for the operator. Pure.
 
-Each rule yields sentences, in the reference's words where it has the rule, with the options that
-they are about, so that every sentence can say where these were given.
+Each rule yields diagnostics, in ld-relay's words where it has the same rule, with the options that
+they concern, so that each message can name the source of these.
 """
 
 from __future__ import annotations
@@ -36,46 +36,46 @@ ENVIRONMENT, FILTERS = "Environment", "Filters"
 
 SHARED = ("env_datastore_prefix", "env_datastore_table_name", "env_allowed_origin",
           "env_allowed_header")  # fmt: skip
-"""What `[AutoConfig]` and `[OfflineMode]` have in common, variables included."""
+"""Options that `[AutoConfig]` and `[OfflineMode]` share, including their variables."""
 
-FIGURES_INSTEAD = "; the relay's figures are at /metrics, for Prometheus"
-_FIGURES_ELSEWHERE = ("Datadog", "Stackdriver", "OpenTelemetry")
+METRICS_INSTEAD = "; the relay's figures are at /metrics, for Prometheus"
+_METRICS_ELSEWHERE = ("Datadog", "Stackdriver", "OpenTelemetry")
 
-LAST_PORT = 65535
+MAX_PORT = 65535
 _OLD_BASE_URI = "https://app.launchdarkly.com"
 _CLIENT_SIDE_BASE_URI = "https://clientsdk.launchdarkly.com"
-_SHORTEST_CLEANUP = 0.1
-_SHORTEST_LOOK = 0.1
-_SHORTEST_POLL = 1.0
-_LEAST_METRICS_CAPACITY = 1000
-_FIGURE_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+_MIN_CLEANUP_INTERVAL = 0.1
+_MIN_MONITORING_INTERVAL = 0.1
+_MIN_POLL_INTERVAL = 1.0
+_MIN_METRICS_CAPACITY = 1000
+_METRIC_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 Key = tuple[str, str | None, str]
-"""Section, name of the subsection, attribute; an empty attribute means the section as such."""
+"""Section, name of the subsection, attribute; an empty attribute stands for the section itself."""
 
 Diagnostic = tuple[str, tuple[Key, ...]]
-"""A sentence, and the options that it is about."""
+"""A message, and the options that it concerns."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What file and environment say together, before it is checked.
+    """Merged options of file and environment, not yet validated.
 
     Args:
-        sections: one of each class without a name of its own.
-        environments: in the order in which they were given.
-        filters: by project.
-        given: where each option came from that was given.
-        unusable: options that were given something which has been found wrong already.
+        sections: the unnamed sections, by class.
+        environments: in configuration order.
+        filters: by project key.
+        sources: source of each option that was set.
+        unusable: options whose value was already rejected.
     """
 
     sections: Mapping[type, object]
     environments: tuple[EnvironmentConfig, ...]
     filters: Mapping[str, Filters]
-    given: Mapping[Key, str]
+    sources: Mapping[Key, str]
     unusable: AbstractSet[Key] = frozenset()
 
     def of(self, section: type[T]) -> T:
@@ -83,8 +83,8 @@ class Draft:
         return cast("T", self.sections[section])
 
     def options_with(self, support: Support) -> Iterator[tuple[str, Option, Key]]:
-        """Yield the options that were given something other than their default, with their name."""
-        for key in self.given:
+        """Yield the name, declaration and key of each option not set to its default."""
+        for key in self.sources:
             section, name, attribute = key
             option = next((o for o in options(section) if o.attribute == attribute), None)
             if option and option.support is support and self._value(key) != option.default:
@@ -101,15 +101,15 @@ class Draft:
             owner = next(s for c, s in self.sections.items() if c.__name__ == section)
         return getattr(owner, attribute)
 
-    def sourced(self, sentence: Diagnostic) -> str:
-        """Return the sentence with the places where its options were given."""
-        text, keys = sentence
-        sources = dict.fromkeys(self.given[key] for key in keys if key in self.given)
+    def with_sources(self, diagnostic: Diagnostic) -> str:
+        """Return the message of a diagnostic with the sources of its options."""
+        text, keys = diagnostic
+        sources = dict.fromkeys(self.sources[key] for key in keys if key in self.sources)
         return f"{text} ({', '.join(sources)})" if sources else text
 
 
 def problems(draft: Draft) -> list[str]:
-    """Return everything that keeps the relay from starting."""
+    """Return every error that keeps the relay from starting."""
     rules = (
         _refused,
         _main,
@@ -126,29 +126,29 @@ def problems(draft: Draft) -> list[str]:
         _proxy,
         _prometheus,
     )
-    return [draft.sourced(sentence) for rule in rules for sentence in rule(draft)]
+    return [draft.with_sources(diagnostic) for rule in rules for diagnostic in rule(draft)]
 
 
 def warnings(draft: Draft) -> list[str]:
-    """Return what the operator should know, though the relay starts."""
+    """Return warnings for the operator; they do not keep the relay from starting."""
     rules = (
         _later,
         _no_effect,
-        _useless,
+        _ineffective,
         _events_in_memory,
-        _bare_environment,
+        _prefixless_environment,
         _duplicates,
-        _raised,
+        _raised_to_minimum,
     )
-    return [draft.sourced(sentence) for rule in rules for sentence in rule(draft)]
+    return [draft.with_sources(diagnostic) for rule in rules for diagnostic in rule(draft)]
 
 
 def main_of(draft: Draft) -> Main:
-    """Return the section with the addresses that follow from others."""
+    """Return `[Main]` with the base URLs that derive from others."""
     main = draft.of(Main)
     default = Main().base_uri
-    given = main.base_uri.rstrip("/")
-    base = default if given in (default, _OLD_BASE_URI) else main.base_uri
+    configured = main.base_uri.rstrip("/")
+    base = default if configured in (default, _OLD_BASE_URI) else main.base_uri
     client_side = main.client_side_base_uri
     if not client_side:
         client_side = _CLIENT_SIDE_BASE_URI if base == default else base
@@ -156,14 +156,14 @@ def main_of(draft: Draft) -> Main:
 
 
 def events_of(draft: Draft) -> Events:
-    """Return the section with its least capacity."""
+    """Return `[Events]` with `metricsCapacity` raised to its minimum."""
     events = draft.of(Events)
-    capacity = max(events.metrics_capacity, _LEAST_METRICS_CAPACITY)
+    capacity = max(events.metrics_capacity, _MIN_METRICS_CAPACITY)
     return replace(events, metrics_capacity=capacity)
 
 
 def redis_of(draft: Draft) -> Redis | None:
-    """Return the section with a complete URL; None if no Redis is configured."""
+    """Return `[Redis]` with a complete URL; None if Redis is not configured."""
     redis = draft.of(Redis)
     if not _uses_redis(redis):
         return None
@@ -186,24 +186,24 @@ def _environment_keys(draft: Draft) -> tuple[Key, ...]:
 
 
 def _refused(draft: Draft) -> Iterator[Diagnostic]:
-    for shown, option, key in draft.options_with(Support.REFUSED):
-        instead = FIGURES_INSTEAD if option.section in _FIGURES_ELSEWHERE else ""
-        yield f"{shown} is not supported in this release{instead}", (key,)
+    for name, option, key in draft.options_with(Support.REFUSED):
+        instead = METRICS_INSTEAD if option.section in _METRICS_ELSEWHERE else ""
+        yield f"{name} is not supported in this release{instead}", (key,)
 
 
 def _main(draft: Draft) -> Iterator[Diagnostic]:
     main = draft.of(Main)
-    if main.port > LAST_PORT:
-        yield f"port must not be greater than {LAST_PORT}", _main_key("port")
+    if main.port > MAX_PORT:
+        yield f"port must not be greater than {MAX_PORT}", _main_key("port")
     if main.workers != 1:
         yield "[Main] workers: this release runs as one process only", _main_key("workers")
     if main.tls_enabled and not (main.tls_cert and main.tls_key):
         keys = _main_key("tls_enabled", "tls_cert", "tls_key")
         yield "TLS cert and key are required if TLS is enabled", keys
-    if main.expired_credential_cleanup_interval < _SHORTEST_CLEANUP:
+    if main.expired_credential_cleanup_interval < _MIN_CLEANUP_INTERVAL:
         keys = _main_key("expired_credential_cleanup_interval")
         yield "expired credential cleanup interval must be >= 100ms", keys
-    if main.poll_interval < _SHORTEST_POLL:
+    if main.poll_interval < _MIN_POLL_INTERVAL:
         yield "poll interval must be >= 1s", _main_key("poll_interval")
     if main.max_client_request_body_size <= 0:
         keys = _main_key("max_client_request_body_size")
@@ -215,7 +215,7 @@ def _main(draft: Draft) -> Iterator[Diagnostic]:
 
 def _events(draft: Draft) -> Iterator[Diagnostic]:
     key: Key = ("Events", None, "max_inbound_payload_size")
-    if key in draft.given and draft.of(Events).max_inbound_payload_size <= 0:
+    if key in draft.sources and draft.of(Events).max_inbound_payload_size <= 0:
         yield "max inbound payload size must be greater than zero", (key,)
 
 
@@ -244,16 +244,16 @@ def _auto_config(draft: Draft) -> Iterator[Diagnostic]:
 def _offline_mode(draft: Draft) -> Iterator[Diagnostic]:
     offline = draft.of(OfflineMode)
     interval = _keys("OfflineMode", "file_data_source_monitoring_interval")
-    timed = interval[0] in draft.given
+    is_interval_set = interval[0] in draft.sources
     keys = _keys("OfflineMode", *(name for name in SHARED if getattr(offline, name)))
-    keys += interval if timed else ()
+    keys += interval if is_interval_set else ()
     if not offline.file_data_source and keys:
         text = "must specify offline mode filename if other offline mode properties are set"
         yield text, keys
     if offline.file_data_source and draft.environments:
         text = "cannot configure specific environments if offline mode is enabled"
         yield text, (*_keys("OfflineMode", "file_data_source"), *_environment_keys(draft))
-    if offline.file_data_source_monitoring_interval < _SHORTEST_LOOK:
+    if offline.file_data_source_monitoring_interval < _MIN_MONITORING_INTERVAL:
         yield "file data source monitoring interval must be >= 100ms", interval
 
 
@@ -274,22 +274,22 @@ def _filters(draft: Draft) -> Iterator[Diagnostic]:
     if draft.of(AutoConfig).key:
         yield "cannot configure filters if auto-configuration is enabled", sections
         return
-    bare = tuple((ENVIRONMENT, e.name, "") for e in draft.environments if not e.proj_key)
-    if bare:
-        yield "when filters are configured, all environments must specify a 'projKey'", bare
+    lacking = tuple((ENVIRONMENT, e.name, "") for e in draft.environments if not e.proj_key)
+    if lacking:
+        yield "when filters are configured, all environments must specify a 'projKey'", lacking
         return
     used = {each.proj_key for each in draft.environments}
     for project, filters in draft.filters.items():
-        where = ((FILTERS, project, ""),)
+        section = ((FILTERS, project, ""),)
         if project not in used:
             text = f"filters are configured for project '{project}', but no environment references"
-            yield f"{text} that project", where
+            yield f"{text} that project", section
         if not filters.keys:
-            yield f"filter key list for project '{project}' cannot be empty", where
+            yield f"filter key list for project '{project}' cannot be empty", section
         for i, key in enumerate(filters.keys):
             if not key.strip():
                 text = f"filter key [{i}] for project '{project}' is malformed"
-                yield f"{text} (note: lists are comma-delimited)", where
+                yield f"{text} (note: lists are comma-delimited)", section
 
 
 def _uses_redis(redis: Redis) -> bool:
@@ -297,24 +297,24 @@ def _uses_redis(redis: Redis) -> bool:
 
 
 def _redis(draft: Draft) -> Iterator[Diagnostic]:
-    given, redis = draft.of(Redis), redis_of(draft)
+    configured, redis = draft.of(Redis), redis_of(draft)
     if redis is None:
         return
     address = _keys("Redis", "url", "host", "port")
-    scheme, host = _server(redis.url)
-    if given.url and (given.host or given.port):
+    scheme, host = _scheme_and_host(redis.url)
+    if configured.url and (configured.host or configured.port):
         yield "please specify Redis URL or host/port, but not both", address
     elif scheme not in _REDIS_SCHEMES:
         yield "invalid Redis URL: it must begin with redis:// or rediss://", address
     elif not host and scheme != "unix":
         yield "invalid Redis hostname", address
-    if bool(given.client_certificate_file) != bool(given.client_key_file):
+    if bool(configured.client_certificate_file) != bool(configured.client_key_file):
         keys = _keys("Redis", "client_certificate_file", "client_key_file")
         yield "a Redis client certificate needs a key, and a key a certificate", keys
 
 
-def _server(url: str) -> tuple[str, str]:
-    """Return scheme and host of a URL; no host where that or the port makes no sense."""
+def _scheme_and_host(url: str) -> tuple[str, str]:
+    """Return scheme and host of a URL; the host is empty if it or the port is invalid."""
     scheme, _, _ = url.partition(":")
     if re.search(r"\s", url):
         return scheme, ""
@@ -344,7 +344,7 @@ def _dynamodb(draft: Draft) -> Iterator[Diagnostic]:
 
 
 def _enabled_databases(draft: Draft) -> dict[str, tuple[Key, ...]]:
-    """Return the databases that are switched on, with the options that do so."""
+    """Return the enabled databases, with the options that enable them."""
     enabled = {}
     if _uses_redis(draft.of(Redis)):
         enabled["Redis"] = _keys("Redis", "url", "host", "port")
@@ -365,10 +365,10 @@ def _databases(draft: Draft) -> Iterator[Diagnostic]:
     if len(draft.environments) > 1:
         yield from _without_prefix(draft)
     auto = draft.of(AutoConfig)
-    place = auto.env_datastore_prefix
+    prefix_or_table = auto.env_datastore_prefix
     if draft.of(DynamoDB).enabled:
-        place += auto.env_datastore_table_name
-    if auto.key and "$CID" not in place:
+        prefix_or_table += auto.env_datastore_table_name
+    if auto.key and "$CID" not in prefix_or_table:
         text = (
             "when using auto-configuration with database storage, database prefix (or, if using"
             ' DynamoDB, table name) must be specified and must contain "$CID"'
@@ -399,24 +399,24 @@ def _proxy(draft: Draft) -> Iterator[Diagnostic]:
 
 def _prometheus(draft: Draft) -> Iterator[Diagnostic]:
     prometheus = draft.of(Prometheus)
-    if prometheus.prefix and not _FIGURE_NAME.fullmatch(prometheus.prefix):
+    if prometheus.prefix and not _METRIC_NAME.fullmatch(prometheus.prefix):
         text = "Prometheus prefix must consist of letters, digits and _, and begin with no digit"
         yield text, _keys("Prometheus", "prefix")
-    if prometheus.port > LAST_PORT:
-        yield f"Prometheus port must not be greater than {LAST_PORT}", _keys("Prometheus", "port")
+    if prometheus.port > MAX_PORT:
+        yield f"Prometheus port must not be greater than {MAX_PORT}", _keys("Prometheus", "port")
     if prometheus.enabled and prometheus.port == draft.of(Main).port:
         keys = (*_keys("Prometheus", "port"), *_main_key("port"))
         yield "Prometheus port must not be the port of the relay", keys
 
 
 def _later(draft: Draft) -> Iterator[Diagnostic]:
-    for shown, _, key in draft.options_with(Support.LATER):
-        yield f"{shown} takes effect in a later release", (key,)
+    for name, _, key in draft.options_with(Support.LATER):
+        yield f"{name} takes effect in a later release", (key,)
 
 
 def _no_effect(draft: Draft) -> Iterator[Diagnostic]:
-    for shown, option, key in draft.options_with(Support.NO_EFFECT):
-        yield f"{shown} has no effect: {option.help.removesuffix('.')}", (key,)
+    for name, option, key in draft.options_with(Support.NO_EFFECT):
+        yield f"{name} has no effect: {option.help.removesuffix('.')}", (key,)
 
 
 def _events_in_memory(draft: Draft) -> Iterator[Diagnostic]:
@@ -426,44 +426,44 @@ def _events_in_memory(draft: Draft) -> Iterator[Diagnostic]:
         yield text, _keys("Events", "send_events")
 
 
-def _useless(draft: Draft) -> Iterator[Diagnostic]:
+def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
     main = draft.of(Main)
     if main.flags_file and draft.environments:
         text = "[Main] flagsFile is not served, because environments are configured"
         yield text, _main_key("flags_file")
     if main.exit_on_error and not main.exit_always:
         yield "[Main] exitOnError has no effect without exitAlways", _main_key("exit_on_error")
-    redis = tuple(key for key in draft.given if key[0] == "Redis")
+    redis = tuple(key for key in draft.sources if key[0] == "Redis")
     if redis and not _uses_redis(draft.of(Redis)):
         yield "[Redis] has no effect without url, host or port", redis
 
 
-def _bare_environment(draft: Draft) -> Iterator[Diagnostic]:
+def _prefixless_environment(draft: Draft) -> Iterator[Diagnostic]:
     if len(_enabled_databases(draft)) == 1 and len(draft.environments) == 1:
         for text, keys in _without_prefix(draft):
             yield f"{text}; this would be an error if multiple environments were configured", keys
 
 
 def _duplicates(draft: Draft) -> Iterator[Diagnostic]:
-    """What two environments share: the reference lets the later one win, and so do we."""
+    """Report credentials and prefixes that environments share; as in ld-relay, the later wins."""
     nouns = {"sdk_key": "SDK key", "mobile_key": "mobile key", "env_id": "client-side ID"}
     if _enabled_databases(draft):
         nouns["prefix"] = "database prefix"
     for attribute, noun in nouns.items():
-        earlier: dict[object, str] = {}
+        owners: dict[object, str] = {}
         for each in draft.environments:
             value = getattr(each, attribute)
-            if value and value in earlier:
-                text = f'environments "{earlier[value]}" and "{each.name}" have the same {noun}'
+            if value and value in owners:
+                text = f'environments "{owners[value]}" and "{each.name}" have the same {noun}'
                 tail = f'; "{each.name}" answers to it'
                 if attribute == "prefix":
                     tail = "; each overwrites what the other has stored"
-                names = (earlier[value], each.name)
+                names = (owners[value], each.name)
                 yield text + tail, tuple((ENVIRONMENT, name, attribute) for name in names)
-            earlier[value] = each.name
+            owners[value] = each.name
 
 
-def _raised(draft: Draft) -> Iterator[Diagnostic]:
-    if draft.of(Events).metrics_capacity < _LEAST_METRICS_CAPACITY:
-        text = f"[Events] metricsCapacity is taken as {_LEAST_METRICS_CAPACITY}, the least possible"
+def _raised_to_minimum(draft: Draft) -> Iterator[Diagnostic]:
+    if draft.of(Events).metrics_capacity < _MIN_METRICS_CAPACITY:
+        text = f"[Events] metricsCapacity is taken as {_MIN_METRICS_CAPACITY}, the least possible"
         yield text, (("Events", None, "metrics_capacity"),)

@@ -1,7 +1,7 @@
-"""The configuration as text: what is in force, and all there is. Pure.
+"""Render the effective configuration, and the documentation of all options. Pure.
 
-`relay check` prints `effective`. `config/relay.conf` is `reference`, and the table of the README
-is `table`; both are written by `scripts/write-options`, and a test compares them.
+`relay check` prints `effective`. `scripts/write-options` writes `reference` to `config/relay.conf`
+and `table` to `docs/configuration.md`; a test compares them.
 """
 
 from __future__ import annotations
@@ -31,69 +31,71 @@ from relay.model.text import one_line
 MASK = "********"
 
 SHORTEST_MASKED_KEY = 12
-"""Characters from which the last four of a key may be shown, as logs do; of a shorter one they
-would tell too much."""
+"""Minimum length of a key whose last four characters are shown, as in logs; of a shorter key they
+would reveal too much."""
 
 _WIDTH = 100
 _NOTE_COLUMN = 48
-"""Where the comments of `effective` begin, if there is room."""
+"""Column where the comments of `effective` begin, if the line is short enough."""
 
 _KEYS = ("sdk_key", "mobile_key")
-"""Secrets of which people know the end, from logs and dashboards."""
+"""Secrets that people recognise by their last characters, from logs and dashboards."""
 
 _CLASSES = SECTIONS | NAMED_SECTIONS
 _ORDER = ("Main", ENVIRONMENT, *(section for section in SECTIONS if section != "Main"), FILTERS)
-"""The sections in the order in which people should read them."""
+"""All sections, in the order of the documentation."""
 
 _EXAMPLE_NAMES = {ENVIRONMENT: "Production", FILTERS: "shop"}
 
-_INTRODUCTION = r"""# The configuration file of Relay, with every option there is.
+_INTRODUCTION = r"""# Configuration file of Relay, with every option.
 #
-# Each option is commented out and shows its default, or an example where there is none by default.
+# All options are commented out. Each shows its default, or an example if it has none.
 #
-#   relay --config FILE              reads a file,
-#   relay --from-env                 reads environment variables,
-#   relay --config FILE --from-env   reads both; variables stand above the file.
+#   relay --config FILE              reads a file
+#   relay --from-env                 reads environment variables
+#   relay --config FILE --from-env   reads both; environment variables override the file
 #
-# With neither, /etc/ld-relay.conf is read, or the environment variables if there is no such file.
-# `relay check`, with the same arguments, shows what results, or everything that is wrong with it.
+# Without either flag, /etc/ld-relay.conf is read, or the environment variables if that file does
+# not exist. `relay check` with the same arguments prints the effective configuration, or everything
+# that is wrong with it.
 #
-# What is written in a file:
+# Syntax:
 #
-#   * `[Section]` or `[Section "Name"]`, then lines `option = value`. Upper and lower case matter in
-#     names between quotation marks only. A section may occur several times.
-#   * `#` and `;` begin a comment; `//` does not. A value that contains one of them stands between
-#     quotation marks; within these, \" \\ \n and \t are a quotation mark, a backslash, a line feed
-#     and a tabulator.
+#   * `[Section]` or `[Section "Name"]`, followed by lines of the form `option = value`. Only quoted
+#     names are case-sensitive. A section may occur more than once.
+#   * `#` and `;` begin a comment; `//` does not. A value that contains one of them must be quoted;
+#     between quotation marks, \" \\ \n and \t stand for a quotation mark, a backslash, a line feed
+#     and a tab.
 #   * boolean: true, yes, on or 1; false, no, off or 0. An option without `=` is true.
 #   * duration: numbers with the units ns, us, ms, s, m and h, such as 30s or 1m30s.
 #   * size: numbers with the units B, KiB, MiB, GiB, such as 64KiB.
-#   * list: values with commas between them. A list that is given again, there or as a variable,
-#     grows. Any other option that is given again replaces what was said before.
+#   * list: values separated by commas. If a list is set more than once, in the file or by a
+#     variable, the values are combined. For any other option, the last value wins.
 #
-# A variable takes the same values, but for `on` and `off`. One that is empty takes back what the
-# file says, except for booleans and lists, where it says nothing.
+# Variables accept the same values, except `on` and `off`. An empty variable unsets the value from
+# the file; for booleans and lists, it is ignored.
 #
-# Blanks, line ends, byte order marks and the like around a value, and around each value of a list,
-# are taken off; so are quotation marks around a variable, except in text and secrets. (A password
-# that begins or ends with a blank can be given in a URL, as %20.) Whatever is misspelled, misplaced
-# or malformed keeps the relay from starting, and is named with its line or variable: a key with a
-# blank in it, an origin that no browser has, text that is not UTF-8. Variables that Kubernetes sets
-# for services, such as PROMETHEUS_PORT=tcp://10.0.0.1:9090, do not count.
+# Whitespace, line ends, byte order marks and the like are stripped from a value, and from each
+# value of a list; so are quotation marks around a variable's value, except in text and secrets.
+# (A password that begins or ends with a space can be set in a URL, as %20.) Anything misspelled,
+# misplaced or malformed keeps the relay from starting, and is reported with its line or variable,
+# such as a key that contains a space, an origin that no browser sends, or text that is not UTF-8.
+# Variables that Kubernetes sets for services, such as PROMETHEUS_PORT=tcp://10.0.0.1:9090, are
+# ignored.
 """
 
 _NOTES = {
     Support.FULL: "",
-    Support.LATER: "Accepted; takes effect in a later release.",
-    Support.REFUSED: "Not in this release: the relay refuses to start with it.",
+    Support.LATER: "Accepted, but takes effect only in a later release.",
+    Support.REFUSED: "Not supported in this release: the relay refuses to start with it.",
     Support.NO_EFFECT: "Accepted for compatibility; has no effect.",
 }
 
 
 def effective(config: Config) -> str:
-    """Return the configuration in force, in the syntax of a file, secrets masked.
+    """Return the effective configuration in the syntax of a file, with secrets masked.
 
-    What was given stands with its source; defaults are commented out; warnings come last.
+    Options that were set carry their source, defaults are commented out, warnings come last.
     """
     count = f"{len(config.environments)} environment{'s' * (len(config.environments) != 1)}"
     lines = [
@@ -113,23 +115,23 @@ def effective(config: Config) -> str:
 
 
 def secrets(config: Config) -> tuple[str, ...]:
-    """Return every text that must not be printed: keys, passwords, also those within URLs."""
-    found: list[str] = []
+    """Return every secret that must not be printed: keys and passwords, also those in URLs."""
+    texts: list[str] = []
     named = [(ENVIRONMENT, each) for each in config.environments]
     for section, values in (*_sections(config), *named):
         for option in options(section):
             value = getattr(values, option.attribute)
             if isinstance(value, Secret) and value:
-                found.append(value.reveal())
+                texts.append(value.reveal())
                 if isinstance(values, Webhook):
-                    found += (secret.reveal() for secret in values.secrets)
+                    texts += (secret.reveal() for secret in values.secrets)
             elif option.type in (URI, HTTP_URI) and value:
-                found += _url_secrets(value)
-    return tuple(dict.fromkeys(found))
+                texts += _url_secrets(value)
+    return tuple(dict.fromkeys(texts))
 
 
 def quoted(text: str) -> str:
-    """Return a value as a file must write it."""
+    """Return a value quoted for a file, if it needs quotes."""
     if re.fullmatch(r"(?![ \t])[^\"\\#;\n\r\t]+(?<![ \t])", text):
         return text
     for char, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\t", "\\t")):
@@ -138,7 +140,7 @@ def quoted(text: str) -> str:
 
 
 def _sections(config: Config) -> Iterator[tuple[str, object]]:
-    """Yield the sections that count, but for environments."""
+    """Yield the unnamed sections that are in use."""
     for section in SECTIONS:
         values = getattr(config, section.lower(), None)
         if values is not None:
@@ -146,16 +148,16 @@ def _sections(config: Config) -> Iterator[tuple[str, object]]:
 
 
 def _lines(config: Config, section: str, name: str | None, values: object) -> Iterator[str]:
-    """Yield a line for each option that was given, and for each other one that has an effect."""
+    """Yield a line for each option that was set, and for each other one that has an effect."""
     label = section if name is None else f'{section} "{name}"'
-    sources = dict(config.given)
+    sources = dict(config.sources)
     skipped: tuple[str, ...] = ()
     if isinstance(values, Redis) and f"{label}.url" not in sources:
-        # Host and port have become a URL; all three together would be refused.
+        # Host and port were merged into the URL; all three together would be rejected.
         skipped = ("host", "port")
         labels = [f"{label}.{attribute}" for attribute in skipped]
-        given = dict.fromkeys(sources[each] for each in labels if each in sources)
-        sources[f"{label}.url"] = ", ".join(given)
+        url_sources = dict.fromkeys(sources[each] for each in labels if each in sources)
+        sources[f"{label}.url"] = ", ".join(url_sources)
     for option in options(section):
         source = sources.get(f"{label}.{option.attribute}")
         if option.attribute in skipped or (source is None and option.support is not Support.FULL):
@@ -169,7 +171,7 @@ def _lines(config: Config, section: str, name: str | None, values: object) -> It
 
 
 def _value(option: Option, value: Any) -> str:
-    """Return a value as a file would write it, but for what nobody should see."""
+    """Return a value in the syntax of a file, with secrets masked."""
     if _is_unset(option, value):
         return ""
     if option.attribute in _KEYS and len(value.reveal()) >= SHORTEST_MASKED_KEY:
@@ -180,16 +182,16 @@ def _value(option: Option, value: Any) -> str:
 
 
 def _is_unset(option: Option, value: object) -> bool:
-    """Whether the value means that there is none."""
+    """Return whether a value means "not set"."""
     return value is None or (not value and option.type not in (BOOLEAN, COUNT, DURATION))
 
 
 def _url_secrets(url: str) -> Iterator[str]:
     parts = urlsplit(url)
     in_query = (value for name, value in parse_qsl(parts.query) if "password" in name.lower())
-    # What stands alone before the `@` is a password to Redis.
-    alone = parts.username if parts.password is None else None
-    for password in (parts.password or alone or "", *in_query):
+    # Redis takes user information without a colon for a password.
+    userinfo = parts.username if parts.password is None else None
+    for password in (parts.password or userinfo or "", *in_query):
         if password:
             yield from (password, unquote(password))
 
@@ -200,12 +202,12 @@ def _subsection(name: str) -> str:
 
 
 def reference() -> str:
-    """Return the text of `config/relay.conf`: every option, with all that is to be said of it."""
+    """Return the text of `config/relay.conf`: every option with its documentation."""
     blocks = [_INTRODUCTION]
     refused = [section for section in _ORDER if _is_refused(section)]
     for section in (s for s in _ORDER if s not in refused):
         blocks += _section_blocks(section, _shared_note(section))
-    text = "Not in this release: the relay refuses to start when one of the following is used."
+    text = "Not supported in this release: the relay refuses to start if one of these is used."
     blocks.append(f"#{'-' * (_WIDTH - 1)}\n{_comment(text)}\n")
     for section in refused:
         blocks += _section_blocks(section, "")
@@ -213,23 +215,23 @@ def reference() -> str:
 
 
 def _section_blocks(section: str, note: str) -> Iterator[str]:
-    """Yield a section's header, then its options."""
+    """Yield the header of a section, then its options."""
     cls = _CLASSES[section]
-    about = inspect.cleandoc(cls.__doc__ or "").partition(": ")[2]
-    about = " ".join(about.split())
-    text = f"{about[:1].upper()}{about[1:]} {note}".strip()
+    summary = inspect.cleandoc(cls.__doc__ or "").partition(": ")[2]
+    summary = " ".join(summary.split())
+    text = f"{summary[:1].upper()}{summary[1:]} {note}".strip()
     header = f"[{section}]"
     if section in NAMED_SECTIONS:
         header = f'#[{section} "{_EXAMPLE_NAMES[section]}"]'
     yield f"\n{_comment(text)}\n{header}\n"
     for option in options(section):
-        own = "" if note or _is_refused(section) else _NOTES[option.support]
+        own_note = "" if note or _is_refused(section) else _NOTES[option.support]
         name = _EXAMPLE_NAMES.get(section, "")
         facts = [option.type.name, f"default {_default(option) or 'none'}"]
         facts += [f"variable {option.variable}{name}"] if option.variable else ["no variable"]
-        about = f"{option.help} {own}".strip()
+        description = f"{option.help} {own_note}".strip()
         example = _default(option) or quoted(option.example)
-        yield f"{_comment(about)}\n{_comment('; '.join(facts))}\n#{option.name} = {example}\n"
+        yield f"{_comment(description)}\n{_comment('; '.join(facts))}\n#{option.name} = {example}\n"
 
 
 def _comment(text: str) -> str:
@@ -237,25 +239,25 @@ def _comment(text: str) -> str:
 
 
 def _default(option: Option) -> str:
-    """Return the default as a file would write it; nothing if the default is to have none."""
+    """Return the default in the syntax of a file; empty if the option is not set by default."""
     unset = _is_unset(option, option.default)
     return "" if unset else quoted(option.type.show(option.default))
 
 
 def _is_refused(section: str) -> bool:
-    """Whether all of the section is of no use, because its use is refused."""
+    """Return whether the section is useless because the options that enable it are refused."""
     support = {option.support for option in options(section)}
     return Support.REFUSED in support and Support.FULL not in support
 
 
 def _shared_note(section: str) -> str:
-    """Return what is true of all options of the section."""
+    """Return the support note that applies to all options of a section; empty if they differ."""
     support = {option.support for option in options(section)}
     return _NOTES[support.pop()] if len(support) == 1 else ""
 
 
 def table() -> str:
-    """Return the table of the README, and below it what this release does not do."""
+    """Return the table of options for the docs, followed by the unsupported ones."""
     lines = ["| option | variable | type | default | meaning |", "|---|---|---|---|---|"]
     for section in _ORDER:
         rows = [option for option in options(section) if option.support is Support.FULL]
@@ -275,13 +277,14 @@ def _row(option: Option) -> str:
 
 
 def _rest() -> Iterator[str]:
-    """Yield a paragraph for each way in which options are not in force."""
+    """Yield a list item per level of support other than `FULL`."""
     refused = [section for section in _ORDER if _is_refused(section)]
     texts = {
-        Support.LATER: "Accepted now, in force with a later release (the start names those that"
-        " are given)",
-        Support.NO_EFFECT: "Accepted for compatibility, without effect (the start says why)",
-        Support.REFUSED: "Refused: the relay does not start, and names the option",
+        Support.LATER: "Accepted, but take effect only in a later release (a warning at startup"
+        " names those that are set)",
+        Support.NO_EFFECT: "Accepted for compatibility, without effect (a warning at startup says"
+        " why)",
+        Support.REFUSED: "Not supported: the relay refuses to start and names the option",
     }
     for support, text in texts.items():
         parts = []

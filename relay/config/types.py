@@ -1,12 +1,12 @@
-"""The types of option (config 3.4): how each is written, and what is said when it is not. Pure.
+"""Types of options (config 3.4): parsing, formatting, error messages. Pure.
 
-`OptionType.parse` is where text from a file, a variable or the command line becomes a value. It
-gives one or raises `ValueError` with the sentence that the operator reads. Empty text has been
-dealt with before: it means "not set".
+`OptionType.parse` converts text from a file, a variable or the command line. It returns a value or
+raises `ValueError` with a message for the operator. The caller handles empty text, which means
+"not set".
 
-Secrets of Kubernetes, YAML blocks and editors add line ends, blanks, byte order marks and quotation
-marks. What stands around a value is taken off; what is left is checked by what the value is. No
-sentence repeats a credential.
+Kubernetes secrets, YAML blocks and editors add line ends, blanks, byte order marks and quotation
+marks. These are stripped from around a value; the rest is validated by type. No message repeats a
+credential.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ _NANOSECONDS = {
 }
 _SIZE_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)([KMGTPE]i?B|B)", re.IGNORECASE)
 _SIZE_UNITS = "BKMGTPE"
-_LARGEST = 2**63 - 1
-"""Of integers, sizes and nanoseconds, as in the reference."""
+_MAX_INT = 2**63 - 1
+"""Maximum of integers, sizes and durations in nanoseconds, as in ld-relay."""
 _TRUE, _FALSE = ("true", "yes", "1"), ("false", "no", "0")
-_AROUND = (
+_STRIPPED = (
     "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"
     + "".join(map(chr, range(0x2000, 0x2010)))
 )
-"""Blanks and line ends of all kinds, and characters that nobody sees."""
+"""Blanks and line ends of all kinds, and invisible characters."""
 _QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.DOTALL)
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_NOT_OF_A_KEY = re.compile("[^!-~]|[\"']")
-_NOT_OF_AN_ID = re.compile(r"""[^!-~]|["'/\\?#%]""")
-_NAMES = {
+_NOT_IN_KEY = re.compile("[^!-~]|[\"']")
+_NOT_IN_ID = re.compile(r"""[^!-~]|["'/\\?#%]""")
+_CHARACTER_NAMES = {
     " ": "a blank", "\t": "a tabulator", "\n": "a line end", "\r": "a carriage return",
     '"': "a quotation mark", "'": "a quotation mark", "/": "a slash", "\u00a0": "a no-break space",
     "\ufeff": "a byte order mark",
@@ -55,7 +55,7 @@ _ORIGIN = re.compile(
     r"([a-z][a-z0-9+.-]*)://([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?/?", re.IGNORECASE
 )
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_LAST_PORT = 65535
+_MAX_PORT = 65535
 _HEADER_NAME = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 LOG_LEVELS = ("debug", "info", "warn", "error", "none")
 TLS_VERSIONS = ("1.0", "1.1", "1.2", "1.3")
@@ -63,16 +63,16 @@ TLS_VERSIONS = ("1.0", "1.1", "1.2", "1.3")
 
 @dataclass(frozen=True, slots=True)
 class OptionType:
-    """A type of option.
+    """Type of an option.
 
     Args:
-        name: for people.
-        convert: clean text to value; raises `ValueError`.
-        show: value to text, as it would be written.
-        is_text: the empty text is a value, too: it replaces another.
-        is_list: values of several sources are joined.
-        quotable: quotation marks around a value can be part of it. Otherwise, they came with it,
-            as from the variables' file of Docker, which keeps them.
+        name: name for the documentation.
+        convert: parses clean text; raises `ValueError`.
+        show: formats a value as it would be written.
+        is_text: empty text is a value, too, and replaces an earlier one.
+        is_list: values of several sources are combined.
+        quotable: quotation marks around a value belong to it. Otherwise they are stripped: Docker's
+            env files, for example, keep them.
     """
 
     name: str
@@ -83,16 +83,16 @@ class OptionType:
     quotable: bool = False
 
     def clean(self, text: str) -> str:
-        """Return what is meant: without the blanks, line ends and quotation marks around it."""
+        """Return the text without the blanks, line ends and quotation marks around it."""
         text = stripped(text)
         quoted = None if self.quotable else _QUOTED.fullmatch(text)
         return stripped(quoted[2]) if quoted else text
 
     def parse(self, text: str) -> Any:
-        """Return the value that a text stands for.
+        """Return the value of a text.
 
         Raises:
-            ValueError: it cannot be right; the message is for the operator.
+            ValueError: the text is invalid; the message is for the operator.
         """
         if not is_utf8(text):
             raise ValueError("not UTF-8")
@@ -100,14 +100,14 @@ class OptionType:
 
 
 def stripped(text: str) -> str:
-    """Return a text without the blanks, line ends and invisible characters around it."""
-    return text.strip(_AROUND)
+    """Return the text without the blanks, line ends and invisible characters around it."""
+    return text.strip(_STRIPPED)
 
 
 def _without(pattern: re.Pattern[str], text: str, rule: str) -> str:
-    """Return the text, which must not contain the pattern; the message does not repeat it."""
+    """Return the text, or raise `ValueError` if it matches the pattern; never repeats the text."""
     if odd := pattern.search(text):
-        name = _NAMES.get(odd[0], f"U+{ord(odd[0]):04X}")
+        name = _CHARACTER_NAMES.get(odd[0], f"U+{ord(odd[0]):04X}")
         raise ValueError(f"{rule}, but character {odd.start() + 1} is {name}")
     return text
 
@@ -118,29 +118,29 @@ def _text(text: str) -> str:
 
 def _key(text: str) -> Secret:
     rule = "a key has ASCII characters only, no blanks and no quotation marks"
-    return Secret(_without(_NOT_OF_A_KEY, text, rule))
+    return Secret(_without(_NOT_IN_KEY, text, rule))
 
 
 def _environment_id(text: str) -> str:
-    # It is a segment of paths, ours and LaunchDarkly's.
+    # The ID becomes a segment of URL paths, here and at LaunchDarkly.
     rule = "a client-side ID has ASCII characters only, no blanks, and none of \"'/\\?#%"
-    return _without(_NOT_OF_AN_ID, text, rule)
+    return _without(_NOT_IN_ID, text, rule)
 
 
 def _origin(text: str) -> str:
-    """Return an origin as browsers write it, which is what it is compared with."""
+    """Return an origin as browsers send it, so that both can be compared."""
     if text == "*" or text.lower() == "null":
         return text.lower()
     if text.lower() in {"file://", "file:///"}:
         return "file://"
     match = _ORIGIN.fullmatch(text)
-    if match is None or int(match[3] or 0) > _LAST_PORT:
+    if match is None or int(match[3] or 0) > _MAX_PORT:
         raise ValueError(
             f'no browser has the origin "{one_line(text)}"; one looks like https://shop.example.com'
             " or http://localhost:3000, and * means all"
         )
     scheme, host = match[1].lower(), match[2]
-    # Only where the host is a name of the net, its case does not matter.
+    # Only host names are case-insensitive; other schemes, such as those of apps, keep their case.
     host = host.lower() if scheme in _DEFAULT_PORTS else host
     port = int(match[3]) if match[3] else _DEFAULT_PORTS.get(scheme)
     suffix = "" if port in (None, _DEFAULT_PORTS.get(scheme)) else f":{port}"
@@ -162,7 +162,7 @@ def _boolean(text: str) -> bool:
 
 
 def file_boolean(text: str) -> bool:
-    """Return a boolean as files may write it, which know `on` and `off` beside the others."""
+    """Return a boolean as written in a file, where `on` and `off` are valid, too."""
     aliases = {"on": "true", "off": "false"}
     try:
         return _boolean(aliases.get(text.lower(), text))
@@ -171,7 +171,7 @@ def file_boolean(text: str) -> bool:
 
 
 def _number(text: str) -> int:
-    if not re.fullmatch(r"[+-]?[0-9]{1,99}", text) or abs(int(text)) > _LARGEST:
+    if not re.fullmatch(r"[+-]?[0-9]{1,99}", text) or abs(int(text)) > _MAX_INT:
         raise ValueError("not a valid integer")
     return int(text)
 
@@ -201,7 +201,7 @@ def _duration(text: str) -> float:
     parts = _DURATION_PART.findall(rest)
     nanoseconds = sum(int(Decimal(number) * _NANOSECONDS[unit]) for number, unit in parts)
     whole = "".join(number + unit for number, unit in parts) == rest
-    if not parts or not whole or nanoseconds > _LARGEST:
+    if not parts or not whole or nanoseconds > _MAX_INT:
         raise ValueError('not a valid duration (must use format "1ms", "1s", "1m", etc.)')
     return sign * nanoseconds / 1e9
 
@@ -221,7 +221,7 @@ def _size(text: str) -> int:
     parts = _SIZE_PART.findall(rest)
     size = sum(float(n) * 1024 ** _SIZE_UNITS.index(unit[0].upper()) for n, unit in parts)
     whole = "".join(number + unit for number, unit in parts) == rest
-    if not parts or not whole or size > _LARGEST:
+    if not parts or not whole or size > _MAX_INT:
         raise ValueError("not a valid base-2 byte size")
     return sign * int(size)
 
@@ -254,32 +254,31 @@ def _http_uri(text: str) -> str:
 
 
 def _list_of(member: OptionType, *, keeps_empty: bool = False) -> OptionType:
-    """Return the type of which several values stand with commas between them.
+    """Return the type of a comma-separated list.
 
     Args:
-        member: the type of each value.
-        keeps_empty: a value may be empty, because somebody else judges that.
+        member: type of each value.
+        keeps_empty: keep empty values, which are validated elsewhere.
     """
 
     def convert(text: str) -> tuple[Any, ...]:
         parts = [member.clean(part) for part in text.split(",")]
         values = tuple(member.convert(part) for part in parts if part or keeps_empty)
         if not values:
-            # An empty list may mean that all are allowed, which commas cannot have meant.
+            # An empty list may mean that all are allowed, and commas alone never mean that.
             raise ValueError("the list has commas only")
         return values
 
     return OptionType("list", convert, ",".join, is_list=True)
 
 
-def one_of(*allowed: str, what: str = "") -> OptionType:
-    """Return the type of which only these words are values, whatever their case."""
-    noun = what or "value"
+def one_of(*allowed: str, noun: str = "") -> OptionType:
+    """Return the type of a case-insensitive choice between words; errors call it `noun`."""
 
     def parse(text: str) -> str:
         if text.lower() not in allowed:
-            names = "" if what else f" (must be {' or '.join(allowed)})"
-            raise ValueError(f'"{text}" is not a valid {noun}{names}')
+            names = "" if noun else f" (must be {' or '.join(allowed)})"
+            raise ValueError(f'"{text}" is not a valid {noun or "value"}{names}')
         return text.lower()
 
     *most, last = (f"`{word}`" for word in allowed)
@@ -302,5 +301,5 @@ LIST = _list_of(STRING, keeps_empty=True)
 PATHS = _list_of(PATH)
 ORIGINS = _list_of(OptionType("origin", _origin))
 HEADER_NAMES = _list_of(OptionType("name", _header_name))
-LOG_LEVEL = one_of(*LOG_LEVELS, what="log level")
-TLS_VERSION = one_of(*TLS_VERSIONS, what="TLS version")
+LOG_LEVEL = one_of(*LOG_LEVELS, noun="log level")
+TLS_VERSION = one_of(*TLS_VERSIONS, noun="TLS version")

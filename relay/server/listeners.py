@@ -15,63 +15,63 @@ _log = logging.getLogger("relay.server")
 
 
 BACKLOG = 16 * 1024
-"""Connections that may wait to be accepted: thousands of SDKs come back at once after an outage.
-The kernel lowers it to its own limit."""
+"""Maximum number of connections that wait to be accepted: thousands of SDKs reconnect at once after
+an outage. The kernel caps it at its own limit."""
 
 
 UNSENT_LIMIT = 512 * 1024
-"""Bytes that the kernel takes from us beyond what is on its way: on the same machine a usual
-payload at once, for each time that we are told to go on costs more than writing does; and all that
-a client that does not read costs there. Over a network the kernel takes less by itself, and unlike
-a capped send buffer this does not hurt long distances."""
+"""Maximum number of unsent bytes that the kernel buffers per socket. On the same machine, a usual
+payload fits at once: each wake-up to continue writing costs more than the write itself. It also
+bounds the cost of a client that does not read. Over a network the kernel buffers less anyway, and
+unlike a capped send buffer this does not slow down long distances."""
 
 
 DEAD_AFTER_MS = 60_000
-"""Milliseconds after which a connection whose data nobody acknowledges is given up."""
+"""Milliseconds without acknowledgement of sent data after which a connection is dropped."""
 
 
 PROBE_AFTER, PROBE_EACH, PROBES = 60, 15, 4
-"""Seconds of silence before the kernel probes, seconds between probes, and their number."""
+"""TCP keep-alive: seconds before the first probe, seconds between probes, number of probes."""
 
 
 class CannotListen(RelayError):
-    """The port cannot be listened on."""
+    """A port cannot be opened."""
 
 
 def listen(port: int) -> socket.socket:
     """Return a socket that listens on all interfaces, IPv6 and IPv4.
 
     Raises:
-        CannotListen: the port is taken, or not allowed.
+        CannotListen: the port is in use, or not permitted.
     """
     return _listen(port, f"Error starting http listener on port: {port} ")
 
 
 def listen_for_exporter(port: int) -> socket.socket:
-    """Return a socket for the port of `[Prometheus]`.
+    """Return a socket that listens on the port of `[Prometheus]`.
 
     Raises:
-        CannotListen: the port is taken, or not allowed.
+        CannotListen: the port is in use, or not permitted.
     """
     return _listen(port, "Error registering Prometheus metrics exporter:")
 
 
-def _listen(port: int, trouble: str) -> socket.socket:
+def _listen(port: int, error_prefix: str) -> socket.socket:
     try:
-        return _listening(port)
+        return _open_socket(port)
     except OSError as e:
-        raise CannotListen(f"{trouble} listen tcp :{port}: {describe(e)}") from e
+        raise CannotListen(f"{error_prefix} listen tcp :{port}: {describe(e)}") from e
 
 
-def _listening(port: int) -> socket.socket:
+def _open_socket(port: int) -> socket.socket:
     family = socket.AF_INET6 if _has_ipv6() else socket.AF_INET
-    # Without its protocol number asyncio would not switch off Nagle's algorithm.
+    # asyncio disables Nagle's algorithm only on sockets with an explicit protocol number.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        _guard(listener)
+        _bound_client_cost(listener)
         listener.bind(("", port))
         listener.listen(BACKLOG)
         listener.setblocking(False)
@@ -93,8 +93,8 @@ def _has_ipv6() -> bool:
     return True
 
 
-def _guard(listener: socket.socket) -> None:
-    """Bound what a silent client costs; accepted sockets inherit these options."""
+def _bound_client_cost(listener: socket.socket) -> None:
+    """Set the options that bound the cost of silent clients; accepted sockets inherit them."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (
         ("TCP_KEEPIDLE", PROBE_AFTER),
@@ -103,25 +103,25 @@ def _guard(listener: socket.socket) -> None:
         ("TCP_USER_TIMEOUT", DEAD_AFTER_MS),
         ("TCP_NOTSENT_LOWAT", UNSENT_LIMIT),
     ):
-        if hasattr(socket, name):  # some are Linux's only
+        if hasattr(socket, name):  # some exist on Linux only
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
-    """Listening sockets, and what tells of them."""
+    """Listening sockets of the process, and their announcement."""
 
     main: socket.socket
     exporter: socket.socket | None = None
     announcement: socket.socket | None = None
-    """Tells `relay health` where the main one is."""
+    """Socket whose name tells `relay health` the port of `main`."""
 
     @classmethod
     def of(cls, options: ServerOptions) -> Listeners:
-        """Listen on the ports that the options name; say so.
+        """Listen on the configured ports, and log them.
 
         Raises:
-            CannotListen: a port is taken, or not allowed.
+            CannotListen: a port is in use, or not permitted.
         """
         main = listen(options.port)
         port = main.getsockname()[1]
@@ -139,7 +139,7 @@ class Listeners:
         return cls(main, exporter, announcement)
 
     def close(self) -> None:
-        """Refuse those who wait."""
+        """Close the sockets; connections not yet accepted are reset."""
         for each in (self.main, self.exporter, self.announcement):
             if each:
                 each.close()

@@ -1,4 +1,4 @@
-"""Options of the servers, from the configuration."""
+"""Options of the HTTP servers, derived from the configuration."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ TLS_VERSIONS = {
 
 
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES"
-"""Of TLS 1.2, those of Go, and so of the reference."""
+"""Cipher suites of TLS 1.2: those of Go, and therefore of ld-relay."""
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """With what TLS is served.
+    """TLS certificate, and the minimum protocol version.
 
     Args:
-        cert: file of the certificate and its chain.
-        key: file of the private key.
-        minimum: version of the protocol, a key of `TLS_VERSIONS`.
+        cert: file with the certificate and its chain.
+        key: file with the private key.
+        minimum: minimum protocol version, a key of `TLS_VERSIONS`.
     """
 
     cert: Path
@@ -38,43 +38,43 @@ class Certificate:
     minimum: str = "1.2"
 
     def check(self) -> None:
-        """See that the files can be used.
+        """Check that the files are usable.
 
         Raises:
-            ConfigError: they cannot; says which, and why.
+            ConfigError: they are not; the message names the file and the reason.
         """
         self.context()
 
     def context(self) -> ssl.SSLContext:
-        """Return what serves TLS.
+        """Return the TLS context of a server.
 
         Raises:
-            ConfigError: the files cannot be used; says which, and why.
+            ConfigError: the files are unusable; the message names the file and the reason.
         """
-        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            load_key_pair(made, self.cert, self.key)
+            load_key_pair(context, self.cert, self.key)
         except EncryptedKey as e:
             raise ConfigError([f"[Main] tlsKey: {e}"]) from e
         except (OSError, ssl.SSLError) as e:
             files = f"TLS certificate {self.cert} with key {self.key}"
             raise ConfigError([f"{files} cannot be used: {e.strerror or e}"]) from e
-        made.set_ciphers(CIPHERS)
-        made.minimum_version = TLS_VERSIONS[self.minimum]
-        return made
+        context.set_ciphers(CIPHERS)
+        context.minimum_version = TLS_VERSIONS[self.minimum]
+        return context
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """How the relay is served. Times in seconds.
+    """Options of the relay's HTTP servers. Times are seconds.
 
     Args:
-        port: to listen on; 0 for any free one.
-        tls: None for plain HTTP.
-        drain: the longest time that ending streams and responses may take. The default leaves
-            room within the 10 s that `docker stop` allows.
-        limits: what a connection may cost.
-        exporter_port: for figures alone, without TLS; None for no such port.
+        port: port to listen on; 0 for any free port.
+        tls: certificate; None for plain HTTP.
+        drain: time limit for ending streams and responses at shutdown. The default leaves a margin
+            within the 10 s that `docker stop` allows.
+        limits: limits of each connection.
+        exporter_port: port for metrics only, without TLS; None for no such port.
     """
 
     port: int = 8030
@@ -85,7 +85,7 @@ class ServerOptions:
 
     @classmethod
     def of(cls, config: Config) -> ServerOptions:
-        """Return what a configuration says."""
+        """Return the options that a configuration sets."""
         main, prometheus = config.main, config.prometheus
         certificate = Certificate(Path(main.tls_cert), Path(main.tls_key), main.tls_min_version)
         limits = ConnectionLimits(

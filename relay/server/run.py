@@ -1,4 +1,4 @@
-"""The process: listening, signals, an orderly end. Runs a relay beside its web server."""
+"""Run a relay and its web server in this process: listen, handle signals, shut down in order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _log = logging.getLogger("relay.server")
 
 
 def raise_file_limit() -> None:
-    """Allow as many connections as the system lets us have."""
+    """Raise the limit on open files, and so on connections, to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(ValueError, OSError):
@@ -32,34 +32,34 @@ def raise_file_limit() -> None:
 
 
 async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
-    """Serve until a signal, then end in order; stores are written before this returns.
+    """Serve until a signal, then shut down in order; stores are flushed before this returns.
 
     Args:
-        site: what is served.
-        options: how.
-        listeners: closed at the end.
+        site: relay and application to serve.
+        options: options of the servers.
+        listeners: listening sockets; closed at the end.
     """
     raise_file_limit()
-    # uvicorn warns of each malformed request: traffic that hostile clients could fill a disk with.
+    # uvicorn warns about every malformed request, so hostile clients could fill a disk with logs.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     relay = site.relay
-    door = FastPath(
+    fast_path = FastPath(
         relay, site.poll, options.limits, site.traffic, site.posts, evaluation=site.questions
     )
-    server = make_server(relay, site.app, options, door)
+    server = make_server(relay, site.app, options, fast_path)
     async with relay.upstream, asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(run()) for run in (relay.run, *site.background)]
         forwarding = tasks.create_task(relay.events.run()) if relay.events else None
 
-        def end() -> None:
-            """Write stores and deliver events while streams end."""
+        def begin_shutdown() -> None:
+            """Flush stores and deliver events while streams end."""
             _cancel(running)
             if relay.events:
                 relay.events.flush()
 
-        server.on_shutdown = end
+        server.on_shutdown = begin_shutdown
         gc.collect()
-        gc.freeze()  # what lives as long as the process need not be looked at again
+        gc.freeze()  # objects that live as long as the process need no further collection
         exporter = None
         if site.exporter and listeners.exporter:
             exporter = ExporterServer(site.exporter, options)
@@ -67,7 +67,7 @@ async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
         try:
             await server.serve(sockets=[listeners.main])
         finally:
-            # Only now: requests on their way have brought their events.
+            # Not earlier: requests in flight may still have brought events.
             _cancel([*running, *([forwarding] if forwarding else [])])
             if exporter:
                 exporter.stop()
@@ -79,87 +79,87 @@ def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
 
 
 async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
-    """Listen, build what is served, and serve it until a signal.
+    """Listen, build the site, and serve it until a signal.
 
     Args:
-        options: how to serve.
-        build: makes what is served. It runs in a thread once the port is open, so that connections
-            wait, rather than fail, while the large libraries are imported.
+        options: options of the servers.
+        build: makes the site. It runs in a thread once the port is open, so that connections wait,
+            rather than fail, while the large libraries are imported.
 
     Raises:
-        CannotListen: the port is taken, or not allowed.
-        ConfigError: the certificate cannot be used, or `build` raised it.
+        CannotListen: the port is in use, or not permitted.
+        ConfigError: the certificate is unusable, or `build` raised it.
     """
     if options.tls:
         options.tls.check()
     listeners = Listeners.of(options)
     if options.tls:
         _log.info("TLS enabled for server (minimum TLS version: %s)", options.tls.minimum)
-    asked_to_end = _asked_to_end()
-    with _noted_hangups():
+    shutdown_requested = _shutdown_event()
+    with _hangups_logged():
         try:
             site = await asyncio.to_thread(build)
         except BaseException:
             listeners.close()
             raise
-        if asked_to_end.is_set():
+        if shutdown_requested.is_set():
             listeners.close()
             return
         await run(site, options, listeners)
 
 
 @contextlib.contextmanager
-def _noted_hangups() -> Iterator[None]:
-    """Log that SIGHUP changes nothing. Before and after it waits, if the process keeps it so."""
+def _hangups_logged() -> Iterator[None]:
+    """Log that SIGHUP changes nothing; outside this block it stays blocked if it was."""
     text = (
         "SIGHUP changes nothing: the configuration is read at the start; restart to read it again"
     )
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGHUP, _log.warning, text)
-    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+    old_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
         loop.remove_signal_handler(signal.SIGHUP)
 
 
-def _asked_to_end() -> asyncio.Event:
-    """Return what the first signal sets, as long as no server has taken signals over."""
-    asked = asyncio.Event()
+def _shutdown_event() -> asyncio.Event:
+    """Return an event that the first signal sets, until a server installs its own handlers."""
+    event = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
-        loop.add_signal_handler(number, asked.set)
-    return asked
+        loop.add_signal_handler(number, event.set)
+    return event
 
 
 async def until_signal(work: Coroutine[object, object, T]) -> T | None:
-    """Return what comes of some work; None if a signal ended it before."""
-    asked_to_end = asyncio.create_task(_asked_to_end().wait())
+    """Return the result of a coroutine; None if a signal cancelled it."""
+    signalled = asyncio.create_task(_shutdown_event().wait())
     working = asyncio.create_task(work)
-    await asyncio.wait({working, asked_to_end}, return_when=asyncio.FIRST_COMPLETED)
-    for task in (working, asked_to_end):
+    await asyncio.wait({working, signalled}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (working, signalled):
         task.cancel()
-    await asyncio.wait({working, asked_to_end})
+    await asyncio.wait({working, signalled})
     return None if working.cancelled() else working.result()
 
 
 async def run_once(relay: Relay, *, fail_fast: bool = False) -> bool:
-    """Run the relay until each environment and its database have the data: `exitAlways`.
+    """Run the relay until every environment and its database have the data: `exitAlways`.
 
     Args:
-        relay: what is run, without being served.
+        relay: the relay to run, without a server.
         fail_fast: stop at the first environment that fails: `exitOnError`.
 
     Returns:
-        Whether all environments got there within `initTimeout`, and before a signal.
+        True if all environments were synced within `initTimeout`, and before a signal.
     """
-    asked_to_end = _asked_to_end()
+    shutdown_requested = _shutdown_event()
     async with relay.upstream, asyncio.TaskGroup() as tasks:
         running = tasks.create_task(relay.run())
-        settled = tasks.create_task(relay.wait_until_synced(fail_fast=fail_fast))
-        ended = tasks.create_task(asked_to_end.wait())
-        await asyncio.wait({settled, ended}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (running, settled, ended):
+        synced = tasks.create_task(relay.wait_until_synced(fail_fast=fail_fast))
+        signalled = tasks.create_task(shutdown_requested.wait())
+        await asyncio.wait({synced, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (running, synced, signalled):
             task.cancel()
-    return not settled.cancelled() and settled.result()
+    return not synced.cancelled() and synced.result()

@@ -1,4 +1,4 @@
-"""The HTTP servers of the process: uvicorn with our protocol, our signals and our shutdown."""
+"""HTTP servers of the process: uvicorn with a protocol, signal handling and shutdown of its own."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _log = logging.getLogger("relay.server")
 
 
 STREAMS_SHARE = 0.75
-"""Share of the drain time in which streams end; the rest is for responses on their way."""
+"""Share of the drain time during which streams end; the rest is for responses in flight."""
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""What asks the process to end."""
+"""Signals that shut the process down."""
 
 
 class RelayServer(uvicorn.Server):
-    """uvicorn's server with our signals, our clock and our end.
+    """uvicorn's server with different signal handling, main loop and shutdown.
 
     Args:
-        config: uvicorn's.
-        relay: whose streams are ended at shutdown.
-        fast_path: looks after connections; None if the application answers everything.
-        drain: the longest time that the end may take, in seconds.
+        config: configuration of uvicorn.
+        relay: its streams are ended at shutdown.
+        fast_path: state shared by the connections; None if the application answers everything.
+        drain: time limit for the shutdown, in seconds.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class RelayServer(uvicorn.Server):
         self._fast_path = fast_path
         self._drain = drain
         self.on_shutdown: Callable[[], object] = lambda: None
-        """Called when the end begins, beside which it may do its work."""
-        self._ending: asyncio.Task[None] | None = None
-        self._asked_to_end = asyncio.Event()
+        """Called when the shutdown begins; it may start tasks that run meanwhile."""
+        self._ending_streams: asyncio.Task[None] | None = None
+        self._shutdown_requested = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop at the first signal, orderly; at the second, now. Signals are not raised again."""
+        """Shut down gracefully at the first signal, at once at the second. Re-raise no signal."""
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self.stop)
@@ -66,41 +66,41 @@ class RelayServer(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def stop(self) -> None:
-        """Begin the end; called again, hurry."""
+        """Start a graceful shutdown; a second call forces it."""
         if self.should_exit:
             self.force_exit = True
-            if self._ending:
-                self._ending.cancel()
+            if self._ending_streams:
+                self._ending_streams.cancel()
         elif self._relay.environments:
             streams = sum(len(each.hub) for each in self._relay.environments.values())
             _log.info("Stopping: ending %d streams within %g s", streams, self._drain)
         self._relay.stopping = True
         self.should_exit = True
-        self._asked_to_end.set()
+        self._shutdown_requested.set()
 
     async def main_loop(self) -> None:
-        """Look after connections until the end begins.
+        """Sweep the connections at intervals until the shutdown begins.
 
-        uvicorn wakes up ten times a second, to see whether it shall end and what time it is; the
-        door renews the date when somebody comes.
+        uvicorn would wake up ten times a second to check for a shutdown and to update the `Date`
+        header. Here an event wakes the loop, and the fast path updates the date on demand.
         """
         if self._fast_path is None:
             await super().main_loop()
             return
-        # One task that ends once, not a time-out that is thrown each time.
-        asked_to_end = asyncio.create_task(self._asked_to_end.wait())
+        # One task for the whole loop is cheaper than a `TimeoutError` per iteration.
+        shutdown_requested = asyncio.create_task(self._shutdown_requested.wait())
         while not self.should_exit:
             self._fast_path.sweep(self.server_state)
-            await asyncio.wait([asked_to_end], timeout=self._fast_path.limits.sweep_interval)
+            await asyncio.wait([shutdown_requested], timeout=self._fast_path.limits.sweep_interval)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, end streams, then let uvicorn wait for responses on their way."""
+        """Stop accepting, end streams, then let uvicorn wait for responses in flight."""
         self._relay.stopping = True
         self.on_shutdown()
         for server in self.servers:
             server.close()
-        self._ending = asyncio.create_task(self._end_streams())
-        await asyncio.wait([self._ending])
+        self._ending_streams = asyncio.create_task(self._end_streams())
+        await asyncio.wait([self._ending_streams])
         await super().shutdown(sockets)
 
     async def _end_streams(self) -> None:
@@ -110,22 +110,22 @@ class RelayServer(uvicorn.Server):
 
 
 class ExporterServer(RelayServer):
-    """The server of the figures' own port, with the front door's limits and nobody to open it.
+    """Server of the separate metrics port: the same connection limits, but no relay behind it.
 
     Args:
-        app: the figures.
-        options: how the relay is served.
+        app: application that serves the metrics.
+        options: options of the relay's server.
     """
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
-        nothing = Relay([], 0.0)
-        door = FastPath(nothing, None, options.limits)
-        config = _uvicorn_config(app, replace(options, tls=None), door)
-        super().__init__(config, nothing, door, options.drain)
+        empty_relay = Relay([], 0.0)
+        fast_path = FastPath(empty_relay, None, options.limits)
+        config = _uvicorn_config(app, replace(options, tls=None), fast_path)
+        super().__init__(config, empty_relay, fast_path, options.drain)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave signals to the server of the relay, which ends this one."""
+        """Leave signals to the relay's server, which stops this one."""
         yield
 
 
@@ -135,10 +135,10 @@ def make_server(
     """Return a server that is ready to run.
 
     Args:
-        relay: what is served.
-        app: the application behind the front door.
-        options: how.
-        fast_path: the front door; None to let the application answer everything.
+        relay: relay to serve.
+        app: application behind the fast path.
+        options: options of the server.
+        fast_path: fast path; None to let the application answer everything.
     """
     return RelayServer(_uvicorn_config(app, options, fast_path), relay, fast_path, options.drain)
 

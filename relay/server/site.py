@@ -1,4 +1,4 @@
-"""Everything that one process serves, and how it is put together."""
+"""Composition of everything that one process serves."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from relay.web.fastpath.shared import EvaluationResponder, PollResponder
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What is served: a relay, the application, and what the front door has in common with it."""
+    """Relay, ASGI application, and the handlers that the fast path shares with it."""
 
     relay: Relay
     app: ASGIApp
     poll: PollResponder | None = None
     traffic: RequestMetrics | None = None
     exporter: ASGIApp | None = None
-    """What is served on a port of its own."""
+    """Application for metrics on a separate port."""
     background: Sequence[Callable[[], Coroutine[object, object, None]]] = ()
-    """What runs as long as the server does."""
+    """Coroutine functions that run as long as the server does."""
     posts: EventsFastPath | None = None
     questions: EvaluationResponder | None = None
 
@@ -36,20 +36,20 @@ class Site:
 _log = logging.getLogger("relay")
 
 
-INTRODUCED = 10
-"""Environments that are named one by one at the start; of more, only the number is said."""
+MAX_NAMED = 10
+"""Maximum number of environments to log by name at startup; beyond it, only the count is logged."""
 
 
-def _introduce(config: Config, relay: Relay) -> None:
-    """Say in a few lines what is served, and where it comes from."""
+def _log_environments(config: Config, relay: Relay) -> None:
+    """Log the environments and their data source in a few lines."""
     main = config.main
     if not config.environments:
         origin = f"flags file {main.flags_file}"
     elif main.data_source == "polling":
-        origin = f"{_shown(main.base_uri)} (polled)"
+        origin = f"{_without_secrets(main.base_uri)} (polled)"
     else:
-        origin = _shown(main.stream_uri)
-    if len(relay.environments) > INTRODUCED:
+        origin = _without_secrets(main.stream_uri)
+    if len(relay.environments) > MAX_NAMED:
         _log.info("Serving %d environments from %s", len(relay.environments), origin)
         return
     for name, environment in relay.environments.items():
@@ -57,23 +57,23 @@ def _introduce(config: Config, relay: Relay) -> None:
         _log.info('Serving environment "%s" (SDK key %s) from %s', name, key, origin)
 
 
-def _introduce_events(config: Config) -> None:
+def _log_events(config: Config) -> None:
     events = config.events
     if not config.environments:
         text = "Events will be accepted, but will be discarded, since flags come from a file"
         _log.info("%s", text)
     elif events.send_events:
-        to, place = _shown(events.events_uri), events.spool_dir or "memory"
-        _log.info("Forwarding events to %s; until then they wait in %s", to, place)
+        target, place = _without_secrets(events.events_uri), events.spool_dir or "memory"
+        _log.info("Forwarding events to %s; until then they wait in %s", target, place)
 
 
-def _shown(url: str) -> str:
-    """Return an address for a line: without password and query, where there may be secrets."""
+def _without_secrets(url: str) -> str:
+    """Return a URL for the log, without password and query, which may contain secrets."""
     return masked_url(url.partition("?")[0], MASK)
 
 
 def build_site(config: Config) -> Site:
-    """Make what is served. Its imports are heavy, so they wait until the port is open."""
+    """Build the site. The imports are local because they are heavy: the port opens before them."""
     from relay.build import build  # noqa: PLC0415
     from relay.events.usage import UsageReporter  # noqa: PLC0415
     from relay.telemetry.traffic import RequestMetrics  # noqa: PLC0415
@@ -87,27 +87,25 @@ def build_site(config: Config) -> Site:
     from relay.web.fastpath.events import EventsFastPath  # noqa: PLC0415
 
     relay = build(config)
-    _introduce(config, relay)
-    _introduce_events(config)
+    _log_environments(config, relay)
+    _log_events(config)
     polling, traffic = PollingHandler(), RequestMetrics()
     forwarder = relay.events if config.events.send_events else None
-    takes = forwarder if config.environments else Discarder(traffic.discarded)
-    events = EventsHandler(takes, config.events.max_inbound_payload_size, traffic.unusable)
+    acceptor = forwarder if config.environments else Discarder(traffic.discarded)
+    events = EventsHandler(acceptor, config.events.max_inbound_payload_size, traffic.unusable)
     evaluation = EvaluationHandler(config.main.max_client_request_body_size)
     goals = Goals(relay.fetch, config.main.client_side_base_uri)
     secrets = config.webhook.secrets
     webhooks = Webhooks(relay.environments.values(), secrets) if secrets else None
     app = make_app(relay, polling, traffic, events, webhooks, evaluation=evaluation, goals=goals)
     exporter = make_exporter(relay, traffic, config.prometheus.prefix)
-    beside = (
+    background = (
         [UsageReporter(relay.environments, traffic, relay.events.accept).run]
         if relay.events
         else []
     )
     if webhooks:
-        beside.append(webhooks.run)
-    posts, questions = (
-        EventsFastPath(relay, events, traffic),
-        EvaluationFastPath(relay, evaluation, traffic),
-    )
-    return Site(relay, app, polling, traffic, exporter, beside, posts, questions)
+        background.append(webhooks.run)
+    fast_events = EventsFastPath(relay, events, traffic)
+    fast_evaluation = EvaluationFastPath(relay, evaluation, traffic)
+    return Site(relay, app, polling, traffic, exporter, background, fast_events, fast_evaluation)

@@ -17,7 +17,7 @@ from relay.cli import health
 
 @contextmanager
 def answering(answer: bytes) -> Iterator[tuple[int, list[bytes]]]:
-    """A server on a free port that gives one answer; and what it was asked."""
+    """Run a server on a free port that sends one response; yield its port and the requests."""
     asked: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -45,21 +45,21 @@ def answering(answer: bytes) -> Iterator[tuple[int, list[bytes]]]:
     ],
 )
 def test_only_200_counts_as_ready(answer: bytes, code: int) -> None:
-    """The exit code is 0 for a ready relay and 1 for whatever else answers."""
+    """The exit code is 0 for a ready relay, and 1 for any other response."""
     with answering(answer) as (port, asked):
         assert health.main([], {"PORT": str(port)}) == code
     assert asked[0].startswith(b"GET /readyz HTTP/1.1\r\nHost: 127.0.0.1:")
 
 
-def test_a_whole_address_may_be_given() -> None:
-    """`relay health URL` asks that URL."""
+def test_the_argument_may_be_a_url() -> None:
+    """`relay health URL` checks that URL."""
     with answering(b"HTTP/1.1 200 OK\r\n\r\n") as (port, asked):
         assert health.main([f"http://127.0.0.1:{port}/readyz/Shop"], {}) == 0
     assert asked[0].startswith(b"GET /readyz/Shop ")
 
 
-def test_nobody_there_is_not_ready(capsys: pytest.CaptureFixture[str]) -> None:
-    """A refused connection gives 1 and a reason."""
+def test_a_refused_connection_is_not_ready(capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit code is 1, and a reason is printed."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     assert health.main([], {"PORT": str(port)}) == 1
@@ -70,8 +70,8 @@ def test_nobody_there_is_not_ready(capsys: pytest.CaptureFixture[str]) -> None:
     "url",
     ["", "localhost", "ftp://h/", "http://", "http://h:x/", "http://h/\r\nX: y", "http://u@h"],
 )
-def test_what_is_no_address_is_refused(url: str) -> None:
-    """A bad address is said to be one; nothing is sent."""
+def test_an_invalid_url_is_rejected(url: str) -> None:
+    """The error says so, and nothing is sent."""
     with pytest.raises(ValueError, match="address"):
         health.split(url)
 
@@ -102,12 +102,12 @@ ELSEWHERE = ("pid:[1]", "1", "https", "80")
     ],
 )
 def test_the_own_relay_is_found(variables, servers, url) -> None:
-    """The container's own command comes first; then PORT; then the only one that runs."""
+    """The container's own command takes precedence, then PORT, then the only running relay."""
     assert health.own_url(variables, servers) == f"{url}/readyz"
 
 
 def test_a_server_is_announced_until_it_ends() -> None:
-    """By a name in the kernel's table."""
+    """By a name in the kernel's table of Unix sockets."""
     holder = announcement_module.announce(65123, tls=True)
     assert holder is not None
     announced = (HERE, str(os.getpid()), "https", "65123")
@@ -119,8 +119,8 @@ def test_a_server_is_announced_until_it_ends() -> None:
     assert announced not in announcement_module.announced()
 
 
-def test_other_names_are_none_of_ours(tmp_path: Path) -> None:
-    """Whatever programs call their sockets; a system without the table announces nothing."""
+def test_names_of_other_programs_are_ignored(tmp_path: Path) -> None:
+    """Whatever they are; a system without the table announces nothing."""
     table = tmp_path / "unix"
     names = (
         *("", " /run/x", " @relay/", " @relay/a/1/http/x", " @relay/a/1/ftp/1", " @relay/a/1/http"),
@@ -136,16 +136,16 @@ def test_other_names_are_none_of_ours(tmp_path: Path) -> None:
     assert announcement_module.announced(str(tmp_path / "none")) == []
 
 
-def test_ipv6_addresses_keep_their_brackets_out_of_the_socket() -> None:
+def test_the_brackets_of_ipv6_addresses_are_removed() -> None:
     """`[::1]` is the host `::1`."""
     assert health.split("http://[::1]:80/x") == ("http", "::1", 80, "[::1]:80", "/x")
 
 
 def test_the_check_imports_next_to_nothing() -> None:
-    """Neither the server nor TLS nor the configuration is loaded for a plain check."""
+    """Neither server nor TLS nor configuration is imported for a plain check."""
     program = (
-        "import sys, relay.health as h; h.main(['http://127.0.0.1:1/'], {});"
-        "print(sorted({'ssl', 'asyncio', 'urllib', 'logging', 'relay.cli'} & set(sys.modules)))"
+        "import sys, relay.cli.health as h; h.main(['http://127.0.0.1:1/'], {});"
+        "print(sorted({'ssl', 'asyncio', 'urllib', 'logging', 'relay.cli.main'} & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30

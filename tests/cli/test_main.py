@@ -1,4 +1,4 @@
-"""The command line as people use it: what it takes, what it says, and how it ends."""
+"""The command line: arguments, output and exit codes."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ SECRETS = {
     "REDIS_PASSWORD": "password-of-redis",
     "WEBHOOK_SECRET": "secret-of-webhooks",
 }
-"""What is a secret as a whole."""
+"""Variables whose whole value is secret."""
 EMBEDDED = {
     "REDIS_URL": "redis://:password-in-redis-url@127.0.0.1:{port}",
     "PROXY_URL": "http://me:password%20of-proxy@127.0.0.1:{port}",
 }
-"""What holds a secret."""
+"""Variables whose value contains a secret."""
 HIDDEN = (*SECRETS.values(), "password-in-redis-url", "password%20of-proxy", "password of-proxy")
 
 
@@ -70,7 +70,7 @@ class Run:
 
 @pytest.fixture(name="call")
 def call_in_this_process(capfd) -> Iterator[Callable[..., Run]]:
-    """Calls a command that ends by itself, with nothing in its environment but what is given."""
+    """Call a command that ends by itself, with only the given variables in its environment."""
     loggers = [logging.getLogger(name) for name in (None, "relay")]
     before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
 
@@ -100,7 +100,7 @@ def run(*arguments: str, **variables: str) -> Run:
 
 @pytest.fixture(name="flags")
 def flags_file(tmp_path) -> Path:
-    """A file of flags."""
+    """Path of a flags file."""
     path = tmp_path / "flags.json"
     path.write_text(FLAGS)
     return path
@@ -108,7 +108,7 @@ def flags_file(tmp_path) -> Path:
 
 @pytest.fixture(name="launchdarkly")
 async def scripted_launchdarkly():
-    """It has one flag for `SDK_KEY`."""
+    """A simulated LaunchDarkly with one flag for `SDK_KEY`."""
     async with ScriptedUpstream() as upstream:
         upstream.serve(SDK_KEY, all_data(flag("lamp", value="on")))
         yield upstream
@@ -135,7 +135,7 @@ def relay_of(upstream: ScriptedUpstream, folder: Path, **variables: str) -> Rela
     ],
 )
 def test_the_version_wins_over_everything(call, arguments):
-    """In all spellings of the reference's flags: one line to stdout, and success."""
+    """All spellings of ld-relay's flag print one line to stdout and succeed."""
     done = call(*arguments.split())
     assert done.code == 0
     assert re.fullmatch(rf"\S+ \S+ INFO: {re.escape(VERSION)}\n", done.out)
@@ -144,7 +144,7 @@ def test_the_version_wins_over_everything(call, arguments):
 
 @pytest.mark.parametrize("arguments", ["--version=false", "--version=F", "--from-env", "-from-env"])
 def test_nothing_to_serve_is_an_error(call, arguments):
-    """Without any environment the relay says so and ends."""
+    """Without an environment, the relay says so and exits."""
     done = call(*arguments.split())
     assert (done.code, done.out) == (1, "")
     assert re.fullmatch(rf"\S+ \S+ ERROR: Configuration error: {NO_ENVIRONMENT}\n", done.err)
@@ -163,8 +163,8 @@ def test_nothing_to_serve_is_an_error(call, arguments):
         ("check check", "unknown command check"),
     ],
 )
-def test_what_is_misspelled_gets_the_usage(call, arguments, error):
-    """On stderr, with the reason as the last line, and exit code 1."""
+def test_invalid_arguments_print_the_usage(call, arguments, error):
+    """On stderr, with the reason on the last line, and exit code 1."""
     done = call(*arguments.split())
     assert (done.code, done.out) == (1, "")
     usage, _, reason = done.err.partition(" ERROR: Error: ")
@@ -173,8 +173,8 @@ def test_what_is_misspelled_gets_the_usage(call, arguments, error):
     assert error in reason
 
 
-def test_what_follows_the_options_is_ignored_as_by_the_reference(call):
-    """`--from-env true` starts there, so it starts here, with a warning."""
+def test_arguments_after_the_options_are_ignored_like_in_ld_relay(call):
+    """The relay starts with `--from-env true`, as ld-relay does, and warns."""
     done = call("check", "--from-env", "true", "--port", LD_ENV_main="sdk-1")
     assert done.code == 0
     assert "# Warning: 2 arguments after the options are ignored" in done.out
@@ -182,7 +182,7 @@ def test_what_follows_the_options_is_ignored_as_by_the_reference(call):
 
 @pytest.mark.parametrize("argument", ["-h", "--help", "-help"])
 def test_help_is_no_error(call, capfd, argument):
-    """It is what was asked for: on stdout, with success."""
+    """It was requested, so it goes to stdout, with exit code 0."""
     with pytest.raises(SystemExit) as end:
         call(argument)
     assert end.value.code == 0
@@ -192,7 +192,7 @@ def test_help_is_no_error(call, capfd, argument):
 
 
 def test_a_missing_file_must_be_allowed(call, tmp_path, flags):
-    """Otherwise it is an error that names it; with variables beside, these are enough."""
+    """Otherwise it is an error that names the file; variables may complete the configuration."""
     missing = str(tmp_path / "missing.conf")
     done = call("-config", missing, FLAGS_FILE=str(flags))
     assert done.code == 1
@@ -216,16 +216,14 @@ def test_a_missing_file_must_be_allowed(call, tmp_path, flags):
         ("", "configuration from environment variables"),
     ],
 )
-def test_the_start_says_where_the_configuration_comes_from(
-    call, monkeypatch, flags, arguments, source
-):
-    """A file, variables, both; with neither flag the default file, or variables without one."""
+def test_the_source_of_the_configuration_is_logged(call, monkeypatch, flags, arguments, source):
+    """A file, variables, or both; without flags, the default file or variables."""
     files = {"FILE": flags.with_name("relay.conf"), "DEFAULT": flags.with_name("default.conf")}
     for name, file in files.items():
         if arguments or name in source:  # the default file is there, but in the last case
             file.write_text(f"[Main]\nflagsFile = {flags}\nexitAlways = true\n")
         arguments, source = (text.replace(name, str(file)) for text in (arguments, source))
-    for module in ("relay.config.load", "relay.cli"):
+    for module in ("relay.config.load", "relay.cli.main"):
         monkeypatch.setattr(f"{module}.DEFAULT_FILE", str(files["DEFAULT"]))
     variables = {"FLAGS_FILE": str(flags), "EXIT_ALWAYS": "true"}
     done = call(*arguments.split(), **(variables if "variables" in source else {}))
@@ -236,8 +234,8 @@ def test_the_start_says_where_the_configuration_comes_from(
 # relay check
 
 
-def test_check_shows_what_results(call, tmp_path):
-    """The configuration with sources, secrets masked, and nothing is connected or written."""
+def test_check_prints_the_effective_configuration(call, tmp_path):
+    """With sources, secrets masked; nothing is connected or written."""
     file = tmp_path / "relay.conf"
     file.write_text(f"[Main]\nport = 9000\nsnapshotDir = {tmp_path / 'snapshots'}\n")
     embedded = {name: text.format(port=1) for name, text in EMBEDDED.items()}
@@ -254,7 +252,7 @@ def test_check_shows_what_results(call, tmp_path):
 
 
 def test_check_names_all_problems_with_their_source(call, tmp_path):
-    """One line each on stderr, and no configuration that would not be in force."""
+    """One line each on stderr, and no configuration on stdout."""
     file = tmp_path / "relay.conf"
     file.write_text("[Main]\nport = 70000\nnope = 1\n[Redis]\nhost = h\nreadTimeout = soon\n")
     done = call("check", "--config", str(file), "--from-env", LD_ENV_x="sdk-1", INIT_TIMEOUT="x")
@@ -269,8 +267,8 @@ def test_check_names_all_problems_with_their_source(call, tmp_path):
     assert call("check", "--from-env") == Run(1, "", f"{NO_ENVIRONMENT}\n")
 
 
-def test_check_finds_files_that_cannot_be_used(call, tmp_path):
-    """What only a start would find is found before it, all at once; the start finds it, too."""
+def test_check_reports_unusable_files(call, tmp_path):
+    """The problems that a start would find are reported together; the start reports them, too."""
     broken = tmp_path / "broken.pem"
     broken.write_text("-----BEGIN CERTIFICATE-----\nnope\n-----END CERTIFICATE-----\n")
     tls = {"TLS_ENABLED": "true", "TLS_CERT": str(broken), "TLS_KEY": str(tmp_path / "none.pem")}
@@ -285,15 +283,15 @@ def test_check_finds_files_that_cannot_be_used(call, tmp_path):
     done = call("check", "--from-env", LD_ENV_main=SDK_KEY, **redis)
     assert done.code == 1
     assert done.err.startswith(f"Redis at rediss://:xxxxx@h:1: CA file {broken} cannot be used: ")
-    for given in (tls, authorities, redis):
-        done = call("--from-env", LD_ENV_main=SDK_KEY, **given)
+    for variables in (tls, authorities, redis):
+        done = call("--from-env", LD_ENV_main=SDK_KEY, **variables)
         assert done.code == 1
         assert done.err.count("Unable to create relay: ") == 1
         assert "Traceback" not in done.err
 
 
-def test_proxies_of_the_environment_that_cannot_be_spoken_to_are_named(tmp_path, flags):
-    """By check and start, all at once; where nothing is asked of anybody they do not matter."""
+def test_unusable_proxies_of_the_environment_are_named(tmp_path, flags):
+    """Check and start report all of them; without upstream requests they do not matter."""
     proxies = {"http_proxy": "socks5://me:hidden@h:1", "HTTPS_PROXY": "socks5h://me:hidden@h:1"}
     must = ": the proxy's URL must be http://host:port or https://host:port"
     done = run("check", "--from-env", LD_ENV_main=SDK_KEY, **proxies)
@@ -310,7 +308,7 @@ TERMINAL = """
 import os, pty, sys
 sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
 """
-"""Runs a command with a terminal, at which OpenSSL could ask."""
+"""Runs a command in a terminal, where OpenSSL could prompt."""
 
 
 @pytest.mark.parametrize("command", ["check", "serve"])
@@ -319,8 +317,8 @@ sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
     ("name", "option"),
     [("TLS_KEY", "[Main] tlsKey"), ("REDIS_CLIENT_KEY_FILE", "[Redis] clientKeyFile")],
 )
-def test_nobody_is_asked_for_a_pass_phrase(tmp_path, name, option, terminal, command):
-    """An encrypted key ends the start with a sentence, with and without a terminal."""
+def test_there_is_no_prompt_for_a_pass_phrase(tmp_path, name, option, terminal, command):
+    """An encrypted key ends the start with an error, with and without a terminal."""
     issued = trustme.CA().issue_cert("localhost")
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     issued.cert_chain_pems[0].write_to_path(cert)
@@ -357,8 +355,8 @@ def test_nobody_is_asked_for_a_pass_phrase(tmp_path, name, option, terminal, com
 
 
 @pytest.mark.parametrize("query", ["db=x", "socket_timeout=soon", "nope=1"])
-def test_an_odd_redis_url_is_named(call, query):
-    """What the driver does not understand is the operator's error, not a defect at run time."""
+def test_a_malformed_redis_url_is_named(call, query):
+    """A URL that the driver rejects is a configuration error, not an unexpected one at run time."""
     url = f"redis://:hidden@h:1/0?{query}"
     done = call("check", "--from-env", LD_ENV_main=SDK_KEY, USE_REDIS="1", REDIS_URL=url)
     assert done.code == 1
@@ -369,8 +367,8 @@ def test_an_odd_redis_url_is_named(call, query):
 # relay serve
 
 
-async def test_a_flags_file_is_served_and_read_again_when_it_changes(tmp_path, flags):
-    """Streams get the change; what breaks it is named, each time once, and the data stay."""
+async def test_a_flags_file_is_served_and_reloaded_when_it_changes(tmp_path, flags):
+    """Streams get the change; each error is logged once by name, and the old data stay."""
     async with RelayProcess(tmp_path, "serve", "--flags", str(flags)) as relay:
         await relay.said("Initialized LaunchDarkly client")
         assert f"with flags file {flags}\n" in relay.log
@@ -394,7 +392,7 @@ async def test_a_flags_file_is_served_and_read_again_when_it_changes(tmp_path, f
 
 
 async def test_a_flags_file_is_served_beside_a_configuration(tmp_path, flags):
-    """Of which only where and how to serve counts."""
+    """Only the server's own options of the configuration apply."""
     file = tmp_path / "relay.conf"
     file.write_text(f"[Main]\nport = {free_port()}\nlogFormat = json\nflagsFile = /nowhere\n")
     relay = RelayProcess(tmp_path, "--config", str(file), "--flags", str(flags))
@@ -405,7 +403,7 @@ async def test_a_flags_file_is_served_beside_a_configuration(tmp_path, flags):
 
 
 async def test_a_flags_file_that_comes_later(tmp_path):
-    """It is waited for, and missed in one line that names it."""
+    """The relay waits for it, and logs its absence once, by name."""
     flags = tmp_path / "later.yaml"
     async with RelayProcess(tmp_path, "--flags", str(flags), INIT_TIMEOUT="100ms") as relay:
         await relay.said(f"{flags} cannot be read: No such file or directory")
@@ -418,14 +416,14 @@ async def test_a_flags_file_that_comes_later(tmp_path):
 
 
 def test_flags_and_environments_exclude_each_other(call, flags):
-    """Which of them would be served is not guessed."""
+    """The relay does not guess which of them to serve."""
     done = call("--flags", str(flags), LD_ENV_Shop="sdk-1")
     assert done.code == 1
     assert '--flags serves a file by itself; leave out environment "Shop"' in done.err
 
 
-async def test_the_start_is_told_in_a_few_lines(tmp_path, launchdarkly):
-    """Version and configuration, port, database, environment and source, and that it works."""
+async def test_the_start_is_logged_in_a_few_lines(tmp_path, launchdarkly):
+    """Version and configuration, port, database, environment and source, and success."""
     folder = tmp_path / "redis"
     folder.mkdir()
     with RedisServer(folder) as redis:
@@ -445,8 +443,8 @@ async def test_the_start_is_told_in_a_few_lines(tmp_path, launchdarkly):
     assert all(re.match(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d{6} INFO: ", line) for line in lines)
 
 
-async def test_many_environments_are_not_introduced_one_by_one(tmp_path, launchdarkly):
-    """Their number is enough."""
+async def test_many_environments_are_not_logged_one_by_one(tmp_path, launchdarkly):
+    """Only their number is logged."""
     more = {f"LD_ENV_e{n}": f"sdk-{n:04}-environment" for n in range(20)}
     async with relay_of(launchdarkly, tmp_path, **more, DATA_SOURCE="polling",
                         BASE_URI=launchdarkly.url) as relay:  # fmt: skip
@@ -456,7 +454,7 @@ async def test_many_environments_are_not_introduced_one_by_one(tmp_path, launchd
 
 
 async def test_a_port_in_use_is_an_error(tmp_path, flags):
-    """In the reference's words, in one line, with exit code 1."""
+    """In ld-relay's words, on one line, with exit code 1."""
     with closing(listen(0)) as taken:
         port = taken.getsockname()[1]
         done = await asyncio.to_thread(run, "--flags", str(flags), PORT=str(port))
@@ -468,7 +466,7 @@ async def test_a_port_in_use_is_an_error(tmp_path, flags):
 
 
 async def test_tls_is_served(tmp_path, flags):
-    """With the given certificate, from the given version on; `relay health` asks over TLS."""
+    """With the configured certificate and minimum version; `relay health` connects with TLS."""
     authority = trustme.CA()
     issued = authority.issue_cert("localhost")
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
@@ -492,7 +490,7 @@ async def test_tls_is_served(tmp_path, flags):
 
 @pytest.fixture
 def configured(tmp_path, flags) -> tuple[Path, int]:
-    """A file that says where and how to serve, and its port."""
+    """Path of a file that configures the server and its flags file, and the port."""
     issued = trustme.CA().issue_cert("relay.example.com")
     issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
     issued.private_key_pem.write_to_path(tmp_path / "key.pem")
@@ -504,8 +502,8 @@ def configured(tmp_path, flags) -> tuple[Path, int]:
     return file, port
 
 
-async def test_health_asks_what_is_served(tmp_path, configured, monkeypatch):
-    """Port and TLS stand in the file alone; it asks with TLS, and without a line in the log."""
+async def test_health_finds_the_port_and_scheme_of_the_server(tmp_path, configured, monkeypatch):
+    """Port and TLS are set in a file only; the check uses TLS and is not logged."""
     file, port = configured
     relay = RelayProcess(tmp_path, "--config", str(file))
     relay.port = port
@@ -544,14 +542,14 @@ class Contained(RelayProcess):
 
 @pytest.fixture
 def containers() -> None:
-    """The test needs the right to make namespaces."""
+    """Skip the test without the right to create namespaces."""
     if subprocess.run([*CONTAINER, LOOPBACK], check=False, capture_output=True).returncode:
         pytest.skip("no containers here")
 
 
 @pytest.mark.usefixtures("containers")
-async def test_health_asks_what_the_container_runs(tmp_path, configured):
-    """Its command need not read the variables of the image, such as PORT."""
+async def test_health_finds_the_relay_of_its_container(tmp_path, configured):
+    """The relay's command need not read the image's variables, such as PORT."""
     file, port = configured
     relay = Contained(tmp_path, "--config", str(file))
     await relay.spawn()
@@ -565,8 +563,8 @@ async def test_health_asks_what_the_container_runs(tmp_path, configured):
         await relay.kill()
 
 
-async def test_health_tells_by_its_exit_code(tmp_path, launchdarkly):
-    """0 for a relay that is ready; 1 and one line for one that is not, or not there."""
+async def test_health_reports_by_its_exit_code(tmp_path, launchdarkly):
+    """0 for a relay that is ready; 1 and one line for one that is not ready or not there."""
     await launchdarkly.stop()
     async with relay_of(launchdarkly, tmp_path) as relay:
         asked = await asyncio.to_thread(run, "health", PORT=str(relay.port))
@@ -582,7 +580,7 @@ async def test_health_tells_by_its_exit_code(tmp_path, launchdarkly):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_ends_it_at_any_moment(tmp_path, flags, number):
-    """Also while it is still being put together; the exit code is 0, and nothing is complained of."""
+    """Also during startup; the exit code is 0, and nothing is logged as an error."""
     relay = RelayProcess(tmp_path, "--flags", str(flags))
     for text in ("Starting server listening", "Initialized"):
         await relay.spawn()
@@ -594,7 +592,7 @@ async def test_a_signal_ends_it_at_any_moment(tmp_path, flags, number):
 
 
 async def test_a_hangup_ends_nothing(tmp_path, flags):
-    """A relay without a reload says so in one line, whenever it comes: from the beginning on."""
+    """The relay cannot reload, and says so on one line at any time, from the beginning on."""
     relay = RelayProcess(tmp_path, "--flags", str(flags), LOG_FORMAT="json")
     await relay.spawn()
     await relay.until(lambda: "Starting LaunchDarkly relay" in relay.log)
@@ -617,8 +615,8 @@ async def test_a_hangup_ends_nothing(tmp_path, flags):
 @pytest.mark.parametrize(
     "arguments", [["sync"], ["check"], ["eval"], [], ["serve"], ["--from-env"]]
 )
-def test_a_hangup_comes_as_early_as_it_may(arguments, monkeypatch):
-    """What serves keeps it before it imports anything; what ends by itself is ended by it."""
+def test_a_hangup_may_come_before_the_imports(arguments, monkeypatch):
+    """A server blocks the signal before it imports anything; other commands are ended by it."""
     program = (
         "import os, signal, sys, relay.__main__ as program\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs tests may ignore it\n"
@@ -638,8 +636,8 @@ def test_a_hangup_comes_as_early_as_it_may(arguments, monkeypatch):
 # One-shot runs
 
 
-async def test_a_one_shot_run_fills_the_database_and_ends(tmp_path, launchdarkly):
-    """Everything is there when the process has ended with 0; nothing was served."""
+async def test_a_one_shot_run_fills_the_database_and_exits(tmp_path, launchdarkly):
+    """With exit code 0 all data are stored; nothing was served."""
     folder = tmp_path / "redis"
     folder.mkdir()
     with RedisServer(folder) as redis:
@@ -659,7 +657,7 @@ UNSUCCESSFUL = "Unable to create relay: one or more environments failed to initi
 
 @pytest.mark.parametrize("ignore", [True, False])
 async def test_a_one_shot_run_that_fails_says_so(tmp_path, launchdarkly, ignore):
-    """Exit code 1 after `initTimeout`; `ignoreConnectionErrors` makes a warning of the reason."""
+    """Exit code 1 after `initTimeout`; `ignoreConnectionErrors` makes the reason a warning."""
     launchdarkly.always(SDK_KEY, answers.stall)
     variables = {
         "EXIT_ALWAYS": "1",
@@ -689,7 +687,7 @@ async def test_a_one_shot_run_needs_the_database(tmp_path, launchdarkly):
 
 
 async def test_a_one_shot_run_may_end_at_the_first_error(tmp_path, launchdarkly):
-    """`exitOnError`: a refused key ends it, though another environment is still waited for."""
+    """With `exitOnError` a rejected key ends it, although another environment is still pending."""
     launchdarkly.always("sdk-late", answers.stall)
     variables = {"LD_ENV_late": "sdk-late", "LD_ENV_refused": "sdk-refused", "INIT_TIMEOUT": "60s"}
     relay = relay_of(launchdarkly, tmp_path, EXIT_ALWAYS="1", EXIT_ON_ERROR="1", **variables)
@@ -701,8 +699,8 @@ async def test_a_one_shot_run_may_end_at_the_first_error(tmp_path, launchdarkly)
     assert relay.log.endswith(UNSUCCESSFUL)
 
 
-async def test_a_one_shot_run_can_be_ended(tmp_path, launchdarkly):
-    """By a signal, without a traceback, and not with success."""
+async def test_a_one_shot_run_can_be_interrupted(tmp_path, launchdarkly):
+    """By a signal, without a traceback, with an exit code other than 0."""
     launchdarkly.always(SDK_KEY, answers.stall)
     relay = relay_of(launchdarkly, tmp_path, EXIT_ALWAYS="1", INIT_TIMEOUT="60s")
     await relay.spawn()
@@ -715,7 +713,7 @@ async def test_a_one_shot_run_can_be_ended(tmp_path, launchdarkly):
 
 
 async def test_log_lines_can_be_objects(tmp_path, launchdarkly):
-    """One for each line, with time, level, message, and the environment where there is one."""
+    """One JSON object per line, with time, level, message, and environment if there is one."""
     await launchdarkly.stop()
     async with relay_of(launchdarkly, tmp_path, LOG_FORMAT="json", INIT_TIMEOUT="100ms") as relay:
         await relay.said("Error initializing")
@@ -731,7 +729,7 @@ async def test_log_lines_can_be_objects(tmp_path, launchdarkly):
 
 
 async def test_the_level_decides_what_is_logged(tmp_path, launchdarkly):
-    """`none` is nothing at all, whatever happens; `debug` tells of each request."""
+    """`none` logs nothing, whatever happens; `debug` logs every request."""
     levels = ("none", "debug")
     for level in levels:
         (tmp_path / level).mkdir()
@@ -749,7 +747,7 @@ async def test_the_level_decides_what_is_logged(tmp_path, launchdarkly):
 
 
 async def test_no_secret_is_ever_printed(tmp_path, launchdarkly):
-    """Not in debug lines, errors of proxy, database and LaunchDarkly, health or `/status`."""
+    """Not in debug lines, errors of proxy, database or LaunchDarkly, health or `/status`."""
     folder = tmp_path / "redis"
     folder.mkdir()
     with RedisServer(folder, requirepass="another") as redis:
@@ -761,8 +759,8 @@ async def test_no_secret_is_ever_printed(tmp_path, launchdarkly):
             variables = {**SECRETS, **places, **stores, **more}
             for name in left_out.split():
                 del variables[name]
-            given = unquote(" ".join(variables.values()))
-            hidden = [text for text in HIDDEN if unquote(text) in given]
+            values = unquote(" ".join(variables.values()))
+            hidden = [text for text in HIDDEN if unquote(text) in values]
             async with relay_of(launchdarkly, tmp_path, **variables) as relay:
                 await relay.said("Error initializing LaunchDarkly client", 1 if left_out else 2)
                 await relay.said("is unavailable: the server refuses user or password", 2)
@@ -774,7 +772,7 @@ async def test_no_secret_is_ever_printed(tmp_path, launchdarkly):
 
 
 async def everything_asked(relay: RelayProcess, hidden: Iterable[str]) -> str:
-    """Ask with each secret, in each place where a request may have one; return what is public."""
+    """Send each secret in each place where a request may have one; return the public responses."""
     for secret in hidden:
         for path in (
             "/sdk/flags",

@@ -1,4 +1,4 @@
-"""Code, `config/relay.conf` and docs are in step; and no secret is ever printed."""
+"""Code, `config/relay.conf` and docs agree, and no secret is ever printed."""
 
 import re
 from dataclasses import replace
@@ -27,21 +27,21 @@ def from_file(path: Path, text: str, **variables: str) -> Config:
 
 
 def uncommented() -> str:
-    """The text of the file with every section and every option in force."""
+    """Return the text of the file with every section and every option in effect."""
     return re.sub(r"(?m)^#(?=\[|\w+ = )", "", reference())
 
 
-def test_the_file_is_in_step_with_the_code() -> None:
-    """What is declared is what `config/relay.conf` shows."""
+def test_the_file_agrees_with_the_code() -> None:
+    """`config/relay.conf` shows exactly the declared options."""
     assert (ROOT / "config/relay.conf").read_text() == reference(), RENEW
 
 
-def test_the_page_is_in_step_with_the_code() -> None:
-    """What is declared is what the table shows."""
+def test_the_page_agrees_with_the_code() -> None:
+    """The table shows exactly the declared options."""
     marked = "<!-- configuration table -->\n(.*?)<!-- end -->"
-    found = re.search(marked, (ROOT / "docs/configuration.md").read_text(), re.DOTALL)
-    assert found
-    assert found[1] == table(), RENEW
+    match = re.search(marked, (ROOT / "docs/configuration.md").read_text(), re.DOTALL)
+    assert match
+    assert match[1] == table(), RENEW
 
 
 def test_the_file_as_it_is_changes_nothing(tmp_path: Path) -> None:
@@ -50,22 +50,22 @@ def test_the_file_as_it_is_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_every_option_of_the_file_can_be_uncommented(tmp_path: Path) -> None:
-    """Each is well written, of its type, and the default where it has one."""
+    """Each has a value of its type: the default, if it has one."""
     path = tmp_path / "relay.conf"
     path.write_text(uncommented())
-    given = loading._RawOptions()
-    loading._read_file(given, str(path), allow_missing=False)
-    assert given.problems == []
-    assert len(given.values) == len(ALL)
+    raw = loading._RawOptions()
+    loading._read_file(raw, str(path), allow_missing=False)
+    assert raw.problems == []
+    assert len(raw.values) == len(ALL)
     for option in ALL:
         name = {"Environment": "Production", "Filters": "shop"}.get(option.section)
-        value = given.values[option.section, name, option.attribute]
+        value = raw.values[option.section, name, option.attribute]
         assert value == option.default or (option.example and not option.default), option
 
 
 @pytest.mark.parametrize("option", ALL, ids=lambda option: f"{option.section}.{option.name}")
-def test_every_option_is_told_of(option: Option) -> None:
-    """By a sentence, in the file with its variable, and in docs/configuration.md."""
+def test_every_option_is_documented(option: Option) -> None:
+    """It has a help sentence, and is in the file with its variable, and in docs/configuration.md."""
     assert re.fullmatch(r"[A-Z`].*\.", option.help)
     assert re.search(rf"(?m)^#{option.name} = .+$", reference())
     assert option.variable in reference()
@@ -78,8 +78,8 @@ def test_the_table_is_a_table() -> None:
     assert {line.count("|") for line in rows} == {6}
 
 
-def test_what_was_given_stands_with_its_source(tmp_path: Path) -> None:
-    """Defaults are commented out, so that both can be told apart."""
+def test_options_that_were_set_carry_their_source(tmp_path: Path) -> None:
+    """Defaults are commented out."""
     path = tmp_path / "relay.conf"
     text = '[Main]\nport = 9000\n[Environment "Shop"]\nsdkKey = sdk-5ca1ab1e-a001\n'
     shown = effective(from_file(path, text, LD_ENV_b="k", LD_TTL_b="90s", LD_PREFIX_b="a;b"))
@@ -105,14 +105,14 @@ def test_warnings_come_last() -> None:
 
 
 def test_the_url_of_redis_is_shown_as_it_is_used() -> None:
-    """Host and port are not shown beside what they have become."""
+    """Host and port are not shown, since they are merged into the URL."""
     shown = effective(load("", True, False, {"USE_REDIS": "1", "REDIS_PORT": "tcp://h:1"}))
     assert re.search(r"(?m)^url = redis://h:1 +# REDIS_PORT$", shown)
     assert "host =" not in shown
 
 
-def test_what_is_shown_is_a_file_of_the_same_meaning(tmp_path: Path) -> None:
-    """But for secrets, which are masked."""
+def test_the_output_is_a_file_of_the_same_meaning(tmp_path: Path) -> None:
+    """Except for secrets, which are masked."""
     variables = {
         "USE_REDIS": "1",
         "REDIS_HOST": "h",
@@ -142,7 +142,7 @@ def test_what_is_shown_is_a_file_of_the_same_meaning(tmp_path: Path) -> None:
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
 def test_quoting_is_undone_by_reading(text: str) -> None:
-    """Whatever a value holds, a file can hold it."""
+    """A file can contain any value."""
     assert parse(f"[a]\nb = {quoted(text)} # c\nd = e")[1].value == text
 
 
@@ -151,7 +151,7 @@ secret_texts = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_
 
 @given(st.data())
 def test_no_secret_is_ever_printed(data: st.DataObject) -> None:
-    """Not a key, not a password, not one within a URL; and all are known to the log's mask."""
+    """Keys and passwords, also those in URLs, are masked, and known to the log's mask."""
     parts = [f"7{i}{data.draw(secret_texts)}" for i in range(9)]
     variables = {
         "LD_ENV_a": parts[0],
@@ -168,7 +168,7 @@ def test_no_secret_is_ever_printed(data: st.DataObject) -> None:
         "LD_PREFIX_b": "b",
     }
     config = load("", True, False, variables)
-    shown = effective(config) + repr(config.given)
+    shown = effective(config) + repr(config.sources)
     for part in parts:
         assert part not in shown
         assert any(part in secret for secret in secrets(config))
@@ -178,7 +178,7 @@ def test_no_secret_is_ever_printed(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("option", [o for o in ALL if o.type is SECRET], ids=lambda o: o.variable)
 def test_no_secret_is_printed_when_others_are_wrong(option: Option) -> None:
-    """Problems name options, not what they hold."""
+    """Problems name options, never their values."""
     name = "a" if option.variable.endswith("_") else ""
     variables = {option.variable + name: "hush-hush", "PORT": "x", "LD_ENV_b": ""}
     with pytest.raises(ConfigError) as caught:
@@ -194,20 +194,20 @@ def test_no_secret_is_printed_when_others_are_wrong(option: Option) -> None:
         ("redis://h?password=hush&db=1", "redis://h?password=********&db=********"),
     ],
 )
-def test_parts_of_a_url_that_could_tell_are_masked(url: str, shown: str) -> None:
-    """What an address tells beside the address."""
+def test_secret_parts_of_a_url_are_masked(url: str, shown: str) -> None:
+    """Passwords and query values are masked; host, port and user name are not."""
     config = load("", True, False, {"USE_REDIS": "1", "REDIS_URL": url})
     assert f"url = {shown}" in effective(config)
 
 
 def test_short_words_in_urls_do_not_get_lost() -> None:
-    """The user of a URL is no secret for the log: his name may be an ordinary word."""
+    """The user name in a URL is not masked in logs: it may be an ordinary word."""
     variables = {"USE_REDIS": "1", "REDIS_URL": "redis://default:hush@h?password=hush2"}
     assert secrets(load("", True, False, variables)) == ("hush", "hush2")
 
 
 @pytest.mark.parametrize("url", ["redis://alone@h:1", "redis://:alone@h:1", "redis://:alone@h/1"])
 def test_a_password_in_a_url_is_found_wherever_it_stands(url: str) -> None:
-    """To Redis, what stands alone before the `@` is one."""
+    """Redis takes user information without a colon for a password."""
     config = load("", True, False, {"LD_ENV_a": "sdk-1", "USE_REDIS": "1", "REDIS_URL": url})
     assert "one" not in effective(config)

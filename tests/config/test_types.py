@@ -1,4 +1,4 @@
-"""What stands around a value is taken off; what is left is checked by what the value is."""
+"""Values are stripped, then validated by their type."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from relay.model.credential import Secret
 from relay.model.text import header_value, one_line
 
 AROUND = ["{}\n", "{}\r\n", " {}", "\t{} ", "\ufeff{}", "{}\u00a0", "\u200b{}\u2028", " \n{}\x85\n"]
-"""What Secrets, YAML blocks and editors add."""
+"""Characters that Kubernetes secrets, YAML blocks and editors add."""
 
 
 @pytest.mark.parametrize("around", AROUND)
@@ -29,10 +29,10 @@ AROUND = ["{}\n", "{}\r\n", " {}", "\t{} ", "\ufeff{}", "{}\u00a0", "\u200b{}\u2
         (types.ORIGINS, "https://a,https://b", ("https://a", "https://b")),
     ],
 )
-def test_what_nobody_sees_is_taken_off(around, kind, text, value):
-    """Blanks, line ends, byte order marks and the like, around values of all types."""
-    found = kind.parse(around.format(text))
-    assert (found.reveal() if isinstance(found, Secret) else found) == value
+def test_invisible_characters_around_a_value_are_stripped(around, kind, text, value):
+    """Blanks, line ends, byte order marks and the like, for all types."""
+    parsed = kind.parse(around.format(text))
+    assert (parsed.reveal() if isinstance(parsed, Secret) else parsed) == value
 
 
 @pytest.mark.parametrize("around", AROUND)
@@ -45,14 +45,14 @@ def test_what_nobody_sees_is_taken_off(around, kind, text, value):
         (types.LIST, ("a", "b")),
     ],
 )
-def test_what_nobody_sees_is_taken_off_members_of_lists(around, kind, members):
-    """The second origin of `a, b` is allowed like the first."""
+def test_invisible_characters_around_list_members_are_stripped(around, kind, members):
+    """The second origin of `a, b` is as good as the first."""
     assert kind.parse(",".join(map(around.format, members))) == members
 
 
 @pytest.mark.parametrize("text", ['"{}"', "'{}'", '" {}\n"', '"{}"\n'])
-def test_quotation_marks_that_cannot_be_meant_are_taken_off(text):
-    """As a file of variables brings them, which Docker does not interpret."""
+def test_quotation_marks_around_a_value_are_stripped(text):
+    """Docker does not interpret them in env files."""
     assert types.KEY.parse(text.format("sdk-1")).reveal() == "sdk-1"
     assert types.INTEGER.parse(text.format("1")) == 1
     assert types.HTTP_URI.parse(text.format("http://h")) == "http://h"
@@ -60,8 +60,8 @@ def test_quotation_marks_that_cannot_be_meant_are_taken_off(text):
     assert types.ORIGINS.parse('"http://a","http://b"') == ("http://a", "http://b")
 
 
-def test_quotation_marks_that_may_be_meant_stay():
-    """In passwords and other free text."""
+def test_quotation_marks_in_free_text_are_kept():
+    """They may belong to passwords and other free text."""
     assert types.SECRET.parse('"x"').reveal() == '"x"'
     assert types.STRING.parse('"x"\n') == '"x"'
 
@@ -99,8 +99,8 @@ def test_quotation_marks_that_may_be_meant_stay():
         (types.ORIGINS, "https://a\r\nx: y", "no browser has the origin"),
     ],
 )
-def test_what_cannot_be_right_is_refused(kind, text, words):
-    """The sentence says what is wrong, and repeats no credential."""
+def test_invalid_values_are_rejected(kind, text, words):
+    """The message states the reason, and repeats no credential."""
     with pytest.raises(ValueError, match=r"\S") as caught:
         kind.parse(text)
     assert words in str(caught.value)
@@ -128,19 +128,19 @@ def test_what_cannot_be_right_is_refused(kind, text, words):
         ("chrome-extension://abcdef", "chrome-extension://abcdef"),
     ],
 )
-def test_origins_are_written_as_browsers_write_them(text, origin):
-    """Else they could never match. `*`, `null` and those of programs are as they were."""
+def test_origins_are_normalised_to_the_form_of_browsers(text, origin):
+    """Otherwise they would never match. `*`, `null` and origins of apps stay as they are."""
     assert types.ORIGINS.parse(text) == (origin,)
 
 
-def test_members_without_a_value_do_not_count():
-    """As a comma at the end makes one; whoever judges filters wants to see them."""
+def test_empty_list_members_are_dropped():
+    """A trailing comma makes one; only lists validated elsewhere keep them."""
     assert types.ORIGINS.parse("https://a,, ") == ("https://a",)
     assert types.LIST.parse("a, ,b") == ("a", "", "b")
 
 
 def test_a_text_fits_in_a_line_and_in_a_header():
-    """Line ends of all kinds are shown in a line, and are blanks in a header."""
+    """Line ends are escaped in a log line, and become blanks in a header."""
     assert one_line("a\r\n\t\x1b\x85\u2028\u202e\udce9ü") == (
         "a\\r\\n\\t\\x1b\\x85\\u2028\\u202e\\xe9ü"
     )
