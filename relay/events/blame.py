@@ -52,7 +52,7 @@ class Evidence:
         """Return whether the batch was rejected before, or the batch it is a half of."""
         return batch in self._accepted_before
 
-    def take(self, batch: str) -> None:
+    def accept(self, batch: str) -> None:
         """Record that upstream has accepted a batch."""
         self.accepting = True
         self._accepted += 1

@@ -447,14 +447,12 @@ class Forwarder:
         step = next_step(attempt.status, batch.payloads, int(evidence.knows(batch_id)))
         if step is Step.DONE:
             await self._finish(batch)
-            evidence.take(batch_id)
+            evidence.accept(batch_id)
             state.suspects.pop(batch_id, None)
             self._end_outage(batch.partition)
-        elif step in (Step.AGAIN, Step.REFUSED):
+        elif step in (Step.RETRY, Step.REFUSED):
             self._counts[batch.partition.environment].retried += 1
-            if (
-                attempt.status == BAD_REQUEST
-            ):  # logged only if it turns out to be no payload's fault
+            if attempt.status == BAD_REQUEST:  # no outage yet: a payload may be bad
                 evidence.doubt(batch_id)
             else:
                 self._begin_outage(batch.partition, attempt.reason)
@@ -500,7 +498,7 @@ class Forwarder:
         self._report(f"set aside, as {fate}", batch.partition.environment, payloads)
 
     def _delay(self, step: Step, attempt: _Attempt, failures: int) -> float:
-        """Return the seconds to wait after a step that follows as many of the same kind."""
+        """Return the seconds to wait after a step, given the number of equal steps before it."""
         if step is Step.DONE:
             return min(self._timings.between, attempt.took)
         if step is Step.SPLIT:
@@ -535,7 +533,7 @@ class Forwarder:
         self._report("given up, as there is no room or they are too old", environment, payloads)
 
     def _report(self, fate: str, environment: str, payloads: int) -> None:
-        """Count losses; log what has accumulated every `REPORT_EVERY` seconds at most."""
+        """Count losses, and log their sums at most every `REPORT_EVERY` seconds."""
         self._unreported[fate, environment] += payloads
         if time.monotonic() >= self._report_at:
             self._report_all()

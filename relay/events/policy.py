@@ -69,7 +69,7 @@ class Step(Enum):
     """Next step after an attempt to deliver a batch."""
 
     DONE = auto()
-    AGAIN = auto()
+    RETRY = auto()
     REFUSED = auto()
     SPLIT = auto()
     REJECT = auto()
@@ -99,12 +99,12 @@ def next_step(status: int | None, payloads: int, failures: int) -> Step:
     """
     # Proxies answer 400 for reasons of their own; like ld-relay, retry it once.
     if status is None or status in RETRYABLE_4XX or (status == BAD_REQUEST and failures == 0):
-        return Step.AGAIN
+        return Step.RETRY
     if status == TOO_LARGE or (status == BAD_REQUEST and payloads > 1):
         return Step.SPLIT
     if status == BAD_REQUEST:
         return Step.REJECT
-    return _STEP_BY_CLASS.get(status // 100, Step.AGAIN)
+    return _STEP_BY_CLASS.get(status // 100, Step.RETRY)
 
 
 def target(partition: Partition, spec: EnvironmentSpec | None) -> tuple[str, dict[str, str]] | None:

@@ -17,7 +17,7 @@ def judged(story):
     evidence, rejections = Evidence(), 0
     for number, step in enumerate(story):
         if step == "+":
-            evidence.take(f"good {number}")
+            evidence.accept(f"good {number}")
         elif step == "*":
             evidence.doubt(f"batch {number}")
         elif step == "/":
@@ -70,7 +70,7 @@ def test_an_outage_is_several_rejected_and_none_accepted():
         assert not evidence.reject(payload)
         assert evidence.outage is outage
         assert not evidence.accepting
-    evidence.take("good")
+    evidence.accept("good")
     assert not evidence.outage
     assert evidence.accepting
 
@@ -82,7 +82,7 @@ def test_the_number_of_known_batches_is_bounded(monkeypatch):
     for number in range(5):
         evidence.doubt(str(number))
     assert [number for number in range(5) if evidence.knows(str(number))] == [2, 3, 4]
-    evidence.take("4")
+    evidence.accept("4")
     assert not evidence.knows("4")
 
 
@@ -93,5 +93,5 @@ def test_a_debugger_shows_the_verdict():
     for payload in "xy":
         evidence.reject(payload)
     assert repr(evidence) == "<Evidence: outage, 2 known rejections>"
-    evidence.take("good")
+    evidence.accept("good")
     assert repr(evidence) == "<Evidence: accepting, 2 known rejections>"

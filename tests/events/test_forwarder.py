@@ -94,10 +94,10 @@ def events(posts):
     ("status", "payloads", "failures", "step"),
     [
         *((status, 3, 0, Step.DONE) for status in (200, 202, 204)),
-        *((status, 3, 0, Step.AGAIN) for status in (None, 301, 307, 407, 408, 429, 500, 503, 599)),
+        *((status, 3, 0, Step.RETRY) for status in (None, 301, 307, 407, 408, 429, 500, 503, 599)),
         *((status, 3, 0, Step.REFUSED) for status in (401, 402, 403, 404, 405, 410, 418)),
         *((413, payloads, failures, Step.SPLIT) for payloads in (1, 3) for failures in (0, 1)),
-        *((400, payloads, 0, Step.AGAIN) for payloads in (1, 3)),
+        *((400, payloads, 0, Step.RETRY) for payloads in (1, 3)),
         (400, 3, 1, Step.SPLIT),
         (400, 1, 1, Step.REJECT),
     ],
@@ -453,7 +453,7 @@ async def test_a_payload_that_is_rejected_with_nothing_to_compare_is_kept(upstre
         assert caplog.text.count("cannot be delivered") == 1
 
 
-async def test_a_suspect_does_not_delay_later_posts(upstream):
+async def test_a_suspect_does_not_delay_later_payloads(upstream):
     """However long the delay until the suspect's next attempt."""
     upstream.always(KEY, answers.rejecting(b"666", 413))
     timings = ForwarderTimings(
@@ -894,7 +894,7 @@ async def test_an_acknowledgement_is_delayed_until_a_batch_is_done(upstream):
         early = [forwarder.accept(large(n)) for n in range(5)]
         assert all(each.done() for each in early)
         delayed = [forwarder.accept(large(n)) for n in range(5, 7)]
-        await upstream.posted(1)  # nobody waits for the flush interval either
+        await upstream.posted(1)  # the flush interval is skipped, too
         assert not any(each.done() for each in delayed)
         gate.set()
         assert await asyncio.gather(*delayed) == [True, True]

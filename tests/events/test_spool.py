@@ -559,7 +559,7 @@ async def test_evictions_are_reported():
         assert bodies(left)[-1] == payload(19, size=1000).body
 
 
-def test_unused_space_is_given_back(tmp_path):
+def test_unused_space_is_returned(tmp_path):
     """After a long outage of upstream the file shrinks again."""
     store = DiskStore(str(tmp_path / "events.db"), LIMITS)
     stored(store, *(payload(n, size=50_000) for n in range(200)))
@@ -825,7 +825,7 @@ async def test_a_cancelled_append_keeps_its_payload():
         assert bodies(await drained(spool)) == [payload(1).body, payload(2).body]
 
 
-async def test_one_synchronisation_serves_many_posts(tmp_path):
+async def test_one_synchronisation_serves_many_payloads(tmp_path):
     """Payloads that arrive together share transactions."""
     async with opened(tmp_path) as spool:
         commits = []

@@ -372,7 +372,7 @@ def test_contexts_stay_known_while_the_clock_is_corrected():
         assert introduced(contexts, "a", now=NOW + jump * 86_400_000) == []
 
 
-def test_kinds_are_told_apart():
+def test_kinds_are_distinguished():
     """A user whose key looks like another kind's context is somebody else."""
     contexts = Contexts()
     org = feature(context={"kind": "org", "key": "x"})
