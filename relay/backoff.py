@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-JITTER = 0.5
+MAX_JITTER = 0.5
 """Maximum share of a delay subtracted at random, so that relays do not retry all at once."""
 
 REFUSED_DELAY = 5.0
@@ -81,7 +81,7 @@ class Backoff:
         if self._healthy_since is not None:
             self._forget_failures(now - self._healthy_since)
         delay = self._next_refused_delay() if refused else self._next_delay()
-        return delay * (1 - JITTER * chance)
+        return delay * (1 - MAX_JITTER * chance)
 
     def set_first_delay(self, milliseconds: int | None) -> None:
         """Set the first delay to a stream's `retry:` value, within the configured bounds."""

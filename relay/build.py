@@ -206,10 +206,10 @@ def _mirrors(
 
         yield SnapshotMirror(Path(config.main.snapshot_dir), spec.sdk_key, log)
     if config.redis:
-        from relay.stores.mirror import ONCE, DatabaseMirror, MirrorTimings
+        from relay.stores.mirror import SINGLE_RUN, DatabaseMirror, MirrorTimings
         from relay.stores.redis.store import RedisStore
 
         store = RedisStore(config.redis, spec.prefix)
         log.info("Using Redis data store: %s with prefix: %s", store.server, store.prefix)
-        timings = ONCE if config.main.exit_always else MirrorTimings()
+        timings = SINGLE_RUN if config.main.exit_always else MirrorTimings()
         yield DatabaseMirror(store, "redis", source.resync, log, timings)

@@ -19,7 +19,7 @@ from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.sources import DataSource, Interrupted, Update
 from relay.stores import DataStore
-from relay.stores.mirror import ONCE, DatabaseMirror
+from relay.stores.mirror import SINGLE_RUN, DatabaseMirror
 from relay.telemetry.log import Log
 
 LAST_RECHECK_TIMEOUT = 3.0
@@ -259,7 +259,7 @@ class _Run:
         running = [asyncio.create_task(self._listen())]
         if not self._options.dry_run:
             self._mirror = DatabaseMirror(
-                target.store, "redis", target.source.resync, target.log, ONCE
+                target.store, "redis", target.source.resync, target.log, SINGLE_RUN
             )
             running.append(asyncio.create_task(self._mirror.run()))
         done = asyncio.create_task(self._wait_done())

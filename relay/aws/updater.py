@@ -220,7 +220,7 @@ def _synchronise(config: Config, notice: ChangeNotice, deadline: float) -> dict[
     from relay.sync import SyncOptions, synchronise
 
     session, targets = sync_targets(config)
-    affected = notice.concerning(target.spec for target in targets)
+    affected = notice.affected(target.spec for target in targets)
     seconds = max(MIN_DURATION, deadline - time.monotonic())
 
     def is_seen(name: str, payload: Payload, changes: SyncChanges) -> bool:

@@ -25,7 +25,7 @@ from relay.events.spool import Spool
 from relay.events.store import MAX_BATCH, PAYLOAD_OVERHEAD, Backlog, Batch, half_ids
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import EventPayload, EventsEndpoint, Partition, Receipt
-from relay.protocol.events import is_well_formed, joined
+from relay.protocol.events import is_well_formed, join_arrays
 from relay.protocol.urls import join
 from relay.telemetry.log import Log, environment_log
 
@@ -571,4 +571,4 @@ def _pack(bodies: Sequence[bytes], *, checked: bool) -> bytes | _Attempt:
     unclear = None in verdicts and len(bodies) > 1
     if malformed or unclear:
         return _Attempt(None, "", malformed=malformed, unclear=unclear)
-    return igzip.compress(bodies[0] if len(bodies) == 1 else joined(bodies), LEVEL)
+    return igzip.compress(bodies[0] if len(bodies) == 1 else join_arrays(bodies), LEVEL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from relay.backoff import JITTER, LONGEST_REFUSED_DELAY, REFUSED_DELAY
+from relay.backoff import LONGEST_REFUSED_DELAY, MAX_JITTER, REFUSED_DELAY
 from relay.errors import RETRYABLE_4XX
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import Partition
@@ -42,7 +42,7 @@ class Backoff:
         if refused:
             first, growth, longest = self.refused, 2.0, self.longest_refused
         full: float = min(longest, first * growth ** min(failures, 100))  # or floats overflow
-        return full * (1 - JITTER * chance)
+        return full * (1 - MAX_JITTER * chance)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from relay.errors import InvalidData
 from relay.model.item import Item
 
 SUMMARY_SCHEMA = 4
-"""Schema of the events that `summarised` returns."""
+"""Schema of the events that `summarise` returns."""
 
 MAX_CONTEXTS = 1000
 """Maximum number of remembered contexts; as in ld-relay."""
@@ -77,7 +77,7 @@ def _replace_lone_surrogates(body: bytes) -> bytes:
     return _ESCAPE.sub(lambda m: b"\\ufffd" if m["lone"] else m[0], body)
 
 
-def joined(bodies: Iterable[bytes]) -> bytes:
+def join_arrays(bodies: Iterable[bytes]) -> bytes:
     """Return one array of the elements of several, in order, with their bytes unchanged.
 
     Args:
@@ -132,7 +132,7 @@ Flags = Callable[[str], Item | None]
 """Function that returns a flag by its key; None if there is none."""
 
 
-class Summarised(NamedTuple):
+class Summary(NamedTuple):
     """Result of summarising a payload.
 
     Args:
@@ -144,7 +144,7 @@ class Summarised(NamedTuple):
     dropped: Mapping[str, int]
 
 
-def summarised(
+def summarise(
     body: bytes,
     schema: int,
     flags: Flags,
@@ -152,7 +152,7 @@ def summarised(
     *,
     now: int,
     server_time: int,
-) -> Summarised:
+) -> Summary:
     """Convert the events of a payload to the current schema, and count its evaluations.
 
     Args:
@@ -168,7 +168,7 @@ def summarised(
     try:
         events = _elements(body)
     except InvalidData as e:
-        return Summarised(None, {e.reason: 1})
+        return Summary(None, {e.reason: 1})
     for event in events:
         try:
             summariser.add(event)
@@ -179,7 +179,7 @@ def summarised(
         except RecursionError:
             summariser.dropped["nested too deeply"] += 1
     output = summariser.output()
-    return Summarised(msgspec.json.encode(output) if output else None, summariser.dropped)
+    return Summary(msgspec.json.encode(output) if output else None, summariser.dropped)
 
 
 def _elements(body: bytes) -> list[Raw]:
@@ -343,12 +343,12 @@ class _FlagCounters:
 
 
 class _Summariser:
-    """Builds the output of `summarised` from the events of one payload.
+    """Builds the output of `summarise` from the events of one payload.
 
     Args:
         schema: schema of the payload.
-        flags: as in `summarised`.
-        contexts: as in `summarised`.
+        flags: as in `summarise`.
+        contexts: as in `summarise`.
         now: our clock in Unix milliseconds.
         debug_now: the later one of our clock and upstream's, in Unix milliseconds.
     """

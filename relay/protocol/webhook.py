@@ -65,9 +65,7 @@ class ChangeNotice:
     id: str
     resources: tuple[ChangedResource, ...] = ()
 
-    def concerning(
-        self, specs: Iterable[EnvironmentSpec]
-    ) -> dict[str, tuple[ChangedResource, ...]]:
+    def affected(self, specs: Iterable[EnvironmentSpec]) -> dict[str, tuple[ChangedResource, ...]]:
         """Return the environments to check, each with the changes to expect.
 
         If no resource belongs to any of them, the change may concern all (webhooks 12.2): then all

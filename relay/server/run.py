@@ -44,7 +44,7 @@ async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     relay = site.relay
     fast_path = FastPath(
-        relay, site.poll, options.limits, site.traffic, site.posts, evaluation=site.questions
+        relay, site.poll, options.limits, site.traffic, site.events, evaluation=site.evaluation
     )
     server = make_server(relay, site.app, options, fast_path)
     async with relay.upstream, asyncio.TaskGroup() as tasks:

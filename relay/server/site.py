@@ -29,8 +29,8 @@ class Site:
     """Application for metrics on a separate port."""
     background: Sequence[Callable[[], Coroutine[object, object, None]]] = ()
     """Coroutine functions that run as long as the server does."""
-    posts: EventsFastPath | None = None
-    questions: EvaluationResponder | None = None
+    events: EventsFastPath | None = None
+    evaluation: EvaluationResponder | None = None
 
 
 _log = logging.getLogger("relay")
@@ -80,9 +80,9 @@ def build_site(config: Config) -> Site:
     from relay.web.app import make_app, make_exporter  # noqa: PLC0415
     from relay.web.endpoints.evaluation import EvaluationHandler  # noqa: PLC0415
     from relay.web.endpoints.events import Discarder, EventsHandler  # noqa: PLC0415
-    from relay.web.endpoints.goals import Goals  # noqa: PLC0415
+    from relay.web.endpoints.goals import GoalsHandler  # noqa: PLC0415
     from relay.web.endpoints.polling import PollingHandler  # noqa: PLC0415
-    from relay.web.endpoints.webhooks import Webhooks  # noqa: PLC0415
+    from relay.web.endpoints.webhooks import WebhooksHandler  # noqa: PLC0415
     from relay.web.fastpath.evaluation import EvaluationFastPath  # noqa: PLC0415
     from relay.web.fastpath.events import EventsFastPath  # noqa: PLC0415
 
@@ -94,9 +94,9 @@ def build_site(config: Config) -> Site:
     acceptor = forwarder if config.environments else Discarder(traffic.discarded)
     events = EventsHandler(acceptor, config.events.max_inbound_payload_size, traffic.unusable)
     evaluation = EvaluationHandler(config.main.max_client_request_body_size)
-    goals = Goals(relay.fetch, config.main.client_side_base_uri)
+    goals = GoalsHandler(relay.fetch, config.main.client_side_base_uri)
     secrets = config.webhook.secrets
-    webhooks = Webhooks(relay.environments.values(), secrets) if secrets else None
+    webhooks = WebhooksHandler(relay.environments.values(), secrets) if secrets else None
     app = make_app(relay, polling, traffic, events, webhooks, evaluation=evaluation, goals=goals)
     exporter = make_exporter(relay, traffic, config.prometheus.prefix)
     background = (

@@ -20,7 +20,7 @@ NEVER = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
-class ConflictTimes:
+class ConflictTimings:
     """Delays in seconds, all greater than 0.
 
     Args:
@@ -89,7 +89,7 @@ class Conflicts:
         timings: delays.
     """
 
-    def __init__(self, timings: ConflictTimes = ConflictTimes()) -> None:
+    def __init__(self, timings: ConflictTimings = ConflictTimings()) -> None:
         self._timings = timings
         self._open: dict[Key, _Conflict] = {}
         self._doublings = 0

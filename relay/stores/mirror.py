@@ -23,7 +23,7 @@ from relay.errors import StoreUnavailable
 from relay.model.item import Item
 from relay.model.payload import EMPTY, Change, Payload
 from relay.stores import DataStore, Key, Stored, StoreState, StoreStatus, Versions
-from relay.stores.conflicts import NEVER, Conflicts, ConflictTimes, Verdict
+from relay.stores.conflicts import NEVER, Conflicts, ConflictTimings, Verdict
 from relay.telemetry.log import Log
 
 MAX_PENDING = 1000
@@ -49,10 +49,12 @@ class MirrorTimings:
     retry: float = 0.5
     longest_retry: float = 5.0
     finish: float = 2.0
-    conflicts: ConflictTimes = field(default_factory=ConflictTimes)
+    conflicts: ConflictTimings = field(default_factory=ConflictTimings)
 
 
-ONCE = MirrorTimings(conflicts=ConflictTimes(second_look=0.01, refresh=2.0, newer=NEVER, extra=2.0))
+SINGLE_RUN = MirrorTimings(
+    conflicts=ConflictTimings(second_look=0.01, refresh=2.0, newer=NEVER, extra=2.0)
+)
 """Delays of a run that ends when the database is up to date. Newer items stay: such a run does not
 know what earlier runs replaced. Items that only the database has are removed after the two seconds
 that LaunchDarkly's guide waits for its caches (webhooks 12.3)."""

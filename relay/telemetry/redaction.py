@@ -8,7 +8,7 @@ MASK_TAIL = 5
 """Number of a credential's last characters that a line shows (status 8.3)."""
 
 
-_CREDENTIAL = re.compile(r"\b(?:sdk|mob|rel|api)-[0-9A-Za-z-]+")
+CREDENTIAL = re.compile(r"\b(?:sdk|mob|rel|api)-[0-9A-Za-z-]+")
 
 
 def redact_url(target: str, *, has_context: bool = False) -> str:
@@ -23,9 +23,10 @@ def redact_url(target: str, *, has_context: bool = False) -> str:
     path, separator, _ = target.partition("?")
     if has_context:
         path = path.rpartition("/")[0] + "/{context}"
-    path = _CREDENTIAL.sub(lambda match: _masked(match[0]), path)
+    path = CREDENTIAL.sub(lambda match: mask_credential(match[0]), path)
     return path + "?{query}" if separator else path
 
 
-def _masked(credential: str) -> str:
+def mask_credential(credential: str) -> str:
+    """Return a credential for a log line: only its end."""
     return "*" + credential[-MASK_TAIL:]

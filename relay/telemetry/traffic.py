@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from relay.model.metrics import MetricValue
-from relay.telemetry.redaction import _CREDENTIAL, _masked
+from relay.telemetry.redaction import CREDENTIAL, mask_credential
 
 MAX_USER_AGENTS = 64
 """Maximum number of user agents with counts of their own: far more than a site has SDKs and their
@@ -103,4 +103,4 @@ def totals(counts: Mapping[Series, MetricValue]) -> Mapping[str, int]:
 def _printable(user_agent: bytes) -> str:
     """Return a user agent as printable text with masked credentials."""
     text = "".join(c if c.isprintable() else "?" for c in user_agent.decode("latin-1").strip())
-    return _CREDENTIAL.sub(lambda match: _masked(match[0]), text)
+    return CREDENTIAL.sub(lambda match: mask_credential(match[0]), text)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relay.streams.transport import StreamTransport, decode_chunks
-from relay.telemetry.redaction import _masked, redact_url
+from relay.telemetry.redaction import mask_credential, redact_url
 
 _log = logging.getLogger("relay.traffic")
 
@@ -28,13 +28,13 @@ def request_line(method: str, url: str, authorization: str, status: int, size: i
         size: bytes of the response body; None for a stream, which is logged when it opens.
     """
     end = "(streaming)" if size is None else f"bytes={size}"
-    auth = _masked(authorization) if authorization else "n/a"
+    auth = mask_credential(authorization) if authorization else "n/a"
     return f"Request: method={method} url={url} auth={auth} status={status} {end}"
 
 
 def closed_line(url: str, authorization: str, size: int) -> str:
     """Return the log line of a closed stream; arguments as in `request_line`."""
-    auth = _masked(authorization) if authorization else "n/a"
+    auth = mask_credential(authorization) if authorization else "n/a"
     return f"Stream closed: url={url} auth={auth} bytes={size}"
 
 

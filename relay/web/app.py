@@ -23,11 +23,11 @@ from relay.web.access_log import AccessLogMiddleware
 from relay.web.endpoints import metrics, status
 from relay.web.endpoints.evaluation import EvaluationHandler
 from relay.web.endpoints.events import EventsHandler
-from relay.web.endpoints.goals import Goals
+from relay.web.endpoints.goals import GoalsHandler
 from relay.web.endpoints.polling import PollingHandler
 from relay.web.endpoints.streams import STREAMS, ClientStreams, StreamResponse
 from relay.web.endpoints.webhooks import PATH as WEBHOOK
-from relay.web.endpoints.webhooks import Webhooks
+from relay.web.endpoints.webhooks import WebhooksHandler
 from relay.web.fastpath.events import BROWSERS, ROUTES
 from relay.web.middleware import PathNormalizationMiddleware, ServerErrorMiddleware
 from relay.web.responses import (
@@ -63,7 +63,7 @@ def _table(
     streams: ClientStreams,
     events: EventsHandler,
     evaluation: EvaluationHandler,
-    goals: Goals,
+    goals: GoalsHandler,
 ) -> Sequence[Row]:
     """Return the authenticated routes; the first match wins.
 
@@ -128,10 +128,10 @@ def make_app(
     polling: PollingHandler,
     traffic: RequestMetrics,
     events: EventsHandler | None = None,
-    webhooks: Webhooks | None = None,
+    webhooks: WebhooksHandler | None = None,
     *,
     evaluation: EvaluationHandler | None = None,
-    goals: Goals | None = None,
+    goals: GoalsHandler | None = None,
 ) -> ASGIApp:
     """Return the application.
 
@@ -151,7 +151,7 @@ def make_app(
         streams=ClientStreams(traffic, evaluation.budget),
         events=events or EventsHandler(),
         evaluation=evaluation,
-        goals=goals or Goals(),
+        goals=goals or GoalsHandler(),
     )
     pages = (
         ("/status", lambda _: status.overview(relay, traffic)),

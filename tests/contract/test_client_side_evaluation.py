@@ -25,7 +25,7 @@ from relay.telemetry.traffic import RequestMetrics
 from relay.web.app import make_app
 from relay.web.endpoints.evaluation import EvaluationHandler
 from relay.web.endpoints.events import EventsHandler
-from relay.web.endpoints.goals import Goals
+from relay.web.endpoints.goals import GoalsHandler
 from relay.web.endpoints.polling import PollingHandler
 from relay.web.fastpath.evaluation import EvaluationFastPath
 from tests.support import data
@@ -84,10 +84,10 @@ async def serving(
         traffic,
         EventsHandler(relay.events),
         evaluation=(evaluation := EvaluationHandler(config.main.max_client_request_body_size)),
-        goals=Goals(relay.fetch, config.main.client_side_base_uri),
+        goals=GoalsHandler(relay.fetch, config.main.client_side_base_uri),
     )
     questions = EvaluationFastPath(relay, evaluation, traffic)
-    site = Site(relay, app, polling, traffic, questions=questions)
+    site = Site(relay, app, polling, traffic, evaluation=questions)
     async with serving_site(site, ServerOptions(0, drain=2), front=front) as port:
         delivering = asyncio.create_task(relay.events.run())
         await until(lambda: all(e.payload is not None for e in relay.environments.values()))
@@ -497,7 +497,7 @@ async def test_a_flags_file_has_no_goals(tmp_path):
     file.write_text('{"flagValues":{"lamp":"on"}}')
     relay = build(load("", True, False, {"FLAGS_FILE": str(file)}))
     polling, traffic = PollingHandler(), RequestMetrics()
-    app = make_app(relay, polling, traffic, goals=Goals(relay.fetch))
+    app = make_app(relay, polling, traffic, goals=GoalsHandler(relay.fetch))
     async with serving_site(Site(relay, app, polling, traffic), ServerOptions(0, drain=2)) as port:
         reply = await ask(Address(port), "/sdk/goals/demo-client-side-id")
     assert (reply.status, reply.body) == (200, b"[]")

@@ -38,7 +38,7 @@ from relay.telemetry.traffic import RequestMetrics
 from relay.web.app import make_app
 from relay.web.cors import ALLOWED_HEADERS
 from relay.web.endpoints.evaluation import EvaluationHandler
-from relay.web.endpoints.goals import Goals
+from relay.web.endpoints.goals import GoalsHandler
 from relay.web.endpoints.polling import PollingHandler
 from relay.web.fastpath.evaluation import EvaluationFastPath
 from relay.web.resources import MIN_COMPRESSED
@@ -580,11 +580,11 @@ async def relay_in(setup: str, *, front: bool) -> AsyncGenerator[Address, None]:
         for environment in relay.environments.values():
             prepare(setup, upstream, environment)
         polling, traffic = PollingHandler(), RequestMetrics()
-        goals = Goals(relay.fetch, upstream.url)
+        goals = GoalsHandler(relay.fetch, upstream.url)
         evaluation = EvaluationHandler()
         app = make_app(relay, polling, traffic, evaluation=evaluation, goals=goals)
         questions = EvaluationFastPath(relay, evaluation, traffic)
-        site = Site(relay, app, polling, traffic, questions=questions)
+        site = Site(relay, app, polling, traffic, evaluation=questions)
         async with serving_site(site, ServerOptions(0, drain=2), front=front) as port:
             await reach(setup, upstream, relay)
             yield Address(port)

@@ -16,7 +16,7 @@ from relay.model.environment import EnvironmentSpec
 from relay.protocol.fdv1 import AllFormat
 from relay.sources.polling import PollingSource
 from relay.sources.streaming import StreamingSource
-from relay.stores.conflicts import ConflictTimes
+from relay.stores.conflicts import ConflictTimings
 from relay.stores.mirror import DatabaseMirror, MirrorTimings
 from relay.stores.redis.store import RedisStore
 from relay.streams.hub import Hub
@@ -96,7 +96,7 @@ async def test_a_user_with_the_rights_that_ld_relay_needed_is_served_fully(
 
 
 QUICK = MirrorTimings(
-    probe=0.1, conflicts=ConflictTimes(second_look=0.05, refresh=0.2, newer=0.3, extra=0.3)
+    probe=0.1, conflicts=ConflictTimings(second_look=0.05, refresh=0.2, newer=0.3, extra=0.3)
 )
 
 

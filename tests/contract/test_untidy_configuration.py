@@ -25,7 +25,7 @@ from relay.model.reply import Reply
 from relay.stores.redis.store import RedisStore
 from relay.telemetry.log import JSONFormatter, TextFormatter
 from relay.web.cors import cors_headers, cors_lines
-from relay.web.endpoints.goals import Goals
+from relay.web.endpoints.goals import GoalsHandler
 from relay.web.middleware import PathNormalizationMiddleware
 from relay.web.responses import PreparedResponse, environment_headers
 from tests.support.data import all_data, flag
@@ -251,7 +251,7 @@ def test_no_header_of_launchdarkly_ends_ours(headers, status):
     async def fetch(*_args, **_kwargs):
         return Reply(status, headers, b"[]")
 
-    goals = Goals(fetch, "http://h")
+    goals = GoalsHandler(fetch, "http://h")
     request = Request({"type": "http", "headers": [], "path_params": {"envId": "id"}})
     response = asyncio.run(goals.respond(request, Asked()))
     lines = b"".join(b"%b: %b\r\n" % header for header in response.raw_headers)

@@ -23,8 +23,8 @@ from relay.protocol.events import (
     is_array,
     is_empty,
     is_well_formed,
-    joined,
-    summarised,
+    join_arrays,
+    summarise,
 )
 from tests.support.data import all_data, flag
 from tests.support.upstream import in_thread
@@ -51,14 +51,14 @@ def arrays(draw):
 @given(st.lists(arrays(), max_size=5))
 def test_joined_is_the_concatenation(bodies):
     """Joined arrays hold the elements of all, in order."""
-    assert json.loads(joined(bodies)) == [e for body in bodies for e in json.loads(body)]
+    assert json.loads(join_arrays(bodies)) == [e for body in bodies for e in json.loads(body)]
 
 
 def test_joined_keeps_the_bytes():
     """Numbers, whitespace and escapes stay as they are; empty arrays vanish."""
     bodies = [b' [ 1.0 , "\\u00fc" ] ', b"[ ]", b'[12345678901234567890,{"a": -0}]', b"[]\n"]
     wanted = b'[ 1.0 , "\\u00fc" ,12345678901234567890,{"a": -0}]'
-    assert joined(bodies) == wanted
+    assert join_arrays(bodies) == wanted
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_recordings():
             partition = request["path"], schema, headers.get("x-launchdarkly-tags")
             contexts = partitions.setdefault(partition, Contexts())
             body = request["body"].encode()
-            result = summarised(body, schema, flags, contexts, now=NOW, server_time=0)
+            result = summarise(body, schema, flags, contexts, now=NOW, server_time=0)
             if result.body:
                 got += json.loads(result.body)
         assert meaning(got) == meaning(wanted_of(recording)), recording["name"]
@@ -146,12 +146,12 @@ def feature(key="lamp", user="u", date=1000, **members):
     return {"kind": "feature", "creationDate": date, "key": key, **usual, **members}
 
 
-def summarise(events, contexts=None, flags=None, **options):
+def output_of(events, contexts=None, flags=None, **options):
     """Return the output as objects, and the numbers of dropped events."""
     body = events if isinstance(events, bytes) else json.dumps(events).encode()
     arguments = {"schema": 2, "now": NOW, "server_time": 0, **options}
     schema = arguments.pop("schema")
-    result = summarised(body, schema, flags or {}.get, contexts or Contexts(), **arguments)
+    result = summarise(body, schema, flags or {}.get, contexts or Contexts(), **arguments)
     return (json.loads(result.body) if result.body else []), dict(result.dropped)
 
 
@@ -164,7 +164,7 @@ def test_numbers_stay_exact():
         b'{"kind":"custom","key":"c","creationDate":5,"userKey":"u","data":%b,"metricValue":1.50},'
         b'{"kind":"pageview","x":%b}]'
     ) % ((raw,) * 6)
-    output = summarised(body, 2, {}.get, Contexts(), now=NOW, server_time=0).body
+    output = summarise(body, 2, {}.get, Contexts(), now=NOW, server_time=0).body
     assert output.count(raw) == 9  # index 1, feature 4, custom 1, pageview 1, summary 2
     assert b'"metricValue":1.50' in output
 
@@ -172,7 +172,7 @@ def test_numbers_stay_exact():
 def test_capacity_is_no_limit():
     """However many events there are, none is lost."""
     events = [feature(user=f"u{n}", trackEvents=True) for n in range(2500)]
-    output, dropped = summarise(events)
+    output, dropped = output_of(events)
     assert Counter(e["kind"] for e in output) == {"index": 2500, "feature": 2500, "summary": 1}
     assert not dropped
 
@@ -182,7 +182,7 @@ def test_capacity_is_no_limit():
 )
 def test_a_body_that_is_no_array_is_dropped_as_a_whole(events):
     """There is one reason, and nothing to send."""
-    output, dropped = summarise(events)
+    output, dropped = output_of(events)
     assert output == []
     assert list(dropped.values()) == [1]
 
@@ -190,7 +190,7 @@ def test_a_body_that_is_no_array_is_dropped_as_a_whole(events):
 def test_a_lone_surrogate():
     """JavaScript cuts texts between two halves; these events count like others."""
     body = json.dumps([feature(value="x\ud83d", default="\\ud800"), feature(value="\U0001f600")])
-    output, dropped = summarise(body.encode())
+    output, dropped = output_of(body.encode())
     assert output[-1]["features"]["lamp"]["counters"][0]["value"] == "x\ufffd"
     assert output[-1]["features"]["lamp"]["default"] == "\\ud800"
     assert output[-1]["features"]["lamp"]["counters"][0]["count"] == 2
@@ -212,7 +212,7 @@ BROKEN = [
 @pytest.mark.parametrize("broken", BROKEN)
 def test_broken_events_are_dropped_alone(broken):
     """Each has its reason; the others of the payload are kept."""
-    output, dropped = summarise([feature(), broken, {"kind": "pageview"}])
+    output, dropped = output_of([feature(), broken, {"kind": "pageview"}])
     assert [e["kind"] for e in output] == ["index", "pageview", "summary"]
     assert list(dropped.values()) == [1]
     assert output[-1]["features"]["lamp"]["counters"][0]["count"] == 1
@@ -223,7 +223,7 @@ def test_nesting_beyond_all_measure():
     nested = b'{"kind":"feature","key":"f","version":1,"userKey":"u","value":%b}'
     deep = nested % (b"[" * 900 + b"]" * 900)
     data = {"f": flag("f", variations=[json.loads(b"[" * 900 + b"]" * 900)])}
-    output, dropped = summarise(b"[" + deep + b"]", flags=store(data=data), schema=1)
+    output, dropped = output_of(b"[" + deep + b"]", flags=store(data=data), schema=1)
     assert sum(dropped.values()) + len(output) == 1
 
 
@@ -239,9 +239,9 @@ def test_the_variation_of_schema_1_is_found_by_its_value(value, variation):
     variations = [True, 1, "1", [1, {"a": 0}], None, {}, 2**70, {"a": True, "b": 1}]
     flags = store(data={"lamp": flag() | {"variations": variations}})
     event = feature(value=value, variation=None)
-    counter = summarise([event], schema=1, flags=flags)[0][-1]["features"]["lamp"]["counters"][0]
+    counter = output_of([event], schema=1, flags=flags)[0][-1]["features"]["lamp"]["counters"][0]
     assert counter.get("variation") == variation
-    counter = summarise([event], schema=2, flags=flags)[0][-1]["features"]["lamp"]["counters"][0]
+    counter = output_of([event], schema=2, flags=flags)[0][-1]["features"]["lamp"]["counters"][0]
     assert "variation" not in counter
 
 
@@ -253,7 +253,7 @@ def test_debugging_ends_by_both_clocks(offset, wanted, where):
     flags = store(data={"lamp": flag(**(until if where == "flag" else {}))})
     event = feature(**(until if where == "event" else {}))
     for clocks in ({"now": NOW}, {"now": NOW - 500, "server_time": NOW}):
-        output, _ = summarise([event], flags=flags, **clocks)
+        output, _ = output_of([event], flags=flags, **clocks)
         assert ("debug" in [e["kind"] for e in output]) == wanted
 
 
@@ -261,14 +261,14 @@ def test_a_flag_that_is_gone_or_not_there_yet_is_counted():
     """Unlike ld-relay, which drops such events without data; a deleted flag has no options either."""
     gone = {"lamp": parse(Kind.FLAG, "lamp", b'{"version":8,"deleted":true}')}
     for flags in ({}.get, gone.get):
-        output, dropped = summarise([feature()], flags=flags)
+        output, dropped = output_of([feature()], flags=flags)
         assert [e["kind"] for e in output] == ["index", "summary"]
         assert not dropped
 
 
 def test_events_without_a_date_happened_now():
     """A summary that began in 1970 would be of no use."""
-    output, _ = summarise([feature(date=None), feature(date=NOW - 5)])
+    output, _ = output_of([feature(date=None), feature(date=NOW - 5)])
     assert output[0]["creationDate"] == NOW
     assert (output[-1]["startDate"], output[-1]["endDate"]) == (NOW - 5, NOW)
 
@@ -278,7 +278,7 @@ def test_users_known_only_by_their_key():
     tracked = feature(userKey="u", trackEvents=True)
     del tracked["user"]
     custom = {"kind": "custom", "key": "c", "userKey": "u", "creationDate": 1}
-    output, _ = summarise([tracked, custom, feature()])
+    output, _ = output_of([tracked, custom, feature()])
     assert [e["kind"] for e in output] == ["feature", "custom", "index", "summary"]
     assert output[0]["contextKeys"] == output[1]["contextKeys"] == {"user": "u"}
     assert "context" not in output[0]
@@ -342,7 +342,7 @@ def test_the_standard_library_reads_what_is_well_formed(text):
 
 def introduced(contexts, *users, now=NOW):
     evaluated = [feature(user=user) for user in users]
-    output, _ = summarise(evaluated, contexts, now=now)
+    output, _ = output_of(evaluated, contexts, now=now)
     return [e["context"]["key"] for e in output if e["kind"] == "index"]
 
 
@@ -378,7 +378,7 @@ def test_kinds_are_distinguished():
     org = feature(context={"kind": "org", "key": "x"})
     both = feature(context={"kind": "multi", "org": {"key": "x"}, "user": {"key": "u"}})
     again = feature(context={"user": {"key": "u"}, "kind": "multi", "org": {"key": "x"}})
-    output, _ = summarise([org, feature(user="org:x"), both, again, feature(user="u")], contexts)
+    output, _ = output_of([org, feature(user="org:x"), both, again, feature(user="u")], contexts)
     assert [e["kind"] for e in output] == ["index"] * 4 + ["summary"]
     assert output[-1]["features"]["lamp"]["contextKinds"] == ["org", "user"]
 
@@ -402,7 +402,7 @@ def totals(payloads):
     counts, dates, full = Counter(), [], Counter()
     contexts = Contexts()
     for events in payloads:
-        output, dropped = summarise(events, contexts)
+        output, dropped = output_of(events, contexts)
         assert not dropped
         for event in output:
             if event["kind"] != "summary":
@@ -513,7 +513,7 @@ def test_the_sdk_agrees():
         client.close()
         (sent,) = upstream.upstream.posts
     body = json.dumps([as_schema_2(event) for event in Recording.inputs]).encode()
-    ours = summarised(body, 2, {}.get, Contexts(), now=NOW, server_time=0)
+    ours = summarise(body, 2, {}.get, Contexts(), now=NOW, server_time=0)
     assert not ours.dropped
     kinds = {"index", "feature", "debug", "custom", "identify", "summary"}
     assert {event["kind"] for event in sent.events} == kinds

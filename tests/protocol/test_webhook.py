@@ -161,11 +161,11 @@ def test_resources_concern_environments(resources, names):
         spec("test", "shop", "test"),
         spec("other", "bank", "production"),
     ]
-    assert list(webhook.read(entry(*resources)).concerning(specs)) == names
+    assert list(webhook.read(entry(*resources)).affected(specs)) == names
 
 
 def test_an_environment_without_keys_always_matches():
     """Unknown keys exclude nothing."""
     specs = [spec("a", "shop", "production"), spec("b"), spec("c", "shop"), spec("d", "bank")]
-    environments = webhook.read(entry("proj/shop:env/production:flag/lamp")).concerning(specs)
+    environments = webhook.read(entry("proj/shop:env/production:flag/lamp")).affected(specs)
     assert list(environments) == ["a", "b", "c"]

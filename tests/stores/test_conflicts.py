@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, ChangeSet, Payload
 from relay.stores import Key, Stored, Version, Versions
-from relay.stores.conflicts import NEVER, Conflicts, ConflictTimes
+from relay.stores.conflicts import NEVER, Conflicts, ConflictTimings
 from relay.stores.mirror import DatabaseMirror, MirrorTimings
 from tests.stores.contract import flag
 from tests.support import virtual
 
 LOG = logging.getLogger("relay.env.test")
-TIMINGS = ConflictTimes()
+TIMINGS = ConflictTimings()
 LAMP, EXTRA = (Kind.FLAG, "lamp"), (Kind.FLAG, "lone")
 V9 = Version(9, live=True)
 
@@ -122,7 +122,7 @@ def test_delays_are_reset_after_two_hours_without_conflicts():
 
 def test_kept_items_are_settled_by_the_first_answer():
     """Upstream is not asked again."""
-    conflicts = Conflicts(ConflictTimes(newer=NEVER))
+    conflicts = Conflicts(ConflictTimings(newer=NEVER))
     assert conflicts.judge(1, {LAMP: V9}, (), 0).ask == frozenset()
     assert conflicts.judge(2, {LAMP: V9}, (), 0).ask == {LAMP}
     verdict = conflicts.judge(3, {LAMP: V9}, (), 2.5)
@@ -247,7 +247,7 @@ class Relay:
             await asyncio.wait([running])
 
 
-VIRTUAL = MirrorTimings(conflicts=ConflictTimes(longest=240, forget=1e9))
+VIRTUAL = MirrorTimings(conflicts=ConflictTimings(longest=240, forget=1e9))
 KEYS = st.sampled_from(["a", "b", "c"])
 STEPS = st.lists(
     st.tuples(st.floats(0, 120), KEYS, st.booleans()),

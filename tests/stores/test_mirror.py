@@ -13,15 +13,15 @@ from relay.model.item import Kind
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.protocol import fdv1
 from relay.stores import StoreState
-from relay.stores.conflicts import NEVER, ConflictTimes
-from relay.stores.mirror import MAX_PENDING, ONCE, DatabaseMirror, MirrorTimings
+from relay.stores.conflicts import NEVER, ConflictTimings
+from relay.stores.mirror import MAX_PENDING, SINGLE_RUN, DatabaseMirror, MirrorTimings
 from relay.stores.redis.store import RedisStore
 from tests.stores.contract import flag, segment
 from tests.support.redis import RedisServer, recorded
 from tests.support.serving import until
 
 LOG = logging.getLogger("relay.env.test")
-QUICK = ConflictTimes(second_look=0.02, refresh=0.1, newer=0.2, extra=0.2)
+QUICK = ConflictTimings(second_look=0.02, refresh=0.1, newer=0.2, extra=0.2)
 TIMINGS = MirrorTimings(probe=0.05, retry=0.02, longest_retry=0.05, finish=1.0, conflicts=QUICK)
 CAUTIOUS = replace(TIMINGS, conflicts=replace(QUICK, newer=NEVER))
 """Timings with which newer items of the database are kept."""
@@ -213,7 +213,7 @@ async def test_newer_items_are_replaced_after_upstream_was_asked_twice(site, cap
 
 async def test_a_single_run_keeps_newer_items(server):
     """It does not know what earlier runs replaced; items only in the database are removed."""
-    once = replace(ONCE, conflicts=replace(ONCE.conflicts, refresh=0.1, extra=0.1))
+    once = replace(SINGLE_RUN, conflicts=replace(SINGLE_RUN.conflicts, refresh=0.1, extra=0.1))
     store = RedisStore(server.options(), "p")
     await store.init(Payload.of([flag("lamp", 99), flag("long-deleted", 1), flag("new", 1)]))
     await store.aclose()

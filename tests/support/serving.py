@@ -119,8 +119,8 @@ async def serving(
         app or served.app(),
         poll or served.polling,
         served.traffic,
-        posts=posts,
-        questions=served.questions if app is None else None,
+        events=posts,
+        evaluation=served.questions if app is None else None,
     )
     async with serving_site(site, options, front=front) as port:
         async with asyncio.timeout(5):
@@ -133,8 +133,8 @@ async def serving_site(
     site: Site, options: ServerOptions, *, front: bool = True
 ) -> AsyncGenerator[int, None]:
     """Serve any relay until left; the port is given."""
-    given = site.poll, options.limits, site.traffic, site.posts
-    door = FastPath(site.relay, *given, evaluation=site.questions) if front else None
+    given = site.poll, options.limits, site.traffic, site.events
+    door = FastPath(site.relay, *given, evaluation=site.evaluation) if front else None
     listener = listen(0)
     server = make_server(site.relay, site.app, options, door)
     async with site.relay.upstream:

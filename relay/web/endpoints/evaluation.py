@@ -154,7 +154,7 @@ class EvaluationHandler:
         cache = self._cache
         return f"<EvaluationHandler [{len(cache.entries)} results cached, {cache.size} bytes]>"
 
-    def find(
+    def evaluate(
         self, environment: Environment, sdk_kind: SDKKind, segment: bytes, query: bytes
     ) -> EvaluationResult | PreparedResponse | None:
         """Return the result for a GET, or the refusal; None if it is left to the application.

@@ -28,10 +28,10 @@ from relay.model.payload import Payload
 from relay.protocol.events import (
     SUMMARY_SCHEMA,
     Contexts,
-    Summarised,
+    Summary,
     is_array,
     is_empty,
-    summarised,
+    summarise,
 )
 from relay.telemetry.log import Log, environment_log
 from relay.web.bodies import BODIES_OVERLOADED, MemoryBudget, RequestBody, RequestRejected
@@ -378,15 +378,15 @@ def _log_of(environment: Environment) -> Log:
 
 async def _summarised(
     payload: EventPayload, data: Payload, contexts: Contexts, server_time: float
-) -> Summarised:
+) -> Summary:
     def flag(key: str) -> Item | None:
         return data.get(Kind.FLAG, key)
 
     contexts.forget_old(time.monotonic())
 
-    def work() -> Summarised:
+    def work() -> Summary:
         now, upstream_now = int(payload.received * 1000), int(server_time * 1000)
-        return summarised(
+        return summarise(
             payload.body,
             payload.partition.schema,
             flag,

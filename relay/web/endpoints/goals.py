@@ -52,7 +52,7 @@ _UNREACHABLE = Reply(502, {}, b"")
 _STATUSES = frozenset(HTTPStatus)
 
 
-class Goals:
+class GoalsHandler:
     """Handler of requests for goals.
 
     Args:

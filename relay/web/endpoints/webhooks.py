@@ -51,7 +51,7 @@ BUSY = json_error(503, "too many webhooks at a time")
 _log = logging.getLogger("relay.webhooks")
 
 
-class Webhooks:
+class WebhooksHandler:
     """ASGI application of the route.
 
     Args:
@@ -116,7 +116,7 @@ class Webhooks:
 
     def _act(self, notice: ChangeNotice) -> None:
         """Announce the changes to the affected environments."""
-        affected = notice.concerning(self._specs)
+        affected = notice.affected(self._specs)
         checking = [
             name for name, resources in affected.items() if self._trackers[name].announce(resources)
         ]

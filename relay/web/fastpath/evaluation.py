@@ -204,7 +204,7 @@ class EvaluationFastPath:
         self, profile: _ClientProfile, segment: bytes, query: bytes
     ) -> EvaluationResponse | None:
         environment, sdk_kind = profile.environment, profile.sdk_kind
-        result = self._evaluation.find(environment, sdk_kind, segment, query)
+        result = self._evaluation.evaluate(environment, sdk_kind, segment, query)
         if result is None:
             return None
         if isinstance(result, PreparedResponse):

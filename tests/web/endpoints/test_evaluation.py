@@ -57,7 +57,7 @@ async def response_to(
 ) -> PreparedResponse | None:
     """Return the response to a GET; None if it is left to the application."""
     await environment.programs.ready(sdk_kind)
-    result = handler.find(environment, sdk_kind, context, query)
+    result = handler.evaluate(environment, sdk_kind, context, query)
     if not isinstance(result, EvaluationResult):
         return result
     resource = resource_for(result.body, environment)
@@ -68,7 +68,7 @@ def cached_body(
     handler: EvaluationHandler, environment: Environment, context: bytes = ANNA
 ) -> object:
     """Return the cached body for a context; None if it is not cached."""
-    result = handler.find(environment, SDKKind.BROWSER, context, b"")
+    result = handler.evaluate(environment, SDKKind.BROWSER, context, b"")
     assert isinstance(result, EvaluationResult)
     return result.body if result.cacheable else None
 
@@ -205,8 +205,8 @@ async def test_the_same_request_is_answered_from_memory_until_the_data_change():
     served = Served()
     set_flags(served.environment, *ITEMS)
     calls = []
-    find = served.evaluation.find
-    served.evaluation.find = lambda *args: calls.append(args) or find(*args)
+    find = served.evaluation.evaluate
+    served.evaluation.evaluate = lambda *args: calls.append(args) or find(*args)
     await served.environment.programs.ready(SDKKind.BROWSER)
     async with serving(served) as address:
         reader, writer = await address.connect()

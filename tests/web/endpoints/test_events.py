@@ -24,7 +24,7 @@ from relay.model.environment import EnvironmentSpec
 from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.model.item import Kind, parse
 from relay.model.payload import Payload
-from relay.protocol.events import joined
+from relay.protocol.events import join_arrays
 from relay.relay import Relay
 from relay.streams.hub import Hub
 from relay.web.bodies import MAX_DISCARDED, MAX_SIZE, MemoryBudget
@@ -175,7 +175,7 @@ def accepted(payloads: list[EventPayload], relay: Relay) -> dict[tuple[str, ...]
         path = endpoint.path(spec.environment_id.value)
         bodies_by_target[path, name, schema, p.partition.tags].append(p.body)
     events = {
-        where: [b.decode() for b in bodies] if "diagnostic" in where[0] else json.loads(joined(bodies))
+        where: [b.decode() for b in bodies] if "diagnostic" in where[0] else json.loads(join_arrays(bodies))
         for where, bodies in bodies_by_target.items()
     }  # fmt: skip
     return without_order(events)

@@ -349,7 +349,7 @@ def slow(monkeypatch) -> tuple[Served, list[bytes]]:
     """A relay that evaluates one context in each turn of the loop, and the contexts so far."""
     monkeypatch.setattr(scheduler, "MAX_SLICE", 0)
     served, contexts = Served(), []
-    find = served.evaluation.find
+    find = served.evaluation.evaluate
 
     def slow_find(environment, sdk_kind, segment, query):
         time.sleep(0.002)
