@@ -34,7 +34,7 @@ from relay.sync import SyncOptions, SyncResult, synchronise
 from relay.telemetry.log import LogHandler, set_up
 
 USAGE = """\
-relay [serve] [options]   start the relay; the options are those of the reference relay
+relay [serve] [options]   start the relay; the options are those of ld-relay
 relay check [options]     show the configuration that results, or all that is wrong with it
 relay eval FLAG --context JSON [--flags FILE | --url URL --sdk-key KEY]
                           show what a flag gives to a context, and what led there
@@ -112,7 +112,7 @@ def _parser(command: str) -> _Parser:
     )
     add = parser.add_argument
     add("--config", metavar="FILE", default="", help="configuration file")
-    add("--from-env", action="store_true", help="read environment variables; they stand above FILE")
+    add("--from-env", action="store_true", help="read environment variables; they override FILE")
     add("--allow-missing-file", action="store_true", help="start also if FILE does not exist")
     add("--flags", metavar="FILE", default="", help="serve a file of flags, reloaded on change")
     add("--version", action="store_true", help="show the version and exit")

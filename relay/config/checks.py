@@ -38,7 +38,7 @@ SHARED = ("env_datastore_prefix", "env_datastore_table_name", "env_allowed_origi
           "env_allowed_header")  # fmt: skip
 """Options that `[AutoConfig]` and `[OfflineMode]` share, including their variables."""
 
-METRICS_INSTEAD = "; the relay's figures are at /metrics, for Prometheus"
+METRICS_INSTEAD = "; the relay's metrics are at /metrics, for Prometheus"
 _METRICS_ELSEWHERE = ("Datadog", "Stackdriver", "OpenTelemetry")
 
 MAX_PORT = 65535

@@ -47,9 +47,9 @@ def table() -> str:
     """Return the README's table of all metrics."""
     rows = [
         f"| `{metric.name}` | {metric.kind} | {_code_list(metric.labels)} | {metric.help} |"
-        for metric in (*OWN, *reference(Prometheus().prefix))
+        for metric in (*OWN, *ld_relay_metrics(Prometheus().prefix))
     ]
-    return "\n".join(("| figure | type | labels | meaning |", "|---|---|---|---|", *rows, ""))
+    return "\n".join(("| metric | type | labels | meaning |", "|---|---|---|---|", *rows, ""))
 
 
 def _code_list(labels: Iterable[str]) -> str:
@@ -190,15 +190,15 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_items", GAUGE, ("environment", "kind"), "Flags and segments that are held, deleted ones included; none without data."): _items,
     Metric("relay_invalid_items", GAUGE, ("environment",), "Flags and segments of which LaunchDarkly's last version could not be used."): _per_environment(lambda e: len(e.invalid)),
     Metric("relay_rejected_total", COUNTER, ("environment",), "Messages and items of LaunchDarkly that could not be used."): _per_environment(lambda e: e.rejected),
-    Metric("relay_event_posts_received_total", COUNTER, ("environment",), "Posts of events that were accepted, duplicates included."): _event_counts(lambda c: c.received),
-    Metric("relay_event_posts_duplicate_total", COUNTER, ("environment",), "Posts that an SDK had sent before, by their payload id."): _event_counts(lambda c: c.duplicates),
-    Metric("relay_event_posts_forwarded_total", COUNTER, ("environment",), "Posts that LaunchDarkly has taken."): _event_counts(lambda c: c.forwarded),
+    Metric("relay_event_payloads_received_total", COUNTER, ("environment",), "Posts of events that were accepted, duplicates included."): _event_counts(lambda c: c.received),
+    Metric("relay_event_payloads_duplicate_total", COUNTER, ("environment",), "Payloads that an SDK had sent before, by their payload id."): _event_counts(lambda c: c.duplicates),
+    Metric("relay_event_payloads_forwarded_total", COUNTER, ("environment",), "Payloads that LaunchDarkly has taken."): _event_counts(lambda c: c.forwarded),
     Metric("relay_event_requests_retried_total", COUNTER, ("environment",), "Requests to LaunchDarkly's events service that had to be repeated."): _event_counts(lambda c: c.retried),
-    Metric("relay_event_posts_quarantined_total", COUNTER, ("environment",), "Posts that are no well-formed JSON, or that LaunchDarkly rejects while it takes others; kept aside."): _event_counts(lambda c: c.quarantined),
-    Metric("relay_event_posts_evicted_total", COUNTER, ("environment",), "Posts that were given up for want of room, or as too old."): _event_counts(lambda c: c.evicted),
-    Metric("relay_event_posts_unusable_total", COUNTER, ("environment",), "Posts that were no JSON array, and events of old schemas that were malformed: answered with 202, as by the reference, and dropped."): _unusable,
-    Metric("relay_event_posts_discarded_total", COUNTER, ("environment",), "Posts that were accepted and dropped, because the flags come from a file."): _discarded,
-    Metric("relay_event_posts_waiting", GAUGE, ("environment",), "Posts that wait for their delivery."): _event_counts(lambda c: c.waiting),
+    Metric("relay_event_payloads_quarantined_total", COUNTER, ("environment",), "Payloads that are no well-formed JSON, or that LaunchDarkly rejects while it takes others; kept aside."): _event_counts(lambda c: c.quarantined),
+    Metric("relay_event_payloads_evicted_total", COUNTER, ("environment",), "Payloads that were given up for want of room, or as too old."): _event_counts(lambda c: c.evicted),
+    Metric("relay_event_payloads_unusable_total", COUNTER, ("environment",), "Payloads that were no JSON array, and events of old schemas that were malformed: answered with 202, as by ld-relay, and dropped."): _unusable,
+    Metric("relay_event_payloads_discarded_total", COUNTER, ("environment",), "Payloads that were accepted and dropped, because the flags come from a file."): _discarded,
+    Metric("relay_event_payloads_waiting", GAUGE, ("environment",), "Payloads that wait for their delivery."): _event_counts(lambda c: c.waiting),
     Metric("relay_event_oldest_seconds", GAUGE, ("environment",), "How long the oldest of them has waited; 0 if none waits."): _oldest_events,
     Metric("relay_event_spool_durable", GAUGE, (), "1 if accepted events survive the end of the process, 0 if they wait in memory."): _spool_durable,
     Metric("relay_log_lines_lost_total", COUNTER, (), "Log lines that were dropped because nobody took them."): _of_process(lost_lines),
@@ -212,7 +212,7 @@ OWN: Mapping[Metric, Collector] = {
 """Metrics of both ports. The last five have the names that Prometheus's client libraries use."""
 
 
-def reference(prefix: str) -> Mapping[Metric, Collector]:
+def ld_relay_metrics(prefix: str) -> Mapping[Metric, Collector]:
     """Return ld-relay's metrics, with its names and help.
 
     Args:

@@ -77,5 +77,5 @@ class ServerErrorMiddleware:
         except Exception:
             if started:
                 raise  # too late for a 500; the server logs it and closes the connection
-            _log.exception("A request could not be answered because of a defect of ours")
+            _log.exception("A request could not be answered because of an unexpected error")
             await PreparedResponse(500).to_starlette()(scope, receive, send)

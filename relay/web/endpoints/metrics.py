@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from relay.config.schema import Prometheus
-from relay.metrics.catalogue import OWN, Collector, MetricsView, reference
+from relay.metrics.catalogue import OWN, Collector, MetricsView, ld_relay_metrics
 from relay.protocol.prometheus import CONTENT_TYPE, Metric
 from relay.protocol.prometheus import page as render
 from relay.relay import Relay
@@ -31,7 +31,7 @@ def exporter_page(relay: Relay, traffic: RequestMetrics, prefix: str) -> Prepare
         prefix: of the names of ld-relay's metrics; empty for the default.
     """
     prefix = prefix or Prometheus().prefix
-    return _response({**reference(prefix), **OWN}, MetricsView(relay, traffic))
+    return _response({**ld_relay_metrics(prefix), **OWN}, MetricsView(relay, traffic))
 
 
 def _response(metrics: Mapping[Metric, Collector], view: MetricsView) -> PreparedResponse:

@@ -161,7 +161,7 @@ class EventsFastPath:
         """Return the response to an upload that was stored, or could not be."""
         error = asyncio.CancelledError() if stored.cancelled() else stored.exception()
         if error is not None and not isinstance(error, StoreUnavailable):
-            message = "A request could not be answered because of a defect of ours"
+            message = "A request could not be answered because of an unexpected error"
             _log.error(message, exc_info=error)
             return PreparedResponse(500)
         return self._completed(BODIES_OVERLOADED if error else ACCEPTED, upload)

@@ -89,7 +89,7 @@ def test_the_documentation_states_the_bounds_of_clients():
 
 def test_names_follow_the_rules():
     """Names and labels are unique, and exactly the counters end in `_total`."""
-    declared = [*catalogue.OWN, *catalogue.reference("launchdarkly_relay")]
+    declared = [*catalogue.OWN, *catalogue.ld_relay_metrics("launchdarkly_relay")]
     names = [metric.name for metric in declared]
     assert len(set(names)) == len(names)
     for metric in declared:
@@ -116,7 +116,9 @@ async def test_a_busy_relay_exports_every_metric():
     page = exporter_page(Relay([main], 0, events=forwarder), traffic)
     suffix = re.compile("_(bucket|sum|count)$")
     seen = {s.name if s.name.endswith("_total") else suffix.sub("", s.name) for s in page.samples}
-    assert seen == {f.name for f in (*catalogue.OWN, *catalogue.reference("launchdarkly_relay"))}
+    assert seen == {
+        f.name for f in (*catalogue.OWN, *catalogue.ld_relay_metrics("launchdarkly_relay"))
+    }
 
 
 async def test_metrics_of_an_environment():
