@@ -163,7 +163,7 @@ async def test_the_events_of_a_client_side_sdk_arrive_unharmed(name, upstream, t
     answers = re.findall(rb"HTTP/1\.1 202 .*?\r\n\r\n", overheard.answered, re.DOTALL)
     assert len(answers) == overheard.asked.count(b"POST /events/") >= 3
     assert all(b"\r\naccess-control-allow-origin: *\r\n" in answer.lower() for answer in answers)
-    assert all("Authorization" not in post.headers for post in upstream.events)
+    assert all("Authorization" not in post.headers for post in upstream.posts)
     posts = [post for post in upstream.accepted if post.path == path]
     assert all(post.headers["X-LaunchDarkly-Event-Schema"] == "4" for post in posts)
     events = [event for post in posts for event in post.events]
@@ -374,7 +374,7 @@ async def test_an_upstream_that_rejects_everything_for_seconds_costs_nothing(ups
             upstream.always(SDK_KEY, status(code))
             for number in range(first, first + 100):
                 assert await send(relay.address, number) == 202
-            await upstream.posted(len(upstream.events) + 4)
+            await upstream.posted(len(upstream.posts) + 4)
             upstream.always(SDK_KEY, None)
             wanted = {f"e{number}" for number in range(first + 100)}
             await until_arrived(upstream, wanted, PATIENCE)
@@ -406,7 +406,7 @@ async def test_bodies_that_are_not_well_formed_are_set_aside(upstream, tmp_path)
         assert (events["quarantined"], events["forwarded"]) == (len(bad), len(bad))
         assert b'relay_event_payloads_quarantined_total{environment="main"} 6\n' in figures
         assert relay.log.count("as they are no well-formed JSON") == 1
-    assert {post.status for post in upstream.events} == {202}, "upstream never saw them"
+    assert {post.status for post in upstream.posts} == {202}, "upstream never saw them"
 
 
 async def test_a_retry_of_an_sdk_is_not_counted_twice_also_across_a_restart(upstream, tmp_path):
@@ -448,7 +448,7 @@ async def test_what_cannot_be_delivered_at_the_end_is_delivered_by_the_next_rela
         upstream.always(SDK_KEY, None)
         await relay.start()
         await upstream.took(1)
-        assert len({post.payload_id for post in upstream.events}) == 1
+        assert len({post.payload_id for post in upstream.posts}) == 1
 
 
 async def test_a_refused_key_does_not_switch_events_off(upstream, tmp_path):

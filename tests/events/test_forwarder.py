@@ -162,7 +162,7 @@ async def test_payloads_of_a_partition_arrive_together_and_in_order(upstream):
         await settled(forwarder)
         assert forwarder.oldest("prod") is None
         counts = forwarder.counts("prod")
-    (only,) = upstream.events
+    (only,) = upstream.posts
     assert only.events == list(range(50))
     assert only.path == "/bulk"
     sent = dict(only.headers)
@@ -186,8 +186,8 @@ async def test_a_payload_alone_is_forwarded_as_it_came(upstream):
     async with forwarding(upstream.url) as forwarder:
         await forwarder.accept(EventPayload(PARTITION, "the-id", body, time.time()))
         await upstream.took()
-    assert upstream.events[0].body == body
-    assert upstream.events[0].payload_id == "the-id"
+    assert upstream.posts[0].body == body
+    assert upstream.posts[0].payload_id == "the-id"
 
 
 async def test_partitions_are_never_mixed(upstream):
@@ -213,9 +213,9 @@ async def test_partitions_are_never_mixed(upstream):
     for place, _ in enumerate(partitions):
         own = [e for e in events(upstream.accepted) if e // 10 == place]
         assert own == [10 * place + n for n in range(3)]
-    for each in upstream.events:
+    for each in upstream.posts:
         assert len({event // 10 for event in each.events}) == 1
-    client_side = [p for p in upstream.events if p.path == "/events/bulk/id-prod"]
+    client_side = [p for p in upstream.posts if p.path == "/events/bulk/id-prod"]
     assert client_side
     assert not any("Authorization" in p.headers for p in client_side)
 
@@ -227,11 +227,11 @@ async def test_diagnostics_go_one_by_one_and_verbatim(upstream):
         for text in (b'{"kind": "diagnostic-init"}', b"hello"):
             await forwarder.accept(EventPayload(partition, "", text, time.time()))
         await upstream.posted(2)
-    assert [p.body for p in upstream.events] == [b'{"kind": "diagnostic-init"}', b"hello"]
-    assert {(p.path, p.headers["Authorization"]) for p in upstream.events} == {
+    assert [p.body for p in upstream.posts] == [b'{"kind": "diagnostic-init"}', b"hello"]
+    assert {(p.path, p.headers["Authorization"]) for p in upstream.posts} == {
         ("/mobile/events/diagnostic", MOBILE)
     }
-    assert not any("X-LaunchDarkly-Payload-ID" in p.headers for p in upstream.events)
+    assert not any("X-LaunchDarkly-Payload-ID" in p.headers for p in upstream.posts)
 
 
 async def test_an_sdks_retry_is_counted_once(upstream):
@@ -245,7 +245,7 @@ async def test_an_sdks_retry_is_counted_once(upstream):
         await upstream.took(2)
         counts = forwarder.counts("prod")
         assert (counts.received, counts.duplicates) == (4, 2)
-    assert events(upstream.events) == [1, 2]
+    assert events(upstream.posts) == [1, 2]
 
 
 async def test_a_full_partition_does_not_wait(upstream):
@@ -267,8 +267,8 @@ async def test_steady_traffic_goes_in_batches(upstream):
             await forwarder.accept(payload(n))
             n += 1
             await asyncio.sleep(0.001)
-    assert events(upstream.events) == list(range(n))
-    assert 2 <= len(upstream.events) <= 8
+    assert events(upstream.posts) == list(range(n))
+    assert 2 <= len(upstream.posts) <= 8
 
 
 async def test_a_cancelled_request_leaves_its_payload(upstream):
@@ -277,7 +277,7 @@ async def test_a_cancelled_request_leaves_its_payload(upstream):
         waiting = asyncio.ensure_future(forwarder.accept(payload(1)))
         waiting.cancel()
         await upstream.took(1)
-    assert events(upstream.events) == [1]
+    assert events(upstream.posts) == [1]
 
 
 async def test_upstreams_clock_is_known(upstream):
@@ -300,8 +300,8 @@ async def test_events_go_through_the_proxy_too(upstream):
         await upstream.took(1)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-    assert upstream.events[0].path == "/base/bulk"
-    assert upstream.events[0].headers["Host"] == "events.example"
+    assert upstream.posts[0].path == "/base/bulk"
+    assert upstream.posts[0].headers["Host"] == "events.example"
 
 
 async def test_the_age_of_the_oldest_payload_is_known(upstream):
@@ -353,7 +353,7 @@ async def test_a_failed_batch_is_tried_again_unchanged(upstream, failure, caplog
             await upstream.took(4)
             await settled(forwarder)
             assert forwarder.counts("prod").retried == 1
-    first, again, *rest = upstream.events
+    first, again, *rest = upstream.posts
     assert (again.body, again.payload_id) == (first.body, first.payload_id)
     assert events([again, *rest]) == [0, 1, 2, 3]
     said = [r.getMessage() for r in caplog.records if r.name == "relay.env.prod"]
@@ -374,7 +374,7 @@ async def test_a_refused_key_is_never_given_up(upstream, caplog):
         upstream.always(KEY, None)
         await upstream.took(1)
     assert caplog.text.count("HTTP error 401") == 1
-    assert len({p.payload_id for p in upstream.events}) == 1
+    assert len({p.payload_id for p in upstream.posts}) == 1
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ async def test_an_upstream_that_rejects_everything_for_a_while_costs_no_event(
             first = 100 * turn
             await asyncio.gather(*(forwarder.accept(payload(first + n)) for n in range(50)))
             upstream.always(KEY, answers.status(code))
-            seen = len(upstream.events)
+            seen = len(upstream.posts)
             for n in range(50, 100):
                 await forwarder.accept(payload(first + n))
                 await asyncio.sleep(0.002)
@@ -482,7 +482,7 @@ async def test_another_partition_of_the_same_kind_is_evidence_another_kind_is_no
             while counts.quarantined == 0:
                 await forwarder.accept(payload(1, PARTITION._replace(tags="other"), payload_id=""))
                 await asyncio.sleep(0.02)
-        await upstream.posted(len(upstream.events) + 5)
+        await upstream.posted(len(upstream.posts) + 5)
         kept = [each.body for each in forwarder.spool.memory.rejected]
         assert kept == [b"[666]"]
         upstream.always(MOBILE, None)
@@ -516,7 +516,7 @@ async def test_a_suspect_survives_a_restart(upstream, tmp_path):
         await asyncio.gather(*(forwarder.accept(payload(n)) for n in range(6)))
         await upstream.posted(12)
     async with forwarding(upstream.url, directory=tmp_path) as forwarder:
-        await upstream.posted(len(upstream.events) + 3)
+        await upstream.posted(len(upstream.posts) + 3)
         upstream.always(KEY, None)
         await settled(forwarder)
         assert forwarder.counts("prod").forwarded == 6
@@ -542,7 +542,7 @@ async def test_a_malformed_payload_spoils_no_batch(upstream, durable, tmp_path, 
         assert counts.received == 2 * len(MALFORMED) + 1
         assert counts.quarantined == len(MALFORMED)
         assert counts.forwarded == len(MALFORMED) + 1
-    assert events(upstream.events) == [*range(len(MALFORMED)), 100]
+    assert events(upstream.posts) == [*range(len(MALFORMED)), 100]
     assert caplog.text.count("posts of events were set aside, as they are no well-formed JSON") == 1
 
 
@@ -593,10 +593,10 @@ async def test_without_a_credential_events_wait(upstream, caplog):
         await forwarder.accept(payload(1, Partition("bare", EventsEndpoint.MOBILE, 4)))
         await forwarder.accept(payload(2))
         await upstream.took(1)
-        assert events(upstream.events) == [2]
+        assert events(upstream.posts) == [2]
         specs[0] = EnvironmentSpec("bare", SDKKey("sdk-bare"), MobileKey("mob-new"))
         await upstream.took(2)
-    assert upstream.events[1].headers["Authorization"] == "mob-new"
+    assert upstream.posts[1].headers["Authorization"] == "mob-new"
     assert "no credential for them: set mobileKey (LD_MOBILE_KEY_bare)" in caplog.text
 
 
@@ -610,7 +610,7 @@ async def test_waiting_payloads_are_sent_with_the_rotated_key(upstream):
         await upstream.posted(1)
         specs["prod"] = EnvironmentSpec("prod", SDKKey("sdk-next"))
         await upstream.took(1)
-    assert [p.headers["Authorization"] for p in upstream.events] == [KEY, "sdk-next"]
+    assert [p.headers["Authorization"] for p in upstream.posts] == [KEY, "sdk-next"]
 
 
 @pytest.mark.parametrize("failure", [answers.stall, answers.status(503), answers.status(401)])
@@ -634,7 +634,7 @@ async def test_one_failing_environment_delays_no_other(upstream, failure):
         )
         await upstream.took(99)
         assert time.monotonic() - began < 2
-        stuck = [p for p in upstream.events if p.headers["Authorization"] == "sdk-0"]
+        stuck = [p for p in upstream.posts if p.headers["Authorization"] == "sdk-0"]
         assert failure is not answers.stall or len(stuck) <= 4
         assert forwarder.counts("e0").waiting == 50
         assert forwarder.oldest("e0") is not None
@@ -714,7 +714,7 @@ async def test_waiting_payloads_are_sent_at_shutdown(upstream):
     async with forwarding(upstream.url, timings=LAZY) as forwarder:
         for n in range(5):
             await forwarder.accept(payload(n))
-        assert not upstream.events
+        assert not upstream.posts
     assert events(upstream.accepted) == list(range(5))
 
 
@@ -737,7 +737,7 @@ async def test_payloads_that_cannot_be_sent_at_shutdown_are_sent_by_the_next_pro
         assert forwarder.counts("prod").forwarded == 5
         assert await forwarder.accept(payload(3)) is False
     assert events(upstream.accepted) == list(range(5))
-    assert upstream.accepted[0].payload_id == upstream.events[0].payload_id
+    assert upstream.accepted[0].payload_id == upstream.posts[0].payload_id
 
 
 async def test_a_disk_that_works_again_is_served_again(upstream, tmp_path):
@@ -845,7 +845,7 @@ async def test_kill_9_loses_and_repeats_nothing(upstream, tmp_path):
     assert len(accepted) > 500
     assert accepted <= set(ids), "an accepted event is lost"
     assert {len(found) for found in ids.values()} == {1}, "an event came under two ids"
-    assert any(p.status == 413 for p in upstream.events)
+    assert any(p.status == 413 for p in upstream.posts)
 
 
 # Back-pressure while memory fills up
@@ -877,7 +877,7 @@ async def test_a_client_that_sends_too_fast_waits_for_upstream(upstream):
         await asyncio.gather(*map(client, range(4)))
         await settled(forwarder)
         assert forwarder.counts("prod").evicted == 0
-    assert len(events(upstream.events)) == 80
+    assert len(events(upstream.posts)) == 80
 
 
 async def test_an_acknowledgement_is_delayed_until_a_batch_is_done(upstream):
@@ -948,7 +948,7 @@ async def test_batches_follow_without_a_pause_while_a_client_waits(upstream, mon
             assert forwarder.accept(large(n)).done()
         await upstream.took(1)
         await forwarder.accept(large(4))
-        assert len(upstream.events) == 1, "the pause is as long as the answer has taken"
+        assert len(upstream.posts) == 1, "the pause is as long as the answer has taken"
         began = time.monotonic()
         await asyncio.gather(*(forwarder.accept(large(n)) for n in (5, 6)))
         assert time.monotonic() - began < 0.4
