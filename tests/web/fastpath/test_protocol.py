@@ -349,14 +349,14 @@ def slow(monkeypatch) -> tuple[Served, list[bytes]]:
     """A relay that evaluates one context in each turn of the loop, and the contexts so far."""
     monkeypatch.setattr(scheduler, "MAX_SLICE", 0)
     served, contexts = Served(), []
-    find = served.evaluation.evaluate
+    evaluate = served.evaluation.evaluate
 
-    def slow_find(environment, sdk_kind, segment, query):
+    def slow_evaluate(environment, sdk_kind, segment, query):
         time.sleep(0.002)
         contexts.append(segment)
-        return find(environment, sdk_kind, segment, query)
+        return evaluate(environment, sdk_kind, segment, query)
 
-    monkeypatch.setattr(served.evaluation, "find", slow_find)
+    monkeypatch.setattr(served.evaluation, "evaluate", slow_evaluate)
     return served, contexts
 
 
