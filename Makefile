@@ -34,7 +34,7 @@ pytest: $(VENV)/test $(NODE_PACKAGES)
 	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS) || [ $$? = 5 ] # 5: none was chosen
 
 nightly: $(VENV)/test $(NODE_PACKAGES) ## the tests that kill relays and those that make things up, many times over
-	KILL_ROUNDS=200 $(BIN)/python -m pytest --timeout 3600 tests/test_spool.py tests/test_events.py tests/contract/test_events.py
+	KILL_ROUNDS=200 $(BIN)/python -m pytest --timeout 3600 tests/events/test_spool.py tests/events/test_forwarder.py tests/contract/test_events.py
 	EXAMPLES=20000 $(BIN)/python -m pytest --timeout 3600 tests/evaluation/test_against_sdk.py
 
 lint: $(VENV)/test

@@ -1,6 +1,6 @@
 """`relay …` and `python -m relay …`."""
 
-# ruff: noqa: PLC0415 - `relay health` must not pay for what the other commands import, nor `eval`
+# ruff: noqa: PLC0415 - `relay health` and `relay eval` must not pay for the imports of others
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Never
 
 
 def main() -> None:
-    """Run the command that the arguments name, and exit with its code."""
+    """Run the command, and exit with its exit code."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["health"]:
-        from relay import health
+        from relay.cli import health
 
         sys.exit(health.main(arguments[1:], os.environ))
 
-    # Until the server takes signals over: as process 1 of a container we would not even get them.
+    # Until the server installs its handlers: process 1 of a container ignores unhandled signals.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
+        signal.signal(number, _exit_on_signal)
     if arguments[:1] not in (["check"], ["eval"], ["sync"]):
-        # The kernel keeps it until the server says what comes of it. Others end by it, as usual.
+        # It stays pending until the server handles it. Other commands are ended by it, as usual.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     if arguments[:1] == ["eval"]:
-        from relay import explain
+        from relay.cli.eval import main as evaluate
 
-        sys.exit(explain.main(arguments[1:]))
-    from relay import cli
+        sys.exit(evaluate(arguments[1:]))
+    from relay.cli import main
 
-    sys.exit(cli.main(arguments))
+    sys.exit(main.main(arguments))
 
 
-def _end(number: int, _frame: object) -> Never:
-    """End with the exit code that a shell gives to what a signal has ended."""
+def _exit_on_signal(number: int, _frame: object) -> Never:
+    """Exit with the code that a shell reports for a process ended by a signal."""
     sys.exit(128 + number)
 
 

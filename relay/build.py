@@ -1,7 +1,7 @@
-"""From a configuration to a relay: the parts list. The only place that chooses implementations.
+"""Build a relay from a configuration: the only place that chooses implementations of its parts.
 
-What a configuration does not use is not imported: a start with a flags file loads neither the HTTP
-client nor the driver of Redis.
+Imports are local, so that only what a configuration uses is loaded: a start with a flags file
+imports neither the HTTP client nor the Redis driver.
 """
 
 # ruff: noqa: PLC0415 - see above
@@ -13,56 +13,57 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from relay.batches import Limits
+from relay.backoff import SourceTimings
 from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
 from relay.errors import ConfigError
-from relay.evalstreams import client_side_channels
-from relay.evaluations import Evaluations
-from relay.events import Forwarder, Pace, Upstream
-from relay.hub import Hub, StreamLimits
-from relay.log import Log, environment_log, set_environment_level
+from relay.events.forwarder import Forwarder, Upstream
+from relay.events.policy import ForwarderTimings
+from relay.events.store import Limits
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Fetch
+from relay.programs import ProgramCache
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
 from relay.sources import DataSource
-from relay.sources.retry import Times
-from relay.stores import Copy
-from relay.sync import Way
+from relay.stores import Mirror
+from relay.streams.evaluated import client_side_channels
+from relay.streams.hub import Hub, StreamLimits
+from relay.sync import SyncTarget
+from relay.telemetry.log import Log, environment_log, set_environment_level
 
 DEMO = EnvironmentSpec(
     "demo", SDKKey("sdk-demo"), MobileKey("mob-demo"), EnvironmentID("demo-client-side-id")
 )
-"""What opens the environment that a flags file makes."""
+"""The environment that serves a flags file, and its credentials."""
 
-POST_SIZE = 8 * 1024
-"""Bytes for which one post counts in `[Events] capacity`: some forty events."""
+PAYLOAD_SIZE = 8 * 1024
+"""Size in bytes of one unit of `[Events] capacity`: about forty events."""
 
-SHORTEST_FLUSH = 0.01
-"""Seconds: an interval of 0 would make a request of each post."""
+MIN_FLUSH_INTERVAL = 0.01
+"""Seconds; an interval of 0 would send one request per event payload."""
 
 Session = AbstractAsyncContextManager[object]
-Sources = Callable[[EnvironmentSpec, Log], DataSource]
+SourceFactory = Callable[[EnvironmentSpec, Log], DataSource]
 
 
 def build(config: Config) -> Relay:
-    """Return the relay that a configuration describes. Nothing is connected yet.
+    """Return the relay that a configuration describes, without connecting anything.
 
     Raises:
-        ConfigError: something that it names, such as a file of authorities, cannot be used.
+        ConfigError: a resource that it names, such as a file of CA certificates, is unusable.
     """
     events: Forwarder | None = None
     fetch: Fetch | None = None
     if config.environments:
         specs = [_spec(each, config.main) for each in config.environments]
-        session, upstream, fetch, sources = _launchdarkly(config)
+        session, upstream, fetch, make_source = _launchdarkly(config)
         events = _forwarder(config, upstream, specs)
     else:
-        specs, sources, session = [_demo(config.main)], _file(config), nullcontext()
+        specs, make_source, session = [_demo(config.main)], _file(config), nullcontext()
     return Relay(
-        [_environment(config, spec, sources) for spec in specs],
+        [_environment(config, spec, make_source) for spec in specs],
         config.main.init_timeout,
         upstream=session,
         fetch=fetch,
@@ -76,20 +77,20 @@ def _demo(main: Main) -> EnvironmentSpec:
     return replace(DEMO, eval_streams=main.eval_streams)
 
 
-def ways(
+def sync_targets(
     config: Config, names: Collection[str] = (), relay_url: str = ""
-) -> tuple[Session, list[Way]]:
-    """Return how the data of environments get into the database once, and the session for that.
+) -> tuple[Session, list[SyncTarget]]:
+    """Return the upstream session and the sync targets, one per environment.
 
     Args:
-        config: what it says of LaunchDarkly, the database and the environments counts.
-        names: of the environments that are wanted; none for all.
-        relay_url: a running relay that is asked instead of LaunchDarkly.
+        config: configuration of LaunchDarkly, the database and the environments.
+        names: names of the environments to sync; empty for all.
+        relay_url: URL of a running relay to read from instead of LaunchDarkly.
 
     Raises:
-        ConfigError: there is no database, or no such environment; or see `build`.
+        ConfigError: there is no database, or no such environment; see also `build`.
     """
-    from relay.stores.redis import RedisStore
+    from relay.stores.redis.store import RedisStore
 
     known, redis = [each.name for each in config.environments], config.redis
     problems = [f'there is no environment "{name}"' for name in names if name not in known]
@@ -102,26 +103,26 @@ def ways(
     if relay_url:
         main = replace(config.main, data_source="polling", base_uri=relay_url)
         config = replace(config, main=main)
-    session, _, _, sources = _launchdarkly(config)
-    found = []
+    session, _, _, make_source = _launchdarkly(config)
+    targets = []
     for spec in (_spec(each, config.main) for each in config.environments):
         if not names or spec.name in names:
-            log = _log_of(spec)
+            log = _log_for(spec)
             store = RedisStore(redis, spec.prefix)
-            found.append(Way(spec, sources(spec, log), store, log))
-    return session, found
+            targets.append(SyncTarget(spec, make_source(spec, log), store, log))
+    return session, targets
 
 
-def _file(config: Config) -> Sources:
-    from relay.sources.file import File
+def _file(config: Config) -> SourceFactory:
+    from relay.sources.file import FileSource
 
     path = Path(config.main.flags_file)
-    return lambda _spec, _log: File(path)
+    return lambda _spec, _log: FileSource(path)
 
 
-def _launchdarkly(config: Config) -> tuple[Session, Upstream, Fetch, Sources]:
-    from relay.sources.polling import Polling
-    from relay.sources.streaming import Streaming
+def _launchdarkly(config: Config) -> tuple[Session, Upstream, Fetch, SourceFactory]:
+    from relay.sources.polling import PollingSource
+    from relay.sources.streaming import StreamingSource
     from relay.upstream import Upstream as HTTPSession
 
     main, http = config.main, config.http
@@ -130,57 +131,59 @@ def _launchdarkly(config: Config) -> tuple[Session, Upstream, Fetch, Sources]:
         ca_files=[Path(file) for file in config.proxy.ca_cert_files if file],
         keep_alive=0.0 if http.disable_keep_alives else http.idle_conn_timeout,
     )
-    times = Times(poll_interval=main.poll_interval)
+    timings = SourceTimings(poll_interval=main.poll_interval)
 
-    def source(spec: EnvironmentSpec, log: Log) -> DataSource:
+    def make_source(spec: EnvironmentSpec, log: Log) -> DataSource:
         if main.data_source == "polling":
-            return Polling(upstream, main.base_uri, spec.sdk_key, times)
-        return Streaming(upstream, main.stream_uri, spec.sdk_key, log, times)
+            return PollingSource(upstream, main.base_uri, spec.sdk_key, timings)
+        return StreamingSource(upstream, main.stream_uri, spec.sdk_key, log, timings)
 
-    return upstream, upstream, upstream.fetch, source
+    return upstream, upstream, upstream.fetch, make_source
 
 
 def _forwarder(config: Config, upstream: Upstream, specs: Sequence[EnvironmentSpec]) -> Forwarder:
-    """Return what delivers events: those of SDKs, if that is switched on, and our own."""
-    from relay.spool import Spool
+    """Return the forwarder of events: those of SDKs, if enabled, and the relay's usage metrics."""
+    from relay.events.spool import Spool
 
     events, drain = config.events, config.main.graceful_shutdown_timeout
     directory = Path(events.spool_dir) if events.spool_dir else None
-    spool = Spool(directory, Limits(memory=events.capacity * POST_SIZE))
-    pace = Pace(flush_interval=max(events.flush_interval, SHORTEST_FLUSH), drain=drain / 4)
+    spool = Spool(directory, Limits(memory=events.capacity * PAYLOAD_SIZE))
+    timings = ForwarderTimings(
+        flush_interval=max(events.flush_interval, MIN_FLUSH_INTERVAL), drain=drain / 4
+    )
     by_name = {spec.name: spec for spec in specs}
-    return Forwarder(spool, upstream, events.events_uri, by_name.get, pace)
+    return Forwarder(spool, upstream, events.events_uri, by_name.get, timings)
 
 
-def _spec(given: EnvironmentConfig, main: Main) -> EnvironmentSpec:
+def _spec(options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
     return EnvironmentSpec(
-        name=given.name,
-        sdk_key=SDKKey(given.sdk_key.reveal()),
-        mobile_key=MobileKey(given.mobile_key.reveal()) if given.mobile_key else None,
-        environment_id=EnvironmentID(given.env_id) if given.env_id else None,
-        project_key=given.proj_key,
-        environment_key=given.env_key,
-        secure_mode=given.secure_mode,
-        eval_streams=main.eval_streams if given.eval_streams is None else given.eval_streams,
-        ttl=given.ttl,
-        allowed_origins=given.allowed_origin,
-        allowed_headers=given.allowed_header,
-        prefix=given.prefix,
-        log_level=given.log_level or None,
+        name=options.name,
+        sdk_key=SDKKey(options.sdk_key.reveal()),
+        mobile_key=MobileKey(options.mobile_key.reveal()) if options.mobile_key else None,
+        environment_id=EnvironmentID(options.env_id) if options.env_id else None,
+        project_key=options.proj_key,
+        environment_key=options.env_key,
+        secure_mode=options.secure_mode,
+        eval_streams=main.eval_streams if options.eval_streams is None else options.eval_streams,
+        ttl=options.ttl,
+        allowed_origins=options.allowed_origin,
+        allowed_headers=options.allowed_header,
+        prefix=options.prefix,
+        log_level=options.log_level or None,
     )
 
 
-def _environment(config: Config, spec: EnvironmentSpec, sources: Sources) -> Environment:
-    log = _log_of(spec)
-    source = sources(spec, log)
-    evaluations, main = Evaluations(), config.main
-    streams = client_side_channels(evaluations, main.ping_stream_jitter_time)
+def _environment(config: Config, spec: EnvironmentSpec, make_source: SourceFactory) -> Environment:
+    log = _log_for(spec)
+    source = make_source(spec, log)
+    programs, main = ProgramCache(), config.main
+    streams = client_side_channels(programs, main.ping_stream_jitter_time)
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
-    copies = tuple(_copies(config, spec, source, log))
-    return Environment(spec, source, hub, log, copies, evaluations=evaluations)
+    mirrors = tuple(_mirrors(config, spec, source, log))
+    return Environment(spec, source, hub, log, mirrors, programs=programs)
 
 
-def _log_of(spec: EnvironmentSpec) -> Log:
+def _log_for(spec: EnvironmentSpec) -> Log:
     if spec.log_level:
         set_environment_level(spec.name, spec.log_level)
     return environment_log(spec.name, spec.sdk_key.masked)
@@ -194,17 +197,19 @@ def _stream_limits(main: Main) -> StreamLimits:
     )
 
 
-def _copies(config: Config, spec: EnvironmentSpec, source: DataSource, log: Log) -> Iterator[Copy]:
-    """Yield the snapshot and the database, where these are configured."""
+def _mirrors(
+    config: Config, spec: EnvironmentSpec, source: DataSource, log: Log
+) -> Iterator[Mirror]:
+    """Yield the snapshot and the database mirror, if configured."""
     if config.main.snapshot_dir and config.environments:
-        from relay.stores.snapshot import Snapshot
+        from relay.stores.snapshot import SnapshotMirror
 
-        yield Snapshot(Path(config.main.snapshot_dir), spec.sdk_key, log)
+        yield SnapshotMirror(Path(config.main.snapshot_dir), spec.sdk_key, log)
     if config.redis:
-        from relay.stores.mirror import ONCE, Mirror, MirrorTimes
-        from relay.stores.redis import RedisStore
+        from relay.stores.mirror import SINGLE_RUN, DatabaseMirror, MirrorTimings
+        from relay.stores.redis.store import RedisStore
 
         store = RedisStore(config.redis, spec.prefix)
         log.info("Using Redis data store: %s with prefix: %s", store.server, store.prefix)
-        times = ONCE if config.main.exit_always else MirrorTimes()
-        yield Mirror(store, "redis", source.refresh, log, times)
+        timings = SINGLE_RUN if config.main.exit_always else MirrorTimings()
+        yield DatabaseMirror(store, "redis", source.resync, log, timings)

@@ -1,4 +1,4 @@
-"""Time that only passes: corrections of the system's clock do not move it."""
+"""Unix time that ignores corrections of the system's clock."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _BEGINNING = time.time() - time.monotonic()
 
 
 def now() -> float:
-    """Return the Unix seconds of the start of this process, and what has passed since.
+    """Return the Unix time of this process's start plus the seconds that have passed since.
 
-    Ages are differences of these. What people or LaunchDarkly read has the system's time instead,
-    which may have been corrected meanwhile.
+    Use it for ages and intervals. Times that people or LaunchDarkly read are the system's, which
+    may have been corrected meanwhile.
     """
     return _BEGINNING + time.monotonic()

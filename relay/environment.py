@@ -1,7 +1,7 @@
-"""One environment of the relay: from its source to its payload, its subscribers and its copies.
+"""One environment: follow its data source, publish to its subscribers, keep its mirrors current.
 
-Memory first, then subscribers, then database: a slow or broken database never delays an SDK.
-Stored data are served at once; what upstream says stands above them.
+Memory comes first, then subscribers, then mirrors: a slow or broken database never delays an SDK.
+Stored data is served immediately; data from upstream always takes precedence over it.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from relay.errors import ErrorKind
-from relay.evaluations import Evaluations
-from relay.hub import Hub
-from relay.log import Log
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Kind
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
-from relay.sources import Current, DataSource, Interrupted, Update
-from relay.stores import Copy
+from relay.programs import ProgramCache
+from relay.sources import DataSource, Interrupted, Update, UpToDate
+from relay.stores import Mirror
+from relay.streams.hub import Hub
+from relay.telemetry.log import Log
 
-REASSURE_EVERY = 60.0
-"""Seconds after which copies are told again that the data are current, though nothing changed: the
-age of the data after a restart is right to a minute."""
+CONFIRM_EVERY = 60.0
+"""Seconds between the confirmations that mirrors get while nothing changes, so that the age of
+stored data is accurate to a minute after a restart."""
 
 
 class ConnectionState(Enum):
-    """How it stands with upstream, in the words of `/status` (status 8.1)."""
+    """State of the upstream connection, named as in `/status` (status 8.1)."""
 
     INITIALIZING = "INITIALIZING"
     VALID = "VALID"
@@ -38,38 +38,41 @@ class ConnectionState(Enum):
 
 
 @dataclass(slots=True)
-class Connection:
-    """How it stands with upstream, and since when.
+class UpstreamConnection:
+    """State of the upstream connection.
 
-    Times that people read are Unix seconds. How long something lasts is measured by the monotonic
-    clock: the other one may be corrected at any moment.
+    Times shown to people are Unix seconds. Durations are measured with the monotonic clock, because
+    the wall clock may be corrected at any moment.
     """
 
     state: ConnectionState = ConnectionState.INITIALIZING
     since: float = field(default_factory=time.time)
-    """When the state was entered, in Unix seconds."""
+    """Time of the last state change, in Unix seconds."""
     entered: float = field(default_factory=time.monotonic)
-    """The same by the monotonic clock."""
+    """Time of the last state change, by the monotonic clock."""
     last_error: tuple[ErrorKind, float] | None = None
-    """The class and the time of the last failure, in Unix seconds; never cleared."""
-    delivered: bool = False
-    """Whether upstream has ever delivered data to this process."""
-    confirmed: float | None = None
-    """When upstream last showed that the data are current, by the monotonic clock; None if that is
-    not known."""
+    """Class of the last failure and its time in Unix seconds; never cleared."""
+    has_data: bool = False
+    """True once upstream has delivered data to this process."""
+    last_confirmed: float | None = None
+    """Monotonic time at which upstream last confirmed the data; None if unknown."""
 
     @property
     def lasts(self) -> float:
-        """The seconds since the state was entered."""
+        """Seconds since the state was entered."""
         return time.monotonic() - self.entered
 
     @property
     def data_age(self) -> float | None:
-        """The seconds since upstream last showed that the data are current; None if not known."""
-        return None if self.confirmed is None else max(0.0, time.monotonic() - self.confirmed)
+        """Seconds since upstream last confirmed the data; None if unknown."""
+        return (
+            None
+            if self.last_confirmed is None
+            else max(0.0, time.monotonic() - self.last_confirmed)
+        )
 
     def enter(self, state: ConnectionState) -> bool:
-        """Take the state on; return whether it is another one than before."""
+        """Change to `state`; return False if that is the current state already."""
         if state is self.state:
             return False
         self.state, self.since, self.entered = state, time.time(), time.monotonic()
@@ -77,15 +80,15 @@ class Connection:
 
 
 class Environment:
-    """One environment: `run` keeps it current; `payload` is what it serves.
+    """One environment. `run` keeps it current, `payload` is the data it serves.
 
     Args:
-        spec: what it is.
-        source: where its data come from.
-        hub: who is told.
+        spec: name, credentials and settings.
+        source: the data source to follow.
+        hub: receives every change.
         log: a logger that names this environment.
-        copies: the database and the snapshot, where there are such.
-        evaluations: of its flags, if the hub has streams that need them.
+        mirrors: the database and the snapshot, as configured.
+        programs: compiled flags, shared with the evaluated streams of the hub; created if omitted.
     """
 
     def __init__(
@@ -94,151 +97,157 @@ class Environment:
         source: DataSource,
         hub: Hub,
         log: Log,
-        copies: Sequence[Copy] = (),
+        mirrors: Sequence[Mirror] = (),
         *,
-        evaluations: Evaluations | None = None,
+        programs: ProgramCache | None = None,
     ) -> None:
         self.spec = spec
         self.hub = hub
-        self.copies = tuple(copies)
-        self.connection = Connection()
+        self.mirrors = tuple(mirrors)
+        self.connection = UpstreamConnection()
         self.payload: Payload | None = None
-        """What is served; None until there are data from anywhere."""
-        self.evaluations = evaluations or Evaluations()
-        """The same, evaluated for client-side SDKs."""
+        """The data being served; None until a mirror or upstream has delivered."""
+        self.programs = programs or ProgramCache()
+        """The flags of `payload`, compiled for client-side evaluation."""
         self.invalid: dict[tuple[Kind, str], InvalidItem] = {}
-        """Items whose last version could not be used."""
+        """Items whose latest version is unusable."""
         self.changes = 0
-        """Changes of upstream that were applied, since the start: messages, not items."""
+        """Number of upstream changes applied since the start; counts messages, not items."""
         self.rejected = 0
-        """Messages and items of upstream that could not be used, since the start."""
-        self.decided = asyncio.Event()
-        """Set when upstream has delivered, or has refused the key."""
-        self._told = -float("inf")
-        """When the copies were last told that the data are current, by the monotonic clock."""
-        self._complaint = ""
-        """What was last logged of upstream."""
+        """Number of unusable upstream messages and items since the start."""
+        self.init_done = asyncio.Event()
+        """Set once upstream has delivered data or refused the key."""
+        self._mirrors_updated_at = -float("inf")
+        """Monotonic time of the last `update` of the mirrors."""
+        self._last_warning = ""
+        """Reason of the last outage that was logged."""
         self.created = time.time()
-        """Unix seconds."""
+        """Creation time in Unix seconds."""
         self._source = source
         self._log = log
+
+    def __repr__(self) -> str:
+        items = "no data" if self.payload is None else f"{len(self.payload)} items"
+        return f"<Environment {self.spec.name!r} {self.connection.state.value} {items}>"
 
     async def run(self) -> None:
         """Keep the environment current until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            for copy in self.copies:
-                tasks.create_task(self._begin_with(copy))
-                tasks.create_task(copy.run())
+            for mirror in self.mirrors:
+                tasks.create_task(self._load_stored(mirror))
+                tasks.create_task(mirror.run())
             tasks.create_task(self._follow_source())
 
-    def look(self, *, doubt: bool = False) -> None:
-        """See soon whether upstream has news.
+    def check(self, *, reconnect: bool = False) -> None:
+        """Check upstream for changes soon.
 
         Args:
-            doubt: they should have come long ago.
+            reconnect: an expected change is overdue; replace a connection that looks healthy, too.
         """
-        self._source.look(doubt=doubt)
+        self._source.check(reconnect=reconnect)
 
     def fail(self) -> None:
-        """Note that `run` has ended by a defect of ours; called while the exception is handled."""
+        """Record that `run` ended with an unexpected error. Call it from the exception handler."""
         self._log.exception("The environment failed and is started again; its data stay served")
         self.connection.last_error = (ErrorKind.UNKNOWN, time.time())
-        if self.connection.delivered:
+        if self.connection.has_data:
             self.connection.enter(ConnectionState.INTERRUPTED)
 
-    async def _begin_with(self, copy: Copy) -> None:
-        """Serve stored data until upstream has delivered; the newer of two copies wins."""
-        stored = await copy.load()
-        if stored is None or self.connection.delivered:
+    async def _load_stored(self, mirror: Mirror) -> None:
+        """Serve a mirror's stored data until upstream delivers; the newer of two mirrors wins."""
+        stored = await mirror.load()
+        if stored is None or self.connection.has_data:
             return
         if self.payload is None or stored.payload.is_newer_than(self.payload):
             self._log.info(
                 "Serving stored data (%d items) until upstream delivers", len(stored.payload)
             )
             self._apply(ChangeSet(tuple(stored.payload), full=True))
-            self.connection.confirmed = _before_now(stored.age)
-        elif self.connection.confirmed is None and not self.payload.is_newer_than(stored.payload):
-            # The same data from a copy that knows how old they are.
-            self.connection.confirmed = _before_now(stored.age)
+            self.connection.last_confirmed = _clock_before(stored.age)
+        elif self.connection.last_confirmed is None and not self.payload.is_newer_than(
+            stored.payload
+        ):
+            # The same data, from a mirror that knows its age.
+            self.connection.last_confirmed = _clock_before(stored.age)
 
     async def _follow_source(self) -> None:
         async with aclosing(self._source.updates()) as updates:
             async for update in updates:
-                self._take(update)
+                self._handle(update)
 
-    def _take(self, update: Update) -> None:
+    def _handle(self, update: Update) -> None:
         match update:
             case ChangeSet():
-                self._take_changes(update, time.monotonic())
-            case Current():
+                self._handle_changes(update, time.monotonic())
+            case UpToDate():
                 self._confirm()
             case Interrupted():
-                self._interrupt(update)
+                self._handle_interruption(update)
 
-    def _take_changes(self, changes: ChangeSet, since: float) -> None:
-        self._note_invalid(changes)
-        if changes.full or self.connection.delivered:
+    def _handle_changes(self, changes: ChangeSet, since: float) -> None:
+        self._track_invalid(changes)
+        if changes.full or self.connection.has_data:
             change = self._apply(changes, since)
             self.changes += change is not None
-            self.connection.delivered = True
+            self.connection.has_data = True
             self._confirm(change, full=changes.full)
         else:
-            # A patch before the first put: those who listen may know it (streams 2.2), but it is
+            # A patch before the first put: subscribers get it (streams 2.2), but a single item is
             # not the data of an environment.
             _, change = EMPTY.apply(changes)
             if change is not None:
                 self.hub.publish(self.payload, change, since)
 
     def _apply(self, changes: ChangeSet, since: float | None = None) -> Change | None:
-        """Make the next payload and tell subscribers."""
+        """Build the next payload and publish the change to subscribers."""
         first = self.payload is None
         self.payload, change = (self.payload or EMPTY).apply(changes)
         if change is None and first:
             change = Change((), (), replace=True)
         if change is not None:
-            # First, because streams of evaluated flags ask for them at once.
-            self.evaluations.follow(self.payload)
+            # First, because publishing makes evaluated streams use the programs immediately.
+            self.programs.update(self.payload)
             self.hub.publish(self.payload, change, since)
         return change
 
     def _confirm(self, change: Change | None = None, *, full: bool = False) -> None:
-        """Upstream is healthy, and the payload is what it has."""
-        if not self.connection.delivered or self.payload is None:
+        """Record that upstream is healthy and `payload` is current; update the mirrors."""
+        if not self.connection.has_data or self.payload is None:
             return
         now = time.monotonic()
-        news = self.connection.enter(ConnectionState.VALID)
-        self.connection.confirmed = now
-        self.decided.set()
-        if news:
+        entered = self.connection.enter(ConnectionState.VALID)
+        self.connection.last_confirmed = now
+        self.init_done.set()
+        if entered:
             self._log.info("Upstream is connected, data are current (%d items)", len(self.payload))
-        if news or full or change is not None or now - self._told >= REASSURE_EVERY:
-            self._told = now
-            for copy in self.copies:
-                copy.follow(self.payload, change, full=full, unusable=self.invalid)
+        if entered or full or change is not None or now - self._mirrors_updated_at >= CONFIRM_EVERY:
+            self._mirrors_updated_at = now
+            for mirror in self.mirrors:
+                mirror.update(self.payload, change, full=full, unusable=self.invalid)
 
-    def _interrupt(self, trouble: Interrupted) -> None:
+    def _handle_interruption(self, outage: Interrupted) -> None:
         connection = self.connection
-        if trouble.kind is ErrorKind.INVALID_DATA:
+        if outage.kind is ErrorKind.INVALID_DATA:
             self.rejected += 1
-        if trouble.refused:
+        if outage.refused:
             state = ConnectionState.OFF
-            self.decided.set()
-        elif connection.delivered:
+            self.init_done.set()
+        elif connection.has_data:
             state = ConnectionState.INTERRUPTED
         else:
             state = ConnectionState.INITIALIZING
         first = connection.last_error is None
-        connection.last_error = (trouble.kind, time.time())
-        # Of unusable data each is told, not each time they come: a file may be mended by and by.
-        other = trouble.kind is ErrorKind.INVALID_DATA and trouble.reason != self._complaint
-        if connection.enter(state) or first or other:
-            self._log.warning("%s", trouble.reason)
-            self._complaint = trouble.reason
-        for copy in self.copies:
-            copy.hold()
+        connection.last_error = (outage.kind, time.time())
+        # Log each new reason for unusable data once: a file is often fixed in steps.
+        new_reason = outage.kind is ErrorKind.INVALID_DATA and outage.reason != self._last_warning
+        if connection.enter(state) or first or new_reason:
+            self._log.warning("%s", outage.reason)
+            self._last_warning = outage.reason
+        for mirror in self.mirrors:
+            mirror.suspend()
 
-    def _note_invalid(self, changes: ChangeSet) -> None:
-        """Keep account of items that cannot be used; log each when it appears."""
+    def _track_invalid(self, changes: ChangeSet) -> None:
+        """Keep `invalid` up to date; log each unusable item when it first appears."""
         if changes.full:
             known, self.invalid = self.invalid, {}
         else:
@@ -252,6 +261,6 @@ class Environment:
             self.invalid[bad.kind, bad.key] = bad
 
 
-def _before_now(age: float | None) -> float | None:
-    """Return the monotonic clock so many seconds ago."""
+def _clock_before(age: float | None) -> float | None:
+    """Return the monotonic time `age` seconds ago; None if the age is unknown."""
     return None if age is None else time.monotonic() - age

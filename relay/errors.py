@@ -1,13 +1,13 @@
-"""Every exception of our own. What shapes the tree: can it pass by itself, and whose fault is it?
+"""Exceptions of this package, ordered by cause and by whether the failure can pass by itself.
 
     RelayError
     ├── ConfigError            the operator's: wrong options; carries every problem
     ├── InvalidData            upstream's, a file's or a store's: unusable bytes
     ├── UpstreamUnavailable    passes by itself: network, 5xx, a broken stream
-    │   └── UpstreamRefused    passes when somebody mends the key: 401, 403 and the like
+    │   └── UpstreamRefused    passes when the key is fixed: 401, 403 and the like
     └── StoreUnavailable       passes by itself: the database cannot be reached or will not write
 
-Libraries' exceptions are translated where the library is called, once, with the cause kept.
+Exceptions of libraries are translated once, where the library is called, and kept as the cause.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
-PASSING = frozenset({407, 408, 429})
-"""4xx that pass by themselves and say nothing about a key; 407 comes from a proxy."""
+RETRYABLE_4XX = frozenset({407, 408, 429})
+"""4xx statuses that pass by themselves and do not refuse a key; 407 comes from a proxy."""
 
 
 class ErrorKind(Enum):
-    """What went wrong upstream, in the words of `/status` (streams 2.5)."""
+    """Class of an upstream failure, named as in `/status` (streams 2.5)."""
 
     NETWORK_ERROR = "NETWORK_ERROR"
     ERROR_RESPONSE = "ERROR_RESPONSE"
@@ -30,11 +30,11 @@ class ErrorKind(Enum):
 
 
 class RelayError(Exception):
-    """What all exceptions of this package have in common."""
+    """Base class of all exceptions of this package."""
 
 
 class ConfigError(RelayError):
-    """The configuration cannot be used.
+    """The configuration is unusable.
 
     Args:
         problems: one sentence each, with its source (file and line, or variable).
@@ -46,11 +46,11 @@ class ConfigError(RelayError):
 
 
 class InvalidData(RelayError):
-    """Bytes do not hold what they should.
+    """Data cannot be decoded or is invalid.
 
     Args:
-        what: the thing that was read, such as `flag "lamp"` or `put message`.
-        reason: what is wrong with it, and where.
+        what: subject of the error, such as `flag "lamp"` or `put message`.
+        reason: description of the error, and its place.
     """
 
     def __init__(self, what: str, reason: str) -> None:
@@ -60,12 +60,12 @@ class InvalidData(RelayError):
 
 
 class UpstreamUnavailable(RelayError):
-    """Upstream did not give what was asked for; trying again may help.
+    """A request to upstream failed; retrying may help.
 
     Args:
-        kind: the class of failure, as `/status` names it.
+        kind: class of the failure, as named in `/status`.
         reason: a sentence without secrets.
-        status: the HTTP status, where there was an answer.
+        status: HTTP status of the response, if there was one.
     """
 
     def __init__(self, kind: ErrorKind, reason: str, status: int | None = None) -> None:
@@ -76,8 +76,8 @@ class UpstreamUnavailable(RelayError):
 
 
 class UpstreamRefused(UpstreamUnavailable):
-    """Upstream refuses the key (401, 403, 404 …): by mistake, or until somebody mends it."""
+    """Upstream refused the key (401, 403, 404 …): by mistake, or until the key is fixed."""
 
 
 class StoreUnavailable(RelayError):
-    """The database cannot be reached, or refuses to do what it was asked."""
+    """The database cannot be reached, or refuses a command."""

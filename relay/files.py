@@ -1,8 +1,8 @@
-"""Files that hold what nobody else should read: flags, events and what contexts say.
+"""Private files: flags, events and data of contexts.
 
-They are the relay's alone, unless their directory is shared with its group, and with nobody else,
-as `/data` of the image is with group 0: a platform that gives containers a user of its own choice,
-such as OpenShift, may give the next container another one.
+Only the relay's user can read them, unless their directory is shared with its group and with nobody
+else. The image's `/data` is shared with group 0 in this way: platforms such as OpenShift run every
+container as an arbitrary user, and the next one may get another.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ _SHARED = stat.S_IRWXU | stat.S_IRWXG
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those above it, as private as the first that exists.
+    """Create a directory and its parents, as private as the closest existing one.
 
     Raises:
-        OSError: it cannot be made, or is a file.
+        OSError: it cannot be created, or is a file.
     """
     if path.is_dir():
         return
     if path.parent != path:
         make_directory(path.parent)
     mode = _SHARED if _is_shared(path.parent) else stat.S_IRWXU
-    # To change the mode later would take away that files in it belong to the directory's group,
-    # for a user who is not in that. All that the relay makes has a mode of its own.
+    # A later chmod would clear the set-group-ID bit for a user outside the directory's group. The
+    # process-wide umask does no harm here: the relay gives every file an explicit mode.
     mask = os.umask(stat.S_IRWXO)
     try:
         path.mkdir(mode, exist_ok=True)
@@ -35,14 +35,14 @@ def make_directory(path: Path) -> None:
 
 
 def open_private(path: Path, flags: int) -> int:
-    """Return a descriptor of a file, made as private as its directory if there is none yet.
+    """Open a file, created as private as its directory, and return its descriptor.
 
     Args:
-        path: of the file.
-        flags: of `os.open`.
+        path: path of the file.
+        flags: flags of `os.open`.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
     existed = path.exists()
     descriptor = os.open(path, flags, stat.S_IRUSR | stat.S_IWUSR)
@@ -52,5 +52,5 @@ def open_private(path: Path, flags: int) -> int:
 
 
 def _is_shared(directory: Path) -> bool:
-    """Whether a directory is for its owner and its group, and for nobody else."""
+    """Return whether a directory is accessible to its owner and group, and to nobody else."""
     return stat.S_IMODE(directory.stat().st_mode) & 0o777 == _SHARED

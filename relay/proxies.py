@@ -1,7 +1,7 @@
-"""Tells which HTTP proxy a request goes through: the configured one, or the environment's.
+"""Chooses the HTTP proxy of a request: the configured one, or that of the environment variables.
 
-The environment is read as the reference does, by the rules of Go's package `httpproxy` in
-`golang.org/x/net`, which differ from those of Python in nearly all that `NO_PROXY` may hold.
+The variables are read like in ld-relay, by the rules of Go's package `httpproxy` in
+`golang.org/x/net`. These differ from Python's for nearly everything that `NO_PROXY` may contain.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from relay.errors import ConfigError, ErrorKind, UpstreamUnavailable
 Address = IPv4Address | IPv6Address
 
 _MAPPED_BITS = 96
-"""Leading bits of an IPv6 address that stands for one of IPv4."""
+"""Length of the prefix of IPv4-mapped IPv6 addresses."""
 
 _CIDR = re.compile("[0-9a-f.:]+/[0-9]{1,3}")
 _HOST_AND_PORT = re.compile(r"(?P<host>[^:\[\]]*|\[(?P<v6>[^\[\]]*)\]):(?P<port>[^:\[\]]*)")
-_BAD_IN_HOST = re.compile(r"[^a-z0-9._:~%-]")
+_INVALID_HOST_CHARACTER = re.compile(r"[^a-z0-9._:~%-]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Proxy:
     """An HTTP proxy.
 
     Args:
-        url: where it is, without user and password.
+        url: URL without user and password.
         authorization: value of the header `Proxy-Authorization`; empty for none.
     """
 
@@ -48,58 +48,58 @@ class Proxy:
 
 
 ProxyChoice = Callable[[URL], Proxy | None]
-"""Tells the proxy for a request by its URL; None for a direct connection.
+"""Returns the proxy for a request by its URL; None for a direct connection.
 
-It raises `UpstreamUnavailable` if there must not be a request at all.
+Raises `UpstreamUnavailable` if the request must not be sent at all.
 """
 
 
 def fixed_proxy(text: str) -> ProxyChoice:
-    """Return the choice of one proxy for everything.
+    """Return a choice that uses one proxy for all requests.
 
     Args:
-        text: its URL, perhaps with user and password, percent-encoded in UTF-8.
+        text: URL of the proxy; user and password are optional and percent-encoded in UTF-8.
 
     Raises:
-        ConfigError: it cannot be used.
+        ConfigError: the URL is unusable.
     """
-    proxy = _parse(text, "")
+    proxy = _parse_proxy(text, "")
     return lambda _: proxy
 
 
 def environment_proxies(environ: Mapping[str, str]) -> ProxyChoice:
-    """Return the choice that `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY` make.
+    """Return a choice that follows `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY`.
 
-    A variable in lower case counts where the one in upper case is empty. The first two hold URLs,
-    or host and port, for requests with the scheme in their name. `NO_PROXY` lists what is asked
-    directly, separated by commas: names (`ld.example` with, `.ld.example` or `*.ld.example` without
-    the name itself), addresses, networks (`10.0.0.0/8`), with a port perhaps, or `*` for
-    everything. This machine is always asked directly.
+    A lower-case variable is used if the upper-case one is empty. The first two contain a URL, or
+    host and port, for requests of the scheme in their name. `NO_PROXY` is a comma-separated list of
+    servers to connect to directly: names (`ld.example` includes subdomains, `.ld.example` and
+    `*.ld.example` match only these), addresses, networks (`10.0.0.0/8`), each with an optional
+    port, or `*` for everything. Local addresses never use a proxy.
 
     Raises:
-        ConfigError: a proxy cannot be used; names each variable.
+        ConfigError: a proxy is unusable; names each variable.
     """
-    exceptions = _first(environ, "NO_PROXY")[1]
+    no_proxy = _lookup(environ, "NO_PROXY")[1]
     proxies: dict[str, Proxy] = {}
     problems: list[str] = []
-    if "*" not in _entries(exceptions):
+    if "*" not in _split(no_proxy):
         for scheme in ("http", "https"):
-            name, value = _first(environ, f"{scheme.upper()}_PROXY")
+            name, value = _lookup(environ, f"{scheme.upper()}_PROXY")
             if not value:
                 continue
             try:
-                proxies[scheme] = _parse(value if "://" in value else f"http://{value}", name)
+                proxies[scheme] = _parse_proxy(value if "://" in value else f"http://{value}", name)
             except ConfigError as e:
                 problems += e.problems
     if problems:
         raise ConfigError(problems)
-    direct = [_exception(entry) for entry in _entries(exceptions)]
-    return _Rules(proxies, direct, cgi=bool(environ.get("REQUEST_METHOD"))).choose
+    bypass = [_matcher(entry) for entry in _split(no_proxy)]
+    return _ProxyRules(proxies, bypass, is_cgi=bool(environ.get("REQUEST_METHOD"))).choose
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """A server: its name in lower case and ASCII, its address if the name is one, its port."""
+    """A server: lower-case ASCII name, the address if the name is one, and the port."""
 
     name: str
     address: Address | None
@@ -111,67 +111,67 @@ class _Target:
         return cls(name, _address(name), str(url.port or ""))
 
     @property
-    def is_this_machine(self) -> bool:
+    def is_local(self) -> bool:
         return self.name == "localhost" or bool(self.address and self.address.is_loopback)
 
 
 @dataclass(frozen=True, slots=True)
-class _Rules:
+class _ProxyRules:
     proxies: Mapping[str, Proxy]
-    direct: list[Callable[[_Target], bool]]
-    cgi: bool
+    bypass: list[Callable[[_Target], bool]]
+    is_cgi: bool
 
     def choose(self, url: URL) -> Proxy | None:
         proxy = self.proxies.get(url.scheme)
         if proxy is None:
             return None
-        if self.cgi and url.scheme == "http":
-            # The header `Proxy` of a request to a CGI program is such a variable.
+        if self.is_cgi and url.scheme == "http":
+            # In a CGI program HTTP_PROXY is the `Proxy` header of the request: clients control it.
             reason = "HTTP_PROXY cannot be trusted beside REQUEST_METHOD, the sign of a CGI program"
             raise UpstreamUnavailable(ErrorKind.NETWORK_ERROR, reason)
         target = _Target.of(url)
-        if target.is_this_machine or any(matches(target) for matches in self.direct):
+        if target.is_local or any(matches(target) for matches in self.bypass):
             return None
         return proxy
 
 
-def _first(environ: Mapping[str, str], name: str) -> tuple[str, str]:
-    """Return the variable that counts, and its value without blanks around it."""
-    for each in (name, name.lower()):
-        if value := environ.get(each, "").strip():
-            return each, value
+def _lookup(environ: Mapping[str, str], name: str) -> tuple[str, str]:
+    """Return the name of the variable that is set, and its value without surrounding blanks."""
+    for candidate in (name, name.lower()):
+        if value := environ.get(candidate, "").strip():
+            return candidate, value
     return name, ""
 
 
-def _parse(text: str, variable: str) -> Proxy:
-    """Read a proxy's URL; `variable` is where it comes from, if that is worth saying."""
+def _parse_proxy(text: str, variable: str) -> Proxy:
+    """Parse the URL of a proxy; `variable` is the source to name in errors, if any."""
     try:
         url = URL(text)
-        host, port = url.raw_host or "", url.port  # both are looked at only now
+        host, port = url.raw_host or "", url.port  # parsed lazily, so errors appear here
     except ValueError:
         url, host, port = URL(), "", None
-    clean = text.isprintable() and " " not in text and not _BAD_IN_HOST.search(host)
-    if not clean or url.scheme not in ("http", "https") or not host or not port:
-        where = f"{variable}: " if variable else ""
+    valid = text.isprintable() and " " not in text and not _INVALID_HOST_CHARACTER.search(host)
+    if not valid or url.scheme not in ("http", "https") or not host or not port:
+        prefix = f"{variable}: " if variable else ""
         form = "http://host:port or https://host:port"
-        raise ConfigError([f"{where}the proxy's URL must be {form}"])
+        raise ConfigError([f"{prefix}the proxy's URL must be {form}"])
     return Proxy(url.origin(), basic_authorization(url))
 
 
 def basic_authorization(url: URL) -> str:
-    """Return the header's value for user and password of a URL, in UTF-8; empty if it has none."""
+    """Return the `Basic` value for user and password of a URL, in UTF-8; empty without them."""
     if url.raw_user is None and url.raw_password is None:
         return ""
     user, password = unquote_to_bytes(url.raw_user or ""), unquote_to_bytes(url.raw_password or "")
     return f"Basic {b64encode(user + b':' + password).decode()}"
 
 
-def _entries(text: str) -> list[str]:
-    return [entry for each in text.split(",") if (entry := each.strip().lower())]
+def _split(text: str) -> list[str]:
+    return [entry for candidate in text.split(",") if (entry := candidate.strip().lower())]
 
 
-def _exception(entry: str) -> Callable[[_Target], bool]:
-    """Return what an entry of `NO_PROXY` matches; one that means nothing matches nothing."""
+def _matcher(entry: str) -> Callable[[_Target], bool]:
+    """Return the predicate of an entry of `NO_PROXY`; an invalid entry matches nothing."""
     network = _network(entry)
     if network is not None:
         return lambda target: target.address is not None and target.address in network
@@ -182,7 +182,7 @@ def _exception(entry: str) -> Callable[[_Target], bool]:
     if address is not None:
         return lambda target: target.address == address and (not ports or target.port in ports)
     subdomains = host.startswith((".", "*."))
-    name = _ascii(host.removeprefix("*").removeprefix(".") if subdomains else host)
+    name = _to_ascii(host.removeprefix("*").removeprefix(".") if subdomains else host)
     names = frozenset() if subdomains else frozenset({name})
     return lambda target: (
         bool(name)
@@ -193,7 +193,7 @@ def _exception(entry: str) -> Callable[[_Target], bool]:
 
 def _network(text: str) -> IPv4Network | IPv6Network | None:
     if not _CIDR.fullmatch(text):
-        return None  # Python would take a netmask, too
+        return None  # Python would accept a netmask, too
     try:
         network = ip_network(text, strict=False)
     except ValueError:
@@ -205,7 +205,7 @@ def _network(text: str) -> IPv4Network | IPv6Network | None:
 
 
 def _address(text: str) -> Address | None:
-    """Return the address that a text is; one of IPv4 in the form of IPv6 is one of IPv4."""
+    """Return `text` as an address, IPv4-mapped ones as IPv4; None if it is not an address."""
     if "%" in text:
         return None
     try:
@@ -215,8 +215,8 @@ def _address(text: str) -> Address | None:
     return address.ipv4_mapped or address if isinstance(address, IPv6Address) else address
 
 
-def _ascii(name: str) -> str:
-    """Return a name as it stands in URLs; one that cannot be a name as it is."""
+def _to_ascii(name: str) -> str:
+    """Return a host name in the form used in URLs; an invalid name is returned unchanged."""
     try:
         return URL.build(scheme="http", host=name).raw_host or ""
     except ValueError:

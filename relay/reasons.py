@@ -1,6 +1,6 @@
-"""Says what happened, in the words of those who noticed: OpenSSL, the resolver, the system.
+"""Error messages for people, in the words of OpenSSL, the resolver or the operating system.
 
-An exception's text depends on the library that raised it, and its class says little to people.
+The text of an exception depends on the library that raised it, and its class means little to users.
 """
 
 from __future__ import annotations
@@ -14,62 +14,62 @@ from collections.abc import Iterator
 from relay.model.text import one_line
 
 MAX_LENGTH = 200
-"""Characters of a text that is not our own."""
+"""Maximum number of characters of an external text."""
 
 _OPENSSL_PLACE = re.compile(r"^\[[^\]]*\] *| *\(_ssl\.c:[0-9]+\)$")
 _ERRNO = re.compile(r"\[Errno ([0-9]+)\]")
 
 
 def describe(error: BaseException) -> str:
-    """Return what happened, in one line that is never empty.
+    """Return the reason of an error in one line, never empty.
 
-    If the error has no words of its own, those of its cause count. The text of a library may quote
-    what it was given: an error about something secret needs words of the caller's.
+    If the error has no text, that of its cause is used. Libraries may quote their input, so do not
+    use this for errors about secrets.
     """
-    for each in _causes(error):
-        words = _words(each)
-        if words:
-            return words
+    for cause in _causes(error):
+        text = _error_text(cause)
+        if text:
+            return text
     return f"{type(error).__name__}, without a reason"
 
 
 def tls_reason(error: BaseException) -> str:
-    """Return OpenSSL's words if an error, or something that caused it, is one of TLS; else ""."""
-    for each in _causes(error):
-        if isinstance(each, ssl.SSLError):
-            return _words(each)
-        if isinstance(each, OSError) and "[SSL" in (each.strerror or ""):
-            return _openssl(each.strerror or "")  # copied by a library into an error of its own
+    """Return OpenSSL's message if TLS caused the error, directly or not; otherwise ""."""
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLError):
+            return _error_text(cause)
+        if isinstance(cause, OSError) and "[SSL" in (cause.strerror or ""):
+            return _strip_openssl_place(cause.strerror or "")  # a library's copy of an SSLError
     return ""
 
 
 def shorten(text: str) -> str:
-    """Return a text of somebody else's so that it fits into a line of the log."""
+    """Return an external text shortened to fit in a log line."""
     return one_line(" ".join(text.split()))[:MAX_LENGTH]
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
-    each: BaseException | None = error
-    while each is not None and id(each) not in seen:
-        seen.add(id(each))
-        yield each
-        each = each.__cause__ or each.__context__
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
-def _words(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     text = str(error)
     match error:
         case ssl.SSLCertVerificationError(verify_message=str(message)) if message:
             text = message
         case ssl.SSLError():
-            return _openssl(error.strerror or text)
+            return _strip_openssl_place(error.strerror or text)
         case socket.gaierror():
             text = error.strerror or text
         case OSError(errno=int(number)) if number > 0:
-            text = os.strerror(number)  # libraries put texts of their own there
+            text = os.strerror(number)  # libraries replace strerror with their own texts
         case OSError() if numbers := _ERRNO.findall(text):
-            # Of all addresses that a name has.
+            # One error for each address of a host name.
             text = ", ".join(dict.fromkeys(os.strerror(int(number)) for number in numbers))
         case TimeoutError():
             text = "no answer in time"
@@ -78,5 +78,5 @@ def _words(error: BaseException) -> str:
     return shorten(text)
 
 
-def _openssl(text: str) -> str:
+def _strip_openssl_place(text: str) -> str:
     return shorten(_OPENSSL_PLACE.sub("", text))

@@ -1,4 +1,4 @@
-"""The relay: which environments exist, which credential opens which of them, and that each runs."""
+"""The relay: its environments, the credentials that open them, and their supervision."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from relay.environment import ConnectionState, Environment
 from relay.model.reply import Fetch
 
 if TYPE_CHECKING:
-    # Brings SQLite and compression, for which the opening of the port need not wait.
-    from relay.events import Forwarder
+    # This imports SQLite and compression; the port need not wait for them.
+    from relay.events.forwarder import Forwarder
 
 RESTART_DELAY = 10.0
-"""Seconds before an environment that failed by a defect of ours is run again."""
+"""Seconds before an environment that failed with an unexpected error is restarted."""
 
 _log = logging.getLogger("relay")
 
@@ -26,14 +26,14 @@ class Relay:
     """All environments of this process.
 
     Args:
-        environments: what it serves; of two with the same credential the later one counts.
-        init_timeout: seconds to wait for upstream before serving without it counts as started.
-        upstream: the session that sources and events share; whoever runs the relay opens it.
-        fetch: asks LaunchDarkly for what needs no key; None where there is no network.
-        events: sees to the delivery of events; None where there is nobody to deliver them to.
-        ignore_connection_errors: an environment without upstream at the end of that time is worth
-            a warning, not an error.
-        disconnected_after: seconds of interruption after which `/status` says `disconnected`.
+        environments: environments to serve; of two with the same credential, the later wins.
+        init_timeout: seconds to wait for upstream before the relay counts as started without it.
+        upstream: session shared by sources and events; the caller of `run` opens it.
+        fetch: requests LaunchDarkly's keyless resources; None without a network.
+        events: forwarder of events; None if there is no service to deliver to.
+        ignore_connection_errors: log an environment without upstream after `init_timeout` as a
+            warning instead of an error.
+        disconnected_after: seconds of interruption after which `/status` reports `disconnected`.
     """
 
     def __init__(
@@ -57,25 +57,29 @@ class Relay:
         self.upstream = upstream or nullcontext()
         self.fetch = fetch
         self.events = events
-        self._late = logging.WARNING if ignore_connection_errors else logging.ERROR
+        self._init_failure_level = logging.WARNING if ignore_connection_errors else logging.ERROR
         self._init_deadline = time.monotonic() + init_timeout
         self.stopping = False
-        """Set at the beginning of the shutdown: from then on the relay is not ready."""
+        """True once the shutdown begins: from then on the relay is not ready."""
 
     @property
     def starting(self) -> bool:
-        """Whether the time that upstream has for its first answer is still running."""
+        """True until `init_timeout` is over."""
         return time.monotonic() < self._init_deadline
 
+    def __repr__(self) -> str:
+        stopping = ", stopping" if self.stopping else ""
+        return f"<Relay: {len(self.environments)} environments{stopping}>"
+
     async def run(self) -> None:
-        """Keep all environments current until cancelled."""
+        """Keep all environments up to date until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for environment in self.environments.values():
                 tasks.create_task(self._keep_running(environment))
                 tasks.create_task(self._report_start(environment))
 
     async def _keep_running(self, environment: Environment) -> None:
-        """One environment cannot hurt another: the only broad `except` of the program."""
+        """Run an environment, and restart it after any exception, which affects no other one."""
         while True:
             try:
                 await environment.run()
@@ -84,54 +88,54 @@ class Relay:
             await asyncio.sleep(RESTART_DELAY)
 
     async def _report_start(self, environment: Environment) -> None:
-        """Say once how the start of an environment went, in the reference's words (status 8.3)."""
+        """Log once whether an environment was initialized, in ld-relay's words (status 8.3)."""
         name, key = environment.spec.name, environment.spec.sdk_key.masked
         if await self._initialized(environment):
             _log.info('Initialized LaunchDarkly client for "%s" (SDK key %s)', name, key)
             return
-        decided = environment.decided.is_set()
-        reason = "the SDK key is refused" if decided else "no data from upstream within initTimeout"
-        still = "no data" if environment.payload is None else "stored data"
+        refused = environment.init_done.is_set()
+        reason = "the SDK key is refused" if refused else "no data from upstream within initTimeout"
+        serving = "no data" if environment.payload is None else "stored data"
         text = 'Error initializing LaunchDarkly client for "%s": %s; serving %s, still trying'
-        _log.log(self._late, text, name, reason, still)
+        _log.log(self._init_failure_level, text, name, reason, serving)
 
     async def _initialized(self, environment: Environment) -> bool:
-        """Wait until upstream has answered, or the time is over; return whether it gave data."""
+        """Wait until initialization ends or times out; return whether upstream delivered data."""
         try:
             async with asyncio.timeout(max(0.0, self._init_deadline - time.monotonic())):
-                await environment.decided.wait()
+                await environment.init_done.wait()
         except TimeoutError:
             return False
         return environment.connection.state is ConnectionState.VALID
 
-    async def until_settled(self, *, hasty: bool = False) -> bool:
-        """Wait until each environment has data from upstream and its database has them, too.
+    async def wait_until_synced(self, *, fail_fast: bool = False) -> bool:
+        """Wait until every environment has data from upstream, and its mirrors have stored it.
 
         Args:
-            hasty: return at the first environment that fails.
+            fail_fast: return at the first environment that fails.
 
         Returns:
-            Whether all environments got there before the time was over.
+            True if all environments were synced within `init_timeout`.
         """
-        waits = [asyncio.create_task(self._settled(e)) for e in self.environments.values()]
+        tasks = [asyncio.create_task(self._wait_synced(e)) for e in self.environments.values()]
         complete = True
         try:
-            for settled in asyncio.as_completed(waits):
-                complete = await settled and complete
-                if hasty and not complete:
+            for synced in asyncio.as_completed(tasks):
+                complete = await synced and complete
+                if fail_fast and not complete:
                     break
         finally:
-            for wait in waits:
-                wait.cancel()
+            for task in tasks:
+                task.cancel()
         return complete
 
-    async def _settled(self, environment: Environment) -> bool:
+    async def _wait_synced(self, environment: Environment) -> bool:
         if not await self._initialized(environment):
             return False
         try:
             async with asyncio.timeout(max(0.0, self._init_deadline - time.monotonic())):
-                for copy in environment.copies:
-                    await copy.written()
+                for mirror in environment.mirrors:
+                    await mirror.flushed()
         except TimeoutError:
             _log.error('The data of "%s" could not be stored in time', environment.spec.name)
             return False

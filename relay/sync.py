@@ -1,7 +1,7 @@
-"""Brings a database up to date once, without serving anything: `relay sync`, and the updater.
+"""Bring a database up to date once, without serving: `relay sync` and the Lambda updater.
 
-What is written, and that nothing newer is overwritten, is the mirror's decision, as in a relay that
-runs; here is only what comes before (is there anything to write?) and after (what was it?).
+As in a running relay, the mirror decides what to write, and overwrites nothing newer. This module
+only compares upstream with the database, and reports the changes.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 
 from relay.errors import ErrorKind, StoreUnavailable, UpstreamRefused, UpstreamUnavailable
-from relay.log import Log
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.sources import DataSource, Interrupted, Update
 from relay.stores import DataStore
-from relay.stores.mirror import ONCE, Mirror
+from relay.stores.mirror import SINGLE_RUN, DatabaseMirror
+from relay.telemetry.log import Log
 
-LAST_ANSWER = 3.0
-"""Seconds that the last look has for its answer; then what is there must do."""
+LAST_RECHECK_TIMEOUT = 3.0
+"""Seconds to wait for upstream's answer to the last recheck; then the data at hand are used."""
 
-AT_ONCE = 16
-"""Environments that are brought up to date at a time: hundreds of payloads need not be in memory
-together."""
+MAX_CONCURRENT = 16
+"""Maximum number of environments synchronised at a time, so that not all payloads are in memory at
+once."""
 
 Key = tuple[Kind, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """From where to where one environment's data go.
+class SyncTarget:
+    """One environment, the source of its data, and their destination.
 
     Args:
-        spec: the environment.
-        source: of its data.
-        store: the database.
-        log: a logger that names the environment.
+        spec: environment.
+        source: source of its data.
+        store: database to bring up to date.
+        log: logger that names the environment.
     """
 
     spec: EnvironmentSpec
@@ -50,17 +50,17 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True)
-class Changes:
-    """How a database differs from upstream, by the keys of items.
+class SyncChanges:
+    """Differences between a database and upstream, as keys of items.
 
     Args:
-        added: live upstream, and not in the database.
-        updated: newer upstream, or unreadable in the database.
-        deleted: live in the database only.
-        kept: newer in the database than upstream, and never overwritten; with it, as upstream is
-            behind, what only the database has.
-        whole: whether the database was never filled.
-        unseen: items that must be stored, though nobody can see a difference: tombstones.
+        added: items that are live upstream, and not in the database.
+        updated: items that are newer upstream, or unreadable in the database.
+        deleted: items that are live in the database only.
+        kept: items that are newer in the database than upstream, and never overwritten. If there
+            are any, upstream is behind, so items that only the database has are kept as well.
+        whole: True if the database was never filled.
+        unseen: number of items to store that make no visible difference: tombstones.
     """
 
     added: tuple[Key, ...] = ()
@@ -71,47 +71,47 @@ class Changes:
     unseen: int = 0
 
     def __bool__(self) -> bool:
-        """Whether anything is to be written."""
+        """Return whether there is anything to write."""
         return bool(self.added or self.updated or self.deleted or self.whole or self.unseen)
 
     def counts(self) -> dict[str, int]:
-        """Return how many there are of each."""
+        """Return the number of items per kind of change."""
         kinds = ("added", "updated", "deleted", "kept")
         return {kind: len(getattr(self, kind)) for kind in kinds}
 
     @classmethod
-    def between(cls, stored: Payload | None, payload: Payload, bad: Collection[Key]) -> Changes:
-        """Compare by versions.
+    def between(cls, stored: Payload | None, payload: Payload, bad: Collection[Key]) -> SyncChanges:
+        """Compare a database with upstream by versions.
 
         Args:
-            stored: what the database holds; None if it was never filled.
-            payload: what upstream has.
-            bad: what the database holds, and nobody can read.
+            stored: content of the database; None if it was never filled.
+            payload: data from upstream.
+            bad: keys of unreadable items in the database.
         """
-        have = stored or EMPTY
-        sorted_: defaultdict[str, list[Key]] = defaultdict(list)
+        before = stored or EMPTY
+        by_fate: defaultdict[str, list[Key]] = defaultdict(list)
         for item in payload:
             key = item.kind, item.key
-            known = have.all(item.kind).get(item.key)
-            sorted_[_fate(item, known, unreadable=key in bad)].append(key)
-        gone = [key for key in _live(have, bad) if key[1] not in payload.all(key[0])]
-        if sorted_["kept"]:
-            # Upstream's answer is older than the database, so what it lacks may be new.
-            sorted_["kept"] += gone
+            stored_item = before.all(item.kind).get(item.key)
+            by_fate[_fate(item, stored_item, unreadable=key in bad)].append(key)
+        missing = [key for key in _live(before, bad) if key[1] not in payload.all(key[0])]
+        if by_fate["kept"]:
+            # Upstream is behind the database, so items that it lacks may be new.
+            by_fate["kept"] += missing
         else:
-            sorted_["deleted"] += gone
+            by_fate["deleted"] += missing
         return cls(
-            added=tuple(sorted_["added"]),
-            updated=tuple(sorted_["updated"]),
-            deleted=tuple(sorted_["deleted"]),
-            kept=tuple(sorted_["kept"]),
+            added=tuple(by_fate["added"]),
+            updated=tuple(by_fate["updated"]),
+            deleted=tuple(by_fate["deleted"]),
+            kept=tuple(by_fate["kept"]),
             whole=stored is None,
-            unseen=len(sorted_["unseen"]),
+            unseen=len(by_fate["unseen"]),
         )
 
 
 def _fate(item: Item, stored: Item | None, *, unreadable: bool) -> str:
-    """Return what happens to an item of upstream, as a member of `Changes`; or "same"."""
+    """Return the kind of change for an item of upstream: a field of `SyncChanges`, or "same"."""
     if unreadable:
         return "deleted" if item.deleted else "updated"
     if stored is None or (stored.deleted and item.version > stored.version):
@@ -122,141 +122,147 @@ def _fate(item: Item, stored: Item | None, *, unreadable: bool) -> str:
 
 
 def _live(payload: Payload, bad: Collection[Key]) -> Iterator[Key]:
-    """Yield what a database shows to SDKs, or would if it were readable."""
+    """Yield the keys of live items in a database, and of unreadable ones."""
     yield from ((item.kind, item.key) for item in payload if not item.deleted)
     yield from bad
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """How it went with one environment.
+class SyncResult:
+    """Result for one environment.
 
     Args:
-        name: of the environment.
-        problem: why it could not be brought up to date; empty if it could.
-        changes: what was written or, in a dry run, would be.
-        items: flags and segments that upstream has.
+        name: name of the environment.
+        problem: reason why it is not up to date; empty on success.
+        changes: changes that were written or, in a dry run, would be.
+        items: number of flags and segments upstream.
     """
 
     name: str
     problem: str = ""
-    changes: Changes = field(default_factory=Changes)
+    changes: SyncChanges = field(default_factory=SyncChanges)
     items: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How to synchronise.
+class SyncOptions:
+    """Options of a synchronisation.
 
     Args:
-        patience: seconds that one environment has.
+        timeout: seconds per environment.
         dry_run: compare, and write nothing.
-        looks: seconds after the start at which upstream is asked again, until `seen` says that what
-            is expected of the environment is there.
-        seen: whether it is, by the environment's name, its payload, and what that changes.
+        recheck_after: seconds after the start at which to check upstream again, unless `is_seen`
+            returned True.
+        is_seen: returns whether the expected change has arrived, from the environment's name, its
+            payload and the changes.
     """
 
-    patience: float
+    timeout: float
     dry_run: bool = False
-    looks: Sequence[float] = ()
-    seen: Callable[[str, Payload, Changes], bool] = lambda _name, _payload, _changes: True
+    recheck_after: Sequence[float] = ()
+    is_seen: Callable[[str, Payload, SyncChanges], bool] = lambda _name, _payload, _changes: True
 
 
 async def synchronise(
-    ways: Sequence[Way],
+    targets: Sequence[SyncTarget],
     session: AbstractAsyncContextManager[object],
-    plan: Plan,
-    tell: Callable[[Outcome], None] = lambda _: None,
-) -> dict[str, Outcome]:
+    options: SyncOptions,
+    report: Callable[[SyncResult], None] = lambda _: None,
+) -> dict[str, SyncResult]:
     """Bring each environment's database up to date, several at a time.
 
     Args:
-        ways: the environments.
-        session: of the sources; closed at the end.
-        plan: how.
-        tell: called for each environment when it is done.
-    """
-    room = asyncio.Semaphore(AT_ONCE)
+        targets: environments to synchronise.
+        session: session of the sources; closed at the end.
+        options: options for all targets.
+        report: called with the result of each environment as soon as it is done.
 
-    async def one(way: Way) -> Outcome:
-        async with room:
-            outcome = await _one(way, plan)
-        tell(outcome)
-        return outcome
+    Returns:
+        The results by the environments' names.
+    """
+    semaphore = asyncio.Semaphore(MAX_CONCURRENT)
+
+    async def synchronise_and_report(target: SyncTarget) -> SyncResult:
+        async with semaphore:
+            result = await _synchronise_one(target, options)
+        report(result)
+        return result
 
     async with session, asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(one(way)) for way in ways]
-    return {outcome.name: outcome for outcome in (task.result() for task in running)}
+        running = [tasks.create_task(synchronise_and_report(target)) for target in targets]
+    return {result.name: result for result in (task.result() for task in running)}
 
 
-async def _one(way: Way, plan: Plan) -> Outcome:
-    run = _Run(way, plan)
+async def _synchronise_one(target: SyncTarget, options: SyncOptions) -> SyncResult:
+    run = _Run(target, options)
     problem = ""
     try:
-        async with asyncio.timeout(plan.patience):
-            await run.do()
+        async with asyncio.timeout(options.timeout):
+            await run.execute()
     except StoreUnavailable as e:
-        problem = f"{way.store.server} is unavailable: {e}"
+        problem = f"{target.store.server} is unavailable: {e}"
     except (UpstreamUnavailable, TimeoutError) as e:
-        problem = str(e) or run.trouble
+        problem = str(e) or run.outage
     finally:
-        await way.store.aclose()
-    return run.outcome(problem)
+        await target.store.aclose()
+    return run.result(problem)
 
 
 class _Run:
-    """One environment's way to the database.
+    """Synchronisation of one environment.
 
     Args:
-        way: it.
-        plan: how to go.
+        target: environment to synchronise.
+        options: options of the synchronisation.
     """
 
-    def __init__(self, way: Way, plan: Plan) -> None:
-        self._way = way
-        self._plan = plan
+    def __init__(self, target: SyncTarget, options: SyncOptions) -> None:
+        self._target = target
+        self._options = options
         self._started = time.monotonic()
-        self._mirror: Mirror | None = None
+        self._mirror: DatabaseMirror | None = None
         self._before: Payload | None = None
-        """What the database held; None if it was never filled."""
+        """Content of the database before; None if it was never filled."""
         self._bad: frozenset[Key] = frozenset()
-        """What it held, and nobody could read."""
+        """Keys of its unreadable items."""
         self._payload = EMPTY
-        """What upstream has, beside what it sent and cannot be used."""
-        self._changes: Changes | None = None
-        """What that brings; None before upstream has answered."""
+        """Data from upstream, without unusable items."""
+        self._changes: SyncChanges | None = None
+        """Differences between both; None before upstream has answered."""
         self._answered = False
-        """Whether upstream has answered since the last look."""
+        """True if upstream has answered since the last recheck."""
         self._refused = False
-        self._news = asyncio.Event()
-        self.trouble = "no answer from upstream in time"
-        """What would be the reason if time were over now."""
+        self._updated = asyncio.Event()
+        self.outage = "no answer from upstream in time"
+        """Reason to report if the time runs out now."""
 
-    def outcome(self, problem: str) -> Outcome:
-        """Return how it went."""
-        name = self._way.spec.name
+    def result(self, problem: str) -> SyncResult:
+        """Return the result; *problem* is empty on success."""
+        name = self._target.spec.name
         if self._changes is None:
-            return Outcome(name, problem)
+            return SyncResult(name, problem)
         items = sum(1 for kind in Kind for _ in self._payload.live(kind))
-        return Outcome(name, problem, self._changes, items)
+        return SyncResult(name, problem, self._changes, items)
 
-    async def do(self) -> None:
-        """Load, compare and write, until upstream has what is expected.
+    async def execute(self) -> None:
+        """Load, compare and write, until upstream has the expected data.
 
         Raises:
             StoreUnavailable: the database cannot be read.
             UpstreamRefused: the key is refused.
         """
-        way = self._way
-        stored = await way.store.load()
+        target = self._target
+        stored = await target.store.load()
         if stored is not None:
             self._before = self._payload = stored.payload
             self._bad = frozenset((bad.kind, bad.key) for bad in stored.invalid)
         running = [asyncio.create_task(self._listen())]
-        if not self._plan.dry_run:
-            self._mirror = Mirror(way.store, "redis", way.source.refresh, way.log, ONCE)
+        if not self._options.dry_run:
+            self._mirror = DatabaseMirror(
+                target.store, "redis", target.source.resync, target.log, SINGLE_RUN
+            )
             running.append(asyncio.create_task(self._mirror.run()))
-        done = asyncio.create_task(self._done())
+        done = asyncio.create_task(self._wait_done())
         try:
             await asyncio.wait([done, *running], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -268,61 +274,63 @@ class _Run:
                 task.result()
 
     async def _listen(self) -> None:
-        async with aclosing(self._way.source.updates()) as updates:
+        async with aclosing(self._target.source.updates()) as updates:
             async for update in updates:
                 self._take(update)
                 self._answered = True
-                self._news.set()
+                self._updated.set()
 
     def _take(self, update: Update) -> None:
         match update:
             case ChangeSet() if update.full or self._changes is not None:
                 self._payload, _ = self._payload.apply(update)
-                self._changes = Changes.between(self._before, self._payload, self._bad)
+                self._changes = SyncChanges.between(self._before, self._payload, self._bad)
                 if self._mirror:
                     change = Change((), (), replace=True)
-                    self._mirror.follow(self._vouched_for(), change, full=update.full)
+                    self._mirror.update(self._merged(), change, full=update.full)
             case Interrupted():
                 self._refused = update.refused
-                # Nobody waits for the next attempt here.
-                self.trouble = update.reason.partition("; next attempt")[0]
+                # The next attempt comes too late for this run.
+                self.outage = update.reason.partition("; next attempt")[0]
                 if self._mirror:
-                    self._mirror.hold()
+                    self._mirror.suspend()
 
-    def _vouched_for(self) -> Payload:
-        """Return what the database shall hold: what upstream has, and what may be newer still."""
+    def _merged(self) -> Payload:
+        """Return the payload to store: upstream's, plus stored items that may be newer."""
         kept = set(self._changes.kept) if self._changes else set()
         before = self._before or EMPTY
         missing = (item for item in before if item.key not in self._payload.all(item.kind))
         return Payload.of([*self._payload, *(i for i in missing if (i.kind, i.key) in kept)])
 
-    async def _done(self) -> None:
+    async def _wait_done(self) -> None:
         await self._until(lambda: self._changes is not None or self._refused)
-        looks = self._plan.looks
-        for number, at in enumerate(looks, 1):
+        rechecks = self._options.recheck_after
+        for number, at in enumerate(rechecks, 1):
             if await self._until(self._is_seen, self._started + at - time.monotonic()):
                 break
             self._answered = False
-            self._way.source.look(doubt=number == len(looks))
-            if number == len(looks):
-                await self._until(lambda: self._answered, LAST_ANSWER)
+            self._target.source.check(reconnect=number == len(rechecks))
+            if number == len(rechecks):
+                await self._until(lambda: self._answered, LAST_RECHECK_TIMEOUT)
         if self._changes is None:
-            raise UpstreamRefused(ErrorKind.ERROR_RESPONSE, self.trouble)
+            raise UpstreamRefused(ErrorKind.ERROR_RESPONSE, self.outage)
         if self._mirror:
-            self.trouble = "the data could not be stored in time"
-            await self._mirror.written()
+            self.outage = "the data could not be stored in time"
+            await self._mirror.flushed()
 
     def _is_seen(self) -> bool:
         changes = self._changes
-        return changes is not None and self._plan.seen(self._way.spec.name, self._payload, changes)
+        return changes is not None and self._options.is_seen(
+            self._target.spec.name, self._payload, changes
+        )
 
-    async def _until(self, holds: Callable[[], bool], seconds: float | None = None) -> bool:
-        """Wait until something holds, for so many seconds at most; return whether it does."""
+    async def _until(self, condition: Callable[[], bool], seconds: float | None = None) -> bool:
+        """Wait until the condition is true, at most for some seconds; return whether it is."""
         try:
             async with asyncio.timeout(None if seconds is None else max(0.0, seconds)):
-                while not holds():
-                    self._news.clear()
-                    await self._news.wait()
+                while not condition():
+                    self._updated.clear()
+                    await self._updated.wait()
         except TimeoutError:
-            return holds()
+            return condition()
         return True

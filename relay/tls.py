@@ -1,13 +1,13 @@
-"""TLS: the contexts of all connections that the relay opens, and certificates of its own.
+"""TLS contexts for outgoing connections, and loading of Relay's own certificates.
 
-Nobody is ever asked for a pass phrase.
+Encrypted private keys are refused, so OpenSSL never prompts for a pass phrase.
 
-The decision is the same on every interpreter. Python 3.13 began to demand by default what RFC 5280
-asks of authorities (`VERIFY_X509_STRICT`): keyUsage, critical basicConstraints. Authorities that
-inspection proxies and plain `openssl req -x509` make do not have these, and the reference, like
-browsers, trusts them; so chain, dates and host name are verified, and the form of an authority's
-certificate is not. As in the reference, too, whatever is trusted may end a chain, not only what
-signs itself (`VERIFY_X509_PARTIAL_CHAIN`, likewise the default since Python 3.13).
+Verification is the same on every Python version. Python 3.13 enables `VERIFY_X509_STRICT` by
+default, which demands the form that RFC 5280 requires of authorities: keyUsage, critical
+basicConstraints. Authorities made by inspection proxies or plain `openssl req -x509` lack these,
+and ld-relay, like browsers, trusts them; so chain, dates and host name are verified, but not the
+form of an authority's certificate. Also like in ld-relay, any trusted certificate may end a chain,
+not only a self-signed one (`VERIFY_X509_PARTIAL_CHAIN`, the default since Python 3.13).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def client_context(
 ) -> ssl.SSLContext:
     """Return a context that verifies the server's certificate and its host name.
 
-    Reading the system's authorities takes some 20 ms: one context serves all connections that
-    trust the same.
+    Loading the system's authorities takes about 20 ms, so share one context between connections
+    that trust the same authorities.
 
     Args:
-        ca_files: PEM files of authorities that are trusted.
-        trust_system: whether those of the system are trusted, too: `SSL_CERT_FILE` and
-            `SSL_CERT_DIR`, or where OpenSSL looks by itself.
+        ca_files: PEM files of authorities to trust.
+        trust_system: True to trust the system's authorities, too: `SSL_CERT_FILE` and
+            `SSL_CERT_DIR`, or OpenSSL's default locations.
 
     Raises:
-        ConfigError: a file cannot be used; names each, and says why.
+        ConfigError: a file is unusable; names each file with the reason.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
@@ -50,7 +50,7 @@ def client_context(
     for file in ca_files:
         try:
             context.load_verify_locations(cafile=file)
-        except OSError as e:  # also of OpenSSL
+        except OSError as e:  # includes ssl.SSLError
             problems.append(f"CA file {file} cannot be used: {describe(e)}")
     if problems:
         raise ConfigError(problems)
@@ -58,20 +58,19 @@ def client_context(
 
 
 def load_key_pair(context: ssl.SSLContext, cert: Path | str, key: Path | str | None) -> None:
-    """Let a context present a certificate.
+    """Load a certificate and its private key into a context.
 
-    Left to itself, OpenSSL asks at the terminal for the pass phrase of a key, and waits: also in a
-    container with one, and in the middle of a start.
+    By default OpenSSL prompts for the pass phrase of an encrypted key if there is a terminal, and
+    blocks the start of the relay.
 
     Args:
-        context: of a server or a client.
+        context: TLS context of a server or a client.
         cert: PEM file of the certificate and its chain.
         key: PEM file of the private key; None if it is in the same file.
 
     Raises:
-        EncryptedKey: the key has a pass phrase; the message is the end of a sentence.
-        OSError: a file cannot be read; ssl.SSLError, which is one, means that it holds nothing
-            usable.
+        EncryptedKey: the key has a pass phrase; the message fits the end of a sentence.
+        OSError: a file cannot be read; its subclass `ssl.SSLError`: a file has unusable content.
     """
 
     def refuse() -> NoReturn:

@@ -1,6 +1,6 @@
-"""The one HTTP session towards LaunchDarkly: headers, proxy, trusted CAs, redirects, errors.
+"""The HTTP session for all requests to LaunchDarkly: headers, proxies, TLS, redirects, errors.
 
-aiohttp's exceptions end here. Nothing that leaves holds a key or a proxy's password.
+aiohttp's exceptions are translated here. No error contains a key or a proxy's password.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import aiohttp
 from yarl import URL
 
 from relay import __version__
-from relay.errors import PASSING, ErrorKind, UpstreamRefused, UpstreamUnavailable
+from relay.errors import RETRYABLE_4XX, ErrorKind, UpstreamRefused, UpstreamUnavailable
 from relay.model.credential import SDKKey
 from relay.model.event import Receipt
 from relay.model.reply import Reply
@@ -30,51 +30,51 @@ from relay.reasons import describe, shorten, tls_reason
 from relay.tls import client_context
 
 USER_AGENT = f"PythonRelay/{__version__} LDRelay/{__version__}"
-"""In the shape that LaunchDarkly reads: SDK, then relay (streams 2.4)."""
+"""In the form that LaunchDarkly parses: SDK first, then relay (streams 2.4)."""
 
 CONNECT_TIMEOUT = 13.0
-"""Seconds for name, TCP, proxy and TLS together: the reference's 3 s and 10 s."""
+"""Seconds for name resolution, TCP, proxy and TLS together: the sum of ld-relay's 3 s and 10 s."""
 
 HEAD_TIMEOUT = 30.0
-"""Seconds until an answer must begin, redirects included. Whoever streams begins at once; a server
-that is silent for so long has accepted the connection and hangs."""
+"""Seconds until a response must begin, redirects included. Streams begin at once; a server that is
+silent for this long has accepted the connection and hangs."""
 
 KEEP_UNUSED = 90.0
-"""Seconds for which a connection is kept for the next request (newer 10.2)."""
+"""Seconds for which an idle connection is kept open (newer 10.2)."""
 
 KEEPALIVE_IDLE = 60
-"""Seconds of silence before TCP probes the other side (streams 2.4)."""
+"""Seconds of silence before TCP sends keep-alive probes (streams 2.4)."""
 
 MAX_REDIRECTS = 10
-"""More is a loop."""
+"""Redirects to follow; more are taken for a loop."""
 
 MAX_BODY = 128 * 1024 * 1024
-"""Bytes of one answer, decompressed: as much as one message of a stream may have."""
+"""Maximum size of a decompressed response in bytes, as for one message of a stream."""
 
 READ_BUFFER = 256 * 1024
-"""Bytes read ahead of us: a few wake-ups for a large put instead of dozens."""
+"""Size of the read buffer in bytes: a large put takes a few wake-ups instead of dozens."""
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_SAY_NOTHING_OF_THE_KEY = PASSING | {400}
-_MEANINGS = {401: "invalid SDK key", 403: "SDK key not permitted"}
+_NOT_REFUSALS = RETRYABLE_4XX | {400}
+_STATUS_TEXTS = {401: "invalid SDK key", 403: "SDK key not permitted"}
 _OK = frozenset({200})
 _SECONDS = re.compile("[0-9]{1,9}")
 _USERINFO = re.compile("[^/ ']*@")
 
 
 class Upstream:
-    """Requests to LaunchDarkly. The session is made by the first request, in its event loop.
+    """HTTP client for LaunchDarkly. The first request creates the session, in its event loop.
 
     Args:
-        proxy: URL of the proxy for everything, maybe with userinfo; None to follow `HTTP_PROXY`,
-            `HTTPS_PROXY` and `NO_PROXY` as they are now.
-        ca_files: PEM files of authorities that are trusted beside the system's.
-        keep_alive: seconds for which an unused connection is kept; 0 for not at all.
-        connect_timeout: seconds until a connection must stand.
-        head_timeout: seconds until an answer that is read bit by bit must begin.
+        proxy: URL of the proxy for all requests, optionally with userinfo; None to use the current
+            values of `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY`.
+        ca_files: PEM files of authorities to trust in addition to those of the system.
+        keep_alive: seconds for which an idle connection is kept open; 0 to close it immediately.
+        connect_timeout: seconds for establishing a connection.
+        head_timeout: seconds until the response to `get` must begin.
 
     Raises:
-        ConfigError: a CA file, the proxy's URL or one of these variables cannot be used.
+        ConfigError: a CA file, the proxy's URL or one of these variables is unusable.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Upstream:
         self._proxy_for: ProxyChoice = (
             environment_proxies(os.environ) if proxy is None else fixed_proxy(proxy)
         )
-        # Without files it can wait: reading the system's authorities takes its time.
+        # Without CA files, create it on first use: loading the system's authorities is slow.
         self._tls = _tls_context(ca_files) if ca_files else None
         self._keep_alive = keep_alive
         self._connect_timeout = connect_timeout
@@ -107,7 +107,7 @@ class Upstream:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close all connections. The next request would begin anew."""
+        """Close all connections. A later request would create a new session."""
         session, self._session = self._session, None
         if session is not None:
             await session.close()
@@ -123,21 +123,21 @@ class Upstream:
         headers: dict[str, str] | None = None,
         statuses: Collection[int] = _OK,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Ask for `url` and follow redirects; the answer is read within the context.
+        """Request `url` and follow redirects; read the response within the context.
 
         Args:
-            url: what to get.
-            key: goes to this host and to no other.
-            accept: the media type wanted.
-            read_timeout: seconds of silence that are an error.
-            headers: beside the usual ones.
-            statuses: those which are an answer; any other is an error.
+            url: URL to get.
+            key: SDK key, sent to this host only.
+            accept: media type to accept.
+            read_timeout: maximum seconds of silence.
+            headers: additional headers.
+            statuses: accepted statuses; any other is an error.
 
         Raises:
-            UpstreamRefused: the key is refused.
-            UpstreamUnavailable: anything else, also while the answer is read.
+            UpstreamRefused: the key was refused.
+            UpstreamUnavailable: any other failure, also while the response is read.
         """
-        everything = {
+        all_headers = {
             "Authorization": key.value,
             "User-Agent": USER_AGENT,
             "Accept": accept,
@@ -145,89 +145,95 @@ class Upstream:
             "Cache-Control": "no-cache",
             **(headers or {}),
         }
-        # ValueError: headers and URLs may hold what cannot be sent. While the answer is read it
-        # would be a defect of ours.
-        with _translated(ValueError):
+        # Invalid headers and URLs raise ValueError here. While the response is read, a ValueError
+        # would be an unexpected error, so it is not translated there.
+        with _translate_errors(ValueError):
             async with asyncio.timeout(self._head_timeout):
-                response, trusted = await self._open(URL(url), everything, read_timeout)
+                response, has_key = await self._get_following_redirects(
+                    URL(url), all_headers, read_timeout
+                )
         try:
             if response.status not in statuses:
-                raise _status_error(response.status, trusted=trusted)
-            with _translated():
+                raise _status_error(response.status, has_key=has_key)
+            with _translate_errors():
                 yield response
         finally:
-            response.close()  # what is left unread is not worth reading
+            response.close()  # do not read the rest just to reuse the connection
 
     async def post(
         self, url: str, body: bytes, *, headers: dict[str, str], within: float
     ) -> Receipt:
-        """Send `body`, follow no redirect, and return whatever is answered.
+        """Send `body` and return the receipt, whatever its status. Redirects are not followed.
 
         Args:
-            url: where to.
-            body: as it goes out.
-            headers: beside the usual ones; with the key, where there is one.
-            within: seconds for everything.
+            url: URL to post to.
+            body: bytes to send.
+            headers: additional headers, including the credential if one is needed.
+            within: total timeout in seconds.
 
         Raises:
-            UpstreamUnavailable: there is no answer.
+            UpstreamUnavailable: there was no response.
         """
-        everything = {"User-Agent": USER_AGENT, "Accept-Encoding": "gzip", **headers}
-        limit = aiohttp.ClientTimeout(total=within, connect=self._connect_timeout)
-        with _translated(ValueError):
-            async with await self._ask(
-                "POST", URL(url), everything, limit, data=body, skip_auto_headers=("Accept",)
+        all_headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "gzip", **headers}
+        timeout = aiohttp.ClientTimeout(total=within, connect=self._connect_timeout)
+        with _translate_errors(ValueError):
+            async with await self._send(
+                "POST", URL(url), all_headers, timeout, data=body, skip_auto_headers=("Accept",)
             ) as response:
-                said = response.headers
-                date = _http_date(said.get("Date"))
-                return Receipt(response.status, date, _retry_after(said.get("Retry-After"), date))
+                response_headers = response.headers
+                date = _http_date(response_headers.get("Date"))
+                return Receipt(
+                    response.status, date, _retry_after(response_headers.get("Retry-After"), date)
+                )
 
     async def fetch(
         self, url: str, *, headers: dict[str, str], within: float, max_body: int
     ) -> Reply:
-        """Ask for `url`, which needs no key, follow redirects, and return whatever is answered.
+        """Request `url` without a key, follow redirects, and return the reply, whatever its status.
 
         Args:
-            url: what to get.
-            headers: beside the usual ones; redirects to other servers do not take them along.
-            within: seconds for everything.
-            max_body: bytes of the answer that are an error.
+            url: URL to get.
+            headers: additional headers; not sent to other servers after a redirect.
+            within: total timeout in seconds.
+            max_body: maximum size of the response in bytes.
 
         Raises:
-            UpstreamUnavailable: there is no answer.
+            UpstreamUnavailable: there was no response, or it is too long.
         """
-        usual = {
+        defaults = {
             "User-Agent": USER_AGENT,
             "Accept": "application/json",
             "Accept-Encoding": "gzip",
             "Cache-Control": "no-cache",
         }
-        with _translated(ValueError):
+        with _translate_errors(ValueError):
             async with asyncio.timeout(within):
-                response, _ = await self._open(URL(url), {**usual, **headers}, within)
+                response, _ = await self._get_following_redirects(
+                    URL(url), {**defaults, **headers}, within
+                )
                 try:
                     body = await read_body(response, max_body)
                 finally:
                     response.close()
-        said: dict[str, str] = {}
+        response_headers: dict[str, str] = {}
         for name, value in response.headers.items():
-            said.setdefault(name.lower(), value)
-        return Reply(response.status, said, body)
+            response_headers.setdefault(name.lower(), value)
+        return Reply(response.status, response_headers, body)
 
-    async def _open(
+    async def _get_following_redirects(
         self, url: URL, headers: dict[str, str], read_timeout: float
     ) -> tuple[aiohttp.ClientResponse, bool]:
-        """Return the answer at the end of all redirects, and whether its server got the key."""
-        trusted = True
+        """Return the final response, and whether its server received the key."""
+        has_key = True
         for _ in range(MAX_REDIRECTS):
             response = await self._request(url, headers, read_timeout)
             location = response.headers.get("Location")
             if response.status not in _REDIRECTS or not location:
-                return response, trusted
+                return response, has_key
             response.close()
-            target = _redirected(url, location)
-            if not _same_server(url, target):
-                trusted, headers = False, _without_secrets(headers)
+            target = _redirect_target(url, location)
+            if not _is_same_server(url, target):
+                has_key, headers = False, _without_secrets(headers)
             url = target
         raise UpstreamUnavailable(
             ErrorKind.ERROR_RESPONSE, f"more than {MAX_REDIRECTS} redirects", response.status
@@ -236,58 +242,58 @@ class Upstream:
     async def _request(
         self, url: URL, headers: dict[str, str], read_timeout: float
     ) -> aiohttp.ClientResponse:
-        limit = aiohttp.ClientTimeout(
+        timeout = aiohttp.ClientTimeout(
             total=None, connect=self._connect_timeout, sock_read=read_timeout
         )
-        return await self._ask("GET", url, headers, limit)
+        return await self._send("GET", url, headers, timeout)
 
-    async def _ask(
+    async def _send(
         self,
         method: str,
         url: URL,
         headers: dict[str, str],
-        limit: aiohttp.ClientTimeout,
-        **more: Any,
+        limits: aiohttp.ClientTimeout,
+        **options: Any,
     ) -> aiohttp.ClientResponse:
-        """Send one request, through its proxy if it has one, and return the answer's head."""
+        """Send one request, through a proxy if one applies; return once the headers arrive."""
         url, headers = _with_credentials(url, headers)
         proxy = self._proxy_for(url)
         if proxy is not None:
-            more["proxy"] = proxy.url
+            options["proxy"] = proxy.url
             authorization = {"Proxy-Authorization": proxy.authorization}
             if not proxy.authorization:
                 pass
             elif url.scheme == "https":
-                more["proxy_headers"] = authorization  # it is the tunnel's, not upstream's to see
+                options["proxy_headers"] = authorization  # for the tunnel, not for upstream
             else:
                 headers = headers | authorization
-        return await self._opened().request(
+        return await self._get_session().request(
             method,
             url,
             headers=headers,
             allow_redirects=False,
             ssl=self._tls_for(url, proxy.url if proxy else None),
-            timeout=limit,
-            **more,
+            timeout=limits,
+            **options,
         )
 
     def _tls_for(self, *urls: URL | None) -> ssl.SSLContext | bool:
-        """Return the context for a connection; where none is encrypted it need not be made."""
+        """Return the TLS context; it is created only if one of the URLs needs TLS."""
         if self._tls is None and any(url and url.scheme == "https" for url in urls):
             self._tls = _tls_context()
         return self._tls or True
 
-    def _opened(self) -> aiohttp.ClientSession:
+    def _get_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = self._new_session()
         return self._session
 
     def _new_session(self) -> aiohttp.ClientSession:
-        # No limit of connections: each source has one at a time, and the forwarder of events a few
-        # for each environment, so environments are the limit.
+        # No connection limit: each source has one connection at a time, and the event forwarder a
+        # few per environment, so the number of environments is the limit.
         connector = aiohttp.TCPConnector(
             limit=0,
-            socket_factory=_keepalive_socket,
+            socket_factory=_make_socket,
             force_close=self._keep_alive <= 0,
             keepalive_timeout=self._keep_alive if self._keep_alive > 0 else None,
         )
@@ -295,15 +301,15 @@ class Upstream:
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             read_bufsize=READ_BUFFER,
-            trust_env=False,  # it would read ~/.netrc, too
+            trust_env=False,  # it would also read ~/.netrc
         )
 
 
 async def read_body(response: aiohttp.ClientResponse, max_body: int = MAX_BODY) -> bytes:
-    """Return the whole body of an answer; call it within `Upstream.get`.
+    """Return the whole body of a response. Call it within `Upstream.get`.
 
     Raises:
-        UpstreamUnavailable: it has more than `max_body` bytes.
+        UpstreamUnavailable: the body is longer than `max_body` bytes.
     """
     chunks: list[bytes] = []
     size = 0
@@ -325,7 +331,7 @@ def _http_date(text: str | None) -> float | None:
 
 
 def _retry_after(text: str | None, now: float | None) -> float | None:
-    """Read seconds, or a date by the clock of the server."""
+    """Return the seconds of a `Retry-After` header; dates are relative to the server's clock."""
     if not text:
         return None
     if _SECONDS.fullmatch(text):
@@ -334,18 +340,18 @@ def _retry_after(text: str | None, now: float | None) -> float | None:
     return None if date is None or now is None else max(0.0, date - now)
 
 
-def _status_error(status: int, *, trusted: bool) -> UpstreamUnavailable:
-    """Only a server that was shown the key can refuse it."""
-    meaning = _MEANINGS.get(status)
-    reason = f"HTTP error {status}" + (f" ({meaning})" if meaning else "")
-    refused = trusted and 400 <= status < 500 and status not in _SAY_NOTHING_OF_THE_KEY  # noqa: PLR2004 - 4xx
+def _status_error(status: int, *, has_key: bool) -> UpstreamUnavailable:
+    """Return the error for a status. Only a server that has received the key can refuse it."""
+    text = _STATUS_TEXTS.get(status)
+    reason = f"HTTP error {status}" + (f" ({text})" if text else "")
+    refused = has_key and 400 <= status < 500 and status not in _NOT_REFUSALS  # noqa: PLR2004 - 4xx
     kind = UpstreamRefused if refused else UpstreamUnavailable
     return kind(ErrorKind.ERROR_RESPONSE, reason, status)
 
 
 @contextmanager
-def _translated(*more: type[Exception]) -> Iterator[None]:
-    failures: tuple[type[Exception], ...] = (aiohttp.ClientError, OSError, *more)
+def _translate_errors(*extra: type[Exception]) -> Iterator[None]:
+    failures: tuple[type[Exception], ...] = (aiohttp.ClientError, OSError, *extra)
     try:
         yield
     except failures as e:
@@ -353,27 +359,27 @@ def _translated(*more: type[Exception]) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Say what happened, without the texts of libraries that may hold URLs and headers."""
+    """Return the reason of an error, without library texts that may contain URLs and headers."""
     match error:
         case aiohttp.ClientHttpProxyError():
             reason = f"the proxy answers {error.status}"
         case aiohttp.ClientConnectorCertificateError():
-            why = describe(error.certificate_error)
-            reason = f"the certificate of {error.host} is not trusted: {why}"
+            detail = describe(error.certificate_error)
+            reason = f"the certificate of {error.host} is not trusted: {detail}"
         case aiohttp.ClientConnectorError():
             tls = tls_reason(error.os_error)
-            why = f"TLS failed: {tls}" if tls else describe(error.os_error)
-            reason = f"cannot connect to {error.host}:{error.port}: {why}"
+            detail = f"TLS failed: {tls}" if tls else describe(error.os_error)
+            reason = f"cannot connect to {error.host}:{error.port}: {detail}"
         case aiohttp.ConnectionTimeoutError():
             reason = "no connection in time"
         case TimeoutError():
             reason = "no answer in time"
         case aiohttp.ServerDisconnectedError() | aiohttp.ClientPayloadError() | OSError():
-            reason = _end_reason(error)
+            reason = _disconnect_reason(error)
         case aiohttp.ClientResponseError():
-            # What follows the first words of the parser's message is what the server has sent.
-            why = shorten(error.message.partition("\n")[0].partition("'")[0]).rstrip(": ")
-            reason = "the answer is not HTTP" + (f": {why}" if why else "")
+            # The rest of the parser's message quotes the server's response.
+            detail = shorten(error.message.partition("\n")[0].partition("'")[0]).rstrip(": ")
+            reason = "the answer is not HTTP" + (f": {detail}" if detail else "")
         case aiohttp.InvalidURL():
             reason = "the URL cannot be used"
         case _:
@@ -381,8 +387,8 @@ def _reason(error: Exception) -> str:
     return reason
 
 
-def _end_reason(error: Exception) -> str:
-    """Say how a connection ended before the answer did."""
+def _disconnect_reason(error: Exception) -> str:
+    """Return why a connection ended before the response was complete."""
     tls = tls_reason(error)
     if tls:
         return f"TLS failed: {tls}"
@@ -393,7 +399,7 @@ def _end_reason(error: Exception) -> str:
     return "the server closed the connection"
 
 
-def _redirected(url: URL, location: str) -> URL:
+def _redirect_target(url: URL, location: str) -> URL:
     try:
         return url.join(URL(location))
     except ValueError as e:
@@ -403,27 +409,27 @@ def _redirected(url: URL, location: str) -> URL:
 
 
 def _with_credentials(url: URL, headers: dict[str, str]) -> tuple[URL, dict[str, str]]:
-    """Return the URL without user and password, and the headers, perhaps with these.
+    """Move user and password of the URL into the headers, unless these have a credential.
 
-    As with Go (net/http, `Client.send`), they count where no other credential is sent: a key stands
-    above them. What needs none, such as goals and events of browsers, is sent with them.
+    As in Go (net/http, `Client.send`), an SDK key takes precedence. Requests without a key, such as
+    goals and events of browsers, are sent with user and password.
     """
-    basic = basic_authorization(url)
-    if not basic:
+    authorization = basic_authorization(url)
+    if not authorization:
         return url, headers
-    return url.with_user(None), {"Authorization": basic, **headers}
+    return url.with_user(None), {"Authorization": authorization, **headers}
 
 
-def _same_server(one: URL, other: URL) -> bool:
-    """Whether a key given to `one` may be given to `other`: itself, or itself made secure."""
-    if one.origin() == other.origin():
+def _is_same_server(source: URL, target: URL) -> bool:
+    """Return whether `target` may get a key for `source`: same server, or its HTTPS version."""
+    if source.origin() == target.origin():
         return True
-    return one.host == other.host and (one.scheme, other.scheme) == ("http", "https")
+    return source.host == target.host and (source.scheme, target.scheme) == ("http", "https")
 
 
 def _without_secrets(headers: dict[str, str]) -> dict[str, str]:
-    kept = ("User-Agent", "Accept", "Accept-Encoding", "Cache-Control")
-    return {name: headers[name] for name in kept}
+    harmless = ("User-Agent", "Accept", "Accept-Encoding", "Cache-Control")
+    return {name: headers[name] for name in harmless}
 
 
 def _tls_context(ca_files: Sequence[Path] = ()) -> ssl.SSLContext:
@@ -432,10 +438,10 @@ def _tls_context(ca_files: Sequence[Path] = ()) -> ssl.SSLContext:
     return context
 
 
-def _keepalive_socket(address: Any) -> socket.socket:
+def _make_socket(address: Any) -> socket.socket:
     family, kind, protocol, _, _ = address
-    made = socket.socket(family, kind, protocol)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_KEEPIDLE"):
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
-    return made
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+    return sock

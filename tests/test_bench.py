@@ -32,8 +32,8 @@ from bench.servers import OWN_COMMAND, SDK_KEY, Relay
 from bench.table import NGINX, OURS, PEER, Figures, Row, at_least, at_most, markdown
 from bench.upstream import Upstream
 from bench.viewers import Viewers
-from relay.evaluation.program import Library, Program
-from relay.web.context import context_in_path
+from relay.evaluation.compiled.program import FlagCompiler, Program
+from relay.web.contexts import context_in_path
 from tests.evaluation.strategies import payload_of
 from tests.support.sdk import install_packages
 
@@ -170,7 +170,7 @@ def test_rule_heavy_flags_ask_for_segments_that_are_there() -> None:
 
 def test_few_of_many_rules_match_a_context() -> None:
     """Some match every context, and hardly two contexts have the same flags."""
-    library = Library(payload_of(data.everything("eval-rules")))
+    library = FlagCompiler(payload_of(data.everything("eval-rules")))
     flags = {key: library.flag(key) for key in library.payload.flags}
     program = Program({key: flag for key, flag in flags.items() if flag is not None}, 1)
     ruled = [key for key, each in data.flags("eval-rules").items() if each["rules"]]

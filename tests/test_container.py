@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from relay import cli, health
+from relay.cli import health, main
 
 ROOT = Path(__file__).parent.parent
 REFERENCE_COMMAND = [
@@ -123,7 +123,7 @@ def test_the_command_line_accepts_the_image_s_command(
     """The flags of the image's command are flags of ours; `--version` wins over all others."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
-        raise SystemExit(cli.main([*REFERENCE_COMMAND[1:], "--version"]))
+        raise SystemExit(main.main([*REFERENCE_COMMAND[1:], "--version"]))
     assert exit_.value.code in {0, None}
     assert "LaunchDarkly relay version" in capfd.readouterr().out
 

@@ -1,4 +1,4 @@
-"""An environment follows its source, tells its subscribers and keeps its copies."""
+"""An environment follows its source, publishes changes and keeps its mirrors current."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Item, Kind
 from relay.model.payload import ChangeSet, Payload
 from relay.relay import Relay
-from relay.sources import Current, Interrupted
+from relay.sources import Interrupted, UpToDate
 from relay.stores import Stored
-from tests.support.contracts import MemoryCopy, RecordingHub, ScriptedSource
+from tests.support.contracts import MemoryMirror, RecordingHub, ScriptedSource
 
 LOG = logging.getLogger("relay.env.test")
 
@@ -36,13 +36,13 @@ REFUSED = Interrupted(ErrorKind.ERROR_RESPONSE, "HTTP error 401", status=401, re
 
 
 class Stage:
-    """An environment with everything around it in the hands of the test."""
+    """An environment whose source, hub and mirrors the test controls."""
 
-    def __init__(self, copies=0, name="test"):
+    def __init__(self, mirrors=0, name="test"):
         self.source, self.hub = ScriptedSource(), RecordingHub()
-        self.copies = [MemoryCopy() for _ in range(copies)]
+        self.mirrors = [MemoryMirror() for _ in range(mirrors)]
         spec = EnvironmentSpec(name, SDKKey(f"sdk-{name}"))
-        self.environment = Environment(spec, self.source, self.hub, LOG, self.copies)
+        self.environment = Environment(spec, self.source, self.hub, LOG, self.mirrors)
 
     async def __aenter__(self):
         self._task = asyncio.create_task(self.environment.run())
@@ -55,31 +55,31 @@ class Stage:
             await self._task
 
 
-async def test_a_put_is_served_told_and_copied():
+async def test_a_put_is_served_published_and_mirrored():
     """Memory first, then subscribers, then the database."""
-    async with Stage(copies=1) as stage:
+    async with Stage(mirrors=1) as stage:
         await stage.source.give(put(flag("a", 1)))
         env = stage.environment
         assert env.payload.get(Kind.FLAG, "a") == flag("a", 1)
         (payload, change), *rest = stage.hub.published
         assert (payload, change.replace, rest) == (env.payload, True, [])
-        assert stage.copies[0].told == [change]
+        assert stage.mirrors[0].told == [change]
         assert env.connection.state is ConnectionState.VALID
-        assert env.decided.is_set()
+        assert env.init_done.is_set()
 
 
-async def test_what_changes_nothing_is_not_told():
+async def test_updates_without_a_change_are_not_published():
     """An old version and an identical put do not reach subscribers.
 
-    Copies hear that upstream has sent everything once more: a mirror may have asked for it.
+    Mirrors are updated after the put: one of them may have asked for a resync.
     """
-    async with Stage(copies=1) as stage:
+    async with Stage(mirrors=1) as stage:
         await stage.source.give(put(flag("a", 5)))
-        await stage.source.give(ChangeSet((flag("a", 4),)), Current())
-        assert len(stage.copies[0].told) == 1
+        await stage.source.give(ChangeSet((flag("a", 4),)), UpToDate())
+        assert len(stage.mirrors[0].told) == 1
         await stage.source.give(put(flag("a", 5)))
         assert len(stage.hub.published) == 1
-        assert stage.copies[0].told[1:] == [None]
+        assert stage.mirrors[0].told[1:] == [None]
 
 
 async def test_an_empty_environment_is_data():
@@ -101,9 +101,9 @@ async def test_a_patch_before_the_first_put_is_passed_on_but_not_served():
 
 
 async def test_a_patch_before_the_first_put_leaves_stored_data_alone():
-    """What is served until upstream delivers stays what it was."""
-    async with Stage(copies=1) as stage:
-        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
+    """Stored data is served unchanged until upstream delivers."""
+    async with Stage(mirrors=1) as stage:
+        stage.mirrors[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
         await asyncio.sleep(0.01)
         await stage.source.give(ChangeSet((flag("a", 2),)))
         assert stage.environment.payload.get(Kind.FLAG, "a") == flag("a", 1)
@@ -112,10 +112,10 @@ async def test_a_patch_before_the_first_put_leaves_stored_data_alone():
         assert change.visible == (flag("a", 2),)
 
 
-async def test_an_outage_keeps_the_data_and_holds_the_copies(caplog):
-    """Logged once when it begins and once when it ends; the copies may not write meanwhile."""
+async def test_an_outage_keeps_the_data_and_suspends_the_mirrors(caplog):
+    """Logged once when it begins and once when it ends; mirrors must not write meanwhile."""
     caplog.set_level(logging.INFO)
-    async with Stage(copies=1) as stage:
+    async with Stage(mirrors=1) as stage:
         await stage.source.give(put(flag("a", 1)), OUTAGE, OUTAGE, OUTAGE)
         env = stage.environment
         assert env.connection.state is ConnectionState.INTERRUPTED
@@ -125,7 +125,7 @@ async def test_an_outage_keeps_the_data_and_holds_the_copies(caplog):
         await stage.source.give(put(flag("a", 1)))
         assert env.connection.state is ConnectionState.VALID
         assert caplog.text.count("Upstream is connected") == 2
-        assert stage.copies[0].told[1:] == ["hold", "hold", "hold", None]
+        assert stage.mirrors[0].told[1:] == ["hold", "hold", "hold", None]
 
 
 async def test_before_the_first_data_an_outage_is_still_initialising():
@@ -133,7 +133,7 @@ async def test_before_the_first_data_an_outage_is_still_initialising():
     async with Stage() as stage:
         await stage.source.give(OUTAGE)
         assert stage.environment.connection.state is ConnectionState.INITIALIZING
-        assert not stage.environment.decided.is_set()
+        assert not stage.environment.init_done.is_set()
 
 
 async def test_a_refused_key_turns_the_connection_off_until_it_is_accepted():
@@ -141,29 +141,29 @@ async def test_a_refused_key_turns_the_connection_off_until_it_is_accepted():
     async with Stage() as stage:
         await stage.source.give(REFUSED)
         assert stage.environment.connection.state is ConnectionState.OFF
-        assert stage.environment.decided.is_set()
+        assert stage.environment.init_done.is_set()
         await stage.source.give(put(flag("a", 1)))
         assert stage.environment.connection.state is ConnectionState.VALID
 
 
 async def test_stored_data_are_served_at_once():
-    """Before upstream says anything; but upstream's word is not claimed for them."""
-    async with Stage(copies=1) as stage:
-        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
+    """Before upstream delivers; but the connection is not reported as valid."""
+    async with Stage(mirrors=1) as stage:
+        stage.mirrors[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
         await asyncio.sleep(0.01)
         env = stage.environment
         assert env.payload.get(Kind.FLAG, "a") == flag("a", 1)
         assert env.connection.state is ConnectionState.INITIALIZING
-        assert stage.copies[0].told == []
+        assert stage.mirrors[0].told == []
 
 
-async def test_the_age_of_stored_data_is_known_if_the_copy_knows_it():
-    """Until upstream speaks, the data are as old as the copy says."""
-    async with Stage(copies=1) as stage:
+async def test_the_age_of_stored_data_is_that_of_the_mirror():
+    """Until upstream delivers, the age of the data is the one the mirror reports."""
+    async with Stage(mirrors=1) as stage:
         connection = stage.environment.connection
         assert connection.data_age is None
         data = Payload.of([flag("a", 1)])
-        stage.copies[0].loading.set_result(Stored(data, age=1000.5))
+        stage.mirrors[0].loading.set_result(Stored(data, age=1000.5))
         await asyncio.sleep(0.01)
         assert 1000.5 <= connection.data_age < 1060
         await stage.source.give(put(flag("a", 1)))
@@ -174,69 +174,69 @@ async def test_the_age_of_stored_data_is_known_if_the_copy_knows_it():
     ("second", "age"), [(flag("a", 1), 700), (flag("a", 2), 700), (flag("a", 0), None)]
 )
 async def test_the_age_is_that_of_the_data_served(second, age):
-    """A database does not know it; a snapshot knows it of the same or newer data only."""
-    async with Stage(copies=2) as stage:
-        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
+    """A database does not know it; a snapshot counts if its data is the same or newer."""
+    async with Stage(mirrors=2) as stage:
+        stage.mirrors[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
         await asyncio.sleep(0.01)
-        stage.copies[1].loading.set_result(Stored(Payload.of([second]), age=700))
+        stage.mirrors[1].loading.set_result(Stored(Payload.of([second]), age=700))
         await asyncio.sleep(0.01)
-        found = stage.environment.connection.data_age
-        assert found is None if age is None else 700 <= found < 760
+        data_age = stage.environment.connection.data_age
+        assert data_age is None if age is None else 700 <= data_age < 760
 
 
-async def test_copies_hear_now_and_then_that_data_are_current(monkeypatch):
-    """So that they know how old their data are, though nothing changes for long."""
-    async with Stage(copies=1) as stage:
-        await stage.source.give(put(flag("a", 1)), Current())
-        assert len(stage.copies[0].told) == 1
-        monkeypatch.setattr("relay.environment.REASSURE_EVERY", 0.0)
-        await stage.source.give(Current(), put(flag("a", 1)))
-        assert stage.copies[0].told[1:] == [None, None]
+async def test_mirrors_are_confirmed_while_nothing_changes(monkeypatch):
+    """So they know how old their data is even if nothing changes for a long time."""
+    async with Stage(mirrors=1) as stage:
+        await stage.source.give(put(flag("a", 1)), UpToDate())
+        assert len(stage.mirrors[0].told) == 1
+        monkeypatch.setattr("relay.environment.CONFIRM_EVERY", 0.0)
+        await stage.source.give(UpToDate(), put(flag("a", 1)))
+        assert stage.mirrors[0].told[1:] == [None, None]
 
 
 @pytest.mark.parametrize("jump", [-8 * 86400, 8 * 86400])
-async def test_copies_hear_as_rarely_when_the_clock_is_corrected(monkeypatch, jump):
-    """A jump of the clock is no time that has passed."""
-    async with Stage(copies=1) as stage:
+async def test_a_corrected_clock_does_not_confirm_mirrors_early(monkeypatch, jump):
+    """A jump of the wall clock does not count as elapsed time."""
+    async with Stage(mirrors=1) as stage:
         await stage.source.give(put(flag("a", 1)))
         right = time.time
         monkeypatch.setattr("time.time", lambda: right() + jump)
-        await stage.source.give(Current())
-        assert len(stage.copies[0].told) == 1
+        await stage.source.give(UpToDate())
+        assert len(stage.mirrors[0].told) == 1
         assert stage.environment.connection.data_age < 60
 
 
 @pytest.mark.parametrize("first", [0, 1])
-async def test_of_two_copies_the_newer_is_served(first):
+async def test_the_newer_of_two_mirrors_is_served(first):
     """Whichever is loaded first."""
-    async with Stage(copies=2) as stage:
+    async with Stage(mirrors=2) as stage:
         for n in (first, 1 - first):
-            stage.copies[n].loading.set_result(Stored(Payload.of([flag("a", n)])))
+            stage.mirrors[n].loading.set_result(Stored(Payload.of([flag("a", n)])))
             await asyncio.sleep(0.01)
         assert stage.environment.payload.get(Kind.FLAG, "a").version == 1
 
 
-async def test_upstream_stands_above_stored_data():
-    """Also when a copy is loaded late and claims greater versions."""
-    async with Stage(copies=1) as stage:
+async def test_upstream_takes_precedence_over_stored_data():
+    """Even if a mirror loads late and has greater versions."""
+    async with Stage(mirrors=1) as stage:
         await stage.source.give(put(flag("a", 1)))
-        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 9)])))
+        stage.mirrors[0].loading.set_result(Stored(Payload.of([flag("a", 9)])))
         await asyncio.sleep(0.01)
         assert stage.environment.payload.get(Kind.FLAG, "a").version == 1
 
 
-async def test_upstream_confirming_stored_data_wakes_the_copies():
-    """Nothing changed for subscribers, but a copy must know that it may write."""
-    async with Stage(copies=1) as stage:
-        stage.copies[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
+async def test_upstream_confirming_stored_data_updates_the_mirrors():
+    """Nothing changed for subscribers, but a mirror must learn that it may write."""
+    async with Stage(mirrors=1) as stage:
+        stage.mirrors[0].loading.set_result(Stored(Payload.of([flag("a", 1)])))
         await asyncio.sleep(0.01)
         await stage.source.give(put(flag("a", 1)))
-        assert stage.copies[0].told == [None]
+        assert stage.mirrors[0].told == [None]
         assert len(stage.hub.published) == 1
 
 
-async def test_unusable_items_are_named_until_they_are_mended(caplog):
-    """Logged once, however often they come again."""
+async def test_unusable_items_are_listed_until_they_are_fixed(caplog):
+    """Each is logged once, however often it is repeated."""
     bad = InvalidItem(Kind.FLAG, "w", "Expected `int`")
     async with Stage() as stage:
         await stage.source.give(put(flag("w", 1)), put(flag("a", 1), invalid=(bad,)))
@@ -258,12 +258,12 @@ async def test_the_source_is_closed_when_the_environment_ends():
 
 
 async def test_one_environment_cannot_hurt_another(caplog, monkeypatch):
-    """A defect in one is logged, its data stay served, and it is run again."""
+    """An unexpected error is logged, the data stays available, and the environment restarts."""
     monkeypatch.setattr("relay.relay.RESTART_DELAY", 0.001)
     bad, good = Stage(name="bad"), Stage(name="good")
     relay = Relay([bad.environment, good.environment], init_timeout=5)
     task = asyncio.create_task(relay.run())
-    await bad.source.give(put(flag("a", 1)), RuntimeError("a defect"))
+    await bad.source.give(put(flag("a", 1)), RuntimeError("an accident"))
     await good.source.give(put(flag("b", 1)))
     async with asyncio.timeout(5):
         await bad.source.running.acquire()
@@ -271,12 +271,20 @@ async def test_one_environment_cannot_hurt_another(caplog, monkeypatch):
     assert good.environment.connection.state is ConnectionState.VALID
     assert bad.environment.connection.state is ConnectionState.INTERRUPTED
     assert bad.environment.payload is not None
-    assert "a defect" in caplog.text
+    assert "an accident" in caplog.text
     await bad.source.give(put(flag("a", 2)))
     assert bad.environment.connection.state is ConnectionState.VALID
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_the_repr_states_connection_and_size():
+    """The key is not shown."""
+    async with Stage() as stage:
+        assert repr(stage.environment) == "<Environment 'test' INITIALIZING no data>"
+        await stage.source.give(put(flag("a", 1)))
+        assert repr(stage.environment) == "<Environment 'test' VALID 1 items>"
 
 
 async def test_a_relay_knows_when_upstream_has_answered():
@@ -287,7 +295,7 @@ async def test_a_relay_knows_when_upstream_has_answered():
         task = asyncio.create_task(relay.run())
         for stage, answer in zip(stages, answers, strict=False):
             await stage.source.give(answer)
-        assert await relay.until_settled() is expected
+        assert await relay.wait_until_synced() is expected
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -1,1 +1,1 @@
-"""Relay's parts that run as AWS Lambda functions."""
+"""Entry points for AWS Lambda."""

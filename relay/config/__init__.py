@@ -1,1 +1,1 @@
-"""What the operator wants: options, where they come from, and what they must be."""
+"""Configuration: options, their sources, and their validation."""

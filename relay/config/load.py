@@ -1,6 +1,6 @@
-"""File and environment to `Config`: merged first, validated after, all problems at once (config 3).
+"""Load a `Config` from file and environment: merge, validate, report all errors (config 3).
 
-The environment is a mapping that the caller passes; nothing here reads the process's own.
+The environment is a mapping that the caller passes; nothing here reads `os.environ`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relay.config import rules
-from relay.config.rules import ENVIRONMENT, FILTERS, SHARED, Draft, Key
+from relay.config import checks
+from relay.config.checks import ENVIRONMENT, FILTERS, SHARED, Draft, Key
 from relay.config.schema import (
     NAMED_SECTIONS,
     SECTIONS,
@@ -27,15 +27,15 @@ from relay.config.schema import (
     options,
 )
 from relay.config.syntax import Assignment, FileSyntaxError, parse
-from relay.config.values import BOOLEAN, file_boolean, stripped
+from relay.config.types import BOOLEAN, file_boolean, stripped
 from relay.errors import ConfigError
 from relay.model.text import is_utf8, one_line
 
 DEFAULT_FILE = "/etc/ld-relay.conf"
-_SWITCHED = ("DynamoDB", "Datadog", "Stackdriver", "OpenTelemetry")
-"""Sections of which the other variables count only once `enabled` is set."""
-_LINK = re.compile(r"(?:tcp|udp|sctp)://(.+):([0-9]+)")
-"""The address of a service, as Kubernetes and Docker's links write it."""
+_NEED_ENABLED = ("DynamoDB", "Datadog", "Stackdriver", "OpenTelemetry")
+"""Sections whose other variables are ignored unless `enabled` is set."""
+_LINK_ADDRESS = re.compile(r"(?:tcp|udp|sctp)://(.+):([0-9]+)")
+"""Address of a service, as Kubernetes and Docker links write it."""
 _SERVICE_VARIABLE = re.compile(
     r"(.+?)_(?:SERVICE_HOST|SERVICE_PORT(?:_.*)?"
     r"|PORT(?:_[0-9]+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)?)"
@@ -43,33 +43,33 @@ _SERVICE_VARIABLE = re.compile(
 
 
 @dataclass(slots=True)
-class _Given:
-    """What the sources say so far."""
+class _RawOptions:
+    """Options read so far, from all sources."""
 
     values: dict[Key, Any] = field(default_factory=dict)
     sources: dict[Key, str] = field(default_factory=dict)
     names: dict[tuple[str, str], str] = field(default_factory=dict)
-    """Each named section, and where it was first seen."""
+    """Source of the first occurrence of each named section."""
     unusable: set[Key] = field(default_factory=set)
-    """What was given, and cannot be right."""
+    """Options that were set to an invalid value."""
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     complete: bool = True
-    """Whether everything could be read; otherwise checks would find what is not there."""
+    """False if a source could not be read; checks would then report options as missing."""
 
     def put(self, key: Key, option: Option, text: str, source: str) -> None:
-        """Take a value over; raises ValueError if it is not one."""
-        kind = option.kind
-        if not kind.clean(text) and not kind.is_text:
-            if kind is not BOOLEAN and not kind.is_list:
+        """Parse and store a value; an empty one unsets the option. Raises ValueError if invalid."""
+        type_ = option.type
+        if not type_.clean(text) and not type_.is_text:
+            if type_ is not BOOLEAN and not type_.is_list:
                 self.drop(key)
             return
         try:
-            value = kind.parse(text)
+            value = type_.parse(text)
         except ValueError:
             self.unusable.add(key)
             raise
-        self.set(key, (*self.values.get(key, ()), *value) if kind.is_list else value, source)
+        self.set(key, (*self.values.get(key, ()), *value) if type_.is_list else value, source)
 
     def set(self, key: Key, value: object, source: str) -> None:
         self.values[key], self.sources[key] = value, source
@@ -79,47 +79,48 @@ class _Given:
         self.sources.pop(key, None)
 
     def of(self, section: str, name: str | None = None) -> dict[str, Any]:
+        """Return the values of a section by attribute."""
         return {a: v for (s, n, a), v in self.values.items() if (s, n) == (section, name)}
 
 
 def load(
     config_path: str, from_env: bool, allow_missing_file: bool, environ: Mapping[str, str]
 ) -> Config:
-    """Return the configuration that file and environment give together.
+    """Return the validated configuration of file and environment together.
 
     Args:
-        config_path: the file; empty for none, or for the default file if `from_env` is not set.
-            Where that is missing as well, the environment is read.
+        config_path: path of the file; if empty and `from_env` is not set, the default file is
+            read or, if that does not exist, the environment.
         from_env: read environment variables.
-        allow_missing_file: a file that does not exist is no error.
-        environ: the environment variables.
+        allow_missing_file: ignore a file that does not exist.
+        environ: environment variables.
 
     Raises:
-        ConfigError: with every problem.
+        ConfigError: the configuration is invalid; contains every problem.
     """
     if not config_path and not from_env:
         from_env = not Path(DEFAULT_FILE).exists()
         config_path = "" if from_env else DEFAULT_FILE
-    given = _Given()
+    raw = _RawOptions()
     if config_path:
-        _read_file(given, config_path, allow_missing_file)
+        _read_file(raw, config_path, allow_missing_file)
     if from_env:
-        _read_environ(given, environ)
-    draft = _draft(given)
-    problems = given.problems + (rules.problems(draft) if given.complete else [])
+        _read_environ(raw, environ)
+    draft = _draft(raw)
+    problems = raw.problems + (checks.problems(draft) if raw.complete else [])
     if problems:
         raise ConfigError(problems)
-    return _config(draft, given.warnings)
+    return _config(draft, raw.warnings)
 
 
-def _read_file(given: _Given, path: str, allow_missing: bool) -> None:
+def _read_file(raw: _RawOptions, path: str, allow_missing: bool) -> None:
     try:
         content = Path(path).read_bytes()
         assignments = parse(content.decode())
     except FileNotFoundError:
         if not allow_missing:
-            given.problems.append(f'configuration file "{path}" does not exist')
-            given.complete = False
+            raw.problems.append(f'configuration file "{path}" does not exist')
+            raw.complete = False
         return
     except FileSyntaxError as e:
         reason = f"{path}:{e.line}:{e.column}: {e}"
@@ -131,42 +132,40 @@ def _read_file(given: _Given, path: str, allow_missing: bool) -> None:
     else:
         for each in assignments:
             try:
-                _assign(given, each, f"{path}:{each.line}")
+                _assign(raw, each, f"{path}:{each.line}")
             except ValueError as e:
-                given.problems.append(f"{path}:{each.line}: {e}")
+                raw.problems.append(f"{path}:{each.line}: {e}")
         return
-    given.problems.append(f'failed to read configuration file "{path}": {reason}')
-    given.complete = False
+    raw.problems.append(f'failed to read configuration file "{path}": {reason}')
+    raw.complete = False
 
 
-def _assign(given: _Given, assignment: Assignment, source: str) -> None:
-    where = f'unsupported or misspelled section "{assignment.section}"'
-    known = {name.lower(): name for name in (*SECTIONS, *NAMED_SECTIONS)}
-    section = known.get(assignment.section.lower())
+def _assign(raw: _RawOptions, assignment: Assignment, source: str) -> None:
+    unknown = f'unsupported or misspelled section "{assignment.section}"'
+    sections = {name.lower(): name for name in (*SECTIONS, *NAMED_SECTIONS)}
+    section = sections.get(assignment.section.lower())
     if section is None:
-        raise ValueError(where)
+        raise ValueError(unknown)
     name = assignment.subsection
     if section in NAMED_SECTIONS:
         name = name or ""
-        given.names.setdefault((section, name), source)
-        where += f', subsection "{name}"'
+        raw.names.setdefault((section, name), source)
+        unknown += f', subsection "{name}"'
     elif name is not None:
-        raise ValueError(f'{where}, subsection "{name}"')
+        raise ValueError(f'{unknown}, subsection "{name}"')
     if not assignment.name:
         return
-    found = [o for o in options(section) if o.name.lower() == assignment.name.lower()]
-    if not found:
-        raise ValueError(f'{where}, variable "{assignment.name}"')
+    option = next((o for o in options(section) if o.name.lower() == assignment.name.lower()), None)
+    if option is None:
+        raise ValueError(f'{unknown}, variable "{assignment.name}"')
     try:
-        given.put(
-            (section, name, found[0].attribute), found[0], _file_text(found[0], assignment), source
-        )
+        raw.put((section, name, option.attribute), option, _file_text(option, assignment), source)
     except ValueError as e:
-        raise ValueError(f"{found[0].name}: {e}") from None
+        raise ValueError(f"{option.name}: {e}") from None
 
 
 def _file_text(option: Option, assignment: Assignment) -> str:
-    if option.kind is BOOLEAN:
+    if option.type is BOOLEAN:
         value = "true" if assignment.value is None else BOOLEAN.clean(assignment.value)
         return "true" if file_boolean(value) else "false"
     if assignment.value is None:
@@ -174,57 +173,55 @@ def _file_text(option: Option, assignment: Assignment) -> str:
     return assignment.value
 
 
-def _read_environ(given: _Given, everything: Mapping[str, str]) -> None:
-    environ = _of_the_operator(everything)
+def _read_environ(raw: _RawOptions, all_variables: Mapping[str, str]) -> None:
+    environ = _without_service_links(all_variables)
     for section in SECTIONS:
         if section not in ("Redis", "Consul"):
-            _read_section(given, section, environ)
-    _read_redis(given, environ)
-    _read_consul(given, environ)
-    _clear_shared(given)
+            _read_section(raw, section, environ)
+    _read_redis(raw, environ)
+    _read_consul(raw, environ)
+    _clear_shared(raw)
     for section, prefix in ((ENVIRONMENT, "LD_ENV_"), (FILTERS, "LD_FILTER_KEYS_")):
         for name in [v.removeprefix(prefix) for v in environ if v.startswith(prefix)]:
             if section == ENVIRONMENT and _is_environment_key(name, environ):
                 continue
             if not is_utf8(name):
-                given.problems.append(
-                    f"{one_line(prefix + name)}: the variable's name is not UTF-8"
-                )
+                raw.problems.append(f"{one_line(prefix + name)}: the variable's name is not UTF-8")
                 continue
-            given.names.setdefault((section, name), prefix + name)
-            _read_named(given, section, name, environ)
-    given.warnings += _orphans(environ)
+            raw.names.setdefault((section, name), prefix + name)
+            _read_named(raw, section, name, environ)
+    raw.warnings += _orphans(environ)
     if environ.get("LD_TRACE_LOG_BIG_SEGMENTS"):
-        given.warnings.append("LD_TRACE_LOG_BIG_SEGMENTS takes effect in a later release")
+        raw.warnings.append("LD_TRACE_LOG_BIG_SEGMENTS takes effect in a later release")
     if environ.get("EVENTS_SAMPLING_INTERVAL"):
-        given.problems.append("EVENTS_SAMPLING_INTERVAL: this variable is no longer supported")
+        raw.problems.append("EVENTS_SAMPLING_INTERVAL: this variable is no longer supported")
 
 
-def _of_the_operator(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that somebody may have set for us, without blanks around their values.
+def _without_service_links(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that the operator may have set, with stripped values.
 
-    Kubernetes, and Docker's links, set a dozen for each service of the neighbourhood. A service
-    named "prometheus" makes `PROMETHEUS_PORT=tcp://10.0.0.1:9090` and more.
+    Kubernetes and Docker links set about a dozen variables for every service in reach: one named
+    "prometheus" yields `PROMETHEUS_PORT=tcp://10.0.0.1:9090` and more. These are left out.
     """
     services = {
         name.removesuffix("_PORT")
         for name, value in environ.items()
-        if name.endswith("_PORT") and _LINK.fullmatch(value)
+        if name.endswith("_PORT") and _LINK_ADDRESS.fullmatch(value)
     }
 
-    def is_of_a_service(name: str) -> bool:
-        # What the reference makes of `REDIS_PORT` is decided where Redis is read.
+    def is_service_link(name: str) -> bool:
+        # ld-relay gives `REDIS_PORT` a meaning of its own; see `_read_redis`.
         match = _SERVICE_VARIABLE.fullmatch(name)
         return match is not None and match[1] in services and name != "REDIS_PORT"
 
-    return {name: stripped(v) for name, v in environ.items() if not is_of_a_service(name)}
+    return {name: stripped(v) for name, v in environ.items() if not is_service_link(name)}
 
 
 def _is_environment_key(name: str, environ: Mapping[str, str]) -> bool:
-    """Whether `LD_ENV_` and this name is the option `envKey` of another environment.
+    """Return whether `LD_ENV_` plus this name sets `envKey` of another environment.
 
-    `LD_ENV_KEY_x` could as well be the SDK key of an environment "KEY_x"; it is, as in the
-    reference, unless there is an environment "x".
+    `LD_ENV_KEY_x` is ambiguous: as in ld-relay, it is the SDK key of an environment "KEY_x", unless
+    there is an environment "x".
     """
     other = name.removeprefix("KEY_")
     return (
@@ -232,141 +229,140 @@ def _is_environment_key(name: str, environ: Mapping[str, str]) -> bool:
     )
 
 
-def _read_section(given: _Given, section: str, environ: Mapping[str, str]) -> None:
+def _read_section(raw: _RawOptions, section: str, environ: Mapping[str, str]) -> None:
     for option in options(section):
         variable = option.variable
         if variable in environ:
-            _take(given, (section, None, option.attribute), option, variable, environ[variable])
-        if section in _SWITCHED and not given.values.get((section, None, "enabled")):
+            _put(raw, (section, None, option.attribute), option, variable, environ[variable])
+        if section in _NEED_ENABLED and not raw.values.get((section, None, "enabled")):
             return
 
 
-def _read_named(given: _Given, section: str, name: str, environ: Mapping[str, str]) -> None:
+def _read_named(raw: _RawOptions, section: str, name: str, environ: Mapping[str, str]) -> None:
     for option in options(section):
         variable = option.variable + name
         if option.variable and variable in environ:
-            _take(given, (section, name, option.attribute), option, variable, environ[variable])
+            _put(raw, (section, name, option.attribute), option, variable, environ[variable])
     old = f"LD_TTL_MINUTES_{name}"
     if section == ENVIRONMENT and environ.get(old):
         reason = f"this variable is no longer supported; use LD_TTL_{name}"
-        given.problems.append(f"{old}: {reason}")
+        raw.problems.append(f"{old}: {reason}")
 
 
-def _take(given: _Given, key: Key, option: Option, variable: str, text: str) -> None:
+def _put(raw: _RawOptions, key: Key, option: Option, variable: str, text: str) -> None:
     try:
-        given.put(key, option, text, variable)
+        raw.put(key, option, text, variable)
     except ValueError as e:
-        given.problems.append(f"{variable}: {e}")
+        raw.problems.append(f"{variable}: {e}")
 
 
-def _switch(given: _Given, environ: Mapping[str, str], variable: str) -> bool:
+def _is_on(raw: _RawOptions, environ: Mapping[str, str], variable: str) -> bool:
     try:
         return bool(environ.get(variable)) and bool(BOOLEAN.parse(environ[variable]))
     except ValueError as e:
-        given.problems.append(f"{variable}: {e}")
+        raw.problems.append(f"{variable}: {e}")
         return False
 
 
-def _read_redis(given: _Given, environ: Mapping[str, str]) -> None:
-    wanted = _switch(given, environ, "USE_REDIS")
-    if not wanted and not _redis_enabled(given):
-        # REDIS_PORT is not looked at: Kubernetes sets it beside any service named "redis".
-        useless = [v for v in ("REDIS_URL", "REDIS_HOST") if environ.get(v)]
+def _read_redis(raw: _RawOptions, environ: Mapping[str, str]) -> None:
+    is_on = _is_on(raw, environ, "USE_REDIS")
+    if not is_on and not _redis_enabled(raw):
+        # REDIS_PORT is ignored: Kubernetes sets it if there is a service named "redis".
+        ineffective = [v for v in ("REDIS_URL", "REDIS_HOST") if environ.get(v)]
         if not environ.get("USE_REDIS"):
-            given.warnings += [f"{v} has no effect without USE_REDIS=true" for v in useless]
+            raw.warnings += [f"{v} has no effect without USE_REDIS=true" for v in ineffective]
         return
     if environ.get("REDIS_TTL"):
-        given.problems.append("REDIS_TTL: this variable is no longer supported; use CACHE_TTL")
+        raw.problems.append("REDIS_TTL: this variable is no longer supported; use CACHE_TTL")
     for option in options("Redis"):
         if option.variable in environ:
             text = environ[option.variable]
             if option.variable == "REDIS_PORT" and text.startswith("tcp://"):
-                # Links: the variable holds the whole address of what is named "redis" (config 3.5).
+                # A service link holds the whole address of the service named "redis" (config 3.5).
                 host, _, text = text.removeprefix("tcp://").rpartition(":")
-                if not _is_linked(given, host):
+                if not _is_linked(raw, host):
                     continue
-                given.set(("Redis", None, "host"), host, "REDIS_PORT")
-            _take(given, ("Redis", None, option.attribute), option, option.variable, text)
-    if wanted and not _redis_enabled(given):
-        given.set(("Redis", None, "host"), "localhost", "USE_REDIS")
+                raw.set(("Redis", None, "host"), host, "REDIS_PORT")
+            _put(raw, ("Redis", None, option.attribute), option, option.variable, text)
+    if is_on and not _redis_enabled(raw):
+        raw.set(("Redis", None, "host"), "localhost", "USE_REDIS")
 
 
-def _is_linked(given: _Given, address: str) -> bool:
-    """Whether a link named "redis" leads where the operator wants to go: he said nothing else."""
-    redis = given.of("Redis")
+def _is_linked(raw: _RawOptions, address: str) -> bool:
+    """Return whether a link named "redis" contradicts nothing that the operator has set."""
+    redis = raw.of("Redis")
     host = str(redis.get("host") or "redis").lower()
     return not redis.get("url") and (host == address or host.partition(".")[0] == "redis")
 
 
-def _redis_enabled(given: _Given) -> bool:
-    redis = given.of("Redis")
+def _redis_enabled(raw: _RawOptions) -> bool:
+    redis = raw.of("Redis")
     return any(redis.get(attribute) for attribute in ("url", "host", "port"))
 
 
-def _read_consul(given: _Given, environ: Mapping[str, str]) -> None:
-    if not _switch(given, environ, "USE_CONSUL"):
+def _read_consul(raw: _RawOptions, environ: Mapping[str, str]) -> None:
+    if not _is_on(raw, environ, "USE_CONSUL"):
         return
-    given.set(("Consul", None, "host"), "localhost", "USE_CONSUL")
-    _read_section(given, "Consul", environ)
+    raw.set(("Consul", None, "host"), "localhost", "USE_CONSUL")
+    _read_section(raw, "Consul", environ)
 
 
-def _clear_shared(given: _Given) -> None:
-    """Variables that two sections share belong to the one that is in use."""
-    if given.values.get(("AutoConfig", None, "key")):
+def _clear_shared(raw: _RawOptions) -> None:
+    """Drop the variables that two sections share from the one that is not in use."""
+    if raw.values.get(("AutoConfig", None, "key")):
         unused = "OfflineMode"
-    elif given.values.get(("OfflineMode", None, "file_data_source")):
+    elif raw.values.get(("OfflineMode", None, "file_data_source")):
         unused = "AutoConfig"
     else:
         return
     for attribute in SHARED:
-        given.drop((unused, None, attribute))
+        raw.drop((unused, None, attribute))
 
 
 def _orphans(environ: Mapping[str, str]) -> Iterator[str]:
-    """Say which variables belong to an environment that `LD_ENV_…` does not define."""
-    own = ("", "LD_ENV_", "LD_ENV_KEY_")
-    prefixes = [o.variable for o in options(ENVIRONMENT) if o.variable not in own]
+    """Yield a warning for each variable of an environment that no `LD_ENV_…` defines."""
+    defining = ("", "LD_ENV_", "LD_ENV_KEY_")
+    prefixes = [o.variable for o in options(ENVIRONMENT) if o.variable not in defining]
     for variable in environ:
         if not environ[variable] or variable.startswith("LD_TTL_MINUTES_"):
             continue
         name = variable.removeprefix("LD_ENV_KEY_")
-        alone = name != variable and not _is_environment_key("KEY_" + name, environ)
-        if alone and not environ[variable].startswith("sdk-"):
+        is_sdk_key = name != variable and not _is_environment_key("KEY_" + name, environ)
+        if is_sdk_key and not environ[variable].startswith("sdk-"):
             tail = f"it is the option envKey only beside LD_ENV_{name}"
             yield f'{variable} makes an environment "KEY_{name}"; {tail}'
         for prefix in prefixes:
-            wanted = "LD_ENV_" + variable.removeprefix(prefix)
-            if variable.startswith(prefix) and wanted not in environ:
-                yield one_line(f"{variable} has no effect without {wanted}")
+            required = "LD_ENV_" + variable.removeprefix(prefix)
+            if variable.startswith(prefix) and required not in environ:
+                yield one_line(f"{variable} has no effect without {required}")
 
 
-def _draft(given: _Given) -> Draft:
-    named = {section: [n for s, n in given.names if s == section] for section in NAMED_SECTIONS}
-    headers: dict[Key, str] = {(s, n, ""): source for (s, n), source in given.names.items()}
+def _draft(raw: _RawOptions) -> Draft:
+    named = {section: [n for s, n in raw.names if s == section] for section in NAMED_SECTIONS}
+    headers: dict[Key, str] = {(s, n, ""): source for (s, n), source in raw.names.items()}
     return Draft(
-        sections={cls: cls(**given.of(name)) for name, cls in SECTIONS.items()},
+        sections={cls: cls(**raw.of(name)) for name, cls in SECTIONS.items()},
         environments=tuple(
-            EnvironmentConfig(name=name, **given.of(ENVIRONMENT, name))
-            for name in named[ENVIRONMENT]
+            EnvironmentConfig(name=name, **raw.of(ENVIRONMENT, name)) for name in named[ENVIRONMENT]
         ),
-        filters={name: Filters(**given.of(FILTERS, name)) for name in named[FILTERS]},
-        given=headers | given.sources,
-        unusable=given.unusable,
+        filters={name: Filters(**raw.of(FILTERS, name)) for name in named[FILTERS]},
+        sources=headers | raw.sources,
+        unusable=raw.unusable,
     )
 
 
 def _config(draft: Draft, warnings: list[str]) -> Config:
     return Config(
-        main=rules.main_of(draft),
-        events=rules.events_of(draft),
+        main=checks.main_of(draft),
+        events=checks.events_of(draft),
         environments=draft.environments,
-        redis=rules.redis_of(draft),
+        redis=checks.redis_of(draft),
         proxy=draft.of(Proxy),
         http=draft.of(Http),
         webhook=draft.of(Webhook),
         prometheus=draft.of(Prometheus),
-        given={_label(key): source for key, source in draft.given.items()},
-        warnings=(*warnings, *rules.warnings(draft)),
+        sources={_label(key): source for key, source in draft.sources.items()},
+        warnings=(*warnings, *checks.warnings(draft)),
     )
 
 

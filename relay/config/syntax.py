@@ -1,7 +1,7 @@
-"""The reference's configuration file (config 3.3): text to assignments. Pure.
+"""Parser of ld-relay's configuration file (config 3.3): text to assignments. Pure.
 
-The grammar is that of git's configuration files: sections, perhaps with a quoted subsection, and
-`name = value` lines. What the names mean is decided in `load`.
+The grammar is that of git's configuration files: sections, optionally with a quoted subsection, and
+`name = value` lines. `load` interprets the names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BLANKS = " \t\r"
 
 
 class FileSyntaxError(Exception):
-    """The text breaks the grammar; `line` and `column` count from 1."""
+    """Syntax error in the text; `line` and `column` count from 1."""
 
     def __init__(self, line: int, column: int, message: str) -> None:
         super().__init__(message)
@@ -32,11 +32,11 @@ class Assignment:
     """One `name = value` of the file, or a bare section header (with an empty name).
 
     Args:
-        section: as written; matched without regard to case.
-        subsection: as meant, escapes resolved; None without one.
-        name: as written.
-        value: the value; None if there was no `=`.
-        line: where it stands.
+        section: name as written; it is not case-sensitive.
+        subsection: name with escapes resolved; None if there is none.
+        name: name as written.
+        value: unquoted value; None if there is no `=`.
+        line: line number, from 1.
     """
 
     section: str
@@ -47,44 +47,44 @@ class Assignment:
 
 
 def parse(text: str) -> list[Assignment]:
-    """Return what a file says, in order. Each section header gives an assignment without name.
+    """Return the assignments of a file in order; a section header yields one without a name.
 
     Raises:
-        FileSyntaxError: where the grammar is broken.
+        FileSyntaxError: the text does not follow the grammar.
     """
     reader = _Reader(text.removeprefix("\ufeff"))
-    found: list[Assignment] = []
+    assignments: list[Assignment] = []
     section: tuple[str, str | None] | None = None
     while reader.to_next_token():
         line = reader.line
         if reader.peek() == "[":
             section = reader.header()
-            found.append(Assignment(*section, "", None, line))
+            assignments.append(Assignment(*section, "", None, line))
         elif section is None:
             reader.fail("expected section header")
         else:
             name, value = reader.variable()
-            found.append(Assignment(*section, name, value, line))
-    return found
+            assignments.append(Assignment(*section, name, value, line))
+    return assignments
 
 
 class _Reader:
-    """A position in the text, and the productions of the grammar."""
+    """Recursive-descent parser: the text, a position in it, and a method per production."""
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._at = 0
+        self._position = 0
 
     @property
     def line(self) -> int:
-        return self._text.count("\n", 0, self._at) + 1
+        return self._text.count("\n", 0, self._position) + 1
 
     def fail(self, message: str) -> None:
-        start = self._text.rfind("\n", 0, self._at) + 1
-        raise FileSyntaxError(self.line, self._at - start + 1, message)
+        start = self._text.rfind("\n", 0, self._position) + 1
+        raise FileSyntaxError(self.line, self._position - start + 1, message)
 
     def peek(self) -> str:
-        return self._text[self._at : self._at + 1]
+        return self._text[self._position : self._position + 1]
 
     def to_next_token(self) -> bool:
         """Skip blanks, line ends and comments; return whether anything is left."""
@@ -92,26 +92,26 @@ class _Reader:
             if self.peek() in ";#":
                 self._skip_line()
             elif self.peek() in _BLANKS + "\n":
-                self._at += 1
+                self._position += 1
             else:
                 return True
         return False
 
     def _skip_line(self) -> None:
-        end = self._text.find("\n", self._at)
-        self._at = len(self._text) if end < 0 else end
+        end = self._text.find("\n", self._position)
+        self._position = len(self._text) if end < 0 else end
 
     def _end_of_line(self) -> None:
-        """Only blanks and a comment may follow."""
+        """Skip blanks and a comment; fail if anything else follows on the line."""
         while self.peek() and self.peek() in _BLANKS:
-            self._at += 1
+            self._position += 1
         if self.peek() and self.peek() in ";#":
             self._skip_line()
         if self.peek() not in ("", "\n"):
             self.fail("expected EOL, EOF, or comment")
 
     def header(self) -> tuple[str, str | None]:
-        match = _HEADER.match(self._text, self._at)
+        match = _HEADER.match(self._text, self._position)
         if match is None:
             self.fail("malformed section header")
             raise AssertionError
@@ -122,30 +122,30 @@ class _Reader:
             sub = re.sub(r"\\(.)", r"\1", sub)
             if not sub:
                 self.fail("empty subsection name")
-        self._at = match.end()
+        self._position = match.end()
         self._end_of_line()
         return match["section"], sub
 
     def variable(self) -> tuple[str, str | None]:
-        match = _NAME.match(self._text, self._at)
+        match = _NAME.match(self._text, self._position)
         if match is None:
             self.fail("expected section header or variable name")
             raise AssertionError
-        self._at = match.end()
+        self._position = match.end()
         while self.peek() and self.peek() in _BLANKS:
-            self._at += 1
+            self._position += 1
         if self.peek() != "=":
             self._end_of_line()
             return match[0], None
-        self._at += 1
+        self._position += 1
         while self.peek() and self.peek() in _BLANKS:
-            self._at += 1
+            self._position += 1
         return match[0], self._value()
 
     def _value(self) -> str:
         """Read quoted and unquoted parts up to the end of the line."""
         parts: list[str] = []
-        kept = 0
+        length = 0  # without trailing blanks outside quotation marks
         quoted = False
         while char := self.peek():
             if char == "\n" and not quoted:
@@ -155,29 +155,29 @@ class _Reader:
                 break
             if char == "\n":
                 break
-            self._at += 1
+            self._position += 1
             if char == '"':
                 quoted = not quoted
-                kept = len(parts)
+                length = len(parts)
             elif char == "\\":
                 parts += self._escape(quoted=quoted)
-                kept = len(parts)
+                length = len(parts)
             else:
                 parts.append(char)
                 if quoted or char not in _BLANKS:
-                    kept = len(parts)
+                    length = len(parts)
         if quoted:
             self.fail("string not terminated")
-        return "".join(parts[:kept])
+        return "".join(parts[:length])
 
     def _escape(self, *, quoted: bool) -> list[str]:
-        following = self._text[self._at : self._at + 2]
+        following = self._text[self._position : self._position + 2]
         if following.startswith("\n") or following == "\r\n":
-            self._at += 1 if following[0] == "\n" else 2
+            self._position += 1 if following[0] == "\n" else 2
             return []
         if not quoted and not following.startswith('"'):
             self.fail("unquoted '\\' must be followed by new line or double quote")
         if not following or following[0] not in _ESCAPES:
             self.fail("unknown escape sequence")
-        self._at += 1
+        self._position += 1
         return [_ESCAPES[following[0]]]

@@ -1,1 +1,1 @@
-"""Evaluation: which variation of a flag a context gets, and why (spec: evaluation)."""
+"""Flag evaluation: the variation of a flag for a context, and the reason (spec: evaluation)."""

@@ -1,7 +1,7 @@
-"""Percentages: the bucket of a context, and the variation that a bucket gets (evaluation 6.9).
+"""Bucketing: map a context to a point in [0, 1] and that to a variation (evaluation 6.9).
 
-The reference calculates in single precision. Every step here rounds like it, so that no context
-changes sides.
+ld-relay calculates in single precision. Every step here rounds the same way, so that no context
+changes its variation.
 """
 
 from __future__ import annotations
@@ -25,76 +25,78 @@ _MAX_INT = 2**63 - 1
 _SINGLE = struct.Struct("<f")
 
 
-def bucket(context: Context, kind: str, by: Reference | None, prefix: str, *, plain: bool) -> float:
-    """Return where a context stands between 0 and 1; 0 if it lacks the kind or the attribute.
+def bucket(
+    context: Context, kind: str, by: Reference | None, prefix: str, *, include_secondary: bool
+) -> float:
+    """Return the bucket of a context, 0 to 1; 0 if it lacks the kind or the attribute.
 
     Args:
-        context: whose bucket it is.
-        kind: of the individual that counts; empty for `user`.
-        by: the attribute that is hashed; None for the key.
-        prefix: what is hashed before it: the seed, or key and salt (see `salted`).
-        plain: whether the secondary key of a legacy user is hashed, too; experiments ignore it.
+        context: the context to bucket.
+        kind: kind of the individual to hash; empty for `user`.
+        by: attribute to hash; None for the key.
+        prefix: text hashed before the attribute (see `hash_prefix`).
+        include_secondary: also hash the secondary key of a legacy user; experiments do not.
     """
     individual = context.get(kind)
     if individual is None:
         return 0.0
-    text = text_of(lookup(individual, by or _KEY))
+    text = hash_text(lookup(individual, by or _KEY))
     if text is None:
         return 0.0
-    if plain and individual.secondary is not None:
+    if include_secondary and individual.secondary is not None:
         text = f"{text}.{individual.secondary}"
     digest = sha1(f"{prefix}.{text}".encode(), usedforsecurity=False).hexdigest()
-    return single_of_int(int(digest[:_HASH_DIGITS], 16)) / (1 << _HASH_BITS)
+    return int_to_float32(int(digest[:_HASH_DIGITS], 16)) / (1 << _HASH_BITS)
 
 
-def salted(key: str, salt: str, seed: Number | None = None) -> str:
-    """Return the prefix of what is hashed."""
+def hash_prefix(key: str, salt: str, seed: Number | None = None) -> str:
+    """Return the text hashed before the attribute: the seed if there is one, else key and salt."""
     return f"{key}.{salt}" if seed is None else str(int(seed))
 
 
 def choose(position: float, variations: Sequence[WeightedVariation]) -> tuple[int, bool]:
-    """Return the index of the weighted variation that a bucket gets.
+    """Return the index of the weighted variation for a bucket, and whether its share covers it.
 
-    The second value tells whether its share reached that far; if none does, the last gets it.
+    If the shares end below the bucket, the last variation is chosen.
     """
-    reached = 0.0
-    for index, each in enumerate(variations):
-        reached = single(reached + share(each.weight))
-        if position < reached:
+    upper_bound = 0.0
+    for index, weighted in enumerate(variations):
+        upper_bound = to_float32(upper_bound + share(weighted.weight))
+        if position < upper_bound:
             return index, True
     return len(variations) - 1, False
 
 
 def share(weight: Number) -> float:
-    """Return a weight as a part of 1."""
-    return single(single_of_int(int(weight)) / HUNDRED_PERCENT)
+    """Return a weight as a fraction of 1."""
+    return to_float32(int_to_float32(int(weight)) / HUNDRED_PERCENT)
 
 
-def single(value: float) -> float:
+def to_float32(value: float) -> float:
     """Round to single precision."""
     rounded: float
     (rounded,) = _SINGLE.unpack(_SINGLE.pack(value))
     return rounded
 
 
-def single_of_int(value: int) -> float:
-    """Round an integer to single precision, at once: by way of a double it would be rounded twice.
+def int_to_float32(value: int) -> float:
+    """Round an integer to single precision in one step; going through a double rounds twice.
 
-    What no 64 bits can hold counts as the largest integer that they can.
+    Values beyond 64 bits are clamped to the largest signed 64-bit integer.
     """
     size = min(abs(value), _MAX_INT)
     excess = size.bit_length() - _PRECISION
     if excess > 0:
         half = 1 << (excess - 1)
-        kept, rest = size >> excess, size & (2 * half - 1)
-        if rest > half or (rest == half and kept % 2):
-            kept += 1
-        size = kept << excess
+        significand, remainder = size >> excess, size & (2 * half - 1)
+        if remainder > half or (remainder == half and significand % 2):
+            significand += 1
+        size = significand << excess
     return float(-size if value < 0 else size)
 
 
-def text_of(value: Any) -> str | None:
-    """Return what is hashed of an attribute: strings and whole numbers."""
+def hash_text(value: Any) -> str | None:
+    """Return the text to hash for an attribute value; None unless a string or a whole number."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):

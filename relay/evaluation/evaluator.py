@@ -1,9 +1,9 @@
-"""The interpreter: evaluation as the specification tells it, sentence by sentence (6.3 to 6.9).
+"""The interpreter: evaluates one flag the way the specification reads (evaluation 6.3 to 6.9).
 
-It is the definition. `relay.evaluation.program` is faster and must give the same; `relay eval`
-shows the steps that are noted here. Two kinds of error are told apart: `_Malformed` ends the whole
-evaluation from any depth; an error that is the result of one flag only makes it a prerequisite that
-is not satisfied.
+This is the definition of a result: `relay.evaluation.compiled` is faster and must return the
+same bytes. `relay eval` prints the trace recorded here. There are two kinds of error: `_Malformed`
+ends the whole evaluation from any depth, while an error result of a single flag only makes it an
+unsatisfied prerequisite.
 """
 
 from __future__ import annotations
@@ -14,68 +14,74 @@ from typing import Any, NamedTuple
 from msgspec.structs import replace
 
 from relay.evaluation import bucketing
-from relay.evaluation.items import Data, Membership
+from relay.evaluation.data import Data, Membership
 from relay.evaluation.operators import OPERATORS
-from relay.evaluation.results import BigSegmentsStatus, Evaluation, Reason, ReasonKind, Step
+from relay.evaluation.results import (
+    BigSegmentsStatus,
+    EvaluationDetail,
+    Reason,
+    ReasonKind,
+    TraceStep,
+)
 from relay.model.context import DEFAULT_KIND, Context, Reference, lookup, parse_reference
-from relay.model.flag import Clause, Flag, Number, Outcome, Prerequisite, Rollout, Target
+from relay.model.flag import Clause, Flag, Number, Prerequisite, Rollout, Target, VariationOrRollout
 from relay.model.segment import Segment, SegmentRule, SegmentTarget
 
 MAX_CHAIN = 50
-"""Flags that may be prerequisites of each other in a row, and segments that may be nested; more is
-malformed. Python's stack holds both at once with room to spare; nobody has more than a handful."""
+"""Longest chain of prerequisites, and deepest nesting of segments; beyond that a flag is malformed.
+Python's stack has ample space for both at once, and real environments nest only a few levels."""
 
 _UNKNOWN = Membership(BigSegmentsStatus.NOT_CONFIGURED)
 
 
 class _Malformed(Exception):
-    """A cycle, or a clause or segment that cannot be evaluated: the flag asked for is an error."""
+    """A cycle, or a clause or segment that cannot be evaluated: the whole evaluation fails."""
 
 
 class _Result(NamedTuple):
-    """What a flag gives; `chain` is the number of flags that had to be evaluated in a row."""
+    """Result of a flag; `chain` is the length of its longest chain of prerequisites, itself too."""
 
     variation: int | None
     reason: Reason
     chain: int = 1
 
 
-class _Contained(NamedTuple):
-    """Whether a segment contains the context; `chain` as above, of segments."""
+class _SegmentResult(NamedTuple):
+    """Result of a segment; `chain` is its deepest nesting of segments, itself included."""
 
-    answer: bool
+    contains: bool
     chain: int
 
 
 _ERROR = _Result(None, Reason(ReasonKind.ERROR))
 
 
-def evaluate(flag: Flag, context: Context, data: Data) -> Evaluation:
-    """Return what a live flag gives to a context, and why.
+def evaluate(flag: Flag, context: Context, data: Data) -> EvaluationDetail:
+    """Evaluate a live flag for a context.
 
     Args:
-        flag: with raw variations, as `relay.evaluation.items` parses it.
-        context: not `has_empty_key`.
+        flag: with raw variations (see `relay.evaluation.data.parse_flag`).
+        context: must not be one that `has_empty_key`.
         data: everything else that the flag may depend on.
     """
-    run = _Run(context, data)
+    evaluation = _Evaluation(context, data)
     try:
-        result = run.flag(flag, ())
+        result = evaluation.evaluate_flag(flag, ())
     except _Malformed as e:
-        run.note("malformed: %s", str(e))
+        evaluation.trace("malformed: %s", str(e))
         result = _ERROR
-    reason = replace(result.reason, big_segments=run.big_segments)
-    return Evaluation(
+    reason = replace(result.reason, big_segments=evaluation.big_segments)
+    return EvaluationDetail(
         result.variation,
         reason,
-        tuple(run.prerequisites),
+        tuple(evaluation.prerequisites),
         is_experiment(flag, reason),
-        tuple(run.steps),
+        tuple(evaluation.steps),
     )
 
 
 def is_experiment(flag: Flag, reason: Reason) -> bool:
-    """Tell whether LaunchDarkly wants events of this evaluation in any case (6.8)."""
+    """Return whether events of this evaluation are always sent (evaluation 6.8)."""
     if reason.kind is ReasonKind.FALLTHROUGH:
         return reason.in_experiment or flag.track_events_fallthrough
     if reason.kind is ReasonKind.RULE_MATCH:
@@ -84,76 +90,84 @@ def is_experiment(flag: Flag, reason: Reason) -> bool:
     return False
 
 
-class _Run:
-    """One evaluation. Each other flag and each segment is evaluated once, however often needed."""
+class _Evaluation:
+    """State of one evaluation. Evaluates each prerequisite and each segment at most once."""
 
     def __init__(self, context: Context, data: Data) -> None:
         self.prerequisites: list[str] = []
         self.big_segments: BigSegmentsStatus | None = None
-        self.steps: list[Step] = []
+        self.steps: list[TraceStep] = []
         self._context = context
         self._data = data
         self._depth = 0
-        self._nested = 0  # the longest chain of segments within the one that is being evaluated
+        self._nested = 0  # deepest chain of segments found so far within the current one
         self._flags: dict[str, _Result] = {}
-        self._segments: dict[str, _Contained] = {}
+        self._segments: dict[str, _SegmentResult] = {}
 
-    def note(self, text: str, *arguments: object) -> None:
-        """Add a step."""
-        self.steps.append(Step(self._depth, text, arguments))
+    def trace(self, text: str, *arguments: object) -> None:
+        """Add a step to the trace."""
+        self.steps.append(TraceStep(self._depth, text, arguments))
 
     # Section 6.3: flags
 
-    def flag(self, flag: Flag, chain: tuple[str, ...]) -> _Result:
-        """Evaluate a flag that is needed by the flags of `chain`, the one asked for first.
+    def evaluate_flag(self, flag: Flag, chain: tuple[str, ...]) -> _Result:
+        """Evaluate a flag; `chain` lists the flags that led to it, the requested one first.
 
         Raises:
             _Malformed: a cycle, or a clause in a rule that cannot be evaluated.
         """
         if not flag.on:
-            self.note('flag "%s" is off', flag.key)
-            return _off(flag, Reason(ReasonKind.OFF))
-        failed, length = self._failed_prerequisite(flag, (*chain, flag.key))
+            self.trace('flag "%s" is off', flag.key)
+            return _off_result(flag, Reason(ReasonKind.OFF))
+        failed, length = self._find_failed_prerequisite(flag, (*chain, flag.key))
         if failed is not None:
             reason = Reason(ReasonKind.PREREQUISITE_FAILED, prerequisite=failed)
-            return _off(flag, reason)._replace(chain=length)
-        return self._targeted(flag)._replace(chain=length)
+            return _off_result(flag, reason)._replace(chain=length)
+        return self._evaluate_targets_and_rules(flag)._replace(chain=length)
 
-    def _targeted(self, flag: Flag) -> _Result:
-        """Evaluate a flag whose prerequisites are satisfied."""
-        target = self._target(flag)
+    def _evaluate_targets_and_rules(self, flag: Flag) -> _Result:
+        """Evaluate targets, rules and fallthrough of a flag whose prerequisites are satisfied."""
+        target = self._targeted_variation(flag)
         if target is not None:
-            self.note("its key is listed for variation %d", int(target))
-            return _variation(flag, target, Reason(ReasonKind.TARGET_MATCH))
+            self.trace("its key is listed for variation %d", int(target))
+            return _variation_result(flag, target, Reason(ReasonKind.TARGET_MATCH))
         for index, rule in enumerate(flag.rules or ()):
-            self.note('rule %d "%s"', index, rule.id)
-            if self._matches(rule.clauses, ()):
+            self.trace('rule %d "%s"', index, rule.id)
+            if self._all_match(rule.clauses, ()):
                 reason = Reason(ReasonKind.RULE_MATCH, rule_index=index, rule_id=rule.id)
-                return self._outcome(flag, rule, reason)
-        self.note("no rule matches: fallthrough")
-        return self._outcome(flag, flag.fallthrough, Reason(ReasonKind.FALLTHROUGH))
+                return self._evaluate_choice(flag, rule, reason)
+        self.trace("no rule matches: fallthrough")
+        return self._evaluate_choice(flag, flag.fallthrough, Reason(ReasonKind.FALLTHROUGH))
 
     # Section 6.4: prerequisites
 
-    def _failed_prerequisite(self, flag: Flag, chain: tuple[str, ...]) -> tuple[str | None, int]:
-        """Return the key of the first prerequisite that fails, and the length of the chain."""
+    def _find_failed_prerequisite(
+        self, flag: Flag, chain: tuple[str, ...]
+    ) -> tuple[str | None, int]:
+        """Return the key of the first failing prerequisite or None, and the length of the chain."""
         length = 1
         for prerequisite in flag.prerequisites or ():
-            needed = self._data.flag(prerequisite.key)
-            if needed is None:
-                self.note('prerequisite "%s" does not exist', prerequisite.key)
+            required = self._data.flag(prerequisite.key)
+            if required is None:
+                self.trace('prerequisite "%s" does not exist', prerequisite.key)
                 return prerequisite.key, length
-            result = self._needed(prerequisite, needed, chain)
+            result = self._evaluate_prerequisite(prerequisite, required, chain)
             length = max(length, 1 + result.chain)
             if len(chain) == 1:
                 self.prerequisites.append(prerequisite.key)
-            if not (needed.on and result.variation == int(prerequisite.variation)):
-                self.note('prerequisite "%s" fails', prerequisite.key)
+            if not (required.on and result.variation == int(prerequisite.variation)):
+                self.trace('prerequisite "%s" fails', prerequisite.key)
                 return prerequisite.key, length
         return None, length
 
-    def _needed(self, prerequisite: Prerequisite, flag: Flag, chain: tuple[str, ...]) -> _Result:
-        """Evaluate a prerequisite."""
+    def _evaluate_prerequisite(
+        self, prerequisite: Prerequisite, flag: Flag, chain: tuple[str, ...]
+    ) -> _Result:
+        """Evaluate a prerequisite, or return its earlier result.
+
+        Raises:
+            _Malformed: it is in a cycle or the chain is too long.
+        """
         key = prerequisite.key
         if key in chain:
             raise _Malformed(f'prerequisite "{key}" depends on itself')
@@ -161,29 +175,32 @@ class _Run:
         if len(chain) + (known.chain if known else 1) > MAX_CHAIN:
             raise _Malformed(f"more than {MAX_CHAIN} flags depend on each other in a row")
         if known is None:
-            self.note('prerequisite "%s" must give variation %d', key, int(prerequisite.variation))
+            self.trace('prerequisite "%s" must give variation %d', key, int(prerequisite.variation))
             self._depth += 1
-            known = self.flag(flag, chain)
+            known = self.evaluate_flag(flag, chain)
             self._depth -= 1
             self._flags[key] = known
-        self.note('prerequisite "%s" gives variation %s', key, known.variation)
+        self.trace('prerequisite "%s" gives variation %s', key, known.variation)
         return known
 
     # Section 6.5: targets
 
-    def _target(self, flag: Flag) -> Number | None:
-        """Return the variation for which a key of the context is listed."""
+    def _targeted_variation(self, flag: Flag) -> Number | None:
+        """Return the variation that a target assigns to the context; None if no target does."""
         if not flag.context_targets:
-            return next((each.variation for each in flag.targets or () if self._lists(each)), None)
+            return next(
+                (each.variation for each in flag.targets or () if self._is_listed(each)), None
+            )
         for target in flag.context_targets:
-            listed: Target | None = target
+            effective: Target | None = target
+            # A target for users without keys stands for the user target of the same variation.
             if target.context_kind in {"", DEFAULT_KIND} and not target.values:
-                listed = _of_variation(flag.targets or (), target.variation)
-            if listed is not None and self._lists(listed):
+                effective = _target_of_variation(flag.targets or (), target.variation)
+            if effective is not None and self._is_listed(effective):
                 return target.variation
         return None
 
-    def _lists(self, target: Target | SegmentTarget) -> bool:
+    def _is_listed(self, target: Target | SegmentTarget) -> bool:
         return self._has_key(target.context_kind, target.values)
 
     def _has_key(self, kind: str, keys: Sequence[str] | None) -> bool:
@@ -192,16 +209,16 @@ class _Run:
 
     # Section 6.6: clauses
 
-    def _matches(self, clauses: Sequence[Clause] | None, segments: tuple[str, ...]) -> bool:
-        """Tell whether all clauses match; `segments` are those within which this is asked."""
-        return all(self._clause(clause, segments) for clause in clauses or ())
+    def _all_match(self, clauses: Sequence[Clause] | None, enclosing: tuple[str, ...]) -> bool:
+        """Return whether all clauses match; `enclosing` are the segments around them."""
+        return all(self._clause_matches(clause, enclosing) for clause in clauses or ())
 
-    def _clause(self, clause: Clause, segments: tuple[str, ...]) -> bool:
+    def _clause_matches(self, clause: Clause, enclosing: tuple[str, ...]) -> bool:
         if clause.op == "segmentMatch":
-            matches = self._in_any(clause.values or (), segments) != clause.negate
+            matches = self._in_any_segment(clause.values or (), enclosing) != clause.negate
         else:
-            matches = self._attribute(clause)
-        self.note(
+            matches = self._attribute_matches(clause)
+        self.trace(
             "%s %s %s%s: %s",
             f"{clause.context_kind or DEFAULT_KIND} {clause.attribute}".rstrip(),
             clause.op,
@@ -211,86 +228,92 @@ class _Run:
         )
         return matches
 
-    def _attribute(self, clause: Clause) -> bool:
+    def _attribute_matches(self, clause: Clause) -> bool:
         path = parse_reference(clause.attribute, literal=not clause.context_kind)
         if path is None:
             raise _Malformed(f'invalid attribute reference "{clause.attribute}"')
         if clause.attribute == "kind":
-            return any(_any(clause, kind) for kind in self._context.kinds) != clause.negate
+            return any(_matches_any(clause, kind) for kind in self._context.kinds) != clause.negate
         individual = self._context.get(clause.context_kind)
         value = lookup(individual, path) if individual is not None else None
         if value is None:
             return False
         values = value if isinstance(value, list) else [value]
-        return any(_any(clause, each) for each in values) != clause.negate
+        return any(_matches_any(clause, each) for each in values) != clause.negate
 
     # Section 6.7: segments
 
-    def _in_any(self, keys: Sequence[Any], within: tuple[str, ...]) -> bool:
+    def _in_any_segment(self, keys: Sequence[Any], enclosing: tuple[str, ...]) -> bool:
         for key in keys:
             segment = self._data.segment(key) if isinstance(key, str) else None
-            if segment is not None and self._in(key, segment, within):
+            if segment is not None and self._in_segment(key, segment, enclosing):
                 return True
         return False
 
-    def _in(self, key: str, segment: Segment, within: tuple[str, ...]) -> bool:
-        """Tell whether a segment contains the context; `within` are the segments that ask."""
-        if segment.key in within:
+    def _in_segment(self, key: str, segment: Segment, enclosing: tuple[str, ...]) -> bool:
+        """Return whether a segment contains the context; `enclosing` are the segments around it."""
+        if segment.key in enclosing:
             raise _Malformed(f'segment "{segment.key}" depends on itself')
         known = self._segments.get(key)
-        if len(within) + (known.chain if known else 1) > MAX_CHAIN:
+        if len(enclosing) + (known.chain if known else 1) > MAX_CHAIN:
             raise _Malformed(f"more than {MAX_CHAIN} segments are nested")
         if known is None:
-            self.note('segment "%s"', key)
+            self.trace('segment "%s"', key)
             self._depth += 1
             outside, self._nested = self._nested, 0
-            answer = self._contains(segment, (*within, segment.key))
-            known = _Contained(answer, 1 + self._nested)
+            contains = self._evaluate_segment(segment, (*enclosing, segment.key))
+            known = _SegmentResult(contains, 1 + self._nested)
             self._nested = outside
             self._depth -= 1
             self._segments[key] = known
         self._nested = max(self._nested, known.chain)
-        self.note('segment "%s" %s', key, "contains it" if known.answer else "does not contain it")
-        return known.answer
+        self.trace(
+            'segment "%s" %s', key, "contains it" if known.contains else "does not contain it"
+        )
+        return known.contains
 
-    def _contains(self, segment: Segment, chain: tuple[str, ...]) -> bool:
+    def _evaluate_segment(self, segment: Segment, enclosing: tuple[str, ...]) -> bool:
         if segment.unbounded:
-            listed, has_rules = self._listed_in_store(segment)
+            membership, has_rules = self._membership_in_store(segment)
         else:
-            listed, has_rules = self._listed(segment), True
-        if listed is not None or not has_rules:
-            return bool(listed)
-        return any(self._admits(segment, rule, chain) for rule in segment.rules or ())
+            membership, has_rules = self._membership_in_lists(segment), True
+        if membership is not None or not has_rules:
+            return bool(membership)
+        return any(
+            self._segment_rule_matches(segment, rule, enclosing) for rule in segment.rules or ()
+        )
 
-    def _listed(self, segment: Segment) -> bool | None:
-        """Return what a segment's lists say; None for nothing."""
+    def _membership_in_lists(self, segment: Segment) -> bool | None:
+        """Return True if the lists include the context, False if they exclude it, else None."""
         only_user = not self._context.is_multi and self._context.get(DEFAULT_KIND) is not None
         included = () if only_user else segment.included_contexts or ()
         excluded = () if only_user else segment.excluded_contexts or ()
-        if self._has_key(DEFAULT_KIND, segment.included) or any(map(self._lists, included)):
+        if self._has_key(DEFAULT_KIND, segment.included) or any(map(self._is_listed, included)):
             return True
-        if self._has_key(DEFAULT_KIND, segment.excluded) or any(map(self._lists, excluded)):
+        if self._has_key(DEFAULT_KIND, segment.excluded) or any(map(self._is_listed, excluded)):
             return False
         return None
 
-    def _listed_in_store(self, segment: Segment) -> tuple[bool | None, bool]:
-        """Return what the store of big segments says, and whether rules count if it is silent."""
+    def _membership_in_store(self, segment: Segment) -> tuple[bool | None, bool]:
+        """Return the membership in a big segment, if known, and whether rules apply otherwise."""
         if segment.generation is None:
-            self._consulted(BigSegmentsStatus.NOT_CONFIGURED)
+            self._note_big_segments(BigSegmentsStatus.NOT_CONFIGURED)
             return None, False
         individual = self._context.get(segment.unbounded_context_kind)
         if individual is None:
             return None, False
         membership = self._data.memberships.get(individual.key, _UNKNOWN)
-        self._consulted(membership.status)
+        self._note_big_segments(membership.status)
         return membership.segments.get(f"{segment.key}.g{int(segment.generation)}"), True
 
-    def _consulted(self, status: BigSegmentsStatus) -> None:
-        self.note("big segments: %s", status.value)
+    def _note_big_segments(self, status: BigSegmentsStatus) -> None:
+        self.trace("big segments: %s", status.value)
         self.big_segments = status.worse(self.big_segments)
 
-    def _admits(self, segment: Segment, rule: SegmentRule, chain: tuple[str, ...]) -> bool:
-        if not self._matches(rule.clauses, chain):
+    def _segment_rule_matches(
+        self, segment: Segment, rule: SegmentRule, enclosing: tuple[str, ...]
+    ) -> bool:
+        if not self._all_match(rule.clauses, enclosing):
             return False
         if rule.weight is None:
             return True
@@ -300,29 +323,29 @@ class _Run:
             raise _Malformed(f'invalid attribute reference "{rule.bucket_by}"')
         if self._context.get(kind) is None:
             return False
-        prefix = bucketing.salted(segment.key, segment.salt)
-        position = bucketing.bucket(self._context, kind, by, prefix, plain=True)
-        self.note("bucket %s of %s", position, bucketing.share(rule.weight))
+        prefix = bucketing.hash_prefix(segment.key, segment.salt)
+        position = bucketing.bucket(self._context, kind, by, prefix, include_secondary=True)
+        self.trace("bucket %s of %s", position, bucketing.share(rule.weight))
         return position < bucketing.share(rule.weight)
 
     # Section 6.9: variation or rollout
 
-    def _outcome(self, flag: Flag, outcome: Outcome, reason: Reason) -> _Result:
-        if outcome.variation is not None:
-            return _variation(flag, outcome.variation, reason)
-        rollout = outcome.rollout
+    def _evaluate_choice(self, flag: Flag, choice: VariationOrRollout, reason: Reason) -> _Result:
+        if choice.variation is not None:
+            return _variation_result(flag, choice.variation, reason)
+        rollout = choice.rollout
         if rollout is None or not rollout.variations:
-            self.note("it has neither a variation nor a rollout")
+            self.trace("it has neither a variation nor a rollout")
             return _ERROR
         by, valid = _bucket_by(rollout.bucket_by, rollout.context_kind)
         if rollout.kind == "experiment":
             by = None
         elif not valid:
-            self.note('invalid attribute reference "%s"', rollout.bucket_by)
+            self.trace('invalid attribute reference "%s"', rollout.bucket_by)
             return _ERROR
-        return self._rolled_out(flag, rollout, rollout.variations, by, reason)
+        return self._evaluate_rollout(flag, rollout, rollout.variations, by, reason)
 
-    def _rolled_out(
+    def _evaluate_rollout(
         self,
         flag: Flag,
         rollout: Rollout,
@@ -331,41 +354,43 @@ class _Run:
         reason: Reason,
     ) -> _Result:
         experiment = rollout.kind == "experiment"
-        prefix = bucketing.salted(flag.key, flag.salt, rollout.seed)
+        prefix = bucketing.hash_prefix(flag.key, flag.salt, rollout.seed)
         position = bucketing.bucket(
-            self._context, rollout.context_kind, by, prefix, plain=not experiment
+            self._context, rollout.context_kind, by, prefix, include_secondary=not experiment
         )
         index, reached = bucketing.choose(position, variations)
         chosen = variations[index]
-        self.note("bucket %s: number %d of the rollout", position, index)
+        self.trace("bucket %s: number %d of the rollout", position, index)
         lacks_kind = self._context.get(rollout.context_kind) is None
-        takes_part = experiment and not chosen.untracked and not (lacks_kind and reached)
-        return _variation(flag, chosen.variation, replace(reason, in_experiment=takes_part))
+        in_experiment = experiment and not chosen.untracked and not (lacks_kind and reached)
+        return _variation_result(
+            flag, chosen.variation, replace(reason, in_experiment=in_experiment)
+        )
 
 
-def _off(flag: Flag, reason: Reason) -> _Result:
+def _off_result(flag: Flag, reason: Reason) -> _Result:
     if flag.off_variation is None:
         return _Result(None, reason)
-    return _variation(flag, flag.off_variation, reason)
+    return _variation_result(flag, flag.off_variation, reason)
 
 
-def _variation(flag: Flag, variation: Number, reason: Reason) -> _Result:
+def _variation_result(flag: Flag, variation: Number, reason: Reason) -> _Result:
     index = int(variation)
     return _Result(index, reason) if 0 <= index < len(flag.variations or ()) else _ERROR
 
 
-def _of_variation(targets: Sequence[Target], variation: Number) -> Target | None:
+def _target_of_variation(targets: Sequence[Target], variation: Number) -> Target | None:
     return next((each for each in targets if int(each.variation) == int(variation)), None)
 
 
-def _any(clause: Clause, value: object) -> bool:
-    """Tell whether a value matches any value of a clause."""
+def _matches_any(clause: Clause, value: object) -> bool:
+    """Return whether a value matches any value of a clause."""
     matches = OPERATORS.get(clause.op)
     return matches is not None and any(matches(value, each) for each in clause.values or ())
 
 
 def _bucket_by(text: str | None, kind: str) -> tuple[Reference | None, bool]:
-    """Return the attribute that is hashed, None for the key, and whether it is valid."""
+    """Return the attribute to hash, None for the key, and whether the reference is valid."""
     if not text:
         return None, True
     path = parse_reference(text, literal=not kind)

@@ -1,7 +1,7 @@
-"""The operators of clauses (evaluation 6.6): do a context's value and a clause's value match?
+"""Clause operators (evaluation 6.6): match a context's value against a clause's value.
 
-Values are what JSON holds, `None`, `bool`, `int`, `float`, `str`, `list` and `dict`; numbers are
-compared exactly. Operands of a type that an operator does not know never match.
+Values are decoded JSON: `None`, `bool`, `int`, `float`, `str`, `list` and `dict`; numbers are
+compared exactly. Operands of a type that an operator does not support never match.
 """
 
 from __future__ import annotations
@@ -15,47 +15,47 @@ from typing import Any
 import re2
 
 Operator = Callable[[Any, Any], bool]
-"""Takes the context's value and the clause's value."""
+"""Called with the context's value and the clause's value."""
 
 MAX_PATTERNS = 500
-"""Compiled regular expressions that are kept: more than the clauses of a large environment have."""
+"""Compiled regular expressions to cache: more than the clauses of a large environment use."""
 
 _REGEX_OPTIONS = re2.Options()
 _REGEX_OPTIONS.log_errors = False  # it would write to stderr
 _REGEX_OPTIONS.never_capture = True
 
 
-def equal(value: object, wanted: object) -> bool:
-    """Whether both are the same string, boolean or number; `1` and `1.0` are the same."""
+def equal(value: object, operand: object) -> bool:
+    """Return whether both are the same string, boolean or number; `1` equals `1.0`."""
     if isinstance(value, str):
-        return isinstance(wanted, str) and value == wanted
-    if isinstance(value, bool) or isinstance(wanted, bool):
-        return value is wanted
-    return is_number(value) and is_number(wanted) and value == wanted
+        return isinstance(operand, str) and value == operand
+    if isinstance(value, bool) or isinstance(operand, bool):
+        return value is operand
+    return is_number(value) and is_number(operand) and value == operand
 
 
 def is_number(value: object) -> bool:
-    """Whether JSON calls this a number."""
+    """Return whether a value is a JSON number; Python's booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _strings(matches: Callable[[str, str], bool]) -> Operator:
-    def compare(value: object, wanted: object) -> bool:
-        return isinstance(value, str) and isinstance(wanted, str) and matches(value, wanted)
+    def compare(value: object, operand: object) -> bool:
+        return isinstance(value, str) and isinstance(operand, str) and matches(value, operand)
 
     return compare
 
 
 def _numbers(matches: Callable[[Any, Any], bool]) -> Operator:
-    def compare(value: object, wanted: object) -> bool:
-        return is_number(value) and is_number(wanted) and matches(value, wanted)
+    def compare(value: object, operand: object) -> bool:
+        return is_number(value) and is_number(operand) and matches(value, operand)
 
     return compare
 
 
 def _dates(matches: Callable[[int, int], bool]) -> Operator:
-    def compare(value: object, wanted: object) -> bool:
-        time, other = timestamp(value), timestamp(wanted)
+    def compare(value: object, operand: object) -> bool:
+        time, other = timestamp(value), timestamp(operand)
         if time is None or other is None or other == ZERO_TIME:
             return False
         return matches(time, other)
@@ -64,8 +64,8 @@ def _dates(matches: Callable[[int, int], bool]) -> Operator:
 
 
 def _versions(matches: Callable[[Any, Any], bool]) -> Operator:
-    def compare(value: object, wanted: object) -> bool:
-        version, other = semantic_version(value), semantic_version(wanted)
+    def compare(value: object, operand: object) -> bool:
+        version, other = semantic_version(value), semantic_version(operand)
         return version is not None and other is not None and matches(version, other)
 
     return compare
@@ -73,7 +73,7 @@ def _versions(matches: Callable[[Any, Any], bool]) -> Operator:
 
 @lru_cache(MAX_PATTERNS)
 def regex(pattern: str) -> Callable[[bytes], object] | None:
-    """Return the search for a pattern in UTF-8, in linear time; None if the pattern is invalid."""
+    """Return a linear-time search for a pattern in UTF-8; None if the pattern is invalid."""
     try:
         search: Callable[[bytes], object] = re2.compile(pattern, _REGEX_OPTIONS).search
     except re2.error:
@@ -81,7 +81,7 @@ def regex(pattern: str) -> Callable[[bytes], object] | None:
     return search
 
 
-def _finds(text: str, pattern: str) -> bool:
+def _search(text: str, pattern: str) -> bool:
     search = regex(pattern)
     return search is not None and search(text.encode()) is not None
 
@@ -90,7 +90,7 @@ _SECOND = 1_000_000_000
 _MILLISECOND = 1_000_000
 _DAYS_TO_1970 = 719_468
 ZERO_TIME = -62_135_596_800 * _SECOND
-"""The year 1 begins; the reference takes it for "no date" in clauses."""
+"""The start of the year 1, Go's zero time: ld-relay takes it for "no date" in clauses."""
 
 _RFC_3339 = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)[Tt](\d{1,2}):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
@@ -100,16 +100,16 @@ _RFC_3339 = re.compile(
 
 
 def timestamp(value: object) -> int | None:
-    """Return the nanoseconds since 1970 of a date: a number of milliseconds or RFC 3339."""
+    """Return a date, in milliseconds or as RFC 3339, as nanoseconds since 1970; None if neither."""
     if isinstance(value, str):
         return _rfc_3339(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return _wrapped(int(value) * _MILLISECOND)
+        return _wrap_int64(int(value) * _MILLISECOND)
     return None
 
 
-def _wrapped(nanoseconds: int) -> int:
-    """Return what a signed integer of 64 bits makes of a number."""
+def _wrap_int64(nanoseconds: int) -> int:
+    """Wrap a number like a signed 64-bit integer on overflow."""
     return (nanoseconds + 2**63) % 2**64 - 2**63
 
 
@@ -129,7 +129,7 @@ def _rfc_3339(text: str) -> int | None:
 
 def _days(year: int, month: int, day: int) -> int:
     """Return the days since 1970 in the Gregorian calendar; 30 February is 1 or 2 March."""
-    # Years that begin in March have the leap day at their end.
+    # Counting years from March puts the leap day at the end.
     year, month = (year, month - 3) if month > 2 else (year - 1, month + 9)  # noqa: PLR2004
     leap_days = year // 4 - year // 100 + year // 400
     return year * 365 + leap_days + (month * 153 + 2) // 5 + day - 1 - _DAYS_TO_1970
@@ -144,18 +144,18 @@ _VERSION = re.compile(
 )
 
 _Field = tuple[int, int, str]
-"""Compares like a field of a version. Digits stay text: a number may have any number of them."""
+"""Sorts like a field of a version. Numbers stay text because they may have any length."""
 
 
 def semantic_version(value: object) -> tuple[Any, ...] | None:
-    """Return something that compares like a semantic version; None if the value is none."""
+    """Return a sort key for a semantic version; None if the value is not one."""
     match = _VERSION.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         return None
     major, minor, patch, prerelease = match.groups()
     numbers = (_field(major), _field(minor or "0"), _field(patch or "0"))
     if prerelease is None:
-        return (*numbers, 1)  # a release comes after all that led to it
+        return (*numbers, 1)  # a release sorts after its pre-releases
     return (*numbers, 0, tuple(map(_field, prerelease.split("."))))
 
 
@@ -168,7 +168,7 @@ OPERATORS: dict[str, Operator] = {
     "startsWith": _strings(str.startswith),
     "endsWith": _strings(str.endswith),
     "contains": _strings(operator.contains),
-    "matches": _strings(_finds),
+    "matches": _strings(_search),
     "lessThan": _numbers(operator.lt),
     "lessThanOrEqual": _numbers(operator.le),
     "greaterThan": _numbers(operator.gt),
@@ -179,4 +179,4 @@ OPERATORS: dict[str, Operator] = {
     "semVerLessThan": _versions(operator.lt),
     "semVerGreaterThan": _versions(operator.gt),
 }
-"""All but `segmentMatch`, which asks more than values. One that is not here never matches."""
+"""All operators but `segmentMatch`, which needs more than values. Unknown operators never match."""

@@ -1,4 +1,4 @@
-"""What an evaluation yields, and its JSON for client-side SDKs (endpoints 1.5, evaluation 6.10)."""
+"""Evaluation results and their JSON for client-side SDKs (endpoints 1.5, evaluation 6.10)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from relay.model.flag import Flag
 
 
 class ReasonKind(Enum):
-    """Why a flag has its value."""
+    """The kinds of reason; the values are the SDKs' names."""
 
     OFF = "OFF"
     TARGET_MATCH = "TARGET_MATCH"
@@ -23,7 +23,7 @@ class ReasonKind(Enum):
 
 
 class BigSegmentsStatus(Enum):
-    """How far memberships of big segments could be known. The later of two counts."""
+    """Health of the big-segment store during an evaluation, from best to worst."""
 
     HEALTHY = "HEALTHY"
     STALE = "STALE"
@@ -39,15 +39,15 @@ class BigSegmentsStatus(Enum):
 
 
 class Reason(Struct, frozen=True, gc=False):
-    """Why a flag has its value, and what is particular to the kind of reason.
+    """The reason for a flag's value, with the details of its kind.
 
     Args:
-        kind: the reason.
-        rule_index: of RULE_MATCH, from 0.
-        rule_id: of RULE_MATCH; may be empty.
-        in_experiment: of FALLTHROUGH and RULE_MATCH: the context takes part in an experiment.
-        prerequisite: of PREREQUISITE_FAILED: the key of the flag that failed.
-        big_segments: whether big segments could be consulted; None if none had to be.
+        kind: the kind of reason.
+        rule_index: RULE_MATCH: index of the rule, from 0.
+        rule_id: RULE_MATCH: ID of the rule; may be empty.
+        in_experiment: FALLTHROUGH and RULE_MATCH: the context takes part in an experiment.
+        prerequisite: PREREQUISITE_FAILED: key of the flag that failed.
+        big_segments: status of the big-segment store; None if no big segment was evaluated.
     """
 
     kind: ReasonKind
@@ -58,7 +58,7 @@ class Reason(Struct, frozen=True, gc=False):
     big_segments: BigSegmentsStatus | None = None
 
     def json(self) -> bytes:
-        """Return the reason as SDKs know it. The only error is a malformed flag."""
+        """Return the SDKs' JSON of the reason. The only error kind is a malformed flag."""
         members = [f'{{"kind":"{self.kind.value}"'.encode()]
         if self.kind is ReasonKind.RULE_MATCH:
             members.append(b'"ruleIndex":%d' % self.rule_index)
@@ -75,13 +75,13 @@ class Reason(Struct, frozen=True, gc=False):
         return b",".join(members) + b"}"
 
 
-class Step(Struct, frozen=True, gc=False):
-    """Something that an evaluation found out on its way, for people to read.
+class TraceStep(Struct, frozen=True, gc=False):
+    """One step of an evaluation, for humans to read.
 
     Args:
-        depth: 0 for the flag itself; more within prerequisites and segments.
-        text: with places for `arguments`, as in logging; they are put in only if somebody reads it.
-        arguments: texts, numbers, and lists of JSON values.
+        depth: nesting level: 0 for the flag itself, more within prerequisites and segments.
+        text: format string for `arguments`, as in logging; formatted only by `str()`.
+        arguments: strings, numbers, and lists of JSON values.
     """
 
     depth: int
@@ -96,58 +96,58 @@ class Step(Struct, frozen=True, gc=False):
         return "  " * self.depth + self.text % tuple(arguments)
 
 
-class Evaluation(Struct, frozen=True, gc=False):
+class EvaluationDetail(Struct, frozen=True, gc=False):
     """The result of a flag for a context.
 
     Args:
         variation: index of the flag's variation; None for no value.
-        reason: why.
-        prerequisites: keys of the flag's own prerequisites that were evaluated, in their order.
-        experiment: whether LaunchDarkly wants to know of it in any case (evaluation 6.8).
-        steps: the way that led there.
+        reason: the reason for it.
+        prerequisites: keys of the flag's own prerequisites that were evaluated, in order.
+        experiment: events of this evaluation are always sent (evaluation 6.8).
+        steps: the trace of the evaluation.
     """
 
     variation: int | None
     reason: Reason
     prerequisites: tuple[str, ...] = ()
     experiment: bool = False
-    steps: tuple[Step, ...] = ()
+    steps: tuple[TraceStep, ...] = ()
 
 
-def value(flag: Flag, evaluation: Evaluation) -> bytes:
-    """Return the JSON of the value, in upstream's own words: numbers are exact.
+def value(flag: Flag, detail: EvaluationDetail) -> bytes:
+    """Return the JSON of the value exactly as upstream sent it.
 
     Args:
-        flag: with raw variations, as `relay.evaluation.items` parses it.
-        evaluation: its result.
+        flag: with raw variations (see `relay.evaluation.data.parse_flag`).
+        detail: its result.
     """
-    if evaluation.variation is None or flag.variations is None:
+    if detail.variation is None or flag.variations is None:
         return b"null"
-    return bytes(flag.variations[evaluation.variation])
+    return bytes(flag.variations[detail.variation])
 
 
-def render(flag: Flag, evaluation: Evaluation, *, with_reasons: bool) -> bytes:
-    """Return the entry of a flag in what client-side SDKs get (endpoints 1.5).
+def render(flag: Flag, detail: EvaluationDetail, *, with_reasons: bool) -> bytes:
+    """Return the JSON entry of a flag for client-side SDKs (endpoints 1.5).
 
     Args:
-        flag: with raw variations, as `relay.evaluation.items` parses it.
-        evaluation: its result.
-        with_reasons: whether the SDK wants reasons; those of experiments it gets in any case.
+        flag: with raw variations (see `relay.evaluation.data.parse_flag`).
+        detail: its result.
+        with_reasons: include the reason; experiments include it in any case.
     """
-    variation = evaluation.variation
+    variation = detail.variation
     members = [
-        b'{"value":' + value(flag, evaluation),
+        b'{"value":' + value(flag, detail),
         b'"variation":null' if variation is None else b'"variation":%d' % variation,
         b'"version":%d' % int(flag.version),
     ]
-    if flag.track_events or evaluation.experiment:
+    if flag.track_events or detail.experiment:
         members.append(b'"trackEvents":true')
-    if evaluation.experiment:
+    if detail.experiment:
         members.append(b'"trackReason":true')
-    if with_reasons or evaluation.experiment:
-        members.append(b'"reason":' + evaluation.reason.json())
+    if with_reasons or detail.experiment:
+        members.append(b'"reason":' + detail.reason.json())
     if debug_until := int(flag.debug_events_until_date or 0):
         members.append(b'"debugEventsUntilDate":%d' % debug_until)
-    if evaluation.prerequisites:
-        members.append(b'"prerequisites":' + orjson.dumps(evaluation.prerequisites))
+    if detail.prerequisites:
+        members.append(b'"prerequisites":' + orjson.dumps(detail.prerequisites))
     return b",".join(members) + b"}"

@@ -1,1 +1,1 @@
-"""What things are: frozen values, valid from construction. Pure."""
+"""Domain values: immutable and valid from construction. Pure."""

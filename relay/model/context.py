@@ -1,7 +1,7 @@
-"""Evaluation contexts: who asks for flags, read from JSON, and how attributes of them are named.
+"""Evaluation contexts parsed from JSON, and references to their attributes.
 
 The three forms of JSON (single-kind, multi-kind, legacy user: evaluation 6.2) become one shape.
-What a context says is its user's business: no message of this module repeats any of it.
+Contexts hold personal data, so no message of this module quotes any of it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import msgspec
 from relay.errors import InvalidData
 
 DEFAULT_KIND = "user"
-"""The kind of legacy users, and the one that rules mean when they name none."""
+"""The kind of legacy users, and the default of rules that name no kind."""
 
 MAX_KINDS = 100
-"""More kinds than any context has; bounds what one request can make us keep and sort."""
+"""More kinds than any real context has; bounds the memory and the sorting that a request costs."""
 
 _KIND = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 _RESERVED_KINDS = frozenset({"kind", "multi"})
@@ -27,24 +27,24 @@ _BAD_ESCAPE = re.compile(r"~(?![01])")
 _ESCAPES = re.compile(
     rb"(\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u(?![dD][89a-fA-F])|\\[^u])|\\u....", re.DOTALL
 )
-"""Each escape in JSON; those that are half a pair of surrogates are not in the group."""
+"""Matches every escape in JSON; the group captures all but unpaired surrogates."""
 _DECODER = msgspec.json.Decoder()
 
 _USER_STRINGS = frozenset({"firstName", "lastName", "email", "country", "avatar", "ip"})
 """Top-level attributes of legacy users, beside `name`. Others are ignored."""
 
 _NOT_CUSTOM = frozenset({"kind", "key", "name", "anonymous", "_meta"})
-"""What `custom` of a legacy user cannot set."""
+"""Attributes that `custom` of a legacy user cannot set."""
 
 
 class Individual(msgspec.Struct, frozen=True):
-    """The part of a context that is of one kind.
+    """The part of a context that belongs to one kind.
 
     Args:
-        kind: such as `user` or `device`.
-        key: identifies it among its kind; empty only for a legacy user.
-        attributes: all that can be addressed by name, `kind`, `key`, `name` (if set) and
-            `anonymous` included; none is None.
+        kind: the context kind, such as `user` or `device`.
+        key: unique within its kind; empty only for a legacy user.
+        attributes: all addressable attributes by name, including `kind`, `key`, `name` (if set)
+            and `anonymous`; no value is None.
         secondary: the secondary key of a legacy user; not addressable.
     """
 
@@ -55,7 +55,7 @@ class Individual(msgspec.Struct, frozen=True):
 
 
 class Context(msgspec.Struct, frozen=True):
-    """Who asks for flags: at least one individual, each of another kind."""
+    """The subject of an evaluation: at least one individual, each of a different kind."""
 
     individuals: Mapping[str, Individual]
 
@@ -65,17 +65,17 @@ class Context(msgspec.Struct, frozen=True):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds, in the order in which they were given."""
+        """The kinds of the individuals, in the order of the JSON."""
         return tuple(self.individuals)
 
     @property
     def is_multi(self) -> bool:
-        """Whether there is more than one individual."""
+        """True if there is more than one individual."""
         return len(self.individuals) > 1
 
     @property
     def has_empty_key(self) -> bool:
-        """Whether this is a legacy user with the key "", for whom nothing can be evaluated."""
+        """True for a legacy user with the key "", for whom no flag can be evaluated."""
         user = self.individuals.get(DEFAULT_KIND)
         return user is not None and not user.key and not self.is_multi
 
@@ -83,8 +83,8 @@ class Context(msgspec.Struct, frozen=True):
     def fully_qualified_key(self) -> str:
         """The text that secure mode signs (endpoints 1.4)."""
         if not self.is_multi:
-            (only,) = self.individuals.values()
-            return only.key if only.kind == DEFAULT_KIND else _qualified(only)
+            (individual,) = self.individuals.values()
+            return individual.key if individual.kind == DEFAULT_KIND else _qualified(individual)
         return ":".join(_qualified(self.individuals[kind]) for kind in sorted(self.individuals))
 
 
@@ -94,57 +94,57 @@ def _qualified(individual: Individual) -> str:
 
 
 def parse_context(json: bytes) -> Context:
-    """Return the context that JSON describes. What is no Unicode in its strings becomes U+FFFD.
+    """Parse a context. Whatever is not Unicode in its strings becomes U+FFFD, as in ld-relay.
 
     Raises:
-        InvalidData: not JSON, nested too deeply, or no valid context.
+        InvalidData: not JSON, nested too deeply, or not a valid context.
     """
-    value = _json(json)
+    value = _decode(json)
     if not isinstance(value, dict):
         raise _invalid("must be an object")
     if "kind" not in value:
-        return _only(_legacy_user(value))
+        return _single_kind(_legacy_user(value))
     kind = value["kind"]
     if not isinstance(kind, str):
         raise _invalid('"kind" must be a string')
     if kind == "multi":
-        return _multi(value, json)
-    return _only(_individual(kind, value))
+        return _multi_kind(value, json)
+    return _single_kind(_individual(kind, value))
 
 
-def _json(json: bytes) -> Any:
+def _decode(json: bytes) -> Any:
     try:
         return _DECODER.decode(json)
     except RecursionError as e:
         raise _invalid("nested too deeply") from e
     except (msgspec.DecodeError, ValueError) as e:
-        mended = _mended(json)
-        if mended != json:
-            return _json(mended)
-        # The decoder tells places, never content.
+        repaired = _replace_invalid_unicode(json)
+        if repaired != json:
+            return _decode(repaired)
+        # The decoder's messages name positions, never content.
         raise _invalid(str(e)) from None
 
 
-def _mended(json: bytes) -> bytes:
-    """Return JSON whose strings are Unicode."""
-    whole = _ESCAPES.sub(lambda escape: escape[1] or rb"\ufffd", json)
-    return whole.decode(errors="replace").encode()
+def _replace_invalid_unicode(json: bytes) -> bytes:
+    """Replace invalid UTF-8 and unpaired surrogates in JSON by U+FFFD."""
+    repaired = _ESCAPES.sub(lambda escape: escape[1] or rb"\ufffd", json)
+    return repaired.decode(errors="replace").encode()
 
 
 def _invalid(reason: str) -> InvalidData:
     return InvalidData("context", reason)
 
 
-def _only(individual: Individual) -> Context:
+def _single_kind(individual: Individual) -> Context:
     return Context({individual.kind: individual})
 
 
-def _multi(members: dict[str, Any], json: bytes) -> Context:
+def _multi_kind(members: dict[str, Any], json: bytes) -> Context:
     if len(members) == 1:
         raise _invalid("a multi-kind context must have at least one kind")
     if len(members) > MAX_KINDS:
         raise _invalid(f"more than {MAX_KINDS} kinds")
-    if _size(json) != len(members):
+    if _count_members(json) != len(members):
         raise _invalid("a multi-kind context must not have a kind twice")
     individuals = {}
     for kind, nested in members.items():
@@ -156,11 +156,11 @@ def _multi(members: dict[str, Any], json: bytes) -> Context:
     return Context(individuals)
 
 
-def _size(json: bytes) -> int:
-    """Return the number of members of an object, counting those that are there twice."""
+def _count_members(json: bytes) -> int:
+    """Return the number of members of a JSON object, counting duplicates."""
     text = json.decode(errors="replace")
     try:
-        # The outermost object is the last that is complete; numbers do not matter.
+        # The hook is called for the outermost object last; `len` makes numbers cheap to parse.
         size: int = stdlib_json.loads(text, object_pairs_hook=len, parse_int=len)
     except RecursionError as e:
         raise _invalid("nested too deeply") from e
@@ -168,7 +168,7 @@ def _size(json: bytes) -> int:
 
 
 def _individual(kind: str, members: dict[str, Any]) -> Individual:
-    """Return a context of one kind, which `members` become part of (evaluation 6.2)."""
+    """Validate an individual (evaluation 6.2); takes `members` over as its attributes."""
     if kind != DEFAULT_KIND and (kind in _RESERVED_KINDS or _KIND.fullmatch(kind) is None):
         raise _invalid('"kind" is not allowed')
     key = members.get("key")
@@ -189,7 +189,7 @@ def _individual(kind: str, members: dict[str, Any]) -> Individual:
 
 
 def _legacy_user(members: dict[str, Any]) -> Individual:
-    """Return a context in the form of the time before kinds. Members count in their order."""
+    """Validate a legacy user; of a member and a `custom` attribute, the later one wins."""
     key = members.get("key")
     if not isinstance(key, str):
         raise _invalid('"key" must be a string')
@@ -202,7 +202,7 @@ def _legacy_user(members: dict[str, Any]) -> Individual:
     for name, value in members.items():
         if name == "custom":
             custom = (value or {}).items()
-            attributes |= {inner: given for inner, given in custom if inner not in _NOT_CUSTOM}
+            attributes |= {inner: setting for inner, setting in custom if inner not in _NOT_CUSTOM}
         elif name in _USER_STRINGS or name == "name":
             attributes[name] = value
     attributes["anonymous"] = bool(members.get("anonymous"))
@@ -210,8 +210,8 @@ def _legacy_user(members: dict[str, Any]) -> Individual:
     return Individual(DEFAULT_KIND, key, attributes, members.get("secondary"))
 
 
-def _check(name: str, value: object, wanted: type) -> None:
-    if value is not None and not isinstance(value, wanted):
+def _check(name: str, value: object, expected: type) -> None:
+    if value is not None and not isinstance(value, expected):
         raise _invalid(f'"{name}" has a wrong type')
 
 
@@ -222,16 +222,16 @@ def _check_strings(name: str, value: object) -> None:
 
 
 Reference = tuple[str, ...]
-"""The path to an attribute: its name, then names of members within its value."""
+"""Path to an attribute: its name, then the names of nested members."""
 
 
 def parse_reference(text: str, *, literal: bool) -> Reference | None:
-    """Return the path that an attribute reference means (evaluation 6.1); None if it is invalid.
+    """Parse an attribute reference (evaluation 6.1); return None if it is invalid.
 
     Args:
-        text: as the flag or segment has it.
-        literal: where no context kind is named, the text is the name of a top-level attribute,
-            even if it begins with a slash.
+        text: the reference in the flag or segment.
+        literal: take the text as the name of a top-level attribute even if it starts with a
+            slash; so it is in a clause or rollout that names no context kind.
     """
     if not text:
         return None
@@ -246,7 +246,7 @@ def parse_reference(text: str, *, literal: bool) -> Reference | None:
 
 
 def lookup(individual: Individual, path: Reference) -> Any | None:
-    """Return the value at a path; None if there is none, or if it is null."""
+    """Return the value at a path; None if it is missing or null."""
     value = individual.attributes.get(path[0])
     for name in path[1:]:
         if not isinstance(value, dict):

@@ -1,7 +1,8 @@
-"""What opens an environment: SDK key, mobile key, client-side ID. And secrets, which print masked.
+"""Credentials of an environment (SDK key, mobile key, client-side ID), and secrets.
 
-Two masks exist because two readers exist: logs show the last four characters (`...abcd`), `/status`
-keeps the shape of the key (status 8.1), so that an operator can compare it with the dashboard.
+Keys are masked in two ways for two readers: logs show the last four characters (`...abcd`);
+`/status` keeps the shape of the key (status 8.1), so that an operator can compare it with the
+dashboard.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _PLAIN_TAIL = 5
 
 
 def obscured(key: str) -> str:
-    """Return `key` as `/status` shows it: hexadecimal digits but the last five become `*`."""
+    """Mask `key` for `/status`: hexadecimal digits before the last five characters become `*`."""
     if _KIND_PREFIX.match(key):
         return key[:4] + obscured(key[4:])
     if len(key) <= _PLAIN_TAIL - 1:
@@ -25,18 +26,19 @@ def obscured(key: str) -> str:
 
 
 def masked(key: str) -> str:
-    """Return `key` as log lines show it: three dots and the last four characters."""
+    """Mask `key` for log lines: three dots and the last four characters."""
     return "..." + key[-4:]
 
 
 def masked_url(url: str, mask: str) -> str:
-    """Return `url` without what its userinfo and its query could tell.
+    """Mask the password and the query values of `url`.
 
-    What stands alone before the `@` is masked as well: to Redis it is a password.
+    Userinfo without a colon is masked as well, because Redis takes it for a password.
     """
     parts = urlsplit(url)
     if "@" in parts.path + parts.query + parts.fragment:
-        return f"{parts.scheme}://{mask}"  # a `/` in a password, perhaps: it begins anywhere
+        # Perhaps an unescaped `/`, `?` or `#` in a password, which may start anywhere.
+        return f"{parts.scheme}://{mask}"
     userinfo, at, server = parts.netloc.rpartition("@")
     name, colon, _ = userinfo.partition(":")
     shown = f"{name}:{mask}" if colon else mask if name else ""
@@ -46,12 +48,12 @@ def masked_url(url: str, mask: str) -> str:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Secret:
-    """A text that never prints itself, such as a password or a webhook secret."""
+    """A text that is never printed, such as a password or a webhook secret."""
 
     _value: str
 
     def reveal(self) -> str:
-        """Return the text itself, for the one place that must send it."""
+        """Return the text itself, for the place that sends it."""
         return self._value
 
     def __bool__(self) -> bool:
@@ -87,12 +89,12 @@ class SDKKey:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class MobileKey(SDKKey):
-    """The key of mobile SDKs, sent in `Authorization`. Never accepted where an SDK key is due."""
+    """The key of mobile SDKs, sent in `Authorization`. Never accepted in place of an SDK key."""
 
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentID:
-    """The client-side ID: public, part of the path of client-side endpoints."""
+    """The client-side ID: public, part of the paths of client-side endpoints."""
 
     value: str
 

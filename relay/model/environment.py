@@ -1,4 +1,4 @@
-"""The description of an environment: what the environments loop is told to serve."""
+"""Specification of an environment: the settings with which it is served."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from relay.model.credential import Credential, EnvironmentID, MobileKey, SDKKey
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentSpec:
-    """One environment: its names, what opens it, and how it is served.
+    """Names, credentials and settings of one environment.
 
     Args:
-        name: the display name, unique in this relay; the key in `/status`.
-        sdk_key: opens it for server-side SDKs, and opens upstream for us.
-        mobile_key: opens it for mobile SDKs.
-        environment_id: opens it for client-side SDKs; sent as `X-LD-EnvId`.
-        project_key: the LaunchDarkly project, where the configuration names it.
-        environment_key: its key within that project, where the configuration names it.
-        secure_mode: client-side requests must carry a hash of the context.
-        eval_streams: client-side streams carry evaluated flags instead of pings.
-        ttl: seconds for which polled answers may be cached; 0 for none.
-        allowed_origins: CORS origins; none means every origin.
-        allowed_headers: CORS request headers beside the standard ones.
-        prefix: of the keys in the database; empty for the default.
-        log_level: of this environment's lines; None for the relay's.
+        name: display name, unique in this relay; the key in `/status`.
+        sdk_key: credential of server-side SDKs, and of this relay towards LaunchDarkly.
+        mobile_key: credential of mobile SDKs.
+        environment_id: credential of client-side SDKs; sent as `X-LD-EnvId`.
+        project_key: key of the LaunchDarkly project, if configured.
+        environment_key: key of the environment within that project, if configured.
+        secure_mode: require client-side requests to carry a hash of the context.
+        eval_streams: send evaluated flags instead of pings on client-side streams.
+        ttl: seconds for which clients may cache polling responses; 0 disables caching.
+        allowed_origins: allowed CORS origins; empty allows every origin.
+        allowed_headers: allowed CORS request headers besides the standard ones.
+        prefix: prefix of the keys in the database; empty for the default.
+        log_level: level of this environment's log lines; None for the relay's.
     """
 
     name: str
@@ -43,6 +43,6 @@ class EnvironmentSpec:
 
     @property
     def credentials(self) -> tuple[Credential, ...]:
-        """Everything that opens this environment."""
-        given = (self.sdk_key, self.mobile_key, self.environment_id)
-        return tuple(credential for credential in given if credential is not None)
+        """The credentials that this environment has."""
+        candidates = (self.sdk_key, self.mobile_key, self.environment_id)
+        return tuple(credential for credential in candidates if credential is not None)

@@ -1,7 +1,7 @@
-"""Posts of analytics events, and the lanes in which they travel upstream.
+"""Payloads of analytics events, and the partitions in which they travel upstream.
 
-A post is what one SDK sent in one request. The relay accepts it, keeps it and passes it on; it does
-not look inside.
+A payload is the body of one request of an SDK. The relay accepts, keeps and forwards it without
+looking inside.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from enum import Enum
 from typing import NamedTuple
 
 
-class Endpoint(Enum):
-    """Where events go upstream (events 5.2, 5.6). The value is the path, and the name in files."""
+class EventsEndpoint(Enum):
+    """Endpoint of LaunchDarkly's events service (events 5.2, 5.6).
+
+    The value is the path, the name is stored in the spool's file.
+    """
 
     BULK = "/bulk"
     MOBILE = "/mobile"
@@ -21,21 +24,22 @@ class Endpoint(Enum):
     MOBILE_DIAGNOSTIC = "/mobile/events/diagnostic"
     CLIENT_SIDE_DIAGNOSTIC = "/events/diagnostic/{}"
 
-    __hash__ = object.__hash__  # that of enumerations takes longer, and lanes are looked up often
+    # `Enum.__hash__` is written in Python; partitions are looked up for each payload.
+    __hash__ = object.__hash__
 
     @property
     def diagnostic(self) -> bool:
-        """Whether it takes diagnostics: one per request, never joined."""
+        """True if it takes diagnostic events: one per request, never joined."""
         return self in _DIAGNOSTIC
 
     @property
     def mobile(self) -> bool:
-        """Whether the mobile key opens it."""
+        """True if it is authenticated by the mobile key."""
         return self in _MOBILE
 
     @property
     def client_side(self) -> bool:
-        """Whether the client-side ID in its path opens it, and no key goes with it."""
+        """True if it is authenticated by the client-side ID in its path, without a key."""
         return self in _CLIENT_SIDE
 
     def path(self, environment_id: str = "") -> str:
@@ -44,25 +48,32 @@ class Endpoint(Enum):
 
 
 _DIAGNOSTIC = frozenset(
-    {Endpoint.BULK_DIAGNOSTIC, Endpoint.MOBILE_DIAGNOSTIC, Endpoint.CLIENT_SIDE_DIAGNOSTIC}
+    {
+        EventsEndpoint.BULK_DIAGNOSTIC,
+        EventsEndpoint.MOBILE_DIAGNOSTIC,
+        EventsEndpoint.CLIENT_SIDE_DIAGNOSTIC,
+    }
 )
-_MOBILE = frozenset({Endpoint.MOBILE, Endpoint.MOBILE_DIAGNOSTIC})
-_CLIENT_SIDE = frozenset({Endpoint.CLIENT_SIDE, Endpoint.CLIENT_SIDE_DIAGNOSTIC})
+_MOBILE = frozenset({EventsEndpoint.MOBILE, EventsEndpoint.MOBILE_DIAGNOSTIC})
+_CLIENT_SIDE = frozenset({EventsEndpoint.CLIENT_SIDE, EventsEndpoint.CLIENT_SIDE_DIAGNOSTIC})
 
 
-class Lane(NamedTuple):
-    """Posts of one lane arrive in order and may be joined into one batch; of two lanes never.
+class Partition(NamedTuple):
+    """Key of an ordered queue of payloads.
+
+    Payloads of one partition arrive in order and may be joined into one batch; those of different
+    partitions are independent of each other and never joined.
 
     Args:
-        environment: its name.
-        endpoint: where they go.
-        schema: of analytics events, `X-LaunchDarkly-Event-Schema`; 0 for diagnostics.
+        environment: name of the environment.
+        endpoint: destination upstream.
+        schema: `X-LaunchDarkly-Event-Schema` of analytics events; 0 for diagnostics.
         tags: `X-LaunchDarkly-Tags`, or empty.
         wrapper: `X-LaunchDarkly-Wrapper`, or empty.
     """
 
     environment: str
-    endpoint: Endpoint
+    endpoint: EventsEndpoint
     schema: int = 0
     tags: str = ""
     wrapper: str = ""
@@ -70,12 +81,12 @@ class Lane(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What upstream says to a post.
+    """Upstream's response to a batch.
 
     Args:
-        status: of HTTP.
-        date: upstream's clock in Unix seconds; None if it did not tell.
-        retry_after: seconds after which to try again; None if it did not ask for any.
+        status: HTTP status.
+        date: upstream's clock in Unix seconds; None if the response has no date.
+        retry_after: requested delay in seconds before the next attempt; None without one.
     """
 
     status: int
@@ -83,17 +94,17 @@ class Receipt:
     retry_after: float | None = None
 
 
-class Post(NamedTuple):
-    """What one SDK sent in one request.
+class EventPayload(NamedTuple):
+    """Body of one request of an SDK.
 
     Args:
-        lane: how it travels.
-        payload_id: the SDK's `X-LaunchDarkly-Payload-ID`; empty if it gave none.
-        body: decompressed. The text of a JSON array; of diagnostics anything.
-        received: Unix seconds.
+        partition: queue to which it belongs.
+        payload_id: the SDK's `X-LaunchDarkly-Payload-ID`; empty without one.
+        body: decompressed body: the text of a JSON array; of diagnostics anything.
+        received: time of arrival in Unix seconds.
     """
 
-    lane: Lane
+    partition: Partition
     payload_id: str
     body: bytes
     received: float

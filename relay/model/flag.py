@@ -1,7 +1,7 @@
-"""The shape of a flag's JSON (evaluation 6.1): which members it may have, and of which type.
+"""Schema of a flag's JSON (evaluation 6.1).
 
-Members that are not listed are allowed and ignored here; they travel on in the item's verbatim
-bytes. Numbers that mean integers may be written as `3.0`: the reference truncates them.
+Unknown members are allowed and ignored here; the item's verbatim bytes carry them on. Integers may
+be written as `3.0`: ld-relay truncates them.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class Rollout(Struct, rename="camel", frozen=True, gc=False):
     bucket_by: str | None = None
 
 
-class Outcome(Struct, rename="camel", frozen=True, gc=False):
+class VariationOrRollout(Struct, rename="camel", frozen=True, gc=False):
     """A fixed variation or a rollout: the fallthrough, and the base of a rule."""
 
     variation: Number | None = None
     rollout: Rollout | None = None
 
 
-class Rule(Outcome, rename="camel", frozen=True, gc=False):
-    """Clauses, all of which must match, and their outcome."""
+class Rule(VariationOrRollout, rename="camel", frozen=True, gc=False):
+    """Clauses, all of which must match, and the variation or rollout for them."""
 
     id: str = ""
     clauses: list[Clause] | None = None
@@ -65,7 +65,7 @@ class Target(Struct, rename="camel", frozen=True, gc=False):
 
 
 class Prerequisite(Struct, rename="camel", frozen=True, gc=False):
-    """Another flag that must be on and give this variation."""
+    """Another flag that must be on and evaluate to this variation."""
 
     key: str = ""
     variation: Number = 0
@@ -95,7 +95,7 @@ class Flag(Struct, rename="camel", frozen=True, gc=False):
     targets: list[Target] | None = None
     context_targets: list[Target] | None = None
     rules: list[Rule] | None = None
-    fallthrough: Outcome = Outcome()
+    fallthrough: VariationOrRollout = VariationOrRollout()
     off_variation: Number | None = None
     variations: list[Any] | None = None
     client_side_availability: ClientSideAvailability | None = None

@@ -1,7 +1,7 @@
-"""Items: flags and segments as they travel, in the bytes in which upstream wrote them.
+"""Items: flags and segments in transit, as the bytes that upstream sent.
 
-An item is checked when it arrives, because one bad item would make strict SDKs reject a whole
-payload (sdk-behaviour 11.3), and is never parsed again until something evaluates it.
+An item is validated on arrival, because a single bad item makes strict SDKs reject a whole payload
+(sdk-behaviour 11.3). It is not parsed again unless it is evaluated.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from relay.model.flag import Flag
 from relay.model.segment import Segment
 
 LAST_VERSION_OF_TIME = 2**31 - 2**20
-"""Of January 2038, whatever a clock says: some SDKs keep versions in 32 bits, and those that follow
-need room, too."""
+"""Upper limit, a time in January 2038: some SDKs keep versions in 32 bits, and versions that count
+up from this one must fit, too."""
 
 
 def version_of_time(seconds: float) -> int:
-    """Return a version that is greater than those of earlier times.
+    """Return a version that grows with time.
 
     Args:
-        seconds: Unix seconds, perhaps of a clock that is wrong.
+        seconds: Unix seconds; a wrong clock is tolerated.
     """
     return int(min(max(seconds, 0), LAST_VERSION_OF_TIME))
 
 
 class Kind(Enum):
-    """The two kinds of item. The value is the word of paths and payloads (streams 2.2)."""
+    """The two kinds of item. The values are the names in paths and payloads (streams 2.2)."""
 
     FLAG = "flags"
     SEGMENT = "segments"
 
-    __hash__ = object.__hash__  # Enum's own takes as long as several look-ups
+    __hash__ = object.__hash__  # Enum's own costs as much as several dict lookups
 
     @property
     def noun(self) -> str:
-        """The kind in a sentence."""
+        """The kind as a word for messages."""
         return "flag" if self is Kind.FLAG else "segment"
 
 
@@ -49,10 +49,10 @@ class Item(Struct, frozen=True, gc=False):
 
     Args:
         kind: flag or segment.
-        key: the key under which upstream filed it; an inner `key` may differ and is left alone.
-        version: greater is newer.
-        json: one line of UTF-8 JSON, verbatim but for `clientSide` (see `parse`); None for a
-            tombstone, which keeps the version of a deletion.
+        key: the key by which upstream lists it; the inner `key` may differ and is not changed.
+        version: a greater version is newer.
+        json: one line of UTF-8 JSON, verbatim except for `clientSide` (see `parse`); None for a
+            tombstone, which records the version of a deletion.
     """
 
     kind: Kind
@@ -62,13 +62,13 @@ class Item(Struct, frozen=True, gc=False):
 
     @property
     def deleted(self) -> bool:
-        """Whether this is a tombstone."""
+        """True for a tombstone."""
         return self.json is None
 
 
 @dataclass(frozen=True, slots=True)
 class InvalidItem:
-    """An item that upstream sent and that cannot be used; its previous version stays in force."""
+    """An unusable item that upstream sent; its previous version stays in force."""
 
     kind: Kind
     key: str
@@ -85,14 +85,14 @@ _DECODERS: dict[Kind, msgspec.json.Decoder[Flag] | msgspec.json.Decoder[Segment]
 
 
 def parse(kind: Kind, key: str, json: bytes) -> Item:
-    """Check the JSON of an item and make the item.
+    """Validate the JSON of an item and return the item.
 
-    The bytes are kept as they are, with two exceptions: line ends between tokens become blanks, so
-    that an item is one line; and a flag that has `clientSideAvailability` but no `clientSide` gets
+    The bytes are kept verbatim, with two exceptions: line ends between tokens become spaces, so
+    that an item is one line; and a flag with `clientSideAvailability` but without `clientSide` gets
     one, because older SDKs read only that.
 
     Raises:
-        InvalidData: not JSON, or a known property has a wrong type.
+        InvalidData: not JSON, or a known property has the wrong type.
     """
     try:
         value = _DECODERS[kind].decode(json)
@@ -105,7 +105,7 @@ def parse(kind: Kind, key: str, json: bytes) -> Item:
 
 
 def _one_line(json: bytes) -> bytes:
-    """Line ends occur only between tokens: within strings JSON demands that they be escaped."""
+    """Replace line ends, which occur only between tokens: within JSON strings they are escaped."""
     if b"\n" in json or b"\r" in json:
         json = json.replace(b"\r", b" ").replace(b"\n", b" ")
     return json.strip()

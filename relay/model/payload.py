@@ -1,7 +1,7 @@
-"""The data of an environment at one moment, and how changes make the next moment.
+"""The data of an environment at one point in time, and the changes that lead to the next.
 
-A payload is immutable and shares structure with its predecessor (a hash array mapped trie), so a
-change costs work in proportion to the change, not to the environment.
+A payload is immutable and shares structure with its predecessor (a hash array mapped trie), so the
+cost of a change is proportional to the change, not to the environment.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from relay.model.item import InvalidItem, Item, Kind
 Items = Map[str, Item]
 
 SMALL_PAYLOAD = 64 * 1024
-"""Up to this many bytes a new full data set goes to clients whole: cheap, and what they expect."""
+"""Bytes up to which a new full data set is sent to clients whole: cheap, and what they expect."""
 
 SMALL_SHARE = 4
-"""Above that, it goes out as patches if these are at most a quarter of the payload."""
+"""Divisor: a larger data set is sent as patches if they are at most a quarter of the payload."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChangeSet:
-    """Items to apply: the only currency between source, environment, hub and store.
+    """Items received from a source, to be applied to a payload.
 
     Args:
-        items: what is new.
-        full: whether these are all items (replacing everything, whatever the versions: streams
-            2.6), or some that changed (each applied if its version is greater).
-        invalid: items that were received but cannot be used; they keep their previous version.
+        items: the new or changed items.
+        full: True if these are all items, which replace the payload regardless of versions
+            (streams 2.6); False if each is applied only if its version is greater.
+        invalid: items that were received but are unusable; their previous versions are kept.
     """
 
     items: tuple[Item, ...]
@@ -40,13 +40,13 @@ class ChangeSet:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What really changed between two payloads.
+    """The actual difference between two payloads.
 
     Args:
-        items: the items that differ now, tombstones included: what a store must write.
-        visible: those that a client can notice; the tombstone of an unknown key is not among them.
-        replace: clients and stores need the whole payload; patches would not lead them there,
-            because items vanished or went back in version, or would not be worth it.
+        items: the items that differ, tombstones included; a store has to write all of them.
+        visible: those that clients can notice: all but tombstones of unknown keys.
+        replace: clients and stores need the whole payload, because items vanished or went back
+            in version, which patches cannot express, or because patches would not be cheaper.
     """
 
     items: tuple[Item, ...]
@@ -63,11 +63,15 @@ class Payload:
     size: int
     """Bytes of JSON of the live items."""
     newest: int
-    """No item has a greater version."""
+    """Greatest version of all items; 0 if there are none."""
+
+    def __repr__(self) -> str:
+        flags, segments = len(self.flags), len(self.segments)
+        return f"<Payload of {flags} flags and {segments} segments, newest version {self.newest}>"
 
     @classmethod
     def of(cls, items: Iterable[Item]) -> Payload:
-        """Return the payload that holds just these items; the last of a key counts."""
+        """Return the payload with exactly these items; the last one of a key wins."""
         by_kind: dict[Kind, dict[str, Item]] = {Kind.FLAG: {}, Kind.SEGMENT: {}}
         for item in items:
             by_kind[item.kind][item.key] = item
@@ -85,7 +89,7 @@ class Payload:
         return (item for item in self.all(kind).values() if item.json is not None)
 
     def get(self, kind: Kind, key: str) -> Item | None:
-        """Return a live item, or None."""
+        """Return a live item; None if it does not exist or is deleted."""
         item = self.all(kind).get(key)
         return None if item is None or item.deleted else item
 
@@ -94,34 +98,34 @@ class Payload:
         return len(self.flags) + len(self.segments)
 
     def __iter__(self) -> Iterator[Item]:
-        """Yield all items, tombstones included; segments first, as stores write them."""
+        """Yield all items, tombstones included; segments first, the order of writes to a store."""
         yield from self.segments.values()
         yield from self.flags.values()
 
     def apply(self, changes: ChangeSet) -> tuple[Payload, Change | None]:
-        """Return the next payload and what really changed; None if nothing did."""
+        """Return the next payload and the actual change; None if nothing changed."""
         if changes.full:
-            return self._replaced(changes)
-        newer = [item for item in _newest(changes.items) if self._is_news(item)]
+            return self._replace_all(changes)
+        newer = [item for item in _newest(changes.items) if self._is_newer(item)]
         if not newer:
             return self, None
-        return self._updated(newer), Change(tuple(newer), tuple(filter(self._shows, newer)))
+        return self._with_items(newer), Change(tuple(newer), tuple(filter(self._is_visible, newer)))
 
     def is_newer_than(self, other: Payload) -> bool:
-        """Whether more items are ahead of `other`, by version, than behind it."""
-        return self._ahead_of(other) > other._ahead_of(self)
+        """Return whether more items are newer than in `other`, by version, than older."""
+        return self._count_newer(other) > other._count_newer(self)
 
-    def _ahead_of(self, other: Payload) -> int:
-        return sum(map(other._is_news, self))
+    def _count_newer(self, other: Payload) -> int:
+        return sum(map(other._is_newer, self))
 
-    def _shows(self, item: Item) -> bool:
+    def _is_visible(self, item: Item) -> bool:
         return not item.deleted or self.get(item.kind, item.key) is not None
 
-    def _is_news(self, item: Item) -> bool:
+    def _is_newer(self, item: Item) -> bool:
         known = self.all(item.kind).get(item.key)
         return known is None or item.version > known.version
 
-    def _updated(self, items: Sequence[Item]) -> Payload:
+    def _with_items(self, items: Sequence[Item]) -> Payload:
         after = self
         for item in items:
             before = after.all(item.kind).get(item.key)
@@ -136,17 +140,17 @@ class Payload:
             )
         return after
 
-    def _replaced(self, changes: ChangeSet) -> tuple[Payload, Change | None]:
-        kept = (self.all(bad.kind).get(bad.key) for bad in changes.invalid)
-        after = Payload.of([*(item for item in kept if item), *changes.items])
+    def _replace_all(self, changes: ChangeSet) -> tuple[Payload, Change | None]:
+        retained = (self.all(invalid.kind).get(invalid.key) for invalid in changes.invalid)
+        after = Payload.of([*(item for item in retained if item), *changes.items])
         different = tuple(item for item in after if self.all(item.kind).get(item.key) != item)
         vanished = any(not item.deleted and item.key not in after.all(item.kind) for item in self)
         if not different and not vanished:
             return self, None
-        patches_suffice = not vanished and all(map(self._is_news, different))
+        patches_suffice = not vanished and all(map(self._is_newer, different))
         large = after.size > SMALL_PAYLOAD
         cheap = large and sum(map(_size, different)) * SMALL_SHARE <= after.size
-        visible = tuple(filter(self._shows, different))
+        visible = tuple(filter(self._is_visible, different))
         return after, Change(different, visible, replace=not (patches_suffice and cheap))
 
 
@@ -154,7 +158,7 @@ EMPTY = Payload(Map(), Map(), 0, 0)
 
 
 def _newest(items: Sequence[Item]) -> Iterable[Item]:
-    """Return the newest version of each item, should several be among them."""
+    """Return only the newest version of each item."""
     if len(items) == 1:
         return items
     newest: dict[tuple[Kind, str], Item] = {}

@@ -1,4 +1,7 @@
-"""What LaunchDarkly answers to a request that needs no key, as a value."""
+"""Response of LaunchDarkly to a request without a key, and the contract for sending one.
+
+The contract stands here so that its users need not import the HTTP client.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole response.
+    """A complete response.
 
     Args:
-        status: its code.
-        headers: by name in lower case; of several with one name the first.
-        body: decompressed.
+        status: the status code.
+        headers: values by name in lower case; the first one if a name is repeated.
+        body: the decompressed body.
     """
 
     status: int
@@ -23,13 +26,13 @@ class Reply:
 
 
 class Fetch(Protocol):
-    """Asks LaunchDarkly for something that needs no key."""
+    """Sends a GET request without a key to LaunchDarkly."""
 
     async def __call__(
         self, url: str, *, headers: dict[str, str], within: float, max_body: int
     ) -> Reply:
-        """Return its answer.
+        """Send the request and return the response.
 
         Raises:
-            UpstreamUnavailable: there is none.
+            UpstreamUnavailable: there was no response.
         """

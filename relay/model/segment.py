@@ -1,4 +1,4 @@
-"""The shape of a segment's JSON (evaluation 6.1). Members that are not listed are allowed."""
+"""Schema of a segment's JSON (evaluation 6.1). Unknown members are allowed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from relay.model.flag import Clause, Number
 
 
 class SegmentTarget(Struct, rename="camel", frozen=True, gc=False):
-    """Keys of one context kind that are in, or out of, the segment."""
+    """Keys of one context kind to include in, or exclude from, the segment."""
 
     values: list[str] | None = None
     context_kind: str = ""
 
 
 class SegmentRule(Struct, rename="camel", frozen=True, gc=False):
-    """Clauses, all of which must match, and the share of contexts that they admit."""
+    """Clauses, all of which must match, and the share of contexts to include."""
 
     id: str = ""
     clauses: list[Clause] | None = None

@@ -1,1 +1,1 @@
-"""Bytes and JSON ↔ values; one file for each grammar. Pure."""
+"""Conversion between bytes and values, one module for each format. Pure."""

@@ -1,9 +1,9 @@
-"""The texts of client-side streams: pings, and evaluated flags (streams 2.2, sdk-behaviour 11.3).
+"""Messages of client-side streams: pings, and evaluated flags (streams 2.2, sdk-behaviour 11.3).
 
-An evaluating stream begins with a `put`, which is the body of an evalx answer and replaces what the
-SDK has. SDKs take a `patch` or `delete` only if its `version` is greater than what they hold, so
-there it is a version of the data, which grows with each change, and `flagVersion`, which events
-report, is that of the flag.
+An evaluated stream begins with a `put`, whose data is the body of an evalx response and replaces
+all flags of the SDK. SDKs accept a `patch` or `delete` only if its `version` is greater than
+theirs. So `version` is a version of the data, which grows with each change; `flagVersion`, which
+events report, is the version of the flag.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from collections.abc import Mapping
 import orjson
 
 PING = b"event: ping\ndata:  \n\n"
-"""Something changed; the second blank is there because SDKs drop a message without data."""
+"""Announces a change. The second blank is its data, because SDKs drop messages without data."""
 
 _VERSION = b',"version":'
 
 
 def put(flags: bytes) -> bytes:
-    """Return the message that gives everything: the body of an evalx answer, whole."""
+    """Return a message with all flags: the complete body of an evalx response."""
     return b"event: put\ndata: %b\n\n" % flags
 
 
 def changes(before: Mapping[str, bytes], after: Mapping[str, bytes], version: int) -> bytes:
-    """Return the messages that lead from some entries of an evalx answer to others.
+    """Return the messages for the difference between two sets of evalx entries.
 
     Args:
-        before: flag key to entry; a key that is missing is not visible.
-        after: likewise. Keys that are in neither, and equal entries, give no message.
-        version: of the data; greater than in all messages before.
+        before: entries by flag key; missing keys are not visible to the SDK.
+        after: entries by flag key. Equal entries need no message.
+        version: version of the data, greater than in all earlier messages.
     """
     messages = [
         _patch(key, entry, version) for key, entry in after.items() if before.get(key) != entry
@@ -39,8 +39,8 @@ def changes(before: Mapping[str, bytes], after: Mapping[str, bytes], version: in
 
 
 def _patch(key: str, entry: bytes, version: int) -> bytes:
-    # The last such member is the entry's own: behind it come neither objects with a version nor
-    # anything unescaped of upstream's (endpoints 1.5).
+    # The last match is the entry's own member: it is followed neither by objects with a version
+    # nor by unescaped text of upstream (endpoints 1.5).
     value, _, rest = entry.rpartition(_VERSION)
     return b'event: patch\ndata: {"key":%b,%b,"version":%d,"flagVersion":%b\n\n' % (
         orjson.dumps(key),

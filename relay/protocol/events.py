@@ -1,8 +1,8 @@
-"""Analytics events: joining the arrays of several posts, and summaries for old schemas.
+"""Analytics events: joining the arrays of several payloads, and summaries for old schemas.
 
-Events of a current schema are never parsed, only seen to be well-formed. SDKs of schemas 1 and 2
-report each evaluation, and leave it to a relay to count them (events 5.5); what they wrote is
-copied as they wrote it, so that numbers and unknown members stay exact.
+Events of a current schema are never parsed, only checked to be well-formed. SDKs of schemas 1 and 2
+report each evaluation and rely on a relay to count them (events 5.5); their values are copied as
+raw JSON, so that numbers and unknown members stay exact.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from relay.errors import InvalidData
 from relay.model.item import Item
 
 SUMMARY_SCHEMA = 4
-"""The schema of what `summarised` returns."""
+"""Schema of the events that `summarise` returns."""
 
 MAX_CONTEXTS = 1000
-"""Contexts of which is remembered that upstream knows them; the reference's number."""
+"""Maximum number of remembered contexts; as in ld-relay."""
 
 FORGET_AFTER = 300.0
-"""Seconds after which contexts are introduced again; the reference's time."""
+"""Seconds after which contexts are introduced again; as in ld-relay."""
 
 _skip = msgspec.json.Decoder(Raw).decode
-"""The fastest check there is: 5 microseconds for the 7 KB of forty events."""
+"""Fastest known syntax check: 5 µs for the 7 KB of forty events."""
 
-_BLANKS = b" \t\n\r"
+_WHITESPACE = b" \t\n\r"
 _EMPTY = re.compile(rb"[ \t\n\r]*\[[ \t\n\r]*\][ \t\n\r]*")
 _ESCAPE = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
@@ -42,8 +42,8 @@ _ESCAPE = re.compile(
 
 
 def is_array(body: bytes) -> bool:
-    """Return whether a text begins and ends like a JSON array; what is between is not read."""
-    text = body.strip(_BLANKS)
+    """Return whether a text begins and ends like a JSON array; the rest is not read."""
+    text = body.strip(_WHITESPACE)
     return len(text) > 1 and text[:1] == b"[" and text[-1:] == b"]"
 
 
@@ -55,62 +55,62 @@ def is_empty(body: bytes) -> bool:
 def is_well_formed(body: bytes) -> bool | None:
     """Return whether a text is JSON in UTF-8 (RFC 8259); None if it is nested too deeply to tell.
 
-    Halves of surrogate pairs, written as escapes, are well-formed: SDKs write those of a text that
-    was cut within an emoji.
+    Lone surrogates, written as escapes, are well-formed: SDKs write them for a text that was cut
+    within an emoji.
     """
     try:
         if not body.isascii():
-            body.decode()  # the decoder does not look into what it only skips
+            body.decode()  # the decoder does not check UTF-8 in values that it skips
         _skip(body)
     except RecursionError:
         return None
     except UnicodeDecodeError:
         return False
     except msgspec.DecodeError:
-        whole = _with_whole_pairs(body)
-        return is_well_formed(whole) if whole != body else False
+        replaced = _replace_lone_surrogates(body)
+        return is_well_formed(replaced) if replaced != body else False
     return True
 
 
-def _with_whole_pairs(body: bytes) -> bytes:
-    """Return a text with another character for each escape that is half of a surrogate pair."""
+def _replace_lone_surrogates(body: bytes) -> bytes:
+    """Return a text with U+FFFD in place of each escaped lone surrogate."""
     return _ESCAPE.sub(lambda m: b"\\ufffd" if m["lone"] else m[0], body)
 
 
-def joined(bodies: Iterable[bytes]) -> bytes:
-    """Return one array with the elements of several, in order and in the bytes in which they came.
+def join_arrays(bodies: Iterable[bytes]) -> bytes:
+    """Return one array of the elements of several, in order, with their bytes unchanged.
 
     Args:
-        bodies: texts for which `is_array` holds.
+        bodies: texts for which `is_array` is true.
     """
-    texts = [body.strip(_BLANKS) for body in bodies if not is_empty(body)]
+    texts = [body.strip(_WHITESPACE) for body in bodies if not is_empty(body)]
     if len(texts) < 2:  # noqa: PLR2004 - nothing to join
         return texts[0] if texts else b"[]"
-    # The outer brackets are those of the first and the last, which saves a large copy.
+    # The outer brackets are those of the first and last array, which saves a copy of the result.
     first, last = memoryview(texts[0])[:-1], memoryview(texts[-1])[1:]
     return b",".join([first, *(memoryview(text)[1:-1] for text in texts[1:-1]), last])
 
 
 class Contexts:
-    """The contexts of a lane that were introduced upstream by an index event not long ago."""
+    """Contexts of a partition that were introduced upstream by a recent index event."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, None] = {}
-        """Digests of kinds and keys; the one used last comes last."""
+        """Digests of kinds and keys, least recently used first."""
         self._since: float | None = None
 
     def forget_old(self, now: float) -> None:
-        """Forget all together, some time after the first.
+        """Forget all contexts, `FORGET_AFTER` seconds after the first.
 
         Args:
-            now: seconds of a clock that nobody sets.
+            now: seconds of a clock that is never set.
         """
         if self._since is None or now - self._since >= FORGET_AFTER:
             self._known.clear()
             self._since = now
 
     def introduce(self, keys: Iterable[tuple[str, str]]) -> bool:
-        """Note a context; return whether it was unknown.
+        """Remember a context; return whether it was unknown.
 
         Args:
             keys: its kinds and keys, sorted by kind.
@@ -124,27 +124,27 @@ class Contexts:
         return not known
 
     def forget(self) -> None:
-        """Introduce all contexts again: what was to introduce them is lost."""
+        """Forget all contexts, because the index events that introduced them are lost."""
         self._known.clear()
 
 
 Flags = Callable[[str], Item | None]
-"""Returns the flag of a key; None if there is none."""
+"""Function that returns a flag by its key; None if there is none."""
 
 
-class Summarised(NamedTuple):
-    """What became of a post.
+class Summary(NamedTuple):
+    """Result of summarising a payload.
 
     Args:
-        body: an array of events of `SUMMARY_SCHEMA`; None if nothing is to be sent.
-        dropped: reasons why events were dropped, each with their number.
+        body: array of events of `SUMMARY_SCHEMA`; None if there is nothing to send.
+        dropped: numbers of dropped events by reason.
     """
 
     body: bytes | None
     dropped: Mapping[str, int]
 
 
-def summarised(
+def summarise(
     body: bytes,
     schema: int,
     flags: Flags,
@@ -152,57 +152,58 @@ def summarised(
     *,
     now: int,
     server_time: int,
-) -> Summarised:
-    """Turn the events of a post into those of the current schema, evaluations into counts.
+) -> Summary:
+    """Convert the events of a payload to the current schema, and count its evaluations.
 
     Args:
         body: text of a JSON array.
-        schema: of its events.
-        flags: tells what is to be done with evaluations that do not say it themselves.
-        contexts: those of the lane.
-        now: in milliseconds.
-        server_time: upstream's clock at its last answer, in milliseconds: debugging ends by it.
+        schema: schema of its events.
+        flags: look-up of flags, for evaluations that lack the flag's tracking options.
+        contexts: known contexts of the partition.
+        now: our clock in Unix milliseconds.
+        server_time: upstream's clock at its last response, in Unix milliseconds. Debug events end
+            by the later one of both clocks.
     """
-    work = _Work(schema, flags, contexts, now=now, debug_now=max(now, server_time))
+    summariser = _Summariser(schema, flags, contexts, now=now, debug_now=max(now, server_time))
     try:
         events = _elements(body)
     except InvalidData as e:
-        return Summarised(None, {e.reason: 1})
+        return Summary(None, {e.reason: 1})
     for event in events:
         try:
-            work.add(event)
+            summariser.add(event)
         except InvalidData as e:
-            work.dropped[e.reason] += 1
+            summariser.dropped[e.reason] += 1
         except (msgspec.MsgspecError, ValueError) as e:
-            work.dropped[f"invalid event: {e}"] += 1
+            summariser.dropped[f"invalid event: {e}"] += 1
         except RecursionError:
-            work.dropped["nested too deeply"] += 1
-    output = work.output()
-    return Summarised(msgspec.json.encode(output) if output else None, work.dropped)
+            summariser.dropped["nested too deeply"] += 1
+    output = summariser.output()
+    return Summary(msgspec.json.encode(output) if output else None, summariser.dropped)
 
 
 def _elements(body: bytes) -> list[Raw]:
-    """Return the elements of an array, verbatim but for halves of surrogate pairs.
+    """Return the elements of an array, verbatim but for lone surrogates.
 
     Raises:
         InvalidData: it is not an array.
     """
     try:
-        body.decode()  # elements are copied, so nobody else would look
+        body.decode()  # elements are copied undecoded, so nothing else checks UTF-8
         try:
             return msgspec.json.decode(body, type=list[Raw])
         except msgspec.DecodeError:
-            return msgspec.json.decode(_with_whole_pairs(body), type=list[Raw])
+            return msgspec.json.decode(_replace_lone_surrogates(body), type=list[Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError) as e:
         raise InvalidData("events", f"no JSON array: {e}") from e
     except RecursionError as e:
         raise InvalidData("events", "nested too deeply") from e
 
 
-# What is read of events. Members that are only copied are not parsed.
+# Members of events that are read; members that are only copied stay `Raw`.
 
-_Whole = Annotated[float, Meta(ge=-(2**53), le=2**53)]
-"""A number that stands for an integer; a fraction is cut off, as the reference does."""
+_Integer = Annotated[float, Meta(ge=-(2**53), le=2**53)]
+"""Number that means an integer; a fraction is truncated, as in ld-relay."""
 
 _NULL = Raw(b"null")
 
@@ -212,23 +213,23 @@ class _Kind(Struct):
 
 
 class _Event(Struct, rename="camel"):
-    creation_date: _Whole | None = None
+    creation_date: _Integer | None = None
     key: str | None = None
     context: Raw = _NULL
     user: Raw = _NULL
     user_key: str | None = None
-    sampling_ratio: _Whole | None = None
+    sampling_ratio: _Integer | None = None
 
 
 class _Evaluation(_Event, rename="camel"):
-    version: _Whole | None = None
-    variation: _Whole | None = None
+    version: _Integer | None = None
+    variation: _Integer | None = None
     value: Raw = _NULL
     default: Raw = _NULL
     reason: Raw = _NULL
     prereq_of: str | None = None
     track_events: bool | None = None
-    debug_events_until_date: _Whole | None = None
+    debug_events_until_date: _Integer | None = None
     exclude_from_summaries: bool | None = None
 
 
@@ -243,7 +244,7 @@ class _KindAndKey(Struct):
 
 
 class _Tracking(Struct, rename="camel"):
-    """What a flag says about its evaluations."""
+    """Tracking options of a flag, and its variations."""
 
     track_events: bool = False
     debug_events_until_date: float | None = None
@@ -266,39 +267,39 @@ class _Context(NamedTuple):
     keys: tuple[tuple[str, str], ...]
     """Kinds and keys, sorted by kind."""
     json: Raw | None
-    """None if the event names only the key of a user."""
+    """None if the event has only a user's key."""
 
 
 def _context(event: _Event) -> _Context:
-    """Return whom an event is about.
+    """Return the context of an event.
 
     Raises:
-        InvalidData: it does not say so.
+        InvalidData: it has none.
     """
-    raw = event.context if _given(event.context) else event.user
-    if _given(raw):
-        return _Context(tuple(sorted(_keys(raw))), raw)
+    raw = event.context if _is_present(event.context) else event.user
+    if _is_present(raw):
+        return _Context(tuple(sorted(_keys_of(raw))), raw)
     if event.user_key is None:
         raise InvalidData("event", "neither context nor user")
     return _Context((("user", event.user_key),), None)
 
 
-def _keys(raw: Raw) -> list[tuple[str, str]]:
+def _keys_of(raw: Raw) -> list[tuple[str, str]]:
     context = _kind_and_key.decode(raw)
-    if context.kind is None:  # a user of old; only its key may be empty
+    if context.kind is None:  # a legacy user, the only one whose key may be empty
         if context.key is None:
             raise InvalidData("event", "user without key")
         return [("user", context.key)]
     if context.kind != "multi":
-        return [_key(context.kind, context.key)]
+        return [_checked_key(context.kind, context.key)]
     parts = _members.decode(raw)
     del parts["kind"]
     if not parts:
         raise InvalidData("event", "context of no kind")
-    return [_key(kind, _kind_and_key.decode(part).key) for kind, part in parts.items()]
+    return [_checked_key(kind, _kind_and_key.decode(part).key) for kind, part in parts.items()]
 
 
-def _key(kind: str, key: str | None) -> tuple[str, str]:
+def _checked_key(kind: str, key: str | None) -> tuple[str, str]:
     if kind in ("kind", "multi") or not _CONTEXT_KIND.fullmatch(kind):
         raise InvalidData("event", "context of invalid kind")
     if not key:
@@ -306,30 +307,30 @@ def _key(kind: str, key: str | None) -> tuple[str, str]:
     return kind, key
 
 
-def _given(raw: Raw) -> bool:
+def _is_present(raw: Raw) -> bool:
     return bytes(raw) != b"null"
 
 
 @dataclass(slots=True)
 class _Counter:
     value: Raw
-    """That of the first evaluation."""
+    """Value of the first evaluation."""
     count: int = 0
 
 
 @dataclass(slots=True)
-class _Counters:
-    """The evaluations of one flag."""
+class _FlagCounters:
+    """Counters of the evaluations of one flag."""
 
     default: Raw
-    """That of the first evaluation."""
+    """Default of the first evaluation."""
     kinds: set[str] = field(default_factory=set)
     by_result: dict[tuple[int | None, int | None], _Counter] = field(default_factory=dict)
-    """By variation and version."""
+    """Counters by variation and version."""
 
     def output(self) -> dict[str, object]:
         counters = [
-            _present(
+            _omit_none(
                 variation=variation,
                 version=version,
                 unknown=True if version is None else None,
@@ -341,15 +342,15 @@ class _Counters:
         return {"default": self.default, "counters": counters, "contextKinds": sorted(self.kinds)}
 
 
-class _Work:
-    """The events of one post, in the making.
+class _Summariser:
+    """Builds the output of `summarise` from the events of one payload.
 
     Args:
-        schema: of the post.
-        flags: as in `summarised`.
-        contexts: as in `summarised`.
-        now: in milliseconds.
-        debug_now: the later one of our clock and upstream's, in milliseconds.
+        schema: schema of the payload.
+        flags: as in `summarise`.
+        contexts: as in `summarise`.
+        now: our clock in Unix milliseconds.
+        debug_now: the later one of our clock and upstream's, in Unix milliseconds.
     """
 
     def __init__(
@@ -368,15 +369,15 @@ class _Work:
         self._now = now
         self._debug_now = debug_now
         self._events: list[object] = []
-        self._counters: dict[str, _Counters] = {}
+        self._counters: dict[str, _FlagCounters] = {}
         self._dates: list[int] = []
-        """The first and the last one of what is counted."""
+        """First and last date of the counted evaluations; empty before the first."""
 
     def add(self, raw: Raw) -> None:
-        """Take an event.
+        """Add an event.
 
         Raises:
-            InvalidData: something is missing.
+            InvalidData: a required member is missing or invalid.
             MsgspecError: it is no event.
         """
         kind = _kind.decode(raw).kind
@@ -392,7 +393,7 @@ class _Work:
             self._events.append(raw)
 
     def output(self) -> list[object]:
-        """Return all events; the summary is the last one."""
+        """Return the output events; the summary is the last one."""
         if not self._counters:
             return self._events
         features = {key: counters.output() for key, counters in self._counters.items()}
@@ -402,40 +403,40 @@ class _Work:
 
     def _add_evaluation(self, event: _Evaluation) -> None:
         context = _context(event)
-        tracked, debugged, variation = self._wanted(event)
+        tracked, debugged, variation = self._tracking_of(event)
         if not event.exclude_from_summaries:
             self._count(event, context, variation)
         self._introduce(event, context)
         if tracked:
-            self._events.append(self._full("feature", event, context, variation))
+            self._events.append(self._full_event("feature", event, context, variation))
         if debugged > self._debug_now:
-            self._events.append(self._full("debug", event, context, variation))
+            self._events.append(self._full_event("debug", event, context, variation))
 
-    def _wanted(self, event: _Evaluation) -> tuple[bool, float, int | None]:
-        """Return whether a full event is wanted, until when debug events are, and the variation."""
-        variation = _integer(event.variation)
-        if event.version is None:  # there was no such flag
+    def _tracking_of(self, event: _Evaluation) -> tuple[bool, float, int | None]:
+        """Return whether to send the full event, the end of debug events, and the variation."""
+        variation = _truncate(event.variation)
+        if event.version is None:  # the flag did not exist
             return False, 0, variation
         if event.track_events is not None or event.debug_events_until_date:
             return bool(event.track_events), event.debug_events_until_date or 0, variation
         flag = self._flags(event.key or "")
         if flag is None or flag.json is None:
             return False, 0, variation
-        says = _tracking.decode(flag.json)
+        tracking = _tracking.decode(flag.json)
         if variation is None and self._schema == 1:
-            variation = _index(event.value, says.variations)
-        return says.track_events, says.debug_events_until_date or 0, variation
+            variation = _variation_index(event.value, tracking.variations)
+        return tracking.track_events, tracking.debug_events_until_date or 0, variation
 
     def _count(self, event: _Evaluation, context: _Context, variation: int | None) -> None:
         date = self._date(event)
         self._dates = [min([date, *self._dates]), max([date, *self._dates])]
-        counters = self._counters.setdefault(event.key or "", _Counters(event.default))
+        counters = self._counters.setdefault(event.key or "", _FlagCounters(event.default))
         counters.kinds.update(kind for kind, _ in context.keys)
-        result = variation, _integer(event.version)
+        result = variation, _truncate(event.version)
         counters.by_result.setdefault(result, _Counter(event.value)).count += 1
 
     def _introduce(self, event: _Event, context: _Context) -> None:
-        # Of a user of whom only the key is known there is nothing to tell.
+        # A user's key alone is in the event itself; an index event would add nothing.
         if context.json is None or not self._contexts.introduce(context.keys):
             return
         date = self._date(event)
@@ -443,17 +444,17 @@ class _Work:
 
     def _add_custom(self, event: _Custom) -> None:
         context = _context(event)
-        if _given(event.metric_value):
+        if _is_present(event.metric_value):
             _number.decode(event.metric_value)
         self._introduce(event, context)
-        output = _present(
+        output = _omit_none(
             kind="custom",
             creationDate=self._date(event),
             key=event.key or "",
-            data=_optional(event.data),
+            data=_none_if_null(event.data),
             contextKeys=dict(context.keys),
-            metricValue=_optional(event.metric_value),
-            samplingRatio=_ratio(event),
+            metricValue=_none_if_null(event.metric_value),
+            samplingRatio=_sampling_ratio(event),
         )
         self._events.append(output)
 
@@ -462,64 +463,64 @@ class _Work:
         if context.json is None:
             raise InvalidData("event", "neither context nor user")
         self._contexts.introduce(context.keys)
-        date, ratio = self._date(event), _ratio(event)
-        output = _present(
+        date, ratio = self._date(event), _sampling_ratio(event)
+        output = _omit_none(
             kind="identify", creationDate=date, context=context.json, samplingRatio=ratio
         )
         self._events.append(output)
 
-    def _full(
+    def _full_event(
         self, kind: str, event: _Evaluation, context: _Context, variation: int | None
     ) -> dict[str, object]:
-        return _present(
+        return _omit_none(
             kind=kind,
             creationDate=self._date(event),
             key=event.key or "",
-            version=_integer(event.version),
+            version=_truncate(event.version),
             context=context.json,
             contextKeys=dict(context.keys) if context.json is None else None,
             variation=variation,
             value=event.value,
             default=event.default,
-            reason=_optional(event.reason),
+            reason=_none_if_null(event.reason),
             prereqOf=event.prereq_of,
-            samplingRatio=_ratio(event),
+            samplingRatio=_sampling_ratio(event),
         )
 
     def _date(self, event: _Event) -> int:
         return self._now if event.creation_date is None else int(event.creation_date)
 
 
-def _present(**members: object) -> dict[str, object]:
-    """Return an object without the members that are None."""
+def _omit_none(**members: object) -> dict[str, object]:
+    """Return a JSON object without the members that are None."""
     return {name: value for name, value in members.items() if value is not None}
 
 
-def _optional(raw: Raw) -> Raw | None:
-    return raw if _given(raw) else None
+def _none_if_null(raw: Raw) -> Raw | None:
+    return raw if _is_present(raw) else None
 
 
-def _integer(number: float | None) -> int | None:
+def _truncate(number: float | None) -> int | None:
     return None if number is None else int(number)
 
 
-def _ratio(event: _Event) -> int | None:
-    return None if event.sampling_ratio == 1 else _integer(event.sampling_ratio)
+def _sampling_ratio(event: _Event) -> int | None:
+    return None if event.sampling_ratio == 1 else _truncate(event.sampling_ratio)
 
 
-def _index(value: Raw, variations: Raw) -> int | None:
+def _variation_index(value: Raw, variations: Raw) -> int | None:
     """Return the index of the first variation that equals a value; None if none does."""
     # The standard library's parser keeps integers of any size.
-    wanted, offered = json.loads(bytes(value)), json.loads(bytes(variations))
-    return next((i for i, each in enumerate(offered or ()) if _same(each, wanted)), None)
+    wanted, candidates = json.loads(bytes(value)), json.loads(bytes(variations))
+    return next((i for i, each in enumerate(candidates or ()) if _equal(each, wanted)), None)
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Return whether two JSON values are equal; Python takes 1 for true."""
+def _equal(one: Any, other: Any) -> bool:
+    """Return whether two JSON values are equal; in Python, `1 == True`."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(_equal, one, other))
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
     return bool(one == other)

@@ -1,9 +1,8 @@
-"""The first flag delivery protocol: messages from upstream, and what server-side SDKs get.
+"""Flag delivery protocol v1: parsing of upstream messages, encoding for server-side SDKs.
 
-Reading: `parse` (streams 2.6) and `parse_all` (the body of `/sdk/latest-all`), both also in steps,
-for whoever must not be held up by a large payload. Writing: the formats
-of the streams `/all` and `/flags` (streams 2.2) and the JSON that polls share with them. Items go
-out in the bytes in which they came in.
+Parsing: `parse` (streams 2.6) and `parse_all` (body of `/sdk/latest-all`), both also in steps, so
+that a large payload does not block the event loop. Encoding: the formats of the streams `/all` and
+`/flags` (streams 2.2), and the JSON that polls share with them. Items are forwarded verbatim.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from relay.model.payload import Change, ChangeSet, Payload
 T = TypeVar("T")
 
 Steps = Generator[None, None, T]
-"""Work that pauses after each item; what it returns is the result."""
+"""Generator that pauses after each item and returns the result."""
 
 
 class _Data(Struct):
@@ -53,31 +52,31 @@ _DATA = msgspec.json.Decoder(_Data)
 
 
 def parse(name: str, data: bytes) -> ChangeSet | None:
-    """Return what a message of upstream's stream changes; None if it is none of ours.
+    """Return the change set of a stream message; None if the message is unknown.
 
-    An item that cannot be used is set apart in `ChangeSet.invalid`; the rest stands.
+    Unusable items are reported in `ChangeSet.invalid`; the others remain valid.
 
     Args:
-        name: the SSE event name.
-        data: the SSE data, lines joined.
+        name: SSE event name.
+        data: SSE data with joined lines.
 
     Raises:
-        InvalidData: the message as a whole is broken; nothing of it may be applied.
+        InvalidData: the whole message is broken and must not be applied.
     """
-    return _result(in_steps(name, data))
+    return _run_steps(in_steps(name, data))
 
 
 def in_steps(name: str, data: bytes) -> Steps[ChangeSet | None]:
-    """Do in steps what `parse` does at once."""
+    """Do the same as `parse`, in steps."""
     match name:
         case "put":
-            return (yield from _changes(_decoded(_PUT, "put message", data).data, "put message"))
+            return (yield from _parse_data(_decode(_PUT, "put message", data).data, "put message"))
         case "patch":
-            patch = _decoded(_PATCH, "patch message", data)
-            return _patched(patch.path, bytes(patch.data))
+            patch = _decode(_PATCH, "patch message", data)
+            return _patch_changes(patch.path, bytes(patch.data))
         case "delete":
-            delete = _decoded(_DELETE, "delete message", data)
-            return _deleted(delete.path, int(delete.version))
+            delete = _decode(_DELETE, "delete message", data)
+            return _delete_changes(delete.path, int(delete.version))
     return None
 
 
@@ -85,18 +84,18 @@ def parse_all(body: bytes) -> ChangeSet:
     """Return the full change set of a `/sdk/latest-all` body.
 
     Raises:
-        InvalidData: the body as a whole is broken.
+        InvalidData: the whole body is broken.
     """
-    return _result(all_in_steps(body))
+    return _run_steps(all_in_steps(body))
 
 
 def all_in_steps(body: bytes) -> Steps[ChangeSet]:
-    """Do in steps what `parse_all` does at once."""
-    what = "body of /sdk/latest-all"
-    return (yield from _changes(_decoded(_DATA, what, body), what))
+    """Do the same as `parse_all`, in steps."""
+    subject = "body of /sdk/latest-all"
+    return (yield from _parse_data(_decode(_DATA, subject, body), subject))
 
 
-def _result(steps: Steps[T]) -> T:
+def _run_steps(steps: Steps[T]) -> T:
     while True:
         try:
             next(steps)
@@ -105,15 +104,15 @@ def _result(steps: Steps[T]) -> T:
             return result
 
 
-def _decoded(decoder: msgspec.json.Decoder[T], what: str, data: bytes) -> T:
+def _decode(decoder: msgspec.json.Decoder[T], subject: str, data: bytes) -> T:
     try:
-        return decoder.decode(_valid_utf8(data))
+        return decoder.decode(_replace_invalid_utf8(data))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
-        raise InvalidData(what, str(e)) from e
+        raise InvalidData(subject, str(e)) from e
 
 
-def _valid_utf8(data: bytes) -> bytes:
-    """Replace what is not UTF-8, as the SSE standard demands: we pass items on unparsed."""
+def _replace_invalid_utf8(data: bytes) -> bytes:
+    """Replace invalid UTF-8, as the SSE standard demands, because items are forwarded verbatim."""
     try:
         data.decode()
     except UnicodeDecodeError:
@@ -121,13 +120,13 @@ def _valid_utf8(data: bytes) -> bytes:
     return data
 
 
-def _changes(data: _Data, what: str) -> Steps[ChangeSet]:
+def _parse_data(data: _Data, subject: str) -> Steps[ChangeSet]:
     if data.flags is UNSET and data.segments is UNSET:
-        raise InvalidData(what, "it has neither flags nor segments")
+        raise InvalidData(subject, "it has neither flags nor segments")
     items: list[Item] = []
     invalid: list[InvalidItem] = []
-    for kind, members in ((Kind.FLAG, data.flags), (Kind.SEGMENT, data.segments)):
-        for key, json in (members or {}).items():
+    for kind, raw_items in ((Kind.FLAG, data.flags), (Kind.SEGMENT, data.segments)):
+        for key, json in (raw_items or {}).items():
             try:
                 items.append(parse_item(kind, key, bytes(json)))
             except InvalidData as e:
@@ -136,8 +135,8 @@ def _changes(data: _Data, what: str) -> Steps[ChangeSet]:
     return ChangeSet(tuple(items), full=True, invalid=tuple(invalid))
 
 
-def _patched(path: str, json: bytes) -> ChangeSet | None:
-    target = _target(path)
+def _patch_changes(path: str, json: bytes) -> ChangeSet | None:
+    target = _parse_path(path)
     if target is None:
         return None
     kind, key = target
@@ -147,16 +146,16 @@ def _patched(path: str, json: bytes) -> ChangeSet | None:
         return ChangeSet((), invalid=(InvalidItem(kind, key, e.reason),))
 
 
-def _deleted(path: str, version: int) -> ChangeSet | None:
-    target = _target(path)
+def _delete_changes(path: str, version: int) -> ChangeSet | None:
+    target = _parse_path(path)
     return None if target is None else ChangeSet((Item(*target, version, None),))
 
 
-def _target(path: str) -> tuple[Kind, str] | None:
-    """Return the kind and key that a path names; None for kinds that we do not know.
+def _parse_path(path: str) -> tuple[Kind, str] | None:
+    """Return the kind and key of a path; None for unknown kinds.
 
     Raises:
-        InvalidData: the path names a kind of ours but no key.
+        InvalidData: the path has a known kind but no key.
     """
     for kind in Kind:
         prefix = f"/{kind.value}/"
@@ -177,7 +176,7 @@ def all_flags(payload: Payload) -> bytes:
     return b"".join(_members(payload.live(Kind.FLAG)))
 
 
-# Parts are joined once, at the end: payloads of megabytes are not copied from step to step.
+# Parts are joined once, at the end, to avoid copies of large payloads.
 
 
 def _all_data(payload: Payload) -> Iterator[bytes]:
@@ -189,20 +188,20 @@ def _all_data(payload: Payload) -> Iterator[bytes]:
 
 
 def _members(items: Iterable[Item]) -> Iterator[bytes]:
-    """Yield the parts of the JSON object that holds live items by key."""
-    before = b"{"
+    """Yield the parts of a JSON object with live items by key."""
+    separator = b"{"
     for item in items:
         if item.json is not None:
-            yield before
+            yield separator
             yield orjson.dumps(item.key)
             yield b":"
             yield item.json
-            before = b","
-    yield b"{}" if before == b"{" else b"}"
+            separator = b","
+    yield b"{}" if separator == b"{" else b"}"
 
 
-def _patch(path: str, item: Item) -> bytes:
-    """Return the message for one item: a patch, or a delete for a tombstone."""
+def _item_message(path: str, item: Item) -> bytes:
+    """Return the message for an item: a patch, or a delete for a tombstone."""
     if item.json is None:
         data = b'{"path":%b,"version":%d}' % (orjson.dumps(path), item.version)
         return b"event: delete\ndata: %b\n\n" % data
@@ -210,26 +209,28 @@ def _patch(path: str, item: Item) -> bytes:
 
 
 class AllFormat:
-    """The stream `/all`: flags and segments."""
+    """Format of the stream `/all`: flags and segments."""
 
     def opening(self, payload: Payload) -> bytes:
         """Return the put that begins a stream."""
-        begin, end = b'event: put\ndata: {"path":"/","data":', b"}\n\n"
-        return b"".join((begin, *_all_data(payload), end))
+        start, end = b'event: put\ndata: {"path":"/","data":', b"}\n\n"
+        return b"".join((start, *_all_data(payload), end))
 
     def update(self, change: Change) -> bytes:
-        """Return patches and deletes for what changed."""
-        return b"".join(_patch(f"/{item.kind.value}/{item.key}", item) for item in change.visible)
+        """Return patches and deletes for the changed items."""
+        return b"".join(
+            _item_message(f"/{item.kind.value}/{item.key}", item) for item in change.visible
+        )
 
 
 class FlagsFormat:
-    """The stream `/flags` of old SDKs: flags only, and a bare map in its put."""
+    """Format of the stream `/flags` for old SDKs: flags only, with a bare map in its put."""
 
     def opening(self, payload: Payload) -> bytes:
         """Return the put that begins a stream."""
         return b"".join((b"event: put\ndata: ", *_members(payload.live(Kind.FLAG)), b"\n\n"))
 
     def update(self, change: Change) -> bytes:
-        """Return patches and deletes for the flags that changed; empty if none did."""
+        """Return patches and deletes for the changed flags; empty if there are none."""
         flags = (item for item in change.visible if item.kind is Kind.FLAG)
-        return b"".join(_patch(f"/{item.key}", item) for item in flags)
+        return b"".join(_item_message(f"/{item.key}", item) for item in flags)

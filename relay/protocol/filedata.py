@@ -1,7 +1,7 @@
-"""The file-data format of the SDKs: `flags`, `flagValues` and `segments`, in JSON or YAML.
+"""File-data format of the SDKs: `flags`, `flagValues` and `segments`, in JSON or YAML.
 
-A file is written by hand, so what SDKs insist on is filled in (sdk-behaviour 11.3), and versions,
-which nobody counts by hand, are counted here.
+Files are written by hand, so members that SDKs require get default values (sdk-behaviour 11.3), and
+versions are assigned automatically.
 """
 
 from __future__ import annotations
@@ -26,58 +26,58 @@ _SECTIONS = ("flags", "flagValues", "segments")
 
 
 def read(text: bytes, name: str) -> Contents:
-    """Return what a file describes, each item with all members that SDKs insist on.
+    """Parse a file; return its items with all members that SDKs require.
 
     Args:
-        text: the bytes of the file.
-        name: of the file, for messages; `.json` excludes YAML.
+        text: content of the file.
+        name: name of the file, for messages; `.json` excludes YAML.
 
     Raises:
-        InvalidData: the file cannot be used; the message names file, key and, where known, line.
+        InvalidData: the file is unusable; the message names file, key and, if known, the line.
     """
-    sections = _loaded(text, name)
+    sections = _parse_file(text, name)
     contents: Contents = {}
     for key, members in _entries(sections, "flags", name):
         contents[Kind.FLAG, key] = _flag(key, _object(members, f'flag "{key}"', name))
     for key, value in _entries(sections, "flagValues", name):
         if (Kind.FLAG, key) in contents:
             raise InvalidData(name, f'flag "{key}" is both in flags and in flagValues')
-        contents[Kind.FLAG, key] = _simple_flag(key, value)
+        contents[Kind.FLAG, key] = _flag_of_value(key, value)
     for key, members in _entries(sections, "segments", name):
-        given = _object(members, f'segment "{key}"', name)
-        contents[Kind.SEGMENT, key] = _segment(key, given)
+        segment = _object(members, f'segment "{key}"', name)
+        contents[Kind.SEGMENT, key] = _segment(key, segment)
     return contents
 
 
 def numbered(
     contents: Contents, before: Mapping[tuple[Kind, str], Item], floor: int, name: str
 ) -> tuple[Item, ...]:
-    """Return the items, each with a greater version than `before` if it differs.
+    """Return the items with version numbers, greater than in `before` for changed items.
 
-    SDKs take only greater versions, and a file has none or stale ones. With the time of the file's
-    last change as `floor`, a changed file has greater versions also after a restart of the relay.
-    That time is in seconds, because some SDKs keep versions in 32 bits.
+    SDKs accept only greater versions, but files have none or outdated ones. With the modification
+    time of the file as `floor`, versions also grow across restarts of the relay. The time is in
+    seconds, because some SDKs store versions in 32 bits.
 
     Raises:
-        InvalidData: an item has a member of a wrong type.
+        InvalidData: a member of an item has a wrong type.
     """
     try:
         return tuple(
-            _numbered(kind, key, members, before.get((kind, key)), floor)
+            _number_item(kind, key, members, before.get((kind, key)), floor)
             for (kind, key), members in contents.items()
         )
     except InvalidData as e:
         raise InvalidData(name, str(e)) from e
 
 
-def _numbered(kind: Kind, key: str, members: Members, before: Item | None, floor: int) -> Item:
-    own = parse(kind, key, _json(kind, key, members)).version
+def _number_item(kind: Kind, key: str, members: Members, before: Item | None, floor: int) -> Item:
+    own_version = parse(kind, key, _json(kind, key, members)).version
     if before is None:
-        return _item(kind, key, members, max(own, floor))
-    same = _item(kind, key, members, before.version)
-    if same == before and own <= before.version:
+        return _item(kind, key, members, max(own_version, floor))
+    unchanged = _item(kind, key, members, before.version)
+    if unchanged == before and own_version <= before.version:
         return before
-    return _item(kind, key, members, max(own, floor, before.version + 1))
+    return _item(kind, key, members, max(own_version, floor, before.version + 1))
 
 
 def _item(kind: Kind, key: str, members: Members, version: int) -> Item:
@@ -93,10 +93,10 @@ def _json(kind: Kind, key: str, members: Members) -> bytes:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads what JSON can say as well."""
+    """YAML loader restricted to values that JSON can represent."""
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
-        """Return a number; JSON knows neither `.inf` nor `.nan`, which would become null."""
+        """Return a number; reject `.inf` and `.nan`, which would become null in JSON."""
         number: float = self.construct_yaml_float(node)
         if not isfinite(number):
             text = f"{node.value} is not a number that flags can have"
@@ -107,32 +107,32 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 
 
-def _loaded(content: bytes, name: str) -> Members:
-    text = _decoded(content, name)
+def _parse_file(content: bytes, name: str) -> Members:
+    text = _decode_text(content, name)
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as e:
         if name.endswith(".json"):
-            raise InvalidData(name, f"{_place(e.doc, e.pos)}{e.msg}") from e
+            raise InvalidData(name, f"{_position(e.doc, e.pos)}{e.msg}") from e
         value = _yaml(text, name)
     return _object(value, "the file", name)
 
 
-def _decoded(content: bytes, name: str) -> str:
-    """Return the text of a file, without the byte order mark that some editors write."""
+def _decode_text(content: bytes, name: str) -> str:
+    """Decode a file; drop the byte order mark that some editors write."""
     try:
         if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
             return content.decode("utf-16")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        # What came before it could be read.
-        place = _place(e.object[: e.start].decode(e.encoding, "replace"), -1)
-        raise InvalidData(name, f"{place}not {e.encoding.upper()}") from e
+        # The bytes before the error are valid.
+        position = _position(e.object[: e.start].decode(e.encoding, "replace"), -1)
+        raise InvalidData(name, f"{position}not {e.encoding.upper()}") from e
 
 
-def _place(text: str, at: int) -> str:
-    """Return the beginning of a message on a character; -1 stands for the one behind the text."""
-    before = text if at < 0 else text[:at]
+def _position(text: str, index: int) -> str:
+    """Return the prefix of a message about a character; index -1 means the end of the text."""
+    before = text if index < 0 else text[:index]
     line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
     return f"line {line}, column {column}: "
 
@@ -142,11 +142,11 @@ def _yaml(text: str, name: str) -> Any:
         return _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise InvalidData(name, f"{where}{e.problem}") from e
+        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise InvalidData(name, f"{position}{e.problem}") from e
     except ReaderError as e:
         character = f"U+{e.character:04X} is not allowed"
-        raise InvalidData(name, f"{_place(text, e.position)}{character}") from e
+        raise InvalidData(name, f"{_position(text, e.position)}{character}") from e
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise InvalidData(name, str(e)) from e
 
@@ -162,14 +162,14 @@ def _entries(sections: Members, section: str, name: str) -> Iterable[tuple[str, 
     return entries.items()
 
 
-def _object(value: Any, what: str, name: str) -> Members:
+def _object(value: Any, subject: str, name: str) -> Members:
     if not isinstance(value, dict):
-        raise InvalidData(name, f"{what} must be an object")
+        raise InvalidData(name, f"{subject} must be an object")
     return value
 
 
-def _simple_flag(key: str, value: Any) -> Members:
-    """The whole flag behind a line of `flagValues`: one value for everybody."""
+def _flag_of_value(key: str, value: Any) -> Members:
+    """Return the flag for an entry of `flagValues`: the same value for every context."""
     return {
         **_flag(key, {"on": True, "variations": [value], "fallthrough": {"variation": 0}}),
         "clientSideAvailability": {"usingMobileKey": True, "usingEnvironmentId": True},
@@ -177,18 +177,18 @@ def _simple_flag(key: str, value: Any) -> Members:
     }
 
 
-def _flag(key: str, given: Members) -> Members:
+def _flag(key: str, members: Members) -> Members:
     defaults = {"key": key, "version": 0, "on": False, "salt": key}
     lists: Members = {"variations": [], "targets": [], "rules": [], "prerequisites": []}
-    flag = {**defaults, **lists, "fallthrough": {}, **given}
+    flag = {**defaults, **lists, "fallthrough": {}, **members}
     flag["rules"] = _rules(flag["rules"])
-    flag["targets"] = _each({"values": []}, flag["targets"])
+    flag["targets"] = _with_defaults({"values": []}, flag["targets"])
     return flag
 
 
-def _segment(key: str, given: Members) -> Members:
+def _segment(key: str, members: Members) -> Members:
     lists: Members = {"included": [], "excluded": [], "rules": []}
-    segment = {"key": key, "version": 0, "salt": key, **lists, **given}
+    segment = {"key": key, "version": 0, "salt": key, **lists, **members}
     segment["rules"] = _rules(segment["rules"])
     return segment
 
@@ -200,12 +200,12 @@ def _rules(rules: Any) -> Any:
 def _rule(rule: Any) -> Any:
     if not isinstance(rule, dict):
         return rule
-    empty: Members = {"attribute": "", "op": "", "values": []}
-    return {**rule, "clauses": _each(empty, rule.get("clauses") or [])}
+    defaults: Members = {"attribute": "", "op": "", "values": []}
+    return {**rule, "clauses": _with_defaults(defaults, rule.get("clauses") or [])}
 
 
-def _each(defaults: Members, given: Any) -> Any:
-    """Add defaults to the objects of a list; other things are left to the check of types."""
-    if not isinstance(given, list):
-        return given
-    return [{**defaults, **one} if isinstance(one, dict) else one for one in given]
+def _with_defaults(defaults: Members, value: Any) -> Any:
+    """Add defaults to the objects of a list; wrong types are left to the type check."""
+    if not isinstance(value, list):
+        return value
+    return [{**defaults, **entry} if isinstance(entry, dict) else entry for entry in value]

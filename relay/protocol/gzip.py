@@ -1,4 +1,4 @@
-"""What isal's decompressor wants to know, and what it raises."""
+"""Constants of isal's decompressor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import cast
 from isal import isal_zlib
 
 GZIP = 31
-"""The decompressor's number for a gzip stream."""
+"""Window bits for a gzip stream."""
 
-CORRUPT = cast("type[Exception]", isal_zlib.error)  # which its stubs take for an instance
-"""What decompressing raises."""
+CORRUPT = cast("type[Exception]", isal_zlib.error)  # an instance in its stubs
+"""Exception for corrupt input."""

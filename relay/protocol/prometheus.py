@@ -1,8 +1,8 @@
-"""The text format in which Prometheus reads figures, version 0.0.4.
+"""Prometheus text format, version 0.0.4.
 
-https://prometheus.io/docs/instrumenting/exposition_formats/ — Written here because a page of many
-environments must not hold up the event loop, and because the reference's counters lack the `_total`
-that the library of Prometheus insists on. That library reads our pages in the tests.
+See https://prometheus.io/docs/instrumenting/exposition_formats/. Prometheus' own library is not
+used because a page with many environments must not block the event loop, and because ld-relay's
+counters lack the `_total` suffix on which the library insists. The tests parse pages with it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from relay.model.count import Durations
+from relay.model.metrics import Histogram
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -21,14 +21,14 @@ HISTOGRAM: Final = "histogram"
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """What is told under one name.
+class Metric:
+    """Description of one metric.
 
     Args:
         name: letters, digits and `_`.
         kind: `COUNTER`, `GAUGE` or `HISTOGRAM`.
-        labels: names of what it is told apart by.
-        help: what it means, in one line.
+        labels: names of the labels.
+        help: description in one line.
     """
 
     name: str
@@ -37,43 +37,42 @@ class Figure:
     help: str
 
 
-Row = tuple[tuple[str, ...], float | Durations]
-"""The values of the labels, and the number; of a histogram the durations."""
+Row = tuple[tuple[str, ...], float | Histogram]
+"""Label values, and a number or histogram."""
 
 
-def page(figures: Iterable[tuple[Figure, Iterable[Row]]]) -> bytes:
-    """Return the text of figures with their rows."""
-    blocks = (_block(figure, rows) for figure, rows in figures)
-    # A name from an environment variable may hold bytes that are no text.
+def page(metrics: Iterable[tuple[Metric, Iterable[Row]]]) -> bytes:
+    """Return a page with metrics and their rows."""
+    blocks = (_block(metric, rows) for metric, rows in metrics)
+    # A name from an environment variable may contain bytes that are not valid text.
     return "".join(line for block in blocks for line in block).encode(errors="replace")
 
 
-def _block(figure: Figure, rows: Iterable[Row]) -> Iterator[str]:
-    name = figure.name
-    yield f"# HELP {name} {_escaped(figure.help)}\n# TYPE {name} {figure.kind}\n"
+def _block(metric: Metric, rows: Iterable[Row]) -> Iterator[str]:
+    name = metric.name
+    yield f"# HELP {name} {_escape(metric.help)}\n# TYPE {name} {metric.kind}\n"
     for values, number in rows:
         labels = ",".join(
-            f'{label}="{_quoted(value)}"'
-            for label, value in zip(figure.labels, values, strict=True)
+            f'{label}="{_quote(value)}"' for label, value in zip(metric.labels, values, strict=True)
         )
-        if isinstance(number, Durations):
-            yield from _durations(name, labels, number)
+        if isinstance(number, Histogram):
+            yield from _histogram(name, labels, number)
         else:
             yield f"{name}{{{labels}}} {number}\n" if labels else f"{name} {number}\n"
 
 
-def _durations(name: str, labels: str, durations: Durations) -> Iterator[str]:
+def _histogram(name: str, labels: str, histogram: Histogram) -> Iterator[str]:
     comma = "," if labels else ""
-    for bound, number in durations.cumulated():
-        limit = "+Inf" if bound == float("inf") else bound
-        yield f'{name}_bucket{{{labels}{comma}le="{limit}"}} {number}\n'
+    for bound, number in histogram.cumulated():
+        le = "+Inf" if bound == float("inf") else bound
+        yield f'{name}_bucket{{{labels}{comma}le="{le}"}} {number}\n'
     braces = f"{{{labels}}}" if labels else ""
-    yield f"{name}_sum{braces} {durations.total}\n{name}_count{braces} {len(durations)}\n"
+    yield f"{name}_sum{braces} {histogram.total}\n{name}_count{braces} {len(histogram)}\n"
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     return text.replace("\\", r"\\").replace("\n", r"\n")
 
 
-def _quoted(text: str) -> str:
-    return _escaped(text).replace('"', r"\"")
+def _quote(text: str) -> str:
+    return _escape(text).replace('"', r"\"")

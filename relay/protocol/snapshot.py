@@ -1,7 +1,7 @@
-"""The grammar of a snapshot file: one line of fixed length, then one line of JSON for each item.
+"""Format of snapshot files: a header line of fixed length, then one line of JSON per item.
 
-The first line is a `Header` with a checksum of itself; the lines of items are `[kind, key, version,
-item]`, the item verbatim, or null for a tombstone. The file is our own: no specification has it.
+The first line is a `Header` with its own checksum. Item lines are `[kind, key, version, item]`, the
+item verbatim, or null for a tombstone. The format is private to Relay.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from relay.model.item import Item, Kind
 from relay.model.payload import Payload
 
 CHUNK = 1024 * 1024
-"""Bytes that are made, summed and written, or read, at a time: a millisecond of the interpreter,
-which is then free for the event loop."""
+"""Bytes to encode and write, or to decode, at a time: about a millisecond, after which the
+interpreter can switch to the event loop."""
 
 HEADER_SIZE = 512
-"""Bytes of the first line: no more than a sector, so that renewing it cannot leave half a line."""
+"""Bytes of the first line: at most one disk sector, so that an update of it is atomic."""
 
 _FORMAT = b"relay snapshot "
 _VERSION = b"1 "
-"""Raised whenever items of an older relay could not be taken as they are."""
+"""Incremented whenever items of earlier releases become incompatible."""
 
 
 EARLIEST = 1_735_689_600.0
-"""Unix seconds: the year 2025. No snapshot was written before; a clock that says so is wrong."""
+"""Start of 2025 in Unix seconds. No snapshot is older, so an earlier clock is wrong."""
 
-UNSTEADY = 60.0
-"""Seconds by which a clock that is kept right may go back."""
+CLOCK_TOLERANCE = 60.0
+"""Seconds by which a synchronised clock may go back."""
 
 
 class UnknownFormat(Exception):
-    """The file is whole, but of another release or of another environment."""
+    """The file is intact, but belongs to another release or environment."""
 
 
 class Header(msgspec.Struct, frozen=True):
-    """What the first line says.
+    """Content of the first line.
 
     Args:
-        environment: SHA-256 of the SDK key, in hexadecimal digits.
-        filter: the environment's payload filter; there are none yet.
-        confirmed: Unix seconds at which upstream last vouched for the data.
-        items: their number.
-        size: bytes of all lines that follow.
-        sha256: of these.
+        environment: SHA-256 of the SDK key in hexadecimal digits.
+        filter: payload filter of the environment; always empty so far.
+        confirmed: time at which upstream last confirmed the data, in Unix seconds.
+        items: number of items.
+        size: total size of the item lines in bytes.
+        sha256: SHA-256 of the item lines.
     """
 
     environment: str
@@ -60,11 +60,11 @@ class Header(msgspec.Struct, frozen=True):
 
 
 def header(line: bytes) -> Header:
-    """Return what the first line of a file says.
+    """Decode the first line of a file.
 
     Raises:
-        InvalidData: it is damaged.
-        UnknownFormat: it is of another release.
+        InvalidData: the line is damaged.
+        UnknownFormat: the file belongs to another release.
     """
     if line.startswith(_FORMAT) and not line.startswith(_FORMAT + _VERSION):
         raise UnknownFormat("it was written by another release")
@@ -78,52 +78,52 @@ def header(line: bytes) -> Header:
 
 
 def age(header: Header, now: float) -> float | None:
-    """Return the seconds since upstream last vouched for the data; None if that cannot be known.
+    """Return the seconds since upstream last confirmed the data; None if unknown.
 
-    The clock may have been wrong when the file was written, and may be wrong now: a time that has
-    not come yet, or before there were snapshots, says nothing.
+    The clock may have been wrong when the file was written, or may be wrong now: a time in the
+    future, or before the first release, is ignored.
 
     Args:
-        header: of the file.
-        now: Unix seconds.
+        header: header of the file.
+        now: current time in Unix seconds.
     """
-    if not EARLIEST <= header.confirmed <= now + UNSTEADY:
+    if not EARLIEST <= header.confirmed <= now + CLOCK_TOLERANCE:
         return None
     return max(0.0, now - header.confirmed)
 
 
 def first_line(header: Header) -> bytes:
-    """Return the first line: format, JSON, checksum, blanks."""
+    """Encode the first line: format, JSON, checksum, blanks."""
     text = _FORMAT + _VERSION + msgspec.json.encode(header)
     return (text + b" " + _checksum(text)).ljust(HEADER_SIZE - 1) + b"\n"
 
 
 def payload(header: Header, body: bytes) -> Payload:
-    """Return what the lines of items hold.
+    """Decode the item lines.
 
     Raises:
-        InvalidData: they are not what the header says.
+        InvalidData: the lines do not match the header.
     """
     if len(body) != header.size:
         raise damaged(f"{len(body)} bytes of items instead of {header.size}")
     if hashlib.sha256(body).hexdigest() != header.sha256:
         raise damaged("its checksum is wrong")
     try:
-        read = Payload.of(_items(body))
+        result = Payload.of(_items(body))
     except (msgspec.MsgspecError, ValueError) as e:
         raise damaged(str(e)) from e
-    if len(read) != header.items:
-        raise damaged(f"{len(read)} items instead of {header.items}")
-    return read
+    if len(result) != header.items:
+        raise damaged(f"{len(result)} items instead of {header.items}")
+    return result
 
 
 def damaged(reason: str) -> InvalidData:
-    """Return the error of a file that is not what was written."""
+    """Return the error for a damaged file."""
     return InvalidData("damaged", reason)
 
 
 def chunks(items: Iterable[Item]) -> Iterator[bytes]:
-    """Yield the lines of all items, many at a time."""
+    """Yield the item lines in chunks of about `CHUNK` bytes."""
     lines: list[bytes] = []
     size = 0
     for item in items:
@@ -138,14 +138,14 @@ def chunks(items: Iterable[Item]) -> Iterator[bytes]:
 
 
 def _items(body: bytes) -> Iterator[Item]:
-    """Yield the items of all lines; the opposite of `chunks`."""
-    begin = 0
-    while begin < len(body):
-        end = body.find(b"\n", begin + CHUNK) + 1 or len(body)
-        for kind, key, version, raw in _DECODE_LINES(body[begin:end]):
+    """Yield the items of all lines; the inverse of `chunks`."""
+    start = 0
+    while start < len(body):
+        end = body.find(b"\n", start + CHUNK) + 1 or len(body)
+        for kind, key, version, raw in _DECODE_LINES(body[start:end]):
             json = bytes(raw)
             yield Item(Kind(kind), key, version, None if json == b"null" else json)
-        begin = end
+        start = end
 
 
 def _checksum(text: bytes) -> bytes:

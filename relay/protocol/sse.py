@@ -1,8 +1,8 @@
-"""Server-sent events: an incremental decoder and the encoder. WHATWG HTML, section 9.2.6.
+"""Server-sent events: incremental decoder and encoder. WHATWG HTML, section 9.2.6.
 
-Differences from the standard: data stay bytes, because items are passed on verbatim; and a block
-with any field but no `data` is an event with empty data, so that its reader can call it broken
-(streams 2.6). Lines end at CR and LF bytes only: JSON may hold U+2028 and its like.
+Differences from the standard: data stays bytes, because items are forwarded verbatim; and a block
+with any field but no `data` is an event with empty data, so that the caller can reject it
+(streams 2.6). Only CR and LF bytes end lines: JSON may contain U+2028 and similar characters.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import NamedTuple
 from relay.errors import InvalidData
 
 MAX_MESSAGE = 128 * 1024 * 1024
-"""Bytes of one message. Several times the largest environment (50 MB), and a stream of garbage
-that never ends a message is given up before it takes the machine's memory."""
+"""Maximum size of a message in bytes: several times the largest environment (50 MB). A stream that
+never ends a message is rejected before it exhausts the memory."""
 
 LINE_COST = 8
-"""What a line counts beside its bytes: its place in the list of lines."""
+"""Bytes counted for a line in addition to its content: its slot in the list of lines."""
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -27,84 +27,84 @@ class Event(NamedTuple):
     name: str
     data: bytes
     id: str = ""
-    """The last id that the stream gave, here or before; empty if none."""
+    """The last id sent in this or an earlier message; empty if there was none."""
 
 
 class Decoder:
-    """Turns chunks of bytes, cut anywhere, into events.
+    """Incremental decoder: converts chunks of bytes, split anywhere, into events.
 
-    Work is linear in the bytes and does not depend on how they are cut: a line that is not complete
-    is kept in pieces, unread, and joined once.
+    Decoding takes linear time for any split: the pieces of an incomplete line are kept unparsed and
+    joined once.
 
     Args:
-        max_message: bytes from which on a message is refused.
+        max_message: maximum size of a message in bytes.
     """
 
     def __init__(self, max_message: int = MAX_MESSAGE) -> None:
         self.retry: int | None = None
-        """Milliseconds to wait before reconnecting, as the stream last asked for."""
-        self._max = max_message
-        self._pieces: list[bytes] = []
+        """Reconnection delay in milliseconds that the stream last requested."""
+        self._max_message = max_message
+        self._partial_line: list[bytes] = []
         self._size = 0
         self._after_cr = False
         self._at_start = True
         self._id = ""
-        self._begin()
+        self._start_event()
 
-    def _begin(self) -> None:
+    def _start_event(self) -> None:
         self._name = ""
         self._lines: list[bytes] = []
-        self._any_field = False
+        self._has_fields = False
 
     def feed(self, chunk: bytes) -> list[Event]:
         """Return the events that `chunk` completes.
 
         Raises:
-            InvalidData: a message is too long. The decoder is of no use after that.
+            InvalidData: a message is too long. The decoder must not be used any more.
         """
         if not chunk:
             return []
         ended = chunk.endswith((b"\n", b"\r"))
-        lines = chunk.splitlines()  # of bytes: at CR, LF and CRLF only
+        lines = chunk.splitlines()  # unlike for str, only at CR, LF and CRLF
         if self._after_cr and chunk.startswith(b"\n"):
             del lines[0]  # the second half of a CRLF
         self._after_cr = chunk.endswith(b"\r")
         rest = b"" if ended or not lines else lines.pop()
-        events = self._take_lines(lines)
+        events = self._process_lines(lines)
         if rest:
-            self._count(len(rest))
-            self._pieces.append(rest)
+            self._add_size(len(rest))
+            self._partial_line.append(rest)
         return events
 
-    def _take_lines(self, lines: list[bytes]) -> list[Event]:
+    def _process_lines(self, lines: list[bytes]) -> list[Event]:
         events: list[Event] = []
         for piece in lines:
-            line = self._whole(piece) if self._pieces else piece
+            line = self._join_pieces(piece) if self._partial_line else piece
             if self._at_start:
                 self._at_start = False
                 line = line.removeprefix(_BOM)
             if line:
-                self._take_line(line)
-            elif self._any_field:
-                events.append(self._event())
+                self._process_line(line)
+            elif self._has_fields:
+                events.append(self._finish_event())
         return events
 
-    def _whole(self, last: bytes) -> bytes:
-        pieces, self._pieces = self._pieces, []
-        self._size -= sum(map(len, pieces))
-        pieces.append(last)
-        return b"".join(pieces)
+    def _join_pieces(self, last: bytes) -> bytes:
+        partial, self._partial_line = self._partial_line, []
+        self._size -= sum(map(len, partial))
+        partial.append(last)
+        return b"".join(partial)
 
-    def _take_line(self, line: bytes) -> None:
-        if line.startswith(b"data:"):  # the only field whose copies could matter
-            self._any_field = True
+    def _process_line(self, line: bytes) -> None:
+        if line.startswith(b"data:"):  # the common case, without copying large values twice
+            self._has_fields = True
             self._add_data(line[6:] if line.startswith(b" ", 5) else line[5:])
         elif not line.startswith(b":"):
-            self._any_field = True
+            self._has_fields = True
             field, _, value = line.partition(b":")
-            self._take_field(field, value.removeprefix(b" "))
+            self._process_field(field, value.removeprefix(b" "))
 
-    def _take_field(self, field: bytes, value: bytes) -> None:
+    def _process_field(self, field: bytes, value: bytes) -> None:
         match field:
             case b"event":
                 self._name = value.decode(errors="replace")
@@ -116,18 +116,18 @@ class Decoder:
                 self.retry = int(value)
 
     def _add_data(self, line: bytes) -> None:
-        self._count(len(line) + LINE_COST)
+        self._add_size(len(line) + LINE_COST)
         self._lines.append(line)
 
-    def _count(self, size: int) -> None:
+    def _add_size(self, size: int) -> None:
         self._size += size
-        if self._size > self._max:
-            raise InvalidData("message", f"it is longer than {self._max} bytes")
+        if self._size > self._max_message:
+            raise InvalidData("message", f"it is longer than {self._max_message} bytes")
 
-    def _event(self) -> Event:
+    def _finish_event(self) -> Event:
         event = Event(self._name or "message", b"\n".join(self._lines), self._id)
         self._size = 0
-        self._begin()
+        self._start_event()
         return event
 
 
@@ -135,9 +135,9 @@ def encode(name: str, data: bytes, id: str | None = None) -> bytes:  # noqa: A00
     """Return the bytes of a message.
 
     Args:
-        name: the event's name; must not be empty or hold line ends.
-        data: must not hold CR; each LF begins another `data` line.
-        id: written if given; must not hold line ends or NUL.
+        name: name of the event; must not be empty or contain line ends.
+        data: data of the event; must not contain CR; each LF begins another `data` line.
+        id: id of the event, if any; must not contain line ends or NUL.
     """
-    head = f"event: {name}\n" if id is None else f"event: {name}\nid: {id}\n"
-    return b"%bdata: %b\n\n" % (head.encode(), data.replace(b"\n", b"\ndata: "))
+    header = f"event: {name}\n" if id is None else f"event: {name}\nid: {id}\n"
+    return b"%bdata: %b\n\n" % (header.encode(), data.replace(b"\n", b"\ndata: "))

@@ -1,4 +1,4 @@
-"""LaunchDarkly's webhooks: who signed, and what a body announces (webhooks 12.1, 12.2). Pure."""
+"""LaunchDarkly's webhooks: signatures and announced changes (webhooks 12.1, 12.2). Pure."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from relay.model.credential import Secret
 from relay.model.environment import EnvironmentSpec
 
 MAX_BODY = 4 * 1024 * 1024
-"""Bytes of a body: it may hold a flag twice, with the settings and rules of all environments."""
+"""Maximum body size in bytes: a flag may be included twice, with the rules of all environments."""
 
 MAX_RESOURCES = 1000
-"""Resources of one body that are looked at: of more, everything is taken as changed."""
+"""Maximum number of resources per body; with more, everything counts as changed."""
 
 LONGEST_ID = 256
-"""Characters of an `_id` that are taken as they are; LaunchDarkly's have 24."""
+"""Maximum number of characters of an `_id`; LaunchDarkly's have 24."""
 
 LAST_VERSION = 2**53
-"""Versions are exact integers in JSON up to this."""
+"""Limit below which integers are exact in JSON."""
 
 ANY = "*"
-"""In the place of a key: each project, environment or flag."""
+"""Wildcard that matches every project, environment or flag."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Something that has changed.
+class ChangedResource:
+    """A changed resource.
 
     Args:
-        project: its key, or `ANY`.
-        environment: its key within the project, or `ANY`.
-        flag: its key; empty for a segment and for everything else.
-        version: that the flag has in the environment now, at least; None if the body does not say.
+        project: project key, or `ANY`.
+        environment: environment key, or `ANY`.
+        flag: flag key; empty for segments and all other resources.
+        version: minimum version of the flag in the environment; None if the body does not state it.
     """
 
     project: str
@@ -47,55 +47,53 @@ class Place:
     version: int | None = None
 
     def may_be_in(self, spec: EnvironmentSpec) -> bool:
-        """Whether this may concern an environment, of which perhaps not all keys are known."""
-        return _fits(self.project, spec.project_key) and _fits(
+        """Return whether the resource may belong to `spec`, whose keys may be unknown."""
+        return _matches(self.project, spec.project_key) and _matches(
             self.environment, spec.environment_key
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Announcement:
-    """What a body says.
+class ChangeNotice:
+    """Content of a webhook body.
 
     Args:
-        id: of the entry in the audit log; empty if there is none.
-        places: what has changed, without repetitions; empty for "anything".
+        id: id of the audit log entry; empty if there is none.
+        resources: changed resources, without duplicates; empty if anything may have changed.
     """
 
     id: str
-    places: tuple[Place, ...] = ()
+    resources: tuple[ChangedResource, ...] = ()
 
-    def concerning(self, specs: Iterable[EnvironmentSpec]) -> dict[str, tuple[Place, ...]]:
-        """Return the environments that should be looked at, and what should be seen in each.
+    def affected(self, specs: Iterable[EnvironmentSpec]) -> dict[str, tuple[ChangedResource, ...]]:
+        """Return the environments to check, each with the changes to expect.
 
-        What belongs to none of them may be a change of any (webhooks 12.2): then it is all of
-        them, with nothing in particular to be seen.
+        If no resource belongs to any of them, the change may concern all (webhooks 12.2): then all
+        are returned, without specific changes.
         """
         names = {spec.name: spec for spec in specs}
-        found = {name: self._places_in(spec) for name, spec in names.items()}
-        concerned = {name: places for name, places in found.items() if places}
+        by_name = {name: self._resources_in(spec) for name, spec in names.items()}
+        concerned = {name: resources for name, resources in by_name.items() if resources}
         return concerned or dict.fromkeys(names, ())
 
-    def _places_in(self, spec: EnvironmentSpec) -> tuple[Place, ...]:
-        return tuple(place for place in self.places if place.may_be_in(spec))
+    def _resources_in(self, spec: EnvironmentSpec) -> tuple[ChangedResource, ...]:
+        return tuple(resource for resource in self.resources if resource.may_be_in(spec))
 
 
-EVERYTHING = Announcement("")
+EVERYTHING = ChangeNotice("")
 """Anything may have changed."""
 
 
 def is_signed(body: bytes, signature: str, secrets: Sequence[Secret]) -> bool:
-    """Whether a signature is that of a body, made with one of the secrets.
-
-    It takes the same time whichever of them it is, and however much of the signature is right.
+    """Return whether a body was signed with one of the secrets, in constant time.
 
     Args:
-        body: as it came.
-        signature: `X-LD-Signature`, lower-case hexadecimal; empty if there was none.
-        secrets: those that may have been used.
+        body: raw body.
+        signature: value of `X-LD-Signature`, lower-case hexadecimal; empty if there was none.
+        secrets: accepted secrets.
     """
-    given = signature.encode("utf-8", "replace")
-    matches = [hmac.compare_digest(given, sign(body, secret).encode()) for secret in secrets]
+    given_digest = signature.encode("utf-8", "replace")
+    matches = [hmac.compare_digest(given_digest, sign(body, secret).encode()) for secret in secrets]
     return any(matches)
 
 
@@ -104,26 +102,28 @@ def sign(body: bytes, secret: Secret) -> str:
     return hmac.new(secret.reveal().encode(), body, hashlib.sha256).hexdigest()
 
 
-def read(body: bytes) -> Announcement:
-    """Return what a body announces.
+def read(body: bytes) -> ChangeNotice:
+    """Parse the body of a webhook.
 
     Raises:
-        InvalidData: it is no audit log entry.
+        InvalidData: the body is not an audit log entry.
     """
     try:
-        entry = _ENTRIES.decode(body)
+        entry = _ENTRY_DECODER.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise InvalidData("body of a webhook", str(e)) from e
     if len(entry.id) > LONGEST_ID:
         raise InvalidData("body of a webhook", f"its _id is longer than {LONGEST_ID} characters")
-    resources = [access.resource for access in entry.accesses or ()]
-    resources += (entry.target.resources or ()) if entry.target else ()
-    if len(resources) > MAX_RESOURCES:
-        return Announcement(entry.id)
-    places = [_place(resource, entry) for resource in dict.fromkeys(resources)]
-    if None in places:
-        return Announcement(entry.id)
-    return Announcement(entry.id, tuple(dict.fromkeys(place for place in places if place)))
+    names = [access.resource for access in entry.accesses or ()]
+    names += (entry.target.resources or ()) if entry.target else ()
+    if len(names) > MAX_RESOURCES:
+        return ChangeNotice(entry.id)
+    resources = [_parse_resource(name, entry) for name in dict.fromkeys(names)]
+    if None in resources:
+        return ChangeNotice(entry.id)
+    return ChangeNotice(
+        entry.id, tuple(dict.fromkeys(resource for resource in resources if resource))
+    )
 
 
 class _Access(msgspec.Struct, frozen=True):
@@ -142,12 +142,12 @@ class _Entry(msgspec.Struct, frozen=True):
     current: Any = msgspec.field(name="currentVersion", default=None)
 
 
-_ENTRIES = msgspec.json.Decoder(_Entry)
+_ENTRY_DECODER = msgspec.json.Decoder(_Entry)
 
 
-def _place(resource: str, entry: _Entry) -> Place | None:
-    """Return what a resource such as `proj/KEY:env/KEY:flag/KEY;tag` names; None if unclear."""
-    keys = dict(_parts(resource))
+def _parse_resource(resource: str, entry: _Entry) -> ChangedResource | None:
+    """Parse a resource such as `proj/KEY:env/KEY:flag/KEY;tag`; return None if it is unclear."""
+    keys = dict(_split_resource(resource))
     project = keys.get("proj")
     if not project:
         return None
@@ -155,31 +155,31 @@ def _place(resource: str, entry: _Entry) -> Place | None:
     if ANY in flag:
         flag = ""
     version = _version(entry, environment, flag) if entry.kind in ("flag", "") and flag else None
-    return Place(project, environment, flag, version)
+    return ChangedResource(project, environment, flag, version)
 
 
-def _parts(resource: str) -> Iterator[tuple[str, str]]:
+def _split_resource(resource: str) -> Iterator[tuple[str, str]]:
     for part in resource.split(":"):
         kind, _, key = part.partition("/")
         yield kind, key.partition(";")[0]
 
 
 def _version(entry: _Entry, environment: str, flag: str) -> int | None:
-    """Return the version of a flag in an environment, where the body includes it."""
-    if _member(entry.current, "key") not in (None, flag):
+    """Return the version of a flag in an environment; None if the body does not include it."""
+    if _get(entry.current, "key") not in (None, flag):
         return None
-    version = _member(_member(_member(entry.current, "environments"), environment), "version")
-    # `True` is an int, too.
+    version = _get(_get(_get(entry.current, "environments"), environment), "version")
+    # `type`, because `True` is an int, too.
     return version if type(version) is int and 0 < version < LAST_VERSION else None
 
 
-def _member(value: Any, name: str) -> Any:
+def _get(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else None
 
 
-def _fits(given: str, known: str) -> bool:
-    """Whether a key of a resource, maybe with wildcards, can be that of an environment."""
-    if not known or given == known:
+def _matches(pattern: str, key: str) -> bool:
+    """Return whether `key` matches a pattern with wildcards; an unknown key matches all."""
+    if not key or pattern == key:
         return True
-    first, *rest = given.split(ANY)
-    return bool(rest) and known.startswith(first) and known.endswith(rest[-1])
+    first, *rest = pattern.split(ANY)
+    return bool(rest) and key.startswith(first) and key.endswith(rest[-1])

@@ -1,6 +1,6 @@
-"""Where the data of an environment come from: the contract, and what sources yield.
+"""Data sources: the contract, and the updates that sources yield.
 
-`streaming`, `polling` and `file` are sources; nothing downstream knows which one it listens to.
+`streaming`, `polling` and `file` implement it; nothing downstream depends on which one is used.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from relay.model.payload import ChangeSet
 
 
 @dataclass(frozen=True, slots=True)
-class Current:
-    """The source works, and the data delivered so far are what upstream has now."""
+class UpToDate:
+    """The source works, and the data delivered so far is current."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """The source has lost upstream, or got nonsense from it, and goes on trying by itself.
+    """The source has lost upstream, or received unusable data, and keeps retrying by itself.
 
     Args:
-        kind: the class of failure, as `/status` names it.
+        kind: class of the failure, as named in `/status`.
         reason: a sentence for the log, without secrets.
-        status: the HTTP status of the answer, if there was one.
-        refused: upstream refuses the key; attempts are up to minutes apart.
+        status: HTTP status of the response, if there was one.
+        refused: True if upstream refused the key; retries are then up to minutes apart.
     """
 
     kind: ErrorKind
@@ -35,7 +35,7 @@ class Interrupted:
     refused: bool = False
 
 
-Update = ChangeSet | Current | Interrupted
+Update = ChangeSet | UpToDate | Interrupted
 
 
 class DataSource(Protocol):
@@ -44,18 +44,19 @@ class DataSource(Protocol):
     def updates(self) -> AsyncGenerator[Update, None]:
         """Yield all data as soon as possible, then changes, until cancelled.
 
-        What goes wrong is yielded as `Interrupted` while the source keeps trying; a source raises
-        only for defects of its own. Consume it under `contextlib.aclosing`.
+        Failures are yielded as `Interrupted` while the source keeps retrying; only unexpected
+        errors are raised. Consume the generator under `contextlib.aclosing`.
         """
 
-    def refresh(self) -> None:
-        """Ask upstream soon for all data once more, also if nothing seems to have changed."""
+    def resync(self) -> None:
+        """Request all data again soon, even if nothing seems to have changed."""
 
-    def look(self, *, doubt: bool = False) -> None:
-        """See soon whether upstream has news: somebody says so, but its caches may lag behind.
+    def check(self, *, reconnect: bool = False) -> None:
+        """Check upstream for changes soon.
 
-        What comes of it is never older than what came before.
+        Called when a change was announced; upstream's caches may still lag behind. The result is
+        never older than the data delivered before.
 
         Args:
-            doubt: the news should have come long ago.
+            reconnect: the change is overdue; replace a connection that looks healthy, too.
         """

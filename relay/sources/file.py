@@ -8,70 +8,73 @@ import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+from relay.aio import wait_for
+from relay.backoff import SourceTimings
 from relay.errors import ErrorKind, InvalidData
 from relay.model.item import Item, Kind, version_of_time
 from relay.model.payload import ChangeSet
 from relay.protocol import filedata
 from relay.reasons import describe
-from relay.sources import Current, Interrupted, Update
-from relay.sources.retry import Times
-from relay.sources.waiting import pause
+from relay.sources import Interrupted, Update, UpToDate
 
 MAX_FILE = 128 * 1024 * 1024
-"""Bytes: as much as upstream may send at once."""
+"""Maximum size of a file in bytes: the same as for one upstream message."""
 
-Mark = tuple[int, int, int]
-"""Time of the last change, size, and inode, because editors replace files."""
+FileState = tuple[int, int, int]
+"""Modification time, size, and inode (editors replace files)."""
 
 
-class File:
-    """An environment's data from a file in the SDKs' file-data format.
+class FileSource:
+    """Data source for a file in the SDKs' file-data format.
 
-    A file that cannot be used changes nothing; that is said once for each state of the file.
+    An unusable file changes nothing; it is reported once for each state of the file.
 
     Args:
-        path: of the file; need not exist yet.
-        times: waiting times.
+        path: path of the file, which need not exist yet.
+        timings: delays between checks.
     """
 
-    def __init__(self, path: Path, times: Times = Times()) -> None:  # noqa: B008 - frozen
+    def __init__(self, path: Path, timings: SourceTimings = SourceTimings()) -> None:  # noqa: B008 - frozen
         self._path = path
-        self._times = times
-        self._again = asyncio.Event()
+        self._timings = timings
+        self._read_now = asyncio.Event()
         self._items: dict[tuple[Kind, str], Item] = {}
 
-    def refresh(self) -> None:
-        """Read the file now."""
-        self._again.set()
+    def __repr__(self) -> str:
+        return f"<FileSource {self._path} {len(self._items)} items>"
 
-    def look(self, *, doubt: bool = False) -> None:
+    def resync(self) -> None:
         """Read the file now."""
-        del doubt  # what a file holds is never late
-        self._again.set()
+        self._read_now.set()
+
+    def check(self, *, reconnect: bool = False) -> None:
+        """Read the file now."""
+        del reconnect  # a file has no connection and no cache
+        self._read_now.set()
 
     async def updates(self) -> AsyncGenerator[Update, None]:
-        """Yield all data when the file has changed, and how it stands, until cancelled."""
-        seen: Mark | str | None = "nothing yet"
-        good, told = False, 0.0
+        """Yield all data on each change of the file, and confirmations, until cancelled."""
+        last_state: FileState | str | None = "nothing yet"
+        usable, last_yield = False, 0.0
         while True:
-            forced = self._again.is_set()
-            self._again.clear()
-            mark = await asyncio.to_thread(_mark, self._path)
-            if forced or mark != seen:
-                seen = mark
+            forced = self._read_now.is_set()
+            self._read_now.clear()
+            state = await asyncio.to_thread(_file_state, self._path)
+            if forced or state != last_state:
+                last_state = state
                 update = await asyncio.to_thread(self._read)
-                good, told = isinstance(update, ChangeSet), time.monotonic()
+                usable, last_yield = isinstance(update, ChangeSet), time.monotonic()
                 yield update
-            elif good and time.monotonic() - told >= self._times.confirm_every:
-                told = time.monotonic()
-                yield Current()
-            await pause(self._again, self._times.file_interval)
+            elif usable and time.monotonic() - last_yield >= self._timings.confirm_every:
+                last_yield = time.monotonic()
+                yield UpToDate()
+            await wait_for(self._read_now, self._timings.file_interval)
 
     def _read(self) -> ChangeSet | Interrupted:
         name = str(self._path)
         try:
-            text, changed = _text(self._path)
-            items = filedata.numbered(filedata.read(text, name), self._items, changed, name)
+            text, version = _read_file(self._path)
+            items = filedata.numbered(filedata.read(text, name), self._items, version, name)
         except OSError as e:
             return Interrupted(ErrorKind.UNKNOWN, f"{name} cannot be read: {describe(e)}")
         except InvalidData as e:
@@ -80,18 +83,18 @@ class File:
         return ChangeSet(items, full=True)
 
 
-def _text(path: Path) -> tuple[bytes, int]:
-    """Return what a file holds, and the version that its last change gives to items."""
+def _read_file(path: Path) -> tuple[bytes, int]:
+    """Return the content of a file, and the item version derived from its modification time."""
     with path.open("rb") as file:
-        changed = version_of_time(os.fstat(file.fileno()).st_mtime)
+        version = version_of_time(os.fstat(file.fileno()).st_mtime)
         text = file.read(MAX_FILE + 1)
     if len(text) > MAX_FILE:
         raise InvalidData(str(path), f"it is longer than {MAX_FILE} bytes")
-    return text, changed
+    return text, version
 
 
-def _mark(path: Path) -> Mark | None:
-    """Return the state of a file; None if it cannot be seen."""
+def _file_state(path: Path) -> FileState | None:
+    """Return the state of a file; None if it cannot be accessed."""
     try:
         state = path.stat()
     except OSError:

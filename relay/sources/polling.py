@@ -1,4 +1,4 @@
-"""LaunchDarkly's `/sdk/latest-all`, asked again and again (sdk-behaviour 11.2)."""
+"""Data source that polls LaunchDarkly's `/sdk/latest-all` (sdk-behaviour 11.2)."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator
 
+from relay.aio import run_in_slices, wait_for
+from relay.backoff import Backoff, SourceTimings
 from relay.errors import InvalidData, UpstreamRefused, UpstreamUnavailable
-from relay.model.credential import SDKKey
+from relay.model.credential import SDKKey, masked_url
 from relay.model.item import Kind
 from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
 from relay.protocol.urls import join
-from relay.sources import Current, Update
-from relay.sources.retry import Schedule, Times
-from relay.sources.sse import interruption
-from relay.sources.waiting import in_slices, pause
+from relay.sources import Update, UpToDate
+from relay.sources.event_stream import interruption
 from relay.upstream import Upstream, read_body
 
 _STATUSES = frozenset({200, 304})
 _NOT_MODIFIED = 304
 
-PAST = 32
-"""ETags of earlier data that are remembered: what lags behind by more is told by its versions."""
+MAX_PAST_ETAGS = 32
+"""Number of earlier ETags remembered. Older data is recognised by its item versions instead."""
 
 
-class Polling:
-    """One environment's data by polling.
+class PollingSource:
+    """Data source that polls one environment.
 
     Args:
-        upstream: the session.
-        base_uri: the base, such as `https://sdk.launchdarkly.com`.
-        key: the environment's.
-        times: waiting times; after a failure the next poll comes no later than the interval.
+        upstream: the HTTP session.
+        base_uri: base URI, such as `https://sdk.launchdarkly.com`.
+        key: the environment's SDK key.
+        timings: delays and timeouts; after a failure the next poll comes no later than the
+            interval, unless the key was refused.
     """
 
     def __init__(
@@ -42,83 +43,86 @@ class Polling:
         upstream: Upstream,
         base_uri: str,
         key: SDKKey,
-        times: Times = Times(),  # noqa: B008 - frozen
+        timings: SourceTimings = SourceTimings(),  # noqa: B008 - frozen
     ) -> None:
         self._upstream = upstream
         self._url = join(base_uri, "/sdk/latest-all")
         self._key = key
-        self._times = times
-        self._again = asyncio.Event()
+        self._timings = timings
+        self._poll_now = asyncio.Event()
         self._etag = ""
-        self._hinted = False
-        """Whether the next poll is for a hint, and may meet a cache that lags behind."""
-        self._past: deque[str] = deque(maxlen=PAST)
-        """ETags of the data before."""
+        self._check_requested = False
+        """True if `check` asked for the next poll, which may hit a cache that lags behind."""
+        self._past_etags: deque[str] = deque(maxlen=MAX_PAST_ETAGS)
+        """ETags of earlier data."""
         self._versions: dict[tuple[Kind, str], int] = {}
-        """Of the data that were delivered last."""
+        """Item versions of the data delivered last."""
 
-    def refresh(self) -> None:
-        """Ask for everything now."""
+    def __repr__(self) -> str:
+        return f"<PollingSource {masked_url(self._url, 'xxxxx')} etag={self._etag!r}>"
+
+    def resync(self) -> None:
+        """Poll now, without an ETag."""
         self._etag = ""
-        self._again.set()
+        self._poll_now.set()
 
-    def look(self, *, doubt: bool = False) -> None:
-        """Poll now, and take an answer only if it is no older than the one before.
+    def check(self, *, reconnect: bool = False) -> None:
+        """Poll now, and ignore a response that is older than the data delivered before.
 
-        The regular poll takes whatever upstream has: there may be reasons to go back.
+        Regular polls accept older data: upstream may have gone back on purpose.
         """
-        del doubt  # asking again is all that can be done
-        self._hinted = True
-        self._again.set()
+        del reconnect  # there is no connection to replace
+        self._check_requested = True
+        self._poll_now.set()
 
     async def updates(self) -> AsyncGenerator[Update, None]:
-        """Yield all data when they changed, and how it stands, until cancelled."""
-        schedule = Schedule(self._times)
+        """Yield all data on each change, and confirmations, until cancelled."""
+        backoff = Backoff(self._timings)
         self._etag = ""
         while True:
-            self._again.clear()
-            delay = self._times.poll_interval
+            self._poll_now.clear()
+            delay = self._timings.poll_interval
             try:
-                hinted, self._hinted = self._hinted, False
-                update = await self._poll(hinted=hinted)
-                schedule.succeeded(time.monotonic())
+                is_check, self._check_requested = self._check_requested, False
+                update = await self._poll(is_check=is_check)
+                backoff.succeeded(time.monotonic())
             except (UpstreamUnavailable, InvalidData) as e:
                 refused = isinstance(e, UpstreamRefused)
-                wait = schedule.failed(time.monotonic(), random.random(), refused=refused)  # noqa: S311 - jitter
+                wait = backoff.failed(time.monotonic(), random.random(), refused=refused)  # noqa: S311 - jitter
                 delay = wait if refused else min(wait, delay)
                 update = interruption("poll", e, delay)
             yield update
-            await pause(self._again, delay)
+            await wait_for(self._poll_now, delay)
 
-    async def _poll(self, *, hinted: bool) -> Update:
-        asked_with = self._etag
+    async def _poll(self, *, is_check: bool) -> Update:
+        sent_etag = self._etag
         async with self._upstream.get(
             self._url,
             self._key,
             accept="application/json",
-            read_timeout=self._times.poll_timeout,
-            headers={"If-None-Match": asked_with} if asked_with else None,
-            statuses=_STATUSES if asked_with else frozenset({200}),
+            read_timeout=self._timings.poll_timeout,
+            headers={"If-None-Match": sent_etag} if sent_etag else None,
+            statuses=_STATUSES if sent_etag else frozenset({200}),
         ) as response:
             if response.status == _NOT_MODIFIED:
-                return Current()
-            async with asyncio.timeout(self._times.poll_timeout):
+                return UpToDate()
+            async with asyncio.timeout(self._timings.poll_timeout):
                 body = await read_body(response)
-            changes = await in_slices(fdv1.all_in_steps(body))
+            changes = await run_in_slices(fdv1.all_in_steps(body))
             etag = response.headers.get("ETag", "")
-            if hinted and self._is_older(changes, etag):
-                return Current()  # what was delivered is newer than this
-            if asked_with and asked_with != etag:
-                self._past.append(asked_with)
-            if etag in self._past:  # upstream has gone back
-                self._past.remove(etag)
+            if is_check and self._is_older(changes, etag):
+                return UpToDate()  # the data delivered before is newer
+            if sent_etag and sent_etag != etag:
+                self._past_etags.append(sent_etag)
+            if etag in self._past_etags:  # upstream has gone back
+                self._past_etags.remove(etag)
             self._versions = {(item.kind, item.key): item.version for item in changes.items}
-            if self._etag == asked_with and not self._again.is_set():
+            if self._etag == sent_etag and not self._poll_now.is_set():
                 self._etag = etag
             return changes
 
     def _is_older(self, changes: ChangeSet, etag: str) -> bool:
-        if etag and etag in self._past:
+        if etag and etag in self._past_etags:
             return True
         return any(
             item.version < self._versions.get((item.kind, item.key), item.version)

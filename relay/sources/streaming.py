@@ -1,32 +1,32 @@
-"""LaunchDarkly's stream for server-side SDKs, first protocol (streams 2.4 to 2.6)."""
+"""Data source for LaunchDarkly's server-side stream, FDv1 (streams 2.4 to 2.6)."""
 
 from __future__ import annotations
 
-from relay.log import Log
+from relay.backoff import SourceTimings
 from relay.model.credential import SDKKey
 from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
 from relay.protocol.sse import Event
 from relay.protocol.urls import join
-from relay.sources.retry import Times
-from relay.sources.sse import EventStream
+from relay.sources.event_stream import EventStream
+from relay.telemetry.log import Log
 from relay.upstream import Upstream
 
-_KNOWN = frozenset({"put", "patch", "delete"})
+_EVENTS = frozenset({"put", "patch", "delete"})
 
 MAX_UNKNOWN = 20
-"""Unknown event names that are remembered and logged; a stream of random names stays quiet."""
+"""Number of unknown event names that are logged; a stream of random names stays quiet."""
 
 
-class Streaming(EventStream):
-    """One environment's data by streaming.
+class StreamingSource(EventStream):
+    """Data source that streams one environment.
 
     Args:
-        upstream: the session.
-        stream_uri: the base, such as `https://stream.launchdarkly.com`.
-        key: the environment's.
+        upstream: the HTTP session.
+        stream_uri: base URI, such as `https://stream.launchdarkly.com`.
+        key: the environment's SDK key.
         log: a logger that names the environment.
-        times: waiting times.
+        timings: delays and timeouts.
     """
 
     def __init__(
@@ -35,19 +35,19 @@ class Streaming(EventStream):
         stream_uri: str,
         key: SDKKey,
         log: Log,
-        times: Times = Times(),  # noqa: B008 - frozen
+        timings: SourceTimings = SourceTimings(),  # noqa: B008 - frozen
     ) -> None:
-        super().__init__(upstream, join(stream_uri, "/all"), key, self._changes, times)
+        super().__init__(upstream, join(stream_uri, "/all"), key, self._interpret_event, timings)
         self._log = log
-        self._unknown: set[str] = set()
+        self._unknown_events: set[str] = set()
 
-    def _changes(self, event: Event) -> fdv1.Steps[ChangeSet | None]:
-        if event.name not in _KNOWN:
-            self._note_unknown(event.name)
+    def _interpret_event(self, event: Event) -> fdv1.Steps[ChangeSet | None]:
+        if event.name not in _EVENTS:
+            self._log_unknown(event.name)
             return None
         return (yield from fdv1.in_steps(event.name, event.data))
 
-    def _note_unknown(self, name: str) -> None:
-        if name not in self._unknown and len(self._unknown) < MAX_UNKNOWN:
-            self._unknown.add(name)
+    def _log_unknown(self, name: str) -> None:
+        if name not in self._unknown_events and len(self._unknown_events) < MAX_UNKNOWN:
+            self._unknown_events.add(name)
             self._log.info("Unexpected event found in stream: %.50r", name)

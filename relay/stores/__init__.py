@@ -1,7 +1,7 @@
-"""Copies of an environment's data outside this process: the contracts.
+"""Contracts for an environment's data outside this process.
 
-A *data store* is a database in the layout that SDKs read. A *copy* is what the environment keeps
-equal to its payload: `mirror.Mirror` around any data store, and `snapshot.Snapshot` on disk.
+A *data store* is a database in the layout that SDKs read. A *mirror* is kept equal to the payload
+of an environment: `mirror.DatabaseMirror` in any data store, `snapshot.SnapshotMirror` on disk.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from relay.model.payload import Change, Payload
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a store holds.
+    """Content of a store.
 
     Args:
-        payload: all items that it could read.
-        invalid: those that it could not.
-        age: seconds since upstream last vouched for the data; None if the store does not know.
+        payload: all readable items.
+        invalid: the unreadable items.
+        age: seconds since upstream last confirmed the data; None if the store does not know.
     """
 
     payload: Payload
@@ -31,14 +31,14 @@ class Stored:
 
 
 class Version(NamedTuple):
-    """The version of a stored item, and whether it is an item or a tombstone."""
+    """Version of a stored item; `live` is False for a tombstone."""
 
     number: int
     live: bool
 
 
 UNREADABLE = Version(-1, live=False)
-"""Of a stored item that cannot be read: any other is newer."""
+"""Version of an unreadable item: every other version is newer."""
 
 Key = tuple[Kind, str]
 
@@ -53,37 +53,37 @@ class DataStore(Protocol):
 
     @property
     def server(self) -> str:
-        """Where it is, without secrets."""
+        """Address of the database, without secrets."""
 
     @property
     def prefix(self) -> str:
-        """Of its keys."""
+        """Prefix of the database keys."""
 
     async def load(self) -> Stored | None:
-        """Return everything that is stored; None if the store was never initialised."""
+        """Return everything stored; None if the store was never initialised."""
 
     async def init(self, payload: Payload) -> None:
-        """Replace everything by `payload` and mark the store as initialised, in one step."""
+        """Replace everything by `payload` and mark the store as initialised, atomically."""
 
     async def upsert(self, items: Sequence[Item]) -> bool:
-        """Write each item unless the store holds the same or a greater version of it, in one step.
+        """Write the items that are newer than the stored versions, atomically.
 
         Returns:
-            Whether the store was initialised; if not, nothing is written.
+            True if the store was initialised; otherwise nothing is written.
         """
 
     async def versions(self) -> Versions | None:
-        """Return the version of each stored item, tombstones included; None if not initialised.
+        """Return the versions of all stored items, tombstones included; None if not initialised.
 
-        An item that cannot be read is `UNREADABLE`.
+        The version of an unreadable item is `UNREADABLE`.
         """
 
     async def aclose(self) -> None:
-        """Give connections back."""
+        """Close all connections."""
 
 
 class StoreState(Enum):
-    """How it stands with the database, in the words of `/status` (status 8.1)."""
+    """State of the database, named as in `/status` (status 8.1)."""
 
     INITIALIZING = "INITIALIZING"
     VALID = "VALID"
@@ -92,15 +92,15 @@ class StoreState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StoreStatus:
-    """What `/status` says of a database.
+    """Status of a database, as shown in `/status`.
 
     Args:
-        state: whether it can be reached and written.
-        since: Unix seconds of the last change of `state`.
-        database: `redis`.
-        server: its URL, the password masked.
-        prefix: of its keys.
-        invalid: items found there that could not be read.
+        state: whether the database can be reached and written.
+        since: time of the last change of `state`, in Unix seconds.
+        database: kind of database: `redis`.
+        server: URL with the password masked.
+        prefix: prefix of the database keys.
+        invalid: unreadable items found in the database.
     """
 
     state: StoreState
@@ -111,17 +111,17 @@ class StoreStatus:
     invalid: tuple[InvalidItem, ...] = ()
 
 
-class Copy(Protocol):
-    """Data kept equal to an environment's payload. None of its methods raises for an outage."""
+class Mirror(Protocol):
+    """Data kept equal to an environment's payload. No method raises because of an outage."""
 
     @property
     def status(self) -> StoreStatus | None:
-        """What `/status` shows under `dataStoreStatus`; None if it shows nothing of this copy."""
+        """Status for `dataStoreStatus` in `/status`; None if this mirror is not shown there."""
 
     async def load(self) -> Stored | None:
-        """Return what was stored; None if nothing was. Waits while the store cannot be reached."""
+        """Return the stored data; None if there is none. Waits while the store is unavailable."""
 
-    def follow(
+    def update(
         self,
         payload: Payload,
         change: Change | None,
@@ -129,24 +129,22 @@ class Copy(Protocol):
         full: bool = False,
         unusable: Collection[Key] = (),
     ) -> None:
-        """Note that upstream vouches for `payload`, and what changed since the last call.
-
-        Returns at once.
+        """Schedule a write: upstream has confirmed `payload`. Return immediately.
 
         Args:
-            payload: all that upstream has.
-            change: None when nothing changed: upstream is still, or again, healthy; that is said
-                once a minute at most while it stays so.
-            full: whether upstream has just sent everything.
-            unusable: items of which upstream's last version cannot be used: `payload` has them as
-                they were before, or not at all.
+            payload: all data of upstream.
+            change: difference from the previous call; None if upstream only confirmed its data,
+                which is reported once a minute at most while upstream stays healthy.
+            full: True if upstream has just sent all data.
+            unusable: items whose latest upstream version is unusable; `payload` has an earlier
+                version of them, or none.
         """
 
-    def hold(self) -> None:
-        """Note that upstream is lost: write nothing before the next `follow`."""
+    def suspend(self) -> None:
+        """Stop writing until the next `update`, because upstream is lost."""
 
-    async def written(self) -> None:
-        """Return once all that `follow` has noted is stored; waits as long as that takes."""
+    async def flushed(self) -> None:
+        """Wait, without a timeout, until all updates are stored."""
 
     async def run(self) -> None:
-        """Write what `follow` noted until cancelled; then finish what must not be lost."""
+        """Write updates until cancelled; then write what must not be lost."""

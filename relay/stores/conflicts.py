@@ -1,12 +1,12 @@
-"""Decides when upstream's data may replace what a database has newer than upstream, or has alone.
+"""Decides when upstream's data may replace items that are newer, or only exist, in the database.
 
-Such an item may mean that this relay is behind, and that another one has written it. Or it is left
-from another project, an old backup, a mistake; then SDKs in daemon mode would read it for ever. The
-two cannot be told apart at once, so upstream is asked for everything. If two complete answers, some
-time apart, still do not know the item, it is replaced. Should another relay put it back, the waits
-double with each time, so that two relays never fight.
+Such an item may mean that this relay is behind and another relay has written it. Or it is a left-
+over of another project, an old backup or a mistake, which SDKs in daemon mode would read forever.
+The cases cannot be distinguished at once, so upstream is asked for all data. If two complete
+responses, some time apart, still lack the item, it is replaced. If another relay restores it, the
+delays double each time, so that two relays never fight.
 
-There is only the decision here, without a clock, a loop or a database of its own.
+This module only decides: it has no clock, event loop or database of its own.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ NEVER = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
-class ConflictTimes:
-    """Waiting times in seconds, all above 0.
+class ConflictTimings:
+    """Delays in seconds, all greater than 0.
 
     Args:
-        second_look: before upstream is asked: a change that is on its way to us as well has arrived
-            by then.
-        refresh: between two requests for everything, at least.
-        newer: between the two answers after which what is newer in the database is replaced;
-            `NEVER` leaves it as it is.
-        extra: the same for what only the database has.
-        longest: up to which `newer` and `extra` double with each replacement.
-        forget: without conflicts, after which they begin anew.
+        second_look: delay before upstream is asked, so that a change which is on its way to this
+            relay, too, can arrive.
+        refresh: minimum delay between two requests for all data.
+        newer: time between the two responses after which items that are newer in the database are
+            replaced; `NEVER` keeps them.
+        extra: the same for items that only the database has.
+        longest: limit up to which `newer` and `extra` double with each replacement.
+        forget: time without conflicts after which `newer` and `extra` are reset.
     """
 
     second_look: float = 1.0
@@ -44,15 +44,15 @@ class ConflictTimes:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What to do about all conflicts.
+    """Decision about all conflicts.
 
     Args:
-        replace: items of the database that upstream has disowned.
-        ask: those about which upstream is to be asked now.
-        returned: those that were replaced, and are there again.
-        wait: seconds for which the returned ones are left alone, at least.
-        settled: whether nothing more will be done about what is left.
-        look_at: the time at which to judge again, if nothing happens before.
+        replace: items to replace, because upstream has disowned them.
+        ask: items about which to ask upstream now.
+        returned: items that were replaced and have come back.
+        wait: minimum seconds before the returned items may be replaced again.
+        settled: True if the remaining conflicts are final.
+        recheck_at: time of the next judgement, if nothing happens before.
     """
 
     replace: frozenset[Key] = frozenset()
@@ -60,141 +60,154 @@ class Verdict:
     returned: frozenset[Key] = frozenset()
     wait: float = 0.0
     settled: bool = True
-    look_at: float = NEVER
+    recheck_at: float = NEVER
 
 
 @dataclass(slots=True)
 class _Conflict:
-    """One item, and the times of what is known of it.
+    """One item in conflict.
 
     Args:
-        version: as the database has it.
-        extra: whether upstream has no such item.
-        found: when its key was first in conflict.
-        seen: when it was first so in this version.
-        answer: of the first complete answer since `seen`; None before.
+        version: version in the database.
+        extra: True if upstream has no such item.
+        first_seen: time at which the key was first in conflict.
+        since: time at which this version was first in conflict.
+        answered_at: time of the first complete response after `since`; None before.
     """
 
     version: Version
     extra: bool
-    found: float
-    seen: float
-    answer: float | None = None
+    first_seen: float
+    since: float
+    answered_at: float | None = None
 
 
 class Conflicts:
-    """All that is known of the conflicts of one database. Times are seconds of one clock.
+    """Open conflicts of one database. All times are seconds of one clock.
 
     Args:
-        times: waiting times.
+        timings: delays.
     """
 
-    def __init__(self, times: ConflictTimes = ConflictTimes()) -> None:
-        self._times = times
+    def __init__(self, timings: ConflictTimings = ConflictTimings()) -> None:
+        self._timings = timings
         self._open: dict[Key, _Conflict] = {}
         self._doublings = 0
         self._replaced: frozenset[Key] = frozenset()
-        """Items that were replaced last, and are not known to be there again."""
+        """Items of the last replacement that have not come back."""
         self._asked_at = -NEVER
         self._quiet_since: float | None = None
 
+    def __repr__(self) -> str:
+        return f"<Conflicts open={len(self._open)} doublings={self._doublings}>"
+
     def __bool__(self) -> bool:
-        """Return whether there are any."""
+        """Return whether any conflict is open."""
         return bool(self._open)
 
     def judge(
-        self, now: float, stored: Mapping[Key, Version], extra: Collection[Key], answered: float
+        self,
+        now: float,
+        contested: Mapping[Key, Version],
+        extra: Collection[Key],
+        last_full_at: float,
     ) -> Verdict:
-        """Decide about what the database holds and upstream does not.
+        """Decide about the items of the database that upstream does not have.
 
         Args:
-            now: the time at which the database was looked at.
-            stored: what it holds newer, or alone.
-            extra: keys that upstream does not have.
-            answered: the time of the last complete answer of upstream of which is known that it
-                does not have what is stored.
+            now: time at which the database was read.
+            contested: items that are newer in the database, or only there.
+            extra: keys of items that upstream does not have.
+            last_full_at: time of the last complete response that is known to lack these items.
         """
-        returned = self._note(now, stored, extra)
+        returned = self._update_open(now, contested, extra)
         for conflict in self._open.values():
-            if conflict.answer is None and answered > conflict.seen:
-                conflict.answer = answered
-        wait = max((self._wait(self._open[key]) for key in returned), default=0.0)
+            if conflict.answered_at is None and last_full_at > conflict.since:
+                conflict.answered_at = last_full_at
+        wait = max((self._replace_delay(self._open[key]) for key in returned), default=0.0)
         replace = frozenset(
-            key for key, each in self._open.items() if self._is_over(each, answered)
+            key for key, conflict in self._open.items() if self._is_disowned(conflict, last_full_at)
         )
         if replace:
-            self._count(now, replace)
-        ask = self._due(now)
+            self._reopen_rest(now, replace)
+        ask = self._due_to_ask(now)
         return Verdict(
             replace=replace,
             ask=ask,
             returned=returned,
             wait=wait,
             settled=all(map(self._is_settled, self._open.values())),
-            look_at=min(map(self._asks_at, self._open.values()), default=NEVER),
+            recheck_at=min(map(self._asks_at, self._open.values()), default=NEVER),
         )
 
     def replaced(self, keys: Iterable[Key]) -> None:
-        """Note that upstream's data have taken the place of these items."""
+        """Record that upstream's data has replaced these items."""
         self._replaced = frozenset(keys)
 
-    def _note(
-        self, now: float, stored: Mapping[Key, Version], extra: Collection[Key]
+    def _update_open(
+        self, now: float, contested: Mapping[Key, Version], extra: Collection[Key]
     ) -> frozenset[Key]:
-        """Take over what there is now; return what has been replaced and is there again."""
-        if not stored:
+        """Update the open conflicts; return items that were replaced and have come back."""
+        if not contested:
             self._open = {}
             self._quiet_since = now if self._quiet_since is None else self._quiet_since
             return frozenset()
-        if self._quiet_since is not None and now - self._quiet_since >= self._times.forget:
+        if self._quiet_since is not None and now - self._quiet_since >= self._timings.forget:
             self._doublings, self._replaced = 0, frozenset()
         self._quiet_since = None
         before, self._open = self._open, {}
-        for key, version in stored.items():
-            known = before.get(key) or _Conflict(version, key in extra, found=now, seen=now)
-            known.extra = key in extra
-            if known.version != version:
-                known.version, known.seen, known.answer = version, now, None
-            self._open[key] = known
+        for key, version in contested.items():
+            conflict = before.get(key) or _Conflict(
+                version, key in extra, first_seen=now, since=now
+            )
+            conflict.extra = key in extra
+            if conflict.version != version:
+                conflict.version, conflict.since, conflict.answered_at = version, now, None
+            self._open[key] = conflict
         returned = self._replaced & self._open.keys()
         self._replaced -= returned
         return returned
 
-    def _count(self, now: float, replace: frozenset[Key]) -> None:
-        """Begin anew with what is left, with longer waits.
+    def _reopen_rest(self, now: float, replace: frozenset[Key]) -> None:
+        """Restart the remaining conflicts with longer delays.
 
-        An attempt counts as well as a success: it may have been carried out all the same.
+        A failed replacement counts, too: the database may have carried it out all the same.
         """
         self._doublings += 1
         self._open = {
-            key: _Conflict(each.version, each.extra, found=now, seen=now)
-            for key, each in self._open.items()
+            key: _Conflict(conflict.version, conflict.extra, first_seen=now, since=now)
+            for key, conflict in self._open.items()
             if key not in replace
         }
 
-    def _due(self, now: float) -> frozenset[Key]:
-        due = frozenset(key for key, each in self._open.items() if self._asks_at(each) <= now)
+    def _due_to_ask(self, now: float) -> frozenset[Key]:
+        due = frozenset(
+            key for key, conflict in self._open.items() if self._asks_at(conflict) <= now
+        )
         if due:
             self._asked_at = now
         return due
 
-    def _wait(self, conflict: _Conflict) -> float:
-        """Return the seconds between the two answers that decide."""
-        first = self._times.extra if conflict.extra else self._times.newer
-        return max(first, min(first * 2.0 ** min(self._doublings, 64), self._times.longest))
+    def _replace_delay(self, conflict: _Conflict) -> float:
+        """Return the required seconds between the two deciding responses."""
+        base = self._timings.extra if conflict.extra else self._timings.newer
+        return max(base, min(base * 2.0 ** min(self._doublings, 64), self._timings.longest))
 
-    def _is_over(self, conflict: _Conflict, answered: float) -> bool:
-        return conflict.answer is not None and answered - conflict.answer >= self._wait(conflict)
+    def _is_disowned(self, conflict: _Conflict, last_full_at: float) -> bool:
+        return (
+            conflict.answered_at is not None
+            and last_full_at - conflict.answered_at >= self._replace_delay(conflict)
+        )
 
     def _is_settled(self, conflict: _Conflict) -> bool:
-        return conflict.answer is not None and self._wait(conflict) == NEVER
+        return conflict.answered_at is not None and self._replace_delay(conflict) == NEVER
 
     def _asks_at(self, conflict: _Conflict) -> float:
-        """Return the time at which upstream is to be asked about it."""
-        times = self._times
-        if conflict.answer is None:
-            # Also if it has become newer still: who is behind a busy writer never sees it twice
-            # alike.
-            return max(conflict.found + times.second_look, self._asked_at + times.refresh)
-        wait = self._wait(conflict)
-        return max(conflict.answer + wait, self._asked_at + min(wait, times.refresh))
+        """Return the time at which to ask upstream about this conflict."""
+        timings = self._timings
+        if conflict.answered_at is None:
+            # `first_seen`, not `since`: a relay behind a busy writer never sees the same version
+            # twice.
+            return max(conflict.first_seen + timings.second_look, self._asked_at + timings.refresh)
+        wait = self._replace_delay(conflict)
+        return max(conflict.answered_at + wait, self._asked_at + min(wait, timings.refresh))

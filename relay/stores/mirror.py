@@ -1,14 +1,14 @@
-"""Keeps a database equal to the payload: never in the way, and healing.
+"""Keeps a database equal to the payload, in the background, and repairs it.
 
 Changes are written as they come. Whenever the database may differ for another reason (at the start,
-after upstream or the database was away, and on a timer, since it may have been wiped, restored or
-overwritten) the versions of all its items are compared with the payload's, and what is missing or
-older is written again.
+after an outage of upstream or of the database, and on a timer, because it may have been wiped,
+restored or overwritten), the versions of all its items are compared with those of the payload, and
+missing or older items are written again.
 
-What the database has *newer*, or has and we have not, may mean that this relay is behind, and that
-another one has written it. So that relays never write against each other, it is left alone until
-`conflicts` says that upstream has disowned it. Contents of equal version are not compared: other
-programs write the same item in other words.
+An item that is *newer* in the database, or only there, may mean that this relay is behind and
+another relay has written it. To keep relays from overwriting each other, such items stay untouched
+until `conflicts` decides that upstream has disowned them. Items of equal version are not compared:
+other programs serialise the same item differently.
 """
 
 from __future__ import annotations
@@ -20,68 +20,70 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from relay.errors import StoreUnavailable
-from relay.log import Log
 from relay.model.item import Item
 from relay.model.payload import EMPTY, Change, Payload
 from relay.stores import DataStore, Key, Stored, StoreState, StoreStatus, Versions
-from relay.stores.conflicts import NEVER, Conflicts, ConflictTimes, Verdict
+from relay.stores.conflicts import NEVER, Conflicts, ConflictTimings, Verdict
+from relay.telemetry.log import Log
 
 MAX_PENDING = 1000
-"""Changed items that wait for a slow database one by one; of more, all versions are compared."""
+"""Changed items queued for a slow database; beyond that, all versions are compared instead."""
 
-NAMED = 5
-"""Items that a log line names."""
+MAX_NAMED = 5
+"""Maximum number of items named in one log line."""
 
 
 @dataclass(frozen=True, slots=True)
-class MirrorTimes:
-    """Waiting times in seconds. Together they make a database whole within 30 s.
+class MirrorTimings:
+    """Delays in seconds. Together they repair a database within 30 s.
 
     Args:
         probe: between two comparisons while nothing happens.
-        retry: after the first failure, doubling;
-        longest_retry: up to this.
-        finish: for what is not written yet when the relay ends.
-        conflicts: until what is newer in the database, or only there, is replaced.
+        retry: after the first failure; doubles with each further one.
+        longest_retry: limit of `retry`.
+        finish: time limit for the last write when the relay ends.
+        conflicts: before items that are newer in the database, or only there, are replaced.
     """
 
     probe: float = 10.0
     retry: float = 0.5
     longest_retry: float = 5.0
     finish: float = 2.0
-    conflicts: ConflictTimes = field(default_factory=ConflictTimes)
+    conflicts: ConflictTimings = field(default_factory=ConflictTimings)
 
 
-ONCE = MirrorTimes(conflicts=ConflictTimes(second_look=0.01, refresh=2.0, newer=NEVER, extra=2.0))
-"""Times of a run that ends when the database is up to date. What is newer there stays: such a run
-does not know what the one before it replaced. What only the database has goes after the two seconds
+SINGLE_RUN = MirrorTimings(
+    conflicts=ConflictTimings(second_look=0.01, refresh=2.0, newer=NEVER, extra=2.0)
+)
+"""Delays of a run that ends when the database is up to date. Newer items stay: such a run does not
+know what earlier runs replaced. Items that only the database has are removed after the two seconds
 that LaunchDarkly's guide waits for its caches (webhooks 12.3)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How a database differs from a payload.
+    """Difference between a database and a payload.
 
     Args:
-        behind: items that it lacks, or has older, or unreadable.
-        ahead: keys of which it has a newer version.
-        extra: keys of live items that the payload does not have.
+        outdated: items that are missing, older or unreadable in the database.
+        ahead: keys of items that are newer in the database.
+        extra: keys of live items that only the database has.
     """
 
-    behind: tuple[Item, ...]
+    outdated: tuple[Item, ...]
     ahead: frozenset[Key]
     extra: frozenset[Key]
 
     @classmethod
     def between(cls, versions: Versions, payload: Payload) -> Difference:
-        """Compare by versions."""
-        behind: list[Item] = []
+        """Compare the versions of all items."""
+        outdated: list[Item] = []
         ahead: set[Key] = set()
         for item in payload:
             key = item.kind, item.key
             stored = versions.get(key)
             if stored is None or stored.number < item.version:
-                behind.append(item)
+                outdated.append(item)
             elif stored.number > item.version:
                 ahead.add(key)
         extra = {
@@ -89,76 +91,80 @@ class Difference:
             for (kind, key), stored in versions.items()
             if key not in payload.all(kind) and (stored.live or stored.number < 0)
         }
-        return cls(tuple(behind), frozenset(ahead), frozenset(extra))
+        return cls(tuple(outdated), frozenset(ahead), frozenset(extra))
 
 
-class Mirror:
-    """The copy of an environment's payload in a database.
+class DatabaseMirror:
+    """Mirror of an environment's payload in a database.
 
     Args:
         store: the database.
-        name: of the kind of database, as `/status` shows it.
-        refresh: asks upstream for everything once more.
+        database: kind of the database, as shown in `/status`.
+        resync: requests all data from upstream again.
         log: a logger that names the environment.
-        times: waiting times.
+        timings: delays.
     """
 
     def __init__(
         self,
         store: DataStore,
-        name: str,
-        refresh: Callable[[], None],
+        database: str,
+        resync: Callable[[], None],
         log: Log,
-        times: MirrorTimes = MirrorTimes(),
+        timings: MirrorTimings = MirrorTimings(),
     ) -> None:
         self._store = store
-        self._label = f"{name.capitalize()} data store {store.server}"
-        self._refresh = refresh
+        self._label = f"{database.capitalize()} data store {store.server}"
+        self._resync = resync
         self._log = log
-        self._times = times
+        self._timings = timings
         self.status = StoreStatus(
-            StoreState.INITIALIZING, time.time(), name, store.server, store.prefix
+            StoreState.INITIALIZING, time.time(), database, store.server, store.prefix
         )
         self._payload: Payload | None = None
-        """What upstream last vouched for."""
+        """The data that upstream last confirmed."""
         self._unusable: frozenset[Key] = frozenset()
-        """Items that upstream has in a version that we do not know."""
+        """Items whose upstream version is unusable, so unknown here."""
         self._healthy = False
-        """Whether it still does."""
+        """True while upstream is connected; writes are suspended otherwise."""
         self._pending: dict[Key, Item] = {}
-        """What changed since the last write, as long as nothing else may be different."""
-        self._doubtful = True
-        """Whether anything else may be different."""
-        self._news = asyncio.Event()
-        self._equal = asyncio.Event()
-        self._held: Payload = EMPTY
-        """What we know the database to have held, last."""
-        self._answered = -NEVER
-        """The clock when upstream last sent everything."""
-        self._conflicts = Conflicts(times.conflicts)
-        self._settled = True
-        """Nothing more will be done about conflicts."""
-        self._look_at = NEVER
-        """The clock when they are to be looked at again."""
+        """Items changed since the last write; empty while a comparison is needed."""
+        self._needs_compare = True
+        """True if the database may differ by more than `_pending`."""
+        self._wakeup = asyncio.Event()
+        self._flushed = asyncio.Event()
+        self._last_known: Payload = EMPTY
+        """Content of the database after the last successful write or comparison."""
+        self._last_full_at = -NEVER
+        """Loop time at which upstream last sent all data."""
+        self._conflicts = Conflicts(timings.conflicts)
+        self._conflicts_settled = True
+        """True if no conflict is open, or the open ones are final."""
+        self._recheck_at = NEVER
+        """Loop time at which to judge conflicts again."""
+
+    def __repr__(self) -> str:
+        status = self.status
+        return f"<DatabaseMirror {status.server} {status.prefix!r} {status.state.value}>"
 
     async def load(self) -> Stored | None:
-        """Return what the database holds; waits for the database, but not if upstream came."""
-        delay = self._times.retry
+        """Return the stored data. Wait for the database, but only until upstream delivers."""
+        delay = self._timings.retry
         while self._payload is None:
             try:
                 stored = await self._store.load()
             except StoreUnavailable as e:
-                self._begin_trouble(e)
+                self._begin_outage(e)
                 await asyncio.sleep(delay)
-                delay = min(delay * 2, self._times.longest_retry)
+                delay = min(delay * 2, self._timings.longest_retry)
                 continue
-            self._end_trouble()
+            self._end_outage()
             if stored:
-                self._note_invalid(stored)
+                self._report_invalid(stored)
             return stored
         return None
 
-    def follow(
+    def update(
         self,
         payload: Payload,
         change: Change | None,
@@ -166,194 +172,196 @@ class Mirror:
         full: bool = False,
         unusable: Collection[Key] = (),
     ) -> None:
-        """Note what is to be written; returns at once."""
+        """Schedule a write; return immediately."""
         if full:
-            self._answered = _clock()
-            self._doubtful |= bool(self._conflicts)  # that is what they wait for
+            self._last_full_at = _now()
+            self._needs_compare |= bool(self._conflicts)  # conflicts wait for complete data
         if not self._healthy or (change is not None and change.replace):
-            self._doubtful = True
+            self._needs_compare = True
         self._payload, self._healthy = payload, True
         self._unusable = frozenset(unusable)
-        items = change.items if change is not None and not self._doubtful else ()
+        items = change.items if change is not None and not self._needs_compare else ()
         self._pending.update(((item.kind, item.key), item) for item in items)
         if len(self._pending) > MAX_PENDING:
-            self._doubtful = True
-        if self._doubtful:
+            self._needs_compare = True
+        if self._needs_compare:
             self._pending.clear()
-        if self._doubtful or self._pending:
-            self._equal.clear()
-            self._news.set()
+        if self._needs_compare or self._pending:
+            self._flushed.clear()
+            self._wakeup.set()
 
-    def hold(self) -> None:
-        """Write nothing before the next `follow`: without upstream nobody vouches for the data."""
+    def suspend(self) -> None:
+        """Stop writing until the next `update`: without upstream the data may be outdated."""
         self._healthy = False
 
-    async def written(self) -> None:
-        """Return once the database holds the payload; waits as long as that takes."""
-        await self._equal.wait()
+    async def flushed(self) -> None:
+        """Wait, without a timeout, until the database equals the payload."""
+        await self._flushed.wait()
 
     async def run(self) -> None:
-        """Keep the database equal until cancelled; then write what is left, for a bounded time."""
+        """Keep the database equal until cancelled; then finish pending writes, within a limit."""
         try:
-            delay = self._times.retry
+            delay = self._timings.retry
             while True:
                 try:
-                    await self._work()
+                    await self._sync()
                 except StoreUnavailable as e:
-                    self._begin_trouble(e)
-                    self._doubtful = True  # what was under way may have arrived or not
+                    self._begin_outage(e)
+                    self._needs_compare = True  # a failed write may have arrived all the same
                     await asyncio.sleep(delay)
-                    delay = min(delay * 2, self._times.longest_retry)
+                    delay = min(delay * 2, self._timings.longest_retry)
                 else:
-                    delay = self._times.retry
-                    await self._rest()
+                    delay = self._timings.retry
+                    await self._wait_for_work()
         finally:
             await self._finish()
 
-    async def _rest(self) -> None:
-        """Wait until there is something to write, or it is time to compare again."""
-        wait = max(0.0, min(self._times.probe, self._look_at - _clock()))
+    async def _wait_for_work(self) -> None:
+        """Wait until there is something to write, or the next comparison is due."""
+        wait = max(0.0, min(self._timings.probe, self._recheck_at - _now()))
         try:
             async with asyncio.timeout(wait):
-                await self._news.wait()
+                await self._wakeup.wait()
         except TimeoutError:
-            self._doubtful, self._look_at = True, NEVER
+            self._needs_compare, self._recheck_at = True, NEVER
 
     async def _finish(self) -> None:
-        if self._healthy and not self._equal.is_set():
-            self._doubtful = True  # what was under way may have arrived or not
+        if self._healthy and not self._flushed.is_set():
+            self._needs_compare = True  # an interrupted write may have arrived
             with contextlib.suppress(TimeoutError, StoreUnavailable):
-                async with asyncio.timeout(self._times.finish):
-                    await self._work()
+                async with asyncio.timeout(self._timings.finish):
+                    await self._sync()
         await self._store.aclose()
 
-    async def _work(self) -> None:
-        """Write what is due. Raises `StoreUnavailable`."""
-        self._news.clear()
+    async def _sync(self) -> None:
+        """Write pending items, or compare everything. Raises `StoreUnavailable`."""
+        self._wakeup.clear()
         payload = self._payload
         if payload is None or not self._healthy:
-            await self._look_for_recovery()
+            await self._check_recovery()
             return
-        if self._doubtful:
+        if self._needs_compare:
             await self._compare(payload)
         elif self._pending:
             items, self._pending = list(self._pending.values()), {}
             if await self._store.upsert(items):
-                self._note_equal(payload)
+                self._record_success(payload)
             else:
-                await self._compare(payload)  # somebody has emptied it
+                await self._compare(payload)  # the database was emptied
 
-    async def _look_for_recovery(self) -> None:
-        """Without upstream nothing is written, but `/status` tells when the database is back."""
+    async def _check_recovery(self) -> None:
+        """Detect the end of a database outage while upstream is lost, for `/status`."""
         if self.status.state is StoreState.INTERRUPTED:
             await self._store.versions()
-            self._end_trouble()
+            self._end_outage()
 
     async def _compare(self, payload: Payload) -> None:
-        """Look at everything, and write or ask accordingly."""
-        # What comes while we look may know more than `payload`.
-        answered, unusable = self._answered, self._unusable
-        self._doubtful = False
+        """Compare all versions; write what differs, or ask upstream for all data."""
+        # Read before awaiting: updates that arrive meanwhile may be newer than `payload`.
+        last_full_at, unusable = self._last_full_at, self._unusable
+        self._needs_compare = False
         self._pending.clear()
         versions = await self._store.versions()
         if versions is None:
-            if self._held:
+            if self._last_known:
                 self._log.warning("%s has lost its data; they are written again", self._label)
-            self._judge({}, frozenset(), answered)
+            self._judge({}, frozenset(), last_full_at)
             await self._store.init(payload)
         else:
             difference = Difference.between(versions, payload)
-            unlike = difference.ahead | difference.extra
-            strange = {
-                key: versions[key] for key in unlike - unusable if not self._is_ours(key, versions)
+            conflicting = difference.ahead | difference.extra
+            foreign = {
+                key: versions[key]
+                for key in conflicting - unusable
+                if not self._is_own_version(key, versions)
             }
-            verdict = self._judge(strange, difference.extra, answered)
+            verdict = self._judge(foreign, difference.extra, last_full_at)
             if verdict.ask:
                 text = "%s holds other data than this relay (%s); asking upstream for everything"
-                self._log.info(text, self._label, _named(verdict.ask))
-                self._refresh()
-            left = (unlike & unusable) | (strange.keys() - verdict.replace)
-            await self._mend(payload, difference.behind, unlike - left, left)
+                self._log.info(text, self._label, _names_text(verdict.ask))
+                self._resync()
+            untouched = (conflicting & unusable) | (foreign.keys() - verdict.replace)
+            await self._repair(payload, difference.outdated, conflicting - untouched, untouched)
             if verdict.replace:
-                self._note_replaced(verdict.replace, versions, payload)
-        self._note_equal(payload)
+                self._log_replaced(verdict.replace, versions, payload)
+        self._record_success(payload)
 
-    def _is_ours(self, key: Key, versions: Versions) -> bool:
-        """Whether the database has what we wrote: then upstream itself has gone back since."""
-        kind, name = key
-        held = self._held.all(kind).get(name)
+    def _is_own_version(self, key: Key, versions: Versions) -> bool:
+        """Return whether this relay wrote the stored version, so upstream itself has gone back."""
+        kind, item_key = key
+        known = self._last_known.all(kind).get(item_key)
         stored = versions.get(key)
-        return held is not None and stored is not None and held.version == stored.number
+        return known is not None and stored is not None and known.version == stored.number
 
-    def _judge(self, strange: Versions, extra: Collection[Key], answered: float) -> Verdict:
-        """Decide about what others may have written."""
-        verdict = self._conflicts.judge(_clock(), strange, extra, answered)
-        self._settled, self._look_at = verdict.settled, verdict.look_at
+    def _judge(self, foreign: Versions, extra: Collection[Key], last_full_at: float) -> Verdict:
+        """Decide about items that other writers may have written."""
+        verdict = self._conflicts.judge(_now(), foreign, extra, last_full_at)
+        self._conflicts_settled, self._recheck_at = verdict.settled, verdict.recheck_at
         if verdict.returned:
             text = (
                 "%s holds again what was replaced (%s): something else writes to it, maybe a relay"
                 " that gets newer data than this one; it is left alone for %.0f s at least"
             )
-            self._log.warning(text, self._label, _named(verdict.returned), verdict.wait)
+            self._log.warning(text, self._label, _names_text(verdict.returned), verdict.wait)
         return verdict
 
-    async def _mend(
+    async def _repair(
         self,
         payload: Payload,
-        behind: Sequence[Item],
+        outdated: Sequence[Item],
         surplus: Collection[Key],
-        left: Collection[Key],
+        untouched: Collection[Key],
     ) -> None:
-        """Write what upstream has.
+        """Write upstream's data.
 
         Args:
-            payload: all of it.
-            behind: what the database lacks, or has older.
-            surplus: what it has newer, or alone, and shall not have.
-            left: what it may keep.
+            payload: all data of upstream.
+            outdated: items that are missing or older in the database.
+            surplus: items of the database to replace or remove.
+            untouched: conflicting items of the database to keep.
         """
         if surplus:
-            # Upstream has gone back, or items have vanished: only the whole leads there.
-            await self._store.init(await self._beside(left, payload))
-        elif behind:
-            await self._store.upsert(behind)
-        if surplus or behind:
-            written = {*surplus, *((item.kind, item.key) for item in behind)}
+            # Upstream has gone back, or items have vanished: upserts cannot express that.
+            await self._store.init(await self._with_untouched(untouched, payload))
+        elif outdated:
+            await self._store.upsert(outdated)
+        if surplus or outdated:
+            written = {*surplus, *((item.kind, item.key) for item in outdated)}
             self._log.info("%s brought up to date in %d items", self._label, len(written))
 
-    def _note_replaced(self, keys: Collection[Key], versions: Versions, payload: Payload) -> None:
+    def _log_replaced(self, keys: Collection[Key], versions: Versions, payload: Payload) -> None:
         self._conflicts.replaced(keys)
         text = (
             "%s held what upstream does not have, though it was asked for everything twice (%s);"
             " upstream's data have replaced it"
         )
-        self._log.warning(text, self._label, _told(keys, versions, payload))
+        self._log.warning(text, self._label, _versions_text(keys, versions, payload))
 
-    async def _beside(self, others: Collection[Key], payload: Payload) -> Payload:
-        """Return the payload with what may be somebody else's as the database has it."""
-        stored = await self._store.load() if others else None
+    async def _with_untouched(self, untouched: Collection[Key], payload: Payload) -> Payload:
+        """Return the payload, but with the database's version of the untouched items."""
+        stored = await self._store.load() if untouched else None
         if stored is None:
             return payload
-        kept = (stored.payload.all(kind).get(key) for kind, key in others)
-        return Payload.of([*payload, *(item for item in kept if item)])
+        stored_items = (stored.payload.all(kind).get(key) for kind, key in untouched)
+        return Payload.of([*payload, *(item for item in stored_items if item)])
 
-    def _note_equal(self, payload: Payload) -> None:
-        self._end_trouble()
-        self._held = payload
+    def _record_success(self, payload: Payload) -> None:
+        self._end_outage()
+        self._last_known = payload
         if self.status.invalid:
             self.status = replace(self.status, invalid=())
-        if not self._settled:
-            self._equal.clear()
-        elif payload is self._payload and not self._doubtful and not self._pending:
-            self._equal.set()
+        if not self._conflicts_settled:
+            self._flushed.clear()
+        elif payload is self._payload and not self._needs_compare and not self._pending:
+            self._flushed.set()
 
-    def _begin_trouble(self, error: StoreUnavailable) -> None:
+    def _begin_outage(self, error: StoreUnavailable) -> None:
         if self.status.state is not StoreState.INTERRUPTED:
             self._enter(StoreState.INTERRUPTED)
             text = "%s is unavailable: %s; flags are served from memory meanwhile"
             self._log.error(text, self._label, error)
 
-    def _end_trouble(self) -> None:
+    def _end_outage(self) -> None:
         if self.status.state is StoreState.INTERRUPTED:
             self._log.warning("%s is available again", self._label)
         if self.status.state is not StoreState.VALID:
@@ -362,38 +370,38 @@ class Mirror:
     def _enter(self, state: StoreState) -> None:
         self.status = replace(self.status, state=state, since=time.time())
 
-    def _note_invalid(self, stored: Stored) -> None:
+    def _report_invalid(self, stored: Stored) -> None:
         self.status = replace(self.status, invalid=stored.invalid)
         for bad in stored.invalid:
             self._log.error("%s holds an unreadable %s; it is skipped", self._label, bad)
 
 
-def _clock() -> float:
-    """Return the time by which the event loop waits."""
+def _now() -> float:
+    """Return the time of the event loop."""
     return asyncio.get_running_loop().time()
 
 
-def _named(keys: Collection[Key]) -> str:
-    """Return the names of some items for a log line."""
-    return _listed([f'{kind.noun} "{key}"' for kind, key in _some(keys)], len(keys))
+def _names_text(keys: Collection[Key]) -> str:
+    """Return the first few items by name, for a log line."""
+    return _joined([f'{kind.noun} "{key}"' for kind, key in _first_keys(keys)], len(keys))
 
 
-def _told(keys: Collection[Key], versions: Versions, payload: Payload) -> str:
-    """Return some items of a database for a log line, with their versions there and upstream."""
+def _versions_text(keys: Collection[Key], versions: Versions, payload: Payload) -> str:
+    """Return the first few items with their stored and upstream versions, for a log line."""
     texts = []
-    for kind, key in _some(keys):
+    for kind, key in _first_keys(keys):
         item, stored = payload.all(kind).get(key), versions[kind, key].number
         there = f"in version {stored}" if stored >= 0 else "unreadable"
         texts.append(
             f'{kind.noun} "{key}" {there}, upstream has {item.version if item else "none"}'
         )
-    return _listed(texts, len(keys), "; ")
+    return _joined(texts, len(keys), "; ")
 
 
-def _some(keys: Collection[Key]) -> list[Key]:
-    return sorted(keys, key=lambda each: (each[0].noun, each[1]))[:NAMED]
+def _first_keys(keys: Collection[Key]) -> list[Key]:
+    return sorted(keys, key=lambda key: (key[0].noun, key[1]))[:MAX_NAMED]
 
 
-def _listed(texts: Collection[str], count: int, separator: str = ", ") -> str:
+def _joined(texts: Collection[str], count: int, separator: str = ", ") -> str:
     more = count - len(texts)
     return separator.join(texts) + (f" and {more} more" if more else "")

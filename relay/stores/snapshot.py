@@ -1,8 +1,8 @@
-"""The snapshot on disk: what upstream last vouched for, for a start while everything else is away.
+"""Snapshots on disk: the data that upstream last confirmed, for a start without upstream.
 
-One file per environment, in the form of `protocol/snapshot.py`. A new file takes the place of the
-old one in one step; only the time at which upstream last vouched for the data is renewed in place,
-by a single write within the first block.
+There is one file per environment, in the format of `protocol/snapshot.py`. Files are replaced
+atomically; only the time of the last confirmation is updated in place, by a single write within the
+first block.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ import msgspec
 
 from relay.errors import InvalidData
 from relay.files import make_directory, open_private
-from relay.log import Log
 from relay.model.credential import SDKKey
 from relay.model.payload import EMPTY, Change, Payload
-from relay.protocol import snapshot as grammar
+from relay.protocol import snapshot as snapshot_format
 from relay.protocol.snapshot import HEADER_SIZE, Header, UnknownFormat
 from relay.reasons import describe
 from relay.stores import Key, Stored, StoreStatus
+from relay.telemetry.log import Log
 
 MAX_SIZE = 512 * 1024 * 1024
-"""Bytes of a file that is read: several times what upstream may send at once; more is damage."""
+"""Maximum size of a file in bytes: several times the largest upstream message."""
 
-_WRITING = threading.Lock()
-"""Held while a file is read or written: environments share the disk and the interpreter."""
+_IO_LOCK = threading.Lock()
+"""Serialises reads and writes: environments share the disk and the interpreter."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """How often and how long a snapshot is written, in seconds.
+class SnapshotTimings:
+    """Delays and limits for writing, in seconds.
 
     Args:
-        gather: changes within this time are written together.
-        bytes_per_second: an environment that never rests is written at this rate on average, and
-            no faster: 20 GB a day, which no disk minds. So one of 50 MB is written every three
-            minutes at most, one of 500 KB every 2 seconds.
-        retry: between attempts while the disk does not work.
-        finish: for the last state, when the relay ends.
+        gather: time within which changes are written together.
+        bytes_per_second: maximum average write rate of an environment that changes all the time:
+            20 GB a day, which no disk minds. 50 MB are written at most every three minutes, 500 KB
+            every 2 seconds.
+        retry: delay between attempts while the disk fails.
+        finish: time limit for the last write when the relay ends.
     """
 
     gather: float = 2.0
@@ -60,14 +60,14 @@ class Pace:
     finish: float = 4.0
 
 
-class Snapshot:
-    """The copy of an environment's payload in a file.
+class SnapshotMirror:
+    """Mirror of an environment's payload in a file.
 
     Args:
-        directory: where it is; made for us alone if it does not exist.
-        sdk_key: the environment's. The file is bound to it and does not hold it.
+        directory: directory of the file; created with private permissions if missing.
+        sdk_key: the environment's SDK key. The file is bound to its hash and does not contain it.
         log: a logger that names the environment.
-        pace: how often it is written.
+        timings: delays and limits for writing.
     """
 
     status: StoreStatus | None = None
@@ -77,39 +77,43 @@ class Snapshot:
         directory: Path,
         sdk_key: SDKKey,
         log: Log,
-        pace: Pace = Pace(),
+        timings: SnapshotTimings = SnapshotTimings(),
     ) -> None:
-        self._file = _File(directory, hashlib.sha256(sdk_key.value.encode()).hexdigest())
+        self._file = _SnapshotFile(directory, hashlib.sha256(sdk_key.value.encode()).hexdigest())
         self._log = log
-        self._pace = pace
-        self._vouched: tuple[Payload, float] = (EMPTY, 0.0)
-        """What upstream last vouched for, and when, in Unix seconds: another process reads it."""
-        self._noted = asyncio.Event()
-        """Set while there is something to write."""
-        self._complete = asyncio.Event()
-        """Set while the file holds everything."""
-        self._complete.set()
-        self._hurry = asyncio.Event()
+        self._timings = timings
+        self._confirmed: tuple[Payload, float] = (EMPTY, 0.0)
+        """The data that upstream last confirmed, and the time in Unix seconds."""
+        self._dirty = asyncio.Event()
+        """Set while an update waits to be written."""
+        self._flushed = asyncio.Event()
+        """Set while the file contains the last update."""
+        self._flushed.set()
+        self._flush_requested = asyncio.Event()
         self._writing: asyncio.Future[None] | None = None
-        self._begun = -float("inf")
-        """The clock when the file was last begun to be written as a whole."""
-        self._troubled = False
+        self._last_full_write = -float("inf")
+        """Monotonic start time of the last write of the whole file."""
+        self._failing = False
+
+    def __repr__(self) -> str:
+        state = "flushed" if self._flushed.is_set() else "pending"
+        return f"<SnapshotMirror {self._file.path} {'failing' if self._failing else state}>"
 
     async def load(self) -> Stored | None:
-        """Return what the file holds; None without a file that can be used, which is said."""
+        """Return the content of the file; None if there is no file, or it is unusable (logged)."""
         try:
             return await _in_thread(self._file.load)
         except FileNotFoundError:
             pass
         except OSError as e:
-            self._begin_trouble("read", e)
+            self._begin_outage("read", e)
         except UnknownFormat as e:
             self._log.warning("Snapshot %s is not used: %s", self._file.path, e)
         except InvalidData as e:
             self._log.error("Snapshot %s: %s; it is set aside", self._file.path, e)
         return None
 
-    def follow(
+    def update(
         self,
         payload: Payload,
         change: Change | None,
@@ -117,172 +121,175 @@ class Snapshot:
         full: bool = False,
         unusable: Collection[Key] = (),
     ) -> None:
-        """Note that upstream vouches for `payload` now."""
+        """Schedule a write: upstream has just confirmed `payload`."""
         del change, full, unusable  # the file is written as a whole
-        self._vouched = (payload, time.time())
-        self._complete.clear()
-        self._noted.set()
+        self._confirmed = (payload, time.time())
+        self._flushed.clear()
+        self._dirty.set()
 
-    def hold(self) -> None:
-        """Note that upstream is lost. What it vouched for before stays worth keeping."""
+    def suspend(self) -> None:
+        """Do nothing: data that upstream confirmed earlier is worth keeping during an outage."""
 
-    async def written(self) -> None:
-        """Return once all that `follow` has noted is stored; waits as long as that takes."""
-        self._hurry.set()
-        await self._complete.wait()
+    async def flushed(self) -> None:
+        """Wait, without a timeout, until the last update is stored."""
+        self._flush_requested.set()
+        await self._flushed.wait()
 
     async def run(self) -> None:
-        """Write what `follow` noted until cancelled; then the last state, for a bounded time."""
+        """Write updates until cancelled; then write the last state, within a time limit."""
         try:
             while True:
-                await self._noted.wait()
-                await self._until_due()
+                await self._dirty.wait()
+                await self._wait_until_due()
                 writing = self._write()
                 await asyncio.wait({writing})
                 if isinstance(writing.exception(), OSError):
-                    self._noted.set()
-                    await asyncio.sleep(self._pace.retry)
+                    self._dirty.set()
+                    await asyncio.sleep(self._timings.retry)
                 else:
                     writing.result()
         finally:
             await self._finish()
 
-    async def _until_due(self) -> None:
-        """Wait, so that changes gather and the disk has rest; or until `written` is awaited."""
-        noted = time.monotonic()
-        while (delay := self._due(noted) - time.monotonic()) > 0:
+    async def _wait_until_due(self) -> None:
+        """Wait, to batch changes and limit the write rate, or until `flushed` is called."""
+        updated_at = time.monotonic()
+        while (delay := self._due_at(updated_at) - time.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
-                    await self._hurry.wait()
+                    await self._flush_requested.wait()
                     return
 
-    def _due(self, noted: float) -> float:
-        """Return the clock at which to write what was noted at `noted`."""
-        payload, _ = self._vouched
-        soon = noted + self._pace.gather
-        if self._file.holds(payload):
-            return soon  # only the time is renewed
-        return max(soon, self._begun + payload.size / self._pace.bytes_per_second)
+    def _due_at(self, updated_at: float) -> float:
+        """Return the monotonic time at which to write an update that came at `updated_at`."""
+        payload, _ = self._confirmed
+        earliest = updated_at + self._timings.gather
+        if self._file.contains(payload):
+            return earliest  # only the time is renewed
+        return max(earliest, self._last_full_write + payload.size / self._timings.bytes_per_second)
 
     def _write(self) -> asyncio.Future[None]:
-        """Begin to write what upstream vouched for."""
-        vouched = self._vouched
-        payload, confirmed = vouched
-        self._noted.clear()
-        self._hurry.clear()
-        if not self._file.holds(payload):
-            self._begun = time.monotonic()
+        """Start writing the confirmed data."""
+        snapshot = self._confirmed
+        payload, confirmed = snapshot
+        self._dirty.clear()
+        self._flush_requested.clear()
+        if not self._file.contains(payload):
+            self._last_full_write = time.monotonic()
         self._writing = _in_thread(lambda: self._file.store(payload, confirmed))
-        self._writing.add_done_callback(lambda done: self._note_written(done, vouched))
+        self._writing.add_done_callback(lambda future: self._write_done(future, snapshot))
         return self._writing
 
-    def _note_written(self, done: asyncio.Future[None], vouched: tuple[Payload, float]) -> None:
-        error = done.exception()
+    def _write_done(self, future: asyncio.Future[None], snapshot: tuple[Payload, float]) -> None:
+        error = future.exception()
         if isinstance(error, OSError):
-            self._begin_trouble("written", error)
+            self._begin_outage("written", error)
         elif error is None:
-            self._end_trouble()
-            if vouched is self._vouched:
-                self._complete.set()
+            self._end_outage()
+            if snapshot is self._confirmed:
+                self._flushed.set()
 
     async def _finish(self) -> None:
-        """Write what is not stored yet, but do not keep the process from ending."""
-        deadline = time.monotonic() + self._pace.finish
+        """Write the last update, but do not keep the process from ending."""
+        deadline = time.monotonic() + self._timings.finish
         if self._writing is not None:
-            await asyncio.wait({self._writing}, timeout=self._pace.finish)
-        if not self._complete.is_set() and (self._writing is None or self._writing.done()):
+            await asyncio.wait({self._writing}, timeout=self._timings.finish)
+        if not self._flushed.is_set() and (self._writing is None or self._writing.done()):
             await asyncio.wait({self._write()}, timeout=max(0.0, deadline - time.monotonic()))
-        if not self._complete.is_set() and not self._troubled:
+        if not self._flushed.is_set() and not self._failing:
             text = "Snapshot %s: the last state could not be written within %g s"
-            self._log.warning(text, self._file.path, self._pace.finish)
+            self._log.warning(text, self._file.path, self._timings.finish)
 
-    def _begin_trouble(self, what: str, error: OSError) -> None:
-        if not self._troubled:
-            self._troubled = True
+    def _begin_outage(self, operation: str, error: OSError) -> None:
+        if not self._failing:
+            self._failing = True
             text = "Snapshot %s cannot be %s: %s; trying again every %g s"
-            self._log.warning(text, self._file.path, what, describe(error), self._pace.retry)
+            self._log.warning(
+                text, self._file.path, operation, describe(error), self._timings.retry
+            )
 
-    def _end_trouble(self) -> None:
-        if self._troubled:
-            self._troubled = False
+    def _end_outage(self) -> None:
+        if self._failing:
+            self._failing = False
             self._log.info("Snapshot %s is written again", self._file.path)
 
 
-class _File:
-    """The file itself. Its methods block and raise `OSError`."""
+class _SnapshotFile:
+    """The snapshot file. Its methods block and raise `OSError`."""
 
     def __init__(self, directory: Path, environment: str) -> None:
         self._directory = directory
         self._environment = environment
-        # Part of the digest suffices to tell environments apart; the header has all of it.
+        # A part of the digest suffices to distinguish environments; the header has all of it.
         self._stem = f"environment-{environment[:16]}"
         self.path = directory / f"{self._stem}.snapshot"
         self._written: tuple[Payload, Header] | None = None
 
     def load(self) -> Stored | None:
-        """Return what the file holds, after clearing away what earlier processes left half done.
+        """Return the content of the file; remove unfinished files of killed processes first.
 
         Raises:
-            InvalidData: it is damaged. It has been set aside.
-            UnknownFormat: it is of another release or environment.
-            OSError: it cannot be read; `FileNotFoundError` if there is none.
+            InvalidData: the file is damaged; it has been renamed.
+            UnknownFormat: the file belongs to another release or environment.
+            OSError: the file cannot be read; `FileNotFoundError` if there is none.
         """
-        with _WRITING:
-            self._clean()
+        with _IO_LOCK:
+            self._remove_leftovers()
             try:
                 payload, header = self._read()
             except InvalidData:
                 with contextlib.suppress(OSError):
                     self.path.replace(self._directory / f"{self._stem}.damaged")
                 raise
-        return Stored(payload, age=grammar.age(header, time.time()))
+        return Stored(payload, age=snapshot_format.age(header, time.time()))
 
-    def holds(self, payload: Payload) -> bool:
-        """Whether we have written this payload into the file."""
+    def contains(self, payload: Payload) -> bool:
+        """Return whether this object has written `payload` into the file."""
         return self._written is not None and self._written[0] is payload
 
     def store(self, payload: Payload, confirmed: float) -> None:
-        """Make the file hold this: all of it, or only the time if it holds the payload already."""
-        with _WRITING:
+        """Write the payload, or only the time if the file holds the payload already."""
+        with _IO_LOCK:
             header = None
             if self._written is not None and self._written[0] is payload:
-                header = self._renewed(self._written[1], confirmed)
-            self._written = payload, header or self._replaced(payload, confirmed)
+                header = self._renew_time(self._written[1], confirmed)
+            self._written = payload, header or self._replace_file(payload, confirmed)
 
     def _read(self) -> tuple[Payload, Header]:
         with self.path.open("rb") as file:
             if os.fstat(file.fileno()).st_size > MAX_SIZE:
-                raise grammar.damaged(f"longer than {MAX_SIZE} bytes")
-            first = file.read(HEADER_SIZE)
+                raise snapshot_format.damaged(f"longer than {MAX_SIZE} bytes")
+            first_line = file.read(HEADER_SIZE)
             body = file.read()
-        header = grammar.header(first)
+        header = snapshot_format.header(first_line)
         if (header.environment, header.filter) != (self._environment, ""):
             raise UnknownFormat("it belongs to another environment")
-        return grammar.payload(header, body), header
+        return snapshot_format.payload(header, body), header
 
-    def _renewed(self, before: Header, confirmed: float) -> Header | None:
-        """Write the time in place; return None if the file is no longer the one that we wrote."""
+    def _renew_time(self, old_header: Header, confirmed: float) -> Header | None:
+        """Update the time in place; return None if another process has changed the file."""
         try:
             with self.path.open("r+b", buffering=0) as file:
-                if file.read(HEADER_SIZE) != grammar.first_line(before):
+                if file.read(HEADER_SIZE) != snapshot_format.first_line(old_header):
                     return None
-                after = msgspec.structs.replace(before, confirmed=confirmed)
-                os.pwrite(file.fileno(), grammar.first_line(after), 0)
+                new_header = msgspec.structs.replace(old_header, confirmed=confirmed)
+                os.pwrite(file.fileno(), snapshot_format.first_line(new_header), 0)
         except FileNotFoundError:
             return None
-        return after
+        return new_header
 
-    def _replaced(self, payload: Payload, confirmed: float) -> Header:
-        """Put a new file in the place of the old one, in one step."""
+    def _replace_file(self, payload: Payload, confirmed: float) -> Header:
+        """Replace the file atomically."""
         make_directory(self._directory)
         temporary = self._directory / f"{self._stem}.{secrets.token_hex(8)}.tmp"
         descriptor = open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells `_clean` that we are alive
-                header = self._fill(file.write, payload, confirmed)
+                # The lock tells `_remove_leftovers` that this process is alive.
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                header = self._write_items(file.write, payload, confirmed)
                 file.flush()
-                os.pwrite(descriptor, grammar.first_line(header), 0)
+                os.pwrite(descriptor, snapshot_format.first_line(header), 0)
                 os.fsync(descriptor)
                 temporary.replace(self.path)
         except BaseException:
@@ -291,19 +298,21 @@ class _File:
         _sync_directory(self._directory)
         return header
 
-    def _fill(self, write: Callable[[bytes], object], payload: Payload, confirmed: float) -> Header:
-        """Write all items behind room for the header, and return the header."""
+    def _write_items(
+        self, write: Callable[[bytes], object], payload: Payload, confirmed: float
+    ) -> Header:
+        """Write blanks in place of the header, then all items; return the header."""
         write(b" " * HEADER_SIZE)
         size, checksum = 0, hashlib.sha256()
-        for chunk in grammar.chunks(payload):
+        for chunk in snapshot_format.chunks(payload):
             write(chunk)
             checksum.update(chunk)
             size += len(chunk)
         digest = checksum.hexdigest()
         return Header(self._environment, "", confirmed, len(payload), size, digest)
 
-    def _clean(self) -> None:
-        """Remove what a killed process left half written; what a living one writes is locked."""
+    def _remove_leftovers(self) -> None:
+        """Remove unfinished files of killed processes; those of living ones are locked."""
         for leftover in self._directory.glob(f"{self._stem}.*.tmp"):
             with contextlib.suppress(OSError), leftover.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -311,7 +320,7 @@ class _File:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make a new name last. Where directories cannot be synchronised, the system sees to it."""
+    """Make a rename durable; ignored where directories cannot be synchronised."""
     with contextlib.suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -321,27 +330,27 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
-    """Do work in a thread that, unlike those of the loop's executor, cannot hold up the end.
+    """Run `work` in a daemon thread.
 
-    A disk that hangs would.
+    Threads of the loop's executor would keep the process from ending while a disk hangs.
     """
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
+    future: asyncio.Future[T] = loop.create_future()
 
-    def settle(result: Callable[[], None]) -> None:
-        if not done.cancelled():
-            result()
+    def deliver(set_outcome: Callable[[], None]) -> None:
+        if not future.cancelled():
+            set_outcome()
 
     def run() -> None:
         try:
             value = work()
-        except BaseException as e:  # noqa: BLE001 - raised again where the result is awaited
+        except BaseException as e:  # noqa: BLE001 - raised again where the future is awaited
             error = e
-            result = lambda: done.set_exception(error)  # noqa: E731
+            set_outcome = lambda: future.set_exception(error)  # noqa: E731
         else:
-            result = lambda: done.set_result(value)  # noqa: E731
-        with contextlib.suppress(RuntimeError):  # the loop has ended without us
-            loop.call_soon_threadsafe(settle, result)
+            set_outcome = lambda: future.set_result(value)  # noqa: E731
+        with contextlib.suppress(RuntimeError):  # the loop has ended in the meantime
+            loop.call_soon_threadsafe(deliver, set_outcome)
 
     threading.Thread(target=run, name="snapshot", daemon=True).start()
-    return done
+    return future

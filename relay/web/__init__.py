@@ -1,1 +1,1 @@
-"""What the relay offers over HTTP."""
+"""The HTTP side of the relay: the application, and the fast path before it."""

@@ -1,6 +1,7 @@
-"""The application: the whole route table, and how errors become answers (endpoints 1.1).
+"""The application: the complete route table, and the responses to errors (endpoints 1.1).
 
-Behind the front door, which takes the hot requests; this has all routes, and the same bytes.
+The fast path takes the hot requests before they get here. The application has every route, and its
+responses are byte for byte those of the fast path.
 """
 
 from __future__ import annotations
@@ -17,68 +18,69 @@ from starlette.types import ASGIApp
 
 from relay.environment import Environment
 from relay.relay import Relay
-from relay.web import metrics, status
-from relay.web.answers import (
+from relay.telemetry.traffic import RequestMetrics, Series
+from relay.web.access_log import AccessLogMiddleware
+from relay.web.endpoints import metrics, status
+from relay.web.endpoints.evaluation import EvaluationHandler
+from relay.web.endpoints.events import EventsHandler
+from relay.web.endpoints.goals import GoalsHandler
+from relay.web.endpoints.polling import PollingHandler
+from relay.web.endpoints.streams import STREAMS, ClientStreams, StreamResponse
+from relay.web.endpoints.webhooks import PATH as WEBHOOK
+from relay.web.endpoints.webhooks import WebhooksHandler
+from relay.web.fastpath.events import BROWSERS, ROUTES
+from relay.web.middleware import PathNormalizationMiddleware, ServerErrorMiddleware
+from relay.web.responses import (
     FDV1_INSTEAD,
     NO_DATA,
     NOT_FOUND,
-    Answer,
+    PreparedResponse,
 )
-from relay.web.endpoint import (
+from relay.web.routing import (
     BROWSER,
     FDV2_CLIENT,
     MOBILE,
     SERVER,
-    Access,
-    Endpoint,
-    Respond,
+    AuthenticatedRoute,
+    Handler,
+    RouteAuth,
     header,
     user_agent,
 )
-from relay.web.evaluation import Evaluation
-from relay.web.events import Events
-from relay.web.goals import Goals
-from relay.web.middleware import CanonicalPaths, Defects
-from relay.web.polling import Polling
-from relay.web.posting import BROWSERS, ROUTES
-from relay.web.streams import STREAMS, ClientStreams, StreamResponse
-from relay.web.traffic import RequestLog, Series, Traffic
-from relay.web.webhooks import PATH as WEBHOOK
-from relay.web.webhooks import Webhooks
 
 GET, REPORT, POST = ("GET",), ("REPORT",), ("POST",)
 GET_, REPORT_ = ("GET", "OPTIONS"), ("REPORT", "OPTIONS")
 POST_REPORT_ = ("POST", "REPORT", "OPTIONS")
 REPORT_POST, REPORT_POST_ = ("REPORT", "POST"), ("REPORT", "POST", "OPTIONS")
 
-Row = tuple[str, Sequence[str], Access, Respond]
+Row = tuple[str, Sequence[str], RouteAuth, Handler]
 
 
 def _table(
-    poll: Respond,
-    stream: Respond,
+    poll: Handler,
+    stream: Handler,
     *,
     streams: ClientStreams,
-    events: Events,
-    evaluation: Evaluation,
-    goals: Goals,
+    events: EventsHandler,
+    evaluation: EvaluationHandler,
+    goals: GoalsHandler,
 ) -> Sequence[Row]:
-    """Return the authenticated routes; the first that matches counts.
+    """Return the authenticated routes; the first match wins.
 
-    Routes are tried in turn, so those of events, which are busy, come first.
+    Routes are tried in order, so the busy events routes come first.
     """
-    in_path = {each: evaluation.in_path(each.audience) for each in (SERVER, MOBILE, BROWSER)}
-    in_body = {each: evaluation.in_body(each.audience) for each in (SERVER, MOBILE, BROWSER)}
+    in_path = {auth: evaluation.in_path(auth.sdk_kind) for auth in (SERVER, MOBILE, BROWSER)}
+    in_body = {auth: evaluation.in_body(auth.sdk_kind) for auth in (SERVER, MOBILE, BROWSER)}
     fdv1 = _always(FDV1_INSTEAD)
     return (
         *(
             (
-                each.template,
-                BROWSERS if each.access is BROWSER else POST,
-                each.access,
-                events.posts(each.endpoint),
+                route.template,
+                BROWSERS if route.auth is BROWSER else POST,
+                route.auth,
+                events.handler(route.endpoint),
             )
-            for each in ROUTES.values()
+            for route in ROUTES.values()
         ),
         ("/a/{envId}.gif", GET_, BROWSER, events.image),
         ("/all", GET, SERVER, stream),
@@ -123,33 +125,33 @@ def _table(
 
 def make_app(
     relay: Relay,
-    polling: Polling,
-    traffic: Traffic,
-    events: Events | None = None,
-    webhooks: Webhooks | None = None,
+    polling: PollingHandler,
+    traffic: RequestMetrics,
+    events: EventsHandler | None = None,
+    webhooks: WebhooksHandler | None = None,
     *,
-    evaluation: Evaluation | None = None,
-    goals: Goals | None = None,
+    evaluation: EvaluationHandler | None = None,
+    goals: GoalsHandler | None = None,
 ) -> ASGIApp:
     """Return the application.
 
     Args:
-        relay: what is served.
-        polling: answers polls; the front door has the same.
-        traffic: counts requests; the front door has the same.
-        events: takes events; None if they are off.
-        webhooks: takes webhooks; None if they are off.
-        evaluation: evaluates flags; the front door has the same.
-        goals: gives goals; None where there are none.
+        relay: to serve.
+        polling: handles polls; shared with the fast path.
+        traffic: counts requests; shared with the fast path.
+        events: handles events; None if they are disabled.
+        webhooks: handles webhooks; None if they are disabled.
+        evaluation: handles evaluations; shared with the fast path.
+        goals: serves goals; None to serve an empty list.
     """
-    evaluation = evaluation or Evaluation()
+    evaluation = evaluation or EvaluationHandler()
     table = _table(
         _poll(polling),
         _stream(traffic),
-        streams=ClientStreams(traffic, evaluation.room),
-        events=events or Events(),
+        streams=ClientStreams(traffic, evaluation.budget),
+        events=events or EventsHandler(),
         evaluation=evaluation,
-        goals=goals or Goals(),
+        goals=goals or GoalsHandler(),
     )
     pages = (
         ("/status", lambda _: status.overview(relay, traffic)),
@@ -161,19 +163,19 @@ def make_app(
         ("/metrics", lambda _: metrics.page(relay, traffic)),
     )
     endpoints = [
-        (path, methods, Endpoint(relay, traffic, path, methods, access, respond))
-        for path, methods, access, respond in table
+        (path, methods, AuthenticatedRoute(relay, traffic, path, methods, auth, handler))
+        for path, methods, auth, handler in table
     ]
     app = Starlette(
         routes=[
             *(Route(path, endpoint, methods=methods) for path, methods, endpoint in endpoints),
-            *(Route(path, _page(answer), methods=GET) for path, answer in pages),
+            *(Route(path, _page(render), methods=GET) for path, render in pages),
             *([Route(WEBHOOK, webhooks, methods=POST)] if webhooks else []),
         ],
         middleware=[
-            *([Middleware(RequestLog)] if traffic.logs else []),
-            Middleware(Defects),
-            Middleware(CanonicalPaths),
+            *([Middleware(AccessLogMiddleware)] if traffic.logs else []),
+            Middleware(ServerErrorMiddleware),
+            Middleware(PathNormalizationMiddleware),
         ],
         exception_handlers={404: _not_found, 405: _not_allowed},
     )
@@ -181,50 +183,50 @@ def make_app(
     return app
 
 
-def make_exporter(relay: Relay, traffic: Traffic, prefix: str) -> ASGIApp:
-    """Return what is served on the port of `[Prometheus]`: the reference's figures, then ours."""
+def make_exporter(relay: Relay, traffic: RequestMetrics, prefix: str) -> ASGIApp:
+    """Return the application on the port of `[Prometheus]`: ld-relay's metrics, then our own."""
     page = _page(lambda _: metrics.exporter_page(relay, traffic, prefix))
     return Starlette(
         routes=[Route("/metrics", page, methods=GET)],
-        middleware=[Middleware(Defects)],
+        middleware=[Middleware(ServerErrorMiddleware)],
         exception_handlers={404: _not_found, 405: _not_allowed},
     )
 
 
 async def _not_found(_request: Request, _error: Exception) -> Response:
-    return NOT_FOUND.as_response()
+    return NOT_FOUND.to_starlette()
 
 
 async def _not_allowed(_request: Request, error: Exception) -> Response:
     methods = error.headers["Allow"] if isinstance(error, HTTPException) and error.headers else ""
     allow = ", ".join(sorted(methods.split(", ")))
-    return Answer(405, ((b"allow", allow.encode()),)).as_response()
+    return PreparedResponse(405, ((b"allow", allow.encode()),)).to_starlette()
 
 
-def _page(answer: Callable[[str], Answer]) -> Callable[[Request], Awaitable[Response]]:
+def _page(render: Callable[[str], PreparedResponse]) -> Callable[[Request], Awaitable[Response]]:
     async def page(request: Request) -> Response:
-        return answer(request.path_params.get("environment", "")).as_response()
+        return render(request.path_params.get("environment", "")).to_starlette()
 
     return page
 
 
-def _always(answer: Answer) -> Respond:
+def _always(response: PreparedResponse) -> Handler:
     async def respond(_request: Request, _environment: Environment) -> Response:
-        return answer.as_response()
+        return response.to_starlette()
 
     return respond
 
 
-def _poll(polling: Polling) -> Respond:
+def _poll(polling: PollingHandler) -> Handler:
     async def respond(request: Request, environment: Environment) -> Response:
         none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
-        answer = await polling.complete(environment, request.scope["path"], none_match, encoding)
-        return (answer or NO_DATA).as_response()
+        response = await polling.complete(environment, request.scope["path"], none_match, encoding)
+        return (response or NO_DATA).to_starlette()
 
     return respond
 
 
-def _stream(traffic: Traffic) -> Respond:
+def _stream(traffic: RequestMetrics) -> Handler:
     async def respond(request: Request, environment: Environment) -> Response:
         path = request.scope["path"]
         agent = user_agent(traffic, request)

@@ -1,4 +1,4 @@
-"""What browsers need to be told before their code may read an answer (endpoints 1.3)."""
+"""CORS headers, without which scripts in browsers may not read a response (endpoints 1.3)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from functools import lru_cache
 
 from relay.model.environment import EnvironmentSpec
 from relay.model.text import header_value
-from relay.web.answers import Headers
+from relay.web.responses import Headers
 
 ALLOWED_HEADERS = (
     *("Cache-Control", "Content-Type", "Content-Length", "Accept-Encoding"),
     *("X-LaunchDarkly-User-Agent", "X-LaunchDarkly-Payload-ID", "X-LaunchDarkly-Wrapper"),
     *("X-LaunchDarkly-Event-Schema", "X-LaunchDarkly-Tags"),
 )
-"""Request headers that every SDK may send; environments may allow more."""
+"""Request headers that SDKs may send; an environment may allow more."""
 
 MAX_AGE = 300
-"""Seconds for which a browser need not ask again."""
+"""Seconds for which a browser may cache a preflight."""
 
 MAX_KNOWN = 1024
-"""Pairs of environment and origin whose headers are at hand; each is some hundred bytes."""
+"""Cached header sets, by environment and origin; each takes some hundred bytes."""
 
 
 def cors_headers(
@@ -29,11 +29,11 @@ def cors_headers(
     methods: Sequence[str],
     exposed: Sequence[str] = ("Date",),
 ) -> dict[str, str]:
-    """Return the headers of an answer that browsers may read, errors included.
+    """Return the CORS headers of a response; errors need them, too.
 
     Args:
-        spec: the environment; None if the request named none.
-        origin: the request header; empty if there is none.
+        spec: of the environment; None if the request names none.
+        origin: the request header; empty without one.
         methods: of the route.
         exposed: response headers that scripts may read.
     """
@@ -52,16 +52,16 @@ def cors_headers(
 def cors_lines(
     spec: EnvironmentSpec, origin: bytes, methods: tuple[str, ...], exposed: tuple[str, ...]
 ) -> Headers:
-    """Return the same as the front door writes it, and that it depends on the origin.
+    """Return the headers of `cors_headers` and `Vary: Origin` as the fast path writes them.
 
     Args:
-        spec: the environment.
-        origin: the request header; empty if there is none.
+        spec: of the environment.
+        origin: the request header; empty without one.
         methods: of the route.
         exposed: response headers that scripts may read.
     """
-    given = cors_headers(spec, origin.decode("latin-1"), methods, exposed)
-    lines = ((name.encode(), value.encode("latin-1")) for name, value in given.items())
+    headers = cors_headers(spec, origin.decode("latin-1"), methods, exposed)
+    lines = ((name.encode(), value.encode("latin-1")) for name, value in headers.items())
     return (*lines, (b"vary", b"Origin"))
 
 
@@ -75,5 +75,5 @@ def _allowed_origin(spec: EnvironmentSpec | None, origin: str) -> str:
 
 
 def _as_header(text: str) -> str:
-    """Return what is sent of a text that the configuration, or a request, has brought."""
+    """Return a text from the configuration or a request as a safe header value."""
     return header_value(text.encode("latin-1", "replace")).decode("latin-1")

@@ -1,4 +1,4 @@
-"""What happens to a request before it is routed, and to one that we fail to answer."""
+"""Middleware: normalization of paths before routing, and unexpected exceptions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import quote
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relay.model.text import header_value
-from relay.web.answers import BAD_ESCAPE, Answer
+from relay.web.responses import BAD_ESCAPE, PreparedResponse
 
 _BROKEN_ESCAPE = re.compile(rb"%(?![0-9a-fA-F]{2})")
 _UNESCAPED = "/!$&'()*+,;=:@~"
@@ -18,25 +18,25 @@ _UNESCAPED = "/!$&'()*+,;=:@~"
 _log = logging.getLogger("relay.web")
 
 
-class CanonicalPaths:
-    """Middleware that lets only well-formed, canonical paths through (endpoints 1.1)."""
+class PathNormalizationMiddleware:
+    """Middleware that passes on well-formed, canonical paths only (endpoints 1.1)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, redirect, or pass on."""
-        answer = _objection(scope)
-        if answer is None:
+        """Refuse, redirect or pass on a request."""
+        response = _early_response(scope)
+        if response is None:
             await self._app(scope, receive, send)
         else:
-            await answer.as_response()(scope, receive, send)
+            await response.to_starlette()(scope, receive, send)
 
 
-def _objection(scope: Scope) -> Answer | None:
+def _early_response(scope: Scope) -> PreparedResponse | None:
     path: str = scope["path"]
     if path == "*" and scope["method"] == "OPTIONS":
-        return Answer(200)  # a question to the server as such
+        return PreparedResponse(200)  # addressed to the server itself
     if _BROKEN_ESCAPE.search(scope["raw_path"]):
         return BAD_ESCAPE
     clean = canonical(path)
@@ -45,37 +45,37 @@ def _objection(scope: Scope) -> Answer | None:
     location = quote(clean, safe=_UNESCAPED).encode()
     if scope["query_string"]:
         location += b"?" + scope["query_string"]
-    return Answer(301, ((b"location", header_value(location)),))
+    return PreparedResponse(301, ((b"location", header_value(location)),))
 
 
 def canonical(path: str) -> str:
-    """Return a path without empty, `.` and `..` segments; a slash at its end stays.
+    """Return a path without empty, `.` and `..` segments; a trailing slash stays.
 
-    It begins with exactly one slash, so that a redirection to it never leaves this host.
+    The result begins with exactly one slash, so that a redirect to it never leaves this host.
     """
     clean = normpath("/" + path.lstrip("/"))
     return clean + "/" if path.endswith("/") and clean != "/" else clean
 
 
-class Defects:
+class ServerErrorMiddleware:
     """Middleware that turns an unexpected exception into a 500, logged once."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything through."""
+        """Pass a request through; respond with a 500 if that fails."""
         started = False
 
-        async def noting(message: Message) -> None:
+        async def send_and_mark_started(message: Message) -> None:
             nonlocal started
             started = True
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, send_and_mark_started)
         except Exception:
             if started:
-                raise  # the server logs it and cuts the connection
-            _log.exception("A request could not be answered because of a defect of ours")
-            await Answer(500).as_response()(scope, receive, send)
+                raise  # too late for a 500; the server logs it and closes the connection
+            _log.exception("A request could not be answered because of an unexpected error")
+            await PreparedResponse(500).to_starlette()(scope, receive, send)

@@ -1,4 +1,4 @@
-"""File and environment are merged first and validated after; all problems come at once."""
+"""File and environment are merged, then validated; all errors are reported together."""
 
 import re
 import tempfile
@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.config.load import load
+from relay.config.render import quoted
 from relay.config.schema import Config, Option, Support, options
-from relay.config.show import quoted
-from relay.config.values import BOOLEAN, HEADER_NAMES, ORIGINS
+from relay.config.types import BOOLEAN, HEADER_NAMES, ORIGINS
 from relay.errors import ConfigError
 
 
@@ -79,19 +79,17 @@ def problems(variables: Mapping[str, str]) -> tuple[str, ...]:
         ({"USE_DYNAMODB": "1"}, "[DynamoDB] enabled is not supported in this release (USE_DYNAMODB)"),
         ({"USE_CONSUL": "1"}, "[Consul] host is not supported in this release (USE_CONSUL)"),
         ({"USE_CONSUL": "1", "CONSUL_HOST": "h"}, "[Consul] host is not supported in this release (CONSUL_HOST)"),
-        ({"USE_DATADOG": "1"}, "[Datadog] enabled is not supported in this release; the relay's figures are at /metrics, for Prometheus (USE_DATADOG)"),
-        ({"USE_STACKDRIVER": "1"}, "[Stackdriver] enabled is not supported in this release; the relay's figures are at /metrics, for Prometheus (USE_STACKDRIVER)"),
-        ({"USE_OTLP": "1"}, "[OpenTelemetry] enabled is not supported in this release; the relay's figures are at /metrics, for Prometheus (USE_OTLP)"),
+        ({"USE_DATADOG": "1"}, "[Datadog] enabled is not supported in this release; the relay's metrics are at /metrics, for Prometheus (USE_DATADOG)"),
+        ({"USE_STACKDRIVER": "1"}, "[Stackdriver] enabled is not supported in this release; the relay's metrics are at /metrics, for Prometheus (USE_STACKDRIVER)"),
+        ({"USE_OTLP": "1"}, "[OpenTelemetry] enabled is not supported in this release; the relay's metrics are at /metrics, for Prometheus (USE_OTLP)"),
         ({"PROMETHEUS_PREFIX": "9 x"}, "Prometheus prefix must consist of letters, digits and _, and begin with no digit (PROMETHEUS_PREFIX)"),
         ({"PROMETHEUS_PORT": "70000"}, "Prometheus port must not be greater than 65535 (PROMETHEUS_PORT)"),
         ({"USE_PROMETHEUS": "1", "PROMETHEUS_PORT": "8030"}, "Prometheus port must not be the port of the relay (PROMETHEUS_PORT)"),
         ({"PROXY_AUTH_NTLM": "1", "PROXY_URL": "http://p", "PROXY_AUTH_USER": "u", "PROXY_AUTH_PASSWORD": "p"}, "[Proxy] ntlmAuth is not supported in this release (PROXY_AUTH_NTLM)"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_as_the_reference_says_it(
-    variables: dict[str, str], problem: str
-) -> None:
-    """Each rule has its sentence, and where the options were given."""
+def test_errors_use_the_words_of_ld_relay(variables: dict[str, str], problem: str) -> None:
+    """Each rule has its message, with the sources of the options."""
     assert problems(variables) == (problem,)
 
 
@@ -176,21 +174,21 @@ PREFIX_MISSING = "does not have a prefix specified for database storage"
         ),
     ],
 )  # fmt: skip
-def test_what_is_refused_is_checked_all_the_same(
+def test_unsupported_options_are_checked_too(
     variables: dict[str, str], expected: list[str]
 ) -> None:
-    """The reference's rules on what this release refuses; the refusals themselves left out."""
+    """ld-relay's rules on options that this release does not support, without the refusals."""
     assert [p for p in problems(variables) if not REFUSED.search(p)] == expected
 
 
 def test_all_problems_come_at_once() -> None:
-    """Nobody has to start the relay once for each mistake."""
+    """All mistakes are reported together."""
     variables = {"PORT": "x", "LOG_LEVEL": "y", "TLS_ENABLED": "1", "LD_ENV_a": "", "WORKERS": "2"}
     assert len(problems(variables)) == len(variables)
 
 
-def test_a_file_that_cannot_be_read_hides_no_other_problem_and_makes_none(tmp_path: Path) -> None:
-    """What depends on the file is not guessed at."""
+def test_an_unreadable_file_neither_hides_nor_causes_other_errors(tmp_path: Path) -> None:
+    """Nothing that depends on its content is reported."""
     path = tmp_path / "relay.conf"
     path.write_text("[Main")
     with pytest.raises(ConfigError) as caught:
@@ -201,7 +199,7 @@ def test_a_file_that_cannot_be_read_hides_no_other_problem_and_makes_none(tmp_pa
 
 
 def test_a_variable_completes_a_section_of_the_file(tmp_path: Path) -> None:
-    """The file may leave the SDK key to the environment; the environment stands above the file."""
+    """A section may be split between file and variables; variables override the file."""
     path = tmp_path / "relay.conf"
     path.write_text(
         '[main]\nport = 1\n[Environment "Shop"]\nprefix = "p"\nallowedOrigin = http://a\n'
@@ -213,8 +211,8 @@ def test_a_variable_completes_a_section_of_the_file(tmp_path: Path) -> None:
     assert (config.main.port, shop.name, shop.prefix) == (2, "Shop", "p")
     assert shop.sdk_key.reveal() == "sdk-1"
     assert shop.allowed_origin == ("http://a", "http://b", "http://c")
-    assert config.given["Main.port"] == "PORT"
-    assert config.given['Environment "Shop".prefix'] == f"{path}:4"
+    assert config.sources["Main.port"] == "PORT"
+    assert config.sources['Environment "Shop".prefix'] == f"{path}:4"
 
 
 @pytest.mark.parametrize(
@@ -236,8 +234,8 @@ def test_a_variable_completes_a_section_of_the_file(tmp_path: Path) -> None:
         ('[Main]\nlogLevel = "', 'failed to read configuration file "PATH": PATH:2:13: string not terminated'),
     ],
 )  # fmt: skip
-def test_mistakes_in_a_file_name_their_line(tmp_path: Path, text: str, problem: str) -> None:
-    """Each problem of the file tells where it is."""
+def test_errors_in_a_file_name_their_line(tmp_path: Path, text: str, problem: str) -> None:
+    """Each error in a file has its position."""
     path = tmp_path / "relay.conf"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -261,8 +259,8 @@ def test_a_hundred_environments() -> None:
     )
 
 
-def test_what_a_later_release_brings_is_accepted_with_a_warning() -> None:
-    """Nothing is ignored in silence."""
+def test_options_of_a_later_release_are_accepted_with_a_warning() -> None:
+    """No option is silently ignored."""
     warnings = from_env(
         {"BIG_SEGMENTS_STALE_AS_DEGRADED": "1", "LD_TRACE_LOG_BIG_SEGMENTS": "1"}
     ).warnings
@@ -287,15 +285,13 @@ def test_what_a_later_release_brings_is_accepted_with_a_warning() -> None:
         ({"USE_REDIS": "1", "LD_ENV_a": "k"}, f'environment "a" {PREFIX_MISSING}; this would be an error if multiple environments were configured (LD_ENV_a)'),
     ],
 )  # fmt: skip
-def test_what_the_operator_should_know_is_a_warning(
-    variables: dict[str, str], warning: str
-) -> None:
-    """The relay starts, as the reference does, and says what nobody can have wanted."""
+def test_questionable_options_cause_a_warning(variables: dict[str, str], warning: str) -> None:
+    """The relay starts, like ld-relay, and warns of settings that are probably a mistake."""
     assert warning in from_env(variables).warnings
 
 
-def test_nothing_to_warn_of() -> None:
-    """What is empty or switched off on purpose is not worth a word; nor are other programs'."""
+def test_harmless_settings_cause_no_warning() -> None:
+    """Empty variables, disabled features and variables of other programs are not mentioned."""
     variables = {
         "LD_ENV_a": "k",
         "LD_ENV_b": "l",
@@ -310,16 +306,16 @@ def test_nothing_to_warn_of() -> None:
     assert (config.warnings, config.redis) == ((), None)
 
 
-def test_of_usage_metrics_a_thousand_are_kept_at_least() -> None:
-    """As the late reference does."""
+def test_the_capacity_of_usage_metrics_has_a_minimum() -> None:
+    """It is raised to 1000, as in recent ld-relay."""
     config = from_env({"EVENTS_METRICS_CAPACITY": "5"})
     assert config.events.metrics_capacity == 1000
     expected = "[Events] metricsCapacity is taken as 1000, the least possible"
     assert f"{expected} (EVENTS_METRICS_CAPACITY)" in config.warnings
 
 
-def test_a_section_of_redis_without_a_server_is_said(tmp_path: Path) -> None:
-    """A password alone switches nothing on."""
+def test_a_redis_section_without_a_server_causes_a_warning(tmp_path: Path) -> None:
+    """A password alone enables nothing."""
     path = tmp_path / "relay.conf"
     path.write_text("[Redis]\npassword = p\n")
     config = load(str(path), False, False, {})
@@ -339,15 +335,15 @@ def test_a_section_of_redis_without_a_server_is_said(tmp_path: Path) -> None:
         ({"USE_REDIS": "1", "REDIS_TLS": "1"}, "rediss://localhost:6379"),
     ],
 )
-def test_redis_is_found(variables: dict[str, str], url: str) -> None:
+def test_the_redis_url_is_complete(variables: dict[str, str], url: str) -> None:
     """Host and port become a URL."""
     redis = from_env(variables).redis
     assert redis
     assert redis.url == url
 
 
-def test_a_variable_replaces_what_the_file_says_of_redis(tmp_path: Path) -> None:
-    """File and environment are merged before anything is made of them; a file switches it on."""
+def test_a_variable_overrides_redis_options_of_the_file(tmp_path: Path) -> None:
+    """File and variables are merged before they are interpreted; the file enables Redis."""
     path = tmp_path / "relay.conf"
     path.write_text("[Redis]\nhost = file\nport = 1\n")
     config = load(str(path), True, False, {"REDIS_HOST": "variable"})
@@ -355,8 +351,8 @@ def test_a_variable_replaces_what_the_file_says_of_redis(tmp_path: Path) -> None
     assert config.redis.url == "redis://variable:1"
 
 
-def test_an_empty_variable_takes_back_what_the_file_says(tmp_path: Path) -> None:
-    """Texts become empty, other types their default; booleans and lists stay."""
+def test_an_empty_variable_unsets_an_option_of_the_file(tmp_path: Path) -> None:
+    """Texts become empty, other types get their default; booleans and lists are unchanged."""
     path = tmp_path / "relay.conf"
     path.write_text(
         "[Main]\ninitTimeout = 1s\ntlsCert = c\nexitAlways = on\nlogLevel = warn\n"
@@ -369,12 +365,12 @@ def test_an_empty_variable_takes_back_what_the_file_says(tmp_path: Path) -> None
     assert (main.init_timeout, main.tls_cert, main.exit_always) == (10.0, "", True)
     assert main.log_level == "info"
     assert (a.sdk_key.reveal(), a.allowed_origin, a.prefix) == ("k2", ("http://x",), "")
-    assert config.given['Environment "a".allowed_origin'] == f"{path}:8"
-    assert "Main.init_timeout" not in config.given
+    assert config.sources['Environment "a".allowed_origin'] == f"{path}:8"
+    assert "Main.init_timeout" not in config.sources
 
 
 def test_repeated_options_of_a_file(tmp_path: Path) -> None:
-    """The last counts, lists grow, sections are merged whatever their case."""
+    """The last value wins, lists are combined, section names are not case-sensitive."""
     path = tmp_path / "relay.conf"
     path.write_text(
         "[MAIN]\nPORT = 1\n[Proxy]\ncaCertFiles = a,b\n[main]\nport = 2 ; not 3\n"
@@ -394,8 +390,8 @@ def test_repeated_options_of_a_file(tmp_path: Path) -> None:
         ("http://relay:1", ("http://relay:1", "http://relay:1")),
     ],
 )  # fmt: skip
-def test_the_base_addresses(base: str | None, expected: tuple[str, str]) -> None:
-    """The old default is the new one; what was changed is changed for browsers, too."""
+def test_the_base_urls(base: str | None, expected: tuple[str, str]) -> None:
+    """ld-relay's old default becomes the new one; another base URL also applies to browsers."""
     main = from_env({"BASE_URI": base} if base else {}).main
     assert (main.base_uri, main.client_side_base_uri) == expected
 
@@ -403,7 +399,7 @@ def test_the_base_addresses(base: str | None, expected: tuple[str, str]) -> None
 def test_without_any_flag_the_environment_is_read_if_there_is_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a container needs nothing but `-e LD_ENV_x=…`; a file alone comes first."""
+    """A container needs only `-e LD_ENV_x=…`; a default file replaces the variables."""
     path = tmp_path / "ld-relay.conf"
     monkeypatch.setattr("relay.config.load.DEFAULT_FILE", str(path))
     assert load("", False, False, {"PORT": "1"}).main.port == 1
@@ -420,7 +416,7 @@ BOTH = [
 PER_ENVIRONMENT = [option for option in options("Environment") if option.variable]
 lines = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
 names = lines.filter(lambda name: name and not set(name) & set("()"))
-"""Without what encloses the sources of a problem."""
+"""Names without the parentheses that enclose the sources of an error."""
 urls = st.sampled_from(["http://h", "https://u:p%40@h:1/x?y=1", "HTTP://[::1]:8030"])
 words = st.sampled_from(["streaming", "JSON", "text", "polling", "debug", "None", "1.2", "1.3"])
 numbers = st.integers(1, 70000).map(str)
@@ -440,25 +436,25 @@ origins = st.sampled_from(
 
 
 def text_of(option: Option) -> st.SearchStrategy[str]:
-    """Texts that an option may have: of its type, though maybe against a rule; or empty."""
+    """Texts for an option: of its type, though maybe against a rule; or empty."""
     if option.attribute == "url" and option.section == "Redis":
         right = st.sampled_from(["redis://u:p@h:1/2", "rediss://h", "http://h"])
-    elif option.kind.name in texts:
-        right = texts[option.kind.name]
-    elif option.kind is ORIGINS:
+    elif option.type.name in texts:
+        right = texts[option.type.name]
+    elif option.type is ORIGINS:
         right = origins
-    elif option.kind is HEADER_NAMES:
+    elif option.type is HEADER_NAMES:
         right = st.sampled_from(["X-A", "X-A , X-B,", "X A", ","])
-    elif option.kind.is_text or option.kind.is_list:
+    elif option.type.is_text or option.type.is_list:
         right = lines
     else:
-        right = words.filter(lambda word: f"`{word.lower()}`" in option.kind.name)
-    return right if option.kind is BOOLEAN else right | st.just("")
+        right = words.filter(lambda word: f"`{word.lower()}`" in option.type.name)
+    return right if option.type is BOOLEAN else right | st.just("")
 
 
 @st.composite
 def settings_of_both(draw: st.DrawFn) -> tuple[str, dict[str, str]]:
-    """The text of a file, and variables that say the same."""
+    """The text of a file, and equivalent variables."""
     file, variables = "", {}
     for option in draw(st.lists(st.sampled_from(BOTH), unique=True, max_size=9)):
         text = draw(text_of(option))
@@ -479,17 +475,17 @@ def settings_of_both(draw: st.DrawFn) -> tuple[str, dict[str, str]]:
     return file, variables
 
 
-def outcome(names: Mapping[str, str], *arguments: Any) -> Config | list[str]:
-    """What a configuration amounts to, without the places where it was given."""
+def load_result(names: Mapping[str, str], *arguments: Any) -> Config | list[str]:
+    """Return the resulting configuration or errors, without sources."""
     try:
         config = load(*arguments)
     except ConfigError as e:
-        found = [re.sub(r" \([^()]*\)$", "", problem) for problem in e.problems]
-        found = [re.sub(r"^\S+:[0-9]+: [A-Za-z]+: ", "", problem) for problem in found]
+        errors = [re.sub(r" \([^()]*\)$", "", problem) for problem in e.problems]
+        errors = [re.sub(r"^\S+:[0-9]+: [A-Za-z]+: ", "", problem) for problem in errors]
         for name in names:
-            found = [problem.removeprefix(f"{name}: ") for problem in found]
-        return sorted(found)
-    return replace(config, given={}, warnings=())
+            errors = [problem.removeprefix(f"{name}: ") for problem in errors]
+        return sorted(errors)
+    return replace(config, sources={}, warnings=())
 
 
 @settings(deadline=None)
@@ -497,13 +493,13 @@ def outcome(names: Mapping[str, str], *arguments: Any) -> Config | list[str]:
 def test_a_file_and_the_equivalent_variables_give_the_same(
     both: tuple[str, dict[str, str]],
 ) -> None:
-    """Or the same problems."""
+    """The same configuration, or the same errors."""
     file, variables = both
     with tempfile.NamedTemporaryFile("w") as path:
         path.write(file)
         path.flush()
-        from_file = outcome({}, path.name, False, False, {})
-    from_variables = outcome(variables, "", True, False, variables)
+        from_file = load_result({}, path.name, False, False, {})
+    from_variables = load_result(variables, "", True, False, variables)
     assert from_file == from_variables
 
 
@@ -516,13 +512,13 @@ def test_a_file_and_the_equivalent_variables_give_the_same(
         ({"LD_ENV_x": "sdk-1", "LD_ENV_KEY_": "sdk-2", "LD_ENV_": "sdk-3"}, {"x": "", "": "sdk-2"}),
     ],
 )
-def test_the_key_of_an_environment_is_told_from_an_sdk_key(variables, keys):
-    """`LD_ENV_KEY_x` belongs to "x" if there is one, and makes an environment if there is none."""
+def test_env_key_and_sdk_key_variables_are_distinguished(variables, keys):
+    """`LD_ENV_KEY_x` is the key of environment "x" if there is one; otherwise it defines "KEY_x"."""
     config = load("", from_env=True, allow_missing_file=False, environ=variables)
     assert {each.name: each.env_key for each in config.environments} == keys
 
 
-def test_an_environment_key_alone_is_suspicious():
+def test_an_env_key_without_an_environment_causes_a_warning():
     """Its SDK key may have been forgotten."""
     environ = {"LD_ENV_KEY_x": "production"}
     config = load("", from_env=True, allow_missing_file=False, environ=environ)
@@ -530,8 +526,8 @@ def test_an_environment_key_alone_is_suspicious():
     assert text in config.warnings
 
 
-def test_several_webhook_secrets_may_be_given():
-    """With commas between them; commas alone are none."""
+def test_there_may_be_several_webhook_secrets():
+    """They are separated by commas; commas alone are an error."""
     environ = {"WEBHOOK_SECRET": "one, two,"}
     config = load("", from_env=True, allow_missing_file=False, environ=environ)
     assert [secret.reveal() for secret in config.webhook.secrets] == ["one", "two"]
@@ -540,7 +536,7 @@ def test_several_webhook_secrets_may_be_given():
 
 
 def service(name: str, address: str = "10.0.0.1", port: str = "80") -> dict[str, str]:
-    """The variables that Kubernetes sets for a service."""
+    """Return the variables that Kubernetes sets for a service."""
     url, by_port = f"tcp://{address}:{port}", f"{name}_PORT_{port}_TCP"
     return {
         f"{name}_SERVICE_HOST": address,
@@ -554,8 +550,8 @@ def service(name: str, address: str = "10.0.0.1", port: str = "80") -> dict[str,
     }
 
 
-def test_variables_of_services_are_not_the_operators() -> None:
-    """Kubernetes sets them in each container, whatever a service of the namespace is called."""
+def test_variables_of_services_are_ignored() -> None:
+    """Kubernetes sets them in every container, for each service of the namespace."""
     variables = {"LD_ENV_main": "sdk-1"}
     for name in (
         "PROMETHEUS",
@@ -581,18 +577,18 @@ def test_variables_of_services_are_not_the_operators() -> None:
         ({}, "redis://10.0.0.1:6400"),
     ],
 )
-def test_a_service_named_redis_counts_where_it_is_meant(
+def test_a_service_named_redis_is_used_unless_it_contradicts_the_operator(
     variables: dict[str, str], url: str
 ) -> None:
-    """As in the reference where nothing else is said, and never against what the operator says."""
-    given = {"LD_ENV_main": "sdk-1", "USE_REDIS": "1", **variables}
-    redis = from_env({**given, **service("REDIS", port="6400")}).redis
+    """As in ld-relay if nothing else is set; it never overrides the operator."""
+    operator = {"LD_ENV_main": "sdk-1", "USE_REDIS": "1", **variables}
+    redis = from_env({**operator, **service("REDIS", port="6400")}).redis
     assert redis
     assert redis.url == url
 
 
-def test_a_service_named_redis_does_not_count_against_the_file(tmp_path: Path) -> None:
-    """The file says where Redis is."""
+def test_a_service_named_redis_does_not_override_the_file(tmp_path: Path) -> None:
+    """The file names the Redis server."""
     path = tmp_path / "relay.conf"
     path.write_text("[Redis]\nurl = redis://mine:1\n")
     redis = load(str(path), True, False, service("REDIS")).redis
@@ -618,15 +614,13 @@ def test_a_service_named_redis_does_not_count_against_the_file(tmp_path: Path) -
         ({"USE_REDIS": "1", "REDIS_HOST": "a b"}, "invalid Redis hostname (REDIS_HOST)"),
     ],
 )  # fmt: skip
-def test_what_is_not_clean_inside_is_refused_by_name(
-    variables: dict[str, str], problem: str
-) -> None:
-    """At the start, not where it fails; once each."""
+def test_malformed_values_are_rejected_by_name(variables: dict[str, str], problem: str) -> None:
+    """At startup, once per option."""
     assert problems(variables) == (problem,)
 
 
-def test_what_is_not_clean_around_does_not_matter(tmp_path: Path) -> None:
-    """In variables and in files; a blank value is an empty one."""
+def test_whitespace_around_values_is_stripped(tmp_path: Path) -> None:
+    """In variables and in files; a blank value counts as empty."""
     path = tmp_path / "relay.conf"
     path.write_text(
         '[Environment "a"]\nmobileKey =\u00a0mob-0\nmobileKey = " mob-1\\n"\nprefix = p\n'
@@ -656,13 +650,13 @@ def test_what_is_not_clean_around_does_not_matter(tmp_path: Path) -> None:
         ('[Environment "a"]\nsdkKey = “sdk-1”\n'.encode(), ":2: sdkKey: a key has ASCII characters only, no blanks and no quotation marks, but character 1 is U+201C"),
     ],
 )  # fmt: skip
-def test_what_is_not_clean_inside_a_file_names_its_line(
+def test_malformed_values_in_a_file_name_their_line(
     tmp_path: Path, content: bytes, problem: str
 ) -> None:
-    """LaunchDarkly's own example has a comment that is none."""
+    """LaunchDarkly's own example contains a comment that is not one."""
     path = tmp_path / "relay.conf"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         load(str(path), False, False, {})
-    (found,) = caught.value.problems
-    assert found.endswith(problem.replace("PATH", str(path)))
+    (message,) = caught.value.problems
+    assert message.endswith(problem.replace("PATH", str(path)))

@@ -6,7 +6,7 @@ import pytest
 import trustme
 import uvloop
 
-from relay.server import Certificate
+from relay.server.options import Certificate
 from tests.support.redis import RedisServer
 from tests.support.sdk import install_packages
 

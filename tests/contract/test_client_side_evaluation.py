@@ -19,14 +19,15 @@ from aiohttp import web
 
 from relay.build import build
 from relay.config.load import load
-from relay.server import ServerOptions, Site
+from relay.server.options import ServerOptions
+from relay.server.site import Site
+from relay.telemetry.traffic import RequestMetrics
 from relay.web.app import make_app
-from relay.web.evaluation import Evaluation
-from relay.web.events import Events
-from relay.web.goals import Goals
-from relay.web.polling import Polling
-from relay.web.questions import Questions
-from relay.web.traffic import Traffic
+from relay.web.endpoints.evaluation import EvaluationHandler
+from relay.web.endpoints.events import EventsHandler
+from relay.web.endpoints.goals import GoalsHandler
+from relay.web.endpoints.polling import PollingHandler
+from relay.web.fastpath.evaluation import EvaluationFastPath
 from tests.support import data
 from tests.support.clients import client
 from tests.support.sdk import ANNA, SOMEBODY, SDKFailed, sees
@@ -75,18 +76,18 @@ async def serving(
     here = dict.fromkeys(("STREAM_URI", "CLIENT_SIDE_BASE_URI", "EVENTS_HOST"), upstream.url)
     config = load("", True, False, {**VARIABLES, **here, **more})
     relay = build(config)
-    polling, traffic = Polling(), Traffic()
+    polling, traffic = PollingHandler(), RequestMetrics()
     assert relay.events
     app = make_app(
         relay,
         polling,
         traffic,
-        Events(relay.events),
-        evaluation=(evaluation := Evaluation(config.main.max_client_request_body_size)),
-        goals=Goals(relay.fetch, config.main.client_side_base_uri),
+        EventsHandler(relay.events),
+        evaluation=(evaluation := EvaluationHandler(config.main.max_client_request_body_size)),
+        goals=GoalsHandler(relay.fetch, config.main.client_side_base_uri),
     )
-    questions = Questions(relay, evaluation, traffic)
-    site = Site(relay, app, polling, traffic, questions=questions)
+    questions = EvaluationFastPath(relay, evaluation, traffic)
+    site = Site(relay, app, polling, traffic, evaluation=questions)
     async with serving_site(site, ServerOptions(0, drain=2), front=front) as port:
         delivering = asyncio.create_task(relay.events.run())
         await until(lambda: all(e.payload is not None for e in relay.environments.values()))
@@ -374,7 +375,7 @@ async def test_without_data_everybody_is_told_to_wait(upstream):
     upstream.always(SDK_KEY, status(503))
     here = dict.fromkeys(("STREAM_URI", "CLIENT_SIDE_BASE_URI"), upstream.url)
     app_relay = build(load("", True, False, {**VARIABLES, **here}))
-    polling, traffic = Polling(), Traffic()
+    polling, traffic = PollingHandler(), RequestMetrics()
     site = Site(app_relay, make_app(app_relay, polling, traffic), polling, traffic)
     async with serving_site(site, ServerOptions(0, drain=2)) as port:
         relay = Address(port)
@@ -495,8 +496,8 @@ async def test_a_flags_file_has_no_goals(tmp_path):
     file = tmp_path / "flags.json"
     file.write_text('{"flagValues":{"lamp":"on"}}')
     relay = build(load("", True, False, {"FLAGS_FILE": str(file)}))
-    polling, traffic = Polling(), Traffic()
-    app = make_app(relay, polling, traffic, goals=Goals(relay.fetch))
+    polling, traffic = PollingHandler(), RequestMetrics()
+    app = make_app(relay, polling, traffic, goals=GoalsHandler(relay.fetch))
     async with serving_site(Site(relay, app, polling, traffic), ServerOptions(0, drain=2)) as port:
         reply = await ask(Address(port), "/sdk/goals/demo-client-side-id")
     assert (reply.status, reply.body) == (200, b"[]")

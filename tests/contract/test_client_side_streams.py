@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from relay.evalstreams import Viewer
-from relay.hub import StreamLimits
 from relay.model.context import parse_context
 from relay.model.credential import MobileKey
 from relay.protocol.clientside import PING
+from relay.streams.evaluated import EvalClient
+from relay.streams.hub import StreamLimits
 from tests.contract.test_server_side_streams import replay
 from tests.support import data
 from tests.support.data import flag, segment
@@ -407,7 +407,7 @@ async def test_a_slow_client_begins_anew_with_a_put(front):
         subscriptions = relay.hub._channels["eval-browser"].subscriptions
         (first,) = subscriptions
         version = 1
-        while first.arrears is None or not first.arrears.too_many:
+        while first.pending is None or not first.pending.overflowed:
             version += 1
             await give(relay, data.patch(visible(version=version, value="x" * 1_000_000)))
             await asyncio.sleep(0)
@@ -475,7 +475,7 @@ async def test_an_idle_client_costs_little(eval_streams, limit):
                     context = {"kind": "user", "key": f"user-{n}", "name": f"Number {n}"}
                     context |= {"email": f"{n}@example.com", "country": "de", "plan": "pro"}
                     raw = json.dumps(context).encode()
-                    who = Viewer(raw, parse_context(raw))
+                    who = EvalClient(raw, parse_context(raw))
                 stream = "eval-mobile" if eval_streams else "ping"
                 relay.hub.subscribe(stream, Quiet(), b"", None, who)
             for _ in range(50):

@@ -404,7 +404,7 @@ async def test_bodies_that_are_not_well_formed_are_set_aside(upstream, tmp_path)
             await asyncio.sleep(0.01)
         figures = await page(relay, "/metrics")
         assert (events["quarantined"], events["forwarded"]) == (len(bad), len(bad))
-        assert b'relay_event_posts_quarantined_total{environment="main"} 6\n' in figures
+        assert b'relay_event_payloads_quarantined_total{environment="main"} 6\n' in figures
         assert relay.log.count("as they are no well-formed JSON") == 1
     assert {post.status for post in upstream.posts} == {202}, "upstream never saw them"
 
@@ -462,7 +462,7 @@ async def test_a_refused_key_does_not_switch_events_off(upstream, tmp_path):
         assert (events["received"], events["waiting"], events["forwarded"]) == (3, 3, 0)
         assert events["kept"] == "on disk"
         metrics = await page(relay, "/metrics")
-        assert b'relay_event_posts_waiting{environment="main"} 3\n' in metrics
+        assert b'relay_event_payloads_waiting{environment="main"} 3\n' in metrics
         upstream.always(SDK_KEY, None)
         await upstream.took(3)
         assert SDK_KEY not in relay.log
@@ -516,7 +516,7 @@ async def test_a_relay_with_a_flags_file_takes_events_and_drops_them(switched, t
         assert (image.status, image.body[:5]) == (200, b"GIF89")
         status = json.loads(await page(relay, "/status"))
         assert status["environments"]["demo"]["events"] == {"discarded": posted + 1}
-        figure = b'relay_event_posts_discarded_total{environment="demo"} %d\n' % (posted + 1)
+        figure = b'relay_event_payloads_discarded_total{environment="demo"} %d\n' % (posted + 1)
         assert figure in await page(relay, "/metrics")
     assert relay.log.count("Events will be accepted, but will be discarded") == 1
     assert "memory" not in relay.log

@@ -25,7 +25,7 @@ from typing import Self
 import pytest
 from aiohttp import web
 
-from relay.server import raise_file_limit
+from relay.server.run import raise_file_limit
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag, put
 from tests.support.process import RelayProcess

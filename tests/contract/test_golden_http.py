@@ -31,16 +31,18 @@ from relay.model.item import Kind, parse
 from relay.model.payload import Payload
 from relay.protocol.prometheus import CONTENT_TYPE
 from relay.relay import Relay
-from relay.server import ServerOptions, Site
+from relay.server.options import ServerOptions
+from relay.server.site import Site
 from relay.stores import Stored, StoreState, StoreStatus
+from relay.telemetry.traffic import RequestMetrics
 from relay.web.app import make_app
 from relay.web.cors import ALLOWED_HEADERS
-from relay.web.evaluation import Evaluation
-from relay.web.goals import Goals
-from relay.web.polling import MIN_COMPRESSED, Polling
-from relay.web.questions import Questions
-from relay.web.traffic import Traffic
-from tests.support.contracts import MemoryCopy
+from relay.web.endpoints.evaluation import EvaluationHandler
+from relay.web.endpoints.goals import GoalsHandler
+from relay.web.endpoints.polling import PollingHandler
+from relay.web.fastpath.evaluation import EvaluationFastPath
+from relay.web.resources import MIN_COMPRESSED
+from tests.support.contracts import MemoryMirror
 from tests.support.serving import Address, Reply, ask, serving_site, until
 from tests.support.upstream import ScriptedUpstream, body, status
 
@@ -480,7 +482,7 @@ def expected(r: Recording) -> Reply:
 # The relay in the states in which the recordings were made.
 
 
-class RedisCopy(MemoryCopy):
+class RedisCopy(MemoryMirror):
     """A copy that says of itself what a Redis store would, and holds what it held."""
 
     def __init__(self, data: dict | None, state: StoreState) -> None:
@@ -535,7 +537,7 @@ def prepare(setup: str, upstream: ScriptedUpstream, environment: Environment) ->
     if setup.startswith("redis-"):
         state = StoreState.INTERRUPTED if setup == "redis-down" else StoreState.VALID
         held = None if setup in ("redis-empty-timed-out", "redis-down") else SOME
-        environment.copies = (RedisCopy(held, state),)
+        environment.mirrors = (RedisCopy(held, state),)
 
 
 async def reach(setup: str, upstream: ScriptedUpstream, relay: Relay) -> None:
@@ -544,9 +546,9 @@ async def reach(setup: str, upstream: ScriptedUpstream, relay: Relay) -> None:
     if "timed-out" in setup:
         await until(lambda: not relay.starting)
     if "rejected" in setup:
-        await until(lambda: all(e.decided.is_set() for e in environments))
+        await until(lambda: all(e.init_done.is_set() for e in environments))
     if setup in ("ready", "events-off", "filters", "redis-ready", "redis-down") or "lost" in setup:
-        await until(lambda: all(e.connection.delivered for e in environments))
+        await until(lambda: all(e.connection.has_data for e in environments))
     if setup.startswith("redis-") and setup not in ("redis-empty-timed-out", "redis-down"):
         await until(lambda: all(e.payload is not None for e in environments))
     if "lost" in setup:
@@ -577,12 +579,12 @@ async def relay_in(setup: str, *, front: bool) -> AsyncGenerator[Address, None]:
         relay = build(load("", True, False, {**variables, **here}))
         for environment in relay.environments.values():
             prepare(setup, upstream, environment)
-        polling, traffic = Polling(), Traffic()
-        goals = Goals(relay.fetch, upstream.url)
-        evaluation = Evaluation()
+        polling, traffic = PollingHandler(), RequestMetrics()
+        goals = GoalsHandler(relay.fetch, upstream.url)
+        evaluation = EvaluationHandler()
         app = make_app(relay, polling, traffic, evaluation=evaluation, goals=goals)
-        questions = Questions(relay, evaluation, traffic)
-        site = Site(relay, app, polling, traffic, questions=questions)
+        questions = EvaluationFastPath(relay, evaluation, traffic)
+        site = Site(relay, app, polling, traffic, evaluation=questions)
         async with serving_site(site, ServerOptions(0, drain=2), front=front) as port:
             await reach(setup, upstream, relay)
             yield Address(port)

@@ -67,7 +67,9 @@ async def test_a_stream_of_http_1_0_has_no_chunks(door, line, key, body, beginni
             await give(served, data.patch(visible("lamp", 2, False)))
             received += await reader.readuntil(b"\n\n")
             (subscription,) = next(
-                channel.subscriptions for channel in served.hub._channels.values() if channel.busy
+                channel.subscriptions
+                for channel in served.hub._channels.values()
+                if channel.has_clients
             )
             subscription.end()
             received += await reader.read()

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from relay.protocol import fdv1
-from relay.web.polling import MAX_COMPRESSED_AT_ONCE
+from relay.web.resources import MAX_COMPRESSED_AT_ONCE
 from tests.support.data import all_data, flag, segment
 from tests.support.serving import SDK_KEY, Address, Served, serving
 

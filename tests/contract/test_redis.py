@@ -11,15 +11,15 @@ from contextlib import asynccontextmanager
 import pytest
 
 from relay.environment import Environment
-from relay.hub import Hub
 from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.protocol.fdv1 import AllFormat
-from relay.sources.polling import Polling
-from relay.sources.streaming import Streaming
-from relay.stores.conflicts import ConflictTimes
-from relay.stores.mirror import Mirror, MirrorTimes
-from relay.stores.redis import RedisStore
+from relay.sources.polling import PollingSource
+from relay.sources.streaming import StreamingSource
+from relay.stores.conflicts import ConflictTimings
+from relay.stores.mirror import DatabaseMirror, MirrorTimings
+from relay.stores.redis.store import RedisStore
+from relay.streams.hub import Hub
 from relay.upstream import Upstream
 from tests.support.data import all_data, flag, segment
 from tests.support.process import RelayProcess
@@ -95,8 +95,8 @@ async def test_a_user_with_the_rights_that_ld_relay_needed_is_served_fully(
 # What is newer in the database than upstream
 
 
-QUICK = MirrorTimes(
-    probe=0.1, conflicts=ConflictTimes(second_look=0.05, refresh=0.2, newer=0.3, extra=0.3)
+QUICK = MirrorTimings(
+    probe=0.1, conflicts=ConflictTimings(second_look=0.05, refresh=0.2, newer=0.3, extra=0.3)
 )
 
 
@@ -109,12 +109,12 @@ async def keeping(
     spec = EnvironmentSpec("main", SDKKey(SDK_KEY))
     async with Upstream() as session:
         source = (
-            Polling(session, upstream.url, spec.sdk_key)
+            PollingSource(session, upstream.url, spec.sdk_key)
             if polls
-            else Streaming(session, upstream.url, spec.sdk_key, log)
+            else StreamingSource(session, upstream.url, spec.sdk_key, log)
         )
         store = RedisStore(redis.options(read_timeout=10.0))
-        mirror = Mirror(store, "redis", source.refresh, log, QUICK)
+        mirror = DatabaseMirror(store, "redis", source.resync, log, QUICK)
         environment = Environment(spec, source, Hub({"all": AllFormat()}), log, [mirror])
         running = asyncio.create_task(environment.run())
         yield

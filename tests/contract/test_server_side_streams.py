@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from relay.errors import InvalidData
-from relay.hub import StreamLimits
 from relay.protocol import fdv1
+from relay.streams.hub import StreamLimits
 from tests.support.serving import Served, Stream, serving, stalled_socket, until
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "streams.jsonl"
@@ -130,7 +130,7 @@ async def test_a_slow_client_that_began_anew_is_forgotten_as_well(front):
         subscriptions = served.hub._channels["all"].subscriptions
         (first,) = subscriptions
         version = 0
-        while first.arrears is None or not first.arrears.too_many:
+        while first.pending is None or not first.pending.overflowed:
             version += 1
             await deliver(served, "put", put(flag("a", version, pad="x" * 1_000_000)))
             await asyncio.sleep(0)

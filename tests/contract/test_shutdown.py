@@ -10,7 +10,10 @@ from contextlib import closing
 
 import pytest
 
-from relay.server import CannotListen, ServerOptions, Site, listen, serve, settle
+from relay.server.listeners import CannotListen, listen
+from relay.server.options import ServerOptions
+from relay.server.run import run_once, serve
+from relay.server.site import Site
 from tests.support.process import free_port
 from tests.support.serving import Address, Served, Stream
 
@@ -18,7 +21,7 @@ STREAMS = 1000
 
 SERVER = """
 import asyncio, sys, uvloop
-from relay.server import ServerOptions, Site, serve
+from relay.server.run import ServerOptions, Site, serve
 from tests.support.process import free_port
 from tests.support.serving import Served
 from relay.protocol import fdv1
@@ -101,4 +104,4 @@ async def test_both_families_are_listened_on():
 
 async def test_settling_tells_whether_there_are_data():
     """Without upstream data the one-shot run ends in failure."""
-    assert not await settle(Served().relay)
+    assert not await run_once(Served().relay)

@@ -19,15 +19,15 @@ from starlette.responses import Response
 from relay.build import build
 from relay.config.load import load
 from relay.errors import ConfigError
-from relay.log import JSONFormatter, TextFormatter
 from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Reply
-from relay.stores.redis import RedisStore
-from relay.web.answers import Answer, environment_headers
+from relay.stores.redis.store import RedisStore
+from relay.telemetry.log import JSONFormatter, TextFormatter
 from relay.web.cors import cors_headers, cors_lines
-from relay.web.goals import Goals
-from relay.web.middleware import CanonicalPaths
+from relay.web.endpoints.goals import GoalsHandler
+from relay.web.middleware import PathNormalizationMiddleware
+from relay.web.responses import PreparedResponse, environment_headers
 from tests.support.data import all_data, flag
 from tests.support.process import RelayProcess
 from tests.support.serving import SDK_KEY, ask, until
@@ -154,7 +154,7 @@ def head_of(block: bytes) -> h11.Response:
 def see_heads(spec: EnvironmentSpec, origin: bytes) -> None:
     """Parse the heads that both doors make for an environment."""
     lines = (*environment_headers(spec), *cors_lines(spec, origin, ("GET",), ("Date",)))
-    front = head_of(Answer(200, lines).head)
+    front = head_of(PreparedResponse(200, lines).head)
     assert [name for name, _ in front.headers] == [*(n for n, _ in lines), b"content-length"]
     given = cors_headers(spec, origin.decode("latin-1"), ("GET",))
     made = Response(headers=given)
@@ -222,7 +222,7 @@ def test_no_target_of_a_request_ends_a_redirection(path, query):
         "query_string": query,
         "headers": [],
     }
-    asyncio.run(CanonicalPaths(None)(scope, None, send))
+    asyncio.run(PathNormalizationMiddleware(None)(scope, None, send))
     start = messages[0]
     lines = b"".join(b"%b: %b\r\n" % header for header in start["headers"])
     head_of(b"HTTP/1.1 %d x\r\n%b" % (start["status"], lines))
@@ -251,7 +251,7 @@ def test_no_header_of_launchdarkly_ends_ours(headers, status):
     async def fetch(*_args, **_kwargs):
         return Reply(status, headers, b"[]")
 
-    goals = Goals(fetch, "http://h")
+    goals = GoalsHandler(fetch, "http://h")
     request = Request({"type": "http", "headers": [], "path_params": {"envId": "id"}})
     response = asyncio.run(goals.respond(request, Asked()))
     lines = b"".join(b"%b: %b\r\n" % header for header in response.raw_headers)

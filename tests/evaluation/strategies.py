@@ -1,4 +1,4 @@
-"""What Hypothesis may make up for evaluation: data sets with everything in them, and contexts.
+"""Hypothesis strategies for evaluation: data sets with every feature, and contexts.
 
 Names are few, so that flags, segments, keys and attributes meet. Malformed things are among them.
 """

@@ -1,8 +1,8 @@
-"""The interpreter against the evaluator of LaunchDarkly's Python SDK, for whatever flags there may be.
+"""The interpreter against the evaluator of LaunchDarkly's Python SDK, with arbitrary flags.
 
-`EXAMPLES` in the environment says how many data sets to try. The two evaluators are both right in
-most of what is malformed or strange, and yet differ; `tamed` and `comparable` take that out, and say
-why. What is taken out here is pinned down in `test_evaluator.py`.
+The environment variable `EXAMPLES` sets the number of data sets to try. For most malformed or odd
+data the two evaluators legitimately differ; the `tamed` functions and `comparable` remove such
+cases, and say why. The removed cases are tested in `test_evaluator.py`.
 """
 
 import json
@@ -17,8 +17,8 @@ from ldclient.impl.events.types import EventFactory
 from ldclient.impl.model import FeatureFlag
 from ldclient.impl.model import Segment as SDKSegment
 
+from relay.evaluation.data import Data, Membership
 from relay.evaluation.evaluator import evaluate
-from relay.evaluation.items import Data, Membership
 from relay.evaluation.results import BigSegmentsStatus
 from relay.model.context import parse_context
 from tests.evaluation.strategies import SEGMENTS, context_values, data, payload_of
@@ -47,7 +47,7 @@ def whole(value: object) -> object:
 
 
 def tamed_clause(clause: dict) -> dict:
-    """A clause that is valid: the SDK takes an invalid reference for "no match", we for an error.
+    """A valid clause: an invalid reference is no match to the SDK, but an error to us.
 
     Its values are scalars (the SDK finds objects and nulls equal) and no date is the year 1.
     """
@@ -62,7 +62,7 @@ def tamed_clause(clause: dict) -> dict:
 
 
 def tamed_rollout(rollout: dict) -> dict:
-    """A rollout whose weights are above 0: to the SDK, who lacks the kind stands below 0, not at 0."""
+    """A rollout with positive weights: the SDK puts contexts without the kind below 0, not at 0."""
     shares = [{**each, "weight": max(1, abs(each["weight"]))} for each in rollout["variations"]]
     return {**rollout, **tamed_bucket(rollout), "variations": shares}
 
@@ -73,20 +73,20 @@ def tamed_bucket(holder: dict) -> dict:
     return {"bucketBy": WEIRD_REFERENCES.get(by, by)}
 
 
-def tamed_outcome(outcome: dict) -> dict:
-    """A fallthrough, or the outcome of a rule."""
-    if "rollout" in outcome:
-        return {**outcome, "rollout": tamed_rollout(outcome["rollout"])}
-    return outcome
+def tamed_choice(choice: dict) -> dict:
+    """The variation or rollout of a fallthrough or a rule."""
+    if "rollout" in choice:
+        return {**choice, "rollout": tamed_rollout(choice["rollout"])}
+    return choice
 
 
 def tamed_flag(key: str, flag: dict) -> dict:
-    """A flag with the key under which it is filed, and with targets as LaunchDarkly makes them.
+    """A flag with the key of its item, and with targets as LaunchDarkly writes them.
 
-    The SDK looks into no keys of `contextTargets` for users, and ignores kinds in `targets`.
+    The SDK ignores keys in `contextTargets` for users, and kinds in `targets`.
     """
     rules = [
-        tamed_outcome({**rule, "clauses": list(map(tamed_clause, rule.get("clauses") or []))})
+        tamed_choice({**rule, "clauses": list(map(tamed_clause, rule.get("clauses") or []))})
         for rule in flag.get("rules", [])
     ]
     targets = [
@@ -106,16 +106,16 @@ def tamed_flag(key: str, flag: dict) -> dict:
         **flag,
         "key": key,
         "rules": rules,
-        "fallthrough": tamed_outcome(flag["fallthrough"]),
+        "fallthrough": tamed_choice(flag["fallthrough"]),
         "targets": targets,
         "contextTargets": context_targets,
     }
 
 
 def tamed_segment(key: str, segment: dict) -> dict:
-    """A segment with the key under which it is filed; its lists for kinds are for no users.
+    """A segment with the key of its item, and without users in its lists for context kinds.
 
-    A share is only for contexts of the kind that it counts: to the SDK the others are always in.
+    Its rules apply only to contexts of the kind that they bucket: the SDK always admits others.
     """
     rules = []
     for rule in segment.get("rules", []):
@@ -150,7 +150,7 @@ def tamed_segment(key: str, segment: dict) -> dict:
 
 
 def tamed(data_set: dict) -> dict:
-    """A data set of which both evaluators think the same."""
+    """A data set for which both evaluators give the same results."""
     small = whole(data_set)
     return {
         "flags": {key: tamed_flag(key, flag) for key, flag in small["flags"].items()},
@@ -159,7 +159,7 @@ def tamed(data_set: dict) -> dict:
 
 
 def tamed_context(value: dict) -> dict:
-    """A context in a form that the SDK knows: it has forgotten legacy users, and secondary keys."""
+    """A context in a form that the SDK supports: without legacy users and secondary keys."""
     if "kind" not in value:
         others = ("secondary", "custom")
         named = {name: each for name, each in value.items() if name not in others}
@@ -168,7 +168,7 @@ def tamed_context(value: dict) -> dict:
 
 
 def comparable(reason: dict) -> dict:
-    """A reason without an empty rule ID; the SDK forgets the status of big segments in errors."""
+    """A reason without an empty rule ID; the SDK omits the status of big segments in errors."""
     if reason["kind"] == "ERROR":
         return {"kind": "ERROR", "errorKind": reason["errorKind"]}
     return {name: value for name, value in reason.items() if name != "ruleId" or value}

@@ -1,4 +1,4 @@
-"""The interpreter: what is malformed, what is bounded, and what the SDK's evaluator sees otherwise."""
+"""The interpreter: malformed data, limits, and differences from the SDK's evaluator."""
 
 import inspect
 import json
@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
+from relay.evaluation.data import Data, Membership
 from relay.evaluation.evaluator import MAX_CHAIN, evaluate
-from relay.evaluation.items import Data, Membership
-from relay.evaluation.results import BigSegmentsStatus, Evaluation, ReasonKind, render
+from relay.evaluation.results import BigSegmentsStatus, EvaluationDetail, ReasonKind, render
 from relay.model.context import Context, parse_context
 from tests.evaluation.strategies import payload_of
 from tests.support import data
@@ -20,18 +20,18 @@ MALFORMED = {"kind": "ERROR", "errorKind": "MALFORMED_FLAG"}
 
 
 def context_of(value: object) -> Context:
-    """The context that a value describes."""
+    """Return the context that a value describes."""
     return parse_context(json.dumps(value).encode())
 
 
 def data_of(*items: dict, memberships: dict[str, Membership] | None = None) -> Data:
     """Data of flags and segments; segments have `included`."""
-    known = Data.of(payload_of(json.loads(data.all_data(*items))))
-    return Data(known.flag, known.segment, memberships or {})
+    parsed = Data.of(payload_of(json.loads(data.all_data(*items))))
+    return Data(parsed.flag, parsed.segment, memberships or {})
 
 
-def evaluated(*items: dict, context: object = ANNA, **more: object) -> Evaluation:
-    """The evaluation of the first item."""
+def evaluated(*items: dict, context: object = ANNA, **more: object) -> EvaluationDetail:
+    """Evaluate the first item."""
     known = data_of(*items, **more)
     flag = known.flag(items[0]["key"])
     assert flag is not None
@@ -39,7 +39,7 @@ def evaluated(*items: dict, context: object = ANNA, **more: object) -> Evaluatio
 
 
 def reason(*items: dict, **more: object) -> dict:
-    """The reason of the first item's result."""
+    """Return the reason of the first item's result."""
     return json.loads(evaluated(*items, **more).reason.json())
 
 
@@ -59,7 +59,7 @@ def clause(attribute: str = "key", op: str = "in", *values: object, **members: o
 
 
 def within(*segments: str) -> dict:
-    """A clause that asks for segments."""
+    """A `segmentMatch` clause."""
     return clause("", "segmentMatch", *segments)
 
 
@@ -110,8 +110,8 @@ def test_a_bad_clause_behind_one_that_does_not_match_is_not_seen():
     ],
     ids=json.dumps,
 )
-def test_a_flag_without_a_valid_outcome_is_an_error(members):
-    """As a prerequisite, however, it is only not satisfied."""
+def test_a_flag_without_a_valid_variation_is_an_error(members):
+    """As a prerequisite, however, it is merely not satisfied."""
     assert reason(flag(**members)) == MALFORMED
     needs = flag(prerequisites=[{"key": "p", "variation": 0}])
     result = evaluated(needs, flag("p", **members))
@@ -125,7 +125,7 @@ def test_a_flag_without_a_valid_outcome_is_an_error(members):
 
 @pytest.mark.parametrize("off", [{"offVariation": 3}, {"offVariation": -1}])
 def test_a_bad_off_variation_is_an_error(off):
-    """Whether the flag is off or a prerequisite fails."""
+    """That holds for a flag that is off and for a failing prerequisite."""
     assert reason(flag(on=False, **off)) == MALFORMED
     assert reason(flag(prerequisites=[{"key": "none", "variation": 0}], **off)) == MALFORMED
 
@@ -148,7 +148,7 @@ def test_fractions_of_integers_are_cut_off():
 
 
 def test_prerequisites_are_reported_up_to_the_one_that_fails():
-    """The missing one is not among them, nor what comes after, nor prerequisites of prerequisites."""
+    """The missing one, later ones and prerequisites of prerequisites are not reported."""
     needs = flag(prerequisites=[{"key": key, "variation": 0} for key in ("a", "b", "c")])
     deep = flag("a", prerequisites=[{"key": "z", "variation": 0}])
     off = flag("b", on=False, offVariation=0)
@@ -158,7 +158,7 @@ def test_prerequisites_are_reported_up_to_the_one_that_fails():
 
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_a_cycle_of_prerequisites_is_an_error(length):
-    """Whatever its length; also for flags that only lead into the cycle."""
+    """Cycles of any length are errors, also for flags that only lead into one."""
     cycle = [
         flag(f"f{number}", prerequisites=[{"key": f"f{(number + 1) % length}", "variation": 0}])
         for number in range(length)
@@ -168,7 +168,7 @@ def test_a_cycle_of_prerequisites_is_an_error(length):
 
 
 def chain_of_flags(length: int) -> list[dict]:
-    """Flags of which each needs the next."""
+    """A chain of flags, each with the next as its prerequisite."""
     flags = [
         flag(f"f{number}", prerequisites=[{"key": f"f{number + 1}", "variation": 0}])
         for number in range(length - 1)
@@ -177,7 +177,7 @@ def chain_of_flags(length: int) -> list[dict]:
 
 
 def chain_of_segments(length: int) -> list[dict]:
-    """Segments of which each asks for the next; the last contains everybody."""
+    """A chain of nested segments; the last contains every context."""
     segments = [
         data.segment(f"s{number}", rules=[{"clauses": [within(f"s{number + 1}")]}])
         for number in range(length - 1)
@@ -194,28 +194,28 @@ def test_the_longest_chains_fit_on_the_stack():
 
 @pytest.mark.parametrize("length", [MAX_CHAIN + 1, 5000])
 def test_longer_chains_are_malformed(length):
-    """They are refused, however long, and never end in an overflow of the stack."""
+    """Chains of any length are errors, and never overflow the stack."""
     assert length > MAX_CHAIN
     assert reason(*chain_of_flags(length)) == MALFORMED
-    asks = flag("f", rules=[rule(within("s0"))])
-    assert reason(asks, *chain_of_segments(length)) == MALFORMED
+    asking = flag("f", rules=[rule(within("s0"))])
+    assert reason(asking, *chain_of_segments(length)) == MALFORMED
 
 
-def test_the_bound_does_not_depend_on_what_was_evaluated_before():
-    """A chain that is known from a shorter way to it counts with its full length."""
+def test_the_limit_does_not_depend_on_earlier_evaluations():
+    """A chain already evaluated on a shorter path counts with its full length."""
     chain = chain_of_flags(MAX_CHAIN)
     needs = [{"key": "f1", "variation": 0}, {"key": "f0", "variation": 0}]
     assert reason(flag("top", prerequisites=needs), *chain) == MALFORMED
     assert reason(flag("top", prerequisites=needs[:1]), *chain) == {"kind": "FALLTHROUGH"}
     segments = chain_of_segments(MAX_CHAIN)
     segments.append(data.segment("top", rules=[{"clauses": [within("s0")]}]))
-    for asks in ([within("top")], [within("s1"), within("top")]):
-        assert reason(flag(rules=[rule(*asks)]), *segments) == MALFORMED
+    for asking in ([within("top")], [within("s1"), within("top")]):
+        assert reason(flag(rules=[rule(*asking)]), *segments) == MALFORMED
     assert reason(flag(rules=[rule(within("s0"))]), *segments)["kind"] == "RULE_MATCH"
 
 
 def test_diamonds_take_no_time():
-    """Each flag and segment is evaluated once, though there are 2^40 ways to the last ones."""
+    """Each flag and segment is evaluated once, though 2^40 paths lead to the last ones."""
     depth = 40
     flags = [
         flag(f"f{number}", prerequisites=[{"key": f"f{number + 1}", "variation": 0}] * 2)
@@ -232,14 +232,14 @@ def test_diamonds_take_no_time():
 
 
 def test_evaluation_needs_only_part_of_the_stack():
-    """The deepest evaluation leaves most of Python's stack to those who call it."""
+    """The deepest evaluation leaves most of Python's stack to its callers."""
     flags = chain_of_flags(MAX_CHAIN)
     flags[-1]["rules"] = [rule(within("s0"), variation=0)]
     known = data_of(*flags, *chain_of_segments(MAX_CHAIN))
     first = known.flag("f0")
     context = context_of(ANNA)
 
-    def below(frames: int) -> Evaluation:
+    def below(frames: int) -> EvaluationDetail:
         return below(frames - 1) if frames else evaluate(first, context, known)
 
     used = len(inspect.stack())
@@ -264,8 +264,8 @@ def test_context_targets_for_users_stand_for_the_old_targets():
         ([{**empty, "variation": 0}], None),
     ):
         result = evaluated(flag(targets=targets, contextTargets=context_targets), context=BOTH)
-        wanted = ReasonKind.TARGET_MATCH if variation is not None else ReasonKind.FALLTHROUGH
-        assert (result.reason.kind, result.variation) == (wanted, variation or 0)
+        expected = ReasonKind.TARGET_MATCH if variation is not None else ReasonKind.FALLTHROUGH
+        assert (result.reason.kind, result.variation) == (expected, variation or 0)
 
 
 # Clauses
@@ -298,7 +298,7 @@ def test_context_targets_for_users_stand_for_the_old_targets():
     ],
 )
 def test_clauses(examined, context, matches):
-    """Kinds, missing values, arrays, negation and literal names, as the specification has them."""
+    """Kinds, missing values, arrays, negation and literal names follow the specification."""
     result = evaluated(flag(rules=[rule(examined)]), context=context)
     assert (result.variation == 1) is matches
 
@@ -346,7 +346,7 @@ def test_segments(members, context, contained):
 
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_a_cycle_of_segments_is_an_error(length):
-    """Whatever its length; lists that decide before it are not reached by it."""
+    """Cycles of any length are errors, unless lists decide before them."""
     segments = [
         data.segment(f"s{number}", rules=[{"clauses": [within(f"s{(number + 1) % length}")]}])
         for number in range(length)
@@ -379,7 +379,7 @@ BIG = data.segment("big", unbounded=True, generation=2, rules=[{"clauses": [clau
     ],
 )
 def test_memberships_decide_before_rules(listed, attributes, contained):
-    """The store's word counts for the segment's generation; if it is silent, rules do."""
+    """The store decides for the segment's generation; without a membership, rules do."""
     known = {"anna": Membership(BigSegmentsStatus.HEALTHY, listed)}
     result = evaluated(
         flag(rules=[rule(within("big"))]), BIG, context={**ANNA, **attributes}, memberships=known
@@ -389,9 +389,9 @@ def test_memberships_decide_before_rules(listed, attributes, contained):
 
 
 def test_without_a_store_the_status_says_so():
-    """Rules count, and the reason tells that the store was missing; also in an error."""
-    asks = flag(rules=[rule(within("big"))])
-    assert reason(asks, BIG, context={**ANNA, "x": 1}) == {
+    """Rules decide, and the reason names the missing store, also in an error."""
+    asking = flag(rules=[rule(within("big"))])
+    assert reason(asking, BIG, context={**ANNA, "x": 1}) == {
         "kind": "RULE_MATCH",
         "ruleIndex": 0,
         "ruleId": "r",
@@ -399,11 +399,11 @@ def test_without_a_store_the_status_says_so():
     }
     broken = flag(rules=[rule(within("big")), rule(BAD_CLAUSES[0])])
     assert reason(broken, BIG) == {**MALFORMED, "bigSegmentsStatus": "NOT_CONFIGURED"}
-    assert reason(asks, BIG, context=ORG) == {"kind": "FALLTHROUGH"}
+    assert reason(asking, BIG, context=ORG) == {"kind": "FALLTHROUGH"}
 
 
-def test_without_a_generation_nobody_is_in_a_big_segment():
-    """Not even by its rules."""
+def test_a_big_segment_without_a_generation_is_empty():
+    """Rules do not apply either."""
     old = {**BIG, "generation": None, "rules": [{"clauses": []}]}
     assert reason(flag(rules=[rule(within("big"))]), old) == {
         "kind": "FALLTHROUGH",
@@ -412,7 +412,7 @@ def test_without_a_generation_nobody_is_in_a_big_segment():
 
 
 def test_the_worst_status_counts():
-    """Also that of a prerequisite's segments."""
+    """The status of a prerequisite's segments counts, too."""
     known = {
         "anna": Membership(BigSegmentsStatus.STORE_ERROR),
         "acme": Membership(BigSegmentsStatus.STALE),
@@ -429,7 +429,7 @@ def test_the_worst_status_counts():
 
 
 def experiment(**members: object) -> dict:
-    """A flag whose fallthrough is an experiment that everybody takes part in."""
+    """A flag whose fallthrough is an experiment with every context."""
     share = {"variation": 0, "weight": 100_000, **members.pop("share", {})}
     return flag(fallthrough={"rollout": {"kind": "experiment", "variations": [share], **members}})
 
@@ -445,8 +445,8 @@ def experiment(**members: object) -> dict:
         ({"kind": "rollout"}, False),
     ],
 )
-def test_who_takes_part_in_an_experiment(members, takes_part):
-    """Not those who are untracked or lack the kind; `bucketBy` is ignored."""
+def test_participation_in_experiments(members, takes_part):
+    """Contexts that are untracked or lack the kind do not; `bucketBy` is ignored."""
     result = evaluated(experiment(**members))
     assert result.reason.in_experiment is takes_part
     assert result.experiment is takes_part
@@ -454,7 +454,7 @@ def test_who_takes_part_in_an_experiment(members, takes_part):
 
 
 def test_tracking_of_fallthrough_and_rules():
-    """They make an evaluation an experiment, with its reason for all to see."""
+    """Tracking makes an evaluation an experiment, which always has its reason."""
     tracked = flag(
         trackEventsFallthrough=True, rules=[rule(clause("key", "in", "ben"), trackEvents=True)]
     )
@@ -473,7 +473,7 @@ def test_tracking_of_fallthrough_and_rules():
 
 
 def test_members_of_a_result_stand_in_their_order():
-    """All members at once, in the order of the reference; a rule ID may hold anything."""
+    """All members at once, in ld-relay's order; a rule ID may hold anything."""
     full = flag(
         version=7,
         prerequisites=[{"key": "p", "variation": 0}],
@@ -491,7 +491,7 @@ def test_members_of_a_result_stand_in_their_order():
     )
 
 
-def test_steps_tell_the_way():
+def test_steps_trace_the_evaluation():
     """Prerequisite, rule, clause and bucket are named, indented by depth."""
     needs = flag(
         prerequisites=[{"key": "p", "variation": 0}],

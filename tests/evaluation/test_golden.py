@@ -1,4 +1,4 @@
-"""The interpreter against the recorded results of the reference relay."""
+"""The interpreter against the recorded results of ld-relay."""
 
 import base64
 import json
@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from relay.evaluation.audience import Audience
+from relay.evaluation.data import Data
 from relay.evaluation.evaluator import evaluate
-from relay.evaluation.items import Data
 from relay.evaluation.results import render
+from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import parse_context
 from relay.model.item import Kind
 from relay.model.payload import EMPTY
 from relay.protocol.fdv1 import parse_all
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-AUDIENCES = {"js": Audience.BROWSER, "mobile": Audience.MOBILE, "server": Audience.SERVER}
+AUDIENCES = {"js": SDKKind.BROWSER, "mobile": SDKKind.MOBILE, "server": SDKKind.SERVER}
 RECORDED = map(json.loads, (GOLDEN / "client-side.jsonl").read_text("utf-8").strip().split("\n"))
 ROWS = [
     row
@@ -29,24 +29,24 @@ PAYLOAD, _ = EMPTY.apply(parse_all((GOLDEN / "environment.json").read_bytes()))
 DATA = Data.of(PAYLOAD)
 
 
-def results(audience: Audience, context: bytes, *, with_reasons: bool) -> dict[str, dict]:
-    """What this relay's interpreter gives for the recorded environment."""
+def results(sdk_kind: SDKKind, context: bytes, *, with_reasons: bool) -> dict[str, dict]:
+    """Evaluate the recorded environment with the interpreter."""
     asking = parse_context(context)
     flags = [flag for item in PAYLOAD.live(Kind.FLAG) if (flag := DATA.flag(item.key))]
     return {
         flag.key: json.loads(render(flag, evaluate(flag, asking, DATA), with_reasons=with_reasons))
         for flag in flags
-        if audience.sees(flag)
+        if sdk_kind.sees(flag)
     }
 
 
-def audience_of(row: dict) -> Audience:
-    """Who asked; the names of recordings say it in their second word."""
+def sdk_kind_of(row: dict) -> SDKKind:
+    """Return the kind of SDK, which is the second word of a recording's name."""
     return AUDIENCES[row["name"].split()[1].rstrip(":")]
 
 
 def without_number(results: dict[str, dict]) -> dict[str, dict]:
-    """The value of one flag is a number that the reference may corrupt (difference 3)."""
+    """The value of one flag is a number that ld-relay may corrupt (difference 3)."""
     return {
         key: {**entry, "value": None} if key == "numbers" else entry
         for key, entry in results.items()
@@ -54,7 +54,7 @@ def without_number(results: dict[str, dict]) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
-def test_results_are_those_of_the_reference(row):
+def test_results_equal_those_of_ld_relay(row):
     """Every recorded context gets the recorded value, variation, reason and tracking."""
     request = row["request"]
     path, _, query = request["path"].partition("?")
@@ -66,18 +66,18 @@ def test_results_are_those_of_the_reference(row):
         assert parse_context(context).has_empty_key
         return
     with_reasons = query == "withReasons=true"
-    ours = without_number(results(audience_of(row), context, with_reasons=with_reasons))
+    actual = without_number(results(sdk_kind_of(row), context, with_reasons=with_reasons))
     recorded = without_number(json.loads(row["response"]["body"]))
-    assert ours == recorded
+    assert actual == recorded
     for key, entry in recorded.items():
-        assert list(ours[key]) == list(entry)
-        assert list(ours[key].get("reason", {})) == list(entry.get("reason", {}))
+        assert list(actual[key]) == list(entry)
+        assert list(actual[key].get("reason", {})) == list(entry.get("reason", {}))
 
 
-def test_there_are_recordings_for_every_audience():
+def test_there_are_recordings_for_every_kind_of_sdk():
     """The rows above are many; a renamed file or setup would leave none."""
     assert len(ROWS) > 250
-    assert set(map(audience_of, ROWS)) == set(Audience)
+    assert set(map(sdk_kind_of, ROWS)) == set(SDKKind)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The operators of clauses, each with what it must tell apart."""
+"""The operators of clauses: values that match and values that do not."""
 
 import time
 
@@ -109,20 +109,20 @@ NO_MATCHES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "wanted"), MATCHES)
-def test_what_matches(name, value, wanted):
+@pytest.mark.parametrize(("name", "value", "operand"), MATCHES)
+def test_matches(name, value, operand):
     """The operator finds that the values match."""
-    assert OPERATORS[name](value, wanted) is True
+    assert OPERATORS[name](value, operand) is True
 
 
-@pytest.mark.parametrize(("name", "value", "wanted"), NO_MATCHES)
-def test_what_does_not_match(name, value, wanted):
+@pytest.mark.parametrize(("name", "value", "operand"), NO_MATCHES)
+def test_mismatches(name, value, operand):
     """The operator finds that the values do not match, and fails in no other way."""
-    assert OPERATORS[name](value, wanted) is False
+    assert OPERATORS[name](value, operand) is False
 
 
 def test_dates_beyond_what_64_bits_hold_wrap_around():
-    """Like the reference, a number of milliseconds beyond the year 2262 is long ago."""
+    """Like in ld-relay, a number of milliseconds beyond the year 2262 is long ago."""
     assert OPERATORS["before"](9_300_000_000_000, 0)
     assert timestamp(1e300) == 0
 
@@ -138,13 +138,13 @@ def test_hostile_patterns_take_no_time(pattern):
 
 
 def test_invalid_patterns_make_no_noise(capfd):
-    """An invalid pattern is upstream's; telling of it at each evaluation would flood the log."""
+    """An invalid pattern is upstream's; logging it at each evaluation would flood the log."""
     OPERATORS["matches"]("a", "(unclosed and never seen before")
     assert capfd.readouterr() == ("", "")
 
 
 def test_compiled_patterns_are_bounded():
-    """Only so many patterns are kept."""
+    """The cache of patterns is bounded."""
     for number in range(MAX_PATTERNS + 10):
         regex(f"{number}")
     assert regex.cache_info().currsize == MAX_PATTERNS

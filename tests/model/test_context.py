@@ -1,4 +1,4 @@
-"""Contexts: which JSON is one, what can be asked of it, and references to attributes."""
+"""Contexts: valid and invalid JSON, properties, and references to attributes."""
 
 import json
 from contextlib import suppress
@@ -12,7 +12,7 @@ from relay.model.context import MAX_KINDS, Context, lookup, parse_context, parse
 
 
 def context_of(value: object) -> Context:
-    """The context that a value describes."""
+    """Return the context that a value describes."""
     return parse_context(json.dumps(value).encode())
 
 
@@ -92,36 +92,36 @@ def test_valid_contexts_are_read(value):
 
 @pytest.mark.parametrize("value", INVALID, ids=json.dumps)
 def test_invalid_contexts_are_refused(value):
-    """What the specification does not allow is refused, with a reason."""
+    """JSON that the specification does not allow is refused, with a reason."""
     with pytest.raises(InvalidData, match=r"^context: "):
         context_of(value)
 
 
 @pytest.mark.parametrize("text", NOT_JSON, ids=repr)
-def test_what_is_no_json_is_refused(text):
+def test_broken_json_is_refused(text):
     """Broken JSON is refused, with a reason."""
     with pytest.raises(InvalidData, match=r"^context: "):
         parse_context(text)
 
 
 @pytest.mark.parametrize("value", INVALID, ids=json.dumps)
-def test_reasons_tell_nothing_of_the_context(value):
-    """A message may go to a log; what a user's context says must not."""
+def test_reasons_do_not_quote_the_context(value):
+    """A message may be logged; personal data must not."""
     secret = json.dumps(value).replace('"a"', '"secret"').replace('"x"', '"secret"')
     with pytest.raises(InvalidData) as refused:
         parse_context(secret.encode())
     assert "secret" not in str(refused.value)
 
 
-def test_a_kind_must_not_be_there_twice():
-    """Two individuals of one kind are refused: nobody could tell which is meant."""
+def test_a_kind_must_not_occur_twice():
+    """Two individuals of one kind are refused."""
     parse_context(b'{"kind":"multi","org":{"key":"a","x":{"org":1}},"user":{"key":"org"}}')
     with pytest.raises(InvalidData, match="twice"):
         parse_context(b'{"kind":"multi","org":{"key":"a"},"org":{"key":"b"}}')
 
 
 def test_kinds_are_bounded():
-    """A context of more kinds than anybody has is refused."""
+    """A context with more kinds than any real one is refused."""
     kinds = {f"k{number}": {"key": "a"} for number in range(MAX_KINDS)}
     with pytest.raises(InvalidData, match="kinds"):
         context_of({"kind": "multi", **kinds})
@@ -147,8 +147,8 @@ def test_deep_nesting_is_refused(form, depth):
         (b'"a\\u0000b"', "a\0b"),
     ],
 )
-def test_what_is_no_unicode_is_replaced(text, key):
-    """As in the reference, broken UTF-8 and half surrogate pairs do not make a context invalid."""
+def test_invalid_unicode_is_replaced(text, key):
+    """As in ld-relay, broken UTF-8 and half surrogate pairs do not make a context invalid."""
     individual = parse_context(b'{"kind":"user","key":%s}' % text).get("user")
     assert individual is not None
     assert individual.key == key
@@ -169,7 +169,7 @@ def test_attributes_of_a_single_kind():
 
 
 def test_attributes_of_a_legacy_user():
-    """Known properties and `custom` are attributes; `custom` cannot replace what identifies."""
+    """Known properties and `custom` are attributes; `custom` cannot replace the identity."""
     user = {
         "key": "anna",
         "email": "a@b",
@@ -267,6 +267,6 @@ def test_lookup_descends_into_objects_only(path, value):
     | st.text(max_size=60).map(lambda text: json.dumps({"key": text}).encode())
 )
 def test_any_bytes_are_read_or_refused(text):
-    """There are no bytes that do anything but make a context or be refused."""
+    """Any bytes either make a context or are refused."""
     with suppress(InvalidData):
         assert parse_context(text).kinds

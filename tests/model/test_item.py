@@ -17,7 +17,7 @@ def test_an_item_keeps_the_bytes_in_which_it_came():
 
 
 def test_a_deleted_item_is_a_tombstone():
-    """Only the version of a deletion is kept."""
+    """A tombstone records only the version of the deletion."""
     assert parse(Kind.SEGMENT, "a", b'{"version":9,"deleted":true}') == Item(
         Kind.SEGMENT, "a", 9, None
     )
@@ -89,13 +89,13 @@ def test_a_known_property_of_a_wrong_type_makes_an_item_invalid(kind, raw):
     ],
 )
 def test_numbers_may_have_fractions_and_lists_may_be_null(raw):
-    """What the reference reads, we read."""
+    """Items that ld-relay accepts are accepted."""
     assert parse(Kind.FLAG, "a", raw).version == 3
 
 
 @given(st.binary())
 def test_any_bytes_give_an_item_or_invalid_data(raw):
-    """Nothing else is ever raised for what a peer sends."""
+    """No bytes of a peer raise anything but `InvalidData`."""
     try:
         item = parse(Kind.FLAG, "a", raw)
     except InvalidData:

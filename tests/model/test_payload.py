@@ -1,4 +1,4 @@
-"""Payloads: versions decide, and a change costs what it changes."""
+"""Payloads: versions decide, and the cost of a change is proportional to it."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +11,7 @@ def flag(key, version, json=b"{}"):
     return Item(Kind.FLAG, key, version, json)
 
 
-def gone(key, version):
+def tombstone(key, version):
     return Item(Kind.FLAG, key, version, None)
 
 
@@ -23,9 +23,9 @@ items = st.builds(
     json=st.one_of(st.none(), st.sampled_from([b"{}", b'{"x":1}'])),
 )
 consistent = st.lists(items, max_size=12).map(
-    lambda found: list({(i.kind, i.key, i.version): i for i in found}.values())
+    lambda drawn: list({(i.kind, i.key, i.version): i for i in drawn}.values())
 )
-"""Items of which no two have the same key and version but other content."""
+"""Items of which no two have the same key and version but different content."""
 
 
 def contents(payload):
@@ -46,25 +46,25 @@ def test_a_greater_version_wins():
 def test_a_deletion_leaves_a_tombstone():
     """A later item must have a greater version than the deletion."""
     payload, _ = EMPTY.apply(ChangeSet((flag("a", 1),)))
-    payload, change = payload.apply(ChangeSet((gone("a", 2),)))
+    payload, change = payload.apply(ChangeSet((tombstone("a", 2),)))
     assert payload.get(Kind.FLAG, "a") is None
     assert change is not None
-    assert change.visible == (gone("a", 2),)
+    assert change.visible == (tombstone("a", 2),)
     assert payload.apply(ChangeSet((flag("a", 2),)))[1] is None
 
 
-def test_the_deletion_of_an_unknown_item_is_kept_but_not_shown():
+def test_the_deletion_of_an_unknown_item_is_stored_but_not_visible():
     """Stores need the tombstone; clients never had the item."""
-    payload, change = Payload.of([flag("a", 1)]).apply(ChangeSet((gone("b", 7),)))
+    payload, change = Payload.of([flag("a", 1)]).apply(ChangeSet((tombstone("b", 7),)))
     assert change is not None
-    assert change.items == (gone("b", 7),)
+    assert change.items == (tombstone("b", 7),)
     assert change.visible == ()
     assert len(payload) == 2
 
 
 def test_a_full_change_set_replaces_everything_whatever_the_versions():
     """Items vanish, tombstones are forgotten, versions go back."""
-    before = Payload.of([flag("a", 5), flag("b", 5), gone("c", 9)])
+    before = Payload.of([flag("a", 5), flag("b", 5), tombstone("c", 9)])
     after, change = before.apply(ChangeSet((flag("a", 1),), full=True))
     assert contents(after) == {(Kind.FLAG, "a"): flag("a", 1)}
     assert change is not None
@@ -73,7 +73,7 @@ def test_a_full_change_set_replaces_everything_whatever_the_versions():
 
 def test_an_identical_full_change_set_is_no_change():
     """A reconnection that brings the same data is silent."""
-    before = Payload.of([flag("a", 5), gone("c", 9)])
+    before = Payload.of([flag("a", 5), tombstone("c", 9)])
     assert before.apply(ChangeSet((flag("a", 5),), full=True)) == (before, None)
 
 
@@ -114,19 +114,26 @@ def test_the_order_of_partial_change_sets_does_not_matter(changes, random):
 
 
 @given(consistent, consistent)
-def test_what_a_client_is_told_leads_it_to_the_payload(first, second):
-    """Whoever applies the visible changes, by version, sees what a newcomer sees."""
+def test_the_visible_changes_lead_a_client_to_the_payload(first, second):
+    """A client that applies the visible changes by version ends up like a new one."""
     before = Payload.of(first)
     after, change = before.apply(ChangeSet(tuple(second)))
-    told = () if change is None else change.visible
-    client, _ = Payload.of(i for i in before if not i.deleted).apply(ChangeSet(told))
+    visible = () if change is None else change.visible
+    client, _ = Payload.of(i for i in before if not i.deleted).apply(ChangeSet(visible))
     for kind in Kind:
         assert {i.key: i for i in client.live(kind)} == {i.key: i for i in after.live(kind)}
 
 
 @given(consistent, consistent)
-def test_of_two_copies_at_most_one_is_newer(one, other):
-    """The comparison that chooses a copy at the start is antisymmetric."""
+def test_of_two_payloads_at_most_one_is_newer(one, other):
+    """The comparison that chooses between stored payloads at start is antisymmetric."""
     a, b = Payload.of(one), Payload.of(other)
     assert not (a.is_newer_than(b) and b.is_newer_than(a))
     assert not a.is_newer_than(a)
+
+
+def test_a_payload_prints_its_size_and_not_its_content():
+    """In a debugger or a log, thousands of items would hide everything else."""
+    assert repr(EMPTY) == "<Payload of 0 flags and 0 segments, newest version 0>"
+    payload, _ = EMPTY.apply(ChangeSet((Item(Kind.FLAG, "lamp", 3, None),)))
+    assert repr(payload) == "<Payload of 1 flags and 0 segments, newest version 3>"

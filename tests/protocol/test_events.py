@@ -1,4 +1,4 @@
-"""Joined arrays, and summaries: the reference's recordings, the Python SDK, and what always holds."""
+"""Joined arrays, and summaries: recordings of ld-relay, the Python SDK, and invariants."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from relay.protocol.events import (
     is_array,
     is_empty,
     is_well_formed,
-    joined,
-    summarised,
+    join_arrays,
+    summarise,
 )
 from tests.support.data import all_data, flag
 from tests.support.upstream import in_thread
@@ -42,7 +42,7 @@ values = st.recursive(
 
 @st.composite
 def arrays(draw):
-    """A text of a JSON array, with blanks where they may be."""
+    """A text of a JSON array, with whitespace wherever it is allowed."""
     array = json.dumps(draw(st.lists(values, max_size=4)), ensure_ascii=draw(st.booleans()))
     inner = draw(blanks) + array.encode()[1:-1] + draw(blanks)
     return draw(blanks) + b"[" + inner + b"]" + draw(blanks)
@@ -51,34 +51,34 @@ def arrays(draw):
 @given(st.lists(arrays(), max_size=5))
 def test_joined_is_the_concatenation(bodies):
     """Joined arrays hold the elements of all, in order."""
-    assert json.loads(joined(bodies)) == [e for body in bodies for e in json.loads(body)]
+    assert json.loads(join_arrays(bodies)) == [e for body in bodies for e in json.loads(body)]
 
 
 def test_joined_keeps_the_bytes():
-    """Numbers, blanks and escapes stay as they are; empty arrays vanish."""
+    """Numbers, whitespace and escapes stay as they are; empty arrays vanish."""
     bodies = [b' [ 1.0 , "\\u00fc" ] ', b"[ ]", b'[12345678901234567890,{"a": -0}]', b"[]\n"]
     wanted = b'[ 1.0 , "\\u00fc" ,12345678901234567890,{"a": -0}]'
-    assert joined(bodies) == wanted
+    assert join_arrays(bodies) == wanted
 
 
 @pytest.mark.parametrize(
     "body",
     [b"", b" ", b"[", b"]", b"{}", b"null", b'"x"', b"[{", b"1]", b"\v[]", b"\xef\xbb\xbf[]"],
 )
-def test_what_cannot_be_joined(body):
-    """What does not begin and end like an array is recognised."""
+def test_other_texts_are_no_arrays(body):
+    """A text that does not begin and end like an array is recognised."""
     assert not is_array(body)
     assert not is_empty(body)
 
 
 @given(arrays())
-def test_what_can_be_joined(body):
-    """Every array is recognised, and so is every empty one."""
+def test_arrays_are_recognised(body):
+    """Every array is, and so is every empty one."""
     assert is_array(body)
     assert is_empty(body) == (json.loads(body) == [])
 
 
-# The recordings.
+# Recordings of ld-relay
 
 
 def recordings():
@@ -91,14 +91,14 @@ def is_summarised(recording):
 
 
 def store(*, data=None):
-    """Look flags up as the relay has them."""
+    """Return a look-up of flags."""
     data = data or json.loads((GOLDEN / "environment.json").read_text("utf-8"))["flags"]
     items = {key: parse(Kind.FLAG, key, json.dumps(item).encode()) for key, item in data.items()}
     return items.get
 
 
 def meaning(events):
-    """Events without the order that has no meaning: of counters and of kinds."""
+    """Return events with counters and kinds sorted, as their order has no meaning."""
     for event in events:
         for counted in event.get("features", {}).values():
             counted["counters"].sort(key=lambda c: json.dumps(c, sort_keys=True))
@@ -107,13 +107,13 @@ def meaning(events):
 
 
 def wanted_of(recording):
-    """What the reference sent, or what is wanted instead."""
+    """Return the events that ld-relay sent, or the ones wanted instead."""
     if "userKey only" in recording["name"]:  # row 30: they are counted
         counters = [{"variation": 0, "version": 7, "value": True, "count": 1}]
         lamp = {"default": False, "counters": counters, "contextKinds": ["user"]}
         features = {"lamp": lamp}
         return [{"kind": "summary", "startDate": 1000, "endDate": 1000, "features": features}]
-    wanted = [e for post in recording["upstream"] for e in json.loads(post["body"])]
+    wanted = [e for sent in recording["upstream"] for e in json.loads(sent["body"])]
     if "more than the capacity" in recording["name"]:  # row 26: nothing is lost
         more = ({**wanted[-1], "key": f"over{n}"} for n in range(9, 15))
         wanted = [*wanted, *more]
@@ -121,42 +121,42 @@ def wanted_of(recording):
 
 
 def test_recordings():
-    """One after the other, posts are summarised as by the reference, or better where wanted."""
-    flags, lanes = store(), {}
+    """Payloads in a row are summarised as by ld-relay, or better where wanted."""
+    flags, partitions = store(), {}
     for recording in recordings():
         got = []
-        for post in recording["sent"]:
-            asked = {name.lower(): value for name, value in post["headers"]}
-            named = asked.get("x-launchdarkly-event-schema", "1")
+        for request in recording["sent"]:
+            headers = {name.lower(): value for name, value in request["headers"]}
+            named = headers.get("x-launchdarkly-event-schema", "1")
             schema = int(named) if named in "2345" else 1
-            lane = post["path"], schema, asked.get("x-launchdarkly-tags")
-            contexts = lanes.setdefault(lane, Contexts())
-            body = post["body"].encode()
-            result = summarised(body, schema, flags, contexts, now=NOW, server_time=0)
+            partition = request["path"], schema, headers.get("x-launchdarkly-tags")
+            contexts = partitions.setdefault(partition, Contexts())
+            body = request["body"].encode()
+            result = summarise(body, schema, flags, contexts, now=NOW, server_time=0)
             if result.body:
                 got += json.loads(result.body)
         assert meaning(got) == meaning(wanted_of(recording)), recording["name"]
 
 
-# Details.
+# Details
 
 
 def feature(key="lamp", user="u", date=1000, **members):
-    given = {"version": 7, "variation": 0, "value": True, "default": False, "user": {"key": user}}
-    return {"kind": "feature", "creationDate": date, "key": key, **given, **members}
+    usual = {"version": 7, "variation": 0, "value": True, "default": False, "user": {"key": user}}
+    return {"kind": "feature", "creationDate": date, "key": key, **usual, **members}
 
 
-def summarise(events, contexts=None, flags=None, **options):
-    """Return the output as objects, and what was dropped."""
+def output_of(events, contexts=None, flags=None, **options):
+    """Return the output as objects, and the numbers of dropped events."""
     body = events if isinstance(events, bytes) else json.dumps(events).encode()
-    given = {"schema": 2, "now": NOW, "server_time": 0, **options}
-    schema = given.pop("schema")
-    result = summarised(body, schema, flags or {}.get, contexts or Contexts(), **given)
+    arguments = {"schema": 2, "now": NOW, "server_time": 0, **options}
+    schema = arguments.pop("schema")
+    result = summarise(body, schema, flags or {}.get, contexts or Contexts(), **arguments)
     return (json.loads(result.body) if result.body else []), dict(result.dropped)
 
 
 def test_numbers_stay_exact():
-    """What is only copied keeps its spelling: values, defaults, contexts, data."""
+    """Values, defaults, contexts and data keep their bytes."""
     raw = b'{"big": 12345678901234567890, "f":1.0,"z":-0}'
     body = (
         b'[{"kind":"feature","creationDate":5,"key":"f","version":1,"value":%b,"default":%b,'
@@ -164,7 +164,7 @@ def test_numbers_stay_exact():
         b'{"kind":"custom","key":"c","creationDate":5,"userKey":"u","data":%b,"metricValue":1.50},'
         b'{"kind":"pageview","x":%b}]'
     ) % ((raw,) * 6)
-    output = summarised(body, 2, {}.get, Contexts(), now=NOW, server_time=0).body
+    output = summarise(body, 2, {}.get, Contexts(), now=NOW, server_time=0).body
     assert output.count(raw) == 9  # index 1, feature 4, custom 1, pageview 1, summary 2
     assert b'"metricValue":1.50' in output
 
@@ -172,7 +172,7 @@ def test_numbers_stay_exact():
 def test_capacity_is_no_limit():
     """However many events there are, none is lost."""
     events = [feature(user=f"u{n}", trackEvents=True) for n in range(2500)]
-    output, dropped = summarise(events)
+    output, dropped = output_of(events)
     assert Counter(e["kind"] for e in output) == {"index": 2500, "feature": 2500, "summary": 1}
     assert not dropped
 
@@ -180,17 +180,17 @@ def test_capacity_is_no_limit():
 @pytest.mark.parametrize(
     "events", [b"", b"{}", b"null", b"[{", b"[1]]", b'["\xff"]', b"[" * 100_000, b"[[1]"]
 )
-def test_what_is_no_array_is_dropped_as_a_whole(events):
+def test_a_body_that_is_no_array_is_dropped_as_a_whole(events):
     """There is one reason, and nothing to send."""
-    output, dropped = summarise(events)
+    output, dropped = output_of(events)
     assert output == []
     assert list(dropped.values()) == [1]
 
 
-def test_half_a_surrogate_pair():
+def test_a_lone_surrogate():
     """JavaScript cuts texts between two halves; these events count like others."""
     body = json.dumps([feature(value="x\ud83d", default="\\ud800"), feature(value="\U0001f600")])
-    output, dropped = summarise(body.encode())
+    output, dropped = output_of(body.encode())
     assert output[-1]["features"]["lamp"]["counters"][0]["value"] == "x\ufffd"
     assert output[-1]["features"]["lamp"]["default"] == "\\ud800"
     assert output[-1]["features"]["lamp"]["counters"][0]["count"] == 2
@@ -211,8 +211,8 @@ BROKEN = [
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_broken_events_are_dropped_alone(broken):
-    """Each has its reason; the others of the post are kept."""
-    output, dropped = summarise([feature(), broken, {"kind": "pageview"}])
+    """Each has its reason; the others of the payload are kept."""
+    output, dropped = output_of([feature(), broken, {"kind": "pageview"}])
     assert [e["kind"] for e in output] == ["index", "pageview", "summary"]
     assert list(dropped.values()) == [1]
     assert output[-1]["features"]["lamp"]["counters"][0]["count"] == 1
@@ -223,7 +223,7 @@ def test_nesting_beyond_all_measure():
     nested = b'{"kind":"feature","key":"f","version":1,"userKey":"u","value":%b}'
     deep = nested % (b"[" * 900 + b"]" * 900)
     data = {"f": flag("f", variations=[json.loads(b"[" * 900 + b"]" * 900)])}
-    output, dropped = summarise(b"[" + deep + b"]", flags=store(data=data), schema=1)
+    output, dropped = output_of(b"[" + deep + b"]", flags=store(data=data), schema=1)
     assert sum(dropped.values()) + len(output) == 1
 
 
@@ -239,58 +239,58 @@ def test_the_variation_of_schema_1_is_found_by_its_value(value, variation):
     variations = [True, 1, "1", [1, {"a": 0}], None, {}, 2**70, {"a": True, "b": 1}]
     flags = store(data={"lamp": flag() | {"variations": variations}})
     event = feature(value=value, variation=None)
-    counter = summarise([event], schema=1, flags=flags)[0][-1]["features"]["lamp"]["counters"][0]
+    counter = output_of([event], schema=1, flags=flags)[0][-1]["features"]["lamp"]["counters"][0]
     assert counter.get("variation") == variation
-    counter = summarise([event], schema=2, flags=flags)[0][-1]["features"]["lamp"]["counters"][0]
+    counter = output_of([event], schema=2, flags=flags)[0][-1]["features"]["lamp"]["counters"][0]
     assert "variation" not in counter
 
 
 @pytest.mark.parametrize(("offset", "wanted"), [(-1, False), (0, False), (1, True)])
 @pytest.mark.parametrize("where", ["event", "flag"])
 def test_debugging_ends_by_both_clocks(offset, wanted, where):
-    """By ours, and by upstream's where that is ahead."""
+    """By our clock, or by upstream's if that is ahead."""
     until = {"debugEventsUntilDate": NOW + offset}
     flags = store(data={"lamp": flag(**(until if where == "flag" else {}))})
     event = feature(**(until if where == "event" else {}))
     for clocks in ({"now": NOW}, {"now": NOW - 500, "server_time": NOW}):
-        output, _ = summarise([event], flags=flags, **clocks)
+        output, _ = output_of([event], flags=flags, **clocks)
         assert ("debug" in [e["kind"] for e in output]) == wanted
 
 
 def test_a_flag_that_is_gone_or_not_there_yet_is_counted():
-    """Without data the reference drops such events; a deleted flag tells nothing either."""
+    """Unlike ld-relay, which drops such events without data; a deleted flag has no options either."""
     gone = {"lamp": parse(Kind.FLAG, "lamp", b'{"version":8,"deleted":true}')}
     for flags in ({}.get, gone.get):
-        output, dropped = summarise([feature()], flags=flags)
+        output, dropped = output_of([feature()], flags=flags)
         assert [e["kind"] for e in output] == ["index", "summary"]
         assert not dropped
 
 
 def test_events_without_a_date_happened_now():
     """A summary that began in 1970 would be of no use."""
-    output, _ = summarise([feature(date=None), feature(date=NOW - 5)])
+    output, _ = output_of([feature(date=None), feature(date=NOW - 5)])
     assert output[0]["creationDate"] == NOW
     assert (output[-1]["startDate"], output[-1]["endDate"]) == (NOW - 5, NOW)
 
 
 def test_users_known_only_by_their_key():
-    """Nothing is told of them, but what they did counts (row 30)."""
+    """No index event introduces them, but their evaluations count (row 30)."""
     tracked = feature(userKey="u", trackEvents=True)
     del tracked["user"]
     custom = {"kind": "custom", "key": "c", "userKey": "u", "creationDate": 1}
-    output, _ = summarise([tracked, custom, feature()])
+    output, _ = output_of([tracked, custom, feature()])
     assert [e["kind"] for e in output] == ["feature", "custom", "index", "summary"]
     assert output[0]["contextKeys"] == output[1]["contextKeys"] == {"user": "u"}
     assert "context" not in output[0]
     assert output[-1]["features"]["lamp"]["counters"][0]["count"] == 2
 
 
-# Whom upstream knows.
+# Well-formed bodies
 
 
 @given(arrays())
-def test_what_json_writers_write_is_well_formed(body):
-    """With blanks wherever they may be, as escapes or in UTF-8."""
+def test_output_of_a_json_writer_is_well_formed(body):
+    """With whitespace wherever it is allowed, as escapes or in UTF-8."""
     assert is_well_formed(body)
 
 
@@ -316,19 +316,19 @@ def test_what_json_writers_write_is_well_formed(body):
         (b"[" * 200_000 + b"]" * 200_000, None),
     ],
 )
-def test_what_is_well_formed(body, verdict):
-    """RFC 8259 decides; only of what is nested beyond any event nobody can tell."""
+def test_well_formed_bodies(body, verdict):
+    """RFC 8259 decides; only a text nested beyond any event is undecided."""
     assert is_well_formed(body) is verdict
 
 
 @given(st.binary(max_size=20) | st.text('[]{}",:0-1.eE truefalsn\\ud8\x00\u20ac', max_size=20))
-def test_well_formed_is_what_the_standard_library_reads(given_body):
-    """But for what that takes beyond the standard."""
+def test_the_standard_library_reads_what_is_well_formed(text):
+    """And nothing else, but for its extensions of the standard."""
 
     def refuse(name):
         raise ValueError(name)
 
-    body = given_body if isinstance(given_body, bytes) else given_body.encode("utf-8", "replace")
+    body = text if isinstance(text, bytes) else text.encode("utf-8", "replace")
     try:
         json.loads(body.decode(), parse_constant=refuse)
     except ValueError:
@@ -337,9 +337,12 @@ def test_well_formed_is_what_the_standard_library_reads(given_body):
         assert is_well_formed(body) is True
 
 
+# Contexts that upstream knows
+
+
 def introduced(contexts, *users, now=NOW):
-    posted = [feature(user=user) for user in users]
-    output, _ = summarise(posted, contexts, now=now)
+    evaluated = [feature(user=user) for user in users]
+    output, _ = output_of(evaluated, contexts, now=now)
     return [e["context"]["key"] for e in output if e["kind"] == "index"]
 
 
@@ -369,18 +372,18 @@ def test_contexts_stay_known_while_the_clock_is_corrected():
         assert introduced(contexts, "a", now=NOW + jump * 86_400_000) == []
 
 
-def test_kinds_are_told_apart():
+def test_kinds_are_distinguished():
     """A user whose key looks like another kind's context is somebody else."""
     contexts = Contexts()
     org = feature(context={"kind": "org", "key": "x"})
     both = feature(context={"kind": "multi", "org": {"key": "x"}, "user": {"key": "u"}})
     again = feature(context={"user": {"key": "u"}, "kind": "multi", "org": {"key": "x"}})
-    output, _ = summarise([org, feature(user="org:x"), both, again, feature(user="u")], contexts)
+    output, _ = output_of([org, feature(user="org:x"), both, again, feature(user="u")], contexts)
     assert [e["kind"] for e in output] == ["index"] * 4 + ["summary"]
     assert output[-1]["features"]["lamp"]["contextKinds"] == ["org", "user"]
 
 
-# What always holds.
+# Invariants
 
 evaluations = st.builds(
     feature,
@@ -394,12 +397,12 @@ evaluations = st.builds(
 )
 
 
-def totals(posts):
-    """What several summaries say together."""
+def totals(payloads):
+    """Return the sums of several summaries."""
     counts, dates, full = Counter(), [], Counter()
     contexts = Contexts()
-    for events in posts:
-        output, dropped = summarise(events, contexts)
+    for events in payloads:
+        output, dropped = output_of(events, contexts)
         assert not dropped
         for event in output:
             if event["kind"] != "summary":
@@ -422,20 +425,20 @@ def totals(posts):
     )
 )
 def test_counts_add_up(case):
-    """Whatever the order and grouping, totals, times, and numbers of other events are the same."""
+    """Totals, times, and numbers of other events do not depend on order and grouping."""
     events, shuffled, size = case
     groups = [shuffled[at : at + size] for at in range(0, len(shuffled), size)]
     assert totals(groups) == totals([events])
     assert totals([events])[0].total() == sum(not e["excludeFromSummaries"] for e in events)
 
 
-# The Python SDK, which summarises its own evaluations.
+# The Python SDK, which summarises its own evaluations
 
 
 class Recording(DefaultEventProcessor):
-    """The SDK's own processor, which keeps what it was given."""
+    """The SDK's own processor, which records its inputs."""
 
-    inputs: list = []  # noqa: RUF012 - made anew by the test
+    inputs: list = []  # noqa: RUF012 - replaced by the test
 
     def send_event(self, event):
         self.inputs.append(event)
@@ -443,13 +446,13 @@ class Recording(DefaultEventProcessor):
 
 
 def as_schema_2(event):
-    """What an SDK without summaries would have sent."""
+    """Return the event that an SDK without summaries would have sent."""
     base = {"creationDate": event.timestamp, "context": event.context.to_dict()}
     if isinstance(event, EventInputIdentify):
         return {"kind": "identify", **base}
     if isinstance(event, EventInputCustom):
-        given = {"data": event.data, "metricValue": event.metric_value}
-        return {"kind": "custom", "key": event.key, **base, **given}
+        own = {"data": event.data, "metricValue": event.metric_value}
+        return {"kind": "custom", "key": event.key, **base, **own}
     assert isinstance(event, EventInputEvaluation)
     version = None if event.flag is None else event.flag.version
     members = {"version": version, "variation": event.variation, "value": event.value}
@@ -462,7 +465,7 @@ def as_schema_2(event):
 
 
 def use(client):
-    """Do all that makes events, for several contexts, more than once."""
+    """Cause every kind of event, for several contexts, more than once."""
     contexts = [Context.create("a"), Context.builder("b").name("B").build()]
     org = Context.builder("o").kind("org").set("size", 12).build()
     contexts += [org, Context.create_multi(Context.create("a"), org)]
@@ -476,7 +479,7 @@ def use(client):
 
 
 def comparable(events):
-    """Custom events name their context by its keys or in full; both are of schema 4."""
+    """Return events with context keys: schema 4 allows these or the whole context."""
     for event in events:
         if event["kind"] == "custom":
             context = Context.from_dict(event.pop("context")) if "context" in event else None
@@ -486,7 +489,7 @@ def comparable(events):
 
 
 def test_the_sdk_agrees():
-    """Ours of raw evaluations is what LaunchDarkly's SDK makes of the same evaluations."""
+    """Our summary of raw evaluations equals that of LaunchDarkly's SDK."""
     far = 32_503_680_000_000
     needs = [{"key": "watched", "variation": 0}]
     flags = [
@@ -508,11 +511,11 @@ def test_the_sdk_agrees():
         client = LDClient(config, start_wait=5)
         use(client)
         client.close()
-        (post,) = upstream.upstream.posts
+        (sent,) = upstream.upstream.posts
     body = json.dumps([as_schema_2(event) for event in Recording.inputs]).encode()
-    ours = summarised(body, 2, {}.get, Contexts(), now=NOW, server_time=0)
+    ours = summarise(body, 2, {}.get, Contexts(), now=NOW, server_time=0)
     assert not ours.dropped
     kinds = {"index", "feature", "debug", "custom", "identify", "summary"}
-    assert {event["kind"] for event in post.events} == kinds
-    assert post.headers["X-LaunchDarkly-Event-Schema"] == str(SUMMARY_SCHEMA)
-    assert comparable(json.loads(ours.body)) == comparable(post.events)
+    assert {event["kind"] for event in sent.events} == kinds
+    assert sent.headers["X-LaunchDarkly-Event-Schema"] == str(SUMMARY_SCHEMA)
+    assert comparable(json.loads(ours.body)) == comparable(sent.events)

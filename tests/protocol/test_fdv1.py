@@ -1,4 +1,4 @@
-"""FDv1 messages: what upstream says, and what SDKs are told."""
+"""FDv1 messages: parsing and encoding."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ def put(flags=b"{}", segments=b"{}"):
 
 
 def test_a_put_is_a_full_change_set():
-    """Flags and segments, filed under the key of the map."""
+    """Flags and segments have the keys of the map."""
     changes = parse("put", put(b'{"lamp":%b}' % LAMP, b'{"c":%b}' % CREW))
     assert changes == ChangeSet(
         (Item(Kind.FLAG, "lamp", 3, LAMP), Item(Kind.SEGMENT, "c", 4, CREW)), full=True
@@ -35,7 +35,7 @@ def test_the_path_of_a_put_does_not_matter(path):
 
 
 def test_unknown_kinds_are_skipped():
-    """A put may hold kinds of items that we do not know."""
+    """A put may contain unknown kinds of items."""
     data = b'{"data":{"flags":{},"configurations":{"x":5}}}'
     assert parse("put", data) == ChangeSet((), full=True)
 
@@ -46,8 +46,8 @@ def test_a_kind_may_be_empty_or_null(flags):
     assert parse("put", put(flags)) == ChangeSet((), full=True)
 
 
-def test_an_unusable_item_is_set_apart():
-    """The others stand; the bad one is named with its reason."""
+def test_an_unusable_item_is_reported_separately():
+    """The others stay valid; the unusable item is named with a reason."""
     changes = parse("put", put(b'{"lamp":%b,"w":{"version":"x"}}' % LAMP))
     assert changes is not None
     assert [item.key for item in changes.items] == ["lamp"]
@@ -81,7 +81,7 @@ def test_patch_and_delete_find_their_item_by_path(path, target):
 
 
 def test_a_patch_with_an_unusable_item_keeps_the_connection():
-    """It is isolated like a bad item of a put."""
+    """It is reported like an unusable item of a put."""
     changes = parse("patch", b'{"path":"/flags/w","data":{"on":5}}')
     assert changes is not None
     assert changes.items == ()
@@ -116,20 +116,20 @@ def test_a_broken_message_is_refused_as_a_whole(name, data):
 
 @pytest.mark.parametrize("name", ["goodbye", "", "message", "Put"])
 def test_other_messages_change_nothing(name):
-    """Names that are none of ours are not errors."""
+    """Unknown names are not errors."""
     assert parse(name, b"{}") is None
 
 
 def test_bytes_that_are_no_utf8_are_replaced():
-    """As the SSE standard demands; they would break every strict client."""
+    """As the SSE standard demands; strict clients would fail otherwise."""
     changes = parse("put", put(b'{"a":{"version":1,"salt":"\xff"}}'))
     assert changes is not None
     assert "\ufffd" in changes.items[0].json.decode()
 
 
 @given(st.sampled_from(["put", "patch", "delete"]), st.binary())
-def test_any_bytes_are_understood_or_refused(name, data):
-    """A peer cannot cause another exception."""
+def test_any_bytes_are_parsed_or_refused(name, data):
+    """No input causes another exception."""
     with contextlib.suppress(InvalidData):
         parse(name, data)
 
@@ -152,7 +152,7 @@ def test_the_all_stream_opens_with_both_kinds_in_verbatim_bytes():
 
 
 def test_the_flags_stream_opens_with_a_bare_map():
-    """The form that old SDKs know."""
+    """Old SDKs expect this form."""
     assert FlagsFormat().opening(PAYLOAD) == b'event: put\ndata: {"la\\"mp":%b}\n\n' % LAMP
 
 
@@ -184,7 +184,7 @@ keys = st.text(min_size=1).filter(lambda key: key.isprintable())
 
 
 @given(st.dictionaries(keys, st.integers(0, 2**60)), st.dictionaries(keys, st.integers(0, 9)))
-def test_what_we_write_we_read(flags, segments):
+def test_encoded_payloads_can_be_parsed(flags, segments):
     """A relay can be the upstream of another relay, byte for byte."""
     items = [Item(Kind.FLAG, k, v, b'{"version":%d}' % v) for k, v in flags.items()]
     items += [Item(Kind.SEGMENT, k, v, b'{"version":%d}' % v) for k, v in segments.items()]
@@ -192,7 +192,7 @@ def test_what_we_write_we_read(flags, segments):
     message = AllFormat().opening(payload)
     assert message.count(b"\n") == 3
     data = message.removeprefix(b"event: put\ndata: ").removesuffix(b"\n\n")
-    again = parse("put", data)
-    assert again is not None
-    assert set(again.items) == set(items)
+    parsed = parse("put", data)
+    assert parsed is not None
+    assert set(parsed.items) == set(items)
     assert set(parse_all(all_data(payload)).items) == set(items)

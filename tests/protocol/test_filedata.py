@@ -1,4 +1,4 @@
-"""The file-data format: what it means, what is filled in, how versions are counted."""
+"""The file-data format: meaning, default values and versions."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def items(text, before=(), floor=100, name="flags.yaml"):
 
 
 @pytest.mark.parametrize("text", [DEMO.read_bytes(), SPARSE])
-def test_a_strict_sdk_takes_what_comes_out(text):
-    """The Python SDK refuses items without certain members."""
-    made = items(text)
-    assert len(made) >= 3
-    for item in made:
+def test_a_strict_sdk_accepts_the_items(text):
+    """The Python SDK rejects items without certain members."""
+    parsed = items(text)
+    assert len(parsed) >= 3
+    for item in parsed:
         (FeatureFlag if item.kind is Kind.FLAG else Segment)(json.loads(item.json))
 
 
 def test_a_simple_value_becomes_a_whole_flag():
-    """On, one variation for everybody, visible to all kinds of SDK."""
+    """The flag is on, has one variation for all contexts, and is visible to all SDKs."""
     flag = json.loads(items(b'{"flagValues":{"a":{"x":1}}}')[0].json)
     assert flag["on"] is True
     assert flag["variations"] == [{"x": 1}]
@@ -46,7 +46,7 @@ def test_a_simple_value_becomes_a_whole_flag():
 
 
 def test_versions_grow_only_for_what_changed():
-    """Others keep theirs, so that clients hear of nothing."""
+    """Other items keep their versions, so that clients get no update."""
     first = items(b'{"flagValues":{"a":1,"b":1}}')
     assert [item.version for item in first] == [100, 100]
     second = items(b'{"flagValues":{"a":1,"b":2}}', first)
@@ -56,7 +56,7 @@ def test_versions_grow_only_for_what_changed():
 
 
 def test_a_version_in_the_file_counts_if_it_is_greater():
-    """Also when nothing else has changed."""
+    """Even if nothing else has changed."""
     first = items(b'{"flags":{"a":{"version":7}}}')
     assert first[0].version == 100
     assert items(b'{"flags":{"a":{"version":700}}}', first)[0].version == 700
@@ -65,7 +65,7 @@ def test_a_version_in_the_file_counts_if_it_is_greater():
 @pytest.mark.parametrize("name", ["f.json", "f.yaml"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_a_byte_order_mark_is_no_part_of_the_file(name, encoding):
-    """As some editors and shells write it."""
+    """Some editors and shells write one."""
     text = '{"flagValues": {"greeting": "grüß Gott"}}'
     (item,) = items(text.encode(encoding), name=name)
     assert json.loads(item.json)["variations"] == ["grüß Gott"]
@@ -100,8 +100,8 @@ def test_a_byte_order_mark_is_no_part_of_the_file(name, encoding):
         (b"\xff\xfe\xff", "f.yaml", ["f.yaml"]),
     ],
 )
-def test_errors_say_where(text, name, words):
-    """File and key, and the line where the syntax is wrong."""
+def test_errors_name_their_place(text, name, words):
+    """File and key, and the line of a syntax error."""
     if not words:
         assert items(text, name=name) == ()
         return

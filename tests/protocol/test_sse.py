@@ -1,4 +1,4 @@
-"""Server-sent events: decoding is independent of how bytes are cut, and undoes encoding."""
+"""Server-sent events: decoding is independent of splits, and the inverse of encoding."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from relay.errors import InvalidData
 from relay.protocol.sse import Decoder, Event, encode
 from tests.support.strategies import events
 
-PIECES = (
+FRAGMENTS = (
     *(b"data: ", b"data:", b"data", b"event: put", b":", b" ", b"\r", b"\n", b"\r\n", b"id: 7"),
     *(b"id: \0", b"retry: 10", b"x", "\u2028ü".encode(), b"\xff", b"\xef\xbb\xbf", b"\x85"),
 )
-pieces = st.lists(st.sampled_from(PIECES)).map(b"".join)
+fragments = st.lists(st.sampled_from(FRAGMENTS)).map(b"".join)
 
 
 def decoded(content: bytes) -> list[Event]:
     return Decoder().feed(content)
 
 
-@given(pieces, st.data())
-def test_cuts_do_not_matter(content, data):
-    """The same bytes give the same events, wherever they are cut."""
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(content)))))
+@given(fragments, st.data())
+def test_splits_do_not_matter(content, data):
+    """The same bytes give the same events, wherever they are split."""
+    splits = sorted(data.draw(st.lists(st.integers(0, len(content)))))
     decoder = Decoder()
-    bounds = zip([0, *cuts], [*cuts, len(content)], strict=True)
+    bounds = zip([0, *splits], [*splits, len(content)], strict=True)
     assert [e for a, b in bounds for e in decoder.feed(content[a:b])] == decoded(content)
     single = Decoder()
     assert [e for n in content for e in single.feed(bytes([n]))] == decoded(content)
@@ -35,7 +35,7 @@ def test_cuts_do_not_matter(content, data):
 
 @given(st.lists(events))
 def test_decoding_undoes_encoding(messages):
-    """What is encoded arrives."""
+    """All encoded messages are decoded."""
     content = b"".join(encode(*message) for message in messages)
     assert decoded(content) == messages
 
@@ -58,12 +58,12 @@ def test_decoding_undoes_encoding(messages):
     ],
 )  # fmt: skip
 def test_the_grammar(content, expected):
-    """Line ends, blanks, comments, ids and blocks without data are read as streams 2.6 says."""
+    """Line ends, blanks, comments, ids and blocks without data, as in streams 2.6."""
     assert decoded(content) == expected
 
 
 def test_retry():
-    """Only digits are a time."""
+    """Only digits are accepted."""
     decoder = Decoder()
     decoder.feed(b"retry: 2500\n\nretry: soon\n\nretry: 99999999999999\n\n")
     assert decoder.retry == 2500
@@ -71,14 +71,14 @@ def test_retry():
 
 @pytest.mark.parametrize("garbage", [b"x" * 100, b"data: x\n" * 10, b"data\n" * 10])
 def test_a_message_without_end_is_refused(garbage):
-    """Memory is bounded, however the bytes look."""
+    """Memory is bounded for any input."""
     decoder = Decoder(max_message=1000)
     with pytest.raises(InvalidData, match="longer than 1000 bytes"):
         list(map(decoder.feed, [garbage] * 100))
 
 
 def test_many_messages_are_not_one():
-    """The bound is for each message, not for the stream."""
+    """The limit applies to each message, not to the stream."""
     decoder = Decoder(max_message=200)
     for _ in range(100):
         assert len(decoder.feed(encode("put", b"x" * 90)) + decoder.feed(b":" + b" " * 90)) == 1

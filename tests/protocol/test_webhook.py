@@ -1,4 +1,4 @@
-"""What webhooks say, and who signed them."""
+"""Webhook bodies and their signatures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from relay.errors import InvalidData
 from relay.model.credential import SDKKey, Secret
 from relay.model.environment import EnvironmentSpec
 from relay.protocol import webhook
-from relay.protocol.webhook import MAX_RESOURCES, Announcement, Place
+from relay.protocol.webhook import MAX_RESOURCES, ChangedResource, ChangeNotice
 
 SECRETS = (Secret("old-secret"), Secret("new-secret"))
 
@@ -34,14 +34,14 @@ def current(version: object, environment: str = "production", key: str = "lamp")
 
 
 def test_the_signature_is_bare_hexadecimal_hmac_sha256():
-    """The digest is the one of RFC 4231's second case."""
+    """The digest is that of the second test case of RFC 4231."""
     expected = "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"
     assert webhook.sign(b"what do ya want for nothing?", Secret("Jefe")) == expected
 
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_any_of_the_secrets_may_have_signed(secret):
-    """So that a secret can be replaced without a gap."""
+    """So that a secret can be rotated without an interruption."""
     assert webhook.is_signed(b"body", webhook.sign(b"body", secret), SECRETS)
 
 
@@ -58,52 +58,58 @@ def test_any_of_the_secrets_may_have_signed(secret):
         "é" * 64,
     ],
 )
-def test_other_signatures_are_none(signature):
-    """Whatever is wrong with them."""
+def test_other_signatures_are_refused(signature):
+    """Whatever is wrong with the signature."""
     assert not webhook.is_signed(b"body", signature, SECRETS)
 
 
 def test_without_a_secret_nothing_is_signed():
-    """Not even what was signed with an empty one."""
+    """Not even a body signed with an empty secret."""
     assert not webhook.is_signed(b"body", webhook.sign(b"body", Secret("")), ())
 
 
 @pytest.mark.parametrize(
-    ("body", "places"),
+    ("body", "resources"),
     [
-        (entry("proj/shop:env/production:flag/lamp"), [Place("shop", "production", "lamp")]),
+        (
+            entry("proj/shop:env/production:flag/lamp"),
+            [ChangedResource("shop", "production", "lamp")],
+        ),
         (
             entry("proj/shop;a,b:env/production;c:flag/lamp;d,e"),
-            [Place("shop", "production", "lamp")],
+            [ChangedResource("shop", "production", "lamp")],
         ),
         (
             entry("proj/shop:env/production:flag/lamp", currentVersion=current(7)),
-            [Place("shop", "production", "lamp", 7)],
+            [ChangedResource("shop", "production", "lamp", 7)],
         ),
         (
             entry("proj/shop:env/production:flag/lamp", currentVersion=current(7, "test")),
-            [Place("shop", "production", "lamp")],
+            [ChangedResource("shop", "production", "lamp")],
         ),
         (
             entry("proj/shop:env/production:flag/lamp", currentVersion=current(7, key="other")),
-            [Place("shop", "production", "lamp")],
+            [ChangedResource("shop", "production", "lamp")],
         ),
         *(
             (
                 entry("proj/shop:env/production:flag/lamp", currentVersion=current(version)),
-                [Place("shop", "production", "lamp")],
+                [ChangedResource("shop", "production", "lamp")],
             )
             for version in (True, "7", 7.5, -1, 2**60, None)
         ),
-        (entry("proj/shop:env/production:segment/crowd"), [Place("shop", "production")]),
-        (entry("proj/shop:env/*:flag/lamp"), [Place("shop", "*", "lamp")]),
-        (entry("proj/shop:env/production:flag/*"), [Place("shop", "production")]),
-        (entry("proj/shop"), [Place("shop", "*")]),
+        (entry("proj/shop:env/production:segment/crowd"), [ChangedResource("shop", "production")]),
+        (entry("proj/shop:env/*:flag/lamp"), [ChangedResource("shop", "*", "lamp")]),
+        (entry("proj/shop:env/production:flag/*"), [ChangedResource("shop", "production")]),
+        (entry("proj/shop"), [ChangedResource("shop", "*")]),
         (
             entry("proj/shop:env/a:flag/x", target={"resources": ["proj/shop:env/a:flag/x"]}),
-            [Place("shop", "a", "x")],
+            [ChangedResource("shop", "a", "x")],
         ),
-        (entry(target={"resources": ["proj/shop:env/a:flag/x"]}), [Place("shop", "a", "x")]),
+        (
+            entry(target={"resources": ["proj/shop:env/a:flag/x"]}),
+            [ChangedResource("shop", "a", "x")],
+        ),
         (entry("member/*:token/1"), []),
         (entry("proj/shop:env/a:flag/x", "webhook/1"), []),
         (entry(*(f"proj/shop:env/a:flag/{i}" for i in range(MAX_RESOURCES + 1))), []),
@@ -111,9 +117,9 @@ def test_without_a_secret_nothing_is_signed():
         (b'{"_id":"1","accesses":null,"target":null,"unknown":[1]}', []),
     ],
 )
-def test_resources_name_places(body, places):
-    """And what is unclear names none, which means anything."""
-    assert list(webhook.read(body).places) == places
+def test_resources_are_parsed(body, resources):
+    """An unclear resource results in none, which means that anything may have changed."""
+    assert list(webhook.read(body).resources) == resources
 
 
 @pytest.mark.parametrize(
@@ -121,17 +127,17 @@ def test_resources_name_places(body, places):
     [b"", b"no json", b"[]", b'"text"', b"\xff", b'{"_id":1}', b'{"accesses":{}}', entry() + b"}",
      b'{"_id":"' + b"x" * 1000 + b'"}', b'{"currentVersion":' + b"[" * 100_000],
 )  # fmt: skip
-def test_what_is_no_audit_log_entry_is_said(body):
-    """With a reason, and as no other error."""
+def test_other_bodies_are_refused(body):
+    """With a reason, and with no other exception."""
     with pytest.raises(InvalidData):
         webhook.read(body)
 
 
 @given(st.binary() | st.recursive(st.none() | st.text() | st.integers(), lambda c: st.lists(c) | st.dictionaries(st.sampled_from(["_id", "accesses", "target", "resource", "currentVersion"]), c)).map(lambda v: json.dumps(v).encode()))  # fmt: skip
 def test_any_body_is_read_or_refused(body):
-    """Strangers cannot make reading fail in another way."""
+    """Hostile bodies cannot cause another exception."""
     with contextlib.suppress(InvalidData):
-        assert isinstance(webhook.read(body), Announcement)
+        assert isinstance(webhook.read(body), ChangeNotice)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +161,11 @@ def test_resources_concern_environments(resources, names):
         spec("test", "shop", "test"),
         spec("other", "bank", "production"),
     ]
-    assert list(webhook.read(entry(*resources)).concerning(specs)) == names
+    assert list(webhook.read(entry(*resources)).affected(specs)) == names
 
 
-def test_an_environment_without_keys_may_always_be_concerned():
-    """What is not known excludes nothing."""
+def test_an_environment_without_keys_always_matches():
+    """Unknown keys exclude nothing."""
     specs = [spec("a", "shop", "production"), spec("b"), spec("c", "shop"), spec("d", "bank")]
-    found = webhook.read(entry("proj/shop:env/production:flag/lamp")).concerning(specs)
-    assert list(found) == ["a", "b", "c"]
+    environments = webhook.read(entry("proj/shop:env/production:flag/lamp")).affected(specs)
+    assert list(environments) == ["a", "b", "c"]

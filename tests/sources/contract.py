@@ -1,4 +1,4 @@
-"""What every data source promises. Each kind of source is a `Stage` that the suite drives."""
+"""Contract tests for data sources. A `Stage` adapts each kind of source to the suite."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import pytest
 
 from relay.model.item import Kind
 from relay.model.payload import EMPTY, Payload
-from relay.sources import ChangeSet, Current, DataSource, Interrupted
+from relay.sources import ChangeSet, DataSource, Interrupted, UpToDate
 from tests.support.data import all_data, flag, segment
 
 
 class Stage(Protocol):
-    """A source and the hands to move what it watches."""
+    """A source, and control over its upstream."""
 
     source: DataSource
 
     async def show(self, text: str) -> None:
-        """Make this data set what upstream has."""
+        """Let upstream have this data set."""
 
     async def spoil(self) -> None:
-        """Make upstream give what cannot be used."""
+        """Let upstream deliver unusable data."""
 
     async def restore(self, text: str) -> None:
         """Undo `spoil`."""
 
 
-async def until(updates, true, payload: Payload = EMPTY) -> Payload:
-    """Apply updates until `true(update, payload)`."""
+async def until(updates, condition, payload: Payload = EMPTY) -> Payload:
+    """Apply updates until `condition(update, payload)`; return the payload."""
     async with asyncio.timeout(20):
         async for update in updates:
             if isinstance(update, ChangeSet):
                 payload, _ = payload.apply(update)
-            if true(update, payload):
+            if condition(update, payload):
                 return payload
     raise AssertionError
 
@@ -47,7 +47,7 @@ def has(value):
 
 
 class SourceContract:
-    """Subclass it with a fixture `stage`, shown nothing yet."""
+    """Subclass it with a fixture `stage` whose upstream has no data yet."""
 
     async def test_all_data_first_and_then_changes(self, stage):
         """Versions grow with changes, so that clients take them."""
@@ -60,8 +60,8 @@ class SourceContract:
         lamps = [payload.get(Kind.FLAG, "lamp") for payload in (first, second)]
         assert lamps[0].version < lamps[1].version
 
-    async def test_nonsense_is_said_and_changes_nothing(self, stage):
-        """The source goes on by itself when it is over."""
+    async def test_unusable_data_is_reported_and_changes_nothing(self, stage):
+        """The source recovers by itself."""
         await stage.show(all_data(flag(value="one")))
         async with aclosing(stage.source.updates()) as updates:
             payload = await until(updates, has("one"))
@@ -71,22 +71,22 @@ class SourceContract:
             await stage.restore(all_data(flag(value="three", version=3)))
             await until(updates, has("three"), payload)
 
-    async def test_a_refresh_brings_all_data_once_more(self, stage):
-        """Also if nothing has changed."""
+    async def test_a_resync_delivers_all_data_again(self, stage):
+        """Even if nothing has changed."""
         await stage.show(all_data(flag(value="one")))
         async with aclosing(stage.source.updates()) as updates:
             await until(updates, has("one"))
-            stage.source.refresh()
+            stage.source.resync()
             await until(updates, lambda u, _: isinstance(u, ChangeSet) and u.full)
 
-    async def test_quiet_sources_say_that_data_are_current(self, stage):
-        """The age of data is honest."""
+    async def test_quiet_sources_confirm_their_data(self, stage):
+        """So the age of the data stays correct."""
         await stage.show(all_data(flag(value="one")))
         async with aclosing(stage.source.updates()) as updates:
             await until(updates, has("one"))
             if hasattr(stage, "beat"):
                 await stage.beat()
-            await until(updates, lambda u, _: isinstance(u, Current))
+            await until(updates, lambda u, _: isinstance(u, UpToDate))
 
     @pytest.mark.parametrize("steps", range(0, 12, 3))
     async def test_cancelling_anywhere_leaves_nothing_open(self, stage, steps):

@@ -1,4 +1,4 @@
-"""Every source keeps the contract."""
+"""Every data source fulfils the contract."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import logging
 
 import pytest
 
+from relay.backoff import SourceTimings
 from relay.model.credential import SDKKey
-from relay.sources.file import File
-from relay.sources.polling import Polling
-from relay.sources.retry import Times
-from relay.sources.streaming import Streaming
+from relay.sources.file import FileSource
+from relay.sources.polling import PollingSource
+from relay.sources.streaming import StreamingSource
 from relay.upstream import Upstream
 from tests.sources.contract import SourceContract
 from tests.support import upstream as answers
@@ -18,7 +18,7 @@ from tests.support.data import put
 from tests.support.upstream import ScriptedUpstream
 
 KEY = "sdk-1"
-FAST = Times(
+FAST = SourceTimings(
     first_delay=0.01,
     longest_delay=0.02,
     confirm_every=0.0,
@@ -64,7 +64,7 @@ class PollStage(ServerStage):
 
 class FileStage:
     def __init__(self, path):
-        self.path, self.source = path, File(path, FAST)
+        self.path, self.source = path, FileSource(path, FAST)
 
     async def show(self, text):
         self.path.write_text(text)
@@ -91,13 +91,13 @@ class TestStreaming(SourceContract):
     @pytest.fixture
     def stage(self, server, session):
         log = logging.getLogger("relay.env.test")
-        return StreamStage(server, Streaming(session, server.url, SDKKey(KEY), log, FAST))
+        return StreamStage(server, StreamingSource(session, server.url, SDKKey(KEY), log, FAST))
 
 
 class TestPolling(SourceContract):
     @pytest.fixture
     def stage(self, server, session):
-        return PollStage(server, Polling(session, server.url, SDKKey(KEY), FAST))
+        return PollStage(server, PollingSource(session, server.url, SDKKey(KEY), FAST))
 
 
 class TestFile(SourceContract):

@@ -7,19 +7,19 @@ from contextlib import aclosing, asynccontextmanager
 
 import pytest
 
+from relay.backoff import SourceTimings
 from relay.errors import ErrorKind
 from relay.model.credential import SDKKey
 from relay.model.payload import ChangeSet
-from relay.sources import Current, Interrupted
-from relay.sources.polling import Polling
-from relay.sources.retry import Times
+from relay.sources import Interrupted, UpToDate
+from relay.sources.polling import PollingSource
 from relay.upstream import Upstream
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag
 from tests.support.upstream import ScriptedUpstream
 
 KEY = "sdk-secret-4711"
-FAST = Times(first_delay=0.01, refused_delay=0.01, poll_interval=0.01, poll_timeout=0.2)
+FAST = SourceTimings(first_delay=0.01, refused_delay=0.01, poll_interval=0.01, poll_timeout=0.2)
 
 
 @pytest.fixture(name="server")
@@ -32,7 +32,7 @@ async def scripted_upstream():
 @asynccontextmanager
 async def polling(server):
     async with Upstream() as session:
-        source = Polling(session, server.url, SDKKey(KEY), FAST)
+        source = PollingSource(session, server.url, SDKKey(KEY), FAST)
         async with asyncio.timeout(20), aclosing(source.updates()) as updates:
             yield updates
 
@@ -41,7 +41,7 @@ async def test_unchanged_data_are_not_sent_again(server):
     """The second poll has the ETag of the first and is answered 304."""
     async with polling(server) as updates:
         assert (await anext(updates)).full
-        assert await anext(updates) == Current()
+        assert await anext(updates) == UpToDate()
         server.serve(KEY, all_data(flag("b")))
         while not isinstance(update := await anext(updates), ChangeSet):
             pass
@@ -65,45 +65,52 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_fault_interrupts_and_passes(server, fault):
-    """The next poll is tried in time, and the reason holds no key."""
+    """The next poll is made in time, and the reason does not contain the key."""
     answer, kind, refused = FAULTS[fault]
     server.script(KEY, answer)
     async with polling(server) as updates:
-        trouble = await anext(updates)
-        assert isinstance(trouble, Interrupted)
-        assert (trouble.kind, trouble.refused) == (kind, refused)
-        assert KEY not in trouble.reason
+        outage = await anext(updates)
+        assert isinstance(outage, Interrupted)
+        assert (outage.kind, outage.refused) == (kind, refused)
+        assert KEY not in outage.reason
         assert (await anext(updates)).full
 
 
-async def test_a_hint_is_a_poll_now_that_brings_nothing_older(server):
-    """Neither lower versions, nor a state that upstream had before; a regular poll may go back."""
+async def test_a_check_polls_now_and_ignores_older_data(server):
+    """Neither lower versions nor an earlier state; a resync may go back."""
     first, second = all_data(flag()), all_data(flag(), flag("added"))
     lower = all_data(flag(version=0), flag("added"), flag("other"))
     server.serve(KEY, first)
-    times = Times(poll_interval=3600)
+    timings = SourceTimings(poll_interval=3600)
     async with Upstream() as session, asyncio.timeout(20):
-        source = Polling(session, server.url, SDKKey(KEY), times)
+        source = PollingSource(session, server.url, SDKKey(KEY), timings)
         updates = source.updates()
         assert (await anext(updates)).full
         server.serve(KEY, second)
-        source.look()
+        source.check()
         assert len((await anext(updates)).items) == 2
         for old in (first, lower):
             server.serve(KEY, old)
-            source.look()
-            assert await anext(updates) == Current()
+            source.check()
+            assert await anext(updates) == UpToDate()
         server.serve(KEY, lower)
-        source.refresh()
+        source.resync()
         assert len((await anext(updates)).items) == 3
         await updates.aclose()
 
 
-async def test_a_body_without_end_is_given_up(server, monkeypatch):
+async def test_the_repr_states_url_and_etag():
+    """Passwords in the URL are masked."""
+    async with Upstream() as session:
+        source = PollingSource(session, "http://me:hidden@sdk.example", SDKKey(KEY), FAST)
+        assert repr(source) == "<PollingSource http://me:xxxxx@sdk.example/sdk/latest-all etag=''>"
+
+
+async def test_a_body_without_end_is_rejected(server, monkeypatch):
     """Memory is bounded."""
     monkeypatch.setattr("relay.upstream.read_body.__defaults__", (1000,), raising=False)
     server.script(KEY, answers.body(b" " * 2000))
     async with polling(server) as updates:
-        trouble = await anext(updates)
-        assert trouble.kind is ErrorKind.INVALID_DATA
-        assert "longer than 1000 bytes" in trouble.reason
+        outage = await anext(updates)
+        assert outage.kind is ErrorKind.INVALID_DATA
+        assert "longer than 1000 bytes" in outage.reason

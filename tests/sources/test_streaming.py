@@ -1,4 +1,4 @@
-"""The streaming source against a real server: what is yielded for what upstream does."""
+"""The streaming source against a real server."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dataclasses import replace
 import pytest
 import trustme
 
+from relay.backoff import SourceTimings
 from relay.errors import ConfigError, ErrorKind
 from relay.model.credential import SDKKey
 from relay.model.item import Kind
 from relay.model.payload import ChangeSet
 from relay.protocol.sse import Decoder
-from relay.sources import Current, Interrupted
-from relay.sources.retry import Times
-from relay.sources.streaming import Streaming
+from relay.sources import Interrupted, UpToDate
+from relay.sources.streaming import StreamingSource
 from relay.upstream import MAX_REDIRECTS, Upstream
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag, patch, put
@@ -28,7 +28,7 @@ from tests.support.upstream import ScriptedUpstream
 
 KEY = "sdk-secret-4711"
 LOG = logging.getLogger("relay.env.test")
-FAST = Times(
+FAST = SourceTimings(
     first_delay=0.01, longest_delay=0.02, refused_delay=0.01, read_timeout=0.2, confirm_every=0.0
 )
 
@@ -41,16 +41,16 @@ async def scripted_upstream():
 
 
 @asynccontextmanager
-async def listening(url, times=FAST, session=None):
-    """The updates of a streaming source, and the source."""
+async def listening(url, timings=FAST, session=None):
+    """Yield the updates of a streaming source, and the source."""
     async with session or Upstream() as upstream:
-        source = Streaming(upstream, url + "/", SDKKey(KEY), LOG, times)
+        source = StreamingSource(upstream, url + "/", SDKKey(KEY), LOG, timings)
         async with asyncio.timeout(20), aclosing(source.updates()) as updates:
             yield updates, source
 
 
 async def until(updates, kind):
-    """The next update of a kind, however many others come before."""
+    """Return the next update of a kind, skipping all others."""
     async for update in updates:
         if isinstance(update, kind):
             return update
@@ -70,7 +70,7 @@ async def test_a_stream_brings_all_data_and_then_changes(server):
         gone = (await until(updates, ChangeSet)).items[0]
         assert (gone.kind, gone.key, gone.version, gone.json) == (Kind.FLAG, "a", 3, None)
         await server.raw(KEY, b":\n\n")
-        assert await until(updates, Current) == Current()
+        assert await until(updates, UpToDate) == UpToDate()
 
 
 async def test_requests_look_like_those_of_an_sdk(server):
@@ -119,22 +119,22 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_fault_interrupts_and_passes(server, caplog, fault):
-    """Nothing is applied, the reason names what happened and no key, and data come in the end."""
+    """Nothing is applied, the reason is stated without the key, and data arrives in the end."""
     answer, kind, status, words = FAULTS[fault]
     # A request whose connection breaks before any answer is repeated once by aiohttp.
     server.script(KEY, *[answer] * {"redirect loop": MAX_REDIRECTS, "hung up": 2}.get(fault, 1))
     async with listening(server.url) as (updates, _):
-        trouble = await anext(updates)
-        assert isinstance(trouble, Interrupted)
-        assert (trouble.kind, trouble.status) == (kind, status)
-        assert words in trouble.reason
-        assert trouble.refused == (fault in ("401", "403", "404"))
+        outage = await anext(updates)
+        assert isinstance(outage, Interrupted)
+        assert (outage.kind, outage.status) == (kind, status)
+        assert words in outage.reason
+        assert outage.refused == (fault in ("401", "403", "404"))
         assert (await until(updates, ChangeSet)).full
-    assert KEY not in caplog.text + trouble.reason
+    assert KEY not in caplog.text + outage.reason
 
 
-async def test_a_server_that_accepts_and_says_nothing_is_given_up_soon(server):
-    """The silence that a stream may keep once it has begun is minutes long; before, it is a fault."""
+async def test_a_silent_server_times_out_before_the_read_timeout(server):
+    """A stream that has begun may be silent for minutes; before that, silence is a failure."""
     server.script(KEY, answers.stall)
     patient, session = replace(FAST, read_timeout=3600.0), Upstream(head_timeout=0.1)
     async with listening(server.url, patient, session) as (updates, _):
@@ -143,12 +143,12 @@ async def test_a_server_that_accepts_and_says_nothing_is_given_up_soon(server):
 
 
 async def test_a_refused_connection_and_an_unknown_host_are_tried_again(server):
-    """Also before the first success."""
+    """Even before the first success."""
     await server.stop()
     async with listening(server.url) as (updates, _):
-        trouble = await anext(updates)
-        assert trouble.kind is ErrorKind.NETWORK_ERROR
-        assert "cannot connect" in trouble.reason
+        outage = await anext(updates)
+        assert outage.kind is ErrorKind.NETWORK_ERROR
+        assert "cannot connect" in outage.reason
         await server.start()
         assert await until(updates, ChangeSet)
     async with listening("http://nowhere.invalid") as (updates, _):
@@ -160,19 +160,21 @@ async def test_a_refused_connection_and_an_unknown_host_are_tried_again(server):
     [(put(all_data()), 1000), (patch(flag("a", 2)), 1e-6), (b":\n", 1e-6)],
     ids=["data", "a patch", "a comment"],
 )
-async def test_a_stream_that_ends_at_once_is_opened_less_and_less_often(server, content, half_life):
-    """Memory slows down what delivers and ends; what never delivers all data is no success."""
+async def test_a_stream_that_ends_at_once_is_reopened_less_and_less_often(
+    server, content, half_life
+):
+    """Streams that deliver and end are slowed down; one that never delivers all data fails."""
     server.always(KEY, answers.body(content))
-    times = Times(first_delay=0.01, longest_delay=1, growth=2, half_life=half_life)
+    timings = SourceTimings(first_delay=0.01, longest_delay=1, growth=2, half_life=half_life)
     begin = time.monotonic()
-    async with listening(server.url, times) as (updates, _):
+    async with listening(server.url, timings) as (updates, _):
         for _ in range(7):
             await until(updates, Interrupted)
     assert time.monotonic() - begin >= sum(0.01 * 2**n for n in range(6)) / 2  # jitter
 
 
 async def test_a_bad_item_does_not_break_the_stream(server):
-    """It is set apart; the connection stays."""
+    """It is reported separately; the connection stays."""
     async with listening(server.url) as (updates, _):
         await until(updates, ChangeSet)
         await server.connected(KEY)
@@ -197,34 +199,34 @@ async def test_unknown_events_are_logged_once_and_ignored(server, caplog):
     assert len(caplog.messages) == 20
 
 
-async def test_refresh_connects_anew_without_an_interruption(server):
-    """All data come once more; nobody is alarmed."""
-    calm = Times(confirm_every=1000)
+async def test_resync_reconnects_without_an_interruption(server):
+    """All data arrives again, and no outage is reported."""
+    calm = SourceTimings(confirm_every=1000)
     async with listening(server.url, calm) as (updates, source):
         assert (await anext(updates)).full
         waiting = asyncio.ensure_future(anext(updates))
         await server.connected(KEY)
-        source.refresh()
+        source.resync()
         assert (await waiting).full
     assert len(server.requests) == 2
 
 
-async def test_refresh_ends_a_long_wait(server):
-    """A refused key is tried again when somebody asks."""
+async def test_resync_ends_a_long_wait(server):
+    """A refused key is retried immediately."""
     server.script(KEY, answers.status(401))
-    async with listening(server.url, Times(refused_delay=300)) as (updates, source):
+    async with listening(server.url, SourceTimings(refused_delay=300)) as (updates, source):
         assert (await anext(updates)).refused
-        source.refresh()
+        source.resync()
         assert (await anext(updates)).full
 
 
 async def test_a_key_never_goes_to_another_server(server):
-    """A redirect elsewhere is followed without it, and what is said there is no refusal."""
+    """A redirect elsewhere is followed without it, and its response does not refuse the key."""
     async with ScriptedUpstream() as other:
         server.script(KEY, answers.redirect(other.url + "/all"))
         async with listening(server.url) as (updates, _):
-            trouble = await anext(updates)
-            assert (trouble.status, trouble.refused) == (401, False)
+            outage = await anext(updates)
+            assert (outage.status, outage.refused) == (401, False)
         assert KEY not in str(other.requests)
 
 
@@ -239,24 +241,35 @@ async def test_large_and_compressed_puts_work(server):
     """50 MB, and gzip."""
     large = all_data(*(flag(f"f{n}", value="x" * 1_000_000) for n in range(50)))
     server.script(KEY, answers.body(put(large)), answers.body(put(all_data(flag("z"))), gzip=True))
-    async with listening(server.url, Times(first_delay=0.01)) as (updates, _):
+    async with listening(server.url, SourceTimings(first_delay=0.01)) as (updates, _):
         assert len((await until(updates, ChangeSet)).items) == 50
         assert (await until(updates, ChangeSet)).items[0].key == "z"
 
 
-async def test_endless_garbage_is_given_up(server, monkeypatch):
-    """A message that never ends does not take the memory."""
-    monkeypatch.setattr("relay.sources.sse.Decoder", lambda: Decoder(max_message=1_000_000))
+async def test_a_message_without_end_is_rejected(server, monkeypatch):
+    """A message that never ends does not exhaust the memory."""
+    monkeypatch.setattr(
+        "relay.sources.event_stream.Decoder", lambda: Decoder(max_message=1_000_000)
+    )
     server.script(KEY, answers.drip(b"x" * 100_000))
     async with listening(server.url) as (updates, _):
-        trouble = await anext(updates)
-        assert trouble.kind is ErrorKind.INVALID_DATA
-        assert "longer than" in trouble.reason
+        outage = await anext(updates)
+        assert outage.kind is ErrorKind.INVALID_DATA
+        assert "longer than" in outage.reason
+
+
+async def test_the_repr_states_the_connection():
+    """Passwords in the URL are masked."""
+    async with Upstream() as session:
+        url = "http://me:hidden@stream.example"
+        source = StreamingSource(session, url, SDKKey(KEY), LOG)
+        assert repr(source).endswith("@stream.example/all disconnected>")
+        assert "hidden" not in repr(source)
 
 
 async def test_cancelling_closes_the_connection(server):
     """Nothing stays open, wherever the source is cancelled."""
-    async with listening(server.url, Times()) as (updates, _):
+    async with listening(server.url, SourceTimings()) as (updates, _):
         await anext(updates)
         waiting = asyncio.ensure_future(anext(updates))
         await server.connected(KEY)
@@ -267,7 +280,7 @@ async def test_cancelling_closes_the_connection(server):
 
 
 async def test_an_extra_authority_is_trusted(server, tmp_path):
-    """And none without being told; the reason names the host."""
+    """Without it the server is not; the reason names the host."""
     authority = trustme.CA()
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(tls)
@@ -304,17 +317,17 @@ async def test_a_proxy_with_a_password(server, tmp_path):
                 assert (await anext(updates)).full
             wrong = Upstream(f"http://me:hidden@127.0.0.1:{port}", [tmp_path / "ca.pem"])
             async with listening(target.url, session=wrong) as (updates, _):
-                trouble = await anext(updates)
-                assert "407" in trouble.reason
-                assert "hidden" not in trouble.reason
-                assert not trouble.refused
+                outage = await anext(updates)
+                assert "407" in outage.reason
+                assert "hidden" not in outage.reason
+                assert not outage.refused
     assert seen[0].startswith(f"GET {server.url}/all ")
     assert any(line.startswith(f"CONNECT 127.0.0.1:{secure.port} ") for line in seen)
 
 
 @pytest.mark.parametrize("location", ["http://[", "ftp://x/all", "http://127.0.0.1:99999/"])
 async def test_a_redirect_to_nonsense_is_an_ordinary_failure(server, location):
-    """Whatever the `Location` holds."""
+    """For any content of `Location`."""
     server.script(KEY, answers.redirect(location))
     async with listening(server.url) as (updates, _):
         assert isinstance(await anext(updates), Interrupted)

@@ -1,4 +1,4 @@
-"""A real server for all tests of a worker, emptied for each."""
+"""One real server per test worker, emptied before each test."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def shared_server(tmp_path_factory) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def server(shared_server) -> RedisServer:
-    """A server that works and is empty. Who breaks it starts one of his own."""
+    """An empty, working server. Tests that break a server start their own."""
     shared_server.do("FLUSHALL")
     return shared_server

@@ -1,4 +1,4 @@
-"""What every data store promises; `stores` in conftest.py gives each in turn."""
+"""Contract tests for data stores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from relay.stores import Version
 
 
 def flag(key: str, version: int, json: bytes | None = b"") -> Item:
-    """A flag, or a tombstone if `json` is None."""
+    """Return a flag, or a tombstone if `json` is None."""
     text = b'{"key":"%b","version":%d}' % (key.encode(), version) if json == b"" else json
     return Item(Kind.FLAG, key, version, text)
 
@@ -18,15 +18,15 @@ def segment(key: str, version: int) -> Item:
 
 
 class StoreContract:
-    """Tests of a store that a fixture `store` makes: empty, and connected to an empty database."""
+    """Subclass it with a fixture `store` that is connected to an empty database."""
 
     async def test_a_new_store_holds_nothing(self, store):
         """Nothing is loaded, and there are no versions, until the store was initialised."""
         assert await store.load() is None
         assert await store.versions() is None
 
-    async def test_what_is_written_is_loaded(self, store):
-        """Items come back in the same bytes, tombstones as tombstones."""
+    async def test_written_items_are_loaded(self, store):
+        """Items have the same bytes as before, and tombstones stay tombstones."""
         odd = flag("ü/<&> \u2028", 9, '{"version":9,"n":1e21,"m":-0,"text":"ü\u2028"}'.encode())
         items = [flag("lamp", 3), flag("gone", 4, None), segment("crowd", 5), odd]
         await store.init(Payload.of(items))
@@ -36,21 +36,21 @@ class StoreContract:
         assert stored.invalid == ()
 
     async def test_an_empty_payload_initialises_too(self, store):
-        """An environment without flags is one that was initialised."""
+        """An environment without flags is initialised, too."""
         await store.init(Payload.of([]))
         stored = await store.load()
         assert stored is not None
         assert len(stored.payload) == 0
 
     async def test_init_replaces_everything(self, store):
-        """Whatever the versions: nothing of before is left."""
+        """Nothing of the earlier data is left, whatever its versions."""
         await store.init(Payload.of([flag("old", 9), flag("lamp", 9), segment("crowd", 9)]))
         await store.init(Payload.of([flag("lamp", 1)]))
         stored = await store.load()
         assert list(stored.payload) == [flag("lamp", 1)]
 
     async def test_upsert_goes_forward_only(self, store):
-        """A newer version is written, an equal or older one is not; a tombstone counts as one."""
+        """Only newer versions are written; tombstones count as versions."""
         await store.init(Payload.of([flag("lamp", 3), flag("gone", 4, None), segment("crowd", 5)]))
         equal = flag("lamp", 3, b'{"version":3,"other":true}')
         assert await store.upsert([equal, flag("gone", 4), segment("crowd", 4)])
@@ -64,12 +64,12 @@ class StoreContract:
         assert set((await store.load()).payload) == set(newer)
 
     async def test_upsert_writes_nothing_to_a_store_without_marker(self, store):
-        """A partial data set would be worse than none."""
+        """A partial data set would be worse than none at all."""
         assert await store.upsert([flag("lamp", 1)]) is False
         assert await store.load() is None
 
     async def test_versions_tell_items_from_tombstones(self, store):
-        """Every stored item has its version."""
+        """Every stored item is listed with its version."""
         big = 2**53 + 1
         items = [flag("lamp", 3), flag("gone", 4, None), segment("crowd", big)]
         await store.init(Payload.of(items))

@@ -1,4 +1,4 @@
-"""The snapshot on disk: whole or not there at all, honest about its age, and never in the way."""
+"""Snapshots on disk: atomic, of known age, and never in the way."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from hypothesis import strategies as st
 from relay.model.credential import SDKKey
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Payload
-from relay.protocol import snapshot as grammar
+from relay.protocol import snapshot as snapshot_format
 from relay.protocol.snapshot import HEADER_SIZE
-from relay.stores.snapshot import Pace, Snapshot
+from relay.stores.snapshot import SnapshotMirror, SnapshotTimings
 from tests.support.strategies import change_sets
 
 ROOT = Path(__file__).parent.parent.parent
 LOG = logging.getLogger("relay.env.test")
 KEY = SDKKey("sdk-5ca1ab1e-0001")
 MS = 0.001
-FAST = Pace(gather=MS, bytes_per_second=1e12, retry=5 * MS, finish=5)
-LAZY = Pace(gather=3600, bytes_per_second=1, retry=3600, finish=5)
-"""Writes at the end only."""
+FAST = SnapshotTimings(gather=MS, bytes_per_second=1e12, retry=5 * MS, finish=5)
+AT_THE_END = SnapshotTimings(gather=3600, bytes_per_second=1, retry=3600, finish=5)
+"""Timings with which only the end of a run writes."""
 
 
 def flag(key, version, size=0):
@@ -48,14 +48,14 @@ def payload(*items):
     return Payload.of(items or (flag("a", 1),))
 
 
-def snapshot(directory, key=KEY, pace=FAST):
-    return Snapshot(Path(directory), key, LOG, pace)
+def snapshot(directory, key=KEY, timings=FAST):
+    return SnapshotMirror(Path(directory), key, LOG, timings)
 
 
 @contextlib.asynccontextmanager
-async def running(copy):
-    """A snapshot that writes; it is cancelled at the end."""
-    task = asyncio.create_task(copy.run())
+async def running(mirror):
+    """Run a mirror; cancel it at the end."""
+    task = asyncio.create_task(mirror.run())
     try:
         yield task
     finally:
@@ -65,13 +65,13 @@ async def running(copy):
 
 
 async def save(directory, data, **options):
-    """Write a payload, and return the path of the file."""
-    copy = snapshot(directory, **options)
-    async with running(copy):
-        copy.follow(data, None)
+    """Write a payload; return the path of the file."""
+    mirror = snapshot(directory, **options)
+    async with running(mirror):
+        mirror.update(data, None)
         async with asyncio.timeout(20):
-            await copy.written()
-    return copy._file.path
+            await mirror.flushed()
+    return mirror._file.path
 
 
 async def load(directory, **options):
@@ -79,14 +79,14 @@ async def load(directory, **options):
 
 
 async def until(condition):
-    """Return as soon as the condition holds."""
+    """Wait until the condition is true."""
     async with asyncio.timeout(10):
         while not condition():  # noqa: ASYNC110 - a file gives no sign
             await asyncio.sleep(MS)
 
 
-async def test_what_was_vouched_for_is_there_after_a_restart(tmp_path):
-    """All items with their versions, tombstones, and the time at which upstream vouched."""
+async def test_confirmed_data_is_there_after_a_restart(tmp_path):
+    """All items with their versions, tombstones, and the time of the confirmation."""
     data = payload(
         flag("a", 3), Item(Kind.FLAG, "gone", 7, None), Item(Kind.SEGMENT, "s", 1, b"{}")
     )
@@ -108,8 +108,8 @@ async def test_what_was_vouched_for_is_there_after_a_restart(tmp_path):
         (1000, 2_000_000_000, None),  # had not been set yet
     ],
 )
-async def test_an_age_that_cannot_be_is_not_known(tmp_path, monkeypatch, written, read, age):
-    """By what the clock says when a snapshot is written and when it is read; the data count."""
+async def test_an_impossible_age_is_unknown(tmp_path, monkeypatch, written, read, age):
+    """The clock may be wrong when a snapshot is written or read; its data is used anyway."""
     monkeypatch.setattr("time.time", lambda: written)
     await save(tmp_path, payload(flag("a", 1)))
     monkeypatch.setattr("time.time", lambda: read)
@@ -140,19 +140,19 @@ any_items = st.builds(
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(change_sets, max_size=4), st.lists(any_items, max_size=6))
-def test_what_is_loaded_is_what_was_followed(changes, items):
-    """Whatever changes led there, and whatever keys, versions and JSON items have."""
+def test_loaded_data_equals_the_last_update(changes, items):
+    """For any changes, keys, versions and JSON of items."""
 
     async def there_and_back(directory):
-        copy = snapshot(directory)
+        mirror = snapshot(directory)
         data = EMPTY
-        async with running(copy):
-            for each in changes:
-                data, change = data.apply(each)
-                copy.follow(data, change)
+        async with running(mirror):
+            for change_set in changes:
+                data, change = data.apply(change_set)
+                mirror.update(data, change)
             data = Payload.of([*data, *items])
-            copy.follow(data, None)
-            await copy.written()
+            mirror.update(data, None)
+            await mirror.flushed()
         return data, await load(directory)
 
     with tempfile.TemporaryDirectory() as directory:
@@ -167,8 +167,8 @@ async def test_an_empty_environment_is_data(tmp_path):
     assert len((await load(tmp_path)).payload) == 0
 
 
-async def test_without_a_file_there_is_nothing_to_load_and_nothing_to_say(tmp_path, caplog):
-    """The first start is no trouble."""
+async def test_without_a_file_nothing_is_loaded_or_logged(tmp_path, caplog):
+    """This is normal at the first start."""
     assert await load(tmp_path / "none") is None
     assert caplog.text == ""
 
@@ -183,7 +183,7 @@ async def test_nobody_else_can_read_it(tmp_path):
 
 
 async def test_it_is_bound_to_its_environment(tmp_path, caplog):
-    """The file of another key is not used, not even under our name."""
+    """The file of another SDK key is not used, even if it is renamed."""
     theirs = await save(tmp_path / "theirs", payload(), key=SDKKey("sdk-other"))
     ours = await save(tmp_path / "ours", payload())
     assert theirs.name != ours.name
@@ -195,7 +195,7 @@ async def test_it_is_bound_to_its_environment(tmp_path, caplog):
 
 
 async def test_a_file_of_another_release_is_not_used(tmp_path, caplog):
-    """After a downgrade; it is neither damage nor in the way of the next write."""
+    """After a downgrade it is not reported as damaged, and the next write replaces it."""
     path = await save(tmp_path, payload())
     path.write_bytes(path.read_bytes().replace(b"relay snapshot 1 ", b"relay snapshot 9 ", 1))
     assert await load(tmp_path) is None
@@ -208,7 +208,7 @@ async def test_a_file_of_another_release_is_not_used(tmp_path, caplog):
     "part", ["header", "body", "cut", "cut header", "empty", "longer", "other"]
 )
 async def test_a_damaged_file_is_reported_set_aside_and_not_used(tmp_path, caplog, part):
-    """One line says so; of several damaged files only the last is kept."""
+    """One line is logged; only the last damaged file is kept."""
     for _ in range(2):
         path = await save(tmp_path, payload())
         data = bytearray(path.read_bytes())
@@ -231,7 +231,7 @@ async def test_a_damaged_file_is_reported_set_aside_and_not_used(tmp_path, caplo
 
 @pytest.mark.parametrize("where", range(0, HEADER_SIZE, 37))
 async def test_no_bit_of_the_first_line_can_flip_unnoticed(tmp_path, where):
-    """Not even one of the time, or of the blanks."""
+    """Not even in the time or the blanks."""
     path = await save(tmp_path, payload())
     data = bytearray(path.read_bytes())
     data[where] ^= 4
@@ -240,11 +240,11 @@ async def test_no_bit_of_the_first_line_can_flip_unnoticed(tmp_path, where):
 
 
 async def test_changes_in_quick_succession_are_one_write(tmp_path):
-    """The file is replaced once, and holds the last of them."""
-    copy = snapshot(tmp_path, pace=Pace(gather=0.1, bytes_per_second=1e12))
-    async with running(copy):
+    """The file is replaced once and contains the last change."""
+    mirror = snapshot(tmp_path, timings=SnapshotTimings(gather=0.1, bytes_per_second=1e12))
+    async with running(mirror):
         for version in range(50):
-            copy.follow(payload(flag("a", version)), None)
+            mirror.update(payload(flag("a", version)), None)
             await asyncio.sleep(0)
         await until(lambda: list(tmp_path.glob("*.snapshot")))
         inode = next(tmp_path.glob("*.snapshot")).stat().st_ino
@@ -252,14 +252,16 @@ async def test_changes_in_quick_succession_are_one_write(tmp_path):
     assert next(tmp_path.glob("*.snapshot")).stat().st_ino == inode
 
 
-async def test_a_large_environment_that_never_rests_does_not_wear_the_disk(tmp_path):
+async def test_a_large_environment_that_changes_all_the_time_does_not_wear_the_disk(tmp_path):
     """The time between two writes grows with the size."""
-    copy = snapshot(tmp_path, pace=Pace(gather=MS, bytes_per_second=100_000, finish=5))
+    mirror = snapshot(
+        tmp_path, timings=SnapshotTimings(gather=MS, bytes_per_second=100_000, finish=5)
+    )
     begin = time.monotonic()
-    async with running(copy):
+    async with running(mirror):
         inodes = set()
         for version in range(10**6):
-            copy.follow(payload(flag("a", version, 20_000)), None)
+            mirror.update(payload(flag("a", version, 20_000)), None)
             await asyncio.sleep(MS)
             inodes |= {entry.stat().st_ino for entry in tmp_path.glob("*.snapshot")}
             if len(inodes) == 3:
@@ -267,39 +269,41 @@ async def test_a_large_environment_that_never_rests_does_not_wear_the_disk(tmp_p
     assert time.monotonic() - begin >= 0.35
 
 
-async def test_a_change_that_meets_a_renewal_waits_for_its_time(tmp_path):
-    """What is only the time is written soon; a change that comes meanwhile has the disk rest."""
-    copy = snapshot(tmp_path, pace=Pace(gather=0.05, bytes_per_second=1000, finish=5))
+async def test_a_change_after_a_renewal_respects_the_write_rate(tmp_path):
+    """The time alone is written soon; a change that comes meanwhile is delayed."""
+    mirror = snapshot(
+        tmp_path, timings=SnapshotTimings(gather=0.05, bytes_per_second=1000, finish=5)
+    )
     data = payload(flag("a", 1, 20_000))
-    async with running(copy):
-        copy.follow(data, None)
-        await copy.written()
-        copy.follow(data, None)
+    async with running(mirror):
+        mirror.update(data, None)
+        await mirror.flushed()
+        mirror.update(data, None)
         await asyncio.sleep(5 * MS)
-        copy.follow(payload(flag("a", 2, 20_000)), None)
+        mirror.update(payload(flag("a", 2, 20_000)), None)
         await asyncio.sleep(0.1)
         assert (await load(tmp_path)).payload.get(Kind.FLAG, "a").version == 1
     assert (await load(tmp_path)).payload.get(Kind.FLAG, "a").version == 2
 
 
 async def test_the_last_state_is_written_at_the_end(tmp_path):
-    """Also if its time had not come, and upstream was lost since."""
-    copy = snapshot(tmp_path, pace=LAZY)
-    async with running(copy):
-        copy.follow(payload(), None)
+    """Even if the write was not due yet, and upstream has been lost since."""
+    mirror = snapshot(tmp_path, timings=AT_THE_END)
+    async with running(mirror):
+        mirror.update(payload(), None)
         await asyncio.sleep(MS)
-        copy.hold()
+        mirror.suspend()
     assert await load(tmp_path)
 
 
 async def test_a_hung_disk_does_not_keep_the_process_from_ending(tmp_path, caplog):
-    """The last write has a bounded time; what it could not do is said."""
-    copy = snapshot(tmp_path, pace=Pace(gather=3600, finish=20 * MS))
+    """The last write has a time limit; a failure is logged."""
+    mirror = snapshot(tmp_path, timings=SnapshotTimings(gather=3600, finish=20 * MS))
     free = threading.Event()
-    copy._file.store = lambda *_: free.wait(10)
+    mirror._file.store = lambda *_: free.wait(10)
     begin = time.monotonic()
-    async with running(copy):
-        copy.follow(payload(), None)
+    async with running(mirror):
+        mirror.update(payload(), None)
         await asyncio.sleep(MS)
     assert time.monotonic() - begin < 5
     assert "could not be written within" in caplog.text
@@ -307,42 +311,42 @@ async def test_a_hung_disk_does_not_keep_the_process_from_ending(tmp_path, caplo
 
 
 async def test_the_time_is_renewed_in_place(tmp_path):
-    """Upstream vouching again for the same data costs no new file."""
-    copy, data = snapshot(tmp_path), payload(flag("a", 1, 10_000))
-    async with running(copy):
-        copy.follow(data, None)
-        await copy.written()
+    """A confirmation of the same data does not replace the file."""
+    mirror, data = snapshot(tmp_path), payload(flag("a", 1, 10_000))
+    async with running(mirror):
+        mirror.update(data, None)
+        await mirror.flushed()
         (path,) = tmp_path.iterdir()
         inode, first = path.stat().st_ino, path.read_bytes()[:HEADER_SIZE]
         await asyncio.sleep(2 * MS)
-        copy.follow(data, None)
-        await copy.written()
+        mirror.update(data, None)
+        await mirror.flushed()
         assert path.stat().st_ino == inode
         stored = await load(tmp_path)
         renewed = path.read_bytes()[:HEADER_SIZE]
-        assert grammar.header(renewed).confirmed > grammar.header(first).confirmed
+        assert snapshot_format.header(renewed).confirmed > snapshot_format.header(first).confirmed
         assert set(stored.payload) == set(data)
 
 
 @pytest.mark.parametrize("action", ["remove", "replace"])
-async def test_a_file_that_somebody_touched_is_written_anew(tmp_path, action):
-    """Renewing the time notices that the file is no longer ours."""
-    copy, data = snapshot(tmp_path), payload(flag("a", 5))
-    async with running(copy):
-        copy.follow(data, None)
-        await copy.written()
+async def test_a_file_changed_by_others_is_rewritten(tmp_path, action):
+    """Before the time is updated, the header is compared."""
+    mirror, data = snapshot(tmp_path), payload(flag("a", 5))
+    async with running(mirror):
+        mirror.update(data, None)
+        await mirror.flushed()
         if action == "remove":
             next(tmp_path.iterdir()).unlink()
         else:
             await save(tmp_path, payload(flag("a", 4)))
-        copy.follow(data, None)
-        await copy.written()
+        mirror.update(data, None)
+        await mirror.flushed()
     assert set((await load(tmp_path)).payload) == set(data)
 
 
 @contextlib.contextmanager
-def full_disk():
-    """No file may grow; the error is another number (EFBIG) than that of a full disk."""
+def no_space():
+    """Limit the file size; the error is EFBIG, unlike that of a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (HEADER_SIZE, hard))
     try:
@@ -351,20 +355,20 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-async def test_a_full_disk_is_said_once_when_it_begins_and_once_when_it_ends(tmp_path, caplog):
-    """The old snapshot stays, and nothing half written is left."""
+async def test_a_full_disk_is_logged_once_at_its_begin_and_end(tmp_path, caplog):
+    """The old snapshot stays, and no unfinished file is left."""
     caplog.set_level(logging.INFO)
     await save(tmp_path, payload(flag("a", 1)))
-    copy = snapshot(tmp_path)
-    async with running(copy):
-        with full_disk():
+    mirror = snapshot(tmp_path)
+    async with running(mirror):
+        with no_space():
             for _ in range(5):
-                copy.follow(payload(flag("a", 2, 5000)), None)
+                mirror.update(payload(flag("a", 2, 5000)), None)
                 await until(lambda: caplog.records)
                 await asyncio.sleep(8 * MS)
             assert [entry.suffix for entry in tmp_path.iterdir()] == [".snapshot"]
             assert (await load(tmp_path)).payload.get(Kind.FLAG, "a").version == 1
-        await copy.written()
+        await mirror.flushed()
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
     assert os.strerror(errno.EFBIG) in caplog.text
     assert "is written again" in caplog.text
@@ -372,8 +376,8 @@ async def test_a_full_disk_is_said_once_when_it_begins_and_once_when_it_ends(tmp
 
 
 @pytest.mark.parametrize("obstacle", ["file as directory", "directory as file"])
-async def test_a_place_that_cannot_be_written_is_said_once(tmp_path, caplog, obstacle):
-    """And once when it can, without a restart."""
+async def test_an_unwritable_path_is_logged_once(tmp_path, caplog, obstacle):
+    """Its recovery is logged once, too, without a restart."""
     caplog.set_level(logging.INFO)
     directory = tmp_path / "snapshots"
     in_the_way = directory
@@ -383,22 +387,22 @@ async def test_a_place_that_cannot_be_written_is_said_once(tmp_path, caplog, obs
         in_the_way = await save(directory, payload())
         in_the_way.unlink()
         in_the_way.mkdir()
-    copy = snapshot(directory)
-    assert await copy.load() is None
-    async with running(copy):
-        copy.follow(payload(), None)
+    mirror = snapshot(directory)
+    assert await mirror.load() is None
+    async with running(mirror):
+        mirror.update(payload(), None)
         await asyncio.sleep(20 * MS)
         assert len(caplog.records) == 1
         assert "trying again" in caplog.text
         in_the_way.unlink() if in_the_way.is_file() else in_the_way.rmdir()
-        await copy.written()
+        await mirror.flushed()
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
     assert await load(directory)
 
 
 @contextlib.contextmanager
 def unprivileged():
-    """Root may do everything, so it is somebody else meanwhile."""
+    """Drop root's privileges for a while, because root may write everywhere."""
     before = os.geteuid()
     os.seteuid(before or 65534)
     try:
@@ -407,34 +411,43 @@ def unprivileged():
         os.seteuid(before)
 
 
-async def test_missing_permissions_are_said_once(tmp_path, caplog):
-    """A directory that is not ours harms nothing."""
+async def test_missing_permissions_are_logged_once(tmp_path, caplog):
+    """A directory of another user does no harm."""
     directory = tmp_path / "theirs"
     directory.mkdir(mode=0o500)
-    copy = snapshot(directory)
+    mirror = snapshot(directory)
     with unprivileged():
-        await copy.load()
-        async with running(copy):
-            copy.follow(payload(), None)
+        await mirror.load()
+        async with running(mirror):
+            mirror.update(payload(), None)
             await asyncio.sleep(20 * MS)
     assert caplog.text.count(os.strerror(errno.EACCES)) == len(caplog.records) == 1
 
 
-async def test_what_a_killed_process_left_is_cleared_away(tmp_path):
-    """But not what another relay is writing now, nor what belongs to other environments."""
+async def test_files_of_killed_processes_are_removed(tmp_path):
+    """Files that another relay is writing, or of other environments, stay."""
     path = await save(tmp_path, payload())
     dead, alive = (path.with_suffix(f".{name}.tmp") for name in ("dead", "alive"))
     other = tmp_path / "environment-0000.dead.tmp"
     for file in (dead, alive, other):
         file.touch()
-    with alive.open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with alive.open() as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
         assert await load(tmp_path)
     assert {entry.name for entry in tmp_path.iterdir()} == {path.name, alive.name, other.name}
 
 
+async def test_the_repr_states_path_and_progress(tmp_path):
+    """The file's name is a hash, so the key is not shown."""
+    mirror = snapshot(tmp_path)
+    path = mirror._file.path
+    assert repr(mirror) == f"<SnapshotMirror {path} flushed>"
+    mirror.update(payload(), None)
+    assert repr(mirror) == f"<SnapshotMirror {path} pending>"
+
+
 async def test_it_does_not_appear_in_status(tmp_path):
-    """`dataStoreStatus` is about the database."""
+    """`dataStoreStatus` shows databases only."""
     assert snapshot(tmp_path).status is None
 
 
@@ -444,19 +457,20 @@ from pathlib import Path
 from relay.model.credential import SDKKey
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
-from relay.stores.snapshot import Pace, Snapshot
+from relay.stores.snapshot import SnapshotMirror, SnapshotTimings
 
 async def main():
     directory, begin = Path(sys.argv[1]), int(sys.argv[2])
-    pace = Pace(gather=0, bytes_per_second=1e12)
-    copy = Snapshot(directory, SDKKey("sdk-5ca1ab1e-0001"), logging.getLogger(), pace)
-    task = asyncio.create_task(copy.run())
+    timings = SnapshotTimings(gather=0, bytes_per_second=1e12)
+    key = SDKKey("sdk-5ca1ab1e-0001")
+    mirror = SnapshotMirror(directory, key, logging.getLogger(), timings)
+    task = asyncio.create_task(mirror.run())
     for version in range(begin, begin + 10**6):
         json = b'{"version":%d,"x":"%s"}' % (version, b"x" * 4000)
         data = Payload.of(Item(Kind.FLAG, f"f{n}", version, json) for n in range(500))
         for _ in range(2):
-            copy.follow(data, None)
-            await copy.written()
+            mirror.update(data, None)
+            await mirror.flushed()
         print(version, flush=True)
 
 asyncio.run(main())
@@ -464,7 +478,7 @@ asyncio.run(main())
 
 
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_file(tmp_path, caplog):
-    """A real process that writes without pause is killed again and again."""
+    """A real process that writes all the time is killed again and again."""
     chance = random.Random(1)
     version = 1
     for _ in range(12):
@@ -484,7 +498,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_file(tmp_path, caplog):
 
 
 async def test_a_large_environment_does_not_hold_up_the_event_loop(tmp_path):
-    """Twenty megabytes are written and read while the loop goes on."""
+    """20 MB are written and read while the event loop keeps running."""
     data = Payload.of(flag(f"f{n}", 1, 2000) for n in range(10_000))
     worst, stop = 0.0, False
 

@@ -42,11 +42,11 @@ class ScriptedSource:
         finally:
             self.ended += 1
 
-    def refresh(self) -> None:
+    def resync(self) -> None:
         self.refreshed += 1
 
-    def look(self, *, doubt: bool = False) -> None:
-        self.looked.append(doubt)
+    def check(self, *, reconnect: bool = False) -> None:
+        self.looked.append(reconnect)
 
 
 class RecordingHub:
@@ -59,7 +59,7 @@ class RecordingHub:
         self.published.append((payload, change))
 
 
-class MemoryCopy:
+class MemoryMirror:
     """A copy that is loaded when the test says so, and that records what it is told."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class MemoryCopy:
     async def load(self) -> Stored | None:
         return await self.loading
 
-    def follow(
+    def update(
         self,
         payload: Payload,
         change: Change | None,
@@ -81,10 +81,10 @@ class MemoryCopy:
         del payload, full, unusable
         self.told.append(change)
 
-    def hold(self) -> None:
+    def suspend(self) -> None:
         self.told.append("hold")
 
-    async def written(self) -> None:
+    async def flushed(self) -> None:
         assert self.told
 
     async def run(self) -> None:

@@ -14,22 +14,25 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from relay.environment import Environment
-from relay.evalstreams import client_side_channels
-from relay.evaluations import Evaluations
-from relay.hub import Hub, StreamLimits
 from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
+from relay.programs import ProgramCache
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
-from relay.server import Certificate, ServerOptions, Site, listen, make_server
+from relay.server.listeners import listen
+from relay.server.options import Certificate, ServerOptions
+from relay.server.server import make_server
+from relay.server.site import Site
+from relay.streams.evaluated import client_side_channels
+from relay.streams.hub import Hub, StreamLimits
+from relay.telemetry.traffic import RequestMetrics
 from relay.web.app import make_app
-from relay.web.door import Door, DoorLimits, Poll
-from relay.web.evaluation import Evaluation
-from relay.web.events import Events
-from relay.web.polling import Polling
-from relay.web.posting import Posts
-from relay.web.questions import Questions
-from relay.web.traffic import Traffic
+from relay.web.endpoints.evaluation import EvaluationHandler
+from relay.web.endpoints.events import EventsHandler
+from relay.web.endpoints.polling import PollingHandler
+from relay.web.fastpath.evaluation import EvaluationFastPath
+from relay.web.fastpath.events import EventsFastPath
+from relay.web.fastpath.shared import ConnectionLimits, FastPath, PollResponder
 from tests.support.contracts import ScriptedSource
 
 SDK_KEY = "sdk-5ca1ab1e-0001-4000-8000-00000000a001"
@@ -50,16 +53,16 @@ class Served:
         self.source = ScriptedSource()
         spec = EnvironmentSpec("main", SDKKey(SDK_KEY), environment_id=EnvironmentID("env-1"))
         spec = replace(spec, **more)
-        evaluations = Evaluations()
+        evaluations = ProgramCache()
         streams = client_side_channels(evaluations, ping_jitter)
         self.hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, limits, streams)
         log = logging.getLogger("main")
-        self.environment = Environment(spec, self.source, self.hub, log, evaluations=evaluations)
+        self.environment = Environment(spec, self.source, self.hub, log, programs=evaluations)
         self.relay = Relay([self.environment], 0)
-        self.polling, self.traffic = Polling(), Traffic()
-        self.events = Events()
-        self.evaluation = Evaluation()
-        self.questions = Questions(self.relay, self.evaluation, self.traffic)
+        self.polling, self.traffic = PollingHandler(), RequestMetrics()
+        self.events = EventsHandler()
+        self.evaluation = EvaluationHandler()
+        self.questions = EvaluationFastPath(self.relay, self.evaluation, self.traffic)
 
     def app(self) -> ASGIApp:
         """The application, as it is behind the front door."""
@@ -96,10 +99,10 @@ async def serving(
     served: Served,
     *,
     front: bool = True,
-    poll: Poll | None = None,
+    poll: PollResponder | None = None,
     app: ASGIApp | None = None,
-    posts: Posts | None = None,
-    limits: DoorLimits | None = None,
+    posts: EventsFastPath | None = None,
+    limits: ConnectionLimits | None = None,
     certificate: Certificate | None = None,
     trust: ssl.SSLContext | None = None,
     drain: float = 2.0,
@@ -108,16 +111,16 @@ async def serving(
 
     Without `poll` and `app` both doors are those of production.
     """
-    options = ServerOptions(0, certificate, drain, limits or DoorLimits())
+    options = ServerOptions(0, certificate, drain, limits or ConnectionLimits())
     if app is None:
-        posts = Posts(served.relay, served.events, served.traffic)
+        posts = EventsFastPath(served.relay, served.events, served.traffic)
     site = Site(
         served.relay,
         app or served.app(),
         poll or served.polling,
         served.traffic,
-        posts=posts,
-        questions=served.questions if app is None else None,
+        events=posts,
+        evaluation=served.questions if app is None else None,
     )
     async with serving_site(site, options, front=front) as port:
         async with asyncio.timeout(5):
@@ -130,8 +133,8 @@ async def serving_site(
     site: Site, options: ServerOptions, *, front: bool = True
 ) -> AsyncGenerator[int, None]:
     """Serve any relay until left; the port is given."""
-    given = site.poll, options.limits, site.traffic, site.posts
-    door = Door(site.relay, *given, questions=site.questions) if front else None
+    given = site.poll, options.limits, site.traffic, site.events
+    door = FastPath(site.relay, *given, evaluation=site.evaluation) if front else None
     listener = listen(0)
     server = make_server(site.relay, site.app, options, door)
     async with site.relay.upstream:

@@ -1,4 +1,4 @@
-"""A relay in full runs on the loop that it runs on in production."""
+"""Tests of a whole relay use the event loop of production."""
 
 import uvloop
 

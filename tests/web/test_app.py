@@ -1,4 +1,4 @@
-"""The application: routes, methods, paths, and what browsers and newer SDKs are told."""
+"""The application: routes, methods, paths, CORS, and the fallback of FDv2 SDKs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import logging
 import pytest
 
 from relay.environment import Environment
-from relay.hub import Hub
 from relay.model.credential import MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.relay import Relay
+from relay.streams.hub import Hub
 from relay.web.cors import cors_headers
+from relay.web.endpoints.polling import PollingHandler
 from relay.web.middleware import canonical
-from relay.web.polling import Polling
 from tests.support.contracts import ScriptedSource
 from tests.support.serving import SDK_KEY, Served, ask, serving
 
@@ -53,14 +53,14 @@ ROUTES = [
     ("POST", "/events/diagnostic/env-1", ()),
     ("GET", "/a/env-1.gif?d=W10=", ()),
 ]
-"""What is for client-side SDKs, or for events: method, path, credential."""
+"""Routes for client-side SDKs and for events: method, path, credential."""
 STREAMS = ("/meval", "/mping", "/ping/", "/eval/")
 JSON = ("Content-Type", "application/json")
 
 
 @pytest.fixture
 async def address():
-    """An environment with every kind of credential, and no data."""
+    """A relay with an environment that has every kind of credential, and no data."""
     async with serving(with_all_credentials()) as address:
         yield address
 
@@ -69,8 +69,8 @@ def with_all_credentials(**more) -> Served:
     return Served(mobile_key=MobileKey("mob-1"), **more)
 
 
-async def test_without_data_or_events_the_routes_are_there(address):
-    """They refuse strangers, and tell everybody else 503 in JSON, never 404; there are no goals."""
+async def test_without_data_or_events_routes_are_503_not_404(address):
+    """They refuse unknown credentials, and respond to others with 503 in JSON; goals are empty."""
     for method, path, credential in ROUTES:
         stranger = path.replace("env-1", "env-2")
         reply = await ask(
@@ -78,15 +78,15 @@ async def test_without_data_or_events_the_routes_are_there(address):
         )
         assert reply.status == (404 if "env-2" in stranger else 401), path
         if path.startswith(STREAMS):
-            continue  # which wait
+            continue  # streams wait for data
         reply = await ask(address, path, [*credential, JSON], method=method, body=b'{"key":"a"}')
         assert reply.status == (200 if "goals" in path else 503), path
         assert reply.headers["content-type"] == "application/json"
         assert reply.headers["x-ld-envid"] == "env-1"
 
 
-async def test_browsers_may_read_everything(address):
-    """Each route of browsers answers preflights, and errors carry CORS headers, too."""
+async def test_browsers_may_read_every_response(address):
+    """Routes for browsers answer preflights, and put CORS headers on errors, too."""
     for method, path, credential in ROUTES:
         if credential:
             continue
@@ -97,15 +97,15 @@ async def test_browsers_may_read_everything(address):
         methods = "REPORT,POST,OPTIONS" if posts else f"{method},OPTIONS"
         assert preflight.headers["access-control-allow-methods"] == methods
         unknown = path.replace("env-1", "env-2")
-        for asked in [unknown] if path.startswith(STREAMS) else [path, unknown]:
-            reply = await ask(address, asked, origin, method=method, body=b"{}")
+        for target in [unknown] if path.startswith(STREAMS) else [path, unknown]:
+            reply = await ask(address, target, origin, method=method, body=b"{}")
             assert reply.headers["access-control-allow-origin"] == "https://app.example"
             assert reply.headers["vary"] == "Origin"
         assert (await ask(address, unknown, origin, method="OPTIONS")).status == 404
 
 
 async def test_configured_origins():
-    """With configured origins nobody else is allowed; configured headers are added."""
+    """Only configured origins are allowed; configured headers are added to the default ones."""
     more = {"allowed_origins": ("https://a", "https://b"), "allowed_headers": ("X-Extra",)}
     async with serving(with_all_credentials(**more)) as address:
         for origin, allowed in (("https://b", "https://b"), ("https://c", "https://a")):
@@ -116,16 +116,16 @@ async def test_configured_origins():
 
 @pytest.mark.parametrize("allowed", [("*",), ("*", "https://a"), ("https://a", "*")])
 def test_a_star_among_the_origins_means_all(allowed):
-    """Wherever it stands; who has a name is called by it."""
+    """A star allows every origin; a listed one is named in the response."""
     spec = EnvironmentSpec("x", SDKKey("sdk-1"), allowed_origins=allowed)
     for origin in ("https://a", "https://b", ""):
-        given = cors_headers(spec, origin, ("GET",))["access-control-allow-origin"]
-        assert given == (origin if origin in allowed and origin else "*")
+        allowed_origin = cors_headers(spec, origin, ("GET",))["access-control-allow-origin"]
+        assert allowed_origin == (origin if origin in allowed and origin else "*")
 
 
 @pytest.mark.parametrize("path", ["/sdk/stream", "/sdk/poll"])
-async def test_newer_servers_sdks_fall_back(address, path):
-    """SDKs that ask by the newer protocol are sent to the older one, strangers are refused."""
+async def test_fdv2_server_side_sdks_fall_back(address, path):
+    """FDv2 SDKs are sent to FDv1; unknown credentials are refused."""
     for method in ("GET", "HEAD"):
         reply = await ask(address, f"{path}?basis=x", SDK, method=method)
         assert (reply.status, reply.headers["x-ld-fd-fallback"]) == (503, "true")
@@ -135,16 +135,16 @@ async def test_newer_servers_sdks_fall_back(address, path):
 
 
 @pytest.mark.parametrize("path", ["/sdk/stream/eval", "/sdk/poll/eval"])
-async def test_newer_client_sdks_fall_back(address, path):
-    """The same for browsers and mobile devices, whose code can read the header."""
-    asked = [
+async def test_fdv2_client_side_sdks_fall_back(address, path):
+    """Browsers and mobile SDKs are sent to FDv1 as well, with a header that scripts can read."""
+    requests = [
         ("GET", f"{path}/{CONTEXT}?auth=env-1", ()),
         ("GET", f"{path}/{CONTEXT}?withReasons=true&auth=mob-1", ()),
         ("POST", f"{path}?auth=env-1", ()),
         ("REPORT", path, MOBILE),
         ("GET", f"{path}/{CONTEXT}", [("Authorization", "env-1")]),
     ]
-    for method, target, credential in asked:
+    for method, target, credential in requests:
         reply = await ask(address, target, credential, method=method, body=b"{}")
         assert (reply.status, reply.headers["x-ld-fd-fallback"]) == (503, "true")
         assert "X-LD-FD-Fallback" in reply.headers["access-control-expose-headers"]
@@ -170,7 +170,7 @@ async def test_newer_client_sdks_fall_back(address, path):
     ],
 )
 async def test_methods(address, method, path, allow):
-    """A known path with another method is 405 for everybody, and says what is allowed."""
+    """An unsupported method is a 405 that lists the allowed ones, without authentication."""
     reply = await ask(address, path, method=method)
     assert (reply.status, reply.headers["allow"], reply.body) == (405, allow, b"")
 
@@ -183,12 +183,12 @@ async def test_methods(address, method, path, allow):
     ],
 )  # fmt: skip
 def test_canonical(path, canonical_path):
-    """Canonical paths begin with one slash, so a redirection never leads to another host."""
+    """Canonical paths begin with one slash, so that a redirect never leads to another host."""
     assert canonical(path) == canonical_path
 
 
 async def test_paths(address):
-    """Non-canonical paths are redirected with their query, broken escapes are refused."""
+    """Paths that are not canonical are redirected with their query; broken escapes are refused."""
     reply = await ask(address, "//evil.example/%0d%0aX:%20y?a=b%zz", method="POST")
     assert (reply.status, reply.body) == (301, b"")
     assert reply.headers["location"] == "/evil.example/%0D%0AX:%20y?a=b%zz"
@@ -206,7 +206,7 @@ async def test_paths(address):
 
 
 async def test_the_first_value_counts(address):
-    """Of several filters and several headers the first one counts."""
+    """The first of several query parameters or headers of one name is used."""
     assert (await ask(address, "/sdk/poll?filter=&filter=x", SDK)).status == 503
     assert (await ask(address, "/sdk/poll?filter=x&filter=", SDK)).status == 404
     stranger = ("Authorization", "sdk-x")
@@ -218,20 +218,20 @@ def tracebacks(caplog) -> list[logging.LogRecord]:
     return [record for record in caplog.records if record.exc_info]
 
 
-class Broken(Polling):
-    """Fails as only a defect of ours can."""
+class BrokenPolling(PollingHandler):
+    """Raises an unexpected error."""
 
     async def complete(self, *_: object) -> None:
-        raise RuntimeError("a defect")
+        raise RuntimeError("unexpected")
 
     def __call__(self, *_: object) -> None:
         return None
 
 
-async def test_a_defect_is_an_empty_500(caplog):
-    """A defect is logged once, with its traceback, and the client learns nothing of it."""
+async def test_an_unexpected_error_is_an_empty_500(caplog):
+    """An unexpected error is logged once, with its traceback, and hidden from the client."""
     served = Served()
-    served.polling = Broken()
+    served.polling = BrokenPolling()
     async with serving(served) as address:
         reply = await ask(address, "/sdk/flags", SDK)
         assert (reply.status, reply.body) == (500, b"")
@@ -240,12 +240,12 @@ async def test_a_defect_is_an_empty_500(caplog):
     assert SDK_KEY not in caplog.text
 
 
-async def test_a_stream_that_breaks_is_cut_off(caplog):
-    """A defect after the head has been sent ends the connection, and is logged once."""
+async def test_an_error_in_a_stream_closes_the_connection(caplog):
+    """An unexpected error after the head has been sent is logged once, too."""
 
     class BrokenHub(Hub):
         def subscribe(self, *_: object) -> None:
-            raise RuntimeError("a defect")
+            raise RuntimeError("unexpected")
 
     served = Served()
     environment = Environment(

@@ -1,17 +1,17 @@
-"""What uvicorn's protocol lacks is added in one place."""
+"""Extensions of uvicorn's protocol: absolute URLs and HTTP/1.0."""
 
 from __future__ import annotations
 
 import pytest
 
-from relay.hub import LAST_CHUNK, framed
+from relay.streams.transport import LAST_CHUNK, encode_chunk
 from relay.web.protocol import BareTransport, with_path
 
 HEAD = b"HTTP/1.1 200 OK\r\n%bconnection: close\r\n\r\n"
 
 
 class Transport:
-    """Remembers what was written."""
+    """Transport that records writes."""
 
     def __init__(self) -> None:
         self.written = b""
@@ -37,22 +37,22 @@ class Transport:
     ],
 )
 def test_a_url_without_a_path_gets_one(target, path):
-    """Nothing else is touched."""
+    """A URL without a path gets `/`; any other target is unchanged."""
     assert with_path(target) == path
 
 
-def test_chunks_are_taken_away():
-    """However many are written together; the head does not announce them."""
+def test_chunked_encoding_is_removed():
+    """Chunks are decoded, even several in one write, and the head does not announce them."""
     transport = Transport()
     bare = BareTransport(transport)
     bare.write(HEAD % b"transfer-encoding: chunked\r\n")
-    bare.write(framed(b"one\r\n"))
-    bare.write(framed(b"two") + framed(b"three") + LAST_CHUNK)
+    bare.write(encode_chunk(b"one\r\n"))
+    bare.write(encode_chunk(b"two") + encode_chunk(b"three") + LAST_CHUNK)
     assert transport.written == HEAD % b"" + b"one\r\ntwothree"
 
 
-def test_a_body_with_a_length_is_left_alone():
-    """Also one that looks like chunks."""
+def test_a_body_with_a_length_is_unchanged():
+    """A body with a length is not decoded, even if it looks like chunks."""
     transport = Transport()
     bare = BareTransport(transport)
     bare.write(HEAD % b"content-length: 5\r\n")

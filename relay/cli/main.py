@@ -1,0 +1,300 @@
+"""Command line: parse arguments, call one function, return an exit code.
+
+Without a command it takes ld-relay's flags, with one dash or two (config 3.1). `__main__` handles
+`relay health` and `relay eval`, which must not pay for these imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import NoReturn
+
+import uvloop
+
+from relay import __version__
+from relay.config.load import DEFAULT_FILE, load
+from relay.config.render import effective, secrets
+from relay.config.schema import Config
+from relay.config.types import HTTP_URI
+from relay.errors import ConfigError, RelayError
+from relay.model.item import Kind
+from relay.model.text import one_line
+from relay.server.listeners import CannotListen
+from relay.server.options import ServerOptions
+from relay.server.run import run_once, serve, until_signal
+from relay.server.site import build_site
+from relay.sync import SyncOptions, SyncResult, synchronise
+from relay.telemetry.log import LogHandler, set_up
+
+USAGE = """\
+relay [serve] [options]   start the relay; the options are those of ld-relay
+relay check [options]     show the configuration that results, or all that is wrong with it
+relay eval FLAG --context JSON [--flags FILE | --url URL --sdk-key KEY]
+                          show what a flag gives to a context, and what led there
+relay sync [options]      bring the database up to date once; exit with 0 if all environments are,
+                          1 if some could not be brought there, 2 if the configuration is wrong
+relay health [URL]        exit with 0 if a relay is ready (default: the one of this host)"""
+
+COMMANDS = ("serve", "check", "sync")
+
+SWITCHES = ("from-env", "allow-missing-file", "version", "dry-run")
+"""Boolean flags, which may be written with a value: `-from-env=false`."""
+
+
+MAX_LISTED = 20
+"""Maximum number of items that a dry run lists by key per kind of change; the rest are counted."""
+
+FAILED, UNUSABLE = 1, 2
+"""Exit codes of `relay sync`: an environment is not up to date; the configuration is unusable."""
+
+_FLAG_VALUES = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+_log = logging.getLogger("relay")
+
+
+class UsageError(RelayError):
+    """Invalid command-line arguments."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
+    """Run a command and return the exit code of the process."""
+    command, rest = _command(arguments)
+    unusable = UNUSABLE if command == "sync" else 1
+    try:
+        options = _parse(rest, command)
+        if options.version:
+            with _logs():
+                _log.info("LaunchDarkly relay version %s", __version__)
+            return 0
+        config = _configuration(options, environ)
+        if options.unread:
+            warning = f"{len(options.unread)} arguments after the options are ignored"
+            config = replace(config, warnings=(*config.warnings, warning))
+    except UsageError as e:
+        sys.stderr.write(_parser(command).format_help())
+        return _failed("Error: %s", e, unusable)
+    except ConfigError as e:
+        if command == "check":
+            sys.stderr.writelines(f"{one_line(problem)}\n" for problem in e.problems)
+            return 1
+        return _failed("Configuration error: %s", e, unusable)
+    if command == "check":
+        return _check(config)
+    with _logs(config):
+        is_sync = command == "sync"
+        return _sync(config, options) if is_sync else _serve(config, _source(options))
+
+
+def _command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Return the command and its arguments; without a command it is `serve`."""
+    if arguments and arguments[0] in COMMANDS:
+        return arguments[0], arguments[1:]
+    return "serve", arguments
+
+
+def _parser(command: str) -> _Parser:
+    parser = _Parser(
+        "relay",
+        usage=USAGE,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", metavar="FILE", default="", help="configuration file")
+    add("--from-env", action="store_true", help="read environment variables; they override FILE")
+    add("--allow-missing-file", action="store_true", help="start also if FILE does not exist")
+    add("--flags", metavar="FILE", default="", help="serve a file of flags, reloaded on change")
+    add("--version", action="store_true", help="show the version and exit")
+    if command == "sync":
+        text = "only this environment; may be repeated"
+        add("--environment", metavar="NAME", action="append", default=[], help=text)
+        text = "ask a running relay, not LaunchDarkly"
+        add("--from", metavar="URL", dest="relay", default="", help=text)
+        add("--dry-run", action="store_true", help="show what would change, and write nothing")
+    add("unread", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _parse(arguments: Sequence[str], command: str) -> argparse.Namespace:
+    """Return the options. As in ld-relay, they end at the first argument without a dash."""
+    if arguments and not arguments[0].startswith("-"):
+        raise UsageError(f"unknown command {arguments[0]}")
+    parser = _parser(command)
+    options, unknown = parser.parse_known_args(list(_go_flags(arguments)))
+    if unknown:
+        raise UsageError(f"unknown argument {unknown[0]}")
+    if command == "sync" and options.unread:
+        # A stray word may lack its `--environment`, and must not mean "all environments".
+        raise UsageError(f"unknown argument {options.unread[0]}")
+    return options
+
+
+def _go_flags(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield Go-style flags in argparse's form: two dashes, and no value after boolean ones."""
+    for argument in arguments:
+        name, has_value, value = argument.lstrip("-").partition("=")
+        if argument in {"-", "-h"} or not argument.startswith("-"):
+            yield argument
+        elif name not in SWITCHES or not has_value:
+            yield f"--{argument.lstrip('-')}"
+        elif value.lower() not in _FLAG_VALUES:
+            raise UsageError(f'invalid boolean value "{value}" for -{name}')
+        elif _FLAG_VALUES[value.lower()]:
+            yield f"--{name}"
+
+
+def _configuration(options: argparse.Namespace, environ: Mapping[str, str]) -> Config:
+    """Return the configuration from file, environment and `--flags`.
+
+    Raises:
+        ConfigError: the configuration is invalid; contains every problem.
+    """
+    if options.flags:
+        # A flags file needs no environment, but variables such as PORT still apply.
+        from_env = options.from_env or not options.config
+        environ = {**environ, "FLAGS_FILE": options.flags}
+        config = load(options.config, from_env, options.allow_missing_file, environ)
+        if config.environments:
+            names = ", ".join(f'"{each.name}"' for each in config.environments)
+            raise ConfigError([f"--flags serves a file by itself; leave out environment {names}"])
+        # FLAGS_FILE has no effect if only a file is read.
+        return replace(config, main=replace(config.main, flags_file=options.flags))
+    config = load(options.config, options.from_env, options.allow_missing_file, environ)
+    if not config.environments and not config.main.flags_file:
+        raise ConfigError(["you must specify at least one environment in your configuration"])
+    return config
+
+
+def _source(options: argparse.Namespace) -> str:
+    """Describe the source of the configuration for the log (config 3.1)."""
+    if options.flags:
+        return f"flags file {options.flags}"
+    file = options.config or ("" if options.from_env else DEFAULT_FILE)
+    # A missing file gets here only with `--allow-missing-file`.
+    if not file or not os.path.exists(file):  # noqa: PTH110 - one check, no path to build
+        return "configuration from environment variables"
+    return f"configuration file {file}{' plus environment variables' if options.from_env else ''}"
+
+
+@contextmanager
+def _logs(config: Config | None = None) -> Iterator[None]:
+    """Set up logging, and flush it at the end."""
+    output = LogHandler(secrets(config) if config else ())
+    set_up(
+        config.main.log_level if config else "info",
+        config.main.log_format if config else "text",
+        output,
+    )
+    try:
+        yield
+    finally:
+        output.close()
+
+
+def _failed(text: str, reason: RelayError, code: int) -> int:
+    with _logs():
+        _log.error(text, reason)
+    return code
+
+
+def _check(config: Config) -> int:
+    """Print the configuration, and the problems that otherwise only a start would find."""
+    sys.stdout.write(effective(config))
+    problems = list(_unusable_resources(config))
+    sys.stderr.writelines(f"{one_line(problem)}\n" for problem in problems)
+    return 1 if problems else 0
+
+
+def _unusable_resources(config: Config) -> Iterator[str]:
+    """Yield problems with the files and addresses that a configuration names."""
+    certificate = ServerOptions.of(config).tls
+    for check in (certificate.check if certificate else None, partial(build_site, config)):
+        try:
+            if check:
+                check()
+        except ConfigError as e:
+            yield from e.problems
+
+
+def _serve(config: Config, source: str) -> int:
+    """Serve until a signal, or fill the databases once; return the exit code."""
+    _log.info("Starting LaunchDarkly relay version %s with %s", __version__, source)
+    for warning in config.warnings:
+        _log.warning("%s", warning)
+    try:
+        if config.main.exit_always:
+            return _run_once(config)
+        uvloop.run(serve(ServerOptions.of(config), partial(build_site, config)))
+    except CannotListen as e:
+        _log.error("%s", e)
+        return 1
+    except ConfigError as e:
+        _log.error("Unable to create relay: %s", e)
+        return 1
+    return 0
+
+
+def _run_once(config: Config) -> int:
+    from relay.build import build  # noqa: PLC0415 - see `build_site`
+
+    _log.info("Running in one-shot mode - will exit immediately after initializing environments")
+    if uvloop.run(run_once(build(config), fail_fast=config.main.exit_on_error)):
+        return 0
+    _log.error("Unable to create relay: one or more environments failed to initialize")
+    return 1
+
+
+def _sync(config: Config, options: argparse.Namespace) -> int:
+    """Bring the database up to date once; return the exit code."""
+    from relay.build import sync_targets  # noqa: PLC0415 - see `build_site`
+
+    for warning in config.warnings:
+        _log.warning("%s", warning)
+    try:
+        url = HTTP_URI.parse(options.relay) if options.relay else ""
+        session, targets = sync_targets(config, options.environment, url)
+    except (ConfigError, ValueError) as e:
+        _log.error("Configuration error: %s", e)
+        return UNUSABLE
+    sync_options = SyncOptions(config.main.init_timeout, dry_run=options.dry_run)
+    report = partial(_print_result, dry_run=options.dry_run)
+    results = uvloop.run(until_signal(synchronise(targets, session, sync_options, report)))
+    if results is None or any(result.problem for result in results.values()):
+        return FAILED
+    return 0
+
+
+def _print_result(result: SyncResult, *, dry_run: bool) -> None:
+    """Print the result for one environment; a dry run lists the changed items."""
+    counts, changes = result.changes.counts(), result.changes
+    if result.problem:
+        text = f"failed: {result.problem}"
+    elif changes:
+        numbers = ", ".join(f"{n} {kind}" for kind, n in counts.items() if kind != "kept")
+        text = f"{'would change' if dry_run else 'brought up to date'}: {numbers}"
+    else:
+        text = "is up to date"
+    if counts["kept"] and not result.problem:
+        text += f"; {counts['kept']} newer than upstream left as they are"
+    print(one_line(f"{result.name}: {text} ({result.items} items upstream)"), flush=True)
+    if dry_run:
+        for kind in counts:
+            _print_keys(kind, getattr(changes, kind))
+
+
+def _print_keys(change: str, keys: Sequence[tuple[Kind, str]]) -> None:
+    for noun, key in sorted((kind.noun, key) for kind, key in keys[:MAX_LISTED]):
+        print(f"  {change}: {noun} {key!r}")
+    if len(keys) > MAX_LISTED:
+        print(f"  {change}: {len(keys) - MAX_LISTED} more")

@@ -1,0 +1,469 @@
+"""Check options against each other (config 3.5), and collect warnings for the operator. Pure.
+
+Each rule yields diagnostics, in ld-relay's words where it has the same rule, with the options that
+they concern, so that each message can name the source of these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from typing import TypeVar, cast
+from urllib.parse import urlsplit
+
+from relay.config.schema import (
+    AutoConfig,
+    Consul,
+    DynamoDB,
+    EnvironmentConfig,
+    Events,
+    Filters,
+    Main,
+    OfflineMode,
+    Option,
+    Prometheus,
+    Proxy,
+    Redis,
+    Support,
+    Webhook,
+    options,
+)
+from relay.model.text import one_line
+
+ENVIRONMENT, FILTERS = "Environment", "Filters"
+
+SHARED = ("env_datastore_prefix", "env_datastore_table_name", "env_allowed_origin",
+          "env_allowed_header")  # fmt: skip
+"""Options that `[AutoConfig]` and `[OfflineMode]` share, including their variables."""
+
+METRICS_INSTEAD = "; the relay's metrics are at /metrics, for Prometheus"
+_METRICS_ELSEWHERE = ("Datadog", "Stackdriver", "OpenTelemetry")
+
+MAX_PORT = 65535
+_OLD_BASE_URI = "https://app.launchdarkly.com"
+_CLIENT_SIDE_BASE_URI = "https://clientsdk.launchdarkly.com"
+_MIN_CLEANUP_INTERVAL = 0.1
+_MIN_MONITORING_INTERVAL = 0.1
+_MIN_POLL_INTERVAL = 1.0
+_MIN_METRICS_CAPACITY = 1000
+_METRIC_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+_REDIS_SCHEMES = ("redis", "rediss", "unix")
+
+Key = tuple[str, str | None, str]
+"""Section, name of the subsection, attribute; an empty attribute stands for the section itself."""
+
+Diagnostic = tuple[str, tuple[Key, ...]]
+"""A message, and the options that it concerns."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Merged options of file and environment, not yet validated.
+
+    Args:
+        sections: the unnamed sections, by class.
+        environments: in configuration order.
+        filters: by project key.
+        sources: source of each option that was set.
+        unusable: options whose value was already rejected.
+    """
+
+    sections: Mapping[type, object]
+    environments: tuple[EnvironmentConfig, ...]
+    filters: Mapping[str, Filters]
+    sources: Mapping[Key, str]
+    unusable: AbstractSet[Key] = frozenset()
+
+    def of(self, section: type[T]) -> T:
+        """Return a section."""
+        return cast("T", self.sections[section])
+
+    def options_with(self, support: Support) -> Iterator[tuple[str, Option, Key]]:
+        """Yield the name, declaration and key of each option not set to its default."""
+        for key in self.sources:
+            section, name, attribute = key
+            option = next((o for o in options(section) if o.attribute == attribute), None)
+            if option and option.support is support and self._value(key) != option.default:
+                label = section if name is None else f'{section} "{name}"'
+                yield f"[{label}] {option.name}", option, key
+
+    def _value(self, key: Key) -> object:
+        section, name, attribute = key
+        if section == ENVIRONMENT:
+            owner: object = next(each for each in self.environments if each.name == name)
+        elif section == FILTERS:
+            owner = self.filters[name or ""]
+        else:
+            owner = next(s for c, s in self.sections.items() if c.__name__ == section)
+        return getattr(owner, attribute)
+
+    def with_sources(self, diagnostic: Diagnostic) -> str:
+        """Return the message of a diagnostic with the sources of its options."""
+        text, keys = diagnostic
+        sources = dict.fromkeys(self.sources[key] for key in keys if key in self.sources)
+        return f"{text} ({', '.join(sources)})" if sources else text
+
+
+def problems(draft: Draft) -> list[str]:
+    """Return every error that keeps the relay from starting."""
+    rules = (
+        _refused,
+        _main,
+        _events,
+        _webhook,
+        _auto_config,
+        _offline_mode,
+        _environments,
+        _filters,
+        _redis,
+        _consul,
+        _dynamodb,
+        _databases,
+        _proxy,
+        _prometheus,
+    )
+    return [draft.with_sources(diagnostic) for rule in rules for diagnostic in rule(draft)]
+
+
+def warnings(draft: Draft) -> list[str]:
+    """Return warnings for the operator; they do not keep the relay from starting."""
+    rules = (
+        _later,
+        _no_effect,
+        _ineffective,
+        _events_in_memory,
+        _prefixless_environment,
+        _duplicates,
+        _raised_to_minimum,
+    )
+    return [draft.with_sources(diagnostic) for rule in rules for diagnostic in rule(draft)]
+
+
+def main_of(draft: Draft) -> Main:
+    """Return `[Main]` with the base URLs that derive from others."""
+    main = draft.of(Main)
+    default = Main().base_uri
+    configured = main.base_uri.rstrip("/")
+    base = default if configured in (default, _OLD_BASE_URI) else main.base_uri
+    client_side = main.client_side_base_uri
+    if not client_side:
+        client_side = _CLIENT_SIDE_BASE_URI if base == default else base
+    return replace(main, base_uri=base, client_side_base_uri=client_side)
+
+
+def events_of(draft: Draft) -> Events:
+    """Return `[Events]` with `metricsCapacity` raised to its minimum."""
+    events = draft.of(Events)
+    capacity = max(events.metrics_capacity, _MIN_METRICS_CAPACITY)
+    return replace(events, metrics_capacity=capacity)
+
+
+def redis_of(draft: Draft) -> Redis | None:
+    """Return `[Redis]` with a complete URL; None if Redis is not configured."""
+    redis = draft.of(Redis)
+    if not _uses_redis(redis):
+        return None
+    url = redis.url or f"redis://{redis.host or 'localhost'}:{redis.port or 6379}"
+    if redis.tls and url.startswith("redis://"):
+        url = "rediss" + url.removeprefix("redis")
+    return replace(redis, url=url)
+
+
+def _main_key(*attributes: str) -> tuple[Key, ...]:
+    return _keys("Main", *attributes)
+
+
+def _keys(section: str, *attributes: str) -> tuple[Key, ...]:
+    return tuple((section, None, attribute) for attribute in attributes)
+
+
+def _environment_keys(draft: Draft) -> tuple[Key, ...]:
+    return tuple((ENVIRONMENT, each.name, "") for each in draft.environments)
+
+
+def _refused(draft: Draft) -> Iterator[Diagnostic]:
+    for name, option, key in draft.options_with(Support.REFUSED):
+        instead = METRICS_INSTEAD if option.section in _METRICS_ELSEWHERE else ""
+        yield f"{name} is not supported in this release{instead}", (key,)
+
+
+def _main(draft: Draft) -> Iterator[Diagnostic]:
+    main = draft.of(Main)
+    if main.port > MAX_PORT:
+        yield f"port must not be greater than {MAX_PORT}", _main_key("port")
+    if main.workers != 1:
+        yield "[Main] workers: this release runs as one process only", _main_key("workers")
+    if main.tls_enabled and not (main.tls_cert and main.tls_key):
+        keys = _main_key("tls_enabled", "tls_cert", "tls_key")
+        yield "TLS cert and key are required if TLS is enabled", keys
+    if main.expired_credential_cleanup_interval < _MIN_CLEANUP_INTERVAL:
+        keys = _main_key("expired_credential_cleanup_interval")
+        yield "expired credential cleanup interval must be >= 100ms", keys
+    if main.poll_interval < _MIN_POLL_INTERVAL:
+        yield "poll interval must be >= 1s", _main_key("poll_interval")
+    if main.max_client_request_body_size <= 0:
+        keys = _main_key("max_client_request_body_size")
+        yield "max client request body size must be greater than zero", keys
+    if main.max_request_head_size <= 0:
+        keys = _main_key("max_request_head_size")
+        yield "max request head size must be greater than zero", keys
+
+
+def _events(draft: Draft) -> Iterator[Diagnostic]:
+    key: Key = ("Events", None, "max_inbound_payload_size")
+    if key in draft.sources and draft.of(Events).max_inbound_payload_size <= 0:
+        yield "max inbound payload size must be greater than zero", (key,)
+
+
+def _webhook(draft: Draft) -> Iterator[Diagnostic]:
+    webhook = draft.of(Webhook)
+    if webhook.secret and not webhook.secrets:
+        yield "[Webhook] secret consists of commas only", _keys("Webhook", "secret")
+
+
+def _auto_config(draft: Draft) -> Iterator[Diagnostic]:
+    auto = draft.of(AutoConfig)
+    keys = _keys("AutoConfig", *(name for name in SHARED if getattr(auto, name)))
+    if not auto.key and keys:
+        text = "must specify auto-configuration key if other auto-configuration properties are set"
+        yield text, keys
+    if not auto.key:
+        return
+    if draft.environments:
+        text = "cannot configure specific environments if auto-configuration is enabled"
+        yield text, (*_keys("AutoConfig", "key"), *_environment_keys(draft))
+    if draft.of(OfflineMode).file_data_source:
+        text = "cannot specify both auto-configuration key and file data source"
+        yield text, (*_keys("AutoConfig", "key"), *_keys("OfflineMode", "file_data_source"))
+
+
+def _offline_mode(draft: Draft) -> Iterator[Diagnostic]:
+    offline = draft.of(OfflineMode)
+    interval = _keys("OfflineMode", "file_data_source_monitoring_interval")
+    is_interval_set = interval[0] in draft.sources
+    keys = _keys("OfflineMode", *(name for name in SHARED if getattr(offline, name)))
+    keys += interval if is_interval_set else ()
+    if not offline.file_data_source and keys:
+        text = "must specify offline mode filename if other offline mode properties are set"
+        yield text, keys
+    if offline.file_data_source and draft.environments:
+        text = "cannot configure specific environments if offline mode is enabled"
+        yield text, (*_keys("OfflineMode", "file_data_source"), *_environment_keys(draft))
+    if offline.file_data_source_monitoring_interval < _MIN_MONITORING_INTERVAL:
+        yield "file data source monitoring interval must be >= 100ms", interval
+
+
+def _environments(draft: Draft) -> Iterator[Diagnostic]:
+    for each in draft.environments:
+        if not each.sdk_key and (ENVIRONMENT, each.name, "sdk_key") not in draft.unusable:
+            text = f'SDK key is required for environment "{each.name}"'
+            yield text, ((ENVIRONMENT, each.name, ""),)
+        if (name := one_line(each.name)) != each.name:
+            text = f'the name of environment "{name}" has control characters'
+            yield text, ((ENVIRONMENT, each.name, ""),)
+
+
+def _filters(draft: Draft) -> Iterator[Diagnostic]:
+    if not draft.filters:
+        return
+    sections = tuple((FILTERS, project, "") for project in draft.filters)
+    if draft.of(AutoConfig).key:
+        yield "cannot configure filters if auto-configuration is enabled", sections
+        return
+    lacking = tuple((ENVIRONMENT, e.name, "") for e in draft.environments if not e.proj_key)
+    if lacking:
+        yield "when filters are configured, all environments must specify a 'projKey'", lacking
+        return
+    used = {each.proj_key for each in draft.environments}
+    for project, filters in draft.filters.items():
+        section = ((FILTERS, project, ""),)
+        if project not in used:
+            text = f"filters are configured for project '{project}', but no environment references"
+            yield f"{text} that project", section
+        if not filters.keys:
+            yield f"filter key list for project '{project}' cannot be empty", section
+        for i, key in enumerate(filters.keys):
+            if not key.strip():
+                text = f"filter key [{i}] for project '{project}' is malformed"
+                yield f"{text} (note: lists are comma-delimited)", section
+
+
+def _uses_redis(redis: Redis) -> bool:
+    return bool(redis.url or redis.host or redis.port)
+
+
+def _redis(draft: Draft) -> Iterator[Diagnostic]:
+    configured, redis = draft.of(Redis), redis_of(draft)
+    if redis is None:
+        return
+    address = _keys("Redis", "url", "host", "port")
+    scheme, host = _scheme_and_host(redis.url)
+    if configured.url and (configured.host or configured.port):
+        yield "please specify Redis URL or host/port, but not both", address
+    elif scheme not in _REDIS_SCHEMES:
+        yield "invalid Redis URL: it must begin with redis:// or rediss://", address
+    elif not host and scheme != "unix":
+        yield "invalid Redis hostname", address
+    if bool(configured.client_certificate_file) != bool(configured.client_key_file):
+        keys = _keys("Redis", "client_certificate_file", "client_key_file")
+        yield "a Redis client certificate needs a key, and a key a certificate", keys
+
+
+def _scheme_and_host(url: str) -> tuple[str, str]:
+    """Return scheme and host of a URL; the host is empty if it or the port is invalid."""
+    scheme, _, _ = url.partition(":")
+    if re.search(r"\s", url):
+        return scheme, ""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return scheme, ""
+    return parts.scheme, parts.hostname or ""
+
+
+def _consul(draft: Draft) -> Iterator[Diagnostic]:
+    consul = draft.of(Consul)
+    if consul.token and consul.token_file:
+        text = "Consul token must be specified as either an inline value or a file, but not both"
+        yield text, _keys("Consul", "token", "token_file")
+
+
+def _dynamodb(draft: Draft) -> Iterator[Diagnostic]:
+    dynamodb = draft.of(DynamoDB)
+    if not dynamodb.enabled or dynamodb.table_name:
+        return
+    for each in draft.environments:
+        if not each.table_name:
+            text = "TableName property must be specified for DynamoDB, either globally or per"
+            yield f"{text} environment", ((ENVIRONMENT, each.name, ""),)
+
+
+def _enabled_databases(draft: Draft) -> dict[str, tuple[Key, ...]]:
+    """Return the enabled databases, with the options that enable them."""
+    enabled = {}
+    if _uses_redis(draft.of(Redis)):
+        enabled["Redis"] = _keys("Redis", "url", "host", "port")
+    if draft.of(Consul).host:
+        enabled["Consul"] = _keys("Consul", "host")
+    if draft.of(DynamoDB).enabled:
+        enabled["DynamoDB"] = _keys("DynamoDB", "enabled")
+    return enabled
+
+
+def _databases(draft: Draft) -> Iterator[Diagnostic]:
+    enabled = _enabled_databases(draft)
+    if len(enabled) > 1:
+        text = f"multiple databases are enabled ({', '.join(enabled)}); only one is allowed"
+        yield text, tuple(key for keys in enabled.values() for key in keys)
+    if len(enabled) != 1:
+        return
+    if len(draft.environments) > 1:
+        yield from _without_prefix(draft)
+    auto = draft.of(AutoConfig)
+    prefix_or_table = auto.env_datastore_prefix
+    if draft.of(DynamoDB).enabled:
+        prefix_or_table += auto.env_datastore_table_name
+    if auto.key and "$CID" not in prefix_or_table:
+        text = (
+            "when using auto-configuration with database storage, database prefix (or, if using"
+            ' DynamoDB, table name) must be specified and must contain "$CID"'
+        )
+        yield text, _keys("AutoConfig", "key", *SHARED[:2])
+
+
+def _without_prefix(draft: Draft) -> Iterator[Diagnostic]:
+    dynamodb = draft.of(DynamoDB).enabled
+    lacking = "a prefix or table name" if dynamodb else "a prefix"
+    for each in draft.environments:
+        if not each.prefix and not (dynamodb and each.table_name):
+            text = f'environment "{each.name}" does not have {lacking} specified for database'
+            yield f"{text} storage", ((ENVIRONMENT, each.name, ""),)
+
+
+def _proxy(draft: Draft) -> Iterator[Diagnostic]:
+    proxy = draft.of(Proxy)
+    if not proxy.ntlm_auth:
+        return
+    if not proxy.url:
+        text = "cannot specify proxy authentication without a proxy URL"
+        yield text, _keys("Proxy", "ntlm_auth")
+    elif not (proxy.user and proxy.password):
+        text = "NTLM proxy authentication requires username and password"
+        yield text, _keys("Proxy", "ntlm_auth")
+
+
+def _prometheus(draft: Draft) -> Iterator[Diagnostic]:
+    prometheus = draft.of(Prometheus)
+    if prometheus.prefix and not _METRIC_NAME.fullmatch(prometheus.prefix):
+        text = "Prometheus prefix must consist of letters, digits and _, and begin with no digit"
+        yield text, _keys("Prometheus", "prefix")
+    if prometheus.port > MAX_PORT:
+        yield f"Prometheus port must not be greater than {MAX_PORT}", _keys("Prometheus", "port")
+    if prometheus.enabled and prometheus.port == draft.of(Main).port:
+        keys = (*_keys("Prometheus", "port"), *_main_key("port"))
+        yield "Prometheus port must not be the port of the relay", keys
+
+
+def _later(draft: Draft) -> Iterator[Diagnostic]:
+    for name, _, key in draft.options_with(Support.LATER):
+        yield f"{name} takes effect in a later release", (key,)
+
+
+def _no_effect(draft: Draft) -> Iterator[Diagnostic]:
+    for name, option, key in draft.options_with(Support.NO_EFFECT):
+        yield f"{name} has no effect: {option.help.removesuffix('.')}", (key,)
+
+
+def _events_in_memory(draft: Draft) -> Iterator[Diagnostic]:
+    events = draft.of(Events)
+    if events.send_events and draft.environments and not events.spool_dir:
+        text = "accepted events wait in memory only; [Events] spoolDir keeps them on disk"
+        yield text, _keys("Events", "send_events")
+
+
+def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
+    main = draft.of(Main)
+    if main.flags_file and draft.environments:
+        text = "[Main] flagsFile is not served, because environments are configured"
+        yield text, _main_key("flags_file")
+    if main.exit_on_error and not main.exit_always:
+        yield "[Main] exitOnError has no effect without exitAlways", _main_key("exit_on_error")
+    redis = tuple(key for key in draft.sources if key[0] == "Redis")
+    if redis and not _uses_redis(draft.of(Redis)):
+        yield "[Redis] has no effect without url, host or port", redis
+
+
+def _prefixless_environment(draft: Draft) -> Iterator[Diagnostic]:
+    if len(_enabled_databases(draft)) == 1 and len(draft.environments) == 1:
+        for text, keys in _without_prefix(draft):
+            yield f"{text}; this would be an error if multiple environments were configured", keys
+
+
+def _duplicates(draft: Draft) -> Iterator[Diagnostic]:
+    """Report credentials and prefixes that environments share; as in ld-relay, the later wins."""
+    nouns = {"sdk_key": "SDK key", "mobile_key": "mobile key", "env_id": "client-side ID"}
+    if _enabled_databases(draft):
+        nouns["prefix"] = "database prefix"
+    for attribute, noun in nouns.items():
+        owners: dict[object, str] = {}
+        for each in draft.environments:
+            value = getattr(each, attribute)
+            if value and value in owners:
+                text = f'environments "{owners[value]}" and "{each.name}" have the same {noun}'
+                tail = f'; "{each.name}" answers to it'
+                if attribute == "prefix":
+                    tail = "; each overwrites what the other has stored"
+                names = (owners[value], each.name)
+                yield text + tail, tuple((ENVIRONMENT, name, attribute) for name in names)
+            owners[value] = each.name
+
+
+def _raised_to_minimum(draft: Draft) -> Iterator[Diagnostic]:
+    if draft.of(Events).metrics_capacity < _MIN_METRICS_CAPACITY:
+        text = f"[Events] metricsCapacity is taken as {_MIN_METRICS_CAPACITY}, the least possible"
+        yield text, (("Events", None, "metrics_capacity"),)

@@ -1,0 +1,1 @@
+"""Flags compiled for speed; `relay.evaluation.evaluator` defines the results."""

@@ -1,0 +1,1 @@
+"""Analytics events: accept, keep and deliver them."""

@@ -1,0 +1,551 @@
+"""Event store on disk, an SQLite database: payloads, batches, known payload ids, quarantine.
+
+It blocks; `spool.py` runs it in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from heapq import merge
+from operator import attrgetter
+from typing import Any
+
+from isal import igzip, isal_zlib
+
+from relay import clock
+from relay.events.dedup import DedupWindow, dedup_key
+from relay.events.memory import MemoryStore
+from relay.events.store import (
+    MAX_QUARANTINE,
+    PAYLOAD_OVERHEAD,
+    Backlog,
+    Batch,
+    Limits,
+    batch_id,
+    fitting,
+    half_ids,
+    halves,
+    max_payloads,
+    part,
+)
+from relay.model.event import EventPayload, EventsEndpoint, Partition
+from relay.protocol.gzip import CORRUPT, GZIP
+
+SHRINK_PAGES = 16_000
+"""Maximum number of 4 KB pages freed at once, which takes a fraction of a second."""
+
+LEVEL = 0
+"""gzip level on disk: compression takes less time than writing the bytes that it saves."""
+
+_ROWS = 100
+"""Rows per statement: the interpreter lock is released and acquired for each statement."""
+
+VERSION = 2
+"""Version of the tables. A file with another version is left alone."""
+
+LONGEST_ABSENCE = 300.0
+"""Maximum number of seconds between two processes that count towards ages. A restart takes no
+longer, and nothing tells whether the system's clock was right both times."""
+
+_SETTINGS = (
+    "auto_vacuum=INCREMENTAL",
+    "journal_mode=WAL",
+    "synchronous=FULL",
+    "journal_size_limit=16777216",
+    "temp_store=MEMORY",
+)
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS lanes (id INTEGER PRIMARY KEY, environment TEXT NOT NULL,
+    endpoint TEXT NOT NULL, schema INTEGER NOT NULL, tags TEXT NOT NULL, wrapper TEXT NOT NULL,
+    UNIQUE (environment, endpoint, schema, tags, wrapper));
+CREATE TABLE IF NOT EXISTS posts (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,
+    size INTEGER NOT NULL, length INTEGER NOT NULL, received REAL NOT NULL,
+    payload_id TEXT NOT NULL, body BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS posts_of_lane ON posts (lane);
+CREATE TABLE IF NOT EXISTS batches (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,
+    first INTEGER NOT NULL, last INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER,
+    payload_id TEXT NOT NULL, aside INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX IF NOT EXISTS batches_of_lane ON batches (lane, first, start);
+CREATE TABLE IF NOT EXISTS seen (received REAL NOT NULL, ids BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS quarantine (id INTEGER PRIMARY KEY, size INTEGER NOT NULL,
+    environment TEXT NOT NULL, endpoint TEXT NOT NULL, schema INTEGER NOT NULL,
+    payload_id TEXT NOT NULL, received REAL NOT NULL, reason TEXT NOT NULL, body BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS clock (id INTEGER PRIMARY KEY, now REAL NOT NULL, ours REAL NOT NULL);
+"""
+# The names of tables and columns are older than those in the code, and stay as they are on disk: a
+# lane is a partition, a post is a payload, and a batch with `aside` > 0 is a suspect.
+#
+# A batch consists of the payloads of its partition from `first` to `last`, or of the elements from
+# `start` to `stop` of one payload that was too large alone. So fixing a batch does not write its
+# payloads again. Bodies are gzip streams, which have checksums; `length` is that of the text. The
+# payload ids of a transaction share one row of `seen`: separate rows would be scattered over the
+# file. `aside` numbers suspects in the order in which they were put aside. Times are by a clock of
+# the file's own, which runs only while the file is open; `clock` has its time, and ours (that of
+# the process) at the same moment. Files of earlier releases lack `aside` and `clock`.
+
+_log = logging.getLogger("relay.events")
+
+
+class DiskStore:
+    """Event store in an SQLite file. Methods block, and raise `sqlite3.Error`.
+
+    Args:
+        path: path of the file.
+        limits: limits of size and age.
+    """
+
+    def __init__(self, path: str, limits: Limits) -> None:
+        self.evicted: Counter[str] = Counter()
+        """Number of evicted payloads by environment; the spool reads and clears it."""
+        self._capacity = limits.disk
+        self._limits = limits
+        self._partition_ids: dict[Partition, int] = {}
+        self.recent = DedupWindow()
+        self._pending_keys: list[int] = []
+        """Deduplication keys that the current transaction has added to `recent`."""
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
+        try:
+            # A second process gets an error, and the write-ahead log needs no shared memory.
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version not in (0, VERSION):
+                raise sqlite3.NotSupportedError("another release wrote it")  # noqa: TRY301 - as SQLite
+            for setting in _SETTINGS:
+                self._db.execute(f"PRAGMA {setting}")
+            with self.transaction():
+                for statement in _SCHEMA.split(";"):
+                    self._db.execute(statement)
+                if "aside" not in self._columns("batches"):
+                    self._db.execute("ALTER TABLE batches ADD aside INTEGER NOT NULL DEFAULT 0")
+                self._db.execute(f"PRAGMA user_version={VERSION}")
+                now = clock.now()
+                self._ahead = self._clock_ahead(now)
+                self._write_clock(now)
+            self._size = self._total_size()
+            self._load_recent()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<DiskStore: {self._size} of {self._capacity} bytes>"
+
+    def close(self) -> None:
+        """Write everything into the one file and close it."""
+        try:
+            with self.transaction():
+                self._write_clock(clock.now())
+        finally:
+            self._db.close()
+
+    def _clock_ahead(self, now: float) -> float:
+        """Return the seconds by which our clock is ahead of the file's; the file's resumes."""
+        (last,) = self._db.execute(
+            "SELECT max(at) FROM (SELECT now AS at FROM clock UNION ALL SELECT received FROM seen"
+            " UNION ALL SELECT received FROM posts WHERE id=(SELECT max(id) FROM posts))"
+        ).fetchone()
+        if last is None:
+            return 0.0
+        row = self._db.execute("SELECT ours-now FROM clock").fetchone()
+        was_ahead = row[0] if row else 0.0
+        absence = now - (last + was_ahead)
+        passed = min(max(absence, 0.0), LONGEST_ABSENCE)
+        return float(now - (last + passed))
+
+    def _write_clock(self, now: float) -> None:
+        self._db.execute("INSERT OR REPLACE INTO clock VALUES (0,?,?)", (now - self._ahead, now))
+
+    def _columns(self, table: str) -> set[str]:
+        return {name for _, name, *_ in self._db.execute(f"PRAGMA table_info({table})")}
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit everything done in the block to disk, or nothing."""
+        self._db.execute("BEGIN IMMEDIATE")
+        self._pending_keys.clear()
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._partition_ids.clear()
+            self.recent.forget(self._pending_keys)
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self._size = self._total_size()
+            raise
+
+    def add(self, payloads: Sequence[EventPayload]) -> list[bool]:
+        """Store payloads; return for each whether it is new."""
+        verdicts = [self._remember(dedup_key(payload), payload.received) for payload in payloads]
+        kept = [payload for payload, new in zip(payloads, verdicts, strict=True) if new]
+        if kept:
+            self._write_pending_keys(max(payload.received for payload in kept))
+        rows = [self._row(payload) for payload in kept]
+        self._insert("posts", "lane,size,length,received,payload_id,body", rows)
+        self._size += sum(row[1] for row in rows)
+        while self._size > self._capacity and self._evict_oldest():
+            pass
+        return verdicts
+
+    def take(
+        self, partition: Partition, *, suspects: bool = False
+    ) -> tuple[Batch, list[bytes]] | None:
+        """Return the next batch of a partition and its bodies; None if nothing is waiting."""
+        partition_id = self._partition_id(partition)
+        more = True
+        while True:
+            row = self._first_suspect(partition_id) if suspects else None
+            row = row or self._first_batch(partition_id)
+            if row is None and (rows := self._unbatched(partition_id, max_payloads(partition) + 1)):
+                more = self._fix(partition, partition_id, rows)
+                row = self._first_batch(partition_id)
+            row = row or self._first_suspect(partition_id)
+            if row is None:
+                return None
+            members = self._members(partition_id, row)
+            bodies = [_read(body, length) for _, _, length, body in members]
+            whole = [body for body in bodies if body is not None]
+            if members and len(whole) == len(members):
+                batch = Batch(partition, row[5], len(members), members[0][1] + self._ahead, more)
+                return batch, [part(body, row[3], row[4]) for body in whole]
+            damaged = [m[0] for m, body in zip(members, bodies, strict=True) if body is None]
+            # The others keep the batch's id: if upstream knows it, it has all of them already.
+            _log.error("The disk has damaged %d of %d posts of a batch", len(damaged), len(members))
+            for payload_row in damaged:
+                self.evicted[partition.environment] += self._delete(
+                    partition_id, payload_row, payload_row
+                )
+            if len(damaged) == len(members):
+                self._remove(partition_id, row)
+
+    def finish(self, batch: Batch) -> int | None:
+        """Remove a batch; return the number of payloads that are complete, None if unknown."""
+        partition_id = self._partition_id(batch.partition)
+        row = self._find(partition_id, batch.payload_id)
+        return None if row is None else self._remove(partition_id, row)
+
+    def split(self, batch: Batch) -> bool | None:
+        """Replace a batch by its halves; return False if it cannot be split, None if unknown."""
+        partition_id = self._partition_id(batch.partition)
+        row = self._find(partition_id, batch.payload_id)
+        if row is None:
+            return None
+        row_id, first, last, start, stop, payload_id, aside = row
+        ids = [
+            i
+            for (i,) in self._db.execute(
+                "SELECT id FROM posts WHERE lane=? AND id BETWEEN ? AND ? ORDER BY id",
+                (partition_id, first, last),
+            )
+        ]
+        if not ids:
+            return False
+        parts: list[tuple[int, int, int, int | None]]
+        if len(ids) > 1:
+            middle = len(ids) // 2
+            parts = [(first, ids[middle - 1], 0, None), (ids[middle], last, 0, None)]
+        else:
+            ((_, _, length, body),) = self._members(partition_id, row)
+            cut = halves(batch.partition, _read(body, length) or b"", start, stop)
+            if cut is None:
+                return False
+            parts = [(first, last, cut[0], cut[1]), (first, last, cut[1], cut[2])]
+        self._db.execute("DELETE FROM batches WHERE id=?", (row_id,))
+        for half, half_id in zip(parts, half_ids(payload_id), strict=True):
+            self._insert_batch(partition_id, half, half_id, aside)
+        return True
+
+    def put_aside(self, batch: Batch) -> bool | None:
+        """Make a batch a suspect; return whether anything but suspects is waiting."""
+        partition_id = self._partition_id(batch.partition)
+        row = self._find(partition_id, batch.payload_id)
+        if row is None:
+            return None
+        self._db.execute(
+            "UPDATE batches SET aside=(SELECT max(aside)+1 FROM batches) WHERE id=?", (row[0],)
+        )
+        return self._first_batch(partition_id) is not None or bool(self._unbatched(partition_id, 1))
+
+    def quarantine(
+        self, batch: Batch, reason: str, only: Sequence[int] | None = None
+    ) -> int | None:
+        """Move payloads to the bounded quarantine; return the number that are complete."""
+        partition_id = self._partition_id(batch.partition)
+        row = self._find(partition_id, batch.payload_id)
+        if row is None:
+            return None
+        members = self._members(partition_id, row)
+        bad = members if only is None else [members[position] for position in only]
+        for _, _, length, body in bad:
+            self._reject(batch, reason, part(_read(body, length) or b"", row[3], row[4]))
+        self._db.execute(
+            "DELETE FROM quarantine WHERE id IN (SELECT id FROM (SELECT id,"
+            " sum(size) OVER (ORDER BY id DESC) AS total FROM quarantine) WHERE total>?)",
+            (min(MAX_QUARANTINE, self._capacity),),
+        )
+        if len(bad) == len(members):
+            return self._remove(partition_id, row)
+        return sum(self._delete(partition_id, row_id, row_id) for row_id, *_ in bad)
+
+    def expire(self, now: float) -> None:
+        """Evict payloads that are too old."""
+        limits = self._limits
+        for partition, partition_id in self._all_partitions():
+            limit = now - self._ahead - limits.age_in(partition)
+            while (oldest := self._oldest(partition_id)) is not None and oldest[1] < limit:
+                self._evict(partition.environment, partition_id, oldest[0])
+        self.recent.expire(now)
+        since = next(iter(self.recent.seen.values()), now)
+        self._db.execute("DELETE FROM seen WHERE received<?", (since - self._ahead,))
+        self._write_clock(now)
+        self._db.execute("DELETE FROM lanes WHERE id NOT IN (SELECT lane FROM posts)")
+        self._partition_ids.clear()
+
+    def shrink(self) -> None:
+        """Return unused pages to the disk, some at a time; not within a transaction."""
+        self._db.executescript(f"PRAGMA incremental_vacuum({SHRINK_PAGES})")
+
+    def backlog(self) -> list[Backlog]:
+        """Return the backlog of each partition that is not empty."""
+        backlog = []
+        for partition, partition_id in self._all_partitions():
+            oldest = self._oldest(partition_id)
+            if oldest is not None:
+                (payloads,) = self._db.execute(
+                    "SELECT count(*) FROM posts WHERE lane=?", (partition_id,)
+                ).fetchone()
+                backlog.append(Backlog(partition, payloads, oldest[1] + self._ahead))
+        return backlog
+
+    def receive(self, memory: MemoryStore) -> None:
+        """Take everything that a store in memory has: payloads, batches, keys, quarantine."""
+        (last,) = self._db.execute("SELECT coalesce(max(id),0) FROM posts").fetchone()
+        row_ids: dict[int, int] = {}
+        waiting = [queue.waiting for queue in memory.queues]
+        for row_id, payload in enumerate(merge(*waiting, key=attrgetter("received")), last + 1):
+            row_ids[id(payload)] = row_id
+            values = (row_id, *self._row(payload))
+            self._db.execute("INSERT INTO posts VALUES (?,?,?,?,?,?,?)", values)
+        for queue in memory.queues:
+            partition_id = self._partition_id(queue.partition)
+            for fixed in (*queue.suspects, *queue.batches):
+                first, last = row_ids[id(fixed.payloads[0])], row_ids[id(fixed.payloads[-1])]
+                extent = (first, last, fixed.start, fixed.stop)
+                self._insert_batch(partition_id, extent, fixed.payload_id)
+            for suspect in queue.suspects:
+                self.put_aside(Batch(queue.partition, suspect.payload_id, 0, 0.0))
+        for key, received in memory.recent.seen.items():
+            self._remember(key, received)
+        self._write_pending_keys(clock.now())
+        for batch, reason, body in memory.rejected:
+            self._reject(batch, reason, body)
+        self._size = self._total_size()
+
+    def _reject(self, batch: Batch, reason: str, body: bytes) -> None:
+        partition = batch.partition
+        self._db.execute(
+            "INSERT INTO quarantine (size,environment,endpoint,schema,payload_id,received,"
+            "reason,body) VALUES (?,?,?,?,?,?,?,?)",
+            (
+                *(len(body) + PAYLOAD_OVERHEAD, partition.environment, partition.endpoint.name),
+                *(partition.schema, batch.payload_id, batch.oldest, reason, body),
+            ),
+        )
+
+    def _row(self, payload: EventPayload) -> tuple[Any, ...]:
+        body = igzip.compress(payload.body, LEVEL)
+        return (
+            *(
+                self._partition_id(payload.partition),
+                len(body) + PAYLOAD_OVERHEAD,
+                len(payload.body),
+            ),
+            *(payload.received - self._ahead, payload.payload_id, body),
+        )
+
+    def _remember(self, key: int, received: float) -> bool:
+        new = self.recent.add(key, received)
+        if new and key:
+            self._pending_keys.append(key)
+        return new
+
+    def _write_pending_keys(self, received: float) -> None:
+        if self._pending_keys:
+            keys = array("q", self._pending_keys).tobytes()
+            self._db.execute("INSERT INTO seen VALUES (?,?)", (received - self._ahead, keys))
+
+    def _load_recent(self) -> None:
+        """Read the deduplication keys of an earlier process."""
+        for received, keys in self._db.execute("SELECT received,ids FROM seen ORDER BY received"):
+            for key in array("q", keys):
+                self.recent.add(key, received + self._ahead)
+
+    def _insert(self, table: str, columns: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        for chunk in _chunks(rows):
+            placeholders = f"({','.join('?' * len(chunk[0]))})"
+            marks = ",".join([placeholders] * len(chunk))
+            values = [value for row in chunk for value in row]
+            self._db.execute(f"INSERT INTO {table} ({columns}) VALUES {marks}", values)  # noqa: S608 - ours
+
+    def _insert_batch(
+        self,
+        partition_id: int,
+        extent: tuple[int, int, int, int | None],
+        payload_id: str,
+        aside: int = 0,
+    ) -> None:
+        self._db.execute(
+            "INSERT INTO batches (lane,first,last,start,stop,payload_id,aside)"
+            " VALUES (?,?,?,?,?,?,?)",
+            (partition_id, *extent, payload_id, aside),
+        )
+
+    def _partition_id(self, partition: Partition) -> int:
+        partition_id = self._partition_ids.get(partition)
+        if partition_id is None:
+            values = (
+                partition.environment,
+                partition.endpoint.name,
+                partition.schema,
+                partition.tags,
+                partition.wrapper,
+            )
+            self._db.execute(
+                "INSERT OR IGNORE INTO lanes (environment,endpoint,schema,tags,wrapper)"
+                " VALUES (?,?,?,?,?)",
+                values,
+            )
+            (partition_id,) = self._db.execute(
+                "SELECT id FROM lanes WHERE environment=? AND endpoint=? AND schema=? AND tags=?"
+                " AND wrapper=?",
+                values,
+            ).fetchone()
+            self._partition_ids[partition] = partition_id
+        return int(partition_id)
+
+    def _all_partitions(self) -> list[tuple[Partition, int]]:
+        rows = self._db.execute("SELECT environment,endpoint,schema,tags,wrapper,id FROM lanes")
+        return [
+            (Partition(environment, EventsEndpoint[endpoint], schema, tags, wrapper), partition_id)
+            for environment, endpoint, schema, tags, wrapper, partition_id in rows.fetchall()
+        ]
+
+    def _members(self, partition_id: int, row: Any) -> list[Any]:
+        return self._db.execute(
+            "SELECT id,received,length,body FROM posts WHERE lane=? AND id BETWEEN ? AND ?"
+            " ORDER BY id",
+            (partition_id, row[1], row[2]),
+        ).fetchall()
+
+    def _find(self, partition_id: int, payload_id: str) -> Any:
+        """Return the row of a partition's batch by its id."""
+        return self._batch_where("payload_id=?", (partition_id, payload_id))
+
+    def _first_batch(self, partition_id: int) -> Any:
+        """Return the row of the first batch of a partition that is not a suspect."""
+        return self._batch_where("aside=0 ORDER BY first,start", (partition_id,))
+
+    def _first_suspect(self, partition_id: int) -> Any:
+        """Return the row of the batch of a partition that was put aside first."""
+        return self._batch_where("aside>0 ORDER BY aside,first,start", (partition_id,))
+
+    def _batch_where(self, condition: str, values: tuple[Any, ...]) -> Any:
+        return self._db.execute(
+            "SELECT id,first,last,start,stop,payload_id,aside FROM batches"  # noqa: S608 - ours
+            f" WHERE lane=? AND {condition} LIMIT 1",
+            values,
+        ).fetchone()
+
+    def _unbatched(self, partition_id: int, limit: int) -> list[Any]:
+        """Return the rows of the oldest payloads of a partition that are in no batch."""
+        (batches,) = self._db.execute(
+            "SELECT count(*) FROM batches WHERE lane=?", (partition_id,)
+        ).fetchone()
+        return self._db.execute(
+            "SELECT id,length,payload_id FROM posts WHERE lane=? AND (?=0 OR NOT EXISTS (SELECT 1"
+            " FROM batches WHERE lane=posts.lane AND posts.id BETWEEN first AND last))"
+            " ORDER BY id LIMIT ?",
+            (partition_id, batches, limit),
+        ).fetchall()
+
+    def _fix(self, partition: Partition, partition_id: int, rows: Sequence[Any]) -> bool:
+        """Fix a batch of a partition's oldest payloads; return whether more are waiting."""
+        # A batch is a range of rows, so it must end before the next suspect begins.
+        suspects, end = self._db.execute(
+            "SELECT count(*),min(CASE WHEN first>? THEN first END) FROM batches WHERE lane=?",
+            (rows[0][0], partition_id),
+        ).fetchone()
+        candidates = [r for r in rows[: max_payloads(partition)] if end is None or r[0] < end]
+        members = candidates[: fitting([size for _, size, _ in candidates])]
+        payload_id = batch_id([payload_id for _, _, payload_id in members])
+        self._insert_batch(partition_id, (members[0][0], members[-1][0], 0, None), payload_id)
+        return suspects > 0 or len(members) < len(rows)
+
+    def _remove(self, partition_id: int, row: Any) -> int:
+        """Remove a batch and its payloads; return how many, 0 while other parts of one wait."""
+        row_id, first, last, *_ = row
+        self._db.execute("DELETE FROM batches WHERE id=?", (row_id,))
+        waiting = self._db.execute(
+            "SELECT 1 FROM batches WHERE lane=? AND first<=? AND last>=?",
+            (partition_id, last, first),
+        ).fetchone()
+        return 0 if waiting else self._delete(partition_id, first, last)
+
+    def _delete(self, partition_id: int, first: int, last: int) -> int:
+        sizes = self._db.execute(
+            "DELETE FROM posts WHERE lane=? AND id BETWEEN ? AND ? RETURNING size",
+            (partition_id, first, last),
+        ).fetchall()
+        self._size -= sum(size for (size,) in sizes)
+        return len(sizes)
+
+    def _oldest(self, partition_id: int) -> tuple[int, float] | None:
+        oldest: tuple[int, float] | None = self._db.execute(
+            "SELECT id,received FROM posts WHERE lane=? ORDER BY id LIMIT 1", (partition_id,)
+        ).fetchone()
+        return oldest
+
+    def _evict_oldest(self) -> bool:
+        row = self._db.execute(
+            "SELECT posts.id,lane,environment FROM posts JOIN lanes ON lanes.id=lane"
+            " ORDER BY posts.id LIMIT 1"
+        ).fetchone()
+        if row is None:
+            return False
+        self._evict(row[2], row[1], row[0])
+        return True
+
+    def _evict(self, environment: str, partition_id: int, first: int) -> None:
+        """Evict the oldest payload of a partition and its whole batch: a batch never changes."""
+        (last,) = self._db.execute(
+            "SELECT coalesce(max(last),?) FROM batches WHERE lane=? AND first<=?",
+            (first, partition_id, first),
+        ).fetchone()
+        self._evict_range(environment, partition_id, first, last)
+
+    def _evict_range(self, environment: str, partition_id: int, first: int, last: int) -> None:
+        self._db.execute("DELETE FROM batches WHERE lane=? AND last<=?", (partition_id, last))
+        self.evicted[environment] += self._delete(partition_id, first, last)
+
+    def _total_size(self) -> int:
+        (size,) = self._db.execute("SELECT coalesce(sum(size),0) FROM posts").fetchone()
+        return int(size)
+
+
+def _read(body: bytes, length: int) -> bytes | None:
+    """Return a decompressed body; None if the disk has damaged it."""
+    try:
+        return isal_zlib.decompress(body, GZIP, length)
+    except CORRUPT:
+        return None
+
+
+def _chunks(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(rows), _ROWS):
+        yield rows[start : start + _ROWS]

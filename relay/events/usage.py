@@ -1,0 +1,110 @@
+"""Reports of the relay's own use to LaunchDarkly, which bills connections by them (events 5.7)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+import orjson
+
+from relay.model.event import EventPayload, EventsEndpoint, Partition
+from relay.model.metrics import MetricValue
+from relay.telemetry.traffic import RequestMetrics, Series, label_value
+
+INTERVAL = 60.0
+"""Seconds between two reports of an environment; one without traffic is not reported."""
+
+SCHEMA = 4
+
+_POLLS = frozenset({"/sdk/flags", "/sdk/flags/{key}", "/sdk/segments/{key}", "/sdk/latest-all"})
+
+Client = tuple[str, str]
+"""User agent and platform of a client."""
+
+
+class UsageReporter:
+    """Reports the streams and polls of each environment.
+
+    Args:
+        environments: names of the environments.
+        traffic: request counts of the fast path and the application.
+        accept: accepts a report for delivery, as `Forwarder.accept`.
+        interval: seconds between two reports.
+    """
+
+    def __init__(
+        self,
+        environments: Iterable[str],
+        traffic: RequestMetrics,
+        accept: Callable[[EventPayload], Awaitable[object]],
+        interval: float = INTERVAL,
+    ) -> None:
+        self._environments = tuple(environments)
+        self._traffic = traffic
+        self._accept = accept
+        self._interval = interval
+        self._relay_id = str(uuid.uuid4())
+        self._polls: Mapping[str, Counter[Client]] = {}
+        """Poll counts at the last report."""
+
+    async def run(self) -> None:
+        """Report until cancelled."""
+        begun = time.monotonic()
+        while True:
+            await asyncio.sleep(self._interval)
+            ended = time.monotonic()
+            payloads = self.collect(time.time(), ended - begun)
+            begun = ended
+            for payload in payloads:
+                await self._accept(payload)
+
+    def collect(self, now: float, lasted: float) -> list[EventPayload]:
+        """Return the reports of the period that ends, and begin a new one.
+
+        Args:
+            now: the system's time in Unix seconds.
+            lasted: length of the period in seconds, by a clock that is never corrected.
+        """
+        polls = _by_environment(self._traffic.requests, _POLLS)
+        open_now = _by_environment(self._traffic.streams)
+        opened = _by_environment(self._traffic.new_streams)
+        period = {"startDate": round((now - lasted) * 1000), "endDate": round(now * 1000)}
+        payloads = []
+        for name in self._environments:
+            new_polls = polls.get(name, Counter()) - self._polls.get(name, Counter())
+            lists = {
+                "connections": _list_clients("current", open_now.get(name, Counter())),
+                "newConnections": _list_clients("count", opened.get(name, Counter())),
+                "pollingCounts": _list_clients("count", new_polls),
+            }
+            members = {member: clients for member, clients in lists.items() if clients}
+            if members:
+                event = {"kind": "relayMetrics", "relayId": self._relay_id, **period, **members}
+                partition = Partition(name, EventsEndpoint.BULK, SCHEMA)
+                payloads.append(
+                    EventPayload(partition, str(uuid.uuid4()), orjson.dumps([event]), now)
+                )
+        self._polls = polls
+        return payloads
+
+
+def _by_environment(
+    counts: Mapping[Series, MetricValue], routes: frozenset[str] | None = None
+) -> dict[str, Counter[Client]]:
+    sums: dict[str, Counter[Client]] = {}
+    for series, count in counts.items():
+        if routes is None or series.route in routes:
+            clients = sums.setdefault(series.environment, Counter())
+            clients[label_value(series.user_agent), series.platform] += count.value
+    return sums
+
+
+def _list_clients(member: str, clients: Counter[Client]) -> list[dict[str, object]]:
+    return [
+        {"userAgent": agent, "platformCategory": platform, member: number}
+        for (agent, platform), number in clients.items()
+        if number > 0
+    ]

@@ -1,0 +1,1 @@
+"""Metrics of the relay, declared in one table."""

@@ -1,0 +1,250 @@
+"""Catalogue of metrics: their names, labels, help and collectors."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from relay import __version__, clock
+from relay.config.schema import Prometheus
+from relay.environment import ConnectionState, Environment
+from relay.events.forwarder import EventCounts
+from relay.model.item import Kind
+from relay.model.metrics import Histogram, MetricValue
+from relay.protocol.prometheus import COUNTER, GAUGE, HISTOGRAM, Metric, Row
+from relay.relay import Relay
+from relay.stores import StoreState, StoreStatus
+from relay.telemetry import process
+from relay.telemetry.log import lost_lines
+from relay.telemetry.traffic import RequestMetrics, Series, label_value
+
+UNCOUNTED_ROUTES = frozenset(("/mping",))
+"""Routes that ld-relay leaves out of its `requests` metric (status 8.2)."""
+
+
+Rows = Iterable[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsView:
+    """Objects from which metrics are collected."""
+
+    relay: Relay
+    traffic: RequestMetrics
+
+    @property
+    def environments(self) -> Mapping[str, Environment]:
+        """All environments by display name."""
+        return self.relay.environments
+
+
+Collector = Callable[[MetricsView], Rows]
+
+
+def table() -> str:
+    """Return the README's table of all metrics."""
+    rows = [
+        f"| `{metric.name}` | {metric.kind} | {_code_list(metric.labels)} | {metric.help} |"
+        for metric in (*OWN, *ld_relay_metrics(Prometheus().prefix))
+    ]
+    return "\n".join(("| metric | type | labels | meaning |", "|---|---|---|---|", *rows, ""))
+
+
+def _code_list(labels: Iterable[str]) -> str:
+    return " ".join(f"`{label}`" for label in labels) or "–"
+
+
+def _per_environment(read: Callable[[Environment], float | Histogram | None]) -> Collector:
+    """Return a collector of one value for each environment that has it."""
+
+    def rows(view: MetricsView) -> Iterator[Row]:
+        for name, environment in view.environments.items():
+            value = read(environment)
+            if value is not None:
+                yield (name,), value
+
+    return rows
+
+
+def _of_process(read: Callable[[], float | None]) -> Collector:
+    """Return a collector of one value of the process, if it is known."""
+
+    def rows(_view: MetricsView) -> Iterator[Row]:
+        value = read()
+        if value is not None:
+            yield (), value
+
+    return rows
+
+
+def _sums(
+    counts: Mapping[Series, MetricValue], labels: Callable[[Series], tuple[str, ...]]
+) -> Rows:
+    """Return the sums of the series with the same labels."""
+    sums: Counter[tuple[str, ...]] = Counter()
+    for series, count in counts.items():
+        sums[labels(series)] += count.value
+    return sums.items()
+
+
+def _streams(view: MetricsView) -> Iterator[Row]:
+    for name, environment in view.environments.items():
+        for stream, number in environment.hub.streams.items():
+            yield (name, stream), number
+
+
+def _new_streams(view: MetricsView) -> Rows:
+    return _sums(view.traffic.new_streams, lambda s: (s.environment, s.platform, s.route))
+
+
+def _requests(view: MetricsView) -> Rows:
+    return _sums(view.traffic.requests, lambda s: (s.environment, s.platform, s.route, s.method))
+
+
+def _data_age(environment: Environment) -> float | None:
+    age = environment.connection.data_age
+    return None if age is None else round(age, 3)
+
+
+def _upstream_states(view: MetricsView) -> Iterator[Row]:
+    for name, environment in view.environments.items():
+        for state in ConnectionState:
+            yield (name, state.value), int(environment.connection.state is state)
+
+
+def _store_statuses(view: MetricsView) -> Iterator[tuple[str, StoreStatus]]:
+    for name, environment in view.environments.items():
+        for mirror in environment.mirrors:
+            if mirror.status is not None:
+                yield name, mirror.status
+
+
+def _store_states(view: MetricsView) -> Iterator[Row]:
+    for name, status in _store_statuses(view):
+        for state in StoreState:
+            yield (name, status.database, state.value), int(status.state is state)
+
+
+def _unreadable_items(view: MetricsView) -> Iterator[Row]:
+    for name, status in _store_statuses(view):
+        yield (name, status.database), len(status.invalid)
+
+
+def _event_counts(read: Callable[[EventCounts], float]) -> Collector:
+    """Return a collector of one event count for each environment, if events are forwarded."""
+
+    def rows(view: MetricsView) -> Iterator[Row]:
+        if view.relay.events is not None:
+            for name in view.environments:
+                yield (name,), read(view.relay.events.counts(name))
+
+    return rows
+
+
+def _oldest_events(view: MetricsView) -> Iterator[Row]:
+    if view.relay.events is not None:
+        for name in view.environments:
+            oldest = view.relay.events.oldest(name)
+            yield (name,), 0.0 if oldest is None else max(0.0, round(clock.now() - oldest, 3))
+
+
+def _unusable(view: MetricsView) -> Iterator[Row]:
+    if view.relay.events is not None:
+        for name in view.environments:
+            yield (name,), view.traffic.unusable[name]
+
+
+def _discarded(view: MetricsView) -> Iterator[Row]:
+    for name in view.environments:
+        yield (name,), view.traffic.discarded[name]
+
+
+def _spool_durable(view: MetricsView) -> Iterator[Row]:
+    if view.relay.events is not None:
+        yield (), int(view.relay.events.spool.durable)
+
+
+def _items(view: MetricsView) -> Iterator[Row]:
+    for name, environment in view.environments.items():
+        if environment.payload is not None:
+            for kind in Kind:
+                yield (name, kind.noun), len(environment.payload.all(kind))
+
+
+def _build_info(_view: MetricsView) -> Rows:
+    return [((__version__, platform.python_version()), 1)]
+
+
+OWN: Mapping[Metric, Collector] = {
+    Metric("relay_streams", GAUGE, ("environment", "stream"), "Open streams."): _streams,
+    Metric("relay_new_streams_total", COUNTER, ("environment", "platform", "route"), "Streams that were opened."): _new_streams,
+    Metric("relay_requests_total", COUNTER, ("environment", "platform", "route", "method"), "Requests whose credential opened an environment, streams included."): _requests,
+    Metric("relay_changes_total", COUNTER, ("environment",), "Messages of LaunchDarkly that changed something."): _per_environment(lambda e: e.changes),
+    Metric("relay_change_delivery_seconds", HISTOGRAM, ("environment",), "Time from the arrival of a change until it was written to the last stream whose client keeps up."): _per_environment(lambda e: e.hub.delays),
+    Metric("relay_data_age_seconds", GAUGE, ("environment",), "Time since LaunchDarkly last confirmed that the flags are current; none before the first time."): _per_environment(_data_age),
+    Metric("relay_upstream_state", GAUGE, ("environment", "state"), "How it stands with LaunchDarkly: 1 for the state that `/status` shows, 0 for the others."): _upstream_states,
+    Metric("relay_store_state", GAUGE, ("environment", "database", "state"), "How it stands with the database: 1 for the state that `/status` shows, 0 for the others."): _store_states,
+    Metric("relay_store_unreadable_items", GAUGE, ("environment", "database"), "Items in the database that could not be read."): _unreadable_items,
+    Metric("relay_items", GAUGE, ("environment", "kind"), "Flags and segments that are held, deleted ones included; none without data."): _items,
+    Metric("relay_invalid_items", GAUGE, ("environment",), "Flags and segments of which LaunchDarkly's last version could not be used."): _per_environment(lambda e: len(e.invalid)),
+    Metric("relay_rejected_total", COUNTER, ("environment",), "Messages and items of LaunchDarkly that could not be used."): _per_environment(lambda e: e.rejected),
+    Metric("relay_event_payloads_received_total", COUNTER, ("environment",), "Posts of events that were accepted, duplicates included."): _event_counts(lambda c: c.received),
+    Metric("relay_event_payloads_duplicate_total", COUNTER, ("environment",), "Payloads that an SDK had sent before, by their payload id."): _event_counts(lambda c: c.duplicates),
+    Metric("relay_event_payloads_forwarded_total", COUNTER, ("environment",), "Payloads that LaunchDarkly has taken."): _event_counts(lambda c: c.forwarded),
+    Metric("relay_event_requests_retried_total", COUNTER, ("environment",), "Requests to LaunchDarkly's events service that had to be repeated."): _event_counts(lambda c: c.retried),
+    Metric("relay_event_payloads_quarantined_total", COUNTER, ("environment",), "Payloads that are no well-formed JSON, or that LaunchDarkly rejects while it takes others; kept aside."): _event_counts(lambda c: c.quarantined),
+    Metric("relay_event_payloads_evicted_total", COUNTER, ("environment",), "Payloads that were given up for want of room, or as too old."): _event_counts(lambda c: c.evicted),
+    Metric("relay_event_payloads_unusable_total", COUNTER, ("environment",), "Payloads that were no JSON array, and events of old schemas that were malformed: answered with 202, as by ld-relay, and dropped."): _unusable,
+    Metric("relay_event_payloads_discarded_total", COUNTER, ("environment",), "Payloads that were accepted and dropped, because the flags come from a file."): _discarded,
+    Metric("relay_event_payloads_waiting", GAUGE, ("environment",), "Payloads that wait for their delivery."): _event_counts(lambda c: c.waiting),
+    Metric("relay_event_oldest_seconds", GAUGE, ("environment",), "How long the oldest of them has waited; 0 if none waits."): _oldest_events,
+    Metric("relay_event_spool_durable", GAUGE, (), "1 if accepted events survive the end of the process, 0 if they wait in memory."): _spool_durable,
+    Metric("relay_log_lines_lost_total", COUNTER, (), "Log lines that were dropped because nobody took them."): _of_process(lost_lines),
+    Metric("relay_build_info", GAUGE, ("version", "python"), "Always 1."): _build_info,
+    Metric("process_cpu_seconds_total", COUNTER, (), "Processor time of this process."): _of_process(process.cpu_seconds),
+    Metric("process_resident_memory_bytes", GAUGE, (), "Memory of this process."): _of_process(process.resident_bytes),
+    Metric("process_open_fds", GAUGE, (), "Open files and connections of this process."): _of_process(process.open_files),
+    Metric("process_max_fds", GAUGE, (), "How many of them there may be."): _of_process(process.max_open_files),
+    Metric("process_start_time_seconds", GAUGE, (), "Unix time of the start of this process."): _of_process(process.started),
+}  # fmt: skip
+"""Metrics of both ports. The last five have the names that Prometheus's client libraries use."""
+
+
+def ld_relay_metrics(prefix: str) -> Mapping[Metric, Collector]:
+    """Return ld-relay's metrics, with its names and help.
+
+    Args:
+        prefix: prefix of the names.
+    """
+    client = ("env", "platformCategory", "userAgent")
+    request = ("env", "method", "platformCategory", "route", "userAgent")
+    return {
+        # ld-relay declares it as a counter, although it decreases.
+        Metric(f"{prefix}_connections", GAUGE, client, "current number of connections"): _connections,
+        Metric(f"{prefix}_newconnections", COUNTER, client, "total number of connections"): _new_connections,
+        Metric(f"{prefix}_requests", COUNTER, request, "Number of hits to a route"): _request_hits,
+    }  # fmt: skip
+
+
+def _connections(view: MetricsView) -> Rows:
+    return _sums(view.traffic.streams, _client_labels)
+
+
+def _new_connections(view: MetricsView) -> Rows:
+    return _sums(view.traffic.new_streams, _client_labels)
+
+
+def _request_hits(view: MetricsView) -> Rows:
+    counts = view.traffic.requests
+    return _sums({s: counts[s] for s in counts if s.route not in UNCOUNTED_ROUTES}, _hit_labels)
+
+
+def _hit_labels(series: Series) -> tuple[str, ...]:
+    environment, platform_, agent = _client_labels(series)
+    return environment, series.method, platform_, label_value(series.route), agent
+
+
+def _client_labels(series: Series) -> tuple[str, str, str]:
+    return label_value(series.environment), series.platform, label_value(series.user_agent)

@@ -1,0 +1,131 @@
+"""Cache of compiled programs for one environment, filled on demand.
+
+Compiling a large payload would block the event loop for too long, so it runs in slices. If a
+payload differs little from the previous one, almost everything is reused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from relay.evaluation.compiled.flag import CompiledFlag
+from relay.evaluation.compiled.index import Index
+from relay.evaluation.compiled.program import FlagCompiler, Program
+from relay.evaluation.sdkkind import SDKKind
+from relay.model.item import version_of_time
+from relay.model.payload import Payload
+
+SLICE = 0.001
+"""Seconds after which compiling yields to the event loop. The current flag is finished first;
+polls in between should wait no more than twice this time."""
+
+AT_ONCE = 0.002
+"""Seconds of compiling done synchronously: enough to check thousands of flags for those that a
+patch has changed."""
+
+
+@dataclass(slots=True)
+class _PartialProgram:
+    """A partially compiled program.
+
+    Args:
+        keys: keys of the flags still to compile.
+        index: index of the features of the flags compiled so far.
+        flags: the flags compiled so far that this kind of SDK may see.
+    """
+
+    keys: Iterator[str]
+    index: Index
+    flags: dict[str, CompiledFlag] = field(default_factory=dict)
+
+
+class ProgramCache:
+    """Programs of an environment's newest payload, compiled on demand for each kind of SDK."""
+
+    def __init__(self) -> None:
+        self._payload: Payload | None = None
+        self._compiler: FlagCompiler | None = None
+        self._version = 0
+        self._programs: dict[SDKKind, Program] = {}
+        self._partials: dict[SDKKind, _PartialProgram] = {}
+        self._indexes: dict[SDKKind, Index] = {}
+        """Indexes of the last programs, possibly of earlier payloads."""
+        self._lock = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        ready = ", ".join(sdk_kind.value for sdk_kind in self._programs)
+        return f"<ProgramCache version {self._version}, ready: {ready or 'none'}>"
+
+    def update(self, payload: Payload) -> None:
+        """Discard the programs of earlier data; new ones are compiled on demand.
+
+        The version of the data is roughly the time in seconds, so that it keeps growing across
+        restarts. It is greater than the version of any flag, because SDKs hold each flag under the
+        flag's own version until a stream changes it.
+        """
+        if payload is self._payload:
+            return
+        self._payload = payload
+        self._version = max(self._version + 1, version_of_time(time.time()), payload.newest + 1)
+        self._programs = {}
+        self._partials = {}
+
+    def current(self, sdk_kind: SDKKind, /) -> Program | None:
+        """Return the program of the newest payload if it is ready or soon compiled, else None."""
+        program = self._programs.get(sdk_kind)
+        if program is None and sdk_kind not in self._partials and not self._lock.locked():
+            program = self._advance(sdk_kind, AT_ONCE)
+        return program
+
+    async def ready(self, sdk_kind: SDKKind, /) -> Program | None:
+        """Wait until the program of the newest payload is compiled, and return it.
+
+        One of the waiting callers compiles; if it is cancelled, the next one continues.
+
+        Returns:
+            None if there is no payload.
+        """
+        async with self._lock:
+            while self._payload is not None:
+                program = self._programs.get(sdk_kind) or self._advance(sdk_kind, SLICE)
+                if program is not None:
+                    return program
+                await asyncio.sleep(0)
+        return None
+
+    def _advance(self, sdk_kind: SDKKind, seconds: float) -> Program | None:
+        """Compile for some seconds; return the program if that completes it."""
+        if self._payload is None:
+            return None
+        deadline = time.perf_counter() + seconds
+        payload = self._payload
+        if self._compiler is None or self._compiler.payload is not payload:
+            self._compiler = FlagCompiler(payload, self._compiler)
+        partial = self._partials.get(sdk_kind)
+        if partial is None:
+            index = Index(self._indexes.get(sdk_kind))
+            partial = self._partials[sdk_kind] = _PartialProgram(iter(sorted(payload.flags)), index)
+        if not _compile(self._compiler, sdk_kind, partial, deadline):
+            return None
+        del self._partials[sdk_kind]
+        self._indexes[sdk_kind] = partial.index
+        program = self._programs[sdk_kind] = Program(partial.flags, self._version, partial.index)
+        return program
+
+
+def _compile(
+    compiler: FlagCompiler, sdk_kind: SDKKind, partial: _PartialProgram, deadline: float
+) -> bool:
+    """Compile flags until a time of `perf_counter`; return whether all are done."""
+    for key in partial.keys:
+        flag = compiler.seen(sdk_kind, key)
+        if flag is not None:
+            partial.flags[key] = flag
+            if flag.features:
+                partial.index.add(flag.features)
+        if time.perf_counter() > deadline:
+            return False
+    return True

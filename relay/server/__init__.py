@@ -1,0 +1,1 @@
+"""One process: listening sockets, signals, and the order of the shutdown."""

@@ -1,0 +1,165 @@
+"""Run a relay and its web server in this process: listen, handle signals, shut down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import resource
+import signal
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from typing import TypeVar
+
+from relay.relay import Relay
+from relay.server.listeners import Listeners
+from relay.server.options import ServerOptions
+from relay.server.server import SIGNALS, ExporterServer, make_server
+from relay.server.site import Site
+from relay.web.fastpath.shared import FastPath
+
+T = TypeVar("T")
+
+_log = logging.getLogger("relay.server")
+
+
+def raise_file_limit() -> None:
+    """Raise the limit on open files, and so on connections, to the hard limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
+    """Serve until a signal, then shut down in order; stores are flushed before this returns.
+
+    Args:
+        site: relay and application to serve.
+        options: options of the servers.
+        listeners: listening sockets; closed at the end.
+    """
+    raise_file_limit()
+    # uvicorn warns about every malformed request, so hostile clients could fill a disk with logs.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    relay = site.relay
+    fast_path = FastPath(
+        relay, site.poll, options.limits, site.traffic, site.events, evaluation=site.evaluation
+    )
+    server = make_server(relay, site.app, options, fast_path)
+    async with relay.upstream, asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(run()) for run in (relay.run, *site.background)]
+        forwarding = tasks.create_task(relay.events.run()) if relay.events else None
+
+        def begin_shutdown() -> None:
+            """Flush stores and deliver events while streams end."""
+            _cancel(running)
+            if relay.events:
+                relay.events.flush()
+
+        server.on_shutdown = begin_shutdown
+        gc.collect()
+        gc.freeze()  # objects that live as long as the process need no further collection
+        exporter = None
+        if site.exporter and listeners.exporter:
+            exporter = ExporterServer(site.exporter, options)
+            tasks.create_task(exporter.serve(sockets=[listeners.exporter]))
+        try:
+            await server.serve(sockets=[listeners.main])
+        finally:
+            # Not earlier: requests in flight may still have brought events.
+            _cancel([*running, *([forwarding] if forwarding else [])])
+            if exporter:
+                exporter.stop()
+
+
+def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+
+
+async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
+    """Listen, build the site, and serve it until a signal.
+
+    Args:
+        options: options of the servers.
+        build: makes the site. It runs in a thread once the port is open, so that connections wait,
+            rather than fail, while the large libraries are imported.
+
+    Raises:
+        CannotListen: the port is in use, or not permitted.
+        ConfigError: the certificate is unusable, or `build` raised it.
+    """
+    if options.tls:
+        options.tls.check()
+    listeners = Listeners.of(options)
+    if options.tls:
+        _log.info("TLS enabled for server (minimum TLS version: %s)", options.tls.minimum)
+    shutdown_requested = _shutdown_event()
+    with _hangups_logged():
+        try:
+            site = await asyncio.to_thread(build)
+        except BaseException:
+            listeners.close()
+            raise
+        if shutdown_requested.is_set():
+            listeners.close()
+            return
+        await run(site, options, listeners)
+
+
+@contextlib.contextmanager
+def _hangups_logged() -> Iterator[None]:
+    """Log that SIGHUP changes nothing; outside this block it stays blocked if it was."""
+    text = (
+        "SIGHUP changes nothing: the configuration is read at the start; restart to read it again"
+    )
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, _log.warning, text)
+    old_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+        loop.remove_signal_handler(signal.SIGHUP)
+
+
+def _shutdown_event() -> asyncio.Event:
+    """Return an event that the first signal sets, until a server installs its own handlers."""
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(number, event.set)
+    return event
+
+
+async def until_signal(work: Coroutine[object, object, T]) -> T | None:
+    """Return the result of a coroutine; None if a signal cancelled it."""
+    signalled = asyncio.create_task(_shutdown_event().wait())
+    working = asyncio.create_task(work)
+    await asyncio.wait({working, signalled}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (working, signalled):
+        task.cancel()
+    await asyncio.wait({working, signalled})
+    return None if working.cancelled() else working.result()
+
+
+async def run_once(relay: Relay, *, fail_fast: bool = False) -> bool:
+    """Run the relay until every environment and its database have the data: `exitAlways`.
+
+    Args:
+        relay: the relay to run, without a server.
+        fail_fast: stop at the first environment that fails: `exitOnError`.
+
+    Returns:
+        True if all environments were synced within `initTimeout`, and before a signal.
+    """
+    shutdown_requested = _shutdown_event()
+    async with relay.upstream, asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(relay.run())
+        synced = tasks.create_task(relay.wait_until_synced(fail_fast=fail_fast))
+        signalled = tasks.create_task(shutdown_requested.wait())
+        await asyncio.wait({synced, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (running, synced, signalled):
+            task.cancel()
+    return not synced.cancelled() and synced.result()

@@ -1,0 +1,111 @@
+"""Composition of everything that one process serves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp
+
+from relay.config.render import MASK
+from relay.config.schema import Config
+from relay.model.credential import masked_url
+from relay.relay import Relay
+from relay.telemetry.traffic import RequestMetrics
+from relay.web.fastpath.events import EventsFastPath
+from relay.web.fastpath.shared import EvaluationResponder, PollResponder
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Relay, ASGI application, and the handlers that the fast path shares with it."""
+
+    relay: Relay
+    app: ASGIApp
+    poll: PollResponder | None = None
+    traffic: RequestMetrics | None = None
+    exporter: ASGIApp | None = None
+    """Application for metrics on a separate port."""
+    background: Sequence[Callable[[], Coroutine[object, object, None]]] = ()
+    """Coroutine functions that run as long as the server does."""
+    events: EventsFastPath | None = None
+    evaluation: EvaluationResponder | None = None
+
+
+_log = logging.getLogger("relay")
+
+
+MAX_NAMED = 10
+"""Maximum number of environments to log by name at startup; beyond it, only the count is logged."""
+
+
+def _log_environments(config: Config, relay: Relay) -> None:
+    """Log the environments and their data source in a few lines."""
+    main = config.main
+    if not config.environments:
+        origin = f"flags file {main.flags_file}"
+    elif main.data_source == "polling":
+        origin = f"{_without_secrets(main.base_uri)} (polled)"
+    else:
+        origin = _without_secrets(main.stream_uri)
+    if len(relay.environments) > MAX_NAMED:
+        _log.info("Serving %d environments from %s", len(relay.environments), origin)
+        return
+    for name, environment in relay.environments.items():
+        key = environment.spec.sdk_key.masked
+        _log.info('Serving environment "%s" (SDK key %s) from %s', name, key, origin)
+
+
+def _log_events(config: Config) -> None:
+    events = config.events
+    if not config.environments:
+        text = "Events will be accepted, but will be discarded, since flags come from a file"
+        _log.info("%s", text)
+    elif events.send_events:
+        target, place = _without_secrets(events.events_uri), events.spool_dir or "memory"
+        _log.info("Forwarding events to %s; until then they wait in %s", target, place)
+
+
+def _without_secrets(url: str) -> str:
+    """Return a URL for the log, without password and query, which may contain secrets."""
+    return masked_url(url.partition("?")[0], MASK)
+
+
+def build_site(config: Config) -> Site:
+    """Build the site. The imports are local because they are heavy: the port opens before them."""
+    from relay.build import build  # noqa: PLC0415
+    from relay.events.usage import UsageReporter  # noqa: PLC0415
+    from relay.telemetry.traffic import RequestMetrics  # noqa: PLC0415
+    from relay.web.app import make_app, make_exporter  # noqa: PLC0415
+    from relay.web.endpoints.evaluation import EvaluationHandler  # noqa: PLC0415
+    from relay.web.endpoints.events import Discarder, EventsHandler  # noqa: PLC0415
+    from relay.web.endpoints.goals import GoalsHandler  # noqa: PLC0415
+    from relay.web.endpoints.polling import PollingHandler  # noqa: PLC0415
+    from relay.web.endpoints.webhooks import WebhooksHandler  # noqa: PLC0415
+    from relay.web.fastpath.evaluation import EvaluationFastPath  # noqa: PLC0415
+    from relay.web.fastpath.events import EventsFastPath  # noqa: PLC0415
+
+    relay = build(config)
+    _log_environments(config, relay)
+    _log_events(config)
+    polling, traffic = PollingHandler(), RequestMetrics()
+    forwarder = relay.events if config.events.send_events else None
+    acceptor = forwarder if config.environments else Discarder(traffic.discarded)
+    events = EventsHandler(acceptor, config.events.max_inbound_payload_size, traffic.unusable)
+    evaluation = EvaluationHandler(config.main.max_client_request_body_size)
+    goals = GoalsHandler(relay.fetch, config.main.client_side_base_uri)
+    secrets = config.webhook.secrets
+    webhooks = WebhooksHandler(relay.environments.values(), secrets) if secrets else None
+    app = make_app(relay, polling, traffic, events, webhooks, evaluation=evaluation, goals=goals)
+    exporter = make_exporter(relay, traffic, config.prometheus.prefix)
+    background = (
+        [UsageReporter(relay.environments, traffic, relay.events.accept).run]
+        if relay.events
+        else []
+    )
+    if webhooks:
+        background.append(webhooks.run)
+    fast_events = EventsFastPath(relay, events, traffic)
+    fast_evaluation = EvaluationFastPath(relay, evaluation, traffic)
+    return Site(relay, app, polling, traffic, exporter, background, fast_events, fast_evaluation)

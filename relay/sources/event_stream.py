@@ -1,0 +1,147 @@
+"""An event stream that reconnects forever, independent of the protocol of its messages."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import aclosing
+
+import aiohttp
+
+from relay.aio import run_in_slices, wait_for
+from relay.backoff import Backoff, SourceTimings
+from relay.errors import ErrorKind, InvalidData, UpstreamRefused, UpstreamUnavailable
+from relay.model.credential import SDKKey, masked_url
+from relay.model.payload import ChangeSet
+from relay.protocol.sse import Decoder, Event
+from relay.sources import Interrupted, Update, UpToDate
+from relay.upstream import Upstream
+
+Interpret = Callable[[Event], Generator[None, None, ChangeSet | None]]
+"""Converts a message into a change set, in steps; None if it changes nothing. Raises `InvalidData`
+if the message is broken."""
+
+
+class EventStream:
+    """Data source for one upstream event stream; reopens the stream whenever it ends.
+
+    Args:
+        upstream: the HTTP session.
+        url: URL of the stream.
+        key: the SDK key to authenticate with.
+        interpret: converts messages into change sets.
+        timings: delays and timeouts.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        url: str,
+        key: SDKKey,
+        interpret: Interpret,
+        timings: SourceTimings,
+    ) -> None:
+        self._upstream = upstream
+        self._url = url
+        self._key = key
+        self._interpret = interpret
+        self._timings = timings
+        self._retry_now = asyncio.Event()
+        self._response: aiohttp.ClientResponse | None = None
+        self._last_id = ""
+
+    def __repr__(self) -> str:
+        state = "disconnected" if self._response is None else "connected"
+        return f"<{type(self).__name__} {masked_url(self._url, 'xxxxx')} {state}>"
+
+    def resync(self) -> None:
+        """Reconnect now: a new stream begins with all data."""
+        self._retry_now.set()
+        if self._response is not None:
+            self._response.close()
+
+    def check(self, *, reconnect: bool = False) -> None:
+        """Connect now if disconnected; a healthy stream is replaced only if `reconnect`."""
+        if self._response is None:
+            self._retry_now.set()
+        elif reconnect:
+            self.resync()
+
+    async def updates(self) -> AsyncGenerator[Update, None]:
+        """Yield changes, confirmations and interruptions until cancelled."""
+        backoff = Backoff(self._timings)
+        while True:
+            self._retry_now.clear()
+            try:
+                async with aclosing(self._connection(backoff)) as updates:
+                    async for update in updates:
+                        yield update
+            except (UpstreamUnavailable, InvalidData) as e:
+                error = e
+            if self._retry_now.is_set():
+                continue
+            refused = isinstance(error, UpstreamRefused)
+            delay = backoff.failed(time.monotonic(), random.random(), refused=refused)  # noqa: S311 - jitter
+            yield interruption("stream connection", error, delay)
+            await wait_for(self._retry_now, delay)
+
+    async def _connection(self, backoff: Backoff) -> AsyncGenerator[Update, None]:
+        """Yield the updates of one connection, which always ends by raising."""
+        async with self._upstream.get(
+            self._url,
+            self._key,
+            accept="text/event-stream",
+            read_timeout=self._timings.read_timeout,
+            headers={"Last-Event-Id": self._last_id} if self._last_id else None,
+        ) as response:
+            _require_event_stream(response)
+            self._response = response
+            try:
+                async with aclosing(self._messages(response, backoff)) as updates:
+                    async for update in updates:
+                        yield update
+            finally:
+                self._response = None
+        raise UpstreamUnavailable(ErrorKind.NETWORK_ERROR, "the server closed the stream")
+
+    async def _messages(
+        self, response: aiohttp.ClientResponse, backoff: Backoff
+    ) -> AsyncGenerator[Update, None]:
+        decoder = Decoder()
+        last_yield = None  # monotonic; None until this connection has delivered
+        async for chunk in response.content.iter_any():
+            for event in decoder.feed(chunk):
+                changes = await run_in_slices(self._interpret(event))
+                self._last_id = event.id
+                if changes is not None:
+                    last_yield = time.monotonic()
+                    if changes.full:
+                        backoff.succeeded(last_yield)
+                    yield changes
+            backoff.set_first_delay(decoder.retry)
+            # Heartbeats confirm the data, too, once there is some.
+            if (
+                last_yield is not None
+                and time.monotonic() - last_yield >= self._timings.confirm_every
+            ):
+                last_yield = time.monotonic()
+                yield UpToDate()
+
+
+def _require_event_stream(response: aiohttp.ClientResponse) -> None:
+    if response.content_type != "text/event-stream":
+        reason = "the answer is not an event stream"
+        raise UpstreamUnavailable(ErrorKind.ERROR_RESPONSE, reason, response.status)
+
+
+def interruption(what: str, error: UpstreamUnavailable | InvalidData, delay: float) -> Interrupted:
+    """Return the update for an error after which the source retries in `delay` seconds."""
+    if isinstance(error, InvalidData):
+        return Interrupted(ErrorKind.INVALID_DATA, f"Error in {what} (will retry): {error}")
+    if isinstance(error, UpstreamRefused):
+        reason = f"Upstream refuses the key: {error.reason}; next attempt in {delay:.0f} s"
+        return Interrupted(error.kind, reason, error.status, refused=True)
+    reason = f"Error in {what} (will retry): {error.reason}"
+    return Interrupted(error.kind, reason, error.status)

@@ -1,0 +1,1 @@
+"""Redis data store, in the layout that SDKs read."""

@@ -1,0 +1,1 @@
+"""Streams of server-sent events: channels, subscribers, fan-out."""

@@ -1,0 +1,1 @@
+"""Log lines, request counts, and metrics of the process."""

@@ -1,0 +1,206 @@
+"""Format and destination of log lines (status 8.3).
+
+A thread writes the lines from a bounded queue: a reader that stalls, a broken pipe or a full disk
+costs lines, which are counted, but never delays the relay.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator, MutableMapping
+from typing import Any, Final
+
+from relay.model.text import one_line
+
+LEVELS: Final = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "error": logging.ERROR,
+    "none": logging.CRITICAL + 1,
+}
+"""Levels of `logging` by their names in the configuration."""
+
+WAITING_LINES = 10_000
+"""Maximum number of queued lines, a few megabytes; further ones are dropped and counted."""
+
+CLOSE_LIMIT = 1.0
+"""Time limit in seconds for writing the last lines at the end of the process."""
+
+SHORTEST_SECRET = 6
+"""Minimum length of a secret that is masked: shorter ones would mask ordinary words."""
+
+STDOUT, STDERR = 1, 2
+
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
+"""Logger of the process or of an environment."""
+
+
+class EnvironmentLog(logging.LoggerAdapter[logging.Logger]):
+    """Log of one environment: its records have its name and its masked SDK key."""
+
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        """Add the environment to the record's extra attributes."""
+        return msg, {**kwargs, "extra": {**(self.extra or {}), **(kwargs.get("extra") or {})}}
+
+
+def environment_log(name: str, masked_key: str) -> EnvironmentLog:
+    """Return the log of an environment.
+
+    Args:
+        name: display name of the environment.
+        masked_key: masked SDK key, such as `...abcd`.
+    """
+    logger = logging.getLogger(f"relay.env.{name}")
+    return EnvironmentLog(logger, {"environment": name, "masked_key": masked_key})
+
+
+class TextFormatter(logging.Formatter):
+    """Formats text lines exactly like ld-relay."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, followed by the traceback if there is one."""
+        key = getattr(record, "masked_key", "")
+        prefix = f"[env: {key}] " if key else ""
+        message = one_line(prefix + record.getMessage())
+        line = f"{_local_time(record.created)} {_level_name(record)}: {message}"
+        if not record.exc_info:
+            return line
+        # Indented, so that no exception's text can look like a log line.
+        traceback = self.formatException(record.exc_info).split("\n")
+        return "\n    ".join((line, *map(one_line, traceback)))
+
+
+class JSONFormatter(logging.Formatter):
+    """Formats one JSON object per line, for log collectors; `time` is UTC."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of the object."""
+        micros = int(record.created % 1 * 1e6)
+        utc = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        fields = {
+            "time": f"{utc}.{micros:06d}Z",
+            "level": _level_name(record).lower(),
+            "logger": record.name,
+            "environment": getattr(record, "environment", None),
+            "message": record.getMessage(),
+            "exception": self.formatException(record.exc_info) if record.exc_info else None,
+        }
+        return json.dumps({name: value for name, value in fields.items() if value is not None})
+
+
+def _local_time(created: float) -> str:
+    text = time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(created))
+    return f"{text}.{int(created % 1 * 1e6):06d}"
+
+
+def _level_name(record: logging.LogRecord) -> str:
+    if record.levelno >= logging.ERROR:
+        return "ERROR"
+    return "WARN" if record.levelno == logging.WARNING else record.levelname
+
+
+class LogHandler(logging.Handler):
+    """Handler of all records: masks secrets and queues the lines for the thread that writes them.
+
+    Args:
+        secrets: texts to mask wherever they appear, as the last line of defence.
+        stdout: file descriptor for lines up to WARN.
+        stderr: file descriptor for ERROR.
+    """
+
+    def __init__(
+        self, secrets: Iterable[str] = (), stdout: int = STDOUT, stderr: int = STDERR
+    ) -> None:
+        super().__init__()
+        self.lost = 0
+        """Number of lines that could not be written."""
+        long_enough = {s for s in secrets if len(s) >= SHORTEST_SECRET}
+        spellings = {text for secret in long_enough for text in _spellings(secret)}
+        # Longest first: one secret may be the beginning of another.
+        self._secrets = sorted(spellings, key=len)[::-1]
+        self._stdout, self._stderr = stdout, stderr
+        self._queue: queue.Queue[tuple[int, bytes] | None] = queue.Queue(WAITING_LINES)
+        self._writer = threading.Thread(target=self._write_queued, name="log", daemon=True)
+        self._writer.start()
+
+    def __repr__(self) -> str:
+        return f"<LogHandler: {self._queue.qsize()} lines queued, {self.lost} lost>"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line, or count it as lost."""
+        target = self._stderr if record.levelno >= logging.ERROR else self._stdout
+        try:
+            line = self._mask(self.format(record))
+            self._queue.put_nowait((target, f"{line}\n".encode(errors="replace")))
+        except queue.Full:
+            self.lost += 1
+        except Exception:  # noqa: BLE001 - a bad record must not raise in its caller
+            self.lost += 1
+
+    def close(self) -> None:
+        """Write the queued lines, within a time limit, and end the thread."""
+        try:
+            self._queue.put(None, timeout=CLOSE_LIMIT)
+            self._writer.join(CLOSE_LIMIT)
+        except queue.Full:
+            self.lost += self._queue.qsize()
+        super().close()
+
+    def _mask(self, line: str) -> str:
+        for secret in self._secrets:
+            line = line.replace(secret, f"...{secret[-4:]}")
+        return line
+
+    def _write_queued(self) -> None:
+        while (entry := self._queue.get()) is not None:
+            try:
+                _write(*entry)
+            except OSError:
+                self.lost += 1
+
+
+def _spellings(secret: str) -> Iterator[str]:
+    """Yield the spellings of a secret in lines: plain, and escaped by `repr`, text or JSON."""
+    for text in (secret, repr(secret)[1:-1]):
+        yield from (text, one_line(text), json.dumps(text)[1:-1])
+
+
+def _write(target: int, line: bytes) -> None:
+    while line:
+        line = line[os.write(target, line) :]
+
+
+def lost_lines() -> int:
+    """Return the number of lines that the current handlers could not write."""
+    handlers = logging.getLogger().handlers
+    return sum(handler.lost for handler in handlers if isinstance(handler, LogHandler))
+
+
+def set_up(level: str, line_format: str, output: LogHandler) -> None:
+    """Send all records to `output`, and to no other handler.
+
+    Libraries are logged from WARN on, and never below the relay's own level.
+
+    Args:
+        level: level of the relay's own records, a key of `LEVELS`.
+        line_format: `text` or `json`.
+        output: handler of the records; the caller closes it.
+    """
+    output.setFormatter(JSONFormatter() if line_format == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [output]
+    root.setLevel(max(logging.WARNING, LEVELS[level]))
+    logging.getLogger("relay").setLevel(LEVELS[level])
+
+
+def set_environment_level(name: str, level: str) -> None:
+    """Set the level of one environment's log."""
+    logging.getLogger(f"relay.env.{name}").setLevel(LEVELS[level])

@@ -1,0 +1,1 @@
+"""Endpoints of the application, one module for each kind."""

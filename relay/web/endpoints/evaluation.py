@@ -1,0 +1,330 @@
+"""Client-side evaluation: all flags, evaluated for one context (endpoints 1.5).
+
+Clients repeat their requests, so results are cached by the bytes of the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from relay.environment import Environment
+from relay.evaluation.compiled.fragments import EvalBody
+from relay.evaluation.compiled.program import Program
+from relay.evaluation.sdkkind import SDKKind
+from relay.model.context import Context
+from relay.web.bodies import RequestRejected
+from relay.web.compression import EvaluationResource
+from relay.web.contexts import (
+    NO_KEY,
+    check_secure_mode_hash,
+    context_budget,
+    context_in_body,
+    context_in_path,
+    read_context_body,
+    secure_mode_hash_in,
+    wants_reasons,
+)
+from relay.web.resources import with_ttl
+from relay.web.responses import PreparedResponse, environment_headers, json_error
+from relay.web.routing import Handler, header
+
+MAX_CACHED = 64 * 1024 * 1024
+"""Bytes of cached results, of all environments together."""
+
+ENTRY_SIZE = 2 * 1024
+"""Bytes that a cached result takes besides its body."""
+
+MAX_AT_ONCE = 8 * 1024
+"""Bytes of a context that is evaluated on the event loop; a larger one is evaluated in a thread:
+each condition may search an array of thousands of values."""
+
+MAX_RECENT = 16 * 1024
+"""Requests that are remembered so as to recognise repeated ones, some 100 bytes each. Only results
+of repeated requests are cached: contexts that are evaluated once would evict the others."""
+
+NOT_INITIALIZED = json_error(503, "Service not initialized")
+
+_NO_SEGMENTS = (b"", b".", b"..")
+"""Segments of paths that are not canonical, which the application redirects."""
+
+
+class _EvaluationRequest(Struct, frozen=True):
+    """Request for an evaluation.
+
+    Args:
+        sdk_kind: decides which flags are visible.
+        raw: context as received.
+        reader: parses `raw`.
+        with_reasons: whether to include evaluation reasons.
+        secure_mode_hash: sent by the client; empty without one.
+    """
+
+    sdk_kind: SDKKind
+    raw: bytes
+    reader: Callable[[bytes], Context]
+    with_reasons: bool
+    secure_mode_hash: str
+
+
+class EvaluationResult(Struct, frozen=True):
+    """Result of an evaluation.
+
+    Args:
+        body: of the response.
+        cacheable: whether the request was repeated, so that its result is worth caching.
+    """
+
+    body: EvalBody
+    cacheable: bool
+
+
+class _CacheEntry(Struct, frozen=True):
+    """Cached result.
+
+    Args:
+        version: of the program that it was evaluated with.
+        key: fully qualified key of the context; empty without secure mode.
+        body: of the response.
+        size: in bytes, with the overhead of the entry.
+    """
+
+    version: int
+    key: str
+    body: EvalBody
+    size: int
+
+
+@dataclass(slots=True)
+class _ResultCache:
+    """LRU cache of results, of `MAX_CACHED` bytes; requests are admitted when they are repeated."""
+
+    entries: OrderedDict[tuple[object, ...], _CacheEntry] = field(default_factory=OrderedDict)
+    """Least recently used first."""
+    size: int = 0
+    _recent: set[int] = field(default_factory=set)
+    """Hashes of the latest requests, up to `MAX_RECENT`."""
+    _recent_before: set[int] = field(default_factory=set)
+    """Hashes of the `MAX_RECENT` requests before."""
+
+    def is_repeated(self, key: tuple[object, ...]) -> bool:
+        """Return whether a request was seen recently, and remember it."""
+        digest = hash(key)
+        if digest in self._recent or digest in self._recent_before:
+            return True
+        if len(self._recent) >= MAX_RECENT:
+            self._recent_before, self._recent = self._recent, set()
+        self._recent.add(digest)
+        return False
+
+    def get(self, key: tuple[object, ...]) -> _CacheEntry | None:
+        entry = self.entries.get(key)
+        if entry is not None:
+            self.entries.move_to_end(key)
+        return entry
+
+    def put(self, key: tuple[object, ...], entry: _CacheEntry) -> None:
+        replaced = self.entries.pop(key, None)
+        self.size += entry.size - (replaced.size if replaced else 0)
+        self.entries[key] = entry
+        while self.size > MAX_CACHED:
+            _, oldest = self.entries.popitem(last=False)
+            self.size -= oldest.size
+
+
+class EvaluationHandler:
+    """Handler of evaluation requests, for the application and the fast path.
+
+    Args:
+        max_body: bytes of the largest body with a context; 0 for
+            `relay.web.contexts.MAX_CONTEXT`.
+    """
+
+    def __init__(self, max_body: int = 0) -> None:
+        self.budget = context_budget(max_body)
+        self._cache = _ResultCache()
+
+    def __repr__(self) -> str:
+        cache = self._cache
+        return f"<EvaluationHandler [{len(cache.entries)} results cached, {cache.size} bytes]>"
+
+    def evaluate(
+        self, environment: Environment, sdk_kind: SDKKind, segment: bytes, query: bytes
+    ) -> EvaluationResult | PreparedResponse | None:
+        """Return the result for a GET, or the refusal; None if it is left to the application.
+
+        Args:
+            environment: to evaluate for.
+            sdk_kind: decides which flags are visible.
+            segment: of the path, with the context, as received.
+            query: as received.
+        """
+        if len(segment) > MAX_AT_ONCE or b"%" in segment or segment in _NO_SEGMENTS:
+            return None
+        if query and (b"%" in query or b"filter" in query):
+            return None
+        evaluation = _evaluation_request(sdk_kind, segment, context_in_path, query)
+        try:
+            program = environment.programs.current(sdk_kind)
+            return self._evaluate(environment, program, evaluation)
+        except RequestRejected as e:
+            return _with_environment_headers(environment, e.response)
+
+    def in_path(self, sdk_kind: SDKKind) -> Handler:
+        """Return the handler of a GET whose path ends in the context."""
+
+        async def respond(request: Request, environment: Environment) -> Response:
+            segment = request.path_params["context"].encode(errors="replace")
+            query = request.scope["query_string"]
+            evaluation = _evaluation_request(sdk_kind, segment, context_in_path, query)
+            return (await self._complete(request, environment, evaluation)).to_starlette()
+
+        return respond
+
+    def in_body(self, sdk_kind: SDKKind) -> Handler:
+        """Return the handler of a request whose body is the context."""
+
+        async def respond(request: Request, environment: Environment) -> Response:
+            try:
+                body = await read_context_body(request, self.budget)
+            except RequestRejected as e:
+                return e.response.to_starlette()
+            evaluation = _evaluation_request(
+                sdk_kind, body, context_in_body, request.scope["query_string"]
+            )
+            return (await self._complete(request, environment, evaluation)).to_starlette()
+
+        return respond
+
+    async def _complete(
+        self, request: Request, environment: Environment, evaluation: _EvaluationRequest
+    ) -> PreparedResponse:
+        none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
+        programs, sdk_kind = environment.programs, evaluation.sdk_kind
+        try:
+            if len(evaluation.raw) > MAX_AT_ONCE:
+                program = await programs.ready(sdk_kind)
+                body = await asyncio.to_thread(
+                    _parse_and_evaluate, environment, program, evaluation
+                )
+            else:
+                result = self._evaluate(environment, programs.current(sdk_kind), evaluation)
+                if result is None:
+                    program = await programs.ready(sdk_kind)
+                    result = self._evaluate(environment, program, evaluation)
+                body = result.body if result else None
+        except RequestRejected as e:
+            return _with_environment_headers(environment, e.response)
+        if body is None:
+            return _with_environment_headers(environment, NOT_INITIALIZED)
+        resource = resource_for(body, environment)
+        response = resource.variant(none_match, encoding)
+        if response is None:
+            response = await resource.compress_in_thread()
+        return with_expiry(response, environment, sdk_kind) or NOT_INITIALIZED
+
+    def _evaluate(
+        self, environment: Environment, program: Program | None, evaluation: _EvaluationRequest
+    ) -> EvaluationResult | None:
+        """Return the result, from the cache if possible; None if the program is not ready.
+
+        Raises:
+            RequestRejected: the context is invalid or not allowed, or there is no data.
+        """
+        raw, reader = evaluation.raw, evaluation.reader
+        cache_key = (environment, evaluation.sdk_kind, raw, evaluation.with_reasons, reader)
+        repeated = self._cache.is_repeated(cache_key)
+        entry = self._cache.get(cache_key) if repeated else None
+        if (
+            entry is not None
+            and program is not None
+            and environment.payload is not None
+            and entry.version == program.version
+        ):
+            _check_secure_mode(environment, entry.key, evaluation)
+            return EvaluationResult(entry.body, cacheable=True)
+        context = reader(raw)
+        body = _evaluate_context(environment, program, evaluation, context)
+        if body is None or program is None:
+            return None
+        if repeated:
+            key = context.fully_qualified_key if environment.spec.secure_mode else ""
+            # Entries share most of their bodies. Each is counted in full all the same: those of
+            # other versions, or of contexts without a group, share nothing.
+            size = ENTRY_SIZE + body.size + len(raw)
+            self._cache.put(cache_key, _CacheEntry(program.version, key, body, size))
+        return EvaluationResult(body, repeated)
+
+
+def _evaluation_request(
+    sdk_kind: SDKKind, raw: bytes, reader: Callable[[bytes], Context], query: bytes
+) -> _EvaluationRequest:
+    return _EvaluationRequest(
+        sdk_kind, raw, reader, wants_reasons(query), secure_mode_hash_in(query)
+    )
+
+
+def _parse_and_evaluate(
+    environment: Environment, program: Program | None, evaluation: _EvaluationRequest
+) -> EvalBody | None:
+    """Parse and evaluate a large context, in a thread; see `_evaluate_context`."""
+    return _evaluate_context(environment, program, evaluation, evaluation.reader(evaluation.raw))
+
+
+def _evaluate_context(
+    environment: Environment,
+    program: Program | None,
+    evaluation: _EvaluationRequest,
+    context: Context,
+) -> EvalBody | None:
+    """Return the body for a context; None if the program is not ready.
+
+    Raises:
+        RequestRejected: the context is invalid or not allowed, or there is no data.
+    """
+    if environment.spec.secure_mode:
+        _check_secure_mode(environment, context.fully_qualified_key, evaluation)
+    if environment.payload is None:
+        raise RequestRejected(NOT_INITIALIZED)
+    if program is None:
+        return None
+    if context.has_empty_key:
+        raise RequestRejected(NO_KEY)
+    return program.body(context, with_reasons=evaluation.with_reasons)
+
+
+def _check_secure_mode(environment: Environment, key: str, evaluation: _EvaluationRequest) -> None:
+    """Check the secure mode hash of a browser: only browsers have a public credential.
+
+    Raises:
+        RequestRejected: the hash is wrong.
+    """
+    if evaluation.sdk_kind is SDKKind.BROWSER:
+        check_secure_mode_hash(environment.spec, key, evaluation.secure_mode_hash)
+
+
+def resource_for(body: EvalBody, environment: Environment) -> EvaluationResource:
+    """Return a result as a resource, with all its variants."""
+    return EvaluationResource(body, environment_headers(environment.spec))
+
+
+def _with_environment_headers(
+    environment: Environment, response: PreparedResponse
+) -> PreparedResponse:
+    return response.with_headers(*environment_headers(environment.spec))
+
+
+def with_expiry(
+    response: PreparedResponse | None, environment: Environment, sdk_kind: SDKKind
+) -> PreparedResponse | None:
+    """Return the response with its TTL if it is for a server.
+
+    Clients must revalidate: one that gets a ping must not read its flags from its HTTP cache.
+    """
+    return with_ttl(response, environment) if sdk_kind is SDKKind.SERVER else response

@@ -1,0 +1,206 @@
+"""`/status` in ld-relay's form (status 8.1), and health checks for orchestrators.
+
+An outage of LaunchDarkly shows in `/status`, but never makes a relay with data unready.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from itertools import islice
+
+from relay import __version__, clock
+from relay.environment import ConnectionState, Environment
+from relay.model.item import InvalidItem
+from relay.relay import Relay
+from relay.stores import StoreState, StoreStatus
+from relay.telemetry.traffic import RequestMetrics, totals
+from relay.web.responses import PreparedResponse, json
+
+MAX_INVALID = 20
+"""Invalid items that are listed, for each environment and database; their count is complete."""
+
+MAX_REASON = 200
+"""Characters of the reason for which an item is invalid."""
+
+
+def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
+    """Return `/status`; the health is in the body, the status code is always 200."""
+    counts = _counts(traffic)
+    environments = {
+        name: _environment_members(relay, traffic, environment, counts)
+        for name, environment in sorted(relay.environments.items())
+    }
+    healthy = all(_is_connected(relay, environment) for environment in relay.environments.values())
+    body = {
+        "environments": environments,
+        "status": "healthy" if healthy else "degraded",
+        "version": __version__,
+        "clientVersion": __version__,
+    }
+    return json(200, body)
+
+
+def one(relay: Relay, traffic: RequestMetrics, identifier: str) -> PreparedResponse:
+    """Return the part of `/status` for the environment with a name or client-side ID."""
+    by_name = relay.environments.get(identifier)
+    environment = by_name or relay.by_environment_id.get(identifier)
+    if environment is None:
+        return json(404, {"error": "there is no environment with this name or client-side ID"})
+    return json(200, _environment_members(relay, traffic, environment, _counts(traffic)))
+
+
+def _is_connected(relay: Relay, environment: Environment) -> bool:
+    """Return whether upstream has delivered data, and has not been lost for long."""
+    connection = environment.connection
+    valid = connection.state is ConnectionState.VALID
+    recent = connection.lasts < relay.disconnected_after
+    return connection.has_data and (valid or recent)
+
+
+Counts = Mapping[str, Mapping[str, int]]
+"""Counts by member of `/status`, then by environment."""
+
+
+def _counts(traffic: RequestMetrics) -> Counts:
+    return {"requests": totals(traffic.requests), "newStreams": totals(traffic.new_streams)}
+
+
+def _environment_members(
+    relay: Relay, traffic: RequestMetrics, environment: Environment, counts: Counts
+) -> dict[str, object]:
+    """Return the members of an environment: those of ld-relay in its order, then our own."""
+    spec, payload = environment.spec, environment.payload
+    age = environment.connection.data_age
+    members = {
+        "sdkKey": spec.sdk_key.obscured,
+        "envId": spec.environment_id.value if spec.environment_id else None,
+        "mobileKey": spec.mobile_key.obscured if spec.mobile_key else None,
+        "status": "connected" if _is_connected(relay, environment) else "disconnected",
+        "connectionStatus": _connection_members(environment),
+        "dataStoreStatus": _store_members(relay, environment),
+        "dataAge": None if age is None else round(age),
+        "items": None if payload is None else len(payload),
+        **_invalid_members(environment.invalid.values()),
+        "rejected": environment.rejected or None,
+        "streams": len(environment.hub),
+        **{member: sums.get(spec.name, 0) for member, sums in counts.items()},
+        "events": _events_members(relay, traffic, spec.name),
+    }
+    return _without_none(members)
+
+
+def _events_members(relay: Relay, traffic: RequestMetrics, name: str) -> dict[str, object] | None:
+    """Return the state of events of an environment; None if there is nothing to report."""
+    if relay.events is None:
+        discarded = traffic.discarded[name]
+        return {"discarded": discarded} if discarded else None
+    oldest = relay.events.oldest(name)
+    age = None if oldest is None else max(0, round(clock.now() - oldest))
+    members = {**asdict(relay.events.counts(name)), "oldestAge": age}
+    durable = relay.events.spool.durable
+    return {"kept": "on disk" if durable else "in memory", **_without_none(members)}
+
+
+def _without_none(members: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in members.items() if value is not None}
+
+
+def _connection_members(environment: Environment) -> dict[str, object]:
+    connection = environment.connection
+    members: dict[str, object] = {
+        "state": connection.state.value,
+        "stateSince": _ms(connection.since),
+    }
+    if connection.last_error:
+        kind, at = connection.last_error
+        members["lastError"] = {"kind": kind.value, "time": _ms(at)}
+    return members
+
+
+def _store_members(relay: Relay, environment: Environment) -> dict[str, object]:
+    statuses = (mirror.status for mirror in environment.mirrors)
+    status = next((status for status in statuses if status is not None), None)
+    if status is not None:
+        return _database_members(status)
+    # Without a database ld-relay reports on its memory, which is valid as soon as upstream has
+    # responded or `initTimeout` is over.
+    if relay.starting and not environment.init_done.is_set():
+        return {"state": StoreState.INITIALIZING.value, "stateSince": 0}
+    return {"state": StoreState.VALID.value, "stateSince": _ms(environment.created)}
+
+
+def _database_members(status: StoreStatus) -> dict[str, object]:
+    return {
+        "state": status.state.value,
+        "stateSince": _ms(status.since),
+        "database": status.database,
+        "dbServer": status.server,
+        "dbPrefix": status.prefix,
+        **_invalid_members(status.invalid),
+    }
+
+
+def _invalid_members(items: Iterable[InvalidItem]) -> Mapping[str, object]:
+    items = list(items)
+    if not items:
+        return {}
+    reasons = {f"{i.kind.noun} {i.key}": i.reason[:MAX_REASON] for i in islice(items, MAX_INVALID)}
+    return {"invalidItemCount": len(items), "invalidItems": reasons}
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def live() -> PreparedResponse:
+    """Return `/livez`: 200 while the process responds."""
+    return json(200, {"status": "alive"})
+
+
+def started(relay: Relay) -> PreparedResponse:
+    """Return `/startupz`: 503 until each environment has data or `initTimeout` is over."""
+    if _is_starting(relay):
+        return _health(503, "starting", relay.environments.values())
+    return _health(200, "started", relay.environments.values())
+
+
+def ready(relay: Relay) -> PreparedResponse:
+    """Return `/readyz`: 200 if at least one environment can be served, however old its data."""
+    environments = relay.environments.values()
+    if relay.stopping:
+        return _health(503, "stopping", environments)
+    if _is_starting(relay):
+        return _health(503, "starting", environments)
+    if environments and all(environment.payload is None for environment in environments):
+        return _health(503, "no environment has data", environments)
+    return _health(200, "ready", environments)
+
+
+def environment_ready(relay: Relay, name: str) -> PreparedResponse:
+    """Return `/readyz/{environment}`: 200 if this environment can be served."""
+    environment = relay.environments.get(name)
+    if environment is None:
+        return json(404, {"status": "there is no environment with this name"})
+    if relay.stopping:
+        return _health(503, "stopping", [environment])
+    if environment.payload is None:
+        return _health(503, "starting" if relay.starting else "no data", [environment])
+    return _health(200, "ready", [environment])
+
+
+def _is_starting(relay: Relay) -> bool:
+    lack_data = any(environment.payload is None for environment in relay.environments.values())
+    return lack_data and relay.starting
+
+
+def _health(status: int, word: str, environments: Iterable[Environment]) -> PreparedResponse:
+    unavailable = {e.spec.name: _unavailable_reason(e) for e in environments if e.payload is None}
+    return json(status, {"status": word, **({"unavailable": unavailable} if unavailable else {})})
+
+
+def _unavailable_reason(environment: Environment) -> str:
+    """Return the reason for which an environment has no data."""
+    if environment.connection.state is ConnectionState.OFF:
+        return "LaunchDarkly refuses the SDK key"
+    return "no data yet"

@@ -1,0 +1,330 @@
+"""Streams of SDKs, as the application serves them (endpoints 1.7).
+
+The fast path serves nearly all streams, with shared bytes and without a task for each. The
+application serves the rest, with the same bytes: HTTP/1.0, unusual headers, contexts in bodies,
+other ASGI servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from relay.environment import Environment
+from relay.model.context import Context
+from relay.model.metrics import MetricValue
+from relay.streams.evaluated import EVALUATING, PINGS, EvalClient
+from relay.streams.transport import LAST_CHUNK, decode_chunks
+from relay.telemetry.traffic import RequestMetrics, Series
+from relay.web.bodies import MemoryBudget, RequestRejected
+from relay.web.contexts import (
+    NO_KEY,
+    check_secure_mode_hash,
+    context_in_body,
+    context_in_path,
+    read_context_body,
+    secure_mode_hash_in,
+    wants_reasons,
+)
+from relay.web.cors import cors_lines
+from relay.web.responses import Headers, PreparedResponse, environment_headers
+from relay.web.routing import BROWSER, Handler, RouteAuth, user_agent
+
+STREAMS: Mapping[bytes, str] = {b"/all": "all", b"/flags": "flags"}
+"""Stream formats for server-side SDKs, by path (endpoints 1.1, rows 18 and 19)."""
+
+PIPE_LIMIT = 64 * 1024
+"""Bytes that may wait for the ASGI server before the client counts as slow, as in a transport."""
+
+_UNBUFFERED = (b"x-accel-buffering", b"no")
+
+
+def _headers(connection: bytes) -> Headers:
+    return (
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache, no-store, must-revalidate"),
+        (b"connection", connection),
+        (b"access-control-allow-origin", b"*"),
+        _UNBUFFERED,
+    )
+
+
+_HEADERS, _CLOSING_HEADERS = _headers(b"keep-alive"), _headers(b"close")
+
+
+def stream_headers(environment: Environment, *, closes: bool) -> Headers:
+    """Return the response headers of a stream (endpoints 1.7), for both paths.
+
+    Args:
+        environment: of the stream.
+        closes: whether the connection ends with the stream.
+    """
+    headers = _CLOSING_HEADERS if closes else _HEADERS
+    return (*headers, *environment_headers(environment.spec))
+
+
+@dataclass(frozen=True, slots=True)
+class ClientStream:
+    """Stream that a client-side SDK gets.
+
+    Args:
+        name: of the channel.
+        client: to evaluate for; None for pings.
+    """
+
+    name: str
+    client: EvalClient | None = None
+
+
+PING_STREAM = ClientStream(PINGS)
+"""The stream of `/ping/{envId}` and `/mping`."""
+
+
+def client_stream(
+    environment: Environment, auth: RouteAuth, segment: bytes, query: bytes
+) -> ClientStream | PreparedResponse:
+    """Return the stream of `/eval/{envId}/{context}` or `/meval/{context}`, or the refusal.
+
+    Args:
+        environment: to evaluate for.
+        auth: MOBILE or BROWSER, by the path.
+        segment: of the path, with the context, without percent escapes.
+        query: as received.
+    """
+    try:
+        return _stream_for(environment, auth, segment, context_in_path(segment), query)
+    except RequestRejected as e:
+        return e.response.with_headers(_UNBUFFERED)
+
+
+def _stream_for(
+    environment: Environment, auth: RouteAuth, raw: bytes, context: Context, query: bytes
+) -> ClientStream:
+    """Return the stream for a context; one that gets pings needs no key.
+
+    Raises:
+        RequestRejected: the secure mode hash is wrong, or the context has no key to evaluate for.
+    """
+    if auth is BROWSER:
+        check_secure_mode_hash(
+            environment.spec, context.fully_qualified_key, secure_mode_hash_in(query)
+        )
+    if not environment.spec.eval_streams:
+        return PING_STREAM
+    if context.has_empty_key:
+        raise RequestRejected(NO_KEY)
+    client = EvalClient(raw, context, with_reasons=wants_reasons(query))
+    return ClientStream(EVALUATING[auth.sdk_kind], client)
+
+
+def client_stream_headers(
+    environment: Environment, auth: RouteAuth, origin: bytes, *, closes: bool
+) -> Headers:
+    """Return the response headers of a GET of a client-side stream, in the application's order.
+
+    Args:
+        environment: of the stream.
+        auth: MOBILE or BROWSER, by the path.
+        origin: the request header; empty without one.
+        closes: whether the connection ends with the stream.
+    """
+    headers = stream_headers(environment, closes=closes)
+    if not auth.exposed_headers:
+        return headers
+    cors = dict(cors_lines(environment.spec, origin, ("GET", "OPTIONS"), auth.exposed_headers))
+    merged = [(name, cors.pop(name, value)) for name, value in headers]
+    return (*merged, *cors.items())
+
+
+class ClientStreams:
+    """Handlers of client-side streams.
+
+    Args:
+        traffic: counts streams.
+        budget: memory for contexts in bodies.
+    """
+
+    def __init__(self, traffic: RequestMetrics, budget: MemoryBudget) -> None:
+        self._traffic = traffic
+        self._budget = budget
+
+    def pings(self, auth: RouteAuth) -> Handler:
+        """Return the handler of a path without a context."""
+
+        async def respond(request: Request, environment: Environment) -> Response:
+            return self._open(request, environment, PING_STREAM, auth)
+
+        return respond
+
+    def in_path(self, auth: RouteAuth) -> Handler:
+        """Return the handler of a GET whose path ends in the context."""
+
+        async def respond(request: Request, environment: Environment) -> Response:
+            segment = request.path_params["context"].encode(errors="replace")
+            query = request.scope["query_string"]
+            stream = client_stream(environment, auth, segment, query)
+            if isinstance(stream, PreparedResponse):
+                return stream.to_starlette()
+            return self._open(request, environment, stream, auth)
+
+        return respond
+
+    def in_body(self, auth: RouteAuth) -> Handler:
+        """Return the handler of a REPORT whose body is the context."""
+
+        async def respond(request: Request, environment: Environment) -> Response:
+            try:
+                body = await read_context_body(request, self._budget)
+                context, query = context_in_body(body), request.scope["query_string"]
+                stream = _stream_for(environment, auth, body, context, query)
+            except RequestRejected as e:
+                return e.response.with_headers(_UNBUFFERED).to_starlette()
+            return self._open(request, environment, stream, auth)
+
+        return respond
+
+    def _open(
+        self,
+        request: Request,
+        environment: Environment,
+        stream: ClientStream,
+        auth: RouteAuth,
+    ) -> Response:
+        agent = user_agent(self._traffic, request)
+        route: str = request.scope["route"].path
+        method = "GET" if request.method == "HEAD" else request.method
+        series = Series(environment.spec.name, route, method, auth.platform, agent)
+        if request.method != "HEAD":
+            self._traffic.new_streams[series].value += 1
+        count = self._traffic.streams[series]
+        return StreamResponse(environment, stream.name, count, request.scope, stream.client)
+
+
+class StreamResponse(Response):
+    """Stream of one environment; it lasts until the client disconnects or the hub ends it.
+
+    Args:
+        environment: to subscribe to.
+        stream: name of the format or channel.
+        count: of open streams.
+        scope: of the request.
+        client: to evaluate for; None for a stream that is the same for all clients.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        stream: str,
+        count: MetricValue,
+        scope: Scope,
+        client: EvalClient | None = None,
+    ) -> None:
+        super().__init__()
+        self._client = client
+        self._count = count
+        self.raw_headers = list(stream_headers(environment, closes=_closes(scope)))
+        self._environment = environment
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the head at once, then the messages of the hub."""
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": self.raw_headers},
+        )
+        if scope["method"] != "HEAD":
+            await self._send_stream(receive, send)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _send_stream(self, receive: Receive, send: Send) -> None:
+        pipe = _Pipe()
+        self._environment.hub.subscribe(self._stream, pipe, b"", self._count, self._client)
+        disconnect = asyncio.create_task(_disconnected(receive))
+        disconnect.add_done_callback(lambda _: pipe.abort())
+        try:
+            async for data in pipe:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        finally:
+            disconnect.cancel()
+            pipe.notify_lost()
+
+
+def _closes(scope: Scope) -> bool:
+    """Return whether the connection ends with the response (RFC 9112, 9.3)."""
+    if scope["http_version"] == "1.0":
+        return True
+    values = [value for name, value in scope["headers"] if name == b"connection"]
+    return any(option.strip().lower() == b"close" for option in b",".join(values).split(b","))
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Pipe:
+    """Transport for the hub, whose other end is an async iterator of messages."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[bytes] = deque()
+        self._size = 0
+        self._changed = asyncio.Event()
+        self._ended = False
+        self._paused = False
+        self._protocol: asyncio.BaseProtocol | None = None
+
+    def notify_lost(self) -> None:
+        """Tell the hub that the client has disconnected."""
+        if isinstance(self._protocol, asyncio.Protocol):
+            self._protocol.connection_lost(None)
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol, /) -> None:
+        self._protocol = protocol
+
+    def write(self, data: bytes, /) -> None:
+        self._chunks.append(data)
+        self._size += len(data)
+        self._changed.set()
+        if self._protocol and self._size > PIPE_LIMIT and not self._paused:
+            self._paused = True
+            self._protocol.pause_writing()
+
+    def writelines(self, parts: Iterable[bytes], /) -> None:
+        for part in parts:
+            self.write(part)
+
+    def close(self) -> None:
+        self._ended = True
+        self._changed.set()
+
+    def abort(self) -> None:
+        self._chunks.clear()
+        self.close()
+
+    def get_write_buffer_size(self) -> int:
+        return self._size
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            while self._chunks:
+                chunk = self._pop()
+                if chunk is not LAST_CHUNK:
+                    for data in decode_chunks(chunk):
+                        yield data
+            if self._ended:
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _pop(self) -> bytes:
+        chunk = self._chunks.popleft()
+        self._size -= len(chunk)
+        if self._protocol and self._paused and not self._chunks:
+            self._paused = False
+            self._protocol.resume_writing()
+        return chunk

@@ -1,0 +1,147 @@
+"""`POST /webhooks/launchdarkly`: check upstream as soon as a change is announced (webhooks 12).
+
+The response does not wait for the check. Each affected environment checks upstream, and again a
+little later, until it has the announced change: upstream's caches may lag behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+
+import orjson
+from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
+
+from relay.environment import Environment
+from relay.errors import InvalidData
+from relay.model.credential import Secret
+from relay.protocol import webhook
+from relay.protocol.webhook import ChangeNotice
+from relay.refresh import BURST, RECHECK_AFTER, RefreshTracker
+from relay.web.bodies import MemoryBudget, RequestBody, RequestRejected
+from relay.web.responses import PreparedResponse, json_error
+from relay.web.routing import header
+
+PATH = "/webhooks/launchdarkly"
+
+MAX_BUFFERED = 16 * 1024 * 1024
+"""Bytes of all bodies that are being received."""
+
+BODY_TIME = 10.0
+"""Seconds within which a body must arrive."""
+
+MAX_SEEN = 10_000
+"""Webhooks that are remembered so as to recognise repeated deliveries."""
+
+MAX_WARNINGS, WARNINGS_WITHIN = 20, 60.0
+"""Number of refused webhooks that are logged in so many seconds: anybody can send any number."""
+
+ACCEPTED = json_error(202, "accepted")
+REPEATED = json_error(202, "known already")
+UNSIGNED = json_error(401, "the signature in X-LD-Signature is missing or wrong")
+MALFORMED = json_error(400, "the body is not that of a LaunchDarkly webhook")
+TOO_LARGE = json_error(413, f"the body is longer than {webhook.MAX_BODY} bytes")
+TOO_SLOW = json_error(408, "the body did not come in time").with_headers((b"connection", b"close"))
+BUSY = json_error(503, "too many webhooks at a time")
+
+_log = logging.getLogger("relay.webhooks")
+
+
+class WebhooksHandler:
+    """ASGI application of the route.
+
+    Args:
+        environments: all environments of the relay.
+        secrets: with which webhooks may be signed; at least one.
+        recheck_after: see `RefreshTracker`.
+        burst: see `RefreshTracker`.
+    """
+
+    def __init__(
+        self,
+        environments: Collection[Environment],
+        secrets: Sequence[Secret],
+        recheck_after: Sequence[float] = RECHECK_AFTER,
+        burst: float = BURST,
+    ) -> None:
+        self._trackers = {
+            e.spec.name: RefreshTracker(e, recheck_after, burst) for e in environments
+        }
+        self._specs = [environment.spec for environment in environments]
+        self._secrets = tuple(secrets)
+        self._seen: OrderedDict[str, None] = OrderedDict()
+        """IDs of received webhooks, oldest first."""
+        self._budget = MemoryBudget(webhook.MAX_BODY, MAX_BUFFERED, too_large=TOO_LARGE, full=BUSY)
+        self._warnings = 0
+        self._warnings_since = -float("inf")
+
+    async def run(self) -> None:
+        """Check upstream whenever webhooks have announced changes, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for tracker in self._trackers.values():
+                tasks.create_task(tracker.run())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Respond to a webhook."""
+        response = (await self._respond(Request(scope, receive))).to_starlette()
+        await response(scope, receive, send)
+
+    async def _respond(self, request: Request) -> PreparedResponse:
+        body = RequestBody(request, self._budget, raw=True)
+        try:
+            async with asyncio.timeout(BODY_TIME):
+                content = await body.read()
+        except RequestRejected as e:
+            return await body.reject(self._refuse(e.response))
+        except TimeoutError:
+            return self._refuse(TOO_SLOW)
+        finally:
+            body.release()
+        signature = header(request, "x-ld-signature").decode("latin-1")
+        if not webhook.is_signed(content, signature, self._secrets):
+            return self._refuse(UNSIGNED)
+        try:
+            notice = webhook.read(content)
+        except InvalidData as e:
+            return self._refuse(MALFORMED, f": {e.reason}")
+        if self._is_repeated(notice.id or signature):
+            _log.info("A webhook came again; it is not acted upon")
+            return REPEATED
+        self._act(notice)
+        return ACCEPTED
+
+    def _act(self, notice: ChangeNotice) -> None:
+        """Announce the changes to the affected environments."""
+        affected = notice.affected(self._specs)
+        checking = [
+            name for name, resources in affected.items() if self._trackers[name].announce(resources)
+        ]
+        # At level debug: a webhook of the whole account may come as often as traffic.
+        _log.debug("A webhook concerns %d environments; %d look", len(affected), len(checking))
+
+    def _is_repeated(self, name: str) -> bool:
+        """Return whether a webhook was received before, and remember it."""
+        if name in self._seen:
+            return True
+        self._seen[name] = None
+        if len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
+        return False
+
+    def _refuse(self, response: PreparedResponse, detail: str = "") -> PreparedResponse:
+        """Log that a webhook is refused, up to `MAX_WARNINGS` times; return the response."""
+        now = time.monotonic()
+        if now - self._warnings_since > WARNINGS_WITHIN:
+            self._warnings, self._warnings_since = 0, now
+        self._warnings += 1
+        if self._warnings <= MAX_WARNINGS:
+            reason = orjson.loads(response.body)["message"]
+            suffix = "; more are not logged for a while" if self._warnings == MAX_WARNINGS else ""
+            _log.warning(
+                "A webhook is refused (%d): %s%s%s", response.status, reason, detail, suffix
+            )
+        return response

@@ -1,0 +1,1 @@
+"""Fast path: a uvicorn protocol that answers hot requests itself, without ASGI."""

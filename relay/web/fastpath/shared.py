@@ -1,0 +1,137 @@
+"""State shared by all fast-path connections, and the contracts of their handlers."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import Protocol
+
+from uvicorn.server import ServerState
+
+from relay.environment import Environment
+from relay.relay import Relay
+from relay.telemetry.traffic import RequestMetrics
+from relay.web.fastpath.cache import EvaluationResponse, ResponseCache
+from relay.web.fastpath.events import EventsFastPath
+from relay.web.fastpath.scheduler import EvaluationScheduler
+from relay.web.responses import PreparedResponse
+
+DATE_LIFETIME = 1.0
+"""Seconds until the `Date` header is renewed."""
+
+MIN_SWEEP_INTERVAL = 0.1
+"""Minimum seconds between two sweeps over connections, whatever is configured."""
+
+
+class PollResponder(Protocol):
+    """Handler of polls."""
+
+    def __call__(
+        self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
+    ) -> PreparedResponse | None:
+        """Return the prepared response; None if the path is no poll, or there are no data yet."""
+
+
+class EvaluationResponder(Protocol):
+    """Handler of evaluation requests; see `relay.web.fastpath.evaluation`."""
+
+    def answer_known(self, head: bytes, /) -> EvaluationResponse | None:
+        """Return the response to a request that differs from an earlier one in its context only."""
+
+    def answer(
+        self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], /, *, closes: bool
+    ) -> EvaluationResponse | None:
+        """Return the response to a GET; None to leave it to the application."""
+
+
+class SweptConnection(ABC):
+    """Connection that is swept for slow clients."""
+
+    @abstractmethod
+    def check(self, now: float) -> None:
+        """Close the connection if its client has exceeded a time limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """Limits of one connection. Times in seconds, sizes in bytes.
+
+    Args:
+        keep_alive: maximum idle time between two requests. Longer than the minute that load
+            balancers and pollers use, so that they close first.
+        head_timeout: maximum time from the first byte of a request to the end of its head.
+        max_head_size: maximum size of the head of a request.
+        stall_timeout: maximum time in which a client takes no byte of its response.
+    """
+
+    keep_alive: float = 75.0
+    head_timeout: float = 10.0
+    max_head_size: int = 64 * 1024
+    stall_timeout: float = 60.0
+
+    @property
+    def sweep_interval(self) -> float:
+        """Seconds between two sweeps over connections: waking up costs more than the sweep."""
+        return max(
+            MIN_SWEEP_INTERVAL, min(self.keep_alive, self.head_timeout, self.stall_timeout) / 2
+        )
+
+
+class FastPath:
+    """State shared by the connections of a server.
+
+    Args:
+        relay: provides the environments.
+        poll: handler of polls; None leaves them to the application.
+        limits: limits of each connection.
+        traffic: request metrics, shared with the application.
+        events: handler of event payloads; None leaves them to the application.
+        evaluation: handler of evaluation requests; None leaves them to the application.
+    """
+
+    def __init__(
+        self,
+        relay: Relay,
+        poll: PollResponder | None = None,
+        limits: ConnectionLimits | None = None,
+        traffic: RequestMetrics | None = None,
+        events: EventsFastPath | None = None,
+        *,
+        evaluation: EvaluationResponder | None = None,
+    ) -> None:
+        self.relay = relay
+        self.poll = poll
+        self.events = events
+        self.evaluation = evaluation
+        self.limits = limits or ConnectionLimits()
+        self.traffic = traffic or RequestMetrics()
+        self.date = b"\r\n"
+        """The `Date` header and the blank line that ends a head."""
+        self.date_expires_at = 0.0
+        """Monotonic time at which the date has to be renewed."""
+        self.cache = ResponseCache()
+        self.scheduler = EvaluationScheduler()
+
+    def renew_date(self, state: ServerState, now: float) -> None:
+        """Renew the `Date` header; call before a response whenever it has expired.
+
+        Args:
+            state: state of the server; uvicorn adds its headers to the application's responses.
+            now: monotonic time.
+        """
+        date = formatdate(usegmt=True).encode()
+        state.default_headers = [(b"date", date)]
+        self.date = b"date: %b\r\n\r\n" % date
+        self.date_expires_at = now + DATE_LIFETIME
+
+    def sweep(self, state: ServerState) -> None:
+        """Close connections whose clients are too slow."""
+        now = time.monotonic()
+        if state.connections:  # some get a response before they are closed
+            self.renew_date(state, now)
+        for connection in list(state.connections):
+            if isinstance(connection, SweptConnection):
+                connection.check(now)

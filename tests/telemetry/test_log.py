@@ -1,0 +1,182 @@
+"""Log lines: their format, their destination, and that writing them never blocks."""
+
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+
+import pytest
+
+from relay.telemetry import log
+
+TIME = r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d{6}"
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Each test leaves the process's logging as it was."""
+    root, ours = logging.getLogger(), logging.getLogger("relay")
+    before = root.handlers[:], root.level, ours.level
+    yield
+    root.handlers[:], root.level, ours.level = before
+    logging.getLogger("relay.env.Shop").setLevel(logging.NOTSET)
+    root.setLevel(before[1])
+    ours.setLevel(before[2])
+
+
+class Pipes:
+    """Two pipes in place of the two outputs of the process."""
+
+    def __init__(self) -> None:
+        self.out_read, self.out = os.pipe()
+        self.err_read, self.err = os.pipe()
+
+    def read(self) -> tuple[str, str]:
+        os.close(self.out)
+        os.close(self.err)
+        return os.read(self.out_read, 65536).decode(), os.read(self.err_read, 65536).decode()
+
+    def close(self) -> None:
+        for descriptor in (self.out_read, self.out, self.err_read, self.err):
+            with suppress(OSError):
+                os.close(descriptor)
+
+
+@pytest.fixture(name="pipes")
+def make_pipes() -> Iterator[Pipes]:
+    """Outputs of one test."""
+    with closing(Pipes()) as pipes:
+        yield pipes
+
+
+def test_a_text_line_is_that_of_ld_relay(pipes: Pipes) -> None:
+    """Date, time with microseconds, level, the environment's mask, message; errors go to stderr."""
+    with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
+        log.set_up("debug", "text", output)
+        logging.getLogger("relay.server").debug("one")
+        logging.getLogger("relay.server").info("two %s", 2)
+        log.environment_log("Shop", "...abcd").warning("three")
+        logging.getLogger("relay.server").error("four")
+    out, err = pipes.read()
+    assert re.fullmatch(
+        rf"{TIME} DEBUG: one\n{TIME} INFO: two 2\n{TIME} WARN: \[env: \.\.\.abcd\] three\n", out
+    )
+    assert re.fullmatch(rf"{TIME} ERROR: four\n", err)
+
+
+def test_a_json_line_is_one_object_with_the_environment(pipes: Pipes) -> None:
+    """Collectors get one object per line, even for a message of several lines."""
+    with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
+        log.set_up("info", "json", output)
+        log.environment_log("Shop", "...abcd").info("two\nlines")
+    (line,) = pipes.read()[0].splitlines()
+    entry = json.loads(line)
+    assert entry.pop("time").endswith("Z")
+    assert entry == {
+        "level": "info",
+        "logger": "relay.env.Shop",
+        "environment": "Shop",
+        "message": "two\nlines",
+    }
+
+
+def test_text_from_outside_cannot_forge_a_line(pipes: Pipes) -> None:
+    """A line break within a message is escaped."""
+    with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
+        log.set_up("info", "text", output)
+        logging.getLogger("relay").info("a\nb\rc")
+    assert pipes.read()[0].endswith("INFO: a\\nb\\rc\n")
+
+
+@pytest.mark.parametrize("line_format", ["text", "json"])
+def test_secrets_are_masked_everywhere(pipes: Pipes, line_format: str) -> None:
+    """A secret that slips into a message or a traceback shows its last four characters."""
+    with closing(log.LogHandler(["sdk-secret-abcd"], pipes.out, pipes.err)) as output:
+        log.set_up("info", line_format, output)
+        try:
+            int("sdk-secret-abcd")
+        except ValueError:
+            logging.getLogger("relay").exception("sdk-secret-abcd")
+    written = pipes.read()[1]
+    assert "sdk-secret" not in written
+    assert written.count("...abcd") >= 2
+
+
+@pytest.mark.parametrize("line_format", ["text", "json"])
+@pytest.mark.parametrize("secret", ['pass"word-abcd', "pässword-abcd", "pass\nword-abcd"])
+def test_secrets_are_masked_also_where_they_are_escaped(
+    pipes: Pipes, line_format: str, secret: str
+) -> None:
+    """Also with a quotation mark, a letter beyond ASCII or a line end in it."""
+    with closing(log.LogHandler([secret], pipes.out, pipes.err)) as output:
+        log.set_up("info", line_format, output)
+        logging.getLogger("relay").info("it is %s, or %r", secret, secret)
+    written = pipes.read()[0]
+    assert "word-" not in written
+    assert written.count("...abcd") == 2
+
+
+def test_a_traceback_is_set_apart_from_lines(pipes: Pipes) -> None:
+    """Its lines are indented, and the text of the exception cannot begin one."""
+    with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
+        log.set_up("info", "text", output)
+        error = ValueError("a\n2026/01/01 00:00:00.000000 INFO: forged\r\x1b[2K\u2028")
+        try:
+            raise error
+        except ValueError:
+            logging.getLogger("relay").exception("failed")
+    first, *rest = pipes.read()[1].splitlines()
+    assert first.endswith("ERROR: failed")
+    assert rest[0] == "    Traceback (most recent call last):"
+    assert all(line.startswith("    ") for line in rest)
+    assert rest[-1].endswith("\\r\\x1b[2K\\u2028")
+
+
+def test_levels(pipes: Pipes) -> None:
+    """The environment's level overrides the relay's; `none` silences."""
+    with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
+        log.set_up("none", "text", output)
+        log.set_environment_level("Shop", "info")
+        logging.getLogger("relay.server").error("silenced")
+        logging.getLogger("library").error("silenced")
+        log.environment_log("Shop", "...abcd").info("shown")
+    out, err = pipes.read()
+    assert "shown" in out
+    assert "silenced" not in out + err
+
+
+def test_a_closed_output_costs_lines_and_nothing_else(pipes: Pipes) -> None:
+    """A line for a broken pipe is counted as lost."""
+    os.close(pipes.out_read)
+    with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
+        log.set_up("info", "text", output)
+        logging.getLogger("relay").info("lost")
+    assert output.lost == 1
+    assert repr(output) == "<LogHandler: 0 lines queued, 1 lost>"
+
+
+def test_a_reader_that_stalls_does_not_stop_the_writer(
+    pipes: Pipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When nobody reads the output, lines are dropped and counted at once."""
+    monkeypatch.setattr(log, "CLOSE_LIMIT", 0.05)
+    output = log.LogHandler(stdout=pipes.out, stderr=pipes.err)
+    log.set_up("info", "text", output)
+    begin = time.monotonic()
+    for _ in range(log.WAITING_LINES + 1000):
+        logging.getLogger("relay").info("x" * 100)
+    assert output.lost > 0
+    assert time.monotonic() - begin < 10
+    drain = threading.Thread(
+        target=lambda: [None for _ in iter(lambda: os.read(pipes.out_read, 65536), b"")]
+    )
+    drain.start()
+    output._queue.put(None)
+    output._writer.join(10)
+    os.close(pipes.out)
+    drain.join(10)
+    assert not output._writer.is_alive()
