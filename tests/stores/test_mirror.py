@@ -40,7 +40,8 @@ class Site:
 
     def _resync(self) -> None:
         self.resyncs += 1
-        asyncio.get_running_loop().call_soon(self.update, self.payload)
+        # Upstream answers with its data at that time: those of now may be outdated by then.
+        asyncio.get_running_loop().call_soon(lambda: self.update(self.payload))
 
     def update(self, payload: Payload, change: Change | None = None, *, full: bool = True) -> None:
         self.payload = payload
