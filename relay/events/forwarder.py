@@ -20,7 +20,16 @@ from isal import igzip
 from relay.aio import wait_for
 from relay.errors import UpstreamUnavailable
 from relay.events.blame import Evidence
-from relay.events.policy import BAD_REQUEST, ForwarderTimings, Step, headers, next_step, target
+from relay.events.policy import (
+    BAD_REQUEST,
+    ForwarderTimings,
+    Step,
+    headers,
+    may_have_arrived,
+    next_step,
+    step_if_bad,
+    target,
+)
 from relay.events.spool import Spool
 from relay.events.store import MAX_BATCH, PAYLOAD_OVERHEAD, Backlog, Batch, half_ids
 from relay.model.environment import EnvironmentSpec
@@ -444,37 +453,54 @@ class Forwarder:
         if attempt.unclear and await self.spool.split(batch):
             return Step.SPLIT
         batch_id = batch.payload_id
-        step = next_step(attempt.status, batch.payloads, int(evidence.knows(batch_id)))
+        step = next_step(
+            attempt.status,
+            batch.payloads,
+            int(evidence.knows(batch_id)),
+            maybe_delivered=batch.maybe_delivered,
+        )
         if step is Step.DONE:
             await self._finish(batch)
             evidence.accept(batch_id)
             state.suspects.pop(batch_id, None)
             self._end_outage(batch.partition)
         elif step in (Step.RETRY, Step.REFUSED):
+            if may_have_arrived(attempt.status) and not batch.maybe_delivered:
+                await self.spool.mark_maybe_delivered(batch)
             self._counts[batch.partition.environment].retried += 1
             if attempt.status == BAD_REQUEST:  # no outage yet: a payload may be bad
                 evidence.doubt(batch_id)
             else:
                 self._begin_outage(batch.partition, attempt.reason)
-        elif step is Step.SPLIT:
-            if await self.spool.split(batch):
-                evidence.split(batch_id, half_ids(batch_id))
-            else:
-                step = Step.REJECT
+        elif step is Step.SPLIT and not await self._split(batch, state):
+            step = Step.REJECT
         if step is Step.REJECT:
             step = await self._judge(batch, attempt, state)
         return step
 
     async def _judge(self, batch: Batch, attempt: _Attempt, state: _PartitionState) -> Step:
-        """Quarantine a payload that was rejected alone, or put it aside if it may be good."""
+        """Decide on a batch that is rejected as a whole: it is bad, or put aside as a suspect."""
         evidence = self._evidence_of(batch.partition)
-        if evidence.reject(batch.payload_id):
+        if evidence.reject(batch.payload_id, maybe_delivered=batch.maybe_delivered):
+            bad = step_if_bad(attempt.status, batch.payloads)
+            if bad is Step.SPLIT and await self._split(batch, state):
+                return Step.SPLIT
             state.suspects.pop(batch.payload_id, None)
             await self._quarantine(batch, attempt.reason)
             return Step.QUARANTINE
         others = await self.spool.put_aside(batch)
         state.suspects[batch.payload_id] = batch.oldest
         return Step.SUSPECT if others and not evidence.outage else Step.WAIT
+
+    async def _split(self, batch: Batch, state: _PartitionState) -> bool:
+        """Split a rejected batch; return False if it cannot be split."""
+        if not await self.spool.split(batch):
+            return False
+        ids = half_ids(batch.payload_id)
+        self._evidence_of(batch.partition).split(batch.payload_id, ids)
+        if state.suspects.pop(batch.payload_id, None) is not None:
+            state.suspects.update(dict.fromkeys(ids, batch.oldest))
+        return True
 
     async def _finish(self, batch: Batch) -> None:
         counts = self._counts[batch.partition.environment]

@@ -33,6 +33,7 @@ class _FixedBatch(NamedTuple):
     payloads: Sequence[EventPayload]
     start: int = 0
     stop: int | None = None
+    maybe_delivered: bool = False
 
 
 class RejectedBatch(NamedTuple):
@@ -147,7 +148,12 @@ class MemoryStore:
                 more = bool(queue.payloads or queue.suspects)
             fixed = queue.batches[0]
         batch = Batch(
-            partition, fixed.payload_id, len(fixed.payloads), fixed.payloads[0].received, more
+            partition,
+            fixed.payload_id,
+            len(fixed.payloads),
+            fixed.payloads[0].received,
+            more,
+            fixed.maybe_delivered,
         )
         return batch, [part(payload.body, fixed.start, fixed.stop) for payload in fixed.payloads]
 
@@ -188,6 +194,15 @@ class MemoryStore:
         _list_of(queue, fixed).remove(fixed)
         queue.suspects.append(fixed)
         return bool(queue.batches or queue.payloads)
+
+    def mark_maybe_delivered(self, batch: Batch, /) -> bool | None:
+        """Record that upstream may have a batch already; return True, None if unknown."""
+        fixed = self._find(batch)
+        if fixed is None:
+            return None
+        batches = _list_of(self._queues[batch.partition], fixed)
+        batches[batches.index(fixed)] = fixed._replace(maybe_delivered=True)
+        return True
 
     def quarantine(
         self, batch: Batch, reason: str, only: Sequence[int] | None = None, /

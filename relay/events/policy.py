@@ -73,7 +73,7 @@ class Step(Enum):
     REFUSED = auto()
     SPLIT = auto()
     REJECT = auto()
-    """A payload was rejected alone; the evidence decides between the three below."""
+    """Upstream rejects a batch that cannot be split, or not yet; the evidence decides."""
     QUARANTINE = auto()
     """The payload is bad: keep it for inspection."""
     SUSPECT = auto()
@@ -82,29 +82,48 @@ class Step(Enum):
     """Undecided, and there are no others or several are rejected: wait."""
 
 
-BAD_REQUEST, TOO_LARGE = 400, 413
+BAD_REQUEST, TOO_LARGE, SERVER_ERROR = 400, 413, 500
 
 
 _STEP_BY_CLASS = {2: Step.DONE, 4: Step.REFUSED}
 """Step by the first digit of the status; the others are retried."""
 
 
-def next_step(status: int | None, payloads: int, failures: int) -> Step:
+def next_step(
+    status: int | None, payloads: int, failures: int, *, maybe_delivered: bool = False
+) -> Step:
     """Decide on the next step after an attempt.
 
     Args:
         status: HTTP status of the response; None without a response.
         payloads: number of payloads in the batch.
         failures: number of earlier rejections of this batch, or of the batch it is a half of.
+        maybe_delivered: True if upstream may have the batch already. Its halves would arrive a
+            second time, under other ids, so it is split only when it is proven bad.
     """
     # Proxies answer 400 for reasons of their own; like ld-relay, retry it once.
     if status is None or status in RETRYABLE_4XX or (status == BAD_REQUEST and failures == 0):
         return Step.RETRY
-    if status == TOO_LARGE or (status == BAD_REQUEST and payloads > 1):
-        return Step.SPLIT
-    if status == BAD_REQUEST:
+    if status not in (BAD_REQUEST, TOO_LARGE):
+        return _STEP_BY_CLASS.get(status // 100, Step.RETRY)
+    if maybe_delivered or step_if_bad(status, payloads) is Step.QUARANTINE:
         return Step.REJECT
-    return _STEP_BY_CLASS.get(status // 100, Step.RETRY)
+    return Step.SPLIT
+
+
+def step_if_bad(status: int | None, payloads: int) -> Step:
+    """Decide on the next step with a batch that is proven bad."""
+    return Step.SPLIT if status == TOO_LARGE or payloads > 1 else Step.QUARANTINE
+
+
+def may_have_arrived(status: int | None) -> bool:
+    """Return whether upstream may have a batch although it has not accepted it.
+
+    Args:
+        status: HTTP status of the response; None without a response. An error of a server may be
+            that of a proxy, which has lost upstream's response.
+    """
+    return status is None or status >= SERVER_ERROR
 
 
 def target(partition: Partition, spec: EnvironmentSpec | None) -> tuple[str, dict[str, str]] | None:

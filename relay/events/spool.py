@@ -182,6 +182,10 @@ class Spool:
         """Make a batch a suspect; return whether anything but suspects is waiting."""
         return bool(await self._change(lambda store: store.put_aside(batch), True))
 
+    async def mark_maybe_delivered(self, batch: Batch) -> None:
+        """Record that upstream may have a batch already."""
+        await self._change(lambda store: store.mark_maybe_delivered(batch), True)
+
     async def quarantine(self, batch: Batch, reason: str, only: Sequence[int] | None = None) -> int:
         """Quarantine a batch, or only some positions of it; return the number that are complete."""
         work = lambda store: store.quarantine(batch, reason, only)  # noqa: E731 - as the others

@@ -70,7 +70,8 @@ CREATE TABLE IF NOT EXISTS posts (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,
 CREATE INDEX IF NOT EXISTS posts_of_lane ON posts (lane);
 CREATE TABLE IF NOT EXISTS batches (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,
     first INTEGER NOT NULL, last INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER,
-    payload_id TEXT NOT NULL, aside INTEGER NOT NULL DEFAULT 0);
+    payload_id TEXT NOT NULL, aside INTEGER NOT NULL DEFAULT 0,
+    maybe_delivered INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX IF NOT EXISTS batches_of_lane ON batches (lane, first, start);
 CREATE TABLE IF NOT EXISTS seen (received REAL NOT NULL, ids BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS quarantine (id INTEGER PRIMARY KEY, size INTEGER NOT NULL,
@@ -87,7 +88,7 @@ CREATE TABLE IF NOT EXISTS clock (id INTEGER PRIMARY KEY, now REAL NOT NULL, our
 # payload ids of a transaction share one row of `seen`: separate rows would be scattered over the
 # file. `aside` numbers suspects in the order in which they were put aside. Times are by a clock of
 # the file's own, which runs only while the file is open; `clock` has its time, and ours (that of
-# the process) at the same moment. Files of earlier releases lack `aside` and `clock`.
+# the process) at the same moment. Files of earlier releases lack `clock` and some columns.
 
 _log = logging.getLogger("relay.events")
 
@@ -121,8 +122,10 @@ class DiskStore:
             with self.transaction():
                 for statement in _SCHEMA.split(";"):
                     self._db.execute(statement)
-                if "aside" not in self._columns("batches"):
-                    self._db.execute("ALTER TABLE batches ADD aside INTEGER NOT NULL DEFAULT 0")
+                for column in {"aside", "maybe_delivered"} - self._columns("batches"):
+                    self._db.execute(f"ALTER TABLE batches ADD {column} INTEGER NOT NULL DEFAULT 0")
+                # Nothing is written when a batch is sent, so the last process may have sent any.
+                self._db.execute("UPDATE batches SET maybe_delivered=1")
                 self._db.execute(f"PRAGMA user_version={VERSION}")
                 now = clock.now()
                 self._ahead = self._clock_ahead(now)
@@ -212,7 +215,8 @@ class DiskStore:
             bodies = [_read(body, length) for _, _, length, body in members]
             whole = [body for body in bodies if body is not None]
             if members and len(whole) == len(members):
-                batch = Batch(partition, row[5], len(members), members[0][1] + self._ahead, more)
+                oldest = members[0][1] + self._ahead
+                batch = Batch(partition, row[5], len(members), oldest, more, bool(row[7]))
                 return batch, [part(body, row[3], row[4]) for body in whole]
             damaged = [m[0] for m, body in zip(members, bodies, strict=True) if body is None]
             # The others keep the batch's id: if upstream knows it, it has all of them already.
@@ -236,7 +240,7 @@ class DiskStore:
         row = self._find(partition_id, batch.payload_id)
         if row is None:
             return None
-        row_id, first, last, start, stop, payload_id, aside = row
+        row_id, first, last, start, stop, payload_id, aside, _ = row
         ids = [
             i
             for (i,) in self._db.execute(
@@ -271,6 +275,14 @@ class DiskStore:
             "UPDATE batches SET aside=(SELECT max(aside)+1 FROM batches) WHERE id=?", (row[0],)
         )
         return self._first_batch(partition_id) is not None or bool(self._unbatched(partition_id, 1))
+
+    def mark_maybe_delivered(self, batch: Batch) -> bool | None:
+        """Record that upstream may have a batch already; return True, None if unknown."""
+        row = self._find(self._partition_id(batch.partition), batch.payload_id)
+        if row is None:
+            return None
+        self._db.execute("UPDATE batches SET maybe_delivered=1 WHERE id=?", (row[0],))
+        return True
 
     def quarantine(
         self, batch: Batch, reason: str, only: Sequence[int] | None = None
@@ -337,7 +349,9 @@ class DiskStore:
             for fixed in (*queue.suspects, *queue.batches):
                 first, last = row_ids[id(fixed.payloads[0])], row_ids[id(fixed.payloads[-1])]
                 extent = (first, last, fixed.start, fixed.stop)
-                self._insert_batch(partition_id, extent, fixed.payload_id)
+                self._insert_batch(
+                    partition_id, extent, fixed.payload_id, maybe_delivered=fixed.maybe_delivered
+                )
             for suspect in queue.suspects:
                 self.put_aside(Batch(queue.partition, suspect.payload_id, 0, 0.0))
         for key, received in memory.recent.seen.items():
@@ -399,11 +413,13 @@ class DiskStore:
         extent: tuple[int, int, int, int | None],
         payload_id: str,
         aside: int = 0,
+        *,
+        maybe_delivered: bool = False,
     ) -> None:
         self._db.execute(
-            "INSERT INTO batches (lane,first,last,start,stop,payload_id,aside)"
-            " VALUES (?,?,?,?,?,?,?)",
-            (partition_id, *extent, payload_id, aside),
+            "INSERT INTO batches (lane,first,last,start,stop,payload_id,aside,maybe_delivered)"
+            " VALUES (?,?,?,?,?,?,?,?)",
+            (partition_id, *extent, payload_id, aside, maybe_delivered),
         )
 
     def _partition_id(self, partition: Partition) -> int:
@@ -457,8 +473,8 @@ class DiskStore:
 
     def _batch_where(self, condition: str, values: tuple[Any, ...]) -> Any:
         return self._db.execute(
-            "SELECT id,first,last,start,stop,payload_id,aside FROM batches"  # noqa: S608 - ours
-            f" WHERE lane=? AND {condition} LIMIT 1",
+            "SELECT id,first,last,start,stop,payload_id,aside,maybe_delivered"  # noqa: S608 - ours
+            f" FROM batches WHERE lane=? AND {condition} LIMIT 1",
             values,
         ).fetchone()
 

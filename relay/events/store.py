@@ -39,6 +39,8 @@ class Batch:
         payloads: number of payloads.
         oldest: time of arrival of the first one, in Unix seconds.
         more: True if other payloads may have been waiting when it was fixed.
+        maybe_delivered: True if upstream may have it already: an attempt has ended without an
+            answer, or a process may have ended during one.
     """
 
     partition: Partition
@@ -46,6 +48,7 @@ class Batch:
     payloads: int
     oldest: float
     more: bool = field(default=True, compare=False)
+    maybe_delivered: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,9 @@ class EventStore(Protocol):
 
     def put_aside(self, batch: Batch, /) -> bool | None:
         """Make a batch a suspect; return whether anything but suspects is waiting."""
+
+    def mark_maybe_delivered(self, batch: Batch, /) -> bool | None:
+        """Record that upstream may have a batch already; return True."""
 
     def quarantine(
         self, batch: Batch, reason: str, only: Sequence[int] | None = None, /

@@ -370,6 +370,34 @@ def test_some_payloads_of_a_batch_can_be_quarantined(new_store):
     assert store.take(PARTITION) is None
 
 
+@both
+def test_a_batch_may_have_been_delivered_once_that_is_recorded(new_store):
+    """Not its halves, which were never sent."""
+    store = new_store()
+    stored(store, *(payload(n) for n in range(4)))
+    batch, _ = store.take(PARTITION)
+    assert not batch.maybe_delivered
+    assert store.mark_maybe_delivered(batch) is True
+    batch, _ = store.take(PARTITION)
+    assert batch.maybe_delivered
+    store.split(batch)
+    half, _ = store.take(PARTITION)
+    assert not half.maybe_delivered
+    assert store.mark_maybe_delivered(batch) is None
+
+
+def test_any_batch_of_an_earlier_process_may_have_been_delivered(tmp_path):
+    """Nothing is written when a batch is sent."""
+    for earlier in (False, True):
+        store = DiskStore(str(tmp_path / "events.db"), LIMITS)
+        if not earlier:
+            stored(store, payload(1))
+        with store.transaction():
+            batch, _ = store.take(PARTITION)
+        assert batch.maybe_delivered is earlier
+        store.close()
+
+
 # Time
 
 
@@ -505,6 +533,7 @@ def test_a_file_of_an_earlier_release_is_read(tmp_path):
     assert not store.evicted
     first, texts = store.take(PARTITION)
     assert (first.payload_id, texts) == ("id-1", [payload(1).body])
+    assert first.maybe_delivered
     assert store.put_aside(first)
     assert store.take(PARTITION)[1] == [payload(2).body]
     assert store.take(PARTITION, suspects=True)[0] == first
@@ -582,7 +611,9 @@ ACTIONS = st.lists(
             st.just("add"), st.integers(0, 30), st.sampled_from([PARTITION, OTHER, DIAGNOSTIC])
         ),
         st.tuples(
-            st.sampled_from(["take", "suspect", "finish", "split", "aside", "reject", "exclude"]),
+            st.sampled_from(
+                ["take", "suspect", "finish", "split", "aside", "doubt", "reject", "exclude"]
+            ),
             *(st.none(), st.none()),
         ),
     ),
@@ -611,7 +642,10 @@ def _done(store, action, count, partition, last):
     if action in ("take", "suspect"):
         batch, texts = store.take(PARTITION, suspects=action == "suspect") or (None, [])
         last[store] = batch
-        return batch and (batch.payloads, batch.oldest, batch.more, texts)
+        return batch and (
+            *(batch.payloads, batch.oldest, batch.more, batch.maybe_delivered),
+            texts,
+        )
     batch = last.get(store)
     if batch is None:
         return None
@@ -620,14 +654,20 @@ def _done(store, action, count, partition, last):
         return store.quarantine(batch, "malformed", range(0, batch.payloads, 2))
     if action == "reject":
         return store.quarantine(batch, "HTTP error 400")
-    actions = {"aside": store.put_aside, "finish": store.finish, "split": store.split}
+    actions = {
+        "aside": store.put_aside,
+        "doubt": store.mark_maybe_delivered,
+        "finish": store.finish,
+        "split": store.split,
+    }
     return actions[action](batch)
 
 
 def _emptied(store, partition):
     found = []
     while (taken := store.take(partition)) is not None:
-        found.append((taken[0].payloads, taken[1], store.finish(taken[0])))
+        batch, texts = taken
+        found.append((batch.payloads, batch.maybe_delivered, texts, store.finish(batch)))
     return found
 
 
