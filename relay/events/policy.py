@@ -1,7 +1,8 @@
-"""Delivery policy of events: the next step, the target, the headers. Pure."""
+"""Delivery policy of events: the next step, the delay, the target, the headers. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -65,6 +66,10 @@ class ForwarderTimings:
     backoff: Backoff = Backoff()
 
 
+SpecOf = Callable[[str], EnvironmentSpec | None]
+"""Function that returns the current description of an environment by its name."""
+
+
 class Step(Enum):
     """Next step after an attempt to deliver a batch."""
 
@@ -126,6 +131,36 @@ def may_have_arrived(status: int | None) -> bool:
     return status is None or status >= SERVER_ERROR
 
 
+def delay_after(
+    step: Step,
+    timings: ForwarderTimings,
+    *,
+    failures: int = 0,
+    chance: float = 0.0,
+    took: float = 0.0,
+    retry_after: float | None = None,
+) -> float:
+    """Return the seconds to wait after a step.
+
+    Args:
+        step: the step.
+        timings: the forwarder's timings.
+        failures: number of equal steps in a row before this one.
+        chance: random number from 0 to 1, for the jitter.
+        took: seconds until upstream's response.
+        retry_after: delay in seconds that upstream has asked for.
+    """
+    if step is Step.DONE:
+        return min(timings.between, took)
+    if step is Step.SPLIT:
+        return 0.0
+    if step in (Step.QUARANTINE, Step.SUSPECT):
+        return timings.between
+    backoff = timings.backoff
+    delay = backoff.delay(failures, chance, refused=step is Step.REFUSED)
+    return max(delay, min(retry_after or 0.0, backoff.longest))
+
+
 def target(partition: Partition, spec: EnvironmentSpec | None) -> tuple[str, dict[str, str]] | None:
     """Return the path of a partition and the header with its key; None without a credential.
 
@@ -153,3 +188,12 @@ def headers(partition: Partition, payload_id: str) -> dict[str, str]:
     if partition.wrapper:
         fields["X-LaunchDarkly-Wrapper"] = partition.wrapper
     return fields
+
+
+def missing_setting(partition: Partition) -> str:
+    """Return the hint to the option that a partition needs for its delivery."""
+    if partition.endpoint.mobile:
+        return f": set mobileKey (LD_MOBILE_KEY_{partition.environment})"
+    if partition.endpoint.client_side:
+        return f": set envId (LD_CLIENT_SIDE_ID_{partition.environment})"
+    return f": set sdkKey (LD_ENV_{partition.environment})"

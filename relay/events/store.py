@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -24,6 +25,8 @@ MAX_QUARANTINE = 16 * 1024 * 1024
 
 PAYLOAD_OVERHEAD = 256
 """Bytes that a payload needs beside its body."""
+
+NO_EVICTIONS: Mapping[str, int] = MappingProxyType({})
 
 _SPLITS = uuid.UUID("6b0f5f0e-3c56-4d0e-9c1e-6a1f8f2f7a54")
 """Namespace of the ids of halves: the same halves get the same ids, even after a restart."""
@@ -132,6 +135,9 @@ class EventStore(Protocol):
 
     def backlog(self) -> list[Backlog]:
         """Return the backlog of each partition that is not empty."""
+
+    def pop_evicted(self) -> Mapping[str, int]:
+        """Return the number of payloads evicted since the last call, by environment."""
 
 
 def fitting(sizes: Sequence[int]) -> int:

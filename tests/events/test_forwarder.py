@@ -8,27 +8,17 @@ import logging
 import os
 import random
 import signal
+import sqlite3
 import sys
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from relay.events.forwarder import Forwarder
-from relay.events.policy import (
-    Backoff,
-    ForwarderTimings,
-    Step,
-    headers,
-    may_have_arrived,
-    next_step,
-    step_if_bad,
-    target,
-)
-from relay.events.spool import Spool
+from relay.events.policy import Backoff, ForwarderTimings
+from relay.events.spool import DiskSpool, MemorySpool
 from relay.events.store import MAX_BATCH, Limits
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
@@ -63,10 +53,12 @@ def payload(number=0, partition=PARTITION, payload_id=None):
 
 
 @contextlib.asynccontextmanager
-async def forwarding(url, *, timings=FAST, specs=(SPEC, BARE), directory=None):
-    """A running forwarder; it drains and ends with the block."""
-    known = {spec.name: spec for spec in specs}
-    spool = Spool(directory, LIMITS, 0.01)
+async def forwarding(
+    url, *, timings=FAST, specs=(SPEC, BARE), directory=None, limits=LIMITS, retry=0.01
+):
+    """A running forwarder; it drains and ends with the block. `specs` may be a changing dict."""
+    known = specs if isinstance(specs, dict) else {spec.name: spec for spec in specs}
+    spool = DiskSpool(directory, limits, retry) if directory else MemorySpool(limits)
     async with Upstream() as upstream:
         forwarder = Forwarder(spool, upstream, url, known.get, timings)
         running = asyncio.create_task(forwarder.run())
@@ -79,6 +71,19 @@ async def forwarding(url, *, timings=FAST, specs=(SPEC, BARE), directory=None):
 
 
 @pytest.fixture
+def connections(monkeypatch):
+    """The connections to databases that the test opens."""
+    opened, connect = [], sqlite3.connect
+
+    def recording(*arguments, **options):
+        opened.append(connect(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", recording)
+    return opened
+
+
+@pytest.fixture
 async def upstream():
     async with ScriptedUpstream() as scripted:
         yield scripted
@@ -88,102 +93,12 @@ async def settled(forwarder, environment="prod"):
     """Wait until nothing of an environment waits any more."""
     async with asyncio.timeout(PATIENCE):
         while forwarder.counts(environment).waiting or forwarder.oldest(environment) is not None:
-            await forwarder.spool._do(lambda _: None)
+            await forwarder.spool.do(lambda _: None)
             await asyncio.sleep(0)
 
 
 def events(posts):
     return [event for each in posts for event in each.events]
-
-
-# Pure decisions
-
-
-@pytest.mark.parametrize(
-    ("status", "payloads", "failures", "step"),
-    [
-        *((status, 3, 0, Step.DONE) for status in (200, 202, 204)),
-        *((status, 3, 0, Step.RETRY) for status in (None, 301, 307, 407, 408, 429, 500, 503, 599)),
-        *((status, 3, 0, Step.REFUSED) for status in (401, 402, 403, 404, 405, 410, 418)),
-        *((413, payloads, failures, Step.SPLIT) for payloads in (1, 3) for failures in (0, 1)),
-        *((400, payloads, 0, Step.RETRY) for payloads in (1, 3)),
-        (400, 3, 1, Step.SPLIT),
-        (400, 1, 1, Step.REJECT),
-    ],
-)
-def test_the_next_step_after_a_response(status, payloads, failures, step):
-    """Transient failures are retried; only a payload that is proven bad is quarantined."""
-    assert next_step(status, payloads, failures) is step
-
-
-@pytest.mark.parametrize(
-    ("status", "payloads", "failures", "step", "if_bad"),
-    [
-        *((status, 3, 0, Step.RETRY, None) for status in (None, 400, 408, 429, 503)),
-        *((202, 3, failures, Step.DONE, None) for failures in (0, 1)),
-        (401, 3, 1, Step.REFUSED, None),
-        *((413, n, f, Step.REJECT, Step.SPLIT) for n in (1, 3) for f in (0, 1)),
-        (400, 3, 1, Step.REJECT, Step.SPLIT),
-        (400, 1, 1, Step.REJECT, Step.QUARANTINE),
-    ],
-)
-def test_the_next_step_of_a_batch_that_may_have_arrived(status, payloads, failures, step, if_bad):
-    """It is not split before it is proven bad: its halves could arrive a second time."""
-    assert next_step(status, payloads, failures, maybe_delivered=True) is step
-    assert if_bad is None or step_if_bad(status, payloads) is if_bad
-
-
-@pytest.mark.parametrize(
-    ("status", "unclear"),
-    [(None, True), *((s, s >= 500) for s in (301, 400, 401, 408, 413, 429, 500, 502, 503, 504))],
-)
-def test_upstream_may_have_a_batch_without_an_answer(status, unclear):
-    """A server's error may be that of a proxy which has lost the answer; other statuses are clear."""
-    assert may_have_arrived(status) is unclear
-
-
-@pytest.mark.parametrize(
-    ("endpoint", "path", "key"),
-    [
-        (EventsEndpoint.BULK, "/bulk", KEY),
-        (EventsEndpoint.MOBILE, "/mobile", MOBILE),
-        (EventsEndpoint.CLIENT_SIDE, "/events/bulk/id-prod", None),
-        (EventsEndpoint.BULK_DIAGNOSTIC, "/diagnostic", KEY),
-        (EventsEndpoint.MOBILE_DIAGNOSTIC, "/mobile/events/diagnostic", MOBILE),
-        (EventsEndpoint.CLIENT_SIDE_DIAGNOSTIC, "/events/diagnostic/id-prod", None),
-    ],
-)
-def test_paths_and_keys_of_payloads(endpoint, path, key):
-    """Each kind of credential has its path; the client-side ID is no key."""
-    said = {} if key is None else {"Authorization": key}
-    assert target(Partition("prod", endpoint), SPEC) == (path, said)
-    assert target(Partition("prod", endpoint), None) is None
-    server = endpoint in (EventsEndpoint.BULK, EventsEndpoint.BULK_DIAGNOSTIC)
-    assert (target(Partition("bare", endpoint), BARE) is not None) is server
-
-
-def test_only_known_headers_are_sent():
-    """Schema and id of analytics; tags and wrapper where an SDK gave them; of diagnostics none."""
-    usual = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-    assert headers(Partition("e", EventsEndpoint.MOBILE, 3), "i") == usual | {
-        "X-LaunchDarkly-Event-Schema": "3",
-        "X-LaunchDarkly-Payload-ID": "i",
-    }
-    full = headers(Partition("e", EventsEndpoint.BULK, 4, "a/b", "w/1"), "i")
-    assert (full["X-LaunchDarkly-Tags"], full["X-LaunchDarkly-Wrapper"]) == ("a/b", "w/1")
-    assert headers(Partition("e", EventsEndpoint.BULK_DIAGNOSTIC), "i") == usual
-
-
-@given(st.integers(0, 10_000), st.floats(0, 1, exclude_max=True))
-def test_delays_grow_to_a_bound(failures, chance):
-    """From a second to five minutes; after refusals from five seconds."""
-    for refused, shortest, longest in ((False, 1, 300), (True, 5, 300)):
-        delay = Backoff().delay(failures, chance, refused=refused)
-        assert shortest / 2 <= delay <= longest
-        assert delay <= Backoff().delay(failures + 1, chance, refused=refused)
-    assert Backoff().delay(20, 0.0) == 300
-    delays = [Backoff().delay(n, 0.0, refused=True) for n in range(8)]
-    assert delays == [5, 10, 20, 40, 80, 160, 300, 300]
 
 
 # Delivery
@@ -328,7 +243,7 @@ async def test_events_go_through_the_proxy_too(upstream):
     """Like all other requests to upstream."""
     async with Upstream(proxy=upstream.url) as proxied:
         forwarder = Forwarder(
-            Spool(None, LIMITS), proxied, "http://events.example/base/", lambda _: SPEC, FAST
+            MemorySpool(LIMITS), proxied, "http://events.example/base/", lambda _: SPEC, FAST
         )
         running = asyncio.create_task(forwarder.run())
         await forwarder.accept(payload(1))
@@ -359,7 +274,7 @@ async def test_the_age_of_the_oldest_payload_is_known(upstream):
         gate.set()
         async with asyncio.timeout(PATIENCE):
             while forwarder.counts("prod").waiting == 2:
-                await forwarder.spool._do(lambda _: None)
+                await forwarder.spool.do(lambda _: None)
                 await asyncio.sleep(0)
         assert forwarder.oldest("prod") == second.received
         await settled(forwarder)
@@ -683,14 +598,13 @@ async def test_a_rejected_diagnostic_is_quarantined(upstream):
 
 async def test_without_a_credential_events_wait(upstream, caplog):
     """They are kept until a key is configured; others are not delayed."""
-    specs = [BARE, SPEC]
+    specs = {"bare": BARE, "prod": SPEC}
     async with forwarding(upstream.url, specs=specs) as forwarder:
-        forwarder._spec_of = lambda name: next((s for s in specs if s.name == name), None)
         await forwarder.accept(payload(1, Partition("bare", EventsEndpoint.MOBILE, 4)))
         await forwarder.accept(payload(2))
         await upstream.took(1)
         assert events(upstream.posts) == [2]
-        specs[0] = EnvironmentSpec("bare", SDKKey("sdk-bare"), MobileKey("mob-new"))
+        specs["bare"] = EnvironmentSpec("bare", SDKKey("sdk-bare"), MobileKey("mob-new"))
         await upstream.took(2)
     assert upstream.posts[1].headers["Authorization"] == "mob-new"
     assert "no credential for them: set mobileKey (LD_MOBILE_KEY_bare)" in caplog.text
@@ -699,8 +613,7 @@ async def test_without_a_credential_events_wait(upstream, caplog):
 async def test_waiting_payloads_are_sent_with_the_rotated_key(upstream):
     """The key is the current one at the time of sending."""
     specs = {"prod": SPEC}
-    async with forwarding(upstream.url, specs=()) as forwarder:
-        forwarder._spec_of = specs.get
+    async with forwarding(upstream.url, specs=specs) as forwarder:
         upstream.script(KEY, answers.status(401))
         await forwarder.accept(payload(1))
         await upstream.posted(1)
@@ -739,17 +652,17 @@ async def test_one_failing_environment_delays_no_other(upstream, failure):
 
 async def test_an_unexpected_error_does_not_end_a_partition(upstream, monkeypatch, caplog):
     """It is logged, and the partition is served again."""
-    monkeypatch.setattr("relay.events.forwarder.RESTART_DELAY", 0.01)
+    monkeypatch.setattr("relay.events.delivery.RESTART_DELAY", 0.01)
     async with forwarding(upstream.url) as forwarder:
-        take, calls = forwarder.spool.take, []
+        do, calls = forwarder.spool.do, []
 
-        async def defective(partition):
-            calls.append(partition)
+        def defective(work):
+            calls.append(work)
             if len(calls) == 1:
                 raise ZeroDivisionError
-            return await take(partition)
+            return do(work)
 
-        monkeypatch.setattr(forwarder.spool, "take", defective)
+        monkeypatch.setattr(forwarder.spool, "do", defective)
         await forwarder.accept(payload(1))
         await upstream.took(1)
     assert "ZeroDivisionError" in caplog.text
@@ -758,8 +671,7 @@ async def test_an_unexpected_error_does_not_end_a_partition(upstream, monkeypatc
 async def test_losses_are_counted_and_logged(upstream, caplog):
     """Full memory evicts the oldest payloads; counts and log tell how many."""
     upstream.always(KEY, answers.status(503))
-    async with forwarding(upstream.url) as forwarder:
-        forwarder.spool.memory.capacity = 3000
+    async with forwarding(upstream.url, limits=Limits(memory=3000)) as forwarder:
         await asyncio.gather(*(forwarder.accept(payload(n)) for n in range(100)))
         counts = forwarder.counts("prod")
         assert counts.evicted + counts.waiting == 100
@@ -836,22 +748,21 @@ async def test_payloads_that_cannot_be_sent_at_shutdown_are_sent_by_the_next_pro
     assert upstream.accepted[0].payload_id == upstream.posts[0].payload_id
 
 
-async def test_a_disk_that_works_again_is_served_again(upstream, tmp_path):
+async def test_a_disk_that_works_again_is_served_again(upstream, tmp_path, connections):
     """Its content from before the outage is delivered without a restart."""
     upstream.always(KEY, answers.status(503))
-    async with forwarding(upstream.url, directory=tmp_path) as forwarder:
+    async with forwarding(upstream.url, directory=tmp_path, retry=3600) as forwarder:
         await forwarder.accept(payload(1))
         await upstream.posted(1)
         spool = forwarder.spool
-        spool._retry = 3600
-        spool._disk._db.execute("PRAGMA max_page_count=1")
+        connections[-1].execute("PRAGMA max_page_count=1")
         text = os.urandom(50_000).hex()
         big = EventPayload(PARTITION, "big", f'["{text}"]'.encode(), time.time())
         await forwarder.accept(big)
         assert not spool.durable
         upstream.always(KEY, None)
         await upstream.took(1)
-        spool._try_at = 0.0
+        await spool.do(lambda store: store.retry_now())
         await forwarder.accept(payload(2))
         await upstream.took(3)
         await settled(forwarder)
@@ -868,7 +779,7 @@ from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.events.store import Limits
-from relay.events.spool import Spool
+from relay.events.spool import DiskSpool
 from relay.upstream import Upstream
 
 async def main():
@@ -876,7 +787,7 @@ async def main():
     spec = EnvironmentSpec("prod", SDKKey("sdk-prod"))
     timings = ForwarderTimings(0.02, 0.0, 0.2, backoff=Backoff(first=0.01, longest=0.05))
     async with Upstream() as upstream:
-        spool = Spool(Path(folder), Limits())
+        spool = DiskSpool(Path(folder), Limits())
         forwarder = Forwarder(spool, upstream, url, lambda _: spec, timings)
         running = asyncio.create_task(forwarder.run())
         await asyncio.sleep(0)
@@ -936,7 +847,7 @@ async def test_kill_9_loses_and_repeats_nothing(upstream, tmp_path, rejects):
         accepted.update(rest.decode().rpartition("\n")[0].split())
     upstream.always(KEY, None)
     async with forwarding(upstream.url, directory=tmp_path / "spool") as forwarder:
-        await asyncio.wait_for(forwarder.spool._do(lambda _: None), PATIENCE)
+        await asyncio.wait_for(forwarder.spool.do(lambda _: None), PATIENCE)
         await settled(forwarder)
     ids = defaultdict(Counter)
     for each in upstream.accepted:
@@ -961,8 +872,8 @@ def large(number, partition=PARTITION):
 @contextlib.asynccontextmanager
 async def tight(url, *, specs=(SPEC, BARE), timings=FAST):
     """A forwarder with memory for ten large payloads."""
-    async with forwarding(url, timings=timings, specs=specs) as forwarder:
-        forwarder.spool.memory.capacity = 10 * 10_300
+    limits = Limits(memory=10 * 10_300)
+    async with forwarding(url, timings=timings, specs=specs, limits=limits) as forwarder:
         yield forwarder
 
 
@@ -1003,7 +914,7 @@ async def test_an_acknowledgement_is_delayed_until_a_batch_is_done(upstream):
 
 async def test_an_acknowledgement_is_delayed_for_a_bounded_time(upstream, monkeypatch):
     """An upstream that stalls costs a client no more than that; then the oldest are evicted."""
-    monkeypatch.setattr("relay.events.forwarder.MAX_ACK_DELAY", 0.05)
+    monkeypatch.setattr("relay.events.backpressure.MAX_ACK_DELAY", 0.05)
     upstream.always(KEY, answers.stall)
     timings = ForwarderTimings(flush_interval=0.01, timeout=60.0, drain=0.1)
     async with tight(upstream.url, timings=timings) as forwarder:

@@ -29,7 +29,7 @@ from relay.errors import StoreUnavailable
 from relay.events import dedup as dedup_module
 from relay.events.dedup import REMEMBERED
 from relay.events.memory import MemoryStore
-from relay.events.spool import MAX_QUEUED, Spool
+from relay.events.spool import MAX_QUEUED, DiskSpool, MemorySpool
 from relay.events.sqlite import LONGEST_ABSENCE, DiskStore
 from relay.events.store import MAX_BATCH, MAX_PAYLOADS, Limits, elements, fitting
 from relay.model.event import EventPayload, EventsEndpoint, Partition
@@ -43,6 +43,19 @@ ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
 """Number of times that a process is killed; more in the nightly run."""
 
 
+@pytest.fixture
+def connections(monkeypatch):
+    """The connections to databases that the test opens."""
+    opened, connect = [], sqlite3.connect
+
+    def recording(*arguments, **options):
+        opened.append(connect(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", recording)
+    return opened
+
+
 def payload(number=0, partition=PARTITION, payload_id=None, received=None, size=0):
     noise = base64.b64encode(random.Random(number).randbytes(size))[:size]  # keeps its size on disk
     body = b'[{"n":%d,"x":"%s"}]' % (number, noise)
@@ -52,20 +65,53 @@ def payload(number=0, partition=PARTITION, payload_id=None, received=None, size=
 
 @contextlib.asynccontextmanager
 async def opened(directory, limits=LIMITS, retry=0.01):
-    spool = Spool(directory, limits, retry)
-    await spool.open()
-    try:
+    spool = DiskSpool(directory, limits, retry) if directory else MemorySpool(limits)
+    async with working(spool):
         yield spool
+
+
+@contextlib.asynccontextmanager
+async def working(spool):
+    """The results of a spool that is open for the time of the block."""
+    results = []
+
+    async def work():
+        async for result in spool.results():
+            results.append(result)  # noqa: PERF401 - it is read meanwhile
+
+    task = asyncio.create_task(work())
+    await spool.do(lambda _: None)
+    try:
+        yield results
     finally:
         await spool.close()
+        await task
+
+
+async def append(spool, payload):
+    """Append a payload; return whether it was new, once it is safe."""
+    stored = spool.append(payload)
+    return stored if isinstance(stored, bool) else await stored
+
+
+async def append_all(spool, *payloads):
+    return await asyncio.gather(*(append(spool, each) for each in payloads))
+
+
+async def take(spool, partition=PARTITION):
+    return await spool.do(lambda store: store.take(partition))
+
+
+async def finish(spool, batch):
+    return await spool.do(lambda store: store.finish(batch))
 
 
 async def drained(spool, partition=PARTITION):
     """Take and finish everything; return the batches with their bodies."""
     batches = []
-    while (taken := await spool.take(partition)) is not None:
+    while (taken := await take(spool, partition)) is not None:
         batches.append(taken)
-        await spool.finish(taken[0])
+        await finish(spool, taken[0])
     return batches
 
 
@@ -118,41 +164,40 @@ async def test_appended_payloads_come_out_once_and_in_order(tmp_path, durable):
     """With and without a directory."""
     async with opened(tmp_path if durable else None) as spool:
         assert spool.durable is durable
-        assert await asyncio.gather(*(spool.append(payload(n)) for n in range(250))) == [True] * 250
+        assert await append_all(spool, *(payload(n) for n in range(250))) == [True] * 250
         batches = await drained(spool)
         assert bodies(batches) == [payload(n).body for n in range(250)]
-        assert await spool.take(PARTITION) is None
+        assert await take(spool) is None
 
 
 async def test_unfinished_payloads_survive_a_restart(tmp_path):
     """Payloads, the fixed batch and the known ids survive; the backlog is reported."""
     async with opened(tmp_path) as spool:
-        await asyncio.gather(*(spool.append(payload(n)) for n in range(3)))
-        first, _ = await spool.take(PARTITION)
-        await spool.append(payload(3))
-        await spool.append(payload(4, OTHER))
-    backlog = []
-    spool = Spool(tmp_path, LIMITS)
-    spool.on_backlog = backlog.extend
-    await spool.open()
-    assert {(left.partition, left.payloads) for left in backlog} == {(PARTITION, 4), (OTHER, 1)}
-    assert not await spool.append(payload(1))
-    batches = await drained(spool)
-    assert [batch.payloads for batch, _ in batches] == [3, 1]
-    assert batches[0][0].payload_id == first.payload_id
-    await spool.close()
+        await append_all(spool, *(payload(n) for n in range(3)))
+        first, _ = await take(spool)
+        await append(spool, payload(3))
+        await append(spool, payload(4, OTHER))
+    spool = DiskSpool(tmp_path, LIMITS)
+    async with working(spool) as results:
+        backlog = results[0].backlog
+        assert {(left.partition, left.payloads) for left in backlog} == {(PARTITION, 4), (OTHER, 1)}
+        assert not await append(spool, payload(1))
+        batches = await drained(spool)
+        assert [batch.payloads for batch, _ in batches] == [3, 1]
+        assert batches[0][0].payload_id == first.payload_id
+        assert [result.backlog for result in results[1:]] == [None] * (len(results) - 1)
 
 
 async def test_a_payload_alone_keeps_its_id_and_joined_ones_get_a_new_one():
     """So upstream recognises an SDK's own retry of a payload that was forwarded unchanged."""
     async with opened(None) as spool:
-        await spool.append(payload(1))
-        alone, _ = await spool.take(PARTITION)
-        await spool.append(payload(2))
-        assert (await spool.take(PARTITION))[0] == alone, "a fixed batch changed"
-        await spool.finish(alone)
-        await spool.append(payload(3))
-        joined, _ = await spool.take(PARTITION)
+        await append(spool, payload(1))
+        alone, _ = await take(spool)
+        await append(spool, payload(2))
+        assert (await take(spool))[0] == alone, "a fixed batch changed"
+        await finish(spool, alone)
+        await append(spool, payload(3))
+        joined, _ = await take(spool)
         assert alone.payload_id == "id-1"
         assert joined.payloads == 2
         assert joined.payload_id not in {"id-2", "id-3"}
@@ -441,31 +486,33 @@ def test_a_clock_that_jumps_loses_nothing(durable, moments):
     """Whatever it does during a process or between two, every waiting payload is delivered."""
 
     async def run(folder, system):
-        directory = folder if durable else None
-        spool, count, evicted = Spool(directory, LIMITS), 0, Counter()
-        spool.on_evicted = evicted.update
-        await spool.open()
-        for moment in moments:
-            if moment == "append":
-                assert await spool.append(payload(count))
-                count += 1
-            elif moment == "expire":
-                await spool._do(lambda store: store.expire(clock.now()))
-            elif moment == "take":
-                await spool.take(PARTITION)
-            elif moment != "restart":
-                system.offset += moment
-            elif durable:
-                await spool.close()
-                system.restart()
-                spool = Spool(directory, LIMITS)
-                spool.on_evicted = evicted.update
-                await spool.open()
-        for number in range(0 if "restart" in moments else count):
-            assert not await spool.append(payload(number)), "an id is forgotten"
-        assert bodies(await drained(spool)) == [payload(number).body for number in range(count)]
-        await spool.close()
-        assert not evicted
+        async with contextlib.AsyncExitStack() as process:
+            results, count = [], 0
+
+            async def start():
+                spool = DiskSpool(folder, LIMITS) if durable else MemorySpool(LIMITS)
+                results.append(await process.enter_async_context(working(spool)))
+                return spool
+
+            spool = await start()
+            for moment in moments:
+                if moment == "append":
+                    assert await append(spool, payload(count))
+                    count += 1
+                elif moment == "expire":
+                    await spool.do(lambda store: store.expire(clock.now()))
+                elif moment == "take":
+                    await take(spool)
+                elif moment != "restart":
+                    system.offset += moment
+                elif durable:
+                    await process.aclose()
+                    system.restart()
+                    spool = await start()
+            for number in range(0 if "restart" in moments else count):
+                assert not await append(spool, payload(number)), "an id is forgotten"
+            assert bodies(await drained(spool)) == [payload(number).body for number in range(count)]
+        assert not any(result.evicted for each in results for result in each)
 
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         asyncio.run(run(Path(folder), JumpingClock(patch)))
@@ -577,14 +624,13 @@ def test_old_payloads_are_evicted_diagnostics_sooner(new_store):
     assert store.take(PARTITION)[1] == [payload(2).body]
 
 
-async def test_evictions_are_reported():
-    """The callback gets the number of evicted payloads by environment."""
+async def test_evictions_from_memory_are_counted():
+    """By environment, in the store."""
     async with opened(None, Limits(memory=5000)) as spool:
-        evicted = Counter()
-        spool.on_evicted = evicted.update
-        await asyncio.gather(*(spool.append(payload(n, size=1000)) for n in range(20)))
+        await append_all(spool, *(payload(n, size=1000) for n in range(20)))
         left = await drained(spool)
-        assert evicted["prod"] + len(bodies(left)) == 20
+        assert spool.memory.pop_evicted()["prod"] + len(bodies(left)) == 20
+        assert not spool.memory.pop_evicted()
         assert bodies(left)[-1] == payload(19, size=1000).body
 
 
@@ -600,7 +646,6 @@ def test_unused_space_is_returned(tmp_path):
     for _ in range(3):
         with store.transaction():
             store.expire(time.time())
-        store.shrink()
     store.close()
     assert (tmp_path / "events.db").stat().st_size < before / 10
 
@@ -629,7 +674,7 @@ def test_memory_and_disk_do_the_same(actions):
     for action in actions:
         assert _done(memory, *action, last) == _done(disk, *action, last)
     assert set(memory.backlog()) == set(disk.backlog())
-    moved.receive(memory)
+    moved.receive(memory.export())
     for partition in (PARTITION, OTHER, DIAGNOSTIC):
         assert _emptied(moved, partition) == _emptied(disk, partition)
     assert [row[1:] for row in quarantined(moved)] == [row[1:] for row in quarantined(disk)]
@@ -666,8 +711,7 @@ def _done(store, action, count, partition, last):
 def _emptied(store, partition):
     found = []
     while (taken := store.take(partition)) is not None:
-        batch, texts = taken
-        found.append((batch.payloads, batch.maybe_delivered, texts, store.finish(batch)))
+        found.append((taken[0].payloads, taken[1], store.finish(taken[0])))
     return found
 
 
@@ -680,17 +724,17 @@ async def test_a_directory_that_cannot_be_made_is_logged_once(tmp_path, caplog):
     blocked.write_text("a file where the directory should be")
     with caplog.at_level(logging.INFO, "relay.events"):
         async with opened(blocked) as spool:
-            assert await spool.append(payload(1))
-            batch, _ = await spool.take(PARTITION)
-            await asyncio.gather(*(spool.append(payload(n)) for n in range(2, 5)))
+            assert await append(spool, payload(1))
+            batch, _ = await take(spool)
+            await append_all(spool, *(payload(n) for n in range(2, 5)))
             assert not spool.durable
             assert "File exists" in spool.outage
             blocked.unlink()
             while not spool.durable:
-                await spool.append(payload(0, payload_id=""))
-            assert (await spool.take(PARTITION))[0].payload_id == batch.payload_id
-            assert await spool.finish(batch) == 1
-            assert not await spool.append(payload(3)), "known ids move, too"
+                await append(spool, payload(0, payload_id=""))
+            assert (await take(spool))[0].payload_id == batch.payload_id
+            assert await finish(spool, batch) == 1
+            assert not await append(spool, payload(3)), "known ids move, too"
     texts = [record.getMessage() for record in caplog.records]
     assert [text for text in texts if "memory only" in text] == [texts[0]]
     assert texts[1] == "Events are kept on disk again"
@@ -715,21 +759,20 @@ def small_disk(tmp_path):
 async def test_a_full_disk_loses_no_accepted_payload(small_disk, caplog):
     """Payloads go to memory, finished batches are removed later, and the disk takes all over."""
     with caplog.at_level(logging.INFO, "relay.events"):
-        async with opened(small_disk / "spool", Limits(memory=4 << 20)) as spool:
-            await spool.append(payload(0))
-            batch, _ = await spool.take(PARTITION)
+        async with opened(small_disk / "spool", Limits(memory=4 << 20), retry=3600) as spool:
+            await append(spool, payload(0))
+            batch, _ = await take(spool)
             ballast = small_disk / "ballast"
             with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
                 while file.write(b"x" * 4096):
                     pass
-            spool._retry = 3600
             for n in range(1, 100):
-                assert await spool.append(payload(n, size=5000))
+                assert await append(spool, payload(n, size=5000))
             assert not spool.durable
-            assert await spool.finish(batch) == 1
+            assert await finish(spool, batch) == 1
             ballast.unlink()
-            spool._try_at = 0.0
-            assert await spool.append(payload(100))
+            await spool.do(lambda store: store.retry_now())
+            assert await append(spool, payload(100))
             assert spool.durable
             found = bodies(await drained(spool))
     assert Counter(found) == Counter(
@@ -738,29 +781,28 @@ async def test_a_full_disk_loses_no_accepted_payload(small_disk, caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
-async def test_a_write_that_fails_moves_to_memory_and_back(tmp_path, monkeypatch, caplog):
+async def test_a_write_that_fails_moves_to_memory_and_back(tmp_path, connections, caplog):
     """As on a full disk: SQLite may not let its file grow."""
+    spool = DiskSpool(tmp_path, LIMITS, retry=3600)
     with caplog.at_level(logging.INFO, "relay.events"):
-        async with opened(tmp_path) as spool:
-            backlogs = []
-            spool.on_backlog = backlogs.append
-            await spool.append(payload(0))
-            batch, _ = await spool.take(PARTITION)
-            await spool.append(payload(1))
-            spool._retry = 3600
-            spool._disk._db.execute("PRAGMA max_page_count=1")
-            assert await spool.append(payload(2, size=100_000))
+        async with working(spool) as results:
+            await append(spool, payload(0))
+            batch, _ = await take(spool)
+            await append(spool, payload(1))
+            connections[-1].execute("PRAGMA max_page_count=1")
+            assert await append(spool, payload(2, size=100_000))
             assert not spool.durable
             assert "full" in spool.outage
             # The batch of the disk is delivered meanwhile; the partition continues with the memory.
-            assert await spool.finish(batch) == 1
-            taken = await spool.take(PARTITION)
+            assert await finish(spool, batch) == 1
+            taken = await take(spool)
             assert taken[1] == [payload(2, size=100_000).body]
-            spool._try_at = 0.0
-            await spool.append(payload(3))
+            await spool.do(lambda store: store.retry_now())
+            await append(spool, payload(3))
             assert spool.durable
             assert spool.outage is None
-            assert [left.payloads for left in backlogs[0]] == [2]
+            backlogs = [each.backlog for each in results if each.backlog is not None]
+            assert [[left.payloads for left in each] for each in backlogs] == [[], [2]]
             # The content of the disk, then the batch that was fixed in memory.
             assert sorted(bodies(await drained(spool))) == sorted(
                 payload(n, size=100_000 if n == 2 else 0).body for n in (1, 2, 3)
@@ -772,7 +814,7 @@ async def test_a_damaged_file_is_set_aside(tmp_path, caplog):
     """It is kept for people; a new one takes its place at once."""
     (tmp_path / "events.db").write_bytes(b"this is no database, as anybody can see" * 100)
     async with opened(tmp_path) as spool:
-        assert await spool.append(payload(1))
+        assert await append(spool, payload(1))
         assert spool.durable
     assert (tmp_path / "events.db.damaged").read_bytes().startswith(b"this is no database")
     assert "damaged" in caplog.text
@@ -784,7 +826,7 @@ async def test_a_file_of_another_release_is_left_alone(tmp_path, caplog):
         other.execute("PRAGMA user_version=99")
     before = (tmp_path / "events.db").read_bytes()
     async with opened(tmp_path) as spool:
-        assert await spool.append(payload(1))
+        assert await append(spool, payload(1))
         assert not spool.durable
     assert (tmp_path / "events.db").read_bytes() == before
     assert "another release" in caplog.text
@@ -811,8 +853,8 @@ def test_a_damaged_payload_is_found_by_its_checksum(caplog):
 async def test_a_second_process_on_the_same_file_works_in_memory(tmp_path):
     """Two relays cannot deliver the same events."""
     async with opened(tmp_path) as first, opened(tmp_path) as second:
-        assert await first.append(payload(1))
-        assert await second.append(payload(2))
+        assert await append(first, payload(1))
+        assert await append(second, payload(2))
         assert first.durable
         assert not second.durable
         assert "locked" in second.outage
@@ -822,7 +864,7 @@ async def test_a_second_process_on_the_same_file_works_in_memory(tmp_path):
 async def test_only_the_owner_can_read_the_files(tmp_path):
     """The directory and the files have private permissions."""
     async with opened(tmp_path / "new" / "spool") as spool:
-        await spool.append(payload(1))
+        await append(spool, payload(1))
         folder = tmp_path / "new" / "spool"
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
@@ -832,45 +874,45 @@ async def test_a_disk_that_hangs_blocks_nothing(tmp_path, monkeypatch):
     """The loop continues, waiting payloads are bounded, and the shutdown is in time."""
     monkeypatch.setattr("relay.events.spool.CLOSE_LIMIT", 0.05)
     freed = threading.Event()
-    spool = Spool(tmp_path, LIMITS)
-    await spool.open()
-    spool._do(lambda _: freed.wait(60))
-    big = EventPayload(PARTITION, "", b"x" * (MAX_QUEUED // 4), 1.0)
-    waiting = [spool.append(big) for _ in range(4)]
-    with pytest.raises(StoreUnavailable):
-        spool.append(payload(1))
-    started = time.monotonic()
-    await spool.close()
-    assert time.monotonic() - started < 1
-    assert not any(each.done() for each in waiting)
-    freed.set()
-    await asyncio.gather(*waiting)
-    await spool._closed
+    spool = DiskSpool(tmp_path, LIMITS)
+    async with working(spool):
+        spool.do(lambda _: freed.wait(60))
+        big = EventPayload(PARTITION, "", b"x" * (MAX_QUEUED // 4), 1.0)
+        waiting = [spool.append(big) for _ in range(4)]
+        with pytest.raises(StoreUnavailable):
+            spool.append(payload(1))
+        started = time.monotonic()
+        await spool.close()
+        assert time.monotonic() - started < 1
+        assert not any(each.done() for each in waiting)
+        freed.set()
+        await asyncio.gather(*waiting)
 
 
-async def test_an_unexpected_error_reaches_its_caller_only():
+@pytest.mark.parametrize("durable", [True, False])
+async def test_an_unexpected_error_reaches_its_caller_only(tmp_path, durable):
     """The spool continues to work."""
-    async with opened(None) as spool:
+    async with opened(tmp_path if durable else None) as spool:
         with pytest.raises(ZeroDivisionError):
-            await spool._do(lambda _: 1 / 0)
-        assert await spool.append(payload(1))
+            await spool.do(lambda _: 1 / 0)
+        assert await append(spool, payload(1))
         assert bodies(await drained(spool)) == [payload(1).body]
 
 
-async def test_a_cancelled_append_keeps_its_payload():
+async def test_a_cancelled_append_keeps_its_payload(tmp_path):
     """A payload is stored even if its sender is gone."""
-    async with opened(None) as spool:
+    async with opened(tmp_path) as spool:
         spool.append(payload(1)).cancel()
-        await spool.append(payload(2))
+        await append(spool, payload(2))
         assert bodies(await drained(spool)) == [payload(1).body, payload(2).body]
 
 
-async def test_one_synchronisation_serves_many_payloads(tmp_path):
+async def test_one_synchronisation_serves_many_payloads(tmp_path, connections):
     """Payloads that arrive together share transactions."""
     async with opened(tmp_path) as spool:
         commits = []
-        spool._disk._db.set_trace_callback(lambda sql: sql == "COMMIT" and commits.append(sql))
-        await asyncio.gather(*(spool.append(payload(n)) for n in range(1000)))
+        connections[-1].set_trace_callback(lambda sql: sql == "COMMIT" and commits.append(sql))
+        await append_all(spool, *(payload(n) for n in range(1000)))
         assert len(commits) < 50
 
 
@@ -887,10 +929,10 @@ def test_a_debugger_shows_how_full_a_store_is(new_store):
 
 async def test_a_debugger_shows_the_spool_s_file_and_outage(tmp_path):
     """The reason of an outage, or None."""
-    assert repr(Spool(None, LIMITS)) == "<Spool: memory, outage: None>"
-    spool = Spool(tmp_path, LIMITS)
-    spool.outage = "disk full"
-    assert repr(spool) == f"<Spool: {tmp_path}/events.db, outage: disk full>"
+    size = LIMITS.memory
+    assert repr(MemorySpool(LIMITS)) == f"<MemorySpool: <MemoryStore: 0 of {size} bytes, 0 queues>>"
+    spool = DiskSpool(tmp_path, LIMITS)
+    assert repr(spool) == f"<DiskSpool: {tmp_path}/events.db, outage: None>"
 
 
 CHILD = """
@@ -898,11 +940,13 @@ import asyncio, sys, time
 from pathlib import Path
 from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.events.store import Limits
-from relay.events.spool import Spool
+from relay.events.spool import DiskSpool
 
 async def main():
-    spool = Spool(Path(sys.argv[1]), Limits())
-    await spool.open()
+    spool = DiskSpool(Path(sys.argv[1]), Limits())
+    async def work():
+        async for _ in spool.results():
+            pass
     partition = Partition("prod", EventsEndpoint.BULK, 4)
     async def client(name):
         for n in range(10**6):
@@ -912,12 +956,12 @@ async def main():
             print(text, flush=True)
     async def deliver():
         while True:
-            if taken := await spool.take(partition):
+            if taken := await spool.do(lambda store: store.take(partition)):
                 for body in taken[1]:
                     print("sent", taken[0].payload_id, body.decode(), flush=True)
-                await spool.finish(taken[0])
+                await spool.do(lambda store: store.finish(taken[0]))
             await asyncio.sleep(0.005)
-    await asyncio.gather(deliver(), *(client(c) for c in range(8)))
+    await asyncio.gather(work(), deliver(), *(client(c) for c in range(8)))
 
 asyncio.run(main())
 """
