@@ -85,6 +85,7 @@ def build_site(config: Config) -> Site:
     from relay.web.endpoints.webhooks import WebhooksHandler  # noqa: PLC0415
     from relay.web.fastpath.evaluation import EvaluationFastPath  # noqa: PLC0415
     from relay.web.fastpath.events import EventsFastPath  # noqa: PLC0415
+    from relay.web.routes import POLLS  # noqa: PLC0415
 
     relay = build(config)
     _log_environments(config, relay)
@@ -100,12 +101,12 @@ def build_site(config: Config) -> Site:
     app = make_app(relay, polling, traffic, events, webhooks, evaluation=evaluation, goals=goals)
     exporter = make_exporter(relay, traffic, config.prometheus.prefix)
     background = (
-        [UsageReporter(relay.environments, traffic, relay.events.accept).run]
+        [UsageReporter(relay.environments, traffic, relay.events.accept, POLLS).run]
         if relay.events
         else []
     )
     if webhooks:
         background.append(webhooks.run)
     fast_events = EventsFastPath(relay, events, traffic)
-    fast_evaluation = EvaluationFastPath(relay, evaluation, traffic)
+    fast_evaluation = EvaluationFastPath(evaluation, traffic)
     return Site(relay, app, polling, traffic, exporter, background, fast_events, fast_evaluation)

@@ -30,7 +30,7 @@ OTHER = "other"
 _log = logging.getLogger("relay.traffic")
 
 
-class Series(NamedTuple):
+class RequestLabels(NamedTuple):
     """Labels of a count; each has a bounded number of values."""
 
     environment: str
@@ -44,7 +44,7 @@ class Series(NamedTuple):
     """As returned by `RequestMetrics.user_agent`; empty if the client has no name."""
 
 
-Counts = defaultdict[Series, MetricValue]
+Counts = defaultdict[RequestLabels, MetricValue]
 
 
 class RequestMetrics:
@@ -91,7 +91,7 @@ def label_value(value: str) -> str:
     return value.replace("/", "_") or "_"
 
 
-def totals(counts: Mapping[Series, MetricValue]) -> Mapping[str, int]:
+def totals(counts: Mapping[RequestLabels, MetricValue]) -> Mapping[str, int]:
     """Return the sums of counts by environment."""
     sums: defaultdict[str, int] = defaultdict(int)
     for series, count in counts.items():
