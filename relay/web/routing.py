@@ -13,14 +13,18 @@ from starlette.types import Receive, Scope, Send
 
 from relay.environment import Environment
 from relay.evaluation.sdkkind import SDKKind
+from relay.registry import Grant
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestMetrics, Series
 from relay.web import access
 from relay.web.cors import cors_headers
 from relay.web.responses import PreparedResponse, environment_headers
 
-Resolve = Callable[[Relay, Request], Environment | PreparedResponse]
+Resolve = Callable[[Relay, Request], Grant[Environment] | PreparedResponse]
 """Return the environment of a request, or the refusal."""
+
+GRANT = "relay.grant"
+"""Key in a request's scope of the grant that has opened its environment."""
 
 Handler = Callable[[Request, Environment], Awaitable[Response]]
 """Return the response to an authenticated request."""
@@ -59,21 +63,23 @@ def user_agent(traffic: RequestMetrics, request: Request) -> str:
     return traffic.user_agent(sdk_agent, agent)
 
 
-def _sdk_key(relay: Relay, request: Request) -> Environment | PreparedResponse:
+def _sdk_key(relay: Relay, request: Request) -> Grant[Environment] | PreparedResponse:
     return access.for_sdk_key(relay, header(request, "authorization"), parameter(request, "filter"))
 
 
-def _mobile_key(relay: Relay, request: Request) -> Environment | PreparedResponse:
+def _mobile_key(relay: Relay, request: Request) -> Grant[Environment] | PreparedResponse:
     credential = header(request, "authorization")
     return access.for_mobile_key(relay, credential, parameter(request, "filter"))
 
 
-def _environment_id(relay: Relay, request: Request) -> Environment | PreparedResponse:
+def _environment_id(relay: Relay, request: Request) -> Grant[Environment] | PreparedResponse:
     credential = request.path_params["envId"]
     return access.for_environment_id(relay, credential, parameter(request, "filter"))
 
 
-def _mobile_key_or_environment_id(relay: Relay, request: Request) -> Environment | PreparedResponse:
+def _mobile_key_or_environment_id(
+    relay: Relay, request: Request
+) -> Grant[Environment] | PreparedResponse:
     credential = parameter(request, "auth").encode("latin-1", "replace")
     credential = credential or header(request, "authorization")
     return access.for_client(relay, credential, parameter(request, "filter"))
@@ -136,7 +142,12 @@ class AuthenticatedRoute:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Authenticate a request, count it and send the response."""
         request = Request(scope, receive)
-        resolved = self.auth.resolve(self.relay, request)
+        resolved: Environment | PreparedResponse
+        access = self.auth.resolve(self.relay, request)
+        if isinstance(access, Grant):
+            resolved, scope[GRANT] = access.environment, access
+        else:
+            resolved = access
         response = await self._response(request, resolved)
         environment = resolved if isinstance(resolved, Environment) else None
         if environment and b"x-ld-envid" not in dict(response.raw_headers):

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from relay.environment import Environment
 from relay.model.context import Context
 from relay.model.metrics import MetricValue
+from relay.registry import Grant
 from relay.streams.evaluated import EVALUATING, PINGS, EvalClient
 from relay.streams.transport import LAST_CHUNK, decode_chunks
 from relay.telemetry.traffic import RequestMetrics, Series
@@ -34,7 +35,7 @@ from relay.web.contexts import (
 )
 from relay.web.cors import cors_lines
 from relay.web.responses import Headers, PreparedResponse, environment_headers
-from relay.web.routing import BROWSER, Handler, RouteAuth, user_agent
+from relay.web.routing import BROWSER, GRANT, Handler, RouteAuth, user_agent
 
 STREAMS: Mapping[bytes, str] = {b"/all": "all", b"/flags": "flags"}
 """Stream formats for server-side SDKs, by path (endpoints 1.1, rows 18 and 19)."""
@@ -228,6 +229,7 @@ class StreamResponse(Response):
         super().__init__()
         self._client = client
         self._count = count
+        self._grant: Grant[Environment] | None = scope.get(GRANT)
         self.raw_headers = list(stream_headers(environment, closes=_closes(scope)))
         self._environment = environment
         self._stream = stream
@@ -243,7 +245,9 @@ class StreamResponse(Response):
 
     async def _send_stream(self, receive: Receive, send: Send) -> None:
         pipe = _Pipe()
-        self._environment.hub.subscribe(self._stream, pipe, b"", self._count, self._client)
+        self._environment.hub.subscribe(
+            self._stream, pipe, b"", self._count, self._client, grant=self._grant
+        )
         disconnect = asyncio.create_task(_disconnected(receive))
         disconnect.add_done_callback(lambda _: pipe.abort())
         try:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from relay.environment import Environment
 from relay.evaluation.compiled.fragments import EvalBody
 from relay.evaluation.sdkkind import SDKKind
+from relay.model.credential import CredentialKind
 from relay.model.metrics import MetricValue
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestMetrics, Series, client_label
@@ -244,9 +245,12 @@ class EvaluationFastPath:
         route = _BY_KEY.get(prefix)
         if route is not None:
             mobile = route.auth is MOBILE
-            by_key = self._relay.by_mobile_key if mobile else self._relay.by_sdk_key
-            return route, by_plain_key(by_key, headers)
+            kind = CredentialKind.MOBILE_KEY if mobile else CredentialKind.SDK_KEY
+            grant = by_plain_key(self._relay, kind, headers)
+            return route, grant.environment if grant else None
         match = _BROWSERS.fullmatch(prefix)
         if match is None:
             return None, None
-        return _BY_ID[match[2]], self._relay.by_environment_id.get(match[1].decode())
+        environment_id = match[1].decode()
+        find = self._relay.registry.find
+        return _BY_ID[match[2]], find(CredentialKind.ENVIRONMENT_ID, environment_id)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from relay.environment import Environment
 from relay.errors import StoreUnavailable
+from relay.model.credential import CredentialKind
 from relay.model.event import EventsEndpoint, Partition
 from relay.model.metrics import MetricValue
 from relay.protocol.gzip import CORRUPT
@@ -121,18 +122,18 @@ class EventsFastPath:
         credential = plain_key(headers)
         if route.auth is BROWSER:
             credential = last.decode() if _ID.fullmatch(last) else ""
-        environment = self._environments(route).get(credential)
+        environment = self._find(route, credential)
         if environment is None or not self._events.enabled or not _has_plain_body(headers):
             return None
         target = EventTarget(route, credential, environment)
         return EventUpload(target, url, headers, self._events.budget)
 
-    def _environments(self, route: EventsRoute) -> Mapping[str, Environment]:
-        """Return all environments by the kind of credential that a route needs."""
-        relay = self._relay
-        if route.auth is SERVER:
-            return relay.by_sdk_key
-        return relay.by_mobile_key if route.auth is MOBILE else relay.by_environment_id
+    def _find(self, route: EventsRoute, credential: str) -> Environment | None:
+        kind = CredentialKind.ENVIRONMENT_ID
+        if route.auth is not BROWSER:
+            mobile = route.auth is MOBILE
+            kind = CredentialKind.MOBILE_KEY if mobile else CredentialKind.SDK_KEY
+        return self._relay.registry.find(kind, credential)
 
     def accept(self, upload: EventUpload) -> asyncio.Future[object] | None:
         """Accept a complete upload; None to leave it to the application.
@@ -201,10 +202,7 @@ class EventsFastPath:
     def _is_valid(self, head: KnownHead) -> bool:
         """Return whether the credential of a known head still opens the same environment."""
         route, credential, environment = head.target
-        return (
-            self._environments(route).get(credential) is environment
-            and environment.spec is head.spec
-        )
+        return self._find(route, credential) is environment and environment.spec is head.spec
 
     def known(self, head: bytes) -> EventUpload | None:
         """Return an upload for a known head; None if it has to be parsed."""
@@ -219,6 +217,11 @@ class EventsFastPath:
         upload.keep_alive, upload.start = known.keep_alive, head
         upload.payload_id, upload.missing = payload_id, missing
         return upload
+
+    def forget(self, environment: str) -> None:
+        """Forget the counters of an environment that is gone."""
+        for key in [key for key in self._counts if key[1] == environment]:
+            del self._counts[key]
 
     def _count(self, upload: EventUpload) -> MetricValue:
         sdk_agent = upload.headers.get(b"x-launchdarkly-user-agent", b"")

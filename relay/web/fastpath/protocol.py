@@ -22,7 +22,9 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
 from relay.environment import Environment
+from relay.model.credential import CredentialKind
 from relay.model.metrics import MetricValue
+from relay.registry import Grant
 from relay.streams.transport import StreamTransport
 from relay.telemetry.redaction import redact_url
 from relay.telemetry.traffic import Series, client_label
@@ -289,18 +291,19 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
             return False
         return handler(self, headers)
 
-    def _environment_of(self, headers: Mapping[bytes, bytes]) -> Environment | None:
-        """Return the environment of a GET that arrived alone and in one piece."""
+    def _grant_of(self, headers: Mapping[bytes, bytes]) -> Grant[Environment] | None:
+        """Return the grant of a GET that arrived alone and in one piece."""
         if not self._whole_head or not _BODY_HEADERS.isdisjoint(headers):
             return None
-        return by_plain_key(self._shared.relay.by_sdk_key, headers)
+        return by_plain_key(self._shared.relay, CredentialKind.SDK_KEY, headers)
 
     def _open_stream(self, headers: Mapping[bytes, bytes]) -> bool:
-        environment, stream = self._environment_of(headers), STREAMS.get(self.url)
-        if environment is None or stream is None:
+        grant, stream = self._grant_of(headers), STREAMS.get(self.url)
+        if grant is None or stream is None:
             return False
+        environment = grant.environment
         lines = stream_headers(environment, closes=self._closes)
-        request = StreamRequest(environment, stream, lines, self._series(environment))
+        request = StreamRequest(environment, stream, lines, self._series(environment), grant)
         if not self._shared.traffic.logs:
             self._shared.cache.put(self._whole_head, request)
         return self._open(request)
@@ -457,9 +460,10 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
             super().on_body(body)
 
     def _answer_poll(self, headers: Mapping[bytes, bytes]) -> bool:
-        environment, head = self._environment_of(headers), self._whole_head
-        if environment is None or self._shared.poll is None or not self.url.isascii():
+        grant, head = self._grant_of(headers), self._whole_head
+        if grant is None or self._shared.poll is None or not self.url.isascii():
             return False
+        environment = grant.environment
         etag, encoding = headers.get(b"if-none-match"), headers.get(b"accept-encoding")
         prepared = self._shared.poll(
             environment, self.url.decode("ascii"), etag or b"", encoding or b""
@@ -523,7 +527,8 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
             url, authorization = self._redacted_url, self._authorization
             transport, head = LoggedTransport(self.transport, url, authorization), b""
         vars(self).clear()
-        request.environment.hub.subscribe(request.name, transport, head, count, request.client)
+        hub, client, grant = request.environment.hub, request.client, request.grant
+        hub.subscribe(request.name, transport, head, count, client, grant=grant)
 
     def _count_stream(self, series: Series) -> MetricValue:
         """Count a new stream; return the counter of open ones."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from relay.environment import Environment
+from relay.model.credential import CredentialKind
+from relay.registry import Grant
 from relay.relay import Relay
 from relay.streams.evaluated import EvalClient
 from relay.telemetry.traffic import RequestMetrics, Series, client_label
@@ -26,6 +28,8 @@ class StreamRequest(NamedTuple):
     """Headers of the response."""
     series: Series
     """Labels of the metrics that count the stream."""
+    grant: Grant[Environment]
+    """The permission with which it ends."""
     client: EvalClient | None = None
     """The client that flags are evaluated for; None for broadcast streams."""
 
@@ -56,11 +60,12 @@ def client_stream_request(
     environment_id, segment = match["ping"] or match["id"], match["mobile"] or match["context"]
     auth = BROWSER if environment_id else MOBILE
     if environment_id:
-        environment = relay.by_environment_id.get(environment_id.decode())
+        grant = relay.registry.grant(CredentialKind.ENVIRONMENT_ID, environment_id.decode())
     else:
-        environment = by_plain_key(relay.by_mobile_key, headers)
-    if environment is None:
+        grant = by_plain_key(relay, CredentialKind.MOBILE_KEY, headers)
+    if grant is None:
         return None
+    environment = grant.environment
     stream = client_stream(environment, auth, segment, query) if segment else PING_STREAM
     if isinstance(stream, PreparedResponse):
         return None
@@ -69,7 +74,7 @@ def client_stream_request(
     series = Series(environment.spec.name, route, "GET", auth.platform, user_agent)
     origin = headers.get(b"origin", b"")
     response_headers = client_stream_headers(environment, auth, origin, closes=closes)
-    return StreamRequest(environment, stream.name, response_headers, series, stream.client)
+    return StreamRequest(environment, stream.name, response_headers, series, grant, stream.client)
 
 
 _CLIENT_PATHS = re.compile(
