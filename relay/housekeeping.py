@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from relay.relay import Relay
-from relay.telemetry.log import forget_environment, mask_keys
+from relay.telemetry.log import forget_environment, masked_keys, unmask_keys
 
 INTERVAL = 120.0
 """Seconds between two rounds. Names and keys are kept for one at least, so that metrics are read
@@ -33,8 +33,8 @@ class Housekeeping:
         self._interval = interval
         self._seen: frozenset[str] = frozenset()
         """Former names at the last round."""
-        self._keys: frozenset[str] = frozenset()
-        """Keys that were in use at the last round."""
+        self._unused_keys: frozenset[str] = frozenset()
+        """Keys that opened nothing at the last round."""
 
     async def run(self) -> None:
         """Forget what is due, in rounds, until cancelled."""
@@ -53,6 +53,6 @@ class Housekeeping:
                 for forget in self._keepers:
                     forget(name)
         self._seen = former
-        keys = registry.keys
-        mask_keys(keys | self._keys, only=True)
-        self._keys = keys
+        unused = masked_keys() - registry.keys
+        unmask_keys(unused & self._unused_keys)
+        self._unused_keys = unused

@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from relay.environment import ConnectionState, Environment
+from relay.model.credential import CredentialKind
 from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Fetch
 from relay.registry import Registry, RegistryChange
@@ -135,7 +136,11 @@ class Relay:
 
     def _carry_out(self, change: RegistryChange[Environment]) -> None:
         """Carry out the consequences of a change; before `run` there is nothing to end."""
-        mask_keys(grant.credential.value for grant in change.opened)
+        mask_keys(
+            grant.credential.value
+            for grant in change.opened
+            if grant.credential.kind is not CredentialKind.ENVIRONMENT_ID  # which is public
+        )
         if self._tasks is None:
             return
         for environment in change.stopped:

@@ -141,7 +141,8 @@ class LogHandler(logging.Handler):
         self._spellings: dict[str, frozenset[str]] = {}
         """Spellings of each secret that is masked."""
         self._secrets: list[str] = []
-        self.mask_keys(secrets)
+        self._configured: frozenset[str] = frozenset()
+        self.mask(frozenset(secrets))
         self._configured = frozenset(self._spellings)
         self._stdout, self._stderr = stdout, stderr
         self._queue: queue.Queue[tuple[int, bytes] | None] = queue.Queue(WAITING_LINES)
@@ -151,19 +152,30 @@ class LogHandler(logging.Handler):
     def __repr__(self) -> str:
         return f"<LogHandler: {self._queue.qsize()} lines queued, {self.lost} lost>"
 
-    def mask_keys(self, keys: Iterable[str], *, only: bool = False) -> None:
-        """Mask keys besides the secrets; see the function of this name."""
-        masked = {key for key in keys if len(key) >= SHORTEST_SECRET}
-        added = masked - self._spellings.keys()
-        dropped = self._spellings.keys() - masked - self._configured if only else ()
-        for key in added:
-            self._spellings[key] = frozenset(_spellings(key))
-        for key in dropped:
-            del self._spellings[key]
-        if added or dropped:
-            # Longest first: one secret may be the beginning of another.
-            spellings = {text for texts in self._spellings.values() for text in texts}
-            self._secrets = sorted(spellings, key=len)[::-1]
+    @property
+    def masked_keys(self) -> frozenset[str]:
+        """Texts that are masked besides the secrets."""
+        return frozenset(self._spellings.keys() - self._configured)
+
+    def mask(self, keys: frozenset[str]) -> None:
+        """Mask further texts."""
+        added = {key for key in keys - self._spellings.keys() if len(key) >= SHORTEST_SECRET}
+        if added:
+            self._spellings.update((key, frozenset(_spellings(key))) for key in added)
+            self._sort_secrets()
+
+    def unmask(self, keys: frozenset[str]) -> None:
+        """Stop masking texts, unless they are secrets."""
+        dropped = keys & self.masked_keys
+        if dropped:
+            for key in dropped:
+                del self._spellings[key]
+            self._sort_secrets()
+
+    def _sort_secrets(self) -> None:
+        # Longest first: one secret may be the beginning of another.
+        spellings = {text for texts in self._spellings.values() for text in texts}
+        self._secrets = sorted(spellings, key=len)[::-1]
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue a line, or count it as lost."""
@@ -241,15 +253,23 @@ def forget_environment(name: str) -> None:
     logging.Logger.manager.loggerDict.pop(f"relay.env.{name}", None)
 
 
-def mask_keys(keys: Iterable[str], *, only: bool = False) -> None:
-    """Mask keys wherever they appear in log lines, besides the secrets of the configuration.
-
-    Args:
-        keys: to mask from now on.
-        only: no longer mask others that were given before.
-    """
+def mask_keys(keys: Iterable[str]) -> None:
+    """Mask keys wherever they appear in log lines, besides the secrets of the configuration."""
+    keys = frozenset(keys)
     for handler in _handlers():
-        handler.mask_keys(keys, only=only)
+        handler.mask(keys)
+
+
+def unmask_keys(keys: Iterable[str]) -> None:
+    """Stop masking keys that are no secrets of the configuration."""
+    keys = frozenset(keys)
+    for handler in _handlers():
+        handler.unmask(keys)
+
+
+def masked_keys() -> frozenset[str]:
+    """Return the keys that `unmask_keys` would unmask."""
+    return frozenset[str]().union(*(handler.masked_keys for handler in _handlers()))
 
 
 def _handlers() -> list[LogHandler]:
