@@ -27,7 +27,7 @@ class UsageReporter:
     """Reports the streams and polls of each environment.
 
     Args:
-        environments: names of the environments.
+        names: returns the names of the environments, and of those that are gone but not forgotten.
         traffic: request counts of the fast path and the application.
         accept: accepts a report for delivery, as `Forwarder.accept`.
         polls: routes of polls, by their templates.
@@ -36,13 +36,13 @@ class UsageReporter:
 
     def __init__(
         self,
-        environments: Iterable[str],
+        names: Callable[[], Iterable[str]],
         traffic: RequestMetrics,
         accept: Callable[[EventPayload], Awaitable[object]],
         polls: Collection[str],
         interval: float = INTERVAL,
     ) -> None:
-        self._environments = tuple(environments)
+        self._names = names
         self._traffic = traffic
         self._accept = accept
         self._poll_routes = polls
@@ -74,7 +74,7 @@ class UsageReporter:
         opened = _by_environment(self._traffic.new_streams)
         period = {"startDate": round((now - lasted) * 1000), "endDate": round(now * 1000)}
         payloads = []
-        for name in self._environments:
+        for name in self._names():
             new_polls = polls.get(name, Counter()) - self._polls.get(name, Counter())
             lists = {
                 "connections": _list_clients("current", open_now.get(name, Counter())),

@@ -79,6 +79,14 @@ class RequestMetrics:
             self._user_agents.add(name)
         return name
 
+    def forget(self, environment: str) -> None:
+        """Drop the counts of an environment that is gone."""
+        for counts in (self.requests, self.new_streams, self.streams):
+            for series in [series for series in counts if series.environment == environment]:
+                del counts[series]
+        for by_name in (self.unusable, self.discarded):
+            by_name.pop(environment, None)
+
 
 def client_label(traffic: RequestMetrics, headers: Mapping[bytes, bytes]) -> str:
     """Return the label of the user agent of a request on the fast path."""

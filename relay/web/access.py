@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from relay.environment import Environment
-from relay.evaluation.sdkkind import SDKKind
+from relay.registry import Grant
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestLabels, RequestMetrics, client_label
 from relay.web.requests import parameter_in
@@ -24,11 +24,15 @@ _BLANKS = " \t"
 
 
 class Access(NamedTuple):
-    """Route of a request, and the environment that its credential opens."""
+    """Route of a request, and the permission that its credential gives."""
 
     route: Route
-    environment: Environment
-    credential: str
+    grant: Grant[Environment]
+
+    @property
+    def environment(self) -> Environment:
+        """The environment that the credential opens."""
+        return self.grant.environment
 
     def __repr__(self) -> str:
         return f"<Access {self.route.template} {self.environment.spec.name!r}>"
@@ -69,35 +73,16 @@ def resolve(
     credential = _credential(route.auth, headers, environment_id, query)
     if not credential and route.auth.source is CredentialSource.HEADER:
         return MALFORMED_CREDENTIAL
-    kinds = route.auth.accepted
     payload_filter = parameter_in(query, "filter")
-    for kind in kinds:
-        environment = find(relay, kind, credential, payload_filter)
-        if environment is not None:
-            return Access(route, environment, credential)
-    if payload_filter and any(find(relay, kind, credential) for kind in kinds):
-        return UNKNOWN_FILTER
+    find = relay.registry.grant
+    for kind in route.auth.accepted:
+        grant = find(kind, credential, payload_filter)
+        if grant is not None:
+            return Access(route, grant)
+        if payload_filter and find(kind, credential) is not None:
+            return UNKNOWN_FILTER
     by_path = route.auth.source is CredentialSource.PATH
     return UNKNOWN_ENVIRONMENT_ID if by_path else UNKNOWN_CREDENTIAL
-
-
-def find(
-    relay: Relay, kind: SDKKind, credential: str, payload_filter: str = ""
-) -> Environment | None:
-    """Return the environment that a credential opens with a payload filter; None if there is none.
-
-    Args:
-        relay: provides the environments.
-        kind: of the SDKs that have such credentials.
-        credential: as sent.
-        payload_filter: key of the filter; empty for all data.
-    """
-    if payload_filter:
-        return None  # no environment has filters yet
-    if kind is SDKKind.SERVER:
-        return relay.by_sdk_key.get(credential)
-    by_credential = relay.by_mobile_key if kind is SDKKind.MOBILE else relay.by_environment_id
-    return by_credential.get(credential)
 
 
 def _credential(

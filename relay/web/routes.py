@@ -12,6 +12,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from relay.evaluation.sdkkind import SDKKind
+from relay.model.credential import CredentialKind
 from relay.model.event import EventsEndpoint
 
 
@@ -57,7 +58,7 @@ class RouteAuth:
     Args:
         sdk_kind: decides which flags are visible.
         source: place of the credential.
-        accepted: kinds of credentials by the SDKs that have them, tried in order.
+        accepted: kinds of credentials, tried in order.
         exposed_headers: response headers that scripts in browsers may read; empty if the route is
             not for browsers.
         open_preflight: whether a preflight needs no credential.
@@ -65,18 +66,20 @@ class RouteAuth:
 
     sdk_kind: SDKKind
     source: CredentialSource
-    accepted: tuple[SDKKind, ...]
+    accepted: tuple[CredentialKind, ...]
     exposed_headers: tuple[str, ...] = ()
     open_preflight: bool = False
 
 
-SERVER = RouteAuth(SDKKind.SERVER, CredentialSource.HEADER, (SDKKind.SERVER,))
-MOBILE = RouteAuth(SDKKind.MOBILE, CredentialSource.HEADER, (SDKKind.MOBILE,))
-BROWSER = RouteAuth(SDKKind.BROWSER, CredentialSource.PATH, (SDKKind.BROWSER,), ("Date",))
+SERVER = RouteAuth(SDKKind.SERVER, CredentialSource.HEADER, (CredentialKind.SDK_KEY,))
+MOBILE = RouteAuth(SDKKind.MOBILE, CredentialSource.HEADER, (CredentialKind.MOBILE_KEY,))
+BROWSER = RouteAuth(
+    SDKKind.BROWSER, CredentialSource.PATH, (CredentialKind.ENVIRONMENT_ID,), ("Date",)
+)
 FDV2_CLIENT = RouteAuth(  # newer-versions 10.5
     SDKKind.BROWSER,
     CredentialSource.QUERY,
-    (SDKKind.MOBILE, SDKKind.BROWSER),
+    (CredentialKind.MOBILE_KEY, CredentialKind.ENVIRONMENT_ID),
     ("Date", "X-LD-FD-Fallback"),
     open_preflight=True,
 )

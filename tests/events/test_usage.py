@@ -17,7 +17,7 @@ class Reports:
 
     def __init__(self) -> None:
         self.traffic = RequestMetrics()
-        self.usage = UsageReporter(["main", "quiet"], self.traffic, self._accept, POLLS)
+        self.usage = UsageReporter(lambda: ["main", "quiet"], self.traffic, self._accept, POLLS)
 
     async def _accept(self, _payload) -> None:
         raise AssertionError

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from relay.evaluation.sdkkind import SDKKind
-from relay.model.credential import MobileKey
+from relay.model.credential import MobileKey, SDKKey
 from relay.telemetry.traffic import RequestMetrics
 from relay.web import responses
-from relay.web.access import Access, find, resolve
-from relay.web.routes import ROUTES, Endpoint, Route
+from relay.web.access import Access, resolve
+from relay.web.routes import ROUTES, Route
 from tests.support.serving import SDK_KEY, Served
 
 
@@ -40,7 +39,9 @@ def test_credentials(header, status):
         assert isinstance(resolved, responses.PreparedResponse)
         assert resolved.status == status
     else:
-        assert resolved == Access(POLL, relay.environments["main"], SDK_KEY)
+        assert isinstance(resolved, Access)
+        assert resolved.environment is relay.environments["main"]
+        assert resolved.grant.credential == SDKKey(SDK_KEY)
     other = resolve(relay, MOBILE_PING, headers)
     assert isinstance(other, Access) == (header == b"mob-1")
 
@@ -71,16 +72,6 @@ def test_refusals(route, headers, environment_id, query, refusal):
     assert resolved is refusal if refusal else isinstance(resolved, Access)
 
 
-def test_kinds_of_credentials_are_never_interchangeable():
-    """Each kind is looked up by itself."""
-    credentials = {SDKKind.SERVER: SDK_KEY, SDKKind.MOBILE: "mob-1", SDKKind.BROWSER: "env-1"}
-    one = served()
-    for kind in SDKKind:
-        for owner, credential in credentials.items():
-            found = find(one.relay, kind, credential)
-            assert found is (one.environment if kind is owner else None)
-
-
 def test_a_request_has_the_labels_of_its_route():
     """Metrics count by environment, template, method, kind of SDK and user agent."""
     headers = {b"authorization": b"mob-1", b"user-agent": b"Plain/1"}
@@ -95,6 +86,6 @@ def test_a_request_has_the_labels_of_its_route():
 
 def test_a_debugger_shows_no_credential():
     """An access states its route and environment."""
-    access = Access(POLL, served().environment, SDK_KEY)
+    headers = {b"authorization": SDK_KEY.encode()}
+    access = resolve(served().relay, POLL, headers)
     assert repr(access) == "<Access /sdk/flags 'main'>"
-    assert POLL.endpoint is Endpoint.POLL

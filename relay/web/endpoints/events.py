@@ -209,6 +209,14 @@ class EventsHandler:
         """True if events are accepted."""
         return self._forwarder is not None
 
+    def forget(self, environment: str) -> None:
+        """Forget an environment that is gone."""
+        self._origins.pop(environment, None)
+        self._over_limit.discard(environment)
+        self._reports.pop(environment, None)
+        for partition in [p for p in self._introduced if p.environment == environment]:
+            del self._introduced[partition]
+
     def accept_plain(
         self,
         environment: Environment,

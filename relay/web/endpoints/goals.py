@@ -72,7 +72,7 @@ class GoalsHandler:
         environment = access.environment
         cache = self._caches.get(environment)
         if cache is None:
-            identifier = quote(access.credential, safe="")
+            identifier = quote(access.grant.credential.value, safe="")
             url = join(self._base, f"/sdk/goals/{identifier}")
             log = environment_log(environment.spec.name, environment.spec.sdk_key.masked)
             cache = self._caches[environment] = _GoalsCache(self._fetch, url, log)

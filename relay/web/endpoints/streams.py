@@ -20,6 +20,7 @@ from relay.environment import Environment
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context
 from relay.model.metrics import MetricValue
+from relay.registry import Grant
 from relay.streams.evaluated import EVALUATING, PINGS, EvalClient
 from relay.streams.transport import LAST_CHUNK, decode_chunks
 from relay.telemetry.traffic import RequestMetrics
@@ -165,34 +166,26 @@ class StreamsHandler:
         if request.method != "HEAD":
             self._traffic.new_streams[labels].value += 1
         count = self._traffic.streams[labels]
-        environment = access.environment
-        return StreamResponse(environment, stream.name, count, request.scope, stream.client)
+        return StreamResponse(access.grant, stream, count, request.scope)
 
 
 class StreamResponse(Response):
     """Stream of one environment; it lasts until the client disconnects or the hub ends it.
 
     Args:
-        environment: to subscribe to.
-        stream: name of the format or channel.
+        grant: opens the environment; the stream ends with it.
+        stream: to subscribe to.
         count: of open streams.
         scope: of the request.
-        client: to evaluate for; None for a stream that is the same for all clients.
     """
 
     def __init__(
-        self,
-        environment: Environment,
-        stream: str,
-        count: MetricValue,
-        scope: Scope,
-        client: EvalClient | None = None,
+        self, grant: Grant[Environment], stream: ClientStream, count: MetricValue, scope: Scope
     ) -> None:
         super().__init__()
-        self._client = client
         self._count = count
-        self.raw_headers = list(stream_headers(environment, closes=_closes(scope)))
-        self._environment = environment
+        self.raw_headers = list(stream_headers(grant.environment, closes=_closes(scope)))
+        self._grant = grant
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -206,7 +199,8 @@ class StreamResponse(Response):
 
     async def _send_stream(self, receive: Receive, send: Send) -> None:
         pipe = _Pipe()
-        self._environment.hub.subscribe(self._stream, pipe, b"", self._count, self._client)
+        hub, stream = self._grant.environment.hub, self._stream
+        hub.subscribe(stream.name, pipe, b"", self._count, stream.client, grant=self._grant)
         disconnect = asyncio.create_task(_disconnected(receive))
         disconnect.add_done_callback(lambda _: pipe.abort())
         try:

@@ -18,7 +18,7 @@ from relay.model.metrics import MetricValue
 from relay.protocol.gzip import CORRUPT
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestMetrics
-from relay.web.access import Access, find
+from relay.web.access import Access
 from relay.web.bodies import (
     BODIES_OVERLOADED,
     INFLATED_AT_ONCE,
@@ -150,9 +150,9 @@ class EventsFastPath:
 
     def _is_valid(self, head: KnownHead) -> bool:
         """Return whether the credential of a known head still opens the same environment."""
-        route, environment, credential = head.access
-        found = find(self._relay, route.sdk_kind, credential)
-        return found is environment and environment.spec is head.spec
+        credential = head.access.grant.credential
+        grant = self._relay.registry.grant(credential.kind, credential.value)
+        return grant is head.access.grant and grant.environment.spec is head.spec
 
     def known(self, head: bytes) -> EventUpload | None:
         """Return an upload for a known head; None if it has to be parsed."""

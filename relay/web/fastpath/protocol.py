@@ -495,7 +495,8 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
             url, authorization = self._redacted_url, self._authorization
             transport, head = LoggedTransport(self.transport, url, authorization), b""
         vars(self).clear()
-        request.environment.hub.subscribe(request.name, transport, head, count, request.client)
+        hub, grant = request.grant.environment.hub, request.grant
+        hub.subscribe(request.name, transport, head, count, request.client, grant=grant)
 
     def _count_stream(self, labels: RequestLabels) -> MetricValue:
         """Count a new stream; return the counter of open ones."""

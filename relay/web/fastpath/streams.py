@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from relay.environment import Environment
+from relay.registry import Grant
 from relay.streams.evaluated import EvalClient
 from relay.telemetry.traffic import RequestLabels, RequestMetrics
 from relay.web.cors import cors_lines, with_cors
@@ -23,7 +24,8 @@ from relay.web.routes import Endpoint
 class StreamRequest(NamedTuple):
     """Request for a stream, ready for the hub."""
 
-    environment: Environment
+    grant: Grant[Environment]
+    """Opens the environment; the stream ends with it."""
     name: str
     """Name of the format or channel."""
     headers: Headers
@@ -52,4 +54,4 @@ def stream_request(traffic: RequestMetrics, head: RequestHead) -> StreamRequest 
         origin = head.headers.get(b"origin", b"")
         headers = with_cors(headers, cors_lines(environment.spec, origin, route))
     labels = access.labels(traffic, "GET", head.headers)
-    return StreamRequest(environment, stream.name, headers, labels, stream.client)
+    return StreamRequest(access.grant, stream.name, headers, labels, stream.client)

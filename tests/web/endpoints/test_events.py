@@ -959,21 +959,23 @@ async def test_a_known_head_follows_changes_of_its_key(acceptor):
             (status,), (head,) = await statuses(reader, 1)
             assert status == 202
             assert f"x-ld-envid: {ID}".encode() in head
-        main, other = relay.by_sdk_key[KEY], relay.environments["e2"]
-        relay.by_sdk_key[KEY] = other
+        main, other = relay.environments["main"], relay.environments["e2"]
+        specs = main.spec, other.spec
+        relay.change(other, replace(other.spec, sdk_key=SDKKey(KEY)))
         for number in range(2, 4):
             writer.write(with_id(number))
             _, (head,) = await statuses(reader, 1)
             assert other.spec.environment_id.value.encode() in head
-        other.spec = replace(other.spec, environment_id=EnvironmentID("renamed"))
+        relay.change(other, replace(other.spec, environment_id=EnvironmentID("renamed")))
         writer.write(with_id(4))
         assert b"x-ld-envid: renamed" in (await statuses(reader, 1))[1][0]
-        del relay.by_sdk_key[KEY]
+        relay.change(other, specs[1])
         writer.write(with_id(5))
         reply, _ = await statuses(reader, 1)
         assert reply == [401]
         writer.close()
-        relay.by_sdk_key[KEY] = main
+        relay.remove(main)
+        relay.put(main)
         assert (await post(address, SOME, SCHEMA_4)).status == 202
     assert [p.partition.environment for p in acceptor.payloads] == ["main"] * 2 + ["e2"] * 3 + [
         "main"

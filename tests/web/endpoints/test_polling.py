@@ -11,13 +11,14 @@ from starlette.requests import Request
 from relay.environment import Environment
 from relay.model.item import Item, Kind, parse
 from relay.model.payload import Payload
+from relay.registry import Grant
 from relay.web.access import Access
 from relay.web.endpoints.polling import PollingHandler
 from relay.web.resources import MAX_COMPRESSED_AT_ONCE, Resource, accepts_gzip
 from relay.web.responses import PreparedResponse
 from relay.web.routes import match
 from tests.support.data import flag, segment
-from tests.support.serving import SDK_KEY, Served
+from tests.support.serving import Served
 
 
 def poll(
@@ -30,7 +31,7 @@ def poll(
     """Return the response of the fast path."""
     found = match(b"GET", path.encode())
     assert found
-    access = Access(found.route, environment, SDK_KEY)
+    access = Access(found.route, Grant(environment, environment.spec.sdk_key))
     return handler.respond(access, found.segment.decode(), if_none_match, accept_encoding)
 
 
@@ -88,7 +89,7 @@ async def test_large_bodies_are_not_compressed_on_the_loop(environment):
     environment.payload = Payload.of([item(Kind.FLAG, flag("a", 1, "x" * MAX_COMPRESSED_AT_ONCE))])
     assert poll(polls, environment, "/sdk/flags", b"", b"gzip") is None
     found = match(b"GET", b"/sdk/flags")
-    access = Access(found.route, environment, SDK_KEY)
+    access = Access(found.route, Grant(environment, environment.spec.sdk_key))
     request = Request({"type": "http", "headers": [(b"accept-encoding", b"gzip")]})
     first, same = await asyncio.gather(polls.handle(request, access), polls.handle(request, access))
     assert poll(polls, environment, "/sdk/flags", b"", b"gzip") is first is same

@@ -16,9 +16,11 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from relay.model.credential import SDKKey
 from relay.model.metrics import MetricValue
 from relay.model.payload import EMPTY
 from relay.protocol import fdv1
+from relay.registry import Grant
 from relay.streams.hub import StreamLimits
 from relay.web.access import Access
 from relay.web.fastpath import scheduler
@@ -446,6 +448,6 @@ async def test_caches_state_their_contents():
     assert repr(scheduler.EvaluationScheduler()) == "<EvaluationScheduler [0 deferred]>"
     prepared.payload = EMPTY
     assert repr(prepared) == "<CachedResponse [stale, 2 bytes]>"
-    access = Access(ROUTES[0], served.environment, SDK_KEY)
+    access = Access(ROUTES[0], Grant(served.environment, SDKKey(SDK_KEY)))
     upload = EventUpload(access, {}, served.events.budget)
     assert repr(upload) == "<EventUpload /bulk [0 bytes reserved]>"
