@@ -96,10 +96,10 @@ def _by_environment(
     counts: Mapping[RequestLabels, MetricValue], routes: Collection[str] | None = None
 ) -> dict[str, Counter[Client]]:
     sums: dict[str, Counter[Client]] = {}
-    for series, count in counts.items():
-        if routes is None or series.route in routes:
-            clients = sums.setdefault(series.environment, Counter())
-            clients[label_value(series.user_agent), series.platform] += count.value
+    for labels, count in counts.items():
+        if routes is None or labels.route in routes:
+            clients = sums.setdefault(labels.environment, Counter())
+            clients[label_value(labels.user_agent), labels.platform] += count.value
     return sums
 
 

@@ -82,8 +82,8 @@ class RequestMetrics:
     def forget(self, environment: str) -> None:
         """Drop the counts of an environment that is gone."""
         for counts in (self.requests, self.new_streams, self.streams):
-            for series in [series for series in counts if series.environment == environment]:
-                del counts[series]
+            for labels in [labels for labels in counts if labels.environment == environment]:
+                del counts[labels]
         for by_name in (self.unusable, self.discarded):
             by_name.pop(environment, None)
 
@@ -102,8 +102,8 @@ def label_value(value: str) -> str:
 def totals(counts: Mapping[RequestLabels, MetricValue]) -> Mapping[str, int]:
     """Return the sums of counts by environment."""
     sums: defaultdict[str, int] = defaultdict(int)
-    for series, count in counts.items():
-        sums[series.environment] += count.value
+    for labels, count in counts.items():
+        sums[labels.environment] += count.value
     return sums
 
 

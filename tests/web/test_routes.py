@@ -20,7 +20,12 @@ from relay.web.routes import BROWSER, FDV2_CLIENT, POLLS, ROUTES, Endpoint, matc
         ("GET", "/sdk/flags/a.b-c", "/sdk/flags/{key}", ("", "a.b-c")),
         ("GET", "/sdk/segments/flags", "/sdk/segments/{key}", ("", "flags")),
         ("GET", "/sdk/evalx/contexts/e30=", "/sdk/evalx/contexts/{context}", ("", "e30=")),
-        ("GET", "/sdk/evalx/users/contexts/x", None, None),
+        (
+            "GET",
+            "/sdk/evalx/users/contexts/x",
+            "/sdk/evalx/{envId}/contexts/{context}",
+            ("users", "x"),
+        ),
         ("POST", "/sdk/evalx/contexts/contexts", "/sdk/evalx/{envId}/contexts", ("contexts", "")),
         ("GET", "/sdk/evalx/id/users/x", "/sdk/evalx/{envId}/users/{context}", ("id", "x")),
         ("POST", "/events/bulk/id", "/events/bulk/{envId}", ("id", "")),
