@@ -63,6 +63,12 @@ class DeliveryResources:
     )
     """Slots for requests, by environment."""
 
+    def forget(self, environment: str) -> None:
+        """Forget an environment that has no deliveries."""
+        self.slots.pop(environment, None)
+        for key in [key for key in self.evidence if key[0] == environment]:
+            del self.evidence[key]
+
 
 class PartitionDelivery:
     """Delivers a partition that is not empty.

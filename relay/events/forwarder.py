@@ -91,6 +91,15 @@ class Forwarder:
         """Return upstream's clock at its last response, in Unix seconds; 0 before the first."""
         return self._sender.server_times.get(environment, 0.0)
 
+    def forget(self, environment: str) -> bool:
+        """Forget an environment that is gone; return False while payloads of it are waiting."""
+        if any(partition.environment == environment for partition in self._deliveries):
+            return False
+        self._reports.forget(environment)
+        self._sender.server_times.pop(environment, None)
+        self._shared.forget(environment)
+        return True
+
     def flush(self) -> None:
         """Send all waiting payloads now, as the relay shuts down."""
         self._shared.ending.set()

@@ -112,6 +112,11 @@ class EventReports:
         counts.quarantined += payloads
         self._report(f"set aside, as {reason}", environment, payloads)
 
+    def forget(self, environment: str) -> None:
+        """Forget the counts and outages of an environment that is gone."""
+        self.counts.pop(environment, None)
+        self.failing = {key for key in self.failing if key[0] != environment}
+
     def log_losses(self) -> None:
         """Log the losses that have not been logged."""
         self._report_at = time.monotonic() + REPORT_EVERY
