@@ -67,6 +67,7 @@ class EventsFastPath:
     def __init__(self, relay: Relay, events: EventsHandler, traffic: RequestMetrics) -> None:
         self._relay = relay
         self._events = events
+        self._intake = events.intake
         self._traffic = traffic
         self._heads: dict[HeadTemplate, KnownHead] = {}
 
@@ -77,7 +78,7 @@ class EventsFastPath:
             head: of the request.
             raw: the same as it was received; empty if not in one piece.
         """
-        if not self._events.enabled or not _has_plain_body(head.headers):
+        if not self._intake.enabled or not _has_plain_body(head.headers):
             return None
         upload = EventUpload(head.access, head.headers, self._events.budget)
         upload.keep_alive, upload.start = not head.closes, raw
@@ -91,14 +92,14 @@ class EventsFastPath:
         body = upload.content()
         if not body:
             return None
-        head, events = upload.head, self._events
+        head, intake = upload.head, self._intake
         try:
             if head is not None:
-                stored = events.accept_in_partition(head.partition, upload.payload_id, body)
+                stored = intake.accept_in_partition(head.partition, upload.payload_id, body)
             else:
-                environment = upload.access.environment
+                spec = upload.access.environment.spec
                 endpoint = upload.access.route.events_endpoint
-                stored = events.accept_plain(environment, endpoint, upload.headers, body)
+                stored = intake.accept_plain(spec, endpoint, upload.headers, body)
         except Exception as e:  # noqa: BLE001 - `answer` reports it
             return _failed_future(e)
         if stored is None:
@@ -118,7 +119,7 @@ class EventsFastPath:
         if head.compressed or not self._events.budget.fits(len(body)):
             return None
         try:
-            stored = self._events.accept_in_partition(head.partition, payload_id, body)
+            stored = self._intake.accept_in_partition(head.partition, payload_id, body)
         except Exception as e:  # noqa: BLE001 - `answer` reports it
             return _failed_future(e)
         if stored is not None:
@@ -160,8 +161,8 @@ class EventsFastPath:
 
     def _known_head(self, template: HeadTemplate, upload: EventUpload) -> KnownHead:
         access = upload.access
-        partition = self._events.partition(
-            access.environment, access.route.events_endpoint, upload.headers
+        partition = self._intake.partition(
+            access.environment.spec, access.route.events_endpoint, upload.headers
         )
         accepted_head = self._completed(ACCEPTED, upload).head
         return KnownHead(template, upload, partition, self._count(upload), accepted_head)
