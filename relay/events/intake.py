@@ -350,9 +350,4 @@ def _is_deliverable(endpoint: EventsEndpoint, body: bytes) -> bool:
 def _payload_id(headers: Mapping[bytes, bytes]) -> str:
     """Return the payload ID of an SDK; empty without a plausible one."""
     value = headers.get(b"x-launchdarkly-payload-id", b"")
-    return value.decode() if is_payload_id(value) else ""
-
-
-def is_payload_id(value: bytes) -> bool:
-    """Return whether a value is plausible as the payload ID of an SDK."""
-    return _PAYLOAD_ID.fullmatch(value) is not None
+    return value.decode() if _PAYLOAD_ID.fullmatch(value) else ""

@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import signal
-import sqlite3
 import sys
 import time
 from collections import Counter, defaultdict
@@ -68,19 +67,6 @@ async def forwarding(
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
-
-
-@pytest.fixture
-def connections(monkeypatch):
-    """The connections to databases that the test opens."""
-    opened, connect = [], sqlite3.connect
-
-    def recording(*arguments, **options):
-        opened.append(connect(*arguments, **options))
-        return opened[-1]
-
-    monkeypatch.setattr(sqlite3, "connect", recording)
-    return opened
 
 
 @pytest.fixture

@@ -1,14 +1,11 @@
-"""The spool: durable when it says so, with stable batches, bounded, and never blocking the loop."""
+"""The spool: durable when it says so, and never blocking the loop."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import gzip
 import logging
 import os
-import random
 import shutil
 import sqlite3
 import stat
@@ -26,41 +23,21 @@ from hypothesis import strategies as st
 
 from relay import clock
 from relay.errors import StoreUnavailable
-from relay.events import dedup as dedup_module
-from relay.events.dedup import REMEMBERED
-from relay.events.memory import MemoryStore
 from relay.events.spool import MAX_QUEUED, DiskSpool, MemorySpool
-from relay.events.sqlite import LONGEST_ABSENCE, DiskStore
-from relay.events.store import MAX_BATCH, MAX_PAYLOADS, Limits, elements, fitting
-from relay.model.event import EventPayload, EventsEndpoint, Partition
+from relay.events.store import Limits
+from relay.model.event import EventPayload
+from tests.events.stores import (
+    DAY,
+    LIMITS,
+    OTHER,
+    PARTITION,
+    JumpingClock,
+    payload,
+)
 
-PARTITION = Partition("prod", EventsEndpoint.BULK, 4)
-OTHER = Partition("test", EventsEndpoint.BULK, 4)
-DIAGNOSTIC = Partition("prod", EventsEndpoint.BULK_DIAGNOSTIC)
-LIMITS = Limits(memory=1024 * 1024)
 ROOT = Path(__file__).parent.parent.parent
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
 """Number of times that a process is killed; more in the nightly run."""
-
-
-@pytest.fixture
-def connections(monkeypatch):
-    """The connections to databases that the test opens."""
-    opened, connect = [], sqlite3.connect
-
-    def recording(*arguments, **options):
-        opened.append(connect(*arguments, **options))
-        return opened[-1]
-
-    monkeypatch.setattr(sqlite3, "connect", recording)
-    return opened
-
-
-def payload(number=0, partition=PARTITION, payload_id=None, received=None, size=0):
-    noise = base64.b64encode(random.Random(number).randbytes(size))[:size]  # keeps its size on disk
-    body = b'[{"n":%d,"x":"%s"}]' % (number, noise)
-    own_id = f"id-{number}" if payload_id is None else payload_id
-    return EventPayload(partition, own_id, body, time.time() if received is None else received)
 
 
 @contextlib.asynccontextmanager
@@ -119,43 +96,6 @@ def bodies(batches):
     return [body for _, members in batches for body in members]
 
 
-def in_memory(capacity=1024 * 1024, **limits):
-    return MemoryStore(Limits(memory=capacity, **limits))
-
-
-STORES: list[DiskStore] = []
-
-
-def on_disk(capacity=1024 * 1024, **limits):
-    STORES.append(DiskStore(":memory:", Limits(disk=capacity, **limits)))
-    return STORES[-1]
-
-
-@pytest.fixture(autouse=True)
-def closing_stores():
-    """Close what `on_disk` has opened."""
-    yield
-    while STORES:
-        STORES.pop().close()
-
-
-both = pytest.mark.parametrize("new_store", [in_memory, on_disk])
-"""Both stores keep the same contract."""
-
-
-def stored(store, *payloads):
-    if isinstance(store, MemoryStore):
-        return store.add(payloads)
-    with store.transaction():
-        return store.add(payloads)
-
-
-def quarantined(store):
-    if isinstance(store, MemoryStore):
-        return [(each.batch.payload_id, each.reason, each.body) for each in store.rejected]
-    return store._db.execute("SELECT payload_id,reason,body FROM quarantine").fetchall()
-
-
 # Appending
 
 
@@ -203,263 +143,6 @@ async def test_a_payload_alone_keeps_its_id_and_joined_ones_get_a_new_one():
         assert joined.payload_id not in {"id-2", "id-3"}
 
 
-@both
-def test_known_payload_ids_are_dropped_for_ten_minutes(new_store):
-    """Only within an environment and endpoint; payloads without an id are always new."""
-    store = new_store()
-    now = time.time()
-    assert stored(store, payload(1), payload(1), payload(1, OTHER), payload(2, payload_id="")) == [
-        *(True, False, True, True)
-    ]
-    assert stored(store, payload(1), payload(2, payload_id="")) == [False, True]
-    store.expire(now + REMEMBERED - 5)
-    assert stored(store, payload(1)) == [False]
-    store.expire(now + REMEMBERED + 5)
-    assert stored(store, payload(1)) == [True]
-
-
-def test_the_number_of_known_ids_is_bounded(monkeypatch):
-    """A flood of ids costs the oldest of them, not memory."""
-    monkeypatch.setattr(dedup_module, "MAX_REMEMBERED", 10)
-    store = in_memory()
-    now = time.time()
-    stored(store, *(payload(n, received=now + n) for n in range(20)))
-    assert len(store.recent.seen) <= 10
-    assert stored(store, payload(9), payload(19)) == [True, False]
-
-
-def test_a_failed_transaction_remembers_no_ids():
-    """Its payloads come again, and are new."""
-    store = on_disk()
-
-    def fail():
-        with store.transaction():
-            assert store.add([payload(1)]) == [True]
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert stored(store, payload(1), payload(1)) == [True, False]
-    assert store.take(PARTITION)[1] == [payload(1).body]
-
-
-# Batches
-
-
-@given(st.lists(st.integers(0, 2 * MAX_BATCH), min_size=1, max_size=20))
-def test_a_batch_is_as_long_as_fits(sizes):
-    """At least one payload; more only within the limit; all that fit."""
-    count = fitting(sizes)
-    assert 1 <= count <= len(sizes)
-    assert count == 1 or sum(sizes[:count]) <= MAX_BATCH
-    assert count == len(sizes) or sum(sizes[: count + 1]) > MAX_BATCH
-
-
-@both
-def test_batches_are_bounded_in_payloads_and_bytes(new_store):
-    """And a batch says whether more payloads are waiting."""
-    store = new_store(10 * MAX_BATCH)
-    stored(store, *(payload(n) for n in range(MAX_PAYLOADS + 1)))
-    batch, _ = store.take(PARTITION)
-    assert (batch.payloads, batch.more) == (MAX_PAYLOADS, True)
-    store.finish(batch)
-    batch, _ = store.take(PARTITION)
-    assert (batch.payloads, batch.more) == (1, False)
-    store.finish(batch)
-    stored(store, *(payload(5000 + n, size=MAX_BATCH // 2 - 100) for n in range(3)))
-    assert store.take(PARTITION)[0].payloads == 2
-
-
-@both
-def test_diagnostics_travel_alone(new_store):
-    """One payload per request, with any body."""
-    store = new_store()
-    stored(store, *(EventPayload(DIAGNOSTIC, "", b"hello", time.time()) for _ in range(3)))
-    batch, texts = store.take(DIAGNOSTIC)
-    assert (batch.payloads, texts) == (1, [b"hello"])
-    assert store.split(batch) is False
-
-
-@both
-def test_halves_have_ids_derived_from_the_whole(new_store, monkeypatch):
-    """Splitting the same batch again gives the same halves under the same ids."""
-    monkeypatch.setattr("relay.events.store.uuid.uuid4", lambda: "whole")
-    found = []
-    for _ in range(2):
-        store = new_store()
-        stored(store, *(payload(n) for n in range(5)))
-        whole, _ = store.take(PARTITION)
-        assert store.split(whole) is True
-        halves = []
-        while (taken := store.take(PARTITION)) is not None:
-            halves.append((taken[0].payload_id, taken[1]))
-            store.finish(taken[0])
-        found.append(halves)
-    assert found[0] == found[1]
-    assert [len(texts) for _, texts in found[0]] == [2, 3]
-    assert len({payload_id for payload_id, _ in found[0]} | {"whole"}) == 3
-
-
-@both
-@given(count=st.integers(1, 40))
-def test_splitting_to_the_end_loses_no_element(new_store, count):
-    """A payload that is too large alone is split by its elements, each sent once and in order."""
-    store = new_store()
-    texts = [b'{"n": %d.0}' % n for n in range(count)]
-    stored(store, EventPayload(PARTITION, "big", b"[" + b" , ".join(texts) + b"]", 1.0))
-    seen, ids, done = [], set(), 0
-    while (taken := store.take(PARTITION)) is not None:
-        if store.split(taken[0]):
-            continue
-        parts = elements(taken[1][0])
-        assert len(parts) == 1, "a part of several elements can be split"
-        assert taken[0].payload_id not in ids
-        ids.add(taken[0].payload_id)
-        seen += parts
-        done += store.finish(taken[0])
-    assert seen == texts
-    assert done == 1, "the payload is complete when its last part is"
-
-
-@pytest.mark.parametrize("body", [b"", b"{}", b"[", b"hello", b"\xff", b'["\xff"]'])
-def test_a_body_that_is_no_array_has_no_elements(body):
-    """It cannot be split, and nothing is raised."""
-    parts = elements(body)
-    assert parts is None or b"".join(parts) in body
-
-
-@both
-def test_the_rejected_go_to_quarantine_which_is_bounded(new_store):
-    """Body, id and reason are kept; the oldest are deleted."""
-    store = new_store(30_000)
-    for n in range(40):
-        stored(store, payload(n, size=1000))
-        batch, _ = store.take(PARTITION)
-        assert store.quarantine(batch, "HTTP error 400") == 1
-    assert store.take(PARTITION) is None
-    kept = quarantined(store)
-    assert kept[-1] == ("id-39", "HTTP error 400", payload(39, size=1000).body)
-    assert 15 < len(kept) < 30
-
-
-@both
-def test_suspects_come_last_or_first(new_store):
-    """As requested; among themselves in the order in which they were put aside."""
-    store = new_store()
-    stored(store, *(payload(n) for n in range(4)))
-    whole, _ = store.take(PARTITION)
-    store.split(whole)
-    one, texts = store.take(PARTITION)
-    assert texts == [payload(0).body, payload(1).body]
-    assert store.put_aside(one) is True
-    assert store.take(PARTITION, suspects=True)[0] == one
-    other, texts = store.take(PARTITION)
-    assert texts == [payload(2).body, payload(3).body]
-    assert store.put_aside(other) is False, "only suspects are left"
-    assert store.take(PARTITION)[0] == one
-    assert store.put_aside(one) is False
-    assert store.take(PARTITION)[0] == other
-    stored(store, payload(4))
-    new, texts = store.take(PARTITION)
-    assert texts == [payload(4).body]
-    assert new.more
-    assert store.finish(new) == 1
-    assert [store.finish(each) for each in (one, other, one)] == [2, 2, None]
-    assert store.put_aside(one) is None
-    assert store.take(PARTITION) is None
-
-
-@both
-def test_parts_of_a_payload_can_be_put_aside(new_store):
-    """The payload is complete when its last part is."""
-    store = new_store()
-    stored(store, EventPayload(PARTITION, "big", b"[1,2,3,4]", 1.0), payload(5))
-    store.split(store.take(PARTITION)[0])
-    store.split(store.take(PARTITION)[0])
-    part, texts = store.take(PARTITION)
-    assert texts == [b"[1,2]"]
-    store.put_aside(part)
-    found = []
-    while (taken := store.take(PARTITION)) is not None:
-        found.append((taken[1], store.finish(taken[0])))
-    assert found == [([b"[3,4]"], 0), ([payload(5).body], 1), ([b"[1,2]"], 1)]
-
-
-@both
-def test_suspects_are_evicted_first(new_store):
-    """They are the oldest."""
-    store = new_store(10_000)
-    stored(store, *(payload(n, size=1000) for n in range(4)))
-    store.split(store.take(PARTITION)[0])
-    first, _ = store.take(PARTITION)
-    store.put_aside(first)
-    stored(store, *(payload(n, size=1000) for n in range(4, 8)))
-    assert store.evicted == Counter({"prod": 2})
-    assert store.finish(first) is None
-    assert store.take(PARTITION)[1] == [payload(n, size=1000).body for n in (2, 3)]
-
-
-@both
-def test_some_payloads_of_a_batch_can_be_quarantined(new_store):
-    """The others keep its id."""
-    store = new_store()
-    stored(store, *(payload(n) for n in range(4)))
-    batch, _ = store.take(PARTITION)
-    assert store.quarantine(batch, "malformed", [0, 2]) == 2
-    left, texts = store.take(PARTITION)
-    assert (left.payload_id, texts) == (batch.payload_id, [payload(1).body, payload(3).body])
-    assert [row[1:] for row in quarantined(store)] == [
-        ("malformed", payload(n).body) for n in (0, 2)
-    ]
-    assert store.quarantine(left, "malformed", [0, 1]) == 2
-    assert store.take(PARTITION) is None
-
-
-@both
-def test_a_batch_may_have_been_delivered_once_that_is_recorded(new_store):
-    """Not its halves, which were never sent."""
-    store = new_store()
-    stored(store, *(payload(n) for n in range(4)))
-    batch, _ = store.take(PARTITION)
-    assert not batch.maybe_delivered
-    assert store.mark_maybe_delivered(batch) is True
-    batch, _ = store.take(PARTITION)
-    assert batch.maybe_delivered
-    store.split(batch)
-    half, _ = store.take(PARTITION)
-    assert not half.maybe_delivered
-    assert store.mark_maybe_delivered(batch) is None
-
-
-def test_any_batch_of_an_earlier_process_may_have_been_delivered(tmp_path):
-    """Nothing is written when a batch is sent."""
-    for earlier in (False, True):
-        store = DiskStore(str(tmp_path / "events.db"), LIMITS)
-        if not earlier:
-            stored(store, payload(1))
-        with store.transaction():
-            batch, _ = store.take(PARTITION)
-        assert batch.maybe_delivered is earlier
-        store.close()
-
-
-# Time
-
-
-class JumpingClock:
-    """The system's clock, which is corrected again and again."""
-
-    def __init__(self, monkeypatch):
-        self._patch = monkeypatch
-        self._real, self.offset = time.time, 0.0
-        monkeypatch.setattr(time, "time", lambda: self._real() + self.offset)
-
-    def restart(self):
-        """Begin to measure as a new process does."""
-        self._patch.setattr(clock, "_BEGINNING", time.time() - time.monotonic())
-
-
-DAY = 86400.0
 MOMENTS = st.lists(
     st.one_of(
         st.just("append"),
@@ -518,112 +201,6 @@ def test_a_clock_that_jumps_loses_nothing(durable, moments):
         asyncio.run(run(Path(folder), JumpingClock(patch)))
 
 
-def test_time_goes_on_in_a_file_that_is_closed_but_not_for_long(tmp_path, monkeypatch):
-    """A restart counts in full, a longer absence as five minutes."""
-    system = JumpingClock(monkeypatch)
-    began = clock.now()
-    ages = []
-    for absence in (0.0, 100.0, 9 * DAY, 0.0, 0.0, -9 * DAY, 50.0):
-        system.offset += absence
-        system.restart()
-        store = DiskStore(str(tmp_path / "events.db"), LIMITS)
-        if not ages:
-            stored(store, payload(1, received=began))
-        ages.append(round(clock.now() - store.backlog()[0].oldest, -1))
-        store.close()
-    jumped = 100 + LONGEST_ABSENCE
-    assert ages == [0, 100, jumped, jumped, jumped, jumped, jumped + 50]
-
-
-def test_a_week_of_running_evicts_a_payload_across_restarts(tmp_path, monkeypatch):
-    """Each process adds the time for which it ran."""
-    now, left = 1e9, []
-    monkeypatch.setattr(clock, "now", lambda: now)
-    for day in range(9):
-        store = DiskStore(str(tmp_path / "events.db"), LIMITS)
-        if day == 0:
-            stored(store, payload(1, received=now + 1))
-        now += DAY
-        with store.transaction():
-            store.expire(now)
-        left.append(len(store.backlog()))
-        store.close()
-    assert left == [1, 1, 1, 1, 1, 1, 1, 0, 0]
-
-
-def test_a_file_of_an_earlier_release_is_read(tmp_path):
-    """Its payloads, batches and known ids, though its clock was wrong."""
-    path = tmp_path / "events.db"
-    long_ago = time.time() - 30 * DAY
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as old:
-        old.executescript(
-            "CREATE TABLE lanes (id INTEGER PRIMARY KEY, environment TEXT NOT NULL,"
-            " endpoint TEXT NOT NULL, schema INTEGER NOT NULL, tags TEXT NOT NULL,"
-            " wrapper TEXT NOT NULL, UNIQUE (environment, endpoint, schema, tags, wrapper));"
-            "CREATE TABLE posts (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL, size INTEGER"
-            " NOT NULL, length INTEGER NOT NULL, received REAL NOT NULL, payload_id TEXT NOT NULL,"
-            " body BLOB NOT NULL);"
-            "CREATE TABLE batches (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,"
-            " first INTEGER NOT NULL, last INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER,"
-            " payload_id TEXT NOT NULL);"
-            "PRAGMA user_version=2;"
-            "INSERT INTO lanes VALUES (1,'prod','BULK',4,'','');"
-        )
-        for number in (1, 2):
-            body = gzip.compress(payload(number).body)
-            row = (number, 1, 300, len(payload(number).body), long_ago, f"id-{number}", body)
-            old.execute("INSERT INTO posts VALUES (?,?,?,?,?,?,?)", row)
-        old.execute("INSERT INTO batches VALUES (1,1,1,1,0,NULL,'id-1')")
-    store = DiskStore(str(path), LIMITS)
-    with store.transaction():
-        store.expire(clock.now())
-    assert not store.evicted
-    first, texts = store.take(PARTITION)
-    assert (first.payload_id, texts) == ("id-1", [payload(1).body])
-    assert first.maybe_delivered
-    assert store.put_aside(first)
-    assert store.take(PARTITION)[1] == [payload(2).body]
-    assert store.take(PARTITION, suspects=True)[0] == first
-    store.close()
-    with contextlib.closing(sqlite3.connect(path)) as file:
-        (version,) = file.execute("PRAGMA user_version").fetchone()
-    assert version == 2, "an earlier release can read it, too"
-
-
-# Bounds
-
-
-@both
-def test_a_full_store_evicts_the_oldest_and_counts_them(new_store):
-    """A batch is evicted as a whole, as it never changes."""
-    store = new_store(10_000)
-    stored(store, *(payload(n, size=1000) for n in range(6)))
-    fixed, _ = store.take(PARTITION)
-    assert fixed.payloads == 6
-    stored(store, *(payload(n, OTHER, size=1000) for n in range(4)))
-    assert store.evicted == Counter({"prod": 6})
-    assert store.take(PARTITION) is None
-    assert store.finish(fixed) is None
-    assert store.take(OTHER)[0].payloads == 4
-
-
-@both
-def test_old_payloads_are_evicted_diagnostics_sooner(new_store):
-    """Each at its age; the young stay."""
-    store = new_store(age=1000, diagnostic_age=100)
-    stored(
-        store,
-        *(payload(1, received=0), payload(2, received=900)),
-        *(payload(3, DIAGNOSTIC, received=0), payload(4, DIAGNOSTIC, received=190)),
-    )
-    store.expire(200)
-    assert store.evicted == Counter({"prod": 1})
-    assert store.take(DIAGNOSTIC)[1] == [payload(4).body]
-    store.expire(1100)
-    assert store.evicted == Counter({"prod": 3})
-    assert store.take(PARTITION)[1] == [payload(2).body]
-
-
 async def test_evictions_from_memory_are_counted():
     """By environment, in the store."""
     async with opened(None, Limits(memory=5000)) as spool:
@@ -632,87 +209,6 @@ async def test_evictions_from_memory_are_counted():
         assert spool.memory.pop_evicted()["prod"] + len(bodies(left)) == 20
         assert not spool.memory.pop_evicted()
         assert bodies(left)[-1] == payload(19, size=1000).body
-
-
-def test_unused_space_is_returned(tmp_path):
-    """After a long outage of upstream the file shrinks again."""
-    store = DiskStore(str(tmp_path / "events.db"), LIMITS)
-    stored(store, *(payload(n, size=50_000) for n in range(200)))
-    while (taken := store.take(PARTITION)) is not None:
-        with store.transaction():
-            store.finish(taken[0])
-    store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    before = (tmp_path / "events.db").stat().st_size
-    for _ in range(3):
-        with store.transaction():
-            store.expire(time.time())
-    store.close()
-    assert (tmp_path / "events.db").stat().st_size < before / 10
-
-
-ACTIONS = st.lists(
-    st.one_of(
-        st.tuples(
-            st.just("add"), st.integers(0, 30), st.sampled_from([PARTITION, OTHER, DIAGNOSTIC])
-        ),
-        st.tuples(
-            st.sampled_from(
-                ["take", "suspect", "finish", "split", "aside", "doubt", "reject", "exclude"]
-            ),
-            *(st.none(), st.none()),
-        ),
-    ),
-    max_size=40,
-)
-
-
-@given(ACTIONS)
-def test_memory_and_disk_do_the_same(actions):
-    """For any sequence of actions; and the disk then takes over the whole content of the memory."""
-    memory, disk, moved = in_memory(), on_disk(), on_disk()
-    last = {}
-    for action in actions:
-        assert _done(memory, *action, last) == _done(disk, *action, last)
-    assert set(memory.backlog()) == set(disk.backlog())
-    moved.receive(memory.export())
-    for partition in (PARTITION, OTHER, DIAGNOSTIC):
-        assert _emptied(moved, partition) == _emptied(disk, partition)
-    assert [row[1:] for row in quarantined(moved)] == [row[1:] for row in quarantined(disk)]
-
-
-def _done(store, action, count, partition, last):
-    """Return the result of an action, but for ids."""
-    if action == "add":
-        return stored(store, *(payload(n, partition, received=n) for n in range(count)))
-    if action in ("take", "suspect"):
-        batch, texts = store.take(PARTITION, suspects=action == "suspect") or (None, [])
-        last[store] = batch
-        return batch and (
-            *(batch.payloads, batch.oldest, batch.more, batch.maybe_delivered),
-            texts,
-        )
-    batch = last.get(store)
-    if batch is None:
-        return None
-    if action == "exclude":
-        last[store] = None
-        return store.quarantine(batch, "malformed", range(0, batch.payloads, 2))
-    if action == "reject":
-        return store.quarantine(batch, "HTTP error 400")
-    actions = {
-        "aside": store.put_aside,
-        "doubt": store.mark_maybe_delivered,
-        "finish": store.finish,
-        "split": store.split,
-    }
-    return actions[action](batch)
-
-
-def _emptied(store, partition):
-    found = []
-    while (taken := store.take(partition)) is not None:
-        found.append((taken[0].payloads, taken[1], store.finish(taken[0])))
-    return found
 
 
 # Failures
@@ -832,24 +328,6 @@ async def test_a_file_of_another_release_is_left_alone(tmp_path, caplog):
     assert "another release" in caplog.text
 
 
-def test_a_damaged_payload_is_found_by_its_checksum(caplog):
-    """It is counted as lost; the rest of its batch keeps the id."""
-    store = on_disk()
-    stored(store, payload(1), payload(2), payload(3))
-    fixed, _ = store.take(PARTITION)
-    store._db.execute("UPDATE posts SET body=x'5b375d' WHERE payload_id='id-2'")
-    batch, texts = store.take(PARTITION)
-    assert batch.payload_id == fixed.payload_id
-    assert texts == [payload(1).body, payload(3).body]
-    assert store.evicted == Counter({"prod": 1})
-    assert "damaged 1 of 3" in caplog.text
-    store._db.execute("UPDATE posts SET body=x'5b375d' WHERE payload_id='id-1'")
-    assert store.take(PARTITION)[1] == [payload(3).body]
-    assert store.split(batch) is False, "one payload of one element is left"
-    store._db.execute("UPDATE posts SET body=x'5b375d'")
-    assert store.take(PARTITION) is None
-
-
 async def test_a_second_process_on_the_same_file_works_in_memory(tmp_path):
     """Two relays cannot deliver the same events."""
     async with opened(tmp_path) as first, opened(tmp_path) as second:
@@ -914,17 +392,6 @@ async def test_one_synchronisation_serves_many_payloads(tmp_path, connections):
         connections[-1].set_trace_callback(lambda sql: sql == "COMMIT" and commits.append(sql))
         await append_all(spool, *(payload(n) for n in range(1000)))
         assert len(commits) < 50
-
-
-@both
-def test_a_debugger_shows_how_full_a_store_is(new_store):
-    """Its size and its capacity in bytes; no bodies."""
-    store = new_store(5000)
-    stored(store, payload(1, size=100))
-    (size,) = {int(word) for word in repr(store).split() if word.isdigit()} - {5000, 1}
-    assert 256 < size < 5000
-    assert f"Store: {size} of 5000 bytes" in repr(store)
-    assert repr(store.recent) == "<DedupWindow: 1 keys>"
 
 
 async def test_a_debugger_shows_the_spool_s_file_and_outage(tmp_path):
