@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.events.stores import DATABASES, recorded_connections
+from tests.support.upstream import ScriptedUpstream
 
 
 @pytest.fixture
@@ -21,3 +22,9 @@ def closing_stores():
     for database in DATABASES.values():
         database.close()
     DATABASES.clear()
+
+
+@pytest.fixture
+async def upstream():
+    async with ScriptedUpstream() as scripted:
+        yield scripted
