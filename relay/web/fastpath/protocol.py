@@ -26,7 +26,7 @@ from relay.streams.transport import StreamTransport
 from relay.telemetry.redaction import redact_url
 from relay.telemetry.traffic import RequestLabels
 from relay.web.access_log import LoggedTransport, log_request, request_line
-from relay.web.fastpath.cache import CLOSE, CLOSING, CachedResponse, EvaluationResponse, assemble
+from relay.web.fastpath.cache import CLOSING, WireResponse
 from relay.web.fastpath.events import CHUNKED, EventUpload, only_chunk
 from relay.web.fastpath.heads import END, RequestHead, read_head
 from relay.web.fastpath.shared import FastPath, SweptConnection
@@ -141,8 +141,12 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         """Serve from the response cache, or defer; return False if the parser is needed."""
         shared = self._shared
         is_evaluation = data.startswith(_EVALUATION_STARTS)
-        cached = shared.cache.get_evaluated(data) if is_evaluation else shared.cache.get(data)
-        if isinstance(cached, CachedResponse):
+        cached: WireResponse | StreamRequest | None
+        if is_evaluation:
+            cached = shared.evaluation.answer_same(data) if shared.evaluation else None
+        else:
+            cached = shared.cache.get(data)
+        if isinstance(cached, WireResponse):
             self._write(cached)
             return True
         if cached is not None and self._can_open():
@@ -185,7 +189,7 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         response = shared.evaluation.answer_known(head)
         if response is None:
             return False
-        self._write_evaluation(head, response)
+        self._write(response)
         return True
 
     def _parse(self, data: bytes) -> None:
@@ -313,20 +317,8 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         response = handler.answer(head)
         if response is None:
             return False
-        self._write_evaluation(head.raw, response)
+        self._write(response)
         return True
-
-    def _write_evaluation(self, head: bytes, response: EvaluationResponse) -> None:
-        """Write an evaluation response, and cache it if it is likely to be requested again."""
-        if response.cacheable:
-            environment, count = response.environment, response.count
-            cached = CachedResponse(
-                environment, response.head, response.pieces, count, closes=response.closes
-            )
-            self._shared.cache.put_evaluated(head, cached)
-        start = response.head + CLOSE if response.closes else response.head
-        parts = assemble(start, self._shared.date, response.pieces)
-        self._respond(parts, response.count, closes=response.closes)
 
     def _begin_upload(self, head: RequestHead) -> bool:
         """Begin an upload of events: one at a time, as it is answered only when it is stored."""
@@ -455,12 +447,15 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
             return False
         traffic = self._shared.traffic
         count = traffic.requests[access.labels(traffic, "GET", headers)]
-        response = CachedResponse(
-            access.environment, prepared.head, (prepared.body,), count, closes=head.closes
+        environment, body = access.environment, prepared.body
+        payload = environment.payload
+        response = WireResponse(
+            environment, payload, prepared.head, (body,), count, closes=head.closes
         )
         if traffic.logs:
-            response.line = self._log_line(prepared.status, len(prepared.body))
-        self._shared.cache.put(head.raw, response)
+            response.line = self._log_line(prepared.status, len(body))
+        if environment.spec.ttl <= 0:  # otherwise it states its expiry, different each time
+            self._shared.cache.put(head.raw, response)
         self._write(response)
         return True
 
@@ -475,20 +470,16 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
     def _authorization(self) -> str:
         return dict(self.headers)[b"authorization"].decode("latin-1")
 
-    def _write(self, response: CachedResponse) -> None:
+    def _write(self, response: WireResponse) -> None:
+        """Write a complete response, and count it."""
         if response.line:
             log_request(response.line)
-        parts = response.to_wire(self._shared.date)
-        self._respond(parts, response.count, closes=response.closes)
-
-    def _respond(self, parts: tuple[bytes, ...], count: MetricValue, *, closes: bool) -> None:
-        """Write a complete response, and count it."""
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
         self.server_state.total_requests += 1
-        count.value += 1
-        self.transport.writelines(parts)
-        if closes:
+        response.count.value += 1
+        self.transport.writelines(response.to_wire(self._shared.date))
+        if response.closes:
             self.transport.close()
 
     def _hand_over(self, request: StreamRequest) -> None:

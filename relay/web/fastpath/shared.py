@@ -13,7 +13,7 @@ from uvicorn.server import ServerState
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestMetrics
 from relay.web.access import Access
-from relay.web.fastpath.cache import EvaluationResponse, ResponseCache
+from relay.web.fastpath.cache import HeadCache, WireResponse
 from relay.web.fastpath.events import EventsFastPath
 from relay.web.fastpath.heads import RequestHead
 from relay.web.fastpath.scheduler import EvaluationScheduler
@@ -38,10 +38,13 @@ class PollResponder(Protocol):
 class EvaluationResponder(Protocol):
     """Handler of evaluation requests; see `relay.web.fastpath.evaluation`."""
 
-    def answer_known(self, head: bytes, /) -> EvaluationResponse | None:
+    def answer_same(self, head: bytes, /) -> WireResponse | None:
+        """Return the response to a request that has been answered before."""
+
+    def answer_known(self, head: bytes, /) -> WireResponse | None:
         """Return the response to a request that differs from an earlier one in its context only."""
 
-    def answer(self, head: RequestHead, /) -> EvaluationResponse | None:
+    def answer(self, head: RequestHead, /) -> WireResponse | None:
         """Return the response to a GET; None to leave it to the application."""
 
 
@@ -110,7 +113,7 @@ class FastPath:
         """The `Date` header and the blank line that ends a head."""
         self.date_expires_at = 0.0
         """Monotonic time at which the date has to be renewed."""
-        self.cache = ResponseCache()
+        self.cache = HeadCache(relay.registry)
         self.scheduler = EvaluationScheduler()
 
     def renew_date(self, state: ServerState, now: float) -> None:

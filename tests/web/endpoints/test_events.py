@@ -712,7 +712,7 @@ async def test_plain_payloads_need_no_application(acceptor, path, endpoint, cred
     pieces = (body[:half], body[half:])
     chunked = b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         whole = await ask(address, path, headers, method="POST", body=body)
         assert await raw(address, "POST", path, headers, chunked) == whole
@@ -846,7 +846,7 @@ async def test_a_head_is_parsed_once(acceptor, monkeypatch, layout, compressed, 
     bodies = [b'[{"kind":"custom","n":%d}]' % 10**n for n in range(12)]
     headers = [("Origin", "https://app.example"), *([GZIP] * compressed)]
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         heads = []
         for number, body in enumerate(bodies):
@@ -1031,20 +1031,20 @@ async def test_heads_remembered_by_a_connection_are_bounded(acceptor, monkeypatc
     """A client with ever new heads does not evict those of other connections."""
     monkeypatch.setattr("relay.web.fastpath.protocol.MAX_HEADS_REMEMBERED", 3)
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         reader, writer = await address.connect()
         for number in range(9):
             writer.write(with_id(1, "/bulk", SDK, ("Traceparent", f"{number}")))
             assert (await statuses(reader, 1))[0] == [202]
         writer.close()
-    assert len(fast_path._heads) == 3
+    assert len(fast_path.heads) == 3
 
 
 async def test_a_known_head_does_not_make_a_large_body_plain(acceptor):
     """Large bodies go to the application even after a known head."""
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         reader, writer = await address.connect()
         writer.write(with_id(1))
@@ -1060,9 +1060,9 @@ async def test_a_known_head_does_not_make_a_large_body_plain(acceptor):
 
 async def test_connections_share_known_heads(acceptor, monkeypatch):
     """Known heads are shared by connections, up to a bound."""
-    monkeypatch.setattr("relay.web.fastpath.events.MAX_HEADS", 2)
+    monkeypatch.setattr("relay.web.fastpath.events.MAX_HEADS", 10_000)
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         for _ in range(3):
             reader, writer = await address.connect()
@@ -1070,10 +1070,10 @@ async def test_connections_share_known_heads(acceptor, monkeypatch):
                 writer.write(with_id(number))
                 assert (await statuses(reader, 1))[0] == [202]
             writer.close()
-        assert len(fast_path._heads) == 1
+        assert len(fast_path.heads) == 1
         for tag in range(9):
             await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Tags", f"tag/{tag}"))
-            assert len(fast_path._heads) <= 2
+            assert len(fast_path.heads) <= 2
     assert len(acceptor.payloads) == 15
 
 

@@ -24,7 +24,7 @@ from relay.registry import Grant
 from relay.streams.hub import StreamLimits
 from relay.web.access import Access
 from relay.web.fastpath import scheduler
-from relay.web.fastpath.cache import CachedResponse, ResponseCache
+from relay.web.fastpath.cache import HeadCache, WireResponse
 from relay.web.fastpath.events import EventUpload
 from relay.web.fastpath.protocol import USED_OF_UVICORN, protocol_factory
 from relay.web.fastpath.shared import ConnectionLimits, FastPath
@@ -439,15 +439,14 @@ async def test_a_connection_states_its_condition():
 async def test_caches_state_their_contents():
     """Sizes and freshness, as a debugger shows them."""
     served = Served()
-    cache = ResponseCache()
-    prepared = CachedResponse(served.environment, b"", (b"ab",), MetricValue())
-    assert repr(prepared) == "<CachedResponse [fresh, 2 bytes]>"
+    cache = HeadCache(served.relay.registry)
+    prepared = WireResponse(served.environment, None, b"", (b"ab",), MetricValue())
     cache.put(b"1", prepared)
-    cache.put_evaluated(b"2", prepared)
-    assert repr(cache) == "<ResponseCache [1 heads, 1 evaluated in 1027 bytes]>"
+    assert repr(prepared) == "<WireResponse [fresh, 1027 bytes]>"
+    assert repr(cache) == "<ResponseCache [1 entries, 1027 bytes]>"
     assert repr(scheduler.EvaluationScheduler()) == "<EvaluationScheduler [0 deferred]>"
-    prepared.payload = EMPTY
-    assert repr(prepared) == "<CachedResponse [stale, 2 bytes]>"
+    served.environment.payload = EMPTY
+    assert repr(prepared) == "<WireResponse [stale, 1027 bytes]>"
     access = Access(ROUTES[0], Grant(served.environment, SDKKey(SDK_KEY)))
     upload = EventUpload(access, {}, served.events.budget)
     assert repr(upload) == "<EventUpload /bulk [0 bytes reserved]>"
