@@ -22,7 +22,7 @@ from relay.registry import Registry
 from relay.relay import Relay
 from relay.streams.hub import Hub
 from relay.telemetry import log
-from relay.telemetry.traffic import RequestMetrics, Series
+from relay.telemetry.traffic import RequestLabels, RequestMetrics
 from relay.upstream import Upstream
 from tests.support import upstream as answers
 from tests.support.contracts import ScriptedSource
@@ -52,8 +52,8 @@ class Site:
 def test_a_removed_environment_is_kept_for_a_round() -> None:
     """So that the last counts are read; then every keeper is told once."""
     site = Site()
-    gone = Series("gone", "/all", "GET", "server", "Go/1")
-    stays = Series("stays", "/all", "GET", "server", "Go/1")
+    gone = RequestLabels("gone", "/all", "GET", "server", "Go/1")
+    stays = RequestLabels("stays", "/all", "GET", "server", "Go/1")
     for counts in (site.traffic.requests, site.traffic.new_streams, site.traffic.streams):
         counts[gone].value += 1
         counts[stays].value += 1

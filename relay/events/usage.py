@@ -6,20 +6,18 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 
 import orjson
 
 from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.model.metrics import MetricValue
-from relay.telemetry.traffic import RequestMetrics, Series, label_value
+from relay.telemetry.traffic import RequestLabels, RequestMetrics, label_value
 
 INTERVAL = 60.0
 """Seconds between two reports of an environment; one without traffic is not reported."""
 
 SCHEMA = 4
-
-_POLLS = frozenset({"/sdk/flags", "/sdk/flags/{key}", "/sdk/segments/{key}", "/sdk/latest-all"})
 
 Client = tuple[str, str]
 """User agent and platform of a client."""
@@ -32,6 +30,7 @@ class UsageReporter:
         names: returns the names of the environments, and of those that are gone but not forgotten.
         traffic: request counts of the fast path and the application.
         accept: accepts a report for delivery, as `Forwarder.accept`.
+        polls: routes of polls, by their templates.
         interval: seconds between two reports.
     """
 
@@ -40,11 +39,13 @@ class UsageReporter:
         names: Callable[[], Iterable[str]],
         traffic: RequestMetrics,
         accept: Callable[[EventPayload], Awaitable[object]],
+        polls: Collection[str],
         interval: float = INTERVAL,
     ) -> None:
         self._names = names
         self._traffic = traffic
         self._accept = accept
+        self._poll_routes = polls
         self._interval = interval
         self._relay_id = str(uuid.uuid4())
         self._polls: Mapping[str, Counter[Client]] = {}
@@ -68,7 +69,7 @@ class UsageReporter:
             now: the system's time in Unix seconds.
             lasted: length of the period in seconds, by a clock that is never corrected.
         """
-        polls = _by_environment(self._traffic.requests, _POLLS)
+        polls = _by_environment(self._traffic.requests, self._poll_routes)
         open_now = _by_environment(self._traffic.streams)
         opened = _by_environment(self._traffic.new_streams)
         period = {"startDate": round((now - lasted) * 1000), "endDate": round(now * 1000)}
@@ -92,13 +93,13 @@ class UsageReporter:
 
 
 def _by_environment(
-    counts: Mapping[Series, MetricValue], routes: frozenset[str] | None = None
+    counts: Mapping[RequestLabels, MetricValue], routes: Collection[str] | None = None
 ) -> dict[str, Counter[Client]]:
     sums: dict[str, Counter[Client]] = {}
-    for series, count in counts.items():
-        if routes is None or series.route in routes:
-            clients = sums.setdefault(series.environment, Counter())
-            clients[label_value(series.user_agent), series.platform] += count.value
+    for labels, count in counts.items():
+        if routes is None or labels.route in routes:
+            clients = sums.setdefault(labels.environment, Counter())
+            clients[label_value(labels.user_agent), labels.platform] += count.value
     return sums
 
 

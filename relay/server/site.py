@@ -86,6 +86,7 @@ def build_site(config: Config) -> Site:
     from relay.web.endpoints.webhooks import WebhooksHandler  # noqa: PLC0415
     from relay.web.fastpath.evaluation import EvaluationFastPath  # noqa: PLC0415
     from relay.web.fastpath.events import EventsFastPath  # noqa: PLC0415
+    from relay.web.routes import POLLS  # noqa: PLC0415
 
     relay = build(config)
     _log_environments(config, relay)
@@ -100,12 +101,13 @@ def build_site(config: Config) -> Site:
     webhooks = WebhooksHandler(relay.environments, secrets) if secrets else None
     app = make_app(relay, polling, traffic, events, webhooks, evaluation=evaluation, goals=goals)
     exporter = make_exporter(relay, traffic, config.prometheus.prefix)
-    fast_events = EventsFastPath(relay, events, traffic)
-    keepers = (traffic.forget, events.forget, fast_events.forget)
+    keepers = (traffic.forget, events.forget)
     background = [Housekeeping(relay, keepers).run]
     if relay.events:
-        background.append(UsageReporter(relay.registry.names, traffic, relay.events.accept).run)
+        accept = relay.events.accept
+        background.append(UsageReporter(relay.registry.names, traffic, accept, POLLS).run)
     if webhooks:
         background.append(webhooks.run)
-    fast_evaluation = EvaluationFastPath(relay, evaluation, traffic)
+    fast_events = EventsFastPath(relay, events, traffic)
+    fast_evaluation = EvaluationFastPath(evaluation, traffic)
     return Site(relay, app, polling, traffic, exporter, background, fast_events, fast_evaluation)

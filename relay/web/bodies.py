@@ -15,8 +15,8 @@ from starlette.types import Receive
 
 from relay.errors import RelayError
 from relay.protocol.gzip import CORRUPT, GZIP
+from relay.web.requests import header
 from relay.web.responses import PreparedResponse, json_error
-from relay.web.routing import header
 
 MAX_SIZE = 32 * 1024 * 1024
 """Bytes of a decompressed body unless configured otherwise: far more than any SDK sends."""
@@ -93,6 +93,10 @@ class MemoryBudget:
 
     def __repr__(self) -> str:
         return f"<MemoryBudget [{self._left} bytes left]>"
+
+    def fits(self, size: int) -> bool:
+        """Return whether a body of this size would be within both limits."""
+        return size <= self.max_size and size <= self._left
 
     def acquire(self, size: int) -> None:
         """Take bytes out of the budget.

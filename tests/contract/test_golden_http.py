@@ -583,7 +583,7 @@ async def relay_in(setup: str, *, front: bool) -> AsyncGenerator[Address, None]:
         goals = GoalsHandler(relay.fetch, upstream.url)
         evaluation = EvaluationHandler()
         app = make_app(relay, polling, traffic, evaluation=evaluation, goals=goals)
-        questions = EvaluationFastPath(relay, evaluation, traffic)
+        questions = EvaluationFastPath(evaluation, traffic)
         site = Site(relay, app, polling, traffic, evaluation=questions)
         async with serving_site(site, ServerOptions(0, drain=2), front=front) as port:
             await reach(setup, upstream, relay)

@@ -62,7 +62,7 @@ class Served:
         self.polling, self.traffic = PollingHandler(), RequestMetrics()
         self.events = EventsHandler()
         self.evaluation = EvaluationHandler()
-        self.questions = EvaluationFastPath(self.relay, self.evaluation, self.traffic)
+        self.questions = EvaluationFastPath(self.evaluation, self.traffic)
 
     def app(self) -> ASGIApp:
         """The application, as it is behind the front door."""

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 
 from msgspec import Struct
 from starlette.requests import Request
-from starlette.responses import Response
 
 from relay.environment import Environment
 from relay.evaluation.compiled.fragments import EvalBody
 from relay.evaluation.compiled.program import Program
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context
+from relay.web.access import Access
 from relay.web.bodies import RequestRejected
 from relay.web.compression import EvaluationResource
 from relay.web.contexts import (
@@ -31,9 +31,9 @@ from relay.web.contexts import (
     secure_mode_hash_in,
     wants_reasons,
 )
+from relay.web.requests import header
 from relay.web.resources import with_ttl
 from relay.web.responses import PreparedResponse, environment_headers, json_error
-from relay.web.routing import Handler, header
 
 MAX_CACHED = 64 * 1024 * 1024
 """Bytes of cached results, of all environments together."""
@@ -50,9 +50,6 @@ MAX_RECENT = 16 * 1024
 of repeated requests are cached: contexts that are evaluated once would evict the others."""
 
 NOT_INITIALIZED = json_error(503, "Service not initialized")
-
-_NO_SEGMENTS = (b"", b".", b"..")
-"""Segments of paths that are not canonical, which the application redirects."""
 
 
 class _EvaluationRequest(Struct, frozen=True):
@@ -162,12 +159,10 @@ class EvaluationHandler:
         Args:
             environment: to evaluate for.
             sdk_kind: decides which flags are visible.
-            segment: of the path, with the context, as received.
+            segment: of the path, with the context, without percent escapes.
             query: as received.
         """
-        if len(segment) > MAX_AT_ONCE or b"%" in segment or segment in _NO_SEGMENTS:
-            return None
-        if query and (b"%" in query or b"filter" in query):
+        if len(segment) > MAX_AT_ONCE:
             return None
         evaluation = _evaluation_request(sdk_kind, segment, context_in_path, query)
         try:
@@ -176,37 +171,26 @@ class EvaluationHandler:
         except RequestRejected as e:
             return _with_environment_headers(environment, e.response)
 
-    def in_path(self, sdk_kind: SDKKind) -> Handler:
-        """Return the handler of a GET whose path ends in the context."""
+    async def in_path(self, request: Request, access: Access) -> PreparedResponse:
+        """Respond to a GET whose path ends in the context."""
+        segment = request.path_params["context"].encode(errors="replace")
+        return await self._complete(request, access, segment, context_in_path)
 
-        async def respond(request: Request, environment: Environment) -> Response:
-            segment = request.path_params["context"].encode(errors="replace")
-            query = request.scope["query_string"]
-            evaluation = _evaluation_request(sdk_kind, segment, context_in_path, query)
-            return (await self._complete(request, environment, evaluation)).to_starlette()
-
-        return respond
-
-    def in_body(self, sdk_kind: SDKKind) -> Handler:
-        """Return the handler of a request whose body is the context."""
-
-        async def respond(request: Request, environment: Environment) -> Response:
-            try:
-                body = await read_context_body(request, self.budget)
-            except RequestRejected as e:
-                return e.response.to_starlette()
-            evaluation = _evaluation_request(
-                sdk_kind, body, context_in_body, request.scope["query_string"]
-            )
-            return (await self._complete(request, environment, evaluation)).to_starlette()
-
-        return respond
+    async def in_body(self, request: Request, access: Access) -> PreparedResponse:
+        """Respond to a request whose body is the context."""
+        try:
+            body = await read_context_body(request, self.budget)
+        except RequestRejected as e:
+            return e.response
+        return await self._complete(request, access, body, context_in_body)
 
     async def _complete(
-        self, request: Request, environment: Environment, evaluation: _EvaluationRequest
+        self, request: Request, access: Access, raw: bytes, reader: Callable[[bytes], Context]
     ) -> PreparedResponse:
         none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
-        programs, sdk_kind = environment.programs, evaluation.sdk_kind
+        environment, sdk_kind = access.environment, access.route.sdk_kind
+        evaluation = _evaluation_request(sdk_kind, raw, reader, request.scope["query_string"])
+        programs = environment.programs
         try:
             if len(evaluation.raw) > MAX_AT_ONCE:
                 program = await programs.ready(sdk_kind)
@@ -227,7 +211,7 @@ class EvaluationHandler:
         response = resource.variant(none_match, encoding)
         if response is None:
             response = await resource.compress_in_thread()
-        return with_expiry(response, environment, sdk_kind) or NOT_INITIALIZED
+        return with_expiry(response, environment, sdk_kind)
 
     def _evaluate(
         self, environment: Environment, program: Program | None, evaluation: _EvaluationRequest
@@ -321,8 +305,8 @@ def _with_environment_headers(
 
 
 def with_expiry(
-    response: PreparedResponse | None, environment: Environment, sdk_kind: SDKKind
-) -> PreparedResponse | None:
+    response: PreparedResponse, environment: Environment, sdk_kind: SDKKind
+) -> PreparedResponse:
     """Return the response with its TTL if it is for a server.
 
     Clients must revalidate: one that gets a ping must not read its flags from its HTTP cache.

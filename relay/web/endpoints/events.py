@@ -12,12 +12,11 @@ import binascii
 import re
 import time
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from starlette.requests import Request
-from starlette.responses import Response
 
 from relay.environment import Environment
 from relay.errors import StoreUnavailable
@@ -34,9 +33,10 @@ from relay.protocol.events import (
     summarise,
 )
 from relay.telemetry.log import Log, environment_log
+from relay.web.access import Access
 from relay.web.bodies import BODIES_OVERLOADED, MemoryBudget, RequestBody, RequestRejected
+from relay.web.requests import first_values, parameter
 from relay.web.responses import EVENTS_DISABLED, PreparedResponse, json_error
-from relay.web.routing import Handler, parameter
 
 LAST_OLD_SCHEMA = 2
 """Events of later schemas arrive summarised."""
@@ -74,7 +74,7 @@ EMPTY = json_error(400, "body may not be empty")
 class EventAcceptor(Protocol):
     """Destination of event payloads."""
 
-    def accept(self, payload: EventPayload) -> Awaitable[object]:
+    def accept(self, payload: EventPayload) -> asyncio.Future[bool]:
         """Accept a payload for delivery; the result resolves once it is safe.
 
         Raises:
@@ -97,10 +97,10 @@ class Discarder:
     def __init__(self, discarded: Counter[str]) -> None:
         self._discarded = discarded
 
-    def accept(self, payload: EventPayload) -> Awaitable[object]:
+    def accept(self, payload: EventPayload) -> asyncio.Future[bool]:
         """Drop and count a payload."""
         self.discard(payload.partition.environment)
-        done: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         done.set_result(True)
         return done
 
@@ -161,18 +161,11 @@ class EventsHandler:
         state = "enabled" if self.enabled else "disabled"
         return f"<EventsHandler [{state}, {self.unusable.total()} unusable]>"
 
-    def handler(self, endpoint: EventsEndpoint) -> Handler:
-        """Return the handler of POSTs to an endpoint."""
-
-        async def respond(request: Request, environment: Environment) -> Response:
-            return (await self._respond(request, environment, endpoint)).to_starlette()
-
-        return respond
-
-    async def image(self, request: Request, environment: Environment) -> Response:
+    async def image(self, request: Request, access: Access) -> PreparedResponse:
         """Respond to a request for the image in whose URL browsers send events."""
+        environment = access.environment
         if self._forwarder is None:
-            return EVENTS_DISABLED.to_starlette()
+            return EVENTS_DISABLED
         body = _from_base64(parameter(request, "d")) if request.method == "GET" else b""
         if isinstance(self._forwarder, Discarder):
             if body:
@@ -184,12 +177,12 @@ class EventsHandler:
                     self._forwarder, environment, _new_payload(partition, "", body)
                 )
             except StoreUnavailable:
-                return BODIES_OVERLOADED.to_starlette()
-        return IMAGE.to_starlette()
+                return BODIES_OVERLOADED
+        return IMAGE
 
-    async def _respond(
-        self, request: Request, environment: Environment, endpoint: EventsEndpoint
-    ) -> PreparedResponse:
+    async def handle(self, request: Request, access: Access) -> PreparedResponse:
+        """Respond to a POST of events."""
+        environment, endpoint = access.environment, access.route.events_endpoint
         body = RequestBody(request, self.budget)
         try:
             await body.begin()
@@ -201,9 +194,8 @@ class EventsHandler:
             content = await body.read()
             if not content:
                 return EMPTY
-            await self._accept(
-                self._forwarder, environment, endpoint, _first_values(request), content
-            )
+            headers = first_values(request)
+            await self._accept(self._forwarder, environment, endpoint, headers, content)
         except RequestRejected as e:
             return await body.reject(e.response)
         except StoreUnavailable:
@@ -231,7 +223,7 @@ class EventsHandler:
         endpoint: EventsEndpoint,
         headers: Mapping[bytes, bytes],
         body: bytes,
-    ) -> Awaitable[object] | None:
+    ) -> asyncio.Future[bool] | None:
         """Accept a payload that is passed on unchanged, as nearly all are.
 
         Args:
@@ -252,7 +244,7 @@ class EventsHandler:
 
     def accept_in_partition(
         self, partition: Partition, payload_id: str, body: bytes
-    ) -> Awaitable[object] | None:
+    ) -> asyncio.Future[bool] | None:
         """Accept a payload of a current schema whose partition is known already.
 
         Returns:
@@ -432,11 +424,6 @@ def _is_deliverable(endpoint: EventsEndpoint, body: bytes) -> bool:
     if body[:2] == b"[{" and body[-1:] == b"]":
         return True  # without a scan, as nearly all bodies are
     return bool(body) if endpoint.diagnostic else is_array(body) and not is_empty(body)
-
-
-def _first_values(request: Request) -> Mapping[bytes, bytes]:
-    """Return the headers of a request, each with its first value."""
-    return dict(reversed(request.scope["headers"]))
 
 
 def _payload_id(headers: Mapping[bytes, bytes]) -> str:

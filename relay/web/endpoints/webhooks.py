@@ -24,8 +24,8 @@ from relay.protocol import webhook
 from relay.protocol.webhook import ChangedResource, ChangeNotice
 from relay.refresh import BURST, RECHECK_AFTER, RefreshTracker
 from relay.web.bodies import MemoryBudget, RequestBody, RequestRejected
+from relay.web.requests import header
 from relay.web.responses import PreparedResponse, json_error
-from relay.web.routing import header
 
 PATH = "/webhooks/launchdarkly"
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from relay.environment import Environment
 from relay.evaluation.compiled.fragments import EvalBody
 from relay.evaluation.sdkkind import SDKKind
-from relay.model.credential import CredentialKind
 from relay.model.metrics import MetricValue
-from relay.relay import Relay
-from relay.telemetry.traffic import RequestMetrics, Series, client_label
-from relay.web.access import by_plain_key
+from relay.telemetry.traffic import RequestMetrics
 from relay.web.compression import compressed, etag_of, to_compress
 from relay.web.cors import cors_lines
 from relay.web.endpoints.evaluation import (
@@ -24,43 +19,18 @@ from relay.web.endpoints.evaluation import (
     with_expiry,
 )
 from relay.web.fastpath.cache import EvaluationResponse
-from relay.web.fastpath.heads import MAX_HEAD
+from relay.web.fastpath.heads import MAX_HEAD, RequestHead
 from relay.web.resources import MAX_COMPRESSED_AT_ONCE, MIN_COMPRESSED, accepts_gzip
 from relay.web.responses import Headers, PreparedResponse
-from relay.web.routing import BROWSER, MOBILE, SERVER, RouteAuth
-
-METHODS = ("GET", "OPTIONS")
-"""Methods of browsers' routes, for CORS."""
 
 MAX_KNOWN = 1024
 """Maximum number of client profiles: far more than environments, each with a few origins and kinds
 of clients."""
 
-_BROWSERS = re.compile(rb"/sdk/evalx/([0-9A-Za-z_-]+)/(contexts|users)")
 _LINE_END = b" HTTP/1.1\r\n"
 _BASE64_PUNCTUATION = b"-_=+"
 """Characters of base64 in both alphabets that `isalnum` refuses, except the slash."""
 _PLAIN_QUERY = re.compile(rb"[0-9A-Za-z=&]*")
-
-
-class EvaluationRoute(NamedTuple):
-    """Route of evaluation requests."""
-
-    template: str
-    auth: RouteAuth
-
-
-_BY_KEY: Mapping[bytes, EvaluationRoute] = {
-    b"/%b/evalx/%b" % (root, name): EvaluationRoute(
-        f"/{root.decode()}/evalx/{name.decode()}/{{context}}", auth
-    )
-    for root, auth in ((b"sdk", SERVER), (b"msdk", MOBILE))
-    for name in (b"contexts", b"users")
-}
-_BY_ID: Mapping[bytes, EvaluationRoute] = {
-    name: EvaluationRoute(f"/sdk/evalx/{{envId}}/{name.decode()}/{{context}}", BROWSER)
-    for name in (b"contexts", b"users")
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +109,11 @@ class EvaluationFastPath:
     """Handler of evaluation requests on the fast path.
 
     Args:
-        relay: provides the environments.
         evaluation: evaluates the flags; shared with the application.
         traffic: request metrics, shared with the application.
     """
 
-    def __init__(
-        self, relay: Relay, evaluation: EvaluationHandler, traffic: RequestMetrics
-    ) -> None:
-        self._relay = relay
+    def __init__(self, evaluation: EvaluationHandler, traffic: RequestMetrics) -> None:
         self._evaluation = evaluation
         self._traffic = traffic
         self._profiles: dict[tuple[bytes, bytes], _ClientProfile] = {}
@@ -169,37 +135,24 @@ class EvaluationFastPath:
         segment, _, query = target.partition(b"?")
         # Anything else has to be judged by the parser.
         plain = segment.translate(None, _BASE64_PUNCTUATION).isalnum()
-        if not plain or (query and _PLAIN_QUERY.fullmatch(query) is None):
+        if not (plain and _is_plain(query)):
             return None
         return self._respond(profile, segment, query)
 
-    def answer(
-        self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], *, closes: bool
-    ) -> EvaluationResponse | None:
-        """Return the response to a GET without a body; None to leave it to the application.
-
-        Args:
-            head: the whole request.
-            url: target of the request.
-            headers: headers of the request, without repetitions.
-            closes: True if the client wants the connection closed after the response.
-        """
-        path, _, query = url.partition(b"?")
-        prefix, _, segment = path.rpartition(b"/")
-        profile = self._profile(prefix, headers, closes=closes)
-        if profile is None:
-            return None
-        response = self._respond(profile, segment, query)
-        if response is not None and not profile.if_none_match:
-            self._remember(prefix, head, profile)
+    def answer(self, head: RequestHead) -> EvaluationResponse | None:
+        """Return the response to a GET; None to leave it to the application."""
+        profile = self._profile(head)
+        response = self._respond(profile, head.segment, head.query)
+        if response is not None and not profile.if_none_match and _is_plain(head.query):
+            self._remember(head.raw, profile)
         return response
 
-    def _remember(self, prefix: bytes, head: bytes, profile: _ClientProfile) -> None:
-        _, _, rest = head.partition(_LINE_END)
+    def _remember(self, head: bytes, profile: _ClientProfile) -> None:
+        line, _, rest = head.partition(_LINE_END)
         if rest and len(rest) <= MAX_HEAD:
             if len(self._profiles) >= MAX_KNOWN:
                 self._profiles.clear()
-            self._profiles[b"GET " + prefix, rest] = profile
+            self._profiles[line.partition(b"?")[0].rpartition(b"/")[0], rest] = profile
 
     def _respond(
         self, profile: _ClientProfile, segment: bytes, query: bytes
@@ -214,43 +167,26 @@ class EvaluationFastPath:
             return profile.respond_usual(result)
         resource = resource_for(result.body, environment)
         variant = resource.variant(profile.if_none_match, profile.accept_encoding)
-        response = with_expiry(variant, environment, sdk_kind)
-        return None if response is None else profile.respond(response, cacheable=result.cacheable)
-
-    def _profile(
-        self, prefix: bytes, headers: Mapping[bytes, bytes], *, closes: bool
-    ) -> _ClientProfile | None:
-        route, environment = self._resolve(prefix, headers)
-        if route is None or environment is None:
+        if variant is None:
             return None
-        spec, auth = environment.spec, route.auth
-        user_agent = client_label(self._traffic, headers)
-        series = Series(spec.name, route.template, "GET", auth.platform, user_agent)
+        response = with_expiry(variant, environment, sdk_kind)
+        return profile.respond(response, cacheable=result.cacheable)
+
+    def _profile(self, head: RequestHead) -> _ClientProfile:
+        access, headers = head.access, head.headers
+        spec, route = access.environment.spec, access.route
         origin = headers.get(b"origin", b"")
-        is_browser = auth is BROWSER
-        cors = cors_lines(spec, origin, METHODS, auth.exposed_headers) if is_browser else ()
         return _ClientProfile(
-            environment,
-            auth.sdk_kind,
-            self._traffic.requests[series],
-            cors,
+            access.environment,
+            route.sdk_kind,
+            self._traffic.requests[access.labels(self._traffic, "GET", headers)],
+            cors_lines(spec, origin, route) if route.for_browsers else (),
             headers.get(b"if-none-match", b""),
             headers.get(b"accept-encoding", b""),
-            closes,
+            head.closes,
         )
 
-    def _resolve(
-        self, prefix: bytes, headers: Mapping[bytes, bytes]
-    ) -> tuple[EvaluationRoute | None, Environment | None]:
-        route = _BY_KEY.get(prefix)
-        if route is not None:
-            mobile = route.auth is MOBILE
-            kind = CredentialKind.MOBILE_KEY if mobile else CredentialKind.SDK_KEY
-            grant = by_plain_key(self._relay, kind, headers)
-            return route, grant.environment if grant else None
-        match = _BROWSERS.fullmatch(prefix)
-        if match is None:
-            return None, None
-        environment_id = match[1].decode()
-        find = self._relay.registry.find
-        return _BY_ID[match[2]], find(CredentialKind.ENVIRONMENT_ID, environment_id)
+
+def _is_plain(query: bytes) -> bool:
+    """Return whether a query needs no decoding, and does not choose the environment."""
+    return not query or (b"filter" not in query and _PLAIN_QUERY.fullmatch(query) is not None)

@@ -11,17 +11,14 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
-from relay.environment import Environment
 from relay.errors import StoreUnavailable
-from relay.model.credential import CredentialKind
-from relay.model.event import EventsEndpoint, Partition
+from relay.model.event import Partition
 from relay.model.metrics import MetricValue
 from relay.protocol.gzip import CORRUPT
 from relay.relay import Relay
-from relay.telemetry.traffic import RequestMetrics, Series
-from relay.web.access import plain_key
+from relay.telemetry.traffic import RequestMetrics
+from relay.web.access import Access
 from relay.web.bodies import (
     BODIES_OVERLOADED,
     INFLATED_AT_ONCE,
@@ -36,18 +33,15 @@ from relay.web.fastpath.heads import (
     MAX_HEAD,
     PAYLOAD_ID,
     HeadTemplate,
+    RequestHead,
     normalise_head,
     variable_names,
 )
 from relay.web.responses import PreparedResponse, environment_headers
-from relay.web.routing import BROWSER, MOBILE, SERVER, RouteAuth
 
 PLAIN_SIZE = 256 * 1024
 """Maximum bytes of a body, as sent, that is received here; larger ones are left to the application,
 which processes them in slices. Payloads of SDKs have some KB."""
-
-MAX_KNOWN = 4096
-"""Maximum number of counters at hand: by environment, route and kind of client."""
 
 CHUNKED = -1
 """Stands for the length of a body that comes in chunks."""
@@ -55,46 +49,10 @@ CHUNKED = -1
 MAX_HEADS = 1024
 """Maximum number of known heads: by environment and kind of client, a few KB each."""
 
-_ID = re.compile(rb"[0-9A-Za-z_-]+")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,5})\r\n")
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 _log = logging.getLogger("relay.web")
-
-
-class EventsRoute(NamedTuple):
-    """Route of event payloads."""
-
-    template: str
-    endpoint: EventsEndpoint
-    auth: RouteAuth
-
-
-ROUTES: Mapping[bytes, EventsRoute] = {
-    route.template.removesuffix("{envId}").encode(): route
-    for route in (
-        EventsRoute("/bulk", EventsEndpoint.BULK, SERVER),
-        EventsRoute("/diagnostic", EventsEndpoint.BULK_DIAGNOSTIC, SERVER),
-        EventsRoute("/mobile", EventsEndpoint.MOBILE, MOBILE),
-        EventsRoute("/mobile/events", EventsEndpoint.MOBILE, MOBILE),
-        EventsRoute("/mobile/events/bulk", EventsEndpoint.MOBILE, MOBILE),
-        EventsRoute("/mobile/events/diagnostic", EventsEndpoint.MOBILE_DIAGNOSTIC, MOBILE),
-        EventsRoute("/events/bulk/{envId}", EventsEndpoint.CLIENT_SIDE, BROWSER),
-        EventsRoute("/events/diagnostic/{envId}", EventsEndpoint.CLIENT_SIDE_DIAGNOSTIC, BROWSER),
-    )
-}
-"""Routes by path without the environment ID; used by the application, too."""
-
-BROWSERS = ("POST", "OPTIONS")
-"""Methods of browsers' routes, for CORS."""
-
-
-class EventTarget(NamedTuple):
-    """Route and environment of an upload, and the credential that it came with."""
-
-    route: EventsRoute
-    credential: str
-    environment: Environment
 
 
 class EventsFastPath:
@@ -110,32 +68,22 @@ class EventsFastPath:
         self._relay = relay
         self._events = events
         self._traffic = traffic
-        self._counts: dict[tuple[EventsRoute, str, bytes, bytes], MetricValue] = {}
         self._heads: dict[HeadTemplate, KnownHead] = {}
 
-    def begin(self, url: bytes, headers: Mapping[bytes, bytes]) -> EventUpload | None:
-        """Return an upload for a parsed head; None to leave it to the application."""
-        prefix, slash, last = url.rpartition(b"/")
-        route = ROUTES.get(url) or ROUTES.get(prefix + slash)
-        if route is None:
-            return None
-        credential = plain_key(headers)
-        if route.auth is BROWSER:
-            credential = last.decode() if _ID.fullmatch(last) else ""
-        environment = self._find(route, credential)
-        if environment is None or not self._events.enabled or not _has_plain_body(headers):
-            return None
-        target = EventTarget(route, credential, environment)
-        return EventUpload(target, url, headers, self._events.budget)
+    def begin(self, head: RequestHead, raw: bytes) -> EventUpload | None:
+        """Return an upload for a parsed head; None to leave it to the application.
 
-    def _find(self, route: EventsRoute, credential: str) -> Environment | None:
-        kind = CredentialKind.ENVIRONMENT_ID
-        if route.auth is not BROWSER:
-            mobile = route.auth is MOBILE
-            kind = CredentialKind.MOBILE_KEY if mobile else CredentialKind.SDK_KEY
-        return self._relay.registry.find(kind, credential)
+        Args:
+            head: of the request.
+            raw: the same as it was received; empty if not in one piece.
+        """
+        if not self._events.enabled or not _has_plain_body(head.headers):
+            return None
+        upload = EventUpload(head.access, head.headers, self._events.budget)
+        upload.keep_alive, upload.start = not head.closes, raw
+        return upload
 
-    def accept(self, upload: EventUpload) -> asyncio.Future[object] | None:
+    def accept(self, upload: EventUpload) -> asyncio.Future[bool] | None:
         """Accept a complete upload; None to leave it to the application.
 
         The future is done when the payload is stored.
@@ -143,22 +91,41 @@ class EventsFastPath:
         body = upload.content()
         if not body:
             return None
-        route, _, environment = upload.target
         head, events = upload.head, self._events
         try:
             if head is not None:
                 stored = events.accept_in_partition(head.partition, upload.payload_id, body)
             else:
-                stored = events.accept_plain(environment, route.endpoint, upload.headers, body)
+                environment = upload.access.environment
+                endpoint = upload.access.route.events_endpoint
+                stored = events.accept_plain(environment, endpoint, upload.headers, body)
         except Exception as e:  # noqa: BLE001 - `answer` reports it
             return _failed_future(e)
         if stored is None:
             return None
         count = head.count if head is not None else self._count(upload)
         count.value += 1
-        return asyncio.ensure_future(stored)
+        return stored
 
-    def answer(self, upload: EventUpload, stored: asyncio.Future[object]) -> PreparedResponse:
+    def accept_whole(
+        self, head: KnownHead, payload_id: str, body: bytes
+    ) -> asyncio.Future[bool] | None:
+        """Accept a body that arrived together with its head, as most do: it needs no `EventUpload`.
+
+        Returns:
+            As `accept`.
+        """
+        if head.compressed or not self._events.budget.fits(len(body)):
+            return None
+        try:
+            stored = self._events.accept_in_partition(head.partition, payload_id, body)
+        except Exception as e:  # noqa: BLE001 - `answer` reports it
+            return _failed_future(e)
+        if stored is not None:
+            head.count.value += 1
+        return stored
+
+    def answer(self, upload: EventUpload, stored: asyncio.Future[bool]) -> PreparedResponse:
         """Return the response to an upload that was stored, or could not be."""
         error = asyncio.CancelledError() if stored.cancelled() else stored.exception()
         if error is not None and not isinstance(error, StoreUnavailable):
@@ -169,12 +136,10 @@ class EventsFastPath:
 
     def _completed(self, response: PreparedResponse, upload: EventUpload) -> PreparedResponse:
         """Return a response with the headers for this environment and kind of SDK."""
-        spec, auth = upload.target.environment.spec, upload.target.route.auth
+        spec, route = upload.access.environment.spec, upload.access.route
         headers = environment_headers(spec)
-        if auth is BROWSER:
-            headers += cors_lines(
-                spec, upload.headers.get(b"origin", b""), BROWSERS, auth.exposed_headers
-            )
+        if route.for_browsers:
+            headers += cors_lines(spec, upload.headers.get(b"origin", b""), route)
         return response.with_headers(*headers)
 
     def remember(self, head: bytes, upload: EventUpload) -> None:
@@ -194,53 +159,49 @@ class EventsFastPath:
             self._heads[template] = self._known_head(template, upload)
 
     def _known_head(self, template: HeadTemplate, upload: EventUpload) -> KnownHead:
-        endpoint, environment = upload.target.route.endpoint, upload.target.environment
-        partition = self._events.partition(environment, endpoint, upload.headers)
+        access = upload.access
+        partition = self._events.partition(
+            access.environment, access.route.events_endpoint, upload.headers
+        )
         accepted_head = self._completed(ACCEPTED, upload).head
         return KnownHead(template, upload, partition, self._count(upload), accepted_head)
 
     def _is_valid(self, head: KnownHead) -> bool:
         """Return whether the credential of a known head still opens the same environment."""
-        route, credential, environment = head.target
-        return self._find(route, credential) is environment and environment.spec is head.spec
+        credential = head.access.grant.credential
+        grant = self._relay.registry.grant(credential.kind, credential.value)
+        return grant is head.access.grant and grant.environment.spec is head.spec
 
-    def known(self, head: bytes) -> EventUpload | None:
-        """Return an upload for a known head; None if it has to be parsed."""
+    def find_head(self, head: bytes) -> tuple[KnownHead, str, int] | None:
+        """Return a known head with the payload id and the length of the body, as `KnownHead.read`.
+
+        None if the head has to be parsed.
+        """
         template, values = normalise_head(head)
         known = self._heads.get(template)
         if known is None or not self._is_valid(known):
             return None
-        payload_id, missing = known.read(values)
-        if missing is None:
-            return None
-        upload = EventUpload(known.target, b"", known.headers, self._events.budget, known)
-        upload.keep_alive, upload.start = known.keep_alive, head
-        upload.payload_id, upload.missing = payload_id, missing
+        payload_id, length = known.read(values)
+        return None if length is None else (known, payload_id, length)
+
+    def begin_known(self, known: KnownHead, head: bytes, payload_id: str) -> EventUpload:
+        """Return an upload for a known head.
+
+        Args:
+            known: what is known of it.
+            head: as it was received.
+            payload_id: read from it.
+        """
+        upload = EventUpload(known.access, known.headers, self._events.budget, known)
+        upload.keep_alive, upload.start, upload.payload_id = known.keep_alive, head, payload_id
         return upload
 
-    def forget(self, environment: str) -> None:
-        """Forget the counters of an environment that is gone."""
-        for key in [key for key in self._counts if key[1] == environment]:
-            del self._counts[key]
-
     def _count(self, upload: EventUpload) -> MetricValue:
-        sdk_agent = upload.headers.get(b"x-launchdarkly-user-agent", b"")
-        plain_agent = upload.headers.get(b"user-agent", b"")
-        route, name = upload.target.route, upload.target.environment.spec.name
-        key = (route, name, sdk_agent, plain_agent)
-        count = self._counts.get(key)
-        if count is None:
-            user_agent = self._traffic.user_agent(sdk_agent, plain_agent)
-            series = Series(name, route.template, "POST", route.auth.platform, user_agent)
-            count = self._traffic.requests[series]
-            if len(self._counts) >= MAX_KNOWN:
-                self._counts.clear()
-            self._counts[key] = count
-        return count
+        return self._traffic.requests[upload.access.labels(self._traffic, "POST", upload.headers)]
 
 
-def _failed_future(error: Exception) -> asyncio.Future[object]:
-    future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+def _failed_future(error: Exception) -> asyncio.Future[bool]:
+    future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
     future.set_exception(error)
     return future
 
@@ -273,7 +234,7 @@ class KnownHead:
 
     __slots__ = (
         *("_accepted", "_date", "_id_at", "_length_at", "accepted_head", "keep_alive"),
-        *("compressed", "count", "headers", "partition", "target", "spec"),
+        *("access", "compressed", "count", "headers", "partition", "spec"),
     )
 
     def __init__(
@@ -284,8 +245,8 @@ class KnownHead:
         count: MetricValue,
         accepted_head: bytes,
     ) -> None:
-        self.target = upload.target
-        self.spec = upload.target.environment.spec
+        self.access = upload.access
+        self.spec = upload.access.environment.spec
         self.headers = {b"origin": upload.headers.get(b"origin", b"")}
         self.compressed = upload.compressed
         self.keep_alive = upload.keep_alive
@@ -337,30 +298,27 @@ class EventUpload:
     for its end.
 
     Args:
-        target: route, credential and environment.
-        url: target of the request.
+        access: route and environment.
         headers: headers of the request, without repetitions.
         budget: memory budget of bodies.
         head: the known head, if it is one.
     """
 
     __slots__ = (
-        *("_reserved", "_budget", "head", "headers", "missing", "target", "parts", "payload_id"),
-        *("start", "url", "disconnected", "keep_alive", "response_complete"),
+        *("_reserved", "_budget", "access", "head", "headers", "missing", "parts", "payload_id"),
+        *("start", "disconnected", "keep_alive", "response_complete"),
     )
 
     message_event = _UNUSED_EVENT
 
     def __init__(
         self,
-        target: EventTarget,
-        url: bytes,
+        access: Access,
         headers: Mapping[bytes, bytes],
         budget: MemoryBudget,
         head: KnownHead | None = None,
     ) -> None:
-        self.target = target
-        self.url = url
+        self.access = access
         self.head = head
         self.headers = headers
         self.parts: list[bytes] = []
@@ -378,7 +336,7 @@ class EventUpload:
 
     def __repr__(self) -> str:
         state = "answered" if self.response_complete else f"{self._reserved} bytes reserved"
-        return f"<EventUpload {self.target.route.template} [{state}]>"
+        return f"<EventUpload {self.access.route.template} [{state}]>"
 
     def receive(self, part: bytes) -> bool:
         """Take a part of the body; return False if the application has to take over."""

@@ -21,24 +21,19 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
-from relay.environment import Environment
-from relay.model.credential import CredentialKind
 from relay.model.metrics import MetricValue
-from relay.registry import Grant
 from relay.streams.transport import StreamTransport
 from relay.telemetry.redaction import redact_url
-from relay.telemetry.traffic import Series, client_label
-from relay.web.access import by_plain_key
+from relay.telemetry.traffic import RequestLabels
 from relay.web.access_log import LoggedTransport, log_request, request_line
-from relay.web.endpoints.polling import template
-from relay.web.endpoints.streams import STREAMS, stream_headers
 from relay.web.fastpath.cache import CLOSE, CLOSING, CachedResponse, EvaluationResponse, assemble
 from relay.web.fastpath.events import CHUNKED, EventUpload, only_chunk
-from relay.web.fastpath.heads import END
+from relay.web.fastpath.heads import END, RequestHead, read_head
 from relay.web.fastpath.shared import FastPath, SweptConnection
-from relay.web.fastpath.streams import StreamRequest, client_stream_request
+from relay.web.fastpath.streams import StreamRequest, stream_request
 from relay.web.protocol import HTTPProtocol
 from relay.web.responses import Headers
+from relay.web.routes import Endpoint
 
 USED_OF_UVICORN = (
     *("connections", "cycle", "flow", "headers", "parser", "pipeline", "scope", "transport", "url"),
@@ -53,10 +48,7 @@ MAX_HEADS_REMEMBERED = 32
 proxy; bounds the cost of a client that makes up a new head for each upload."""
 
 _VERSIONS = ("1.1", "1.0")
-_EVALUATION_PREFIX = b"/sdk/evalx/"
 _EVALUATION_STARTS = (b"GET /sdk/evalx/", b"GET /msdk/evalx/")
-_ODD_HEADERS = frozenset((b"expect", b"upgrade"))
-_BODY_HEADERS = _ODD_HEADERS | {b"content-length", b"transfer-encoding"}
 
 
 class FastHTTPProtocol(HTTPProtocol, SweptConnection):
@@ -91,8 +83,6 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         """The bytes that are fed to the parser, if they are exactly one request head."""
         self._answered = False
         """True if the request that is being read does not go to the application."""
-        self._closes = False
-        """True if the client wants the connection closed after the response."""
         self._deferred = b""
         """The deferred evaluation request."""
         self._received_meanwhile = b""
@@ -281,40 +271,30 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
     def _answer(self) -> bool:
         """Handle the request that has just been parsed; return False if it is the application's."""
         parser = self.parser
-        method, (_, _, path) = parser.get_method(), self.url.partition(b"/")
-        handler = self._HANDLERS.get((method, path.partition(b"/")[0]))
-        if handler is None or parser.get_http_version() != "1.1":
+        if parser.get_http_version() != "1.1":
             return False
-        self._closes = not parser.should_keep_alive()
-        headers = dict(self.headers)
-        if len(headers) != len(self.headers) or not _ODD_HEADERS.isdisjoint(headers):
-            return False
-        return handler(self, headers)
+        head = read_head(
+            self._shared.relay,
+            parser.get_method(),
+            self.url,
+            self.headers,
+            self._whole_head,
+            closes=not parser.should_keep_alive(),
+        )
+        handler = self._HANDLERS.get(head.access.route.endpoint) if head else None
+        return head is not None and handler is not None and handler(self, head)
 
-    def _grant_of(self, headers: Mapping[bytes, bytes]) -> Grant[Environment] | None:
-        """Return the grant of a GET that arrived alone and in one piece."""
-        if not self._whole_head or not _BODY_HEADERS.isdisjoint(headers):
-            return None
-        return by_plain_key(self._shared.relay, CredentialKind.SDK_KEY, headers)
-
-    def _open_stream(self, headers: Mapping[bytes, bytes]) -> bool:
-        grant, stream = self._grant_of(headers), STREAMS.get(self.url)
-        if grant is None or stream is None:
+    def _open_stream(self, head: RequestHead) -> bool:
+        shared_by_all = head.access.route.endpoint is Endpoint.STREAM
+        logs = self._shared.traffic.logs
+        if logs and not shared_by_all:
             return False
-        environment = grant.environment
-        lines = stream_headers(environment, closes=self._closes)
-        request = StreamRequest(environment, stream, lines, self._series(environment), grant)
-        if not self._shared.traffic.logs:
-            self._shared.cache.put(self._whole_head, request)
+        request = stream_request(self._shared.traffic, head)
+        if request is None:
+            return False
+        if shared_by_all and not logs:
+            self._shared.cache.put(head.raw, request)
         return self._open(request)
-
-    def _open_client_stream(self, headers: Mapping[bytes, bytes]) -> bool:
-        traffic = self._shared.traffic
-        if traffic.logs or not self._whole_head or not _BODY_HEADERS.isdisjoint(headers):
-            return False
-        relay, closes = self._shared.relay, self._closes
-        request = client_stream_request(relay, traffic, self.url, headers, closes=closes)
-        return request is not None and self._open(request)
 
     def _open(self, request: StreamRequest) -> bool:
         if not self._can_open():
@@ -325,20 +305,15 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
     def _can_open(self) -> bool:
         return not (self.transport.get_write_buffer_size() or self._shared.relay.stopping)
 
-    def _answer_sdk(self, headers: Mapping[bytes, bytes]) -> bool:
-        if self.url.startswith(_EVALUATION_PREFIX):
-            return self._answer_evaluation(headers)
-        return self._answer_poll(headers)
-
-    def _answer_evaluation(self, headers: Mapping[bytes, bytes]) -> bool:
+    def _answer_evaluation(self, head: RequestHead) -> bool:
         """Answer an evaluation request."""
-        handler, logs = self._shared.evaluation, self._shared.traffic.logs
-        if handler is None or logs or not self._whole_head or not _BODY_HEADERS.isdisjoint(headers):
+        handler = self._shared.evaluation
+        if handler is None or self._shared.traffic.logs:
             return False
-        response = handler.answer(self._whole_head, self.url, headers, closes=self._closes)
+        response = handler.answer(head)
         if response is None:
             return False
-        self._write_evaluation(self._whole_head, response)
+        self._write_evaluation(head.raw, response)
         return True
 
     def _write_evaluation(self, head: bytes, response: EvaluationResponse) -> None:
@@ -353,16 +328,15 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         parts = assemble(start, self._shared.date, response.pieces)
         self._respond(parts, response.count, closes=response.closes)
 
-    def _begin_upload(self, headers: Mapping[bytes, bytes]) -> bool:
+    def _begin_upload(self, head: RequestHead) -> bool:
         """Begin an upload of events: one at a time, as it is answered only when it is stored."""
         events, logs = self._shared.events, self._shared.traffic.logs
         if events is None or logs or not self._is_idle():
             return False
-        upload = events.begin(self.url, headers)
+        start = self._upload_start[: self._upload_start.find(END) + len(END)]
+        upload = events.begin(head, start)
         if upload is None:
             return False
-        upload.keep_alive = not self._closes
-        upload.start = self._upload_start[: self._upload_start.find(END) + len(END)]
         # As the current cycle, it makes later requests and a shutdown wait.
         self._upload = self.cycle = cast("Any", upload)
         return True
@@ -377,6 +351,9 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         if upload.head is None and upload.start and self._heads_remembered < MAX_HEADS_REMEMBERED:
             self._heads_remembered += 1
             events.remember(upload.start, upload)
+        self._answer_when_stored(upload, stored)
+
+    def _answer_when_stored(self, upload: EventUpload, stored: asyncio.Future[bool]) -> None:
         if stored.done():
             self._answer_upload(upload, stored)
         else:
@@ -387,20 +364,32 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         events, end = self._shared.events, data.find(END) + len(END)
         if events is None or self._shared.traffic.logs or end < len(END):
             return False
-        upload = events.known(data[:end])
-        if upload is None:
+        known = events.find_head(data[:end])
+        if known is None:
             return False
+        head, payload_id, length = known
         body: bytes | None = data[end:]
-        if upload.missing == CHUNKED:
+        if length == CHUNKED:
             body = only_chunk(data[end:])
-            upload.missing = len(body or b"")
-        if body is None or len(body) > upload.missing:
+            length = len(body or b"")
+        if body is None or len(body) > length:
             return False  # several chunks, or pipelined requests
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
+        stored = events.accept_whole(head, payload_id, body) if len(body) == length else None
+        if stored is not None and head.keep_alive and _is_successful(stored):
+            self.server_state.total_requests += 1
+            self.transport.write(head.to_wire(self._shared.date))
+            return True
+        upload = events.begin_known(head, data[:end], payload_id)
         self._upload = self.cycle = cast("Any", upload)
-        self._between_requests, self._in_body = False, True
-        self._continue_upload(upload, body)
+        if stored is not None:
+            upload.receive(body)
+            self._answer_when_stored(upload, stored)
+        else:
+            upload.missing = length
+            self._between_requests, self._in_body = False, True
+            self._continue_upload(upload, body)
         return True
 
     def _continue_upload(self, upload: EventUpload, data: bytes) -> None:
@@ -418,7 +407,7 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         if following:
             self._parse(following)
 
-    def _answer_upload(self, upload: EventUpload, stored: asyncio.Future[object]) -> None:
+    def _answer_upload(self, upload: EventUpload, stored: asyncio.Future[bool]) -> None:
         upload.release()
         upload.response_complete = True
         self._upload = None
@@ -426,12 +415,7 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         if self._shared.events is None or self.transport.is_closing():
             return
         head = upload.head
-        if (
-            head is not None
-            and upload.keep_alive
-            and not stored.cancelled()
-            and not stored.exception()
-        ):
+        if head is not None and upload.keep_alive and _is_successful(stored):
             self.transport.write(head.to_wire(self._shared.date))
         else:
             response = self._shared.events.answer(upload, stored)
@@ -459,39 +443,33 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         if body:
             super().on_body(body)
 
-    def _answer_poll(self, headers: Mapping[bytes, bytes]) -> bool:
-        grant, head = self._grant_of(headers), self._whole_head
-        if grant is None or self._shared.poll is None or not self.url.isascii():
+    def _answer_poll(self, head: RequestHead) -> bool:
+        access, headers = head.access, head.headers
+        if self._shared.poll is None:
             return False
-        environment = grant.environment
-        etag, encoding = headers.get(b"if-none-match"), headers.get(b"accept-encoding")
-        prepared = self._shared.poll(
-            environment, self.url.decode("ascii"), etag or b"", encoding or b""
+        none_match, encoding = headers.get(b"if-none-match"), headers.get(b"accept-encoding")
+        prepared = self._shared.poll.respond(
+            access, head.segment.decode(), none_match or b"", encoding or b""
         )
         if prepared is None:
             return False
         traffic = self._shared.traffic
-        count = traffic.requests[self._series(environment)]
+        count = traffic.requests[access.labels(traffic, "GET", headers)]
         response = CachedResponse(
-            environment, prepared.head, (prepared.body,), count, closes=self._closes
+            access.environment, prepared.head, (prepared.body,), count, closes=head.closes
         )
         if traffic.logs:
             response.line = self._log_line(prepared.status, len(prepared.body))
-        self._shared.cache.put(head, response)
+        self._shared.cache.put(head.raw, response)
         self._write(response)
         return True
-
-    def _series(self, environment: Environment) -> Series:
-        route = template(self.url.decode("ascii"))
-        user_agent = client_label(self._shared.traffic, dict(self.headers))
-        return Series(environment.spec.name, route, "GET", "server", user_agent)
 
     def _log_line(self, status: int, size: int | None) -> str:
         return request_line("GET", self._redacted_url, self._authorization, status, size)
 
     @property
     def _redacted_url(self) -> str:
-        return redact_url(self.url.decode("ascii"))
+        return redact_url(self.url.decode("latin-1").removesuffix("?"))
 
     @property
     def _authorization(self) -> str:
@@ -518,7 +496,7 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         self._unset_keepalive_if_required()
         self.server_state.total_requests += 1
         self.connections.discard(self)
-        count = self._count_stream(request.series)
+        count = self._count_stream(request.labels)
         transport: StreamTransport = self.transport
         head = _stream_head(request.headers, self._shared.date)
         if self._shared.traffic.logs:
@@ -527,15 +505,15 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
             url, authorization = self._redacted_url, self._authorization
             transport, head = LoggedTransport(self.transport, url, authorization), b""
         vars(self).clear()
-        hub, client, grant = request.environment.hub, request.client, request.grant
-        hub.subscribe(request.name, transport, head, count, client, grant=grant)
+        hub, grant = request.grant.environment.hub, request.grant
+        hub.subscribe(request.name, transport, head, count, request.client, grant=grant)
 
-    def _count_stream(self, series: Series) -> MetricValue:
+    def _count_stream(self, labels: RequestLabels) -> MetricValue:
         """Count a new stream; return the counter of open ones."""
         traffic = self._shared.traffic
-        traffic.requests[series].value += 1
-        traffic.new_streams[series].value += 1
-        return traffic.streams[series]
+        traffic.requests[labels].value += 1
+        traffic.new_streams[labels].value += 1
+        return traffic.streams[labels]
 
     def _is_head_too_large(self) -> bool:
         """Return whether the head is too large without the bytes received together with it."""
@@ -573,25 +551,23 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         elif idle_time > limits.keep_alive and (self._is_idle() or not self._between_requests):
             self.transport.close()
 
-    _HANDLERS: ClassVar[Mapping[tuple[bytes, bytes], _Handler]] = {
-        (b"GET", b"all"): _open_stream,
-        (b"GET", b"flags"): _open_stream,
-        (b"GET", b"eval"): _open_client_stream,
-        (b"GET", b"meval"): _open_client_stream,
-        (b"GET", b"ping"): _open_client_stream,
-        (b"GET", b"mping"): _open_client_stream,
-        (b"GET", b"sdk"): _answer_sdk,
-        (b"GET", b"msdk"): _answer_evaluation,
-        (b"POST", b"bulk"): _begin_upload,
-        (b"POST", b"diagnostic"): _begin_upload,
-        (b"POST", b"events"): _begin_upload,
-        (b"POST", b"mobile"): _begin_upload,
+    _HANDLERS: ClassVar[Mapping[Endpoint, _Handler]] = {
+        Endpoint.POLL: _answer_poll,
+        Endpoint.STREAM: _open_stream,
+        Endpoint.PINGS: _open_stream,
+        Endpoint.EVALUATED_STREAM: _open_stream,
+        Endpoint.EVALUATION: _answer_evaluation,
+        Endpoint.EVENTS: _begin_upload,
     }
-    """Handlers by method and first segment of the path."""
+    """Handlers of hot routes."""
 
 
-_Handler = Callable[[FastHTTPProtocol, Mapping[bytes, bytes]], bool]
-"""Answers a request with these headers, or begins to; returns False if it is the application's."""
+_Handler = Callable[[FastHTTPProtocol, RequestHead], bool]
+"""Answers a request, or begins to; returns False if it is the application's."""
+
+
+def _is_successful(stored: asyncio.Future[bool]) -> bool:
+    return stored.done() and not stored.cancelled() and stored.exception() is None
 
 
 def _stream_head(headers: Headers, date: bytes) -> bytes:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Protocol
 
 from uvicorn.server import ServerState
 
-from relay.environment import Environment
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestMetrics
+from relay.web.access import Access
 from relay.web.fastpath.cache import EvaluationResponse, ResponseCache
 from relay.web.fastpath.events import EventsFastPath
+from relay.web.fastpath.heads import RequestHead
 from relay.web.fastpath.scheduler import EvaluationScheduler
 from relay.web.responses import PreparedResponse
 
@@ -29,10 +29,10 @@ MIN_SWEEP_INTERVAL = 0.1
 class PollResponder(Protocol):
     """Handler of polls."""
 
-    def __call__(
-        self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
+    def respond(
+        self, access: Access, key: str, if_none_match: bytes, accept_encoding: bytes
     ) -> PreparedResponse | None:
-        """Return the prepared response; None if the path is no poll, or there are no data yet."""
+        """Return the prepared response; None to leave it to the application."""
 
 
 class EvaluationResponder(Protocol):
@@ -41,9 +41,7 @@ class EvaluationResponder(Protocol):
     def answer_known(self, head: bytes, /) -> EvaluationResponse | None:
         """Return the response to a request that differs from an earlier one in its context only."""
 
-    def answer(
-        self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], /, *, closes: bool
-    ) -> EvaluationResponse | None:
+    def answer(self, head: RequestHead, /) -> EvaluationResponse | None:
         """Return the response to a GET; None to leave it to the application."""
 
 

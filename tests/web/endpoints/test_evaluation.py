@@ -112,22 +112,6 @@ async def test_the_response_is_that_of_the_application(context, query, headers):
     assert own_headers == reply.headers
 
 
-@pytest.mark.parametrize(
-    ("context", "query"),
-    [
-        (ANNA + b"%3D%3D", b""),
-        (b"", b""),
-        (b".", b""),
-        (b"..", b""),
-        (ANNA, b"filter=x"),
-        (ANNA, b"f%69lter=x"),
-    ],
-)
-async def test_unusual_requests_are_left_to_the_application(environment, context, query):
-    """Escapes, filters and paths that are not canonical are left to the application."""
-    assert await response_to(EvaluationHandler(), environment, context, query) is None
-
-
 async def test_repeated_requests_are_not_evaluated_again(environment):
     """A result is cached from the second request until the data changes.
 

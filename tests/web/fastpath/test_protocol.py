@@ -16,16 +16,20 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from relay.model.credential import SDKKey
 from relay.model.metrics import MetricValue
 from relay.model.payload import EMPTY
 from relay.protocol import fdv1
+from relay.registry import Grant
 from relay.streams.hub import StreamLimits
+from relay.web.access import Access
 from relay.web.fastpath import scheduler
 from relay.web.fastpath.cache import CachedResponse, ResponseCache
-from relay.web.fastpath.events import ROUTES, EventTarget, EventUpload
+from relay.web.fastpath.events import EventUpload
 from relay.web.fastpath.protocol import USED_OF_UVICORN, protocol_factory
 from relay.web.fastpath.shared import ConnectionLimits, FastPath
 from relay.web.responses import PreparedResponse
+from relay.web.routes import ROUTES
 from tests.support.serving import SDK_KEY, Served, Stream, serving, stalled_socket, until
 
 POLL = f"GET /sdk/flags HTTP/1.1\r\nHost: x\r\nAuthorization: {SDK_KEY}\r\n\r\n".encode()
@@ -42,11 +46,11 @@ class PollHandler:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, environment, path, if_none_match, accept_encoding):
-        if path != "/sdk/flags" or environment.payload is None:
+    def respond(self, access, key, if_none_match, accept_encoding):
+        if access.environment.payload is None:
             return None
         self.calls += 1
-        body = fdv1.all_flags(environment.payload)
+        body = fdv1.all_flags(access.environment.payload)
         return PreparedResponse(200, (), body)
 
 
@@ -444,8 +448,6 @@ async def test_caches_state_their_contents():
     assert repr(scheduler.EvaluationScheduler()) == "<EvaluationScheduler [0 deferred]>"
     prepared.payload = EMPTY
     assert repr(prepared) == "<CachedResponse [stale, 2 bytes]>"
-    route = ROUTES[b"/bulk"]
-    upload = EventUpload(
-        EventTarget(route, SDK_KEY, served.environment), b"/bulk", {}, served.events.budget
-    )
+    access = Access(ROUTES[0], Grant(served.environment, SDKKey(SDK_KEY)))
+    upload = EventUpload(access, {}, served.events.budget)
     assert repr(upload) == "<EventUpload /bulk [0 bytes reserved]>"
