@@ -177,7 +177,7 @@ class Doors:
             polling,
             traffic=traffic,
             events=EventsFastPath(self.relay, events, traffic),
-            evaluation=EvaluationFastPath(self.relay, evaluation, traffic),
+            evaluation=EvaluationFastPath(evaluation, traffic),
         )
         self._tasks.append(asyncio.create_task(self.relay.run()))
         for name, door in (("fast path", fast_path), ("application", None)):
