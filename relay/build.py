@@ -13,7 +13,6 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from relay.backoff import SourceTimings
 from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
 from relay.errors import ConfigError
@@ -27,6 +26,7 @@ from relay.programs import ProgramCache
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
 from relay.sources import DataSource
+from relay.sources.timings import SourceTimings
 from relay.stores import Mirror
 from relay.streams.evaluated import client_side_channels
 from relay.streams.hub import Hub, StreamLimits

@@ -11,12 +11,12 @@ from contextlib import aclosing
 import aiohttp
 
 from relay.aio import run_in_slices, wait_for
-from relay.backoff import Backoff, SourceTimings
 from relay.errors import ErrorKind, InvalidData, UpstreamRefused, UpstreamUnavailable
 from relay.model.credential import SDKKey, masked_url
 from relay.model.payload import ChangeSet
 from relay.protocol.sse import Decoder, Event
 from relay.sources import Interrupted, Update, UpToDate
+from relay.sources.timings import SourceBackoff, SourceTimings
 from relay.upstream import Upstream
 
 Interpret = Callable[[Event], Generator[None, None, ChangeSet | None]]
@@ -71,7 +71,7 @@ class EventStream:
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         """Yield changes, confirmations and interruptions until cancelled."""
-        backoff = Backoff(self._timings)
+        backoff = SourceBackoff(self._timings)
         while True:
             self._retry_now.clear()
             try:
@@ -87,7 +87,7 @@ class EventStream:
             yield interruption("stream connection", error, delay)
             await wait_for(self._retry_now, delay)
 
-    async def _connection(self, backoff: Backoff) -> AsyncGenerator[Update, None]:
+    async def _connection(self, backoff: SourceBackoff) -> AsyncGenerator[Update, None]:
         """Yield the updates of one connection, which always ends by raising."""
         async with self._upstream.get(
             self._url,
@@ -107,7 +107,7 @@ class EventStream:
         raise UpstreamUnavailable(ErrorKind.NETWORK_ERROR, "the server closed the stream")
 
     async def _messages(
-        self, response: aiohttp.ClientResponse, backoff: Backoff
+        self, response: aiohttp.ClientResponse, backoff: SourceBackoff
     ) -> AsyncGenerator[Update, None]:
         decoder = Decoder()
         last_yield = None  # monotonic; None until this connection has delivered

@@ -9,13 +9,13 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from relay.aio import wait_for
-from relay.backoff import SourceTimings
 from relay.errors import ErrorKind, InvalidData
 from relay.model.item import Item, Kind, version_of_time
 from relay.model.payload import ChangeSet
 from relay.protocol import filedata
 from relay.reasons import describe
 from relay.sources import Interrupted, Update, UpToDate
+from relay.sources.timings import SourceTimings
 
 MAX_FILE = 128 * 1024 * 1024
 """Maximum size of a file in bytes: the same as for one upstream message."""
@@ -34,7 +34,7 @@ class FileSource:
         timings: delays between checks.
     """
 
-    def __init__(self, path: Path, timings: SourceTimings = SourceTimings()) -> None:  # noqa: B008 - frozen
+    def __init__(self, path: Path, timings: SourceTimings = SourceTimings()) -> None:
         self._path = path
         self._timings = timings
         self._read_now = asyncio.Event()

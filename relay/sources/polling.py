@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import AsyncGenerator
 
 from relay.aio import run_in_slices, wait_for
-from relay.backoff import Backoff, SourceTimings
 from relay.errors import InvalidData, UpstreamRefused, UpstreamUnavailable
 from relay.model.credential import SDKKey, masked_url
 from relay.model.item import Kind
@@ -18,6 +17,7 @@ from relay.protocol import fdv1
 from relay.protocol.urls import join
 from relay.sources import Update, UpToDate
 from relay.sources.event_stream import interruption
+from relay.sources.timings import SourceBackoff, SourceTimings
 from relay.upstream import Upstream, read_body
 
 _STATUSES = frozenset({200, 304})
@@ -43,7 +43,7 @@ class PollingSource:
         upstream: Upstream,
         base_uri: str,
         key: SDKKey,
-        timings: SourceTimings = SourceTimings(),  # noqa: B008 - frozen
+        timings: SourceTimings = SourceTimings(),
     ) -> None:
         self._upstream = upstream
         self._url = join(base_uri, "/sdk/latest-all")
@@ -77,7 +77,7 @@ class PollingSource:
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         """Yield all data on each change, and confirmations, until cancelled."""
-        backoff = Backoff(self._timings)
+        backoff = SourceBackoff(self._timings)
         self._etag = ""
         while True:
             self._poll_now.clear()

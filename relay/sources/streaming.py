@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from relay.backoff import SourceTimings
 from relay.model.credential import SDKKey
 from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
 from relay.protocol.sse import Event
 from relay.protocol.urls import join
 from relay.sources.event_stream import EventStream
+from relay.sources.timings import SourceTimings
 from relay.telemetry.log import Log
 from relay.upstream import Upstream
 
@@ -35,7 +35,7 @@ class StreamingSource(EventStream):
         stream_uri: str,
         key: SDKKey,
         log: Log,
-        timings: SourceTimings = SourceTimings(),  # noqa: B008 - frozen
+        timings: SourceTimings = SourceTimings(),
     ) -> None:
         super().__init__(upstream, join(stream_uri, "/all"), key, self._interpret_event, timings)
         self._log = log

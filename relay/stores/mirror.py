@@ -17,8 +17,9 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
+from relay.backoff import Backoff
 from relay.errors import StoreUnavailable
 from relay.model.item import Item
 from relay.model.payload import EMPTY, Change, Payload
@@ -39,17 +40,15 @@ class MirrorTimings:
 
     Args:
         probe: between two comparisons while nothing happens.
-        retry: after the first failure; doubles with each further one.
-        longest_retry: limit of `retry`.
+        retry: after consecutive failures.
         finish: time limit for the last write when the relay ends.
         conflicts: before items that are newer in the database, or only there, are replaced.
     """
 
     probe: float = 10.0
-    retry: float = 0.5
-    longest_retry: float = 5.0
+    retry: Backoff = Backoff(first=0.5, longest=5.0)
     finish: float = 2.0
-    conflicts: ConflictTimings = field(default_factory=ConflictTimings)
+    conflicts: ConflictTimings = ConflictTimings()
 
 
 SINGLE_RUN = MirrorTimings(
@@ -149,14 +148,14 @@ class DatabaseMirror:
 
     async def load(self) -> Stored | None:
         """Return the stored data. Wait for the database, but only until upstream delivers."""
-        delay = self._timings.retry
+        failures = 0
         while self._payload is None:
             try:
                 stored = await self._store.load()
             except StoreUnavailable as e:
                 self._begin_outage(e)
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, self._timings.longest_retry)
+                await asyncio.sleep(self._timings.retry.delay(failures))
+                failures += 1
                 continue
             self._end_outage()
             if stored:
@@ -201,17 +200,17 @@ class DatabaseMirror:
     async def run(self) -> None:
         """Keep the database equal until cancelled; then finish pending writes, within a limit."""
         try:
-            delay = self._timings.retry
+            failures = 0
             while True:
                 try:
                     await self._sync()
                 except StoreUnavailable as e:
                     self._begin_outage(e)
                     self._needs_compare = True  # a failed write may have arrived all the same
-                    await asyncio.sleep(delay)
-                    delay = min(delay * 2, self._timings.longest_retry)
+                    await asyncio.sleep(self._timings.retry.delay(failures))
+                    failures += 1
                 else:
-                    delay = self._timings.retry
+                    failures = 0
                     await self._wait_for_work()
         finally:
             await self._finish()
