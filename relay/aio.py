@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Generator
 from typing import TypeVar
+
+from relay import clock
 
 SLICE = 0.001
 """Seconds of work before other tasks of the event loop can run."""
@@ -24,13 +25,13 @@ async def wait_for(event: asyncio.Event, delay: float) -> None:
 
 async def run_in_slices(steps: Generator[None, None, T]) -> T:
     """Return the result of a generator; yield to the event loop after each slice."""
-    deadline = time.perf_counter() + SLICE
+    deadline = clock.monotonic() + SLICE
     while True:
         try:
             next(steps)
         except StopIteration as end:
             result: T = end.value
             return result
-        if time.perf_counter() > deadline:
+        if clock.monotonic() > deadline:
             await asyncio.sleep(0)
-            deadline = time.perf_counter() + SLICE
+            deadline = clock.monotonic() + SLICE

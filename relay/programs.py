@@ -7,10 +7,10 @@ payload differs little from the previous one, almost everything is reused.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from relay import clock
 from relay.evaluation.compiled.flag import CompiledFlag
 from relay.evaluation.compiled.index import Index
 from relay.evaluation.compiled.program import FlagCompiler, Program
@@ -69,7 +69,7 @@ class ProgramCache:
         if payload is self._payload:
             return
         self._payload = payload
-        self._version = max(self._version + 1, version_of_time(time.time()), payload.newest + 1)
+        self._version = max(self._version + 1, version_of_time(clock.unix()), payload.newest + 1)
         self._programs = {}
         self._partials = {}
 
@@ -100,7 +100,7 @@ class ProgramCache:
         """Compile for some seconds; return the program if that completes it."""
         if self._payload is None:
             return None
-        deadline = time.perf_counter() + seconds
+        deadline = clock.monotonic() + seconds
         payload = self._payload
         if self._compiler is None or self._compiler.payload is not payload:
             self._compiler = FlagCompiler(payload, self._compiler)
@@ -119,13 +119,13 @@ class ProgramCache:
 def _compile(
     compiler: FlagCompiler, sdk_kind: SDKKind, partial: _PartialProgram, deadline: float
 ) -> bool:
-    """Compile flags until a time of `perf_counter`; return whether all are done."""
+    """Compile flags until a time of `clock.monotonic`; return whether all are done."""
     for key in partial.keys:
         flag = compiler.seen(sdk_kind, key)
         if flag is not None:
             partial.flags[key] = flag
             if flag.features:
                 partial.index.add(flag.features)
-        if time.perf_counter() > deadline:
+        if clock.monotonic() > deadline:
             return False
     return True

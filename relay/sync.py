@@ -7,12 +7,12 @@ only compares upstream with the database, and reports the changes.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 
+from relay import clock
 from relay.errors import ErrorKind, StoreUnavailable, UpstreamRefused, UpstreamUnavailable
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Item, Kind
@@ -219,7 +219,7 @@ class _Run:
     def __init__(self, target: SyncTarget, options: SyncOptions) -> None:
         self._target = target
         self._options = options
-        self._started = time.monotonic()
+        self._started = clock.monotonic()
         self._mirror: DatabaseMirror | None = None
         self._before: Payload | None = None
         """Content of the database before; None if it was never filled."""
@@ -306,7 +306,7 @@ class _Run:
         await self._until(lambda: self._changes is not None or self._refused)
         rechecks = self._options.recheck_after
         for number, at in enumerate(rechecks, 1):
-            if await self._until(self._is_seen, self._started + at - time.monotonic()):
+            if await self._until(self._is_seen, self._started + at - clock.monotonic()):
                 break
             self._answered = False
             self._target.source.check(reconnect=number == len(rechecks))

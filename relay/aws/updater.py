@@ -17,12 +17,12 @@ import binascii
 import json
 import logging
 import os
-import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from relay import clock
 from relay.errors import ConfigError, InvalidData, RelayError
 from relay.protocol import webhook
 from relay.protocol.webhook import EVERYTHING, ChangedResource, ChangeNotice
@@ -96,7 +96,7 @@ def handler(event: Any, context: Any) -> dict[str, Any]:
         A response in API Gateway's format: 200 if all affected environments are up to date, 502 if
         some are not, 4xx if the request is rejected, 500 if the configuration is invalid.
     """
-    started = time.monotonic()
+    started = clock.monotonic()
     _prepare_log()
     try:
         config = _configuration(os.environ)
@@ -221,7 +221,7 @@ def _synchronise(config: Config, notice: ChangeNotice, deadline: float) -> dict[
 
     session, targets = sync_targets(config)
     affected = notice.affected(target.spec for target in targets)
-    seconds = max(MIN_DURATION, deadline - time.monotonic())
+    seconds = max(MIN_DURATION, deadline - clock.monotonic())
 
     def is_seen(name: str, payload: Payload, changes: SyncChanges) -> bool:
         return _is_seen(affected[name], payload, changes)

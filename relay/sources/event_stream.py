@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing
 
 import aiohttp
 
+from relay import clock, randomness
 from relay.aio import run_in_slices, wait_for
 from relay.errors import ErrorKind, InvalidData, UpstreamRefused, UpstreamUnavailable
 from relay.model.credential import SDKKey, masked_url
@@ -83,7 +82,7 @@ class EventStream:
             if self._retry_now.is_set():
                 continue
             refused = isinstance(error, UpstreamRefused)
-            delay = backoff.failed(time.monotonic(), random.random(), refused=refused)  # noqa: S311 - jitter
+            delay = backoff.failed(clock.monotonic(), randomness.fraction(), refused=refused)
             yield interruption("stream connection", error, delay)
             await wait_for(self._retry_now, delay)
 
@@ -116,7 +115,7 @@ class EventStream:
                 changes = await run_in_slices(self._interpret(event))
                 self._last_id = event.id
                 if changes is not None:
-                    last_yield = time.monotonic()
+                    last_yield = clock.monotonic()
                     if changes.full:
                         backoff.succeeded(last_yield)
                     yield changes
@@ -124,9 +123,9 @@ class EventStream:
             # Heartbeats confirm the data, too, once there is some.
             if (
                 last_yield is not None
-                and time.monotonic() - last_yield >= self._timings.confirm_every
+                and clock.monotonic() - last_yield >= self._timings.confirm_every
             ):
-                last_yield = time.monotonic()
+                last_yield = clock.monotonic()
                 yield UpToDate()
 
 

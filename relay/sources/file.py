@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+from relay import clock
 from relay.aio import wait_for
 from relay.errors import ErrorKind, InvalidData
 from relay.model.item import Item, Kind, version_of_time
@@ -63,10 +63,10 @@ class FileSource:
             if forced or state != last_state:
                 last_state = state
                 update = await asyncio.to_thread(self._read)
-                usable, last_yield = isinstance(update, ChangeSet), time.monotonic()
+                usable, last_yield = isinstance(update, ChangeSet), clock.monotonic()
                 yield update
-            elif usable and time.monotonic() - last_yield >= self._timings.confirm_every:
-                last_yield = time.monotonic()
+            elif usable and clock.monotonic() - last_yield >= self._timings.confirm_every:
+                last_yield = clock.monotonic()
                 yield UpToDate()
             await wait_for(self._read_now, self._timings.file_interval)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import time
 from collections import deque
 from collections.abc import AsyncGenerator
 
+from relay import clock, randomness
 from relay.aio import run_in_slices, wait_for
 from relay.errors import InvalidData, UpstreamRefused, UpstreamUnavailable
 from relay.model.credential import SDKKey, masked_url
@@ -85,10 +84,10 @@ class PollingSource:
             try:
                 is_check, self._check_requested = self._check_requested, False
                 update = await self._poll(is_check=is_check)
-                backoff.succeeded(time.monotonic())
+                backoff.succeeded(clock.monotonic())
             except (UpstreamUnavailable, InvalidData) as e:
                 refused = isinstance(e, UpstreamRefused)
-                wait = backoff.failed(time.monotonic(), random.random(), refused=refused)  # noqa: S311 - jitter
+                wait = backoff.failed(clock.monotonic(), randomness.fraction(), refused=refused)
                 delay = wait if refused else min(wait, delay)
                 update = interruption("poll", e, delay)
             yield update

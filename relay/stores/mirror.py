@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
+from relay import clock
 from relay.backoff import Backoff
 from relay.errors import StoreUnavailable
 from relay.model.item import Item
@@ -118,7 +118,7 @@ class DatabaseMirror:
         self._log = log
         self._timings = timings
         self.status = StoreStatus(
-            StoreState.INITIALIZING, time.time(), database, store.server, store.prefix
+            StoreState.INITIALIZING, clock.unix(), database, store.server, store.prefix
         )
         self._payload: Payload | None = None
         """The data that upstream last confirmed."""
@@ -135,12 +135,12 @@ class DatabaseMirror:
         self._last_known: Payload = EMPTY
         """Content of the database after the last successful write or comparison."""
         self._last_full_at = -NEVER
-        """Loop time at which upstream last sent all data."""
+        """Monotonic time at which upstream last sent all data."""
         self._conflicts = Conflicts(timings.conflicts)
         self._conflicts_settled = True
         """True if no conflict is open, or the open ones are final."""
         self._recheck_at = NEVER
-        """Loop time at which to judge conflicts again."""
+        """Monotonic time at which to judge conflicts again."""
 
     def __repr__(self) -> str:
         status = self.status
@@ -173,7 +173,7 @@ class DatabaseMirror:
     ) -> None:
         """Schedule a write; return immediately."""
         if full:
-            self._last_full_at = _now()
+            self._last_full_at = clock.monotonic()
             self._needs_compare |= bool(self._conflicts)  # conflicts wait for complete data
         if not self._healthy or (change is not None and change.replace):
             self._needs_compare = True
@@ -217,7 +217,7 @@ class DatabaseMirror:
 
     async def _wait_for_work(self) -> None:
         """Wait until there is something to write, or the next comparison is due."""
-        wait = max(0.0, min(self._timings.probe, self._recheck_at - _now()))
+        wait = max(0.0, min(self._timings.probe, self._recheck_at - clock.monotonic()))
         try:
             async with asyncio.timeout(wait):
                 await self._wakeup.wait()
@@ -294,7 +294,7 @@ class DatabaseMirror:
 
     def _judge(self, foreign: Versions, extra: Collection[Key], last_full_at: float) -> Verdict:
         """Decide about items that other writers may have written."""
-        verdict = self._conflicts.judge(_now(), foreign, extra, last_full_at)
+        verdict = self._conflicts.judge(clock.monotonic(), foreign, extra, last_full_at)
         self._conflicts_settled, self._recheck_at = verdict.settled, verdict.recheck_at
         if verdict.returned:
             text = (
@@ -367,17 +367,12 @@ class DatabaseMirror:
             self._enter(StoreState.VALID)
 
     def _enter(self, state: StoreState) -> None:
-        self.status = replace(self.status, state=state, since=time.time())
+        self.status = replace(self.status, state=state, since=clock.unix())
 
     def _report_invalid(self, stored: Stored) -> None:
         self.status = replace(self.status, invalid=stored.invalid)
         for bad in stored.invalid:
             self._log.error("%s holds an unreadable %s; it is skipped", self._label, bad)
-
-
-def _now() -> float:
-    """Return the time of the event loop."""
-    return asyncio.get_running_loop().time()
 
 
 def _names_text(keys: Collection[Key]) -> str:
