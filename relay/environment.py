@@ -7,12 +7,12 @@ Stored data is served immediately; data from upstream always takes precedence ov
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import Enum
 
+from relay import clock
 from relay.errors import ErrorKind
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Kind
@@ -46,9 +46,9 @@ class UpstreamConnection:
     """
 
     state: ConnectionState = ConnectionState.INITIALIZING
-    since: float = field(default_factory=time.time)
+    since: float = field(default_factory=clock.unix)
     """Time of the last state change, in Unix seconds."""
-    entered: float = field(default_factory=time.monotonic)
+    entered: float = field(default_factory=clock.monotonic)
     """Time of the last state change, by the monotonic clock."""
     last_error: tuple[ErrorKind, float] | None = None
     """Class of the last failure and its time in Unix seconds; never cleared."""
@@ -60,7 +60,7 @@ class UpstreamConnection:
     @property
     def lasts(self) -> float:
         """Seconds since the state was entered."""
-        return time.monotonic() - self.entered
+        return clock.monotonic() - self.entered
 
     @property
     def data_age(self) -> float | None:
@@ -68,14 +68,14 @@ class UpstreamConnection:
         return (
             None
             if self.last_confirmed is None
-            else max(0.0, time.monotonic() - self.last_confirmed)
+            else max(0.0, clock.monotonic() - self.last_confirmed)
         )
 
     def enter(self, state: ConnectionState) -> bool:
         """Change to `state`; return False if that is the current state already."""
         if state is self.state:
             return False
-        self.state, self.since, self.entered = state, time.time(), time.monotonic()
+        self.state, self.since, self.entered = state, clock.unix(), clock.monotonic()
         return True
 
 
@@ -121,7 +121,7 @@ class Environment:
         """Monotonic time of the last `update` of the mirrors."""
         self._last_warning = ""
         """Reason of the last outage that was logged."""
-        self.created = time.time()
+        self.created = clock.unix()
         """Creation time in Unix seconds."""
         self._source = source
         self._log = log
@@ -149,7 +149,7 @@ class Environment:
     def fail(self) -> None:
         """Record that `run` ended with an unexpected error. Call it from the exception handler."""
         self._log.exception("The environment failed and is started again; its data stay served")
-        self.connection.last_error = (ErrorKind.UNKNOWN, time.time())
+        self.connection.last_error = (ErrorKind.UNKNOWN, clock.unix())
         if self.connection.has_data:
             self.connection.enter(ConnectionState.INTERRUPTED)
 
@@ -178,7 +178,7 @@ class Environment:
     def _handle(self, update: Update) -> None:
         match update:
             case ChangeSet():
-                self._handle_changes(update, time.monotonic())
+                self._handle_changes(update, clock.monotonic())
             case UpToDate():
                 self._confirm()
             case Interrupted():
@@ -214,7 +214,7 @@ class Environment:
         """Record that upstream is healthy and `payload` is current; update the mirrors."""
         if not self.connection.has_data or self.payload is None:
             return
-        now = time.monotonic()
+        now = clock.monotonic()
         entered = self.connection.enter(ConnectionState.VALID)
         self.connection.last_confirmed = now
         self.init_done.set()
@@ -237,7 +237,7 @@ class Environment:
         else:
             state = ConnectionState.INITIALIZING
         first = connection.last_error is None
-        connection.last_error = (outage.kind, time.time())
+        connection.last_error = (outage.kind, clock.unix())
         # Log each new reason for unusable data once: a file is often fixed in steps.
         new_reason = outage.kind is ErrorKind.INVALID_DATA and outage.reason != self._last_warning
         if connection.enter(state) or first or new_reason:
@@ -263,4 +263,4 @@ class Environment:
 
 def _clock_before(age: float | None) -> float | None:
     """Return the monotonic time `age` seconds ago; None if the age is unknown."""
-    return None if age is None else time.monotonic() - age
+    return None if age is None else clock.monotonic() - age

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from relay import clock
 from relay.environment import ConnectionState, Environment
 from relay.model.reply import Fetch
 
@@ -58,14 +58,14 @@ class Relay:
         self.fetch = fetch
         self.events = events
         self._init_failure_level = logging.WARNING if ignore_connection_errors else logging.ERROR
-        self._init_deadline = time.monotonic() + init_timeout
+        self._init_deadline = clock.monotonic() + init_timeout
         self.stopping = False
         """True once the shutdown begins: from then on the relay is not ready."""
 
     @property
     def starting(self) -> bool:
         """True until `init_timeout` is over."""
-        return time.monotonic() < self._init_deadline
+        return clock.monotonic() < self._init_deadline
 
     def __repr__(self) -> str:
         stopping = ", stopping" if self.stopping else ""
@@ -102,7 +102,7 @@ class Relay:
     async def _initialized(self, environment: Environment) -> bool:
         """Wait until initialization ends or times out; return whether upstream delivered data."""
         try:
-            async with asyncio.timeout(max(0.0, self._init_deadline - time.monotonic())):
+            async with asyncio.timeout(max(0.0, self._init_deadline - clock.monotonic())):
                 await environment.init_done.wait()
         except TimeoutError:
             return False
@@ -133,7 +133,7 @@ class Relay:
         if not await self._initialized(environment):
             return False
         try:
-            async with asyncio.timeout(max(0.0, self._init_deadline - time.monotonic())):
+            async with asyncio.timeout(max(0.0, self._init_deadline - clock.monotonic())):
                 for mirror in environment.mirrors:
                     await mirror.flushed()
         except TimeoutError:

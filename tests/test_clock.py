@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import time
+from pathlib import Path
 
 from relay import clock
 from tests.support import virtual
@@ -45,3 +47,18 @@ def test_virtual_time_passes_at_once_on_all_clocks():
     assert time.monotonic() - began < 3600
     assert clock.unix() != virtual.START
     assert clock.monotonic() >= began
+
+
+def test_nothing_reads_the_time_of_the_event_loop():
+    """`clock.monotonic` is the same time; imports of other clocks are forbidden in pyproject.toml."""
+    readers = [
+        f"{path}:{node.lineno}"
+        for path in sorted(Path(clock.__file__).parent.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "time"
+    ]
+    assert [reader.rpartition("/")[2].partition(":")[0] for reader in readers] == [
+        "clock.py",  # the system's
+        "clock.py",
+        "process.py",  # beside the kernel's time since it was booted
+    ]

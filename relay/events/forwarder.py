@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from typing import Protocol
 
 from isal import igzip
 
+from relay import clock, randomness
 from relay.aio import wait_for
 from relay.errors import UpstreamUnavailable
 from relay.events.blame import Evidence
@@ -220,7 +219,7 @@ class Forwarder:
             self._flush_all()
             self._skip_pacing.set()
             self._release_timer = loop.call_later(MAX_ACK_DELAY, self._release_acks)
-        self._delayed_acks.append((ack, new, size, loop.time() + MAX_ACK_DELAY))
+        self._delayed_acks.append((ack, new, size, clock.monotonic() + MAX_ACK_DELAY))
         return ack
 
     def _release_acks(self, *, everything: bool = False) -> None:
@@ -228,13 +227,13 @@ class Forwarder:
         if self._release_timer is not None:
             self._release_timer.cancel()
         loop = asyncio.get_running_loop()
-        memory, now = self.spool.memory, loop.time()
+        memory, now = self.spool.memory, clock.monotonic()
         free = memory.capacity // 2 - memory.size
         while self._delayed_acks:
             ack, new, size, until = self._delayed_acks[0]
             free -= size + PAYLOAD_OVERHEAD
             if free < 0 and until > now and not everything:
-                self._release_timer = loop.call_at(until, self._release_acks)
+                self._release_timer = loop.call_later(until - now, self._release_acks)
                 break
             self._delayed_acks.popleft()
             if not ack.done():
@@ -280,14 +279,14 @@ class Forwarder:
             self._counts[partition.environment].waiting += payloads
             if partition not in self._partitions:
                 # Spread the partitions: upstream should not get the whole backlog at once.
-                delay = random.random() * self._timings.flush_interval  # noqa: S311 - no secret
+                delay = randomness.fraction() * self._timings.flush_interval
                 self._begin(partition, oldest, delay)
             self._partitions[partition].has_new = True
 
     async def _drain(self) -> None:
         self.flush()
-        deadline = time.monotonic() + self._timings.drain
-        while (tasks := self._flush_all()) and (left := deadline - time.monotonic()) > 0:
+        deadline = clock.monotonic() + self._timings.drain
+        while (tasks := self._flush_all()) and (left := deadline - clock.monotonic()) > 0:
             await asyncio.wait(tasks, timeout=left)
         for task in tasks:
             task.cancel()
@@ -422,7 +421,7 @@ class Forwarder:
         del bodies  # free the memory during the request
         fields = headers(partition, batch.payload_id) | key
         url = join(self._base, path)
-        began = time.monotonic()
+        began = clock.monotonic()
         try:
             receipt = await self._upstream.post(
                 url, packed, headers=fields, within=self._timings.timeout
@@ -431,7 +430,7 @@ class Forwarder:
             return _Attempt(None, e.reason)
         if receipt.date is not None:
             self._server_times[partition.environment] = receipt.date
-        took = time.monotonic() - began
+        took = clock.monotonic() - began
         reason = f"HTTP error {receipt.status}"
         return _Attempt(receipt.status, reason, receipt.retry_after, took)
 
@@ -505,7 +504,7 @@ class Forwarder:
             return 0.0
         if step in (Step.QUARANTINE, Step.SUSPECT):
             return self._timings.between
-        backoff, chance = self._timings.backoff, random.random()  # noqa: S311 - jitter
+        backoff, chance = self._timings.backoff, randomness.fraction()
         delay = backoff.delay(failures, chance, refused=step is Step.REFUSED)
         return max(delay, min(attempt.retry_after or 0.0, backoff.longest))
 
@@ -535,11 +534,11 @@ class Forwarder:
     def _report(self, fate: str, environment: str, payloads: int) -> None:
         """Count losses, and log their sums at most every `REPORT_EVERY` seconds."""
         self._unreported[fate, environment] += payloads
-        if time.monotonic() >= self._report_at:
+        if clock.monotonic() >= self._report_at:
             self._report_all()
 
     def _report_all(self) -> None:
-        self._report_at = time.monotonic() + REPORT_EVERY
+        self._report_at = clock.monotonic() + REPORT_EVERY
         for (fate, environment), payloads in self._unreported.items():
             if payloads > 0:
                 self._log_of(environment).warning("%d posts of events were %s", payloads, fate)

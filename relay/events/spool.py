@@ -95,7 +95,7 @@ class Spool:
         self._overflow: deque[Callable[[EventStore], Any]] = deque(maxlen=MAX_OVERFLOW)
         """Changes to make to the store on disk when it works again."""
         self._try_at = 0.0
-        self._expire_at = time.monotonic() + EXPIRE_EVERY
+        self._expire_at = clock.monotonic() + EXPIRE_EVERY
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         self._resolved: dict[bool, asyncio.Future[bool]] = {}
         """Shared resolved futures for payloads that are safe at once, by whether they were new."""
@@ -258,7 +258,7 @@ class Spool:
         jobs: list[_Job] = []
         due = self._expire_at if self.outage is None else min(self._expire_at, self._try_at)
         try:
-            job = self._jobs.get(timeout=max(0.0, due - time.monotonic()))
+            job = self._jobs.get(timeout=max(0.0, due - clock.monotonic()))
             if gather:
                 time.sleep(GATHER)
             while job is not None:
@@ -270,9 +270,9 @@ class Spool:
 
     def _perform(self, jobs: Sequence[_Job]) -> None:
         """Perform jobs in one transaction; in memory if the disk fails."""
-        expire = time.monotonic() >= self._expire_at
+        expire = clock.monotonic() >= self._expire_at
         if expire:
-            self._expire_at = time.monotonic() + EXPIRE_EVERY
+            self._expire_at = clock.monotonic() + EXPIRE_EVERY
         if not jobs and not expire:
             return
         if self._disk is not None:
@@ -289,7 +289,7 @@ class Spool:
 
     def _recover(self) -> None:
         """Open the file if it is closed and a retry is due, and move the memory's content to it."""
-        if self._path is None or self._disk is not None or time.monotonic() < self._try_at:
+        if self._path is None or self._disk is not None or clock.monotonic() < self._try_at:
             return
         disk = None
         try:
@@ -318,7 +318,7 @@ class Spool:
     def _begin_outage(self, error: Exception) -> None:
         """Continue in memory, and log it once."""
         disk, self._disk = self._disk, None
-        self._try_at = time.monotonic() + self._retry
+        self._try_at = clock.monotonic() + self._retry
         if disk is not None:
             with contextlib.suppress(sqlite3.Error):
                 disk.close()

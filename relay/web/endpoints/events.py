@@ -10,7 +10,6 @@ import asyncio
 import base64
 import binascii
 import re
-import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
+from relay import clock
 from relay.environment import Environment
 from relay.errors import StoreUnavailable
 from relay.model.event import EventPayload, EventsEndpoint, Partition
@@ -255,7 +255,7 @@ class EventsHandler:
         """
         if self._forwarder is None or not _is_deliverable(partition.endpoint, body):
             return None
-        return self._forwarder.accept(EventPayload(partition, payload_id, body, time.time()))
+        return self._forwarder.accept(EventPayload(partition, payload_id, body, clock.unix()))
 
     async def _accept(
         self,
@@ -365,7 +365,7 @@ class EventsHandler:
         self.unusable[spec.name] += number
         report = self._reports.setdefault(spec.name, _UnusableReport())
         report.number += number
-        now = time.monotonic()
+        now = clock.monotonic()
         if now >= report.due:
             text = "Posts or events that cannot be used were dropped: %d, the last one because: %s"
             _log_of(environment).warning(text, report.number, reason)
@@ -382,7 +382,7 @@ async def _summarised(
     def flag(key: str) -> Item | None:
         return data.get(Kind.FLAG, key)
 
-    contexts.forget_old(time.monotonic())
+    contexts.forget_old(clock.monotonic())
 
     def work() -> Summary:
         now, upstream_now = int(payload.received * 1000), int(server_time * 1000)
@@ -399,7 +399,7 @@ async def _summarised(
 
 
 def _new_payload(partition: Partition, payload_id: str, body: bytes) -> EventPayload:
-    return EventPayload(partition, payload_id, body, time.time())
+    return EventPayload(partition, payload_id, body, clock.unix())
 
 
 def _schema(value: bytes) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from urllib.parse import quote
@@ -17,6 +16,7 @@ from weakref import WeakKeyDictionary
 from starlette.requests import Request
 from starlette.responses import Response
 
+from relay import clock
 from relay.environment import Environment
 from relay.errors import UpstreamUnavailable
 from relay.model.reply import Fetch, Reply
@@ -124,7 +124,7 @@ class _GoalsCache:
         Args:
             headers: of the request to LaunchDarkly, if one is needed.
         """
-        if self._current is not None and time.monotonic() < self._current.expires_at:
+        if self._current is not None and clock.monotonic() < self._current.expires_at:
             return replace(self._current, from_cache=True)
         if self._fetching is None:
             self._fetching = asyncio.create_task(self._refresh(headers))
@@ -157,7 +157,7 @@ class _GoalsCache:
         if not self._failing:
             self._failing = True
             self._log.warning("LaunchDarkly gives no goals: %s", reason)
-        now = time.monotonic()
+        now = clock.monotonic()
         if self._last_ok is None:
             served = reply if reply.status in _STATUSES else _UNREACHABLE
             self._current = _CachedReply(served, now, now + RETRY_AFTER)
@@ -166,7 +166,7 @@ class _GoalsCache:
         return replace(self._current, from_cache=True)
 
     def _store(self, reply: Reply, *, confirmed: bool) -> _CachedReply:
-        now = time.monotonic()
+        now = clock.monotonic()
         if confirmed and self._last_ok is not None:
             reply = replace(self._last_ok, headers={**self._last_ok.headers, **reply.headers})
         lifetime = _lifetime(reply)
@@ -206,7 +206,7 @@ def _response(entry: _CachedReply, if_none_match: bytes) -> PreparedResponse:
         if name in reply.headers
     )
     if entry.from_cache and reply.status == HTTPStatus.OK:
-        age = max(0, int(time.monotonic() - entry.confirmed_at))
+        age = max(0, int(clock.monotonic() - entry.confirmed_at))
         headers = (*headers, (b"x-from-cache", b"1"), (b"age", b"%d" % age))
     etag = dict(headers).get(b"etag", b"")
     if reply.status == HTTPStatus.OK and etag and is_known(etag, if_none_match):

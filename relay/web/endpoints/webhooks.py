@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
@@ -16,6 +15,7 @@ import orjson
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
+from relay import clock
 from relay.environment import Environment
 from relay.errors import InvalidData
 from relay.model.credential import Secret
@@ -134,7 +134,7 @@ class WebhooksHandler:
 
     def _refuse(self, response: PreparedResponse, detail: str = "") -> PreparedResponse:
         """Log that a webhook is refused, up to `MAX_WARNINGS` times; return the response."""
-        now = time.monotonic()
+        now = clock.monotonic()
         if now - self._warnings_since > WARNINGS_WITHIN:
             self._warnings, self._warnings_since = 0, now
         self._warnings += 1

@@ -12,7 +12,6 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
-from time import monotonic
 from typing import Any, ClassVar, cast
 
 from httptools import HttpRequestParser
@@ -21,6 +20,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
+from relay.clock import monotonic
 from relay.environment import Environment
 from relay.model.metrics import MetricValue
 from relay.streams.transport import StreamTransport
