@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,7 @@ from relay.model.payload import EMPTY, Change, Payload
 from relay.stores import DataStore, Key, Stored, StoreState, StoreStatus, Versions
 from relay.stores.conflicts import NEVER, Conflicts, ConflictTimings, Verdict
 from relay.telemetry.log import Log
+from relay.telemetry.outage import OutageLog
 
 MAX_PENDING = 1000
 """Changed items queued for a slow database; beyond that, all versions are compared instead."""
@@ -116,6 +118,7 @@ class DatabaseMirror:
         self._label = f"{database.capitalize()} data store {store.server}"
         self._resync = resync
         self._log = log
+        self._outage = OutageLog(log, begins=logging.ERROR, ends=logging.WARNING)
         self._timings = timings
         self.status = StoreStatus(
             StoreState.INITIALIZING, clock.unix(), database, store.server, store.prefix
@@ -355,14 +358,12 @@ class DatabaseMirror:
             self._flushed.set()
 
     def _begin_outage(self, error: StoreUnavailable) -> None:
-        if self.status.state is not StoreState.INTERRUPTED:
+        text = "%s is unavailable: %s; flags are served from memory meanwhile"
+        if self._outage.begin(str(error), text, self._label, error):
             self._enter(StoreState.INTERRUPTED)
-            text = "%s is unavailable: %s; flags are served from memory meanwhile"
-            self._log.error(text, self._label, error)
 
     def _end_outage(self) -> None:
-        if self.status.state is StoreState.INTERRUPTED:
-            self._log.warning("%s is available again", self._label)
+        self._outage.end("%s is available again", self._label)
         if self.status.state is not StoreState.VALID:
             self._enter(StoreState.VALID)
 

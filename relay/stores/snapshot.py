@@ -31,6 +31,7 @@ from relay.protocol.snapshot import HEADER_SIZE, Header, UnknownFormat
 from relay.reasons import describe
 from relay.stores import Key, Stored, StoreStatus
 from relay.telemetry.log import Log
+from relay.telemetry.outage import OutageLog
 
 MAX_SIZE = 512 * 1024 * 1024
 """Maximum size of a file in bytes: several times the largest upstream message."""
@@ -93,11 +94,11 @@ class SnapshotMirror:
         self._writing: asyncio.Future[None] | None = None
         self._last_full_write = -float("inf")
         """Monotonic start time of the last write of the whole file."""
-        self._failing = False
+        self._outage = OutageLog(log)
 
     def __repr__(self) -> str:
         state = "flushed" if self._flushed.is_set() else "pending"
-        return f"<SnapshotMirror {self._file.path} {'failing' if self._failing else state}>"
+        return f"<SnapshotMirror {self._file.path} {'failing' if self._outage.reason else state}>"
 
     async def load(self) -> Stored | None:
         """Return the content of the file; None if there is no file, or it is unusable (logged)."""
@@ -185,7 +186,7 @@ class SnapshotMirror:
         if isinstance(error, OSError):
             self._begin_outage("written", error)
         elif error is None:
-            self._end_outage()
+            self._outage.end("Snapshot %s is written again", self._file.path)
             if snapshot is self._confirmed:
                 self._flushed.set()
 
@@ -196,22 +197,14 @@ class SnapshotMirror:
             await asyncio.wait({self._writing}, timeout=self._timings.finish)
         if not self._flushed.is_set() and (self._writing is None or self._writing.done()):
             await asyncio.wait({self._write()}, timeout=max(0.0, deadline - clock.monotonic()))
-        if not self._flushed.is_set() and not self._failing:
+        if not self._flushed.is_set() and self._outage.reason is None:
             text = "Snapshot %s: the last state could not be written within %g s"
             self._log.warning(text, self._file.path, self._timings.finish)
 
     def _begin_outage(self, operation: str, error: OSError) -> None:
-        if not self._failing:
-            self._failing = True
-            text = "Snapshot %s cannot be %s: %s; trying again every %g s"
-            self._log.warning(
-                text, self._file.path, operation, describe(error), self._timings.retry
-            )
-
-    def _end_outage(self) -> None:
-        if self._failing:
-            self._failing = False
-            self._log.info("Snapshot %s is written again", self._file.path)
+        reason, retry = describe(error), self._timings.retry
+        text = "Snapshot %s cannot be %s: %s; trying again every %g s"
+        self._outage.begin(reason, text, self._file.path, operation, reason, retry)
 
 
 class _SnapshotFile:
