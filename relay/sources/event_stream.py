@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import aiohttp
@@ -16,9 +16,10 @@ from relay.model.payload import ChangeSet
 from relay.protocol.sse import Decoder, Event
 from relay.sources import Interrupted, Update, UpToDate
 from relay.sources.timings import SourceBackoff, SourceTimings
+from relay.steps import Steps
 from relay.upstream import Upstream
 
-Interpret = Callable[[Event], Generator[None, None, ChangeSet | None]]
+Interpret = Callable[[Event], Steps[ChangeSet | None]]
 """Converts a message into a change set, in steps; None if it changes nothing. Raises `InvalidData`
 if the message is broken."""
 

@@ -9,6 +9,7 @@ from relay.protocol.sse import Event
 from relay.protocol.urls import join
 from relay.sources.event_stream import EventStream
 from relay.sources.timings import SourceTimings
+from relay.steps import Steps
 from relay.telemetry.log import Log
 from relay.upstream import Upstream
 
@@ -41,7 +42,7 @@ class StreamingSource(EventStream):
         self._log = log
         self._unknown_events: set[str] = set()
 
-    def _interpret_event(self, event: Event) -> fdv1.Steps[ChangeSet | None]:
+    def _interpret_event(self, event: Event) -> Steps[ChangeSet | None]:
         if event.name not in _EVENTS:
             self._log_unknown(event.name)
             return None

@@ -17,12 +17,14 @@ from redis.asyncio.connection import (
 )
 from redis.exceptions import RedisError, ResponseError
 
+from relay.aio import run_in_slices
 from relay.config.schema import Redis as RedisOptions
 from relay.errors import InvalidData, StoreUnavailable
 from relay.model.item import InvalidItem, Item, Kind, parse
 from relay.model.payload import Payload
 from relay.model.text import one_line
-from relay.stores import UNREADABLE, Stored, Version, Versions
+from relay.steps import Steps
+from relay.stores import UNREADABLE, Key, Stored, Version, Versions
 from relay.stores.redis.connect import connection_pool, masked_address, reason_of
 
 DEFAULT_PREFIX = "launchdarkly"
@@ -30,11 +32,14 @@ DEFAULT_PREFIX = "launchdarkly"
 CHUNK = 256 * 1024
 """Bytes of items per command: half a millisecond of packing before the loop can run other tasks."""
 
-SLICE = 256
-"""Stored items decoded without a pause for the event loop: about a millisecond."""
+BATCH = 256
+"""Stored items that are read and compared at a time: about a millisecond for the event loop."""
 
 MAX_RACES = 100
 """Attempts of a write that other writers interrupt, before it fails."""
+
+Hashes = dict[Kind, dict[bytes, bytes]]
+"""Stored items by kind and encoded key."""
 
 _NAMES = {Kind.FLAG: "features", Kind.SEGMENT: "segments"}
 
@@ -87,16 +92,7 @@ class RedisStore:
             StoreUnavailable: the database does not answer.
         """
         stored = await self._read()
-        if stored is None:
-            return None
-        items: list[Item] = []
-        invalid: list[InvalidItem] = []
-        async for kind, key, json in _iter_items(stored):
-            try:
-                items.append(parse(kind, key, json))
-            except InvalidData as e:
-                invalid.append(InvalidItem(kind, key, e.reason))
-        return Stored(Payload.of(items), tuple(invalid))
+        return None if stored is None else await run_in_slices(_parse_items(stored))
 
     async def versions(self) -> Versions | None:
         """Return the versions of all stored items; None if the store was never initialised.
@@ -105,9 +101,7 @@ class RedisStore:
             StoreUnavailable: the database does not answer.
         """
         stored = await self._read()
-        if stored is None:
-            return None
-        return {(kind, key): _version(json) async for kind, key, json in _iter_items(stored)}
+        return None if stored is None else await run_in_slices(_parse_versions(stored))
 
     async def init(self, payload: Payload) -> None:
         """Replace everything by `payload` and set the marker, in one transaction.
@@ -164,8 +158,8 @@ class RedisStore:
     ) -> list[Item]:
         """Return the items of one kind that are newer than the stored ones."""
         name, newer = self._hash(kind), []
-        for start in range(0, len(items), SLICE):
-            batch = items[start : start + SLICE]
+        for start in range(0, len(items), BATCH):
+            batch = items[start : start + BATCH]
             stored = await self._execute_all(
                 connection, [("HGET", name, item.key) for item in batch]
             )
@@ -186,7 +180,7 @@ class RedisStore:
         """Close all connections."""
         await self._pool.aclose()
 
-    async def _read(self) -> dict[Kind, dict[bytes, bytes]] | None:
+    async def _read(self) -> Hashes | None:
         """Return both hashes, read in one transaction; None if the store is not initialised."""
         async with self._connection() as connection:
             await self._execute(connection, "MULTI")
@@ -277,16 +271,29 @@ def _chunks(items: Iterable[Item]) -> Iterator[list[str | bytes]]:
         yield chunk
 
 
-async def _iter_items(
-    stored: dict[Kind, dict[bytes, bytes]],
-) -> AsyncIterator[tuple[Kind, str, bytes]]:
-    """Yield all stored items; give other tasks a chance to run every `SLICE` items."""
-    count = 0
-    for kind, pairs in stored.items():
+def _parse_items(hashes: Hashes) -> Steps[Stored]:
+    items: list[Item] = []
+    invalid: list[InvalidItem] = []
+    for kind, key, json in _iter_items(hashes):
+        try:
+            items.append(parse(kind, key, json))
+        except InvalidData as e:
+            invalid.append(InvalidItem(kind, key, e.reason))
+        yield
+    return Stored(Payload.of(items), tuple(invalid))
+
+
+def _parse_versions(hashes: Hashes) -> Steps[Versions]:
+    versions: dict[Key, Version] = {}
+    for kind, key, json in _iter_items(hashes):
+        versions[kind, key] = _version(json)
+        yield
+    return versions
+
+
+def _iter_items(hashes: Hashes) -> Iterator[tuple[Kind, str, bytes]]:
+    for kind, pairs in hashes.items():
         for key, json in pairs.items():
-            count += 1
-            if count % SLICE == 0:
-                await asyncio.sleep(0)
             yield kind, key.decode(errors="replace"), json
 
 
