@@ -19,6 +19,7 @@ from relay.model.flag import Number
 from relay.model.item import InvalidItem, Item, Kind
 from relay.model.item import parse as parse_item
 from relay.model.payload import Change, ChangeSet, Payload
+from relay.protocol.sse import encode
 from relay.steps import Steps, finish
 
 T = TypeVar("T")
@@ -191,10 +192,10 @@ def _members(items: Iterable[Item]) -> Iterator[bytes]:
 
 def _item_message(path: str, item: Item) -> bytes:
     """Return the message for an item: a patch, or a delete for a tombstone."""
+    target = orjson.dumps(path)
     if item.json is None:
-        data = b'{"path":%b,"version":%d}' % (orjson.dumps(path), item.version)
-        return b"event: delete\ndata: %b\n\n" % data
-    return b'event: patch\ndata: {"path":%b,"data":%b}\n\n' % (orjson.dumps(path), item.json)
+        return encode(b"delete", b'{"path":', target, b',"version":%d}' % item.version)
+    return encode(b"patch", b'{"path":', target, b',"data":', item.json, b"}")
 
 
 class AllFormat:
@@ -202,8 +203,7 @@ class AllFormat:
 
     def opening(self, payload: Payload) -> bytes:
         """Return the put that begins a stream."""
-        start, end = b'event: put\ndata: {"path":"/","data":', b"}\n\n"
-        return b"".join((start, *_all_data(payload), end))
+        return encode(b"put", b'{"path":"/","data":', *_all_data(payload), b"}")
 
     def update(self, change: Change) -> bytes:
         """Return patches and deletes for the changed items."""
@@ -217,7 +217,7 @@ class FlagsFormat:
 
     def opening(self, payload: Payload) -> bytes:
         """Return the put that begins a stream."""
-        return b"".join((b"event: put\ndata: ", *_members(payload.live(Kind.FLAG)), b"\n\n"))
+        return encode(b"put", *_members(payload.live(Kind.FLAG)))
 
     def update(self, change: Change) -> bytes:
         """Return patches and deletes for the changed flags; empty if there are none."""
