@@ -19,7 +19,8 @@ from relay.errors import ConfigError, StoreUnavailable
 from relay.model.item import Kind
 from relay.model.payload import Payload
 from relay.stores import UNREADABLE
-from relay.stores.redis.store import BATCH, CHUNK, RedisStore
+from relay.stores.redis.layout import CHUNK
+from relay.stores.redis.store import BATCH, RedisStore
 from tests.stores.contract import StoreContract, flag, segment
 from tests.support.authorities import UNTIDY, Authority
 from tests.support.peers import peer
