@@ -249,7 +249,8 @@ def _run_once(config: Config) -> int:
     from relay.build import build  # noqa: PLC0415 - see `build_site`
 
     _log.info("Running in one-shot mode - will exit immediately after initializing environments")
-    if uvloop.run(run_once(build(config), fail_fast=config.main.exit_on_error)):
+    work = run_once(build(config), fail_fast=config.main.exit_on_error)
+    if uvloop.run(until_signal(work)):
         return 0
     _log.error("Unable to create relay: one or more environments failed to initialize")
     return 1
