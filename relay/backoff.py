@@ -40,6 +40,3 @@ class Backoff:
 REFUSED_KEY = Backoff(first=5.0, longest=300.0)
 """Delays for a refused key. Services have refused keys by mistake for minutes, and operators fix
 keys, so recovery should not take long afterwards, and requests in vain should not last all day."""
-
-
-REFUSED_DELAY, LONGEST_REFUSED_DELAY = REFUSED_KEY.first, REFUSED_KEY.longest

@@ -27,12 +27,13 @@ from relay.model.event import EventPayload, EventsEndpoint, Partition, Receipt
 from relay.protocol.events import is_well_formed, join_arrays
 from relay.protocol.urls import join
 from relay.telemetry.log import Log, environment_log
+from relay.telemetry.throttle import Throttle
 
 MAX_REQUESTS = 4
 """Maximum number of concurrent requests for one environment."""
 
 REPORT_EVERY = 60.0
-"""Seconds between two log lines about losses."""
+"""Seconds between two log lines about losses of the same kind."""
 
 MAX_ACK_DELAY = 1.0
 """Maximum delay in seconds of the acknowledgement of a payload while memory fills up."""
@@ -147,7 +148,7 @@ class Forwarder:
         upstream: Upstream,
         base: str,
         spec_of: Callable[[str], EnvironmentSpec | None],
-        timings: ForwarderTimings = ForwarderTimings(),  # noqa: B008 - frozen
+        timings: ForwarderTimings = ForwarderTimings(),
     ) -> None:
         self.spool = spool
         self._upstream = upstream
@@ -163,8 +164,10 @@ class Forwarder:
         self._failing: set[tuple[str, EventsEndpoint]] = set()
         """Environments and endpoints whose last attempt failed."""
         self._server_times: dict[str, float] = {}
-        self._unreported: Counter[tuple[str, str]] = Counter()
-        self._report_at = 0.0
+        self._losses: defaultdict[tuple[str, str], Throttle] = defaultdict(
+            lambda: Throttle(REPORT_EVERY)
+        )
+        """Losses to report, by fate and environment."""
         self._ending = asyncio.Event()
         self._delayed_acks: deque[tuple[asyncio.Future[bool], bool, int, float]] = deque()
         """Delayed acknowledgements: future, whether the payload was new, its size, latest time."""
@@ -504,9 +507,10 @@ class Forwarder:
             return 0.0
         if step in (Step.QUARANTINE, Step.SUSPECT):
             return self._timings.between
-        backoff, chance = self._timings.backoff, randomness.fraction()
-        delay = backoff.delay(failures, chance, refused=step is Step.REFUSED)
-        return max(delay, min(attempt.retry_after or 0.0, backoff.longest))
+        timings = self._timings
+        backoff = timings.refused if step is Step.REFUSED else timings.backoff
+        delay = backoff.delay(failures, randomness.fraction())
+        return max(delay, min(attempt.retry_after or 0.0, timings.backoff.longest))
 
     def _begin_outage(self, partition: Partition, reason: str) -> None:
         if not self._is_failing(partition):
@@ -532,17 +536,16 @@ class Forwarder:
         self._report("given up, as there is no room or they are too old", environment, payloads)
 
     def _report(self, fate: str, environment: str, payloads: int) -> None:
-        """Count losses, and log their sums at most every `REPORT_EVERY` seconds."""
-        self._unreported[fate, environment] += payloads
-        if clock.monotonic() >= self._report_at:
-            self._report_all()
+        """Count losses, and log their sum at most every `REPORT_EVERY` seconds."""
+        self._log_losses(fate, environment, self._losses[fate, environment].count(payloads))
 
     def _report_all(self) -> None:
-        self._report_at = clock.monotonic() + REPORT_EVERY
-        for (fate, environment), payloads in self._unreported.items():
-            if payloads > 0:
-                self._log_of(environment).warning("%d posts of events were %s", payloads, fate)
-        self._unreported.clear()
+        for (fate, environment), throttle in self._losses.items():
+            self._log_losses(fate, environment, throttle.take())
+
+    def _log_losses(self, fate: str, environment: str, payloads: int) -> None:
+        if payloads:
+            self._log_of(environment).warning("%d posts of events were %s", payloads, fate)
 
     def _log_of(self, environment: str) -> Log:
         spec = self._spec_of(environment)

@@ -29,6 +29,7 @@ from relay.events.store import Backlog, Batch, EventStore, Limits
 from relay.files import make_directory, open_private
 from relay.model.event import EventPayload, Partition
 from relay.reasons import describe
+from relay.telemetry.outage import OutageLog
 
 GATHER = 0.003
 """Seconds in which jobs gather for one transaction, if the last one had several."""
@@ -81,8 +82,7 @@ class Spool:
         """Called in the event loop with the number of evicted payloads by environment."""
         self.on_backlog: Callable[[list[Backlog]], None] = lambda _: None
         """Called in the event loop with the whole backlog each time the file has been opened."""
-        self.outage: str | None = None
-        """Reason why the disk fails; None while it works, or without a directory."""
+        self._outage = OutageLog(_log)
         self._path = None if directory is None else directory / "events.db"
         self._limits = limits
         self._retry = retry
@@ -99,6 +99,11 @@ class Spool:
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         self._resolved: dict[bool, asyncio.Future[bool]] = {}
         """Shared resolved futures for payloads that are safe at once, by whether they were new."""
+
+    @property
+    def outage(self) -> str | None:
+        """Reason why the disk fails; None while it works, or without a directory."""
+        return self._outage.reason
 
     @property
     def durable(self) -> bool:
@@ -311,9 +316,7 @@ class Spool:
         self.memory = MemoryStore(self._limits)
         # `call_soon` lets the consequences of results that are settled already come first.
         self._in_loop(self._loop.call_soon, self.on_backlog, backlog)
-        if self.outage is not None:
-            _log.info("Events are kept on disk again")
-        self.outage = None
+        self._outage.end("Events are kept on disk again")
 
     def _begin_outage(self, error: Exception) -> None:
         """Continue in memory, and log it once."""
@@ -325,10 +328,9 @@ class Spool:
         reason = describe(error)
         if isinstance(error, sqlite3.DatabaseError) and _is_damage(error) and self._path:
             self._set_aside(self._path)
-        if self.outage is None:
-            text = "Events are kept in memory only, up to %d bytes: %s: %s; trying again every %g s"
-            _log.warning(text, self._limits.memory, self._path, reason, self._retry)
-        self.outage = reason
+        text = "Events are kept in memory only, up to %d bytes: %s: %s; trying again every %g s"
+        limit = self._limits.memory
+        self._outage.begin(reason, text, limit, self._path, reason, self._retry)
 
     def _set_aside(self, path: Path) -> None:
         _log.error("%s is damaged and set aside as %s.damaged", path, path.name)

@@ -836,9 +836,12 @@ def test_a_debugger_shows_how_full_a_store_is(new_store):
 async def test_a_debugger_shows_the_spool_s_file_and_outage(tmp_path):
     """The reason of an outage, or None."""
     assert repr(Spool(None, LIMITS)) == "<Spool: memory, outage: None>"
-    spool = Spool(tmp_path, LIMITS)
-    spool.outage = "disk full"
-    assert repr(spool) == f"<Spool: {tmp_path}/events.db, outage: disk full>"
+    (tmp_path / "events").write_text("a file in place of the folder")
+    spool = Spool(tmp_path / "events", LIMITS)
+    await spool.open()
+    assert repr(spool) == f"<Spool: {tmp_path}/events/events.db, outage: {spool.outage}>"
+    assert spool.outage
+    await spool.close()
 
 
 CHILD = """
