@@ -22,6 +22,7 @@ from relay.sources import DataSource, Interrupted, Update, UpToDate
 from relay.stores import Mirror
 from relay.streams.hub import Hub
 from relay.telemetry.log import Log
+from relay.telemetry.outage import OutageLog
 
 CONFIRM_EVERY = 60.0
 """Seconds between the confirmations that mirrors get while nothing changes, so that the age of
@@ -119,12 +120,16 @@ class Environment:
         """Set once upstream has delivered data or refused the key."""
         self._mirrors_updated_at = -float("inf")
         """Monotonic time of the last `update` of the mirrors."""
-        self._last_warning = ""
-        """Reason of the last outage that was logged."""
+        self._outage = OutageLog(log)
         self.created = clock.unix()
         """Creation time in Unix seconds."""
         self._source = source
         self._log = log
+
+    @property
+    def log(self) -> Log:
+        """Logger that names this environment."""
+        return self._log
 
     def __repr__(self) -> str:
         items = "no data" if self.payload is None else f"{len(self.payload)} items"
@@ -219,7 +224,9 @@ class Environment:
         self.connection.last_confirmed = now
         self.init_done.set()
         if entered:
-            self._log.info("Upstream is connected, data are current (%d items)", len(self.payload))
+            text = "Upstream is connected, data are current (%d items)"
+            if not self._outage.end(text, len(self.payload)):  # it is the first connection
+                self._log.info(text, len(self.payload))
         if entered or full or change is not None or now - self._mirrors_updated_at >= CONFIRM_EVERY:
             self._mirrors_updated_at = now
             for mirror in self.mirrors:
@@ -236,13 +243,11 @@ class Environment:
             state = ConnectionState.INTERRUPTED
         else:
             state = ConnectionState.INITIALIZING
-        first = connection.last_error is None
         connection.last_error = (outage.kind, clock.unix())
         # Log each new reason for unusable data once: a file is often fixed in steps.
-        new_reason = outage.kind is ErrorKind.INVALID_DATA and outage.reason != self._last_warning
-        if connection.enter(state) or first or new_reason:
-            self._log.warning("%s", outage.reason)
-            self._last_warning = outage.reason
+        new_reason = outage.kind is ErrorKind.INVALID_DATA and outage.reason != self._outage.reason
+        again = connection.enter(state) or new_reason
+        self._outage.begin(outage.reason, "%s", outage.reason, again=again)
         for mirror in self.mirrors:
             mirror.suspend()
 

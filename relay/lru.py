@@ -50,6 +50,10 @@ class LRUMap(Generic[K, V]):
         if len(self._values) > self._limit:
             self._values.popitem(last=False)
 
+    def forget(self, key: K) -> None:
+        """Forget a key, if it is known."""
+        self._values.pop(key, None)
+
     def clear(self) -> None:
         """Forget all keys."""
         self._values.clear()

@@ -23,9 +23,14 @@ def test_the_key_used_least_recently_is_forgotten():
     assert (lru.get("c"), lru.get("b")) == (4, None)
 
 
-def test_all_keys_can_be_forgotten():
+def test_keys_can_be_forgotten():
+    """One, or all."""
     lru: LRUMap[str, None] = LRUMap(3)
-    lru.put("a", None)
+    for key in "abc":
+        lru.put(key, None)
+    lru.forget("b")
+    lru.forget("x")
+    assert list(lru) == ["a", "c"]
     lru.clear()
     assert (len(lru), "a" in lru, repr(lru)) == (0, False, "<LRUMap: 0 of 3 keys>")
 

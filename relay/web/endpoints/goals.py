@@ -22,7 +22,8 @@ from relay.errors import UpstreamUnavailable
 from relay.model.reply import Fetch, Reply
 from relay.model.text import header_value
 from relay.protocol.urls import join
-from relay.telemetry.log import Log, environment_log
+from relay.telemetry.log import Log
+from relay.telemetry.outage import OutageLog
 from relay.web.resources import is_known
 from relay.web.responses import PreparedResponse
 from relay.web.routing import header
@@ -73,8 +74,7 @@ class GoalsHandler:
         if cache is None:
             identifier = quote(request.path_params["envId"], safe="")
             url = join(self._base, f"/sdk/goals/{identifier}")
-            log = environment_log(environment.spec.name, environment.spec.sdk_key.masked)
-            cache = self._caches[environment] = _GoalsCache(self._fetch, url, log)
+            cache = self._caches[environment] = _GoalsCache(self._fetch, url, environment.log)
         forwarded = {name: header(request, name).decode("latin-1") for name in FORWARDED_HEADERS}
         entry = await cache.get({name: value for name, value in forwarded.items() if value})
         return _response(entry, header(request, "if-none-match")).to_starlette()
@@ -109,13 +109,12 @@ class _GoalsCache:
     def __init__(self, fetch: Fetch, url: str, log: Log) -> None:
         self._fetch = fetch
         self._url = url
-        self._log = log
+        self._outage = OutageLog(log)
         self._current: _CachedReply | None = None
         """Served until it expires; possibly an error."""
         self._last_ok: Reply | None = None
         """Last good reply, to be revalidated, or served in place of a failure."""
         self._last_ok_at = 0.0
-        self._failing = False
         self._fetching: asyncio.Task[_CachedReply] | None = None
 
     async def get(self, headers: dict[str, str]) -> _CachedReply:
@@ -147,16 +146,12 @@ class _GoalsCache:
         confirmed = reply.status == HTTPStatus.NOT_MODIFIED and etag is not None
         if not confirmed and _is_failure(reply):
             return self._fail(reply, f"HTTP error {reply.status}")
-        if self._failing:
-            self._failing = False
-            self._log.info("Goals come from LaunchDarkly again")
+        self._outage.end("Goals come from LaunchDarkly again")
         return self._store(reply, confirmed=confirmed)
 
     def _fail(self, reply: Reply, reason: str) -> _CachedReply:
         """Record a failure; return the last good reply if there is one, the failure otherwise."""
-        if not self._failing:
-            self._failing = True
-            self._log.warning("LaunchDarkly gives no goals: %s", reason)
+        self._outage.begin(reason, "LaunchDarkly gives no goals: %s", reason)
         now = clock.monotonic()
         if self._last_ok is None:
             served = reply if reply.status in _STATUSES else _UNREACHABLE
