@@ -8,8 +8,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing
 
-import aiohttp
-
 from relay.aio import run_in_slices, wait_for
 from relay.backoff import Backoff, SourceTimings
 from relay.errors import ErrorKind, InvalidData, UpstreamRefused, UpstreamUnavailable
@@ -17,7 +15,7 @@ from relay.model.credential import SDKKey, masked_url
 from relay.model.payload import ChangeSet
 from relay.protocol.sse import Decoder, Event
 from relay.sources import Interrupted, Update, UpToDate
-from relay.upstream import Upstream
+from relay.upstream import Response, Upstream
 
 Interpret = Callable[[Event], Generator[None, None, ChangeSet | None]]
 """Converts a message into a change set, in steps; None if it changes nothing. Raises `InvalidData`
@@ -49,7 +47,7 @@ class EventStream:
         self._interpret = interpret
         self._timings = timings
         self._retry_now = asyncio.Event()
-        self._response: aiohttp.ClientResponse | None = None
+        self._response: Response | None = None
         self._last_id = ""
 
     def __repr__(self) -> str:
@@ -106,9 +104,7 @@ class EventStream:
                 self._response = None
         raise UpstreamUnavailable(ErrorKind.NETWORK_ERROR, "the server closed the stream")
 
-    async def _messages(
-        self, response: aiohttp.ClientResponse, backoff: Backoff
-    ) -> AsyncGenerator[Update, None]:
+    async def _messages(self, response: Response, backoff: Backoff) -> AsyncGenerator[Update, None]:
         decoder = Decoder()
         last_yield = None  # monotonic; None until this connection has delivered
         async for chunk in response.content.iter_any():
@@ -130,7 +126,7 @@ class EventStream:
                 yield UpToDate()
 
 
-def _require_event_stream(response: aiohttp.ClientResponse) -> None:
+def _require_event_stream(response: Response) -> None:
     if response.content_type != "text/event-stream":
         reason = "the answer is not an event stream"
         raise UpstreamUnavailable(ErrorKind.ERROR_RESPONSE, reason, response.status)
