@@ -94,6 +94,10 @@ class MemoryBudget:
     def __repr__(self) -> str:
         return f"<MemoryBudget [{self._left} bytes left]>"
 
+    def fits(self, size: int) -> bool:
+        """Return whether a body of this size would be within both limits."""
+        return size <= self.max_size and size <= self._left
+
     def acquire(self, size: int) -> None:
         """Take bytes out of the budget.
 

@@ -12,7 +12,7 @@ import binascii
 import re
 import time
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -74,7 +74,7 @@ EMPTY = json_error(400, "body may not be empty")
 class EventAcceptor(Protocol):
     """Destination of event payloads."""
 
-    def accept(self, payload: EventPayload) -> Awaitable[object]:
+    def accept(self, payload: EventPayload) -> asyncio.Future[bool]:
         """Accept a payload for delivery; the result resolves once it is safe.
 
         Raises:
@@ -97,10 +97,10 @@ class Discarder:
     def __init__(self, discarded: Counter[str]) -> None:
         self._discarded = discarded
 
-    def accept(self, payload: EventPayload) -> Awaitable[object]:
+    def accept(self, payload: EventPayload) -> asyncio.Future[bool]:
         """Drop and count a payload."""
         self.discard(payload.partition.environment)
-        done: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         done.set_result(True)
         return done
 
@@ -223,7 +223,7 @@ class EventsHandler:
         endpoint: EventsEndpoint,
         headers: Mapping[bytes, bytes],
         body: bytes,
-    ) -> Awaitable[object] | None:
+    ) -> asyncio.Future[bool] | None:
         """Accept a payload that is passed on unchanged, as nearly all are.
 
         Args:
@@ -244,7 +244,7 @@ class EventsHandler:
 
     def accept_in_partition(
         self, partition: Partition, payload_id: str, body: bytes
-    ) -> Awaitable[object] | None:
+    ) -> asyncio.Future[bool] | None:
         """Accept a payload of a current schema whose partition is known already.
 
         Returns:

@@ -134,7 +134,7 @@ class EventsFastPath:
             return relay.by_sdk_key
         return relay.by_mobile_key if route.auth is MOBILE else relay.by_environment_id
 
-    def accept(self, upload: EventUpload) -> asyncio.Future[object] | None:
+    def accept(self, upload: EventUpload) -> asyncio.Future[bool] | None:
         """Accept a complete upload; None to leave it to the application.
 
         The future is done when the payload is stored.
@@ -155,9 +155,27 @@ class EventsFastPath:
             return None
         count = head.count if head is not None else self._count(upload)
         count.value += 1
-        return asyncio.ensure_future(stored)
+        return stored
 
-    def answer(self, upload: EventUpload, stored: asyncio.Future[object]) -> PreparedResponse:
+    def accept_whole(
+        self, head: KnownHead, payload_id: str, body: bytes
+    ) -> asyncio.Future[bool] | None:
+        """Accept a body that arrived together with its head, as most do: it needs no `EventUpload`.
+
+        Returns:
+            As `accept`.
+        """
+        if head.compressed or not self._events.budget.fits(len(body)):
+            return None
+        try:
+            stored = self._events.accept_in_partition(head.partition, payload_id, body)
+        except Exception as e:  # noqa: BLE001 - `answer` reports it
+            return _failed_future(e)
+        if stored is not None:
+            head.count.value += 1
+        return stored
+
+    def answer(self, upload: EventUpload, stored: asyncio.Future[bool]) -> PreparedResponse:
         """Return the response to an upload that was stored, or could not be."""
         error = asyncio.CancelledError() if stored.cancelled() else stored.exception()
         if error is not None and not isinstance(error, StoreUnavailable):
@@ -206,18 +224,28 @@ class EventsFastPath:
             and environment.spec is head.spec
         )
 
-    def known(self, head: bytes) -> EventUpload | None:
-        """Return an upload for a known head; None if it has to be parsed."""
+    def find_head(self, head: bytes) -> tuple[KnownHead, str, int] | None:
+        """Return a known head with the payload id and the length of the body, as `KnownHead.read`.
+
+        None if the head has to be parsed.
+        """
         template, values = normalise_head(head)
         known = self._heads.get(template)
         if known is None or not self._is_valid(known):
             return None
-        payload_id, missing = known.read(values)
-        if missing is None:
-            return None
+        payload_id, length = known.read(values)
+        return None if length is None else (known, payload_id, length)
+
+    def begin_known(self, known: KnownHead, head: bytes, payload_id: str) -> EventUpload:
+        """Return an upload for a known head.
+
+        Args:
+            known: what is known of it.
+            head: as it was received.
+            payload_id: read from it.
+        """
         upload = EventUpload(known.target, b"", known.headers, self._events.budget, known)
-        upload.keep_alive, upload.start = known.keep_alive, head
-        upload.payload_id, upload.missing = payload_id, missing
+        upload.keep_alive, upload.start, upload.payload_id = known.keep_alive, head, payload_id
         return upload
 
     def _count(self, upload: EventUpload) -> MetricValue:
@@ -236,8 +264,8 @@ class EventsFastPath:
         return count
 
 
-def _failed_future(error: Exception) -> asyncio.Future[object]:
-    future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+def _failed_future(error: Exception) -> asyncio.Future[bool]:
+    future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
     future.set_exception(error)
     return future
 

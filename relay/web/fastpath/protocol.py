@@ -374,6 +374,9 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         if upload.head is None and upload.start and self._heads_remembered < MAX_HEADS_REMEMBERED:
             self._heads_remembered += 1
             events.remember(upload.start, upload)
+        self._answer_when_stored(upload, stored)
+
+    def _answer_when_stored(self, upload: EventUpload, stored: asyncio.Future[bool]) -> None:
         if stored.done():
             self._answer_upload(upload, stored)
         else:
@@ -384,20 +387,32 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         events, end = self._shared.events, data.find(END) + len(END)
         if events is None or self._shared.traffic.logs or end < len(END):
             return False
-        upload = events.known(data[:end])
-        if upload is None:
+        known = events.find_head(data[:end])
+        if known is None:
             return False
+        head, payload_id, length = known
         body: bytes | None = data[end:]
-        if upload.missing == CHUNKED:
+        if length == CHUNKED:
             body = only_chunk(data[end:])
-            upload.missing = len(body or b"")
-        if body is None or len(body) > upload.missing:
+            length = len(body or b"")
+        if body is None or len(body) > length:
             return False  # several chunks, or pipelined requests
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
+        stored = events.accept_whole(head, payload_id, body) if len(body) == length else None
+        if stored is not None and head.keep_alive and _is_successful(stored):
+            self.server_state.total_requests += 1
+            self.transport.write(head.to_wire(self._shared.date))
+            return True
+        upload = events.begin_known(head, data[:end], payload_id)
         self._upload = self.cycle = cast("Any", upload)
-        self._between_requests, self._in_body = False, True
-        self._continue_upload(upload, body)
+        if stored is not None:
+            upload.receive(body)
+            self._answer_when_stored(upload, stored)
+        else:
+            upload.missing = length
+            self._between_requests, self._in_body = False, True
+            self._continue_upload(upload, body)
         return True
 
     def _continue_upload(self, upload: EventUpload, data: bytes) -> None:
@@ -415,7 +430,7 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         if following:
             self._parse(following)
 
-    def _answer_upload(self, upload: EventUpload, stored: asyncio.Future[object]) -> None:
+    def _answer_upload(self, upload: EventUpload, stored: asyncio.Future[bool]) -> None:
         upload.release()
         upload.response_complete = True
         self._upload = None
@@ -423,12 +438,7 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         if self._shared.events is None or self.transport.is_closing():
             return
         head = upload.head
-        if (
-            head is not None
-            and upload.keep_alive
-            and not stored.cancelled()
-            and not stored.exception()
-        ):
+        if head is not None and upload.keep_alive and _is_successful(stored):
             self.transport.write(head.to_wire(self._shared.date))
         else:
             response = self._shared.events.answer(upload, stored)
@@ -587,6 +597,10 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
 
 _Handler = Callable[[FastHTTPProtocol, Mapping[bytes, bytes]], bool]
 """Answers a request with these headers, or begins to; returns False if it is the application's."""
+
+
+def _is_successful(stored: asyncio.Future[bool]) -> bool:
+    return stored.done() and not stored.cancelled() and stored.exception() is None
 
 
 def _stream_head(headers: Headers, date: bytes) -> bytes:
