@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 from urllib.parse import urlsplit
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from relay.config.options import Option, Support
 from relay.config.schema import (
@@ -55,8 +57,7 @@ Diagnostic = tuple[str, tuple[Key, ...]]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(Struct, frozen=True):
     """Merged options of file and environment, not yet validated.
 
     Args:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar, cast
+
+from msgspec import Struct, defstruct
+from msgspec.structs import replace
 
 from relay.config.types import OptionType
+
+S = TypeVar("S", bound=Struct)
 
 
 class Support(Enum):
@@ -21,8 +25,7 @@ class Support(Enum):
     """Accepted for compatibility, but meaningless here; its help says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(Struct, frozen=True):
     """Declaration of an option.
 
     Args:
@@ -56,35 +59,41 @@ def option(
     help_text: str,
     example: str = "",
     *,
-    name: str | None = None,
+    name: str = "",
     support: Support = Support.FULL,
 ) -> Any:
-    """Declare an option as a field of its section."""
-    metadata = {"variable": variable, "type": option_type, "help": help_text, "example": example}
-    return field(default=default, metadata={**metadata, "name": name, "support": support})
+    """Declare an option as an attribute of its section."""
+    return Option("", "", name, variable, option_type, default, help_text, example, support)
+
+
+def section(cls: type[S]) -> type[S]:
+    """Make a section of a Struct whose defaults are declarations: a subclass with plain defaults.
+
+    A dataclass could hold the declarations itself, but each adds a millisecond to every start.
+    """
+    declared = dict(zip(cls.__struct_fields__, cls.__struct_defaults__, strict=True))
+    options = {name: each for name, each in declared.items() if isinstance(each, Option)}
+    made: Any = defstruct(
+        cls.__name__,
+        [(name, Any, option.default) for name, option in options.items()],
+        bases=(cls,),
+        namespace={"__doc__": cls.__doc__, "options": options},
+        module=cls.__module__,
+        frozen=True,
+    )
+    return cast("type[S]", made)
 
 
 LATER, REFUSED, NO_EFFECT = Support.LATER, Support.REFUSED, Support.NO_EFFECT
 
 
-def declared(section: str, cls: type) -> tuple[Option, ...]:
+def declared(name: str, cls: Any) -> tuple[Option, ...]:
     """Return the options of a section, in the order of its class."""
-    return tuple(_declared(section, each) for each in fields(cls) if each.metadata)
-
-
-def _declared(section: str, declared: Field[Any]) -> Option:
-    metadata = declared.metadata
-    default = None if declared.default is MISSING else declared.default
-    return Option(
-        section,
-        declared.name,
-        metadata["name"] or camel_case(declared.name),
-        metadata["variable"],
-        metadata["type"],
-        default,
-        metadata["help"],
-        metadata["example"],
-        metadata["support"],
+    return tuple(
+        replace(
+            option, section=name, attribute=attribute, name=option.name or camel_case(attribute)
+        )
+        for attribute, option in cls.options.items()
     )
 
 

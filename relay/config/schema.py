@@ -7,16 +7,9 @@ file is its attribute's name in camel case.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from msgspec import Struct, field
 
-from relay.config.options import (
-    LATER,
-    NO_EFFECT,
-    REFUSED,
-    Option,
-    declared,
-    option,
-)
+from relay.config.options import LATER, NO_EFFECT, REFUSED, Option, declared, option, section
 from relay.config.types import (
     BOOLEAN,
     DURATION,
@@ -51,8 +44,8 @@ from relay.config.unsupported import (
 from relay.model.credential import Secret
 
 
-@dataclass(frozen=True, slots=True)
-class Main:
+@section
+class Main(Struct, frozen=True):
     """`[Main]`: the server process and its data source."""
 
     port: int = option("PORT", INTEGER, 8030, "Port to listen on, on all interfaces.")
@@ -241,8 +234,8 @@ class Main:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Events:
+@section
+class Events(Struct, frozen=True):
     """`[Events]`: analytics events."""
 
     send_events: bool = option(
@@ -301,8 +294,8 @@ class Events:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Webhook:
+@section
+class Webhook(Struct, frozen=True):
     """`[Webhook]`: LaunchDarkly webhooks that announce changes, at `/webhooks/launchdarkly`."""
 
     secret: Secret = option(
@@ -321,8 +314,8 @@ class Webhook:
         return tuple(Secret(part) for part in parts if part)
 
 
-@dataclass(frozen=True, slots=True)
-class Redis:
+@section
+class Redis(Struct, frozen=True):
     """`[Redis]`: Redis or Valkey server that the relay keeps up to date for SDKs in daemon mode.
 
     In a file, `url`, `host` or `port` enables it; with variables, `USE_REDIS=true` does.
@@ -393,8 +386,8 @@ class Redis:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Proxy:
+@section
+class Proxy(Struct, frozen=True):
     """`[Proxy]`: HTTP proxy and CA certificates for requests to LaunchDarkly."""
 
     url: str = option(
@@ -431,8 +424,8 @@ class Proxy:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Http:
+@section
+class Http(Struct, frozen=True):
     """`[Http]`: response compression and connections to LaunchDarkly."""
 
     enable_compression: bool = option(
@@ -464,8 +457,8 @@ class Http:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Prometheus:
+@section
+class Prometheus(Struct, frozen=True):
     """`[Prometheus]`: metrics for a Prometheus server."""
 
     enabled: bool = option(
@@ -485,8 +478,8 @@ class Prometheus:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class EnvironmentConfig:
+@section
+class EnvironmentConfig(Struct, frozen=True):
     """`[Environment "NAME"]`: one environment. Its variables end with its name, verbatim."""
 
     name: str = ""
@@ -613,8 +606,7 @@ NAMED_SECTIONS: dict[str, type] = {"Environment": EnvironmentConfig, "Filters": 
 """Sections that occur once per name."""
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(Struct, frozen=True):
     """All options, validated.
 
     Args:
@@ -637,6 +629,6 @@ class Config:
     warnings: tuple[str, ...] = ()
 
 
-def options(section: str) -> tuple[Option, ...]:
+def options(name: str) -> tuple[Option, ...]:
     """Return the options of a section, in declaration order."""
-    return declared(section, SECTIONS.get(section) or NAMED_SECTIONS[section])
+    return declared(name, SECTIONS.get(name) or NAMED_SECTIONS[name])

@@ -5,9 +5,9 @@ They are read and checked all the same, so that one configuration fits both prog
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
-from relay.config.options import LATER, NO_EFFECT, REFUSED, option
+from relay.config.options import LATER, NO_EFFECT, REFUSED, option, section
 from relay.config.types import (
     BOOLEAN,
     COUNT,
@@ -25,8 +25,8 @@ from relay.config.types import (
 from relay.model.credential import Secret
 
 
-@dataclass(frozen=True, slots=True)
-class AutoConfig:
+@section
+class AutoConfig(Struct, frozen=True):
     """`[AutoConfig]`: environments configured by LaunchDarkly instead of by this file."""
 
     key: Secret = option(
@@ -88,8 +88,8 @@ class AutoConfig:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class OfflineMode:
+@section
+class OfflineMode(Struct, frozen=True):
     """`[OfflineMode]`: flags and environments from an archive exported by LaunchDarkly."""
 
     file_data_source: str = option(
@@ -131,8 +131,8 @@ class OfflineMode:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class DynamoDB:
+@section
+class DynamoDB(Struct, frozen=True):
     """`[DynamoDB]`: DynamoDB table that the relay keeps up to date for SDKs in daemon mode."""
 
     enabled: bool = option(
@@ -159,8 +159,8 @@ class DynamoDB:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Consul:
+@section
+class Consul(Struct, frozen=True):
     """`[Consul]`: Consul server to keep up to date; its variables require `USE_CONSUL=true`."""
 
     host: str = option(
@@ -187,8 +187,8 @@ class Consul:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Datadog:
+@section
+class Datadog(Struct, frozen=True):
     """`[Datadog]`: metrics and traces for Datadog."""
 
     enabled: bool = option(
@@ -220,8 +220,8 @@ class Datadog:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Stackdriver:
+@section
+class Stackdriver(Struct, frozen=True):
     """`[Stackdriver]`: metrics and traces for Google Cloud Monitoring."""
 
     enabled: bool = option(
@@ -249,8 +249,8 @@ class Stackdriver:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class OpenTelemetry:
+@section
+class OpenTelemetry(Struct, frozen=True):
     """`[OpenTelemetry]`: metrics, traces and logs over OTLP."""
 
     enabled: bool = option(
@@ -297,8 +297,8 @@ class OpenTelemetry:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Filters:
+@section
+class Filters(Struct, frozen=True):
     """`[Filters "PROJKEY"]`: payload filters of a project. The variable ends with its key."""
 
     keys: tuple[str, ...] = option(
@@ -312,8 +312,8 @@ class Filters:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Concurrency:
+@section
+class Concurrency(Struct, frozen=True):
     """`[Concurrency]`: limits of ld-relay on concurrent initial payloads."""
 
     max_concurrent: int = option(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import resource
 import signal
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import TypeVar
 
+from relay.imports import garbage_collection_paused
 from relay.relay import Relay
 from relay.server.listeners import Listeners
 from relay.server.options import ServerOptions
@@ -58,8 +58,6 @@ async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
                 relay.events.flush()
 
         server.on_shutdown = begin_shutdown
-        gc.collect()
-        gc.freeze()  # objects that live as long as the process need no further collection
         exporter = None
         if site.exporter and listeners.exporter:
             exporter = ExporterServer(site.exporter, options)
@@ -98,7 +96,8 @@ async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
     shutdown_requested = _shutdown_event()
     with _hangups_logged():
         try:
-            site = await asyncio.to_thread(build)
+            with garbage_collection_paused():
+                site = await asyncio.to_thread(build)
         except BaseException:
             listeners.close()
             raise

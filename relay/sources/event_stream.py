@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-import aiohttp
-
 from relay import clock, randomness
 from relay.aio import run_in_slices, wait_for
 from relay.errors import ErrorKind, InvalidData, UpstreamRefused, UpstreamUnavailable
@@ -17,7 +15,7 @@ from relay.protocol.sse import Decoder, Event
 from relay.sources import Interrupted, Update, UpToDate
 from relay.sources.timings import SourceBackoff, SourceTimings
 from relay.steps import Steps
-from relay.upstream import Upstream
+from relay.upstream import Response, Upstream
 
 Interpret = Callable[[Event], Steps[ChangeSet | None]]
 """Converts a message into a change set, in steps; None if it changes nothing. Raises `InvalidData`
@@ -49,7 +47,7 @@ class EventStream:
         self._interpret = interpret
         self._timings = timings
         self._retry_now = asyncio.Event()
-        self._response: aiohttp.ClientResponse | None = None
+        self._response: Response | None = None
         self._last_id = ""
 
     def __repr__(self) -> str:
@@ -107,7 +105,7 @@ class EventStream:
         raise UpstreamUnavailable(ErrorKind.NETWORK_ERROR, "the server closed the stream")
 
     async def _messages(
-        self, response: aiohttp.ClientResponse, backoff: SourceBackoff
+        self, response: Response, backoff: SourceBackoff
     ) -> AsyncGenerator[Update, None]:
         decoder = Decoder()
         last_yield = None  # monotonic; None until this connection has delivered
@@ -130,7 +128,7 @@ class EventStream:
                 yield UpToDate()
 
 
-def _require_event_stream(response: aiohttp.ClientResponse) -> None:
+def _require_event_stream(response: Response) -> None:
     if response.content_type != "text/event-stream":
         reason = "the answer is not an event stream"
         raise UpstreamUnavailable(ErrorKind.ERROR_RESPONSE, reason, response.status)

@@ -1,12 +1,12 @@
 """Code, `config/relay.conf` and docs agree, and no secret is ever printed."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from relay.config import load as loading
 from relay.config.load import load
