@@ -56,6 +56,8 @@ MAX_HEADS = 1024
 
 _ID = re.compile(rb"[0-9A-Za-z_-]+")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,5})\r\n")
+_MAX_CHUNK_SIZE_LINE = 7
+"""Bytes of the longest one that `_CHUNK_SIZE` matches."""
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 _log = logging.getLogger("relay.web")
@@ -125,7 +127,9 @@ class EventsFastPath:
         if environment is None or not self._events.enabled or not _has_plain_body(headers):
             return None
         target = EventTarget(route, credential, environment)
-        return EventUpload(target, url, headers, self._events.budget)
+        upload = EventUpload(target, headers, self._events.budget)
+        upload.missing = int(headers.get(b"content-length", CHUNKED))
+        return upload
 
     def _environments(self, route: EventsRoute) -> Mapping[str, Environment]:
         """Return all environments by the kind of credential that a route needs."""
@@ -244,7 +248,7 @@ class EventsFastPath:
             head: as it was received.
             payload_id: read from it.
         """
-        upload = EventUpload(known.target, b"", known.headers, self._events.budget, known)
+        upload = EventUpload(known.target, known.headers, self._events.budget, known)
         upload.keep_alive, upload.start, upload.payload_id = known.keep_alive, head, payload_id
         return upload
 
@@ -281,10 +285,6 @@ def _is_plain_length(length: bytes) -> bool:
     return length.isdigit() and int(length) <= PLAIN_SIZE
 
 
-_UNUSED_EVENT = asyncio.Event()
-"""uvicorn sets the event of a cycle for its application; nothing waits for this one."""
-
-
 class KnownHead:
     """Everything derived from a request head, shared by all requests with the same template.
 
@@ -298,7 +298,7 @@ class KnownHead:
 
     __slots__ = (
         *("_accepted", "_date", "_id_at", "_length_at", "accepted_head", "keep_alive"),
-        *("compressed", "count", "headers", "partition", "target", "spec"),
+        *("chunked", "compressed", "count", "headers", "partition", "target", "spec"),
     )
 
     def __init__(
@@ -319,6 +319,7 @@ class KnownHead:
         self.accepted_head = accepted_head
         variables = variable_names(template)
         self._length_at = variables.index(LENGTH) if LENGTH in variables else None
+        self.chunked = self._length_at is None
         self._id_at = variables.index(PAYLOAD_ID) if PAYLOAD_ID in variables else None
         self._date = b""
         self._accepted = b""
@@ -358,61 +359,79 @@ def only_chunk(body: bytes) -> bytes | None:
 class EventUpload:
     """Event payload that is being received or stored.
 
-    It takes the place of uvicorn's request cycle, so that pipelined requests and a shutdown wait
-    for its end.
-
     Args:
         target: route, credential and environment.
-        url: target of the request.
         headers: headers of the request, without repetitions.
         budget: memory budget of bodies.
         head: the known head, if it is one.
     """
 
     __slots__ = (
-        *("_reserved", "_budget", "head", "headers", "missing", "target", "parts", "payload_id"),
-        *("start", "url", "disconnected", "keep_alive", "response_complete"),
+        "_budget",
+        "_reserved",
+        "head",
+        "headers",
+        "keep_alive",
+        "missing",
+        "parts",
+        "payload_id",
+        "start",
+        "target",
     )
-
-    message_event = _UNUSED_EVENT
 
     def __init__(
         self,
         target: EventTarget,
-        url: bytes,
         headers: Mapping[bytes, bytes],
         budget: MemoryBudget,
         head: KnownHead | None = None,
     ) -> None:
         self.target = target
-        self.url = url
         self.head = head
         self.headers = headers
         self.parts: list[bytes] = []
+        """The body as it was received."""
         self.start = b""
-        """The head as it was received, if in one piece."""
+        """The head as it was received."""
         self.payload_id = ""
         """The payload id, if the head is known."""
         self.missing = 0
-        """Bytes of the body that are still missing, if the head is known."""
-        self.disconnected = False
+        """Bytes of the body that are still missing; `CHUNKED` if unknown."""
         self.keep_alive = True
-        self.response_complete = False
         self._budget = budget
         self._reserved = 0
 
     def __repr__(self) -> str:
-        state = "answered" if self.response_complete else f"{self._reserved} bytes reserved"
-        return f"<EventUpload {self.target.route.template} [{state}]>"
+        return f"<EventUpload {self.target.route.template} [{self._reserved} bytes reserved]>"
 
     def receive(self, part: bytes) -> bool:
         """Take a part of the body; return False if the application has to take over."""
         self.parts.append(part)
+        if self.missing != CHUNKED:
+            self.missing -= len(part)
+        elif part and not self._read_chunk_size():
+            return False
         return self._reserve(len(part))
+
+    def _read_chunk_size(self) -> bool:
+        """Find out how much of a body of one chunk is missing; return False if it is unusual."""
+        body = b"".join(self.parts)
+        size_line = _CHUNK_SIZE.match(body)
+        if size_line is not None:
+            whole = size_line.end() + int(size_line[1], 16) + len(_LAST_CHUNK)
+            self.missing = max(0, whole - len(body))
+        return size_line is not None or len(body) < _MAX_CHUNK_SIZE_LINE
+
+    @property
+    def is_complete(self) -> bool:
+        """True if the whole body has been received."""
+        return self.missing == 0
 
     def content(self) -> bytes:
         """Return the body, decompressed; empty if there is none, or it needs the application."""
         body = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+        if self.head.chunked if self.head else b"transfer-encoding" in self.headers:
+            body = only_chunk(body) or b""
         return _inflated(body, self._reserve) if self.compressed else body
 
     @property

@@ -19,10 +19,6 @@ BURST_GAP = 0.001
 class DeferredRequest(Protocol):
     """Connection with an evaluation request that can be deferred."""
 
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The connection's event loop."""
-
     def resume(self) -> None:
         """Answer the deferred request."""
 
@@ -49,7 +45,8 @@ class EvaluationScheduler:
             self._last_evaluation = now
             if now - self._slice_start < MAX_SLICE:
                 return False
-            connection.loop.call_soon(self._run_slice, connection.loop)
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._run_slice, loop)
         self._deferred.append(connection)
         return True
 

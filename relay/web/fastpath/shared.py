@@ -50,6 +50,8 @@ class EvaluationResponder(Protocol):
 class SweptConnection(ABC):
     """Connection that is swept for slow clients."""
 
+    __slots__ = ()
+
     @abstractmethod
     def check(self, now: float) -> None:
         """Close the connection if its client has exceeded a time limit."""
