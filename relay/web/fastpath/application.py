@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from time import monotonic
 from typing import Any
 
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
+from relay.clock import monotonic
 from relay.web.fastpath.shared import FastPath
 from relay.web.protocol import HTTPProtocol
 

@@ -12,12 +12,12 @@ import asyncio
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
-from time import monotonic
 from typing import Any, cast
 
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
+from relay.clock import monotonic
 from relay.model.metrics import MetricValue
 from relay.streams.transport import StreamTransport
 from relay.telemetry.traffic import RequestLabels

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import gzip
 import json
-import logging
 import random
 import re
 import tracemalloc
@@ -27,6 +26,7 @@ from relay.model.payload import Payload
 from relay.protocol.events import join_arrays
 from relay.relay import Relay
 from relay.streams.hub import Hub
+from relay.telemetry.log import environment_log
 from relay.web.bodies import MAX_DISCARDED, MAX_SIZE, MemoryBudget
 from relay.web.cors import ALLOWED_HEADERS
 from relay.web.endpoints.events import MAX_ORIGINS, SUMMARISED_AT_ONCE, EventsHandler
@@ -93,7 +93,7 @@ def environment(name: str, number: str) -> Environment:
     key, mobile = (f"{kind}-5ca1ab1e-00{number}-4000-8000-00000000{letter}0{number}" for kind, letter in (("sdk", "a"), ("mob", "b")))  # fmt: skip
     client = f"5ca1ab1e00000000000c00{number}"
     spec = EnvironmentSpec(name, SDKKey(key), MobileKey(mobile), EnvironmentID(client))
-    return Environment(spec, ScriptedSource(), Hub({}), logging.getLogger(name))
+    return Environment(spec, ScriptedSource(), Hub({}), environment_log(name, spec.sdk_key.masked))
 
 
 def served_by(acceptor: RecordingAcceptor | None, max_size: int = 0) -> Served:
