@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from typing import NamedTuple
 
+from relay import clock
 from relay.events.memory import MemoryStore
 from relay.events.reports import EventReports
 from relay.events.store import PAYLOAD_OVERHEAD
@@ -24,7 +25,7 @@ class _DelayedAck(NamedTuple):
     new: bool
     size: int
     until: float
-    """Latest time of the acknowledgement, by the event loop's clock."""
+    """Latest time of the acknowledgement, by `clock.monotonic`."""
 
 
 class AckGate:
@@ -82,12 +83,12 @@ class AckGate:
         if self._timer is not None:
             self._timer.cancel()
         loop = asyncio.get_running_loop()
-        now, free = loop.time(), self._memory.capacity // 2 - self._memory.size
+        now, free = clock.monotonic(), self._memory.capacity // 2 - self._memory.size
         while self._delayed:
             ack, new, size, until = self._delayed[0]
             free -= size + PAYLOAD_OVERHEAD
             if free < 0 and until > now and not everything:
-                self._timer = loop.call_at(until, self.release)
+                self._timer = loop.call_later(until - now, self.release)
                 return
             self._delayed.popleft()
             if not ack.done():
@@ -110,10 +111,10 @@ class AckGate:
         """Return an acknowledgement that resolves when there is space, or after a time limit."""
         loop = asyncio.get_running_loop()
         ack: asyncio.Future[bool] = loop.create_future()
-        until = loop.time() + MAX_ACK_DELAY
+        until = clock.monotonic() + MAX_ACK_DELAY
         if not self._delayed:
             self.delaying.set()
-            self._timer = loop.call_at(until, self.release)
+            self._timer = loop.call_later(MAX_ACK_DELAY, self.release)
         self._delayed.append(_DelayedAck(ack, new, size, until))
         return ack
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from relay import randomness
 from relay.aio import wait_for
 from relay.events.backpressure import AckGate
 from relay.events.blame import Evidence
@@ -197,7 +197,7 @@ class PartitionDelivery:
             step,
             self._timings,
             failures=failed[step],
-            chance=random.random(),  # noqa: S311 - jitter
+            chance=randomness.fraction(),
             took=attempt.took,
             retry_after=attempt.retry_after,
         )

@@ -6,18 +6,19 @@ import contextlib
 import logging
 import os
 import sqlite3
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from relay import clock
 from relay.events.memory import MemoryStore
 from relay.events.sqlite import DiskStore
 from relay.events.store import Backlog, Batch, EventStore, Limits
 from relay.files import make_directory, open_private
 from relay.model.event import EventPayload, Partition
 from relay.reasons import describe
+from relay.telemetry.outage import OutageLog
 
 MAX_OVERFLOW = 10_000
 """Maximum number of changes to batches that wait for the disk. If one is dropped, its batch is sent
@@ -38,12 +39,11 @@ class FallbackStore:
     """
 
     def __init__(self, path: Path, limits: Limits, retry: float) -> None:
-        self.outage: str | None = None
-        """Reason why the disk fails; None while it works, or before the first attempt."""
         self._path = path
         self._limits = limits
         self._retry = retry
         self._retry_at = 0.0
+        self._outage = OutageLog(_log)
         self._disk: DiskStore | None = None
         self._memory = MemoryStore(limits)
         self._overflow: deque[Callable[[EventStore], object]] = deque(maxlen=MAX_OVERFLOW)
@@ -51,6 +51,11 @@ class FallbackStore:
 
     def __repr__(self) -> str:
         return f"<FallbackStore: {self._store}, outage: {self.outage}>"
+
+    @property
+    def outage(self) -> str | None:
+        """Reason why the disk fails; None while it works, or before the first attempt."""
+        return self._outage.reason
 
     @property
     def _store(self) -> EventStore:
@@ -65,7 +70,7 @@ class FallbackStore:
             The backlog of the file; None if it has not been opened.
         """
         for _ in range(2):  # a damaged file is replaced at once
-            if self._disk is None and time.monotonic() >= self._retry_at:
+            if self._disk is None and clock.monotonic() >= self._retry_at:
                 backlog = self._open()
                 if backlog is not None:
                     return backlog
@@ -116,24 +121,21 @@ class FallbackStore:
         self._disk = disk
         self._overflow.clear()
         self._memory = MemoryStore(self._limits)
-        if self.outage is not None:
-            _log.info("Events are kept on disk again")
-        self.outage = None
+        self._outage.end("Events are kept on disk again")
         return backlog
 
     def _begin_outage(self, error: Exception) -> None:
         """Continue in memory, and log it once."""
         disk, self._disk = self._disk, None
-        self._retry_at = time.monotonic() + self._retry
+        self._retry_at = clock.monotonic() + self._retry
         if disk is not None:
             _close(disk)
         reason = describe(error)
         if isinstance(error, sqlite3.DatabaseError) and _is_damage(error):
             self._set_aside()
-        if self.outage is None:
-            text = "Events are kept in memory only, up to %d bytes: %s: %s; trying again every %g s"
-            _log.warning(text, self._limits.memory, self._path, reason, self._retry)
-        self.outage = reason
+        text = "Events are kept in memory only, up to %d bytes: %s: %s; trying again every %g s"
+        limit = self._limits.memory
+        self._outage.begin(reason, text, limit, self._path, reason, self._retry)
 
     def _set_aside(self) -> None:
         _log.error("%s is damaged and set aside as %s.damaged", self._path, self._path.name)

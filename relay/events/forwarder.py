@@ -7,10 +7,9 @@ until upstream has it. So events arrive in order, and a failing partition delays
 from __future__ import annotations
 
 import asyncio
-import random
-import time
 from collections.abc import Mapping, Sequence
 
+from relay import clock, randomness
 from relay.events.backpressure import AckGate
 from relay.events.delivery import DeliveryResources, PartitionDelivery
 from relay.events.policy import ForwarderTimings, SpecOf
@@ -38,7 +37,7 @@ class Forwarder:
         upstream: Upstream,
         base: str,
         spec_of: SpecOf,
-        timings: ForwarderTimings = ForwarderTimings(),  # noqa: B008 - frozen
+        timings: ForwarderTimings = ForwarderTimings(),
     ) -> None:
         self.spool = spool
         self._timings = timings
@@ -121,8 +120,8 @@ class Forwarder:
 
     async def _drain(self) -> None:
         self.flush()
-        deadline = time.monotonic() + self._timings.drain
-        while self._tasks and (left := deadline - time.monotonic()) > 0:
+        deadline = clock.monotonic() + self._timings.drain
+        while self._tasks and (left := deadline - clock.monotonic()) > 0:
             self._flush_all()
             await asyncio.wait(self._tasks.values(), timeout=left)
         tasks = list(self._tasks.values())
@@ -161,7 +160,7 @@ class Forwarder:
             delivery = self._deliveries.get(partition)
             if delivery is None:
                 # Spread the partitions: upstream should not get the whole backlog at once.
-                delay = random.random() * self._timings.flush_interval  # noqa: S311 - no secret
+                delay = randomness.fraction() * self._timings.flush_interval
                 delivery = self._begin(partition, oldest, delay)
             delivery.note_backlog()
 

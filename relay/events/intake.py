@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from relay import clock
 from relay.errors import StoreUnavailable
+from relay.lru import LRUMap
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.model.item import Item, Kind
@@ -29,6 +30,7 @@ from relay.protocol.events import (
     summarise,
 )
 from relay.telemetry.log import Log, environment_log
+from relay.telemetry.throttle import Throttle
 
 LAST_OLD_SCHEMA = 2
 """Events of later schemas arrive summarised."""
@@ -105,14 +107,6 @@ class _IntroducedContexts:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-@dataclass(slots=True)
-class _UnusableReport:
-    """Unusable payloads and events of one environment that have not been logged yet."""
-
-    number: int = 0
-    due: float = 0.0
-
-
 class EventIntake:
     """Passes payloads on in their partition.
 
@@ -133,9 +127,9 @@ class EventIntake:
         """Combinations of schema, tags and wrapper, by environment."""
         self._over_limit: set[str] = set()
         """Environments that exceed `MAX_ORIGINS`, which has been logged."""
-        self._introduced: OrderedDict[Partition, _IntroducedContexts] = OrderedDict()
-        """Least recently used first."""
-        self._reports: dict[str, _UnusableReport] = {}
+        self._introduced: LRUMap[Partition, _IntroducedContexts] = LRUMap(MAX_SUMMARISED_PARTITIONS)
+        self._reports: defaultdict[str, Throttle] = defaultdict(lambda: Throttle(REPORT_EVERY))
+        """Reports of unusable payloads and events, by environment."""
 
     def __repr__(self) -> str:
         state = "enabled" if self.enabled else "disabled"
@@ -159,7 +153,7 @@ class EventIntake:
         self._over_limit.discard(environment)
         self._reports.pop(environment, None)
         for partition in [p for p in self._introduced if p.environment == environment]:
-            del self._introduced[partition]
+            self._introduced.forget(partition)
 
     def accept_plain(
         self,
@@ -188,7 +182,7 @@ class EventIntake:
         """
         if self._acceptor is None or not _is_deliverable(partition.endpoint, body):
             return None
-        return self._acceptor.accept(EventPayload(partition, payload_id, body, time.time()))
+        return self._acceptor.accept(EventPayload(partition, payload_id, body, clock.unix()))
 
     async def accept(
         self,
@@ -213,7 +207,7 @@ class EventIntake:
             await stored
         elif self._is_usable(spec, body) and _is_old(headers):
             partition = self.partition(spec, endpoint, headers)
-            payload = EventPayload(partition, _payload_id(headers), body, time.time())
+            payload = EventPayload(partition, _payload_id(headers), body, clock.unix())
             await self._accept_old(spec, payload, flags or NO_ITEMS)
 
     async def accept_image(self, spec: EnvironmentSpec, body: bytes) -> None:
@@ -285,22 +279,19 @@ class EventIntake:
             raise
 
     def _contexts_of(self, partition: Partition) -> _IntroducedContexts:
-        introduced = self._introduced.pop(partition, None) or _IntroducedContexts()
-        self._introduced[partition] = introduced
-        if len(self._introduced) > MAX_SUMMARISED_PARTITIONS:
-            self._introduced.popitem(last=False)
+        introduced = self._introduced.get(partition)
+        if introduced is None:
+            introduced = _IntroducedContexts()
+            self._introduced.put(partition, introduced)
         return introduced
 
     def _count_unusable(self, spec: EnvironmentSpec, reason: str, number: int) -> None:
         """Count unusable payloads or events, and log them at once, then at most once a minute."""
         self._unusable[spec.name] += number
-        report = self._reports.setdefault(spec.name, _UnusableReport())
-        report.number += number
-        now = time.monotonic()
-        if now >= report.due:
+        dropped = self._reports[spec.name].count(number)
+        if dropped:
             text = "Posts or events that cannot be used were dropped: %d, the last one because: %s"
-            _log_of(spec).warning(text, report.number, reason)
-            report.number, report.due = 0, now + REPORT_EVERY
+            _log_of(spec).warning(text, dropped, reason)
 
 
 def _log_of(spec: EnvironmentSpec) -> Log:
@@ -313,7 +304,7 @@ async def _summarised(
     def flag(key: str) -> Item | None:
         return flags.get(Kind.FLAG, key)
 
-    contexts.forget_old(time.monotonic())
+    contexts.forget_old(clock.monotonic())
 
     def work() -> Summary:
         now, upstream_now = int(payload.received * 1000), int(server_time * 1000)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 
 from relay.events.policy import SpecOf
 from relay.model.event import EventsEndpoint, Partition
 from relay.telemetry.log import Log, environment_log
+from relay.telemetry.throttle import Throttle
 
 REPORT_EVERY = 60.0
-"""Seconds between two log lines about losses."""
+"""Seconds between two log lines about losses of the same kind."""
 
 
 @dataclass(slots=True)
@@ -51,9 +51,10 @@ class EventReports:
         self.failing: set[tuple[str, EventsEndpoint]] = set()
         """Environments and endpoints whose last attempt failed."""
         self._spec_of = spec_of
-        self._losses: Counter[tuple[str, str]] = Counter()
-        """Losses that have not been logged, by fate and environment."""
-        self._report_at = 0.0
+        self._losses: defaultdict[tuple[str, str], Throttle] = defaultdict(
+            lambda: Throttle(REPORT_EVERY)
+        )
+        """Losses to log, by fate and environment."""
 
     def __repr__(self) -> str:
         return f"<EventReports: {len(self.counts)} environments, {len(self.failing)} failing>"
@@ -113,23 +114,24 @@ class EventReports:
         self._report(f"set aside, as {reason}", environment, payloads)
 
     def forget(self, environment: str) -> None:
-        """Forget the counts and outages of an environment that is gone."""
+        """Forget the counts and outages of an environment that is gone; log its last losses."""
+        for key in [key for key in self._losses if key[1] == environment]:
+            self._log_losses(*key, self._losses.pop(key).take())
         self.counts.pop(environment, None)
         self.failing = {key for key in self.failing if key[0] != environment}
 
     def log_losses(self) -> None:
         """Log the losses that have not been logged."""
-        self._report_at = time.monotonic() + REPORT_EVERY
-        for (fate, environment), payloads in self._losses.items():
-            if payloads > 0:
-                self._log_of(environment).warning("%d posts of events were %s", payloads, fate)
-        self._losses.clear()
+        for (fate, environment), throttle in self._losses.items():
+            self._log_losses(fate, environment, throttle.take())
 
     def _report(self, fate: str, environment: str, payloads: int) -> None:
-        """Record losses, and log their sums at most every `REPORT_EVERY` seconds."""
-        self._losses[fate, environment] += payloads
-        if time.monotonic() >= self._report_at:
-            self.log_losses()
+        """Count losses, and log their sum at most every `REPORT_EVERY` seconds."""
+        self._log_losses(fate, environment, self._losses[fate, environment].count(payloads))
+
+    def _log_losses(self, fate: str, environment: str, payloads: int) -> None:
+        if payloads:
+            self._log_of(environment).warning("%d posts of events were %s", payloads, fate)
 
     def _log_of(self, environment: str) -> Log:
         spec = self._spec_of(environment)

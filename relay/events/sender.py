@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from isal import igzip
 
+from relay import clock
 from relay.errors import UpstreamUnavailable
 from relay.events.policy import SpecOf, headers, missing_setting, target
 from relay.events.store import Batch
@@ -94,14 +94,14 @@ class BatchSender:
         del bodies  # free the memory during the request
         fields = headers(partition, batch.payload_id) | key
         url = join(self._base, path)
-        began = time.monotonic()
+        began = clock.monotonic()
         try:
             receipt = await self._upstream.post(url, packed, headers=fields, within=self._timeout)
         except UpstreamUnavailable as e:
             return Attempt(None, e.reason)
         if receipt.date is not None:
             self.server_times[partition.environment] = receipt.date
-        took = time.monotonic() - began
+        took = clock.monotonic() - began
         reason = f"HTTP error {receipt.status}"
         return Attempt(receipt.status, reason, receipt.retry_after, took)
 

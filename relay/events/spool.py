@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import queue
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -204,7 +203,7 @@ class DiskSpool:
 
     async def results(self) -> AsyncIterator[SpoolResult]:
         """Work until the spool is closed; yield each result before its futures resolve."""
-        expire_at = time.monotonic() + EXPIRE_EVERY
+        expire_at = clock.monotonic() + EXPIRE_EVERY
         several = ended = False
         self._wake_regularly()
         while not ended:
@@ -216,8 +215,8 @@ class DiskSpool:
             ended = self._closing
             if ended:
                 await self._thread.call(self._store.retry_now)  # the last chance
-            if time.monotonic() >= expire_at:
-                expire_at = time.monotonic() + EXPIRE_EVERY
+            if clock.monotonic() >= expire_at:
+                expire_at = clock.monotonic() + EXPIRE_EVERY
                 self.do(lambda store: store.expire(clock.now()))
             payloads, self._payloads = self._payloads, []
             acks, self._acks = self._acks, []

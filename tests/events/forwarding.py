@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import time
 
+from relay.backoff import Backoff
 from relay.events.forwarder import Forwarder
-from relay.events.policy import Backoff, ForwarderTimings
+from relay.events.policy import ForwarderTimings
 from relay.events.spool import DiskSpool, MemorySpool
 from relay.events.store import Limits
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
@@ -26,9 +27,12 @@ FAST = ForwarderTimings(
     between=0.0,
     timeout=0.2,
     drain=0.5,
-    backoff=Backoff(first=0.01, longest=0.05, refused=0.02, longest_refused=0.04),
+    backoff=Backoff(first=0.01, longest=0.05),
+    refused=Backoff(first=0.02, longest=0.04),
 )
-LAZY = ForwarderTimings(flush_interval=3600.0, drain=1.0, backoff=FAST.backoff)
+LAZY = ForwarderTimings(
+    flush_interval=3600.0, drain=1.0, backoff=FAST.backoff, refused=FAST.refused
+)
 
 
 def payload(number=0, partition=PARTITION, payload_id=None):

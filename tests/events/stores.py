@@ -6,7 +6,6 @@ import base64
 import contextlib
 import random
 import sqlite3
-import time
 
 import pytest
 
@@ -26,7 +25,7 @@ def payload(number=0, partition=PARTITION, payload_id=None, received=None, size=
     noise = base64.b64encode(random.Random(number).randbytes(size))[:size]  # keeps its size on disk
     body = b'[{"n":%d,"x":"%s"}]' % (number, noise)
     own_id = f"id-{number}" if payload_id is None else payload_id
-    return EventPayload(partition, own_id, body, time.time() if received is None else received)
+    return EventPayload(partition, own_id, body, clock.unix() if received is None else received)
 
 
 def in_memory(capacity=1024 * 1024, **limits):
@@ -73,19 +72,6 @@ def quarantined(store):
     if isinstance(store, MemoryStore):
         return [(each.batch.payload_id, each.reason, each.body) for each in store.rejected]
     return DATABASES[store].execute("SELECT payload_id,reason,body FROM quarantine").fetchall()
-
-
-class JumpingClock:
-    """The system's clock, which is corrected again and again."""
-
-    def __init__(self, monkeypatch):
-        self._patch = monkeypatch
-        self._real, self.offset = time.time, 0.0
-        monkeypatch.setattr(time, "time", lambda: self._real() + self.offset)
-
-    def restart(self):
-        """Begin to measure as a new process does."""
-        self._patch.setattr(clock, "_BEGINNING", time.time() - time.monotonic())
 
 
 DAY = 86400.0

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from relay.events.policy import Backoff, ForwarderTimings
+from relay.backoff import Backoff
+from relay.events.policy import ForwarderTimings
 from relay.events.store import Limits
 from relay.model.credential import MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
@@ -376,7 +377,9 @@ async def test_one_failing_environment_delays_no_other(upstream, failure):
     """One of 100 environments fails with many partitions; the events of the others are not late."""
     specs = [EnvironmentSpec(f"e{n}", SDKKey(f"sdk-{n}")) for n in range(100)]
     upstream.always("sdk-0", failure)
-    timings = ForwarderTimings(flush_interval=0.05, timeout=30.0, drain=0.1, backoff=FAST.backoff)
+    timings = ForwarderTimings(
+        flush_interval=0.05, timeout=30.0, drain=0.1, backoff=FAST.backoff, refused=FAST.refused
+    )
     async with forwarding(upstream.url, specs=specs, timings=timings) as forwarder:
         for tag in range(50):
             await forwarder.accept(

@@ -282,7 +282,8 @@ CHILD = """
 import asyncio, sys, time
 from pathlib import Path
 from relay.events.forwarder import Forwarder
-from relay.events.policy import Backoff, ForwarderTimings
+from relay.backoff import Backoff
+from relay.events.policy import ForwarderTimings
 from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import EventPayload, EventsEndpoint, Partition

@@ -10,11 +10,11 @@ from collections import Counter
 import pytest
 
 from relay.errors import StoreUnavailable
-from relay.events import intake as module
 from relay.events.intake import MAX_ORIGINS, DiscardingAcceptor, EventIntake
 from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import EventPayload, EventsEndpoint, Partition
+from tests.support.clocks import SystemClock
 
 SPEC = EnvironmentSpec("prod", SDKKey("sdk-prod"))
 SCHEMA = b"x-launchdarkly-event-schema"
@@ -150,13 +150,11 @@ def test_the_number_of_partitions_is_bounded_in_each_environment(intake, caplog)
     assert tags_of(MAX_ORIGINS) == str(MAX_ORIGINS)
 
 
-async def test_what_cannot_be_used_is_logged_at_most_once_a_minute(intake, monkeypatch, caplog):
+async def test_what_cannot_be_used_is_logged_at_most_once_a_minute(intake, caplog):
     """With the number since the last line, for each environment."""
-    now = 1000.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
-    with caplog.at_level(logging.WARNING):
-        for moment in (0, 1, 59, 61):
-            now = 1000.0 + moment
+    with SystemClock() as system, caplog.at_level(logging.WARNING):
+        for pause in (0, 1, 58, 2):
+            system.skip(pause)
             await intake.accept(SPEC, BULK, NEW, b"{}")
     said = [record.getMessage() for record in caplog.records]
     assert [text.partition(",")[0].rpartition(" ")[2] for text in said] == ["1", "3"]

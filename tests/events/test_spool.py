@@ -31,9 +31,9 @@ from tests.events.stores import (
     LIMITS,
     OTHER,
     PARTITION,
-    JumpingClock,
     payload,
 )
+from tests.support.clocks import SystemClock
 
 ROOT = Path(__file__).parent.parent.parent
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
@@ -187,7 +187,7 @@ def test_a_clock_that_jumps_loses_nothing(durable, moments):
                 elif moment == "take":
                     await take(spool)
                 elif moment != "restart":
-                    system.offset += moment
+                    system.correct(moment)
                 elif durable:
                     await process.aclose()
                     system.restart()
@@ -197,8 +197,8 @@ def test_a_clock_that_jumps_loses_nothing(durable, moments):
             assert bodies(await drained(spool)) == [payload(number).body for number in range(count)]
         assert not any(result.evicted for each in results for result in each)
 
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        asyncio.run(run(Path(folder), JumpingClock(patch)))
+    with tempfile.TemporaryDirectory() as folder, SystemClock() as system:
+        asyncio.run(run(Path(folder), system))
 
 
 async def test_evictions_from_memory_are_counted():
@@ -398,8 +398,11 @@ async def test_a_debugger_shows_the_spool_s_file_and_outage(tmp_path):
     """The reason of an outage, or None."""
     size = LIMITS.memory
     assert repr(MemorySpool(LIMITS)) == f"<MemorySpool: <MemoryStore: 0 of {size} bytes, 0 queues>>"
-    spool = DiskSpool(tmp_path, LIMITS)
-    assert repr(spool) == f"<DiskSpool: {tmp_path}/events.db, outage: None>"
+    (tmp_path / "events").write_text("a file in place of the folder")
+    async with opened(tmp_path / "events") as spool:
+        assert "File exists" in spool.outage
+        path = tmp_path / "events" / "events.db"
+        assert repr(spool) == f"<DiskSpool: {path}, outage: {spool.outage}>"
 
 
 CHILD = """

@@ -17,11 +17,11 @@ from tests.events.stores import (
     DAY,
     LIMITS,
     PARTITION,
-    JumpingClock,
     on_disk,
     payload,
     stored,
 )
+from tests.support.clocks import SystemClock
 
 
 def test_a_failed_transaction_remembers_no_ids():
@@ -51,19 +51,19 @@ def test_any_batch_of_an_earlier_process_may_have_been_delivered(tmp_path):
         store.close()
 
 
-def test_time_goes_on_in_a_file_that_is_closed_but_not_for_long(tmp_path, monkeypatch):
+def test_time_goes_on_in_a_file_that_is_closed_but_not_for_long(tmp_path):
     """A restart counts in full, a longer absence as five minutes."""
-    system = JumpingClock(monkeypatch)
     began = clock.now()
     ages = []
-    for absence in (0.0, 100.0, 9 * DAY, 0.0, 0.0, -9 * DAY, 50.0):
-        system.offset += absence
-        system.restart()
-        store = DiskStore(str(tmp_path / "events.db"), LIMITS)
-        if not ages:
-            stored(store, payload(1, received=began))
-        ages.append(round(clock.now() - store.backlog()[0].oldest, -1))
-        store.close()
+    with SystemClock() as system:
+        for absence in (0.0, 100.0, 9 * DAY, 0.0, 0.0, -9 * DAY, 50.0):
+            system.correct(absence)
+            system.restart()
+            store = DiskStore(str(tmp_path / "events.db"), LIMITS)
+            if not ages:
+                stored(store, payload(1, received=began))
+            ages.append(round(clock.now() - store.backlog()[0].oldest, -1))
+            store.close()
     jumped = 100 + LONGEST_ABSENCE
     assert ages == [0, 100, jumped, jumped, jumped, jumped, jumped + 50]
 

@@ -88,7 +88,7 @@ def test_diagnostics_travel_alone(new_store):
 @both
 def test_halves_have_ids_derived_from_the_whole(new_store, monkeypatch):
     """Splitting the same batch again gives the same halves under the same ids."""
-    monkeypatch.setattr("relay.events.store.uuid.uuid4", lambda: "whole")
+    monkeypatch.setattr("relay.events.store.randomness.new_id", lambda: "whole")
     found = []
     for _ in range(2):
         store = new_store()

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections import Counter
 
 from starlette.requests import Request
 
 from relay.errors import StoreUnavailable
 from relay.events.intake import EventAcceptor, EventIntake
+from relay.model.text import from_base64
 from relay.web.access import Access
 from relay.web.bodies import BODIES_OVERLOADED, MemoryBudget, RequestBody, RequestRejected
 from relay.web.requests import first_values, parameter
 from relay.web.responses import EVENTS_DISABLED, PreparedResponse, json_error
-
-_STANDARD_ALPHABET = str.maketrans("-_ ", "+/+")
-"""From the URL-safe alphabet; an unescaped `+` in a query is decoded as a blank."""
 
 _GIF = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
 
@@ -52,7 +49,7 @@ class EventsHandler:
         """Respond to a request for the image in whose URL browsers send events."""
         if not self.intake.enabled:
             return EVENTS_DISABLED
-        body = _from_base64(parameter(request, "d")) if request.method == "GET" else b""
+        body = _events_in(parameter(request, "d")) if request.method == "GET" else b""
         if body and not self.intake.discard(access.environment.spec.name):
             try:
                 await self.intake.accept_image(access.environment.spec, body)
@@ -86,10 +83,10 @@ class EventsHandler:
         return ACCEPTED
 
 
-def _from_base64(text: str) -> bytes:
-    """Decode base64 in either alphabet, padded or not; empty if it is invalid."""
-    text = text.translate(_STANDARD_ALPHABET).rstrip("=")
+def _events_in(text: str) -> bytes:
+    """Return the events in a query; empty if they are no base64."""
     try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except (binascii.Error, ValueError):
+        # An unescaped `+` in a query is decoded as a blank.
+        return from_base64(text.replace(" ", "+").encode())
+    except ValueError:
         return b""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from relay.environment import Environment
 from relay.registry import Grant
 from relay.streams.evaluated import EvalClient
 from relay.telemetry.traffic import RequestLabels, RequestMetrics
+from relay.web.cache import ANY_PAYLOAD, CacheEntry
 from relay.web.cors import cors_lines, with_cors
 from relay.web.endpoints.streams import (
     PING_STREAM,
@@ -21,7 +20,7 @@ from relay.web.responses import Headers, PreparedResponse
 from relay.web.routes import Endpoint
 
 
-class StreamRequest(NamedTuple):
+class StreamRequest(CacheEntry, eq=False):
     """Request for a stream, ready for the hub."""
 
     grant: Grant[Environment]
@@ -54,4 +53,5 @@ def stream_request(traffic: RequestMetrics, head: RequestHead) -> StreamRequest 
         origin = head.headers.get(b"origin", b"")
         headers = with_cors(headers, cors_lines(environment.spec, origin, route))
     labels = access.labels(traffic, "GET", head.headers)
-    return StreamRequest(access.grant, stream.name, headers, labels, stream.client)
+    grant, client = access.grant, stream.client
+    return StreamRequest(environment, ANY_PAYLOAD, grant, stream.name, headers, labels, client)
