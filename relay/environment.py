@@ -21,7 +21,7 @@ from relay.programs import ProgramCache
 from relay.sources import DataSource, Interrupted, Update, UpToDate
 from relay.stores import Mirror
 from relay.streams.hub import Hub
-from relay.telemetry.log import Log
+from relay.telemetry.log import EnvironmentLog, Log, set_environment_level
 from relay.telemetry.outage import OutageLog
 
 CONFIRM_EVERY = 60.0
@@ -124,6 +124,13 @@ class Environment:
         self.created = clock.unix()
         """Creation time in Unix seconds."""
         self._source = source
+        self._successor: DataSource | None = None
+        """Source that takes the place of `_source` once it has delivered all data."""
+        self._successor_failing = False
+        """True once it was logged that it cannot."""
+        self._followers: dict[DataSource, asyncio.Task[None]] = {}
+        """Tasks that follow a source, while the environment runs."""
+        self._tasks: asyncio.TaskGroup | None = None
         self._log = log
 
     @property
@@ -137,11 +144,36 @@ class Environment:
 
     async def run(self) -> None:
         """Keep the environment current until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            for mirror in self.mirrors:
-                tasks.create_task(self._load_stored(mirror))
-                tasks.create_task(mirror.run())
-            tasks.create_task(self._follow_source())
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                for mirror in self.mirrors:
+                    self._tasks.create_task(self._load_stored(mirror))
+                    self._tasks.create_task(mirror.run())
+                self._follow(self._source)
+                self._follow(self._successor)
+        finally:
+            self._tasks, self._followers = None, {}
+
+    def change(self, spec: EnvironmentSpec, source: DataSource | None = None) -> None:
+        """Replace the spec, which takes effect at once; data, streams and mirrors stay.
+
+        Args:
+            spec: the new name, credentials and settings. (The prefix takes effect at a restart.)
+            source: follows upstream with a new SDK key; the present source is followed until this
+                one has delivered all data. None keeps the present source.
+        """
+        self.spec = spec
+        if isinstance(self._log, EnvironmentLog):
+            self._log.describe(spec.name, spec.sdk_key.masked)
+            set_environment_level(spec.name, spec.log_level)
+        if source is not None:
+            self._unfollow(self._successor)
+            self._successor, self._successor_failing = source, False
+            self._follow(source)
+
+    def resync(self) -> None:
+        """Request all data from upstream again."""
+        self._source.resync()
 
     def check(self, *, reconnect: bool = False) -> None:
         """Check upstream for changes soon.
@@ -175,10 +207,33 @@ class Environment:
             # The same data, from a mirror that knows its age.
             self.connection.last_confirmed = _clock_before(stored.age)
 
-    async def _follow_source(self) -> None:
-        async with aclosing(self._source.updates()) as updates:
+    def _follow(self, source: DataSource | None) -> None:
+        if source is not None and self._tasks is not None:
+            self._followers[source] = self._tasks.create_task(self._handle_updates(source))
+
+    def _unfollow(self, source: DataSource | None) -> None:
+        if source is not None and (task := self._followers.pop(source, None)):
+            task.cancel()
+
+    async def _handle_updates(self, source: DataSource) -> None:
+        async with aclosing(source.updates()) as updates:
             async for update in updates:
+                if source is self._successor and not self._takes_over(source, update):
+                    continue
                 self._handle(update)
+
+    def _takes_over(self, source: DataSource, update: Update) -> bool:
+        """Let a new source take over with its first complete data; return False before."""
+        if not (isinstance(update, ChangeSet) and update.full):
+            if isinstance(update, Interrupted) and not self._successor_failing:
+                self._successor_failing = True
+                text = "The former SDK key is still used upstream. With the new one: %s"
+                self._log.warning(text, update.reason)
+            return False
+        self._unfollow(self._source)
+        self._source, self._successor = source, None
+        self._log.info("The new SDK key is used upstream")
+        return True
 
     def _handle(self, update: Update) -> None:
         match update:

@@ -73,14 +73,10 @@ class RefreshTracker:
         return True
 
     async def run(self) -> None:
-        """Check upstream after each notice until its changes have arrived; run until cancelled."""
-        while True:
-            await self._announced.wait()
-            await self._check_until_arrived()
-            self._expected.clear()
-            self._changes = None
+        """Check upstream until the announced changes have arrived, or the last check was made.
 
-    async def _check_until_arrived(self) -> None:
+        Notices that come meanwhile are waited for as well.
+        """
         due: list[float] = []
         while due or self._announced.is_set():
             now = clock.monotonic()

@@ -257,6 +257,17 @@ class Forwarder:
         """Return upstream's clock at its last response, in Unix seconds; 0 before the first."""
         return self._server_times.get(environment, 0.0)
 
+    def forget(self, environment: str) -> bool:
+        """Forget an environment that is gone; return False while payloads of it are waiting."""
+        if any(partition.environment == environment for partition in self._partitions):
+            return False
+        for by_name in (self._counts, self._slots, self._server_times):
+            by_name.pop(environment, None)
+        for key in [key for key in self._evidence if key[0] == environment]:
+            del self._evidence[key]
+        self._failing = {key for key in self._failing if key[0] != environment}
+        return True
+
     def flush(self) -> None:
         """Send all waiting payloads now, as the relay shuts down."""
         self._ending.set()

@@ -24,6 +24,7 @@ from relay.model.metrics import MetricValue
 from relay.model.payload import Change, Payload
 from relay.programs import ProgramCache
 from relay.protocol import clientside
+from relay.registry import Grant
 from relay.streams.channel import FAN_OUT_SLICE, Channel, Subscription
 from relay.streams.ping import PingChannel
 from relay.streams.transport import StreamTransport, encode_chunk
@@ -110,10 +111,12 @@ class EvaluatingChannel(Channel[EvalClient]):
         ends_at: float,
         count: MetricValue,
         client: EvalClient,
+        *,
+        grant: Grant[Any] | None,
     ) -> Subscription:
         """Register a client and write its put, now if there is a program."""
         known_client = self._clients.setdefault(client.identity, client)
-        return super().subscribe(transport, head, ends_at, count, known_client)
+        return super().subscribe(transport, head, ends_at, count, known_client, grant=grant)
 
     def forget(self, subscription: Subscription) -> None:
         """Remove a subscription whose connection is lost."""

@@ -14,8 +14,8 @@ from relay.model.context import Context, parse_context
 from relay.model.environment import EnvironmentSpec
 from relay.model.text import from_base64
 from relay.web.bodies import MemoryBudget, RequestBody, RequestRejected
+from relay.web.requests import header, parameter_in
 from relay.web.responses import json_error, text
-from relay.web.routing import header, parameter_in
 
 MAX_CONTEXT = 5 * 1024 * 1024
 """Bytes of the largest body with a context unless configured otherwise; as in ld-relay."""

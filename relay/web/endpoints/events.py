@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from starlette.requests import Request
-from starlette.responses import Response
 
 from relay import clock
 from relay.environment import Environment
@@ -35,9 +34,10 @@ from relay.protocol.events import (
     summarise,
 )
 from relay.telemetry.throttle import Throttle
+from relay.web.access import Access
 from relay.web.bodies import BODIES_OVERLOADED, MemoryBudget, RequestBody, RequestRejected
+from relay.web.requests import first_values, parameter
 from relay.web.responses import EVENTS_DISABLED, PreparedResponse, json_error
-from relay.web.routing import Handler, parameter
 
 LAST_OLD_SCHEMA = 2
 """Events of later schemas arrive summarised."""
@@ -151,18 +151,11 @@ class EventsHandler:
         state = "enabled" if self.enabled else "disabled"
         return f"<EventsHandler [{state}, {self.unusable.total()} unusable]>"
 
-    def handler(self, endpoint: EventsEndpoint) -> Handler:
-        """Return the handler of POSTs to an endpoint."""
-
-        async def respond(request: Request, environment: Environment) -> Response:
-            return (await self._respond(request, environment, endpoint)).to_starlette()
-
-        return respond
-
-    async def image(self, request: Request, environment: Environment) -> Response:
+    async def image(self, request: Request, access: Access) -> PreparedResponse:
         """Respond to a request for the image in whose URL browsers send events."""
+        environment = access.environment
         if self._forwarder is None:
-            return EVENTS_DISABLED.to_starlette()
+            return EVENTS_DISABLED
         body = _events_in(parameter(request, "d")) if request.method == "GET" else b""
         if isinstance(self._forwarder, Discarder):
             if body:
@@ -174,12 +167,12 @@ class EventsHandler:
                     self._forwarder, environment, _new_payload(partition, "", body)
                 )
             except StoreUnavailable:
-                return BODIES_OVERLOADED.to_starlette()
-        return IMAGE.to_starlette()
+                return BODIES_OVERLOADED
+        return IMAGE
 
-    async def _respond(
-        self, request: Request, environment: Environment, endpoint: EventsEndpoint
-    ) -> PreparedResponse:
+    async def handle(self, request: Request, access: Access) -> PreparedResponse:
+        """Respond to a POST of events."""
+        environment, endpoint = access.environment, access.route.events_endpoint
         body = RequestBody(request, self.budget)
         try:
             await body.begin()
@@ -191,9 +184,8 @@ class EventsHandler:
             content = await body.read()
             if not content:
                 return EMPTY
-            await self._accept(
-                self._forwarder, environment, endpoint, _first_values(request), content
-            )
+            headers = first_values(request)
+            await self._accept(self._forwarder, environment, endpoint, headers, content)
         except RequestRejected as e:
             return await body.reject(e.response)
         except StoreUnavailable:
@@ -206,6 +198,14 @@ class EventsHandler:
     def enabled(self) -> bool:
         """True if events are accepted."""
         return self._forwarder is not None
+
+    def forget(self, environment: str) -> None:
+        """Forget an environment that is gone."""
+        self._origins.pop(environment, None)
+        self._over_limit.discard(environment)
+        self._reports.pop(environment, None)
+        for partition in [p for p in self._introduced if p.environment == environment]:
+            self._introduced.forget(partition)
 
     def accept_plain(
         self,
@@ -407,11 +407,6 @@ def _is_deliverable(endpoint: EventsEndpoint, body: bytes) -> bool:
     if body[:2] == b"[{" and body[-1:] == b"]":
         return True  # without a scan, as nearly all bodies are
     return bool(body) if endpoint.diagnostic else is_array(body) and not is_empty(body)
-
-
-def _first_values(request: Request) -> Mapping[bytes, bytes]:
-    """Return the headers of a request, each with its first value."""
-    return dict(reversed(request.scope["headers"]))
 
 
 def _payload_id(headers: Mapping[bytes, bytes]) -> str:

@@ -14,7 +14,6 @@ from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
 from starlette.requests import Request
-from starlette.responses import Response
 
 from relay import clock
 from relay.environment import Environment
@@ -24,9 +23,10 @@ from relay.model.text import header_value
 from relay.protocol.urls import join
 from relay.telemetry.log import Log
 from relay.telemetry.outage import OutageLog
+from relay.web.access import Access
+from relay.web.requests import header
 from relay.web.resources import is_known
 from relay.web.responses import PreparedResponse
-from relay.web.routing import header
 
 FETCH_LIMIT = 10.0
 """Seconds to wait for LaunchDarkly: a web page is waiting, too."""
@@ -66,18 +66,19 @@ class GoalsHandler:
         self._base = base_uri
         self._caches: WeakKeyDictionary[Environment, _GoalsCache] = WeakKeyDictionary()
 
-    async def respond(self, request: Request, environment: Environment) -> Response:
+    async def handle(self, request: Request, access: Access) -> PreparedResponse:
         """Respond to a request for the goals of an environment."""
         if self._fetch is None:
-            return _NO_GOALS.to_starlette()
+            return _NO_GOALS
+        environment = access.environment
         cache = self._caches.get(environment)
         if cache is None:
-            identifier = quote(request.path_params["envId"], safe="")
+            identifier = quote(access.grant.credential.value, safe="")
             url = join(self._base, f"/sdk/goals/{identifier}")
             cache = self._caches[environment] = _GoalsCache(self._fetch, url, environment.log)
         forwarded = {name: header(request, name).decode("latin-1") for name in FORWARDED_HEADERS}
         entry = await cache.get({name: value for name, value in forwarded.items() if value})
-        return _response(entry, header(request, "if-none-match")).to_starlette()
+        return _response(entry, header(request, "if-none-match"))
 
 
 @dataclass(frozen=True, slots=True)

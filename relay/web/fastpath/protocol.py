@@ -20,15 +20,13 @@ from uvicorn.server import ServerState
 from relay.clock import monotonic
 from relay.model.metrics import MetricValue
 from relay.streams.transport import StreamTransport
-from relay.telemetry.redaction import redact_url
-from relay.telemetry.traffic import Series
+from relay.telemetry.traffic import RequestLabels
 from relay.web.access_log import LoggedTransport, log_request
 from relay.web.fastpath.application import ApplicationProtocol
-from relay.web.fastpath.cache import CLOSE, CLOSING, CachedResponse, EvaluationResponse, assemble
+from relay.web.fastpath.cache import CLOSING, WireResponse
 from relay.web.fastpath.events import CHUNKED, EventUpload, only_chunk
-from relay.web.fastpath.handlers import authorization, find_handler, log_line
-from relay.web.fastpath.heads import END
-from relay.web.fastpath.requests import RequestHead
+from relay.web.fastpath.handlers import authorization, handle, log_line, redacted_url
+from relay.web.fastpath.heads import END, RequestHead, read_head
 from relay.web.fastpath.shared import FastPath, SweptConnection
 from relay.web.fastpath.streams import StreamRequest
 from relay.web.responses import Headers
@@ -253,11 +251,12 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
     def _answer_from_cache(self, data: bytes) -> bool:
         """Serve from the response cache; return False if there is no fresh response."""
         shared = self._shared
+        cached: WireResponse | StreamRequest | None
         if data.startswith(_EVALUATION_STARTS):
-            cached: CachedResponse | StreamRequest | None = shared.cache.get_evaluated(data)
+            cached = shared.evaluation.answer_same(data) if shared.evaluation else None
         else:
             cached = shared.cache.get(data)
-        if isinstance(cached, CachedResponse):
+        if isinstance(cached, WireResponse):
             self._write(cached)
         elif cached is not None and self._can_hand_over():
             self._hand_over(cached)
@@ -272,7 +271,7 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         if shared.evaluation is not None and len(head) <= shared.limits.max_head_size:
             response = shared.evaluation.answer_known(head)
         if response is not None:
-            self._write_evaluation(head, response)
+            self._write(response)
         else:
             self._begin_unknown(head, len(head))
 
@@ -283,14 +282,12 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
             data: bytes of the request.
             end: number of bytes of the head; less than those of the blank line if incomplete.
         """
-        handler, head = find_handler(data), None
-        if handler is not None and len(END) <= end <= self._shared.limits.max_head_size:
-            head = RequestHead.parse(data[:end])
-        outcome = None if handler is None or head is None else handler(self._shared, head)
-        if isinstance(outcome, CachedResponse):
+        shared, head = self._shared, None
+        if len(END) <= end <= shared.limits.max_head_size:
+            head = read_head(shared.relay, data[:end])
+        outcome = None if head is None else handle(shared, head)
+        if isinstance(outcome, WireResponse):
             self._write(outcome)
-        elif isinstance(outcome, EvaluationResponse):
-            self._write_evaluation(data, outcome)
         elif isinstance(outcome, EventUpload):
             self._state, self._upload = UPLOADING, outcome
             self._receive(outcome, data[end:])
@@ -313,29 +310,14 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
 
     # Responses
 
-    def _write(self, response: CachedResponse) -> None:
+    def _write(self, response: WireResponse) -> None:
+        """Write a complete response, and count it."""
         if response.line:
             log_request(response.line)
-        self._respond(response.to_wire(self._shared.date), response.count, closes=response.closes)
-
-    def _write_evaluation(self, head: bytes, response: EvaluationResponse) -> None:
-        """Write an evaluation response, and cache it if it is likely to be requested again."""
-        if response.cacheable:
-            environment, count = response.environment, response.count
-            cached = CachedResponse(
-                environment, response.head, response.pieces, count, closes=response.closes
-            )
-            self._shared.cache.put_evaluated(head, cached)
-        start = response.head + CLOSE if response.closes else response.head
-        parts = assemble(start, self._shared.date, response.pieces)
-        self._respond(parts, response.count, closes=response.closes)
-
-    def _respond(self, parts: tuple[bytes, ...], count: MetricValue, *, closes: bool) -> None:
-        """Write a complete response, and count it."""
         self._server_state.total_requests += 1
-        count.value += 1
-        self._transport.writelines(parts)
-        if closes:
+        response.count.value += 1
+        self._transport.writelines(response.to_wire(self._shared.date))
+        if response.closes:
             self._transport.close()
 
     # Streams
@@ -354,23 +336,24 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         self._state = CLOSED
         self._server_state.total_requests += 1
         self._server_state.connections.discard(cast("Any", self))
-        count = self._count_stream(request.series)
+        count = self._count_stream(request.labels)
         transport: StreamTransport = self._transport
         start = _stream_head(request.headers, shared.date)
         if shared.traffic.logs and head is not None:
             log_request(log_line(head, 200, None))
             self._transport.write(start)
-            url = redact_url(head.url.decode("ascii"))
-            transport, start = LoggedTransport(self._transport, url, authorization(head)), b""
+            logged = LoggedTransport(self._transport, redacted_url(head), authorization(head))
+            transport, start = logged, b""
         self._application = None
-        request.environment.hub.subscribe(request.name, transport, start, count, request.client)
+        hub, grant = request.grant.environment.hub, request.grant
+        hub.subscribe(request.name, transport, start, count, request.client, grant=grant)
 
-    def _count_stream(self, series: Series) -> MetricValue:
+    def _count_stream(self, labels: RequestLabels) -> MetricValue:
         """Count a new stream; return the counter of open ones."""
         traffic = self._shared.traffic
-        traffic.requests[series].value += 1
-        traffic.new_streams[series].value += 1
-        return traffic.streams[series]
+        traffic.requests[labels].value += 1
+        traffic.new_streams[labels].value += 1
+        return traffic.streams[labels]
 
     # Uploads
 

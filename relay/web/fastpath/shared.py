@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Protocol
@@ -11,11 +10,12 @@ from typing import Protocol
 from uvicorn.server import ServerState
 
 from relay import clock
-from relay.environment import Environment
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestMetrics
-from relay.web.fastpath.cache import EvaluationResponse, ResponseCache
+from relay.web.access import Access
+from relay.web.fastpath.cache import HeadCache, WireResponse
 from relay.web.fastpath.events import EventsFastPath
+from relay.web.fastpath.heads import RequestHead
 from relay.web.fastpath.scheduler import EvaluationScheduler
 from relay.web.responses import PreparedResponse
 
@@ -29,21 +29,22 @@ MIN_SWEEP_INTERVAL = 0.1
 class PollResponder(Protocol):
     """Handler of polls."""
 
-    def __call__(
-        self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
+    def respond(
+        self, access: Access, key: str, if_none_match: bytes, accept_encoding: bytes
     ) -> PreparedResponse | None:
-        """Return the prepared response; None if the path is no poll, or there are no data yet."""
+        """Return the prepared response; None to leave it to the application."""
 
 
 class EvaluationResponder(Protocol):
     """Handler of evaluation requests; see `relay.web.fastpath.evaluation`."""
 
-    def answer_known(self, head: bytes, /) -> EvaluationResponse | None:
+    def answer_same(self, head: bytes, /) -> WireResponse | None:
+        """Return the response to a request that has been answered before."""
+
+    def answer_known(self, head: bytes, /) -> WireResponse | None:
         """Return the response to a request that differs from an earlier one in its context only."""
 
-    def answer(
-        self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], /, *, closes: bool
-    ) -> EvaluationResponse | None:
+    def answer(self, head: RequestHead, /) -> WireResponse | None:
         """Return the response to a GET; None to leave it to the application."""
 
 
@@ -114,7 +115,7 @@ class FastPath:
         """The `Date` header and the blank line that ends a head."""
         self.date_expires_at = 0.0
         """Monotonic time at which the date has to be renewed."""
-        self.cache = ResponseCache()
+        self.cache = HeadCache(relay.registry)
         self.scheduler = EvaluationScheduler()
 
     def renew_date(self, state: ServerState, now: float) -> None:

@@ -30,8 +30,9 @@ from relay.telemetry.log import environment_log
 from relay.web.bodies import MAX_DISCARDED, MAX_SIZE, MemoryBudget
 from relay.web.cors import ALLOWED_HEADERS
 from relay.web.endpoints.events import MAX_ORIGINS, SUMMARISED_AT_ONCE, EventsHandler
+from relay.web.fastpath import protocol
 from relay.web.fastpath.events import PLAIN_SIZE, EventsFastPath
-from relay.web.fastpath.requests import RequestHead
+from relay.web.fastpath.heads import read_head
 from relay.web.fastpath.shared import ConnectionLimits
 from tests.support.contracts import ScriptedSource
 from tests.support.serving import Served, ask, serving, until
@@ -710,7 +711,7 @@ async def test_plain_payloads_need_no_application(acceptor, path, endpoint, cred
     headers = [credential, SCHEMA_4, ("Origin", "https://app.example"), *([GZIP] * compressed)]
     chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         whole = await ask(address, path, headers, method="POST", body=body)
         assert await raw(address, "POST", path, headers, chunked) == whole
@@ -884,12 +885,13 @@ async def test_a_head_is_parsed_once(acceptor, monkeypatch, layout, compressed, 
     """Later POSTs of any instance reuse the parsed head; ID, length and body are their own."""
     path, endpoint, credential = layout
     parsed = []
-    parse = RequestHead.parse
-    monkeypatch.setattr(RequestHead, "parse", lambda raw: parsed.append(raw) or parse(raw))
+    monkeypatch.setattr(
+        protocol, "read_head", lambda relay, raw: parsed.append(raw) or read_head(relay, raw)
+    )
     bodies = [b'[{"kind":"custom","n":%d}]' % 10**n for n in range(12)]
     headers = [("Origin", "https://app.example"), *([GZIP] * compressed)]
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         heads = []
         for number, body in enumerate(bodies):
@@ -1005,21 +1007,23 @@ async def test_a_known_head_follows_changes_of_its_key(acceptor):
             (status,), (head,) = await statuses(reader, 1)
             assert status == 202
             assert f"x-ld-envid: {ID}".encode() in head
-        main, other = relay.by_sdk_key[KEY], relay.environments["e2"]
-        relay.by_sdk_key[KEY] = other
+        main, other = relay.environments["main"], relay.environments["e2"]
+        specs = main.spec, other.spec
+        relay.change(other, replace(other.spec, sdk_key=SDKKey(KEY)))
         for number in range(2, 4):
             writer.write(with_id(number))
             _, (head,) = await statuses(reader, 1)
             assert other.spec.environment_id.value.encode() in head
-        other.spec = replace(other.spec, environment_id=EnvironmentID("renamed"))
+        relay.change(other, replace(other.spec, environment_id=EnvironmentID("renamed")))
         writer.write(with_id(4))
         assert b"x-ld-envid: renamed" in (await statuses(reader, 1))[1][0]
-        del relay.by_sdk_key[KEY]
+        relay.change(other, specs[1])
         writer.write(with_id(5))
         reply, _ = await statuses(reader, 1)
         assert reply == [401]
         writer.close()
-        relay.by_sdk_key[KEY] = main
+        relay.remove(main)
+        relay.put(main)
         assert (await post(address, SOME, SCHEMA_4)).status == 202
     assert [p.partition.environment for p in acceptor.payloads] == ["main"] * 2 + ["e2"] * 3 + [
         "main"
@@ -1072,20 +1076,20 @@ async def test_heads_remembered_by_a_connection_are_bounded(acceptor, monkeypatc
     """A client with ever new heads does not evict those of other connections."""
     monkeypatch.setattr("relay.web.fastpath.protocol.MAX_HEADS_REMEMBERED", 3)
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         reader, writer = await address.connect()
         for number in range(9):
             writer.write(with_id(1, "/bulk", SDK, ("Traceparent", f"{number}")))
             assert (await statuses(reader, 1))[0] == [202]
         writer.close()
-    assert len(fast_path._heads) == 3
+    assert len(fast_path.heads) == 3
 
 
 async def test_a_known_head_does_not_make_a_large_body_plain(acceptor):
     """Large bodies go to the application even after a known head."""
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         reader, writer = await address.connect()
         writer.write(with_id(1))
@@ -1101,9 +1105,9 @@ async def test_a_known_head_does_not_make_a_large_body_plain(acceptor):
 
 async def test_connections_share_known_heads(acceptor, monkeypatch):
     """Known heads are shared by connections, up to a bound."""
-    monkeypatch.setattr("relay.web.fastpath.events.MAX_HEADS", 2)
+    monkeypatch.setattr("relay.web.fastpath.events.MAX_HEADS", 10_000)
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         for _ in range(3):
             reader, writer = await address.connect()
@@ -1111,10 +1115,10 @@ async def test_connections_share_known_heads(acceptor, monkeypatch):
                 writer.write(with_id(number))
                 assert (await statuses(reader, 1))[0] == [202]
             writer.close()
-        assert len(fast_path._heads) == 1
+        assert len(fast_path.heads) == 1
         for tag in range(9):
             await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Tags", f"tag/{tag}"))
-            assert len(fast_path._heads) <= 2
+            assert len(fast_path.heads) <= 2
     assert len(acceptor.payloads) == 15
 
 

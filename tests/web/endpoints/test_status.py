@@ -18,7 +18,7 @@ from relay.model.payload import EMPTY, Payload
 from relay.relay import Relay
 from relay.stores import StoreState, StoreStatus
 from relay.streams.hub import Hub
-from relay.telemetry.traffic import RequestMetrics, Series
+from relay.telemetry.traffic import RequestLabels, RequestMetrics
 from relay.web.endpoints import status
 from tests.support.clocks import SystemClock
 from tests.support.contracts import MemoryMirror, ScriptedSource
@@ -58,9 +58,9 @@ async def test_the_members_of_an_environment():
     main_environment.invalid = {(Kind.FLAG, "bad"): InvalidItem(Kind.FLAG, "bad", "wrong" * 100)}
     main_environment.connection.last_error = (ErrorKind.NETWORK_ERROR, 1700000000.5)
     traffic = RequestMetrics()
-    traffic.requests[Series("main", "/sdk/flags", "GET", "server")].value = 3
-    traffic.requests[Series("main", "/all", "GET", "server")].value = 2
-    traffic.new_streams[Series("main", "/all", "GET", "server")].value = 2
+    traffic.requests[RequestLabels("main", "/sdk/flags", "GET", "server")].value = 3
+    traffic.requests[RequestLabels("main", "/all", "GET", "server")].value = 2
+    traffic.new_streams[RequestLabels("main", "/all", "GET", "server")].value = 2
     page = json.loads(status.overview(Relay([main_environment], 0), traffic).body)
     main = page["environments"]["main"]
     created = main["dataStoreStatus"].pop("stateSince")

@@ -16,16 +16,20 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from relay import clock
+from relay.model.credential import SDKKey
 from relay.model.metrics import MetricValue
 from relay.model.payload import EMPTY
 from relay.protocol import fdv1
+from relay.registry import Grant
 from relay.streams.hub import StreamLimits
+from relay.web.access import Access
 from relay.web.fastpath import scheduler
-from relay.web.fastpath.cache import CachedResponse, ResponseCache
-from relay.web.fastpath.events import ROUTES, EventTarget, EventUpload
+from relay.web.fastpath.cache import HeadCache, WireResponse
+from relay.web.fastpath.events import EventUpload
 from relay.web.fastpath.protocol import protocol_factory
 from relay.web.fastpath.shared import ConnectionLimits, FastPath
 from relay.web.responses import PreparedResponse
+from relay.web.routes import ROUTES
 from tests.support.clocks import SystemClock
 from tests.support.serving import SDK_KEY, Served, Stream, serving, stalled_socket, until
 
@@ -43,11 +47,11 @@ class PollHandler:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, environment, path, if_none_match, accept_encoding):
-        if path != "/sdk/flags" or environment.payload is None:
+    def respond(self, access, key, if_none_match, accept_encoding):
+        if access.environment.payload is None:
             return None
         self.calls += 1
-        body = fdv1.all_flags(environment.payload)
+        body = fdv1.all_flags(access.environment.payload)
         return PreparedResponse(200, (), body)
 
 
@@ -428,15 +432,14 @@ async def test_a_connection_states_its_condition():
 async def test_caches_state_their_contents():
     """Sizes and freshness, as a debugger shows them."""
     served = Served()
-    cache = ResponseCache()
-    prepared = CachedResponse(served.environment, b"", (b"ab",), MetricValue())
-    assert repr(prepared) == "<CachedResponse [fresh, 2 bytes]>"
+    cache = HeadCache(served.relay.registry)
+    prepared = WireResponse(served.environment, None, b"", (b"ab",), MetricValue())
     cache.put(b"1", prepared)
-    cache.put_evaluated(b"2", prepared)
-    assert repr(cache) == "<ResponseCache [1 heads, 1 evaluated in 1027 bytes]>"
+    assert repr(prepared) == "<WireResponse [fresh, 1027 bytes]>"
+    assert repr(cache) == "<ResponseCache [1 entries, 1027 bytes]>"
     assert repr(scheduler.EvaluationScheduler()) == "<EvaluationScheduler [0 deferred]>"
-    prepared.payload = EMPTY
-    assert repr(prepared) == "<CachedResponse [stale, 2 bytes]>"
-    route = ROUTES[b"/bulk"]
-    upload = EventUpload(EventTarget(route, SDK_KEY, served.environment), {}, served.events.budget)
+    served.environment.payload = EMPTY
+    assert repr(prepared) == "<WireResponse [stale, 1027 bytes]>"
+    access = Access(ROUTES[0], Grant(served.environment, SDKKey(SDK_KEY)))
+    upload = EventUpload(access, {}, served.events.budget)
     assert repr(upload) == "<EventUpload /bulk [0 bytes reserved]>"
