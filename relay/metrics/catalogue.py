@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from relay import __version__, clock
 from relay.config.schema import Prometheus
 from relay.environment import ConnectionState, Environment
-from relay.events.forwarder import EventCounts
+from relay.events.reports import EventCounts
 from relay.model.item import Kind
 from relay.model.metrics import Histogram, MetricValue
 from relay.protocol.prometheus import COUNTER, GAUGE, HISTOGRAM, Metric, Row
