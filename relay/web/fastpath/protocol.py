@@ -26,9 +26,9 @@ from relay.streams.transport import StreamTransport
 from relay.telemetry.redaction import redact_url
 from relay.telemetry.traffic import RequestLabels
 from relay.web.access_log import LoggedTransport, log_request, request_line
-from relay.web.fastpath.cache import CLOSING, WireResponse
+from relay.web.fastpath.cache import CLOSING, ENTRY_SIZE, JOINED_BODY, WireResponse
 from relay.web.fastpath.events import CHUNKED, EventUpload, only_chunk
-from relay.web.fastpath.heads import END, RequestHead, read_head
+from relay.web.fastpath.heads import END, EVALUATION_STARTS, RequestHead, read_head
 from relay.web.fastpath.shared import FastPath, SweptConnection
 from relay.web.fastpath.streams import StreamRequest, stream_request
 from relay.web.protocol import HTTPProtocol
@@ -48,7 +48,6 @@ MAX_HEADS_REMEMBERED = 32
 proxy; bounds the cost of a client that makes up a new head for each upload."""
 
 _VERSIONS = ("1.1", "1.0")
-_EVALUATION_STARTS = (b"GET /sdk/evalx/", b"GET /msdk/evalx/")
 
 
 class FastHTTPProtocol(HTTPProtocol, SweptConnection):
@@ -140,12 +139,10 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
     def _answer_from_cache(self, data: bytes) -> bool:
         """Serve from the response cache, or defer; return False if the parser is needed."""
         shared = self._shared
-        is_evaluation = data.startswith(_EVALUATION_STARTS)
-        cached: WireResponse | StreamRequest | None
-        if is_evaluation:
-            cached = shared.evaluation.answer_same(data) if shared.evaluation else None
-        else:
-            cached = shared.cache.get(data)
+        cached, is_evaluation = shared.cache.get(data), False
+        if cached is None:
+            is_evaluation = data.startswith(EVALUATION_STARTS)
+            cached = None if is_evaluation else shared.cache.get_similar(data)
         if isinstance(cached, WireResponse):
             self._write(cached)
             return True
@@ -189,6 +186,7 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         response = shared.evaluation.answer_known(head)
         if response is None:
             return False
+        shared.cache.keep(head, response)
         self._write(response)
         return True
 
@@ -289,15 +287,14 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         return head is not None and handler is not None and handler(self, head)
 
     def _open_stream(self, head: RequestHead) -> bool:
-        shared_by_all = head.access.route.endpoint is Endpoint.STREAM
         logs = self._shared.traffic.logs
-        if logs and not shared_by_all:
+        if logs and head.access.route.endpoint is not Endpoint.STREAM:
             return False
         request = stream_request(self._shared.traffic, head)
         if request is None:
             return False
-        if shared_by_all and not logs:
-            self._shared.cache.put(head.raw, request)
+        if not logs:
+            self._shared.cache.keep(head.raw, request)
         return self._open(request)
 
     def _open(self, request: StreamRequest) -> bool:
@@ -317,6 +314,7 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         response = handler.answer(head)
         if response is None:
             return False
+        self._shared.cache.keep(head.raw, response)
         self._write(response)
         return True
 
@@ -455,7 +453,10 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         if traffic.logs:
             response.line = self._log_line(prepared.status, len(body))
         if environment.spec.ttl <= 0:  # otherwise it states its expiry, different each time
-            self._shared.cache.put(head.raw, response)
+            # A larger body is that of the resource.
+            copied = response.body_size if response.body_size <= JOINED_BODY else 0
+            response.size = ENTRY_SIZE + copied
+        self._shared.cache.keep(head.raw, response)
         self._write(response)
         return True
 
