@@ -60,7 +60,8 @@ class WireResponse(CacheEntry, eq=False):
             self._date = date
             head = self.head + CLOSE if self.closes else self.head
             parts = (head, date, *self.pieces)
-            self._assembled = (b"".join(parts),) if self.body_size <= JOINED_BODY else parts
+            joined = sum(map(len, self.pieces)) <= JOINED_BODY
+            self._assembled = (b"".join(parts),) if joined else parts
         return self._assembled
 
 

@@ -73,11 +73,11 @@ class ClientProfile(CacheEntry, eq=False):
     def respond(self, response: PreparedResponse) -> WireResponse:
         """Return a prepared response with this profile's headers."""
         response = response.with_headers(*self.cors)
-        return self._to_wire(response.head, (response.body,))
-
-    def _to_wire(self, head: bytes, pieces: tuple[bytes, ...]) -> WireResponse:
-        environment = self.environment
-        return WireResponse(environment, environment.payload, head, pieces, self.count, self.closes)
+        environment, count = self.environment, self.count
+        pieces = (response.body,)
+        return WireResponse(
+            environment, environment.payload, response.head, pieces, count, self.closes
+        )
 
     def respond_usual(self, result: EvaluationResult) -> WireResponse | None:
         """Return the same as `respond` for the plain or compressed variant, at less cost.
@@ -99,7 +99,8 @@ class ClientProfile(CacheEntry, eq=False):
                 body, compress=compress
             )
         head = b"%b%b%b%d\r\n" % (parts[0], etag_of(body), parts[1], size)
-        return self._to_wire(head, pieces)
+        environment, count = self.environment, self.count
+        return WireResponse(environment, environment.payload, head, pieces, count, self.closes)
 
     def _split_head(self, body: EvalBody, *, compress: bool) -> tuple[bytes, bytes]:
         resource = resource_for(body, self.environment)

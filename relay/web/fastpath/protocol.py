@@ -186,7 +186,8 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         response = shared.evaluation.answer_known(head)
         if response is None:
             return False
-        shared.cache.keep(head, response)
+        if response.size:
+            shared.cache.keep(head, response)
         self._write(response)
         return True
 
