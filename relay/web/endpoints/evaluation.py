@@ -216,9 +216,10 @@ class EvaluationHandler:
 def _evaluation_request(
     sdk_kind: SDKKind, raw: bytes, reader: Callable[[bytes], Context], query: bytes
 ) -> _EvaluationRequest:
-    return _EvaluationRequest(
-        sdk_kind, raw, reader, wants_reasons(query), secure_mode_hash_in(query)
-    )
+    with_reasons, secure_mode_hash = False, ""
+    if query:  # most have none
+        with_reasons, secure_mode_hash = wants_reasons(query), secure_mode_hash_in(query)
+    return _EvaluationRequest(sdk_kind, raw, reader, with_reasons, secure_mode_hash)
 
 
 def _parse_and_evaluate(

@@ -146,7 +146,7 @@ class EvaluationFastPath:
         segment, _, query = target.partition(b"?")
         # Anything else has to be judged by the parser.
         plain = segment.translate(None, _BASE64_PUNCTUATION).isalnum()
-        if not (plain and _is_plain(query)):
+        if not plain or (query and not _is_plain(query)):
             return None
         return self._respond(profile, segment, query)
 
