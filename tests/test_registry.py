@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from relay.model.credential import Credential, CredentialKind, EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.registry import Grant, Registry, RegistryChange
+from tests.support.credentials import CredentialTable
 
 SDK, MOBILE, ID = CredentialKind.SDK_KEY, CredentialKind.MOBILE_KEY, CredentialKind.ENVIRONMENT_ID
 SPEC = EnvironmentSpec("a", SDKKey("sdk-a"), MobileKey("mob-a"), EnvironmentID("id-a"))
@@ -277,8 +278,7 @@ class Sequences(RuleBasedStateMachine):
         super().__init__()
         self.clock = Clock()
         self.registry: Registry[str] = Registry(self.clock)
-        self.specs: dict[str, EnvironmentSpec] = {}
-        self.table: dict[tuple[Credential, str], tuple[str, float]] = {}
+        self.table = CredentialTable()
         self.grants: list[Grant[str]] = []
         self.generation = 0
 
@@ -304,38 +304,26 @@ class Sequences(RuleBasedStateMachine):
     def put(self, environment, key, name, payload_filter, further):
         expiries = tuple((each, self.clock.now + lasts) for each, lasts in further)
         spec = EnvironmentSpec(name, key, payload_filter=payload_filter, expiries=expiries)
-        if any(s.name == name and e != environment for e, s in self.specs.items()):
+        if any(s.name == name and e != environment for e, s in self.table.specs.items()):
             with pytest.raises(ValueError, match="another environment"):
                 self.registry.put(environment, spec)
             return
         change = self.registry.put(environment, spec)
-        assert change.started == (() if environment in self.specs else (environment,))
+        assert change.started == (() if environment in self.table.specs else (environment,))
         self._take(change)
-        before = self.specs.get(environment)
-        self.specs[environment] = spec
-        if spec == before:
-            return
-        wanted = {(each, payload_filter): until for each, until in spec.credentials.items()}
-        for pair in [p for p, (e, _) in self.table.items() if e == environment]:
-            if pair not in wanted:
-                del self.table[pair]
-        for pair, until in wanted.items():
-            if until > self.clock.now or self.table.get(pair, ("",))[0] == environment:
-                self.table[pair] = environment, until
+        self.table.put(environment, spec, self.clock.now)
 
     @rule(environment=st.sampled_from(ENVIRONMENTS))
     def remove(self, environment):
         change = self.registry.remove(environment)
-        assert change.stopped == ((environment,) if environment in self.specs else ())
+        assert change.stopped == ((environment,) if environment in self.table.specs else ())
         self._take(change)
-        self.specs.pop(environment, None)
-        self.table = {p: held for p, held in self.table.items() if held[0] != environment}
+        self.table.remove(environment)
 
     @rule(seconds=st.sampled_from([0.5, 1.0]))
     def let_time_pass(self, seconds):
         self.clock.now += seconds
 
-    @precondition(lambda self: self.table)
     @rule()
     def expire(self):
         self._take(self.registry.expire())
@@ -344,8 +332,7 @@ class Sequences(RuleBasedStateMachine):
     def every_look_up_is_right(self):
         for credential in FURTHER:
             for payload_filter in ("", "f"):
-                environment, until = self.table.get((credential, payload_filter), (None, math.inf))
-                expected = environment if until > self.clock.now else None
+                expected = self.table.find(credential, self.clock.now, payload_filter)
                 kind, value = credential.kind, credential.value
                 assert self.registry.find(kind, value, payload_filter) == expected
                 grant = self.registry.grant(kind, value, payload_filter)
@@ -366,8 +353,8 @@ class Sequences(RuleBasedStateMachine):
 
     @invariant()
     def names_lead_to_specs(self):
-        assert self.registry.environments == {s.name: e for e, s in self.specs.items()}
-        for spec in self.specs.values():
+        assert self.registry.environments == {s.name: e for e, s in self.table.specs.items()}
+        for spec in self.table.specs.values():
             assert self.registry.spec_of(spec.name) == spec
         assert not set(self.registry.former_names) & set(self.registry.environments)
 

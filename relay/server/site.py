@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 
+from msgspec import Struct
 from starlette.types import ASGIApp
 
 from relay.config.render import MASK
@@ -17,8 +17,7 @@ from relay.web.fastpath.events import EventsFastPath
 from relay.web.fastpath.shared import EvaluationResponder, PollResponder
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
+class Site(Struct, frozen=True):
     """Relay, ASGI application, and the handlers that the fast path shares with it."""
 
     relay: Relay

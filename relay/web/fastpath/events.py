@@ -55,6 +55,8 @@ HEAD_SIZE = 4 * 1024
 """Bytes that a known head takes besides its key."""
 
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,5})\r\n")
+_MAX_CHUNK_SIZE_LINE = 7
+"""Bytes of the longest one that `_CHUNK_SIZE` matches."""
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 _log = logging.getLogger("relay.web")
@@ -78,17 +80,13 @@ class EventsFastPath:
         self.heads: ResponseCache[KnownHead] = ResponseCache(registry, MAX_HEADS)
         """By template."""
 
-    def begin(self, head: RequestHead, raw: bytes) -> EventUpload | None:
-        """Return an upload for a parsed head; None to leave it to the application.
-
-        Args:
-            head: of the request.
-            raw: the same as it was received; empty if not in one piece.
-        """
+    def begin(self, head: RequestHead) -> EventUpload | None:
+        """Return an upload for a parsed head; None to leave it to the application."""
         if not self._events.enabled or not _has_plain_body(head.headers):
             return None
         upload = EventUpload(head.access, head.headers, self._events.budget)
-        upload.keep_alive, upload.start = not head.closes, raw
+        upload.keep_alive, upload.start = not head.closes, head.raw
+        upload.missing = int(head.headers.get(b"content-length", CHUNKED))
         return upload
 
     def accept(self, upload: EventUpload) -> asyncio.Future[bool] | None:
@@ -214,10 +212,6 @@ def _is_plain_length(length: bytes) -> bool:
     return length.isdigit() and int(length) <= PLAIN_SIZE
 
 
-_UNUSED_EVENT = asyncio.Event()
-"""uvicorn sets the event of a cycle for its application; nothing waits for this one."""
-
-
 class KnownHead(CacheEntry, eq=False):
     """Everything derived from a request head, shared by all requests with the same template.
 
@@ -241,6 +235,7 @@ class KnownHead(CacheEntry, eq=False):
     count: MetricValue
     accepted_head: bytes
     _length_at: int | None
+    """None if bodies come in chunks."""
     _id_at: int | None
     _date: bytes = b""
     _accepted: bytes = b""
@@ -269,6 +264,11 @@ class KnownHead(CacheEntry, eq=False):
             variables.index(LENGTH) if LENGTH in variables else None,
             variables.index(PAYLOAD_ID) if PAYLOAD_ID in variables else None,
         )
+
+    @property
+    def chunked(self) -> bool:
+        """True if bodies come in chunks."""
+        return self._length_at is None
 
     def read(self, values: Sequence[bytes]) -> tuple[str, int | None]:
         """Return the variable parts of a head.
@@ -305,9 +305,6 @@ def only_chunk(body: bytes) -> bytes | None:
 class EventUpload:
     """Event payload that is being received or stored.
 
-    It takes the place of uvicorn's request cycle, so that pipelined requests and a shutdown wait
-    for its end.
-
     Args:
         access: route and environment.
         headers: headers of the request, without repetitions.
@@ -316,11 +313,17 @@ class EventUpload:
     """
 
     __slots__ = (
-        *("_reserved", "_budget", "access", "head", "headers", "missing", "parts", "payload_id"),
-        *("start", "disconnected", "keep_alive", "response_complete"),
+        "_budget",
+        "_reserved",
+        "access",
+        "head",
+        "headers",
+        "keep_alive",
+        "missing",
+        "parts",
+        "payload_id",
+        "start",
     )
-
-    message_event = _UNUSED_EVENT
 
     def __init__(
         self,
@@ -333,30 +336,48 @@ class EventUpload:
         self.head = head
         self.headers = headers
         self.parts: list[bytes] = []
+        """The body as it was received."""
         self.start = b""
-        """The head as it was received, if in one piece."""
+        """The head as it was received."""
         self.payload_id = ""
         """The payload id, if the head is known."""
         self.missing = 0
-        """Bytes of the body that are still missing, if the head is known."""
-        self.disconnected = False
+        """Bytes of the body that are still missing; `CHUNKED` if unknown."""
         self.keep_alive = True
-        self.response_complete = False
         self._budget = budget
         self._reserved = 0
 
     def __repr__(self) -> str:
-        state = "answered" if self.response_complete else f"{self._reserved} bytes reserved"
-        return f"<EventUpload {self.access.route.template} [{state}]>"
+        return f"<EventUpload {self.access.route.template} [{self._reserved} bytes reserved]>"
 
     def receive(self, part: bytes) -> bool:
         """Take a part of the body; return False if the application has to take over."""
         self.parts.append(part)
+        if self.missing != CHUNKED:
+            self.missing -= len(part)
+        elif part and not self._read_chunk_size():
+            return False
         return self._reserve(len(part))
+
+    def _read_chunk_size(self) -> bool:
+        """Find out how much of a body of one chunk is missing; return False if it is unusual."""
+        body = b"".join(self.parts)
+        size_line = _CHUNK_SIZE.match(body)
+        if size_line is not None:
+            whole = size_line.end() + int(size_line[1], 16) + len(_LAST_CHUNK)
+            self.missing = max(0, whole - len(body))
+        return size_line is not None or len(body) < _MAX_CHUNK_SIZE_LINE
+
+    @property
+    def is_complete(self) -> bool:
+        """True if the whole body has been received."""
+        return self.missing == 0
 
     def content(self) -> bytes:
         """Return the body, decompressed; empty if there is none, or it needs the application."""
         body = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+        if self.head.chunked if self.head else b"transfer-encoding" in self.headers:
+            body = only_chunk(body) or b""
         return _inflated(body, self._reserve) if self.compressed else body
 
     @property

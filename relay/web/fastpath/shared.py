@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -10,6 +9,7 @@ from typing import Protocol
 
 from uvicorn.server import ServerState
 
+from relay import clock
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestMetrics
 from relay.web.access import Access
@@ -47,6 +47,8 @@ class EvaluationResponder(Protocol):
 
 class SweptConnection(ABC):
     """Connection that is swept for slow clients."""
+
+    __slots__ = ()
 
     @abstractmethod
     def check(self, now: float) -> None:
@@ -120,14 +122,14 @@ class FastPath:
             state: state of the server; uvicorn adds its headers to the application's responses.
             now: monotonic time.
         """
-        date = formatdate(usegmt=True).encode()
+        date = formatdate(clock.unix(), usegmt=True).encode()
         state.default_headers = [(b"date", date)]
         self.date = b"date: %b\r\n\r\n" % date
         self.date_expires_at = now + DATE_LIFETIME
 
     def sweep(self, state: ServerState) -> None:
         """Close connections whose clients are too slow."""
-        now = time.monotonic()
+        now = clock.monotonic()
         if state.connections:  # some get a response before they are closed
             self.renew_date(state, now)
         for connection in list(state.connections):
