@@ -164,7 +164,8 @@ class _GoalsCache:
     def _store(self, reply: Reply, *, confirmed: bool) -> _CachedReply:
         now = clock.monotonic()
         if confirmed and self._last_ok is not None:
-            reply = replace(self._last_ok, headers={**self._last_ok.headers, **reply.headers})
+            last = self._last_ok
+            reply = Reply(last.status, {**last.headers, **reply.headers}, last.body)
         lifetime = _lifetime(reply)
         if reply.status != HTTPStatus.OK:
             lifetime = RETRY_AFTER
