@@ -217,6 +217,7 @@ class Interleavings(RuleBasedStateMachine):
         self.etags: dict[Credential, str] = {}
         self.opened: dict[Credential, Place | None] = dict.fromkeys(CREDENTIALS)
         """What each credential opened after the last change."""
+        self.changed: set[Place] = set()
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         self.runner.run(work)
@@ -237,7 +238,7 @@ class Interleavings(RuleBasedStateMachine):
     async def settle(self) -> None:
         """Let the timer come in time: exactly the streams of what was revoked end.
 
-        Credentials that open something else than before are tried at once.
+        Credentials that open something else than before, or what has changed, are tried at once.
         """
         self.relay.expire()
         for client in (*self.streams, *self.requests):
@@ -249,10 +250,12 @@ class Interleavings(RuleBasedStateMachine):
         assert not any(stream.ended for stream in self.streams)
         opened = {credential: self.opened_by(credential) for credential in CREDENTIALS}
         for credential in CREDENTIALS:
-            if opened[credential] is not self.opened[credential]:
+            place = opened[credential]
+            if place is not self.opened[credential] or place in self.changed:
                 for door in self.doors:
                     await self.ask_everything(self.site.addresses[door], credential)
         self.opened = opened
+        self.changed.clear()
 
     def free_name(self, name: str, slot: int) -> str:
         taken = {place.environment.spec.name for n, place in self.places.items() if n != slot}
@@ -291,6 +294,7 @@ class Interleavings(RuleBasedStateMachine):
         self.run(put())
 
     def change(self, place: Place, spec: EnvironmentSpec) -> None:
+        self.changed.add(place)
         self.relay.change(place.environment, spec)
         self.table.put(place, spec, self.site.now)
 
@@ -370,6 +374,8 @@ class Interleavings(RuleBasedStateMachine):
             assert reply.status in REFUSED, f"{credential} opens nothing"
             return None
         assert reply.status in (200, 202, 304), f"{credential} opens {place.environment}"
+        client_id = place.environment.spec.environment_id
+        assert reply.headers.get("x-ld-envid") == (client_id.value if client_id else None)
         return place
 
     @rule(credential=st.sampled_from(CREDENTIALS), times=st.sampled_from([1, 3]), data=st.data())

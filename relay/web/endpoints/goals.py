@@ -70,10 +70,10 @@ class GoalsHandler:
         if self._fetch is None:
             return _NO_GOALS
         environment = access.environment
+        identifier = quote(access.grant.credential.value, safe="")
+        url = join(self._base, f"/sdk/goals/{identifier}")
         cache = self._caches.get(environment)
-        if cache is None:
-            identifier = quote(access.grant.credential.value, safe="")
-            url = join(self._base, f"/sdk/goals/{identifier}")
+        if cache is None or cache.url != url:
             log = environment_log(environment.spec.name, environment.spec.sdk_key.masked)
             cache = self._caches[environment] = _GoalsCache(self._fetch, url, log)
         forwarded = {name: header(request, name).decode("latin-1") for name in FORWARDED_HEADERS}
@@ -109,7 +109,7 @@ class _GoalsCache:
 
     def __init__(self, fetch: Fetch, url: str, log: Log) -> None:
         self._fetch = fetch
-        self._url = url
+        self.url = url
         self._log = log
         self._current: _CachedReply | None = None
         """Served until it expires; possibly an error."""
@@ -141,7 +141,7 @@ class _GoalsCache:
             headers = {**headers, "if-none-match": etag}
         try:
             reply = await self._fetch(
-                self._url, headers=headers, within=FETCH_LIMIT, max_body=MAX_SIZE
+                self.url, headers=headers, within=FETCH_LIMIT, max_body=MAX_SIZE
             )
         except UpstreamUnavailable as e:
             return self._fail(_UNREACHABLE, e.reason)
