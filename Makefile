@@ -11,9 +11,10 @@ VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info
 endif
 BIN := $(VENV)/bin
 IMAGE_PYTHON := $(shell sed -n 's/^ARG PYTHON=\([0-9.]*\).*/\1/p' Dockerfile)
+PURE := tests/model tests/evaluation tests/protocol
 NODE_PACKAGES := tests/sdk-node/node_modules/.package-lock.json
 
-.PHONY: help run hints test test-image pytest nightly lint format lock bench image clean
+.PHONY: help run hints test test-image pytest coverage nightly lint format lock bench image clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile
@@ -24,7 +25,8 @@ run: $(VENV)/run hints ## start Relay with the demo flags on port 8030 (PORT=…
 hints:
 	@sed -n '/^<!-- try it -->/,/^<!-- end -->/{/^<!--/d;/^```/d;p;}' README.md | sed 's/8030/$(PORT)/g; s|\.venv/|$(VENV)/|g'
 
-test: lint pytest ## lint, types, import rules and all tests (PYTHON=…)
+test: lint coverage ## lint, types, import rules, all tests, and what they cover (PYTHON=…)
+	@$(MAKE) --no-print-directory pytest PYTEST_ARGS="$(PURE:%=--ignore %) $(PYTEST_ARGS)"
 
 test-image: ## all tests on the Python of the image, if this machine has it
 	@python=$$(scripts/find-python $(IMAGE_PYTHON)) && $(MAKE) --no-print-directory pytest PYTHON=$$python
@@ -36,6 +38,12 @@ pytest: $(VENV)/test $(NODE_PACKAGES)
 	  code=$$?; [ $$code = 1 ] || { [ $$code = 0 ] || [ $$code = 5 ]; exit; }; \
 	  $(BIN)/python -m pytest --last-failed -m "not timing" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS) || [ $$? = 5 ]
+
+coverage: $(VENV)/test ## the tests of the pure folders, and the branches that they leave out
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n auto --maxprocesses 8 $(PURE)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 nightly: $(VENV)/test $(NODE_PACKAGES) ## the tests that kill relays and those that make things up, many times over
 	KILL_ROUNDS=200 $(BIN)/python -m pytest --timeout 3600 tests/events/test_spool.py tests/events/test_forwarder.py tests/contract/test_events.py
@@ -69,7 +77,7 @@ image: ## the container image relay:latest
 	docker build -t relay .
 
 clean: ## remove what make made here
-	rm -rf .venv .venv-* tests/sdk-node/node_modules dist .*_cache .hypothesis
+	rm -rf .venv .venv-* tests/sdk-node/node_modules dist .*_cache .hypothesis .coverage*
 
 # The lock of the tests holds everything that the lock of the program holds, in the same versions.
 $(VENV)/run: requirements.lock scripts/venv

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import subprocess
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -86,6 +87,10 @@ class Process:
     def cpu_seconds(self) -> float:
         """CPU time so far, in user and system mode, of the whole tree."""
         return sum(_cpu_ticks(pid) for pid in self._tree()) / TICKS
+
+    def own_cpu_seconds(self) -> float:
+        """CPU time so far of the first process alone, to the microsecond."""
+        return time.clock_gettime(~self.pid << 3 | 2)  # what clock_getcpuclockid(3) returns
 
     def private_bytes(self) -> int:
         """Memory that ending the tree would free (USS)."""

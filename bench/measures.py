@@ -204,9 +204,11 @@ def tls_streams(server: Server, certificate: Certificate) -> Measured:
 def start(server: Server, _: Certificate) -> Measured:
     with server.serve("570k") as session:
         first = session.await_status("/status", pause=0.001)
+        cpu = session.process.own_cpu_seconds()
         served = session.await_status(pause=0.001, size=whole("570k"))
         return {
             "exec → first 200": (first - session.started) * 1e3,
+            "exec → first 200: CPU": cpu * 1e3,
             "exec → 570 KB served": (served - session.started) * 1e3,
         }
 

@@ -9,6 +9,8 @@ import signal
 import sys
 from typing import Never
 
+from relay.imports import garbage_collection_paused
+
 
 def main() -> None:
     """Run the command, and exit with its exit code."""
@@ -28,8 +30,8 @@ def main() -> None:
         from relay.cli.eval import main as evaluate
 
         sys.exit(evaluate(arguments[1:]))
-    from relay.cli import main
-
+    with garbage_collection_paused():
+        from relay.cli import main
     sys.exit(main.main(arguments))
 
 

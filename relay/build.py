@@ -12,8 +12,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from relay.backoff import SourceTimings
+from msgspec import structs
+
 from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
 from relay.errors import ConfigError
@@ -28,11 +30,14 @@ from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.registry import Registry
 from relay.relay import Relay
 from relay.sources import DataSource
+from relay.sources.timings import SourceTimings
 from relay.stores import Mirror
 from relay.streams.evaluated import client_side_channels
 from relay.streams.hub import Hub, StreamLimits
-from relay.sync import SyncTarget
 from relay.telemetry.log import Log, environment_log, set_environment_level
+
+if TYPE_CHECKING:
+    from relay.sync import SyncTarget
 
 DEMO = EnvironmentSpec(
     "demo", SDKKey("sdk-demo"), MobileKey("mob-demo"), EnvironmentID("demo-client-side-id")
@@ -94,6 +99,7 @@ def sync_targets(
         ConfigError: there is no database, or no such environment; see also `build`.
     """
     from relay.stores.redis.store import RedisStore
+    from relay.sync import SyncTarget
 
     known, redis = [each.name for each in config.environments], config.redis
     problems = [f'there is no environment "{name}"' for name in names if name not in known]
@@ -104,8 +110,8 @@ def sync_targets(
     if problems or not redis:
         raise ConfigError(problems)
     if relay_url:
-        main = replace(config.main, data_source="polling", base_uri=relay_url)
-        config = replace(config, main=main)
+        main = structs.replace(config.main, data_source="polling", base_uri=relay_url)
+        config = structs.replace(config, main=main)
     session, _, _, make_source = _launchdarkly(config)
     targets = []
     for spec in (_spec(each, config.main) for each in config.environments):

@@ -20,6 +20,7 @@ from ipaddress import (
 )
 from urllib.parse import unquote_to_bytes
 
+from msgspec import Struct
 from yarl import URL
 
 from relay.errors import ConfigError, ErrorKind, UpstreamUnavailable
@@ -97,8 +98,7 @@ def environment_proxies(environ: Mapping[str, str]) -> ProxyChoice:
     return _ProxyRules(proxies, bypass, is_cgi=bool(environ.get("REQUEST_METHOD"))).choose
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
+class _Target(Struct, frozen=True):
     """A server: lower-case ASCII name, the address if the name is one, and the port."""
 
     name: str
@@ -115,8 +115,7 @@ class _Target:
         return self.name == "localhost" or bool(self.address and self.address.is_loopback)
 
 
-@dataclass(frozen=True, slots=True)
-class _ProxyRules:
+class _ProxyRules(Struct, frozen=True):
     proxies: Mapping[str, Proxy]
     bypass: list[Callable[[_Target], bool]]
     is_cgi: bool

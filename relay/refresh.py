@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 
+from relay import clock
 from relay.aio import wait_for
 from relay.environment import Environment
 from relay.model.item import Kind
@@ -47,7 +47,7 @@ class RefreshTracker:
         self._changes: int | None = None
         """Number of changes at the last webhook without a version; None without such a webhook."""
         self._checked = -float("inf")
-        """Time of the last check, by `time.monotonic`."""
+        """Time of the last check, by `clock.monotonic`."""
         self._announced = asyncio.Event()
 
     def announce(self, resources: Sequence[ChangedResource]) -> bool:
@@ -79,7 +79,7 @@ class RefreshTracker:
         """
         due: list[float] = []
         while due or self._announced.is_set():
-            now = time.monotonic()
+            now = clock.monotonic()
             if self._announced.is_set():
                 self._announced.clear()
                 due = [

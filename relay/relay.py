@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from relay import clock
 from relay.environment import ConnectionState, Environment
 from relay.model.credential import CredentialKind
 from relay.model.environment import EnvironmentSpec
@@ -64,7 +64,7 @@ class Relay:
         self.events = events
         self._init_failure_level = logging.WARNING if ignore_connection_errors else logging.ERROR
         self._init_timeout = init_timeout
-        self._init_deadline = time.monotonic() + init_timeout
+        self._init_deadline = clock.monotonic() + init_timeout
         self.stopping = False
         """True once the shutdown begins: from then on the relay is not ready."""
         self._tasks: asyncio.TaskGroup | None = None
@@ -112,7 +112,7 @@ class Relay:
     @property
     def starting(self) -> bool:
         """True until `init_timeout` is over."""
-        return time.monotonic() < self._init_deadline
+        return clock.monotonic() < self._init_deadline
 
     def __repr__(self) -> str:
         stopping = ", stopping" if self.stopping else ""
@@ -149,7 +149,7 @@ class Relay:
             if grant.environment not in change.stopped:
                 self._tasks.create_task(grant.environment.hub.end_streams(grant, ENDED_WITHIN))
         for environment in change.started:
-            self._start(environment, time.monotonic() + self._init_timeout)
+            self._start(environment, clock.monotonic() + self._init_timeout)
         self._schedule_expiry()
 
     def _schedule_expiry(self) -> None:
@@ -207,7 +207,7 @@ class Relay:
     async def _initialized(self, environment: Environment, deadline: float) -> bool:
         """Wait until initialization ends or times out; return whether upstream delivered data."""
         try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            async with asyncio.timeout(max(0.0, deadline - clock.monotonic())):
                 await environment.init_done.wait()
         except TimeoutError:
             return False
@@ -238,7 +238,7 @@ class Relay:
         if not await self._initialized(environment, self._init_deadline):
             return False
         try:
-            async with asyncio.timeout(max(0.0, self._init_deadline - time.monotonic())):
+            async with asyncio.timeout(max(0.0, self._init_deadline - clock.monotonic())):
                 for mirror in environment.mirrors:
                     await mirror.flushed()
         except TimeoutError:

@@ -17,17 +17,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import aiohttp
 from yarl import URL
 
 from relay import __version__
 from relay.errors import RETRYABLE_4XX, ErrorKind, UpstreamRefused, UpstreamUnavailable
+from relay.imports import system_authorities_skipped
 from relay.model.credential import SDKKey
 from relay.model.event import Receipt
 from relay.model.reply import Reply
 from relay.proxies import ProxyChoice, basic_authorization, environment_proxies, fixed_proxy
 from relay.reasons import describe, shorten, tls_reason
 from relay.tls import client_context
+
+with system_authorities_skipped():
+    # At import it makes contexts of its own, which takes 40 ms. Requests here bring theirs.
+    import aiohttp
+
+Response = aiohttp.ClientResponse
+"""Response to `Upstream.get`: status and headers, and a body to read."""
 
 USER_AGENT = f"PythonRelay/{__version__} LDRelay/{__version__}"
 """In the form that LaunchDarkly parses: SDK first, then relay (streams 2.4)."""
@@ -122,7 +129,7 @@ class Upstream:
         read_timeout: float,
         headers: dict[str, str] | None = None,
         statuses: Collection[int] = _OK,
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AsyncIterator[Response]:
         """Request `url` and follow redirects; read the response within the context.
 
         Args:
@@ -222,7 +229,7 @@ class Upstream:
 
     async def _get_following_redirects(
         self, url: URL, headers: dict[str, str], read_timeout: float
-    ) -> tuple[aiohttp.ClientResponse, bool]:
+    ) -> tuple[Response, bool]:
         """Return the final response, and whether its server received the key."""
         has_key = True
         for _ in range(MAX_REDIRECTS):
@@ -239,9 +246,7 @@ class Upstream:
             ErrorKind.ERROR_RESPONSE, f"more than {MAX_REDIRECTS} redirects", response.status
         )
 
-    async def _request(
-        self, url: URL, headers: dict[str, str], read_timeout: float
-    ) -> aiohttp.ClientResponse:
+    async def _request(self, url: URL, headers: dict[str, str], read_timeout: float) -> Response:
         timeout = aiohttp.ClientTimeout(
             total=None, connect=self._connect_timeout, sock_read=read_timeout
         )
@@ -254,7 +259,7 @@ class Upstream:
         headers: dict[str, str],
         limits: aiohttp.ClientTimeout,
         **options: Any,
-    ) -> aiohttp.ClientResponse:
+    ) -> Response:
         """Send one request, through a proxy if one applies; return once the headers arrive."""
         url, headers = _with_credentials(url, headers)
         proxy = self._proxy_for(url)
@@ -305,7 +310,7 @@ class Upstream:
         )
 
 
-async def read_body(response: aiohttp.ClientResponse, max_body: int = MAX_BODY) -> bytes:
+async def read_body(response: Response, max_body: int = MAX_BODY) -> bytes:
     """Return the whole body of a response. Call it within `Upstream.get`.
 
     Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from dataclasses import replace
 
 import pytest
@@ -20,6 +19,7 @@ from relay.relay import Relay
 from relay.sources import Interrupted, UpToDate
 from relay.stores import Stored
 from relay.telemetry.log import environment_log
+from tests.support.clocks import SystemClock
 from tests.support.contracts import MemoryMirror, RecordingHub, ScriptedSource
 
 LOG = logging.getLogger("relay.env.test")
@@ -197,13 +197,13 @@ async def test_mirrors_are_confirmed_while_nothing_changes(monkeypatch):
 
 
 @pytest.mark.parametrize("jump", [-8 * 86400, 8 * 86400])
-async def test_a_corrected_clock_does_not_confirm_mirrors_early(monkeypatch, jump):
+async def test_a_corrected_clock_does_not_confirm_mirrors_early(jump):
     """A jump of the wall clock does not count as elapsed time."""
     async with Stage(mirrors=1) as stage:
         await stage.source.give(put(flag("a", 1)))
-        right = time.time
-        monkeypatch.setattr("time.time", lambda: right() + jump)
-        await stage.source.give(UpToDate())
+        with SystemClock() as system:
+            system.correct(jump)
+            await stage.source.give(UpToDate())
         assert len(stage.mirrors[0].told) == 1
         assert stage.environment.connection.data_age < 60
 

@@ -12,25 +12,22 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
 import uvloop
+from msgspec.structs import replace
 
 from relay import __version__
 from relay.config.load import DEFAULT_FILE, load
 from relay.config.render import effective, secrets
 from relay.config.schema import Config
-from relay.config.types import HTTP_URI
 from relay.errors import ConfigError, RelayError
-from relay.model.item import Kind
 from relay.model.text import one_line
 from relay.server.listeners import CannotListen
 from relay.server.options import ServerOptions
 from relay.server.run import run_once, serve, until_signal
 from relay.server.site import build_site
-from relay.sync import SyncOptions, SyncResult, synchronise
 from relay.telemetry.log import LogHandler, set_up
 
 USAGE = """\
@@ -48,11 +45,8 @@ SWITCHES = ("from-env", "allow-missing-file", "version", "dry-run")
 """Boolean flags, which may be written with a value: `-from-env=false`."""
 
 
-MAX_LISTED = 20
-"""Maximum number of items that a dry run lists by key per kind of change; the rest are counted."""
-
-FAILED, UNUSABLE = 1, 2
-"""Exit codes of `relay sync`: an environment is not up to date; the configuration is unusable."""
+SYNC_UNUSABLE = 2
+"""Exit code of `relay sync` if arguments or configuration are unusable; others return 1."""
 
 _FLAG_VALUES = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
 _log = logging.getLogger("relay")
@@ -70,7 +64,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """Run a command and return the exit code of the process."""
     command, rest = _command(arguments)
-    unusable = UNUSABLE if command == "sync" else 1
+    unusable = SYNC_UNUSABLE if command == "sync" else 1
     try:
         options = _parse(rest, command)
         if options.version:
@@ -249,52 +243,14 @@ def _run_once(config: Config) -> int:
     from relay.build import build  # noqa: PLC0415 - see `build_site`
 
     _log.info("Running in one-shot mode - will exit immediately after initializing environments")
-    if uvloop.run(run_once(build(config), fail_fast=config.main.exit_on_error)):
+    work = run_once(build(config), fail_fast=config.main.exit_on_error)
+    if uvloop.run(until_signal(work)):
         return 0
     _log.error("Unable to create relay: one or more environments failed to initialize")
     return 1
 
 
 def _sync(config: Config, options: argparse.Namespace) -> int:
-    """Bring the database up to date once; return the exit code."""
-    from relay.build import sync_targets  # noqa: PLC0415 - see `build_site`
+    from relay.cli.sync import sync  # noqa: PLC0415 - a server needs nothing of it
 
-    for warning in config.warnings:
-        _log.warning("%s", warning)
-    try:
-        url = HTTP_URI.parse(options.relay) if options.relay else ""
-        session, targets = sync_targets(config, options.environment, url)
-    except (ConfigError, ValueError) as e:
-        _log.error("Configuration error: %s", e)
-        return UNUSABLE
-    sync_options = SyncOptions(config.main.init_timeout, dry_run=options.dry_run)
-    report = partial(_print_result, dry_run=options.dry_run)
-    results = uvloop.run(until_signal(synchronise(targets, session, sync_options, report)))
-    if results is None or any(result.problem for result in results.values()):
-        return FAILED
-    return 0
-
-
-def _print_result(result: SyncResult, *, dry_run: bool) -> None:
-    """Print the result for one environment; a dry run lists the changed items."""
-    counts, changes = result.changes.counts(), result.changes
-    if result.problem:
-        text = f"failed: {result.problem}"
-    elif changes:
-        numbers = ", ".join(f"{n} {kind}" for kind, n in counts.items() if kind != "kept")
-        text = f"{'would change' if dry_run else 'brought up to date'}: {numbers}"
-    else:
-        text = "is up to date"
-    if counts["kept"] and not result.problem:
-        text += f"; {counts['kept']} newer than upstream left as they are"
-    print(one_line(f"{result.name}: {text} ({result.items} items upstream)"), flush=True)
-    if dry_run:
-        for kind in counts:
-            _print_keys(kind, getattr(changes, kind))
-
-
-def _print_keys(change: str, keys: Sequence[tuple[Kind, str]]) -> None:
-    for noun, key in sorted((kind.noun, key) for kind, key in keys[:MAX_LISTED]):
-        print(f"  {change}: {noun} {key!r}")
-    if len(keys) > MAX_LISTED:
-        print(f"  {change}: {len(keys) - MAX_LISTED} more")
+    return sync(config, options.environment, options.relay, dry_run=options.dry_run)

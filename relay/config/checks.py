@@ -9,27 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 from urllib.parse import urlsplit
 
+from msgspec import Struct
+from msgspec.structs import replace
+
+from relay.config.options import Option, Support
 from relay.config.schema import (
-    AutoConfig,
-    Consul,
-    DynamoDB,
     EnvironmentConfig,
     Events,
-    Filters,
     Main,
-    OfflineMode,
-    Option,
     Prometheus,
     Proxy,
     Redis,
-    Support,
     Webhook,
     options,
 )
+from relay.config.unsupported import AutoConfig, Consul, DynamoDB, Filters, OfflineMode
 from relay.model.text import one_line
 
 ENVIRONMENT, FILTERS = "Environment", "Filters"
@@ -60,8 +57,7 @@ Diagnostic = tuple[str, tuple[Key, ...]]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(Struct, frozen=True):
     """Merged options of file and environment, not yet validated.
 
     Args:

@@ -7,7 +7,8 @@ The grammar is that of git's configuration files: sections, optionally with a qu
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 _HEADER = re.compile(
     r"""\[ [ \t]* (?P<section>[A-Za-z0-9.-]+) (?:[ \t]+ "(?P<sub>(?:[^"\\\n]|\\.)*)")? [ \t]* \]""",
@@ -27,8 +28,7 @@ class FileSyntaxError(Exception):
         self.column = column
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(Struct, frozen=True):
     """One `name = value` of the file, or a bare section header (with an empty name).
 
     Args:

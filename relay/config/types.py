@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 from urllib.parse import urlsplit
+
+from msgspec import Struct
 
 from relay.model.credential import Secret
 from relay.model.text import is_utf8, one_line
@@ -61,8 +62,7 @@ LOG_LEVELS = ("debug", "info", "warn", "error", "none")
 TLS_VERSIONS = ("1.0", "1.1", "1.2", "1.3")
 
 
-@dataclass(frozen=True, slots=True)
-class OptionType:
+class OptionType(Struct, frozen=True):
     """Type of an option.
 
     Args:

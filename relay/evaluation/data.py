@@ -8,11 +8,10 @@ variations, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 
 import msgspec
-from msgspec import Raw
+from msgspec import Raw, Struct, field
 
 from relay.evaluation.results import BigSegmentsStatus
 from relay.model.flag import Flag
@@ -39,8 +38,7 @@ def parse_segment(json: bytes) -> Segment:
     return _SEGMENT.decode(json)
 
 
-@dataclass(frozen=True, slots=True)
-class Membership:
+class Membership(Struct, frozen=True):
     """Big-segment memberships of one context key.
 
     Args:
@@ -52,8 +50,7 @@ class Membership:
     segments: Mapping[str, bool] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(Struct, frozen=True):
     """Everything that an evaluation may look up.
 
     Args:

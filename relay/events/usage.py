@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 
 import orjson
 
+from relay import clock, randomness
 from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.model.metrics import MetricValue
 from relay.telemetry.traffic import RequestLabels, RequestMetrics, label_value
@@ -47,17 +46,17 @@ class UsageReporter:
         self._accept = accept
         self._poll_routes = polls
         self._interval = interval
-        self._relay_id = str(uuid.uuid4())
+        self._relay_id = randomness.new_id()
         self._polls: Mapping[str, Counter[Client]] = {}
         """Poll counts at the last report."""
 
     async def run(self) -> None:
         """Report until cancelled."""
-        begun = time.monotonic()
+        begun = clock.monotonic()
         while True:
             await asyncio.sleep(self._interval)
-            ended = time.monotonic()
-            payloads = self.collect(time.time(), ended - begun)
+            ended = clock.monotonic()
+            payloads = self.collect(clock.unix(), ended - begun)
             begun = ended
             for payload in payloads:
                 await self._accept(payload)
@@ -86,7 +85,7 @@ class UsageReporter:
                 event = {"kind": "relayMetrics", "relayId": self._relay_id, **period, **members}
                 partition = Partition(name, EventsEndpoint.BULK, SCHEMA)
                 payloads.append(
-                    EventPayload(partition, str(uuid.uuid4()), orjson.dumps([event]), now)
+                    EventPayload(partition, randomness.new_id(), orjson.dumps([event]), now)
                 )
         self._polls = polls
         return payloads

@@ -6,9 +6,10 @@ looking inside.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
+
+from msgspec import Struct
 
 
 class EventsEndpoint(Enum):
@@ -79,8 +80,7 @@ class Partition(NamedTuple):
     wrapper: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(Struct, frozen=True):
     """Upstream's response to a batch.
 
     Args:

@@ -6,7 +6,6 @@ An item is validated on arrival, because a single bad item makes strict SDKs rej
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 
 import msgspec
@@ -66,8 +65,7 @@ class Item(Struct, frozen=True, gc=False):
         return self.json is None
 
 
-@dataclass(frozen=True, slots=True)
-class InvalidItem:
+class InvalidItem(Struct, frozen=True):
     """An unusable item that upstream sent; its previous version stays in force."""
 
     kind: Kind

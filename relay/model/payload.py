@@ -7,9 +7,9 @@ cost of a change is proportional to the change, not to the environment.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from immutables import Map
+from msgspec import Struct
 
 from relay.model.item import InvalidItem, Item, Kind
 
@@ -22,8 +22,7 @@ SMALL_SHARE = 4
 """Divisor: a larger data set is sent as patches if they are at most a quarter of the payload."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChangeSet:
+class ChangeSet(Struct, frozen=True):
     """Items received from a source, to be applied to a payload.
 
     Args:
@@ -38,8 +37,7 @@ class ChangeSet:
     invalid: tuple[InvalidItem, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(Struct, frozen=True):
     """The actual difference between two payloads.
 
     Args:
@@ -54,8 +52,7 @@ class Change:
     replace: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Payload:
+class Payload(Struct, frozen=True, eq=False):
     """All items of an environment, tombstones included."""
 
     flags: Items

@@ -8,8 +8,9 @@ counters lack the `_total` suffix on which the library insists. The tests parse 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from relay.model.metrics import Histogram
 
@@ -20,8 +21,7 @@ GAUGE: Final = "gauge"
 HISTOGRAM: Final = "histogram"
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
+class Metric(Struct, frozen=True):
     """Description of one metric.
 
     Args:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from relay.announcement import announce
 from relay.errors import RelayError
@@ -107,8 +108,7 @@ def _bound_client_cost(listener: socket.socket) -> None:
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-@dataclass(frozen=True, slots=True)
-class Listeners:
+class Listeners(Struct, frozen=True):
     """Listening sockets of the process, and their announcement."""
 
     main: socket.socket

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ssl
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from relay.config.schema import Config
 from relay.errors import ConfigError
@@ -23,8 +24,7 @@ CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES"
 """Cipher suites of TLS 1.2: those of Go, and therefore of ld-relay."""
 
 
-@dataclass(frozen=True, slots=True)
-class Certificate:
+class Certificate(Struct, frozen=True):
     """TLS certificate, and the minimum protocol version.
 
     Args:
@@ -64,8 +64,7 @@ class Certificate:
         return context
 
 
-@dataclass(frozen=True, slots=True)
-class ServerOptions:
+class ServerOptions(Struct, frozen=True):
     """Options of the relay's HTTP servers. Times are seconds.
 
     Args:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import resource
 import signal
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import TypeVar
 
+from relay.imports import garbage_collection_paused
 from relay.relay import Relay
 from relay.server.listeners import Listeners
 from relay.server.options import ServerOptions
@@ -58,8 +58,6 @@ async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
                 relay.events.flush()
 
         server.on_shutdown = begin_shutdown
-        gc.collect()
-        gc.freeze()  # objects that live as long as the process need no further collection
         exporter = None
         if site.exporter and listeners.exporter:
             exporter = ExporterServer(site.exporter, options)
@@ -98,7 +96,8 @@ async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
     shutdown_requested = _shutdown_event()
     with _hangups_logged():
         try:
-            site = await asyncio.to_thread(build)
+            with garbage_collection_paused():
+                site = await asyncio.to_thread(build)
         except BaseException:
             listeners.close()
             raise
@@ -152,14 +151,11 @@ async def run_once(relay: Relay, *, fail_fast: bool = False) -> bool:
         fail_fast: stop at the first environment that fails: `exitOnError`.
 
     Returns:
-        True if all environments were synced within `initTimeout`, and before a signal.
+        True if all environments were synced within `initTimeout`.
     """
-    shutdown_requested = _shutdown_event()
     async with relay.upstream, asyncio.TaskGroup() as tasks:
         running = tasks.create_task(relay.run())
-        synced = tasks.create_task(relay.wait_until_synced(fail_fast=fail_fast))
-        signalled = tasks.create_task(shutdown_requested.wait())
-        await asyncio.wait({synced, signalled}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (running, synced, signalled):
-            task.cancel()
-    return not synced.cancelled() and synced.result()
+        try:
+            return await relay.wait_until_synced(fail_fast=fail_fast)
+        finally:
+            running.cancel()

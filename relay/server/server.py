@@ -8,9 +8,9 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import uvicorn
+from msgspec.structs import replace
 from starlette.types import ASGIApp
 
 from relay.relay import Relay

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 
+from msgspec import Struct
 from starlette.types import ASGIApp
 
 from relay.config.render import MASK
@@ -17,8 +17,7 @@ from relay.web.fastpath.events import EventsFastPath
 from relay.web.fastpath.shared import EvaluationResponder, PollResponder
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
+class Site(Struct, frozen=True):
     """Relay, ASGI application, and the handlers that the fast path shares with it."""
 
     relay: Relay
@@ -95,7 +94,7 @@ def build_site(config: Config) -> Site:
     forwarder = relay.events if config.events.send_events else None
     acceptor = forwarder if config.environments else Discarder(traffic.discarded)
     events = EventsHandler(acceptor, config.events.max_inbound_payload_size, traffic.unusable)
-    evaluation = EvaluationHandler(config.main.max_client_request_body_size)
+    evaluation = EvaluationHandler(relay.registry, config.main.max_client_request_body_size)
     goals = GoalsHandler(relay.fetch, config.main.client_side_base_uri)
     secrets = config.webhook.secrets
     webhooks = WebhooksHandler(relay.environments, secrets) if secrets else None
@@ -108,6 +107,6 @@ def build_site(config: Config) -> Site:
         background.append(UsageReporter(relay.registry.names, traffic, accept, POLLS).run)
     if webhooks:
         background.append(webhooks.run)
-    fast_events = EventsFastPath(relay, events, traffic)
-    fast_evaluation = EvaluationFastPath(evaluation, traffic)
+    fast_events = EventsFastPath(relay.registry, events, traffic)
+    fast_evaluation = EvaluationFastPath(relay.registry, evaluation, traffic)
     return Site(relay, app, polling, traffic, exporter, background, fast_events, fast_evaluation)

@@ -6,20 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from relay.errors import ErrorKind
 from relay.model.payload import ChangeSet
 
 
-@dataclass(frozen=True, slots=True)
-class UpToDate:
+class UpToDate(Struct, frozen=True):
     """The source works, and the data delivered so far is current."""
 
 
-@dataclass(frozen=True, slots=True)
-class Interrupted:
+class Interrupted(Struct, frozen=True):
     """The source has lost upstream, or received unusable data, and keeps retrying by itself.
 
     Args:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
+from relay import clock
 from relay.model.metrics import Histogram, MetricValue
 from relay.model.payload import Change, Payload
 from relay.registry import Grant
@@ -273,7 +273,7 @@ class Channel(ABC, Generic[ClientT]):
     def mark_slow(self, subscription: Subscription) -> None:
         """Keep further chunks for a client, as its buffer is full."""
         backlog = subscription.transport.get_write_buffer_size()
-        subscription.pending = _PendingOutput(backlog, asyncio.get_running_loop().time())
+        subscription.pending = _PendingOutput(backlog, clock.monotonic())
         self._slow.add(subscription)
 
     def mark_fast(self, subscription: Subscription) -> None:
@@ -331,7 +331,7 @@ class Channel(ABC, Generic[ClientT]):
             if self._fan_outs and self._fan_outs[0].write_slice():
                 since = self._fan_outs.popleft().since
                 if since is not None:
-                    self.delays.add(time.monotonic() - since)
+                    self.delays.add(clock.monotonic() - since)
         finally:  # an error for one client must not stop the fan-out to the others
             if self._fan_outs or self._is_pending:
                 self._schedule_slice()

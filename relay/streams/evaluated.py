@@ -9,7 +9,6 @@ result of a client costs it no byte, and no client polls.
 from __future__ import annotations
 
 import asyncio
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
@@ -17,6 +16,7 @@ from itertools import islice
 from typing import Any
 from weakref import WeakValueDictionary
 
+from relay import clock
 from relay.evaluation.compiled.program import Program
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context
@@ -218,14 +218,14 @@ class _PersonalFanOut(ABC):
 
     def write_slice(self) -> bool:
         """Write to the next slice of subscriptions; return whether these were the last."""
-        end, count = time.perf_counter() + SLICE_TIME, 0
+        end, count = clock.monotonic() + SLICE_TIME, 0
         for client, subscription in islice(self._receivers, FAN_OUT_SLICE):
             count += 1
             if client is not self._client:
                 self._client, self._chunk = client, self._encode_for(client)
             if self._chunk:
                 subscription.send(self._chunk)
-            if time.perf_counter() > end:
+            if clock.monotonic() > end:
                 return False
         return count < FAN_OUT_SLICE
 

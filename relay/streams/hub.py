@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from relay import clock, randomness
 from relay.model.metrics import Histogram, MetricValue
 from relay.model.payload import Change, Payload
 from relay.registry import Grant
@@ -117,7 +116,7 @@ class Hub:
             change: the difference to the previous payload.
             since: monotonic time at which the change was received; None for now.
         """
-        since = time.monotonic() if since is None else since
+        since = clock.monotonic() if since is None else since
         for channel in self._channels.values():
             channel.publish(payload, change, since)
 
@@ -196,12 +195,12 @@ class Hub:
         max_time = self._limits.max_connection_time
         if max_time <= 0:
             return 0.0
-        jitter = random.random() * CONNECTION_TIME_JITTER  # noqa: S311 - no secret
-        return asyncio.get_running_loop().time() + max_time * (1 - jitter)
+        jitter = randomness.fraction() * CONNECTION_TIME_JITTER
+        return clock.monotonic() + max_time * (1 - jitter)
 
     def _keep_ticking(self) -> None:
         if self._ticker is None:
-            now = asyncio.get_running_loop().time()
+            now = clock.monotonic()
             interval = self._limits.heartbeat_interval
             self._next_heartbeat = now + interval if interval > 0 else math.inf
             self._schedule_tick(now)
@@ -213,7 +212,7 @@ class Hub:
     def _tick(self) -> None:
         """Sweep all channels and send due heartbeats; stop ticking when no client is connected."""
         self._ticker = None
-        now = asyncio.get_running_loop().time()
+        now = clock.monotonic()
         heartbeat = self._take_due_heartbeat(now)
         for channel in self._channels.values():
             channel.drop_stalled(now, self._limits.stall_timeout)

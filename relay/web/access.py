@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from relay.environment import Environment
-from relay.registry import Grant
+from relay.registry import Grant, Registry
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestLabels, RequestMetrics, client_label
 from relay.web.requests import parameter_in
@@ -36,6 +36,11 @@ class Access(NamedTuple):
 
     def __repr__(self) -> str:
         return f"<Access {self.route.template} {self.environment.spec.name!r}>"
+
+    def is_valid(self, registry: Registry[Environment]) -> bool:
+        """Return whether the credential still opens the environment, after a wait."""
+        credential, payload_filter = self.grant.credential, self.environment.spec.payload_filter
+        return registry.grant(credential.kind, credential.value, payload_filter) is self.grant
 
     def labels(
         self, traffic: RequestMetrics, method: str, headers: Mapping[bytes, bytes]

@@ -57,7 +57,7 @@ def make_app(
         evaluation: handles evaluations; shared with the fast path.
         goals: serves goals; None to serve an empty list.
     """
-    evaluation = evaluation or EvaluationHandler()
+    evaluation = evaluation or EvaluationHandler(relay.registry)
     events = events or EventsHandler()
     streams = StreamsHandler(traffic, evaluation.budget)
     goals = goals or GoalsHandler()

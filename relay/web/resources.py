@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from email.utils import formatdate
 from functools import cached_property, lru_cache
 
 from isal import igzip
 
+from relay import clock
 from relay.environment import Environment
 from relay.web.responses import Headers, PreparedResponse
 
@@ -148,5 +148,5 @@ def with_ttl(response: PreparedResponse, environment: Environment) -> PreparedRe
     ttl = environment.spec.ttl
     if ttl <= 0:
         return response
-    expires = formatdate(time.time() + ttl, usegmt=True).encode()
+    expires = formatdate(clock.unix() + ttl, usegmt=True).encode()
     return response.with_headers((b"vary", b"Authorization"), (b"expires", expires))

@@ -231,6 +231,11 @@ _BY_START = _by_start(ROUTES)
 """Routes by method and first segment of the path."""
 
 
+def has_routes(method: bytes, segment: bytes) -> bool:
+    """Return whether any route has this method and first segment of the path."""
+    return (method, segment) in _BY_START
+
+
 def match(method: bytes, path: bytes) -> RouteMatch | None:
     """Return the route of a request with a plain path, which has no escapes; None for any other.
 

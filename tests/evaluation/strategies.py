@@ -68,9 +68,12 @@ _by_segment = st.fixed_dictionaries(
     },
     optional={"negate": st.booleans()},
 )
-_clauses = st.one_of(
-    st.none(), st.lists(st.one_of(_by_attribute, _by_attribute, _by_segment), max_size=3)
+_some_clauses = st.lists(
+    st.one_of(_by_attribute, _by_attribute, _by_segment), min_size=1, max_size=3
 )
+_clauses = st.one_of(*[_some_clauses] * 6, st.none(), st.just([]))
+"""Mostly some: Hypothesis prefers short lists, and few rules would have a clause otherwise."""
+
 _weights = st.sampled_from([0, 1, 10_000, 33_333, 50_000, 50_000, 99_999, 100_000, 200_000, -5])
 _indexes = st.sampled_from([0, 0, 1, 1, 2, 2, 3, -1, 1.0])
 _share = st.fixed_dictionaries(
@@ -130,7 +133,7 @@ def flags(draw: st.DrawFn, key: str) -> dict:
             prerequisites=st.lists(needs, max_size=2),
             targets=_targets,
             contextTargets=_targets,
-            rules=st.lists(_rules(), max_size=4),
+            rules=st.lists(_rules(), min_size=1, max_size=4),
             offVariation=st.one_of(_indexes, st.none()),
             clientSide=st.booleans(),
             clientSideAvailability=st.fixed_dictionaries(
@@ -162,7 +165,7 @@ def segments(draw: st.DrawFn, key: str) -> dict:
             excluded=_key_lists,
             includedContexts=_listed,
             excludedContexts=_listed,
-            rules=st.lists(rule, max_size=3),
+            rules=st.lists(rule, min_size=1, max_size=3),
             salt=st.sampled_from(["", "salt"]),
             unbounded=st.sampled_from([False] * 5 + [True]),
             unboundedContextKind=_kinds,

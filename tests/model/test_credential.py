@@ -2,7 +2,7 @@
 
 import pytest
 
-from relay.model.credential import MobileKey, SDKKey, Secret, obscured
+from relay.model.credential import MobileKey, SDKKey, Secret, masked_url, obscured
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,35 @@ def test_a_secret_never_prints_itself(secret):
 def test_keys_of_different_kinds_are_different_credentials():
     """A mobile key that has the text of an SDK key is not that SDK key."""
     assert SDKKey("x") != MobileKey("x")
+
+
+def test_a_secret_is_revealed_on_request_only():
+    """An empty one is false."""
+    assert Secret("hunter2").reveal() == "hunter2"
+    assert Secret("hunter2")
+    assert not Secret("")
+
+
+def test_log_lines_show_the_end_of_a_key():
+    """Dots and four characters; `/status` shows its shape, too."""
+    assert SDKKey("sdk-0123456789").masked == "...6789"
+    assert SDKKey("sdk-0123456789").obscured == "sdk-*****56789"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://host:1/path", "http://host:1/path"),
+        ("redis://user:pass@host:1/0", "redis://user:*@host:1/0"),
+        ("redis://pass@host", "redis://*@host"),
+        ("redis://:pass@host", "redis://:*@host"),
+        ("redis://@host", "redis://@host"),
+        ("http://host/?token=a&b=c&d", "http://host/?token=*&b=*&d"),
+        ("redis://user:pa/ss@host", "redis://*"),
+        ("redis://user:pa?ss@host", "redis://*"),
+        ("redis://user:pa#ss@host", "redis://*"),
+    ],
+)
+def test_a_url_shows_no_password(url, shown):
+    """Nor values of the query; if a password may begin anywhere, nothing but the scheme."""
+    assert masked_url(url, "*") == shown

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.errors import InvalidData
-from relay.model.item import Item, Kind, parse
+from relay.model.item import LAST_VERSION_OF_TIME, Item, Kind, parse, version_of_time
 
 
 def test_an_item_keeps_the_bytes_in_which_it_came():
@@ -101,3 +101,16 @@ def test_any_bytes_give_an_item_or_invalid_data(raw):
     except InvalidData:
         return
     assert item.json is None or isinstance(json.loads(item.json), dict)
+
+
+def test_a_version_grows_with_time_and_fits_thirty_two_bits():
+    """Also if the clock is wrong."""
+    assert [version_of_time(t) for t in (-1.0, 0.0, 1_700_000_000.9, 1e12)] == [
+        *(0, 0, 1_700_000_000, LAST_VERSION_OF_TIME)
+    ]
+
+
+def test_an_item_without_json_is_a_tombstone():
+    """One with any JSON is live."""
+    assert Item(Kind.FLAG, "a", 1, None).deleted
+    assert not Item(Kind.FLAG, "a", 1, b"{}").deleted

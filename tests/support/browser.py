@@ -49,8 +49,7 @@ async def page(html: str, scripts: dict[str, Path], folder: Path) -> AsyncIterat
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    assert site._server is not None
-    port = site._server.sockets[0].getsockname()[1]
+    port = runner.addresses[0][1]
     try:
         async with browsing(f"http://localhost:{port}/", folder):
             yield f"http://localhost:{port}"

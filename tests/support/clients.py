@@ -183,8 +183,7 @@ class _Page:
         try:
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
-            assert site._server is not None
-            yield f"http://localhost:{site._server.sockets[0].getsockname()[1]}"
+            yield f"http://localhost:{runner.addresses[0][1]}"
         finally:
             with contextlib.suppress(asyncio.CancelledError):
                 await runner.cleanup()

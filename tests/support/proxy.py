@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from asyncio import StreamReader, StreamWriter
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
 @asynccontextmanager
-async def a_proxy(expected_auth: str = "", tls: ssl.SSLContext | None = None):
+async def a_proxy(
+    expected_auth: str = "", tls: ssl.SSLContext | None = None
+) -> AsyncIterator[tuple[int, list[str]]]:
     """A small forward proxy: absolute-form requests, and CONNECT; anything unauthorised is 407.
 
     Yields its port and the heads of requests so far. Whatever host it is asked for is this machine.
     """
     seen: list[str] = []
-    tasks: set[asyncio.Task] = set()
+    tasks: set[asyncio.Task[None] | None] = set()
 
-    async def pipe(reader, writer):
+    async def pipe(reader: StreamReader, writer: StreamWriter) -> None:
         try:
             while chunk := await reader.read(65536):
                 writer.write(chunk)
@@ -27,7 +31,7 @@ async def a_proxy(expected_auth: str = "", tls: ssl.SSLContext | None = None):
         finally:
             writer.close()
 
-    async def serve(reader, writer):
+    async def serve(reader: StreamReader, writer: StreamWriter) -> None:
         tasks.add(asyncio.current_task())
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         line = head.split("\r\n")[0]
@@ -54,6 +58,7 @@ async def a_proxy(expected_auth: str = "", tls: ssl.SSLContext | None = None):
         yield listener.getsockname()[1], seen
     finally:
         server.close()
-        for task in tasks:
+        running = [task for task in tasks if task]
+        for task in running:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*running, return_exceptions=True)

@@ -130,12 +130,13 @@ class RedisServer:
     def denied(self) -> list[str]:
         """What users were refused for want of a right, since the start."""
         with closing(self.client()) as client:
-            return [entry["object"] for entry in client.acl_log()]
+            return [str(entry["object"]) for entry in client.acl_log()]
 
     def hash(self, key: str) -> dict[str, bytes]:
         """Return a hash, by its fields."""
         with closing(self.client()) as client:
-            return {field.decode(): value for field, value in client.hgetall(key).items()}
+            fields: dict[bytes, bytes] = client.hgetall(key)  # type: ignore[assignment]
+            return {field.decode(): value for field, value in fields.items()}
 
     def do(self, *command: Any) -> Any:
         """Run one command as the owner of the server."""

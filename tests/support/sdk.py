@@ -226,7 +226,7 @@ class PythonSDK:
         if setup.openfeature:
             provider = LaunchDarklyProvider(config)
             openfeature.set_provider_and_wait(provider, self._domain)
-            self._client = provider._LaunchDarklyProvider__client
+            self._client = provider.__dict__["_LaunchDarklyProvider__client"]
         else:
             self._client = LDClient(config, start_wait=0)
 

@@ -17,7 +17,7 @@ from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, cast
 
 from aiohttp import web
 from multidict import CIMultiDictProxy
@@ -57,7 +57,7 @@ class Posted:
         return self.headers.get("X-LaunchDarkly-Payload-ID", "")
 
     @property
-    def events(self) -> list:
+    def events(self) -> Any:
         return json.loads(self.body)
 
 
@@ -153,7 +153,7 @@ class ScriptedUpstream:
         """Cut the open streams of `key`, or all, in the middle."""
         for each in [key] if key is not None else list(self._streams):
             for stream in self._streams.pop(each, []):
-                abort(stream._req)
+                abort(cast("web.Request", stream._req))
 
     async def connected(self, key: str, n: int = 1) -> None:
         """Wait until `key` has had `n` normal streams, counted from the start."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
 import msgspec
+from msgspec import Struct
 
 from relay.evaluation.bucketing import hash_prefix, share
 from relay.evaluation.compiled.context import EvalContext, Uncompilable
@@ -242,8 +242,7 @@ _STRING_TESTS: dict[str, Callable[[tuple[str, ...]], Test]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Order:
+class _Order(Struct, frozen=True):
     """An operator on ordered values.
 
     Args:
@@ -391,8 +390,7 @@ def _keys_by_kind(
     return tuple((kind, frozenset(values)) for kind, values in keys if values)
 
 
-@dataclass(frozen=True, slots=True)
-class _KeyLists:
+class _KeyLists(Struct, frozen=True):
     """Keys that a segment includes or excludes regardless of its rules."""
 
     included: frozenset[str]

@@ -9,8 +9,9 @@ differ.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
+
+from msgspec import Struct
 
 from relay.evaluation.compiled.conditions import Condition, ConditionCache
 from relay.evaluation.compiled.context import EvalContext, Uncompilable
@@ -34,8 +35,7 @@ Name = tuple[Kind, str]
 """Kind and key, by which flags and segments refer to each other."""
 
 
-@dataclass(frozen=True, slots=True)
-class _ParsedItem:
+class _ParsedItem(Struct, frozen=True):
     """A parsed item, and the names of the items that it refers to."""
 
     item: Item
@@ -43,8 +43,7 @@ class _ParsedItem:
     references: tuple[Name, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _CachedFlag:
+class _CachedFlag(Struct, frozen=True):
     """A compiled flag in the cache, valid while all items involved are unchanged.
 
     Args:

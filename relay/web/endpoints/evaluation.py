@@ -6,9 +6,7 @@ Clients repeat their requests, so results are cached by the bytes of the request
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from msgspec import Struct
 from starlette.requests import Request
@@ -18,8 +16,10 @@ from relay.evaluation.compiled.fragments import EvalBody
 from relay.evaluation.compiled.program import Program
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context
+from relay.registry import Registry
 from relay.web.access import Access
 from relay.web.bodies import RequestRejected
+from relay.web.cache import CacheEntry, ResponseCache
 from relay.web.compression import EvaluationResource
 from relay.web.contexts import (
     NO_KEY,
@@ -70,86 +70,57 @@ class _EvaluationRequest(Struct, frozen=True):
     secure_mode_hash: str
 
 
-class EvaluationResult(Struct, frozen=True):
+class EvaluationResult(CacheEntry, eq=False):
     """Result of an evaluation.
 
     Args:
+        environment: provides the flags.
+        payload: its data that the flags were evaluated with.
         body: of the response.
-        cacheable: whether the request was repeated, so that its result is worth caching.
-    """
-
-    body: EvalBody
-    cacheable: bool
-
-
-class _CacheEntry(Struct, frozen=True):
-    """Cached result.
-
-    Args:
-        version: of the program that it was evaluated with.
         key: fully qualified key of the context; empty without secure mode.
-        body: of the response.
-        size: in bytes, with the overhead of the entry.
+        size: see `CacheEntry`; 0 unless the request was repeated, and so is worth caching.
     """
 
-    version: int
-    key: str
     body: EvalBody
-    size: int
+    key: str
 
 
-@dataclass(slots=True)
-class _ResultCache:
-    """LRU cache of results, of `MAX_CACHED` bytes; requests are admitted when they are repeated."""
+class _RecentRequests:
+    """Memory of recent requests, by which repeated ones are recognised."""
 
-    entries: OrderedDict[tuple[object, ...], _CacheEntry] = field(default_factory=OrderedDict)
-    """Least recently used first."""
-    size: int = 0
-    _recent: set[int] = field(default_factory=set)
-    """Hashes of the latest requests, up to `MAX_RECENT`."""
-    _recent_before: set[int] = field(default_factory=set)
-    """Hashes of the `MAX_RECENT` requests before."""
+    def __init__(self) -> None:
+        self._latest: set[int] = set()
+        """Hashes of up to `MAX_RECENT` requests."""
+        self._before: set[int] = set()
+        """Hashes of the `MAX_RECENT` requests before."""
 
     def is_repeated(self, key: tuple[object, ...]) -> bool:
         """Return whether a request was seen recently, and remember it."""
         digest = hash(key)
-        if digest in self._recent or digest in self._recent_before:
+        if digest in self._latest or digest in self._before:
             return True
-        if len(self._recent) >= MAX_RECENT:
-            self._recent_before, self._recent = self._recent, set()
-        self._recent.add(digest)
+        if len(self._latest) >= MAX_RECENT:
+            self._before, self._latest = self._latest, set()
+        self._latest.add(digest)
         return False
-
-    def get(self, key: tuple[object, ...]) -> _CacheEntry | None:
-        entry = self.entries.get(key)
-        if entry is not None:
-            self.entries.move_to_end(key)
-        return entry
-
-    def put(self, key: tuple[object, ...], entry: _CacheEntry) -> None:
-        replaced = self.entries.pop(key, None)
-        self.size += entry.size - (replaced.size if replaced else 0)
-        self.entries[key] = entry
-        while self.size > MAX_CACHED:
-            _, oldest = self.entries.popitem(last=False)
-            self.size -= oldest.size
 
 
 class EvaluationHandler:
     """Handler of evaluation requests, for the application and the fast path.
 
     Args:
+        registry: of the environments.
         max_body: bytes of the largest body with a context; 0 for
             `relay.web.contexts.MAX_CONTEXT`.
     """
 
-    def __init__(self, max_body: int = 0) -> None:
+    def __init__(self, registry: Registry[Environment], max_body: int = 0) -> None:
         self.budget = context_budget(max_body)
-        self._cache = _ResultCache()
+        self.results: ResponseCache[EvaluationResult] = ResponseCache(registry, MAX_CACHED)
+        self._recent = _RecentRequests()
 
     def __repr__(self) -> str:
-        cache = self._cache
-        return f"<EvaluationHandler [{len(cache.entries)} results cached, {cache.size} bytes]>"
+        return f"<EvaluationHandler [{len(self.results)} results, {self.results.size} bytes]>"
 
     def evaluate(
         self, environment: Environment, sdk_kind: SDKKind, segment: bytes, query: bytes
@@ -223,35 +194,32 @@ class EvaluationHandler:
         """
         raw, reader = evaluation.raw, evaluation.reader
         cache_key = (environment, evaluation.sdk_kind, raw, evaluation.with_reasons, reader)
-        repeated = self._cache.is_repeated(cache_key)
-        entry = self._cache.get(cache_key) if repeated else None
-        if (
-            entry is not None
-            and program is not None
-            and environment.payload is not None
-            and entry.version == program.version
-        ):
-            _check_secure_mode(environment, entry.key, evaluation)
-            return EvaluationResult(entry.body, cacheable=True)
+        repeated = self._recent.is_repeated(cache_key)
+        known = self.results.get(cache_key) if repeated else None
+        if known is not None:
+            _check_secure_mode(environment, known.key, evaluation)
+            return known
         context = reader(raw)
         body = _evaluate_context(environment, program, evaluation, context)
-        if body is None or program is None:
+        if body is None:
             return None
+        key = context.fully_qualified_key if environment.spec.secure_mode else ""
+        result = EvaluationResult(environment, environment.payload, body, key)
         if repeated:
-            key = context.fully_qualified_key if environment.spec.secure_mode else ""
             # Entries share most of their bodies. Each is counted in full all the same: those of
-            # other versions, or of contexts without a group, share nothing.
-            size = ENTRY_SIZE + body.size + len(raw)
-            self._cache.put(cache_key, _CacheEntry(program.version, key, body, size))
-        return EvaluationResult(body, repeated)
+            # contexts without a group share nothing.
+            result.size = ENTRY_SIZE + body.size + len(raw)
+            self.results.put(cache_key, result)
+        return result
 
 
 def _evaluation_request(
     sdk_kind: SDKKind, raw: bytes, reader: Callable[[bytes], Context], query: bytes
 ) -> _EvaluationRequest:
-    return _EvaluationRequest(
-        sdk_kind, raw, reader, wants_reasons(query), secure_mode_hash_in(query)
-    )
+    with_reasons, secure_mode_hash = False, ""
+    if query:  # most have none
+        with_reasons, secure_mode_hash = wants_reasons(query), secure_mode_hash_in(query)
+    return _EvaluationRequest(sdk_kind, raw, reader, with_reasons, secure_mode_hash)
 
 
 def _parse_and_evaluate(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from urllib.parse import quote
@@ -16,12 +15,14 @@ from weakref import WeakKeyDictionary
 
 from starlette.requests import Request
 
+from relay import clock
 from relay.environment import Environment
 from relay.errors import UpstreamUnavailable
 from relay.model.reply import Fetch, Reply
 from relay.model.text import header_value
 from relay.protocol.urls import join
-from relay.telemetry.log import Log, environment_log
+from relay.telemetry.log import Log
+from relay.telemetry.outage import OutageLog
 from relay.web.access import Access
 from relay.web.requests import header
 from relay.web.resources import is_known
@@ -74,8 +75,7 @@ class GoalsHandler:
         url = join(self._base, f"/sdk/goals/{identifier}")
         cache = self._caches.get(environment)
         if cache is None or cache.url != url:
-            log = environment_log(environment.spec.name, environment.spec.sdk_key.masked)
-            cache = self._caches[environment] = _GoalsCache(self._fetch, url, log)
+            cache = self._caches[environment] = _GoalsCache(self._fetch, url, environment.log)
         forwarded = {name: header(request, name).decode("latin-1") for name in FORWARDED_HEADERS}
         entry = await cache.get({name: value for name, value in forwarded.items() if value})
         return _response(entry, header(request, "if-none-match"))
@@ -110,13 +110,12 @@ class _GoalsCache:
     def __init__(self, fetch: Fetch, url: str, log: Log) -> None:
         self._fetch = fetch
         self.url = url
-        self._log = log
+        self._outage = OutageLog(log)
         self._current: _CachedReply | None = None
         """Served until it expires; possibly an error."""
         self._last_ok: Reply | None = None
         """Last good reply, to be revalidated, or served in place of a failure."""
         self._last_ok_at = 0.0
-        self._failing = False
         self._fetching: asyncio.Task[_CachedReply] | None = None
 
     async def get(self, headers: dict[str, str]) -> _CachedReply:
@@ -125,7 +124,7 @@ class _GoalsCache:
         Args:
             headers: of the request to LaunchDarkly, if one is needed.
         """
-        if self._current is not None and time.monotonic() < self._current.expires_at:
+        if self._current is not None and clock.monotonic() < self._current.expires_at:
             return replace(self._current, from_cache=True)
         if self._fetching is None:
             self._fetching = asyncio.create_task(self._refresh(headers))
@@ -148,17 +147,13 @@ class _GoalsCache:
         confirmed = reply.status == HTTPStatus.NOT_MODIFIED and etag is not None
         if not confirmed and _is_failure(reply):
             return self._fail(reply, f"HTTP error {reply.status}")
-        if self._failing:
-            self._failing = False
-            self._log.info("Goals come from LaunchDarkly again")
+        self._outage.end("Goals come from LaunchDarkly again")
         return self._store(reply, confirmed=confirmed)
 
     def _fail(self, reply: Reply, reason: str) -> _CachedReply:
         """Record a failure; return the last good reply if there is one, the failure otherwise."""
-        if not self._failing:
-            self._failing = True
-            self._log.warning("LaunchDarkly gives no goals: %s", reason)
-        now = time.monotonic()
+        self._outage.begin(reason, "LaunchDarkly gives no goals: %s", reason)
+        now = clock.monotonic()
         if self._last_ok is None:
             served = reply if reply.status in _STATUSES else _UNREACHABLE
             self._current = _CachedReply(served, now, now + RETRY_AFTER)
@@ -167,7 +162,7 @@ class _GoalsCache:
         return replace(self._current, from_cache=True)
 
     def _store(self, reply: Reply, *, confirmed: bool) -> _CachedReply:
-        now = time.monotonic()
+        now = clock.monotonic()
         if confirmed and self._last_ok is not None:
             reply = replace(self._last_ok, headers={**self._last_ok.headers, **reply.headers})
         lifetime = _lifetime(reply)
@@ -207,7 +202,7 @@ def _response(entry: _CachedReply, if_none_match: bytes) -> PreparedResponse:
         if name in reply.headers
     )
     if entry.from_cache and reply.status == HTTPStatus.OK:
-        age = max(0, int(time.monotonic() - entry.confirmed_at))
+        age = max(0, int(clock.monotonic() - entry.confirmed_at))
         headers = (*headers, (b"x-from-cache", b"1"), (b"age", b"%d" % age))
     etag = dict(headers).get(b"etag", b"")
     if reply.status == HTTPStatus.OK and etag and is_known(etag, if_none_match):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -190,24 +190,21 @@ class StreamResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the head at once, then the messages of the hub."""
-        await send(
-            {"type": "http.response.start", "status": 200, "headers": self.raw_headers},
-        )
-        if scope["method"] != "HEAD":
-            await self._send_stream(receive, send)
-        await send({"type": "http.response.body", "body": b""})
+        # Imported here, for few streams come this way and every start would pay for it.
+        from sse_starlette import EventSourceResponse  # noqa: PLC0415
 
-    async def _send_stream(self, receive: Receive, send: Send) -> None:
+        response = EventSourceResponse(self._messages(), ping=0)  # the hub sends heartbeats
+        response.raw_headers = self.raw_headers
+        await response(scope, receive, send)
+
+    async def _messages(self) -> AsyncGenerator[bytes, None]:
         pipe = _Pipe()
         hub, stream = self._grant.environment.hub, self._stream
         hub.subscribe(stream.name, pipe, b"", self._count, stream.client, grant=self._grant)
-        disconnect = asyncio.create_task(_disconnected(receive))
-        disconnect.add_done_callback(lambda _: pipe.abort())
         try:
             async for data in pipe:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                yield data
         finally:
-            disconnect.cancel()
             pipe.notify_lost()
 
 
@@ -217,11 +214,6 @@ def _closes(scope: Scope) -> bool:
         return True
     values = [value for name, value in scope["headers"] if name == b"connection"]
     return any(option.strip().lower() == b"close" for option in b",".join(values).split(b","))
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class _Pipe:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -19,10 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from relay.environment import Environment
 from relay.errors import InvalidData
+from relay.lru import LRUMap
 from relay.model.credential import Secret
 from relay.protocol import webhook
 from relay.protocol.webhook import ChangedResource, ChangeNotice
 from relay.refresh import BURST, RECHECK_AFTER, RefreshTracker
+from relay.telemetry.throttle import Throttle
 from relay.web.bodies import MemoryBudget, RequestBody, RequestRejected
 from relay.web.requests import header
 from relay.web.responses import PreparedResponse, json_error
@@ -75,11 +75,10 @@ class WebhooksHandler:
         """Of the environments that wait for announced changes."""
         self._tasks: asyncio.TaskGroup | None = None
         self._secrets = tuple(secrets)
-        self._seen: OrderedDict[str, None] = OrderedDict()
-        """IDs of received webhooks, oldest first."""
+        self._seen: LRUMap[str, None] = LRUMap(MAX_SEEN)
+        """IDs of received webhooks."""
         self._budget = MemoryBudget(webhook.MAX_BODY, MAX_BUFFERED, too_large=TOO_LARGE, full=BUSY)
-        self._warnings = 0
-        self._warnings_since = -float("inf")
+        self._warnings = Throttle(WARNINGS_WITHIN, MAX_WARNINGS)
 
     async def run(self) -> None:
         """Check upstream whenever webhooks have announced changes, until cancelled."""
@@ -149,20 +148,14 @@ class WebhooksHandler:
         """Return whether a webhook was received before, and remember it."""
         if name in self._seen:
             return True
-        self._seen[name] = None
-        if len(self._seen) > MAX_SEEN:
-            self._seen.popitem(last=False)
+        self._seen.put(name, None)
         return False
 
     def _refuse(self, response: PreparedResponse, detail: str = "") -> PreparedResponse:
         """Log that a webhook is refused, up to `MAX_WARNINGS` times; return the response."""
-        now = time.monotonic()
-        if now - self._warnings_since > WARNINGS_WITHIN:
-            self._warnings, self._warnings_since = 0, now
-        self._warnings += 1
-        if self._warnings <= MAX_WARNINGS:
+        if self._warnings.count():
             reason = orjson.loads(response.body)["message"]
-            suffix = "; more are not logged for a while" if self._warnings == MAX_WARNINGS else ""
+            suffix = "; more are not logged for a while" if self._warnings.exhausted else ""
             _log.warning(
                 "A webhook is refused (%d): %s%s%s", response.status, reason, detail, suffix
             )

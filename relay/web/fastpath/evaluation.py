@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+
+from msgspec import field
 
 from relay.environment import Environment
 from relay.evaluation.compiled.fragments import EvalBody
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.metrics import MetricValue
+from relay.registry import Registry
 from relay.telemetry.traffic import RequestMetrics
+from relay.web.cache import ANY_PAYLOAD, CacheEntry, ResponseCache
 from relay.web.compression import compressed, etag_of, to_compress
 from relay.web.cors import cors_lines
 from relay.web.endpoints.evaluation import (
@@ -18,14 +21,17 @@ from relay.web.endpoints.evaluation import (
     resource_for,
     with_expiry,
 )
-from relay.web.fastpath.cache import EvaluationResponse
+from relay.web.fastpath.cache import ENTRY_SIZE, WireResponse
 from relay.web.fastpath.heads import MAX_HEAD, RequestHead
 from relay.web.resources import MAX_COMPRESSED_AT_ONCE, MIN_COMPRESSED, accepts_gzip
 from relay.web.responses import Headers, PreparedResponse
 
-MAX_KNOWN = 1024
-"""Maximum number of client profiles: far more than environments, each with a few origins and kinds
-of clients."""
+MAX_PROFILES = 4 * 1024 * 1024
+"""Bytes of client profiles: far more than environments, each with a few origins and kinds of
+clients."""
+
+PROFILE_SIZE = 2 * 1024
+"""Bytes that a client profile takes besides its key."""
 
 _LINE_END = b" HTTP/1.1\r\n"
 _BASE64_PUNCTUATION = b"-_=+"
@@ -33,12 +39,12 @@ _BASE64_PUNCTUATION = b"-_=+"
 _PLAIN_QUERY = re.compile(rb"[0-9A-Za-z=&]*")
 
 
-@dataclass(frozen=True, slots=True)
-class _ClientProfile:
+class ClientProfile(CacheEntry, eq=False):
     """Everything that requests have in common if they differ in their contexts only.
 
     Args:
         environment: provides the flags.
+        payload: `ANY_PAYLOAD`.
         sdk_kind: kind of the clients.
         count: counter of the requests.
         cors: CORS headers of responses to browsers.
@@ -47,33 +53,33 @@ class _ClientProfile:
         closes: True if the client wants the connection closed after the response.
     """
 
-    environment: Environment
     sdk_kind: SDKKind
     count: MetricValue
     cors: Headers
     if_none_match: bytes
     accept_encoding: bytes
     closes: bool
-    is_usual: bool = field(init=False)
+    is_usual: bool = False
     """True if the heads of all responses differ only in ETag and length."""
-    takes_gzip: bool = field(init=False)
+    takes_gzip: bool = False
     head_parts: dict[tuple[bool, bool], tuple[bytes, bytes]] = field(default_factory=dict)
     """Head of the response up to the ETag, and from there to the length; by whether a body is large
     enough to be compressed, and whether it is compressed."""
 
     def __post_init__(self) -> None:
-        is_usual = not (self.if_none_match or self.environment.spec.ttl)
-        object.__setattr__(self, "is_usual", is_usual)
-        object.__setattr__(self, "takes_gzip", accepts_gzip(self.accept_encoding))
+        self.is_usual = not (self.if_none_match or self.environment.spec.ttl)
+        self.takes_gzip = accepts_gzip(self.accept_encoding)
 
-    def respond(self, response: PreparedResponse, *, cacheable: bool = False) -> EvaluationResponse:
+    def respond(self, response: PreparedResponse) -> WireResponse:
         """Return a prepared response with this profile's headers."""
         response = response.with_headers(*self.cors)
-        return EvaluationResponse(
-            response.head, (response.body,), self.environment, self.count, self.closes, cacheable
+        environment, count = self.environment, self.count
+        pieces = (response.body,)
+        return WireResponse(
+            environment, environment.payload, response.head, pieces, count, self.closes
         )
 
-    def respond_usual(self, result: EvaluationResult) -> EvaluationResponse | None:
+    def respond_usual(self, result: EvaluationResult) -> WireResponse | None:
         """Return the same as `respond` for the plain or compressed variant, at less cost.
 
         None if it has to be compressed in a thread.
@@ -93,9 +99,8 @@ class _ClientProfile:
                 body, compress=compress
             )
         head = b"%b%b%b%d\r\n" % (parts[0], etag_of(body), parts[1], size)
-        return EvaluationResponse(
-            head, pieces, self.environment, self.count, self.closes, result.cacheable
-        )
+        environment, count = self.environment, self.count
+        return WireResponse(environment, environment.payload, head, pieces, count, self.closes)
 
     def _split_head(self, body: EvalBody, *, compress: bool) -> tuple[bytes, bytes]:
         resource = resource_for(body, self.environment)
@@ -109,17 +114,23 @@ class EvaluationFastPath:
     """Handler of evaluation requests on the fast path.
 
     Args:
+        registry: of the environments.
         evaluation: evaluates the flags; shared with the application.
         traffic: request metrics, shared with the application.
     """
 
-    def __init__(self, evaluation: EvaluationHandler, traffic: RequestMetrics) -> None:
+    def __init__(
+        self,
+        registry: Registry[Environment],
+        evaluation: EvaluationHandler,
+        traffic: RequestMetrics,
+    ) -> None:
         self._evaluation = evaluation
         self._traffic = traffic
-        self._profiles: dict[tuple[bytes, bytes], _ClientProfile] = {}
+        self.profiles: ResponseCache[ClientProfile] = ResponseCache(registry, MAX_PROFILES)
         """By the bytes before the context in a request, and the bytes after the request line."""
 
-    def answer_known(self, head: bytes) -> EvaluationResponse | None:
+    def answer_known(self, head: bytes) -> WireResponse | None:
         """Return the response to a request that differs from an earlier one in its context only.
 
         None if there was no such request, or if this one has to be parsed.
@@ -129,17 +140,17 @@ class EvaluationFastPath:
         """
         line, _, rest = head.partition(_LINE_END)
         start, _, target = line.rpartition(b"/")
-        profile = self._profiles.get((start, rest))
+        profile = self.profiles.get((start, rest))
         if profile is None:
             return None
         segment, _, query = target.partition(b"?")
         # Anything else has to be judged by the parser.
         plain = segment.translate(None, _BASE64_PUNCTUATION).isalnum()
-        if not (plain and _is_plain(query)):
+        if not plain or (query and not _is_plain(query)):
             return None
         return self._respond(profile, segment, query)
 
-    def answer(self, head: RequestHead) -> EvaluationResponse | None:
+    def answer(self, head: RequestHead) -> WireResponse | None:
         """Return the response to a GET; None to leave it to the application."""
         profile = self._profile(head)
         response = self._respond(profile, head.segment, head.query)
@@ -147,16 +158,14 @@ class EvaluationFastPath:
             self._remember(head.raw, profile)
         return response
 
-    def _remember(self, head: bytes, profile: _ClientProfile) -> None:
+    def _remember(self, head: bytes, profile: ClientProfile) -> None:
         line, _, rest = head.partition(_LINE_END)
         if rest and len(rest) <= MAX_HEAD:
-            if len(self._profiles) >= MAX_KNOWN:
-                self._profiles.clear()
-            self._profiles[line.partition(b"?")[0].rpartition(b"/")[0], rest] = profile
+            start = line.partition(b"?")[0].rpartition(b"/")[0]
+            profile.size = PROFILE_SIZE + len(start) + len(rest)
+            self.profiles.put((start, rest), profile)
 
-    def _respond(
-        self, profile: _ClientProfile, segment: bytes, query: bytes
-    ) -> EvaluationResponse | None:
+    def _respond(self, profile: ClientProfile, segment: bytes, query: bytes) -> WireResponse | None:
         environment, sdk_kind = profile.environment, profile.sdk_kind
         result = self._evaluation.evaluate(environment, sdk_kind, segment, query)
         if result is None:
@@ -164,20 +173,25 @@ class EvaluationFastPath:
         if isinstance(result, PreparedResponse):
             return profile.respond(result)
         if profile.is_usual:
-            return profile.respond_usual(result)
-        resource = resource_for(result.body, environment)
-        variant = resource.variant(profile.if_none_match, profile.accept_encoding)
-        if variant is None:
-            return None
-        response = with_expiry(variant, environment, sdk_kind)
-        return profile.respond(response, cacheable=result.cacheable)
+            response = profile.respond_usual(result)
+        else:
+            resource = resource_for(result.body, environment)
+            variant = resource.variant(profile.if_none_match, profile.accept_encoding)
+            if variant is None:
+                return None
+            response = profile.respond(with_expiry(variant, environment, sdk_kind))
+        # A response that states its expiry is different each time.
+        if response and result.size and environment.spec.ttl <= 0:
+            response.size = ENTRY_SIZE + response.body_size
+        return response
 
-    def _profile(self, head: RequestHead) -> _ClientProfile:
+    def _profile(self, head: RequestHead) -> ClientProfile:
         access, headers = head.access, head.headers
         spec, route = access.environment.spec, access.route
         origin = headers.get(b"origin", b"")
-        return _ClientProfile(
+        return ClientProfile(
             access.environment,
+            ANY_PAYLOAD,
             route.sdk_kind,
             self._traffic.requests[access.labels(self._traffic, "GET", headers)],
             cors_lines(spec, origin, route) if route.for_browsers else (),

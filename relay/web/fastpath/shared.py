@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -10,10 +9,11 @@ from typing import Protocol
 
 from uvicorn.server import ServerState
 
+from relay import clock
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestMetrics
 from relay.web.access import Access
-from relay.web.fastpath.cache import EvaluationResponse, ResponseCache
+from relay.web.fastpath.cache import HeadCache, WireResponse
 from relay.web.fastpath.events import EventsFastPath
 from relay.web.fastpath.heads import RequestHead
 from relay.web.fastpath.scheduler import EvaluationScheduler
@@ -38,15 +38,17 @@ class PollResponder(Protocol):
 class EvaluationResponder(Protocol):
     """Handler of evaluation requests; see `relay.web.fastpath.evaluation`."""
 
-    def answer_known(self, head: bytes, /) -> EvaluationResponse | None:
+    def answer_known(self, head: bytes, /) -> WireResponse | None:
         """Return the response to a request that differs from an earlier one in its context only."""
 
-    def answer(self, head: RequestHead, /) -> EvaluationResponse | None:
+    def answer(self, head: RequestHead, /) -> WireResponse | None:
         """Return the response to a GET; None to leave it to the application."""
 
 
 class SweptConnection(ABC):
     """Connection that is swept for slow clients."""
+
+    __slots__ = ()
 
     @abstractmethod
     def check(self, now: float) -> None:
@@ -110,7 +112,7 @@ class FastPath:
         """The `Date` header and the blank line that ends a head."""
         self.date_expires_at = 0.0
         """Monotonic time at which the date has to be renewed."""
-        self.cache = ResponseCache()
+        self.cache = HeadCache(relay.registry)
         self.scheduler = EvaluationScheduler()
 
     def renew_date(self, state: ServerState, now: float) -> None:
@@ -120,14 +122,14 @@ class FastPath:
             state: state of the server; uvicorn adds its headers to the application's responses.
             now: monotonic time.
         """
-        date = formatdate(usegmt=True).encode()
+        date = formatdate(clock.unix(), usegmt=True).encode()
         state.default_headers = [(b"date", date)]
         self.date = b"date: %b\r\n\r\n" % date
         self.date_expires_at = now + DATE_LIFETIME
 
     def sweep(self, state: ServerState) -> None:
         """Close connections whose clients are too slow."""
-        now = time.monotonic()
+        now = clock.monotonic()
         if state.connections:  # some get a response before they are closed
             self.renew_date(state, now)
         for connection in list(state.connections):

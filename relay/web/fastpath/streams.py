@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from relay.environment import Environment
 from relay.registry import Grant
 from relay.streams.evaluated import EvalClient
 from relay.telemetry.traffic import RequestLabels, RequestMetrics
+from relay.web.cache import ANY_PAYLOAD, CacheEntry
 from relay.web.cors import cors_lines, with_cors
 from relay.web.endpoints.streams import (
     PING_STREAM,
@@ -20,9 +19,12 @@ from relay.web.fastpath.heads import RequestHead
 from relay.web.responses import Headers, PreparedResponse
 from relay.web.routes import Endpoint
 
+REQUEST_SIZE = 1024
+"""Bytes that a stream request takes besides its head."""
 
-class StreamRequest(NamedTuple):
-    """Request for a stream, ready for the hub."""
+
+class StreamRequest(CacheEntry, eq=False):
+    """Request for a stream, ready for the hub; cacheable unless it is for one context."""
 
     grant: Grant[Environment]
     """Opens the environment; the stream ends with it."""
@@ -54,4 +56,8 @@ def stream_request(traffic: RequestMetrics, head: RequestHead) -> StreamRequest 
         origin = head.headers.get(b"origin", b"")
         headers = with_cors(headers, cors_lines(environment.spec, origin, route))
     labels = access.labels(traffic, "GET", head.headers)
-    return StreamRequest(access.grant, stream.name, headers, labels, stream.client)
+    grant, client = access.grant, stream.client
+    size = 0 if head.segment else REQUEST_SIZE
+    return StreamRequest(
+        environment, ANY_PAYLOAD, grant, stream.name, headers, labels, client, size=size
+    )

@@ -1,0 +1,28 @@
+import gzip
+
+import pytest
+from isal import isal_zlib
+
+from relay.protocol.gzip import CORRUPT, GZIP
+from relay.protocol.urls import join
+
+
+@pytest.mark.parametrize(
+    ("base", "url"),
+    [
+        ("https://sdk.launchdarkly.com", "https://sdk.launchdarkly.com/all"),
+        ("http://host:8030/", "http://host:8030/all"),
+        ("http://host/prefix/", "http://host/prefix/all"),
+    ],
+)
+def test_a_path_is_joined_to_a_base_that_may_have_one(base, url):
+    """There is one slash between them."""
+    assert join(base, "/all") == url
+
+
+def test_the_constants_of_gzip_fit_the_library():
+    """A stream is read with them, and a corrupt one raises the exception."""
+    text = gzip.compress(b"text")
+    assert isal_zlib.decompress(text, GZIP) == b"text"
+    with pytest.raises(CORRUPT):
+        isal_zlib.decompress(b"x" + text[1:], GZIP)
