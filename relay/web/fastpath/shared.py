@@ -38,9 +38,6 @@ class PollResponder(Protocol):
 class EvaluationResponder(Protocol):
     """Handler of evaluation requests; see `relay.web.fastpath.evaluation`."""
 
-    def answer_same(self, head: bytes, /) -> WireResponse | None:
-        """Return the response to a request that has been answered before."""
-
     def answer_known(self, head: bytes, /) -> WireResponse | None:
         """Return the response to a request that differs from an earlier one in its context only."""
 
