@@ -39,7 +39,7 @@ OTHER = Partition("test", EventsEndpoint.BULK, 4)
 DIAGNOSTIC = Partition("prod", EventsEndpoint.BULK_DIAGNOSTIC)
 LIMITS = Limits(memory=1024 * 1024)
 ROOT = Path(__file__).parent.parent.parent
-ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
 """Number of times that a process is killed; more in the nightly run."""
 
 
