@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Generator
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from relay import clock
+from relay.steps import Steps, Work
 
 SLICE = 0.001
-"""Seconds of work before other tasks of the event loop can run."""
+"""Seconds of work before other tasks of the event loop can run. The current step is finished first;
+polls in between should wait no more than twice this time."""
 
 T = TypeVar("T")
 
@@ -22,15 +24,15 @@ async def wait_for(event: asyncio.Event, delay: float) -> None:
         return
 
 
-async def run_in_slices(steps: Generator[None, None, T]) -> T:
-    """Return the result of a generator; yield to the event loop after each slice."""
-    deadline = time.perf_counter() + SLICE
+def run_for(seconds: float, work: Work[Any]) -> bool:
+    """Do a part of some work that takes this time; return whether all is done."""
+    return work.run(clock.monotonic() + seconds, clock.monotonic)
+
+
+async def run_in_slices(steps: Steps[T]) -> T:
+    """Return the result of work in steps; let other tasks run after each slice of it."""
+    work = Work(steps)
     while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        if time.perf_counter() > deadline:
-            await asyncio.sleep(0)
-            deadline = time.perf_counter() + SLICE
+        if run_for(SLICE, work):
+            return work.result
+        await asyncio.sleep(0)

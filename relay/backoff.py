@@ -1,115 +1,42 @@
-"""Retry delays of a data source; pure, without a clock, event loop or random numbers of its own."""
+"""Delays between attempts that fail; pure, without a clock, event loop or chance of its own."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 MAX_JITTER = 0.5
 """Maximum share of a delay subtracted at random, so that relays do not retry all at once."""
 
-REFUSED_DELAY = 5.0
-"""Seconds until the first retry with a refused key. Services have refused keys by mistake for
-minutes, and operators fix keys, so recovery should not take long afterwards."""
-
-LONGEST_REFUSED_DELAY = 300.0
-"""Seconds up to which the delay for a refused key doubles, to avoid requests in vain all day."""
+MAX_EXPONENT = 100
+"""Exponent from which on delays stay the same: far beyond any longest delay, and floats do not
+overflow."""
 
 
 @dataclass(frozen=True, slots=True)
-class SourceTimings:
-    """Delays and timeouts of a source, in seconds (streams 2.4, 2.5)."""
-
-    first_delay: float = 1.0
-    longest_delay: float = 30.0
-    growth: float = 1.25
-    """Factor from one delay to the next. ld-relay doubles its delays, so it may sleep for as long
-    again as an outage lasted. A smaller factor lets Relay recover within 4 s of an outage of 10 s,
-    at the cost of 14 attempts in the first minute instead of 6."""
-    half_life: float = 10.0
-    """Duration of a healthy connection that halves the memory of earlier lost connections."""
-    refused_delay: float = REFUSED_DELAY
-    longest_refused_delay: float = LONGEST_REFUSED_DELAY
-    read_timeout: float = 300.0
-    """Silence after which a stream counts as dead; upstream sends a comment every three minutes."""
-    confirm_every: float = 10.0
-    """Minimum time between two `UpToDate` of a quiet source."""
-    poll_interval: float = 30.0
-    poll_timeout: float = 60.0
-    """Timeout for a complete poll."""
-    file_interval: float = 1.0
-    """Time between two checks of a file: short, since checks are cheap and people wait for them."""
-
-
 class Backoff:
-    """Computes retry delays from past successes and failures. Times are seconds of one clock.
+    """Delays that grow with consecutive failures.
 
-    Delays grow with each failure and are reset once upstream has delivered. Connections that were
-    lost soon after delivery are remembered, and forgotten while a connection lasts: after a rare
-    outage the first retry is quick, but an upstream that closes every connection is contacted less
-    and less often.
+    Args:
+        first: seconds after the first failure.
+        longest: upper bound in seconds.
+        growth: factor from one delay to the next.
     """
 
-    def __init__(self, timings: SourceTimings) -> None:
-        self._timings = timings
-        self._base = timings.first_delay
-        self._step = 0.0
-        """Exponent of `growth` for the next delay."""
-        self._remembered = 0.0
-        """Remembered number of lost connections: the step to start from after the next one."""
-        self._refusals = 0
-        self._healthy_since: float | None = None
-        """Time of the first delivery of this connection; None since the last failure."""
+    first: float
+    longest: float
+    growth: float = 2.0
 
-    def __repr__(self) -> str:
-        return f"<Backoff step={self._step:g} refusals={self._refusals}>"
-
-    def succeeded(self, now: float) -> None:
-        """Record a delivery of all data; only the first one of a connection counts."""
-        self._refusals = 0
-        if self._healthy_since is None:
-            self._healthy_since = now
-
-    def failed(self, now: float, chance: float, *, refused: bool = False) -> float:
-        """Record a failure; return the seconds until the next attempt.
+    def delay(self, failures: float, chance: float = 0.0) -> float:
+        """Return the seconds until the next attempt.
 
         Args:
-            now: time of the failure.
-            chance: random number in [0, 1) for the jitter.
-            refused: True if upstream refused the key.
+            failures: number of consecutive failures before this one; may be a fraction.
+            chance: random number in [0, 1) for the jitter; 0 for none.
         """
-        if self._healthy_since is not None:
-            self._forget_failures(now - self._healthy_since)
-        delay = self._next_refused_delay() if refused else self._next_delay()
-        return delay * (1 - MAX_JITTER * chance)
+        full: float = self.first * self.growth ** min(failures, MAX_EXPONENT)
+        return min(self.longest, full) * (1 - MAX_JITTER * chance)
 
-    def set_first_delay(self, milliseconds: int | None) -> None:
-        """Set the first delay to a stream's `retry:` value, within the configured bounds."""
-        if milliseconds is None:
-            return
-        base = min(max(milliseconds / 1000, self._timings.first_delay), self._timings.longest_delay)
-        if base != self._base:
-            self._base, self._step, self._remembered = base, 0.0, 0.0
 
-    def _forget_failures(self, duration: float) -> None:
-        """Reset the step, but keep a part of it if connections are lost soon and often."""
-        self._healthy_since = None
-        self._step = self._remembered * 0.5 ** (max(duration, 0.0) / self._timings.half_life)
-        # Bounded by the step of the longest delay, so that it is forgotten in bounded time.
-        self._remembered = min(self._step + 1, self._max_step)
-
-    @property
-    def _max_step(self) -> int:
-        """First step with the longest delay."""
-        ratio = max(self._timings.longest_delay / self._base, 1.0)
-        return math.ceil(math.log(ratio, self._timings.growth))
-
-    def _next_delay(self) -> float:
-        delay = self._base * math.pow(self._timings.growth, self._step)
-        self._step = min(self._step + 1, self._max_step)
-        return min(self._timings.longest_delay, delay)
-
-    def _next_refused_delay(self) -> float:
-        delay = self._timings.refused_delay * 2.0 ** min(self._refusals, 64)  # avoids an overflow
-        self._refusals += 1
-        return min(self._timings.longest_refused_delay, delay)
+REFUSED_KEY = Backoff(first=5.0, longest=300.0)
+"""Delays for a refused key. Services have refused keys by mistake for minutes, and operators fix
+keys, so recovery should not take long afterwards, and requests in vain should not last all day."""

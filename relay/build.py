@@ -8,7 +8,7 @@ imports neither the HTTP client nor the Redis driver.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from relay.backoff import SourceTimings
 from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
 from relay.errors import ConfigError
@@ -28,8 +27,10 @@ from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Fetch
 from relay.programs import ProgramCache
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
+from relay.registry import Registry
 from relay.relay import Relay
 from relay.sources import DataSource
+from relay.sources.timings import SourceTimings
 from relay.stores import Mirror
 from relay.streams.evaluated import client_side_channels
 from relay.streams.hub import Hub, StreamLimits
@@ -59,12 +60,13 @@ def build(config: Config) -> Relay:
     Raises:
         ConfigError: a resource that it names, such as a file of CA certificates, is unusable.
     """
+    registry: Registry[Environment] = Registry()
     events: Forwarder | None = None
     fetch: Fetch | None = None
     if config.environments:
         specs = [_spec(each, config.main) for each in config.environments]
         session, upstream, fetch, make_source = _launchdarkly(config)
-        events = _forwarder(config, upstream, specs)
+        events = _forwarder(config, upstream, registry.spec_of)
     else:
         specs, make_source, session = [_demo(config.main)], _file(config), nullcontext()
     return Relay(
@@ -75,6 +77,7 @@ def build(config: Config) -> Relay:
         events=events,
         ignore_connection_errors=config.main.ignore_connection_errors,
         disconnected_after=config.main.disconnected_status_time,
+        registry=registry,
     )
 
 
@@ -147,7 +150,9 @@ def _launchdarkly(config: Config) -> tuple[Session, Upstream, Fetch, SourceFacto
     return upstream, upstream, upstream.fetch, make_source
 
 
-def _forwarder(config: Config, upstream: Upstream, specs: Sequence[EnvironmentSpec]) -> Forwarder:
+def _forwarder(
+    config: Config, upstream: Upstream, spec_of: Callable[[str], EnvironmentSpec | None]
+) -> Forwarder:
     """Return the forwarder of events: those of SDKs, if enabled, and the relay's usage metrics."""
     from relay.events.spool import Spool
 
@@ -157,8 +162,7 @@ def _forwarder(config: Config, upstream: Upstream, specs: Sequence[EnvironmentSp
     timings = ForwarderTimings(
         flush_interval=max(events.flush_interval, MIN_FLUSH_INTERVAL), drain=drain / 4
     )
-    by_name = {spec.name: spec for spec in specs}
-    return Forwarder(spool, upstream, events.events_uri, by_name.get, timings)
+    return Forwarder(spool, upstream, events.events_uri, spec_of, timings)
 
 
 def _spec(options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
@@ -185,8 +189,9 @@ def _environment(config: Config, spec: EnvironmentSpec, make_source: SourceFacto
     programs, main = ProgramCache(), config.main
     streams = client_side_channels(programs, main.ping_stream_jitter_time)
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
-    mirrors = tuple(_mirrors(config, spec, source, log))
-    return Environment(spec, source, hub, log, mirrors, programs=programs)
+    environment = Environment(spec, source, hub, log, programs=programs)
+    environment.mirrors = tuple(_mirrors(config, spec, environment.resync, log))
+    return environment
 
 
 def _log_for(spec: EnvironmentSpec) -> Log:
@@ -204,7 +209,7 @@ def _stream_limits(main: Main) -> StreamLimits:
 
 
 def _mirrors(
-    config: Config, spec: EnvironmentSpec, source: DataSource, log: Log
+    config: Config, spec: EnvironmentSpec, resync: Callable[[], None], log: Log
 ) -> Iterator[Mirror]:
     """Yield the snapshot and the database mirror, if configured."""
     if config.main.snapshot_dir and config.environments:
@@ -218,4 +223,4 @@ def _mirrors(
         store = RedisStore(config.redis, spec.prefix)
         log.info("Using Redis data store: %s with prefix: %s", store.server, store.prefix)
         timings = SINGLE_RUN if config.main.exit_always else MirrorTimings()
-        yield DatabaseMirror(store, "redis", source.resync, log, timings)
+        yield DatabaseMirror(store, "redis", resync, log, timings)

@@ -7,12 +7,12 @@ Stored data is served immediately; data from upstream always takes precedence ov
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import Enum
 
+from relay import clock
 from relay.errors import ErrorKind
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Kind
@@ -21,7 +21,8 @@ from relay.programs import ProgramCache
 from relay.sources import DataSource, Interrupted, Update, UpToDate
 from relay.stores import Mirror
 from relay.streams.hub import Hub
-from relay.telemetry.log import Log
+from relay.telemetry.log import EnvironmentLog, Log, set_environment_level
+from relay.telemetry.outage import OutageLog
 
 CONFIRM_EVERY = 60.0
 """Seconds between the confirmations that mirrors get while nothing changes, so that the age of
@@ -46,9 +47,9 @@ class UpstreamConnection:
     """
 
     state: ConnectionState = ConnectionState.INITIALIZING
-    since: float = field(default_factory=time.time)
+    since: float = field(default_factory=clock.unix)
     """Time of the last state change, in Unix seconds."""
-    entered: float = field(default_factory=time.monotonic)
+    entered: float = field(default_factory=clock.monotonic)
     """Time of the last state change, by the monotonic clock."""
     last_error: tuple[ErrorKind, float] | None = None
     """Class of the last failure and its time in Unix seconds; never cleared."""
@@ -60,7 +61,7 @@ class UpstreamConnection:
     @property
     def lasts(self) -> float:
         """Seconds since the state was entered."""
-        return time.monotonic() - self.entered
+        return clock.monotonic() - self.entered
 
     @property
     def data_age(self) -> float | None:
@@ -68,14 +69,14 @@ class UpstreamConnection:
         return (
             None
             if self.last_confirmed is None
-            else max(0.0, time.monotonic() - self.last_confirmed)
+            else max(0.0, clock.monotonic() - self.last_confirmed)
         )
 
     def enter(self, state: ConnectionState) -> bool:
         """Change to `state`; return False if that is the current state already."""
         if state is self.state:
             return False
-        self.state, self.since, self.entered = state, time.time(), time.monotonic()
+        self.state, self.since, self.entered = state, clock.unix(), clock.monotonic()
         return True
 
 
@@ -119,12 +120,23 @@ class Environment:
         """Set once upstream has delivered data or refused the key."""
         self._mirrors_updated_at = -float("inf")
         """Monotonic time of the last `update` of the mirrors."""
-        self._last_warning = ""
-        """Reason of the last outage that was logged."""
-        self.created = time.time()
+        self._outage = OutageLog(log)
+        self.created = clock.unix()
         """Creation time in Unix seconds."""
         self._source = source
+        self._successor: DataSource | None = None
+        """Source that takes the place of `_source` once it has delivered all data."""
+        self._successor_failing = False
+        """True once it was logged that it cannot."""
+        self._followers: dict[DataSource, asyncio.Task[None]] = {}
+        """Tasks that follow a source, while the environment runs."""
+        self._tasks: asyncio.TaskGroup | None = None
         self._log = log
+
+    @property
+    def log(self) -> Log:
+        """Logger that names this environment."""
+        return self._log
 
     def __repr__(self) -> str:
         items = "no data" if self.payload is None else f"{len(self.payload)} items"
@@ -132,11 +144,36 @@ class Environment:
 
     async def run(self) -> None:
         """Keep the environment current until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            for mirror in self.mirrors:
-                tasks.create_task(self._load_stored(mirror))
-                tasks.create_task(mirror.run())
-            tasks.create_task(self._follow_source())
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                for mirror in self.mirrors:
+                    self._tasks.create_task(self._load_stored(mirror))
+                    self._tasks.create_task(mirror.run())
+                self._follow(self._source)
+                self._follow(self._successor)
+        finally:
+            self._tasks, self._followers = None, {}
+
+    def change(self, spec: EnvironmentSpec, source: DataSource | None = None) -> None:
+        """Replace the spec, which takes effect at once; data, streams and mirrors stay.
+
+        Args:
+            spec: the new name, credentials and settings. (The prefix takes effect at a restart.)
+            source: follows upstream with a new SDK key; the present source is followed until this
+                one has delivered all data. None keeps the present source.
+        """
+        self.spec = spec
+        if isinstance(self._log, EnvironmentLog):
+            self._log.describe(spec.name, spec.sdk_key.masked)
+            set_environment_level(spec.name, spec.log_level)
+        if source is not None:
+            self._unfollow(self._successor)
+            self._successor, self._successor_failing = source, False
+            self._follow(source)
+
+    def resync(self) -> None:
+        """Request all data from upstream again."""
+        self._source.resync()
 
     def check(self, *, reconnect: bool = False) -> None:
         """Check upstream for changes soon.
@@ -149,7 +186,7 @@ class Environment:
     def fail(self) -> None:
         """Record that `run` ended with an unexpected error. Call it from the exception handler."""
         self._log.exception("The environment failed and is started again; its data stay served")
-        self.connection.last_error = (ErrorKind.UNKNOWN, time.time())
+        self.connection.last_error = (ErrorKind.UNKNOWN, clock.unix())
         if self.connection.has_data:
             self.connection.enter(ConnectionState.INTERRUPTED)
 
@@ -170,15 +207,38 @@ class Environment:
             # The same data, from a mirror that knows its age.
             self.connection.last_confirmed = _clock_before(stored.age)
 
-    async def _follow_source(self) -> None:
-        async with aclosing(self._source.updates()) as updates:
+    def _follow(self, source: DataSource | None) -> None:
+        if source is not None and self._tasks is not None:
+            self._followers[source] = self._tasks.create_task(self._handle_updates(source))
+
+    def _unfollow(self, source: DataSource | None) -> None:
+        if source is not None and (task := self._followers.pop(source, None)):
+            task.cancel()
+
+    async def _handle_updates(self, source: DataSource) -> None:
+        async with aclosing(source.updates()) as updates:
             async for update in updates:
+                if source is self._successor and not self._takes_over(source, update):
+                    continue
                 self._handle(update)
+
+    def _takes_over(self, source: DataSource, update: Update) -> bool:
+        """Let a new source take over with its first complete data; return False before."""
+        if not (isinstance(update, ChangeSet) and update.full):
+            if isinstance(update, Interrupted) and not self._successor_failing:
+                self._successor_failing = True
+                text = "The former SDK key is still used upstream. With the new one: %s"
+                self._log.warning(text, update.reason)
+            return False
+        self._unfollow(self._source)
+        self._source, self._successor = source, None
+        self._log.info("The new SDK key is used upstream")
+        return True
 
     def _handle(self, update: Update) -> None:
         match update:
             case ChangeSet():
-                self._handle_changes(update, time.monotonic())
+                self._handle_changes(update, clock.monotonic())
             case UpToDate():
                 self._confirm()
             case Interrupted():
@@ -214,12 +274,14 @@ class Environment:
         """Record that upstream is healthy and `payload` is current; update the mirrors."""
         if not self.connection.has_data or self.payload is None:
             return
-        now = time.monotonic()
+        now = clock.monotonic()
         entered = self.connection.enter(ConnectionState.VALID)
         self.connection.last_confirmed = now
         self.init_done.set()
         if entered:
-            self._log.info("Upstream is connected, data are current (%d items)", len(self.payload))
+            text = "Upstream is connected, data are current (%d items)"
+            if not self._outage.end(text, len(self.payload)):  # it is the first connection
+                self._log.info(text, len(self.payload))
         if entered or full or change is not None or now - self._mirrors_updated_at >= CONFIRM_EVERY:
             self._mirrors_updated_at = now
             for mirror in self.mirrors:
@@ -236,13 +298,11 @@ class Environment:
             state = ConnectionState.INTERRUPTED
         else:
             state = ConnectionState.INITIALIZING
-        first = connection.last_error is None
-        connection.last_error = (outage.kind, time.time())
+        connection.last_error = (outage.kind, clock.unix())
         # Log each new reason for unusable data once: a file is often fixed in steps.
-        new_reason = outage.kind is ErrorKind.INVALID_DATA and outage.reason != self._last_warning
-        if connection.enter(state) or first or new_reason:
-            self._log.warning("%s", outage.reason)
-            self._last_warning = outage.reason
+        new_reason = outage.kind is ErrorKind.INVALID_DATA and outage.reason != self._outage.reason
+        again = connection.enter(state) or new_reason
+        self._outage.begin(outage.reason, "%s", outage.reason, again=again)
         for mirror in self.mirrors:
             mirror.suspend()
 
@@ -263,4 +323,4 @@ class Environment:
 
 def _clock_before(age: float | None) -> float | None:
     """Return the monotonic time `age` seconds ago; None if the age is unknown."""
-    return None if age is None else time.monotonic() - age
+    return None if age is None else clock.monotonic() - age

@@ -7,39 +7,20 @@ payload differs little from the previous one, almost everything is reused.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 
+from relay import clock
+from relay.aio import SLICE, run_for
 from relay.evaluation.compiled.flag import CompiledFlag
 from relay.evaluation.compiled.index import Index
 from relay.evaluation.compiled.program import FlagCompiler, Program
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.item import version_of_time
 from relay.model.payload import Payload
-
-SLICE = 0.001
-"""Seconds after which compiling yields to the event loop. The current flag is finished first;
-polls in between should wait no more than twice this time."""
+from relay.steps import Steps, Work
 
 AT_ONCE = 0.002
 """Seconds of compiling done synchronously: enough to check thousands of flags for those that a
 patch has changed."""
-
-
-@dataclass(slots=True)
-class _PartialProgram:
-    """A partially compiled program.
-
-    Args:
-        keys: keys of the flags still to compile.
-        index: index of the features of the flags compiled so far.
-        flags: the flags compiled so far that this kind of SDK may see.
-    """
-
-    keys: Iterator[str]
-    index: Index
-    flags: dict[str, CompiledFlag] = field(default_factory=dict)
 
 
 class ProgramCache:
@@ -50,7 +31,8 @@ class ProgramCache:
         self._compiler: FlagCompiler | None = None
         self._version = 0
         self._programs: dict[SDKKind, Program] = {}
-        self._partials: dict[SDKKind, _PartialProgram] = {}
+        self._partials: dict[SDKKind, Work[Program]] = {}
+        """Programs that are compiled in part."""
         self._indexes: dict[SDKKind, Index] = {}
         """Indexes of the last programs, possibly of earlier payloads."""
         self._lock = asyncio.Lock()
@@ -69,7 +51,7 @@ class ProgramCache:
         if payload is self._payload:
             return
         self._payload = payload
-        self._version = max(self._version + 1, version_of_time(time.time()), payload.newest + 1)
+        self._version = max(self._version + 1, version_of_time(clock.unix()), payload.newest + 1)
         self._programs = {}
         self._partials = {}
 
@@ -100,32 +82,25 @@ class ProgramCache:
         """Compile for some seconds; return the program if that completes it."""
         if self._payload is None:
             return None
-        deadline = time.perf_counter() + seconds
-        payload = self._payload
+        work = self._partials.pop(sdk_kind, None) or Work(self._compile(self._payload, sdk_kind))
+        if not run_for(seconds, work):
+            self._partials[sdk_kind] = work
+            return None
+        self._programs[sdk_kind] = work.result
+        return work.result
+
+    def _compile(self, payload: Payload, sdk_kind: SDKKind) -> Steps[Program]:
+        """Compile a payload, with a step for each flag."""
         if self._compiler is None or self._compiler.payload is not payload:
             self._compiler = FlagCompiler(payload, self._compiler)
-        partial = self._partials.get(sdk_kind)
-        if partial is None:
-            index = Index(self._indexes.get(sdk_kind))
-            partial = self._partials[sdk_kind] = _PartialProgram(iter(sorted(payload.flags)), index)
-        if not _compile(self._compiler, sdk_kind, partial, deadline):
-            return None
-        del self._partials[sdk_kind]
-        self._indexes[sdk_kind] = partial.index
-        program = self._programs[sdk_kind] = Program(partial.flags, self._version, partial.index)
-        return program
-
-
-def _compile(
-    compiler: FlagCompiler, sdk_kind: SDKKind, partial: _PartialProgram, deadline: float
-) -> bool:
-    """Compile flags until a time of `perf_counter`; return whether all are done."""
-    for key in partial.keys:
-        flag = compiler.seen(sdk_kind, key)
-        if flag is not None:
-            partial.flags[key] = flag
-            if flag.features:
-                partial.index.add(flag.features)
-        if time.perf_counter() > deadline:
-            return False
-    return True
+        compiler, index = self._compiler, Index(self._indexes.get(sdk_kind))
+        flags: dict[str, CompiledFlag] = {}
+        for key in sorted(payload.flags):
+            flag = compiler.seen(sdk_kind, key)
+            if flag is not None:
+                flags[key] = flag
+                if flag.features:
+                    index.add(flag.features)
+            yield
+        self._indexes[sdk_kind] = index
+        return Program(flags, self._version, index)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 
+from relay import clock
 from relay.aio import wait_for
 from relay.environment import Environment
 from relay.model.item import Kind
@@ -47,7 +47,7 @@ class RefreshTracker:
         self._changes: int | None = None
         """Number of changes at the last webhook without a version; None without such a webhook."""
         self._checked = -float("inf")
-        """Time of the last check, by `time.monotonic`."""
+        """Time of the last check, by `clock.monotonic`."""
         self._announced = asyncio.Event()
 
     def announce(self, resources: Sequence[ChangedResource]) -> bool:
@@ -73,17 +73,13 @@ class RefreshTracker:
         return True
 
     async def run(self) -> None:
-        """Check upstream after each notice until its changes have arrived; run until cancelled."""
-        while True:
-            await self._announced.wait()
-            await self._check_until_arrived()
-            self._expected.clear()
-            self._changes = None
+        """Check upstream until the announced changes have arrived, or the last check was made.
 
-    async def _check_until_arrived(self) -> None:
+        Notices that come meanwhile are waited for as well.
+        """
         due: list[float] = []
         while due or self._announced.is_set():
-            now = time.monotonic()
+            now = clock.monotonic()
             if self._announced.is_set():
                 self._announced.clear()
                 due = [

@@ -1,16 +1,21 @@
-"""The relay: its environments, the credentials that open them, and their supervision."""
+"""The relay: runs its environments, which may come, change and go."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+from relay import clock
 from relay.environment import ConnectionState, Environment
+from relay.model.credential import CredentialKind
+from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Fetch
+from relay.registry import Registry, RegistryChange
+from relay.sources import DataSource
+from relay.telemetry.log import mask_keys
 
 if TYPE_CHECKING:
     # This imports SQLite and compression; the port need not wait for them.
@@ -19,6 +24,9 @@ if TYPE_CHECKING:
 RESTART_DELAY = 10.0
 """Seconds before an environment that failed with an unexpected error is restarted."""
 
+ENDED_WITHIN = 1.0
+"""Seconds within which the streams of a removed environment or a revoked credential are over."""
+
 _log = logging.getLogger("relay")
 
 
@@ -26,7 +34,7 @@ class Relay:
     """All environments of this process.
 
     Args:
-        environments: environments to serve; of two with the same credential, the later wins.
+        environments: the first environments; of two with the same credential, the later wins.
         init_timeout: seconds to wait for upstream before the relay counts as started without it.
         upstream: session shared by sources and events; the caller of `run` opens it.
         fetch: requests LaunchDarkly's keyless resources; None without a network.
@@ -34,6 +42,7 @@ class Relay:
         ignore_connection_errors: log an environment without upstream after `init_timeout` as a
             warning instead of an error.
         disconnected_after: seconds of interruption after which `/status` reports `disconnected`.
+        registry: empty; a new one if omitted.
     """
 
     def __init__(
@@ -46,26 +55,64 @@ class Relay:
         events: Forwarder | None = None,
         ignore_connection_errors: bool = False,
         disconnected_after: float = 60.0,
+        registry: Registry[Environment] | None = None,
     ) -> None:
-        self.environments = {environment.spec.name: environment for environment in environments}
-        self.by_sdk_key = {e.spec.sdk_key.value: e for e in environments}
-        self.by_mobile_key = {e.spec.mobile_key.value: e for e in environments if e.spec.mobile_key}
-        self.by_environment_id = {
-            e.spec.environment_id.value: e for e in environments if e.spec.environment_id
-        }
+        self.registry: Registry[Environment] = registry or Registry()
         self.disconnected_after = disconnected_after
         self.upstream = upstream or nullcontext()
         self.fetch = fetch
         self.events = events
         self._init_failure_level = logging.WARNING if ignore_connection_errors else logging.ERROR
-        self._init_deadline = time.monotonic() + init_timeout
+        self._init_timeout = init_timeout
+        self._init_deadline = clock.monotonic() + init_timeout
         self.stopping = False
         """True once the shutdown begins: from then on the relay is not ready."""
+        self._tasks: asyncio.TaskGroup | None = None
+        """Tasks of the environments, while the relay runs."""
+        self._running: dict[Environment, asyncio.Task[None]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        """Tasks of removed environments that write their last changes."""
+        self._expiry_timer: asyncio.TimerHandle | None = None
+        for environment in environments:
+            self.put(environment)
+
+    @property
+    def environments(self) -> Mapping[str, Environment]:
+        """The environments by name."""
+        return self.registry.environments
+
+    def put(self, environment: Environment) -> None:
+        """Add an environment, and run it as long as the relay runs.
+
+        Raises:
+            ValueError: another environment has the name.
+        """
+        self._carry_out(self.registry.put(environment, environment.spec))
+
+    def change(
+        self, environment: Environment, spec: EnvironmentSpec, source: DataSource | None = None
+    ) -> None:
+        """Replace the spec of an environment while it serves; see `Environment.change`.
+
+        Raises:
+            ValueError: another environment has the name; nothing has changed.
+        """
+        change = self.registry.put(environment, spec)
+        environment.change(spec, source)
+        self._carry_out(change)
+
+    def remove(self, environment: Environment) -> None:
+        """Remove an environment: its credentials open nothing, and its streams end."""
+        self._carry_out(self.registry.remove(environment))
+
+    def expire(self) -> None:
+        """End what was opened with credentials that have expired; a timer calls this in time."""
+        self._carry_out(self.registry.expire())
 
     @property
     def starting(self) -> bool:
         """True until `init_timeout` is over."""
-        return time.monotonic() < self._init_deadline
+        return clock.monotonic() < self._init_deadline
 
     def __repr__(self) -> str:
         stopping = ", stopping" if self.stopping else ""
@@ -73,10 +120,66 @@ class Relay:
 
     async def run(self) -> None:
         """Keep all environments up to date until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                for environment in self.environments.values():
+                    self._start(environment, self._init_deadline)
+                self._schedule_expiry()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self._running.clear()
+        finally:
+            self._tasks = None
+            if self._expiry_timer is not None:
+                self._expiry_timer.cancel()
+
+    def _carry_out(self, change: RegistryChange[Environment]) -> None:
+        """Carry out the consequences of a change; before `run` there is nothing to end."""
+        mask_keys(
+            grant.credential.value
+            for grant in change.opened
+            if grant.credential.kind is not CredentialKind.ENVIRONMENT_ID  # which is public
+        )
+        if self._tasks is None:
+            return
+        for environment in change.stopped:
+            self._stop(environment)
+        for grant in change.closed:
+            if grant.environment not in change.stopped:
+                self._tasks.create_task(grant.environment.hub.end_streams(grant, ENDED_WITHIN))
+        for environment in change.started:
+            self._start(environment, clock.monotonic() + self._init_timeout)
+        self._schedule_expiry()
+
+    def _schedule_expiry(self) -> None:
+        """Set the one timer to the next expiry."""
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+            self._expiry_timer = None
+        delay = self.registry.next_expiry_in
+        if delay is not None:
+            self._expiry_timer = asyncio.get_running_loop().call_later(delay, self.expire)
+
+    def _start(self, environment: Environment, init_deadline: float) -> None:
+        if self._tasks is not None:
+            running = self._run_environment(environment, init_deadline)
+            self._running[environment] = self._tasks.create_task(running)
+
+    def _stop(self, environment: Environment) -> None:
+        if self._tasks is not None:
+            task = self._running.pop(environment)
+            task.cancel()
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+            self._tasks.create_task(environment.hub.close(ENDED_WITHIN))
+
+    async def _run_environment(self, environment: Environment, init_deadline: float) -> None:
+        if self._ending:  # they may have the same snapshot or prefix
+            await asyncio.wait(self._ending)
         async with asyncio.TaskGroup() as tasks:
-            for environment in self.environments.values():
-                tasks.create_task(self._keep_running(environment))
-                tasks.create_task(self._report_start(environment))
+            tasks.create_task(self._keep_running(environment))
+            tasks.create_task(self._report_start(environment, init_deadline))
 
     async def _keep_running(self, environment: Environment) -> None:
         """Run an environment, and restart it after any exception, which affects no other one."""
@@ -85,12 +188,14 @@ class Relay:
                 await environment.run()
             except Exception:  # noqa: BLE001 - the one boundary between environments
                 environment.fail()
+            if environment not in self._running:
+                return  # it failed while it was being cancelled
             await asyncio.sleep(RESTART_DELAY)
 
-    async def _report_start(self, environment: Environment) -> None:
+    async def _report_start(self, environment: Environment, deadline: float) -> None:
         """Log once whether an environment was initialized, in ld-relay's words (status 8.3)."""
         name, key = environment.spec.name, environment.spec.sdk_key.masked
-        if await self._initialized(environment):
+        if await self._initialized(environment, deadline):
             _log.info('Initialized LaunchDarkly client for "%s" (SDK key %s)', name, key)
             return
         refused = environment.init_done.is_set()
@@ -99,10 +204,10 @@ class Relay:
         text = 'Error initializing LaunchDarkly client for "%s": %s; serving %s, still trying'
         _log.log(self._init_failure_level, text, name, reason, serving)
 
-    async def _initialized(self, environment: Environment) -> bool:
+    async def _initialized(self, environment: Environment, deadline: float) -> bool:
         """Wait until initialization ends or times out; return whether upstream delivered data."""
         try:
-            async with asyncio.timeout(max(0.0, self._init_deadline - time.monotonic())):
+            async with asyncio.timeout(max(0.0, deadline - clock.monotonic())):
                 await environment.init_done.wait()
         except TimeoutError:
             return False
@@ -130,10 +235,10 @@ class Relay:
         return complete
 
     async def _wait_synced(self, environment: Environment) -> bool:
-        if not await self._initialized(environment):
+        if not await self._initialized(environment, self._init_deadline):
             return False
         try:
-            async with asyncio.timeout(max(0.0, self._init_deadline - time.monotonic())):
+            async with asyncio.timeout(max(0.0, self._init_deadline - clock.monotonic())):
                 for mirror in environment.mirrors:
                     await mirror.flushed()
         except TimeoutError:

@@ -7,19 +7,20 @@ only compares upstream with the database, and reports the changes.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
 
+from relay import clock
 from relay.errors import ErrorKind, StoreUnavailable, UpstreamRefused, UpstreamUnavailable
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.sources import DataSource, Interrupted, Update
-from relay.stores import DataStore
+from relay.stores import UNREADABLE, DataStore, Key, Version, Versions
 from relay.stores.mirror import SINGLE_RUN, DatabaseMirror
+from relay.stores.reconcile import Difference
 from relay.telemetry.log import Log
 
 LAST_RECHECK_TIMEOUT = 3.0
@@ -28,8 +29,6 @@ LAST_RECHECK_TIMEOUT = 3.0
 MAX_CONCURRENT = 16
 """Maximum number of environments synchronised at a time, so that not all payloads are in memory at
 once."""
-
-Key = tuple[Kind, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,51 +79,38 @@ class SyncChanges:
         return {kind: len(getattr(self, kind)) for kind in kinds}
 
     @classmethod
-    def between(cls, stored: Payload | None, payload: Payload, bad: Collection[Key]) -> SyncChanges:
-        """Compare a database with upstream by versions.
+    def between(cls, versions: Versions | None, payload: Payload) -> SyncChanges:
+        """Compare a database with upstream.
 
         Args:
-            stored: content of the database; None if it was never filled.
+            versions: versions of the stored items; None if the database was never filled.
             payload: data from upstream.
-            bad: keys of unreadable items in the database.
         """
-        before = stored or EMPTY
+        stored = versions or {}
+        difference = Difference.between(stored, payload)
         by_fate: defaultdict[str, list[Key]] = defaultdict(list)
-        for item in payload:
+        for item in difference.outdated:
             key = item.kind, item.key
-            stored_item = before.all(item.kind).get(item.key)
-            by_fate[_fate(item, stored_item, unreadable=key in bad)].append(key)
-        missing = [key for key in _live(before, bad) if key[1] not in payload.all(key[0])]
-        if by_fate["kept"]:
-            # Upstream is behind the database, so items that it lacks may be new.
-            by_fate["kept"] += missing
-        else:
-            by_fate["deleted"] += missing
+            by_fate[_fate(item, stored.get(key))].append(key)
+        # If upstream is behind the database, items that it lacks may be new.
+        missing_fate = "kept" if difference.ahead else "deleted"
+        by_fate["kept"] += difference.ahead
+        by_fate[missing_fate] += difference.extra
         return cls(
             added=tuple(by_fate["added"]),
             updated=tuple(by_fate["updated"]),
             deleted=tuple(by_fate["deleted"]),
             kept=tuple(by_fate["kept"]),
-            whole=stored is None,
+            whole=versions is None,
             unseen=len(by_fate["unseen"]),
         )
 
 
-def _fate(item: Item, stored: Item | None, *, unreadable: bool) -> str:
-    """Return the kind of change for an item of upstream: a field of `SyncChanges`, or "same"."""
-    if unreadable:
+def _fate(item: Item, stored: Version | None) -> str:
+    """Return the kind of change for an item that is outdated: a field of `SyncChanges`."""
+    if stored is not None and (stored.live or stored == UNREADABLE):
         return "deleted" if item.deleted else "updated"
-    if stored is None or (stored.deleted and item.version > stored.version):
-        return "unseen" if item.deleted else "added"
-    if item.version > stored.version:
-        return "deleted" if item.deleted else "updated"
-    return "kept" if item.version < stored.version else "same"
-
-
-def _live(payload: Payload, bad: Collection[Key]) -> Iterator[Key]:
-    """Yield the keys of live items in a database, and of unreadable ones."""
-    yield from ((item.kind, item.key) for item in payload if not item.deleted)
-    yield from bad
+    return "unseen" if item.deleted else "added"
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,12 +205,12 @@ class _Run:
     def __init__(self, target: SyncTarget, options: SyncOptions) -> None:
         self._target = target
         self._options = options
-        self._started = time.monotonic()
+        self._started = clock.monotonic()
         self._mirror: DatabaseMirror | None = None
-        self._before: Payload | None = None
-        """Content of the database before; None if it was never filled."""
-        self._bad: frozenset[Key] = frozenset()
-        """Keys of its unreadable items."""
+        self._before = EMPTY
+        """Readable items of the database before."""
+        self._versions: Versions | None = None
+        """Versions of all its items; None if it was never filled."""
         self._payload = EMPTY
         """Data from upstream, without unusable items."""
         self._changes: SyncChanges | None = None
@@ -255,7 +241,7 @@ class _Run:
         stored = await target.store.load()
         if stored is not None:
             self._before = self._payload = stored.payload
-            self._bad = frozenset((bad.kind, bad.key) for bad in stored.invalid)
+            self._versions = stored.versions
         running = [asyncio.create_task(self._listen())]
         if not self._options.dry_run:
             self._mirror = DatabaseMirror(
@@ -284,7 +270,7 @@ class _Run:
         match update:
             case ChangeSet() if update.full or self._changes is not None:
                 self._payload, _ = self._payload.apply(update)
-                self._changes = SyncChanges.between(self._before, self._payload, self._bad)
+                self._changes = SyncChanges.between(self._versions, self._payload)
                 if self._mirror:
                     change = Change((), (), replace=True)
                     self._mirror.update(self._merged(), change, full=update.full)
@@ -298,15 +284,14 @@ class _Run:
     def _merged(self) -> Payload:
         """Return the payload to store: upstream's, plus stored items that may be newer."""
         kept = set(self._changes.kept) if self._changes else set()
-        before = self._before or EMPTY
-        missing = (item for item in before if item.key not in self._payload.all(item.kind))
+        missing = (item for item in self._before if item.key not in self._payload.all(item.kind))
         return Payload.of([*self._payload, *(i for i in missing if (i.kind, i.key) in kept)])
 
     async def _wait_done(self) -> None:
         await self._until(lambda: self._changes is not None or self._refused)
         rechecks = self._options.recheck_after
         for number, at in enumerate(rechecks, 1):
-            if await self._until(self._is_seen, self._started + at - time.monotonic()):
+            if await self._until(self._is_seen, self._started + at - clock.monotonic()):
                 break
             self._answered = False
             self._target.source.check(reconnect=number == len(rechecks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +18,8 @@ from relay.model.payload import ChangeSet, Payload
 from relay.relay import Relay
 from relay.sources import Interrupted, UpToDate
 from relay.stores import Stored
+from relay.telemetry.log import environment_log
+from tests.support.clocks import SystemClock
 from tests.support.contracts import MemoryMirror, RecordingHub, ScriptedSource
 
 LOG = logging.getLogger("relay.env.test")
@@ -195,13 +197,13 @@ async def test_mirrors_are_confirmed_while_nothing_changes(monkeypatch):
 
 
 @pytest.mark.parametrize("jump", [-8 * 86400, 8 * 86400])
-async def test_a_corrected_clock_does_not_confirm_mirrors_early(monkeypatch, jump):
+async def test_a_corrected_clock_does_not_confirm_mirrors_early(jump):
     """A jump of the wall clock does not count as elapsed time."""
     async with Stage(mirrors=1) as stage:
         await stage.source.give(put(flag("a", 1)))
-        right = time.time
-        monkeypatch.setattr("time.time", lambda: right() + jump)
-        await stage.source.give(UpToDate())
+        with SystemClock() as system:
+            system.correct(jump)
+            await stage.source.give(UpToDate())
         assert len(stage.mirrors[0].told) == 1
         assert stage.environment.connection.data_age < 60
 
@@ -277,6 +279,111 @@ async def test_one_environment_cannot_hurt_another(caplog, monkeypatch):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+NEW = EnvironmentSpec("test", SDKKey("sdk-new"))
+
+
+async def test_a_new_key_takes_over_without_a_gap():
+    """The old source is followed until the new one has delivered everything, then closed."""
+    async with Stage(mirrors=1) as stage:
+        env, successor = stage.environment, ScriptedSource()
+        await stage.source.give(put(flag("a", 1)))
+        env.change(NEW, successor)
+        assert env.spec is NEW
+        await stage.source.give(ChangeSet((flag("a", 2),)))
+        assert env.payload.get(Kind.FLAG, "a") == flag("a", 2)
+        await successor.give(UpToDate(), ChangeSet((flag("a", 3),)))
+        assert env.payload.get(Kind.FLAG, "a") == flag("a", 2), "no data before the put"
+        await stage.source.give(ChangeSet((flag("a", 4),)))
+        assert stage.source.ended == 0
+        await successor.give(put(flag("a", 4), flag("b", 1)))
+        assert len(env.payload) == 2
+        await asyncio.sleep(0)
+        assert stage.source.ended == 1
+        await successor.give(ChangeSet((flag("a", 5),)))
+        assert env.payload.get(Kind.FLAG, "a") == flag("a", 5)
+        env.check()
+        env.resync()
+        assert (successor.looked, successor.refreshed) == ([False], 1)
+        assert (stage.source.looked, stage.source.refreshed) == ([], 0)
+    assert successor.ended == 1
+
+
+async def test_a_new_key_that_is_refused_leaves_the_old_one_at_work(caplog):
+    """Said once; state and mirrors are those of the source that works."""
+    caplog.set_level(logging.INFO)
+    async with Stage(mirrors=1) as stage:
+        env, successor = stage.environment, ScriptedSource()
+        await stage.source.give(put(flag("a", 1)))
+        env.change(NEW, successor)
+        await successor.give(REFUSED, OUTAGE, REFUSED)
+        assert env.connection.state is ConnectionState.VALID
+        assert env.connection.last_error is None
+        assert "hold" not in stage.mirrors[0].told
+        assert caplog.text.count("The former SDK key is still used upstream") == 1
+        await stage.source.give(OUTAGE)
+        assert env.connection.state is ConnectionState.INTERRUPTED
+        await successor.give(put(flag("a", 2)))
+        assert env.connection.state is ConnectionState.VALID
+        assert "The new SDK key is used upstream" in caplog.text
+
+
+async def test_a_second_rotation_overtakes_the_first():
+    """Only the newest key matters; the one between is closed at once."""
+    async with Stage() as stage:
+        first, second = ScriptedSource(), ScriptedSource()
+        await stage.source.give(put(flag("a", 1)))
+        stage.environment.change(NEW, first)
+        await first.give(UpToDate())
+        stage.environment.change(replace(NEW, sdk_key=SDKKey("sdk-newer")), second)
+        await second.give(UpToDate())
+        assert (stage.source.ended, first.ended, second.ended) == (0, 1, 0)
+        await second.give(put(flag("a", 2)))
+        assert stage.environment.payload.get(Kind.FLAG, "a") == flag("a", 2)
+        await asyncio.sleep(0)
+        assert (stage.source.ended, first.ended, second.ended) == (1, 1, 0)
+
+
+async def test_a_rotation_survives_a_failure_of_the_environment():
+    """Both keys are followed again; one that has taken over stays."""
+    stage, successor = Stage(), ScriptedSource()
+    for deliver in (False, True):
+        async with stage:
+            if not deliver:
+                stage.environment.change(NEW, successor)
+            else:
+                await successor.give(put(flag("a", 1)))
+    assert stage.source.ended == 2
+    async with stage:
+        await successor.give(put(flag("a", 2)))
+        assert stage.environment.payload.get(Kind.FLAG, "a") == flag("a", 2)
+    assert stage.source.ended == 2
+    assert successor.ended == 3
+
+
+async def test_a_new_key_before_the_first_data(caplog):
+    """Whichever delivers first is served, and the new one wins."""
+    async with Stage() as stage:
+        env, successor = stage.environment, ScriptedSource()
+        env.change(NEW, successor)
+        await stage.source.give(REFUSED)
+        assert env.connection.state is ConnectionState.OFF
+        await successor.give(put(flag("a", 1)))
+        assert env.connection.state is ConnectionState.VALID
+
+
+async def test_the_log_follows_name_and_key(caplog):
+    """Sources and mirrors hold the same log, and need not be told."""
+    caplog.set_level(logging.INFO)
+    spec, source = EnvironmentSpec("old", SDKKey("sdk-1111")), ScriptedSource()
+    log = environment_log("old", "...1111")
+    env = Environment(spec, source, RecordingHub(), log)
+    env.change(EnvironmentSpec("new", SDKKey("sdk-2222")))
+    log.info("hello")
+    (record,) = caplog.records
+    assert (record.name, record.environment) == ("relay.env.new", "new")
+    assert record.masked_key == "...2222"
 
 
 async def test_the_repr_states_connection_and_size():

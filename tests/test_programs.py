@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from relay import clock
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import parse_context
 from relay.model.item import Item, Kind, parse
@@ -28,6 +29,14 @@ def make_item(key: str, version: int = 1, **members: object) -> Item:
 def many(version: int = 1) -> Payload:
     """A payload that takes a while."""
     return Payload.of(make_item(f"flag-{number:04}", version) for number in range(MANY))
+
+
+@pytest.fixture
+def quick_machine():
+    """Compiling takes no time, so that programs are ready at once."""
+    clock.use(lambda: 0.0)
+    yield
+    clock.use()
 
 
 async def test_without_data_there_is_no_program():
@@ -101,6 +110,7 @@ async def test_all_waiters_share_one_program():
         await first
 
 
+@pytest.mark.usefixtures("quick_machine")
 async def test_kinds_of_sdk_share_compiled_flags():
     """A flag that several kinds of SDK see is compiled once for all of them."""
     cache = ProgramCache()
@@ -123,6 +133,7 @@ async def test_waiters_get_the_newest_payload():
     assert json.loads(program.all(ANNA, with_reasons=False)).keys() == {"lamp"}
 
 
+@pytest.mark.usefixtures("quick_machine")
 async def test_deleted_flags_are_gone():
     """A tombstone is no flag, and the deleted flag is touched."""
     cache = ProgramCache()
@@ -141,6 +152,7 @@ async def test_deleted_flags_are_gone():
     assert program.all(ANNA, with_reasons=True) == b"{}"
 
 
+@pytest.mark.usefixtures("quick_machine")
 async def test_changed_rules_count_at_once_and_old_ones_no_more(monkeypatch):
     """Rules that many patches change, one after the other, each hold from then on."""
     monkeypatch.setattr("relay.programs.AT_ONCE", 60.0)  # however slow the machine is
@@ -162,6 +174,7 @@ async def test_changed_rules_count_at_once_and_old_ones_no_more(monkeypatch):
         assert body[key]["variation"] == (1 if version % 3 else 0)
 
 
+@pytest.mark.usefixtures("quick_machine")
 async def test_versions_grow_with_each_payload_and_fit_32_bits():
     """Versions are those of the data: equal for all kinds of SDK, greater with each new payload."""
     cache = ProgramCache()
@@ -176,18 +189,20 @@ async def test_versions_grow_with_each_payload_and_fit_32_bits():
     assert versions[-1] < 2**31
 
 
-async def test_versions_fit_whatever_the_clock_says(monkeypatch):
+@pytest.mark.usefixtures("quick_machine")
+async def test_versions_fit_whatever_the_clock_says():
     """They still grow."""
     cache = ProgramCache()
     versions = []
     for version, now in enumerate((2**40, 0.0, 1e9, 2**40), 1):
-        monkeypatch.setattr("time.time", lambda now=now: now)
+        clock.use(lambda: 0.0, lambda now=now: now)
         cache.update(Payload.of([make_item("lamp", version)]))
         versions.append(cache.current(SDKKind.SERVER).version)
     assert versions == sorted(set(versions))
     assert versions[-1] < 2**31
 
 
+@pytest.mark.usefixtures("quick_machine")
 async def test_a_cache_prints_its_state():
     """In a debugger it says for which kinds of SDK programs are ready, and no content."""
     cache = ProgramCache()

@@ -17,13 +17,13 @@ import binascii
 import json
 import logging
 import os
-import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from relay import clock
 from relay.errors import ConfigError, InvalidData, RelayError
+from relay.lru import LRUMap
 from relay.protocol import webhook
 from relay.protocol.webhook import EVERYTHING, ChangedResource, ChangeNotice
 from relay.telemetry.log import LEVELS
@@ -60,8 +60,8 @@ MAX_DONE = 1000
 _log = logging.getLogger("relay.updater")
 _logged_warnings: set[str] = set()
 """Configuration warnings that this instance has logged."""
-_done: OrderedDict[str, None] = OrderedDict()
-"""Names of completed requests, oldest first."""
+_done: LRUMap[str, None] = LRUMap(MAX_DONE)
+"""Names of completed requests."""
 
 
 class _RequestRejected(RelayError):
@@ -96,7 +96,7 @@ def handler(event: Any, context: Any) -> dict[str, Any]:
         A response in API Gateway's format: 200 if all affected environments are up to date, 502 if
         some are not, 4xx if the request is rejected, 500 if the configuration is invalid.
     """
-    started = time.monotonic()
+    started = clock.monotonic()
     _prepare_log()
     try:
         config = _configuration(os.environ)
@@ -112,9 +112,7 @@ def handler(event: Any, context: Any) -> dict[str, Any]:
         return _response(500, "the configuration cannot be used; the function's log tells why")
     failed = any(result.problem for result in results.values())
     if request.name and not failed:
-        _done[request.name] = None
-        if len(_done) > MAX_DONE:
-            _done.popitem(last=False)
+        _done.put(request.name, None)
     message = "some environments are not up to date" if failed else "up to date"
     report = {name: _report(result) for name, result in results.items()}
     return _response(502 if failed else 200, message, environments=report)
@@ -221,7 +219,7 @@ def _synchronise(config: Config, notice: ChangeNotice, deadline: float) -> dict[
 
     session, targets = sync_targets(config)
     affected = notice.affected(target.spec for target in targets)
-    seconds = max(MIN_DURATION, deadline - time.monotonic())
+    seconds = max(MIN_DURATION, deadline - clock.monotonic())
 
     def is_seen(name: str, payload: Payload, changes: SyncChanges) -> bool:
         return _is_seen(affected[name], payload, changes)

@@ -25,6 +25,12 @@ MAX_STATUS_LINE = 1024
 
 DEFAULT_PORT = "8030"
 
+USAGE = """Usage: relay health [URL]
+
+Exit with 0 if a relay is ready, otherwise with 1 and the reason. Without a URL, the relay of this
+container or host is checked.
+"""
+
 _OK = 200
 _TRUE = ("true", "yes", "1")
 
@@ -36,6 +42,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         arguments: the URL to check; if empty, the relay of this container or host is checked.
         environ: environment variables.
     """
+    if arguments[:1] in (["-h"], ["--help"]):
+        sys.stdout.write(USAGE)
+        return 0
     try:
         status = ask(arguments[0]) if arguments else ask_own(own_url(environ, announced()))
     except (OSError, ValueError) as e:

@@ -26,7 +26,7 @@ from relay.errors import ConfigError, RelayError
 from relay.model.text import one_line
 from relay.server.listeners import CannotListen
 from relay.server.options import ServerOptions
-from relay.server.run import run_once, serve
+from relay.server.run import run_once, serve, until_signal
 from relay.server.site import build_site
 from relay.telemetry.log import LogHandler, set_up
 
@@ -243,7 +243,8 @@ def _run_once(config: Config) -> int:
     from relay.build import build  # noqa: PLC0415 - see `build_site`
 
     _log.info("Running in one-shot mode - will exit immediately after initializing environments")
-    if uvloop.run(run_once(build(config), fail_fast=config.main.exit_on_error)):
+    work = run_once(build(config), fail_fast=config.main.exit_on_error)
+    if uvloop.run(until_signal(work)):
         return 0
     _log.error("Unable to create relay: one or more environments failed to initialize")
     return 1

@@ -15,23 +15,18 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 from msgspec.structs import replace
 
+from relay.config.options import Option, Support
 from relay.config.schema import (
-    AutoConfig,
-    Consul,
-    DynamoDB,
     EnvironmentConfig,
     Events,
-    Filters,
     Main,
-    OfflineMode,
-    Option,
     Prometheus,
     Proxy,
     Redis,
-    Support,
     Webhook,
     options,
 )
+from relay.config.unsupported import AutoConfig, Consul, DynamoDB, Filters, OfflineMode
 from relay.model.text import one_line
 
 ENVIRONMENT, FILTERS = "Environment", "Filters"

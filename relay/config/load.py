@@ -13,14 +13,13 @@ from typing import Any
 
 from relay.config import checks
 from relay.config.checks import ENVIRONMENT, FILTERS, SHARED, Draft, Key
+from relay.config.options import Option
 from relay.config.schema import (
     NAMED_SECTIONS,
     SECTIONS,
     Config,
     EnvironmentConfig,
-    Filters,
     Http,
-    Option,
     Prometheus,
     Proxy,
     Webhook,
@@ -28,6 +27,7 @@ from relay.config.schema import (
 )
 from relay.config.syntax import Assignment, FileSyntaxError, parse
 from relay.config.types import BOOLEAN, file_boolean, stripped
+from relay.config.unsupported import Filters
 from relay.errors import ConfigError
 from relay.model.text import is_utf8, one_line
 

@@ -14,16 +14,8 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from relay.config.checks import ENVIRONMENT, FILTERS
-from relay.config.schema import (
-    NAMED_SECTIONS,
-    SECTIONS,
-    Config,
-    Option,
-    Redis,
-    Support,
-    Webhook,
-    options,
-)
+from relay.config.options import Option, Support
+from relay.config.schema import NAMED_SECTIONS, SECTIONS, Config, Redis, Webhook, options
 from relay.config.types import BOOLEAN, COUNT, DURATION, HTTP_URI, URI
 from relay.model.credential import Secret, masked, masked_url
 from relay.model.text import one_line

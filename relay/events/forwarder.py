@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from typing import Protocol
 
 from isal import igzip
 
+from relay import clock, randomness
 from relay.aio import wait_for
 from relay.errors import UpstreamUnavailable
 from relay.events.blame import Evidence
@@ -28,12 +27,13 @@ from relay.model.event import EventPayload, EventsEndpoint, Partition, Receipt
 from relay.protocol.events import is_well_formed, join_arrays
 from relay.protocol.urls import join
 from relay.telemetry.log import Log, environment_log
+from relay.telemetry.throttle import Throttle
 
 MAX_REQUESTS = 4
 """Maximum number of concurrent requests for one environment."""
 
 REPORT_EVERY = 60.0
-"""Seconds between two log lines about losses."""
+"""Seconds between two log lines about losses of the same kind."""
 
 MAX_ACK_DELAY = 1.0
 """Maximum delay in seconds of the acknowledgement of a payload while memory fills up."""
@@ -148,7 +148,7 @@ class Forwarder:
         upstream: Upstream,
         base: str,
         spec_of: Callable[[str], EnvironmentSpec | None],
-        timings: ForwarderTimings = ForwarderTimings(),  # noqa: B008 - frozen
+        timings: ForwarderTimings = ForwarderTimings(),
     ) -> None:
         self.spool = spool
         self._upstream = upstream
@@ -164,8 +164,10 @@ class Forwarder:
         self._failing: set[tuple[str, EventsEndpoint]] = set()
         """Environments and endpoints whose last attempt failed."""
         self._server_times: dict[str, float] = {}
-        self._unreported: Counter[tuple[str, str]] = Counter()
-        self._report_at = 0.0
+        self._losses: defaultdict[tuple[str, str], Throttle] = defaultdict(
+            lambda: Throttle(REPORT_EVERY)
+        )
+        """Losses to report, by fate and environment."""
         self._ending = asyncio.Event()
         self._delayed_acks: deque[tuple[asyncio.Future[bool], bool, int, float]] = deque()
         """Delayed acknowledgements: future, whether the payload was new, its size, latest time."""
@@ -220,7 +222,7 @@ class Forwarder:
             self._flush_all()
             self._skip_pacing.set()
             self._release_timer = loop.call_later(MAX_ACK_DELAY, self._release_acks)
-        self._delayed_acks.append((ack, new, size, loop.time() + MAX_ACK_DELAY))
+        self._delayed_acks.append((ack, new, size, clock.monotonic() + MAX_ACK_DELAY))
         return ack
 
     def _release_acks(self, *, everything: bool = False) -> None:
@@ -228,13 +230,13 @@ class Forwarder:
         if self._release_timer is not None:
             self._release_timer.cancel()
         loop = asyncio.get_running_loop()
-        memory, now = self.spool.memory, loop.time()
+        memory, now = self.spool.memory, clock.monotonic()
         free = memory.capacity // 2 - memory.size
         while self._delayed_acks:
             ack, new, size, until = self._delayed_acks[0]
             free -= size + PAYLOAD_OVERHEAD
             if free < 0 and until > now and not everything:
-                self._release_timer = loop.call_at(until, self._release_acks)
+                self._release_timer = loop.call_later(until - now, self._release_acks)
                 break
             self._delayed_acks.popleft()
             if not ack.done():
@@ -254,6 +256,17 @@ class Forwarder:
     def server_time(self, environment: str) -> float:
         """Return upstream's clock at its last response, in Unix seconds; 0 before the first."""
         return self._server_times.get(environment, 0.0)
+
+    def forget(self, environment: str) -> bool:
+        """Forget an environment that is gone; return False while payloads of it are waiting."""
+        if any(partition.environment == environment for partition in self._partitions):
+            return False
+        for by_name in (self._counts, self._slots, self._server_times):
+            by_name.pop(environment, None)
+        for key in [key for key in self._evidence if key[0] == environment]:
+            del self._evidence[key]
+        self._failing = {key for key in self._failing if key[0] != environment}
+        return True
 
     def flush(self) -> None:
         """Send all waiting payloads now, as the relay shuts down."""
@@ -280,14 +293,14 @@ class Forwarder:
             self._counts[partition.environment].waiting += payloads
             if partition not in self._partitions:
                 # Spread the partitions: upstream should not get the whole backlog at once.
-                delay = random.random() * self._timings.flush_interval  # noqa: S311 - no secret
+                delay = randomness.fraction() * self._timings.flush_interval
                 self._begin(partition, oldest, delay)
             self._partitions[partition].has_new = True
 
     async def _drain(self) -> None:
         self.flush()
-        deadline = time.monotonic() + self._timings.drain
-        while (tasks := self._flush_all()) and (left := deadline - time.monotonic()) > 0:
+        deadline = clock.monotonic() + self._timings.drain
+        while (tasks := self._flush_all()) and (left := deadline - clock.monotonic()) > 0:
             await asyncio.wait(tasks, timeout=left)
         for task in tasks:
             task.cancel()
@@ -422,7 +435,7 @@ class Forwarder:
         del bodies  # free the memory during the request
         fields = headers(partition, batch.payload_id) | key
         url = join(self._base, path)
-        began = time.monotonic()
+        began = clock.monotonic()
         try:
             receipt = await self._upstream.post(
                 url, packed, headers=fields, within=self._timings.timeout
@@ -431,7 +444,7 @@ class Forwarder:
             return _Attempt(None, e.reason)
         if receipt.date is not None:
             self._server_times[partition.environment] = receipt.date
-        took = time.monotonic() - began
+        took = clock.monotonic() - began
         reason = f"HTTP error {receipt.status}"
         return _Attempt(receipt.status, reason, receipt.retry_after, took)
 
@@ -505,9 +518,10 @@ class Forwarder:
             return 0.0
         if step in (Step.QUARANTINE, Step.SUSPECT):
             return self._timings.between
-        backoff, chance = self._timings.backoff, random.random()  # noqa: S311 - jitter
-        delay = backoff.delay(failures, chance, refused=step is Step.REFUSED)
-        return max(delay, min(attempt.retry_after or 0.0, backoff.longest))
+        timings = self._timings
+        backoff = timings.refused if step is Step.REFUSED else timings.backoff
+        delay = backoff.delay(failures, randomness.fraction())
+        return max(delay, min(attempt.retry_after or 0.0, timings.backoff.longest))
 
     def _begin_outage(self, partition: Partition, reason: str) -> None:
         if not self._is_failing(partition):
@@ -533,17 +547,16 @@ class Forwarder:
         self._report("given up, as there is no room or they are too old", environment, payloads)
 
     def _report(self, fate: str, environment: str, payloads: int) -> None:
-        """Count losses, and log their sums at most every `REPORT_EVERY` seconds."""
-        self._unreported[fate, environment] += payloads
-        if time.monotonic() >= self._report_at:
-            self._report_all()
+        """Count losses, and log their sum at most every `REPORT_EVERY` seconds."""
+        self._log_losses(fate, environment, self._losses[fate, environment].count(payloads))
 
     def _report_all(self) -> None:
-        self._report_at = time.monotonic() + REPORT_EVERY
-        for (fate, environment), payloads in self._unreported.items():
-            if payloads > 0:
-                self._log_of(environment).warning("%d posts of events were %s", payloads, fate)
-        self._unreported.clear()
+        for (fate, environment), throttle in self._losses.items():
+            self._log_losses(fate, environment, throttle.take())
+
+    def _log_losses(self, fate: str, environment: str, payloads: int) -> None:
+        if payloads:
+            self._log_of(environment).warning("%d posts of events were %s", payloads, fate)
 
     def _log_of(self, environment: str) -> Log:
         spec = self._spec_of(environment)

@@ -5,44 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from relay.backoff import LONGEST_REFUSED_DELAY, MAX_JITTER, REFUSED_DELAY
+from relay.backoff import REFUSED_KEY, Backoff
 from relay.errors import RETRYABLE_4XX
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import Partition
-
-
-@dataclass(frozen=True, slots=True)
-class Backoff:
-    """Delays after consecutive failures, in seconds.
-
-    Args:
-        first: delay after the first failure.
-        growth: factor from one delay to the next; 1.5 waits about half as long again as upstream
-            has been away already.
-        longest: upper bound, also for `Retry-After`.
-        refused: first delay after a refused key, as for flags; doubles each time.
-        longest_refused: upper bound of the delay after a refused key.
-    """
-
-    first: float = 1.0
-    growth: float = 1.5
-    longest: float = 300.0
-    refused: float = REFUSED_DELAY
-    longest_refused: float = LONGEST_REFUSED_DELAY
-
-    def delay(self, failures: int, chance: float, *, refused: bool = False) -> float:
-        """Return the delay in seconds after a failure.
-
-        Args:
-            failures: number of consecutive failures, or refusals, before this one.
-            chance: random number from 0 to 1, for the jitter.
-            refused: True if upstream refused the key.
-        """
-        first, growth, longest = self.first, self.growth, self.longest
-        if refused:
-            first, growth, longest = self.refused, 2.0, self.longest_refused
-        full: float = min(longest, first * growth ** min(failures, 100))  # or floats overflow
-        return full * (1 - MAX_JITTER * chance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +21,17 @@ class ForwarderTimings:
             after an outage; the pause is no longer than upstream's last answer took.
         timeout: limit for one request.
         drain: limit for the delivery of what is waiting at shutdown.
-        backoff: delays after failures.
+        backoff: delays after failures; `longest` limits `Retry-After`, too. The growth of 1.5 waits
+            about half as long again as upstream has been away already.
+        refused: delays while upstream refuses the key, as for flags.
     """
 
     flush_interval: float = 5.0
     between: float = 0.1
     timeout: float = 20.0
     drain: float = 4.0
-    backoff: Backoff = Backoff()
+    backoff: Backoff = Backoff(first=1.0, longest=300.0, growth=1.5)
+    refused: Backoff = REFUSED_KEY
 
 
 class Step(Enum):

@@ -29,6 +29,7 @@ from relay.events.store import Backlog, Batch, EventStore, Limits
 from relay.files import make_directory, open_private
 from relay.model.event import EventPayload, Partition
 from relay.reasons import describe
+from relay.telemetry.outage import OutageLog
 
 GATHER = 0.003
 """Seconds in which jobs gather for one transaction, if the last one had several."""
@@ -81,8 +82,7 @@ class Spool:
         """Called in the event loop with the number of evicted payloads by environment."""
         self.on_backlog: Callable[[list[Backlog]], None] = lambda _: None
         """Called in the event loop with the whole backlog each time the file has been opened."""
-        self.outage: str | None = None
-        """Reason why the disk fails; None while it works, or without a directory."""
+        self._outage = OutageLog(_log)
         self._path = None if directory is None else directory / "events.db"
         self._limits = limits
         self._retry = retry
@@ -95,10 +95,15 @@ class Spool:
         self._overflow: deque[Callable[[EventStore], Any]] = deque(maxlen=MAX_OVERFLOW)
         """Changes to make to the store on disk when it works again."""
         self._try_at = 0.0
-        self._expire_at = time.monotonic() + EXPIRE_EVERY
+        self._expire_at = clock.monotonic() + EXPIRE_EVERY
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         self._resolved: dict[bool, asyncio.Future[bool]] = {}
         """Shared resolved futures for payloads that are safe at once, by whether they were new."""
+
+    @property
+    def outage(self) -> str | None:
+        """Reason why the disk fails; None while it works, or without a directory."""
+        return self._outage.reason
 
     @property
     def durable(self) -> bool:
@@ -258,7 +263,7 @@ class Spool:
         jobs: list[_Job] = []
         due = self._expire_at if self.outage is None else min(self._expire_at, self._try_at)
         try:
-            job = self._jobs.get(timeout=max(0.0, due - time.monotonic()))
+            job = self._jobs.get(timeout=max(0.0, due - clock.monotonic()))
             if gather:
                 time.sleep(GATHER)
             while job is not None:
@@ -270,9 +275,9 @@ class Spool:
 
     def _perform(self, jobs: Sequence[_Job]) -> None:
         """Perform jobs in one transaction; in memory if the disk fails."""
-        expire = time.monotonic() >= self._expire_at
+        expire = clock.monotonic() >= self._expire_at
         if expire:
-            self._expire_at = time.monotonic() + EXPIRE_EVERY
+            self._expire_at = clock.monotonic() + EXPIRE_EVERY
         if not jobs and not expire:
             return
         if self._disk is not None:
@@ -289,7 +294,7 @@ class Spool:
 
     def _recover(self) -> None:
         """Open the file if it is closed and a retry is due, and move the memory's content to it."""
-        if self._path is None or self._disk is not None or time.monotonic() < self._try_at:
+        if self._path is None or self._disk is not None or clock.monotonic() < self._try_at:
             return
         disk = None
         try:
@@ -311,24 +316,21 @@ class Spool:
         self.memory = MemoryStore(self._limits)
         # `call_soon` lets the consequences of results that are settled already come first.
         self._in_loop(self._loop.call_soon, self.on_backlog, backlog)
-        if self.outage is not None:
-            _log.info("Events are kept on disk again")
-        self.outage = None
+        self._outage.end("Events are kept on disk again")
 
     def _begin_outage(self, error: Exception) -> None:
         """Continue in memory, and log it once."""
         disk, self._disk = self._disk, None
-        self._try_at = time.monotonic() + self._retry
+        self._try_at = clock.monotonic() + self._retry
         if disk is not None:
             with contextlib.suppress(sqlite3.Error):
                 disk.close()
         reason = describe(error)
         if isinstance(error, sqlite3.DatabaseError) and _is_damage(error) and self._path:
             self._set_aside(self._path)
-        if self.outage is None:
-            text = "Events are kept in memory only, up to %d bytes: %s: %s; trying again every %g s"
-            _log.warning(text, self._limits.memory, self._path, reason, self._retry)
-        self.outage = reason
+        text = "Events are kept in memory only, up to %d bytes: %s: %s; trying again every %g s"
+        limit = self._limits.memory
+        self._outage.begin(reason, text, limit, self._path, reason, self._retry)
 
     def _set_aside(self, path: Path) -> None:
         _log.error("%s is damaged and set aside as %s.damaged", path, path.name)

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from relay import randomness
 from relay.model.event import EventPayload, Partition
 
 MAX_BATCH = 1024 * 1024
@@ -145,7 +146,7 @@ def max_payloads(partition: Partition) -> int:
 
 def batch_id(payload_ids: Sequence[str]) -> str:
     """Return the id of a new batch; a payload alone keeps its own."""
-    return (len(payload_ids) == 1 and payload_ids[0]) or str(uuid.uuid4())
+    return (len(payload_ids) == 1 and payload_ids[0]) or randomness.new_id()
 
 
 def half_ids(payload_id: str) -> tuple[str, str]:

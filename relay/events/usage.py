@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 
 import orjson
 
+from relay import clock, randomness
 from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.model.metrics import MetricValue
-from relay.telemetry.traffic import RequestMetrics, Series, label_value
+from relay.telemetry.traffic import RequestLabels, RequestMetrics, label_value
 
 INTERVAL = 60.0
 """Seconds between two reports of an environment; one without traffic is not reported."""
 
 SCHEMA = 4
-
-_POLLS = frozenset({"/sdk/flags", "/sdk/flags/{key}", "/sdk/segments/{key}", "/sdk/latest-all"})
 
 Client = tuple[str, str]
 """User agent and platform of a client."""
@@ -29,34 +26,37 @@ class UsageReporter:
     """Reports the streams and polls of each environment.
 
     Args:
-        environments: names of the environments.
+        names: returns the names of the environments, and of those that are gone but not forgotten.
         traffic: request counts of the fast path and the application.
         accept: accepts a report for delivery, as `Forwarder.accept`.
+        polls: routes of polls, by their templates.
         interval: seconds between two reports.
     """
 
     def __init__(
         self,
-        environments: Iterable[str],
+        names: Callable[[], Iterable[str]],
         traffic: RequestMetrics,
         accept: Callable[[EventPayload], Awaitable[object]],
+        polls: Collection[str],
         interval: float = INTERVAL,
     ) -> None:
-        self._environments = tuple(environments)
+        self._names = names
         self._traffic = traffic
         self._accept = accept
+        self._poll_routes = polls
         self._interval = interval
-        self._relay_id = str(uuid.uuid4())
+        self._relay_id = randomness.new_id()
         self._polls: Mapping[str, Counter[Client]] = {}
         """Poll counts at the last report."""
 
     async def run(self) -> None:
         """Report until cancelled."""
-        begun = time.monotonic()
+        begun = clock.monotonic()
         while True:
             await asyncio.sleep(self._interval)
-            ended = time.monotonic()
-            payloads = self.collect(time.time(), ended - begun)
+            ended = clock.monotonic()
+            payloads = self.collect(clock.unix(), ended - begun)
             begun = ended
             for payload in payloads:
                 await self._accept(payload)
@@ -68,12 +68,12 @@ class UsageReporter:
             now: the system's time in Unix seconds.
             lasted: length of the period in seconds, by a clock that is never corrected.
         """
-        polls = _by_environment(self._traffic.requests, _POLLS)
+        polls = _by_environment(self._traffic.requests, self._poll_routes)
         open_now = _by_environment(self._traffic.streams)
         opened = _by_environment(self._traffic.new_streams)
         period = {"startDate": round((now - lasted) * 1000), "endDate": round(now * 1000)}
         payloads = []
-        for name in self._environments:
+        for name in self._names():
             new_polls = polls.get(name, Counter()) - self._polls.get(name, Counter())
             lists = {
                 "connections": _list_clients("current", open_now.get(name, Counter())),
@@ -85,20 +85,20 @@ class UsageReporter:
                 event = {"kind": "relayMetrics", "relayId": self._relay_id, **period, **members}
                 partition = Partition(name, EventsEndpoint.BULK, SCHEMA)
                 payloads.append(
-                    EventPayload(partition, str(uuid.uuid4()), orjson.dumps([event]), now)
+                    EventPayload(partition, randomness.new_id(), orjson.dumps([event]), now)
                 )
         self._polls = polls
         return payloads
 
 
 def _by_environment(
-    counts: Mapping[Series, MetricValue], routes: frozenset[str] | None = None
+    counts: Mapping[RequestLabels, MetricValue], routes: Collection[str] | None = None
 ) -> dict[str, Counter[Client]]:
     sums: dict[str, Counter[Client]] = {}
-    for series, count in counts.items():
-        if routes is None or series.route in routes:
-            clients = sums.setdefault(series.environment, Counter())
-            clients[label_value(series.user_agent), series.platform] += count.value
+    for labels, count in counts.items():
+        if routes is None or labels.route in routes:
+            clients = sums.setdefault(labels.environment, Counter())
+            clients[label_value(labels.user_agent), labels.platform] += count.value
     return sums
 
 

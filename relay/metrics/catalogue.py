@@ -18,7 +18,7 @@ from relay.relay import Relay
 from relay.stores import StoreState, StoreStatus
 from relay.telemetry import process
 from relay.telemetry.log import lost_lines
-from relay.telemetry.traffic import RequestMetrics, Series, label_value
+from relay.telemetry.traffic import RequestLabels, RequestMetrics, label_value
 
 UNCOUNTED_ROUTES = frozenset(("/mping",))
 """Routes that ld-relay leaves out of its `requests` metric (status 8.2)."""
@@ -80,7 +80,7 @@ def _of_process(read: Callable[[], float | None]) -> Collector:
 
 
 def _sums(
-    counts: Mapping[Series, MetricValue], labels: Callable[[Series], tuple[str, ...]]
+    counts: Mapping[RequestLabels, MetricValue], labels: Callable[[RequestLabels], tuple[str, ...]]
 ) -> Rows:
     """Return the sums of the series with the same labels."""
     sums: Counter[tuple[str, ...]] = Counter()
@@ -241,10 +241,10 @@ def _request_hits(view: MetricsView) -> Rows:
     return _sums({s: counts[s] for s in counts if s.route not in UNCOUNTED_ROUTES}, _hit_labels)
 
 
-def _hit_labels(series: Series) -> tuple[str, ...]:
+def _hit_labels(series: RequestLabels) -> tuple[str, ...]:
     environment, platform_, agent = _client_labels(series)
     return environment, series.method, platform_, label_value(series.route), agent
 
 
-def _client_labels(series: Series) -> tuple[str, str, str]:
+def _client_labels(series: RequestLabels) -> tuple[str, str, str]:
     return label_value(series.environment), series.platform, label_value(series.user_agent)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 _HEX = re.compile("[0-9a-fA-F]")
@@ -65,20 +67,31 @@ class Secret:
     __str__ = __repr__
 
 
+class CredentialKind(Enum):
+    """The three kinds of credentials; one kind is never accepted in place of another."""
+
+    SDK_KEY = "SDK key"
+    MOBILE_KEY = "mobile key"
+    ENVIRONMENT_ID = "client-side ID"
+
+    __hash__ = object.__hash__  # the enum's own is a Python function, and look-ups hash it
+
+
 @dataclass(frozen=True, slots=True, repr=False)
-class SDKKey:
-    """The key of server-side SDKs, sent in `Authorization`."""
+class Credential:
+    """Base of the credentials, which are equal if kind and text are."""
 
     value: str
+    kind: ClassVar[CredentialKind]
 
     @property
     def masked(self) -> str:
-        """The key for log lines."""
+        """The credential for log lines."""
         return masked(self.value)
 
     @property
     def obscured(self) -> str:
-        """The key for `/status`."""
+        """The credential for `/status`."""
         return obscured(self.value)
 
     def __repr__(self) -> str:
@@ -87,16 +100,27 @@ class SDKKey:
     __str__ = __repr__
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class MobileKey(SDKKey):
-    """The key of mobile SDKs, sent in `Authorization`. Never accepted in place of an SDK key."""
+class SDKKey(Credential):
+    """The key of server-side SDKs, sent in `Authorization`."""
+
+    __slots__ = ()
+    kind = CredentialKind.SDK_KEY
 
 
-@dataclass(frozen=True, slots=True)
-class EnvironmentID:
+class MobileKey(Credential):
+    """The key of mobile SDKs, sent in `Authorization`."""
+
+    __slots__ = ()
+    kind = CredentialKind.MOBILE_KEY
+
+
+class EnvironmentID(Credential):
     """The client-side ID: public, part of the paths of client-side endpoints."""
 
-    value: str
+    __slots__ = ()
+    kind = CredentialKind.ENVIRONMENT_ID
 
+    def __repr__(self) -> str:
+        return f"EnvironmentID({self.value})"
 
-Credential = SDKKey | MobileKey | EnvironmentID
+    __str__ = __repr__

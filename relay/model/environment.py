@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
 
 from relay.model.credential import Credential, EnvironmentID, MobileKey, SDKKey
 
@@ -25,6 +28,9 @@ class EnvironmentSpec:
         allowed_headers: allowed CORS request headers besides the standard ones.
         prefix: prefix of the keys in the database; empty for the default.
         log_level: level of this environment's log lines; None for the relay's.
+        payload_filter: key of the payload filter whose part of the data this is; empty for all.
+        expiries: further credentials, and limits of those above: each with the Unix time at which
+            it expires, `math.inf` for never.
     """
 
     name: str
@@ -40,9 +46,37 @@ class EnvironmentSpec:
     allowed_headers: tuple[str, ...] = ()
     prefix: str = ""
     log_level: str | None = None
+    payload_filter: str = ""
+    expiries: tuple[tuple[Credential, float], ...] = ()
 
     @property
-    def credentials(self) -> tuple[Credential, ...]:
-        """The credentials that this environment has."""
-        candidates = (self.sdk_key, self.mobile_key, self.environment_id)
-        return tuple(credential for credential in candidates if credential is not None)
+    def credentials(self) -> Mapping[Credential, float]:
+        """All credentials, each with the Unix time at which it expires."""
+        own = (self.sdk_key, self.mobile_key, self.environment_id)
+        return {**{each: math.inf for each in own if each is not None}, **dict(self.expiries)}
+
+    def with_credential(self, credential: Credential, expires_at: float = math.inf) -> Self:
+        """Return the spec with a further credential, or with a new expiry of one that it has.
+
+        Args:
+            credential: of any kind; an environment may have several of each.
+            expires_at: Unix time.
+        """
+        return replace(
+            self, expiries=tuple({**dict(self.expiries), credential: expires_at}.items())
+        )
+
+    def without_credential(self, credential: Credential) -> Self:
+        """Return the spec without a credential.
+
+        Raises:
+            ValueError: it is `sdk_key`, which can be replaced only.
+        """
+        if credential == self.sdk_key:
+            raise ValueError(f"an environment needs an SDK key, so {credential} cannot be removed")
+        return replace(
+            self,
+            mobile_key=None if credential == self.mobile_key else self.mobile_key,
+            environment_id=None if credential == self.environment_id else self.environment_id,
+            expiries=tuple(pair for pair in self.expiries if pair[0] != credential),
+        )

@@ -1,4 +1,4 @@
-"""Sanitize untrusted text for log lines and headers. Pure.
+"""Untrusted text: its encoding, and its form in log lines and headers. Pure.
 
 Input from configuration, upstream and clients is validated where it enters. This is the last line
 of defence on the way out: no text can end a log line or a header early.
@@ -6,6 +6,7 @@ of defence on the way out: no text can end a log line or a header early.
 
 from __future__ import annotations
 
+import binascii
 import re
 
 _NOT_IN_LINES = re.compile(
@@ -14,6 +15,7 @@ _NOT_IN_LINES = re.compile(
 """Control characters, other line ends, changes of the writing direction, undecodable bytes."""
 
 _NOT_IN_HEADERS = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _SHORT_ESCAPES = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 _FIRST_BYTE, _LAST_BYTE = 0xDC80, 0xDCFF
@@ -45,3 +47,17 @@ def header_value(value: bytes) -> bytes:
     Go's server does that for line ends (net/http, `headerNewlineToSpace`).
     """
     return _NOT_IN_HEADERS.sub(b" ", value).strip(b" \t")
+
+
+def from_base64(text: bytes, ignored: bytes = b"") -> bytes:
+    """Decode base64 in either alphabet, padded or not.
+
+    Args:
+        text: the encoded bytes.
+        ignored: characters to ignore.
+
+    Raises:
+        ValueError: the text is not base64.
+    """
+    plain = text.translate(_STANDARD_ALPHABET, ignored).rstrip(b"=")
+    return binascii.a2b_base64(plain + b"=" * (-len(plain) % 4), strict_mode=True)

@@ -12,15 +12,17 @@ from collections.abc import Mapping
 
 import orjson
 
-PING = b"event: ping\ndata:  \n\n"
-"""Announces a change. The second blank is its data, because SDKs drop messages without data."""
+from relay.protocol.sse import encode
+
+PING = encode(b"ping", b" ")
+"""Announces a change. Its data is a blank, because SDKs drop messages without data."""
 
 _VERSION = b',"version":'
 
 
 def put(flags: bytes) -> bytes:
     """Return a message with all flags: the complete body of an evalx response."""
-    return b"event: put\ndata: %b\n\n" % flags
+    return encode(b"put", flags)
 
 
 def changes(before: Mapping[str, bytes], after: Mapping[str, bytes], version: int) -> bytes:
@@ -42,13 +44,9 @@ def _patch(key: str, entry: bytes, version: int) -> bytes:
     # The last match is the entry's own member: it is followed neither by objects with a version
     # nor by unescaped text of upstream (endpoints 1.5).
     value, _, rest = entry.rpartition(_VERSION)
-    return b'event: patch\ndata: {"key":%b,%b,"version":%d,"flagVersion":%b\n\n' % (
-        orjson.dumps(key),
-        value[1:],
-        version,
-        rest,
-    )
+    versions = b',"version":%d,"flagVersion":' % version
+    return encode(b"patch", b'{"key":', orjson.dumps(key), b",", value[1:], versions, rest)
 
 
 def _delete(key: str, version: int) -> bytes:
-    return b'event: delete\ndata: {"key":%b,"version":%d}\n\n' % (orjson.dumps(key), version)
+    return encode(b"delete", b'{"key":', orjson.dumps(key), b',"version":%d}' % version)

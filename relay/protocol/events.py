@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 from relay.errors import InvalidData
+from relay.lru import LRUMap
 from relay.model.item import Item
 
 SUMMARY_SCHEMA = 4
@@ -95,8 +96,8 @@ class Contexts:
     """Contexts of a partition that were introduced upstream by a recent index event."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, None] = {}
-        """Digests of kinds and keys, least recently used first."""
+        self._known: LRUMap[bytes, None] = LRUMap(MAX_CONTEXTS)
+        """Digests of kinds and keys."""
         self._since: float | None = None
 
     def forget_old(self, now: float) -> None:
@@ -117,10 +118,7 @@ class Contexts:
         """
         digest = blake2b(msgspec.json.encode(keys), digest_size=16).digest()
         known = digest in self._known
-        self._known.pop(digest, None)
-        self._known[digest] = None
-        if len(self._known) > MAX_CONTEXTS:
-            del self._known[next(iter(self._known))]
+        self._known.put(digest, None)
         return not known
 
     def forget(self) -> None:

@@ -7,7 +7,7 @@ that a large payload does not block the event loop. Encoding: the formats of the
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import msgspec
@@ -19,11 +19,10 @@ from relay.model.flag import Number
 from relay.model.item import InvalidItem, Item, Kind
 from relay.model.item import parse as parse_item
 from relay.model.payload import Change, ChangeSet, Payload
+from relay.protocol.sse import encode
+from relay.steps import Steps, finish
 
 T = TypeVar("T")
-
-Steps = Generator[None, None, T]
-"""Generator that pauses after each item and returns the result."""
 
 
 class _Data(Struct):
@@ -63,11 +62,11 @@ def parse(name: str, data: bytes) -> ChangeSet | None:
     Raises:
         InvalidData: the whole message is broken and must not be applied.
     """
-    return _run_steps(in_steps(name, data))
+    return finish(in_steps(name, data))
 
 
 def in_steps(name: str, data: bytes) -> Steps[ChangeSet | None]:
-    """Do the same as `parse`, in steps."""
+    """Do the same as `parse`, with a step for each item."""
     match name:
         case "put":
             return (yield from _parse_data(_decode(_PUT, "put message", data).data, "put message"))
@@ -86,22 +85,13 @@ def parse_all(body: bytes) -> ChangeSet:
     Raises:
         InvalidData: the whole body is broken.
     """
-    return _run_steps(all_in_steps(body))
+    return finish(all_in_steps(body))
 
 
 def all_in_steps(body: bytes) -> Steps[ChangeSet]:
-    """Do the same as `parse_all`, in steps."""
+    """Do the same as `parse_all`, with a step for each item."""
     subject = "body of /sdk/latest-all"
     return (yield from _parse_data(_decode(_DATA, subject, body), subject))
-
-
-def _run_steps(steps: Steps[T]) -> T:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: T = end.value
-            return result
 
 
 def _decode(decoder: msgspec.json.Decoder[T], subject: str, data: bytes) -> T:
@@ -202,10 +192,10 @@ def _members(items: Iterable[Item]) -> Iterator[bytes]:
 
 def _item_message(path: str, item: Item) -> bytes:
     """Return the message for an item: a patch, or a delete for a tombstone."""
+    target = orjson.dumps(path)
     if item.json is None:
-        data = b'{"path":%b,"version":%d}' % (orjson.dumps(path), item.version)
-        return b"event: delete\ndata: %b\n\n" % data
-    return b'event: patch\ndata: {"path":%b,"data":%b}\n\n' % (orjson.dumps(path), item.json)
+        return encode(b"delete", b'{"path":', target, b',"version":%d}' % item.version)
+    return encode(b"patch", b'{"path":', target, b',"data":', item.json, b"}")
 
 
 class AllFormat:
@@ -213,8 +203,7 @@ class AllFormat:
 
     def opening(self, payload: Payload) -> bytes:
         """Return the put that begins a stream."""
-        start, end = b'event: put\ndata: {"path":"/","data":', b"}\n\n"
-        return b"".join((start, *_all_data(payload), end))
+        return encode(b"put", b'{"path":"/","data":', *_all_data(payload), b"}")
 
     def update(self, change: Change) -> bytes:
         """Return patches and deletes for the changed items."""
@@ -228,7 +217,7 @@ class FlagsFormat:
 
     def opening(self, payload: Payload) -> bytes:
         """Return the put that begins a stream."""
-        return b"".join((b"event: put\ndata: ", *_members(payload.live(Kind.FLAG)), b"\n\n"))
+        return encode(b"put", *_members(payload.live(Kind.FLAG)))
 
     def update(self, change: Change) -> bytes:
         """Return patches and deletes for the changed flags; empty if there are none."""

@@ -131,13 +131,11 @@ class Decoder:
         return event
 
 
-def encode(name: str, data: bytes, id: str | None = None) -> bytes:  # noqa: A002 - its name in SSE
+def encode(name: bytes, *data: bytes) -> bytes:
     """Return the bytes of a message.
 
     Args:
         name: name of the event; must not be empty or contain line ends.
-        data: data of the event; must not contain CR; each LF begins another `data` line.
-        id: id of the event, if any; must not contain line ends or NUL.
+        data: parts of its data, without line ends; joined once, as a payload may be large.
     """
-    header = f"event: {name}\n" if id is None else f"event: {name}\nid: {id}\n"
-    return b"%bdata: %b\n\n" % (header.encode(), data.replace(b"\n", b"\ndata: "))
+    return b"".join((b"event: ", name, b"\ndata: ", *data, b"\n\n"))

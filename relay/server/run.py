@@ -151,14 +151,11 @@ async def run_once(relay: Relay, *, fail_fast: bool = False) -> bool:
         fail_fast: stop at the first environment that fails: `exitOnError`.
 
     Returns:
-        True if all environments were synced within `initTimeout`, and before a signal.
+        True if all environments were synced within `initTimeout`.
     """
-    shutdown_requested = _shutdown_event()
     async with relay.upstream, asyncio.TaskGroup() as tasks:
         running = tasks.create_task(relay.run())
-        synced = tasks.create_task(relay.wait_until_synced(fail_fast=fail_fast))
-        signalled = tasks.create_task(shutdown_requested.wait())
-        await asyncio.wait({synced, signalled}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (running, synced, signalled):
-            task.cancel()
-    return not synced.cancelled() and synced.result()
+        try:
+            return await relay.wait_until_synced(fail_fast=fail_fast)
+        finally:
+            running.cancel()

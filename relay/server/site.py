@@ -75,6 +75,7 @@ def build_site(config: Config) -> Site:
     """Build the site. The imports are local because they are heavy: the port opens before them."""
     from relay.build import build  # noqa: PLC0415
     from relay.events.usage import UsageReporter  # noqa: PLC0415
+    from relay.housekeeping import Housekeeping  # noqa: PLC0415
     from relay.telemetry.traffic import RequestMetrics  # noqa: PLC0415
     from relay.web.app import make_app, make_exporter  # noqa: PLC0415
     from relay.web.endpoints.evaluation import EvaluationHandler  # noqa: PLC0415
@@ -84,6 +85,7 @@ def build_site(config: Config) -> Site:
     from relay.web.endpoints.webhooks import WebhooksHandler  # noqa: PLC0415
     from relay.web.fastpath.evaluation import EvaluationFastPath  # noqa: PLC0415
     from relay.web.fastpath.events import EventsFastPath  # noqa: PLC0415
+    from relay.web.routes import POLLS  # noqa: PLC0415
 
     relay = build(config)
     _log_environments(config, relay)
@@ -92,19 +94,19 @@ def build_site(config: Config) -> Site:
     forwarder = relay.events if config.events.send_events else None
     acceptor = forwarder if config.environments else Discarder(traffic.discarded)
     events = EventsHandler(acceptor, config.events.max_inbound_payload_size, traffic.unusable)
-    evaluation = EvaluationHandler(config.main.max_client_request_body_size)
+    evaluation = EvaluationHandler(relay.registry, config.main.max_client_request_body_size)
     goals = GoalsHandler(relay.fetch, config.main.client_side_base_uri)
     secrets = config.webhook.secrets
-    webhooks = WebhooksHandler(relay.environments.values(), secrets) if secrets else None
+    webhooks = WebhooksHandler(relay.environments, secrets) if secrets else None
     app = make_app(relay, polling, traffic, events, webhooks, evaluation=evaluation, goals=goals)
     exporter = make_exporter(relay, traffic, config.prometheus.prefix)
-    background = (
-        [UsageReporter(relay.environments, traffic, relay.events.accept).run]
-        if relay.events
-        else []
-    )
+    keepers = (traffic.forget, events.forget)
+    background = [Housekeeping(relay, keepers).run]
+    if relay.events:
+        accept = relay.events.accept
+        background.append(UsageReporter(relay.registry.names, traffic, accept, POLLS).run)
     if webhooks:
         background.append(webhooks.run)
-    fast_events = EventsFastPath(relay, events, traffic)
-    fast_evaluation = EvaluationFastPath(relay, evaluation, traffic)
+    fast_events = EventsFastPath(relay.registry, events, traffic)
+    fast_evaluation = EvaluationFastPath(relay.registry, evaluation, traffic)
     return Site(relay, app, polling, traffic, exporter, background, fast_events, fast_evaluation)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import time
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
+from relay import clock, randomness
 from relay.aio import run_in_slices, wait_for
-from relay.backoff import Backoff, SourceTimings
 from relay.errors import ErrorKind, InvalidData, UpstreamRefused, UpstreamUnavailable
 from relay.model.credential import SDKKey, masked_url
 from relay.model.payload import ChangeSet
 from relay.protocol.sse import Decoder, Event
 from relay.sources import Interrupted, Update, UpToDate
+from relay.sources.timings import SourceBackoff, SourceTimings
+from relay.steps import Steps
 from relay.upstream import Response, Upstream
 
-Interpret = Callable[[Event], Generator[None, None, ChangeSet | None]]
+Interpret = Callable[[Event], Steps[ChangeSet | None]]
 """Converts a message into a change set, in steps; None if it changes nothing. Raises `InvalidData`
 if the message is broken."""
 
@@ -69,7 +69,7 @@ class EventStream:
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         """Yield changes, confirmations and interruptions until cancelled."""
-        backoff = Backoff(self._timings)
+        backoff = SourceBackoff(self._timings)
         while True:
             self._retry_now.clear()
             try:
@@ -81,11 +81,11 @@ class EventStream:
             if self._retry_now.is_set():
                 continue
             refused = isinstance(error, UpstreamRefused)
-            delay = backoff.failed(time.monotonic(), random.random(), refused=refused)  # noqa: S311 - jitter
+            delay = backoff.failed(clock.monotonic(), randomness.fraction(), refused=refused)
             yield interruption("stream connection", error, delay)
             await wait_for(self._retry_now, delay)
 
-    async def _connection(self, backoff: Backoff) -> AsyncGenerator[Update, None]:
+    async def _connection(self, backoff: SourceBackoff) -> AsyncGenerator[Update, None]:
         """Yield the updates of one connection, which always ends by raising."""
         async with self._upstream.get(
             self._url,
@@ -104,7 +104,9 @@ class EventStream:
                 self._response = None
         raise UpstreamUnavailable(ErrorKind.NETWORK_ERROR, "the server closed the stream")
 
-    async def _messages(self, response: Response, backoff: Backoff) -> AsyncGenerator[Update, None]:
+    async def _messages(
+        self, response: Response, backoff: SourceBackoff
+    ) -> AsyncGenerator[Update, None]:
         decoder = Decoder()
         last_yield = None  # monotonic; None until this connection has delivered
         async for chunk in response.content.iter_any():
@@ -112,7 +114,7 @@ class EventStream:
                 changes = await run_in_slices(self._interpret(event))
                 self._last_id = event.id
                 if changes is not None:
-                    last_yield = time.monotonic()
+                    last_yield = clock.monotonic()
                     if changes.full:
                         backoff.succeeded(last_yield)
                     yield changes
@@ -120,9 +122,9 @@ class EventStream:
             # Heartbeats confirm the data, too, once there is some.
             if (
                 last_yield is not None
-                and time.monotonic() - last_yield >= self._timings.confirm_every
+                and clock.monotonic() - last_yield >= self._timings.confirm_every
             ):
-                last_yield = time.monotonic()
+                last_yield = clock.monotonic()
                 yield UpToDate()
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+from relay import clock
 from relay.aio import wait_for
-from relay.backoff import SourceTimings
 from relay.errors import ErrorKind, InvalidData
 from relay.model.item import Item, Kind, version_of_time
 from relay.model.payload import ChangeSet
 from relay.protocol import filedata
 from relay.reasons import describe
 from relay.sources import Interrupted, Update, UpToDate
+from relay.sources.timings import SourceTimings
 
 MAX_FILE = 128 * 1024 * 1024
 """Maximum size of a file in bytes: the same as for one upstream message."""
@@ -34,7 +34,7 @@ class FileSource:
         timings: delays between checks.
     """
 
-    def __init__(self, path: Path, timings: SourceTimings = SourceTimings()) -> None:  # noqa: B008 - frozen
+    def __init__(self, path: Path, timings: SourceTimings = SourceTimings()) -> None:
         self._path = path
         self._timings = timings
         self._read_now = asyncio.Event()
@@ -63,10 +63,10 @@ class FileSource:
             if forced or state != last_state:
                 last_state = state
                 update = await asyncio.to_thread(self._read)
-                usable, last_yield = isinstance(update, ChangeSet), time.monotonic()
+                usable, last_yield = isinstance(update, ChangeSet), clock.monotonic()
                 yield update
-            elif usable and time.monotonic() - last_yield >= self._timings.confirm_every:
-                last_yield = time.monotonic()
+            elif usable and clock.monotonic() - last_yield >= self._timings.confirm_every:
+                last_yield = clock.monotonic()
                 yield UpToDate()
             await wait_for(self._read_now, self._timings.file_interval)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import random
-import time
 from collections import deque
 from collections.abc import AsyncGenerator
 
+from relay import clock, randomness
 from relay.aio import run_in_slices, wait_for
-from relay.backoff import Backoff, SourceTimings
 from relay.errors import InvalidData, UpstreamRefused, UpstreamUnavailable
 from relay.model.credential import SDKKey, masked_url
 from relay.model.item import Kind
@@ -18,6 +16,7 @@ from relay.protocol import fdv1
 from relay.protocol.urls import join
 from relay.sources import Update, UpToDate
 from relay.sources.event_stream import interruption
+from relay.sources.timings import SourceBackoff, SourceTimings
 from relay.upstream import Upstream, read_body
 
 _STATUSES = frozenset({200, 304})
@@ -43,7 +42,7 @@ class PollingSource:
         upstream: Upstream,
         base_uri: str,
         key: SDKKey,
-        timings: SourceTimings = SourceTimings(),  # noqa: B008 - frozen
+        timings: SourceTimings = SourceTimings(),
     ) -> None:
         self._upstream = upstream
         self._url = join(base_uri, "/sdk/latest-all")
@@ -77,7 +76,7 @@ class PollingSource:
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         """Yield all data on each change, and confirmations, until cancelled."""
-        backoff = Backoff(self._timings)
+        backoff = SourceBackoff(self._timings)
         self._etag = ""
         while True:
             self._poll_now.clear()
@@ -85,10 +84,10 @@ class PollingSource:
             try:
                 is_check, self._check_requested = self._check_requested, False
                 update = await self._poll(is_check=is_check)
-                backoff.succeeded(time.monotonic())
+                backoff.succeeded(clock.monotonic())
             except (UpstreamUnavailable, InvalidData) as e:
                 refused = isinstance(e, UpstreamRefused)
-                wait = backoff.failed(time.monotonic(), random.random(), refused=refused)  # noqa: S311 - jitter
+                wait = backoff.failed(clock.monotonic(), randomness.fraction(), refused=refused)
                 delay = wait if refused else min(wait, delay)
                 update = interruption("poll", e, delay)
             yield update

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from relay.backoff import SourceTimings
 from relay.model.credential import SDKKey
 from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
 from relay.protocol.sse import Event
 from relay.protocol.urls import join
 from relay.sources.event_stream import EventStream
+from relay.sources.timings import SourceTimings
+from relay.steps import Steps
 from relay.telemetry.log import Log
 from relay.upstream import Upstream
 
@@ -35,13 +36,13 @@ class StreamingSource(EventStream):
         stream_uri: str,
         key: SDKKey,
         log: Log,
-        timings: SourceTimings = SourceTimings(),  # noqa: B008 - frozen
+        timings: SourceTimings = SourceTimings(),
     ) -> None:
         super().__init__(upstream, join(stream_uri, "/all"), key, self._interpret_event, timings)
         self._log = log
         self._unknown_events: set[str] = set()
 
-    def _interpret_event(self, event: Event) -> fdv1.Steps[ChangeSet | None]:
+    def _interpret_event(self, event: Event) -> Steps[ChangeSet | None]:
         if event.name not in _EVENTS:
             self._log_unknown(event.name)
             return None

@@ -29,6 +29,15 @@ class Stored:
     invalid: tuple[InvalidItem, ...] = ()
     age: float | None = None
 
+    @property
+    def versions(self) -> Versions:
+        """Versions of all items, tombstones and unreadable ones included."""
+        versions = {
+            (item.kind, item.key): Version(item.version, live=not item.deleted)
+            for item in self.payload
+        }
+        return versions | {(bad.kind, bad.key): UNREADABLE for bad in self.invalid}
+
 
 class Version(NamedTuple):
     """Version of a stored item; `live` is False for a tombstone."""

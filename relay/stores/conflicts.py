@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from relay.backoff import Backoff
 from relay.stores import Key, Version
 
 NEVER = float("inf")
@@ -191,7 +192,7 @@ class Conflicts:
     def _replace_delay(self, conflict: _Conflict) -> float:
         """Return the required seconds between the two deciding responses."""
         base = self._timings.extra if conflict.extra else self._timings.newer
-        return max(base, min(base * 2.0 ** min(self._doublings, 64), self._timings.longest))
+        return max(base, Backoff(base, self._timings.longest).delay(self._doublings))
 
     def _is_disowned(self, conflict: _Conflict, last_full_at: float) -> bool:
         return (

@@ -5,26 +5,27 @@ after an outage of upstream or of the database, and on a timer, because it may h
 restored or overwritten), the versions of all its items are compared with those of the payload, and
 missing or older items are written again.
 
-An item that is *newer* in the database, or only there, may mean that this relay is behind and
-another relay has written it. To keep relays from overwriting each other, such items stay untouched
-until `conflicts` decides that upstream has disowned them. Items of equal version are not compared:
-other programs serialise the same item differently.
+`reconcile` decides what to write; this module does it, in time, and logs it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
+from relay import clock
+from relay.backoff import Backoff
 from relay.errors import StoreUnavailable
 from relay.model.item import Item
-from relay.model.payload import EMPTY, Change, Payload
+from relay.model.payload import Change, Payload
 from relay.stores import DataStore, Key, Stored, StoreState, StoreStatus, Versions
-from relay.stores.conflicts import NEVER, Conflicts, ConflictTimings, Verdict
+from relay.stores.conflicts import NEVER, ConflictTimings
+from relay.stores.reconcile import Reconciler, Repair
 from relay.telemetry.log import Log
+from relay.telemetry.outage import OutageLog
 
 MAX_PENDING = 1000
 """Changed items queued for a slow database; beyond that, all versions are compared instead."""
@@ -39,17 +40,15 @@ class MirrorTimings:
 
     Args:
         probe: between two comparisons while nothing happens.
-        retry: after the first failure; doubles with each further one.
-        longest_retry: limit of `retry`.
+        retry: after consecutive failures.
         finish: time limit for the last write when the relay ends.
         conflicts: before items that are newer in the database, or only there, are replaced.
     """
 
     probe: float = 10.0
-    retry: float = 0.5
-    longest_retry: float = 5.0
+    retry: Backoff = Backoff(first=0.5, longest=5.0)
     finish: float = 2.0
-    conflicts: ConflictTimings = field(default_factory=ConflictTimings)
+    conflicts: ConflictTimings = ConflictTimings()
 
 
 SINGLE_RUN = MirrorTimings(
@@ -58,40 +57,6 @@ SINGLE_RUN = MirrorTimings(
 """Delays of a run that ends when the database is up to date. Newer items stay: such a run does not
 know what earlier runs replaced. Items that only the database has are removed after the two seconds
 that LaunchDarkly's guide waits for its caches (webhooks 12.3)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Difference between a database and a payload.
-
-    Args:
-        outdated: items that are missing, older or unreadable in the database.
-        ahead: keys of items that are newer in the database.
-        extra: keys of live items that only the database has.
-    """
-
-    outdated: tuple[Item, ...]
-    ahead: frozenset[Key]
-    extra: frozenset[Key]
-
-    @classmethod
-    def between(cls, versions: Versions, payload: Payload) -> Difference:
-        """Compare the versions of all items."""
-        outdated: list[Item] = []
-        ahead: set[Key] = set()
-        for item in payload:
-            key = item.kind, item.key
-            stored = versions.get(key)
-            if stored is None or stored.number < item.version:
-                outdated.append(item)
-            elif stored.number > item.version:
-                ahead.add(key)
-        extra = {
-            (kind, key)
-            for (kind, key), stored in versions.items()
-            if key not in payload.all(kind) and (stored.live or stored.number < 0)
-        }
-        return cls(tuple(outdated), frozenset(ahead), frozenset(extra))
 
 
 class DatabaseMirror:
@@ -117,9 +82,10 @@ class DatabaseMirror:
         self._label = f"{database.capitalize()} data store {store.server}"
         self._resync = resync
         self._log = log
+        self._outage = OutageLog(log, begins=logging.ERROR, ends=logging.WARNING)
         self._timings = timings
         self.status = StoreStatus(
-            StoreState.INITIALIZING, time.time(), database, store.server, store.prefix
+            StoreState.INITIALIZING, clock.unix(), database, store.server, store.prefix
         )
         self._payload: Payload | None = None
         """The data that upstream last confirmed."""
@@ -133,15 +99,11 @@ class DatabaseMirror:
         """True if the database may differ by more than `_pending`."""
         self._wakeup = asyncio.Event()
         self._flushed = asyncio.Event()
-        self._last_known: Payload = EMPTY
-        """Content of the database after the last successful write or comparison."""
         self._last_full_at = -NEVER
-        """Loop time at which upstream last sent all data."""
-        self._conflicts = Conflicts(timings.conflicts)
-        self._conflicts_settled = True
-        """True if no conflict is open, or the open ones are final."""
+        """Monotonic time at which upstream last sent all data."""
+        self._reconciler = Reconciler(timings.conflicts)
         self._recheck_at = NEVER
-        """Loop time at which to judge conflicts again."""
+        """Monotonic time at which to compare again for open conflicts."""
 
     def __repr__(self) -> str:
         status = self.status
@@ -149,14 +111,14 @@ class DatabaseMirror:
 
     async def load(self) -> Stored | None:
         """Return the stored data. Wait for the database, but only until upstream delivers."""
-        delay = self._timings.retry
+        failures = 0
         while self._payload is None:
             try:
                 stored = await self._store.load()
             except StoreUnavailable as e:
                 self._begin_outage(e)
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, self._timings.longest_retry)
+                await asyncio.sleep(self._timings.retry.delay(failures))
+                failures += 1
                 continue
             self._end_outage()
             if stored:
@@ -174,8 +136,9 @@ class DatabaseMirror:
     ) -> None:
         """Schedule a write; return immediately."""
         if full:
-            self._last_full_at = _now()
-            self._needs_compare |= bool(self._conflicts)  # conflicts wait for complete data
+            self._last_full_at = clock.monotonic()
+            # Conflicts wait for complete data.
+            self._needs_compare |= self._reconciler.has_conflicts
         if not self._healthy or (change is not None and change.replace):
             self._needs_compare = True
         self._payload, self._healthy = payload, True
@@ -201,24 +164,24 @@ class DatabaseMirror:
     async def run(self) -> None:
         """Keep the database equal until cancelled; then finish pending writes, within a limit."""
         try:
-            delay = self._timings.retry
+            failures = 0
             while True:
                 try:
                     await self._sync()
                 except StoreUnavailable as e:
                     self._begin_outage(e)
                     self._needs_compare = True  # a failed write may have arrived all the same
-                    await asyncio.sleep(delay)
-                    delay = min(delay * 2, self._timings.longest_retry)
+                    await asyncio.sleep(self._timings.retry.delay(failures))
+                    failures += 1
                 else:
-                    delay = self._timings.retry
+                    failures = 0
                     await self._wait_for_work()
         finally:
             await self._finish()
 
     async def _wait_for_work(self) -> None:
         """Wait until there is something to write, or the next comparison is due."""
-        wait = max(0.0, min(self._timings.probe, self._recheck_at - _now()))
+        wait = max(0.0, min(self._timings.probe, self._recheck_at - clock.monotonic()))
         try:
             async with asyncio.timeout(wait):
                 await self._wakeup.wait()
@@ -262,123 +225,79 @@ class DatabaseMirror:
         self._needs_compare = False
         self._pending.clear()
         versions = await self._store.versions()
-        if versions is None:
-            if self._last_known:
-                self._log.warning("%s has lost its data; they are written again", self._label)
-            self._judge({}, frozenset(), last_full_at)
-            await self._store.init(payload)
-        else:
-            difference = Difference.between(versions, payload)
-            conflicting = difference.ahead | difference.extra
-            foreign = {
-                key: versions[key]
-                for key in conflicting - unusable
-                if not self._is_own_version(key, versions)
-            }
-            verdict = self._judge(foreign, difference.extra, last_full_at)
-            if verdict.ask:
-                text = "%s holds other data than this relay (%s); asking upstream for everything"
-                self._log.info(text, self._label, _names_text(verdict.ask))
-                self._resync()
-            untouched = (conflicting & unusable) | (foreign.keys() - verdict.replace)
-            await self._repair(payload, difference.outdated, conflicting - untouched, untouched)
-            if verdict.replace:
-                self._log_replaced(verdict.replace, versions, payload)
-        self._record_success(payload)
+        now = clock.monotonic()
+        repair = self._reconciler.decide(now, versions, payload, unusable, last_full_at)
+        self._recheck_at = repair.verdict.recheck_at
+        self._log_findings(repair)
+        if repair.verdict.ask:
+            self._resync()
+        await self._carry_out(repair, payload)
+        if repair.verdict.replace and versions is not None:
+            text = (
+                "%s held what upstream does not have, though it was asked for everything twice"
+                " (%s); upstream's data have replaced it"
+            )
+            replaced = _versions_text(repair.verdict.replace, versions, payload)
+            self._log.warning(text, self._label, replaced)
+        self._record_success(payload, repair)
 
-    def _is_own_version(self, key: Key, versions: Versions) -> bool:
-        """Return whether this relay wrote the stored version, so upstream itself has gone back."""
-        kind, item_key = key
-        known = self._last_known.all(kind).get(item_key)
-        stored = versions.get(key)
-        return known is not None and stored is not None and known.version == stored.number
-
-    def _judge(self, foreign: Versions, extra: Collection[Key], last_full_at: float) -> Verdict:
-        """Decide about items that other writers may have written."""
-        verdict = self._conflicts.judge(_now(), foreign, extra, last_full_at)
-        self._conflicts_settled, self._recheck_at = verdict.settled, verdict.recheck_at
+    def _log_findings(self, repair: Repair) -> None:
+        verdict = repair.verdict
+        if repair.lost:
+            self._log.warning("%s has lost its data; they are written again", self._label)
         if verdict.returned:
             text = (
                 "%s holds again what was replaced (%s): something else writes to it, maybe a relay"
                 " that gets newer data than this one; it is left alone for %.0f s at least"
             )
             self._log.warning(text, self._label, _names_text(verdict.returned), verdict.wait)
-        return verdict
+        if verdict.ask:
+            text = "%s holds other data than this relay (%s); asking upstream for everything"
+            self._log.info(text, self._label, _names_text(verdict.ask))
 
-    async def _repair(
-        self,
-        payload: Payload,
-        outdated: Sequence[Item],
-        surplus: Collection[Key],
-        untouched: Collection[Key],
-    ) -> None:
-        """Write upstream's data.
+    async def _carry_out(self, repair: Repair, payload: Payload) -> None:
+        if repair.replaces:
+            await self._store.init(await self._with_kept(repair.kept, payload))
+        elif repair.outdated:
+            await self._store.upsert(repair.outdated)
+        if repair.size and not repair.fill:
+            self._log.info("%s brought up to date in %d items", self._label, repair.size)
 
-        Args:
-            payload: all data of upstream.
-            outdated: items that are missing or older in the database.
-            surplus: items of the database to replace or remove.
-            untouched: conflicting items of the database to keep.
-        """
-        if surplus:
-            # Upstream has gone back, or items have vanished: upserts cannot express that.
-            await self._store.init(await self._with_untouched(untouched, payload))
-        elif outdated:
-            await self._store.upsert(outdated)
-        if surplus or outdated:
-            written = {*surplus, *((item.kind, item.key) for item in outdated)}
-            self._log.info("%s brought up to date in %d items", self._label, len(written))
-
-    def _log_replaced(self, keys: Collection[Key], versions: Versions, payload: Payload) -> None:
-        self._conflicts.replaced(keys)
-        text = (
-            "%s held what upstream does not have, though it was asked for everything twice (%s);"
-            " upstream's data have replaced it"
-        )
-        self._log.warning(text, self._label, _versions_text(keys, versions, payload))
-
-    async def _with_untouched(self, untouched: Collection[Key], payload: Payload) -> Payload:
-        """Return the payload, but with the database's version of the untouched items."""
-        stored = await self._store.load() if untouched else None
+    async def _with_kept(self, kept: Collection[Key], payload: Payload) -> Payload:
+        """Return the payload, but with the database's version of some items."""
+        stored = await self._store.load() if kept else None
         if stored is None:
             return payload
-        stored_items = (stored.payload.all(kind).get(key) for kind, key in untouched)
+        stored_items = (stored.payload.all(kind).get(key) for kind, key in kept)
         return Payload.of([*payload, *(item for item in stored_items if item)])
 
-    def _record_success(self, payload: Payload) -> None:
+    def _record_success(self, payload: Payload, repair: Repair | None = None) -> None:
         self._end_outage()
-        self._last_known = payload
+        self._reconciler.record(payload, repair)
         if self.status.invalid:
             self.status = replace(self.status, invalid=())
-        if not self._conflicts_settled:
+        if not self._reconciler.settled:
             self._flushed.clear()
         elif payload is self._payload and not self._needs_compare and not self._pending:
             self._flushed.set()
 
     def _begin_outage(self, error: StoreUnavailable) -> None:
-        if self.status.state is not StoreState.INTERRUPTED:
+        text = "%s is unavailable: %s; flags are served from memory meanwhile"
+        if self._outage.begin(str(error), text, self._label, error):
             self._enter(StoreState.INTERRUPTED)
-            text = "%s is unavailable: %s; flags are served from memory meanwhile"
-            self._log.error(text, self._label, error)
 
     def _end_outage(self) -> None:
-        if self.status.state is StoreState.INTERRUPTED:
-            self._log.warning("%s is available again", self._label)
+        self._outage.end("%s is available again", self._label)
         if self.status.state is not StoreState.VALID:
             self._enter(StoreState.VALID)
 
     def _enter(self, state: StoreState) -> None:
-        self.status = replace(self.status, state=state, since=time.time())
+        self.status = replace(self.status, state=state, since=clock.unix())
 
     def _report_invalid(self, stored: Stored) -> None:
         self.status = replace(self.status, invalid=stored.invalid)
         for bad in stored.invalid:
             self._log.error("%s holds an unreadable %s; it is skipped", self._label, bad)
-
-
-def _now() -> float:
-    """Return the time of the event loop."""
-    return asyncio.get_running_loop().time()
 
 
 def _names_text(keys: Collection[Key]) -> str:

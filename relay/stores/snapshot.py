@@ -14,7 +14,6 @@ import hashlib
 import os
 import secrets
 import threading
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TypeVar
 
 import msgspec
 
+from relay import clock
 from relay.errors import InvalidData
 from relay.files import make_directory, open_private
 from relay.model.credential import SDKKey
@@ -31,6 +31,7 @@ from relay.protocol.snapshot import HEADER_SIZE, Header, UnknownFormat
 from relay.reasons import describe
 from relay.stores import Key, Stored, StoreStatus
 from relay.telemetry.log import Log
+from relay.telemetry.outage import OutageLog
 
 MAX_SIZE = 512 * 1024 * 1024
 """Maximum size of a file in bytes: several times the largest upstream message."""
@@ -93,11 +94,11 @@ class SnapshotMirror:
         self._writing: asyncio.Future[None] | None = None
         self._last_full_write = -float("inf")
         """Monotonic start time of the last write of the whole file."""
-        self._failing = False
+        self._outage = OutageLog(log)
 
     def __repr__(self) -> str:
         state = "flushed" if self._flushed.is_set() else "pending"
-        return f"<SnapshotMirror {self._file.path} {'failing' if self._failing else state}>"
+        return f"<SnapshotMirror {self._file.path} {'failing' if self._outage.reason else state}>"
 
     async def load(self) -> Stored | None:
         """Return the content of the file; None if there is no file, or it is unusable (logged)."""
@@ -123,7 +124,7 @@ class SnapshotMirror:
     ) -> None:
         """Schedule a write: upstream has just confirmed `payload`."""
         del change, full, unusable  # the file is written as a whole
-        self._confirmed = (payload, time.time())
+        self._confirmed = (payload, clock.unix())
         self._flushed.clear()
         self._dirty.set()
 
@@ -153,8 +154,8 @@ class SnapshotMirror:
 
     async def _wait_until_due(self) -> None:
         """Wait, to batch changes and limit the write rate, or until `flushed` is called."""
-        updated_at = time.monotonic()
-        while (delay := self._due_at(updated_at) - time.monotonic()) > 0:
+        updated_at = clock.monotonic()
+        while (delay := self._due_at(updated_at) - clock.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await self._flush_requested.wait()
@@ -175,7 +176,7 @@ class SnapshotMirror:
         self._dirty.clear()
         self._flush_requested.clear()
         if not self._file.contains(payload):
-            self._last_full_write = time.monotonic()
+            self._last_full_write = clock.monotonic()
         self._writing = _in_thread(lambda: self._file.store(payload, confirmed))
         self._writing.add_done_callback(lambda future: self._write_done(future, snapshot))
         return self._writing
@@ -185,33 +186,25 @@ class SnapshotMirror:
         if isinstance(error, OSError):
             self._begin_outage("written", error)
         elif error is None:
-            self._end_outage()
+            self._outage.end("Snapshot %s is written again", self._file.path)
             if snapshot is self._confirmed:
                 self._flushed.set()
 
     async def _finish(self) -> None:
         """Write the last update, but do not keep the process from ending."""
-        deadline = time.monotonic() + self._timings.finish
+        deadline = clock.monotonic() + self._timings.finish
         if self._writing is not None:
             await asyncio.wait({self._writing}, timeout=self._timings.finish)
         if not self._flushed.is_set() and (self._writing is None or self._writing.done()):
-            await asyncio.wait({self._write()}, timeout=max(0.0, deadline - time.monotonic()))
-        if not self._flushed.is_set() and not self._failing:
+            await asyncio.wait({self._write()}, timeout=max(0.0, deadline - clock.monotonic()))
+        if not self._flushed.is_set() and self._outage.reason is None:
             text = "Snapshot %s: the last state could not be written within %g s"
             self._log.warning(text, self._file.path, self._timings.finish)
 
     def _begin_outage(self, operation: str, error: OSError) -> None:
-        if not self._failing:
-            self._failing = True
-            text = "Snapshot %s cannot be %s: %s; trying again every %g s"
-            self._log.warning(
-                text, self._file.path, operation, describe(error), self._timings.retry
-            )
-
-    def _end_outage(self) -> None:
-        if self._failing:
-            self._failing = False
-            self._log.info("Snapshot %s is written again", self._file.path)
+        reason, retry = describe(error), self._timings.retry
+        text = "Snapshot %s cannot be %s: %s; trying again every %g s"
+        self._outage.begin(reason, text, self._file.path, operation, reason, retry)
 
 
 class _SnapshotFile:
@@ -241,7 +234,7 @@ class _SnapshotFile:
                 with contextlib.suppress(OSError):
                     self.path.replace(self._directory / f"{self._stem}.damaged")
                 raise
-        return Stored(payload, age=snapshot_format.age(header, time.time()))
+        return Stored(payload, age=snapshot_format.age(header, clock.unix()))
 
     def contains(self, payload: Payload) -> bool:
         """Return whether this object has written `payload` into the file."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
+from relay import clock
 from relay.model.metrics import Histogram, MetricValue
 from relay.model.payload import Change, Payload
+from relay.registry import Grant
 from relay.streams.transport import HEARTBEAT, LAST_CHUNK, PING_CHUNK, StreamTransport, encode_chunk
 
 ClientT = TypeVar("ClientT")
@@ -72,15 +73,21 @@ class _PendingOutput:
 class Subscription(asyncio.Protocol):
     """One client of one stream; the protocol of its transport."""
 
-    __slots__ = ("_channel", "count", "ends_at", "pending", "transport")
+    __slots__ = ("_channel", "count", "ends_at", "grant", "pending", "transport")
 
     def __init__(
-        self, channel: Channel[Any], transport: StreamTransport, ends_at: float, count: MetricValue
+        self,
+        channel: Channel[Any],
+        transport: StreamTransport,
+        ends_at: float,
+        count: MetricValue,
+        grant: Grant[Any] | None,
     ) -> None:
         self._channel = channel
         self.count = count
         self.transport = transport
         self.ends_at = ends_at
+        self.grant = grant
         self.pending: _PendingOutput | None = None
         """None as long as the client keeps up; also set once the stream has ended or is gone."""
 
@@ -228,12 +235,14 @@ class Channel(ABC, Generic[ClientT]):
         ends_at: float,
         count: MetricValue,
         client: ClientT,
+        *,
+        grant: Grant[Any] | None,
     ) -> Subscription:
         """Register a client and write its opening."""
         # The opening includes the pending changes, so they go to the earlier subscribers only.
         # Without an await between the three steps no change is lost or sent twice.
         self._close_pending()
-        subscription = Subscription(self, transport, ends_at, count)
+        subscription = Subscription(self, transport, ends_at, count, grant)
         self.subscriptions[subscription] = client
         transport.set_protocol(subscription)
         # In one call: each write is a packet, and may wake the client on its own.
@@ -250,9 +259,8 @@ class Channel(ABC, Generic[ClientT]):
         """Start a slow client over with all data; fan-outs in progress skip it."""
         client = self.subscriptions[subscription]
         self.forget(subscription)
-        self.subscribe(
-            subscription.transport, b"", subscription.ends_at, subscription.count, client
-        )
+        kept = subscription.ends_at, subscription.count, client
+        self.subscribe(subscription.transport, b"", *kept, grant=subscription.grant)
 
     def forget(self, subscription: Subscription) -> None:
         """Remove a subscription whose connection is lost."""
@@ -265,7 +273,7 @@ class Channel(ABC, Generic[ClientT]):
     def mark_slow(self, subscription: Subscription) -> None:
         """Keep further chunks for a client, as its buffer is full."""
         backlog = subscription.transport.get_write_buffer_size()
-        subscription.pending = _PendingOutput(backlog, asyncio.get_running_loop().time())
+        subscription.pending = _PendingOutput(backlog, clock.monotonic())
         self._slow.add(subscription)
 
     def mark_fast(self, subscription: Subscription) -> None:
@@ -295,10 +303,11 @@ class Channel(ABC, Generic[ClientT]):
             if now >= subscription.ends_at and subscription.pending is None:
                 subscription.end()
 
-    def abort_all(self) -> None:
-        """Abort all connections."""
+    def abort(self, grant: Grant[Any] | None = None) -> None:
+        """Abort all connections, or those of the streams that were opened with a grant."""
         for subscription in [*self.subscriptions, *self._slow]:
-            subscription.transport.abort()
+            if grant is None or subscription.grant is grant:
+                subscription.transport.abort()
 
     def _close_pending(self) -> None:
         """Start the pending changes now, so that a new subscriber does not get them as well."""
@@ -322,7 +331,7 @@ class Channel(ABC, Generic[ClientT]):
             if self._fan_outs and self._fan_outs[0].write_slice():
                 since = self._fan_outs.popleft().since
                 if since is not None:
-                    self.delays.add(time.monotonic() - since)
+                    self.delays.add(clock.monotonic() - since)
         finally:  # an error for one client must not stop the fan-out to the others
             if self._fan_outs or self._is_pending:
                 self._schedule_slice()

@@ -9,7 +9,6 @@ result of a client costs it no byte, and no client polls.
 from __future__ import annotations
 
 import asyncio
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
@@ -17,6 +16,7 @@ from itertools import islice
 from typing import Any
 from weakref import WeakValueDictionary
 
+from relay import clock
 from relay.evaluation.compiled.program import Program
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context
@@ -24,6 +24,7 @@ from relay.model.metrics import MetricValue
 from relay.model.payload import Change, Payload
 from relay.programs import ProgramCache
 from relay.protocol import clientside
+from relay.registry import Grant
 from relay.streams.channel import FAN_OUT_SLICE, Channel, Subscription
 from relay.streams.ping import PingChannel
 from relay.streams.transport import StreamTransport, encode_chunk
@@ -110,10 +111,12 @@ class EvaluatingChannel(Channel[EvalClient]):
         ends_at: float,
         count: MetricValue,
         client: EvalClient,
+        *,
+        grant: Grant[Any] | None,
     ) -> Subscription:
         """Register a client and write its put, now if there is a program."""
         known_client = self._clients.setdefault(client.identity, client)
-        return super().subscribe(transport, head, ends_at, count, known_client)
+        return super().subscribe(transport, head, ends_at, count, known_client, grant=grant)
 
     def forget(self, subscription: Subscription) -> None:
         """Remove a subscription whose connection is lost."""
@@ -215,14 +218,14 @@ class _PersonalFanOut(ABC):
 
     def write_slice(self) -> bool:
         """Write to the next slice of subscriptions; return whether these were the last."""
-        end, count = time.perf_counter() + SLICE_TIME, 0
+        end, count = clock.monotonic() + SLICE_TIME, 0
         for client, subscription in islice(self._receivers, FAN_OUT_SLICE):
             count += 1
             if client is not self._client:
                 self._client, self._chunk = client, self._encode_for(client)
             if self._chunk:
                 subscription.send(self._chunk)
-            if time.perf_counter() > end:
+            if clock.monotonic() > end:
                 return False
         return count < FAN_OUT_SLICE
 

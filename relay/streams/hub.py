@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from relay import clock, randomness
 from relay.model.metrics import Histogram, MetricValue
 from relay.model.payload import Change, Payload
+from relay.registry import Grant
 from relay.streams.channel import (
     BroadcastChannel,
     Channel,
@@ -116,7 +116,7 @@ class Hub:
             change: the difference to the previous payload.
             since: monotonic time at which the change was received; None for now.
         """
-        since = time.monotonic() if since is None else since
+        since = clock.monotonic() if since is None else since
         for channel in self._channels.values():
             channel.publish(payload, change, since)
 
@@ -127,6 +127,8 @@ class Hub:
         head: bytes = b"",
         count: MetricValue | None = None,
         client: object = None,
+        *,
+        grant: Grant[Any] | None = None,
     ) -> Subscription:
         """Send the current data, then each change.
 
@@ -138,13 +140,15 @@ class Hub:
             head: bytes to write first, such as the head of the response.
             count: the number of open streams; includes this one until its connection is lost.
             client: the channel's own data about the client; None for broadcast channels.
+            grant: opened the environment; the stream ends with it. None if it lasts for ever.
         """
         self._keep_ticking()
         count = count or MetricValue()
         count.value += 1
         ends_at = self._new_end_time()
-        subscription = self._channels[stream].subscribe(transport, head, ends_at, count, client)
-        if self._closing:
+        channel = self._channels[stream]
+        subscription = channel.subscribe(transport, head, ends_at, count, client, grant=grant)
+        if self._closing or (grant is not None and grant.revoked):
             subscription.end()
         return subscription
 
@@ -156,34 +160,47 @@ class Hub:
         self._closing = True
         try:
             async with asyncio.timeout(within):
-                await self._end_slowly(min(within / 2, len(self) / ENDINGS_PER_SECOND))
+                await self._end_slowly(within / 2)
                 for channel in self._channels.values():
                     await _wait_drained(channel)
         except TimeoutError:
             for channel in self._channels.values():
-                channel.abort_all()
+                channel.abort()
 
-    async def _end_slowly(self, seconds: float) -> None:
-        """End all streams, spread over about `seconds`."""
-        subscriptions = [s for channel in self._channels.values() for s in channel.subscriptions]
+    async def end_streams(self, grant: Grant[Any], within: float) -> None:
+        """End the streams that were opened with a grant, as `close` does; no others notice."""
+        if not self._subscriptions(grant):
+            return
+        await self._end_slowly(within / 2, grant)
+        await asyncio.sleep(within / 2)
+        for channel in self._channels.values():
+            channel.abort(grant)
+
+    async def _end_slowly(self, within: float, grant: Grant[Any] | None = None) -> None:
+        """End all streams, or those that were opened with a grant, a few at a time."""
+        subscriptions = self._subscriptions(grant)
+        seconds = min(within, len(subscriptions) / ENDINGS_PER_SECOND)
         steps = max(1, round(seconds / 0.02))
         size = -(-len(subscriptions) // steps)
         for start in range(0, len(subscriptions), size or 1):
             _end_all(subscriptions[start : start + size])
             await asyncio.sleep(seconds / steps)
-        for channel in self._channels.values():
-            _end_all(list(channel.subscriptions))  # subscriptions that were resynced meanwhile
+        _end_all(self._subscriptions(grant))  # those that were resynced meanwhile
+
+    def _subscriptions(self, grant: Grant[Any] | None) -> list[Subscription]:
+        channels = self._channels.values()
+        return [s for c in channels for s in c.subscriptions if grant is None or s.grant is grant]
 
     def _new_end_time(self) -> float:
         max_time = self._limits.max_connection_time
         if max_time <= 0:
             return 0.0
-        jitter = random.random() * CONNECTION_TIME_JITTER  # noqa: S311 - no secret
-        return asyncio.get_running_loop().time() + max_time * (1 - jitter)
+        jitter = randomness.fraction() * CONNECTION_TIME_JITTER
+        return clock.monotonic() + max_time * (1 - jitter)
 
     def _keep_ticking(self) -> None:
         if self._ticker is None:
-            now = asyncio.get_running_loop().time()
+            now = clock.monotonic()
             interval = self._limits.heartbeat_interval
             self._next_heartbeat = now + interval if interval > 0 else math.inf
             self._schedule_tick(now)
@@ -195,7 +212,7 @@ class Hub:
     def _tick(self) -> None:
         """Sweep all channels and send due heartbeats; stop ticking when no client is connected."""
         self._ticker = None
-        now = asyncio.get_running_loop().time()
+        now = clock.monotonic()
         heartbeat = self._take_due_heartbeat(now)
         for channel in self._channels.values():
             channel.drop_stalled(now, self._limits.stall_timeout)

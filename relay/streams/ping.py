@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import deque
 
+from relay import randomness
 from relay.model.payload import Change, Payload
 from relay.streams.channel import Channel, SharedFanOut, Subscription
 from relay.streams.transport import PING_CHUNK
@@ -67,7 +67,7 @@ class PingChannel(Channel[None]):
         for subscription in self.subscriptions:
             if subscription not in self._scheduled:
                 self._scheduled.add(subscription)
-                random.choice(self._slots).append(subscription)  # noqa: S311 - no secret
+                randomness.choice(self._slots).append(subscription)
 
     def _ping_slot(self) -> None:
         due = self._slots.popleft()

@@ -37,12 +37,29 @@ SHORTEST_SECRET = 6
 
 STDOUT, STDERR = 1, 2
 
+_PARENT = logging.getLogger("relay.env")
+"""Parent of the environments' loggers: without it, `logging` would keep a list of them for ever."""
+
 Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
 """Logger of the process or of an environment."""
 
 
 class EnvironmentLog(logging.LoggerAdapter[logging.Logger]):
-    """Log of one environment: its records have its name and its masked SDK key."""
+    """Log of one environment: its records have its name and its masked SDK key.
+
+    Args:
+        name: display name of the environment.
+        masked_key: masked SDK key, such as `...abcd`.
+    """
+
+    def __init__(self, name: str, masked_key: str) -> None:
+        super().__init__(logging.getLogger(), {})
+        self.describe(name, masked_key)
+
+    def describe(self, name: str, masked_key: str) -> None:
+        """Change name and key, for all who hold this log."""
+        self.logger = logging.getLogger(f"relay.env.{name}")
+        self.extra = {"environment": name, "masked_key": masked_key}
 
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
@@ -58,8 +75,7 @@ def environment_log(name: str, masked_key: str) -> EnvironmentLog:
         name: display name of the environment.
         masked_key: masked SDK key, such as `...abcd`.
     """
-    logger = logging.getLogger(f"relay.env.{name}")
-    return EnvironmentLog(logger, {"environment": name, "masked_key": masked_key})
+    return EnvironmentLog(name, masked_key)
 
 
 class TextFormatter(logging.Formatter):
@@ -122,10 +138,12 @@ class LogHandler(logging.Handler):
         super().__init__()
         self.lost = 0
         """Number of lines that could not be written."""
-        long_enough = {s for s in secrets if len(s) >= SHORTEST_SECRET}
-        spellings = {text for secret in long_enough for text in _spellings(secret)}
-        # Longest first: one secret may be the beginning of another.
-        self._secrets = sorted(spellings, key=len)[::-1]
+        self._spellings: dict[str, frozenset[str]] = {}
+        """Spellings of each secret that is masked."""
+        self._secrets: list[str] = []
+        self._configured: frozenset[str] = frozenset()
+        self.mask(frozenset(secrets))
+        self._configured = frozenset(self._spellings)
         self._stdout, self._stderr = stdout, stderr
         self._queue: queue.Queue[tuple[int, bytes] | None] = queue.Queue(WAITING_LINES)
         self._writer = threading.Thread(target=self._write_queued, name="log", daemon=True)
@@ -133,6 +151,31 @@ class LogHandler(logging.Handler):
 
     def __repr__(self) -> str:
         return f"<LogHandler: {self._queue.qsize()} lines queued, {self.lost} lost>"
+
+    @property
+    def masked_keys(self) -> frozenset[str]:
+        """Texts that are masked besides the secrets."""
+        return frozenset(self._spellings.keys() - self._configured)
+
+    def mask(self, keys: frozenset[str]) -> None:
+        """Mask further texts."""
+        added = {key for key in keys - self._spellings.keys() if len(key) >= SHORTEST_SECRET}
+        if added:
+            self._spellings.update((key, frozenset(_spellings(key))) for key in added)
+            self._sort_secrets()
+
+    def unmask(self, keys: frozenset[str]) -> None:
+        """Stop masking texts, unless they are secrets."""
+        dropped = keys & self.masked_keys
+        if dropped:
+            for key in dropped:
+                del self._spellings[key]
+            self._sort_secrets()
+
+    def _sort_secrets(self) -> None:
+        # Longest first: one secret may be the beginning of another.
+        spellings = {text for texts in self._spellings.values() for text in texts}
+        self._secrets = sorted(spellings, key=len)[::-1]
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue a line, or count it as lost."""
@@ -180,8 +223,7 @@ def _write(target: int, line: bytes) -> None:
 
 def lost_lines() -> int:
     """Return the number of lines that the current handlers could not write."""
-    handlers = logging.getLogger().handlers
-    return sum(handler.lost for handler in handlers if isinstance(handler, LogHandler))
+    return sum(handler.lost for handler in _handlers())
 
 
 def set_up(level: str, line_format: str, output: LogHandler) -> None:
@@ -201,6 +243,34 @@ def set_up(level: str, line_format: str, output: LogHandler) -> None:
     logging.getLogger("relay").setLevel(LEVELS[level])
 
 
-def set_environment_level(name: str, level: str) -> None:
-    """Set the level of one environment's log."""
-    logging.getLogger(f"relay.env.{name}").setLevel(LEVELS[level])
+def set_environment_level(name: str, level: str | None) -> None:
+    """Set the level of one environment's log; None for the relay's."""
+    logging.getLogger(f"relay.env.{name}").setLevel(LEVELS[level] if level else logging.NOTSET)
+
+
+def forget_environment(name: str) -> None:
+    """Forget the level of an environment that is gone, and free its logger."""
+    logging.Logger.manager.loggerDict.pop(f"relay.env.{name}", None)
+
+
+def mask_keys(keys: Iterable[str]) -> None:
+    """Mask keys wherever they appear in log lines, besides the secrets of the configuration."""
+    keys = frozenset(keys)
+    for handler in _handlers():
+        handler.mask(keys)
+
+
+def unmask_keys(keys: Iterable[str]) -> None:
+    """Stop masking keys that are no secrets of the configuration."""
+    keys = frozenset(keys)
+    for handler in _handlers():
+        handler.unmask(keys)
+
+
+def masked_keys() -> frozenset[str]:
+    """Return the keys that `unmask_keys` would unmask."""
+    return frozenset[str]().union(*(handler.masked_keys for handler in _handlers()))
+
+
+def _handlers() -> list[LogHandler]:
+    return [each for each in logging.getLogger().handlers if isinstance(each, LogHandler)]

@@ -30,7 +30,7 @@ OTHER = "other"
 _log = logging.getLogger("relay.traffic")
 
 
-class Series(NamedTuple):
+class RequestLabels(NamedTuple):
     """Labels of a count; each has a bounded number of values."""
 
     environment: str
@@ -44,7 +44,7 @@ class Series(NamedTuple):
     """As returned by `RequestMetrics.user_agent`; empty if the client has no name."""
 
 
-Counts = defaultdict[Series, MetricValue]
+Counts = defaultdict[RequestLabels, MetricValue]
 
 
 class RequestMetrics:
@@ -79,6 +79,14 @@ class RequestMetrics:
             self._user_agents.add(name)
         return name
 
+    def forget(self, environment: str) -> None:
+        """Drop the counts of an environment that is gone."""
+        for counts in (self.requests, self.new_streams, self.streams):
+            for labels in [labels for labels in counts if labels.environment == environment]:
+                del counts[labels]
+        for by_name in (self.unusable, self.discarded):
+            by_name.pop(environment, None)
+
 
 def client_label(traffic: RequestMetrics, headers: Mapping[bytes, bytes]) -> str:
     """Return the label of the user agent of a request on the fast path."""
@@ -91,11 +99,11 @@ def label_value(value: str) -> str:
     return value.replace("/", "_") or "_"
 
 
-def totals(counts: Mapping[Series, MetricValue]) -> Mapping[str, int]:
+def totals(counts: Mapping[RequestLabels, MetricValue]) -> Mapping[str, int]:
     """Return the sums of counts by environment."""
     sums: defaultdict[str, int] = defaultdict(int)
-    for series, count in counts.items():
-        sums[series.environment] += count.value
+    for labels, count in counts.items():
+        sums[labels.environment] += count.value
     return sums
 
 

@@ -1,11 +1,15 @@
-"""Resolve the credential of a request to its environment (endpoints 1.2)."""
+"""Resolve the credential of a request to its environment (endpoints 1.2), for both paths."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from relay.environment import Environment
+from relay.registry import Grant, Registry
 from relay.relay import Relay
+from relay.telemetry.traffic import RequestLabels, RequestMetrics, client_label
+from relay.web.requests import parameter_in
 from relay.web.responses import (
     MALFORMED_CREDENTIAL,
     UNKNOWN_CREDENTIAL,
@@ -13,83 +17,88 @@ from relay.web.responses import (
     UNKNOWN_FILTER,
     PreparedResponse,
 )
+from relay.web.routes import CredentialSource, Route, RouteAuth
 
-_PREFIX = b"api_key "
-_BLANKS = b" \t"
-
-
-def for_sdk_key(
-    relay: Relay, authorization: bytes, payload_filter: str
-) -> Environment | PreparedResponse:
-    """Return the environment of the SDK key in an `Authorization` header, or the refusal."""
-    return _by_header(relay.by_sdk_key, authorization, payload_filter)
+_PREFIX = "api_key "
+_BLANKS = " \t"
 
 
-def for_mobile_key(
-    relay: Relay, authorization: bytes, payload_filter: str
-) -> Environment | PreparedResponse:
-    """Return the environment of the mobile key in an `Authorization` header, or the refusal.
+class Access(NamedTuple):
+    """Route of a request, and the permission that its credential gives."""
+
+    route: Route
+    grant: Grant[Environment]
+
+    @property
+    def environment(self) -> Environment:
+        """The environment that the credential opens."""
+        return self.grant.environment
+
+    def __repr__(self) -> str:
+        return f"<Access {self.route.template} {self.environment.spec.name!r}>"
+
+    def is_valid(self, registry: Registry[Environment]) -> bool:
+        """Return whether the credential still opens the environment, after a wait."""
+        credential, payload_filter = self.grant.credential, self.environment.spec.payload_filter
+        return registry.grant(credential.kind, credential.value, payload_filter) is self.grant
+
+    def labels(
+        self, traffic: RequestMetrics, method: str, headers: Mapping[bytes, bytes]
+    ) -> RequestLabels:
+        """Return the labels of the metrics that count the request.
+
+        Args:
+            traffic: bounds the number of user agents.
+            method: of the request.
+            headers: of the request, by name in lower case.
+        """
+        user_agent = client_label(traffic, headers)
+        name, route = self.environment.spec.name, self.route
+        return RequestLabels(name, route.template, method, route.sdk_kind.value, user_agent)
+
+
+def resolve(
+    relay: Relay,
+    route: Route,
+    headers: Mapping[bytes, bytes],
+    environment_id: str = "",
+    query: bytes = b"",
+) -> Access | PreparedResponse:
+    """Return the access that a request's credential gives, or the refusal.
 
     SDK keys and mobile keys are never interchangeable.
-    """
-    return _by_header(relay.by_mobile_key, authorization, payload_filter)
-
-
-def for_environment_id(
-    relay: Relay, environment_id: str, payload_filter: str
-) -> Environment | PreparedResponse:
-    """Return the environment of the client-side ID in a path, or the refusal."""
-    environment = relay.by_environment_id.get(environment_id)
-    return _filtered(environment, payload_filter) or UNKNOWN_ENVIRONMENT_ID
-
-
-def for_client(
-    relay: Relay, credential: bytes, payload_filter: str
-) -> Environment | PreparedResponse:
-    """Return the environment of a mobile key or client-side ID, or the refusal.
-
-    FDv2 client-side SDKs authenticate this way (newer-versions 10.5).
-    """
-    value = credential.strip(_BLANKS).decode("latin-1")
-    environment = relay.by_mobile_key.get(value) or relay.by_environment_id.get(value)
-    return _filtered(environment, payload_filter) or UNKNOWN_CREDENTIAL
-
-
-def by_plain_key(
-    environments: Mapping[str, Environment], headers: Mapping[bytes, bytes]
-) -> Environment | None:
-    """Return the environment of a plain `Authorization` header, for the fast path.
-
-    None if the key is unknown, missing or in an unusual form: the application resolves it or
-    refuses.
 
     Args:
-        environments: by SDK key or by mobile key.
-        headers: of the request, each once.
+        relay: provides the environments.
+        route: of the request.
+        headers: of the request, by name in lower case, each with its first value.
+        environment_id: client-side ID in the path; empty without one.
+        query: of the request.
     """
-    return environments.get(plain_key(headers))
-
-
-def plain_key(headers: Mapping[bytes, bytes]) -> str:
-    """Return the key in a plain `Authorization` header; empty without one."""
-    return headers.get(b"authorization", b"").removeprefix(_PREFIX).decode("latin-1")
-
-
-def _by_header(
-    environments: Mapping[str, Environment], authorization: bytes, payload_filter: str
-) -> Environment | PreparedResponse:
-    key = authorization.strip(_BLANKS)
-    if key.startswith(_PREFIX):
-        key = key.removeprefix(_PREFIX).strip(_BLANKS)
-    if not key or b" " in key:
+    credential = _credential(route.auth, headers, environment_id, query)
+    if not credential and route.auth.source is CredentialSource.HEADER:
         return MALFORMED_CREDENTIAL
-    environment = environments.get(key.decode("latin-1"))
-    return _filtered(environment, payload_filter) or UNKNOWN_CREDENTIAL
+    payload_filter = parameter_in(query, "filter")
+    find = relay.registry.grant
+    for kind in route.auth.accepted:
+        grant = find(kind, credential, payload_filter)
+        if grant is not None:
+            return Access(route, grant)
+        if payload_filter and find(kind, credential) is not None:
+            return UNKNOWN_FILTER
+    by_path = route.auth.source is CredentialSource.PATH
+    return UNKNOWN_ENVIRONMENT_ID if by_path else UNKNOWN_CREDENTIAL
 
 
-def _filtered(
-    environment: Environment | None, payload_filter: str
-) -> Environment | PreparedResponse | None:
-    if environment is not None and payload_filter:
-        return UNKNOWN_FILTER
-    return environment
+def _credential(
+    auth: RouteAuth, headers: Mapping[bytes, bytes], environment_id: str, query: bytes
+) -> str:
+    """Return the credential of a request; empty if it is missing or malformed."""
+    if auth.source is CredentialSource.PATH:
+        return environment_id
+    authorization = headers.get(b"authorization", b"").decode("latin-1").strip(_BLANKS)
+    if auth.source is CredentialSource.QUERY:
+        return parameter_in(query, "auth").strip(_BLANKS) or authorization
+    if authorization.startswith(_PREFIX):
+        authorization = authorization.removeprefix(_PREFIX).strip(_BLANKS)
+    return "" if " " in authorization else authorization

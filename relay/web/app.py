@@ -1,4 +1,4 @@
-"""The application: the complete route table, and the responses to errors (endpoints 1.1).
+"""The application: a handler for every route, and the responses to errors (endpoints 1.1).
 
 The fast path takes the hot requests before they get here. The application has every route, and its
 responses are byte for byte those of the fast path.
@@ -6,7 +6,7 @@ responses are byte for byte those of the fast path.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,111 +16,24 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from relay.environment import Environment
 from relay.relay import Relay
-from relay.telemetry.traffic import RequestMetrics, Series
+from relay.telemetry.traffic import RequestMetrics
+from relay.web.access import Access
 from relay.web.access_log import AccessLogMiddleware
 from relay.web.endpoints import metrics, status
 from relay.web.endpoints.evaluation import EvaluationHandler
 from relay.web.endpoints.events import EventsHandler
 from relay.web.endpoints.goals import GoalsHandler
 from relay.web.endpoints.polling import PollingHandler
-from relay.web.endpoints.streams import STREAMS, ClientStreams, StreamResponse
+from relay.web.endpoints.streams import StreamsHandler
 from relay.web.endpoints.webhooks import PATH as WEBHOOK
 from relay.web.endpoints.webhooks import WebhooksHandler
-from relay.web.fastpath.events import BROWSERS, ROUTES
 from relay.web.middleware import PathNormalizationMiddleware, ServerErrorMiddleware
-from relay.web.responses import (
-    FDV1_INSTEAD,
-    NO_DATA,
-    NOT_FOUND,
-    PreparedResponse,
-)
-from relay.web.routing import (
-    BROWSER,
-    FDV2_CLIENT,
-    MOBILE,
-    SERVER,
-    AuthenticatedRoute,
-    Handler,
-    RouteAuth,
-    header,
-    user_agent,
-)
+from relay.web.responses import FDV1_INSTEAD, NOT_FOUND, PreparedResponse
+from relay.web.routes import ROUTES, Endpoint
+from relay.web.routing import AuthenticatedRoute, Handler
 
-GET, REPORT, POST = ("GET",), ("REPORT",), ("POST",)
-GET_, REPORT_ = ("GET", "OPTIONS"), ("REPORT", "OPTIONS")
-POST_REPORT_ = ("POST", "REPORT", "OPTIONS")
-REPORT_POST, REPORT_POST_ = ("REPORT", "POST"), ("REPORT", "POST", "OPTIONS")
-
-Row = tuple[str, Sequence[str], RouteAuth, Handler]
-
-
-def _table(
-    poll: Handler,
-    stream: Handler,
-    *,
-    streams: ClientStreams,
-    events: EventsHandler,
-    evaluation: EvaluationHandler,
-    goals: GoalsHandler,
-) -> Sequence[Row]:
-    """Return the authenticated routes; the first match wins.
-
-    Routes are tried in order, so the busy events routes come first.
-    """
-    in_path = {auth: evaluation.in_path(auth.sdk_kind) for auth in (SERVER, MOBILE, BROWSER)}
-    in_body = {auth: evaluation.in_body(auth.sdk_kind) for auth in (SERVER, MOBILE, BROWSER)}
-    fdv1 = _always(FDV1_INSTEAD)
-    return (
-        *(
-            (
-                route.template,
-                BROWSERS if route.auth is BROWSER else POST,
-                route.auth,
-                events.handler(route.endpoint),
-            )
-            for route in ROUTES.values()
-        ),
-        ("/a/{envId}.gif", GET_, BROWSER, events.image),
-        ("/all", GET, SERVER, stream),
-        ("/flags", GET, SERVER, stream),
-        ("/sdk/flags", GET, SERVER, poll),
-        ("/sdk/flags/{key}", GET, SERVER, poll),
-        ("/sdk/segments/{key}", GET, SERVER, poll),
-        ("/sdk/latest-all", GET, SERVER, poll),
-        ("/sdk/stream", GET, SERVER, fdv1),
-        ("/sdk/poll", GET, SERVER, fdv1),
-        ("/sdk/stream/eval", POST_REPORT_, FDV2_CLIENT, fdv1),
-        ("/sdk/stream/eval/{context}", GET_, FDV2_CLIENT, fdv1),
-        ("/sdk/poll/eval", POST_REPORT_, FDV2_CLIENT, fdv1),
-        ("/sdk/poll/eval/{context}", GET_, FDV2_CLIENT, fdv1),
-        ("/sdk/goals/{envId}", GET_, BROWSER, goals.respond),
-        ("/sdk/evalx/{envId}/contexts/{context}", GET_, BROWSER, in_path[BROWSER]),
-        ("/sdk/evalx/{envId}/contexts", REPORT_POST_, BROWSER, in_body[BROWSER]),
-        ("/sdk/evalx/{envId}/context", REPORT_POST_, BROWSER, in_body[BROWSER]),
-        ("/sdk/evalx/{envId}/users/{context}", GET_, BROWSER, in_path[BROWSER]),
-        ("/sdk/evalx/{envId}/users", REPORT_POST_, BROWSER, in_body[BROWSER]),
-        ("/sdk/evalx/{envId}/user", REPORT_POST_, BROWSER, in_body[BROWSER]),
-        ("/sdk/evalx/contexts/{context}", GET, SERVER, in_path[SERVER]),
-        ("/sdk/evalx/contexts", REPORT_POST, SERVER, in_body[SERVER]),
-        ("/sdk/evalx/context", REPORT_POST, SERVER, in_body[SERVER]),
-        ("/sdk/evalx/users/{context}", GET, SERVER, in_path[SERVER]),
-        ("/sdk/evalx/users", REPORT_POST, SERVER, in_body[SERVER]),
-        ("/sdk/evalx/user", REPORT_POST, SERVER, in_body[SERVER]),
-        ("/msdk/evalx/contexts/{context}", GET, MOBILE, in_path[MOBILE]),
-        ("/msdk/evalx/contexts", REPORT_POST, MOBILE, in_body[MOBILE]),
-        ("/msdk/evalx/context", REPORT_POST, MOBILE, in_body[MOBILE]),
-        ("/msdk/evalx/users/{context}", GET, MOBILE, in_path[MOBILE]),
-        ("/msdk/evalx/users", REPORT_POST, MOBILE, in_body[MOBILE]),
-        ("/msdk/evalx/user", REPORT_POST, MOBILE, in_body[MOBILE]),
-        ("/meval/{context}", GET, MOBILE, streams.in_path(MOBILE)),
-        ("/meval", REPORT, MOBILE, streams.in_body(MOBILE)),
-        ("/mping", GET, MOBILE, streams.pings(MOBILE)),
-        ("/ping/{envId}", GET_, BROWSER, streams.pings(BROWSER)),
-        ("/eval/{envId}/{context}", GET_, BROWSER, streams.in_path(BROWSER)),
-        ("/eval/{envId}", REPORT_, BROWSER, streams.in_body(BROWSER)),
-    )
+_GET, _POST = ("GET",), ("POST",)
 
 
 def make_app(
@@ -144,15 +57,23 @@ def make_app(
         evaluation: handles evaluations; shared with the fast path.
         goals: serves goals; None to serve an empty list.
     """
-    evaluation = evaluation or EvaluationHandler()
-    table = _table(
-        _poll(polling),
-        _stream(traffic),
-        streams=ClientStreams(traffic, evaluation.budget),
-        events=events or EventsHandler(),
-        evaluation=evaluation,
-        goals=goals or GoalsHandler(),
-    )
+    evaluation = evaluation or EvaluationHandler(relay.registry)
+    events = events or EventsHandler()
+    streams = StreamsHandler(traffic, evaluation.budget)
+    goals = goals or GoalsHandler()
+    handlers: Mapping[Endpoint, Handler] = {
+        Endpoint.POLL: polling.handle,
+        Endpoint.STREAM: streams.shared,
+        Endpoint.PINGS: streams.pings,
+        Endpoint.EVALUATED_STREAM: streams.in_path,
+        Endpoint.EVALUATED_STREAM_REPORT: streams.in_body,
+        Endpoint.EVALUATION: evaluation.in_path,
+        Endpoint.EVALUATION_REPORT: evaluation.in_body,
+        Endpoint.EVENTS: events.handle,
+        Endpoint.EVENTS_IMAGE: events.image,
+        Endpoint.GOALS: goals.handle,
+        Endpoint.FDV2: _use_fdv1,
+    }
     pages = (
         ("/status", lambda _: status.overview(relay, traffic)),
         ("/status/{environment}", lambda name: status.one(relay, traffic, name)),
@@ -162,15 +83,15 @@ def make_app(
         ("/readyz/{environment}", lambda name: status.environment_ready(relay, name)),
         ("/metrics", lambda _: metrics.page(relay, traffic)),
     )
-    endpoints = [
-        (path, methods, AuthenticatedRoute(relay, traffic, path, methods, auth, handler))
-        for path, methods, auth, handler in table
+    routes = [
+        (route, AuthenticatedRoute(relay, traffic, route, handlers[route.endpoint]))
+        for route in ROUTES
     ]
     app = Starlette(
         routes=[
-            *(Route(path, endpoint, methods=methods) for path, methods, endpoint in endpoints),
-            *(Route(path, _page(render), methods=GET) for path, render in pages),
-            *([Route(WEBHOOK, webhooks, methods=POST)] if webhooks else []),
+            *(Route(route.template, app, methods=route.methods) for route, app in routes),
+            *(Route(path, _page(render), methods=_GET) for path, render in pages),
+            *([Route(WEBHOOK, webhooks, methods=_POST)] if webhooks else []),
         ],
         middleware=[
             *([Middleware(AccessLogMiddleware)] if traffic.logs else []),
@@ -187,7 +108,7 @@ def make_exporter(relay: Relay, traffic: RequestMetrics, prefix: str) -> ASGIApp
     """Return the application on the port of `[Prometheus]`: ld-relay's metrics, then our own."""
     page = _page(lambda _: metrics.exporter_page(relay, traffic, prefix))
     return Starlette(
-        routes=[Route("/metrics", page, methods=GET)],
+        routes=[Route("/metrics", page, methods=_GET)],
         middleware=[Middleware(ServerErrorMiddleware)],
         exception_handlers={404: _not_found, 405: _not_allowed},
     )
@@ -210,30 +131,5 @@ def _page(render: Callable[[str], PreparedResponse]) -> Callable[[Request], Awai
     return page
 
 
-def _always(response: PreparedResponse) -> Handler:
-    async def respond(_request: Request, _environment: Environment) -> Response:
-        return response.to_starlette()
-
-    return respond
-
-
-def _poll(polling: PollingHandler) -> Handler:
-    async def respond(request: Request, environment: Environment) -> Response:
-        none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
-        response = await polling.complete(environment, request.scope["path"], none_match, encoding)
-        return (response or NO_DATA).to_starlette()
-
-    return respond
-
-
-def _stream(traffic: RequestMetrics) -> Handler:
-    async def respond(request: Request, environment: Environment) -> Response:
-        path = request.scope["path"]
-        agent = user_agent(traffic, request)
-        series = Series(environment.spec.name, path, "GET", SERVER.platform, agent)
-        if request.method == "GET":
-            traffic.new_streams[series].value += 1
-        count = traffic.streams[series]
-        return StreamResponse(environment, STREAMS[path.encode()], count, request.scope)
-
-    return respond
+async def _use_fdv1(_request: Request, _access: Access) -> PreparedResponse:
+    return FDV1_INSTEAD

@@ -15,8 +15,8 @@ from starlette.types import Receive
 
 from relay.errors import RelayError
 from relay.protocol.gzip import CORRUPT, GZIP
+from relay.web.requests import header
 from relay.web.responses import PreparedResponse, json_error
-from relay.web.routing import header
 
 MAX_SIZE = 32 * 1024 * 1024
 """Bytes of a decompressed body unless configured otherwise: far more than any SDK sends."""

@@ -5,7 +5,6 @@ Contexts are private: no response and no log line repeats any part of one (endpo
 
 from __future__ import annotations
 
-import binascii
 import hmac
 
 from starlette.requests import Request
@@ -13,9 +12,10 @@ from starlette.requests import Request
 from relay.errors import InvalidData
 from relay.model.context import Context, parse_context
 from relay.model.environment import EnvironmentSpec
+from relay.model.text import from_base64
 from relay.web.bodies import MemoryBudget, RequestBody, RequestRejected
+from relay.web.requests import header, parameter_in
 from relay.web.responses import json_error, text
-from relay.web.routing import header, parameter_in
 
 MAX_CONTEXT = 5 * 1024 * 1024
 """Bytes of the largest body with a context unless configured otherwise; as in ld-relay."""
@@ -30,9 +30,6 @@ CONTEXTS_OVERLOADED = json_error(503, "Contexts cannot be accepted at the moment
 NO_KEY = json_error(400, "User must have a 'key' attribute")
 WRONG_HASH = json_error(400, "Environment is in secure mode, and context hash does not match.")
 
-_STANDARD = bytes.maketrans(b"-_", b"+/")
-_LINE_ENDS = b"\r\n"
-
 
 def context_in_path(segment: bytes) -> Context:
     """Return the context in a path segment, which is base64.
@@ -46,18 +43,13 @@ def context_in_path(segment: bytes) -> Context:
         RequestRejected: the segment is not base64, or not a context.
     """
     try:
-        json = _from_base64(segment)
-    except binascii.Error:
+        json = from_base64(segment, ignored=b"\r\n")
+    except ValueError:
         raise RequestRejected(NOT_BASE64) from None
     try:
         return parse_context(json)
     except InvalidData:
         raise RequestRejected(NO_CONTEXT) from None
-
-
-def _from_base64(segment: bytes) -> bytes:
-    plain = segment.translate(_STANDARD, _LINE_ENDS).rstrip(b"=")
-    return binascii.a2b_base64(plain + b"=" * (-len(plain) % 4), strict_mode=True)
 
 
 def context_in_body(body: bytes) -> Context:

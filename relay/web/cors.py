@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-
 from relay.model.environment import EnvironmentSpec
 from relay.model.text import header_value
 from relay.web.responses import Headers
+from relay.web.routes import Route
 
 ALLOWED_HEADERS = (
     *("Cache-Control", "Content-Type", "Content-Length", "Accept-Encoding"),
@@ -19,61 +17,49 @@ ALLOWED_HEADERS = (
 MAX_AGE = 300
 """Seconds for which a browser may cache a preflight."""
 
-MAX_KNOWN = 1024
-"""Cached header sets, by environment and origin; each takes some hundred bytes."""
 
-
-def cors_headers(
-    spec: EnvironmentSpec | None,
-    origin: str,
-    methods: Sequence[str],
-    exposed: Sequence[str] = ("Date",),
-) -> dict[str, str]:
+def cors_lines(spec: EnvironmentSpec | None, origin: bytes, route: Route) -> Headers:
     """Return the CORS headers of a response; errors need them, too.
 
     Args:
         spec: of the environment; None if the request names none.
         origin: the request header; empty without one.
-        methods: of the route.
-        exposed: response headers that scripts may read.
+        route: of the request.
     """
     more = spec.allowed_headers if spec else ()
-    return {
-        "access-control-allow-origin": _as_header(_allowed_origin(spec, origin)),
-        "access-control-allow-methods": ",".join(methods),
-        "access-control-allow-headers": _as_header(",".join((*ALLOWED_HEADERS, *more))),
-        "access-control-allow-credentials": "false",
-        "access-control-max-age": str(MAX_AGE),
-        "access-control-expose-headers": ",".join(exposed),
-    }
+    return (
+        (b"access-control-allow-origin", _as_header(_allowed_origin(spec, origin))),
+        (b"access-control-allow-methods", ",".join(route.methods).encode()),
+        (b"access-control-allow-headers", _as_header(",".join((*ALLOWED_HEADERS, *more)))),
+        (b"access-control-allow-credentials", b"false"),
+        (b"access-control-max-age", b"%d" % MAX_AGE),
+        (b"access-control-expose-headers", ",".join(route.auth.exposed_headers).encode()),
+        (b"vary", b"Origin"),
+    )
 
 
-@lru_cache(maxsize=MAX_KNOWN)
-def cors_lines(
-    spec: EnvironmentSpec, origin: bytes, methods: tuple[str, ...], exposed: tuple[str, ...]
-) -> Headers:
-    """Return the headers of `cors_headers` and `Vary: Origin` as the fast path writes them.
+def with_cors(headers: Headers, lines: Headers) -> Headers:
+    """Return response headers with CORS headers, which replace equal ones in their places.
 
     Args:
-        spec: of the environment.
-        origin: the request header; empty without one.
-        methods: of the route.
-        exposed: response headers that scripts may read.
+        headers: of the response.
+        lines: of `cors_lines`; `Vary` does not replace another one.
     """
-    headers = cors_headers(spec, origin.decode("latin-1"), methods, exposed)
-    lines = ((name.encode(), value.encode("latin-1")) for name, value in headers.items())
-    return (*lines, (b"vary", b"Origin"))
+    *own, vary = lines
+    missing = dict(own)
+    merged = [(name, missing.pop(name, value)) for name, value in headers]
+    return (*merged, *missing.items(), vary)
 
 
-def _allowed_origin(spec: EnvironmentSpec | None, origin: str) -> str:
-    allowed = spec.allowed_origins if spec else ()
+def _allowed_origin(spec: EnvironmentSpec | None, origin: bytes) -> str:
+    allowed, text = spec.allowed_origins if spec else (), origin.decode("latin-1")
     if not allowed:
-        return origin or "*"
-    if origin in allowed:
-        return origin
+        return text or "*"
+    if text in allowed:
+        return text
     return "*" if "*" in allowed else allowed[0]
 
 
-def _as_header(text: str) -> str:
+def _as_header(text: str) -> bytes:
     """Return a text from the configuration or a request as a safe header value."""
-    return header_value(text.encode("latin-1", "replace")).decode("latin-1")
+    return header_value(text.encode("latin-1", "replace"))

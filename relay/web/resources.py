@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from email.utils import formatdate
 from functools import cached_property, lru_cache
 
 from isal import igzip
 
+from relay import clock
 from relay.environment import Environment
 from relay.web.responses import Headers, PreparedResponse
 
@@ -143,12 +143,10 @@ def _weight(parameter: bytes) -> float:
         return 0.0
 
 
-def with_ttl(
-    response: PreparedResponse | None, environment: Environment
-) -> PreparedResponse | None:
+def with_ttl(response: PreparedResponse, environment: Environment) -> PreparedResponse:
     """Return a response with an `Expires` header, if the environment has a TTL."""
     ttl = environment.spec.ttl
-    if response is None or ttl <= 0:
+    if ttl <= 0:
         return response
-    expires = formatdate(time.time() + ttl, usegmt=True).encode()
+    expires = formatdate(clock.unix() + ttl, usegmt=True).encode()
     return response.with_headers((b"vary", b"Authorization"), (b"expires", expires))

@@ -2,115 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from urllib.parse import parse_qsl
 
-from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from relay.environment import Environment
-from relay.evaluation.sdkkind import SDKKind
 from relay.relay import Relay
-from relay.telemetry.traffic import RequestMetrics, Series
-from relay.web import access
-from relay.web.cors import cors_headers
+from relay.telemetry.traffic import RequestMetrics
+from relay.web.access import Access, resolve
+from relay.web.cors import cors_lines, with_cors
+from relay.web.requests import first_values
 from relay.web.responses import PreparedResponse, environment_headers
+from relay.web.routes import Route
 
-Resolve = Callable[[Relay, Request], Environment | PreparedResponse]
-"""Return the environment of a request, or the refusal."""
-
-Handler = Callable[[Request, Environment], Awaitable[Response]]
+Handler = Callable[[Request, Access], Awaitable[Response | PreparedResponse]]
 """Return the response to an authenticated request."""
-
-
-def parameter(request: Request, name: str) -> str:
-    """Return the first value of a query parameter of a request; empty without one."""
-    return parameter_in(request.scope["query_string"], name)
-
-
-def parameter_in(query: bytes, name: str) -> str:
-    """Return the first value of a parameter in a query; empty without one."""
-    if not query:
-        return ""
-    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
-    return next((value for key, value in pairs if key == name), "")
-
-
-def header(request: Request, name: str) -> bytes:
-    """Return the first value of a header; empty without one.
-
-    Args:
-        request: to read.
-        name: in lower case.
-    """
-    wanted = name.encode()
-    for field, value in request.scope["headers"]:
-        if field == wanted:
-            return bytes(value)
-    return b""
-
-
-def user_agent(traffic: RequestMetrics, request: Request) -> str:
-    """Return the metric label of the client that sent a request."""
-    sdk_agent, agent = header(request, "x-launchdarkly-user-agent"), header(request, "user-agent")
-    return traffic.user_agent(sdk_agent, agent)
-
-
-def _sdk_key(relay: Relay, request: Request) -> Environment | PreparedResponse:
-    return access.for_sdk_key(relay, header(request, "authorization"), parameter(request, "filter"))
-
-
-def _mobile_key(relay: Relay, request: Request) -> Environment | PreparedResponse:
-    credential = header(request, "authorization")
-    return access.for_mobile_key(relay, credential, parameter(request, "filter"))
-
-
-def _environment_id(relay: Relay, request: Request) -> Environment | PreparedResponse:
-    credential = request.path_params["envId"]
-    return access.for_environment_id(relay, credential, parameter(request, "filter"))
-
-
-def _mobile_key_or_environment_id(relay: Relay, request: Request) -> Environment | PreparedResponse:
-    credential = parameter(request, "auth").encode("latin-1", "replace")
-    credential = credential or header(request, "authorization")
-    return access.for_client(relay, credential, parameter(request, "filter"))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RouteAuth:
-    """Authentication of a route.
-
-    Args:
-        sdk_kind: decides which flags are visible.
-        resolve: finds the environment of the credential.
-        exposed_headers: response headers that scripts in browsers may read; empty if the route is
-            not for browsers.
-        open_preflight: whether a preflight needs no credential.
-    """
-
-    sdk_kind: SDKKind
-    resolve: Resolve
-    exposed_headers: tuple[str, ...] = ()
-    open_preflight: bool = False
-
-    @property
-    def platform(self) -> str:
-        """Metric label of the kind of SDK."""
-        return self.sdk_kind.value
-
-
-SERVER = RouteAuth(SDKKind.SERVER, _sdk_key)
-MOBILE = RouteAuth(SDKKind.MOBILE, _mobile_key)
-BROWSER = RouteAuth(SDKKind.BROWSER, _environment_id, ("Date",))
-FDV2_CLIENT = RouteAuth(
-    SDKKind.BROWSER,
-    _mobile_key_or_environment_id,
-    ("Date", "X-LD-FD-Fallback"),
-    open_preflight=True,
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,49 +28,46 @@ class AuthenticatedRoute:
     Args:
         relay: to serve.
         traffic: counts requests.
-        route: template of the path.
-        methods: of the route; those for browsers include OPTIONS.
-        auth: decides who may use it.
+        route: from the table.
         handler: handles authenticated requests.
     """
 
     relay: Relay
     traffic: RequestMetrics
-    route: str
-    methods: Sequence[str]
-    auth: RouteAuth
+    route: Route
     handler: Handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Authenticate a request, count it and send the response."""
         request = Request(scope, receive)
-        resolved = self.auth.resolve(self.relay, request)
-        response = await self._response(request, resolved)
-        environment = resolved if isinstance(resolved, Environment) else None
-        if environment and b"x-ld-envid" not in dict(response.raw_headers):
-            response.raw_headers.extend(environment_headers(environment.spec))
-        if self.auth.exposed_headers:
-            self._allow_browsers(request, response, environment)
+        headers = first_values(request)
+        environment_id = request.path_params.get("envId", "")
+        query = scope["query_string"]
+        resolved = resolve(self.relay, self.route, headers, environment_id, query)
+        response = await self._respond(request, headers, resolved)
+        if isinstance(response, PreparedResponse):
+            response = response.to_starlette()
+        spec = resolved.environment.spec if isinstance(resolved, Access) else None
+        lines = tuple(response.raw_headers)
+        if spec and b"x-ld-envid" not in dict(lines):
+            lines += environment_headers(spec)
+        if self.route.for_browsers:
+            origin = headers.get(b"origin", b"")
+            lines = with_cors(lines, cors_lines(spec, origin, self.route))
+        response.raw_headers = list(lines)
         await response(scope, receive, send)
 
-    async def _response(
-        self, request: Request, resolved: Environment | PreparedResponse
-    ) -> Response:
-        preflight = request.method == "OPTIONS"
-        if preflight and (self.auth.open_preflight or isinstance(resolved, Environment)):
+    async def _respond(
+        self,
+        request: Request,
+        headers: Mapping[bytes, bytes],
+        resolved: Access | PreparedResponse,
+    ) -> Response | PreparedResponse:
+        accepted = isinstance(resolved, Access)
+        if request.method == "OPTIONS" and (self.route.auth.open_preflight or accepted):
             return Response()
         if isinstance(resolved, PreparedResponse):
-            return resolved.to_starlette()
-        agent = user_agent(self.traffic, request)
-        name, platform = resolved.spec.name, self.auth.platform
-        self.traffic.requests[Series(name, self.route, request.method, platform, agent)].value += 1
+            return resolved
+        labels = resolved.labels(self.traffic, request.method, headers)
+        self.traffic.requests[labels].value += 1
         return await self.handler(request, resolved)
-
-    def _allow_browsers(
-        self, request: Request, response: Response, environment: Environment | None
-    ) -> None:
-        spec = environment.spec if environment else None
-        origin = request.headers.get("origin", "")
-        headers = MutableHeaders(raw=response.raw_headers)
-        headers.update(cors_headers(spec, origin, self.methods, self.auth.exposed_headers))
-        headers.append("vary", "Origin")

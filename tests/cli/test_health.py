@@ -58,6 +58,13 @@ def test_the_argument_may_be_a_url() -> None:
     assert asked[0].startswith(b"GET /readyz/Shop ")
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_the_usage_is_no_check(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is printed, whatever runs."""
+    assert health.main([flag], {}) == 0
+    assert "relay health [URL]" in capsys.readouterr().out
+
+
 def test_a_refused_connection_is_not_ready(capsys: pytest.CaptureFixture[str]) -> None:
     """The exit code is 1, and a reason is printed."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from relay.config.load import load
+from relay.config.options import Option, Support
 from relay.config.render import quoted
-from relay.config.schema import Config, Option, Support, options
+from relay.config.schema import Config, options
 from relay.config.types import BOOLEAN, HEADER_NAMES, ORIGINS
 from relay.errors import ConfigError
 

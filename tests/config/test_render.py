@@ -10,8 +10,9 @@ from msgspec.structs import replace
 
 from relay.config import load as loading
 from relay.config.load import load
+from relay.config.options import Option
 from relay.config.render import effective, quoted, reference, secrets, table
-from relay.config.schema import NAMED_SECTIONS, SECTIONS, Config, Option, options
+from relay.config.schema import NAMED_SECTIONS, SECTIONS, Config, options
 from relay.config.syntax import parse
 from relay.config.types import SECRET
 from relay.errors import ConfigError

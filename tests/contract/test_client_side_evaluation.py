@@ -83,10 +83,14 @@ async def serving(
         polling,
         traffic,
         EventsHandler(relay.events),
-        evaluation=(evaluation := EvaluationHandler(config.main.max_client_request_body_size)),
+        evaluation=(
+            evaluation := EvaluationHandler(
+                relay.registry, config.main.max_client_request_body_size
+            )
+        ),
         goals=GoalsHandler(relay.fetch, config.main.client_side_base_uri),
     )
-    questions = EvaluationFastPath(relay, evaluation, traffic)
+    questions = EvaluationFastPath(relay.registry, evaluation, traffic)
     site = Site(relay, app, polling, traffic, evaluation=questions)
     async with serving_site(site, ServerOptions(0, drain=2), front=front) as port:
         delivering = asyncio.create_task(relay.events.run())

@@ -491,7 +491,7 @@ async def test_an_idle_client_costs_little(eval_streams, limit):
 
 async def test_versions_grow_over_a_restart(monkeypatch):
     """A relay that is started anew goes on from the time of day."""
-    monkeypatch.setattr("time.time", lambda: 1_800_000_000.9)
+    monkeypatch.setattr("relay.clock.unix", lambda: 1_800_000_000.9)
     relay = served(eval_streams=True)
     async with serving(relay) as address:
         await begin(relay, visible())

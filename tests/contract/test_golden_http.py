@@ -581,9 +581,9 @@ async def relay_in(setup: str, *, front: bool) -> AsyncGenerator[Address, None]:
             prepare(setup, upstream, environment)
         polling, traffic = PollingHandler(), RequestMetrics()
         goals = GoalsHandler(relay.fetch, upstream.url)
-        evaluation = EvaluationHandler()
+        evaluation = EvaluationHandler(relay.registry)
         app = make_app(relay, polling, traffic, evaluation=evaluation, goals=goals)
-        questions = EvaluationFastPath(relay, evaluation, traffic)
+        questions = EvaluationFastPath(relay.registry, evaluation, traffic)
         site = Site(relay, app, polling, traffic, evaluation=questions)
         async with serving_site(site, ServerOptions(0, drain=2), front=front) as port:
             await reach(setup, upstream, relay)

@@ -14,11 +14,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from relay.backoff import Backoff
 from relay.events.forwarder import Forwarder
-from relay.events.policy import Backoff, ForwarderTimings, Step, headers, next_step, target
+from relay.events.policy import ForwarderTimings, Step, headers, next_step, target
 from relay.events.spool import Spool
 from relay.events.store import MAX_BATCH, Limits
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
@@ -43,9 +42,12 @@ FAST = ForwarderTimings(
     between=0.0,
     timeout=0.2,
     drain=0.5,
-    backoff=Backoff(first=0.01, longest=0.05, refused=0.02, longest_refused=0.04),
+    backoff=Backoff(first=0.01, longest=0.05),
+    refused=Backoff(first=0.02, longest=0.04),
 )
-LAZY = ForwarderTimings(flush_interval=3600.0, drain=1.0, backoff=FAST.backoff)
+LAZY = ForwarderTimings(
+    flush_interval=3600.0, drain=1.0, backoff=FAST.backoff, refused=FAST.refused
+)
 
 
 def payload(number=0, partition=PARTITION, payload_id=None):
@@ -139,16 +141,11 @@ def test_only_known_headers_are_sent():
     assert headers(Partition("e", EventsEndpoint.BULK_DIAGNOSTIC), "i") == usual
 
 
-@given(st.integers(0, 10_000), st.floats(0, 1, exclude_max=True))
-def test_delays_grow_to_a_bound(failures, chance):
-    """From a second to five minutes; after refusals from five seconds."""
-    for refused, shortest, longest in ((False, 1, 300), (True, 5, 300)):
-        delay = Backoff().delay(failures, chance, refused=refused)
-        assert shortest / 2 <= delay <= longest
-        assert delay <= Backoff().delay(failures + 1, chance, refused=refused)
-    assert Backoff().delay(20, 0.0) == 300
-    delays = [Backoff().delay(n, 0.0, refused=True) for n in range(8)]
-    assert delays == [5, 10, 20, 40, 80, 160, 300, 300]
+def test_delays_grow_to_five_minutes():
+    """From a second, or after refusals from five seconds."""
+    timings = ForwarderTimings()
+    assert [timings.backoff.delay(n) for n in (0, 1, 2, 14, 15)] == [1, 1.5, 2.25, 1.5**14, 300]
+    assert [timings.refused.delay(n) for n in range(8)] == [5, 10, 20, 40, 80, 160, 300, 300]
 
 
 # Delivery
@@ -618,7 +615,9 @@ async def test_one_failing_environment_delays_no_other(upstream, failure):
     """One of 100 environments fails with many partitions; the events of the others are not late."""
     specs = [EnvironmentSpec(f"e{n}", SDKKey(f"sdk-{n}")) for n in range(100)]
     upstream.always("sdk-0", failure)
-    timings = ForwarderTimings(flush_interval=0.05, timeout=30.0, drain=0.1, backoff=FAST.backoff)
+    timings = ForwarderTimings(
+        flush_interval=0.05, timeout=30.0, drain=0.1, backoff=FAST.backoff, refused=FAST.refused
+    )
     async with forwarding(upstream.url, specs=specs, timings=timings) as forwarder:
         for tag in range(50):
             await forwarder.accept(
@@ -767,7 +766,8 @@ CHILD = """
 import asyncio, sys, time
 from pathlib import Path
 from relay.events.forwarder import Forwarder
-from relay.events.policy import Backoff, ForwarderTimings
+from relay.backoff import Backoff
+from relay.events.policy import ForwarderTimings
 from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import EventPayload, EventsEndpoint, Partition

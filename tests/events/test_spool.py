@@ -33,6 +33,7 @@ from relay.events.spool import MAX_QUEUED, Spool
 from relay.events.sqlite import LONGEST_ABSENCE, DiskStore
 from relay.events.store import MAX_BATCH, MAX_PAYLOADS, Limits, elements, fitting
 from relay.model.event import EventPayload, EventsEndpoint, Partition
+from tests.support.clocks import SystemClock
 
 PARTITION = Partition("prod", EventsEndpoint.BULK, 4)
 OTHER = Partition("test", EventsEndpoint.BULK, 4)
@@ -47,7 +48,7 @@ def payload(number=0, partition=PARTITION, payload_id=None, received=None, size=
     noise = base64.b64encode(random.Random(number).randbytes(size))[:size]  # keeps its size on disk
     body = b'[{"n":%d,"x":"%s"}]' % (number, noise)
     own_id = f"id-{number}" if payload_id is None else payload_id
-    return EventPayload(partition, own_id, body, time.time() if received is None else received)
+    return EventPayload(partition, own_id, body, clock.unix() if received is None else received)
 
 
 @contextlib.asynccontextmanager
@@ -238,7 +239,7 @@ def test_diagnostics_travel_alone(new_store):
 @both
 def test_halves_have_ids_derived_from_the_whole(new_store, monkeypatch):
     """Splitting the same batch again gives the same halves under the same ids."""
-    monkeypatch.setattr("relay.events.store.uuid.uuid4", lambda: "whole")
+    monkeypatch.setattr("relay.events.store.randomness.new_id", lambda: "whole")
     found = []
     for _ in range(2):
         store = new_store()
@@ -373,19 +374,6 @@ def test_some_payloads_of_a_batch_can_be_quarantined(new_store):
 # Time
 
 
-class JumpingClock:
-    """The system's clock, which is corrected again and again."""
-
-    def __init__(self, monkeypatch):
-        self._patch = monkeypatch
-        self._real, self.offset = time.time, 0.0
-        monkeypatch.setattr(time, "time", lambda: self._real() + self.offset)
-
-    def restart(self):
-        """Begin to measure as a new process does."""
-        self._patch.setattr(clock, "_BEGINNING", time.time() - time.monotonic())
-
-
 DAY = 86400.0
 MOMENTS = st.lists(
     st.one_of(
@@ -426,7 +414,7 @@ def test_a_clock_that_jumps_loses_nothing(durable, moments):
             elif moment == "take":
                 await spool.take(PARTITION)
             elif moment != "restart":
-                system.offset += moment
+                system.correct(moment)
             elif durable:
                 await spool.close()
                 system.restart()
@@ -439,23 +427,23 @@ def test_a_clock_that_jumps_loses_nothing(durable, moments):
         await spool.close()
         assert not evicted
 
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        asyncio.run(run(Path(folder), JumpingClock(patch)))
+    with tempfile.TemporaryDirectory() as folder, SystemClock() as system:
+        asyncio.run(run(Path(folder), system))
 
 
-def test_time_goes_on_in_a_file_that_is_closed_but_not_for_long(tmp_path, monkeypatch):
+def test_time_goes_on_in_a_file_that_is_closed_but_not_for_long(tmp_path):
     """A restart counts in full, a longer absence as five minutes."""
-    system = JumpingClock(monkeypatch)
     began = clock.now()
     ages = []
-    for absence in (0.0, 100.0, 9 * DAY, 0.0, 0.0, -9 * DAY, 50.0):
-        system.offset += absence
-        system.restart()
-        store = DiskStore(str(tmp_path / "events.db"), LIMITS)
-        if not ages:
-            stored(store, payload(1, received=began))
-        ages.append(round(clock.now() - store.backlog()[0].oldest, -1))
-        store.close()
+    with SystemClock() as system:
+        for absence in (0.0, 100.0, 9 * DAY, 0.0, 0.0, -9 * DAY, 50.0):
+            system.correct(absence)
+            system.restart()
+            store = DiskStore(str(tmp_path / "events.db"), LIMITS)
+            if not ages:
+                stored(store, payload(1, received=began))
+            ages.append(round(clock.now() - store.backlog()[0].oldest, -1))
+            store.close()
     jumped = 100 + LONGEST_ABSENCE
     assert ages == [0, 100, jumped, jumped, jumped, jumped, jumped + 50]
 
@@ -848,9 +836,12 @@ def test_a_debugger_shows_how_full_a_store_is(new_store):
 async def test_a_debugger_shows_the_spool_s_file_and_outage(tmp_path):
     """The reason of an outage, or None."""
     assert repr(Spool(None, LIMITS)) == "<Spool: memory, outage: None>"
-    spool = Spool(tmp_path, LIMITS)
-    spool.outage = "disk full"
-    assert repr(spool) == f"<Spool: {tmp_path}/events.db, outage: disk full>"
+    (tmp_path / "events").write_text("a file in place of the folder")
+    spool = Spool(tmp_path / "events", LIMITS)
+    await spool.open()
+    assert repr(spool) == f"<Spool: {tmp_path}/events/events.db, outage: {spool.outage}>"
+    assert spool.outage
+    await spool.close()
 
 
 CHILD = """

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from relay.events.usage import SCHEMA, UsageReporter
 from relay.model.event import EventsEndpoint, Partition
-from relay.telemetry.traffic import RequestMetrics, Series
+from relay.telemetry.traffic import RequestLabels, RequestMetrics
+from relay.web.routes import POLLS
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "usage.json"
 MASKED = {"relayId": "<uuid>", "startDate": "<ms>", "endDate": "<ms>"}
@@ -16,18 +17,18 @@ class Reports:
 
     def __init__(self) -> None:
         self.traffic = RequestMetrics()
-        self.usage = UsageReporter(["main", "quiet"], self.traffic, self._accept)
+        self.usage = UsageReporter(lambda: ["main", "quiet"], self.traffic, self._accept, POLLS)
 
     async def _accept(self, _payload) -> None:
         raise AssertionError
 
     def stream(self, agent: str, change: int, opened: int = 0) -> None:
-        series = Series("main", "/all", "GET", "server", agent)
+        series = RequestLabels("main", "/all", "GET", "server", agent)
         self.traffic.streams[series].value += change
         self.traffic.new_streams[series].value += opened
 
     def poll(self, agent: str, number: int, route: str = "/sdk/flags") -> None:
-        self.traffic.requests[Series("main", route, "GET", "server", agent)].value += number
+        self.traffic.requests[RequestLabels("main", route, "GET", "server", agent)].value += number
 
     def collect(self, now: float, lasted: float = 60) -> list[dict]:
         return [

@@ -33,11 +33,29 @@ def test_splits_do_not_matter(content, data):
     assert decoder.retry == single.retry
 
 
+def written(event: Event) -> bytes:
+    """A message as other servers may write it: with an ID, and data of several lines."""
+    fields = [("event", event.name), *[("id", event.id)][: bool(event.id)]]
+    fields += [("data", line) for line in event.data.decode().split("\n")]
+    return "".join(f"{name}: {value}\n" for name, value in fields).encode() + b"\n"
+
+
 @given(st.lists(events))
+def test_all_messages_are_decoded(messages):
+    """With names, IDs and data of any text; an ID holds for the messages that follow."""
+    expected, last_id = [], ""
+    for message in messages:
+        last_id = message.id or last_id
+        expected.append(message._replace(id=last_id))
+    assert decoded(b"".join(map(written, messages))) == expected
+
+
+@given(st.lists(st.tuples(events, st.integers(0, 30))))
 def test_decoding_undoes_encoding(messages):
-    """All encoded messages are decoded."""
-    content = b"".join(encode(*message) for message in messages)
-    assert decoded(content) == messages
+    """However the data are divided into parts."""
+    single = [(e.name, e.data.replace(b"\n", b""), at) for e, at in messages]
+    content = [encode(name.encode(), data[:at], data[at:]) for name, data, at in single]
+    assert decoded(b"".join(content)) == [Event(name, data) for name, data, _ in single]
 
 
 @pytest.mark.parametrize(
@@ -81,5 +99,5 @@ def test_many_messages_are_not_one():
     """The limit applies to each message, not to the stream."""
     decoder = Decoder(max_message=200)
     for _ in range(100):
-        assert len(decoder.feed(encode("put", b"x" * 90)) + decoder.feed(b":" + b" " * 90)) == 1
+        assert len(decoder.feed(encode(b"put", b"x" * 90)) + decoder.feed(b":" + b" " * 90)) == 1
         decoder.feed(b"\n")

@@ -6,11 +6,12 @@ import logging
 
 import pytest
 
-from relay.backoff import SourceTimings
+from relay.backoff import Backoff
 from relay.model.credential import SDKKey
 from relay.sources.file import FileSource
 from relay.sources.polling import PollingSource
 from relay.sources.streaming import StreamingSource
+from relay.sources.timings import SourceTimings
 from relay.upstream import Upstream
 from tests.sources.contract import SourceContract
 from tests.support import upstream as answers
@@ -19,8 +20,7 @@ from tests.support.upstream import ScriptedUpstream
 
 KEY = "sdk-1"
 FAST = SourceTimings(
-    first_delay=0.01,
-    longest_delay=0.02,
+    retry=Backoff(0.01, 0.02),
     confirm_every=0.0,
     poll_interval=0.02,
     file_interval=0.01,

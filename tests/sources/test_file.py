@@ -8,12 +8,12 @@ from contextlib import aclosing
 
 import pytest
 
-from relay.backoff import SourceTimings
 from relay.errors import ErrorKind
 from relay.model.item import LAST_VERSION_OF_TIME
 from relay.model.payload import ChangeSet
 from relay.sources import Interrupted
 from relay.sources.file import FileSource
+from relay.sources.timings import SourceTimings
 
 FAST = SourceTimings(confirm_every=1000, file_interval=0.01)
 

@@ -7,19 +7,22 @@ from contextlib import aclosing, asynccontextmanager
 
 import pytest
 
-from relay.backoff import SourceTimings
+from relay.backoff import Backoff
 from relay.errors import ErrorKind
 from relay.model.credential import SDKKey
 from relay.model.payload import ChangeSet
 from relay.sources import Interrupted, UpToDate
 from relay.sources.polling import PollingSource
+from relay.sources.timings import SourceTimings
 from relay.upstream import Upstream
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag
 from tests.support.upstream import ScriptedUpstream
 
 KEY = "sdk-secret-4711"
-FAST = SourceTimings(first_delay=0.01, refused_delay=0.01, poll_interval=0.01, poll_timeout=0.2)
+FAST = SourceTimings(
+    retry=Backoff(0.01, 30), refused=Backoff(0.01, 300), poll_interval=0.01, poll_timeout=0.2
+)
 
 
 @pytest.fixture(name="server")

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import trustme
 
-from relay.backoff import SourceTimings
+from relay.backoff import Backoff
 from relay.errors import ConfigError, ErrorKind
 from relay.model.credential import SDKKey
 from relay.model.item import Kind
@@ -20,6 +20,7 @@ from relay.model.payload import ChangeSet
 from relay.protocol.sse import Decoder
 from relay.sources import Interrupted, UpToDate
 from relay.sources.streaming import StreamingSource
+from relay.sources.timings import SourceTimings
 from relay.upstream import MAX_REDIRECTS, Upstream
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag, patch, put
@@ -29,7 +30,7 @@ from tests.support.upstream import ScriptedUpstream
 KEY = "sdk-secret-4711"
 LOG = logging.getLogger("relay.env.test")
 FAST = SourceTimings(
-    first_delay=0.01, longest_delay=0.02, refused_delay=0.01, read_timeout=0.2, confirm_every=0.0
+    retry=Backoff(0.01, 0.02), refused=Backoff(0.01, 300), read_timeout=0.2, confirm_every=0.0
 )
 
 
@@ -165,7 +166,7 @@ async def test_a_stream_that_ends_at_once_is_reopened_less_and_less_often(
 ):
     """Streams that deliver and end are slowed down; one that never delivers all data fails."""
     server.always(KEY, answers.body(content))
-    timings = SourceTimings(first_delay=0.01, longest_delay=1, growth=2, half_life=half_life)
+    timings = SourceTimings(retry=Backoff(0.01, 1), half_life=half_life)
     begin = time.monotonic()
     async with listening(server.url, timings) as (updates, _):
         for _ in range(7):
@@ -214,7 +215,7 @@ async def test_resync_reconnects_without_an_interruption(server):
 async def test_resync_ends_a_long_wait(server):
     """A refused key is retried immediately."""
     server.script(KEY, answers.status(401))
-    async with listening(server.url, SourceTimings(refused_delay=300)) as (updates, source):
+    async with listening(server.url, SourceTimings(refused=Backoff(300, 300))) as (updates, source):
         assert (await anext(updates)).refused
         source.resync()
         assert (await anext(updates)).full
@@ -241,7 +242,7 @@ async def test_large_and_compressed_puts_work(server):
     """50 MB, and gzip."""
     large = all_data(*(flag(f"f{n}", value="x" * 1_000_000) for n in range(50)))
     server.script(KEY, answers.body(put(large)), answers.body(put(all_data(flag("z"))), gzip=True))
-    async with listening(server.url, SourceTimings(first_delay=0.01)) as (updates, _):
+    async with listening(server.url, SourceTimings(retry=Backoff(0.01, 30))) as (updates, _):
         assert len((await until(updates, ChangeSet)).items) == 50
         assert (await until(updates, ChangeSet)).items[0].key == "z"
 

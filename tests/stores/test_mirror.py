@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from relay.backoff import Backoff
 from relay.model.item import Kind
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.protocol import fdv1
@@ -22,7 +23,7 @@ from tests.support.serving import until
 
 LOG = logging.getLogger("relay.env.test")
 QUICK = ConflictTimings(second_look=0.02, refresh=0.1, newer=0.2, extra=0.2)
-TIMINGS = MirrorTimings(probe=0.05, retry=0.02, longest_retry=0.05, finish=1.0, conflicts=QUICK)
+TIMINGS = MirrorTimings(probe=0.05, retry=Backoff(0.02, 0.05), finish=1.0, conflicts=QUICK)
 CAUTIOUS = replace(TIMINGS, conflicts=replace(QUICK, newer=NEVER))
 """Timings with which newer items of the database are kept."""
 START = Payload.of([flag("lamp", 3), flag("gone", 4, None), segment("crowd", 5)])
@@ -178,7 +179,7 @@ async def test_an_old_backup_heals_each_time(site, caplog):
     for _ in range(2):
         site.server.do("HSET", "p:features", "long-deleted", '{"key":"long-deleted","version":1}')
         await site.wait_equal()
-        await until(lambda: not site.mirror._conflicts)
+        await site.mirror.flushed()
     assert caplog.text.count('holds again what was replaced (flag "long-deleted")') == 1
 
 

@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relay import clock
 from relay.model.credential import SDKKey
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Payload
@@ -108,12 +109,15 @@ async def test_confirmed_data_is_there_after_a_restart(tmp_path):
         (1000, 2_000_000_000, None),  # had not been set yet
     ],
 )
-async def test_an_impossible_age_is_unknown(tmp_path, monkeypatch, written, read, age):
+async def test_an_impossible_age_is_unknown(tmp_path, written, read, age):
     """The clock may be wrong when a snapshot is written or read; its data is used anyway."""
-    monkeypatch.setattr("time.time", lambda: written)
-    await save(tmp_path, payload(flag("a", 1)))
-    monkeypatch.setattr("time.time", lambda: read)
-    stored = await load(tmp_path)
+    try:
+        clock.use(unix=lambda: written)
+        await save(tmp_path, payload(flag("a", 1)))
+        clock.use(unix=lambda: read)
+        stored = await load(tmp_path)
+    finally:
+        clock.use()
     assert (stored.age, len(stored.payload)) == (age, 1)
 
 

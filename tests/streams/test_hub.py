@@ -10,10 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from relay.model.credential import SDKKey
 from relay.model.item import Item, Kind, parse
 from relay.model.metrics import MetricValue
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.protocol.fdv1 import AllFormat
+from relay.registry import Grant
 from relay.streams import channel as channel_module
 from relay.streams.hub import Hub, StreamLimits
 from relay.streams.ping import PingChannel
@@ -460,3 +462,102 @@ async def test_objects_state_their_condition():
     assert repr(subscription) == "<Subscription [ended]>"
     assert repr(channel) == "<BroadcastChannel [0 streams, 1 slow or ended, 0 fan-outs]>"
     buffer.abort()
+
+
+def grant() -> Grant[str]:
+    """A grant of its own each time."""
+    return Grant("main", SDKKey("sdk-1"))
+
+
+async def test_exactly_the_streams_of_a_grant_end():
+    """They get the end of a chunked response; the others get the next change and no byte else."""
+    hub, count = Hub({"all": AllFormat()}, channels={"ping": PingChannel()}), MetricValue()
+    now, change = payload(flag("a", 1))
+    hub.publish(now, change)
+    ending, staying = grant(), grant()
+    ended, stayed = [Buffer() for _ in range(300)], [Buffer() for _ in range(300)]
+    for number, buffers in enumerate(zip(ended, stayed, strict=True)):
+        for buffer, opened_with in zip(buffers, (ending, staying), strict=True):
+            stream = "ping" if number % 3 == 0 else "all"
+            hub.subscribe(stream, buffer, b"", count, grant=opened_with)
+            buffer.read()
+    unknown = Buffer()
+    hub.subscribe("all", unknown, b"", count)
+    unknown.read()
+    before = [buffer.received for buffer in stayed]
+    ending.revoked = True
+    async with asyncio.timeout(5):
+        closing = asyncio.create_task(hub.end_streams(ending, 1.0))
+        while not all(buffer.closed for buffer in ended):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        for buffer in ended:
+            buffer.read()
+            assert buffer.received.endswith(LAST_CHUNK)
+            buffer.abort()  # as a client does that has got the end
+        await closing
+    for buffer, received in zip(stayed, before, strict=True):
+        buffer.read()
+        assert buffer.received == received
+        assert not buffer.closed
+    assert len(hub) == count.value == 301
+    now, change = now.apply(ChangeSet((flag("a", 2),)))
+    hub.publish(now, change)
+    await turns()
+    for buffer in (*stayed, unknown):
+        buffer.read()
+        assert not buffer.closed
+    assert unknown.state() == stayed[1].state() == {"a": 2}
+    assert stayed[0].received.count(PING_CHUNK) == 2
+    for buffer in (*stayed, unknown):
+        buffer.abort()
+
+
+async def test_a_revoked_client_that_does_not_read_is_cut_off():
+    """Its time is over when the end of the stream has no room in its buffer, too."""
+    hub = Hub({"all": AllFormat()})
+    hub.publish(*payload(flag("a", 1, 2 * HIGH)))
+    revoked, slow, other = grant(), Buffer(), Buffer()
+    hub.subscribe("all", slow, grant=revoked)
+    hub.subscribe("all", other, grant=grant())
+    revoked.revoked = True
+    async with asyncio.timeout(2):
+        await hub.end_streams(revoked, 0.05)
+    assert slow._unread == []
+    assert len(hub) == 1
+    assert not other.closed
+    other.abort()
+
+
+async def test_a_stream_that_is_opened_with_a_revoked_grant_ends_at_once():
+    """Its request was accepted before, and took some time."""
+    hub = Hub({"all": AllFormat()})
+    revoked, buffer = grant(), Buffer()
+    revoked.revoked = True
+    hub.subscribe("all", buffer, grant=revoked)
+    buffer.read()
+    assert buffer.received == LAST_CHUNK
+    assert buffer.closed
+    assert len(hub) == 0
+    buffer.abort()
+
+
+async def test_a_resync_keeps_the_grant(monkeypatch):
+    """A client that was too slow for the changes still ends with its credential."""
+    monkeypatch.setattr(channel_module, "MAX_PENDING", 3000)
+    hub = Hub({"all": AllFormat()})
+    now, change = payload(flag("a", 1))
+    hub.publish(now, change)
+    opened_with, buffer = grant(), Buffer()
+    hub.subscribe("all", buffer, grant=opened_with)
+    for version in range(2, 8):
+        now, change = now.apply(ChangeSet((flag("a", version, HIGH),)))
+        hub.publish(now, change)
+        await turns()
+    buffer.read()
+    buffer.read()
+    assert buffer.state() == {"a": 7}
+    opened_with.revoked = True
+    async with asyncio.timeout(2):
+        await hub.end_streams(opened_with, 0.05)
+    assert buffer.closed
+    assert len(hub) == 0

@@ -61,8 +61,8 @@ class Served:
         self.relay = Relay([self.environment], 0)
         self.polling, self.traffic = PollingHandler(), RequestMetrics()
         self.events = EventsHandler()
-        self.evaluation = EvaluationHandler()
-        self.questions = EvaluationFastPath(self.relay, self.evaluation, self.traffic)
+        self.evaluation = EvaluationHandler(self.relay.registry)
+        self.questions = EvaluationFastPath(self.relay.registry, self.evaluation, self.traffic)
 
     def app(self) -> ASGIApp:
         """The application, as it is behind the front door."""
@@ -113,7 +113,7 @@ async def serving(
     """
     options = ServerOptions(0, certificate, drain, limits or ConnectionLimits())
     if app is None:
-        posts = EventsFastPath(served.relay, served.events, served.traffic)
+        posts = EventsFastPath(served.relay.registry, served.events, served.traffic)
     site = Site(
         served.relay,
         app or served.app(),

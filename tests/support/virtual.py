@@ -1,4 +1,7 @@
-"""An event loop whose time passes at once: hours of waiting take no longer than what is done."""
+"""An event loop whose time passes at once: hours of waiting take no longer than what is done.
+
+The program's clocks and its chance follow the loop, so that every run is the same.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,12 @@ import selectors
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from relay import clock, randomness
+
 T = TypeVar("T")
+
+START = 1_800_000_000.0
+"""Unix time at which virtual time begins."""
 
 
 class _Selector(selectors.SelectSelector):
@@ -33,4 +41,11 @@ class _Loop(asyncio.SelectorEventLoop):
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine that waits for time only."""
     with asyncio.Runner(loop_factory=_Loop) as runner:
-        return runner.run(main)
+        loop = runner.get_loop()
+        clock.use(loop.time, lambda: START + loop.time())
+        randomness.seed(4711)
+        try:
+            return runner.run(main)
+        finally:
+            clock.use()
+            randomness.seed()

@@ -106,6 +106,48 @@ def test_secrets_are_masked_everywhere(pipes: Pipes, line_format: str) -> None:
     assert written.count("...abcd") >= 2
 
 
+def test_keys_that_come_later_are_masked_too(pipes: Pipes) -> None:
+    """Until they are dropped; those of the configuration stay masked for ever."""
+    with closing(log.LogHandler(["sdk-first-aaaa"], pipes.out, pipes.err)) as output:
+        log.set_up("info", "text", output)
+        log.mask_keys(["sdk-second-bbbb"])
+        log.mask_keys(["sdk-third-cccc", "short"])
+        logging.getLogger("relay").info("sdk-first-aaaa sdk-second-bbbb sdk-third-cccc short")
+        assert log.masked_keys() == {"sdk-second-bbbb", "sdk-third-cccc"}
+        log.unmask_keys(["sdk-first-aaaa", "sdk-second-bbbb"])
+        logging.getLogger("relay").info("sdk-first-aaaa sdk-second-bbbb sdk-third-cccc short")
+    first, second = pipes.read()[0].splitlines()
+    assert first.endswith("INFO: ...aaaa ...bbbb ...cccc short")
+    assert second.endswith("INFO: ...aaaa sdk-second-bbbb ...cccc short")
+
+
+def test_the_log_of_an_environment_follows_its_name_and_key(pipes: Pipes) -> None:
+    """Whoever holds it writes with the current ones, at the level of the current name."""
+    with closing(log.LogHandler(stdout=pipes.out, stderr=pipes.err)) as output:
+        log.set_up("info", "text", output)
+        environment_log = log.environment_log("Shop", "...aaaa")
+        environment_log.info("one")
+        environment_log.describe("Store", "...bbbb")
+        log.set_environment_level("Store", "warn")
+        environment_log.info("silenced")
+        environment_log.warning("two")
+        log.set_environment_level("Store", None)
+        environment_log.info("three")
+        log.forget_environment("Shop")
+        log.forget_environment("Store")
+    lines = [line.partition(": ")[2] for line in pipes.read()[0].splitlines()]
+    assert lines == ["[env: ...aaaa] one", "[env: ...bbbb] two", "[env: ...bbbb] three"]
+
+
+def test_loggers_of_forgotten_environments_are_freed() -> None:
+    """Environments may come and go for ever."""
+    before = len(logging.Logger.manager.loggerDict)
+    for number in range(100):
+        log.environment_log(f"short-lived-{number}", "...abcd")
+        log.forget_environment(f"short-lived-{number}")
+    assert len(logging.Logger.manager.loggerDict) == before
+
+
 @pytest.mark.parametrize("line_format", ["text", "json"])
 @pytest.mark.parametrize("secret", ['pass"word-abcd', "pässword-abcd", "pass\nword-abcd"])
 def test_secrets_are_masked_also_where_they_are_escaped(

@@ -12,7 +12,13 @@ import pytest
 
 from relay.protocol import fdv1
 from relay.telemetry.redaction import redact_url
-from relay.telemetry.traffic import MAX_USER_AGENT, MAX_USER_AGENTS, OTHER, RequestMetrics, Series
+from relay.telemetry.traffic import (
+    MAX_USER_AGENT,
+    MAX_USER_AGENTS,
+    OTHER,
+    RequestLabels,
+    RequestMetrics,
+)
 from relay.web.access_log import request_line
 from tests.support.process import RelayProcess
 from tests.support.serving import SDK_KEY, Served, Stream, ask, serving, until
@@ -54,16 +60,16 @@ async def test_requests_are_counted(front):
         (await Stream.open(address)).close()
     counted = {series: count.value for series, count in served.traffic.requests.items()}
     assert counted == {
-        Series("main", "/sdk/flags", "GET", "server"): 2,
-        Series("main", "/sdk/flags", "HEAD", "server"): 1,
-        Series("main", "/sdk/flags/{key}", "GET", "server"): 2,
-        Series("main", "/ping/{envId}", "GET", "browser"): 1,
-        Series("main", "/all", "GET", "server"): 1,
+        RequestLabels("main", "/sdk/flags", "GET", "server"): 2,
+        RequestLabels("main", "/sdk/flags", "HEAD", "server"): 1,
+        RequestLabels("main", "/sdk/flags/{key}", "GET", "server"): 2,
+        RequestLabels("main", "/ping/{envId}", "GET", "browser"): 1,
+        RequestLabels("main", "/all", "GET", "server"): 1,
     }
     streams = {series: count.value for series, count in served.traffic.new_streams.items()}
     assert streams == {
-        Series("main", "/ping/{envId}", "GET", "browser"): 1,
-        Series("main", "/all", "GET", "server"): 1,
+        RequestLabels("main", "/ping/{envId}", "GET", "browser"): 1,
+        RequestLabels("main", "/all", "GET", "server"): 1,
     }
 
 
@@ -227,7 +233,7 @@ def test_the_number_of_user_agents_is_bounded():
 def test_a_count_is_one_object():
     """A caller may keep it and add to it without a look-up."""
     traffic = RequestMetrics()
-    series = Series("main", "/all", "GET", "server")
+    series = RequestLabels("main", "/all", "GET", "server")
     count = traffic.requests[series]
     count.value += 1
     assert traffic.requests[series] is count

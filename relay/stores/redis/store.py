@@ -7,55 +7,34 @@ database user whose permissions fit ld-relay suffices. redis-py's exceptions are
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
-from redis.asyncio.connection import (
-    AbstractConnection,
-)
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 
+from relay.aio import run_in_slices
 from relay.config.schema import Redis as RedisOptions
-from relay.errors import InvalidData, StoreUnavailable
-from relay.model.item import InvalidItem, Item, Kind, parse
+from relay.errors import StoreUnavailable
+from relay.model.item import Item, Kind
 from relay.model.payload import Payload
-from relay.model.text import one_line
-from relay.stores import UNREADABLE, Stored, Version, Versions
+from relay.stores import Stored, Versions
 from relay.stores.redis.connect import connection_pool, masked_address, reason_of
+from relay.stores.redis.layout import (
+    Hashes,
+    Layout,
+    chunks,
+    parse_items,
+    parse_versions,
+    version_of,
+)
 
-DEFAULT_PREFIX = "launchdarkly"
-
-CHUNK = 256 * 1024
-"""Bytes of items per command: half a millisecond of packing before the loop can run other tasks."""
-
-SLICE = 256
-"""Stored items decoded without a pause for the event loop: about a millisecond."""
+BATCH = 256
+"""Stored items that are read and compared at a time: about a millisecond for the event loop."""
 
 MAX_RACES = 100
 """Attempts of a write that other writers interrupt, before it fails."""
-
-_NAMES = {Kind.FLAG: "features", Kind.SEGMENT: "segments"}
-
-_FLAG_TOMBSTONE = (
-    b'{"key":"$deleted","on":false,"prerequisites":[],"targets":[],"contextTargets":[],"rules":[],'
-    b'"fallthrough":{},"offVariation":null,"variations":[],"clientSide":false,"salt":"",'
-    b'"trackEvents":false,"trackEventsFallthrough":false,"debugEventsUntilDate":null,'
-    b'"version":%d,"deleted":true}'
-)
-_SEGMENT_TOMBSTONE = (
-    b'{"key":"$deleted","included":[],"excluded":[],"includedContexts":[],"excludedContexts":[],'
-    b'"salt":"","rules":[],"version":%d,"generation":null,"deleted":true}'
-)
-
-
-class _StoredVersion(msgspec.Struct, frozen=True):
-    version: int | float = 0
-    deleted: bool = False
-
-
-_DECODER = msgspec.json.Decoder(_StoredVersion)
 
 
 class RedisStore:
@@ -70,12 +49,12 @@ class RedisStore:
     """
 
     def __init__(self, options: RedisOptions, prefix: str = "") -> None:
-        self.prefix = one_line(prefix or DEFAULT_PREFIX)
+        self._layout = Layout(prefix)
+        self.prefix = self._layout.prefix
         self.server = masked_address(options.url)
         self._pool = connection_pool(options)
         self._connect_timeout = options.connect_timeout
         self._read_timeout = options.read_timeout
-        self._marker = f"{self.prefix}:$inited"
 
     def __repr__(self) -> str:
         return f"<RedisStore {self.server} {self.prefix!r}>"
@@ -87,16 +66,7 @@ class RedisStore:
             StoreUnavailable: the database does not answer.
         """
         stored = await self._read()
-        if stored is None:
-            return None
-        items: list[Item] = []
-        invalid: list[InvalidItem] = []
-        async for kind, key, json in _iter_items(stored):
-            try:
-                items.append(parse(kind, key, json))
-            except InvalidData as e:
-                invalid.append(InvalidItem(kind, key, e.reason))
-        return Stored(Payload.of(items), tuple(invalid))
+        return None if stored is None else await run_in_slices(parse_items(stored))
 
     async def versions(self) -> Versions | None:
         """Return the versions of all stored items; None if the store was never initialised.
@@ -105,9 +75,7 @@ class RedisStore:
             StoreUnavailable: the database does not answer.
         """
         stored = await self._read()
-        if stored is None:
-            return None
-        return {(kind, key): _version(json) async for kind, key, json in _iter_items(stored)}
+        return None if stored is None else await run_in_slices(parse_versions(stored))
 
     async def init(self, payload: Payload) -> None:
         """Replace everything by `payload` and set the marker, in one transaction.
@@ -118,9 +86,9 @@ class RedisStore:
         async with self._connection() as connection:
             await self._execute(connection, "MULTI")
             for kind in (Kind.SEGMENT, Kind.FLAG):
-                await self._execute(connection, "DEL", self._hash(kind))
+                await self._execute(connection, "DEL", self._layout.hash(kind))
                 await self._write_items(connection, kind, payload.all(kind).values())
-            await self._execute(connection, "SET", self._marker, b"")
+            await self._execute(connection, "SET", self._layout.marker, b"")
             _raise_failure(await self._execute(connection, "EXEC"))
 
     async def upsert(self, items: Sequence[Item]) -> bool:
@@ -132,10 +100,11 @@ class RedisStore:
         Raises:
             StoreUnavailable: nothing was changed.
         """
+        watched = (self._layout.marker, *map(self._layout.hash, Kind))
         async with self._connection() as connection:
             for _ in range(MAX_RACES):
-                await self._execute(connection, "WATCH", self._marker, *map(self._hash, Kind))
-                if not await self._execute(connection, "EXISTS", self._marker):
+                await self._execute(connection, "WATCH", *watched)
+                if not await self._execute(connection, "EXISTS", self._layout.marker):
                     await self._execute(connection, "UNWATCH")
                     return False
                 if await self._write_newer(connection, items):
@@ -163,36 +132,36 @@ class RedisStore:
         self, connection: AbstractConnection, kind: Kind, items: Sequence[Item]
     ) -> list[Item]:
         """Return the items of one kind that are newer than the stored ones."""
-        name, newer = self._hash(kind), []
-        for start in range(0, len(items), SLICE):
-            batch = items[start : start + SLICE]
+        name, newer = self._layout.hash(kind), []
+        for start in range(0, len(items), BATCH):
+            batch = items[start : start + BATCH]
             stored = await self._execute_all(
                 connection, [("HGET", name, item.key) for item in batch]
             )
             newer += [
                 item
                 for item, json in zip(batch, stored, strict=True)
-                if json is None or item.version > _version(json).number
+                if json is None or item.version > version_of(json).number
             ]
         return newer
 
     async def _write_items(
         self, connection: AbstractConnection, kind: Kind, items: Iterable[Item]
     ) -> None:
-        for chunk in _chunks(items):
-            await self._execute(connection, "HSET", self._hash(kind), *chunk)
+        for chunk in chunks(items):
+            await self._execute(connection, "HSET", self._layout.hash(kind), *chunk)
 
     async def aclose(self) -> None:
         """Close all connections."""
         await self._pool.aclose()
 
-    async def _read(self) -> dict[Kind, dict[bytes, bytes]] | None:
+    async def _read(self) -> Hashes | None:
         """Return both hashes, read in one transaction; None if the store is not initialised."""
         async with self._connection() as connection:
             await self._execute(connection, "MULTI")
-            await self._execute(connection, "EXISTS", self._marker)
+            await self._execute(connection, "EXISTS", self._layout.marker)
             for kind in Kind:
-                await self._execute(connection, "HGETALL", self._hash(kind))
+                await self._execute(connection, "HGETALL", self._layout.hash(kind))
             replies = await self._execute(connection, "EXEC")
             if any(map(_is_wrong_type, replies)):
                 return None  # another program has replaced a hash
@@ -203,9 +172,6 @@ class RedisStore:
             kind: dict(zip(pairs[::2], pairs[1::2], strict=True))
             for kind, pairs in zip(Kind, hashes, strict=True)
         }
-
-    def _hash(self, kind: Kind) -> str:
-        return f"{self.prefix}:{_NAMES[kind]}"
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[AbstractConnection]:
@@ -243,51 +209,6 @@ class RedisStore:
         async with asyncio.timeout(self._read_timeout):
             await connection.send_packed_command(connection.pack_commands(commands))
             return [await connection.read_response() for _ in commands]
-
-
-def _version(json: bytes) -> Version:
-    """Return the version of a stored item; `UNREADABLE` if it cannot be decoded."""
-    try:
-        stored = _DECODER.decode(json)
-        return Version(int(stored.version), live=not stored.deleted)
-    except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError, RecursionError):
-        return UNREADABLE
-
-
-def _stored_json(item: Item) -> bytes:
-    """Return the JSON to store; tombstones are complete objects that old SDKs can read."""
-    if item.json is not None:
-        return item.json
-    tombstone = _FLAG_TOMBSTONE if item.kind is Kind.FLAG else _SEGMENT_TOMBSTONE
-    return tombstone % item.version
-
-
-def _chunks(items: Iterable[Item]) -> Iterator[list[str | bytes]]:
-    """Yield alternating keys and values, in lists for one command each."""
-    chunk: list[str | bytes] = []
-    size = 0
-    for item in items:
-        json = _stored_json(item)
-        chunk += (item.key, json)
-        size += len(json)
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-async def _iter_items(
-    stored: dict[Kind, dict[bytes, bytes]],
-) -> AsyncIterator[tuple[Kind, str, bytes]]:
-    """Yield all stored items; give other tasks a chance to run every `SLICE` items."""
-    count = 0
-    for kind, pairs in stored.items():
-        for key, json in pairs.items():
-            count += 1
-            if count % SLICE == 0:
-                await asyncio.sleep(0)
-            yield kind, key.decode(errors="replace"), json
 
 
 def _is_wrong_type(reply: Any) -> bool:

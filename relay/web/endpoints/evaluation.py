@@ -6,20 +6,20 @@ Clients repeat their requests, so results are cached by the bytes of the request
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from msgspec import Struct
 from starlette.requests import Request
-from starlette.responses import Response
 
 from relay.environment import Environment
 from relay.evaluation.compiled.fragments import EvalBody
 from relay.evaluation.compiled.program import Program
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context
+from relay.registry import Registry
+from relay.web.access import Access
 from relay.web.bodies import RequestRejected
+from relay.web.cache import CacheEntry, ResponseCache
 from relay.web.compression import EvaluationResource
 from relay.web.contexts import (
     NO_KEY,
@@ -31,9 +31,9 @@ from relay.web.contexts import (
     secure_mode_hash_in,
     wants_reasons,
 )
+from relay.web.requests import header
 from relay.web.resources import with_ttl
 from relay.web.responses import PreparedResponse, environment_headers, json_error
-from relay.web.routing import Handler, header
 
 MAX_CACHED = 64 * 1024 * 1024
 """Bytes of cached results, of all environments together."""
@@ -50,9 +50,6 @@ MAX_RECENT = 16 * 1024
 of repeated requests are cached: contexts that are evaluated once would evict the others."""
 
 NOT_INITIALIZED = json_error(503, "Service not initialized")
-
-_NO_SEGMENTS = (b"", b".", b"..")
-"""Segments of paths that are not canonical, which the application redirects."""
 
 
 class _EvaluationRequest(Struct, frozen=True):
@@ -73,86 +70,58 @@ class _EvaluationRequest(Struct, frozen=True):
     secure_mode_hash: str
 
 
-class EvaluationResult(Struct, frozen=True):
+class EvaluationResult(CacheEntry, eq=False):
     """Result of an evaluation.
 
     Args:
+        environment: provides the flags.
+        payload: its data that the flags were evaluated with.
         body: of the response.
+        key: fully qualified key of the context; empty without secure mode.
         cacheable: whether the request was repeated, so that its result is worth caching.
     """
 
     body: EvalBody
+    key: str
     cacheable: bool
 
 
-class _CacheEntry(Struct, frozen=True):
-    """Cached result.
+class _RecentRequests:
+    """Memory of recent requests, by which repeated ones are recognised."""
 
-    Args:
-        version: of the program that it was evaluated with.
-        key: fully qualified key of the context; empty without secure mode.
-        body: of the response.
-        size: in bytes, with the overhead of the entry.
-    """
-
-    version: int
-    key: str
-    body: EvalBody
-    size: int
-
-
-@dataclass(slots=True)
-class _ResultCache:
-    """LRU cache of results, of `MAX_CACHED` bytes; requests are admitted when they are repeated."""
-
-    entries: OrderedDict[tuple[object, ...], _CacheEntry] = field(default_factory=OrderedDict)
-    """Least recently used first."""
-    size: int = 0
-    _recent: set[int] = field(default_factory=set)
-    """Hashes of the latest requests, up to `MAX_RECENT`."""
-    _recent_before: set[int] = field(default_factory=set)
-    """Hashes of the `MAX_RECENT` requests before."""
+    def __init__(self) -> None:
+        self._latest: set[int] = set()
+        """Hashes of up to `MAX_RECENT` requests."""
+        self._before: set[int] = set()
+        """Hashes of the `MAX_RECENT` requests before."""
 
     def is_repeated(self, key: tuple[object, ...]) -> bool:
         """Return whether a request was seen recently, and remember it."""
         digest = hash(key)
-        if digest in self._recent or digest in self._recent_before:
+        if digest in self._latest or digest in self._before:
             return True
-        if len(self._recent) >= MAX_RECENT:
-            self._recent_before, self._recent = self._recent, set()
-        self._recent.add(digest)
+        if len(self._latest) >= MAX_RECENT:
+            self._before, self._latest = self._latest, set()
+        self._latest.add(digest)
         return False
-
-    def get(self, key: tuple[object, ...]) -> _CacheEntry | None:
-        entry = self.entries.get(key)
-        if entry is not None:
-            self.entries.move_to_end(key)
-        return entry
-
-    def put(self, key: tuple[object, ...], entry: _CacheEntry) -> None:
-        replaced = self.entries.pop(key, None)
-        self.size += entry.size - (replaced.size if replaced else 0)
-        self.entries[key] = entry
-        while self.size > MAX_CACHED:
-            _, oldest = self.entries.popitem(last=False)
-            self.size -= oldest.size
 
 
 class EvaluationHandler:
     """Handler of evaluation requests, for the application and the fast path.
 
     Args:
+        registry: of the environments.
         max_body: bytes of the largest body with a context; 0 for
             `relay.web.contexts.MAX_CONTEXT`.
     """
 
-    def __init__(self, max_body: int = 0) -> None:
+    def __init__(self, registry: Registry[Environment], max_body: int = 0) -> None:
         self.budget = context_budget(max_body)
-        self._cache = _ResultCache()
+        self.results: ResponseCache[EvaluationResult] = ResponseCache(registry, MAX_CACHED)
+        self._recent = _RecentRequests()
 
     def __repr__(self) -> str:
-        cache = self._cache
-        return f"<EvaluationHandler [{len(cache.entries)} results cached, {cache.size} bytes]>"
+        return f"<EvaluationHandler [{len(self.results)} results, {self.results.size} bytes]>"
 
     def evaluate(
         self, environment: Environment, sdk_kind: SDKKind, segment: bytes, query: bytes
@@ -162,12 +131,10 @@ class EvaluationHandler:
         Args:
             environment: to evaluate for.
             sdk_kind: decides which flags are visible.
-            segment: of the path, with the context, as received.
+            segment: of the path, with the context, without percent escapes.
             query: as received.
         """
-        if len(segment) > MAX_AT_ONCE or b"%" in segment or segment in _NO_SEGMENTS:
-            return None
-        if query and (b"%" in query or b"filter" in query):
+        if len(segment) > MAX_AT_ONCE:
             return None
         evaluation = _evaluation_request(sdk_kind, segment, context_in_path, query)
         try:
@@ -176,37 +143,26 @@ class EvaluationHandler:
         except RequestRejected as e:
             return _with_environment_headers(environment, e.response)
 
-    def in_path(self, sdk_kind: SDKKind) -> Handler:
-        """Return the handler of a GET whose path ends in the context."""
+    async def in_path(self, request: Request, access: Access) -> PreparedResponse:
+        """Respond to a GET whose path ends in the context."""
+        segment = request.path_params["context"].encode(errors="replace")
+        return await self._complete(request, access, segment, context_in_path)
 
-        async def respond(request: Request, environment: Environment) -> Response:
-            segment = request.path_params["context"].encode(errors="replace")
-            query = request.scope["query_string"]
-            evaluation = _evaluation_request(sdk_kind, segment, context_in_path, query)
-            return (await self._complete(request, environment, evaluation)).to_starlette()
-
-        return respond
-
-    def in_body(self, sdk_kind: SDKKind) -> Handler:
-        """Return the handler of a request whose body is the context."""
-
-        async def respond(request: Request, environment: Environment) -> Response:
-            try:
-                body = await read_context_body(request, self.budget)
-            except RequestRejected as e:
-                return e.response.to_starlette()
-            evaluation = _evaluation_request(
-                sdk_kind, body, context_in_body, request.scope["query_string"]
-            )
-            return (await self._complete(request, environment, evaluation)).to_starlette()
-
-        return respond
+    async def in_body(self, request: Request, access: Access) -> PreparedResponse:
+        """Respond to a request whose body is the context."""
+        try:
+            body = await read_context_body(request, self.budget)
+        except RequestRejected as e:
+            return e.response
+        return await self._complete(request, access, body, context_in_body)
 
     async def _complete(
-        self, request: Request, environment: Environment, evaluation: _EvaluationRequest
+        self, request: Request, access: Access, raw: bytes, reader: Callable[[bytes], Context]
     ) -> PreparedResponse:
         none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
-        programs, sdk_kind = environment.programs, evaluation.sdk_kind
+        environment, sdk_kind = access.environment, access.route.sdk_kind
+        evaluation = _evaluation_request(sdk_kind, raw, reader, request.scope["query_string"])
+        programs = environment.programs
         try:
             if len(evaluation.raw) > MAX_AT_ONCE:
                 program = await programs.ready(sdk_kind)
@@ -227,7 +183,7 @@ class EvaluationHandler:
         response = resource.variant(none_match, encoding)
         if response is None:
             response = await resource.compress_in_thread()
-        return with_expiry(response, environment, sdk_kind) or NOT_INITIALIZED
+        return with_expiry(response, environment, sdk_kind)
 
     def _evaluate(
         self, environment: Environment, program: Program | None, evaluation: _EvaluationRequest
@@ -239,27 +195,22 @@ class EvaluationHandler:
         """
         raw, reader = evaluation.raw, evaluation.reader
         cache_key = (environment, evaluation.sdk_kind, raw, evaluation.with_reasons, reader)
-        repeated = self._cache.is_repeated(cache_key)
-        entry = self._cache.get(cache_key) if repeated else None
-        if (
-            entry is not None
-            and program is not None
-            and environment.payload is not None
-            and entry.version == program.version
-        ):
-            _check_secure_mode(environment, entry.key, evaluation)
-            return EvaluationResult(entry.body, cacheable=True)
+        repeated = self._recent.is_repeated(cache_key)
+        known = self.results.get(cache_key) if repeated else None
+        if known is not None:
+            _check_secure_mode(environment, known.key, evaluation)
+            return known
         context = reader(raw)
         body = _evaluate_context(environment, program, evaluation, context)
-        if body is None or program is None:
+        if body is None:
             return None
+        key = context.fully_qualified_key if environment.spec.secure_mode else ""
+        result = EvaluationResult(environment, environment.payload, body, key, repeated)
         if repeated:
-            key = context.fully_qualified_key if environment.spec.secure_mode else ""
             # Entries share most of their bodies. Each is counted in full all the same: those of
             # other versions, or of contexts without a group, share nothing.
-            size = ENTRY_SIZE + body.size + len(raw)
-            self._cache.put(cache_key, _CacheEntry(program.version, key, body, size))
-        return EvaluationResult(body, repeated)
+            self.results.put(cache_key, result, ENTRY_SIZE + body.size + len(raw))
+        return result
 
 
 def _evaluation_request(
@@ -321,8 +272,8 @@ def _with_environment_headers(
 
 
 def with_expiry(
-    response: PreparedResponse | None, environment: Environment, sdk_kind: SDKKind
-) -> PreparedResponse | None:
+    response: PreparedResponse, environment: Environment, sdk_kind: SDKKind
+) -> PreparedResponse:
     """Return the response with its TTL if it is for a server.
 
     Clients must revalidate: one that gets a ping must not read its flags from its HTTP cache.

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import re
-import time
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from starlette.requests import Request
-from starlette.responses import Response
 
+from relay import clock
 from relay.environment import Environment
 from relay.errors import StoreUnavailable
+from relay.lru import LRUMap
 from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY as NO_ITEMS
 from relay.model.payload import Payload
+from relay.model.text import from_base64
 from relay.protocol.events import (
     SUMMARY_SCHEMA,
     Contexts,
@@ -33,10 +33,11 @@ from relay.protocol.events import (
     is_empty,
     summarise,
 )
-from relay.telemetry.log import Log, environment_log
+from relay.telemetry.throttle import Throttle
+from relay.web.access import Access
 from relay.web.bodies import BODIES_OVERLOADED, MemoryBudget, RequestBody, RequestRejected
+from relay.web.requests import first_values, parameter
 from relay.web.responses import EVENTS_DISABLED, PreparedResponse, json_error
-from relay.web.routing import Handler, parameter
 
 LAST_OLD_SCHEMA = 2
 """Events of later schemas arrive summarised."""
@@ -61,9 +62,6 @@ REPORT_EVERY = 60.0
 _SCHEMA_HEADER = b"x-launchdarkly-event-schema"
 _SCHEMA = re.compile(rb"\+?0*[0-9]{1,2}")
 _PAYLOAD_ID = re.compile(rb"[!-~]{1,100}")
-_STANDARD_ALPHABET = str.maketrans("-_ ", "+/+")
-"""From the URL-safe alphabet; an unescaped `+` in a query is decoded as a blank."""
-
 _GIF = base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
 
 ACCEPTED = PreparedResponse(202)
@@ -121,14 +119,6 @@ class _IntroducedContexts:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-@dataclass(slots=True)
-class _UnusableReport:
-    """Unusable payloads and events of one environment that have not been logged yet."""
-
-    number: int = 0
-    due: float = 0.0
-
-
 class EventsHandler:
     """Handler of the events endpoints, for the application and the fast path.
 
@@ -153,27 +143,20 @@ class EventsHandler:
         """Combinations of schema, tags and wrapper, by environment."""
         self._over_limit: set[str] = set()
         """Environments that exceed `MAX_ORIGINS`, which has been logged."""
-        self._introduced: OrderedDict[Partition, _IntroducedContexts] = OrderedDict()
-        """Least recently used first."""
-        self._reports: dict[str, _UnusableReport] = {}
+        self._introduced: LRUMap[Partition, _IntroducedContexts] = LRUMap(MAX_SUMMARISED_PARTITIONS)
+        self._reports: defaultdict[str, Throttle] = defaultdict(lambda: Throttle(REPORT_EVERY))
+        """Reports of unusable payloads and events, by environment."""
 
     def __repr__(self) -> str:
         state = "enabled" if self.enabled else "disabled"
         return f"<EventsHandler [{state}, {self.unusable.total()} unusable]>"
 
-    def handler(self, endpoint: EventsEndpoint) -> Handler:
-        """Return the handler of POSTs to an endpoint."""
-
-        async def respond(request: Request, environment: Environment) -> Response:
-            return (await self._respond(request, environment, endpoint)).to_starlette()
-
-        return respond
-
-    async def image(self, request: Request, environment: Environment) -> Response:
+    async def image(self, request: Request, access: Access) -> PreparedResponse:
         """Respond to a request for the image in whose URL browsers send events."""
+        environment = access.environment
         if self._forwarder is None:
-            return EVENTS_DISABLED.to_starlette()
-        body = _from_base64(parameter(request, "d")) if request.method == "GET" else b""
+            return EVENTS_DISABLED
+        body = _events_in(parameter(request, "d")) if request.method == "GET" else b""
         if isinstance(self._forwarder, Discarder):
             if body:
                 self._forwarder.discard(environment.spec.name)
@@ -184,12 +167,12 @@ class EventsHandler:
                     self._forwarder, environment, _new_payload(partition, "", body)
                 )
             except StoreUnavailable:
-                return BODIES_OVERLOADED.to_starlette()
-        return IMAGE.to_starlette()
+                return BODIES_OVERLOADED
+        return IMAGE
 
-    async def _respond(
-        self, request: Request, environment: Environment, endpoint: EventsEndpoint
-    ) -> PreparedResponse:
+    async def handle(self, request: Request, access: Access) -> PreparedResponse:
+        """Respond to a POST of events."""
+        environment, endpoint = access.environment, access.route.events_endpoint
         body = RequestBody(request, self.budget)
         try:
             await body.begin()
@@ -201,9 +184,8 @@ class EventsHandler:
             content = await body.read()
             if not content:
                 return EMPTY
-            await self._accept(
-                self._forwarder, environment, endpoint, _first_values(request), content
-            )
+            headers = first_values(request)
+            await self._accept(self._forwarder, environment, endpoint, headers, content)
         except RequestRejected as e:
             return await body.reject(e.response)
         except StoreUnavailable:
@@ -216,6 +198,14 @@ class EventsHandler:
     def enabled(self) -> bool:
         """True if events are accepted."""
         return self._forwarder is not None
+
+    def forget(self, environment: str) -> None:
+        """Forget an environment that is gone."""
+        self._origins.pop(environment, None)
+        self._over_limit.discard(environment)
+        self._reports.pop(environment, None)
+        for partition in [p for p in self._introduced if p.environment == environment]:
+            self._introduced.forget(partition)
 
     def accept_plain(
         self,
@@ -255,7 +245,7 @@ class EventsHandler:
         """
         if self._forwarder is None or not _is_deliverable(partition.endpoint, body):
             return None
-        return self._forwarder.accept(EventPayload(partition, payload_id, body, time.time()))
+        return self._forwarder.accept(EventPayload(partition, payload_id, body, clock.unix()))
 
     async def _accept(
         self,
@@ -305,7 +295,7 @@ class EventsHandler:
         if environment.spec.name not in self._over_limit:
             self._over_limit.add(environment.spec.name)
             text = "Events come from more than %d kinds of senders; tags of others are left out"
-            _log_of(environment).warning(text, MAX_ORIGINS)
+            environment.log.warning(text, MAX_ORIGINS)
         return False
 
     async def _accept_events(
@@ -353,27 +343,20 @@ class EventsHandler:
             raise
 
     def _contexts_of(self, partition: Partition) -> _IntroducedContexts:
-        introduced = self._introduced.pop(partition, None) or _IntroducedContexts()
-        self._introduced[partition] = introduced
-        if len(self._introduced) > MAX_SUMMARISED_PARTITIONS:
-            self._introduced.popitem(last=False)
+        introduced = self._introduced.get(partition)
+        if introduced is None:
+            introduced = _IntroducedContexts()
+            self._introduced.put(partition, introduced)
         return introduced
 
     def _count_unusable(self, environment: Environment, reason: str, number: int) -> None:
         """Count unusable payloads or events, and log them at once, then at most once a minute."""
         spec = environment.spec
         self.unusable[spec.name] += number
-        report = self._reports.setdefault(spec.name, _UnusableReport())
-        report.number += number
-        now = time.monotonic()
-        if now >= report.due:
+        dropped = self._reports[spec.name].count(number)
+        if dropped:
             text = "Posts or events that cannot be used were dropped: %d, the last one because: %s"
-            _log_of(environment).warning(text, report.number, reason)
-            report.number, report.due = 0, now + REPORT_EVERY
-
-
-def _log_of(environment: Environment) -> Log:
-    return environment_log(environment.spec.name, environment.spec.sdk_key.masked)
+            environment.log.warning(text, dropped, reason)
 
 
 async def _summarised(
@@ -382,7 +365,7 @@ async def _summarised(
     def flag(key: str) -> Item | None:
         return data.get(Kind.FLAG, key)
 
-    contexts.forget_old(time.monotonic())
+    contexts.forget_old(clock.monotonic())
 
     def work() -> Summary:
         now, upstream_now = int(payload.received * 1000), int(server_time * 1000)
@@ -399,7 +382,7 @@ async def _summarised(
 
 
 def _new_payload(partition: Partition, payload_id: str, body: bytes) -> EventPayload:
-    return EventPayload(partition, payload_id, body, time.time())
+    return EventPayload(partition, payload_id, body, clock.unix())
 
 
 def _schema(value: bytes) -> int:
@@ -426,11 +409,6 @@ def _is_deliverable(endpoint: EventsEndpoint, body: bytes) -> bool:
     return bool(body) if endpoint.diagnostic else is_array(body) and not is_empty(body)
 
 
-def _first_values(request: Request) -> Mapping[bytes, bytes]:
-    """Return the headers of a request, each with its first value."""
-    return dict(reversed(request.scope["headers"]))
-
-
 def _payload_id(headers: Mapping[bytes, bytes]) -> str:
     """Return the payload ID of an SDK; empty without a plausible one."""
     value = headers.get(b"x-launchdarkly-payload-id", b"")
@@ -442,10 +420,10 @@ def is_payload_id(value: bytes) -> bool:
     return _PAYLOAD_ID.fullmatch(value) is not None
 
 
-def _from_base64(text: str) -> bytes:
-    """Decode base64 in either alphabet, padded or not; empty if it is invalid."""
-    text = text.translate(_STANDARD_ALPHABET).rstrip("=")
+def _events_in(text: str) -> bytes:
+    """Return the events in a query; empty if they are no base64."""
     try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except (binascii.Error, ValueError):
+        # An unescaped `+` in a query is decoded as a blank.
+        return from_base64(text.replace(" ", "+").encode())
+    except ValueError:
         return b""

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
 from starlette.requests import Request
-from starlette.responses import Response
 
+from relay import clock
 from relay.environment import Environment
 from relay.errors import UpstreamUnavailable
 from relay.model.reply import Fetch, Reply
 from relay.model.text import header_value
 from relay.protocol.urls import join
-from relay.telemetry.log import Log, environment_log
+from relay.telemetry.log import Log
+from relay.telemetry.outage import OutageLog
+from relay.web.access import Access
+from relay.web.requests import header
 from relay.web.resources import is_known
 from relay.web.responses import PreparedResponse
-from relay.web.routing import header
 
 FETCH_LIMIT = 10.0
 """Seconds to wait for LaunchDarkly: a web page is waiting, too."""
@@ -65,19 +66,19 @@ class GoalsHandler:
         self._base = base_uri
         self._caches: WeakKeyDictionary[Environment, _GoalsCache] = WeakKeyDictionary()
 
-    async def respond(self, request: Request, environment: Environment) -> Response:
+    async def handle(self, request: Request, access: Access) -> PreparedResponse:
         """Respond to a request for the goals of an environment."""
         if self._fetch is None:
-            return _NO_GOALS.to_starlette()
+            return _NO_GOALS
+        environment = access.environment
         cache = self._caches.get(environment)
         if cache is None:
-            identifier = quote(request.path_params["envId"], safe="")
+            identifier = quote(access.grant.credential.value, safe="")
             url = join(self._base, f"/sdk/goals/{identifier}")
-            log = environment_log(environment.spec.name, environment.spec.sdk_key.masked)
-            cache = self._caches[environment] = _GoalsCache(self._fetch, url, log)
+            cache = self._caches[environment] = _GoalsCache(self._fetch, url, environment.log)
         forwarded = {name: header(request, name).decode("latin-1") for name in FORWARDED_HEADERS}
         entry = await cache.get({name: value for name, value in forwarded.items() if value})
-        return _response(entry, header(request, "if-none-match")).to_starlette()
+        return _response(entry, header(request, "if-none-match"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +110,12 @@ class _GoalsCache:
     def __init__(self, fetch: Fetch, url: str, log: Log) -> None:
         self._fetch = fetch
         self._url = url
-        self._log = log
+        self._outage = OutageLog(log)
         self._current: _CachedReply | None = None
         """Served until it expires; possibly an error."""
         self._last_ok: Reply | None = None
         """Last good reply, to be revalidated, or served in place of a failure."""
         self._last_ok_at = 0.0
-        self._failing = False
         self._fetching: asyncio.Task[_CachedReply] | None = None
 
     async def get(self, headers: dict[str, str]) -> _CachedReply:
@@ -124,7 +124,7 @@ class _GoalsCache:
         Args:
             headers: of the request to LaunchDarkly, if one is needed.
         """
-        if self._current is not None and time.monotonic() < self._current.expires_at:
+        if self._current is not None and clock.monotonic() < self._current.expires_at:
             return replace(self._current, from_cache=True)
         if self._fetching is None:
             self._fetching = asyncio.create_task(self._refresh(headers))
@@ -147,17 +147,13 @@ class _GoalsCache:
         confirmed = reply.status == HTTPStatus.NOT_MODIFIED and etag is not None
         if not confirmed and _is_failure(reply):
             return self._fail(reply, f"HTTP error {reply.status}")
-        if self._failing:
-            self._failing = False
-            self._log.info("Goals come from LaunchDarkly again")
+        self._outage.end("Goals come from LaunchDarkly again")
         return self._store(reply, confirmed=confirmed)
 
     def _fail(self, reply: Reply, reason: str) -> _CachedReply:
         """Record a failure; return the last good reply if there is one, the failure otherwise."""
-        if not self._failing:
-            self._failing = True
-            self._log.warning("LaunchDarkly gives no goals: %s", reason)
-        now = time.monotonic()
+        self._outage.begin(reason, "LaunchDarkly gives no goals: %s", reason)
+        now = clock.monotonic()
         if self._last_ok is None:
             served = reply if reply.status in _STATUSES else _UNREACHABLE
             self._current = _CachedReply(served, now, now + RETRY_AFTER)
@@ -166,7 +162,7 @@ class _GoalsCache:
         return replace(self._current, from_cache=True)
 
     def _store(self, reply: Reply, *, confirmed: bool) -> _CachedReply:
-        now = time.monotonic()
+        now = clock.monotonic()
         if confirmed and self._last_ok is not None:
             reply = replace(self._last_ok, headers={**self._last_ok.headers, **reply.headers})
         lifetime = _lifetime(reply)
@@ -206,7 +202,7 @@ def _response(entry: _CachedReply, if_none_match: bytes) -> PreparedResponse:
         if name in reply.headers
     )
     if entry.from_cache and reply.status == HTTPStatus.OK:
-        age = max(0, int(time.monotonic() - entry.confirmed_at))
+        age = max(0, int(clock.monotonic() - entry.confirmed_at))
         headers = (*headers, (b"x-from-cache", b"1"), (b"age", b"%d" % age))
     etag = dict(headers).get(b"etag", b"")
     if reply.status == HTTPStatus.OK and etag and is_known(etag, if_none_match):

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from weakref import WeakKeyDictionary
+
+from starlette.requests import Request
 
 from relay.environment import Environment
 from relay.model.item import Kind
 from relay.model.payload import Payload
 from relay.protocol.fdv1 import all_data, all_flags
+from relay.web.access import Access
+from relay.web.requests import header
 from relay.web.resources import Resource, with_ttl
-from relay.web.responses import NO_SUCH_ITEM, Headers, PreparedResponse, environment_headers
+from relay.web.responses import (
+    NO_DATA,
+    NO_SUCH_ITEM,
+    Headers,
+    PreparedResponse,
+    environment_headers,
+)
 
 MAX_ITEMS = 1024
 """Prepared resources per environment: PHP SDKs poll a few single flags again and again."""
-
-_ITEM_PATHS = (("/sdk/flags/", Kind.FLAG), ("/sdk/segments/", Kind.SEGMENT))
-_NO_KEYS = ("", ".", "..")
-"""Keys in paths that are not canonical, which the application redirects."""
-
-
-def template(path: str) -> str:
-    """Return the route template of a poll, such as `/sdk/flags/{key}`."""
-    for prefix, _ in _ITEM_PATHS:
-        if path.startswith(prefix):
-            return prefix + "{key}"
-    return path
 
 
 class _PollResources:
@@ -35,44 +34,40 @@ class _PollResources:
     def __init__(self, payload: Payload, headers: Headers) -> None:
         self.payload = payload
         self._headers = headers
-        self._cache: dict[str, Resource | None] = {}
-        self._builders: dict[str, Callable[[], Resource]] = {
+        self._cache: dict[tuple[str, str], Resource | None] = {}
+        self._builders: Mapping[str, Callable[[str], Resource | None]] = {
             "/sdk/flags": self._flags,
             "/sdk/latest-all": self._latest_all,
+            "/sdk/flags/{key}": partial(self._item, Kind.FLAG),
+            "/sdk/segments/{key}": partial(self._item, Kind.SEGMENT),
         }
 
-    def get(self, path: str) -> Resource | None:
-        """Return the resource at a path; None if the item does not exist or is deleted.
+    def get(self, template: str, key: str) -> Resource | None:
+        """Return the resource of a route; None if the item does not exist or is deleted.
 
-        Raises:
-            KeyError: the path is not that of a poll.
+        Args:
+            template: of the route.
+            key: of the item; empty for a route without one.
         """
-        if path not in self._cache:
-            resource = self._build(path)
+        found = template, key
+        if found not in self._cache:
+            resource = self._builders[template](key)
             if len(self._cache) >= MAX_ITEMS:
                 self._cache.clear()
-            self._cache[path] = resource
-        return self._cache[path]
-
-    def _build(self, path: str) -> Resource | None:
-        for prefix, kind in _ITEM_PATHS:
-            if path.startswith(prefix):
-                return self._item(kind, path.removeprefix(prefix))
-        return self._builders[path]()
+            self._cache[found] = resource
+        return self._cache[found]
 
     def _item(self, kind: Kind, key: str) -> Resource | None:
-        if "/" in key or key in _NO_KEYS:
-            raise KeyError(key)
         item = self.payload.get(kind, key)
         if item is None or item.json is None:
             return None
         return Resource((item.json,), b"relay-%d" % item.version, self._headers)
 
-    def _flags(self) -> Resource:
+    def _flags(self, _key: str) -> Resource:
         body = all_flags(self.payload)
         return Resource((body,), _versions_etag(self.payload), self._headers)
 
-    def _latest_all(self) -> Resource:
+    def _latest_all(self, _key: str) -> Resource:
         return Resource((all_data(self.payload),), _data_etag(self.payload), self._headers)
 
 
@@ -102,64 +97,43 @@ class PollingHandler:
     def __init__(self) -> None:
         self._resources: WeakKeyDictionary[Environment, _PollResources] = WeakKeyDictionary()
 
-    def __call__(
-        self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
-    ) -> PreparedResponse | None:
-        """Return the response to a poll at once; None if it is left to the application.
-
-        Args:
-            environment: to poll.
-            path: as received; one with a query or an escape is left to the application.
-            if_none_match: the header; empty without one.
-            accept_encoding: the header; empty without one.
-        """
-        if "%" in path or "?" in path:
-            return None
-        return self.respond(environment, path, if_none_match, accept_encoding)
+    async def handle(self, request: Request, access: Access) -> PreparedResponse:
+        """Respond to a poll; a large body is compressed in a thread if necessary."""
+        key = request.path_params.get("key", "")
+        resource = self._resource(access, key)
+        if not isinstance(resource, Resource):
+            return resource or NO_DATA
+        none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
+        response = resource.variant(none_match, encoding)
+        if response is None:
+            response = await resource.compress_in_thread()
+        return with_ttl(response, access.environment)
 
     def respond(
-        self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
+        self, access: Access, key: str, if_none_match: bytes, accept_encoding: bytes
     ) -> PreparedResponse | None:
         """Return the response to a poll at once.
 
-        None if there is no data, if the path is not that of a poll, or if a large body must be
-        compressed in a thread first (see `complete`).
+        None if there is no data, or if a large body must be compressed in a thread first.
 
         Args:
-            environment: to poll.
-            path: decoded.
+            access: environment to poll, and the route.
+            key: of the item; empty for a route without one.
             if_none_match: the header; empty without one.
             accept_encoding: the header; empty without one.
         """
-        resource = self._resource_at(environment, path)
-        if not isinstance(resource, Resource):
-            return resource
-        return with_ttl(resource.variant(if_none_match, accept_encoding), environment)
-
-    async def complete(
-        self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
-    ) -> PreparedResponse | None:
-        """Return the response to a poll, compressing a large body in a thread if necessary.
-
-        Arguments as in `respond`; None if there is no data, or the path is not that of a poll.
-        """
-        resource = self._resource_at(environment, path)
+        resource = self._resource(access, key)
         if not isinstance(resource, Resource):
             return resource
         response = resource.variant(if_none_match, accept_encoding)
-        if response is None:
-            response = await resource.compress_in_thread()
-        return with_ttl(response, environment)
+        return response and with_ttl(response, access.environment)
 
-    def _resource_at(
-        self, environment: Environment, path: str
-    ) -> Resource | PreparedResponse | None:
+    def _resource(self, access: Access, key: str) -> Resource | PreparedResponse | None:
+        environment = access.environment
         if environment.payload is None:
             return None
-        try:
-            resource = self._resources_of(environment, environment.payload).get(path)
-        except KeyError:
-            return None
+        resources = self._resources_of(environment, environment.payload)
+        resource = resources.get(access.route.template, key)
         return resource or NO_SUCH_ITEM.with_headers(*environment_headers(environment.spec))
 
     def _resources_of(self, environment: Environment, payload: Payload) -> _PollResources:

@@ -11,6 +11,7 @@ from itertools import islice
 
 from relay import __version__, clock
 from relay.environment import ConnectionState, Environment
+from relay.model.credential import CredentialKind
 from relay.model.item import InvalidItem
 from relay.relay import Relay
 from relay.stores import StoreState, StoreStatus
@@ -43,8 +44,8 @@ def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
 
 def one(relay: Relay, traffic: RequestMetrics, identifier: str) -> PreparedResponse:
     """Return the part of `/status` for the environment with a name or client-side ID."""
-    by_name = relay.environments.get(identifier)
-    environment = by_name or relay.by_environment_id.get(identifier)
+    by_id = relay.registry.find(CredentialKind.ENVIRONMENT_ID, identifier)
+    environment = relay.environments.get(identifier) or by_id
     if environment is None:
         return json(404, {"error": "there is no environment with this name or client-side ID"})
     return json(200, _environment_members(relay, traffic, environment, _counts(traffic)))

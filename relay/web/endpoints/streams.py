@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -17,11 +17,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from relay.environment import Environment
+from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context
 from relay.model.metrics import MetricValue
+from relay.registry import Grant
 from relay.streams.evaluated import EVALUATING, PINGS, EvalClient
 from relay.streams.transport import LAST_CHUNK, decode_chunks
-from relay.telemetry.traffic import RequestMetrics, Series
+from relay.telemetry.traffic import RequestMetrics
+from relay.web.access import Access
 from relay.web.bodies import MemoryBudget, RequestRejected
 from relay.web.contexts import (
     NO_KEY,
@@ -32,12 +35,9 @@ from relay.web.contexts import (
     secure_mode_hash_in,
     wants_reasons,
 )
-from relay.web.cors import cors_lines
+from relay.web.requests import first_values
 from relay.web.responses import Headers, PreparedResponse, environment_headers
-from relay.web.routing import BROWSER, Handler, RouteAuth, user_agent
-
-STREAMS: Mapping[bytes, str] = {b"/all": "all", b"/flags": "flags"}
-"""Stream formats for server-side SDKs, by path (endpoints 1.1, rows 18 and 19)."""
+from relay.web.routes import Route
 
 PIPE_LIMIT = 64 * 1024
 """Bytes that may wait for the ASGI server before the client counts as slow, as in a transport."""
@@ -71,11 +71,11 @@ def stream_headers(environment: Environment, *, closes: bool) -> Headers:
 
 @dataclass(frozen=True, slots=True)
 class ClientStream:
-    """Stream that a client-side SDK gets.
+    """Stream that an SDK gets.
 
     Args:
         name: of the channel.
-        client: to evaluate for; None for pings.
+        client: to evaluate for; None for a stream that is the same for all clients.
     """
 
     name: str
@@ -86,64 +86,44 @@ PING_STREAM = ClientStream(PINGS)
 """The stream of `/ping/{envId}` and `/mping`."""
 
 
-def client_stream(
-    environment: Environment, auth: RouteAuth, segment: bytes, query: bytes
-) -> ClientStream | PreparedResponse:
+def client_stream(access: Access, segment: bytes, query: bytes) -> ClientStream | PreparedResponse:
     """Return the stream of `/eval/{envId}/{context}` or `/meval/{context}`, or the refusal.
 
     Args:
-        environment: to evaluate for.
-        auth: MOBILE or BROWSER, by the path.
+        access: environment to evaluate for, and the route.
         segment: of the path, with the context, without percent escapes.
         query: as received.
     """
     try:
-        return _stream_for(environment, auth, segment, context_in_path(segment), query)
+        return _stream_for(access, segment, context_in_path(segment), query)
     except RequestRejected as e:
         return e.response.with_headers(_UNBUFFERED)
 
 
-def _stream_for(
-    environment: Environment, auth: RouteAuth, raw: bytes, context: Context, query: bytes
-) -> ClientStream:
+def _stream_for(access: Access, raw: bytes, context: Context, query: bytes) -> ClientStream:
     """Return the stream for a context; one that gets pings needs no key.
 
     Raises:
         RequestRejected: the secure mode hash is wrong, or the context has no key to evaluate for.
     """
-    if auth is BROWSER:
-        check_secure_mode_hash(
-            environment.spec, context.fully_qualified_key, secure_mode_hash_in(query)
-        )
-    if not environment.spec.eval_streams:
+    spec, sdk_kind = access.environment.spec, access.route.sdk_kind
+    if sdk_kind is SDKKind.BROWSER:
+        check_secure_mode_hash(spec, context.fully_qualified_key, secure_mode_hash_in(query))
+    if not spec.eval_streams:
         return PING_STREAM
     if context.has_empty_key:
         raise RequestRejected(NO_KEY)
     client = EvalClient(raw, context, with_reasons=wants_reasons(query))
-    return ClientStream(EVALUATING[auth.sdk_kind], client)
+    return ClientStream(EVALUATING[sdk_kind], client)
 
 
-def client_stream_headers(
-    environment: Environment, auth: RouteAuth, origin: bytes, *, closes: bool
-) -> Headers:
-    """Return the response headers of a GET of a client-side stream, in the application's order.
-
-    Args:
-        environment: of the stream.
-        auth: MOBILE or BROWSER, by the path.
-        origin: the request header; empty without one.
-        closes: whether the connection ends with the stream.
-    """
-    headers = stream_headers(environment, closes=closes)
-    if not auth.exposed_headers:
-        return headers
-    cors = dict(cors_lines(environment.spec, origin, ("GET", "OPTIONS"), auth.exposed_headers))
-    merged = [(name, cors.pop(name, value)) for name, value in headers]
-    return (*merged, *cors.items())
+def shared_stream(route: Route) -> str:
+    """Return the name of the stream of `/all` or `/flags` in the hub."""
+    return route.template.removeprefix("/")
 
 
-class ClientStreams:
-    """Handlers of client-side streams.
+class StreamsHandler:
+    """Handler of streams.
 
     Args:
         traffic: counts streams.
@@ -154,82 +134,58 @@ class ClientStreams:
         self._traffic = traffic
         self._budget = budget
 
-    def pings(self, auth: RouteAuth) -> Handler:
-        """Return the handler of a path without a context."""
+    async def shared(self, request: Request, access: Access) -> Response:
+        """Open a stream that is the same for all server-side SDKs."""
+        return self._open(request, access, ClientStream(shared_stream(access.route)))
 
-        async def respond(request: Request, environment: Environment) -> Response:
-            return self._open(request, environment, PING_STREAM, auth)
+    async def pings(self, request: Request, access: Access) -> Response:
+        """Open a stream of pings, whose path has no context."""
+        return self._open(request, access, PING_STREAM)
 
-        return respond
+    async def in_path(self, request: Request, access: Access) -> Response | PreparedResponse:
+        """Open a stream by a GET whose path ends in the context."""
+        segment = request.path_params["context"].encode(errors="replace")
+        stream = client_stream(access, segment, request.scope["query_string"])
+        return (
+            stream if isinstance(stream, PreparedResponse) else self._open(request, access, stream)
+        )
 
-    def in_path(self, auth: RouteAuth) -> Handler:
-        """Return the handler of a GET whose path ends in the context."""
+    async def in_body(self, request: Request, access: Access) -> Response | PreparedResponse:
+        """Open a stream by a REPORT whose body is the context."""
+        try:
+            body = await read_context_body(request, self._budget)
+            context, query = context_in_body(body), request.scope["query_string"]
+            stream = _stream_for(access, body, context, query)
+        except RequestRejected as e:
+            return e.response.with_headers(_UNBUFFERED)
+        return self._open(request, access, stream)
 
-        async def respond(request: Request, environment: Environment) -> Response:
-            segment = request.path_params["context"].encode(errors="replace")
-            query = request.scope["query_string"]
-            stream = client_stream(environment, auth, segment, query)
-            if isinstance(stream, PreparedResponse):
-                return stream.to_starlette()
-            return self._open(request, environment, stream, auth)
-
-        return respond
-
-    def in_body(self, auth: RouteAuth) -> Handler:
-        """Return the handler of a REPORT whose body is the context."""
-
-        async def respond(request: Request, environment: Environment) -> Response:
-            try:
-                body = await read_context_body(request, self._budget)
-                context, query = context_in_body(body), request.scope["query_string"]
-                stream = _stream_for(environment, auth, body, context, query)
-            except RequestRejected as e:
-                return e.response.with_headers(_UNBUFFERED).to_starlette()
-            return self._open(request, environment, stream, auth)
-
-        return respond
-
-    def _open(
-        self,
-        request: Request,
-        environment: Environment,
-        stream: ClientStream,
-        auth: RouteAuth,
-    ) -> Response:
-        agent = user_agent(self._traffic, request)
-        route: str = request.scope["route"].path
+    def _open(self, request: Request, access: Access, stream: ClientStream) -> Response:
         method = "GET" if request.method == "HEAD" else request.method
-        series = Series(environment.spec.name, route, method, auth.platform, agent)
+        labels = access.labels(self._traffic, method, first_values(request))
         if request.method != "HEAD":
-            self._traffic.new_streams[series].value += 1
-        count = self._traffic.streams[series]
-        return StreamResponse(environment, stream.name, count, request.scope, stream.client)
+            self._traffic.new_streams[labels].value += 1
+        count = self._traffic.streams[labels]
+        return StreamResponse(access.grant, stream, count, request.scope)
 
 
 class StreamResponse(Response):
     """Stream of one environment; it lasts until the client disconnects or the hub ends it.
 
     Args:
-        environment: to subscribe to.
-        stream: name of the format or channel.
+        grant: opens the environment; the stream ends with it.
+        stream: to subscribe to.
         count: of open streams.
         scope: of the request.
-        client: to evaluate for; None for a stream that is the same for all clients.
     """
 
     def __init__(
-        self,
-        environment: Environment,
-        stream: str,
-        count: MetricValue,
-        scope: Scope,
-        client: EvalClient | None = None,
+        self, grant: Grant[Environment], stream: ClientStream, count: MetricValue, scope: Scope
     ) -> None:
         super().__init__()
-        self._client = client
         self._count = count
-        self.raw_headers = list(stream_headers(environment, closes=_closes(scope)))
-        self._environment = environment
+        self.raw_headers = list(stream_headers(grant.environment, closes=_closes(scope)))
+        self._grant = grant
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -243,7 +199,8 @@ class StreamResponse(Response):
 
     async def _messages(self) -> AsyncGenerator[bytes, None]:
         pipe = _Pipe()
-        self._environment.hub.subscribe(self._stream, pipe, b"", self._count, self._client)
+        hub, stream = self._grant.environment.hub, self._stream
+        hub.subscribe(stream.name, pipe, b"", self._count, stream.client, grant=self._grant)
         try:
             async for data in pipe:
                 yield data

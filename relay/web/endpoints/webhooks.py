@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import orjson
 from starlette.requests import Request
@@ -18,13 +17,15 @@ from starlette.types import Receive, Scope, Send
 
 from relay.environment import Environment
 from relay.errors import InvalidData
+from relay.lru import LRUMap
 from relay.model.credential import Secret
 from relay.protocol import webhook
-from relay.protocol.webhook import ChangeNotice
+from relay.protocol.webhook import ChangedResource, ChangeNotice
 from relay.refresh import BURST, RECHECK_AFTER, RefreshTracker
+from relay.telemetry.throttle import Throttle
 from relay.web.bodies import MemoryBudget, RequestBody, RequestRejected
+from relay.web.requests import header
 from relay.web.responses import PreparedResponse, json_error
-from relay.web.routing import header
 
 PATH = "/webhooks/launchdarkly"
 
@@ -55,7 +56,7 @@ class WebhooksHandler:
     """ASGI application of the route.
 
     Args:
-        environments: all environments of the relay.
+        environments: all environments of the relay by name; may change.
         secrets: with which webhooks may be signed; at least one.
         recheck_after: see `RefreshTracker`.
         burst: see `RefreshTracker`.
@@ -63,27 +64,29 @@ class WebhooksHandler:
 
     def __init__(
         self,
-        environments: Collection[Environment],
+        environments: Mapping[str, Environment],
         secrets: Sequence[Secret],
         recheck_after: Sequence[float] = RECHECK_AFTER,
         burst: float = BURST,
     ) -> None:
-        self._trackers = {
-            e.spec.name: RefreshTracker(e, recheck_after, burst) for e in environments
-        }
-        self._specs = [environment.spec for environment in environments]
+        self._environments = environments
+        self._new_tracker = partial(RefreshTracker, recheck_after=recheck_after, burst=burst)
+        self._trackers: dict[Environment, RefreshTracker] = {}
+        """Of the environments that wait for announced changes."""
+        self._tasks: asyncio.TaskGroup | None = None
         self._secrets = tuple(secrets)
-        self._seen: OrderedDict[str, None] = OrderedDict()
-        """IDs of received webhooks, oldest first."""
+        self._seen: LRUMap[str, None] = LRUMap(MAX_SEEN)
+        """IDs of received webhooks."""
         self._budget = MemoryBudget(webhook.MAX_BODY, MAX_BUFFERED, too_large=TOO_LARGE, full=BUSY)
-        self._warnings = 0
-        self._warnings_since = -float("inf")
+        self._warnings = Throttle(WARNINGS_WITHIN, MAX_WARNINGS)
 
     async def run(self) -> None:
         """Check upstream whenever webhooks have announced changes, until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            for tracker in self._trackers.values():
-                tasks.create_task(tracker.run())
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                await asyncio.Event().wait()
+        finally:
+            self._tasks = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond to a webhook."""
@@ -116,31 +119,43 @@ class WebhooksHandler:
 
     def _act(self, notice: ChangeNotice) -> None:
         """Announce the changes to the affected environments."""
-        affected = notice.affected(self._specs)
+        affected = notice.affected(environment.spec for environment in self._environments.values())
         checking = [
-            name for name, resources in affected.items() if self._trackers[name].announce(resources)
+            name
+            for name, resources in affected.items()
+            if self._announce(self._environments[name], resources)
         ]
         # At level debug: a webhook of the whole account may come as often as traffic.
         _log.debug("A webhook concerns %d environments; %d look", len(affected), len(checking))
+
+    def _announce(self, environment: Environment, resources: Sequence[ChangedResource]) -> bool:
+        """Announce changes to one environment; return whether there is anything to check for."""
+        tracker = self._trackers.get(environment) or self._new_tracker(environment)
+        if not tracker.announce(resources):
+            return False
+        if environment not in self._trackers and self._tasks is not None:
+            self._trackers[environment] = tracker
+            self._tasks.create_task(self._track(environment, tracker))
+        return True
+
+    async def _track(self, environment: Environment, tracker: RefreshTracker) -> None:
+        try:
+            await tracker.run()
+        finally:
+            del self._trackers[environment]
 
     def _is_repeated(self, name: str) -> bool:
         """Return whether a webhook was received before, and remember it."""
         if name in self._seen:
             return True
-        self._seen[name] = None
-        if len(self._seen) > MAX_SEEN:
-            self._seen.popitem(last=False)
+        self._seen.put(name, None)
         return False
 
     def _refuse(self, response: PreparedResponse, detail: str = "") -> PreparedResponse:
         """Log that a webhook is refused, up to `MAX_WARNINGS` times; return the response."""
-        now = time.monotonic()
-        if now - self._warnings_since > WARNINGS_WITHIN:
-            self._warnings, self._warnings_since = 0, now
-        self._warnings += 1
-        if self._warnings <= MAX_WARNINGS:
+        if self._warnings.count():
             reason = orjson.loads(response.body)["message"]
-            suffix = "; more are not logged for a while" if self._warnings == MAX_WARNINGS else ""
+            suffix = "; more are not logged for a while" if self._warnings.exhausted else ""
             _log.warning(
                 "A webhook is refused (%d): %s%s%s", response.status, reason, detail, suffix
             )

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+
+from msgspec import field
 
 from relay.environment import Environment
 from relay.evaluation.compiled.fragments import EvalBody
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.metrics import MetricValue
-from relay.relay import Relay
-from relay.telemetry.traffic import RequestMetrics, Series, client_label
-from relay.web.access import by_plain_key
+from relay.registry import Registry
+from relay.telemetry.traffic import RequestMetrics
+from relay.web.cache import ANY_PAYLOAD, CacheEntry, ResponseCache
 from relay.web.compression import compressed, etag_of, to_compress
 from relay.web.cors import cors_lines
 from relay.web.endpoints.evaluation import (
@@ -22,52 +21,33 @@ from relay.web.endpoints.evaluation import (
     resource_for,
     with_expiry,
 )
-from relay.web.fastpath.cache import EvaluationResponse
-from relay.web.fastpath.heads import MAX_HEAD
+from relay.web.fastpath.cache import ENTRY_OVERHEAD, WireResponse
+from relay.web.fastpath.heads import MAX_HEAD, RequestHead
 from relay.web.resources import MAX_COMPRESSED_AT_ONCE, MIN_COMPRESSED, accepts_gzip
 from relay.web.responses import Headers, PreparedResponse
-from relay.web.routing import BROWSER, MOBILE, SERVER, RouteAuth
 
-METHODS = ("GET", "OPTIONS")
-"""Methods of browsers' routes, for CORS."""
+MAX_PROFILES = 4 * 1024 * 1024
+"""Bytes of client profiles: far more than environments, each with a few origins and kinds of
+clients."""
 
-MAX_KNOWN = 1024
-"""Maximum number of client profiles: far more than environments, each with a few origins and kinds
-of clients."""
+PROFILE_SIZE = 2 * 1024
+"""Bytes that a client profile takes besides its key."""
 
-_BROWSERS = re.compile(rb"/sdk/evalx/([0-9A-Za-z_-]+)/(contexts|users)")
+MAX_RESPONSES = 32 * 1024 * 1024
+"""Bytes of cached responses."""
+
 _LINE_END = b" HTTP/1.1\r\n"
 _BASE64_PUNCTUATION = b"-_=+"
 """Characters of base64 in both alphabets that `isalnum` refuses, except the slash."""
 _PLAIN_QUERY = re.compile(rb"[0-9A-Za-z=&]*")
 
 
-class EvaluationRoute(NamedTuple):
-    """Route of evaluation requests."""
-
-    template: str
-    auth: RouteAuth
-
-
-_BY_KEY: Mapping[bytes, EvaluationRoute] = {
-    b"/%b/evalx/%b" % (root, name): EvaluationRoute(
-        f"/{root.decode()}/evalx/{name.decode()}/{{context}}", auth
-    )
-    for root, auth in ((b"sdk", SERVER), (b"msdk", MOBILE))
-    for name in (b"contexts", b"users")
-}
-_BY_ID: Mapping[bytes, EvaluationRoute] = {
-    name: EvaluationRoute(f"/sdk/evalx/{{envId}}/{name.decode()}/{{context}}", BROWSER)
-    for name in (b"contexts", b"users")
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _ClientProfile:
+class ClientProfile(CacheEntry, eq=False):
     """Everything that requests have in common if they differ in their contexts only.
 
     Args:
         environment: provides the flags.
+        payload: `ANY_PAYLOAD`.
         sdk_kind: kind of the clients.
         count: counter of the requests.
         cors: CORS headers of responses to browsers.
@@ -76,33 +56,33 @@ class _ClientProfile:
         closes: True if the client wants the connection closed after the response.
     """
 
-    environment: Environment
     sdk_kind: SDKKind
     count: MetricValue
     cors: Headers
     if_none_match: bytes
     accept_encoding: bytes
     closes: bool
-    is_usual: bool = field(init=False)
+    is_usual: bool = False
     """True if the heads of all responses differ only in ETag and length."""
-    takes_gzip: bool = field(init=False)
+    takes_gzip: bool = False
     head_parts: dict[tuple[bool, bool], tuple[bytes, bytes]] = field(default_factory=dict)
     """Head of the response up to the ETag, and from there to the length; by whether a body is large
     enough to be compressed, and whether it is compressed."""
 
     def __post_init__(self) -> None:
-        is_usual = not (self.if_none_match or self.environment.spec.ttl)
-        object.__setattr__(self, "is_usual", is_usual)
-        object.__setattr__(self, "takes_gzip", accepts_gzip(self.accept_encoding))
+        self.is_usual = not (self.if_none_match or self.environment.spec.ttl)
+        self.takes_gzip = accepts_gzip(self.accept_encoding)
 
-    def respond(self, response: PreparedResponse, *, cacheable: bool = False) -> EvaluationResponse:
+    def respond(self, response: PreparedResponse) -> WireResponse:
         """Return a prepared response with this profile's headers."""
         response = response.with_headers(*self.cors)
-        return EvaluationResponse(
-            response.head, (response.body,), self.environment, self.count, self.closes, cacheable
-        )
+        return self._to_wire(response.head, (response.body,))
 
-    def respond_usual(self, result: EvaluationResult) -> EvaluationResponse | None:
+    def _to_wire(self, head: bytes, pieces: tuple[bytes, ...]) -> WireResponse:
+        environment = self.environment
+        return WireResponse(environment, environment.payload, head, pieces, self.count, self.closes)
+
+    def respond_usual(self, result: EvaluationResult) -> WireResponse | None:
         """Return the same as `respond` for the plain or compressed variant, at less cost.
 
         None if it has to be compressed in a thread.
@@ -122,9 +102,7 @@ class _ClientProfile:
                 body, compress=compress
             )
         head = b"%b%b%b%d\r\n" % (parts[0], etag_of(body), parts[1], size)
-        return EvaluationResponse(
-            head, pieces, self.environment, self.count, self.closes, result.cacheable
-        )
+        return self._to_wire(head, pieces)
 
     def _split_head(self, body: EvalBody, *, compress: bool) -> tuple[bytes, bytes]:
         resource = resource_for(body, self.environment)
@@ -138,21 +116,29 @@ class EvaluationFastPath:
     """Handler of evaluation requests on the fast path.
 
     Args:
-        relay: provides the environments.
+        registry: of the environments.
         evaluation: evaluates the flags; shared with the application.
         traffic: request metrics, shared with the application.
     """
 
     def __init__(
-        self, relay: Relay, evaluation: EvaluationHandler, traffic: RequestMetrics
+        self,
+        registry: Registry[Environment],
+        evaluation: EvaluationHandler,
+        traffic: RequestMetrics,
     ) -> None:
-        self._relay = relay
         self._evaluation = evaluation
         self._traffic = traffic
-        self._profiles: dict[tuple[bytes, bytes], _ClientProfile] = {}
+        self.profiles: ResponseCache[ClientProfile] = ResponseCache(registry, MAX_PROFILES)
         """By the bytes before the context in a request, and the bytes after the request line."""
+        self.responses: ResponseCache[WireResponse] = ResponseCache(registry, MAX_RESPONSES)
+        """By the whole head of a request."""
 
-    def answer_known(self, head: bytes) -> EvaluationResponse | None:
+    def answer_same(self, head: bytes) -> WireResponse | None:
+        """Return the response to a request that has been answered before; None if it is unknown."""
+        return self.responses.get(head)
+
+    def answer_known(self, head: bytes) -> WireResponse | None:
         """Return the response to a request that differs from an earlier one in its context only.
 
         None if there was no such request, or if this one has to be parsed.
@@ -162,47 +148,33 @@ class EvaluationFastPath:
         """
         line, _, rest = head.partition(_LINE_END)
         start, _, target = line.rpartition(b"/")
-        profile = self._profiles.get((start, rest))
+        profile = self.profiles.get((start, rest))
         if profile is None:
             return None
         segment, _, query = target.partition(b"?")
         # Anything else has to be judged by the parser.
         plain = segment.translate(None, _BASE64_PUNCTUATION).isalnum()
-        if not plain or (query and _PLAIN_QUERY.fullmatch(query) is None):
+        if not (plain and _is_plain(query)):
             return None
-        return self._respond(profile, segment, query)
+        return self._respond(profile, head, segment, query)
 
-    def answer(
-        self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], *, closes: bool
-    ) -> EvaluationResponse | None:
-        """Return the response to a GET without a body; None to leave it to the application.
-
-        Args:
-            head: the whole request.
-            url: target of the request.
-            headers: headers of the request, without repetitions.
-            closes: True if the client wants the connection closed after the response.
-        """
-        path, _, query = url.partition(b"?")
-        prefix, _, segment = path.rpartition(b"/")
-        profile = self._profile(prefix, headers, closes=closes)
-        if profile is None:
-            return None
-        response = self._respond(profile, segment, query)
-        if response is not None and not profile.if_none_match:
-            self._remember(prefix, head, profile)
+    def answer(self, head: RequestHead) -> WireResponse | None:
+        """Return the response to a GET; None to leave it to the application."""
+        profile = self._profile(head)
+        response = self._respond(profile, head.raw, head.segment, head.query)
+        if response is not None and not profile.if_none_match and _is_plain(head.query):
+            self._remember(head.raw, profile)
         return response
 
-    def _remember(self, prefix: bytes, head: bytes, profile: _ClientProfile) -> None:
-        _, _, rest = head.partition(_LINE_END)
+    def _remember(self, head: bytes, profile: ClientProfile) -> None:
+        line, _, rest = head.partition(_LINE_END)
         if rest and len(rest) <= MAX_HEAD:
-            if len(self._profiles) >= MAX_KNOWN:
-                self._profiles.clear()
-            self._profiles[b"GET " + prefix, rest] = profile
+            start = line.partition(b"?")[0].rpartition(b"/")[0]
+            self.profiles.put((start, rest), profile, PROFILE_SIZE + len(start) + len(rest))
 
     def _respond(
-        self, profile: _ClientProfile, segment: bytes, query: bytes
-    ) -> EvaluationResponse | None:
+        self, profile: ClientProfile, head: bytes, segment: bytes, query: bytes
+    ) -> WireResponse | None:
         environment, sdk_kind = profile.environment, profile.sdk_kind
         result = self._evaluation.evaluate(environment, sdk_kind, segment, query)
         if result is None:
@@ -210,43 +182,35 @@ class EvaluationFastPath:
         if isinstance(result, PreparedResponse):
             return profile.respond(result)
         if profile.is_usual:
-            return profile.respond_usual(result)
-        resource = resource_for(result.body, environment)
-        variant = resource.variant(profile.if_none_match, profile.accept_encoding)
-        response = with_expiry(variant, environment, sdk_kind)
-        return None if response is None else profile.respond(response, cacheable=result.cacheable)
+            response = profile.respond_usual(result)
+        else:
+            resource = resource_for(result.body, environment)
+            variant = resource.variant(profile.if_none_match, profile.accept_encoding)
+            if variant is None:
+                return None
+            response = profile.respond(with_expiry(variant, environment, sdk_kind))
+        # A response that states its expiry is different each time.
+        if response and result.cacheable and len(head) <= MAX_HEAD and environment.spec.ttl <= 0:
+            size = ENTRY_OVERHEAD + len(head) + response.body_size
+            self.responses.put(head, response, size)
+        return response
 
-    def _profile(
-        self, prefix: bytes, headers: Mapping[bytes, bytes], *, closes: bool
-    ) -> _ClientProfile | None:
-        route, environment = self._resolve(prefix, headers)
-        if route is None or environment is None:
-            return None
-        spec, auth = environment.spec, route.auth
-        user_agent = client_label(self._traffic, headers)
-        series = Series(spec.name, route.template, "GET", auth.platform, user_agent)
+    def _profile(self, head: RequestHead) -> ClientProfile:
+        access, headers = head.access, head.headers
+        spec, route = access.environment.spec, access.route
         origin = headers.get(b"origin", b"")
-        is_browser = auth is BROWSER
-        cors = cors_lines(spec, origin, METHODS, auth.exposed_headers) if is_browser else ()
-        return _ClientProfile(
-            environment,
-            auth.sdk_kind,
-            self._traffic.requests[series],
-            cors,
+        return ClientProfile(
+            access.environment,
+            ANY_PAYLOAD,
+            route.sdk_kind,
+            self._traffic.requests[access.labels(self._traffic, "GET", headers)],
+            cors_lines(spec, origin, route) if route.for_browsers else (),
             headers.get(b"if-none-match", b""),
             headers.get(b"accept-encoding", b""),
-            closes,
+            head.closes,
         )
 
-    def _resolve(
-        self, prefix: bytes, headers: Mapping[bytes, bytes]
-    ) -> tuple[EvaluationRoute | None, Environment | None]:
-        route = _BY_KEY.get(prefix)
-        if route is not None:
-            mobile = route.auth is MOBILE
-            by_key = self._relay.by_mobile_key if mobile else self._relay.by_sdk_key
-            return route, by_plain_key(by_key, headers)
-        match = _BROWSERS.fullmatch(prefix)
-        if match is None:
-            return None, None
-        return _BY_ID[match[2]], self._relay.by_environment_id.get(match[1].decode())
+
+def _is_plain(query: bytes) -> bool:
+    """Return whether a query needs no decoding, and does not choose the environment."""
+    return not query or (b"filter" not in query and _PLAIN_QUERY.fullmatch(query) is not None)

@@ -11,16 +11,15 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from relay.environment import Environment
 from relay.errors import StoreUnavailable
-from relay.model.event import EventsEndpoint, Partition
+from relay.model.event import Partition
 from relay.model.metrics import MetricValue
 from relay.protocol.gzip import CORRUPT
-from relay.relay import Relay
-from relay.telemetry.traffic import RequestMetrics, Series
-from relay.web.access import plain_key
+from relay.registry import Registry
+from relay.telemetry.traffic import RequestMetrics
+from relay.web.access import Access
 from relay.web.bodies import (
     BODIES_OVERLOADED,
     INFLATED_AT_ONCE,
@@ -28,6 +27,7 @@ from relay.web.bodies import (
     MemoryBudget,
     RequestRejected,
 )
+from relay.web.cache import ANY_PAYLOAD, CacheEntry, ResponseCache
 from relay.web.cors import cors_lines
 from relay.web.endpoints.events import ACCEPTED, EventsHandler
 from relay.web.fastpath.heads import (
@@ -35,104 +35,59 @@ from relay.web.fastpath.heads import (
     MAX_HEAD,
     PAYLOAD_ID,
     HeadTemplate,
+    RequestHead,
     normalise_head,
     variable_names,
 )
 from relay.web.responses import PreparedResponse, environment_headers
-from relay.web.routing import BROWSER, MOBILE, SERVER, RouteAuth
 
 PLAIN_SIZE = 256 * 1024
 """Maximum bytes of a body, as sent, that is received here; larger ones are left to the application,
 which processes them in slices. Payloads of SDKs have some KB."""
 
-MAX_KNOWN = 4096
-"""Maximum number of counters at hand: by environment, route and kind of client."""
-
 CHUNKED = -1
 """Stands for the length of a body that comes in chunks."""
 
-MAX_HEADS = 1024
-"""Maximum number of known heads: by environment and kind of client, a few KB each."""
+MAX_HEADS = 8 * 1024 * 1024
+"""Bytes of known heads: one by environment and kind of client."""
 
-_ID = re.compile(rb"[0-9A-Za-z_-]+")
+HEAD_SIZE = 4 * 1024
+"""Bytes that a known head takes besides its key."""
+
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,5})\r\n")
+_MAX_CHUNK_SIZE_LINE = 7
+"""Bytes of the longest one that `_CHUNK_SIZE` matches."""
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 _log = logging.getLogger("relay.web")
-
-
-class EventsRoute(NamedTuple):
-    """Route of event payloads."""
-
-    template: str
-    endpoint: EventsEndpoint
-    auth: RouteAuth
-
-
-ROUTES: Mapping[bytes, EventsRoute] = {
-    route.template.removesuffix("{envId}").encode(): route
-    for route in (
-        EventsRoute("/bulk", EventsEndpoint.BULK, SERVER),
-        EventsRoute("/diagnostic", EventsEndpoint.BULK_DIAGNOSTIC, SERVER),
-        EventsRoute("/mobile", EventsEndpoint.MOBILE, MOBILE),
-        EventsRoute("/mobile/events", EventsEndpoint.MOBILE, MOBILE),
-        EventsRoute("/mobile/events/bulk", EventsEndpoint.MOBILE, MOBILE),
-        EventsRoute("/mobile/events/diagnostic", EventsEndpoint.MOBILE_DIAGNOSTIC, MOBILE),
-        EventsRoute("/events/bulk/{envId}", EventsEndpoint.CLIENT_SIDE, BROWSER),
-        EventsRoute("/events/diagnostic/{envId}", EventsEndpoint.CLIENT_SIDE_DIAGNOSTIC, BROWSER),
-    )
-}
-"""Routes by path without the environment ID; used by the application, too."""
-
-BROWSERS = ("POST", "OPTIONS")
-"""Methods of browsers' routes, for CORS."""
-
-
-class EventTarget(NamedTuple):
-    """Route and environment of an upload, and the credential that it came with."""
-
-    route: EventsRoute
-    credential: str
-    environment: Environment
 
 
 class EventsFastPath:
     """Handler of event payloads on the fast path.
 
     Args:
-        relay: provides the environments.
+        registry: of the environments.
         events: accepts the payloads; shared with the application.
         traffic: request metrics, shared with the application.
     """
 
-    def __init__(self, relay: Relay, events: EventsHandler, traffic: RequestMetrics) -> None:
-        self._relay = relay
+    def __init__(
+        self, registry: Registry[Environment], events: EventsHandler, traffic: RequestMetrics
+    ) -> None:
+        self._registry = registry
         self._events = events
         self._traffic = traffic
-        self._counts: dict[tuple[EventsRoute, str, bytes, bytes], MetricValue] = {}
-        self._heads: dict[HeadTemplate, KnownHead] = {}
+        self.heads: ResponseCache[KnownHead] = ResponseCache(registry, MAX_HEADS)
+        """By template."""
 
-    def begin(self, url: bytes, headers: Mapping[bytes, bytes]) -> EventUpload | None:
+    def begin(self, head: RequestHead) -> EventUpload | None:
         """Return an upload for a parsed head; None to leave it to the application."""
-        prefix, slash, last = url.rpartition(b"/")
-        route = ROUTES.get(url) or ROUTES.get(prefix + slash)
-        if route is None:
+        if not self._events.enabled or not _has_plain_body(head.headers):
             return None
-        credential = plain_key(headers)
-        if route.auth is BROWSER:
-            credential = last.decode() if _ID.fullmatch(last) else ""
-        environment = self._environments(route).get(credential)
-        if environment is None or not self._events.enabled or not _has_plain_body(headers):
-            return None
-        target = EventTarget(route, credential, environment)
-        return EventUpload(target, url, headers, self._events.budget)
-
-    def _environments(self, route: EventsRoute) -> Mapping[str, Environment]:
-        """Return all environments by the kind of credential that a route needs."""
-        relay = self._relay
-        if route.auth is SERVER:
-            return relay.by_sdk_key
-        return relay.by_mobile_key if route.auth is MOBILE else relay.by_environment_id
+        upload = EventUpload(head.access, head.headers, self._events.budget)
+        upload.keep_alive, upload.start = not head.closes, head.raw
+        upload.missing = int(head.headers.get(b"content-length", CHUNKED))
+        return upload
 
     def accept(self, upload: EventUpload) -> asyncio.Future[bool] | None:
         """Accept a complete upload; None to leave it to the application.
@@ -142,13 +97,14 @@ class EventsFastPath:
         body = upload.content()
         if not body:
             return None
-        route, _, environment = upload.target
         head, events = upload.head, self._events
         try:
             if head is not None:
                 stored = events.accept_in_partition(head.partition, upload.payload_id, body)
             else:
-                stored = events.accept_plain(environment, route.endpoint, upload.headers, body)
+                environment = upload.access.environment
+                endpoint = upload.access.route.events_endpoint
+                stored = events.accept_plain(environment, endpoint, upload.headers, body)
         except Exception as e:  # noqa: BLE001 - `answer` reports it
             return _failed_future(e)
         if stored is None:
@@ -186,12 +142,10 @@ class EventsFastPath:
 
     def _completed(self, response: PreparedResponse, upload: EventUpload) -> PreparedResponse:
         """Return a response with the headers for this environment and kind of SDK."""
-        spec, auth = upload.target.environment.spec, upload.target.route.auth
+        spec, route = upload.access.environment.spec, upload.access.route
         headers = environment_headers(spec)
-        if auth is BROWSER:
-            headers += cors_lines(
-                spec, upload.headers.get(b"origin", b""), BROWSERS, auth.exposed_headers
-            )
+        if route.for_browsers:
+            headers += cors_lines(spec, upload.headers.get(b"origin", b""), route)
         return response.with_headers(*headers)
 
     def remember(self, head: bytes, upload: EventUpload) -> None:
@@ -201,28 +155,16 @@ class EventsFastPath:
             head: as it was received.
             upload: begun with this head.
         """
-        if len(head) > MAX_HEAD:
+        grant, endpoint = upload.access.grant, upload.access.route.events_endpoint
+        # It may have ended while the body was received.
+        if len(head) > MAX_HEAD or not upload.access.is_valid(self._registry):
             return
         template, _ = normalise_head(head)
-        known = self._heads.get(template)
-        if known is None or not self._is_valid(known):
-            if len(self._heads) >= MAX_HEADS:
-                self._heads.clear()
-            self._heads[template] = self._known_head(template, upload)
-
-    def _known_head(self, template: HeadTemplate, upload: EventUpload) -> KnownHead:
-        endpoint, environment = upload.target.route.endpoint, upload.target.environment
-        partition = self._events.partition(environment, endpoint, upload.headers)
-        accepted_head = self._completed(ACCEPTED, upload).head
-        return KnownHead(template, upload, partition, self._count(upload), accepted_head)
-
-    def _is_valid(self, head: KnownHead) -> bool:
-        """Return whether the credential of a known head still opens the same environment."""
-        route, credential, environment = head.target
-        return (
-            self._environments(route).get(credential) is environment
-            and environment.spec is head.spec
-        )
+        if self.heads.get(template) is None:
+            partition = self._events.partition(grant.environment, endpoint, upload.headers)
+            accepted_head = self._completed(ACCEPTED, upload).head
+            known = KnownHead.of(template, upload, partition, self._count(upload), accepted_head)
+            self.heads.put(template, known, HEAD_SIZE + len(head))
 
     def find_head(self, head: bytes) -> tuple[KnownHead, str, int] | None:
         """Return a known head with the payload id and the length of the body, as `KnownHead.read`.
@@ -230,8 +172,8 @@ class EventsFastPath:
         None if the head has to be parsed.
         """
         template, values = normalise_head(head)
-        known = self._heads.get(template)
-        if known is None or not self._is_valid(known):
+        known = self.heads.get(template)
+        if known is None:
             return None
         payload_id, length = known.read(values)
         return None if length is None else (known, payload_id, length)
@@ -244,24 +186,12 @@ class EventsFastPath:
             head: as it was received.
             payload_id: read from it.
         """
-        upload = EventUpload(known.target, b"", known.headers, self._events.budget, known)
+        upload = EventUpload(known.access, known.headers, self._events.budget, known)
         upload.keep_alive, upload.start, upload.payload_id = known.keep_alive, head, payload_id
         return upload
 
     def _count(self, upload: EventUpload) -> MetricValue:
-        sdk_agent = upload.headers.get(b"x-launchdarkly-user-agent", b"")
-        plain_agent = upload.headers.get(b"user-agent", b"")
-        route, name = upload.target.route, upload.target.environment.spec.name
-        key = (route, name, sdk_agent, plain_agent)
-        count = self._counts.get(key)
-        if count is None:
-            user_agent = self._traffic.user_agent(sdk_agent, plain_agent)
-            series = Series(name, route.template, "POST", route.auth.platform, user_agent)
-            count = self._traffic.requests[series]
-            if len(self._counts) >= MAX_KNOWN:
-                self._counts.clear()
-            self._counts[key] = count
-        return count
+        return self._traffic.requests[upload.access.labels(self._traffic, "POST", upload.headers)]
 
 
 def _failed_future(error: Exception) -> asyncio.Future[bool]:
@@ -281,47 +211,63 @@ def _is_plain_length(length: bytes) -> bool:
     return length.isdigit() and int(length) <= PLAIN_SIZE
 
 
-_UNUSED_EVENT = asyncio.Event()
-"""uvicorn sets the event of a cycle for its application; nothing waits for this one."""
-
-
-class KnownHead:
+class KnownHead(CacheEntry, eq=False):
     """Everything derived from a request head, shared by all requests with the same template.
 
     Args:
-        template: of the head.
-        upload: an upload with this head.
+        environment: takes the events.
+        payload: `ANY_PAYLOAD`.
+        access: of the requests.
+        headers: those that responses depend on.
+        compressed: True if bodies are compressed.
+        keep_alive: True if the connection stays open after the response.
         partition: partition of the payloads.
         count: counter of such requests.
         accepted_head: status line and headers of a 202.
     """
 
-    __slots__ = (
-        *("_accepted", "_date", "_id_at", "_length_at", "accepted_head", "keep_alive"),
-        *("compressed", "count", "headers", "partition", "target", "spec"),
-    )
+    access: Access
+    headers: Mapping[bytes, bytes]
+    compressed: bool
+    keep_alive: bool
+    partition: Partition
+    count: MetricValue
+    accepted_head: bytes
+    _length_at: int | None
+    """None if bodies come in chunks."""
+    _id_at: int | None
+    _date: bytes = b""
+    _accepted: bytes = b""
 
-    def __init__(
-        self,
+    @classmethod
+    def of(
+        cls,
         template: HeadTemplate,
         upload: EventUpload,
         partition: Partition,
         count: MetricValue,
         accepted_head: bytes,
-    ) -> None:
-        self.target = upload.target
-        self.spec = upload.target.environment.spec
-        self.headers = {b"origin": upload.headers.get(b"origin", b"")}
-        self.compressed = upload.compressed
-        self.keep_alive = upload.keep_alive
-        self.partition = partition
-        self.count = count
-        self.accepted_head = accepted_head
+    ) -> KnownHead:
+        """Return what is known of the head of an upload."""
         variables = variable_names(template)
-        self._length_at = variables.index(LENGTH) if LENGTH in variables else None
-        self._id_at = variables.index(PAYLOAD_ID) if PAYLOAD_ID in variables else None
-        self._date = b""
-        self._accepted = b""
+        return cls(
+            upload.access.environment,
+            ANY_PAYLOAD,
+            upload.access,
+            {b"origin": upload.headers.get(b"origin", b"")},
+            upload.compressed,
+            upload.keep_alive,
+            partition,
+            count,
+            accepted_head,
+            variables.index(LENGTH) if LENGTH in variables else None,
+            variables.index(PAYLOAD_ID) if PAYLOAD_ID in variables else None,
+        )
+
+    @property
+    def chunked(self) -> bool:
+        """True if bodies come in chunks."""
+        return self._length_at is None
 
     def read(self, values: Sequence[bytes]) -> tuple[str, int | None]:
         """Return the variable parts of a head.
@@ -358,61 +304,79 @@ def only_chunk(body: bytes) -> bytes | None:
 class EventUpload:
     """Event payload that is being received or stored.
 
-    It takes the place of uvicorn's request cycle, so that pipelined requests and a shutdown wait
-    for its end.
-
     Args:
-        target: route, credential and environment.
-        url: target of the request.
+        access: route and environment.
         headers: headers of the request, without repetitions.
         budget: memory budget of bodies.
         head: the known head, if it is one.
     """
 
     __slots__ = (
-        *("_reserved", "_budget", "head", "headers", "missing", "target", "parts", "payload_id"),
-        *("start", "url", "disconnected", "keep_alive", "response_complete"),
+        "_budget",
+        "_reserved",
+        "access",
+        "head",
+        "headers",
+        "keep_alive",
+        "missing",
+        "parts",
+        "payload_id",
+        "start",
     )
-
-    message_event = _UNUSED_EVENT
 
     def __init__(
         self,
-        target: EventTarget,
-        url: bytes,
+        access: Access,
         headers: Mapping[bytes, bytes],
         budget: MemoryBudget,
         head: KnownHead | None = None,
     ) -> None:
-        self.target = target
-        self.url = url
+        self.access = access
         self.head = head
         self.headers = headers
         self.parts: list[bytes] = []
+        """The body as it was received."""
         self.start = b""
-        """The head as it was received, if in one piece."""
+        """The head as it was received."""
         self.payload_id = ""
         """The payload id, if the head is known."""
         self.missing = 0
-        """Bytes of the body that are still missing, if the head is known."""
-        self.disconnected = False
+        """Bytes of the body that are still missing; `CHUNKED` if unknown."""
         self.keep_alive = True
-        self.response_complete = False
         self._budget = budget
         self._reserved = 0
 
     def __repr__(self) -> str:
-        state = "answered" if self.response_complete else f"{self._reserved} bytes reserved"
-        return f"<EventUpload {self.target.route.template} [{state}]>"
+        return f"<EventUpload {self.access.route.template} [{self._reserved} bytes reserved]>"
 
     def receive(self, part: bytes) -> bool:
         """Take a part of the body; return False if the application has to take over."""
         self.parts.append(part)
+        if self.missing != CHUNKED:
+            self.missing -= len(part)
+        elif part and not self._read_chunk_size():
+            return False
         return self._reserve(len(part))
+
+    def _read_chunk_size(self) -> bool:
+        """Find out how much of a body of one chunk is missing; return False if it is unusual."""
+        body = b"".join(self.parts)
+        size_line = _CHUNK_SIZE.match(body)
+        if size_line is not None:
+            whole = size_line.end() + int(size_line[1], 16) + len(_LAST_CHUNK)
+            self.missing = max(0, whole - len(body))
+        return size_line is not None or len(body) < _MAX_CHUNK_SIZE_LINE
+
+    @property
+    def is_complete(self) -> bool:
+        """True if the whole body has been received."""
+        return self.missing == 0
 
     def content(self) -> bytes:
         """Return the body, decompressed; empty if there is none, or it needs the application."""
         body = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+        if self.head.chunked if self.head else b"transfer-encoding" in self.headers:
+            body = only_chunk(body) or b""
         return _inflated(body, self._reserve) if self.compressed else body
 
     @property

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with a fast path: hot requests are answered without the application.
+"""HTTP protocol of the fast path: hot requests are answered without the application.
 
 No task, no ASGI, no work that could have been done once per change. Polls are written from cached
 bytes, the connection of a stream is handed over to the hub, and event payloads are answered when
@@ -9,378 +9,353 @@ same routes and gives the same bytes.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from enum import Enum
 from functools import partial
-from time import monotonic
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
-from httptools import HttpRequestParser
 from uvicorn.config import Config
-from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
-from relay.environment import Environment
+from relay.clock import monotonic
 from relay.model.metrics import MetricValue
 from relay.streams.transport import StreamTransport
-from relay.telemetry.redaction import redact_url
-from relay.telemetry.traffic import Series, client_label
-from relay.web.access import by_plain_key
-from relay.web.access_log import LoggedTransport, log_request, request_line
-from relay.web.endpoints.polling import template
-from relay.web.endpoints.streams import STREAMS, stream_headers
-from relay.web.fastpath.cache import CLOSE, CLOSING, CachedResponse, EvaluationResponse, assemble
+from relay.telemetry.traffic import RequestLabels
+from relay.web.access_log import LoggedTransport, log_request
+from relay.web.fastpath.application import ApplicationProtocol
+from relay.web.fastpath.cache import CLOSING, WireResponse
 from relay.web.fastpath.events import CHUNKED, EventUpload, only_chunk
-from relay.web.fastpath.heads import END
+from relay.web.fastpath.handlers import authorization, handle, log_line, redacted_url
+from relay.web.fastpath.heads import END, RequestHead, read_head
 from relay.web.fastpath.shared import FastPath, SweptConnection
-from relay.web.fastpath.streams import StreamRequest, client_stream_request
-from relay.web.protocol import HTTPProtocol
+from relay.web.fastpath.streams import StreamRequest
 from relay.web.responses import Headers
-
-USED_OF_UVICORN = (
-    *("connections", "cycle", "flow", "headers", "parser", "pipeline", "scope", "transport", "url"),
-    *("expect_100_continue", "timeout_keep_alive_task", "_unset_keepalive_if_required"),
-    *("on_message_begin", "on_headers_complete", "on_body", "on_message_complete"),
-    *("on_response_complete", "connection_lost", "server", "client", "scheme", "shutdown"),
-)
-"""Attributes of uvicorn's protocol that this module relies on; a test checks for each."""
 
 MAX_HEADS_REMEMBERED = 32
 """Maximum number of upload heads remembered from one connection: enough for the clients behind a
 proxy; bounds the cost of a client that makes up a new head for each upload."""
 
-_VERSIONS = ("1.1", "1.0")
-_EVALUATION_PREFIX = b"/sdk/evalx/"
 _EVALUATION_STARTS = (b"GET /sdk/evalx/", b"GET /msdk/evalx/")
-_ODD_HEADERS = frozenset((b"expect", b"upgrade"))
-_BODY_HEADERS = _ODD_HEADERS | {b"content-length", b"transfer-encoding"}
 
 
-class FastHTTPProtocol(HTTPProtocol, SweptConnection):
+class ConnectionState(Enum):
+    """State of a connection.
+
+    ```
+                      ┌─────────────────── response written ───────────────────┐
+                      ▼                                                        │
+    CLOSED ── made ─► READY ── whole hot request ─► (answered at once: READY)  │
+                      │  ├──── evaluation in its turn later ──────────────► WAITING
+                      │  ├──── head of an upload ─► UPLOADING ── complete ─────┘
+                      │  ├──── anything unusual ──► APPLICATION ── idle, next bytes ─► READY
+                      │  └──── stream ─► CLOSED (the hub owns the connection)
+    ```
+
+    An upload that turns out to be unusual goes from `UPLOADING` to `APPLICATION` with all of its
+    bytes.
+    """
+
+    READY = "ready"
+    """Between two requests."""
+    UPLOADING = "uploading"
+    """The body of an upload is being received."""
+    WAITING = "waiting"
+    """A response is outstanding; bytes received meanwhile are kept, and reading is paused."""
+    APPLICATION = "application"
+    """`ApplicationProtocol` reads, and the application answers."""
+    CLOSED = "closed"
+    """Not connected, or handed over."""
+
+
+READY, UPLOADING, WAITING, APPLICATION, CLOSED = ConnectionState
+
+
+class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
     """Protocol of one connection.
 
     Args:
         shared: state shared by all connections.
-        config, server_state, app_state, _loop: as in uvicorn's protocol.
+        server_state: uvicorn's state of the server.
+        make_application: makes the protocol for requests that the application answers.
     """
+
+    __slots__ = (
+        "_application",
+        "_deferred",
+        "_heads_remembered",
+        "_last_activity",
+        "_last_backlog",
+        "_make_application",
+        "_received",
+        "_server_state",
+        "_shared",
+        "_state",
+        "_transport",
+        "_upload",
+        "_write_paused",
+    )
 
     def __init__(
         self,
         shared: FastPath,
-        config: Config,
         server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
+        make_application: Callable[[], ApplicationProtocol],
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
         self._shared = shared
+        self._server_state = server_state
+        self._make_application = make_application
+        self._state = CLOSED
+        self._transport: asyncio.Transport = cast("asyncio.Transport", None)
+        self._application: ApplicationProtocol | None = None
+        """Made for the first request that the application answers."""
+        self._upload: EventUpload | None = None
+        """The upload that is being received or stored."""
+        self._deferred = b""
+        """Head of the evaluation request that waits for its turn."""
+        self._received = b""
+        """Bytes received in the state `WAITING`."""
+        self._write_paused = False
+        """True while the client does not take the bytes written."""
         self._last_activity = monotonic()
         """Monotonic time at which the client last sent or took bytes."""
         self._last_backlog = 0
         """Bytes in the write buffer at the last sweep."""
-        self._head_size = 0
-        """Bytes of an incomplete request head."""
-        self._between_requests = True
-        """True if no request is being read."""
-        self._in_body = False
-        """True if the head of the request that is being read is complete."""
-        self._whole_head = b""
-        """The bytes that are fed to the parser, if they are exactly one request head."""
-        self._answered = False
-        """True if the request that is being read does not go to the application."""
-        self._closes = False
-        """True if the client wants the connection closed after the response."""
-        self._deferred = b""
-        """The deferred evaluation request."""
-        self._received_meanwhile = b""
-        """Bytes received since then."""
-        self._stream: StreamRequest | None = None
-        self._upload: EventUpload | None = None
-        """The upload that is being received or stored."""
-        self._upload_start = b""
-        """The bytes that are fed to the parser, if they begin with an upload."""
         self._heads_remembered = 0
         """Number of upload heads remembered from this connection."""
 
     def __repr__(self) -> str:
-        if not self.transport:  # before the connection, or after it was handed over
-            state = "detached"
-        elif self._deferred:
-            state = "deferred"
-        elif self._upload is not None:
-            state = repr(self._upload)
-        elif self._between_requests:
-            state = "idle" if self._is_idle() else "responding"
-        else:
-            state = "in body" if self._in_body else "in head"
-        return f"<FastHTTPProtocol [{state}]>"
+        detail = self._application if self._state is APPLICATION else self._upload
+        return f"<FastHTTPProtocol [{self._state.value}]{f' {detail}' if detail else ''}>"
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    # Callbacks of the transport and the server
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note the transport; the addresses are only looked up for the application."""
-        self.connections.add(self)
-        self.transport = transport
-        self.flow = FlowControl(transport)
+        # uvicorn's set of protocols; its type names uvicorn's own.
+        self._server_state.connections.add(cast("Any", self))
+        self._transport = cast("asyncio.Transport", transport)
+        self._state = READY
 
     def data_received(self, data: bytes) -> None:
-        """Answer known requests at once; parse all others."""
-        shared, now = self._shared, monotonic()
+        """Pass bytes to what the state says."""
+        shared, state, now = self._shared, self._state, monotonic()
         if now >= shared.date_expires_at:
-            shared.renew_date(self.server_state, now)
-        if self._deferred:
-            self._received_meanwhile += data
-            self.transport.pause_reading()
-            return
-        if not self._head_size:  # all pieces of a request head have one time-out
+            shared.renew_date(self._server_state, now)
+        if state is APPLICATION and self._application and self._application.is_idle:
+            self._state = state = READY
+        if state is READY:
             self._last_activity = now
-        if self._upload is not None and self._upload.missing:
-            self._continue_upload(self._upload, data)
-            return
-        if self._between_requests and self._is_idle():
-            if data.startswith(b"POST "):
-                if self._begin_known_upload(data):
-                    return
-                self._upload_start = data
-            elif self._answer_from_cache(data):
-                return
-        self._parse(data)
+            self._begin(data)
+        elif state is APPLICATION and self._application:
+            if not self._application.reads_head:  # all pieces of a head have one time-out
+                self._last_activity = now
+            self._application.data_received(data)
+        elif state is UPLOADING and self._upload:
+            self._last_activity = now
+            self._receive(self._upload, data)
+        elif state is WAITING:
+            self._received += data
+            self._transport.pause_reading()
 
-    def _answer_from_cache(self, data: bytes) -> bool:
-        """Serve from the response cache, or defer; return False if the parser is needed."""
-        shared = self._shared
-        is_evaluation = data.startswith(_EVALUATION_STARTS)
-        cached = shared.cache.get_evaluated(data) if is_evaluation else shared.cache.get(data)
-        if isinstance(cached, CachedResponse):
-            self._write(cached)
-            return True
-        if cached is not None and self._can_open():
-            self._hand_over(cached)
-            return True
-        if data.find(END) != len(data) - len(END):
-            return False
-        if is_evaluation:
-            if shared.scheduler.defer(self):
-                self._deferred = data
-                return True
-            if self._answer_known_client(data):
-                return True
-        self._whole_head = data
-        return False
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Release the memory of the upload, and end the application's request."""
+        self._server_state.connections.discard(cast("Any", self))
+        self._state, self._deferred = CLOSED, b""
+        if self._upload is not None:
+            self._upload.release()
+        if self._application is not None:
+            self._application.connection_lost(exc)
 
-    def resume(self) -> None:
-        """Answer the deferred request, then the bytes received since."""
-        head, self._deferred = self._deferred, b""
-        if self.transport.is_closing() or not head:
-            return
-        if not self._answer_known_client(head):
-            self._whole_head = head
-            self._parse(head)
-        received, self._received_meanwhile = self._received_meanwhile, b""
-        if received:
-            self.transport.resume_reading()
-            self.data_received(received)
+    def pause_writing(self) -> None:
+        """Leave requests to the application, which waits for slow clients."""
+        self._write_paused = True
+        if self._application is not None:
+            self._application.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Answer again."""
+        self._write_paused = False
+        if self._application is not None:
+            self._application.resume_writing()
 
     def shutdown(self) -> None:
         """Close the connection as soon as no response is outstanding."""
-        self.resume()
-        super().shutdown()
-
-    def _answer_known_client(self, head: bytes) -> bool:
-        """Answer a request that differs from an earlier one in its context only."""
-        shared = self._shared
-        if shared.evaluation is None or len(head) > shared.limits.max_head_size:
-            return False
-        response = shared.evaluation.answer_known(head)
-        if response is None:
-            return False
-        self._write_evaluation(head, response)
-        return True
-
-    def _parse(self, data: bytes) -> None:
-        if not self._in_body:
-            self._head_size += len(data)
-        super().data_received(data)
-        self._whole_head = self._upload_start = b""
-        if self._stream is not None:
-            self._hand_over(self._stream)
-        elif self._reads_head and self._head_size > self._shared.limits.max_head_size:
-            self._refuse_head()
-
-    @property
-    def _reads_head(self) -> bool:
-        return not self._between_requests and self._head_size > 0
-
-    def _is_idle(self) -> bool:
-        """Return whether a response can be written now, in order and to a client that reads."""
-        cycle = self.cycle
-        return (cycle is None or cycle.response_complete) and not (
-            self.pipeline or self.flow.write_paused or self.transport.is_closing()
-        )
-
-    def on_message_begin(self) -> None:
-        """Reset the state of the request."""
-        self._between_requests = False
-        self._answered = False
-        self.url = b""
-        self.headers = []
-        self.expect_100_continue = False
-
-    def on_headers_complete(self) -> None:
-        """Answer a hot request; pass any other on to the application."""
-        size, self._head_size = self._head_size, 0
-        self._in_body = True
-        if self.transport.is_closing():
-            self._answered = True
-        elif self.parser.get_http_version() not in _VERSIONS:
-            self._refuse(b"505 HTTP Version Not Supported")
-        elif size > self._shared.limits.max_head_size and self._is_head_too_large():
-            self._refuse_head()
-        elif self._answer():
-            self._answered = True
-        else:
-            self._begin_in_application()
-
-    def _begin_in_application(self) -> None:
-        """Start the application for the request whose head has been read."""
-        if self.scheme is None:
-            self.server = get_local_addr(self.transport)
-            self.client = get_remote_addr(self.transport)
-            self.scheme = "https" if is_ssl(self.transport) else "http"
-        # uvicorn would cut off a fragment; in a request target it is an ordinary part of the path.
-        url, headers = self.url.replace(b"#", b"%23"), self.headers
-        expects_more = self.expect_100_continue
-        super().on_message_begin()
-        self.url, self.expect_100_continue = url, expects_more
-        self.headers.extend(headers)
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        """Feed the body to the upload, or else to the application."""
-        if not self._answered:
-            super().on_body(body)
-        elif self._upload is not None and not self._upload.receive(body):
-            self._pass_on(self._upload)
-
-    def on_message_complete(self) -> None:
-        """Note the end of the request; accept the upload."""
-        self._between_requests = True
-        self._in_body = False
-        if self._answered and self._upload is not None:
-            self._accept_upload(self._upload)
-        if not self._answered:
-            super().on_message_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Release the memory of the upload."""
+        if self._deferred:
+            self.resume()
         if self._upload is not None:
-            self._upload.release()
-        super().connection_lost(exc)
+            self._upload.keep_alive = False
+        elif self._state is APPLICATION and self._application is not None:
+            self._application.shutdown()
+        elif self._state is not CLOSED:
+            self._transport.close()
 
-    def _answer(self) -> bool:
-        """Handle the request that has just been parsed; return False if it is the application's."""
-        parser = self.parser
-        method, (_, _, path) = parser.get_method(), self.url.partition(b"/")
-        handler = self._HANDLERS.get((method, path.partition(b"/")[0]))
-        if handler is None or parser.get_http_version() != "1.1":
-            return False
-        self._closes = not parser.should_keep_alive()
-        headers = dict(self.headers)
-        if len(headers) != len(self.headers) or not _ODD_HEADERS.isdisjoint(headers):
-            return False
-        return handler(self, headers)
+    def check(self, now: float) -> None:
+        """Close the connection if its client has exceeded a time limit."""
+        limits, application = self._shared.limits, self._application
+        backlog = self._transport.get_write_buffer_size()
+        if backlog < self._last_backlog:
+            self._last_activity = now
+        self._last_backlog = backlog
+        if application is not None:
+            self._last_activity = max(self._last_activity, application.last_response)
+        idle_time = now - self._last_activity
+        if backlog:
+            if idle_time > limits.stall_timeout:
+                self._transport.abort()
+        elif self._state is not APPLICATION or application is None:
+            if self._state is not WAITING and idle_time > limits.keep_alive:
+                self._transport.close()
+        elif application.reads_head:
+            if idle_time > limits.head_timeout:
+                application.refuse(b"408 Request Timeout")
+        elif idle_time > limits.keep_alive and (application.is_idle or application.reads_body):
+            self._transport.close()
 
-    def _environment_of(self, headers: Mapping[bytes, bytes]) -> Environment | None:
-        """Return the environment of a GET that arrived alone and in one piece."""
-        if not self._whole_head or not _BODY_HEADERS.isdisjoint(headers):
-            return None
-        return by_plain_key(self._shared.relay.by_sdk_key, headers)
+    # Requests
 
-    def _open_stream(self, headers: Mapping[bytes, bytes]) -> bool:
-        environment, stream = self._environment_of(headers), STREAMS.get(self.url)
-        if environment is None or stream is None:
-            return False
-        lines = stream_headers(environment, closes=self._closes)
-        request = StreamRequest(environment, stream, lines, self._series(environment))
-        if not self._shared.traffic.logs:
-            self._shared.cache.put(self._whole_head, request)
-        return self._open(request)
-
-    def _open_client_stream(self, headers: Mapping[bytes, bytes]) -> bool:
-        traffic = self._shared.traffic
-        if traffic.logs or not self._whole_head or not _BODY_HEADERS.isdisjoint(headers):
-            return False
-        relay, closes = self._shared.relay, self._closes
-        request = client_stream_request(relay, traffic, self.url, headers, closes=closes)
-        return request is not None and self._open(request)
-
-    def _open(self, request: StreamRequest) -> bool:
-        if not self._can_open():
-            return False
-        self._stream = request
-        return True
-
-    def _can_open(self) -> bool:
-        return not (self.transport.get_write_buffer_size() or self._shared.relay.stopping)
-
-    def _answer_sdk(self, headers: Mapping[bytes, bytes]) -> bool:
-        if self.url.startswith(_EVALUATION_PREFIX):
-            return self._answer_evaluation(headers)
-        return self._answer_poll(headers)
-
-    def _answer_evaluation(self, headers: Mapping[bytes, bytes]) -> bool:
-        """Answer an evaluation request."""
-        handler, logs = self._shared.evaluation, self._shared.traffic.logs
-        if handler is None or logs or not self._whole_head or not _BODY_HEADERS.isdisjoint(headers):
-            return False
-        response = handler.answer(self._whole_head, self.url, headers, closes=self._closes)
-        if response is None:
-            return False
-        self._write_evaluation(self._whole_head, response)
-        return True
-
-    def _write_evaluation(self, head: bytes, response: EvaluationResponse) -> None:
-        """Write an evaluation response, and cache it if it is likely to be requested again."""
-        if response.cacheable:
-            environment, count = response.environment, response.count
-            cached = CachedResponse(
-                environment, response.head, response.pieces, count, closes=response.closes
-            )
-            self._shared.cache.put_evaluated(head, cached)
-        start = response.head + CLOSE if response.closes else response.head
-        parts = assemble(start, self._shared.date, response.pieces)
-        self._respond(parts, response.count, closes=response.closes)
-
-    def _begin_upload(self, headers: Mapping[bytes, bytes]) -> bool:
-        """Begin an upload of events: one at a time, as it is answered only when it is stored."""
-        events, logs = self._shared.events, self._shared.traffic.logs
-        if events is None or logs or not self._is_idle():
-            return False
-        upload = events.begin(self.url, headers)
-        if upload is None:
-            return False
-        upload.keep_alive = not self._closes
-        upload.start = self._upload_start[: self._upload_start.find(END) + len(END)]
-        # As the current cycle, it makes later requests and a shutdown wait.
-        self._upload = self.cycle = cast("Any", upload)
-        return True
-
-    def _accept_upload(self, upload: EventUpload) -> None:
-        """Accept a complete upload, and answer it when it is stored."""
-        events = self._shared.events
-        stored = events.accept(upload) if events else None
-        if events is None or stored is None:
-            self._pass_on(upload)
+    def _begin(self, data: bytes) -> None:
+        """Answer known requests at once; parse all others."""
+        if self._transport.is_closing():
             return
-        if upload.head is None and upload.start and self._heads_remembered < MAX_HEADS_REMEMBERED:
-            self._heads_remembered += 1
-            events.remember(upload.start, upload)
-        self._answer_when_stored(upload, stored)
+        if self._write_paused:
+            self._pass_on(data)
+        elif data.startswith(b"POST "):
+            if not self._begin_known_upload(data):
+                self._begin_unknown(data, data.find(END) + len(END))
+        elif not self._answer_from_cache(data):
+            end = data.find(END) + len(END)
+            if end != len(data):  # incomplete, or pipelined
+                self._pass_on(data)
+            elif not data.startswith(_EVALUATION_STARTS):
+                self._begin_unknown(data, end)
+            elif self._shared.scheduler.defer(self):
+                self._state, self._deferred = WAITING, data
+            else:
+                self._evaluate(data)
 
-    def _answer_when_stored(self, upload: EventUpload, stored: asyncio.Future[bool]) -> None:
-        if stored.done():
-            self._answer_upload(upload, stored)
+    def resume(self) -> None:
+        """Answer the deferred evaluation request, then the bytes received since."""
+        head, self._deferred = self._deferred, b""
+        if head and not self._transport.is_closing():
+            self._state = READY
+            self._evaluate(head)
+            self._continue()
+
+    def _continue(self) -> None:
+        """Take the bytes that were received while a response was outstanding."""
+        received, self._received = self._received, b""
+        if received:
+            self._transport.resume_reading()
+            self.data_received(received)
+
+    def _answer_from_cache(self, data: bytes) -> bool:
+        """Serve from the response cache; return False if there is no fresh response."""
+        shared = self._shared
+        cached: WireResponse | StreamRequest | None
+        if data.startswith(_EVALUATION_STARTS):
+            cached = shared.evaluation.answer_same(data) if shared.evaluation else None
         else:
-            stored.add_done_callback(partial(self._answer_upload, upload))
+            cached = shared.cache.get(data)
+        if isinstance(cached, WireResponse):
+            self._write(cached)
+        elif cached is not None and self._can_hand_over():
+            self._hand_over(cached)
+        else:
+            return False
+        return True
+
+    def _evaluate(self, head: bytes) -> None:
+        """Answer an evaluation request; most differ from an earlier one in their context only."""
+        shared = self._shared
+        response = None
+        if shared.evaluation is not None and len(head) <= shared.limits.max_head_size:
+            response = shared.evaluation.answer_known(head)
+        if response is not None:
+            self._write(response)
+        else:
+            self._begin_unknown(head, len(head))
+
+    def _begin_unknown(self, data: bytes, end: int) -> None:
+        """Parse a head, and begin its request; leave anything unusual to the application.
+
+        Args:
+            data: bytes of the request.
+            end: number of bytes of the head; less than those of the blank line if incomplete.
+        """
+        shared, head = self._shared, None
+        if len(END) <= end <= shared.limits.max_head_size:
+            head = read_head(shared.relay, data[:end])
+        outcome = None if head is None else handle(shared, head)
+        if isinstance(outcome, WireResponse):
+            self._write(outcome)
+        elif isinstance(outcome, EventUpload):
+            self._state, self._upload = UPLOADING, outcome
+            self._receive(outcome, data[end:])
+        elif outcome is not None and self._can_hand_over():
+            self._hand_over(outcome, head)
+        else:
+            self._pass_on(data)
+
+    def _pass_on(self, data: bytes) -> None:
+        """Let the application answer a request that begins with these bytes."""
+        if self._application is None:
+            self._application = self._make_application()
+            self._application.connection_made(self._transport)
+            # The server knows this protocol; it must not shut down both.
+            self._application.connections.discard(self._application)
+            if self._write_paused:
+                self._application.pause_writing()
+        self._state = APPLICATION
+        self._application.data_received(data)
+
+    # Responses
+
+    def _write(self, response: WireResponse) -> None:
+        """Write a complete response, and count it."""
+        if response.line:
+            log_request(response.line)
+        self._server_state.total_requests += 1
+        response.count.value += 1
+        self._transport.writelines(response.to_wire(self._shared.date))
+        if response.closes:
+            self._transport.close()
+
+    # Streams
+
+    def _can_hand_over(self) -> bool:
+        return not (self._transport.get_write_buffer_size() or self._shared.relay.stopping)
+
+    def _hand_over(self, request: StreamRequest, head: RequestHead | None = None) -> None:
+        """Hand the connection over to the hub, which replaces this protocol.
+
+        Args:
+            request: what the client wants.
+            head: of the request; needed only if requests are logged.
+        """
+        shared = self._shared
+        self._state = CLOSED
+        self._server_state.total_requests += 1
+        self._server_state.connections.discard(cast("Any", self))
+        count = self._count_stream(request.labels)
+        transport: StreamTransport = self._transport
+        start = _stream_head(request.headers, shared.date)
+        if shared.traffic.logs and head is not None:
+            log_request(log_line(head, 200, None))
+            self._transport.write(start)
+            logged = LoggedTransport(self._transport, redacted_url(head), authorization(head))
+            transport, start = logged, b""
+        self._application = None
+        hub, grant = request.grant.environment.hub, request.grant
+        hub.subscribe(request.name, transport, start, count, request.client, grant=grant)
+
+    def _count_stream(self, labels: RequestLabels) -> MetricValue:
+        """Count a new stream; return the counter of open ones."""
+        traffic = self._shared.traffic
+        traffic.requests[labels].value += 1
+        traffic.new_streams[labels].value += 1
+        return traffic.streams[labels]
+
+    # Uploads
 
     def _begin_known_upload(self, data: bytes) -> bool:
         """Begin an upload with a known head, without the parser."""
@@ -391,212 +366,81 @@ class FastHTTPProtocol(HTTPProtocol, SweptConnection):
         if known is None:
             return False
         head, payload_id, length = known
-        body: bytes | None = data[end:]
+        received = data[end:]
         if length == CHUNKED:
-            body = only_chunk(data[end:])
-            length = len(body or b"")
-        if body is None or len(body) > length:
-            return False  # several chunks, or pipelined requests
-        if self.timeout_keep_alive_task is not None:
-            self._unset_keepalive_if_required()
-        stored = events.accept_whole(head, payload_id, body) if len(body) == length else None
-        if stored is not None and head.keep_alive and _is_successful(stored):
-            self.server_state.total_requests += 1
-            self.transport.write(head.to_wire(self._shared.date))
-            return True
-        upload = events.begin_known(head, data[:end], payload_id)
-        self._upload = self.cycle = cast("Any", upload)
-        if stored is not None:
-            upload.receive(body)
-            self._answer_when_stored(upload, stored)
+            body = only_chunk(received)
+        elif len(received) > length:
+            return False  # pipelined requests
         else:
-            upload.missing = length
-            self._between_requests, self._in_body = False, True
-            self._continue_upload(upload, body)
+            body = received if len(received) == length else None
+        stored = None if body is None else events.accept_whole(head, payload_id, body)
+        if stored is not None and head.keep_alive and _is_successful(stored):
+            self._server_state.total_requests += 1
+            self._transport.write(head.to_wire(self._shared.date))
+            return True
+        self._upload = upload = events.begin_known(head, data[:end], payload_id)
+        if stored is not None:
+            upload.receive(received)
+            self._await_stored(upload, stored)
+        else:
+            self._state, upload.missing = UPLOADING, length
+            self._receive(upload, received)
         return True
 
-    def _continue_upload(self, upload: EventUpload, data: bytes) -> None:
-        """Receive a part of the body of an upload with a known head, and the bytes after it."""
+    def _receive(self, upload: EventUpload, data: bytes) -> None:
+        """Receive a part of the body of an upload, and the bytes after it."""
         following = b""
-        if len(data) > upload.missing:
+        if 0 <= upload.missing < len(data):
             data, following = data[: upload.missing], data[upload.missing :]
-        upload.missing -= len(data)
-        if not upload.receive(data):
-            upload.missing = 0
-            self._pass_on(upload)
-        elif not upload.missing:
-            self._between_requests, self._in_body = True, False
-            self._accept_upload(upload)
-        if following:
-            self._parse(following)
+        if not upload.receive(data) or (upload.is_complete and not self._accept(upload)):
+            raw = b"".join((upload.start, *upload.parts, following))
+            upload.release()
+            self._upload = None
+            self._pass_on(raw)
+        elif following and self._state is READY:
+            self._pass_on(following)  # pipelined requests
+        elif following:
+            self.data_received(following)
+
+    def _accept(self, upload: EventUpload) -> bool:
+        """Accept a complete upload; return False if it is the application's."""
+        events = self._shared.events
+        stored = events.accept(upload) if events else None
+        if events is None or stored is None:
+            return False
+        if upload.head is None and self._heads_remembered < MAX_HEADS_REMEMBERED:
+            self._heads_remembered += 1
+            events.remember(upload.start, upload)
+        self._await_stored(upload, stored)
+        return True
+
+    def _await_stored(self, upload: EventUpload, stored: asyncio.Future[bool]) -> None:
+        self._state = WAITING
+        if stored.done():
+            self._answer_upload(upload, stored)
+        else:
+            stored.add_done_callback(partial(self._answer_upload, upload))
 
     def _answer_upload(self, upload: EventUpload, stored: asyncio.Future[bool]) -> None:
+        """Answer an upload that is stored, or could not be."""
         upload.release()
-        upload.response_complete = True
         self._upload = None
         self._last_activity = monotonic()
-        if self._shared.events is None or self.transport.is_closing():
+        events, head = self._shared.events, upload.head
+        if events is None or self._state is CLOSED or self._transport.is_closing():
             return
-        head = upload.head
+        self._state = READY
+        self._server_state.total_requests += 1
         if head is not None and upload.keep_alive and _is_successful(stored):
-            self.transport.write(head.to_wire(self._shared.date))
+            self._transport.write(head.to_wire(self._shared.date))
         else:
-            response = self._shared.events.answer(upload, stored)
+            response = events.answer(upload, stored)
             if not upload.keep_alive:
                 response = response.with_headers(CLOSING)
-            self.transport.write(response.head + self._shared.date + response.body)
+            self._transport.write(response.head + self._shared.date + response.body)
         if not upload.keep_alive:
-            self.transport.close()
-        elif self.pipeline:
-            self.on_response_complete()
-        else:
-            self.server_state.total_requests += 1
-
-    def _pass_on(self, upload: EventUpload) -> None:
-        """Pass an upload on to the application, with the bytes received of it."""
-        body = b"".join(upload.parts)
-        upload.release()
-        self._upload = self.cycle = cast("Any", None)
-        self._answered = False
-        if upload.head is not None:  # the parser has not seen it
-            self._between_requests, self._in_body = True, False
-            self._parse(upload.start + body)
-            return
-        self._begin_in_application()
-        if body:
-            super().on_body(body)
-
-    def _answer_poll(self, headers: Mapping[bytes, bytes]) -> bool:
-        environment, head = self._environment_of(headers), self._whole_head
-        if environment is None or self._shared.poll is None or not self.url.isascii():
-            return False
-        etag, encoding = headers.get(b"if-none-match"), headers.get(b"accept-encoding")
-        prepared = self._shared.poll(
-            environment, self.url.decode("ascii"), etag or b"", encoding or b""
-        )
-        if prepared is None:
-            return False
-        traffic = self._shared.traffic
-        count = traffic.requests[self._series(environment)]
-        response = CachedResponse(
-            environment, prepared.head, (prepared.body,), count, closes=self._closes
-        )
-        if traffic.logs:
-            response.line = self._log_line(prepared.status, len(prepared.body))
-        self._shared.cache.put(head, response)
-        self._write(response)
-        return True
-
-    def _series(self, environment: Environment) -> Series:
-        route = template(self.url.decode("ascii"))
-        user_agent = client_label(self._shared.traffic, dict(self.headers))
-        return Series(environment.spec.name, route, "GET", "server", user_agent)
-
-    def _log_line(self, status: int, size: int | None) -> str:
-        return request_line("GET", self._redacted_url, self._authorization, status, size)
-
-    @property
-    def _redacted_url(self) -> str:
-        return redact_url(self.url.decode("ascii"))
-
-    @property
-    def _authorization(self) -> str:
-        return dict(self.headers)[b"authorization"].decode("latin-1")
-
-    def _write(self, response: CachedResponse) -> None:
-        if response.line:
-            log_request(response.line)
-        parts = response.to_wire(self._shared.date)
-        self._respond(parts, response.count, closes=response.closes)
-
-    def _respond(self, parts: tuple[bytes, ...], count: MetricValue, *, closes: bool) -> None:
-        """Write a complete response, and count it."""
-        if self.timeout_keep_alive_task is not None:
-            self._unset_keepalive_if_required()
-        self.server_state.total_requests += 1
-        count.value += 1
-        self.transport.writelines(parts)
-        if closes:
-            self.transport.close()
-
-    def _hand_over(self, request: StreamRequest) -> None:
-        """Hand the connection over to the hub, and release the memory of this protocol."""
-        self._unset_keepalive_if_required()
-        self.server_state.total_requests += 1
-        self.connections.discard(self)
-        count = self._count_stream(request.series)
-        transport: StreamTransport = self.transport
-        head = _stream_head(request.headers, self._shared.date)
-        if self._shared.traffic.logs:
-            log_request(self._log_line(200, None))
-            self.transport.write(head)
-            url, authorization = self._redacted_url, self._authorization
-            transport, head = LoggedTransport(self.transport, url, authorization), b""
-        vars(self).clear()
-        request.environment.hub.subscribe(request.name, transport, head, count, request.client)
-
-    def _count_stream(self, series: Series) -> MetricValue:
-        """Count a new stream; return the counter of open ones."""
-        traffic = self._shared.traffic
-        traffic.requests[series].value += 1
-        traffic.new_streams[series].value += 1
-        return traffic.streams[series]
-
-    def _is_head_too_large(self) -> bool:
-        """Return whether the head is too large without the bytes received together with it."""
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        return size > self._shared.limits.max_head_size
-
-    def _refuse_head(self) -> None:
-        if len(self.url) > self._shared.limits.max_head_size // 2:
-            self._refuse(b"414 URI Too Long")
-        else:
-            self._refuse(b"431 Request Header Fields Too Large")
-
-    def _refuse(self, status: bytes) -> None:
-        """Respond with an error status, and close the connection."""
-        self._answered = True
-        if self._is_idle():
-            head = b"HTTP/1.1 %b\r\nconnection: close\r\ncontent-length: 0\r\n" % status
-            self.transport.write(head + self._shared.date)
-        self.transport.close()
-
-    def check(self, now: float) -> None:
-        """Close the connection if its client has exceeded a time limit."""
-        limits = self._shared.limits
-        backlog = self.transport.get_write_buffer_size()
-        if backlog < self._last_backlog:
-            self._last_activity = now
-        self._last_backlog = backlog
-        idle_time = now - self._last_activity
-        if backlog:
-            if idle_time > limits.stall_timeout:
-                self.transport.abort()
-        elif self._reads_head:
-            if idle_time > limits.head_timeout:
-                self._refuse(b"408 Request Timeout")
-        elif idle_time > limits.keep_alive and (self._is_idle() or not self._between_requests):
-            self.transport.close()
-
-    _HANDLERS: ClassVar[Mapping[tuple[bytes, bytes], _Handler]] = {
-        (b"GET", b"all"): _open_stream,
-        (b"GET", b"flags"): _open_stream,
-        (b"GET", b"eval"): _open_client_stream,
-        (b"GET", b"meval"): _open_client_stream,
-        (b"GET", b"ping"): _open_client_stream,
-        (b"GET", b"mping"): _open_client_stream,
-        (b"GET", b"sdk"): _answer_sdk,
-        (b"GET", b"msdk"): _answer_evaluation,
-        (b"POST", b"bulk"): _begin_upload,
-        (b"POST", b"diagnostic"): _begin_upload,
-        (b"POST", b"events"): _begin_upload,
-        (b"POST", b"mobile"): _begin_upload,
-    }
-    """Handlers by method and first segment of the path."""
-
-
-_Handler = Callable[[FastHTTPProtocol, Mapping[bytes, bytes]], bool]
-"""Answers a request with these headers, or begins to; returns False if it is the application's."""
+            self._transport.close()
+        self._continue()
 
 
 def _is_successful(stored: asyncio.Future[bool]) -> bool:
@@ -609,42 +453,15 @@ def _stream_head(headers: Headers, date: bytes) -> bytes:
 
 
 def protocol_factory(shared: FastPath) -> type[asyncio.Protocol]:
-    """Return the factory of connection protocols, for uvicorn's option `http`.
+    """Return the factory of connection protocols, for uvicorn's option `http`."""
 
-    The initial values of all connections of a server are attributes of their class: cloud functions
-    connect by the thousand, and uvicorn would set thirty attributes for each of them.
-    """
-    classes: list[Callable[[], FastHTTPProtocol]] = []
-
-    def make_protocol(**arguments: Any) -> FastHTTPProtocol:
-        if not classes:
-            classes.append(_class_like(FastHTTPProtocol(shared, **arguments)))
-        return classes[0]()
+    def make_protocol(
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> FastHTTPProtocol:
+        make_application = partial(ApplicationProtocol, shared, config, server_state, app_state)
+        return FastHTTPProtocol(shared, server_state, make_application)
 
     return cast("type[asyncio.Protocol]", make_protocol)
-
-
-def _class_like(model: FastHTTPProtocol) -> Callable[[], FastHTTPProtocol]:
-    """Return a class whose instances begin with the attributes of `model`.
-
-    Its `__init__` replaces those of all base classes: it sets the attributes that an instance must
-    not share, and no others.
-    """
-
-    def init(protocol: FastHTTPProtocol) -> None:
-        protocol.parser = parser = HttpRequestParser(protocol)
-        parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        protocol.pipeline = deque()
-        protocol._last_activity = monotonic()  # noqa: SLF001 - an instance of our own class
-
-    own = ("parser", "pipeline", "_last_activity")
-    shared = {
-        # A plain function would become a method.
-        name: staticmethod(value) if hasattr(value, "__get__") else value
-        for name, value in vars(model).items()
-        if name not in own
-    }
-    protocol_class: Callable[[], FastHTTPProtocol] = type(
-        "FastHTTPProtocol", (FastHTTPProtocol,), {**shared, "__init__": init}
-    )
-    return protocol_class

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from typing import Protocol
+
+from relay import clock
 
 MAX_SLICE = 0.002
 """Seconds of evaluation in one turn of the event loop; further requests are deferred to the next
@@ -17,10 +18,6 @@ BURST_GAP = 0.001
 
 class DeferredRequest(Protocol):
     """Connection with an evaluation request that can be deferred."""
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The connection's event loop."""
 
     def resume(self) -> None:
         """Answer the deferred request."""
@@ -42,22 +39,23 @@ class EvaluationScheduler:
     def defer(self, connection: DeferredRequest) -> bool:
         """Defer a request if the current slice is used up; return True if it was deferred."""
         if not self._deferred:
-            now = time.monotonic()
+            now = clock.monotonic()
             if now - self._last_evaluation > BURST_GAP:
                 self._slice_start = now
             self._last_evaluation = now
             if now - self._slice_start < MAX_SLICE:
                 return False
-            connection.loop.call_soon(self._run_slice, connection.loop)
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._run_slice, loop)
         self._deferred.append(connection)
         return True
 
     def _run_slice(self, loop: asyncio.AbstractEventLoop) -> None:
         """Answer deferred requests for one slice."""
-        start = now = time.monotonic()
+        start = now = clock.monotonic()
         while self._deferred:
             self._deferred.popleft().resume()
-            now = time.monotonic()
+            now = clock.monotonic()
             if now - start > MAX_SLICE:
                 break
         self._slice_start = self._last_evaluation = now

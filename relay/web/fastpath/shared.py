@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Protocol
 
 from uvicorn.server import ServerState
 
-from relay.environment import Environment
+from relay import clock
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestMetrics
-from relay.web.fastpath.cache import EvaluationResponse, ResponseCache
+from relay.web.access import Access
+from relay.web.fastpath.cache import HeadCache, WireResponse
 from relay.web.fastpath.events import EventsFastPath
+from relay.web.fastpath.heads import RequestHead
 from relay.web.fastpath.scheduler import EvaluationScheduler
 from relay.web.responses import PreparedResponse
 
@@ -29,26 +29,29 @@ MIN_SWEEP_INTERVAL = 0.1
 class PollResponder(Protocol):
     """Handler of polls."""
 
-    def __call__(
-        self, environment: Environment, path: str, if_none_match: bytes, accept_encoding: bytes
+    def respond(
+        self, access: Access, key: str, if_none_match: bytes, accept_encoding: bytes
     ) -> PreparedResponse | None:
-        """Return the prepared response; None if the path is no poll, or there are no data yet."""
+        """Return the prepared response; None to leave it to the application."""
 
 
 class EvaluationResponder(Protocol):
     """Handler of evaluation requests; see `relay.web.fastpath.evaluation`."""
 
-    def answer_known(self, head: bytes, /) -> EvaluationResponse | None:
+    def answer_same(self, head: bytes, /) -> WireResponse | None:
+        """Return the response to a request that has been answered before."""
+
+    def answer_known(self, head: bytes, /) -> WireResponse | None:
         """Return the response to a request that differs from an earlier one in its context only."""
 
-    def answer(
-        self, head: bytes, url: bytes, headers: Mapping[bytes, bytes], /, *, closes: bool
-    ) -> EvaluationResponse | None:
+    def answer(self, head: RequestHead, /) -> WireResponse | None:
         """Return the response to a GET; None to leave it to the application."""
 
 
 class SweptConnection(ABC):
     """Connection that is swept for slow clients."""
+
+    __slots__ = ()
 
     @abstractmethod
     def check(self, now: float) -> None:
@@ -112,7 +115,7 @@ class FastPath:
         """The `Date` header and the blank line that ends a head."""
         self.date_expires_at = 0.0
         """Monotonic time at which the date has to be renewed."""
-        self.cache = ResponseCache()
+        self.cache = HeadCache(relay.registry)
         self.scheduler = EvaluationScheduler()
 
     def renew_date(self, state: ServerState, now: float) -> None:
@@ -122,14 +125,14 @@ class FastPath:
             state: state of the server; uvicorn adds its headers to the application's responses.
             now: monotonic time.
         """
-        date = formatdate(usegmt=True).encode()
+        date = formatdate(clock.unix(), usegmt=True).encode()
         state.default_headers = [(b"date", date)]
         self.date = b"date: %b\r\n\r\n" % date
         self.date_expires_at = now + DATE_LIFETIME
 
     def sweep(self, state: ServerState) -> None:
         """Close connections whose clients are too slow."""
-        now = time.monotonic()
+        now = clock.monotonic()
         if state.connections:  # some get a response before they are closed
             self.renew_date(state, now)
         for connection in list(state.connections):

@@ -2,87 +2,56 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from typing import NamedTuple
-
 from relay.environment import Environment
-from relay.relay import Relay
+from relay.registry import Grant
 from relay.streams.evaluated import EvalClient
-from relay.telemetry.traffic import RequestMetrics, Series, client_label
-from relay.web.access import by_plain_key
-from relay.web.endpoints.streams import PING_STREAM, client_stream, client_stream_headers
+from relay.telemetry.traffic import RequestLabels, RequestMetrics
+from relay.web.cache import ANY_PAYLOAD, CacheEntry
+from relay.web.cors import cors_lines, with_cors
+from relay.web.endpoints.streams import (
+    PING_STREAM,
+    ClientStream,
+    client_stream,
+    shared_stream,
+    stream_headers,
+)
+from relay.web.fastpath.heads import RequestHead
 from relay.web.responses import Headers, PreparedResponse
-from relay.web.routing import BROWSER, MOBILE, RouteAuth
+from relay.web.routes import Endpoint
 
 
-class StreamRequest(NamedTuple):
+class StreamRequest(CacheEntry, eq=False):
     """Request for a stream, ready for the hub."""
 
-    environment: Environment
+    grant: Grant[Environment]
+    """Opens the environment; the stream ends with it."""
     name: str
     """Name of the format or channel."""
     headers: Headers
     """Headers of the response."""
-    series: Series
+    labels: RequestLabels
     """Labels of the metrics that count the stream."""
     client: EvalClient | None = None
-    """The client that flags are evaluated for; None for broadcast streams."""
+    """The client that flags are evaluated for; None for streams that are the same for all."""
 
 
-def client_stream_request(
-    relay: Relay,
-    traffic: RequestMetrics,
-    url: bytes,
-    headers: Mapping[bytes, bytes],
-    *,
-    closes: bool,
-) -> StreamRequest | None:
-    """Return the request of a plain GET for a client-side stream.
-
-    None leaves it to the application.
-
-    Args:
-        relay: provides the environments.
-        traffic: request metrics.
-        url: target of the request as it was received.
-        headers: headers of the request, without repetitions.
-        closes: True if the client wants the connection closed after the stream.
-    """
-    path, _, query = url.partition(b"?")
-    match = _CLIENT_PATHS.fullmatch(path)
-    if match is None or b"%" in query or b"filter" in query:
-        return None
-    environment_id, segment = match["ping"] or match["id"], match["mobile"] or match["context"]
-    auth = BROWSER if environment_id else MOBILE
-    if environment_id:
-        environment = relay.by_environment_id.get(environment_id.decode())
+def stream_request(traffic: RequestMetrics, head: RequestHead) -> StreamRequest | None:
+    """Return the request for a stream; None to leave it to the application."""
+    access, route = head.access, head.access.route
+    stream: ClientStream | PreparedResponse
+    if route.endpoint is Endpoint.STREAM:
+        stream = ClientStream(shared_stream(route))
+    elif route.endpoint is Endpoint.PINGS:
+        stream = PING_STREAM
     else:
-        environment = by_plain_key(relay.by_mobile_key, headers)
-    if environment is None:
-        return None
-    stream = client_stream(environment, auth, segment, query) if segment else PING_STREAM
+        stream = client_stream(access, head.segment, head.query)
     if isinstance(stream, PreparedResponse):
         return None
-    route = _CLIENT_ROUTES[auth, bool(segment)]
-    user_agent = client_label(traffic, headers)
-    series = Series(environment.spec.name, route, "GET", auth.platform, user_agent)
-    origin = headers.get(b"origin", b"")
-    response_headers = client_stream_headers(environment, auth, origin, closes=closes)
-    return StreamRequest(environment, stream.name, response_headers, series, stream.client)
-
-
-_CLIENT_PATHS = re.compile(
-    rb"/(?:mping|meval/(?P<mobile>[\w=-]+)|ping/(?P<ping>[\w-]+)"
-    rb"|eval/(?P<id>[\w-]+)/(?P<context>[\w=-]+))"
-)
-"""Paths of client-side streams that need no percent-decoding."""
-
-
-_CLIENT_ROUTES: Mapping[tuple[RouteAuth, bool], str] = {
-    (MOBILE, False): "/mping",
-    (MOBILE, True): "/meval/{context}",
-    (BROWSER, False): "/ping/{envId}",
-    (BROWSER, True): "/eval/{envId}/{context}",
-}
-"""Route templates by kind of client, and by presence of a context."""
+    environment = access.environment
+    headers = stream_headers(environment, closes=head.closes)
+    if route.for_browsers:
+        origin = head.headers.get(b"origin", b"")
+        headers = with_cors(headers, cors_lines(environment.spec, origin, route))
+    labels = access.labels(traffic, "GET", head.headers)
+    grant, client = access.grant, stream.client
+    return StreamRequest(environment, ANY_PAYLOAD, grant, stream.name, headers, labels, client)

@@ -19,7 +19,8 @@ from relay.errors import ConfigError, StoreUnavailable
 from relay.model.item import Kind
 from relay.model.payload import Payload
 from relay.stores import UNREADABLE
-from relay.stores.redis.store import CHUNK, SLICE, RedisStore
+from relay.stores.redis.layout import CHUNK
+from relay.stores.redis.store import BATCH, RedisStore
 from tests.stores.contract import StoreContract, flag, segment
 from tests.support.authorities import UNTIDY, Authority
 from tests.support.peers import peer
@@ -207,9 +208,9 @@ async def test_the_commands_of_ld_relay_suffice(tmp_path):
         server.add_user_of_ld_relay("few", "geheim", "p")
         url = f"redis://few:geheim@127.0.0.1:{server.port}/3"
         store = RedisStore(server.options(url=url), "p")
-        many = [flag(f"f{n}", 1) for n in range(2 * SLICE + 1)]
+        many = [flag(f"f{n}", 1) for n in range(2 * BATCH + 1)]
         await store.init(Payload.of([*many, segment("crowd", 1)]))
-        newer = [flag("f0", 2), flag(f"f{2 * SLICE}", 2, None), flag("new", 1), segment("crowd", 2)]
+        newer = [flag("f0", 2), flag(f"f{2 * BATCH}", 2, None), flag("new", 1), segment("crowd", 2)]
         assert await store.upsert([*newer, *many])
         assert set((await store.load()).payload) == set(Payload.of([*many, *newer]))
         assert len(await store.versions()) == len(many) + 2

@@ -13,8 +13,8 @@ from relay.environment import Environment
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context
 from relay.model.item import Kind, parse
-from relay.model.metrics import MetricValue
 from relay.model.payload import ChangeSet
+from relay.registry import Registry
 from relay.web.endpoints import evaluation
 from relay.web.endpoints.evaluation import (
     EvaluationHandler,
@@ -22,8 +22,6 @@ from relay.web.endpoints.evaluation import (
     resource_for,
     with_expiry,
 )
-from relay.web.fastpath import cache
-from relay.web.fastpath.cache import CachedResponse, ResponseCache
 from relay.web.responses import PreparedResponse
 from tests.support import data
 from tests.support.serving import SDK_KEY, Served, ask, serving
@@ -101,7 +99,7 @@ async def test_the_response_is_that_of_the_application(context, query, headers):
     async with serving(served, front=False) as address:
         reply = await ask(address, path, request_headers)
         response = await response_to(
-            EvaluationHandler(), served.environment, context, query, **headers
+            EvaluationHandler(Registry()), served.environment, context, query, **headers
         )
     assert response is not None
     assert (response.status, response.body) == (reply.status, reply.body)
@@ -112,31 +110,15 @@ async def test_the_response_is_that_of_the_application(context, query, headers):
     assert own_headers == reply.headers
 
 
-@pytest.mark.parametrize(
-    ("context", "query"),
-    [
-        (ANNA + b"%3D%3D", b""),
-        (b"", b""),
-        (b".", b""),
-        (b"..", b""),
-        (ANNA, b"filter=x"),
-        (ANNA, b"f%69lter=x"),
-    ],
-)
-async def test_unusual_requests_are_left_to_the_application(environment, context, query):
-    """Escapes, filters and paths that are not canonical are left to the application."""
-    assert await response_to(EvaluationHandler(), environment, context, query) is None
-
-
 async def test_repeated_requests_are_not_evaluated_again(environment):
     """A result is cached from the second request until the data changes.
 
     Results with and without reasons, and those for different kinds of SDKs, are separate.
     """
-    handler = EvaluationHandler()
+    handler = EvaluationHandler(Registry())
     first = await response_to(handler, environment)
     assert first is not None
-    assert not handler._cache.entries
+    assert not len(handler.results)
     body = cached_body(handler, environment)
     assert body is not None
     assert cached_body(handler, environment) is body
@@ -154,7 +136,7 @@ async def test_repeated_requests_are_not_evaluated_again(environment):
 async def test_the_cache_is_bounded(environment, monkeypatch):
     """The cache is bounded in bytes; contexts that are requested again stay in it."""
     monkeypatch.setattr(evaluation, "MAX_CACHED", 64 * 1024)
-    handler = EvaluationHandler()
+    handler = EvaluationHandler(Registry())
     await response_to(handler, environment)
     first = cached_body(handler, environment)
     assert first is not None
@@ -162,14 +144,13 @@ async def test_the_cache_is_bounded(environment, monkeypatch):
         for _ in range(2):
             await response_to(handler, environment, segment({"key": f"user-{n}"}))
         assert cached_body(handler, environment) is first
-        assert handler._cache.size == sum(entry.size for entry in handler._cache.entries.values())
-        assert handler._cache.size <= 64 * 1024
-    assert 3 < len(handler._cache.entries) < 20
+        assert handler.results.size <= 64 * 1024
+    assert 3 < len(handler.results) < 20
 
 
 async def test_two_relays_keep_their_results_apart():
     """Environments of the same name do not share results."""
-    handler = EvaluationHandler()
+    handler = EvaluationHandler(Registry())
     values = []
     for value in ("one", "two"):
         environment = Served().environment
@@ -182,22 +163,23 @@ async def test_two_relays_keep_their_results_apart():
 
 async def test_without_data_the_response_is_503():
     """The handler refuses without waiting for data."""
-    response = await response_to(EvaluationHandler(), Served().environment)
+    response = await response_to(EvaluationHandler(Registry()), Served().environment)
     assert response is not None
     assert (response.status, response.body) == (503, b'{"message":"Service not initialized"}')
     assert SDK_KEY.encode() not in response.head
 
 
-async def test_the_memory_of_recent_requests_is_bounded(monkeypatch):
+async def test_the_memory_of_recent_requests_is_bounded(environment, monkeypatch):
     """Recent requests are recognised; earlier ones are forgotten."""
     monkeypatch.setattr(evaluation, "MAX_RECENT", 10)
-    result_cache = EvaluationHandler()._cache
-    for n in range(100):
-        assert not result_cache.is_repeated((n,))
-        assert result_cache.is_repeated((n,))
-        assert len(result_cache._recent) + len(result_cache._recent_before) <= 20
-    assert result_cache.is_repeated((90,))
-    assert not result_cache.is_repeated((70,))
+    handler = EvaluationHandler(Registry())
+    contexts = [segment({"key": f"{n}"}) for n in range(30)]
+    await environment.programs.ready(SDKKind.BROWSER)
+    for context in contexts:
+        assert cached_body(handler, environment, context) is None
+        assert cached_body(handler, environment, context) is not None
+    assert cached_body(handler, environment, contexts[25]) is not None
+    assert cached_body(handler, environment, contexts[5]) is None
 
 
 async def test_the_same_request_is_answered_from_memory_until_the_data_change():
@@ -231,28 +213,6 @@ async def test_the_same_request_is_answered_from_memory_until_the_data_change():
         writer.close()
 
 
-async def test_the_response_cache_of_the_fast_path_is_bounded(monkeypatch):
-    """It is bounded in bytes, and evicts the oldest responses first."""
-    monkeypatch.setattr(cache, "MAX_EVALUATED", 64 * 1024)
-    served = Served()
-    set_flags(served.environment, *ITEMS)
-    responses = ResponseCache()
-    await served.environment.programs.ready(SDKKind.BROWSER)
-    heads = [b"GET /%d" % n for n in range(100)]
-    for head in heads:
-        response = CachedResponse(
-            served.environment, b"HTTP/1.1 200 OK\r\n", (b"x" * 2000,), MetricValue()
-        )
-        responses.put_evaluated(head, response)
-        assert responses.get_evaluated(head) is response
-        assert responses._evaluated_size <= 64 * 1024
-    assert responses.get_evaluated(heads[0]) is None
-    assert 10 < sum(responses.get_evaluated(head) is not None for head in heads) < 30
-    set_flags(served.environment, ITEMS[0] | {"version": 2})
-    assert not any(responses.get_evaluated(head) for head in heads)
-    assert responses._evaluated_size == 0
-
-
 @pytest.mark.parametrize(
     ("path", "headers"),
     [
@@ -280,7 +240,7 @@ async def test_requests_that_differ_only_in_their_contexts(path, headers):
         assert reply.headers == expected_reply.headers
     unchanged = "if-none-match" in headers
     assert len({reply.body for reply in replies}) == (3 if unchanged else 4)
-    assert len(served.questions._profiles) == (0 if unchanged else 1)
+    assert len(served.questions.profiles) == (0 if unchanged else 1)
     assert sum(count.value for count in served.traffic.requests.values()) == 2 * len(contexts)
 
 
@@ -353,9 +313,9 @@ async def test_a_large_context_does_not_block_the_loop(path, monkeypatch):
 
 async def test_a_debugger_shows_the_size_of_the_cache(environment):
     """The handler states how many results it has cached, and their size."""
-    handler = EvaluationHandler()
-    assert repr(handler) == "<EvaluationHandler [0 results cached, 0 bytes]>"
+    handler = EvaluationHandler(Registry())
+    assert repr(handler) == "<EvaluationHandler [0 results, 0 bytes]>"
     for _ in range(2):
         await response_to(handler, environment)
-    size = handler._cache.size
-    assert repr(handler) == f"<EvaluationHandler [1 results cached, {size} bytes]>"
+    size = handler.results.size
+    assert repr(handler) == f"<EvaluationHandler [1 results, {size} bytes]>"

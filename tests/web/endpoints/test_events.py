@@ -6,7 +6,6 @@ import asyncio
 import base64
 import gzip
 import json
-import logging
 import random
 import re
 import tracemalloc
@@ -27,11 +26,13 @@ from relay.model.payload import Payload
 from relay.protocol.events import join_arrays
 from relay.relay import Relay
 from relay.streams.hub import Hub
+from relay.telemetry.log import environment_log
 from relay.web.bodies import MAX_DISCARDED, MAX_SIZE, MemoryBudget
 from relay.web.cors import ALLOWED_HEADERS
 from relay.web.endpoints.events import MAX_ORIGINS, SUMMARISED_AT_ONCE, EventsHandler
+from relay.web.fastpath import protocol
 from relay.web.fastpath.events import PLAIN_SIZE, EventsFastPath
-from relay.web.fastpath.protocol import FastHTTPProtocol
+from relay.web.fastpath.heads import read_head
 from relay.web.fastpath.shared import ConnectionLimits
 from tests.support.contracts import ScriptedSource
 from tests.support.serving import Served, ask, serving, until
@@ -92,7 +93,7 @@ def environment(name: str, number: str) -> Environment:
     key, mobile = (f"{kind}-5ca1ab1e-00{number}-4000-8000-00000000{letter}0{number}" for kind, letter in (("sdk", "a"), ("mob", "b")))  # fmt: skip
     client = f"5ca1ab1e00000000000c00{number}"
     spec = EnvironmentSpec(name, SDKKey(key), MobileKey(mobile), EnvironmentID(client))
-    return Environment(spec, ScriptedSource(), Hub({}), logging.getLogger(name))
+    return Environment(spec, ScriptedSource(), Hub({}), environment_log(name, spec.sdk_key.masked))
 
 
 def served_by(acceptor: RecordingAcceptor | None, max_size: int = 0) -> Served:
@@ -705,14 +706,12 @@ def request_of(path, credential, *headers, body=SOME):
 @pytest.mark.parametrize(("path", "endpoint", "credential"), LAYOUT)
 @pytest.mark.parametrize("compressed", [True, False])
 async def test_plain_payloads_need_no_application(acceptor, path, endpoint, credential, compressed):
-    """The fast path serves every endpoint, compressed or chunked, with the application's bytes."""
+    """The fast path serves every endpoint, compressed or in a chunk, as the application does."""
     body = gzip.compress(SOME) if compressed else SOME
     headers = [credential, SCHEMA_4, ("Origin", "https://app.example"), *([GZIP] * compressed)]
-    half = len(body) // 2
-    pieces = (body[:half], body[half:])
-    chunked = b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
+    chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         whole = await ask(address, path, headers, method="POST", body=body)
         assert await raw(address, "POST", path, headers, chunked) == whole
@@ -720,6 +719,53 @@ async def test_plain_payloads_need_no_application(acceptor, path, endpoint, cred
     async with serving(served_by(acceptor), front=False) as address:
         assert await ask(address, path, headers, method="POST", body=body) == whole
     assert sum(count.value for count in served.traffic.requests.values()) == 2
+
+
+def chunks(*parts: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + end
+
+
+@pytest.mark.parametrize(
+    "chunked",
+    [
+        chunks(SOME),
+        chunks(SOME[:5], SOME[5:]),
+        chunks(SOME, end=b"0\r\nTrailer: x\r\n\r\n"),
+        chunks(SOME, end=b"0;extension\r\n\r\n"),
+        b"2;x\r\n[{\r\n" + chunks(SOME[2:]),
+        b"0000%x\r\n%b\r\n0\r\n\r\n" % (len(SOME), SOME),
+    ],
+    ids=["one", "two", "trailer", "extension", "size with extension", "zeros"],
+)
+async def test_chunks_may_come_in_any_pieces(acceptor, chunked):
+    """Wherever the network cuts them; after known heads as after new ones."""
+    head = request_of("/bulk", SDK).partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+    head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+    async with serving(served_by(acceptor)) as address:
+        for cut in range(0, len(chunked), 3):
+            acceptor.payloads.clear()
+            reader, writer = await address.connect()
+            for piece in (head + chunked[:cut], chunked[cut : cut + 2], chunked[cut + 2 :]):
+                writer.write(piece)
+                await asyncio.sleep(0.001)  # so that the pieces arrive apart
+            (status,), _ = await statuses(reader, 1)
+            assert status == 202
+            writer.close()
+            assert acceptor.bodies == [SOME]
+
+
+async def test_an_invalid_chunk_is_refused(acceptor):
+    """As the application does, and the connection ends."""
+    head = request_of("/bulk", SDK).partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+    head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+    async with serving(served_by(acceptor)) as address:
+        reader, writer = await address.connect()
+        writer.write(head + b"x" + chunks(SOME))
+        (status,), _ = await statuses(reader, 1)
+        assert status == 400
+        await reader.read()
+        writer.close()
+        assert acceptor.bodies == []
 
 
 async def test_pipelined_posts_are_answered_in_order(acceptor):
@@ -839,14 +885,13 @@ async def test_a_head_is_parsed_once(acceptor, monkeypatch, layout, compressed, 
     """Later POSTs of any instance reuse the parsed head; ID, length and body are their own."""
     path, endpoint, credential = layout
     parsed = []
-    complete = FastHTTPProtocol.on_headers_complete
     monkeypatch.setattr(
-        FastHTTPProtocol, "on_headers_complete", lambda self: parsed.append(self) or complete(self)
+        protocol, "read_head", lambda relay, raw: parsed.append(raw) or read_head(relay, raw)
     )
     bodies = [b'[{"kind":"custom","n":%d}]' % 10**n for n in range(12)]
     headers = [("Origin", "https://app.example"), *([GZIP] * compressed)]
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         heads = []
         for number, body in enumerate(bodies):
@@ -962,21 +1007,23 @@ async def test_a_known_head_follows_changes_of_its_key(acceptor):
             (status,), (head,) = await statuses(reader, 1)
             assert status == 202
             assert f"x-ld-envid: {ID}".encode() in head
-        main, other = relay.by_sdk_key[KEY], relay.environments["e2"]
-        relay.by_sdk_key[KEY] = other
+        main, other = relay.environments["main"], relay.environments["e2"]
+        specs = main.spec, other.spec
+        relay.change(other, replace(other.spec, sdk_key=SDKKey(KEY)))
         for number in range(2, 4):
             writer.write(with_id(number))
             _, (head,) = await statuses(reader, 1)
             assert other.spec.environment_id.value.encode() in head
-        other.spec = replace(other.spec, environment_id=EnvironmentID("renamed"))
+        relay.change(other, replace(other.spec, environment_id=EnvironmentID("renamed")))
         writer.write(with_id(4))
         assert b"x-ld-envid: renamed" in (await statuses(reader, 1))[1][0]
-        del relay.by_sdk_key[KEY]
+        relay.change(other, specs[1])
         writer.write(with_id(5))
         reply, _ = await statuses(reader, 1)
         assert reply == [401]
         writer.close()
-        relay.by_sdk_key[KEY] = main
+        relay.remove(main)
+        relay.put(main)
         assert (await post(address, SOME, SCHEMA_4)).status == 202
     assert [p.partition.environment for p in acceptor.payloads] == ["main"] * 2 + ["e2"] * 3 + [
         "main"
@@ -1029,20 +1076,20 @@ async def test_heads_remembered_by_a_connection_are_bounded(acceptor, monkeypatc
     """A client with ever new heads does not evict those of other connections."""
     monkeypatch.setattr("relay.web.fastpath.protocol.MAX_HEADS_REMEMBERED", 3)
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         reader, writer = await address.connect()
         for number in range(9):
             writer.write(with_id(1, "/bulk", SDK, ("Traceparent", f"{number}")))
             assert (await statuses(reader, 1))[0] == [202]
         writer.close()
-    assert len(fast_path._heads) == 3
+    assert len(fast_path.heads) == 3
 
 
 async def test_a_known_head_does_not_make_a_large_body_plain(acceptor):
     """Large bodies go to the application even after a known head."""
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         reader, writer = await address.connect()
         writer.write(with_id(1))
@@ -1058,9 +1105,9 @@ async def test_a_known_head_does_not_make_a_large_body_plain(acceptor):
 
 async def test_connections_share_known_heads(acceptor, monkeypatch):
     """Known heads are shared by connections, up to a bound."""
-    monkeypatch.setattr("relay.web.fastpath.events.MAX_HEADS", 2)
+    monkeypatch.setattr("relay.web.fastpath.events.MAX_HEADS", 10_000)
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay, served.events, served.traffic)
+    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
     async with serving(served, app=unreachable_app, posts=fast_path) as address:
         for _ in range(3):
             reader, writer = await address.connect()
@@ -1068,10 +1115,10 @@ async def test_connections_share_known_heads(acceptor, monkeypatch):
                 writer.write(with_id(number))
                 assert (await statuses(reader, 1))[0] == [202]
             writer.close()
-        assert len(fast_path._heads) == 1
+        assert len(fast_path.heads) == 1
         for tag in range(9):
             await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Tags", f"tag/{tag}"))
-            assert len(fast_path._heads) <= 2
+            assert len(fast_path.heads) <= 2
     assert len(acceptor.payloads) == 15
 
 

@@ -29,7 +29,13 @@ from relay.stores import StoreState, StoreStatus
 from relay.streams.hub import Hub
 from relay.telemetry import process
 from relay.telemetry.log import LogHandler
-from relay.telemetry.traffic import MAX_USER_AGENT, MAX_USER_AGENTS, OTHER, RequestMetrics, Series
+from relay.telemetry.traffic import (
+    MAX_USER_AGENT,
+    MAX_USER_AGENTS,
+    OTHER,
+    RequestLabels,
+    RequestMetrics,
+)
 from relay.upstream import Upstream
 from relay.web.endpoints import metrics
 from tests.support.contracts import MemoryMirror, ScriptedSource
@@ -108,7 +114,7 @@ async def test_a_busy_relay_exports_every_metric():
     main = environment("main", [mirror])
     main.payload, main.connection.last_confirmed = Payload.of([]), time.monotonic()
     traffic = RequestMetrics()
-    series = Series("main", "/all", "GET", "server")
+    series = RequestLabels("main", "/all", "GET", "server")
     for counts in (traffic.requests, traffic.new_streams, traffic.streams):
         counts[series].value += 1
     upstream = Upstream()
@@ -250,7 +256,7 @@ async def test_traffic_by_client(front):
 async def test_routes_that_ld_relay_does_not_count():
     """ld-relay's `requests` omit `/mping`; the relay's own metric includes it."""
     traffic = RequestMetrics()
-    traffic.requests[Series("main", "/mping", "GET", "mobile")].value = 5
+    traffic.requests[RequestLabels("main", "/mping", "GET", "mobile")].value = 5
     page = exporter_page(Relay([], 0), traffic)
     assert page("launchdarkly_relay_requests") is None
     assert page("relay_requests_total", route="/mping") == 5
@@ -261,7 +267,7 @@ async def test_clients_of_one_name_are_one_series():
     traffic = RequestMetrics()
     for name in ("a/b", "a_b"):
         for counts in (traffic.requests, traffic.streams):
-            counts[Series("main", "/all", "GET", "server", name)].value = 2
+            counts[RequestLabels("main", "/all", "GET", "server", name)].value = 2
     page = exporter_page(Relay([], 0), traffic)
     assert page("launchdarkly_relay_requests", userAgent="a_b") == 4
     assert page("launchdarkly_relay_connections", userAgent="a_b") == 4
@@ -350,7 +356,7 @@ def scrape_time(environments: int) -> float:
         served.append(one)
         for agent in ("PythonClient/9.18.0", "NodeJSClient/9.9.1", "Go/1"):
             for route in ("/all", "/sdk/flags", "/sdk/latest-all"):
-                series = Series(one.spec.name, route, "GET", "server", agent)
+                series = RequestLabels(one.spec.name, route, "GET", "server", agent)
                 for counts in (traffic.requests, traffic.new_streams, traffic.streams):
                     counts[series].value += 1
     relay = Relay(served, 0)

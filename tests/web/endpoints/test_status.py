@@ -18,8 +18,9 @@ from relay.model.payload import EMPTY, Payload
 from relay.relay import Relay
 from relay.stores import StoreState, StoreStatus
 from relay.streams.hub import Hub
-from relay.telemetry.traffic import RequestMetrics, Series
+from relay.telemetry.traffic import RequestLabels, RequestMetrics
 from relay.web.endpoints import status
+from tests.support.clocks import SystemClock
 from tests.support.contracts import MemoryMirror, ScriptedSource
 from tests.support.serving import Served, Stream, ask, serving, until
 
@@ -57,9 +58,9 @@ async def test_the_members_of_an_environment():
     main_environment.invalid = {(Kind.FLAG, "bad"): InvalidItem(Kind.FLAG, "bad", "wrong" * 100)}
     main_environment.connection.last_error = (ErrorKind.NETWORK_ERROR, 1700000000.5)
     traffic = RequestMetrics()
-    traffic.requests[Series("main", "/sdk/flags", "GET", "server")].value = 3
-    traffic.requests[Series("main", "/all", "GET", "server")].value = 2
-    traffic.new_streams[Series("main", "/all", "GET", "server")].value = 2
+    traffic.requests[RequestLabels("main", "/sdk/flags", "GET", "server")].value = 3
+    traffic.requests[RequestLabels("main", "/all", "GET", "server")].value = 2
+    traffic.new_streams[RequestLabels("main", "/all", "GET", "server")].value = 2
     page = json.loads(status.overview(Relay([main_environment], 0), traffic).body)
     main = page["environments"]["main"]
     created = main["dataStoreStatus"].pop("stateSince")
@@ -101,19 +102,19 @@ async def test_an_outage_shows_after_a_while():
 
 
 @pytest.mark.parametrize("jump", [-8 * 86400, 8 * 86400])
-async def test_a_clock_that_is_corrected_changes_no_age(monkeypatch, jump):
+async def test_a_clock_that_is_corrected_changes_no_age(jump):
     """Ages of outages and data do not depend on the wall clock."""
     main = connected(environment())
     relay = Relay([main], 0, disconnected_after=60)
     main.connection.enter(ConnectionState.INTERRUPTED)
-    real_time = time.time
-    monkeypatch.setattr("time.time", lambda: real_time() + jump)
-    assert (members_of(relay)["status"], members_of(relay)["dataAge"]) == ("connected", 7)
-    main.connection.entered -= 61
-    assert members_of(relay)["status"] == "disconnected"
-    main.connection.enter(ConnectionState.OFF)
+    with SystemClock() as system:
+        system.correct(jump)
+        assert (members_of(relay)["status"], members_of(relay)["dataAge"]) == ("connected", 7)
+        main.connection.entered -= 61
+        assert members_of(relay)["status"] == "disconnected"
+        main.connection.enter(ConnectionState.OFF)
     since = members_of(relay)["connectionStatus"]["stateSince"]
-    assert abs(since / 1000 - time.time()) < 60
+    assert abs(since / 1000 - time.time() - jump) < 60
 
 
 async def test_stored_data_are_not_a_connection():

@@ -13,19 +13,24 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from relay import clock
+from relay.model.credential import SDKKey
 from relay.model.metrics import MetricValue
 from relay.model.payload import EMPTY
 from relay.protocol import fdv1
+from relay.registry import Grant
 from relay.streams.hub import StreamLimits
+from relay.web.access import Access
 from relay.web.fastpath import scheduler
-from relay.web.fastpath.cache import CachedResponse, ResponseCache
-from relay.web.fastpath.events import ROUTES, EventTarget, EventUpload
-from relay.web.fastpath.protocol import USED_OF_UVICORN, protocol_factory
+from relay.web.fastpath.cache import HeadCache, WireResponse
+from relay.web.fastpath.events import EventUpload
+from relay.web.fastpath.protocol import protocol_factory
 from relay.web.fastpath.shared import ConnectionLimits, FastPath
 from relay.web.responses import PreparedResponse
+from relay.web.routes import ROUTES
+from tests.support.clocks import SystemClock
 from tests.support.serving import SDK_KEY, Served, Stream, serving, stalled_socket, until
 
 POLL = f"GET /sdk/flags HTTP/1.1\r\nHost: x\r\nAuthorization: {SDK_KEY}\r\n\r\n".encode()
@@ -42,11 +47,11 @@ class PollHandler:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, environment, path, if_none_match, accept_encoding):
-        if path != "/sdk/flags" or environment.payload is None:
+    def respond(self, access, key, if_none_match, accept_encoding):
+        if access.environment.payload is None:
             return None
         self.calls += 1
-        body = fdv1.all_flags(environment.payload)
+        body = fdv1.all_flags(access.environment.payload)
         return PreparedResponse(200, (), body)
 
 
@@ -73,20 +78,6 @@ async def answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
         return head, await reader.readexactly(length)
 
 
-def test_uvicorn_has_the_attributes_in_use():
-    """This fails for a uvicorn that lacks an attribute which the protocol relies on."""
-
-    async def app(scope, receive, send): ...
-
-    async def missing_attributes() -> list[str]:
-        config = Config(app, lifespan="off", ws="none", log_config=None)
-        protocol = HttpToolsProtocol(config, ServerState(), {})
-        protocol.on_message_begin()
-        return [name for name in USED_OF_UVICORN if not hasattr(protocol, name)]
-
-    assert asyncio.run(missing_attributes()) == []
-
-
 async def test_a_poll_is_prepared_once_for_each_change():
     """The same request is answered from the cache until the payload changes."""
     served, poll = Served(), PollHandler()
@@ -106,12 +97,19 @@ async def test_a_poll_is_prepared_once_for_each_change():
         writer.close()
 
 
+@pytest.fixture
+def system():
+    with SystemClock() as system:
+        yield system
+
+
 @pytest.mark.parametrize("path", [b"/sdk/flags", b"/all", b"/whatever"])
-async def test_after_a_silence_the_date_is_that_of_the_answer(path):
+async def test_after_a_silence_the_date_is_that_of_the_answer(path, system):
     """For polls, streams and the application's responses: none repeats that of the last request."""
     async with serving(Served()) as address:
-        for _ in range(2):
-            begin = int(time.time())
+        for silence in (0, 2):
+            system.skip(silence)
+            begin = int(clock.unix())
             reader, writer = await address.connect()
             writer.write(b"GET %b HTTP/1.1\r\nHost: x\r\nAuthorization: " % path)
             writer.write(SDK_KEY.encode() + b"\r\n\r\n")
@@ -120,8 +118,7 @@ async def test_after_a_silence_the_date_is_that_of_the_answer(path):
             await writer.wait_closed()
             date = head.partition("\r\ndate: ")[2].partition("\r\n")[0]
             date_time = parsedate_to_datetime(date).timestamp()
-            assert begin <= date_time <= time.time()
-            await until(lambda date_time=date_time: time.time() >= date_time + 2)
+            assert begin <= date_time <= clock.unix()
 
 
 @pytest.mark.parametrize("name", [b"X-LaunchDarkly-Instance-Id", b"x-launchdarkly-instance-id"])
@@ -424,28 +421,25 @@ async def test_a_connection_states_its_condition():
     loop, server_state = asyncio.get_running_loop(), ServerState()
     make_protocol = protocol_factory(shared)
     connection = make_protocol(config=config, server_state=server_state, app_state={}, _loop=loop)
-    assert repr(connection) == "<FastHTTPProtocol [detached]>"
+    assert repr(connection) == "<FastHTTPProtocol [closed]>"
     connection.connection_made(Mock(is_closing=lambda: False))
-    assert repr(connection) == "<FastHTTPProtocol [idle]>"
+    assert repr(connection) == "<FastHTTPProtocol [ready]>"
     connection.data_received(POLL[:40])
-    assert repr(connection) == "<FastHTTPProtocol [in head]>"
+    assert repr(connection) == "<FastHTTPProtocol [application] <ApplicationProtocol [in head]>>"
     connection.connection_lost(None)
 
 
 async def test_caches_state_their_contents():
     """Sizes and freshness, as a debugger shows them."""
     served = Served()
-    cache = ResponseCache()
-    prepared = CachedResponse(served.environment, b"", (b"ab",), MetricValue())
-    assert repr(prepared) == "<CachedResponse [fresh, 2 bytes]>"
+    cache = HeadCache(served.relay.registry)
+    prepared = WireResponse(served.environment, None, b"", (b"ab",), MetricValue())
     cache.put(b"1", prepared)
-    cache.put_evaluated(b"2", prepared)
-    assert repr(cache) == "<ResponseCache [1 heads, 1 evaluated in 1027 bytes]>"
+    assert repr(prepared) == "<WireResponse [fresh, 1027 bytes]>"
+    assert repr(cache) == "<ResponseCache [1 entries, 1027 bytes]>"
     assert repr(scheduler.EvaluationScheduler()) == "<EvaluationScheduler [0 deferred]>"
-    prepared.payload = EMPTY
-    assert repr(prepared) == "<CachedResponse [stale, 2 bytes]>"
-    route = ROUTES[b"/bulk"]
-    upload = EventUpload(
-        EventTarget(route, SDK_KEY, served.environment), b"/bulk", {}, served.events.budget
-    )
+    served.environment.payload = EMPTY
+    assert repr(prepared) == "<WireResponse [stale, 1027 bytes]>"
+    access = Access(ROUTES[0], Grant(served.environment, SDKKey(SDK_KEY)))
+    upload = EventUpload(access, {}, served.events.budget)
     assert repr(upload) == "<EventUpload /bulk [0 bytes reserved]>"

@@ -1,0 +1,333 @@
+"""Options of ld-relay for features that this release does not have.
+
+They are read and checked all the same, so that one configuration fits both programs.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from relay.config.options import LATER, NO_EFFECT, REFUSED, option, section
+from relay.config.types import (
+    BOOLEAN,
+    COUNT,
+    DURATION,
+    HEADER_NAMES,
+    HTTP_URI,
+    KEY,
+    LIST,
+    ORIGINS,
+    PATH,
+    SECRET,
+    STRING,
+    one_of,
+)
+from relay.model.credential import Secret
+
+
+@section
+class AutoConfig(Struct, frozen=True):
+    """`[AutoConfig]`: environments configured by LaunchDarkly instead of by this file."""
+
+    key: Secret = option(
+        "AUTO_CONFIG_KEY",
+        KEY,
+        Secret(""),
+        "Automatic configuration key; enables automatic configuration.",
+        "rel-00000000-0000-0000-0000-000000000000",
+        support=REFUSED,
+    )
+    env_datastore_prefix: str = option(
+        "ENV_DATASTORE_PREFIX",
+        STRING,
+        "",
+        "Prefix of database keys; `$CID` stands for the client-side ID.",
+        "ld-$CID",
+        support=LATER,
+    )
+    env_datastore_table_name: str = option(
+        "ENV_DATASTORE_TABLE_NAME",
+        STRING,
+        "",
+        "DynamoDB table; `$CID` stands for the client-side ID.",
+        "ld-$CID",
+        support=LATER,
+    )
+    env_allowed_origin: tuple[str, ...] = option(
+        "ENV_ALLOWED_ORIGIN",
+        ORIGINS,
+        (),
+        "Allowed CORS origins of every environment.",
+        "https://shop.example.com",
+        support=LATER,
+    )
+    env_allowed_header: tuple[str, ...] = option(
+        "ENV_ALLOWED_HEADER",
+        HEADER_NAMES,
+        (),
+        "Allowed CORS request headers of every environment.",
+        "Timestamp-Valid",
+        support=LATER,
+    )
+    cache_key: str = option(
+        "AUTO_CONFIG_CACHE_KEY",
+        STRING,
+        "",
+        "Database key under which the list of environments is stored.",
+        "relay-environments",
+        support=REFUSED,
+    )
+    cache_encryption_key: Secret = option(
+        "AUTO_CONFIG_CACHE_ENCRYPTION_KEY",
+        SECRET,
+        Secret(""),
+        "Key that encrypts the value stored under `cacheKey`. Not set: the automatic configuration"
+        " key is used.",
+        "a-long-random-text",
+        support=REFUSED,
+    )
+
+
+@section
+class OfflineMode(Struct, frozen=True):
+    """`[OfflineMode]`: flags and environments from an archive exported by LaunchDarkly."""
+
+    file_data_source: str = option(
+        "FILE_DATA_SOURCE",
+        PATH,
+        "",
+        "Path of the archive; enables offline mode.",
+        "/data/archive.tar.gz",
+        support=REFUSED,
+    )
+    file_data_source_monitoring_interval: float = option(
+        "FILE_DATA_SOURCE_MONITORING_INTERVAL",
+        DURATION,
+        1.0,
+        "Interval between checks of the archive for changes.",
+        support=LATER,
+    )
+    env_datastore_prefix: str = option(
+        "ENV_DATASTORE_PREFIX", STRING, "", "As in `[AutoConfig]`.", "ld-$CID", support=LATER
+    )
+    env_datastore_table_name: str = option(
+        "ENV_DATASTORE_TABLE_NAME", STRING, "", "As in `[AutoConfig]`.", "ld-$CID", support=LATER
+    )
+    env_allowed_origin: tuple[str, ...] = option(
+        "ENV_ALLOWED_ORIGIN",
+        ORIGINS,
+        (),
+        "As in `[AutoConfig]`.",
+        "https://shop.example.com",
+        support=LATER,
+    )
+    env_allowed_header: tuple[str, ...] = option(
+        "ENV_ALLOWED_HEADER",
+        HEADER_NAMES,
+        (),
+        "As in `[AutoConfig]`.",
+        "Timestamp-Valid",
+        support=LATER,
+    )
+
+
+@section
+class DynamoDB(Struct, frozen=True):
+    """`[DynamoDB]`: DynamoDB table that the relay keeps up to date for SDKs in daemon mode."""
+
+    enabled: bool = option(
+        "USE_DYNAMODB", BOOLEAN, False, "Keep a DynamoDB table up to date.", support=REFUSED
+    )
+    table_name: str = option(
+        "DYNAMODB_TABLE",
+        STRING,
+        "",
+        "Table for environments without one of their own.",
+        "flags",
+        support=LATER,
+    )
+    url: str = option(
+        "DYNAMODB_URL",
+        HTTP_URI,
+        "",
+        "URL of the DynamoDB service. Not set: that of AWS.",
+        "http://localhost:8000",
+        support=LATER,
+    )
+    local_ttl: float = option(
+        "CACHE_TTL", DURATION, 30.0, "See `[Redis]` `localTtl`.", support=NO_EFFECT
+    )
+
+
+@section
+class Consul(Struct, frozen=True):
+    """`[Consul]`: Consul server to keep up to date; its variables require `USE_CONSUL=true`."""
+
+    host: str = option(
+        "CONSUL_HOST",
+        STRING,
+        "",
+        "Host, optionally with a port; enables Consul in a file.",
+        "localhost",
+        support=REFUSED,
+    )
+    token: Secret = option(
+        "CONSUL_TOKEN", SECRET, Secret(""), "Access token.", "a-long-random-text", support=LATER
+    )
+    token_file: str = option(
+        "CONSUL_TOKEN_FILE",
+        PATH,
+        "",
+        "File with the access token.",
+        "/etc/relay/consul-token",
+        support=LATER,
+    )
+    local_ttl: float = option(
+        "CACHE_TTL", DURATION, 30.0, "See `[Redis]` `localTtl`.", support=NO_EFFECT
+    )
+
+
+@section
+class Datadog(Struct, frozen=True):
+    """`[Datadog]`: metrics and traces for Datadog."""
+
+    enabled: bool = option(
+        "USE_DATADOG", BOOLEAN, False, "Send metrics and traces to Datadog.", support=REFUSED
+    )
+    prefix: str = option(
+        "DATADOG_PREFIX",
+        STRING,
+        "launchdarkly_relay",
+        "Name prefix of the metrics.",
+        support=LATER,
+    )
+    trace_addr: str = option(
+        "DATADOG_TRACE_ADDR",
+        STRING,
+        "localhost:8126",
+        "Host and port of the agent that receives traces.",
+        support=LATER,
+    )
+    stats_addr: str = option(
+        "DATADOG_STATS_ADDR",
+        STRING,
+        "localhost:8125",
+        "Host and port of the agent that receives metrics, or a `unix://` path.",
+        support=LATER,
+    )
+    tag: tuple[str, ...] = option(
+        "", LIST, (), "Tags added to all metrics, each as `name:value`.", "team:shop", support=LATER
+    )
+
+
+@section
+class Stackdriver(Struct, frozen=True):
+    """`[Stackdriver]`: metrics and traces for Google Cloud Monitoring."""
+
+    enabled: bool = option(
+        "USE_STACKDRIVER",
+        BOOLEAN,
+        False,
+        "Send metrics and traces to Google Cloud.",
+        support=REFUSED,
+    )
+    project_id: str = option(
+        "STACKDRIVER_PROJECT_ID",
+        STRING,
+        "",
+        "ID of the Google Cloud project.",
+        "my-project",
+        name="projectID",
+        support=LATER,
+    )
+    prefix: str = option(
+        "STACKDRIVER_PREFIX",
+        STRING,
+        "launchdarkly_relay",
+        "Name prefix of the metrics.",
+        support=LATER,
+    )
+
+
+@section
+class OpenTelemetry(Struct, frozen=True):
+    """`[OpenTelemetry]`: metrics, traces and logs over OTLP."""
+
+    enabled: bool = option(
+        "USE_OTLP", BOOLEAN, False, "Export metrics, traces and logs.", support=REFUSED
+    )
+    protocol: str = option(
+        "OTEL_EXPORTER_OTLP_PROTOCOL",
+        one_of("grpc", "http"),
+        "",
+        "Transport protocol for OTLP.",
+        "grpc",
+        support=LATER,
+    )
+    metrics_cardinality_limit: int = option(
+        "OTEL_METRICS_CARDINALITY_LIMIT",
+        COUNT,
+        2000,
+        "Maximum number of series per metric; 0 = unlimited.",
+        support=LATER,
+    )
+    environment_status_metrics: bool = option(
+        "OTEL_ENVIRONMENT_STATUS_METRICS",
+        BOOLEAN,
+        False,
+        "Export metrics on the state of each environment.",
+        support=LATER,
+    )
+    logs_exporter: str = option(
+        "OTEL_LOGS_EXPORTER", STRING, "otlp", "Exporter for logs: `otlp` or `none`.", support=LATER
+    )
+    traces_exporter: str = option(
+        "OTEL_TRACES_EXPORTER",
+        STRING,
+        "otlp",
+        "Exporter for traces: `otlp` or `none`.",
+        support=LATER,
+    )
+    metrics_exporter: str = option(
+        "OTEL_METRICS_EXPORTER",
+        STRING,
+        "otlp",
+        "Exporter for metrics: `otlp` or `none`.",
+        support=LATER,
+    )
+
+
+@section
+class Filters(Struct, frozen=True):
+    """`[Filters "PROJKEY"]`: payload filters of a project. The variable ends with its key."""
+
+    keys: tuple[str, ...] = option(
+        "LD_FILTER_KEYS_",
+        LIST,
+        (),
+        "Keys of the payload filters; each adds a filtered copy of every environment of the"
+        " project.",
+        "microservice-1,microservice-2",
+        support=REFUSED,
+    )
+
+
+@section
+class Concurrency(Struct, frozen=True):
+    """`[Concurrency]`: limits of ld-relay on concurrent initial payloads."""
+
+    max_concurrent: int = option(
+        "INIT_MAX_CONCURRENT",
+        COUNT,
+        0,
+        "All streams share one copy of the initial payload, so no limit is needed.",
+        support=NO_EFFECT,
+    )
+    max_queued: int = option("INIT_MAX_QUEUED", COUNT, 0, "See `maxConcurrent`.", support=NO_EFFECT)
+    send_timeout: float = option(
+        "INIT_SEND_TIMEOUT",
+        DURATION,
+        120.0,
+        "See `clientStallTimeout` of `[Main]`.",
+        support=NO_EFFECT,
+    )

@@ -1,0 +1,98 @@
+"""What the fast path does for a request head that it sees for the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from relay.telemetry.redaction import redact_url
+from relay.web.access_log import request_line
+from relay.web.fastpath.cache import WireResponse
+from relay.web.fastpath.events import EventUpload
+from relay.web.fastpath.heads import RequestHead
+from relay.web.fastpath.shared import FastPath
+from relay.web.fastpath.streams import StreamRequest, stream_request
+from relay.web.routes import Endpoint
+
+Outcome = WireResponse | StreamRequest | EventUpload
+"""A response to write, a stream to hand over, or an upload whose body is to be received."""
+
+
+def handle(shared: FastPath, head: RequestHead) -> Outcome | None:
+    """Begin a request; None leaves it to the application.
+
+    Args:
+        shared: state shared by all connections.
+        head: of the request. A GET must have arrived alone.
+    """
+    handler = _HANDLERS.get(head.access.route.endpoint)
+    return None if handler is None else handler(shared, head)
+
+
+def log_line(head: RequestHead, status: int, size: int | None) -> str:
+    """Return the access log line of a request with an SDK key."""
+    return request_line("GET", redacted_url(head), authorization(head), status, size)
+
+
+def redacted_url(head: RequestHead) -> str:
+    """Return the target of a request for the log."""
+    return redact_url(head.url.decode("latin-1").removesuffix("?"))
+
+
+def authorization(head: RequestHead) -> str:
+    """Return the `Authorization` header."""
+    return head.headers[b"authorization"].decode("latin-1")
+
+
+def _open_stream(shared: FastPath, head: RequestHead) -> StreamRequest | None:
+    request = stream_request(shared.traffic, head)
+    if request is not None and not shared.traffic.logs:
+        shared.cache.put(head.raw, request)
+    return request
+
+
+def _open_client_stream(shared: FastPath, head: RequestHead) -> StreamRequest | None:
+    return None if shared.traffic.logs else stream_request(shared.traffic, head)
+
+
+def _answer_evaluation(shared: FastPath, head: RequestHead) -> WireResponse | None:
+    if shared.evaluation is None or shared.traffic.logs:
+        return None
+    return shared.evaluation.answer(head)
+
+
+def _answer_poll(shared: FastPath, head: RequestHead) -> WireResponse | None:
+    access, headers = head.access, head.headers
+    if shared.poll is None:
+        return None
+    none_match, encoding = headers.get(b"if-none-match"), headers.get(b"accept-encoding")
+    prepared = shared.poll.respond(
+        access, head.segment.decode(), none_match or b"", encoding or b""
+    )
+    if prepared is None:
+        return None
+    traffic, environment, body = shared.traffic, access.environment, prepared.body
+    count = traffic.requests[access.labels(traffic, "GET", headers)]
+    response = WireResponse(
+        environment, environment.payload, prepared.head, (body,), count, closes=head.closes
+    )
+    if traffic.logs:
+        response.line = log_line(head, prepared.status, len(body))
+    if environment.spec.ttl <= 0:  # otherwise it states its expiry, different each time
+        shared.cache.put(head.raw, response)
+    return response
+
+
+def _begin_upload(shared: FastPath, head: RequestHead) -> EventUpload | None:
+    if shared.events is None or shared.traffic.logs:
+        return None
+    return shared.events.begin(head)
+
+
+_HANDLERS: Mapping[Endpoint, Callable[[FastPath, RequestHead], Outcome | None]] = {
+    Endpoint.STREAM: _open_stream,
+    Endpoint.PINGS: _open_client_stream,
+    Endpoint.EVALUATED_STREAM: _open_client_stream,
+    Endpoint.POLL: _answer_poll,
+    Endpoint.EVALUATION: _answer_evaluation,
+    Endpoint.EVENTS: _begin_upload,
+}

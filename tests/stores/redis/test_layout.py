@@ -1,0 +1,87 @@
+"""Keys and items as SDKs in daemon mode read them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from relay.model.item import Item, Kind
+from relay.model.payload import Payload
+from relay.steps import finish
+from relay.stores import UNREADABLE, Version
+from relay.stores.redis.layout import CHUNK, Layout, chunks, parse_items, parse_versions, version_of
+from tests.stores.contract import flag, segment
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"), [("", "launchdarkly"), ("shop", "shop"), ("a\nb", "a\\nb")]
+)
+def test_keys_begin_with_the_prefix(prefix, expected):
+    """`launchdarkly` without one; a line end must not end a log line."""
+    layout = Layout(prefix)
+    keys = [layout.prefix, layout.marker, *map(layout.hash, (Kind.FLAG, Kind.SEGMENT))]
+    assert keys == [expected, *(f"{expected}:{n}" for n in ("$inited", "features", "segments"))]
+
+
+@pytest.mark.parametrize(
+    ("stored", "version"),
+    [
+        (b'{"version":7,"on":true}', Version(7, live=True)),
+        (b'{"version":7,"deleted":true}', Version(7, live=False)),
+        (b'{"version":7.0}', Version(7, live=True)),  # other programs may write it so
+        (b'{"key":"x"}', Version(0, live=True)),
+        (b'{"version":"7"}', UNREADABLE),
+        (b'{"version":1e999}', UNREADABLE),
+        (b"nonsense", UNREADABLE),
+        (b"\xff", UNREADABLE),
+        (b"[" * 100_000, UNREADABLE),
+    ],
+)
+def test_versions_are_read_of_whatever_is_stored(stored, version):
+    """What cannot be read is older than anything."""
+    assert version_of(stored) == version
+
+
+def test_written_items_are_read_again():
+    """Live ones verbatim; tombstones have all members that old SDKs ask for."""
+    items = [
+        flag("lamp", 3),
+        flag("gone", 4, None),
+        segment("crowd", 5),
+        Item(Kind.SEGMENT, "left", 6, None),
+    ]
+    hashes: dict[Kind, dict[bytes, bytes]] = {kind: {} for kind in Kind}
+    for kind in Kind:
+        for chunk in chunks(item for item in items if item.kind is kind):
+            pairs = dict(zip(chunk[::2], chunk[1::2], strict=True))
+            hashes[kind] |= {str(key).encode(): bytes(value) for key, value in pairs.items()}
+    stored = finish(parse_items(hashes))
+    assert set(stored.payload) == set(items)
+    assert finish(parse_versions(hashes)) == stored.versions
+    assert hashes[Kind.FLAG][b"lamp"] == flag("lamp", 3).json
+    for kind, key in ((Kind.FLAG, b"gone"), (Kind.SEGMENT, b"left")):
+        assert json.loads(hashes[kind][key])["deleted"] is True
+
+
+def test_unreadable_items_are_named():
+    """The others are used."""
+    hashes = {Kind.FLAG: {b"lamp": b'{"version":1}', b"bad": b"{"}, Kind.SEGMENT: {}}
+    stored = finish(parse_items(hashes))
+    assert [item.key for item in stored.payload] == ["lamp"]
+    assert [(bad.kind, bad.key) for bad in stored.invalid] == [(Kind.FLAG, "bad")]
+    assert finish(parse_versions(hashes))[Kind.FLAG, "bad"] == UNREADABLE
+    assert stored.versions[Kind.FLAG, "bad"] == UNREADABLE
+
+
+def test_large_payloads_go_in_several_commands():
+    """None is much longer than `CHUNK`, and nothing is left out."""
+    size = CHUNK // 3
+    items = [
+        Item(Kind.FLAG, f"f{n}", 1, b'{"version":1,"x":"%b"}' % (b"x" * size)) for n in range(10)
+    ]
+    written = list(chunks(items))
+    assert [key for chunk in written for key in chunk[::2]] == [item.key for item in items]
+    assert len(written) == 4
+    assert list(chunks([])) == []
+    assert len(Payload.of(items)) == 10
