@@ -6,12 +6,12 @@ The contract stands here so that its users need not import the HTTP client.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
+from msgspec import Struct
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+
+class Reply(Struct, frozen=True):
     """A complete response.
 
     Args:
