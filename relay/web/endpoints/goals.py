@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from dataclasses import dataclass, replace
 from http import HTTPStatus
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
+from msgspec import Struct
+from msgspec.structs import replace
 from starlette.requests import Request
 
 from relay import clock
@@ -81,8 +82,7 @@ class GoalsHandler:
         return _response(entry, header(request, "if-none-match"))
 
 
-@dataclass(frozen=True, slots=True)
-class _CachedReply:
+class _CachedReply(Struct, frozen=True):
     """Reply of LaunchDarkly with its freshness; times are those of the monotonic clock.
 
     Args:
