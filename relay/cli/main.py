@@ -212,8 +212,9 @@ def _check(config: Config) -> int:
 
 def _unusable_resources(config: Config) -> Iterator[str]:
     """Yield problems with the files and addresses that a configuration names."""
-    certificate = ServerOptions.of(config).tls
-    for check in (certificate.check if certificate else None, partial(build_site, config)):
+    options = ServerOptions.of(config)
+    build = partial(build_site, config, options.limits)
+    for check in (options.tls.check if options.tls else None, build):
         try:
             if check:
                 check()
@@ -229,7 +230,8 @@ def _serve(config: Config, source: str) -> int:
     try:
         if config.main.exit_always:
             return _run_once(config)
-        uvloop.run(serve(ServerOptions.of(config), partial(build_site, config)))
+        options = ServerOptions.of(config)
+        uvloop.run(serve(options, partial(build_site, config, options.limits)))
     except CannotListen as e:
         _log.error("%s", e)
         return 1

@@ -16,7 +16,6 @@ from relay.server.listeners import Listeners
 from relay.server.options import ServerOptions
 from relay.server.server import SIGNALS, ExporterServer, make_server
 from relay.server.site import Site
-from relay.web.fastpath.shared import FastPath
 
 T = TypeVar("T")
 
@@ -43,10 +42,7 @@ async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
     # uvicorn warns about every malformed request, so hostile clients could fill a disk with logs.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     relay = site.relay
-    fast_path = FastPath(
-        relay, site.poll, options.limits, site.traffic, site.events, evaluation=site.evaluation
-    )
-    server = make_server(relay, site.app, options, fast_path)
+    server = make_server(relay, site.app, options, site.fast_path)
     async with relay.upstream, asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(run()) for run in (relay.run, *site.background)]
         forwarding = tasks.create_task(relay.events.run()) if relay.events else None

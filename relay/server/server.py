@@ -18,6 +18,7 @@ from relay.server.listeners import BACKLOG
 from relay.server.options import ServerOptions
 from relay.web.fastpath.protocol import protocol_factory
 from relay.web.fastpath.shared import FastPath
+from relay.web.handlers import Handlers
 from relay.web.protocol import HTTPProtocol
 
 _log = logging.getLogger("relay.server")
@@ -119,7 +120,7 @@ class ExporterServer(RelayServer):
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
         empty_relay = Relay([], 0.0)
-        fast_path = FastPath(empty_relay, None, options.limits)
+        fast_path = FastPath(Handlers.of(empty_relay), options.limits)
         config = _uvicorn_config(app, replace(options, tls=None), fast_path)
         super().__init__(config, empty_relay, fast_path, options.drain)
 

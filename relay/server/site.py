@@ -12,24 +12,19 @@ from relay.config.render import MASK
 from relay.config.schema import Config
 from relay.model.credential import masked_url
 from relay.relay import Relay
-from relay.telemetry.traffic import RequestMetrics
-from relay.web.fastpath.events import EventsFastPath
-from relay.web.fastpath.shared import EvaluationResponder, PollResponder
+from relay.web.fastpath.shared import ConnectionLimits, FastPath
 
 
 class Site(Struct, frozen=True):
-    """Relay, ASGI application, and the handlers that the fast path shares with it."""
+    """A relay and both of its paths."""
 
     relay: Relay
     app: ASGIApp
-    poll: PollResponder | None = None
-    traffic: RequestMetrics | None = None
+    fast_path: FastPath
     exporter: ASGIApp | None = None
     """Application for metrics on a separate port."""
     background: Sequence[Callable[[], Coroutine[object, object, None]]] = ()
     """Coroutine functions that run as long as the server does."""
-    events: EventsFastPath | None = None
-    evaluation: EvaluationResponder | None = None
 
 
 _log = logging.getLogger("relay")
@@ -71,8 +66,13 @@ def _without_secrets(url: str) -> str:
     return masked_url(url.partition("?")[0], MASK)
 
 
-def build_site(config: Config) -> Site:
-    """Build the site. The imports are local because they are heavy: the port opens before them."""
+def build_site(config: Config, limits: ConnectionLimits) -> Site:
+    """Build the site. The imports are local because they are heavy: the port opens before them.
+
+    Args:
+        config: configuration of the relay.
+        limits: limits of each connection.
+    """
     from relay.build import build  # noqa: PLC0415
     from relay.events.intake import DiscardingAcceptor  # noqa: PLC0415
     from relay.events.usage import UsageReporter  # noqa: PLC0415
@@ -82,32 +82,37 @@ def build_site(config: Config) -> Site:
     from relay.web.endpoints.evaluation import EvaluationHandler  # noqa: PLC0415
     from relay.web.endpoints.events import EventsHandler  # noqa: PLC0415
     from relay.web.endpoints.goals import GoalsHandler  # noqa: PLC0415
-    from relay.web.endpoints.polling import PollingHandler  # noqa: PLC0415
     from relay.web.endpoints.webhooks import WebhooksHandler  # noqa: PLC0415
-    from relay.web.fastpath.evaluation import EvaluationFastPath  # noqa: PLC0415
-    from relay.web.fastpath.events import EventsFastPath  # noqa: PLC0415
+    from relay.web.handlers import Handlers  # noqa: PLC0415
     from relay.web.routes import POLLS  # noqa: PLC0415
 
     relay = build(config)
     _log_environments(config, relay)
     _log_events(config)
-    polling, traffic = PollingHandler(), RequestMetrics()
+    traffic = RequestMetrics()
     forwarder = relay.events if config.events.send_events else None
     acceptor = forwarder if config.environments else DiscardingAcceptor(traffic.discarded)
     events = EventsHandler(acceptor, config.events.max_inbound_payload_size, traffic.unusable)
-    evaluation = EvaluationHandler(relay.registry, config.main.max_client_request_body_size)
-    goals = GoalsHandler(relay.fetch, config.main.client_side_base_uri)
     secrets = config.webhook.secrets
     webhooks = WebhooksHandler(relay.environments, secrets) if secrets else None
-    app = make_app(relay, polling, traffic, events, webhooks, evaluation=evaluation, goals=goals)
-    exporter = make_exporter(relay, traffic, config.prometheus.prefix)
-    keepers = (traffic.forget, events.intake.forget)
-    background = [Housekeeping(relay, keepers).run]
+    handlers = Handlers.of(
+        relay,
+        traffic=traffic,
+        evaluation=EvaluationHandler(relay.registry, config.main.max_client_request_body_size),
+        events=events,
+        goals=GoalsHandler(relay.fetch, config.main.client_side_base_uri),
+        webhooks=webhooks,
+    )
+    background = [Housekeeping(relay, (traffic.forget, events.intake.forget)).run]
     if relay.events:
         accept = relay.events.accept
         background.append(UsageReporter(relay.registry.names, traffic, accept, POLLS).run)
     if webhooks:
         background.append(webhooks.run)
-    fast_events = EventsFastPath(relay.registry, events, traffic)
-    fast_evaluation = EvaluationFastPath(relay.registry, evaluation, traffic)
-    return Site(relay, app, polling, traffic, exporter, background, fast_events, fast_evaluation)
+    return Site(
+        relay,
+        make_app(handlers),
+        FastPath(handlers, limits),
+        make_exporter(relay, traffic, config.prometheus.prefix),
+        background,
+    )

@@ -21,13 +21,9 @@ from relay.telemetry.traffic import RequestMetrics
 from relay.web.access import Access
 from relay.web.access_log import AccessLogMiddleware
 from relay.web.endpoints import metrics, status
-from relay.web.endpoints.evaluation import EvaluationHandler
-from relay.web.endpoints.events import EventsHandler
-from relay.web.endpoints.goals import GoalsHandler
-from relay.web.endpoints.polling import PollingHandler
 from relay.web.endpoints.streams import StreamsHandler
 from relay.web.endpoints.webhooks import PATH as WEBHOOK
-from relay.web.endpoints.webhooks import WebhooksHandler
+from relay.web.handlers import Handlers
 from relay.web.middleware import PathNormalizationMiddleware, ServerErrorMiddleware
 from relay.web.responses import FDV1_INSTEAD, NOT_FOUND, PreparedResponse
 from relay.web.routes import ROUTES, Endpoint
@@ -36,33 +32,17 @@ from relay.web.routing import AuthenticatedRoute, Handler
 _GET, _POST = ("GET",), ("POST",)
 
 
-def make_app(
-    relay: Relay,
-    polling: PollingHandler,
-    traffic: RequestMetrics,
-    events: EventsHandler | None = None,
-    webhooks: WebhooksHandler | None = None,
-    *,
-    evaluation: EvaluationHandler | None = None,
-    goals: GoalsHandler | None = None,
-) -> ASGIApp:
+def make_app(handlers: Handlers) -> ASGIApp:
     """Return the application.
 
     Args:
-        relay: to serve.
-        polling: handles polls; shared with the fast path.
-        traffic: counts requests; shared with the fast path.
-        events: handles events; None if they are disabled.
-        webhooks: handles webhooks; None if they are disabled.
-        evaluation: handles evaluations; shared with the fast path.
-        goals: serves goals; None to serve an empty list.
+        handlers: of the endpoints, shared with the fast path.
     """
-    evaluation = evaluation or EvaluationHandler(relay.registry)
-    events = events or EventsHandler()
+    relay, traffic, webhooks = handlers.relay, handlers.traffic, handlers.webhooks
+    events, evaluation = handlers.events, handlers.evaluation
     streams = StreamsHandler(traffic, evaluation.budget)
-    goals = goals or GoalsHandler()
-    handlers: Mapping[Endpoint, Handler] = {
-        Endpoint.POLL: polling.handle,
+    by_endpoint: Mapping[Endpoint, Handler] = {
+        Endpoint.POLL: handlers.polling.handle,
         Endpoint.STREAM: streams.shared,
         Endpoint.PINGS: streams.pings,
         Endpoint.EVALUATED_STREAM: streams.in_path,
@@ -71,7 +51,7 @@ def make_app(
         Endpoint.EVALUATION_REPORT: evaluation.in_body,
         Endpoint.EVENTS: events.handle,
         Endpoint.EVENTS_IMAGE: events.image,
-        Endpoint.GOALS: goals.handle,
+        Endpoint.GOALS: handlers.goals.handle,
         Endpoint.FDV2: _use_fdv1,
     }
     pages = (
@@ -84,7 +64,7 @@ def make_app(
         ("/metrics", lambda _: metrics.page(relay, traffic)),
     )
     routes = [
-        (route, AuthenticatedRoute(relay, traffic, route, handlers[route.endpoint]))
+        (route, AuthenticatedRoute(relay, traffic, route, by_endpoint[route.endpoint]))
         for route in ROUTES
     ]
     app = Starlette(

@@ -20,18 +20,14 @@ from aiohttp import web
 from relay.build import build
 from relay.config.load import load
 from relay.server.options import ServerOptions
-from relay.server.site import Site
-from relay.telemetry.traffic import RequestMetrics
-from relay.web.app import make_app
-from relay.web.endpoints.evaluation import EvaluationHandler
-from relay.web.endpoints.events import EventsHandler
+from relay.server.site import build_site
 from relay.web.endpoints.goals import GoalsHandler
-from relay.web.endpoints.polling import PollingHandler
-from relay.web.fastpath.evaluation import EvaluationFastPath
+from relay.web.fastpath.shared import ConnectionLimits
+from relay.web.handlers import Handlers
 from tests.support import data
 from tests.support.clients import client
 from tests.support.sdk import ANNA, SOMEBODY, SDKFailed, sees
-from tests.support.serving import SDK_KEY, Address, Reply, ask, serving_site, until
+from tests.support.serving import SDK_KEY, Address, Reply, ask, serving_site, site_of, until
 from tests.support.upstream import ScriptedUpstream, hang_up, status
 
 STRICT_KEY = "sdk-5ca1ab1e-0002-4000-8000-00000000a002"
@@ -75,23 +71,9 @@ async def serving(
     upstream.serve(STRICT_KEY, text)
     here = dict.fromkeys(("STREAM_URI", "CLIENT_SIDE_BASE_URI", "EVENTS_HOST"), upstream.url)
     config = load("", True, False, {**VARIABLES, **here, **more})
-    relay = build(config)
-    polling, traffic = PollingHandler(), RequestMetrics()
+    site = build_site(config, ConnectionLimits())
+    relay = site.relay
     assert relay.events
-    app = make_app(
-        relay,
-        polling,
-        traffic,
-        EventsHandler(relay.events),
-        evaluation=(
-            evaluation := EvaluationHandler(
-                relay.registry, config.main.max_client_request_body_size
-            )
-        ),
-        goals=GoalsHandler(relay.fetch, config.main.client_side_base_uri),
-    )
-    questions = EvaluationFastPath(relay.registry, evaluation, traffic)
-    site = Site(relay, app, polling, traffic, evaluation=questions)
     async with serving_site(site, ServerOptions(0, drain=2), front=front) as port:
         delivering = asyncio.create_task(relay.events.run())
         await until(lambda: all(e.payload is not None for e in relay.environments.values()))
@@ -379,8 +361,7 @@ async def test_without_data_everybody_is_told_to_wait(upstream):
     upstream.always(SDK_KEY, status(503))
     here = dict.fromkeys(("STREAM_URI", "CLIENT_SIDE_BASE_URI"), upstream.url)
     app_relay = build(load("", True, False, {**VARIABLES, **here}))
-    polling, traffic = PollingHandler(), RequestMetrics()
-    site = Site(app_relay, make_app(app_relay, polling, traffic), polling, traffic)
+    site = site_of(Handlers.of(app_relay))
     async with serving_site(site, ServerOptions(0, drain=2)) as port:
         relay = Address(port)
         waiting = await ask(relay, f"{BROWSER}/contexts/{encoded(ANNA)}")
@@ -500,9 +481,8 @@ async def test_a_flags_file_has_no_goals(tmp_path):
     file = tmp_path / "flags.json"
     file.write_text('{"flagValues":{"lamp":"on"}}')
     relay = build(load("", True, False, {"FLAGS_FILE": str(file)}))
-    polling, traffic = PollingHandler(), RequestMetrics()
-    app = make_app(relay, polling, traffic, goals=GoalsHandler(relay.fetch))
-    async with serving_site(Site(relay, app, polling, traffic), ServerOptions(0, drain=2)) as port:
+    site = site_of(Handlers.of(relay, goals=GoalsHandler(relay.fetch)))
+    async with serving_site(site, ServerOptions(0, drain=2)) as port:
         reply = await ask(Address(port), "/sdk/goals/demo-client-side-id")
     assert (reply.status, reply.body) == (200, b"[]")
 

@@ -33,18 +33,12 @@ from relay.server.options import ServerOptions
 from relay.server.server import RelayServer, make_server
 from relay.streams.evaluated import client_side_channels
 from relay.streams.hub import Hub, StreamLimits
-from relay.telemetry.traffic import RequestMetrics
-from relay.web.app import make_app
-from relay.web.endpoints.evaluation import EvaluationHandler
 from relay.web.endpoints.events import EventsHandler
-from relay.web.endpoints.polling import PollingHandler
-from relay.web.fastpath.evaluation import EvaluationFastPath
-from relay.web.fastpath.events import EventsFastPath
-from relay.web.fastpath.shared import FastPath
+from relay.web.handlers import Handlers
 from tests.support.contracts import ScriptedSource
 from tests.support.credentials import CredentialTable
 from tests.support.data import flag
-from tests.support.serving import Address, Reply, ask, until
+from tests.support.serving import Address, Reply, ask, site_of, until
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "1000")) // 50
 SLOTS = st.sampled_from([0, 1, 2])
@@ -170,21 +164,11 @@ class Doors:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
-        traffic, polling = RequestMetrics(), PollingHandler()
-        registry = self.relay.registry
-        events, evaluation = EventsHandler(self.acceptor), EvaluationHandler(registry)
-        app = make_app(self.relay, polling, traffic, events, evaluation=evaluation)
-        fast_path = FastPath(
-            self.relay,
-            polling,
-            traffic=traffic,
-            events=EventsFastPath(registry, events, traffic),
-            evaluation=EvaluationFastPath(registry, evaluation, traffic),
-        )
+        site = site_of(Handlers.of(self.relay, events=EventsHandler(self.acceptor)))
         self._tasks.append(asyncio.create_task(self.relay.run()))
-        for name, door in (("fast path", fast_path), ("application", None)):
+        for name, door in (("fast path", site.fast_path), ("application", None)):
             listener = listen(0)
-            server = make_server(self.relay, app, ServerOptions(0, drain=0.2), door)
+            server = make_server(self.relay, site.app, ServerOptions(0, drain=0.2), door)
             self._servers.append(server)
             self._tasks.append(asyncio.create_task(server.serve(sockets=[listener])))
             self.addresses[name] = Address(listener.getsockname()[1])

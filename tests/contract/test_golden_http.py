@@ -32,18 +32,13 @@ from relay.model.payload import Payload
 from relay.protocol.prometheus import CONTENT_TYPE
 from relay.relay import Relay
 from relay.server.options import ServerOptions
-from relay.server.site import Site
 from relay.stores import Stored, StoreState, StoreStatus
-from relay.telemetry.traffic import RequestMetrics
-from relay.web.app import make_app
 from relay.web.cors import ALLOWED_HEADERS
-from relay.web.endpoints.evaluation import EvaluationHandler
 from relay.web.endpoints.goals import GoalsHandler
-from relay.web.endpoints.polling import PollingHandler
-from relay.web.fastpath.evaluation import EvaluationFastPath
+from relay.web.handlers import Handlers
 from relay.web.resources import MIN_COMPRESSED
 from tests.support.contracts import MemoryMirror
-from tests.support.serving import Address, Reply, ask, serving_site, until
+from tests.support.serving import Address, Reply, ask, serving_site, site_of, until
 from tests.support.upstream import ScriptedUpstream, body, status
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -579,12 +574,8 @@ async def relay_in(setup: str, *, front: bool) -> AsyncGenerator[Address, None]:
         relay = build(load("", True, False, {**variables, **here}))
         for environment in relay.environments.values():
             prepare(setup, upstream, environment)
-        polling, traffic = PollingHandler(), RequestMetrics()
         goals = GoalsHandler(relay.fetch, upstream.url)
-        evaluation = EvaluationHandler(relay.registry)
-        app = make_app(relay, polling, traffic, evaluation=evaluation, goals=goals)
-        questions = EvaluationFastPath(relay.registry, evaluation, traffic)
-        site = Site(relay, app, polling, traffic, evaluation=questions)
+        site = site_of(Handlers.of(relay, goals=goals))
         async with serving_site(site, ServerOptions(0, drain=2), front=front) as port:
             await reach(setup, upstream, relay)
             yield Address(port)

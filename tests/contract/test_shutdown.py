@@ -13,7 +13,6 @@ import pytest
 from relay.server.listeners import CannotListen, listen
 from relay.server.options import ServerOptions
 from relay.server.run import run_once, serve
-from relay.server.site import Site
 from tests.support.process import free_port
 from tests.support.serving import Address, Served, Stream
 
@@ -31,7 +30,7 @@ async def main():
     put = b'{"path":"/","data":{"flags":{"a":{"key":"a","version":1}}}}'
     giving = asyncio.create_task(served.source.give(fdv1.parse("put", put)))
     options = ServerOptions(int(sys.argv[1]))
-    return await serve(options, lambda: Site(served.relay, served.app()))
+    return await serve(options, served.site)
 
 sys.exit(uvloop.run(main()))
 """
@@ -89,7 +88,7 @@ async def test_a_port_in_use_is_an_error():
             listen(port)
         served = Served()
         with pytest.raises(CannotListen):
-            await serve(ServerOptions(port), lambda: Site(served.relay, served.app()))
+            await serve(ServerOptions(port), served.site)
 
 
 async def test_both_families_are_listened_on():

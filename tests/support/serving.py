@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 from starlette.types import ASGIApp
 
 from relay.environment import Environment
@@ -25,14 +26,11 @@ from relay.server.server import make_server
 from relay.server.site import Site
 from relay.streams.evaluated import client_side_channels
 from relay.streams.hub import Hub, StreamLimits
-from relay.telemetry.traffic import RequestMetrics
 from relay.web.app import make_app
 from relay.web.endpoints.evaluation import EvaluationHandler
 from relay.web.endpoints.events import EventsHandler
-from relay.web.endpoints.polling import PollingHandler
-from relay.web.fastpath.evaluation import EvaluationFastPath
-from relay.web.fastpath.events import EventsFastPath
-from relay.web.fastpath.shared import ConnectionLimits, FastPath, PollResponder
+from relay.web.fastpath.shared import ConnectionLimits, FastPath
+from relay.web.handlers import Handlers
 from tests.support.contracts import ScriptedSource
 
 SDK_KEY = "sdk-5ca1ab1e-0001-4000-8000-00000000a001"
@@ -58,16 +56,38 @@ class Served:
         self.hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, limits, streams)
         log = logging.getLogger("main")
         self.environment = Environment(spec, self.source, self.hub, log, programs=evaluations)
-        self.relay = Relay([self.environment], 0)
-        self.polling, self.traffic = PollingHandler(), RequestMetrics()
-        self.events = EventsHandler()
-        self.evaluation = EvaluationHandler(self.relay.registry)
-        self.questions = EvaluationFastPath(self.relay.registry, self.evaluation, self.traffic)
+        self.serve(Relay([self.environment], 0))
 
-    def app(self) -> ASGIApp:
-        """The application, as it is behind the front door."""
-        given = self.relay, self.polling, self.traffic, self.events
-        return make_app(*given, evaluation=self.evaluation)
+    def serve(self, relay: Relay) -> None:
+        """Serve another relay, with handlers of its own."""
+        self.relay = relay
+        self.handlers = Handlers.of(relay)
+        self.traffic = self.handlers.traffic
+
+    def use(self, **handlers: Any) -> None:
+        """Replace handlers."""
+        self.handlers = msgspec.structs.replace(self.handlers, **handlers)
+
+    @property
+    def events(self) -> EventsHandler:
+        """The handler of events."""
+        return self.handlers.events
+
+    @property
+    def evaluation(self) -> EvaluationHandler:
+        """The handler of evaluations."""
+        return self.handlers.evaluation
+
+    def site(self, limits: ConnectionLimits | None = None) -> Site:
+        """The relay with both of its paths."""
+        site = site_of(self.handlers, limits)
+        self.fast_path = site.fast_path
+        return site
+
+
+def site_of(handlers: Handlers, limits: ConnectionLimits | None = None) -> Site:
+    """Return a relay with both of its paths."""
+    return Site(handlers.relay, make_app(handlers), FastPath(handlers, limits))
 
 
 @dataclass
@@ -99,9 +119,7 @@ async def serving(
     served: Served,
     *,
     front: bool = True,
-    poll: PollResponder | None = None,
     app: ASGIApp | None = None,
-    posts: EventsFastPath | None = None,
     limits: ConnectionLimits | None = None,
     certificate: Certificate | None = None,
     trust: ssl.SSLContext | None = None,
@@ -109,19 +127,12 @@ async def serving(
 ) -> AsyncGenerator[Address, None]:
     """Serve until left; the relay runs beside.
 
-    Without `poll` and `app` both doors are those of production.
+    Without `app` both doors are those of production.
     """
     options = ServerOptions(0, certificate, drain, limits or ConnectionLimits())
-    if app is None:
-        posts = EventsFastPath(served.relay.registry, served.events, served.traffic)
-    site = Site(
-        served.relay,
-        app or served.app(),
-        poll or served.polling,
-        served.traffic,
-        events=posts,
-        evaluation=served.questions if app is None else None,
-    )
+    site = served.site(options.limits)
+    if app is not None:
+        site = msgspec.structs.replace(site, app=app)
     async with serving_site(site, options, front=front) as port:
         async with asyncio.timeout(5):
             await served.source.running.acquire()
@@ -133,10 +144,8 @@ async def serving_site(
     site: Site, options: ServerOptions, *, front: bool = True
 ) -> AsyncGenerator[int, None]:
     """Serve any relay until left; the port is given."""
-    given = site.poll, options.limits, site.traffic, site.events
-    door = FastPath(site.relay, *given, evaluation=site.evaluation) if front else None
     listener = listen(0)
-    server = make_server(site.relay, site.app, options, door)
+    server = make_server(site.relay, site.app, options, site.fast_path if front else None)
     async with site.relay.upstream:
         running = asyncio.create_task(site.relay.run())
         serve = asyncio.create_task(server.serve(sockets=[listener]))

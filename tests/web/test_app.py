@@ -220,7 +220,7 @@ class BrokenPolling(PollingHandler):
 async def test_an_unexpected_error_is_an_empty_500(caplog):
     """An unexpected error is logged once, with its traceback, and hidden from the client."""
     served = Served()
-    served.polling = BrokenPolling()
+    served.use(polling=BrokenPolling())
     async with serving(served) as address:
         reply = await ask(address, "/sdk/flags", SDK)
         assert (reply.status, reply.body) == (500, b"")
@@ -240,7 +240,7 @@ async def test_an_error_in_a_stream_closes_the_connection(caplog):
     environment = Environment(
         served.environment.spec, ScriptedSource(), BrokenHub({}), logging.getLogger("main")
     )
-    served.relay = Relay([environment], 0)
+    served.serve(Relay([environment], 0))
     served.source = environment._source
     async with serving(served, front=False) as address:
         received = b""

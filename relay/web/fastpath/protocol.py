@@ -24,8 +24,8 @@ from relay.telemetry.traffic import RequestLabels
 from relay.web.access_log import LoggedTransport, log_request
 from relay.web.fastpath.application import ApplicationProtocol
 from relay.web.fastpath.cache import CLOSING, WireResponse
+from relay.web.fastpath.dispatch import authorization, dispatch, log_line, redacted_url
 from relay.web.fastpath.events import CHUNKED, EventUpload, only_chunk
-from relay.web.fastpath.handlers import authorization, handle, log_line, redacted_url
 from relay.web.fastpath.heads import END, EVALUATION_STARTS, RequestHead, read_head
 from relay.web.fastpath.shared import FastPath, SweptConnection
 from relay.web.fastpath.streams import StreamRequest
@@ -283,7 +283,7 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         shared, head = self._shared, None
         if len(END) <= end <= shared.limits.max_head_size:
             head = read_head(shared.relay, data[:end])
-        outcome = None if head is None else handle(shared, head)
+        outcome = None if head is None else dispatch(shared, head)
         if isinstance(outcome, WireResponse):
             self._write(outcome)
         elif isinstance(outcome, EventUpload):
@@ -358,7 +358,7 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
     def _begin_known_upload(self, data: bytes) -> bool:
         """Begin an upload with a known head, without the parser."""
         events, end = self._shared.events, data.find(END) + len(END)
-        if events is None or self._shared.traffic.logs or end < len(END):
+        if self._shared.traffic.logs or end < len(END):
             return False
         known = events.find_head(data[:end])
         if known is None:
@@ -403,8 +403,8 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
     def _accept(self, upload: EventUpload) -> bool:
         """Accept a complete upload; return False if it is the application's."""
         events = self._shared.events
-        stored = events.accept(upload) if events else None
-        if events is None or stored is None:
+        stored = events.accept(upload)
+        if stored is None:
             return False
         if upload.head is None and self._heads_remembered < MAX_HEADS_REMEMBERED:
             self._heads_remembered += 1
@@ -425,7 +425,7 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         self._upload = None
         self._last_activity = monotonic()
         events, head = self._shared.events, upload.head
-        if events is None or self._state is CLOSED or self._transport.is_closing():
+        if self._state is CLOSED or self._transport.is_closing():
             return
         self._state = READY
         self._server_state.total_requests += 1

@@ -1,48 +1,25 @@
-"""State shared by all fast-path connections, and the contracts of their handlers."""
+"""State shared by all fast-path connections."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from email.utils import formatdate
-from typing import Protocol
 
 from msgspec import Struct
 from uvicorn.server import ServerState
 
 from relay import clock
-from relay.relay import Relay
-from relay.telemetry.traffic import RequestMetrics
-from relay.web.access import Access
-from relay.web.fastpath.cache import HeadCache, WireResponse
+from relay.web.fastpath.cache import HeadCache
+from relay.web.fastpath.evaluation import EvaluationFastPath
 from relay.web.fastpath.events import EventsFastPath
-from relay.web.fastpath.heads import RequestHead
 from relay.web.fastpath.scheduler import EvaluationScheduler
-from relay.web.responses import PreparedResponse
+from relay.web.handlers import Handlers
 
 DATE_LIFETIME = 1.0
 """Seconds until the `Date` header is renewed."""
 
 MIN_SWEEP_INTERVAL = 0.1
 """Minimum seconds between two sweeps over connections, whatever is configured."""
-
-
-class PollResponder(Protocol):
-    """Handler of polls."""
-
-    def respond(
-        self, access: Access, key: str, if_none_match: bytes, accept_encoding: bytes
-    ) -> PreparedResponse | None:
-        """Return the prepared response; None to leave it to the application."""
-
-
-class EvaluationResponder(Protocol):
-    """Handler of evaluation requests; see `relay.web.fastpath.evaluation`."""
-
-    def answer_known(self, head: bytes, /) -> WireResponse | None:
-        """Return the response to a request that differs from an earlier one in its context only."""
-
-    def answer(self, head: RequestHead, /) -> WireResponse | None:
-        """Return the response to a GET; None to leave it to the application."""
 
 
 class SweptConnection(ABC):
@@ -83,30 +60,18 @@ class FastPath:
     """State shared by the connections of a server.
 
     Args:
-        relay: provides the environments.
-        poll: handler of polls; None leaves them to the application.
+        handlers: of the endpoints, shared with the application.
         limits: limits of each connection.
-        traffic: request metrics, shared with the application.
-        events: handler of event payloads; None leaves them to the application.
-        evaluation: handler of evaluation requests; None leaves them to the application.
     """
 
-    def __init__(
-        self,
-        relay: Relay,
-        poll: PollResponder | None = None,
-        limits: ConnectionLimits | None = None,
-        traffic: RequestMetrics | None = None,
-        events: EventsFastPath | None = None,
-        *,
-        evaluation: EvaluationResponder | None = None,
-    ) -> None:
+    def __init__(self, handlers: Handlers, limits: ConnectionLimits | None = None) -> None:
+        relay, traffic = handlers.relay, handlers.traffic
         self.relay = relay
-        self.poll = poll
-        self.events = events
-        self.evaluation = evaluation
+        self.traffic = traffic
         self.limits = limits or ConnectionLimits()
-        self.traffic = traffic or RequestMetrics()
+        self.polling = handlers.polling
+        self.events = EventsFastPath(relay.registry, handlers.events, traffic)
+        self.evaluation = EvaluationFastPath(relay.registry, handlers.evaluation, traffic)
         self.date = b"\r\n"
         """The `Date` header and the blank line that ends a head."""
         self.date_expires_at = 0.0

@@ -240,7 +240,7 @@ async def test_requests_that_differ_only_in_their_contexts(path, headers):
         assert reply.headers == expected_reply.headers
     unchanged = "if-none-match" in headers
     assert len({reply.body for reply in replies}) == (3 if unchanged else 4)
-    assert len(served.questions.profiles) == (0 if unchanged else 1)
+    assert len(served.fast_path.evaluation.profiles) == (0 if unchanged else 1)
     assert sum(count.value for count in served.traffic.requests.values()) == 2 * len(contexts)
 
 

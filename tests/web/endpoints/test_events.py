@@ -32,7 +32,7 @@ from relay.web.bodies import MAX_DISCARDED, MAX_SIZE, MemoryBudget
 from relay.web.cors import ALLOWED_HEADERS
 from relay.web.endpoints.events import EventsHandler
 from relay.web.fastpath import protocol
-from relay.web.fastpath.events import PLAIN_SIZE, EventsFastPath
+from relay.web.fastpath.events import PLAIN_SIZE
 from relay.web.fastpath.heads import read_head
 from relay.web.fastpath.shared import ConnectionLimits
 from tests.support.contracts import ScriptedSource
@@ -107,8 +107,8 @@ def served_by(acceptor: RecordingAcceptor | None, max_size: int = 0) -> Served:
         parse(Kind.FLAG, k, json.dumps(item).encode()) for k, item in data.items()
     )
     others = [environment(f"e{n}", f"{n:02}") for n in (2, *range(4, 16))]
-    served.relay = Relay([main, *others], 0)
-    served.events = EventsHandler(acceptor, max_size)
+    served.serve(Relay([main, *others], 0))
+    served.use(events=EventsHandler(acceptor, max_size))
     return served
 
 
@@ -712,8 +712,7 @@ async def test_plain_payloads_need_no_application(acceptor, path, endpoint, cred
     headers = [credential, SCHEMA_4, ("Origin", "https://app.example"), *([GZIP] * compressed)]
     chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
-    async with serving(served, app=unreachable_app, posts=fast_path) as address:
+    async with serving(served, app=unreachable_app) as address:
         whole = await ask(address, path, headers, method="POST", body=body)
         assert await raw(address, "POST", path, headers, chunked) == whole
     assert [(p.partition.endpoint, p.body) for p in acceptor.payloads] == [(endpoint, SOME)] * 2
@@ -892,8 +891,7 @@ async def test_a_head_is_parsed_once(acceptor, monkeypatch, layout, compressed, 
     bodies = [b'[{"kind":"custom","n":%d}]' % 10**n for n in range(12)]
     headers = [("Origin", "https://app.example"), *([GZIP] * compressed)]
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
-    async with serving(served, app=unreachable_app, posts=fast_path) as address:
+    async with serving(served, app=unreachable_app) as address:
         heads = []
         for number, body in enumerate(bodies):
             if number % 4 == 0:
@@ -1077,49 +1075,46 @@ async def test_heads_remembered_by_a_connection_are_bounded(acceptor, monkeypatc
     """A client with ever new heads does not evict those of other connections."""
     monkeypatch.setattr("relay.web.fastpath.protocol.MAX_HEADS_REMEMBERED", 3)
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
-    async with serving(served, app=unreachable_app, posts=fast_path) as address:
+    async with serving(served, app=unreachable_app) as address:
         reader, writer = await address.connect()
         for number in range(9):
             writer.write(with_id(1, "/bulk", SDK, ("Traceparent", f"{number}")))
             assert (await statuses(reader, 1))[0] == [202]
         writer.close()
-    assert len(fast_path.heads) == 3
+    assert len(served.fast_path.events.heads) == 3
 
 
 async def test_a_known_head_does_not_make_a_large_body_plain(acceptor):
     """Large bodies go to the application even after a known head."""
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
-    async with serving(served, app=unreachable_app, posts=fast_path) as address:
+    async with serving(served, app=unreachable_app) as address:
         reader, writer = await address.connect()
         writer.write(with_id(1))
         await statuses(reader, 1)
         writer.close()
     head = with_id(2).removesuffix(SOME)
-    _, payload_id, length = fast_path.find_head(head)
+    _, payload_id, length = served.fast_path.events.find_head(head)
     assert (payload_id, length) == ("id-2", len(SOME))
     for size, plain in ((PLAIN_SIZE, True), (PLAIN_SIZE + 1, False), (10**30, False)):
         longer = head.replace(b"Length: %d" % len(SOME), b"Length: %d" % size)
-        assert (fast_path.find_head(longer) is not None) == plain
+        assert (served.fast_path.events.find_head(longer) is not None) == plain
 
 
 async def test_connections_share_known_heads(acceptor, monkeypatch):
     """Known heads are shared by connections, up to a bound."""
     monkeypatch.setattr("relay.web.fastpath.events.MAX_HEADS", 10_000)
     served = served_by(acceptor)
-    fast_path = EventsFastPath(served.relay.registry, served.events, served.traffic)
-    async with serving(served, app=unreachable_app, posts=fast_path) as address:
+    async with serving(served, app=unreachable_app) as address:
         for _ in range(3):
             reader, writer = await address.connect()
             for number in range(2):
                 writer.write(with_id(number))
                 assert (await statuses(reader, 1))[0] == [202]
             writer.close()
-        assert len(fast_path.heads) == 1
+        assert len(served.fast_path.events.heads) == 1
         for tag in range(9):
             await post(address, SOME, SCHEMA_4, ("X-LaunchDarkly-Tags", f"tag/{tag}"))
-            assert len(fast_path.heads) <= 2
+            assert len(served.fast_path.events.heads) <= 2
     assert len(acceptor.payloads) == 15
 
 

@@ -23,11 +23,12 @@ from relay.protocol import fdv1
 from relay.registry import Grant
 from relay.streams.hub import StreamLimits
 from relay.web.access import Access
+from relay.web.endpoints.polling import PollingHandler
 from relay.web.fastpath import scheduler
 from relay.web.fastpath.cache import HeadCache, WireResponse
 from relay.web.fastpath.events import EventUpload
 from relay.web.fastpath.protocol import protocol_factory
-from relay.web.fastpath.shared import ConnectionLimits, FastPath
+from relay.web.fastpath.shared import ConnectionLimits
 from relay.web.responses import PreparedResponse
 from relay.web.routes import ROUTES
 from tests.support.clocks import SystemClock
@@ -41,10 +42,11 @@ async def application(scope, receive, send):
     await Response(b"app:" + await Request(scope, receive).body())(scope, receive, send)
 
 
-class PollHandler:
+class PollHandler(PollingHandler):
     """Handler of `/sdk/flags` that counts its calls."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.calls = 0
 
     def respond(self, access, key, if_none_match, accept_encoding):
@@ -81,7 +83,8 @@ async def answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
 async def test_a_poll_is_prepared_once_for_each_change():
     """The same request is answered from the cache until the payload changes."""
     served, poll = Served(), PollHandler()
-    async with serving(served, poll=poll) as address:
+    served.use(polling=poll)
+    async with serving(served) as address:
         await give(served, 1)
         reader, writer = await address.connect()
         for _ in range(3):
@@ -125,7 +128,8 @@ async def test_after_a_silence_the_date_is_that_of_the_answer(path, system):
 async def test_instances_of_a_function_share_cached_responses(name):
     """The instance id is not part of the key: each new instance gets its flags at once."""
     served, poll = Served(), PollHandler()
-    async with serving(served, poll=poll) as address:
+    served.use(polling=poll)
+    async with serving(served) as address:
         await give(served, 1)
         for number in range(3):
             reader, writer = await address.connect()
@@ -163,7 +167,8 @@ async def test_stream_requests_are_cached():
 async def test_polls_with_connection_close_are_cached():
     """The response has the header, and the connection is closed after it."""
     served, poll = Served(), PollHandler()
-    async with serving(served, poll=poll, app=application) as address:
+    served.use(polling=poll)
+    async with serving(served, app=application) as address:
         await give(served, 1)
         for _ in range(2):
             reader, writer = await address.connect()
@@ -190,7 +195,8 @@ async def test_polls_with_connection_close_are_cached():
 async def test_unusual_requests_go_to_the_application(request_):
     """Bodies, repeated headers, unknown keys and paths are left to the application."""
     served = Served()
-    async with serving(served, poll=PollHandler(), app=application) as address:
+    served.use(polling=PollHandler())
+    async with serving(served, app=application) as address:
         await give(served, 1)
         reader, writer = await address.connect()
         writer.write(request_)
@@ -201,7 +207,8 @@ async def test_unusual_requests_go_to_the_application(request_):
 async def test_a_request_in_pieces_is_answered():
     """Packet boundaries do not matter."""
     served = Served()
-    async with serving(served, poll=PollHandler()) as address:
+    served.use(polling=PollHandler())
+    async with serving(served) as address:
         await give(served, 1)
         reader, writer = await address.connect()
         for at in range(0, len(POLL), 7):
@@ -216,7 +223,8 @@ async def test_pipelined_requests_are_answered_in_order():
     """Pipelined requests get their responses in order, hot or not."""
     served = Served()
     other = POLL.replace(b"/sdk/flags", b"/other")
-    async with serving(served, poll=PollHandler(), app=application) as address:
+    served.use(polling=PollHandler())
+    async with serving(served, app=application) as address:
         await give(served, 1)
         reader, writer = await address.connect()
         writer.write(POLL)
@@ -247,7 +255,8 @@ async def test_pipelined_requests_are_answered_in_order():
 async def test_smuggling_and_garbage_are_refused(hostile):
     """Requests that two servers could read differently get a 400, and the connection is closed."""
     served = Served()
-    async with serving(served, poll=PollHandler()) as address:
+    served.use(polling=PollHandler())
+    async with serving(served) as address:
         await give(served, 1)
         async with asyncio.timeout(5):
             received = await address.ask(hostile)
@@ -287,9 +296,8 @@ async def test_a_huge_head_is_refused(hostile, status, pieces):
 async def test_slowloris_is_timed_out():
     """A connection whose head is not complete in time is closed; others are served."""
     served = Served()
-    async with serving(
-        served, poll=PollHandler(), limits=ConnectionLimits(head_timeout=0.5)
-    ) as address:
+    served.use(polling=PollHandler())
+    async with serving(served, limits=ConnectionLimits(head_timeout=0.5)) as address:
         await give(served, 1)
         slow = [await address.connect() for _ in range(50)]
         for _, writer in slow:
@@ -307,9 +315,8 @@ async def test_slowloris_is_timed_out():
 async def test_an_idle_connection_is_closed():
     """A connection without requests is closed after the keep-alive time, without a response."""
     served = Served()
-    async with serving(
-        served, poll=PollHandler(), limits=ConnectionLimits(keep_alive=0.5)
-    ) as address:
+    served.use(polling=PollHandler())
+    async with serving(served, limits=ConnectionLimits(keep_alive=0.5)) as address:
         await give(served, 1)
         reader, writer = await address.connect()
         writer.write(POLL)
@@ -417,7 +424,7 @@ async def test_a_deferred_request_is_answered_before_the_end(slow):
 async def test_a_connection_states_its_condition():
     """The state of the request, as a debugger shows it; none of what the client has sent."""
     config = Config(application, lifespan="off", ws="none", log_config=None)
-    shared = FastPath(Served().relay)
+    shared = Served().site().fast_path
     loop, server_state = asyncio.get_running_loop(), ServerState()
     make_protocol = protocol_factory(shared)
     connection = make_protocol(config=config, server_state=server_state, app_state={}, _loop=loop)

@@ -18,7 +18,7 @@ Outcome = WireResponse | StreamRequest | EventUpload
 """A response to write, a stream to hand over, or an upload whose body is to be received."""
 
 
-def handle(shared: FastPath, head: RequestHead) -> Outcome | None:
+def dispatch(shared: FastPath, head: RequestHead) -> Outcome | None:
     """Begin a request, and cache the response if it is worth it; None leaves it to the application.
 
     Args:
@@ -59,17 +59,13 @@ def _open_client_stream(shared: FastPath, head: RequestHead) -> StreamRequest | 
 
 
 def _answer_evaluation(shared: FastPath, head: RequestHead) -> WireResponse | None:
-    if shared.evaluation is None or shared.traffic.logs:
-        return None
-    return shared.evaluation.answer(head)
+    return None if shared.traffic.logs else shared.evaluation.answer(head)
 
 
 def _answer_poll(shared: FastPath, head: RequestHead) -> WireResponse | None:
     access, headers = head.access, head.headers
-    if shared.poll is None:
-        return None
     none_match, encoding = headers.get(b"if-none-match"), headers.get(b"accept-encoding")
-    prepared = shared.poll.respond(
+    prepared = shared.polling.respond(
         access, head.segment.decode(), none_match or b"", encoding or b""
     )
     if prepared is None:
@@ -88,9 +84,7 @@ def _answer_poll(shared: FastPath, head: RequestHead) -> WireResponse | None:
 
 
 def _begin_upload(shared: FastPath, head: RequestHead) -> EventUpload | None:
-    if shared.events is None or shared.traffic.logs:
-        return None
-    return shared.events.begin(head)
+    return None if shared.traffic.logs else shared.events.begin(head)
 
 
 _HANDLERS: Mapping[Endpoint, Callable[[FastPath, RequestHead], Outcome | None]] = {
