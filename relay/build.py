@@ -19,8 +19,9 @@ from msgspec import structs
 from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
 from relay.errors import ConfigError
-from relay.events.forwarder import Forwarder, Upstream
+from relay.events.forwarder import Forwarder
 from relay.events.policy import ForwarderTimings
+from relay.events.sender import Upstream
 from relay.events.store import Limits
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
@@ -154,11 +155,11 @@ def _forwarder(
     config: Config, upstream: Upstream, spec_of: Callable[[str], EnvironmentSpec | None]
 ) -> Forwarder:
     """Return the forwarder of events: those of SDKs, if enabled, and the relay's usage metrics."""
-    from relay.events.spool import Spool
+    from relay.events.spool import DiskSpool, MemorySpool
 
     events, drain = config.events, config.main.graceful_shutdown_timeout
-    directory = Path(events.spool_dir) if events.spool_dir else None
-    spool = Spool(directory, Limits(memory=events.capacity * PAYLOAD_SIZE))
+    limits, directory = Limits(memory=events.capacity * PAYLOAD_SIZE), events.spool_dir
+    spool = DiskSpool(Path(directory), limits) if directory else MemorySpool(limits)
     timings = ForwarderTimings(
         flush_interval=max(events.flush_interval, MIN_FLUSH_INTERVAL), drain=drain / 4
     )

@@ -12,7 +12,7 @@ import pytest
 from relay.environment import Environment
 from relay.events.forwarder import Forwarder
 from relay.events.policy import ForwarderTimings
-from relay.events.spool import Spool
+from relay.events.spool import MemorySpool
 from relay.events.store import Limits
 from relay.housekeeping import Housekeeping
 from relay.model.credential import SDKKey
@@ -132,7 +132,7 @@ async def test_waiting_events_of_a_removed_environment_are_delivered(upstream) -
     session = Upstream()
     async with session:
         forwarder = Forwarder(
-            Spool(None, Limits()), session, upstream.url, registry.spec_of, timings
+            MemorySpool(Limits()), session, upstream.url, registry.spec_of, timings
         )
         stage = environment(key="sdk-first")
         relay = Relay([stage], 0, events=forwarder, registry=registry)

@@ -12,6 +12,9 @@ from collections.abc import Iterable
 STRIKES = 2
 """Strikes that convict a payload: one alone could be the first moment of an outage."""
 
+STRIKES_IF_DELIVERED = 3
+"""Strikes that convict a batch that upstream may have already: an error delivers it twice."""
+
 MAX_KNOWN = 10_000
 """Maximum number of rejected batches that are remembered; for a forgotten one the evidence starts
 over."""
@@ -73,15 +76,20 @@ class Evidence:
             self._remember(half)
         self.forget(batch)
 
-    def reject(self, payload: str) -> bool:
-        """Record that upstream has rejected a payload alone; return whether the payload is bad."""
-        proven = (
-            self._accepted > self._accepted_before.get(payload, self._accepted)
-            or self._strikes[payload] > 0
+    def reject(self, payload: str, *, maybe_delivered: bool = False) -> bool:
+        """Record that upstream has rejected a payload alone; return whether the payload is bad.
+
+        Args:
+            payload: id of the payload, or of a batch that must not be split yet.
+            maybe_delivered: True if upstream may have it already. Then each strike needs a batch
+                that was accepted since the one before.
+        """
+        proven = self._accepted > self._accepted_before.get(payload, self._accepted) or (
+            self._strikes[payload] > 0 and not maybe_delivered
         )
         if proven and self._rejected <= {payload}:
             self._strikes[payload] += 1
-        if self._strikes[payload] >= STRIKES:
+        if self._strikes[payload] >= (STRIKES_IF_DELIVERED if maybe_delivered else STRIKES):
             self._rejected.discard(payload)
             self._rejected_alone.discard(payload)
             self.forget(payload)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace, merge
 from itertools import count, islice
+from operator import attrgetter
 from typing import NamedTuple
 
 from relay.events.dedup import DedupWindow, dedup_key
 from relay.events.store import (
     MAX_QUARANTINE,
+    NO_EVICTIONS,
     PAYLOAD_OVERHEAD,
     Backlog,
     Batch,
@@ -25,14 +28,17 @@ from relay.events.store import (
 )
 from relay.model.event import EventPayload, Partition
 
+_log = logging.getLogger("relay.events")
 
-class _FixedBatch(NamedTuple):
+
+class FixedBatch(NamedTuple):
     """A fixed batch: payloads, or elements `start` to `stop` of one that was too large alone."""
 
     payload_id: str
     payloads: Sequence[EventPayload]
     start: int = 0
     stop: int | None = None
+    maybe_delivered: bool = False
 
 
 class RejectedBatch(NamedTuple):
@@ -43,20 +49,38 @@ class RejectedBatch(NamedTuple):
     body: bytes
 
 
+class StoreContent(NamedTuple):
+    """Everything in a store in memory, to be moved to a disk.
+
+    Args:
+        payloads: waiting payloads in the order of their arrival.
+        batches: batches of these payloads that are not suspects, in order.
+        suspects: batches that were put aside, in that order.
+        seen: second of arrival by deduplication key, oldest first.
+        rejected: the quarantine, oldest first.
+    """
+
+    payloads: Sequence[EventPayload]
+    batches: Sequence[FixedBatch]
+    suspects: Sequence[FixedBatch]
+    seen: Mapping[int, int]
+    rejected: Sequence[RejectedBatch]
+
+
 @dataclass(slots=True)
 class _Queue:
     """Queue of one partition, in order; the batches are older than the other payloads."""
 
     partition: Partition
     number: int
-    batches: deque[_FixedBatch] = field(default_factory=deque)
+    batches: deque[FixedBatch] = field(default_factory=deque)
     payloads: deque[EventPayload] = field(default_factory=deque)
     """Payloads that are not in a batch yet."""
-    suspects: deque[_FixedBatch] = field(default_factory=deque)
+    suspects: deque[FixedBatch] = field(default_factory=deque)
     """Batches that were put aside, in that order. They are older than all others."""
 
     @property
-    def fixed(self) -> list[_FixedBatch]:
+    def fixed(self) -> list[FixedBatch]:
         """All batches, those with the oldest payloads first."""
         suspects = sorted(
             self.suspects, key=lambda fixed: (fixed.payloads[0].received, fixed.start)
@@ -87,7 +111,7 @@ class MemoryStore:
 
     def __init__(self, limits: Limits) -> None:
         self.evicted: Counter[str] = Counter()
-        """Number of evicted payloads by environment; the spool reads and clears it."""
+        """Number of evicted payloads by environment, since `pop_evicted`."""
         self.sizes: Counter[str] = Counter()
         """Size in bytes of the waiting payloads, by environment."""
         self.size = 0
@@ -104,11 +128,6 @@ class MemoryStore:
 
     def __repr__(self) -> str:
         return f"<MemoryStore: {self.size} of {self.capacity} bytes, {len(self._queues)} queues>"
-
-    @property
-    def queues(self) -> Iterable[_Queue]:
-        """Queues of all partitions that are not empty."""
-        return self._queues.values()
 
     def add(self, payloads: Sequence[EventPayload], /) -> list[bool]:
         """Store payloads; return for each whether it is new."""
@@ -147,7 +166,12 @@ class MemoryStore:
                 more = bool(queue.payloads or queue.suspects)
             fixed = queue.batches[0]
         batch = Batch(
-            partition, fixed.payload_id, len(fixed.payloads), fixed.payloads[0].received, more
+            partition,
+            fixed.payload_id,
+            len(fixed.payloads),
+            fixed.payloads[0].received,
+            more,
+            fixed.maybe_delivered,
         )
         return batch, [part(payload.body, fixed.start, fixed.stop) for payload in fixed.payloads]
 
@@ -164,14 +188,14 @@ class MemoryStore:
         one, other = half_ids(fixed.payload_id)
         payloads, middle = fixed.payloads, len(fixed.payloads) // 2
         if middle:
-            parts = [_FixedBatch(one, payloads[:middle]), _FixedBatch(other, payloads[middle:])]
+            parts = [FixedBatch(one, payloads[:middle]), FixedBatch(other, payloads[middle:])]
         else:
             cut = halves(batch.partition, payloads[0].body, fixed.start, fixed.stop)
             if cut is None:
                 return False
             parts = [
-                _FixedBatch(one, payloads, cut[0], cut[1]),
-                _FixedBatch(other, payloads, cut[1], cut[2]),
+                FixedBatch(one, payloads, cut[0], cut[1]),
+                FixedBatch(other, payloads, cut[1], cut[2]),
             ]
         batches = _list_of(self._queues[batch.partition], fixed)
         position = batches.index(fixed)
@@ -188,6 +212,15 @@ class MemoryStore:
         _list_of(queue, fixed).remove(fixed)
         queue.suspects.append(fixed)
         return bool(queue.batches or queue.payloads)
+
+    def mark_maybe_delivered(self, batch: Batch, /) -> bool | None:
+        """Record that upstream may have a batch already; return True, None if unknown."""
+        fixed = self._find(batch)
+        if fixed is None:
+            return None
+        batches = _list_of(self._queues[batch.partition], fixed)
+        batches[batches.index(fixed)] = fixed._replace(maybe_delivered=True)
+        return True
 
     def quarantine(
         self, batch: Batch, reason: str, only: Sequence[int] | None = None, /
@@ -217,7 +250,7 @@ class MemoryStore:
 
     def expire(self, now: float, /) -> None:
         """Evict payloads that are too old."""
-        for queue in list(self.queues):
+        for queue in list(self._queues.values()):
             limit = now - self._limits.age_in(queue.partition)
             while queue.partition in self._queues and queue.oldest < limit:
                 self._evict(queue)
@@ -225,14 +258,41 @@ class MemoryStore:
 
     def backlog(self) -> list[Backlog]:
         """Return the backlog of each partition that is not empty."""
-        return [Backlog(queue.partition, len(queue.waiting), queue.oldest) for queue in self.queues]
+        return [
+            Backlog(queue.partition, len(queue.waiting), queue.oldest)
+            for queue in self._queues.values()
+        ]
 
-    def _find(self, batch: Batch) -> _FixedBatch | None:
+    def pop_evicted(self) -> Mapping[str, int]:
+        """Return the number of payloads evicted since the last call, by environment."""
+        if not self.evicted:
+            return NO_EVICTIONS  # as after nearly every transaction
+        evicted, self.evicted = self.evicted, Counter()
+        return evicted
+
+    def export(self) -> StoreContent:
+        """Return everything, for another store."""
+        queues = self._queues.values()
+        return StoreContent(
+            list(merge(*(queue.waiting for queue in queues), key=attrgetter("received"))),
+            [fixed for queue in queues for fixed in _with_first_marked(queue.batches)],
+            [fixed for queue in queues for fixed in queue.suspects],
+            self.recent.seen,
+            self.rejected,
+        )
+
+    def close(self) -> None:
+        """Log the payloads that are lost with the store."""
+        lost = sum(len(queue.waiting) for queue in self._queues.values())
+        if lost:
+            _log.warning("%d posts of events could not be delivered and are lost", lost)
+
+    def _find(self, batch: Batch) -> FixedBatch | None:
         queue = self._queues.get(batch.partition)
         batches = () if queue is None else (*queue.batches, *queue.suspects)
         return next((fixed for fixed in batches if fixed.payload_id == batch.payload_id), None)
 
-    def _remove(self, queue: _Queue, fixed: _FixedBatch) -> int:
+    def _remove(self, queue: _Queue, fixed: FixedBatch) -> int:
         """Remove a batch and its payloads; return how many, 0 while other parts of one wait."""
         _list_of(queue, fixed).remove(fixed)
         payloads: Sequence[EventPayload] = fixed.payloads
@@ -286,9 +346,16 @@ def _fix(queue: _Queue) -> None:
     for _ in members:
         queue.payloads.popleft()
     payload_id = batch_id([payload.payload_id for payload in members])
-    queue.batches.append(_FixedBatch(payload_id, members))
+    queue.batches.append(FixedBatch(payload_id, members))
 
 
-def _list_of(queue: _Queue, fixed: _FixedBatch) -> deque[_FixedBatch]:
+def _with_first_marked(batches: Sequence[FixedBatch]) -> list[FixedBatch]:
+    """Return batches of a partition; the first one may be on its way upstream at this moment."""
+    return [
+        each._replace(maybe_delivered=True) if not n else each for n, each in enumerate(batches)
+    ]
+
+
+def _list_of(queue: _Queue, fixed: FixedBatch) -> deque[FixedBatch]:
     """Return the list in which a batch is waiting: the suspects or the others."""
     return queue.suspects if fixed in queue.suspects else queue.batches

@@ -1,7 +1,8 @@
-"""Delivery policy of events: the next step, the target, the headers. Pure."""
+"""Delivery policy of events: the next step, the delay, the target, the headers. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -34,6 +35,10 @@ class ForwarderTimings:
     refused: Backoff = REFUSED_KEY
 
 
+SpecOf = Callable[[str], EnvironmentSpec | None]
+"""Function that returns the current description of an environment by its name."""
+
+
 class Step(Enum):
     """Next step after an attempt to deliver a batch."""
 
@@ -42,7 +47,7 @@ class Step(Enum):
     REFUSED = auto()
     SPLIT = auto()
     REJECT = auto()
-    """A payload was rejected alone; the evidence decides between the three below."""
+    """Upstream rejects a batch that cannot be split, or not yet; the evidence decides."""
     QUARANTINE = auto()
     """The payload is bad: keep it for inspection."""
     SUSPECT = auto()
@@ -51,29 +56,77 @@ class Step(Enum):
     """Undecided, and there are no others or several are rejected: wait."""
 
 
-BAD_REQUEST, TOO_LARGE = 400, 413
+BAD_REQUEST, TOO_LARGE, SERVER_ERROR = 400, 413, 500
 
 
 _STEP_BY_CLASS = {2: Step.DONE, 4: Step.REFUSED}
 """Step by the first digit of the status; the others are retried."""
 
 
-def next_step(status: int | None, payloads: int, failures: int) -> Step:
+def next_step(
+    status: int | None, payloads: int, failures: int, *, maybe_delivered: bool = False
+) -> Step:
     """Decide on the next step after an attempt.
 
     Args:
         status: HTTP status of the response; None without a response.
         payloads: number of payloads in the batch.
         failures: number of earlier rejections of this batch, or of the batch it is a half of.
+        maybe_delivered: True if upstream may have the batch already. Its halves would arrive a
+            second time, under other ids, so it is split only when it is proven bad.
     """
     # Proxies answer 400 for reasons of their own; like ld-relay, retry it once.
     if status is None or status in RETRYABLE_4XX or (status == BAD_REQUEST and failures == 0):
         return Step.RETRY
-    if status == TOO_LARGE or (status == BAD_REQUEST and payloads > 1):
-        return Step.SPLIT
-    if status == BAD_REQUEST:
+    if status not in (BAD_REQUEST, TOO_LARGE):
+        return _STEP_BY_CLASS.get(status // 100, Step.RETRY)
+    if maybe_delivered or step_if_bad(status, payloads) is Step.QUARANTINE:
         return Step.REJECT
-    return _STEP_BY_CLASS.get(status // 100, Step.RETRY)
+    return Step.SPLIT
+
+
+def step_if_bad(status: int | None, payloads: int) -> Step:
+    """Decide on the next step with a batch that is proven bad."""
+    return Step.SPLIT if status == TOO_LARGE or payloads > 1 else Step.QUARANTINE
+
+
+def may_have_arrived(status: int | None) -> bool:
+    """Return whether upstream may have a batch although it has not accepted it.
+
+    Args:
+        status: HTTP status of the response; None without a response. An error of a server may be
+            that of a proxy, which has lost upstream's response.
+    """
+    return status is None or status >= SERVER_ERROR
+
+
+def delay_after(
+    step: Step,
+    timings: ForwarderTimings,
+    *,
+    failures: int = 0,
+    chance: float = 0.0,
+    took: float = 0.0,
+    retry_after: float | None = None,
+) -> float:
+    """Return the seconds to wait after a step.
+
+    Args:
+        step: the step.
+        timings: the forwarder's timings.
+        failures: number of equal steps in a row before this one.
+        chance: random number from 0 to 1, for the jitter.
+        took: seconds until upstream's response.
+        retry_after: delay in seconds that upstream has asked for.
+    """
+    if step is Step.DONE:
+        return min(timings.between, took)
+    if step is Step.SPLIT:
+        return 0.0
+    if step in (Step.QUARANTINE, Step.SUSPECT):
+        return timings.between
+    backoff = timings.refused if step is Step.REFUSED else timings.backoff
+    return max(backoff.delay(failures, chance), min(retry_after or 0.0, timings.backoff.longest))
 
 
 def target(partition: Partition, spec: EnvironmentSpec | None) -> tuple[str, dict[str, str]] | None:
@@ -103,3 +156,12 @@ def headers(partition: Partition, payload_id: str) -> dict[str, str]:
     if partition.wrapper:
         fields["X-LaunchDarkly-Wrapper"] = partition.wrapper
     return fields
+
+
+def missing_setting(partition: Partition) -> str:
+    """Return the hint to the option that a partition needs for its delivery."""
+    if partition.endpoint.mobile:
+        return f": set mobileKey (LD_MOBILE_KEY_{partition.environment})"
+    if partition.endpoint.client_side:
+        return f": set envId (LD_CLIENT_SIDE_ID_{partition.environment})"
+    return f": set sdkKey (LD_ENV_{partition.environment})"

@@ -1,38 +1,30 @@
 """Spool of accepted events until their delivery: on disk, to survive the process, or in memory.
 
-One thread owns the database. Jobs that arrive during a transaction share the next one, so one
-synchronisation of the disk makes many payloads safe. While the disk fails, a store in memory takes
-its place; without a directory there is only the store in memory, and no thread.
+`MemorySpool` works at once. `DiskSpool` has a thread for its store: payloads that arrive during a
+transaction share the next one, so one synchronisation of the disk makes many of them safe.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import os
 import queue
-import sqlite3
 import threading
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from relay import clock
+from relay.aio import wait_for
 from relay.errors import StoreUnavailable
+from relay.events.fallback import FallbackStore
 from relay.events.memory import MemoryStore
-from relay.events.sqlite import DiskStore
-from relay.events.store import Backlog, Batch, EventStore, Limits
-from relay.files import make_directory, open_private
-from relay.model.event import EventPayload, Partition
-from relay.reasons import describe
-from relay.telemetry.outage import OutageLog
+from relay.events.store import NO_EVICTIONS, Backlog, EventStore, Limits
+from relay.model.event import EventPayload
 
 GATHER = 0.003
-"""Seconds in which jobs gather for one transaction, if the last one had several."""
+"""Seconds in which payloads gather for one transaction, if the last one had several."""
 
 EXPIRE_EVERY = 60.0
 """Seconds between two removals of payloads that are too old."""
@@ -44,347 +36,289 @@ SKEW = 60.0
 """Maximum difference in seconds between a payload's time of arrival and `clock`. Beyond it, the
 system's clock has been changed, and the time is replaced."""
 
-MAX_OVERFLOW = 10_000
-"""Maximum number of changes to batches that wait for the disk. If one is dropped, its batch is sent
-again under the same id, so nothing is lost or counted twice."""
-
 MAX_QUEUED = 64 * 1024 * 1024
 """Maximum size in bytes of payloads that are not safe yet. More means that the disk hangs, and that
 SDKs must get an error."""
 
-_log = logging.getLogger("relay.events")
+T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class _Job:
-    """Work for the next transaction: a payload to add, or a function to call with the store."""
-
-    work: EventPayload | Callable[[EventStore], Any]
-    done: asyncio.Future[Any]
-    value: Any = None
-    error: Exception | None = None
-
-
-class Spool:
-    """Event store and the thread that owns it. Call all methods in one event loop.
+class SpoolResult(NamedTuple):
+    """Result of a transaction.
 
     Args:
-        directory: directory of the file; None for memory only.
-        limits: limits of size and age.
-        retry: seconds between attempts while the disk fails.
+        payloads: payloads that are safe now.
+        new: whether each of them is new.
+        evicted: number of evicted payloads, by environment.
+        backlog: the backlog if the file has just been opened, without these payloads; else None.
     """
 
-    def __init__(self, directory: Path | None, limits: Limits, retry: float = 10.0) -> None:
-        self.on_stored: Callable[[EventPayload, bool], None] = lambda _payload, _new: None
-        """Called in the event loop with each payload that is safe, and whether it was new; before
-        `append` resolves, and even if its result was cancelled."""
-        self.on_evicted: Callable[[Counter[str]], None] = lambda _: None
-        """Called in the event loop with the number of evicted payloads by environment."""
-        self.on_backlog: Callable[[list[Backlog]], None] = lambda _: None
-        """Called in the event loop with the whole backlog each time the file has been opened."""
-        self._outage = OutageLog(_log)
-        self._path = None if directory is None else directory / "events.db"
-        self._limits = limits
-        self._retry = retry
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._queued = 0
-        """Size in bytes of the payloads that are not safe yet."""
-        self.memory = MemoryStore(limits)
-        """Store without a disk, or during an outage."""
-        self._disk: DiskStore | None = None
-        self._overflow: deque[Callable[[EventStore], Any]] = deque(maxlen=MAX_OVERFLOW)
-        """Changes to make to the store on disk when it works again."""
-        self._try_at = 0.0
-        self._expire_at = clock.monotonic() + EXPIRE_EVERY
-        self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
-        self._resolved: dict[bool, asyncio.Future[bool]] = {}
-        """Shared resolved futures for payloads that are safe at once, by whether they were new."""
+    payloads: Sequence[EventPayload] = ()
+    new: Sequence[bool] = ()
+    evicted: Mapping[str, int] = NO_EVICTIONS
+    backlog: Sequence[Backlog] | None = None
+
+
+class Spool(Protocol):
+    """Contract of spools. Call all methods in one event loop."""
 
     @property
     def outage(self) -> str | None:
-        """Reason why the disk fails; None while it works, or without a directory."""
-        return self._outage.reason
+        """Reason why the disk fails; None while it works, or without one."""
 
     @property
     def durable(self) -> bool:
         """True if payloads accepted now survive the end of this process."""
-        return self._disk is not None
 
-    def __repr__(self) -> str:
-        where = "memory" if self._path is None else str(self._path)
-        return f"<Spool: {where}, outage: {self.outage}>"
+    @property
+    def memory(self) -> MemoryStore | None:
+        """The store, if the spool keeps payloads in memory only."""
 
-    async def open(self) -> None:
-        """Start; return when the disk is in use, or known to fail."""
-        self._loop = asyncio.get_running_loop()
-        self._closed = self._loop.create_future()
-        if self._path is None:
-            self._expiry_timer = self._loop.call_later(EXPIRE_EVERY, self._expire_memory)
-        else:
-            self._thread.start()
-            await self._do(lambda _: None)
-
-    async def close(self) -> None:
-        """Finish all jobs, within a time limit, and close the file."""
-        if self._path is None:
-            self._expiry_timer.cancel()
-            self._log_losses()
-        else:
-            self._jobs.put(None)
-            await asyncio.wait({self._closed}, timeout=CLOSE_LIMIT)
-
-    def append(self, payload: EventPayload) -> asyncio.Future[bool]:
+    def append(self, payload: EventPayload) -> bool | asyncio.Future[bool]:
         """Store a payload.
 
         Returns:
-            Future of whether it was new. Resolves when the payload is safe; without a directory at
-            once.
+            Whether the payload is new, if it is safe at once; otherwise a future of that, which
+            resolves when it is safe. The payload is stored even if the future is cancelled.
 
         Raises:
             StoreUnavailable: the disk hangs and too many payloads wait for it.
         """
+
+    def do(self, work: Callable[[EventStore], T]) -> asyncio.Future[T]:
+        """Call a function with the store, after all payloads appended before; return its result."""
+
+    def results(self) -> AsyncIterator[SpoolResult]:
+        """Work until the spool is closed; yield each result before its futures resolve.
+
+        The results of payloads that are safe at once are those of `append`.
+        """
+
+    async def close(self) -> None:
+        """Finish the work, within a time limit, and end the results."""
+
+
+class MemorySpool:
+    """Spool without a file; it is lost with the process.
+
+    Args:
+        limits: limits of size and age.
+    """
+
+    outage = None
+    durable = False
+
+    def __init__(self, limits: Limits) -> None:
+        self.memory = MemoryStore(limits)
+        self._closed = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<MemorySpool: {self.memory}>"
+
+    def append(self, payload: EventPayload) -> bool:
+        """Store a payload; return whether it is new."""
         now = clock.now()
         if not -SKEW < payload.received - now < SKEW:
             payload = payload._replace(received=now)
-        if self._path is None:
-            new = self.memory.append(payload)
-            self.on_stored(payload, new)
-            if self.memory.evicted:
-                self.on_evicted(self._evictions())
-            return self._resolved.get(new) or self._resolve(new)
-        if self._queued + len(payload.body) > MAX_QUEUED:
+        return self.memory.append(payload)
+
+    def do(self, work: Callable[[EventStore], T]) -> asyncio.Future[T]:
+        """Call a function with the store; return its result."""
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        try:
+            done.set_result(work(self.memory))
+        except Exception as e:  # noqa: BLE001 - unexpected errors must reach the caller
+            done.set_exception(e)
+        return done
+
+    async def results(self) -> AsyncIterator[SpoolResult]:
+        """Evict payloads that are too old, until the spool is closed; yield how many."""
+        while not self._closed.is_set():
+            await wait_for(self._closed, EXPIRE_EVERY)
+            self.memory.expire(clock.now())
+            yield SpoolResult(evicted=self.memory.pop_evicted())
+
+    async def close(self) -> None:
+        """End the results; log what is lost."""
+        self._closed.set()
+        self.memory.close()
+
+
+class DiskSpool:
+    """Spool with a file.
+
+    Args:
+        directory: directory of the file.
+        limits: limits of size and age.
+        retry: seconds between attempts while the disk fails.
+    """
+
+    memory = None
+
+    def __init__(self, directory: Path, limits: Limits, retry: float = 10.0) -> None:
+        self.outage: str | None = None
+        self.durable = False
+        self._path = directory / "events.db"
+        self._store = FallbackStore(self._path, limits, retry)
+        self._thread = _Thread("spool")
+        self._tick = min(retry, EXPIRE_EVERY)
+        self._payloads: list[EventPayload] = []
+        """Payloads of the next transaction."""
+        self._acks: list[asyncio.Future[bool]] = []
+        self._works: list[Callable[[EventStore], Any]] = []
+        """Other work of the next transaction."""
+        self._outcomes: list[asyncio.Future[Any]] = []
+        self._gathered = self._written = 0
+        """Sizes in bytes of the payloads of the next transaction, and of the current one."""
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._closed = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<DiskSpool: {self._path}, outage: {self.outage}>"
+
+    def append(self, payload: EventPayload) -> asyncio.Future[bool]:
+        """Store a payload; return a future of whether it is new."""
+        self._gathered += len(payload.body)
+        if self._gathered + self._written > MAX_QUEUED:
+            self._gathered -= len(payload.body)
             raise StoreUnavailable("the disk does not take events fast enough")
-        self._queued += len(payload.body)
-        return self._do(payload)
+        now = clock.now()
+        if not -SKEW < payload.received - now < SKEW:
+            payload = payload._replace(received=now)
+        ack: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        if not self._payloads:
+            self._wake.set()
+        self._payloads.append(payload)
+        self._acks.append(ack)
+        return ack
 
-    async def take(
-        self, partition: Partition, *, suspects: bool = False
-    ) -> tuple[Batch, list[bytes]] | None:
-        """Return the next batch of a partition and its bodies; None if nothing is waiting.
+    def do(self, work: Callable[[EventStore], T]) -> asyncio.Future[T]:
+        """Call a function with the store, after all payloads appended before; return its result."""
+        outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._works.append(work)
+        self._outcomes.append(outcome)
+        self._wake.set()
+        return outcome
 
-        The batch stays in the spool: until it is finished, split, put aside or quarantined, it is
-        returned again, unchanged.
+    async def results(self) -> AsyncIterator[SpoolResult]:
+        """Work until the spool is closed; yield each result before its futures resolve."""
+        expire_at = clock.monotonic() + EXPIRE_EVERY
+        several = ended = False
+        self._wake_regularly()
+        while not ended:
+            if several:
+                await asyncio.sleep(GATHER)
+            if not (several and self._wake.is_set()):
+                await self._wake.wait()
+            self._wake.clear()
+            ended = self._closing
+            if ended:
+                await self._thread.call(self._store.retry_now)  # the last chance
+            if clock.monotonic() >= expire_at:
+                expire_at = clock.monotonic() + EXPIRE_EVERY
+                self.do(lambda store: store.expire(clock.now()))
+            payloads, self._payloads = self._payloads, []
+            acks, self._acks = self._acks, []
+            works, self._works = self._works, []
+            outcomes, self._outcomes = self._outcomes, []
+            self._written, self._gathered = self._gathered, 0
+            several = len(payloads) + len(works) > 1
+            try:
+                done = await self._thread.call(partial(_perform, self._store, payloads, works))
+            except Exception as e:  # noqa: BLE001 - unexpected errors must reach the callers
+                _reject((*acks, *outcomes), e)
+            else:
+                self.outage, self.durable = done.outage, done.outage is None
+                yield SpoolResult(payloads, done.new, done.evicted, done.backlog)
+                _resolve(acks, done.new)
+                _resolve(outcomes, done.values)
+            self._written = 0
+        self._timer.cancel()
+        await self._thread.call(self._store.close)
+        self._thread.end()
+        self._closed.set()
 
-        Args:
-            partition: partition to deliver.
-            suspects: prefer suspects, the one first that was put aside first.
-        """
-        work = lambda store: store.take(partition, suspects=suspects)  # noqa: E731 - as the others
-        taken: tuple[Batch, list[bytes]] | None = await self._do(work)
-        return taken
+    def _wake_regularly(self) -> None:
+        """Make transactions without work, in which a file that is closed is opened again."""
+        self._timer = asyncio.get_running_loop().call_later(self._tick, self._wake_regularly)
+        self._wake.set()
 
-    async def finish(self, batch: Batch) -> int | None:
-        """Remove a batch; return the number of payloads that are complete, None if evicted."""
-        work = lambda store: store.finish(batch)  # noqa: E731 - as the others
-        done: int | None = await self._change(work, batch.payloads)
-        return done
+    async def close(self) -> None:
+        """Finish the work, within a time limit, and close the file."""
+        self._closing = True
+        self._wake.set()
+        await wait_for(self._closed, CLOSE_LIMIT)
 
-    async def split(self, batch: Batch) -> bool:
-        """Replace a batch by its halves; return False if it cannot be split."""
-        return bool(await self._change(lambda store: store.split(batch), True))
 
-    async def put_aside(self, batch: Batch) -> bool:
-        """Make a batch a suspect; return whether anything but suspects is waiting."""
-        return bool(await self._change(lambda store: store.put_aside(batch), True))
+class _Done(NamedTuple):
+    """Result of a transaction, on its way from the thread to the event loop."""
 
-    async def quarantine(self, batch: Batch, reason: str, only: Sequence[int] | None = None) -> int:
-        """Quarantine a batch, or only some positions of it; return the number that are complete."""
-        work = lambda store: store.quarantine(batch, reason, only)  # noqa: E731 - as the others
-        count = batch.payloads if only is None else len(only)
-        return int(await self._change(work, count) or 0)
+    new: Sequence[bool]
+    values: Sequence[object]
+    evicted: Mapping[str, int]
+    backlog: Sequence[Backlog] | None
+    outage: str | None
 
-    def _change(self, work: Callable[[EventStore], Any], otherwise: Any) -> asyncio.Future[Any]:
-        """Change a batch; if it is on a disk that fails, do it later and return `otherwise`."""
 
-        def change(store: EventStore) -> Any:
-            result = work(store)
-            if result is not None:
-                return result
-            if self._disk is None and self._path is not None:
-                self._overflow.append(work)
-                return otherwise
-            return None  # evicted meanwhile
+def _perform(
+    store: FallbackStore,
+    payloads: Sequence[EventPayload],
+    works: Sequence[Callable[[EventStore], object]],
+) -> _Done:
+    """Store payloads, then do other work, in one transaction."""
+    new: Sequence[bool] = ()
+    values: Sequence[object] = ()
+    backlog = store.reopen()
+    if payloads or works:
+        new, values = store.perform(lambda: (store.add(payloads), [work(store) for work in works]))
+    return _Done(new, values, store.pop_evicted(), backlog, store.outage)
 
-        return self._do(change)
 
-    def _do(self, work: EventPayload | Callable[[EventStore], Any]) -> asyncio.Future[Any]:
-        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        job = _Job(work, done)
-        if self._path is None:
-            self._perform_now(job)
-        else:
-            self._jobs.put(job)
-        return done
+def _resolve(futures: Sequence[asyncio.Future[Any]], values: Sequence[object]) -> None:
+    for future, value in zip(futures, values, strict=True):
+        if not future.done():  # nor cancelled
+            future.set_result(value)
 
-    def _resolve(self, new: bool) -> asyncio.Future[bool]:
-        future = self._resolved[new] = asyncio.get_running_loop().create_future()
-        future.set_result(new)
+
+def _reject(futures: Sequence[asyncio.Future[Any]], error: Exception) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(error)
+
+
+class _Thread:
+    """Thread that makes calls one after another. Unlike an executor's, it never delays the exit.
+
+    Args:
+        name: name of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def call(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        """Return a future of the result of a function."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def make_call() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed already
+                try:
+                    value = function()
+                except Exception as e:  # noqa: BLE001 - it belongs to the caller
+                    loop.call_soon_threadsafe(_reject, [future], e)
+                else:
+                    loop.call_soon_threadsafe(_resolve, [future], [value])
+
+        self._calls.put(make_call)
         return future
 
-    def _perform_now(self, job: _Job) -> None:
-        try:
-            _perform_all([job], self.memory)
-        except Exception as e:  # noqa: BLE001 - unexpected errors must reach the caller
-            job.error = e
-        self._settle([job], self._evictions())
-
-    def _expire_memory(self) -> None:
-        self._expiry_timer = self._loop.call_later(EXPIRE_EVERY, self._expire_memory)
-        self._do(lambda store: store.expire(clock.now()))
+    def end(self) -> None:
+        """End the thread after all calls made before."""
+        self._calls.put(None)
 
     def _run(self) -> None:
-        """Perform jobs in the thread until the spool is closed."""
-        several, ended = False, False
-        while not ended:
-            jobs, ended = self._next_jobs(gather=several)
-            several = len(jobs) > 1
-            if ended:
-                self._try_at = 0.0  # the last chance
-            try:
-                self._recover()
-                self._perform(jobs)
-            except Exception as e:  # noqa: BLE001 - unexpected errors must reach the callers
-                for job in jobs:
-                    job.error = e
-            self._in_loop(self._settle, jobs, self._evictions())
-        self._log_losses()
-        if self._disk is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._disk.close()
-        self._in_loop(self._closed.set_result, None)
-
-    def _log_losses(self) -> None:
-        lost = sum(backlog.payloads for backlog in self.memory.backlog())
-        if lost:
-            _log.warning("%d posts of events could not be delivered and are lost", lost)
-
-    def _next_jobs(self, *, gather: bool) -> tuple[list[_Job], bool]:
-        """Wait for jobs; return all that are queued, and whether they are the last."""
-        jobs: list[_Job] = []
-        due = self._expire_at if self.outage is None else min(self._expire_at, self._try_at)
-        try:
-            job = self._jobs.get(timeout=max(0.0, due - clock.monotonic()))
-            if gather:
-                time.sleep(GATHER)
-            while job is not None:
-                jobs.append(job)
-                job = self._jobs.get_nowait()
-        except queue.Empty:
-            return jobs, False
-        return jobs, True
-
-    def _perform(self, jobs: Sequence[_Job]) -> None:
-        """Perform jobs in one transaction; in memory if the disk fails."""
-        expire = clock.monotonic() >= self._expire_at
-        if expire:
-            self._expire_at = clock.monotonic() + EXPIRE_EVERY
-        if not jobs and not expire:
-            return
-        if self._disk is not None:
-            try:
-                with self._disk.transaction():
-                    _perform_all(jobs, self._disk, expire=expire)
-                if expire:
-                    self._disk.shrink()
-            except sqlite3.Error as e:
-                self._begin_outage(e)
-            else:
-                return
-        _perform_all(jobs, self.memory, expire=expire)
-
-    def _recover(self) -> None:
-        """Open the file if it is closed and a retry is due, and move the memory's content to it."""
-        if self._path is None or self._disk is not None or clock.monotonic() < self._try_at:
-            return
-        disk = None
-        try:
-            _prepare(self._path)
-            disk = DiskStore(str(self._path), self._limits)
-            with disk.transaction():
-                for work in self._overflow:
-                    work(disk)
-                disk.receive(self.memory)
-                backlog = disk.backlog()
-        except (OSError, sqlite3.Error) as e:
-            if disk is not None:
-                with contextlib.suppress(sqlite3.Error):
-                    disk.close()
-            self._begin_outage(e)
-            return
-        self._disk = disk
-        self._overflow.clear()
-        self.memory = MemoryStore(self._limits)
-        # `call_soon` lets the consequences of results that are settled already come first.
-        self._in_loop(self._loop.call_soon, self.on_backlog, backlog)
-        self._outage.end("Events are kept on disk again")
-
-    def _begin_outage(self, error: Exception) -> None:
-        """Continue in memory, and log it once."""
-        disk, self._disk = self._disk, None
-        self._try_at = clock.monotonic() + self._retry
-        if disk is not None:
-            with contextlib.suppress(sqlite3.Error):
-                disk.close()
-        reason = describe(error)
-        if isinstance(error, sqlite3.DatabaseError) and _is_damage(error) and self._path:
-            self._set_aside(self._path)
-        text = "Events are kept in memory only, up to %d bytes: %s: %s; trying again every %g s"
-        limit = self._limits.memory
-        self._outage.begin(reason, text, limit, self._path, reason, self._retry)
-
-    def _set_aside(self, path: Path) -> None:
-        _log.error("%s is damaged and set aside as %s.damaged", path, path.name)
-        self._try_at = 0.0
-        for suffix in ("-wal", "-shm", ""):
-            with contextlib.suppress(OSError):
-                Path(f"{path}{suffix}").replace(f"{path}.damaged{suffix}")
-
-    def _evictions(self) -> Counter[str]:
-        evicted: Counter[str] = Counter()
-        for store in (self._disk, self.memory):
-            if store is not None:
-                evicted += store.evicted
-                store.evicted.clear()
-        return evicted
-
-    def _settle(self, jobs: Sequence[_Job], evicted: Counter[str]) -> None:
-        for job in jobs:
-            if isinstance(job.work, EventPayload):
-                self._queued -= len(job.work.body)
-                if job.error is None:
-                    self.on_stored(job.work, job.value)
-            if job.done.done():
-                continue
-            if job.error is None:
-                job.done.set_result(job.value)
-            else:
-                job.done.set_exception(job.error)
-        if evicted:
-            self.on_evicted(evicted)
-
-    def _in_loop(self, call: Callable[..., object], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed already
-            self._loop.call_soon_threadsafe(call, *arguments)
-
-
-def _perform_all(jobs: Sequence[_Job], store: EventStore, *, expire: bool = False) -> None:
-    if expire:
-        store.expire(clock.now())
-    additions = [job for job in jobs if isinstance(job.work, EventPayload)]
-    verdicts = store.add([job.work for job in additions if isinstance(job.work, EventPayload)])
-    for job, verdict in zip(additions, verdicts, strict=True):
-        job.value = verdict
-    for job in jobs:
-        if not isinstance(job.work, EventPayload):
-            job.value = job.work(store)
-
-
-def _prepare(path: Path) -> None:
-    """Create the directory and the file; SQLite gives its other files the same permissions."""
-    make_directory(path.parent)
-    os.close(open_private(path, os.O_RDWR | os.O_CREAT))
-
-
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+        while (make_call := self._calls.get()) is not None:
+            make_call()

@@ -10,18 +10,17 @@ import logging
 import sqlite3
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from heapq import merge
-from operator import attrgetter
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from isal import igzip, isal_zlib
 
 from relay import clock
 from relay.events.dedup import DedupWindow, dedup_key
-from relay.events.memory import MemoryStore
+from relay.events.memory import StoreContent
 from relay.events.store import (
     MAX_QUARANTINE,
+    NO_EVICTIONS,
     PAYLOAD_OVERHEAD,
     Backlog,
     Batch,
@@ -70,7 +69,8 @@ CREATE TABLE IF NOT EXISTS posts (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,
 CREATE INDEX IF NOT EXISTS posts_of_lane ON posts (lane);
 CREATE TABLE IF NOT EXISTS batches (id INTEGER PRIMARY KEY, lane INTEGER NOT NULL,
     first INTEGER NOT NULL, last INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER,
-    payload_id TEXT NOT NULL, aside INTEGER NOT NULL DEFAULT 0);
+    payload_id TEXT NOT NULL, aside INTEGER NOT NULL DEFAULT 0,
+    maybe_delivered INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX IF NOT EXISTS batches_of_lane ON batches (lane, first, start);
 CREATE TABLE IF NOT EXISTS seen (received REAL NOT NULL, ids BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS quarantine (id INTEGER PRIMARY KEY, size INTEGER NOT NULL,
@@ -87,9 +87,49 @@ CREATE TABLE IF NOT EXISTS clock (id INTEGER PRIMARY KEY, now REAL NOT NULL, our
 # payload ids of a transaction share one row of `seen`: separate rows would be scattered over the
 # file. `aside` numbers suspects in the order in which they were put aside. Times are by a clock of
 # the file's own, which runs only while the file is open; `clock` has its time, and ours (that of
-# the process) at the same moment. Files of earlier releases lack `aside` and `clock`.
+# the process) at the same moment. Files of earlier releases lack `clock` and some columns.
 
 _log = logging.getLogger("relay.events")
+
+
+class _BatchRow(NamedTuple):
+    """Row of `batches`."""
+
+    first: int
+    last: int
+    payload_id: str
+    start: int = 0
+    stop: int | None = None
+    aside: int = 0
+    maybe_delivered: int = 0
+    id: int | None = None
+
+
+_BATCH_COLUMNS = ",".join(_BatchRow._fields)
+
+
+class _Member(NamedTuple):
+    """Payload of a batch."""
+
+    id: int
+    received: float
+    length: int
+    body: bytes
+
+    def read(self) -> bytes | None:
+        """Return the decompressed body; None if the disk has damaged it."""
+        try:
+            return isal_zlib.decompress(self.body, GZIP, self.length)
+        except CORRUPT:
+            return None
+
+
+class _Candidate(NamedTuple):
+    """Payload that is in no batch yet."""
+
+    id: int
+    length: int
+    payload_id: str
 
 
 class DiskStore:
@@ -102,11 +142,13 @@ class DiskStore:
 
     def __init__(self, path: str, limits: Limits) -> None:
         self.evicted: Counter[str] = Counter()
-        """Number of evicted payloads by environment; the spool reads and clears it."""
+        """Number of evicted payloads by environment, since `pop_evicted`."""
         self._capacity = limits.disk
         self._limits = limits
         self._partition_ids: dict[Partition, int] = {}
         self.recent = DedupWindow()
+        self._shrinks = False
+        """True if unused pages are returned to the disk after the transaction."""
         self._pending_keys: list[int] = []
         """Deduplication keys that the current transaction has added to `recent`."""
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
@@ -121,8 +163,9 @@ class DiskStore:
             with self.transaction():
                 for statement in _SCHEMA.split(";"):
                     self._db.execute(statement)
-                if "aside" not in self._columns("batches"):
-                    self._db.execute("ALTER TABLE batches ADD aside INTEGER NOT NULL DEFAULT 0")
+                for column in {"aside", "maybe_delivered"} - self._columns("batches"):
+                    self._db.execute(f"ALTER TABLE batches ADD {column} INTEGER NOT NULL DEFAULT 0")
+                self._mark_earlier_batches()
                 self._db.execute(f"PRAGMA user_version={VERSION}")
                 now = clock.now()
                 self._ahead = self._clock_ahead(now)
@@ -161,6 +204,17 @@ class DiskStore:
     def _write_clock(self, now: float) -> None:
         self._db.execute("INSERT OR REPLACE INTO clock VALUES (0,?,?)", (now - self._ahead, now))
 
+    def _mark_earlier_batches(self) -> None:
+        """Mark the batches that an earlier process may have been sending when it ended.
+
+        Nothing is written when a batch is sent, but a partition sends its first one, or a suspect.
+        """
+        self._db.execute(
+            "UPDATE batches SET maybe_delivered=1 WHERE aside>0 OR NOT EXISTS (SELECT 1 FROM"
+            " batches AS b WHERE b.lane=batches.lane AND b.aside=0"
+            " AND (b.first,b.start)<(batches.first,batches.start))"
+        )
+
     def _columns(self, table: str) -> set[str]:
         return {name for _, name, *_ in self._db.execute(f"PRAGMA table_info({table})")}
 
@@ -175,10 +229,15 @@ class DiskStore:
         except BaseException:
             self._partition_ids.clear()
             self.recent.forget(self._pending_keys)
+            self.evicted.clear()
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             self._size = self._total_size()
             raise
+        if self._shrinks:
+            self._shrinks = False
+            with contextlib.suppress(sqlite3.Error):  # everything is safe already
+                self._db.executescript(f"PRAGMA incremental_vacuum({SHRINK_PAGES})")
 
     def add(self, payloads: Sequence[EventPayload]) -> list[bool]:
         """Store payloads; return for each whether it is new."""
@@ -209,18 +268,20 @@ class DiskStore:
             if row is None:
                 return None
             members = self._members(partition_id, row)
-            bodies = [_read(body, length) for _, _, length, body in members]
+            bodies = [member.read() for member in members]
             whole = [body for body in bodies if body is not None]
             if members and len(whole) == len(members):
-                batch = Batch(partition, row[5], len(members), members[0][1] + self._ahead, more)
-                return batch, [part(body, row[3], row[4]) for body in whole]
-            damaged = [m[0] for m, body in zip(members, bodies, strict=True) if body is None]
+                oldest = members[0].received + self._ahead
+                batch = Batch(
+                    partition, row.payload_id, len(members), oldest, more, row.maybe_delivered > 0
+                )
+                return batch, [part(body, row.start, row.stop) for body in whole]
+            damaged = [m.id for m, body in zip(members, bodies, strict=True) if body is None]
             # The others keep the batch's id: if upstream knows it, it has all of them already.
             _log.error("The disk has damaged %d of %d posts of a batch", len(damaged), len(members))
-            for payload_row in damaged:
-                self.evicted[partition.environment] += self._delete(
-                    partition_id, payload_row, payload_row
-                )
+            self.evicted[partition.environment] += sum(
+                self._delete(partition_id, member, member) for member in damaged
+            )
             if len(damaged) == len(members):
                 self._remove(partition_id, row)
 
@@ -236,29 +297,29 @@ class DiskStore:
         row = self._find(partition_id, batch.payload_id)
         if row is None:
             return None
-        row_id, first, last, start, stop, payload_id, aside = row
         ids = [
             i
             for (i,) in self._db.execute(
                 "SELECT id FROM posts WHERE lane=? AND id BETWEEN ? AND ? ORDER BY id",
-                (partition_id, first, last),
+                (partition_id, row.first, row.last),
             )
         ]
         if not ids:
             return False
-        parts: list[tuple[int, int, int, int | None]]
         if len(ids) > 1:
             middle = len(ids) // 2
-            parts = [(first, ids[middle - 1], 0, None), (ids[middle], last, 0, None)]
+            parts = (row._replace(last=ids[middle - 1]), row._replace(first=ids[middle]))
         else:
-            ((_, _, length, body),) = self._members(partition_id, row)
-            cut = halves(batch.partition, _read(body, length) or b"", start, stop)
+            (member,) = self._members(partition_id, row)
+            cut = halves(batch.partition, member.read() or b"", row.start, row.stop)
             if cut is None:
                 return False
-            parts = [(first, last, cut[0], cut[1]), (first, last, cut[1], cut[2])]
-        self._db.execute("DELETE FROM batches WHERE id=?", (row_id,))
-        for half, half_id in zip(parts, half_ids(payload_id), strict=True):
-            self._insert_batch(partition_id, half, half_id, aside)
+            start, middle, stop = cut
+            parts = (row._replace(start=start, stop=middle), row._replace(start=middle, stop=stop))
+        self._db.execute("DELETE FROM batches WHERE id=?", (row.id,))
+        for half, half_id in zip(parts, half_ids(row.payload_id), strict=True):
+            unsent = half._replace(id=None, payload_id=half_id, maybe_delivered=0)
+            self._insert_batch(partition_id, unsent)
         return True
 
     def put_aside(self, batch: Batch) -> bool | None:
@@ -268,9 +329,17 @@ class DiskStore:
         if row is None:
             return None
         self._db.execute(
-            "UPDATE batches SET aside=(SELECT max(aside)+1 FROM batches) WHERE id=?", (row[0],)
+            "UPDATE batches SET aside=(SELECT max(aside)+1 FROM batches) WHERE id=?", (row.id,)
         )
         return self._first_batch(partition_id) is not None or bool(self._unbatched(partition_id, 1))
+
+    def mark_maybe_delivered(self, batch: Batch) -> bool | None:
+        """Record that upstream may have a batch already; return True, None if unknown."""
+        row = self._find(self._partition_id(batch.partition), batch.payload_id)
+        if row is None:
+            return None
+        self._db.execute("UPDATE batches SET maybe_delivered=1 WHERE id=?", (row.id,))
+        return True
 
     def quarantine(
         self, batch: Batch, reason: str, only: Sequence[int] | None = None
@@ -282,8 +351,8 @@ class DiskStore:
             return None
         members = self._members(partition_id, row)
         bad = members if only is None else [members[position] for position in only]
-        for _, _, length, body in bad:
-            self._reject(batch, reason, part(_read(body, length) or b"", row[3], row[4]))
+        for member in bad:
+            self._reject(batch, reason, part(member.read() or b"", row.start, row.stop))
         self._db.execute(
             "DELETE FROM quarantine WHERE id IN (SELECT id FROM (SELECT id,"
             " sum(size) OVER (ORDER BY id DESC) AS total FROM quarantine) WHERE total>?)",
@@ -291,10 +360,10 @@ class DiskStore:
         )
         if len(bad) == len(members):
             return self._remove(partition_id, row)
-        return sum(self._delete(partition_id, row_id, row_id) for row_id, *_ in bad)
+        return sum(self._delete(partition_id, member.id, member.id) for member in bad)
 
     def expire(self, now: float) -> None:
-        """Evict payloads that are too old."""
+        """Evict payloads that are too old; unused pages go back to the disk afterwards."""
         limits = self._limits
         for partition, partition_id in self._all_partitions():
             limit = now - self._ahead - limits.age_in(partition)
@@ -306,10 +375,7 @@ class DiskStore:
         self._write_clock(now)
         self._db.execute("DELETE FROM lanes WHERE id NOT IN (SELECT lane FROM posts)")
         self._partition_ids.clear()
-
-    def shrink(self) -> None:
-        """Return unused pages to the disk, some at a time; not within a transaction."""
-        self._db.executescript(f"PRAGMA incremental_vacuum({SHRINK_PAGES})")
+        self._shrinks = True
 
     def backlog(self) -> list[Backlog]:
         """Return the backlog of each partition that is not empty."""
@@ -323,29 +389,41 @@ class DiskStore:
                 backlog.append(Backlog(partition, payloads, oldest[1] + self._ahead))
         return backlog
 
-    def receive(self, memory: MemoryStore) -> None:
-        """Take everything that a store in memory has: payloads, batches, keys, quarantine."""
+    def receive(self, content: StoreContent) -> None:
+        """Take everything that another store had."""
         (last,) = self._db.execute("SELECT coalesce(max(id),0) FROM posts").fetchone()
+        (asides,) = self._db.execute("SELECT coalesce(max(aside),0) FROM batches").fetchone()
         row_ids: dict[int, int] = {}
-        waiting = [queue.waiting for queue in memory.queues]
-        for row_id, payload in enumerate(merge(*waiting, key=attrgetter("received")), last + 1):
+        for row_id, payload in enumerate(content.payloads, last + 1):
             row_ids[id(payload)] = row_id
             values = (row_id, *self._row(payload))
             self._db.execute("INSERT INTO posts VALUES (?,?,?,?,?,?,?)", values)
-        for queue in memory.queues:
-            partition_id = self._partition_id(queue.partition)
-            for fixed in (*queue.suspects, *queue.batches):
-                first, last = row_ids[id(fixed.payloads[0])], row_ids[id(fixed.payloads[-1])]
-                extent = (first, last, fixed.start, fixed.stop)
-                self._insert_batch(partition_id, extent, fixed.payload_id)
-            for suspect in queue.suspects:
-                self.put_aside(Batch(queue.partition, suspect.payload_id, 0, 0.0))
-        for key, received in memory.recent.seen.items():
+        numbered = [(aside, fixed) for aside, fixed in enumerate(content.suspects, asides + 1)]
+        for aside, fixed in (*numbered, *((0, fixed) for fixed in content.batches)):
+            row = _BatchRow(
+                id=None,
+                first=row_ids[id(fixed.payloads[0])],
+                last=row_ids[id(fixed.payloads[-1])],
+                start=fixed.start,
+                stop=fixed.stop,
+                payload_id=fixed.payload_id,
+                aside=aside,
+                maybe_delivered=int(fixed.maybe_delivered),
+            )
+            self._insert_batch(self._partition_id(fixed.payloads[0].partition), row)
+        for key, received in content.seen.items():
             self._remember(key, received)
         self._write_pending_keys(clock.now())
-        for batch, reason, body in memory.rejected:
+        for batch, reason, body in content.rejected:
             self._reject(batch, reason, body)
         self._size = self._total_size()
+
+    def pop_evicted(self) -> Mapping[str, int]:
+        """Return the number of payloads evicted since the last call, by environment."""
+        if not self.evicted:
+            return NO_EVICTIONS  # as after nearly every transaction
+        evicted, self.evicted = self.evicted, Counter()
+        return evicted
 
     def _reject(self, batch: Batch, reason: str, body: bytes) -> None:
         partition = batch.partition
@@ -393,17 +471,10 @@ class DiskStore:
             values = [value for row in chunk for value in row]
             self._db.execute(f"INSERT INTO {table} ({columns}) VALUES {marks}", values)  # noqa: S608 - ours
 
-    def _insert_batch(
-        self,
-        partition_id: int,
-        extent: tuple[int, int, int, int | None],
-        payload_id: str,
-        aside: int = 0,
-    ) -> None:
+    def _insert_batch(self, partition_id: int, row: _BatchRow) -> None:
         self._db.execute(
-            "INSERT INTO batches (lane,first,last,start,stop,payload_id,aside)"
-            " VALUES (?,?,?,?,?,?,?)",
-            (partition_id, *extent, payload_id, aside),
+            f"INSERT INTO batches ({_BATCH_COLUMNS},lane) VALUES (?,?,?,?,?,?,?,?,?)",  # noqa: S608 - ours
+            (*row, partition_id),
         )
 
     def _partition_id(self, partition: Partition) -> int:
@@ -436,66 +507,70 @@ class DiskStore:
             for environment, endpoint, schema, tags, wrapper, partition_id in rows.fetchall()
         ]
 
-    def _members(self, partition_id: int, row: Any) -> list[Any]:
-        return self._db.execute(
+    def _members(self, partition_id: int, row: _BatchRow) -> list[_Member]:
+        rows = self._db.execute(
             "SELECT id,received,length,body FROM posts WHERE lane=? AND id BETWEEN ? AND ?"
             " ORDER BY id",
-            (partition_id, row[1], row[2]),
-        ).fetchall()
+            (partition_id, row.first, row.last),
+        )
+        return [_Member(*each) for each in rows]
 
-    def _find(self, partition_id: int, payload_id: str) -> Any:
+    def _find(self, partition_id: int, payload_id: str) -> _BatchRow | None:
         """Return the row of a partition's batch by its id."""
         return self._batch_where("payload_id=?", (partition_id, payload_id))
 
-    def _first_batch(self, partition_id: int) -> Any:
+    def _first_batch(self, partition_id: int) -> _BatchRow | None:
         """Return the row of the first batch of a partition that is not a suspect."""
         return self._batch_where("aside=0 ORDER BY first,start", (partition_id,))
 
-    def _first_suspect(self, partition_id: int) -> Any:
+    def _first_suspect(self, partition_id: int) -> _BatchRow | None:
         """Return the row of the batch of a partition that was put aside first."""
         return self._batch_where("aside>0 ORDER BY aside,first,start", (partition_id,))
 
-    def _batch_where(self, condition: str, values: tuple[Any, ...]) -> Any:
-        return self._db.execute(
-            "SELECT id,first,last,start,stop,payload_id,aside FROM batches"  # noqa: S608 - ours
-            f" WHERE lane=? AND {condition} LIMIT 1",
+    def _batch_where(self, condition: str, values: tuple[Any, ...]) -> _BatchRow | None:
+        row = self._db.execute(
+            f"SELECT {_BATCH_COLUMNS} FROM batches WHERE lane=? AND {condition} LIMIT 1",  # noqa: S608 - ours
             values,
         ).fetchone()
+        return None if row is None else _BatchRow(*row)
 
-    def _unbatched(self, partition_id: int, limit: int) -> list[Any]:
-        """Return the rows of the oldest payloads of a partition that are in no batch."""
+    def _unbatched(self, partition_id: int, limit: int) -> list[_Candidate]:
+        """Return the oldest payloads of a partition that are in no batch."""
         (batches,) = self._db.execute(
             "SELECT count(*) FROM batches WHERE lane=?", (partition_id,)
         ).fetchone()
-        return self._db.execute(
-            "SELECT id,length,payload_id FROM posts WHERE lane=? AND (?=0 OR NOT EXISTS (SELECT 1"
-            " FROM batches WHERE lane=posts.lane AND posts.id BETWEEN first AND last))"
-            " ORDER BY id LIMIT ?",
+        rows = self._db.execute(
+            "SELECT id,length,payload_id FROM posts WHERE lane=? AND (?=0 OR id>coalesce("
+            "(SELECT last FROM batches WHERE lane=posts.lane AND first<=posts.id"
+            " ORDER BY first DESC LIMIT 1),0)) ORDER BY id LIMIT ?",
             (partition_id, batches, limit),
-        ).fetchall()
+        )
+        return [_Candidate(*row) for row in rows]
 
-    def _fix(self, partition: Partition, partition_id: int, rows: Sequence[Any]) -> bool:
+    def _fix(self, partition: Partition, partition_id: int, oldest: Sequence[_Candidate]) -> bool:
         """Fix a batch of a partition's oldest payloads; return whether more are waiting."""
         # A batch is a range of rows, so it must end before the next suspect begins.
         suspects, end = self._db.execute(
             "SELECT count(*),min(CASE WHEN first>? THEN first END) FROM batches WHERE lane=?",
-            (rows[0][0], partition_id),
+            (oldest[0].id, partition_id),
         ).fetchone()
-        candidates = [r for r in rows[: max_payloads(partition)] if end is None or r[0] < end]
-        members = candidates[: fitting([size for _, size, _ in candidates])]
-        payload_id = batch_id([payload_id for _, _, payload_id in members])
-        self._insert_batch(partition_id, (members[0][0], members[-1][0], 0, None), payload_id)
-        return suspects > 0 or len(members) < len(rows)
+        candidates = [
+            each for each in oldest[: max_payloads(partition)] if end is None or each.id < end
+        ]
+        members = candidates[: fitting([each.length for each in candidates])]
+        payload_id = batch_id([each.payload_id for each in members])
+        row = _BatchRow(first=members[0].id, last=members[-1].id, payload_id=payload_id)
+        self._insert_batch(partition_id, row)
+        return suspects > 0 or len(members) < len(oldest)
 
-    def _remove(self, partition_id: int, row: Any) -> int:
+    def _remove(self, partition_id: int, row: _BatchRow) -> int:
         """Remove a batch and its payloads; return how many, 0 while other parts of one wait."""
-        row_id, first, last, *_ = row
-        self._db.execute("DELETE FROM batches WHERE id=?", (row_id,))
+        self._db.execute("DELETE FROM batches WHERE id=?", (row.id,))
         waiting = self._db.execute(
             "SELECT 1 FROM batches WHERE lane=? AND first<=? AND last>=?",
-            (partition_id, last, first),
+            (partition_id, row.last, row.first),
         ).fetchone()
-        return 0 if waiting else self._delete(partition_id, first, last)
+        return 0 if waiting else self._delete(partition_id, row.first, row.last)
 
     def _delete(self, partition_id: int, first: int, last: int) -> int:
         sizes = self._db.execute(
@@ -536,14 +611,6 @@ class DiskStore:
     def _total_size(self) -> int:
         (size,) = self._db.execute("SELECT coalesce(sum(size),0) FROM posts").fetchone()
         return int(size)
-
-
-def _read(body: bytes, length: int) -> bytes | None:
-    """Return a decompressed body; None if the disk has damaged it."""
-    try:
-        return isal_zlib.decompress(body, GZIP, length)
-    except CORRUPT:
-        return None
 
 
 def _chunks(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:

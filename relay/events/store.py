@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -26,6 +27,8 @@ MAX_QUARANTINE = 16 * 1024 * 1024
 PAYLOAD_OVERHEAD = 256
 """Bytes that a payload needs beside its body."""
 
+NO_EVICTIONS: Mapping[str, int] = MappingProxyType({})
+
 _SPLITS = uuid.UUID("6b0f5f0e-3c56-4d0e-9c1e-6a1f8f2f7a54")
 """Namespace of the ids of halves: the same halves get the same ids, even after a restart."""
 
@@ -40,6 +43,8 @@ class Batch:
         payloads: number of payloads.
         oldest: time of arrival of the first one, in Unix seconds.
         more: True if other payloads may have been waiting when it was fixed.
+        maybe_delivered: True if upstream may have it already: an attempt has ended without an
+            answer, or a process may have ended during one.
     """
 
     partition: Partition
@@ -47,6 +52,7 @@ class Batch:
     payloads: int
     oldest: float
     more: bool = field(default=True, compare=False)
+    maybe_delivered: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +117,9 @@ class EventStore(Protocol):
     def put_aside(self, batch: Batch, /) -> bool | None:
         """Make a batch a suspect; return whether anything but suspects is waiting."""
 
+    def mark_maybe_delivered(self, batch: Batch, /) -> bool | None:
+        """Record that upstream may have a batch already; return True."""
+
     def quarantine(
         self, batch: Batch, reason: str, only: Sequence[int] | None = None, /
     ) -> int | None:
@@ -127,6 +136,9 @@ class EventStore(Protocol):
 
     def backlog(self) -> list[Backlog]:
         """Return the backlog of each partition that is not empty."""
+
+    def pop_evicted(self) -> Mapping[str, int]:
+        """Return the number of payloads evicted since the last call, by environment."""
 
 
 def fitting(sizes: Sequence[int]) -> int:

@@ -74,12 +74,13 @@ def _without_secrets(url: str) -> str:
 def build_site(config: Config) -> Site:
     """Build the site. The imports are local because they are heavy: the port opens before them."""
     from relay.build import build  # noqa: PLC0415
+    from relay.events.intake import DiscardingAcceptor  # noqa: PLC0415
     from relay.events.usage import UsageReporter  # noqa: PLC0415
     from relay.housekeeping import Housekeeping  # noqa: PLC0415
     from relay.telemetry.traffic import RequestMetrics  # noqa: PLC0415
     from relay.web.app import make_app, make_exporter  # noqa: PLC0415
     from relay.web.endpoints.evaluation import EvaluationHandler  # noqa: PLC0415
-    from relay.web.endpoints.events import Discarder, EventsHandler  # noqa: PLC0415
+    from relay.web.endpoints.events import EventsHandler  # noqa: PLC0415
     from relay.web.endpoints.goals import GoalsHandler  # noqa: PLC0415
     from relay.web.endpoints.polling import PollingHandler  # noqa: PLC0415
     from relay.web.endpoints.webhooks import WebhooksHandler  # noqa: PLC0415
@@ -92,7 +93,7 @@ def build_site(config: Config) -> Site:
     _log_events(config)
     polling, traffic = PollingHandler(), RequestMetrics()
     forwarder = relay.events if config.events.send_events else None
-    acceptor = forwarder if config.environments else Discarder(traffic.discarded)
+    acceptor = forwarder if config.environments else DiscardingAcceptor(traffic.discarded)
     events = EventsHandler(acceptor, config.events.max_inbound_payload_size, traffic.unusable)
     evaluation = EvaluationHandler(relay.registry, config.main.max_client_request_body_size)
     goals = GoalsHandler(relay.fetch, config.main.client_side_base_uri)
@@ -100,7 +101,7 @@ def build_site(config: Config) -> Site:
     webhooks = WebhooksHandler(relay.environments, secrets) if secrets else None
     app = make_app(relay, polling, traffic, events, webhooks, evaluation=evaluation, goals=goals)
     exporter = make_exporter(relay, traffic, config.prometheus.prefix)
-    keepers = (traffic.forget, events.forget)
+    keepers = (traffic.forget, events.intake.forget)
     background = [Housekeeping(relay, keepers).run]
     if relay.events:
         accept = relay.events.accept

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from dataclasses import dataclass, replace
 from http import HTTPStatus
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
+from msgspec import Struct
+from msgspec.structs import replace
 from starlette.requests import Request
 
 from relay import clock
@@ -81,8 +82,7 @@ class GoalsHandler:
         return _response(entry, header(request, "if-none-match"))
 
 
-@dataclass(frozen=True, slots=True)
-class _CachedReply:
+class _CachedReply(Struct, frozen=True):
     """Reply of LaunchDarkly with its freshness; times are those of the monotonic clock.
 
     Args:
@@ -164,7 +164,8 @@ class _GoalsCache:
     def _store(self, reply: Reply, *, confirmed: bool) -> _CachedReply:
         now = clock.monotonic()
         if confirmed and self._last_ok is not None:
-            reply = replace(self._last_ok, headers={**self._last_ok.headers, **reply.headers})
+            last = self._last_ok
+            reply = Reply(last.status, {**last.headers, **reply.headers}, last.body)
         lifetime = _lifetime(reply)
         if reply.status != HTTPStatus.OK:
             lifetime = RETRY_AFTER

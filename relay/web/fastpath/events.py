@@ -76,13 +76,14 @@ class EventsFastPath:
     ) -> None:
         self._registry = registry
         self._events = events
+        self._intake = events.intake
         self._traffic = traffic
         self.heads: ResponseCache[KnownHead] = ResponseCache(registry, MAX_HEADS)
         """By template."""
 
     def begin(self, head: RequestHead) -> EventUpload | None:
         """Return an upload for a parsed head; None to leave it to the application."""
-        if not self._events.enabled or not _has_plain_body(head.headers):
+        if not self._intake.enabled or not _has_plain_body(head.headers):
             return None
         upload = EventUpload(head.access, head.headers, self._events.budget)
         upload.keep_alive, upload.start = not head.closes, head.raw
@@ -97,14 +98,14 @@ class EventsFastPath:
         body = upload.content()
         if not body:
             return None
-        head, events = upload.head, self._events
+        head, intake = upload.head, self._intake
         try:
             if head is not None:
-                stored = events.accept_in_partition(head.partition, upload.payload_id, body)
+                stored = intake.accept_in_partition(head.partition, upload.payload_id, body)
             else:
-                environment = upload.access.environment
+                spec = upload.access.environment.spec
                 endpoint = upload.access.route.events_endpoint
-                stored = events.accept_plain(environment, endpoint, upload.headers, body)
+                stored = intake.accept_plain(spec, endpoint, upload.headers, body)
         except Exception as e:  # noqa: BLE001 - `answer` reports it
             return _failed_future(e)
         if stored is None:
@@ -124,7 +125,7 @@ class EventsFastPath:
         if head.compressed or not self._events.budget.fits(len(body)):
             return None
         try:
-            stored = self._events.accept_in_partition(head.partition, payload_id, body)
+            stored = self._intake.accept_in_partition(head.partition, payload_id, body)
         except Exception as e:  # noqa: BLE001 - `answer` reports it
             return _failed_future(e)
         if stored is not None:
@@ -161,7 +162,7 @@ class EventsFastPath:
             return
         template, _ = normalise_head(head)
         if self.heads.get(template) is None:
-            partition = self._events.partition(grant.environment, endpoint, upload.headers)
+            partition = self._intake.partition(grant.environment.spec, endpoint, upload.headers)
             accepted_head = self._completed(ACCEPTED, upload).head
             known = KnownHead.of(template, upload, partition, self._count(upload), accepted_head)
             known.size = HEAD_SIZE + len(head)

@@ -9,7 +9,7 @@ import json
 import random
 import re
 import tracemalloc
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 
 from relay.environment import Environment
 from relay.errors import StoreUnavailable
+from relay.events.intake import MAX_ORIGINS, SUMMARISED_AT_ONCE
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import EventPayload, EventsEndpoint, Partition
@@ -29,7 +30,7 @@ from relay.streams.hub import Hub
 from relay.telemetry.log import environment_log
 from relay.web.bodies import MAX_DISCARDED, MAX_SIZE, MemoryBudget
 from relay.web.cors import ALLOWED_HEADERS
-from relay.web.endpoints.events import MAX_ORIGINS, SUMMARISED_AT_ONCE, EventsHandler
+from relay.web.endpoints.events import EventsHandler
 from relay.web.fastpath import protocol
 from relay.web.fastpath.events import PLAIN_SIZE, EventsFastPath
 from relay.web.fastpath.heads import read_head
@@ -599,7 +600,7 @@ async def test_slow_bodies(acceptor):
         await writer.drain()
         await asyncio.sleep(0.1)  # so that the rest arrives separately
         writer.write(SOME[:9])
-        await asyncio.sleep(2.1)  # longer than the timeout and the interval of its checks
+        await asyncio.sleep(0.4)  # longer than the timeout and the interval of its checks
         writer.write(SOME[9:])
         async with asyncio.timeout(5):
             assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 202 ")
@@ -1124,7 +1125,6 @@ async def test_connections_share_known_heads(acceptor, monkeypatch):
 
 def test_a_debugger_shows_whether_events_are_enabled(acceptor):
     """The handler states whether it accepts events, and how many were unusable."""
-    handler = EventsHandler(acceptor)
-    handler.unusable["main"] += 2
-    assert repr(handler) == "<EventsHandler [enabled, 2 unusable]>"
-    assert repr(EventsHandler()) == "<EventsHandler [disabled, 0 unusable]>"
+    handler = EventsHandler(acceptor, unusable=Counter(main=2))
+    assert repr(handler) == "<EventsHandler: <EventIntake [enabled, 2 unusable]>>"
+    assert repr(EventsHandler()) == "<EventsHandler: <EventIntake [disabled, 0 unusable]>>"

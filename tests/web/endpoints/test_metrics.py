@@ -15,7 +15,7 @@ import pytest
 from relay import __version__
 from relay.environment import ConnectionState, Environment
 from relay.events.forwarder import Forwarder
-from relay.events.spool import Spool
+from relay.events.spool import MemorySpool
 from relay.events.store import Limits
 from relay.metrics import catalogue
 from relay.model.credential import EnvironmentID, SDKKey
@@ -118,7 +118,7 @@ async def test_a_busy_relay_exports_every_metric():
     for counts in (traffic.requests, traffic.new_streams, traffic.streams):
         counts[series].value += 1
     upstream = Upstream()
-    forwarder = Forwarder(Spool(None, Limits()), upstream, "http://h", {"main": main.spec}.get)
+    forwarder = Forwarder(MemorySpool(Limits()), upstream, "http://h", {"main": main.spec}.get)
     page = exporter_page(Relay([main], 0, events=forwarder), traffic)
     suffix = re.compile("_(bucket|sum|count)$")
     seen = {s.name if s.name.endswith("_total") else suffix.sub("", s.name) for s in page.samples}
