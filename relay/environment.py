@@ -127,8 +127,8 @@ class Environment:
         self._successor: DataSource | None = None
         """Source that takes the place of `_source` once it has delivered all data."""
         self._successor_outage = OutageLog(log)
-        self._followers: dict[DataSource, asyncio.Task[None]] = {}
-        """Tasks that follow a source, while the environment runs."""
+        self._workers: dict[DataSource | Mirror, asyncio.Task[None]] = {}
+        """Tasks that follow a source or keep a mirror, while the environment runs."""
         self._tasks: asyncio.TaskGroup | None = None
         self._log = log
 
@@ -146,29 +146,37 @@ class Environment:
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 for mirror in self.mirrors:
-                    self._tasks.create_task(self._load_stored(mirror))
-                    self._tasks.create_task(mirror.run())
+                    self._keep(mirror)
                 self._follow(self._source)
                 self._follow(self._successor)
         finally:
-            self._tasks, self._followers = None, {}
+            self._tasks, self._workers = None, {}
 
-    def change(self, spec: EnvironmentSpec, source: DataSource | None = None) -> None:
-        """Replace the spec, which takes effect at once; data, streams and mirrors stay.
+    def change(
+        self,
+        spec: EnvironmentSpec,
+        source: DataSource | None = None,
+        mirrors: Sequence[Mirror] | None = None,
+    ) -> None:
+        """Replace the spec, which takes effect at once; data and streams stay.
 
         Args:
-            spec: the new name, credentials and settings. (The prefix takes effect at a restart.)
+            spec: the new name, credentials and settings.
             source: follows upstream with a new SDK key; the present source is followed until this
                 one has delivered all data. None keeps the present source.
+            mirrors: mirrors from now on, as for a new prefix; new ones among them are filled. None
+                keeps the present mirrors.
         """
         self.spec = spec
         if isinstance(self._log, EnvironmentLog):
             self._log.describe(spec.name, spec.sdk_key.masked)
             set_environment_level(spec.name, spec.log_level)
         if source is not None:
-            self._unfollow(self._successor)
+            self._dismiss(self._successor)
             self._successor, self._successor_outage = source, OutageLog(self._log)
             self._follow(source)
+        if mirrors is not None:
+            self._replace_mirrors(mirrors)
 
     def resync(self) -> None:
         """Request all data from upstream again."""
@@ -208,11 +216,31 @@ class Environment:
 
     def _follow(self, source: DataSource | None) -> None:
         if source is not None and self._tasks is not None:
-            self._followers[source] = self._tasks.create_task(self._handle_updates(source))
+            self._workers[source] = self._tasks.create_task(self._handle_updates(source))
 
-    def _unfollow(self, source: DataSource | None) -> None:
-        if source is not None and (task := self._followers.pop(source, None)):
+    def _keep(self, mirror: Mirror) -> None:
+        if self._tasks is not None:
+            self._workers[mirror] = self._tasks.create_task(self._run_mirror(mirror))
+
+    def _dismiss(self, worker: DataSource | Mirror | None) -> None:
+        if worker is not None and (task := self._workers.pop(worker, None)):
             task.cancel()
+
+    async def _run_mirror(self, mirror: Mirror) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._load_stored(mirror))
+            tasks.create_task(mirror.run())
+
+    def _replace_mirrors(self, mirrors: Sequence[Mirror]) -> None:
+        before, self.mirrors = self.mirrors, tuple(mirrors)
+        for mirror in before:
+            if mirror not in self.mirrors:
+                self._dismiss(mirror)
+        for mirror in self.mirrors:
+            if mirror not in before:
+                self._keep(mirror)
+                if self.payload is not None and self.connection.state is ConnectionState.VALID:
+                    mirror.update(self.payload, None, full=True, unusable=self.invalid)
 
     async def _handle_updates(self, source: DataSource) -> None:
         async with aclosing(source.updates()) as updates:
@@ -228,7 +256,7 @@ class Environment:
                 text = "The former SDK key is still used upstream. With the new one: %s"
                 self._successor_outage.begin(update.reason, text, update.reason)
             return False
-        self._unfollow(self._source)
+        self._dismiss(self._source)
         self._source, self._successor = source, None
         self._log.info("The new SDK key is used upstream")
         return True

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Generic, TypeVar
+
+from msgspec import Struct
 
 from relay import clock
 from relay.model.credential import Credential, CredentialKind
@@ -48,8 +49,7 @@ class Grant(Generic[EnvironmentT]):
         return f"<Grant {self.credential} {state}>"
 
 
-@dataclass(frozen=True, slots=True)
-class RegistryChange(Generic[EnvironmentT]):
+class RegistryChange(Struct, Generic[EnvironmentT], frozen=True):
     """Consequences of a change.
 
     Args:
@@ -63,9 +63,6 @@ class RegistryChange(Generic[EnvironmentT]):
     stopped: tuple[EnvironmentT, ...] = ()
     opened: tuple[Grant[EnvironmentT], ...] = ()
     closed: tuple[Grant[EnvironmentT], ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.started or self.stopped or self.opened or self.closed)
 
 
 _Key = tuple[CredentialKind, str, str]

@@ -15,6 +15,7 @@ from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Fetch
 from relay.registry import Registry, RegistryChange
 from relay.sources import DataSource
+from relay.stores import Mirror
 from relay.telemetry.log import mask_keys
 
 if TYPE_CHECKING:
@@ -90,7 +91,11 @@ class Relay:
         self._carry_out(self.registry.put(environment, environment.spec))
 
     def change(
-        self, environment: Environment, spec: EnvironmentSpec, source: DataSource | None = None
+        self,
+        environment: Environment,
+        spec: EnvironmentSpec,
+        source: DataSource | None = None,
+        mirrors: Sequence[Mirror] | None = None,
     ) -> None:
         """Replace the spec of an environment while it serves; see `Environment.change`.
 
@@ -98,11 +103,14 @@ class Relay:
             ValueError: another environment has the name; nothing has changed.
         """
         change = self.registry.put(environment, spec)
-        environment.change(spec, source)
+        environment.change(spec, source, mirrors)
         self._carry_out(change)
 
     def remove(self, environment: Environment) -> None:
-        """Remove an environment: its credentials open nothing, and its streams end."""
+        """Remove an environment for good: its credentials open nothing, and its streams end.
+
+        To bring it back, make and put another one.
+        """
         self._carry_out(self.registry.remove(environment))
 
     def expire(self) -> None:

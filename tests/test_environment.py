@@ -21,6 +21,7 @@ from relay.stores import Stored
 from relay.telemetry.log import environment_log
 from tests.support.clocks import SystemClock
 from tests.support.contracts import MemoryMirror, RecordingHub, ScriptedSource
+from tests.support.serving import until
 
 LOG = logging.getLogger("relay.env.test")
 
@@ -371,6 +372,32 @@ async def test_a_new_key_before_the_first_data(caplog):
         assert env.connection.state is ConnectionState.OFF
         await successor.give(put(flag("a", 1)))
         assert env.connection.state is ConnectionState.VALID
+
+
+async def test_mirrors_are_replaced_while_it_runs():
+    """New ones are filled at once, old ones end, and one that stays is not disturbed."""
+    async with Stage(mirrors=2) as stage:
+        env, (gone, stays), comes = stage.environment, stage.mirrors, MemoryMirror()
+        await stage.source.give(put(flag("a", 1)))
+        told = list(stays.told)
+        env.change(replace(env.spec, prefix="new"), mirrors=[stays, comes])
+        assert comes.told == [None]
+        await until(lambda: gone.ended == 1)
+        await stage.source.give(ChangeSet((flag("a", 2),)))
+        assert (len(gone.told), len(stays.told), len(comes.told)) == (1, len(told) + 1, 2)
+        assert (stays.ended, comes.ended) == (0, 0)
+    assert (gone.ended, stays.ended, comes.ended) == (1, 1, 1)
+
+
+async def test_a_new_mirror_gets_no_data_that_upstream_has_not_confirmed():
+    """During an outage the database may know more; the mirror waits like the others."""
+    async with Stage() as stage:
+        env, mirror = stage.environment, MemoryMirror()
+        await stage.source.give(put(flag("a", 1)), OUTAGE)
+        env.change(env.spec, mirrors=[mirror])
+        assert mirror.told == []
+        await stage.source.give(UpToDate())
+        assert mirror.told == [None]
 
 
 async def test_the_log_follows_name_and_key(caplog):

@@ -129,7 +129,7 @@ async def test_a_removed_environment_stops_and_its_streams_end() -> None:
 
 
 async def test_a_removed_environment_may_come_again() -> None:
-    """The same object, or a new one of the same name."""
+    """As a new object of the same name."""
     stage, successor = Stage("a"), Stage("a")
     async with running(Relay([stage.environment], 5)) as relay:
         await stage.put()

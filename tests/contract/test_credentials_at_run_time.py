@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import logging
 import os
 import re
+import weakref
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import replace
@@ -184,6 +186,87 @@ class Doors:
             await asyncio.sleep(0)
 
 
+class Prober:
+    """Sends requests with any credential, and checks that it gets what the credential opens.
+
+    Args:
+        site: to send them to.
+    """
+
+    def __init__(self, site: Doors) -> None:
+        self.site = site
+        self.table = CredentialTable()
+        self.etags: dict[Credential, str] = {}
+
+    def opened_by(self, credential: Credential) -> Place | None:
+        place = self.table.find(credential, self.site.now)
+        assert place is None or isinstance(place, Place)
+        return place
+
+    def judge(self, reply: Reply, credential: Credential) -> Place | None:
+        """Check that a request was accepted if it had to be; return the environment."""
+        place = self.opened_by(credential)
+        if place is None:
+            assert reply.status in REFUSED, f"{credential} opens nothing"
+            return None
+        assert reply.status in (200, 202, 304), f"{credential} opens {place.environment}"
+        client_id = place.environment.spec.environment_id
+        assert reply.headers.get("x-ld-envid") == (client_id.value if client_id else None)
+        return place
+
+    async def ask_everything(self, address: Address, credential: Credential) -> None:
+        if credential.kind is CredentialKind.SDK_KEY:
+            await self.poll(address, credential, "/sdk/latest-all")
+            await self.poll(address, credential, "/sdk/flags/flag")
+        for context in CONTEXTS:
+            await self.evaluate(address, credential, context)
+        await self.post(address, credential)
+
+    async def poll(self, address: Address, credential: Credential, path: str) -> None:
+        """Poll with and without an ETag: that of the last response."""
+        headers = [("Authorization", credential.value)]
+        if etag := self.etags.get(credential):
+            reply = await ask(address, path, [*headers, ("If-None-Match", etag)])
+            self.judge(reply, credential)
+        reply = await ask(address, path, headers)
+        place = self.judge(reply, credential)
+        if place is not None:
+            assert place.value in reply.body
+            self.etags[credential] = reply.headers["etag"]
+
+    async def evaluate(self, address: Address, credential: Credential, context: str) -> None:
+        """Evaluate as a server, mobile SDK or browser."""
+        headers = [("Authorization", credential.value)]
+        path = f"/sdk/evalx/contexts/{context}"
+        if credential.kind is CredentialKind.MOBILE_KEY:
+            path = f"/msdk/evalx/contexts/{context}"
+        if credential.kind is CredentialKind.ENVIRONMENT_ID:
+            path, headers = f"/sdk/evalx/{credential.value}/contexts/{context}", []
+        reply = await ask(address, path, headers)
+        place = self.opened_by(credential)
+        browser = credential.kind is CredentialKind.ENVIRONMENT_ID
+        if place is not None and browser and place.environment.spec.secure_mode:
+            assert reply.status == 400, "there is no hash"
+        elif (place := self.judge(reply, credential)) is not None:
+            assert place.value in reply.body
+
+    async def post(self, address: Address, credential: Credential) -> None:
+        """Post an event, which belongs to the environment that the credential opens."""
+        path, headers = self.events_of(credential)
+        reply = await ask(address, path, headers, method="POST", body=b'[{"a":1}]')
+        place = self.judge(reply, credential)
+        if place is not None:
+            payload = self.site.acceptor.payloads.pop()
+            assert payload.partition.environment == place.environment.spec.name
+        assert not self.site.acceptor.payloads
+
+    def events_of(self, credential: Credential) -> tuple[str, list[tuple[str, str]]]:
+        headers = [("X-LaunchDarkly-Event-Schema", "4"), ("Authorization", credential.value)]
+        if credential.kind is CredentialKind.ENVIRONMENT_ID:
+            return f"/events/bulk/{credential.value}", headers[:1]
+        return "/mobile" if credential.kind is CredentialKind.MOBILE_KEY else "/bulk", headers
+
+
 class Interleavings(RuleBasedStateMachine):
     """Each request is answered with the data of the environment that its credential opens then."""
 
@@ -196,11 +279,11 @@ class Interleavings(RuleBasedStateMachine):
         self.run(self.site.open())
         self.relay = self.site.relay
         self.places: dict[int, Place] = {}
-        self.table = CredentialTable()
+        self.prober = Prober(self.site)
+        self.table = self.prober.table
         self.streams: list[Client] = []
         self.requests: list[Client] = []
         self.made = 0
-        self.etags: dict[Credential, str] = {}
         self.opened: dict[Credential, Place | None] = dict.fromkeys(CREDENTIALS)
         """What each credential opened after the last change."""
         self.changed: set[Place] = set()
@@ -213,11 +296,6 @@ class Interleavings(RuleBasedStateMachine):
             self.run(client.close())
         self.run(self.site.close())
         self.runner.close()
-
-    def opened_by(self, credential: Credential) -> Place | None:
-        place = self.table.find(credential, self.site.now)
-        assert place is None or isinstance(place, Place)
-        return place
 
     # Changes.
 
@@ -232,7 +310,7 @@ class Interleavings(RuleBasedStateMachine):
             return
         self.relay.expire()
         for client in (*self.streams, *self.requests):
-            client.valid &= self.opened_by(client.credential) is client.place
+            client.valid &= self.prober.opened_by(client.credential) is client.place
         for stream in [stream for stream in self.streams if not stream.valid]:
             await until(lambda s=stream: s.ended, 20)
             self.streams.remove(stream)
@@ -241,19 +319,19 @@ class Interleavings(RuleBasedStateMachine):
 
     async def try_changed(self) -> None:
         """Send requests with all credentials that open something else now, or what has changed."""
-        opened = {credential: self.opened_by(credential) for credential in CREDENTIALS}
+        opened = {credential: self.prober.opened_by(credential) for credential in CREDENTIALS}
         for credential in CREDENTIALS:
             place = opened[credential]
             if place is not self.opened[credential] or place in self.changed:
                 for door in self.doors:
-                    await self.ask_everything(self.site.addresses[door], credential)
+                    await self.prober.ask_everything(self.site.addresses[door], credential)
         self.opened = opened
         self.changed.clear()
 
     def any_credential(self, data: st.DataObject, *kinds: CredentialKind) -> Credential:
         """Draw a credential, most often one that opens something."""
         choices = [each for each in CREDENTIALS if each.kind in (kinds or CredentialKind)]
-        valid = [each for each in choices if self.opened_by(each)]
+        valid = [each for each in choices if self.prober.opened_by(each)]
         return data.draw(st.sampled_from([*valid, *valid, *choices]))
 
     def free_name(self, name: str, slot: int) -> str:
@@ -316,7 +394,7 @@ class Interleavings(RuleBasedStateMachine):
         credential = self.any_credential(data)
 
         async def revoke() -> None:
-            place = self.opened_by(credential)
+            place = self.prober.opened_by(credential)
             if place is None:
                 return
             spec = place.environment.spec
@@ -366,17 +444,6 @@ class Interleavings(RuleBasedStateMachine):
 
     # Requests.
 
-    def judge(self, reply: Reply, credential: Credential) -> Place | None:
-        """Check that a request was accepted if it had to be; return the environment."""
-        place = self.opened_by(credential)
-        if place is None:
-            assert reply.status in REFUSED, f"{credential} opens nothing"
-            return None
-        assert reply.status in (200, 202, 304), f"{credential} opens {place.environment}"
-        client_id = place.environment.spec.environment_id
-        assert reply.headers.get("x-ld-envid") == (client_id.value if client_id else None)
-        return place
-
     @rule(times=st.sampled_from([1, 3]), data=st.data())
     def request(self, times, data):
         """Poll, evaluate and post; more than once, as responses are cached."""
@@ -385,61 +452,9 @@ class Interleavings(RuleBasedStateMachine):
 
         async def request() -> None:
             for _ in range(times):
-                await self.ask_everything(address, credential)
+                await self.prober.ask_everything(address, credential)
 
         self.run(request())
-
-    async def ask_everything(self, address: Address, credential: Credential) -> None:
-        if credential.kind is CredentialKind.SDK_KEY:
-            await self.poll(address, credential, "/sdk/latest-all")
-            await self.poll(address, credential, "/sdk/flags/flag")
-        for context in CONTEXTS:
-            await self.evaluate(address, credential, context)
-        await self.post(address, credential)
-
-    async def poll(self, address: Address, credential: Credential, path: str) -> None:
-        """Poll with and without an ETag: that of the last response."""
-        headers = [("Authorization", credential.value)]
-        if etag := self.etags.get(credential):
-            reply = await ask(address, path, [*headers, ("If-None-Match", etag)])
-            self.judge(reply, credential)
-        reply = await ask(address, path, headers)
-        place = self.judge(reply, credential)
-        if place is not None:
-            assert place.value in reply.body
-            self.etags[credential] = reply.headers["etag"]
-
-    async def evaluate(self, address: Address, credential: Credential, context: str) -> None:
-        """Evaluate as a server, mobile SDK or browser."""
-        headers = [("Authorization", credential.value)]
-        path = f"/sdk/evalx/contexts/{context}"
-        if credential.kind is CredentialKind.MOBILE_KEY:
-            path = f"/msdk/evalx/contexts/{context}"
-        if credential.kind is CredentialKind.ENVIRONMENT_ID:
-            path, headers = f"/sdk/evalx/{credential.value}/contexts/{context}", []
-        reply = await ask(address, path, headers)
-        place = self.opened_by(credential)
-        browser = credential.kind is CredentialKind.ENVIRONMENT_ID
-        if place is not None and browser and place.environment.spec.secure_mode:
-            assert reply.status == 400, "there is no hash"
-        elif (place := self.judge(reply, credential)) is not None:
-            assert place.value in reply.body
-
-    async def post(self, address: Address, credential: Credential) -> None:
-        """Post an event, which belongs to the environment that the credential opens."""
-        path, headers = self.events_of(credential)
-        reply = await ask(address, path, headers, method="POST", body=b'[{"a":1}]')
-        place = self.judge(reply, credential)
-        if place is not None:
-            payload = self.site.acceptor.payloads.pop()
-            assert payload.partition.environment == place.environment.spec.name
-        assert not self.site.acceptor.payloads
-
-    def events_of(self, credential: Credential) -> tuple[str, list[tuple[str, str]]]:
-        headers = [("X-LaunchDarkly-Event-Schema", "4"), ("Authorization", credential.value)]
-        if credential.kind is CredentialKind.ENVIRONMENT_ID:
-            return f"/events/bulk/{credential.value}", headers[:1]
-        return "/mobile" if credential.kind is CredentialKind.MOBILE_KEY else "/bulk", headers
 
     @precondition(lambda self: len(self.streams) < 12)
     @rule(evaluated=st.booleans(), data=st.data())
@@ -455,7 +470,7 @@ class Interleavings(RuleBasedStateMachine):
             path = f"/eval/{value}/{CONTEXTS[0]}" if evaluated else f"/ping/{value}"
 
         async def open_stream() -> None:
-            place = self.opened_by(credential)
+            place = self.prober.opened_by(credential)
             browser = credential.kind is CredentialKind.ENVIRONMENT_ID
             if place is not None and browser and evaluated and place.environment.spec.secure_mode:
                 return
@@ -486,14 +501,14 @@ class Interleavings(RuleBasedStateMachine):
         credential = self.any_credential(data, *(kinds[:1] if stream else kinds))
         address = self.site.addresses[data.draw(st.sampled_from(self.doors))]
         body = b'{"kind":"user","key":"anna"}' if stream else b'[{"kind":"custom"}]'
-        path, headers = self.events_of(credential)
+        path, headers = self.prober.events_of(credential)
         method, path = ("REPORT", "/meval") if stream else ("POST", path)
         headers = [*headers, ("Host", "x"), ("Content-Length", f"{len(body)}")]
         headers.append(("Content-Type", "application/json"))
         head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{n}: {v}\r\n" for n, v in headers)
 
         async def begin() -> None:
-            client = Client(credential, self.opened_by(credential), body[9:])
+            client = Client(credential, self.prober.opened_by(credential), body[9:])
             await client.send(address, head.encode() + b"\r\n" + body[:9])
             self.requests.append(client)
 
@@ -543,3 +558,42 @@ TestInterleavings.settings = SETTINGS
 
 TestAtBothDoors = AtBothDoors.TestCase
 TestAtBothDoors.settings = SETTINGS
+
+
+async def test_nothing_keeps_a_removed_environment_in_memory():
+    """Its payload and programs may be large, and environments may come and go for ever."""
+    site = Doors()
+    await site.open()
+    prober = Prober(site)
+
+    async def serve(number: int) -> Place:
+        """Make an environment that has had requests of all kinds."""
+        sdk, mobile, client_id = SDK_KEYS[number], MOBILE_KEYS[number], IDS[number]
+        spec = EnvironmentSpec(f"e{number}", sdk, mobile, client_id, eval_streams=True)
+        place = Place(number, spec)
+        site.relay.put(place.environment)
+        prober.table.put(place, spec, site.now)
+        await place.publish()
+        for address in site.addresses.values():
+            for credential in (sdk, mobile, client_id) * 3:
+                await prober.ask_everything(address, credential)
+        return place
+
+    async def come_and_go() -> weakref.ref[Environment]:
+        place = await serve(0)
+        stream = Client(MOBILE_KEYS[0], place)
+        head = f"GET /meval/{CONTEXTS[0]} HTTP/1.1\r\nHost: x\r\nAuthorization: mob-0\r\n\r\n"
+        await stream.send(site.addresses["fast path"], head.encode())
+        await until(lambda: place.value in stream.received)
+        site.relay.remove(place.environment)
+        prober.table.remove(place)
+        await until(lambda: stream.ended)
+        await stream.close()
+        return weakref.ref(place.environment)
+
+    try:
+        environment = await come_and_go()
+        await serve(1)  # caches notice a change with the next request
+        await until(lambda: gc.collect() >= 0 and environment() is None, 10)
+    finally:
+        await site.close()

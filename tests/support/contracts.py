@@ -66,6 +66,7 @@ class MemoryMirror:
         self.loading: asyncio.Future[Stored | None] = asyncio.get_running_loop().create_future()
         self.told: list[Change | str | None] = []
         self.status: StoreStatus | None = None
+        self.ended = 0
 
     async def load(self) -> Stored | None:
         return await self.loading
@@ -88,4 +89,7 @@ class MemoryMirror:
         assert self.told
 
     async def run(self) -> None:
-        await asyncio.Event().wait()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.ended += 1

@@ -1021,8 +1021,7 @@ async def test_a_known_head_follows_changes_of_its_key(acceptor):
         reply, _ = await statuses(reader, 1)
         assert reply == [401]
         writer.close()
-        relay.remove(main)
-        relay.put(main)
+        relay.change(main, replace(specs[0], project_key="new"))
         assert (await post(address, SOME, SCHEMA_4)).status == 202
     assert [p.partition.environment for p in acceptor.payloads] == ["main"] * 2 + ["e2"] * 3 + [
         "main"
