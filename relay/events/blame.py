@@ -13,7 +13,7 @@ STRIKES = 2
 """Strikes that convict a payload: one alone could be the first moment of an outage."""
 
 STRIKES_IF_DELIVERED = 3
-"""Strikes that convict a batch that upstream may have already: an error delivers it twice."""
+"""The same for a batch that upstream may have already: a wrong verdict delivers it twice."""
 
 MAX_KNOWN = 10_000
 """Maximum number of rejected batches that are remembered; for a forgotten one the evidence starts
