@@ -11,6 +11,9 @@ VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info
 endif
 BIN := $(VENV)/bin
 IMAGE_PYTHON := $(shell sed -n 's/^ARG PYTHON=\([0-9.]*\).*/\1/p' Dockerfile)
+# One more than there are cores, for tests wait half of their time; whoever is out of work takes over
+# tests of others, so that nobody waits for the last ones.
+PARALLEL := -n $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1))) --maxprocesses 8 --dist worksteal
 PURE := tests/model tests/evaluation tests/protocol
 NODE_PACKAGES := tests/sdk-node/node_modules/.package-lock.json
 
@@ -34,14 +37,14 @@ test-image: ## all tests on the Python of the image, if this machine has it
 # In parallel first. What fails in company is run once more alone, for a busy machine may miss time
 # limits; what fails again has failed. Exit code 5: no test was chosen.
 pytest: $(VENV)/test $(NODE_PACKAGES)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not timing" --durations 20 $(PYTEST_ARGS); \
+	$(BIN)/python -m pytest $(PARALLEL) -m "not timing" --durations 20 $(PYTEST_ARGS); \
 	  code=$$?; [ $$code = 1 ] || { [ $$code = 0 ] || [ $$code = 5 ]; exit; }; \
 	  $(BIN)/python -m pytest --last-failed -m "not timing" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS) || [ $$? = 5 ]
 
 coverage: $(VENV)/test ## the tests of the pure folders, and the branches that they leave out
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n auto --maxprocesses 8 $(PURE)
+	$(BIN)/coverage run -m pytest $(PARALLEL) $(PURE)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

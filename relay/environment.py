@@ -126,8 +126,7 @@ class Environment:
         self._source = source
         self._successor: DataSource | None = None
         """Source that takes the place of `_source` once it has delivered all data."""
-        self._successor_failing = False
-        """True once it was logged that it cannot."""
+        self._successor_outage = OutageLog(log)
         self._followers: dict[DataSource, asyncio.Task[None]] = {}
         """Tasks that follow a source, while the environment runs."""
         self._tasks: asyncio.TaskGroup | None = None
@@ -168,7 +167,7 @@ class Environment:
             set_environment_level(spec.name, spec.log_level)
         if source is not None:
             self._unfollow(self._successor)
-            self._successor, self._successor_failing = source, False
+            self._successor, self._successor_outage = source, OutageLog(self._log)
             self._follow(source)
 
     def resync(self) -> None:
@@ -225,10 +224,9 @@ class Environment:
     def _takes_over(self, source: DataSource, update: Update) -> bool:
         """Let a new source take over with its first complete data; return False before."""
         if not (isinstance(update, ChangeSet) and update.full):
-            if isinstance(update, Interrupted) and not self._successor_failing:
-                self._successor_failing = True
+            if isinstance(update, Interrupted):
                 text = "The former SDK key is still used upstream. With the new one: %s"
-                self._log.warning(text, update.reason)
+                self._successor_outage.begin(update.reason, text, update.reason)
             return False
         self._unfollow(self._source)
         self._source, self._successor = source, None

@@ -129,7 +129,8 @@ def test_an_expired_credential_is_not_found_though_the_timer_is_late(
     assert registry.expire() == RegistryChange()
     assert registry.generation == before
     clock.now = 1010.0
-    assert registry.generation > before
+    assert registry.generation == before + 1
+    assert registry.generation == before + 1
     assert registry.find(SDK, "sdk-old") is None
     assert registry.find(SDK, "sdk-a") == "A"
     assert registry.next_expiry_in == 0.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from relay import __version__, clock
 from relay.config.schema import Prometheus
@@ -27,8 +28,7 @@ UNCOUNTED_ROUTES = frozenset(("/mping",))
 Rows = Iterable[Row]
 
 
-@dataclass(frozen=True, slots=True)
-class MetricsView:
+class MetricsView(Struct, frozen=True):
     """Objects from which metrics are collected."""
 
     relay: Relay

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from relay import clock, randomness
 from relay.model.metrics import Histogram, MetricValue
@@ -42,8 +43,7 @@ ENDINGS_PER_SECOND = 500
 elsewhere at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class StreamLimits:
+class StreamLimits(Struct, frozen=True):
     """Time limits of streams. All in seconds.
 
     Args:

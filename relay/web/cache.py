@@ -18,7 +18,7 @@ ANY_PAYLOAD = Payload.of(())
 
 class _Sized(Struct, kw_only=True, eq=False):
     size: int = 0
-    """Bytes that the entry takes, set by the cache."""
+    """Bytes that the entry takes with its key, but without what is kept elsewhere anyway."""
 
 
 class CacheEntry(_Sized, eq=False):
@@ -66,7 +66,7 @@ class ResponseCache(Generic[EntryT]):
         """Payloads of the newest entries of each environment."""
 
     def __repr__(self) -> str:
-        return f"<ResponseCache [{len(self._entries)} entries, {self.size} bytes]>"
+        return f"<{type(self).__name__} [{len(self._entries)} entries, {self.size} bytes]>"
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -79,19 +79,19 @@ class ResponseCache(Generic[EntryT]):
         if self._registry.generation != self._generation:
             self._clear()
             return None
-        if not entry.is_fresh:
-            self._remove(key)
-            return None
-        self._entries.move_to_end(key)
-        return entry
+        payload = entry.payload  # as `is_fresh`, without its call: this is the hottest path
+        if payload is entry.environment.payload or payload is ANY_PAYLOAD:
+            self._entries.move_to_end(key)
+            return entry
+        self._remove(key)
+        return None
 
-    def put(self, key: Hashable, entry: EntryT, size: int) -> None:
+    def put(self, key: Hashable, entry: EntryT) -> None:
         """Keep an entry, and evict the least recently used ones if there are too many.
 
         Args:
             key: replaces the entry of an equal one.
             entry: made since the last change of environments and credentials.
-            size: bytes that it takes, with its key, but without what is kept elsewhere anyway.
         """
         if self._registry.generation != self._generation:
             self._clear()
@@ -101,9 +101,8 @@ class ResponseCache(Generic[EntryT]):
             self._payloads[environment] = payload
         if key in self._entries:
             self._remove(key)
-        entry.size = size
         self._entries[key] = entry
-        self.size += size
+        self.size += entry.size
         while self.size > self._max_size:
             self._remove(next(iter(self._entries)))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 
+from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -21,8 +21,7 @@ Handler = Callable[[Request, Access], Awaitable[Response | PreparedResponse]]
 """Return the response to an authenticated request."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class AuthenticatedRoute:
+class AuthenticatedRoute(Struct, frozen=True, eq=False):
     """ASGI application of one route.
 
     Args:

@@ -22,7 +22,7 @@ from tests.support.sdk import CLIENT_SIDE_SDKS, SOMEBODY, Setup, make, sees
 from tests.support.serving import SDK_KEY, Address, ask, until
 from tests.support.upstream import ScriptedUpstream, status
 
-ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
 """How often the relay is killed; at night more often: KILL_ROUNDS=200."""
 ANNA = {"kind": "user", "key": "anna", "name": "Ännä <&> \u2028"}
 BOOTSTRAP = {"lamp": "on", "$flagsState": {"lamp": {"version": 3, "variation": 0}}, "$valid": True}

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 import logging
-from types import SimpleNamespace
 from urllib.parse import quote
 
 import h11
@@ -21,16 +20,18 @@ from relay.errors import ConfigError
 from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Reply
+from relay.registry import Grant
 from relay.stores.redis.store import RedisStore
 from relay.telemetry.log import JSONFormatter, TextFormatter
+from relay.web.access import Access
 from relay.web.cors import cors_lines, with_cors
 from relay.web.endpoints.goals import GoalsHandler
 from relay.web.middleware import PathNormalizationMiddleware
 from relay.web.responses import PreparedResponse, environment_headers
-from relay.web.routes import ROUTES
+from relay.web.routes import ROUTES, Endpoint
 from tests.support.data import all_data, flag
 from tests.support.process import RelayProcess
-from tests.support.serving import SDK_KEY, ask, until
+from tests.support.serving import SDK_KEY, Served, ask, until
 from tests.support.upstream import ScriptedUpstream, body
 
 USER, PASSWORD = "me", "pässword:of-mine"
@@ -226,12 +227,6 @@ def test_no_target_of_a_request_ends_a_redirection(path, query):
     head_of(b"HTTP/1.1 %d x\r\n%b" % (start["status"], lines))
 
 
-class Asked:
-    """An environment, as far as goals look at it."""
-
-    spec = SimpleNamespace(name="x", sdk_key=SDKKey("sdk-1"))
-
-
 said = st.binary().map(lambda value: value.decode("utf-8", "surrogateescape"))
 """As the HTTP client gives the bytes of a header."""
 
@@ -250,10 +245,12 @@ def test_no_header_of_launchdarkly_ends_ours(headers, status):
         return Reply(status, headers, b"[]")
 
     goals = GoalsHandler(fetch, "http://h")
-    request = Request({"type": "http", "headers": [], "path_params": {"envId": "id"}})
-    response = asyncio.run(goals.respond(request, Asked()))
-    lines = b"".join(b"%b: %b\r\n" % header for header in response.raw_headers)
-    head_of(b"HTTP/1.1 200 OK\r\n" + lines)
+    served = Served()
+    route = next(route for route in ROUTES if route.endpoint is Endpoint.GOALS)
+    access = Access(route, Grant(served.environment, EnvironmentID("env-1")))
+    request = Request({"type": "http", "headers": []})
+    response = asyncio.run(goals.handle(request, access))
+    head_of(response.head)
 
 
 def lines_of(text: str) -> str:

@@ -39,7 +39,7 @@ from tests.support.upstream import PATIENCE
 
 pytestmark = pytest.mark.timing
 ROOT = Path(__file__).parent.parent.parent
-ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
 """Number of times that a relay is killed; more in the nightly run."""
 
 
@@ -376,7 +376,7 @@ async def test_kill_9_loses_and_repeats_nothing(upstream, tmp_path, rejects):
     for each in upstream.accepted:
         for event in each.events:
             ids[event][each.payload_id] += 1
-    assert len(accepted) > 500
+    assert len(accepted) > 30 * ROUNDS
     assert accepted <= set(ids), "an accepted event is lost"
     assert {len(found) for found in ids.values()} == {1}, "an event came under two ids"
     assert any(p.status == 413 for p in upstream.posts)

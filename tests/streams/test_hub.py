@@ -561,3 +561,34 @@ async def test_a_resync_keeps_the_grant(monkeypatch):
         await hub.end_streams(opened_with, 0.05)
     assert buffer.closed
     assert len(hub) == 0
+
+
+async def test_a_stream_that_is_resynced_while_others_end_is_not_forgotten(monkeypatch):
+    """It has become another subscription since the list of those to end was made."""
+    monkeypatch.setattr(channel_module, "MAX_PENDING", 3000)
+    hub, revoked = Hub({"all": AllFormat()}), grant()
+    now, change = payload(flag("a", 1))
+    hub.publish(now, change)
+    slow = Buffer()
+    for buffer in [*(Buffer() for _ in range(60)), slow]:
+        hub.subscribe("all", buffer, grant=revoked)
+        if buffer is not slow:
+            buffer.read()
+    for version in range(2, 8):
+        now, change = now.apply(ChangeSet((flag("a", version, HIGH),)))
+        hub.publish(now, change)
+        await turns()
+    revoked.revoked = True
+    ending = asyncio.create_task(hub.end_streams(revoked, 1.0))
+    await asyncio.sleep(0)
+    assert not slow.closed
+    slow.read()
+    slow.read()
+    async with asyncio.timeout(5):
+        while not slow.closed:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    slow.read()
+    assert slow.received.endswith(LAST_CHUNK)
+    assert slow.state() == {"a": 7}
+    async with asyncio.timeout(5):
+        await ending

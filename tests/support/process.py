@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Self
 
@@ -20,9 +21,11 @@ PATIENCE = 15.0
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        return int(probe.getsockname()[1])
+    """A port that is free, and that the kernel gives to no connection meanwhile."""
+    while True:
+        port = random.randrange(10_000, 32_000)  # below the usual range of ephemeral ports
+        with suppress(OSError), closing(socket.create_server(("", port))):
+            return port
 
 
 class RelayProcess:

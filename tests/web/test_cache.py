@@ -70,13 +70,13 @@ def test_an_entry_dies_with_its_environment_credential_and_spec(change, depends_
     relay, environment = served()
     cache = cache_of(relay)
     payload = environment.payload if depends_on_data else ANY_PAYLOAD
-    entry = Entry(environment, payload)
-    cache.put("key", entry, 10)
+    entry = Entry(environment, payload, size=10)
+    cache.put("key", entry)
     assert cache.get("key") is entry
     change(relay, environment)
     assert cache.get("key") is None
     assert (len(cache), cache.size) == (0, 0)
-    cache.put("key", entry, 10)
+    cache.put("key", entry)
     assert cache.get("key") is entry
 
 
@@ -87,7 +87,7 @@ def test_an_expired_credential_empties_a_cache_before_any_timer():
     registry = type(relay.registry)(lambda: now)
     registry.put(environment, environment.spec.with_credential(SDKKey("sdk-old"), 110.0))
     cache: ResponseCache[Entry] = ResponseCache(registry, 1000)
-    cache.put("key", Entry(environment, ANY_PAYLOAD), 10)
+    cache.put("key", Entry(environment, ANY_PAYLOAD, size=10))
     now = 109.9
     assert cache.get("key") is not None
     now = 110.0
@@ -98,9 +98,9 @@ def test_an_entry_dies_with_the_data_that_it_was_made_of():
     """New data make it stale, even if they are equal; entries that need no data stay."""
     relay, environment = served()
     cache = cache_of(relay)
-    lasting = Entry(environment, ANY_PAYLOAD)
-    cache.put("data", Entry(environment, environment.payload), 10)
-    cache.put("lasting", lasting, 10)
+    lasting = Entry(environment, ANY_PAYLOAD, size=10)
+    cache.put("data", Entry(environment, environment.payload, size=10))
+    cache.put("lasting", lasting)
     environment.payload = new_payload()
     assert cache.get("data") is None
     assert cache.get("lasting") is lasting
@@ -112,7 +112,7 @@ def test_an_entry_made_without_data_dies_with_the_first_data():
     relay, environment = served()
     environment.payload = None
     cache = cache_of(relay)
-    cache.put("key", Entry(environment, None), 10)
+    cache.put("key", Entry(environment, None, size=10))
     assert cache.get("key") is not None
     environment.payload = new_payload()
     assert cache.get("key") is None
@@ -127,13 +127,13 @@ def test_former_data_are_not_kept_alive():
     cache = cache_of(relay)
     body = Body()
     former = weakref.ref(body)
-    cache.put("theirs", Entry(other, other.payload), 10)
+    cache.put("theirs", Entry(other, other.payload, size=10))
     for n in range(5):
-        cache.put(n, Entry(environment, environment.payload, body), 10)
+        cache.put(n, Entry(environment, environment.payload, body, size=10))
     del body
     environment.payload = new_payload()
     assert former() is not None
-    cache.put("new", Entry(environment, environment.payload), 10)
+    cache.put("new", Entry(environment, environment.payload, size=10))
     gc.collect()
     assert former() is None
     assert (len(cache), cache.size) == (2, 20)
@@ -146,8 +146,8 @@ def test_a_removed_environment_is_not_kept_alive():
     other = Served(name="other", sdk_key=SDKKey("sdk-2"), environment_id=None).environment
     relay.put(other)
     cache = cache_of(relay)
-    cache.put("key", Entry(other, other.payload), 10)
-    cache.put("mine", Entry(environment, environment.payload), 10)
+    cache.put("key", Entry(other, other.payload, size=10))
+    cache.put("mine", Entry(environment, environment.payload, size=10))
     gone = weakref.ref(other)
     relay.remove(other)
     del other
@@ -161,14 +161,14 @@ def test_the_least_recently_used_are_evicted():
     relay, environment = served()
     cache = cache_of(relay, 100)
     for n in range(50):
-        cache.put(n, Entry(environment, environment.payload, n), 10)
+        cache.put(n, Entry(environment, environment.payload, n, size=10))
         assert cache.size <= 100
         assert (entry := cache.get(0)) is not None
         assert entry.value == 0
     assert [n for n in range(50) if cache.get(n)] == [0, *range(41, 50)]
-    cache.put("large", Entry(environment, environment.payload), 95)
+    cache.put("large", Entry(environment, environment.payload, size=95))
     assert (len(cache), cache.size) == (1, 95)
-    cache.put("too large", Entry(environment, environment.payload), 101)
+    cache.put("too large", Entry(environment, environment.payload, size=101))
     assert (len(cache), cache.size) == (0, 0)
 
 
@@ -177,7 +177,7 @@ def test_an_entry_replaces_that_of_an_equal_key():
     relay, environment = served()
     cache = cache_of(relay)
     for value in (1, 2):
-        cache.put("key", Entry(environment, ANY_PAYLOAD, value), 10 * value)
+        cache.put("key", Entry(environment, ANY_PAYLOAD, value, size=10 * value))
     assert (entry := cache.get("key")) is not None
     assert (entry.value, len(cache), cache.size) == (2, 1, 20)
 
@@ -185,8 +185,8 @@ def test_an_entry_replaces_that_of_an_equal_key():
 def test_a_debugger_shows_sizes_instead_of_data():
     """Cache and entry state their sizes, the entry whether it is fresh."""
     relay, environment = served()
-    cache, entry = cache_of(relay), Entry(environment, environment.payload, "secret")
-    cache.put("key", entry, 10)
+    cache, entry = cache_of(relay), Entry(environment, environment.payload, "secret", size=10)
+    cache.put("key", entry)
     assert repr(cache) == "<ResponseCache [1 entries, 10 bytes]>"
     assert repr(entry) == "<Entry [fresh, 10 bytes]>"
     environment.payload = None

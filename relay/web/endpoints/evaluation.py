@@ -78,12 +78,11 @@ class EvaluationResult(CacheEntry, eq=False):
         payload: its data that the flags were evaluated with.
         body: of the response.
         key: fully qualified key of the context; empty without secure mode.
-        cacheable: whether the request was repeated, so that its result is worth caching.
+        size: see `CacheEntry`; 0 unless the request was repeated, and so is worth caching.
     """
 
     body: EvalBody
     key: str
-    cacheable: bool
 
 
 class _RecentRequests:
@@ -205,20 +204,22 @@ class EvaluationHandler:
         if body is None:
             return None
         key = context.fully_qualified_key if environment.spec.secure_mode else ""
-        result = EvaluationResult(environment, environment.payload, body, key, repeated)
+        result = EvaluationResult(environment, environment.payload, body, key)
         if repeated:
             # Entries share most of their bodies. Each is counted in full all the same: those of
-            # other versions, or of contexts without a group, share nothing.
-            self.results.put(cache_key, result, ENTRY_SIZE + body.size + len(raw))
+            # contexts without a group share nothing.
+            result.size = ENTRY_SIZE + body.size + len(raw)
+            self.results.put(cache_key, result)
         return result
 
 
 def _evaluation_request(
     sdk_kind: SDKKind, raw: bytes, reader: Callable[[bytes], Context], query: bytes
 ) -> _EvaluationRequest:
-    return _EvaluationRequest(
-        sdk_kind, raw, reader, wants_reasons(query), secure_mode_hash_in(query)
-    )
+    with_reasons, secure_mode_hash = False, ""
+    if query:  # most have none
+        with_reasons, secure_mode_hash = wants_reasons(query), secure_mode_hash_in(query)
+    return _EvaluationRequest(sdk_kind, raw, reader, with_reasons, secure_mode_hash)
 
 
 def _parse_and_evaluate(

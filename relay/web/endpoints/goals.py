@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from dataclasses import dataclass, replace
 from http import HTTPStatus
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
+from msgspec import Struct
+from msgspec.structs import replace
 from starlette.requests import Request
 
 from relay import clock
@@ -71,18 +72,17 @@ class GoalsHandler:
         if self._fetch is None:
             return _NO_GOALS
         environment = access.environment
+        identifier = quote(access.grant.credential.value, safe="")
+        url = join(self._base, f"/sdk/goals/{identifier}")
         cache = self._caches.get(environment)
-        if cache is None:
-            identifier = quote(access.grant.credential.value, safe="")
-            url = join(self._base, f"/sdk/goals/{identifier}")
+        if cache is None or cache.url != url:
             cache = self._caches[environment] = _GoalsCache(self._fetch, url, environment.log)
         forwarded = {name: header(request, name).decode("latin-1") for name in FORWARDED_HEADERS}
         entry = await cache.get({name: value for name, value in forwarded.items() if value})
         return _response(entry, header(request, "if-none-match"))
 
 
-@dataclass(frozen=True, slots=True)
-class _CachedReply:
+class _CachedReply(Struct, frozen=True):
     """Reply of LaunchDarkly with its freshness; times are those of the monotonic clock.
 
     Args:
@@ -109,7 +109,7 @@ class _GoalsCache:
 
     def __init__(self, fetch: Fetch, url: str, log: Log) -> None:
         self._fetch = fetch
-        self._url = url
+        self.url = url
         self._outage = OutageLog(log)
         self._current: _CachedReply | None = None
         """Served until it expires; possibly an error."""
@@ -140,7 +140,7 @@ class _GoalsCache:
             headers = {**headers, "if-none-match": etag}
         try:
             reply = await self._fetch(
-                self._url, headers=headers, within=FETCH_LIMIT, max_body=MAX_SIZE
+                self.url, headers=headers, within=FETCH_LIMIT, max_body=MAX_SIZE
             )
         except UpstreamUnavailable as e:
             return self._fail(_UNREACHABLE, e.reason)
@@ -164,7 +164,8 @@ class _GoalsCache:
     def _store(self, reply: Reply, *, confirmed: bool) -> _CachedReply:
         now = clock.monotonic()
         if confirmed and self._last_ok is not None:
-            reply = replace(self._last_ok, headers={**self._last_ok.headers, **reply.headers})
+            last = self._last_ok
+            reply = Reply(last.status, {**last.headers, **reply.headers}, last.body)
         lifetime = _lifetime(reply)
         if reply.status != HTTPStatus.OK:
             lifetime = RETRY_AFTER

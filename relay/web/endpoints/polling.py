@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from starlette.requests import Request
 
 from relay.environment import Environment
+from relay.model.environment import EnvironmentSpec
 from relay.model.item import Kind
 from relay.model.payload import Payload
 from relay.protocol.fdv1 import all_data, all_flags
@@ -19,7 +20,6 @@ from relay.web.resources import Resource, with_ttl
 from relay.web.responses import (
     NO_DATA,
     NO_SUCH_ITEM,
-    Headers,
     PreparedResponse,
     environment_headers,
 )
@@ -31,9 +31,10 @@ MAX_ITEMS = 1024
 class _PollResources:
     """Resources of one payload that can be polled, built on first use."""
 
-    def __init__(self, payload: Payload, headers: Headers) -> None:
+    def __init__(self, payload: Payload, spec: EnvironmentSpec) -> None:
         self.payload = payload
-        self._headers = headers
+        self.spec = spec
+        self._headers = environment_headers(spec)
         self._cache: dict[tuple[str, str], Resource | None] = {}
         self._builders: Mapping[str, Callable[[str], Resource | None]] = {
             "/sdk/flags": self._flags,
@@ -137,9 +138,7 @@ class PollingHandler:
         return resource or NO_SUCH_ITEM.with_headers(*environment_headers(environment.spec))
 
     def _resources_of(self, environment: Environment, payload: Payload) -> _PollResources:
-        resources = self._resources.get(environment)
-        if resources is None or resources.payload is not payload:
-            resources = self._resources[environment] = _PollResources(
-                payload, environment_headers(environment.spec)
-            )
+        resources, spec = self._resources.get(environment), environment.spec
+        if resources is None or resources.payload is not payload or resources.spec is not spec:
+            resources = self._resources[environment] = _PollResources(payload, spec)
         return resources

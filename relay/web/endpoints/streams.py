@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from dataclasses import dataclass
 
+from msgspec import Struct
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -69,8 +69,7 @@ def stream_headers(environment: Environment, *, closes: bool) -> Headers:
     return (*headers, *environment_headers(environment.spec))
 
 
-@dataclass(frozen=True, slots=True)
-class ClientStream:
+class ClientStream(Struct, frozen=True):
     """Stream that an SDK gets.
 
     Args:

@@ -6,14 +6,14 @@ from relay.environment import Environment
 from relay.model.metrics import MetricValue
 from relay.registry import Registry
 from relay.web.cache import CacheEntry, ResponseCache
-from relay.web.fastpath.heads import MAX_HEAD, normalise_head
+from relay.web.fastpath.heads import EVALUATION_STARTS, MAX_HEAD, HeadTemplate, normalise_head
 from relay.web.fastpath.streams import StreamRequest
 
-MAX_CACHED = 16 * 1024 * 1024
-"""Bytes of cached responses and stream requests: those of 4000 kinds of SDKs, and far more."""
+MAX_CACHED = 48 * 1024 * 1024
+"""Bytes of cached responses: far more than those of thousands of kinds of SDKs and contexts."""
 
-ENTRY_OVERHEAD = 1024
-"""Bytes that an entry takes besides its head and body."""
+ENTRY_SIZE = 1024
+"""Bytes that a cached response takes besides its head and body."""
 
 JOINED_BODY = 16 * 1024
 """Bodies up to this many bytes are joined with their head: one write for one copy."""
@@ -34,6 +34,7 @@ class WireResponse(CacheEntry, eq=False):
         count: counter of such requests.
         closes: True if the client wants the connection closed after the response.
         line: to log for each such request; empty for none.
+        size: see `CacheEntry`; 0 if it is not worth caching.
     """
 
     head: bytes
@@ -59,35 +60,38 @@ class WireResponse(CacheEntry, eq=False):
             self._date = date
             head = self.head + CLOSE if self.closes else self.head
             parts = (head, date, *self.pieces)
-            self._assembled = (b"".join(parts),) if self.body_size <= JOINED_BODY else parts
+            joined = sum(map(len, self.pieces)) <= JOINED_BODY
+            self._assembled = (b"".join(parts),) if joined else parts
         return self._assembled
 
 
-class HeadCache:
-    """Cache of responses and stream requests by normalised request head.
+class HeadCache(ResponseCache[WireResponse | StreamRequest]):
+    """Cache of responses and stream requests by raw request head.
 
     Args:
         registry: see `ResponseCache`.
     """
 
     def __init__(self, registry: Registry[Environment]) -> None:
-        self._cache: ResponseCache[WireResponse | StreamRequest] = ResponseCache(
-            registry, MAX_CACHED
-        )
+        super().__init__(registry, MAX_CACHED)
 
-    def __repr__(self) -> str:
-        return repr(self._cache)
+    def get_similar(self, head: bytes) -> WireResponse | StreamRequest | None:
+        """Return the response to a head that is the same after normalisation."""
+        return self.get(normalise_head(head)[0])
 
-    def get(self, head: bytes) -> WireResponse | StreamRequest | None:
-        """Return the fresh response to a head that is the same after normalisation."""
-        return self._cache.get(head) or self._cache.get(normalise_head(head)[0])
+    def keep(self, head: bytes, response: WireResponse | StreamRequest) -> None:
+        """Keep a response for later requests, if it is worth it.
 
-    def put(self, head: bytes, response: WireResponse | StreamRequest) -> None:
-        """Keep a response for all requests with the same head after normalisation."""
-        if len(head) > MAX_HEAD:
+        Args:
+            head: of the request. Heads that are the same after normalisation share a response,
+                except for evaluations, of which hardly two instances have the same context.
+            response: to the request; one without a size is not kept.
+        """
+        if not response.size or len(head) > MAX_HEAD:
             return
-        size = ENTRY_OVERHEAD + len(head)
-        if isinstance(response, WireResponse) and response.body_size <= JOINED_BODY:
-            size += response.body_size  # which is a copy; other bodies are those of the resource
-        template, values = normalise_head(head)
-        self._cache.put(template if values else head, response, size)
+        response.size += len(head)
+        key: bytes | HeadTemplate = head
+        if not head.startswith(EVALUATION_STARTS):
+            template, values = normalise_head(head)
+            key = template if values else head
+        self.put(key, response)

@@ -21,7 +21,7 @@ from relay.web.endpoints.evaluation import (
     resource_for,
     with_expiry,
 )
-from relay.web.fastpath.cache import ENTRY_OVERHEAD, WireResponse
+from relay.web.fastpath.cache import ENTRY_SIZE, WireResponse
 from relay.web.fastpath.heads import MAX_HEAD, RequestHead
 from relay.web.resources import MAX_COMPRESSED_AT_ONCE, MIN_COMPRESSED, accepts_gzip
 from relay.web.responses import Headers, PreparedResponse
@@ -32,9 +32,6 @@ clients."""
 
 PROFILE_SIZE = 2 * 1024
 """Bytes that a client profile takes besides its key."""
-
-MAX_RESPONSES = 32 * 1024 * 1024
-"""Bytes of cached responses."""
 
 _LINE_END = b" HTTP/1.1\r\n"
 _BASE64_PUNCTUATION = b"-_=+"
@@ -76,11 +73,11 @@ class ClientProfile(CacheEntry, eq=False):
     def respond(self, response: PreparedResponse) -> WireResponse:
         """Return a prepared response with this profile's headers."""
         response = response.with_headers(*self.cors)
-        return self._to_wire(response.head, (response.body,))
-
-    def _to_wire(self, head: bytes, pieces: tuple[bytes, ...]) -> WireResponse:
-        environment = self.environment
-        return WireResponse(environment, environment.payload, head, pieces, self.count, self.closes)
+        environment, count = self.environment, self.count
+        pieces = (response.body,)
+        return WireResponse(
+            environment, environment.payload, response.head, pieces, count, self.closes
+        )
 
     def respond_usual(self, result: EvaluationResult) -> WireResponse | None:
         """Return the same as `respond` for the plain or compressed variant, at less cost.
@@ -102,7 +99,8 @@ class ClientProfile(CacheEntry, eq=False):
                 body, compress=compress
             )
         head = b"%b%b%b%d\r\n" % (parts[0], etag_of(body), parts[1], size)
-        return self._to_wire(head, pieces)
+        environment, count = self.environment, self.count
+        return WireResponse(environment, environment.payload, head, pieces, count, self.closes)
 
     def _split_head(self, body: EvalBody, *, compress: bool) -> tuple[bytes, bytes]:
         resource = resource_for(body, self.environment)
@@ -131,12 +129,6 @@ class EvaluationFastPath:
         self._traffic = traffic
         self.profiles: ResponseCache[ClientProfile] = ResponseCache(registry, MAX_PROFILES)
         """By the bytes before the context in a request, and the bytes after the request line."""
-        self.responses: ResponseCache[WireResponse] = ResponseCache(registry, MAX_RESPONSES)
-        """By the whole head of a request."""
-
-    def answer_same(self, head: bytes) -> WireResponse | None:
-        """Return the response to a request that has been answered before; None if it is unknown."""
-        return self.responses.get(head)
 
     def answer_known(self, head: bytes) -> WireResponse | None:
         """Return the response to a request that differs from an earlier one in its context only.
@@ -154,14 +146,14 @@ class EvaluationFastPath:
         segment, _, query = target.partition(b"?")
         # Anything else has to be judged by the parser.
         plain = segment.translate(None, _BASE64_PUNCTUATION).isalnum()
-        if not (plain and _is_plain(query)):
+        if not plain or (query and not _is_plain(query)):
             return None
-        return self._respond(profile, head, segment, query)
+        return self._respond(profile, segment, query)
 
     def answer(self, head: RequestHead) -> WireResponse | None:
         """Return the response to a GET; None to leave it to the application."""
         profile = self._profile(head)
-        response = self._respond(profile, head.raw, head.segment, head.query)
+        response = self._respond(profile, head.segment, head.query)
         if response is not None and not profile.if_none_match and _is_plain(head.query):
             self._remember(head.raw, profile)
         return response
@@ -170,11 +162,10 @@ class EvaluationFastPath:
         line, _, rest = head.partition(_LINE_END)
         if rest and len(rest) <= MAX_HEAD:
             start = line.partition(b"?")[0].rpartition(b"/")[0]
-            self.profiles.put((start, rest), profile, PROFILE_SIZE + len(start) + len(rest))
+            profile.size = PROFILE_SIZE + len(start) + len(rest)
+            self.profiles.put((start, rest), profile)
 
-    def _respond(
-        self, profile: ClientProfile, head: bytes, segment: bytes, query: bytes
-    ) -> WireResponse | None:
+    def _respond(self, profile: ClientProfile, segment: bytes, query: bytes) -> WireResponse | None:
         environment, sdk_kind = profile.environment, profile.sdk_kind
         result = self._evaluation.evaluate(environment, sdk_kind, segment, query)
         if result is None:
@@ -190,9 +181,8 @@ class EvaluationFastPath:
                 return None
             response = profile.respond(with_expiry(variant, environment, sdk_kind))
         # A response that states its expiry is different each time.
-        if response and result.cacheable and len(head) <= MAX_HEAD and environment.spec.ttl <= 0:
-            size = ENTRY_OVERHEAD + len(head) + response.body_size
-            self.responses.put(head, response, size)
+        if response and result.size and environment.spec.ttl <= 0:
+            response.size = ENTRY_SIZE + response.body_size
         return response
 
     def _profile(self, head: RequestHead) -> ClientProfile:

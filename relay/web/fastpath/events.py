@@ -165,7 +165,8 @@ class EventsFastPath:
             partition = self._intake.partition(grant.environment.spec, endpoint, upload.headers)
             accepted_head = self._completed(ACCEPTED, upload).head
             known = KnownHead.of(template, upload, partition, self._count(upload), accepted_head)
-            self.heads.put(template, known, HEAD_SIZE + len(head))
+            known.size = HEAD_SIZE + len(head)
+            self.heads.put(template, known)
 
     def find_head(self, head: bytes) -> tuple[KnownHead, str, int] | None:
         """Return a known head with the payload id and the length of the body, as `KnownHead.read`.

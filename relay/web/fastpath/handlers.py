@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 from relay.telemetry.redaction import redact_url
 from relay.web.access_log import request_line
-from relay.web.fastpath.cache import WireResponse
+from relay.web.cache import CacheEntry
+from relay.web.fastpath.cache import ENTRY_SIZE, JOINED_BODY, WireResponse
 from relay.web.fastpath.events import EventUpload
 from relay.web.fastpath.heads import RequestHead
 from relay.web.fastpath.shared import FastPath
@@ -18,14 +19,17 @@ Outcome = WireResponse | StreamRequest | EventUpload
 
 
 def handle(shared: FastPath, head: RequestHead) -> Outcome | None:
-    """Begin a request; None leaves it to the application.
+    """Begin a request, and cache the response if it is worth it; None leaves it to the application.
 
     Args:
         shared: state shared by all connections.
         head: of the request. A GET must have arrived alone.
     """
     handler = _HANDLERS.get(head.access.route.endpoint)
-    return None if handler is None else handler(shared, head)
+    outcome = None if handler is None else handler(shared, head)
+    if isinstance(outcome, CacheEntry) and outcome.size:
+        shared.cache.keep(head.raw, outcome)
+    return outcome
 
 
 def log_line(head: RequestHead, status: int, size: int | None) -> str:
@@ -45,8 +49,8 @@ def authorization(head: RequestHead) -> str:
 
 def _open_stream(shared: FastPath, head: RequestHead) -> StreamRequest | None:
     request = stream_request(shared.traffic, head)
-    if request is not None and not shared.traffic.logs:
-        shared.cache.put(head.raw, request)
+    if request is not None and shared.traffic.logs:
+        request.size = 0  # a cached one could not be logged
     return request
 
 
@@ -78,7 +82,8 @@ def _answer_poll(shared: FastPath, head: RequestHead) -> WireResponse | None:
     if traffic.logs:
         response.line = log_line(head, prepared.status, len(body))
     if environment.spec.ttl <= 0:  # otherwise it states its expiry, different each time
-        shared.cache.put(head.raw, response)
+        # A larger body is that of the resource, and not a copy.
+        response.size = ENTRY_SIZE + (len(body) if len(body) <= JOINED_BODY else 0)
     return response
 
 

@@ -25,6 +25,9 @@ MAX_HEAD = 4096
 LENGTH = b"content-length"
 PAYLOAD_ID = b"x-launchdarkly-payload-id"
 
+EVALUATION_STARTS = (b"GET /sdk/evalx/", b"GET /msdk/evalx/")
+"""First bytes of evaluation requests."""
+
 _VARIABLE = re.compile(
     rb"\r\n(content-length|x-launchdarkly-(?:payload|instance)-id): ([0-9A-Za-z-]{1,100})(?=\r\n)",
     re.IGNORECASE,

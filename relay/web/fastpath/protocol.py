@@ -26,7 +26,7 @@ from relay.web.fastpath.application import ApplicationProtocol
 from relay.web.fastpath.cache import CLOSING, WireResponse
 from relay.web.fastpath.events import CHUNKED, EventUpload, only_chunk
 from relay.web.fastpath.handlers import authorization, handle, log_line, redacted_url
-from relay.web.fastpath.heads import END, RequestHead, read_head
+from relay.web.fastpath.heads import END, EVALUATION_STARTS, RequestHead, read_head
 from relay.web.fastpath.shared import FastPath, SweptConnection
 from relay.web.fastpath.streams import StreamRequest
 from relay.web.responses import Headers
@@ -34,8 +34,6 @@ from relay.web.responses import Headers
 MAX_HEADS_REMEMBERED = 32
 """Maximum number of upload heads remembered from one connection: enough for the clients behind a
 proxy; bounds the cost of a client that makes up a new head for each upload."""
-
-_EVALUATION_STARTS = (b"GET /sdk/evalx/", b"GET /msdk/evalx/")
 
 
 class ConnectionState(Enum):
@@ -226,7 +224,7 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
             end = data.find(END) + len(END)
             if end != len(data):  # incomplete, or pipelined
                 self._pass_on(data)
-            elif not data.startswith(_EVALUATION_STARTS):
+            elif not data.startswith(EVALUATION_STARTS):
                 self._begin_unknown(data, end)
             elif self._shared.scheduler.defer(self):
                 self._state, self._deferred = WAITING, data
@@ -251,11 +249,9 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
     def _answer_from_cache(self, data: bytes) -> bool:
         """Serve from the response cache; return False if there is no fresh response."""
         shared = self._shared
-        cached: WireResponse | StreamRequest | None
-        if data.startswith(_EVALUATION_STARTS):
-            cached = shared.evaluation.answer_same(data) if shared.evaluation else None
-        else:
-            cached = shared.cache.get(data)
+        cached = shared.cache.get(data)
+        if cached is None and not data.startswith(EVALUATION_STARTS):
+            cached = shared.cache.get_similar(data)
         if isinstance(cached, WireResponse):
             self._write(cached)
         elif cached is not None and self._can_hand_over():
@@ -270,10 +266,12 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         response = None
         if shared.evaluation is not None and len(head) <= shared.limits.max_head_size:
             response = shared.evaluation.answer_known(head)
-        if response is not None:
-            self._write(response)
-        else:
+        if response is None:
             self._begin_unknown(head, len(head))
+            return
+        if response.size:
+            shared.cache.keep(head, response)
+        self._write(response)
 
     def _begin_unknown(self, data: bytes, end: int) -> None:
         """Parse a head, and begin its request; leave anything unusual to the application.

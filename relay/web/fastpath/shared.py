@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from email.utils import formatdate
 from typing import Protocol
 
+from msgspec import Struct
 from uvicorn.server import ServerState
 
 from relay import clock
@@ -38,9 +38,6 @@ class PollResponder(Protocol):
 class EvaluationResponder(Protocol):
     """Handler of evaluation requests; see `relay.web.fastpath.evaluation`."""
 
-    def answer_same(self, head: bytes, /) -> WireResponse | None:
-        """Return the response to a request that has been answered before."""
-
     def answer_known(self, head: bytes, /) -> WireResponse | None:
         """Return the response to a request that differs from an earlier one in its context only."""
 
@@ -58,8 +55,7 @@ class SweptConnection(ABC):
         """Close the connection if its client has exceeded a time limit."""
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionLimits:
+class ConnectionLimits(Struct, frozen=True):
     """Limits of one connection. Times in seconds, sizes in bytes.
 
     Args:

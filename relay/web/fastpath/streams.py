@@ -19,9 +19,12 @@ from relay.web.fastpath.heads import RequestHead
 from relay.web.responses import Headers, PreparedResponse
 from relay.web.routes import Endpoint
 
+REQUEST_SIZE = 1024
+"""Bytes that a stream request takes besides its head."""
+
 
 class StreamRequest(CacheEntry, eq=False):
-    """Request for a stream, ready for the hub."""
+    """Request for a stream, ready for the hub; cacheable unless it is for one context."""
 
     grant: Grant[Environment]
     """Opens the environment; the stream ends with it."""
@@ -54,4 +57,7 @@ def stream_request(traffic: RequestMetrics, head: RequestHead) -> StreamRequest 
         headers = with_cors(headers, cors_lines(environment.spec, origin, route))
     labels = access.labels(traffic, "GET", head.headers)
     grant, client = access.grant, stream.client
-    return StreamRequest(environment, ANY_PAYLOAD, grant, stream.name, headers, labels, client)
+    size = 0 if head.segment else REQUEST_SIZE
+    return StreamRequest(
+        environment, ANY_PAYLOAD, grant, stream.name, headers, labels, client, size=size
+    )

@@ -68,7 +68,7 @@ def cached_body(
     """Return the cached body for a context; None if it is not cached."""
     result = handler.evaluate(environment, SDKKind.BROWSER, context, b"")
     assert isinstance(result, EvaluationResult)
-    return result.body if result.cacheable else None
+    return result.body if result.size else None
 
 
 @pytest.fixture

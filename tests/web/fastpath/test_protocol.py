@@ -433,13 +433,13 @@ async def test_caches_state_their_contents():
     """Sizes and freshness, as a debugger shows them."""
     served = Served()
     cache = HeadCache(served.relay.registry)
-    prepared = WireResponse(served.environment, None, b"", (b"ab",), MetricValue())
-    cache.put(b"1", prepared)
-    assert repr(prepared) == "<WireResponse [fresh, 1027 bytes]>"
-    assert repr(cache) == "<ResponseCache [1 entries, 1027 bytes]>"
+    prepared = WireResponse(served.environment, None, b"", (b"ab",), MetricValue(), size=2)
+    cache.keep(b"1", prepared)
+    assert repr(prepared) == "<WireResponse [fresh, 3 bytes]>"
+    assert repr(cache) == "<HeadCache [1 entries, 3 bytes]>"
     assert repr(scheduler.EvaluationScheduler()) == "<EvaluationScheduler [0 deferred]>"
     served.environment.payload = EMPTY
-    assert repr(prepared) == "<WireResponse [stale, 1027 bytes]>"
+    assert repr(prepared) == "<WireResponse [stale, 3 bytes]>"
     access = Access(ROUTES[0], Grant(served.environment, SDKKey(SDK_KEY)))
     upload = EventUpload(access, {}, served.events.budget)
     assert repr(upload) == "<EventUpload /bulk [0 bytes reserved]>"
