@@ -40,7 +40,7 @@ class Evidence:
         self._rejected: set[str] = set()
         """Batches rejected since the last accepted one; two at most are recorded."""
         self._rejected_alone: set[str] = set()
-        """The same for payloads that were rejected alone."""
+        """The same for payloads alone, and for batches that must not be split yet."""
 
     def __repr__(self) -> str:
         state = "accepting" if self.accepting else "outage" if self.outage else "undecided"
