@@ -13,7 +13,7 @@ STRIKES = 2
 """Strikes that convict a payload: one alone could be the first moment of an outage."""
 
 STRIKES_IF_DELIVERED = 3
-"""Strikes that convict a batch that upstream may have already: an error delivers it twice."""
+"""The same for a batch that upstream may have already: a wrong verdict delivers it twice."""
 
 MAX_KNOWN = 10_000
 """Maximum number of rejected batches that are remembered; for a forgotten one the evidence starts
@@ -40,7 +40,7 @@ class Evidence:
         self._rejected: set[str] = set()
         """Batches rejected since the last accepted one; two at most are recorded."""
         self._rejected_alone: set[str] = set()
-        """The same for payloads that were rejected alone."""
+        """The same for payloads alone, and for batches that must not be split yet."""
 
     def __repr__(self) -> str:
         state = "accepting" if self.accepting else "outage" if self.outage else "undecided"

@@ -86,7 +86,12 @@ def next_step(
 
 
 def step_if_bad(status: int | None, payloads: int) -> Step:
-    """Decide on the next step with a batch that is proven bad."""
+    """Decide on the next step with a batch that is proven bad.
+
+    Args:
+        status: HTTP status of the last rejection.
+        payloads: number of payloads in the batch.
+    """
     return Step.SPLIT if status == TOO_LARGE or payloads > 1 else Step.QUARANTINE
 
 

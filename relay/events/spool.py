@@ -171,6 +171,8 @@ class DiskSpool:
         self._gathered = self._written = 0
         """Sizes in bytes of the payloads of the next transaction, and of the current one."""
         self._wake = asyncio.Event()
+        """Set when a transaction is due."""
+        self._timer: asyncio.TimerHandle | None = None
         self._closing = False
         self._closed = asyncio.Event()
 
@@ -234,7 +236,6 @@ class DiskSpool:
                 _resolve(acks, done.new)
                 _resolve(outcomes, done.values)
             self._written = 0
-        self._timer.cancel()
         await self._thread.call(self._store.close)
         self._thread.end()
         self._closed.set()
@@ -249,6 +250,8 @@ class DiskSpool:
         self._closing = True
         self._wake.set()
         await wait_for(self._closed, CLOSE_LIMIT)
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class _Done(NamedTuple):

@@ -16,7 +16,7 @@ import pytest
 
 from relay.events.forwarder import Forwarder
 from relay.events.policy import ForwarderTimings
-from relay.events.spool import MemorySpool
+from relay.events.spool import MemorySpool, SpoolResult
 from relay.events.store import MAX_BATCH, Limits
 from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.upstream import USER_AGENT, Upstream
@@ -220,6 +220,20 @@ async def test_the_age_of_the_oldest_payload_is_known(upstream):
                 await asyncio.sleep(0)
         assert forwarder.oldest("prod") == second.received
         await settled(forwarder)
+
+
+async def test_an_unexpected_error_of_the_spool_ends_the_forwarder():
+    """It is not hidden: without the spool nothing would be delivered any more."""
+
+    class BrokenSpool(MemorySpool):
+        async def results(self):
+            yield SpoolResult()
+            raise ZeroDivisionError
+
+    async with Upstream() as upstream:
+        forwarder = Forwarder(BrokenSpool(LIMITS), upstream, "http://127.0.0.1:1", lambda _: SPEC)
+        with pytest.raises(ZeroDivisionError):
+            await forwarder.run()
 
 
 # Shutdown and restart

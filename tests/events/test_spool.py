@@ -34,6 +34,7 @@ from tests.events.stores import (
     payload,
 )
 from tests.support.clocks import SystemClock
+from tests.support.upstream import PATIENCE
 
 ROOT = Path(__file__).parent.parent.parent
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
@@ -199,6 +200,26 @@ def test_a_clock_that_jumps_loses_nothing(durable, moments):
 
     with tempfile.TemporaryDirectory() as folder, SystemClock() as system:
         asyncio.run(run(Path(folder), system))
+
+
+@pytest.mark.parametrize("durable", [True, False])
+async def test_payloads_that_are_too_old_are_evicted_regularly(tmp_path, monkeypatch, durable):
+    """The results tell how many, though nothing else happens."""
+    monkeypatch.setattr("relay.events.spool.EXPIRE_EVERY", 0.01)
+    limits = Limits(age=1000.0)
+    spool = DiskSpool(tmp_path, limits) if durable else MemorySpool(limits)
+    with SystemClock() as system:
+        async with working(spool) as results:
+            await append_all(spool, payload(1), payload(2, OTHER))
+            system.skip(500)
+            await append(spool, payload(3))
+            system.skip(501)
+            async with asyncio.timeout(PATIENCE):
+                while not any(result.evicted for result in results):  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+            evicted = [Counter(result.evicted) for result in results if result.evicted]
+            assert evicted == [Counter(prod=1, test=1)]
+            assert bodies(await drained(spool)) == [payload(3).body]
 
 
 async def test_evictions_from_memory_are_counted():
