@@ -29,7 +29,7 @@ from relay.model.reply import Fetch
 from relay.programs import ProgramCache
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.registry import Registry
-from relay.relay import Relay
+from relay.relay import Directory, Relay
 from relay.sources import DataSource
 from relay.sources.timings import SourceTimings
 from relay.stores import Mirror
@@ -38,7 +38,9 @@ from relay.streams.hub import Hub, StreamLimits
 from relay.telemetry.log import Log, environment_log, set_environment_level
 
 if TYPE_CHECKING:
+    from relay.autoconfig import AutoConfiguration
     from relay.sync import SyncTarget
+    from relay.upstream import Upstream as HTTPSession
 
 DEMO = EnvironmentSpec(
     "demo", SDKKey("sdk-demo"), MobileKey("mob-demo"), EnvironmentID("demo-client-side-id")
@@ -64,12 +66,17 @@ def build(config: Config) -> Relay:
     registry: Registry[Environment] = Registry()
     events: Forwarder | None = None
     fetch: Fetch | None = None
-    if config.environments:
+    directory: Directory | None = None
+    session: Session = nullcontext()
+    if config.uses_launchdarkly:
         specs = [_spec(each, config.main) for each in config.environments]
-        session, upstream, fetch, make_source = _launchdarkly(config)
+        upstream, make_source = _launchdarkly(config)
+        session, fetch = upstream, upstream.fetch
         events = _forwarder(config, upstream, registry.spec_of)
+        if config.auto_config.key:
+            directory = _auto_configuration(config, upstream, make_source)
     else:
-        specs, make_source, session = [_demo(config.main)], _file(config), nullcontext()
+        specs, make_source = [_demo(config.main)], _file(config)
     return Relay(
         [_environment(config, spec, make_source) for spec in specs],
         config.main.init_timeout,
@@ -79,6 +86,31 @@ def build(config: Config) -> Relay:
         ignore_connection_errors=config.main.ignore_connection_errors,
         disconnected_after=config.main.disconnected_status_time,
         registry=registry,
+        directory=directory,
+    )
+
+
+def _auto_configuration(
+    config: Config, session: HTTPSession, make_source: SourceFactory
+) -> AutoConfiguration:
+    """Return what follows the list of environments; it makes them as the configured ones are."""
+    from relay.autoconfig import AutoConfiguration, log
+    from relay.model.credential import AutoConfigKey
+    from relay.protocol.environments import SharedSettings
+    from relay.sources.autoconfig import AutoConfigStream
+
+    main, auto = config.main, config.auto_config
+    settings = SharedSettings(
+        auto.env_datastore_prefix,
+        auto.env_allowed_origin,
+        auto.env_allowed_header,
+        main.eval_streams,
+    )
+    return AutoConfiguration(
+        AutoConfigStream(session, main.stream_uri, AutoConfigKey(auto.key.reveal()), log),
+        settings,
+        lambda spec: _environment(config, spec, make_source),
+        make_source,
     )
 
 
@@ -113,7 +145,7 @@ def sync_targets(
     if relay_url:
         main = structs.replace(config.main, data_source="polling", base_uri=relay_url)
         config = structs.replace(config, main=main)
-    session, _, _, make_source = _launchdarkly(config)
+    session, make_source = _launchdarkly(config)
     targets = []
     for spec in (_spec(each, config.main) for each in config.environments):
         if not names or spec.name in names:
@@ -130,7 +162,7 @@ def _file(config: Config) -> SourceFactory:
     return lambda _spec, _log: FileSource(path)
 
 
-def _launchdarkly(config: Config) -> tuple[Session, Upstream, Fetch, SourceFactory]:
+def _launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
     from relay.sources.polling import PollingSource
     from relay.sources.streaming import StreamingSource
     from relay.upstream import Upstream as HTTPSession
@@ -148,7 +180,7 @@ def _launchdarkly(config: Config) -> tuple[Session, Upstream, Fetch, SourceFacto
             return PollingSource(upstream, main.base_uri, spec.sdk_key, timings)
         return StreamingSource(upstream, main.stream_uri, spec.sdk_key, log, timings)
 
-    return upstream, upstream, upstream.fetch, make_source
+    return upstream, make_source
 
 
 def _forwarder(
@@ -213,10 +245,12 @@ def _mirrors(
     config: Config, spec: EnvironmentSpec, resync: Callable[[], None], log: Log
 ) -> Iterator[Mirror]:
     """Yield the snapshot and the database mirror, if configured."""
-    if config.main.snapshot_dir and config.environments:
+    if config.main.snapshot_dir and config.uses_launchdarkly:
         from relay.stores.snapshot import SnapshotMirror
 
-        yield SnapshotMirror(Path(config.main.snapshot_dir), spec.sdk_key, log)
+        # Keys rotate where LaunchDarkly names the environments; their data stay.
+        owner = spec.environment_id if config.auto_config.key else None
+        yield SnapshotMirror(Path(config.main.snapshot_dir), owner or spec.sdk_key, log)
     if config.redis:
         from relay.stores.mirror import SINGLE_RUN, DatabaseMirror, MirrorTimings
         from relay.stores.redis.store import RedisStore

@@ -6,10 +6,10 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from relay import clock
-from relay.environment import ConnectionState, Environment
+from relay.environment import ConnectionState, Environment, UpstreamConnection
 from relay.model.credential import CredentialKind
 from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Fetch
@@ -23,12 +23,27 @@ if TYPE_CHECKING:
     from relay.events.forwarder import Forwarder
 
 RESTART_DELAY = 10.0
-"""Seconds before an environment that failed with an unexpected error is restarted."""
+"""Seconds before what failed with an unexpected error is restarted: an environment, or the
+directory."""
 
 ENDED_WITHIN = 1.0
 """Seconds within which the streams of a removed environment or a revoked credential are over."""
 
 _log = logging.getLogger("relay")
+
+
+class Directory(Protocol):
+    """Contract of what says at run time which environments exist."""
+
+    connection: UpstreamConnection
+    """State of the connection by which it knows that."""
+    known: asyncio.Event
+    """Set once it knows the environments: until then no credential can be called unknown."""
+    changes: int
+    """Number of environments that were added, changed or removed since the start."""
+
+    async def run(self, relay: Relay) -> None:
+        """Put, change and remove environments until cancelled."""
 
 
 class Relay:
@@ -44,6 +59,7 @@ class Relay:
             warning instead of an error.
         disconnected_after: seconds of interruption after which `/status` reports `disconnected`.
         registry: empty; a new one if omitted.
+        directory: says at run time which environments exist; None if the first are all.
     """
 
     def __init__(
@@ -57,12 +73,14 @@ class Relay:
         ignore_connection_errors: bool = False,
         disconnected_after: float = 60.0,
         registry: Registry[Environment] | None = None,
+        directory: Directory | None = None,
     ) -> None:
         self.registry: Registry[Environment] = registry or Registry()
         self.disconnected_after = disconnected_after
         self.upstream = upstream or nullcontext()
         self.fetch = fetch
         self.events = events
+        self.directory = directory
         self._init_failure_level = logging.WARNING if ignore_connection_errors else logging.ERROR
         self._init_timeout = init_timeout
         self._init_deadline = clock.monotonic() + init_timeout
@@ -115,7 +133,16 @@ class Relay:
 
     def expire(self) -> None:
         """End what was opened with credentials that have expired; a timer calls this in time."""
-        self._carry_out(self.registry.expire())
+        change = self.registry.expire()
+        for credential in (grant.credential for grant in change.closed):
+            text = "Deprecated %s %s has expired and is no longer valid for authentication"
+            _log.info(text, credential.kind.value, credential.masked)
+        self._carry_out(change)
+
+    @property
+    def knows_environments(self) -> bool:
+        """True unless the list of environments is still to come."""
+        return self.directory is None or self.directory.known.is_set()
 
     @property
     def starting(self) -> bool:
@@ -133,6 +160,8 @@ class Relay:
                 for environment in self.environments.values():
                     self._start(environment, self._init_deadline)
                 self._schedule_expiry()
+                if self.directory is not None:
+                    self._tasks.create_task(self._follow(self.directory))
                 try:
                     await asyncio.Event().wait()
                 finally:
@@ -141,6 +170,15 @@ class Relay:
             self._tasks = None
             if self._expiry_timer is not None:
                 self._expiry_timer.cancel()
+
+    async def _follow(self, directory: Directory) -> None:
+        """Let the environments be what a directory says, and restart it after any exception."""
+        while True:
+            try:
+                await directory.run(self)
+            except Exception:  # noqa: BLE001 - environments go on without it
+                _log.exception("The list of environments cannot be followed; trying again")
+            await asyncio.sleep(RESTART_DELAY)
 
     def _carry_out(self, change: RegistryChange[Environment]) -> None:
         """Carry out the consequences of a change; before `run` there is nothing to end."""
@@ -202,8 +240,9 @@ class Relay:
 
     async def _report_start(self, environment: Environment, deadline: float) -> None:
         """Log once whether an environment was initialized, in ld-relay's words (status 8.3)."""
-        name, key = environment.spec.name, environment.spec.sdk_key.masked
-        if await self._initialized(environment, deadline):
+        initialized = await self._initialized(environment, deadline)
+        name, key = environment.spec.display_name, environment.spec.sdk_key.masked
+        if initialized:
             _log.info('Initialized LaunchDarkly client for "%s" (SDK key %s)', name, key)
             return
         refused = environment.init_done.is_set()
@@ -230,6 +269,8 @@ class Relay:
         Returns:
             True if all environments were synced within `init_timeout`.
         """
+        if not await self._await_environments():
+            return False
         tasks = [asyncio.create_task(self._wait_synced(e)) for e in self.environments.values()]
         complete = True
         try:
@@ -241,6 +282,18 @@ class Relay:
             for task in tasks:
                 task.cancel()
         return complete
+
+    async def _await_environments(self) -> bool:
+        """Wait until the environments are known; return False after `init_timeout`."""
+        if self.directory is None:
+            return True
+        try:
+            async with asyncio.timeout(max(0.0, self._init_deadline - clock.monotonic())):
+                await self.directory.known.wait()
+        except TimeoutError:
+            _log.error("The list of environments did not come in time")
+            return False
+        return True
 
     async def _wait_synced(self, environment: Environment) -> bool:
         if not await self._initialized(environment, self._init_deadline):

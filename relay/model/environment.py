@@ -15,12 +15,15 @@ class EnvironmentSpec:
     """Names, credentials and settings of one environment.
 
     Args:
-        name: display name, unique in this relay; the key in `/status`.
+        name: unique in this relay, and stays while LaunchDarkly renames the environment; the key in
+            `/status`.
         sdk_key: credential of server-side SDKs, and of this relay towards LaunchDarkly.
         mobile_key: credential of mobile SDKs.
         environment_id: credential of client-side SDKs; sent as `X-LD-EnvId`.
-        project_key: key of the LaunchDarkly project, if configured.
-        environment_key: key of the environment within that project, if configured.
+        project_key: key of the LaunchDarkly project, if known.
+        project_name: name of that project, if LaunchDarkly has told it.
+        environment_key: key of the environment within that project, if known.
+        environment_name: name of the environment, if LaunchDarkly has told it.
         secure_mode: require client-side requests to carry a hash of the context.
         eval_streams: send evaluated flags instead of pings on client-side streams.
         ttl: seconds for which clients may cache polling responses; 0 disables caching.
@@ -38,7 +41,9 @@ class EnvironmentSpec:
     mobile_key: MobileKey | None = None
     environment_id: EnvironmentID | None = None
     project_key: str = ""
+    project_name: str = ""
     environment_key: str = ""
+    environment_name: str = ""
     secure_mode: bool = False
     eval_streams: bool = False
     ttl: float = 0.0
@@ -48,6 +53,14 @@ class EnvironmentSpec:
     log_level: str | None = None
     payload_filter: str = ""
     expiries: tuple[tuple[Credential, float], ...] = ()
+
+    @property
+    def display_name(self) -> str:
+        """Name for log lines and ld-relay's metrics; not unique (offline-and-autoconfig 7.1)."""
+        if not (self.project_name or self.environment_name):
+            return self.name
+        of_filter = f" ({self.payload_filter})" if self.payload_filter else ""
+        return f"{self.project_name} {self.environment_name}{of_filter}"
 
     @property
     def credentials(self) -> Mapping[Credential, float]:
