@@ -128,11 +128,11 @@ class AutoConfiguration:
             try:
                 self._carry_out(relay, change)
             except InvalidData as e:
-                self._environments.forget(change.id)
-                log.error("Environment data are not used: %s", e)  # noqa: TRY400 - nothing is wrong here
+                log.error("Environment data are not used: %s", e)  # noqa: TRY400 - a bug it is not
             except Exception:
-                self._environments.forget(change.id)
                 log.exception('Unable to initialize auto-configured environment "%s"', change.id)
+            if change.after is not None and change.id not in relay.environments:
+                self._environments.forget(change.id)  # so the next put is another chance
             await asyncio.sleep(0)
 
     def _carry_out(self, relay: Relay, change: ListChange[EnvironmentDescription]) -> None:
