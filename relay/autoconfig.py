@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import aclosing
 from typing import Any
@@ -27,7 +28,7 @@ from relay.protocol.environments import (
     rotations,
     spec_of,
 )
-from relay.relay import Relay
+from relay.relay import DirectoryChange, Relay
 from relay.sources import DataSource, Interrupted, UpToDate
 from relay.sources.autoconfig import AutoConfigStream
 from relay.telemetry.log import Log, local_time, mask_keys
@@ -47,6 +48,12 @@ class _PrefixedLog(logging.LoggerAdapter[logging.Logger]):
 
 log = _PrefixedLog(_log, {})
 """Log of automatic configuration, for its stream as well."""
+
+_TEXTS = {
+    DirectoryChange.ADDED: "Added environment",
+    DirectoryChange.CHANGED: "Properties have changed for environment",
+    DirectoryChange.REMOVED: "Removed environment",
+}
 
 
 class AutoConfiguration:
@@ -70,7 +77,7 @@ class AutoConfiguration:
     ) -> None:
         self.connection = UpstreamConnection()
         self.known = asyncio.Event()
-        self.changes = 0
+        self.changes: Counter[DirectoryChange] = Counter()
         self._stream = stream
         self._settings = settings
         self._make_environment = make_environment
@@ -140,7 +147,7 @@ class AutoConfiguration:
         if change.after is None:
             if environment is not None:
                 relay.remove(environment)
-                self._report("Removed environment", environment.spec)
+                self._report(DirectoryChange.REMOVED, environment.spec)
             return
         before = None if environment is None else environment.spec
         now = clock.now()
@@ -148,18 +155,19 @@ class AutoConfiguration:
         mask_keys(_keys([change.after]))
         if environment is None or before is None:
             relay.put(self._make_environment(spec))
-            self._report("Added environment", spec)
+            self._report(DirectoryChange.ADDED, spec)
             return
         is_rotated = spec.sdk_key != before.sdk_key
         source = self._make_source(spec, environment.log) if is_rotated else None
         relay.change(environment, spec, source)
-        self._report("Properties have changed for environment", spec)
+        self._report(DirectoryChange.CHANGED, spec)
+        self.changes[DirectoryChange.ROTATED] += is_rotated
         for text, *arguments in rotations(before, spec, now):
             _log.info(text, *(local_time(a) if isinstance(a, float) else a for a in arguments))
 
-    def _report(self, what: str, spec: EnvironmentSpec) -> None:
-        self.changes += 1
-        log.info("%s %s (%s)", what, spec.name, spec.display_name)
+    def _report(self, change: DirectoryChange, spec: EnvironmentSpec) -> None:
+        self.changes[change] += 1
+        log.info("%s %s (%s)", _TEXTS[change], spec.name, spec.display_name)
 
     def _note_filters(self, changes: Iterable[ListChange[FilterDescription]]) -> None:
         for change in changes:

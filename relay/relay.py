@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
+from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
 from relay import clock
@@ -32,6 +34,15 @@ ENDED_WITHIN = 1.0
 _log = logging.getLogger("relay")
 
 
+class DirectoryChange(Enum):
+    """Kind of a change that a directory makes."""
+
+    ADDED = "added"
+    CHANGED = "changed"
+    REMOVED = "removed"
+    ROTATED = "rotated"
+
+
 class Directory(Protocol):
     """Contract of what says at run time which environments exist."""
 
@@ -39,8 +50,8 @@ class Directory(Protocol):
     """State of the connection by which it knows that."""
     known: asyncio.Event
     """Set once it knows the environments: until then no credential can be called unknown."""
-    changes: int
-    """Number of environments that were added, changed or removed since the start."""
+    changes: Counter[DirectoryChange]
+    """Number of changes since the start; those that bring a new SDK key count as both."""
 
     async def run(self, relay: Relay) -> None:
         """Put, change and remove environments until cancelled."""

@@ -20,7 +20,7 @@ from relay.model.credential import CredentialKind, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.protocol import autoconfig
 from relay.protocol.environments import SharedSettings
-from relay.relay import Relay
+from relay.relay import DirectoryChange, Relay
 from relay.sources import Interrupted
 from relay.sources.autoconfig import AutoConfigStream
 from relay.streams.hub import Hub
@@ -96,7 +96,7 @@ async def test_environments_come_change_and_go():
         assert not relay.knows_environments
         await made.stream.send(environments.put(description(), description("beta")))
         assert relay.knows_environments
-        assert made.directory.changes == 2
+        assert made.directory.changes == {DirectoryChange.ADDED: 2}
         alpha = relay.environments["id-alpha"]
         for kind, key in ((SDK, "sdk-alpha-1"), (MOBILE, "mob-alpha-key"), (ID, "id-alpha")):
             assert made.opened(kind, key) == "id-alpha"
@@ -123,6 +123,8 @@ async def test_a_rotation_has_a_source_of_its_own():
         assert made.relay.environments["id-alpha"].spec.project_key == "q"
         await made.stream.send(environments.patch(description("alpha", 4, key=3)))
         assert made.opened(SDK, "sdk-alpha-2") == ""
+        expected = {DirectoryChange.ADDED: 1, DirectoryChange.CHANGED: 3}
+        assert made.directory.changes == expected | {DirectoryChange.ROTATED: 2}
         assert made.opened(SDK, "sdk-alpha-1") == "id-alpha", "its grace period goes on"
 
 

@@ -106,6 +106,12 @@ async def test_an_sdk_goes_through_a_rotation(tmp_path, upstream):
                 await upstream.patch("sdk-alpha-2", flag("lamp", 3, value="third"))
                 for sdk in (old, new):
                     await sees(sdk, "lamp", "third")
+                lines = (await ask(process.address, "/metrics")).body.decode().splitlines()
+                assert 'relay_environments{state="VALID"} 1' in lines
+                assert 'relay_autoconfig_state{state="VALID"} 1' in lines
+                assert 'relay_autoconfig_changes_total{change="rotated"} 1' in lines
+                label = 'relay_key_expires_in_seconds{environment="id-alpha",kind="SDK key"} '
+                assert any(line.startswith(label) for line in lines)
                 await process.said("has expired and is no longer valid for authentication")
                 assert await status(process.address, "sdk-alpha-1") == 401
                 await upstream.patch("sdk-alpha-2", flag("lamp", 4, value="fourth"))
