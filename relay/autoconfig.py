@@ -25,6 +25,7 @@ from relay.protocol.autoconfig import (
 from relay.protocol.environments import (
     EnvironmentDescription,
     SharedSettings,
+    ignored_expiry,
     rotations,
     spec_of,
 )
@@ -156,18 +157,20 @@ class AutoConfiguration:
         if environment is None or before is None:
             relay.put(self._make_environment(spec))
             self._report(DirectoryChange.ADDED, spec)
-            return
-        is_rotated = spec.sdk_key != before.sdk_key
-        source = self._make_source(spec, environment.log) if is_rotated else None
-        relay.change(environment, spec, source)
-        self._report(DirectoryChange.CHANGED, spec)
-        self.changes[DirectoryChange.ROTATED] += is_rotated
-        for text, *arguments in rotations(before, spec, now):
-            _log.info(text, *(local_time(a) if isinstance(a, float) else a for a in arguments))
+        else:
+            is_rotated = spec.sdk_key != before.sdk_key
+            source = self._make_source(spec, environment.log) if is_rotated else None
+            relay.change(environment, spec, source)
+            self._report(DirectoryChange.CHANGED, spec)
+            self.changes[DirectoryChange.ROTATED] += is_rotated
+            for line in rotations(before, spec, now):
+                _log.info(*_shown(line))
+        if (told := ignored_expiry(change.after, before, now)) is not None:
+            _log.warning(*_shown(told))
 
     def _report(self, change: DirectoryChange, spec: EnvironmentSpec) -> None:
         self.changes[change] += 1
-        log.info("%s %s (%s)", _TEXTS[change], spec.name, spec.display_name)
+        log.info("%s %s (%s)", _TEXTS[change], spec.name, spec.title)
 
     def _note_filters(self, changes: Iterable[ListChange[FilterDescription]]) -> None:
         for change in changes:
@@ -200,6 +203,11 @@ class AutoConfiguration:
             self._outage.reason = outage.reason
         else:
             self._outage.begin(outage.reason, "%s", outage.reason, again=again)
+
+
+def _shown(line: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a log line and its arguments, with times for people."""
+    return tuple(local_time(each) if isinstance(each, float) else each for each in line)
 
 
 def _keys(descriptions: Iterable[EnvironmentDescription]) -> Iterable[str]:

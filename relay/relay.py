@@ -269,7 +269,7 @@ class Relay:
 
     def _report_start(self, environment: Environment, *, started: bool) -> None:
         """Log whether an environment was initialized, in ld-relay's words (status 8.3)."""
-        name, key = environment.spec.display_name, environment.spec.sdk_key.masked
+        name, key = environment.spec.title, environment.spec.sdk_key.masked
         if started:
             _log.info('Initialized LaunchDarkly client for "%s" (SDK key %s)', name, key)
             return

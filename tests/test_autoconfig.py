@@ -30,7 +30,7 @@ from tests.support.contracts import ScriptedSource
 from tests.support.environments import description
 
 SDK, MOBILE, ID = CredentialKind.SDK_KEY, CredentialKind.MOBILE_KEY, CredentialKind.ENVIRONMENT_ID
-FAR = 4_000_000_000_000
+FAR = 10**17
 """Milliseconds of a time that no test sees."""
 
 
@@ -102,7 +102,7 @@ async def test_environments_come_change_and_go():
             assert made.opened(kind, key) == "id-alpha"
         await made.stream.send(environments.patch(description("alpha", 2, envName="New")))
         assert relay.environments["id-alpha"] is alpha
-        assert alpha.spec.display_name == "Project New"
+        assert alpha.spec.title == "Project New"
         await made.stream.send(environments.delete("alpha", 3))
         assert list(relay.environments) == ["id-beta"]
         assert made.opened(SDK, "sdk-alpha-1") == ""

@@ -293,5 +293,5 @@ def _hit_labels(view: MetricsView, series: RequestLabels) -> tuple[str, ...]:
 
 def _client_labels(view: MetricsView, series: RequestLabels) -> tuple[str, str, str]:
     spec = view.relay.registry.spec_of(series.environment)
-    name = spec.display_name if spec else series.environment
+    name = spec.title if spec else series.environment
     return label_value(name), series.platform, label_value(series.user_agent)

@@ -21,9 +21,7 @@ class EnvironmentSpec:
         mobile_key: credential of mobile SDKs.
         environment_id: credential of client-side SDKs; sent as `X-LD-EnvId`.
         project_key: key of the LaunchDarkly project, if known.
-        project_name: name of that project, if LaunchDarkly has told it.
         environment_key: key of the environment within that project, if known.
-        environment_name: name of the environment, if LaunchDarkly has told it.
         secure_mode: require client-side requests to carry a hash of the context.
         eval_streams: send evaluated flags instead of pings on client-side streams.
         ttl: seconds for which clients may cache polling responses; 0 disables caching.
@@ -32,6 +30,8 @@ class EnvironmentSpec:
         prefix: prefix of the keys in the database; empty for the default.
         log_level: level of this environment's log lines; None for the relay's.
         payload_filter: key of the payload filter whose part of the data this is; empty for all.
+        project_name: display name of the project; empty for an environment of the configuration.
+        environment_name: display name of the environment within that project.
         expiries: further credentials, and limits of those above: each with the Unix time at which
             it expires, `math.inf` for never.
     """
@@ -41,9 +41,7 @@ class EnvironmentSpec:
     mobile_key: MobileKey | None = None
     environment_id: EnvironmentID | None = None
     project_key: str = ""
-    project_name: str = ""
     environment_key: str = ""
-    environment_name: str = ""
     secure_mode: bool = False
     eval_streams: bool = False
     ttl: float = 0.0
@@ -52,21 +50,31 @@ class EnvironmentSpec:
     prefix: str = ""
     log_level: str | None = None
     payload_filter: str = ""
+    project_name: str = ""
+    environment_name: str = ""
     expiries: tuple[tuple[Credential, float], ...] = ()
 
     @property
-    def display_name(self) -> str:
-        """Name for log lines and ld-relay's metrics; not unique (offline-and-autoconfig 7.1)."""
-        if not (self.project_name or self.environment_name):
-            return self.name
+    def title(self) -> str:
+        """The environment for log lines: the names that LaunchDarkly shows, else its own."""
+        names = f"{self.project_name} {self.environment_name}".strip()
         of_filter = f" ({self.payload_filter})" if self.payload_filter else ""
-        return f"{self.project_name} {self.environment_name}{of_filter}"
+        return names + of_filter if names else self.name
 
     @property
     def credentials(self) -> Mapping[Credential, float]:
         """All credentials, each with the Unix time at which it expires."""
         own = (self.sdk_key, self.mobile_key, self.environment_id)
         return {**{each: math.inf for each in own if each is not None}, **dict(self.expiries)}
+
+    def sdk_keys(self, now: float) -> tuple[SDKKey, ...]:
+        """Return the SDK keys that have not expired: the primary one first.
+
+        Args:
+            now: Unix time.
+        """
+        expiring = (key for key, at in self.expiries if isinstance(key, SDKKey) and at > now)
+        return tuple(dict.fromkeys((self.sdk_key, *expiring)))
 
     def with_credential(self, credential: Credential, expires_at: float = math.inf) -> Self:
         """Return the spec with a further credential, or with a new expiry of one that it has.

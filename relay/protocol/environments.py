@@ -16,6 +16,12 @@ from relay.errors import InvalidData
 from relay.model.credential import Credential, EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 
+LATEST = 253_402_300_799.0
+"""End of the year 9999 in Unix seconds: later times stand for it, as no clock can show them."""
+
+LONGEST_TTL = 365 * 24 * 60
+"""Maximum number of minutes for which clients may cache responses: a year."""
+
 Members = Mapping[str, Any]
 """Members of a JSON object, by name in lower case: names match in any letter case."""
 
@@ -135,11 +141,11 @@ def describe(value: object) -> EnvironmentDescription:
         project_key=text_in(what, members, "projkey"),
         project_name=text_in(what, members, "projname"),
         sdk_key=text_in(what, sdk_key, "value"),
-        expiring=(old_key, integer_in(what, expiring, "timestamp") / 1000) if old_key else None,
+        expiring=(old_key, _time_in(what, expiring, "timestamp")) if old_key else None,
         sdk_keys=_keys(what, members, "sdkkeys"),
         mobile_key=text_in(what, members, "mobkey"),
         mobile_keys=_keys(what, members, "mobilekeys"),
-        ttl=60.0 * integer_in(what, members, "defaultttl"),
+        ttl=60.0 * min(max(0, integer_in(what, members, "defaultttl")), LONGEST_TTL),
         secure_mode=_member(what, members, "securemode", bool, "true or false") or False,
     )
 
@@ -226,7 +232,7 @@ def rotations(
         now: Unix time.
 
     Returns:
-        Texts with their arguments, as loggers take them; keys are masked.
+        Texts with their arguments, as loggers take them; keys are masked, times Unix times.
     """
     lines: list[tuple[Any, ...]] = []
     if after.sdk_key != before.sdk_key:
@@ -236,17 +242,44 @@ def rotations(
         lines.append((text, before.mobile_key.masked, after.mobile_key.masked))
     old, new = before.credentials, after.credentials
     for credential, expires_at in new.items():
+        known = credential in old
+        if not known and credential not in (after.sdk_key, after.mobile_key):
+            text = "%s %s was not previously managed by Relay; it is accepted, too"
+            lines.append((text, _noun(credential), credential.masked))
         if expires_at < math.inf and old.get(credential) != expires_at:
             text = "%s %s was marked for deprecation with an expiry at %s"
             lines.append((text, _noun(credential), credential.masked, expires_at))
-        elif credential not in old and credential not in (after.sdk_key, after.mobile_key):
-            lines.append(("%s %s is accepted, too", _noun(credential), credential.masked))
     for credential, expires_at in old.items():
         is_told = after.mobile_key is not None and credential == before.mobile_key  # above
         if credential not in new and expires_at > now and not is_told:
             text = "%s %s has been immediately revoked"
             lines.append((text, _noun(credential), credential.masked))
     return lines
+
+
+def ignored_expiry(
+    description: EnvironmentDescription, before: EnvironmentSpec | None, now: float
+) -> tuple[Any, ...] | None:
+    """Return a log line if the expiry in a description has no effect; None if it has.
+
+    Args:
+        description: of the environment.
+        before: spec before the change; None for a new environment.
+        now: Unix time.
+    """
+    if description.expiring is None or description.sdk_keys:
+        return None
+    key, expires_at = SDKKey(description.expiring[0]), description.expiring[1]
+    known = before.credentials.get(key, math.inf) if before else math.inf
+    if now < known < math.inf and known != expires_at:
+        text = (
+            "SDK key %s was marked for deprecation with an expiry at %s, but it was previously"
+            " deprecated with an expiry at %s. The previous expiry will be used."
+        )
+        return text, key.masked, expires_at, known
+    if expires_at <= now and known == math.inf:
+        return "Deprecated SDK key %s already expired at %s; ignoring", key.masked, expires_at
+    return None
 
 
 def _noun(credential: Credential) -> str:
@@ -259,10 +292,15 @@ def _keys(what: str, members: Members, name: str) -> tuple[tuple[str, float], ..
     keys = []
     for each in _member(what, members, name, list, "an array") or ():
         entry = members_of(f"{what}, {name}", each)
-        key, expiry = text_in(what, entry, "value"), integer_in(what, entry, "expiry")
+        key, expiry = text_in(what, entry, "value"), _time_in(what, entry, "expiry")
         if key:
-            keys.append((key, expiry / 1000 if expiry else math.inf))
+            keys.append((key, expiry or math.inf))
     return tuple(keys)
+
+
+def _time_in(what: str, members: Members, name: str) -> float:
+    """Return a time, which is given in Unix milliseconds, in Unix seconds; 0 if it is missing."""
+    return float(min(max(0, integer_in(what, members, name)), int(LATEST) * 1000)) / 1000
 
 
 def _optional_object(what: str, members: Members, name: str) -> Members:

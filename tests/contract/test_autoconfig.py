@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import hmac
 import json
 import time
 from collections import Counter
@@ -152,6 +155,28 @@ async def test_a_rotation_under_load_has_no_error(tmp_path, upstream):
         for stream in (old, mobile):  # the grace period of the first key goes on
             assert await stream.until(b"\n\n")
             stream.close()
+
+
+async def test_secure_mode_goes_through_a_rotation(tmp_path, upstream):
+    """Contexts may be signed with the former key until it expires, and with the present one."""
+    context = base64.urlsafe_b64encode(b'{"kind":"user","key":"anna"}').decode()
+
+    async def signed(number: int) -> int:
+        key = f"sdk-alpha-{number}".encode()
+        proof = hmac.new(key, b"anna", hashlib.sha256).hexdigest()
+        path = f"/sdk/evalx/id-alpha/contexts/{context}?h={proof}"
+        return (await ask(process.address, path)).status
+
+    upstream.serve(KEY, environment_list(description(secureMode=True)))
+    async with relay(tmp_path, upstream) as process:
+        await process.said("Initialized LaunchDarkly client for")
+        assert [await signed(number) for number in (1, 2)] == [200, 400]
+        change = {**rotated(2, 2, 1, 2.0), "secureMode": True}
+        await upstream.raw(KEY, environments.patch(change))
+        await process.said("New primary SDK key")
+        assert [await signed(number) for number in (1, 2, 3)] == [200, 200, 400]
+        await process.said("has expired and is no longer valid for authentication")
+        assert [await signed(number) for number in (1, 2)] == [400, 200]
 
 
 async def test_data_survive_rotation_and_restart(tmp_path, upstream):

@@ -13,9 +13,12 @@ from relay.errors import InvalidData
 from relay.model.credential import Credential, EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.protocol.environments import (
+    LATEST,
+    LONGEST_TTL,
     EnvironmentDescription,
     SharedSettings,
     describe,
+    ignored_expiry,
     rotations,
     spec_of,
 )
@@ -49,8 +52,8 @@ def test_the_spec_of_a_new_environment():
         allowed_headers=("X-H",),
         prefix="ld-id-alpha-id-alpha",
     )
-    assert made.display_name == "Project Alpha"
-    assert replace(made, payload_filter="north").display_name == "Project Alpha (north)"
+    assert made.title == "Project Alpha"
+    assert replace(made, payload_filter="north").title == "Project Alpha (north)"
 
 
 def test_names_match_in_any_letter_case():
@@ -65,6 +68,19 @@ def test_null_is_as_good_as_nothing():
     """Missing and null members have the zero value of their type."""
     members = ("version", "sdkKey", "mobKey", "secureMode", "defaultTtl", "sdkKeys", "envName")
     assert describe({"envID": "e", **dict.fromkeys(members)}) == EnvironmentDescription("e", 0)
+
+
+@pytest.mark.parametrize("number", [-1, -(10**30), 10**18, 10**30])
+def test_numbers_beyond_sense_are_bounded(number):
+    """No clock and no timer fails on them."""
+    given = {"value": "s", "expiring": {"value": "o", "timestamp": number}}
+    try:
+        made = describe(description(sdkKey=given, defaultTtl=number))
+    except InvalidData:
+        return  # beyond 64 bits
+    assert made.expiring is not None
+    assert 0 <= made.expiring[1] <= LATEST
+    assert 0 <= made.ttl <= 60 * LONGEST_TTL
 
 
 @pytest.mark.parametrize(
@@ -174,6 +190,30 @@ def test_each_change_of_a_key_has_its_line():
         "SDK key ...ha-2 has been immediately revoked",
     ]
     assert not rotations(last, last, NOW)
+    strange = spec(spec(), **sdk_key(1, 9, 1005))
+    lines = [text % tuple(arguments) for text, *arguments in rotations(spec(), strange, NOW)]
+    assert lines[0] == "SDK key ...ha-9 was not previously managed by Relay; it is accepted, too"
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "part"),
+    [
+        ([sdk_key(1)], sdk_key(2, 1, 999), "already expired at 999"),
+        ([], sdk_key(2, 1, 999), "already expired at 999"),
+        ([sdk_key(1), sdk_key(2, 1, 1005)], sdk_key(2, 1, 1060), "previous expiry will be used"),
+        ([sdk_key(1), sdk_key(2, 1, 1005)], sdk_key(2, 1, 1005), None),
+        ([sdk_key(1)], sdk_key(2, 1, 1005), None),
+        ([sdk_key(1)], sdk_key(2), None),
+        ([], sdk_key(2, 1, 1005), None),
+    ],
+)
+def test_an_expiry_without_effect_is_told(before, now, part):
+    """Operators see why a key lives longer or shorter than they said."""
+    made = None
+    for step in before:
+        made = spec(made, **step)
+    line = ignored_expiry(describe(description(**now)), made, NOW)
+    assert (line is None) if part is None else (part in line[0] % line[1:])
 
 
 NUMBERS = st.integers(1, 4)

@@ -50,7 +50,7 @@ def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
 def one(relay: Relay, traffic: RequestMetrics, identifier: str) -> PreparedResponse:
     """Return the part of `/status` for an environment with a name or client-side ID."""
     by_id = relay.registry.find(CredentialKind.ENVIRONMENT_ID, identifier)
-    named = (e for e in relay.environments.values() if e.spec.display_name == identifier)
+    named = (e for e in relay.environments.values() if e.spec.title == identifier)
     environment = relay.environments.get(identifier) or by_id or next(named, None)
     return _one(relay, traffic, environment)
 
@@ -122,7 +122,7 @@ def _environment_members(
 
 def _names(spec: EnvironmentSpec) -> Mapping[str, object]:
     """Return the names that LaunchDarkly has told."""
-    if spec.display_name == spec.name:
+    if spec.title == spec.name:
         return {}
     return {
         "envKey": spec.environment_key or None,
