@@ -137,7 +137,10 @@ def sync_targets(
     known, redis = [each.name for each in config.environments], config.redis
     problems = [f'there is no environment "{name}"' for name in names if name not in known]
     if not known:
-        problems.append("there is no environment whose flags could be stored")
+        text = "there is no environment whose flags could be stored"
+        if config.auto_config.key:
+            text += "; those of automatic configuration are known to a running relay only"
+        problems.append(text)
     if not redis:
         problems.append("there is no database to bring up to date; [Redis] or USE_REDIS names one")
     if problems or not redis:
