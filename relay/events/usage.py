@@ -84,9 +84,8 @@ class UsageReporter:
             if members:
                 event = {"kind": "relayMetrics", "relayId": self._relay_id, **period, **members}
                 partition = Partition(name, EventsEndpoint.BULK, SCHEMA)
-                payloads.append(
-                    EventPayload(partition, randomness.new_id(), orjson.dumps([event]), now)
-                )
+                body = orjson.dumps([event])
+                payloads.append(EventPayload(partition, randomness.new_id(), body, clock.now()))
         self._polls = polls
         return payloads
 
