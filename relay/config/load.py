@@ -19,6 +19,7 @@ from relay.config.schema import (
     SECTIONS,
     Config,
     EnvironmentConfig,
+    Filters,
     Http,
     Prometheus,
     Proxy,
@@ -27,7 +28,6 @@ from relay.config.schema import (
 )
 from relay.config.syntax import Assignment, FileSyntaxError, parse
 from relay.config.types import BOOLEAN, file_boolean, stripped
-from relay.config.unsupported import Filters
 from relay.errors import ConfigError
 from relay.model.text import is_utf8, one_line
 
@@ -356,6 +356,7 @@ def _config(draft: Draft, warnings: list[str]) -> Config:
         main=checks.main_of(draft),
         events=checks.events_of(draft),
         environments=draft.environments,
+        filters=dict(draft.filters),
         redis=checks.redis_of(draft),
         proxy=draft.of(Proxy),
         http=draft.of(Http),

@@ -38,6 +38,7 @@ _ORDER = ("Main", ENVIRONMENT, *(section for section in SECTIONS if section != "
 """All sections, in the order of the documentation."""
 
 _EXAMPLE_NAMES = {ENVIRONMENT: "Production", FILTERS: "shop"}
+_PLACEHOLDERS = {ENVIRONMENT: "NAME", FILTERS: "PROJKEY"}
 
 _INTRODUCTION = r"""# Configuration file of Relay, with every option.
 #
@@ -89,7 +90,10 @@ def effective(config: Config) -> str:
 
     Options that were set carry their source, defaults are commented out, warnings come last.
     """
-    count = f"{len(config.environments)} environment{'s' * (len(config.environments) != 1)}"
+    number, variants = len(config.environments), len(config.all_environments)
+    count = f"{number} environment{'s' * (number != 1)}"
+    if variants > number:
+        count += f" and {variants - number} filtered"
     lines = [
         f"# The configuration in force, with {count}. What was given stands with its",
         "# source; lines that begin with # show defaults.",
@@ -102,6 +106,9 @@ def effective(config: Config) -> str:
     for each in config.environments:
         name = f" {_subsection(each.name)}" if each.name else ""
         lines += ["", f"[{ENVIRONMENT}{name}]", *_lines(config, ENVIRONMENT, each.name, each)]
+    for project, filters in config.filters.items():
+        header = f"[{FILTERS} {_subsection(project)}]"
+        lines += ["", header, *_lines(config, FILTERS, project, filters)]
     lines += ["", *(f"# Warning: {warning}" for warning in config.warnings)]
     return "\n".join(map(one_line, lines)).rstrip("\n") + "\n"
 
@@ -254,7 +261,8 @@ def table() -> str:
     for section in _ORDER:
         rows = [option for option in options(section) if option.support is Support.FULL]
         if rows:
-            label = f'[{section} "NAME"]' if section in NAMED_SECTIONS else f"[{section}]"
+            name = _PLACEHOLDERS.get(section)
+            label = f'[{section} "{name}"]' if name else f"[{section}]"
             lines.append(f"| **`{label}`** | | | | |")
         lines += [_row(option) for option in rows]
     lines += ["", *_rest()]
@@ -262,9 +270,9 @@ def table() -> str:
 
 
 def _row(option: Option) -> str:
-    name = "NAME" if option.section in NAMED_SECTIONS else ""
+    name = _PLACEHOLDERS.get(option.section, "")
     default = f"`{_default(option)}`" if _default(option) else "–"
-    variable = f"`{option.variable}{name}`"
+    variable = f"`{option.variable}{name}`" if option.variable else "–"
     return f"| `{option.name}` | {variable} | {option.type.name} | {default} | {option.help} |"
 
 

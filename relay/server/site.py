@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 
 from msgspec import Struct
 from starlette.types import ASGIApp
 
 from relay.config.render import MASK
 from relay.config.schema import Config
+from relay.environment import Environment
 from relay.model.credential import masked_url
+from relay.registry import Registry
 from relay.relay import Relay
 from relay.web.fastpath.shared import ConnectionLimits, FastPath
 
@@ -66,6 +69,12 @@ def _without_secrets(url: str) -> str:
     return masked_url(url.partition("?")[0], MASK)
 
 
+def _reported_names(registry: Registry[Environment]) -> list[str]:
+    """Return the environments whose use is reported: not the filtered ones, as by ld-relay."""
+    specs = {name: registry.spec_of(name) for name in registry.names()}
+    return [name for name, spec in specs.items() if spec and not spec.payload_filter]
+
+
 def build_site(config: Config, limits: ConnectionLimits) -> Site:
     """Build the site. The imports are local because they are heavy: the port opens before them.
 
@@ -106,7 +115,8 @@ def build_site(config: Config, limits: ConnectionLimits) -> Site:
     background = [Housekeeping(relay, (traffic.forget, events.intake.forget)).run]
     if relay.events:
         accept = relay.events.accept
-        background.append(UsageReporter(relay.registry.names, traffic, accept, POLLS).run)
+        names = partial(_reported_names, relay.registry)
+        background.append(UsageReporter(names, traffic, accept, POLLS).run)
     if webhooks:
         background.append(webhooks.run)
     return Site(
