@@ -85,7 +85,8 @@ import json, os, sys
 from relay.cli import main
 from relay.config.load import load
 from relay.server.site import build_site
-build_site(load("", True, False, os.environ))
+from relay.web.fastpath.shared import ConnectionLimits
+build_site(load("", True, False, os.environ), ConnectionLimits())
 print(json.dumps(sorted(sys.modules)))
 """
     assert absent.isdisjoint(outcome(program, **variables))
