@@ -11,9 +11,7 @@ from starlette.types import ASGIApp
 
 from relay.config.render import MASK
 from relay.config.schema import Config
-from relay.environment import Environment
 from relay.model.credential import masked_url
-from relay.registry import Registry
 from relay.relay import Relay
 from relay.web.fastpath.shared import ConnectionLimits, FastPath
 
@@ -69,12 +67,6 @@ def _without_secrets(url: str) -> str:
     return masked_url(url.partition("?")[0], MASK)
 
 
-def _reported_names(registry: Registry[Environment]) -> list[str]:
-    """Return the environments whose use is reported: not the filtered ones, as by ld-relay."""
-    specs = {name: registry.spec_of(name) for name in registry.names()}
-    return [name for name, spec in specs.items() if spec and not spec.payload_filter]
-
-
 def build_site(config: Config, limits: ConnectionLimits) -> Site:
     """Build the site. The imports are local because they are heavy: the port opens before them.
 
@@ -84,7 +76,7 @@ def build_site(config: Config, limits: ConnectionLimits) -> Site:
     """
     from relay.build import build  # noqa: PLC0415
     from relay.events.intake import DiscardingAcceptor  # noqa: PLC0415
-    from relay.events.usage import UsageReporter  # noqa: PLC0415
+    from relay.events.usage import UsageReporter, reported_names  # noqa: PLC0415
     from relay.housekeeping import Housekeeping  # noqa: PLC0415
     from relay.telemetry.traffic import RequestMetrics  # noqa: PLC0415
     from relay.web.app import make_app, make_exporter  # noqa: PLC0415
@@ -115,7 +107,7 @@ def build_site(config: Config, limits: ConnectionLimits) -> Site:
     background = [Housekeeping(relay, (traffic.forget, events.intake.forget)).run]
     if relay.events:
         accept = relay.events.accept
-        names = partial(_reported_names, relay.registry)
+        names = partial(reported_names, relay.registry)
         background.append(UsageReporter(names, traffic, accept, POLLS).run)
     if webhooks:
         background.append(webhooks.run)
