@@ -65,6 +65,9 @@ _INTRODUCTION = r"""# Configuration file of Relay, with every option.
 #   * list: values separated by commas. If a list is set more than once, in the file or by a
 #     variable, the values are combined. For any other option, the last value wins.
 #
+# Keys, secrets and URLs can be read from a file: `sdkKeyFile = PATH` in place of `sdkKey`, and the
+# variable LD_ENV_Production_FILE=PATH in place of LD_ENV_Production. Both at once are an error.
+#
 # Variables accept the same values, except `on` and `off`. An empty variable unsets the value from
 # the file; for booleans and lists, it is ignored.
 #
