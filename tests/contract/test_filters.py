@@ -19,6 +19,7 @@ import pytest
 from ldclient import Context, LDClient
 from ldclient.config import Config as SDKConfig
 
+from relay.cli.eval import main as evaluate
 from relay.config.load import load
 from relay.errors import ConfigError
 from relay.server.options import ServerOptions
@@ -361,6 +362,21 @@ async def test_the_python_sdk_with_a_payload_filter(upstream, stream):
                 assert seen == "changed"
         finally:
             await asyncio.to_thread(client.close)
+
+
+async def test_the_command_eval_takes_a_filter(upstream, capsys):
+    """It shows the value that an SDK with this filter has."""
+    for name in ("alpha", NORTH, SOUTH):
+        serve(upstream, name)
+    variables = variables_of("upstream answers 401 to one filter")
+    async with relay(upstream, variables) as (site, address):
+        await have_data(site, 3)
+        url, key = f"http://127.0.0.1:{address.port}", credential("alpha", "sdk1")
+        asked_for = ["where", "--context", '{"kind":"user","key":"anna"}', "--url", url]
+        for more, name in (([], "alpha"), (["--filter", "north"], NORTH)):
+            options = [*asked_for, "--sdk-key", key, *more]
+            assert await asyncio.to_thread(evaluate, options) == 0
+            assert f'"{name} via sdk1"' in capsys.readouterr().out
 
 
 async def test_the_pages_of_a_variant(upstream):
