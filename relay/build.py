@@ -65,7 +65,7 @@ def build(config: Config) -> Relay:
     events: Forwarder | None = None
     fetch: Fetch | None = None
     if config.environments:
-        specs = [_spec(each, config.main) for each in config.environments]
+        specs = [_spec(each, config.main) for each in config.all_environments]
         session, upstream, fetch, make_source = _launchdarkly(config)
         events = _forwarder(config, upstream, registry.spec_of)
     else:
@@ -102,7 +102,8 @@ def sync_targets(
     from relay.stores.redis.store import RedisStore
     from relay.sync import SyncTarget
 
-    known, redis = [each.name for each in config.environments], config.redis
+    environments, redis = config.all_environments, config.redis
+    known = [each.name for each in environments]
     problems = [f'there is no environment "{name}"' for name in names if name not in known]
     if not known:
         problems.append("there is no environment whose flags could be stored")
@@ -115,7 +116,7 @@ def sync_targets(
         config = structs.replace(config, main=main)
     session, _, _, make_source = _launchdarkly(config)
     targets = []
-    for spec in (_spec(each, config.main) for each in config.environments):
+    for spec in (_spec(each, config.main) for each in environments):
         if not names or spec.name in names:
             log = _log_for(spec)
             store = RedisStore(redis, spec.prefix)
@@ -144,9 +145,12 @@ def _launchdarkly(config: Config) -> tuple[Session, Upstream, Fetch, SourceFacto
     timings = SourceTimings(poll_interval=main.poll_interval)
 
     def make_source(spec: EnvironmentSpec, log: Log) -> DataSource:
+        key, payload_filter = spec.sdk_key, spec.payload_filter
         if main.data_source == "polling":
-            return PollingSource(upstream, main.base_uri, spec.sdk_key, timings)
-        return StreamingSource(upstream, main.stream_uri, spec.sdk_key, log, timings)
+            uri = main.base_uri
+            return PollingSource(upstream, uri, key, timings, payload_filter=payload_filter)
+        uri = main.stream_uri
+        return StreamingSource(upstream, uri, key, log, timings, payload_filter=payload_filter)
 
     return upstream, upstream, upstream.fetch, make_source
 
@@ -181,6 +185,7 @@ def _spec(options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
         allowed_headers=options.allowed_header,
         prefix=options.prefix,
         log_level=options.log_level or None,
+        payload_filter=options.filter_key,
     )
 
 
@@ -216,7 +221,9 @@ def _mirrors(
     if config.main.snapshot_dir and config.environments:
         from relay.stores.snapshot import SnapshotMirror
 
-        yield SnapshotMirror(Path(config.main.snapshot_dir), spec.sdk_key, log)
+        yield SnapshotMirror(
+            Path(config.main.snapshot_dir), spec.sdk_key, log, payload_filter=spec.payload_filter
+        )
     if config.redis:
         from relay.stores.mirror import SINGLE_RUN, DatabaseMirror, MirrorTimings
         from relay.stores.redis.store import RedisStore

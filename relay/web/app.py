@@ -56,11 +56,11 @@ def make_app(handlers: Handlers) -> ASGIApp:
     }
     pages = (
         ("/status", lambda _: status.overview(relay, traffic)),
-        ("/status/{environment}", lambda name: status.one(relay, traffic, name)),
+        ("/status/{environment:path}", lambda name: status.one(relay, traffic, name)),
         ("/livez", lambda _: status.live()),
         ("/startupz", lambda _: status.started(relay)),
         ("/readyz", lambda _: status.ready(relay)),
-        ("/readyz/{environment}", lambda name: status.environment_ready(relay, name)),
+        ("/readyz/{environment:path}", lambda name: status.environment_ready(relay, name)),
         ("/metrics", lambda _: metrics.page(relay, traffic)),
     )
     routes = [
@@ -106,7 +106,10 @@ async def _not_allowed(_request: Request, error: Exception) -> Response:
 
 def _page(render: Callable[[str], PreparedResponse]) -> Callable[[Request], Awaitable[Response]]:
     async def page(request: Request) -> Response:
-        return render(request.path_params.get("environment", "")).to_starlette()
+        name = request.path_params.get("environment")
+        if name == "":  # `/status/` is no page
+            return NOT_FOUND.to_starlette()
+        return render(name or "").to_starlette()
 
     return page
 

@@ -12,6 +12,7 @@ from itertools import islice
 from relay import __version__, clock
 from relay.environment import ConnectionState, Environment
 from relay.model.credential import CredentialKind
+from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem
 from relay.relay import Relay
 from relay.stores import StoreState, StoreStatus
@@ -43,12 +44,39 @@ def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
 
 
 def one(relay: Relay, traffic: RequestMetrics, identifier: str) -> PreparedResponse:
-    """Return the part of `/status` for the environment with a name or client-side ID."""
-    by_id = relay.registry.find(CredentialKind.ENVIRONMENT_ID, identifier)
-    environment = relay.environments.get(identifier) or by_id
+    """Return the part of `/status` for one environment (newer 10.3).
+
+    Args:
+        relay: provides the environments.
+        traffic: request counts.
+        identifier: name, client-side ID, or project and environment key as `PROJECT/ENVIRONMENT`;
+            each followed by `/filters/KEY` for the variant with a payload filter.
+    """
+    environment = _find(relay, identifier)
     if environment is None:
         return json(404, {"error": "there is no environment with this name or client-side ID"})
     return json(200, _environment_members(relay, traffic, environment, _counts(traffic)))
+
+
+def _find(relay: Relay, identifier: str) -> Environment | None:
+    find = relay.registry.find
+    environment = relay.environments.get(identifier)
+    environment = environment or find(CredentialKind.ENVIRONMENT_ID, identifier)
+    if environment is not None:
+        return environment
+    owner, _, payload_filter = identifier.partition("/filters/")
+    if payload_filter:
+        environment = _find(relay, owner)
+        key = environment and environment.spec.sdk_key
+        return find(key.kind, key.value, payload_filter) if key else None
+    by_keys = (e for e in relay.environments.values() if _keys(e.spec) == identifier)
+    return next(by_keys, None)
+
+
+def _keys(spec: EnvironmentSpec) -> str | None:
+    """Return project and environment key in one; None for variants, and if one is unknown."""
+    known = spec.project_key and spec.environment_key and not spec.payload_filter
+    return f"{spec.project_key}/{spec.environment_key}" if known else None
 
 
 def _is_connected(relay: Relay, environment: Environment) -> bool:
