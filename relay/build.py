@@ -69,7 +69,7 @@ def build(config: Config) -> Relay:
     directory: Directory | None = None
     session: Session = nullcontext()
     if config.uses_launchdarkly:
-        specs = [_spec(each, config.main) for each in config.environments]
+        specs = [_spec(each, config.main) for each in config.all_environments]
         upstream, make_source = _launchdarkly(config)
         session, fetch = upstream, upstream.fetch
         events = _forwarder(config, upstream, registry.spec_of)
@@ -134,7 +134,8 @@ def sync_targets(
     from relay.stores.redis.store import RedisStore
     from relay.sync import SyncTarget
 
-    known, redis = [each.name for each in config.environments], config.redis
+    environments, redis = config.all_environments, config.redis
+    known = [each.name for each in environments]
     problems = [f'there is no environment "{name}"' for name in names if name not in known]
     if not known:
         text = "there is no environment whose flags could be stored"
@@ -150,7 +151,7 @@ def sync_targets(
         config = structs.replace(config, main=main)
     session, make_source = _launchdarkly(config)
     targets = []
-    for spec in (_spec(each, config.main) for each in config.environments):
+    for spec in (_spec(each, config.main) for each in environments):
         if not names or spec.name in names:
             log = _log_for(spec)
             store = RedisStore(redis, spec.prefix)
@@ -179,9 +180,12 @@ def _launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
     timings = SourceTimings(poll_interval=main.poll_interval)
 
     def make_source(spec: EnvironmentSpec, log: Log) -> DataSource:
+        key, payload_filter = spec.sdk_key, spec.payload_filter
         if main.data_source == "polling":
-            return PollingSource(upstream, main.base_uri, spec.sdk_key, timings)
-        return StreamingSource(upstream, main.stream_uri, spec.sdk_key, log, timings)
+            uri = main.base_uri
+            return PollingSource(upstream, uri, key, timings, payload_filter=payload_filter)
+        uri = main.stream_uri
+        return StreamingSource(upstream, uri, key, log, timings, payload_filter=payload_filter)
 
     return upstream, make_source
 
@@ -216,6 +220,7 @@ def _spec(options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
         allowed_headers=options.allowed_header,
         prefix=options.prefix,
         log_level=options.log_level or None,
+        payload_filter=options.filter_key,
     )
 
 
@@ -252,8 +257,10 @@ def _mirrors(
         from relay.stores.snapshot import SnapshotMirror
 
         # Keys rotate where LaunchDarkly names the environments; their data stay.
-        owner = spec.environment_id if config.auto_config.key else None
-        yield SnapshotMirror(Path(config.main.snapshot_dir), owner or spec.sdk_key, log)
+        owner = (config.auto_config.key and spec.environment_id) or spec.sdk_key
+        yield SnapshotMirror(
+            Path(config.main.snapshot_dir), owner, log, payload_filter=spec.payload_filter
+        )
     if config.redis:
         from relay.stores.mirror import SINGLE_RUN, DatabaseMirror, MirrorTimings
         from relay.stores.redis.store import RedisStore

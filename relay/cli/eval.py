@@ -32,13 +32,13 @@ from relay.model.context import Context, parse_context
 from relay.model.credential import Secret
 from relay.model.payload import Payload
 from relay.protocol import fdv1, filedata
-from relay.protocol.urls import join
+from relay.protocol.urls import data_url
 from relay.proxies import environment_proxies
 from relay.reasons import describe, shorten
 from relay.tls import client_context
 
 USAGE = """relay eval FLAG --context JSON --flags FILE
-       relay eval FLAG --context JSON --url URL --sdk-key KEY"""
+       relay eval FLAG --context JSON --url URL --sdk-key KEY [--filter KEY]"""
 
 TIME_LIMIT = 30.0
 """Timeout in seconds for connecting to a relay, and for each read."""
@@ -84,6 +84,7 @@ def _parser() -> _Parser:
     add("--flags", metavar="FILE", help="a file of flags, as for relay serve --flags")
     add("--url", metavar="URL", help="a running relay, such as http://localhost:8030")
     add("--sdk-key", metavar="KEY", help="the SDK key of the environment in that relay")
+    add("--filter", metavar="KEY", default="", help="a payload filter, to see what it leaves in")
     return parser
 
 
@@ -95,11 +96,14 @@ def _evaluate(options: argparse.Namespace) -> str:
         raise EvalError("name either a file with --flags or a relay with --url")
     if options.url and not options.sdk_key:
         raise EvalError("--url needs the --sdk-key of the environment")
+    if options.filter and not options.url:
+        raise EvalError("--filter needs a relay with --url")
     if options.flags:
         payload = _read_flags(options.flags)
     else:
         key: Secret = _parse_option("--sdk-key", KEY, options.sdk_key)
-        payload = _fetch_flags(_parse_option("--url", HTTP_URI, options.url), key.reveal())
+        base = _parse_option("--url", HTTP_URI, options.url)
+        payload = _fetch_flags(data_url(base, "/sdk/latest-all", options.filter), key.reveal())
     return _explain(Data.of(payload), options.flag, context)
 
 
@@ -120,7 +124,7 @@ def _read_flags(name: str) -> Payload:
 
 def _fetch_flags(url: str, key: str) -> Payload:
     try:
-        request = Request(join(url, "/sdk/latest-all"), headers={"Authorization": key})  # noqa: S310
+        request = Request(url, headers={"Authorization": key})  # noqa: S310
         proxy = environment_proxies(os.environ)(URL(url))
         if proxy:
             request.set_proxy(proxy.url.authority, proxy.url.scheme)

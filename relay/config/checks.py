@@ -20,14 +20,16 @@ from relay.config.schema import (
     AutoConfig,
     EnvironmentConfig,
     Events,
+    Filters,
     Main,
     Prometheus,
     Proxy,
     Redis,
     Webhook,
     options,
+    with_variants,
 )
-from relay.config.unsupported import Consul, DynamoDB, Filters, OfflineMode
+from relay.config.unsupported import Consul, DynamoDB, OfflineMode
 from relay.model.text import one_line
 
 ENVIRONMENT, FILTERS = "Environment", "Filters"
@@ -284,9 +286,20 @@ def _filters(draft: Draft) -> Iterator[Diagnostic]:
         if not filters.keys:
             yield f"filter key list for project '{project}' cannot be empty", section
         for i, key in enumerate(filters.keys):
-            if not key.strip():
+            if not key:
                 text = f"filter key [{i}] for project '{project}' is malformed"
                 yield f"{text} (note: lists are comma-delimited)", section
+    yield from _ambiguous_variants(draft)
+
+
+def _ambiguous_variants(draft: Draft) -> Iterator[Diagnostic]:
+    """Report variants that have the name of another environment or variant."""
+    seen: set[str] = set()
+    for each in with_variants(draft.environments, draft.filters):
+        if each.name in seen:
+            text = f'there are two environments "{each.name}": a filter\'s key follows the name'
+            yield text, ((ENVIRONMENT, each.name, ""),)
+        seen.add(each.name)
 
 
 def _uses_redis(redis: Redis) -> bool:
@@ -449,8 +462,10 @@ def _duplicates(draft: Draft) -> Iterator[Diagnostic]:
         nouns["prefix"] = "database prefix"
     for attribute, noun in nouns.items():
         owners: dict[object, str] = {}
-        for each in draft.environments:
+        for each in with_variants(draft.environments, draft.filters):
             value = getattr(each, attribute)
+            if value and attribute != "prefix":
+                value = value, each.filter_key  # a variant shares the credentials
             if value and value in owners:
                 text = f'environments "{owners[value]}" and "{each.name}" have the same {noun}'
                 tail = f'; "{each.name}" answers to it'

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from relay.config import checks
+from relay.config import checks, references
 from relay.config.checks import ENVIRONMENT, FILTERS, SHARED, Draft, Key
 from relay.config.options import Option
 from relay.config.schema import (
@@ -20,6 +20,7 @@ from relay.config.schema import (
     AutoConfig,
     Config,
     EnvironmentConfig,
+    Filters,
     Http,
     Prometheus,
     Proxy,
@@ -28,7 +29,6 @@ from relay.config.schema import (
 )
 from relay.config.syntax import Assignment, FileSyntaxError, parse
 from relay.config.types import BOOLEAN, file_boolean, stripped
-from relay.config.unsupported import Filters
 from relay.errors import ConfigError
 from relay.model.text import is_utf8, one_line
 
@@ -53,6 +53,10 @@ class _RawOptions:
     """Source of the first occurrence of each named section."""
     unusable: set[Key] = field(default_factory=set)
     """Options that were set to an invalid value."""
+    spellings: dict[Key, str] = field(default_factory=dict)
+    """Name by which the file has set an option: that of the option, or of its reference."""
+    references: dict[str, str] = field(default_factory=dict)
+    """Source of each variable whose value is in a file: `X_FILE=PATH` by X."""
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     complete: bool = True
@@ -78,6 +82,10 @@ class _RawOptions:
     def drop(self, key: Key) -> None:
         self.values.pop(key, None)
         self.sources.pop(key, None)
+
+    def source_of(self, variable: str) -> str:
+        """Return the source of a variable: itself, or its reference."""
+        return self.references.get(variable, variable)
 
     def of(self, section: str, name: str | None = None) -> dict[str, Any]:
         """Return the values of a section by attribute."""
@@ -157,12 +165,40 @@ def _assign(raw: _RawOptions, assignment: Assignment, source: str) -> None:
     if not assignment.name:
         return
     option = next((o for o in options(section) if o.name.lower() == assignment.name.lower()), None)
+    reference = None if option else references.file_target(section, assignment.name)
+    option = option or reference
     if option is None:
         raise ValueError(f'{unknown}, variable "{assignment.name}"')
+    key: Key = (section, name, option.attribute)
+    spelling = f"{option.name}File" if reference else option.name
     try:
-        raw.put((section, name, option.attribute), option, _file_text(option, assignment), source)
+        text = _file_text(option, assignment)
+        _put_assigned(raw, key, option, text, source, spelling=spelling)
     except ValueError as e:
-        raise ValueError(f"{option.name}: {e}") from None
+        label = references.label(spelling, assignment.value or "") if reference else spelling
+        raise ValueError(f"{label}: {e}") from None
+
+
+def _put_assigned(
+    raw: _RawOptions, key: Key, option: Option, text: str, source: str, *, spelling: str
+) -> None:
+    """Store the value of an option, or the one in the file that its reference names."""
+    is_set = bool(stripped(text))
+    if is_set and raw.spellings.setdefault(key, spelling) != spelling:
+        raise ValueError(f"{raw.spellings[key]} is set, too; only one of them may be")
+    if spelling == option.name:
+        raw.put(key, option, text, source)
+    elif is_set:
+        raw.put(key, option, _value_in(raw, key, text), source)
+
+
+def _value_in(raw: _RawOptions, key: Key, path: str) -> str:
+    """Return the value that a file holds for an option; raises ValueError without one."""
+    try:
+        return references.read_value(path)
+    except ValueError:
+        raw.unusable.add(key)
+        raise
 
 
 def _file_text(option: Option, assignment: Assignment) -> str:
@@ -175,7 +211,7 @@ def _file_text(option: Option, assignment: Assignment) -> str:
 
 
 def _read_environ(raw: _RawOptions, all_variables: Mapping[str, str]) -> None:
-    environ = _without_service_links(all_variables)
+    environ = _with_referenced(raw, _without_service_links(all_variables))
     for section in SECTIONS:
         if section not in ("Redis", "Consul"):
             _read_section(raw, section, environ)
@@ -189,7 +225,7 @@ def _read_environ(raw: _RawOptions, all_variables: Mapping[str, str]) -> None:
             if not is_utf8(name):
                 raw.problems.append(f"{one_line(prefix + name)}: the variable's name is not UTF-8")
                 continue
-            raw.names.setdefault((section, name), prefix + name)
+            raw.names.setdefault((section, name), raw.source_of(prefix + name))
             _read_named(raw, section, name, environ)
     raw.warnings += _orphans(environ)
     if environ.get("LD_TRACE_LOG_BIG_SEGMENTS"):
@@ -216,6 +252,32 @@ def _without_service_links(environ: Mapping[str, str]) -> dict[str, str]:
         return match is not None and match[1] in services and name != "REDIS_PORT"
 
     return {name: stripped(v) for name, v in environ.items() if not is_service_link(name)}
+
+
+def _with_referenced(raw: _RawOptions, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables with `X` in place of each `X_FILE` that names a file; see `references`.
+
+    If the file cannot be used, X is empty: the environment exists, and further errors would only
+    follow from this one.
+    """
+    result: dict[str, str] = {}
+    for variable, text in environ.items():
+        target = references.variable_target(variable, text)
+        if target is None:
+            result.setdefault(variable, text)
+            continue
+        option, name = target
+        replaced = variable.removesuffix(references.SUFFIX)
+        if environ.get(replaced):
+            raw.problems.append(f"{variable}: {replaced} is set, too; only one of them may be")
+            continue
+        source = raw.references[replaced] = references.label(variable, text)
+        try:
+            result[replaced] = _value_in(raw, (option.section, name, option.attribute), text)
+        except ValueError as e:
+            result[replaced] = ""
+            raw.problems.append(f"{source}: {e}")
+    return result
 
 
 def _is_environment_key(name: str, environ: Mapping[str, str]) -> bool:
@@ -251,10 +313,11 @@ def _read_named(raw: _RawOptions, section: str, name: str, environ: Mapping[str,
 
 
 def _put(raw: _RawOptions, key: Key, option: Option, variable: str, text: str) -> None:
+    source = raw.source_of(variable)
     try:
-        raw.put(key, option, text, variable)
+        raw.put(key, option, text, source)
     except ValueError as e:
-        raw.problems.append(f"{variable}: {e}")
+        raw.problems.append(f"{source}: {e}")
 
 
 def _is_on(raw: _RawOptions, environ: Mapping[str, str], variable: str) -> bool:
@@ -332,6 +395,10 @@ def _orphans(environ: Mapping[str, str]) -> Iterator[str]:
         if is_sdk_key and not environ[variable].startswith("sdk-"):
             tail = f"it is the option envKey only beside LD_ENV_{name}"
             yield f'{variable} makes an environment "KEY_{name}"; {tail}'
+        name = variable.removeprefix("LD_ENV_")
+        is_path = name != variable and not environ[variable].startswith("sdk-")
+        if is_path and name.endswith(references.SUFFIX):
+            yield f'{variable} makes an environment "{name}"; a path to a file would have a /'
         for prefix in prefixes:
             required = "LD_ENV_" + variable.removeprefix(prefix)
             if variable.startswith(prefix) and required not in environ:
@@ -357,6 +424,7 @@ def _config(draft: Draft, warnings: list[str]) -> Config:
         main=checks.main_of(draft),
         events=checks.events_of(draft),
         environments=draft.environments,
+        filters=dict(draft.filters),
         redis=checks.redis_of(draft),
         proxy=draft.of(Proxy),
         http=draft.of(Http),

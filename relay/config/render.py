@@ -40,6 +40,7 @@ _ORDER = ("Main", ENVIRONMENT, *(section for section in SECTIONS if section != "
 """All sections, in the order of the documentation."""
 
 _EXAMPLE_NAMES = {ENVIRONMENT: "Production", FILTERS: "shop"}
+_PLACEHOLDERS = {ENVIRONMENT: "NAME", FILTERS: "PROJKEY"}
 
 _INTRODUCTION = r"""# Configuration file of Relay, with every option.
 #
@@ -66,6 +67,9 @@ _INTRODUCTION = r"""# Configuration file of Relay, with every option.
 #   * list: values separated by commas. If a list is set more than once, in the file or by a
 #     variable, the values are combined. For any other option, the last value wins.
 #
+# Keys, secrets and URLs can be read from a file: `sdkKeyFile = PATH` in place of `sdkKey`, and the
+# variable LD_ENV_Production_FILE=PATH in place of LD_ENV_Production. Both at once are an error.
+#
 # Variables accept the same values, except `on` and `off`. An empty variable unsets the value from
 # the file; for booleans and lists, it is ignored.
 #
@@ -91,7 +95,10 @@ def effective(config: Config) -> str:
 
     Options that were set carry their source, defaults are commented out, warnings come last.
     """
-    count = f"{len(config.environments)} environment{'s' * (len(config.environments) != 1)}"
+    number, variants = len(config.environments), len(config.all_environments)
+    count = f"{number} environment{'s' * (number != 1)}"
+    if variants > number:
+        count += f" and {variants - number} filtered"
     if config.auto_config.key:
         count = "the environments that LaunchDarkly names"
     lines = [
@@ -106,6 +113,9 @@ def effective(config: Config) -> str:
     for each in config.environments:
         name = f" {_subsection(each.name)}" if each.name else ""
         lines += ["", f"[{ENVIRONMENT}{name}]", *_lines(config, ENVIRONMENT, each.name, each)]
+    for project, filters in config.filters.items():
+        header = f"[{FILTERS} {_subsection(project)}]"
+        lines += ["", header, *_lines(config, FILTERS, project, filters)]
     lines += ["", *(f"# Warning: {warning}" for warning in config.warnings)]
     return "\n".join(map(one_line, lines)).rstrip("\n") + "\n"
 
@@ -259,7 +269,8 @@ def table() -> str:
     for section in _ORDER:
         rows = [option for option in options(section) if option.support is Support.FULL]
         if rows:
-            label = f'[{section} "NAME"]' if section in NAMED_SECTIONS else f"[{section}]"
+            name = _PLACEHOLDERS.get(section)
+            label = f'[{section} "{name}"]' if name else f"[{section}]"
             lines.append(f"| **`{label}`** | | | | |")
         lines += [_row(option) for option in rows]
     lines += ["", *_rest()]
@@ -267,9 +278,9 @@ def table() -> str:
 
 
 def _row(option: Option) -> str:
-    name = "NAME" if option.section in NAMED_SECTIONS else ""
+    name = _PLACEHOLDERS.get(option.section, "")
     default = f"`{_default(option)}`" if _default(option) else "–"
-    variable = f"`{option.variable}{name}`"
+    variable = f"`{option.variable}{name}`" if option.variable else "–"
     return f"| `{option.name}` | {variable} | {option.type.name} | {default} | {option.help} |"
 
 

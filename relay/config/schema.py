@@ -7,7 +7,10 @@ file is its attribute's name in camel case.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from relay.config.options import LATER, NO_EFFECT, REFUSED, Option, declared, option, section
 from relay.config.types import (
@@ -18,6 +21,7 @@ from relay.config.types import (
     HTTP_URI,
     INTEGER,
     KEY,
+    LIST,
     LOG_LEVEL,
     ORIGINS,
     PATH,
@@ -35,12 +39,12 @@ from relay.config.unsupported import (
     Consul,
     Datadog,
     DynamoDB,
-    Filters,
     OfflineMode,
     OpenTelemetry,
     Stackdriver,
 )
 from relay.model.credential import Secret
+from relay.model.environment import DEFAULT_PREFIX
 
 
 @section
@@ -573,9 +577,9 @@ class EnvironmentConfig(Struct, frozen=True):
         "",
         STRING,
         "",
-        "Key of one of the project's payload filters.",
+        "Key of a payload filter: the environment has this part of the data only, and its SDKs ask"
+        " for `?filter=KEY`.",
         "microservice-1",
-        support=REFUSED,
     )
     offline: bool = option(
         "", BOOLEAN, False, "Internal to ld-relay; operators never set it.", support=NO_EFFECT
@@ -641,6 +645,20 @@ class AutoConfig(Struct, frozen=True):
     )
 
 
+@section
+class Filters(Struct, frozen=True):
+    """`[Filters "PROJKEY"]`: payload filters of a project. The variable ends with its key."""
+
+    keys: tuple[str, ...] = option(
+        "LD_FILTER_KEYS_",
+        LIST,
+        (),
+        "Keys of the payload filters; each adds a variant of every environment of the"
+        " project, with a part of its data.",
+        "microservice-1,microservice-2",
+    )
+
+
 SECTIONS: dict[str, type] = {
     "Main": Main,
     "Events": Events,
@@ -668,7 +686,8 @@ class Config(Struct, frozen=True):
     """All options, validated.
 
     Args:
-        environments: in configuration order.
+        environments: in configuration order, without the variants of `filters`.
+        filters: payload filters by project key.
         redis: None if Redis is not configured; otherwise `redis.url` is complete.
         sources: source of each option that was set, `FILE:LINE` or the variable, by
             `Section.attribute` or `Environment "NAME".attribute`.
@@ -678,6 +697,7 @@ class Config(Struct, frozen=True):
     main: Main = Main()
     events: Events = Events()
     environments: tuple[EnvironmentConfig, ...] = ()
+    filters: dict[str, Filters] = field(default_factory=dict)
     redis: Redis | None = None
     proxy: Proxy = Proxy()
     http: Http = Http()
@@ -691,6 +711,38 @@ class Config(Struct, frozen=True):
     def uses_launchdarkly(self) -> bool:
         """True if environments come from LaunchDarkly, False if all there is is a flags file."""
         return bool(self.environments or self.auto_config.key)
+
+    @property
+    def all_environments(self) -> tuple[EnvironmentConfig, ...]:
+        """The environments, each followed by its variants."""
+        return with_variants(self.environments, self.filters)
+
+
+def with_variants(
+    environments: Iterable[EnvironmentConfig], filters: Mapping[str, Filters]
+) -> tuple[EnvironmentConfig, ...]:
+    """Return the environments, each followed by a variant for each payload filter of its project.
+
+    Args:
+        environments: in configuration order.
+        filters: by project key.
+    """
+    result: list[EnvironmentConfig] = []
+    for each in environments:
+        keys = filters[each.proj_key].keys if each.proj_key in filters else ()
+        further = [key for key in dict.fromkeys(keys) if key != each.filter_key]
+        result += [each, *(_variant(each, key) for key in further)]
+    return tuple(result)
+
+
+def _variant(environment: EnvironmentConfig, key: str) -> EnvironmentConfig:
+    # ld-relay keeps an empty prefix: all variants would then overwrite each other (config 3.5).
+    return replace(
+        environment,
+        name=f"{environment.name}/{key}",
+        filter_key=key,
+        prefix=f"{environment.prefix or DEFAULT_PREFIX}/{key}",
+    )
 
 
 def options(name: str) -> tuple[Option, ...]:

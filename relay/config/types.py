@@ -73,6 +73,7 @@ class OptionType(Struct, frozen=True):
         is_list: values of several sources are combined.
         quotable: quotation marks around a value belong to it. Otherwise they are stripped: Docker's
             env files, for example, keep them.
+        by_reference: the value may be secret, so that a file may hold it; see `references`.
     """
 
     name: str
@@ -81,6 +82,7 @@ class OptionType(Struct, frozen=True):
     is_text: bool = False
     is_list: bool = False
     quotable: bool = False
+    by_reference: bool = False
 
     def clean(self, text: str) -> str:
         """Return the text without the blanks, line ends and quotation marks around it."""
@@ -290,12 +292,14 @@ INTEGER = OptionType("integer above 0", _integer)
 COUNT = OptionType("integer", _count)
 DURATION = OptionType("duration", _duration, _show_duration)
 SIZE = OptionType("size", _size, _show_size)
-URI = OptionType("URL", _uri)
-HTTP_URI = OptionType("URL", _http_uri)
+URI = OptionType("URL", _uri, by_reference=True)
+HTTP_URI = OptionType("URL", _http_uri, by_reference=True)
 STRING = OptionType("text", _text, is_text=True, quotable=True)
 PATH = OptionType("path", _text, is_text=True)
-SECRET = OptionType("secret", Secret, lambda _: "********", is_text=True, quotable=True)
-KEY = OptionType("key", _key, lambda _: "********", is_text=True)
+SECRET = OptionType(
+    "secret", Secret, lambda _: "********", is_text=True, quotable=True, by_reference=True
+)
+KEY = OptionType("key", _key, lambda _: "********", is_text=True, by_reference=True)
 ENVIRONMENT_ID = OptionType("ID", _environment_id, is_text=True)
 LIST = _list_of(STRING, keeps_empty=True)
 PATHS = _list_of(PATH)

@@ -234,21 +234,6 @@ class OpenTelemetry(Struct, frozen=True):
 
 
 @section
-class Filters(Struct, frozen=True):
-    """`[Filters "PROJKEY"]`: payload filters of a project. The variable ends with its key."""
-
-    keys: tuple[str, ...] = option(
-        "LD_FILTER_KEYS_",
-        LIST,
-        (),
-        "Keys of the payload filters; each adds a filtered copy of every environment of the"
-        " project.",
-        "microservice-1,microservice-2",
-        support=REFUSED,
-    )
-
-
-@section
 class Concurrency(Struct, frozen=True):
     """`[Concurrency]`: limits of ld-relay on concurrent initial payloads."""
 

@@ -182,7 +182,7 @@ class EventIntake:
         """
         if self._acceptor is None or not _is_deliverable(partition.endpoint, body):
             return None
-        return self._acceptor.accept(EventPayload(partition, payload_id, body, clock.unix()))
+        return self._acceptor.accept(EventPayload(partition, payload_id, body, clock.now()))
 
     async def accept(
         self,
@@ -207,7 +207,7 @@ class EventIntake:
             await stored
         elif self._is_usable(spec, body) and _is_old(headers):
             partition = self.partition(spec, endpoint, headers)
-            payload = EventPayload(partition, _payload_id(headers), body, clock.unix())
+            payload = EventPayload(partition, _payload_id(headers), body, clock.now())
             await self._accept_old(spec, payload, flags or NO_ITEMS)
 
     async def accept_image(self, spec: EnvironmentSpec, body: bytes) -> None:
@@ -305,9 +305,9 @@ async def _summarised(
         return flags.get(Kind.FLAG, key)
 
     contexts.forget_old(clock.monotonic())
+    now, upstream_now = int(clock.unix() * 1000), int(server_time * 1000)
 
     def work() -> Summary:
-        now, upstream_now = int(payload.received * 1000), int(server_time * 1000)
         return summarise(
             payload.body,
             payload.partition.schema,

@@ -32,10 +32,6 @@ EXPIRE_EVERY = 60.0
 CLOSE_LIMIT = 5.0
 """Time limit in seconds for the last transaction; a disk that hangs does not delay the shutdown."""
 
-SKEW = 60.0
-"""Maximum difference in seconds between a payload's time of arrival and `clock`. Beyond it, the
-system's clock has been changed, and the time is replaced."""
-
 MAX_QUEUED = 64 * 1024 * 1024
 """Maximum size in bytes of payloads that are not safe yet. More means that the disk hangs, and that
 SDKs must get an error."""
@@ -117,9 +113,6 @@ class MemorySpool:
 
     def append(self, payload: EventPayload) -> bool:
         """Store a payload; return whether it is new."""
-        now = clock.now()
-        if not -SKEW < payload.received - now < SKEW:
-            payload = payload._replace(received=now)
         return self.memory.append(payload)
 
     def do(self, work: Callable[[EventStore], T]) -> asyncio.Future[T]:
@@ -179,9 +172,6 @@ class DiskSpool:
         if self._queued + size > MAX_QUEUED:
             raise StoreUnavailable("the disk does not take events fast enough")
         self._queued += size
-        now = clock.now()
-        if not -SKEW < payload.received - now < SKEW:
-            payload = payload._replace(received=now)
         ack: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._jobs.put((payload, ack))
         return ack

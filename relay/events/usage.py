@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import orjson
 
 from relay import clock, randomness
 from relay.model.event import EventPayload, EventsEndpoint, Partition
 from relay.model.metrics import MetricValue
+from relay.registry import Registry
 from relay.telemetry.traffic import RequestLabels, RequestMetrics, label_value
 
 INTERVAL = 60.0
@@ -84,11 +86,16 @@ class UsageReporter:
             if members:
                 event = {"kind": "relayMetrics", "relayId": self._relay_id, **period, **members}
                 partition = Partition(name, EventsEndpoint.BULK, SCHEMA)
-                payloads.append(
-                    EventPayload(partition, randomness.new_id(), orjson.dumps([event]), now)
-                )
+                body = orjson.dumps([event])
+                payloads.append(EventPayload(partition, randomness.new_id(), body, clock.now()))
         self._polls = polls
         return payloads
+
+
+def reported_names(registry: Registry[Any]) -> list[str]:
+    """Return the environments whose use is reported: not the filtered ones, as by ld-relay."""
+    specs = {name: registry.spec_of(name) for name in registry.names()}
+    return [name for name, spec in specs.items() if spec and not spec.payload_filter]
 
 
 def _by_environment(

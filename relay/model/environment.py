@@ -9,6 +9,9 @@ from typing import Self
 
 from relay.model.credential import Credential, EnvironmentID, MobileKey, SDKKey
 
+DEFAULT_PREFIX = "launchdarkly"
+"""Prefix of the keys in the database where none is configured: that of SDKs in daemon mode."""
+
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentSpec:

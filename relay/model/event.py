@@ -94,14 +94,14 @@ class Receipt(Struct, frozen=True):
     retry_after: float | None = None
 
 
-class EventPayload(NamedTuple):
+class EventPayload(Struct, frozen=True, gc=False):
     """Body of one request of an SDK.
 
     Args:
         partition: queue to which it belongs.
         payload_id: the SDK's `X-LaunchDarkly-Payload-ID`; empty without one.
         body: decompressed body: the text of a JSON array; of diagnostics anything.
-        received: time of arrival in Unix seconds.
+        received: time of arrival, by `clock.now`.
     """
 
     partition: Partition

@@ -44,7 +44,7 @@ class Header(msgspec.Struct, frozen=True):
 
     Args:
         environment: SHA-256 of the SDK key, or of the ID, in hexadecimal digits.
-        filter: payload filter of the environment; always empty so far.
+        filter: the same of the key of the environment's payload filter; empty without one.
         confirmed: time at which upstream last confirmed the data, in Unix seconds.
         items: number of items.
         size: total size of the item lines in bytes.

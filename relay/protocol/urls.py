@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote_plus
+
 
 def join(base: str, path: str) -> str:
     """Return the URL of a path below a base, which may have a path of its own.
@@ -11,3 +13,15 @@ def join(base: str, path: str) -> str:
         path: path with a leading `/`.
     """
     return base.rstrip("/") + path
+
+
+def data_url(base: str, path: str, payload_filter: str) -> str:
+    """Return the URL of an environment's data, or of the part that a payload filter lets through.
+
+    Args:
+        base: base URL.
+        path: path with a leading `/`.
+        payload_filter: key of the filter; empty for all data.
+    """
+    query = f"?filter={quote_plus(payload_filter)}" if payload_filter else ""
+    return join(base, path) + query

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -77,7 +77,11 @@ class ChangeNotice:
         return concerned or dict.fromkeys(names, ())
 
     def _resources_in(self, spec: EnvironmentSpec) -> tuple[ChangedResource, ...]:
-        return tuple(resource for resource in self.resources if resource.may_be_in(spec))
+        resources = (resource for resource in self.resources if resource.may_be_in(spec))
+        if spec.payload_filter:
+            # The filter may hold back the flag, so that its version is no use to wait for.
+            resources = (replace(resource, version=None) for resource in resources)
+        return tuple(dict.fromkeys(resources))
 
 
 EVERYTHING = ChangeNotice("")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 
 from msgspec import Struct
 from starlette.types import ASGIApp
@@ -77,7 +78,7 @@ def build_site(config: Config, limits: ConnectionLimits) -> Site:
     """
     from relay.build import build  # noqa: PLC0415
     from relay.events.intake import DiscardingAcceptor  # noqa: PLC0415
-    from relay.events.usage import UsageReporter  # noqa: PLC0415
+    from relay.events.usage import UsageReporter, reported_names  # noqa: PLC0415
     from relay.housekeeping import Housekeeping  # noqa: PLC0415
     from relay.telemetry.traffic import RequestMetrics  # noqa: PLC0415
     from relay.web.app import make_app, make_exporter  # noqa: PLC0415
@@ -108,7 +109,8 @@ def build_site(config: Config, limits: ConnectionLimits) -> Site:
     background = [Housekeeping(relay, (traffic.forget, events.intake.forget)).run]
     if relay.events:
         accept = relay.events.accept
-        background.append(UsageReporter(relay.registry.names, traffic, accept, POLLS).run)
+        names = partial(reported_names, relay.registry)
+        background.append(UsageReporter(names, traffic, accept, POLLS).run)
     if webhooks:
         background.append(webhooks.run)
     return Site(

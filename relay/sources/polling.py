@@ -13,7 +13,7 @@ from relay.model.credential import SDKKey, masked_url
 from relay.model.item import Kind
 from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
-from relay.protocol.urls import join
+from relay.protocol.urls import data_url
 from relay.sources import Update, UpToDate
 from relay.sources.event_stream import interruption
 from relay.sources.timings import SourceBackoff, SourceTimings
@@ -35,6 +35,7 @@ class PollingSource:
         key: the environment's SDK key.
         timings: delays and timeouts; after a failure the next poll comes no later than the
             interval, unless the key was refused.
+        payload_filter: key of the payload filter whose part of the data is wanted; empty for all.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class PollingSource:
         base_uri: str,
         key: SDKKey,
         timings: SourceTimings = SourceTimings(),
+        *,
+        payload_filter: str = "",
     ) -> None:
         self._upstream = upstream
-        self._url = join(base_uri, "/sdk/latest-all")
+        self._url = data_url(base_uri, "/sdk/latest-all", payload_filter)
         self._key = key
         self._timings = timings
         self._poll_now = asyncio.Event()

@@ -6,7 +6,7 @@ from relay.model.credential import SDKKey
 from relay.model.payload import ChangeSet
 from relay.protocol import fdv1
 from relay.protocol.sse import Event
-from relay.protocol.urls import join
+from relay.protocol.urls import data_url
 from relay.sources.event_stream import EventStream
 from relay.sources.timings import SourceTimings
 from relay.steps import Steps
@@ -28,6 +28,7 @@ class StreamingSource(EventStream[ChangeSet]):
         key: the environment's SDK key.
         log: a logger that names the environment.
         timings: delays and timeouts.
+        payload_filter: key of the payload filter whose part of the data is wanted; empty for all.
     """
 
     def __init__(
@@ -37,8 +38,11 @@ class StreamingSource(EventStream[ChangeSet]):
         key: SDKKey,
         log: Log,
         timings: SourceTimings = SourceTimings(),
+        *,
+        payload_filter: str = "",
     ) -> None:
-        super().__init__(upstream, join(stream_uri, "/all"), key, self._interpret_event, timings)
+        url = data_url(stream_uri, "/all", payload_filter)
+        super().__init__(upstream, url, key, self._interpret_event, timings)
         self._log = log
         self._unknown_events: set[str] = set()
 

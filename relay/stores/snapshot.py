@@ -70,6 +70,7 @@ class SnapshotMirror:
             its hash and does not contain it.
         log: a logger that names the environment.
         timings: delays and limits for writing.
+        payload_filter: key of the payload filter whose part of the data is kept; empty for all.
     """
 
     status: StoreStatus | None = None
@@ -80,8 +81,11 @@ class SnapshotMirror:
         owner: Credential,
         log: Log,
         timings: SnapshotTimings = SnapshotTimings(),
+        *,
+        payload_filter: str = "",
     ) -> None:
-        self._file = _SnapshotFile(directory, hashlib.sha256(owner.value.encode()).hexdigest())
+        filter_digest = _digest(payload_filter) if payload_filter else ""
+        self._file = _SnapshotFile(directory, _digest(owner.value), filter_digest)
         self._log = log
         self._timings = timings
         self._confirmed: tuple[Payload, float] = (EMPTY, 0.0)
@@ -211,11 +215,11 @@ class SnapshotMirror:
 class _SnapshotFile:
     """The snapshot file. Its methods block and raise `OSError`."""
 
-    def __init__(self, directory: Path, environment: str) -> None:
+    def __init__(self, directory: Path, environment: str, payload_filter: str) -> None:
         self._directory = directory
-        self._environment = environment
-        # A part of the digest suffices to distinguish environments; the header has all of it.
-        self._stem = f"environment-{environment[:16]}"
+        self._identity = environment, payload_filter
+        # A part of each digest suffices to distinguish environments; the header has all of it.
+        self._stem = "-".join(["environment", *(each[:16] for each in self._identity if each)])
         self.path = directory / f"{self._stem}.snapshot"
         self._written: tuple[Payload, Header] | None = None
 
@@ -256,7 +260,7 @@ class _SnapshotFile:
             first_line = file.read(HEADER_SIZE)
             body = file.read()
         header = snapshot_format.header(first_line)
-        if (header.environment, header.filter) != (self._environment, ""):
+        if (header.environment, header.filter) != self._identity:
             raise UnknownFormat("it belongs to another environment")
         return snapshot_format.payload(header, body), header
 
@@ -303,7 +307,7 @@ class _SnapshotFile:
             checksum.update(chunk)
             size += len(chunk)
         digest = checksum.hexdigest()
-        return Header(self._environment, "", confirmed, len(payload), size, digest)
+        return Header(*self._identity, confirmed, len(payload), size, digest)
 
     def _remove_leftovers(self) -> None:
         """Remove unfinished files of killed processes; those of living ones are locked."""
@@ -311,6 +315,10 @@ class _SnapshotFile:
             with contextlib.suppress(OSError), leftover.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 leftover.unlink()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sync_directory(directory: Path) -> None:

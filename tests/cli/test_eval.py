@@ -169,6 +169,10 @@ def test_what_cannot_be_evaluated_is_said(flags, capsys, key, context, error):
             "cannot be asked: Connection refused",
         ),
         (["lamp", "--context", ANNA, "--flags", "/no/such/file"], "/no/such/file cannot be read"),
+        (
+            ["lamp", "--context", ANNA, "--flags", "a", "--filter", "f"],
+            "--filter needs a relay with --url",
+        ),
         (["lamp", "--context", ANNA, "--sdk-keys", "x", "--flags", "a"], "unrecognized arguments"),
     ],
 )

@@ -139,7 +139,14 @@ PREFIX_MISSING = "does not have a prefix specified for database storage"
             {"LD_ENV_a": "k", "LD_PROJ_KEY_a": "p", "LD_FILTER_KEYS_p": "f,, g"},
             ["filter key [1] for project 'p' is malformed (note: lists are comma-delimited) (LD_FILTER_KEYS_p)"],
         ),
-        ({"LD_ENV_a": "k", "LD_PROJ_KEY_a": "p", "LD_FILTER_KEYS_p": "f, g"}, []),
+        (
+            {"LD_ENV_a": "k", "LD_PROJ_KEY_a": "p", "LD_FILTER_KEYS_p": "f, ,g"},
+            ["filter key [1] for project 'p' is malformed (note: lists are comma-delimited) (LD_FILTER_KEYS_p)"],
+        ),
+        (
+            {"LD_ENV_a": "k", "LD_ENV_a/f": "l", "LD_PROJ_KEY_a": "p", "LD_PROJ_KEY_a/f": "q", "LD_FILTER_KEYS_p": "f"},
+            ['there are two environments "a/f": a filter\'s key follows the name (LD_ENV_a/f)'],
+        ),
         (
             {"USE_CONSUL": "1", "CONSUL_TOKEN": "t", "CONSUL_TOKEN_FILE": "f"},
             ["Consul token must be specified as either an inline value or a file, but not both (CONSUL_TOKEN, CONSUL_TOKEN_FILE)"],
@@ -177,6 +184,56 @@ def test_unsupported_options_are_checked_too(
 ) -> None:
     """ld-relay's rules on options that this release does not support, without the refusals."""
     assert [p for p in problems(variables) if not REFUSED.search(p)] == expected
+
+
+def test_each_filter_adds_a_variant_of_the_environments_of_its_project() -> None:
+    """It has a name and a prefix of its own, and everything else of the environment."""
+    config = from_env(
+        {
+            "LD_ENV_a": "sdk-a",
+            "LD_PROJ_KEY_a": "p",
+            "LD_PREFIX_a": "x",
+            "LD_TTL_a": "1m",
+            "LD_ENV_b": "sdk-b",
+            "LD_PROJ_KEY_b": "p",
+            "LD_ENV_c": "sdk-c",
+            "LD_PROJ_KEY_c": "q",
+            "LD_FILTER_KEYS_p": "north, a b,north",
+        }
+    )
+    a, a_north, a_blank, b, b_north, b_blank, c = config.all_environments
+    assert (a, b, c) == config.environments
+    assert [e.name for e in (a_north, a_blank, b_north)] == ["a/north", "a/a b", "b/north"]
+    assert [e.filter_key for e in (a, a_north, a_blank)] == ["", "north", "a b"]
+    assert [e.prefix for e in (a, a_north, b, b_north)] == [
+        "x",
+        "x/north",
+        "",
+        "launchdarkly/north",
+    ]
+    assert replace(a_north, name="a", prefix="x", filter_key="") == a
+    assert b_blank.sdk_key == b.sdk_key
+
+
+def test_an_environment_may_have_one_filter_only(tmp_path: Path) -> None:
+    """`filterKey` of the file; it is no variant, and the filters of its project add the others."""
+    path = tmp_path / "relay.conf"
+    environment = '[Environment "a"]\nsdkKey = k\nprojKey = p\nfilterKey = north\n'
+    path.write_text(f'{environment}[Filters "p"]\nkeys = north,south')
+    config = load(str(path), False, False, {})
+    assert [e.name for e in config.all_environments] == ["a", "a/south"]
+    assert [e.filter_key for e in config.all_environments] == ["north", "south"]
+
+
+def test_environments_may_share_a_key_if_their_filters_differ(tmp_path: Path) -> None:
+    """A request's filter says which one is meant; without that, there is a warning."""
+    path = tmp_path / "relay.conf"
+    both = '[Environment "a"]\nsdkKey = k\nfilterKey = north\n[Environment "b"]\nsdkKey = k\n'
+    path.write_text(f"{both}filterKey = south\n")
+    assert load(str(path), False, False, {}).warnings == ()
+    path.write_text(f"{both}filterKey = north\n")
+    (warning,) = load(str(path), False, False, {}).warnings
+    assert warning.startswith('environments "a" and "b" have the same SDK key; "b" answers to it')
 
 
 def test_all_problems_come_at_once() -> None:

@@ -126,6 +126,9 @@ def test_the_output_is_a_file_of_the_same_meaning(tmp_path: Path) -> None:
         'LD_PREFIX_q"\\': ' "x" ',
         "LD_PREFIX_b": "\\",
         "LD_LOG_LEVEL_b": "WARN",
+        'LD_PROJ_KEY_q"\\': "p",
+        "LD_PROJ_KEY_b": "p",
+        "LD_FILTER_KEYS_p": "north,a;b",
     }
     for name in [name for name in variables if name.startswith("LD_ENV_")]:
         variables[name] = f"key{len(name)}"
@@ -136,6 +139,7 @@ def test_the_output_is_a_file_of_the_same_meaning(tmp_path: Path) -> None:
         assert getattr(after, section) == getattr(before, section)
     assert before.redis
     assert after.redis == replace(before.redis, host="")  # it has become part of the URL
+    assert after.filters == before.filters
     names = ("name", "prefix", "log_level", "ttl")
     facts = [[tuple(getattr(e, n) for n in names) for e in c.environments] for c in (before, after)]
     assert facts[0] == facts[1]

@@ -39,7 +39,7 @@ from relay.web.handlers import Handlers
 from relay.web.resources import MIN_COMPRESSED
 from tests.support.contracts import MemoryMirror
 from tests.support.serving import Address, Reply, ask, serving_site, site_of, until
-from tests.support.upstream import ScriptedUpstream, body, status
+from tests.support.upstream import ScriptedUpstream, body, filtered, status
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SETUPS = json.loads((GOLDEN / "setups.json").read_text("utf-8"))
@@ -507,7 +507,7 @@ async def goals_upstream(_request: web.Request) -> web.Response:
 
 
 def key_of(environment: Environment) -> str:
-    return environment.spec.sdk_key.value
+    return filtered(environment.spec.sdk_key.value, environment.spec.payload_filter)
 
 
 def text(setup: str) -> str:
@@ -567,7 +567,7 @@ async def relay_in(setup: str, *, front: bool) -> AsyncGenerator[Address, None]:
     """The relay that the recording's variables configure, in the recording's state."""
     async with ScriptedUpstream() as upstream:
         given = SETUPS[setup]["environment variables"]
-        left_out = ("REDIS", "USE_REDIS", "LD_FILTER", "LD_PROJ")
+        left_out = ("REDIS", "USE_REDIS")
         variables = {name: v for name, v in given.items() if not name.startswith(left_out)}
         here = dict.fromkeys(("STREAM_URI", "CLIENT_SIDE_BASE_URI"), upstream.url)
         upstream.always("", goals_upstream)  # what has no key

@@ -12,7 +12,7 @@ from tests.support.data import all_data, flag, segment
 from tests.support.process import PATIENCE, RelayProcess
 from tests.support.redis import RedisServer
 from tests.support.serving import SDK_KEY, ask
-from tests.support.upstream import ScriptedUpstream, body, stall
+from tests.support.upstream import ScriptedUpstream, body, filtered, stall
 
 OTHER_KEY = "sdk-5ca1ab1e-0001-4000-8000-00000000a002"
 FEATURES = "launchdarkly:features"
@@ -63,6 +63,21 @@ async def test_an_empty_database_is_filled(upstream, redis, source):
     assert lamp(redis)["variations"][0] == "one"
     assert redis.hash("launchdarkly:segments").keys() == {"crowd"}
     assert redis.do("EXISTS", "launchdarkly:$inited") == 1
+
+
+async def test_filtered_variants_are_brought_up_to_date_too(upstream, redis):
+    """Each with its part of the data; one alone if it is named."""
+    upstream.serve(filtered(SDK_KEY, "north"), all_data(flag(value="north")))
+    filters = {"LD_PROJ_KEY_main": "shop", "LD_FILTER_KEYS_shop": "north"}
+    code, said = await Sync(upstream, redis, "--environment", "main/north", **filters).run()
+    assert code == 0, said
+    assert "main/north: brought up to date: 1 added" in said
+    assert lamp(redis) is None
+    assert lamp(redis, prefix="launchdarkly/north")["variations"][0] == "north"
+    code, said = await Sync(upstream, redis, **filters).run()
+    assert code == 0, said
+    assert "main/north: is up to date (1 items upstream)" in said
+    assert lamp(redis)["variations"][0] == "one"
 
 
 async def test_a_second_run_finds_nothing_to_do(upstream, redis):

@@ -46,6 +46,25 @@ async def scripted_upstream():
         yield upstream
 
 
+async def test_secrets_in_files(upstream, tmp_path):
+    """The relay serves with a mounted key, and says where it came from but not what it is."""
+    key, url = tmp_path / "key", tmp_path / "url"
+    key.write_text(f"{SDK_KEY}\n")
+    url.write_text(f"{upstream.url}\n")
+    variables = {"LD_ENV_main_FILE": str(key), "STREAM_URI_FILE": str(url), "LOG_LEVEL": "debug"}
+    async with RelayProcess(tmp_path, **variables) as relay:
+        await relay.said('Initialized LaunchDarkly client for "main"')
+        reply = await ask(relay.address, "/sdk/flags/lamp", [("authorization", SDK_KEY)])
+        assert reply.status == 200
+        assert SDK_KEY not in relay.log
+        assert await relay.stop() == 0
+    key.unlink()
+    relay = RelayProcess(tmp_path, **variables)
+    await relay.spawn()
+    assert await relay.ended() == 1
+    assert f"LD_ENV_main_FILE={key}: No such file or directory" in relay.log
+
+
 async def test_values_that_are_not_clean_work(upstream, tmp_path):
     """Line ends, blanks, quotation marks, byte order marks, and variables of services."""
     async with RelayProcess(

@@ -25,7 +25,7 @@ def payload(number=0, partition=PARTITION, payload_id=None, received=None, size=
     noise = base64.b64encode(random.Random(number).randbytes(size))[:size]  # keeps its size on disk
     body = b'[{"n":%d,"x":"%s"}]' % (number, noise)
     own_id = f"id-{number}" if payload_id is None else payload_id
-    return EventPayload(partition, own_id, body, clock.unix() if received is None else received)
+    return EventPayload(partition, own_id, body, clock.now() if received is None else received)
 
 
 def in_memory(capacity=1024 * 1024, **limits):

@@ -1,10 +1,14 @@
 """The relay reports its use to LaunchDarkly as ld-relay does."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
-from relay.events.usage import SCHEMA, UsageReporter
+from relay.events.usage import SCHEMA, UsageReporter, reported_names
+from relay.model.credential import SDKKey
+from relay.model.environment import EnvironmentSpec
 from relay.model.event import EventsEndpoint, Partition
+from relay.registry import Registry
 from relay.telemetry.traffic import RequestLabels, RequestMetrics
 from relay.web.routes import POLLS
 
@@ -93,3 +97,13 @@ def test_no_period_ends_before_it_began():
         reports.poll("a", 1)
         (event,) = reports.collect(now)
         assert event["startDate"] <= event["endDate"] == now * 1000
+
+
+def test_filtered_environments_are_not_reported():
+    """As by ld-relay: LaunchDarkly bills connections by the reports."""
+    registry: Registry[str] = Registry()
+    whole = EnvironmentSpec("main", SDKKey("sdk-1"))
+    registry.put("1", whole)
+    registry.put("2", replace(whole, name="main/north", payload_filter="north"))
+    registry.remove("2")
+    assert reported_names(registry) == ["main"]

@@ -4,7 +4,7 @@ import pytest
 from isal import isal_zlib
 
 from relay.protocol.gzip import CORRUPT, GZIP
-from relay.protocol.urls import join
+from relay.protocol.urls import data_url, join
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,24 @@ from relay.protocol.urls import join
 def test_a_path_is_joined_to_a_base_that_may_have_one(base, url):
     """There is one slash between them."""
     assert join(base, "/all") == url
+
+
+@pytest.mark.parametrize(
+    ("key", "query"),
+    [
+        ("", ""),
+        ("north", "?filter=north"),
+        ("a b", "?filter=a+b"),
+        ("x/y", "?filter=x%2Fy"),
+        ("p%41", "?filter=p%2541"),
+        ("q&r=s", "?filter=q%26r%3Ds"),
+        ("n+m", "?filter=n%2Bm"),
+        ("ü", "?filter=%C3%BC"),
+    ],
+)
+def test_a_payload_filter_is_form_encoded(key, query):
+    """As ld-relay sends it."""
+    assert data_url("http://host/", "/all", key) == f"http://host/all{query}"
 
 
 def test_the_constants_of_gzip_fit_the_library():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -169,3 +170,21 @@ def test_an_environment_without_keys_always_matches():
     specs = [spec("a", "shop", "production"), spec("b"), spec("c", "shop"), spec("d", "bank")]
     environments = webhook.read(entry("proj/shop:env/production:flag/lamp")).affected(specs)
     assert list(environments) == ["a", "b", "c"]
+
+
+def test_a_filter_may_hold_back_a_flag_so_its_version_is_not_awaited():
+    """Otherwise streams of filtered environments would be replaced after each change."""
+    body = json.dumps(
+        {
+            "kind": "flag",
+            "accesses": [{"resource": "proj/shop:env/production:flag/lamp"}],
+            "currentVersion": {"key": "lamp", "environments": {"production": {"version": 7}}},
+        }
+    ).encode()
+    whole = spec("production", "shop", "production")
+    specs = [whole, replace(whole, name="production/north", payload_filter="north")]
+    affected = webhook.read(body).affected(specs)
+    assert {n: [r.version for r in resources] for n, resources in affected.items()} == {
+        "production": [7],
+        "production/north": [None],
+    }

@@ -49,8 +49,8 @@ def payload(*items):
     return Payload.of(items or (flag("a", 1),))
 
 
-def snapshot(directory, key=KEY, timings=FAST):
-    return SnapshotMirror(Path(directory), key, LOG, timings)
+def snapshot(directory, key=KEY, timings=FAST, payload_filter=""):
+    return SnapshotMirror(Path(directory), key, LOG, timings, payload_filter=payload_filter)
 
 
 @contextlib.asynccontextmanager
@@ -370,7 +370,8 @@ async def test_a_full_disk_is_logged_once_at_its_begin_and_end(tmp_path, caplog)
                 mirror.update(payload(flag("a", 2, 5000)), None)
                 await until(lambda: caplog.records)
                 await asyncio.sleep(8 * MS)
-            assert [entry.suffix for entry in tmp_path.iterdir()] == [".snapshot"]
+            # Another attempt may be under way at any moment.
+            await until(lambda: [entry.suffix for entry in tmp_path.iterdir()] == [".snapshot"])
             assert (await load(tmp_path)).payload.get(Kind.FLAG, "a").version == 1
         await mirror.flushed()
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
@@ -521,3 +522,17 @@ async def test_a_large_environment_does_not_hold_up_the_event_loop(tmp_path):
     assert path.stat().st_size > 20_000_000
     assert len(stored.payload) == len(data)
     assert worst < 0.25
+
+
+async def test_each_payload_filter_has_a_file_of_its_own(tmp_path):
+    """A file is used for its filter only, however long the key of the filter is."""
+    for key in ("", "north", "x" * 500):
+        await save(tmp_path, payload(flag(f"of {key}"[:20], 1)), payload_filter=key)
+    assert len(list(tmp_path.glob("*.snapshot"))) == 3
+    for key in ("", "north", "x" * 500):
+        stored = await load(tmp_path, payload_filter=key)
+        assert [item.key for item in stored.payload] == [f"of {key}"[:20]]
+    assert await load(tmp_path, payload_filter="south") is None
+    north, south = (snapshot(tmp_path, payload_filter=key) for key in ("north", "south"))
+    north._file.path.rename(south._file.path)
+    assert await south.load() is None

@@ -64,6 +64,8 @@ class Posted:
 class ScriptedUpstream:
     """Serves `/all` and `/sdk/latest-all` for each SDK key that has data; others get 401.
 
+    A request with a payload filter is one with the key `filtered(KEY, FILTER)`.
+
     Posts of events get 202, unless answers are scripted for their key, or for their path where
     there is no key.
 
@@ -191,7 +193,7 @@ class ScriptedUpstream:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.requests.append(Request(request.method, request.path_qs, request.headers))
         await self._note()
-        key = request.headers.get("Authorization", "")
+        key = filtered(request.headers.get("Authorization", ""), request.query.get("filter", ""))
         if key in self._always:
             return await self._always[key](request)
         if self._answers[key]:
@@ -246,6 +248,11 @@ class ScriptedUpstream:
                 self._streams[key].remove(stream)
             await self._note()
         return stream
+
+
+def filtered(key: str, payload_filter: str) -> str:
+    """The key by which the data set of an SDK key and a payload filter are known."""
+    return f"{key}?filter={payload_filter}" if payload_filter else key
 
 
 def abort(request: web.Request) -> None:

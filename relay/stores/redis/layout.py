@@ -10,13 +10,12 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from relay.errors import InvalidData
+from relay.model.environment import DEFAULT_PREFIX
 from relay.model.item import InvalidItem, Item, Kind, parse
 from relay.model.payload import Payload
 from relay.model.text import one_line
 from relay.steps import Steps
 from relay.stores import UNREADABLE, Key, Stored, Version, Versions
-
-DEFAULT_PREFIX = "launchdarkly"
 
 CHUNK = 256 * 1024
 """Bytes of items per command: half a millisecond of packing before the loop can run other tasks."""

@@ -48,34 +48,45 @@ def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
 
 
 def one(relay: Relay, traffic: RequestMetrics, identifier: str) -> PreparedResponse:
-    """Return the part of `/status` for an environment with a name or client-side ID."""
-    by_id = relay.registry.find(CredentialKind.ENVIRONMENT_ID, identifier)
-    named = (e for e in relay.environments.values() if e.spec.title == identifier)
-    environment = relay.environments.get(identifier) or by_id or next(named, None)
-    return _one(relay, traffic, environment)
+    """Return the part of `/status` for one environment (newer 10.3).
 
-
-def one_by_keys(
-    relay: Relay, traffic: RequestMetrics, project_key: str, environment_key: str
-) -> PreparedResponse:
-    """Return the part of `/status` for the environment with the keys (newer-versions 10.3)."""
-    keys = (project_key, environment_key)
-    found = (
-        each
-        for each in relay.environments.values()
-        if (each.spec.project_key, each.spec.environment_key) == keys
-    )
-    return _one(relay, traffic, next(found, None))
-
-
-def _one(
-    relay: Relay, traffic: RequestMetrics, environment: Environment | None
-) -> PreparedResponse:
+    Args:
+        relay: provides the environments.
+        traffic: request counts.
+        identifier: name, client-side ID, both display names, or project and environment key as
+            `PROJECT/ENVIRONMENT`; each followed by `/filters/KEY` for the variant with a filter.
+    """
     if not relay.knows_environments:
         return json(503, {"error": "the list of environments is not known yet"})
+    environment = _find(relay, identifier)
     if environment is None:
         return json(404, {"error": "there is no environment with this name or client-side ID"})
     return json(200, _environment_members(relay, traffic, environment, _counts(traffic)))
+
+
+def _find(relay: Relay, identifier: str) -> Environment | None:
+    find = relay.registry.find
+    environment = relay.environments.get(identifier)
+    environment = environment or find(CredentialKind.ENVIRONMENT_ID, identifier)
+    if environment is not None:
+        return environment
+    owner, _, payload_filter = identifier.partition("/filters/")
+    if payload_filter:
+        environment = _find(relay, owner)
+        key = environment and environment.spec.sdk_key
+        return find(key.kind, key.value, payload_filter) if key else None
+    named = (
+        each
+        for each in relay.environments.values()
+        if identifier in (_keys(each.spec), each.spec.title)
+    )
+    return next(named, None)
+
+
+def _keys(spec: EnvironmentSpec) -> str | None:
+    """Return project and environment key in one; None for variants, and if one is unknown."""
+    known = spec.project_key and spec.environment_key and not spec.payload_filter
+    return f"{spec.project_key}/{spec.environment_key}" if known else None
 
 
 def _is_connected(relay: Relay, environment: Environment) -> bool:

@@ -23,6 +23,7 @@ from relay.web.endpoints.evaluation import (
 )
 from relay.web.fastpath.cache import ENTRY_SIZE, WireResponse
 from relay.web.fastpath.heads import MAX_HEAD, RequestHead
+from relay.web.requests import parameter_in
 from relay.web.resources import MAX_COMPRESSED_AT_ONCE, MIN_COMPRESSED, accepts_gzip
 from relay.web.responses import Headers, PreparedResponse
 
@@ -36,7 +37,7 @@ PROFILE_SIZE = 2 * 1024
 _LINE_END = b" HTTP/1.1\r\n"
 _BASE64_PUNCTUATION = b"-_=+"
 """Characters of base64 in both alphabets that `isalnum` refuses, except the slash."""
-_PLAIN_QUERY = re.compile(rb"[0-9A-Za-z=&]*")
+_PLAIN_QUERY = re.compile(rb"[0-9A-Za-z=&_.~-]*")
 
 
 class ClientProfile(CacheEntry, eq=False):
@@ -128,7 +129,8 @@ class EvaluationFastPath:
         self._evaluation = evaluation
         self._traffic = traffic
         self.profiles: ResponseCache[ClientProfile] = ResponseCache(registry, MAX_PROFILES)
-        """By the bytes before the context in a request, and the bytes after the request line."""
+        """By the bytes before the context in a request, the bytes after the request line, and the
+        payload filter."""
 
     def answer_known(self, head: bytes) -> WireResponse | None:
         """Return the response to a request that differs from an earlier one in its context only.
@@ -140,13 +142,13 @@ class EvaluationFastPath:
         """
         line, _, rest = head.partition(_LINE_END)
         start, _, target = line.rpartition(b"/")
-        profile = self.profiles.get((start, rest))
-        if profile is None:
-            return None
         segment, _, query = target.partition(b"?")
         # Anything else has to be judged by the parser.
-        plain = segment.translate(None, _BASE64_PUNCTUATION).isalnum()
-        if not plain or (query and not _is_plain(query)):
+        payload_filter = _plain_filter(query)
+        if payload_filter is None or not segment.translate(None, _BASE64_PUNCTUATION).isalnum():
+            return None
+        profile = self.profiles.get((start, rest, payload_filter))
+        if profile is None:
             return None
         return self._respond(profile, segment, query)
 
@@ -154,16 +156,17 @@ class EvaluationFastPath:
         """Return the response to a GET; None to leave it to the application."""
         profile = self._profile(head)
         response = self._respond(profile, head.segment, head.query)
-        if response is not None and not profile.if_none_match and _is_plain(head.query):
-            self._remember(head.raw, profile)
+        payload_filter = _plain_filter(head.query)
+        if response is not None and not profile.if_none_match and payload_filter is not None:
+            self._remember(head.raw, payload_filter, profile)
         return response
 
-    def _remember(self, head: bytes, profile: ClientProfile) -> None:
+    def _remember(self, head: bytes, payload_filter: str, profile: ClientProfile) -> None:
         line, _, rest = head.partition(_LINE_END)
         if rest and len(rest) <= MAX_HEAD:
             start = line.partition(b"?")[0].rpartition(b"/")[0]
-            profile.size = PROFILE_SIZE + len(start) + len(rest)
-            self.profiles.put((start, rest), profile)
+            profile.size = PROFILE_SIZE + len(start) + len(rest) + len(payload_filter)
+            self.profiles.put((start, rest, payload_filter), profile)
 
     def _respond(self, profile: ClientProfile, segment: bytes, query: bytes) -> WireResponse | None:
         environment, sdk_kind = profile.environment, profile.sdk_kind
@@ -201,6 +204,10 @@ class EvaluationFastPath:
         )
 
 
-def _is_plain(query: bytes) -> bool:
-    """Return whether a query needs no decoding, and does not choose the environment."""
-    return not query or (b"filter" not in query and _PLAIN_QUERY.fullmatch(query) is not None)
+def _plain_filter(query: bytes) -> str | None:
+    """Return the payload filter in a query, empty without one; None if it needs decoding."""
+    if not query:
+        return ""
+    if _PLAIN_QUERY.fullmatch(query) is None:
+        return None
+    return parameter_in(query, "filter") if b"filter" in query else ""
