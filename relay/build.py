@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from relay.config.schema import Config, EnvironmentConfig, Main
+from relay.config.schema import Config, EnvironmentConfig, Main, OfflineMode
 from relay.environment import Environment
-from relay.errors import ConfigError
+from relay.errors import ConfigError, UnusableArchive
 from relay.events.forwarder import Forwarder
 from relay.events.policy import ForwarderTimings
 from relay.events.sender import Upstream
@@ -62,6 +62,8 @@ def build(config: Config) -> Relay:
         ConfigError: a resource that it names, such as a file of CA certificates, is unusable.
     """
     registry: Registry[Environment] = Registry()
+    if config.offline_mode.file_data_source:
+        return _offline(config, registry)
     events: Forwarder | None = None
     fetch: Fetch | None = None
     if config.environments:
@@ -79,6 +81,47 @@ def build(config: Config) -> Relay:
         ignore_connection_errors=config.main.ignore_connection_errors,
         disconnected_after=config.main.disconnected_status_time,
         registry=registry,
+    )
+
+
+def _offline(config: Config, registry: Registry[Environment]) -> Relay:
+    """Return the relay whose environments are those of an archive: without a network.
+
+    Raises:
+        ConfigError: the archive is unusable.
+    """
+    from relay.offline import OfflineArchive
+
+    options, main = config.offline_mode, config.main
+
+    def make_environment(spec: EnvironmentSpec, source: DataSource) -> Environment:
+        spec = _with_settings(spec, options, main)
+        return _environment(config, spec, lambda _spec, _log: source)
+
+    interval = options.file_data_source_monitoring_interval
+    archive = OfflineArchive(Path(options.file_data_source), interval, make_environment)
+    relay = Relay(
+        [],
+        main.init_timeout,
+        disconnected_after=main.disconnected_status_time,
+        registry=registry,
+        follow=archive.run,
+    )
+    try:
+        archive.load(relay)
+    except UnusableArchive as e:
+        raise ConfigError([str(e)]) from e
+    return relay
+
+
+def _with_settings(spec: EnvironmentSpec, options: OfflineMode, main: Main) -> EnvironmentSpec:
+    """Return a spec from elsewhere with the settings that the configuration has for all of them."""
+    return replace(
+        spec,
+        prefix=options.env_datastore_prefix.replace("$CID", spec.name),
+        allowed_origins=options.env_allowed_origin,
+        allowed_headers=options.env_allowed_header,
+        eval_streams=main.eval_streams,
     )
 
 

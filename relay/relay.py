@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,8 @@ class Relay:
             warning instead of an error.
         disconnected_after: seconds of interruption after which `/status` reports `disconnected`.
         registry: empty; a new one if omitted.
+        follow: keeps the environments equal to those of a list elsewhere, as of an archive; runs as
+            long as the relay.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Relay:
         ignore_connection_errors: bool = False,
         disconnected_after: float = 60.0,
         registry: Registry[Environment] | None = None,
+        follow: Callable[[Relay], Coroutine[object, object, None]] | None = None,
     ) -> None:
         self.registry: Registry[Environment] = registry or Registry()
         self.disconnected_after = disconnected_after
@@ -68,6 +71,9 @@ class Relay:
         self._init_deadline = clock.monotonic() + init_timeout
         self.stopping = False
         """True once the shutdown begins: from then on the relay is not ready."""
+        self.unusable: dict[str, str] = {}
+        """Environments whose description is unusable, with the reason; `/status` names them."""
+        self._follow = follow
         self._tasks: asyncio.TaskGroup | None = None
         """Tasks of the environments, while the relay runs."""
         self._running: dict[Environment, asyncio.Task[None]] = {}
@@ -115,7 +121,12 @@ class Relay:
 
     def expire(self) -> None:
         """End what was opened with credentials that have expired; a timer calls this in time."""
-        self._carry_out(self.registry.expire())
+        change = self.registry.expire()
+        for grant in change.closed:
+            if grant.credential.kind is CredentialKind.SDK_KEY:
+                text = "Deprecated SDK key %s has expired and is no longer valid for authentication"
+                _log.info(text, grant.credential.masked)
+        self._carry_out(change)
 
     @property
     def starting(self) -> bool:
@@ -133,6 +144,8 @@ class Relay:
                 for environment in self.environments.values():
                     self._start(environment, self._init_deadline)
                 self._schedule_expiry()
+                if self._follow is not None:
+                    self._tasks.create_task(self._keep_following(self._follow))
                 try:
                     await asyncio.Event().wait()
                 finally:
@@ -141,6 +154,17 @@ class Relay:
             self._tasks = None
             if self._expiry_timer is not None:
                 self._expiry_timer.cancel()
+
+    async def _keep_following(
+        self, follow: Callable[[Relay], Coroutine[object, object, None]]
+    ) -> None:
+        """Follow the list of environments, also after an unexpected error."""
+        while True:
+            try:
+                await follow(self)
+            except Exception:  # noqa: BLE001 - the environments stay served
+                _log.exception("The environments could not be brought up to date; trying again")
+            await asyncio.sleep(RESTART_DELAY)
 
     def _carry_out(self, change: RegistryChange[Environment]) -> None:
         """Carry out the consequences of a change; before `run` there is nothing to end."""
@@ -202,7 +226,7 @@ class Relay:
 
     async def _report_start(self, environment: Environment, deadline: float) -> None:
         """Log once whether an environment was initialized, in ld-relay's words (status 8.3)."""
-        name, key = environment.spec.name, environment.spec.sdk_key.masked
+        name, key = environment.spec.title, environment.spec.sdk_key.masked
         if await self._initialized(environment, deadline):
             _log.info('Initialized LaunchDarkly client for "%s" (SDK key %s)', name, key)
             return
@@ -231,7 +255,7 @@ class Relay:
             True if all environments were synced within `init_timeout`.
         """
         tasks = [asyncio.create_task(self._wait_synced(e)) for e in self.environments.values()]
-        complete = True
+        complete = not self.unusable
         try:
             for synced in asyncio.as_completed(tasks):
                 complete = await synced and complete

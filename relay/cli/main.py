@@ -159,13 +159,16 @@ def _configuration(options: argparse.Namespace, environ: Mapping[str, str]) -> C
         from_env = options.from_env or not options.config
         environ = {**environ, "FLAGS_FILE": options.flags}
         config = load(options.config, from_env, options.allow_missing_file, environ)
+        if config.offline_mode.file_data_source:
+            raise ConfigError(["--flags serves a file by itself; leave out the archive"])
         if config.environments:
             names = ", ".join(f'"{each.name}"' for each in config.environments)
             raise ConfigError([f"--flags serves a file by itself; leave out environment {names}"])
         # FLAGS_FILE has no effect if only a file is read.
         return replace(config, main=replace(config.main, flags_file=options.flags))
     config = load(options.config, options.from_env, options.allow_missing_file, environ)
-    if not config.environments and not config.main.flags_file:
+    offline = config.offline_mode.file_data_source
+    if not config.environments and not config.main.flags_file and not offline:
         raise ConfigError(["you must specify at least one environment in your configuration"])
     return config
 

@@ -20,6 +20,7 @@ from relay.config.schema import (
     Config,
     EnvironmentConfig,
     Http,
+    OfflineMode,
     Prometheus,
     Proxy,
     Webhook,
@@ -361,6 +362,7 @@ def _config(draft: Draft, warnings: list[str]) -> Config:
         http=draft.of(Http),
         webhook=draft.of(Webhook),
         prometheus=draft.of(Prometheus),
+        offline_mode=draft.of(OfflineMode),
         sources={_label(key): source for key, source in draft.sources.items()},
         warnings=(*warnings, *checks.warnings(draft)),
     )

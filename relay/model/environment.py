@@ -29,6 +29,8 @@ class EnvironmentSpec:
         prefix: prefix of the keys in the database; empty for the default.
         log_level: level of this environment's log lines; None for the relay's.
         payload_filter: key of the payload filter whose part of the data this is; empty for all.
+        project_name: display name of the project; empty for an environment of the configuration.
+        environment_name: display name of the environment within that project.
         expiries: further credentials, and limits of those above: each with the Unix time at which
             it expires, `math.inf` for never.
     """
@@ -47,13 +49,29 @@ class EnvironmentSpec:
     prefix: str = ""
     log_level: str | None = None
     payload_filter: str = ""
+    project_name: str = ""
+    environment_name: str = ""
     expiries: tuple[tuple[Credential, float], ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The environment for log lines: the names that LaunchDarkly shows, else its own."""
+        return f"{self.project_name} {self.environment_name}".strip() or self.name
 
     @property
     def credentials(self) -> Mapping[Credential, float]:
         """All credentials, each with the Unix time at which it expires."""
         own = (self.sdk_key, self.mobile_key, self.environment_id)
         return {**{each: math.inf for each in own if each is not None}, **dict(self.expiries)}
+
+    def sdk_keys(self, now: float) -> tuple[SDKKey, ...]:
+        """Return the SDK keys that have not expired: the primary one first.
+
+        Args:
+            now: Unix time.
+        """
+        expiring = (key for key, at in self.expiries if isinstance(key, SDKKey) and at > now)
+        return tuple(dict.fromkeys((self.sdk_key, *expiring)))
 
     def with_credential(self, credential: Credential, expires_at: float = math.inf) -> Self:
         """Return the spec with a further credential, or with a new expiry of one that it has.

@@ -48,6 +48,7 @@ _PUT = msgspec.json.Decoder(_Put)
 _PATCH = msgspec.json.Decoder(_Patch)
 _DELETE = msgspec.json.Decoder(_Delete)
 _DATA = msgspec.json.Decoder(_Data)
+_ARCHIVED = msgspec.json.Decoder(_Data | None)
 
 
 def parse(name: str, data: bytes) -> ChangeSet | None:
@@ -92,6 +93,18 @@ def all_in_steps(body: bytes) -> Steps[ChangeSet]:
     """Do the same as `parse_all`, with a step for each item."""
     subject = "body of /sdk/latest-all"
     return (yield from _parse_data(_decode(_DATA, subject, body), subject))
+
+
+def parse_archived(data: bytes) -> ChangeSet:
+    """Return the full change set of an archive's data: kinds that are missing or null are empty.
+
+    Raises:
+        InvalidData: the data as a whole are broken.
+    """
+    subject = "data"
+    kinds = _decode(_ARCHIVED, subject, data) or _Data()
+    flags, segments = kinds.flags or {}, kinds.segments or {}
+    return finish(_parse_data(_Data(flags, segments), subject))
 
 
 def _decode(decoder: msgspec.json.Decoder[T], subject: str, data: bytes) -> T:

@@ -37,7 +37,9 @@ MAX_NAMED = 10
 def _log_environments(config: Config, relay: Relay) -> None:
     """Log the environments and their data source in a few lines."""
     main = config.main
-    if not config.environments:
+    if config.offline_mode.file_data_source:
+        origin = f"archive {config.offline_mode.file_data_source}"
+    elif not config.environments:
         origin = f"flags file {main.flags_file}"
     elif main.data_source == "polling":
         origin = f"{_without_secrets(main.base_uri)} (polled)"
@@ -53,7 +55,10 @@ def _log_environments(config: Config, relay: Relay) -> None:
 
 def _log_events(config: Config) -> None:
     events = config.events
-    if not config.environments:
+    if config.offline_mode.file_data_source:
+        text = "Events will be accepted, but will be discarded, since offline mode is enabled"
+        _log.info("%s", text)
+    elif not config.environments:
         text = "Events will be accepted, but will be discarded, since flags come from a file"
         _log.info("%s", text)
     elif events.send_events:

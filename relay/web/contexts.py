@@ -9,6 +9,7 @@ import hmac
 
 from starlette.requests import Request
 
+from relay import clock
 from relay.errors import InvalidData
 from relay.model.context import Context, parse_context
 from relay.model.environment import EnvironmentSpec
@@ -111,7 +112,7 @@ def secure_mode_hash_in(query: bytes) -> str:
 
 
 def check_secure_mode_hash(spec: EnvironmentSpec, key: str, secure_mode_hash: str) -> None:
-    """Check that the owner of the SDK key has signed for a context, if secure mode is on.
+    """Check that the owner of an SDK key has signed for a context, if secure mode is on.
 
     Args:
         spec: of the environment.
@@ -124,6 +125,9 @@ def check_secure_mode_hash(spec: EnvironmentSpec, key: str, secure_mode_hash: st
     if not spec.secure_mode:
         return
     message = key.encode(errors="replace")
-    expected = hmac.digest(spec.sdk_key.value.encode(), message, "sha256").hex()
-    if not hmac.compare_digest(expected.encode(), secure_mode_hash.encode(errors="replace")):
-        raise RequestRejected(WRONG_HASH)
+    given = secure_mode_hash.encode(errors="replace")
+    for sdk_key in spec.sdk_keys(clock.now()):
+        expected = hmac.digest(sdk_key.value.encode(), message, "sha256").hex()
+        if hmac.compare_digest(expected.encode(), given):
+            return
+    raise RequestRejected(WRONG_HASH)

@@ -12,6 +12,7 @@ from itertools import islice
 from relay import __version__, clock
 from relay.environment import ConnectionState, Environment
 from relay.model.credential import CredentialKind
+from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem
 from relay.relay import Relay
 from relay.stores import StoreState, StoreStatus
@@ -30,11 +31,15 @@ def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
     counts = _counts(traffic)
     environments = {
         name: _environment_members(relay, traffic, environment, counts)
-        for name, environment in sorted(relay.environments.items())
+        for name, environment in relay.environments.items()
     }
-    healthy = all(_is_connected(relay, environment) for environment in relay.environments.values())
+    for name, reason in relay.unusable.items():
+        environments.setdefault(name, {"status": "disconnected", "unusable": reason[:MAX_REASON]})
+    healthy = not relay.unusable and all(
+        _is_connected(relay, environment) for environment in relay.environments.values()
+    )
     body = {
-        "environments": environments,
+        "environments": dict(sorted(environments.items())),
         "status": "healthy" if healthy else "degraded",
         "version": __version__,
         "clientVersion": __version__,
@@ -76,7 +81,9 @@ def _environment_members(
     members = {
         "sdkKey": spec.sdk_key.obscured,
         "envId": spec.environment_id.value if spec.environment_id else None,
+        **_name_members(spec),
         "mobileKey": spec.mobile_key.obscured if spec.mobile_key else None,
+        "expiringSdkKey": next((k.obscured for k in spec.sdk_keys(clock.now())[1:]), None),
         "status": "connected" if _is_connected(relay, environment) else "disconnected",
         "connectionStatus": _connection_members(environment),
         "dataStoreStatus": _store_members(relay, environment),
@@ -89,6 +96,18 @@ def _environment_members(
         "events": _events_members(relay, traffic, spec.name),
     }
     return _without_none(members)
+
+
+def _name_members(spec: EnvironmentSpec) -> dict[str, object]:
+    """Return the names that LaunchDarkly shows, for an environment that it has described."""
+    if not (spec.project_name or spec.environment_name):
+        return {}
+    return {
+        "envKey": spec.environment_key or None,
+        "envName": spec.environment_name or None,
+        "projKey": spec.project_key or None,
+        "projName": spec.project_name or None,
+    }
 
 
 def _events_members(relay: Relay, traffic: RequestMetrics, name: str) -> dict[str, object] | None:
