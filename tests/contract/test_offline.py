@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import hashlib
 import hmac
 import json
+import os
 import re
 import shutil
 import time
@@ -19,13 +21,17 @@ import pytest
 
 from relay.build import build
 from relay.config.load import load
+from relay.environment import ConnectionState
 from relay.errors import ConfigError
 from relay.protocol import archive
 from relay.protocol.archive import Entry
 from relay.relay import Relay
 from relay.server.options import ServerOptions
 from relay.server.site import build_site
-from tests.support.serving import Address, Reply, Stream, ask, serving_site, until
+from tests.support.data import all_data, flag
+from tests.support.process import RelayProcess
+from tests.support.sdk import PythonSDK, Setup, sees
+from tests.support.serving import SDK_KEY, Address, Reply, Stream, ask, serving_site, until
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ARCHIVES = GOLDEN / "archives"
@@ -405,3 +411,254 @@ async def _do(served: Offline, step: dict) -> None:
         await until(lambda: "has expired and is no longer valid" in served.said())
     elif did.startswith("archive: "):
         await served.put(ARCHIVES / archive_of(step))
+
+
+def of(*entries: Entry) -> bytes:
+    """A plain archive, whose size depends on the length of its members only."""
+    return gzip.decompress(archive.write(entries))
+
+
+def entry(
+    name: str = "env-1",
+    lamp: str = "one",
+    *,
+    version: int = 1,
+    data_id: str | None = None,
+    **members: Any,
+) -> Entry:
+    """An environment with one flag."""
+    environment = {"envID": name, "version": version, "sdkKey": {"value": SDK_KEY}, **members}
+    metadata = {"env": environment, "dataId": lamp if data_id is None else data_id}
+    data = all_data(flag(value=lamp))
+    return Entry(name, json.dumps(metadata).encode(), data.encode())
+
+
+async def lamp(served: Offline, key: str = SDK_KEY) -> str:
+    """The value of the flag."""
+    reply = await ask(served.address, "/sdk/flags/lamp", [("Authorization", key)])
+    assert reply.status == 200
+    return json.loads(reply.body)["variations"][0]
+
+
+async def test_another_file_of_the_same_size_and_time_is_noticed(tmp_path, caplog):
+    """ld-relay notices it only once the time changes; both then accept an older time."""
+    path = tmp_path / "archive"
+    path.write_bytes(of(entry(lamp="AAAA")))
+    os.utime(path, (1000, 1000))
+    async with offline(path, caplog) as served:
+        fresh = tmp_path / "fresh"
+        fresh.write_bytes(of(entry(lamp="BBBB")))
+        os.utime(fresh, (1000, 1000))
+        assert fresh.stat().st_size == path.stat().st_size
+        fresh.replace(path)
+        await until(lambda: served.looks == 1)
+        assert await lamp(served) == "BBBB"
+        os.utime(path, (500, 500))
+        await until(lambda: served.looks == 2)
+
+
+async def test_a_link_may_lead_to_another_archive(tmp_path, caplog):
+    """As Kubernetes replaces what a volume shows: a link to a folder is swapped."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "archive").write_bytes(of(entry(lamp=name)))
+    (tmp_path / "data").symlink_to("one")
+    (tmp_path / "archive").symlink_to("data/archive")
+    async with offline(tmp_path / "archive", caplog) as served:
+        assert await lamp(served) == "one"
+        (tmp_path / "fresh").symlink_to("two")
+        (tmp_path / "fresh").replace(tmp_path / "data")
+        await until(lambda: served.looks == 1)
+        assert await lamp(served) == "two"
+
+
+async def test_an_unusable_archive_is_read_once_for_each_state(tmp_path, caplog):
+    """And its environments stay healthy, as their data are the last that were good."""
+    path = tmp_path / "archive"
+    path.write_bytes(of(entry()))
+    async with offline(path, caplog) as served:
+        await served.put(b"spoilt")
+        fresh = path.stat().st_mtime_ns
+        await asyncio.sleep(0.35)  # three more checks
+        assert served.looks == 1
+        os.utime(path, ns=(fresh + 1, fresh + 1))
+        await until(lambda: served.looks == 2)
+        assert (await served.status())["status"] == "healthy"
+        await served.put(of(entry()))
+        assert await lamp(served) == "one"
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [Entry("env-1", b"{", b"{}"), Entry("env-1", entry(version=2, data_id="2").raw_metadata, b"{")],
+)
+async def test_an_environment_that_becomes_unusable_keeps_its_state(spoilt, tmp_path, caplog):
+    """Metadata or data (56); its streams stay, `/status` tells, and it is healed by what it was."""
+    other = entry("env-2", "other", sdkKey={"value": "sdk-2"})
+    path = tmp_path / "archive"
+    path.write_bytes(of(entry(), other))
+    async with offline(path, caplog) as served:
+        stream = await Stream.open(served.address, "/all", key=SDK_KEY)
+        assert b"one" in await stream.until(b"\n\n")
+        await served.put(of(spoilt, entry("env-2", "news", sdkKey={"value": "sdk-2"})))
+        assert [await lamp(served), await lamp(served, "sdk-2")] == ["one", "news"]
+        environment = served.relay.environments["env-1"]
+        await until(lambda: environment.connection.state is ConnectionState.INTERRUPTED)
+        members = (await served.status())["environments"]["env-1"]
+        assert members["connectionStatus"]["lastError"]["kind"] == "INVALID_DATA"
+        await served.put(of(entry(), other))
+        await until(lambda: environment.connection.state is ConnectionState.VALID)
+        await served.put(of(entry(lamp="two"), other))
+        assert b"two" in await stream.until(b"\n\n")
+        stream.close()
+
+
+async def test_an_environment_that_was_unusable_at_the_start_comes_with_the_next_archive(
+    tmp_path, caplog
+):
+    """Until then it is listed, and the relay is degraded."""
+    path = tmp_path / "archive"
+    path.write_bytes(of(Entry("env-1", b"{", b"{}")))
+    async with offline(path, caplog) as served:
+        status = await served.status()
+        assert status["status"] == "degraded"
+        assert status["environments"]["env-1"]["status"] == "disconnected"
+        assert "unusable" in status["environments"]["env-1"]
+        await served.put(of(entry()))
+        await until(lambda: served.relay.environments["env-1"].payload is not None)
+        assert (await served.status())["status"] == "healthy"
+        assert await lamp(served) == "one"
+
+
+async def test_the_age_of_the_data_grows_while_the_archive_is_unusable(
+    tmp_path, monkeypatch, caplog
+):
+    """Otherwise its environments are confirmed now and then."""
+    monkeypatch.setattr("relay.offline.CONFIRM_EVERY", 0.0)
+    path = tmp_path / "archive"
+    path.write_bytes(of(entry()))
+    async with offline(path, caplog) as served:
+        connection = served.relay.environments["env-1"].connection
+        first = connection.last_confirmed
+        await until(lambda: connection.last_confirmed > first)
+        path.unlink()
+        await until(lambda: "stat failed" in caplog.text)
+        last = connection.last_confirmed
+        await asyncio.sleep(0.25)  # two more checks
+        assert connection.last_confirmed == last
+
+
+async def test_nothing_goes_out(tmp_path, caplog):
+    """Events are accepted, dropped and counted; there are no goals, and nobody is asked for them."""
+    path = tmp_path / "archive"
+    path.write_bytes(of(entry()))
+    async with offline(path, caplog, USE_EVENTS="1") as served:
+        key = [("Authorization", SDK_KEY)]
+        body = b'[{"kind":"custom","key":"a","context":{"kind":"user","key":"b"}}]'
+        post = await ask(served.address, "/bulk", key, method="POST", body=body)
+        assert post.status == 202
+        image = await ask(served.address, "/a/env-1.gif?d=W10=")
+        assert (image.status, image.headers["content-type"]) == (200, "image/gif")
+        goals = await ask(served.address, "/sdk/goals/env-1")
+        assert (goals.status, goals.body) == (200, b"[]")
+        members = (await served.status())["environments"]["env-1"]
+        assert members["events"]["discarded"] == 2
+    assert "Events will be accepted, but will be discarded, since offline mode" in caplog.text
+    assert served.relay.events is None
+
+
+async def test_the_settings_of_all_environments(tmp_path, caplog):
+    path = tmp_path / "archive"
+    path.write_bytes(of(entry(projName="Shop", envName="Live", defaultTtl=2)))
+    origin, header = "https://shop.example", "X-One"
+    async with offline(
+        path, caplog, ENV_ALLOWED_ORIGIN=origin, ENV_ALLOWED_HEADER=header, EVAL_STREAMS="0"
+    ) as served:
+        spec = served.relay.environments["env-1"].spec
+        assert (spec.allowed_origins, spec.allowed_headers) == ((origin,), (header,))
+        assert (spec.ttl, spec.eval_streams, spec.title) == (120, False, "Shop Live")
+        await served.put(of(entry(version=2, projName="Shop", envName="Test")))
+        spec = served.relay.environments["env-1"].spec
+        assert (spec.allowed_origins, spec.ttl, spec.title) == ((origin,), 0, "Shop Test")
+    assert 'Initialized LaunchDarkly client for "Shop Live"' in caplog.text
+
+
+async def test_a_database_follows_the_archive(tmp_path, redis, caplog):
+    """The recorded scene, but for 62: a kind that is absent from an archive is empty."""
+    first, *steps = SCENES["with Redis"]["steps"]
+    prefix = f"off-{credential('alpha.id')}"
+    redis.do("HSET", f"{prefix}:features", "stale", '{"key":"stale","version":9}')
+    path = tmp_path / "archive"
+    shutil.copy(ARCHIVES / archive_of(first), path)
+    variables = {"ENV_DATASTORE_PREFIX": "off-$CID", "USE_REDIS": "1", "REDIS_URL": redis.url}
+    async with offline(path, caplog, **variables) as served:
+        for step in (first, *steps):
+            if step is not first:
+                await _do(served, step)
+            for key, recorded in step["redis"].items():
+                if not key.endswith(":features"):
+                    await until(lambda k=key: redis.do("EXISTS", k), 30)
+                    continue
+                emptied = credential("beta.id") in key and step in steps[1:]
+                flags = set() if emptied else set(recorded["value"])
+                await until(lambda k=key, f=flags: set(redis.hash(k)) == f, 30)
+            beta = {"beta.sdk1: GET /sdk/flags/where": (404, "")}
+            await check(served, step, beta if "without the kind" in step["step"] else {})
+
+
+async def test_a_database_that_cannot_be_reached_at_the_start_is_filled_later(
+    tmp_path, redis, caplog
+):
+    """The relay serves meanwhile (57)."""
+    path = tmp_path / "archive"
+    path.write_bytes(of(entry()))
+    redis.kill()
+    variables = {"ENV_DATASTORE_PREFIX": "$CID", "USE_REDIS": "1", "REDIS_URL": redis.url}
+    async with offline(path, caplog, **variables) as served:
+        assert await lamp(served) == "one"
+        redis.start()
+        await until(lambda: "lamp" in redis.hash("env-1:features"), 20)
+
+
+async def test_a_python_sdk_through_changes_and_a_rotation(tmp_path, caplog):
+    """It sees each change, keeps its stream while its key is valid, and is served by the new key."""
+    path = tmp_path / "archive"
+    path.write_bytes(of(entry()))
+    async with offline(path, caplog) as served:
+        url = f"http://127.0.0.1:{served.address.port}"
+        async with PythonSDK(Setup(SDK_KEY, url)) as sdk:
+            await sdk.ready()
+            await sees(sdk, "lamp", "one")
+            await served.put(of(entry(lamp="two", data_id="2", version=2)))
+            expiring = {"value": SDK_KEY, "timestamp": int(time.time() * 1000) + 60_000}
+            keys = {"value": "sdk-new", "expiring": expiring}
+            await served.put(of(entry(lamp="two", data_id="2", version=3, sdkKey=keys)))
+            async with PythonSDK(Setup("sdk-new", url)) as successor:
+                await successor.ready()
+                newest = all_data(flag(value="three", version=3))
+                changed = entry(lamp="three", version=4, sdkKey=keys)
+                await served.put(of(Entry("env-1", changed.raw_metadata, newest.encode())))
+                await sees(sdk, "lamp", "three")
+                await sees(successor, "lamp", "three")
+
+
+async def test_the_process_ends_with_an_unusable_archive(tmp_path):
+    path = tmp_path / "archive"
+    relay = RelayProcess(tmp_path, FILE_DATA_SOURCE=str(path))
+    await relay.spawn()
+    assert await relay.ended() == 1
+    text = f"unable to read file data source {path}: stat {path}: no such file or directory"
+    assert f"ERROR: Unable to create relay: {text}" in relay.log
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [((entry(),), 0), ((), 0), ((entry(), Entry("env-2", b"{", b"{}")), 1)],
+)
+async def test_one_shot_mode_ends(content, code, tmp_path):
+    """When all environments are there, or could not be used (63)."""
+    path = tmp_path / "archive"
+    path.write_bytes(of(*content))
+    relay = RelayProcess(tmp_path, FILE_DATA_SOURCE=str(path), EXIT_ALWAYS="1")
+    await relay.spawn()
+    assert await relay.ended() == code
