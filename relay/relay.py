@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from relay import clock
 from relay.environment import ConnectionState, Environment
@@ -79,6 +80,8 @@ class Relay:
         self._running: dict[Environment, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
         """Tasks of removed environments that write their last changes."""
+        self._reported: WeakSet[Environment] = WeakSet()
+        """Environments whose start has been logged."""
         self._expiry_timer: asyncio.TimerHandle | None = None
         for environment in environments:
             self.put(environment)
@@ -211,7 +214,7 @@ class Relay:
             await asyncio.wait(self._ending)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_running(environment))
-            tasks.create_task(self._report_start(environment, init_deadline))
+            tasks.create_task(self._wait_started(environment, init_deadline))
 
     async def _keep_running(self, environment: Environment) -> None:
         """Run an environment, and restart it after any exception, which affects no other one."""
@@ -224,10 +227,25 @@ class Relay:
                 return  # it failed while it was being cancelled
             await asyncio.sleep(RESTART_DELAY)
 
-    async def _report_start(self, environment: Environment, deadline: float) -> None:
-        """Log once whether an environment was initialized, in ld-relay's words (status 8.3)."""
+    async def _wait_started(self, environment: Environment, deadline: float) -> bool:
+        """Wait until initialization ends or times out; return whether upstream delivered data.
+
+        Whoever waits first logs the outcome, so that it is logged even if that ends the process.
+        """
+        started = False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, deadline - clock.monotonic())):
+                await environment.init_done.wait()
+            started = environment.connection.state is ConnectionState.VALID
+        if environment not in self._reported:
+            self._reported.add(environment)
+            self._report_start(environment, started=started)
+        return started
+
+    def _report_start(self, environment: Environment, *, started: bool) -> None:
+        """Log whether an environment was initialized, in ld-relay's words (status 8.3)."""
         name, key = environment.spec.title, environment.spec.sdk_key.masked
-        if await self._initialized(environment, deadline):
+        if started:
             _log.info('Initialized LaunchDarkly client for "%s" (SDK key %s)', name, key)
             return
         refused = environment.init_done.is_set()
@@ -235,15 +253,6 @@ class Relay:
         serving = "no data" if environment.payload is None else "stored data"
         text = 'Error initializing LaunchDarkly client for "%s": %s; serving %s, still trying'
         _log.log(self._init_failure_level, text, name, reason, serving)
-
-    async def _initialized(self, environment: Environment, deadline: float) -> bool:
-        """Wait until initialization ends or times out; return whether upstream delivered data."""
-        try:
-            async with asyncio.timeout(max(0.0, deadline - clock.monotonic())):
-                await environment.init_done.wait()
-        except TimeoutError:
-            return False
-        return environment.connection.state is ConnectionState.VALID
 
     async def wait_until_synced(self, *, fail_fast: bool = False) -> bool:
         """Wait until every environment has data from upstream, and its mirrors have stored it.
@@ -267,7 +276,7 @@ class Relay:
         return complete
 
     async def _wait_synced(self, environment: Environment) -> bool:
-        if not await self._initialized(environment, self._init_deadline):
+        if not await self._wait_started(environment, self._init_deadline):
             return False
         try:
             async with asyncio.timeout(max(0.0, self._init_deadline - clock.monotonic())):

@@ -84,8 +84,10 @@ def test_a_start_imports_only_what_its_configuration_uses(variables, absent):
 import json, os, sys
 from relay.cli import main
 from relay.config.load import load
+from relay.server.options import ServerOptions
 from relay.server.site import build_site
-build_site(load("", True, False, os.environ))
+config = load("", True, False, os.environ)
+build_site(config, ServerOptions.of(config).limits)
 print(json.dumps(sorted(sys.modules)))
 """
     assert absent.isdisjoint(outcome(program, **variables))

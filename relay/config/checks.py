@@ -434,9 +434,6 @@ def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
     if main.flags_file and offline.file_data_source:
         text = "[Main] flagsFile is not served, because offline mode is enabled"
         yield text, (*_main_key("flags_file"), *archive)
-    if main.snapshot_dir and offline.file_data_source:
-        text = "[Main] snapshotDir has no effect in offline mode: the archive is on disk already"
-        yield text, (*_main_key("snapshot_dir"), *archive)
     if main.exit_on_error and not main.exit_always:
         yield "[Main] exitOnError has no effect without exitAlways", _main_key("exit_on_error")
     redis = tuple(key for key in draft.sources if key[0] == "Redis")

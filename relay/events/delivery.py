@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from relay import randomness
 from relay.aio import wait_for
@@ -43,8 +44,7 @@ MALFORMED = "no well-formed JSON array"
 _log = logging.getLogger("relay.events")
 
 
-@dataclass(frozen=True, slots=True)
-class DeliveryResources:
+class DeliveryResources(Struct, frozen=True):
     """Resources that the deliveries of all partitions share."""
 
     spool: Spool

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum, auto
+
+from msgspec import Struct
 
 from relay.backoff import REFUSED_KEY, Backoff
 from relay.errors import RETRYABLE_4XX
@@ -12,8 +13,7 @@ from relay.model.environment import EnvironmentSpec
 from relay.model.event import Partition
 
 
-@dataclass(frozen=True, slots=True)
-class ForwarderTimings:
+class ForwarderTimings(Struct, frozen=True):
     """Intervals and timeouts of the forwarder, in seconds.
 
     Args:

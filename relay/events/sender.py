@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from isal import igzip
+from msgspec import Struct
 
 from relay import clock
 from relay.errors import UpstreamUnavailable
@@ -24,8 +24,7 @@ LEVEL = 1
 """gzip level: level 2 takes twice as long for a few bytes less."""
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(Struct, frozen=True):
     """Result of an attempt to deliver a batch."""
 
     status: int | None

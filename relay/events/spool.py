@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -89,7 +89,7 @@ class Spool(Protocol):
         """Call a function with the store, after all payloads appended before; return its result."""
 
     def results(self) -> AsyncIterator[SpoolResult]:
-        """Work until the spool is closed; yield each result before its futures resolve.
+        """Work until the spool is closed; yield each result before callers learn of theirs.
 
         The results of payloads that are safe at once are those of `append`.
         """
@@ -160,20 +160,14 @@ class DiskSpool:
         self.durable = False
         self._path = directory / "events.db"
         self._store = FallbackStore(self._path, limits, retry)
-        self._thread = _Thread("spool")
+        """Used by the thread only."""
         self._tick = min(retry, EXPIRE_EVERY)
-        self._payloads: list[EventPayload] = []
-        """Payloads of the next transaction."""
-        self._acks: list[asyncio.Future[bool]] = []
-        self._works: list[Callable[[EventStore], Any]] = []
-        """Other work of the next transaction."""
-        self._outcomes: list[asyncio.Future[Any]] = []
-        self._gathered = self._written = 0
-        """Sizes in bytes of the payloads of the next transaction, and of the current one."""
-        self._wake = asyncio.Event()
-        """Set when a transaction is due."""
-        self._timer: asyncio.TimerHandle | None = None
-        self._closing = False
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        """Jobs on their way to the thread; None to end it."""
+        self._results: asyncio.Queue[SpoolResult | None] = asyncio.Queue()
+        """Results on their way to the caller; None at the end."""
+        self._queued = 0
+        """Size in bytes of the payloads that are not safe yet."""
         self._closed = asyncio.Event()
 
     def __repr__(self) -> str:
@@ -181,147 +175,120 @@ class DiskSpool:
 
     def append(self, payload: EventPayload) -> asyncio.Future[bool]:
         """Store a payload; return a future of whether it is new."""
-        self._gathered += len(payload.body)
-        if self._gathered + self._written > MAX_QUEUED:
-            self._gathered -= len(payload.body)
+        size = len(payload.body)
+        if self._queued + size > MAX_QUEUED:
             raise StoreUnavailable("the disk does not take events fast enough")
+        self._queued += size
         now = clock.now()
         if not -SKEW < payload.received - now < SKEW:
             payload = payload._replace(received=now)
         ack: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        if not self._payloads:
-            self._wake.set()
-        self._payloads.append(payload)
-        self._acks.append(ack)
+        self._jobs.put((payload, ack))
         return ack
 
     def do(self, work: Callable[[EventStore], T]) -> asyncio.Future[T]:
         """Call a function with the store, after all payloads appended before; return its result."""
         outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._works.append(work)
-        self._outcomes.append(outcome)
-        self._wake.set()
+        self._jobs.put((work, outcome))
         return outcome
 
     async def results(self) -> AsyncIterator[SpoolResult]:
-        """Work until the spool is closed; yield each result before its futures resolve."""
-        expire_at = clock.monotonic() + EXPIRE_EVERY
-        several = ended = False
-        self._wake_regularly()
-        while not ended:
-            if several:
-                await asyncio.sleep(GATHER)
-            if not (several and self._wake.is_set()):
-                await self._wake.wait()
-            self._wake.clear()
-            ended = self._closing
-            if ended:
-                await self._thread.call(self._store.retry_now)  # the last chance
-            if clock.monotonic() >= expire_at:
-                expire_at = clock.monotonic() + EXPIRE_EVERY
-                self.do(lambda store: store.expire(clock.now()))
-            payloads, self._payloads = self._payloads, []
-            acks, self._acks = self._acks, []
-            works, self._works = self._works, []
-            outcomes, self._outcomes = self._outcomes, []
-            self._written, self._gathered = self._gathered, 0
-            several = len(payloads) + len(works) > 1
-            try:
-                done = await self._thread.call(partial(_perform, self._store, payloads, works))
-            except Exception as e:  # noqa: BLE001 - unexpected errors must reach the callers
-                _reject((*acks, *outcomes), e)
-            else:
-                self.outage, self.durable = done.outage, done.outage is None
-                yield SpoolResult(payloads, done.new, done.evicted, done.backlog)
-                _resolve(acks, done.new)
-                _resolve(outcomes, done.values)
-            self._written = 0
-        await self._thread.call(self._store.close)
-        self._thread.end()
+        """Work until the spool is closed; yield each result before callers learn of theirs."""
+        loop = asyncio.get_running_loop()
+        # A daemon: a disk that hangs does not delay the exit of the process.
+        threading.Thread(target=self._run, args=(loop,), name="spool", daemon=True).start()
+        while (result := await self._results.get()) is not None:
+            yield result
         self._closed.set()
-
-    def _wake_regularly(self) -> None:
-        """Make transactions without work, in which a file that is closed is opened again."""
-        self._timer = asyncio.get_running_loop().call_later(self._tick, self._wake_regularly)
-        self._wake.set()
 
     async def close(self) -> None:
         """Finish the work, within a time limit, and close the file."""
-        self._closing = True
-        self._wake.set()
+        self._jobs.put(None)
         await wait_for(self._closed, CLOSE_LIMIT)
-        if self._timer is not None:
-            self._timer.cancel()
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Do the work of the thread until the spool is closed."""
+        several = ended = False
+        expire_at = clock.monotonic() + EXPIRE_EVERY
+        timeout = 0.0  # open the file at once
+        with contextlib.suppress(RuntimeError):  # the loop is closed already
+            while not ended:
+                jobs, ended = self._next_jobs(timeout, gather=several)
+                several, timeout = len(jobs) > 1, self._tick
+                if ended:
+                    self._store.retry_now()  # the last chance
+                expire = clock.monotonic() >= expire_at
+                if expire:
+                    expire_at = clock.monotonic() + EXPIRE_EVERY
+                try:
+                    done = _perform(self._store, jobs, expire=expire)
+                except Exception as e:  # noqa: BLE001 - unexpected errors must reach the callers
+                    loop.call_soon_threadsafe(self._fail, jobs, e)
+                else:
+                    loop.call_soon_threadsafe(self._finish, jobs, done)
+            self._store.close()
+            loop.call_soon_threadsafe(self._results.put_nowait, None)
+
+    def _next_jobs(self, timeout: float, *, gather: bool) -> tuple[list[_Job], bool]:
+        """Wait for jobs; return all that are queued, and whether they are the last."""
+        jobs: list[_Job] = []
+        with contextlib.suppress(queue.Empty):
+            job = self._jobs.get(timeout=timeout)
+            if gather:
+                time.sleep(GATHER)
+            while job is not None:
+                jobs.append(job)
+                job = self._jobs.get_nowait()
+            return jobs, True
+        return jobs, False
+
+    def _finish(self, jobs: Sequence[_Job], done: _Done) -> None:
+        self.outage, self.durable = done.outage, done.outage is None
+        # Who waits for the results is called before those who wait for the futures.
+        self._results.put_nowait(SpoolResult(done.payloads, done.new, done.evicted, done.backlog))
+        values, new = iter(done.values), iter(done.new)
+        for work, future in jobs:
+            if isinstance(work, EventPayload):
+                self._queued -= len(work.body)
+                value = next(new)
+            else:
+                value = next(values)
+            if not future.done():  # nor cancelled
+                future.set_result(value)
+
+    def _fail(self, jobs: Sequence[_Job], error: Exception) -> None:
+        for work, future in jobs:
+            if isinstance(work, EventPayload):
+                self._queued -= len(work.body)
+            if not future.done():
+                future.set_exception(error)
+
+
+_Job = tuple[EventPayload | Callable[[EventStore], Any], asyncio.Future[Any]]
+"""Payload to store, or other work, and the future of the result."""
 
 
 class _Done(NamedTuple):
     """Result of a transaction, on its way from the thread to the event loop."""
 
+    payloads: Sequence[EventPayload]
     new: Sequence[bool]
-    values: Sequence[object]
+    values: Sequence[Any]
     evicted: Mapping[str, int]
     backlog: Sequence[Backlog] | None
     outage: str | None
 
 
-def _perform(
-    store: FallbackStore,
-    payloads: Sequence[EventPayload],
-    works: Sequence[Callable[[EventStore], object]],
-) -> _Done:
+def _perform(store: FallbackStore, jobs: Sequence[_Job], *, expire: bool) -> _Done:
     """Store payloads, then do other work, in one transaction."""
-    new: Sequence[bool] = ()
-    values: Sequence[object] = ()
+    payloads = [work for work, _ in jobs if isinstance(work, EventPayload)]
+    works = [work for work, _ in jobs if not isinstance(work, EventPayload)]
+
+    def work_all() -> tuple[list[bool], list[Any]]:
+        if expire:
+            store.expire(clock.now())
+        return store.add(payloads), [work(store) for work in works]
+
     backlog = store.reopen()
-    if payloads or works:
-        new, values = store.perform(lambda: (store.add(payloads), [work(store) for work in works]))
-    return _Done(new, values, store.pop_evicted(), backlog, store.outage)
-
-
-def _resolve(futures: Sequence[asyncio.Future[Any]], values: Sequence[object]) -> None:
-    for future, value in zip(futures, values, strict=True):
-        if not future.done():  # nor cancelled
-            future.set_result(value)
-
-
-def _reject(futures: Sequence[asyncio.Future[Any]], error: Exception) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_exception(error)
-
-
-class _Thread:
-    """Thread that makes calls one after another. Unlike an executor's, it never delays the exit.
-
-    Args:
-        name: name of the thread.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name=name, daemon=True).start()
-
-    def call(self, function: Callable[[], T]) -> asyncio.Future[T]:
-        """Return a future of the result of a function."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def make_call() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed already
-                try:
-                    value = function()
-                except Exception as e:  # noqa: BLE001 - it belongs to the caller
-                    loop.call_soon_threadsafe(_reject, [future], e)
-                else:
-                    loop.call_soon_threadsafe(_resolve, [future], [value])
-
-        self._calls.put(make_call)
-        return future
-
-    def end(self) -> None:
-        """End the thread after all calls made before."""
-        self._calls.put(None)
-
-    def _run(self) -> None:
-        while (make_call := self._calls.get()) is not None:
-            make_call()
+    new, values = store.perform(work_all) if jobs or expire else ([], [])
+    return _Done(payloads, new, values, store.pop_evicted(), backlog, store.outage)

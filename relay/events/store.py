@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import msgspec
+from msgspec import Struct
 
 from relay import randomness
 from relay.model.event import EventPayload, Partition
@@ -55,8 +56,7 @@ class Batch:
     maybe_delivered: bool = field(default=False, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """Limits of size and age; beyond them the oldest payloads are evicted.
 
     Args:

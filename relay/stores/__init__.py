@@ -7,16 +7,16 @@ of an environment: `mirror.DatabaseMirror` in any data store, `snapshot.Snapshot
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
+
+from msgspec import Struct
 
 from relay.model.item import InvalidItem, Item, Kind
 from relay.model.payload import Change, Payload
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(Struct, frozen=True):
     """Content of a store.
 
     Args:
@@ -99,8 +99,7 @@ class StoreState(Enum):
     INTERRUPTED = "INTERRUPTED"
 
 
-@dataclass(frozen=True, slots=True)
-class StoreStatus:
+class StoreStatus(Struct, frozen=True):
     """Status of a database, as shown in `/status`.
 
     Args:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.credential import CredentialKind
 from relay.model.event import EventsEndpoint
@@ -51,8 +53,7 @@ class CredentialSource(Enum):
     """Parameter `auth`; without it, `Authorization`."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RouteAuth:
+class RouteAuth(Struct, frozen=True, eq=False):
     """Authentication of a route.
 
     Args:

@@ -200,7 +200,6 @@ def test_variables_that_two_sections_share_belong_to_the_archive_if_there_is_one
     [
         ({"USE_REDIS": "1"}, "each overwrites what the others have stored"),
         ({"FLAGS_FILE": "f"}, "[Main] flagsFile is not served, because offline mode is enabled"),
-        ({"SNAPSHOT_DIR": "d"}, "[Main] snapshotDir has no effect in offline mode"),
     ],
 )
 def test_an_archive_makes_other_options_pointless(variables, warning) -> None:

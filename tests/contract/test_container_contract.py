@@ -233,9 +233,13 @@ async def test_any_user_of_group_0_keeps_snapshots_and_events(image, upstream, t
     try:
         for number, user in enumerate((own, "12345:0", "1000650000:0")):
             image.runs_as = user
+            if number:  # upstream may be faster than the disk
+                await upstream.stop()
             async with Container(image, tmp_path, **variables) as relay:
+                if number:
+                    await relay.said("Serving stored data (1 items)")
+                    await upstream.start()
                 await relay.said("Initialized")
-                assert number == 0 or "Serving stored data (1 items)" in relay.log
                 event = b'[{"kind":"custom","key":"k%d","context":{"key":"a"}}]' % number
                 assert (
                     await ask(relay.address, "/bulk", sdk, method="POST", body=event)

@@ -17,6 +17,7 @@ from tests.support.process import RelayProcess, free_port
 from tests.support.serving import Address, Stream, ask
 
 FLAGS = ("serve", "--flags", "config/flags.yaml")
+LISTENS = "Successfully registered Prometheus metrics exporter on port"
 DEMO = ("Authorization", "sdk-demo")
 
 
@@ -43,9 +44,7 @@ async def figures(address: Address) -> dict[str, dict[tuple[tuple[str, str], ...
 async def test_the_exporter_of_the_reference(tmp_path, exporter):
     """It has a port of its own, the reference's names and labels, and nothing but figures."""
     async with RelayProcess(tmp_path, *FLAGS, **settings(exporter)) as relay:
-        await relay.said(
-            f"Successfully registered Prometheus metrics exporter on port {exporter.port}"
-        )
+        await relay.said(f"{LISTENS} {exporter.port}")
         agent = ("User-Agent", "Go/1.2")
         await ask(relay.address, "/sdk/flags/greeting", [DEMO, agent])
         stream = await Stream.open(relay.address, key="sdk-demo")
@@ -69,7 +68,8 @@ async def test_the_exporter_of_the_reference(tmp_path, exporter):
 async def test_types_and_texts_are_the_reference_s(tmp_path, exporter):
     """But for the gauge; and the prefix is the configured one."""
     variables = settings(exporter, PROMETHEUS_PREFIX="shop")
-    async with RelayProcess(tmp_path, *FLAGS, **variables):
+    async with RelayProcess(tmp_path, *FLAGS, **variables) as relay:
+        await relay.said(LISTENS)
         text = (await ask(exporter, "/metrics")).body.decode()
     assert re.findall(r"(?m)^# (.*shop.*)$", text) == [
         "HELP shop_connections current number of connections",
@@ -106,6 +106,7 @@ async def test_figures_are_served_while_streams_end(tmp_path, exporter):
     flags.write_text(json.dumps({"flagValues": {"long": "x" * 3_000_000}}))
     variables = settings(exporter, GRACEFUL_SHUTDOWN_TIMEOUT="3s")
     async with RelayProcess(tmp_path, "serve", "--flags", str(flags), **variables) as relay:
+        await relay.said(LISTENS)
         with closing(socket.socket()) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", relay.port))
@@ -130,6 +131,7 @@ async def open_streams(exporter: Address) -> float:
 async def test_scrapers_do_not_hold_up_the_end(tmp_path, exporter):
     """Neither a connection that rests nor one that does not finish its request."""
     async with RelayProcess(tmp_path, *FLAGS, **settings(exporter)) as relay:
+        await relay.said(LISTENS)
         reader, writer = await exporter.connect()
         writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
         await reader.readuntil(b"\r\n\r\n")

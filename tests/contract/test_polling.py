@@ -24,6 +24,10 @@ PATHS = (
         "/sdk/segments",
         "/sdk/flags/lamp#x",
         "/sdk/flags?filter=x",
+        "/sdk/flags?filter=",
+        "/sdk/flags?",
+        "/sdk/flags/lamp?a=%zz&filter=%78",
+        "/sdk/latest-all?f%69lter=&filter=x",
     ),
 )
 HEADERS = (

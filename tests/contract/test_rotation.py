@@ -10,13 +10,14 @@ from dataclasses import replace
 
 import pytest
 
-from relay.backoff import SourceTimings
+from relay.backoff import Backoff
 from relay.environment import ConnectionState
 from relay.model.credential import SDKKey
 from relay.model.item import Kind
 from relay.sources import DataSource
 from relay.sources.polling import PollingSource
 from relay.sources.streaming import StreamingSource
+from relay.sources.timings import SourceTimings
 from relay.telemetry.log import environment_log
 from relay.upstream import Upstream
 from tests.support import upstream as answers
@@ -25,9 +26,8 @@ from tests.support.serving import SDK_KEY, Address, Served, Stream, ask, serving
 from tests.support.upstream import ScriptedUpstream
 
 NEW_KEY = "sdk-5ca1ab1e-0001-4000-8000-00000000a002"
-FAST = SourceTimings(
-    first_delay=0.01, longest_delay=0.02, refused_delay=0.01, poll_interval=0.05, read_timeout=10
-)
+SOON = Backoff(first=0.01, longest=0.02, growth=2.0)
+FAST = SourceTimings(retry=SOON, refused=SOON, poll_interval=0.05, read_timeout=10)
 
 
 @pytest.fixture(name="upstream")

@@ -39,7 +39,7 @@ from tests.support.upstream import PATIENCE
 
 pytestmark = pytest.mark.timing
 ROOT = Path(__file__).parent.parent.parent
-ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("KILL_ROUNDS", "10"))
 """Number of times that a relay is killed; more in the nightly run."""
 
 

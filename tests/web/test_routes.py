@@ -9,8 +9,13 @@ from starlette.routing import Match
 from starlette.routing import Route as StarletteRoute
 
 from relay.model.event import EventsEndpoint
+from relay.model.payload import EMPTY
+from relay.registry import Grant
+from relay.web.access import Access
+from relay.web.endpoints.polling import PollingHandler
 from relay.web.middleware import canonical
 from relay.web.routes import BROWSER, FDV2_CLIENT, POLLS, ROUTES, Endpoint, match
+from tests.support.serving import Served
 
 
 @pytest.mark.parametrize(
@@ -97,6 +102,19 @@ def test_what_the_table_says_of_a_route_is_consistent():
         assert (route.events is not None) == (route.endpoint is Endpoint.EVENTS)
     assert {route.events for route in ROUTES} == {*EventsEndpoint, None}
     assert len(POLLS) == 4
+
+
+def test_every_poll_of_the_table_is_served():
+    """A route of polls that the handler does not know is found here, not by a client."""
+    environment = Served().environment
+    environment.payload = EMPTY
+    polling = PollingHandler()
+    for route in ROUTES:
+        if route.endpoint is Endpoint.POLL:
+            access = Access(route, Grant(environment, environment.spec.sdk_key))
+            response = polling.respond(access, "a" if "{key}" in route.template else "", b"", b"")
+            assert response is not None
+            assert response.status == (404 if "{key}" in route.template else 200)
 
 
 def test_only_events_routes_have_an_events_endpoint():

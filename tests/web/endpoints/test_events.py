@@ -1028,6 +1028,27 @@ async def test_a_known_head_follows_changes_of_its_key(acceptor):
     ]
 
 
+async def test_a_head_is_not_remembered_after_its_key_was_revoked(acceptor):
+    """A POST that began before is accepted, and none after it."""
+    served = served_by(acceptor)
+    relay = served.relay
+    main = relay.environments["main"]
+    relay.change(main, main.spec.with_credential(SDKKey("sdk-second")))
+    async with serving(served) as address:
+        reader, writer = await address.connect()
+        sent = with_id(1, "/bulk", ("Authorization", "sdk-second"))
+        budget = repr(served.events.budget)
+        writer.write(sent[:-5])
+        await until(lambda: repr(served.events.budget) != budget)  # the beginning has arrived
+        relay.change(main, main.spec.without_credential(SDKKey("sdk-second")))
+        writer.write(sent[-5:])
+        assert (await statuses(reader, 1))[0] == [202]
+        writer.write(sent)
+        assert (await statuses(reader, 1))[0] == [401]
+        writer.close()
+    assert acceptor.bodies == [SOME]
+
+
 @pytest.mark.parametrize("seed", range(20))
 async def test_pieces_of_any_size(acceptor, seed):
     """POSTs with known and unknown heads, cut anywhere, arrive whole, once and in order."""
