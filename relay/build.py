@@ -145,25 +145,60 @@ def sync_targets(
     from relay.stores.redis.store import RedisStore
     from relay.sync import SyncTarget
 
-    known, redis = [each.name for each in config.environments], config.redis
-    problems = [f'there is no environment "{name}"' for name in names if name not in known]
-    if not known:
-        problems.append("there is no environment whose flags could be stored")
+    redis = config.redis
+    problems = _missing(config, names)
     if not redis:
         problems.append("there is no database to bring up to date; [Redis] or USE_REDIS names one")
     if problems or not redis:
         raise ConfigError(problems)
+    session, sources = _sources(config, names, relay_url)
+    targets = [
+        SyncTarget(spec, source, RedisStore(redis, spec.prefix), log)
+        for spec, source, log in sources
+    ]
+    return session, targets
+
+
+def archive_sources(
+    config: Config, names: Collection[str] = (), relay_url: str = ""
+) -> tuple[Session, list[tuple[EnvironmentSpec, DataSource]]]:
+    """Return the upstream session and the environments for an archive; arguments as above.
+
+    Raises:
+        ConfigError: an environment does not exist, or has no client-side ID; see also `build`.
+    """
+    problems = _missing(config, names)
+    problems += [
+        f'environment "{each.name}" has no client-side ID (envId), which archives need'
+        for each in config.environments
+        if not each.env_id and (not names or each.name in names)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    session, sources = _sources(config, names, relay_url)
+    return session, [(spec, source) for spec, source, _ in sources]
+
+
+def _missing(config: Config, names: Collection[str]) -> list[str]:
+    """Return problems with the environments that a command names."""
+    known = [each.name for each in config.environments]
+    problems = [f'there is no environment "{name}"' for name in names if name not in known]
+    if not known:
+        problems.append("there is no environment whose flags could be stored")
+    return problems
+
+
+def _sources(
+    config: Config, names: Collection[str], relay_url: str
+) -> tuple[Session, list[tuple[EnvironmentSpec, DataSource, Log]]]:
+    """Return the upstream session, and the configured environments with their sources."""
     if relay_url:
         main = structs.replace(config.main, data_source="polling", base_uri=relay_url)
         config = structs.replace(config, main=main)
     session, _, _, make_source = _launchdarkly(config)
-    targets = []
-    for spec in (_spec(each, config.main) for each in config.environments):
-        if not names or spec.name in names:
-            log = _log_for(spec)
-            store = RedisStore(redis, spec.prefix)
-            targets.append(SyncTarget(spec, make_source(spec, log), store, log))
-    return session, targets
+    specs = [_spec(each, config.main) for each in config.environments]
+    chosen = [(spec, _log_for(spec)) for spec in specs if not names or spec.name in names]
+    return session, [(spec, make_source(spec, log), log) for spec, log in chosen]
 
 
 def _file(config: Config) -> SourceFactory:

@@ -54,6 +54,25 @@ def open_private(path: Path, flags: int) -> int:
     return descriptor
 
 
+def write_private(path: Path, content: bytes) -> None:
+    """Replace the content of a private file at once, so that nobody reads a part of it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with os.fdopen(
+            open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb"
+        ) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _is_shared(directory: Path) -> bool:
     """Return whether a directory is accessible to its owner and group, and to nobody else."""
     return stat.S_IMODE(directory.stat().st_mode) & 0o777 == _SHARED

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import posixpath
 import tarfile
 import zlib
@@ -17,9 +18,10 @@ from isal import isal_zlib
 from msgspec import Struct, field
 
 from relay.errors import InvalidData, UnusableArchive
-from relay.model.payload import ChangeSet
+from relay.model.environment import EnvironmentSpec
+from relay.model.payload import ChangeSet, Payload
 from relay.protocol import representation
-from relay.protocol.fdv1 import parse_archived
+from relay.protocol.fdv1 import archived, parse_archived
 from relay.protocol.gzip import CORRUPT, GZIP
 from relay.protocol.representation import Representation
 
@@ -85,6 +87,32 @@ class Entry(Struct, frozen=True):
 class _RawMetadata(Struct, frozen=True):
     env: dict[str, object] = {}
     data_id: str = field(default="", name="dataid")
+
+
+def entry_of(spec: EnvironmentSpec, payload: Payload) -> Entry:
+    """Return the entry of an environment; it gets another version and data ID if it changes.
+
+    Raises:
+        ValueError: the environment has no client-side ID.
+    """
+    if spec.environment_id is None:
+        raise ValueError(f'environment "{spec.name}" has no client-side ID, which archives need')
+    data = archived(payload)
+    environment: dict[str, object] = {
+        "envID": spec.environment_id.value,
+        "envKey": spec.environment_key or spec.name,
+        "envName": spec.environment_name or spec.name,
+        "mobKey": spec.mobile_key.value if spec.mobile_key else "",
+        "projKey": spec.project_key,
+        "projName": spec.project_name or spec.project_key,
+        "sdkKey": {"value": spec.sdk_key.value},
+        "defaultTtl": math.ceil(spec.ttl / 60),
+        "secureMode": spec.secure_mode,
+    }
+    environment["version"] = zlib.crc32(orjson.dumps(environment))
+    data_id = hashlib.sha256(data).hexdigest()[:32]
+    metadata = orjson.dumps({"env": environment, "dataId": data_id})
+    return Entry(spec.environment_id.value, metadata, data)
 
 
 def read(content: bytes) -> tuple[Entry, ...]:

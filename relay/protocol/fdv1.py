@@ -174,6 +174,16 @@ def all_data(payload: Payload) -> bytes:
     return b"".join(_all_data(payload))
 
 
+def archived(payload: Payload) -> bytes:
+    """Return the data of a payload for an archive: equal payloads give equal bytes."""
+    kinds = (b"".join(_members(_sorted(payload.live(kind)))) for kind in (Kind.FLAG, Kind.SEGMENT))
+    return b'{"flags":%b,"segments":%b}' % tuple(kinds)
+
+
+def _sorted(items: Iterable[Item]) -> Iterable[Item]:
+    return sorted(items, key=lambda item: item.key)
+
+
 def all_flags(payload: Payload) -> bytes:
     """Return `{"<key>":<flag>,…}`: the body of `/sdk/flags`, the data of a put on `/flags`."""
     return b"".join(_members(payload.live(Kind.FLAG)))
