@@ -75,6 +75,29 @@ def test_an_archive_that_is_cut_off_anywhere_is_unusable(content):
         assert found == whole  # nothing but the end of the tar file is missing
 
 
+@given(
+    content=st.sampled_from([GOOD, PLAIN]),
+    changes=st.lists(st.tuples(st.integers(0, len(PLAIN)), st.integers(0, 255)), max_size=20),
+)
+def test_whatever_is_spoilt_is_refused_and_raises_nothing_else(content, changes):
+    """A header, the compression, the content: the checksum finds it if nothing before does."""
+    spoilt = bytearray(content)
+    for position, byte in changes:
+        spoilt[position % len(spoilt)] = byte
+    try:
+        found = read(bytes(spoilt))
+    except UnusableArchive:
+        return
+    assert found == read(content)
+
+
+@given(st.binary(max_size=2000))
+def test_arbitrary_bytes_are_no_archive(content):
+    for start in (b"", b"\x1f\x8b\x08"):
+        with pytest.raises(UnusableArchive):
+            read(start + content)
+
+
 def test_streams_may_follow_each_other_and_something_else_the_last():
     """As other compressors write them; a download may end with line ends."""
     half = len(PLAIN) // 2
