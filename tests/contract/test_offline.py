@@ -662,3 +662,13 @@ async def test_one_shot_mode_ends(content, code, tmp_path):
     relay = RelayProcess(tmp_path, FILE_DATA_SOURCE=str(path), EXIT_ALWAYS="1")
     await relay.spawn()
     assert await relay.ended() == code
+
+
+async def test_a_check_names_what_is_wrong_with_the_archive(tmp_path):
+    path = tmp_path / "archive"
+    path.write_bytes(b"no archive" * 100)
+    check = RelayProcess(tmp_path, "check", "--from-env", FILE_DATA_SOURCE=str(path))
+    await check.spawn()
+    assert await check.ended() == 1
+    assert "archive/tar: invalid tar header" in check.log
+    assert f"fileDataSource = {path}" in check.log

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.errors import InvalidData, UnusableArchive
+from relay.model.credential import EnvironmentID, MobileKey, SDKKey
+from relay.model.environment import EnvironmentSpec
+from relay.model.payload import EMPTY, Payload
 from relay.protocol import archive
-from relay.protocol.archive import Entry, md5, read, write
+from relay.protocol.archive import Entry, entry_of, md5, read, write
+from relay.protocol.fdv1 import parse_archived
+from relay.protocol.representation import described, rotated
+from tests.support.data import all_data, flag, segment
 
 ARCHIVES = Path(__file__).parent.parent / "golden" / "archives"
 GOOD = (ARCHIVES / "good.tar.gz").read_bytes()
@@ -198,3 +205,48 @@ def test_an_unusable_item_spoils_no_other():
     changes = entry(data=data).data()
     assert [item.key for item in changes.items] == ["b"]
     assert [item.key for item in changes.invalid] == ["a"]
+
+
+def payload_of(*items: dict) -> Payload:
+    payload, _ = EMPTY.apply(parse_archived(all_data(*items).encode()))
+    return payload
+
+
+def test_equal_payloads_give_equal_entries():
+    """In whatever order their items came; an item that differs gives another data ID."""
+    spec = EnvironmentSpec("shop", SDKKey("sdk-1"), environment_id=EnvironmentID("id"))
+    flags = [flag(f"flag-{i}") for i in range(50)]
+    one, other = (entry_of(spec, payload_of(*items)) for items in (flags, reversed(flags)))
+    assert one == other
+    changed = entry_of(spec, payload_of(*flags[1:], flag("flag-0", 2)))
+    assert changed.metadata().data_id != one.metadata().data_id
+    assert changed.metadata().environment == one.metadata().environment
+
+
+def test_an_entry_keeps_what_an_environment_is():
+    """All but tombstones; another setting gives another version."""
+    spec = EnvironmentSpec(
+        "shop",
+        SDKKey("sdk-1"),
+        MobileKey("mob-1"),
+        EnvironmentID("id"),
+        secure_mode=True,
+        ttl=61,
+        project_key="p",
+    )
+    written = entry_of(spec, payload_of(flag(), flag("gone", deleted=True), segment()))
+    assert {item.key for item in written.data().items} == {"lamp", "crowd"}
+    given_back = written.metadata().environment
+    read_spec, _ = rotated(
+        described(EnvironmentSpec("id", SDKKey("sdk-1")), given_back), given_back, 0
+    )
+    assert read_spec.credentials == spec.credentials
+    assert (read_spec.secure_mode, read_spec.ttl) == (True, 120)
+    assert (read_spec.project_key, read_spec.title) == ("p", "p shop")
+    other = entry_of(replace(spec, secure_mode=False), EMPTY).metadata().environment
+    assert other.version != given_back.version
+
+
+def test_an_environment_without_an_id_has_no_place_in_an_archive():
+    with pytest.raises(ValueError, match='"shop" has no client-side ID'):
+        entry_of(EnvironmentSpec("shop", SDKKey("sdk-1")), EMPTY)
