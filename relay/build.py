@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from relay.config.schema import Config, EnvironmentConfig, Main, OfflineMode
+from relay.config.schema import AutoConfig, Config, EnvironmentConfig, Main, OfflineMode
 from relay.environment import Environment
 from relay.errors import ConfigError, UnusableArchive
 from relay.events.forwarder import Forwarder
@@ -29,7 +29,7 @@ from relay.model.reply import Fetch
 from relay.programs import ProgramCache
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.registry import Registry
-from relay.relay import Relay
+from relay.relay import Directory, Relay
 from relay.sources import DataSource
 from relay.sources.timings import SourceTimings
 from relay.stores import Mirror
@@ -38,7 +38,10 @@ from relay.streams.hub import Hub, StreamLimits
 from relay.telemetry.log import Log, environment_log, set_environment_level
 
 if TYPE_CHECKING:
+    from relay.autoconfig import AutoConfiguration
+    from relay.protocol.environments import SharedSettings
     from relay.sync import SyncTarget
+    from relay.upstream import Upstream as HTTPSession
 
 DEMO = EnvironmentSpec(
     "demo", SDKKey("sdk-demo"), MobileKey("mob-demo"), EnvironmentID("demo-client-side-id")
@@ -66,12 +69,17 @@ def build(config: Config) -> Relay:
         return _offline(config, registry)
     events: Forwarder | None = None
     fetch: Fetch | None = None
-    if config.environments:
+    directory: Directory | None = None
+    session: Session = nullcontext()
+    if config.uses_launchdarkly:
         specs = [_spec(each, config.main) for each in config.environments]
-        session, upstream, fetch, make_source = _launchdarkly(config)
+        upstream, make_source = _launchdarkly(config)
+        session, fetch = upstream, upstream.fetch
         events = _forwarder(config, upstream, registry.spec_of)
+        if config.auto_config.key:
+            directory = _auto_configuration(config, upstream, make_source)
     else:
-        specs, make_source, session = [_demo(config.main)], _file(config), nullcontext()
+        specs, make_source = [_demo(config.main)], _file(config)
     return Relay(
         [_environment(config, spec, make_source) for spec in specs],
         config.main.init_timeout,
@@ -81,6 +89,24 @@ def build(config: Config) -> Relay:
         ignore_connection_errors=config.main.ignore_connection_errors,
         disconnected_after=config.main.disconnected_status_time,
         registry=registry,
+        directory=directory,
+    )
+
+
+def _auto_configuration(
+    config: Config, session: HTTPSession, make_source: SourceFactory
+) -> AutoConfiguration:
+    """Return what follows the list of environments; it makes them as the configured ones are."""
+    from relay.autoconfig import AutoConfiguration, log
+    from relay.model.credential import AutoConfigKey
+    from relay.sources.autoconfig import AutoConfigStream
+
+    main, auto = config.main, config.auto_config
+    return AutoConfiguration(
+        AutoConfigStream(session, main.stream_uri, AutoConfigKey(auto.key.reveal()), log),
+        _shared(auto, main),
+        lambda spec: _environment(config, spec, make_source),
+        make_source,
     )
 
 
@@ -95,17 +121,17 @@ def _offline(config: Config, registry: Registry[Environment]) -> Relay:
     options, main = config.offline_mode, config.main
 
     def make_environment(spec: EnvironmentSpec, source: DataSource) -> Environment:
-        spec = _with_settings(spec, options, main)
         return _environment(config, spec, lambda _spec, _log: source)
 
+    path = Path(options.file_data_source)
     interval = options.file_data_source_monitoring_interval
-    archive = OfflineArchive(Path(options.file_data_source), interval, make_environment)
+    archive = OfflineArchive(path, interval, _shared(options, main), make_environment)
     relay = Relay(
         [],
         main.init_timeout,
         disconnected_after=main.disconnected_status_time,
         registry=registry,
-        follow=archive.run,
+        directory=archive,
     )
     try:
         archive.load(relay)
@@ -114,14 +140,15 @@ def _offline(config: Config, registry: Registry[Environment]) -> Relay:
     return relay
 
 
-def _with_settings(spec: EnvironmentSpec, options: OfflineMode, main: Main) -> EnvironmentSpec:
-    """Return a spec from elsewhere with the settings that the configuration has for all of them."""
-    return replace(
-        spec,
-        prefix=options.env_datastore_prefix.replace("$CID", spec.name),
-        allowed_origins=options.env_allowed_origin,
-        allowed_headers=options.env_allowed_header,
-        eval_streams=main.eval_streams,
+def _shared(options: AutoConfig | OfflineMode, main: Main) -> SharedSettings:
+    """Return the settings that the configuration has for all environments of a directory."""
+    from relay.protocol.environments import SharedSettings
+
+    return SharedSettings(
+        options.env_datastore_prefix,
+        options.env_allowed_origin,
+        options.env_allowed_header,
+        main.eval_streams,
     )
 
 
@@ -195,7 +222,7 @@ def _sources(
     if relay_url:
         main = structs.replace(config.main, data_source="polling", base_uri=relay_url)
         config = structs.replace(config, main=main)
-    session, _, _, make_source = _launchdarkly(config)
+    session, make_source = _launchdarkly(config)
     specs = [_spec(each, config.main) for each in config.environments]
     chosen = [(spec, _log_for(spec)) for spec in specs if not names or spec.name in names]
     return session, [(spec, make_source(spec, log), log) for spec, log in chosen]
@@ -208,7 +235,7 @@ def _file(config: Config) -> SourceFactory:
     return lambda _spec, _log: FileSource(path)
 
 
-def _launchdarkly(config: Config) -> tuple[Session, Upstream, Fetch, SourceFactory]:
+def _launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
     from relay.sources.polling import PollingSource
     from relay.sources.streaming import StreamingSource
     from relay.upstream import Upstream as HTTPSession
@@ -226,7 +253,7 @@ def _launchdarkly(config: Config) -> tuple[Session, Upstream, Fetch, SourceFacto
             return PollingSource(upstream, main.base_uri, spec.sdk_key, timings)
         return StreamingSource(upstream, main.stream_uri, spec.sdk_key, log, timings)
 
-    return upstream, upstream, upstream.fetch, make_source
+    return upstream, make_source
 
 
 def _forwarder(
@@ -291,10 +318,12 @@ def _mirrors(
     config: Config, spec: EnvironmentSpec, resync: Callable[[], None], log: Log
 ) -> Iterator[Mirror]:
     """Yield the snapshot and the database mirror, if configured."""
-    if config.main.snapshot_dir and config.environments:
+    if config.main.snapshot_dir and config.uses_launchdarkly:
         from relay.stores.snapshot import SnapshotMirror
 
-        yield SnapshotMirror(Path(config.main.snapshot_dir), spec.sdk_key, log)
+        # Keys rotate where LaunchDarkly names the environments; their data stay.
+        owner = spec.environment_id if config.auto_config.key else None
+        yield SnapshotMirror(Path(config.main.snapshot_dir), owner or spec.sdk_key, log)
     if config.redis:
         from relay.stores.mirror import SINGLE_RUN, DatabaseMirror, MirrorTimings
         from relay.stores.redis.store import RedisStore

@@ -53,6 +53,8 @@ class UpstreamConnection:
     """Time of the last state change, by the monotonic clock."""
     last_error: tuple[ErrorKind, float] | None = None
     """Class of the last failure and its time in Unix seconds; never cleared."""
+    last_status: int | None = None
+    """HTTP status of the response that was the last failure, if there was one."""
     has_data: bool = False
     """True once upstream has delivered data to this process."""
     last_confirmed: float | None = None

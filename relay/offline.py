@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
@@ -17,20 +18,25 @@ from msgspec import Struct
 from relay import clock
 from relay.aio import run_in_slices
 from relay.config.types import DURATION
-from relay.environment import Environment
+from relay.environment import Environment, UpstreamConnection
 from relay.errors import ErrorKind, InvalidData, UnusableArchive
 from relay.files import FileState, file_state
-from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.payload import ChangeSet
 from relay.protocol import archive
 from relay.protocol.archive import Entry, Metadata
-from relay.protocol.representation import described, rotated
+from relay.protocol.environments import (
+    SharedSettings,
+    ignored_expiry,
+    rotations,
+    spec_of,
+)
 from relay.reasons import describe
-from relay.relay import Relay
+from relay.relay import DirectoryChange, Relay
 from relay.sources import Interrupted, UpToDate
 from relay.sources.archive import ArchiveSource
 from relay.steps import Steps, finish
+from relay.telemetry.log import local_time
 
 MAX_FILE = 1024 * 1024 * 1024
 """Maximum size of an archive in bytes."""
@@ -79,10 +85,22 @@ class OfflineArchive:
     Args:
         path: path of the archive.
         interval: seconds between two checks for a change.
+        settings: of all environments.
         make_environment: makes an environment with its parts.
     """
 
-    def __init__(self, path: Path, interval: float, make_environment: MakeEnvironment) -> None:
+    def __init__(
+        self,
+        path: Path,
+        interval: float,
+        settings: SharedSettings,
+        make_environment: MakeEnvironment,
+    ) -> None:
+        self.is_upstream = False
+        self.connection = UpstreamConnection()
+        self.known = asyncio.Event()
+        self.changes: Counter[DirectoryChange] = Counter()
+        self._settings = settings
         self._path = path
         self._interval = interval
         self._make = make_environment
@@ -104,6 +122,7 @@ class OfflineArchive:
         """
         self._seen = self._loaded = file_state(self._path)
         finish(self._apply(relay, _read(self._path, {})))
+        self.known.set()
         text = "[FileDataSource] Monitoring data file %s for changes (every %s) %s"
         _log.info(text, self._path, DURATION.show(self._interval), _shown(self._seen))
 
@@ -166,6 +185,7 @@ class OfflineArchive:
             text = "[FileDataSource] Removed environment %s (%s)"
             _log.info(text, name, environment.spec.title)
             relay.remove(environment)
+            self.changes[DirectoryChange.REMOVED] += 1
             yield
 
     def _spoil(self, relay: Relay, name: str, loaded: _Loaded) -> None:
@@ -190,26 +210,37 @@ class OfflineArchive:
         if served is None:
             served = self._add(relay, name, metadata)
         elif (served.version, served.data_id) != _state_of(metadata):
-            environment, given = served.environment, metadata.environment
-            spec, lines = rotated(described(environment.spec, given), given, clock.now())
+            environment, before = served.environment, served.environment.spec
+            spec = spec_of(metadata.environment, self._settings, clock.now(), before)
             relay.change(environment, spec)
+            self.changes[DirectoryChange.CHANGED] += 1
+            self.changes[DirectoryChange.ROTATED] += spec.sdk_key != before.sdk_key
             _log.info("[FileDataSource] Updated environment %s (%s)", name, spec.title)
-            _log_keys(lines)
+            self._log_keys(metadata, before, spec)
         served.version, served.data_id = _state_of(metadata)
         served.broken = False
         served.source.give(data or UpToDate())
 
     def _add(self, relay: Relay, name: str, metadata: Metadata) -> _Served:
-        given = metadata.environment
-        spec = described(EnvironmentSpec(name, SDKKey(given.sdk_key.value)), given)
-        spec, lines = rotated(spec, given, clock.now())
+        spec = spec_of(metadata.environment, self._settings, clock.now())
         source = ArchiveSource()
-        served = _Served(self._make(spec, source), source, given.version)
+        served = _Served(self._make(spec, source), source, metadata.environment.version)
         relay.put(served.environment)
         self._served[name] = served
+        self.changes[DirectoryChange.ADDED] += 1
         _log.info("[FileDataSource] Added environment %s (%s)", name, spec.title)
-        _log_keys(lines)
+        self._log_keys(metadata, None, spec)
         return served
+
+    def _log_keys(
+        self, metadata: Metadata, before: EnvironmentSpec | None, after: EnvironmentSpec
+    ) -> None:
+        now = clock.now()
+        ignored = ignored_expiry(metadata.environment, before, now)
+        lines = rotations(before, after, now) if before else ()
+        for text, *arguments in (*lines, *([ignored] if ignored else [])):
+            shown = (local_time(a) if isinstance(a, float) else a for a in arguments)
+            _log.info(text, *shown)
 
 
 def _read(path: Path, known: Mapping[str, tuple[int, str | None]]) -> dict[str, _Loaded]:
@@ -251,11 +282,6 @@ def _understood(entry: Entry, known: tuple[int, str | None] | None) -> _Loaded:
 
 def _state_of(metadata: Metadata) -> tuple[int, str]:
     return metadata.environment.version, metadata.data_id
-
-
-def _log_keys(lines: Iterable[str]) -> None:
-    for line in lines:
-        _log.info("%s", line)
 
 
 def _shown(state: FileState | None) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
-from typing import TYPE_CHECKING
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
 from relay import clock
-from relay.environment import ConnectionState, Environment
+from relay.environment import ConnectionState, Environment, UpstreamConnection
 from relay.model.credential import CredentialKind
 from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Fetch
@@ -24,12 +26,39 @@ if TYPE_CHECKING:
     from relay.events.forwarder import Forwarder
 
 RESTART_DELAY = 10.0
-"""Seconds before an environment that failed with an unexpected error is restarted."""
+"""Seconds before what failed with an unexpected error is restarted: an environment, or the
+directory."""
 
 ENDED_WITHIN = 1.0
 """Seconds within which the streams of a removed environment or a revoked credential are over."""
 
 _log = logging.getLogger("relay")
+
+
+class DirectoryChange(Enum):
+    """Kind of a change that a directory makes."""
+
+    ADDED = "added"
+    CHANGED = "changed"
+    REMOVED = "removed"
+    ROTATED = "rotated"
+
+
+class Directory(Protocol):
+    """Contract of what says at run time which environments exist."""
+
+    connection: UpstreamConnection
+    """State of the connection by which it knows that."""
+    known: asyncio.Event
+    """Set once it knows the environments: until then no credential can be called unknown."""
+    changes: Counter[DirectoryChange]
+    """Number of changes since the start; those that bring a new SDK key count as both."""
+
+    is_upstream: bool
+    """True if it is LaunchDarkly's list, so that `/status` and metrics report on it."""
+
+    async def run(self, relay: Relay) -> None:
+        """Put, change and remove environments until cancelled."""
 
 
 class Relay:
@@ -45,8 +74,7 @@ class Relay:
             warning instead of an error.
         disconnected_after: seconds of interruption after which `/status` reports `disconnected`.
         registry: empty; a new one if omitted.
-        follow: keeps the environments equal to those of a list elsewhere, as of an archive; runs as
-            long as the relay.
+        directory: says at run time which environments exist; None if the first are all.
     """
 
     def __init__(
@@ -60,13 +88,14 @@ class Relay:
         ignore_connection_errors: bool = False,
         disconnected_after: float = 60.0,
         registry: Registry[Environment] | None = None,
-        follow: Callable[[Relay], Coroutine[object, object, None]] | None = None,
+        directory: Directory | None = None,
     ) -> None:
         self.registry: Registry[Environment] = registry or Registry()
         self.disconnected_after = disconnected_after
         self.upstream = upstream or nullcontext()
         self.fetch = fetch
         self.events = events
+        self.directory = directory
         self._init_failure_level = logging.WARNING if ignore_connection_errors else logging.ERROR
         self._init_timeout = init_timeout
         self._init_deadline = clock.monotonic() + init_timeout
@@ -74,7 +103,6 @@ class Relay:
         """True once the shutdown begins: from then on the relay is not ready."""
         self.unusable: dict[str, str] = {}
         """Environments whose description is unusable, with the reason; `/status` names them."""
-        self._follow = follow
         self._tasks: asyncio.TaskGroup | None = None
         """Tasks of the environments, while the relay runs."""
         self._running: dict[Environment, asyncio.Task[None]] = {}
@@ -125,11 +153,20 @@ class Relay:
     def expire(self) -> None:
         """End what was opened with credentials that have expired; a timer calls this in time."""
         change = self.registry.expire()
-        for grant in change.closed:
-            if grant.credential.kind is CredentialKind.SDK_KEY:
-                text = "Deprecated SDK key %s has expired and is no longer valid for authentication"
-                _log.info(text, grant.credential.masked)
+        for credential in (grant.credential for grant in change.closed):
+            text = "Deprecated %s %s has expired and is no longer valid for authentication"
+            _log.info(text, credential.kind.value, credential.masked)
         self._carry_out(change)
+
+    @property
+    def auto_configuration(self) -> Directory | None:
+        """The directory, if it is LaunchDarkly's list."""
+        return self.directory if self.directory and self.directory.is_upstream else None
+
+    @property
+    def knows_environments(self) -> bool:
+        """True unless the list of environments is still to come."""
+        return self.directory is None or self.directory.known.is_set()
 
     @property
     def starting(self) -> bool:
@@ -147,8 +184,8 @@ class Relay:
                 for environment in self.environments.values():
                     self._start(environment, self._init_deadline)
                 self._schedule_expiry()
-                if self._follow is not None:
-                    self._tasks.create_task(self._keep_following(self._follow))
+                if self.directory is not None:
+                    self._tasks.create_task(self._follow(self.directory))
                 try:
                     await asyncio.Event().wait()
                 finally:
@@ -158,15 +195,13 @@ class Relay:
             if self._expiry_timer is not None:
                 self._expiry_timer.cancel()
 
-    async def _keep_following(
-        self, follow: Callable[[Relay], Coroutine[object, object, None]]
-    ) -> None:
-        """Follow the list of environments, also after an unexpected error."""
+    async def _follow(self, directory: Directory) -> None:
+        """Let the environments be what a directory says, and restart it after any exception."""
         while True:
             try:
-                await follow(self)
-            except Exception:  # noqa: BLE001 - the environments stay served
-                _log.exception("The environments could not be brought up to date; trying again")
+                await directory.run(self)
+            except Exception:  # noqa: BLE001 - environments go on without it
+                _log.exception("The list of environments cannot be followed; trying again")
             await asyncio.sleep(RESTART_DELAY)
 
     def _carry_out(self, change: RegistryChange[Environment]) -> None:
@@ -263,6 +298,8 @@ class Relay:
         Returns:
             True if all environments were synced within `init_timeout`.
         """
+        if not await self._await_environments():
+            return False
         tasks = [asyncio.create_task(self._wait_synced(e)) for e in self.environments.values()]
         complete = not self.unusable
         try:
@@ -274,6 +311,18 @@ class Relay:
             for task in tasks:
                 task.cancel()
         return complete
+
+    async def _await_environments(self) -> bool:
+        """Wait until the environments are known; return False after `init_timeout`."""
+        if self.directory is None:
+            return True
+        try:
+            async with asyncio.timeout(max(0.0, self._init_deadline - clock.monotonic())):
+                await self.directory.known.wait()
+        except TimeoutError:
+            _log.error("The list of environments did not come in time")
+            return False
+        return True
 
     async def _wait_synced(self, environment: Environment) -> bool:
         if not await self._wait_started(environment, self._init_deadline):

@@ -22,7 +22,7 @@ from yarl import URL
 from relay import __version__
 from relay.errors import RETRYABLE_4XX, ErrorKind, UpstreamRefused, UpstreamUnavailable
 from relay.imports import system_authorities_skipped
-from relay.model.credential import SDKKey
+from relay.model.credential import Credential
 from relay.model.event import Receipt
 from relay.model.reply import Reply
 from relay.proxies import ProxyChoice, basic_authorization, environment_proxies, fixed_proxy
@@ -123,7 +123,7 @@ class Upstream:
     async def get(
         self,
         url: str,
-        key: SDKKey,
+        key: Credential,
         *,
         accept: str,
         read_timeout: float,
@@ -134,7 +134,7 @@ class Upstream:
 
         Args:
             url: URL to get.
-            key: SDK key, sent to this host only.
+            key: SDK key, or that of automatic configuration; sent to this host only.
             accept: media type to accept.
             read_timeout: maximum seconds of silence.
             headers: additional headers.

@@ -172,11 +172,14 @@ def _configuration(options: argparse.Namespace, environ: Mapping[str, str]) -> C
         if config.environments:
             names = ", ".join(f'"{each.name}"' for each in config.environments)
             raise ConfigError([f"--flags serves a file by itself; leave out environment {names}"])
+        if config.auto_config.key:
+            text = "--flags serves a file by itself; leave out the auto-configuration key"
+            raise ConfigError([text])
         # FLAGS_FILE has no effect if only a file is read.
         return replace(config, main=replace(config.main, flags_file=options.flags))
     config = load(options.config, options.from_env, options.allow_missing_file, environ)
     offline = config.offline_mode.file_data_source
-    if not config.environments and not config.main.flags_file and not offline:
+    if not config.uses_launchdarkly and not config.main.flags_file and not offline:
         raise ConfigError(["you must specify at least one environment in your configuration"])
     return config
 

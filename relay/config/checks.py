@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from relay.config.options import Option, Support
 from relay.config.schema import (
+    AutoConfig,
     EnvironmentConfig,
     Events,
     Main,
@@ -27,7 +28,7 @@ from relay.config.schema import (
     Webhook,
     options,
 )
-from relay.config.unsupported import AutoConfig, Consul, DynamoDB, Filters
+from relay.config.unsupported import Consul, DynamoDB, Filters
 from relay.model.text import one_line
 
 ENVIRONMENT, FILTERS = "Environment", "Filters"
@@ -419,14 +420,15 @@ def _no_effect(draft: Draft) -> Iterator[Diagnostic]:
 
 def _events_in_memory(draft: Draft) -> Iterator[Diagnostic]:
     events = draft.of(Events)
-    if events.send_events and draft.environments and not events.spool_dir:
+    has_environments = draft.environments or draft.of(AutoConfig).key
+    if events.send_events and has_environments and not events.spool_dir:
         text = "accepted events wait in memory only; [Events] spoolDir keeps them on disk"
         yield text, _keys("Events", "send_events")
 
 
 def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
     main = draft.of(Main)
-    if main.flags_file and draft.environments:
+    if main.flags_file and (draft.environments or draft.of(AutoConfig).key):
         text = "[Main] flagsFile is not served, because environments are configured"
         yield text, _main_key("flags_file")
     offline = draft.of(OfflineMode)

@@ -17,6 +17,7 @@ from relay.config.options import Option
 from relay.config.schema import (
     NAMED_SECTIONS,
     SECTIONS,
+    AutoConfig,
     Config,
     EnvironmentConfig,
     Http,
@@ -363,6 +364,7 @@ def _config(draft: Draft, warnings: list[str]) -> Config:
         webhook=draft.of(Webhook),
         prometheus=draft.of(Prometheus),
         offline_mode=draft.of(OfflineMode),
+        auto_config=draft.of(AutoConfig),
         sources={_label(key): source for key, source in draft.sources.items()},
         warnings=(*warnings, *checks.warnings(draft)),
     )

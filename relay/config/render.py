@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from msgspec import structs
-
 from relay.config.checks import ENVIRONMENT, FILTERS
 from relay.config.options import Option, Support
 from relay.config.schema import NAMED_SECTIONS, SECTIONS, Config, Redis, Webhook, options
@@ -92,6 +90,8 @@ def effective(config: Config) -> str:
     Options that were set carry their source, defaults are commented out, warnings come last.
     """
     count = f"{len(config.environments)} environment{'s' * (len(config.environments) != 1)}"
+    if config.auto_config.key:
+        count = "the environments that LaunchDarkly names"
     lines = [
         f"# The configuration in force, with {count}. What was given stands with its",
         "# source; lines that begin with # show defaults.",
@@ -135,9 +135,9 @@ def quoted(text: str) -> str:
 
 def _sections(config: Config) -> Iterator[tuple[str, object]]:
     """Yield the unnamed sections that are in use."""
-    in_use = {name.replace("_", ""): value for name, value in structs.asdict(config).items()}
-    for section in SECTIONS:
-        values = in_use.get(section.lower())
+    for section, kind in SECTIONS.items():
+        fields = (getattr(config, field) for field in config.__struct_fields__)
+        values = next((value for value in fields if isinstance(value, kind)), None)
         if values is not None:
             yield section, values
 

@@ -31,7 +31,6 @@ from relay.config.types import (
     stripped,
 )
 from relay.config.unsupported import (
-    AutoConfig,
     Concurrency,
     Consul,
     Datadog,
@@ -228,8 +227,8 @@ class Main(Struct, frozen=True):
         "EXPIRED_CREDENTIAL_CLEANUP_INTERVAL",
         DURATION,
         60.0,
-        "Interval between checks for expired credentials of automatic configuration.",
-        support=LATER,
+        "Interval of ld-relay's checks for expired credentials; here they expire in time.",
+        support=NO_EFFECT,
     )
 
 
@@ -630,6 +629,65 @@ class EnvironmentConfig(Struct, frozen=True):
     )
 
 
+@section
+class AutoConfig(Struct, frozen=True):
+    """`[AutoConfig]`: environments configured by LaunchDarkly instead of by this file."""
+
+    key: Secret = option(
+        "AUTO_CONFIG_KEY",
+        KEY,
+        Secret(""),
+        "Automatic configuration key; enables automatic configuration.",
+        "rel-00000000-0000-0000-0000-000000000000",
+    )
+    env_datastore_prefix: str = option(
+        "ENV_DATASTORE_PREFIX",
+        STRING,
+        "",
+        "Prefix of database keys; `$CID` stands for the client-side ID.",
+        "ld-$CID",
+    )
+    env_datastore_table_name: str = option(
+        "ENV_DATASTORE_TABLE_NAME",
+        STRING,
+        "",
+        "DynamoDB table; `$CID` stands for the client-side ID.",
+        "ld-$CID",
+        support=LATER,
+    )
+    env_allowed_origin: tuple[str, ...] = option(
+        "ENV_ALLOWED_ORIGIN",
+        ORIGINS,
+        (),
+        "Allowed CORS origins of every environment.",
+        "https://shop.example.com",
+    )
+    env_allowed_header: tuple[str, ...] = option(
+        "ENV_ALLOWED_HEADER",
+        HEADER_NAMES,
+        (),
+        "Allowed CORS request headers of every environment.",
+        "Timestamp-Valid",
+    )
+    cache_key: str = option(
+        "AUTO_CONFIG_CACHE_KEY",
+        STRING,
+        "",
+        "Database key under which the list of environments is stored.",
+        "relay-environments",
+        support=REFUSED,
+    )
+    cache_encryption_key: Secret = option(
+        "AUTO_CONFIG_CACHE_ENCRYPTION_KEY",
+        SECRET,
+        Secret(""),
+        "Key that encrypts the value stored under `cacheKey`. Not set: the automatic configuration"
+        " key is used.",
+        "a-long-random-text",
+        support=REFUSED,
+    )
+
+
 SECTIONS: dict[str, type] = {
     "Main": Main,
     "Events": Events,
@@ -673,8 +731,14 @@ class Config(Struct, frozen=True):
     webhook: Webhook = Webhook()
     prometheus: Prometheus = Prometheus()
     offline_mode: OfflineMode = OfflineMode()
+    auto_config: AutoConfig = AutoConfig()
     sources: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    @property
+    def uses_launchdarkly(self) -> bool:
+        """True if environments come from LaunchDarkly, False if all there is is a flags file."""
+        return bool(self.environments or self.auto_config.key)
 
 
 def options(name: str) -> tuple[Option, ...]:

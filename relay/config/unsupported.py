@@ -12,80 +12,14 @@ from relay.config.types import (
     BOOLEAN,
     COUNT,
     DURATION,
-    HEADER_NAMES,
     HTTP_URI,
-    KEY,
     LIST,
-    ORIGINS,
     PATH,
     SECRET,
     STRING,
     one_of,
 )
 from relay.model.credential import Secret
-
-
-@section
-class AutoConfig(Struct, frozen=True):
-    """`[AutoConfig]`: environments configured by LaunchDarkly instead of by this file."""
-
-    key: Secret = option(
-        "AUTO_CONFIG_KEY",
-        KEY,
-        Secret(""),
-        "Automatic configuration key; enables automatic configuration.",
-        "rel-00000000-0000-0000-0000-000000000000",
-        support=REFUSED,
-    )
-    env_datastore_prefix: str = option(
-        "ENV_DATASTORE_PREFIX",
-        STRING,
-        "",
-        "Prefix of database keys; `$CID` stands for the client-side ID.",
-        "ld-$CID",
-        support=LATER,
-    )
-    env_datastore_table_name: str = option(
-        "ENV_DATASTORE_TABLE_NAME",
-        STRING,
-        "",
-        "DynamoDB table; `$CID` stands for the client-side ID.",
-        "ld-$CID",
-        support=LATER,
-    )
-    env_allowed_origin: tuple[str, ...] = option(
-        "ENV_ALLOWED_ORIGIN",
-        ORIGINS,
-        (),
-        "Allowed CORS origins of every environment.",
-        "https://shop.example.com",
-        support=LATER,
-    )
-    env_allowed_header: tuple[str, ...] = option(
-        "ENV_ALLOWED_HEADER",
-        HEADER_NAMES,
-        (),
-        "Allowed CORS request headers of every environment.",
-        "Timestamp-Valid",
-        support=LATER,
-    )
-    cache_key: str = option(
-        "AUTO_CONFIG_CACHE_KEY",
-        STRING,
-        "",
-        "Database key under which the list of environments is stored.",
-        "relay-environments",
-        support=REFUSED,
-    )
-    cache_encryption_key: Secret = option(
-        "AUTO_CONFIG_CACHE_ENCRYPTION_KEY",
-        SECRET,
-        Secret(""),
-        "Key that encrypts the value stored under `cacheKey`. Not set: the automatic configuration"
-        " key is used.",
-        "a-long-random-text",
-        support=REFUSED,
-    )
 
 
 @section

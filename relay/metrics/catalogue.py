@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 from msgspec import Struct
 
@@ -15,7 +17,7 @@ from relay.events.reports import EventCounts
 from relay.model.item import Kind
 from relay.model.metrics import Histogram, MetricValue
 from relay.protocol.prometheus import COUNTER, GAUGE, HISTOGRAM, Metric, Row
-from relay.relay import Relay
+from relay.relay import DirectoryChange, Relay
 from relay.stores import StoreState, StoreStatus
 from relay.telemetry import process
 from relay.telemetry.log import lost_lines
@@ -173,6 +175,43 @@ def _items(view: MetricsView) -> Iterator[Row]:
                 yield (name, kind.noun), len(environment.payload.all(kind))
 
 
+def _environments(view: MetricsView) -> Rows:
+    states = Counter(each.connection.state for each in view.environments.values())
+    return [((state.value,), states[state]) for state in ConnectionState]
+
+
+def _expiring_keys(view: MetricsView) -> Iterator[Row]:
+    """Yield the time that is left to the key of each kind that expires next."""
+    now = clock.now()
+    for name, environment in view.environments.items():
+        left: dict[str, float] = {}
+        for credential, expires_at in environment.spec.credentials.items():
+            if now < expires_at < left.get(credential.kind.value, math.inf):
+                left[credential.kind.value] = expires_at
+        for kind, expires_at in left.items():
+            yield (name, kind), round(expires_at - now, 3)
+
+
+def _directory_states(view: MetricsView) -> Iterator[Row]:
+    if view.relay.auto_configuration is not None:
+        current = view.relay.auto_configuration.connection.state
+        for state in ConnectionState:
+            yield (state.value,), int(current is state)
+
+
+def _directory_age(view: MetricsView) -> Iterator[Row]:
+    if view.relay.auto_configuration is not None:
+        age = view.relay.auto_configuration.connection.data_age
+        if age is not None:
+            yield (), round(age, 3)
+
+
+def _directory_changes(view: MetricsView) -> Iterator[Row]:
+    if view.relay.auto_configuration is not None:
+        for change in DirectoryChange:
+            yield (change.value,), view.relay.auto_configuration.changes[change]
+
+
 def _build_info(_view: MetricsView) -> Rows:
     return [((__version__, platform.python_version()), 1)]
 
@@ -201,6 +240,11 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_event_payloads_waiting", GAUGE, ("environment",), "Payloads that wait for their delivery."): _event_counts(lambda c: c.waiting),
     Metric("relay_event_oldest_seconds", GAUGE, ("environment",), "How long the oldest of them has waited; 0 if none waits."): _oldest_events,
     Metric("relay_event_spool_durable", GAUGE, (), "1 if accepted events survive the end of the process, 0 if they wait in memory."): _spool_durable,
+    Metric("relay_environments", GAUGE, ("state",), "Environments, by how it stands with LaunchDarkly."): _environments,
+    Metric("relay_key_expires_in_seconds", GAUGE, ("environment", "kind"), "Time until the next key expires; none if none does."): _expiring_keys,
+    Metric("relay_autoconfig_state", GAUGE, ("state",), "How it stands with automatic configuration: 1 for the state that `/status` shows, 0 for the others."): _directory_states,
+    Metric("relay_autoconfig_age_seconds", GAUGE, (), "Time since LaunchDarkly last confirmed the list of environments; none before the first time."): _directory_age,
+    Metric("relay_autoconfig_changes_total", COUNTER, ("change",), "Environments that automatic configuration has added, changed or removed, and SDK keys that it has rotated."): _directory_changes,
     Metric("relay_log_lines_lost_total", COUNTER, (), "Log lines that were dropped because nobody took them."): _of_process(lost_lines),
     Metric("relay_build_info", GAUGE, ("version", "python"), "Always 1."): _build_info,
     Metric("process_cpu_seconds_total", COUNTER, (), "Processor time of this process."): _of_process(process.cpu_seconds),
@@ -229,22 +273,25 @@ def ld_relay_metrics(prefix: str) -> Mapping[Metric, Collector]:
 
 
 def _connections(view: MetricsView) -> Rows:
-    return _sums(view.traffic.streams, _client_labels)
+    return _sums(view.traffic.streams, partial(_client_labels, view))
 
 
 def _new_connections(view: MetricsView) -> Rows:
-    return _sums(view.traffic.new_streams, _client_labels)
+    return _sums(view.traffic.new_streams, partial(_client_labels, view))
 
 
 def _request_hits(view: MetricsView) -> Rows:
     counts = view.traffic.requests
-    return _sums({s: counts[s] for s in counts if s.route not in UNCOUNTED_ROUTES}, _hit_labels)
+    counted = {s: counts[s] for s in counts if s.route not in UNCOUNTED_ROUTES}
+    return _sums(counted, partial(_hit_labels, view))
 
 
-def _hit_labels(series: RequestLabels) -> tuple[str, ...]:
-    environment, platform_, agent = _client_labels(series)
+def _hit_labels(view: MetricsView, series: RequestLabels) -> tuple[str, ...]:
+    environment, platform_, agent = _client_labels(view, series)
     return environment, series.method, platform_, label_value(series.route), agent
 
 
-def _client_labels(series: RequestLabels) -> tuple[str, str, str]:
-    return label_value(series.environment), series.platform, label_value(series.user_agent)
+def _client_labels(view: MetricsView, series: RequestLabels) -> tuple[str, str, str]:
+    spec = view.relay.registry.spec_of(series.environment)
+    name = spec.title if spec else series.environment
+    return label_value(name), series.platform, label_value(series.user_agent)

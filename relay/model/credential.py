@@ -124,3 +124,9 @@ class EnvironmentID(Credential):
         return f"EnvironmentID({self.value})"
 
     __str__ = __repr__
+
+
+class AutoConfigKey(Credential):
+    """The key with which this relay asks for its list of environments; it opens none."""
+
+    __slots__ = ()

@@ -15,12 +15,13 @@ class EnvironmentSpec:
     """Names, credentials and settings of one environment.
 
     Args:
-        name: display name, unique in this relay; the key in `/status`.
+        name: unique in this relay, and stays while LaunchDarkly renames the environment; the key in
+            `/status`.
         sdk_key: credential of server-side SDKs, and of this relay towards LaunchDarkly.
         mobile_key: credential of mobile SDKs.
         environment_id: credential of client-side SDKs; sent as `X-LD-EnvId`.
-        project_key: key of the LaunchDarkly project, if configured.
-        environment_key: key of the environment within that project, if configured.
+        project_key: key of the LaunchDarkly project, if known.
+        environment_key: key of the environment within that project, if known.
         secure_mode: require client-side requests to carry a hash of the context.
         eval_streams: send evaluated flags instead of pings on client-side streams.
         ttl: seconds for which clients may cache polling responses; 0 disables caching.
@@ -56,7 +57,9 @@ class EnvironmentSpec:
     @property
     def title(self) -> str:
         """The environment for log lines: the names that LaunchDarkly shows, else its own."""
-        return f"{self.project_name} {self.environment_name}".strip() or self.name
+        names = f"{self.project_name} {self.environment_name}".strip()
+        of_filter = f" ({self.payload_filter})" if self.payload_filter else ""
+        return names + of_filter if names else self.name
 
     @property
     def credentials(self) -> Mapping[Credential, float]:

@@ -15,15 +15,20 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import orjson
 from isal import isal_zlib
-from msgspec import Struct, field
+from msgspec import Struct
 
 from relay.errors import InvalidData, UnusableArchive
 from relay.model.environment import EnvironmentSpec
 from relay.model.payload import ChangeSet, Payload
-from relay.protocol import representation
+from relay.protocol.environments import (
+    EnvironmentDescription,
+    decoded,
+    describe,
+    members_of,
+    text_in,
+)
 from relay.protocol.fdv1 import archived, parse_archived
 from relay.protocol.gzip import CORRUPT, GZIP
-from relay.protocol.representation import Representation
 
 MAX_MEMBER = 200 * 1024 * 1024
 """Bytes of a member that are too many: the limit of ld-relay."""
@@ -44,7 +49,7 @@ _SUFFIX, _DATA_SUFFIX = ".json", "-data.json"
 class Metadata(Struct, frozen=True):
     """Description of an environment, and the name of the state of its data."""
 
-    environment: Representation
+    environment: EnvironmentDescription
     data_id: str = ""
 
 
@@ -62,18 +67,14 @@ class Entry(Struct, frozen=True):
         Raises:
             InvalidData: they are unusable, or those of another environment.
         """
-        try:
-            value = orjson.loads(self.raw_metadata)
-        except orjson.JSONDecodeError as e:
-            raise InvalidData("metadata", e.msg) from e
-        found = representation.convert(value, _RawMetadata, "metadata")
-        environment = representation.parse(found.env, "metadata")
-        if environment.environment_id != self.name:
-            other = environment.environment_id
-            raise InvalidData("metadata", f'the envID is "{other}", not that of the member\'s name')
-        if not environment.sdk_key.value:
+        members = members_of("metadata", decoded("metadata", self.raw_metadata))
+        environment = describe(members.get("env"))
+        if environment.id != self.name:
+            text = f'the envID is "{environment.id}", not that of the member\'s name'
+            raise InvalidData("metadata", text)
+        if not environment.sdk_key:
             raise InvalidData("metadata", "there is no SDK key")
-        return Metadata(environment, found.data_id)
+        return Metadata(environment, text_in("metadata", members, "dataid"))
 
     def data(self) -> ChangeSet:
         """Return the data; unusable items are in `ChangeSet.invalid`.
@@ -82,11 +83,6 @@ class Entry(Struct, frozen=True):
             InvalidData: the data as a whole are unusable.
         """
         return parse_archived(self.raw_data)
-
-
-class _RawMetadata(Struct, frozen=True):
-    env: dict[str, object] = {}
-    data_id: str = field(default="", name="dataid")
 
 
 def entry_of(spec: EnvironmentSpec, payload: Payload) -> Entry:

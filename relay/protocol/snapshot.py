@@ -43,7 +43,7 @@ class Header(msgspec.Struct, frozen=True):
     """Content of the first line.
 
     Args:
-        environment: SHA-256 of the SDK key in hexadecimal digits.
+        environment: SHA-256 of the SDK key, or of the ID, in hexadecimal digits.
         filter: payload filter of the environment; always empty so far.
         confirmed: time at which upstream last confirmed the data, in Unix seconds.
         items: number of items.

@@ -37,6 +37,8 @@ MAX_NAMED = 10
 def _log_environments(config: Config, relay: Relay) -> None:
     """Log the environments and their data source in a few lines."""
     main = config.main
+    if config.auto_config.key:
+        return  # none is known yet, and the log will name each
     if config.offline_mode.file_data_source:
         origin = f"archive {config.offline_mode.file_data_source}"
     elif not config.environments:
@@ -58,7 +60,7 @@ def _log_events(config: Config) -> None:
     if config.offline_mode.file_data_source:
         text = "Events will be accepted, but will be discarded, since offline mode is enabled"
         _log.info("%s", text)
-    elif not config.environments:
+    elif not config.uses_launchdarkly:
         text = "Events will be accepted, but will be discarded, since flags come from a file"
         _log.info("%s", text)
     elif events.send_events:
@@ -96,7 +98,7 @@ def build_site(config: Config, limits: ConnectionLimits) -> Site:
     _log_events(config)
     traffic = RequestMetrics()
     forwarder = relay.events if config.events.send_events else None
-    acceptor = forwarder if config.environments else DiscardingAcceptor(traffic.discarded)
+    acceptor = forwarder if config.uses_launchdarkly else DiscardingAcceptor(traffic.discarded)
     events = EventsHandler(acceptor, config.events.max_inbound_payload_size, traffic.unusable)
     secrets = config.webhook.secrets
     webhooks = WebhooksHandler(relay.environments, secrets) if secrets else None

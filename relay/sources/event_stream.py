@@ -5,31 +5,52 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import Generic, Protocol, TypeVar
 
 from relay import clock, randomness
 from relay.aio import run_in_slices, wait_for
-from relay.errors import ErrorKind, InvalidData, UpstreamRefused, UpstreamUnavailable
-from relay.model.credential import SDKKey, masked_url
-from relay.model.payload import ChangeSet
+from relay.errors import (
+    ErrorKind,
+    InvalidData,
+    RelayError,
+    UpstreamRefused,
+    UpstreamUnavailable,
+)
+from relay.model.credential import Credential, masked_url
 from relay.protocol.sse import Decoder, Event
-from relay.sources import Interrupted, Update, UpToDate
+from relay.sources import Interrupted, UpToDate
 from relay.sources.timings import SourceBackoff, SourceTimings
 from relay.steps import Steps
 from relay.upstream import Response, Upstream
 
-Interpret = Callable[[Event], Steps[ChangeSet | None]]
-"""Converts a message into a change set, in steps; None if it changes nothing. Raises `InvalidData`
-if the message is broken."""
+
+class Delivery(Protocol):
+    """Content of a message."""
+
+    @property
+    def full(self) -> bool:
+        """True if it is complete, so that nothing before it matters."""
 
 
-class EventStream:
-    """Data source for one upstream event stream; reopens the stream whenever it ends.
+DeliveryT = TypeVar("DeliveryT", bound=Delivery)
+
+Interpret = Callable[[Event], Steps[DeliveryT | None]]
+"""Converts a message into what it means, such as a change set, in steps; None if it changes
+nothing. Raises `InvalidData` if the message is broken, `Reconnect` if it asks for that."""
+
+
+class Reconnect(RelayError):
+    """Upstream asks for a new connection, after the usual delay."""
+
+
+class EventStream(Generic[DeliveryT]):
+    """Follows one upstream event stream, and reopens it whenever it ends.
 
     Args:
         upstream: the HTTP session.
         url: URL of the stream.
-        key: the SDK key to authenticate with.
-        interpret: converts messages into change sets.
+        key: the key to authenticate with.
+        interpret: converts messages, into change sets as a rule.
         timings: delays and timeouts.
     """
 
@@ -37,8 +58,8 @@ class EventStream:
         self,
         upstream: Upstream,
         url: str,
-        key: SDKKey,
-        interpret: Interpret,
+        key: Credential,
+        interpret: Interpret[DeliveryT],
         timings: SourceTimings,
     ) -> None:
         self._upstream = upstream
@@ -52,7 +73,13 @@ class EventStream:
 
     def __repr__(self) -> str:
         state = "disconnected" if self._response is None else "connected"
-        return f"<{type(self).__name__} {masked_url(self._url, 'xxxxx')} {state}>"
+        return f"<{type(self).__name__} {self.shown_url} {state}>"
+
+    @property
+    def shown_url(self) -> str:
+        """URL of the stream for people, without passwords."""
+        base, mark, query = self._url.partition("?")
+        return masked_url(base, "xxxxx") + mark + query
 
     def resync(self) -> None:
         """Reconnect now: a new stream begins with all data."""
@@ -67,25 +94,36 @@ class EventStream:
         elif reconnect:
             self.resync()
 
-    async def updates(self) -> AsyncGenerator[Update, None]:
+    async def updates(self) -> AsyncGenerator[DeliveryT | UpToDate | Interrupted, None]:
         """Yield changes, confirmations and interruptions until cancelled."""
         backoff = SourceBackoff(self._timings)
+        error: UpstreamUnavailable | InvalidData | Reconnect
         while True:
             self._retry_now.clear()
             try:
                 async with aclosing(self._connection(backoff)) as updates:
                     async for update in updates:
                         yield update
-            except (UpstreamUnavailable, InvalidData) as e:
+            except (UpstreamUnavailable, InvalidData, Reconnect) as e:
                 error = e
             if self._retry_now.is_set():
                 continue
-            refused = isinstance(error, UpstreamRefused)
+            refused = self._refuses(error)
             delay = backoff.failed(clock.monotonic(), randomness.fraction(), refused=refused)
-            yield interruption("stream connection", error, delay)
+            if not isinstance(error, Reconnect):
+                yield self._interruption(error, delay)
             await wait_for(self._retry_now, delay)
 
-    async def _connection(self, backoff: SourceBackoff) -> AsyncGenerator[Update, None]:
+    def _refuses(self, error: RelayError) -> bool:
+        """Return whether upstream refuses the key, which is tried again less and less often."""
+        return isinstance(error, UpstreamRefused)
+
+    def _interruption(self, error: UpstreamUnavailable | InvalidData, delay: float) -> Interrupted:
+        return interruption("stream connection", error, delay)
+
+    async def _connection(
+        self, backoff: SourceBackoff
+    ) -> AsyncGenerator[DeliveryT | UpToDate, None]:
         """Yield the updates of one connection, which always ends by raising."""
         async with self._upstream.get(
             self._url,
@@ -106,7 +144,7 @@ class EventStream:
 
     async def _messages(
         self, response: Response, backoff: SourceBackoff
-    ) -> AsyncGenerator[Update, None]:
+    ) -> AsyncGenerator[DeliveryT | UpToDate, None]:
         decoder = Decoder()
         last_yield = None  # monotonic; None until this connection has delivered
         async for chunk in response.content.iter_any():

@@ -19,7 +19,7 @@ MAX_UNKNOWN = 20
 """Number of unknown event names that are logged; a stream of random names stays quiet."""
 
 
-class StreamingSource(EventStream):
+class StreamingSource(EventStream[ChangeSet]):
     """Data source that streams one environment.
 
     Args:

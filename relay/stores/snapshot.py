@@ -24,7 +24,7 @@ import msgspec
 from relay import clock
 from relay.errors import InvalidData
 from relay.files import make_directory, open_private
-from relay.model.credential import SDKKey
+from relay.model.credential import Credential
 from relay.model.payload import EMPTY, Change, Payload
 from relay.protocol import snapshot as snapshot_format
 from relay.protocol.snapshot import HEADER_SIZE, Header, UnknownFormat
@@ -66,7 +66,8 @@ class SnapshotMirror:
 
     Args:
         directory: directory of the file; created with private permissions if missing.
-        sdk_key: the environment's SDK key. The file is bound to its hash and does not contain it.
+        owner: SDK key of the environment, or its ID if that outlives its keys. The file is bound to
+            its hash and does not contain it.
         log: a logger that names the environment.
         timings: delays and limits for writing.
     """
@@ -76,11 +77,11 @@ class SnapshotMirror:
     def __init__(
         self,
         directory: Path,
-        sdk_key: SDKKey,
+        owner: Credential,
         log: Log,
         timings: SnapshotTimings = SnapshotTimings(),
     ) -> None:
-        self._file = _SnapshotFile(directory, hashlib.sha256(sdk_key.value.encode()).hexdigest())
+        self._file = _SnapshotFile(directory, hashlib.sha256(owner.value.encode()).hexdigest())
         self._log = log
         self._timings = timings
         self._confirmed: tuple[Payload, float] = (EMPTY, 0.0)

@@ -86,7 +86,7 @@ class TextFormatter(logging.Formatter):
         key = getattr(record, "masked_key", "")
         prefix = f"[env: {key}] " if key else ""
         message = one_line(prefix + record.getMessage())
-        line = f"{_local_time(record.created)} {_level_name(record)}: {message}"
+        line = f"{local_time(record.created)} {_level_name(record)}: {message}"
         if not record.exc_info:
             return line
         # Indented, so that no exception's text can look like a log line.
@@ -112,7 +112,8 @@ class JSONFormatter(logging.Formatter):
         return json.dumps({name: value for name, value in fields.items() if value is not None})
 
 
-def _local_time(created: float) -> str:
+def local_time(created: float) -> str:
+    """Return a time in Unix seconds as text lines show it."""
     text = time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(created))
     return f"{text}.{int(created % 1 * 1e6):06d}"
 

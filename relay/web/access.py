@@ -12,6 +12,7 @@ from relay.telemetry.traffic import RequestLabels, RequestMetrics, client_label
 from relay.web.requests import parameter_in
 from relay.web.responses import (
     MALFORMED_CREDENTIAL,
+    NO_ENVIRONMENTS,
     UNKNOWN_CREDENTIAL,
     UNKNOWN_ENVIRONMENT_ID,
     UNKNOWN_FILTER,
@@ -75,6 +76,8 @@ def resolve(
         environment_id: client-side ID in the path; empty without one.
         query: of the request.
     """
+    if not relay.knows_environments:
+        return NO_ENVIRONMENTS  # on 401, SDKs would give up for good
     credential = _credential(route.auth, headers, environment_id, query)
     if not credential and route.auth.source is CredentialSource.HEADER:
         return MALFORMED_CREDENTIAL

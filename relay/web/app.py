@@ -7,6 +7,7 @@ responses are byte for byte those of the fast path.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -55,13 +56,14 @@ def make_app(handlers: Handlers) -> ASGIApp:
         Endpoint.FDV2: _use_fdv1,
     }
     pages = (
-        ("/status", lambda _: status.overview(relay, traffic)),
-        ("/status/{environment}", lambda name: status.one(relay, traffic, name)),
-        ("/livez", lambda _: status.live()),
-        ("/startupz", lambda _: status.started(relay)),
-        ("/readyz", lambda _: status.ready(relay)),
-        ("/readyz/{environment}", lambda name: status.environment_ready(relay, name)),
-        ("/metrics", lambda _: metrics.page(relay, traffic)),
+        ("/status", partial(status.overview, relay, traffic)),
+        ("/status/{environment}", partial(status.one, relay, traffic)),
+        ("/status/{projKey}/{envKey}", partial(status.one_by_keys, relay, traffic)),
+        ("/livez", status.live),
+        ("/startupz", partial(status.started, relay)),
+        ("/readyz", partial(status.ready, relay)),
+        ("/readyz/{environment}", partial(status.environment_ready, relay)),
+        ("/metrics", partial(metrics.page, relay, traffic)),
     )
     routes = [
         (route, AuthenticatedRoute(relay, traffic, route, by_endpoint[route.endpoint]))
@@ -86,7 +88,7 @@ def make_app(handlers: Handlers) -> ASGIApp:
 
 def make_exporter(relay: Relay, traffic: RequestMetrics, prefix: str) -> ASGIApp:
     """Return the application on the port of `[Prometheus]`: ld-relay's metrics, then our own."""
-    page = _page(lambda _: metrics.exporter_page(relay, traffic, prefix))
+    page = _page(partial(metrics.exporter_page, relay, traffic, prefix))
     return Starlette(
         routes=[Route("/metrics", page, methods=_GET)],
         middleware=[Middleware(ServerErrorMiddleware)],
@@ -104,9 +106,11 @@ async def _not_allowed(_request: Request, error: Exception) -> Response:
     return PreparedResponse(405, ((b"allow", allow.encode()),)).to_starlette()
 
 
-def _page(render: Callable[[str], PreparedResponse]) -> Callable[[Request], Awaitable[Response]]:
+def _page(render: Callable[..., PreparedResponse]) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler of a page, which is rendered with the parameters in its path."""
+
     async def page(request: Request) -> Response:
-        return render(request.path_params.get("environment", "")).to_starlette()
+        return render(*request.path_params.values()).to_starlette()
 
     return page
 

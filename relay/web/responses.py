@@ -98,6 +98,10 @@ UNKNOWN_ENVIRONMENT_ID = text(404, "URL did not contain an environment ID")
 UNKNOWN_FILTER = text(
     404, "Relay Proxy recognizes the provided credential, but the payload filter was not found"
 )
+NO_ENVIRONMENTS = text(
+    503,
+    "Relay Proxy is not yet fully initialized, does not have list of environments yet",
+)
 NO_DATA = text(503, "client was not initialized")
 EVENTS_DISABLED = json_error(
     503,

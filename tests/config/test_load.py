@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from relay.config.load import load
 from relay.config.options import Option, Support
-from relay.config.render import quoted
+from relay.config.render import effective, quoted, secrets
 from relay.config.schema import Config, options
 from relay.config.types import BOOLEAN, HEADER_NAMES, ORIGINS
 from relay.errors import ConfigError
@@ -74,7 +74,6 @@ def problems(variables: Mapping[str, str]) -> tuple[str, ...]:
         ({"USE_REDIS": "1", "REDIS_URL": "http://h"}, "invalid Redis URL: it must begin with redis:// or rediss:// (REDIS_URL)"),
         ({"USE_REDIS": "1", "REDIS_URL": "redis://h", "REDIS_HOST": "h"}, "please specify Redis URL or host/port, but not both (REDIS_URL, REDIS_HOST)"),
         ({"USE_REDIS": "1", "REDIS_CLIENT_CERT_FILE": "c"}, "a Redis client certificate needs a key, and a key a certificate (REDIS_CLIENT_CERT_FILE)"),
-        ({"AUTO_CONFIG_KEY": "k"}, "[AutoConfig] key is not supported in this release (AUTO_CONFIG_KEY)"),
         ({"FILE_DATA_SOURCE_MONITORING_INTERVAL": "1s"}, "must specify offline mode filename if other offline mode properties are set (FILE_DATA_SOURCE_MONITORING_INTERVAL)"),
         ({"USE_DYNAMODB": "1"}, "[DynamoDB] enabled is not supported in this release (USE_DYNAMODB)"),
         ({"USE_CONSUL": "1"}, "[Consul] host is not supported in this release (USE_CONSUL)"),
@@ -105,7 +104,6 @@ PREFIX_MISSING = "does not have a prefix specified for database storage"
             ["must specify auto-configuration key if other auto-configuration properties are set (ENV_DATASTORE_PREFIX)",
              "must specify offline mode filename if other offline mode properties are set (ENV_DATASTORE_PREFIX)"],
         ),
-        ({"AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_PREFIX": "p"}, []),
         (
             {"AUTO_CONFIG_KEY": "k", "LD_ENV_a": "k"},
             ["cannot configure specific environments if auto-configuration is enabled (AUTO_CONFIG_KEY, LD_ENV_a)"],
@@ -165,7 +163,6 @@ PREFIX_MISSING = "does not have a prefix specified for database storage"
             {"USE_REDIS": "1", "AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_PREFIX": "p"},
             ['when using auto-configuration with database storage, database prefix (or, if using DynamoDB, table name) must be specified and must contain "$CID" (AUTO_CONFIG_KEY, ENV_DATASTORE_PREFIX)'],
         ),
-        ({"USE_REDIS": "1", "AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_PREFIX": "p$CID"}, []),
         ({"PROXY_AUTH_NTLM": "1"}, ["cannot specify proxy authentication without a proxy URL (PROXY_AUTH_NTLM)"]),
         (
             {"PROXY_AUTH_NTLM": "1", "PROXY_URL": "http://p", "PROXY_AUTH_USER": "u"},
@@ -686,3 +683,36 @@ def test_malformed_values_in_a_file_name_their_line(
         load(str(path), False, False, {})
     (message,) = caught.value.problems
     assert message.endswith(problem.replace("PATH", str(path)))
+
+
+def test_automatic_configuration_takes_the_place_of_environments() -> None:
+    """Its options are those of all environments; the key is a secret."""
+    config = from_env(
+        {
+            "AUTO_CONFIG_KEY": "rel-5ca1ab1e",
+            "ENV_DATASTORE_PREFIX": "ld-$CID",
+            "ENV_ALLOWED_ORIGIN": "https://a.example,https://b.example",
+            "ENV_ALLOWED_HEADER": "X-Extra",
+            "USE_REDIS": "1",
+        }
+    )
+    auto = config.auto_config
+    assert config.uses_launchdarkly
+    assert not config.environments
+    assert auto.key.reveal() == "rel-5ca1ab1e"
+    assert auto.env_datastore_prefix == "ld-$CID"
+    assert auto.env_allowed_origin == ("https://a.example", "https://b.example")
+    assert auto.env_allowed_header == ("X-Extra",)
+    assert "rel-5ca1ab1e" in secrets(config)
+    shown = effective(config)
+    assert "[AutoConfig]" in shown
+    assert "rel-5ca1ab1e" not in shown
+    assert from_env({"LD_ENV_a": "sdk-a"}).uses_launchdarkly
+    assert not from_env({"FLAGS_FILE": "f"}).uses_launchdarkly
+
+
+@pytest.mark.parametrize("variable", ["AUTO_CONFIG_CACHE_KEY", "AUTO_CONFIG_CACHE_ENCRYPTION_KEY"])
+def test_the_cache_of_the_list_is_refused(variable: str) -> None:
+    """It does not exist yet, and must not seem to."""
+    (problem,) = problems({"AUTO_CONFIG_KEY": "k", variable: "a-long-text"})
+    assert problem.endswith(f"is not supported in this release ({variable})")

@@ -71,7 +71,7 @@ async def test_an_archive_is_served_like_its_origin(source, upstream, tmp_path):
         assert (members["envName"], members["projKey"]) == ("main", "shop")
     (main, _) = archive.read(output.read_bytes())
     environment = main.metadata().environment
-    assert (environment.default_ttl, environment.secure_mode) == (2, True)
+    assert (environment.ttl, environment.secure_mode) == (120, True)
     first = output.read_bytes()
     await write(output, DATA_SOURCE="polling", **given)
     assert output.read_bytes() == first

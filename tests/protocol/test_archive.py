@@ -19,8 +19,8 @@ from relay.model.environment import EnvironmentSpec
 from relay.model.payload import EMPTY, Payload
 from relay.protocol import archive
 from relay.protocol.archive import Entry, entry_of, md5, read, write
+from relay.protocol.environments import SharedSettings, spec_of
 from relay.protocol.fdv1 import parse_archived
-from relay.protocol.representation import described, rotated
 from tests.support.data import all_data, flag, segment
 
 ARCHIVES = Path(__file__).parent.parent / "golden" / "archives"
@@ -177,7 +177,7 @@ def test_the_content_of_an_archive_is_limited(monkeypatch):
         (Entry("id", b"no JSON", b"{}"), "metadata: "),
         (Entry("id", b"[]", b"{}"), "metadata: "),
         (Entry("id", b"null", b"{}"), "metadata: "),
-        (Entry("id", b"{}", b"{}"), "metadata: it has no envID"),
+        (Entry("id", b"{}", b"{}"), "environment: not a JSON object"),
         (entry(env={"envID": "id"}), "metadata: there is no SDK key"),
         (entry(env={"envID": "other", "sdkKey": {"value": "k"}}), 'the envID is "other"'),
         (entry(dataId=5), "metadata: "),
@@ -237,9 +237,7 @@ def test_an_entry_keeps_what_an_environment_is():
     written = entry_of(spec, payload_of(flag(), flag("gone", deleted=True), segment()))
     assert {item.key for item in written.data().items} == {"lamp", "crowd"}
     given_back = written.metadata().environment
-    read_spec, _ = rotated(
-        described(EnvironmentSpec("id", SDKKey("sdk-1")), given_back), given_back, 0
-    )
+    read_spec = spec_of(given_back, SharedSettings(), 0)
     assert read_spec.credentials == spec.credentials
     assert (read_spec.secure_mode, read_spec.ttl) == (True, 120)
     assert (read_spec.project_key, read_spec.title) == ("p", "p shop")

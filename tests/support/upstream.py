@@ -199,7 +199,7 @@ class ScriptedUpstream:
         if key not in self._data:
             return web.Response(status=401)
         match request.path.removeprefix(self._prefix):
-            case "/all":
+            case "/all" | "/relay_auto_config":
                 return await self._stream(request, key)
             case "/sdk/latest-all":
                 return self._poll(request, key)

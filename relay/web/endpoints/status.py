@@ -5,16 +5,17 @@ An outage of LaunchDarkly shows in `/status`, but never makes a relay with data 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import islice
 
 from relay import __version__, clock
 from relay.environment import ConnectionState, Environment
-from relay.model.credential import CredentialKind
+from relay.model.credential import Credential, CredentialKind
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem
-from relay.relay import Relay
+from relay.relay import Directory, Relay
 from relay.stores import StoreState, StoreStatus
 from relay.telemetry.traffic import RequestMetrics, totals
 from relay.web.responses import PreparedResponse, json
@@ -35,22 +36,48 @@ def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
     }
     for name, reason in relay.unusable.items():
         environments.setdefault(name, {"status": "disconnected", "unusable": reason[:MAX_REASON]})
-    healthy = not relay.unusable and all(
-        _is_connected(relay, environment) for environment in relay.environments.values()
+    healthy = (
+        relay.knows_environments
+        and not relay.unusable
+        and all(_is_connected(relay, environment) for environment in relay.environments.values())
     )
+    directory = relay.auto_configuration
     body = {
         "environments": dict(sorted(environments.items())),
         "status": "healthy" if healthy else "degraded",
         "version": __version__,
         "clientVersion": __version__,
+        **({"autoConfigStatus": _directory_members(directory)} if directory else {}),
     }
     return json(200, body)
 
 
 def one(relay: Relay, traffic: RequestMetrics, identifier: str) -> PreparedResponse:
-    """Return the part of `/status` for the environment with a name or client-side ID."""
+    """Return the part of `/status` for an environment with a name or client-side ID."""
     by_id = relay.registry.find(CredentialKind.ENVIRONMENT_ID, identifier)
-    environment = relay.environments.get(identifier) or by_id
+    named = (e for e in relay.environments.values() if e.spec.title == identifier)
+    environment = relay.environments.get(identifier) or by_id or next(named, None)
+    return _one(relay, traffic, environment)
+
+
+def one_by_keys(
+    relay: Relay, traffic: RequestMetrics, project_key: str, environment_key: str
+) -> PreparedResponse:
+    """Return the part of `/status` for the environment with the keys (newer-versions 10.3)."""
+    keys = (project_key, environment_key)
+    found = (
+        each
+        for each in relay.environments.values()
+        if (each.spec.project_key, each.spec.environment_key) == keys
+    )
+    return _one(relay, traffic, next(found, None))
+
+
+def _one(
+    relay: Relay, traffic: RequestMetrics, environment: Environment | None
+) -> PreparedResponse:
+    if not relay.knows_environments:
+        return json(503, {"error": "the list of environments is not known yet"})
     if environment is None:
         return json(404, {"error": "there is no environment with this name or client-side ID"})
     return json(200, _environment_members(relay, traffic, environment, _counts(traffic)))
@@ -81,9 +108,9 @@ def _environment_members(
     members = {
         "sdkKey": spec.sdk_key.obscured,
         "envId": spec.environment_id.value if spec.environment_id else None,
-        **_name_members(spec),
+        **_names(spec),
         "mobileKey": spec.mobile_key.obscured if spec.mobile_key else None,
-        "expiringSdkKey": next((k.obscured for k in spec.sdk_keys(clock.now())[1:]), None),
+        **_further_credentials(spec),
         "status": "connected" if _is_connected(relay, environment) else "disconnected",
         "connectionStatus": _connection_members(environment),
         "dataStoreStatus": _store_members(relay, environment),
@@ -98,9 +125,9 @@ def _environment_members(
     return _without_none(members)
 
 
-def _name_members(spec: EnvironmentSpec) -> dict[str, object]:
-    """Return the names that LaunchDarkly shows, for an environment that it has described."""
-    if not (spec.project_name or spec.environment_name):
+def _names(spec: EnvironmentSpec) -> Mapping[str, object]:
+    """Return the names that LaunchDarkly has told."""
+    if spec.title == spec.name:
         return {}
     return {
         "envKey": spec.environment_key or None,
@@ -108,6 +135,47 @@ def _name_members(spec: EnvironmentSpec) -> dict[str, object]:
         "projKey": spec.project_key or None,
         "projName": spec.project_name or None,
     }
+
+
+def _further_credentials(spec: EnvironmentSpec) -> Mapping[str, object]:
+    """Return the credentials that expire, and all keys if there are several of a kind."""
+    kinds = (("sdkKeys", CredentialKind.SDK_KEY), ("mobileKeys", CredentialKind.MOBILE_KEY))
+    now = clock.now()
+    members: dict[str, object] = {}
+    for member, kind in kinds:
+        keys = {
+            key: expires_at
+            for key, expires_at in spec.credentials.items()
+            if key.kind is kind and expires_at > now
+        }
+        if kind is CredentialKind.SDK_KEY:
+            expiring = [key for key, expires_at in keys.items() if expires_at < math.inf]
+            members["expiringSdkKey"] = expiring[-1].obscured if expiring else None
+        if len(keys) > 1:
+            members[member] = [_key_members(*each) for each in keys.items()]
+    return members
+
+
+def _key_members(key: Credential, expires_at: float) -> Mapping[str, object]:
+    expiry = _ms(expires_at) if expires_at < math.inf else None
+    return _without_none({"value": key.obscured, "expiry": expiry})
+
+
+def _directory_members(directory: Directory) -> Mapping[str, object]:
+    """Return the state of the list of environments (newer-versions 10.3)."""
+    connection = directory.connection
+    age = connection.data_age
+    members: dict[str, object] = {
+        "state": connection.state.value,
+        "stateSince": _ms(connection.since),
+    }
+    if connection.last_error:
+        kind, at = connection.last_error
+        error = {"kind": kind.value, "statusCode": connection.last_status, "time": _ms(at)}
+        members["lastError"] = _without_none(error)
+    if age is not None:
+        members["dataAge"] = round(age)
+    return members
 
 
 def _events_members(relay: Relay, traffic: RequestMetrics, name: str) -> dict[str, object] | None:
@@ -192,6 +260,8 @@ def ready(relay: Relay) -> PreparedResponse:
         return _health(503, "stopping", environments)
     if _is_starting(relay):
         return _health(503, "starting", environments)
+    if not relay.knows_environments:
+        return _health(503, "the list of environments is not known", environments)
     if environments and all(environment.payload is None for environment in environments):
         return _health(503, "no environment has data", environments)
     return _health(200, "ready", environments)
@@ -211,7 +281,7 @@ def environment_ready(relay: Relay, name: str) -> PreparedResponse:
 
 def _is_starting(relay: Relay) -> bool:
     lack_data = any(environment.payload is None for environment in relay.environments.values())
-    return lack_data and relay.starting
+    return relay.starting and (lack_data or not relay.knows_environments)
 
 
 def _health(status: int, word: str, environments: Iterable[Environment]) -> PreparedResponse:

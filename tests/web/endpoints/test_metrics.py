@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from relay import __version__
-from relay.environment import ConnectionState, Environment
+from relay import __version__, clock
+from relay.environment import ConnectionState, Environment, UpstreamConnection
 from relay.events.forwarder import Forwarder
 from relay.events.spool import MemorySpool
 from relay.events.store import Limits
@@ -24,7 +26,7 @@ from relay.model.item import InvalidItem, Item, Kind
 from relay.model.payload import Payload
 from relay.protocol import fdv1
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
-from relay.relay import Relay
+from relay.relay import DirectoryChange, Relay
 from relay.stores import StoreState, StoreStatus
 from relay.streams.hub import Hub
 from relay.telemetry import process
@@ -107,8 +109,22 @@ def test_names_follow_the_rules():
         assert metric.name.endswith("_total") == (metric.kind == "counter")
 
 
+class KnownDirectory:
+    """A directory that knows all environments."""
+
+    is_upstream = True
+
+    def __init__(self) -> None:
+        self.connection = UpstreamConnection(ConnectionState.VALID, last_confirmed=time.monotonic())
+        self.known = asyncio.Event()
+        self.changes: Counter[DirectoryChange] = Counter()
+
+    async def run(self, relay: Relay) -> None:
+        raise NotImplementedError
+
+
 async def test_a_busy_relay_exports_every_metric():
-    """An environment with data, a database and traffic exports the declared metrics and no others."""
+    """A directory, and an environment with data, a database and traffic export the declared metrics and no others."""
     mirror = MemoryMirror()
     mirror.status = StoreStatus(StoreState.VALID, 0.0, "redis", "redis://h", "p")
     main = environment("main", [mirror])
@@ -119,7 +135,9 @@ async def test_a_busy_relay_exports_every_metric():
         counts[series].value += 1
     upstream = Upstream()
     forwarder = Forwarder(MemorySpool(Limits()), upstream, "http://h", {"main": main.spec}.get)
-    page = exporter_page(Relay([main], 0, events=forwarder), traffic)
+    main.spec = main.spec.with_credential(SDKKey("sdk-old"), clock.now() + 60)
+    directory = KnownDirectory()
+    page = exporter_page(Relay([main], 0, events=forwarder, directory=directory), traffic)
     suffix = re.compile("_(bucket|sum|count)$")
     seen = {s.name if s.name.endswith("_total") else suffix.sub("", s.name) for s in page.samples}
     assert seen == {

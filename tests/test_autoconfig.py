@@ -1,0 +1,280 @@
+"""Automatic configuration: what a relay makes of the messages."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relay.autoconfig import AutoConfiguration
+from relay.environment import ConnectionState, Environment
+from relay.errors import ErrorKind
+from relay.model.credential import CredentialKind, SDKKey
+from relay.model.environment import EnvironmentSpec
+from relay.protocol import autoconfig
+from relay.protocol.environments import SharedSettings
+from relay.relay import DirectoryChange, Relay
+from relay.sources import Interrupted
+from relay.sources.autoconfig import AutoConfigStream
+from relay.streams.hub import Hub
+from relay.telemetry.log import Log
+from tests.support import environments
+from tests.support.contracts import ScriptedSource
+from tests.support.environments import description
+
+SDK, MOBILE, ID = CredentialKind.SDK_KEY, CredentialKind.MOBILE_KEY, CredentialKind.ENVIRONMENT_ID
+FAR = 10**17
+"""Milliseconds of a time that no test sees."""
+
+
+class ScriptedStream(ScriptedSource):
+    """An automatic-configuration stream that yields what the test gives it."""
+
+    shown_url = "https://stream.example"
+
+    async def send(self, message: bytes) -> None:
+        """Deliver a message as LaunchDarkly writes it."""
+        event, data = (line.split(b": ", 1)[1] for line in message.strip().split(b"\n"))
+        await self.give(cast("Any", autoconfig.read(event.decode(), data)))
+
+
+class Configured:
+    """A relay whose environments come from a scripted stream."""
+
+    def __init__(self) -> None:
+        self.stream = ScriptedStream()
+        self.sources: list[tuple[SDKKey, ScriptedSource]] = []
+        self.broken: set[str] = set()
+        """Names of environments that cannot be made."""
+        self.directory = AutoConfiguration(
+            cast("AutoConfigStream", self.stream),
+            SharedSettings("ld-$CID"),
+            self.make_environment,
+            self.make_source,
+        )
+        self.relay = Relay([], 1, directory=self.directory)
+
+    def make_environment(self, spec: EnvironmentSpec) -> Environment:
+        if spec.name in self.broken:
+            raise OSError("no such database")
+        log = logging.getLogger("relay.env.test")
+        return Environment(spec, self.make_source(spec, log), Hub({}), log)
+
+    def make_source(self, spec: EnvironmentSpec, _log: Log) -> ScriptedSource:
+        source = ScriptedSource()
+        self.sources.append((spec.sdk_key, source))
+        return source
+
+    def opened(self, kind: CredentialKind, key: str) -> str:
+        """The name of the environment that a credential opens; empty for none."""
+        environment = self.relay.registry.find(kind, key)
+        return environment.spec.name if environment else ""
+
+
+@asynccontextmanager
+async def configured() -> AsyncIterator[Configured]:
+    made = Configured()
+    running = asyncio.create_task(made.relay.run())
+    try:
+        yield made
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+async def test_environments_come_change_and_go():
+    """Each message has its effect, and all credentials open at once."""
+    async with configured() as made:
+        relay = made.relay
+        assert not relay.knows_environments
+        await made.stream.send(environments.put(description(), description("beta")))
+        assert relay.knows_environments
+        assert made.directory.changes == {DirectoryChange.ADDED: 2}
+        alpha = relay.environments["id-alpha"]
+        for kind, key in ((SDK, "sdk-alpha-1"), (MOBILE, "mob-alpha-key"), (ID, "id-alpha")):
+            assert made.opened(kind, key) == "id-alpha"
+        await made.stream.send(environments.patch(description("alpha", 2, envName="New")))
+        assert relay.environments["id-alpha"] is alpha
+        assert alpha.spec.title == "Project New"
+        await made.stream.send(environments.delete("alpha", 3))
+        assert list(relay.environments) == ["id-beta"]
+        assert made.opened(SDK, "sdk-alpha-1") == ""
+        await made.stream.send(environments.put())
+        assert not relay.environments
+
+
+async def test_a_rotation_has_a_source_of_its_own():
+    """The former key opens the environment until it expires; other changes need no source."""
+    async with configured() as made:
+        await made.stream.send(environments.put(description()))
+        old = {"value": "sdk-alpha-1", "timestamp": FAR}
+        key = {"value": "sdk-alpha-2", "expiring": old}
+        await made.stream.send(environments.patch(description("alpha", 2, sdkKey=key)))
+        await made.stream.send(environments.patch(description("alpha", 3, sdkKey=key, projKey="q")))
+        assert [key.value for key, _ in made.sources] == ["sdk-alpha-1", "sdk-alpha-2"]
+        assert made.opened(SDK, "sdk-alpha-1") == made.opened(SDK, "sdk-alpha-2") == "id-alpha"
+        assert made.relay.environments["id-alpha"].spec.project_key == "q"
+        await made.stream.send(environments.patch(description("alpha", 4, key=3)))
+        assert made.opened(SDK, "sdk-alpha-2") == ""
+        expected = {DirectoryChange.ADDED: 1, DirectoryChange.CHANGED: 3}
+        assert made.directory.changes == expected | {DirectoryChange.ROTATED: 2}
+        assert made.opened(SDK, "sdk-alpha-1") == "id-alpha", "its grace period goes on"
+
+
+async def test_a_patch_before_the_list_is_not_the_list():
+    """It has its effect, but no credential can be called unknown yet."""
+    async with configured() as made:
+        await made.stream.send(environments.patch(description()))
+        assert not made.relay.knows_environments
+        assert made.directory.connection.state is ConnectionState.INITIALIZING
+        await made.stream.send(environments.patch(description("alpha", 2, defaultTtl=5)))
+        await made.stream.send(environments.put(description("alpha", 2)))
+        assert made.relay.environments["id-alpha"].spec.ttl == 300
+
+
+async def test_what_cannot_be_used_harms_only_itself(caplog):
+    """An environment that is malformed, has no key or cannot be made is tried with the next put."""
+    async with configured() as made:
+        await made.stream.send(environments.put(description("beta")))
+        made.broken = {"id-gamma"}
+        bad = (description("beta", version="x"), description("delta", sdkKey=None))
+        await made.stream.send(environments.put(description(), description("gamma"), *bad))
+        assert sorted(made.relay.environments) == ["id-alpha", "id-beta"]
+        assert made.relay.knows_environments
+        for text in ("version is not an integer", "no SDK key", "Unable to initialize"):
+            assert text in caplog.text
+        made.broken.clear()
+        await made.stream.send(environments.put(description(), description("gamma")))
+        assert sorted(made.relay.environments) == ["id-alpha", "id-gamma"]
+
+
+async def test_interruptions_change_nothing_but_the_state(caplog):
+    """A refused key is an error line each time; the environments go on."""
+    async with configured() as made:
+        refused = Interrupted(ErrorKind.ERROR_RESPONSE, "Invalid key", 401, refused=True)
+        connection = made.directory.connection
+        await made.stream.give(refused, refused)
+        assert connection.state is ConnectionState.OFF
+        assert connection.last_status == 401
+        assert caplog.text.count("ERROR") == 2
+        await made.stream.send(environments.put(description()))
+        assert connection.state is ConnectionState.VALID
+        await made.stream.give(Interrupted(ErrorKind.NETWORK_ERROR, "lost"))
+        assert connection.state is ConnectionState.INTERRUPTED
+        assert connection.last_status is None
+        assert made.relay.knows_environments
+        assert list(made.relay.environments) == ["id-alpha"]
+
+
+async def test_an_unexpected_error_ends_neither_relay_nor_environments(monkeypatch, caplog):
+    """The stream is followed again."""
+    monkeypatch.setattr("relay.relay.RESTART_DELAY", 0.01)
+    async with configured() as made:
+        await made.stream.send(environments.put(description()))
+        await made.stream.give(RuntimeError("unexpected"))
+        await made.stream.send(environments.put(description(), description("beta")))
+        assert sorted(made.relay.environments) == ["id-alpha", "id-beta"]
+    assert "cannot be followed" in caplog.text
+
+
+async def test_filters_are_named_as_unsupported(caplog):
+    """Requests with them get 404; nobody should wonder."""
+    async with configured() as made:
+        entry = {"projKey": "proj", "key": "north", "version": 1}
+        await made.stream.send(environments.put(description(), filters={"f": entry}))
+        assert 'filter "north" is not supported' in caplog.text
+
+
+async def test_no_key_is_logged(caplog):
+    """Lines show the last four characters."""
+    caplog.set_level("DEBUG")
+    async with configured() as made:
+        await made.stream.send(environments.put(description()))
+        await made.stream.send(environments.patch(description("alpha", 2, 2, mobKey="mob-new-key")))
+        await made.stream.send(environments.delete("alpha", 3))
+    for key in ("sdk-alpha-1", "sdk-alpha-2", "mob-alpha-key", "mob-new-key"):
+        assert key not in caplog.text
+    for line in ("Added environment id-alpha (Project Alpha)", "Removed environment id-alpha"):
+        assert f"AutoConfiguration {line}" in caplog.text
+    assert "New primary SDK key is ...ha-2" in caplog.text
+
+
+NAMES = st.sampled_from(["alpha", "beta"])
+VERSIONS = st.integers(1, 5)
+DESCRIPTIONS = st.builds(description, NAMES, VERSIONS, st.integers(1, 3))
+MESSAGES = st.one_of(
+    st.builds(environments.patch, DESCRIPTIONS),
+    st.builds(environments.delete, NAMES, VERSIONS),
+    st.lists(DESCRIPTIONS, max_size=2, unique_by=lambda d: d["envID"]).map(
+        lambda listed: environments.put(*listed)
+    ),
+)
+
+
+def model(messages: list[bytes]) -> dict[str, str]:
+    """The SDK key of each environment, by the table of offline-and-autoconfig 7.4."""
+    versions: dict[str, int] = {}
+    keys: dict[str, str] = {}
+
+    def upsert(entry: dict) -> None:
+        if entry["version"] > versions.get(entry["envID"], 0):
+            versions[entry["envID"]] = entry["version"]
+            keys[entry["envID"]] = entry["sdkKey"]["value"]
+
+    for message in messages:
+        event, data = (line.split(b": ", 1)[1] for line in message.strip().split(b"\n"))
+        content = json.loads(data)
+        identifier = content["path"].rpartition("/")[2]
+        if event == b"patch":
+            upsert(content["data"])
+        elif event == b"put":
+            listed = content["data"]["environments"]
+            for entry in listed.values():
+                upsert(entry)
+            for known in [each for each in versions if each not in listed]:
+                del versions[known]
+                keys.pop(known, None)
+        elif content["version"] > versions.get(identifier, 0):
+            versions[identifier] = content["version"]
+            keys.pop(identifier, None)
+    return keys
+
+
+@given(st.lists(MESSAGES, max_size=10))
+@settings(deadline=None)
+def test_any_messages_give_the_registry_of_a_plain_model(messages):
+    """After each message, exactly the present keys open their environments."""
+
+    async def play() -> None:
+        async with configured() as made:
+            for count, message in enumerate(messages, 1):
+                await made.stream.send(message)
+                expected = model(messages[:count])
+                shown = {name: e.spec.sdk_key.value for name, e in made.relay.environments.items()}
+                assert shown == expected
+                for name in ("alpha", "beta"):
+                    for key in range(1, 4):
+                        value = f"sdk-{name}-{key}"
+                        owner = f"id-{name}" if expected.get(f"id-{name}") == value else ""
+                        assert made.opened(SDK, value) == owner
+                    there = f"id-{name}" if f"id-{name}" in expected else ""
+                    assert made.opened(ID, f"id-{name}") == there
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("message", [environments.put(), environments.put(description())])
+async def test_one_shot_mode_waits_for_the_list(message):
+    """Without a list in time it has failed."""
+    async with configured() as made:
+        waiting = asyncio.create_task(made.relay.wait_until_synced())
+        await made.stream.send(message)
+        assert await waiting is (message == environments.put())
+    assert not await Configured().relay.wait_until_synced()
