@@ -211,7 +211,10 @@ def _missing(config: Config, names: Collection[str]) -> list[str]:
     known = [each.name for each in config.environments]
     problems = [f'there is no environment "{name}"' for name in names if name not in known]
     if not known:
-        problems.append("there is no environment whose flags could be stored")
+        text = "there is no environment whose flags could be stored"
+        if config.auto_config.key:
+            text += "; those of automatic configuration are known to a running relay only"
+        problems.append(text)
     return problems
 
 

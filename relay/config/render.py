@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from msgspec import structs
+
 from relay.config.checks import ENVIRONMENT, FILTERS
 from relay.config.options import Option, Support
 from relay.config.schema import NAMED_SECTIONS, SECTIONS, Config, Redis, Webhook, options
@@ -135,9 +137,9 @@ def quoted(text: str) -> str:
 
 def _sections(config: Config) -> Iterator[tuple[str, object]]:
     """Yield the unnamed sections that are in use."""
-    for section, kind in SECTIONS.items():
-        fields = (getattr(config, field) for field in config.__struct_fields__)
-        values = next((value for value in fields if isinstance(value, kind)), None)
+    in_use = {name.replace("_", ""): value for name, value in structs.asdict(config).items()}
+    for section in SECTIONS:
+        values = in_use.get(section.lower())
         if values is not None:
             yield section, values
 

@@ -420,6 +420,9 @@ def test_flags_and_environments_exclude_each_other(call, flags):
     done = call("--flags", str(flags), LD_ENV_Shop="sdk-1")
     assert done.code == 1
     assert '--flags serves a file by itself; leave out environment "Shop"' in done.err
+    done = call("--flags", str(flags), AUTO_CONFIG_KEY="rel-1")
+    assert done.code == 1
+    assert "leave out the auto-configuration key" in done.err
 
 
 async def test_the_start_is_logged_in_a_few_lines(tmp_path, launchdarkly):
