@@ -23,7 +23,7 @@ def main() -> None:
     # Until the server installs its handlers: process 1 of a container ignores unhandled signals.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _exit_on_signal)
-    if arguments[:1] not in (["check"], ["eval"], ["sync"]):
+    if arguments[:1] not in (["archive"], ["check"], ["eval"], ["sync"]):
         # It stays pending until the server handles it. Other commands are ended by it, as usual.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     if arguments[:1] == ["eval"]:

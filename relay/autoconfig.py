@@ -76,6 +76,7 @@ class AutoConfiguration:
         make_environment: Callable[[EnvironmentSpec], Environment],
         make_source: Callable[[EnvironmentSpec, Log], DataSource],
     ) -> None:
+        self.is_upstream = True
         self.connection = UpstreamConnection()
         self.known = asyncio.Event()
         self.changes: Counter[DirectoryChange] = Counter()

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from relay.config.schema import Config, EnvironmentConfig, Main
+from relay.config.schema import AutoConfig, Config, EnvironmentConfig, Main, OfflineMode
 from relay.environment import Environment
-from relay.errors import ConfigError
+from relay.errors import ConfigError, UnusableArchive
 from relay.events.forwarder import Forwarder
 from relay.events.policy import ForwarderTimings
 from relay.events.sender import Upstream
@@ -39,6 +39,7 @@ from relay.telemetry.log import Log, environment_log, set_environment_level
 
 if TYPE_CHECKING:
     from relay.autoconfig import AutoConfiguration
+    from relay.protocol.environments import SharedSettings
     from relay.sync import SyncTarget
     from relay.upstream import Upstream as HTTPSession
 
@@ -64,6 +65,8 @@ def build(config: Config) -> Relay:
         ConfigError: a resource that it names, such as a file of CA certificates, is unusable.
     """
     registry: Registry[Environment] = Registry()
+    if config.offline_mode.file_data_source:
+        return _offline(config, registry)
     events: Forwarder | None = None
     fetch: Fetch | None = None
     directory: Directory | None = None
@@ -96,21 +99,56 @@ def _auto_configuration(
     """Return what follows the list of environments; it makes them as the configured ones are."""
     from relay.autoconfig import AutoConfiguration, log
     from relay.model.credential import AutoConfigKey
-    from relay.protocol.environments import SharedSettings
     from relay.sources.autoconfig import AutoConfigStream
 
     main, auto = config.main, config.auto_config
-    settings = SharedSettings(
-        auto.env_datastore_prefix,
-        auto.env_allowed_origin,
-        auto.env_allowed_header,
-        main.eval_streams,
-    )
     return AutoConfiguration(
         AutoConfigStream(session, main.stream_uri, AutoConfigKey(auto.key.reveal()), log),
-        settings,
+        _shared(auto, main),
         lambda spec: _environment(config, spec, make_source),
         make_source,
+    )
+
+
+def _offline(config: Config, registry: Registry[Environment]) -> Relay:
+    """Return the relay whose environments are those of an archive: without a network.
+
+    Raises:
+        ConfigError: the archive is unusable.
+    """
+    from relay.offline import OfflineArchive
+
+    options, main = config.offline_mode, config.main
+
+    def make_environment(spec: EnvironmentSpec, source: DataSource) -> Environment:
+        return _environment(config, spec, lambda _spec, _log: source)
+
+    path = Path(options.file_data_source)
+    interval = options.file_data_source_monitoring_interval
+    archive = OfflineArchive(path, interval, _shared(options, main), make_environment)
+    relay = Relay(
+        [],
+        main.init_timeout,
+        disconnected_after=main.disconnected_status_time,
+        registry=registry,
+        directory=archive,
+    )
+    try:
+        archive.load(relay)
+    except UnusableArchive as e:
+        raise ConfigError([str(e)]) from e
+    return relay
+
+
+def _shared(options: AutoConfig | OfflineMode, main: Main) -> SharedSettings:
+    """Return the settings that the configuration has for all environments of a directory."""
+    from relay.protocol.environments import SharedSettings
+
+    return SharedSettings(
+        options.env_datastore_prefix,
+        options.env_allowed_origin,
+        options.env_allowed_header,
+        main.eval_streams,
     )
 
 
@@ -134,29 +172,69 @@ def sync_targets(
     from relay.stores.redis.store import RedisStore
     from relay.sync import SyncTarget
 
-    environments, redis = config.all_environments, config.redis
-    known = [each.name for each in environments]
+    redis = config.redis
+    problems = _missing(config, names)
+    if not redis:
+        problems.append("there is no database to bring up to date; [Redis] or USE_REDIS names one")
+    if problems or not redis:
+        raise ConfigError(problems)
+    session, sources = _sources(config, names, relay_url)
+    targets = [
+        SyncTarget(spec, source, RedisStore(redis, spec.prefix), log)
+        for spec, source, log in sources
+    ]
+    return session, targets
+
+
+def archive_sources(
+    config: Config, names: Collection[str] = (), relay_url: str = ""
+) -> tuple[Session, list[tuple[EnvironmentSpec, DataSource]]]:
+    """Return the upstream session and the environments for an archive; arguments as above.
+
+    Raises:
+        ConfigError: an environment does not exist, or has no client-side ID or is filtered, which
+            archives cannot hold; see also `build`.
+    """
+    problems = _missing(config, names)
+    problems += [
+        f'"{each.name}" is filtered, and archives hold whole environments only'
+        for each in config.all_environments
+        if each.filter_key and each.name in names
+    ]
+    problems += [
+        f'environment "{each.name}" has no client-side ID (envId), which archives need'
+        for each in config.environments
+        if not each.env_id and not each.filter_key and (not names or each.name in names)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    session, sources = _sources(config, names, relay_url)
+    return session, [(spec, source) for spec, source, _ in sources if not spec.payload_filter]
+
+
+def _missing(config: Config, names: Collection[str]) -> list[str]:
+    """Return problems with the environments that a command names."""
+    known = [each.name for each in config.all_environments]
     problems = [f'there is no environment "{name}"' for name in names if name not in known]
     if not known:
         text = "there is no environment whose flags could be stored"
         if config.auto_config.key:
             text += "; those of automatic configuration are known to a running relay only"
         problems.append(text)
-    if not redis:
-        problems.append("there is no database to bring up to date; [Redis] or USE_REDIS names one")
-    if problems or not redis:
-        raise ConfigError(problems)
+    return problems
+
+
+def _sources(
+    config: Config, names: Collection[str], relay_url: str
+) -> tuple[Session, list[tuple[EnvironmentSpec, DataSource, Log]]]:
+    """Return the upstream session, and the configured environments with their sources."""
     if relay_url:
         main = structs.replace(config.main, data_source="polling", base_uri=relay_url)
         config = structs.replace(config, main=main)
     session, make_source = _launchdarkly(config)
-    targets = []
-    for spec in (_spec(each, config.main) for each in environments):
-        if not names or spec.name in names:
-            log = _log_for(spec)
-            store = RedisStore(redis, spec.prefix)
-            targets.append(SyncTarget(spec, make_source(spec, log), store, log))
-    return session, targets
+    specs = [_spec(each, config.main) for each in config.all_environments]
+    chosen = [(spec, _log_for(spec)) for spec in specs if not names or spec.name in names]
+    return session, [(spec, make_source(spec, log), log) for spec, log in chosen]
 
 
 def _file(config: Config) -> SourceFactory:

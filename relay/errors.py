@@ -2,6 +2,7 @@
 
     RelayError
     ├── ConfigError            the operator's: wrong options; carries every problem
+    ├── UnusableArchive        an archive's: not an archive, cut off, changed on its way
     ├── InvalidData            upstream's, a file's or a store's: unusable bytes
     ├── UpstreamUnavailable    passes by itself: network, 5xx, a broken stream
     │   └── UpstreamRefused    passes when the key is fixed: 401, 403 and the like
@@ -57,6 +58,10 @@ class InvalidData(RelayError):
         super().__init__(f"{what}: {reason}")
         self.what = what
         self.reason = reason
+
+
+class UnusableArchive(RelayError):
+    """An archive of environments cannot be used as a whole."""
 
 
 class UpstreamUnavailable(RelayError):

@@ -1,8 +1,8 @@
-"""Private files: flags, events and data of contexts.
+"""Files: their state, and those that nobody else should read (flags, events, data of contexts).
 
-Only the relay's user can read them, unless their directory is shared with its group and with nobody
-else. The image's `/data` is shared with group 0 in this way: platforms such as OpenShift run every
-container as an arbitrary user, and the next one may get another.
+Only the relay's user can read private files, unless their directory is shared with its group and
+with nobody else. The image's `/data` is shared with group 0 in this way: platforms such as
+OpenShift run every container as an arbitrary user, and the next one may get another.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+
+FileState = tuple[int, int, int]
+"""Modification time in nanoseconds, size, and inode (editors replace files)."""
 
 _SHARED = stat.S_IRWXU | stat.S_IRWXG
 
@@ -51,6 +54,34 @@ def open_private(path: Path, flags: int) -> int:
     return descriptor
 
 
+def write_private(path: Path, content: bytes) -> None:
+    """Replace the content of a private file at once, so that nobody reads a part of it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with os.fdopen(
+            open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb"
+        ) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _is_shared(directory: Path) -> bool:
     """Return whether a directory is accessible to its owner and group, and to nobody else."""
     return stat.S_IMODE(directory.stat().st_mode) & 0o777 == _SHARED
+
+
+def file_state(path: Path) -> FileState | None:
+    """Return the state of a file, by which changes are noticed; None if it cannot be accessed."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_mtime_ns, state.st_size, state.st_ino

@@ -54,6 +54,9 @@ class Directory(Protocol):
     changes: Counter[DirectoryChange]
     """Number of changes since the start; those that bring a new SDK key count as both."""
 
+    is_upstream: bool
+    """True if it is LaunchDarkly's list, so that `/status` and metrics report on it."""
+
     async def run(self, relay: Relay) -> None:
         """Put, change and remove environments until cancelled."""
 
@@ -98,6 +101,8 @@ class Relay:
         self._init_deadline = clock.monotonic() + init_timeout
         self.stopping = False
         """True once the shutdown begins: from then on the relay is not ready."""
+        self.unusable: dict[str, str] = {}
+        """Environments whose description is unusable, with the reason; `/status` names them."""
         self._tasks: asyncio.TaskGroup | None = None
         """Tasks of the environments, while the relay runs."""
         self._running: dict[Environment, asyncio.Task[None]] = {}
@@ -152,6 +157,11 @@ class Relay:
             text = "Deprecated %s %s has expired and is no longer valid for authentication"
             _log.info(text, credential.kind.value, credential.masked)
         self._carry_out(change)
+
+    @property
+    def auto_configuration(self) -> Directory | None:
+        """The directory, if it is LaunchDarkly's list."""
+        return self.directory if self.directory and self.directory.is_upstream else None
 
     @property
     def knows_environments(self) -> bool:
@@ -291,7 +301,7 @@ class Relay:
         if not await self._await_environments():
             return False
         tasks = [asyncio.create_task(self._wait_synced(e)) for e in self.environments.values()]
-        complete = True
+        complete = not self.unusable
         try:
             for synced in asyncio.as_completed(tasks):
                 complete = await synced and complete

@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from relay.files import make_directory, open_private
+from relay.files import make_directory, open_private, write_private
 
 
 def mode(path) -> int:
@@ -62,3 +62,15 @@ def test_a_file_in_the_place_of_a_directory_is_an_error(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OSError):
             make_directory(path)
+
+
+def test_a_private_file_is_replaced_at_once(tmp_path):
+    """A reader who has it open keeps the former content, and nothing else is left behind."""
+    path = tmp_path / "file"
+    write_private(path, b"one")
+    with path.open("rb") as reader:
+        write_private(path, b"two")
+        assert reader.read() == b"one"
+    assert path.read_bytes() == b"two"
+    assert list(tmp_path.iterdir()) == [path]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600

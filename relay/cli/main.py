@@ -37,16 +37,21 @@ relay eval FLAG --context JSON [--flags FILE | --url URL --sdk-key KEY]
                           show what a flag gives to a context, and what led there
 relay sync [options]      bring the database up to date once; exit with 0 if all environments are,
                           1 if some could not be brought there, 2 if the configuration is wrong
+relay archive --output FILE [options]
+                          write the environments to an archive for relays in offline mode
 relay health [URL]        exit with 0 if a relay is ready (default: the one of this host)"""
 
-COMMANDS = ("serve", "check", "sync")
+COMMANDS = ("serve", "check", "sync", "archive")
 
 SWITCHES = ("from-env", "allow-missing-file", "version", "dry-run")
 """Boolean flags, which may be written with a value: `-from-env=false`."""
 
 
-SYNC_UNUSABLE = 2
-"""Exit code of `relay sync` if arguments or configuration are unusable; others return 1."""
+RUN_ONCE = ("sync", "archive")
+"""Commands that do their work for chosen environments and end."""
+
+UNUSABLE = 2
+"""Exit code of these if arguments or configuration are unusable; others return 1."""
 
 _FLAG_VALUES = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
 _log = logging.getLogger("relay")
@@ -64,7 +69,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """Run a command and return the exit code of the process."""
     command, rest = _command(arguments)
-    unusable = SYNC_UNUSABLE if command == "sync" else 1
+    unusable = UNUSABLE if command in RUN_ONCE else 1
     try:
         options = _parse(rest, command)
         if options.version:
@@ -86,8 +91,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     if command == "check":
         return _check(config)
     with _logs(config):
-        is_sync = command == "sync"
-        return _sync(config, options) if is_sync else _serve(config, _source(options))
+        run = {"sync": _sync, "archive": _archive}.get(command, _serve)
+        return run(config, options)
 
 
 def _command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
@@ -110,11 +115,14 @@ def _parser(command: str) -> _Parser:
     add("--allow-missing-file", action="store_true", help="start also if FILE does not exist")
     add("--flags", metavar="FILE", default="", help="serve a file of flags, reloaded on change")
     add("--version", action="store_true", help="show the version and exit")
-    if command == "sync":
+    if command in RUN_ONCE:
         text = "only this environment; may be repeated"
         add("--environment", metavar="NAME", action="append", default=[], help=text)
         text = "ask a running relay, not LaunchDarkly"
         add("--from", metavar="URL", dest="relay", default="", help=text)
+    if command == "archive":
+        add("--output", metavar="FILE", required=True, help="path of the archive")
+    if command == "sync":
         add("--dry-run", action="store_true", help="show what would change, and write nothing")
     add("unread", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
@@ -128,7 +136,7 @@ def _parse(arguments: Sequence[str], command: str) -> argparse.Namespace:
     options, unknown = parser.parse_known_args(list(_go_flags(arguments)))
     if unknown:
         raise UsageError(f"unknown argument {unknown[0]}")
-    if command == "sync" and options.unread:
+    if command in RUN_ONCE and options.unread:
         # A stray word may lack its `--environment`, and must not mean "all environments".
         raise UsageError(f"unknown argument {options.unread[0]}")
     return options
@@ -159,6 +167,8 @@ def _configuration(options: argparse.Namespace, environ: Mapping[str, str]) -> C
         from_env = options.from_env or not options.config
         environ = {**environ, "FLAGS_FILE": options.flags}
         config = load(options.config, from_env, options.allow_missing_file, environ)
+        if config.offline_mode.file_data_source:
+            raise ConfigError(["--flags serves a file by itself; leave out the archive"])
         if config.environments:
             names = ", ".join(f'"{each.name}"' for each in config.environments)
             raise ConfigError([f"--flags serves a file by itself; leave out environment {names}"])
@@ -168,7 +178,8 @@ def _configuration(options: argparse.Namespace, environ: Mapping[str, str]) -> C
         # FLAGS_FILE has no effect if only a file is read.
         return replace(config, main=replace(config.main, flags_file=options.flags))
     config = load(options.config, options.from_env, options.allow_missing_file, environ)
-    if not config.uses_launchdarkly and not config.main.flags_file:
+    offline = config.offline_mode.file_data_source
+    if not config.uses_launchdarkly and not config.main.flags_file and not offline:
         raise ConfigError(["you must specify at least one environment in your configuration"])
     return config
 
@@ -225,16 +236,17 @@ def _unusable_resources(config: Config) -> Iterator[str]:
             yield from e.problems
 
 
-def _serve(config: Config, source: str) -> int:
+def _serve(config: Config, options: argparse.Namespace) -> int:
     """Serve until a signal, or fill the databases once; return the exit code."""
-    _log.info("Starting LaunchDarkly relay version %s with %s", __version__, source)
+    text = "Starting LaunchDarkly relay version %s with %s"
+    _log.info(text, __version__, _source(options))
     for warning in config.warnings:
         _log.warning("%s", warning)
     try:
         if config.main.exit_always:
             return _run_once(config)
-        options = ServerOptions.of(config)
-        uvloop.run(serve(options, partial(build_site, config, options.limits)))
+        server = ServerOptions.of(config)
+        uvloop.run(serve(server, partial(build_site, config, server.limits)))
     except CannotListen as e:
         _log.error("%s", e)
         return 1
@@ -259,3 +271,9 @@ def _sync(config: Config, options: argparse.Namespace) -> int:
     from relay.cli.sync import sync  # noqa: PLC0415 - a server needs nothing of it
 
     return sync(config, options.environment, options.relay, dry_run=options.dry_run)
+
+
+def _archive(config: Config, options: argparse.Namespace) -> int:
+    from relay.cli.archive import write_archive  # noqa: PLC0415 - a server needs nothing of it
+
+    return write_archive(config, options.environment, options.relay, options.output)

@@ -22,6 +22,7 @@ from relay.config.schema import (
     Events,
     Filters,
     Main,
+    OfflineMode,
     Prometheus,
     Proxy,
     Redis,
@@ -29,7 +30,7 @@ from relay.config.schema import (
     options,
     with_variants,
 )
-from relay.config.unsupported import Consul, DynamoDB, OfflineMode
+from relay.config.unsupported import Consul, DynamoDB
 from relay.model.text import one_line
 
 ENVIRONMENT, FILTERS = "Environment", "Filters"
@@ -136,6 +137,7 @@ def warnings(draft: Draft) -> list[str]:
         _ineffective,
         _events_in_memory,
         _prefixless_environment,
+        _archive_without_prefix,
         _duplicates,
         _raised_to_minimum,
     )
@@ -442,6 +444,11 @@ def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
     if main.flags_file and (draft.environments or draft.of(AutoConfig).key):
         text = "[Main] flagsFile is not served, because environments are configured"
         yield text, _main_key("flags_file")
+    offline = draft.of(OfflineMode)
+    archive = _keys("OfflineMode", "file_data_source")
+    if main.flags_file and offline.file_data_source:
+        text = "[Main] flagsFile is not served, because offline mode is enabled"
+        yield text, (*_main_key("flags_file"), *archive)
     if main.exit_on_error and not main.exit_always:
         yield "[Main] exitOnError has no effect without exitAlways", _main_key("exit_on_error")
     redis = tuple(key for key in draft.sources if key[0] == "Redis")
@@ -453,6 +460,18 @@ def _prefixless_environment(draft: Draft) -> Iterator[Diagnostic]:
     if len(_enabled_databases(draft)) == 1 and len(draft.environments) == 1:
         for text, keys in _without_prefix(draft):
             yield f"{text}; this would be an error if multiple environments were configured", keys
+
+
+def _archive_without_prefix(draft: Draft) -> Iterator[Diagnostic]:
+    """Report that the environments of an archive would share a prefix, which ld-relay allows."""
+    offline = draft.of(OfflineMode)
+    distinct = "$CID" in offline.env_datastore_prefix
+    if offline.file_data_source and _enabled_databases(draft) and not distinct:
+        text = (
+            '[OfflineMode] envDatastorePrefix does not contain "$CID"; if the archive has several'
+            " environments, each overwrites what the others have stored"
+        )
+        yield text, _keys("OfflineMode", "file_data_source", "env_datastore_prefix")
 
 
 def _duplicates(draft: Draft) -> Iterator[Diagnostic]:

@@ -39,7 +39,6 @@ from relay.config.unsupported import (
     Consul,
     Datadog,
     DynamoDB,
-    OfflineMode,
     OpenTelemetry,
     Stackdriver,
 )
@@ -482,6 +481,54 @@ class Prometheus(Struct, frozen=True):
 
 
 @section
+class OfflineMode(Struct, frozen=True):
+    """`[OfflineMode]`: flags and environments from an archive exported by LaunchDarkly."""
+
+    file_data_source: str = option(
+        "FILE_DATA_SOURCE",
+        PATH,
+        "",
+        "Path of the archive; enables offline mode.",
+        "/data/archive.tar.gz",
+    )
+    file_data_source_monitoring_interval: float = option(
+        "FILE_DATA_SOURCE_MONITORING_INTERVAL",
+        DURATION,
+        1.0,
+        "Interval between checks of the archive for changes.",
+    )
+    env_datastore_prefix: str = option(
+        "ENV_DATASTORE_PREFIX",
+        STRING,
+        "",
+        "Prefix of database keys; `$CID` stands for the client-side ID.",
+        "ld-$CID",
+    )
+    env_datastore_table_name: str = option(
+        "ENV_DATASTORE_TABLE_NAME",
+        STRING,
+        "",
+        "DynamoDB table; `$CID` stands for the client-side ID.",
+        "ld-$CID",
+        support=LATER,
+    )
+    env_allowed_origin: tuple[str, ...] = option(
+        "ENV_ALLOWED_ORIGIN",
+        ORIGINS,
+        (),
+        "Allowed CORS origins of every environment.",
+        "https://shop.example.com",
+    )
+    env_allowed_header: tuple[str, ...] = option(
+        "ENV_ALLOWED_HEADER",
+        HEADER_NAMES,
+        (),
+        "Allowed CORS request headers of every environment.",
+        "Timestamp-Valid",
+    )
+
+
+@section
 class EnvironmentConfig(Struct, frozen=True):
     """`[Environment "NAME"]`: one environment. Its variables end with its name, verbatim."""
 
@@ -703,6 +750,7 @@ class Config(Struct, frozen=True):
     http: Http = Http()
     webhook: Webhook = Webhook()
     prometheus: Prometheus = Prometheus()
+    offline_mode: OfflineMode = OfflineMode()
     auto_config: AutoConfig = AutoConfig()
     sources: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

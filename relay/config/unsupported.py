@@ -12,59 +12,14 @@ from relay.config.types import (
     BOOLEAN,
     COUNT,
     DURATION,
-    HEADER_NAMES,
     HTTP_URI,
     LIST,
-    ORIGINS,
     PATH,
     SECRET,
     STRING,
     one_of,
 )
 from relay.model.credential import Secret
-
-
-@section
-class OfflineMode(Struct, frozen=True):
-    """`[OfflineMode]`: flags and environments from an archive exported by LaunchDarkly."""
-
-    file_data_source: str = option(
-        "FILE_DATA_SOURCE",
-        PATH,
-        "",
-        "Path of the archive; enables offline mode.",
-        "/data/archive.tar.gz",
-        support=REFUSED,
-    )
-    file_data_source_monitoring_interval: float = option(
-        "FILE_DATA_SOURCE_MONITORING_INTERVAL",
-        DURATION,
-        1.0,
-        "Interval between checks of the archive for changes.",
-        support=LATER,
-    )
-    env_datastore_prefix: str = option(
-        "ENV_DATASTORE_PREFIX", STRING, "", "As in `[AutoConfig]`.", "ld-$CID", support=LATER
-    )
-    env_datastore_table_name: str = option(
-        "ENV_DATASTORE_TABLE_NAME", STRING, "", "As in `[AutoConfig]`.", "ld-$CID", support=LATER
-    )
-    env_allowed_origin: tuple[str, ...] = option(
-        "ENV_ALLOWED_ORIGIN",
-        ORIGINS,
-        (),
-        "As in `[AutoConfig]`.",
-        "https://shop.example.com",
-        support=LATER,
-    )
-    env_allowed_header: tuple[str, ...] = option(
-        "ENV_ALLOWED_HEADER",
-        HEADER_NAMES,
-        (),
-        "As in `[AutoConfig]`.",
-        "Timestamp-Valid",
-        support=LATER,
-    )
 
 
 @section

@@ -193,23 +193,23 @@ def _expiring_keys(view: MetricsView) -> Iterator[Row]:
 
 
 def _directory_states(view: MetricsView) -> Iterator[Row]:
-    if view.relay.directory is not None:
-        current = view.relay.directory.connection.state
+    if view.relay.auto_configuration is not None:
+        current = view.relay.auto_configuration.connection.state
         for state in ConnectionState:
             yield (state.value,), int(current is state)
 
 
 def _directory_age(view: MetricsView) -> Iterator[Row]:
-    if view.relay.directory is not None:
-        age = view.relay.directory.connection.data_age
+    if view.relay.auto_configuration is not None:
+        age = view.relay.auto_configuration.connection.data_age
         if age is not None:
             yield (), round(age, 3)
 
 
 def _directory_changes(view: MetricsView) -> Iterator[Row]:
-    if view.relay.directory is not None:
+    if view.relay.auto_configuration is not None:
         for change in DirectoryChange:
-            yield (change.value,), view.relay.directory.changes[change]
+            yield (change.value,), view.relay.auto_configuration.changes[change]
 
 
 def _build_info(_view: MetricsView) -> Rows:

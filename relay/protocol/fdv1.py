@@ -48,6 +48,7 @@ _PUT = msgspec.json.Decoder(_Put)
 _PATCH = msgspec.json.Decoder(_Patch)
 _DELETE = msgspec.json.Decoder(_Delete)
 _DATA = msgspec.json.Decoder(_Data)
+_ARCHIVED = msgspec.json.Decoder(_Data | None)
 
 
 def parse(name: str, data: bytes) -> ChangeSet | None:
@@ -92,6 +93,18 @@ def all_in_steps(body: bytes) -> Steps[ChangeSet]:
     """Do the same as `parse_all`, with a step for each item."""
     subject = "body of /sdk/latest-all"
     return (yield from _parse_data(_decode(_DATA, subject, body), subject))
+
+
+def parse_archived(data: bytes) -> ChangeSet:
+    """Return the full change set of an archive's data: kinds that are missing or null are empty.
+
+    Raises:
+        InvalidData: the data as a whole are broken.
+    """
+    subject = "data"
+    kinds = _decode(_ARCHIVED, subject, data) or _Data()
+    flags, segments = kinds.flags or {}, kinds.segments or {}
+    return finish(_parse_data(_Data(flags, segments), subject))
 
 
 def _decode(decoder: msgspec.json.Decoder[T], subject: str, data: bytes) -> T:
@@ -159,6 +172,16 @@ def _parse_path(path: str) -> tuple[Kind, str] | None:
 def all_data(payload: Payload) -> bytes:
     """Return `{"flags":{…},"segments":{…}}`: the body of `/sdk/latest-all`, the data of a put."""
     return b"".join(_all_data(payload))
+
+
+def archived(payload: Payload) -> bytes:
+    """Return the data of a payload for an archive: equal payloads give equal bytes."""
+    kinds = (b"".join(_members(_sorted(payload.live(kind)))) for kind in (Kind.FLAG, Kind.SEGMENT))
+    return b'{"flags":%b,"segments":%b}' % tuple(kinds)
+
+
+def _sorted(items: Iterable[Item]) -> Iterable[Item]:
+    return sorted(items, key=lambda item: item.key)
 
 
 def all_flags(payload: Payload) -> bytes:

@@ -40,7 +40,9 @@ def _log_environments(config: Config, relay: Relay) -> None:
     main = config.main
     if config.auto_config.key:
         return  # none is known yet, and the log will name each
-    if not config.environments:
+    if config.offline_mode.file_data_source:
+        origin = f"archive {config.offline_mode.file_data_source}"
+    elif not config.environments:
         origin = f"flags file {main.flags_file}"
     elif main.data_source == "polling":
         origin = f"{_without_secrets(main.base_uri)} (polled)"
@@ -56,7 +58,10 @@ def _log_environments(config: Config, relay: Relay) -> None:
 
 def _log_events(config: Config) -> None:
     events = config.events
-    if not config.uses_launchdarkly:
+    if config.offline_mode.file_data_source:
+        text = "Events will be accepted, but will be discarded, since offline mode is enabled"
+        _log.info("%s", text)
+    elif not config.uses_launchdarkly:
         text = "Events will be accepted, but will be discarded, since flags come from a file"
         _log.info("%s", text)
     elif events.send_events:

@@ -10,6 +10,7 @@ from pathlib import Path
 from relay import clock
 from relay.aio import wait_for
 from relay.errors import ErrorKind, InvalidData
+from relay.files import FileState, file_state
 from relay.model.item import Item, Kind, version_of_time
 from relay.model.payload import ChangeSet
 from relay.protocol import filedata
@@ -19,9 +20,6 @@ from relay.sources.timings import SourceTimings
 
 MAX_FILE = 128 * 1024 * 1024
 """Maximum size of a file in bytes: the same as for one upstream message."""
-
-FileState = tuple[int, int, int]
-"""Modification time, size, and inode (editors replace files)."""
 
 
 class FileSource:
@@ -59,7 +57,7 @@ class FileSource:
         while True:
             forced = self._read_now.is_set()
             self._read_now.clear()
-            state = await asyncio.to_thread(_file_state, self._path)
+            state = await asyncio.to_thread(file_state, self._path)
             if forced or state != last_state:
                 last_state = state
                 update = await asyncio.to_thread(self._read)
@@ -91,12 +89,3 @@ def _read_file(path: Path) -> tuple[bytes, int]:
     if len(text) > MAX_FILE:
         raise InvalidData(str(path), f"it is longer than {MAX_FILE} bytes")
     return text, version
-
-
-def _file_state(path: Path) -> FileState | None:
-    """Return the state of a file; None if it cannot be accessed."""
-    try:
-        state = path.stat()
-    except OSError:
-        return None
-    return state.st_mtime_ns, state.st_size, state.st_ino

@@ -74,7 +74,6 @@ def problems(variables: Mapping[str, str]) -> tuple[str, ...]:
         ({"USE_REDIS": "1", "REDIS_URL": "http://h"}, "invalid Redis URL: it must begin with redis:// or rediss:// (REDIS_URL)"),
         ({"USE_REDIS": "1", "REDIS_URL": "redis://h", "REDIS_HOST": "h"}, "please specify Redis URL or host/port, but not both (REDIS_URL, REDIS_HOST)"),
         ({"USE_REDIS": "1", "REDIS_CLIENT_CERT_FILE": "c"}, "a Redis client certificate needs a key, and a key a certificate (REDIS_CLIENT_CERT_FILE)"),
-        ({"FILE_DATA_SOURCE": "f"}, "[OfflineMode] fileDataSource is not supported in this release (FILE_DATA_SOURCE)"),
         ({"FILE_DATA_SOURCE_MONITORING_INTERVAL": "1s"}, "must specify offline mode filename if other offline mode properties are set (FILE_DATA_SOURCE_MONITORING_INTERVAL)"),
         ({"USE_DYNAMODB": "1"}, "[DynamoDB] enabled is not supported in this release (USE_DYNAMODB)"),
         ({"USE_CONSUL": "1"}, "[Consul] host is not supported in this release (USE_CONSUL)"),
@@ -105,7 +104,6 @@ PREFIX_MISSING = "does not have a prefix specified for database storage"
             ["must specify auto-configuration key if other auto-configuration properties are set (ENV_DATASTORE_PREFIX)",
              "must specify offline mode filename if other offline mode properties are set (ENV_DATASTORE_PREFIX)"],
         ),
-        ({"FILE_DATA_SOURCE": "f", "ENV_ALLOWED_ORIGIN": "http://o"}, []),
         (
             {"AUTO_CONFIG_KEY": "k", "LD_ENV_a": "k"},
             ["cannot configure specific environments if auto-configuration is enabled (AUTO_CONFIG_KEY, LD_ENV_a)"],
@@ -234,6 +232,33 @@ def test_environments_may_share_a_key_if_their_filters_differ(tmp_path: Path) ->
     path.write_text(f"{both}filterKey = north\n")
     (warning,) = load(str(path), False, False, {}).warnings
     assert warning.startswith('environments "a" and "b" have the same SDK key; "b" answers to it')
+
+
+def test_variables_that_two_sections_share_belong_to_the_archive_if_there_is_one() -> None:
+    config = from_env(
+        {
+            "FILE_DATA_SOURCE": "f",
+            "ENV_ALLOWED_ORIGIN": "http://o",
+            "ENV_DATASTORE_PREFIX": "p-$CID",
+            "USE_REDIS": "1",
+        }
+    )
+    assert config.offline_mode.file_data_source == "f"
+    assert config.offline_mode.env_allowed_origin == ("http://o",)
+    assert config.offline_mode.env_datastore_prefix == "p-$CID"
+    assert not config.warnings
+
+
+@pytest.mark.parametrize(
+    ("variables", "warning"),
+    [
+        ({"USE_REDIS": "1"}, "each overwrites what the others have stored"),
+        ({"FLAGS_FILE": "f"}, "[Main] flagsFile is not served, because offline mode is enabled"),
+    ],
+)
+def test_an_archive_makes_other_options_pointless(variables, warning) -> None:
+    (found,) = from_env({"FILE_DATA_SOURCE": "f", **variables}).warnings
+    assert warning in found
 
 
 def test_all_problems_come_at_once() -> None:

@@ -1,6 +1,7 @@
 """The description of an environment, and the credentials in it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -45,3 +46,20 @@ def test_the_sdk_key_can_only_be_replaced():
             SDKKey("sdk-secret-abcd")
         )
     assert "secret" not in str(refusal.value)
+
+
+def test_the_primary_key_comes_first_and_expired_ones_not_at_all():
+    """A primary key counts even if it is listed as expiring."""
+    one, two, three = map(SDKKey, ("sdk-1", "sdk-2", "sdk-3"))
+    expiries = ((three, 100.0), (two, 50.0), (MobileKey("mob-1"), 100.0), (one, 10.0))
+    spec = EnvironmentSpec("e", one, expiries=expiries)
+    assert spec.sdk_keys(49) == (one, three, two)
+    assert spec.sdk_keys(50) == (one, three)
+    assert spec.sdk_keys(100) == (one,)
+
+
+def test_the_title_is_what_launchdarkly_shows():
+    spec = EnvironmentSpec("id", SDKKey("sdk-1"))
+    assert spec.title == "id"
+    assert replace(spec, project_name="Shop", environment_name="Live").title == "Shop Live"
+    assert replace(spec, environment_name="Live").title == "Live"

@@ -7,7 +7,11 @@ import logging
 import pytest
 
 from relay.backoff import Backoff
+from relay.errors import ErrorKind
 from relay.model.credential import SDKKey
+from relay.protocol.fdv1 import parse_archived
+from relay.sources import Interrupted, UpToDate
+from relay.sources.archive import ArchiveSource
 from relay.sources.file import FileSource
 from relay.sources.polling import PollingSource
 from relay.sources.streaming import StreamingSource
@@ -75,6 +79,22 @@ class FileStage:
     restore = show
 
 
+class ArchiveStage:
+    def __init__(self):
+        self.source = ArchiveSource()
+
+    async def show(self, text):
+        self.source.give(parse_archived(text.encode()))
+
+    async def spoil(self):
+        self.source.give(Interrupted(ErrorKind.INVALID_DATA, "unusable"))
+
+    restore = show
+
+    async def beat(self):
+        self.source.give(UpToDate())
+
+
 @pytest.fixture(name="server")
 async def scripted_upstream():
     async with ScriptedUpstream() as server:
@@ -104,3 +124,9 @@ class TestFile(SourceContract):
     @pytest.fixture
     def stage(self, tmp_path):
         return FileStage(tmp_path / "flags.json")
+
+
+class TestArchive(SourceContract):
+    @pytest.fixture
+    def stage(self):
+        return ArchiveStage()

@@ -32,17 +32,22 @@ def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
     counts = _counts(traffic)
     environments = {
         name: _environment_members(relay, traffic, environment, counts)
-        for name, environment in sorted(relay.environments.items())
+        for name, environment in relay.environments.items()
     }
-    healthy = relay.knows_environments and all(
-        _is_connected(relay, environment) for environment in relay.environments.values()
+    for name, reason in relay.unusable.items():
+        environments.setdefault(name, {"status": "disconnected", "unusable": reason[:MAX_REASON]})
+    healthy = (
+        relay.knows_environments
+        and not relay.unusable
+        and all(_is_connected(relay, environment) for environment in relay.environments.values())
     )
+    directory = relay.auto_configuration
     body = {
-        "environments": environments,
+        "environments": dict(sorted(environments.items())),
         "status": "healthy" if healthy else "degraded",
         "version": __version__,
         "clientVersion": __version__,
-        **({"autoConfigStatus": _directory_members(relay.directory)} if relay.directory else {}),
+        **({"autoConfigStatus": _directory_members(directory)} if directory else {}),
     }
     return json(200, body)
 

@@ -112,6 +112,8 @@ def test_names_follow_the_rules():
 class KnownDirectory:
     """A directory that knows all environments."""
 
+    is_upstream = True
+
     def __init__(self) -> None:
         self.connection = UpstreamConnection(ConnectionState.VALID, last_confirmed=time.monotonic())
         self.known = asyncio.Event()
