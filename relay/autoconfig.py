@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -28,6 +28,7 @@ from relay.protocol.environments import (
     ignored_expiry,
     rotations,
     spec_of,
+    variant_name,
 )
 from relay.relay import DirectoryChange, Relay
 from relay.sources import DataSource, Interrupted, UpToDate
@@ -115,9 +116,11 @@ class AutoConfiguration:
             case Delete(of=kind, id=identifier) if kind is EnvironmentDescription:
                 await self._apply(relay, self._environments.delete(identifier, message.version))
             case Upsert(id=identifier, value=FilterDescription() as payload_filter):
-                self._note_filters(self._filters.upsert(identifier, payload_filter))
+                changes = self._filters.upsert(identifier, payload_filter)
+                await self._apply_filters(relay, changes)
             case Delete(id=identifier):
-                self._note_filters(self._filters.delete(identifier, message.version))
+                changes = self._filters.delete(identifier, message.version)
+                await self._apply_filters(relay, changes)
 
     async def _put(self, relay: Relay, put: Put) -> None:
         log.info("Received configuration for %d environment(s)", len(put.environments))
@@ -125,36 +128,78 @@ class AutoConfiguration:
             log.warning("%s", reason)
         mask_keys(_keys(put.environments.values()))  # at once, because each time costs
         await self._apply(relay, self._environments.put(put.environments, put.unusable))
-        self._note_filters(self._filters.put(put.filters, put.unusable))
+        await self._apply_filters(relay, self._filters.put(put.filters, put.unusable))
         self.known.set()
         _log.info("Finished processing auto-configuration data")
 
     async def _apply(
         self, relay: Relay, changes: Iterable[ListChange[EnvironmentDescription]]
     ) -> None:
-        """Carry out changes one by one; requests come in between, and no failure affects others."""
+        """Carry out changes one by one; requests come in between, and no failure affects others.
+
+        The variants of an environment follow it.
+        """
         for change in changes:
-            try:
-                self._carry_out(relay, change)
-            except InvalidData as e:
-                log.error("Environment data are not used: %s", e)  # noqa: TRY400 - a bug it is not
-            except Exception:
-                log.exception('Unable to initialize auto-configured environment "%s"', change.id)
+            before, after = self._variants(change.before), self._variants(change.after)
+            for payload_filter in before:
+                if payload_filter not in after:
+                    self._remove(relay, change.id, payload_filter)
+            for payload_filter in after:
+                if change.after is not None:
+                    await self._attempt(relay, change.after, payload_filter)
             if change.after is not None and change.id not in relay.environments:
                 self._environments.forget(change.id)  # so the next put is another chance
-            await asyncio.sleep(0)
 
-    def _carry_out(self, relay: Relay, change: ListChange[EnvironmentDescription]) -> None:
-        environment = relay.environments.get(change.id)
-        if change.after is None:
-            if environment is not None:
-                relay.remove(environment)
-                self._report(DirectoryChange.REMOVED, environment.spec)
-            return
+    async def _apply_filters(
+        self, relay: Relay, changes: Iterable[ListChange[FilterDescription]]
+    ) -> None:
+        """Give each environment a variant for each filter of its project, and only these."""
+        for change in changes:
+            for each in self._environments.values():
+                gone = change.before
+                if gone and gone.key not in self._variants(each):
+                    self._remove(relay, each.id, gone.key)
+            await asyncio.sleep(0)
+        # This includes variants that could not be made the last time.
+        for each in self._environments.values():
+            for payload_filter in self._variants(each):
+                if variant_name(each.id, payload_filter) not in relay.environments:
+                    await self._attempt(relay, each, payload_filter)
+
+    def _variants(self, description: EnvironmentDescription | None) -> Sequence[str]:
+        """Return the payload filters of an environment's variants; empty for itself, the first."""
+        if description is None:
+            return ()
+        project = description.project_key
+        keys = (each.key for each in self._filters.values() if each.project_key == project)
+        return tuple(dict.fromkeys(("", *keys)))
+
+    async def _attempt(
+        self, relay: Relay, description: EnvironmentDescription, payload_filter: str
+    ) -> None:
+        try:
+            self._carry_out(relay, description, payload_filter)
+        except InvalidData as e:
+            log.error("Environment data are not used: %s", e)  # noqa: TRY400 - a bug it is not
+        except Exception:
+            name = variant_name(description.id, payload_filter)
+            log.exception('Unable to initialize auto-configured environment "%s"', name)
+        await asyncio.sleep(0)
+
+    def _remove(self, relay: Relay, environment_id: str, payload_filter: str) -> None:
+        environment = relay.environments.get(variant_name(environment_id, payload_filter))
+        if environment is not None:
+            relay.remove(environment)
+            self._report(DirectoryChange.REMOVED, environment.spec)
+
+    def _carry_out(
+        self, relay: Relay, description: EnvironmentDescription, payload_filter: str
+    ) -> None:
+        environment = relay.environments.get(variant_name(description.id, payload_filter))
         before = None if environment is None else environment.spec
         now = clock.now()
-        spec = spec_of(change.after, self._settings, now, before)
-        mask_keys(_keys([change.after]))
+        spec = spec_of(description, self._settings, now, before, payload_filter)
+        mask_keys(_keys([description]))
         if environment is None or before is None:
             relay.put(self._make_environment(spec))
             self._report(DirectoryChange.ADDED, spec)
@@ -163,21 +208,17 @@ class AutoConfiguration:
             source = self._make_source(spec, environment.log) if is_rotated else None
             relay.change(environment, spec, source)
             self._report(DirectoryChange.CHANGED, spec)
-            self.changes[DirectoryChange.ROTATED] += is_rotated
-            for line in rotations(before, spec, now):
-                _log.info(*_shown(line))
-        if (told := ignored_expiry(change.after, before, now)) is not None:
+            if not payload_filter:  # variants have the same keys
+                self.changes[DirectoryChange.ROTATED] += is_rotated
+                for line in rotations(before, spec, now):
+                    _log.info(*_shown(line))
+        told = ignored_expiry(description, before, now)
+        if told is not None and not payload_filter:
             _log.warning(*_shown(told))
 
     def _report(self, change: DirectoryChange, spec: EnvironmentSpec) -> None:
         self.changes[change] += 1
         log.info("%s %s (%s)", _TEXTS[change], spec.name, spec.title)
-
-    def _note_filters(self, changes: Iterable[ListChange[FilterDescription]]) -> None:
-        for change in changes:
-            if change.after is not None:
-                text = 'Payload filter "%s" is not supported in this release; it is not served'
-                log.warning(text, change.after.key)
 
     def _confirm(self) -> None:
         """Record that the list is current."""

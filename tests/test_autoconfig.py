@@ -27,9 +27,10 @@ from relay.streams.hub import Hub
 from relay.telemetry.log import Log
 from tests.support import environments
 from tests.support.contracts import ScriptedSource
-from tests.support.environments import description
+from tests.support.environments import description, payload_filter
 
 SDK, MOBILE, ID = CredentialKind.SDK_KEY, CredentialKind.MOBILE_KEY, CredentialKind.ENVIRONMENT_ID
+BETA = ("id-beta/north", "id-beta/south")
 FAR = 10**17
 """Milliseconds of a time that no test sees."""
 
@@ -72,9 +73,9 @@ class Configured:
         self.sources.append((spec.sdk_key, source))
         return source
 
-    def opened(self, kind: CredentialKind, key: str) -> str:
+    def opened(self, kind: CredentialKind, key: str, part: str = "") -> str:
         """The name of the environment that a credential opens; empty for none."""
-        environment = self.relay.registry.find(kind, key)
+        environment = self.relay.registry.find(kind, key, part)
         return environment.spec.name if environment else ""
 
 
@@ -184,12 +185,48 @@ async def test_an_unexpected_error_ends_neither_relay_nor_environments(monkeypat
     assert "cannot be followed" in caplog.text
 
 
-async def test_filters_are_named_as_unsupported(caplog):
-    """Requests with them get 404; nobody should wonder."""
+async def test_each_filter_of_a_project_makes_a_variant_of_its_environments():
+    """Environments and filters come and go in any order; all keys of one open its variants."""
     async with configured() as made:
-        entry = {"projKey": "proj", "key": "north", "version": 1}
-        await made.stream.send(environments.put(description(), filters={"f": entry}))
-        assert 'filter "north" is not supported' in caplog.text
+        north, other = payload_filter("north"), payload_filter("east", project="other")
+        listed = {"f1": north, "f2": payload_filter("north"), "f3": other}
+        await made.stream.send(environments.put(description(), filters=listed))
+        assert list(made.relay.environments) == ["id-alpha", "id-alpha/north"]
+        assert made.opened(SDK, "sdk-alpha-1", "north") == "id-alpha/north"
+        variant = made.relay.environments["id-alpha/north"]
+        assert (variant.spec.prefix, variant.spec.payload_filter) == ("ld-id-alpha.north", "north")
+        await made.stream.send(environments.patch_filter("f4", payload_filter("south")))
+        await made.stream.send(environments.patch(description("beta")))
+        assert [*made.relay.environments][2:] == ["id-alpha/south", "id-beta", *BETA]
+        await made.stream.send(environments.delete_filter("f1", 2))
+        assert "id-beta/north" in made.relay.environments, "another filter has the key"
+        await made.stream.send(environments.delete_filter("f2", 2))
+        assert made.opened(SDK, "sdk-alpha-1", "north") == ""
+        await made.stream.send(environments.patch(description("alpha", 2, 2)))
+        assert made.opened(MOBILE, "mob-alpha-key", "south") == "id-alpha/south"
+        assert made.opened(SDK, "sdk-alpha-1", "south") == ""
+        assert made.opened(SDK, "sdk-alpha-2", "south") == "id-alpha/south"
+        assert made.directory.changes[DirectoryChange.ROTATED] == 1
+        await made.stream.send(environments.patch(description("alpha", 3, 2, projKey="other")))
+        assert "id-alpha/south" not in made.relay.environments
+        assert made.opened(SDK, "sdk-alpha-2", "east") == "id-alpha/east"
+        await made.stream.send(environments.delete("alpha", 4))
+        assert list(made.relay.environments) == ["id-beta", "id-beta/south"]
+        await made.stream.send(environments.put(description("beta")))
+        assert list(made.relay.environments) == ["id-beta"]
+
+
+async def test_a_variant_that_cannot_be_made_harms_only_itself(caplog):
+    """The next put is another chance; a filter without a key is none."""
+    async with configured() as made:
+        made.broken = {"id-alpha/north"}
+        listed = {"f1": payload_filter("north"), "f2": payload_filter("")}
+        await made.stream.send(environments.put(description(), filters=listed))
+        assert list(made.relay.environments) == ["id-alpha"]
+        assert "there is no key" in caplog.text
+        made.broken.clear()
+        await made.stream.send(environments.put(description(), filters=listed))
+        assert list(made.relay.environments) == ["id-alpha", "id-alpha/north"]
 
 
 async def test_no_key_is_logged(caplog):

@@ -5,7 +5,7 @@ The form is that of offline-and-autoconfig 7.4.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Generic, TypeVar
 
 from msgspec import Struct
@@ -185,11 +185,11 @@ def _mismatch(identifier: str, environment: EnvironmentDescription) -> str:
 
 def _describe_filter(value: object) -> FilterDescription:
     members = members_of("filter", value)
-    return FilterDescription(
-        integer_in("filter", members, "version"),
-        text_in("filter", members, "projkey"),
-        text_in("filter", members, "key"),
-    )
+    key = text_in("filter", members, "key")
+    if not key:
+        raise InvalidData("filter", "there is no key")
+    version = integer_in("filter", members, "version")
+    return FilterDescription(version, text_in("filter", members, "projkey"), key)
 
 
 class ListChange(Struct, Generic[ValueT], frozen=True):
@@ -219,6 +219,10 @@ class VersionedList(Generic[ValueT]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def values(self) -> Sequence[ValueT]:
+        """Return all descriptions."""
+        return tuple(self._values.values())
 
     def put(
         self, values: Mapping[str, ValueT], kept: Mapping[str, object]

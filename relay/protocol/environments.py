@@ -150,11 +150,17 @@ def describe(value: object) -> EnvironmentDescription:
     )
 
 
+def variant_name(environment_id: str, payload_filter: str) -> str:
+    """Return the name of an environment, or of its variant with a payload filter."""
+    return f"{environment_id}/{payload_filter}" if payload_filter else environment_id
+
+
 def spec_of(
     description: EnvironmentDescription,
     settings: SharedSettings,
     now: float,
     before: EnvironmentSpec | None = None,
+    payload_filter: str = "",
 ) -> EnvironmentSpec:
     """Return the spec that follows from a description.
 
@@ -164,6 +170,8 @@ def spec_of(
         now: Unix time.
         before: the spec so far, whose earlier SDK keys last as long as they were told to; None
             for a new environment.
+        payload_filter: key of a payload filter, for the variant with that part of the data; empty
+            for the environment itself.
 
     Raises:
         InvalidData: a new environment has no SDK key.
@@ -176,8 +184,9 @@ def spec_of(
     mobile_key = before.mobile_key if before else None
     if description.mobile_key:
         mobile_key = MobileKey(description.mobile_key)
+    part = before.payload_filter if before else payload_filter
     return EnvironmentSpec(
-        name=before.name if before else description.id,
+        name=before.name if before else variant_name(description.id, payload_filter),
         sdk_key=sdk_key,
         mobile_key=mobile_key,
         environment_id=EnvironmentID(description.id),
@@ -190,8 +199,8 @@ def spec_of(
         ttl=description.ttl,
         allowed_origins=settings.allowed_origins,
         allowed_headers=settings.allowed_headers,
-        prefix=settings.prefix.replace("$CID", description.id),
-        payload_filter=before.payload_filter if before else "",
+        prefix=settings.prefix.replace("$CID", ".".join(filter(None, (description.id, part)))),
+        payload_filter=part,
         expiries=_expiries(description, sdk_key, now, before),
     )
 

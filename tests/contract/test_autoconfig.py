@@ -16,13 +16,14 @@ import pytest
 from tests.support import environments
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag
-from tests.support.environments import description, environment_list
+from tests.support.environments import description, environment_list, payload_filter
 from tests.support.process import RelayProcess
 from tests.support.sdk import Setup, make, sees
 from tests.support.serving import Address, Stream, ask, until
-from tests.support.upstream import ScriptedUpstream
+from tests.support.upstream import ScriptedUpstream, filtered
 
 KEY = "rel-5ca1ab1e-0001-4000-8000-00000000c001"
+AUTH = ("Authorization", "sdk-alpha-1")
 NO_LIST = b"Relay Proxy is not yet fully initialized, does not have list of environments yet"
 
 
@@ -255,3 +256,27 @@ async def test_a_hundred_environments_of_which_three_are_refused(tmp_path, upstr
         assert shown["status"] == "degraded"
         states = Counter(each["status"] for each in shown["environments"].values())
         assert states == {"connected": 97, "disconnected": 3}
+
+
+async def test_filters_that_launchdarkly_names(tmp_path, upstream):
+    """Each has its data, `/status` entry and snapshot, and is gone when LaunchDarkly takes it back."""
+    upstream.serve(KEY, environment_list(description(), filters={"f": payload_filter("north")}))
+    upstream.serve(filtered("sdk-alpha-1", "north"), all_data(flag("lamp", value="north")))
+    settings = {"SNAPSHOT_DIR": str(tmp_path / "snapshots")}
+    async with relay(tmp_path, upstream, **settings) as process:
+        await process.said("Initialized LaunchDarkly client for", 2)
+        stream = await Stream.open(process.address, "/all?filter=north", key="sdk-alpha-1")
+        assert b"north" in await stream.until(b"\n\n")
+        assert (await ask(process.address, "/sdk/latest-all", [AUTH])).body.count(b"north") == 0
+        shown = await page(process.address)
+        assert sorted(shown["environments"]) == ["id-alpha", "id-alpha/north"]
+        variant = await page(process.address, "/status/proj/alpha/filters/north")
+        assert variant["status"] == "connected"
+        await upstream.raw(KEY, environments.delete_filter("f", 2))
+        await process.said("Removed environment id-alpha/north (Project Alpha (north))")
+        await stream.rest()
+        stream.close()
+        assert await status(process.address, "sdk-alpha-1", "/sdk/latest-all?filter=north") == 404
+        assert await status(process.address, "sdk-alpha-1") == 200
+        await process.stop()
+    assert len([*(tmp_path / "snapshots").glob("environment-*.snapshot")]) == 2

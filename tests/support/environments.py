@@ -40,6 +40,23 @@ def patch(description: dict) -> bytes:
     return f"event: patch\ndata: {json.dumps(message)}\n\n".encode()
 
 
+def payload_filter(key: str, version: int = 1, project: str = "proj") -> dict:
+    """The representation of a payload filter."""
+    return {"projKey": project, "key": key, "version": version}
+
+
+def patch_filter(identifier: str, entry: dict) -> bytes:
+    """A patch message for a payload filter."""
+    message = {"path": f"/filters/{identifier}", "data": entry}
+    return f"event: patch\ndata: {json.dumps(message)}\n\n".encode()
+
+
+def delete_filter(identifier: str, version: int) -> bytes:
+    """A delete message for a payload filter."""
+    message = {"path": f"/filters/{identifier}", "version": version}
+    return f"event: delete\ndata: {json.dumps(message)}\n\n".encode()
+
+
 def delete(name: str, version: int) -> bytes:
     """A delete message."""
     message = {"path": f"/environments/id-{name}", "version": version}
