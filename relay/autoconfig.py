@@ -155,6 +155,7 @@ class AutoConfiguration:
     ) -> None:
         """Give each environment a variant for each filter of its project, and only these."""
         for change in changes:
+            _report_filter(change)
             for each in self._environments.values():
                 gone = change.before
                 if gone and gone.key not in self._variants(each):
@@ -258,3 +259,12 @@ def _keys(descriptions: Iterable[EnvironmentDescription]) -> Iterable[str]:
         listed = [key for key, _ in (*each.sdk_keys, *each.mobile_keys)]
         expiring = [each.expiring[0]] if each.expiring else []
         yield from filter(None, (each.sdk_key, each.mobile_key, *expiring, *listed))
+
+
+def _report_filter(change: ListChange[FilterDescription]) -> None:
+    """Log a change of a payload filter; its variants have lines of their own."""
+    payload_filter = change.after or change.before
+    if payload_filter is not None and change.before != change.after:
+        verb = "Removed" if change.after is None else "Changed" if change.before else "Added"
+        project = payload_filter.project_key
+        log.info('%s payload filter "%s" of project "%s"', verb, payload_filter.key, project)
