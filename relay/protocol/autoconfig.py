@@ -207,7 +207,7 @@ class ListChange(Struct, Generic[ValueT], frozen=True):
 
 
 class VersionedList(Generic[ValueT]):
-    """What LaunchDarkly has described, by ID; keeps the table of version rules."""
+    """Descriptions by LaunchDarkly, by ID; keeps the table of version rules."""
 
     def __init__(self) -> None:
         self._values: dict[str, ValueT] = {}

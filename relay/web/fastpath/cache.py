@@ -60,8 +60,7 @@ class WireResponse(CacheEntry, eq=False):
             self._date = date
             head = self.head + CLOSE if self.closes else self.head
             parts = (head, date, *self.pieces)
-            joined = sum(map(len, self.pieces)) <= JOINED_BODY
-            self._assembled = (b"".join(parts),) if joined else parts
+            self._assembled = (b"".join(parts),) if self.body_size <= JOINED_BODY else parts
         return self._assembled
 
 

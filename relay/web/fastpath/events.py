@@ -98,20 +98,15 @@ class EventsFastPath:
         body = upload.content()
         if not body:
             return None
-        head, intake = upload.head, self._intake
+        if upload.head is not None:
+            return self._accept_known(upload.head, upload.payload_id, body)
+        spec, endpoint = upload.access.environment.spec, upload.access.route.events_endpoint
         try:
-            if head is not None:
-                stored = intake.accept_in_partition(head.partition, upload.payload_id, body)
-            else:
-                spec = upload.access.environment.spec
-                endpoint = upload.access.route.events_endpoint
-                stored = intake.accept_plain(spec, endpoint, upload.headers, body)
+            stored = self._intake.accept_plain(spec, endpoint, upload.headers, body)
         except Exception as e:  # noqa: BLE001 - `answer` reports it
             return _failed_future(e)
-        if stored is None:
-            return None
-        count = head.count if head is not None else self._count(upload)
-        count.value += 1
+        if stored is not None:
+            self._count(upload).value += 1
         return stored
 
     def accept_whole(
@@ -124,6 +119,11 @@ class EventsFastPath:
         """
         if head.compressed or not self._events.budget.fits(len(body)):
             return None
+        return self._accept_known(head, payload_id, body)
+
+    def _accept_known(
+        self, head: KnownHead, payload_id: str, body: bytes
+    ) -> asyncio.Future[bool] | None:
         try:
             stored = self._intake.accept_in_partition(head.partition, payload_id, body)
         except Exception as e:  # noqa: BLE001 - `answer` reports it
