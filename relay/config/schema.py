@@ -480,6 +480,38 @@ class Prometheus(Struct, frozen=True):
     )
 
 
+# Of the environments that a list names, be it an archive or LaunchDarkly's.
+_ENV_DATASTORE_PREFIX = option(
+    "ENV_DATASTORE_PREFIX",
+    STRING,
+    "",
+    "Prefix of database keys; `$CID` stands for the client-side ID.",
+    "ld-$CID",
+)
+_ENV_DATASTORE_TABLE_NAME = option(
+    "ENV_DATASTORE_TABLE_NAME",
+    STRING,
+    "",
+    "DynamoDB table; `$CID` stands for the client-side ID.",
+    "ld-$CID",
+    support=LATER,
+)
+_ENV_ALLOWED_ORIGIN = option(
+    "ENV_ALLOWED_ORIGIN",
+    ORIGINS,
+    (),
+    "Allowed CORS origins of every environment.",
+    "https://shop.example.com",
+)
+_ENV_ALLOWED_HEADER = option(
+    "ENV_ALLOWED_HEADER",
+    HEADER_NAMES,
+    (),
+    "Allowed CORS request headers of every environment.",
+    "Timestamp-Valid",
+)
+
+
 @section
 class OfflineMode(Struct, frozen=True):
     """`[OfflineMode]`: flags and environments from an archive exported by LaunchDarkly."""
@@ -497,35 +529,10 @@ class OfflineMode(Struct, frozen=True):
         1.0,
         "Interval between checks of the archive for changes.",
     )
-    env_datastore_prefix: str = option(
-        "ENV_DATASTORE_PREFIX",
-        STRING,
-        "",
-        "Prefix of database keys; `$CID` stands for the client-side ID.",
-        "ld-$CID",
-    )
-    env_datastore_table_name: str = option(
-        "ENV_DATASTORE_TABLE_NAME",
-        STRING,
-        "",
-        "DynamoDB table; `$CID` stands for the client-side ID.",
-        "ld-$CID",
-        support=LATER,
-    )
-    env_allowed_origin: tuple[str, ...] = option(
-        "ENV_ALLOWED_ORIGIN",
-        ORIGINS,
-        (),
-        "Allowed CORS origins of every environment.",
-        "https://shop.example.com",
-    )
-    env_allowed_header: tuple[str, ...] = option(
-        "ENV_ALLOWED_HEADER",
-        HEADER_NAMES,
-        (),
-        "Allowed CORS request headers of every environment.",
-        "Timestamp-Valid",
-    )
+    env_datastore_prefix: str = _ENV_DATASTORE_PREFIX
+    env_datastore_table_name: str = _ENV_DATASTORE_TABLE_NAME
+    env_allowed_origin: tuple[str, ...] = _ENV_ALLOWED_ORIGIN
+    env_allowed_header: tuple[str, ...] = _ENV_ALLOWED_HEADER
 
 
 @section
@@ -644,35 +651,10 @@ class AutoConfig(Struct, frozen=True):
         "Automatic configuration key; enables automatic configuration.",
         "rel-00000000-0000-0000-0000-000000000000",
     )
-    env_datastore_prefix: str = option(
-        "ENV_DATASTORE_PREFIX",
-        STRING,
-        "",
-        "Prefix of database keys; `$CID` stands for the client-side ID.",
-        "ld-$CID",
-    )
-    env_datastore_table_name: str = option(
-        "ENV_DATASTORE_TABLE_NAME",
-        STRING,
-        "",
-        "DynamoDB table; `$CID` stands for the client-side ID.",
-        "ld-$CID",
-        support=LATER,
-    )
-    env_allowed_origin: tuple[str, ...] = option(
-        "ENV_ALLOWED_ORIGIN",
-        ORIGINS,
-        (),
-        "Allowed CORS origins of every environment.",
-        "https://shop.example.com",
-    )
-    env_allowed_header: tuple[str, ...] = option(
-        "ENV_ALLOWED_HEADER",
-        HEADER_NAMES,
-        (),
-        "Allowed CORS request headers of every environment.",
-        "Timestamp-Valid",
-    )
+    env_datastore_prefix: str = _ENV_DATASTORE_PREFIX
+    env_datastore_table_name: str = _ENV_DATASTORE_TABLE_NAME
+    env_allowed_origin: tuple[str, ...] = _ENV_ALLOWED_ORIGIN
+    env_allowed_header: tuple[str, ...] = _ENV_ALLOWED_HEADER
     cache_key: str = option(
         "AUTO_CONFIG_CACHE_KEY",
         STRING,
