@@ -64,8 +64,8 @@ format: $(VENV)/test ## put the code into its form
 	$(BIN)/ruff format .
 
 lock: ## choose the newest versions that pyproject.toml allows (needs uv)
-	uv pip compile $(COMPILE) pyproject.toml -o requirements.lock
-	uv pip compile $(COMPILE) --extra test --extra lint -c requirements.lock pyproject.toml -o requirements-dev.lock
+	uv pip compile $(COMPILE) --extra aws --extra gcp pyproject.toml -o requirements.lock
+	uv pip compile $(COMPILE) --all-extras -c requirements.lock pyproject.toml -o requirements-dev.lock
 	cd tests/sdk-node && npm install --package-lock-only --no-audit --no-fund
 	@touch tests/sdk-node/package-lock.json # npm has written into node_modules, too, without installing
 
