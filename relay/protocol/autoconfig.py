@@ -238,6 +238,10 @@ class VersionedList(Generic[ValueT]):
         """Return all descriptions."""
         return tuple(self._values.values())
 
+    def by_id(self) -> Mapping[str, ValueT]:
+        """Return all descriptions by ID: those of now."""
+        return dict(self._values)
+
     def put(
         self, values: Mapping[str, ValueT], kept: Mapping[str, object], *, outranks: bool = False
     ) -> Iterator[ListChange[ValueT]]:

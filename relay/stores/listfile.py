@@ -66,6 +66,9 @@ class ListFile:
         """
         await in_thread(lambda: self._save(environments), "list")
 
+    async def aclose(self) -> None:
+        """Do nothing: a file has no connection."""
+
     def _load(self) -> EnvironmentList | None:
         remove_unfinished(self.path)
         try:

@@ -43,6 +43,9 @@ class ListStore(Protocol):
             StoreUnavailable: it cannot be written; what was stored is still there.
         """
 
+    async def aclose(self) -> None:
+        """Close connections, if there are any."""
+
 
 @dataclass(frozen=True, slots=True)
 class ListTimings:
@@ -133,6 +136,7 @@ class ListMirror:
                 with suppress(StoreUnavailable, TimeoutError):
                     async with asyncio.timeout(self._timings.finish):
                         await self._save(content())
+            await self._store.aclose()
 
     async def _save(self, environments: EnvironmentList) -> None:
         self._changed.clear()

@@ -78,6 +78,10 @@ class RedisList:
                 await connection.execute("HSET", self._hash, *chunk)
             raise_failure(await connection.execute("EXEC"))
 
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
     def _opened(self, fields: Mapping[bytes, bytes]) -> EnvironmentList:
         sealed = {name.decode(errors="replace"): value for name, value in fields.items()}
         result = opened_entries(self._seal, sealed, self._owner)
