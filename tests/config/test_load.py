@@ -795,7 +795,7 @@ def test_the_list_of_environments_may_be_stored() -> None:
 )
 def test_a_cache_key_needs_a_database_and_a_list(variables: dict[str, str], problem: str) -> None:
     """In ld-relay's words."""
-    assert problems(variables) == [f"{problem} (AUTO_CONFIG_CACHE_KEY)"]
+    assert list(problems(variables)) == [f"{problem} (AUTO_CONFIG_CACHE_KEY)"]
 
 
 @pytest.mark.parametrize(
