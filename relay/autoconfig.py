@@ -32,7 +32,7 @@ from relay.protocol.environments import (
     spec_of,
     variant_name,
 )
-from relay.relay import DirectoryChange, Relay
+from relay.relay import RESTART_DELAY, DirectoryChange, Relay
 from relay.sources import DataSource, Interrupted, UpToDate
 from relay.sources.autoconfig import AutoConfigStream
 from relay.stores.listmirror import ListMirror
@@ -113,12 +113,16 @@ class AutoConfiguration:
         async with asyncio.TaskGroup() as tasks:
             for mirror in self._mirrors:
                 tasks.create_task(self._load_stored(relay, mirror))
-                tasks.create_task(mirror.run(self._current))
+                tasks.create_task(self._keep_stored(mirror))
             tasks.create_task(self._follow_stream(relay))
 
     async def _load_stored(self, relay: Relay, mirror: ListMirror) -> None:
         """Serve a stored list until the stream delivers; the newer of two lists wins."""
-        stored = await mirror.load(self.known)
+        try:
+            stored = await mirror.load(self.known)
+        except Exception:
+            log.exception("The stored list of environments failed to be read")
+            return
         if stored is None:
             return
         async with self._lock:
@@ -132,6 +136,15 @@ class AutoConfiguration:
             if age is not None:
                 self.connection.last_confirmed = clock.monotonic() - age
             await self._take(relay, Put(stored.environments, stored.filters, {}))
+
+    async def _keep_stored(self, mirror: ListMirror) -> None:
+        """Store the list, and begin anew after any exception, which affects nothing else."""
+        while True:
+            try:
+                await mirror.run(self._current)
+            except Exception:
+                log.exception("The list of environments failed to be stored; trying again")
+            await asyncio.sleep(RESTART_DELAY)
 
     async def _follow_stream(self, relay: Relay) -> None:
         log.info("Connecting to auto-configuration stream (%s)", self._stream.shown_url)

@@ -60,15 +60,20 @@ class ScriptedStore:
 
     def __init__(self, content: EnvironmentList | None = None) -> None:
         self.content = content
+        self.broken = False
         self.written: list[EnvironmentList] = []
         self.readable = asyncio.Event()
         self.readable.set()
 
     async def load(self) -> EnvironmentList | None:
         await self.readable.wait()
+        if self.broken:
+            raise RuntimeError("a bug")
         return self.content
 
     async def save(self, environments: EnvironmentList) -> None:
+        if self.broken:
+            raise RuntimeError("a bug")
         self.written.append(environments)
 
     async def aclose(self) -> None:
@@ -486,6 +491,22 @@ async def test_a_quiet_list_is_stored_from_time_to_time(monkeypatch):
         await made.stream.give(UpToDate())
         await until(lambda: len(store.written) == 2)
         assert store.written[1].environments == store.written[0].environments
+
+
+async def test_an_unexpected_error_of_a_store_affects_nothing_else(monkeypatch, caplog):
+    """LaunchDarkly's list is followed, and stored as soon as that works."""
+    monkeypatch.setattr("relay.autoconfig.RESTART_DELAY", 0.01)
+    store = ScriptedStore()
+    store.broken = True
+    async with configured(store) as made:
+        await made.stream.send(environments.put(description()))
+        assert list(made.relay.environments) == ["id-alpha"]
+        await until(lambda: "failed to be stored" in caplog.text)
+        assert "failed to be read" in caplog.text
+        store.broken = False
+        await until(lambda: bool(store.written))
+        await made.stream.send(environments.put(description("beta")))
+        assert list(made.relay.environments) == ["id-beta"]
 
 
 async def test_one_shot_mode_does_not_take_a_stored_list_for_the_list():

@@ -20,7 +20,7 @@ from relay.reasons import describe
 from relay.stores.sealing import Seal, derived
 
 MAX_SIZE = 64 * 1024 * 1024
-"""Maximum size of a file in bytes: about a hundred thousand environments."""
+"""Maximum size of a file in bytes: more than a hundred thousand environments."""
 
 _FIRST_LINE = b"relay-environments 1\n"
 """Says what the file is, and in which form; sealed with the rest."""
