@@ -41,7 +41,10 @@ def locked(name: str) -> dict[str, Version]:
     ("name", "wanted"),
     [
         ("requirements.lock", PROJECT["dependencies"] + EXTRAS["aws"] + EXTRAS["gcp"]),
-        ("requirements-dev.lock", PROJECT["dependencies"] + [r for e in EXTRAS.values() for r in e]),
+        (
+            "requirements-dev.lock",
+            PROJECT["dependencies"] + [r for e in EXTRAS.values() for r in e],
+        ),
     ],
 )
 def test_a_lock_is_in_step_with_the_project_file(name: str, wanted: list[str]) -> None:

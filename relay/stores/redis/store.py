@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from relay.aio import run_in_slices
 from relay.config.schema import Redis as RedisOptions
@@ -20,6 +20,7 @@ from relay.errors import StoreUnavailable
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
 from relay.stores import Stored, Versions
+from relay.stores.fingerprint import Fingerprint
 from relay.stores.redis.connect import connection_pool, masked_address, reason_of
 from relay.stores.redis.layout import (
     Hashes,
@@ -32,6 +33,9 @@ from relay.stores.redis.layout import (
 
 BATCH = 256
 """Stored items that are read and compared at a time: about a millisecond for the event loop."""
+
+FINGERPRINT = "fingerprint"
+"""Field of the relays' own hash."""
 
 MAX_RACES = 100
 """Attempts of a write that other writers interrupt, before it fails."""
@@ -53,6 +57,8 @@ class RedisStore:
         self.prefix = self._layout.prefix
         self.server = masked_address(options.url)
         self._pool = connection_pool(options)
+        self._may_note = True
+        """False once the server has refused access to the relays' own hash."""
         self._connect_timeout = options.connect_timeout
         self._read_timeout = options.read_timeout
 
@@ -150,6 +156,50 @@ class RedisStore:
     ) -> None:
         for chunk in chunks(items):
             await self._execute(connection, "HSET", self._layout.hash(kind), *chunk)
+
+    def problem_with(self, item: Item) -> str | None:  # noqa: ARG002 - the contract's
+        """Return None: Redis holds items of any size that upstream sends."""
+        return None
+
+    async def mark(self, fingerprint: Fingerprint) -> None:
+        """Write the fingerprint of the stored items, if the user may.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        if self._may_note:
+            await self._run(("HSET", self._layout.notes, FINGERPRINT, str(fingerprint)))
+
+    async def holds(self, fingerprint: Fingerprint) -> bool:
+        """Return whether marker, hashes and fingerprint are there.
+
+        The hashes are looked at because a server that runs out of memory evicts keys one by one.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        kinds = [kind for kind in Kind if fingerprint.counts[kind]]
+        keys = [self._layout.marker, *map(self._layout.hash, kinds)]
+        exist = [("EXISTS", key) for key in keys]
+        if not self._may_note:
+            await self._run(*exist)
+            return False
+        found, *exist = await self._run(("HGET", self._layout.notes, FINGERPRINT), *exist)
+        return found == str(fingerprint).encode() and all(exist)
+
+    async def _run(self, *commands: Sequence[str]) -> list[Any]:
+        """Run commands that may name the relays' own hash; return their replies.
+
+        A database user may be restricted to the keys that SDKs read. Then it is never named again.
+        """
+        try:
+            async with self._connection() as connection:
+                return await self._execute_all(connection, commands)
+        except StoreUnavailable as e:
+            if not self._may_note or not isinstance(e.__cause__, NoPermissionError):
+                raise
+            self._may_note = False
+            return [None] * len(commands)
 
     async def aclose(self) -> None:
         """Close all connections."""
