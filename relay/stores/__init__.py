@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from relay.model.item import InvalidItem, Item, Kind
 from relay.model.payload import Change, Payload
+from relay.stores.fingerprint import Fingerprint
 
 
 class Stored(Struct, frozen=True):
@@ -57,7 +58,14 @@ Versions = Mapping[Key, Version]
 class DataStore(Protocol):
     """A database in the layout that SDKs in daemon mode read (datastore 4).
 
-    Every method raises `StoreUnavailable` when the database cannot be reached or refuses.
+    Readers come at any time. The marker that says "initialised" is written last. Between two
+    complete states a reader sees each item in its old or its new version, and never fewer items
+    than both states have in common. While the marker stands, no version goes back, except by
+    `init`. Databases with transactions keep this by one transaction, others by the order of writes:
+    items, then removals, then the marker.
+
+    Every method but `problem_with` raises `StoreUnavailable` when the database cannot be reached or
+    refuses.
     """
 
     @property
@@ -68,14 +76,17 @@ class DataStore(Protocol):
     def prefix(self) -> str:
         """Prefix of the database keys."""
 
+    def problem_with(self, item: Item) -> str | None:
+        """Return why the database cannot hold an item; None if it can."""
+
     async def load(self) -> Stored | None:
         """Return everything stored; None if the store was never initialised."""
 
     async def init(self, payload: Payload) -> None:
-        """Replace everything by `payload` and mark the store as initialised, atomically."""
+        """Replace everything by `payload` and mark the store as initialised."""
 
     async def upsert(self, items: Sequence[Item]) -> bool:
-        """Write the items that are newer than the stored versions, atomically.
+        """Write the items that are newer than the stored versions.
 
         Returns:
             True if the store was initialised; otherwise nothing is written.
@@ -85,6 +96,15 @@ class DataStore(Protocol):
         """Return the versions of all stored items, tombstones included; None if not initialised.
 
         The version of an unreadable item is `UNREADABLE`.
+        """
+
+    async def mark(self, fingerprint: Fingerprint) -> None:
+        """Write the fingerprint of the stored items beside them, where no SDK reads."""
+
+    async def holds(self, fingerprint: Fingerprint) -> bool:
+        """Return whether marker and fingerprint are there: a cheap probe.
+
+        False is a reason to compare, not a proof of a difference.
         """
 
     async def aclose(self) -> None:

@@ -13,18 +13,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from msgspec.structs import replace
 
 from relay import clock
+from relay.aio import run_in_slices
 from relay.backoff import Backoff
 from relay.errors import StoreUnavailable
-from relay.model.item import Item
-from relay.model.payload import Change, Payload
-from relay.stores import DataStore, Key, Stored, StoreState, StoreStatus, Versions
+from relay.model.item import InvalidItem, Item
+from relay.model.payload import EMPTY, Change, ChangeSet, Payload
+from relay.steps import finish
+from relay.stores import DataStore, Key, Stored, StoreState, StoreStatus, Version, Versions
 from relay.stores.conflicts import NEVER, ConflictTimings
+from relay.stores.fingerprint import Fingerprint
 from relay.stores.reconcile import Reconciler, Repair
 from relay.telemetry.log import Log
 from relay.telemetry.outage import OutageLog
@@ -38,16 +41,19 @@ MAX_NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class MirrorTimings:
-    """Delays in seconds. Together they repair a database within 30 s.
+    """Delays in seconds. Together they repair a lost database within 30 s.
 
     Args:
-        probe: between two comparisons while nothing happens.
+        probe: between two probes while nothing happens.
+        compare: between two comparisons of all items, which find what no probe shows: single items
+            that something else has damaged.
         retry: after consecutive failures.
         finish: time limit for the last write when the relay ends.
         conflicts: before items that are newer in the database, or only there, are replaced.
     """
 
     probe: float = 10.0
+    compare: float = 60.0
     retry: Backoff = Backoff(first=0.5, longest=5.0)
     finish: float = 2.0
     conflicts: ConflictTimings = ConflictTimings()
@@ -93,6 +99,8 @@ class DatabaseMirror:
         """The data that upstream last confirmed."""
         self._unusable: frozenset[Key] = frozenset()
         """Items whose upstream version is unusable, so unknown here."""
+        self._unstorable: dict[Key, InvalidItem] = {}
+        """Items that the database cannot hold; it keeps an earlier version of them, or none."""
         self._healthy = False
         """True while upstream is connected; writes are suspended otherwise."""
         self._pending: dict[Key, Item] = {}
@@ -105,7 +113,13 @@ class DatabaseMirror:
         """Monotonic time at which upstream last sent all data."""
         self._reconciler = Reconciler(timings.conflicts)
         self._recheck_at = NEVER
-        """Monotonic time at which to compare again for open conflicts."""
+        """Monotonic time at which to compare again, for open conflicts or as a routine."""
+        self._probe_due = False
+        self._stored: tuple[Payload, Fingerprint] | None = None
+        """Content of the database after the last write or comparison; None if others may have
+        written to it."""
+        self._marked: Fingerprint | None = None
+        """Fingerprint that was last written or found beside the data."""
 
     def __repr__(self) -> str:
         status = self.status
@@ -188,7 +202,7 @@ class DatabaseMirror:
             async with asyncio.timeout(wait):
                 await self._wakeup.wait()
         except TimeoutError:
-            self._needs_compare, self._recheck_at = True, NEVER
+            self._probe_due = True
 
     async def _finish(self) -> None:
         if self._healthy and not self._flushed.is_set():
@@ -199,41 +213,68 @@ class DatabaseMirror:
         await self._store.aclose()
 
     async def _sync(self) -> None:
-        """Write pending items, or compare everything. Raises `StoreUnavailable`."""
+        """Write pending items, probe, or compare everything. Raises `StoreUnavailable`."""
         self._wakeup.clear()
+        probe_due, self._probe_due = self._probe_due, False
         payload = self._payload
         if payload is None or not self._healthy:
             await self._check_recovery()
             return
-        if self._needs_compare:
+        if self._needs_compare or (probe_due and not await self._probe()):
             await self._compare(payload)
         elif self._pending:
             items, self._pending = list(self._pending.values()), {}
-            if await self._store.upsert(items):
-                self._record_success(payload)
-            else:
-                await self._compare(payload)  # the database was emptied
+            await self._write(items, payload)
+        if self._stored and self._marked != self._stored[1] and not self._pending:
+            _, fingerprint = self._stored
+            await self._store.mark(fingerprint)
+            self._marked = fingerprint
+
+    async def _probe(self) -> bool:
+        """Return whether the database seems to be as it was left, at little cost."""
+        if self._stored is None or clock.monotonic() >= self._recheck_at:
+            return False
+        if await self._store.holds(self._stored[1]):
+            return True
+        self._marked = None
+        return False
+
+    async def _write(self, items: Sequence[Item], payload: Payload) -> None:
+        """Write changed items, if the database can hold them and was not emptied."""
+        if any(map(self._store.problem_with, items)) or not await self._store.upsert(items):
+            self._marked = None
+            await self._compare(payload)
+            return
+        if self._stored:
+            before, fingerprint = self._stored
+            after, change = before.apply(ChangeSet(tuple(items)))
+            self._stored = after, fingerprint.after(before, change.items if change else ())
+        for item in items:
+            self._unstorable.pop((item.kind, item.key), None)
+        self._record_success(payload)
 
     async def _check_recovery(self) -> None:
         """Detect the end of a database outage while upstream is lost, for `/status`."""
         if self.status.state is StoreState.INTERRUPTED:
-            await self._store.versions()
+            await self._store.holds(finish(Fingerprint.of(EMPTY)))
             self._end_outage()
 
     async def _compare(self, payload: Payload) -> None:
         """Compare all versions; write what differs, or ask upstream for all data."""
         # Read before awaiting: updates that arrive meanwhile may be newer than `payload`.
-        last_full_at, unusable = self._last_full_at, self._unusable
-        self._needs_compare = False
+        last_full_at = self._last_full_at
+        storable = self._storable(payload)
+        unusable = self._unusable | self._unstorable.keys()
+        self._needs_compare, self._stored = False, None
         self._pending.clear()
         versions = await self._store.versions()
         now = clock.monotonic()
-        repair = self._reconciler.decide(now, versions, payload, unusable, last_full_at)
-        self._recheck_at = repair.verdict.recheck_at
+        repair = self._reconciler.decide(now, versions, storable, unusable, last_full_at)
+        self._recheck_at = min(repair.verdict.recheck_at, now + self._timings.compare)
         self._log_findings(repair)
         if repair.verdict.ask:
             self._resync()
-        await self._carry_out(repair, payload)
+        await self._carry_out(repair, storable)
         if repair.verdict.replace and versions is not None:
             text = (
                 "%s held what upstream does not have, though it was asked for everything twice"
@@ -241,7 +282,27 @@ class DatabaseMirror:
             )
             replaced = _versions_text(repair.verdict.replace, versions, payload)
             self._log.warning(text, self._label, replaced)
+        if repair.kept <= unusable:
+            kept = [_placeholder(key, (versions or {})[key]) for key in repair.kept]
+            stored = Payload.of([*storable, *kept]) if kept else storable
+            self._stored = stored, await run_in_slices(Fingerprint.of(stored))
         self._record_success(payload, repair)
+
+    def _storable(self, payload: Payload) -> Payload:
+        """Return the items that the database can hold; log each other one when it first appears."""
+        invalid = [
+            InvalidItem(item.kind, item.key, problem)
+            for item in payload
+            if (problem := self._store.problem_with(item))
+        ]
+        for bad in invalid:
+            if bad not in self._unstorable.values():
+                text = "%s cannot hold a %s; what it has of it stays"
+                self._log.error(text, self._label, bad)
+        self._unstorable = {(bad.kind, bad.key): bad for bad in invalid}
+        if not invalid:
+            return payload
+        return Payload.of(i for i in payload if (i.kind, i.key) not in self._unstorable)
 
     def _log_findings(self, repair: Repair) -> None:
         verdict = repair.verdict
@@ -276,8 +337,8 @@ class DatabaseMirror:
     def _record_success(self, payload: Payload, repair: Repair | None = None) -> None:
         self._end_outage()
         self._reconciler.record(payload, repair)
-        if self.status.invalid:
-            self.status = replace(self.status, invalid=())
+        if self.status.invalid != (invalid := tuple(self._unstorable.values())):
+            self.status = replace(self.status, invalid=invalid)
         if not self._reconciler.settled:
             self._flushed.clear()
         elif payload is self._payload and not self._needs_compare and not self._pending:
@@ -300,6 +361,11 @@ class DatabaseMirror:
         self.status = replace(self.status, invalid=stored.invalid)
         for bad in stored.invalid:
             self._log.error("%s holds an unreadable %s; it is skipped", self._label, bad)
+
+
+def _placeholder(key: Key, version: Version) -> Item:
+    """Return an item for a fingerprint, which needs no JSON."""
+    return Item(*key, version.number, b"" if version.live else None)
 
 
 def _names_text(keys: Collection[Key]) -> str:

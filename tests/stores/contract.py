@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
+from relay.steps import finish
 from relay.stores import Version
+from relay.stores.fingerprint import Fingerprint
 
 
 def flag(key: str, version: int, json: bytes | None = b"") -> Item:
@@ -78,3 +80,27 @@ class StoreContract:
             (Kind.FLAG, "gone"): Version(4, live=False),
             (Kind.SEGMENT, "crowd"): Version(big, live=True),
         }
+
+    async def test_a_probe_finds_the_fingerprint_of_the_same_content(self, store):
+        """It holds after it was written, and no SDK reads it."""
+        payload = Payload.of([flag("lamp", 3), segment("crowd", 5)])
+        fingerprint = finish(Fingerprint.of(payload))
+        await store.init(payload)
+        assert not await store.holds(fingerprint)
+        await store.mark(fingerprint)
+        assert await store.holds(fingerprint)
+        assert not await store.holds(finish(Fingerprint.of(Payload.of([flag("lamp", 4)]))))
+        assert set((await store.load()).payload) == set(payload)
+        assert len(await store.versions()) == 2
+
+    async def test_a_probe_of_an_uninitialised_store_finds_nothing(self, store):
+        """A fingerprint without the marker proves nothing."""
+        fingerprint = finish(Fingerprint.of(Payload.of([])))
+        assert not await store.holds(fingerprint)
+        await store.mark(fingerprint)
+        assert not await store.holds(fingerprint)
+        assert await store.load() is None
+
+    async def test_ordinary_items_can_be_held(self, store):
+        assert store.problem_with(flag("lamp", 3)) is None
+        assert store.problem_with(flag("lamp", 4, None)) is None

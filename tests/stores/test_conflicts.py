@@ -16,6 +16,7 @@ from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, ChangeSet, Payload
 from relay.stores import Key, Stored, Version, Versions
 from relay.stores.conflicts import NEVER, Conflicts, ConflictTimings
+from relay.stores.fingerprint import Fingerprint
 from relay.stores.mirror import DatabaseMirror, MirrorTimings
 from tests.stores.contract import flag
 from tests.support import virtual
@@ -143,6 +144,7 @@ class Database:
 
     def __init__(self) -> None:
         self.items: dict[Key, Item] | None = None
+        self.fingerprint: Fingerprint | None = None
         self.regressions: dict[str, list[float]] = {"quick": [], "slow": []}
 
     def content(self) -> set[Item]:
@@ -194,6 +196,17 @@ class Store:
             if known is None or item.version > known.version:
                 stored[item.kind, item.key] = item
         return True
+
+    def problem_with(self, item: Item) -> None:
+        pass
+
+    async def mark(self, fingerprint: Fingerprint) -> None:
+        await asyncio.sleep(0.001)
+        self._database.fingerprint = fingerprint
+
+    async def holds(self, fingerprint: Fingerprint) -> bool:
+        await asyncio.sleep(0.001)
+        return self._database.items is not None and self._database.fingerprint == fingerprint
 
     async def aclose(self) -> None:
         pass

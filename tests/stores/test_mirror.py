@@ -13,8 +13,10 @@ from relay.backoff import Backoff
 from relay.model.item import Kind
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.protocol import fdv1
+from relay.steps import finish
 from relay.stores import StoreState
 from relay.stores.conflicts import NEVER, ConflictTimings
+from relay.stores.fingerprint import Fingerprint
 from relay.stores.mirror import MAX_PENDING, SINGLE_RUN, DatabaseMirror, MirrorTimings
 from relay.stores.redis.store import RedisStore
 from tests.stores.contract import flag, segment
@@ -23,7 +25,9 @@ from tests.support.serving import until
 
 LOG = logging.getLogger("relay.env.test")
 QUICK = ConflictTimings(second_look=0.02, refresh=0.1, newer=0.2, extra=0.2)
-TIMINGS = MirrorTimings(probe=0.05, retry=Backoff(0.02, 0.05), finish=1.0, conflicts=QUICK)
+TIMINGS = MirrorTimings(
+    probe=0.05, compare=0.05, retry=Backoff(0.02, 0.05), finish=1.0, conflicts=QUICK
+)
 CAUTIOUS = replace(TIMINGS, conflicts=replace(QUICK, newer=NEVER))
 """Timings with which newer items of the database are kept."""
 START = Payload.of([flag("lamp", 3), flag("gone", 4, None), segment("crowd", 5)])
@@ -52,6 +56,12 @@ class Site:
         """Apply a change set as an environment does."""
         payload, change = self.payload.apply(changes)
         self.update(payload, change, full=changes.full)
+
+    async def wait_marked(self, payload: Payload | None = None) -> None:
+        """Wait until the fingerprint of the payload stands beside the data."""
+        fingerprint = finish(Fingerprint.of(payload or self.payload))
+        text = str(fingerprint).encode()
+        await until(lambda: self.server.do("HGET", "p:$relay", "fingerprint") == text)
 
     async def wait_equal(self) -> None:
         """Wait until the database equals the payload."""
@@ -146,6 +156,85 @@ async def test_a_damaged_database_heals(site, damage):
     site.server.do(*damage)
     await site.wait_equal()
     assert site.resyncs == 0
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ("FLUSHALL",),
+        ("DEL", "p:$inited"),
+        ("DEL", "p:$relay"),
+        ("DEL", "p:features"),
+        ("DEL", "p:segments"),
+        ("HSET", "p:$relay", "fingerprint", "another relay's"),
+    ],
+)
+async def test_a_probe_finds_a_loss(server, loss):
+    """Nobody waits for the comparison of all items, which is rare."""
+    async with Site(server, replace(TIMINGS, compare=NEVER)) as site:
+        site.update(START)
+        await site.wait_marked()
+        server.do(*loss)
+        await site.wait_equal()
+        await site.wait_marked()
+
+
+async def test_while_nothing_happens_no_item_is_read(server):
+    """A probe reads the marker and the fingerprint only, also after changes."""
+    async with Site(server, replace(TIMINGS, compare=NEVER)) as site:
+        site.update(START)
+        site.apply(ChangeSet((flag("new", 1), flag("lamp", 4, None))))
+        await site.wait_marked()
+        server.do("CONFIG", "RESETSTAT")
+        await until(lambda: server.calls().get("hget", 0) > 5)
+        assert "hgetall" not in server.calls()
+        assert "hset" not in server.calls()
+
+
+async def test_relays_at_the_same_versions_share_a_fingerprint(server):
+    """One of them got the data at once, the other one in changes."""
+    changed = Payload.of([*START, flag("new", 1)])
+    timings = replace(TIMINGS, compare=NEVER)
+    async with Site(server, timings) as one, Site(server, timings) as other:
+        one.update(START)
+        await one.wait_marked()
+        one.apply(ChangeSet((flag("new", 1),)))
+        other.update(changed)
+        await one.wait_marked()
+        await other.wait_marked()
+        server.do("CONFIG", "RESETSTAT")
+        await until(lambda: server.calls().get("hget", 0) > 5)
+        assert "hset" not in server.calls()
+
+
+class SmallStore(RedisStore):
+    """Holds small items only."""
+
+    def problem_with(self, item):
+        return "it is too large" if item.json and len(item.json) > 100 else None
+
+
+async def test_what_the_database_cannot_hold_keeps_its_last_version(server, caplog):
+    """SDKs read on, other items are written, and log and status name the item once."""
+    large = flag("lamp", 4, b'{"version":4,"text":"%b"}' % (b"x" * 100))
+    async with Site(server, replace(TIMINGS, compare=NEVER)) as site:
+        site.mirror._store = SmallStore(server.options(), "p")
+        site.update(START)
+        await site.wait_marked()
+        site.apply(ChangeSet((large, flag("new", 1))))
+        await site.wait_for_content(Payload.of([*START, flag("new", 1)]))
+        await site.mirror.flushed()
+        [bad] = site.mirror.status.invalid
+        assert str(bad) == 'flag "lamp": it is too large'
+        site.apply(ChangeSet((flag("new", 2),)))
+        await site.wait_marked(Payload.of([*START, flag("new", 2)]))
+        server.do("CONFIG", "RESETSTAT")
+        await until(lambda: server.calls().get("hget", 0) > 5)
+        assert "hgetall" not in server.calls()
+        assert caplog.text.count("cannot hold a flag") == 1
+        site.apply(ChangeSet((flag("lamp", 5),)))
+        await site.wait_equal()
+        await until(lambda: not site.mirror.status.invalid)
 
 
 async def test_a_change_for_a_wiped_database_brings_everything(server):

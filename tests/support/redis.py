@@ -132,6 +132,12 @@ class RedisServer:
         with closing(self.client()) as client:
             return [str(entry["object"]) for entry in client.acl_log()]
 
+    def calls(self) -> dict[str, int]:
+        """Return the number of calls of each command since the start or `CONFIG RESETSTAT`."""
+        with closing(self.client()) as client:
+            stats = client.info("commandstats")
+        return {name.removeprefix("cmdstat_"): each["calls"] for name, each in stats.items()}
+
     def hash(self, key: str) -> dict[str, bytes]:
         """Return a hash, by its fields."""
         with closing(self.client()) as client:

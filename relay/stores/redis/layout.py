@@ -55,6 +55,8 @@ class Layout:
     def __init__(self, prefix: str = "") -> None:
         self.prefix = one_line(prefix or DEFAULT_PREFIX)
         self.marker = f"{self.prefix}:$inited"
+        self.notes = f"{self.prefix}:$relay"
+        """Hash of what relays write for each other; SDKs do not read it."""
 
     def hash(self, kind: Kind) -> str:
         """Return the key of the hash of a kind."""

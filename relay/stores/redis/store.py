@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from relay.aio import run_in_slices
 from relay.config.schema import Redis as RedisOptions
@@ -17,6 +17,7 @@ from relay.errors import StoreUnavailable
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
 from relay.stores import Stored, Versions
+from relay.stores.fingerprint import Fingerprint
 from relay.stores.redis.client import RedisClient, RedisConnection, raise_failure
 from relay.stores.redis.connect import masked_address
 from relay.stores.redis.layout import (
@@ -30,6 +31,9 @@ from relay.stores.redis.layout import (
 
 BATCH = 256
 """Stored items that are read and compared at a time: about a millisecond for the event loop."""
+
+FINGERPRINT = "fingerprint"
+"""Field of the relays' own hash."""
 
 MAX_RACES = 100
 """Attempts of a write that other writers interrupt, before it fails."""
@@ -51,6 +55,8 @@ class RedisStore:
         self.prefix = self._layout.prefix
         self.server = masked_address(options.url)
         self._client = RedisClient(options)
+        self._may_note = True
+        """False once the server has refused access to the relays' own hash."""
 
     def __repr__(self) -> str:
         return f"<RedisStore {self.server} {self.prefix!r}>"
@@ -144,6 +150,50 @@ class RedisStore:
     ) -> None:
         for chunk in chunks(items):
             await connection.execute("HSET", self._layout.hash(kind), *chunk)
+
+    def problem_with(self, item: Item) -> str | None:  # noqa: ARG002 - the contract's
+        """Return None: Redis holds items of any size that upstream sends."""
+        return None
+
+    async def mark(self, fingerprint: Fingerprint) -> None:
+        """Write the fingerprint of the stored items, if the user may.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        if self._may_note:
+            await self._run(("HSET", self._layout.notes, FINGERPRINT, str(fingerprint)))
+
+    async def holds(self, fingerprint: Fingerprint) -> bool:
+        """Return whether marker, hashes and fingerprint are there.
+
+        The hashes are looked at because a server that runs out of memory evicts keys one by one.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+        kinds = [kind for kind in Kind if fingerprint.counts[kind]]
+        keys = [self._layout.marker, *map(self._layout.hash, kinds)]
+        exist = [("EXISTS", key) for key in keys]
+        if not self._may_note:
+            await self._run(*exist)
+            return False
+        found, *exist = await self._run(("HGET", self._layout.notes, FINGERPRINT), *exist)
+        return found == str(fingerprint).encode() and all(exist)
+
+    async def _run(self, *commands: Sequence[str]) -> list[Any]:
+        """Run commands that may name the relays' own hash; return their replies.
+
+        A database user may be restricted to the keys that SDKs read. Then it is never named again.
+        """
+        try:
+            async with self._client.connection() as connection:
+                return await connection.execute_all(commands)
+        except StoreUnavailable as e:
+            if not self._may_note or not isinstance(e.__cause__, NoPermissionError):
+                raise
+            self._may_note = False
+            return [None] * len(commands)
 
     async def aclose(self) -> None:
         """Close all connections."""
