@@ -26,7 +26,7 @@ KEY = "rel-5ca1ab1e-0001-4000-8000-00000000c001"
 OTHER_KEY = "rel-5ca1ab1e-0002-4000-8000-00000000c002"
 SECRET = "a-long-random-text"
 NAMES = ("alpha", "beta")
-KILLS = 60 if "EXAMPLES" in os.environ else 6
+KILLS = int(os.environ.get("KILL_ROUNDS", "6"))
 CONTEXT = base64.urlsafe_b64encode(b'{"kind":"user","key":"anna"}').decode()
 WAITING = b"Relay Proxy is not yet fully initialized, does not have list of environments yet"
 
