@@ -1,6 +1,6 @@
 """`relay …` and `python -m relay …`."""
 
-# ruff: noqa: PLC0415 - `relay health` and `relay eval` must not pay for the imports of others
+# ruff: noqa: PLC0415 - `relay health` and the like must not pay for the imports of others
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def main() -> None:
         from relay.cli import health
 
         sys.exit(health.main(arguments[1:], os.environ))
+    if arguments[:1] == ["reload"]:
+        from relay.cli import reload
+
+        sys.exit(reload.main(arguments[1:], os.environ))
 
     # Until the server installs its handlers: process 1 of a container ignores unhandled signals.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -8,7 +8,7 @@ imports neither the HTTP client nor the Redis driver.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -60,15 +60,63 @@ Session = AbstractAsyncContextManager[object]
 SourceFactory = Callable[[EnvironmentSpec, Log], DataSource]
 
 
+class EnvironmentParts:
+    """Makes the environments that a configuration lists, and what they need when they change.
+
+    Args:
+        config: with which the relay is built.
+        make_source: makes data sources, which share a session.
+    """
+
+    def __init__(self, config: Config, make_source: SourceFactory) -> None:
+        self._config = config
+        self._make_source = make_source
+
+    def spec(self, options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
+        """Return the spec of an environment; `main` has the defaults of its options."""
+        return _spec(options, main)
+
+    def environment(self, spec: EnvironmentSpec) -> Environment:
+        """Return a new environment."""
+        return _environment(self._config, spec, self._make_source)
+
+    def source(self, spec: EnvironmentSpec, log: Log) -> DataSource:
+        """Return a new data source of an environment."""
+        return self._make_source(spec, log)
+
+    def mirrors(self, environment: Environment, spec: EnvironmentSpec) -> Sequence[Mirror] | None:
+        """Return the mirrors that an environment needs with a new spec; None if they stay.
+
+        A snapshot belongs to an SDK key, the data in a database to a prefix.
+        """
+        before, config, log = environment.spec, self._config, environment.log
+        snapshots: list[Mirror] = [each for each in environment.mirrors if each.status is None]
+        databases: list[Mirror] = [each for each in environment.mirrors if each.status is not None]
+        if spec.sdk_key != before.sdk_key:
+            snapshots = list(_snapshot(config, spec, log))
+        if spec.prefix != before.prefix:
+            databases = list(_databases(config, spec, environment.resync, log))
+        mirrors = (*snapshots, *databases)
+        return None if mirrors == environment.mirrors else mirrors
+
+
 def build(config: Config) -> Relay:
     """Return the relay that a configuration describes, without connecting anything.
 
     Raises:
         ConfigError: a resource that it names, such as a file of CA certificates, is unusable.
     """
+    return build_with_parts(config)[0]
+
+
+def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
+    """Return the relay, as `build`, and what makes further environments that are listed.
+
+    That is None if the configuration lists none: the environments come from elsewhere.
+    """
     registry: Registry[Environment] = Registry()
     if config.offline_mode.file_data_source:
-        return _offline(config, registry)
+        return _offline(config, registry), None
     events: Forwarder | None = None
     fetch: Fetch | None = None
     directory: Directory | None = None
@@ -82,8 +130,9 @@ def build(config: Config) -> Relay:
             directory = _auto_configuration(config, upstream, make_source)
     else:
         specs, make_source = [_demo(config.main)], _file(config)
-    return Relay(
-        [_environment(config, spec, make_source) for spec in specs],
+    parts = EnvironmentParts(config, make_source)
+    relay = Relay(
+        [parts.environment(spec) for spec in specs],
         config.main.init_timeout,
         upstream=session,
         fetch=fetch,
@@ -93,6 +142,7 @@ def build(config: Config) -> Relay:
         registry=registry,
         directory=directory,
     )
+    return relay, parts if config.environments else None
 
 
 def _auto_configuration(
@@ -336,8 +386,7 @@ def _environment(config: Config, spec: EnvironmentSpec, make_source: SourceFacto
 
 
 def _log_for(spec: EnvironmentSpec) -> Log:
-    if spec.log_level:
-        set_environment_level(spec.name, spec.log_level)
+    set_environment_level(spec.name, spec.log_level)
     return environment_log(spec.name, spec.sdk_key.masked)
 
 
@@ -353,6 +402,11 @@ def _mirrors(
     config: Config, spec: EnvironmentSpec, resync: Callable[[], None], log: Log
 ) -> Iterator[Mirror]:
     """Yield the snapshot and the database mirror, if configured."""
+    yield from _snapshot(config, spec, log)
+    yield from _databases(config, spec, resync, log)
+
+
+def _snapshot(config: Config, spec: EnvironmentSpec, log: Log) -> Iterator[Mirror]:
     if config.main.snapshot_dir and config.uses_launchdarkly:
         from relay.stores.snapshot import SnapshotMirror
 
@@ -361,6 +415,11 @@ def _mirrors(
         yield SnapshotMirror(
             Path(config.main.snapshot_dir), owner, log, payload_filter=spec.payload_filter
         )
+
+
+def _databases(
+    config: Config, spec: EnvironmentSpec, resync: Callable[[], None], log: Log
+) -> Iterator[Mirror]:
     if config.redis:
         from relay.stores.mirror import SINGLE_RUN, DatabaseMirror, MirrorTimings
         from relay.stores.redis.store import RedisStore

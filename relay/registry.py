@@ -162,9 +162,9 @@ class Registry(Generic[EnvironmentT]):
         if self._environments.get(spec.name, environment) is not environment:
             raise ValueError(f'there is another environment "{spec.name}"')
         before = self._specs.get(environment)
-        if spec == before:
-            return RegistryChange()
         opened, moved = self._open(environment, spec)
+        if spec == before and not opened:
+            return RegistryChange()
         closed: list[Grant[EnvironmentT]] = []
         if before is not None:
             kept = {_key(credential, spec) for credential in spec.credentials}
@@ -203,6 +203,10 @@ class Registry(Generic[EnvironmentT]):
     def forget(self, name: str) -> None:
         """Forget a former name."""
         self._former.pop(name, None)
+
+    def renew(self) -> None:
+        """Let what was made with the present settings die, as those of the log have changed."""
+        self._changed()
 
     def _keep_name(self, before: EnvironmentSpec, spec: EnvironmentSpec) -> None:
         """Keep the name of a former spec; all former names of an environment follow its spec."""

@@ -20,6 +20,7 @@ from relay.registry import Registry, RegistryChange
 from relay.sources import DataSource
 from relay.stores import Mirror
 from relay.telemetry.log import mask_keys
+from relay.telemetry.reloads import Reloads
 
 if TYPE_CHECKING:
     # This imports SQLite and compression; the port need not wait for them.
@@ -104,6 +105,7 @@ class Relay:
         """True once the shutdown begins: from then on the relay is not ready."""
         self.unusable: dict[str, str] = {}
         """Environments whose description is unusable, with the reason; `/status` names them."""
+        self.reloads = Reloads()
         self._tasks: asyncio.TaskGroup | None = None
         """Tasks of the environments, while the relay runs."""
         self._running: dict[Environment, asyncio.Task[None]] = {}

@@ -1,12 +1,13 @@
 """Command line: parse arguments, call one function, return an exit code.
 
 Without a command it takes ld-relay's flags, with one dash or two (config 3.1). `__main__` handles
-`relay health` and `relay eval`, which must not pay for these imports.
+`relay health`, `relay reload` and `relay eval`, which must not pay for these imports.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 import sys
@@ -39,6 +40,7 @@ relay sync [options]      bring the database up to date once; exit with 0 if all
                           1 if some could not be brought there, 2 if the configuration is wrong
 relay archive --output FILE [options]
                           write the environments to an archive for relays in offline mode
+relay reload [--pid N]    let the relay of this host read its configuration again
 relay health [URL]        exit with 0 if a relay is ready (default: the one of this host)"""
 
 COMMANDS = ("serve", "check", "sync", "archive")
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
     if command == "check":
         return _check(config)
     with _logs(config):
-        run = {"sync": _sync, "archive": _archive}.get(command, _serve)
+        run = {"sync": _sync, "archive": _archive}.get(command) or partial(_serve, environ)
         return run(config, options)
 
 
@@ -236,7 +238,7 @@ def _unusable_resources(config: Config) -> Iterator[str]:
             yield from e.problems
 
 
-def _serve(config: Config, options: argparse.Namespace) -> int:
+def _serve(environ: Mapping[str, str], config: Config, options: argparse.Namespace) -> int:
     """Serve until a signal, or fill the databases once; return the exit code."""
     text = "Starting LaunchDarkly relay version %s with %s"
     _log.info(text, __version__, _source(options))
@@ -245,8 +247,10 @@ def _serve(config: Config, options: argparse.Namespace) -> int:
     try:
         if config.main.exit_always:
             return _run_once(config)
-        server = ServerOptions.of(config)
-        uvloop.run(serve(server, partial(build_site, config, server.limits)))
+        server, hangups = ServerOptions.of(config), asyncio.Event()
+        read = partial(_configuration, options, environ)
+        build = partial(build_site, config, server.limits, read, hangups)
+        uvloop.run(serve(server, build, hangups))
     except CannotListen as e:
         _log.error("%s", e)
         return 1

@@ -176,6 +176,13 @@ class Main(Struct, frozen=True):
         "text",
         "Log format: plain text, or one JSON object per line.",
     )
+    reload: str = option(
+        "RELOAD",
+        one_of("signal", "watch"),
+        "signal",
+        "When the configuration is read again: on SIGHUP (`relay reload`) only, or also whenever"
+        " its files have changed (`watch`).",
+    )
     exit_always: bool = option(
         "EXIT_ALWAYS",
         BOOLEAN,

@@ -72,11 +72,14 @@ def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
         task.cancel()
 
 
-async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
+async def serve(
+    options: ServerOptions, build: Callable[[], Site], hangups: asyncio.Event | None = None
+) -> None:
     """Listen, build the site, and serve it until a signal.
 
     Args:
         options: options of the servers.
+        hangups: is set by SIGHUP, for the site; None to ignore the signal.
         build: makes the site. It runs in a thread once the port is open, so that connections wait,
             rather than fail, while the large libraries are imported.
 
@@ -90,7 +93,7 @@ async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
     if options.tls:
         _log.info("TLS enabled for server (minimum TLS version: %s)", options.tls.minimum)
     shutdown_requested = _shutdown_event()
-    with _hangups_logged():
+    with _hangups_noted(hangups or asyncio.Event()):
         try:
             with garbage_collection_paused():
                 site = await asyncio.to_thread(build)
@@ -104,13 +107,10 @@ async def serve(options: ServerOptions, build: Callable[[], Site]) -> None:
 
 
 @contextlib.contextmanager
-def _hangups_logged() -> Iterator[None]:
-    """Log that SIGHUP changes nothing; outside this block it stays blocked if it was."""
-    text = (
-        "SIGHUP changes nothing: the configuration is read at the start; restart to read it again"
-    )
+def _hangups_noted(hangups: asyncio.Event) -> Iterator[None]:
+    """Set an event with each SIGHUP; outside this block the signal stays blocked if it was."""
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGHUP, _log.warning, text)
+    loop.add_signal_handler(signal.SIGHUP, hangups.set)
     old_mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     try:
         yield

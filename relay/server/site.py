@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from relay.config.schema import Config
 from relay.model.credential import masked_url
 from relay.relay import Relay
 from relay.web.fastpath.shared import ConnectionLimits, FastPath
+from relay.web.handlers import Handlers
 
 
 class Site(Struct, frozen=True):
@@ -69,32 +71,47 @@ def _log_events(config: Config) -> None:
         _log.info("Forwarding events to %s; until then they wait in %s", target, place)
 
 
+def _use_options(handlers: Handlers, config: Config) -> None:
+    """Use what a configuration that was read again says to others than the relay."""
+    if handlers.webhooks:
+        handlers.webhooks.secrets = config.webhook.secrets
+    if handlers.traffic.follow_level():
+        handlers.relay.registry.renew()  # what is cached would not be logged
+
+
 def _without_secrets(url: str) -> str:
     """Return a URL for the log, without password and query, which may contain secrets."""
     return masked_url(url.partition("?")[0], MASK)
 
 
-def build_site(config: Config, limits: ConnectionLimits) -> Site:
+def build_site(
+    config: Config,
+    limits: ConnectionLimits,
+    read: Callable[[], Config] | None = None,
+    hangups: asyncio.Event | None = None,
+) -> Site:
     """Build the site. The imports are local because they are heavy: the port opens before them.
 
     Args:
         config: configuration of the relay.
         limits: limits of each connection.
+        read: reads the configuration again; None if it is never reloaded.
+        hangups: is set when it shall be read again.
     """
-    from relay.build import build  # noqa: PLC0415
+    from relay.build import build_with_parts  # noqa: PLC0415
     from relay.events.intake import DiscardingAcceptor  # noqa: PLC0415
     from relay.events.usage import UsageReporter, reported_names  # noqa: PLC0415
     from relay.housekeeping import Housekeeping  # noqa: PLC0415
+    from relay.reload import Reload  # noqa: PLC0415
     from relay.telemetry.traffic import RequestMetrics  # noqa: PLC0415
     from relay.web.app import make_app, make_exporter  # noqa: PLC0415
     from relay.web.endpoints.evaluation import EvaluationHandler  # noqa: PLC0415
     from relay.web.endpoints.events import EventsHandler  # noqa: PLC0415
     from relay.web.endpoints.goals import GoalsHandler  # noqa: PLC0415
     from relay.web.endpoints.webhooks import WebhooksHandler  # noqa: PLC0415
-    from relay.web.handlers import Handlers  # noqa: PLC0415
     from relay.web.routes import POLLS  # noqa: PLC0415
 
-    relay = build(config)
+    relay, parts = build_with_parts(config)
     _log_environments(config, relay)
     _log_events(config)
     traffic = RequestMetrics()
@@ -118,6 +135,10 @@ def build_site(config: Config, limits: ConnectionLimits) -> Site:
         background.append(UsageReporter(names, traffic, accept, POLLS).run)
     if webhooks:
         background.append(webhooks.run)
+    if read and hangups:
+        carry_out = partial(_use_options, handlers)
+        reload = Reload(relay, config, read, hangups, parts=parts, carry_out=carry_out)
+        background.append(reload.run)
     return Site(
         relay,
         make_app(handlers),

@@ -143,8 +143,8 @@ class LogHandler(logging.Handler):
         """Spellings of each secret that is masked."""
         self._secrets: list[str] = []
         self._configured: frozenset[str] = frozenset()
-        self.mask(frozenset(secrets))
-        self._configured = frozenset(self._spellings)
+        """Those that are secrets of the configuration."""
+        self.mask_secrets(frozenset(secrets))
         self._stdout, self._stderr = stdout, stderr
         self._queue: queue.Queue[tuple[int, bytes] | None] = queue.Queue(WAITING_LINES)
         self._writer = threading.Thread(target=self._write_queued, name="log", daemon=True)
@@ -172,6 +172,11 @@ class LogHandler(logging.Handler):
             for key in dropped:
                 del self._spellings[key]
             self._sort_secrets()
+
+    def mask_secrets(self, secrets: frozenset[str]) -> None:
+        """Mask other secrets from now on; the former ones become `masked_keys`."""
+        self.mask(secrets)
+        self._configured = secrets & self._spellings.keys()
 
     def _sort_secrets(self) -> None:
         # Longest first: one secret may be the beginning of another.
@@ -238,9 +243,13 @@ def set_up(level: str, line_format: str, output: LogHandler) -> None:
         output: handler of the records; the caller closes it.
     """
     output.setFormatter(JSONFormatter() if line_format == "json" else TextFormatter())
-    root = logging.getLogger()
-    root.handlers[:] = [output]
-    root.setLevel(max(logging.WARNING, LEVELS[level]))
+    logging.getLogger().handlers[:] = [output]
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    """Set the level of the relay's own records, a key of `LEVELS`; see `set_up`."""
+    logging.getLogger().setLevel(max(logging.WARNING, LEVELS[level]))
     logging.getLogger("relay").setLevel(LEVELS[level])
 
 
@@ -252,6 +261,13 @@ def set_environment_level(name: str, level: str | None) -> None:
 def forget_environment(name: str) -> None:
     """Forget the level of an environment that is gone, and free its logger."""
     logging.Logger.manager.loggerDict.pop(f"relay.env.{name}", None)
+
+
+def mask_secrets(secrets: Iterable[str]) -> None:
+    """Mask the secrets of a configuration that was read again, in place of the former ones."""
+    secrets = frozenset(secrets)
+    for handler in _handlers():
+        handler.mask_secrets(secrets)
 
 
 def mask_keys(keys: Iterable[str]) -> None:

@@ -63,7 +63,12 @@ class RequestMetrics:
         """Event payloads dropped for want of an upstream to deliver them to, by environment."""
         self._user_agents: set[str] = set()
         self.logs = _log.isEnabledFor(logging.DEBUG)
-        """True if each request is logged; fixed at the start."""
+        """True if each request is logged."""
+
+    def follow_level(self) -> bool:
+        """Log each request from now on, or no longer, as the log's level says; return if new."""
+        before, self.logs = self.logs, _log.isEnabledFor(logging.DEBUG)
+        return self.logs is not before
 
     def user_agent(self, own: bytes, general: bytes) -> str:
         """Return the label of a client's user agent.

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from relay.streams.transport import StreamTransport, decode_chunks
 from relay.telemetry.redaction import mask_credential, redact_url
+from relay.telemetry.traffic import RequestMetrics
 
 _log = logging.getLogger("relay.traffic")
 
@@ -44,13 +45,17 @@ def log_request(line: str) -> None:
 
 
 class AccessLogMiddleware:
-    """Middleware that logs every routed request; used only if `RequestMetrics.logs`."""
+    """Middleware that logs every routed request, while `RequestMetrics.logs`."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, traffic: RequestMetrics) -> None:
         self._app = app
+        self._traffic = traffic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request through, and log it."""
+        if not self._traffic.logs:
+            await self._app(scope, receive, send)
+            return
         entry = _LogEntry(scope)
 
         async def observe_and_send(message: Message) -> None:

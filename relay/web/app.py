@@ -74,7 +74,7 @@ def make_app(handlers: Handlers) -> ASGIApp:
             *([Route(WEBHOOK, webhooks, methods=_POST)] if webhooks else []),
         ],
         middleware=[
-            *([Middleware(AccessLogMiddleware)] if traffic.logs else []),
+            Middleware(AccessLogMiddleware, traffic=traffic),
             Middleware(ServerErrorMiddleware),
             Middleware(PathNormalizationMiddleware),
         ],

@@ -74,7 +74,8 @@ class WebhooksHandler:
         self._trackers: dict[Environment, RefreshTracker] = {}
         """Of the environments that wait for announced changes."""
         self._tasks: asyncio.TaskGroup | None = None
-        self._secrets = tuple(secrets)
+        self.secrets = tuple(secrets)
+        """With which webhooks may be signed; may be replaced."""
         self._seen: LRUMap[str, None] = LRUMap(MAX_SEEN)
         """IDs of received webhooks."""
         self._budget = MemoryBudget(webhook.MAX_BODY, MAX_BUFFERED, too_large=TOO_LARGE, full=BUSY)
@@ -105,7 +106,7 @@ class WebhooksHandler:
         finally:
             body.release()
         signature = header(request, "x-ld-signature").decode("latin-1")
-        if not webhook.is_signed(content, signature, self._secrets):
+        if not webhook.is_signed(content, signature, self.secrets):
             return self._refuse(UNSIGNED)
         try:
             notice = webhook.read(content)

@@ -1,0 +1,177 @@
+"""The difference that a configuration makes to a running relay. Pure.
+
+Environments and filters change in place, as do the options of `_IN_PLACE`. Everything else was used
+when the relay was built: it stays as it is, and is named as needing a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from msgspec import Struct, structs
+
+from relay.config.options import Option, Support
+from relay.config.schema import NAMED_SECTIONS, SECTIONS, Config, options
+from relay.model.environment import EnvironmentSpec
+
+_IN_PLACE = frozenset((("Main", "log_level"), ("Main", "reload")))
+"""Options that change in place in every mode, by section and attribute."""
+
+_OF_ENVIRONMENTS = ("Main", "eval_streams")
+"""Option that environments of the configuration take for a default."""
+
+_WEBHOOK = ("Webhook", "secret")
+"""Option that changes in place as long as it is set, because it makes a route."""
+
+
+class Difference(Struct, frozen=True):
+    """What is in force after a configuration was read again.
+
+    Args:
+        config: the new environments, filters and options that change in place, beside the former
+            values of all others.
+        restart: each option that differs and needs a restart, as the file writes it, with the
+            source of its new value: `[Main] port (/etc/ld-relay.conf:3)`.
+    """
+
+    config: Config
+    restart: tuple[str, ...] = ()
+
+
+def difference(before: Config, after: Config) -> Difference:
+    """Return the difference that a configuration makes.
+
+    Args:
+        before: in force.
+        after: read now.
+    """
+    in_force: dict[str, object] = {}
+    restart: list[str] = []
+    attributes = {name.replace("_", ""): name for name in Config.__struct_fields__}
+    for section, cls in SECTIONS.items():
+        attribute = attributes.get(section.lower())
+        if attribute is not None:
+            old = getattr(before, attribute)
+            new = getattr(after, attribute)
+            values, names = _section(section, old or cls(), new or cls(), before, after)
+            # A section that is not used stays so, whatever its defaults are.
+            in_force[attribute] = structs.replace(old, **values) if old is not None else None
+            restart += names
+    if _is_listed(before) and _is_listed(after):
+        in_force |= {"environments": after.environments, "filters": after.filters}
+    else:
+        restart += _named_sections(before, after)
+    config = structs.replace(before, **in_force, sources=after.sources, warnings=after.warnings)
+    return Difference(config, tuple(restart))
+
+
+def same(one: Config, other: Config) -> bool:
+    """Return whether two configurations differ in nothing but comments, lines and warnings."""
+    bare = [structs.replace(each, sources={}, warnings=()) for each in (one, other)]
+    return bare[0] == bare[1]
+
+
+def _section(
+    section: str, old: object, new: object, before: Config, after: Config
+) -> tuple[Mapping[str, object], list[str]]:
+    """Return the values of a section that change in place, and what needs a restart."""
+    values: dict[str, object] = {}
+    restart = []
+    for option in options(section):
+        former, value = getattr(old, option.attribute), getattr(new, option.attribute)
+        if former == value:
+            continue
+        if option.support is not Support.FULL or _in_place(option, before, after):
+            values[option.attribute] = value
+        elif _is_set(option, before) or _is_set(option, after):  # else it follows from another
+            restart.append(_labelled(f"[{section}] {option.name}", option, after))
+    return values, restart
+
+
+def _in_place(option: Option, before: Config, after: Config) -> bool:
+    key = option.section, option.attribute
+    if key == _OF_ENVIRONMENTS:
+        return _is_listed(before) and _is_listed(after)
+    if key == _WEBHOOK:
+        return bool(before.webhook.secrets and after.webhook.secrets)
+    return key in _IN_PLACE
+
+
+def _is_listed(config: Config) -> bool:
+    """Return whether the environments are those that the configuration lists."""
+    return bool(config.environments)
+
+
+def _is_set(option: Option, config: Config) -> bool:
+    return f"{option.section}.{option.attribute}" in config.sources
+
+
+def _labelled(label: str, option: Option, config: Config) -> str:
+    source = config.sources.get(f"{option.section}.{option.attribute}")
+    return f"{label} ({source})" if source else label
+
+
+def _named_sections(before: Config, after: Config) -> Iterator[str]:
+    """Yield the environments and filters that would come or go."""
+    for section in NAMED_SECTIONS:
+        old, new = _names(before, section), _names(after, section)
+        for name in dict.fromkeys((*old, *new)):
+            if (name in old) != (name in new):
+                source = after.sources.get(f'{section} "{name}"')
+                yield f'[{section} "{name}"]' + (f" ({source})" if source else "")
+
+
+def _names(config: Config, section: str) -> tuple[str, ...]:
+    if section == "Filters":
+        return tuple(config.filters)
+    return tuple(each.name for each in config.environments)
+
+
+def continued(
+    before: Iterable[EnvironmentSpec], after: Iterable[EnvironmentSpec]
+) -> Mapping[str, str]:
+    """Return which environments go on: former names by new ones.
+
+    An environment is the same if its SDK key is, or else if its name is and nothing says that
+    LaunchDarkly knows it as another one: then its key was rotated.
+
+    Args:
+        before: environments so far, each name once.
+        after: environments from now on, each name once.
+    """
+    free = {each.name: each for each in before}
+    names = frozenset(free)
+    result: dict[str, str] = {}
+    rules: tuple[Callable[[EnvironmentSpec, EnvironmentSpec], bool], ...] = (
+        lambda old, new: old.name == new.name and _have_same_key(old, new),
+        _have_same_key,
+        lambda old, new: old.name == new.name and not _contradict(old, new),
+    )
+    after = tuple(after)
+    for is_same in rules:
+        for new in after:
+            if new.name not in result:
+                name = next((name for name, old in free.items() if is_same(old, new)), None)
+                if name is not None:
+                    del free[name]
+                    result[new.name] = name
+    for new_name, name in tuple(result.items()):
+        # A name that another one gives up only in the same moment cannot be taken.
+        if new_name != name and new_name in names and new_name in result.values():
+            del result[new_name]
+    return result
+
+
+def _have_same_key(old: EnvironmentSpec, new: EnvironmentSpec) -> bool:
+    return old.sdk_key == new.sdk_key and old.payload_filter == new.payload_filter
+
+
+def _contradict(old: EnvironmentSpec, new: EnvironmentSpec) -> bool:
+    """Return whether two specs name different environments of LaunchDarkly."""
+    pairs = (
+        (old.environment_id, new.environment_id),
+        (old.project_key, new.project_key),
+        (old.environment_key, new.environment_key),
+        (old.payload_filter or "-", new.payload_filter or "-"),
+    )
+    return any(one and other and one != other for one, other in pairs)
