@@ -6,7 +6,7 @@ when the relay was built: it stays as it is, and is named as needing a restart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
 from msgspec import Struct, structs
 
@@ -141,29 +141,32 @@ def continued(
     """
     free = {each.name: each for each in before}
     names = frozenset(free)
-    result: dict[str, str] = {}
-    rules: tuple[Callable[[EnvironmentSpec, EnvironmentSpec], bool], ...] = (
-        lambda old, new: old.name == new.name and _have_same_key(old, new),
-        _have_same_key,
-        lambda old, new: old.name == new.name and not _contradict(old, new),
-    )
     after = tuple(after)
-    for is_same in rules:
+    result: dict[str, str] = {}
+    rules: tuple[Callable[[EnvironmentSpec], Hashable], ...] = (
+        lambda spec: (spec.name, spec.sdk_key, spec.payload_filter),
+        lambda spec: (spec.sdk_key, spec.payload_filter),
+        lambda spec: spec.name,
+    )
+    for identity in rules:
+        known = {identity(old): old for old in free.values()}
         for new in after:
-            if new.name not in result:
-                name = next((name for name, old in free.items() if is_same(old, new)), None)
-                if name is not None:
-                    del free[name]
-                    result[new.name] = name
+            old = known.get(identity(new))
+            if new.name in result or old is None or old.name not in free:
+                continue
+            if _have_same_data(old, new) or not _contradict(old, new):
+                del free[old.name]
+                result[new.name] = old.name
+    taken = frozenset(result.values())
     for new_name, name in tuple(result.items()):
         # A name that another one gives up only in the same moment cannot be taken.
-        if new_name != name and new_name in names and new_name in result.values():
+        if new_name != name and new_name in names and new_name in taken:
             del result[new_name]
     return result
 
 
-def _have_same_key(old: EnvironmentSpec, new: EnvironmentSpec) -> bool:
-    return old.sdk_key == new.sdk_key and old.payload_filter == new.payload_filter
+def _have_same_data(old: EnvironmentSpec, new: EnvironmentSpec) -> bool:
+    return (old.sdk_key, old.payload_filter) == (new.sdk_key, new.payload_filter)
 
 
 def _contradict(old: EnvironmentSpec, new: EnvironmentSpec) -> bool:
@@ -172,6 +175,6 @@ def _contradict(old: EnvironmentSpec, new: EnvironmentSpec) -> bool:
         (old.environment_id, new.environment_id),
         (old.project_key, new.project_key),
         (old.environment_key, new.environment_key),
-        (old.payload_filter or "-", new.payload_filter or "-"),
     )
-    return any(one and other and one != other for one, other in pairs)
+    different = any(one and other and one != other for one, other in pairs)
+    return different or old.payload_filter != new.payload_filter

@@ -407,14 +407,18 @@ def _orphans(environ: Mapping[str, str]) -> Iterator[str]:
 
 
 def _draft(raw: _RawOptions) -> Draft:
+    values: dict[tuple[str, str | None], dict[str, Any]] = {}
+    for (section, name, attribute), value in raw.values.items():
+        values.setdefault((section, name), {})[attribute] = value
     named = {section: [n for s, n in raw.names if s == section] for section in NAMED_SECTIONS}
     headers: dict[Key, str] = {(s, n, ""): source for (s, n), source in raw.names.items()}
     return Draft(
-        sections={cls: cls(**raw.of(name)) for name, cls in SECTIONS.items()},
+        sections={cls: cls(**values.get((name, None), {})) for name, cls in SECTIONS.items()},
         environments=tuple(
-            EnvironmentConfig(name=name, **raw.of(ENVIRONMENT, name)) for name in named[ENVIRONMENT]
+            EnvironmentConfig(name=name, **values.get((ENVIRONMENT, name), {}))
+            for name in named[ENVIRONMENT]
         ),
-        filters={name: Filters(**raw.of(FILTERS, name)) for name in named[FILTERS]},
+        filters={name: Filters(**values.get((FILTERS, name), {})) for name in named[FILTERS]},
         sources=headers | raw.sources,
         unusable=raw.unusable,
     )

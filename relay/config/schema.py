@@ -8,6 +8,7 @@ file is its attribute's name in camel case.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 
 from msgspec import Struct, field
 from msgspec.structs import replace
@@ -782,6 +783,7 @@ def _variant(environment: EnvironmentConfig, key: str) -> EnvironmentConfig:
     )
 
 
+@cache
 def options(name: str) -> tuple[Option, ...]:
     """Return the options of a section, in declaration order."""
     return declared(name, SECTIONS.get(name) or NAMED_SECTIONS[name])

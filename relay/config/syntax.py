@@ -74,10 +74,14 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self._text = text
         self._position = 0
+        self._counted, self._lines = 0, 1
+        """A position up to which lines have been counted, and the line there."""
 
     @property
     def line(self) -> int:
-        return self._text.count("\n", 0, self._position) + 1
+        self._lines += self._text.count("\n", self._counted, self._position)
+        self._counted = self._position
+        return self._lines
 
     def fail(self, message: str) -> None:
         start = self._text.rfind("\n", 0, self._position) + 1
