@@ -21,6 +21,7 @@ from relay.relay import DirectoryChange, Relay
 from relay.stores import StoreState, StoreStatus
 from relay.telemetry import process
 from relay.telemetry.log import lost_lines
+from relay.telemetry.reloads import ReloadResult
 from relay.telemetry.traffic import RequestLabels, RequestMetrics, label_value
 
 UNCOUNTED_ROUTES = frozenset(("/mping",))
@@ -212,6 +213,15 @@ def _directory_changes(view: MetricsView) -> Iterator[Row]:
             yield (change.value,), view.relay.auto_configuration.changes[change]
 
 
+def _reloads(view: MetricsView) -> Iterator[Row]:
+    for result in ReloadResult:
+        yield (result.value,), view.relay.reloads.results[result]
+
+
+def _configuration_time(view: MetricsView) -> Rows:
+    return [((), round(view.relay.reloads.last_success, 3))]
+
+
 def _build_info(_view: MetricsView) -> Rows:
     return [((__version__, platform.python_version()), 1)]
 
@@ -245,6 +255,8 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_autoconfig_state", GAUGE, ("state",), "How it stands with automatic configuration: 1 for the state that `/status` shows, 0 for the others."): _directory_states,
     Metric("relay_autoconfig_age_seconds", GAUGE, (), "Time since LaunchDarkly last confirmed the list of environments; none before the first time."): _directory_age,
     Metric("relay_autoconfig_changes_total", COUNTER, ("change",), "Environments that automatic configuration has added, changed or removed, and SDK keys that it has rotated."): _directory_changes,
+    Metric("relay_reloads_total", COUNTER, ("result",), "Reloads of the configuration: `success`, or `failure`, after which nothing has changed."): _reloads,
+    Metric("relay_configuration_time_seconds", GAUGE, (), "Unix time at which the configuration was last read without a problem."): _configuration_time,
     Metric("relay_log_lines_lost_total", COUNTER, (), "Log lines that were dropped because nobody took them."): _of_process(lost_lines),
     Metric("relay_build_info", GAUGE, ("version", "python"), "Always 1."): _build_info,
     Metric("process_cpu_seconds_total", COUNTER, (), "Processor time of this process."): _of_process(process.cpu_seconds),
