@@ -1,14 +1,14 @@
 """Reload: the configuration is read again, and what is new in it takes effect while all serve on.
 
-What is new is made before anything changes, and then everything changes in one turn of the event
-loop: no request sees a part of it, and a credential that moves is refused at no time.
+What is new is made before anything changes. Environments that hand a credential on to one another
+change in one turn of the event loop, so that it is refused at no time; all others one by one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from msgspec import Struct
@@ -68,22 +68,41 @@ class Parts(Protocol):
         """Return the mirrors that an environment needs with a new spec; None if they stay."""
 
 
-class _Change(Struct, frozen=True):
-    """Change of an environment, ready to be carried out; as `Relay.change` takes it."""
+class _Step(Struct, frozen=True):
+    """Change of one environment, ready to be carried out.
+
+    Args:
+        environment: that changes.
+        before: its spec so far; None if it is added.
+        after: its spec from now on; None if it is removed.
+        source: as `Relay.change` takes it.
+        mirrors: as `Relay.change` takes them.
+    """
 
     environment: Environment
-    spec: EnvironmentSpec
-    source: DataSource | None
-    mirrors: Sequence[Mirror] | None
+    before: EnvironmentSpec | None
+    after: EnvironmentSpec | None
+    source: DataSource | None = None
+    mirrors: Sequence[Mirror] | None = None
 
+    def carry_out(self, relay: Relay) -> None:
+        """Change the environments of a relay."""
+        if self.after is None:
+            relay.remove(self.environment)
+        elif self.before is None:
+            relay.put(self.environment)
+        else:
+            relay.change(self.environment, self.after, self.source, self.mirrors)
 
-class _Plan(Struct, frozen=True):
-    """Changes of all environments, ready to be carried out."""
-
-    specs: Sequence[EnvironmentSpec]
-    removed: Sequence[Environment]
-    changed: Sequence[_Change]
-    added: Sequence[Environment]
+    @property
+    def line(self) -> str:
+        """The change for the log."""
+        if self.after is None:
+            return f"{_shown(self.environment.spec)} is removed"
+        if self.before is None:
+            return f"{_shown(self.after)} is added"
+        options = ", ".join(_differences(self.before, self.after))
+        return f"{_shown(self.before)} has changed: {options}"
 
 
 class _Problems(Struct, frozen=True):
@@ -187,66 +206,94 @@ class Reload:
             if warning not in known:
                 _log.warning("%s", warning)
         found = difference(self._config, config)
-        plan = await self._plan(found.config)
+        specs: list[EnvironmentSpec] = []
+        steps: list[_Step] = []
+        if self._parts is not None:
+            main, environments = found.config.main, found.config.all_environments
+            specs = [self._parts.spec(each, main) for each in environments]
+            steps = await self._steps(self._parts, specs)
         self._config = found.config
         set_level(found.config.main.log_level)
         self._carry_out(found.config)
-        self._change(plan)
+        await self._carry_out_steps(steps, specs)
         if found.restart:
             options = ", ".join(found.restart)
             _log.warning("Not changed before the relay is restarted: %s", options)
         self._relay.reloads.count(ReloadResult.SUCCESS)
+        added = sum(step.before is None for step in steps)
+        removed = sum(step.after is None for step in steps)
         text = "Configuration reloaded; environments added: %d, changed: %d, removed: %d"
-        _log.info(text, len(plan.added), len(plan.changed), len(plan.removed))
+        _log.info(text, added, len(steps) - added - removed, removed)
 
-    async def _plan(self, config: Config) -> _Plan:
-        """Make everything that the environments of a configuration need. Others run meanwhile."""
-        parts, environments = self._parts, self._relay.environments
-        if parts is None:
-            return _Plan((), (), (), ())
-        specs = [parts.spec(each, config.main) for each in config.all_environments]
+    async def _steps(self, parts: Parts, specs: Sequence[EnvironmentSpec]) -> list[_Step]:
+        """Return how the environments get these specs, with everything made that is new.
+
+        Removals come first, because they free names and stores, additions last.
+        """
+        environments = self._relay.environments
         goes_on = continued([each.spec for each in environments.values()], specs)
         kept = frozenset(goes_on.values())
         removed = [each for name, each in environments.items() if name not in kept]
-        changed: list[_Change] = []
-        added: list[Environment] = []
+        changes: list[_Step] = []
+        additions: list[_Step] = []
         for spec in specs:
             environment = environments.get(goes_on.get(spec.name, ""))
             if environment is None:
-                added.append(parts.environment(spec))
+                additions.append(_Step(parts.environment(spec), None, spec))
             elif spec != environment.spec:
-                is_rotated = spec.sdk_key != environment.spec.sdk_key
+                before = environment.spec
+                is_rotated = spec.sdk_key != before.sdk_key
                 source = parts.source(spec, environment.log) if is_rotated else None
                 mirrors = parts.mirrors(environment, spec)
-                changed.append(_Change(environment, spec, source, mirrors))
+                changes.append(_Step(environment, before, spec, source, mirrors))
             await asyncio.sleep(0)
-        return _Plan(specs, removed, changed, added)
+        return [*(_Step(each, each.spec, None) for each in removed), *changes, *additions]
 
-    def _change(self, plan: _Plan) -> None:
-        """Carry out a plan, in one turn."""
-        relay = self._relay
-        for environment in plan.removed:
-            relay.remove(environment)
-            _log.info("Environment %s is removed", _shown(environment.spec))
-        for each in plan.changed:
-            before = each.environment.spec
-            relay.change(each.environment, each.spec, each.source, each.mirrors)
-            options = ", ".join(_differences(before, each.spec))
-            _log.info("Environment %s has changed: %s", _shown(before), options)
-        for environment in plan.added:
-            relay.put(environment)
-            _log.info("Environment %s is added", _shown(environment.spec))
-        self._settle(plan.specs)
+    async def _carry_out_steps(
+        self, steps: Sequence[_Step], specs: Sequence[EnvironmentSpec]
+    ) -> None:
+        """Carry out steps: in one turn those that hand on a name or credential, then the others."""
+        tied = _tied(steps, self._relay.environments.values())
+        together = [step for step in steps if step.environment in tied]
+        for step in together:
+            step.carry_out(self._relay)
+        if together:
+            self._settle(specs)
+        for step in steps:
+            if step.environment not in tied:
+                step.carry_out(self._relay)
+            _log.info("Environment %s", step.line)
+            await asyncio.sleep(0)
+        self._settle(specs)
 
     def _settle(self, specs: Iterable[EnvironmentSpec]) -> None:
         """Let each credential open the last environment that has it, as after a start."""
         registry = self._relay.registry
-        last = {(each, s.payload_filter): s.name for s in specs for each in s.credentials}
-        for (credential, payload_filter), name in last.items():
-            environment = registry.environments[name]
+        last = {(each, s.payload_filter): s for s in specs for each in s.credentials}
+        for (credential, payload_filter), spec in last.items():
+            environment = registry.environments.get(spec.name)
             holder = registry.find(credential.kind, credential.value, payload_filter)
-            if holder is not environment:
-                self._relay.change(environment, environment.spec)
+            if environment is not None and environment.spec == spec and holder is not environment:
+                self._relay.change(environment, spec)
+
+
+def _tied(steps: Iterable[_Step], environments: Iterable[Environment]) -> frozenset[Environment]:
+    """Return the environments that take a name or a credential of another, and these others."""
+    owners = {each: one for one in environments for each in _possessions(one.spec)}
+    tied: set[Environment] = set()
+    for step in steps:
+        for each in _possessions(step.after) if step.after else ():
+            owner = owners.get(each, step.environment)
+            if owner is not step.environment:
+                tied |= {owner, step.environment}
+    return frozenset(tied)
+
+
+def _possessions(spec: EnvironmentSpec) -> Iterator[Hashable]:
+    """Yield what one environment has at a time: its name, and its credentials."""
+    yield spec.name
+    for credential in spec.credentials:
+        yield credential, spec.payload_filter
 
 
 def _same(one: _Reading, other: _Reading) -> bool:

@@ -255,7 +255,9 @@ def set_level(level: str) -> None:
 
 def set_environment_level(name: str, level: str | None) -> None:
     """Set the level of one environment's log; None for the relay's."""
-    logging.getLogger(f"relay.env.{name}").setLevel(LEVELS[level] if level else logging.NOTSET)
+    logger, number = logging.getLogger(f"relay.env.{name}"), LEVELS[level] if level else 0
+    if logger.level != number:  # setting it visits all loggers
+        logger.setLevel(number)
 
 
 def forget_environment(name: str) -> None:
