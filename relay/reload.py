@@ -189,6 +189,9 @@ class Reload:
             return await in_thread(self._read, "reload")
         except ConfigError as e:
             return _Problems(e.problems)
+        except Exception as e:  # noqa: BLE001 - a watched file may lead to it time and again
+            _log.debug("The configuration could not be read", exc_info=True)
+            return _Problems((f"it could not be read: {type(e).__name__}: {e}",))
 
     def _refuse(self, reading: _Problems) -> None:
         """Log everything that is wrong."""

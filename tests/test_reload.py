@@ -1,0 +1,158 @@
+"""A configuration is read again: when, how often, and what becomes of faults."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from relay.build import build_with_parts
+from relay.config.load import load
+from relay.config.schema import Config
+from relay.errors import ConfigError
+from relay.relay import Relay
+from relay.reload import Reload
+from relay.telemetry.reloads import ReloadResult
+from tests.support.serving import until
+
+WATCHED = {"RELOAD": "watch", "STREAM_URI": "http://127.0.0.1:9"}
+SUCCESS, FAILURE = ReloadResult.SUCCESS, ReloadResult.FAILURE
+
+
+def config(*names: str, **variables: str) -> Config:
+    keys = {f"LD_ENV_{name}": f"sdk-{name}" for name in names}
+    prefixes = {f"LD_PREFIX_{name}": name for name in names}
+    return load("", True, False, {**WATCHED, **keys, **prefixes, **variables})
+
+
+class Readings:
+    """What is read time after time; the last one again and again."""
+
+    def __init__(self, *readings: Config | Exception) -> None:
+        self.given = 0
+        self._readings = list(readings)
+
+    def __call__(self) -> Config:
+        reading = self._readings[min(self.given, len(self._readings) - 1)]
+        self.given += 1
+        if isinstance(reading, Exception):
+            raise reading
+        return reading
+
+
+@pytest.fixture(autouse=True)
+def levels() -> AsyncIterator[None]:
+    """A reload sets levels of the log: restore them."""
+    loggers = [logging.getLogger(name) for name in (None, "relay")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+@asynccontextmanager
+async def reloading(
+    read: Callable[[], Config], start: Config | None = None
+) -> AsyncIterator[tuple[Relay, asyncio.Event]]:
+    """A relay with one environment, whose configuration is read so."""
+    start = start or config("a")
+    relay, parts = build_with_parts(start)
+    requested = asyncio.Event()
+    reload = Reload(relay, start, read, requested, parts=parts, interval=0.005)
+    async with relay.upstream:
+        tasks = [asyncio.create_task(each.run()) for each in (relay, reload)]
+        yield relay, requested
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def test_two_readings_must_agree():
+    """What is read only once, such as a file that is being written, is never used."""
+    half, whole = config("a", "half"), config("a", "b")
+    fault = ConfigError(["half a line"])
+    read = Readings(config("a"), half, fault, config("a", "c"), whole)
+    async with reloading(read) as (relay, _):
+        await until(lambda: set(relay.environments) == {"a", "b"})
+        await until(lambda: read.given > 10)
+    assert relay.reloads.results == {SUCCESS: 1}
+
+
+async def test_a_fault_that_stays_is_told_once(caplog):
+    """Until it is another one, or is mended; the former configuration is then nothing new."""
+    one, two = ConfigError(["one", "and more"]), ConfigError(["two"])
+    read = Readings(one, one, one, one, two, two, two, config("a"))
+    with caplog.at_level("ERROR"):
+        async with reloading(read) as (relay, _):
+            await until(lambda: relay.reloads.results[SUCCESS] == 1)
+            await until(lambda: read.given > 15)
+    assert relay.reloads.results == {FAILURE: 2, SUCCESS: 1}
+    assert [record.getMessage() for record in caplog.records] == [
+        "Configuration not reloaded, nothing has changed; problems: 2",
+        "Configuration error: one",
+        "Configuration error: and more",
+        "Configuration not reloaded, nothing has changed; problems: 1",
+        "Configuration error: two",
+    ]
+    assert set(relay.environments) == {"a"}
+
+
+async def test_a_request_needs_one_reading_only():
+    """Who asks has finished writing."""
+    read = Readings(config("a", "b"))
+    async with reloading(read, config("a", RELOAD="signal")) as (relay, requested):
+        await asyncio.sleep(0.05)
+        assert read.given == 0
+        requested.set()
+        await until(lambda: set(relay.environments) == {"a", "b"})
+        assert read.given == 1
+        await until(lambda: read.given > 3)  # watched from now on
+
+
+async def test_an_unexpected_error_is_a_fault(caplog):
+    """It ends nothing, and the next reading counts."""
+    read = Readings(RuntimeError("bug"), config("a", "b"))
+    async with reloading(read, config("a", RELOAD="signal")) as (relay, requested):
+        requested.set()
+        await until(lambda: relay.reloads.results[FAILURE] == 1)
+        assert "it could not be read: RuntimeError: bug" in caplog.text
+        requested.set()
+        await until(lambda: set(relay.environments) == {"a", "b"})
+
+
+async def test_an_option_that_needs_a_restart_is_named_once(caplog):
+    """A watched configuration is carried out once, although it is not in force as a whole."""
+    read = Readings(config("a", PORT="1234"))
+    async with reloading(read) as (relay, _):
+        await until(lambda: relay.reloads.results[SUCCESS] == 1)
+        await until(lambda: read.given > 10)
+    assert caplog.text.count("[Main] port (PORT)") == 1
+    assert relay.reloads.results == {SUCCESS: 1}
+
+
+async def test_names_can_be_swapped():
+    """Each name has the key that belongs to it, at once."""
+    keys = {"LD_ENV_a": "sdk-b", "LD_ENV_b": "sdk-a"}
+    read = Readings(config("a", "b", RELOAD="signal", **keys))
+    async with reloading(read, config("a", "b", RELOAD="signal")) as (relay, requested):
+        requested.set()
+        await until(lambda: relay.reloads.results[SUCCESS] == 1)
+        found = {name: each.spec.sdk_key.value for name, each in relay.environments.items()}
+        assert found == {"a": "sdk-b", "b": "sdk-a"}
+        assert relay.registry.keys == {"sdk-a", "sdk-b"}
+
+
+async def test_the_time_of_success_moves_on():
+    """It begins with the start, and no fault changes it."""
+    read = Readings(ConfigError(["x"]), config("a"))
+    async with reloading(read, config("a", RELOAD="signal")) as (relay, requested):
+        start = relay.reloads.last_success
+        requested.set()
+        await until(lambda: relay.reloads.results[FAILURE] == 1)
+        assert relay.reloads.last_success == start
+        requested.set()
+        await until(lambda: relay.reloads.results[SUCCESS] == 1)
+        assert relay.reloads.last_success > start
