@@ -72,9 +72,14 @@ class EnvironmentParts:
         self._config = config
         self._make_source = make_source
 
-    def spec(self, options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
-        """Return the spec of an environment; `main` has the defaults of its options."""
-        return _spec(options, main)
+    def of(self, config: Config) -> EnvironmentParts:
+        """Return what makes environments with another configuration, and the same session."""
+        return EnvironmentParts(config, self._make_source)
+
+    @property
+    def specs(self) -> Sequence[EnvironmentSpec]:
+        """The specs of all environments."""
+        return [_spec(each, self._config.main) for each in self._config.all_environments]
 
     def environment(self, spec: EnvironmentSpec) -> Environment:
         """Return a new environment."""
@@ -84,19 +89,26 @@ class EnvironmentParts:
         """Return a new data source of an environment."""
         return self._make_source(spec, log)
 
-    def mirrors(self, environment: Environment, spec: EnvironmentSpec) -> Sequence[Mirror] | None:
-        """Return the mirrors that an environment needs with a new spec; None if they stay.
+    def mirrors(
+        self, environment: Environment, spec: EnvironmentSpec, *, databases: bool
+    ) -> Sequence[Mirror] | None:
+        """Return the mirrors that an environment needs with another spec; None if they stay.
 
         A snapshot belongs to an SDK key, the data in a database to a prefix.
+
+        Args:
+            environment: with its former spec and mirrors.
+            spec: its spec from now on.
+            databases: True if the databases are others.
         """
         before, config, log = environment.spec, self._config, environment.log
         snapshots: list[Mirror] = [each for each in environment.mirrors if each.status is None]
-        databases: list[Mirror] = [each for each in environment.mirrors if each.status is not None]
+        stored: list[Mirror] = [each for each in environment.mirrors if each.status is not None]
         if spec.sdk_key != before.sdk_key:
             snapshots = list(_snapshot(config, spec, log))
-        if spec.prefix != before.prefix:
-            databases = list(_databases(config, spec, environment.resync, log))
-        mirrors = (*snapshots, *databases)
+        if databases or spec.prefix != before.prefix:
+            stored = list(_databases(config, spec, environment.resync, log))
+        mirrors = (*snapshots, *stored)
         return None if mirrors == environment.mirrors else mirrors
 
 
@@ -122,15 +134,15 @@ def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
     directory: Directory | None = None
     session: Session = nullcontext()
     if config.uses_launchdarkly:
-        specs = [_spec(each, config.main) for each in config.all_environments]
         upstream, make_source = _launchdarkly(config)
         session, fetch = upstream, upstream.fetch
         events = _forwarder(config, upstream, registry.spec_of)
         if config.auto_config.key:
             directory = _auto_configuration(config, upstream, make_source)
     else:
-        specs, make_source = [_demo(config.main)], _file(config)
+        make_source = _file(config)
     parts = EnvironmentParts(config, make_source)
+    specs = parts.specs if config.uses_launchdarkly else [_demo(config.main)]
     relay = Relay(
         [parts.environment(spec) for spec in specs],
         config.main.init_timeout,

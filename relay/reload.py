@@ -16,7 +16,7 @@ from msgspec import Struct
 from relay.aio import in_thread, wait_for
 from relay.config.difference import continued, difference, same
 from relay.config.render import secrets
-from relay.config.schema import Config, EnvironmentConfig, Main
+from relay.config.schema import Config
 from relay.environment import Environment
 from relay.errors import ConfigError
 from relay.model.credential import MobileKey, SDKKey
@@ -55,8 +55,12 @@ _log = logging.getLogger("relay.reload")
 class Parts(Protocol):
     """Contract of what makes environments, and what they need when they change."""
 
-    def spec(self, options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
-        """Return the spec of an environment that the configuration lists."""
+    def of(self, config: Config) -> Parts:
+        """Return what makes environments with another configuration."""
+
+    @property
+    def specs(self) -> Sequence[EnvironmentSpec]:
+        """The specs of all environments that the configuration lists."""
 
     def environment(self, spec: EnvironmentSpec) -> Environment:
         """Return a new environment."""
@@ -64,8 +68,13 @@ class Parts(Protocol):
     def source(self, spec: EnvironmentSpec, log: Log) -> DataSource:
         """Return a new data source of an environment."""
 
-    def mirrors(self, environment: Environment, spec: EnvironmentSpec) -> Sequence[Mirror] | None:
-        """Return the mirrors that an environment needs with a new spec; None if they stay."""
+    def mirrors(
+        self, environment: Environment, spec: EnvironmentSpec, *, databases: bool
+    ) -> Sequence[Mirror] | None:
+        """Return the mirrors of an environment with another spec, or with other databases.
+
+        None if they stay.
+        """
 
 
 class _Step(Struct, frozen=True):
@@ -101,7 +110,7 @@ class _Step(Struct, frozen=True):
             return f"{_shown(self.environment.spec)} is removed"
         if self.before is None:
             return f"{_shown(self.after)} is added"
-        options = ", ".join(_differences(self.before, self.after))
+        options = ", ".join(_differences(self.before, self.after)) or "the database"
         return f"{_shown(self.before)} has changed: {options}"
 
 
@@ -209,16 +218,16 @@ class Reload:
             if warning not in known:
                 _log.warning("%s", warning)
         found = difference(self._config, config)
-        specs: list[EnvironmentSpec] = []
-        steps: list[_Step] = []
-        if self._parts is not None:
-            main, environments = found.config.main, found.config.all_environments
-            specs = [self._parts.spec(each, main) for each in environments]
-            steps = await self._steps(self._parts, specs)
-        self._config = found.config
+        parts = self._parts.of(found.config) if self._parts else None
+        try:
+            steps = await self._steps(parts, databases=found.stores) if parts else []
+        except ConfigError as e:
+            self._refuse(_Problems(e.problems))
+            return
+        self._config, self._parts = found.config, parts
         set_level(found.config.main.log_level)
         self._carry_out(found.config)
-        await self._carry_out_steps(steps, specs)
+        await self._carry_out_steps(steps, parts.specs if parts else ())
         if found.restart:
             options = ", ".join(found.restart)
             _log.warning("Not changed before the relay is restarted: %s", options)
@@ -228,11 +237,16 @@ class Reload:
         text = "Configuration reloaded; environments added: %d, changed: %d, removed: %d"
         _log.info(text, added, len(steps) - added - removed, removed)
 
-    async def _steps(self, parts: Parts, specs: Sequence[EnvironmentSpec]) -> list[_Step]:
-        """Return how the environments get these specs, with everything made that is new.
+    async def _steps(self, parts: Parts, *, databases: bool) -> list[_Step]:
+        """Return what makes the environments those of `parts`, with everything made that is new.
 
         Removals come first, because they free names and stores, additions last.
+
+        Args:
+            parts: of the new configuration.
+            databases: True if the databases are others.
         """
+        specs = parts.specs
         environments = self._relay.environments
         goes_on = continued([each.spec for each in environments.values()], specs)
         kept = frozenset(goes_on.values())
@@ -243,11 +257,11 @@ class Reload:
             environment = environments.get(goes_on.get(spec.name, ""))
             if environment is None:
                 additions.append(_Step(parts.environment(spec), None, spec))
-            elif spec != environment.spec:
+            elif databases or spec != environment.spec:
                 before = environment.spec
                 is_rotated = spec.sdk_key != before.sdk_key
                 source = parts.source(spec, environment.log) if is_rotated else None
-                mirrors = parts.mirrors(environment, spec)
+                mirrors = parts.mirrors(environment, spec, databases=databases)
                 changes.append(_Step(environment, before, spec, source, mirrors))
             await asyncio.sleep(0)
         return [*(_Step(each, each.spec, None) for each in removed), *changes, *additions]

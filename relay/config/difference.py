@@ -1,6 +1,7 @@
 """The difference that a configuration makes to a running relay. Pure.
 
-Environments and filters change in place, as do the options of `_IN_PLACE`. Everything else was used
+Environments that are listed change in place, with filters and database, as do the options of
+`_IN_PLACE`. Everything else was used
 when the relay was built: it stays as it is, and is named as needing a restart.
 """
 
@@ -20,6 +21,9 @@ _IN_PLACE = frozenset((("Main", "log_level"), ("Main", "reload")))
 _OF_ENVIRONMENTS = ("Main", "eval_streams")
 """Option that environments of the configuration take for a default."""
 
+_STORES = ("redis",)
+"""Attributes of a configuration of which the stores of listed environments are made."""
+
 _WEBHOOK = ("Webhook", "secret")
 """Option that changes in place as long as it is set, because it makes a route."""
 
@@ -30,11 +34,13 @@ class Difference(Struct, frozen=True):
     Args:
         config: the new environments, filters and options that change in place, beside the former
             values of all others.
+        stores: True if the stores of the environments have changed.
         restart: each option that differs and needs a restart, as the file writes it, with the
             source of its new value: `[Main] port (/etc/ld-relay.conf:3)`.
     """
 
     config: Config
+    stores: bool = False
     restart: tuple[str, ...] = ()
 
 
@@ -45,24 +51,28 @@ def difference(before: Config, after: Config) -> Difference:
         before: in force.
         after: read now.
     """
+    are_listed = bool(before.environments and after.environments)
     in_force: dict[str, object] = {}
     restart: list[str] = []
     attributes = {name.replace("_", ""): name for name in Config.__struct_fields__}
     for section, cls in SECTIONS.items():
         attribute = attributes.get(section.lower())
-        if attribute is not None:
+        if attribute in _STORES and are_listed:
+            in_force[attribute] = getattr(after, attribute)
+        elif attribute is not None:
             old = getattr(before, attribute)
             new = getattr(after, attribute)
             values, names = _section(section, old or cls(), new or cls(), before, after)
             # A section that is not used stays so, whatever its defaults are.
             in_force[attribute] = structs.replace(old, **values) if old is not None else None
             restart += names
-    if _is_listed(before) and _is_listed(after):
+    if are_listed:
         in_force |= {"environments": after.environments, "filters": after.filters}
     else:
         restart += _named_sections(before, after)
     config = structs.replace(before, **in_force, sources=after.sources, warnings=after.warnings)
-    return Difference(config, tuple(restart))
+    stores = any(getattr(config, each) != getattr(before, each) for each in _STORES)
+    return Difference(config, stores, tuple(restart))
 
 
 def same(one: Config, other: Config) -> bool:
@@ -91,15 +101,10 @@ def _section(
 def _in_place(option: Option, before: Config, after: Config) -> bool:
     key = option.section, option.attribute
     if key == _OF_ENVIRONMENTS:
-        return _is_listed(before) and _is_listed(after)
+        return bool(before.environments and after.environments)
     if key == _WEBHOOK:
         return bool(before.webhook.secrets and after.webhook.secrets)
     return key in _IN_PLACE
-
-
-def _is_listed(config: Config) -> bool:
-    """Return whether the environments are those that the configuration lists."""
-    return bool(config.environments)
 
 
 def _is_set(option: Option, config: Config) -> bool:

@@ -49,12 +49,9 @@ def names(found: Config) -> list[str]:
         ({}, {"WEBHOOK_SECRET": "s"}, ("[Webhook] secret (WEBHOOK_SECRET)",)),
         ({"WEBHOOK_SECRET": "s"}, {}, ("[Webhook] secret",)),
         ({"WEBHOOK_SECRET": "s"}, {"WEBHOOK_SECRET": "t"}, ()),
-        ({}, REDIS, ("[Redis] host (USE_REDIS)",)),
-        (REDIS, {}, ("[Redis] host",)),
-        (REDIS, {"USE_REDIS": "true", "REDIS_HOST": "r"}, ("[Redis] host (REDIS_HOST)",)),
-        (REDIS, {"USE_REDIS": "true", "REDIS_PASSWORD": "p"}, ("[Redis] password (REDIS_PASSWORD)",)),
+        ({}, REDIS, ()),
+        (REDIS, REDIS | {"REDIS_PASSWORD": "p"}, ()),
         ({}, {"BASE_URI": "http://other"}, ("[Main] baseUri (BASE_URI)",)),
-        ({}, {"REDIS_ATOMIC_UPSERT": "true"} | REDIS, ("[Redis] host (USE_REDIS)",)),
         ({}, {"CACHE_TTL": "1m"}, ()),
         ({}, {"USE_EVENTS": "true", "TLS_MIN_VERSION": "1.3"}, ("[Main] tlsMinVersion (TLS_MIN_VERSION)", "[Events] sendEvents (USE_EVENTS)")),
     ],
@@ -87,7 +84,7 @@ def test_in_force_are_the_new_environments_and_the_old_rest():
     assert (found.main.log_level, found.main.eval_streams) == ("debug", False)
     assert found.main.base_uri == before.main.base_uri
     assert found.main.client_side_base_uri == before.main.client_side_base_uri
-    assert found.redis == before.redis
+    assert found.redis == after.redis
 
 
 @pytest.mark.parametrize(
@@ -99,6 +96,7 @@ def test_in_force_are_the_new_environments_and_the_old_rest():
         ({"AUTO_CONFIG_KEY": "rel-1"}, {"AUTO_CONFIG_KEY": "rel-1", "ENV_ALLOWED_ORIGIN": "https://a.example"}, {"[AutoConfig] envAllowedOrigin (ENV_ALLOWED_ORIGIN)"}),
         ({"AUTO_CONFIG_KEY": "rel-1"}, {"AUTO_CONFIG_KEY": "rel-1", "EVAL_STREAMS": "0"}, {"[Main] evalStreams (EVAL_STREAMS)"}),
         ({"FILE_DATA_SOURCE": "a"}, {"FILE_DATA_SOURCE": "b"}, {"[OfflineMode] fileDataSource (FILE_DATA_SOURCE)"}),
+        ({"FILE_DATA_SOURCE": "a"}, {"FILE_DATA_SOURCE": "a", "ENV_DATASTORE_PREFIX": "$CID"} | REDIS, {"[OfflineMode] envDatastorePrefix (ENV_DATASTORE_PREFIX)", "[Redis] host (USE_REDIS)"}),
         ({"FLAGS_FILE": "a"}, {"FLAGS_FILE": "b"}, {"[Main] flagsFile (FLAGS_FILE)"}),
         ({"FLAGS_FILE": "a"}, {"FLAGS_FILE": "a"} | LISTED, {'[Environment "main"] (LD_ENV_main)'}),
         ({"FLAGS_FILE": "a"} | LISTED, {"FLAGS_FILE": "a"}, {'[Environment "main"]'}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import json
 import os
 import re
 import signal
@@ -436,6 +437,48 @@ async def test_stored_data_follow_a_key_and_a_prefix(tmp_path, upstream):
         await again.said("Serving stored data")
         reply = await ask(again.address, "/sdk/flags", [("Authorization", B)])
         assert b"latest" in reply.body
+
+
+async def test_the_database_may_be_another_one(tmp_path, upstream):
+    """With another password, none at all, or for the first time; streams notice nothing."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    password = tmp_path / "password"
+    password.write_text("first")
+    with RedisServer(folders[0]) as one, RedisServer(folders[1]) as two:
+        one.do("ACL", "SETUSER", "relay", "on", ">first", "~*", "+@all")
+        locked = f"[Redis]\nurl = {one.url}\nusername = relay\npasswordFile = {password}"
+        async with configured(tmp_path, upstream, f"a: sdkKey = {A}") as relay:
+            stream = await Stream.open(relay.process.address, key=A)
+            relay.write(f"a: sdkKey = {A}", more=locked)
+            await relay.reload()
+            await relay.process.until(lambda: stored(one) == A)
+            one.do("ACL", "SETUSER", "relay", "resetpass", ">second")
+            one.do("CLIENT", "KILL", "USER", "relay")
+            password.write_text("second")
+            await relay.reload()
+            await upstream.patch(A, flag("lamp", 2, "patched"))
+            await relay.process.until(lambda: stored(one) == "patched")
+            relay.write(f"a: sdkKey = {A}", more=f"[Redis]\nurl = {two.url}")
+            await relay.reload()
+            await relay.process.until(lambda: stored(two) == "patched")
+            relay.write(f"a: sdkKey = {A}", more="[Redis]\nurl = ftp://nowhere")
+            await relay.reload(REFUSED)
+            relay.write(f"a: sdkKey = {A}")
+            await relay.reload()
+            await upstream.patch(A, flag("lamp", 3, "newest"))
+            await received(stream, b"newest")
+            stream.close()
+            assert (stored(one), stored(two)) == ("patched", "patched")
+            assert relay.process.log.count("has changed: the database") == 4
+            assert not re.search("first|second", relay.process.log)
+
+
+def stored(redis: RedisServer) -> str:
+    """Return the value of the flag in a database; empty without one."""
+    item = redis.hash("launchdarkly:features").get("lamp")
+    return json.loads(item)["variations"][0] if item else ""
 
 
 async def _never(_: object):
