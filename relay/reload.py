@@ -164,8 +164,7 @@ class Reload:
 
     async def run(self) -> None:
         """Reload until cancelled. A request that comes during a reload leads to another one."""
-        if self._watches:
-            _log.info("The configuration is watched, and reloaded when it has changed")
+        self._report_watch()
         while True:
             if self._watches:
                 await wait_for(self._requested, self._interval)
@@ -182,6 +181,10 @@ class Reload:
     @property
     def _watches(self) -> bool:
         return self._config.main.reload == "watch"
+
+    def _report_watch(self) -> None:
+        if self._watches:
+            _log.info("The configuration is watched, and reloaded when it has changed")
 
     async def _reload(self, *, is_requested: bool) -> None:
         reading = await self._reading()
@@ -224,14 +227,17 @@ class Reload:
         except ConfigError as e:
             self._refuse(_Problems(e.problems))
             return
+        watched = self._watches
         self._config, self._parts = found.config, parts
         set_level(found.config.main.log_level)
+        if not watched:
+            self._report_watch()
         self._carry_out(found.config)
-        await self._carry_out_steps(steps, parts.specs if parts else ())
+        done = await self._carry_out_steps(steps, parts.specs if parts else ())
         if found.restart:
             options = ", ".join(found.restart)
             _log.warning("Not changed before the relay is restarted: %s", options)
-        self._relay.reloads.count(ReloadResult.SUCCESS)
+        self._relay.reloads.count(ReloadResult.SUCCESS if done else ReloadResult.FAILURE)
         added = sum(step.before is None for step in steps)
         removed = sum(step.after is None for step in steps)
         text = "Configuration reloaded; environments added: %d, changed: %d, removed: %d"
@@ -268,20 +274,31 @@ class Reload:
 
     async def _carry_out_steps(
         self, steps: Sequence[_Step], specs: Sequence[EnvironmentSpec]
-    ) -> None:
-        """Carry out steps: in one turn those that hand on a name or credential, then the others."""
+    ) -> bool:
+        """Carry out steps; return whether all succeeded. A failure affects no other environment.
+
+        First come, in one turn, those that hand on a name or a credential, then the others.
+        """
         tied = _tied(steps, self._relay.environments.values())
         together = [step for step in steps if step.environment in tied]
-        for step in together:
-            step.carry_out(self._relay)
+        succeeded = [self._attempt(step) for step in together]
         if together:
             self._settle(specs)
         for step in steps:
             if step.environment not in tied:
-                step.carry_out(self._relay)
+                succeeded.append(self._attempt(step))
             _log.info("Environment %s", step.line)
             await asyncio.sleep(0)
         self._settle(specs)
+        return all(succeeded)
+
+    def _attempt(self, step: _Step) -> bool:
+        try:
+            step.carry_out(self._relay)
+        except Exception:  # noqa: BLE001 - the boundary between environments
+            _log.exception("Environment %s: this failed", step.line)
+            return False
+        return True
 
     def _settle(self, specs: Iterable[EnvironmentSpec]) -> None:
         """Let each credential open the last environment that has it, as after a start."""

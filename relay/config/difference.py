@@ -53,6 +53,7 @@ def difference(before: Config, after: Config) -> Difference:
     """
     are_listed = bool(before.environments and after.environments)
     in_force: dict[str, object] = {}
+    sources = dict(after.sources)
     restart: list[str] = []
     attributes = {name.replace("_", ""): name for name in Config.__struct_fields__}
     for section, cls in SECTIONS.items():
@@ -62,7 +63,8 @@ def difference(before: Config, after: Config) -> Difference:
         elif attribute is not None:
             old = getattr(before, attribute)
             new = getattr(after, attribute)
-            values, names = _section(section, old or cls(), new or cls(), before, after)
+            values, names, kept = _section(section, old or cls(), new or cls(), before, after)
+            sources |= kept
             # A section that is not used stays so, whatever its defaults are.
             in_force[attribute] = structs.replace(old, **values) if old is not None else None
             restart += names
@@ -70,7 +72,7 @@ def difference(before: Config, after: Config) -> Difference:
         in_force |= {"environments": after.environments, "filters": after.filters}
     else:
         restart += _named_sections(before, after)
-    config = structs.replace(before, **in_force, sources=after.sources, warnings=after.warnings)
+    config = structs.replace(before, **in_force, sources=sources, warnings=after.warnings)
     stores = any(getattr(config, each) != getattr(before, each) for each in _STORES)
     return Difference(config, stores, tuple(restart))
 
@@ -83,9 +85,15 @@ def same(one: Config, other: Config) -> bool:
 
 def _section(
     section: str, old: object, new: object, before: Config, after: Config
-) -> tuple[Mapping[str, object], list[str]]:
-    """Return the values of a section that change in place, and what needs a restart."""
+) -> tuple[Mapping[str, object], list[str], Mapping[str, str]]:
+    """Compare the options of a section.
+
+    Returns:
+        The values that change in place, the options that need a restart as `Difference` names
+        them, and the sources that these have had so far.
+    """
     values: dict[str, object] = {}
+    sources: dict[str, str] = {}
     restart = []
     for option in options(section):
         former, value = getattr(old, option.attribute), getattr(new, option.attribute)
@@ -93,9 +101,13 @@ def _section(
             continue
         if option.support is not Support.FULL or _in_place(option, before, after):
             values[option.attribute] = value
-        elif _is_set(option, before) or _is_set(option, after):  # else it follows from another
-            restart.append(_labelled(f"[{section}] {option.name}", option, after))
-    return values, restart
+            continue
+        label = f"{section}.{option.attribute}"
+        if label in before.sources:
+            sources[label] = before.sources[label]
+        if label in before.sources or label in after.sources:  # else it follows from another
+            restart.append(_named(f"[{section}] {option.name}", after.sources.get(label)))
+    return values, restart, sources
 
 
 def _in_place(option: Option, before: Config, after: Config) -> bool:
@@ -107,13 +119,8 @@ def _in_place(option: Option, before: Config, after: Config) -> bool:
     return key in _IN_PLACE
 
 
-def _is_set(option: Option, config: Config) -> bool:
-    return f"{option.section}.{option.attribute}" in config.sources
-
-
-def _labelled(label: str, option: Option, config: Config) -> str:
-    source = config.sources.get(f"{option.section}.{option.attribute}")
-    return f"{label} ({source})" if source else label
+def _named(option: str, source: str | None) -> str:
+    return f"{option} ({source})" if source else option
 
 
 def _named_sections(before: Config, after: Config) -> Iterator[str]:
@@ -122,8 +129,7 @@ def _named_sections(before: Config, after: Config) -> Iterator[str]:
         old, new = _names(before, section), _names(after, section)
         for name in dict.fromkeys((*old, *new)):
             if (name in old) != (name in new):
-                source = after.sources.get(f'{section} "{name}"')
-                yield f'[{section} "{name}"]' + (f" ({source})" if source else "")
+                yield _named(f'[{section} "{name}"]', after.sources.get(f'{section} "{name}"'))
 
 
 def _names(config: Config, section: str) -> tuple[str, ...]:
