@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from relay.config.options import Option, Support
 from relay.config.schema import (
     AutoConfig,
+    Consul,
     EnvironmentConfig,
     Events,
     Filters,
@@ -30,7 +31,7 @@ from relay.config.schema import (
     options,
     with_variants,
 )
-from relay.config.unsupported import Consul, DynamoDB
+from relay.config.unsupported import DynamoDB
 from relay.model.text import one_line
 
 ENVIRONMENT, FILTERS = "Environment", "Filters"
@@ -172,6 +173,12 @@ def redis_of(draft: Draft) -> Redis | None:
     if redis.tls and url.startswith("redis://"):
         url = "rediss" + url.removeprefix("redis")
     return replace(redis, url=url)
+
+
+def consul_of(draft: Draft) -> Consul | None:
+    """Return `[Consul]`; None if Consul is not configured."""
+    consul = draft.of(Consul)
+    return consul if consul.host else None
 
 
 def _main_key(*attributes: str) -> tuple[Key, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import msgspec
 
 from relay.errors import InvalidData
+from relay.model.flag import Prerequisite
 from relay.model.item import InvalidItem, Item, Kind, parse
 from relay.model.payload import Payload
 from relay.steps import Steps
@@ -56,6 +57,52 @@ def version_of(json: bytes) -> Version:
         return Version(int(stored.version), live=not stored.deleted)
     except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError, RecursionError):
         return UNREADABLE
+
+
+class _Needs(msgspec.Struct, frozen=True):
+    prerequisites: list[Prerequisite] | None = None
+
+
+_NEEDS_DECODER = msgspec.json.Decoder(_Needs)
+
+
+def in_order(items: Iterable[Item]) -> Steps[list[Item]]:
+    """Return items in the order in which they are written one by one, with a step for each.
+
+    Segments come first, and each flag after its prerequisites: a reader that comes in between finds
+    whatever an item refers to.
+    """
+    items = list(items)
+    flags = {item.key: item for item in items if item.kind is Kind.FLAG}
+    ordered = [item for item in items if item.kind is Kind.SEGMENT]
+    entered: set[str] = set()
+    left: set[str] = set()
+    for first in flags:
+        path = [first]
+        while path:
+            key = path[-1]
+            if key not in entered:
+                entered.add(key)
+                path += [
+                    need for need in _needs(flags[key]) if need in flags and need not in entered
+                ]
+                yield
+                continue
+            path.pop()
+            if key not in left:
+                left.add(key)
+                ordered.append(flags[key])
+    return ordered
+
+
+def _needs(flag: Item) -> list[str]:
+    """Return the keys of the flags that a flag refers to."""
+    if flag.json is None or b'"prerequisites"' not in flag.json:
+        return []
+    try:
+        return [need.key for need in _NEEDS_DECODER.decode(flag.json).prerequisites or ()]
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return []
 
 
 def parse_items(entries: Iterable[Entry]) -> Steps[Stored]:
