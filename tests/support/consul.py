@@ -75,7 +75,7 @@ class _Stored(NamedTuple):
     modified: int
 
 
-class _Refused(Exception):  # noqa: N818 - an answer
+class _Refused(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status, self.text = status, text
@@ -171,7 +171,10 @@ class ConsulServer:
         """Return the verbs and keys of each transaction that was carried out and wrote."""
         written = []
         for each in self.asked:
-            if each.path.startswith(f"{self._path}/v1/txn") and each.status == web.HTTPOk.status_code:
+            if (
+                each.path.startswith(f"{self._path}/v1/txn")
+                and each.status == web.HTTPOk.status_code
+            ):
                 operations = [(op["KV"]["Verb"], op["KV"]["Key"]) for op in each.body]
                 if any(not verb.startswith("get") for verb, _ in operations):
                     written.append(operations)
