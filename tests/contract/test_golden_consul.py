@@ -113,7 +113,7 @@ async def test_the_same_messages_lead_to_the_same_keys(scene, upstream, consul, 
         await relay.start()
         asked = [("Authorization", key_of(scene))]
         async with asyncio.timeout(PATIENCE):
-            while (answer := await ask(relay.address, "/sdk/flags", headers=asked)).status == 503:
+            while (answer := await ask(relay.address, "/sdk/flags", headers=asked)).status == 503:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)  # it has not read the database yet
         [recorded] = [a for a in others[-1]["answers"] if a["ask"] == "GET /sdk/flags"]
         assert answer.status == recorded["status"]
