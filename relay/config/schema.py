@@ -392,11 +392,8 @@ class Redis(Struct, frozen=True):
 class Consul(Struct, frozen=True):
     """`[Consul]`: Consul server that the relay keeps up to date for SDKs in daemon mode.
 
-    In a file, `host` enables it; with variables, `USE_CONSUL=true` does, with `localhost` as the
-    default, and all others require that. The variables of Consul's own client apply, too:
-    `CONSUL_HTTP_TOKEN`, `CONSUL_HTTP_TOKEN_FILE`, `CONSUL_HTTP_SSL`, `CONSUL_HTTP_SSL_VERIFY`,
-    `CONSUL_CACERT`, `CONSUL_CAPATH`, `CONSUL_CLIENT_CERT`, `CONSUL_CLIENT_KEY`,
-    `CONSUL_TLS_SERVER_NAME`, `CONSUL_NAMESPACE`, `CONSUL_PARTITION`.
+    In a file, `host` enables it; with variables, `USE_CONSUL=true` does. The variables of Consul's
+    own client for tokens, TLS and namespaces apply, too.
     """
 
     host: str = option(

@@ -17,8 +17,8 @@ from relay.errors import StoreUnavailable, UpstreamUnavailable
 from relay.imports import system_authorities_skipped
 from relay.reasons import shorten
 from relay.stores.consul.connect import Connection
-from relay.stores.consul.layout import Batch, Failure, Operation, Reply, encode, reply_of
-from relay.upstream import read_body, reason_of
+from relay.stores.consul.layout import Write, Failure, Operation, Reply, encode, reply_of
+from relay.upstream import READ_BUFFER, read_body, reason_of
 
 with system_authorities_skipped():
     import aiohttp
@@ -59,15 +59,15 @@ class ConsulClient:
         """
         return await self._transact(encode(operations, self.scope))
 
-    async def write(self, batch: Batch) -> Sequence[Failure]:
-        """Carry out a batch; return the reasons for which nothing was done, if any.
+    async def carry_out(self, write: Write) -> Sequence[Failure]:
+        """Carry out a write; return the reasons for which nothing was done, if any.
 
         Raises:
             StoreUnavailable: there is no reply, or it is an error.
         """
-        if batch.body is not None:
-            return (await self._transact(batch.body)).failures or ()
-        [operation] = batch.operations
+        if write.body is not None:
+            return (await self._transact(write.body)).failures or ()
+        [operation] = write.operations
         query = {"cas": str(operation.index)} if operation.verb == "cas" else {}
         path = f"/v1/kv/{quote(operation.key)}"
         _, answer = await self._request(path, operation.value or b"", query, (HTTPStatus.OK,))
@@ -131,6 +131,7 @@ class ConsulClient:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.UnixConnector(socket) if socket else aiohttp.TCPConnector(),
                 cookie_jar=aiohttp.DummyCookieJar(),
+                read_bufsize=READ_BUFFER,
                 timeout=aiohttp.ClientTimeout(
                     total=None, connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT
                 ),

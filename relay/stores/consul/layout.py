@@ -138,8 +138,8 @@ class Reply(Struct, frozen=True):
     failures: list[Failure] | None = msgspec.field(name="Errors", default=None)
 
 
-class Batch(Struct, frozen=True):
-    """Operations that are carried out together.
+class Write(Struct, frozen=True):
+    """Operations to carry out together.
 
     Args:
         operations: the operations.
@@ -212,10 +212,10 @@ def delete(key: str) -> Operation:
     return Operation("delete", key)
 
 
-def batches(
+def writes(
     operations: Iterable[Operation], scope: Scope, guards: Sequence[Operation] = ()
-) -> Iterator[Batch]:
-    """Yield operations in order, in batches that are within Consul's limits.
+) -> Iterator[Write]:
+    """Yield operations in order, in as many writes as Consul's limits demand.
 
     Args:
         operations: the operations.
@@ -224,27 +224,28 @@ def batches(
     """
     head = [_member(each, scope) for each in guards]
     head_size = _FRAME + sum(len(each) + 1 for each in head)
-    batch: list[Operation] = []
-    parts: list[bytes] = []
+    gathered: list[Operation] = []
+    members: list[bytes] = []
     size = head_size
 
-    def closed() -> Batch:
-        return Batch((*guards, *batch), b"[%b]" % b",".join([*head, *parts]))
+    def transaction() -> Write:
+        return Write((*guards, *gathered), b"[%b]" % b",".join([*head, *members]))
 
     for operation in operations:
-        part = _member(operation, scope)
-        fits = size + len(part) + 1 <= MAX_TRANSACTION
-        if batch and not (fits and len(guards) + len(batch) < MAX_OPERATIONS):
-            yield closed()
-            batch, parts, size = [], [], head_size
-        if head_size + len(part) + 1 > MAX_TRANSACTION:
-            yield Batch((operation,), None)
+        member = _member(operation, scope)
+        cost = len(member) + 1
+        full = len(guards) + len(gathered) >= MAX_OPERATIONS or size + cost > MAX_TRANSACTION
+        if gathered and full:
+            yield transaction()
+            gathered, members, size = [], [], head_size
+        if head_size + cost > MAX_TRANSACTION:
+            yield Write((operation,), None)
             continue
-        batch.append(operation)
-        parts.append(part)
-        size += len(part) + 1
-    if batch:
-        yield closed()
+        gathered.append(operation)
+        members.append(member)
+        size += cost
+    if gathered:
+        yield transaction()
 
 
 def encode(operations: Iterable[Operation], scope: Scope) -> bytes:

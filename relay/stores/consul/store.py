@@ -25,7 +25,7 @@ from relay.stores.consul.layout import (
     Layout,
     Operation,
     Pair,
-    batches,
+    writes,
     delete,
     get,
     get_all,
@@ -216,8 +216,8 @@ class ConsulStore:
         self, operations: Iterable[Operation], guards: Sequence[Operation] = ()
     ) -> bool:
         """Carry out operations in order; return False once another writer has come in between."""
-        for batch in batches(operations, self._client.scope, guards):
-            failures = await self._client.write(batch)
+        for write in writes(operations, self._client.scope, guards):
+            failures = await self._client.carry_out(write)
             if failures and all(each.is_stale or each.is_missing for each in failures):
                 return False
             self._raise(failures)

@@ -19,7 +19,7 @@ from relay.stores.consul.layout import (
     Layout,
     Operation,
     Scope,
-    batches,
+    writes,
     encode,
     get,
     put,
@@ -87,24 +87,24 @@ def test_replies_are_read_with_spaces_and_members_of_later_versions():
     st.lists(st.one_of(st.integers(0, 400), st.integers(0, 450_000)), max_size=200),
     st.integers(0, 2),
 )
-def test_batches_are_within_the_limits_and_in_order(sizes, guards):
+def test_writes_are_within_the_limits_and_in_order(sizes, guards):
     """None could take the next operation as well; guards begin each; too large ones go alone."""
     operations = [put(f"k{n}", b"x" * size) for n, size in enumerate(sizes)]
     checks = [get(f"guard-{n}") for n in range(guards)]
-    made = list(batches(operations, NOWHERE, checks))
+    made = list(writes(operations, NOWHERE, checks))
     written: list[Operation] = []
-    for batch in made:
-        if batch.body is None:
-            [alone] = batch.operations
+    for write in made:
+        if write.body is None:
+            [alone] = write.operations
             assert len(encode([*checks, alone], NOWHERE)) > MAX_TRANSACTION
             written.append(alone)
             continue
-        assert len(batch.operations) <= MAX_OPERATIONS
-        assert len(batch.body) <= MAX_TRANSACTION
-        assert list(batch.operations[:guards]) == checks
-        keys = [each["KV"]["Key"] for each in json.loads(batch.body)]
-        assert keys == [each.key for each in batch.operations]
-        written += batch.operations[guards:]
+        assert len(write.operations) <= MAX_OPERATIONS
+        assert len(write.body) <= MAX_TRANSACTION
+        assert list(write.operations[:guards]) == checks
+        keys = [each["KV"]["Key"] for each in json.loads(write.body)]
+        assert keys == [each.key for each in write.operations]
+        written += write.operations[guards:]
     assert written == operations
     for one, other in itertools.pairwise(made):
         if one.body and other.body:
