@@ -17,7 +17,7 @@ from relay.errors import StoreUnavailable, UpstreamUnavailable
 from relay.imports import system_authorities_skipped
 from relay.reasons import shorten
 from relay.stores.consul.connect import Connection
-from relay.stores.consul.layout import Write, Failure, Operation, Reply, encode, reply_of
+from relay.stores.consul.layout import Failure, Operation, Reply, Write, encode, reply_of
 from relay.upstream import READ_BUFFER, read_body, reason_of
 
 with system_authorities_skipped():

@@ -25,13 +25,13 @@ from relay.stores.consul.layout import (
     Layout,
     Operation,
     Pair,
-    writes,
     delete,
     get,
     get_all,
     pair_of,
     put,
     put_if,
+    writes,
 )
 from relay.stores.fingerprint import Fingerprint
 from relay.stores.items import in_order, parse_items, parse_versions, stored_json, version_of

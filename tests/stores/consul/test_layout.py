@@ -19,12 +19,12 @@ from relay.stores.consul.layout import (
     Layout,
     Operation,
     Scope,
-    writes,
     encode,
     get,
     put,
     put_if,
     reply_of,
+    writes,
 )
 
 NOWHERE = Scope()
