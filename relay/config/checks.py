@@ -239,7 +239,7 @@ def _auto_config(draft: Draft) -> Iterator[Diagnostic]:
     auto = draft.of(AutoConfig)
     keys = _keys("AutoConfig", *(name for name in SHARED if getattr(auto, name)))
     cache = _keys("AutoConfig", "cache_key")
-    if auto.cache_key and not _enabled_databases(draft):
+    if auto.cache_key and not _enabled_databases(draft).keys() - {"Consul"}:
         yield "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled", cache
     if not auto.key and (keys or auto.cache_key):
         keys = (*keys, *(cache if auto.cache_key else ()))

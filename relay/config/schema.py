@@ -698,7 +698,7 @@ class AutoConfig(Struct, frozen=True):
         STRING,
         "",
         "Database key under which the list of environments is stored, encrypted, for a start"
-        " without LaunchDarkly; in Redis it is the whole key. Requires a database. Not set: it is"
+        " without LaunchDarkly; in Redis it is the whole key. Requires Redis. Not set: it is"
         " stored in `snapshotDir` only.",
         "relay-environments",
     )

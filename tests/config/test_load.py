@@ -840,6 +840,15 @@ def test_the_list_of_environments_may_be_stored() -> None:
             "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled",
         ),
         (
+            {
+                "AUTO_CONFIG_KEY": "k",
+                "AUTO_CONFIG_CACHE_KEY": "c",
+                "USE_CONSUL": "1",
+                "ENV_DATASTORE_PREFIX": "p-$CID",
+            },
+            "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled",
+        ),
+        (
             {"LD_ENV_a": "sdk-a", "USE_REDIS": "1", "AUTO_CONFIG_CACHE_KEY": "c"},
             "must specify auto-configuration key if other auto-configuration properties are set",
         ),

@@ -33,7 +33,7 @@ from tests.support.process import free_port
 GOLDEN = Path(__file__).parent.parent / "golden" / "consul.json"
 
 MAX_OPERATIONS = 64
-"""Operations in a transaction, as in versions of Consul before 1.12; newer ones accept 128."""
+"""Operations in a transaction, as in older versions of Consul; 1.14 accepts 128."""
 
 MAX_SIZE = 512 * 1024
 """Default of `kv_max_value_size` and `txn_max_req_len`."""
