@@ -29,6 +29,9 @@ CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 10.0
 """Seconds of silence after which an answer does not come any more."""
 
+REQUEST_TIMEOUT = 60.0
+"""Seconds for a whole request: 100 MB on a slow link, and an end to an answer that only trickles."""
+
 _STALE = Failure(reason="index is stale")
 _DECISIVE = (HTTPStatus.OK, HTTPStatus.CONFLICT)
 """Statuses of replies to transactions: carried out, or not."""
@@ -133,7 +136,7 @@ class ConsulClient:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 read_bufsize=READ_BUFFER,
                 timeout=aiohttp.ClientTimeout(
-                    total=None, connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT
+                    total=REQUEST_TIMEOUT, connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT
                 ),
                 trust_env=False,
             )

@@ -128,7 +128,7 @@ class Failure(Struct, frozen=True):
     @property
     def is_denied(self) -> bool:
         """True if the token lacks a permission."""
-        return self.reason.startswith("Permission denied")
+        return "Permission denied" in self.reason
 
 
 class Reply(Struct, frozen=True):
