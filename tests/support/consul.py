@@ -15,7 +15,6 @@ import shutil
 import signal
 import ssl
 import subprocess
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -356,10 +355,10 @@ class ConsulAgent:
         assert self.binary
         ports = {name: free_port() for name in ("server", "serf_lan", "serf_wan")}
         ports |= {"http": self.port, "dns": -1, "grpc": -1, "grpc_tls": -1}
-        with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as settings:
-            json.dump({"ports": ports, "disable_update_check": True}, settings)
+        settings = ", ".join(f"{name} = {port}" for name, port in ports.items())
+        command = [self.binary, "agent", "-dev", "-bind", "127.0.0.1"]
         self._process = subprocess.Popen(
-            [self.binary, "agent", "-dev", "-bind", "127.0.0.1", "-config-file", settings.name],
+            [*command, "-hcl", f"ports = {{ {settings} }}"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -30,7 +30,7 @@ READ_TIMEOUT = 10.0
 """Seconds of silence after which an answer does not come any more."""
 
 REQUEST_TIMEOUT = 60.0
-"""Seconds for a whole request: 100 MB on a slow link, and an end to an answer that only trickles."""
+"""Seconds for a whole request: enough for 100 MB on a slow link, and an end to a mere trickle."""
 
 _STALE = Failure(reason="index is stale")
 _DECISIVE = (HTTPStatus.OK, HTTPStatus.CONFLICT)

@@ -477,8 +477,9 @@ async def test_what_consul_says_is_passed_on_with_advice(server, store):
     assert await store.load() is None
 
 
-async def test_a_server_that_is_away_and_comes_back(server, store, monkeypatch):
-    """Each failure is named: refused, silent."""
+@pytest.mark.parametrize("limit", ["READ_TIMEOUT", "REQUEST_TIMEOUT"])
+async def test_a_server_that_is_away_and_comes_back(server, store, monkeypatch, limit):
+    """Each failure is named: refused, silent, or slow as a whole."""
     await store.init(ONE)
     await server.stop()
     with pytest.raises(StoreUnavailable, match="cannot connect to localhost:"):
@@ -486,7 +487,7 @@ async def test_a_server_that_is_away_and_comes_back(server, store, monkeypatch):
     await server.start()
     assert await store.load()
     await store.aclose()
-    monkeypatch.setattr("relay.stores.consul.client.READ_TIMEOUT", 0.1)
+    monkeypatch.setattr(f"relay.stores.consul.client.{limit}", 0.1)
     server.pause()
     with pytest.raises(StoreUnavailable, match="no answer in time"):
         await store.load()
