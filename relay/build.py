@@ -8,13 +8,14 @@ imports neither the HTTP client nor the Redis driver.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msgspec import structs
+from msgspec import Struct, structs
 
 from relay.config.schema import AutoConfig, Config, EnvironmentConfig, Main, OfflineMode
 from relay.environment import Environment
@@ -32,7 +33,7 @@ from relay.registry import Registry
 from relay.relay import Directory, Relay
 from relay.sources import DataSource
 from relay.sources.timings import SourceTimings
-from relay.stores import Mirror
+from relay.stores import DataStore, Mirror
 from relay.streams.evaluated import client_side_channels
 from relay.streams.hub import Hub, StreamLimits
 from relay.telemetry.log import Log, environment_log, set_environment_level
@@ -60,6 +61,18 @@ Session = AbstractAsyncContextManager[object]
 SourceFactory = Callable[[EnvironmentSpec, Log], DataSource]
 
 
+class Database(Struct, frozen=True):
+    """A configured database.
+
+    Args:
+        kind: kind of database, as in `/status`.
+        store_for: returns the store of an environment.
+    """
+
+    kind: str
+    store_for: Callable[[EnvironmentSpec], DataStore]
+
+
 def build(config: Config) -> Relay:
     """Return the relay that a configuration describes, without connecting anything.
 
@@ -67,8 +80,9 @@ def build(config: Config) -> Relay:
         ConfigError: a resource that it names, such as a file of CA certificates, is unusable.
     """
     registry: Registry[Environment] = Registry()
+    database = _database(config)
     if config.offline_mode.file_data_source:
-        return _offline(config, registry)
+        return _offline(config, registry, database)
     events: Forwarder | None = None
     fetch: Fetch | None = None
     directory: Directory | None = None
@@ -79,11 +93,11 @@ def build(config: Config) -> Relay:
         session, fetch = upstream, upstream.fetch
         events = _forwarder(config, upstream, registry.spec_of)
         if config.auto_config.key:
-            directory = _auto_configuration(config, upstream, make_source)
+            directory = _auto_configuration(config, upstream, make_source, database)
     else:
         specs, make_source = [_demo(config.main)], _file(config)
     return Relay(
-        [_environment(config, spec, make_source) for spec in specs],
+        [_environment(config, spec, make_source, database) for spec in specs],
         config.main.init_timeout,
         upstream=session,
         fetch=fetch,
@@ -96,7 +110,10 @@ def build(config: Config) -> Relay:
 
 
 def _auto_configuration(
-    config: Config, session: HTTPSession, make_source: SourceFactory
+    config: Config,
+    session: HTTPSession,
+    make_source: SourceFactory,
+    database: Database | None,
 ) -> AutoConfiguration:
     """Return what follows the list of environments; it makes them as the configured ones are."""
     from relay.autoconfig import AutoConfiguration, log
@@ -108,7 +125,7 @@ def _auto_configuration(
     return AutoConfiguration(
         AutoConfigStream(session, main.stream_uri, key, log),
         _shared(auto, main),
-        lambda spec: _environment(config, spec, make_source),
+        lambda spec: _environment(config, spec, make_source, database),
         make_source,
         tuple(_list_mirrors(config, key, log)),
     )
@@ -132,7 +149,7 @@ def _list_mirrors(config: Config, key: AutoConfigKey, log: Log) -> Iterator[List
         yield ListMirror(store, log)
 
 
-def _offline(config: Config, registry: Registry[Environment]) -> Relay:
+def _offline(config: Config, registry: Registry[Environment], database: Database | None) -> Relay:
     """Return the relay whose environments are those of an archive: without a network.
 
     Raises:
@@ -143,7 +160,7 @@ def _offline(config: Config, registry: Registry[Environment]) -> Relay:
     options, main = config.offline_mode, config.main
 
     def make_environment(spec: EnvironmentSpec, source: DataSource) -> Environment:
-        return _environment(config, spec, lambda _spec, _log: source)
+        return _environment(config, spec, lambda _spec, _log: source, database)
 
     path = Path(options.file_data_source)
     interval = options.file_data_source_monitoring_interval
@@ -191,19 +208,18 @@ def sync_targets(
     Raises:
         ConfigError: there is no database, or no such environment; see also `build`.
     """
-    from relay.stores.redis.store import RedisStore
     from relay.sync import SyncTarget
 
-    redis = config.redis
+    database = _database(config)
     problems = _missing(config, names)
-    if not redis:
-        problems.append("there is no database to bring up to date; [Redis] or USE_REDIS names one")
-    if problems or not redis:
+    if database is None:
+        text = "there is no database to bring up to date; [Redis], [Consul], USE_REDIS or"
+        problems.append(f"{text} USE_CONSUL names one")
+    if problems or database is None:
         raise ConfigError(problems)
     session, sources = _sources(config, names, relay_url)
     targets = [
-        SyncTarget(spec, source, RedisStore(redis, spec.prefix), log)
-        for spec, source, log in sources
+        SyncTarget(spec, source, database.store_for(spec), log) for spec, source, log in sources
     ]
     return session, targets
 
@@ -324,14 +340,16 @@ def _spec(options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
     )
 
 
-def _environment(config: Config, spec: EnvironmentSpec, make_source: SourceFactory) -> Environment:
+def _environment(
+    config: Config, spec: EnvironmentSpec, make_source: SourceFactory, database: Database | None
+) -> Environment:
     log = _log_for(spec)
     source = make_source(spec, log)
     programs, main = ProgramCache(), config.main
     streams = client_side_channels(programs, main.ping_stream_jitter_time)
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
     environment = Environment(spec, source, hub, log, programs=programs)
-    environment.mirrors = tuple(_mirrors(config, spec, environment.resync, log))
+    environment.mirrors = tuple(_mirrors(config, spec, environment.resync, log, database))
     return environment
 
 
@@ -349,8 +367,32 @@ def _stream_limits(main: Main) -> StreamLimits:
     )
 
 
+def _database(config: Config) -> Database | None:
+    """Return the configured database; None without one.
+
+    Raises:
+        ConfigError: a file or variable that it needs is unusable.
+    """
+    if redis := config.redis:
+        from relay.stores.redis.store import RedisStore
+
+        return Database("redis", lambda spec: RedisStore(redis, spec.prefix))
+    if consul := config.consul:
+        from relay.stores.consul.connect import connect
+        from relay.stores.consul.store import ConsulStore
+
+        connection = connect(consul, os.environ)
+        size = consul.max_value_size
+        return Database("consul", lambda spec: ConsulStore(connection, spec.prefix, size))
+    return None
+
+
 def _mirrors(
-    config: Config, spec: EnvironmentSpec, resync: Callable[[], None], log: Log
+    config: Config,
+    spec: EnvironmentSpec,
+    resync: Callable[[], None],
+    log: Log,
+    database: Database | None,
 ) -> Iterator[Mirror]:
     """Yield the snapshot and the database mirror, if configured."""
     if config.main.snapshot_dir and config.uses_launchdarkly:
@@ -361,11 +403,11 @@ def _mirrors(
         yield SnapshotMirror(
             Path(config.main.snapshot_dir), owner, log, payload_filter=spec.payload_filter
         )
-    if config.redis:
+    if database:
         from relay.stores.mirror import SINGLE_RUN, DatabaseMirror, MirrorTimings
-        from relay.stores.redis.store import RedisStore
 
-        store = RedisStore(config.redis, spec.prefix)
-        log.info("Using Redis data store: %s with prefix: %s", store.server, store.prefix)
+        store, name = database.store_for(spec), database.kind.capitalize()
+        text = "Using %s data store: %s with prefix: %s"
+        log.info(text, name, store.server, store.prefix)
         timings = SINGLE_RUN if config.main.exit_always else MirrorTimings()
-        yield DatabaseMirror(store, "redis", resync, log, timings)
+        yield DatabaseMirror(store, database.kind, resync, log, timings)
