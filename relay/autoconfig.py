@@ -204,15 +204,17 @@ class AutoConfiguration:
             for payload_filter in before:
                 if payload_filter not in after:
                     self._remove(relay, change.id, payload_filter)
-            for payload_filter in after:
-                if change.after is not None:
-                    await self._attempt(relay, change.after, payload_filter)
+            if change.after is not None:
+                await self._attempt(relay, change.after, "")
             environment = relay.environments.get(change.id)
             if environment is None:
                 self._settled.pop(change.id, None)
                 self._environments.forget(change.id)  # so the next put is another chance
             elif change.after is not None:
-                self._settled[change.id] = settled(change.after, environment.spec)
+                description = settled(change.after, environment.spec)
+                self._settled[change.id] = description
+                for payload_filter in after[1:]:
+                    await self._attempt(relay, description, payload_filter)
 
     async def _apply_filters(
         self, relay: Relay, changes: Iterable[ListChange[FilterDescription]]
@@ -229,7 +231,7 @@ class AutoConfiguration:
         for each in self._environments.values():
             for payload_filter in self._variants(each):
                 if variant_name(each.id, payload_filter) not in relay.environments:
-                    await self._attempt(relay, each, payload_filter)
+                    await self._attempt(relay, self._settled[each.id], payload_filter)
 
     def _variants(self, description: EnvironmentDescription | None) -> Sequence[str]:
         """Return the payload filters of an environment's variants; empty for itself, the first."""
