@@ -192,8 +192,10 @@ async def test_what_cannot_be_used_harms_only_itself(caplog):
         assert made.relay.knows_environments
         for text in ("version is not an integer", "no SDK key", "Unable to initialize"):
             assert text in caplog.text
+        assert sorted(made.relay.unusable) == ["id-delta", "id-gamma"]
         made.broken.clear()
         await made.stream.send(environments.put(description(), description("gamma")))
+        assert not made.relay.unusable
         assert sorted(made.relay.environments) == ["id-alpha", "id-gamma"]
 
 
