@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ from relay.telemetry.log import Log, environment_log, set_environment_level
 if TYPE_CHECKING:
     from relay.autoconfig import AutoConfiguration
     from relay.protocol.environments import SharedSettings
+    from relay.stores.documents.connect import Places
     from relay.sync import SyncTarget
     from relay.upstream import Upstream as HTTPSession
 
@@ -69,6 +71,7 @@ def build(config: Config) -> Relay:
         return _offline(config, registry)
     events: Forwarder | None = None
     fetch: Fetch | None = None
+    places = _places(config)
     directory: Directory | None = None
     session: Session = nullcontext()
     if config.uses_launchdarkly:
@@ -77,11 +80,11 @@ def build(config: Config) -> Relay:
         session, fetch = upstream, upstream.fetch
         events = _forwarder(config, upstream, registry.spec_of)
         if config.auto_config.key:
-            directory = _auto_configuration(config, upstream, make_source)
+            directory = _auto_configuration(config, upstream, make_source, places)
     else:
         specs, make_source = [_demo(config.main)], _file(config)
     return Relay(
-        [_environment(config, spec, make_source) for spec in specs],
+        [_environment(config, spec, make_source, places) for spec in specs],
         config.main.init_timeout,
         upstream=session,
         fetch=fetch,
@@ -94,7 +97,7 @@ def build(config: Config) -> Relay:
 
 
 def _auto_configuration(
-    config: Config, session: HTTPSession, make_source: SourceFactory
+    config: Config, session: HTTPSession, make_source: SourceFactory, places: Places | None
 ) -> AutoConfiguration:
     """Return what follows the list of environments; it makes them as the configured ones are."""
     from relay.autoconfig import AutoConfiguration, log
@@ -105,7 +108,7 @@ def _auto_configuration(
     return AutoConfiguration(
         AutoConfigStream(session, main.stream_uri, AutoConfigKey(auto.key.reveal()), log),
         _shared(auto, main),
-        lambda spec: _environment(config, spec, make_source),
+        lambda spec: _environment(config, spec, make_source, places),
         make_source,
     )
 
@@ -119,9 +122,10 @@ def _offline(config: Config, registry: Registry[Environment]) -> Relay:
     from relay.offline import OfflineArchive
 
     options, main = config.offline_mode, config.main
+    places = _places(config)
 
     def make_environment(spec: EnvironmentSpec, source: DataSource) -> Environment:
-        return _environment(config, spec, lambda _spec, _log: source)
+        return _environment(config, spec, lambda _spec, _log: source, places)
 
     path = Path(options.file_data_source)
     interval = options.file_data_source_monitoring_interval
@@ -157,32 +161,46 @@ def _demo(main: Main) -> EnvironmentSpec:
 
 
 def sync_targets(
-    config: Config, names: Collection[str] = (), relay_url: str = ""
+    config: Config, names: Collection[str] = (), relay_url: str = "", to: str = ""
 ) -> tuple[Session, list[SyncTarget]]:
-    """Return the upstream session and the sync targets, one per environment.
+    """Return the upstream session and the sync targets: for each environment each destination.
 
     Args:
         config: configuration of LaunchDarkly, the database and the environments.
         names: names of the environments to sync; empty for all.
         relay_url: URL of a running relay to read from instead of LaunchDarkly.
+        to: URL of the only place to publish documents in; empty for all that is configured.
 
     Raises:
-        ConfigError: there is no database, or no such environment; see also `build`.
+        ConfigError: there is no destination, or no such environment; see also `build`.
     """
-    from relay.stores.redis.store import RedisStore
+    from relay.stores import DOCUMENT
     from relay.sync import SyncTarget
 
-    redis = config.redis
+    if to:
+        config = structs.replace(config, redis=None)
+        config = structs.replace(config, publish=structs.replace(config.publish, to=(to,)))
     problems = _missing(config, names)
-    if not redis:
-        problems.append("there is no database to bring up to date; [Redis] or USE_REDIS names one")
-    if problems or not redis:
+    if not config.redis and not config.publish.to:
+        problems.append(
+            "there is nothing to bring up to date; [Redis] or USE_REDIS names a database, --to or"
+            " PUBLISH_TO a place for documents"
+        )
+    if problems:
         raise ConfigError(problems)
     session, sources = _sources(config, names, relay_url)
-    targets = [
-        SyncTarget(spec, source, RedisStore(redis, spec.prefix), log)
-        for spec, source, log in sources
-    ]
+    places, targets = _places(config), []
+    for spec, make_source, log in sources:
+        if config.redis:
+            from relay.stores.redis.store import RedisStore
+
+            store = RedisStore(config.redis, spec.prefix)
+            targets.append(SyncTarget(spec, make_source(), store, log))
+        publish = config.publish
+        documents = places.stores(publish.to, publish.token, spec, log) if places else []
+        targets += [
+            SyncTarget(spec, make_source(), each, log, DOCUMENT, each.label) for each in documents
+        ]
     return session, targets
 
 
@@ -209,7 +227,7 @@ def archive_sources(
     if problems:
         raise ConfigError(problems)
     session, sources = _sources(config, names, relay_url)
-    return session, [(spec, source) for spec, source, _ in sources if not spec.payload_filter]
+    return session, [(spec, make()) for spec, make, _ in sources if not spec.payload_filter]
 
 
 def _missing(config: Config, names: Collection[str]) -> list[str]:
@@ -226,15 +244,15 @@ def _missing(config: Config, names: Collection[str]) -> list[str]:
 
 def _sources(
     config: Config, names: Collection[str], relay_url: str
-) -> tuple[Session, list[tuple[EnvironmentSpec, DataSource, Log]]]:
-    """Return the upstream session, and the configured environments with their sources."""
+) -> tuple[Session, list[tuple[EnvironmentSpec, Callable[[], DataSource], Log]]]:
+    """Return the upstream session, and the environments with what makes their sources."""
     if relay_url:
         main = structs.replace(config.main, data_source="polling", base_uri=relay_url)
         config = structs.replace(config, main=main)
     session, make_source = _launchdarkly(config)
     specs = [_spec(each, config.main) for each in config.all_environments]
     chosen = [(spec, _log_for(spec)) for spec in specs if not names or spec.name in names]
-    return session, [(spec, make_source(spec, log), log) for spec, log in chosen]
+    return session, [(spec, partial(make_source, spec, log), log) for spec, log in chosen]
 
 
 def _file(config: Config) -> SourceFactory:
@@ -247,14 +265,8 @@ def _file(config: Config) -> SourceFactory:
 def _launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
     from relay.sources.polling import PollingSource
     from relay.sources.streaming import StreamingSource
-    from relay.upstream import Upstream as HTTPSession
 
-    main, http = config.main, config.http
-    upstream = HTTPSession(
-        proxy=config.proxy.url or None,
-        ca_files=[Path(file) for file in config.proxy.ca_cert_files if file],
-        keep_alive=0.0 if http.disable_keep_alives else http.idle_conn_timeout,
-    )
+    main, upstream = config.main, _http_session(config)
     timings = SourceTimings(poll_interval=main.poll_interval)
 
     def make_source(spec: EnvironmentSpec, log: Log) -> DataSource:
@@ -266,6 +278,26 @@ def _launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
         return StreamingSource(upstream, uri, key, log, timings, payload_filter=payload_filter)
 
     return upstream, make_source
+
+
+def _http_session(config: Config) -> HTTPSession:
+    from relay.upstream import Upstream as HTTPSession
+
+    http = config.http
+    return HTTPSession(
+        proxy=config.proxy.url or None,
+        ca_files=[Path(file) for file in config.proxy.ca_cert_files if file],
+        keep_alive=0.0 if http.disable_keep_alives else http.idle_conn_timeout,
+    )
+
+
+def _places(config: Config) -> Places | None:
+    """Return what makes the places for documents; None if there are no documents."""
+    if not config.publish.to and not config.main.bootstrap_from:
+        return None
+    from relay.stores.documents.connect import Places
+
+    return Places(lambda: _http_session(config), config.proxy.url)
 
 
 def _forwarder(
@@ -302,14 +334,16 @@ def _spec(options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
     )
 
 
-def _environment(config: Config, spec: EnvironmentSpec, make_source: SourceFactory) -> Environment:
+def _environment(
+    config: Config, spec: EnvironmentSpec, make_source: SourceFactory, places: Places | None
+) -> Environment:
     log = _log_for(spec)
     source = make_source(spec, log)
     programs, main = ProgramCache(), config.main
     streams = client_side_channels(programs, main.ping_stream_jitter_time)
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
     environment = Environment(spec, source, hub, log, programs=programs)
-    environment.mirrors = tuple(_mirrors(config, spec, environment.resync, log))
+    environment.mirrors = tuple(_mirrors(config, spec, environment.resync, log, places))
     return environment
 
 
@@ -328,9 +362,13 @@ def _stream_limits(main: Main) -> StreamLimits:
 
 
 def _mirrors(
-    config: Config, spec: EnvironmentSpec, resync: Callable[[], None], log: Log
+    config: Config,
+    spec: EnvironmentSpec,
+    resync: Callable[[], None],
+    log: Log,
+    places: Places | None,
 ) -> Iterator[Mirror]:
-    """Yield the snapshot and the database mirror, if configured."""
+    """Yield the mirrors that are configured: snapshot, database, published documents."""
     if config.main.snapshot_dir and config.uses_launchdarkly:
         from relay.stores.snapshot import SnapshotMirror
 
@@ -347,3 +385,17 @@ def _mirrors(
         log.info("Using Redis data store: %s with prefix: %s", store.server, store.prefix)
         timings = SINGLE_RUN if config.main.exit_always else MirrorTimings()
         yield DatabaseMirror(store, "redis", resync, log, timings)
+    main = config.main
+    if places and main.bootstrap_from and config.uses_launchdarkly:
+        from relay.stores.documents.bootstrap import Bootstrap
+
+        yield Bootstrap(places.place(main.bootstrap_from, main.bootstrap_token, spec), log)
+    if places and config.publish.to:
+        from relay.stores import DOCUMENT
+        from relay.stores.documents.store import PUBLICATION
+        from relay.stores.mirror import SINGLE_RUN, DatabaseMirror
+
+        timings = SINGLE_RUN if main.exit_always else PUBLICATION
+        for each in places.stores(config.publish.to, config.publish.token, spec, log):
+            log.info("Publishing document %s at %s", each.prefix, each.server)
+            yield DatabaseMirror(each, DOCUMENT, resync, log, timings, label=each.label)

@@ -255,6 +255,23 @@ def _http_uri(text: str) -> str:
     return text
 
 
+def _document_uri(text: str) -> str:
+    """Return the URL of a place for documents; see `stores.documents.location`."""
+    scheme, _, rest = text.partition("://")
+    scheme = scheme.lower()
+    if scheme in ("http", "https"):
+        return _http_uri(text)
+    parts = urlsplit(_uri(text))
+    if scheme == "file" and rest and parts.netloc in ("", "localhost") and parts.path != "/":
+        return text
+    if scheme == "s3" and parts.netloc:
+        return text
+    raise ValueError(
+        "must be a URL of the form file:///FOLDER, s3://BUCKET/PREFIX, or https:// with the key as"
+        " {key}"
+    )
+
+
 def _list_of(member: OptionType, *, keeps_empty: bool = False) -> OptionType:
     """Return the type of a comma-separated list.
 
@@ -271,7 +288,7 @@ def _list_of(member: OptionType, *, keeps_empty: bool = False) -> OptionType:
             raise ValueError("the list has commas only")
         return values
 
-    return OptionType("list", convert, ",".join, is_list=True)
+    return OptionType("list", convert, ",".join, is_list=True, by_reference=member.by_reference)
 
 
 def one_of(*allowed: str, noun: str = "") -> OptionType:
@@ -294,6 +311,7 @@ DURATION = OptionType("duration", _duration, _show_duration)
 SIZE = OptionType("size", _size, _show_size)
 URI = OptionType("URL", _uri, by_reference=True)
 HTTP_URI = OptionType("URL", _http_uri, by_reference=True)
+DOCUMENT_URI = OptionType("URL", _document_uri, by_reference=True)
 STRING = OptionType("text", _text, is_text=True, quotable=True)
 PATH = OptionType("path", _text, is_text=True)
 SECRET = OptionType(
@@ -305,5 +323,6 @@ LIST = _list_of(STRING, keeps_empty=True)
 PATHS = _list_of(PATH)
 ORIGINS = _list_of(OptionType("origin", _origin))
 HEADER_NAMES = _list_of(OptionType("name", _header_name))
+DOCUMENT_URIS = _list_of(DOCUMENT_URI)
 LOG_LEVEL = one_of(*LOG_LEVELS, noun="log level")
 TLS_VERSION = one_of(*TLS_VERSIONS, noun="TLS version")

@@ -17,11 +17,11 @@ import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
 from relay import clock
+from relay.aio import in_thread
 from relay.errors import InvalidData
 from relay.files import make_directory, open_private
 from relay.model.credential import Credential
@@ -38,8 +38,6 @@ MAX_SIZE = 512 * 1024 * 1024
 
 _IO_LOCK = threading.Lock()
 """Serialises reads and writes: environments share the disk and the interpreter."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +106,7 @@ class SnapshotMirror:
     async def load(self) -> Stored | None:
         """Return the content of the file; None if there is no file, or it is unusable (logged)."""
         try:
-            return await _in_thread(self._file.load)
+            return await in_thread(self._file.load)
         except FileNotFoundError:
             pass
         except OSError as e:
@@ -182,7 +180,7 @@ class SnapshotMirror:
         self._flush_requested.clear()
         if not self._file.contains(payload):
             self._last_full_write = clock.monotonic()
-        self._writing = _in_thread(lambda: self._file.store(payload, confirmed))
+        self._writing = in_thread(lambda: self._file.store(payload, confirmed))
         self._writing.add_done_callback(lambda future: self._write_done(future, snapshot))
         return self._writing
 
@@ -329,30 +327,3 @@ def _sync_directory(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
-    """Run `work` in a daemon thread.
-
-    Threads of the loop's executor would keep the process from ending while a disk hangs.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def deliver(set_outcome: Callable[[], None]) -> None:
-        if not future.cancelled():
-            set_outcome()
-
-    def run() -> None:
-        try:
-            value = work()
-        except BaseException as e:  # noqa: BLE001 - raised again where the future is awaited
-            error = e
-            set_outcome = lambda: future.set_exception(error)  # noqa: E731
-        else:
-            set_outcome = lambda: future.set_result(value)  # noqa: E731
-        with contextlib.suppress(RuntimeError):  # the loop has ended in the meantime
-            loop.call_soon_threadsafe(deliver, set_outcome)
-
-    threading.Thread(target=run, name="snapshot", daemon=True).start()
-    return future
