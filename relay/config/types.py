@@ -262,6 +262,8 @@ def _document_uri(text: str) -> str:
     if scheme in ("http", "https"):
         return _http_uri(text)
     parts = urlsplit(_uri(text))
+    if parts.query or parts.fragment:
+        raise ValueError("a file or an object has no query; ? and # are written %3F and %23")
     if scheme == "file" and rest and parts.netloc in ("", "localhost") and parts.path != "/":
         return text
     if scheme == "s3" and parts.netloc:

@@ -71,23 +71,26 @@ class KeyValueServer:
         return response
 
     def _respond(self, request: web.Request, body: bytes) -> web.Response:
+        key = request.match_info["key"]
         if request.headers.get("Authorization") != f"Bearer {TOKEN}":
             return web.Response(status=401)
         if self.status:
             return web.Response(status=self.status)
-        key = request.match_info["key"]
         if request.method == "PUT":
-            self.before_put()
-            if self._conditions and not self._may_put(request, key):
-                return web.Response(status=412)
-            self.values[key] = body
-            return web.Response(headers=self._etag(key))
+            return self._put(request, key, body)
         if key not in self.values:
             return web.Response(status=404)
         etag = self._etag(key)
         if etag and request.headers.get("If-None-Match") == etag["ETag"]:
             return web.Response(status=304, headers=etag)
         return web.Response(body=self.values[key], headers=etag)
+
+    def _put(self, request: web.Request, key: str, body: bytes) -> web.Response:
+        self.before_put()
+        if self._conditions and not self._may_put(request, key):
+            return web.Response(status=412)
+        self.values[key] = body
+        return web.Response(headers=self._etag(key))
 
     def _may_put(self, request: web.Request, key: str) -> bool:
         present = self._etag(key)["ETag"] if key in self.values and self._etags else None

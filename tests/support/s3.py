@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +17,47 @@ from tests.support.process import free_port
 
 START_LIMIT = 30.0
 """Seconds until the server must answer."""
+
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket of its own on a shared server."""
+
+    server: S3Server
+    name: str
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.name}/some/prefix"
+
+    def head(self, name: str) -> Any:
+        """Return what is said of an object below the URL."""
+        return self.server.client.head_object(Bucket=self.name, Key=f"some/prefix/{name}")
+
+    def get(self, name: str) -> bytes | None:
+        """Return the content of an object below the URL; None if it does not exist."""
+        try:
+            response = self.server.client.get_object(Bucket=self.name, Key=f"some/prefix/{name}")
+        except ClientError as e:
+            if e.response["Error"]["Code"] == "NoSuchKey":
+                return None
+            raise
+        content: bytes = response["Body"].read()
+        return content
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write an object below the URL."""
+        key = f"some/prefix/{name}"
+        self.server.client.put_object(Bucket=self.name, Key=key, Body=content)
+
+    def presigned(self, name: str) -> str:
+        """Return a URL by which anybody may read an object below the URL."""
+        where = {"Bucket": self.name, "Key": f"some/prefix/{name}"}
+        url: str = self.server.client.generate_presigned_url("get_object", where)
+        return url
 
 
 class S3Server:
@@ -55,23 +98,12 @@ class S3Server:
             )
         return self._client
 
-    def create(self, bucket: str) -> None:
-        """Create a bucket."""
+    def new_bucket(self) -> Bucket:
+        """Create a bucket of a name that no other has."""
+        bucket = Bucket(self, f"bucket-{next(_numbers)}")
         where = {"LocationConstraint": self.variables["AWS_DEFAULT_REGION"]}
-        self.client.create_bucket(Bucket=bucket, CreateBucketConfiguration=where)
-
-    def get(self, bucket: str, key: str) -> bytes | None:
-        """Return the content of an object; None if it does not exist."""
-        try:
-            content: bytes = self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
-        except ClientError as e:
-            if e.response["Error"]["Code"] == "NoSuchKey":
-                return None
-            raise
-        return content
-
-    def put(self, bucket: str, key: str, content: bytes) -> None:
-        self.client.put_object(Bucket=bucket, Key=key, Body=content)
+        self.client.create_bucket(Bucket=bucket.name, CreateBucketConfiguration=where)
+        return bucket
 
     def __enter__(self) -> Self:
         with self._output.open("ab") as output:

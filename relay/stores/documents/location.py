@@ -17,10 +17,8 @@ KEY = "{key}"
 
 MASK = "********"
 
-FORMS = (".gz", "")
-"""Ends of the names under which a file or object is written: in gzip, then plain."""
-
-_GZIP_FORM = ".gz"
+GZIP = ".gz"
+"""End of the path of a document in gzip."""
 
 
 class Location(Struct, frozen=True):
@@ -61,15 +59,16 @@ class Location(Struct, frozen=True):
     def all_of(cls, url: str, name: str) -> tuple[Self, ...]:
         """Return where the document of a name is published; the plain form last.
 
-        In key-value stores there is one form only: in gzip if `{key}.gz` asks for that.
+        In key-value stores there is one form only. A URL that ends with `.gz` asks for gzip only.
 
         Args:
             url: URL as configured.
             name: name of the document.
         """
-        if _scheme(url) in ("file", "s3") and f"{KEY}{_GZIP_FORM}" not in url:
-            return tuple(cls.of(url, name + form) for form in FORMS)
-        return (cls.of(url, name),)
+        plain = cls.of(url, name)
+        if plain.in_gzip or plain.scheme not in ("file", "s3"):
+            return (plain,)
+        return (cls(plain.scheme, plain.url + GZIP, in_gzip=True), plain)
 
     @classmethod
     def of(cls, url: str, name: str) -> Self:
@@ -80,7 +79,7 @@ class Location(Struct, frozen=True):
             if KEY not in url:
                 url = f"{url.rstrip('/')}/{KEY}"
         url = url.replace(KEY, name)
-        return cls(scheme, url, in_gzip=urlsplit(url).path.endswith(_GZIP_FORM))
+        return cls(scheme, url, in_gzip=urlsplit(url).path.endswith(GZIP))
 
 
 def masked(url: str) -> str:

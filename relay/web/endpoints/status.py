@@ -233,7 +233,7 @@ def _store_members(relay: Relay, environment: Environment) -> dict[str, object]:
 def _published_members(environment: Environment) -> list[dict[str, object]] | None:
     """Return the state of each published document; None if nothing is published."""
     statuses = (mirror.status for mirror in environment.mirrors)
-    members = [
+    members: list[dict[str, object]] = [
         {
             "state": status.state.value,
             "stateSince": _ms(status.since),

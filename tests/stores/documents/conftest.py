@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,12 +13,11 @@ from relay.stores.documents.store import DocumentStore
 from relay.telemetry.log import environment_log
 from relay.upstream import Upstream
 from tests.support.keyvalue import TOKEN, KeyValueServer
-from tests.support.s3 import S3Server
+from tests.support.s3 import Bucket, S3Server
 
 SPEC = EnvironmentSpec("main", SDKKey("sdk-1"), environment_id=EnvironmentID("env-1"))
 NAME = "LD-Env-env-1"
 LOG = environment_log("main", "...")
-_buckets = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -37,11 +35,9 @@ def s3(s3_server, monkeypatch) -> S3Server:
 
 
 @pytest.fixture
-def bucket(s3) -> str:
+def bucket(s3) -> Bucket:
     """A new bucket."""
-    name = f"bucket-{next(_buckets)}"
-    s3.create(name)
-    return name
+    return s3.new_bucket()
 
 
 @pytest.fixture

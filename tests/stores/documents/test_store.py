@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 
 from relay.errors import StoreUnavailable
+from relay.model.credential import Secret
 from relay.model.item import Item, Kind
 from relay.model.payload import ChangeSet, Payload
 from relay.protocol import document
@@ -16,7 +17,7 @@ from relay.steps import finish
 from relay.stores.documents.store import Renderings
 from relay.stores.fingerprint import Fingerprint
 from tests.stores.contract import StoreContract, flag, segment
-from tests.stores.documents.conftest import NAME
+from tests.stores.documents.conftest import LOG, NAME, SPEC
 from tests.support.keyvalue import KeyValueServer
 
 ONE = Payload.of([flag("lamp", 1)])
@@ -36,7 +37,7 @@ class TestBucket(StoreContract):
 
     @pytest.fixture
     def store(self, bucket, open_store):
-        return open_store(f"s3://{bucket}/some/prefix/")
+        return open_store(f"{bucket.url}/")
 
 
 class TestValues(StoreContract):
@@ -59,10 +60,10 @@ class TestPlainValues(StoreContract):
 class AnyPlace:
     """A place of one kind, seen from outside."""
 
-    def __init__(self, kind, tmp_path, values, s3, bucket):
+    def __init__(self, kind, tmp_path, values, bucket):
         self.kind, self._folder, self._values = kind, tmp_path, values
-        self._s3, self._bucket = s3, bucket
-        urls = {"file": f"file://{tmp_path}", "s3": f"s3://{bucket}/p", "http": values.url}
+        self._bucket = bucket
+        urls = {"file": f"file://{tmp_path}", "s3": bucket.url, "http": values.url}
         self.url = urls[kind]
 
     def get(self, name=NAME):
@@ -70,7 +71,7 @@ class AnyPlace:
             path = self._folder / name
             return path.read_bytes() if path.exists() else None
         if self.kind == "s3":
-            return self._s3.get(self._bucket, f"p/{name}")
+            return self._bucket.get(name)
         return self._values.values.get(name)
 
     def put(self, content, name=NAME):
@@ -79,14 +80,14 @@ class AnyPlace:
             temporary.write_bytes(content)
             temporary.replace(self._folder / name)
         elif self.kind == "s3":
-            self._s3.put(self._bucket, f"p/{name}", content)
+            self._bucket.put(name, content)
         else:
             self._values.values[name] = content
 
 
 @pytest.fixture(params=["file", "s3", "http"])
-def place(request, tmp_path, values, s3, bucket):
-    return AnyPlace(request.param, tmp_path, values, s3, bucket)
+def place(request, tmp_path, values, bucket):
+    return AnyPlace(request.param, tmp_path, values, bucket)
 
 
 def fingerprint(payload):
@@ -314,13 +315,7 @@ def test_bytes_are_not_kept_for_one_place():
 
 async def test_a_filtered_variant_has_a_document_of_its_own(places, tmp_path):
     """Named in a way that no filter's key can leave the folder."""
-    from dataclasses import replace
-
-    from relay.model.credential import Secret
-    from tests.stores.documents.conftest import LOG, SPEC
-
     spec = replace(SPEC, payload_filter="../a b")
     [store] = places.stores([f"file://{tmp_path}"], Secret(""), spec, LOG)
     await store.init(Payload.of([Item(Kind.FLAG, "lamp", 1, b'{"version":1}')]))
     assert (tmp_path / "LD-Env-env-1~..%2Fa%20b").exists()
-    await asyncio.sleep(0)
