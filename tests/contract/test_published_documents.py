@@ -179,6 +179,7 @@ async def test_a_relay_serves_the_document_as_a_flags_file(tmp_path, upstream, f
         await upstream.delete(SDK_KEY, "/flags/gone", 2)
         await relay.until(lambda: b'"deleted"' in (read(folder) or b""))
     async with RelayProcess(tmp_path, "--flags", str(folder / NAME)) as relay:
+        await relay.said("data are current")
         reply = await ask(relay.address, "/sdk/latest-all", [("Authorization", "sdk-demo")])
         assert json.loads(reply.body)["flags"].keys() == {"lamp"}
 

@@ -37,22 +37,23 @@ class HttpConnection:
     """
 
     def __init__(self, session: Upstream, token: Secret) -> None:
-        self.session = session
-        self._users = 0
+        self._session = session
+        self._users: set[object] = set()
         self.headers = {"Authorization": f"Bearer {token.reveal()}"} if token else {}
 
     def __repr__(self) -> str:
-        return f"<HttpConnection of {self._users} places>"
+        return f"<HttpConnection of {len(self._users)} places>"
 
-    def add_user(self) -> None:
-        """Count a place, which calls `remove_user` at its end."""
-        self._users += 1
+    def session(self, user: object) -> Upstream:
+        """Return the session for a request of a place, which calls `release` at its end."""
+        self._users.add(user)
+        return self._session
 
-    async def remove_user(self) -> None:
-        """Forget a place; close the session with the last one."""
-        self._users -= 1
-        if self._users == 0:
-            await self.session.aclose()
+    async def release(self, user: object) -> None:
+        """Note that a place needs the session no more; close it with the last one."""
+        self._users.discard(user)
+        if not self._users:
+            await self._session.aclose()
 
 
 class HttpPlace:
@@ -67,12 +68,10 @@ class HttpPlace:
         self.url = location.masked
         self.in_gzip = location.in_gzip
         self._secret_url = location.url
-        self._session = connection.session
         self._headers = {} if location.has_user else connection.headers
         self._connection = connection
         self._etag: tuple[str, str] = ("", "")
         """ETag of the last answer that had one, and the tag of its content."""
-        connection.add_user()
 
     def __repr__(self) -> str:
         return f"<HttpPlace {self.url}>"
@@ -118,7 +117,7 @@ class HttpPlace:
         headers = self._headers | self._condition(tag)
         headers["Content-Type"] = "application/gzip" if self.in_gzip else "application/json"
         try:
-            reply = await self._session.put(
+            reply = await self._connection.session(self).put(
                 self._secret_url, content, headers=headers, within=REQUEST_TIMEOUT
             )
         except UpstreamUnavailable as e:
@@ -142,11 +141,11 @@ class HttpPlace:
 
     async def aclose(self) -> None:
         """Close the session if this is the last place."""
-        await self._connection.remove_user()
+        await self._connection.release(self)
 
     async def _get(self, headers: dict[str, str]) -> Reply:
         try:
-            return await self._session.fetch(
+            return await self._connection.session(self).fetch(
                 self._secret_url,
                 headers=self._headers | headers,
                 within=REQUEST_TIMEOUT,

@@ -61,7 +61,7 @@ class S3Connection:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        self._users = 0
+        self._users: set[object] = set()
         self._opening = asyncio.Lock()
         self._client: Any = None
         self._closing: AbstractAsyncContextManager[Any] | None = None
@@ -69,28 +69,28 @@ class S3Connection:
         """False once the service has said that it knows no conditional writes."""
 
     def __repr__(self) -> str:
-        return f"<S3Connection of {self._users} places>"
+        return f"<S3Connection of {len(self._users)} places>"
 
-    def add_user(self) -> None:
-        """Count a place, which calls `remove_user` at its end."""
-        self._users += 1
-
-    async def remove_user(self) -> None:
-        """Forget a place; close the client with the last one."""
-        self._users -= 1
+    async def release(self, user: object) -> None:
+        """Note that a place needs the client no more; close it with the last one."""
+        self._users.discard(user)
         closing = self._closing
-        if self._users == 0 and closing is not None:
+        if not self._users and closing is not None:
             self._client = self._closing = None
             await closing.__aexit__(None, None, None)
 
     @contextlib.asynccontextmanager
-    async def client(self) -> AsyncIterator[Any]:
+    async def client(self, user: object) -> AsyncIterator[Any]:
         """Yield the client for one request, whose errors are translated.
+
+        Args:
+            user: the place, which calls `release` at its end.
 
         Raises:
             StoreUnavailable: there is no answer, or an error.
             DocumentChanged: a condition of the request does not hold.
         """
+        self._users.add(user)
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 yield await self._opened()
@@ -131,7 +131,6 @@ class S3Place:
         self.in_gzip = location.in_gzip
         self._object = {"Bucket": location.bucket, "Key": location.path}
         self._connection = connection
-        connection.add_user()
 
     def __repr__(self) -> str:
         return f"<S3Place {self.url}>"
@@ -142,7 +141,7 @@ class S3Place:
         Raises:
             StoreUnavailable: the object cannot be read, or is too long.
         """
-        async with self._connection.client() as client:
+        async with self._connection.client(self) as client:
             try:
                 response = await client.get_object(**self._object)
             except ClientError as e:
@@ -160,7 +159,7 @@ class S3Place:
         Raises:
             StoreUnavailable: the service does not answer.
         """
-        async with self._connection.client() as client:
+        async with self._connection.client(self) as client:
             return await self._tag(client) == tag
 
     async def write(self, content: bytes, tag: str | None) -> str:
@@ -184,7 +183,7 @@ class S3Place:
 
     async def _put(self, content: bytes, condition: dict[str, str]) -> str:
         encoding = {"ContentEncoding": "gzip"} if self.in_gzip else {}
-        async with self._connection.client() as client:
+        async with self._connection.client(self) as client:
             try:
                 response = await client.put_object(
                     **self._object,
@@ -211,7 +210,7 @@ class S3Place:
 
     async def aclose(self) -> None:
         """Close the client if this is the last place."""
-        await self._connection.remove_user()
+        await self._connection.release(self)
 
 
 def _is_unknown_to_service(error: BaseException | None) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from threading import Lock
+from typing import NamedTuple
 
 from relay.aio import in_thread
 from relay.backoff import Backoff
@@ -69,6 +70,35 @@ class Renderings:
 def _is_equal(one: Payload, other: Payload) -> bool:
     """Return whether two payloads have the same items; those that they share cost nothing."""
     return all(one.all(kind) == other.all(kind) for kind in Kind)
+
+
+class _Content(NamedTuple):
+    """Content of a document in all its forms; `torn` is True if they differ."""
+
+    payload: Payload
+    invalid: tuple[InvalidItem, ...]
+    torn: bool
+
+    @classmethod
+    def of(cls, forms: Sequence[bytes]) -> _Content:
+        """Return the items of the last form, and newer ones of the other forms. Blocks.
+
+        Raises:
+            InvalidData: the last form is damaged.
+        """
+        *others, last = forms
+        data = finish(document.read(last))
+        payload, plain, torn = Payload.of(data.items), document.decompressed(last), False
+        for form in others:
+            try:
+                if document.decompressed(form) == plain:
+                    continue
+                other = finish(document.read(form)).items
+            except InvalidData:
+                other = ()
+            torn = True
+            payload, _ = payload.apply(ChangeSet(other))
+        return cls(payload, data.invalid, torn)
 
 
 class DocumentStore:
@@ -208,38 +238,17 @@ class DocumentStore:
         self._tags = {place: each[1] if each else None for place, each in found.items()}
         contents = [each[0] for each in found.values() if each]
         self._torn = len(contents) < len(found)
-        counts = found[self._places[-1]]
         self._exists, self._invalid, payload = False, (), EMPTY
         try:
-            if counts is not None:
-                payload = await self._parse(counts[0], contents)
-                self._exists = True
+            if contents:
+                content = await in_thread(lambda: _Content.of(contents))
+                payload, self._invalid = content.payload, content.invalid
+                self._exists, self._torn = True, self._torn or content.torn
         except InvalidData as e:
             self._report_damage(str(e))
         else:
             self._damage = ""
         self._payload = payload
-        return payload
-
-    async def _parse(self, counts: bytes, contents: Sequence[bytes]) -> Payload:
-        """Return the items of the form that counts, and newer ones of the other forms.
-
-        Raises:
-            InvalidData: the form that counts is damaged.
-        """
-        data = await in_thread(lambda: finish(document.read(counts)))
-        self._invalid = data.invalid
-        payload = Payload.of(data.items)
-        plain = document.decompressed(counts)
-        for content in contents:
-            try:
-                if await in_thread(lambda: document.decompressed(content)) == plain:  # noqa: B023
-                    continue
-                other = await in_thread(lambda: finish(document.read(content)))  # noqa: B023
-            except InvalidData:
-                other = ChangeSet(())
-            self._torn = True
-            payload, _ = payload.apply(ChangeSet(other.items))
         return payload
 
     def _report_damage(self, damage: str) -> None:

@@ -187,6 +187,17 @@ async def test_what_only_the_compressed_form_has_is_not_lost(place, open_store):
     assert place.get() == document.text(TWO)
 
 
+async def test_the_compressed_form_alone_is_a_document_too(place, open_store):
+    """As if the plain one was removed, or its first writer was killed before it."""
+    if place.kind == "http":
+        pytest.skip("it has one form")
+    place.put(document.compressed(document.text(TWO)), f"{NAME}.gz")
+    store = open_store(place.url)
+    assert set((await store.load()).payload) == set(TWO)
+    await store.mark(fingerprint(TWO))
+    assert place.get() == document.text(TWO)
+
+
 async def test_unusable_items_are_told_and_replaced(place, open_store):
     """The others are used."""
     place.put(b'{"flags":{"lamp":{"version":"x"},"other":{"key":"other","version":1}}}')
