@@ -297,7 +297,8 @@ def _places(config: Config) -> Places | None:
         return None
     from relay.stores.documents.connect import Places
 
-    return Places(lambda: _http_session(config), config.proxy.url)
+    urls = (*config.publish.to, *filter(None, [config.main.bootstrap_from]))
+    return Places(lambda: _http_session(config), config.proxy.url, urls)
 
 
 def _forwarder(

@@ -32,13 +32,22 @@ class Places:
     Args:
         make_session: makes an HTTP session.
         proxy: URL of the proxy for S3; empty for that of the environment variables.
+        urls: URLs as configured: what takes long is done for them at once.
+
+    Raises:
+        ConfigError: a library is missing.
     """
 
-    def __init__(self, make_session: Callable[[], Upstream], proxy: str = "") -> None:
+    def __init__(
+        self, make_session: Callable[[], Upstream], proxy: str = "", urls: Iterable[str] = ()
+    ) -> None:
         self._make_session = make_session
         self._proxy = proxy
         self._s3: S3Connection | None = None
         self._http: dict[Secret, HttpConnection] = {}
+        for url in urls:
+            if Location.of(url, "").scheme == "s3":
+                self._connect_s3(url)
 
     def __repr__(self) -> str:
         return f"<Places, {len(self._http)} tokens>"
@@ -82,18 +91,25 @@ class Places:
 
             return FilePlace(location)
         if location.scheme == "s3":
-            try:
-                from relay.stores.documents.s3 import S3Connection, S3Place
-            except ImportError as e:
-                text = f"{location.masked} needs the libraries for AWS: pip install 'relay[aws]'"
-                raise ConfigError([text]) from e
-            self._s3 = self._s3 or S3Connection(self._proxy)
-            return S3Place(location, self._s3)
+            connection = self._connect_s3(location.masked)
+            from relay.stores.documents.s3 import S3Place
+
+            return S3Place(location, connection)
         from relay.stores.documents.http import HttpConnection, HttpPlace
 
         if token not in self._http:
             self._http[token] = HttpConnection(self._make_session(), token)
         return HttpPlace(location, self._http[token])
+
+    def _connect_s3(self, url: str) -> S3Connection:
+        if self._s3 is None:
+            try:
+                from relay.stores.documents.s3 import S3Connection
+            except ImportError as e:
+                text = f"{url} needs the libraries for AWS: pip install 'relay[aws]'"
+                raise ConfigError([text]) from e
+            self._s3 = S3Connection(self._proxy)
+        return self._s3
 
 
 def _name(spec: EnvironmentSpec) -> str:

@@ -16,7 +16,6 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession, get_session
 from botocore.exceptions import BotoCoreError, ClientError
 
-from relay.aio import in_thread
 from relay.errors import StoreUnavailable
 from relay.protocol.document import MAX_SIZE
 from relay.reasons import describe, shorten
@@ -41,7 +40,7 @@ _FORBIDDEN = 403
 
 
 class S3Connection:
-    """The one client for all places of a process: making one takes longer than a request.
+    """The one client for all places of a process. Make it before the event loop is busy.
 
     The first request opens it, in its event loop, and the last place closes it. Region, credentials
     and endpoint are found as by all of AWS's tools.
@@ -52,6 +51,7 @@ class S3Connection:
 
     def __init__(self, proxy: str = "") -> None:
         self._session: AioSession = get_session()
+        self._load_descriptions()
         self._config = AioConfig(
             connect_timeout=CONNECT_TIMEOUT,
             read_timeout=READ_TIMEOUT,
@@ -104,13 +104,12 @@ class S3Connection:
     async def _opened(self) -> Any:
         async with self._opening:
             if self._client is None:
-                # Half a megabyte of descriptions, which the session then knows.
-                await in_thread(self._load_descriptions)
                 self._closing = self._session.create_client("s3", config=self._config)
                 self._client = await self._closing.__aenter__()
         return self._client
 
     def _load_descriptions(self) -> None:
+        """Load megabytes of descriptions, which the session then knows."""
         loader = self._session.get_component("data_loader")
         for kind in ("service-2", "endpoint-rule-set-1", "paginators-1", "waiters-2"):
             loader.load_service_model("s3", kind)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from dataclasses import replace
 
 import pytest
 
-from relay.errors import StoreUnavailable
+from relay.errors import ConfigError, StoreUnavailable
 from relay.model.credential import Secret
 from relay.model.item import Item, Kind
 from relay.model.payload import ChangeSet, Payload
 from relay.protocol import document
 from relay.steps import finish
+from relay.stores.documents.connect import Places
 from relay.stores.documents.store import Renderings
 from relay.stores.fingerprint import Fingerprint
+from relay.upstream import Upstream
 from tests.stores.contract import StoreContract, flag, segment
 from tests.stores.documents.conftest import LOG, NAME, SPEC
 from tests.support.keyvalue import KeyValueServer
@@ -87,6 +90,12 @@ class AnyPlace:
 
 @pytest.fixture(params=["file", "s3", "http"])
 def place(request, tmp_path, values, bucket):
+    return AnyPlace(request.param, tmp_path, values, bucket)
+
+
+@pytest.fixture(params=["file", "s3"])
+def two_forms(request, tmp_path, values, bucket):
+    """A place that has the document in gzip, too."""
     return AnyPlace(request.param, tmp_path, values, bucket)
 
 
@@ -162,40 +171,34 @@ async def test_a_probe_notices_every_change(place, open_store, content):
 
 
 @pytest.mark.parametrize("content", [b"\x1f\x8b broken", document.compressed(document.text(ONE))])
-async def test_a_form_that_is_behind_is_renewed(place, open_store, content):
+async def test_a_form_that_is_behind_is_renewed(two_forms, open_store, content):
     """As after a kill between two writes, or if somebody damages one form."""
-    if place.kind == "http":
-        pytest.skip("it has one form")
-    await open_store(place.url).init(TWO)
-    place.put(content, f"{NAME}.gz")
-    store = open_store(place.url)
+    await open_store(two_forms.url).init(TWO)
+    two_forms.put(content, f"{NAME}.gz")
+    store = open_store(two_forms.url)
     assert await store.versions()
     await store.mark(fingerprint(TWO))
-    assert gzip.decompress(place.get(f"{NAME}.gz")) == place.get() == document.text(TWO)
+    assert gzip.decompress(two_forms.get(f"{NAME}.gz")) == two_forms.get() == document.text(TWO)
     assert await store.holds(fingerprint(TWO))
 
 
-async def test_what_only_the_compressed_form_has_is_not_lost(place, open_store):
+async def test_what_only_the_compressed_form_has_is_not_lost(two_forms, open_store):
     """It is written first, so a killed writer leaves it newer than the plain one."""
-    if place.kind == "http":
-        pytest.skip("it has one form")
-    await open_store(place.url).init(ONE)
-    place.put(document.compressed(document.text(TWO)), f"{NAME}.gz")
-    store = open_store(place.url)
+    await open_store(two_forms.url).init(ONE)
+    two_forms.put(document.compressed(document.text(TWO)), f"{NAME}.gz")
+    store = open_store(two_forms.url)
     assert set((await store.load()).payload) == set(TWO)
     await store.mark(fingerprint(TWO))
-    assert place.get() == document.text(TWO)
+    assert two_forms.get() == document.text(TWO)
 
 
-async def test_the_compressed_form_alone_is_a_document_too(place, open_store):
+async def test_the_compressed_form_alone_is_a_document_too(two_forms, open_store):
     """As if the plain one was removed, or its first writer was killed before it."""
-    if place.kind == "http":
-        pytest.skip("it has one form")
-    place.put(document.compressed(document.text(TWO)), f"{NAME}.gz")
-    store = open_store(place.url)
+    two_forms.put(document.compressed(document.text(TWO)), f"{NAME}.gz")
+    store = open_store(two_forms.url)
     assert set((await store.load()).payload) == set(TWO)
     await store.mark(fingerprint(TWO))
-    assert place.get() == document.text(TWO)
+    assert two_forms.get() == document.text(TWO)
 
 
 async def test_unusable_items_are_told_and_replaced(place, open_store):
@@ -330,3 +333,10 @@ async def test_a_filtered_variant_has_a_document_of_its_own(places, tmp_path):
     [store] = places.stores([f"file://{tmp_path}"], Secret(""), spec, LOG)
     await store.init(Payload.of([Item(Kind.FLAG, "lamp", 1, b'{"version":1}')]))
     assert (tmp_path / "LD-Env-env-1~..%2Fa%20b").exists()
+
+
+def test_missing_libraries_are_named(monkeypatch):
+    """With what to do."""
+    monkeypatch.setitem(sys.modules, "relay.stores.documents.s3", None)
+    with pytest.raises(ConfigError, match=r"pip install 'relay\[aws\]'"):
+        Places(Upstream, urls=["s3://bucket"])
