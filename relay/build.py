@@ -183,7 +183,7 @@ def sync_targets(
     problems = _missing(config, names)
     if not config.redis and not config.publish.to:
         problems.append(
-            "there is nothing to bring up to date; [Redis] or USE_REDIS names a database, --to or"
+            "there is no database to bring up to date; [Redis] or USE_REDIS names one, and --to or"
             " PUBLISH_TO a place for documents"
         )
     if problems:
