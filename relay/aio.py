@@ -1,11 +1,11 @@
-"""Helpers for asyncio: interruptible waits, threads, and work that pauses for the event loop."""
+"""Helpers for asyncio: interruptible waits, and work that leaves room for the event loop."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from relay import clock
@@ -41,8 +41,8 @@ async def run_in_slices(steps: Steps[T]) -> T:
         await asyncio.sleep(0)
 
 
-def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
-    """Run `work` in a daemon thread, and return its outcome.
+def in_thread(work: Callable[[], T], name: str) -> asyncio.Future[T]:
+    """Run `work` in a daemon thread of that name; return its result to come.
 
     Threads of the loop's executor would keep the process from ending while a disk hangs.
     """
@@ -61,8 +61,8 @@ def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
             set_outcome = lambda: future.set_exception(error)  # noqa: E731
         else:
             set_outcome = lambda: future.set_result(value)  # noqa: E731
-        with contextlib.suppress(RuntimeError):  # the loop has ended in the meantime
+        with suppress(RuntimeError):  # the loop has ended in the meantime
             loop.call_soon_threadsafe(deliver, set_outcome)
 
-    threading.Thread(target=run, name="relay-work", daemon=True).start()
+    threading.Thread(target=run, name=name, daemon=True).start()
     return future

@@ -40,8 +40,10 @@ from relay.telemetry.log import Log, environment_log, set_environment_level
 
 if TYPE_CHECKING:
     from relay.autoconfig import AutoConfiguration
+    from relay.model.credential import AutoConfigKey
     from relay.protocol.environments import SharedSettings
     from relay.stores.documents.connect import Places
+    from relay.stores.listmirror import ListMirror
     from relay.sync import SyncTarget
     from relay.upstream import Upstream as HTTPSession
 
@@ -105,12 +107,32 @@ def _auto_configuration(
     from relay.sources.autoconfig import AutoConfigStream
 
     main, auto = config.main, config.auto_config
+    key = AutoConfigKey(auto.key.reveal())
     return AutoConfiguration(
-        AutoConfigStream(session, main.stream_uri, AutoConfigKey(auto.key.reveal()), log),
+        AutoConfigStream(session, main.stream_uri, key, log),
         _shared(auto, main),
         lambda spec: _environment(config, spec, make_source, places),
         make_source,
+        tuple(_list_mirrors(config, key, log)),
     )
+
+
+def _list_mirrors(config: Config, key: AutoConfigKey, log: Log) -> Iterator[ListMirror]:
+    """Yield the places where the list of environments is stored, as configured."""
+    from relay.stores.listmirror import ListMirror
+
+    main, auto = config.main, config.auto_config
+    if main.exit_always:
+        return  # such a run waits for LaunchDarkly's list
+    if main.snapshot_dir:
+        from relay.stores.listfile import ListFile
+
+        yield ListMirror(ListFile(Path(main.snapshot_dir), key), log)
+    if config.redis and auto.cache_key:
+        from relay.stores.redis.list import RedisList
+
+        store = RedisList(config.redis, auto.cache_key, key, auto.cache_encryption_key)
+        yield ListMirror(store, log)
 
 
 def _offline(config: Config, registry: Registry[Environment]) -> Relay:

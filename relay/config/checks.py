@@ -141,6 +141,7 @@ def warnings(draft: Draft) -> list[str]:
         _no_effect,
         _ineffective,
         _events_in_memory,
+        _list_in_memory,
         _prefixless_environment,
         _archive_without_prefix,
         _duplicates,
@@ -234,7 +235,11 @@ def _webhook(draft: Draft) -> Iterator[Diagnostic]:
 def _auto_config(draft: Draft) -> Iterator[Diagnostic]:
     auto = draft.of(AutoConfig)
     keys = _keys("AutoConfig", *(name for name in SHARED if getattr(auto, name)))
-    if not auto.key and keys:
+    cache = _keys("AutoConfig", "cache_key")
+    if auto.cache_key and not _enabled_databases(draft):
+        yield "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled", cache
+    if not auto.key and (keys or auto.cache_key):
+        keys = (*keys, *(cache if auto.cache_key else ()))
         text = "must specify auto-configuration key if other auto-configuration properties are set"
         yield text, keys
     if not auto.key:
@@ -486,6 +491,16 @@ def _events_in_memory(draft: Draft) -> Iterator[Diagnostic]:
         yield text, _keys("Events", "send_events")
 
 
+def _list_in_memory(draft: Draft) -> Iterator[Diagnostic]:
+    auto, main = draft.of(AutoConfig), draft.of(Main)
+    if auto.key and not (auto.cache_key or main.snapshot_dir or main.exit_always):
+        text = (
+            "the list of environments is not stored, so that a start needs LaunchDarkly;"
+            " [Main] snapshotDir or [AutoConfig] cacheKey keeps it"
+        )
+        yield text, _keys("AutoConfig", "key")
+
+
 def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
     main = draft.of(Main)
     if main.flags_file and (draft.environments or draft.of(AutoConfig).key):
@@ -507,6 +522,10 @@ def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
     if main.bootstrap_from and not (draft.environments or draft.of(AutoConfig).key):
         text = "[Main] bootstrapFrom has no effect: the flags do not come from LaunchDarkly"
         yield text, _main_key("bootstrap_from")
+    auto = draft.of(AutoConfig)
+    if auto.cache_encryption_key and not auto.cache_key:
+        text = "[AutoConfig] cacheEncryptionKey has no effect without cacheKey"
+        yield text, _keys("AutoConfig", "cache_encryption_key")
     redis = tuple(key for key in draft.sources if key[0] == "Redis")
     if redis and not _uses_redis(draft.of(Redis)):
         yield "[Redis] has no effect without url, host or port", redis

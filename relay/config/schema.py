@@ -698,18 +698,18 @@ class AutoConfig(Struct, frozen=True):
         "AUTO_CONFIG_CACHE_KEY",
         STRING,
         "",
-        "Database key under which the list of environments is stored.",
+        "Database key under which the list of environments is stored, encrypted, for a start"
+        " without LaunchDarkly; in Redis it is the whole key. Requires a database. Not set: it is"
+        " stored in `snapshotDir` only.",
         "relay-environments",
-        support=REFUSED,
     )
     cache_encryption_key: Secret = option(
         "AUTO_CONFIG_CACHE_ENCRYPTION_KEY",
         SECRET,
         Secret(""),
-        "Key that encrypts the value stored under `cacheKey`. Not set: the automatic configuration"
-        " key is used.",
+        "Text that encrypts what is stored under `cacheKey`; all relays that share it need the"
+        " same. Not set: the automatic configuration key is used.",
         "a-long-random-text",
-        support=REFUSED,
     )
 
 

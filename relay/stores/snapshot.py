@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
 import os
-import secrets
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ import msgspec
 from relay import clock
 from relay.aio import in_thread
 from relay.errors import InvalidData
-from relay.files import make_directory, open_private
+from relay.files import make_directory, remove_unfinished, replacing
 from relay.model.credential import Credential
 from relay.model.payload import EMPTY, Change, Payload
 from relay.protocol import snapshot as snapshot_format
@@ -106,7 +104,7 @@ class SnapshotMirror:
     async def load(self) -> Stored | None:
         """Return the content of the file; None if there is no file, or it is unusable (logged)."""
         try:
-            return await in_thread(self._file.load)
+            return await in_thread(self._file.load, "snapshot")
         except FileNotFoundError:
             pass
         except OSError as e:
@@ -180,7 +178,7 @@ class SnapshotMirror:
         self._flush_requested.clear()
         if not self._file.contains(payload):
             self._last_full_write = clock.monotonic()
-        self._writing = in_thread(lambda: self._file.store(payload, confirmed))
+        self._writing = in_thread(lambda: self._file.store(payload, confirmed), "snapshot")
         self._writing.add_done_callback(lambda future: self._write_done(future, snapshot))
         return self._writing
 
@@ -230,7 +228,7 @@ class _SnapshotFile:
             OSError: the file cannot be read; `FileNotFoundError` if there is none.
         """
         with _IO_LOCK:
-            self._remove_leftovers()
+            remove_unfinished(self.path)
             try:
                 payload, header = self._read()
             except InvalidData:
@@ -277,21 +275,10 @@ class _SnapshotFile:
     def _replace_file(self, payload: Payload, confirmed: float) -> Header:
         """Replace the file atomically."""
         make_directory(self._directory)
-        temporary = self._directory / f"{self._stem}.{secrets.token_hex(8)}.tmp"
-        descriptor = open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                # The lock tells `_remove_leftovers` that this process is alive.
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                header = self._write_items(file.write, payload, confirmed)
-                file.flush()
-                os.pwrite(descriptor, snapshot_format.first_line(header), 0)
-                os.fsync(descriptor)
-                temporary.replace(self.path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_directory(self._directory)
+        with replacing(self.path) as file:
+            header = self._write_items(file.write, payload, confirmed)
+            file.flush()
+            os.pwrite(file.fileno(), snapshot_format.first_line(header), 0)
         return header
 
     def _write_items(
@@ -307,23 +294,6 @@ class _SnapshotFile:
         digest = checksum.hexdigest()
         return Header(*self._identity, confirmed, len(payload), size, digest)
 
-    def _remove_leftovers(self) -> None:
-        """Remove unfinished files of killed processes; those of living ones are locked."""
-        for leftover in self._directory.glob(f"{self._stem}.*.tmp"):
-            with contextlib.suppress(OSError), leftover.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                leftover.unlink()
-
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename durable; ignored where directories cannot be synchronised."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -781,11 +781,55 @@ def test_automatic_configuration_takes_the_place_of_environments() -> None:
     assert not from_env({"FLAGS_FILE": "f"}).uses_launchdarkly
 
 
-@pytest.mark.parametrize("variable", ["AUTO_CONFIG_CACHE_KEY", "AUTO_CONFIG_CACHE_ENCRYPTION_KEY"])
-def test_the_cache_of_the_list_is_refused(variable: str) -> None:
-    """It does not exist yet, and must not seem to."""
-    (problem,) = problems({"AUTO_CONFIG_KEY": "k", variable: "a-long-text"})
-    assert problem.endswith(f"is not supported in this release ({variable})")
+def test_the_list_of_environments_may_be_stored() -> None:
+    """In the database of the flags, encrypted with a secret of its own."""
+    variables = {"AUTO_CONFIG_KEY": "k", "USE_REDIS": "1", "ENV_DATASTORE_PREFIX": "$CID"}
+    cache = {"AUTO_CONFIG_CACHE_KEY": " cache ", "AUTO_CONFIG_CACHE_ENCRYPTION_KEY": "a-long-text"}
+    config = from_env(variables | cache)
+    assert config.auto_config.cache_key == "cache"
+    assert config.auto_config.cache_encryption_key.reveal() == "a-long-text"
+    assert "a-long-text" in secrets(config)
+    assert "a-long-text" not in effective(config)
+    assert not config.warnings
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        (
+            {"AUTO_CONFIG_KEY": "k", "AUTO_CONFIG_CACHE_KEY": "c"},
+            "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled",
+        ),
+        (
+            {"LD_ENV_a": "sdk-a", "USE_REDIS": "1", "AUTO_CONFIG_CACHE_KEY": "c"},
+            "must specify auto-configuration key if other auto-configuration properties are set",
+        ),
+    ],
+)
+def test_a_cache_key_needs_a_database_and_a_list(variables: dict[str, str], problem: str) -> None:
+    """In ld-relay's words."""
+    assert list(problems(variables)) == [f"{problem} (AUTO_CONFIG_CACHE_KEY)"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "warning"),
+    [
+        ({}, "so that a start needs LaunchDarkly; [Main] snapshotDir or [AutoConfig] cacheKey"),
+        ({"SNAPSHOT_DIR": "/data"}, None),
+        ({"EXIT_ALWAYS": "1"}, None),
+        (
+            {"SNAPSHOT_DIR": "/data", "AUTO_CONFIG_CACHE_ENCRYPTION_KEY": "a-long-text"},
+            "[AutoConfig] cacheEncryptionKey has no effect without cacheKey",
+        ),
+    ],
+)
+def test_an_operator_learns_whether_the_list_is_stored(
+    variables: dict[str, str], warning: str | None
+) -> None:
+    """A start without LaunchDarkly depends on it."""
+    warnings = from_env({"AUTO_CONFIG_KEY": "k", **variables}).warnings
+    assert len(warnings) == (warning is not None)
+    assert warning is None or warning in warnings[0]
 
 
 def test_one_document_needs_no_key() -> None:

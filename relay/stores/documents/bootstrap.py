@@ -60,7 +60,7 @@ class Bootstrap:
         if found is None:
             raise StoreUnavailable("there is none")
         content, _ = found
-        data = await in_thread(lambda: finish(document.read(content)))
+        data = await in_thread(lambda: finish(document.read(content)), "documents")
         for bad in data.invalid:
             self._log.error("Document %s holds an unusable %s", self._place.url, bad)
         self._outage.end("Document %s has been read", self._place.url)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
 import os
-import secrets
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 from relay import clock
 from relay.aio import in_thread
 from relay.errors import StoreUnavailable
+from relay.files import remove_unfinished, replacing
 from relay.protocol.document import MAX_SIZE
 from relay.reasons import describe
 from relay.stores.documents import DocumentChanged
@@ -27,9 +26,6 @@ MAX_WAIT = 5.0
 
 _POLL = 0.02
 """Seconds between two attempts to lock a folder."""
-
-_MODE = 0o666
-"""Permissions before the umask."""
 
 _ONE_WRITER = threading.Lock()
 """Serialises the writes of this process: environments share the disk."""
@@ -57,7 +53,7 @@ class FilePlace:
             StoreUnavailable: the file cannot be read, or is too long.
         """
         with _translated_errors():
-            return await in_thread(self._read)
+            return await in_thread(self._read, "documents")
 
     async def is_unchanged(self, tag: str | None) -> bool:
         """Return whether the file is still the one of this tag.
@@ -66,7 +62,7 @@ class FilePlace:
             StoreUnavailable: its folder cannot be read.
         """
         with _translated_errors():
-            return await in_thread(self._tag) == tag
+            return await in_thread(self._tag, "documents") == tag
 
     async def write(self, content: bytes, tag: str | None) -> str:
         """Replace the file; return the new tag.
@@ -76,7 +72,7 @@ class FilePlace:
             StoreUnavailable: it cannot be written, or another process is about to.
         """
         with _translated_errors():
-            return await in_thread(lambda: self._replace(content, tag))
+            return await in_thread(lambda: self._replace(content, tag), "documents")
 
     async def aclose(self) -> None:
         """Do nothing: no file is left open."""
@@ -100,28 +96,14 @@ class FilePlace:
     def _replace(self, content: bytes, tag: str | None) -> str:
         folder = self._path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        with _ONE_WRITER, _lock(folder) as locked:
-            if locked:
-                self._remove_leftovers()
+        with _ONE_WRITER, _lock(folder):
+            remove_unfinished(self._path)
             if self._tag() != tag:
                 raise DocumentChanged
-            temporary = folder / f".{self._path.name}.{secrets.token_hex(8)}.tmp"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            try:
-                with os.fdopen(os.open(temporary, flags, _MODE), "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    new_tag = _tag_of(os.fstat(file.fileno()))
-                temporary.replace(self._path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return new_tag
-
-    def _remove_leftovers(self) -> None:
-        """Remove unfinished files of killed processes. Call it with the lock."""
-        for leftover in self._path.parent.glob(f".{glob.escape(self._path.name)}.*.tmp"):
-            leftover.unlink(missing_ok=True)
+            with replacing(self._path, private=False) as file:
+                file.write(content)
+                file.flush()
+                return _tag_of(os.fstat(file.fileno()))
 
 
 def _tag_of(state: os.stat_result) -> str:
@@ -129,34 +111,29 @@ def _tag_of(state: os.stat_result) -> str:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """Lock a folder against other relays, and make the renames in it durable at the end.
-
-    Yields whether it is locked: some network file systems cannot lock folders.
-    """
+def _lock(folder: Path) -> Iterator[None]:
+    """Keep other relays from writing into a folder, if its file system knows locks."""
     descriptor = os.open(folder, os.O_RDONLY)
+    deadline, pause = clock.monotonic() + MAX_WAIT, threading.Event()
     try:
-        yield _is_locked(descriptor)
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
+        while not _try_to_lock(descriptor):
+            if clock.monotonic() > deadline:
+                raise StoreUnavailable("another process writes there and does not end")
+            pause.wait(_POLL)
+        yield
     finally:
         os.close(descriptor)
 
 
-def _is_locked(descriptor: int) -> bool:
-    """Lock a file; return False if its file system has no locks."""
-    deadline, pause = clock.monotonic() + MAX_WAIT, threading.Event()
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if clock.monotonic() > deadline:
-                raise StoreUnavailable("another process writes there and does not end") from None
-            pause.wait(_POLL)
-        except OSError:
-            return False
-        else:
-            return True
+def _try_to_lock(descriptor: int) -> bool:
+    """Lock a file; return False if another process has the lock."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # there are no locks here; a rename is atomic all the same
+    return True
 
 
 @contextlib.contextmanager

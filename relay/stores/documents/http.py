@@ -87,7 +87,7 @@ class HttpPlace:
             return None
         if reply.status != _OK:
             raise StoreUnavailable(_reason(reply.status))
-        tag = await in_thread(lambda: _tag_of(reply.body))
+        tag = await in_thread(lambda: _tag_of(reply.body), "documents")
         self._etag = (reply.headers.get("etag", ""), tag)
         return reply.body, tag
 
@@ -126,7 +126,7 @@ class HttpPlace:
             raise DocumentChanged
         if not _OK <= reply.status < _REDIRECT:
             raise StoreUnavailable(_reason(reply.status))
-        new_tag = await in_thread(lambda: _tag_of(content))
+        new_tag = await in_thread(lambda: _tag_of(content), "documents")
         self._etag = (reply.headers.get("etag", ""), new_tag)
         return new_tag
 

@@ -165,7 +165,7 @@ class DocumentStore:
             StoreUnavailable: the place does not answer.
         """
         stored = await self.load()
-        return None if stored is None else await in_thread(lambda: stored.versions)
+        return None if stored is None else await in_thread(lambda: stored.versions, "documents")
 
     async def init(self, payload: Payload) -> None:
         """Replace the document.
@@ -241,7 +241,7 @@ class DocumentStore:
         self._exists, self._invalid, payload = False, (), EMPTY
         try:
             if contents:
-                content = await in_thread(lambda: _Content.of(contents))
+                content = await in_thread(lambda: _Content.of(contents), "documents")
                 payload, self._invalid = content.payload, content.invalid
                 self._exists, self._torn = True, self._torn or content.torn
         except InvalidData as e:
@@ -274,7 +274,7 @@ class DocumentStore:
             StoreUnavailable: the same, for another reason.
         """
         self._payload = None  # until the write has succeeded
-        contents = await in_thread(lambda: self._renderings.of(payload))
+        contents = await in_thread(lambda: self._renderings.of(payload), "documents")
         for place in self._places:
             self._tags[place] = await place.write(contents[place.in_gzip], self._tags.get(place))
         self._payload, self._exists, self._torn, self._invalid = payload, True, False, ()

@@ -102,7 +102,7 @@ async def test_the_umask_decides_who_may_read(tmp_path, open_store):
 
 async def test_what_a_killed_relay_left_unfinished_is_removed(tmp_path, open_store):
     """By the next write, of this document only."""
-    leftover, other = tmp_path / f".{NAME}.0123.tmp", tmp_path / ".LD-Env-other.0123.tmp"
+    leftover, other = tmp_path / f"{NAME}.0123.tmp", tmp_path / "LD-Env-other.0123.tmp"
     leftover.touch()
     other.touch()
     await open_store(f"file://{tmp_path}").init(payload(1))
@@ -170,4 +170,4 @@ async def test_a_kill_at_any_moment_leaves_complete_documents(tmp_path, open_sto
         await store.upsert(list(payload(newest)))
         text = (tmp_path / NAME).read_bytes()
         assert document.decompressed((tmp_path / f"{NAME}.gz").read_bytes()) == text
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob("*.tmp"))
