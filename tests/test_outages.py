@@ -96,16 +96,6 @@ class Network:
         self.stored, _ = self.stored.apply(ChangeSet(tuple(items)))
         return True
 
-    def problem_with(self, _):
-        return None
-
-    async def mark(self, _):
-        self._check()
-
-    async def holds(self, _):
-        self._check()
-        return False
-
     async def aclose(self):
         pass
 

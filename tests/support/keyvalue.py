@@ -52,7 +52,7 @@ class KeyValueServer:
         """Start it, on the port that it had before."""
         app = web.Application(client_max_size=2**26)
         app.router.add_route("*", "/values/{key}", self._answer)
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.05)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
         await site.start()
