@@ -8,6 +8,7 @@ imports neither the HTTP client nor the Redis driver.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msgspec import structs
+from msgspec import Struct, structs
 
 from relay.config.schema import AutoConfig, Config, EnvironmentConfig, Main, OfflineMode
 from relay.environment import Environment
@@ -33,7 +34,7 @@ from relay.registry import Registry
 from relay.relay import Directory, Relay
 from relay.sources import DataSource
 from relay.sources.timings import SourceTimings
-from relay.stores import Mirror
+from relay.stores import DataStore, Mirror
 from relay.streams.evaluated import client_side_channels
 from relay.streams.hub import Hub, StreamLimits
 from relay.telemetry.log import Log, environment_log, set_environment_level
@@ -62,6 +63,18 @@ Session = AbstractAsyncContextManager[object]
 SourceFactory = Callable[[EnvironmentSpec, Log], DataSource]
 
 
+class Database(Struct, frozen=True):
+    """A configured database.
+
+    Args:
+        kind: kind of database, as in `/status`.
+        store_for: returns the store of an environment.
+    """
+
+    kind: str
+    store_for: Callable[[EnvironmentSpec], DataStore]
+
+
 def build(config: Config) -> Relay:
     """Return the relay that a configuration describes, without connecting anything.
 
@@ -69,8 +82,9 @@ def build(config: Config) -> Relay:
         ConfigError: a resource that it names, such as a file of CA certificates, is unusable.
     """
     registry: Registry[Environment] = Registry()
+    database = _database(config)
     if config.offline_mode.file_data_source:
-        return _offline(config, registry)
+        return _offline(config, registry, database)
     events: Forwarder | None = None
     fetch: Fetch | None = None
     places = _places(config)
@@ -82,11 +96,11 @@ def build(config: Config) -> Relay:
         session, fetch = upstream, upstream.fetch
         events = _forwarder(config, upstream, registry.spec_of)
         if config.auto_config.key:
-            directory = _auto_configuration(config, upstream, make_source, places)
+            directory = _auto_configuration(config, upstream, make_source, database, places)
     else:
         specs, make_source = [_demo(config.main)], _file(config)
     return Relay(
-        [_environment(config, spec, make_source, places) for spec in specs],
+        [_environment(config, spec, make_source, database, places) for spec in specs],
         config.main.init_timeout,
         upstream=session,
         fetch=fetch,
@@ -99,7 +113,11 @@ def build(config: Config) -> Relay:
 
 
 def _auto_configuration(
-    config: Config, session: HTTPSession, make_source: SourceFactory, places: Places | None
+    config: Config,
+    session: HTTPSession,
+    make_source: SourceFactory,
+    database: Database | None,
+    places: Places | None,
 ) -> AutoConfiguration:
     """Return what follows the list of environments; it makes them as the configured ones are."""
     from relay.autoconfig import AutoConfiguration, log
@@ -111,7 +129,7 @@ def _auto_configuration(
     return AutoConfiguration(
         AutoConfigStream(session, main.stream_uri, key, log),
         _shared(auto, main),
-        lambda spec: _environment(config, spec, make_source, places),
+        lambda spec: _environment(config, spec, make_source, database, places),
         make_source,
         tuple(_list_mirrors(config, key, log)),
     )
@@ -135,7 +153,7 @@ def _list_mirrors(config: Config, key: AutoConfigKey, log: Log) -> Iterator[List
         yield ListMirror(store, log)
 
 
-def _offline(config: Config, registry: Registry[Environment]) -> Relay:
+def _offline(config: Config, registry: Registry[Environment], database: Database | None) -> Relay:
     """Return the relay whose environments are those of an archive: without a network.
 
     Raises:
@@ -147,7 +165,7 @@ def _offline(config: Config, registry: Registry[Environment]) -> Relay:
     places = _places(config)
 
     def make_environment(spec: EnvironmentSpec, source: DataSource) -> Environment:
-        return _environment(config, spec, lambda _spec, _log: source, places)
+        return _environment(config, spec, lambda _spec, _log: source, database, places)
 
     path = Path(options.file_data_source)
     interval = options.file_data_source_monitoring_interval
@@ -200,25 +218,27 @@ def sync_targets(
     from relay.sync import SyncTarget
 
     if to:
-        config = structs.replace(config, redis=None)
         config = structs.replace(config, publish=structs.replace(config.publish, to=(to,)))
+    database, places = None if to else _database(config), _places(config)
+    publish = config.publish
     problems = _missing(config, names)
-    if not config.redis and not config.publish.to:
-        problems.append(
-            "there is no database to bring up to date; [Redis] or USE_REDIS names one, and --to or"
-            " PUBLISH_TO a place for documents"
-        )
+    if database is None and not publish.to:
+        text = "there is no database to bring up to date; [Redis], [Consul], USE_REDIS or"
+        text = f"{text} USE_CONSUL names one, and --to or PUBLISH_TO a place for documents"
+        problems.append(text)
+    problems += [
+        f'environment "{each.name}" has no client-side ID (envId), which names its document'
+        for each in config.all_environments
+        if publish.to and not each.env_id and (not names or each.name in names)
+    ]
     if problems:
         raise ConfigError(problems)
     session, sources = _sources(config, names, relay_url)
-    places, targets = _places(config), []
+    targets: list[SyncTarget] = []
     for spec, make_source, log in sources:
-        if config.redis:
-            from relay.stores.redis.store import RedisStore
-
-            store = RedisStore(config.redis, spec.prefix)
-            targets.append(SyncTarget(spec, make_source(), store, log))
-        publish = config.publish
+        if database:
+            store = database.store_for(spec)
+            targets.append(SyncTarget(spec, make_source(), store, log, database.kind))
         documents = places.stores(publish.to, publish.token, spec, log) if places else []
         targets += [
             SyncTarget(spec, make_source(), each, log, DOCUMENT, each.label) for each in documents
@@ -358,7 +378,11 @@ def _spec(options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
 
 
 def _environment(
-    config: Config, spec: EnvironmentSpec, make_source: SourceFactory, places: Places | None
+    config: Config,
+    spec: EnvironmentSpec,
+    make_source: SourceFactory,
+    database: Database | None,
+    places: Places | None,
 ) -> Environment:
     log = _log_for(spec)
     source = make_source(spec, log)
@@ -366,7 +390,11 @@ def _environment(
     streams = client_side_channels(programs, main.ping_stream_jitter_time)
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
     environment = Environment(spec, source, hub, log, programs=programs)
-    environment.mirrors = tuple(_mirrors(config, spec, environment.resync, log, places))
+    resync = environment.resync
+    environment.mirrors = (
+        *_mirrors(config, spec, resync, log, database),
+        *(_document_mirrors(config, spec, resync, log, places) if places else ()),
+    )
     return environment
 
 
@@ -384,14 +412,34 @@ def _stream_limits(main: Main) -> StreamLimits:
     )
 
 
+def _database(config: Config) -> Database | None:
+    """Return the configured database; None without one.
+
+    Raises:
+        ConfigError: a file or variable that it needs is unusable.
+    """
+    if redis := config.redis:
+        from relay.stores.redis.store import RedisStore
+
+        return Database("redis", lambda spec: RedisStore(redis, spec.prefix))
+    if consul := config.consul:
+        from relay.stores.consul.connect import connect
+        from relay.stores.consul.store import ConsulStore
+
+        connection = connect(consul, os.environ)
+        size = consul.max_value_size
+        return Database("consul", lambda spec: ConsulStore(connection, spec.prefix, size))
+    return None
+
+
 def _mirrors(
     config: Config,
     spec: EnvironmentSpec,
     resync: Callable[[], None],
     log: Log,
-    places: Places | None,
+    database: Database | None,
 ) -> Iterator[Mirror]:
-    """Yield the mirrors that are configured: snapshot, database, published documents."""
+    """Yield the snapshot and the database mirror, if configured."""
     if config.main.snapshot_dir and config.uses_launchdarkly:
         from relay.stores.snapshot import SnapshotMirror
 
@@ -400,25 +448,29 @@ def _mirrors(
         yield SnapshotMirror(
             Path(config.main.snapshot_dir), owner, log, payload_filter=spec.payload_filter
         )
-    if config.redis:
+    if database:
         from relay.stores.mirror import SINGLE_RUN, DatabaseMirror, MirrorTimings
-        from relay.stores.redis.store import RedisStore
 
-        store = RedisStore(config.redis, spec.prefix)
-        log.info("Using Redis data store: %s with prefix: %s", store.server, store.prefix)
+        store, name = database.store_for(spec), database.kind.capitalize()
+        text = "Using %s data store: %s with prefix: %s"
+        log.info(text, name, store.server, store.prefix)
         timings = SINGLE_RUN if config.main.exit_always else MirrorTimings()
-        yield DatabaseMirror(store, "redis", resync, log, timings)
-    main = config.main
-    if places and main.bootstrap_from and config.uses_launchdarkly:
-        from relay.stores.documents.bootstrap import Bootstrap
+        yield DatabaseMirror(store, database.kind, resync, log, timings)
 
+
+def _document_mirrors(
+    config: Config, spec: EnvironmentSpec, resync: Callable[[], None], log: Log, places: Places
+) -> Iterator[Mirror]:
+    """Yield the document to start from, and the published ones, as configured."""
+    from relay.stores import DOCUMENT
+    from relay.stores.documents.bootstrap import Bootstrap
+    from relay.stores.documents.store import PUBLICATION
+    from relay.stores.mirror import SINGLE_RUN, DatabaseMirror
+
+    main, publish = config.main, config.publish
+    if main.bootstrap_from and config.uses_launchdarkly:
         yield Bootstrap(places.place(main.bootstrap_from, main.bootstrap_token, spec), log)
-    if places and config.publish.to:
-        from relay.stores import DOCUMENT
-        from relay.stores.documents.store import PUBLICATION
-        from relay.stores.mirror import SINGLE_RUN, DatabaseMirror
-
-        timings = SINGLE_RUN if main.exit_always else PUBLICATION
-        for each in places.stores(config.publish.to, config.publish.token, spec, log):
-            log.info("Publishing document %s at %s", each.prefix, each.server)
-            yield DatabaseMirror(each, DOCUMENT, resync, log, timings, label=each.label)
+    timings = SINGLE_RUN if main.exit_always else PUBLICATION
+    for store in places.stores(publish.to, publish.token, spec, log):
+        log.info("Publishing document %s at %s", store.prefix, store.server)
+        yield DatabaseMirror(store, DOCUMENT, resync, log, timings, label=store.label)

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from relay.config.options import Option, Support
 from relay.config.schema import (
     AutoConfig,
+    Consul,
     EnvironmentConfig,
     Events,
     Filters,
@@ -31,7 +32,8 @@ from relay.config.schema import (
     options,
     with_variants,
 )
-from relay.config.unsupported import Consul, DynamoDB
+from relay.config.unsupported import DynamoDB
+from relay.model.environment import DEFAULT_PREFIX
 from relay.model.text import one_line
 
 ENVIRONMENT, FILTERS = "Environment", "Filters"
@@ -180,6 +182,12 @@ def redis_of(draft: Draft) -> Redis | None:
     return replace(redis, url=url)
 
 
+def consul_of(draft: Draft) -> Consul | None:
+    """Return `[Consul]`; None if Consul is not configured."""
+    consul = draft.of(Consul)
+    return consul if consul.host else None
+
+
 def _main_key(*attributes: str) -> tuple[Key, ...]:
     return _keys("Main", *attributes)
 
@@ -236,7 +244,7 @@ def _auto_config(draft: Draft) -> Iterator[Diagnostic]:
     auto = draft.of(AutoConfig)
     keys = _keys("AutoConfig", *(name for name in SHARED if getattr(auto, name)))
     cache = _keys("AutoConfig", "cache_key")
-    if auto.cache_key and not _enabled_databases(draft):
+    if auto.cache_key and not _enabled_databases(draft).keys() - {"Consul"}:
         yield "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled", cache
     if not auto.key and (keys or auto.cache_key):
         keys = (*keys, *(cache if auto.cache_key else ()))
@@ -353,6 +361,28 @@ def _consul(draft: Draft) -> Iterator[Diagnostic]:
     if consul.token and consul.token_file:
         text = "Consul token must be specified as either an inline value or a file, but not both"
         yield text, _keys("Consul", "token", "token_file")
+    if consul.max_value_size <= 0:
+        yield "[Consul] maxValueSize must be greater than zero", _keys("Consul", "max_value_size")
+    if consul.host:
+        yield from _consul_prefixes(draft)
+
+
+def _consul_prefixes(draft: Draft) -> Iterator[Diagnostic]:
+    """Report prefixes whose keys SDKs cannot read, or would read as another environment's."""
+    environments = with_variants(draft.environments, draft.filters)
+    for each in environments:
+        if each.prefix.startswith("/"):
+            text = f'environment "{each.name}": a prefix in Consul must not begin with a slash'
+            yield text, ((ENVIRONMENT, each.name, "prefix"),)
+        for other in environments:
+            prefix = other.prefix or DEFAULT_PREFIX
+            if f"{each.prefix}/".startswith((f"{prefix}/features/", f"{prefix}/segments/")):
+                names = (other.name, each.name)
+                text = (
+                    f'environment "{each.name}": its prefix "{each.prefix}" is where "{other.name}"'
+                    " has its items in Consul"
+                )
+                yield text, tuple((ENVIRONMENT, name, "prefix") for name in names)
 
 
 def _dynamodb(draft: Draft) -> Iterator[Diagnostic]:
@@ -529,6 +559,9 @@ def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
     redis = tuple(key for key in draft.sources if key[0] == "Redis")
     if redis and not _uses_redis(draft.of(Redis)):
         yield "[Redis] has no effect without url, host or port", redis
+    consul = tuple(key for key in draft.sources if key[0] == "Consul" and key[2] != "host")
+    if consul and not draft.of(Consul).host:
+        yield "[Consul] has no effect without host", consul
 
 
 def _prefixless_environment(draft: Draft) -> Iterator[Diagnostic]:

@@ -130,7 +130,7 @@ class StoreStatus(Struct, frozen=True):
     Args:
         state: whether the database can be reached and written.
         since: time of the last change of `state`, in Unix seconds.
-        database: kind of database: `redis`; `DOCUMENT` for a published document.
+        database: kind of database: `redis` or `consul`; `DOCUMENT` for a published document.
         server: URL with the password masked.
         prefix: prefix of the database keys, or name of the document.
         invalid: unreadable items found in the database.

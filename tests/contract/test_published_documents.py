@@ -408,15 +408,21 @@ async def test_relay_sync_publishes_once(tmp_path, upstream, values, bucket, kin
 
 
 async def test_relay_sync_fails_with_a_reason(tmp_path, upstream, values):
-    """If the place refuses, and if the URL is wrong."""
-    refused = Relay(tmp_path, upstream.url, "sync", "--from-env", "--to", values.url)
+    """If the place refuses, if the URL is wrong, or the document has no name."""
+    arguments = ("sync", "--from-env", "--to")
+    refused = Relay(tmp_path, upstream.url, *arguments, values.url)
     await refused.spawn()
     assert await refused.ended() == 1
     assert "the token is missing, wrong, or not permitted" in refused.log
-    wrong = Relay(tmp_path, upstream.url, "sync", "--from-env", "--to", "ftp://somewhere")
+    wrong = Relay(tmp_path, upstream.url, *arguments, "ftp://somewhere")
     await wrong.spawn()
     assert await wrong.ended() == 2
     assert "must be a URL of the form file:///FOLDER" in wrong.log
+    variables = {"LD_CLIENT_SIDE_ID_main": ""}
+    nameless = Relay(tmp_path, upstream.url, *arguments, "s3://b", **variables)
+    await nameless.spawn()
+    assert await nameless.ended() == 2
+    assert "has no client-side ID (envId), which names its document" in nameless.log
 
 
 async def test_relay_sync_brings_all_that_is_configured_up_to_date(
