@@ -210,6 +210,8 @@ class DatabaseMirror:
                 await self._wakeup.wait()
         except TimeoutError:
             self._probe_due = True
+            if clock.monotonic() >= self._recheck_at:
+                self._needs_compare, self._recheck_at = True, NEVER
         if (rest := self._written_at + self._timings.pause - clock.monotonic()) > 0:
             await asyncio.sleep(rest)
 
@@ -241,7 +243,7 @@ class DatabaseMirror:
 
     async def _probe(self) -> bool:
         """Return whether the database seems to be as it was left, at little cost."""
-        if self._stored is None or clock.monotonic() >= self._recheck_at:
+        if self._stored is None:
             return False
         if await self._store.holds(self._stored[1]):
             return True
