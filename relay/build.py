@@ -8,13 +8,15 @@ imports neither the HTTP client nor the Redis driver.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msgspec import structs
+from msgspec import Struct, structs
 
 from relay.config.schema import AutoConfig, Config, EnvironmentConfig, Main, OfflineMode
 from relay.environment import Environment
@@ -32,7 +34,7 @@ from relay.registry import Registry
 from relay.relay import Directory, Relay
 from relay.sources import DataSource
 from relay.sources.timings import SourceTimings
-from relay.stores import Mirror
+from relay.stores import DataStore, Mirror
 from relay.streams.evaluated import client_side_channels
 from relay.streams.hub import Hub, StreamLimits
 from relay.telemetry.log import Log, environment_log, set_environment_level
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from relay.autoconfig import AutoConfiguration
     from relay.model.credential import AutoConfigKey
     from relay.protocol.environments import SharedSettings
+    from relay.stores.documents.connect import Places
     from relay.stores.listmirror import ListMirror
     from relay.sync import SyncTarget
     from relay.upstream import Upstream as HTTPSession
@@ -60,21 +63,52 @@ Session = AbstractAsyncContextManager[object]
 SourceFactory = Callable[[EnvironmentSpec, Log], DataSource]
 
 
+class Database(Struct, frozen=True):
+    """A configured database.
+
+    Args:
+        kind: kind of database, as in `/status`.
+        store_for: returns the store of an environment.
+    """
+
+    kind: str
+    store_for: Callable[[EnvironmentSpec], DataStore]
+
+
 class EnvironmentParts:
     """Makes the environments that a configuration lists, and what they need when they change.
 
     Args:
-        config: with which the relay is built.
+        config: of the environments.
         make_source: makes data sources, which share a session.
+        database: the configured one.
+        places: of documents.
     """
 
-    def __init__(self, config: Config, make_source: SourceFactory) -> None:
+    def __init__(
+        self,
+        config: Config,
+        make_source: SourceFactory,
+        database: Database | None,
+        places: Places | None,
+    ) -> None:
         self._config = config
         self._make_source = make_source
+        self._database = database
+        self._places = places
 
-    def of(self, config: Config) -> EnvironmentParts:
-        """Return what makes environments with another configuration, and the same session."""
-        return EnvironmentParts(config, self._make_source)
+    def of(self, config: Config, *, databases: bool) -> EnvironmentParts:
+        """Return what makes environments with another configuration, and the same sessions.
+
+        Args:
+            config: in which nothing else differs but environments and databases.
+            databases: True if the databases differ.
+
+        Raises:
+            ConfigError: a file or variable that the database needs is unusable.
+        """
+        database = _database(config) if databases else self._database
+        return EnvironmentParts(config, self._make_source, database, self._places)
 
     @property
     def specs(self) -> Sequence[EnvironmentSpec]:
@@ -83,7 +117,7 @@ class EnvironmentParts:
 
     def environment(self, spec: EnvironmentSpec) -> Environment:
         """Return a new environment."""
-        return _environment(self._config, spec, self._make_source)
+        return _environment(self._config, spec, self._make_source, self._database, self._places)
 
     def source(self, spec: EnvironmentSpec, log: Log) -> DataSource:
         """Return a new data source of an environment."""
@@ -94,21 +128,33 @@ class EnvironmentParts:
     ) -> Sequence[Mirror] | None:
         """Return the mirrors that an environment needs with another spec; None if they stay.
 
-        A snapshot belongs to an SDK key, the data in a database to a prefix.
+        A snapshot belongs to an SDK key, a document to a client-side ID, what a database has to a
+        prefix.
 
         Args:
             environment: with its former spec and mirrors.
             spec: its spec from now on.
-            databases: True if the databases are others.
+            databases: True if the databases differ.
         """
+        from relay.stores import DOCUMENT
+
         before, config, log = environment.spec, self._config, environment.log
-        snapshots: list[Mirror] = [each for each in environment.mirrors if each.status is None]
-        stored: list[Mirror] = [each for each in environment.mirrors if each.status is not None]
-        if spec.sdk_key != before.sdk_key:
-            snapshots = list(_snapshot(config, spec, log))
+        resync, places = environment.resync, self._places
+        first: list[Mirror] = []
+        stores: list[Mirror] = []
+        documents: list[Mirror] = []
+        for mirror in environment.mirrors:
+            status = mirror.status
+            of_kind = documents if status and status.database == DOCUMENT else stores
+            (of_kind if status else first).append(mirror)
+        has_same_id = spec.environment_id == before.environment_id
+        if spec.sdk_key != before.sdk_key or not has_same_id:
+            first = list(_first_mirrors(config, spec, log, places))
         if databases or spec.prefix != before.prefix:
-            stored = list(_databases(config, spec, environment.resync, log))
-        mirrors = (*snapshots, *stored)
+            stores = list(_database_mirrors(config, spec, resync, log, self._database))
+        if not has_same_id:
+            documents = list(_document_mirrors(config, spec, resync, log, places))
+        mirrors = (*first, *stores, *documents)
         return None if mirrors == environment.mirrors else mirrors
 
 
@@ -127,10 +173,12 @@ def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
     That is None if the configuration lists none: the environments come from elsewhere.
     """
     registry: Registry[Environment] = Registry()
+    database = _database(config)
     if config.offline_mode.file_data_source:
-        return _offline(config, registry), None
+        return _offline(config, registry, database), None
     events: Forwarder | None = None
     fetch: Fetch | None = None
+    places = _places(config)
     directory: Directory | None = None
     session: Session = nullcontext()
     if config.uses_launchdarkly:
@@ -138,10 +186,10 @@ def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
         session, fetch = upstream, upstream.fetch
         events = _forwarder(config, upstream, registry.spec_of)
         if config.auto_config.key:
-            directory = _auto_configuration(config, upstream, make_source)
+            directory = _auto_configuration(config, upstream, make_source, database, places)
     else:
         make_source = _file(config)
-    parts = EnvironmentParts(config, make_source)
+    parts = EnvironmentParts(config, make_source, database, places)
     specs = parts.specs if config.uses_launchdarkly else [_demo(config.main)]
     relay = Relay(
         [parts.environment(spec) for spec in specs],
@@ -158,7 +206,11 @@ def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
 
 
 def _auto_configuration(
-    config: Config, session: HTTPSession, make_source: SourceFactory
+    config: Config,
+    session: HTTPSession,
+    make_source: SourceFactory,
+    database: Database | None,
+    places: Places | None,
 ) -> AutoConfiguration:
     """Return what follows the list of environments; it makes them as the configured ones are."""
     from relay.autoconfig import AutoConfiguration, log
@@ -170,7 +222,7 @@ def _auto_configuration(
     return AutoConfiguration(
         AutoConfigStream(session, main.stream_uri, key, log),
         _shared(auto, main),
-        lambda spec: _environment(config, spec, make_source),
+        lambda spec: _environment(config, spec, make_source, database, places),
         make_source,
         tuple(_list_mirrors(config, key, log)),
     )
@@ -194,7 +246,7 @@ def _list_mirrors(config: Config, key: AutoConfigKey, log: Log) -> Iterator[List
         yield ListMirror(store, log)
 
 
-def _offline(config: Config, registry: Registry[Environment]) -> Relay:
+def _offline(config: Config, registry: Registry[Environment], database: Database | None) -> Relay:
     """Return the relay whose environments are those of an archive: without a network.
 
     Raises:
@@ -203,9 +255,10 @@ def _offline(config: Config, registry: Registry[Environment]) -> Relay:
     from relay.offline import OfflineArchive
 
     options, main = config.offline_mode, config.main
+    places = _places(config)
 
     def make_environment(spec: EnvironmentSpec, source: DataSource) -> Environment:
-        return _environment(config, spec, lambda _spec, _log: source)
+        return _environment(config, spec, lambda _spec, _log: source, database, places)
 
     path = Path(options.file_data_source)
     interval = options.file_data_source_monitoring_interval
@@ -241,32 +294,48 @@ def _demo(main: Main) -> EnvironmentSpec:
 
 
 def sync_targets(
-    config: Config, names: Collection[str] = (), relay_url: str = ""
+    config: Config, names: Collection[str] = (), relay_url: str = "", to: str = ""
 ) -> tuple[Session, list[SyncTarget]]:
-    """Return the upstream session and the sync targets, one per environment.
+    """Return the upstream session and the sync targets: for each environment each destination.
 
     Args:
         config: configuration of LaunchDarkly, the database and the environments.
         names: names of the environments to sync; empty for all.
         relay_url: URL of a running relay to read from instead of LaunchDarkly.
+        to: URL of the only place to publish documents in; empty for all that is configured.
 
     Raises:
-        ConfigError: there is no database, or no such environment; see also `build`.
+        ConfigError: there is no destination, or no such environment; see also `build`.
     """
-    from relay.stores.redis.store import RedisStore
+    from relay.stores import DOCUMENT
     from relay.sync import SyncTarget
 
-    redis = config.redis
+    if to:
+        config = structs.replace(config, publish=structs.replace(config.publish, to=(to,)))
+    database, places = None if to else _database(config), _places(config)
+    publish = config.publish
     problems = _missing(config, names)
-    if not redis:
-        problems.append("there is no database to bring up to date; [Redis] or USE_REDIS names one")
-    if problems or not redis:
+    if database is None and not publish.to:
+        text = "there is no database to bring up to date; [Redis], [Consul], USE_REDIS or"
+        text = f"{text} USE_CONSUL names one, and --to or PUBLISH_TO a place for documents"
+        problems.append(text)
+    problems += [
+        f'environment "{each.name}" has no client-side ID (envId), which names its document'
+        for each in config.all_environments
+        if publish.to and not each.env_id and (not names or each.name in names)
+    ]
+    if problems:
         raise ConfigError(problems)
     session, sources = _sources(config, names, relay_url)
-    targets = [
-        SyncTarget(spec, source, RedisStore(redis, spec.prefix), log)
-        for spec, source, log in sources
-    ]
+    targets: list[SyncTarget] = []
+    for spec, make_source, log in sources:
+        if database:
+            store = database.store_for(spec)
+            targets.append(SyncTarget(spec, make_source(), store, log, database.kind))
+        documents = places.stores(publish.to, publish.token, spec, log) if places else []
+        targets += [
+            SyncTarget(spec, make_source(), each, log, DOCUMENT, each.label) for each in documents
+        ]
     return session, targets
 
 
@@ -293,7 +362,7 @@ def archive_sources(
     if problems:
         raise ConfigError(problems)
     session, sources = _sources(config, names, relay_url)
-    return session, [(spec, source) for spec, source, _ in sources if not spec.payload_filter]
+    return session, [(spec, make()) for spec, make, _ in sources if not spec.payload_filter]
 
 
 def _missing(config: Config, names: Collection[str]) -> list[str]:
@@ -310,15 +379,15 @@ def _missing(config: Config, names: Collection[str]) -> list[str]:
 
 def _sources(
     config: Config, names: Collection[str], relay_url: str
-) -> tuple[Session, list[tuple[EnvironmentSpec, DataSource, Log]]]:
-    """Return the upstream session, and the configured environments with their sources."""
+) -> tuple[Session, list[tuple[EnvironmentSpec, Callable[[], DataSource], Log]]]:
+    """Return the upstream session, and the environments with what makes their sources."""
     if relay_url:
         main = structs.replace(config.main, data_source="polling", base_uri=relay_url)
         config = structs.replace(config, main=main)
     session, make_source = _launchdarkly(config)
     specs = [_spec(each, config.main) for each in config.all_environments]
     chosen = [(spec, _log_for(spec)) for spec in specs if not names or spec.name in names]
-    return session, [(spec, make_source(spec, log), log) for spec, log in chosen]
+    return session, [(spec, partial(make_source, spec, log), log) for spec, log in chosen]
 
 
 def _file(config: Config) -> SourceFactory:
@@ -331,14 +400,8 @@ def _file(config: Config) -> SourceFactory:
 def _launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
     from relay.sources.polling import PollingSource
     from relay.sources.streaming import StreamingSource
-    from relay.upstream import Upstream as HTTPSession
 
-    main, http = config.main, config.http
-    upstream = HTTPSession(
-        proxy=config.proxy.url or None,
-        ca_files=[Path(file) for file in config.proxy.ca_cert_files if file],
-        keep_alive=0.0 if http.disable_keep_alives else http.idle_conn_timeout,
-    )
+    main, upstream = config.main, _http_session(config)
     timings = SourceTimings(poll_interval=main.poll_interval)
 
     def make_source(spec: EnvironmentSpec, log: Log) -> DataSource:
@@ -350,6 +413,27 @@ def _launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
         return StreamingSource(upstream, uri, key, log, timings, payload_filter=payload_filter)
 
     return upstream, make_source
+
+
+def _http_session(config: Config) -> HTTPSession:
+    from relay.upstream import Upstream as HTTPSession
+
+    http = config.http
+    return HTTPSession(
+        proxy=config.proxy.url or None,
+        ca_files=[Path(file) for file in config.proxy.ca_cert_files if file],
+        keep_alive=0.0 if http.disable_keep_alives else http.idle_conn_timeout,
+    )
+
+
+def _places(config: Config) -> Places | None:
+    """Return what makes the places for documents; None if there are no documents."""
+    if not config.publish.to and not config.main.bootstrap_from:
+        return None
+    from relay.stores.documents.connect import Places
+
+    urls = (*config.publish.to, *filter(None, [config.main.bootstrap_from]))
+    return Places(lambda: _http_session(config), config.proxy.url, urls)
 
 
 def _forwarder(
@@ -386,14 +470,25 @@ def _spec(options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
     )
 
 
-def _environment(config: Config, spec: EnvironmentSpec, make_source: SourceFactory) -> Environment:
+def _environment(
+    config: Config,
+    spec: EnvironmentSpec,
+    make_source: SourceFactory,
+    database: Database | None,
+    places: Places | None,
+) -> Environment:
     log = _log_for(spec)
     source = make_source(spec, log)
     programs, main = ProgramCache(), config.main
     streams = client_side_channels(programs, main.ping_stream_jitter_time)
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
     environment = Environment(spec, source, hub, log, programs=programs)
-    environment.mirrors = tuple(_mirrors(config, spec, environment.resync, log))
+    resync = environment.resync
+    environment.mirrors = (
+        *_first_mirrors(config, spec, log, places),
+        *_database_mirrors(config, spec, resync, log, database),
+        *_document_mirrors(config, spec, resync, log, places),
+    )
     return environment
 
 
@@ -410,33 +505,78 @@ def _stream_limits(main: Main) -> StreamLimits:
     )
 
 
-def _mirrors(
-    config: Config, spec: EnvironmentSpec, resync: Callable[[], None], log: Log
+def _database(config: Config) -> Database | None:
+    """Return the configured database; None without one.
+
+    Raises:
+        ConfigError: a file or variable that it needs is unusable.
+    """
+    if redis := config.redis:
+        from relay.stores.redis.store import RedisStore
+
+        return Database("redis", lambda spec: RedisStore(redis, spec.prefix))
+    if consul := config.consul:
+        from relay.stores.consul.connect import connect
+        from relay.stores.consul.store import ConsulStore
+
+        connection = connect(consul, os.environ)
+        size = consul.max_value_size
+        return Database("consul", lambda spec: ConsulStore(connection, spec.prefix, size))
+    return None
+
+
+def _first_mirrors(
+    config: Config, spec: EnvironmentSpec, log: Log, places: Places | None
 ) -> Iterator[Mirror]:
-    """Yield the snapshot and the database mirror, if configured."""
-    yield from _snapshot(config, spec, log)
-    yield from _databases(config, spec, resync, log)
-
-
-def _snapshot(config: Config, spec: EnvironmentSpec, log: Log) -> Iterator[Mirror]:
-    if config.main.snapshot_dir and config.uses_launchdarkly:
+    """Yield what an environment may start from: the snapshot, and a document, as configured."""
+    main = config.main
+    if main.snapshot_dir and config.uses_launchdarkly:
         from relay.stores.snapshot import SnapshotMirror
 
         # Keys rotate where LaunchDarkly names the environments; their data stay.
         owner = (config.auto_config.key and spec.environment_id) or spec.sdk_key
         yield SnapshotMirror(
-            Path(config.main.snapshot_dir), owner, log, payload_filter=spec.payload_filter
+            Path(main.snapshot_dir), owner, log, payload_filter=spec.payload_filter
         )
+    if main.bootstrap_from and places and config.uses_launchdarkly:
+        from relay.stores.documents.bootstrap import Bootstrap
+
+        yield Bootstrap(places.place(main.bootstrap_from, main.bootstrap_token, spec), log)
 
 
-def _databases(
-    config: Config, spec: EnvironmentSpec, resync: Callable[[], None], log: Log
+def _database_mirrors(
+    config: Config,
+    spec: EnvironmentSpec,
+    resync: Callable[[], None],
+    log: Log,
+    database: Database | None,
 ) -> Iterator[Mirror]:
-    if config.redis:
+    """Yield the mirror in the database, if one is configured."""
+    if database:
         from relay.stores.mirror import SINGLE_RUN, DatabaseMirror, MirrorTimings
-        from relay.stores.redis.store import RedisStore
 
-        store = RedisStore(config.redis, spec.prefix)
-        log.info("Using Redis data store: %s with prefix: %s", store.server, store.prefix)
+        store, name = database.store_for(spec), database.kind.capitalize()
+        text = "Using %s data store: %s with prefix: %s"
+        log.info(text, name, store.server, store.prefix)
         timings = SINGLE_RUN if config.main.exit_always else MirrorTimings()
-        yield DatabaseMirror(store, "redis", resync, log, timings)
+        yield DatabaseMirror(store, database.kind, resync, log, timings)
+
+
+def _document_mirrors(
+    config: Config,
+    spec: EnvironmentSpec,
+    resync: Callable[[], None],
+    log: Log,
+    places: Places | None,
+) -> Iterator[Mirror]:
+    """Yield the documents that are published, as configured."""
+    main, publish = config.main, config.publish
+    if places and publish.to:
+        from relay.stores import DOCUMENT
+        from relay.stores.documents.store import PUBLICATION
+        from relay.stores.mirror import SINGLE_RUN, DatabaseMirror
+
+        timings = SINGLE_RUN if main.exit_always else PUBLICATION
+        for store in places.stores(publish.to, publish.token, spec, log):
+            log.info("Publishing document %s at %s", store.prefix, store.server)
+            yield DatabaseMirror(store, DOCUMENT, resync, log, timings, label=store.label)

@@ -55,8 +55,12 @@ _log = logging.getLogger("relay.reload")
 class Parts(Protocol):
     """Contract of what makes environments, and what they need when they change."""
 
-    def of(self, config: Config) -> Parts:
-        """Return what makes environments with another configuration."""
+    def of(self, config: Config, *, databases: bool) -> Parts:
+        """Return what makes environments with another configuration, or with other databases.
+
+        Raises:
+            ConfigError: a resource that it names is unusable.
+        """
 
     @property
     def specs(self) -> Sequence[EnvironmentSpec]:
@@ -221,9 +225,12 @@ class Reload:
             if warning not in known:
                 _log.warning("%s", warning)
         found = difference(self._config, config)
-        parts = self._parts.of(found.config) if self._parts else None
+        parts = None
+        steps: list[_Step] = []
         try:
-            steps = await self._steps(parts, databases=found.stores) if parts else []
+            if self._parts is not None:
+                parts = self._parts.of(found.config, databases=found.stores)
+                steps = await self._steps(parts, databases=found.stores)
         except ConfigError as e:
             self._refuse(_Problems(e.problems))
             return

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from relay.config.options import Option, Support
 from relay.config.schema import (
     AutoConfig,
+    Consul,
     EnvironmentConfig,
     Events,
     Filters,
@@ -25,12 +26,14 @@ from relay.config.schema import (
     OfflineMode,
     Prometheus,
     Proxy,
+    Publish,
     Redis,
     Webhook,
     options,
     with_variants,
 )
-from relay.config.unsupported import Consul, DynamoDB
+from relay.config.unsupported import DynamoDB
+from relay.model.environment import DEFAULT_PREFIX
 from relay.model.text import one_line
 
 ENVIRONMENT, FILTERS = "Environment", "Filters"
@@ -50,6 +53,7 @@ _MIN_MONITORING_INTERVAL = 0.1
 _MIN_POLL_INTERVAL = 1.0
 _MIN_METRICS_CAPACITY = 1000
 _METRIC_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+_KEY = "{key}"
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 Key = tuple[str, str | None, str]
@@ -123,6 +127,9 @@ def problems(draft: Draft) -> list[str]:
         _consul,
         _dynamodb,
         _databases,
+        _publish,
+        _bootstrap,
+        _document_names,
         _proxy,
         _prometheus,
     )
@@ -173,6 +180,12 @@ def redis_of(draft: Draft) -> Redis | None:
     if redis.tls and url.startswith("redis://"):
         url = "rediss" + url.removeprefix("redis")
     return replace(redis, url=url)
+
+
+def consul_of(draft: Draft) -> Consul | None:
+    """Return `[Consul]`; None if Consul is not configured."""
+    consul = draft.of(Consul)
+    return consul if consul.host else None
 
 
 def _main_key(*attributes: str) -> tuple[Key, ...]:
@@ -231,7 +244,7 @@ def _auto_config(draft: Draft) -> Iterator[Diagnostic]:
     auto = draft.of(AutoConfig)
     keys = _keys("AutoConfig", *(name for name in SHARED if getattr(auto, name)))
     cache = _keys("AutoConfig", "cache_key")
-    if auto.cache_key and not _enabled_databases(draft):
+    if auto.cache_key and not _enabled_databases(draft).keys() - {"Consul"}:
         yield "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled", cache
     if not auto.key and (keys or auto.cache_key):
         keys = (*keys, *(cache if auto.cache_key else ()))
@@ -348,6 +361,28 @@ def _consul(draft: Draft) -> Iterator[Diagnostic]:
     if consul.token and consul.token_file:
         text = "Consul token must be specified as either an inline value or a file, but not both"
         yield text, _keys("Consul", "token", "token_file")
+    if consul.max_value_size <= 0:
+        yield "[Consul] maxValueSize must be greater than zero", _keys("Consul", "max_value_size")
+    if consul.host:
+        yield from _consul_prefixes(draft)
+
+
+def _consul_prefixes(draft: Draft) -> Iterator[Diagnostic]:
+    """Report prefixes whose keys SDKs cannot read, or would read as another environment's."""
+    environments = with_variants(draft.environments, draft.filters)
+    for each in environments:
+        if each.prefix.startswith("/"):
+            text = f'environment "{each.name}": a prefix in Consul must not begin with a slash'
+            yield text, ((ENVIRONMENT, each.name, "prefix"),)
+        for other in environments:
+            prefix = other.prefix or DEFAULT_PREFIX
+            if f"{each.prefix}/".startswith((f"{prefix}/features/", f"{prefix}/segments/")):
+                names = (other.name, each.name)
+                text = (
+                    f'environment "{each.name}": its prefix "{each.prefix}" is where "{other.name}"'
+                    " has its items in Consul"
+                )
+                yield text, tuple((ENVIRONMENT, name, "prefix") for name in names)
 
 
 def _dynamodb(draft: Draft) -> Iterator[Diagnostic]:
@@ -400,6 +435,48 @@ def _without_prefix(draft: Draft) -> Iterator[Diagnostic]:
         if not each.prefix and not (dynamodb and each.table_name):
             text = f'environment "{each.name}" does not have {lacking} specified for database'
             yield f"{text} storage", ((ENVIRONMENT, each.name, ""),)
+
+
+def _publish(draft: Draft) -> Iterator[Diagnostic]:
+    publish = draft.of(Publish)
+    if any(_is_http(url) and _KEY not in url for url in publish.to):
+        text = "[Publish] to: an https URL must contain {key}, which stands for the document's name"
+        yield text, _keys("Publish", "to")
+
+
+def _bootstrap(draft: Draft) -> Iterator[Diagnostic]:
+    url = draft.of(Main).bootstrap_from
+    single = len(with_variants(draft.environments, draft.filters)) == 1
+    if _is_http(url) and _KEY not in url and not single:
+        text = "[Main] bootstrapFrom: an https URL without {key} names one document only, and there"
+        yield f"{text} is not exactly one environment", _main_key("bootstrap_from")
+
+
+def _document_names(draft: Draft) -> Iterator[Diagnostic]:
+    """Report environments that have no client-side ID to name their documents, or share one."""
+    keys = (*_keys("Publish", "to"), *_main_key("bootstrap_from"))
+    if not draft.of(Publish).to and _KEY not in _with_key(draft.of(Main).bootstrap_from):
+        return
+    owners: dict[tuple[str, str], str] = {}
+    for each in with_variants(draft.environments, draft.filters):
+        here = (ENVIRONMENT, each.name, "env_id")
+        if not each.env_id:
+            text = f'environment "{each.name}" has no client-side ID (envId), which names its'
+            yield f"{text} document", (*keys, (ENVIRONMENT, each.name, ""))
+        elif (name := (each.env_id, each.filter_key)) in owners:
+            text = f'environments "{owners[name]}" and "{each.name}" have the same client-side ID,'
+            yield f"{text} which names their document", (*keys, here)
+        else:
+            owners[name] = each.name
+
+
+def _with_key(url: str) -> str:
+    """Return a URL with `{key}` where that is implied."""
+    return url if _is_http(url) or not url else url + _KEY
+
+
+def _is_http(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
 
 
 def _proxy(draft: Draft) -> Iterator[Diagnostic]:
@@ -466,6 +543,15 @@ def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
         yield text, (*_main_key("flags_file"), *archive)
     if main.exit_on_error and not main.exit_always:
         yield "[Main] exitOnError has no effect without exitAlways", _main_key("exit_on_error")
+    publish = draft.of(Publish)
+    if publish.token and not any(map(_is_http, publish.to)):
+        yield "[Publish] token has no effect without an https URL", _keys("Publish", "token")
+    if main.bootstrap_token and not _is_http(main.bootstrap_from):
+        text = "[Main] bootstrapToken has no effect without an https URL"
+        yield text, _main_key("bootstrap_token")
+    if main.bootstrap_from and not (draft.environments or draft.of(AutoConfig).key):
+        text = "[Main] bootstrapFrom has no effect: the flags do not come from LaunchDarkly"
+        yield text, _main_key("bootstrap_from")
     auto = draft.of(AutoConfig)
     if auto.cache_encryption_key and not auto.cache_key:
         text = "[AutoConfig] cacheEncryptionKey has no effect without cacheKey"
@@ -473,6 +559,9 @@ def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
     redis = tuple(key for key in draft.sources if key[0] == "Redis")
     if redis and not _uses_redis(draft.of(Redis)):
         yield "[Redis] has no effect without url, host or port", redis
+    consul = tuple(key for key in draft.sources if key[0] == "Consul" and key[2] != "host")
+    if consul and not draft.of(Consul).host:
+        yield "[Consul] has no effect without host", consul
 
 
 def _prefixless_environment(draft: Draft) -> Iterator[Diagnostic]:

@@ -16,6 +16,9 @@ from msgspec.structs import replace
 from relay.config.options import LATER, NO_EFFECT, REFUSED, Option, declared, option, section
 from relay.config.types import (
     BOOLEAN,
+    CONSUL_ADDRESS,
+    DOCUMENT_URI,
+    DOCUMENT_URIS,
     DURATION,
     ENVIRONMENT_ID,
     HEADER_NAMES,
@@ -37,7 +40,6 @@ from relay.config.types import (
 )
 from relay.config.unsupported import (
     Concurrency,
-    Consul,
     Datadog,
     DynamoDB,
     OpenTelemetry,
@@ -129,6 +131,22 @@ class Main(Struct, frozen=True):
         "Directory for snapshots of each environment's flags, so that the relay can start while"
         " LaunchDarkly and the database are unavailable. Not set: no snapshots.",
         "/data",
+    )
+    bootstrap_from: str = option(
+        "BOOTSTRAP_FROM",
+        DOCUMENT_URI,
+        "",
+        "Where the documents of `[Publish]` lie from which the relay starts while LaunchDarkly, the"
+        " database and the snapshots are unavailable: `file:///FOLDER`, `s3://BUCKET/PREFIX` or"
+        " `https://…{key}`.",
+        "s3://flags/production",
+    )
+    bootstrap_token: Secret = option(
+        "BOOTSTRAP_TOKEN",
+        SECRET,
+        Secret(""),
+        "Bearer token with which documents are read from `https` URLs.",
+        "a-long-random-text",
     )
     graceful_shutdown_timeout: float = option(
         "GRACEFUL_SHUTDOWN_TIMEOUT",
@@ -393,6 +411,65 @@ class Redis(Struct, frozen=True):
     )
     read_timeout: float = option(
         "REDIS_READ_TIMEOUT", DURATION, 10.0, "Timeout for a reply from the server."
+    )
+
+
+@section
+class Consul(Struct, frozen=True):
+    """`[Consul]`: Consul server that the relay keeps up to date for SDKs in daemon mode.
+
+    In a file, `host` enables it; with variables, `USE_CONSUL=true` does. The variables of Consul's
+    own client for tokens, TLS and namespaces apply, too.
+    """
+
+    host: str = option(
+        "CONSUL_HOST",
+        CONSUL_ADDRESS,
+        "",
+        "Host, optionally with port (default 8500) and path; or an `http://`, `https://` or"
+        " `unix://` URL.",
+        "localhost:8500",
+    )
+    token: Secret = option(
+        "CONSUL_TOKEN", SECRET, Secret(""), "Access token.", "a-long-random-text"
+    )
+    token_file: str = option(
+        "CONSUL_TOKEN_FILE",
+        PATH,
+        "",
+        "File with the access token; it is read again when it changes.",
+        "/etc/relay/consul-token",
+    )
+    max_value_size: int = option(
+        "CONSUL_MAX_VALUE_SIZE",
+        SIZE,
+        512 * 1024,
+        "Maximum size of a flag or segment that the server accepts: its `limits.kv_max_value_size`."
+        " Larger ones are reported, and served from memory only.",
+    )
+    local_ttl: float = option(
+        "CACHE_TTL", DURATION, 30.0, "See `[Redis]` `localTtl`.", support=NO_EFFECT
+    )
+
+
+@section
+class Publish(Struct, frozen=True):
+    """`[Publish]`: each environment as one document, for functions, edge SDKs and other relays."""
+
+    to: tuple[str, ...] = option(
+        "PUBLISH_TO",
+        DOCUMENT_URIS,
+        (),
+        "Where documents are published: `file:///FOLDER`, `s3://BUCKET/PREFIX`, or `https://…{key}`"
+        " for a key-value store, in which `{key}` stands for `LD-Env-` and the client-side ID.",
+        "s3://flags/production",
+    )
+    token: Secret = option(
+        "PUBLISH_TOKEN",
+        SECRET,
+        Secret(""),
+        "Bearer token for `https` URLs that have no user and password of their own.",
+        "a-long-random-text",
     )
 
 
@@ -668,7 +745,7 @@ class AutoConfig(Struct, frozen=True):
         STRING,
         "",
         "Database key under which the list of environments is stored, encrypted, for a start"
-        " without LaunchDarkly; in Redis it is the whole key. Requires a database. Not set: it is"
+        " without LaunchDarkly; in Redis it is the whole key. Requires Redis. Not set: it is"
         " stored in `snapshotDir` only.",
         "relay-environments",
     )
@@ -700,6 +777,8 @@ SECTIONS: dict[str, type] = {
     "Main": Main,
     "Events": Events,
     "Redis": Redis,
+    "Consul": Consul,
+    "Publish": Publish,
     "Proxy": Proxy,
     "Http": Http,
     "Webhook": Webhook,
@@ -708,7 +787,6 @@ SECTIONS: dict[str, type] = {
     "AutoConfig": AutoConfig,
     "OfflineMode": OfflineMode,
     "DynamoDB": DynamoDB,
-    "Consul": Consul,
     "Datadog": Datadog,
     "Stackdriver": Stackdriver,
     "OpenTelemetry": OpenTelemetry,
@@ -726,6 +804,7 @@ class Config(Struct, frozen=True):
         environments: in configuration order, without the variants of `filters`.
         filters: payload filters by project key.
         redis: None if Redis is not configured; otherwise `redis.url` is complete.
+        consul: None if Consul is not configured.
         sources: source of each option that was set, `FILE:LINE` or the variable, by
             `Section.attribute` or `Environment "NAME".attribute`.
         warnings: messages for the operator, such as on options without effect.
@@ -736,6 +815,8 @@ class Config(Struct, frozen=True):
     environments: tuple[EnvironmentConfig, ...] = ()
     filters: dict[str, Filters] = field(default_factory=dict)
     redis: Redis | None = None
+    consul: Consul | None = None
+    publish: Publish = Publish()
     proxy: Proxy = Proxy()
     http: Http = Http()
     webhook: Webhook = Webhook()

@@ -18,7 +18,7 @@ from relay.model.item import Kind
 from relay.model.metrics import Histogram, MetricValue
 from relay.protocol.prometheus import COUNTER, GAUGE, HISTOGRAM, Metric, Row
 from relay.relay import DirectoryChange, Relay
-from relay.stores import StoreState, StoreStatus
+from relay.stores import DOCUMENT, StoreState, StoreStatus
 from relay.telemetry import process
 from relay.telemetry.log import lost_lines
 from relay.telemetry.reloads import ReloadResult
@@ -120,8 +120,16 @@ def _upstream_states(view: MetricsView) -> Iterator[Row]:
 def _store_statuses(view: MetricsView) -> Iterator[tuple[str, StoreStatus]]:
     for name, environment in view.environments.items():
         for mirror in environment.mirrors:
-            if mirror.status is not None:
+            if mirror.status is not None and mirror.status.database != DOCUMENT:
                 yield name, mirror.status
+
+
+def _publication_states(view: MetricsView) -> Iterator[Row]:
+    for name, environment in view.environments.items():
+        for status in (mirror.status for mirror in environment.mirrors):
+            if status is not None and status.database == DOCUMENT:
+                for state in StoreState:
+                    yield (name, status.server, state.value), int(status.state is state)
 
 
 def _store_states(view: MetricsView) -> Iterator[Row]:
@@ -181,6 +189,14 @@ def _environments(view: MetricsView) -> Rows:
     return [((state.value,), states[state]) for state in ConnectionState]
 
 
+def _unusable_environments(view: MetricsView) -> Rows:
+    return [((), len(view.relay.unusable))]
+
+
+def _unusable_archive(view: MetricsView) -> Rows:
+    return [((), int(view.relay.unusable_archive is not None))]
+
+
 def _expiring_keys(view: MetricsView) -> Iterator[Row]:
     """Yield the time that is left to the key of each kind that expires next."""
     now = clock.now()
@@ -235,6 +251,7 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_data_age_seconds", GAUGE, ("environment",), "Time since LaunchDarkly last confirmed that the flags are current; also of a stored list; none if that is unknown."): _per_environment(_data_age),
     Metric("relay_upstream_state", GAUGE, ("environment", "state"), "How it stands with LaunchDarkly: 1 for the state that `/status` shows, 0 for the others."): _upstream_states,
     Metric("relay_store_state", GAUGE, ("environment", "database", "state"), "How it stands with the database: 1 for the state that `/status` shows, 0 for the others."): _store_states,
+    Metric("relay_publication_state", GAUGE, ("environment", "url", "state"), "How it stands with a published document: 1 for the state that `/status` shows, 0 for the others."): _publication_states,
     Metric("relay_store_unreadable_items", GAUGE, ("environment", "database"), "Items in the database that could not be read."): _unreadable_items,
     Metric("relay_items", GAUGE, ("environment", "kind"), "Flags and segments that are held, deleted ones included; none without data."): _items,
     Metric("relay_invalid_items", GAUGE, ("environment",), "Flags and segments of which LaunchDarkly's last version could not be used."): _per_environment(lambda e: len(e.invalid)),
@@ -251,6 +268,8 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_event_oldest_seconds", GAUGE, ("environment",), "How long the oldest of them has waited; 0 if none waits."): _oldest_events,
     Metric("relay_event_spool_durable", GAUGE, (), "1 if accepted events survive the end of the process, 0 if they wait in memory."): _spool_durable,
     Metric("relay_environments", GAUGE, ("state",), "Environments, by how it stands with LaunchDarkly."): _environments,
+    Metric("relay_environments_unusable", GAUGE, (), "Environments that LaunchDarkly or the archive lists, but that cannot be served; `/status` says why."): _unusable_environments,
+    Metric("relay_archive_unusable", GAUGE, (), "1 while the archive of offline mode is unusable, so that what was read before is served; 0 otherwise."): _unusable_archive,
     Metric("relay_key_expires_in_seconds", GAUGE, ("environment", "kind"), "Time until the next key expires; none if none does."): _expiring_keys,
     Metric("relay_autoconfig_state", GAUGE, ("state",), "How it stands with automatic configuration: 1 for the state that `/status` shows, 0 for the others."): _directory_states,
     Metric("relay_autoconfig_age_seconds", GAUGE, (), "Time since LaunchDarkly last confirmed the list of environments; none before the first time."): _directory_age,

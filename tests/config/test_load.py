@@ -15,7 +15,7 @@ from relay.config.load import load
 from relay.config.options import Option, Support
 from relay.config.render import effective, quoted, secrets
 from relay.config.schema import Config, options
-from relay.config.types import BOOLEAN, HEADER_NAMES, ORIGINS
+from relay.config.types import BOOLEAN, HEADER_NAMES, ORIGINS, consul_url
 from relay.errors import ConfigError
 
 
@@ -76,11 +76,28 @@ def problems(variables: Mapping[str, str]) -> tuple[str, ...]:
         ({"USE_REDIS": "1", "REDIS_CLIENT_CERT_FILE": "c"}, "a Redis client certificate needs a key, and a key a certificate (REDIS_CLIENT_CERT_FILE)"),
         ({"FILE_DATA_SOURCE_MONITORING_INTERVAL": "1s"}, "must specify offline mode filename if other offline mode properties are set (FILE_DATA_SOURCE_MONITORING_INTERVAL)"),
         ({"USE_DYNAMODB": "1"}, "[DynamoDB] enabled is not supported in this release (USE_DYNAMODB)"),
-        ({"USE_CONSUL": "1"}, "[Consul] host is not supported in this release (USE_CONSUL)"),
-        ({"USE_CONSUL": "1", "CONSUL_HOST": "h"}, "[Consul] host is not supported in this release (CONSUL_HOST)"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "ftp://h"}, "CONSUL_HOST: must begin with http://, https:// or unix://, or with the host"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "http://u:hush@h"}, "CONSUL_HOST: must not contain a user or a password; Consul knows tokens only"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "h:x"}, "CONSUL_HOST: not a valid URL/URI"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": ":8500"}, "CONSUL_HOST: must be a host, or a URL that names one, without ? and #"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "h?ns=x"}, "CONSUL_HOST: must be a host, or a URL that names one, without ? and #"),
+        ({"USE_CONSUL": "1", "CONSUL_MAX_VALUE_SIZE": "0"}, "[Consul] maxValueSize must be greater than zero (CONSUL_MAX_VALUE_SIZE)"),
+        ({"USE_CONSUL": "1", "LD_ENV_a": "k", "LD_PREFIX_a": "/p"}, 'environment "a": a prefix in Consul must not begin with a slash (LD_PREFIX_a)'),
+        ({"USE_CONSUL": "1", "LD_ENV_a": "k", "LD_PREFIX_a": "p", "LD_ENV_b": "l", "LD_PREFIX_b": "p/features"}, 'environment "b": its prefix "p/features" is where "a" has its items in Consul (LD_PREFIX_a, LD_PREFIX_b)'),
+        ({"USE_CONSUL": "1", "LD_ENV_a": "k", "LD_PROJ_KEY_a": "shop", "LD_FILTER_KEYS_shop": "segments"}, 'environment "a/segments": its prefix "launchdarkly/segments" is where "a" has its items in Consul'),
         ({"USE_DATADOG": "1"}, "[Datadog] enabled is not supported in this release; the relay's metrics are at /metrics, for Prometheus (USE_DATADOG)"),
         ({"USE_STACKDRIVER": "1"}, "[Stackdriver] enabled is not supported in this release; the relay's metrics are at /metrics, for Prometheus (USE_STACKDRIVER)"),
         ({"USE_OTLP": "1"}, "[OpenTelemetry] enabled is not supported in this release; the relay's metrics are at /metrics, for Prometheus (USE_OTLP)"),
+        ({"PUBLISH_TO": "/srv/flags"}, "PUBLISH_TO: must be an absolute URL/URI"),
+        ({"PUBLISH_TO": "file://srv/flags"}, "PUBLISH_TO: must be a URL of the form file:///FOLDER, s3://BUCKET/PREFIX, or https:// with the key as {key}"),
+        ({"PUBLISH_TO": "s3:///flags"}, "PUBLISH_TO: must be a URL of the form file:///FOLDER, s3://BUCKET/PREFIX, or https:// with the key as {key}"),
+        ({"PUBLISH_TO": "gs://flags"}, "PUBLISH_TO: must be a URL of the form file:///FOLDER, s3://BUCKET/PREFIX, or https:// with the key as {key}"),
+        ({"PUBLISH_TO": "s3://flags/a?b"}, "PUBLISH_TO: a file or an object has no query; ? and # are written %3F and %23"),
+        ({"PUBLISH_TO": "https://h/x"}, "[Publish] to: an https URL must contain {key}, which stands for the document's name (PUBLISH_TO)"),
+        ({"PUBLISH_TO": "s3://flags", "LD_ENV_a": "k"}, 'environment "a" has no client-side ID (envId), which names its document (PUBLISH_TO, LD_ENV_a)'),
+        ({"BOOTSTRAP_FROM": "file:///srv", "LD_ENV_a": "k"}, 'environment "a" has no client-side ID (envId), which names its document (BOOTSTRAP_FROM, LD_ENV_a)'),
+        ({"BOOTSTRAP_FROM": "https://h/x", "AUTO_CONFIG_KEY": "k"}, "[Main] bootstrapFrom: an https URL without {key} names one document only, and there is not exactly one environment (BOOTSTRAP_FROM)"),
+        ({"PUBLISH_TO": "s3://flags", "LD_ENV_a": "k", "LD_ENV_b": "l", "LD_CLIENT_SIDE_ID_a": "i", "LD_CLIENT_SIDE_ID_b": "i"}, 'environments "a" and "b" have the same client-side ID, which names their document (PUBLISH_TO, LD_CLIENT_SIDE_ID_b)'),
         ({"PROMETHEUS_PREFIX": "9 x"}, "Prometheus prefix must consist of letters, digits and _, and begin with no digit (PROMETHEUS_PREFIX)"),
         ({"PROMETHEUS_PORT": "70000"}, "Prometheus port must not be greater than 65535 (PROMETHEUS_PORT)"),
         ({"USE_PROMETHEUS": "1", "PROMETHEUS_PORT": "8030"}, "Prometheus port must not be the port of the relay (PROMETHEUS_PORT)"),
@@ -363,6 +380,9 @@ def test_options_of_a_later_release_are_accepted_with_a_warning() -> None:
         ({"LD_ENV_a": "k", "LD_ENV_b": "l", "LD_CLIENT_SIDE_ID_a": "m", "LD_CLIENT_SIDE_ID_b": "m"}, 'environments "a" and "b" have the same client-side ID; "b" answers to it (LD_CLIENT_SIDE_ID_a, LD_CLIENT_SIDE_ID_b)'),
         ({"USE_REDIS": "1", "LD_ENV_a": "k", "LD_ENV_b": "l", "LD_PREFIX_a": "m", "LD_PREFIX_b": "m"}, 'environments "a" and "b" have the same database prefix; each overwrites what the other has stored (LD_PREFIX_a, LD_PREFIX_b)'),
         ({"USE_REDIS": "1", "LD_ENV_a": "k"}, f'environment "a" {PREFIX_MISSING}; this would be an error if multiple environments were configured (LD_ENV_a)'),
+        ({"PUBLISH_TOKEN": "t", "PUBLISH_TO": "s3://b"}, "[Publish] token has no effect without an https URL (PUBLISH_TOKEN)"),
+        ({"BOOTSTRAP_TOKEN": "t", "LD_ENV_a": "k"}, "[Main] bootstrapToken has no effect without an https URL (BOOTSTRAP_TOKEN)"),
+        ({"BOOTSTRAP_FROM": "s3://b", "FLAGS_FILE": "f"}, "[Main] bootstrapFrom has no effect: the flags do not come from LaunchDarkly (BOOTSTRAP_FROM)"),
     ],
 )  # fmt: skip
 def test_questionable_options_cause_a_warning(variables: dict[str, str], warning: str) -> None:
@@ -420,6 +440,51 @@ def test_the_redis_url_is_complete(variables: dict[str, str], url: str) -> None:
     redis = from_env(variables).redis
     assert redis
     assert redis.url == url
+
+
+@pytest.mark.parametrize(
+    ("variables", "host"),
+    [
+        ({"USE_CONSUL": "1"}, "localhost"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "h:1"}, "h:1"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "https://h/path"}, "https://h/path"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "", "CONSUL_HTTP_ADDR": "h"}, None),
+        ({"USE_CONSUL": "1", "CONSUL_HTTP_ADDR": "h"}, "localhost"),
+        ({"CONSUL_HOST": "h"}, None),
+    ],
+)
+def test_consul_is_used_where_a_host_is_left(variables: dict[str, str], host: str | None) -> None:
+    """`localhost` is the default of the variables; an empty one switches Consul off."""
+    consul = load("", True, False, {"LD_ENV_a": "k", **variables}).consul
+    assert (consul.host if consul else None) == host
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        ("localhost", "http://localhost:8500"),
+        ("h:1", "http://h:1"),
+        ("h:", "http://h:8500"),
+        ("h/path", "http://h:8500/path"),
+        ("[::1]", "http://[::1]:8500"),
+        ("http://h", "http://h"),
+        ("http://h:1/path/", "http://h:1/path/"),
+        ("https://h", "https://h"),
+        ("unix:///run/consul.sock", "unix:///run/consul.sock"),
+    ],
+)
+def test_a_consul_address_without_a_port_means_consuls(address: str, url: str) -> None:
+    """Unless it is a URL, whose scheme has a port."""
+    assert consul_url(address) == url
+
+
+def test_a_consul_section_without_a_host_causes_a_warning(tmp_path: Path) -> None:
+    """Its other options do not enable it."""
+    file = tmp_path / "relay.conf"
+    file.write_text('[Environment "a"]\nsdkKey = k\n[Consul]\ntoken = t\n')
+    config = load(str(file), False, False, {})
+    assert config.consul is None
+    assert f"[Consul] has no effect without host ({file}:4)" in config.warnings
 
 
 def test_a_variable_overrides_redis_options_of_the_file(tmp_path: Path) -> None:
@@ -788,6 +853,15 @@ def test_the_list_of_environments_may_be_stored() -> None:
             "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled",
         ),
         (
+            {
+                "AUTO_CONFIG_KEY": "k",
+                "AUTO_CONFIG_CACHE_KEY": "c",
+                "USE_CONSUL": "1",
+                "ENV_DATASTORE_PREFIX": "p-$CID",
+            },
+            "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled",
+        ),
+        (
             {"LD_ENV_a": "sdk-a", "USE_REDIS": "1", "AUTO_CONFIG_CACHE_KEY": "c"},
             "must specify auto-configuration key if other auto-configuration properties are set",
         ),
@@ -817,3 +891,22 @@ def test_an_operator_learns_whether_the_list_is_stored(
     warnings = from_env({"AUTO_CONFIG_KEY": "k", **variables}).warnings
     assert len(warnings) == (warning is not None)
     assert warning is None or warning in warnings[0]
+
+
+def test_one_document_needs_no_key() -> None:
+    """Presigned URLs cannot have one; the only environment needs no client-side ID then."""
+    variables = {"LD_ENV_a": "k", "BOOTSTRAP_FROM": "https://h/x?X-Amz-Signature=abc"}
+    assert from_env(variables).main.bootstrap_from == variables["BOOTSTRAP_FROM"]
+
+
+def test_variants_have_documents_of_their_own() -> None:
+    """They share the client-side ID of their environment."""
+    variables = {
+        "LD_ENV_a": "k",
+        "LD_CLIENT_SIDE_ID_a": "i",
+        "LD_PROJ_KEY_a": "p",
+        "LD_FILTER_KEYS_p": "f,g",
+        "PUBLISH_TO": "s3://flags, FILE:///srv/flags,https://h/{key}",
+    }
+    to = from_env(variables).publish.to
+    assert to == ("s3://flags", "FILE:///srv/flags", "https://h/{key}")

@@ -18,16 +18,10 @@ from relay.model.item import Item, Kind
 from relay.model.payload import Payload
 from relay.stores import Stored, Versions
 from relay.stores.fingerprint import Fingerprint
+from relay.stores.items import parse_items, parse_versions, version_of
 from relay.stores.redis.client import RedisClient, RedisConnection, raise_failure
 from relay.stores.redis.connect import masked_address
-from relay.stores.redis.layout import (
-    Hashes,
-    Layout,
-    chunks,
-    parse_items,
-    parse_versions,
-    version_of,
-)
+from relay.stores.redis.layout import Hashes, Layout, chunks, entries
 
 BATCH = 256
 """Stored items that are read and compared at a time: about a millisecond for the event loop."""
@@ -68,7 +62,7 @@ class RedisStore:
             StoreUnavailable: the database does not answer.
         """
         stored = await self._read()
-        return None if stored is None else await run_in_slices(parse_items(stored))
+        return None if stored is None else await run_in_slices(parse_items(entries(stored)))
 
     async def versions(self) -> Versions | None:
         """Return the versions of all stored items; None if the store was never initialised.
@@ -77,7 +71,7 @@ class RedisStore:
             StoreUnavailable: the database does not answer.
         """
         stored = await self._read()
-        return None if stored is None else await run_in_slices(parse_versions(stored))
+        return None if stored is None else await run_in_slices(parse_versions(entries(stored)))
 
     async def init(self, payload: Payload) -> None:
         """Replace everything by `payload` and set the marker, in one transaction.

@@ -16,7 +16,7 @@ from relay.model.credential import Credential, CredentialKind
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem
 from relay.relay import Directory, Relay
-from relay.stores import StoreState, StoreStatus
+from relay.stores import DOCUMENT, StoreState, StoreStatus
 from relay.telemetry.traffic import RequestMetrics, totals
 from relay.web.responses import PreparedResponse, json
 
@@ -35,7 +35,7 @@ def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
         for name, environment in relay.environments.items()
     }
     for name, reason in relay.unusable.items():
-        environments.setdefault(name, {"status": "disconnected", "unusable": reason[:MAX_REASON]})
+        environments.setdefault(name, _unusable_members(reason))
     healthy = (
         relay.knows_environments
         and not relay.unusable
@@ -48,6 +48,7 @@ def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
         "version": __version__,
         "clientVersion": __version__,
         **({"autoConfigStatus": _directory_members(relay, directory)} if directory else {}),
+        **_archive_members(relay),
     }
     return json(200, body)
 
@@ -62,11 +63,17 @@ def one(relay: Relay, traffic: RequestMetrics, identifier: str) -> PreparedRespo
             `PROJECT/ENVIRONMENT`; each followed by `/filters/KEY` for the variant with a filter.
     """
     environment = _find(relay, identifier)
+    if environment is None and identifier in relay.unusable:
+        return json(200, _unusable_members(relay.unusable[identifier]))
     if environment is None and not relay.knows_environments:
         return json(503, {"error": "the list of environments is not known yet"})
     if environment is None:
         return json(404, {"error": "there is no environment with this name or client-side ID"})
     return json(200, _environment_members(relay, traffic, environment, _counts(traffic)))
+
+
+def _unusable_members(reason: str) -> dict[str, object]:
+    return {"status": "disconnected", "unusable": reason[:MAX_REASON]}
 
 
 def _find(relay: Relay, identifier: str) -> Environment | None:
@@ -125,6 +132,7 @@ def _environment_members(
         "status": "connected" if _is_connected(relay, environment) else "disconnected",
         "connectionStatus": _connection_members(environment),
         "dataStoreStatus": _store_members(relay, environment),
+        "published": _published_members(environment),
         "dataAge": None if age is None else round(age),
         "items": None if payload is None else len(payload),
         **_invalid_members(environment.invalid.values()),
@@ -192,6 +200,14 @@ def _directory_members(relay: Relay, directory: Directory) -> Mapping[str, objec
     return members
 
 
+def _archive_members(relay: Relay) -> Mapping[str, object]:
+    """Return why the newest state of an archive is not served, if so."""
+    if relay.unusable_archive is None:
+        return {}
+    reason, at = relay.unusable_archive
+    return {"archiveStatus": {"unusable": reason[:MAX_REASON], "time": _ms(at)}}
+
+
 def _events_members(relay: Relay, traffic: RequestMetrics, name: str) -> dict[str, object] | None:
     """Return the state of events of an environment; None if there is nothing to report."""
     if relay.events is None:
@@ -222,14 +238,30 @@ def _connection_members(environment: Environment) -> dict[str, object]:
 
 def _store_members(relay: Relay, environment: Environment) -> dict[str, object]:
     statuses = (mirror.status for mirror in environment.mirrors)
-    status = next((status for status in statuses if status is not None), None)
-    if status is not None:
-        return _database_members(status)
+    for status in statuses:
+        if status is not None and status.database != DOCUMENT:
+            return _database_members(status)
     # Without a database ld-relay reports on its memory, which is valid as soon as upstream has
     # responded or `initTimeout` is over.
     if relay.starting and not environment.init_done.is_set():
         return {"state": StoreState.INITIALIZING.value, "stateSince": 0}
     return {"state": StoreState.VALID.value, "stateSince": _ms(environment.created)}
+
+
+def _published_members(environment: Environment) -> list[dict[str, object]] | None:
+    """Return the state of each published document; None if nothing is published."""
+    statuses = (mirror.status for mirror in environment.mirrors)
+    members: list[dict[str, object]] = [
+        {
+            "state": status.state.value,
+            "stateSince": _ms(status.since),
+            "document": status.prefix,
+            "url": status.server,
+        }
+        for status in statuses
+        if status is not None and status.database == DOCUMENT
+    ]
+    return members or None
 
 
 def _database_members(status: StoreStatus) -> dict[str, object]:
