@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import fields, replace
 
 import pytest
 
@@ -13,8 +14,10 @@ from relay.build import build_with_parts
 from relay.config.load import load
 from relay.config.schema import Config
 from relay.errors import ConfigError
+from relay.model.credential import EnvironmentID, MobileKey, SDKKey
+from relay.model.environment import EnvironmentSpec
 from relay.relay import Relay
-from relay.reload import Reload
+from relay.reload import OPTIONS, Reload
 from relay.telemetry.reloads import ReloadResult
 from tests.support.serving import until
 
@@ -44,7 +47,7 @@ class Readings:
 
 
 @pytest.fixture(autouse=True)
-def levels() -> AsyncIterator[None]:
+def levels() -> Iterator[None]:
     """A reload sets levels of the log: restore them."""
     loggers = [logging.getLogger(name) for name in (None, "relay")]
     before = [logger.level for logger in loggers]
@@ -156,3 +159,41 @@ async def test_the_time_of_success_moves_on():
         requested.set()
         await until(lambda: relay.reloads.results[SUCCESS] == 1)
         assert relay.reloads.last_success > start
+
+
+@pytest.mark.parametrize(
+    ("changes", "new"),
+    [
+        ({"ttl": 1.0, "mobile_key": MobileKey("mob-1")}, ""),
+        ({"sdk_key": SDKKey("sdk-new")}, "snapshot"),
+        ({"prefix": "other"}, "redis"),
+        ({"environment_id": EnvironmentID("other")}, "snapshot document"),
+        ({"sdk_key": SDKKey("sdk-new"), "prefix": "other"}, "snapshot redis"),
+    ],
+)
+async def test_mirrors_stay_unless_they_belong_to_what_changes(tmp_path, changes, new):
+    """A snapshot belongs to a key, a document to a client-side ID, a database's data to a prefix."""
+    start = config(
+        "a",
+        LD_CLIENT_SIDE_ID_a="id",
+        SNAPSHOT_DIR=str(tmp_path / "snapshots"),
+        PUBLISH_TO=f"file://{tmp_path}",
+        USE_REDIS="true",
+    )
+    relay, parts = build_with_parts(start)
+    environment = relay.environments["a"]
+    kinds = dict(zip(("snapshot", "redis", "document"), environment.mirrors, strict=True))
+    spec = replace(environment.spec, **changes)
+    assert parts is not None
+    mirrors = parts.mirrors(environment, spec, databases=False) or environment.mirrors
+    assert [kind for kind, each in kinds.items() if each not in mirrors] == new.split()
+    assert len(mirrors) == len(kinds)
+    again = parts.of(start, databases=True).mirrors(environment, environment.spec, databases=True)
+    assert again is not None
+    assert [kind for kind, each in kinds.items() if each not in again] == ["redis"]
+
+
+def test_each_setting_of_an_environment_has_a_name_for_the_log():
+    """Those of the configuration; the rest comes from LaunchDarkly."""
+    from_launchdarkly = {"project_name", "environment_name", "expiries"}
+    assert {each.name for each in fields(EnvironmentSpec)} - from_launchdarkly == set(OPTIONS)
