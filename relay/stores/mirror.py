@@ -203,6 +203,8 @@ class DatabaseMirror:
                 await self._wakeup.wait()
         except TimeoutError:
             self._probe_due = True
+            if clock.monotonic() >= self._recheck_at:
+                self._needs_compare, self._recheck_at = True, NEVER
 
     async def _finish(self) -> None:
         if self._healthy and not self._flushed.is_set():
@@ -232,7 +234,7 @@ class DatabaseMirror:
 
     async def _probe(self) -> bool:
         """Return whether the database seems to be as it was left, at little cost."""
-        if self._stored is None or clock.monotonic() >= self._recheck_at:
+        if self._stored is None:
             return False
         if await self._store.holds(self._stored[1]):
             return True

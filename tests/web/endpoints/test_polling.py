@@ -29,10 +29,13 @@ def poll(
     accept_encoding: bytes = b"",
 ) -> PreparedResponse | None:
     """Return the response of the fast path."""
-    found = match(b"GET", path.encode())
+    found = match(b"GET", path.partition("?")[0].encode())
     assert found
     access = Access(found.route, Grant(environment, environment.spec.sdk_key))
-    return handler.respond(access, found.segment.decode(), if_none_match, accept_encoding)
+    path, _, query = path.partition("?")
+    return handler.respond(
+        access, found.segment.decode(), query.encode(), if_none_match, accept_encoding
+    )
 
 
 def item(kind, value):
