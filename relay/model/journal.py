@@ -101,8 +101,9 @@ class Journal:
         touched = sum(map(len, self._touched.values()))
         return f"<Journal {self.state} [{self.step} steps, {touched} items touched]>"
 
-    def __len__(self) -> int:
-        """Return the number of states that clients may come back with."""
+    @property
+    def depth(self) -> int:
+        """Number of states that clients may come back with."""
         return len(self._states)
 
     @property
