@@ -18,7 +18,7 @@ from relay.model.item import Kind
 from relay.model.metrics import Histogram, MetricValue
 from relay.protocol.prometheus import COUNTER, GAUGE, HISTOGRAM, Metric, Row
 from relay.relay import DirectoryChange, Relay
-from relay.stores import StoreState, StoreStatus
+from relay.stores import DOCUMENT, StoreState, StoreStatus
 from relay.telemetry import process
 from relay.telemetry.log import lost_lines
 from relay.telemetry.traffic import RequestLabels, RequestMetrics, label_value
@@ -119,8 +119,16 @@ def _upstream_states(view: MetricsView) -> Iterator[Row]:
 def _store_statuses(view: MetricsView) -> Iterator[tuple[str, StoreStatus]]:
     for name, environment in view.environments.items():
         for mirror in environment.mirrors:
-            if mirror.status is not None:
+            if mirror.status is not None and mirror.status.database != DOCUMENT:
                 yield name, mirror.status
+
+
+def _publication_states(view: MetricsView) -> Iterator[Row]:
+    for name, environment in view.environments.items():
+        for status in (mirror.status for mirror in environment.mirrors):
+            if status is not None and status.database == DOCUMENT:
+                for state in StoreState:
+                    yield (name, status.server, state.value), int(status.state is state)
 
 
 def _store_states(view: MetricsView) -> Iterator[Row]:
@@ -225,6 +233,7 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_data_age_seconds", GAUGE, ("environment",), "Time since LaunchDarkly last confirmed that the flags are current; also of a stored list; none if that is unknown."): _per_environment(_data_age),
     Metric("relay_upstream_state", GAUGE, ("environment", "state"), "How it stands with LaunchDarkly: 1 for the state that `/status` shows, 0 for the others."): _upstream_states,
     Metric("relay_store_state", GAUGE, ("environment", "database", "state"), "How it stands with the database: 1 for the state that `/status` shows, 0 for the others."): _store_states,
+    Metric("relay_publication_state", GAUGE, ("environment", "url", "state"), "How it stands with a published document: 1 for the state that `/status` shows, 0 for the others."): _publication_states,
     Metric("relay_store_unreadable_items", GAUGE, ("environment", "database"), "Items in the database that could not be read."): _unreadable_items,
     Metric("relay_items", GAUGE, ("environment", "kind"), "Flags and segments that are held, deleted ones included; none without data."): _items,
     Metric("relay_invalid_items", GAUGE, ("environment",), "Flags and segments of which LaunchDarkly's last version could not be used."): _per_environment(lambda e: len(e.invalid)),
