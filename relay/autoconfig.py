@@ -26,18 +26,18 @@ from relay.protocol.environmentlist import EnvironmentList
 from relay.protocol.environments import (
     EnvironmentDescription,
     SharedSettings,
-    ignored_expiry,
-    rotations,
     settled,
     spec_of,
     variant_name,
 )
+from relay.reasons import describe
 from relay.relay import RESTART_DELAY, DirectoryChange, Relay
 from relay.sources import DataSource, Interrupted, UpToDate
 from relay.sources.autoconfig import AutoConfigStream
 from relay.stores.listmirror import ListMirror
 from relay.telemetry.log import Log, local_time, mask_keys
 from relay.telemetry.outage import OutageLog
+from relay.telemetry.rotation import log_rotation
 
 _log = logging.getLogger("relay.autoconfig")
 
@@ -168,6 +168,8 @@ class AutoConfiguration:
                 await self._apply(relay, self._environments.upsert(identifier, environment))
             case Delete(of=kind, id=identifier) if kind is EnvironmentDescription:
                 await self._apply(relay, self._environments.delete(identifier, message.version))
+                if identifier not in relay.environments:
+                    relay.unusable.pop(identifier, None)
             case Upsert(id=identifier, value=FilterDescription() as payload_filter):
                 changes = self._filters.upsert(identifier, payload_filter)
                 await self._apply_filters(relay, changes)
@@ -186,6 +188,7 @@ class AutoConfiguration:
     async def _take(self, relay: Relay, put: Put) -> None:
         """Let the environments be those of a list; whatever is newer outranks a stored one."""
         mask_keys(_keys(put.environments.values()))  # at once, because each time costs
+        relay.unusable.clear()  # all of them are tried again
         outranks = self._stored is not None and not self.known.is_set()
         environments = self._environments.put(put.environments, put.unusable, outranks=outranks)
         await self._apply(relay, environments)
@@ -204,15 +207,17 @@ class AutoConfiguration:
             for payload_filter in before:
                 if payload_filter not in after:
                     self._remove(relay, change.id, payload_filter)
-            for payload_filter in after:
-                if change.after is not None:
-                    await self._attempt(relay, change.after, payload_filter)
+            if change.after is not None:
+                await self._attempt(relay, change.after, "")
             environment = relay.environments.get(change.id)
             if environment is None:
                 self._settled.pop(change.id, None)
                 self._environments.forget(change.id)  # so the next put is another chance
             elif change.after is not None:
-                self._settled[change.id] = settled(change.after, environment.spec)
+                description = settled(change.after, environment.spec)
+                self._settled[change.id] = description
+                for payload_filter in after[1:]:
+                    await self._attempt(relay, description, payload_filter)
 
     async def _apply_filters(
         self, relay: Relay, changes: Iterable[ListChange[FilterDescription]]
@@ -229,7 +234,7 @@ class AutoConfiguration:
         for each in self._environments.values():
             for payload_filter in self._variants(each):
                 if variant_name(each.id, payload_filter) not in relay.environments:
-                    await self._attempt(relay, each, payload_filter)
+                    await self._attempt(relay, self._settled[each.id], payload_filter)
 
     def _variants(self, description: EnvironmentDescription | None) -> Sequence[str]:
         """Return the payload filters of an environment's variants; empty for itself, the first."""
@@ -242,17 +247,25 @@ class AutoConfiguration:
     async def _attempt(
         self, relay: Relay, description: EnvironmentDescription, payload_filter: str
     ) -> None:
+        name, reason = variant_name(description.id, payload_filter), ""
         try:
             self._carry_out(relay, description, payload_filter)
         except InvalidData as e:
             log.error("Environment data are not used: %s", e)  # noqa: TRY400 - a bug it is not
-        except Exception:
-            name = variant_name(description.id, payload_filter)
+            reason = str(e)
+        except Exception as e:
             log.exception('Unable to initialize auto-configured environment "%s"', name)
+            reason = f"it cannot be made: {describe(e)}"
+        if name in relay.environments:
+            relay.unusable.pop(name, None)
+        else:
+            relay.unusable[name] = reason
         await asyncio.sleep(0)
 
     def _remove(self, relay: Relay, environment_id: str, payload_filter: str) -> None:
-        environment = relay.environments.get(variant_name(environment_id, payload_filter))
+        name = variant_name(environment_id, payload_filter)
+        relay.unusable.pop(name, None)
+        environment = relay.environments.get(name)
         if environment is not None:
             relay.remove(environment)
             self._report(DirectoryChange.REMOVED, environment.spec)
@@ -277,11 +290,8 @@ class AutoConfiguration:
             self._report(DirectoryChange.CHANGED, spec)
             if not payload_filter:  # variants have the same keys
                 self.changes[DirectoryChange.ROTATED] += is_rotated
-                for line in rotations(before, spec, now):
-                    _log.info(*_shown(line))
-        told = ignored_expiry(description, before, now)
-        if told is not None and not payload_filter:
-            _log.warning(*_shown(told))
+        if not payload_filter:
+            log_rotation(_log, description, before, spec)
 
     def _report(self, change: DirectoryChange, spec: EnvironmentSpec) -> None:
         self.changes[change] += 1
@@ -328,11 +338,6 @@ class AutoConfiguration:
 def _is_newer(stored: EnvironmentList, other: EnvironmentList | None) -> bool:
     """Return whether a list was confirmed after another one, or is all there is."""
     return other is None or (stored.confirmed or 0.0) > (other.confirmed or 0.0)
-
-
-def _shown(line: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return a log line and its arguments, with times for people."""
-    return tuple(local_time(each) if isinstance(each, float) else each for each in line)
 
 
 def _keys(descriptions: Iterable[EnvironmentDescription]) -> Iterable[str]:

@@ -25,18 +25,13 @@ from relay.model.environment import EnvironmentSpec
 from relay.model.payload import ChangeSet
 from relay.protocol import archive
 from relay.protocol.archive import Entry, Metadata
-from relay.protocol.environments import (
-    SharedSettings,
-    ignored_expiry,
-    rotations,
-    spec_of,
-)
+from relay.protocol.environments import SharedSettings, spec_of
 from relay.reasons import describe
 from relay.relay import DirectoryChange, Relay
 from relay.sources import Interrupted, UpToDate
 from relay.sources.archive import ArchiveSource
 from relay.steps import Steps, finish
-from relay.telemetry.log import local_time
+from relay.telemetry.rotation import log_rotation
 
 MAX_FILE = 1024 * 1024 * 1024
 """Maximum size of an archive in bytes."""
@@ -141,8 +136,10 @@ class OfflineArchive:
     async def _changed(self, relay: Relay, state: FileState | None) -> None:
         if state is None:
             _log.error("[FileDataSource] Data file stat failed; file %s not found", self._path)
+            relay.unusable_archive = f"file {self._path} not found", clock.unix()
             return
         if state == self._loaded:
+            relay.unusable_archive = None
             return
         text = "[FileDataSource] Data file %s has changed %s"
         _log.info(text, self._path, _shown(state))
@@ -154,10 +151,12 @@ class OfflineArchive:
                 "[FileDataSource] Data file reload failed; file is invalid or possibly incomplete"
             )
             _log.warning("%s (error: %s)", text, e)
+            relay.unusable_archive = str(e), clock.unix()
             return
         _log.warning("[FileDataSource] Reloaded data from %s", self._path)
         await run_in_slices(self._apply(relay, loaded))
         self._loaded = state
+        relay.unusable_archive = None
 
     def _confirm(self) -> None:
         """Let the environments know now and then that their data are current."""
@@ -216,7 +215,7 @@ class OfflineArchive:
             self.changes[DirectoryChange.CHANGED] += 1
             self.changes[DirectoryChange.ROTATED] += spec.sdk_key != before.sdk_key
             _log.info("[FileDataSource] Updated environment %s (%s)", name, spec.title)
-            self._log_keys(metadata, before, spec)
+            log_rotation(_log, metadata.environment, before, spec)
         served.version, served.data_id = _state_of(metadata)
         served.broken = False
         served.source.give(data or UpToDate())
@@ -229,18 +228,8 @@ class OfflineArchive:
         self._served[name] = served
         self.changes[DirectoryChange.ADDED] += 1
         _log.info("[FileDataSource] Added environment %s (%s)", name, spec.title)
-        self._log_keys(metadata, None, spec)
+        log_rotation(_log, metadata.environment, None, spec)
         return served
-
-    def _log_keys(
-        self, metadata: Metadata, before: EnvironmentSpec | None, after: EnvironmentSpec
-    ) -> None:
-        now = clock.now()
-        ignored = ignored_expiry(metadata.environment, before, now)
-        lines = rotations(before, after, now) if before else ()
-        for text, *arguments in (*lines, *([ignored] if ignored else [])):
-            shown = (local_time(a) if isinstance(a, float) else a for a in arguments)
-            _log.info(text, *shown)
 
 
 def _read(path: Path, known: Mapping[str, tuple[int, str | None]]) -> dict[str, _Loaded]:

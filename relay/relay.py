@@ -103,7 +103,11 @@ class Relay:
         self.stopping = False
         """True once the shutdown begins: from then on the relay is not ready."""
         self.unusable: dict[str, str] = {}
-        """Environments whose description is unusable, with the reason; `/status` names them."""
+        """Environments that do not exist because their description is unusable or they cannot be
+        made, with the reason; `/status` names them."""
+        self.unusable_archive: tuple[str, float] | None = None
+        """Reason and Unix time of the last read of an archive, if that changed nothing because the
+        archive is unusable."""
         self._tasks: asyncio.TaskGroup | None = None
         """Tasks of the environments, while the relay runs."""
         self._running: dict[Environment, asyncio.Task[None]] = {}

@@ -188,6 +188,14 @@ def _environments(view: MetricsView) -> Rows:
     return [((state.value,), states[state]) for state in ConnectionState]
 
 
+def _unusable_environments(view: MetricsView) -> Rows:
+    return [((), len(view.relay.unusable))]
+
+
+def _unusable_archive(view: MetricsView) -> Rows:
+    return [((), int(view.relay.unusable_archive is not None))]
+
+
 def _expiring_keys(view: MetricsView) -> Iterator[Row]:
     """Yield the time that is left to the key of each kind that expires next."""
     now = clock.now()
@@ -250,6 +258,8 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_event_oldest_seconds", GAUGE, ("environment",), "How long the oldest of them has waited; 0 if none waits."): _oldest_events,
     Metric("relay_event_spool_durable", GAUGE, (), "1 if accepted events survive the end of the process, 0 if they wait in memory."): _spool_durable,
     Metric("relay_environments", GAUGE, ("state",), "Environments, by how it stands with LaunchDarkly."): _environments,
+    Metric("relay_environments_unusable", GAUGE, (), "Environments that LaunchDarkly or the archive lists, but that cannot be served; `/status` says why."): _unusable_environments,
+    Metric("relay_archive_unusable", GAUGE, (), "1 while the archive of offline mode is unusable, so that what was read before is served; 0 otherwise."): _unusable_archive,
     Metric("relay_key_expires_in_seconds", GAUGE, ("environment", "kind"), "Time until the next key expires; none if none does."): _expiring_keys,
     Metric("relay_autoconfig_state", GAUGE, ("state",), "How it stands with automatic configuration: 1 for the state that `/status` shows, 0 for the others."): _directory_states,
     Metric("relay_autoconfig_age_seconds", GAUGE, (), "Time since LaunchDarkly last confirmed the list of environments; none before the first time."): _directory_age,

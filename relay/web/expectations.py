@@ -48,6 +48,7 @@ OVERVIEW: Schema = {
         **dict.fromkeys(("state", "stateSince", "dataAge", "lastConfirmed", "stored")),
         "lastError": _ERROR,
     },
+    "archiveStatus": {"unusable": None, "time": None},
 }
 """Members of `/status`."""
 

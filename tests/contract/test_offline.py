@@ -483,9 +483,15 @@ async def test_an_unusable_archive_is_read_once_for_each_state(tmp_path, caplog)
         assert served.looks == 1
         os.utime(path, ns=(fresh + 1, fresh + 1))
         await until(lambda: served.looks == 2)
-        assert (await served.status())["status"] == "healthy"
+        status = await served.status()
+        assert status["status"] == "healthy"
+        assert status["archiveStatus"]["unusable"]
+        metrics = (await ask(served.address, "/metrics")).body
+        assert b"\nrelay_archive_unusable 1\n" in metrics
         await served.put(of(entry()))
         assert await lamp(served) == "one"
+        await until(lambda: served.relay.unusable_archive is None)
+        assert "archiveStatus" not in await served.status()
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
         for name, environment in relay.environments.items()
     }
     for name, reason in relay.unusable.items():
-        environments.setdefault(name, {"status": "disconnected", "unusable": reason[:MAX_REASON]})
+        environments.setdefault(name, _unusable_members(reason))
     healthy = (
         relay.knows_environments
         and not relay.unusable
@@ -48,6 +48,7 @@ def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
         "version": __version__,
         "clientVersion": __version__,
         **({"autoConfigStatus": _directory_members(relay, directory)} if directory else {}),
+        **_archive_members(relay),
     }
     return json(200, body)
 
@@ -62,11 +63,17 @@ def one(relay: Relay, traffic: RequestMetrics, identifier: str) -> PreparedRespo
             `PROJECT/ENVIRONMENT`; each followed by `/filters/KEY` for the variant with a filter.
     """
     environment = _find(relay, identifier)
+    if environment is None and identifier in relay.unusable:
+        return json(200, _unusable_members(relay.unusable[identifier]))
     if environment is None and not relay.knows_environments:
         return json(503, {"error": "the list of environments is not known yet"})
     if environment is None:
         return json(404, {"error": "there is no environment with this name or client-side ID"})
     return json(200, _environment_members(relay, traffic, environment, _counts(traffic)))
+
+
+def _unusable_members(reason: str) -> dict[str, object]:
+    return {"status": "disconnected", "unusable": reason[:MAX_REASON]}
 
 
 def _find(relay: Relay, identifier: str) -> Environment | None:
@@ -191,6 +198,14 @@ def _directory_members(relay: Relay, directory: Directory) -> Mapping[str, objec
     if relay.environments and not relay.knows_environments:
         members["stored"] = True
     return members
+
+
+def _archive_members(relay: Relay) -> Mapping[str, object]:
+    """Return why the newest state of an archive is not served, if so."""
+    if relay.unusable_archive is None:
+        return {}
+    reason, at = relay.unusable_archive
+    return {"archiveStatus": {"unusable": reason[:MAX_REASON], "time": _ms(at)}}
 
 
 def _events_members(relay: Relay, traffic: RequestMetrics, name: str) -> dict[str, object] | None:
