@@ -27,6 +27,7 @@ from relay.events.sender import Upstream
 from relay.events.store import Limits
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
+from relay.model.journal import Journal
 from relay.model.reply import Fetch
 from relay.programs import ProgramCache
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
@@ -35,6 +36,8 @@ from relay.relay import Directory, Relay
 from relay.sources import DataSource
 from relay.sources.timings import SourceTimings
 from relay.stores import DataStore, Mirror
+from relay.streams.deltas import STREAM as DELTAS
+from relay.streams.deltas import DeltaChannel
 from relay.streams.evaluated import client_side_channels
 from relay.streams.hub import Hub, StreamLimits
 from relay.telemetry.log import Log, environment_log, set_environment_level
@@ -479,10 +482,11 @@ def _environment(
 ) -> Environment:
     log = _log_for(spec)
     source = make_source(spec, log)
-    programs, main = ProgramCache(), config.main
-    streams = client_side_channels(programs, main.ping_stream_jitter_time)
-    hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
-    environment = Environment(spec, source, hub, log, programs=programs)
+    programs, journal, main = ProgramCache(), Journal(spec.lineage), config.main
+    client_side = client_side_channels(programs, main.ping_stream_jitter_time)
+    channels = {DELTAS: DeltaChannel(journal), **client_side}
+    hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), channels)
+    environment = Environment(spec, source, hub, log, programs=programs, journal=journal)
     resync = environment.resync
     environment.mirrors = (
         *_first_mirrors(config, spec, log, places),

@@ -16,6 +16,7 @@ from relay import clock
 from relay.errors import ErrorKind
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Kind
+from relay.model.journal import Journal
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.programs import ProgramCache
 from relay.sources import DataSource, Interrupted, Update, UpToDate
@@ -92,6 +93,7 @@ class Environment:
         log: a logger that names this environment.
         mirrors: the database and the snapshot, as configured.
         programs: compiled flags, shared with the evaluated streams of the hub; created if omitted.
+        journal: of the data, shared with the streams that send deltas; created if omitted.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Environment:
         mirrors: Sequence[Mirror] = (),
         *,
         programs: ProgramCache | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.spec = spec
         self.hub = hub
@@ -112,6 +115,8 @@ class Environment:
         """The data being served; None until a mirror or upstream has delivered."""
         self.programs = programs or ProgramCache()
         """The flags of `payload`, compiled for client-side evaluation."""
+        self.journal = journal or Journal(spec.lineage)
+        """Which items the last changes of `payload` have touched."""
         self.invalid: dict[tuple[Kind, str], InvalidItem] = {}
         """Items whose latest version is unusable."""
         self.changes = 0
@@ -293,7 +298,8 @@ class Environment:
         if change is None and first:
             change = Change((), (), replace=True)
         if change is not None:
-            # First, because publishing makes evaluated streams use the programs immediately.
+            # First, because publishing makes streams use programs and journal immediately.
+            self.journal.record(self.payload, change, full=changes.full)
             self.programs.update(self.payload)
             self.hub.publish(self.payload, change, since)
         return change

@@ -337,8 +337,8 @@ class Channel(ABC, Generic[ClientT]):
                 self._schedule_slice()
 
 
-class BroadcastChannel(Channel[None]):
-    """Channel on which all clients get the same bytes.
+class BroadcastChannel(Channel[ClientT]):
+    """Channel on which all clients get the same changes, in the same bytes.
 
     Args:
         stream_format: encodes them.
@@ -357,13 +357,17 @@ class BroadcastChannel(Channel[None]):
         self._payload, self._opening = payload, None
         if not self.subscriptions:
             return
-        if change.replace and payload is not None:
+        if self._restarts(change) and payload is not None:
             self._pending = [self._encoded_opening()]
         elif update := self._format.update(change):
             self._pending.append(encode_chunk(update))
         if self._pending and self._pending_since is None:
             self._pending_since = since
         self._schedule_slice()
+
+    def _restarts(self, change: Change) -> bool:
+        """Return whether all clients need all data after a change."""
+        return change.replace
 
     def _opening_for(self, subscription: Subscription) -> bytes:
         del subscription

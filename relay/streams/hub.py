@@ -85,7 +85,7 @@ class Hub:
     ) -> None:
         self.delays = Histogram()
         """Seconds from receiving a change to writing it to the last stream that is not slow."""
-        broadcast = {name: BroadcastChannel(format_) for name, format_ in formats.items()}
+        broadcast = {name: BroadcastChannel[None](format_) for name, format_ in formats.items()}
         self._channels: Mapping[str, Channel[Any]] = {**broadcast, **(channels or {})}
         for channel in self._channels.values():
             channel.delays = self.delays

@@ -66,7 +66,7 @@ def _answer_poll(shared: FastPath, head: RequestHead) -> WireResponse | None:
     access, headers = head.access, head.headers
     none_match, encoding = headers.get(b"if-none-match"), headers.get(b"accept-encoding")
     prepared = shared.polling.respond(
-        access, head.segment.decode(), none_match or b"", encoding or b""
+        access, head.segment.decode(), head.query, none_match or b"", encoding or b""
     )
     if prepared is None:
         return None
