@@ -39,6 +39,7 @@ from relay.telemetry.log import Log, environment_log, set_environment_level
 
 if TYPE_CHECKING:
     from relay.autoconfig import AutoConfiguration
+    from relay.bigsegments.environment import BigSegments
     from relay.protocol.environments import SharedSettings
     from relay.sync import SyncTarget
     from relay.upstream import Upstream as HTTPSession
@@ -71,6 +72,7 @@ def build(config: Config) -> Relay:
     fetch: Fetch | None = None
     directory: Directory | None = None
     session: Session = nullcontext()
+    upstream: HTTPSession | None = None
     if config.uses_launchdarkly:
         specs = [_spec(each, config.main) for each in config.all_environments]
         upstream, make_source = _launchdarkly(config)
@@ -81,7 +83,7 @@ def build(config: Config) -> Relay:
     else:
         specs, make_source = [_demo(config.main)], _file(config)
     return Relay(
-        [_environment(config, spec, make_source) for spec in specs],
+        [_environment(config, spec, make_source, upstream) for spec in specs],
         config.main.init_timeout,
         upstream=session,
         fetch=fetch,
@@ -105,7 +107,7 @@ def _auto_configuration(
     return AutoConfiguration(
         AutoConfigStream(session, main.stream_uri, AutoConfigKey(auto.key.reveal()), log),
         _shared(auto, main),
-        lambda spec: _environment(config, spec, make_source),
+        lambda spec: _environment(config, spec, make_source, session),
         make_source,
     )
 
@@ -302,15 +304,53 @@ def _spec(options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
     )
 
 
-def _environment(config: Config, spec: EnvironmentSpec, make_source: SourceFactory) -> Environment:
+def _environment(
+    config: Config,
+    spec: EnvironmentSpec,
+    make_source: SourceFactory,
+    upstream: HTTPSession | None = None,
+) -> Environment:
+    """Return an environment; its big segments are fetched only if there is an upstream."""
     log = _log_for(spec)
     source = make_source(spec, log)
     programs, main = ProgramCache(), config.main
     streams = client_side_channels(programs, main.ping_stream_jitter_time)
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
-    environment = Environment(spec, source, hub, log, programs=programs)
+    big_segments = _big_segments(config, spec, log)
+    environment = Environment(spec, source, hub, log, programs=programs, big_segments=big_segments)
+    if big_segments is not None and upstream is not None:
+        _synchronise(big_segments, config.main, upstream, environment)
     environment.mirrors = tuple(_mirrors(config, spec, environment.resync, log))
     return environment
+
+
+def _big_segments(config: Config, spec: EnvironmentSpec, log: Log) -> BigSegments | None:
+    """Return the big segments of an environment; None without a database that can hold them."""
+    if not config.redis:
+        return None
+    from relay.bigsegments.environment import BigSegments
+    from relay.stores.redis.bigsegments import RedisBigSegmentStore
+
+    return BigSegments(RedisBigSegmentStore(config.redis, spec.prefix), log)
+
+
+def _synchronise(
+    big_segments: BigSegments, main: Main, upstream: HTTPSession, environment: Environment
+) -> None:
+    """Let big segments be fetched from LaunchDarkly, with the present SDK key."""
+    from relay.bigsegments.synchroniser import Synchroniser
+    from relay.sources.bigsegments import BigSegmentSource
+
+    def key() -> SDKKey:
+        return environment.spec.sdk_key
+
+    big_segments.synchroniser = Synchroniser(
+        BigSegmentSource(upstream, main.base_uri, main.stream_uri, key),
+        big_segments.store,
+        big_segments.changed,
+        big_segments.look,
+        environment.log,
+    )
 
 
 def _log_for(spec: EnvironmentSpec) -> Log:

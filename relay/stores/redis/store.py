@@ -7,8 +7,9 @@ database user whose permissions fit ld-relay suffices. redis-py's exceptions are
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
@@ -36,6 +37,9 @@ BATCH = 256
 
 FINGERPRINT = "fingerprint"
 """Field of the relays' own hash."""
+
+Execute = Callable[[Sequence[Sequence[str | bytes]]], Awaitable[list[Any]]]
+"""Sends commands, and returns their replies."""
 
 MAX_RACES = 100
 """Attempts of a write that other writers interrupt, before it fails."""
@@ -222,6 +226,18 @@ class RedisStore:
             kind: dict(zip(pairs[::2], pairs[1::2], strict=True))
             for kind, pairs in zip(Kind, hashes, strict=True)
         }
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Execute]:
+        """Yield a function that sends commands in one batch and returns their replies.
+
+        All go over one connection, which nobody else uses meanwhile.
+
+        Raises:
+            StoreUnavailable: the database cannot be reached, or refuses a command.
+        """
+        async with self._connection() as connection:
+            yield partial(self._execute_all, connection)
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[AbstractConnection]:
