@@ -92,6 +92,7 @@ def build(config: Config) -> Relay:
         disconnected_after=config.main.disconnected_status_time,
         registry=registry,
         directory=directory,
+        stale_big_segments_degrade=config.main.big_segments_stale_as_degraded,
     )
 
 
@@ -134,6 +135,7 @@ def _offline(config: Config, registry: Registry[Environment]) -> Relay:
         disconnected_after=main.disconnected_status_time,
         registry=registry,
         directory=archive,
+        stale_big_segments_degrade=main.big_segments_stale_as_degraded,
     )
     try:
         archive.load(relay)
@@ -314,9 +316,9 @@ def _environment(
     log = _log_for(spec)
     source = make_source(spec, log)
     programs, main = ProgramCache(), config.main
-    streams = client_side_channels(programs, main.ping_stream_jitter_time)
-    hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
     big_segments = _big_segments(config, spec, log)
+    streams = client_side_channels(programs, main.ping_stream_jitter_time, big_segments)
+    hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
     environment = Environment(spec, source, hub, log, programs=programs, big_segments=big_segments)
     if big_segments is not None and upstream is not None:
         _synchronise(big_segments, config.main, upstream, environment)
@@ -328,10 +330,11 @@ def _big_segments(config: Config, spec: EnvironmentSpec, log: Log) -> BigSegment
     """Return the big segments of an environment; None without a database that can hold them."""
     if not config.redis:
         return None
-    from relay.bigsegments.environment import BigSegments
+    from relay.bigsegments.environment import BigSegments, BigSegmentTimings
     from relay.stores.redis.bigsegments import RedisBigSegmentStore
 
-    return BigSegments(RedisBigSegmentStore(config.redis, spec.prefix), log)
+    timings = BigSegmentTimings(reported=config.main.big_segments_stale_threshold)
+    return BigSegments(RedisBigSegmentStore(config.redis, spec.prefix), log, timings)
 
 
 def _synchronise(

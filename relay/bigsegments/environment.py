@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from msgspec import Struct
 
@@ -30,7 +30,7 @@ MAX_CHANGED = 10_000
 """Hashes of changed memberships that are gathered; beyond that, all count as changed."""
 
 
-class Timings(Struct, frozen=True):
+class BigSegmentTimings(Struct, frozen=True):
     """Times in seconds (datastore 4.9).
 
     Args:
@@ -38,6 +38,7 @@ class Timings(Struct, frozen=True):
         poll: between two looks at the state of the database.
         retry: the same while the database is away.
         stale: age of the last synchronisation from which evaluations say `STALE`.
+        reported: the same for `/status`.
         notice: minimum between two notices of changes to clients.
         read: maximum for one read; evaluations wait for it.
     """
@@ -46,6 +47,7 @@ class Timings(Struct, frozen=True):
     poll: float = 5.0
     retry: float = 1.0
     stale: float = 120.0
+    reported: float = 300.0
     notice: float = 1.0
     read: float = 1.0
 
@@ -70,17 +72,13 @@ class BigSegmentStatus(Struct, frozen=True):
 
     Args:
         available: False if the database cannot be read.
+        potentially_stale: True if the last synchronisation is long ago, or there was none.
         synchronized_at: Unix seconds of the last synchronisation; None if there was none.
     """
 
     available: bool
+    potentially_stale: bool = False
     synchronized_at: float | None = None
-
-    @property
-    def age(self) -> float | None:
-        """Seconds since the last synchronisation; None if there was none."""
-        at = self.synchronized_at
-        return None if at is None else max(0.0, clock.unix() - at)
 
 
 class BigSegments:
@@ -94,7 +92,9 @@ class BigSegments:
         timings: times and limits.
     """
 
-    def __init__(self, store: BigSegmentStore, log: Log, timings: Timings = Timings()) -> None:
+    def __init__(
+        self, store: BigSegmentStore, log: Log, timings: BigSegmentTimings = BigSegmentTimings()
+    ) -> None:
         self.store = store
         self.synchroniser: Synchronising | None = None
         """Set by the one who builds it; None if nothing may be asked of upstream."""
@@ -195,7 +195,8 @@ class BigSegments:
             self._lose(str(e))
         else:
             self._metadata = metadata
-            self._outage.end("Big segments can be read from %s again", self.store.label)
+            if self._outage.end("Big segments can be read from %s again", self.store.label):
+                self.changed(None)  # clients were answered without them
             self._set_status(self._present_status(metadata))
             if before is not None and metadata.cursor != before.cursor:
                 self._note_move()
@@ -215,6 +216,7 @@ class BigSegments:
         for future in self._wanted.values():
             future.cancel()
         self._wanted.clear()
+        self._status = BigSegmentsStatus.STORE_ERROR  # nothing is read from now on
         await self.store.aclose()
 
     # Status
@@ -224,9 +226,16 @@ class BigSegments:
         """State for `/status`; None while there is no big segment."""
         if not self.in_use:
             return None
-        if self._metadata is None:
-            return BigSegmentStatus(available=self._status is None)
-        return BigSegmentStatus(True, self._metadata.synchronized_at)
+        if self._status is BigSegmentsStatus.STORE_ERROR:
+            return BigSegmentStatus(available=False)
+        age, at = self.age, self._metadata.synchronized_at if self._metadata else None
+        return BigSegmentStatus(True, age is None or age >= self._timings.reported, at)
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since the last synchronisation; None if there was none, or it is unknown."""
+        at = self._metadata.synchronized_at if self._metadata else None
+        return None if at is None else max(0.0, clock.unix() - at)
 
     def look(self) -> None:
         """Look at the state of the database now: it was synchronised."""
@@ -234,6 +243,8 @@ class BigSegments:
 
     def _present_status(self, metadata: Metadata) -> BigSegmentsStatus:
         at = metadata.synchronized_at
+        if not metadata.is_readable:
+            return BigSegmentsStatus.STORE_ERROR
         fresh = at is not None and clock.unix() - at < self._timings.stale
         return BigSegmentsStatus.HEALTHY if fresh else BigSegmentsStatus.STALE
 
@@ -280,6 +291,16 @@ class BigSegments:
         for key, future in pending.items():
             found[key] = await asyncio.shield(future)
         return Memberships.of(found)
+
+    def read(self, keys: Sequence[str]) -> asyncio.Future[Any]:
+        """Read the memberships of context keys that are not known.
+
+        Returns:
+            A future that is done when `known` has them.
+        """
+        if len(keys) == 1:
+            return self._want(keys[0])
+        return asyncio.gather(*map(self._want, keys))
 
     def _unreadable(self, key: str) -> KnownMembership:
         """Return the membership while the database is away: none, until it is back."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf
 
 from msgspec import Struct
@@ -44,8 +44,16 @@ class Memberships(Struct, frozen=True, eq=False):
         """Return memberships by context key."""
         return cls({key: each.membership for key, each in known.items()}, tuple(known.values()))
 
+    def hold(self, keys: Sequence[str]) -> bool:
+        """Return whether the memberships of all these context keys are among them."""
+        return all(key in self.by_key for key in keys)
+
     @property
     def is_current(self) -> bool:
         """True as long as none has expired or changed."""
         now = clock.monotonic()
         return all(each.expires_at > now for each in self.known)
+
+
+NO_MEMBERSHIPS = Memberships({}, ())
+"""Memberships of a context that needs none."""

@@ -67,6 +67,7 @@ class Synchroniser:
         changed: Callable[[frozenset[str] | None], None],
         synchronised: Callable[[], None],
         log: Log,
+        *,
         timings: SourceTimings = SourceTimings(),
     ) -> None:
         self.applied = 0

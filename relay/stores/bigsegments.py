@@ -17,10 +17,12 @@ class Metadata(Struct, frozen=True):
         cursor: version of what is stored; None if nothing was ever stored.
         synchronized_at: Unix seconds of the last time at which a relay knew that all patches are
             stored; None if there was none.
+        is_readable: False if something else than a time is stored in its place.
     """
 
     cursor: str | None = None
     synchronized_at: float | None = None
+    is_readable: bool = True
 
 
 class BigSegmentStore(Protocol):

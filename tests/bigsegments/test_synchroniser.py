@@ -49,7 +49,9 @@ class Run:
         self.store = store
         self.changes: list[frozenset[str] | None] = []
         self.times = 0
-        self.synchroniser = Synchroniser(source, store, self.changes.append, self._count, LOG, FAST)
+        self.synchroniser = Synchroniser(
+            source, store, self.changes.append, self._count, LOG, timings=FAST
+        )
         self.key = KEY
 
     def _count(self):

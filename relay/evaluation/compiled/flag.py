@@ -209,6 +209,7 @@ def compile_flag(
     prerequisite: Callable[[str], CompiledFlag | None],
     conditions: ConditionCache,
     in_segment: SegmentCondition,
+    *,
     big_segments: BigSegmentUse = NO_BIG_SEGMENTS,
 ) -> CompiledFlag:
     """Compile a live flag.

@@ -170,7 +170,9 @@ class FlagCompiler:
         use = _big_segment_use(reach)
         if _is_compilable(reach, (Kind.FLAG, key)):
             try:
-                return compile_flag(key, flag, self.flag, self._conditions, self._in_segment, use)
+                return compile_flag(
+                    key, flag, self.flag, self._conditions, self._in_segment, big_segments=use
+                )
             except Uncompilable:
                 pass
         return interpret_flag(key, flag, _data(reach), use)
@@ -312,6 +314,11 @@ class Program:
     def size(self) -> int:
         """Number of flags."""
         return len(self._flags)
+
+    @property
+    def has_big_segments(self) -> bool:
+        """True if evaluations may look at members of big segments."""
+        return bool(self._big_segment_kinds)
 
     def members_needed(self, context: Context) -> tuple[str, ...]:
         """Return the context keys whose memberships in big segments an evaluation may look at."""

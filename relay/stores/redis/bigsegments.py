@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,14 +43,18 @@ class RedisBigSegmentStore:
         return f"<RedisBigSegmentStore {self._database.server} {self._database.prefix!r}>"
 
     async def metadata(self) -> Metadata:
-        """Return the state of what is stored; a time that is no number counts as none."""
+        """Return the state of what is stored."""
         async with self._database.session() as execute:
             cursor, synchronized = await execute(
                 [("GET", self._cursor), ("GET", self._synchronized)]
             )
+        is_time = (
+            synchronized is not None and re.fullmatch(rb"[0-9]{1,18}", synchronized) is not None
+        )
         return Metadata(
             None if cursor is None else cursor.decode(errors="replace"),
-            int(synchronized) / 1000 if synchronized and synchronized.isdigit() else None,
+            int(synchronized) / 1000 if is_time else None,
+            is_readable=is_time or synchronized is None,
         )
 
     async def apply(self, patch: Patch, cursor: str | None) -> frozenset[str] | None:

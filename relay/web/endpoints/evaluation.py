@@ -11,6 +11,8 @@ from collections.abc import Callable
 from msgspec import Struct
 from starlette.requests import Request
 
+from relay.bigsegments.environment import BigSegments
+from relay.bigsegments.memberships import NO_MEMBERSHIPS, Memberships
 from relay.environment import Environment
 from relay.evaluation.compiled.fragments import EvalBody
 from relay.evaluation.compiled.program import Program
@@ -85,6 +87,18 @@ class EvaluationResult(CacheEntry, eq=False):
     key: str
 
 
+class MembersUnknown(Struct, frozen=True, eq=False):
+    """Memberships in big segments that have to be read before a context can be evaluated.
+
+    Args:
+        big_segments: of the environment.
+        keys: context keys.
+    """
+
+    big_segments: BigSegments
+    keys: tuple[str, ...]
+
+
 class _RecentRequests:
     """Memory of recent requests, by which repeated ones are recognised."""
 
@@ -124,8 +138,10 @@ class EvaluationHandler:
 
     def evaluate(
         self, environment: Environment, sdk_kind: SDKKind, segment: bytes, query: bytes
-    ) -> EvaluationResult | PreparedResponse | None:
+    ) -> EvaluationResult | PreparedResponse | MembersUnknown | None:
         """Return the result for a GET, or the refusal; None if it is left to the application.
+
+        If memberships have to be read first, those are returned.
 
         Args:
             environment: to evaluate for.
@@ -161,18 +177,11 @@ class EvaluationHandler:
         none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
         environment, sdk_kind = access.environment, access.route.sdk_kind
         evaluation = _evaluation_request(sdk_kind, raw, reader, request.scope["query_string"])
-        programs = environment.programs
         try:
             if len(evaluation.raw) > MAX_AT_ONCE:
-                program = await programs.ready(sdk_kind)
-                body = await asyncio.to_thread(
-                    _parse_and_evaluate, environment, program, evaluation
-                )
+                body = await _evaluate_in_thread(environment, evaluation)
             else:
-                result = self._evaluate(environment, programs.current(sdk_kind), evaluation)
-                if result is None:
-                    program = await programs.ready(sdk_kind)
-                    result = self._evaluate(environment, program, evaluation)
+                result = await self._evaluate_when_ready(environment, evaluation)
                 body = result.body if result else None
         except RequestRejected as e:
             return _with_environment_headers(environment, e.response)
@@ -184,10 +193,43 @@ class EvaluationHandler:
             response = await resource.compress_in_thread()
         return with_expiry(response, environment, sdk_kind)
 
-    def _evaluate(
-        self, environment: Environment, program: Program | None, evaluation: _EvaluationRequest
+    async def _evaluate_when_ready(
+        self, environment: Environment, evaluation: _EvaluationRequest
     ) -> EvaluationResult | None:
+        """Return the result, once program and memberships are there; None if there is no payload.
+
+        Raises:
+            RequestRejected: the context is invalid or not allowed, or there is no data.
+        """
+        programs, sdk_kind = environment.programs, evaluation.sdk_kind
+        result = self._evaluate(environment, programs.current(sdk_kind), evaluation)
+        memberships: Memberships | None = None
+        while isinstance(result, MembersUnknown):
+            memberships = await result.big_segments.memberships(result.keys)
+            # After the wait there may be other data, which need others.
+            program = programs.current(sdk_kind)
+            result = self._evaluate(environment, program, evaluation, memberships)
+        if result is None:
+            program = await programs.ready(sdk_kind)
+            result = self._evaluate(environment, program, evaluation, memberships)
+        if isinstance(result, MembersUnknown):
+            return await self._evaluate_when_ready(environment, evaluation)
+        return result
+
+    def _evaluate(
+        self,
+        environment: Environment,
+        program: Program | None,
+        evaluation: _EvaluationRequest,
+        memberships: Memberships | None = None,
+    ) -> EvaluationResult | MembersUnknown | None:
         """Return the result, from the cache if possible; None if the program is not ready.
+
+        Args:
+            environment: to evaluate for.
+            program: of its present data.
+            evaluation: what is asked.
+            memberships: just read; None to use those that are known.
 
         Raises:
             RequestRejected: the context is invalid or not allowed, or there is no data.
@@ -200,11 +242,26 @@ class EvaluationHandler:
             _check_secure_mode(environment, known.key, evaluation)
             return known
         context = reader(raw)
-        body = _evaluate_context(environment, program, evaluation, context)
-        if body is None:
+        _check(environment, program, evaluation, context)
+        if program is None:
             return None
+        needed = _members_needed(environment, program, context)
+        if isinstance(needed, MembersUnknown):
+            if memberships is None or not memberships.hold(needed.keys):
+                memberships = needed.big_segments.known(needed.keys)
+            if memberships is None:
+                return needed
+        else:
+            memberships = NO_MEMBERSHIPS
+        body = program.body(context, memberships.by_key, with_reasons=evaluation.with_reasons)
         key = context.fully_qualified_key if environment.spec.secure_mode else ""
-        result = EvaluationResult(environment, environment.payload, body, key)
+        result = EvaluationResult(
+            environment,
+            environment.payload,
+            body,
+            key,
+            memberships=memberships if memberships.known else None,
+        )
         if repeated:
             # Entries share most of their bodies. Each is counted in full all the same: those of
             # contexts without a group share nothing.
@@ -222,20 +279,50 @@ def _evaluation_request(
     return _EvaluationRequest(sdk_kind, raw, reader, with_reasons, secure_mode_hash)
 
 
-def _parse_and_evaluate(
-    environment: Environment, program: Program | None, evaluation: _EvaluationRequest
+def _members_needed(
+    environment: Environment, program: Program, context: Context
+) -> MembersUnknown | None:
+    """Return the memberships that an evaluation needs; None if it needs none."""
+    keys = program.members_needed(context) if environment.big_segments is not None else ()
+    if not keys or environment.big_segments is None:
+        return None
+    return MembersUnknown(environment.big_segments, keys)
+
+
+async def _evaluate_in_thread(
+    environment: Environment, evaluation: _EvaluationRequest
 ) -> EvalBody | None:
-    """Parse and evaluate a large context, in a thread; see `_evaluate_context`."""
-    return _evaluate_context(environment, program, evaluation, evaluation.reader(evaluation.raw))
+    """Return the body for a large context; None if there is no payload.
+
+    Raises:
+        RequestRejected: the context is invalid or not allowed, or there is no data.
+    """
+    program = await environment.programs.ready(evaluation.sdk_kind)
+
+    def parse() -> Context:
+        context = evaluation.reader(evaluation.raw)
+        _check(environment, program, evaluation, context)
+        return context
+
+    context = await asyncio.to_thread(parse)
+    if program is None:
+        return None
+    needed = _members_needed(environment, program, context)
+    memberships = NO_MEMBERSHIPS
+    if needed is not None:
+        memberships = await needed.big_segments.memberships(needed.keys)
+    return await asyncio.to_thread(
+        program.body, context, memberships.by_key, with_reasons=evaluation.with_reasons
+    )
 
 
-def _evaluate_context(
+def _check(
     environment: Environment,
     program: Program | None,
     evaluation: _EvaluationRequest,
     context: Context,
-) -> EvalBody | None:
-    """Return the body for a context; None if the program is not ready.
+) -> None:
+    """Check that a context may be evaluated.
 
     Raises:
         RequestRejected: the context is invalid or not allowed, or there is no data.
@@ -244,11 +331,8 @@ def _evaluate_context(
         _check_secure_mode(environment, context.fully_qualified_key, evaluation)
     if environment.payload is None:
         raise RequestRejected(NOT_INITIALIZED)
-    if program is None:
-        return None
-    if context.has_empty_key:
+    if program is not None and context.has_empty_key:
         raise RequestRejected(NO_KEY)
-    return program.body(context, with_reasons=evaluation.with_reasons)
 
 
 def _check_secure_mode(environment: Environment, key: str, evaluation: _EvaluationRequest) -> None:

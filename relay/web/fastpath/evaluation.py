@@ -18,6 +18,7 @@ from relay.web.cors import cors_lines
 from relay.web.endpoints.evaluation import (
     EvaluationHandler,
     EvaluationResult,
+    MembersUnknown,
     resource_for,
     with_expiry,
 )
@@ -132,10 +133,11 @@ class EvaluationFastPath:
         """By the bytes before the context in a request, the bytes after the request line, and the
         payload filter."""
 
-    def answer_known(self, head: bytes) -> WireResponse | None:
+    def answer_known(self, head: bytes) -> WireResponse | MembersUnknown | None:
         """Return the response to a request that differs from an earlier one in its context only.
 
-        None if there was no such request, or if this one has to be parsed.
+        None if there was no such request, or if this one has to be parsed. If memberships have to
+        be read first, those are returned.
 
         Args:
             head: the whole request.
@@ -152,8 +154,11 @@ class EvaluationFastPath:
             return None
         return self._respond(profile, segment, query)
 
-    def answer(self, head: RequestHead) -> WireResponse | None:
-        """Return the response to a GET; None to leave it to the application."""
+    def answer(self, head: RequestHead) -> WireResponse | MembersUnknown | None:
+        """Return the response to a GET, or what has to be read first.
+
+        None leaves it to the application.
+        """
         profile = self._profile(head)
         response = self._respond(profile, head.segment, head.query)
         payload_filter = _plain_filter(head.query)
@@ -168,11 +173,13 @@ class EvaluationFastPath:
             profile.size = PROFILE_SIZE + len(start) + len(rest) + len(payload_filter)
             self.profiles.put((start, rest, payload_filter), profile)
 
-    def _respond(self, profile: ClientProfile, segment: bytes, query: bytes) -> WireResponse | None:
+    def _respond(
+        self, profile: ClientProfile, segment: bytes, query: bytes
+    ) -> WireResponse | MembersUnknown | None:
         environment, sdk_kind = profile.environment, profile.sdk_kind
         result = self._evaluation.evaluate(environment, sdk_kind, segment, query)
-        if result is None:
-            return None
+        if result is None or isinstance(result, MembersUnknown):
+            return result
         if isinstance(result, PreparedResponse):
             return profile.respond(result)
         if profile.is_usual:
@@ -186,6 +193,7 @@ class EvaluationFastPath:
         # A response that states its expiry is different each time.
         if response and result.size and environment.spec.ttl <= 0:
             response.size = ENTRY_SIZE + response.body_size
+            response.memberships = result.memberships
         return response
 
     def _profile(self, head: RequestHead) -> ClientProfile:

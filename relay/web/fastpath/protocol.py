@@ -22,6 +22,7 @@ from relay.model.metrics import MetricValue
 from relay.streams.transport import StreamTransport
 from relay.telemetry.traffic import RequestLabels
 from relay.web.access_log import LoggedTransport, log_request
+from relay.web.endpoints.evaluation import MembersUnknown
 from relay.web.fastpath.application import ApplicationProtocol
 from relay.web.fastpath.cache import CLOSING, WireResponse
 from relay.web.fastpath.dispatch import authorization, dispatch, log_line, redacted_url
@@ -80,6 +81,7 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
     __slots__ = (
         "_application",
         "_deferred",
+        "_has_waited",
         "_heads_remembered",
         "_last_activity",
         "_last_backlog",
@@ -109,7 +111,9 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         self._upload: EventUpload | None = None
         """The upload that is being received or stored."""
         self._deferred = b""
-        """Head of the evaluation request that waits for its turn."""
+        """Head of the evaluation request that waits for its turn, or for memberships."""
+        self._has_waited = False
+        """True if memberships were read for the deferred request."""
         self._received = b""
         """Bytes received in the state `WAITING`."""
         self._write_paused = False
@@ -179,6 +183,7 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
     def shutdown(self) -> None:
         """Close the connection as soon as no response is outstanding."""
         if self._deferred:
+            self._has_waited = True  # it is not deferred once more
             self.resume()
         if self._upload is not None:
             self._upload.keep_alive = False
@@ -237,7 +242,21 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         if head and not self._transport.is_closing():
             self._state = READY
             self._evaluate(head)
-            self._continue()
+            if self._state is not WAITING:
+                self._continue()
+
+    def _await_members(self, head: bytes, unknown: MembersUnknown) -> None:
+        """Answer an evaluation request when memberships in big segments have been read."""
+        if self._has_waited or self._shared.relay.stopping:
+            self._has_waited = False
+            self._pass_on(head)  # they are forgotten already, or there is no time
+            return
+        self._state, self._deferred, self._has_waited = WAITING, head, True
+        unknown.big_segments.read(unknown.keys).add_done_callback(self._use_members)
+
+    def _use_members(self, _read: asyncio.Future[Any]) -> None:
+        if self._deferred and not self._shared.scheduler.defer(self):
+            self.resume()
 
     def _continue(self) -> None:
         """Take the bytes that were received while a response was outstanding."""
@@ -269,6 +288,10 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         if response is None:
             self._begin_unknown(head, len(head))
             return
+        if isinstance(response, MembersUnknown):
+            self._await_members(head, response)
+            return
+        self._has_waited = False
         if response.size:
             shared.cache.keep(head, response)
         self._write(response)
@@ -284,6 +307,10 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         if len(END) <= end <= shared.limits.max_head_size:
             head = read_head(shared.relay, data[:end])
         outcome = None if head is None else dispatch(shared, head)
+        if isinstance(outcome, MembersUnknown):
+            self._await_members(data, outcome)
+            return
+        self._has_waited = False
         if isinstance(outcome, WireResponse):
             self._write(outcome)
         elif isinstance(outcome, EventUpload):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from relay.errors import StoreUnavailable
+from relay.stores.bigsegments import Metadata
 from relay.stores.redis.bigsegments import RedisBigSegmentStore
 from tests.stores.bigsegments_contract import ANN, BEN, CLEO, BigSegmentStoreContract, patch
 from tests.support.redis import RedisServer
@@ -49,9 +50,10 @@ async def test_only_real_changes_are_reported(store):
 
 
 async def test_an_odd_time_is_none(server, store):
-    """A time that is no number does not end anything."""
+    """A time that is no number is reported, and does not hide the version."""
+    await store.apply(patch("v1"), None)
     server.do("SET", "big:big_segments_synchronized_on", "soon")
-    assert (await store.metadata()).synchronized_at is None
+    assert await store.metadata() == Metadata("v1", None, is_readable=False)
 
 
 async def test_foreign_types_are_an_error(server, store):
