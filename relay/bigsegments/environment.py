@@ -118,6 +118,8 @@ class BigSegments:
         self._look_now = asyncio.Event()
         self._wanted: dict[str, asyncio.Future[KnownMembership]] = {}
         """Context keys to read."""
+        self._reading: dict[str, asyncio.Future[KnownMembership]] = {}
+        """Context keys that are being read."""
         self._reader: asyncio.Task[None] | None = None
         self._dropped: set[str] | None = set()
         """Hashes whose memberships have changed during the present read; None for all."""
@@ -311,7 +313,7 @@ class BigSegments:
         return known
 
     def _want(self, key: str) -> asyncio.Future[KnownMembership]:
-        future = self._wanted.get(key)
+        future = self._reading.get(key) or self._wanted.get(key)
         if future is None:
             loop = asyncio.get_running_loop()
             future = self._wanted[key] = loop.create_future()
@@ -324,18 +326,15 @@ class BigSegments:
         try:
             while self._wanted:
                 keys = list(self._wanted)[:MAX_BATCH]
-                batch = {key: self._wanted.pop(key) for key in keys}
-                try:
-                    known = await self._read(keys)
-                except BaseException:
-                    for future in batch.values():
-                        future.cancel()
-                    raise
-                for key, future in batch.items():
+                self._reading = {key: self._wanted.pop(key) for key in keys}
+                known = await self._read(keys)
+                for key, future in self._reading.items():
                     if not future.done():
                         future.set_result(known[key])
         finally:
-            self._reader = None
+            for future in self._reading.values():
+                future.cancel()  # those that have no result
+            self._reading, self._reader = {}, None
 
     async def _read(self, keys: Sequence[str]) -> Mapping[str, KnownMembership]:
         hashes = list(map(context_hash, keys))
