@@ -99,7 +99,13 @@ def test_warnings_come_last() -> None:
         "",
         True,
         False,
-        {"BIG_SEGMENTS_STALE_AS_DEGRADED": "1", "CACHE_TTL": "1s", "USE_REDIS": "1"},
+        {
+            "AUTO_CONFIG_KEY": "rel-1",
+            "ENV_DATASTORE_PREFIX": "p-$CID",
+            "ENV_DATASTORE_TABLE_NAME": "t",
+            "CACHE_TTL": "1s",
+            "USE_REDIS": "1",
+        },
     )
     *_, first, second = effective(config).splitlines()
     assert [first, second] == [f"# Warning: {warning}" for warning in config.warnings]

@@ -17,7 +17,7 @@ import pytest
 from tests.support.process import RelayProcess
 from tests.support.redis import RedisServer
 from tests.support.serving import Stream, ask
-from tests.support.upstream import BIG_SEGMENTS, ScriptedUpstream, event, status
+from tests.support.upstream import BIG_SEGMENTS, ScriptedUpstream, event
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bigsegments.jsonl"
 SCENES: dict[str, dict[str, Any]] = {

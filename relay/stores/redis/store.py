@@ -273,8 +273,19 @@ class RedisStore:
         The library's own timeout is not used: on Python 3.11 it can swallow a cancellation.
         """
         async with asyncio.timeout(self._read_timeout):
-            await connection.send_packed_command(connection.pack_commands(commands))
+            await connection.send_packed_command(_packed(commands))
             return [await connection.read_response() for _ in commands]
+
+
+def _packed(commands: Sequence[Sequence[str | bytes]]) -> bytes:
+    """Return commands as sent; redis-py's own packing takes four times as long for small ones."""
+    parts: list[bytes] = []
+    for command in commands:
+        parts.append(b"*%d\r\n" % len(command))
+        for argument in command:
+            value = argument.encode() if isinstance(argument, str) else argument
+            parts.append(b"$%d\r\n%b\r\n" % (len(value), value))
+    return b"".join(parts)
 
 
 def _is_wrong_type(reply: Any) -> bool:

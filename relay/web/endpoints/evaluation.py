@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from msgspec import Struct
 from starlette.requests import Request
@@ -87,16 +88,28 @@ class EvaluationResult(CacheEntry, eq=False):
     key: str
 
 
-class MembersUnknown(Struct, frozen=True, eq=False):
-    """Memberships in big segments that have to be read before a context can be evaluated.
+class PendingEvaluation(Struct, frozen=True, eq=False):
+    """Evaluation that waits for memberships in big segments.
 
     Args:
+        environment: to evaluate for.
+        request: what is asked.
+        context: to evaluate for; it may be.
+        cache_key: key of the result in the cache; None if it is not worth caching.
         big_segments: of the environment.
-        keys: context keys.
+        keys: context keys whose memberships have to be read.
     """
 
+    environment: Environment
+    request: _EvaluationRequest
+    context: Context
+    cache_key: tuple[object, ...] | None
     big_segments: BigSegments
     keys: tuple[str, ...]
+
+    def read(self) -> asyncio.Future[Any]:
+        """Read the memberships; the future is done when the evaluation can be finished."""
+        return self.big_segments.read(self.keys)
 
 
 class _RecentRequests:
@@ -138,10 +151,10 @@ class EvaluationHandler:
 
     def evaluate(
         self, environment: Environment, sdk_kind: SDKKind, segment: bytes, query: bytes
-    ) -> EvaluationResult | PreparedResponse | MembersUnknown | None:
+    ) -> EvaluationResult | PreparedResponse | PendingEvaluation | None:
         """Return the result for a GET, or the refusal; None if it is left to the application.
 
-        If memberships have to be read first, those are returned.
+        If memberships have to be read first, the evaluation is pending; see `finish`.
 
         Args:
             environment: to evaluate for.
@@ -203,33 +216,19 @@ class EvaluationHandler:
         """
         programs, sdk_kind = environment.programs, evaluation.sdk_kind
         result = self._evaluate(environment, programs.current(sdk_kind), evaluation)
-        memberships: Memberships | None = None
-        while isinstance(result, MembersUnknown):
-            memberships = await result.big_segments.memberships(result.keys)
-            # After the wait there may be other data, which need others.
-            program = programs.current(sdk_kind)
-            result = self._evaluate(environment, program, evaluation, memberships)
         if result is None:
             program = await programs.ready(sdk_kind)
-            result = self._evaluate(environment, program, evaluation, memberships)
-        if isinstance(result, MembersUnknown):
-            return await self._evaluate_when_ready(environment, evaluation)
+            result = self._evaluate(environment, program, evaluation)
+        while isinstance(result, PendingEvaluation):
+            memberships = await result.big_segments.memberships(result.keys)
+            await programs.ready(sdk_kind)  # there may be other data than before
+            result = self.finish(result, memberships)
         return result
 
     def _evaluate(
-        self,
-        environment: Environment,
-        program: Program | None,
-        evaluation: _EvaluationRequest,
-        memberships: Memberships | None = None,
-    ) -> EvaluationResult | MembersUnknown | None:
+        self, environment: Environment, program: Program | None, evaluation: _EvaluationRequest
+    ) -> EvaluationResult | PendingEvaluation | None:
         """Return the result, from the cache if possible; None if the program is not ready.
-
-        Args:
-            environment: to evaluate for.
-            program: of its present data.
-            evaluation: what is asked.
-            memberships: just read; None to use those that are known.
 
         Raises:
             RequestRejected: the context is invalid or not allowed, or there is no data.
@@ -245,27 +244,67 @@ class EvaluationHandler:
         _check(environment, program, evaluation, context)
         if program is None:
             return None
-        needed = _members_needed(environment, program, context)
-        if isinstance(needed, MembersUnknown):
-            if memberships is None or not memberships.hold(needed.keys):
-                memberships = needed.big_segments.known(needed.keys)
-            if memberships is None:
-                return needed
-        else:
-            memberships = NO_MEMBERSHIPS
-        body = program.body(context, memberships.by_key, with_reasons=evaluation.with_reasons)
-        key = context.fully_qualified_key if environment.spec.secure_mode else ""
-        result = EvaluationResult(
+        key = cache_key if repeated else None
+        return self._evaluate_context(environment, program, evaluation, context, cache_key=key)
+
+    def finish(
+        self, pending: PendingEvaluation, memberships: Memberships | None = None
+    ) -> EvaluationResult | PendingEvaluation | None:
+        """Return the result of an evaluation whose memberships have been read.
+
+        Args:
+            pending: the evaluation.
+            memberships: those that were read; None for those that are known.
+
+        Returns:
+            None if the program is not ready; another pending evaluation if it needs others.
+        """
+        environment, request, cache_key = pending.environment, pending.request, pending.cache_key
+        # They may turn out to be the same as before.
+        known = self.results.get(cache_key) if cache_key is not None else None
+        if known is not None:
+            return known
+        program = environment.programs.current(request.sdk_kind)
+        if program is None:
+            return None
+        return self._evaluate_context(
             environment,
-            environment.payload,
-            body,
-            key,
-            memberships=memberships if memberships.known else None,
+            program,
+            request,
+            pending.context,
+            cache_key=cache_key,
+            memberships=memberships,
         )
-        if repeated:
+
+    def _evaluate_context(
+        self,
+        environment: Environment,
+        program: Program,
+        request: _EvaluationRequest,
+        context: Context,
+        *,
+        cache_key: tuple[object, ...] | None,
+        memberships: Memberships | None = None,
+    ) -> EvaluationResult | PendingEvaluation:
+        big_segments = environment.big_segments
+        keys = program.members_needed(context) if big_segments is not None else ()
+        if not keys or big_segments is None:
+            memberships = NO_MEMBERSHIPS
+        elif memberships is None or not memberships.hold(keys):
+            memberships = big_segments.known(keys)
+            if memberships is None:
+                return PendingEvaluation(
+                    environment, request, context, cache_key, big_segments, keys
+                )
+        body = program.body(context, memberships.by_key, with_reasons=request.with_reasons)
+        key = context.fully_qualified_key if environment.spec.secure_mode else ""
+        result = EvaluationResult(environment, environment.payload, body, key)
+        if keys:
+            result.memberships = memberships
+        if cache_key is not None:
             # Entries share most of their bodies. Each is counted in full all the same: those of
             # contexts without a group share nothing.
-            result.size = ENTRY_SIZE + body.size + len(raw)
+            result.size = ENTRY_SIZE + body.size + len(request.raw)
             self.results.put(cache_key, result)
         return result
 
@@ -277,16 +316,6 @@ def _evaluation_request(
     if query:  # most have none
         with_reasons, secure_mode_hash = wants_reasons(query), secure_mode_hash_in(query)
     return _EvaluationRequest(sdk_kind, raw, reader, with_reasons, secure_mode_hash)
-
-
-def _members_needed(
-    environment: Environment, program: Program, context: Context
-) -> MembersUnknown | None:
-    """Return the memberships that an evaluation needs; None if it needs none."""
-    keys = program.members_needed(context) if environment.big_segments is not None else ()
-    if not keys or environment.big_segments is None:
-        return None
-    return MembersUnknown(environment.big_segments, keys)
 
 
 async def _evaluate_in_thread(
@@ -307,10 +336,9 @@ async def _evaluate_in_thread(
     context = await asyncio.to_thread(parse)
     if program is None:
         return None
-    needed = _members_needed(environment, program, context)
-    memberships = NO_MEMBERSHIPS
-    if needed is not None:
-        memberships = await needed.big_segments.memberships(needed.keys)
+    memberships, keys = NO_MEMBERSHIPS, program.members_needed(context)
+    if keys and environment.big_segments is not None:
+        memberships = await environment.big_segments.memberships(keys)
     return await asyncio.to_thread(
         program.body, context, memberships.by_key, with_reasons=evaluation.with_reasons
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from msgspec import field
+from msgspec import Struct, field
 
 from relay.environment import Environment
 from relay.evaluation.compiled.fragments import EvalBody
@@ -18,7 +18,7 @@ from relay.web.cors import cors_lines
 from relay.web.endpoints.evaluation import (
     EvaluationHandler,
     EvaluationResult,
-    MembersUnknown,
+    PendingEvaluation,
     resource_for,
     with_expiry,
 )
@@ -112,6 +112,13 @@ class ClientProfile(CacheEntry, eq=False):
         return start, end + name
 
 
+class PendingResponse(Struct, frozen=True, eq=False):
+    """Response that waits for memberships in big segments."""
+
+    profile: ClientProfile
+    evaluation: PendingEvaluation
+
+
 class EvaluationFastPath:
     """Handler of evaluation requests on the fast path.
 
@@ -133,11 +140,11 @@ class EvaluationFastPath:
         """By the bytes before the context in a request, the bytes after the request line, and the
         payload filter."""
 
-    def answer_known(self, head: bytes) -> WireResponse | MembersUnknown | None:
+    def answer_known(self, head: bytes) -> WireResponse | PendingResponse | None:
         """Return the response to a request that differs from an earlier one in its context only.
 
         None if there was no such request, or if this one has to be parsed. If memberships have to
-        be read first, those are returned.
+        be read first, the response is pending; see `finish`.
 
         Args:
             head: the whole request.
@@ -154,11 +161,8 @@ class EvaluationFastPath:
             return None
         return self._respond(profile, segment, query)
 
-    def answer(self, head: RequestHead) -> WireResponse | MembersUnknown | None:
-        """Return the response to a GET, or what has to be read first.
-
-        None leaves it to the application.
-        """
+    def answer(self, head: RequestHead) -> WireResponse | PendingResponse | None:
+        """Return the response to a GET, or a pending one; None to leave it to the application."""
         profile = self._profile(head)
         response = self._respond(profile, head.segment, head.query)
         payload_filter = _plain_filter(head.query)
@@ -175,11 +179,28 @@ class EvaluationFastPath:
 
     def _respond(
         self, profile: ClientProfile, segment: bytes, query: bytes
-    ) -> WireResponse | MembersUnknown | None:
+    ) -> WireResponse | PendingResponse | None:
         environment, sdk_kind = profile.environment, profile.sdk_kind
         result = self._evaluation.evaluate(environment, sdk_kind, segment, query)
-        if result is None or isinstance(result, MembersUnknown):
-            return result
+        if isinstance(result, PendingEvaluation):
+            return PendingResponse(profile, result)
+        return self._response(profile, result)
+
+    def finish(self, pending: PendingResponse) -> WireResponse | None:
+        """Return a response whose memberships have been read; None to leave it to the application.
+
+        They are not read again if that is not enough: the application does so.
+        """
+        result = self._evaluation.finish(pending.evaluation)
+        known = None if isinstance(result, PendingEvaluation) else result
+        return self._response(pending.profile, known)
+
+    def _response(
+        self, profile: ClientProfile, result: EvaluationResult | PreparedResponse | None
+    ) -> WireResponse | None:
+        environment, sdk_kind = profile.environment, profile.sdk_kind
+        if result is None:
+            return None
         if isinstance(result, PreparedResponse):
             return profile.respond(result)
         if profile.is_usual:
