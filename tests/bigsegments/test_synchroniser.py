@@ -20,6 +20,7 @@ from relay.stores.redis.bigsegments import RedisBigSegmentStore
 from relay.upstream import Upstream
 from tests.support import upstream as answers
 from tests.support.redis import RedisServer
+from tests.support.serving import until
 from tests.support.upstream import BIG_SEGMENTS, ScriptedUpstream, event, segment_patch
 
 KEY = "sdk-secret-4711"
@@ -60,15 +61,9 @@ class Run:
     async def cursor(self, expected: str | None) -> None:
         """Wait until this version is stored and the stream is followed."""
         async with asyncio.timeout(10):
-            while (
-                not self.synchroniser.connected or (await self.store.metadata()).cursor != expected
-            ):
+            while (await self.store.metadata()).cursor != expected:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
-
-    async def connected(self) -> None:
-        async with asyncio.timeout(10):
-            while not self.synchroniser.connected:
-                await asyncio.sleep(0.005)
+        await until(lambda: self.synchroniser.connected, 10)
 
 
 @asynccontextmanager
@@ -119,9 +114,7 @@ async def test_events_are_applied_as_they_come(upstream, server):
         assert run.changes == [{ANN}, {ANN}]
         times = run.times
         await upstream.raw(BIG_SEGMENTS + KEY, event())
-        async with asyncio.timeout(5):
-            while run.times == times:
-                await asyncio.sleep(0.005)
+        await until(lambda: run.times > times)
         assert len(upstream.requests) == 4
 
 
@@ -198,10 +191,8 @@ async def test_errors_are_waited_out(upstream, server, path, answer, caplog):
     caplog.set_level(logging.INFO, LOG.name)
     upstream.script_path(path, answer, answer)
     async with synchronising(upstream, server) as run:
-        async with asyncio.timeout(10):
-            await upstream.until_asked(STREAM, 1 + 2 * (path == STREAM))
-            while "Re-established connection" not in caplog.text:
-                await asyncio.sleep(0.01)
+        await upstream.until_asked(STREAM, 1 + 2 * (path == STREAM))
+        await until(lambda: "Re-established connection" in caplog.text, 10)
         await run.cursor("v2")
     failures = caplog.text.count("Synchronization failed")
     assert failures == caplog.text.count("Re-established connection") <= 2
@@ -259,9 +250,7 @@ async def test_two_relays_apply_each_patch_once(upstream, server):
             await one.cursor(version)
             await other.cursor(version)
             for run in (one, other):
-                async with asyncio.timeout(5):
-                    while not run.changes:
-                        await asyncio.sleep(0.001)
+                await until(lambda run=run: bool(run.changes))
             before = version
         assert one.synchroniser.applied + other.synchroniser.applied == 39
         assert upstream.asked(STREAM) == 2

@@ -20,7 +20,7 @@ from tests.support.data import all_data, flag, segment
 from tests.support.process import RelayProcess
 from tests.support.redis import RedisServer
 from tests.support.serving import SDK_KEY, Stream, ask
-from tests.support.upstream import ScriptedUpstream, context_hash, segment_patch
+from tests.support.upstream import BIG_SEGMENTS, ScriptedUpstream, context_hash, segment_patch
 
 MOBILE_KEY = "mob-4711"
 IN_TEAM = {
@@ -241,13 +241,12 @@ async def test_old_memberships_are_said_to_be_stale(tmp_path, upstream, redis):
         assert status["status"] == "healthy"
         redis.do("SET", key, str(int((time.time() - 700) * 1000)))
 
-        async def degraded() -> bool:
-            page = json.loads((await ask(relay.address, "/status")).body)
-            return page["status"] == "degraded"
-
+        page = {"status": "healthy"}
         async with asyncio.timeout(10):
-            while not await degraded():
+            while page["status"] == "healthy":
                 await asyncio.sleep(0.1)
+                page = json.loads((await ask(relay.address, "/status")).body)
+        assert page["status"] == "degraded"
 
 
 async def test_metrics_tell_of_big_segments(tmp_path, upstream, redis):
@@ -313,3 +312,97 @@ async def test_evaluated_streams_keep_what_they_have_in_an_outage(tmp_path, upst
         assert b'"key":"lamp"' in message
         redis.go_on()
         stream.close()
+
+
+async def test_few_rights_in_the_database_suffice(tmp_path, upstream, redis):
+    """Those that the documentation names: no command is denied."""
+    few = ["get", "sadd", "srem", "smembers"]
+    redis.add_user_of_ld_relay("few", "geheim", "launchdarkly")
+    redis.do("ACL", "SETUSER", "few", *(f"+{command}" for command in few))
+    url = f"redis://few:geheim@127.0.0.1:{redis.port}"
+    async with relaying(tmp_path, upstream, redis, REDIS_URL=url) as relay:
+        await eventually(relay, "ann", "yes")
+        await upstream.send_patches(
+            SDK_KEY, segment_patch("team.g2", "v2", "v1", exclude=["ben"], no_longer=["ann"])
+        )
+        await eventually(relay, "ann", "no")
+    assert redis.denied() == []
+
+
+async def test_a_rotated_key_is_used(tmp_path, upstream, redis):
+    """When the old key ends, patches are fetched with the new one."""
+    new_key = "sdk-4711-new"
+    listed = {"sdkKey": {"value": SDK_KEY}, "mobKey": MOBILE_KEY, "envID": "e1", "version": 1}
+    described = {"envKey": "k", "envName": "n", "projKey": "p", "projName": "p", **listed}
+    body = {"path": "/", "data": {"environments": {"e1": described}}}
+    upstream.serve("rel-1", "{}")
+    stream_start = b"event: put\ndata: " + json.dumps(body).encode() + b"\n\n"
+
+    async def list_of_environments(request):
+        return await upstream._stream(request, "rel-1", stream_start)
+
+    upstream.always("rel-1", list_of_environments)
+    given = {
+        "AUTO_CONFIG_KEY": "rel-1",
+        "ENV_DATASTORE_PREFIX": "p-$CID",
+        "STREAM_URI": upstream.url,
+        "BASE_URI": upstream.url,
+        "USE_REDIS": "true",
+        "REDIS_URL": redis.url,
+    }
+    async with RelayProcess(tmp_path, **given) as relay:
+        await relay.until(lambda: redis.do("GET", "p-e1:big_segments_cursor") == b"v1")
+        upstream.serve(new_key, DATA)
+        upstream.patches[new_key] = [V1, segment_patch("team.g2", "v2", "v1", include=["ben"])]
+        rotated = {**described, "sdkKey": {"value": new_key}, "version": 2}
+        patch = {"path": "/environments/e1", "data": rotated}
+        await upstream.raw("rel-1", b"event: patch\ndata: " + json.dumps(patch).encode() + b"\n\n")
+        await upstream.connected(new_key)
+        upstream.close_streams(BIG_SEGMENTS + SDK_KEY)
+        await relay.until(lambda: redis.do("GET", "p-e1:big_segments_cursor") == b"v2")
+
+
+async def test_streams_begin_when_memberships_are_there(tmp_path, upstream, redis):
+    """Many evaluating streams at a time each begin with a put for their own context."""
+    async with relaying(tmp_path, upstream, redis) as relay:
+        await eventually(relay, "ann", "yes")
+        names = [f"user-{number}" for number in range(40)] + ["ann"]
+        segments = [
+            base64.urlsafe_b64encode(json.dumps(user(name)).encode()).decode() for name in names
+        ]
+        streams = await asyncio.gather(
+            *(Stream.open(relay.address, f"/meval/{each}", key=MOBILE_KEY) for each in segments)
+        )
+        for name, stream in zip(names, streams, strict=True):
+            opening = await stream.until(b"\n\n")
+            assert opening.startswith(b"event: put\n")
+            value = b"yes" if name == "ann" else b"no"
+            assert b'"member":{"value":"%b"' % value in opening
+            stream.close()
+
+
+async def test_an_archive_reads_members_and_fetches_nothing(tmp_path, upstream, redis):
+    """In offline mode flags are evaluated with what the database holds."""
+    hashed = context_hash("ann")
+    redis.do("SADD", f"big-e1:big_segment_include:{hashed}", "team.g2")
+    redis.do("SET", "big-e1:big_segments_synchronized_on", str(int(time.time() * 1000)))
+    archive = tmp_path / "archive.tar.gz"
+    given = {"LD_ENV_main": SDK_KEY, "LD_CLIENT_SIDE_ID_main": "e1", "STREAM_URI": upstream.url}
+    given |= {"BASE_URI": upstream.url, "LD_MOBILE_KEY_main": MOBILE_KEY}
+    made = RelayProcess(tmp_path, "archive", "--output", str(archive), "--from-env", **given)
+    await made.spawn()
+    assert await made.ended() == 0, made.log
+    upstream.requests.clear()
+    offline = {
+        "FILE_DATA_SOURCE": str(archive),
+        "USE_REDIS": "true",
+        "REDIS_URL": redis.url,
+        "ENV_DATASTORE_PREFIX": "big-$CID",
+        "STREAM_URI": upstream.url,
+        "BASE_URI": upstream.url,
+    }
+    async with RelayProcess(tmp_path, **offline) as relay:
+        while (await ask(relay.address, "/startupz")).status != 200:
+            await asyncio.sleep(0.05)
+        await eventually(relay, "ann", "yes")
+        assert upstream.requests == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -29,7 +30,7 @@ def read(text: bytes, *cuts: int):
     """Return the patches in a text that arrives in pieces."""
     reader, places = PatchReader(), [0, *sorted(cuts), len(text)]
     patches = []
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in pairwise(places):
         patches += reader.feed(text[start:end])
     return [*patches, *reader.finish()]
 
@@ -63,8 +64,9 @@ def test_missing_members_are_empty():
     """A patch needs a segment only; null stands for no members."""
     [patch] = read(b'[{"segmentId":"s.g1","changes":{"included":{"add":null}},"new":[{}]}]')
     assert (patch.version, patch.previous_version) == ("", "")
-    assert not (patch.included.add or patch.included.remove)
-    assert not (patch.excluded.add or patch.excluded.remove)
+    changes = [patch.included.add, patch.included.remove]
+    changes += [patch.excluded.add, patch.excluded.remove]
+    assert not any(changes)
 
 
 @pytest.mark.parametrize(

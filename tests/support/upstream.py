@@ -214,7 +214,7 @@ class ScriptedUpstream:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
+    async def _answer(self, request: web.Request) -> web.StreamResponse:  # noqa: PLR0911 - a table
         self.requests.append(Request(request.method, request.path_qs, request.headers))
         await self._note()
         key = filtered(request.headers.get("Authorization", ""), request.query.get("filter", ""))

@@ -297,7 +297,7 @@ def test_a_flag_mentions_every_big_segment_that_it_looks_at():
     payload = payload_of(items)
     program = program_of(FlagCompiler(payload), SDKKind.SERVER)
     members = {"anna": Membership(BigSegmentsStatus.STALE, {"big.g1": False})}
-    found = program.some(ANNA, FLAGS + ["e", "f"], members, with_reasons=True)
+    found = program.some(ANNA, [*FLAGS, "e", "f"], members, with_reasons=True)
     expected = interpreted(payload, SDKKind.SERVER, ANNA, members, with_reasons=True)
     assert found == expected
     assert [key for key, entry in found.items() if b"STALE" in entry] == ["a", "c", "e"]
