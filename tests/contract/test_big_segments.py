@@ -402,7 +402,7 @@ async def test_an_archive_reads_members_and_fetches_nothing(tmp_path, upstream, 
         "BASE_URI": upstream.url,
     }
     async with RelayProcess(tmp_path, **offline) as relay:
-        while (await ask(relay.address, "/startupz")).status != 200:
+        while (await ask(relay.address, "/startupz")).status != 200:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         await eventually(relay, "ann", "yes")
         assert upstream.requests == []
