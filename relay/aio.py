@@ -1,8 +1,11 @@
-"""Helpers for asyncio: interruptible waits, and work that pauses for the event loop."""
+"""Helpers for asyncio: interruptible waits, and work that leaves room for the event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from relay import clock
@@ -36,3 +39,30 @@ async def run_in_slices(steps: Steps[T]) -> T:
         if run_for(SLICE, work):
             return work.result
         await asyncio.sleep(0)
+
+
+def in_thread(work: Callable[[], T], name: str) -> asyncio.Future[T]:
+    """Run `work` in a daemon thread of that name; return its result to come.
+
+    Threads of the loop's executor would keep the process from ending while a disk hangs.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def deliver(set_outcome: Callable[[], None]) -> None:
+        if not future.cancelled():
+            set_outcome()
+
+    def run() -> None:
+        try:
+            value = work()
+        except BaseException as e:  # noqa: BLE001 - raised again where the future is awaited
+            error = e
+            set_outcome = lambda: future.set_exception(error)  # noqa: E731
+        else:
+            set_outcome = lambda: future.set_result(value)  # noqa: E731
+        with suppress(RuntimeError):  # the loop has ended in the meantime
+            loop.call_soon_threadsafe(deliver, set_outcome)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future

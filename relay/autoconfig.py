@@ -10,7 +10,7 @@ from contextlib import aclosing
 from typing import Any
 
 from relay import clock
-from relay.environment import ConnectionState, Environment, UpstreamConnection
+from relay.environment import CONFIRM_EVERY, ConnectionState, Environment, UpstreamConnection
 from relay.errors import ErrorKind, InvalidData
 from relay.model.environment import EnvironmentSpec
 from relay.protocol.autoconfig import (
@@ -22,17 +22,20 @@ from relay.protocol.autoconfig import (
     Upsert,
     VersionedList,
 )
+from relay.protocol.environmentlist import EnvironmentList
 from relay.protocol.environments import (
     EnvironmentDescription,
     SharedSettings,
     ignored_expiry,
     rotations,
+    settled,
     spec_of,
     variant_name,
 )
-from relay.relay import DirectoryChange, Relay
+from relay.relay import RESTART_DELAY, DirectoryChange, Relay
 from relay.sources import DataSource, Interrupted, UpToDate
 from relay.sources.autoconfig import AutoConfigStream
+from relay.stores.listmirror import ListMirror
 from relay.telemetry.log import Log, local_time, mask_keys
 from relay.telemetry.outage import OutageLog
 
@@ -61,13 +64,15 @@ _TEXTS = {
 class AutoConfiguration:
     """Lets a relay have the environments that LaunchDarkly's stream describes.
 
-    An outage of the stream, and a refused key, leave the environments as they are.
+    An outage of the stream, and a refused key, leave the environments as they are. Until the stream
+    delivers, the stored list is served, and `known` is not set: LaunchDarkly may know more.
 
     Args:
         stream: to follow.
         settings: of all environments.
         make_environment: makes an environment.
         make_source: makes a data source for an environment that has a new SDK key.
+        mirrors: places where the list is stored.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class AutoConfiguration:
         settings: SharedSettings,
         make_environment: Callable[[EnvironmentSpec], Environment],
         make_source: Callable[[EnvironmentSpec, Log], DataSource],
+        mirrors: Sequence[ListMirror] = (),
     ) -> None:
         self.is_upstream = True
         self.connection = UpstreamConnection()
@@ -87,6 +93,15 @@ class AutoConfiguration:
         self._make_source = make_source
         self._environments: VersionedList[EnvironmentDescription] = VersionedList()
         self._filters: VersionedList[FilterDescription] = VersionedList()
+        self._mirrors = tuple(mirrors)
+        self._settled: dict[str, EnvironmentDescription] = {}
+        """What is stored of each environment, by ID."""
+        self._stored: EnvironmentList | None = None
+        """The stored list that is served until the stream delivers; None without one."""
+        self._mirrors_updated_at = -float("inf")
+        """Monotonic time of the last `update` of the mirrors."""
+        self._lock = asyncio.Lock()
+        """Held while a list or a message is carried out, which takes many turns."""
         self._outage = OutageLog(log)
 
     def __repr__(self) -> str:
@@ -94,7 +109,44 @@ class AutoConfiguration:
         return f"<AutoConfiguration {state} {len(self._environments)} environments>"
 
     async def run(self, relay: Relay) -> None:
-        """Follow the stream until cancelled."""
+        """Serve the stored list, follow the stream and store what it says until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for mirror in self._mirrors:
+                tasks.create_task(self._load_stored(relay, mirror))
+                tasks.create_task(self._keep_stored(mirror))
+            tasks.create_task(self._follow_stream(relay))
+
+    async def _load_stored(self, relay: Relay, mirror: ListMirror) -> None:
+        """Serve a stored list until the stream delivers; the newer of two lists wins."""
+        try:
+            stored = await mirror.load(self.known)
+        except Exception:
+            log.exception("The stored list of environments failed to be read")
+            return
+        if stored is None:
+            return
+        async with self._lock:
+            if self.known.is_set() or not _is_newer(stored, self._stored):
+                return
+            age = None if stored.confirmed is None else max(0.0, clock.unix() - stored.confirmed)
+            when = "at an unknown time" if age is None else local_time(clock.unix() - age)
+            text = "Serving the stored list of %d environment(s), last confirmed %s"
+            log.info(text, len(stored.environments), when)
+            self._stored = stored
+            if age is not None:
+                self.connection.last_confirmed = clock.monotonic() - age
+            await self._take(relay, Put(stored.environments, stored.filters, {}))
+
+    async def _keep_stored(self, mirror: ListMirror) -> None:
+        """Store the list, and begin anew after any exception, which affects nothing else."""
+        while True:
+            try:
+                await mirror.run(self._current)
+            except Exception:
+                log.exception("The list of environments failed to be stored; trying again")
+            await asyncio.sleep(RESTART_DELAY)
+
+    async def _follow_stream(self, relay: Relay) -> None:
         log.info("Connecting to auto-configuration stream (%s)", self._stream.shown_url)
         async with aclosing(self._stream.updates()) as updates:
             async for update in updates:
@@ -104,8 +156,9 @@ class AutoConfiguration:
                     case UpToDate():
                         self._confirm()
                     case _:
-                        await self._handle(relay, update)
-                        self._confirm()
+                        async with self._lock:
+                            await self._handle(relay, update)
+                        self._confirm(changed=True)
 
     async def _handle(self, relay: Relay, message: Message) -> None:
         match message:
@@ -126,11 +179,18 @@ class AutoConfiguration:
         log.info("Received configuration for %d environment(s)", len(put.environments))
         for reason in put.unusable.values():
             log.warning("%s", reason)
-        mask_keys(_keys(put.environments.values()))  # at once, because each time costs
-        await self._apply(relay, self._environments.put(put.environments, put.unusable))
-        await self._apply_filters(relay, self._filters.put(put.filters, put.unusable))
+        await self._take(relay, put)
         self.known.set()
         _log.info("Finished processing auto-configuration data")
+
+    async def _take(self, relay: Relay, put: Put) -> None:
+        """Let the environments be those of a list; whatever is newer outranks a stored one."""
+        mask_keys(_keys(put.environments.values()))  # at once, because each time costs
+        outranks = self._stored is not None and not self.known.is_set()
+        environments = self._environments.put(put.environments, put.unusable, outranks=outranks)
+        await self._apply(relay, environments)
+        filters = self._filters.put(put.filters, put.unusable, outranks=outranks)
+        await self._apply_filters(relay, filters)
 
     async def _apply(
         self, relay: Relay, changes: Iterable[ListChange[EnvironmentDescription]]
@@ -147,8 +207,12 @@ class AutoConfiguration:
             for payload_filter in after:
                 if change.after is not None:
                     await self._attempt(relay, change.after, payload_filter)
-            if change.after is not None and change.id not in relay.environments:
+            environment = relay.environments.get(change.id)
+            if environment is None:
+                self._settled.pop(change.id, None)
                 self._environments.forget(change.id)  # so the next put is another chance
+            elif change.after is not None:
+                self._settled[change.id] = settled(change.after, environment.spec)
 
     async def _apply_filters(
         self, relay: Relay, changes: Iterable[ListChange[FilterDescription]]
@@ -204,6 +268,8 @@ class AutoConfiguration:
         if environment is None or before is None:
             relay.put(self._make_environment(spec))
             self._report(DirectoryChange.ADDED, spec)
+        elif spec == before and not self.known.is_set():
+            return  # LaunchDarkly confirms a stored description
         else:
             is_rotated = spec.sdk_key != before.sdk_key
             source = self._make_source(spec, environment.log) if is_rotated else None
@@ -221,13 +287,24 @@ class AutoConfiguration:
         self.changes[change] += 1
         log.info("%s %s (%s)", _TEXTS[change], spec.name, spec.title)
 
-    def _confirm(self) -> None:
-        """Record that the list is current."""
+    def _current(self) -> EnvironmentList:
+        """Return the list to store."""
+        age = self.connection.data_age
+        confirmed = None if age is None else clock.unix() - age
+        return EnvironmentList(dict(self._settled), self._filters.by_id(), confirmed)
+
+    def _confirm(self, *, changed: bool = False) -> None:
+        """Record that the list is current; update the mirrors."""
         if not self.known.is_set():
             return  # a patch before the first put is not the list
+        now = clock.monotonic()
         self.connection.has_data = True
-        self.connection.last_confirmed = clock.monotonic()
+        self.connection.last_confirmed = now
         self.connection.enter(ConnectionState.VALID)
+        if changed or now - self._mirrors_updated_at >= CONFIRM_EVERY:
+            self._mirrors_updated_at = now
+            for mirror in self._mirrors:
+                mirror.update()
         self._outage.end("The auto-configuration stream works again")
 
     def _handle_interruption(self, outage: Interrupted) -> None:
@@ -246,6 +323,11 @@ class AutoConfiguration:
             self._outage.reason = outage.reason
         else:
             self._outage.begin(outage.reason, "%s", outage.reason, again=again)
+
+
+def _is_newer(stored: EnvironmentList, other: EnvironmentList | None) -> bool:
+    """Return whether a list was confirmed after another one, or is all there is."""
+    return other is None or (stored.confirmed or 0.0) > (other.confirmed or 0.0)
 
 
 def _shown(line: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -8,13 +8,14 @@ imports neither the HTTP client nor the Redis driver.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msgspec import structs
+from msgspec import Struct, structs
 
 from relay.config.schema import AutoConfig, Config, EnvironmentConfig, Main, OfflineMode
 from relay.environment import Environment
@@ -32,7 +33,8 @@ from relay.registry import Registry
 from relay.relay import Directory, Relay
 from relay.sources import DataSource
 from relay.sources.timings import SourceTimings
-from relay.stores import Mirror
+from relay.stores import DataStore, Mirror
+from relay.stores.bigsegments import BigSegmentStore
 from relay.streams.evaluated import client_side_channels
 from relay.streams.hub import Hub, StreamLimits
 from relay.telemetry.log import Log, environment_log, set_environment_level
@@ -40,7 +42,9 @@ from relay.telemetry.log import Log, environment_log, set_environment_level
 if TYPE_CHECKING:
     from relay.autoconfig import AutoConfiguration
     from relay.bigsegments.environment import BigSegments
+    from relay.model.credential import AutoConfigKey
     from relay.protocol.environments import SharedSettings
+    from relay.stores.listmirror import ListMirror
     from relay.sync import SyncTarget
     from relay.upstream import Upstream as HTTPSession
 
@@ -59,6 +63,20 @@ Session = AbstractAsyncContextManager[object]
 SourceFactory = Callable[[EnvironmentSpec, Log], DataSource]
 
 
+class Database(Struct, frozen=True):
+    """A configured database.
+
+    Args:
+        kind: kind of database, as in `/status`.
+        store_for: returns the store of an environment.
+        big_segments_for: returns the members of its big segments; None if it cannot hold any.
+    """
+
+    kind: str
+    store_for: Callable[[EnvironmentSpec], DataStore]
+    big_segments_for: Callable[[EnvironmentSpec], BigSegmentStore] | None = None
+
+
 def build(config: Config) -> Relay:
     """Return the relay that a configuration describes, without connecting anything.
 
@@ -66,8 +84,9 @@ def build(config: Config) -> Relay:
         ConfigError: a resource that it names, such as a file of CA certificates, is unusable.
     """
     registry: Registry[Environment] = Registry()
+    database = _database(config)
     if config.offline_mode.file_data_source:
-        return _offline(config, registry)
+        return _offline(config, registry, database)
     events: Forwarder | None = None
     fetch: Fetch | None = None
     directory: Directory | None = None
@@ -79,11 +98,11 @@ def build(config: Config) -> Relay:
         session, fetch = upstream, upstream.fetch
         events = _forwarder(config, upstream, registry.spec_of)
         if config.auto_config.key:
-            directory = _auto_configuration(config, upstream, make_source)
+            directory = _auto_configuration(config, upstream, make_source, database)
     else:
         specs, make_source = [_demo(config.main)], _file(config)
     return Relay(
-        [_environment(config, spec, make_source, upstream) for spec in specs],
+        [_environment(config, spec, make_source, database, upstream) for spec in specs],
         config.main.init_timeout,
         upstream=session,
         fetch=fetch,
@@ -97,7 +116,10 @@ def build(config: Config) -> Relay:
 
 
 def _auto_configuration(
-    config: Config, session: HTTPSession, make_source: SourceFactory
+    config: Config,
+    session: HTTPSession,
+    make_source: SourceFactory,
+    database: Database | None,
 ) -> AutoConfiguration:
     """Return what follows the list of environments; it makes them as the configured ones are."""
     from relay.autoconfig import AutoConfiguration, log
@@ -105,15 +127,35 @@ def _auto_configuration(
     from relay.sources.autoconfig import AutoConfigStream
 
     main, auto = config.main, config.auto_config
+    key = AutoConfigKey(auto.key.reveal())
     return AutoConfiguration(
-        AutoConfigStream(session, main.stream_uri, AutoConfigKey(auto.key.reveal()), log),
+        AutoConfigStream(session, main.stream_uri, key, log),
         _shared(auto, main),
-        lambda spec: _environment(config, spec, make_source, session),
+        lambda spec: _environment(config, spec, make_source, database, session),
         make_source,
+        tuple(_list_mirrors(config, key, log)),
     )
 
 
-def _offline(config: Config, registry: Registry[Environment]) -> Relay:
+def _list_mirrors(config: Config, key: AutoConfigKey, log: Log) -> Iterator[ListMirror]:
+    """Yield the places where the list of environments is stored, as configured."""
+    from relay.stores.listmirror import ListMirror
+
+    main, auto = config.main, config.auto_config
+    if main.exit_always:
+        return  # such a run waits for LaunchDarkly's list
+    if main.snapshot_dir:
+        from relay.stores.listfile import ListFile
+
+        yield ListMirror(ListFile(Path(main.snapshot_dir), key), log)
+    if config.redis and auto.cache_key:
+        from relay.stores.redis.list import RedisList
+
+        store = RedisList(config.redis, auto.cache_key, key, auto.cache_encryption_key)
+        yield ListMirror(store, log)
+
+
+def _offline(config: Config, registry: Registry[Environment], database: Database | None) -> Relay:
     """Return the relay whose environments are those of an archive: without a network.
 
     Raises:
@@ -124,7 +166,7 @@ def _offline(config: Config, registry: Registry[Environment]) -> Relay:
     options, main = config.offline_mode, config.main
 
     def make_environment(spec: EnvironmentSpec, source: DataSource) -> Environment:
-        return _environment(config, spec, lambda _spec, _log: source)
+        return _environment(config, spec, lambda _spec, _log: source, database)
 
     path = Path(options.file_data_source)
     interval = options.file_data_source_monitoring_interval
@@ -173,19 +215,18 @@ def sync_targets(
     Raises:
         ConfigError: there is no database, or no such environment; see also `build`.
     """
-    from relay.stores.redis.store import RedisStore
     from relay.sync import SyncTarget
 
-    redis = config.redis
+    database = _database(config)
     problems = _missing(config, names)
-    if not redis:
-        problems.append("there is no database to bring up to date; [Redis] or USE_REDIS names one")
-    if problems or not redis:
+    if database is None:
+        text = "there is no database to bring up to date; [Redis], [Consul], USE_REDIS or"
+        problems.append(f"{text} USE_CONSUL names one")
+    if problems or database is None:
         raise ConfigError(problems)
     session, sources = _sources(config, names, relay_url)
     targets = [
-        SyncTarget(spec, source, RedisStore(redis, spec.prefix), log)
-        for spec, source, log in sources
+        SyncTarget(spec, source, database.store_for(spec), log) for spec, source, log in sources
     ]
     return session, targets
 
@@ -310,31 +351,33 @@ def _environment(
     config: Config,
     spec: EnvironmentSpec,
     make_source: SourceFactory,
+    database: Database | None,
     upstream: HTTPSession | None = None,
 ) -> Environment:
     """Return an environment; its big segments are fetched only if there is an upstream."""
     log = _log_for(spec)
     source = make_source(spec, log)
     programs, main = ProgramCache(), config.main
-    big_segments = _big_segments(config, spec, log)
+    big_segments = _big_segments(main, spec, log, database)
     streams = client_side_channels(programs, main.ping_stream_jitter_time, big_segments)
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
     environment = Environment(spec, source, hub, log, programs=programs, big_segments=big_segments)
     if big_segments is not None and upstream is not None:
-        _synchronise(big_segments, config.main, upstream, environment)
-    environment.mirrors = tuple(_mirrors(config, spec, environment.resync, log))
+        _synchronise(big_segments, main, upstream, environment)
+    environment.mirrors = tuple(_mirrors(config, spec, environment.resync, log, database))
     return environment
 
 
-def _big_segments(config: Config, spec: EnvironmentSpec, log: Log) -> BigSegments | None:
+def _big_segments(
+    main: Main, spec: EnvironmentSpec, log: Log, database: Database | None
+) -> BigSegments | None:
     """Return the big segments of an environment; None without a database that can hold them."""
-    if not config.redis:
+    if database is None or database.big_segments_for is None:
         return None
     from relay.bigsegments.environment import BigSegments, BigSegmentTimings
-    from relay.stores.redis.bigsegments import RedisBigSegmentStore
 
-    timings = BigSegmentTimings(reported=config.main.big_segments_stale_threshold)
-    return BigSegments(RedisBigSegmentStore(config.redis, spec.prefix), log, timings)
+    timings = BigSegmentTimings(reported=main.big_segments_stale_threshold)
+    return BigSegments(database.big_segments_for(spec), log, timings)
 
 
 def _synchronise(
@@ -370,8 +413,37 @@ def _stream_limits(main: Main) -> StreamLimits:
     )
 
 
+def _database(config: Config) -> Database | None:
+    """Return the configured database; None without one.
+
+    Raises:
+        ConfigError: a file or variable that it needs is unusable.
+    """
+    if redis := config.redis:
+        from relay.stores.redis.bigsegments import RedisBigSegmentStore
+        from relay.stores.redis.store import RedisStore
+
+        return Database(
+            "redis",
+            lambda spec: RedisStore(redis, spec.prefix),
+            lambda spec: RedisBigSegmentStore(redis, spec.prefix),
+        )
+    if consul := config.consul:
+        from relay.stores.consul.connect import connect
+        from relay.stores.consul.store import ConsulStore
+
+        connection = connect(consul, os.environ)
+        size = consul.max_value_size
+        return Database("consul", lambda spec: ConsulStore(connection, spec.prefix, size))
+    return None
+
+
 def _mirrors(
-    config: Config, spec: EnvironmentSpec, resync: Callable[[], None], log: Log
+    config: Config,
+    spec: EnvironmentSpec,
+    resync: Callable[[], None],
+    log: Log,
+    database: Database | None,
 ) -> Iterator[Mirror]:
     """Yield the snapshot and the database mirror, if configured."""
     if config.main.snapshot_dir and config.uses_launchdarkly:
@@ -382,11 +454,11 @@ def _mirrors(
         yield SnapshotMirror(
             Path(config.main.snapshot_dir), owner, log, payload_filter=spec.payload_filter
         )
-    if config.redis:
+    if database:
         from relay.stores.mirror import SINGLE_RUN, DatabaseMirror, MirrorTimings
-        from relay.stores.redis.store import RedisStore
 
-        store = RedisStore(config.redis, spec.prefix)
-        log.info("Using Redis data store: %s with prefix: %s", store.server, store.prefix)
+        store, name = database.store_for(spec), database.kind.capitalize()
+        text = "Using %s data store: %s with prefix: %s"
+        log.info(text, name, store.server, store.prefix)
         timings = SINGLE_RUN if config.main.exit_always else MirrorTimings()
-        yield DatabaseMirror(store, "redis", resync, log, timings)
+        yield DatabaseMirror(store, database.kind, resync, log, timings)

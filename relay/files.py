@@ -7,9 +7,15 @@ OpenShift run every container as an arbitrary user, and the next one may get ano
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
+import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 FileState = tuple[int, int, int]
 """Modification time in nanoseconds, size, and inode (editors replace files)."""
@@ -54,23 +60,57 @@ def open_private(path: Path, flags: int) -> int:
     return descriptor
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """Replace the content of a private file at once, so that nobody reads a part of it.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a private file, which takes the place of the one at `path` when the block ends.
+
+    Nobody reads a part of it. If the block fails, the former file stays.
 
     Raises:
         OSError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp")
+    descriptor = open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        with os.fdopen(
-            open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb"
-        ) as file:
-            file.write(content)
+        with os.fdopen(descriptor, "wb") as file:
+            # The lock tells `remove_unfinished` that this process is alive.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield file
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
+            os.fsync(descriptor)
+            temporary.replace(path)
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Replace the content of a private file at once, as `replacing`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(content)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed processes have left of files to be at `path`; living ones hold a lock."""
+    for leftover in path.parent.glob(f"{glob.escape(path.stem)}.*.tmp"):
+        with suppress(OSError), leftover.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink()
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename durable; ignored where directories cannot be synchronised."""
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _is_shared(directory: Path) -> bool:

@@ -50,7 +50,8 @@ class Directory(Protocol):
     connection: UpstreamConnection
     """State of the connection by which it knows that."""
     known: asyncio.Event
-    """Set once it knows the environments: until then no credential can be called unknown."""
+    """Set once it knows the environments: until then no credential can be called unknown. Those of
+    a stored list may be served before."""
     changes: Counter[DirectoryChange]
     """Number of changes since the start; those that bring a new SDK key count as both."""
 
@@ -171,6 +172,11 @@ class Relay:
     def knows_environments(self) -> bool:
         """True unless the list of environments is still to come."""
         return self.directory is None or self.directory.known.is_set()
+
+    @property
+    def lacks_environments(self) -> bool:
+        """True while there is no environment to serve, because the list is still to come."""
+        return not self.environments and not self.knows_environments
 
     @property
     def starting(self) -> bool:

@@ -360,11 +360,11 @@ def _translate_errors(*extra: type[Exception]) -> Iterator[None]:
     try:
         yield
     except failures as e:
-        raise UpstreamUnavailable(ErrorKind.NETWORK_ERROR, _reason(e)) from e
+        raise UpstreamUnavailable(ErrorKind.NETWORK_ERROR, reason_of(e)) from e
 
 
-def _reason(error: Exception) -> str:
-    """Return the reason of an error, without library texts that may contain URLs and headers."""
+def reason_of(error: Exception) -> str:
+    """Return the reason of an error of aiohttp, without texts that may contain URLs and headers."""
     match error:
         case aiohttp.ClientHttpProxyError():
             reason = f"the proxy answers {error.status}"

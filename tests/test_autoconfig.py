@@ -13,24 +13,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relay import clock
 from relay.autoconfig import AutoConfiguration
 from relay.environment import ConnectionState, Environment
 from relay.errors import ErrorKind
 from relay.model.credential import CredentialKind, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.protocol import autoconfig
-from relay.protocol.environments import SharedSettings
+from relay.protocol.autoconfig import describe_filter
+from relay.protocol.environmentlist import EnvironmentList
+from relay.protocol.environments import SharedSettings, describe
 from relay.relay import DirectoryChange, Relay
-from relay.sources import Interrupted
+from relay.sources import Interrupted, UpToDate
 from relay.sources.autoconfig import AutoConfigStream
+from relay.stores.listmirror import ListMirror, ListTimings
 from relay.streams.hub import Hub
 from relay.telemetry.log import Log
 from tests.support import environments
 from tests.support.contracts import ScriptedSource
 from tests.support.environments import description, payload_filter
+from tests.support.serving import until
 
 SDK, MOBILE, ID = CredentialKind.SDK_KEY, CredentialKind.MOBILE_KEY, CredentialKind.ENVIRONMENT_ID
+FILTER = payload_filter("north")
 BETA = ("id-beta/north", "id-beta/south")
+AT_ONCE = ListTimings(gather=0.0)
 FAR = 10**17
 """Milliseconds of a time that no test sees."""
 
@@ -46,10 +53,46 @@ class ScriptedStream(ScriptedSource):
         await self.give(cast("Any", autoconfig.read(event.decode(), data)))
 
 
+class ScriptedStore:
+    """A place for the list, which waits until the test lets it be read."""
+
+    label = "file /x"
+
+    def __init__(self, content: EnvironmentList | None = None) -> None:
+        self.content = content
+        self.broken = False
+        self.written: list[EnvironmentList] = []
+        self.readable = asyncio.Event()
+        self.readable.set()
+
+    async def load(self) -> EnvironmentList | None:
+        await self.readable.wait()
+        if self.broken:
+            raise RuntimeError("a bug")
+        return self.content
+
+    async def save(self, environments: EnvironmentList) -> None:
+        if self.broken:
+            raise RuntimeError("a bug")
+        self.written.append(environments)
+
+    async def aclose(self) -> None:
+        pass
+
+
+def stored(
+    *descriptions: dict, confirmed: float | None = 1000.0, **filters: dict
+) -> EnvironmentList:
+    """A list as it may be stored."""
+    by_id = {each["envID"]: describe(each) for each in descriptions}
+    named = {name: describe_filter(each) for name, each in filters.items()}
+    return EnvironmentList(by_id, named, confirmed)
+
+
 class Configured:
     """A relay whose environments come from a scripted stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, *stores: ScriptedStore) -> None:
         self.stream = ScriptedStream()
         self.sources: list[tuple[SDKKey, ScriptedSource]] = []
         self.broken: set[str] = set()
@@ -59,6 +102,7 @@ class Configured:
             SharedSettings("ld-$CID"),
             self.make_environment,
             self.make_source,
+            [ListMirror(store, logging.getLogger("relay"), AT_ONCE) for store in stores],
         )
         self.relay = Relay([], 1, directory=self.directory)
 
@@ -80,8 +124,8 @@ class Configured:
 
 
 @asynccontextmanager
-async def configured() -> AsyncIterator[Configured]:
-    made = Configured()
+async def configured(*stores: ScriptedStore) -> AsyncIterator[Configured]:
+    made = Configured(*stores)
     running = asyncio.create_task(made.relay.run())
     try:
         yield made
@@ -315,3 +359,158 @@ async def test_one_shot_mode_waits_for_the_list(message):
         await made.stream.send(message)
         assert await waiting is (message == environments.put())
     assert not await Configured().relay.wait_until_synced()
+
+
+async def test_a_stored_list_is_served_until_launchdarkly_delivers():
+    """It opens its environments at once, but is not the list: of others nothing is known."""
+    store = ScriptedStore(stored(description(), description("beta"), f=payload_filter("north")))
+    async with configured(store) as made:
+        await until(lambda: len(made.relay.environments) == 4)
+        assert made.opened(SDK, "sdk-alpha-1") == "id-alpha"
+        assert made.opened(MOBILE, "mob-beta-key", "north") == "id-beta/north"
+        assert not made.relay.knows_environments
+        assert not made.directory.connection.has_data
+        assert made.directory.connection.data_age == pytest.approx(clock.unix() - 1000, abs=5)
+        assert not store.written, "nobody has confirmed it"
+        before = dict(made.relay.environments)
+        await made.stream.send(
+            environments.put(description(), description("beta"), filters={"f": FILTER})
+        )
+        assert made.relay.knows_environments
+        assert made.relay.environments == before
+        assert all(made.relay.environments[name] is before[name] for name in before)
+        assert made.directory.changes == {DirectoryChange.ADDED: 4}
+        assert made.directory.connection.data_age == pytest.approx(0, abs=5)
+        await until(lambda: store.written)
+        assert store.written[-1].environments == store.content.environments
+        assert store.written[-1].filters == store.content.filters
+        assert store.written[-1].confirmed == pytest.approx(clock.unix(), abs=5)
+
+
+async def test_the_first_list_outranks_the_stored_one():
+    """Whatever versions it has: what differs is changed, and what is not in it is removed."""
+    store = ScriptedStore(
+        stored(
+            description("alpha", 9, envName="Old"),
+            description("beta", 9),
+            description("gamma", 9),
+            f=payload_filter("north", 9),
+            g=payload_filter("south", 9),
+        )
+    )
+    async with configured(store) as made:
+        await until(lambda: len(made.relay.environments) == 9)
+        alpha = made.relay.environments["id-alpha"]
+        message = environments.put(
+            description("alpha", 2, 2),
+            description("gamma", 2),
+            filters={"f": payload_filter("west", 2)},
+        )
+        await made.stream.send(message)
+        names = ["id-alpha", "id-alpha/west", "id-gamma", "id-gamma/west"]
+        assert sorted(made.relay.environments) == names
+        assert made.relay.environments["id-alpha"] is alpha
+        assert alpha.spec.title == "Project Alpha"
+        assert made.opened(SDK, "sdk-alpha-1") == made.opened(SDK, "sdk-beta-1") == ""
+        assert made.opened(SDK, "sdk-alpha-2") == "id-alpha"
+        await made.stream.send(environments.patch(description("alpha", 2, 3)))
+        assert made.opened(SDK, "sdk-alpha-2") == "id-alpha", "from now on versions count"
+        await made.stream.send(environments.patch(description("alpha", 3, 3)))
+        assert made.opened(SDK, "sdk-alpha-3") == "id-alpha"
+
+
+async def test_the_newer_of_two_stored_lists_is_served():
+    """Whichever is read first; one of unknown age counts as old."""
+    old, new = (ScriptedStore(stored(description(n), confirmed=t)) for n, t in (("a", 5), ("b", 6)))
+    unknown = ScriptedStore(stored(description("c"), confirmed=None))
+    for store in (old, new, unknown):
+        store.readable.clear()
+    async with configured(unknown, old, new) as made:
+        for store, name in ((unknown, "id-c"), (new, "id-b")):
+            store.readable.set()
+            await until(lambda name=name: list(made.relay.environments) == [name])
+        old.readable.set()
+        await asyncio.sleep(0.02)
+        assert list(made.relay.environments) == ["id-b"]
+
+
+async def test_a_stored_list_that_comes_late_is_not_served():
+    """LaunchDarkly has said what there is."""
+    store = ScriptedStore(stored(description("beta")))
+    store.readable.clear()
+    async with configured(store) as made:
+        await made.stream.send(environments.put(description()))
+        store.readable.set()
+        await until(lambda: store.written)
+        assert list(made.relay.environments) == ["id-alpha"]
+
+
+async def test_each_change_is_stored():
+    """With the keys as they are: also those of which the latest message says nothing."""
+    store = ScriptedStore()
+    async with configured(store) as made:
+        await made.stream.send(environments.patch(description()))
+        await made.stream.send(environments.put(description(), description("beta")))
+        await until(lambda: store.written)
+        expiring = {"value": "sdk-alpha-1", "timestamp": FAR}
+        key = {"value": "sdk-alpha-2", "expiring": expiring}
+        await made.stream.send(environments.patch(description("alpha", 2, sdkKey=key)))
+        await made.stream.send(environments.patch(description("alpha", 3, 2, mobKey="")))
+        await made.stream.send(environments.delete("beta", 2))
+        await made.stream.send(environments.patch_filter("f", FILTER))
+        await until(lambda: bool(store.written[-1].filters))
+        written = store.written[-1]
+    assert list(written.environments) == ["id-alpha"]
+    async with configured(ScriptedStore(written)) as again:
+        await until(lambda: len(again.relay.environments) == 2)
+        for opens in ("sdk-alpha-1", "sdk-alpha-2"):
+            assert again.opened(SDK, opens) == again.opened(SDK, opens, "north")[:8] == "id-alpha"
+        assert again.opened(MOBILE, "mob-alpha-key") == "id-alpha"
+
+
+async def test_expired_keys_of_a_stored_list_open_nothing():
+    """Their time has run on while the relay did not."""
+    old = {"value": "sdk-alpha-1", "timestamp": int((clock.now() - 1) * 1000)}
+    key = {"value": "sdk-alpha-2", "expiring": old}
+    async with configured(ScriptedStore(stored(description(sdkKey=key)))) as made:
+        await until(lambda: bool(made.relay.environments))
+        assert made.opened(SDK, "sdk-alpha-1") == ""
+        assert made.opened(SDK, "sdk-alpha-2") == "id-alpha"
+
+
+async def test_a_quiet_list_is_stored_from_time_to_time(monkeypatch):
+    """So that its age is known after a restart."""
+    store = ScriptedStore()
+    async with configured(store) as made:
+        await made.stream.send(environments.put(description()))
+        await until(lambda: len(store.written) == 1)
+        await made.stream.give(UpToDate())
+        await asyncio.sleep(0.02)
+        assert len(store.written) == 1
+        monkeypatch.setattr("relay.autoconfig.CONFIRM_EVERY", 0.0)
+        await made.stream.give(UpToDate())
+        await until(lambda: len(store.written) == 2)
+        assert store.written[1].environments == store.written[0].environments
+
+
+async def test_an_unexpected_error_of_a_store_affects_nothing_else(monkeypatch, caplog):
+    """LaunchDarkly's list is followed, and stored as soon as that works."""
+    monkeypatch.setattr("relay.autoconfig.RESTART_DELAY", 0.01)
+    store = ScriptedStore()
+    store.broken = True
+    async with configured(store) as made:
+        await made.stream.send(environments.put(description()))
+        assert list(made.relay.environments) == ["id-alpha"]
+        await until(lambda: "failed to be stored" in caplog.text)
+        assert "failed to be read" in caplog.text
+        store.broken = False
+        await until(lambda: bool(store.written))
+        await made.stream.send(environments.put(description("beta")))
+        assert list(made.relay.environments) == ["id-beta"]
+
+
+async def test_one_shot_mode_does_not_take_a_stored_list_for_the_list():
+    """It waits for LaunchDarkly's, and fails without it."""
+    async with configured(ScriptedStore(stored(description()))) as made:
+        await until(lambda: bool(made.relay.environments))
+        assert not await made.relay.wait_until_synced()

@@ -7,7 +7,13 @@ import stat
 
 import pytest
 
-from relay.files import make_directory, open_private, write_private
+from relay.files import (
+    make_directory,
+    open_private,
+    remove_unfinished,
+    replacing,
+    write_private,
+)
 
 
 def mode(path) -> int:
@@ -74,3 +80,27 @@ def test_a_private_file_is_replaced_at_once(tmp_path):
     assert path.read_bytes() == b"two"
     assert list(tmp_path.iterdir()) == [path]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_write_that_fails_leaves_the_former_file(tmp_path):
+    """And nothing else."""
+    path = tmp_path / "file"
+    write_private(path, b"one")
+    with pytest.raises(TypeError), replacing(path) as file:
+        file.write("not bytes")
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_processes_have_left_is_removed(tmp_path):
+    """But not what a living one writes, nor what becomes another file."""
+    path = tmp_path / "a[b].file"
+    dead, other = tmp_path / "a[b].dead.tmp", tmp_path / "ab.dead.tmp"
+    for each in (dead, other):
+        each.touch()
+    with replacing(path) as file:
+        file.write(b"one")
+        remove_unfinished(path)
+        assert len(list(tmp_path.iterdir())) == 2
+    assert sorted(tmp_path.iterdir()) == sorted([path, other])
+    remove_unfinished(tmp_path / "no folder" / "file")

@@ -48,6 +48,7 @@ class Network:
         self._upstream_away, self._database_away = upstream_away, database_away
         self.attempts: list[float] = []
         self.stored = EMPTY
+        self.fingerprint = None
         self.content = self
 
     # Upstream
@@ -95,6 +96,17 @@ class Network:
         self._check()
         self.stored, _ = self.stored.apply(ChangeSet(tuple(items)))
         return True
+
+    def problem_with(self, item):
+        pass
+
+    async def mark(self, fingerprint):
+        self._check()
+        self.fingerprint = fingerprint
+
+    async def holds(self, fingerprint):
+        self._check()
+        return self.fingerprint == fingerprint
 
     async def aclose(self):
         pass

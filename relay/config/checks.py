@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from relay.config.options import Option, Support
 from relay.config.schema import (
     AutoConfig,
+    Consul,
     EnvironmentConfig,
     Events,
     Filters,
@@ -30,7 +31,8 @@ from relay.config.schema import (
     options,
     with_variants,
 )
-from relay.config.unsupported import Consul, DynamoDB
+from relay.config.unsupported import DynamoDB
+from relay.model.environment import DEFAULT_PREFIX
 from relay.model.text import one_line
 
 ENVIRONMENT, FILTERS = "Environment", "Filters"
@@ -136,6 +138,7 @@ def warnings(draft: Draft) -> list[str]:
         _no_effect,
         _ineffective,
         _events_in_memory,
+        _list_in_memory,
         _prefixless_environment,
         _archive_without_prefix,
         _duplicates,
@@ -172,6 +175,12 @@ def redis_of(draft: Draft) -> Redis | None:
     if redis.tls and url.startswith("redis://"):
         url = "rediss" + url.removeprefix("redis")
     return replace(redis, url=url)
+
+
+def consul_of(draft: Draft) -> Consul | None:
+    """Return `[Consul]`; None if Consul is not configured."""
+    consul = draft.of(Consul)
+    return consul if consul.host else None
 
 
 def _main_key(*attributes: str) -> tuple[Key, ...]:
@@ -229,7 +238,11 @@ def _webhook(draft: Draft) -> Iterator[Diagnostic]:
 def _auto_config(draft: Draft) -> Iterator[Diagnostic]:
     auto = draft.of(AutoConfig)
     keys = _keys("AutoConfig", *(name for name in SHARED if getattr(auto, name)))
-    if not auto.key and keys:
+    cache = _keys("AutoConfig", "cache_key")
+    if auto.cache_key and not _enabled_databases(draft).keys() - {"Consul"}:
+        yield "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled", cache
+    if not auto.key and (keys or auto.cache_key):
+        keys = (*keys, *(cache if auto.cache_key else ()))
         text = "must specify auto-configuration key if other auto-configuration properties are set"
         yield text, keys
     if not auto.key:
@@ -343,6 +356,28 @@ def _consul(draft: Draft) -> Iterator[Diagnostic]:
     if consul.token and consul.token_file:
         text = "Consul token must be specified as either an inline value or a file, but not both"
         yield text, _keys("Consul", "token", "token_file")
+    if consul.max_value_size <= 0:
+        yield "[Consul] maxValueSize must be greater than zero", _keys("Consul", "max_value_size")
+    if consul.host:
+        yield from _consul_prefixes(draft)
+
+
+def _consul_prefixes(draft: Draft) -> Iterator[Diagnostic]:
+    """Report prefixes whose keys SDKs cannot read, or would read as another environment's."""
+    environments = with_variants(draft.environments, draft.filters)
+    for each in environments:
+        if each.prefix.startswith("/"):
+            text = f'environment "{each.name}": a prefix in Consul must not begin with a slash'
+            yield text, ((ENVIRONMENT, each.name, "prefix"),)
+        for other in environments:
+            prefix = other.prefix or DEFAULT_PREFIX
+            if f"{each.prefix}/".startswith((f"{prefix}/features/", f"{prefix}/segments/")):
+                names = (other.name, each.name)
+                text = (
+                    f'environment "{each.name}": its prefix "{each.prefix}" is where "{other.name}"'
+                    " has its items in Consul"
+                )
+                yield text, tuple((ENVIRONMENT, name, "prefix") for name in names)
 
 
 def _dynamodb(draft: Draft) -> Iterator[Diagnostic]:
@@ -439,6 +474,16 @@ def _events_in_memory(draft: Draft) -> Iterator[Diagnostic]:
         yield text, _keys("Events", "send_events")
 
 
+def _list_in_memory(draft: Draft) -> Iterator[Diagnostic]:
+    auto, main = draft.of(AutoConfig), draft.of(Main)
+    if auto.key and not (auto.cache_key or main.snapshot_dir or main.exit_always):
+        text = (
+            "the list of environments is not stored, so that a start needs LaunchDarkly;"
+            " [Main] snapshotDir or [AutoConfig] cacheKey keeps it"
+        )
+        yield text, _keys("AutoConfig", "key")
+
+
 def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
     main = draft.of(Main)
     if main.flags_file and (draft.environments or draft.of(AutoConfig).key):
@@ -451,9 +496,16 @@ def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
         yield text, (*_main_key("flags_file"), *archive)
     if main.exit_on_error and not main.exit_always:
         yield "[Main] exitOnError has no effect without exitAlways", _main_key("exit_on_error")
+    auto = draft.of(AutoConfig)
+    if auto.cache_encryption_key and not auto.cache_key:
+        text = "[AutoConfig] cacheEncryptionKey has no effect without cacheKey"
+        yield text, _keys("AutoConfig", "cache_encryption_key")
     redis = tuple(key for key in draft.sources if key[0] == "Redis")
     if redis and not _uses_redis(draft.of(Redis)):
         yield "[Redis] has no effect without url, host or port", redis
+    consul = tuple(key for key in draft.sources if key[0] == "Consul" and key[2] != "host")
+    if consul and not draft.of(Consul).host:
+        yield "[Consul] has no effect without host", consul
 
 
 def _prefixless_environment(draft: Draft) -> Iterator[Diagnostic]:

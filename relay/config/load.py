@@ -428,6 +428,7 @@ def _config(draft: Draft, warnings: list[str]) -> Config:
         environments=draft.environments,
         filters=dict(draft.filters),
         redis=checks.redis_of(draft),
+        consul=checks.consul_of(draft),
         proxy=draft.of(Proxy),
         http=draft.of(Http),
         webhook=draft.of(Webhook),

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from relay.config.options import LATER, NO_EFFECT, REFUSED, Option, declared, option, section
 from relay.config.types import (
     BOOLEAN,
+    CONSUL_ADDRESS,
     DURATION,
     ENVIRONMENT_ID,
     HEADER_NAMES,
@@ -36,7 +37,6 @@ from relay.config.types import (
 )
 from relay.config.unsupported import (
     Concurrency,
-    Consul,
     Datadog,
     DynamoDB,
     OpenTelemetry,
@@ -388,6 +388,44 @@ class Redis(Struct, frozen=True):
 
 
 @section
+class Consul(Struct, frozen=True):
+    """`[Consul]`: Consul server that the relay keeps up to date for SDKs in daemon mode.
+
+    In a file, `host` enables it; with variables, `USE_CONSUL=true` does. The variables of Consul's
+    own client for tokens, TLS and namespaces apply, too.
+    """
+
+    host: str = option(
+        "CONSUL_HOST",
+        CONSUL_ADDRESS,
+        "",
+        "Host, optionally with port (default 8500) and path; or an `http://`, `https://` or"
+        " `unix://` URL.",
+        "localhost:8500",
+    )
+    token: Secret = option(
+        "CONSUL_TOKEN", SECRET, Secret(""), "Access token.", "a-long-random-text"
+    )
+    token_file: str = option(
+        "CONSUL_TOKEN_FILE",
+        PATH,
+        "",
+        "File with the access token; it is read again when it changes.",
+        "/etc/relay/consul-token",
+    )
+    max_value_size: int = option(
+        "CONSUL_MAX_VALUE_SIZE",
+        SIZE,
+        512 * 1024,
+        "Maximum size of a flag or segment that the server accepts: its `limits.kv_max_value_size`."
+        " Larger ones are reported, and served from memory only.",
+    )
+    local_ttl: float = option(
+        "CACHE_TTL", DURATION, 30.0, "See `[Redis]` `localTtl`.", support=NO_EFFECT
+    )
+
+
+@section
 class Proxy(Struct, frozen=True):
     """`[Proxy]`: HTTP proxy and CA certificates for requests to LaunchDarkly."""
 
@@ -658,18 +696,18 @@ class AutoConfig(Struct, frozen=True):
         "AUTO_CONFIG_CACHE_KEY",
         STRING,
         "",
-        "Database key under which the list of environments is stored.",
+        "Database key under which the list of environments is stored, encrypted, for a start"
+        " without LaunchDarkly; in Redis it is the whole key. Requires Redis. Not set: it is"
+        " stored in `snapshotDir` only.",
         "relay-environments",
-        support=REFUSED,
     )
     cache_encryption_key: Secret = option(
         "AUTO_CONFIG_CACHE_ENCRYPTION_KEY",
         SECRET,
         Secret(""),
-        "Key that encrypts the value stored under `cacheKey`. Not set: the automatic configuration"
-        " key is used.",
+        "Text that encrypts what is stored under `cacheKey`; all relays that share it need the"
+        " same. Not set: the automatic configuration key is used.",
         "a-long-random-text",
-        support=REFUSED,
     )
 
 
@@ -691,6 +729,7 @@ SECTIONS: dict[str, type] = {
     "Main": Main,
     "Events": Events,
     "Redis": Redis,
+    "Consul": Consul,
     "Proxy": Proxy,
     "Http": Http,
     "Webhook": Webhook,
@@ -699,7 +738,6 @@ SECTIONS: dict[str, type] = {
     "AutoConfig": AutoConfig,
     "OfflineMode": OfflineMode,
     "DynamoDB": DynamoDB,
-    "Consul": Consul,
     "Datadog": Datadog,
     "Stackdriver": Stackdriver,
     "OpenTelemetry": OpenTelemetry,
@@ -717,6 +755,7 @@ class Config(Struct, frozen=True):
         environments: in configuration order, without the variants of `filters`.
         filters: payload filters by project key.
         redis: None if Redis is not configured; otherwise `redis.url` is complete.
+        consul: None if Consul is not configured.
         sources: source of each option that was set, `FILE:LINE` or the variable, by
             `Section.attribute` or `Environment "NAME".attribute`.
         warnings: messages for the operator, such as on options without effect.
@@ -727,6 +766,7 @@ class Config(Struct, frozen=True):
     environments: tuple[EnvironmentConfig, ...] = ()
     filters: dict[str, Filters] = field(default_factory=dict)
     redis: Redis | None = None
+    consul: Consul | None = None
     proxy: Proxy = Proxy()
     http: Http = Http()
     webhook: Webhook = Webhook()

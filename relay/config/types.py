@@ -58,6 +58,7 @@ _ORIGIN = re.compile(
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _MAX_PORT = 65535
 _HEADER_NAME = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_CONSUL_PORT = 8500
 LOG_LEVELS = ("debug", "info", "warn", "error", "none")
 TLS_VERSIONS = ("1.0", "1.1", "1.2", "1.3")
 
@@ -255,6 +256,37 @@ def _http_uri(text: str) -> str:
     return text
 
 
+def consul_url(address: str) -> str:
+    """Return the base URL of Consul's HTTP API (datastore 4.5).
+
+    Args:
+        address: host, optionally with port and path, by default with the port on which Consul
+            listens; a URL, by default with the port of its scheme; or the path of a Unix socket.
+
+    Raises:
+        ValueError: the address is invalid; the message does not repeat it.
+    """
+    scheme, _, rest = address.rpartition("://")
+    if scheme == "unix" and rest:
+        return address
+    if scheme not in ("", "http", "https"):
+        raise ValueError("must begin with http://, https:// or unix://, or with the host")
+    parts = urlsplit(_uri(f"{scheme or 'http'}://{rest}"))
+    if not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("must be a host, or a URL that names one, without ? and #")
+    if parts.username is not None:
+        raise ValueError("must not contain a user or a password; Consul knows tokens only")
+    if not scheme and not parts.port:
+        parts = parts._replace(netloc=f"{parts.netloc.rstrip(':')}:{_CONSUL_PORT}")
+    return parts.geturl()
+
+
+def _consul_address(text: str) -> str:
+    if text:
+        consul_url(text)
+    return text
+
+
 def _list_of(member: OptionType, *, keeps_empty: bool = False) -> OptionType:
     """Return the type of a comma-separated list.
 
@@ -294,6 +326,7 @@ DURATION = OptionType("duration", _duration, _show_duration)
 SIZE = OptionType("size", _size, _show_size)
 URI = OptionType("URL", _uri, by_reference=True)
 HTTP_URI = OptionType("URL", _http_uri, by_reference=True)
+CONSUL_ADDRESS = OptionType("address", _consul_address, is_text=True)
 STRING = OptionType("text", _text, is_text=True, quotable=True)
 PATH = OptionType("path", _text, is_text=True)
 SECRET = OptionType(

@@ -14,12 +14,9 @@ from relay.config.types import (
     DURATION,
     HTTP_URI,
     LIST,
-    PATH,
-    SECRET,
     STRING,
     one_of,
 )
-from relay.model.credential import Secret
 
 
 @section
@@ -43,34 +40,6 @@ class DynamoDB(Struct, frozen=True):
         "",
         "URL of the DynamoDB service. Not set: that of AWS.",
         "http://localhost:8000",
-        support=LATER,
-    )
-    local_ttl: float = option(
-        "CACHE_TTL", DURATION, 30.0, "See `[Redis]` `localTtl`.", support=NO_EFFECT
-    )
-
-
-@section
-class Consul(Struct, frozen=True):
-    """`[Consul]`: Consul server to keep up to date; its variables require `USE_CONSUL=true`."""
-
-    host: str = option(
-        "CONSUL_HOST",
-        STRING,
-        "",
-        "Host, optionally with a port; enables Consul in a file.",
-        "localhost",
-        support=REFUSED,
-    )
-    token: Secret = option(
-        "CONSUL_TOKEN", SECRET, Secret(""), "Access token.", "a-long-random-text", support=LATER
-    )
-    token_file: str = option(
-        "CONSUL_TOKEN_FILE",
-        PATH,
-        "",
-        "File with the access token.",
-        "/etc/relay/consul-token",
         support=LATER,
     )
     local_ttl: float = option(

@@ -237,7 +237,7 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_requests_total", COUNTER, ("environment", "platform", "route", "method"), "Requests whose credential opened an environment, streams included."): _requests,
     Metric("relay_changes_total", COUNTER, ("environment",), "Messages of LaunchDarkly that changed something."): _per_environment(lambda e: e.changes),
     Metric("relay_change_delivery_seconds", HISTOGRAM, ("environment",), "Time from the arrival of a change until it was written to the last stream whose client keeps up."): _per_environment(lambda e: e.hub.delays),
-    Metric("relay_data_age_seconds", GAUGE, ("environment",), "Time since LaunchDarkly last confirmed that the flags are current; none before the first time."): _per_environment(_data_age),
+    Metric("relay_data_age_seconds", GAUGE, ("environment",), "Time since LaunchDarkly last confirmed that the flags are current; also of a stored list; none if that is unknown."): _per_environment(_data_age),
     Metric("relay_upstream_state", GAUGE, ("environment", "state"), "How it stands with LaunchDarkly: 1 for the state that `/status` shows, 0 for the others."): _upstream_states,
     Metric("relay_store_state", GAUGE, ("environment", "database", "state"), "How it stands with the database: 1 for the state that `/status` shows, 0 for the others."): _store_states,
     Metric("relay_store_unreadable_items", GAUGE, ("environment", "database"), "Items in the database that could not be read."): _unreadable_items,

@@ -132,7 +132,7 @@ def _patch(kind: type[Description], identifier: str, members: Members) -> Messag
     if members["data"] is None:
         return Ignored(f'Ignoring a patch of "{identifier}" without data')
     if kind is FilterDescription:
-        return Upsert(identifier, _describe_filter(members["data"]))
+        return Upsert(identifier, describe_filter(members["data"]))
     environment = describe(members["data"])
     mismatch = _mismatch(identifier, environment)
     return Ignored(mismatch) if mismatch else Upsert(identifier, environment)
@@ -166,7 +166,7 @@ def _put(members: Members) -> Put:
         raise InvalidData(what, "filters is not an object")
     for identifier, entry in filter_entries.items():
         try:
-            filters[identifier] = _describe_filter(entry)
+            filters[identifier] = describe_filter(entry)
         except InvalidData as e:
             unusable[identifier] = f"Ignoring filter data with key {identifier!r}: {e}"
     return Put(environments, filters, unusable)
@@ -183,13 +183,27 @@ def _mismatch(identifier: str, environment: EnvironmentDescription) -> str:
     )
 
 
-def _describe_filter(value: object) -> FilterDescription:
+def describe_filter(value: object) -> FilterDescription:
+    """Return the description of a payload filter that a decoded JSON value is.
+
+    Raises:
+        InvalidData: a member has a wrong type, or there is no key.
+    """
     members = members_of("filter", value)
     key = text_in("filter", members, "key")
     if not key:
         raise InvalidData("filter", "there is no key")
     version = integer_in("filter", members, "version")
     return FilterDescription(version, text_in("filter", members, "projkey"), key)
+
+
+def represent_filter(description: FilterDescription) -> dict[str, object]:
+    """Return the JSON value that `describe_filter` reads."""
+    return {
+        "projKey": description.project_key,
+        "key": description.key,
+        "version": description.version,
+    }
 
 
 class ListChange(Struct, Generic[ValueT], frozen=True):
@@ -224,17 +238,22 @@ class VersionedList(Generic[ValueT]):
         """Return all descriptions."""
         return tuple(self._values.values())
 
+    def by_id(self) -> Mapping[str, ValueT]:
+        """Return all descriptions by ID: those of now."""
+        return dict(self._values)
+
     def put(
-        self, values: Mapping[str, ValueT], kept: Mapping[str, object]
+        self, values: Mapping[str, ValueT], kept: Mapping[str, object], *, outranks: bool = False
     ) -> Iterator[ListChange[ValueT]]:
         """Take over a whole list, change by change.
 
         Args:
             values: by ID.
             kept: IDs of which nothing but their presence is known.
+            outranks: whatever differs is taken, whichever version is known.
         """
         for identifier, value in values.items():
-            yield from self.upsert(identifier, value)
+            yield from (self._set if outranks else self.upsert)(identifier, value)
         present = values.keys() | kept.keys()
         for identifier in [each for each in self._values if each not in present]:
             yield ListChange(identifier, self._values.pop(identifier), None)
@@ -243,10 +262,7 @@ class VersionedList(Generic[ValueT]):
     def upsert(self, identifier: str, value: ValueT) -> Iterator[ListChange[ValueT]]:
         """Take over one description, unless it is older than what is known."""
         if value.version > self._version(identifier):
-            self._tombstones.pop(identifier, None)
-            before = self._values.get(identifier)
-            self._values[identifier] = value
-            yield ListChange(identifier, before, value)
+            yield from self._set(identifier, value)
 
     def delete(self, identifier: str, version: int) -> Iterator[ListChange[ValueT]]:
         """Remove one description, unless that is older than what is known."""
@@ -261,6 +277,13 @@ class VersionedList(Generic[ValueT]):
     def forget(self, identifier: str) -> None:
         """Forget an ID, so that any version of it is new."""
         self._values.pop(identifier, None)
+
+    def _set(self, identifier: str, value: ValueT) -> Iterator[ListChange[ValueT]]:
+        self._tombstones.pop(identifier, None)
+        before = self._values.get(identifier)
+        if value != before:
+            self._values[identifier] = value
+            yield ListChange(identifier, before, value)
 
     def _version(self, identifier: str) -> float:
         """Return the known version; less than any if nothing is known."""

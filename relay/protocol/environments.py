@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from relay.errors import InvalidData
 from relay.model.credential import Credential, EnvironmentID, MobileKey, SDKKey
@@ -150,6 +151,51 @@ def describe(value: object) -> EnvironmentDescription:
     )
 
 
+def represent(description: EnvironmentDescription) -> dict[str, object]:
+    """Return the JSON value that `describe` reads, for programs that keep descriptions."""
+    sdk_key: dict[str, object] = {"value": description.sdk_key}
+    if description.expiring is not None:
+        old_key, expires_at = description.expiring
+        sdk_key["expiring"] = {"value": old_key, "timestamp": _milliseconds(expires_at)}
+    members = {
+        "envID": description.id,
+        "envKey": description.key,
+        "envName": description.name,
+        "mobKey": description.mobile_key,
+        "projKey": description.project_key,
+        "projName": description.project_name,
+        "sdkKey": sdk_key,
+        "defaultTtl": round(description.ttl / 60),
+        "secureMode": description.secure_mode,
+        "version": description.version,
+    }
+    lists = {"sdkKeys": description.sdk_keys, "mobileKeys": description.mobile_keys}
+    return members | {name: _represent_keys(keys) for name, keys in lists.items() if keys}
+
+
+def settled(description: EnvironmentDescription, spec: EnvironmentSpec) -> EnvironmentDescription:
+    """Return the description from which a spec follows without its history.
+
+    Empty keys stand for those that an environment had, and earlier keys last as long as they were
+    told to: after a restart nothing but the description says so.
+
+    Args:
+        description: the latest one.
+        spec: what has become of it.
+    """
+    sdk_key, mobile_key = spec.sdk_key, spec.mobile_key
+    result = replace(
+        description, sdk_key=sdk_key.value, mobile_key=mobile_key.value if mobile_key else ""
+    )
+    if description.sdk_keys:
+        return result
+    expiring = [(key.value, at) for key, at in spec.expiries if isinstance(key, SDKKey)]
+    if len(expiring) > 1:
+        every = ((sdk_key.value, math.inf), *expiring)
+        return replace(result, expiring=None, sdk_keys=every)
+    return replace(result, expiring=expiring[0] if expiring else None)
+
+
 def variant_name(environment_id: str, payload_filter: str) -> str:
     """Return the name of an environment, or of its variant with a payload filter."""
     return f"{environment_id}/{payload_filter}" if payload_filter else environment_id
@@ -201,12 +247,16 @@ def spec_of(
         allowed_headers=settings.allowed_headers,
         prefix=settings.prefix.replace("$CID", ".".join(filter(None, (description.id, part)))),
         payload_filter=part,
-        expiries=_expiries(description, sdk_key, now, before),
+        expiries=_expiries(description, sdk_key, mobile_key, now, before),
     )
 
 
 def _expiries(
-    description: EnvironmentDescription, sdk_key: SDKKey, now: float, before: EnvironmentSpec | None
+    description: EnvironmentDescription,
+    sdk_key: SDKKey,
+    mobile_key: MobileKey | None,
+    now: float,
+    before: EnvironmentSpec | None,
 ) -> tuple[tuple[Credential, float], ...]:
     """Return the further credentials of an environment, and limits of the primary ones."""
     further: dict[Credential, float] = {}
@@ -227,7 +277,9 @@ def _expiries(
         # A key that becomes primary again expires no more.
         further.pop(sdk_key, None)
     further |= {MobileKey(key): expires_at for key, expires_at in description.mobile_keys}
-    return tuple((key, expires_at) for key, expires_at in further.items() if expires_at > now)
+    # The primary keys are listed among all keys, and have no limit anyway.
+    redundant = {(sdk_key, math.inf), (mobile_key, math.inf)}
+    return tuple(pair for pair in further.items() if pair[1] > now and pair not in redundant)
 
 
 def rotations(
@@ -305,6 +357,17 @@ def _keys(what: str, members: Members, name: str) -> tuple[tuple[str, float], ..
         if key:
             keys.append((key, expiry or math.inf))
     return tuple(keys)
+
+
+def _represent_keys(keys: tuple[tuple[str, float], ...]) -> list[dict[str, object]]:
+    return [
+        {"value": key, **({} if expires_at == math.inf else {"expiry": _milliseconds(expires_at)})}
+        for key, expires_at in keys
+    ]
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
 
 
 def _time_in(what: str, members: Members, name: str) -> float:

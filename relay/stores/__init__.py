@@ -125,7 +125,7 @@ class StoreStatus(Struct, frozen=True):
     Args:
         state: whether the database can be reached and written.
         since: time of the last change of `state`, in Unix seconds.
-        database: kind of database: `redis`.
+        database: kind of database: `redis` or `consul`.
         server: URL with the password masked.
         prefix: prefix of the database keys.
         invalid: unreadable items found in the database.

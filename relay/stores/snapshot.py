@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
 import os
-import secrets
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
 from relay import clock
+from relay.aio import in_thread
 from relay.errors import InvalidData
-from relay.files import make_directory, open_private
+from relay.files import make_directory, remove_unfinished, replacing
 from relay.model.credential import Credential
 from relay.model.payload import EMPTY, Change, Payload
 from relay.protocol import snapshot as snapshot_format
@@ -38,8 +36,6 @@ MAX_SIZE = 512 * 1024 * 1024
 
 _IO_LOCK = threading.Lock()
 """Serialises reads and writes: environments share the disk and the interpreter."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +104,7 @@ class SnapshotMirror:
     async def load(self) -> Stored | None:
         """Return the content of the file; None if there is no file, or it is unusable (logged)."""
         try:
-            return await _in_thread(self._file.load)
+            return await in_thread(self._file.load, "snapshot")
         except FileNotFoundError:
             pass
         except OSError as e:
@@ -182,7 +178,7 @@ class SnapshotMirror:
         self._flush_requested.clear()
         if not self._file.contains(payload):
             self._last_full_write = clock.monotonic()
-        self._writing = _in_thread(lambda: self._file.store(payload, confirmed))
+        self._writing = in_thread(lambda: self._file.store(payload, confirmed), "snapshot")
         self._writing.add_done_callback(lambda future: self._write_done(future, snapshot))
         return self._writing
 
@@ -232,7 +228,7 @@ class _SnapshotFile:
             OSError: the file cannot be read; `FileNotFoundError` if there is none.
         """
         with _IO_LOCK:
-            self._remove_leftovers()
+            remove_unfinished(self.path)
             try:
                 payload, header = self._read()
             except InvalidData:
@@ -279,21 +275,10 @@ class _SnapshotFile:
     def _replace_file(self, payload: Payload, confirmed: float) -> Header:
         """Replace the file atomically."""
         make_directory(self._directory)
-        temporary = self._directory / f"{self._stem}.{secrets.token_hex(8)}.tmp"
-        descriptor = open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                # The lock tells `_remove_leftovers` that this process is alive.
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                header = self._write_items(file.write, payload, confirmed)
-                file.flush()
-                os.pwrite(descriptor, snapshot_format.first_line(header), 0)
-                os.fsync(descriptor)
-                temporary.replace(self.path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_directory(self._directory)
+        with replacing(self.path) as file:
+            header = self._write_items(file.write, payload, confirmed)
+            file.flush()
+            os.pwrite(file.fileno(), snapshot_format.first_line(header), 0)
         return header
 
     def _write_items(
@@ -309,50 +294,6 @@ class _SnapshotFile:
         digest = checksum.hexdigest()
         return Header(*self._identity, confirmed, len(payload), size, digest)
 
-    def _remove_leftovers(self) -> None:
-        """Remove unfinished files of killed processes; those of living ones are locked."""
-        for leftover in self._directory.glob(f"{self._stem}.*.tmp"):
-            with contextlib.suppress(OSError), leftover.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                leftover.unlink()
-
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename durable; ignored where directories cannot be synchronised."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
-    """Run `work` in a daemon thread.
-
-    Threads of the loop's executor would keep the process from ending while a disk hangs.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def deliver(set_outcome: Callable[[], None]) -> None:
-        if not future.cancelled():
-            set_outcome()
-
-    def run() -> None:
-        try:
-            value = work()
-        except BaseException as e:  # noqa: BLE001 - raised again where the future is awaited
-            error = e
-            set_outcome = lambda: future.set_exception(error)  # noqa: E731
-        else:
-            set_outcome = lambda: future.set_result(value)  # noqa: E731
-        with contextlib.suppress(RuntimeError):  # the loop has ended in the meantime
-            loop.call_soon_threadsafe(deliver, set_outcome)
-
-    threading.Thread(target=run, name="snapshot", daemon=True).start()
-    return future

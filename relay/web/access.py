@@ -76,19 +76,19 @@ def resolve(
         environment_id: client-side ID in the path; empty without one.
         query: of the request.
     """
-    if not relay.knows_environments:
-        return NO_ENVIRONMENTS  # on 401, SDKs would give up for good
     credential = _credential(route.auth, headers, environment_id, query)
-    if not credential and route.auth.source is CredentialSource.HEADER:
-        return MALFORMED_CREDENTIAL
     payload_filter = parameter_in(query, "filter")
     find = relay.registry.grant
     for kind in route.auth.accepted:
         grant = find(kind, credential, payload_filter)
         if grant is not None:
             return Access(route, grant)
-        if payload_filter and find(kind, credential) is not None:
-            return UNKNOWN_FILTER
+    if not relay.knows_environments:
+        return NO_ENVIRONMENTS  # on 401, SDKs would give up for good
+    if not credential and route.auth.source is CredentialSource.HEADER:
+        return MALFORMED_CREDENTIAL
+    if payload_filter and any(find(kind, credential) for kind in route.auth.accepted):
+        return UNKNOWN_FILTER
     by_path = route.auth.source is CredentialSource.PATH
     return UNKNOWN_ENVIRONMENT_ID if by_path else UNKNOWN_CREDENTIAL
 

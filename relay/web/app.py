@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestMetrics
+from relay.web import expectations
 from relay.web.access import Access
 from relay.web.access_log import AccessLogMiddleware
 from relay.web.endpoints import metrics, status
@@ -55,13 +56,19 @@ def make_app(handlers: Handlers) -> ASGIApp:
         Endpoint.FDV2: _use_fdv1,
     }
     pages = (
-        ("/status", lambda _: status.overview(relay, traffic)),
-        ("/status/{environment:path}", lambda name: status.one(relay, traffic, name)),
         ("/livez", lambda _: status.live()),
         ("/startupz", lambda _: status.started(relay)),
         ("/readyz", lambda _: status.ready(relay)),
         ("/readyz/{environment:path}", lambda name: status.environment_ready(relay, name)),
         ("/metrics", lambda _: metrics.page(relay, traffic)),
+    )
+    status_pages = (
+        ("/status", lambda _: status.overview(relay, traffic), expectations.OVERVIEW),
+        (
+            "/status/{environment:path}",
+            lambda name: status.one(relay, traffic, name),
+            expectations.ENVIRONMENT,
+        ),
     )
     routes = [
         (route, AuthenticatedRoute(relay, traffic, route, by_endpoint[route.endpoint]))
@@ -71,6 +78,10 @@ def make_app(handlers: Handlers) -> ASGIApp:
         routes=[
             *(Route(route.template, app, methods=route.methods) for route, app in routes),
             *(Route(path, _page(render), methods=_GET) for path, render in pages),
+            *(
+                Route(path, _page(render, schema), methods=_GET)
+                for path, render, schema in status_pages
+            ),
             *([Route(WEBHOOK, webhooks, methods=_POST)] if webhooks else []),
         ],
         middleware=[
@@ -104,12 +115,19 @@ async def _not_allowed(_request: Request, error: Exception) -> Response:
     return PreparedResponse(405, ((b"allow", allow.encode()),)).to_starlette()
 
 
-def _page(render: Callable[[str], PreparedResponse]) -> Callable[[Request], Awaitable[Response]]:
+def _page(
+    render: Callable[[str], PreparedResponse], schema: expectations.Schema | None = None
+) -> Callable[[Request], Awaitable[Response]]:
+    """Return a page; one with a schema answers expectations."""
+
     async def page(request: Request) -> Response:
         name = request.path_params.get("environment")
         if name == "":  # `/status/` is no page
             return NOT_FOUND.to_starlette()
-        return render(name or "").to_starlette()
+        response = render(name or "")
+        if schema is not None:
+            response = expectations.check(response, request.scope["query_string"], schema)
+        return response.to_starlette()
 
     return page
 

@@ -15,7 +15,7 @@ from relay.config.load import load
 from relay.config.options import Option, Support
 from relay.config.render import effective, quoted, secrets
 from relay.config.schema import Config, options
-from relay.config.types import BOOLEAN, HEADER_NAMES, ORIGINS
+from relay.config.types import BOOLEAN, HEADER_NAMES, ORIGINS, consul_url
 from relay.errors import ConfigError
 
 
@@ -76,8 +76,15 @@ def problems(variables: Mapping[str, str]) -> tuple[str, ...]:
         ({"USE_REDIS": "1", "REDIS_CLIENT_CERT_FILE": "c"}, "a Redis client certificate needs a key, and a key a certificate (REDIS_CLIENT_CERT_FILE)"),
         ({"FILE_DATA_SOURCE_MONITORING_INTERVAL": "1s"}, "must specify offline mode filename if other offline mode properties are set (FILE_DATA_SOURCE_MONITORING_INTERVAL)"),
         ({"USE_DYNAMODB": "1"}, "[DynamoDB] enabled is not supported in this release (USE_DYNAMODB)"),
-        ({"USE_CONSUL": "1"}, "[Consul] host is not supported in this release (USE_CONSUL)"),
-        ({"USE_CONSUL": "1", "CONSUL_HOST": "h"}, "[Consul] host is not supported in this release (CONSUL_HOST)"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "ftp://h"}, "CONSUL_HOST: must begin with http://, https:// or unix://, or with the host"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "http://u:hush@h"}, "CONSUL_HOST: must not contain a user or a password; Consul knows tokens only"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "h:x"}, "CONSUL_HOST: not a valid URL/URI"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": ":8500"}, "CONSUL_HOST: must be a host, or a URL that names one, without ? and #"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "h?ns=x"}, "CONSUL_HOST: must be a host, or a URL that names one, without ? and #"),
+        ({"USE_CONSUL": "1", "CONSUL_MAX_VALUE_SIZE": "0"}, "[Consul] maxValueSize must be greater than zero (CONSUL_MAX_VALUE_SIZE)"),
+        ({"USE_CONSUL": "1", "LD_ENV_a": "k", "LD_PREFIX_a": "/p"}, 'environment "a": a prefix in Consul must not begin with a slash (LD_PREFIX_a)'),
+        ({"USE_CONSUL": "1", "LD_ENV_a": "k", "LD_PREFIX_a": "p", "LD_ENV_b": "l", "LD_PREFIX_b": "p/features"}, 'environment "b": its prefix "p/features" is where "a" has its items in Consul (LD_PREFIX_a, LD_PREFIX_b)'),
+        ({"USE_CONSUL": "1", "LD_ENV_a": "k", "LD_PROJ_KEY_a": "shop", "LD_FILTER_KEYS_shop": "segments"}, 'environment "a/segments": its prefix "launchdarkly/segments" is where "a" has its items in Consul'),
         ({"USE_DATADOG": "1"}, "[Datadog] enabled is not supported in this release; the relay's metrics are at /metrics, for Prometheus (USE_DATADOG)"),
         ({"USE_STACKDRIVER": "1"}, "[Stackdriver] enabled is not supported in this release; the relay's metrics are at /metrics, for Prometheus (USE_STACKDRIVER)"),
         ({"USE_OTLP": "1"}, "[OpenTelemetry] enabled is not supported in this release; the relay's metrics are at /metrics, for Prometheus (USE_OTLP)"),
@@ -427,6 +434,51 @@ def test_the_redis_url_is_complete(variables: dict[str, str], url: str) -> None:
     assert redis.url == url
 
 
+@pytest.mark.parametrize(
+    ("variables", "host"),
+    [
+        ({"USE_CONSUL": "1"}, "localhost"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "h:1"}, "h:1"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "https://h/path"}, "https://h/path"),
+        ({"USE_CONSUL": "1", "CONSUL_HOST": "", "CONSUL_HTTP_ADDR": "h"}, None),
+        ({"USE_CONSUL": "1", "CONSUL_HTTP_ADDR": "h"}, "localhost"),
+        ({"CONSUL_HOST": "h"}, None),
+    ],
+)
+def test_consul_is_used_where_a_host_is_left(variables: dict[str, str], host: str | None) -> None:
+    """`localhost` is the default of the variables; an empty one switches Consul off."""
+    consul = load("", True, False, {"LD_ENV_a": "k", **variables}).consul
+    assert (consul.host if consul else None) == host
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        ("localhost", "http://localhost:8500"),
+        ("h:1", "http://h:1"),
+        ("h:", "http://h:8500"),
+        ("h/path", "http://h:8500/path"),
+        ("[::1]", "http://[::1]:8500"),
+        ("http://h", "http://h"),
+        ("http://h:1/path/", "http://h:1/path/"),
+        ("https://h", "https://h"),
+        ("unix:///run/consul.sock", "unix:///run/consul.sock"),
+    ],
+)
+def test_a_consul_address_without_a_port_means_consuls(address: str, url: str) -> None:
+    """Unless it is a URL, whose scheme has a port."""
+    assert consul_url(address) == url
+
+
+def test_a_consul_section_without_a_host_causes_a_warning(tmp_path: Path) -> None:
+    """Its other options do not enable it."""
+    file = tmp_path / "relay.conf"
+    file.write_text('[Environment "a"]\nsdkKey = k\n[Consul]\ntoken = t\n')
+    config = load(str(file), False, False, {})
+    assert config.consul is None
+    assert f"[Consul] has no effect without host ({file}:4)" in config.warnings
+
+
 def test_a_variable_overrides_redis_options_of_the_file(tmp_path: Path) -> None:
     """File and variables are merged before they are interpreted; the file enables Redis."""
     path = tmp_path / "relay.conf"
@@ -773,8 +825,61 @@ def test_automatic_configuration_takes_the_place_of_environments() -> None:
     assert not from_env({"FLAGS_FILE": "f"}).uses_launchdarkly
 
 
-@pytest.mark.parametrize("variable", ["AUTO_CONFIG_CACHE_KEY", "AUTO_CONFIG_CACHE_ENCRYPTION_KEY"])
-def test_the_cache_of_the_list_is_refused(variable: str) -> None:
-    """It does not exist yet, and must not seem to."""
-    (problem,) = problems({"AUTO_CONFIG_KEY": "k", variable: "a-long-text"})
-    assert problem.endswith(f"is not supported in this release ({variable})")
+def test_the_list_of_environments_may_be_stored() -> None:
+    """In the database of the flags, encrypted with a secret of its own."""
+    variables = {"AUTO_CONFIG_KEY": "k", "USE_REDIS": "1", "ENV_DATASTORE_PREFIX": "$CID"}
+    cache = {"AUTO_CONFIG_CACHE_KEY": " cache ", "AUTO_CONFIG_CACHE_ENCRYPTION_KEY": "a-long-text"}
+    config = from_env(variables | cache)
+    assert config.auto_config.cache_key == "cache"
+    assert config.auto_config.cache_encryption_key.reveal() == "a-long-text"
+    assert "a-long-text" in secrets(config)
+    assert "a-long-text" not in effective(config)
+    assert not config.warnings
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        (
+            {"AUTO_CONFIG_KEY": "k", "AUTO_CONFIG_CACHE_KEY": "c"},
+            "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled",
+        ),
+        (
+            {
+                "AUTO_CONFIG_KEY": "k",
+                "AUTO_CONFIG_CACHE_KEY": "c",
+                "USE_CONSUL": "1",
+                "ENV_DATASTORE_PREFIX": "p-$CID",
+            },
+            "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled",
+        ),
+        (
+            {"LD_ENV_a": "sdk-a", "USE_REDIS": "1", "AUTO_CONFIG_CACHE_KEY": "c"},
+            "must specify auto-configuration key if other auto-configuration properties are set",
+        ),
+    ],
+)
+def test_a_cache_key_needs_a_database_and_a_list(variables: dict[str, str], problem: str) -> None:
+    """In ld-relay's words."""
+    assert list(problems(variables)) == [f"{problem} (AUTO_CONFIG_CACHE_KEY)"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "warning"),
+    [
+        ({}, "so that a start needs LaunchDarkly; [Main] snapshotDir or [AutoConfig] cacheKey"),
+        ({"SNAPSHOT_DIR": "/data"}, None),
+        ({"EXIT_ALWAYS": "1"}, None),
+        (
+            {"SNAPSHOT_DIR": "/data", "AUTO_CONFIG_CACHE_ENCRYPTION_KEY": "a-long-text"},
+            "[AutoConfig] cacheEncryptionKey has no effect without cacheKey",
+        ),
+    ],
+)
+def test_an_operator_learns_whether_the_list_is_stored(
+    variables: dict[str, str], warning: str | None
+) -> None:
+    """A start without LaunchDarkly depends on it."""
+    warnings = from_env({"AUTO_CONFIG_KEY": "k", **variables}).warnings
+    assert len(warnings) == (warning is not None)
+    assert warning is None or warning in warnings[0]

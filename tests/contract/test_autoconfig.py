@@ -15,10 +15,11 @@ import pytest
 
 from tests.support import environments
 from tests.support import upstream as answers
+from tests.support.clients import client
 from tests.support.data import all_data, flag
 from tests.support.environments import description, environment_list, payload_filter
 from tests.support.process import RelayProcess
-from tests.support.sdk import Setup, make, sees
+from tests.support.sdk import SOMEBODY, Setup, make, sees
 from tests.support.serving import Address, Stream, ask, until
 from tests.support.upstream import ScriptedUpstream, filtered
 
@@ -95,17 +96,23 @@ async def test_until_the_list_is_known_no_credential_is_unknown(tmp_path, upstre
         assert KEY not in process.log
 
 
-async def test_an_sdk_goes_through_a_rotation(tmp_path, upstream):
-    """LaunchDarkly's Python SDK with the old key sees changes until that expires; the new one, too."""
+@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "polling"])
+@pytest.mark.parametrize("name", ["python", "node9"])
+async def test_an_sdk_goes_through_a_rotation(tmp_path, upstream, name, stream):
+    """An SDK with the old key sees changes until that expires; one with the new key sees all."""
+
+    def setup(key: str, url: str) -> Setup:
+        return Setup(key, url, stream=stream, poll_interval=0.1)
+
     async with relay(tmp_path, upstream) as process:
         await process.said("Initialized LaunchDarkly client for")
-        async with make("python", Setup("sdk-alpha-1", process.url)) as old:
+        async with make(name, setup("sdk-alpha-1", process.url)) as old:
             await old.ready()
             upstream.serve("sdk-alpha-2", all_data(flag("lamp", 2, value="second")))
-            await upstream.raw(KEY, environments.patch(rotated(2, 2, 1, 3.0)))
+            await upstream.raw(KEY, environments.patch(rotated(2, 2, 1, 4.0)))
             await sees(old, "lamp", "second")
             await upstream.left("sdk-alpha-1")
-            async with make("python", Setup("sdk-alpha-2", process.url)) as new:
+            async with make(name, setup("sdk-alpha-2", process.url)) as new:
                 await new.ready()
                 await upstream.patch("sdk-alpha-2", flag("lamp", 3, value="third"))
                 for sdk in (old, new):
@@ -122,6 +129,29 @@ async def test_an_sdk_goes_through_a_rotation(tmp_path, upstream):
                 await sees(new, "lamp", "fourth")
                 assert await old.value("lamp") == "third"
         assert (await page(process.address))["status"] == "healthy"
+
+
+async def test_a_browser_does_not_notice_a_rotation(tmp_path, upstream):
+    """Its client-side ID stays, and so does its stream, while two SDK keys come and go."""
+
+    def lamp(version: int, value: str) -> dict:
+        return {**flag("lamp", version, value=value), "clientSide": True}
+
+    upstream.serve("sdk-alpha-1", all_data(lamp(1, "first")))
+    async with relay(tmp_path, upstream, EVAL_STREAMS="true") as process:
+        await process.said("Initialized LaunchDarkly client for")
+        async with client("v4", "id-alpha", process.url, SOMEBODY, tmp_path) as browser:
+            await browser.ready()
+            await sees(browser, "lamp", "first")
+            for key, value in ((2, "second"), (3, "third")):
+                upstream.serve(f"sdk-alpha-{key}", all_data(lamp(key, value)))
+                await upstream.raw(KEY, environments.patch(rotated(key, key, key - 1, 0.5)))
+                await sees(browser, "lamp", value)
+                await process.said("has expired and is no longer valid for authentication", key - 1)
+            await upstream.patch("sdk-alpha-3", lamp(9, "ninth"))
+            await sees(browser, "lamp", "ninth")
+            shown = await page(process.address, "/status/id-alpha")
+            assert (shown["streams"], shown["newStreams"]) == (1, 1)
 
 
 async def test_a_rotation_under_load_has_no_error(tmp_path, upstream):
@@ -280,3 +310,23 @@ async def test_filters_that_launchdarkly_names(tmp_path, upstream):
         assert await status(process.address, "sdk-alpha-1") == 200
         await process.stop()
     assert len([*(tmp_path / "snapshots").glob("environment-*.snapshot")]) == 2
+
+
+async def test_sdks_read_the_variant_of_a_filter(tmp_path, upstream, redis):
+    """LaunchDarkly's Python SDK, with a filter key through the relay and in daemon mode."""
+    upstream.serve(KEY, environment_list(description(), filters={"f": payload_filter("north")}))
+    upstream.serve(filtered("sdk-alpha-1", "north"), all_data(flag("lamp", value="north")))
+    settings = {"USE_REDIS": "1", "REDIS_URL": redis.url, "ENV_DATASTORE_PREFIX": "ac-$CID"}
+    async with relay(tmp_path, upstream, **settings) as process:
+        await process.said("Initialized LaunchDarkly client for", 2)
+        through = Setup("sdk-alpha-1", process.url, payload_filter="north")
+        async with make("python", through) as sdk:
+            await sdk.ready()
+            await sees(sdk, "lamp", "north")
+            await upstream.patch(filtered("sdk-alpha-1", "north"), flag("lamp", 2, value="cold"))
+            await sees(sdk, "lamp", "cold")
+        prefixes = {"alpha": "ac-id-alpha", "cold": "ac-id-alpha.north"}
+        for value, prefix in prefixes.items():
+            async with make("python", Setup("sdk-x", redis=redis.url, prefix=prefix)) as sdk:
+                await sdk.ready()
+                await sees(sdk, "lamp", value)

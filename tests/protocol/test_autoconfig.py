@@ -158,6 +158,13 @@ class VersionRules(RuleBasedStateMachine):
         present = values.keys() | unusable
         self.known = {k: v for k, v in self.known.items() if k in present}
 
+    @rule(versions=st.dictionaries(IDS, VERSIONS), unusable=st.sets(IDS))
+    def put_that_outranks(self, versions: dict[str, int], unusable: set[str]) -> None:
+        values = {k: EnvironmentDescription(k, v) for k, v in versions.items() if k not in unusable}
+        self.carry_out(self.list.put(values, dict.fromkeys(unusable), outranks=True))
+        kept = {k: v for k, v in self.known.items() if k in unusable}
+        self.known = kept | {k: ("live", value.version) for k, value in values.items()}
+
     @invariant()
     def equal(self) -> None:
         expected = {k: v for k, (state, v) in self.known.items() if state == "live"}

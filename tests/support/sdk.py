@@ -67,6 +67,7 @@ class Setup:
         redis: URL of the database to read in daemon mode.
         prefix: of the keys there.
         ca: file of the certificate authority to trust.
+        payload_filter: key of the payload filter whose part of the data it gets; Python only.
         fdv2: ask by the newer protocol first.
         openfeature: evaluate through the OpenFeature provider.
         events: send events, and diagnostics.
@@ -84,6 +85,7 @@ class Setup:
     redis: str = ""
     prefix: str = "launchdarkly"
     ca: str = ""
+    payload_filter: str = ""
     fdv2: bool = False
     openfeature: bool = False
     events: bool = False
@@ -204,6 +206,8 @@ class PythonSDK:
         setup = self._setup
         options: dict[str, Any] = {"stream": setup.stream, "send_events": setup.events}
         options["enable_event_compression"] = setup.compressed
+        if setup.payload_filter:
+            options["payload_filter_key"] = setup.payload_filter
         if setup.redis:
             store = Redis.new_feature_store(
                 setup.redis, setup.prefix, caching=CacheConfig.disabled()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 
 from relay.model.credential import MobileKey, SDKKey
+from relay.relay import Directory
 from relay.telemetry.traffic import RequestMetrics
 from relay.web import responses
 from relay.web.access import Access, resolve
@@ -70,6 +75,27 @@ def test_refusals(route, headers, environment_id, query, refusal):
     """Unknown credentials, IDs and filters are refused in ld-relay's words."""
     resolved = resolve(served().relay, route, headers, environment_id, query)
     assert resolved is refusal if refusal else isinstance(resolved, Access)
+
+
+@pytest.mark.parametrize(
+    ("route", "headers", "environment_id", "query", "opens"),
+    [
+        (POLL, {b"authorization": SDK_KEY.encode()}, "", b"", True),
+        (PING, {}, "env-1", b"", True),
+        (POLL, {b"authorization": SDK_KEY.encode()}, "", b"filter=f", False),
+        (POLL, {b"authorization": b"sdk-x"}, "", b"", False),
+        (POLL, {}, "", b"", False),
+        (PING, {}, "x", b"", False),
+    ],
+)
+def test_until_the_list_is_known_no_credential_is_unknown(
+    route, headers, environment_id, query, opens
+):
+    """What is known opens all the same: it may be of a stored list."""
+    relay = served().relay
+    relay.directory = cast("Directory", SimpleNamespace(known=asyncio.Event()))
+    resolved = resolve(relay, route, headers, environment_id, query)
+    assert isinstance(resolved, Access) if opens else resolved is responses.NO_ENVIRONMENTS
 
 
 def test_a_request_has_the_labels_of_its_route():

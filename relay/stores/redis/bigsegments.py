@@ -10,7 +10,9 @@ from typing import Any
 from relay.config.schema import Redis as RedisOptions
 from relay.protocol.bigsegments import Patch
 from relay.stores.bigsegments import Metadata
-from relay.stores.redis.store import RedisStore
+from relay.stores.redis.client import RedisClient, raise_failure
+from relay.stores.redis.connect import masked_address
+from relay.stores.redis.layout import Layout
 
 BATCH = 64
 """Commands in one batch: about a millisecond before the event loop can run other tasks."""
@@ -30,9 +32,9 @@ class RedisBigSegmentStore:
     """
 
     def __init__(self, options: RedisOptions, prefix: str = "") -> None:
-        self._database = RedisStore(options, prefix)
-        prefix = self._database.prefix
-        self.label = f"Redis data store {self._database.server}"
+        self._client = RedisClient(options)
+        self._prefix = prefix = Layout(prefix).prefix
+        self.label = f"Redis data store {masked_address(options.url)}"
         self._include = f"{prefix}:big_segment_include:"
         self._exclude = f"{prefix}:big_segment_exclude:"
         self._cursor = f"{prefix}:big_segments_cursor"
@@ -40,12 +42,12 @@ class RedisBigSegmentStore:
         self._lock = f"{prefix}:big_segments_lock"
 
     def __repr__(self) -> str:
-        return f"<RedisBigSegmentStore {self._database.server} {self._database.prefix!r}>"
+        return f"<RedisBigSegmentStore {self.label} {self._prefix!r}>"
 
     async def metadata(self) -> Metadata:
         """Return the state of what is stored."""
-        async with self._database.session() as execute:
-            cursor, synchronized = await execute(
+        async with self._client.connection() as connection:
+            cursor, synchronized = await connection.execute_all(
                 [("GET", self._cursor), ("GET", self._synchronized)]
             )
         is_time = (
@@ -60,21 +62,25 @@ class RedisBigSegmentStore:
     async def apply(self, patch: Patch, cursor: str | None) -> frozenset[str] | None:
         """Apply a patch in one transaction; it fails if another relay writes at the same time."""
         commands = list(self._commands(patch))
-        async with self._database.session() as execute:
-            _, stored = await execute([("WATCH", self._lock, self._cursor), ("GET", self._cursor)])
+        async with self._client.connection() as connection:
+            _, stored = await connection.execute_all(
+                [("WATCH", self._lock, self._cursor), ("GET", self._cursor)]
+            )
             if stored != (None if cursor is None else cursor.encode()):
-                await execute([("UNWATCH",)])
+                await connection.execute_all([("UNWATCH",)])
                 return None
             head: list[Command] = [
                 ("MULTI",),
                 ("SET", self._lock, ""),
                 ("SET", self._cursor, patch.version),
             ]
-            await execute(head)
+            await connection.execute_all(head)
             for start in range(0, len(commands), BATCH):
-                await execute([command for _, command in commands[start : start + BATCH]])
+                await connection.execute_all(
+                    [command for _, command in commands[start : start + BATCH]]
+                )
                 await asyncio.sleep(0)
-            [replies] = await execute([("EXEC",)])
+            [replies] = await connection.execute_all([("EXEC",)])
         return None if replies is None else _changed(commands, replies[2:])
 
     def _commands(self, patch: Patch) -> Iterator[tuple[str, Command]]:
@@ -90,14 +96,14 @@ class RedisBigSegmentStore:
 
     async def mark_synchronized(self, at: float) -> None:
         """Write the time at which all patches were known to be stored."""
-        async with self._database.session() as execute:
-            await execute([("SET", self._synchronized, str(int(at * 1000)))])
+        async with self._client.connection() as connection:
+            await connection.execute_all([("SET", self._synchronized, str(int(at * 1000)))])
 
     async def memberships(self, hashes: Sequence[str]) -> list[Mapping[str, bool]]:
         """Return the memberships of context keys, in one round trip."""
         keys = [key + each for each in hashes for key in (self._include, self._exclude)]
-        async with self._database.session() as execute:
-            sets = await execute([("SMEMBERS", key) for key in keys])
+        async with self._client.connection() as connection:
+            sets = await connection.execute_all([("SMEMBERS", key) for key in keys])
         return [
             {
                 **dict.fromkeys(map(_text, excluded), False),
@@ -108,16 +114,14 @@ class RedisBigSegmentStore:
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._database.aclose()
+        await self._client.aclose()
 
 
 def _text(reference: bytes) -> str:
     return reference.decode(errors="replace")
 
 
-def _changed(commands: Sequence[tuple[str, Command]], replies: Sequence[Any]) -> frozenset[str]:
+def _changed(commands: Sequence[tuple[str, Command]], replies: list[Any]) -> frozenset[str]:
     """Return the hashes whose sets have changed; raise the error of a failed command."""
-    for reply in replies:
-        if isinstance(reply, Exception):
-            raise reply
+    raise_failure(replies)
     return frozenset(each for (each, _), reply in zip(commands, replies, strict=True) if reply)

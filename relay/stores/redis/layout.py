@@ -7,42 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import msgspec
-
-from relay.errors import InvalidData
 from relay.model.environment import DEFAULT_PREFIX
-from relay.model.item import InvalidItem, Item, Kind, parse
-from relay.model.payload import Payload
+from relay.model.item import Item, Kind
 from relay.model.text import one_line
-from relay.steps import Steps
-from relay.stores import UNREADABLE, Key, Stored, Version, Versions
+from relay.stores.items import KIND_NAMES, Entry, stored_json
 
 CHUNK = 256 * 1024
 """Bytes of items per command: half a millisecond of packing before the loop can run other tasks."""
 
 Hashes = dict[Kind, dict[bytes, bytes]]
 """Stored items by kind and encoded key."""
-
-_NAMES = {Kind.FLAG: "features", Kind.SEGMENT: "segments"}
-
-_FLAG_TOMBSTONE = (
-    b'{"key":"$deleted","on":false,"prerequisites":[],"targets":[],"contextTargets":[],"rules":[],'
-    b'"fallthrough":{},"offVariation":null,"variations":[],"clientSide":false,"salt":"",'
-    b'"trackEvents":false,"trackEventsFallthrough":false,"debugEventsUntilDate":null,'
-    b'"version":%d,"deleted":true}'
-)
-_SEGMENT_TOMBSTONE = (
-    b'{"key":"$deleted","included":[],"excluded":[],"includedContexts":[],"excludedContexts":[],'
-    b'"salt":"","rules":[],"version":%d,"generation":null,"deleted":true}'
-)
-
-
-class _StoredVersion(msgspec.Struct, frozen=True):
-    version: int | float = 0
-    deleted: bool = False
-
-
-_DECODER = msgspec.json.Decoder(_StoredVersion)
 
 
 class Layout:
@@ -60,24 +34,7 @@ class Layout:
 
     def hash(self, kind: Kind) -> str:
         """Return the key of the hash of a kind."""
-        return f"{self.prefix}:{_NAMES[kind]}"
-
-
-def version_of(json: bytes) -> Version:
-    """Return the version of a stored item; `UNREADABLE` if it cannot be decoded."""
-    try:
-        stored = _DECODER.decode(json)
-        return Version(int(stored.version), live=not stored.deleted)
-    except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError, RecursionError):
-        return UNREADABLE
-
-
-def _stored_json(item: Item) -> bytes:
-    """Return the JSON to store; tombstones are complete objects that old SDKs can read."""
-    if item.json is not None:
-        return item.json
-    tombstone = _FLAG_TOMBSTONE if item.kind is Kind.FLAG else _SEGMENT_TOMBSTONE
-    return tombstone % item.version
+        return f"{self.prefix}:{KIND_NAMES[kind]}"
 
 
 def chunks(items: Iterable[Item]) -> Iterator[list[str | bytes]]:
@@ -85,7 +42,7 @@ def chunks(items: Iterable[Item]) -> Iterator[list[str | bytes]]:
     chunk: list[str | bytes] = []
     size = 0
     for item in items:
-        json = _stored_json(item)
+        json = stored_json(item)
         chunk += (item.key, json)
         size += len(json)
         if size >= CHUNK:
@@ -95,29 +52,8 @@ def chunks(items: Iterable[Item]) -> Iterator[list[str | bytes]]:
         yield chunk
 
 
-def parse_items(hashes: Hashes) -> Steps[Stored]:
-    """Return the content of both hashes, with a step for each item."""
-    items: list[Item] = []
-    invalid: list[InvalidItem] = []
-    for kind, key, json in _iter_items(hashes):
-        try:
-            items.append(parse(kind, key, json))
-        except InvalidData as e:
-            invalid.append(InvalidItem(kind, key, e.reason))
-        yield
-    return Stored(Payload.of(items), tuple(invalid))
-
-
-def parse_versions(hashes: Hashes) -> Steps[Versions]:
-    """Return the versions of all items, with a step for each."""
-    versions: dict[Key, Version] = {}
-    for kind, key, json in _iter_items(hashes):
-        versions[kind, key] = version_of(json)
-        yield
-    return versions
-
-
-def _iter_items(hashes: Hashes) -> Iterator[tuple[Kind, str, bytes]]:
+def entries(hashes: Hashes) -> Iterator[Entry]:
+    """Yield the stored items of both hashes."""
     for kind, pairs in hashes.items():
         for key, json in pairs.items():
             yield kind, key.decode(errors="replace"), json

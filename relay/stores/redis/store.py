@@ -1,19 +1,15 @@
 """Redis or Valkey data store, in the layout that SDKs in daemon mode read (datastore 4.1, 4.3).
 
 Only commands that ld-relay sends are used (WATCH, MULTI, HGET …; no HMGET, no scripts), so that a
-database user whose permissions fit ld-relay suffices. redis-py's exceptions are translated here.
+database user whose permissions fit ld-relay suffices.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import NoPermissionError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from relay.aio import run_in_slices
 from relay.config.schema import Redis as RedisOptions
@@ -22,24 +18,16 @@ from relay.model.item import Item, Kind
 from relay.model.payload import Payload
 from relay.stores import Stored, Versions
 from relay.stores.fingerprint import Fingerprint
-from relay.stores.redis.connect import connection_pool, masked_address, reason_of
-from relay.stores.redis.layout import (
-    Hashes,
-    Layout,
-    chunks,
-    parse_items,
-    parse_versions,
-    version_of,
-)
+from relay.stores.items import parse_items, parse_versions, version_of
+from relay.stores.redis.client import RedisClient, RedisConnection, raise_failure
+from relay.stores.redis.connect import masked_address
+from relay.stores.redis.layout import Hashes, Layout, chunks, entries
 
 BATCH = 256
 """Stored items that are read and compared at a time: about a millisecond for the event loop."""
 
 FINGERPRINT = "fingerprint"
 """Field of the relays' own hash."""
-
-Execute = Callable[[Sequence[Sequence[str | bytes]]], Awaitable[list[Any]]]
-"""Sends commands, and returns their replies."""
 
 MAX_RACES = 100
 """Attempts of a write that other writers interrupt, before it fails."""
@@ -60,11 +48,9 @@ class RedisStore:
         self._layout = Layout(prefix)
         self.prefix = self._layout.prefix
         self.server = masked_address(options.url)
-        self._pool = connection_pool(options)
+        self._client = RedisClient(options)
         self._may_note = True
         """False once the server has refused access to the relays' own hash."""
-        self._connect_timeout = options.connect_timeout
-        self._read_timeout = options.read_timeout
 
     def __repr__(self) -> str:
         return f"<RedisStore {self.server} {self.prefix!r}>"
@@ -76,7 +62,7 @@ class RedisStore:
             StoreUnavailable: the database does not answer.
         """
         stored = await self._read()
-        return None if stored is None else await run_in_slices(parse_items(stored))
+        return None if stored is None else await run_in_slices(parse_items(entries(stored)))
 
     async def versions(self) -> Versions | None:
         """Return the versions of all stored items; None if the store was never initialised.
@@ -85,7 +71,7 @@ class RedisStore:
             StoreUnavailable: the database does not answer.
         """
         stored = await self._read()
-        return None if stored is None else await run_in_slices(parse_versions(stored))
+        return None if stored is None else await run_in_slices(parse_versions(entries(stored)))
 
     async def init(self, payload: Payload) -> None:
         """Replace everything by `payload` and set the marker, in one transaction.
@@ -93,13 +79,13 @@ class RedisStore:
         Raises:
             StoreUnavailable: nothing was changed.
         """
-        async with self._connection() as connection:
-            await self._execute(connection, "MULTI")
+        async with self._client.connection() as connection:
+            await connection.execute("MULTI")
             for kind in (Kind.SEGMENT, Kind.FLAG):
-                await self._execute(connection, "DEL", self._layout.hash(kind))
+                await connection.execute("DEL", self._layout.hash(kind))
                 await self._write_items(connection, kind, payload.all(kind).values())
-            await self._execute(connection, "SET", self._layout.marker, b"")
-            _raise_failure(await self._execute(connection, "EXEC"))
+            await connection.execute("SET", self._layout.marker, b"")
+            raise_failure(await connection.execute("EXEC"))
 
     async def upsert(self, items: Sequence[Item]) -> bool:
         """Write the items that are newer than the stored versions.
@@ -111,43 +97,41 @@ class RedisStore:
             StoreUnavailable: nothing was changed.
         """
         watched = (self._layout.marker, *map(self._layout.hash, Kind))
-        async with self._connection() as connection:
+        async with self._client.connection() as connection:
             for _ in range(MAX_RACES):
-                await self._execute(connection, "WATCH", *watched)
-                if not await self._execute(connection, "EXISTS", self._layout.marker):
-                    await self._execute(connection, "UNWATCH")
+                await connection.execute("WATCH", *watched)
+                if not await connection.execute("EXISTS", self._layout.marker):
+                    await connection.execute("UNWATCH")
                     return False
                 if await self._write_newer(connection, items):
                     return True
         raise StoreUnavailable("other writers leave no room")
 
-    async def _write_newer(self, connection: AbstractConnection, items: Sequence[Item]) -> bool:
+    async def _write_newer(self, connection: RedisConnection, items: Sequence[Item]) -> bool:
         """Write newer items; return False if another writer has changed a watched key."""
         by_kind = {kind: [item for item in items if item.kind is kind] for kind in Kind}
         kinds = [kind for kind in Kind if by_kind[kind]]
         newer = {kind: await self._newer(connection, kind, by_kind[kind]) for kind in kinds}
         if not any(newer.values()):
-            await self._execute(connection, "UNWATCH")
+            await connection.execute("UNWATCH")
             return True
-        await self._execute(connection, "MULTI")
+        await connection.execute("MULTI")
         for kind in kinds:
             await self._write_items(connection, kind, newer[kind])
-        done = await self._execute(connection, "EXEC")
+        done = await connection.execute("EXEC")
         if done is None:
             return False
-        _raise_failure(done)
+        raise_failure(done)
         return True
 
     async def _newer(
-        self, connection: AbstractConnection, kind: Kind, items: Sequence[Item]
+        self, connection: RedisConnection, kind: Kind, items: Sequence[Item]
     ) -> list[Item]:
         """Return the items of one kind that are newer than the stored ones."""
         name, newer = self._layout.hash(kind), []
         for start in range(0, len(items), BATCH):
             batch = items[start : start + BATCH]
-            stored = await self._execute_all(
-                connection, [("HGET", name, item.key) for item in batch]
-            )
+            stored = await connection.execute_all([("HGET", name, item.key) for item in batch])
             newer += [
                 item
                 for item, json in zip(batch, stored, strict=True)
@@ -156,10 +140,10 @@ class RedisStore:
         return newer
 
     async def _write_items(
-        self, connection: AbstractConnection, kind: Kind, items: Iterable[Item]
+        self, connection: RedisConnection, kind: Kind, items: Iterable[Item]
     ) -> None:
         for chunk in chunks(items):
-            await self._execute(connection, "HSET", self._layout.hash(kind), *chunk)
+            await connection.execute("HSET", self._layout.hash(kind), *chunk)
 
     def problem_with(self, item: Item) -> str | None:  # noqa: ARG002 - the contract's
         """Return None: Redis holds items of any size that upstream sends."""
@@ -197,8 +181,8 @@ class RedisStore:
         A database user may be restricted to the keys that SDKs read. Then it is never named again.
         """
         try:
-            async with self._connection() as connection:
-                return await self._execute_all(connection, commands)
+            async with self._client.connection() as connection:
+                return await connection.execute_all(commands)
         except StoreUnavailable as e:
             if not self._may_note or not isinstance(e.__cause__, NoPermissionError):
                 raise
@@ -207,19 +191,19 @@ class RedisStore:
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._pool.aclose()
+        await self._client.aclose()
 
     async def _read(self) -> Hashes | None:
         """Return both hashes, read in one transaction; None if the store is not initialised."""
-        async with self._connection() as connection:
-            await self._execute(connection, "MULTI")
-            await self._execute(connection, "EXISTS", self._layout.marker)
+        async with self._client.connection() as connection:
+            await connection.execute("MULTI")
+            await connection.execute("EXISTS", self._layout.marker)
             for kind in Kind:
-                await self._execute(connection, "HGETALL", self._layout.hash(kind))
-            replies = await self._execute(connection, "EXEC")
+                await connection.execute("HGETALL", self._layout.hash(kind))
+            replies = await connection.execute("EXEC")
             if any(map(_is_wrong_type, replies)):
                 return None  # another program has replaced a hash
-            marked, *hashes = _raise_failure(replies)
+            marked, *hashes = raise_failure(replies)
         if not marked:
             return None
         return {
@@ -227,74 +211,6 @@ class RedisStore:
             for kind, pairs in zip(Kind, hashes, strict=True)
         }
 
-    @asynccontextmanager
-    async def session(self) -> AsyncIterator[Execute]:
-        """Yield a function that sends commands in one batch and returns their replies.
-
-        All go over one connection, which nobody else uses meanwhile.
-
-        Raises:
-            StoreUnavailable: the database cannot be reached, or refuses a command.
-        """
-        async with self._connection() as connection:
-            yield partial(self._execute_all, connection)
-
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[AbstractConnection]:
-        """Acquire a connection for exclusive use; close all idle connections after a failure.
-
-        Closing a connection discards its unfinished transaction. After a failover, new connections
-        resolve the server's name again.
-        """
-        try:
-            async with asyncio.timeout(self._connect_timeout + self._read_timeout):
-                connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
-            try:
-                yield connection
-            except BaseException:
-                await connection.disconnect(nowait=True)
-                raise
-            finally:
-                await self._pool.release(connection)
-        except (RedisError, OSError, TimeoutError) as e:
-            await self._pool.disconnect(inuse_connections=False)
-            raise StoreUnavailable(reason_of(e)) from e
-
-    async def _execute(self, connection: AbstractConnection, *command: str | bytes) -> Any:
-        """Send one command; return its reply."""
-        [reply] = await self._execute_all(connection, [command])
-        return reply
-
-    async def _execute_all(
-        self, connection: AbstractConnection, commands: Sequence[Sequence[str | bytes]]
-    ) -> list[Any]:
-        """Send commands in one batch, within one timeout; return their replies.
-
-        The library's own timeout is not used: on Python 3.11 it can swallow a cancellation.
-        """
-        async with asyncio.timeout(self._read_timeout):
-            await connection.send_packed_command(_packed(commands))
-            return [await connection.read_response() for _ in commands]
-
-
-def _packed(commands: Sequence[Sequence[str | bytes]]) -> bytes:
-    """Return commands as sent; redis-py's own packing takes four times as long for small ones."""
-    parts: list[bytes] = []
-    for command in commands:
-        parts.append(b"*%d\r\n" % len(command))
-        for argument in command:
-            value = argument.encode() if isinstance(argument, str) else argument
-            parts.append(b"$%d\r\n%b\r\n" % (len(value), value))
-    return b"".join(parts)
-
 
 def _is_wrong_type(reply: Any) -> bool:
     return isinstance(reply, ResponseError) and str(reply).startswith("WRONGTYPE")
-
-
-def _raise_failure(replies: list[Any]) -> list[Any]:
-    """Return the replies of a transaction; raise the error of a failed command."""
-    for reply in replies:
-        if isinstance(reply, Exception):
-            raise reply
-    return replies

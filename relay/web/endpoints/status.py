@@ -47,7 +47,7 @@ def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
         "status": "healthy" if healthy else "degraded",
         "version": __version__,
         "clientVersion": __version__,
-        **({"autoConfigStatus": _directory_members(directory)} if directory else {}),
+        **({"autoConfigStatus": _directory_members(relay, directory)} if directory else {}),
     }
     return json(200, body)
 
@@ -61,9 +61,9 @@ def one(relay: Relay, traffic: RequestMetrics, identifier: str) -> PreparedRespo
         identifier: name, client-side ID, both display names, or project and environment key as
             `PROJECT/ENVIRONMENT`; each followed by `/filters/KEY` for the variant with a filter.
     """
-    if not relay.knows_environments:
-        return json(503, {"error": "the list of environments is not known yet"})
     environment = _find(relay, identifier)
+    if environment is None and not relay.knows_environments:
+        return json(503, {"error": "the list of environments is not known yet"})
     if environment is None:
         return json(404, {"error": "there is no environment with this name or client-side ID"})
     return json(200, _environment_members(relay, traffic, environment, _counts(traffic)))
@@ -182,7 +182,7 @@ def _key_members(key: Credential, expires_at: float) -> Mapping[str, object]:
     return _without_none({"value": key.obscured, "expiry": expiry})
 
 
-def _directory_members(directory: Directory) -> Mapping[str, object]:
+def _directory_members(relay: Relay, directory: Directory) -> Mapping[str, object]:
     """Return the state of the list of environments (newer-versions 10.3)."""
     connection = directory.connection
     age = connection.data_age
@@ -196,6 +196,9 @@ def _directory_members(directory: Directory) -> Mapping[str, object]:
         members["lastError"] = _without_none(error)
     if age is not None:
         members["dataAge"] = round(age)
+        members["lastConfirmed"] = _ms(clock.unix() - age)
+    if relay.environments and not relay.knows_environments:
+        members["stored"] = True
     return members
 
 
@@ -293,7 +296,7 @@ def ready(relay: Relay) -> PreparedResponse:
         return _health(503, "stopping", environments)
     if _is_starting(relay):
         return _health(503, "starting", environments)
-    if not relay.knows_environments:
+    if relay.lacks_environments:
         return _health(503, "the list of environments is not known", environments)
     if environments and all(environment.payload is None for environment in environments):
         return _health(503, "no environment has data", environments)
@@ -314,7 +317,7 @@ def environment_ready(relay: Relay, name: str) -> PreparedResponse:
 
 def _is_starting(relay: Relay) -> bool:
     lack_data = any(environment.payload is None for environment in relay.environments.values())
-    return relay.starting and (lack_data or not relay.knows_environments)
+    return relay.starting and (lack_data or relay.lacks_environments)
 
 
 def _health(status: int, word: str, environments: Iterable[Environment]) -> PreparedResponse:

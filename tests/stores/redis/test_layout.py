@@ -9,8 +9,9 @@ import pytest
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
 from relay.steps import finish
-from relay.stores import UNREADABLE, Version
-from relay.stores.redis.layout import CHUNK, Layout, chunks, parse_items, parse_versions, version_of
+from relay.stores import UNREADABLE
+from relay.stores.items import parse_items, parse_versions
+from relay.stores.redis.layout import CHUNK, Layout, chunks, entries
 from tests.stores.contract import flag, segment
 
 
@@ -22,25 +23,6 @@ def test_keys_begin_with_the_prefix(prefix, expected):
     layout = Layout(prefix)
     keys = [layout.prefix, layout.marker, *map(layout.hash, (Kind.FLAG, Kind.SEGMENT))]
     assert keys == [expected, *(f"{expected}:{n}" for n in ("$inited", "features", "segments"))]
-
-
-@pytest.mark.parametrize(
-    ("stored", "version"),
-    [
-        (b'{"version":7,"on":true}', Version(7, live=True)),
-        (b'{"version":7,"deleted":true}', Version(7, live=False)),
-        (b'{"version":7.0}', Version(7, live=True)),  # other programs may write it so
-        (b'{"key":"x"}', Version(0, live=True)),
-        (b'{"version":"7"}', UNREADABLE),
-        (b'{"version":1e999}', UNREADABLE),
-        (b"nonsense", UNREADABLE),
-        (b"\xff", UNREADABLE),
-        (b"[" * 100_000, UNREADABLE),
-    ],
-)
-def test_versions_are_read_of_whatever_is_stored(stored, version):
-    """What cannot be read is older than anything."""
-    assert version_of(stored) == version
 
 
 def test_written_items_are_read_again():
@@ -56,9 +38,9 @@ def test_written_items_are_read_again():
         for chunk in chunks(item for item in items if item.kind is kind):
             pairs = dict(zip(chunk[::2], chunk[1::2], strict=True))
             hashes[kind] |= {str(key).encode(): bytes(value) for key, value in pairs.items()}
-    stored = finish(parse_items(hashes))
+    stored = finish(parse_items(entries(hashes)))
     assert set(stored.payload) == set(items)
-    assert finish(parse_versions(hashes)) == stored.versions
+    assert finish(parse_versions(entries(hashes))) == stored.versions
     assert hashes[Kind.FLAG][b"lamp"] == flag("lamp", 3).json
     for kind, key in ((Kind.FLAG, b"gone"), (Kind.SEGMENT, b"left")):
         assert json.loads(hashes[kind][key])["deleted"] is True
@@ -67,10 +49,10 @@ def test_written_items_are_read_again():
 def test_unreadable_items_are_named():
     """The others are used."""
     hashes = {Kind.FLAG: {b"lamp": b'{"version":1}', b"bad": b"{"}, Kind.SEGMENT: {}}
-    stored = finish(parse_items(hashes))
+    stored = finish(parse_items(entries(hashes)))
     assert [item.key for item in stored.payload] == ["lamp"]
     assert [(bad.kind, bad.key) for bad in stored.invalid] == [(Kind.FLAG, "bad")]
-    assert finish(parse_versions(hashes))[Kind.FLAG, "bad"] == UNREADABLE
+    assert finish(parse_versions(entries(hashes)))[Kind.FLAG, "bad"] == UNREADABLE
     assert stored.versions[Kind.FLAG, "bad"] == UNREADABLE
 
 

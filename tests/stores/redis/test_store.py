@@ -19,6 +19,7 @@ from relay.errors import ConfigError, StoreUnavailable
 from relay.model.item import Kind
 from relay.model.payload import Payload
 from relay.stores import UNREADABLE
+from relay.stores.redis.connect import connection_pool
 from relay.stores.redis.layout import CHUNK
 from relay.stores.redis.store import BATCH, RedisStore
 from tests.stores.contract import StoreContract, flag, segment
@@ -175,7 +176,7 @@ async def test_user_and_password_beside_the_url(server):
 )
 def test_urls_are_read_like_ld_relay(url, expected):
     """A single word before the `@` is a password."""
-    arguments = {"username": None, **RedisStore(RedisOptions(url=url))._pool.connection_kwargs}
+    arguments = {"username": None, **connection_pool(RedisOptions(url=url)).connection_kwargs}
     assert {name: arguments[name] for name in expected} == expected
 
 

@@ -1,0 +1,1 @@
+"""Data store in Consul's key-value store."""

@@ -1,0 +1,104 @@
+"""The list of environments in Redis, as late releases of ld-relay store it (newer-versions 10.2).
+
+It is a hash with an encrypted field for each environment and payload filter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+from relay.aio import in_thread
+from relay.config.schema import Redis as RedisOptions
+from relay.errors import InvalidData
+from relay.model.credential import AutoConfigKey, Secret
+from relay.protocol.environmentlist import EnvironmentList
+from relay.stores.redis.client import RedisClient, raise_failure
+from relay.stores.redis.connect import masked_address
+from relay.stores.redis.layout import CHUNK
+from relay.stores.sealing import Seal, derived, opened_entries, sealed_entries
+
+
+class RedisList:
+    """The list of one automatic configuration key.
+
+    Args:
+        options: connection options with a complete URL.
+        key: key of the hash.
+        owner: the automatic configuration key; only its list is used.
+        encryption_key: encrypts the fields; empty for the automatic configuration key.
+
+    Raises:
+        ConfigError: the URL or a TLS file is unusable.
+    """
+
+    def __init__(
+        self, options: RedisOptions, key: str, owner: AutoConfigKey, encryption_key: Secret
+    ) -> None:
+        self._client = RedisClient(options)
+        self._hash = key
+        self._owner = derived(owner.value, "relay: owner of the list of environments").hex()[:32]
+        secret = encryption_key.reveal() or owner.value
+        self._seal = Seal(hashlib.sha256(secret.encode()).digest())
+        self._server = masked_address(options.url)
+
+    def __repr__(self) -> str:
+        return f"<RedisList {self._server} {self._hash!r}>"
+
+    @property
+    def label(self) -> str:
+        """The place for log lines."""
+        return f'key "{self._hash}" of Redis at {self._server}'
+
+    async def load(self) -> EnvironmentList | None:
+        """Return what is stored; None if there is nothing.
+
+        Raises:
+            InvalidData: nothing of it is usable.
+            StoreUnavailable: the database does not answer.
+        """
+        async with self._client.connection() as connection:
+            pairs = await connection.execute("HGETALL", self._hash)
+        fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        return await in_thread(lambda: self._opened(fields), "list") if fields else None
+
+    async def save(self, environments: EnvironmentList) -> None:
+        """Replace what is stored, in one transaction.
+
+        Raises:
+            StoreUnavailable: nothing was changed.
+        """
+        sealed = await in_thread(
+            lambda: sealed_entries(self._seal, environments, self._owner), "list"
+        )
+        async with self._client.connection() as connection:
+            await connection.execute("MULTI")
+            await connection.execute("DEL", self._hash)
+            for chunk in _chunks(sealed):
+                await connection.execute("HSET", self._hash, *chunk)
+            raise_failure(await connection.execute("EXEC"))
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    def _opened(self, fields: Mapping[bytes, bytes]) -> EnvironmentList:
+        sealed = {name.decode(errors="replace"): value for name, value in fields.items()}
+        result = opened_entries(self._seal, sealed, self._owner)
+        if not result.environments and not result.filters:
+            raise InvalidData("list", next(iter(result.unusable.values())))
+        return result
+
+
+def _chunks(entries: Mapping[str, bytes]) -> Iterator[list[str | bytes]]:
+    """Yield alternating names and values, in lists for one command each."""
+    chunk: list[str | bytes] = []
+    size = 0
+    for name, value in entries.items():
+        chunk += (name, value)
+        size += len(value)
+        if size >= CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
