@@ -356,9 +356,9 @@ def test_a_hundred_environments() -> None:
 
 def test_options_of_a_later_release_are_accepted_with_a_warning() -> None:
     """No option is silently ignored."""
-    warnings = from_env({"AUTO_CONFIG_KEY": "rel-1", "ENV_DATASTORE_TABLE_NAME": "t"}).warnings
+    warnings = from_env({"LD_ENV_x": "sdk-1", "LD_TABLE_NAME_x": "t"}).warnings
     assert warnings == (
-        "[AutoConfig] envDatastoreTableName takes effect in a later release (ENV_DATASTORE_TABLE_NAME)",
+        '[Environment "x"] tableName takes effect in a later release (LD_TABLE_NAME_x)',
     )
 
 

@@ -100,9 +100,9 @@ def test_warnings_come_last() -> None:
         True,
         False,
         {
-            "AUTO_CONFIG_KEY": "rel-1",
-            "ENV_DATASTORE_PREFIX": "p-$CID",
-            "ENV_DATASTORE_TABLE_NAME": "t",
+            "LD_ENV_x": "sdk-1",
+            "LD_PREFIX_x": "p",
+            "LD_TABLE_NAME_x": "t",
             "CACHE_TTL": "1s",
             "USE_REDIS": "1",
         },
