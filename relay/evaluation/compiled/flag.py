@@ -119,6 +119,7 @@ class CompiledFlag:
     __slots__ = (
         "big_segments",
         "choose",
+        "choose_plain",
         "constant",
         "constant_plain",
         "features",
@@ -144,8 +145,12 @@ class CompiledFlag:
         self.constant = decision if isinstance(decision, CompiledResult) else None
         """The only result, if there is just one."""
         self.choose: Choose = _as_function(decision)
+        self.choose_plain = self.choose
+        """Returns a result for a context whose JSON without reasons is right."""
         if big_segments.consulted and not interpreted and self.constant is None:
             self.choose = _with_status(self.choose)
+            if any(each.detail.experiment for each in results):
+                self.choose_plain = self.choose  # their reasons are always sent
         """Returns the result for a context."""
         self.usual = None if features is None else self.choose(NOBODY)
         """The result if all features have their usual values; None unless features decide."""
