@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import signal
 import time
 from contextlib import asynccontextmanager
 from typing import Any
@@ -406,3 +407,77 @@ async def test_an_archive_reads_members_and_fetches_nothing(tmp_path, upstream, 
             await asyncio.sleep(0.05)
         await eventually(relay, "ann", "yes")
         assert upstream.requests == []
+
+
+def request_for(key: str, **headers: str) -> bytes:
+    """An evaluation request, as bytes."""
+    text = base64.urlsafe_b64encode(json.dumps(user(key)).encode()).decode()
+    lines = [
+        f"GET /msdk/evalx/contexts/{text} HTTP/1.1",
+        "Host: x",
+        f"Authorization: {MOBILE_KEY}",
+        *(f"{name}: {value}" for name, value in headers.items()),
+    ]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+async def response_from(reader: asyncio.StreamReader) -> dict[str, Any]:
+    """The flags of the next response on a connection."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200"), head
+    size = int(head.lower().partition(b"content-length: ")[2].split()[0])
+    flags: dict[str, Any] = json.loads(await reader.readexactly(size))
+    return flags
+
+
+async def test_requests_that_come_while_one_waits_are_answered_in_order(tmp_path, upstream, redis):
+    """The database hangs for the first; the others follow on the same connection."""
+    async with relaying(tmp_path, upstream, redis) as relay:
+        await eventually(relay, "ann", "yes")
+        reader, writer = await relay.address.connect()
+        for keys in (["n1", "ann", "n2"], ["n3", "ann", "n4"]):  # a head unknown, then known
+            redis.pause()
+            writer.write(request_for(keys[0]))
+            await asyncio.sleep(0.1)
+            writer.write(request_for(keys[1]))
+            await asyncio.sleep(0.1)
+            writer.write(request_for(keys[2]))
+            await asyncio.sleep(0.1)
+            redis.go_on()
+            async with asyncio.timeout(5):
+                values = [(await response_from(reader))["member"]["value"] for _ in keys]
+            assert values == ["no", "yes", "no"]
+        writer.close()
+
+
+async def test_a_client_that_leaves_while_it_waits_harms_nobody(tmp_path, upstream, redis):
+    """Its answer is not sent, and others are served."""
+    async with relaying(tmp_path, upstream, redis) as relay:
+        await eventually(relay, "ann", "yes")
+        redis.pause()
+        for number in range(20):
+            _, writer = await relay.address.connect()
+            writer.write(request_for(f"gone-{number}"))
+            await writer.drain()
+            await asyncio.sleep(0.01)
+            writer.transport.abort()
+        redis.go_on()
+        await eventually(relay, "ben", "no")
+        assert "Traceback" not in relay.log
+
+
+async def test_a_request_that_waits_at_the_end_is_answered(tmp_path, upstream, redis):
+    """SIGTERM while the database hangs: the response comes before the connection closes."""
+    async with relaying(tmp_path, upstream, redis) as relay:
+        await eventually(relay, "ann", "yes")
+        reader, writer = await relay.address.connect()
+        redis.pause()
+        writer.write(request_for("late"))
+        await asyncio.sleep(0.2)
+        relay.signal(signal.SIGTERM)
+        async with asyncio.timeout(5):
+            assert (await response_from(reader))["member"]["value"] == "no"
+        redis.go_on()
+        writer.close()
+        assert await relay.ended() == 0
+        assert "Traceback" not in relay.log
