@@ -30,6 +30,10 @@ MAX_CHANGED = 10_000
 """Hashes of changed memberships that are gathered; beyond that, all count as changed."""
 
 
+STALE = 120.0
+"""Seconds after the last synchronisation from which memberships are stale (datastore 4.9)."""
+
+
 class BigSegmentTimings(Struct, frozen=True):
     """Times in seconds (datastore 4.9).
 
@@ -46,7 +50,7 @@ class BigSegmentTimings(Struct, frozen=True):
     lifetime: float = 5.0
     poll: float = 5.0
     retry: float = 1.0
-    stale: float = 120.0
+    stale: float = STALE
     reported: float = 300.0
     notice: float = 1.0
     read: float = 1.0
@@ -79,6 +83,20 @@ class BigSegmentStatus(Struct, frozen=True):
     available: bool
     potentially_stale: bool = False
     synchronized_at: float | None = None
+
+
+def status_of(metadata: Metadata, stale: float = STALE) -> BigSegmentsStatus:
+    """Return the status of memberships that are read now.
+
+    Args:
+        metadata: state of the database.
+        stale: seconds after the last synchronisation from which they are stale.
+    """
+    at = metadata.synchronized_at
+    if not metadata.is_readable:
+        return BigSegmentsStatus.STORE_ERROR
+    fresh = at is not None and clock.unix() - at < stale
+    return BigSegmentsStatus.HEALTHY if fresh else BigSegmentsStatus.STALE
 
 
 class BigSegments:
@@ -199,7 +217,7 @@ class BigSegments:
             self._metadata = metadata
             if self._outage.end("Big segments can be read from %s again", self.store.label):
                 self.changed(None)  # clients were answered without them
-            self._set_status(self._present_status(metadata))
+            self._set_status(status_of(metadata, self._timings.stale))
             if before is not None and metadata.cursor != before.cursor:
                 self._note_move()
 
@@ -242,13 +260,6 @@ class BigSegments:
     def look(self) -> None:
         """Look at the state of the database now: it was synchronised."""
         self._look_now.set()
-
-    def _present_status(self, metadata: Metadata) -> BigSegmentsStatus:
-        at = metadata.synchronized_at
-        if not metadata.is_readable:
-            return BigSegmentsStatus.STORE_ERROR
-        fresh = at is not None and clock.unix() - at < self._timings.stale
-        return BigSegmentsStatus.HEALTHY if fresh else BigSegmentsStatus.STALE
 
     def _lose(self, reason: str) -> None:
         """Note that the database cannot be read."""
@@ -342,7 +353,7 @@ class BigSegments:
             async with asyncio.timeout(self._timings.read):
                 if self._metadata is None:
                     self._metadata = await self.store.metadata()
-                    self._set_status(self._present_status(self._metadata))
+                    self._set_status(status_of(self._metadata, self._timings.stale))
                 self._dropped = set()
                 found = await self.store.memberships(hashes)
         except TimeoutError:
