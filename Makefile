@@ -15,7 +15,7 @@ IMAGE_PYTHON := $(shell sed -n 's/^ARG PYTHON=\([0-9.]*\).*/\1/p' Dockerfile)
 # tests of others, so that nobody waits for the last ones.
 PARALLEL := -n $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1))) --maxprocesses 8 --dist worksteal
 PURE := tests/model tests/evaluation tests/protocol
-NODE_PACKAGES := tests/sdk-node/node_modules/.package-lock.json
+NODE_PACKAGES := tests/sdk-node/node_modules/.package-lock.json tests/sdk-edge/node_modules/.package-lock.json
 
 .PHONY: help run hints test test-image pytest coverage nightly lint format lock bench image clean
 
@@ -66,8 +66,8 @@ format: $(VENV)/test ## put the code into its form
 lock: ## choose the newest versions that pyproject.toml allows (needs uv)
 	uv pip compile $(COMPILE) --extra aws --extra gcp pyproject.toml -o requirements.lock
 	uv pip compile $(COMPILE) --all-extras -c requirements.lock pyproject.toml -o requirements-dev.lock
-	cd tests/sdk-node && npm install --package-lock-only --no-audit --no-fund
-	@touch tests/sdk-node/package-lock.json # npm has written into node_modules, too, without installing
+	for folder in tests/sdk-node tests/sdk-edge; do (cd $$folder && npm install --package-lock-only --no-audit --no-fund); done
+	@touch tests/sdk-*/package-lock.json # npm has written into node_modules, too, without installing
 
 # Neither the index that was asked nor this command line belongs into a lock.
 COMPILE := --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
@@ -80,7 +80,7 @@ image: ## the container image relay:latest
 	docker build -t relay .
 
 clean: ## remove what make made here
-	rm -rf .venv .venv-* tests/sdk-node/node_modules dist .*_cache .hypothesis .coverage*
+	rm -rf .venv .venv-* tests/sdk-*/node_modules dist .*_cache .hypothesis .coverage*
 
 # The lock of the tests holds everything that the lock of the program holds, in the same versions.
 $(VENV)/run: requirements.lock scripts/venv
@@ -91,6 +91,6 @@ $(VENV)/test: requirements-dev.lock scripts/venv
 	$(PYTHON) scripts/venv $(VENV) $<
 	@touch $(VENV)/run $@
 
-$(NODE_PACKAGES): tests/sdk-node/package-lock.json scripts/node-packages
-	scripts/node-packages tests/sdk-node
+$(NODE_PACKAGES): %/node_modules/.package-lock.json: %/package-lock.json scripts/node-packages
+	scripts/node-packages $*
 	@touch $@

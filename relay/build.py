@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from relay.bigsegments.environment import BigSegments
     from relay.model.credential import AutoConfigKey
     from relay.protocol.environments import SharedSettings
+    from relay.stores.documents.connect import Places
     from relay.stores.listmirror import ListMirror
     from relay.sync import SyncTarget
     from relay.upstream import Upstream as HTTPSession
@@ -89,6 +91,7 @@ def build(config: Config) -> Relay:
         return _offline(config, registry, database)
     events: Forwarder | None = None
     fetch: Fetch | None = None
+    places = _places(config)
     directory: Directory | None = None
     session: Session = nullcontext()
     upstream: HTTPSession | None = None
@@ -98,11 +101,14 @@ def build(config: Config) -> Relay:
         session, fetch = upstream, upstream.fetch
         events = _forwarder(config, upstream, registry.spec_of)
         if config.auto_config.key:
-            directory = _auto_configuration(config, upstream, make_source, database)
+            directory = _auto_configuration(config, upstream, make_source, database, places)
     else:
         specs, make_source = [_demo(config.main)], _file(config)
     return Relay(
-        [_environment(config, spec, make_source, database, upstream) for spec in specs],
+        [
+            _environment(config, spec, make_source, database, places, upstream=upstream)
+            for spec in specs
+        ],
         config.main.init_timeout,
         upstream=session,
         fetch=fetch,
@@ -120,6 +126,7 @@ def _auto_configuration(
     session: HTTPSession,
     make_source: SourceFactory,
     database: Database | None,
+    places: Places | None,
 ) -> AutoConfiguration:
     """Return what follows the list of environments; it makes them as the configured ones are."""
     from relay.autoconfig import AutoConfiguration, log
@@ -131,7 +138,7 @@ def _auto_configuration(
     return AutoConfiguration(
         AutoConfigStream(session, main.stream_uri, key, log),
         _shared(auto, main),
-        lambda spec: _environment(config, spec, make_source, database, session),
+        lambda spec: _environment(config, spec, make_source, database, places, upstream=session),
         make_source,
         tuple(_list_mirrors(config, key, log)),
     )
@@ -164,9 +171,10 @@ def _offline(config: Config, registry: Registry[Environment], database: Database
     from relay.offline import OfflineArchive
 
     options, main = config.offline_mode, config.main
+    places = _places(config)
 
     def make_environment(spec: EnvironmentSpec, source: DataSource) -> Environment:
-        return _environment(config, spec, lambda _spec, _log: source, database)
+        return _environment(config, spec, lambda _spec, _log: source, database, places)
 
     path = Path(options.file_data_source)
     interval = options.file_data_source_monitoring_interval
@@ -203,31 +211,48 @@ def _demo(main: Main) -> EnvironmentSpec:
 
 
 def sync_targets(
-    config: Config, names: Collection[str] = (), relay_url: str = ""
+    config: Config, names: Collection[str] = (), relay_url: str = "", to: str = ""
 ) -> tuple[Session, list[SyncTarget]]:
-    """Return the upstream session and the sync targets, one per environment.
+    """Return the upstream session and the sync targets: for each environment each destination.
 
     Args:
         config: configuration of LaunchDarkly, the database and the environments.
         names: names of the environments to sync; empty for all.
         relay_url: URL of a running relay to read from instead of LaunchDarkly.
+        to: URL of the only place to publish documents in; empty for all that is configured.
 
     Raises:
-        ConfigError: there is no database, or no such environment; see also `build`.
+        ConfigError: there is no destination, or no such environment; see also `build`.
     """
+    from relay.stores import DOCUMENT
     from relay.sync import SyncTarget
 
-    database = _database(config)
+    if to:
+        config = structs.replace(config, publish=structs.replace(config.publish, to=(to,)))
+    database, places = None if to else _database(config), _places(config)
+    publish = config.publish
     problems = _missing(config, names)
-    if database is None:
+    if database is None and not publish.to:
         text = "there is no database to bring up to date; [Redis], [Consul], USE_REDIS or"
-        problems.append(f"{text} USE_CONSUL names one")
-    if problems or database is None:
+        text = f"{text} USE_CONSUL names one, and --to or PUBLISH_TO a place for documents"
+        problems.append(text)
+    problems += [
+        f'environment "{each.name}" has no client-side ID (envId), which names its document'
+        for each in config.all_environments
+        if publish.to and not each.env_id and (not names or each.name in names)
+    ]
+    if problems:
         raise ConfigError(problems)
     session, sources = _sources(config, names, relay_url)
-    targets = [
-        SyncTarget(spec, source, database.store_for(spec), log) for spec, source, log in sources
-    ]
+    targets: list[SyncTarget] = []
+    for spec, make_source, log in sources:
+        if database:
+            store = database.store_for(spec)
+            targets.append(SyncTarget(spec, make_source(), store, log, database.kind))
+        documents = places.stores(publish.to, publish.token, spec, log) if places else []
+        targets += [
+            SyncTarget(spec, make_source(), each, log, DOCUMENT, each.label) for each in documents
+        ]
     return session, targets
 
 
@@ -254,7 +279,7 @@ def archive_sources(
     if problems:
         raise ConfigError(problems)
     session, sources = _sources(config, names, relay_url)
-    return session, [(spec, source) for spec, source, _ in sources if not spec.payload_filter]
+    return session, [(spec, make()) for spec, make, _ in sources if not spec.payload_filter]
 
 
 def _missing(config: Config, names: Collection[str]) -> list[str]:
@@ -271,15 +296,15 @@ def _missing(config: Config, names: Collection[str]) -> list[str]:
 
 def _sources(
     config: Config, names: Collection[str], relay_url: str
-) -> tuple[Session, list[tuple[EnvironmentSpec, DataSource, Log]]]:
-    """Return the upstream session, and the configured environments with their sources."""
+) -> tuple[Session, list[tuple[EnvironmentSpec, Callable[[], DataSource], Log]]]:
+    """Return the upstream session, and the environments with what makes their sources."""
     if relay_url:
         main = structs.replace(config.main, data_source="polling", base_uri=relay_url)
         config = structs.replace(config, main=main)
     session, make_source = _launchdarkly(config)
     specs = [_spec(each, config.main) for each in config.all_environments]
     chosen = [(spec, _log_for(spec)) for spec in specs if not names or spec.name in names]
-    return session, [(spec, make_source(spec, log), log) for spec, log in chosen]
+    return session, [(spec, partial(make_source, spec, log), log) for spec, log in chosen]
 
 
 def _file(config: Config) -> SourceFactory:
@@ -292,14 +317,8 @@ def _file(config: Config) -> SourceFactory:
 def _launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
     from relay.sources.polling import PollingSource
     from relay.sources.streaming import StreamingSource
-    from relay.upstream import Upstream as HTTPSession
 
-    main, http = config.main, config.http
-    upstream = HTTPSession(
-        proxy=config.proxy.url or None,
-        ca_files=[Path(file) for file in config.proxy.ca_cert_files if file],
-        keep_alive=0.0 if http.disable_keep_alives else http.idle_conn_timeout,
-    )
+    main, upstream = config.main, _http_session(config)
     timings = SourceTimings(poll_interval=main.poll_interval)
 
     def make_source(spec: EnvironmentSpec, log: Log) -> DataSource:
@@ -311,6 +330,27 @@ def _launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
         return StreamingSource(upstream, uri, key, log, timings, payload_filter=payload_filter)
 
     return upstream, make_source
+
+
+def _http_session(config: Config) -> HTTPSession:
+    from relay.upstream import Upstream as HTTPSession
+
+    http = config.http
+    return HTTPSession(
+        proxy=config.proxy.url or None,
+        ca_files=[Path(file) for file in config.proxy.ca_cert_files if file],
+        keep_alive=0.0 if http.disable_keep_alives else http.idle_conn_timeout,
+    )
+
+
+def _places(config: Config) -> Places | None:
+    """Return what makes the places for documents; None if there are no documents."""
+    if not config.publish.to and not config.main.bootstrap_from:
+        return None
+    from relay.stores.documents.connect import Places
+
+    urls = (*config.publish.to, *filter(None, [config.main.bootstrap_from]))
+    return Places(lambda: _http_session(config), config.proxy.url, urls)
 
 
 def _forwarder(
@@ -352,6 +392,8 @@ def _environment(
     spec: EnvironmentSpec,
     make_source: SourceFactory,
     database: Database | None,
+    places: Places | None,
+    *,
     upstream: HTTPSession | None = None,
 ) -> Environment:
     """Return an environment; its big segments are fetched only if there is an upstream."""
@@ -364,7 +406,11 @@ def _environment(
     environment = Environment(spec, source, hub, log, programs=programs, big_segments=big_segments)
     if big_segments is not None and upstream is not None:
         _synchronise(big_segments, main, upstream, environment)
-    environment.mirrors = tuple(_mirrors(config, spec, environment.resync, log, database))
+    resync = environment.resync
+    environment.mirrors = (
+        *_mirrors(config, spec, resync, log, database),
+        *(_document_mirrors(config, spec, resync, log, places) if places else ()),
+    )
     return environment
 
 
@@ -462,3 +508,21 @@ def _mirrors(
         log.info(text, name, store.server, store.prefix)
         timings = SINGLE_RUN if config.main.exit_always else MirrorTimings()
         yield DatabaseMirror(store, database.kind, resync, log, timings)
+
+
+def _document_mirrors(
+    config: Config, spec: EnvironmentSpec, resync: Callable[[], None], log: Log, places: Places
+) -> Iterator[Mirror]:
+    """Yield the document to start from, and the published ones, as configured."""
+    from relay.stores import DOCUMENT
+    from relay.stores.documents.bootstrap import Bootstrap
+    from relay.stores.documents.store import PUBLICATION
+    from relay.stores.mirror import SINGLE_RUN, DatabaseMirror
+
+    main, publish = config.main, config.publish
+    if main.bootstrap_from and config.uses_launchdarkly:
+        yield Bootstrap(places.place(main.bootstrap_from, main.bootstrap_token, spec), log)
+    timings = SINGLE_RUN if main.exit_always else PUBLICATION
+    for store in places.stores(publish.to, publish.token, spec, log):
+        log.info("Publishing document %s at %s", store.prefix, store.server)
+        yield DatabaseMirror(store, DOCUMENT, resync, log, timings, label=store.label)

@@ -1,4 +1,4 @@
-"""Files: their state, and those that nobody else should read (flags, events, data of contexts).
+"""Files: their state, their replacement, and those that nobody else should read (flags, events).
 
 Only the relay's user can read private files, unless their directory is shared with its group and
 with nobody else. The image's `/data` is shared with group 0 in this way: platforms such as
@@ -21,6 +21,9 @@ FileState = tuple[int, int, int]
 """Modification time in nanoseconds, size, and inode (editors replace files)."""
 
 _SHARED = stat.S_IRWXU | stat.S_IRWXG
+
+_PUBLIC = 0o666
+"""Permissions of files for others, before the umask."""
 
 
 def make_directory(path: Path) -> None:
@@ -61,16 +64,21 @@ def open_private(path: Path, flags: int) -> int:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a private file, which takes the place of the one at `path` when the block ends.
+def replacing(path: Path, *, private: bool = True) -> Iterator[BinaryIO]:
+    """Write a file, which takes the place of the one at `path` when the block ends.
 
     Nobody reads a part of it. If the block fails, the former file stays.
+
+    Args:
+        path: path of the file.
+        private: False for a file that whoever the umask allows may read.
 
     Raises:
         OSError: the file cannot be written.
     """
     temporary = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp")
-    descriptor = open_private(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    descriptor = open_private(temporary, flags) if private else os.open(temporary, flags, _PUBLIC)
     try:
         with os.fdopen(descriptor, "wb") as file:
             # The lock tells `remove_unfinished` that this process is alive.

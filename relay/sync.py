@@ -1,4 +1,4 @@
-"""Bring a database up to date once, without serving: `relay sync` and the Lambda updater.
+"""Bring a data store up to date once, without serving: `relay sync` and the Lambda updater.
 
 As in a running relay, the mirror decides what to write, and overwrites nothing newer. This module
 only compares upstream with the database, and reports the changes.
@@ -38,14 +38,18 @@ class SyncTarget:
     Args:
         spec: environment.
         source: source of its data.
-        store: database to bring up to date.
+        store: data store to bring up to date.
         log: logger that names the environment.
+        database: kind of the store.
+        label: the store for log lines and results; empty if it is the database of the relay.
     """
 
     spec: EnvironmentSpec
     source: DataSource
     store: DataStore
     log: Log
+    database: str = "redis"
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +126,14 @@ class SyncResult:
         problem: reason why it is not up to date; empty on success.
         changes: changes that were written or, in a dry run, would be.
         items: number of flags and segments upstream.
+        label: destination, unless it is the database of the relay.
     """
 
     name: str
     problem: str = ""
     changes: SyncChanges = field(default_factory=SyncChanges)
     items: int = 0
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +170,7 @@ async def synchronise(
         report: called with the result of each environment as soon as it is done.
 
     Returns:
-        The results by the environments' names.
+        The results by the environments' names; of several destinations one that failed, if any.
     """
     semaphore = asyncio.Semaphore(MAX_CONCURRENT)
 
@@ -176,7 +182,11 @@ async def synchronise(
 
     async with session, asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(synchronise_and_report(target)) for target in targets]
-    return {result.name: result for result in (task.result() for task in running)}
+    results: dict[str, SyncResult] = {}
+    for result in (task.result() for task in running):
+        if result.problem or result.name not in results:
+            results[result.name] = result
+    return results
 
 
 async def _synchronise_one(target: SyncTarget, options: SyncOptions) -> SyncResult:
@@ -224,11 +234,11 @@ class _Run:
 
     def result(self, problem: str) -> SyncResult:
         """Return the result; *problem* is empty on success."""
-        name = self._target.spec.name
+        name, label = self._target.spec.name, self._target.label
         if self._changes is None:
-            return SyncResult(name, problem)
+            return SyncResult(name, problem, label=label)
         items = sum(1 for kind in Kind for _ in self._payload.live(kind))
-        return SyncResult(name, problem, self._changes, items)
+        return SyncResult(name, problem, self._changes, items, label)
 
     async def execute(self) -> None:
         """Load, compare and write, until upstream has the expected data.
@@ -245,7 +255,12 @@ class _Run:
         running = [asyncio.create_task(self._listen())]
         if not self._options.dry_run:
             self._mirror = DatabaseMirror(
-                target.store, "redis", target.source.resync, target.log, SINGLE_RUN
+                target.store,
+                target.database,
+                target.source.resync,
+                target.log,
+                SINGLE_RUN,
+                label=target.label,
             )
             running.append(asyncio.create_task(self._mirror.run()))
         done = asyncio.create_task(self._wait_done())

@@ -193,6 +193,26 @@ class Upstream:
                     response.status, date, _retry_after(response_headers.get("Retry-After"), date)
                 )
 
+    async def put(self, url: str, body: bytes, *, headers: dict[str, str], within: float) -> Reply:
+        """Put `body` and return the reply without its body, whatever its status; no redirects.
+
+        Args:
+            url: URL to put to.
+            body: bytes to send.
+            headers: additional headers, including the credential if one is needed.
+            within: total timeout in seconds.
+
+        Raises:
+            UpstreamUnavailable: there was no response.
+        """
+        all_headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "gzip", **headers}
+        timeout = aiohttp.ClientTimeout(total=within, connect=self._connect_timeout)
+        with _translate_errors(ValueError):
+            async with await self._send(
+                "PUT", URL(url), all_headers, timeout, data=body
+            ) as response:
+                return Reply(response.status, _first_headers(response), b"")
+
     async def fetch(
         self, url: str, *, headers: dict[str, str], within: float, max_body: int
     ) -> Reply:
@@ -222,10 +242,7 @@ class Upstream:
                     body = await read_body(response, max_body)
                 finally:
                     response.close()
-        response_headers: dict[str, str] = {}
-        for name, value in response.headers.items():
-            response_headers.setdefault(name.lower(), value)
-        return Reply(response.status, response_headers, body)
+        return Reply(response.status, _first_headers(response), body)
 
     async def _get_following_redirects(
         self, url: URL, headers: dict[str, str], read_timeout: float
@@ -326,6 +343,14 @@ async def read_body(response: Response, max_body: int = MAX_BODY) -> bytes:
             )
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def _first_headers(response: Response) -> dict[str, str]:
+    """Return the headers by name in lower case; of a repeated one the first."""
+    headers: dict[str, str] = {}
+    for name, value in response.headers.items():
+        headers.setdefault(name.lower(), value)
+    return headers
 
 
 def _http_date(text: str | None) -> float | None:

@@ -23,7 +23,12 @@ MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "relay").rglob("*.py")
 )
-LOCKS = ["requirements.lock", "requirements-dev.lock", "tests/sdk-node/package-lock.json"]
+LOCKS = [
+    "requirements.lock",
+    "requirements-dev.lock",
+    "tests/sdk-node/package-lock.json",
+    "tests/sdk-edge/package-lock.json",
+]
 
 
 def locked(name: str) -> dict[str, Version]:
@@ -59,9 +64,10 @@ def test_tests_run_with_the_versions_that_the_program_is_locked_to() -> None:
     assert locked("requirements.lock").items() <= locked("requirements-dev.lock").items()
 
 
-def test_npm_packages_are_locked_as_wanted() -> None:
+@pytest.mark.parametrize("name", ["tests/sdk-node", "tests/sdk-edge"])
+def test_npm_packages_are_locked_as_wanted(name: str) -> None:
     """The npm lock holds what `package.json` asks for, each with a checksum if it is not ours."""
-    folder = ROOT / "tests/sdk-node"
+    folder = ROOT / name
     wanted = json.loads((folder / "package.json").read_text())["dependencies"]
     packages = json.loads((folder / "package-lock.json").read_text())["packages"]
     assert packages.pop("")["dependencies"] == wanted

@@ -35,8 +35,9 @@ relay [serve] [options]   start the relay; the options are those of ld-relay
 relay check [options]     show the configuration that results, or all that is wrong with it
 relay eval FLAG --context JSON [--flags FILE | --url URL --sdk-key KEY] [--redis URL]
                           show what a flag gives to a context, and what led there
-relay sync [options]      bring the database up to date once; exit with 0 if all environments are,
-                          1 if some could not be brought there, 2 if the configuration is wrong
+relay sync [options]      bring the database and published documents up to date once; exit with 0
+                          if all environments are, 1 if some could not be brought there, 2 if the
+                          configuration is wrong
 relay archive --output FILE [options]
                           write the environments to an archive for relays in offline mode
 relay health [URL]        exit with 0 if a relay is ready (default: the one of this host)"""
@@ -123,6 +124,8 @@ def _parser(command: str) -> _Parser:
     if command == "archive":
         add("--output", metavar="FILE", required=True, help="path of the archive")
     if command == "sync":
+        text = "publish documents there only: file:///FOLDER, s3://BUCKET/PREFIX, https://…{key}"
+        add("--to", metavar="URL", default="", help=text)
         add("--dry-run", action="store_true", help="show what would change, and write nothing")
     add("unread", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
@@ -270,7 +273,7 @@ def _run_once(config: Config) -> int:
 def _sync(config: Config, options: argparse.Namespace) -> int:
     from relay.cli.sync import sync  # noqa: PLC0415 - a server needs nothing of it
 
-    return sync(config, options.environment, options.relay, dry_run=options.dry_run)
+    return sync(config, options.environment, options.relay, options.to, dry_run=options.dry_run)
 
 
 def _archive(config: Config, options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`relay sync`: bring the database up to date once, and print what changed."""
+"""`relay sync`: bring database and documents up to date once, and print what changed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import uvloop
 
 from relay.build import sync_targets
 from relay.config.schema import Config
-from relay.config.types import HTTP_URI
+from relay.config.types import DOCUMENT_URI, HTTP_URI
 from relay.errors import ConfigError
 from relay.model.item import Kind
 from relay.model.text import one_line
@@ -27,21 +27,29 @@ _log = logging.getLogger("relay")
 
 
 def sync(
-    config: Config, environments: Collection[str], relay_url: str, *, dry_run: bool = False
+    config: Config,
+    environments: Collection[str],
+    relay_url: str,
+    to: str = "",
+    *,
+    dry_run: bool = False,
 ) -> int:
-    """Bring the database up to date once; return the exit code.
+    """Bring the database and published documents up to date once; return the exit code.
 
     Args:
-        config: of LaunchDarkly, the database and the environments.
+        config: of LaunchDarkly, the destinations and the environments.
         environments: names of the environments to sync; empty for all.
         relay_url: URL of a running relay to read from; empty to read from LaunchDarkly.
+        to: URL of the only place to publish documents in; empty for all that is configured.
         dry_run: print what would change, and write nothing.
     """
     for warning in config.warnings:
         _log.warning("%s", warning)
     try:
         url = HTTP_URI.parse(relay_url) if relay_url else ""
-        session, targets = sync_targets(config, environments, url)
+        session, targets = sync_targets(
+            config, environments, url, DOCUMENT_URI.parse(to) if to else ""
+        )
     except (ConfigError, ValueError) as e:
         _log.error("Configuration error: %s", e)
         return UNUSABLE
@@ -65,7 +73,8 @@ def _print_result(result: SyncResult, *, dry_run: bool) -> None:
         text = "is up to date"
     if counts["kept"] and not result.problem:
         text += f"; {counts['kept']} newer than upstream left as they are"
-    print(one_line(f"{result.name}: {text} ({result.items} items upstream)"), flush=True)
+    name = f"{result.name}, {result.label}" if result.label else result.name
+    print(one_line(f"{name}: {text} ({result.items} items upstream)"), flush=True)
     if dry_run:
         for kind in counts:
             _print_keys(kind, getattr(changes, kind))

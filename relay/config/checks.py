@@ -26,6 +26,7 @@ from relay.config.schema import (
     OfflineMode,
     Prometheus,
     Proxy,
+    Publish,
     Redis,
     Webhook,
     options,
@@ -52,6 +53,7 @@ _MIN_MONITORING_INTERVAL = 0.1
 _MIN_POLL_INTERVAL = 1.0
 _MIN_METRICS_CAPACITY = 1000
 _METRIC_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
+_KEY = "{key}"
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 Key = tuple[str, str | None, str]
@@ -125,6 +127,9 @@ def problems(draft: Draft) -> list[str]:
         _consul,
         _dynamodb,
         _databases,
+        _publish,
+        _bootstrap,
+        _document_names,
         _proxy,
         _prometheus,
     )
@@ -432,6 +437,48 @@ def _without_prefix(draft: Draft) -> Iterator[Diagnostic]:
             yield f"{text} storage", ((ENVIRONMENT, each.name, ""),)
 
 
+def _publish(draft: Draft) -> Iterator[Diagnostic]:
+    publish = draft.of(Publish)
+    if any(_is_http(url) and _KEY not in url for url in publish.to):
+        text = "[Publish] to: an https URL must contain {key}, which stands for the document's name"
+        yield text, _keys("Publish", "to")
+
+
+def _bootstrap(draft: Draft) -> Iterator[Diagnostic]:
+    url = draft.of(Main).bootstrap_from
+    single = len(with_variants(draft.environments, draft.filters)) == 1
+    if _is_http(url) and _KEY not in url and not single:
+        text = "[Main] bootstrapFrom: an https URL without {key} names one document only, and there"
+        yield f"{text} is not exactly one environment", _main_key("bootstrap_from")
+
+
+def _document_names(draft: Draft) -> Iterator[Diagnostic]:
+    """Report environments that have no client-side ID to name their documents, or share one."""
+    keys = (*_keys("Publish", "to"), *_main_key("bootstrap_from"))
+    if not draft.of(Publish).to and _KEY not in _with_key(draft.of(Main).bootstrap_from):
+        return
+    owners: dict[tuple[str, str], str] = {}
+    for each in with_variants(draft.environments, draft.filters):
+        here = (ENVIRONMENT, each.name, "env_id")
+        if not each.env_id:
+            text = f'environment "{each.name}" has no client-side ID (envId), which names its'
+            yield f"{text} document", (*keys, (ENVIRONMENT, each.name, ""))
+        elif (name := (each.env_id, each.filter_key)) in owners:
+            text = f'environments "{owners[name]}" and "{each.name}" have the same client-side ID,'
+            yield f"{text} which names their document", (*keys, here)
+        else:
+            owners[name] = each.name
+
+
+def _with_key(url: str) -> str:
+    """Return a URL with `{key}` where that is implied."""
+    return url if _is_http(url) or not url else url + _KEY
+
+
+def _is_http(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
+
+
 def _proxy(draft: Draft) -> Iterator[Diagnostic]:
     proxy = draft.of(Proxy)
     if not proxy.ntlm_auth:
@@ -496,6 +543,15 @@ def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
         yield text, (*_main_key("flags_file"), *archive)
     if main.exit_on_error and not main.exit_always:
         yield "[Main] exitOnError has no effect without exitAlways", _main_key("exit_on_error")
+    publish = draft.of(Publish)
+    if publish.token and not any(map(_is_http, publish.to)):
+        yield "[Publish] token has no effect without an https URL", _keys("Publish", "token")
+    if main.bootstrap_token and not _is_http(main.bootstrap_from):
+        text = "[Main] bootstrapToken has no effect without an https URL"
+        yield text, _main_key("bootstrap_token")
+    if main.bootstrap_from and not (draft.environments or draft.of(AutoConfig).key):
+        text = "[Main] bootstrapFrom has no effect: the flags do not come from LaunchDarkly"
+        yield text, _main_key("bootstrap_from")
     auto = draft.of(AutoConfig)
     if auto.cache_encryption_key and not auto.cache_key:
         text = "[AutoConfig] cacheEncryptionKey has no effect without cacheKey"

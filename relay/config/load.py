@@ -25,6 +25,7 @@ from relay.config.schema import (
     OfflineMode,
     Prometheus,
     Proxy,
+    Publish,
     Webhook,
     options,
 )
@@ -429,6 +430,7 @@ def _config(draft: Draft, warnings: list[str]) -> Config:
         filters=dict(draft.filters),
         redis=checks.redis_of(draft),
         consul=checks.consul_of(draft),
+        publish=draft.of(Publish),
         proxy=draft.of(Proxy),
         http=draft.of(Http),
         webhook=draft.of(Webhook),

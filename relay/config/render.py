@@ -18,7 +18,15 @@ from msgspec import structs
 from relay.config.checks import ENVIRONMENT, FILTERS
 from relay.config.options import Option, Support
 from relay.config.schema import NAMED_SECTIONS, SECTIONS, Config, Redis, Webhook, options
-from relay.config.types import BOOLEAN, COUNT, DURATION, HTTP_URI, URI
+from relay.config.types import (
+    BOOLEAN,
+    COUNT,
+    DOCUMENT_URI,
+    DOCUMENT_URIS,
+    DURATION,
+    HTTP_URI,
+    URI,
+)
 from relay.model.credential import Secret, masked, masked_url
 from relay.model.text import one_line
 
@@ -31,6 +39,8 @@ would reveal too much."""
 _WIDTH = 100
 _NOTE_COLUMN = 48
 """Column where the comments of `effective` begin, if the line is short enough."""
+
+_URIS = (URI, HTTP_URI, DOCUMENT_URI)
 
 _KEYS = ("sdk_key", "mobile_key")
 """Secrets that people recognise by their last characters, from logs and dashboards."""
@@ -133,6 +143,9 @@ def secrets(config: Config) -> tuple[str, ...]:
                     texts += (secret.reveal() for secret in values.secrets)
             elif option.type in (URI, HTTP_URI) and value:
                 texts += _url_secrets(value)
+            elif option.type in (DOCUMENT_URI, DOCUMENT_URIS):
+                urls = (value,) if isinstance(value, str) else value
+                texts += (text for url in urls for text in _document_url_secrets(url))
     return tuple(dict.fromkeys(texts))
 
 
@@ -183,8 +196,10 @@ def _value(option: Option, value: Any) -> str:
         return ""
     if option.attribute in _KEYS and len(value.reveal()) >= SHORTEST_MASKED_KEY:
         return masked(value.reveal())
-    if option.type in (URI, HTTP_URI):
+    if option.type in _URIS:
         return quoted(masked_url(value, MASK))
+    if option.type is DOCUMENT_URIS:
+        return quoted(",".join(masked_url(url, MASK) for url in value))
     return quoted(option.type.show(value))
 
 
@@ -201,6 +216,15 @@ def _url_secrets(url: str) -> Iterator[str]:
     for password in (parts.password or userinfo or "", *in_query):
         if password:
             yield from (password, unquote(password))
+
+
+def _document_url_secrets(url: str) -> Iterator[str]:
+    """Yield also the values of the query: in presigned URLs these are signatures and tokens."""
+    yield from _url_secrets(url)
+    for part in urlsplit(url).query.split("&"):
+        value = part.partition("=")[2]
+        if value and "{key}" not in value:
+            yield from (value, unquote(value))
 
 
 def _subsection(name: str) -> str:

@@ -16,6 +16,8 @@ from relay.config.options import LATER, NO_EFFECT, REFUSED, Option, declared, op
 from relay.config.types import (
     BOOLEAN,
     CONSUL_ADDRESS,
+    DOCUMENT_URI,
+    DOCUMENT_URIS,
     DURATION,
     ENVIRONMENT_ID,
     HEADER_NAMES,
@@ -128,6 +130,22 @@ class Main(Struct, frozen=True):
         "Directory for snapshots of each environment's flags, so that the relay can start while"
         " LaunchDarkly and the database are unavailable. Not set: no snapshots.",
         "/data",
+    )
+    bootstrap_from: str = option(
+        "BOOTSTRAP_FROM",
+        DOCUMENT_URI,
+        "",
+        "Where the documents of `[Publish]` lie from which the relay starts while LaunchDarkly, the"
+        " database and the snapshots are unavailable: `file:///FOLDER`, `s3://BUCKET/PREFIX` or"
+        " `https://…{key}`.",
+        "s3://flags/production",
+    )
+    bootstrap_token: Secret = option(
+        "BOOTSTRAP_TOKEN",
+        SECRET,
+        Secret(""),
+        "Bearer token with which documents are read from `https` URLs.",
+        "a-long-random-text",
     )
     graceful_shutdown_timeout: float = option(
         "GRACEFUL_SHUTDOWN_TIMEOUT",
@@ -422,6 +440,27 @@ class Consul(Struct, frozen=True):
     )
     local_ttl: float = option(
         "CACHE_TTL", DURATION, 30.0, "See `[Redis]` `localTtl`.", support=NO_EFFECT
+    )
+
+
+@section
+class Publish(Struct, frozen=True):
+    """`[Publish]`: each environment as one document, for functions, edge SDKs and other relays."""
+
+    to: tuple[str, ...] = option(
+        "PUBLISH_TO",
+        DOCUMENT_URIS,
+        (),
+        "Where documents are published: `file:///FOLDER`, `s3://BUCKET/PREFIX`, or `https://…{key}`"
+        " for a key-value store, in which `{key}` stands for `LD-Env-` and the client-side ID.",
+        "s3://flags/production",
+    )
+    token: Secret = option(
+        "PUBLISH_TOKEN",
+        SECRET,
+        Secret(""),
+        "Bearer token for `https` URLs that have no user and password of their own.",
+        "a-long-random-text",
     )
 
 
@@ -730,6 +769,7 @@ SECTIONS: dict[str, type] = {
     "Events": Events,
     "Redis": Redis,
     "Consul": Consul,
+    "Publish": Publish,
     "Proxy": Proxy,
     "Http": Http,
     "Webhook": Webhook,
@@ -767,6 +807,7 @@ class Config(Struct, frozen=True):
     filters: dict[str, Filters] = field(default_factory=dict)
     redis: Redis | None = None
     consul: Consul | None = None
+    publish: Publish = Publish()
     proxy: Proxy = Proxy()
     http: Http = Http()
     webhook: Webhook = Webhook()

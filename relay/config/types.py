@@ -287,6 +287,25 @@ def _consul_address(text: str) -> str:
     return text
 
 
+def _document_uri(text: str) -> str:
+    """Return the URL of a place for documents; see `stores.documents.location`."""
+    scheme, _, rest = text.partition("://")
+    scheme = scheme.lower()
+    if scheme in ("http", "https"):
+        return _http_uri(text)
+    parts = urlsplit(_uri(text))
+    if parts.query or parts.fragment:
+        raise ValueError("a file or an object has no query; ? and # are written %3F and %23")
+    if scheme == "file" and rest and parts.netloc in ("", "localhost") and parts.path != "/":
+        return text
+    if scheme == "s3" and parts.netloc:
+        return text
+    raise ValueError(
+        "must be a URL of the form file:///FOLDER, s3://BUCKET/PREFIX, or https:// with the key as"
+        " {key}"
+    )
+
+
 def _list_of(member: OptionType, *, keeps_empty: bool = False) -> OptionType:
     """Return the type of a comma-separated list.
 
@@ -303,7 +322,7 @@ def _list_of(member: OptionType, *, keeps_empty: bool = False) -> OptionType:
             raise ValueError("the list has commas only")
         return values
 
-    return OptionType("list", convert, ",".join, is_list=True)
+    return OptionType("list", convert, ",".join, is_list=True, by_reference=member.by_reference)
 
 
 def one_of(*allowed: str, noun: str = "") -> OptionType:
@@ -327,6 +346,9 @@ SIZE = OptionType("size", _size, _show_size)
 URI = OptionType("URL", _uri, by_reference=True)
 HTTP_URI = OptionType("URL", _http_uri, by_reference=True)
 CONSUL_ADDRESS = OptionType("address", _consul_address, is_text=True)
+
+
+DOCUMENT_URI = OptionType("URL", _document_uri, by_reference=True)
 STRING = OptionType("text", _text, is_text=True, quotable=True)
 PATH = OptionType("path", _text, is_text=True)
 SECRET = OptionType(
@@ -338,5 +360,6 @@ LIST = _list_of(STRING, keeps_empty=True)
 PATHS = _list_of(PATH)
 ORIGINS = _list_of(OptionType("origin", _origin))
 HEADER_NAMES = _list_of(OptionType("name", _header_name))
+DOCUMENT_URIS = _list_of(DOCUMENT_URI)
 LOG_LEVEL = one_of(*LOG_LEVELS, noun="log level")
 TLS_VERSION = one_of(*TLS_VERSIONS, noun="TLS version")

@@ -19,7 +19,7 @@ from relay.model.item import Kind
 from relay.model.metrics import Histogram, MetricValue
 from relay.protocol.prometheus import COUNTER, GAUGE, HISTOGRAM, Metric, Row
 from relay.relay import DirectoryChange, Relay
-from relay.stores import StoreState, StoreStatus
+from relay.stores import DOCUMENT, StoreState, StoreStatus
 from relay.telemetry import process
 from relay.telemetry.log import lost_lines
 from relay.telemetry.traffic import RequestLabels, RequestMetrics, label_value
@@ -120,8 +120,16 @@ def _upstream_states(view: MetricsView) -> Iterator[Row]:
 def _store_statuses(view: MetricsView) -> Iterator[tuple[str, StoreStatus]]:
     for name, environment in view.environments.items():
         for mirror in environment.mirrors:
-            if mirror.status is not None:
+            if mirror.status is not None and mirror.status.database != DOCUMENT:
                 yield name, mirror.status
+
+
+def _publication_states(view: MetricsView) -> Iterator[Row]:
+    for name, environment in view.environments.items():
+        for status in (mirror.status for mirror in environment.mirrors):
+            if status is not None and status.database == DOCUMENT:
+                for state in StoreState:
+                    yield (name, status.server, state.value), int(status.state is state)
 
 
 def _store_states(view: MetricsView) -> Iterator[Row]:
@@ -240,6 +248,7 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_data_age_seconds", GAUGE, ("environment",), "Time since LaunchDarkly last confirmed that the flags are current; also of a stored list; none if that is unknown."): _per_environment(_data_age),
     Metric("relay_upstream_state", GAUGE, ("environment", "state"), "How it stands with LaunchDarkly: 1 for the state that `/status` shows, 0 for the others."): _upstream_states,
     Metric("relay_store_state", GAUGE, ("environment", "database", "state"), "How it stands with the database: 1 for the state that `/status` shows, 0 for the others."): _store_states,
+    Metric("relay_publication_state", GAUGE, ("environment", "url", "state"), "How it stands with a published document: 1 for the state that `/status` shows, 0 for the others."): _publication_states,
     Metric("relay_store_unreadable_items", GAUGE, ("environment", "database"), "Items in the database that could not be read."): _unreadable_items,
     Metric("relay_big_segments_available", GAUGE, ("environment",), "1 if the members of big segments can be read from the database, 0 if not; none without big segments."): _of_big_segments(lambda b: int(b.status is not None and b.status.available)),
     Metric("relay_big_segments_age_seconds", GAUGE, ("environment",), "Time since it was last known that the database has all members of big segments; none before the first time."): _of_big_segments(_synchronisation_age),

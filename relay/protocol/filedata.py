@@ -24,6 +24,9 @@ Contents = dict[tuple[Kind, str], Members]
 
 _SECTIONS = ("flags", "flagValues", "segments")
 
+_IGNORED = ("deleted",)
+"""Members of published documents that are nothing to readers of a file."""
+
 
 def read(text: bytes, name: str) -> Contents:
     """Parse a file; return its items with all members that SDKs require.
@@ -152,7 +155,7 @@ def _yaml(text: str, name: str) -> Any:
 
 
 def _entries(sections: Members, section: str, name: str) -> Iterable[tuple[str, Any]]:
-    unknown = [key for key in sections if key not in _SECTIONS]
+    unknown = [key for key in sections if key not in _SECTIONS + _IGNORED]
     if unknown:
         raise InvalidData(name, f'unknown section "{unknown[0]}"; there are {", ".join(_SECTIONS)}')
     entries = _object(sections.get(section) or {}, section, name)

@@ -2,6 +2,7 @@
 
 A *data store* is a database in the layout that SDKs read. A *mirror* is kept equal to the payload
 of an environment: `mirror.DatabaseMirror` in any data store, `snapshot.SnapshotMirror` on disk.
+A published document is a data store, too: `documents`.
 """
 
 from __future__ import annotations
@@ -119,15 +120,19 @@ class StoreState(Enum):
     INTERRUPTED = "INTERRUPTED"
 
 
+DOCUMENT = "document"
+"""Kind of a published document, which is no database."""
+
+
 class StoreStatus(Struct, frozen=True):
     """Status of a database, as shown in `/status`.
 
     Args:
         state: whether the database can be reached and written.
         since: time of the last change of `state`, in Unix seconds.
-        database: kind of database: `redis` or `consul`.
+        database: kind of database: `redis` or `consul`; `DOCUMENT` for a published document.
         server: URL with the password masked.
-        prefix: prefix of the database keys.
+        prefix: prefix of the database keys, or name of the document.
         invalid: unreadable items found in the database.
     """
 

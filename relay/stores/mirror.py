@@ -49,6 +49,7 @@ class MirrorTimings:
             that something else has damaged.
         retry: after consecutive failures.
         finish: time limit for the last write when the relay ends.
+        pause: least time from one write of changes to the next, in which further changes gather.
         conflicts: before items that are newer in the database, or only there, are replaced.
     """
 
@@ -56,6 +57,7 @@ class MirrorTimings:
     compare: float = 60.0
     retry: Backoff = Backoff(first=0.5, longest=5.0)
     finish: float = 2.0
+    pause: float = 0.0
     conflicts: ConflictTimings = ConflictTimings()
 
 
@@ -76,6 +78,7 @@ class DatabaseMirror:
         resync: requests all data from upstream again.
         log: a logger that names the environment.
         timings: delays.
+        label: subject of log lines; by default made of the database and its server.
     """
 
     def __init__(
@@ -85,9 +88,11 @@ class DatabaseMirror:
         resync: Callable[[], None],
         log: Log,
         timings: MirrorTimings = MirrorTimings(),
+        *,
+        label: str = "",
     ) -> None:
         self._store = store
-        self._label = f"{database.capitalize()} data store {store.server}"
+        self._label = label or f"{database.capitalize()} data store {store.server}"
         self._resync = resync
         self._log = log
         self._outage = OutageLog(log, begins=logging.ERROR, ends=logging.WARNING)
@@ -115,6 +120,8 @@ class DatabaseMirror:
         self._recheck_at = NEVER
         """Monotonic time at which to compare again, for open conflicts or as a routine."""
         self._probe_due = False
+        self._written_at = -NEVER
+        """Monotonic time of the last write of items."""
         self._stored: tuple[Payload, Fingerprint] | None = None
         """Content of the database after the last write or comparison; None if others may have
         written to it."""
@@ -203,6 +210,10 @@ class DatabaseMirror:
                 await self._wakeup.wait()
         except TimeoutError:
             self._probe_due = True
+            if clock.monotonic() >= self._recheck_at:
+                self._needs_compare, self._recheck_at = True, NEVER
+        if (rest := self._written_at + self._timings.pause - clock.monotonic()) > 0:
+            await asyncio.sleep(rest)
 
     async def _finish(self) -> None:
         if self._healthy and not self._flushed.is_set():
@@ -232,7 +243,7 @@ class DatabaseMirror:
 
     async def _probe(self) -> bool:
         """Return whether the database seems to be as it was left, at little cost."""
-        if self._stored is None or clock.monotonic() >= self._recheck_at:
+        if self._stored is None:
             return False
         if await self._store.holds(self._stored[1]):
             return True
@@ -241,6 +252,7 @@ class DatabaseMirror:
 
     async def _write(self, items: Sequence[Item], payload: Payload) -> None:
         """Write changed items, if the database can hold them and was not emptied."""
+        self._written_at = clock.monotonic()
         if any(map(self._store.problem_with, items)) or not await self._store.upsert(items):
             self._marked = None
             await self._compare(payload)
@@ -319,6 +331,8 @@ class DatabaseMirror:
             self._log.info(text, self._label, _names_text(verdict.ask))
 
     async def _carry_out(self, repair: Repair, payload: Payload) -> None:
+        if repair.replaces or repair.outdated:
+            self._written_at = clock.monotonic()
         if repair.replaces:
             await self._store.init(await self._with_kept(repair.kept, payload))
         elif repair.outdated:

@@ -88,6 +88,16 @@ def problems(variables: Mapping[str, str]) -> tuple[str, ...]:
         ({"USE_DATADOG": "1"}, "[Datadog] enabled is not supported in this release; the relay's metrics are at /metrics, for Prometheus (USE_DATADOG)"),
         ({"USE_STACKDRIVER": "1"}, "[Stackdriver] enabled is not supported in this release; the relay's metrics are at /metrics, for Prometheus (USE_STACKDRIVER)"),
         ({"USE_OTLP": "1"}, "[OpenTelemetry] enabled is not supported in this release; the relay's metrics are at /metrics, for Prometheus (USE_OTLP)"),
+        ({"PUBLISH_TO": "/srv/flags"}, "PUBLISH_TO: must be an absolute URL/URI"),
+        ({"PUBLISH_TO": "file://srv/flags"}, "PUBLISH_TO: must be a URL of the form file:///FOLDER, s3://BUCKET/PREFIX, or https:// with the key as {key}"),
+        ({"PUBLISH_TO": "s3:///flags"}, "PUBLISH_TO: must be a URL of the form file:///FOLDER, s3://BUCKET/PREFIX, or https:// with the key as {key}"),
+        ({"PUBLISH_TO": "gs://flags"}, "PUBLISH_TO: must be a URL of the form file:///FOLDER, s3://BUCKET/PREFIX, or https:// with the key as {key}"),
+        ({"PUBLISH_TO": "s3://flags/a?b"}, "PUBLISH_TO: a file or an object has no query; ? and # are written %3F and %23"),
+        ({"PUBLISH_TO": "https://h/x"}, "[Publish] to: an https URL must contain {key}, which stands for the document's name (PUBLISH_TO)"),
+        ({"PUBLISH_TO": "s3://flags", "LD_ENV_a": "k"}, 'environment "a" has no client-side ID (envId), which names its document (PUBLISH_TO, LD_ENV_a)'),
+        ({"BOOTSTRAP_FROM": "file:///srv", "LD_ENV_a": "k"}, 'environment "a" has no client-side ID (envId), which names its document (BOOTSTRAP_FROM, LD_ENV_a)'),
+        ({"BOOTSTRAP_FROM": "https://h/x", "AUTO_CONFIG_KEY": "k"}, "[Main] bootstrapFrom: an https URL without {key} names one document only, and there is not exactly one environment (BOOTSTRAP_FROM)"),
+        ({"PUBLISH_TO": "s3://flags", "LD_ENV_a": "k", "LD_ENV_b": "l", "LD_CLIENT_SIDE_ID_a": "i", "LD_CLIENT_SIDE_ID_b": "i"}, 'environments "a" and "b" have the same client-side ID, which names their document (PUBLISH_TO, LD_CLIENT_SIDE_ID_b)'),
         ({"PROMETHEUS_PREFIX": "9 x"}, "Prometheus prefix must consist of letters, digits and _, and begin with no digit (PROMETHEUS_PREFIX)"),
         ({"PROMETHEUS_PORT": "70000"}, "Prometheus port must not be greater than 65535 (PROMETHEUS_PORT)"),
         ({"USE_PROMETHEUS": "1", "PROMETHEUS_PORT": "8030"}, "Prometheus port must not be the port of the relay (PROMETHEUS_PORT)"),
@@ -375,6 +385,9 @@ def test_options_of_a_later_release_are_accepted_with_a_warning() -> None:
         ({"LD_ENV_a": "k", "LD_ENV_b": "l", "LD_CLIENT_SIDE_ID_a": "m", "LD_CLIENT_SIDE_ID_b": "m"}, 'environments "a" and "b" have the same client-side ID; "b" answers to it (LD_CLIENT_SIDE_ID_a, LD_CLIENT_SIDE_ID_b)'),
         ({"USE_REDIS": "1", "LD_ENV_a": "k", "LD_ENV_b": "l", "LD_PREFIX_a": "m", "LD_PREFIX_b": "m"}, 'environments "a" and "b" have the same database prefix; each overwrites what the other has stored (LD_PREFIX_a, LD_PREFIX_b)'),
         ({"USE_REDIS": "1", "LD_ENV_a": "k"}, f'environment "a" {PREFIX_MISSING}; this would be an error if multiple environments were configured (LD_ENV_a)'),
+        ({"PUBLISH_TOKEN": "t", "PUBLISH_TO": "s3://b"}, "[Publish] token has no effect without an https URL (PUBLISH_TOKEN)"),
+        ({"BOOTSTRAP_TOKEN": "t", "LD_ENV_a": "k"}, "[Main] bootstrapToken has no effect without an https URL (BOOTSTRAP_TOKEN)"),
+        ({"BOOTSTRAP_FROM": "s3://b", "FLAGS_FILE": "f"}, "[Main] bootstrapFrom has no effect: the flags do not come from LaunchDarkly (BOOTSTRAP_FROM)"),
     ],
 )  # fmt: skip
 def test_questionable_options_cause_a_warning(variables: dict[str, str], warning: str) -> None:
@@ -883,3 +896,22 @@ def test_an_operator_learns_whether_the_list_is_stored(
     warnings = from_env({"AUTO_CONFIG_KEY": "k", **variables}).warnings
     assert len(warnings) == (warning is not None)
     assert warning is None or warning in warnings[0]
+
+
+def test_one_document_needs_no_key() -> None:
+    """Presigned URLs cannot have one; the only environment needs no client-side ID then."""
+    variables = {"LD_ENV_a": "k", "BOOTSTRAP_FROM": "https://h/x?X-Amz-Signature=abc"}
+    assert from_env(variables).main.bootstrap_from == variables["BOOTSTRAP_FROM"]
+
+
+def test_variants_have_documents_of_their_own() -> None:
+    """They share the client-side ID of their environment."""
+    variables = {
+        "LD_ENV_a": "k",
+        "LD_CLIENT_SIDE_ID_a": "i",
+        "LD_PROJ_KEY_a": "p",
+        "LD_FILTER_KEYS_p": "f,g",
+        "PUBLISH_TO": "s3://flags, FILE:///srv/flags,https://h/{key}",
+    }
+    to = from_env(variables).publish.to
+    assert to == ("s3://flags", "FILE:///srv/flags", "https://h/{key}")

@@ -163,7 +163,7 @@ secret_texts = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_
 @given(st.data())
 def test_no_secret_is_ever_printed(data: st.DataObject) -> None:
     """Keys and passwords, also those in URLs, are masked, and known to the log's mask."""
-    parts = [f"7{i}{data.draw(secret_texts)}" for i in range(9)]
+    parts = [f"7{i}{data.draw(secret_texts)}" for i in range(14)]
     variables = {
         "LD_ENV_a": parts[0],
         "LD_MOBILE_KEY_a": parts[1],
@@ -177,6 +177,12 @@ def test_no_secret_is_ever_printed(data: st.DataObject) -> None:
         "USE_REDIS": "1",
         "LD_PREFIX_a": "a",
         "LD_PREFIX_b": "b",
+        "LD_CLIENT_SIDE_ID_a": "a",
+        "LD_CLIENT_SIDE_ID_b": "b",
+        "PUBLISH_TO": f"s3://b,https://u:{parts[9]}@h/{{key}},https://h/{{key}}?sig={parts[10]}",
+        "PUBLISH_TOKEN": parts[11],
+        "BOOTSTRAP_FROM": f"https://h/{{key}}?X-Amz-Security-Token={parts[12]}",
+        "BOOTSTRAP_TOKEN": parts[13],
     }
     config = load("", True, False, variables)
     shown = effective(config) + repr(config.sources)

@@ -8,7 +8,8 @@ import uvloop
 
 from relay.server.options import Certificate
 from tests.support.redis import RedisServer
-from tests.support.sdk import install_packages
+from tests.support.s3 import S3Server
+from tests.support.sdk import EDGE_PACKAGES, install_packages
 
 
 def pytest_asyncio_loop_factories(config, item):
@@ -19,6 +20,19 @@ def pytest_asyncio_loop_factories(config, item):
 def packages():
     """What the Node and browser SDKs need, installed on first use."""
     install_packages()
+
+
+@pytest.fixture(scope="session")
+def edge_packages():
+    """What the edge SDKs need, installed on first use."""
+    install_packages(EDGE_PACKAGES)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A server that speaks S3's protocol."""
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -151,6 +151,32 @@ def test_a_signed_request_brings_the_database_up_to_date(call, redis, shape, enc
     assert stored(redis) == "one"
 
 
+def test_documents_are_published_without_any_database(call, upstream, s3_server, monkeypatch):
+    """A webhook, a function and a bucket are all there is; each call has connections of its own."""
+    bucket = s3_server.new_bucket()
+    monkeypatch.delenv("USE_REDIS")
+    monkeypatch.delenv("REDIS_URL")
+    published = {"PUBLISH_TO": bucket.url, "LD_CLIENT_SIDE_ID_main": "id", **s3_server.variables}
+    for name, value in published.items():
+        monkeypatch.setenv(name, value)
+    for version in (1, 2):
+        upstream.do("serve", SDK_KEY, all_data(flag(version=version)))
+        body = announcing(version, f"change-{version}")
+        status, _ = call(http(body, sign(body, Secret(SECRET))))
+        assert status == 200
+        assert json.loads(bucket.get("LD-Env-id"))["flags"]["lamp"]["version"] == version
+
+
+def test_one_destination_that_fails_is_a_failure(call, redis, monkeypatch):
+    """The others are brought up to date all the same, and LaunchDarkly calls again."""
+    monkeypatch.setenv("LD_CLIENT_SIDE_ID_main", "id")
+    monkeypatch.setenv("PUBLISH_TO", "file:///proc/nowhere")
+    status, said = call(http(BODY, sign(BODY, Secret(SECRET))), seconds=4)
+    assert status == 502
+    assert "problem" in said["environments"]["main"]
+    assert stored(redis) == "one"
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     "refused",

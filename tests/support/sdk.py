@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 from ld_openfeature import LaunchDarklyProvider
 from ldclient import Context, LDClient
@@ -42,6 +42,8 @@ from tests.support.data import flag, segment
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ROOT / "tests/sdk-node"
+EDGE_PACKAGES = ROOT / "tests/sdk-edge"
+EDGE_SDKS = ["cloudflare", "vercel"]
 PATIENCE = 10.0
 """Seconds that a wait may take before the test fails."""
 MIN_POLL_INTERVAL = 30.0
@@ -396,12 +398,36 @@ FDV2_SDKS = ["python", "node9"]
 """Those that can be configured for FDv2."""
 
 
-def install_packages() -> None:
-    """Install the npm packages, once, however many workers want them."""
-    lock = PACKAGES / "package-lock.json"
-    done = PACKAGES / "node_modules/.package-lock.json"
+def install_packages(folder: Path = PACKAGES) -> None:
+    """Install the npm packages of a folder, once, however many workers want them."""
+    lock = folder / "package-lock.json"
+    done = folder / "node_modules/.package-lock.json"
     with lock.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         if not done.exists() or done.stat().st_mtime < lock.stat().st_mtime:
-            subprocess.run([ROOT / "scripts/node-packages", PACKAGES], check=True, timeout=300)
+            subprocess.run([ROOT / "scripts/node-packages", folder], check=True, timeout=300)
             done.touch()
+
+
+async def evaluated_at_the_edge(
+    sdk: str, client_side_id: str, values: dict[str, str], evaluations: list[tuple[str, dict]]
+) -> list[Any]:
+    """Evaluate flags with one of `EDGE_SDKS`.
+
+    Args:
+        sdk: Cloudflare's runs in Cloudflare's runtime, Vercel's with Vercel's client.
+        client_side_id: of the environment.
+        values: texts of the key-value store by key.
+        evaluations: each flag with a context.
+    """
+    what = {"sdk": sdk, "id": client_side_id, "values": values, "evaluations": evaluations}
+    process = await asyncio.create_subprocess_exec(
+        "node",
+        "driver.mjs",
+        cwd=EDGE_PACKAGES,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(60):
+        output, _ = await process.communicate(json.dumps(what).encode())
+    return cast("list[Any]", json.loads(output))

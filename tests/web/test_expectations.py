@@ -62,7 +62,7 @@ def check(*clauses: str, page: dict = PAGE):
         ("environments.main.items>=3", 422),
         ("environments.main.items<3", 422),
         ("status=~deg", 422),
-        ("stauts=degraded", 422),
+        ("stat=degraded", 422),
         ("environments=main", 422),
         ("environments.main=connected", 422),
         ("environments.main.status.state=VALID", 422),
@@ -99,8 +99,8 @@ def test_the_result_names_expected_and_actual_value():
     [
         (["status=degraded", "environments.main.items=3"], 200),
         (["status=degraded", "environments.main.items=4"], 412),
-        (["status=healthy", "stauts=x"], 422),
-        (["stauts=x", "status", "status=healthy"], 400),
+        (["status=healthy", "stat=x"], 422),
+        (["stat=x", "status", "status=healthy"], 400),
     ],
 )
 def test_all_must_be_satisfied(clauses, code):

@@ -16,7 +16,7 @@ from relay.model.credential import Credential, CredentialKind
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem
 from relay.relay import Directory, Relay
-from relay.stores import StoreState, StoreStatus
+from relay.stores import DOCUMENT, StoreState, StoreStatus
 from relay.telemetry.traffic import RequestMetrics, totals
 from relay.web.responses import PreparedResponse, json
 
@@ -135,6 +135,7 @@ def _environment_members(
         "connectionStatus": _connection_members(environment),
         "dataStoreStatus": _store_members(relay, environment),
         "bigSegmentStatus": _big_segment_members(environment),
+        "published": _published_members(environment),
         "dataAge": None if age is None else round(age),
         "items": None if payload is None else len(payload),
         **_invalid_members(environment.invalid.values()),
@@ -232,9 +233,9 @@ def _connection_members(environment: Environment) -> dict[str, object]:
 
 def _store_members(relay: Relay, environment: Environment) -> dict[str, object]:
     statuses = (mirror.status for mirror in environment.mirrors)
-    status = next((status for status in statuses if status is not None), None)
-    if status is not None:
-        return _database_members(status)
+    for status in statuses:
+        if status is not None and status.database != DOCUMENT:
+            return _database_members(status)
     # Without a database ld-relay reports on its memory, which is valid as soon as upstream has
     # responded or `initTimeout` is over.
     if relay.starting and not environment.init_done.is_set():
@@ -252,6 +253,22 @@ def _big_segment_members(environment: Environment) -> dict[str, object] | None:
         "potentiallyStale": status.potentially_stale,
         "lastSynchronizedOn": _ms(status.synchronized_at or 0),
     }
+
+
+def _published_members(environment: Environment) -> list[dict[str, object]] | None:
+    """Return the state of each published document; None if nothing is published."""
+    statuses = (mirror.status for mirror in environment.mirrors)
+    members: list[dict[str, object]] = [
+        {
+            "state": status.state.value,
+            "stateSince": _ms(status.since),
+            "document": status.prefix,
+            "url": status.server,
+        }
+        for status in statuses
+        if status is not None and status.database == DOCUMENT
+    ]
+    return members or None
 
 
 def _database_members(status: StoreStatus) -> dict[str, object]:

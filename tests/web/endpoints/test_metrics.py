@@ -29,7 +29,7 @@ from relay.model.payload import Payload
 from relay.protocol import fdv1
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import DirectoryChange, Relay
-from relay.stores import StoreState, StoreStatus
+from relay.stores import DOCUMENT, StoreState, StoreStatus
 from relay.stores.bigsegments import Metadata
 from relay.streams.hub import Hub
 from relay.telemetry import process
@@ -151,7 +151,9 @@ async def test_a_busy_relay_exports_every_metric():
     """A directory, and an environment with everything that it can have, export the declared metrics and no others."""
     mirror = MemoryMirror()
     mirror.status = StoreStatus(StoreState.VALID, 0.0, "redis", "redis://h", "p")
-    main = environment("main", [mirror])
+    document = MemoryMirror()
+    document.status = StoreStatus(StoreState.VALID, 0.0, DOCUMENT, "s3://b", "LD-Env-1")
+    main = environment("main", [mirror, document])
     main.payload, main.connection.last_confirmed = Payload.of([]), time.monotonic()
     main.big_segments = await used_big_segments()
     traffic = RequestMetrics()
@@ -409,3 +411,17 @@ def scrape_time(environments: int) -> float:
         metrics.exporter_page(relay, traffic, "launchdarkly_relay")
         times.append(time.process_time() - begin)
     return min(times)
+
+
+async def test_published_documents_are_told_apart_from_databases():
+    """By their URLs, as there may be several."""
+    mirrors = []
+    for url, state in (("s3://b", StoreState.VALID), ("file:///d", StoreState.INTERRUPTED)):
+        mirrors.append(MemoryMirror())
+        mirrors[-1].status = StoreStatus(state, 0.0, DOCUMENT, url, "LD-Env-1")
+    page = own_page(Relay([environment("main", mirrors)], 0))
+    where = {"environment": "main", "url": "file:///d"}
+    assert page("relay_publication_state", **where, state="INTERRUPTED") == 1
+    assert page("relay_publication_state", **where, state="VALID") == 0
+    assert page("relay_publication_state", **(where | {"url": "s3://b"}), state="VALID") == 1
+    assert page("relay_store_state", environment="main", database=DOCUMENT, state="VALID") is None

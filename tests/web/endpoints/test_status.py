@@ -16,7 +16,7 @@ from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Item, Kind
 from relay.model.payload import EMPTY, Payload
 from relay.relay import Relay
-from relay.stores import StoreState, StoreStatus
+from relay.stores import DOCUMENT, StoreState, StoreStatus
 from relay.streams.hub import Hub
 from relay.telemetry.traffic import RequestLabels, RequestMetrics
 from relay.web.endpoints import status
@@ -227,3 +227,16 @@ async def test_pages(path):
         assert get.headers["content-type"] == "application/json"
         assert (head.status, head.headers["content-type"]) == (get.status, "application/json")
         assert json.loads(get.body)
+
+
+async def test_published_documents_have_a_member_of_their_own():
+    """`dataStoreStatus` stays that of a database, as ld-relay's readers expect it."""
+    document, database = MemoryMirror(), MemoryMirror()
+    document.status = StoreStatus(StoreState.INTERRUPTED, 7.0, DOCUMENT, "s3://b/p", "LD-Env-1")
+    assert members_of(Relay([environment(mirrors=[document])], 60))["published"] == [
+        {"state": "INTERRUPTED", "stateSince": 7000, "document": "LD-Env-1", "url": "s3://b/p"}
+    ]
+    database.status = StoreStatus(StoreState.VALID, 0.0, "redis", "redis://h", "p")
+    members = members_of(Relay([environment(mirrors=[document, database])], 60))
+    assert members["dataStoreStatus"]["database"] == "redis"
+    assert "published" not in members_of(Relay([environment(mirrors=[database])], 60))
