@@ -36,6 +36,7 @@ from relay.relay import Directory, Relay
 from relay.sources import DataSource
 from relay.sources.timings import SourceTimings
 from relay.stores import DataStore, Mirror
+from relay.stores.bigsegments import BigSegmentStore
 from relay.streams.deltas import STREAM as DELTAS
 from relay.streams.deltas import DeltaChannel
 from relay.streams.evaluated import client_side_channels
@@ -44,6 +45,7 @@ from relay.telemetry.log import Log, environment_log, set_environment_level
 
 if TYPE_CHECKING:
     from relay.autoconfig import AutoConfiguration
+    from relay.bigsegments.environment import BigSegments
     from relay.model.credential import AutoConfigKey
     from relay.protocol.environments import SharedSettings
     from relay.stores.documents.connect import Places
@@ -72,10 +74,12 @@ class Database(Struct, frozen=True):
     Args:
         kind: kind of database, as in `/status`.
         store_for: returns the store of an environment.
+        big_segments_for: returns the members of its big segments; None if it cannot hold any.
     """
 
     kind: str
     store_for: Callable[[EnvironmentSpec], DataStore]
+    big_segments_for: Callable[[EnvironmentSpec], BigSegmentStore] | None = None
 
 
 def build(config: Config) -> Relay:
@@ -93,6 +97,7 @@ def build(config: Config) -> Relay:
     places = _places(config)
     directory: Directory | None = None
     session: Session = nullcontext()
+    upstream: HTTPSession | None = None
     if config.uses_launchdarkly:
         specs = [_spec(each, config.main) for each in config.all_environments]
         upstream, make_source = _launchdarkly(config)
@@ -103,7 +108,10 @@ def build(config: Config) -> Relay:
     else:
         specs, make_source = [_demo(config.main)], _file(config)
     return Relay(
-        [_environment(config, spec, make_source, database, places) for spec in specs],
+        [
+            _environment(config, spec, make_source, database, places, upstream=upstream)
+            for spec in specs
+        ],
         config.main.init_timeout,
         upstream=session,
         fetch=fetch,
@@ -112,6 +120,7 @@ def build(config: Config) -> Relay:
         disconnected_after=config.main.disconnected_status_time,
         registry=registry,
         directory=directory,
+        stale_big_segments_degrade=config.main.big_segments_stale_as_degraded,
     )
 
 
@@ -132,7 +141,7 @@ def _auto_configuration(
     return AutoConfiguration(
         AutoConfigStream(session, main.stream_uri, key, log),
         _shared(auto, main),
-        lambda spec: _environment(config, spec, make_source, database, places),
+        lambda spec: _environment(config, spec, make_source, database, places, upstream=session),
         make_source,
         tuple(_list_mirrors(config, key, log)),
     )
@@ -179,6 +188,7 @@ def _offline(config: Config, registry: Registry[Environment], database: Database
         disconnected_after=main.disconnected_status_time,
         registry=registry,
         directory=archive,
+        stale_big_segments_degrade=main.big_segments_stale_as_degraded,
     )
     try:
         archive.load(relay)
@@ -386,20 +396,59 @@ def _environment(
     make_source: SourceFactory,
     database: Database | None,
     places: Places | None,
+    *,
+    upstream: HTTPSession | None = None,
 ) -> Environment:
+    """Return an environment; its big segments are fetched only if there is an upstream."""
     log = _log_for(spec)
     source = make_source(spec, log)
     programs, journal, main = ProgramCache(), Journal(spec.lineage), config.main
-    client_side = client_side_channels(programs, main.ping_stream_jitter_time)
+    big_segments = _big_segments(main, spec, log, database)
+    client_side = client_side_channels(programs, main.ping_stream_jitter_time, big_segments)
     channels = {DELTAS: DeltaChannel(journal), **client_side}
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), channels)
-    environment = Environment(spec, source, hub, log, programs=programs, journal=journal)
+    environment = Environment(
+        spec, source, hub, log, programs=programs, journal=journal, big_segments=big_segments
+    )
+    if big_segments is not None and upstream is not None:
+        _synchronise(big_segments, main, upstream, environment)
     resync = environment.resync
     environment.mirrors = (
         *_mirrors(config, spec, resync, log, database),
         *(_document_mirrors(config, spec, resync, log, places) if places else ()),
     )
     return environment
+
+
+def _big_segments(
+    main: Main, spec: EnvironmentSpec, log: Log, database: Database | None
+) -> BigSegments | None:
+    """Return the big segments of an environment; None without a database that can hold them."""
+    if database is None or database.big_segments_for is None:
+        return None
+    from relay.bigsegments.environment import BigSegments, BigSegmentTimings
+
+    timings = BigSegmentTimings(reported=main.big_segments_stale_threshold)
+    return BigSegments(database.big_segments_for(spec), log, timings)
+
+
+def _synchronise(
+    big_segments: BigSegments, main: Main, upstream: HTTPSession, environment: Environment
+) -> None:
+    """Let big segments be fetched from LaunchDarkly, with the present SDK key."""
+    from relay.bigsegments.synchroniser import Synchroniser
+    from relay.sources.bigsegments import BigSegmentSource
+
+    def key() -> SDKKey:
+        return environment.spec.sdk_key
+
+    big_segments.synchroniser = Synchroniser(
+        BigSegmentSource(upstream, main.base_uri, main.stream_uri, key),
+        big_segments.store,
+        big_segments.changed,
+        big_segments.look,
+        environment.log,
+    )
 
 
 def _log_for(spec: EnvironmentSpec) -> Log:
@@ -423,9 +472,14 @@ def _database(config: Config) -> Database | None:
         ConfigError: a file or variable that it needs is unusable.
     """
     if redis := config.redis:
+        from relay.stores.redis.bigsegments import RedisBigSegmentStore
         from relay.stores.redis.store import RedisStore
 
-        return Database("redis", lambda spec: RedisStore(redis, spec.prefix))
+        return Database(
+            "redis",
+            lambda spec: RedisStore(redis, spec.prefix),
+            lambda spec: RedisBigSegmentStore(redis, spec.prefix),
+        )
     if consul := config.consul:
         from relay.stores.consul.connect import connect
         from relay.stores.consul.store import ConsulStore
