@@ -36,6 +36,7 @@ from relay.relay import Directory, Relay
 from relay.sources import DataSource
 from relay.sources.timings import SourceTimings
 from relay.stores import DataStore, Mirror
+from relay.stores.bigsegments import BigSegmentStore
 from relay.streams.deltas import STREAM as DELTAS
 from relay.streams.deltas import DeltaChannel
 from relay.streams.evaluated import client_side_channels
@@ -44,6 +45,7 @@ from relay.telemetry.log import Log, environment_log, set_environment_level
 
 if TYPE_CHECKING:
     from relay.autoconfig import AutoConfiguration
+    from relay.bigsegments.environment import BigSegments
     from relay.model.credential import AutoConfigKey
     from relay.protocol.environments import SharedSettings
     from relay.stores.documents.connect import Places
@@ -72,10 +74,12 @@ class Database(Struct, frozen=True):
     Args:
         kind: kind of database, as in `/status`.
         store_for: returns the store of an environment.
+        big_segments_for: returns the members of its big segments; None if it cannot hold any.
     """
 
     kind: str
     store_for: Callable[[EnvironmentSpec], DataStore]
+    big_segments_for: Callable[[EnvironmentSpec], BigSegmentStore] | None = None
 
 
 class EnvironmentParts:
@@ -86,6 +90,7 @@ class EnvironmentParts:
         make_source: makes data sources, which share a session.
         database: the configured one.
         places: of documents.
+        upstream: session for big segments.
     """
 
     def __init__(
@@ -94,11 +99,13 @@ class EnvironmentParts:
         make_source: SourceFactory,
         database: Database | None,
         places: Places | None,
+        upstream: HTTPSession | None,
     ) -> None:
         self._config = config
         self._make_source = make_source
         self._database = database
         self._places = places
+        self._upstream = upstream
 
     def of(self, config: Config, *, databases: bool) -> EnvironmentParts:
         """Return what makes environments with another configuration, and the same sessions.
@@ -111,7 +118,7 @@ class EnvironmentParts:
             ConfigError: a file or variable that the database needs is unusable.
         """
         database = _database(config) if databases else self._database
-        return EnvironmentParts(config, self._make_source, database, self._places)
+        return EnvironmentParts(config, self._make_source, database, self._places, self._upstream)
 
     @property
     def specs(self) -> Sequence[EnvironmentSpec]:
@@ -120,7 +127,21 @@ class EnvironmentParts:
 
     def environment(self, spec: EnvironmentSpec) -> Environment:
         """Return a new environment."""
-        return _environment(self._config, spec, self._make_source, self._database, self._places)
+        database, places, upstream = self._database, self._places, self._upstream
+        return _environment(
+            self._config, spec, self._make_source, database, places, upstream=upstream
+        )
+
+    def keeps(self, environment: Environment, spec: EnvironmentSpec, *, databases: bool) -> bool:
+        """Return whether an environment can go on with another spec, or must be made anew.
+
+        The database of big segments is replaced only while nothing was read from it.
+        """
+        if not databases and spec.prefix == environment.spec.prefix:
+            return True
+        former = environment.big_segments
+        has_any = self._database is not None and self._database.big_segments_for is not None
+        return not has_any if former is None else has_any and not former.in_use
 
     def source(self, spec: EnvironmentSpec, log: Log) -> DataSource:
         """Return a new data source of an environment."""
@@ -155,10 +176,19 @@ class EnvironmentParts:
             first = list(_first_mirrors(config, spec, log, places))
         if databases or spec.prefix != before.prefix:
             stores = list(_database_mirrors(config, spec, resync, log, self._database))
+            self._replace_big_segments(environment, spec)
         if not has_same_id:
             documents = list(_document_mirrors(config, spec, resync, log, places))
         mirrors = (*first, *stores, *documents)
         return None if mirrors == environment.mirrors else mirrors
+
+    def _replace_big_segments(self, environment: Environment, spec: EnvironmentSpec) -> None:
+        """Let big segments that were not used yet be those of another database or prefix."""
+        big_segments, database = environment.big_segments, self._database
+        if big_segments is not None and database is not None and database.big_segments_for:
+            big_segments.store = database.big_segments_for(spec)
+            if self._upstream is not None:
+                _synchronise(big_segments, self._config.main, self._upstream, environment)
 
 
 def build(config: Config) -> Relay:
@@ -184,6 +214,7 @@ def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
     places = _places(config)
     directory: Directory | None = None
     session: Session = nullcontext()
+    upstream: HTTPSession | None = None
     if config.uses_launchdarkly:
         upstream, make_source = _launchdarkly(config)
         session, fetch = upstream, upstream.fetch
@@ -192,7 +223,7 @@ def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
             directory = _auto_configuration(config, upstream, make_source, database, places)
     else:
         make_source = _file(config)
-    parts = EnvironmentParts(config, make_source, database, places)
+    parts = EnvironmentParts(config, make_source, database, places, upstream)
     specs = parts.specs if config.uses_launchdarkly else [_demo(config.main)]
     relay = Relay(
         [parts.environment(spec) for spec in specs],
@@ -204,6 +235,7 @@ def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
         disconnected_after=config.main.disconnected_status_time,
         registry=registry,
         directory=directory,
+        stale_big_segments_degrade=config.main.big_segments_stale_as_degraded,
     )
     return relay, parts if config.environments else None
 
@@ -225,7 +257,7 @@ def _auto_configuration(
     return AutoConfiguration(
         AutoConfigStream(session, main.stream_uri, key, log),
         _shared(auto, main),
-        lambda spec: _environment(config, spec, make_source, database, places),
+        lambda spec: _environment(config, spec, make_source, database, places, upstream=session),
         make_source,
         tuple(_list_mirrors(config, key, log)),
     )
@@ -272,6 +304,7 @@ def _offline(config: Config, registry: Registry[Environment], database: Database
         disconnected_after=main.disconnected_status_time,
         registry=registry,
         directory=archive,
+        stale_big_segments_degrade=main.big_segments_stale_as_degraded,
     )
     try:
         archive.load(relay)
@@ -479,14 +512,22 @@ def _environment(
     make_source: SourceFactory,
     database: Database | None,
     places: Places | None,
+    *,
+    upstream: HTTPSession | None = None,
 ) -> Environment:
+    """Return an environment; its big segments are fetched only if there is an upstream."""
     log = _log_for(spec)
     source = make_source(spec, log)
     programs, journal, main = ProgramCache(), Journal(spec.lineage), config.main
-    client_side = client_side_channels(programs, main.ping_stream_jitter_time)
+    big_segments = _big_segments(main, spec, log, database)
+    client_side = client_side_channels(programs, main.ping_stream_jitter_time, big_segments)
     channels = {DELTAS: DeltaChannel(journal), **client_side}
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), channels)
-    environment = Environment(spec, source, hub, log, programs=programs, journal=journal)
+    environment = Environment(
+        spec, source, hub, log, programs=programs, journal=journal, big_segments=big_segments
+    )
+    if big_segments is not None and upstream is not None:
+        _synchronise(big_segments, main, upstream, environment)
     resync = environment.resync
     environment.mirrors = (
         *_first_mirrors(config, spec, log, places),
@@ -494,6 +535,37 @@ def _environment(
         *_document_mirrors(config, spec, resync, log, places),
     )
     return environment
+
+
+def _big_segments(
+    main: Main, spec: EnvironmentSpec, log: Log, database: Database | None
+) -> BigSegments | None:
+    """Return the big segments of an environment; None without a database that can hold them."""
+    if database is None or database.big_segments_for is None:
+        return None
+    from relay.bigsegments.environment import BigSegments, BigSegmentTimings
+
+    timings = BigSegmentTimings(reported=main.big_segments_stale_threshold)
+    return BigSegments(database.big_segments_for(spec), log, timings)
+
+
+def _synchronise(
+    big_segments: BigSegments, main: Main, upstream: HTTPSession, environment: Environment
+) -> None:
+    """Let big segments be fetched from LaunchDarkly, with the present SDK key."""
+    from relay.bigsegments.synchroniser import Synchroniser
+    from relay.sources.bigsegments import BigSegmentSource
+
+    def key() -> SDKKey:
+        return environment.spec.sdk_key
+
+    big_segments.synchroniser = Synchroniser(
+        BigSegmentSource(upstream, main.base_uri, main.stream_uri, key),
+        big_segments.store,
+        big_segments.changed,
+        big_segments.look,
+        environment.log,
+    )
 
 
 def _log_for(spec: EnvironmentSpec) -> Log:
@@ -516,9 +588,14 @@ def _database(config: Config) -> Database | None:
         ConfigError: a file or variable that it needs is unusable.
     """
     if redis := config.redis:
+        from relay.stores.redis.bigsegments import RedisBigSegmentStore
         from relay.stores.redis.store import RedisStore
 
-        return Database("redis", lambda spec: RedisStore(redis, spec.prefix))
+        return Database(
+            "redis",
+            lambda spec: RedisStore(redis, spec.prefix),
+            lambda spec: RedisBigSegmentStore(redis, spec.prefix),
+        )
     if consul := config.consul:
         from relay.stores.consul.connect import connect
         from relay.stores.consul.store import ConsulStore

@@ -69,6 +69,9 @@ class Parts(Protocol):
     def environment(self, spec: EnvironmentSpec) -> Environment:
         """Return a new environment."""
 
+    def keeps(self, environment: Environment, spec: EnvironmentSpec, *, databases: bool) -> bool:
+        """Return whether an environment can go on with another spec, or must be made anew."""
+
     def source(self, spec: EnvironmentSpec, log: Log) -> DataSource:
         """Return a new data source of an environment."""
 
@@ -269,6 +272,9 @@ class Reload:
         for spec in specs:
             environment = environments.get(goes_on.get(spec.name, ""))
             if environment is None:
+                additions.append(_Step(parts.environment(spec), None, spec))
+            elif not parts.keeps(environment, spec, databases=databases):
+                removed.append(environment)
                 additions.append(_Step(parts.environment(spec), None, spec))
             elif databases or spec != environment.spec:
                 before = environment.spec

@@ -188,9 +188,27 @@ async def test_mirrors_stay_unless_they_belong_to_what_changes(tmp_path, changes
     mirrors = parts.mirrors(environment, spec, databases=False) or environment.mirrors
     assert [kind for kind, each in kinds.items() if each not in mirrors] == new.split()
     assert len(mirrors) == len(kinds)
+    assert parts.keeps(environment, spec, databases=False)
     again = parts.of(start, databases=True).mirrors(environment, environment.spec, databases=True)
     assert again is not None
     assert [kind for kind, each in kinds.items() if each not in again] == ["redis"]
+
+
+def test_big_segments_in_use_stay_with_their_database():
+    """An environment that has read some is made anew for another database, and only for that."""
+    relay, parts = build_with_parts(config("a", USE_REDIS="true"))
+    environment = relay.environments["a"]
+    spec, big_segments = environment.spec, environment.big_segments
+    assert parts is not None
+    assert big_segments is not None
+    former = big_segments.store
+    assert parts.keeps(environment, spec, databases=True)
+    parts.mirrors(environment, spec, databases=True)
+    assert big_segments.store is not former
+    big_segments.start(synchronise=False)
+    assert parts.keeps(environment, replace(spec, ttl=1.0), databases=False)
+    assert not parts.keeps(environment, spec, databases=True)
+    assert not parts.keeps(environment, replace(spec, prefix="other"), databases=False)
 
 
 def test_each_setting_of_an_environment_has_a_name_for_the_log():

@@ -210,6 +210,16 @@ class Channel(ABC, Generic[ClientT]):
     def publish(self, payload: Payload | None, change: Change, since: float) -> None:
         """Schedule a change for delivery to the subscribers; returns at once."""
 
+    def publish_memberships(self, hashes: frozenset[str] | None, since: float) -> None:
+        """Schedule a notice that memberships in big segments have changed.
+
+        Server-side SDKs read memberships themselves, so most streams say nothing.
+
+        Args:
+            hashes: of the context keys; None if they are unknown.
+            since: monotonic time of the change.
+        """
+
     @abstractmethod
     def _opening_for(self, subscription: Subscription) -> bytes:
         """Return the first chunk of a new subscription; empty if it has to wait for one."""

@@ -120,6 +120,16 @@ class Hub:
         for channel in self._channels.values():
             channel.publish(payload, change, since)
 
+    def publish_memberships(self, hashes: frozenset[str] | None) -> None:
+        """Let clients know that memberships in big segments have changed; returns at once.
+
+        Args:
+            hashes: of the context keys; None if they are unknown.
+        """
+        since = clock.monotonic()
+        for channel in self._channels.values():
+            channel.publish_memberships(hashes, since)
+
     def subscribe(
         self,
         stream: str,
