@@ -9,7 +9,7 @@ imports neither the HTTP client nor the Redis driver.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct, structs
 
-from relay.config.schema import AutoConfig, Config, EnvironmentConfig, Main, OfflineMode
+from relay.config.schema import AutoConfig, Config, DynamoDB, EnvironmentConfig, Main, OfflineMode
 from relay.environment import Environment
 from relay.errors import ConfigError, UnusableArchive
 from relay.events.forwarder import Forwarder
@@ -69,10 +69,16 @@ class Database(Struct, frozen=True):
     Args:
         kind: kind of database, as in `/status`.
         store_for: returns the store of an environment.
+        has_tables: True if environments may have different tables.
     """
 
     kind: str
     store_for: Callable[[EnvironmentSpec], DataStore]
+    has_tables: bool = False
+
+    def table_of(self, spec: EnvironmentSpec) -> str:
+        """Return the table of an environment; empty if the database has none."""
+        return spec.table if self.has_tables else ""
 
 
 def build(config: Config) -> Relay:
@@ -82,25 +88,25 @@ def build(config: Config) -> Relay:
         ConfigError: a resource that it names, such as a file of CA certificates, is unusable.
     """
     registry: Registry[Environment] = Registry()
-    database = _database(config)
+    databases = _databases(config)
     if config.offline_mode.file_data_source:
-        return _offline(config, registry, database)
+        return _offline(config, registry, databases)
     events: Forwarder | None = None
     fetch: Fetch | None = None
     places = _places(config)
     directory: Directory | None = None
     session: Session = nullcontext()
     if config.uses_launchdarkly:
-        specs = [_spec(each, config.main) for each in config.all_environments]
+        specs = [_spec(each, config) for each in config.all_environments]
         upstream, make_source = _launchdarkly(config)
         session, fetch = upstream, upstream.fetch
         events = _forwarder(config, upstream, registry.spec_of)
         if config.auto_config.key:
-            directory = _auto_configuration(config, upstream, make_source, database, places)
+            directory = _auto_configuration(config, upstream, make_source, databases, places)
     else:
         specs, make_source = [_demo(config.main)], _file(config)
     return Relay(
-        [_environment(config, spec, make_source, database, places) for spec in specs],
+        [_environment(config, spec, make_source, databases, places) for spec in specs],
         config.main.init_timeout,
         upstream=session,
         fetch=fetch,
@@ -116,7 +122,7 @@ def _auto_configuration(
     config: Config,
     session: HTTPSession,
     make_source: SourceFactory,
-    database: Database | None,
+    databases: Sequence[Database],
     places: Places | None,
 ) -> AutoConfiguration:
     """Return what follows the list of environments; it makes them as the configured ones are."""
@@ -128,8 +134,8 @@ def _auto_configuration(
     key = AutoConfigKey(auto.key.reveal())
     return AutoConfiguration(
         AutoConfigStream(session, main.stream_uri, key, log),
-        _shared(auto, main),
-        lambda spec: _environment(config, spec, make_source, database, places),
+        _shared(auto, config),
+        lambda spec: _environment(config, spec, make_source, databases, places),
         make_source,
         tuple(_list_mirrors(config, key, log)),
     )
@@ -153,7 +159,9 @@ def _list_mirrors(config: Config, key: AutoConfigKey, log: Log) -> Iterator[List
         yield ListMirror(store, log)
 
 
-def _offline(config: Config, registry: Registry[Environment], database: Database | None) -> Relay:
+def _offline(
+    config: Config, registry: Registry[Environment], databases: Sequence[Database]
+) -> Relay:
     """Return the relay whose environments are those of an archive: without a network.
 
     Raises:
@@ -165,11 +173,11 @@ def _offline(config: Config, registry: Registry[Environment], database: Database
     places = _places(config)
 
     def make_environment(spec: EnvironmentSpec, source: DataSource) -> Environment:
-        return _environment(config, spec, lambda _spec, _log: source, database, places)
+        return _environment(config, spec, lambda _spec, _log: source, databases, places)
 
     path = Path(options.file_data_source)
     interval = options.file_data_source_monitoring_interval
-    archive = OfflineArchive(path, interval, _shared(options, main), make_environment)
+    archive = OfflineArchive(path, interval, _shared(options, config), make_environment)
     relay = Relay(
         [],
         main.init_timeout,
@@ -184,7 +192,7 @@ def _offline(config: Config, registry: Registry[Environment], database: Database
     return relay
 
 
-def _shared(options: AutoConfig | OfflineMode, main: Main) -> SharedSettings:
+def _shared(options: AutoConfig | OfflineMode, config: Config) -> SharedSettings:
     """Return the settings that the configuration has for all environments of a directory."""
     from relay.protocol.environments import SharedSettings
 
@@ -192,8 +200,13 @@ def _shared(options: AutoConfig | OfflineMode, main: Main) -> SharedSettings:
         options.env_datastore_prefix,
         options.env_allowed_origin,
         options.env_allowed_header,
-        main.eval_streams,
+        config.main.eval_streams,
+        options.env_datastore_table_name or _common_table(config),
     )
+
+
+def _common_table(config: Config) -> str:
+    return config.dynamodb.table_name if config.dynamodb else ""
 
 
 def _demo(main: Main) -> EnvironmentSpec:
@@ -214,17 +227,18 @@ def sync_targets(
     Raises:
         ConfigError: there is no destination, or no such environment; see also `build`.
     """
-    from relay.stores import DOCUMENT
+    from relay.stores import DATABASES, DOCUMENT
     from relay.sync import SyncTarget
 
     if to:
         config = structs.replace(config, publish=structs.replace(config.publish, to=(to,)))
-    database, places = None if to else _database(config), _places(config)
+    databases = () if to else _databases(config)
+    places = _places(config)
     publish = config.publish
     problems = _missing(config, names)
-    if database is None and not publish.to:
-        text = "there is no database to bring up to date; [Redis], [Consul], USE_REDIS or"
-        text = f"{text} USE_CONSUL names one, and --to or PUBLISH_TO a place for documents"
+    if not databases and not publish.to:
+        text = "there is no database to bring up to date; USE_REDIS, USE_CONSUL or USE_DYNAMODB"
+        text = f"{text} names one, and --to or PUBLISH_TO a place for documents"
         problems.append(text)
     problems += [
         f'environment "{each.name}" has no client-side ID (envId), which names its document'
@@ -236,9 +250,10 @@ def sync_targets(
     session, sources = _sources(config, names, relay_url)
     targets: list[SyncTarget] = []
     for spec, make_source, log in sources:
-        if database:
-            store = database.store_for(spec)
-            targets.append(SyncTarget(spec, make_source(), store, log, database.kind))
+        for number, each in enumerate(databases):
+            store, kind, table = each.store_for(spec), each.kind, each.table_of(spec)
+            label = f"{DATABASES[kind]} data store {table or store.server}" if number else ""
+            targets.append(SyncTarget(spec, make_source(), store, log, kind, label, table))
         documents = places.stores(publish.to, publish.token, spec, log) if places else []
         targets += [
             SyncTarget(spec, make_source(), each, log, DOCUMENT, each.label) for each in documents
@@ -292,7 +307,7 @@ def _sources(
         main = structs.replace(config.main, data_source="polling", base_uri=relay_url)
         config = structs.replace(config, main=main)
     session, make_source = _launchdarkly(config)
-    specs = [_spec(each, config.main) for each in config.all_environments]
+    specs = [_spec(each, config) for each in config.all_environments]
     chosen = [(spec, _log_for(spec)) for spec in specs if not names or spec.name in names]
     return session, [(spec, partial(make_source, spec, log), log) for spec, log in chosen]
 
@@ -358,7 +373,8 @@ def _forwarder(
     return Forwarder(spool, upstream, events.events_uri, spec_of, timings)
 
 
-def _spec(options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
+def _spec(options: EnvironmentConfig, config: Config) -> EnvironmentSpec:
+    main = config.main
     return EnvironmentSpec(
         name=options.name,
         sdk_key=SDKKey(options.sdk_key.reveal()),
@@ -372,6 +388,7 @@ def _spec(options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
         allowed_origins=options.allowed_origin,
         allowed_headers=options.allowed_header,
         prefix=options.prefix,
+        table=options.table_name or _common_table(config),
         log_level=options.log_level or None,
         payload_filter=options.filter_key,
     )
@@ -381,7 +398,7 @@ def _environment(
     config: Config,
     spec: EnvironmentSpec,
     make_source: SourceFactory,
-    database: Database | None,
+    databases: Sequence[Database],
     places: Places | None,
 ) -> Environment:
     log = _log_for(spec)
@@ -392,7 +409,7 @@ def _environment(
     environment = Environment(spec, source, hub, log, programs=programs)
     resync = environment.resync
     environment.mirrors = (
-        *_mirrors(config, spec, resync, log, database),
+        *_mirrors(config, spec, resync, log, databases),
         *(_document_mirrors(config, spec, resync, log, places) if places else ()),
     )
     return environment
@@ -412,24 +429,41 @@ def _stream_limits(main: Main) -> StreamLimits:
     )
 
 
-def _database(config: Config) -> Database | None:
-    """Return the configured database; None without one.
+def _databases(config: Config) -> tuple[Database, ...]:
+    """Return the configured databases.
 
     Raises:
-        ConfigError: a file or variable that it needs is unusable.
+        ConfigError: a file or variable that one of them needs is unusable, or a library is missing.
     """
+    databases = []
     if redis := config.redis:
         from relay.stores.redis.store import RedisStore
 
-        return Database("redis", lambda spec: RedisStore(redis, spec.prefix))
+        databases.append(Database("redis", lambda spec: RedisStore(redis, spec.prefix)))
     if consul := config.consul:
         from relay.stores.consul.connect import connect
         from relay.stores.consul.store import ConsulStore
 
-        connection = connect(consul, os.environ)
-        size = consul.max_value_size
-        return Database("consul", lambda spec: ConsulStore(connection, spec.prefix, size))
-    return None
+        server, size = connect(consul, os.environ), consul.max_value_size
+        databases.append(Database("consul", lambda spec: ConsulStore(server, spec.prefix, size)))
+    if config.dynamodb:
+        databases.append(_dynamodb(config.dynamodb))
+    return tuple(databases)
+
+
+def _dynamodb(options: DynamoDB) -> Database:
+    try:
+        from relay.stores.dynamodb.connect import DynamoDBConnection
+        from relay.stores.dynamodb.store import DynamoDBStore
+    except ImportError as e:
+        text = "[DynamoDB] enabled: DynamoDB needs the libraries for AWS: pip install 'relay[aws]'"
+        raise ConfigError([text]) from e
+    connection = DynamoDBConnection(options.url, os.environ)
+
+    def store_for(spec: EnvironmentSpec) -> DataStore:
+        return DynamoDBStore(connection.lease(), spec.table, spec.prefix)
+
+    return Database("dynamodb", store_for, has_tables=True)
 
 
 def _mirrors(
@@ -437,9 +471,9 @@ def _mirrors(
     spec: EnvironmentSpec,
     resync: Callable[[], None],
     log: Log,
-    database: Database | None,
+    databases: Sequence[Database],
 ) -> Iterator[Mirror]:
-    """Yield the snapshot and the database mirror, if configured."""
+    """Yield the snapshot, and a mirror for each database, as configured."""
     if config.main.snapshot_dir and config.uses_launchdarkly:
         from relay.stores.snapshot import SnapshotMirror
 
@@ -448,14 +482,18 @@ def _mirrors(
         yield SnapshotMirror(
             Path(config.main.snapshot_dir), owner, log, payload_filter=spec.payload_filter
         )
-    if database:
-        from relay.stores.mirror import SINGLE_RUN, DatabaseMirror, MirrorTimings
+    if not databases:
+        return
+    from relay.stores import DATABASES
+    from relay.stores.mirror import SINGLE_RUN, TIMINGS, DatabaseMirror, MirrorTimings
 
-        store, name = database.store_for(spec), database.kind.capitalize()
+    for database in databases:
+        kind, table, store = database.kind, database.table_of(spec), database.store_for(spec)
         text = "Using %s data store: %s with prefix: %s"
-        log.info(text, name, store.server, store.prefix)
-        timings = SINGLE_RUN if config.main.exit_always else MirrorTimings()
-        yield DatabaseMirror(store, database.kind, resync, log, timings)
+        log.info(text, DATABASES[kind], table or store.server, store.prefix)
+        usual = TIMINGS.get(kind, MirrorTimings())
+        timings = SINGLE_RUN if config.main.exit_always else usual
+        yield DatabaseMirror(store, kind, resync, log, timings, table=table)
 
 
 def _document_mirrors(

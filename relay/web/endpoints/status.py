@@ -132,6 +132,7 @@ def _environment_members(
         "status": "connected" if _is_connected(relay, environment) else "disconnected",
         "connectionStatus": _connection_members(environment),
         "dataStoreStatus": _store_members(relay, environment),
+        "dataStores": _all_stores_members(environment),
         "published": _published_members(environment),
         "dataAge": None if age is None else round(age),
         "items": None if payload is None else len(payload),
@@ -248,6 +249,13 @@ def _store_members(relay: Relay, environment: Environment) -> dict[str, object]:
     return {"state": StoreState.VALID.value, "stateSince": _ms(environment.created)}
 
 
+def _all_stores_members(environment: Environment) -> list[dict[str, object]] | None:
+    """Return the state of each database; None if there is one at most."""
+    statuses = (mirror.status for mirror in environment.mirrors)
+    members = [_database_members(s) for s in statuses if s and s.database != DOCUMENT]
+    return members if len(members) > 1 else None
+
+
 def _published_members(environment: Environment) -> list[dict[str, object]] | None:
     """Return the state of each published document; None if nothing is published."""
     statuses = (mirror.status for mirror in environment.mirrors)
@@ -269,8 +277,9 @@ def _database_members(status: StoreStatus) -> dict[str, object]:
         "state": status.state.value,
         "stateSince": _ms(status.since),
         "database": status.database,
-        "dbServer": status.server,
-        "dbPrefix": status.prefix,
+        **({"dbServer": status.server} if status.server else {}),
+        **({"dbPrefix": status.prefix} if status.prefix else {}),
+        **({"dbTable": status.table} if status.table else {}),
         **_invalid_members(status.invalid),
     }
 
