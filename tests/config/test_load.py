@@ -166,19 +166,13 @@ PREFIX_MISSING = "does not have a prefix specified for database storage"
             ["Consul token must be specified as either an inline value or a file, but not both (CONSUL_TOKEN, CONSUL_TOKEN_FILE)"],
         ),
         (
-            {"USE_DYNAMODB": "1", "DYNAMODB_TABLE": "t", "USE_CONSUL": "1", "USE_REDIS": "1"},
-            [],
-        ),
-        (
             {"USE_DYNAMODB": "1", "LD_ENV_a": "k", "LD_PREFIX_a": "p"},
             ["TableName property must be specified for DynamoDB, either globally or per environment (LD_ENV_a)"],
         ),
-        ({"USE_DYNAMODB": "1", "DYNAMODB_TABLE": "t", "LD_ENV_a": "k"}, []),
         (
             {"USE_DYNAMODB": "1", "AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_PREFIX": "$CID"},
             ["TableName property must be specified for DynamoDB, either globally or per environment (AUTO_CONFIG_KEY)"],
         ),
-        ({"USE_DYNAMODB": "1", "AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_TABLE_NAME": "t-$CID"}, []),
         (
             {"USE_DYNAMODB": "1", "USE_REDIS": "1", "AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_TABLE_NAME": "t-$CID"},
             ['when using auto-configuration with database storage, database prefix (or, if using DynamoDB, table name) must be specified and must contain "$CID" (AUTO_CONFIG_KEY, ENV_DATASTORE_TABLE_NAME)'],
@@ -207,6 +201,22 @@ def test_unsupported_options_are_checked_too(
 ) -> None:
     """ld-relay's rules on options that this release does not support, without the refusals."""
     assert [p for p in problems(variables) if not REFUSED.search(p)] == expected
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"LD_ENV_a": "k", "DYNAMODB_TABLE": "t"},
+        {"LD_ENV_a": "k", "LD_TABLE_NAME_a": "t"},
+        {"AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_TABLE_NAME": "t-$CID"},
+        {"LD_ENV_a": "k", "DYNAMODB_TABLE": "t", "USE_CONSUL": "1", "USE_REDIS": "1"},
+    ],
+)
+def test_dynamodb_needs_a_table_and_may_stand_beside_others(variables: dict[str, str]) -> None:
+    """One table for all, or one for each environment; ld-relay takes one database only."""
+    config = load("", True, False, {"USE_DYNAMODB": "1", **variables})
+    assert config.dynamodb is not None
+    assert (config.redis is not None) == ("USE_REDIS" in variables)
 
 
 def test_each_filter_adds_a_variant_of_the_environments_of_its_project() -> None:
