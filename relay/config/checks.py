@@ -600,12 +600,16 @@ def _duplicates(draft: Draft) -> Iterator[Diagnostic]:
     """Report credentials and prefixes that environments share; as in ld-relay, the later wins."""
     nouns = {"sdk_key": "SDK key", "mobile_key": "mobile key", "env_id": "client-side ID"}
     if _enabled_databases(draft):
-        nouns["prefix"] = "database prefix"
+        nouns["prefix"] = (
+            "table and database prefix" if _has_tables_only(draft) else "database prefix"
+        )
     for attribute, noun in nouns.items():
         owners: dict[object, str] = {}
         for each in with_variants(draft.environments, draft.filters):
             value = getattr(each, attribute)
-            if value and attribute != "prefix":
+            if attribute == "prefix" and _has_tables_only(draft) and (each.table_name or value):
+                value = each.table_name or draft.of(DynamoDB).table_name, value
+            elif value and attribute != "prefix":
                 value = value, each.filter_key  # a variant shares the credentials
             if value and value in owners:
                 text = f'environments "{owners[value]}" and "{each.name}" have the same {noun}'

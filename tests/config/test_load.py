@@ -219,6 +219,24 @@ def test_dynamodb_needs_a_table_and_may_stand_beside_others(variables: dict[str,
     assert (config.redis is not None) == ("USE_REDIS" in variables)
 
 
+@pytest.mark.parametrize(
+    ("more", "warned"),
+    [
+        ({"LD_TABLE_NAME_a": "t", "LD_TABLE_NAME_b": "t"}, True),
+        ({"LD_TABLE_NAME_a": "t", "LD_TABLE_NAME_b": "u"}, False),
+        ({"LD_PREFIX_a": "p", "LD_PREFIX_b": "p"}, True),
+        ({"LD_PREFIX_a": "p", "LD_PREFIX_b": "p", "LD_TABLE_NAME_b": "u"}, False),
+        ({"LD_PREFIX_a": "p", "LD_PREFIX_b": "p", "LD_TABLE_NAME_b": "common"}, True),
+    ],
+)
+def test_environments_that_share_a_place_in_dynamodb_are_named(more, warned) -> None:
+    """Table and prefix together are the place."""
+    variables = {"USE_DYNAMODB": "1", "DYNAMODB_TABLE": "common", "LD_ENV_a": "k", "LD_ENV_b": "l"}
+    config = load("", True, False, {**variables, **more})
+    found = [text for text in config.warnings if "same table and database prefix" in text]
+    assert len(found) == warned
+
+
 def test_each_filter_adds_a_variant_of_the_environments_of_its_project() -> None:
     """It has a name and a prefix of its own, and everything else of the environment."""
     config = from_env(

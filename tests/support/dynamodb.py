@@ -81,7 +81,8 @@ class Table:
         """Return an item; None if there is none."""
         where = {"namespace": {"S": namespace}, "key": {"S": key}}
         answer = self.server.client.get_item(TableName=self.name, Key=where, ConsistentRead=True)
-        return answer.get("Item")
+        item: dict[str, Any] | None = answer.get("Item")
+        return item
 
     def put(self, namespace: str, key: str, **attributes: Any) -> None:
         """Write an item with further attributes: texts or numbers."""

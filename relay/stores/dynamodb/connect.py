@@ -11,6 +11,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession, get_session
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError
 
+from relay import clock
 from relay.errors import ConfigError, StoreUnavailable
 from relay.reasons import describe, shorten
 
@@ -22,6 +23,9 @@ READ_TIMEOUT = 10.0
 
 MAX_CONCURRENT = 32
 """Requests at a time of all stores, and so connections."""
+
+RENEWAL = 5.0
+"""Least seconds from one look for credentials to the next, as each makes a client anew."""
 
 _LOCAL_REGION = "us-east-1"
 """Region to sign with when a URL is configured and no region: a local server takes any."""
@@ -80,6 +84,8 @@ class DynamoDBConnection:
         self._opening = asyncio.Lock()
         self._places = asyncio.Semaphore(MAX_CONCURRENT)
         self._current: _Client | None = None
+        self._renew_at = 0.0
+        """Monotonic time from which on credentials may be looked for again."""
 
     def __repr__(self) -> str:
         return f"<DynamoDBConnection {self.server!r} of {len(self._leases)} leases>"
@@ -110,7 +116,8 @@ class DynamoDBConnection:
                 raise
             finally:
                 lent.users -= 1
-                if expired:
+                if expired and lent is self._current and clock.monotonic() >= self._renew_at:
+                    self._renew_at = clock.monotonic() + RENEWAL
                     self._session = get_session()
                     await self._replace(lent)
                 else:
@@ -128,6 +135,7 @@ class DynamoDBConnection:
         async with self._opening:
             if self._current is None:
                 stack = contextlib.AsyncExitStack()
+                await asyncio.to_thread(self._load_descriptions)
                 opening = self._session.create_client(
                     "dynamodb",
                     region_name=self._region,
@@ -138,7 +146,7 @@ class DynamoDBConnection:
             return self._current
 
     def _load_descriptions(self) -> None:
-        """Load megabytes of descriptions, which the session then knows."""
+        """Load megabytes of descriptions, which the session then knows: at once the second time."""
         loader = self._session.get_component("data_loader")
         for kind in ("service-2", "endpoint-rule-set-1", "paginators-1", "waiters-2"):
             loader.load_service_model("dynamodb", kind)

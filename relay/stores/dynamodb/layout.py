@@ -84,8 +84,9 @@ def stored_version(attributes: Mapping[str, Any]) -> Version:
     version = version_of(_json(attributes))
     if version == UNREADABLE:
         return UNREADABLE
+    text = _number(attributes)
     try:
-        number = int(float(text)) if "." in (text := _number(attributes)) else int(text)
+        number = int(text) if text.isdigit() else int(float(text))
     except (ValueError, OverflowError):
         return version
     return version._replace(number=number) if number else version

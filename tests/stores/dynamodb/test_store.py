@@ -387,3 +387,20 @@ async def test_stores_share_one_client(proxy, table):
     assert await stores[2].load() is not None
     await stores[2].aclose()
     assert connection._current is None
+
+
+async def test_credentials_are_not_looked_for_at_every_failure(proxy, table):
+    """A hundred environments whose keys have expired make one new client, not a hundred."""
+    connection = DynamoDBConnection(proxy.url, {"AWS_REGION": "us-east-1"})
+    stores = [DynamoDBStore(connection.lease(), table.name, str(n)) for n in range(20)]
+    proxy.misbehave = lambda _op, _body: failure("ExpiredTokenException")
+    sessions = set()
+    for _ in range(3):
+        failed = await asyncio.gather(*(each.load() for each in stores), return_exceptions=True)
+        assert all(isinstance(each, StoreUnavailable) for each in failed)
+        sessions.add(connection._session)
+    assert len(sessions) == 1
+    proxy.misbehave = lambda _op, _body: None
+    assert await stores[0].load() is None
+    for each in stores:
+        await each.aclose()
