@@ -27,6 +27,7 @@ from relay.events.sender import Upstream
 from relay.events.store import Limits
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
+from relay.model.journal import Journal
 from relay.model.reply import Fetch
 from relay.programs import ProgramCache
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
@@ -35,12 +36,16 @@ from relay.relay import Directory, Relay
 from relay.sources import DataSource
 from relay.sources.timings import SourceTimings
 from relay.stores import DataStore, Mirror
+from relay.stores.bigsegments import BigSegmentStore
+from relay.streams.deltas import STREAM as DELTAS
+from relay.streams.deltas import DeltaChannel
 from relay.streams.evaluated import client_side_channels
 from relay.streams.hub import Hub, StreamLimits
 from relay.telemetry.log import Log, environment_log, set_environment_level
 
 if TYPE_CHECKING:
     from relay.autoconfig import AutoConfiguration
+    from relay.bigsegments.environment import BigSegments
     from relay.model.credential import AutoConfigKey
     from relay.protocol.environments import SharedSettings
     from relay.stores.documents.connect import Places
@@ -70,10 +75,12 @@ class Database(Struct, frozen=True):
         kind: kind of database, as in `/status`.
         store_for: returns the store of an environment.
         has_tables: True if environments may have different tables.
+        big_segments_for: returns the members of its big segments; None if it cannot hold any.
     """
 
     kind: str
     store_for: Callable[[EnvironmentSpec], DataStore]
+    big_segments_for: Callable[[EnvironmentSpec], BigSegmentStore] | None = None
     has_tables: bool = False
 
     def table_of(self, spec: EnvironmentSpec) -> str:
@@ -96,6 +103,7 @@ def build(config: Config) -> Relay:
     places = _places(config)
     directory: Directory | None = None
     session: Session = nullcontext()
+    upstream: HTTPSession | None = None
     if config.uses_launchdarkly:
         specs = [_spec(each, config) for each in config.all_environments]
         upstream, make_source = _launchdarkly(config)
@@ -106,7 +114,10 @@ def build(config: Config) -> Relay:
     else:
         specs, make_source = [_demo(config.main)], _file(config)
     return Relay(
-        [_environment(config, spec, make_source, databases, places) for spec in specs],
+        [
+            _environment(config, spec, make_source, databases, places, upstream=upstream)
+            for spec in specs
+        ],
         config.main.init_timeout,
         upstream=session,
         fetch=fetch,
@@ -115,6 +126,7 @@ def build(config: Config) -> Relay:
         disconnected_after=config.main.disconnected_status_time,
         registry=registry,
         directory=directory,
+        stale_big_segments_degrade=config.main.big_segments_stale_as_degraded,
     )
 
 
@@ -135,7 +147,7 @@ def _auto_configuration(
     return AutoConfiguration(
         AutoConfigStream(session, main.stream_uri, key, log),
         _shared(auto, config),
-        lambda spec: _environment(config, spec, make_source, databases, places),
+        lambda spec: _environment(config, spec, make_source, databases, places, upstream=session),
         make_source,
         tuple(_list_mirrors(config, key, log)),
     )
@@ -184,6 +196,7 @@ def _offline(
         disconnected_after=main.disconnected_status_time,
         registry=registry,
         directory=archive,
+        stale_big_segments_degrade=main.big_segments_stale_as_degraded,
     )
     try:
         archive.load(relay)
@@ -400,19 +413,60 @@ def _environment(
     make_source: SourceFactory,
     databases: Sequence[Database],
     places: Places | None,
+    *,
+    upstream: HTTPSession | None = None,
 ) -> Environment:
+    """Return an environment; its big segments are fetched only if there is an upstream."""
     log = _log_for(spec)
     source = make_source(spec, log)
-    programs, main = ProgramCache(), config.main
-    streams = client_side_channels(programs, main.ping_stream_jitter_time)
-    hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), streams)
-    environment = Environment(spec, source, hub, log, programs=programs)
+    programs, journal, main = ProgramCache(), Journal(spec.lineage), config.main
+    big_segments = _big_segments(main, spec, log, databases)
+    client_side = client_side_channels(programs, main.ping_stream_jitter_time, big_segments)
+    channels = {DELTAS: DeltaChannel(journal), **client_side}
+    hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), channels)
+    environment = Environment(
+        spec, source, hub, log, programs=programs, journal=journal, big_segments=big_segments
+    )
+    if big_segments is not None and upstream is not None:
+        _synchronise(big_segments, main, upstream, environment)
     resync = environment.resync
     environment.mirrors = (
         *_mirrors(config, spec, resync, log, databases),
         *(_document_mirrors(config, spec, resync, log, places) if places else ()),
     )
     return environment
+
+
+def _big_segments(
+    main: Main, spec: EnvironmentSpec, log: Log, databases: Sequence[Database]
+) -> BigSegments | None:
+    """Return the big segments of an environment, in the first database that can hold them."""
+    make_store = next(filter(None, (each.big_segments_for for each in databases)), None)
+    if make_store is None:
+        return None
+    from relay.bigsegments.environment import BigSegments, BigSegmentTimings
+
+    timings = BigSegmentTimings(reported=main.big_segments_stale_threshold)
+    return BigSegments(make_store(spec), log, timings)
+
+
+def _synchronise(
+    big_segments: BigSegments, main: Main, upstream: HTTPSession, environment: Environment
+) -> None:
+    """Let big segments be fetched from LaunchDarkly, with the present SDK key."""
+    from relay.bigsegments.synchroniser import Synchroniser
+    from relay.sources.bigsegments import BigSegmentSource
+
+    def key() -> SDKKey:
+        return environment.spec.sdk_key
+
+    big_segments.synchroniser = Synchroniser(
+        BigSegmentSource(upstream, main.base_uri, main.stream_uri, key),
+        big_segments.store,
+        big_segments.changed,
+        big_segments.look,
+        environment.log,
+    )
 
 
 def _log_for(spec: EnvironmentSpec) -> Log:
@@ -437,9 +491,16 @@ def _databases(config: Config) -> tuple[Database, ...]:
     """
     databases = []
     if redis := config.redis:
+        from relay.stores.redis.bigsegments import RedisBigSegmentStore
         from relay.stores.redis.store import RedisStore
 
-        databases.append(Database("redis", lambda spec: RedisStore(redis, spec.prefix)))
+        databases.append(
+            Database(
+                "redis",
+                lambda spec: RedisStore(redis, spec.prefix),
+                lambda spec: RedisBigSegmentStore(redis, spec.prefix),
+            )
+        )
     if consul := config.consul:
         from relay.stores.consul.connect import connect
         from relay.stores.consul.store import ConsulStore

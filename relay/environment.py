@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from relay import clock
+from relay.bigsegments.environment import BigSegments
 from relay.errors import ErrorKind
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Kind
+from relay.model.journal import Journal
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.programs import ProgramCache
+from relay.protocol.bigsegments import include_big_segment
 from relay.sources import DataSource, Interrupted, Update, UpToDate
 from relay.stores import Mirror
 from relay.streams.hub import Hub
@@ -92,6 +95,8 @@ class Environment:
         log: a logger that names this environment.
         mirrors: the database and the snapshot, as configured.
         programs: compiled flags, shared with the evaluated streams of the hub; created if omitted.
+        journal: of the data, shared with the streams that send deltas; created if omitted.
+        big_segments: memberships in big segments; None without a database that has them.
     """
 
     def __init__(
@@ -103,6 +108,8 @@ class Environment:
         mirrors: Sequence[Mirror] = (),
         *,
         programs: ProgramCache | None = None,
+        journal: Journal | None = None,
+        big_segments: BigSegments | None = None,
     ) -> None:
         self.spec = spec
         self.hub = hub
@@ -112,6 +119,14 @@ class Environment:
         """The data being served; None until a mirror or upstream has delivered."""
         self.programs = programs or ProgramCache()
         """The flags of `payload`, compiled for client-side evaluation."""
+        self.journal = journal or Journal(spec.lineage)
+        """Which items the last changes of `payload` have touched."""
+        self.big_segments = big_segments
+        """Memberships in big segments; None without a database that has them."""
+        if big_segments is not None:
+            big_segments.on_change = hub.publish_memberships
+        self._has_big_segments = False
+        """True once the data have had a big segment."""
         self.invalid: dict[tuple[Kind, str], InvalidItem] = {}
         """Items whose latest version is unusable."""
         self.changes = 0
@@ -149,6 +164,8 @@ class Environment:
             async with asyncio.TaskGroup() as self._tasks:
                 for mirror in self.mirrors:
                     self._keep(mirror)
+                if self.big_segments is not None:
+                    self._tasks.create_task(self.big_segments.run())
                 self._follow(self._source)
                 self._follow(self._successor)
         finally:
@@ -173,6 +190,8 @@ class Environment:
         if isinstance(self._log, EnvironmentLog):
             self._log.describe(spec.name, spec.sdk_key.masked)
             set_environment_level(spec.name, spec.log_level)
+        if self.big_segments is not None:
+            self.big_segments.check()
         if source is not None:
             self._dismiss(self._successor)
             self._successor, self._successor_outage = source, OutageLog(self._log)
@@ -279,6 +298,8 @@ class Environment:
             self.changes += change is not None
             self.connection.has_data = True
             self._confirm(change, full=changes.full)
+            if self.big_segments is not None and self._has_big_segments:
+                self.big_segments.start(synchronise=True)
         else:
             # A patch before the first put: subscribers get it (streams 2.2), but a single item is
             # not the data of an environment.
@@ -293,10 +314,18 @@ class Environment:
         if change is None and first:
             change = Change((), (), replace=True)
         if change is not None:
-            # First, because publishing makes evaluated streams use the programs immediately.
+            # First, because publishing makes streams use programs and journal immediately.
+            self.journal.record(self.payload, change, full=changes.full)
             self.programs.update(self.payload)
+            self._look_for_big_segments(change)
             self.hub.publish(self.payload, change, since)
         return change
+
+    def _look_for_big_segments(self, change: Change) -> None:
+        if self.big_segments is not None and not self._has_big_segments:
+            self._has_big_segments = include_big_segment(change.items)
+            if self._has_big_segments:
+                self.big_segments.start(synchronise=False)
 
     def _confirm(self, change: Change | None = None, *, full: bool = False) -> None:
         """Record that upstream is healthy and `payload` is current; update the mirrors."""

@@ -76,6 +76,7 @@ class Relay:
         disconnected_after: seconds of interruption after which `/status` reports `disconnected`.
         registry: empty; a new one if omitted.
         directory: says at run time which environments exist; None if the first are all.
+        stale_big_segments_degrade: report `degraded` while big segments are out of date.
     """
 
     def __init__(
@@ -90,7 +91,10 @@ class Relay:
         disconnected_after: float = 60.0,
         registry: Registry[Environment] | None = None,
         directory: Directory | None = None,
+        stale_big_segments_degrade: bool = False,
     ) -> None:
+        self.stale_big_segments_degrade = stale_big_segments_degrade
+        """True if `/status` reports `degraded` while big segments are out of date."""
         self.registry: Registry[Environment] = registry or Registry()
         self.disconnected_after = disconnected_after
         self.upstream = upstream or nullcontext()

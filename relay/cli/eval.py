@@ -6,6 +6,7 @@ The flag and everything that it depends on are read from a file or from a runnin
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
 from collections.abc import Sequence
@@ -21,24 +22,27 @@ from urllib.request import (
     build_opener,
 )
 
+from msgspec.structs import replace
 from yarl import URL
 
-from relay.config.types import HTTP_URI, KEY, OptionType
-from relay.errors import InvalidData, RelayError
-from relay.evaluation.data import Data
+from relay.config.types import HTTP_URI, KEY, URI, OptionType
+from relay.errors import ConfigError, InvalidData, RelayError, StoreUnavailable
+from relay.evaluation.data import Data, Membership
 from relay.evaluation.evaluator import evaluate
 from relay.evaluation.results import value
 from relay.model.context import Context, parse_context
 from relay.model.credential import Secret
 from relay.model.payload import Payload
 from relay.protocol import fdv1, filedata
+from relay.protocol.bigsegments import context_hash
 from relay.protocol.urls import data_url
 from relay.proxies import environment_proxies
 from relay.reasons import describe, shorten
 from relay.tls import client_context
 
 USAGE = """relay eval FLAG --context JSON --flags FILE
-       relay eval FLAG --context JSON --url URL --sdk-key KEY [--filter KEY]"""
+       relay eval FLAG --context JSON --url URL --sdk-key KEY [--filter KEY]
+each with [--redis URL [--prefix PREFIX]] for members of big segments"""
 
 TIME_LIMIT = 30.0
 """Timeout in seconds for connecting to a relay, and for each read."""
@@ -85,6 +89,8 @@ def _parser() -> _Parser:
     add("--url", metavar="URL", help="a running relay, such as http://localhost:8030")
     add("--sdk-key", metavar="KEY", help="the SDK key of the environment in that relay")
     add("--filter", metavar="KEY", default="", help="a payload filter, to see what it leaves in")
+    add("--redis", metavar="URL", help="the database with the members of big segments")
+    add("--prefix", metavar="PREFIX", default="", help="of its keys; default launchdarkly")
     return parser
 
 
@@ -98,13 +104,39 @@ def _evaluate(options: argparse.Namespace) -> str:
         raise EvalError("--url needs the --sdk-key of the environment")
     if options.filter and not options.url:
         raise EvalError("--filter needs a relay with --url")
+    if options.prefix and not options.redis:
+        raise EvalError("--prefix needs a database with --redis")
     if options.flags:
         payload = _read_flags(options.flags)
     else:
         key: Secret = _parse_option("--sdk-key", KEY, options.sdk_key)
         base = _parse_option("--url", HTTP_URI, options.url)
         payload = _fetch_flags(data_url(base, "/sdk/latest-all", options.filter), key.reveal())
-    return _explain(Data.of(payload), options.flag, context)
+    data = Data.of(payload)
+    if options.redis:
+        url = _parse_option("--redis", URI, options.redis)
+        memberships = asyncio.run(_read_members(url, options.prefix, context))
+        data = replace(data, memberships=memberships)
+    return _explain(data, options.flag, context)
+
+
+async def _read_members(url: str, prefix: str, context: Context) -> dict[str, Membership]:
+    """Return the memberships of a context in big segments, by context key."""
+    from relay.bigsegments.environment import status_of  # noqa: PLC0415 - only if it is wanted
+    from relay.config.schema import Redis  # noqa: PLC0415 - as above
+    from relay.stores.redis.bigsegments import RedisBigSegmentStore  # noqa: PLC0415 - as above
+
+    keys = list({each.key: None for each in context.individuals.values()})
+    try:
+        store = RedisBigSegmentStore(Redis(url=url), prefix)
+        try:
+            status = status_of(await store.metadata())
+            found = await store.memberships([context_hash(key) for key in keys])
+        finally:
+            await store.aclose()
+    except (StoreUnavailable, ConfigError) as e:
+        raise EvalError(f"the database cannot be asked: {e}") from e
+    return {key: Membership(status, each) for key, each in zip(keys, found, strict=True)}
 
 
 def _parse_option(option: str, kind: OptionType, text: str) -> Any:

@@ -33,7 +33,7 @@ from relay.telemetry.log import LogHandler, set_up
 USAGE = """\
 relay [serve] [options]   start the relay; the options are those of ld-relay
 relay check [options]     show the configuration that results, or all that is wrong with it
-relay eval FLAG --context JSON [--flags FILE | --url URL --sdk-key KEY]
+relay eval FLAG --context JSON [--flags FILE | --url URL --sdk-key KEY] [--redis URL]
                           show what a flag gives to a context, and what led there
 relay sync [options]      bring the database and published documents up to date once; exit with 0
                           if all environments are, 1 if some could not be brought there, 2 if the

@@ -231,7 +231,8 @@ def _read_environ(raw: _RawOptions, all_variables: Mapping[str, str]) -> None:
             _read_named(raw, section, name, environ)
     raw.warnings += _orphans(environ)
     if environ.get("LD_TRACE_LOG_BIG_SEGMENTS"):
-        raw.warnings.append("LD_TRACE_LOG_BIG_SEGMENTS takes effect in a later release")
+        text = "LD_TRACE_LOG_BIG_SEGMENTS has no effect: who is in a segment is never logged"
+        raw.warnings.append(text)
     if environ.get("EVENTS_SAMPLING_INTERVAL"):
         raw.problems.append("EVENTS_SAMPLING_INTERVAL: this variable is no longer supported")
 

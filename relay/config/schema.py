@@ -235,14 +235,13 @@ class Main(Struct, frozen=True):
         BOOLEAN,
         False,
         "Report `degraded` in `/status` while big segments are out of date.",
-        support=LATER,
     )
     big_segments_stale_threshold: float = option(
         "BIG_SEGMENTS_STALE_THRESHOLD",
         DURATION,
         300.0,
-        "Age at which big segments count as out of date.",
-        support=LATER,
+        "Time since the last synchronisation from which `/status` calls big segments"
+        " `potentiallyStale`.",
     )
     expired_credential_cleanup_interval: float = option(
         "EXPIRED_CREDENTIAL_CLEANUP_INTERVAL",

@@ -38,6 +38,11 @@ def parse_segment(json: bytes) -> Segment:
     return _SEGMENT.decode(json)
 
 
+def segment_reference(segment: Segment) -> str:
+    """Return the name of a big segment in memberships; it must have a generation."""
+    return f"{segment.key}.g{int(segment.generation or 0)}"
+
+
 class Membership(Struct, frozen=True):
     """Big-segment memberships of one context key.
 
@@ -48,6 +53,13 @@ class Membership(Struct, frozen=True):
 
     status: BigSegmentsStatus
     segments: Mapping[str, bool] = field(default_factory=dict)
+
+
+NO_MEMBERSHIPS: Mapping[str, Membership] = {}
+"""Memberships without a big-segment store."""
+
+NOT_CONFIGURED = Membership(BigSegmentsStatus.NOT_CONFIGURED)
+"""Membership of a context key without a big-segment store."""
 
 
 class Data(Struct, frozen=True):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from msgspec.structs import replace
 
 from relay.evaluation import bucketing
-from relay.evaluation.data import Data, Membership
+from relay.evaluation.data import NOT_CONFIGURED, Data, segment_reference
 from relay.evaluation.operators import OPERATORS
 from relay.evaluation.results import (
     BigSegmentsStatus,
@@ -30,8 +30,6 @@ from relay.model.segment import Segment, SegmentRule, SegmentTarget
 MAX_CHAIN = 50
 """Longest chain of prerequisites, and deepest nesting of segments; beyond that a flag is malformed.
 Python's stack has ample space for both at once, and real environments nest only a few levels."""
-
-_UNKNOWN = Membership(BigSegmentsStatus.NOT_CONFIGURED)
 
 
 class _Malformed(Exception):
@@ -302,9 +300,9 @@ class _Evaluation:
         individual = self._context.get(segment.unbounded_context_kind)
         if individual is None:
             return None, False
-        membership = self._data.memberships.get(individual.key, _UNKNOWN)
+        membership = self._data.memberships.get(individual.key, NOT_CONFIGURED)
         self._note_big_segments(membership.status)
-        return membership.segments.get(f"{segment.key}.g{int(segment.generation)}"), True
+        return membership.segments.get(segment_reference(segment)), True
 
     def _note_big_segments(self, status: BigSegmentsStatus) -> None:
         self.trace("big segments: %s", status.value)

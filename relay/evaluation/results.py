@@ -30,6 +30,8 @@ class BigSegmentsStatus(Enum):
     STORE_ERROR = "STORE_ERROR"
     NOT_CONFIGURED = "NOT_CONFIGURED"
 
+    __hash__ = object.__hash__  # Enum's own costs as much as several dict lookups
+
     def worse(self, other: BigSegmentsStatus | None) -> BigSegmentsStatus:
         """Return the worse of the two."""
         if other is None:

@@ -11,6 +11,7 @@ from functools import partial
 from msgspec import Struct
 
 from relay import __version__, clock
+from relay.bigsegments.environment import BigSegments
 from relay.config.schema import Prometheus
 from relay.environment import ConnectionState, Environment
 from relay.events.reports import EventCounts
@@ -142,6 +143,20 @@ def _unreadable_items(view: MetricsView) -> Iterator[Row]:
         yield (name, status.database), len(status.invalid)
 
 
+def _of_big_segments(read: Callable[[BigSegments], float | None]) -> Collector:
+    """Return a collector of one value for each environment that has had big segments."""
+
+    def value(environment: Environment) -> float | None:
+        big_segments = environment.big_segments
+        return read(big_segments) if big_segments is not None and big_segments.in_use else None
+
+    return _per_environment(value)
+
+
+def _synchronisation_age(big_segments: BigSegments) -> float | None:
+    return None if big_segments.age is None else round(big_segments.age, 3)
+
+
 def _event_counts(read: Callable[[EventCounts], float]) -> Collector:
     """Return a collector of one event count for each environment, if events are forwarded."""
 
@@ -243,6 +258,11 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_store_state", GAUGE, ("environment", "database", "state"), "How it stands with the database: 1 for the state that `/status` shows, 0 for the others."): _store_states,
     Metric("relay_publication_state", GAUGE, ("environment", "url", "state"), "How it stands with a published document: 1 for the state that `/status` shows, 0 for the others."): _publication_states,
     Metric("relay_store_unreadable_items", GAUGE, ("environment", "database"), "Items in the database that could not be read."): _unreadable_items,
+    Metric("relay_big_segments_available", GAUGE, ("environment",), "1 if the members of big segments can be read from the database, 0 if not; none without big segments."): _of_big_segments(lambda b: int(b.status is not None and b.status.available)),
+    Metric("relay_big_segments_age_seconds", GAUGE, ("environment",), "Time since it was last known that the database has all members of big segments; none before the first time."): _of_big_segments(_synchronisation_age),
+    Metric("relay_big_segments_patches_total", COUNTER, ("environment",), "Patches of big segments that this relay has written; others may have been written by another one."): _of_big_segments(lambda b: b.synchroniser.applied if b.synchroniser else None),
+    Metric("relay_big_segments_reads_total", COUNTER, ("environment",), "Contexts whose memberships in big segments were read from the database for evaluations."): _of_big_segments(lambda b: b.reads),
+    Metric("relay_big_segments_failed_reads_total", COUNTER, ("environment",), "Contexts that were evaluated without their memberships, because the database was away."): _of_big_segments(lambda b: b.failed_reads),
     Metric("relay_items", GAUGE, ("environment", "kind"), "Flags and segments that are held, deleted ones included; none without data."): _items,
     Metric("relay_invalid_items", GAUGE, ("environment",), "Flags and segments of which LaunchDarkly's last version could not be used."): _per_environment(lambda e: len(e.invalid)),
     Metric("relay_rejected_total", COUNTER, ("environment",), "Messages and items of LaunchDarkly that could not be used."): _per_environment(lambda e: e.rejected),

@@ -67,6 +67,11 @@ class EnvironmentSpec:
         return names + of_filter if names else self.name
 
     @property
+    def lineage(self) -> str:
+        """Text that identifies the environment and its filter, on all replicas; it is a secret."""
+        return f"{(self.environment_id or self.sdk_key).value}\0{self.payload_filter}"
+
+    @property
     def credentials(self) -> Mapping[Credential, float]:
         """All credentials, each with the Unix time at which it expires."""
         own = (self.sdk_key, self.mobile_key, self.environment_id)

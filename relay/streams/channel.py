@@ -210,6 +210,16 @@ class Channel(ABC, Generic[ClientT]):
     def publish(self, payload: Payload | None, change: Change, since: float) -> None:
         """Schedule a change for delivery to the subscribers; returns at once."""
 
+    def publish_memberships(self, hashes: frozenset[str] | None, since: float) -> None:
+        """Schedule a notice that memberships in big segments have changed.
+
+        Server-side SDKs read memberships themselves, so most streams say nothing.
+
+        Args:
+            hashes: of the context keys; None if they are unknown.
+            since: monotonic time of the change.
+        """
+
     @abstractmethod
     def _opening_for(self, subscription: Subscription) -> bytes:
         """Return the first chunk of a new subscription; empty if it has to wait for one."""
@@ -337,8 +347,8 @@ class Channel(ABC, Generic[ClientT]):
                 self._schedule_slice()
 
 
-class BroadcastChannel(Channel[None]):
-    """Channel on which all clients get the same bytes.
+class BroadcastChannel(Channel[ClientT]):
+    """Channel on which all clients get the same changes, in the same bytes.
 
     Args:
         stream_format: encodes them.
@@ -357,13 +367,17 @@ class BroadcastChannel(Channel[None]):
         self._payload, self._opening = payload, None
         if not self.subscriptions:
             return
-        if change.replace and payload is not None:
+        if self._restarts(change) and payload is not None:
             self._pending = [self._encoded_opening()]
         elif update := self._format.update(change):
             self._pending.append(encode_chunk(update))
         if self._pending and self._pending_since is None:
             self._pending_since = since
         self._schedule_slice()
+
+    def _restarts(self, change: Change) -> bool:
+        """Return whether all clients need all data after a change."""
+        return change.replace
 
     def _opening_for(self, subscription: Subscription) -> bytes:
         del subscription

@@ -3,7 +3,8 @@
 A channel knows the program (`relay.programs`) that its clients have the results of. When there is
 a newer one, only the flags that may differ are evaluated under both, once for each distinct
 context, and those with a different entry in the evalx response are sent: a change that affects no
-result of a client costs it no byte, and no client polls.
+result of a client costs it no byte, and no client polls. In the same way it knows the memberships
+in big segments that each client has the results of; new ones are read before they are needed.
 """
 
 from __future__ import annotations
@@ -16,18 +17,26 @@ from itertools import islice
 from typing import Any
 from weakref import WeakValueDictionary
 
+from msgspec import Struct
+
 from relay import clock
+from relay.bigsegments.environment import BigSegments
 from relay.evaluation.compiled.program import Program
+from relay.evaluation.data import NO_MEMBERSHIPS, Membership
+from relay.evaluation.results import BigSegmentsStatus
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context
 from relay.model.metrics import MetricValue
 from relay.model.payload import Change, Payload
 from relay.programs import ProgramCache
 from relay.protocol import clientside
+from relay.protocol.bigsegments import context_hash
 from relay.registry import Grant
 from relay.streams.channel import FAN_OUT_SLICE, Channel, Subscription
 from relay.streams.ping import PingChannel
 from relay.streams.transport import StreamTransport, encode_chunk
+
+STORE_ERROR = BigSegmentsStatus.STORE_ERROR
 
 PINGS = "ping"
 """Name of the ping stream."""
@@ -47,6 +56,9 @@ MANY_FLAGS = 200
 """Minimum number of flags, and a quarter of all, that may have changed for clients to get a put
 instead of patches: from there on it costs less than to find and write each change."""
 
+MEMBERS_AT_ONCE = 256
+"""Clients whose memberships are read together."""
+
 MANY_SHARE = 4
 """Divisor: 4 means "at least a quarter of all flags"."""
 
@@ -60,11 +72,13 @@ class EvalClient:
         with_reasons: True if the entries have reasons.
     """
 
-    __slots__ = ("__weakref__", "context", "identity", "with_reasons")
+    __slots__ = ("__weakref__", "context", "identity", "memberships", "with_reasons")
 
     def __init__(self, raw: bytes, context: Context, *, with_reasons: bool = False) -> None:
         self.context = context
         self.with_reasons = with_reasons
+        self.memberships: Mapping[str, Membership] = NO_MEMBERSHIPS
+        """Memberships in big segments, by context key, that the client has the results of."""
         self.identity = blake2b(raw, digest_size=16, person=b"%d" % with_reasons).digest()
         """Digest of context and `with_reasons`; the JSON itself is not kept."""
 
@@ -75,12 +89,21 @@ class EvaluatingChannel(Channel[EvalClient]):
     Args:
         programs: compiled flags of the environment.
         sdk_kind: determines the flags that clients may see.
+        big_segments: memberships in big segments; None if there is no database that has them.
     """
 
-    def __init__(self, programs: ProgramCache, sdk_kind: SDKKind) -> None:
+    def __init__(
+        self, programs: ProgramCache, sdk_kind: SDKKind, big_segments: BigSegments | None = None
+    ) -> None:
         super().__init__()
         self._programs = programs
         self._sdk_kind = sdk_kind
+        self._big_segments = big_segments
+        self._changed_members: frozenset[str] | None = frozenset()
+        """Hashes of context keys whose memberships may differ from what clients have; None for
+        all."""
+        self._version = 0
+        """Version of the last messages; see `relay.protocol.clientside`."""
         self._clients: WeakValueDictionary[bytes, EvalClient] = WeakValueDictionary()
         self._sent: Program | None = None
         """The program that clients have the results of, running fan-outs included."""
@@ -91,8 +114,8 @@ class EvaluatingChannel(Channel[EvalClient]):
         """
         self._is_behind = False
         """True if there may be a newer program than those sent or being compiled."""
-        self._compiling: asyncio.Task[None] | None = None
-        self._compiled: Program | None = None
+        self._preparing: asyncio.Task[None] | None = None
+        self._prepared: _Prepared | None = None
         self._since: float | None = None
 
     def publish(self, payload: Payload | None, change: Change, since: float) -> None:
@@ -103,6 +126,15 @@ class EvaluatingChannel(Channel[EvalClient]):
         elif payload is not None:
             self._since = since if self._since is None else self._since
             self._check_soon()
+
+    def publish_memberships(self, hashes: frozenset[str] | None, since: float) -> None:
+        """Schedule a check of the clients whose memberships in big segments have changed."""
+        if not self.subscriptions:
+            return  # those who come read what is stored
+        changed = self._changed_members
+        self._changed_members = None if hashes is None or changed is None else changed | hashes
+        self._since = since if self._since is None else self._since
+        self._check_soon()
 
     def subscribe(
         self,
@@ -124,11 +156,27 @@ class EvaluatingChannel(Channel[EvalClient]):
         super().forget(subscription)
 
     def _opening_for(self, subscription: Subscription) -> bytes:
-        if self._sent is None:
+        if self._sent is None or not self._has_members(self._sent, subscription):
             self._awaiting_put[subscription] = None
             self._check_soon()
             return b""
         return _put(self._sent, self.subscriptions[subscription])
+
+    def _has_members(self, program: Program, subscription: Subscription) -> bool:
+        """Return whether the memberships that a client's flags need are there."""
+        client = self.subscriptions[subscription]
+        keys = self._lacking(program, client)
+        if not keys or self._big_segments is None:
+            return True
+        known = self._big_segments.known(keys)
+        if known is not None:
+            client.memberships = known.by_key
+        return known is not None
+
+    def _lacking(self, program: Program, client: EvalClient) -> tuple[str, ...]:
+        """Return the context keys of a client if any of their memberships is unknown."""
+        keys = () if self._big_segments is None else program.members_needed(client.context)
+        return () if all(key in client.memberships for key in keys) else keys
 
     def _close_pending(self) -> None:
         """Do nothing: a new subscriber begins with the results that the others have."""
@@ -139,56 +187,139 @@ class EvaluatingChannel(Channel[EvalClient]):
 
     @property
     def _is_pending(self) -> bool:
-        return self._compiling is None and (self._is_behind or self._compiled is not None)
+        return self._preparing is None and (self._is_behind or self._prepared is not None)
 
     def _start_pending(self) -> None:
         """Start the fan-out for the newest program, once earlier fan-outs have finished."""
         if not self._is_pending or self._fan_outs:
             return
-        program, self._compiled = self._compiled, None
-        if program is None:
+        prepared, self._prepared = self._prepared, None
+        if prepared is None:
             self._is_behind = False
             program = self._programs.current(self._sdk_kind)
-            if program is None:
-                self._compiling = asyncio.create_task(self._compile())
+            if program is None or (self._big_segments is not None and program.has_big_segments):
+                self._preparing = asyncio.create_task(self._prepare())
                 return
+            prepared = _Prepared(program, {})
         since, self._since = self._since, None
-        self._advance_to(program, since)
+        self._advance_to(prepared, since)
 
-    async def _compile(self) -> None:
+    async def _prepare(self) -> None:
+        """Compile the newest program, and read the memberships that it needs."""
         try:
-            self._compiled = await self._programs.ready(self._sdk_kind)
+            program = await self._programs.ready(self._sdk_kind)
+            if program is not None:
+                self._prepared = _Prepared(program, await self._read_members(program))
         finally:
-            self._compiling = None
+            self._preparing = None
             self._schedule_slice()
 
-    def _advance_to(self, program: Program, since: float | None) -> None:
+    async def _read_members(self, program: Program) -> dict[EvalClient, Mapping[str, Membership]]:
+        """Return the memberships of clients that lack some, or whose own have changed.
+
+        While the database is away, clients keep those that they have.
+        """
+        if self._big_segments is None or not program.has_big_segments:
+            return {}
+        changed, self._changed_members = self._changed_members, frozenset()
+        found: dict[EvalClient, Mapping[str, Membership]] = {}
+        clients = list(dict.fromkeys(self.subscriptions.values()))
+        for start in range(0, len(clients), MEMBERS_AT_ONCE):
+            wanted = {
+                client: keys
+                for client in clients[start : start + MEMBERS_AT_ONCE]
+                if (keys := self._keys_to_read(program, client, changed))
+            }
+            all_keys = dict.fromkeys(key for keys in wanted.values() for key in keys)
+            if not all_keys:
+                await asyncio.sleep(0)
+                continue
+            read = (await self._big_segments.memberships(all_keys)).by_key
+            for client, keys in wanted.items():
+                members = {key: read[key] for key in keys}
+                is_lost = any(each.status is STORE_ERROR for each in members.values())
+                if not is_lost or not client.memberships:
+                    found[client] = members
+        return found
+
+    def _keys_to_read(
+        self, program: Program, client: EvalClient, changed: frozenset[str] | None
+    ) -> tuple[str, ...]:
+        lacking = self._lacking(program, client)
+        if lacking or (changed is not None and not changed):
+            return lacking
+        keys = program.members_needed(client.context)
+        if changed is None or any(context_hash(key) in changed for key in keys):
+            return keys
+        return ()
+
+    def _advance_to(self, prepared: _Prepared, since: float | None) -> None:
+        program = prepared.program
         before, self._sent = self._sent, program
         awaiting_put, self._awaiting_put = self._awaiting_put, {}
+        moved: dict[EvalClient, Mapping[str, Membership]] = {}
+        for client, memberships in prepared.memberships.items():
+            if client.memberships != memberships:
+                moved[client] = client.memberships
+                client.memberships = memberships
+        self._version = max(self._version + 1, program.version)
         updated = {s: client for s, client in self.subscriptions.items() if s not in awaiting_put}
         if before is not None and updated:
+            step = _Step(before, program, moved, self._version)
             touched = program.flags_touched_by(before)
             many = len(touched) >= max(MANY_FLAGS, program.size / MANY_SHARE)
             if many:
-                self._start(_ReplacementFanOut(before, program, updated, since))
+                self._start(_ReplacementFanOut(step, updated, since))
             elif touched:
-                self._start(_UpdateFanOut(before, program, touched, updated, since))
+                self._start(_UpdateFanOut(step, touched, updated, since))
+            elif moved:
+                affected = {s: client for s, client in updated.items() if client in moved}
+                self._start(_UpdateFanOut(step, touched, affected, since))
         if awaiting_put:
             newcomers = {s: client for s, client in self.subscriptions.items() if s in awaiting_put}
             self._start(_OpeningFanOut(program, newcomers))
 
 
+class _Prepared(Struct, frozen=True, eq=False):
+    """A program, and the memberships of clients that have others or none."""
+
+    program: Program
+    memberships: Mapping[EvalClient, Mapping[str, Membership]]
+
+
+class _Step(Struct, frozen=True, eq=False):
+    """The step from what clients have to what they get.
+
+    Args:
+        before: program that clients have the results of.
+        after: program that they get the results of.
+        moved: the earlier memberships of clients that have got others.
+        version: of the messages.
+    """
+
+    before: Program
+    after: Program
+    moved: Mapping[EvalClient, Mapping[str, Membership]]
+    version: int
+
+    def memberships_before(self, client: EvalClient) -> Mapping[str, Membership]:
+        """Return the memberships that a client has the results of."""
+        return self.moved.get(client, client.memberships)
+
+
 def client_side_channels(
-    programs: ProgramCache, ping_jitter: float = 0.0
+    programs: ProgramCache, ping_jitter: float = 0.0, big_segments: BigSegments | None = None
 ) -> Mapping[str, Channel[Any]]:
     """Return the channels of client-side SDKs by name, for the hub.
 
     Args:
         programs: compiled flags of the environment.
         ping_jitter: maximum delay of pings in seconds.
+        big_segments: memberships in big segments; None if there is no database that has them.
     """
     evaluating = {
-        name: EvaluatingChannel(programs, sdk_kind) for sdk_kind, name in EVALUATING.items()
+        name: EvaluatingChannel(programs, sdk_kind, big_segments)
+        for sdk_kind, name in EVALUATING.items()
     }
     return {PINGS: PingChannel(ping_jitter), **evaluating}
 
@@ -254,21 +385,23 @@ class _UpdateFanOut(_PersonalFanOut):
 
     def __init__(
         self,
-        before: Program,
-        after: Program,
+        step: _Step,
         touched: frozenset[str],
         receivers: Mapping[Subscription, EvalClient],
         since: float | None,
     ) -> None:
         super().__init__(receivers, since)
-        self._before, self._after = before, after
+        self._step = step
         self._touched = touched
 
     def _encode_for(self, client: EvalClient) -> bytes:
-        context, with_reasons = client.context, client.with_reasons
-        before = self._before.some(context, self._touched, with_reasons=with_reasons)
-        after = self._after.some(context, self._touched, with_reasons=with_reasons)
-        messages = clientside.changes(before, after, self._after.version)
+        context, reasons, step = client.context, client.with_reasons, self._step
+        touched, former = self._touched, step.memberships_before(client)
+        if former is not client.memberships:
+            touched |= step.after.flags_with_big_segments
+        before = step.before.some(context, touched, former, with_reasons=reasons)
+        after = step.after.some(context, touched, client.memberships, with_reasons=reasons)
+        messages = clientside.changes(before, after, step.version)
         return encode_chunk(messages) if messages else b""
 
 
@@ -277,20 +410,24 @@ class _ReplacementFanOut(_PersonalFanOut):
 
     def __init__(
         self,
-        before: Program,
-        after: Program,
+        step: _Step,
         receivers: Mapping[Subscription, EvalClient],
         since: float | None,
     ) -> None:
         super().__init__(receivers, since)
-        self._before, self._after = before, after
+        self._step = step
 
     def _encode_for(self, client: EvalClient) -> bytes:
-        put = _put(self._after, client)
-        return b"" if put == _put(self._before, client) else put
+        step = self._step
+        put = _put(step.after, client)
+        before = _put(step.before, client, step.memberships_before(client))
+        return b"" if put == before else put
 
 
-def _put(program: Program, client: EvalClient) -> bytes:
-    return encode_chunk(
-        clientside.put(program.all(client.context, with_reasons=client.with_reasons))
-    )
+def _put(
+    program: Program, client: EvalClient, memberships: Mapping[str, Membership] | None = None
+) -> bytes:
+    """Return the put for a client, with its memberships unless others are given."""
+    known = client.memberships if memberships is None else memberships
+    flags = program.all(client.context, known, with_reasons=client.with_reasons)
+    return encode_chunk(clientside.put(flags))

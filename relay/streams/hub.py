@@ -85,7 +85,7 @@ class Hub:
     ) -> None:
         self.delays = Histogram()
         """Seconds from receiving a change to writing it to the last stream that is not slow."""
-        broadcast = {name: BroadcastChannel(format_) for name, format_ in formats.items()}
+        broadcast = {name: BroadcastChannel[None](format_) for name, format_ in formats.items()}
         self._channels: Mapping[str, Channel[Any]] = {**broadcast, **(channels or {})}
         for channel in self._channels.values():
             channel.delays = self.delays
@@ -119,6 +119,16 @@ class Hub:
         since = clock.monotonic() if since is None else since
         for channel in self._channels.values():
             channel.publish(payload, change, since)
+
+    def publish_memberships(self, hashes: frozenset[str] | None) -> None:
+        """Let clients know that memberships in big segments have changed; returns at once.
+
+        Args:
+            hashes: of the context keys; None if they are unknown.
+        """
+        since = clock.monotonic()
+        for channel in self._channels.values():
+            channel.publish_memberships(hashes, since)
 
     def subscribe(
         self,

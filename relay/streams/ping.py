@@ -38,7 +38,16 @@ class PingChannel(Channel[None]):
     def publish(self, payload: Payload | None, change: Change, since: float) -> None:
         """Ping all clients, at once or spread over the jitter; only if there are data to poll."""
         self._has_data = payload is not None
-        if not (self._has_data and self.subscriptions and (change.visible or change.replace)):
+        if change.visible or change.replace:
+            self._ping(since)
+
+    def publish_memberships(self, hashes: frozenset[str] | None, since: float) -> None:
+        """Ping all clients, as `publish` does: nothing is known about their contexts."""
+        del hashes
+        self._ping(since)
+
+    def _ping(self, since: float) -> None:
+        if not (self._has_data and self.subscriptions):
             return
         if self._jitter:
             self._delay_pings()

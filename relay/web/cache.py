@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 
 from msgspec import Struct
 
+from relay.bigsegments.memberships import Memberships
 from relay.environment import Environment
 from relay.model.payload import Payload
 from relay.registry import Registry
@@ -19,6 +20,8 @@ ANY_PAYLOAD = Payload.of(())
 class _Sized(Struct, kw_only=True, eq=False):
     size: int = 0
     """Bytes that the entry takes with its key, but without what is kept elsewhere anyway."""
+    memberships: Memberships | None = None
+    """Memberships in big segments of which the entry was made; None if they do not matter."""
 
 
 class CacheEntry(_Sized, eq=False):
@@ -36,8 +39,9 @@ class CacheEntry(_Sized, eq=False):
     @property
     def is_fresh(self) -> bool:
         """True if the environment's data is still that of which the entry was made."""
-        payload = self.payload
-        return payload is self.environment.payload or payload is ANY_PAYLOAD
+        payload, memberships = self.payload, self.memberships
+        is_fresh = payload is self.environment.payload or payload is ANY_PAYLOAD
+        return is_fresh and (memberships is None or memberships.is_current)
 
 
 EntryT = TypeVar("EntryT", bound=CacheEntry)
@@ -82,7 +86,10 @@ class ResponseCache(Generic[EntryT]):
         payload = entry.payload  # as `is_fresh`, without its call: this is the hottest path
         if payload is entry.environment.payload or payload is ANY_PAYLOAD:
             self._entries.move_to_end(key)
-            return entry
+            memberships = entry.memberships
+            if memberships is None or memberships.is_current:
+                return entry
+            return None  # it may be fresh again when the memberships have been read again
         self._remove(key)
         return None
 
@@ -112,7 +119,15 @@ class ResponseCache(Generic[EntryT]):
     def _release(self, environment: Environment) -> None:
         """Remove the stale entries of an environment: each would keep its former data alive."""
         entries = self._entries.items()
-        for key in [k for k, e in entries if e.environment is environment and not e.is_fresh]:
+        current = environment.payload
+        stale = [
+            key
+            for key, entry in entries
+            if entry.environment is environment
+            and entry.payload is not current
+            and entry.payload is not ANY_PAYLOAD
+        ]
+        for key in stale:
             self._remove(key)
 
     def _clear(self) -> None:

@@ -34,6 +34,8 @@ ENVIRONMENT: Schema = {
     "mobileKeys": _KEYS,
     "connectionStatus": {"state": None, "stateSince": None, "lastError": _ERROR},
     "dataStoreStatus": _DATABASE,
+    "bigSegmentStatus": dict.fromkeys(("available", "potentiallyStale", "lastSynchronizedOn")),
+    "published": {"[]": dict.fromkeys(("state", "stateSince", "document", "url"))},
     "events": {"*": None},
     **_INVALID,
 }
@@ -59,7 +61,7 @@ _STEP = re.compile(
     r"""|\[(?P<field>[^=\[\]]+)=(?P<value>[^\[\]]*)\]"""
 )
 _OPERATOR = re.compile(r"[!=<>]=|[!=]~|[=!<>~]")
-_BAD_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+_UNDECODABLE = re.compile(rb"%(?![0-9A-Fa-f]{2})|;")
 
 _UNPARSABLE, _UNKNOWN, _UNSATISFIED, _SATISFIED = 400, 422, 412, 200
 _SEVERITY = (_UNPARSABLE, _UNKNOWN, _UNSATISFIED, _SATISFIED)
@@ -77,7 +79,7 @@ _Path = Sequence["str | int | _Filter"]
 
 def expectations_in(query: bytes) -> list[str] | None:
     """Return the values of `expect` in a query; None if the query cannot be decoded."""
-    if _BAD_ESCAPE.search(query):
+    if _UNDECODABLE.search(query):
         return None
     try:
         pairs = [
@@ -97,7 +99,7 @@ def check(response: PreparedResponse, query: bytes, schema: Schema) -> PreparedR
         query: of the request.
         schema: members that the page may have.
     """
-    if response.status != _SATISFIED or b"expect" not in query:
+    if response.status != _SATISFIED or not query:
         return response
     expressions = expectations_in(query)
     if expressions is None:
@@ -158,10 +160,15 @@ def _problem_with(path: _Path, schema: Schema) -> str | None:
     for step in path:
         if members is None:
             return f'"{_named(step)}" is looked for in a single value'
-        name = "[]" if isinstance(step, (int, _Filter)) else step
+        of_list = isinstance(step, (int, _Filter))
+        if of_list is not ("[]" in members):
+            return f'"{_named(step)}" is looked for in {"an object" if of_list else "a list"}'
+        name = "[]" if of_list else str(step)
         if name not in members and "*" not in members:
-            return f'there is no member "{_named(step)}"'
+            return f'there is no member "{name}"'
         members = members.get(name, members.get("*"))
+        if isinstance(step, _Filter) and step.field not in (members or ()):
+            return f'there is no member "{step.field}"'
     return None if members is None else "it is not a single value"
 
 

@@ -30,7 +30,7 @@ class Resource:
 
     Args:
         pieces: of the body, in JSON, to be concatenated.
-        etag: as sent.
+        etag: as sent; empty for what no cache may keep.
         headers: of all variants, besides the usual ones.
     """
 
@@ -49,7 +49,8 @@ class Resource:
     @property
     def _shared(self) -> Headers:
         vary: Headers = ((b"vary", b"Accept-Encoding"),) if self.compressible else ()
-        return ((b"etag", self.etag), *self._headers, *vary)
+        cached = (b"etag", self.etag) if self.etag else (b"cache-control", b"no-store")
+        return (cached, *self._headers, *vary)
 
     @property
     def _typed(self) -> Headers:
@@ -77,7 +78,7 @@ class Resource:
 
     def matches(self, if_none_match: bytes) -> bool:
         """Return whether an `If-None-Match` header names this."""
-        return is_known(self.etag, if_none_match)
+        return bool(self.etag) and is_known(self.etag, if_none_match)
 
     def compress(self) -> PreparedResponse:
         """Return the gzip variant. May run in a thread."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from tests.support.authorities import UNTIDY, Authority
 from tests.support.data import flag, segment
 from tests.support.process import PATIENCE, ROOT, RelayProcess
 from tests.support.proxy import a_proxy
+from tests.support.redis import RedisServer
 from tests.support.serving import until
+from tests.support.upstream import context_hash
 
 ANNA = '{"kind":"user","key":"anna","plan":"pro"}'
 CONTENTS = {
@@ -179,4 +182,54 @@ def test_what_cannot_be_evaluated_is_said(flags, capsys, key, context, error):
 def test_a_question_that_makes_no_sense_is_refused(capsys, arguments, error):
     """What is missing or wrong in the arguments is named."""
     assert evaluate(arguments) == 1
+    assert error in capsys.readouterr().err
+
+
+def big_segment_flags(folder: Path) -> Path:
+    """A file with a flag for the members of a big segment."""
+    clause = {"attribute": "", "op": "segmentMatch", "values": ["team"]}
+    rule = {"clauses": [clause], "variation": 1}
+    contents = {
+        "flags": {"lamp": flag(variations=["no", "yes"], rules=[rule])},
+        "segments": {"team": segment("team", unbounded=True, generation=2)},
+    }
+    path = folder / "flags.json"
+    path.write_text(json.dumps(contents))
+    return path
+
+
+def test_members_of_big_segments_are_read(tmp_path, capsys):
+    """From the database that is named; the reason tells how recent they are."""
+    flags = big_segment_flags(tmp_path)
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    with RedisServer(folder) as redis:
+        redis.do("SADD", f"prod:big_segment_include:{context_hash('anna')}", "team.g2")
+        ask = ["lamp", "--context", ANNA, "--flags", str(flags)]
+        asked = [*ask, "--redis", redis.url]
+        assert evaluate([*asked, "--prefix", "prod"]) == 0
+        found = capsys.readouterr().out
+        assert 'value      "yes"' in found
+        assert '"bigSegmentsStatus":"STALE"' in found
+        redis.do("SET", "prod:big_segments_synchronized_on", str(int(time.time() * 1000)))
+        assert evaluate([*asked, "--prefix", "prod"]) == 0
+        assert '"bigSegmentsStatus":"HEALTHY"' in capsys.readouterr().out
+        assert evaluate(asked) == 0
+        assert 'value      "no"' in capsys.readouterr().out
+        assert evaluate(ask) == 0
+        assert '"bigSegmentsStatus":"NOT_CONFIGURED"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--prefix", "p"], "--prefix needs a database with --redis"),
+        (["--redis", "redis://127.0.0.1:1"], "the database cannot be asked: "),
+        (["--redis", "redis://127.0.0.1:1/x"], "the database cannot be asked: "),
+    ],
+)
+def test_a_database_that_cannot_be_asked_is_an_error(tmp_path, capsys, arguments, error):
+    """It says why."""
+    flags = big_segment_flags(tmp_path)
+    assert evaluate(["lamp", "--context", ANNA, "--flags", str(flags), *arguments]) == 1
     assert error in capsys.readouterr().err

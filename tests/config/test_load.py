@@ -302,6 +302,14 @@ def test_variables_that_two_sections_share_belong_to_the_archive_if_there_is_one
     assert not config.warnings
 
 
+def test_members_of_segments_are_never_logged() -> None:
+    """ld-relay's variable for that is answered with a warning."""
+    warnings = from_env({"LD_TRACE_LOG_BIG_SEGMENTS": "1"}).warnings
+    assert warnings == (
+        "LD_TRACE_LOG_BIG_SEGMENTS has no effect: who is in a segment is never logged",
+    )
+
+
 @pytest.mark.parametrize(
     ("variables", "warning"),
     [
@@ -394,12 +402,9 @@ def test_a_hundred_environments() -> None:
 
 def test_options_of_a_later_release_are_accepted_with_a_warning() -> None:
     """No option is silently ignored."""
-    warnings = from_env(
-        {"BIG_SEGMENTS_STALE_AS_DEGRADED": "1", "LD_TRACE_LOG_BIG_SEGMENTS": "1"}
-    ).warnings
+    warnings = from_env({"LD_ENV_x": "sdk-1", "LD_TABLE_NAME_x": "t"}).warnings
     assert warnings == (
-        "LD_TRACE_LOG_BIG_SEGMENTS takes effect in a later release",
-        "[Main] bigSegmentsStaleAsDegraded takes effect in a later release (BIG_SEGMENTS_STALE_AS_DEGRADED)",
+        '[Environment "x"] tableName takes effect in a later release (LD_TABLE_NAME_x)',
     )
 
 

@@ -101,7 +101,13 @@ def test_warnings_come_last() -> None:
         "",
         True,
         False,
-        {"BIG_SEGMENTS_STALE_AS_DEGRADED": "1", "CACHE_TTL": "1s", "USE_REDIS": "1"},
+        {
+            "LD_ENV_x": "sdk-1",
+            "LD_PREFIX_x": "p",
+            "LD_TABLE_NAME_x": "t",
+            "CACHE_TTL": "1s",
+            "USE_REDIS": "1",
+        },
     )
     *_, first, second = effective(config).splitlines()
     assert [first, second] == [f"# Warning: {warning}" for warning in config.warnings]

@@ -428,15 +428,10 @@ def store_said(state: StoreState) -> dict[str, str]:
 
 
 def offered_now(r: Recording, reply: Reply) -> Reply | None:
-    """The reference has neither polling for all SDKs nor FDv2, nor its way out, nor figures here."""
+    """The reference has neither polling for all SDKs nor FDv2, nor figures here."""
     if r.path == "/metrics":
         return Reply(200, {"content-type": CONTENT_TYPE}, b"<figures>")
-    if r.path == "/sdk/poll":
-        told = {"content-type": "application/json", "x-ld-fd-fallback": "true", "x-ld-envid": MAIN}
-        return Reply(
-            503, told, b'{"message":"This relay speaks FDv1; SDKs turn to it by themselves"}'
-        )
-    if r.path != "/sdk/latest-all":
+    if r.path not in ("/sdk/latest-all", "/sdk/poll"):
         return None
     told = {
         "content-type": "application/json",
@@ -588,12 +583,24 @@ def meaning(reply: Reply) -> tuple[int, dict[str, str], Any]:
     if headers.get("content-encoding") == "gzip" and reply.body.startswith(b"\x1f\x8b"):
         reply = replace(reply, body=gzip.decompress(reply.body))
     if kind == "application/json" and reply.body:
-        return reply.status, headers, json.loads(reply.body)
+        body = json.loads(reply.body)
+        return reply.status, headers, transferred(body) if "events" in body else body
     if kind == CONTENT_TYPE and reply.body:
         return reply.status, headers, b"<figures>"
     if reply.body.startswith(b"event: put\ndata: "):
         return reply.status, headers, json.loads(reply.body.decode().split("data: ", 1)[1])
     return reply.status, headers, reply.body
+
+
+def transferred(body: dict) -> dict:
+    """The items of a complete transfer of FDv2, in the form of `/sdk/latest-all`."""
+    names = [each["event"] for each in body["events"]]
+    assert (names[0], names[-1]) == ("server-intent", "payload-transferred")
+    items: dict = {"flags": {}, "segments": {}}
+    for event in body["events"][1:-1]:
+        assert event["event"] == "put-object"
+        items[f"{event['data']['kind']}s"][event["data"]["key"]] = event["data"]["object"]
+    return items
 
 
 def plain(got: Any, wanted: Any) -> Any:

@@ -7,6 +7,8 @@ import json
 
 from hypothesis import strategies as st
 
+from relay.evaluation.data import Membership
+from relay.evaluation.results import BigSegmentsStatus
 from relay.model.context import Context, parse_context
 from relay.model.item import Kind, parse
 from relay.model.payload import Payload
@@ -167,9 +169,9 @@ def segments(draw: st.DrawFn, key: str) -> dict:
             excludedContexts=_listed,
             rules=st.lists(rule, min_size=1, max_size=3),
             salt=st.sampled_from(["", "salt"]),
-            unbounded=st.sampled_from([False] * 5 + [True]),
+            unbounded=st.sampled_from([False] * 3 + [True]),
             unboundedContextKind=_kinds,
-            generation=st.sampled_from([None, 1]),
+            generation=st.sampled_from([None, 1, 1]),
         )
     )
 
@@ -215,6 +217,13 @@ _legacy = _members(
 )
 
 context_values = st.one_of(_singles, _multi, _legacy)
+memberships = st.builds(
+    Membership,
+    st.sampled_from(BigSegmentsStatus),
+    st.dictionaries(st.sampled_from([f"{key}.g1" for key in SEGMENTS]), st.booleans()),
+)
+"""What a database says of one context key."""
+
 contexts: st.SearchStrategy[Context] = context_values.map(
     lambda value: parse_context(json.dumps(value).encode())
 )

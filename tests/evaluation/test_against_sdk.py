@@ -17,11 +17,10 @@ from ldclient.impl.events.types import EventFactory
 from ldclient.impl.model import FeatureFlag
 from ldclient.impl.model import Segment as SDKSegment
 
-from relay.evaluation.data import Data, Membership
+from relay.evaluation.data import Data
 from relay.evaluation.evaluator import evaluate
-from relay.evaluation.results import BigSegmentsStatus
 from relay.model.context import parse_context
-from tests.evaluation.strategies import SEGMENTS, context_values, data, payload_of
+from tests.evaluation.strategies import context_values, data, memberships, payload_of
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "400"))
 WEIRD_REFERENCES = {"": "plan", "/": "n", "/a~2": "name", "/kind": "kind"}
@@ -172,13 +171,6 @@ def comparable(reason: dict) -> dict:
     if reason["kind"] == "ERROR":
         return {"kind": "ERROR", "errorKind": reason["errorKind"]}
     return {name: value for name, value in reason.items() if name != "ruleId" or value}
-
-
-memberships = st.builds(
-    Membership,
-    st.sampled_from(BigSegmentsStatus),
-    st.dictionaries(st.sampled_from([f"{key}.g1" for key in SEGMENTS]), st.booleans()),
-)
 
 
 @settings(max_examples=EXAMPLES, deadline=None)

@@ -37,12 +37,14 @@ class Program:
     def size(self):
         return len(self.flags)
 
-    def all(self, context, *, with_reasons):
-        entries = self.some(context, self.flags, with_reasons=with_reasons)
+    has_big_segments = False
+
+    def all(self, context, memberships, *, with_reasons):
+        entries = self.some(context, self.flags, memberships, with_reasons=with_reasons)
         members = (b'"%b":%b' % (key.encode(), entry) for key, entry in entries.items())
         return b"{" + b",".join(members) + b"}"
 
-    def some(self, context, keys, *, with_reasons):
+    def some(self, context, keys, memberships, *, with_reasons):
         user = context.get("user").key
         self.asked[user] += 1
         reason = b',"reason":{"kind":"OFF"}' if with_reasons else b""
@@ -316,10 +318,10 @@ async def test_a_failure_for_one_client_does_not_reach_the_others():
     broken = site.programs.newest
 
     class Broken(Program):
-        def some(self, context, keys, *, with_reasons):
+        def some(self, context, keys, memberships, *, with_reasons):
             if context.get("user").key == "y":
                 raise ZeroDivisionError
-            return super().some(context, keys, with_reasons=with_reasons)
+            return super().some(context, keys, memberships, with_reasons=with_reasons)
 
     site.programs.newest = Broken(broken.version, broken.flags)
     await turns()

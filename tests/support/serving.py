@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 from relay.environment import Environment
 from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
+from relay.model.journal import Journal
 from relay.programs import ProgramCache
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import Relay
@@ -24,6 +25,8 @@ from relay.server.listeners import listen
 from relay.server.options import Certificate, ServerOptions
 from relay.server.server import make_server
 from relay.server.site import Site
+from relay.streams.deltas import STREAM as DELTAS
+from relay.streams.deltas import DeltaChannel
 from relay.streams.evaluated import client_side_channels
 from relay.streams.hub import Hub, StreamLimits
 from relay.web.app import make_app
@@ -52,10 +55,14 @@ class Served:
         spec = EnvironmentSpec("main", SDKKey(SDK_KEY), environment_id=EnvironmentID("env-1"))
         spec = replace(spec, **more)
         evaluations = ProgramCache()
-        streams = client_side_channels(evaluations, ping_jitter)
-        self.hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, limits, streams)
+        journal = Journal(spec.lineage)
+        client_side = client_side_channels(evaluations, ping_jitter)
+        channels = {DELTAS: DeltaChannel(journal), **client_side}
+        self.hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, limits, channels)
         log = logging.getLogger("main")
-        self.environment = Environment(spec, self.source, self.hub, log, programs=evaluations)
+        self.environment = Environment(
+            spec, self.source, self.hub, log, programs=evaluations, journal=journal
+        )
         self.serve(Relay([self.environment], 0))
 
     def serve(self, relay: Relay) -> None:

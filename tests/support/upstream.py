@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import hashlib
 import json
 import ssl
 import threading
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
@@ -25,6 +26,9 @@ from multidict import CIMultiDictProxy
 from tests.support import data
 
 EVENT_STREAM = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+BIG_SEGMENTS = "big-segments:"
+"""Before an SDK key: its streams of big segments."""
+
 PATIENCE = 10.0
 """Seconds that a wait may take before the test fails."""
 
@@ -83,6 +87,9 @@ class ScriptedUpstream:
         self._data: dict[str, str] = {}
         self._answers: dict[str, deque[Answer]] = defaultdict(deque)
         self._always: dict[str, Answer] = {}
+        self.patches: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        """Patches of big segments by SDK key; see `segment_patch`."""
+        self._path_answers: dict[str, deque[Answer]] = defaultdict(deque)
         self._streams: dict[str, list[web.StreamResponse]] = defaultdict(list)
         self._ever: dict[str, int] = defaultdict(int)
         self._changed = asyncio.Condition()
@@ -127,6 +134,23 @@ class ScriptedUpstream:
     def script(self, key: str, *answers: Answer) -> None:
         """The next requests with `key` get these answers, one each."""
         self._answers[key].extend(answers)
+
+    def script_path(self, path: str, *answers: Answer) -> None:
+        """The next requests of a path get these answers, one each."""
+        self._path_answers[path].extend(answers)
+
+    async def send_patches(self, key: str, *patches: dict[str, Any]) -> None:
+        """Add patches of big segments, and send them as one event on open streams."""
+        self.patches[key].extend(patches)
+        await self.raw(BIG_SEGMENTS + key, event(*patches))
+
+    def asked(self, path: str) -> int:
+        """Number of requests so far whose path begins so."""
+        return sum(each.path.startswith(path) for each in self.requests)
+
+    async def until_asked(self, path: str, n: int = 1) -> None:
+        """Wait until there have been `n` requests of a path."""
+        await self._until(lambda: self.asked(path) >= n)
 
     def always(self, key: str, answer: Answer | None) -> None:
         """All requests with `key` get this answer, until None is given."""
@@ -190,21 +214,28 @@ class ScriptedUpstream:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
+    async def _answer(self, request: web.Request) -> web.StreamResponse:  # noqa: PLR0911 - a table
         self.requests.append(Request(request.method, request.path_qs, request.headers))
         await self._note()
         key = filtered(request.headers.get("Authorization", ""), request.query.get("filter", ""))
+        path = request.path.removeprefix(self._prefix)
+        if self._path_answers[path]:
+            return await self._path_answers[path].popleft()(request)
         if key in self._always:
             return await self._always[key](request)
         if self._answers[key]:
             return await self._answers[key].popleft()(request)
         if key not in self._data:
             return web.Response(status=401)
-        match request.path.removeprefix(self._prefix):
+        match path:
             case "/all" | "/relay_auto_config":
-                return await self._stream(request, key)
+                return await self._stream(request, key, data.put(self._data[key]))
             case "/sdk/latest-all":
                 return self._poll(request, key)
+            case "/sdk/big-segments/revisions":
+                return web.json_response(self._patches_after(key, request.query.get("after", "")))
+            case "/big-segments":
+                return await self._stream(request, BIG_SEGMENTS + key, b": begin\n\n")
         return web.Response(status=404)
 
     async def _take_post(self, request: web.Request) -> web.StreamResponse:
@@ -234,10 +265,16 @@ class ScriptedUpstream:
         answer.enable_compression()
         return answer
 
-    async def _stream(self, request: web.Request, key: str) -> web.StreamResponse:
+    def _patches_after(self, key: str, version: str) -> list[dict[str, Any]]:
+        patches = self.patches[key]
+        versions = [patch["version"] for patch in patches]
+        start = len(versions) - versions[::-1].index(version) if version in versions else 0
+        return patches[start:]
+
+    async def _stream(self, request: web.Request, key: str, start: bytes) -> web.StreamResponse:
         stream = web.StreamResponse(headers=EVENT_STREAM)
         await stream.prepare(request)
-        await stream.write(data.put(self._data[key]))
+        await stream.write(start)
         self._streams[key].append(stream)
         self._ever[key] += 1
         await self._note()
@@ -248,6 +285,46 @@ class ScriptedUpstream:
                 self._streams[key].remove(stream)
             await self._note()
         return stream
+
+
+def segment_patch(
+    reference: str,
+    version: str,
+    previous: str,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    *,
+    no_longer: Iterable[str] = (),
+    no_longer_excluded: Iterable[str] = (),
+) -> dict[str, Any]:
+    """A patch of a big segment; contexts are given by their keys."""
+
+    def change(add: Iterable[str], remove: Iterable[str]) -> dict[str, list[str]]:
+        return {
+            "add": [context_hash(key) for key in add],
+            "remove": [context_hash(key) for key in remove],
+        }
+
+    return {
+        "environmentId": "env",
+        "segmentId": reference,
+        "version": version,
+        "previousVersion": previous,
+        "changes": {
+            "included": change(include, no_longer),
+            "excluded": change(exclude, no_longer_excluded),
+        },
+    }
+
+
+def context_hash(key: str) -> str:
+    """The hash of a context key in patches and databases."""
+    return base64.b64encode(hashlib.sha256(key.encode()).digest()).decode()
+
+
+def event(*patches: dict[str, Any]) -> bytes:
+    """An event with patches of big segments."""
+    return b"event: patch\ndata: " + json.dumps(patches).encode() + b"\n\n"
 
 
 def filtered(key: str, payload_filter: str) -> str:

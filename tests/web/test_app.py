@@ -112,17 +112,6 @@ async def test_configured_origins():
             assert reply.headers["access-control-allow-headers"].endswith("-Tags,X-Extra")
 
 
-@pytest.mark.parametrize("path", ["/sdk/stream", "/sdk/poll"])
-async def test_fdv2_server_side_sdks_fall_back(address, path):
-    """FDv2 SDKs are sent to FDv1; unknown credentials are refused."""
-    for method in ("GET", "HEAD"):
-        reply = await ask(address, f"{path}?basis=x", SDK, method=method)
-        assert (reply.status, reply.headers["x-ld-fd-fallback"]) == (503, "true")
-    reply = await ask(address, path, [("Authorization", "sdk-x")])
-    assert reply.status == 401
-    assert "x-ld-fd-fallback" not in reply.headers
-
-
 @pytest.mark.parametrize("path", ["/sdk/stream/eval", "/sdk/poll/eval"])
 async def test_fdv2_client_side_sdks_fall_back(address, path):
     """Browsers and mobile SDKs are sent to FDv1 as well, with a header that scripts can read."""

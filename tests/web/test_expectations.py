@@ -66,6 +66,10 @@ def check(*clauses: str, page: dict = PAGE):
         ("environments=main", 422),
         ("environments.main=connected", 422),
         ("environments.main.status.state=VALID", 422),
+        ("environments[0].status=connected", 422),
+        ("environments.main.sdkKeys[unknown=1].value=x", 422),
+        ("environments.main.sdkKeys.value=x", 422),
+        ("environments.main.bigSegmentStatus.available=true", 412),
         ("environments.main.sdkKeys=sdk-1", 422),
         ("status", 400),
         ("", 400),
@@ -110,7 +114,7 @@ def test_all_must_be_satisfied(clauses, code):
     assert [each["expr"] for each in body["results"]] == clauses
 
 
-@pytest.mark.parametrize("query", [b"expect=%zz", b"expect=%ff", b"expect=a%"])
+@pytest.mark.parametrize("query", [b"expect=%zz", b"expect=%ff", b"expect=a%", b"expect=a;b"])
 def test_a_query_that_cannot_be_decoded(query):
     answer = expectations.check(response(200, PAGE), query, expectations.OVERVIEW)
     assert answer.status == 400
@@ -124,6 +128,8 @@ def test_without_expectations_the_page_is_as_it_was():
     """Other parameters are ignored, and errors come first."""
     page = response(200, PAGE)
     assert expectations.check(page, b"x=expect", expectations.OVERVIEW) is page
+    escaped = expectations.check(page, b"%65xpect=status=healthy", expectations.OVERVIEW)
+    assert escaped.status == 412
     missing = response(404, {"error": "x"})
     assert expectations.check(missing, b"expect=status=x", expectations.ENVIRONMENT) is missing
 

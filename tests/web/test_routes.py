@@ -101,7 +101,7 @@ def test_what_the_table_says_of_a_route_is_consistent():
         assert ("{envId}" in route.template) == (route.auth is BROWSER)
         assert (route.events is not None) == (route.endpoint is Endpoint.EVENTS)
     assert {route.events for route in ROUTES} == {*EventsEndpoint, None}
-    assert len(POLLS) == 4
+    assert len(POLLS) == 5
 
 
 def test_every_poll_of_the_table_is_served():
@@ -112,7 +112,9 @@ def test_every_poll_of_the_table_is_served():
     for route in ROUTES:
         if route.endpoint is Endpoint.POLL:
             access = Access(route, Grant(environment, environment.spec.sdk_key))
-            response = polling.respond(access, "a" if "{key}" in route.template else "", b"", b"")
+            response = polling.respond(
+                access, "a" if "{key}" in route.template else "", b"", b"", b""
+            )
             assert response is not None
             assert response.status == (404 if "{key}" in route.template else 200)
 

@@ -1,7 +1,7 @@
 """Clauses and segments compiled to predicates over contexts, with their operands parsed once.
 
-`Uncompilable` is raised for everything that would make an evaluation fail or needs more than the
-payload (big segments); the flag is then left to the interpreter.
+`Uncompilable` is raised for everything that would make an evaluation fail; the flag is then left to
+the interpreter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from relay.evaluation.compiled.features import (
 )
 from relay.evaluation.compiled.hashing import hashing
 from relay.evaluation.compiled.thresholds import threshold
+from relay.evaluation.data import NOT_CONFIGURED, segment_reference
 from relay.evaluation.operators import ZERO_TIME, is_number, regex, semantic_version, timestamp
+from relay.evaluation.results import BigSegmentsStatus
 from relay.model.context import DEFAULT_KIND, Individual, Reference, lookup, parse_reference
 from relay.model.flag import Clause
 from relay.model.segment import Segment, SegmentRule, SegmentTarget
@@ -45,12 +47,12 @@ Test = Callable[[Any], bool]
 
 def all_of(conditions: Iterable[Condition]) -> Condition:
     """Return the condition that all conditions hold."""
-    undecided = [condition for condition in conditions if condition is not True]
-    if not undecided:
+    conditions = list(conditions)
+    parts = _undecided(conditions, decisive=False)
+    if any(condition is False for condition in conditions):
+        return _constant(all_of(parts), result=False) if _consult(parts) else False
+    if not parts:
         return True
-    parts = [condition for condition in undecided if condition is not False]
-    if len(parts) < len(undecided):
-        return False
     if len(parts) == 1:
         return parts[0]
     predicates = [part.value for part in parts]
@@ -66,12 +68,12 @@ def all_of(conditions: Iterable[Condition]) -> Condition:
 
 def any_of(conditions: Iterable[Condition]) -> Condition:
     """Return the condition that at least one condition holds."""
-    undecided = [condition for condition in conditions if condition is not False]
-    if not undecided:
+    conditions = list(conditions)
+    parts = _undecided(conditions, decisive=True)
+    if any(condition is True for condition in conditions):
+        return _constant(any_of(parts), result=True) if _consult(parts) else True
+    if not parts:
         return False
-    parts = [condition for condition in undecided if condition is not True]
-    if len(parts) < len(undecided):
-        return True
     if len(parts) == 1:
         return parts[0]
     predicates = [part.value for part in parts]
@@ -83,6 +85,34 @@ def any_of(conditions: Iterable[Condition]) -> Condition:
         return False
 
     return Feature(any_holds, triggers_of_any(parts), parts)
+
+
+def _undecided(conditions: Iterable[Condition], *, decisive: bool) -> list[Feature[bool]]:
+    """Return the conditions that depend on the context, up to the first decisive constant."""
+    parts: list[Feature[bool]] = []
+    for condition in conditions:
+        if condition is decisive:
+            break
+        if not isinstance(condition, bool):
+            parts.append(condition)
+    return parts
+
+
+def _consult(parts: Iterable[Feature[bool]]) -> bool:
+    return any(part.consults for part in parts)
+
+
+def _constant(condition: Condition, *, result: bool) -> Condition:
+    """Return a condition with a known result that looks at the same big segments as another."""
+    if isinstance(condition, bool):
+        return result
+    evaluate = condition.value
+
+    def known(context: EvalContext) -> bool:
+        evaluate(context)
+        return result
+
+    return Feature(known, (), (condition,))
 
 
 def negation_of(condition: Condition) -> Condition:
@@ -334,11 +364,13 @@ class ConditionCache:
         """Return the condition of being in the segment (evaluation 6.7).
 
         Raises:
-            Uncompilable: it is a big segment, or has a malformed rule.
+            Uncompilable: it has a malformed rule.
         """
-        if segment.unbounded:
-            raise Uncompilable
+        if segment.unbounded and segment.generation is None:
+            return Feature(_is_not_configured, (), by_chance=True, consults=True)
         rules = [self._segment_rule(segment, rule, in_segment) for rule in segment.rules or ()]
+        if segment.unbounded:
+            return _big_segment(segment, any_of(rules))
         lists = _KeyLists(
             frozenset(segment.included or ()),
             _keys_by_kind(segment.included_contexts),
@@ -457,6 +489,34 @@ class _KeyLists(Struct, frozen=True):
             return rules if isinstance(rules, bool) else rules(context)
 
         return contains
+
+
+def _is_not_configured(context: EvalContext) -> bool:
+    context.consult(BigSegmentsStatus.NOT_CONFIGURED)
+    return False
+
+
+def _big_segment(segment: Segment, rules: Condition) -> Condition:
+    """Return the condition of being in a big segment: a membership takes precedence over rules."""
+    kind = segment.unbounded_context_kind or DEFAULT_KIND
+    reference = segment_reference(segment)
+    decided = rules if isinstance(rules, bool) else None
+    evaluate = (lambda _context: False) if isinstance(rules, bool) else rules.value
+
+    def contains(context: EvalContext) -> bool:
+        individual = context.individuals.get(kind)
+        if individual is None:
+            return False
+        membership = context.memberships.get(individual.key, NOT_CONFIGURED)
+        context.consult(membership.status)
+        member = membership.segments.get(reference)
+        if member is not None:
+            return member
+        return evaluate(context) if decided is None else decided
+
+    parts = () if isinstance(rules, bool) else (rules,)
+    # Members are many, and hardly two contexts are in the same segments.
+    return Feature(contains, None, parts, by_chance=True, consults=True)
 
 
 def _is_listed(

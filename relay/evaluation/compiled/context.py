@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from relay.evaluation.data import NO_MEMBERSHIPS, Membership
+from relay.evaluation.results import BigSegmentsStatus
 from relay.model.context import DEFAULT_KIND, Context
 
 
@@ -10,11 +14,29 @@ class Uncompilable(Exception):
 
 
 class EvalContext:
-    """A context during its evaluation, with its encoded keys."""
+    """A context during its evaluation, with its encoded keys.
 
-    __slots__ = ("context", "individuals", "is_just_a_user", "keys", "suffixes")
+    Args:
+        context: to evaluate flags for.
+        memberships: its big-segment memberships by context key.
+    """
 
-    def __init__(self, context: Context) -> None:
+    __slots__ = (
+        "consulted",
+        "context",
+        "individuals",
+        "is_just_a_user",
+        "keys",
+        "memberships",
+        "suffixes",
+    )
+
+    def __init__(
+        self, context: Context, memberships: Mapping[str, Membership] = NO_MEMBERSHIPS
+    ) -> None:
+        self.memberships = memberships
+        self.consulted: BigSegmentsStatus | None = None
+        """Worst status of the big segments that the present flag has looked at."""
         individuals = context.individuals
         self.context = context
         self.individuals = individuals
@@ -27,6 +49,11 @@ class EvalContext:
         if user is not None and user.secondary is not None:
             suffix = self.keys[DEFAULT_KIND] + b"." + user.secondary.encode()
             self.suffixes = {**self.keys, DEFAULT_KIND: suffix}
+
+    def consult(self, status: BigSegmentsStatus) -> None:
+        """Note that a big segment was looked at."""
+        if status is not self.consulted:
+            self.consulted = status.worse(self.consulted)
 
 
 NOBODY = EvalContext(Context({}))

@@ -63,9 +63,20 @@ class Feature(Generic[T_co]):
         is_simple: it depends only on the attribute of its single trigger.
         by_chance: it depends on a hash, so that nearly every context is a case of its own; true
             as well if that holds for any of its parts.
+        consults: it may look at big segments, which the reason of a flag mentions; true as well if
+            that holds for any of its parts.
     """
 
-    __slots__ = ("__weakref__", "_parts", "by_chance", "is_simple", "triggers", "usual", "value")
+    __slots__ = (
+        "__weakref__",
+        "_parts",
+        "by_chance",
+        "consults",
+        "is_simple",
+        "triggers",
+        "usual",
+        "value",
+    )
 
     def __init__(
         self,
@@ -75,11 +86,13 @@ class Feature(Generic[T_co]):
         *,
         is_simple: bool = False,
         by_chance: bool = False,
+        consults: bool = False,
     ) -> None:
         self.value = value
         self.triggers = triggers
         self.is_simple = is_simple
         self.by_chance: bool = by_chance or any(part.by_chance for part in parts)
+        self.consults: bool = consults or any(part.consults for part in parts)
         self._parts = parts
         self.usual = value(NOBODY)
         """The value for a context without individuals, and for most other contexts."""

@@ -1,7 +1,7 @@
 """One flag compiled to a function of a context; everything else is computed beforehand.
 
 Each possible result of a flag is one `CompiledResult`, whose JSON is rendered on first use. Rare
-cases (cycles, big segments, malformed references) are left to the interpreter, which defines the
+cases (cycles, malformed references) are left to the interpreter, which defines the
 results; `tests/evaluation/compiled/test_program.py` holds both to the same bytes.
 """
 
@@ -12,6 +12,8 @@ from hashlib import sha1
 from typing import Any
 
 import orjson
+from msgspec import Struct
+from msgspec.structs import replace
 
 from relay.evaluation import bucketing
 from relay.evaluation.compiled.conditions import ConditionCache, Predicate, SegmentCondition
@@ -21,15 +23,30 @@ from relay.evaluation.compiled.hashing import Hashing, hashing, suffix_hash_of
 from relay.evaluation.compiled.thresholds import NOTHING, threshold
 from relay.evaluation.data import Data
 from relay.evaluation.evaluator import evaluate, is_experiment
-from relay.evaluation.results import EvaluationDetail, Reason, ReasonKind, render
+from relay.evaluation.results import BigSegmentsStatus, EvaluationDetail, Reason, ReasonKind, render
 from relay.model.context import DEFAULT_KIND
 from relay.model.flag import Flag, Number, Rollout, Target, VariationOrRollout
+
+
+class BigSegmentUse(Struct, frozen=True):
+    """The big segments that a flag may look at.
+
+    Args:
+        consulted: True if there are any.
+        kinds: context kinds whose keys have to be looked up in a database.
+    """
+
+    consulted: bool = False
+    kinds: frozenset[str] = frozenset()
+
+
+NO_BIG_SEGMENTS = BigSegmentUse()
 
 
 class CompiledResult:
     """One possible result of a flag. Its JSON is rendered on first use, and cached."""
 
-    __slots__ = ("_flag", "_label", "detail", "plain", "reasoned", "variation")
+    __slots__ = ("_flag", "_label", "_with_status", "detail", "plain", "reasoned", "variation")
 
     def __init__(self, flag: Flag, label: bytes, detail: EvaluationDetail) -> None:
         self.detail = detail
@@ -40,6 +57,16 @@ class CompiledResult:
         """The flag's member of the body with reasons; None until it is rendered."""
         self._flag = flag
         self._label = label
+        self._with_status: dict[BigSegmentsStatus, CompiledResult] = {}
+
+    def after(self, status: BigSegmentsStatus) -> CompiledResult:
+        """Return the same result, with the status of the big segments that were looked at."""
+        result = self._with_status.get(status)
+        if result is None:
+            reason = replace(self.detail.reason, big_segments=status)
+            detail = replace(self.detail, reason=reason)
+            result = self._with_status[status] = CompiledResult(self._flag, self._label, detail)
+        return result
 
     def make_plain(self) -> bytes:
         """Render the member without reasons."""
@@ -86,9 +113,20 @@ class CompiledFlag:
         results: all possible results; empty if unknown.
         features: the features that decide the result; None if others count, as in rollouts.
         interpreted: evaluated by the interpreter, as is every flag that depends on it.
+        big_segments: what it may look at.
     """
 
-    __slots__ = ("choose", "constant", "constant_plain", "features", "flag", "interpreted", "usual")
+    __slots__ = (
+        "big_segments",
+        "choose",
+        "choose_plain",
+        "constant",
+        "constant_plain",
+        "features",
+        "flag",
+        "interpreted",
+        "usual",
+    )
 
     def __init__(
         self,
@@ -98,17 +136,27 @@ class CompiledFlag:
         features: Features | None = None,
         *,
         interpreted: bool = False,
+        big_segments: BigSegmentUse = NO_BIG_SEGMENTS,
     ) -> None:
         self.flag = flag
+        self.big_segments = big_segments
         self.features = features
         self.interpreted = interpreted
         self.constant = decision if isinstance(decision, CompiledResult) else None
         """The only result, if there is just one."""
         self.choose: Choose = _as_function(decision)
+        self.choose_plain = self.choose
+        """Returns a result for a context whose JSON without reasons is right."""
+        if big_segments.consulted and not interpreted and self.constant is None:
+            self.choose = _with_status(self.choose)
+            if any(each.detail.experiment for each in results):
+                self.choose_plain = self.choose  # their reasons are always sent
         """Returns the result for a context."""
         self.usual = None if features is None else self.choose(NOBODY)
         """The result if all features have their usual values; None unless features decide."""
         self.constant_plain = self.constant or _common_result(results)
+        if big_segments.consulted and any(each.detail.experiment for each in results):
+            self.constant_plain = self.constant  # their reasons are always sent
         """A result whose JSON without reasons is that of every context, if there is one."""
         if self.constant_plain is not None:
             self.constant_plain.make_plain()
@@ -128,14 +176,31 @@ def _common_result(results: Sequence[CompiledResult]) -> CompiledResult | None:
     return results[0] if all(each.depends_on == first for each in results[1:]) else None
 
 
-def interpret_flag(key: str, flag: Flag, data: Data) -> CompiledFlag:
+def _with_status(choose: Choose) -> Choose:
+    """Return a choice of results with the status of the big segments that were looked at."""
+
+    def choose_with_status(context: EvalContext) -> CompiledResult:
+        before, context.consulted = context.consulted, None
+        result = choose(context)
+        status = context.consulted
+        if before is not None:
+            context.consult(before)  # a flag that requires this one mentions all
+        return result if status is None else result.after(status)
+
+    return choose_with_status
+
+
+def interpret_flag(
+    key: str, flag: Flag, data: Data, big_segments: BigSegmentUse = NO_BIG_SEGMENTS
+) -> CompiledFlag:
     """Return a flag that the interpreter evaluates."""
     label = label_of(key)
 
     def choose(context: EvalContext) -> CompiledResult:
-        return CompiledResult(flag, label, evaluate(flag, context.context, data))
+        known = replace(data, memberships=context.memberships)
+        return CompiledResult(flag, label, evaluate(flag, context.context, known))
 
-    return CompiledFlag(flag, choose, (), interpreted=True)
+    return CompiledFlag(flag, choose, (), interpreted=True, big_segments=big_segments)
 
 
 def label_of(key: str) -> bytes:
@@ -149,6 +214,8 @@ def compile_flag(
     prerequisite: Callable[[str], CompiledFlag | None],
     conditions: ConditionCache,
     in_segment: SegmentCondition,
+    *,
+    big_segments: BigSegmentUse = NO_BIG_SEGMENTS,
 ) -> CompiledFlag:
     """Compile a live flag.
 
@@ -158,11 +225,13 @@ def compile_flag(
         prerequisite: returns the compiled flag with a key, or None.
         conditions: the environment's conditions.
         in_segment: returns the condition of being in a segment.
+        big_segments: what the flag may look at.
 
     Raises:
         Uncompilable: only the interpreter can evaluate this flag.
     """
-    return _Compilation(key, flag, prerequisite, conditions, in_segment).compile()
+    compilation = _Compilation(key, flag, prerequisite, conditions, in_segment)
+    return compilation.compile(big_segments)
 
 
 class _Compilation:
@@ -186,10 +255,12 @@ class _Compilation:
         self._results: list[CompiledResult] = []
         self._features: dict[Feature[Any], None] | None = {}
 
-    def compile(self) -> CompiledFlag:
+    def compile(self, big_segments: BigSegmentUse) -> CompiledFlag:
         decision = self._compile_decision()
         features = None if self._features is None else tuple(self._features)
-        return CompiledFlag(self._flag, decision, self._results, features)
+        return CompiledFlag(
+            self._flag, decision, self._results, features, big_segments=big_segments
+        )
 
     def _compile_decision(self) -> Decision:
         if not self._flag.on:

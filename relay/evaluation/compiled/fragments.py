@@ -77,7 +77,7 @@ class ResponseTemplate:
             elif flag.features is not None:
                 grouped.append(flag)
             else:
-                varying.append(flag.choose)
+                varying.append(flag.choose if with_reasons else flag.choose_plain)
         if len(grouped) < MIN_GROUPED:
             varying += [flag.choose for flag in grouped]
             grouped = []

@@ -15,13 +15,19 @@ from msgspec import Struct
 
 from relay.evaluation.compiled.conditions import Condition, ConditionCache
 from relay.evaluation.compiled.context import EvalContext, Uncompilable
-from relay.evaluation.compiled.flag import CompiledFlag, compile_flag, interpret_flag
+from relay.evaluation.compiled.flag import (
+    NO_BIG_SEGMENTS,
+    BigSegmentUse,
+    CompiledFlag,
+    compile_flag,
+    interpret_flag,
+)
 from relay.evaluation.compiled.fragments import EvalBody, ResponseTemplate
 from relay.evaluation.compiled.index import Index
-from relay.evaluation.data import Data, parse_flag, parse_segment
+from relay.evaluation.data import NO_MEMBERSHIPS, Data, Membership, parse_flag, parse_segment
 from relay.evaluation.evaluator import MAX_CHAIN
 from relay.evaluation.sdkkind import SDKKind
-from relay.model.context import Context
+from relay.model.context import DEFAULT_KIND, Context
 from relay.model.flag import Clause, Flag
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
@@ -33,6 +39,10 @@ Beyond that it is left to the interpreter, which evaluates each of them once."""
 
 Name = tuple[Kind, str]
 """Kind and key, by which flags and segments refer to each other."""
+
+
+MembershipMap = Mapping[str, Membership]
+"""Memberships in big segments, by context key."""
 
 
 class _ParsedItem(Struct, frozen=True):
@@ -157,12 +167,15 @@ class FlagCompiler:
     def _compile_or_interpret(
         self, key: str, flag: Flag, reach: Mapping[Name, _ParsedItem | None]
     ) -> CompiledFlag:
+        use = _big_segment_use(reach)
         if _is_compilable(reach, (Kind.FLAG, key)):
             try:
-                return compile_flag(key, flag, self.flag, self._conditions, self._in_segment)
+                return compile_flag(
+                    key, flag, self.flag, self._conditions, self._in_segment, big_segments=use
+                )
             except Uncompilable:
                 pass
-        return interpret_flag(key, flag, _data(reach))
+        return interpret_flag(key, flag, _data(reach), use)
 
     def _in_segment(self, key: str) -> Condition:
         if key not in self._segments:
@@ -245,6 +258,18 @@ def _is_compilable(reach: Mapping[Name, _ParsedItem | None], start: Name) -> boo
     return depths[start] <= MAX_CHAIN and calls[start] <= MAX_CALLS
 
 
+def _big_segment_use(reach: Mapping[Name, _ParsedItem | None]) -> BigSegmentUse:
+    """Return which big segments are within reach."""
+    segments = (parsed.value for parsed in reach.values() if parsed is not None)
+    big = [each for each in segments if isinstance(each, Segment) and each.unbounded]
+    if not big:
+        return NO_BIG_SEGMENTS
+    kinds = (
+        each.unbounded_context_kind or DEFAULT_KIND for each in big if each.generation is not None
+    )
+    return BigSegmentUse(True, frozenset(kinds))
+
+
 def _data(reach: Mapping[Name, _ParsedItem | None]) -> Data:
     """Return the data for the interpreter: only the items within reach."""
 
@@ -273,6 +298,9 @@ class Program:
     ) -> None:
         self.version = version
         self._flags = flags
+        self._big_segment_kinds = tuple(
+            sorted({kind for flag in flags.values() for kind in flag.big_segments.kinds})
+        )
         if index is None:
             index = Index()
             for flag in flags.values():
@@ -287,20 +315,53 @@ class Program:
         """Number of flags."""
         return len(self._flags)
 
-    def all(self, context: Context, *, with_reasons: bool) -> bytes:
-        """Return the body of an evaluation response (endpoints 1.5)."""
-        return b"".join(self.body(context, with_reasons=with_reasons).pieces)
+    @property
+    def has_big_segments(self) -> bool:
+        """True if evaluations may look at members of big segments."""
+        return bool(self._big_segment_kinds)
 
-    def body(self, context: Context, *, with_reasons: bool) -> EvalBody:
-        """Return the body of an evaluation response in fragments."""
+    def members_needed(self, context: Context) -> tuple[str, ...]:
+        """Return the context keys whose memberships in big segments an evaluation may look at."""
+        kinds = self._big_segment_kinds
+        if not kinds:
+            return ()
+        individuals = (context.individuals.get(kind) for kind in kinds)
+        return tuple({each.key: None for each in individuals if each is not None})
+
+    @cached_property
+    def flags_with_big_segments(self) -> frozenset[str]:
+        """Keys of the flags that may look at members of big segments."""
+        return frozenset(key for key, flag in self._flags.items() if flag.big_segments.kinds)
+
+    def all(
+        self, context: Context, memberships: MembershipMap = NO_MEMBERSHIPS, *, with_reasons: bool
+    ) -> bytes:
+        """Return the body of an evaluation response (endpoints 1.5)."""
+        return b"".join(self.body(context, memberships, with_reasons=with_reasons).pieces)
+
+    def body(
+        self, context: Context, memberships: MembershipMap = NO_MEMBERSHIPS, *, with_reasons: bool
+    ) -> EvalBody:
+        """Return the body of an evaluation response in fragments.
+
+        Args:
+            context: to evaluate for.
+            memberships: those of `members_needed`; empty without a big-segment store.
+            with_reasons: include reasons.
+        """
         template = self._with_reasons if with_reasons else self._without_reasons
-        return template.body(EvalContext(context))
+        return template.body(EvalContext(context, memberships))
 
     def some(
-        self, context: Context, keys: Iterable[str], *, with_reasons: bool
+        self,
+        context: Context,
+        keys: Iterable[str],
+        memberships: MembershipMap = NO_MEMBERSHIPS,
+        *,
+        with_reasons: bool,
     ) -> dict[str, bytes]:
         """Return the entries of some flags, without those that this kind of SDK may not see."""
-        eval_context = EvalContext(context)
+        eval_context = EvalContext(context, memberships)
         flags = ((key, self._flags.get(key)) for key in keys)
         return {
             key: flag.choose(eval_context).entry(with_reasons=with_reasons)

@@ -92,9 +92,7 @@ class DynamoDBConnection:
 
     def lease(self) -> Lease:
         """Return a share in the client, for one store."""
-        lease = Lease(self)
-        self._leases.add(lease)
-        return lease
+        return Lease(self)
 
     async def release(self, lease: Lease) -> None:
         """Note that a lease is over; close the client with the last one."""
@@ -103,8 +101,9 @@ class DynamoDBConnection:
             await self._replace(self._current)
 
     @contextlib.asynccontextmanager
-    async def client(self) -> AsyncIterator[Any]:
+    async def client(self, lease: Lease) -> AsyncIterator[Any]:
         """Lend the client for one request; wait while too many are under way."""
+        self._leases.add(lease)
         async with self._places:
             lent = await self._opened()
             lent.users += 1
@@ -171,7 +170,7 @@ class Lease:
 
     def client(self) -> contextlib.AbstractAsyncContextManager[Any]:
         """Lend the client of aiobotocore for one request."""
-        return self._connection.client()
+        return self._connection.client(self)
 
     async def aclose(self) -> None:
         """End the share; the last one closes all connections."""

@@ -36,7 +36,7 @@ class RedisConnection:
         The library's own timeout is not used: on Python 3.11 it can swallow a cancellation.
         """
         async with asyncio.timeout(self._read_timeout):
-            await self._connection.send_packed_command(self._connection.pack_commands(commands))
+            await self._connection.send_packed_command(_packed(commands))
             return [await self._connection.read_response() for _ in commands]
 
 
@@ -79,6 +79,17 @@ class RedisClient:
         except (RedisError, OSError, TimeoutError) as e:
             await self._pool.disconnect(inuse_connections=False)
             raise StoreUnavailable(reason_of(e)) from e
+
+
+def _packed(commands: Sequence[Sequence[str | bytes]]) -> bytes:
+    """Return commands as sent; redis-py's own packing takes four times as long for small ones."""
+    parts: list[bytes] = []
+    for command in commands:
+        parts.append(b"*%d\r\n" % len(command))
+        for argument in command:
+            value = argument.encode() if isinstance(argument, str) else argument
+            parts.append(b"$%d\r\n%b\r\n" % (len(value), value))
+    return b"".join(parts)
 
 
 def raise_failure(replies: list[Any]) -> list[Any]:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from msgspec import Struct
 from starlette.requests import Request
 
+from relay.bigsegments.environment import BigSegments
+from relay.bigsegments.memberships import NO_MEMBERSHIPS, Memberships
 from relay.environment import Environment
 from relay.evaluation.compiled.fragments import EvalBody
 from relay.evaluation.compiled.program import Program
@@ -85,6 +88,30 @@ class EvaluationResult(CacheEntry, eq=False):
     key: str
 
 
+class PendingEvaluation(Struct, frozen=True, eq=False):
+    """Evaluation that waits for memberships in big segments.
+
+    Args:
+        environment: to evaluate for.
+        request: what is asked.
+        context: to evaluate for; it may be.
+        cache_key: key of the result in the cache; None if it is not worth caching.
+        big_segments: of the environment.
+        keys: context keys whose memberships have to be read.
+    """
+
+    environment: Environment
+    request: _EvaluationRequest
+    context: Context
+    cache_key: tuple[object, ...] | None
+    big_segments: BigSegments
+    keys: tuple[str, ...]
+
+    def read(self) -> asyncio.Future[Any]:
+        """Read the memberships; the future is done when the evaluation can be finished."""
+        return self.big_segments.read(self.keys)
+
+
 class _RecentRequests:
     """Memory of recent requests, by which repeated ones are recognised."""
 
@@ -124,8 +151,10 @@ class EvaluationHandler:
 
     def evaluate(
         self, environment: Environment, sdk_kind: SDKKind, segment: bytes, query: bytes
-    ) -> EvaluationResult | PreparedResponse | None:
+    ) -> EvaluationResult | PreparedResponse | PendingEvaluation | None:
         """Return the result for a GET, or the refusal; None if it is left to the application.
+
+        If memberships have to be read first, the evaluation is pending; see `finish`.
 
         Args:
             environment: to evaluate for.
@@ -161,18 +190,11 @@ class EvaluationHandler:
         none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
         environment, sdk_kind = access.environment, access.route.sdk_kind
         evaluation = _evaluation_request(sdk_kind, raw, reader, request.scope["query_string"])
-        programs = environment.programs
         try:
             if len(evaluation.raw) > MAX_AT_ONCE:
-                program = await programs.ready(sdk_kind)
-                body = await asyncio.to_thread(
-                    _parse_and_evaluate, environment, program, evaluation
-                )
+                body = await _evaluate_in_thread(environment, evaluation)
             else:
-                result = self._evaluate(environment, programs.current(sdk_kind), evaluation)
-                if result is None:
-                    program = await programs.ready(sdk_kind)
-                    result = self._evaluate(environment, program, evaluation)
+                result = await self._evaluate_when_ready(environment, evaluation)
                 body = result.body if result else None
         except RequestRejected as e:
             return _with_environment_headers(environment, e.response)
@@ -184,9 +206,28 @@ class EvaluationHandler:
             response = await resource.compress_in_thread()
         return with_expiry(response, environment, sdk_kind)
 
+    async def _evaluate_when_ready(
+        self, environment: Environment, evaluation: _EvaluationRequest
+    ) -> EvaluationResult | None:
+        """Return the result, once program and memberships are there; None if there is no payload.
+
+        Raises:
+            RequestRejected: the context is invalid or not allowed, or there is no data.
+        """
+        programs, sdk_kind = environment.programs, evaluation.sdk_kind
+        result = self._evaluate(environment, programs.current(sdk_kind), evaluation)
+        if result is None:
+            program = await programs.ready(sdk_kind)
+            result = self._evaluate(environment, program, evaluation)
+        while isinstance(result, PendingEvaluation):
+            memberships = await result.big_segments.memberships(result.keys)
+            await programs.ready(sdk_kind)  # there may be other data than before
+            result = self.finish(result, memberships)
+        return result
+
     def _evaluate(
         self, environment: Environment, program: Program | None, evaluation: _EvaluationRequest
-    ) -> EvaluationResult | None:
+    ) -> EvaluationResult | PendingEvaluation | None:
         """Return the result, from the cache if possible; None if the program is not ready.
 
         Raises:
@@ -200,15 +241,70 @@ class EvaluationHandler:
             _check_secure_mode(environment, known.key, evaluation)
             return known
         context = reader(raw)
-        body = _evaluate_context(environment, program, evaluation, context)
-        if body is None:
+        _check(environment, program, evaluation, context)
+        if program is None:
             return None
+        key = cache_key if repeated else None
+        return self._evaluate_context(environment, program, evaluation, context, cache_key=key)
+
+    def finish(
+        self, pending: PendingEvaluation, memberships: Memberships | None = None
+    ) -> EvaluationResult | PendingEvaluation | None:
+        """Return the result of an evaluation whose memberships have been read.
+
+        Args:
+            pending: the evaluation.
+            memberships: those that were read; None for those that are known.
+
+        Returns:
+            None if the program is not ready; another pending evaluation if it needs others.
+        """
+        environment, request, cache_key = pending.environment, pending.request, pending.cache_key
+        # They may turn out to be the same as before.
+        known = self.results.get(cache_key) if cache_key is not None else None
+        if known is not None:
+            return known
+        program = environment.programs.current(request.sdk_kind)
+        if program is None:
+            return None
+        return self._evaluate_context(
+            environment,
+            program,
+            request,
+            pending.context,
+            cache_key=cache_key,
+            memberships=memberships,
+        )
+
+    def _evaluate_context(
+        self,
+        environment: Environment,
+        program: Program,
+        request: _EvaluationRequest,
+        context: Context,
+        *,
+        cache_key: tuple[object, ...] | None,
+        memberships: Memberships | None = None,
+    ) -> EvaluationResult | PendingEvaluation:
+        big_segments = environment.big_segments
+        keys = program.members_needed(context) if big_segments is not None else ()
+        if not keys or big_segments is None:
+            memberships = NO_MEMBERSHIPS
+        elif memberships is None or not memberships.hold(keys):
+            memberships = big_segments.known(keys)
+            if memberships is None:
+                return PendingEvaluation(
+                    environment, request, context, cache_key, big_segments, keys
+                )
+        body = program.body(context, memberships.by_key, with_reasons=request.with_reasons)
         key = context.fully_qualified_key if environment.spec.secure_mode else ""
         result = EvaluationResult(environment, environment.payload, body, key)
-        if repeated:
+        if keys:
+            result.memberships = memberships
+        if cache_key is not None:
             # Entries share most of their bodies. Each is counted in full all the same: those of
             # contexts without a group share nothing.
-            result.size = ENTRY_SIZE + body.size + len(raw)
+            result.size = ENTRY_SIZE + body.size + len(request.raw)
             self.results.put(cache_key, result)
         return result
 
@@ -222,20 +318,39 @@ def _evaluation_request(
     return _EvaluationRequest(sdk_kind, raw, reader, with_reasons, secure_mode_hash)
 
 
-def _parse_and_evaluate(
-    environment: Environment, program: Program | None, evaluation: _EvaluationRequest
+async def _evaluate_in_thread(
+    environment: Environment, evaluation: _EvaluationRequest
 ) -> EvalBody | None:
-    """Parse and evaluate a large context, in a thread; see `_evaluate_context`."""
-    return _evaluate_context(environment, program, evaluation, evaluation.reader(evaluation.raw))
+    """Return the body for a large context; None if there is no payload.
+
+    Raises:
+        RequestRejected: the context is invalid or not allowed, or there is no data.
+    """
+    program = await environment.programs.ready(evaluation.sdk_kind)
+
+    def parse() -> Context:
+        context = evaluation.reader(evaluation.raw)
+        _check(environment, program, evaluation, context)
+        return context
+
+    context = await asyncio.to_thread(parse)
+    if program is None:
+        return None
+    memberships, keys = NO_MEMBERSHIPS, program.members_needed(context)
+    if keys and environment.big_segments is not None:
+        memberships = await environment.big_segments.memberships(keys)
+    return await asyncio.to_thread(
+        program.body, context, memberships.by_key, with_reasons=evaluation.with_reasons
+    )
 
 
-def _evaluate_context(
+def _check(
     environment: Environment,
     program: Program | None,
     evaluation: _EvaluationRequest,
     context: Context,
-) -> EvalBody | None:
-    """Return the body for a context; None if the program is not ready.
+) -> None:
+    """Check that a context may be evaluated.
 
     Raises:
         RequestRejected: the context is invalid or not allowed, or there is no data.
@@ -244,11 +359,8 @@ def _evaluate_context(
         _check_secure_mode(environment, context.fully_qualified_key, evaluation)
     if environment.payload is None:
         raise RequestRejected(NOT_INITIALIZED)
-    if program is None:
-        return None
-    if context.has_empty_key:
+    if program is not None and context.has_empty_key:
         raise RequestRejected(NO_KEY)
-    return program.body(context, with_reasons=evaluation.with_reasons)
 
 
 def _check_secure_mode(environment: Environment, key: str, evaluation: _EvaluationRequest) -> None:

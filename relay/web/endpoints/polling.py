@@ -12,10 +12,12 @@ from starlette.requests import Request
 from relay.environment import Environment
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Kind
+from relay.model.journal import Delta, Journal
 from relay.model.payload import Payload
+from relay.protocol import fdv2
 from relay.protocol.fdv1 import all_data, all_flags
 from relay.web.access import Access
-from relay.web.requests import header
+from relay.web.requests import header, parameter_in
 from relay.web.resources import Resource, with_ttl
 from relay.web.responses import (
     NO_DATA,
@@ -27,15 +29,24 @@ from relay.web.responses import (
 MAX_ITEMS = 1024
 """Prepared resources per environment: PHP SDKs poll a few single flags again and again."""
 
+MAX_TRANSFERS = 64
+"""Prepared transfers per environment: clients come with few different states between changes."""
+
+DELTAS = "/sdk/poll"
+"""Template of the route whose clients name the state of their data."""
+
 
 class _PollResources:
     """Resources of one payload that can be polled, built on first use."""
 
-    def __init__(self, payload: Payload, spec: EnvironmentSpec) -> None:
+    def __init__(self, payload: Payload, journal: Journal, spec: EnvironmentSpec) -> None:
         self.payload = payload
         self.spec = spec
+        self._journal = journal
         self._headers = environment_headers(spec)
         self._cache: dict[tuple[str, str], Resource | None] = {}
+        self._transfers: dict[int | str, Resource] = {}
+        """By the step of the client's data, or the reason why it needs all."""
         self._builders: Mapping[str, Callable[[str], Resource | None]] = {
             "/sdk/flags": self._flags,
             "/sdk/latest-all": self._latest_all,
@@ -48,8 +59,10 @@ class _PollResources:
 
         Args:
             template: of the route.
-            key: of the item; empty for a route without one.
+            key: of the item, or state of the client's data; empty for a route without one.
         """
+        if template == DELTAS:
+            return self._transfer(key)
         found = template, key
         if found not in self._cache:
             resource = self._builders[template](key)
@@ -70,6 +83,18 @@ class _PollResources:
 
     def _latest_all(self, _key: str) -> Resource:
         return Resource((all_data(self.payload),), _data_etag(self.payload), self._headers)
+
+    def _transfer(self, basis: str) -> Resource:
+        """Return what a client misses; only that without a basis has an ETag (fdv2 13.8.8)."""
+        answer = self._journal.answer(basis)
+        key = answer.since if isinstance(answer, Delta) else answer.reason
+        if key not in self._transfers:
+            if len(self._transfers) >= MAX_TRANSFERS:
+                self._transfers.clear()
+            body = fdv2.poll(fdv2.respond(self._journal, self.payload, answer))
+            etag = b"" if basis else b'"%b"' % self._journal.state.encode()
+            self._transfers[key] = Resource((body,), etag, self._headers)
+        return self._transfers[key]
 
 
 def _versions_etag(payload: Payload) -> bytes:
@@ -92,6 +117,11 @@ def _data_etag(payload: Payload) -> bytes:
     return b'"%b"' % digest.hexdigest()[:32].encode()
 
 
+def _with_ttl(response: PreparedResponse, access: Access) -> PreparedResponse:
+    # Some SDKs would take an answer out of their cache for "no changes" (fdv2 13.5).
+    return response if access.route.template == DELTAS else with_ttl(response, access.environment)
+
+
 class PollingHandler:
     """Handler of polls, for the application and the fast path."""
 
@@ -100,18 +130,23 @@ class PollingHandler:
 
     async def handle(self, request: Request, access: Access) -> PreparedResponse:
         """Respond to a poll; a large body is compressed in a thread if necessary."""
-        key = request.path_params.get("key", "")
-        resource = self._resource(access, key)
+        segment, query = request.path_params.get("key", ""), request.scope["query_string"]
+        resource = self._resource(access, segment, query)
         if not isinstance(resource, Resource):
             return resource or NO_DATA
         none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
         response = resource.variant(none_match, encoding)
         if response is None:
             response = await resource.compress_in_thread()
-        return with_ttl(response, access.environment)
+        return _with_ttl(response, access)
 
     def respond(
-        self, access: Access, key: str, if_none_match: bytes, accept_encoding: bytes
+        self,
+        access: Access,
+        segment: str,
+        query: bytes,
+        if_none_match: bytes,
+        accept_encoding: bytes,
     ) -> PreparedResponse | None:
         """Return the response to a poll at once.
 
@@ -119,26 +154,32 @@ class PollingHandler:
 
         Args:
             access: environment to poll, and the route.
-            key: of the item; empty for a route without one.
+            segment: key of the item; empty for a route without one.
+            query: of the request.
             if_none_match: the header; empty without one.
             accept_encoding: the header; empty without one.
         """
-        resource = self._resource(access, key)
+        resource = self._resource(access, segment, query)
         if not isinstance(resource, Resource):
             return resource
         response = resource.variant(if_none_match, accept_encoding)
-        return response and with_ttl(response, access.environment)
+        return response and _with_ttl(response, access)
 
-    def _resource(self, access: Access, key: str) -> Resource | PreparedResponse | None:
-        environment = access.environment
+    def _resource(
+        self, access: Access, segment: str, query: bytes
+    ) -> Resource | PreparedResponse | None:
+        environment, template = access.environment, access.route.template
         if environment.payload is None:
             return None
         resources = self._resources_of(environment, environment.payload)
-        resource = resources.get(access.route.template, key)
+        key = parameter_in(query, "basis") if template == DELTAS else segment
+        resource = resources.get(template, key)
         return resource or NO_SUCH_ITEM.with_headers(*environment_headers(environment.spec))
 
     def _resources_of(self, environment: Environment, payload: Payload) -> _PollResources:
         resources, spec = self._resources.get(environment), environment.spec
         if resources is None or resources.payload is not payload or resources.spec is not spec:
-            resources = self._resources[environment] = _PollResources(payload, spec)
+            resources = self._resources[environment] = _PollResources(
+                payload, environment.journal, spec
+            )
         return resources

@@ -39,7 +39,7 @@ def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
     healthy = (
         relay.knows_environments
         and not relay.unusable
-        and all(_is_connected(relay, environment) for environment in relay.environments.values())
+        and all(_is_healthy(relay, environment) for environment in relay.environments.values())
     )
     directory = relay.auto_configuration
     body = {
@@ -101,6 +101,15 @@ def _keys(spec: EnvironmentSpec) -> str | None:
     return f"{spec.project_key}/{spec.environment_key}" if known else None
 
 
+def _is_healthy(relay: Relay, environment: Environment) -> bool:
+    """Return whether an environment is connected, and its big segments recent if that counts."""
+    if not _is_connected(relay, environment):
+        return False
+    big_segments = environment.big_segments if relay.stale_big_segments_degrade else None
+    status = big_segments.status if big_segments else None
+    return status is None or not status.potentially_stale
+
+
 def _is_connected(relay: Relay, environment: Environment) -> bool:
     """Return whether upstream has delivered data, and has not been lost for long."""
     connection = environment.connection
@@ -133,6 +142,7 @@ def _environment_members(
         "connectionStatus": _connection_members(environment),
         "dataStoreStatus": _store_members(relay, environment),
         "dataStores": _all_stores_members(environment),
+        "bigSegmentStatus": _big_segment_members(environment),
         "published": _published_members(environment),
         "dataAge": None if age is None else round(age),
         "items": None if payload is None else len(payload),
@@ -254,6 +264,18 @@ def _all_stores_members(environment: Environment) -> list[dict[str, object]] | N
     statuses = (mirror.status for mirror in environment.mirrors)
     members = [_database_members(s) for s in statuses if s and s.database != DOCUMENT]
     return members if len(members) > 1 else None
+
+
+def _big_segment_members(environment: Environment) -> dict[str, object] | None:
+    """Return the state of big segments; None if there are none, or no database has them."""
+    status = environment.big_segments.status if environment.big_segments else None
+    if status is None:
+        return None
+    return {
+        "available": status.available,
+        "potentiallyStale": status.potentially_stale,
+        "lastSynchronizedOn": _ms(status.synchronized_at or 0),
+    }
 
 
 def _published_members(environment: Environment) -> list[dict[str, object]] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 
 from msgspec import Struct
 from starlette.requests import Request
@@ -21,6 +21,7 @@ from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context
 from relay.model.metrics import MetricValue
 from relay.registry import Grant
+from relay.streams.deltas import STREAM as DELTAS
 from relay.streams.evaluated import EVALUATING, PINGS, EvalClient
 from relay.streams.transport import LAST_CHUNK, decode_chunks
 from relay.telemetry.traffic import RequestMetrics
@@ -35,12 +36,16 @@ from relay.web.contexts import (
     secure_mode_hash_in,
     wants_reasons,
 )
-from relay.web.requests import first_values
+from relay.web.requests import first_values, parameter_in
 from relay.web.responses import Headers, PreparedResponse, environment_headers
 from relay.web.routes import Route
 
 PIPE_LIMIT = 64 * 1024
 """Bytes that may wait for the ASGI server before the client counts as slow, as in a transport."""
+
+STALE_BASIS = b"NodeJSClient/"
+"""Beginning of the user agent of SDKs that name the state of their first connection each time they
+reconnect, and ignore items that are not newer than theirs: they need all data (fdv2 13.8.6)."""
 
 _UNBUFFERED = (b"x-accel-buffering", b"no")
 
@@ -74,11 +79,12 @@ class ClientStream(Struct, frozen=True):
 
     Args:
         name: of the channel.
-        client: to evaluate for; None for a stream that is the same for all clients.
+        client: to evaluate for, or the state of the client's data; None for a stream that is the
+            same for all clients.
     """
 
     name: str
-    client: EvalClient | None = None
+    client: EvalClient | str | None = None
 
 
 PING_STREAM = ClientStream(PINGS)
@@ -116,9 +122,23 @@ def _stream_for(access: Access, raw: bytes, context: Context, query: bytes) -> C
     return ClientStream(EVALUATING[sdk_kind], client)
 
 
-def shared_stream(route: Route) -> str:
-    """Return the name of the stream of `/all` or `/flags` in the hub."""
-    return route.template.removeprefix("/")
+def server_stream(route: Route, headers: Mapping[bytes, bytes], query: bytes) -> ClientStream:
+    """Return the stream of `/all`, `/flags` or `/sdk/stream`.
+
+    Args:
+        route: of the request.
+        headers: of the request, by name in lower case.
+        query: as received.
+    """
+    name = route.template.removeprefix("/")
+    return ClientStream(name, _basis(headers, query) if name == DELTAS else None)
+
+
+def _basis(headers: Mapping[bytes, bytes], query: bytes) -> str:
+    """Return the state of the client's data; empty if it names none that can be relied on."""
+    if headers.get(b"user-agent", b"").startswith(STALE_BASIS):
+        return ""
+    return parameter_in(query, "basis")
 
 
 class StreamsHandler:
@@ -134,8 +154,9 @@ class StreamsHandler:
         self._budget = budget
 
     async def shared(self, request: Request, access: Access) -> Response:
-        """Open a stream that is the same for all server-side SDKs."""
-        return self._open(request, access, ClientStream(shared_stream(access.route)))
+        """Open a stream of a server-side SDK."""
+        headers, query = first_values(request), request.scope["query_string"]
+        return self._open(request, access, server_stream(access.route, headers, query))
 
     async def pings(self, request: Request, access: Access) -> Response:
         """Open a stream of pings, whose path has no context."""

@@ -8,14 +8,16 @@ from relay.telemetry.redaction import redact_url
 from relay.web.access_log import request_line
 from relay.web.cache import CacheEntry
 from relay.web.fastpath.cache import ENTRY_SIZE, JOINED_BODY, WireResponse
+from relay.web.fastpath.evaluation import PendingResponse
 from relay.web.fastpath.events import EventUpload
 from relay.web.fastpath.heads import RequestHead
 from relay.web.fastpath.shared import FastPath
 from relay.web.fastpath.streams import StreamRequest, stream_request
 from relay.web.routes import Endpoint
 
-Outcome = WireResponse | StreamRequest | EventUpload
-"""A response to write, a stream to hand over, or an upload whose body is to be received."""
+Outcome = WireResponse | StreamRequest | EventUpload | PendingResponse
+"""A response to write, a stream to hand over, an upload whose body is to be received, or a response
+that waits for a database."""
 
 
 def dispatch(shared: FastPath, head: RequestHead) -> Outcome | None:
@@ -58,7 +60,9 @@ def _open_client_stream(shared: FastPath, head: RequestHead) -> StreamRequest | 
     return None if shared.traffic.logs else stream_request(shared.traffic, head)
 
 
-def _answer_evaluation(shared: FastPath, head: RequestHead) -> WireResponse | None:
+def _answer_evaluation(
+    shared: FastPath, head: RequestHead
+) -> WireResponse | PendingResponse | None:
     return None if shared.traffic.logs else shared.evaluation.answer(head)
 
 
@@ -66,7 +70,7 @@ def _answer_poll(shared: FastPath, head: RequestHead) -> WireResponse | None:
     access, headers = head.access, head.headers
     none_match, encoding = headers.get(b"if-none-match"), headers.get(b"accept-encoding")
     prepared = shared.polling.respond(
-        access, head.segment.decode(), none_match or b"", encoding or b""
+        access, head.segment.decode(), head.query, none_match or b"", encoding or b""
     )
     if prepared is None:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from msgspec import field
+from msgspec import Struct, field
 
 from relay.environment import Environment
 from relay.evaluation.compiled.fragments import EvalBody
@@ -18,6 +18,7 @@ from relay.web.cors import cors_lines
 from relay.web.endpoints.evaluation import (
     EvaluationHandler,
     EvaluationResult,
+    PendingEvaluation,
     resource_for,
     with_expiry,
 )
@@ -111,6 +112,13 @@ class ClientProfile(CacheEntry, eq=False):
         return start, end + name
 
 
+class PendingResponse(Struct, frozen=True, eq=False):
+    """Response that waits for memberships in big segments."""
+
+    profile: ClientProfile
+    evaluation: PendingEvaluation
+
+
 class EvaluationFastPath:
     """Handler of evaluation requests on the fast path.
 
@@ -132,10 +140,11 @@ class EvaluationFastPath:
         """By the bytes before the context in a request, the bytes after the request line, and the
         payload filter."""
 
-    def answer_known(self, head: bytes) -> WireResponse | None:
+    def answer_known(self, head: bytes) -> WireResponse | PendingResponse | None:
         """Return the response to a request that differs from an earlier one in its context only.
 
-        None if there was no such request, or if this one has to be parsed.
+        None if there was no such request, or if this one has to be parsed. If memberships have to
+        be read first, the response is pending; see `finish`.
 
         Args:
             head: the whole request.
@@ -152,8 +161,8 @@ class EvaluationFastPath:
             return None
         return self._respond(profile, segment, query)
 
-    def answer(self, head: RequestHead) -> WireResponse | None:
-        """Return the response to a GET; None to leave it to the application."""
+    def answer(self, head: RequestHead) -> WireResponse | PendingResponse | None:
+        """Return the response to a GET, or a pending one; None to leave it to the application."""
         profile = self._profile(head)
         response = self._respond(profile, head.segment, head.query)
         payload_filter = _plain_filter(head.query)
@@ -168,9 +177,28 @@ class EvaluationFastPath:
             profile.size = PROFILE_SIZE + len(start) + len(rest) + len(payload_filter)
             self.profiles.put((start, rest, payload_filter), profile)
 
-    def _respond(self, profile: ClientProfile, segment: bytes, query: bytes) -> WireResponse | None:
+    def _respond(
+        self, profile: ClientProfile, segment: bytes, query: bytes
+    ) -> WireResponse | PendingResponse | None:
         environment, sdk_kind = profile.environment, profile.sdk_kind
         result = self._evaluation.evaluate(environment, sdk_kind, segment, query)
+        if isinstance(result, PendingEvaluation):
+            return PendingResponse(profile, result)
+        return self._response(profile, result)
+
+    def finish(self, pending: PendingResponse) -> WireResponse | None:
+        """Return a response whose memberships have been read; None to leave it to the application.
+
+        They are not read again if that is not enough: the application does so.
+        """
+        result = self._evaluation.finish(pending.evaluation)
+        known = None if isinstance(result, PendingEvaluation) else result
+        return self._response(pending.profile, known)
+
+    def _response(
+        self, profile: ClientProfile, result: EvaluationResult | PreparedResponse | None
+    ) -> WireResponse | None:
+        environment, sdk_kind = profile.environment, profile.sdk_kind
         if result is None:
             return None
         if isinstance(result, PreparedResponse):
@@ -186,6 +214,7 @@ class EvaluationFastPath:
         # A response that states its expiry is different each time.
         if response and result.size and environment.spec.ttl <= 0:
             response.size = ENTRY_SIZE + response.body_size
+            response.memberships = result.memberships
         return response
 
     def _profile(self, head: RequestHead) -> ClientProfile:

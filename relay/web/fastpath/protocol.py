@@ -25,6 +25,7 @@ from relay.web.access_log import LoggedTransport, log_request
 from relay.web.fastpath.application import ApplicationProtocol
 from relay.web.fastpath.cache import CLOSING, WireResponse
 from relay.web.fastpath.dispatch import authorization, dispatch, log_line, redacted_url
+from relay.web.fastpath.evaluation import PendingResponse
 from relay.web.fastpath.events import CHUNKED, EventUpload, only_chunk
 from relay.web.fastpath.heads import END, EVALUATION_STARTS, RequestHead, read_head
 from relay.web.fastpath.shared import FastPath, SweptConnection
@@ -84,6 +85,7 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         "_last_activity",
         "_last_backlog",
         "_make_application",
+        "_pending",
         "_received",
         "_server_state",
         "_shared",
@@ -109,7 +111,9 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         self._upload: EventUpload | None = None
         """The upload that is being received or stored."""
         self._deferred = b""
-        """Head of the evaluation request that waits for its turn."""
+        """Head of the evaluation request that waits for its turn, or for memberships."""
+        self._pending: PendingResponse | None = None
+        """Response to that request, if it waits for memberships."""
         self._received = b""
         """Bytes received in the state `WAITING`."""
         self._write_paused = False
@@ -234,10 +238,27 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
     def resume(self) -> None:
         """Answer the deferred evaluation request, then the bytes received since."""
         head, self._deferred = self._deferred, b""
+        pending, self._pending = self._pending, None
         if head and not self._transport.is_closing():
             self._state = READY
-            self._evaluate(head)
-            self._continue()
+            if pending is None:
+                self._evaluate(head)
+            else:
+                self._write_evaluated(head, self._shared.evaluation.finish(pending))
+            if self._state is not WAITING:
+                self._continue()
+
+    def _await_members(self, head: bytes, pending: PendingResponse) -> None:
+        """Answer an evaluation request when memberships in big segments have been read."""
+        if self._shared.relay.stopping:
+            self._pass_on(head)
+            return
+        self._state, self._deferred, self._pending = WAITING, head, pending
+        pending.evaluation.read().add_done_callback(self._use_members)
+
+    def _use_members(self, _read: asyncio.Future[Any]) -> None:
+        if self._deferred and not self._shared.scheduler.defer(self):
+            self.resume()
 
     def _continue(self) -> None:
         """Take the bytes that were received while a response was outstanding."""
@@ -269,8 +290,18 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         if response is None:
             self._begin_unknown(head, len(head))
             return
+        if isinstance(response, PendingResponse):
+            self._await_members(head, response)
+        else:
+            self._write_evaluated(head, response)
+
+    def _write_evaluated(self, head: bytes, response: WireResponse | None) -> None:
+        """Write a response and cache it if it is worth it; without one, ask the application."""
+        if response is None:
+            self._pass_on(head)
+            return
         if response.size:
-            shared.cache.keep(head, response)
+            self._shared.cache.keep(head, response)
         self._write(response)
 
     def _begin_unknown(self, data: bytes, end: int) -> None:
@@ -286,6 +317,8 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         outcome = None if head is None else dispatch(shared, head)
         if isinstance(outcome, WireResponse):
             self._write(outcome)
+        elif isinstance(outcome, PendingResponse):
+            self._await_members(data, outcome)
         elif isinstance(outcome, EventUpload):
             self._state, self._upload = UPLOADING, outcome
             self._receive(outcome, data[end:])

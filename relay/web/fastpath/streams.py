@@ -12,7 +12,7 @@ from relay.web.endpoints.streams import (
     PING_STREAM,
     ClientStream,
     client_stream,
-    shared_stream,
+    server_stream,
     stream_headers,
 )
 from relay.web.fastpath.heads import RequestHead
@@ -34,8 +34,8 @@ class StreamRequest(CacheEntry, eq=False):
     """Headers of the response."""
     labels: RequestLabels
     """Labels of the metrics that count the stream."""
-    client: EvalClient | None = None
-    """The client that flags are evaluated for; None for streams that are the same for all."""
+    client: EvalClient | str | None = None
+    """See `ClientStream`."""
 
 
 def stream_request(traffic: RequestMetrics, head: RequestHead) -> StreamRequest | None:
@@ -43,7 +43,7 @@ def stream_request(traffic: RequestMetrics, head: RequestHead) -> StreamRequest 
     access, route = head.access, head.access.route
     stream: ClientStream | PreparedResponse
     if route.endpoint is Endpoint.STREAM:
-        stream = ClientStream(shared_stream(route))
+        stream = server_stream(route, head.headers, head.query)
     elif route.endpoint is Endpoint.PINGS:
         stream = PING_STREAM
     else:

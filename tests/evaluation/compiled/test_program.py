@@ -2,28 +2,42 @@
 
 import json
 import struct
+from collections.abc import Mapping
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from relay.evaluation.bucketing import int_to_float32, to_float32
 from relay.evaluation.compiled import fragments
 from relay.evaluation.compiled.index import Index
 from relay.evaluation.compiled.program import MAX_CALLS, FlagCompiler, Program
 from relay.evaluation.compiled.thresholds import threshold
-from relay.evaluation.data import Data, parse_flag
+from relay.evaluation.data import Data, Membership, parse_flag
 from relay.evaluation.evaluator import evaluate
-from relay.evaluation.results import render
+from relay.evaluation.results import BigSegmentsStatus, render
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context, parse_context
 from relay.model.flag import Flag
 from relay.model.item import Kind
 from relay.model.payload import Payload
-from tests.evaluation.strategies import FLAGS, SEGMENTS, contexts, data, flags, payload_of, segments
+from tests.evaluation.strategies import (
+    FLAGS,
+    SEGMENTS,
+    contexts,
+    data,
+    flags,
+    memberships,
+    payload_of,
+    segments,
+)
 from tests.support.data import flag, segment
 
 ANNA = parse_context(b'{"kind":"user","key":"anna","plan":"pro"}')
+Members = Mapping[str, Membership]
+NOBODY: Members = {}
+some_members = st.dictionaries(st.sampled_from(["anna", "ben", "carla", "é", "pro"]), memberships)
 EVERY_KIND = pytest.mark.parametrize("sdk_kind", SDKKind)
 
 
@@ -47,10 +61,15 @@ def program_of(
 
 
 def interpreted(
-    payload: Payload, sdk_kind: SDKKind, context: Context, *, with_reasons: bool
+    payload: Payload,
+    sdk_kind: SDKKind,
+    context: Context,
+    members: Members = NOBODY,
+    *,
+    with_reasons: bool,
 ) -> dict[str, bytes]:
     """The results of the interpreter."""
-    known = Data.of(payload)
+    known = replace(Data.of(payload), memberships=members)
     parsed = {item.key: parse_flag(item.json) for item in payload.live(Kind.FLAG)}
     return {
         key: render(flag, evaluate(flag, context, known), with_reasons=with_reasons)
@@ -59,36 +78,58 @@ def interpreted(
     }
 
 
-def members(entries: dict[str, bytes]) -> list[bytes]:
+def as_members(entries: dict[str, bytes]) -> list[bytes]:
     """Entries as members of a body."""
     return sorted(json.dumps(key).encode() + b":" + entry for key, entry in entries.items())
 
 
-def assert_same(program: Program, payload: Payload, sdk_kind: SDKKind, context: Context) -> None:
+def assert_same(
+    program: Program,
+    payload: Payload,
+    sdk_kind: SDKKind,
+    context: Context,
+    members: Members = NOBODY,
+) -> None:
     """Assert that a program gives the same results as the interpreter."""
+    needed = program.members_needed(context)
+    known = {key: each for key, each in members.items() if key in needed or not needed}
     for with_reasons in (False, True):
-        expected = interpreted(payload, sdk_kind, context, with_reasons=with_reasons)
-        assert program.some(context, [*FLAGS, "unknown"], with_reasons=with_reasons) == expected
-        first = program.body(context, with_reasons=with_reasons)
-        assert program.body(context, with_reasons=with_reasons) == first
+        expected = interpreted(payload, sdk_kind, context, members, with_reasons=with_reasons)
+        some = program.some(context, [*FLAGS, "unknown"], known, with_reasons=with_reasons)
+        assert some == expected
+        first = program.body(context, known, with_reasons=with_reasons)
+        assert program.body(context, known, with_reasons=with_reasons) == first
         body = b"".join(first.pieces)
         assert json.loads(body) == {key: json.loads(entry) for key, entry in expected.items()}
         rest = body[1:-1]
-        for member in members(expected):
+        for member in as_members(expected):
             assert member in rest
-        assert len(rest) == sum(map(len, members(expected))) + max(0, len(expected) - 1)
+        assert len(rest) == sum(map(len, as_members(expected))) + max(0, len(expected) - 1)
 
 
 @settings(max_examples=200, deadline=None)
-@given(data(), st.lists(contexts, min_size=1, max_size=4))
-def test_compiled_flags_give_the_bytes_of_the_interpreter(data_set, asking):
-    """Whatever the flags, segments and contexts, compiling changes no byte of any result."""
+@given(data(), st.lists(contexts, min_size=1, max_size=4), some_members)
+def test_compiled_flags_give_the_bytes_of_the_interpreter(data_set, asking, members):
+    """Whatever flags, segments, contexts and members, compiling changes no byte of any result."""
     payload = payload_of(data_set)
     compiler = FlagCompiler(payload)
     for sdk_kind in SDKKind:
         program = program_of(compiler, sdk_kind)
         for context in asking:
-            assert_same(program, payload, sdk_kind, context)
+            assert_same(program, payload, sdk_kind, context, members)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data(), contexts, some_members, some_members)
+def test_flags_without_big_segments_have_no_members(data_set, context, before, after):
+    """Memberships change those flags only that name big segments, for context keys that count."""
+    program = program_of(FlagCompiler(payload_of(data_set)), SDKKind.SERVER)
+    needed = program.members_needed(context)
+    results = [program.some(context, FLAGS, m, with_reasons=True) for m in (before, after)]
+    differing = {key for key in FLAGS if results[0].get(key) != results[1].get(key)}
+    assert differing <= program.flags_with_big_segments
+    if not needed:
+        assert results[0] == results[1]
 
 
 @st.composite
@@ -227,9 +268,47 @@ def test_flags_that_do_not_depend_on_the_context_are_constant():
     assert compiled.constant_result(with_reasons=True) is None
 
 
-def test_cycles_big_segments_and_long_chains_are_left_to_the_interpreter():
+def in_segments(*keys: str, variation: int = 1) -> dict:
+    """A rule for the members of segments."""
+    clause = {"attribute": "", "op": "segmentMatch", "values": list(keys)}
+    return {"clauses": [clause], "variation": variation}
+
+
+def test_a_flag_mentions_every_big_segment_that_it_looks_at():
+    """A condition that cannot hold is looked at up to where that is clear, as by the interpreter."""
+    never = {"attribute": "plan", "op": "in", "values": []}
+    small = {"attribute": "", "op": "segmentMatch", "values": ["big"]}
+    everybody = segment("everybody", rules=[{"clauses": []}])
+    items = {
+        "flags": {
+            "a": flag("a", rules=[{"clauses": [small, never], "variation": 1}]),
+            "b": flag("b", rules=[{"clauses": [never, small], "variation": 1}]),
+            "c": flag("c", rules=[in_segments("big", "everybody")]),
+            "d": flag("d", rules=[in_segments("everybody", "big")]),
+            "e": flag("e", prerequisites=[{"key": "c", "variation": 1}]),
+            "f": flag("f", rules=[in_segments("old")]),
+        },
+        "segments": {
+            "big": segment("big", unbounded=True, generation=1),
+            "old": segment("old", unbounded=True),
+            "everybody": everybody,
+        },
+    }
+    payload = payload_of(items)
+    program = program_of(FlagCompiler(payload), SDKKind.SERVER)
+    members = {"anna": Membership(BigSegmentsStatus.STALE, {"big.g1": False})}
+    found = program.some(ANNA, [*FLAGS, "e", "f"], members, with_reasons=True)
+    expected = interpreted(payload, SDKKind.SERVER, ANNA, members, with_reasons=True)
+    assert found == expected
+    assert [key for key, entry in found.items() if b"STALE" in entry] == ["a", "c", "e"]
+    assert b"NOT_CONFIGURED" in found["f"]
+    assert program.members_needed(ANNA) == ("anna",)
+    assert program.flags_with_big_segments == {*"abcde"}
+    assert program.members_needed(parse_context(b'{"kind":"org","key":"x"}')) == ()
+
+
+def test_cycles_and_long_chains_are_left_to_the_interpreter():
     """Programs leave the cases that only the interpreter supports to the interpreter."""
-    big = {"clauses": [{"attribute": "", "op": "segmentMatch", "values": ["big"]}], "variation": 1}
     chain = {
         f"c{i}": flag(f"c{i}", prerequisites=[{"key": f"c{i + 1}", "variation": 0}])
         for i in range(300)
@@ -238,7 +317,7 @@ def test_cycles_big_segments_and_long_chains_are_left_to_the_interpreter():
         "flags": {
             "a": flag("a", prerequisites=[{"key": "b", "variation": 0}]),
             "b": flag("b", prerequisites=[{"key": "a", "variation": 0}]),
-            "c": flag("c", rules=[big]),
+            "c": flag("c", rules=[in_segments("big")]),
             "c300": flag("c300"),
             **chain,
         },

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from relay import __version__, clock
+from relay.bigsegments.environment import BigSegments
+from relay.bigsegments.synchroniser import Synchroniser
 from relay.environment import ConnectionState, Environment, UpstreamConnection
 from relay.events.forwarder import Forwarder
 from relay.events.spool import MemorySpool
@@ -28,6 +30,7 @@ from relay.protocol import fdv1
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.relay import DirectoryChange, Relay
 from relay.stores import DOCUMENT, StoreState, StoreStatus
+from relay.stores.bigsegments import Metadata
 from relay.streams.hub import Hub
 from relay.telemetry import process
 from relay.telemetry.log import LogHandler
@@ -123,14 +126,36 @@ class KnownDirectory:
         raise NotImplementedError
 
 
+class EmptyBigSegmentStore:
+    """A database in which everything is synchronised, and nobody is a member."""
+
+    label = "a test's store"
+
+    async def metadata(self):
+        return Metadata("v1", time.time())
+
+    async def memberships(self, hashes):
+        return [{} for _ in hashes]
+
+
+async def used_big_segments() -> BigSegments:
+    """Big segments that an evaluation has looked at."""
+    big_segments = BigSegments(EmptyBigSegmentStore(), logging.getLogger("relay.env.main"))
+    big_segments.synchroniser = Synchroniser(None, None, None, None, logging.getLogger())
+    big_segments.start(synchronise=False)
+    await big_segments.memberships(["anna"])
+    return big_segments
+
+
 async def test_a_busy_relay_exports_every_metric():
-    """A directory, and an environment with data, a database and traffic export the declared metrics and no others."""
+    """A directory, and an environment with everything that it can have, export the declared metrics and no others."""
     mirror = MemoryMirror()
     mirror.status = StoreStatus(StoreState.VALID, 0.0, "redis", "redis://h", "p")
     document = MemoryMirror()
     document.status = StoreStatus(StoreState.VALID, 0.0, DOCUMENT, "s3://b", "LD-Env-1")
     main = environment("main", [mirror, document])
     main.payload, main.connection.last_confirmed = Payload.of([]), time.monotonic()
+    main.big_segments = await used_big_segments()
     traffic = RequestMetrics()
     series = RequestLabels("main", "/all", "GET", "server")
     for counts in (traffic.requests, traffic.new_streams, traffic.streams):

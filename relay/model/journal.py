@@ -1,0 +1,241 @@
+"""Journal: which items recent changes have touched, for clients that come back (fdv2 13.8).
+
+It holds no history. For each item it keeps the number of the step that touched it last, and for
+each recent state of the data the step at which it was first reached. A delta from a state is the
+*present* value of every item touched since, so it is right for any client that has seen at least
+that state, and for one that has seen a part of what came after it.
+
+A state is an address of the content: replicas and restarted relays that hold the same items name
+them alike, without talking. A state that is not known always means a transfer of everything.
+"""
+
+from __future__ import annotations
+
+from base64 import urlsafe_b64encode
+from collections import OrderedDict
+from collections.abc import Iterator
+from hashlib import blake2b, sha256
+from itertools import takewhile
+
+import msgspec
+from msgspec import Struct
+
+from relay.model.item import Item, Kind
+from relay.model.payload import EMPTY, Change, Payload
+
+MAX_STATES = 4096
+"""States that clients may come back with; an older one means a transfer of everything."""
+
+MAX_VANISHED = 10_000
+"""Items whose last version is remembered although upstream does not list them any more."""
+
+SHARE_OF_DELTA = 2
+"""Divisor: a delta is sent if it has at most half of the bytes of everything."""
+
+_MODULUS = 1 << 256
+
+
+class Full(Struct, frozen=True):
+    """Answer to a client: everything.
+
+    Args:
+        reason: `payload-missing` if the client named no state, else `cant-catchup`.
+    """
+
+    reason: str
+
+
+class Delta(Struct, frozen=True):
+    """Answer to a client: the items touched since its state; none if it is up to date.
+
+    Args:
+        items: present values; tombstones for those that are gone.
+        since: step at which the state of the client was first reached.
+    """
+
+    items: tuple[Item, ...]
+    since: int
+
+
+MISSING, CANNOT_CATCH_UP = Full("payload-missing"), Full("cant-catchup")
+
+
+class _Salted(Struct):
+    salt: str | None = None
+
+
+_SALT = msgspec.json.Decoder(_Salted)
+
+
+class Journal:
+    """Steps of one environment's data.
+
+    Args:
+        lineage: identifies the environment, and what was done to its data, such as a filter: equal
+            on all replicas.
+    """
+
+    def __init__(self, lineage: str) -> None:
+        self.id = "r" + _text(blake2b(lineage.encode(), digest_size=6).digest())
+        """Payload ID: characters of base64url."""
+        self.step = 0
+        """Number of changes of the data so far; 0 before there are any."""
+        self.latest: Full | Delta = MISSING
+        """What the last step means for a client that had seen all before."""
+        self._floor = 0
+        """Step from which on all touches are known."""
+        self._barrier = 0
+        """Last step after which a client of an older state needs everything: some item had a
+        version, or a salt, that does not supersede what clients may have seen."""
+        self._touched: dict[Kind, dict[str, int]] = {kind: {} for kind in Kind}
+        """Last step at which each item was touched; the latest touch comes last."""
+        self._vanished: OrderedDict[tuple[Kind, str], int] = OrderedDict()
+        """Versions of the tombstones of items that upstream has ceased to list."""
+        self._states: OrderedDict[str, int] = OrderedDict()
+        """Step at which each state was first reached; the oldest first."""
+        self._digest = 0
+        self._versions = 0
+        self._payload = EMPTY
+
+    def __repr__(self) -> str:
+        touched = sum(map(len, self._touched.values()))
+        return f"<Journal {self.state} [{self.step} steps, {touched} items touched]>"
+
+    @property
+    def depth(self) -> int:
+        """Number of states that clients may come back with."""
+        return len(self._states)
+
+    @property
+    def version(self) -> int:
+        """Number of the state: 1 at least, and equal for equal data."""
+        return max(1, self._versions)
+
+    @property
+    def state(self) -> str:
+        """State of the data, as clients send it back: `basis` (fdv2 13.2.5)."""
+        digest = _text((self._digest % _MODULUS).to_bytes(32, "big")[:16])
+        return f"(p:{self.id}-{digest}:{self.version})"
+
+    def record(self, payload: Payload, change: Change, *, full: bool = False) -> None:
+        """Record the next step.
+
+        Args:
+            payload: the data after it.
+            change: the difference to the data before.
+            full: True if upstream sent all data, so that items may have vanished.
+        """
+        before, self._payload = self._payload, payload
+        self.step += 1
+        if self.step == 1:
+            self._begin(payload)
+            return
+        vanished = _vanished(before, payload) if full else []
+        items = (*change.items, *(item for item in vanished if before.get(item.kind, item.key)))
+        if not all(self._supersedes(before, item) for item in items):
+            self._barrier = self.step
+        for item in items:
+            self._touch(before, item)
+        for item in vanished:
+            self._vanished[item.kind, item.key] = item.version
+        self._forget_oldest()
+        self._note_state()
+        large = full and sum(map(_size, items)) * SHARE_OF_DELTA > payload.size
+        barrier = self._barrier == self.step
+        self.latest = CANNOT_CATCH_UP if barrier or large else Delta(items, self.step - 1)
+
+    def answer(self, basis: str) -> Full | Delta:
+        """Return what a client needs to be current (fdv2 13.8.3).
+
+        Args:
+            basis: state that it names; empty for none.
+        """
+        if not basis:
+            return MISSING
+        since = self._states.get(basis)
+        if since is None or since < max(self._floor, self._barrier):
+            return CANNOT_CATCH_UP
+        items = tuple(self._touched_after(since))
+        if sum(map(_size, items)) * SHARE_OF_DELTA > self._payload.size:
+            return CANNOT_CATCH_UP
+        return Delta(items, since)
+
+    def _begin(self, payload: Payload) -> None:
+        self._digest = sum(map(_digest, payload)) % _MODULUS
+        self._versions = sum(item.version for item in payload if not item.deleted)
+        self._note_state()
+
+    def _supersedes(self, before: Payload, item: Item) -> bool:
+        """Return whether every client takes an item for newer than what it has seen."""
+        known = before.all(item.kind).get(item.key)
+        gone = self._vanished.get((item.kind, item.key), -1)
+        seen = max(gone, -1 if known is None else known.version)
+        if item.version <= seen:
+            return False
+        return known is None or known.deleted or item.deleted or _salt(known) == _salt(item)
+
+    def _touch(self, before: Payload, item: Item) -> None:
+        known = before.all(item.kind).get(item.key)
+        for each, sign in ((known, -1), (item, 1)):
+            if each is not None and not each.deleted:
+                self._digest += sign * _digest(each)
+                self._versions += sign * each.version
+        self._vanished.pop((item.kind, item.key), None)
+        touched = self._touched[item.kind]
+        touched.pop(item.key, None)
+        touched[item.key] = self.step
+
+    def _touched_after(self, step: int) -> Iterator[Item]:
+        """Yield the present values of the items touched after a step, the latest first."""
+        for kind, touched in self._touched.items():
+            items = self._payload.all(kind)
+            recent = takewhile(lambda entry: entry[1] > step, reversed(touched.items()))
+            for key, _ in recent:
+                yield items.get(key) or Item(kind, key, self._vanished.get((kind, key), 0), None)
+
+    def _note_state(self) -> None:
+        # A state may recur. Clients that go by the older occurrence may have seen more.
+        self._states.setdefault(self.state, self.step)
+        if len(self._states) > MAX_STATES:
+            self._states.popitem(last=False)
+
+    def _forget_oldest(self) -> None:
+        while len(self._vanished) > MAX_VANISHED:
+            (kind, key), _ = self._vanished.popitem(last=False)
+            self._touched[kind].pop(key, None)
+            self._floor = self.step
+
+
+def _vanished(before: Payload, after: Payload) -> list[Item]:
+    """Return tombstones of the items that upstream has ceased to list.
+
+    The version of each is greater than any that clients have seen.
+    """
+    gone = (item for item in before if item.key not in after.all(item.kind))
+    return [
+        item if item.deleted else Item(item.kind, item.key, item.version + 1, None) for item in gone
+    ]
+
+
+def _digest(item: Item) -> int:
+    """Return the share of an item in the address of the content; 0 for a tombstone."""
+    if item.json is None:
+        return 0
+    digest = sha256(b"%b\0%b\0" % (item.kind.value.encode(), item.key.encode()))
+    digest.update(item.json)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _salt(item: Item) -> str | None:
+    try:
+        return _SALT.decode(item.json or b"{}").salt
+    except msgspec.MsgspecError:
+        return None
+
+
+def _size(item: Item) -> int:
+    return len(item.json or b"") + len(item.key)
+
+
+def _text(digest: bytes) -> str:
+    return urlsafe_b64encode(digest).rstrip(b"=").decode()

@@ -1,0 +1,302 @@
+"""A journal gives clients that come back what they miss, and never less (fdv2 13.8)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relay.model.item import Item, Kind
+from relay.model.journal import (
+    CANNOT_CATCH_UP,
+    MAX_STATES,
+    MAX_VANISHED,
+    MISSING,
+    Delta,
+    Full,
+    Journal,
+)
+from relay.model.payload import EMPTY, ChangeSet, Payload
+
+PADDING = b"x" * 2000
+EXAMPLES = int(os.environ.get("EXAMPLES", "300"))
+
+
+def flag(key: str, version: int, salt: str = "s", text: bytes = b"") -> Item:
+    json = b'{"key":"%b","version":%d,"salt":"%b","text":"%b"}'
+    return Item(Kind.FLAG, key, version, json % (key.encode(), version, salt.encode(), text))
+
+
+def gone(key: str, version: int) -> Item:
+    return Item(Kind.FLAG, key, version, None)
+
+
+def segment(key: str, version: int) -> Item:
+    return Item(Kind.SEGMENT, key, version, b'{"version":%d}' % version)
+
+
+LARGE = flag("large", 1, text=PADDING)
+"""Beside it, any delta of small items is small."""
+
+
+class History:
+    """Data of an environment, and their journal."""
+
+    def __init__(self, *items: Item) -> None:
+        self.journal = Journal("environment")
+        self.payload = EMPTY
+        self.apply(*items, full=True)
+
+    def apply(self, *items: Item, full: bool = False) -> str:
+        """Apply a change set; return the state after it."""
+        self.payload, change = self.payload.apply(ChangeSet(items, full=full))
+        if change is not None:
+            self.journal.record(self.payload, change, full=full)
+        return self.journal.state
+
+    def answer(self, basis: str) -> set[Item] | Full:
+        answer = self.journal.answer(basis)
+        return answer if isinstance(answer, Full) else set(answer.items)
+
+
+def test_a_client_without_a_state_gets_everything():
+    assert History(LARGE).answer("") == MISSING
+
+
+@pytest.mark.parametrize("basis", ["(p:x:1)", "nonsense", "(p:", "\0", "x" * 10_000, "ü"])
+def test_a_state_that_is_not_known_means_everything(basis):
+    assert History(LARGE).answer(basis) == CANNOT_CATCH_UP
+
+
+def test_a_client_that_is_up_to_date_needs_nothing():
+    history = History(LARGE)
+    assert history.answer(history.journal.state) == set()
+
+
+def test_a_client_gets_what_was_touched_since():
+    """The present value of each item, once, whatever happened to it in between."""
+    history = History(LARGE, flag("a", 1), segment("s", 1))
+    states = [history.journal.state]
+    states += [
+        history.apply(flag("a", 2)),
+        history.apply(flag("b", 1)),
+        history.apply(flag("a", 3)),
+    ]
+    states += [history.apply(gone("b", 2), segment("s", 2))]
+    after = [{flag("a", 3), gone("b", 2), segment("s", 2)}] * 3
+    after += [{gone("b", 2), segment("s", 2)}, set()]
+    assert [history.answer(state) for state in states] == after
+    assert len(set(states)) == 5
+
+
+def test_equal_data_have_an_equal_state():
+    """However they came about, so replicas and restarted relays know each other's clients."""
+    changed = History(LARGE, flag("a", 1), flag("b", 1))
+    changed.apply(gone("b", 2))
+    changed.apply(flag("a", 2))
+    whole = History(flag("a", 2), LARGE)
+    assert changed.journal.state == whole.journal.state
+    assert whole.answer(changed.journal.state) == set()
+
+
+def test_another_environment_has_other_states():
+    """A state of one environment is of no use in another."""
+    history = History(LARGE)
+    other = Journal("other")
+    assert other.id != history.journal.id
+    assert other.state != history.journal.state
+
+
+def test_states_and_ids_need_no_escapes():
+    """Some SDKs send them back as they are (fdv2 13.8.5)."""
+    allowed = set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789():._~-")
+    journal = History(LARGE).journal
+    assert set(journal.state + journal.id) <= allowed
+    assert journal.version >= 1
+    assert Journal("empty").version == 1
+
+
+def test_what_vanished_is_deleted_with_a_greater_version():
+    """Upstream lists it no more, and clients that compare versions must take the deletion."""
+    history = History(LARGE, flag("a", 7))
+    before = history.journal.state
+    history.apply(LARGE, full=True)
+    assert history.answer(before) == {gone("a", 8)}
+    assert history.journal.latest == Delta((gone("a", 8),), 1)
+
+
+def test_upstreams_everything_touches_only_what_differs():
+    history = History(LARGE, flag("a", 1), flag("b", 1))
+    before = history.journal.state
+    history.apply(LARGE, flag("a", 1), flag("b", 2), full=True)
+    assert history.answer(before) == {flag("b", 2)}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [[LARGE, flag("a", 3)]],  # an older version
+        [[LARGE, flag("a", 5, text=b"other")]],  # another item of the same version
+        [[LARGE, flag("a", 6, salt="other")]],  # created anew
+        [[LARGE], [LARGE, flag("a", 6)]],  # created anew, at the version of its tombstone
+    ],
+)
+def test_what_does_not_supersede_means_everything(steps):
+    """Clients that compare versions would keep what they have."""
+    history = History(LARGE, flag("a", 5))
+    before = history.journal.state
+    for items in steps:
+        history.apply(*items, full=True)
+    assert history.answer(before) == CANNOT_CATCH_UP
+    assert history.journal.latest == CANNOT_CATCH_UP
+    after = history.journal.state
+    history.apply(flag("b", 1))
+    assert history.answer(after) == {flag("b", 1)}
+
+
+def test_a_forgotten_tombstone_still_counts():
+    """Clients remember the deletion, though upstream lists it no more."""
+    history = History(LARGE, flag("a", 1))
+    history.apply(gone("a", 5))
+    before = history.journal.state
+    history.apply(LARGE, flag("c", 1), full=True)
+    history.apply(flag("a", 3))
+    assert history.answer(before) == CANNOT_CATCH_UP
+
+
+def test_a_large_delta_is_everything():
+    history = History(flag("a", 1), flag("b", 1, text=PADDING))
+    before = history.journal.state
+    history.apply(flag("b", 2, text=PADDING))
+    assert history.answer(before) == CANNOT_CATCH_UP
+    assert isinstance(history.journal.latest, Delta)  # live, one change is never more than all
+
+
+def test_a_state_that_recurs_stands_for_its_first_time():
+    """A client that names it may have seen what came in between."""
+    history = History(LARGE)
+    first = history.journal.state
+    history.apply(flag("a", 1))
+    history.apply(gone("a", 2))
+    assert history.journal.state == first
+    assert history.answer(first) == {gone("a", 2)}
+
+
+def test_memory_is_bounded():
+    """The oldest states are forgotten; their clients get everything."""
+    history = History(LARGE, flag("a", 1))
+    first = history.journal.state
+    for version in range(2, MAX_STATES + 2):
+        last = history.apply(flag("a", version))
+    assert history.journal.depth == MAX_STATES
+    assert history.answer(first) == CANNOT_CATCH_UP
+    assert history.answer(last) == set()
+
+
+def test_forgotten_deletions_end_older_states():
+    history = History(LARGE, *(flag(f"f{n}", 1) for n in range(MAX_VANISHED)))
+    before = history.apply(flag("a", 1))
+    history.apply(LARGE, full=True)
+    assert isinstance(history.answer(before), Full)
+    assert history.answer(history.journal.state) == set()
+
+
+KEYS = st.sampled_from("abc")
+LIVE = st.builds(flag, KEYS, st.integers(1, 4), st.sampled_from("st"))
+ITEMS = st.one_of(LIVE, st.builds(gone, KEYS, st.integers(1, 5)))
+STEPS = st.tuples(st.booleans(), st.lists(ITEMS, max_size=3, unique_by=lambda i: i.key))
+
+
+class PlainClient:
+    """Replaces what it gets, as most SDKs do."""
+
+    def __init__(self) -> None:
+        self.items: dict[str, Item] = {}
+        self.basis = ""
+
+    def take(self, history: History, answer: Full | Delta, some: int | None = None) -> None:
+        """Apply an answer; only its first items if the connection is cut."""
+        if isinstance(answer, Full):
+            if some is None:
+                self.items = {i.key: i for i in history.payload.live(Kind.FLAG)}
+        else:
+            for item in answer.items[:some]:
+                self.put(item)
+        if some is None:
+            self.basis = history.journal.state
+
+    def put(self, item: Item) -> None:
+        if item.deleted:
+            self.items.pop(item.key, None)
+        else:
+            self.items[item.key] = item
+
+
+class ComparingClient(PlainClient):
+    """Ignores what is not newer than what it has, tombstones included, as Node's SDK does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.versions: dict[str, int] = {}
+
+    def take(self, history: History, answer: Full | Delta, some: int | None = None) -> None:
+        if isinstance(answer, Full) and some is None:
+            self.versions = {i.key: i.version for i in history.payload.live(Kind.FLAG)}
+        super().take(history, answer, some)
+
+    def put(self, item: Item) -> None:
+        if item.version > self.versions.get(item.key, -1):
+            self.versions[item.key] = item.version
+            super().put(item)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    steps=st.lists(STEPS, max_size=12),
+    visits=st.lists(st.booleans(), min_size=12, max_size=12),
+    cuts=st.lists(st.integers(0, 2), min_size=12, max_size=12),
+)
+def test_after_an_answer_a_client_holds_exactly_the_data(steps, visits, cuts):
+    """Whatever happened, whichever answers were cut, and however long it was away."""
+    history = History(LARGE, flag("a", 1))
+    plain, comparing, hasty = PlainClient(), ComparingClient(), PlainClient()
+    for (full, items), visit, cut in zip(steps, visits, cuts, strict=False):
+        history.apply(*([LARGE, *items] if full else items), full=full)
+        data = {i.key: i for i in history.payload.live(Kind.FLAG)}
+        # One keeps a part of each answer, and comes back with the state that it had before.
+        hasty.take(history, history.journal.answer(hasty.basis), cut)
+        if visit:
+            for client in (plain, comparing, hasty):
+                client.take(history, history.journal.answer(client.basis))
+                assert client.items == data, client
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(steps=st.lists(STEPS, max_size=12))
+def test_clients_that_stay_hold_exactly_the_data(steps):
+    """Each step alone is enough for whoever had the data before it."""
+    history = History(LARGE, flag("a", 1))
+    plain, comparing = PlainClient(), ComparingClient()
+    for client in (plain, comparing):
+        client.take(history, MISSING)
+    for full, items in steps:
+        before = history.journal.step
+        history.apply(*([LARGE, *items] if full else items), full=full)
+        if history.journal.step == before:
+            continue
+        for client in (plain, comparing):
+            client.take(history, history.journal.latest)
+            assert client.items == {i.key: i for i in history.payload.live(Kind.FLAG)}
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(steps=st.lists(STEPS, max_size=8))
+def test_a_state_names_one_content(steps):
+    """Followed from change to change, or made of the result, it is the same."""
+    history = History(LARGE)
+    for full, items in steps:
+        history.apply(*([LARGE, *items] if full else items), full=full)
+    fresh = History(*Payload.of(history.payload.live(Kind.FLAG)))
+    assert history.journal.state == fresh.journal.state
