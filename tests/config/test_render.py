@@ -104,7 +104,7 @@ def test_warnings_come_last() -> None:
         {
             "LD_ENV_x": "sdk-1",
             "LD_PREFIX_x": "p",
-            "LD_TABLE_NAME_x": "t",
+            "EXIT_ON_ERROR": "1",
             "CACHE_TTL": "1s",
             "USE_REDIS": "1",
         },
