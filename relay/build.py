@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct, structs
 
-from relay.config.schema import AutoConfig, Config, EnvironmentConfig, Main, OfflineMode
+from relay.config.schema import AutoConfig, Config, DynamoDB, EnvironmentConfig, Main, OfflineMode
 from relay.environment import Environment
 from relay.errors import ConfigError, UnusableArchive
 from relay.events.forwarder import Forwarder
@@ -74,12 +74,18 @@ class Database(Struct, frozen=True):
     Args:
         kind: kind of database, as in `/status`.
         store_for: returns the store of an environment.
+        has_tables: True if environments may have different tables.
         big_segments_for: returns the members of its big segments; None if it cannot hold any.
     """
 
     kind: str
     store_for: Callable[[EnvironmentSpec], DataStore]
     big_segments_for: Callable[[EnvironmentSpec], BigSegmentStore] | None = None
+    has_tables: bool = False
+
+    def table_of(self, spec: EnvironmentSpec) -> str:
+        """Return the table of an environment; empty if the database has none."""
+        return spec.table if self.has_tables else ""
 
 
 class EnvironmentParts:
@@ -88,7 +94,7 @@ class EnvironmentParts:
     Args:
         config: of the environments.
         make_source: makes data sources, which share a session.
-        database: the configured one.
+        databases: the configured ones.
         places: of documents.
         upstream: session for big segments.
     """
@@ -97,13 +103,13 @@ class EnvironmentParts:
         self,
         config: Config,
         make_source: SourceFactory,
-        database: Database | None,
+        databases: Sequence[Database],
         places: Places | None,
         upstream: HTTPSession | None,
     ) -> None:
         self._config = config
         self._make_source = make_source
-        self._database = database
+        self._databases = databases
         self._places = places
         self._upstream = upstream
 
@@ -117,19 +123,19 @@ class EnvironmentParts:
         Raises:
             ConfigError: a file or variable that the database needs is unusable.
         """
-        database = _database(config) if databases else self._database
-        return EnvironmentParts(config, self._make_source, database, self._places, self._upstream)
+        those = _databases(config) if databases else self._databases
+        return EnvironmentParts(config, self._make_source, those, self._places, self._upstream)
 
     @property
     def specs(self) -> Sequence[EnvironmentSpec]:
         """The specs of all environments."""
-        return [_spec(each, self._config.main) for each in self._config.all_environments]
+        return [_spec(each, self._config) for each in self._config.all_environments]
 
     def environment(self, spec: EnvironmentSpec) -> Environment:
         """Return a new environment."""
-        database, places, upstream = self._database, self._places, self._upstream
+        databases, places, upstream = self._databases, self._places, self._upstream
         return _environment(
-            self._config, spec, self._make_source, database, places, upstream=upstream
+            self._config, spec, self._make_source, databases, places, upstream=upstream
         )
 
     def keeps(self, environment: Environment, spec: EnvironmentSpec, *, databases: bool) -> bool:
@@ -137,10 +143,9 @@ class EnvironmentParts:
 
         The database of big segments is replaced only while nothing was read from it.
         """
-        if not databases and spec.prefix == environment.spec.prefix:
+        if not databases and not _moves(environment.spec, spec):
             return True
-        former = environment.big_segments
-        has_any = self._database is not None and self._database.big_segments_for is not None
+        former, has_any = environment.big_segments, _memberships(self._databases) is not None
         return not has_any if former is None else has_any and not former.in_use
 
     def source(self, spec: EnvironmentSpec, log: Log) -> DataSource:
@@ -153,7 +158,7 @@ class EnvironmentParts:
         """Return the mirrors that an environment needs with another spec; None if they stay.
 
         A snapshot belongs to an SDK key, a document to a client-side ID, what a database has to a
-        prefix.
+        prefix and a table.
 
         Args:
             environment: with its former spec and mirrors.
@@ -174,8 +179,8 @@ class EnvironmentParts:
         has_same_id = spec.environment_id == before.environment_id
         if spec.sdk_key != before.sdk_key or not has_same_id:
             first = list(_first_mirrors(config, spec, log, places))
-        if databases or spec.prefix != before.prefix:
-            stores = list(_database_mirrors(config, spec, resync, log, self._database))
+        if databases or _moves(before, spec):
+            stores = list(_database_mirrors(config, spec, resync, log, self._databases))
             self._replace_big_segments(environment, spec)
         if not has_same_id:
             documents = list(_document_mirrors(config, spec, resync, log, places))
@@ -184,9 +189,9 @@ class EnvironmentParts:
 
     def _replace_big_segments(self, environment: Environment, spec: EnvironmentSpec) -> None:
         """Let big segments that were not used yet be those of another database or prefix."""
-        big_segments, database = environment.big_segments, self._database
-        if big_segments is not None and database is not None and database.big_segments_for:
-            big_segments.store = database.big_segments_for(spec)
+        big_segments, store_for = environment.big_segments, _memberships(self._databases)
+        if big_segments is not None and store_for is not None:
+            big_segments.store = store_for(spec)
             if self._upstream is not None:
                 _synchronise(big_segments, self._config.main, self._upstream, environment)
 
@@ -206,9 +211,9 @@ def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
     That is None if the configuration lists none: the environments come from elsewhere.
     """
     registry: Registry[Environment] = Registry()
-    database = _database(config)
+    databases = _databases(config)
     if config.offline_mode.file_data_source:
-        return _offline(config, registry, database), None
+        return _offline(config, registry, databases), None
     events: Forwarder | None = None
     fetch: Fetch | None = None
     places = _places(config)
@@ -220,10 +225,10 @@ def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
         session, fetch = upstream, upstream.fetch
         events = _forwarder(config, upstream, registry.spec_of)
         if config.auto_config.key:
-            directory = _auto_configuration(config, upstream, make_source, database, places)
+            directory = _auto_configuration(config, upstream, make_source, databases, places)
     else:
         make_source = _file(config)
-    parts = EnvironmentParts(config, make_source, database, places, upstream)
+    parts = EnvironmentParts(config, make_source, databases, places, upstream)
     specs = parts.specs if config.uses_launchdarkly else [_demo(config.main)]
     relay = Relay(
         [parts.environment(spec) for spec in specs],
@@ -244,7 +249,7 @@ def _auto_configuration(
     config: Config,
     session: HTTPSession,
     make_source: SourceFactory,
-    database: Database | None,
+    databases: Sequence[Database],
     places: Places | None,
 ) -> AutoConfiguration:
     """Return what follows the list of environments; it makes them as the configured ones are."""
@@ -256,8 +261,8 @@ def _auto_configuration(
     key = AutoConfigKey(auto.key.reveal())
     return AutoConfiguration(
         AutoConfigStream(session, main.stream_uri, key, log),
-        _shared(auto, main),
-        lambda spec: _environment(config, spec, make_source, database, places, upstream=session),
+        _shared(auto, config),
+        lambda spec: _environment(config, spec, make_source, databases, places, upstream=session),
         make_source,
         tuple(_list_mirrors(config, key, log)),
     )
@@ -281,7 +286,9 @@ def _list_mirrors(config: Config, key: AutoConfigKey, log: Log) -> Iterator[List
         yield ListMirror(store, log)
 
 
-def _offline(config: Config, registry: Registry[Environment], database: Database | None) -> Relay:
+def _offline(
+    config: Config, registry: Registry[Environment], databases: Sequence[Database]
+) -> Relay:
     """Return the relay whose environments are those of an archive: without a network.
 
     Raises:
@@ -293,11 +300,11 @@ def _offline(config: Config, registry: Registry[Environment], database: Database
     places = _places(config)
 
     def make_environment(spec: EnvironmentSpec, source: DataSource) -> Environment:
-        return _environment(config, spec, lambda _spec, _log: source, database, places)
+        return _environment(config, spec, lambda _spec, _log: source, databases, places)
 
     path = Path(options.file_data_source)
     interval = options.file_data_source_monitoring_interval
-    archive = OfflineArchive(path, interval, _shared(options, main), make_environment)
+    archive = OfflineArchive(path, interval, _shared(options, config), make_environment)
     relay = Relay(
         [],
         main.init_timeout,
@@ -313,7 +320,7 @@ def _offline(config: Config, registry: Registry[Environment], database: Database
     return relay
 
 
-def _shared(options: AutoConfig | OfflineMode, main: Main) -> SharedSettings:
+def _shared(options: AutoConfig | OfflineMode, config: Config) -> SharedSettings:
     """Return the settings that the configuration has for all environments of a directory."""
     from relay.protocol.environments import SharedSettings
 
@@ -321,8 +328,13 @@ def _shared(options: AutoConfig | OfflineMode, main: Main) -> SharedSettings:
         options.env_datastore_prefix,
         options.env_allowed_origin,
         options.env_allowed_header,
-        main.eval_streams,
+        config.main.eval_streams,
+        options.env_datastore_table_name or _common_table(config),
     )
+
+
+def _common_table(config: Config) -> str:
+    return config.dynamodb.table_name if config.dynamodb else ""
 
 
 def _demo(main: Main) -> EnvironmentSpec:
@@ -343,17 +355,18 @@ def sync_targets(
     Raises:
         ConfigError: there is no destination, or no such environment; see also `build`.
     """
-    from relay.stores import DOCUMENT
+    from relay.stores import DATABASES, DOCUMENT
     from relay.sync import SyncTarget
 
     if to:
         config = structs.replace(config, publish=structs.replace(config.publish, to=(to,)))
-    database, places = None if to else _database(config), _places(config)
+    databases = () if to else _databases(config)
+    places = _places(config)
     publish = config.publish
     problems = _missing(config, names)
-    if database is None and not publish.to:
-        text = "there is no database to bring up to date; [Redis], [Consul], USE_REDIS or"
-        text = f"{text} USE_CONSUL names one, and --to or PUBLISH_TO a place for documents"
+    if not databases and not publish.to:
+        text = "there is no database to bring up to date; USE_REDIS, USE_CONSUL or USE_DYNAMODB"
+        text = f"{text} names one, and --to or PUBLISH_TO a place for documents"
         problems.append(text)
     problems += [
         f'environment "{each.name}" has no client-side ID (envId), which names its document'
@@ -365,9 +378,10 @@ def sync_targets(
     session, sources = _sources(config, names, relay_url)
     targets: list[SyncTarget] = []
     for spec, make_source, log in sources:
-        if database:
-            store = database.store_for(spec)
-            targets.append(SyncTarget(spec, make_source(), store, log, database.kind))
+        for number, each in enumerate(databases):
+            store, kind, table = each.store_for(spec), each.kind, each.table_of(spec)
+            label = f"{DATABASES[kind]} data store {table or store.server}" if number else ""
+            targets.append(SyncTarget(spec, make_source(), store, log, kind, label, table))
         documents = places.stores(publish.to, publish.token, spec, log) if places else []
         targets += [
             SyncTarget(spec, make_source(), each, log, DOCUMENT, each.label) for each in documents
@@ -421,7 +435,7 @@ def _sources(
         main = structs.replace(config.main, data_source="polling", base_uri=relay_url)
         config = structs.replace(config, main=main)
     session, make_source = _launchdarkly(config)
-    specs = [_spec(each, config.main) for each in config.all_environments]
+    specs = [_spec(each, config) for each in config.all_environments]
     chosen = [(spec, _log_for(spec)) for spec in specs if not names or spec.name in names]
     return session, [(spec, partial(make_source, spec, log), log) for spec, log in chosen]
 
@@ -487,7 +501,8 @@ def _forwarder(
     return Forwarder(spool, upstream, events.events_uri, spec_of, timings)
 
 
-def _spec(options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
+def _spec(options: EnvironmentConfig, config: Config) -> EnvironmentSpec:
+    main = config.main
     return EnvironmentSpec(
         name=options.name,
         sdk_key=SDKKey(options.sdk_key.reveal()),
@@ -501,6 +516,7 @@ def _spec(options: EnvironmentConfig, main: Main) -> EnvironmentSpec:
         allowed_origins=options.allowed_origin,
         allowed_headers=options.allowed_header,
         prefix=options.prefix,
+        table=options.table_name or _common_table(config),
         log_level=options.log_level or None,
         payload_filter=options.filter_key,
     )
@@ -510,7 +526,7 @@ def _environment(
     config: Config,
     spec: EnvironmentSpec,
     make_source: SourceFactory,
-    database: Database | None,
+    databases: Sequence[Database],
     places: Places | None,
     *,
     upstream: HTTPSession | None = None,
@@ -519,7 +535,7 @@ def _environment(
     log = _log_for(spec)
     source = make_source(spec, log)
     programs, journal, main = ProgramCache(), Journal(spec.lineage), config.main
-    big_segments = _big_segments(main, spec, log, database)
+    big_segments = _big_segments(main, spec, log, databases)
     client_side = client_side_channels(programs, main.ping_stream_jitter_time, big_segments)
     channels = {DELTAS: DeltaChannel(journal), **client_side}
     hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), channels)
@@ -531,22 +547,35 @@ def _environment(
     resync = environment.resync
     environment.mirrors = (
         *_first_mirrors(config, spec, log, places),
-        *_database_mirrors(config, spec, resync, log, database),
+        *_database_mirrors(config, spec, resync, log, databases),
         *_document_mirrors(config, spec, resync, log, places),
     )
     return environment
 
 
+def _moves(before: EnvironmentSpec, after: EnvironmentSpec) -> bool:
+    """Return whether an environment's place in the databases changes."""
+    return (before.prefix, before.table) != (after.prefix, after.table)
+
+
+def _memberships(
+    databases: Sequence[Database],
+) -> Callable[[EnvironmentSpec], BigSegmentStore] | None:
+    """Return what makes stores of big segments, in the first database that can hold them."""
+    return next(filter(None, (each.big_segments_for for each in databases)), None)
+
+
 def _big_segments(
-    main: Main, spec: EnvironmentSpec, log: Log, database: Database | None
+    main: Main, spec: EnvironmentSpec, log: Log, databases: Sequence[Database]
 ) -> BigSegments | None:
     """Return the big segments of an environment; None without a database that can hold them."""
-    if database is None or database.big_segments_for is None:
+    make_store = _memberships(databases)
+    if make_store is None:
         return None
     from relay.bigsegments.environment import BigSegments, BigSegmentTimings
 
     timings = BigSegmentTimings(reported=main.big_segments_stale_threshold)
-    return BigSegments(database.big_segments_for(spec), log, timings)
+    return BigSegments(make_store(spec), log, timings)
 
 
 def _synchronise(
@@ -581,29 +610,48 @@ def _stream_limits(main: Main) -> StreamLimits:
     )
 
 
-def _database(config: Config) -> Database | None:
-    """Return the configured database; None without one.
+def _databases(config: Config) -> tuple[Database, ...]:
+    """Return the configured databases.
 
     Raises:
-        ConfigError: a file or variable that it needs is unusable.
+        ConfigError: a file or variable that one of them needs is unusable, or a library is missing.
     """
+    databases = []
     if redis := config.redis:
         from relay.stores.redis.bigsegments import RedisBigSegmentStore
         from relay.stores.redis.store import RedisStore
 
-        return Database(
-            "redis",
-            lambda spec: RedisStore(redis, spec.prefix),
-            lambda spec: RedisBigSegmentStore(redis, spec.prefix),
+        databases.append(
+            Database(
+                "redis",
+                lambda spec: RedisStore(redis, spec.prefix),
+                lambda spec: RedisBigSegmentStore(redis, spec.prefix),
+            )
         )
     if consul := config.consul:
         from relay.stores.consul.connect import connect
         from relay.stores.consul.store import ConsulStore
 
-        connection = connect(consul, os.environ)
-        size = consul.max_value_size
-        return Database("consul", lambda spec: ConsulStore(connection, spec.prefix, size))
-    return None
+        server, size = connect(consul, os.environ), consul.max_value_size
+        databases.append(Database("consul", lambda spec: ConsulStore(server, spec.prefix, size)))
+    if config.dynamodb:
+        databases.append(_dynamodb(config.dynamodb))
+    return tuple(databases)
+
+
+def _dynamodb(options: DynamoDB) -> Database:
+    try:
+        from relay.stores.dynamodb.connect import DynamoDBConnection
+        from relay.stores.dynamodb.store import DynamoDBStore
+    except ImportError as e:
+        text = "[DynamoDB] enabled: DynamoDB needs the libraries for AWS: pip install 'relay[aws]'"
+        raise ConfigError([text]) from e
+    connection = DynamoDBConnection(options.url, os.environ)
+
+    def store_for(spec: EnvironmentSpec) -> DataStore:
+        return DynamoDBStore(connection.lease(), spec.table, spec.prefix)
+
+    return Database("dynamodb", store_for, has_tables=True)
 
 
 def _first_mirrors(
@@ -630,17 +678,21 @@ def _database_mirrors(
     spec: EnvironmentSpec,
     resync: Callable[[], None],
     log: Log,
-    database: Database | None,
+    databases: Sequence[Database],
 ) -> Iterator[Mirror]:
-    """Yield the mirror in the database, if one is configured."""
-    if database:
-        from relay.stores.mirror import SINGLE_RUN, DatabaseMirror, MirrorTimings
+    """Yield a mirror for each database, as configured."""
+    if not databases:
+        return
+    from relay.stores import DATABASES
+    from relay.stores.mirror import SINGLE_RUN, TIMINGS, DatabaseMirror, MirrorTimings
 
-        store, name = database.store_for(spec), database.kind.capitalize()
+    for database in databases:
+        kind, table, store = database.kind, database.table_of(spec), database.store_for(spec)
         text = "Using %s data store: %s with prefix: %s"
-        log.info(text, name, store.server, store.prefix)
-        timings = SINGLE_RUN if config.main.exit_always else MirrorTimings()
-        yield DatabaseMirror(store, database.kind, resync, log, timings)
+        log.info(text, DATABASES[kind], table or store.server, store.prefix)
+        usual = TIMINGS.get(kind, MirrorTimings())
+        timings = SINGLE_RUN if config.main.exit_always else usual
+        yield DatabaseMirror(store, kind, resync, log, timings, table=table)
 
 
 def _document_mirrors(

@@ -44,6 +44,7 @@ OPTIONS = {
     "allowed_origins": "allowedOrigin",
     "allowed_headers": "allowedHeader",
     "prefix": "prefix",
+    "table": "tableName",
     "log_level": "logLevel",
     "payload_filter": "filterKey",
 }

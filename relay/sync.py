@@ -41,7 +41,8 @@ class SyncTarget:
         store: data store to bring up to date.
         log: logger that names the environment.
         database: kind of the store.
-        label: the store for log lines and results; empty if it is the database of the relay.
+        label: the store for log lines and results; empty for the first or only database.
+        table: table of the database; empty if it has none.
     """
 
     spec: EnvironmentSpec
@@ -50,6 +51,7 @@ class SyncTarget:
     log: Log
     database: str = "redis"
     label: str = ""
+    table: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +198,7 @@ async def _synchronise_one(target: SyncTarget, options: SyncOptions) -> SyncResu
         async with asyncio.timeout(options.timeout):
             await run.execute()
     except StoreUnavailable as e:
-        problem = f"{target.store.server} is unavailable: {e}"
+        problem = f"{target.store.server or target.table} is unavailable: {e}"
     except (UpstreamUnavailable, TimeoutError) as e:
         problem = str(e) or run.outage
     finally:
@@ -261,6 +263,7 @@ class _Run:
                 target.log,
                 SINGLE_RUN,
                 label=target.label,
+                table=target.table,
             )
             running.append(asyncio.create_task(self._mirror.run()))
         done = asyncio.create_task(self._wait_done())

@@ -19,6 +19,7 @@ from relay.config.options import Option, Support
 from relay.config.schema import (
     AutoConfig,
     Consul,
+    DynamoDB,
     EnvironmentConfig,
     Events,
     Filters,
@@ -32,7 +33,6 @@ from relay.config.schema import (
     options,
     with_variants,
 )
-from relay.config.unsupported import DynamoDB
 from relay.model.environment import DEFAULT_PREFIX
 from relay.model.text import one_line
 
@@ -188,6 +188,12 @@ def consul_of(draft: Draft) -> Consul | None:
     return consul if consul.host else None
 
 
+def dynamodb_of(draft: Draft) -> DynamoDB | None:
+    """Return `[DynamoDB]`; None if it is not enabled."""
+    dynamodb = draft.of(DynamoDB)
+    return dynamodb if dynamodb.enabled else None
+
+
 def _main_key(*attributes: str) -> tuple[Key, ...]:
     return _keys("Main", *attributes)
 
@@ -244,8 +250,11 @@ def _auto_config(draft: Draft) -> Iterator[Diagnostic]:
     auto = draft.of(AutoConfig)
     keys = _keys("AutoConfig", *(name for name in SHARED if getattr(auto, name)))
     cache = _keys("AutoConfig", "cache_key")
-    if auto.cache_key and not _enabled_databases(draft).keys() - {"Consul"}:
+    if auto.cache_key and not (enabled := _enabled_databases(draft)).keys() - {"Consul"}:
         yield "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled", cache
+    elif auto.cache_key and "Redis" not in enabled:
+        text = "is kept in Redis only, so far; without Redis use [Main] snapshotDir"
+        yield f"AUTO_CONFIG_CACHE_KEY: the list of environments {text}", cache
     if not auto.key and (keys or auto.cache_key):
         keys = (*keys, *(cache if auto.cache_key else ()))
         text = "must specify auto-configuration key if other auto-configuration properties are set"
@@ -389,10 +398,15 @@ def _dynamodb(draft: Draft) -> Iterator[Diagnostic]:
     dynamodb = draft.of(DynamoDB)
     if not dynamodb.enabled or dynamodb.table_name:
         return
+    text = "TableName property must be specified for DynamoDB, either globally or per environment"
     for each in draft.environments:
         if not each.table_name:
-            text = "TableName property must be specified for DynamoDB, either globally or per"
-            yield f"{text} environment", ((ENVIRONMENT, each.name, ""),)
+            yield text, ((ENVIRONMENT, each.name, ""),)
+    auto, offline = draft.of(AutoConfig), draft.of(OfflineMode)
+    if auto.key and not auto.env_datastore_table_name:
+        yield text, _keys("AutoConfig", "key")
+    if offline.file_data_source and not offline.env_datastore_table_name:
+        yield text, _keys("OfflineMode", "file_data_source")
 
 
 def _enabled_databases(draft: Draft) -> dict[str, tuple[Key, ...]]:
@@ -408,17 +422,13 @@ def _enabled_databases(draft: Draft) -> dict[str, tuple[Key, ...]]:
 
 
 def _databases(draft: Draft) -> Iterator[Diagnostic]:
-    enabled = _enabled_databases(draft)
-    if len(enabled) > 1:
-        text = f"multiple databases are enabled ({', '.join(enabled)}); only one is allowed"
-        yield text, tuple(key for keys in enabled.values() for key in keys)
-    if len(enabled) != 1:
+    if not _enabled_databases(draft):
         return
     if len(draft.environments) > 1:
         yield from _without_prefix(draft)
     auto = draft.of(AutoConfig)
     prefix_or_table = auto.env_datastore_prefix
-    if draft.of(DynamoDB).enabled:
+    if _has_tables_only(draft):
         prefix_or_table += auto.env_datastore_table_name
     if auto.key and "$CID" not in prefix_or_table:
         text = (
@@ -428,11 +438,16 @@ def _databases(draft: Draft) -> Iterator[Diagnostic]:
         yield text, _keys("AutoConfig", "key", *SHARED[:2])
 
 
+def _has_tables_only(draft: Draft) -> bool:
+    """Return whether a table of its own is enough to keep an environment apart."""
+    return list(_enabled_databases(draft)) == ["DynamoDB"]
+
+
 def _without_prefix(draft: Draft) -> Iterator[Diagnostic]:
-    dynamodb = draft.of(DynamoDB).enabled
-    lacking = "a prefix or table name" if dynamodb else "a prefix"
+    tables = _has_tables_only(draft)
+    lacking = "a prefix or table name" if tables else "a prefix"
     for each in draft.environments:
-        if not each.prefix and not (dynamodb and each.table_name):
+        if not each.prefix and not (tables and each.table_name):
             text = f'environment "{each.name}" does not have {lacking} specified for database'
             yield f"{text} storage", ((ENVIRONMENT, each.name, ""),)
 
@@ -565,7 +580,7 @@ def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
 
 
 def _prefixless_environment(draft: Draft) -> Iterator[Diagnostic]:
-    if len(_enabled_databases(draft)) == 1 and len(draft.environments) == 1:
+    if _enabled_databases(draft) and len(draft.environments) == 1:
         for text, keys in _without_prefix(draft):
             yield f"{text}; this would be an error if multiple environments were configured", keys
 
@@ -574,6 +589,8 @@ def _archive_without_prefix(draft: Draft) -> Iterator[Diagnostic]:
     """Report that the environments of an archive would share a prefix, which ld-relay allows."""
     offline = draft.of(OfflineMode)
     distinct = "$CID" in offline.env_datastore_prefix
+    if _has_tables_only(draft):
+        distinct |= "$CID" in offline.env_datastore_table_name
     if offline.file_data_source and _enabled_databases(draft) and not distinct:
         text = (
             '[OfflineMode] envDatastorePrefix does not contain "$CID"; if the archive has several'
@@ -586,12 +603,16 @@ def _duplicates(draft: Draft) -> Iterator[Diagnostic]:
     """Report credentials and prefixes that environments share; as in ld-relay, the later wins."""
     nouns = {"sdk_key": "SDK key", "mobile_key": "mobile key", "env_id": "client-side ID"}
     if _enabled_databases(draft):
-        nouns["prefix"] = "database prefix"
+        nouns["prefix"] = (
+            "table and database prefix" if _has_tables_only(draft) else "database prefix"
+        )
     for attribute, noun in nouns.items():
         owners: dict[object, str] = {}
         for each in with_variants(draft.environments, draft.filters):
             value = getattr(each, attribute)
-            if value and attribute != "prefix":
+            if attribute == "prefix" and _has_tables_only(draft) and (each.table_name or value):
+                value = each.table_name or draft.of(DynamoDB).table_name, value
+            elif value and attribute != "prefix":
                 value = value, each.filter_key  # a variant shares the credentials
             if value and value in owners:
                 text = f'environments "{owners[value]}" and "{each.name}" have the same {noun}'

@@ -21,7 +21,7 @@ _IN_PLACE = frozenset((("Main", "log_level"), ("Main", "reload")))
 _OF_ENVIRONMENTS = ("Main", "eval_streams")
 """Option that environments of the configuration take for a default."""
 
-_STORES = ("redis", "consul")
+_STORES = ("redis", "consul", "dynamodb")
 """Attributes of a configuration of which the stores of listed environments are made."""
 
 _WEBHOOK = ("Webhook", "secret")

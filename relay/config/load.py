@@ -434,6 +434,7 @@ def _config(draft: Draft, warnings: list[str]) -> Config:
         filters=dict(draft.filters),
         redis=checks.redis_of(draft),
         consul=checks.consul_of(draft),
+        dynamodb=checks.dynamodb_of(draft),
         publish=draft.of(Publish),
         proxy=draft.of(Proxy),
         http=draft.of(Http),

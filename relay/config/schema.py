@@ -41,7 +41,6 @@ from relay.config.types import (
 from relay.config.unsupported import (
     Concurrency,
     Datadog,
-    DynamoDB,
     OpenTelemetry,
     Stackdriver,
 )
@@ -452,6 +451,34 @@ class Consul(Struct, frozen=True):
 
 
 @section
+class DynamoDB(Struct, frozen=True):
+    """`[DynamoDB]`: DynamoDB table that the relay keeps up to date for SDKs in daemon mode.
+
+    The table must exist: partition key `namespace`, sort key `key`, both strings. Region and
+    credentials are found as by all of AWS's tools.
+    """
+
+    enabled: bool = option("USE_DYNAMODB", BOOLEAN, False, "Keep a DynamoDB table up to date.")
+    table_name: str = option(
+        "DYNAMODB_TABLE",
+        STRING,
+        "",
+        "Table for environments without one of their own.",
+        "flags",
+    )
+    url: str = option(
+        "DYNAMODB_URL",
+        HTTP_URI,
+        "",
+        "URL of the DynamoDB service. Not set: that of AWS.",
+        "http://localhost:8000",
+    )
+    local_ttl: float = option(
+        "CACHE_TTL", DURATION, 30.0, "See `[Redis]` `localTtl`.", support=NO_EFFECT
+    )
+
+
+@section
 class Publish(Struct, frozen=True):
     """`[Publish]`: each environment as one document, for functions, edge SDKs and other relays."""
 
@@ -578,7 +605,6 @@ _ENV_DATASTORE_TABLE_NAME = option(
     "",
     "DynamoDB table; `$CID` stands for the client-side ID.",
     "ld-$CID",
-    support=LATER,
 )
 _ENV_ALLOWED_ORIGIN = option(
     "ENV_ALLOWED_ORIGIN",
@@ -660,7 +686,6 @@ class EnvironmentConfig(Struct, frozen=True):
         "",
         "DynamoDB table for this environment.",
         "flags-production",
-        support=LATER,
     )
     ttl: float = option(
         "LD_TTL_", DURATION, 0.0, "How long HTTP caches may keep poll responses; 0 = not at all."
@@ -777,6 +802,7 @@ SECTIONS: dict[str, type] = {
     "Events": Events,
     "Redis": Redis,
     "Consul": Consul,
+    "DynamoDB": DynamoDB,
     "Publish": Publish,
     "Proxy": Proxy,
     "Http": Http,
@@ -785,7 +811,6 @@ SECTIONS: dict[str, type] = {
     "Concurrency": Concurrency,
     "AutoConfig": AutoConfig,
     "OfflineMode": OfflineMode,
-    "DynamoDB": DynamoDB,
     "Datadog": Datadog,
     "Stackdriver": Stackdriver,
     "OpenTelemetry": OpenTelemetry,
@@ -804,6 +829,7 @@ class Config(Struct, frozen=True):
         filters: payload filters by project key.
         redis: None if Redis is not configured; otherwise `redis.url` is complete.
         consul: None if Consul is not configured.
+        dynamodb: None if DynamoDB is not enabled.
         sources: source of each option that was set, `FILE:LINE` or the variable, by
             `Section.attribute` or `Environment "NAME".attribute`.
         warnings: messages for the operator, such as on options without effect.
@@ -815,6 +841,7 @@ class Config(Struct, frozen=True):
     filters: dict[str, Filters] = field(default_factory=dict)
     redis: Redis | None = None
     consul: Consul | None = None
+    dynamodb: DynamoDB | None = None
     publish: Publish = Publish()
     proxy: Proxy = Proxy()
     http: Http = Http()

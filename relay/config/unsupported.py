@@ -12,39 +12,10 @@ from relay.config.types import (
     BOOLEAN,
     COUNT,
     DURATION,
-    HTTP_URI,
     LIST,
     STRING,
     one_of,
 )
-
-
-@section
-class DynamoDB(Struct, frozen=True):
-    """`[DynamoDB]`: DynamoDB table that the relay keeps up to date for SDKs in daemon mode."""
-
-    enabled: bool = option(
-        "USE_DYNAMODB", BOOLEAN, False, "Keep a DynamoDB table up to date.", support=REFUSED
-    )
-    table_name: str = option(
-        "DYNAMODB_TABLE",
-        STRING,
-        "",
-        "Table for environments without one of their own.",
-        "flags",
-        support=LATER,
-    )
-    url: str = option(
-        "DYNAMODB_URL",
-        HTTP_URI,
-        "",
-        "URL of the DynamoDB service. Not set: that of AWS.",
-        "http://localhost:8000",
-        support=LATER,
-    )
-    local_ttl: float = option(
-        "CACHE_TTL", DURATION, 30.0, "See `[Redis]` `localTtl`.", support=NO_EFFECT
-    )
 
 
 @section

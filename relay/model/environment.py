@@ -31,6 +31,7 @@ class EnvironmentSpec:
         allowed_origins: allowed CORS origins; empty allows every origin.
         allowed_headers: allowed CORS request headers besides the standard ones.
         prefix: prefix of the keys in the database; empty for the default.
+        table: table of the database, where it has several; empty for none.
         log_level: level of this environment's log lines; None for the relay's.
         payload_filter: key of the payload filter whose part of the data this is; empty for all.
         project_name: display name of the project; empty for an environment of the configuration.
@@ -51,6 +52,7 @@ class EnvironmentSpec:
     allowed_origins: tuple[str, ...] = ()
     allowed_headers: tuple[str, ...] = ()
     prefix: str = ""
+    table: str = ""
     log_level: str | None = None
     payload_filter: str = ""
     project_name: str = ""

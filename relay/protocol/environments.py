@@ -73,12 +73,14 @@ class SharedSettings(Struct, frozen=True):
         allowed_origins: allowed CORS origins; empty allows every origin.
         allowed_headers: allowed CORS request headers besides the standard ones.
         eval_streams: send evaluated flags instead of pings on client-side streams.
+        table: table of the database; `$CID` stands for the environment's ID.
     """
 
     prefix: str = ""
     allowed_origins: tuple[str, ...] = ()
     allowed_headers: tuple[str, ...] = ()
     eval_streams: bool = False
+    table: str = ""
 
 
 def decoded(what: str, content: bytes) -> object:
@@ -246,6 +248,7 @@ def spec_of(
         allowed_origins=settings.allowed_origins,
         allowed_headers=settings.allowed_headers,
         prefix=settings.prefix.replace("$CID", ".".join(filter(None, (description.id, part)))),
+        table=settings.table.replace("$CID", description.id),
         payload_filter=part,
         expiries=_expiries(description, sdk_key, mobile_key, now, before),
     )

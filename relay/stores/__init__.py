@@ -71,7 +71,7 @@ class DataStore(Protocol):
 
     @property
     def server(self) -> str:
-        """Address of the database, without secrets."""
+        """Address of the database, without secrets; empty for the service of a cloud."""
 
     @property
     def prefix(self) -> str:
@@ -120,6 +120,9 @@ class StoreState(Enum):
     INTERRUPTED = "INTERRUPTED"
 
 
+DATABASES = {"redis": "Redis", "consul": "Consul", "dynamodb": "DynamoDB"}
+"""Names of the kinds of databases for people."""
+
 DOCUMENT = "document"
 """Kind of a published document, which is no database."""
 
@@ -130,10 +133,11 @@ class StoreStatus(Struct, frozen=True):
     Args:
         state: whether the database can be reached and written.
         since: time of the last change of `state`, in Unix seconds.
-        database: kind of database: `redis` or `consul`; `DOCUMENT` for a published document.
-        server: URL with the password masked.
+        database: kind of database, a key of `DATABASES`; `DOCUMENT` for a published document.
+        server: URL with the password masked; empty for the service of a cloud.
         prefix: prefix of the database keys, or name of the document.
         invalid: unreadable items found in the database.
+        table: table of the database; empty if it has none.
     """
 
     state: StoreState
@@ -142,6 +146,7 @@ class StoreStatus(Struct, frozen=True):
     server: str
     prefix: str
     invalid: tuple[InvalidItem, ...] = ()
+    table: str = ""
 
 
 class Mirror(Protocol):

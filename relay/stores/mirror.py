@@ -25,7 +25,16 @@ from relay.errors import StoreUnavailable
 from relay.model.item import InvalidItem, Item
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.steps import finish
-from relay.stores import DataStore, Key, Stored, StoreState, StoreStatus, Version, Versions
+from relay.stores import (
+    DATABASES,
+    DataStore,
+    Key,
+    Stored,
+    StoreState,
+    StoreStatus,
+    Version,
+    Versions,
+)
 from relay.stores.conflicts import NEVER, ConflictTimings
 from relay.stores.fingerprint import Fingerprint
 from relay.stores.reconcile import Reconciler, Repair
@@ -69,6 +78,13 @@ know what earlier runs replaced. Items that only the database has are removed af
 that LaunchDarkly's guide waits for its caches (webhooks 12.3)."""
 
 
+SCANNED_AT_A_PRICE = MirrorTimings(probe=30.0, compare=3600.0)
+"""Delays for a database that charges for what is read: a probe reads one small item."""
+
+TIMINGS = {"dynamodb": SCANNED_AT_A_PRICE}
+"""Delays for the kinds of databases that differ from the others."""
+
+
 class DatabaseMirror:
     """Mirror of an environment's payload in a database.
 
@@ -79,6 +95,7 @@ class DatabaseMirror:
         log: a logger that names the environment.
         timings: delays.
         label: subject of log lines; by default made of the database and its server.
+        table: table of the database; empty if it has none.
     """
 
     def __init__(
@@ -90,15 +107,22 @@ class DatabaseMirror:
         timings: MirrorTimings = MirrorTimings(),
         *,
         label: str = "",
+        table: str = "",
     ) -> None:
         self._store = store
-        self._label = label or f"{database.capitalize()} data store {store.server}"
+        where = table or store.server
+        self._label = label or f"{DATABASES.get(database, database)} data store {where}"
         self._resync = resync
         self._log = log
         self._outage = OutageLog(log, begins=logging.ERROR, ends=logging.WARNING)
         self._timings = timings
         self.status = StoreStatus(
-            StoreState.INITIALIZING, clock.unix(), database, store.server, store.prefix
+            StoreState.INITIALIZING,
+            clock.unix(),
+            database,
+            store.server,
+            store.prefix,
+            table=table,
         )
         self._payload: Payload | None = None
         """The data that upstream last confirmed."""

@@ -75,7 +75,6 @@ def problems(variables: Mapping[str, str]) -> tuple[str, ...]:
         ({"USE_REDIS": "1", "REDIS_URL": "redis://h", "REDIS_HOST": "h"}, "please specify Redis URL or host/port, but not both (REDIS_URL, REDIS_HOST)"),
         ({"USE_REDIS": "1", "REDIS_CLIENT_CERT_FILE": "c"}, "a Redis client certificate needs a key, and a key a certificate (REDIS_CLIENT_CERT_FILE)"),
         ({"FILE_DATA_SOURCE_MONITORING_INTERVAL": "1s"}, "must specify offline mode filename if other offline mode properties are set (FILE_DATA_SOURCE_MONITORING_INTERVAL)"),
-        ({"USE_DYNAMODB": "1"}, "[DynamoDB] enabled is not supported in this release (USE_DYNAMODB)"),
         ({"USE_CONSUL": "1", "CONSUL_HOST": "ftp://h"}, "CONSUL_HOST: must begin with http://, https:// or unix://, or with the host"),
         ({"USE_CONSUL": "1", "CONSUL_HOST": "http://u:hush@h"}, "CONSUL_HOST: must not contain a user or a password; Consul knows tokens only"),
         ({"USE_CONSUL": "1", "CONSUL_HOST": "h:x"}, "CONSUL_HOST: not a valid URL/URI"),
@@ -167,14 +166,17 @@ PREFIX_MISSING = "does not have a prefix specified for database storage"
             ["Consul token must be specified as either an inline value or a file, but not both (CONSUL_TOKEN, CONSUL_TOKEN_FILE)"],
         ),
         (
-            {"USE_DYNAMODB": "1", "USE_CONSUL": "1", "USE_REDIS": "1"},
-            ["multiple databases are enabled (Redis, Consul, DynamoDB); only one is allowed (USE_REDIS, USE_CONSUL, USE_DYNAMODB)"],
-        ),
-        (
             {"USE_DYNAMODB": "1", "LD_ENV_a": "k", "LD_PREFIX_a": "p"},
             ["TableName property must be specified for DynamoDB, either globally or per environment (LD_ENV_a)"],
         ),
-        ({"USE_DYNAMODB": "1", "DYNAMODB_TABLE": "t", "LD_ENV_a": "k"}, []),
+        (
+            {"USE_DYNAMODB": "1", "AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_PREFIX": "$CID"},
+            ["TableName property must be specified for DynamoDB, either globally or per environment (AUTO_CONFIG_KEY)"],
+        ),
+        (
+            {"USE_DYNAMODB": "1", "USE_REDIS": "1", "AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_TABLE_NAME": "t-$CID"},
+            ['when using auto-configuration with database storage, database prefix (or, if using DynamoDB, table name) must be specified and must contain "$CID" (AUTO_CONFIG_KEY, ENV_DATASTORE_TABLE_NAME)'],
+        ),
         (
             {"USE_DYNAMODB": "1", "DYNAMODB_TABLE": "t", "LD_ENV_a": "k", "LD_ENV_b": "l", "LD_TABLE_NAME_a": "t"},
             ['environment "b" does not have a prefix or table name specified for database storage (LD_ENV_b)'],
@@ -199,6 +201,40 @@ def test_unsupported_options_are_checked_too(
 ) -> None:
     """ld-relay's rules on options that this release does not support, without the refusals."""
     assert [p for p in problems(variables) if not REFUSED.search(p)] == expected
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"LD_ENV_a": "k", "DYNAMODB_TABLE": "t"},
+        {"LD_ENV_a": "k", "LD_TABLE_NAME_a": "t"},
+        {"AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_TABLE_NAME": "t-$CID"},
+        {"LD_ENV_a": "k", "DYNAMODB_TABLE": "t", "USE_CONSUL": "1", "USE_REDIS": "1"},
+    ],
+)
+def test_dynamodb_needs_a_table_and_may_stand_beside_others(variables: dict[str, str]) -> None:
+    """One table for all, or one for each environment; ld-relay takes one database only."""
+    config = load("", True, False, {"USE_DYNAMODB": "1", **variables})
+    assert config.dynamodb is not None
+    assert (config.redis is not None) == ("USE_REDIS" in variables)
+
+
+@pytest.mark.parametrize(
+    ("more", "warned"),
+    [
+        ({"LD_TABLE_NAME_a": "t", "LD_TABLE_NAME_b": "t"}, True),
+        ({"LD_TABLE_NAME_a": "t", "LD_TABLE_NAME_b": "u"}, False),
+        ({"LD_PREFIX_a": "p", "LD_PREFIX_b": "p"}, True),
+        ({"LD_PREFIX_a": "p", "LD_PREFIX_b": "p", "LD_TABLE_NAME_b": "u"}, False),
+        ({"LD_PREFIX_a": "p", "LD_PREFIX_b": "p", "LD_TABLE_NAME_b": "common"}, True),
+    ],
+)
+def test_environments_that_share_a_place_in_dynamodb_are_named(more, warned) -> None:
+    """Table and prefix together are the place."""
+    variables = {"USE_DYNAMODB": "1", "DYNAMODB_TABLE": "common", "LD_ENV_a": "k", "LD_ENV_b": "l"}
+    config = load("", True, False, {**variables, **more})
+    found = [text for text in config.warnings if "same table and database prefix" in text]
+    assert len(found) == warned
 
 
 def test_each_filter_adds_a_variant_of_the_environments_of_its_project() -> None:

@@ -89,7 +89,9 @@ def test_options_that_were_set_carry_their_source(tmp_path: Path) -> None:
     assert "# [Redis] is not used." in shown
     assert re.search(rf'\[Environment "Shop"\]\nsdkKey = \.\.\.a001 +# {path}:4\n', shown)
     assert re.search(r'\[Environment "b"\]\nsdkKey = \*{8} +# LD_ENV_b\n', shown)
-    assert re.search(r'prefix = "a;b" +# LD_PREFIX_b\nttl = 90s +# LD_TTL_b\n', shown)
+    assert re.search(
+        r'prefix = "a;b" +# LD_PREFIX_b\n# tableName =\nttl = 90s +# LD_TTL_b\n', shown
+    )
     assert "with 2 environments" in shown
 
 
@@ -102,7 +104,7 @@ def test_warnings_come_last() -> None:
         {
             "LD_ENV_x": "sdk-1",
             "LD_PREFIX_x": "p",
-            "LD_TABLE_NAME_x": "t",
+            "EXIT_ON_ERROR": "1",
             "CACHE_TTL": "1s",
             "USE_REDIS": "1",
         },

@@ -276,7 +276,7 @@ async def test_relay_sync_brings_consul_up_to_date(upstream, consul, tmp_path):
     sync = RelayProcess(tmp_path, "sync", "--from-env", **given)
     await sync.spawn()
     assert await sync.ended() == 2
-    assert "[Redis], [Consul], USE_REDIS or USE_CONSUL" in sync.log
+    assert "USE_REDIS, USE_CONSUL or USE_DYNAMODB names one" in sync.log
 
 
 async def test_a_one_shot_run_fills_consul_or_fails(upstream, consul, tmp_path):

@@ -34,7 +34,9 @@ def spec(before: EnvironmentSpec | None = None, **members: object) -> Environmen
 
 def test_the_spec_of_a_new_environment():
     """Names, keys and settings come from LaunchDarkly, the rest from this relay."""
-    settings = SharedSettings("ld-$CID-$CID", ("https://o",), ("X-H",), eval_streams=True)
+    settings = SharedSettings(
+        "ld-$CID-$CID", ("https://o",), ("X-H",), eval_streams=True, table="t-$CID"
+    )
     made = spec_of(describe(description(defaultTtl=5, secureMode=True)), settings, NOW)
     assert made == EnvironmentSpec(
         name="id-alpha",
@@ -51,6 +53,7 @@ def test_the_spec_of_a_new_environment():
         allowed_origins=("https://o",),
         allowed_headers=("X-H",),
         prefix="ld-id-alpha-id-alpha",
+        table="t-id-alpha",
     )
     assert made.title == "Project Alpha"
     assert replace(made, payload_filter="north").title == "Project Alpha (north)"

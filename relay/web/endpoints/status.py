@@ -141,6 +141,7 @@ def _environment_members(
         "status": "connected" if _is_connected(relay, environment) else "disconnected",
         "connectionStatus": _connection_members(environment),
         "dataStoreStatus": _store_members(relay, environment),
+        "dataStores": _all_stores_members(environment),
         "bigSegmentStatus": _big_segment_members(environment),
         "published": _published_members(environment),
         "dataAge": None if age is None else round(age),
@@ -258,6 +259,13 @@ def _store_members(relay: Relay, environment: Environment) -> dict[str, object]:
     return {"state": StoreState.VALID.value, "stateSince": _ms(environment.created)}
 
 
+def _all_stores_members(environment: Environment) -> list[dict[str, object]] | None:
+    """Return the state of each database; None if there is one at most."""
+    statuses = (mirror.status for mirror in environment.mirrors)
+    members = [_database_members(s) for s in statuses if s and s.database != DOCUMENT]
+    return members if len(members) > 1 else None
+
+
 def _big_segment_members(environment: Environment) -> dict[str, object] | None:
     """Return the state of big segments; None if there are none, or no database has them."""
     status = environment.big_segments.status if environment.big_segments else None
@@ -291,8 +299,9 @@ def _database_members(status: StoreStatus) -> dict[str, object]:
         "state": status.state.value,
         "stateSince": _ms(status.since),
         "database": status.database,
-        "dbServer": status.server,
-        "dbPrefix": status.prefix,
+        **({"dbServer": status.server} if status.server else {}),
+        **({"dbPrefix": status.prefix} if status.prefix else {}),
+        **({"dbTable": status.table} if status.table else {}),
         **_invalid_members(status.invalid),
     }
 

@@ -1,0 +1,1 @@
+"""DynamoDB data store, in the layout that SDKs read."""

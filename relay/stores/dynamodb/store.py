@@ -1,0 +1,281 @@
+"""Data store in a table of DynamoDB, in the layout that SDKs in daemon mode read (datastore 4.4).
+
+A request writes 25 items, in no order. Readers rely on the order of the requests: items, each after
+those that it refers to, then removals, then the marker. A throttled write goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from relay import randomness
+from relay.aio import run_in_slices
+from relay.backoff import Backoff
+from relay.errors import StoreUnavailable
+from relay.model.item import Item, Kind
+from relay.model.payload import Payload
+from relay.stores import Stored, Versions
+from relay.stores.dynamodb.connect import Lease, error_code, unavailable
+from relay.stores.dynamodb.layout import (
+    FINGERPRINT,
+    Attributes,
+    Layout,
+    in_batches,
+    parse_stored,
+    parse_versions,
+    stored_version,
+)
+from relay.stores.fingerprint import Fingerprint
+from relay.stores.items import in_order
+
+MAX_RACES = 100
+"""Attempts of a write that other writers interrupt, before it fails."""
+
+THROTTLED = Backoff(first=0.05, longest=5.0)
+"""Delays after requests that the service refuses because there are too many, or in part."""
+
+MAX_THROTTLED = 10
+"""Consecutive throttled requests of one write that have written nothing, before it fails: about
+half a minute."""
+
+_THROTTLING = frozenset(
+    {
+        "InternalServerError",
+        "LimitExceededException",
+        "ProvisionedThroughputExceededException",
+        "RequestLimitExceeded",
+        "ServiceUnavailable",
+        "ThrottlingException",
+        "TransactionInProgressException",
+    }
+)
+"""Error codes of requests that succeed when they are sent again later."""
+
+_CONDITION_FAILED = "ConditionalCheckFailedException"
+
+_NEWER = "attribute_not_exists(#key) or (:version > #version and #version <> :none)"
+"""The condition of most writes. An attribute that is 0 or missing says nothing of the version."""
+
+_EXISTS = "attribute_exists(#namespace)"
+
+
+class DynamoDBStore:
+    """Data store for one environment in a table.
+
+    Args:
+        connection: share in the client.
+        table: name of the table.
+        prefix: prefix of the namespaces; may be empty.
+    """
+
+    def __init__(self, connection: Lease, table: str, prefix: str) -> None:
+        self._connection = connection
+        self._layout = Layout(prefix)
+        self.table = table
+        self.prefix = prefix
+        self.server = connection.server
+
+    def __repr__(self) -> str:
+        return f"<DynamoDBStore {self.table!r} {self.prefix!r}>"
+
+    def problem_with(self, item: Item) -> str | None:
+        """Return why a table cannot hold an item; None if it can."""
+        return self._layout.problem_with(item)
+
+    async def load(self) -> Stored | None:
+        """Return everything stored; None if the store was never initialised.
+
+        Raises:
+            StoreUnavailable: the service does not answer, or refuses.
+        """
+        if await self._marker() is None:
+            return None
+        return await run_in_slices(parse_stored(await self._all_items()))
+
+    async def versions(self) -> Versions | None:
+        """Return the versions of all stored items; None if the store was never initialised.
+
+        Raises:
+            StoreUnavailable: the service does not answer, or refuses.
+        """
+        if await self._marker() is None:
+            return None
+        return await run_in_slices(parse_versions(await self._all_items()))
+
+    async def init(self, payload: Payload) -> None:
+        """Replace everything by `payload` and set the marker. What is equal is not written again.
+
+        Raises:
+            StoreUnavailable: the service does not answer, or refuses; some items may be written.
+        """
+        layout = self._layout
+        stored = {(kind, each["key"]["S"]): each for kind, each in await self._all_items()}
+        puts: list[Attributes] = []
+        for item in await run_in_slices(in_order(payload)):
+            attributes = layout.attributes(item)
+            if stored.pop((item.kind, item.key), None) != attributes:
+                puts.append({"PutRequest": {"Item": attributes}})
+        await self._write_all(puts)
+        await self._write_all(
+            {"DeleteRequest": {"Key": layout.key(kind, key)}} for kind, key in stored
+        )
+        await self._call("put_item", Item=layout.marker)
+
+    async def upsert(self, items: Sequence[Item]) -> bool:
+        """Write the items that are newer than the stored versions.
+
+        Returns:
+            True if the store was initialised; otherwise nothing is written.
+
+        Raises:
+            StoreUnavailable: the service does not answer, or refuses; some items may be written.
+        """
+        if await self._marker() is None:
+            return False
+        for item in await run_in_slices(in_order(items)):
+            await self._upsert_one(item)
+        return True
+
+    async def mark(self, fingerprint: Fingerprint) -> None:
+        """Write the fingerprint of the stored items beside the marker, if that stands.
+
+        Raises:
+            StoreUnavailable: the service does not answer, or refuses.
+        """
+        # The marker has no other attributes, so that all is put, which needs no further right.
+        marker = {**self._layout.marker, FINGERPRINT: {"S": str(fingerprint)}}
+        await self._put(marker, _EXISTS, ("namespace",))
+
+    async def holds(self, fingerprint: Fingerprint) -> bool:
+        """Return whether marker and fingerprint are there: one read of one small item.
+
+        Raises:
+            StoreUnavailable: the service does not answer, or refuses.
+        """
+        marker = await self._marker()
+        return marker is not None and marker.get(FINGERPRINT) == {"S": str(fingerprint)}
+
+    async def aclose(self) -> None:
+        """End the share in the client."""
+        await self._connection.aclose()
+
+    async def _marker(self) -> Attributes | None:
+        answer = await self._call("get_item", Key=self._layout.marker, ConsistentRead=True)
+        item: Attributes | None = answer.get("Item")
+        return item
+
+    async def _all_items(self) -> list[tuple[Kind, Attributes]]:
+        """Return all items of all kinds, segments first."""
+        found: list[tuple[Kind, Attributes]] = []
+        for kind in (Kind.SEGMENT, Kind.FLAG):
+            start: Attributes = {}
+            while True:
+                answer = await self._call(
+                    "query",
+                    ConsistentRead=True,
+                    KeyConditionExpression="#namespace = :namespace",
+                    ExpressionAttributeNames={"#namespace": "namespace"},
+                    ExpressionAttributeValues={":namespace": {"S": self._layout.namespace(kind)}},
+                    **start,
+                )
+                found += [(kind, each) for each in answer.get("Items", ())]
+                if not (last := answer.get("LastEvaluatedKey")):
+                    break
+                start = {"ExclusiveStartKey": last}
+        return found
+
+    async def _write_all(self, writes: Iterable[Attributes]) -> None:
+        """Carry out writes in order, 25 in a request, each until it is done."""
+        for batch in in_batches(writes):
+            failures, remaining = 0, batch
+            while remaining:
+                answer = await self._call("batch_write_item", RequestItems={self.table: remaining})
+                left = (answer.get("UnprocessedItems") or {}).get(self.table, [])
+                failures = failures + 1 if len(left) == len(remaining) else 0
+                remaining = left
+                if remaining:
+                    await _pause(failures, "the service leaves writes undone")
+
+    async def _upsert_one(self, item: Item) -> None:
+        attributes = self._layout.attributes(item)
+        values = {":version": attributes["version"], ":none": {"N": "0"}}
+        before = await self._put(attributes, _NEWER, ("key", "version"), values)
+        for _ in range(MAX_RACES):
+            # The condition cannot tell that the attribute is missing, or the JSON unreadable.
+            if before is None or item.version <= stored_version(before).number:
+                return
+            before = await self._put(attributes, *_unchanged(before))
+        raise StoreUnavailable("other writers leave no room")
+
+    async def _put(
+        self,
+        attributes: Attributes,
+        condition: str,
+        names: Iterable[str],
+        values: Attributes | None = None,
+    ) -> Attributes | None:
+        """Put an item on a condition; return what is stored if that does not hold, else None."""
+        try:
+            await self._call(
+                "put_item",
+                Item=attributes,
+                ConditionExpression=condition,
+                ExpressionAttributeNames={f"#{name}": name for name in names},
+                **({"ExpressionAttributeValues": values} if values else {}),
+            )
+        except ClientError as e:
+            if error_code(e) != _CONDITION_FAILED:
+                raise unavailable(e, self.table) from e
+        else:
+            return None
+        key = {name: attributes[name] for name in ("namespace", "key")}
+        answer = await self._call("get_item", Key=key, ConsistentRead=True)
+        return answer.get("Item")
+
+    async def _call(self, operation: str, **arguments: Any) -> Attributes:
+        """Send a request, again while it is throttled; return the answer.
+
+        Raises:
+            ClientError: a condition does not hold.
+            StoreUnavailable: the service does not answer, or refuses.
+        """
+        if operation != "batch_write_item":
+            arguments["TableName"] = self.table
+        failures = 0
+        while True:
+            try:
+                async with self._connection.client() as client:
+                    answer: Attributes = await getattr(client, operation)(**arguments)
+                    return answer
+            except ClientError as e:
+                if error_code(e) == _CONDITION_FAILED:
+                    raise
+                if error_code(e) not in _THROTTLING:
+                    raise unavailable(e, self.table) from e
+                failures += 1
+                await _pause(failures, str(unavailable(e, self.table)))
+            except (BotoCoreError, OSError, TimeoutError) as e:
+                raise unavailable(e, self.table) from e
+
+
+async def _pause(failures: int, reason: str) -> None:
+    """Wait before a throttled request is sent again; give up after too many in vain."""
+    if failures > MAX_THROTTLED:
+        raise StoreUnavailable(reason)
+    await asyncio.sleep(THROTTLED.delay(max(0, failures - 1), randomness.fraction()))
+
+
+def _unchanged(before: Attributes) -> tuple[str, tuple[str, ...], Attributes]:
+    """Return the condition that an item is as it was read, with its names and values."""
+    parts, values = [], {}
+    for name in ("version", "item"):
+        if name in before:
+            parts.append(f"#{name} = :{name}")
+            values[f":{name}"] = before[name]
+        else:
+            parts.append(f"attribute_not_exists(#{name})")
+    return " and ".join(parts), ("version", "item"), values

@@ -1,0 +1,371 @@
+"""DynamoDB as its operators and the SDKs in daemon mode meet it, and ld-relay's scenes with it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ldclient import Context, LDClient
+from ldclient.config import Config
+from ldclient.feature_store import CacheConfig
+from ldclient.integrations import DynamoDB
+
+from relay.environment import Environment
+from relay.model.credential import SDKKey
+from relay.model.environment import EnvironmentSpec
+from relay.protocol.fdv1 import AllFormat
+from relay.sources.streaming import StreamingSource
+from relay.stores.conflicts import ConflictTimings
+from relay.stores.dynamodb.layout import FINGERPRINT
+from relay.stores.mirror import TIMINGS, DatabaseMirror, MirrorTimings
+from relay.streams.hub import Hub
+from relay.upstream import Upstream
+from tests.support.data import all_data, flag, segment
+from tests.support.dynamodb import (
+    VARIABLES,
+    DynamoDBProxy,
+    DynamoDBServer,
+    Table,
+    failure,
+    store_in,
+)
+from tests.support.process import PATIENCE, RelayProcess
+from tests.support.redis import RedisServer
+from tests.support.serving import SDK_KEY, ask
+from tests.support.upstream import ScriptedUpstream, status
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SCRIPTS = json.loads((GOLDEN / "dynamodb.json").read_text())["recordings"]
+SCENES = {
+    scene["name"]: scene
+    for scene in map(json.loads, (GOLDEN / "dynamodb-limits.jsonl").read_text().splitlines())
+}
+ASKED = [("Authorization", SDK_KEY)]
+QUICK = MirrorTimings(
+    probe=0.05,
+    compare=0.5,
+    conflicts=ConflictTimings(second_look=0.05, refresh=0.2, newer=0.3, extra=0.3),
+)
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch) -> None:
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[DynamoDBServer]:
+    with DynamoDBServer() as server:
+        yield server
+
+
+@pytest.fixture
+def table(server) -> Table:
+    return server.new_table()
+
+
+@pytest.fixture
+async def proxy(server) -> AsyncIterator[DynamoDBProxy]:
+    async with DynamoDBProxy(server) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[ScriptedUpstream]:
+    """LaunchDarkly, with two flags and a segment."""
+    async with ScriptedUpstream() as upstream:
+        upstream.serve(SDK_KEY, all_data(flag(value="one"), flag("gone"), segment()))
+        yield upstream
+
+
+async def eventually(holds: Callable[[], Any]) -> None:
+    """Wait for what is seen in the database only."""
+    async with asyncio.timeout(PATIENCE):
+        while not await asyncio.to_thread(holds):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+def given(upstream: ScriptedUpstream, url: str, table: str, **more: str) -> dict[str, str]:
+    """The relay's variables for these servers."""
+    return {
+        **VARIABLES,
+        "LD_ENV_main": SDK_KEY,
+        "LD_PREFIX_main": "p",
+        "STREAM_URI": upstream.url,
+        "BASE_URI": upstream.url,
+        "USE_DYNAMODB": "true",
+        "DYNAMODB_URL": url,
+        "DYNAMODB_TABLE": table,
+        "INIT_TIMEOUT": "10s",
+        **more,
+    }
+
+
+def content(items: list[dict[str, Any]]) -> dict[tuple[str, str], Any]:
+    """Items with what matters of them, by namespace and key."""
+    result: dict[tuple[str, str], Any] = {}
+    for each in items:
+        value = json.loads(each["item"]["S"]) if "item" in each else {}
+        version = each.get("version", {}).get("N")
+        assert version is None or not value or int(version) == value["version"]
+        where = each["namespace"]["S"], each["key"]["S"]
+        result[where] = version, value.get("deleted") or value.get("variations")
+    return result
+
+
+def version_of(table: Table, key: str) -> str | None:
+    item = table.get("p:features", key)
+    return item["version"]["N"] if item else None
+
+
+@asynccontextmanager
+async def keeping(
+    upstream: ScriptedUpstream, url: str, table: str, timings: MirrorTimings = QUICK
+) -> AsyncGenerator[DatabaseMirror, None]:
+    """Keep the database as a relay does, with short times."""
+    log = logging.getLogger("main")
+    spec = EnvironmentSpec("main", SDKKey(SDK_KEY))
+    async with Upstream() as session:
+        source = StreamingSource(session, upstream.url, spec.sdk_key, log)
+        store = store_in(url, table)
+        mirror = DatabaseMirror(store, "dynamodb", source.resync, log, timings, table=table)
+        environment = Environment(spec, source, Hub({"all": AllFormat()}), log, [mirror])
+        running = asyncio.create_task(environment.run())
+        yield mirror
+        running.cancel()
+        await asyncio.wait([running])
+        assert running.cancelled()
+
+
+async def test_an_sdk_in_daemon_mode_reads_what_the_relay_writes(upstream, server, table, tmp_path):
+    """LaunchDarkly's SDK for Python: first data, a change, a deletion."""
+    anna = Context.create("anna")
+
+    def values(sdk: LDClient) -> tuple[Any, Any]:
+        return sdk.variation("lamp", anna, None), sdk.variation("gone", anna, None)
+
+    async with RelayProcess(tmp_path, **given(upstream, server.url, table.name)):
+        await eventually(lambda: table.get("p:$inited", "p:$inited"))
+        options = {"endpoint_url": server.url}
+        store = DynamoDB.new_feature_store(table.name, "p", options, caching=CacheConfig.disabled())
+        config = Config(SDK_KEY, feature_store=store, use_ldd=True, send_events=False)
+        sdk = await asyncio.to_thread(LDClient, config)
+        await eventually(lambda: values(sdk) == ("one", True))
+        await upstream.patch(SDK_KEY, flag(value="two", version=2))
+        await eventually(lambda: values(sdk) == ("two", True))
+        await upstream.delete(SDK_KEY, "/flags/gone", 2)
+        await eventually(lambda: values(sdk) == ("two", None))
+        await asyncio.to_thread(sdk.close)
+
+
+# Recordings
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+async def test_the_same_messages_lead_to_the_same_items(script, upstream, server, table, tmp_path):
+    """Every item that ld-relay writes, and no other; the marker has our own attribute."""
+    prefix = script.partition("prefix ")[2]
+    start = f"{prefix}:" if prefix else ""
+    first, *others = SCRIPTS[script]
+    table.put(f"{start}features", "stale", version="1", item='{"key":"stale","version":1}')
+    foreign = []
+    for each in first["items"]:
+        namespace = each["namespace"]["S"]
+        if namespace not in (f"{start}features", f"{start}segments", f"{start}$inited"):
+            server.client.put_item(TableName=table.name, Item=each)
+            foreign.append(each)
+    data = json.loads(re.search(r"data: (.*)", first["upstream"])[1])["data"]
+    upstream.serve(SDK_KEY, json.dumps(data))
+    variables = given(upstream, server.url, table.name, LD_PREFIX_main=prefix)
+    async with RelayProcess(tmp_path, **variables):
+        for step in (first, *others[:-2]):
+            if step is not first:
+                await upstream.raw(SDK_KEY, step["upstream"].encode())
+            expected = content(step["items"])
+            await eventually(lambda expected=expected: content(table.items()) == expected)
+    assert foreign
+    assert all(each in table.items() for each in foreign)
+
+
+async def test_an_item_over_the_limit_stays_as_it_was(upstream, server, table, tmp_path):
+    """ld-relay removes it from the table; here the relay serves it, and says so."""
+    scene = SCENES["items over the size limit"]
+    assert "GET /sdk/flags/grown" in {a["ask"] for a in scene["steps"][0]["answers"]}
+    old = flag("grown")
+    table.put("p:features", "grown", version="1", item=json.dumps(old))
+    table.put("p:$inited", "p:$inited")
+    upstream.serve(SDK_KEY, all_data(flag(), flag("grown", value="x" * 450_000, version=2)))
+    async with RelayProcess(tmp_path, **given(upstream, server.url, table.name)) as relay:
+        await relay.said('cannot hold a flag "grown": it has about 45')
+        await eventually(lambda: version_of(table, "lamp") == "1")
+        assert version_of(table, "grown") == "1"
+        answer = await ask(relay.address, "/sdk/flags/grown", ASKED)
+        assert json.loads(answer.body)["version"] == 2
+        await upstream.patch(SDK_KEY, flag("grown", version=3))
+        await eventually(lambda: version_of(table, "grown") == "3")
+
+
+async def test_a_table_that_is_created_later(upstream, server, proxy, tmp_path):
+    """Flags are served meanwhile, unlike by ld-relay; the status is that of the recording."""
+    recorded = SCENES["no such table"]["steps"][1]["status"]["environments"]["alpha"]
+    variables = given(upstream, server.url, "created-later")
+    async with RelayProcess(tmp_path, **variables) as relay:
+        await relay.said(
+            'data store created-later is unavailable: there is no table "created-later"'
+        )
+        assert (await ask(relay.address, "/sdk/flags/lamp", ASKED)).status == 200
+        table = server.new_table("created-later")
+        await eventually(lambda: version_of(table, "lamp") == "1")
+        await relay.said("is available again")
+        body = json.loads((await ask(relay.address, "/status")).body)
+        store = body["environments"]["main"]["dataStoreStatus"]
+        assert store.keys() == recorded["dataStoreStatus"].keys()
+        assert store["dbTable"] == "created-later"
+        assert store["dbServer"] == server.url
+
+
+async def test_stored_oddities_are_served_while_upstream_is_down(upstream, server, table, tmp_path):
+    """One unreadable item does not hide the others, as it does with ld-relay."""
+    for step in SCENES["what is there when upstream is down"]["steps"]:
+        for each in step["dynamodb"]["t-lim"]:
+            server.client.put_item(TableName=table.name, Item=each)
+    upstream.always(SDK_KEY, status(503))
+    variables = given(upstream, server.url, table.name, LD_PREFIX_main="pre")
+    async with RelayProcess(tmp_path, **variables) as relay:
+        await relay.said('holds an unreadable flag "garbage"')
+        await relay.said('holds an unreadable flag "noitem"')
+        answer = await ask(relay.address, "/sdk/flags", ASKED)
+        versions = {key: each["version"] for key, each in json.loads(answer.body).items()}
+        assert versions == {"good": 3, "noversion": 4}
+
+
+async def test_each_environment_may_have_a_table(upstream, server, table, tmp_path):
+    """As recorded: without a prefix in one of its own, with one in the common table."""
+    own = server.new_table()
+    upstream.serve("sdk-beta", all_data(flag("other")))
+    more = {"LD_ENV_beta": "sdk-beta", "LD_TABLE_NAME_beta": own.name}
+    async with RelayProcess(tmp_path, **given(upstream, server.url, table.name, **more)):
+        await eventually(lambda: own.get("$inited", "$inited") and version_of(table, "lamp"))
+    assert own.get("features", "other")
+    assert not table.get("features", "other")
+
+
+# Faults
+
+
+async def test_what_is_lost_is_written_again(upstream, server, table, caplog):
+    """Everything, the marker alone, or the items under an older backup's marker."""
+    async with keeping(upstream, server.url, table.name):
+        whole = {("p:$inited", "p:$inited"), ("p:features", "lamp"), ("p:features", "gone"),
+                 ("p:segments", "crowd")}  # fmt: skip
+        await eventually(lambda: content(table.items()).keys() == whole)
+        await asyncio.to_thread(table.empty)
+        await eventually(lambda: content(table.items()).keys() == whole)
+        backup = table.items()
+        await upstream.patch(SDK_KEY, flag(value="two", version=2))
+        await eventually(lambda: version_of(table, "lamp") == "2")
+        for each in backup:
+            server.client.put_item(TableName=table.name, Item=each)
+        await eventually(lambda: version_of(table, "lamp") == "2")
+    assert sum("has lost its data" in text for text in caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    "code", ["ExpiredTokenException", "AccessDeniedException", "UnrecognizedClientException"]
+)
+async def test_an_outage_is_said_once_and_ends(upstream, proxy, table, caplog, code):
+    """Changes meanwhile are written when it is over."""
+    async with keeping(upstream, proxy.url, table.name) as mirror:
+        await eventually(lambda: version_of(table, "lamp") == "1")
+        proxy.misbehave = lambda _operation, _body: failure(code)
+        await upstream.patch(SDK_KEY, flag(value="two", version=2))
+        await eventually(lambda: mirror.status.state.value == "INTERRUPTED")
+        proxy.misbehave = lambda _operation, _body: None
+        await eventually(lambda: version_of(table, "lamp") == "2")
+        await eventually(lambda: mirror.status.state.value == "VALID")
+    [line] = [text for text in caplog.messages if "is unavailable" in text]
+    assert line.startswith(f"DynamoDB data store {table.name} is unavailable: the service answers")
+    assert code in line
+
+
+# Cost
+
+
+async def test_requests_for_a_change_and_while_idle(upstream, proxy, table):
+    """The table in the documentation: per change, and per probe; nothing is scanned."""
+    often = MirrorTimings(probe=0.05)
+    async with keeping(upstream, proxy.url, table.name, often):
+        await eventually(lambda: FINGERPRINT in (table.get("p:$inited", "p:$inited") or {}))
+        proxy.asked.clear()
+        await eventually(lambda: len(proxy.asked) >= 10)
+        assert set(proxy.operations) == {"GetItem"}
+        assert all(each.body["Key"]["key"] == {"S": "p:$inited"} for each in proxy.asked)
+    assert 3600 / TIMINGS["dynamodb"].probe <= 120
+    async with keeping(upstream, proxy.url, table.name, MirrorTimings(probe=60)) as mirror:
+        await eventually(lambda: mirror._marked is not None)
+        proxy.asked.clear()
+        await upstream.patch(SDK_KEY, flag(value="two", version=2))
+        await eventually(lambda: len(proxy.asked) >= 3)
+        assert proxy.operations == ["GetItem", "PutItem", "PutItem"]
+
+
+# Several databases, and runs that end
+
+
+async def test_several_databases_heal_on_their_own(upstream, server, table, tmp_path):
+    """One that is away does not delay another, and `/status` shows both."""
+    variables = given(
+        upstream, server.url, table.name, USE_REDIS="1", REDIS_URL="redis://localhost:1"
+    )
+    async with RelayProcess(tmp_path, **variables) as relay:
+        await eventually(lambda: version_of(table, "lamp") == "1")
+        await upstream.patch(SDK_KEY, flag(value="two", version=2))
+        await eventually(lambda: version_of(table, "lamp") == "2")
+        body = json.loads((await ask(relay.address, "/status")).body)
+        environment = body["environments"]["main"]
+        assert environment["dataStoreStatus"]["database"] == "redis"
+        assert [
+            (each["database"], each["state"]) for each in environment["dataStores"]
+        ] == [("redis", "INTERRUPTED"), ("dynamodb", "VALID")]  # fmt: skip
+        metrics = (await ask(relay.address, "/metrics")).body.decode()
+        assert re.search(r'database="dynamodb".*\} 1', metrics)
+        assert 'database="redis"' in metrics
+
+
+async def test_relay_sync_brings_all_databases_up_to_date(upstream, server, table, tmp_path):
+    """First all, then nothing."""
+    with RedisServer(tmp_path) as redis:
+        variables = given(
+            upstream,
+            server.url,
+            table.name,
+            USE_REDIS="1",
+            REDIS_URL=f"redis://localhost:{redis.port}",
+        )
+        for expected in ("3 added, 0 updated, 0 deleted (3 items upstream)", "is up to date"):
+            sync = RelayProcess(tmp_path, "sync", "--from-env", **variables)
+            await sync.spawn()
+            assert await sync.ended() == 0, sync.log
+            assert sync.log.count(expected) == 2, sync.log
+        assert redis.do("EXISTS", "p:$inited")
+    assert version_of(table, "lamp") == "1"
+
+
+async def test_a_one_shot_run_fills_the_table_or_fails(upstream, server, table, tmp_path):
+    """`EXIT_ALWAYS`, as functions and jobs use it."""
+    variables = given(upstream, server.url, table.name, EXIT_ALWAYS="true", INIT_TIMEOUT="2s")
+    relay = RelayProcess(tmp_path, **variables)
+    await relay.spawn()
+    assert await relay.ended() == 0, relay.log
+    assert version_of(table, "lamp") == "1"
+    table.drop()
+    await relay.spawn()
+    assert await relay.ended() == 1, relay.log

@@ -1,0 +1,178 @@
+"""A server that speaks DynamoDB's protocol (moto's), and a proxy before it that misbehaves."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import aiohttp
+import botocore.session
+from aiohttp import web
+from moto.server import ThreadedMotoServer
+
+from relay.stores.dynamodb.connect import DynamoDBConnection
+from relay.stores.dynamodb.store import DynamoDBStore
+
+VARIABLES = {
+    "AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST",
+    "AWS_SECRET_ACCESS_KEY": "the-secret-key-of-the-tests",
+    "AWS_REGION": "us-east-1",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+_numbers = itertools.count()
+
+
+class DynamoDBServer:
+    """One server; entered it runs, left it is ended."""
+
+    def __enter__(self) -> Self:
+        self._server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        self._server.start()
+        self.url = "http://{}:{}".format(*self._server.get_host_and_port())
+        self.client: Any = botocore.session.get_session().create_client(
+            "dynamodb",
+            endpoint_url=self.url,
+            aws_access_key_id=VARIABLES["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=VARIABLES["AWS_SECRET_ACCESS_KEY"],
+            region_name=VARIABLES["AWS_REGION"],
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop()
+
+    def new_table(self, name: str = "") -> Table:
+        """Create an empty table."""
+        table = Table(self, name or f"table-{next(_numbers)}")
+        table.create()
+        return table
+
+
+class Table:
+    """A table of its own on a shared server."""
+
+    def __init__(self, server: DynamoDBServer, name: str) -> None:
+        self.server, self.name = server, name
+
+    def create(self) -> None:
+        keys = {"namespace": "HASH", "key": "RANGE"}
+        self.server.client.create_table(
+            TableName=self.name,
+            BillingMode="PAY_PER_REQUEST",
+            KeySchema=[{"AttributeName": n, "KeyType": kind} for n, kind in keys.items()],
+            AttributeDefinitions=[{"AttributeName": n, "AttributeType": "S"} for n in keys],
+        )
+
+    def drop(self) -> None:
+        self.server.client.delete_table(TableName=self.name)
+
+    def items(self) -> list[dict[str, Any]]:
+        """Return all items, sorted by their keys."""
+        pages = self.server.client.get_paginator("scan").paginate(TableName=self.name)
+        items = [item for page in pages for item in page["Items"]]
+        return sorted(items, key=lambda each: (each["namespace"]["S"], each["key"]["S"]))
+
+    def get(self, namespace: str, key: str) -> dict[str, Any] | None:
+        """Return an item; None if there is none."""
+        where = {"namespace": {"S": namespace}, "key": {"S": key}}
+        answer = self.server.client.get_item(TableName=self.name, Key=where, ConsistentRead=True)
+        item: dict[str, Any] | None = answer.get("Item")
+        return item
+
+    def put(self, namespace: str, key: str, **attributes: Any) -> None:
+        """Write an item with further attributes: texts or numbers."""
+        kinds = {name: {"N" if name == "version" else "S": v} for name, v in attributes.items()}
+        item = {"namespace": {"S": namespace}, "key": {"S": key}, **kinds}
+        self.server.client.put_item(TableName=self.name, Item=item)
+
+    def empty(self) -> None:
+        """Remove all items."""
+        for each in self.items():
+            key = {name: each[name] for name in ("namespace", "key")}
+            self.server.client.delete_item(TableName=self.name, Key=key)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that the proxy has seen."""
+
+    operation: str
+    body: dict[str, Any]
+    status: int
+    key_id: str = ""
+    region: str = ""
+
+
+Answer = tuple[int, dict[str, Any]]
+
+
+class DynamoDBProxy:
+    """Passes requests on, and records them. Entered it runs, left it is ended.
+
+    `misbehave` may answer in the server's place: it gets operation and body, and returns status and
+    body, or None; it may change the body. `amend` may change an answer.
+    """
+
+    def __init__(self, server: DynamoDBServer) -> None:
+        self._server = server
+        self.asked: list[Asked] = []
+        self.misbehave: Callable[[str, dict[str, Any]], Answer | None] = lambda _op, _body: None
+        self.amend: Callable[[str, dict[str, Any], dict[str, Any]], None] = lambda _o, _b, _a: None
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession()
+        app = web.Application(client_max_size=2**26)
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        [address] = self._runner.addresses
+        self.url = f"http://127.0.0.1:{address[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+        await self._session.close()
+
+    @property
+    def operations(self) -> list[str]:
+        return [each.operation for each in self.asked]
+
+    async def _handle(self, request: web.Request) -> web.Response:
+        operation = request.headers["X-Amz-Target"].rpartition(".")[2]
+        body = json.loads(await request.read())
+        credential = request.headers["Authorization"].partition("Credential=")[2].split("/")
+        answer = self.misbehave(operation, body)
+        if answer is None:
+            headers = {
+                name: value
+                for name, value in request.headers.items()
+                if name.lower() not in ("host", "content-length", "accept-encoding")
+            }
+            async with self._session.post(
+                self._server.url, data=json.dumps(body), headers=headers
+            ) as response:
+                answer = response.status, json.loads(await response.read())
+        self.amend(operation, body, answer[1])
+        self.asked.append(Asked(operation, body, answer[0], credential[0], credential[2]))
+        return web.Response(
+            status=answer[0],
+            body=json.dumps(answer[1]).encode(),
+            content_type="application/x-amz-json-1.0",
+        )
+
+
+def failure(code: str, status: int = 400) -> Answer:
+    """Return an error as DynamoDB sends it."""
+    return status, {"__type": f"com.amazonaws.dynamodb.v20120810#{code}", "message": "no, sorry"}
+
+
+def store_in(url: str, table: str, prefix: str = "p") -> DynamoDBStore:
+    """Return the store of one environment, with a connection of its own."""
+    return DynamoDBStore(DynamoDBConnection(url, VARIABLES).lease(), table, prefix)
