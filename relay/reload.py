@@ -53,6 +53,16 @@ OPTIONS = {
 _log = logging.getLogger("relay.reload")
 
 
+class Certificate(Protocol):
+    """Contract of the server's certificate."""
+
+    def check(self) -> None:
+        """Raise ConfigError if its files are unusable."""
+
+    def renew(self) -> None:
+        """Use what is in its files for the connections to come; raises ConfigError as well."""
+
+
 class Parts(Protocol):
     """Contract of what makes environments, and what they need when they change."""
 
@@ -141,6 +151,7 @@ class Reload:
         requested: is set when the configuration shall be read again.
         parts: makes environments; None if they are not those that the configuration lists.
         carry_out: is called with the configuration in force, for those who use options directly.
+        certificate: of the server, which is renewed when its files change; None without TLS.
         interval: seconds between two readings of a configuration that is watched.
     """
 
@@ -153,6 +164,7 @@ class Reload:
         *,
         parts: Parts | None = None,
         carry_out: Callable[[Config], None] = lambda _: None,
+        certificate: Certificate | None = None,
         interval: float = WATCH_INTERVAL,
     ) -> None:
         self._relay = relay
@@ -161,6 +173,7 @@ class Reload:
         self._requested = requested
         self._parts = parts
         self._carry_out = carry_out
+        self._certificate = certificate
         self._interval = interval
         self._last: _Reading = config
         """The reading that was carried out, or refused, last."""
@@ -211,7 +224,8 @@ class Reload:
             return _Problems(e.problems)
         except Exception as e:  # noqa: BLE001 - a watched file may lead to it time and again
             _log.debug("The configuration could not be read", exc_info=True)
-            return _Problems((f"it could not be read: {type(e).__name__}: {e}",))
+            # Without its text, which may quote a secret.
+            return _Problems((f"it could not be read: {type(e).__name__}",))
 
     def _refuse(self, reading: _Problems) -> None:
         """Log everything that is wrong."""
@@ -231,10 +245,17 @@ class Reload:
         found = difference(self._config, config)
         parts = None
         steps: list[_Step] = []
+        is_renewed = found.config.certificate != self._config.certificate
+        certificate = self._certificate if is_renewed else None
         try:
+            if certificate:
+                await in_thread(certificate.check, "certificate")
             if self._parts is not None:
                 parts = self._parts.of(found.config, databases=found.stores)
                 steps = await self._steps(parts, databases=found.stores)
+            if certificate:
+                certificate.renew()
+                _log.info("The certificate of the server is another one")
         except ConfigError as e:
             self._refuse(_Problems(e.problems))
             return

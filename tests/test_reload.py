@@ -121,7 +121,7 @@ async def test_an_unexpected_error_is_a_fault(caplog):
     async with reloading(read, config("a", RELOAD="signal")) as (relay, requested):
         requested.set()
         await until(lambda: relay.reloads.results[FAILURE] == 1)
-        assert "it could not be read: RuntimeError: bug" in caplog.text
+        assert "it could not be read: RuntimeError" in caplog.text
         requested.set()
         await until(lambda: set(relay.environments) == {"a", "b"})
 

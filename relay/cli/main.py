@@ -189,13 +189,51 @@ def _configuration(options: argparse.Namespace, environ: Mapping[str, str]) -> C
     return config
 
 
+class _Rereading:
+    """Reads the configuration of this process again.
+
+    Args:
+        options: of the command line.
+        environ: environment variables.
+    """
+
+    def __init__(self, options: argparse.Namespace, environ: Mapping[str, str]) -> None:
+        self._options = options
+        self._environ = environ
+        self._file = ""
+        """Path of the configuration file, once there is one."""
+        self._note_file()
+
+    def read(self) -> Config:
+        """Return the configuration.
+
+        Raises:
+            ConfigError: it is invalid; contains every problem. A file that has vanished is one,
+                even if it might have been missing at the start: more likely it is being replaced.
+        """
+        if self._file and not os.path.exists(self._file):  # noqa: PTH110 - as below
+            raise ConfigError([f'configuration file "{self._file}" does not exist any more'])
+        config = _configuration(self._options, self._environ)
+        self._note_file()
+        return config
+
+    def _note_file(self) -> None:
+        self._file = _file(self._options) or self._file
+
+
+def _file(options: argparse.Namespace) -> str:
+    """Return the path of the configuration file; empty without one."""
+    file: str = options.config or ("" if options.from_env or options.flags else DEFAULT_FILE)
+    # A missing file gets here only with `--allow-missing-file`.
+    return file if file and os.path.exists(file) else ""  # noqa: PTH110 - one check, no path
+
+
 def _source(options: argparse.Namespace) -> str:
     """Describe the source of the configuration for the log (config 3.1)."""
     if options.flags:
         return f"flags file {options.flags}"
-    file = options.config or ("" if options.from_env else DEFAULT_FILE)
-    # A missing file gets here only with `--allow-missing-file`.
-    if not file or not os.path.exists(file):  # noqa: PTH110 - one check, no path to build
+    file = _file(options)
+    if not file:
         return "configuration from environment variables"
     return f"configuration file {file}{' plus environment variables' if options.from_env else ''}"
 
@@ -251,8 +289,8 @@ def _serve(environ: Mapping[str, str], config: Config, options: argparse.Namespa
         if config.main.exit_always:
             return _run_once(config)
         server, hangups = ServerOptions.of(config), asyncio.Event()
-        read = partial(_configuration, options, environ)
-        build = partial(build_site, config, server.limits, read, hangups)
+        read = _Rereading(options, environ).read
+        build = partial(build_site, config, server.limits, read, hangups, server.tls)
         uvloop.run(serve(server, build, hangups))
     except CannotListen as e:
         _log.error("%s", e)

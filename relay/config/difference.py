@@ -72,9 +72,21 @@ def difference(before: Config, after: Config) -> Difference:
         in_force |= {"environments": after.environments, "filters": after.filters}
     else:
         restart += _named_sections(before, after)
+    if _has_same_files(before, after):
+        in_force["certificate"] = after.certificate
     config = structs.replace(before, **in_force, sources=sources, warnings=after.warnings)
     stores = any(getattr(config, each) != getattr(before, each) for each in _STORES)
     return Difference(config, stores, tuple(restart))
+
+
+def _has_same_files(before: Config, after: Config) -> bool:
+    """Return whether the server's certificate is in the same files."""
+    one, other = before.main, after.main
+    return (one.tls_enabled, one.tls_cert, one.tls_key) == (
+        other.tls_enabled,
+        other.tls_cert,
+        other.tls_key,
+    )
 
 
 def same(one: Config, other: Config) -> bool:

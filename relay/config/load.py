@@ -5,8 +5,10 @@ The environment is a mapping that the caller passes; nothing here reads `os.envi
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -427,8 +429,9 @@ def _draft(raw: _RawOptions) -> Draft:
 
 
 def _config(draft: Draft, warnings: list[str]) -> Config:
+    main = checks.main_of(draft)
     return Config(
-        main=checks.main_of(draft),
+        main=main,
         events=checks.events_of(draft),
         environments=draft.environments,
         filters=dict(draft.filters),
@@ -444,7 +447,18 @@ def _config(draft: Draft, warnings: list[str]) -> Config:
         auto_config=draft.of(AutoConfig),
         sources={_label(key): source for key, source in draft.sources.items()},
         warnings=(*warnings, *checks.warnings(draft)),
+        certificate=_digest([main.tls_cert, main.tls_key] if main.tls_enabled else []),
     )
+
+
+def _digest(paths: Sequence[str]) -> str:
+    """Return a digest of the contents of files; those that cannot be read count as empty."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        with suppress(OSError, ValueError):
+            if path.is_file():  # a pipe can be read only once
+                digest.update(path.read_bytes())
+    return digest.hexdigest() if paths else ""
 
 
 def _label(key: Key) -> str:

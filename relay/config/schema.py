@@ -833,6 +833,8 @@ class Config(Struct, frozen=True):
         sources: source of each option that was set, `FILE:LINE` or the variable, by
             `Section.attribute` or `Environment "NAME".attribute`.
         warnings: messages for the operator, such as on options without effect.
+        certificate: digest of the server's certificate and its key, by which a renewal is noticed;
+            empty without TLS.
     """
 
     main: Main = Main()
@@ -851,6 +853,7 @@ class Config(Struct, frozen=True):
     auto_config: AutoConfig = AutoConfig()
     sources: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    certificate: str = ""
 
     @property
     def uses_launchdarkly(self) -> bool:

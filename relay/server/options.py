@@ -24,7 +24,7 @@ CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES"
 """Cipher suites of TLS 1.2: those of Go, and therefore of ld-relay."""
 
 
-class Certificate(Struct, frozen=True):
+class Certificate:
     """TLS certificate, and the minimum protocol version.
 
     Args:
@@ -33,9 +33,14 @@ class Certificate(Struct, frozen=True):
         minimum: minimum protocol version, a key of `TLS_VERSIONS`.
     """
 
-    cert: Path
-    key: Path
-    minimum: str = "1.2"
+    def __init__(self, cert: Path, key: Path, minimum: str = "1.2") -> None:
+        self.minimum = minimum
+        self._cert = cert
+        self._key = key
+        self._context: ssl.SSLContext | None = None
+
+    def __repr__(self) -> str:
+        return f"<Certificate {self._cert}, TLS {self.minimum}>"
 
     def check(self) -> None:
         """Check that the files are usable.
@@ -43,25 +48,38 @@ class Certificate(Struct, frozen=True):
         Raises:
             ConfigError: they are not; the message names the file and the reason.
         """
-        self.context()
+        self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
     def context(self) -> ssl.SSLContext:
-        """Return the TLS context of a server.
+        """Return the TLS context of the server, whose certificate `renew` replaces.
 
         Raises:
             ConfigError: the files are unusable; the message names the file and the reason.
         """
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if self._context is None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._load(context)
+            context.set_ciphers(CIPHERS)
+            context.minimum_version = TLS_VERSIONS[self.minimum]
+            self._context = context
+        return self._context
+
+    def renew(self) -> None:
+        """Read the files again, for the connections to come; call `check` before.
+
+        Raises:
+            ConfigError: the files have become unusable since.
+        """
+        self._load(self.context())
+
+    def _load(self, context: ssl.SSLContext) -> None:
         try:
-            load_key_pair(context, self.cert, self.key)
+            load_key_pair(context, self._cert, self._key)
         except EncryptedKey as e:
             raise ConfigError([f"[Main] tlsKey: {e}"]) from e
         except (OSError, ssl.SSLError) as e:
-            files = f"TLS certificate {self.cert} with key {self.key}"
+            files = f"TLS certificate {self._cert} with key {self._key}"
             raise ConfigError([f"{files} cannot be used: {e.strerror or e}"]) from e
-        context.set_ciphers(CIPHERS)
-        context.minimum_version = TLS_VERSIONS[self.minimum]
-        return context
 
 
 class ServerOptions(Struct, frozen=True):

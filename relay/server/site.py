@@ -14,6 +14,7 @@ from relay.config.render import MASK
 from relay.config.schema import Config
 from relay.model.credential import masked_url
 from relay.relay import Relay
+from relay.server.options import Certificate
 from relay.web.fastpath.shared import ConnectionLimits, FastPath
 from relay.web.handlers import Handlers
 
@@ -89,6 +90,7 @@ def build_site(
     limits: ConnectionLimits,
     read: Callable[[], Config] | None = None,
     hangups: asyncio.Event | None = None,
+    certificate: Certificate | None = None,
 ) -> Site:
     """Build the site. The imports are local because they are heavy: the port opens before them.
 
@@ -97,6 +99,7 @@ def build_site(
         limits: limits of each connection.
         read: reads the configuration again; None if it is never reloaded.
         hangups: is set when it shall be read again.
+        certificate: of the server, to be renewed then; None without TLS.
     """
     from relay.build import build_with_parts  # noqa: PLC0415
     from relay.events.intake import DiscardingAcceptor  # noqa: PLC0415
@@ -137,7 +140,15 @@ def build_site(
         background.append(webhooks.run)
     if read and hangups:
         carry_out = partial(_use_options, handlers)
-        reload = Reload(relay, config, read, hangups, parts=parts, carry_out=carry_out)
+        reload = Reload(
+            relay,
+            config,
+            read,
+            hangups,
+            parts=parts,
+            carry_out=carry_out,
+            certificate=certificate,
+        )
         background.append(reload.run)
     return Site(
         relay,

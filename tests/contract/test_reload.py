@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -16,11 +17,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import trustme
 
 from tests.support.data import all_data, flag
 from tests.support.process import PATIENCE, ROOT, RelayProcess
 from tests.support.redis import RedisServer
-from tests.support.serving import Stream, ask
+from tests.support.serving import Address, Stream, ask
 from tests.support.upstream import ScriptedUpstream
 
 A, B, C = (f"sdk-5ca1ab1e-0001-4000-8000-00000000a00{n}" for n in (1, 2, 3))
@@ -348,6 +350,60 @@ async def _webhook(relay: Configured, secret: str) -> int:
     path = "/webhooks/launchdarkly"
     address = relay.process.address
     return (await ask(address, path, headers, method="POST", body=content)).status
+
+
+@pytest.mark.parametrize("way", ["signal", "watch"])
+async def test_a_certificate_is_renewed(tmp_path, upstream, way):
+    """New connections get it, the others stay; half of one is refused."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    trusts = []
+
+    def renew(*parts: str) -> None:
+        authority = trustme.CA()
+        issued = authority.issue_cert("localhost")
+        trusts.append(ssl.create_default_context())
+        authority.configure_trust(trusts[-1])
+        blobs = {"cert": issued.cert_chain_pems[0], "key": issued.private_key_pem}
+        for part in parts:
+            blobs[part].write_to_path({"cert": cert, "key": key}[part])
+
+    renew("cert", "key")
+    tls = {"TLS_ENABLED": "1", "TLS_CERT": str(cert), "TLS_KEY": str(key), "RELOAD": way}
+    async with configured(tmp_path, upstream, f"a: sdkKey = {A}", **tls) as relay:
+        process = relay.process
+        old = Address(process.port, trusts[0])
+        stream = await Stream.open(old, key=A)
+        renew("cert")
+        if way == "signal":
+            process.signal(signal.SIGHUP)
+        await process.said(REFUSED)
+        assert f"TLS certificate {cert} with key {key} cannot be used" in process.log
+        assert (await ask(old, "/readyz")).status == 200
+        renew("cert", "key")
+        if way == "signal":
+            process.signal(signal.SIGHUP)
+        await process.said("The certificate of the server is another one")
+        assert (await ask(Address(process.port, trusts[-1]), "/readyz")).status == 200
+        with pytest.raises(ssl.SSLError):
+            await old.connect()
+        await upstream.patch(A, flag("lamp", 2, "two"))
+        await received(stream, b'"two"')
+        stream.close()
+
+
+async def test_a_file_that_vanishes_changes_nothing(tmp_path, upstream):
+    """Even if it might have been missing at the start: more likely it is being replaced."""
+    file = tmp_path / "relay.conf"
+    arguments = ("--config", str(file), "--allow-missing-file", "--from-env")
+    variables = {"LD_ENV_a": A, "STREAM_URI": upstream.url, "RELOAD": "watch"}
+    async with RelayProcess(tmp_path, *arguments, **variables) as relay:
+        await relay.said("Initialized")
+        file.write_text(f'[Environment "c"]\nsdkKey = {C}\n')
+        await relay.said('Initialized LaunchDarkly client for "c"')
+        file.unlink()
+        await relay.said(f'configuration file "{file}" does not exist any more')
+        reply = await ask(relay.address, "/sdk/flags", [("Authorization", C)])
+        assert reply.status == 200
 
 
 async def test_levels_of_the_log_change(tmp_path, upstream):
