@@ -113,18 +113,20 @@ class EnvironmentParts:
         self._places = places
         self._upstream = upstream
 
-    def of(self, config: Config, *, databases: bool) -> EnvironmentParts:
+    def of(self, config: Config, *, databases: bool, documents: bool) -> EnvironmentParts:
         """Return what makes environments with another configuration, and the same sessions.
 
         Args:
             config: in which nothing else differs but environments and databases.
             databases: True if the databases differ.
+            documents: True if the places of documents differ.
 
         Raises:
-            ConfigError: a file or variable that the database needs is unusable.
+            ConfigError: a file, variable or library that these need is unusable.
         """
         those = _databases(config) if databases else self._databases
-        return EnvironmentParts(config, self._make_source, those, self._places, self._upstream)
+        places = _places(config) if documents else self._places
+        return EnvironmentParts(config, self._make_source, those, places, self._upstream)
 
     @property
     def specs(self) -> Sequence[EnvironmentSpec]:
@@ -153,7 +155,7 @@ class EnvironmentParts:
         return self._make_source(spec, log)
 
     def mirrors(
-        self, environment: Environment, spec: EnvironmentSpec, *, databases: bool
+        self, environment: Environment, spec: EnvironmentSpec, *, databases: bool, documents: bool
     ) -> Sequence[Mirror] | None:
         """Return the mirrors that an environment needs with another spec; None if they stay.
 
@@ -164,6 +166,7 @@ class EnvironmentParts:
             environment: with its former spec and mirrors.
             spec: its spec from now on.
             databases: True if the databases differ.
+            documents: True if the places of documents differ.
         """
         from relay.stores import DOCUMENT
 
@@ -171,10 +174,10 @@ class EnvironmentParts:
         resync, places = environment.resync, self._places
         first: list[Mirror] = []
         stores: list[Mirror] = []
-        documents: list[Mirror] = []
+        published: list[Mirror] = []
         for mirror in environment.mirrors:
             status = mirror.status
-            of_kind = documents if status and status.database == DOCUMENT else stores
+            of_kind = published if status and status.database == DOCUMENT else stores
             (of_kind if status else first).append(mirror)
         has_same_id = spec.environment_id == before.environment_id
         if spec.sdk_key != before.sdk_key or not has_same_id:
@@ -182,9 +185,9 @@ class EnvironmentParts:
         if databases or _moves(before, spec):
             stores = list(_database_mirrors(config, spec, resync, log, self._databases))
             self._replace_big_segments(environment, spec)
-        if not has_same_id:
-            documents = list(_document_mirrors(config, spec, resync, log, places))
-        mirrors = (*first, *stores, *documents)
+        if documents or not has_same_id:
+            published = list(_document_mirrors(config, spec, resync, log, places))
+        mirrors = (*first, *stores, *published)
         return None if mirrors == environment.mirrors else mirrors
 
     def _replace_big_segments(self, environment: Environment, spec: EnvironmentSpec) -> None:

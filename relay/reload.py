@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 from msgspec import Struct
@@ -66,8 +67,8 @@ class Certificate(Protocol):
 class Parts(Protocol):
     """Contract of what makes environments, and what they need when they change."""
 
-    def of(self, config: Config, *, databases: bool) -> Parts:
-        """Return what makes environments with another configuration, or with other databases.
+    def of(self, config: Config, *, databases: bool, documents: bool) -> Parts:
+        """Return what makes environments with another configuration, databases or documents.
 
         Raises:
             ConfigError: a resource that it names is unusable.
@@ -87,9 +88,9 @@ class Parts(Protocol):
         """Return a new data source of an environment."""
 
     def mirrors(
-        self, environment: Environment, spec: EnvironmentSpec, *, databases: bool
+        self, environment: Environment, spec: EnvironmentSpec, *, databases: bool, documents: bool
     ) -> Sequence[Mirror] | None:
-        """Return the mirrors of an environment with another spec, or with other databases.
+        """Return the mirrors of an environment with another spec, databases or documents.
 
         None if they stay.
         """
@@ -128,7 +129,7 @@ class _Step(Struct, frozen=True):
             return f"{_shown(self.environment.spec)} is removed"
         if self.before is None:
             return f"{_shown(self.after)} is added"
-        options = ", ".join(_differences(self.before, self.after)) or "the database"
+        options = ", ".join(_differences(self.before, self.after)) or "where it is stored"
         return f"{_shown(self.before)} has changed: {options}"
 
 
@@ -251,8 +252,11 @@ class Reload:
             if certificate:
                 await in_thread(certificate.check, "certificate")
             if self._parts is not None:
-                parts = self._parts.of(found.config, databases=found.stores)
-                steps = await self._steps(parts, databases=found.stores)
+                stores, documents = found.stores, found.documents
+                of = partial(self._parts.of, found.config, databases=stores, documents=documents)
+                # In a thread, as it may have to load libraries and files.
+                parts = await in_thread(of, "reload")
+                steps = await self._steps(parts, databases=stores, documents=documents)
             if certificate:
                 certificate.renew()
                 _log.info("The certificate of the server is another one")
@@ -275,7 +279,7 @@ class Reload:
         text = "Configuration reloaded; environments added: %d, changed: %d, removed: %d"
         _log.info(text, added, len(steps) - added - removed, removed)
 
-    async def _steps(self, parts: Parts, *, databases: bool) -> list[_Step]:
+    async def _steps(self, parts: Parts, *, databases: bool, documents: bool) -> list[_Step]:
         """Return what makes the environments those of `parts`, with everything made that is new.
 
         Removals come first, because they free names and stores, additions last.
@@ -283,6 +287,7 @@ class Reload:
         Args:
             parts: of the new configuration.
             databases: True if the databases are others.
+            documents: True if the places of documents are others.
         """
         specs = parts.specs
         environments = self._relay.environments
@@ -298,11 +303,11 @@ class Reload:
             elif not parts.keeps(environment, spec, databases=databases):
                 removed.append(environment)
                 additions.append(_Step(parts.environment(spec), None, spec))
-            elif databases or spec != environment.spec:
+            elif databases or documents or spec != environment.spec:
                 before = environment.spec
                 is_rotated = spec.sdk_key != before.sdk_key
                 source = parts.source(spec, environment.log) if is_rotated else None
-                mirrors = parts.mirrors(environment, spec, databases=databases)
+                mirrors = parts.mirrors(environment, spec, databases=databases, documents=documents)
                 changes.append(_Step(environment, before, spec, source, mirrors))
             await asyncio.sleep(0)
         return [*(_Step(each, each.spec, None) for each in removed), *changes, *additions]
@@ -335,14 +340,22 @@ class Reload:
             return False
         return True
 
-    def _settle(self, specs: Iterable[EnvironmentSpec]) -> None:
-        """Let each credential open the last environment that has it, as after a start."""
+    def _settle(self, specs: Sequence[EnvironmentSpec]) -> None:
+        """Let each credential open the last environment that has it, as after a start.
+
+        In their order, because an environment that gets one back takes all others that it names.
+        """
         registry = self._relay.registry
-        last = {(each, s.payload_filter): s for s in specs for each in s.credentials}
-        for (credential, payload_filter), spec in last.items():
+        last = {(each, s.payload_filter): s.name for s in specs for each in s.credentials}
+        for spec in specs:
             environment = registry.environments.get(spec.name)
-            holder = registry.find(credential.kind, credential.value, payload_filter)
-            if environment is not None and environment.spec == spec and holder is not environment:
+            lost = [
+                each
+                for each in spec.credentials
+                if last[each, spec.payload_filter] == spec.name
+                and registry.find(each.kind, each.value, spec.payload_filter) is not environment
+            ]
+            if lost and environment is not None and environment.spec == spec:
                 self._relay.change(environment, spec)
 
 

@@ -185,11 +185,15 @@ async def test_mirrors_stay_unless_they_belong_to_what_changes(tmp_path, changes
     kinds = dict(zip(("snapshot", "redis", "document"), environment.mirrors, strict=True))
     spec = replace(environment.spec, **changes)
     assert parts is not None
-    mirrors = parts.mirrors(environment, spec, databases=False) or environment.mirrors
+    mirrors = (
+        parts.mirrors(environment, spec, databases=False, documents=False) or environment.mirrors
+    )
     assert [kind for kind, each in kinds.items() if each not in mirrors] == new.split()
     assert len(mirrors) == len(kinds)
     assert parts.keeps(environment, spec, databases=False)
-    again = parts.of(start, databases=True).mirrors(environment, environment.spec, databases=True)
+    again = parts.of(start, databases=True, documents=False).mirrors(
+        environment, environment.spec, databases=True, documents=False
+    )
     assert again is not None
     assert [kind for kind, each in kinds.items() if each not in again] == ["redis"]
 
@@ -203,7 +207,7 @@ def test_big_segments_in_use_stay_with_their_database():
     assert big_segments is not None
     former = big_segments.store
     assert parts.keeps(environment, spec, databases=True)
-    parts.mirrors(environment, spec, databases=True)
+    parts.mirrors(environment, spec, databases=True, documents=False)
     assert big_segments.store is not former
     big_segments.start(synchronise=False)
     assert parts.keeps(environment, replace(spec, ttl=1.0), databases=False)

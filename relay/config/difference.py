@@ -18,8 +18,10 @@ from relay.model.environment import EnvironmentSpec
 _IN_PLACE = frozenset((("Main", "log_level"), ("Main", "reload")))
 """Options that change in place in every mode, by section and attribute."""
 
-_OF_ENVIRONMENTS = ("Main", "eval_streams")
-"""Option that environments of the configuration take for a default."""
+_OF_ENVIRONMENTS = frozenset(
+    ("Main", each) for each in ("eval_streams", "bootstrap_from", "bootstrap_token")
+)
+"""Options of which listed environments are made; others have got them once for all."""
 
 _STORES = ("redis", "consul", "dynamodb")
 """Attributes of a configuration of which the stores of listed environments are made."""
@@ -34,13 +36,15 @@ class Difference(Struct, frozen=True):
     Args:
         config: the new environments, filters and options that change in place, beside the former
             values of all others.
-        stores: True if the stores of the environments have changed.
+        stores: True if the databases of the environments have changed.
+        documents: True if the places of their documents have changed.
         restart: each option that differs and needs a restart, as the file writes it, with the
             source of its new value: `[Main] port (/etc/ld-relay.conf:3)`.
     """
 
     config: Config
     stores: bool = False
+    documents: bool = False
     restart: tuple[str, ...] = ()
 
 
@@ -58,7 +62,7 @@ def difference(before: Config, after: Config) -> Difference:
     attributes = {name.replace("_", ""): name for name in Config.__struct_fields__}
     for section, cls in SECTIONS.items():
         attribute = attributes.get(section.lower())
-        if attribute in _STORES and are_listed:
+        if are_listed and attribute in (*_STORES, "publish"):
             in_force[attribute] = getattr(after, attribute)
         elif attribute is not None:
             old = getattr(before, attribute)
@@ -76,7 +80,13 @@ def difference(before: Config, after: Config) -> Difference:
         in_force["certificate"] = after.certificate
     config = structs.replace(before, **in_force, sources=sources, warnings=after.warnings)
     stores = any(getattr(config, each) != getattr(before, each) for each in _STORES)
-    return Difference(config, stores, tuple(restart))
+    documents = _documents(config) != _documents(before)
+    return Difference(config, stores, documents, tuple(restart))
+
+
+def _documents(config: Config) -> tuple[object, ...]:
+    """Return the options that say where documents are."""
+    return config.publish, config.main.bootstrap_from, config.main.bootstrap_token
 
 
 def _has_same_files(before: Config, after: Config) -> bool:
@@ -124,7 +134,7 @@ def _section(
 
 def _in_place(option: Option, before: Config, after: Config) -> bool:
     key = option.section, option.attribute
-    if key == _OF_ENVIRONMENTS:
+    if key in _OF_ENVIRONMENTS:
         return bool(before.environments and after.environments)
     if key == _WEBHOOK:
         return bool(before.webhook.secrets and after.webhook.secrets)

@@ -352,6 +352,29 @@ async def _webhook(relay: Configured, secret: str) -> int:
     return (await ask(address, path, headers, method="POST", body=content)).status
 
 
+async def test_documents_change_in_place(tmp_path, upstream):
+    """They are published where the configuration says now, under the name that it says."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    one, two = f"a: sdkKey = {A}; envId = id-a", f"a: sdkKey = {A}; envId = id-b"
+    async with configured(tmp_path, upstream, one) as relay:
+        stream = await Stream.open(relay.process.address, key=A)
+        relay.write(one, more=f"[Publish]\nto = file://{here}")
+        await relay.reload()
+        await relay.process.until(lambda: any(here.glob("*id-a*")))
+        relay.write(one, more=f"[Publish]\nto = file://{there}")
+        await relay.reload()
+        await relay.process.until(lambda: any(there.glob("*id-a*")))
+        relay.write(two, more=f"[Publish]\nto = file://{there}")
+        await relay.reload()
+        await relay.process.until(lambda: any(there.glob("*id-b*")))
+        relay.write(f"a: sdkKey = {A}")
+        await relay.reload()
+        assert "need" not in relay.process.log
+        await upstream.patch(A, flag("lamp", 2, "two"))
+        await received(stream, b'"two"')
+        stream.close()
+
+
 @pytest.mark.parametrize("way", ["signal", "watch"])
 async def test_a_certificate_is_renewed(tmp_path, upstream, way):
     """New connections get it, the others stay; half of one is refused."""
@@ -530,7 +553,7 @@ async def test_the_database_may_be_another_one(tmp_path, upstream):
             await stream.rest()
             stream.close()
             await relay.serves(A)
-            assert relay.process.log.count("has changed: the database") == 2
+            assert relay.process.log.count("has changed: where it is stored") == 2
             assert not re.search("first|second", relay.process.log)
 
 
