@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from bench import evaluations, measures, webhook
+from bench import environments, evaluations, measures, webhook
 from bench.servers import Certificate, Server, Session
 from bench.table import NGINX, PEER, Goal, Row, at_least, at_most
 
@@ -59,6 +59,8 @@ def axes() -> list[Axis]:
         CLIENT_CHANGE,
         EVAL_WORST_POLL,
         WEBHOOK,
+        ENVIRONMENTS,
+        ENVIRONMENT_ADDED,
     ]
 
 
@@ -267,4 +269,24 @@ WEBHOOK = Axis(
         Row(f"{BEYOND}: p50", "ms"),
     ),
     webhook.webhook,
+)
+MANY = environments.MANY
+ENVIRONMENTS = Axis(
+    "environments",
+    (
+        Row(f"{MANY}: exec → all served", "s", (at_most(1, PEER),)),
+        Row(f"{MANY}: exec → all served, CPU", "cpu-s"),
+        Row(f"{MANY}: memory", "MB", (at_most(0.5, PEER),)),
+        Row(f"{MANY}: peak memory", "MB"),
+        Row(f"{MANY}: idle CPU", "ms/min", (at_most(1, PEER),)),
+    ),
+    environments.many,
+)
+ENVIRONMENT_ADDED = Axis(
+    "environment-added",
+    (
+        Row(f"one more than {MANY}: sent → served", "ms", (at_most(1, PEER),)),
+        Row(f"one more than {MANY}: worst poll of another meanwhile", "ms", (at_most(10),)),
+    ),
+    environments.added,
 )
