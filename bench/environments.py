@@ -13,7 +13,7 @@ LAST_FLAG = f"{POLL}/{flag_key(SIZES[DATASET].flags - 1)}"
 SETTLING_SECONDS = 3
 IDLE_SECONDS = 20
 MINUTE = 60
-ADDED = 5
+ADDED = 20
 """Environments added one by one in a round; their median is the round's figure."""
 MANY = f"{ENVIRONMENTS} environments"
 
