@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from bench import environments, evaluations, measures, webhook
+from bench import environments, evaluations, measures, rotation, webhook
 from bench.servers import Certificate, Server, Session
 from bench.table import NGINX, PEER, Goal, Row, at_least, at_most
 
@@ -21,8 +21,8 @@ class Axis:
     on_nginx: bool = False
 
 
-def axes() -> list[Axis]:
-    """All of them, in the order of the table."""
+def axes(rotation_streams: int = rotation.STREAMS) -> list[Axis]:
+    """All of them, in the order of the table; a key is rotated under so many streams."""
     return [
         _polls("2k", "2 KB", 5),
         _polls("100k", "100 KB", 20),
@@ -61,6 +61,7 @@ def axes() -> list[Axis]:
         WEBHOOK,
         ENVIRONMENTS,
         ENVIRONMENT_ADDED,
+        _rotation(rotation_streams),
     ]
 
 
@@ -92,6 +93,16 @@ def _tls_polls(dataset: str, label: str) -> Axis:
     figure = f"TLS poll {label}"
     measure = partial(measures.polls, figure, dataset, lambda _: {}, tls=True)
     return Axis(f"tls-poll-{dataset}", _load_rows(figure), measure, on_nginx=True)
+
+
+def _rotation(streams: int) -> Axis:
+    rows = (
+        Row("rotation: answers that are not 200", "polls", (at_most(0),)),
+        Row("rotation: streams of the new key that were cut", "streams", (at_most(0),)),
+        Row("rotation: streams of the old key that ended", "%"),
+        Row("rotation: polls", "req/s"),
+    )
+    return Axis("rotation", rows, partial(rotation.rotate, streams))
 
 
 def _load_rows(figure: str, *goals: Goal) -> tuple[Row, ...]:

@@ -77,6 +77,20 @@ class Crowd(Closing):
             self._check(start, timeout, len(times))
         return times
 
+    def ended(self) -> int:
+        """Read what has come; return how many streams the server has closed."""
+        return sum(map(self._has_ended, self._sockets.values()))
+
+    def _has_ended(self, client: socket.socket) -> bool:
+        try:
+            while client.recv_into(self._buffer):
+                pass
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            pass
+        return True
+
     def close(self) -> None:
         """Hang up."""
         for client in self._sockets.values():
