@@ -62,6 +62,7 @@ def axes(rotation_streams: int = rotation.STREAMS) -> list[Axis]:
         ENVIRONMENTS,
         ENVIRONMENT_ADDED,
         _rotation(rotation_streams),
+        ENVIRONMENT_POLLS,
     ]
 
 
@@ -300,4 +301,12 @@ ENVIRONMENT_ADDED = Axis(
         Row(f"one more than {MANY}: worst poll of another meanwhile", "ms", (at_most(10),)),
     ),
     environments.added,
+)
+ENVIRONMENT_POLLS = Axis(
+    "environment-polls",
+    (
+        Row(f"poll among {MANY}, in polls of one alone", "×", (Goal(0.95, least=True),)),
+        Row(f"poll among {MANY}", "req/cpu-s"),
+    ),
+    environments.beside,
 )

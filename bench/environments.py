@@ -4,8 +4,9 @@ import time
 from statistics import median
 
 from bench.data import SIZES, environment, flag_key
-from bench.measures import MB, Measured, upstream_of, whole
-from bench.servers import POLL, START_SECONDS, Certificate, Server, Session, sdk_keys
+from bench.measures import LOAD_SECONDS, MB, WARM_SECONDS, Measured, upstream_of, whole
+from bench.polls import load
+from bench.servers import HEADERS, POLL, START_SECONDS, Certificate, Server, Session, sdk_keys
 
 ENVIRONMENTS = 500
 DATASET = "28k"
@@ -61,11 +62,30 @@ def added(server: Server, _: Certificate) -> Measured:
     }
 
 
-def await_all(session: Session) -> float:
+def beside(server: Server, _: Certificate) -> Measured:
+    """Poll an environment that is alone, and one that is not: after each other, then again."""
+    rates: dict[int, list[float]] = {1: [], ENVIRONMENTS: []}
+    for environments in (1, ENVIRONMENTS, ENVIRONMENTS, 1):
+        with server.serve(DATASET, automatic=environments) as session:
+            await_all(session, environments)
+            time.sleep(SETTLING_SECONDS)
+            load(session.url(), HEADERS, WARM_SECONDS)
+            cpu = session.process.cpu_seconds()
+            result = load(session.url(), HEADERS, LOAD_SECONDS)
+            cpu = session.process.cpu_seconds() - cpu
+            rates[environments].append(result.requests / cpu)
+    alone, among = (sum(rates[environments]) / 2 for environments in (1, ENVIRONMENTS))
+    return {
+        f"poll among {MANY}, in polls of one alone": among / alone,
+        f"poll among {MANY}": among,
+    }
+
+
+def await_all(session: Session, environments: int = ENVIRONMENTS) -> float:
     """Wait until every environment serves its flags; return that time."""
     until = time.monotonic() + START_SECONDS
     session.await_status(LAST_FLAG)
-    for key in sdk_keys(ENVIRONMENTS):
+    for key in sdk_keys(environments):
         client = session.client(key)
         while client.get(LAST_FLAG).status != 200:
             if time.monotonic() > until:
