@@ -16,6 +16,7 @@ TAIL_BYTES = 2048
 # A `put` is recognised by its end alone.
 PUT_TAIL_BYTES = 16
 END_OF_EVENT = b"\n\n"
+LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 
 class Crowd(Closing):
@@ -78,15 +79,17 @@ class Crowd(Closing):
         return times
 
     def ended(self) -> int:
-        """Read what has come; return how many streams the server has closed."""
+        """Read what has come; return how many streams the server has ended."""
         return sum(map(self._has_ended, self._sockets.values()))
 
     def _has_ended(self, client: socket.socket) -> bool:
+        """Tell by the end of the connection, or by the last chunk where that is kept alive."""
+        tail = b""
         try:
-            while client.recv_into(self._buffer):
-                pass
+            while size := client.recv_into(self._buffer):
+                tail = (tail + bytes(self._view[:size]))[-len(LAST_CHUNK) :]
         except BlockingIOError:
-            return False
+            return tail == LAST_CHUNK
         except ConnectionError:
             pass
         return True
