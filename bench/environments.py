@@ -4,7 +4,15 @@ import time
 from statistics import median
 
 from bench.data import SIZES, environment, flag_key
-from bench.measures import LOAD_SECONDS, MB, WARM_SECONDS, Measured, upstream_of, whole
+from bench.measures import (
+    LOAD_SECONDS,
+    MB,
+    WARM_SECONDS,
+    Measured,
+    as_relay,
+    upstream_of,
+    whole,
+)
 from bench.polls import load
 from bench.servers import HEADERS, POLL, START_SECONDS, Certificate, Server, Session, sdk_keys
 
@@ -21,7 +29,7 @@ MANY = f"{ENVIRONMENTS} environments"
 
 def many(server: Server, _: Certificate) -> Measured:
     """Start with all of them, then leave the relay in peace."""
-    with server.serve(DATASET, automatic=ENVIRONMENTS) as session:
+    with as_relay(server).serve(DATASET, automatic=ENVIRONMENTS) as session:
         served = await_all(session)
         starting = session.process.cpu_seconds()
         time.sleep(SETTLING_SECONDS)
@@ -40,7 +48,7 @@ def many(server: Server, _: Certificate) -> Measured:
 def added(server: Server, _: Certificate) -> Measured:
     """Add one after the other, each when the one before is served."""
     times, slowest = [], 0.0
-    with server.serve(DATASET, automatic=ENVIRONMENTS) as session:
+    with as_relay(server).serve(DATASET, automatic=ENVIRONMENTS) as session:
         await_all(session)
         time.sleep(SETTLING_SECONDS)
         watcher = session.client()
@@ -66,7 +74,7 @@ def beside(server: Server, _: Certificate) -> Measured:
     """Poll an environment that is alone, and one that is not: after each other, then again."""
     rates: dict[int, list[float]] = {1: [], ENVIRONMENTS: []}
     for environments in (1, ENVIRONMENTS, ENVIRONMENTS, 1):
-        with server.serve(DATASET, automatic=environments) as session:
+        with as_relay(server).serve(DATASET, automatic=environments) as session:
             await_all(session, environments)
             time.sleep(SETTLING_SECONDS)
             load(session.url(), HEADERS, WARM_SECONDS)

@@ -1,9 +1,10 @@
 """A scripted stand-in for LaunchDarkly's flags and events services, in a process of its own.
 
 Run as a program it serves `/all`, `/sdk/latest-all` and, for automatic configuration,
-`/relay_auto_config`, as if it were `latency` seconds away, and takes orders, one JSON object a line, on its standard input;
-for each it answers on its standard output: with the CLOCK_MONOTONIC time just before sending, or
-with what has arrived. `Upstream` starts that program and gives the orders.
+`/relay_auto_config`, as if it were `latency` seconds away, and takes orders, one JSON object a
+line, on its standard input; for each it answers on its standard output: with the CLOCK_MONOTONIC
+time just before sending, or with what has arrived. `Upstream` starts that program and gives the
+orders.
 """
 
 import gzip
