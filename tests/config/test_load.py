@@ -402,10 +402,8 @@ def test_a_hundred_environments() -> None:
 
 def test_options_of_a_later_release_are_accepted_with_a_warning() -> None:
     """No option is silently ignored."""
-    warnings = from_env({"LD_ENV_x": "sdk-1", "LD_TABLE_NAME_x": "t"}).warnings
-    assert warnings == (
-        '[Environment "x"] tableName takes effect in a later release (LD_TABLE_NAME_x)',
-    )
+    warnings = from_env({"LD_ENV_x": "sdk-1", "DATADOG_PREFIX": "t"}).warnings
+    assert warnings == ("[Datadog] prefix takes effect in a later release (DATADOG_PREFIX)",)
 
 
 @pytest.mark.parametrize(
