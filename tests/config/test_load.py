@@ -400,10 +400,13 @@ def test_a_hundred_environments() -> None:
     )
 
 
-def test_options_of_a_later_release_are_accepted_with_a_warning() -> None:
+def test_options_of_a_later_release_are_accepted_with_a_warning(tmp_path: Path) -> None:
     """No option is silently ignored."""
-    warnings = from_env({"LD_ENV_x": "sdk-1", "DATADOG_PREFIX": "t"}).warnings
-    assert warnings == ("[Datadog] prefix takes effect in a later release (DATADOG_PREFIX)",)
+    file = tmp_path / "relay.conf"
+    file.write_text('[Datadog]\nprefix = x\n[Environment "a"]\nsdkKey = sdk-1\n')
+    assert load(str(file), False, False, {}).warnings == (
+        f"[Datadog] prefix takes effect in a later release ({file}:2)",
+    )
 
 
 @pytest.mark.parametrize(
