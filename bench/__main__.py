@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bench import rotation
 from bench.axes import Axis, axes
 from bench.machine import LOAD_CORE, allow_many_files, pinned
 from bench.servers import (
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 1 when something could not be measured.
     """
     options = _parser().parse_args(arguments)
-    chosen = [axis for axis in axes() if _chosen(axis.name, options.only)]
+    chosen = [axis for axis in axes(options.rotation_streams) if _chosen(axis.name, options.only)]
     servers = _servers(options)
     if allow_many_files() < STREAMS + 100:
         print(f"the limit of open files is too low for {STREAMS} streams", file=sys.stderr)
@@ -104,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
         + ", ".join(axis.name for axis in axes()),
     )
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument(
+        "--rotation-streams", type=int, default=rotation.STREAMS, help="(default: %(default)s)"
+    )
     parser.add_argument("--no-nginx", action="store_true", help="do not measure nginx")
     parser.add_argument("--json", metavar="FILE", help="write every round's figures there")
     return parser

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from bench import evaluations, measures, webhook
+from bench import environments, evaluations, measures, rotation, webhook
 from bench.servers import Certificate, Server, Session
 from bench.table import NGINX, PEER, Goal, Row, at_least, at_most
 
@@ -21,8 +21,8 @@ class Axis:
     on_nginx: bool = False
 
 
-def axes() -> list[Axis]:
-    """All of them, in the order of the table."""
+def axes(rotation_streams: int = rotation.STREAMS) -> list[Axis]:
+    """All of them, in the order of the table; a key is rotated under so many streams."""
     return [
         _polls("2k", "2 KB", 5),
         _polls("100k", "100 KB", 20),
@@ -59,6 +59,10 @@ def axes() -> list[Axis]:
         CLIENT_CHANGE,
         EVAL_WORST_POLL,
         WEBHOOK,
+        ENVIRONMENTS,
+        ENVIRONMENT_ADDED,
+        _rotation(rotation_streams),
+        ENVIRONMENT_POLLS,
     ]
 
 
@@ -90,6 +94,16 @@ def _tls_polls(dataset: str, label: str) -> Axis:
     figure = f"TLS poll {label}"
     measure = partial(measures.polls, figure, dataset, lambda _: {}, tls=True)
     return Axis(f"tls-poll-{dataset}", _load_rows(figure), measure, on_nginx=True)
+
+
+def _rotation(streams: int) -> Axis:
+    rows = (
+        Row("rotation: answers that are not 200", "polls", (at_most(0),)),
+        Row("rotation: streams of the new key that were cut", "streams", (at_most(0),)),
+        Row("rotation: streams of the old key that ended", "%"),
+        Row("rotation: polls", "req/s"),
+    )
+    return Axis("rotation", rows, partial(rotation.rotate, streams))
 
 
 def _load_rows(figure: str, *goals: Goal) -> tuple[Row, ...]:
@@ -267,4 +281,32 @@ WEBHOOK = Axis(
         Row(f"{BEYOND}: p50", "ms"),
     ),
     webhook.webhook,
+)
+MANY = environments.MANY
+ENVIRONMENTS = Axis(
+    "environments",
+    (
+        Row(f"{MANY}: exec → all served", "s", (at_most(1, PEER),)),
+        Row(f"{MANY}: exec → all served, CPU", "cpu-s"),
+        Row(f"{MANY}: memory", "MB", (at_most(0.5, PEER),)),
+        Row(f"{MANY}: peak memory", "MB"),
+        Row(f"{MANY}: idle CPU", "ms/min", (at_most(1, PEER),)),
+    ),
+    environments.many,
+)
+ENVIRONMENT_ADDED = Axis(
+    "environment-added",
+    (
+        Row(f"one more than {MANY}: sent → served", "ms", (at_most(1, PEER),)),
+        Row(f"one more than {MANY}: worst poll of another meanwhile", "ms", (at_most(10),)),
+    ),
+    environments.added,
+)
+ENVIRONMENT_POLLS = Axis(
+    "environment-polls",
+    (
+        Row(f"poll among {MANY}, in polls of one alone", "×", (Goal(0.95, least=True),)),
+        Row(f"poll among {MANY}", "req/cpu-s"),
+    ),
+    environments.beside,
 )

@@ -16,6 +16,7 @@ TAIL_BYTES = 2048
 # A `put` is recognised by its end alone.
 PUT_TAIL_BYTES = 16
 END_OF_EVENT = b"\n\n"
+LAST_CHUNK = b"0\r\n\r\n"
 
 
 class Crowd(Closing):
@@ -41,6 +42,7 @@ class Crowd(Closing):
         self._clients = clients
         self._tls = tls
         self._sockets: dict[int, socket.socket] = {}
+        self._over: set[int] = set()
         self._tails: dict[int, bytes] = {}
         self._poll = select.epoll()
         self._buffer = bytearray(READ_BYTES)
@@ -76,6 +78,25 @@ class Crowd(Closing):
             times += [time.monotonic()] * done
             self._check(start, timeout, len(times))
         return times
+
+    def ended(self) -> int:
+        """Read what has come; return how many streams the server has ended."""
+        streams = self._sockets.items()
+        open_ones = [(number, client) for number, client in streams if number not in self._over]
+        self._over.update(number for number, client in open_ones if self._has_ended(client))
+        return len(self._over)
+
+    def _has_ended(self, client: socket.socket) -> bool:
+        """Tell by the end of the connection, or by the last chunk where that is kept alive."""
+        tail = b""
+        try:
+            while size := client.recv_into(self._buffer):
+                tail = (tail + bytes(self._view[:size]))[-len(LAST_CHUNK) :]
+        except BlockingIOError:
+            return tail == LAST_CHUNK
+        except ConnectionError:
+            pass
+        return True
 
     def close(self) -> None:
         """Hang up."""

@@ -3,7 +3,7 @@
 import base64
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from bench import targeting
@@ -24,6 +24,7 @@ class Size(NamedTuple):
 SIZES = {
     "2k": Size(3, 665),
     "6k": Size(10, 555),
+    "28k": Size(50, 555),
     "100k": Size(175, 555),
     "570k": Size(1000, 555),
     # A relay that parses flags and writes them anew serves only a quarter of this one's bytes.
@@ -222,6 +223,43 @@ def patch(index: int, version: int, marker: str) -> bytes:
     key = flag_key(index)
     body = flag(key, version, PATCH_BYTES, salt=marker)
     return compact({"path": f"/flags/{key}", "data": body})
+
+
+def environment(
+    name: str, sdk_key: str, version: int = 1, expiring: tuple[str, int] | None = None
+) -> dict[str, Any]:
+    """An environment as LaunchDarkly describes it to relays that it configures.
+
+    Args:
+        name: tells it from the others.
+        sdk_key: its primary key.
+        version: of the description.
+        expiring: the key before that, and the Unix time in milliseconds until which it is valid.
+    """
+    old = {"expiring": dict(zip(("value", "timestamp"), expiring, strict=True))} if expiring else {}
+    return {
+        "envID": f"id-{name}",
+        "envKey": name,
+        "envName": name,
+        "mobKey": f"mob-{name}",
+        "projKey": "bench",
+        "projName": "Bench",
+        "sdkKey": {"value": sdk_key, **old},
+        "defaultTtl": 0,
+        "secureMode": False,
+        "version": version,
+    }
+
+
+def environments_put(environments: Iterable[Mapping[str, Any]]) -> bytes:
+    """The data of a `put` event that lists all environments."""
+    listed = {each["envID"]: each for each in environments}
+    return compact({"path": "/", "data": {"environments": listed}})
+
+
+def environment_patch(environment: Mapping[str, Any]) -> bytes:
+    """The data of a `patch` event of one environment."""
+    return compact({"path": f"/environments/{environment['envID']}", "data": environment})
 
 
 def events() -> bytes:

@@ -16,7 +16,7 @@ from pathlib import Path
 from bench import data
 from bench.machine import ROOT, Process
 from bench.polls import Client
-from bench.upstream import Upstream
+from bench.upstream import AUTO_CONFIG_KEY, Upstream
 
 SDK_KEY = "sdk-bench-main"
 SMALL_SDK_KEY = "sdk-bench-small"
@@ -80,19 +80,31 @@ class Relay:
         *,
         events: bool = False,
         latency: float = 0.0,
+        automatic: int = 0,
     ) -> Iterator[Session]:
         """Run it on a free port with two environments: `dataset`, and one of 2 KB.
 
         With `events` it forwards them to the upstream's mailbox. A round trip to the upstream
-        takes `latency` seconds.
+        takes `latency` seconds. With `automatic` it is told its environments by the upstream:
+        so many, all with `dataset`, whose keys are `sdk_keys(automatic)`.
         """
+        environments = (
+            dict.fromkeys(sdk_keys(automatic), dataset)
+            if automatic
+            else {SDK_KEY: dataset, SMALL_SDK_KEY: "2k"}
+        )
         with (
             tempfile.TemporaryDirectory(prefix="bench-") as folder,
             (Path(folder) / "log").open("w+b") as log,
-            Upstream({SDK_KEY: dataset, SMALL_SDK_KEY: "2k"}, latency) as upstream,
+            Upstream(environments, latency) as upstream,
         ):
             port = free_port()
-            env = {**self._environment(upstream.url, port, tls), **self.variables}
+            which = (
+                {"AUTO_CONFIG_KEY": AUTO_CONFIG_KEY}
+                if automatic
+                else {"LD_ENV_main": SDK_KEY, "LD_ENV_small": SMALL_SDK_KEY}
+            )
+            env = {**self._environment(upstream.url, port, tls), **which, **self.variables}
             if events:
                 env |= {"USE_EVENTS": "true", "EVENTS_HOST": upstream.events_url}
             started = time.monotonic()
@@ -124,10 +136,13 @@ class Relay:
             "BASE_URI": upstream,
             "CLIENT_SIDE_BASE_URI": upstream,
             "EVENTS_HOST": upstream,
-            "LD_ENV_main": SDK_KEY,
-            "LD_ENV_small": SMALL_SDK_KEY,
             **encrypted,
         }
+
+
+def sdk_keys(environments: int) -> list[str]:
+    """The keys of so many environments: `SDK_KEY`, and those of numbered ones."""
+    return [SDK_KEY, *(f"sdk-bench-{number}" for number in range(1, environments))]
 
 
 NGINX_CONFIG = """

@@ -1,9 +1,10 @@
 """A scripted stand-in for LaunchDarkly's flags and events services, in a process of its own.
 
-Run as a program it serves `/all` and `/sdk/latest-all`, as if it were `latency` seconds away, and
-takes orders, one JSON object a line, on its standard input;
-for each it answers on its standard output: with the CLOCK_MONOTONIC time just before sending, or
-with what has arrived. `Upstream` starts that program and gives the orders.
+Run as a program it serves `/all`, `/sdk/latest-all` and, for automatic configuration,
+`/relay_auto_config`, as if it were `latency` seconds away, and takes orders, one JSON object a
+line, on its standard input; for each it answers on its standard output: with the CLOCK_MONOTONIC
+time just before sending, or with what has arrived. `Upstream` starts that program and gives the
+orders.
 """
 
 import gzip
@@ -14,12 +15,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from bench import data
 from bench.machine import LOAD_CORE, ROOT, Closing, pinned
 from bench.mailbox import BACKLOG, Arrived, Mailbox
 
+AUTO_CONFIG_KEY = "rel-bench"
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 POLLED = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n"
@@ -71,6 +74,15 @@ class Upstream(Closing):
         self._order(order="change", sdk_key=sdk_key, flag=flag)
         return float(self._reply())
 
+    def environment(self, dataset: str, description: Mapping[str, Any]) -> float:
+        """Add an environment, or change it, for relays that are configured automatically.
+
+        Returns:
+            The time just before sending.
+        """
+        self._order(order="environment", name=dataset, description=description)
+        return float(self._reply())
+
     def sent(self) -> float:
         """The time at which what `start_patch` ordered was sent."""
         return float(self._reply())
@@ -108,12 +120,12 @@ class Upstream(Closing):
 
 
 class Feed:
-    """One environment: what a new stream begins with, and the streams that are open."""
+    """What a new stream begins with, what a poll gets, and the streams that are open."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, first: bytes, everything: bytes = b"") -> None:
         self._lock = threading.Lock()
-        self._first = event("put", data.put(name))
-        self._everything = gzip.compress(data.compact(data.everything(name)))
+        self._first = first
+        self._everything = everything
         self.asked = 0
         """Streams and polls so far."""
         self._streams: list[socket.socket] = []
@@ -145,13 +157,19 @@ class Feed:
             return start
 
 
+@cache
+def contents(name: str) -> tuple[bytes, bytes]:
+    """What streams begin with and polls get in an environment with the data set `name`."""
+    return event("put", data.put(name)), gzip.compress(data.compact(data.everything(name)))
+
+
 def event(name: str, body: bytes) -> bytes:
     """An event as one chunk of a chunked body."""
     frame = b"event: %s\ndata: %s\n\n" % (name.encode(), body)
     return b"%x\r\n%s\r\n" % (len(frame), frame)
 
 
-def obey(feeds: Mapping[str, Feed], mailbox: Mailbox, order: Mapping[str, Any]) -> str:
+def obey(feeds: dict[str, Feed], mailbox: Mailbox, order: Mapping[str, Any]) -> str:
     """Carry out one order; return the answer."""
     if order["order"] == "open":
         return repr(mailbox.open(keep=order["keep"]))
@@ -159,6 +177,11 @@ def obey(feeds: Mapping[str, Feed], mailbox: Mailbox, order: Mapping[str, Any]) 
         return json.dumps(mailbox.arrived(events=order["events"]))
     if order["order"] == "asked":
         return str(sum(feed.asked for feed in feeds.values()))
+    if order["order"] == "environment":
+        described = order["description"]
+        feeds[described["sdkKey"]["value"]] = Feed(*contents(order["name"]))
+        patch = event("patch", data.environment_patch(described))
+        return repr(feeds[AUTO_CONFIG_KEY].send(patch))
     return repr(send(feeds[order["sdk_key"]], order))
 
 
@@ -190,7 +213,7 @@ def answer(client: socket.socket, feeds: Mapping[str, Feed], latency: float) -> 
     request, *lines = head.decode("latin-1").split("\r\n")
     time.sleep(2 * latency)
     path = request.split(" ")[1].partition("?")[0]
-    if path not in ("/all", "/sdk/latest-all"):
+    if path not in ("/all", "/sdk/latest-all", "/relay_auto_config"):
         client.sendall(ACCEPTED)
         client.close()
         return
@@ -200,10 +223,10 @@ def answer(client: socket.socket, feeds: Mapping[str, Feed], latency: float) -> 
         client.sendall(UNAUTHORIZED)
         client.close()
         return
-    if path == "/all":
-        feed.join(client)
-    else:
+    if path == "/sdk/latest-all":
         feed.poll(client)
+    else:
+        feed.join(client)
 
 
 def accept(listener: socket.socket, feeds: Mapping[str, Feed], latency: float) -> None:
@@ -216,7 +239,10 @@ def accept(listener: socket.socket, feeds: Mapping[str, Feed], latency: float) -
 
 def main() -> None:
     """Serve until standard input ends."""
-    feeds = {key: Feed(name) for key, name in json.loads(sys.argv[1]).items()}
+    given = json.loads(sys.argv[1])
+    feeds = {key: Feed(*contents(name)) for key, name in given.items()}
+    listed = data.environments_put(data.environment(key, key) for key in given)
+    feeds[AUTO_CONFIG_KEY] = Feed(event("put", listed))
     listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
     latency = float(sys.argv[2])
     threading.Thread(target=accept, args=(listener, feeds, latency), daemon=True).start()

@@ -4,6 +4,9 @@ import base64
 import gzip
 import json
 import math
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 from xml.etree import ElementTree as ET
 
@@ -26,11 +29,12 @@ from bench.cold_start.ways import (
     ways,
 )
 from bench.crowd import Crowd
+from bench.environments import await_all
 from bench.evaluations import ENVIRONMENT_ID, poll_path, stream_path
 from bench.polls import Client
-from bench.servers import OWN_COMMAND, SDK_KEY, Relay
+from bench.servers import OWN_COMMAND, POLL, SDK_KEY, Relay, Session
 from bench.table import NGINX, OURS, PEER, Figures, Row, at_least, at_most, markdown
-from bench.upstream import Upstream
+from bench.upstream import Upstream, event
 from bench.viewers import Viewers
 from relay.evaluation.compiled.program import FlagCompiler, Program
 from relay.web.contexts import context_in_path
@@ -210,6 +214,60 @@ def test_viewers_have_a_changed_flag_by_a_poll_or_in_their_stream(evaluating: st
             assert viewers.expect("the-marker", timeout=20) > sent
 
 
+def test_a_relay_is_told_its_environments_and_a_rotation() -> None:
+    """It serves those listed first, one that is added, and ends the streams of an old key."""
+    variables = {"EXPIRED_CREDENTIAL_CLEANUP_INTERVAL": "100ms"}
+    with Relay("ours", OWN_COMMAND, variables).serve("28k", automatic=2) as session:
+        await_all(session, 2)
+        upstream = session.upstream
+        assert upstream
+        upstream.environment("28k", data.environment("added", "sdk-added"))
+        with Crowd(session.port, SDK_KEY, 5) as old, Crowd(session.port, "sdk-added", 5) as other:
+            old.connect(timeout=20)
+            _await_status(session, "sdk-added", 200)
+            other.connect(timeout=20)
+            expiry = int(time.time() * 1000) + 300
+            rotated = data.environment(SDK_KEY, "sdk-new", 2, (SDK_KEY, expiry))
+            upstream.environment("28k", rotated)
+            _await_status(session, "sdk-new", 200)
+            _await_status(session, SDK_KEY, 401)
+            assert other.ended() == 0
+            until = time.monotonic() + 10
+            while (ended := old.ended()) < 5 and time.monotonic() < until:
+                time.sleep(0.01)
+            assert ended == 5
+
+
+def _await_status(session: Session, sdk_key: str, status: int) -> None:
+    client, until = session.client(sdk_key), time.monotonic() + 10
+    while client.get(POLL).status != status:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    client.close()
+
+
+def test_a_stream_has_ended_with_its_last_chunk_or_its_connection() -> None:
+    """A server that keeps the connection alive has ended the stream all the same."""
+    opened = b"HTTP/1.1 200 OK\r\n\r\n" + event("put", b"{}")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with ThreadPoolExecutor(1) as pool, Crowd(port, "sdk-any", 3) as crowd:
+            connected = pool.submit(crowd.connect, 10)
+            streams = [listener.accept()[0] for _ in range(3)]
+            for stream in streams:
+                stream.sendall(opened)
+            connected.result()
+            assert crowd.ended() == 0
+            streams[0].sendall(b"0\r\n\r\n")
+            streams[1].close()
+            until = time.monotonic() + 10
+            while (ended := crowd.ended()) < 2 and time.monotonic() < until:
+                time.sleep(0.01)
+            assert ended == 2
+            for stream in streams:
+                stream.close()
+
+
 @pytest.mark.parametrize("sdk", ["python", "node"])
 def test_functions_that_start_together_each_get_a_flag_and_lose_no_event(sdk: str) -> None:
     """Every way but the peer's serves real SDKs; only direct ones ask LaunchDarkly for flags."""
@@ -276,11 +334,11 @@ def test_cold_starts_are_judged_and_drawn() -> None:
     results = Results()
     for count, peer in ((1, 20.0), (50, 9.0)):
         scene = Scene("python", 1000, count)
-        for way, time in ((RELAY_STREAM, 10.0), (PEER_STREAM, peer), (DIRECT_STREAM, 150.0)):
+        for way, took in ((RELAY_STREAM, 10.0), (PEER_STREAM, peer), (DIRECT_STREAM, 150.0)):
             asked = count if way == DIRECT_STREAM else 0
             cpu = {RELAY_STREAM: 0.1, PEER_STREAM: 1.0}.get(way, math.nan)
-            results.add(scene, way, Burst(time, time, time, 0, asked, count, count, cpu))
-            run = Run(0, first=time / 1e3, queued=0, cpu=0, total=1, error="", closed=True)
+            results.add(scene, way, Burst(took, took, took, 0, asked, count, count, cpu))
+            run = Run(0, first=took / 1e3, queued=0, cpu=0, total=1, error="", closed=True)
             results.add_starts(scene, way, [run] * 2, 2, cpu=2 * cpu)
     told = {verdict.goal: (verdict.worst, verdict.met) for verdict in verdicts(results)}
     slower = told[f"{RELAY_STREAM}, among others: p99 < {PEER_STREAM}"]

@@ -400,11 +400,12 @@ def test_a_hundred_environments() -> None:
     )
 
 
-def test_options_of_a_later_release_are_accepted_with_a_warning() -> None:
+def test_options_of_a_later_release_are_accepted_with_a_warning(tmp_path: Path) -> None:
     """No option is silently ignored."""
-    warnings = from_env({"LD_ENV_x": "sdk-1", "LD_TABLE_NAME_x": "t"}).warnings
-    assert warnings == (
-        '[Environment "x"] tableName takes effect in a later release (LD_TABLE_NAME_x)',
+    file = tmp_path / "relay.conf"
+    file.write_text('[Datadog]\nprefix = x\n[Environment "a"]\nsdkKey = sdk-1\n')
+    assert load(str(file), False, False, {}).warnings == (
+        f"[Datadog] prefix takes effect in a later release ({file}:2)",
     )
 
 
