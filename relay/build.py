@@ -46,6 +46,7 @@ from relay.telemetry.log import Log, environment_log, set_environment_level
 if TYPE_CHECKING:
     from relay.autoconfig import AutoConfiguration
     from relay.bigsegments.environment import BigSegments
+    from relay.bigsegments.synchroniser import Synchroniser
     from relay.model.credential import AutoConfigKey
     from relay.protocol.environments import SharedSettings
     from relay.stores.documents.connect import Places
@@ -143,12 +144,12 @@ class EnvironmentParts:
     def keeps(self, environment: Environment, spec: EnvironmentSpec, *, databases: bool) -> bool:
         """Return whether an environment can go on with another spec, or must be made anew.
 
-        The database of big segments is replaced only while nothing was read from it.
+        It must where big segments come, with the first database that can hold them, or go.
         """
         if not databases and not _moves(environment.spec, spec):
             return True
-        former, has_any = environment.big_segments, _memberships(self._databases) is not None
-        return not has_any if former is None else has_any and not former.in_use
+        has_any = _memberships(self._databases) is not None
+        return has_any == (environment.big_segments is not None)
 
     def source(self, spec: EnvironmentSpec, log: Log) -> DataSource:
         """Return a new data source of an environment."""
@@ -184,19 +185,23 @@ class EnvironmentParts:
             first = list(_first_mirrors(config, spec, log, places))
         if databases or _moves(before, spec):
             stores = list(_database_mirrors(config, spec, resync, log, self._databases))
-            self._replace_big_segments(environment, spec)
         if documents or not has_same_id:
             published = list(_document_mirrors(config, spec, resync, log, places))
         mirrors = (*first, *stores, *published)
         return None if mirrors == environment.mirrors else mirrors
 
-    def _replace_big_segments(self, environment: Environment, spec: EnvironmentSpec) -> None:
-        """Let big segments that were not used yet be those of another database or prefix."""
+    def memberships(
+        self, environment: Environment, spec: EnvironmentSpec, *, databases: bool
+    ) -> tuple[BigSegmentStore, Synchroniser | None] | None:
+        """Return where big segments are from now on, and what fills it; None if they stay."""
         big_segments, store_for = environment.big_segments, _memberships(self._databases)
-        if big_segments is not None and store_for is not None:
-            big_segments.store = store_for(spec)
-            if self._upstream is not None:
-                _synchronise(big_segments, self._config.main, self._upstream, environment)
+        stays = not databases and not _moves(environment.spec, spec)
+        if stays or big_segments is None or store_for is None:
+            return None
+        store, main, upstream = store_for(spec), self._config.main, self._upstream
+        if upstream is None:
+            return store, None
+        return store, _synchroniser(big_segments, store, main, upstream, environment)
 
 
 def build(config: Config) -> Relay:
@@ -546,7 +551,8 @@ def _environment(
         spec, source, hub, log, programs=programs, journal=journal, big_segments=big_segments
     )
     if big_segments is not None and upstream is not None:
-        _synchronise(big_segments, main, upstream, environment)
+        store = big_segments.store
+        big_segments.synchroniser = _synchroniser(big_segments, store, main, upstream, environment)
     resync = environment.resync
     environment.mirrors = (
         *_first_mirrors(config, spec, log, places),
@@ -581,19 +587,23 @@ def _big_segments(
     return BigSegments(make_store(spec), log, timings)
 
 
-def _synchronise(
-    big_segments: BigSegments, main: Main, upstream: HTTPSession, environment: Environment
-) -> None:
-    """Let big segments be fetched from LaunchDarkly, with the present SDK key."""
+def _synchroniser(
+    big_segments: BigSegments,
+    store: BigSegmentStore,
+    main: Main,
+    upstream: HTTPSession,
+    environment: Environment,
+) -> Synchroniser:
+    """Return what fetches big segments from LaunchDarkly, with the present SDK key."""
     from relay.bigsegments.synchroniser import Synchroniser
     from relay.sources.bigsegments import BigSegmentSource
 
     def key() -> SDKKey:
         return environment.spec.sdk_key
 
-    big_segments.synchroniser = Synchroniser(
+    return Synchroniser(
         BigSegmentSource(upstream, main.base_uri, main.stream_uri, key),
-        big_segments.store,
+        store,
         big_segments.changed,
         big_segments.look,
         environment.log,

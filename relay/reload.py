@@ -15,6 +15,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from relay.aio import in_thread, wait_for
+from relay.bigsegments.environment import Synchronising
 from relay.config.difference import continued, difference, same
 from relay.config.render import secrets
 from relay.config.schema import Config
@@ -25,6 +26,7 @@ from relay.model.environment import EnvironmentSpec
 from relay.relay import Relay
 from relay.sources import DataSource
 from relay.stores import Mirror
+from relay.stores.bigsegments import BigSegmentStore
 from relay.telemetry.log import Log, mask_secrets, set_level
 from relay.telemetry.reloads import ReloadResult
 
@@ -95,6 +97,11 @@ class Parts(Protocol):
         None if they stay.
         """
 
+    def memberships(
+        self, environment: Environment, spec: EnvironmentSpec, *, databases: bool
+    ) -> tuple[BigSegmentStore, Synchronising | None] | None:
+        """Return where big segments are from now on, and what fills it; None if they stay."""
+
 
 class _Step(Struct, frozen=True):
     """Change of one environment, ready to be carried out.
@@ -105,6 +112,7 @@ class _Step(Struct, frozen=True):
         after: its spec from now on; None if it is removed.
         source: as `Relay.change` takes it.
         mirrors: as `Relay.change` takes them.
+        memberships: where big segments are from now on, and what fills it; None if they stay.
     """
 
     environment: Environment
@@ -112,6 +120,7 @@ class _Step(Struct, frozen=True):
     after: EnvironmentSpec | None
     source: DataSource | None = None
     mirrors: Sequence[Mirror] | None = None
+    memberships: tuple[BigSegmentStore, Synchronising | None] | None = None
 
     def carry_out(self, relay: Relay) -> None:
         """Change the environments of a relay."""
@@ -121,6 +130,8 @@ class _Step(Struct, frozen=True):
             relay.put(self.environment)
         else:
             relay.change(self.environment, self.after, self.source, self.mirrors)
+            if self.memberships and self.environment.big_segments:
+                self.environment.big_segments.move(*self.memberships)
 
     @property
     def line(self) -> str:
@@ -308,7 +319,8 @@ class Reload:
                 is_rotated = spec.sdk_key != before.sdk_key
                 source = parts.source(spec, environment.log) if is_rotated else None
                 mirrors = parts.mirrors(environment, spec, databases=databases, documents=documents)
-                changes.append(_Step(environment, before, spec, source, mirrors))
+                memberships = parts.memberships(environment, spec, databases=databases)
+                changes.append(_Step(environment, before, spec, source, mirrors, memberships))
             await asyncio.sleep(0)
         return [*(_Step(each, each.spec, None) for each in removed), *changes, *additions]
 

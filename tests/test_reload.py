@@ -198,21 +198,27 @@ async def test_mirrors_stay_unless_they_belong_to_what_changes(tmp_path, changes
     assert [kind for kind, each in kinds.items() if each not in again] == ["redis"]
 
 
-def test_big_segments_in_use_stay_with_their_database():
-    """An environment that has read some is made anew for another database, and only for that."""
+def test_big_segments_move_with_their_database():
+    """Only when it is carried out; where they come or go, the environment is made anew."""
     relay, parts = build_with_parts(config("a", USE_REDIS="true"))
     environment = relay.environments["a"]
     spec, big_segments = environment.spec, environment.big_segments
     assert parts is not None
     assert big_segments is not None
     former = big_segments.store
-    assert parts.keeps(environment, spec, databases=True)
-    parts.mirrors(environment, spec, databases=True, documents=False)
-    assert big_segments.store is not former
     big_segments.start(synchronise=False)
-    assert parts.keeps(environment, replace(spec, ttl=1.0), databases=False)
-    assert not parts.keeps(environment, spec, databases=True)
-    assert not parts.keeps(environment, replace(spec, prefix="other"), databases=False)
+    assert parts.keeps(environment, spec, databases=True)
+    assert parts.keeps(environment, replace(spec, prefix="other"), databases=False)
+    for moved in (
+        parts.memberships(environment, spec, databases=True),
+        parts.memberships(environment, replace(spec, prefix="other"), databases=False),
+    ):
+        assert moved is not None
+        assert moved[0] is not former
+    assert parts.memberships(environment, replace(spec, ttl=1.0), databases=False) is None
+    assert big_segments.store is former
+    without = parts.of(config("a"), databases=True, documents=False)
+    assert not without.keeps(environment, spec, databases=True)
 
 
 def test_each_setting_of_an_environment_has_a_name_for_the_log():

@@ -145,6 +145,10 @@ class BigSegments:
         """Hashes that the next notice names; None for all."""
         self._noticed_at = -timings.notice
         self._notice: asyncio.TimerHandle | None = None
+        self._former: list[BigSegmentStore] = []
+        """Databases that were read before, and are still open."""
+        self._moved = asyncio.Event()
+        """Set by `move` until it has taken effect."""
         self._applied = 0
         """Patches that this relay had applied when the cursor was last seen to move."""
 
@@ -172,12 +176,42 @@ class BigSegments:
     async def run(self) -> None:
         """Keep the state of the database and its content current, until cancelled."""
         try:
-            await self._needed.wait()
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._synchronise())
-                await self._watch()
+                while True:
+                    self._moved.clear()
+                    tasks.create_task(self._close_former())
+                    working = tasks.create_task(self._work())
+                    await self._moved.wait()
+                    working.cancel()
         finally:
             await self._close()
+
+    async def _work(self) -> None:
+        await self._needed.wait()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._synchronise())
+            await self._watch()
+
+    def move(self, store: BigSegmentStore, synchroniser: Synchronising | None) -> None:
+        """Read from another database from now on, and fill that.
+
+        Args:
+            store: the database.
+            synchroniser: brings patches into it.
+        """
+        self._former.append(self.store)
+        self.store, self.synchroniser = store, synchroniser
+        self._metadata, self._status, self._applied = None, None, 0
+        self._moved.set()
+        if self.in_use:
+            self.changed(None)
+
+    async def _close_former(self) -> None:
+        """Close the databases that were read before, once the last read has ended."""
+        if self._former:
+            await asyncio.sleep(self._timings.read)
+        while self._former:
+            await self._former.pop().aclose()
 
     def check(self) -> None:
         """Try again soon if patches cannot be fetched: there may be another SDK key."""
@@ -233,11 +267,11 @@ class BigSegments:
             self._reader.cancel()
         if self._notice is not None:
             self._notice.cancel()
-        for future in self._wanted.values():
-            future.cancel()
-        self._wanted.clear()
         self._status = BigSegmentsStatus.STORE_ERROR  # nothing is read from now on
-        await self.store.aclose()
+        self._give_up(self._wanted)
+        self._wanted.clear()
+        for store in (self.store, *self._former):
+            await store.aclose()
 
     # Status
 
@@ -343,24 +377,28 @@ class BigSegments:
                     if not future.done():
                         future.set_result(known[key])
         finally:
-            for future in self._reading.values():
-                future.cancel()  # those that have no result
+            self._give_up(self._reading)
             self._reading, self._reader = {}, None
 
+    def _give_up(self, waiting: Mapping[str, asyncio.Future[KnownMembership]]) -> None:
+        """Let those who still wait go on without memberships."""
+        for key, future in waiting.items():
+            if not future.done():
+                future.set_result(self._unreadable(key))
+
     async def _read(self, keys: Sequence[str]) -> Mapping[str, KnownMembership]:
-        hashes = list(map(context_hash, keys))
+        hashes, store = list(map(context_hash, keys)), self.store
         try:
             async with asyncio.timeout(self._timings.read):
                 if self._metadata is None:
-                    self._metadata = await self.store.metadata()
+                    self._metadata = await store.metadata()
                     self._set_status(status_of(self._metadata, self._timings.stale))
                 self._dropped = set()
-                found = await self.store.memberships(hashes)
-        except TimeoutError:
-            self._lose("no answer in time")
-            return {key: self._unreadable(key) for key in keys}
-        except StoreUnavailable as e:
-            self._lose(str(e))
+                found = await store.memberships(hashes)
+        except (TimeoutError, StoreUnavailable) as e:
+            if store is not self.store:
+                return await self._read(keys)  # they have moved meanwhile
+            self._lose(str(e) or "no answer in time")
             return {key: self._unreadable(key) for key in keys}
         self.reads += len(keys)
         return {

@@ -274,3 +274,56 @@ async def test_nothing_is_read_before_it_is_needed():
     assert site.store.reads == []
     running.cancel()
     await asyncio.wait([running])
+
+
+@timed
+async def test_they_move_to_another_database():
+    """Reads go there at once, and clients hear of it; the former one is closed a little later."""
+    async with in_use() as site:
+        site.store.include("ann")
+        assert await site.is_member("ann")
+        former, site.store = site.store, Store()
+        site.store.include("bob")
+        site.big_segments.move(site.store, None)
+        assert not await site.is_member("ann")
+        assert await site.is_member("bob")
+        assert await site.status("ann") is Status.HEALTHY
+        assert not former.closed
+        await asyncio.sleep(1.1)
+        assert former.closed
+        assert not site.store.closed
+        assert site.notices == [None]
+
+
+@timed
+async def test_a_read_from_a_former_database_is_made_anew():
+    """That the former one is away concerns nobody any more."""
+    async with in_use() as site:
+        former, site.store = site.store, Store()
+        former.hangs = True
+        site.store.include("ann")
+        reading = asyncio.create_task(site.is_member("ann"))
+        await asyncio.sleep(0.1)
+        site.big_segments.move(site.store, None)
+        assert await reading
+        assert await site.status("ann") is Status.HEALTHY
+
+
+@timed
+async def test_they_move_before_they_are_in_use():
+    """Nothing is read of either before that."""
+    site = Site()
+    running = asyncio.create_task(site.big_segments.run())
+    await asyncio.sleep(0.1)
+    former, site.store = site.store, Store()
+    site.big_segments.move(site.store, None)
+    await asyncio.sleep(1.1)
+    assert former.closed
+    site.big_segments.start(synchronise=False)
+    site.store.include("ann")
+    assert await site.is_member("ann")
+    assert former.reads == []
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    assert site.store.closed

@@ -481,3 +481,28 @@ async def test_a_request_that_waits_at_the_end_is_answered(tmp_path, upstream, r
         writer.close()
         assert await relay.ended() == 0
         assert "Traceback" not in relay.log
+
+
+async def test_they_move_with_a_reload(tmp_path, upstream, redis):
+    """Another prefix is filled from LaunchDarkly and read; the former one is left as it is."""
+    file = tmp_path / "relay.conf"
+
+    def write(prefix: str) -> None:
+        file.write_text(
+            f"[Main]\nstreamUri = {upstream.url}\nbaseUri = {upstream.url}\n"
+            f"[Redis]\nurl = {redis.url}\n"
+            f'[Environment "main"]\nsdkKey = {SDK_KEY}\nmobileKey = {MOBILE_KEY}\n{prefix}\n'
+        )
+
+    write("prefix = one")
+    async with RelayProcess(tmp_path, "--config", str(file), "--from-env") as relay:
+        await relay.said("Initialized LaunchDarkly client")
+        await eventually(relay, "ann", "yes")
+        write("prefix = two")
+        relay.signal(signal.SIGHUP)
+        await relay.said("Configuration reloaded")
+        await relay.until(lambda: redis.do("GET", "two:big_segments_synchronized_on"))
+        await eventually(relay, "ann", "yes")
+        redis.do("SADD", f"two:big_segment_include:{context_hash('zoe')}", "team.g2")
+        await eventually(relay, "zoe", "yes")
+        assert "Traceback" not in relay.log
