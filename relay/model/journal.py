@@ -14,7 +14,7 @@ from __future__ import annotations
 from base64 import urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import Iterator
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from itertools import takewhile
 
 import msgspec
@@ -132,6 +132,9 @@ class Journal:
             return
         vanished = _vanished(before, payload) if full else []
         items = (*change.items, *(item for item in vanished if before.get(item.kind, item.key)))
+        if full and sum(map(_size, items)) * SHARE_OF_DELTA > payload.size:
+            self._begin_anew(payload)
+            return
         if not all(self._supersedes(before, item) for item in items):
             self._barrier = self.step
         for item in items:
@@ -140,9 +143,17 @@ class Journal:
             self._vanished[item.kind, item.key] = item.version
         self._forget_oldest()
         self._note_state()
-        large = full and sum(map(_size, items)) * SHARE_OF_DELTA > payload.size
         barrier = self._barrier == self.step
-        self.latest = CANNOT_CATCH_UP if barrier or large else Delta(items, self.step - 1)
+        self.latest = CANNOT_CATCH_UP if barrier else Delta(items, self.step - 1)
+
+    def _begin_anew(self, payload: Payload) -> None:
+        """Let all clients get everything, as most of it has changed: cheaper than to compare."""
+        self._barrier = self.step
+        for touched in self._touched.values():
+            touched.clear()
+        self._vanished.clear()
+        self._begin(payload)
+        self.latest = CANNOT_CATCH_UP
 
     def answer(self, basis: str) -> Full | Delta:
         """Return what a client needs to be current (fdv2 13.8.3).
@@ -221,7 +232,8 @@ def _digest(item: Item) -> int:
     """Return the share of an item in the address of the content; 0 for a tombstone."""
     if item.json is None:
         return 0
-    digest = sha256(b"%b\0%b\0" % (item.kind.value.encode(), item.key.encode()))
+    start = b"%b\0%b\0" % (item.kind.value.encode(), item.key.encode())
+    digest = blake2b(start, digest_size=32)
     digest.update(item.json)
     return int.from_bytes(digest.digest(), "big")
 
