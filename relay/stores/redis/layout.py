@@ -37,14 +37,18 @@ class Layout:
         return f"{self.prefix}:{KIND_NAMES[kind]}"
 
 
-def chunks(items: Iterable[Item]) -> Iterator[list[str | bytes]]:
-    """Yield alternating keys and values, in lists for one command each."""
+def fields(items: Iterable[Item]) -> Iterator[tuple[str, bytes]]:
+    """Yield items as fields of a hash."""
+    return ((item.key, stored_json(item)) for item in items)
+
+
+def chunks(pairs: Iterable[tuple[str, bytes]]) -> Iterator[list[str | bytes]]:
+    """Yield alternating fields and values of a hash, in lists for one command each."""
     chunk: list[str | bytes] = []
     size = 0
-    for item in items:
-        json = stored_json(item)
-        chunk += (item.key, json)
-        size += len(json)
+    for field, value in pairs:
+        chunk += (field, value)
+        size += len(value)
         if size >= CHUNK:
             yield chunk
             chunk, size = [], 0

@@ -6,7 +6,7 @@ It is a hash with an encrypted field for each environment and payload filter.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from relay.aio import in_thread
 from relay.config.schema import Redis as RedisOptions
@@ -15,7 +15,7 @@ from relay.model.credential import AutoConfigKey, Secret
 from relay.protocol.environmentlist import EnvironmentList
 from relay.stores.redis.client import RedisClient, raise_failure
 from relay.stores.redis.connect import masked_address
-from relay.stores.redis.layout import CHUNK
+from relay.stores.redis.layout import chunks
 from relay.stores.sealing import Seal, derived, opened_entries, sealed_entries
 
 
@@ -74,7 +74,7 @@ class RedisList:
         async with self._client.connection() as connection:
             await connection.execute("MULTI")
             await connection.execute("DEL", self._hash)
-            for chunk in _chunks(sealed):
+            for chunk in chunks(sealed.items()):
                 await connection.execute("HSET", self._hash, *chunk)
             raise_failure(await connection.execute("EXEC"))
 
@@ -88,17 +88,3 @@ class RedisList:
         if not result.environments and not result.filters:
             raise InvalidData("list", next(iter(result.unusable.values())))
         return result
-
-
-def _chunks(entries: Mapping[str, bytes]) -> Iterator[list[str | bytes]]:
-    """Yield alternating names and values, in lists for one command each."""
-    chunk: list[str | bytes] = []
-    size = 0
-    for name, value in entries.items():
-        chunk += (name, value)
-        size += len(value)
-        if size >= CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk

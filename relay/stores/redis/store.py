@@ -21,7 +21,7 @@ from relay.stores.fingerprint import Fingerprint
 from relay.stores.items import parse_items, parse_versions, version_of
 from relay.stores.redis.client import RedisClient, RedisConnection, raise_failure
 from relay.stores.redis.connect import masked_address
-from relay.stores.redis.layout import Hashes, Layout, chunks, entries
+from relay.stores.redis.layout import Hashes, Layout, chunks, entries, fields
 
 BATCH = 256
 """Stored items that are read and compared at a time: about a millisecond for the event loop."""
@@ -142,7 +142,7 @@ class RedisStore:
     async def _write_items(
         self, connection: RedisConnection, kind: Kind, items: Iterable[Item]
     ) -> None:
-        for chunk in chunks(items):
+        for chunk in chunks(fields(items)):
             await connection.execute("HSET", self._layout.hash(kind), *chunk)
 
     def problem_with(self, item: Item) -> str | None:  # noqa: ARG002 - the contract's

@@ -11,7 +11,7 @@ from relay.model.payload import Payload
 from relay.steps import finish
 from relay.stores import UNREADABLE
 from relay.stores.items import parse_items, parse_versions
-from relay.stores.redis.layout import CHUNK, Layout, chunks, entries
+from relay.stores.redis.layout import CHUNK, Layout, chunks, entries, fields
 from tests.stores.contract import flag, segment
 
 
@@ -35,7 +35,7 @@ def test_written_items_are_read_again():
     ]
     hashes: dict[Kind, dict[bytes, bytes]] = {kind: {} for kind in Kind}
     for kind in Kind:
-        for chunk in chunks(item for item in items if item.kind is kind):
+        for chunk in chunks(fields(item for item in items if item.kind is kind)):
             pairs = dict(zip(chunk[::2], chunk[1::2], strict=True))
             hashes[kind] |= {str(key).encode(): bytes(value) for key, value in pairs.items()}
     stored = finish(parse_items(entries(hashes)))
@@ -62,7 +62,7 @@ def test_large_payloads_go_in_several_commands():
     items = [
         Item(Kind.FLAG, f"f{n}", 1, b'{"version":1,"x":"%b"}' % (b"x" * size)) for n in range(10)
     ]
-    written = list(chunks(items))
+    written = list(chunks(fields(items)))
     assert [key for chunk in written for key in chunk[::2]] == [item.key for item in items]
     assert len(written) == 4
     assert list(chunks([])) == []
