@@ -19,6 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from relay.errors import StoreUnavailable
 from relay.protocol.document import MAX_SIZE
 from relay.reasons import describe, shorten
+from relay.stores.awssession import load_descriptions
 from relay.stores.documents import DocumentChanged
 from relay.stores.documents.location import Location
 
@@ -51,7 +52,7 @@ class S3Connection:
 
     def __init__(self, proxy: str = "") -> None:
         self._session: AioSession = get_session()
-        self._load_descriptions()
+        load_descriptions(self._session, "s3")
         self._config = AioConfig(
             connect_timeout=CONNECT_TIMEOUT,
             read_timeout=READ_TIMEOUT,
@@ -107,14 +108,6 @@ class S3Connection:
                 self._closing = self._session.create_client("s3", config=self._config)
                 self._client = await self._closing.__aenter__()
         return self._client
-
-    def _load_descriptions(self) -> None:
-        """Load megabytes of descriptions, which the session then knows."""
-        loader = self._session.get_component("data_loader")
-        for kind in ("service-2", "endpoint-rule-set-1", "paginators-1", "waiters-2"):
-            loader.load_service_model("s3", kind)
-        for name in ("endpoints", "partitions", "sdk-default-configuration", "_retry"):
-            loader.load_data(name)
 
 
 class S3Place:

@@ -14,6 +14,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from relay import clock
 from relay.errors import ConfigError, StoreUnavailable
 from relay.reasons import describe, shorten
+from relay.stores.awssession import load_descriptions
 
 CONNECT_TIMEOUT = 5.0
 """Seconds for a connection to the service."""
@@ -73,7 +74,7 @@ class DynamoDBConnection:
         except BotoCoreError as e:
             raise ConfigError([f"[DynamoDB]: {describe(e)}"]) from e
         self._region: str | None = region or (_LOCAL_REGION if url else None)
-        self._load_descriptions()
+        load_descriptions(self._session, "dynamodb")
         self._config = AioConfig(
             connect_timeout=CONNECT_TIMEOUT,
             read_timeout=READ_TIMEOUT,
@@ -134,7 +135,7 @@ class DynamoDBConnection:
         async with self._opening:
             if self._current is None:
                 stack = contextlib.AsyncExitStack()
-                await asyncio.to_thread(self._load_descriptions)
+                await asyncio.to_thread(load_descriptions, self._session, "dynamodb")
                 opening = self._session.create_client(
                     "dynamodb",
                     region_name=self._region,
@@ -143,14 +144,6 @@ class DynamoDBConnection:
                 )
                 self._current = _Client(await stack.enter_async_context(opening), stack)
             return self._current
-
-    def _load_descriptions(self) -> None:
-        """Load megabytes of descriptions, which the session then knows: at once the second time."""
-        loader = self._session.get_component("data_loader")
-        for kind in ("service-2", "endpoint-rule-set-1", "paginators-1", "waiters-2"):
-            loader.load_service_model("dynamodb", kind)
-        for name in ("endpoints", "partitions", "sdk-default-configuration", "_retry"):
-            loader.load_data(name)
 
 
 class Lease:
