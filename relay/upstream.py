@@ -181,17 +181,15 @@ class Upstream:
         Raises:
             UpstreamUnavailable: there was no response.
         """
-        all_headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "gzip", **headers}
-        timeout = aiohttp.ClientTimeout(total=within, connect=self._connect_timeout)
-        with _translate_errors(ValueError):
-            async with await self._send(
-                "POST", URL(url), all_headers, timeout, data=body, skip_auto_headers=("Accept",)
-            ) as response:
-                response_headers = response.headers
-                date = _http_date(response_headers.get("Date"))
-                return Receipt(
-                    response.status, date, _retry_after(response_headers.get("Retry-After"), date)
-                )
+        unsent = ("Accept",)
+        async with self._exchange(
+            "POST", url, body, headers, within, skip_auto_headers=unsent
+        ) as response:
+            response_headers = response.headers
+            date = _http_date(response_headers.get("Date"))
+            return Receipt(
+                response.status, date, _retry_after(response_headers.get("Retry-After"), date)
+            )
 
     async def put(self, url: str, body: bytes, *, headers: dict[str, str], within: float) -> Reply:
         """Put `body` and return the reply without its body, whatever its status; no redirects.
@@ -205,13 +203,27 @@ class Upstream:
         Raises:
             UpstreamUnavailable: there was no response.
         """
+        async with self._exchange("PUT", url, body, headers, within) as response:
+            return Reply(response.status, _first_headers(response), b"")
+
+    @asynccontextmanager
+    async def _exchange(
+        self,
+        method: str,
+        url: str,
+        body: bytes,
+        headers: dict[str, str],
+        within: float,
+        **options: Any,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a body; yield the response, whatever its status. Redirects are not followed."""
         all_headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "gzip", **headers}
         timeout = aiohttp.ClientTimeout(total=within, connect=self._connect_timeout)
         with _translate_errors(ValueError):
             async with await self._send(
-                "PUT", URL(url), all_headers, timeout, data=body
+                method, URL(url), all_headers, timeout, data=body, **options
             ) as response:
-                return Reply(response.status, _first_headers(response), b"")
+                yield response
 
     async def fetch(
         self, url: str, *, headers: dict[str, str], within: float, max_body: int
