@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from base64 import urlsafe_b64encode
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from itertools import takewhile
 
@@ -44,6 +44,11 @@ class Full(Struct, frozen=True):
 
     reason: str
 
+    @property
+    def key(self) -> str:
+        """Key by which it can be remembered until the next step."""
+        return self.reason
+
 
 class Delta(Struct, frozen=True):
     """Answer to a client: the items touched since its state; none if it is up to date.
@@ -55,6 +60,11 @@ class Delta(Struct, frozen=True):
 
     items: tuple[Item, ...]
     since: int
+
+    @property
+    def key(self) -> int:
+        """Key by which it can be remembered until the next step."""
+        return self.since
 
 
 MISSING, CANNOT_CATCH_UP = Full("payload-missing"), Full("cant-catchup")
@@ -81,7 +91,7 @@ class Journal:
         self.step = 0
         """Number of changes of the data so far; 0 before there are any."""
         self.latest: Full | Delta = MISSING
-        """What the last step means for a client that had seen all before."""
+        """Answer to a client that had seen all before the last step."""
         self._floor = 0
         """Step from which on all touches are known."""
         self._barrier = 0
@@ -132,7 +142,7 @@ class Journal:
             return
         vanished = _vanished(before, payload) if full else []
         items = (*change.items, *(item for item in vanished if before.get(item.kind, item.key)))
-        if full and sum(map(_size, items)) * SHARE_OF_DELTA > payload.size:
+        if full and _is_large(items, payload):
             self._begin_anew(payload)
             return
         if not all(self._supersedes(before, item) for item in items):
@@ -143,8 +153,8 @@ class Journal:
             self._vanished[item.kind, item.key] = item.version
         self._forget_oldest()
         self._note_state()
-        barrier = self._barrier == self.step
-        self.latest = CANNOT_CATCH_UP if barrier else Delta(items, self.step - 1)
+        is_barrier = self._barrier == self.step
+        self.latest = CANNOT_CATCH_UP if is_barrier else Delta(items, self.step - 1)
 
     def _begin_anew(self, payload: Payload) -> None:
         """Let all clients get everything, as most of it has changed: cheaper than to compare."""
@@ -167,7 +177,7 @@ class Journal:
         if since is None or since < max(self._floor, self._barrier):
             return CANNOT_CATCH_UP
         items = tuple(self._touched_after(since))
-        if sum(map(_size, items)) * SHARE_OF_DELTA > self._payload.size:
+        if _is_large(items, self._payload):
             return CANNOT_CATCH_UP
         return Delta(items, since)
 
@@ -243,6 +253,11 @@ def _salt(item: Item) -> str | None:
         return _SALT.decode(item.json or b"{}").salt
     except msgspec.MsgspecError:
         return None
+
+
+def _is_large(items: Iterable[Item], payload: Payload) -> bool:
+    """Return whether items are so many that everything is sent instead."""
+    return sum(map(_size, items)) * SHARE_OF_DELTA > payload.size
 
 
 def _size(item: Item) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from relay.model.journal import CANNOT_CATCH_UP, Delta, Full, Journal
+from relay.lru import LRUMap
+from relay.model.journal import CANNOT_CATCH_UP, Full, Journal
 from relay.model.payload import Change, Payload
 from relay.protocol import fdv2
 from relay.streams.channel import BroadcastChannel, Subscription
@@ -47,7 +48,7 @@ class DeltaChannel(BroadcastChannel[str]):
     def __init__(self, journal: Journal) -> None:
         super().__init__(FDv2Format(journal))
         self._journal = journal
-        self._openings: dict[int | str, bytes] = {}
+        self._openings: LRUMap[int | str, bytes] = LRUMap(MAX_OPENINGS)
 
     def publish(self, payload: Payload | None, change: Change, since: float) -> None:
         """Encode a change, once for all subscribers."""
@@ -68,10 +69,11 @@ class DeltaChannel(BroadcastChannel[str]):
         if payload is None:
             return b""
         answer = self._journal.answer(self.subscriptions[subscription])
-        key = answer.since if isinstance(answer, Delta) else answer.reason
-        if key not in self._openings:
-            if len(self._openings) >= MAX_OPENINGS:
-                self._openings.clear()
+        if answer is CANNOT_CATCH_UP:
+            return self._encoded_opening()
+        opening = self._openings.get(answer.key)
+        if opening is None:
             events = fdv2.respond(self._journal, payload, answer)
-            self._openings[key] = encode_chunk(fdv2.stream(events))
-        return self._openings[key]
+            opening = encode_chunk(fdv2.stream(events))
+            self._openings.put(answer.key, opening)
+        return opening

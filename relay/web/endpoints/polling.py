@@ -10,9 +10,10 @@ from weakref import WeakKeyDictionary
 from starlette.requests import Request
 
 from relay.environment import Environment
+from relay.lru import LRUMap
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Kind
-from relay.model.journal import Delta, Journal
+from relay.model.journal import Journal
 from relay.model.payload import Payload
 from relay.protocol import fdv2
 from relay.protocol.fdv1 import all_data, all_flags
@@ -45,8 +46,7 @@ class _PollResources:
         self._journal = journal
         self._headers = environment_headers(spec)
         self._cache: dict[tuple[str, str], Resource | None] = {}
-        self._transfers: dict[int | str, Resource] = {}
-        """By the step of the client's data, or the reason why it needs all."""
+        self._transfers: LRUMap[int | str, Resource] = LRUMap(MAX_TRANSFERS)
         self._builders: Mapping[str, Callable[[str], Resource | None]] = {
             "/sdk/flags": self._flags,
             "/sdk/latest-all": self._latest_all,
@@ -87,14 +87,13 @@ class _PollResources:
     def _transfer(self, basis: str) -> Resource:
         """Return what a client misses; only that without a basis has an ETag (fdv2 13.8.8)."""
         answer = self._journal.answer(basis)
-        key = answer.since if isinstance(answer, Delta) else answer.reason
-        if key not in self._transfers:
-            if len(self._transfers) >= MAX_TRANSFERS:
-                self._transfers.clear()
+        transfer = self._transfers.get(answer.key)
+        if transfer is None:
             body = fdv2.poll(fdv2.respond(self._journal, self.payload, answer))
             etag = b"" if basis else b'"%b"' % self._journal.state.encode()
-            self._transfers[key] = Resource((body,), etag, self._headers)
-        return self._transfers[key]
+            transfer = Resource((body,), etag, self._headers)
+            self._transfers.put(answer.key, transfer)
+        return transfer
 
 
 def _versions_etag(payload: Payload) -> bytes:
