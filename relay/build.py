@@ -169,8 +169,6 @@ class EnvironmentParts:
             databases: True if the databases differ.
             documents: True if the places of documents differ.
         """
-        from relay.stores import DOCUMENT
-
         before, config, log = environment.spec, self._config, environment.log
         resync, places = environment.resync, self._places
         first: list[Mirror] = []
@@ -178,7 +176,7 @@ class EnvironmentParts:
         published: list[Mirror] = []
         for mirror in environment.mirrors:
             status = mirror.status
-            of_kind = published if status and status.database == DOCUMENT else stores
+            of_kind = published if status and status.is_document else stores
             (of_kind if status else first).append(mirror)
         has_same_id = spec.environment_id == before.environment_id
         if spec.sdk_key != before.sdk_key or not has_same_id:
@@ -363,7 +361,7 @@ def sync_targets(
     Raises:
         ConfigError: there is no destination, or no such environment; see also `build`.
     """
-    from relay.stores import DATABASES, DOCUMENT
+    from relay.stores import DOCUMENT, label_of
     from relay.sync import SyncTarget
 
     if to:
@@ -388,7 +386,7 @@ def sync_targets(
     for spec, make_source, log in sources:
         for number, each in enumerate(databases):
             store, kind, table = each.store_for(spec), each.kind, each.table_of(spec)
-            label = f"{DATABASES[kind]} data store {table or store.server}" if number else ""
+            label = label_of(kind, table or store.server) if number else ""
             targets.append(SyncTarget(spec, make_source(), store, log, kind, label, table))
         documents = places.stores(publish.to, publish.token, spec, log) if places else []
         targets += [

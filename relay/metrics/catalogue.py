@@ -19,7 +19,7 @@ from relay.model.item import Kind
 from relay.model.metrics import Histogram, MetricValue
 from relay.protocol.prometheus import COUNTER, GAUGE, HISTOGRAM, Metric, Row
 from relay.relay import DirectoryChange, Relay
-from relay.stores import DOCUMENT, StoreState, StoreStatus
+from relay.stores import StoreState, StoreStatus, statuses_of
 from relay.telemetry import process
 from relay.telemetry.log import lost_lines
 from relay.telemetry.reloads import ReloadResult
@@ -120,17 +120,15 @@ def _upstream_states(view: MetricsView) -> Iterator[Row]:
 
 def _store_statuses(view: MetricsView) -> Iterator[tuple[str, StoreStatus]]:
     for name, environment in view.environments.items():
-        for mirror in environment.mirrors:
-            if mirror.status is not None and mirror.status.database != DOCUMENT:
-                yield name, mirror.status
+        for status in statuses_of(environment.mirrors):
+            yield name, status
 
 
 def _publication_states(view: MetricsView) -> Iterator[Row]:
     for name, environment in view.environments.items():
-        for status in (mirror.status for mirror in environment.mirrors):
-            if status is not None and status.database == DOCUMENT:
-                for state in StoreState:
-                    yield (name, status.server, state.value), int(status.state is state)
+        for status in statuses_of(environment.mirrors, documents=True):
+            for state in StoreState:
+                yield (name, status.server, state.value), int(status.state is state)
 
 
 def _store_states(view: MetricsView) -> Iterator[Row]:

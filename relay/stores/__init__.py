@@ -7,7 +7,7 @@ A published document is a data store, too: `documents`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -127,6 +127,16 @@ DOCUMENT = "document"
 """Kind of a published document, which is no database."""
 
 
+def label_of(database: str, where: str) -> str:
+    """Return a database for log lines.
+
+    Args:
+        database: kind of database.
+        where: its server or table.
+    """
+    return f"{DATABASES.get(database, database)} data store {where}"
+
+
 class StoreStatus(Struct, frozen=True):
     """Status of a database, as shown in `/status`.
 
@@ -147,6 +157,11 @@ class StoreStatus(Struct, frozen=True):
     prefix: str
     invalid: tuple[InvalidItem, ...] = ()
     table: str = ""
+
+    @property
+    def is_document(self) -> bool:
+        """True for a published document, False for a database."""
+        return self.database == DOCUMENT
 
 
 class Mirror(Protocol):
@@ -186,3 +201,11 @@ class Mirror(Protocol):
 
     async def run(self) -> None:
         """Write updates until cancelled; then write what must not be lost."""
+
+
+def statuses_of(mirrors: Iterable[Mirror], *, documents: bool = False) -> Iterator[StoreStatus]:
+    """Yield the statuses of the databases, or of the published documents, among mirrors."""
+    for mirror in mirrors:
+        status = mirror.status
+        if status is not None and status.is_document is documents:
+            yield status

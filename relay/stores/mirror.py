@@ -26,7 +26,6 @@ from relay.model.item import InvalidItem, Item
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.steps import finish
 from relay.stores import (
-    DATABASES,
     DataStore,
     Key,
     Stored,
@@ -34,6 +33,7 @@ from relay.stores import (
     StoreStatus,
     Version,
     Versions,
+    label_of,
 )
 from relay.stores.conflicts import NEVER, ConflictTimings
 from relay.stores.fingerprint import Fingerprint
@@ -111,7 +111,7 @@ class DatabaseMirror:
     ) -> None:
         self._store = store
         where = table or store.server
-        self._label = label or f"{DATABASES.get(database, database)} data store {where}"
+        self._label = label or label_of(database, where)
         self._resync = resync
         self._log = log
         self._outage = OutageLog(log, begins=logging.ERROR, ends=logging.WARNING)

@@ -9,6 +9,7 @@ from typing import Any
 
 from relay.config.schema import Redis as RedisOptions
 from relay.protocol.bigsegments import Patch
+from relay.stores import label_of
 from relay.stores.bigsegments import Metadata
 from relay.stores.redis.client import RedisClient, raise_failure
 from relay.stores.redis.connect import masked_address
@@ -34,7 +35,7 @@ class RedisBigSegmentStore:
     def __init__(self, options: RedisOptions, prefix: str = "") -> None:
         self._client = RedisClient(options)
         self._prefix = prefix = Layout(prefix).prefix
-        self.label = f"Redis data store {masked_address(options.url)}"
+        self.label = label_of("redis", masked_address(options.url))
         self._include = f"{prefix}:big_segment_include:"
         self._exclude = f"{prefix}:big_segment_exclude:"
         self._cursor = f"{prefix}:big_segments_cursor"

@@ -16,7 +16,7 @@ from relay.model.credential import Credential, CredentialKind
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem
 from relay.relay import Directory, Relay
-from relay.stores import DOCUMENT, StoreState, StoreStatus
+from relay.stores import StoreState, StoreStatus, statuses_of
 from relay.telemetry.traffic import RequestMetrics, totals
 from relay.web.responses import PreparedResponse, json
 
@@ -248,10 +248,8 @@ def _connection_members(environment: Environment) -> dict[str, object]:
 
 
 def _store_members(relay: Relay, environment: Environment) -> dict[str, object]:
-    statuses = (mirror.status for mirror in environment.mirrors)
-    for status in statuses:
-        if status is not None and status.database != DOCUMENT:
-            return _database_members(status)
+    for status in statuses_of(environment.mirrors):
+        return _database_members(status)
     # Without a database ld-relay reports on its memory, which is valid as soon as upstream has
     # responded or `initTimeout` is over.
     if relay.starting and not environment.init_done.is_set():
@@ -261,8 +259,7 @@ def _store_members(relay: Relay, environment: Environment) -> dict[str, object]:
 
 def _all_stores_members(environment: Environment) -> list[dict[str, object]] | None:
     """Return the state of each database; None if there is one at most."""
-    statuses = (mirror.status for mirror in environment.mirrors)
-    members = [_database_members(s) for s in statuses if s and s.database != DOCUMENT]
+    members = list(map(_database_members, statuses_of(environment.mirrors)))
     return members if len(members) > 1 else None
 
 
@@ -280,7 +277,6 @@ def _big_segment_members(environment: Environment) -> dict[str, object] | None:
 
 def _published_members(environment: Environment) -> list[dict[str, object]] | None:
     """Return the state of each published document; None if nothing is published."""
-    statuses = (mirror.status for mirror in environment.mirrors)
     members: list[dict[str, object]] = [
         {
             "state": status.state.value,
@@ -288,8 +284,7 @@ def _published_members(environment: Environment) -> list[dict[str, object]] | No
             "document": status.prefix,
             "url": status.server,
         }
-        for status in statuses
-        if status is not None and status.database == DOCUMENT
+        for status in statuses_of(environment.mirrors, documents=True)
     ]
     return members or None
 
