@@ -95,7 +95,7 @@ class AutoConfiguration:
         self._filters: VersionedList[FilterDescription] = VersionedList()
         self._mirrors = tuple(mirrors)
         self._settled: dict[str, EnvironmentDescription] = {}
-        """What is stored of each environment, by ID."""
+        """Stored form of each environment, by ID."""
         self._stored: EnvironmentList | None = None
         """The stored list that is served until the stream delivers; None without one."""
         self._mirrors_updated_at = -float("inf")

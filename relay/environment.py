@@ -120,7 +120,7 @@ class Environment:
         self.programs = programs or ProgramCache()
         """The flags of `payload`, compiled for client-side evaluation."""
         self.journal = journal or Journal(spec.lineage)
-        """Which items the last changes of `payload` have touched."""
+        """Items that the last changes of `payload` have touched."""
         self.big_segments = big_segments
         """Memberships in big segments; None without a database that has them."""
         if big_segments is not None:

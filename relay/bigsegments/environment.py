@@ -57,7 +57,7 @@ class BigSegmentTimings(Struct, frozen=True):
 
 
 class Synchronising(Protocol):
-    """What brings patches into the database; see `relay.bigsegments.synchroniser`."""
+    """Contract of a `relay.bigsegments.synchroniser.Synchroniser`."""
 
     applied: int
 

@@ -34,7 +34,7 @@ MAX_OVERTAKEN = 100
 
 
 class PatchSource(Protocol):
-    """Where patches come from; see `relay.sources.bigsegments`."""
+    """Contract of a source of patches; see `relay.sources.bigsegments`."""
 
     def poll(self, after: str | None) -> AsyncGenerator[Patch, None]:
         """Yield the patches after a version."""

@@ -1,8 +1,8 @@
 """The difference that a configuration makes to a running relay. Pure.
 
-Environments that are listed change in place, with filters and database, as do the options of
-`_IN_PLACE`. Everything else was used
-when the relay was built: it stays as it is, and is named as needing a restart.
+Environments that are listed change in place, with filters and databases, as do the options of
+`_IN_PLACE`. Everything else was used when the relay was built: it stays as it is, and is named as
+needing a restart.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WEBHOOK = ("Webhook", "secret")
 
 
 class Difference(Struct, frozen=True):
-    """What is in force after a configuration was read again.
+    """Configuration in force after it was read again, and its difference from before.
 
     Args:
         config: the new environments, filters and options that change in place, beside the former

@@ -9,7 +9,7 @@ from relay import clock
 
 
 class ReloadResult(Enum):
-    """How a reload has ended."""
+    """Outcome of a reload."""
 
     SUCCESS = "success"
     FAILURE = "failure"

@@ -73,7 +73,7 @@ class Token:
 
 
 class Connection(Struct, frozen=True):
-    """How a server is reached; all stores in it share one.
+    """Address, TLS and token of a server; all stores in it share one.
 
     Args:
         address: address as it was configured, without secrets.

@@ -33,7 +33,7 @@ Attributes = dict[str, Any]
 
 
 class Layout:
-    """Where the data of one environment are in a table.
+    """Keys and attributes of one environment in a table.
 
     Args:
         prefix: prefix of the namespaces; may be empty.
