@@ -90,14 +90,14 @@ class Database(Struct, frozen=True):
 
 
 class EnvironmentParts:
-    """Makes the environments that a configuration lists, and what they need when they change.
+    """Makes environments, wherever they are listed, and what they need when they change.
 
     Args:
         config: of the environments.
         make_source: makes data sources, which share a session.
         databases: the configured ones.
         places: of documents.
-        upstream: session for big segments.
+        upstream: session for big segments; None without a network.
     """
 
     def __init__(
@@ -135,11 +135,30 @@ class EnvironmentParts:
         return [_spec(each, self._config) for each in self._config.all_environments]
 
     def environment(self, spec: EnvironmentSpec) -> Environment:
-        """Return a new environment."""
-        databases, places, upstream = self._databases, self._places, self._upstream
-        return _environment(
-            self._config, spec, self._make_source, databases, places, upstream=upstream
+        """Return a new environment; its big segments are fetched only if there is an upstream."""
+        config, databases, places = self._config, self._databases, self._places
+        main, upstream, log = config.main, self._upstream, _log_for(spec)
+        source = self._make_source(spec, log)
+        programs, journal = ProgramCache(), Journal(spec.lineage)
+        big_segments = _big_segments(main, spec, log, databases)
+        client_side = client_side_channels(programs, main.ping_stream_jitter_time, big_segments)
+        channels = {DELTAS: DeltaChannel(journal), **client_side}
+        hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), channels)
+        environment = Environment(
+            spec, source, hub, log, programs=programs, journal=journal, big_segments=big_segments
         )
+        if big_segments is not None and upstream is not None:
+            store = big_segments.store
+            big_segments.synchroniser = _synchroniser(
+                big_segments, store, main, upstream, environment
+            )
+        resync = environment.resync
+        environment.mirrors = (
+            *_first_mirrors(config, spec, log, places),
+            *_database_mirrors(config, spec, resync, log, databases),
+            *_document_mirrors(config, spec, resync, log, places),
+        )
+        return environment
 
     def keeps(self, environment: Environment, spec: EnvironmentSpec, *, databases: bool) -> bool:
         """Return whether an environment can go on with another spec, or must be made anew.
@@ -222,7 +241,6 @@ def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
         return _offline(config, registry, databases), None
     events: Forwarder | None = None
     fetch: Fetch | None = None
-    places = _places(config)
     directory: Directory | None = None
     session: Session = nullcontext()
     upstream: HTTPSession | None = None
@@ -230,11 +248,11 @@ def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
         upstream, make_source = _launchdarkly(config)
         session, fetch = upstream, upstream.fetch
         events = _forwarder(config, upstream, registry.spec_of)
-        if config.auto_config.key:
-            directory = _auto_configuration(config, upstream, make_source, databases, places)
     else:
         make_source = _file(config)
-    parts = EnvironmentParts(config, make_source, databases, places, upstream)
+    parts = EnvironmentParts(config, make_source, databases, _places(config), upstream)
+    if upstream is not None and config.auto_config.key:
+        directory = _auto_configuration(config, upstream, parts)
     specs = parts.specs if config.uses_launchdarkly else [_demo(config.main)]
     relay = Relay(
         [parts.environment(spec) for spec in specs],
@@ -252,11 +270,7 @@ def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
 
 
 def _auto_configuration(
-    config: Config,
-    session: HTTPSession,
-    make_source: SourceFactory,
-    databases: Sequence[Database],
-    places: Places | None,
+    config: Config, session: HTTPSession, parts: EnvironmentParts
 ) -> AutoConfiguration:
     """Return what follows the list of environments; it makes them as the configured ones are."""
     from relay.autoconfig import AutoConfiguration, log
@@ -268,8 +282,8 @@ def _auto_configuration(
     return AutoConfiguration(
         AutoConfigStream(session, main.stream_uri, key, log),
         _shared(auto, config),
-        lambda spec: _environment(config, spec, make_source, databases, places, upstream=session),
-        make_source,
+        parts.environment,
+        parts.source,
         tuple(_list_mirrors(config, key, log)),
     )
 
@@ -306,7 +320,8 @@ def _offline(
     places = _places(config)
 
     def make_environment(spec: EnvironmentSpec, source: DataSource) -> Environment:
-        return _environment(config, spec, lambda _spec, _log: source, databases, places)
+        parts = EnvironmentParts(config, lambda _spec, _log: source, databases, places, None)
+        return parts.environment(spec)
 
     path = Path(options.file_data_source)
     interval = options.file_data_source_monitoring_interval
@@ -526,38 +541,6 @@ def _spec(options: EnvironmentConfig, config: Config) -> EnvironmentSpec:
         log_level=options.log_level or None,
         payload_filter=options.filter_key,
     )
-
-
-def _environment(
-    config: Config,
-    spec: EnvironmentSpec,
-    make_source: SourceFactory,
-    databases: Sequence[Database],
-    places: Places | None,
-    *,
-    upstream: HTTPSession | None = None,
-) -> Environment:
-    """Return an environment; its big segments are fetched only if there is an upstream."""
-    log = _log_for(spec)
-    source = make_source(spec, log)
-    programs, journal, main = ProgramCache(), Journal(spec.lineage), config.main
-    big_segments = _big_segments(main, spec, log, databases)
-    client_side = client_side_channels(programs, main.ping_stream_jitter_time, big_segments)
-    channels = {DELTAS: DeltaChannel(journal), **client_side}
-    hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), channels)
-    environment = Environment(
-        spec, source, hub, log, programs=programs, journal=journal, big_segments=big_segments
-    )
-    if big_segments is not None and upstream is not None:
-        store = big_segments.store
-        big_segments.synchroniser = _synchroniser(big_segments, store, main, upstream, environment)
-    resync = environment.resync
-    environment.mirrors = (
-        *_first_mirrors(config, spec, log, places),
-        *_database_mirrors(config, spec, resync, log, databases),
-        *_document_mirrors(config, spec, resync, log, places),
-    )
-    return environment
 
 
 def _moves(before: EnvironmentSpec, after: EnvironmentSpec) -> bool:
