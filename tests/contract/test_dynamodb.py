@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,20 @@ from relay.upstream import Upstream
 from tests.support.data import all_data, flag, segment
 from tests.support.dynamodb import (
     VARIABLES,
-    DynamoDBProxy,
-    DynamoDBServer,
     Table,
+    aws_credentials,
+    dynamodb,
     failure,
+    proxy,
     store_in,
+    table,
 )
 from tests.support.process import PATIENCE, RelayProcess
 from tests.support.redis import RedisServer
 from tests.support.serving import SDK_KEY, ask
 from tests.support.upstream import ScriptedUpstream, status
+
+__all__ = ["aws_credentials", "dynamodb", "proxy", "table"]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SCRIPTS = json.loads((GOLDEN / "dynamodb.json").read_text())["recordings"]
@@ -53,29 +57,6 @@ QUICK = MirrorTimings(
     compare=0.5,
     conflicts=ConflictTimings(second_look=0.05, refresh=0.2, newer=0.3, extra=0.3),
 )
-
-
-@pytest.fixture(autouse=True)
-def credentials(monkeypatch) -> None:
-    for name, value in VARIABLES.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[DynamoDBServer]:
-    with DynamoDBServer() as server:
-        yield server
-
-
-@pytest.fixture
-def table(server) -> Table:
-    return server.new_table()
-
-
-@pytest.fixture
-async def proxy(server) -> AsyncIterator[DynamoDBProxy]:
-    async with DynamoDBProxy(server) as proxy:
-        yield proxy
 
 
 @pytest.fixture

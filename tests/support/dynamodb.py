@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
 import aiohttp
 import botocore.session
+import pytest
 from aiohttp import web
 from moto.server import ThreadedMotoServer
 
@@ -176,3 +177,30 @@ def failure(code: str, status: int = 400) -> Answer:
 def store_in(url: str, table: str, prefix: str = "p") -> DynamoDBStore:
     """Return the store of one environment, with a connection of its own."""
     return DynamoDBStore(DynamoDBConnection(url, VARIABLES).lease(), table, prefix)
+
+
+@pytest.fixture(autouse=True)
+def aws_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set the variables of AWS, in folders that import this."""
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session", name="server")
+def dynamodb() -> Iterator[DynamoDBServer]:
+    """One server per test worker; each test has a table of its own."""
+    with DynamoDBServer() as server:
+        yield server
+
+
+@pytest.fixture
+def table(server: DynamoDBServer) -> Table:
+    """A new table."""
+    return server.new_table()
+
+
+@pytest.fixture
+async def proxy(server: DynamoDBServer) -> AsyncIterator[DynamoDBProxy]:
+    """The proxy before the server."""
+    async with DynamoDBProxy(server) as proxy:
+        yield proxy

