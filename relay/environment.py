@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from relay import clock
+from relay.aio import SLICE, run_for
 from relay.bigsegments.environment import BigSegments
 from relay.errors import ErrorKind
 from relay.model.environment import EnvironmentSpec
@@ -319,7 +320,15 @@ class Environment:
             self.programs.update(self.payload)
             self._look_for_big_segments(change)
             self.hub.publish(self.payload, change, since)
+            if self._tasks is not None and self.journal.naming is not None:
+                self._tasks.create_task(self._name_state())
         return change
+
+    async def _name_state(self) -> None:
+        """Name the state of the data, behind everything else: all of them have to be hashed."""
+        while (naming := self.journal.naming) is not None:
+            run_for(SLICE, naming)
+            await asyncio.sleep(0)
 
     def _look_for_big_segments(self, change: Change) -> None:
         if self.big_segments is not None and not self._has_big_segments:

@@ -22,6 +22,7 @@ from msgspec import Struct
 
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Change, Payload
+from relay.steps import Steps, Work
 
 MAX_STATES = 4096
 """States that clients may come back with; an older one means a transfer of everything."""
@@ -103,29 +104,39 @@ class Journal:
         """Versions of the tombstones of items that upstream has ceased to list."""
         self._states: OrderedDict[str, int] = OrderedDict()
         """Step at which each state was first reached; the oldest first."""
+        self.naming: Work[None] | None = None
+        """Work after a step that began anew: the name of its state. Whoever asks for that finishes
+        the work; better, somebody does it in slices before."""
         self._digest = 0
         self._versions = 0
         self._payload = EMPTY
 
     def __repr__(self) -> str:
         touched = sum(map(len, self._touched.values()))
-        return f"<Journal {self.state} [{self.step} steps, {touched} items touched]>"
+        return f"<Journal {self.id} [{self.step} steps, {touched} items touched]>"
 
     @property
     def depth(self) -> int:
         """Number of states that clients may come back with."""
+        self._finish_naming()
         return len(self._states)
 
     @property
     def version(self) -> int:
         """Number of the state: 1 at least, and equal for equal data."""
+        self._finish_naming()
         return max(1, self._versions)
 
     @property
     def state(self) -> str:
         """State of the data, as clients send it back: `basis` (fdv2 13.2.5)."""
+        self._finish_naming()
+        return self._state
+
+    @property
+    def _state(self) -> str:
         digest = _text((self._digest % _MODULUS).to_bytes(32, "big")[:16])
-        return f"(p:{self.id}-{digest}:{self.version})"
+        return f"(p:{self.id}-{digest}:{max(1, self._versions)})"
 
     def record(self, payload: Payload, change: Change, *, full: bool = False) -> None:
         """Record the next step.
@@ -145,6 +156,7 @@ class Journal:
         if full and _is_large(items, payload):
             self._begin_anew(payload)
             return
+        self._finish_naming()
         if not all(self._supersedes(before, item) for item in items):
             self._barrier = self.step
         for item in items:
@@ -173,6 +185,7 @@ class Journal:
         """
         if not basis:
             return MISSING
+        self._finish_naming()
         since = self._states.get(basis)
         if since is None or since < max(self._floor, self._barrier):
             return CANNOT_CATCH_UP
@@ -182,9 +195,22 @@ class Journal:
         return Delta(items, since)
 
     def _begin(self, payload: Payload) -> None:
-        self._digest = sum(map(_digest, payload)) % _MODULUS
-        self._versions = sum(item.version for item in payload if not item.deleted)
+        self.naming = Work(self._name(payload))
+
+    def _name(self, payload: Payload) -> Steps[None]:
+        """Name the state of a whole payload, with a step for each item."""
+        digest, versions = 0, 0
+        for item in payload:
+            if not item.deleted:
+                digest += _digest(item)
+                versions += item.version
+            yield
+        self._digest, self._versions, self.naming = digest, versions, None
         self._note_state()
+
+    def _finish_naming(self) -> None:
+        if self.naming is not None:
+            self.naming.run()
 
     def _supersedes(self, before: Payload, item: Item) -> bool:
         """Return whether every client takes an item for newer than what it has seen."""
@@ -216,7 +242,7 @@ class Journal:
 
     def _note_state(self) -> None:
         # A state may recur. Clients that go by the older occurrence may have seen more.
-        self._states.setdefault(self.state, self.step)
+        self._states.setdefault(self._state, self.step)
         if len(self._states) > MAX_STATES:
             self._states.popitem(last=False)
 

@@ -18,7 +18,7 @@ from relay.model.journal import (
     Full,
     Journal,
 )
-from relay.model.payload import EMPTY, ChangeSet, Payload
+from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 
 PADDING = b"x" * 2000
 EXAMPLES = int(os.environ.get("EXAMPLES", "300"))
@@ -201,6 +201,25 @@ def test_forgotten_deletions_end_older_states():
     history.apply(LARGE, full=True)
     assert isinstance(history.answer(before), Full)
     assert history.answer(history.journal.state) == set()
+
+
+def test_a_state_is_named_behind_the_step():
+    """Large data take a while to hash; whoever asks meanwhile is answered all the same."""
+    wholes = [Payload.of([LARGE, flag("a", n, text=PADDING * 3)]) for n in (1, 2)]
+    journal, all_of_it = Journal("environment"), Change((), (), replace=True)
+    journal.record(wholes[0], all_of_it, full=True)
+    former = journal.naming
+    assert former is not None
+    former.run(until=-1)
+    journal.record(wholes[1], Change(tuple(wholes[1]), (), replace=True), full=True)
+    assert journal.naming not in (None, former)
+    other = Journal("environment")
+    other.record(wholes[1], all_of_it, full=True)
+    while other.naming is not None:
+        other.naming.run(until=-1)
+    assert journal.answer(other.state) == Delta((), 2)
+    assert journal.naming is None
+    assert journal.state == other.state
 
 
 KEYS = st.sampled_from("abc")
