@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from relay.build import build_with_parts
+from relay.build.relay import build_with_parts
 from relay.config.load import load
 from relay.config.schema import Config
 from relay.errors import ConfigError

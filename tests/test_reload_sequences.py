@@ -11,7 +11,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.build import build_with_parts
+from relay.build.relay import build_with_parts
 from relay.config.load import load
 from relay.model.credential import CredentialKind
 from relay.relay import Relay

@@ -214,7 +214,7 @@ def _synchronise(config: Config, notice: ChangeNotice, deadline: float) -> dict[
     """Synchronise in a new event loop, so that nothing stays open between invocations."""
     import asyncio
 
-    from relay.build import sync_targets
+    from relay.build.commands import sync_targets
     from relay.sync import SyncOptions, synchronise
 
     session, targets = sync_targets(config)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import uvloop
 
-from relay.build import archive_sources
+from relay.build.commands import archive_sources
 from relay.config.schema import Config
 from relay.config.types import HTTP_URI
 from relay.errors import ConfigError, ErrorKind, UpstreamUnavailable

@@ -302,7 +302,7 @@ def _serve(environ: Mapping[str, str], config: Config, options: argparse.Namespa
 
 
 def _run_once(config: Config) -> int:
-    from relay.build import build  # noqa: PLC0415 - see `build_site`
+    from relay.build.relay import build  # noqa: PLC0415 - see `build_site`
 
     _log.info("Running in one-shot mode - will exit immediately after initializing environments")
     work = run_once(build(config), fail_fast=config.main.exit_on_error)

@@ -8,7 +8,7 @@ from functools import partial
 
 import uvloop
 
-from relay.build import sync_targets
+from relay.build.commands import sync_targets
 from relay.config.schema import Config
 from relay.config.types import DOCUMENT_URI, HTTP_URI
 from relay.errors import ConfigError

@@ -101,7 +101,7 @@ def build_site(
         hangups: is set when it shall be read again.
         certificate: of the server, to be renewed then; None without TLS.
     """
-    from relay.build import build_with_parts  # noqa: PLC0415
+    from relay.build.relay import build_with_parts  # noqa: PLC0415
     from relay.events.intake import DiscardingAcceptor  # noqa: PLC0415
     from relay.events.usage import UsageReporter, reported_names  # noqa: PLC0415
     from relay.housekeeping import Housekeeping  # noqa: PLC0415

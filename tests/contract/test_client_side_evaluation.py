@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from relay.build import build
+from relay.build.relay import build
 from relay.config.load import load
 from relay.server.options import ServerOptions
 from relay.server.site import build_site

@@ -23,7 +23,7 @@ import pytest
 from aiohttp import web
 
 from relay import __version__
-from relay.build import build
+from relay.build.relay import build
 from relay.config.load import load
 from relay.environment import ConnectionState, Environment
 from relay.errors import ErrorKind

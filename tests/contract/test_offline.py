@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from relay.build import build
+from relay.build.relay import build
 from relay.config.load import load
 from relay.environment import ConnectionState
 from relay.errors import ConfigError

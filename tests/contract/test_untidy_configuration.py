@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
-from relay.build import build
+from relay.build.relay import build
 from relay.config.load import load
 from relay.errors import ConfigError
 from relay.model.credential import EnvironmentID, SDKKey

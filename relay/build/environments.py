@@ -1,0 +1,303 @@
+"""Environments with their parts, wherever they are listed."""
+
+# ruff: noqa: PLC0415 - implementations are imported where they are chosen
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from relay.build.databases import Database, common_table, make_databases, make_places, memberships
+from relay.build.sources import SourceFactory
+from relay.config.schema import Config, EnvironmentConfig, Main
+from relay.environment import Environment
+from relay.model.credential import EnvironmentID, MobileKey, SDKKey
+from relay.model.environment import EnvironmentSpec
+from relay.model.journal import Journal
+from relay.programs import ProgramCache
+from relay.protocol.fdv1 import AllFormat, FlagsFormat
+from relay.sources import DataSource
+from relay.stores import Mirror
+from relay.stores.bigsegments import BigSegmentStore
+from relay.streams.deltas import STREAM as DELTAS
+from relay.streams.deltas import DeltaChannel
+from relay.streams.evaluated import client_side_channels
+from relay.streams.hub import Hub, StreamLimits
+from relay.telemetry.log import Log, environment_log, set_environment_level
+
+if TYPE_CHECKING:
+    from relay.bigsegments.environment import BigSegments
+    from relay.bigsegments.synchroniser import Synchroniser
+    from relay.stores.documents.connect import Places
+    from relay.upstream import Upstream as HTTPSession
+
+
+class EnvironmentParts:
+    """Makes environments, wherever they are listed, and what they need when they change.
+
+    Args:
+        config: of the environments.
+        make_source: makes data sources, which share a session.
+        databases: the configured ones.
+        places: of documents.
+        upstream: session for big segments; None without a network.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        make_source: SourceFactory,
+        databases: Sequence[Database],
+        places: Places | None,
+        upstream: HTTPSession | None,
+    ) -> None:
+        self._config = config
+        self._make_source = make_source
+        self._databases = databases
+        self._places = places
+        self._upstream = upstream
+
+    def of(self, config: Config, *, databases: bool, documents: bool) -> EnvironmentParts:
+        """Return what makes environments with another configuration, and the same sessions.
+
+        Args:
+            config: in which nothing else differs but environments and databases.
+            databases: True if the databases differ.
+            documents: True if the places of documents differ.
+
+        Raises:
+            ConfigError: a file, variable or library that these need is unusable.
+        """
+        those = make_databases(config) if databases else self._databases
+        places = make_places(config) if documents else self._places
+        return EnvironmentParts(config, self._make_source, those, places, self._upstream)
+
+    @property
+    def specs(self) -> Sequence[EnvironmentSpec]:
+        """The specs of all environments."""
+        return [spec_of(each, self._config) for each in self._config.all_environments]
+
+    def environment(self, spec: EnvironmentSpec) -> Environment:
+        """Return a new environment; its big segments are fetched only if there is an upstream."""
+        config, databases, places = self._config, self._databases, self._places
+        main, upstream, log = config.main, self._upstream, log_for(spec)
+        source = self._make_source(spec, log)
+        programs, journal = ProgramCache(), Journal(spec.lineage)
+        big_segments = _big_segments(main, spec, log, databases)
+        client_side = client_side_channels(programs, main.ping_stream_jitter_time, big_segments)
+        channels = {DELTAS: DeltaChannel(journal), **client_side}
+        hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), channels)
+        environment = Environment(
+            spec, source, hub, log, programs=programs, journal=journal, big_segments=big_segments
+        )
+        if big_segments is not None and upstream is not None:
+            store = big_segments.store
+            big_segments.synchroniser = _synchroniser(
+                big_segments, store, main, upstream, environment
+            )
+        resync = environment.resync
+        environment.mirrors = (
+            *_first_mirrors(config, spec, log, places),
+            *_database_mirrors(config, spec, resync, log, databases),
+            *_document_mirrors(config, spec, resync, log, places),
+        )
+        return environment
+
+    def keeps(self, environment: Environment, spec: EnvironmentSpec, *, databases: bool) -> bool:
+        """Return whether an environment can go on with another spec, or must be made anew.
+
+        It must where big segments come, with the first database that can hold them, or go.
+        """
+        if not databases and not _moves(environment.spec, spec):
+            return True
+        has_any = memberships(self._databases) is not None
+        return has_any == (environment.big_segments is not None)
+
+    def source(self, spec: EnvironmentSpec, log: Log) -> DataSource:
+        """Return a new data source of an environment."""
+        return self._make_source(spec, log)
+
+    def mirrors(
+        self, environment: Environment, spec: EnvironmentSpec, *, databases: bool, documents: bool
+    ) -> Sequence[Mirror] | None:
+        """Return the mirrors that an environment needs with another spec; None if they stay.
+
+        A snapshot belongs to an SDK key, a document to a client-side ID, what a database has to a
+        prefix and a table.
+
+        Args:
+            environment: with its former spec and mirrors.
+            spec: its spec from now on.
+            databases: True if the databases differ.
+            documents: True if the places of documents differ.
+        """
+        before, config, log = environment.spec, self._config, environment.log
+        resync, places = environment.resync, self._places
+        first: list[Mirror] = []
+        stores: list[Mirror] = []
+        published: list[Mirror] = []
+        for mirror in environment.mirrors:
+            status = mirror.status
+            of_kind = published if status and status.is_document else stores
+            (of_kind if status else first).append(mirror)
+        has_same_id = spec.environment_id == before.environment_id
+        if spec.sdk_key != before.sdk_key or not has_same_id:
+            first = list(_first_mirrors(config, spec, log, places))
+        if databases or _moves(before, spec):
+            stores = list(_database_mirrors(config, spec, resync, log, self._databases))
+        if documents or not has_same_id:
+            published = list(_document_mirrors(config, spec, resync, log, places))
+        mirrors = (*first, *stores, *published)
+        return None if mirrors == environment.mirrors else mirrors
+
+    def memberships(
+        self, environment: Environment, spec: EnvironmentSpec, *, databases: bool
+    ) -> tuple[BigSegmentStore, Synchroniser | None] | None:
+        """Return where big segments are from now on, and what fills it; None if they stay."""
+        big_segments, store_for = environment.big_segments, memberships(self._databases)
+        stays = not databases and not _moves(environment.spec, spec)
+        if stays or big_segments is None or store_for is None:
+            return None
+        store, main, upstream = store_for(spec), self._config.main, self._upstream
+        if upstream is None:
+            return store, None
+        return store, _synchroniser(big_segments, store, main, upstream, environment)
+
+
+def spec_of(options: EnvironmentConfig, config: Config) -> EnvironmentSpec:
+    """Return the spec of a configured environment."""
+    main = config.main
+    return EnvironmentSpec(
+        name=options.name,
+        sdk_key=SDKKey(options.sdk_key.reveal()),
+        mobile_key=MobileKey(options.mobile_key.reveal()) if options.mobile_key else None,
+        environment_id=EnvironmentID(options.env_id) if options.env_id else None,
+        project_key=options.proj_key,
+        environment_key=options.env_key,
+        secure_mode=options.secure_mode,
+        eval_streams=main.eval_streams if options.eval_streams is None else options.eval_streams,
+        ttl=options.ttl,
+        allowed_origins=options.allowed_origin,
+        allowed_headers=options.allowed_header,
+        prefix=options.prefix,
+        table=options.table_name or common_table(config),
+        log_level=options.log_level or None,
+        payload_filter=options.filter_key,
+    )
+
+
+def _moves(before: EnvironmentSpec, after: EnvironmentSpec) -> bool:
+    """Return whether an environment's place in the databases changes."""
+    return (before.prefix, before.table) != (after.prefix, after.table)
+
+
+def _big_segments(
+    main: Main, spec: EnvironmentSpec, log: Log, databases: Sequence[Database]
+) -> BigSegments | None:
+    """Return the big segments of an environment; None without a database that can hold them."""
+    make_store = memberships(databases)
+    if make_store is None:
+        return None
+    from relay.bigsegments.environment import BigSegments, BigSegmentTimings
+
+    timings = BigSegmentTimings(reported=main.big_segments_stale_threshold)
+    return BigSegments(make_store(spec), log, timings)
+
+
+def _synchroniser(
+    big_segments: BigSegments,
+    store: BigSegmentStore,
+    main: Main,
+    upstream: HTTPSession,
+    environment: Environment,
+) -> Synchroniser:
+    """Return what fetches big segments from LaunchDarkly, with the present SDK key."""
+    from relay.bigsegments.synchroniser import Synchroniser
+    from relay.sources.bigsegments import BigSegmentSource
+
+    def key() -> SDKKey:
+        return environment.spec.sdk_key
+
+    return Synchroniser(
+        BigSegmentSource(upstream, main.base_uri, main.stream_uri, key),
+        store,
+        big_segments.changed,
+        big_segments.look,
+        environment.log,
+    )
+
+
+def log_for(spec: EnvironmentSpec) -> Log:
+    """Return the log of an environment, at the level that it names."""
+    set_environment_level(spec.name, spec.log_level)
+    return environment_log(spec.name, spec.sdk_key.masked)
+
+
+def _stream_limits(main: Main) -> StreamLimits:
+    return StreamLimits(
+        heartbeat_interval=main.heartbeat_interval,
+        max_connection_time=main.max_client_connection_time,
+        stall_timeout=main.client_stall_timeout,
+    )
+
+
+def _first_mirrors(
+    config: Config, spec: EnvironmentSpec, log: Log, places: Places | None
+) -> Iterator[Mirror]:
+    """Yield what an environment may start from: the snapshot, and a document, as configured."""
+    main = config.main
+    if main.snapshot_dir and config.uses_launchdarkly:
+        from relay.stores.snapshot import SnapshotMirror
+
+        # Keys rotate where LaunchDarkly names the environments; their data stay.
+        owner = (config.auto_config.key and spec.environment_id) or spec.sdk_key
+        yield SnapshotMirror(
+            Path(main.snapshot_dir), owner, log, payload_filter=spec.payload_filter
+        )
+    if main.bootstrap_from and places and config.uses_launchdarkly:
+        from relay.stores.documents.bootstrap import Bootstrap
+
+        yield Bootstrap(places.place(main.bootstrap_from, main.bootstrap_token, spec), log)
+
+
+def _database_mirrors(
+    config: Config,
+    spec: EnvironmentSpec,
+    resync: Callable[[], None],
+    log: Log,
+    databases: Sequence[Database],
+) -> Iterator[Mirror]:
+    """Yield a mirror for each database, as configured."""
+    if not databases:
+        return
+    from relay.stores import DATABASES
+    from relay.stores.mirror import SINGLE_RUN, TIMINGS, DatabaseMirror, MirrorTimings
+
+    for database in databases:
+        kind, table, store = database.kind, database.table_of(spec), database.store_for(spec)
+        text = "Using %s data store: %s with prefix: %s"
+        log.info(text, DATABASES[kind], table or store.server, store.prefix)
+        usual = TIMINGS.get(kind, MirrorTimings())
+        timings = SINGLE_RUN if config.main.exit_always else usual
+        yield DatabaseMirror(store, kind, resync, log, timings, table=table)
+
+
+def _document_mirrors(
+    config: Config,
+    spec: EnvironmentSpec,
+    resync: Callable[[], None],
+    log: Log,
+    places: Places | None,
+) -> Iterator[Mirror]:
+    """Yield the documents that are published, as configured."""
+    main, publish = config.main, config.publish
+    if places and publish.to:
+        from relay.stores import DOCUMENT
+        from relay.stores.documents.store import PUBLICATION
+        from relay.stores.mirror import SINGLE_RUN, DatabaseMirror
+
+        timings = SINGLE_RUN if main.exit_always else PUBLICATION
+        for store in places.stores(publish.to, publish.token, spec, log):
+            log.info("Publishing document %s at %s", store.prefix, store.server)
+            yield DatabaseMirror(store, DOCUMENT, resync, log, timings, label=store.label)

@@ -1,0 +1,69 @@
+"""Where flags come from: LaunchDarkly, or a file."""
+
+# ruff: noqa: PLC0415 - implementations are imported where they are chosen
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from relay.config.schema import Config
+from relay.model.environment import EnvironmentSpec
+from relay.sources import DataSource
+from relay.sources.timings import SourceTimings
+from relay.telemetry.log import Log
+
+if TYPE_CHECKING:
+    from relay.upstream import Upstream as HTTPSession
+
+Session = AbstractAsyncContextManager[object]
+SourceFactory = Callable[[EnvironmentSpec, Log], DataSource]
+
+
+def from_file(config: Config) -> SourceFactory:
+    """Return what reads the configured flags file, for the only environment that there is."""
+    from relay.sources.file import FileSource
+
+    path = Path(config.main.flags_file)
+    return lambda _spec, _log: FileSource(path)
+
+
+def from_launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
+    """Return the session with LaunchDarkly, and what makes sources that share it.
+
+    Raises:
+        ConfigError: a file of CA certificates is unusable.
+    """
+    from relay.sources.polling import PollingSource
+    from relay.sources.streaming import StreamingSource
+
+    main, upstream = config.main, http_session(config)
+    timings = SourceTimings(poll_interval=main.poll_interval)
+
+    def make_source(spec: EnvironmentSpec, log: Log) -> DataSource:
+        key, payload_filter = spec.sdk_key, spec.payload_filter
+        if main.data_source == "polling":
+            uri = main.base_uri
+            return PollingSource(upstream, uri, key, timings, payload_filter=payload_filter)
+        uri = main.stream_uri
+        return StreamingSource(upstream, uri, key, log, timings, payload_filter=payload_filter)
+
+    return upstream, make_source
+
+
+def http_session(config: Config) -> HTTPSession:
+    """Return a new session for requests to other servers, as configured.
+
+    Raises:
+        ConfigError: a file of CA certificates is unusable.
+    """
+    from relay.upstream import Upstream as HTTPSession
+
+    http = config.http
+    return HTTPSession(
+        proxy=config.proxy.url or None,
+        ca_files=[Path(file) for file in config.proxy.ca_cert_files if file],
+        keep_alive=0.0 if http.disable_keep_alives else http.idle_conn_timeout,
+    )
