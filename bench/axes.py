@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from bench import environments, evaluations, measures, rotation, webhook
+from bench import environments, evaluations, measures, rotation, webhook, workers
 from bench.servers import Certificate, Server, Session
 from bench.table import NGINX, PEER, Goal, Row, at_least, at_most
 
@@ -63,6 +63,9 @@ def axes(rotation_streams: int = rotation.STREAMS) -> list[Axis]:
         ENVIRONMENT_ADDED,
         _rotation(rotation_streams),
         ENVIRONMENT_POLLS,
+        WORKERS,
+        WORKERS_MEMORY,
+        WORKERS_PATCH,
     ]
 
 
@@ -281,6 +284,37 @@ WEBHOOK = Axis(
         Row(f"{BEYOND}: p50", "ms"),
     ),
     webhook.webhook,
+)
+WORKERS = Axis(
+    "workers",
+    (
+        Row(f"{workers.STREAMS} streams on 4 workers: most by fewest", "×", (at_most(1.25),)),
+        Row("a worker dies: until it is replaced", "ms", (at_most(100),)),
+        Row("a worker dies: failed new connections", "", (at_most(0),)),
+        Row("a worker dies: worst answer", "ms", (at_most(1000),)),
+        Row("the feeder dies: until it is replaced", "ms", (at_most(1000),)),
+        Row("the feeder dies: failed new connections", "", (at_most(0),)),
+        Row("the feeder dies: worst answer", "ms"),
+    ),
+    workers.workers,
+)
+WORKERS_MEMORY = Axis(
+    "workers-memory",
+    (
+        Row("one worker more, 2 KB: memory", "MB", (at_most(12),)),
+        Row("one worker more, 2 MB: memory", "MB", (at_most(20),)),
+        Row("4 workers, 2 KB: memory, in that of 4 relays", "×", (at_most(0.75),)),
+        Row("4 workers, 2 MB: memory, in that of 4 relays", "×"),
+    ),
+    workers.memory,
+)
+WORKERS_PATCH = Axis(
+    "workers-patch",
+    (
+        Row("patch through feeder and worker, beyond one process", "ms", (at_most(1),)),
+        Row("patch through feeder and worker", "ms"),
+    ),
+    workers.patch,
 )
 MANY = environments.MANY
 ENVIRONMENTS = Axis(

@@ -97,6 +97,14 @@ class Process:
         rollups = (_fields(pid, "smaps_rollup") for pid in self._tree())
         return sum(each["Private_Clean"] + each["Private_Dirty"] for each in rollups)
 
+    def proportional_bytes(self) -> int:
+        """Memory of the tree, what its processes share counted once (PSS)."""
+        return sum(_fields(pid, "smaps_rollup")["Pss"] for pid in self._tree())
+
+    def children(self) -> list[int]:
+        """Process IDs of what the first process has started."""
+        return self._tree()[1:]
+
     def resident_bytes(self) -> int:
         """Resident memory of the tree, what its processes share counted for each."""
         return sum(_fields(pid, "status")["VmRSS"] for pid in self._tree())
