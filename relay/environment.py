@@ -317,7 +317,7 @@ class Environment:
         if change is not None:
             # First, because publishing makes streams use programs and journal immediately.
             self.journal.record(self.payload, change, full=changes.full)
-            self.programs.update(self.payload)
+            self.programs.update(self.payload, changes.evaluations)
             self._look_for_big_segments(change)
             self.hub.publish(self.payload, change, since)
             if self._tasks is not None and self.journal.naming is not None:
@@ -344,6 +344,7 @@ class Environment:
         entered = self.connection.enter(ConnectionState.VALID)
         self.connection.last_confirmed = now
         self.init_done.set()
+        self.hub.confirm(self.payload)
         if entered:
             text = "Upstream is connected, data are current (%d items)"
             if not self._outage.end(text, len(self.payload)):  # it is the first connection
@@ -365,6 +366,7 @@ class Environment:
         else:
             state = ConnectionState.INITIALIZING
         connection.last_error = (outage.kind, clock.unix())
+        self.hub.interrupt(refused=outage.refused)
         # Log each new reason for unusable data once: a file is often fixed in steps.
         new_reason = outage.kind is ErrorKind.INVALID_DATA and outage.reason != self._outage.reason
         again = connection.enter(state) or new_reason

@@ -29,7 +29,8 @@ class ProgramCache:
     def __init__(self) -> None:
         self._payload: Payload | None = None
         self._compiler: FlagCompiler | None = None
-        self._version = 0
+        self.version = 0
+        """Version of the newest data; greater than that of all before."""
         self._programs: dict[SDKKind, Program] = {}
         self._partials: dict[SDKKind, Work[Program]] = {}
         """Programs that are compiled in part."""
@@ -39,19 +40,24 @@ class ProgramCache:
 
     def __repr__(self) -> str:
         ready = ", ".join(sdk_kind.value for sdk_kind in self._programs)
-        return f"<ProgramCache version {self._version}, ready: {ready or 'none'}>"
+        return f"<ProgramCache version {self.version}, ready: {ready or 'none'}>"
 
-    def update(self, payload: Payload) -> None:
+    def update(self, payload: Payload, version: int = 0) -> None:
         """Discard the programs of earlier data; new ones are compiled on demand.
 
         The version of the data is roughly the time in seconds, so that it keeps growing across
         restarts. It is greater than the version of any flag, because SDKs hold each flag under the
         flag's own version until a stream changes it.
+
+        Args:
+            payload: the new data.
+            version: version that another process has chosen for them; 0 to choose one.
         """
         if payload is self._payload:
             return
         self._payload = payload
-        self._version = max(self._version + 1, version_of_time(clock.unix()), payload.newest + 1)
+        least = max(self.version + 1, payload.newest + 1)
+        self.version = max(least, version or version_of_time(clock.unix()))
         self._programs = {}
         self._partials = {}
 
@@ -103,4 +109,4 @@ class ProgramCache:
                     index.add(flag.features)
             yield
         self._indexes[sdk_kind] = index
-        return Program(flags, self._version, index)
+        return Program(flags, self.version, index)

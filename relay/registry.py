@@ -88,6 +88,8 @@ class Registry(Generic[EnvironmentT]):
         self._expiring: dict[_Key, Grant[EnvironmentT]] = {}
         """The grants that expire at all."""
         self._generation = 0
+        self.on_change: Callable[[], None] = lambda: None
+        """Called after each change; those who wait for it look at the whole registry later."""
         self._noted_until = math.inf
         """Time of the next expiry that `generation` does not count yet."""
 
@@ -258,6 +260,7 @@ class Registry(Generic[EnvironmentT]):
         now = self._now()
         expiries = (grant.expires_at for grant in self._expiring.values())
         self._noted_until = min((at for at in expiries if at > now), default=math.inf)
+        self.on_change()
 
 
 def _key(credential: Credential, spec: EnvironmentSpec) -> _Key:

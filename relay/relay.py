@@ -21,6 +21,7 @@ from relay.sources import DataSource
 from relay.stores import Mirror
 from relay.telemetry.log import mask_keys
 from relay.telemetry.reloads import Reloads
+from relay.telemetry.workers import WorkerStatus
 
 if TYPE_CHECKING:
     # This imports SQLite and compression; the port need not wait for them.
@@ -78,6 +79,8 @@ class Relay:
         registry: empty; a new one if omitted.
         directory: says at run time which environments exist; None if the first are all.
         stale_big_segments_degrade: report `degraded` while big segments are out of date.
+        reports_starts: log whether environments were initialised; a worker leaves that to its
+            feeder.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Relay:
         registry: Registry[Environment] | None = None,
         directory: Directory | None = None,
         stale_big_segments_degrade: bool = False,
+        reports_starts: bool = True,
     ) -> None:
         self.stale_big_segments_degrade = stale_big_segments_degrade
         """True if `/status` reports `degraded` while big segments are out of date."""
@@ -103,7 +107,8 @@ class Relay:
         self.events = events
         self.directory = directory
         self._init_failure_level = logging.WARNING if ignore_connection_errors else logging.ERROR
-        self._init_timeout = init_timeout
+        self.init_timeout = init_timeout
+        self._reports_starts = reports_starts
         self._init_deadline = clock.monotonic() + init_timeout
         self.stopping = False
         """True once the shutdown begins: from then on the relay is not ready."""
@@ -114,6 +119,8 @@ class Relay:
         """Reason and Unix time of the last read of an archive, if that changed nothing because the
         archive is unusable."""
         self.reloads = Reloads()
+        self.workers: dict[int, WorkerStatus] = {}
+        """The workers by number, if this is a feeder."""
         self._tasks: asyncio.TaskGroup | None = None
         """Tasks of the environments, while the relay runs."""
         self._running: dict[Environment, asyncio.Task[None]] = {}
@@ -235,7 +242,7 @@ class Relay:
             if grant.environment not in change.stopped:
                 self._tasks.create_task(grant.environment.hub.end_streams(grant, ENDED_WITHIN))
         for environment in change.started:
-            self._start(environment, clock.monotonic() + self._init_timeout)
+            self._start(environment, clock.monotonic() + self.init_timeout)
         self._schedule_expiry()
 
     def _schedule_expiry(self) -> None:
@@ -288,7 +295,7 @@ class Relay:
             async with asyncio.timeout(max(0.0, deadline - clock.monotonic())):
                 await environment.init_done.wait()
             started = environment.connection.state is ConnectionState.VALID
-        if environment not in self._reported:
+        if self._reports_starts and environment not in self._reported:
             self._reported.add(environment)
             self._report_start(environment, started=started)
         return started

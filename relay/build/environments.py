@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from relay.build.databases import Database, common_table, make_databases, make_places, memberships
 from relay.build.sources import SourceFactory
@@ -20,6 +20,7 @@ from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.sources import DataSource
 from relay.stores import Mirror
 from relay.stores.bigsegments import BigSegmentStore
+from relay.streams.channel import Channel, StreamFormat
 from relay.streams.deltas import STREAM as DELTAS
 from relay.streams.deltas import DeltaChannel
 from relay.streams.evaluated import client_side_channels
@@ -38,7 +39,8 @@ class EnvironmentParts:
 
     Args:
         config: of the environments.
-        make_source: makes data sources, which share a session.
+        make_source: makes data sources, which share a session; is not called for environments that
+            are made with a source.
         databases: the configured ones.
         places: of documents.
         upstream: session for big segments; None without a network.
@@ -71,23 +73,26 @@ class EnvironmentParts:
         """
         those = make_databases(config) if databases else self._databases
         places = make_places(config) if documents else self._places
-        return EnvironmentParts(config, self._make_source, those, places, self._upstream)
+        return type(self)(config, self._make_source, those, places, self._upstream)
 
     @property
     def specs(self) -> Sequence[EnvironmentSpec]:
         """The specs of all environments."""
         return [spec_of(each, self._config) for each in self._config.all_environments]
 
-    def environment(self, spec: EnvironmentSpec) -> Environment:
-        """Return a new environment; its big segments are fetched only if there is an upstream."""
-        config, databases, places = self._config, self._databases, self._places
-        main, upstream, log = config.main, self._upstream, log_for(spec)
-        source = self._make_source(spec, log)
+    def environment(self, spec: EnvironmentSpec, source: DataSource | None = None) -> Environment:
+        """Return a new environment; its big segments are fetched only if there is an upstream.
+
+        Args:
+            spec: of the environment.
+            source: of its data; made if omitted.
+        """
+        databases, log = self._databases, log_for(spec)
+        main, upstream = self._config.main, self._upstream
+        source = source or self._make_source(spec, log)
         programs, journal = ProgramCache(), Journal(spec.lineage)
         big_segments = _big_segments(main, spec, log, databases)
-        client_side = client_side_channels(programs, main.ping_stream_jitter_time, big_segments)
-        channels = {DELTAS: DeltaChannel(journal), **client_side}
-        hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, _stream_limits(main), channels)
+        hub = self._hub(programs, journal, big_segments)
         environment = Environment(
             spec, source, hub, log, programs=programs, journal=journal, big_segments=big_segments
         )
@@ -96,13 +101,28 @@ class EnvironmentParts:
             big_segments.synchroniser = _synchroniser(
                 big_segments, store, main, upstream, environment
             )
+        environment.mirrors = self._mirrors(environment)
+        return environment
+
+    def _hub(
+        self, programs: ProgramCache, journal: Journal, big_segments: BigSegments | None
+    ) -> Hub:
+        """Return the hub of a new environment, of whose parts streams are made."""
+        jitter = self._config.main.ping_stream_jitter_time
+        client_side = client_side_channels(programs, jitter, big_segments)
+        channels: dict[str, Channel[Any]] = {DELTAS: DeltaChannel(journal), **client_side}
+        formats: dict[str, StreamFormat] = {"all": AllFormat(), "flags": FlagsFormat()}
+        return Hub(formats, _stream_limits(self._config.main), channels)
+
+    def _mirrors(self, environment: Environment) -> tuple[Mirror, ...]:
+        """Return all mirrors of a new environment."""
+        config, spec, log, places = self._config, environment.spec, environment.log, self._places
         resync = environment.resync
-        environment.mirrors = (
+        return (
             *_first_mirrors(config, spec, log, places),
-            *_database_mirrors(config, spec, resync, log, databases),
+            *_database_mirrors(config, spec, resync, log, self._databases),
             *_document_mirrors(config, spec, resync, log, places),
         )
-        return environment
 
     def keeps(self, environment: Environment, spec: EnvironmentSpec, *, databases: bool) -> bool:
         """Return whether an environment can go on with another spec, or must be made anew.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from relay.build.databases import Database, common_table, make_databases, make_places
 from relay.build.environments import EnvironmentParts
-from relay.build.sources import Session, from_file, from_launchdarkly
+from relay.build.sources import Session, from_file, from_launchdarkly, no_source
 from relay.config.schema import AutoConfig, Config, OfflineMode
 from relay.environment import Environment
 from relay.errors import ConfigError, UnusableArchive
@@ -25,7 +25,6 @@ from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Fetch
 from relay.registry import Registry
 from relay.relay import Directory, Relay
-from relay.sources import DataSource
 from relay.telemetry.log import Log
 
 if TYPE_CHECKING:
@@ -47,6 +46,9 @@ MIN_FLUSH_INTERVAL = 0.01
 """Seconds; an interval of 0 would send one request per event payload."""
 
 
+PartsFactory = type[EnvironmentParts]
+
+
 def build(config: Config) -> Relay:
     """Return the relay that a configuration describes, without connecting anything.
 
@@ -56,15 +58,21 @@ def build(config: Config) -> Relay:
     return build_with_parts(config)[0]
 
 
-def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
+def build_with_parts(
+    config: Config, make_parts: PartsFactory = EnvironmentParts
+) -> tuple[Relay, EnvironmentParts | None]:
     """Return the relay, as `build`, and what makes further environments that are listed.
 
     That is None if the configuration lists none: the environments come from elsewhere.
+
+    Args:
+        config: of the relay.
+        make_parts: class of what makes environments.
     """
     registry: Registry[Environment] = Registry()
     databases = make_databases(config)
     if config.offline_mode.file_data_source:
-        return _offline(config, registry, databases), None
+        return _offline(config, registry, databases, make_parts), None
     events: Forwarder | None = None
     fetch: Fetch | None = None
     directory: Directory | None = None
@@ -76,7 +84,7 @@ def build_with_parts(config: Config) -> tuple[Relay, EnvironmentParts | None]:
         events = _forwarder(config, upstream, registry.spec_of)
     else:
         make_source = from_file(config)
-    parts = EnvironmentParts(config, make_source, databases, make_places(config), upstream)
+    parts = make_parts(config, make_source, databases, make_places(config), upstream)
     if upstream is not None and config.auto_config.key:
         directory = _auto_configuration(config, upstream, parts)
     demo = replace(DEMO, eval_streams=config.main.eval_streams)
@@ -134,7 +142,10 @@ def _list_mirrors(config: Config, key: AutoConfigKey, log: Log) -> Iterator[List
 
 
 def _offline(
-    config: Config, registry: Registry[Environment], databases: Sequence[Database]
+    config: Config,
+    registry: Registry[Environment],
+    databases: Sequence[Database],
+    make_parts: PartsFactory,
 ) -> Relay:
     """Return the relay whose environments are those of an archive: without a network.
 
@@ -144,15 +155,10 @@ def _offline(
     from relay.offline import OfflineArchive
 
     options, main = config.offline_mode, config.main
-    places = make_places(config)
-
-    def make_environment(spec: EnvironmentSpec, source: DataSource) -> Environment:
-        parts = EnvironmentParts(config, lambda _spec, _log: source, databases, places, None)
-        return parts.environment(spec)
-
+    parts = make_parts(config, no_source, databases, make_places(config), None)
     path = Path(options.file_data_source)
     interval = options.file_data_source_monitoring_interval
-    archive = OfflineArchive(path, interval, _shared(options, config), make_environment)
+    archive = OfflineArchive(path, interval, _shared(options, config), parts.environment)
     relay = Relay(
         [],
         main.init_timeout,

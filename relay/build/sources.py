@@ -53,6 +53,15 @@ def from_launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
     return upstream, make_source
 
 
+def no_source(_spec: EnvironmentSpec, _log: Log) -> DataSource:
+    """Make no source: environments are made with one.
+
+    Raises:
+        TypeError: one was not.
+    """
+    raise TypeError("an environment is made without a source")
+
+
 def http_session(config: Config) -> HTTPSession:
     """Return a new session for requests to other servers, as configured.
 

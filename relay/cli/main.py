@@ -24,6 +24,7 @@ from relay.config.load import DEFAULT_FILE, load
 from relay.config.render import effective, secrets
 from relay.config.schema import Config
 from relay.errors import ConfigError, RelayError
+from relay.imports import garbage_collection_paused
 from relay.model.text import one_line
 from relay.server.listeners import CannotListen
 from relay.server.options import ServerOptions
@@ -69,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
+def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:  # noqa: PLR0911
     """Run a command and return the exit code of the process."""
     command, rest = _command(arguments)
     unusable = UNUSABLE if command in RUN_ONCE else 1
@@ -93,6 +94,9 @@ def main(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> i
         return _failed("Configuration error: %s", e, unusable)
     if command == "check":
         return _check(config)
+    has_workers = config.main.workers != 1 and not config.main.exit_always
+    if command == "serve" and has_workers:
+        return _supervise(environ, config, options)  # its processes have logs of their own
     with _logs(config):
         run = {"sync": _sync, "archive": _archive}.get(command) or partial(_serve, environ)
         return run(config, options)
@@ -299,6 +303,15 @@ def _serve(environ: Mapping[str, str], config: Config, options: argparse.Namespa
         _log.error("Unable to create relay: %s", e)
         return 1
     return 0
+
+
+def _supervise(environ: Mapping[str, str], config: Config, options: argparse.Namespace) -> int:
+    """Serve with several processes until a signal; return the exit code."""
+    with garbage_collection_paused():
+        from relay.server.workers import serve_with_workers  # noqa: PLC0415 - see `build_site`
+
+    text = f"Starting LaunchDarkly relay version {__version__} with {_source(options)}"
+    return serve_with_workers(config, text, _Rereading(options, environ).read)
 
 
 def _run_once(config: Config) -> int:

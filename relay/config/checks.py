@@ -59,6 +59,9 @@ _REDIS_SCHEMES = ("redis", "rediss", "unix")
 Key = tuple[str, str | None, str]
 """Section, name of the subsection, attribute; an empty attribute stands for the section itself."""
 
+MAX_WORKERS = 256
+"""More are a mistake: each is a process."""
+
 Diagnostic = tuple[str, tuple[Key, ...]]
 """A message, and the options that it concerns."""
 
@@ -216,8 +219,8 @@ def _main(draft: Draft) -> Iterator[Diagnostic]:
     main = draft.of(Main)
     if main.port > MAX_PORT:
         yield f"port must not be greater than {MAX_PORT}", _main_key("port")
-    if main.workers != 1:
-        yield "[Main] workers: this release runs as one process only", _main_key("workers")
+    if main.workers > MAX_WORKERS:
+        yield f"workers must not be greater than {MAX_WORKERS}", _main_key("workers")
     if main.tls_enabled and not (main.tls_cert and main.tls_key):
         keys = _main_key("tls_enabled", "tls_cert", "tls_key")
         yield "TLS cert and key are required if TLS is enabled", keys

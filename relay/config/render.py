@@ -326,4 +326,5 @@ def _rest() -> Iterator[str]:
                 parts += [f"all of `[{section}]`"] if support is Support.REFUSED else []
             elif names:
                 parts.append(f"`[{section}]` {' '.join(names)}")
-        yield f"* {text}: {'; '.join(parts)}."
+        if parts:
+            yield f"* {text}: {'; '.join(parts)}."

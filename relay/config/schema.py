@@ -13,7 +13,7 @@ from functools import cache
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from relay.config.options import LATER, NO_EFFECT, REFUSED, Option, declared, option, section
+from relay.config.options import NO_EFFECT, REFUSED, Option, declared, option, section
 from relay.config.types import (
     BOOLEAN,
     CONSUL_ADDRESS,
@@ -35,6 +35,7 @@ from relay.config.types import (
     STRING,
     TLS_VERSION,
     URI,
+    WORKERS,
     one_of,
     stripped,
 )
@@ -221,10 +222,11 @@ class Main(Struct, frozen=True):
     )
     workers: int = option(
         "WORKERS",
-        INTEGER,
+        WORKERS,
         1,
-        "Number of worker processes. Must be 1 in this release.",
-        support=LATER,
+        "Number of processes that serve clients, each on a core of its own; `auto`: as many as the"
+        " relay may use. With 1 the relay is one process; with more there is one besides that talks"
+        " to LaunchDarkly and the databases.",
     )
     eval_streams: bool = option(
         "EVAL_STREAMS",

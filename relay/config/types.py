@@ -59,6 +59,8 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 _MAX_PORT = 65535
 _HEADER_NAME = re.compile("[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONSUL_PORT = 8500
+AUTOMATIC = "auto"
+"""Number of workers that is that of the processor cores; 0 as a value."""
 LOG_LEVELS = ("debug", "info", "warn", "error", "none")
 TLS_VERSIONS = ("1.0", "1.1", "1.2", "1.3")
 
@@ -184,6 +186,10 @@ def _integer(text: str) -> int:
     if number <= 0:
         raise ValueError("value must be greater than zero")
     return number
+
+
+def _workers(text: str) -> int:
+    return 0 if text.lower() == AUTOMATIC else _integer(text)
 
 
 def _count(text: str) -> int:
@@ -340,6 +346,9 @@ def one_of(*allowed: str, noun: str = "") -> OptionType:
 
 BOOLEAN = OptionType("boolean", _boolean, lambda value: "true" if value else "false")
 INTEGER = OptionType("integer above 0", _integer)
+WORKERS = OptionType(
+    "integer above 0 or `auto`", _workers, lambda number: str(number) if number else AUTOMATIC
+)
 COUNT = OptionType("integer", _count)
 DURATION = OptionType("duration", _duration, _show_duration)
 SIZE = OptionType("size", _size, _show_size)

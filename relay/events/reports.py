@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 from relay.events.policy import SpecOf
 from relay.model.event import EventsEndpoint, Partition
@@ -36,6 +37,16 @@ class EventCounts:
     quarantined: int = 0
     evicted: int = 0
     waiting: int = 0
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Those that only grow, by name."""
+        return {name: count for name, count in asdict(self).items() if name != "waiting"}
+
+    def add(self, totals: Mapping[str, int]) -> None:
+        """Add numbers that were counted before, by name."""
+        for name, count in totals.items():
+            setattr(self, name, getattr(self, name) + count)
 
 
 class EventReports:

@@ -24,6 +24,7 @@ from relay.telemetry import process
 from relay.telemetry.log import lost_lines
 from relay.telemetry.reloads import ReloadResult
 from relay.telemetry.traffic import RequestLabels, RequestMetrics, label_value
+from relay.telemetry.workers import WorkerStatus
 
 UNCOUNTED_ROUTES = frozenset(("/mping",))
 """Routes that ld-relay leaves out of its `requests` metric (status 8.2)."""
@@ -251,6 +252,18 @@ def _configuration_time(view: MetricsView) -> Rows:
     return [((), round(view.relay.reloads.last_success, 3))]
 
 
+def _of_workers(read: Callable[[WorkerStatus], float | None]) -> Collector:
+    """Return a collector of one value for each worker, if there are any."""
+
+    def rows(view: MetricsView) -> Iterator[Row]:
+        for number, worker in sorted(view.relay.workers.items()):
+            value = read(worker)
+            if value is not None:
+                yield (str(number),), value
+
+    return rows
+
+
 def _build_info(_view: MetricsView) -> Rows:
     return [((__version__, platform.python_version()), 1)]
 
@@ -295,6 +308,13 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_reloads_total", COUNTER, ("result",), "Reloads of the configuration: `success`, or `failure`, after which nothing has changed."): _reloads,
     Metric("relay_configuration_time_seconds", GAUGE, (), "Unix time at which the configuration was last read without a problem."): _configuration_time,
     Metric("relay_log_lines_lost_total", COUNTER, (), "Log lines that were dropped because nobody took them."): _of_process(lost_lines),
+    Metric("relay_worker_connected", GAUGE, ("worker",), "1 if a worker serves clients, 0 while it is replaced; none without workers."): _of_workers(lambda w: int(w.connected)),
+    Metric("relay_worker_starts_total", COUNTER, ("worker",), "Processes that have been this worker."): _of_workers(lambda w: w.starts),
+    Metric("relay_worker_age_seconds", GAUGE, ("worker",), "Time since the worker's process has connected."): _of_workers(lambda w: round(clock.unix() - w.since, 3)),
+    Metric("relay_worker_streams", GAUGE, ("worker",), "Open streams of a worker."): _of_workers(lambda w: w.streams),
+    Metric("relay_worker_cpu_seconds_total", COUNTER, ("worker",), "Processor time of all processes that have been this worker."): _of_workers(lambda w: w.cpu),
+    Metric("relay_worker_resident_memory_bytes", GAUGE, ("worker",), "Memory of the worker's process, including what it shares with the others."): _of_workers(lambda w: w.resident),
+    Metric("relay_worker_open_fds", GAUGE, ("worker",), "Open files and connections of the worker's process."): _of_workers(lambda w: w.files),
     Metric("relay_build_info", GAUGE, ("version", "python"), "Always 1."): _build_info,
     Metric("process_cpu_seconds_total", COUNTER, (), "Processor time of this process."): _of_process(process.cpu_seconds),
     Metric("process_resident_memory_bytes", GAUGE, (), "Memory of this process."): _of_process(process.resident_bytes),

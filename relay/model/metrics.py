@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -30,6 +30,22 @@ class Histogram:
         """Add a duration."""
         self.total += seconds
         self._counts[bisect_left(BOUNDS, seconds)] += 1
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The number of durations in each bucket, and in that beyond all bounds."""
+        return tuple(self._counts)
+
+    def merge(self, total: float, counts: Sequence[int]) -> None:
+        """Add durations that were counted elsewhere.
+
+        Args:
+            total: their sum in seconds.
+            counts: their number in each bucket, as `counts`.
+        """
+        self.total += total
+        for bucket, count in enumerate(counts):
+            self._counts[bucket] += count
 
     def __len__(self) -> int:
         """Return the number of durations."""

@@ -30,11 +30,14 @@ class ChangeSet(Struct, frozen=True):
         full: True if these are all items, which replace the payload regardless of versions
             (streams 2.6); False if each is applied only if its version is greater.
         invalid: items that were received but are unusable; their previous versions are kept.
+        evaluations: version of what is evaluated with them, if another process has chosen it, so
+            that clients see the same one everywhere; 0 to choose one.
     """
 
     items: tuple[Item, ...]
     full: bool = False
     invalid: tuple[InvalidItem, ...] = ()
+    evaluations: int = 0
 
 
 class Change(Struct, frozen=True):

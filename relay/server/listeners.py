@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 
 from msgspec import Struct
 
@@ -48,6 +49,24 @@ def listen(port: int) -> socket.socket:
     return _listen(port, f"Error starting http listener on port: {port} ")
 
 
+def listen_for_workers(port: int, number: int) -> list[socket.socket]:
+    """Return a socket for each worker; the kernel shares connections out evenly.
+
+    Where it cannot, all workers have one socket.
+
+    Raises:
+        CannotListen: the port is in use, or not permitted.
+    """
+    first = listen(port)
+    if sys.platform != "linux":
+        return [first] * number
+    # Opened alone at first: another relay on the port would take a share without an error.
+    port = first.getsockname()[1]
+    first.close()
+    text = f"Error starting http listener on port: {port} "
+    return [_listen(port, text, shared=True) for _ in range(number)]
+
+
 def listen_for_exporter(port: int) -> socket.socket:
     """Return a socket that listens on the port of `[Prometheus]`.
 
@@ -57,19 +76,21 @@ def listen_for_exporter(port: int) -> socket.socket:
     return _listen(port, "Error registering Prometheus metrics exporter:")
 
 
-def _listen(port: int, error_prefix: str) -> socket.socket:
+def _listen(port: int, error_prefix: str, *, shared: bool = False) -> socket.socket:
     try:
-        return _open_socket(port)
+        return _open_socket(port, shared=shared)
     except OSError as e:
         raise CannotListen(f"{error_prefix} listen tcp :{port}: {describe(e)}") from e
 
 
-def _open_socket(port: int) -> socket.socket:
+def _open_socket(port: int, *, shared: bool = False) -> socket.socket:
     family = socket.AF_INET6 if _has_ipv6() else socket.AF_INET
     # asyncio disables Nagle's algorithm only on sockets with an explicit protocol number.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         _bound_client_cost(listener)

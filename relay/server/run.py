@@ -7,6 +7,7 @@ import contextlib
 import logging
 import resource
 import signal
+import socket
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import TypeVar
 
@@ -14,8 +15,8 @@ from relay.imports import garbage_collection_paused
 from relay.relay import Relay
 from relay.server.listeners import Listeners
 from relay.server.options import ServerOptions
-from relay.server.server import SIGNALS, ExporterServer, make_server
-from relay.server.site import Site
+from relay.server.server import SIGNALS, ExporterServer, RelayServer, make_server
+from relay.server.site import RelaySite, Site
 
 T = TypeVar("T")
 
@@ -30,19 +31,60 @@ def raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
+async def run(
+    site: Site, options: ServerOptions, listeners: Listeners, server: RelayServer | None = None
+) -> None:
     """Serve until a signal, then shut down in order; stores are flushed before this returns.
 
     Args:
         site: relay and application to serve.
         options: options of the servers.
         listeners: listening sockets; closed at the end.
+        server: of the site; made if omitted.
     """
     raise_file_limit()
     # uvicorn warns about every malformed request, so hostile clients could fill a disk with logs.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    server = server or make_server(site.relay, site.app, options, site.fast_path)
+
+    async def serve(begin_shutdown: Callable[[], None]) -> None:
+        if site.ready and not await _ready(site):
+            return
+        if not site.ends_last:
+            server.on_shutdown = begin_shutdown
+        await server.serve(sockets=[listeners.main])
+
+    await run_relay(site, options, serve, listeners.exporter)
+
+
+async def _ready(site: Site) -> bool:
+    """Wait until a site can accept connections; return False if a signal comes before."""
+    ready = asyncio.create_task(site.ready()) if site.ready else None
+    stop = asyncio.create_task(shutdown_event().wait())
+    waiting = {stop, ready} if ready else {stop}
+    await asyncio.wait(
+        waiting, timeout=site.relay.init_timeout, return_when=asyncio.FIRST_COMPLETED
+    )
+    for task in waiting:
+        task.cancel()
+    return not stop.done()
+
+
+async def run_relay(
+    site: RelaySite,
+    options: ServerOptions,
+    serve: Callable[[Callable[[], None]], Coroutine[object, object, None]],
+    exporter_socket: socket.socket | None = None,
+) -> None:
+    """Run a relay with all that goes on beside it, as long as something is served.
+
+    Args:
+        site: the relay.
+        options: options of the servers.
+        serve: serves; calls its argument as soon as it ends.
+        exporter_socket: for the metrics of the site's exporter; None without a port for them.
+    """
     relay = site.relay
-    server = make_server(relay, site.app, options, site.fast_path)
     async with relay.upstream, asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(run()) for run in (relay.run, *site.background)]
         forwarding = tasks.create_task(relay.events.run()) if relay.events else None
@@ -53,13 +95,12 @@ async def run(site: Site, options: ServerOptions, listeners: Listeners) -> None:
             if relay.events:
                 relay.events.flush()
 
-        server.on_shutdown = begin_shutdown
         exporter = None
-        if site.exporter and listeners.exporter:
+        if site.exporter and exporter_socket:
             exporter = ExporterServer(site.exporter, options)
-            tasks.create_task(exporter.serve(sockets=[listeners.exporter]))
+            tasks.create_task(exporter.serve(sockets=[exporter_socket]))
         try:
-            await server.serve(sockets=[listeners.main])
+            await serve(begin_shutdown)
         finally:
             # Not earlier: requests in flight may still have brought events.
             _cancel([*running, *([forwarding] if forwarding else [])])
@@ -92,8 +133,8 @@ async def serve(
     listeners = Listeners.of(options)
     if options.tls:
         _log.info("TLS enabled for server (minimum TLS version: %s)", options.tls.minimum)
-    shutdown_requested = _shutdown_event()
-    with _hangups_noted(hangups or asyncio.Event()):
+    shutdown_requested = shutdown_event()
+    with hangups_noted(hangups or asyncio.Event()):
         try:
             with garbage_collection_paused():
                 site = await asyncio.to_thread(build)
@@ -107,7 +148,7 @@ async def serve(
 
 
 @contextlib.contextmanager
-def _hangups_noted(hangups: asyncio.Event) -> Iterator[None]:
+def hangups_noted(hangups: asyncio.Event) -> Iterator[None]:
     """Set an event with each SIGHUP; outside this block the signal stays blocked if it was."""
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGHUP, hangups.set)
@@ -119,7 +160,7 @@ def _hangups_noted(hangups: asyncio.Event) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGHUP)
 
 
-def _shutdown_event() -> asyncio.Event:
+def shutdown_event() -> asyncio.Event:
     """Return an event that the first signal sets, until a server installs its own handlers."""
     event = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -130,7 +171,7 @@ def _shutdown_event() -> asyncio.Event:
 
 async def until_signal(work: Coroutine[object, object, T]) -> T | None:
     """Return the result of a coroutine; None if a signal cancelled it."""
-    signalled = asyncio.create_task(_shutdown_event().wait())
+    signalled = asyncio.create_task(shutdown_event().wait())
     working = asyncio.create_task(work)
     await asyncio.wait({working, signalled}, return_when=asyncio.FIRST_COMPLETED)
     for task in (working, signalled):

@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import uvicorn
 from msgspec.structs import replace
@@ -53,6 +54,8 @@ class RelayServer(uvicorn.Server):
         """Called when the shutdown begins; it may start tasks that run meanwhile."""
         self._ending_streams: asyncio.Task[None] | None = None
         self._shutdown_requested = asyncio.Event()
+        self._adopted: dict[int, asyncio.Server] = {}
+        """By number of a worker that is away, what accepts on its socket."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -65,6 +68,28 @@ class RelayServer(uvicorn.Server):
         finally:
             for number in SIGNALS:
                 loop.remove_signal_handler(number)
+
+    async def adopt(self, number: int, listener: socket.socket) -> None:
+        """Accept connections on a further socket, that of another worker.
+
+        Args:
+            number: of the other worker.
+            listener: its socket.
+        """
+        make_protocol: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        state = self.lifespan.state
+        make = partial(
+            make_protocol, config=self.config, server_state=self.server_state, app_state=state
+        )
+        self._adopted[number] = await asyncio.get_running_loop().create_server(
+            make, sock=listener.dup(), ssl=self.config.ssl, backlog=BACKLOG
+        )
+
+    def release(self, number: int) -> None:
+        """Accept no more connections on the socket of another worker."""
+        server = self._adopted.pop(number, None)
+        if server is not None:
+            server.close()
 
     def stop(self) -> None:
         """Start a graceful shutdown; a second call forces it."""
@@ -98,7 +123,7 @@ class RelayServer(uvicorn.Server):
         """Stop accepting, end streams, then let uvicorn wait for responses in flight."""
         self._relay.stopping = True
         self.on_shutdown()
-        for server in self.servers:
+        for server in (*self.servers, *self._adopted.values()):
             server.close()
         self._ending_streams = asyncio.create_task(self._end_streams())
         await asyncio.wait([self._ending_streams])

@@ -19,16 +19,25 @@ from relay.web.fastpath.shared import ConnectionLimits, FastPath
 from relay.web.handlers import Handlers
 
 
-class Site(Struct, frozen=True):
-    """A relay and both of its paths."""
+class RelaySite(Struct, frozen=True, kw_only=True):
+    """A relay and what goes on beside it."""
 
     relay: Relay
-    app: ASGIApp
-    fast_path: FastPath
     exporter: ASGIApp | None = None
     """Application for metrics on a separate port."""
     background: Sequence[Callable[[], Coroutine[object, object, None]]] = ()
     """Coroutine functions that run as long as the server does."""
+
+
+class Site(RelaySite, frozen=True, kw_only=True):
+    """A relay and both of its paths."""
+
+    app: ASGIApp
+    fast_path: FastPath
+    ready: Callable[[], Coroutine[object, object, None]] | None = None
+    """Waits until connections can be accepted; None if they can at once."""
+    ends_last: bool = False
+    """True if requests in flight need the relay, as a worker's do."""
 
 
 _log = logging.getLogger("relay")
@@ -38,7 +47,7 @@ MAX_NAMED = 10
 """Maximum number of environments to log by name at startup; beyond it, only the count is logged."""
 
 
-def _log_environments(config: Config, relay: Relay) -> None:
+def log_environments(config: Config, relay: Relay) -> None:
     """Log the environments and their data source in a few lines."""
     main = config.main
     if config.auto_config.key:
@@ -59,7 +68,8 @@ def _log_environments(config: Config, relay: Relay) -> None:
         _log.info('Serving environment "%s" (SDK key %s) from %s', name, key, origin)
 
 
-def _log_events(config: Config) -> None:
+def log_events(config: Config) -> None:
+    """Log where events go."""
     events = config.events
     if config.offline_mode.file_data_source:
         text = "Events will be accepted, but will be discarded, since offline mode is enabled"
@@ -72,7 +82,7 @@ def _log_events(config: Config) -> None:
         _log.info("Forwarding events to %s; until then they wait in %s", target, place)
 
 
-def _use_options(handlers: Handlers, config: Config) -> None:
+def use_options(handlers: Handlers, config: Config) -> None:
     """Use what a configuration that was read again says to others than the relay."""
     if handlers.webhooks:
         handlers.webhooks.secrets = config.webhook.secrets
@@ -115,8 +125,8 @@ def build_site(
     from relay.web.routes import POLLS  # noqa: PLC0415
 
     relay, parts = build_with_parts(config)
-    _log_environments(config, relay)
-    _log_events(config)
+    log_environments(config, relay)
+    log_events(config)
     traffic = RequestMetrics()
     forwarder = relay.events if config.events.send_events else None
     acceptor = forwarder if config.uses_launchdarkly else DiscardingAcceptor(traffic.discarded)
@@ -139,7 +149,7 @@ def build_site(
     if webhooks:
         background.append(webhooks.run)
     if read and hangups:
-        carry_out = partial(_use_options, handlers)
+        carry_out = partial(use_options, handlers)
         reload = Reload(
             relay,
             config,
@@ -151,9 +161,9 @@ def build_site(
         )
         background.append(reload.run)
     return Site(
-        relay,
-        make_app(handlers),
-        FastPath(handlers, limits),
-        make_exporter(relay, traffic, config.prometheus.prefix),
-        background,
+        relay=relay,
+        app=make_app(handlers),
+        fast_path=FastPath(handlers, limits),
+        exporter=make_exporter(relay, traffic, config.prometheus.prefix),
+        background=background,
     )

@@ -120,6 +120,12 @@ class Hub:
         for channel in self._channels.values():
             channel.publish(payload, change, since)
 
+    def confirm(self, payload: Payload) -> None:
+        """Note that upstream has confirmed the data, which is nothing to streams."""
+
+    def interrupt(self, *, refused: bool) -> None:
+        """Note that upstream is lost, or refuses the key, which is nothing to streams, too."""
+
     def publish_memberships(self, hashes: frozenset[str] | None) -> None:
         """Let clients know that memberships in big segments have changed; returns at once.
 

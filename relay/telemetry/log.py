@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, MutableMapping
@@ -216,6 +217,21 @@ class LogHandler(logging.Handler):
                 self.lost += 1
 
 
+class WorkerFilter(logging.Filter):
+    """Leaves to the feeder what all processes of a relay would log alike."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a worker logs a record."""
+        if logging.getLogger("relay").isEnabledFor(logging.DEBUG):
+            return True
+        return record.levelno >= logging.WARNING and record.name != "relay.reload"
+
+
+def direct_handler() -> logging.Handler:
+    """Return a handler for a process that may have no threads: it writes each line at once."""
+    return logging.StreamHandler(sys.stdout)
+
+
 def _spellings(secret: str) -> Iterator[str]:
     """Yield the spellings of a secret in lines: plain, and escaped by `repr`, text or JSON."""
     for text in (secret, repr(secret)[1:-1]):
@@ -232,7 +248,7 @@ def lost_lines() -> int:
     return sum(handler.lost for handler in _handlers())
 
 
-def set_up(level: str, line_format: str, output: LogHandler) -> None:
+def set_up(level: str, line_format: str, output: logging.Handler) -> None:
     """Send all records to `output`, and to no other handler.
 
     Libraries are logged from WARN on, and never below the relay's own level.

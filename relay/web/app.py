@@ -18,14 +18,14 @@ from starlette.types import ASGIApp
 
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestMetrics
-from relay.web import expectations
 from relay.web.access import Access
 from relay.web.access_log import AccessLogMiddleware
-from relay.web.endpoints import metrics, status
+from relay.web.endpoints import metrics
 from relay.web.endpoints.streams import StreamsHandler
 from relay.web.endpoints.webhooks import PATH as WEBHOOK
 from relay.web.handlers import Handlers
 from relay.web.middleware import PathNormalizationMiddleware, ServerErrorMiddleware
+from relay.web.pages import Page, Pages, respond
 from relay.web.responses import FDV1_INSTEAD, NOT_FOUND, PreparedResponse
 from relay.web.routes import ROUTES, Endpoint
 from relay.web.routing import AuthenticatedRoute, Handler
@@ -33,11 +33,16 @@ from relay.web.routing import AuthenticatedRoute, Handler
 _GET, _POST = ("GET",), ("POST",)
 
 
-def make_app(handlers: Handlers) -> ASGIApp:
+Ask = Callable[[str, bytes], Awaitable[PreparedResponse | None]]
+"""Ask for a page about all workers, by path and query; None if there is no answer."""
+
+
+def make_app(handlers: Handlers, ask: Ask | None = None) -> ASGIApp:
     """Return the application.
 
     Args:
         handlers: of the endpoints, shared with the fast path.
+        ask: asks the feeder, if this is a worker.
     """
     relay, traffic, webhooks = handlers.relay, handlers.traffic, handlers.webhooks
     events, evaluation = handlers.events, handlers.evaluation
@@ -55,21 +60,6 @@ def make_app(handlers: Handlers) -> ASGIApp:
         Endpoint.GOALS: handlers.goals.handle,
         Endpoint.FDV2: _use_fdv1,
     }
-    pages = (
-        ("/livez", lambda _: status.live()),
-        ("/startupz", lambda _: status.started(relay)),
-        ("/readyz", lambda _: status.ready(relay)),
-        ("/readyz/{environment:path}", lambda name: status.environment_ready(relay, name)),
-        ("/metrics", lambda _: metrics.page(relay, traffic)),
-    )
-    status_pages = (
-        ("/status", lambda _: status.overview(relay, traffic), expectations.OVERVIEW),
-        (
-            "/status/{environment:path}",
-            lambda name: status.one(relay, traffic, name),
-            expectations.ENVIRONMENT,
-        ),
-    )
     routes = [
         (route, AuthenticatedRoute(relay, traffic, route, by_endpoint[route.endpoint]))
         for route in ROUTES
@@ -77,11 +67,7 @@ def make_app(handlers: Handlers) -> ASGIApp:
     app = Starlette(
         routes=[
             *(Route(route.template, app, methods=route.methods) for route, app in routes),
-            *(Route(path, _page(render), methods=_GET) for path, render in pages),
-            *(
-                Route(path, _page(render, schema), methods=_GET)
-                for path, render, schema in status_pages
-            ),
+            *(_page_route(page, ask) for page in Pages(relay, traffic).all),
             *([Route(WEBHOOK, webhooks, methods=_POST)] if webhooks else []),
         ],
         middleware=[
@@ -97,9 +83,9 @@ def make_app(handlers: Handlers) -> ASGIApp:
 
 def make_exporter(relay: Relay, traffic: RequestMetrics, prefix: str) -> ASGIApp:
     """Return the application on the port of `[Prometheus]`: ld-relay's metrics, then our own."""
-    page = _page(lambda _: metrics.exporter_page(relay, traffic, prefix))
+    page = Page("/metrics", lambda _: metrics.exporter_page(relay, traffic, prefix))
     return Starlette(
-        routes=[Route("/metrics", page, methods=_GET)],
+        routes=[_page_route(page)],
         middleware=[Middleware(ServerErrorMiddleware)],
         exception_handlers={404: _not_found, 405: _not_allowed},
     )
@@ -115,21 +101,26 @@ async def _not_allowed(_request: Request, error: Exception) -> Response:
     return PreparedResponse(405, ((b"allow", allow.encode()),)).to_starlette()
 
 
-def _page(
-    render: Callable[[str], PreparedResponse], schema: expectations.Schema | None = None
-) -> Callable[[Request], Awaitable[Response]]:
-    """Return a page; one with a schema answers expectations."""
+def _page_route(page: Page, ask: Ask | None = None) -> Route:
+    """Return the route of a page.
 
-    async def page(request: Request) -> Response:
-        name = request.path_params.get("environment")
-        if name == "":  # `/status/` is no page
-            return NOT_FOUND.to_starlette()
-        response = render(name or "")
-        if schema is not None:
-            response = expectations.check(response, request.scope["query_string"], schema)
+    Args:
+        page: the page.
+        ask: asks the feeder for a common page, if this is a worker; what the worker knows by itself
+            is the answer if it gets none.
+    """
+
+    async def handle(request: Request) -> Response:
+        query = request.scope["query_string"]
+        response = None
+        if ask is not None and page.is_common:
+            response = await ask(request.url.path, query)
+        if response is None:
+            response = respond(page, request.path_params.get("environment", ""), query)
         return response.to_starlette()
 
-    return page
+    template = page.path + "{environment:path}" if page.path.endswith("/") else page.path
+    return Route(template, handle, methods=_GET)
 
 
 async def _use_fdv1(_request: Request, _access: Access) -> PreparedResponse:

@@ -51,6 +51,7 @@ OVERVIEW: Schema = {
         "lastError": _ERROR,
     },
     "archiveStatus": {"unusable": None, "time": None},
+    "workers": {"[]": dict.fromkeys(("number", "state", "pid", "since", "restarts", "streams"))},
 }
 """Members of `/status`."""
 

@@ -94,7 +94,8 @@ class Served:
 
 def site_of(handlers: Handlers, limits: ConnectionLimits | None = None) -> Site:
     """Return a relay with both of its paths."""
-    return Site(handlers.relay, make_app(handlers), FastPath(handlers, limits))
+    fast_path = FastPath(handlers, limits)
+    return Site(relay=handlers.relay, app=make_app(handlers), fast_path=fast_path)
 
 
 @dataclass

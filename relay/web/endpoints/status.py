@@ -49,6 +49,7 @@ def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
         "clientVersion": __version__,
         **({"autoConfigStatus": _directory_members(relay, directory)} if directory else {}),
         **_archive_members(relay),
+        **_workers_members(relay),
     }
     return json(200, body)
 
@@ -217,6 +218,26 @@ def _archive_members(relay: Relay) -> Mapping[str, object]:
         return {}
     reason, at = relay.unusable_archive
     return {"archiveStatus": {"unusable": reason[:MAX_REASON], "time": _ms(at)}}
+
+
+def _workers_members(relay: Relay) -> Mapping[str, object]:
+    """Return the state of the workers, if this is their feeder."""
+    if not relay.workers:
+        return {}
+    workers = [
+        _without_none(
+            {
+                "number": each.number,
+                "state": "VALID" if each.connected else "INTERRUPTED",
+                "pid": each.process,
+                "since": _ms(each.since),
+                "restarts": each.starts - 1,
+                "streams": each.streams,
+            }
+        )
+        for _, each in sorted(relay.workers.items())
+    ]
+    return {"workers": workers}
 
 
 def _events_members(relay: Relay, traffic: RequestMetrics, name: str) -> dict[str, object] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 import orjson
@@ -52,6 +52,10 @@ BUSY = json_error(503, "too many webhooks at a time")
 _log = logging.getLogger("relay.webhooks")
 
 
+Ask = Callable[[bytes, str], Awaitable[PreparedResponse | None]]
+"""Ask for the response to a webhook, by body and signature; None if there is no answer."""
+
+
 class WebhooksHandler:
     """ASGI application of the route.
 
@@ -60,6 +64,7 @@ class WebhooksHandler:
         secrets: with which webhooks may be signed; at least one.
         recheck_after: see `RefreshTracker`.
         burst: see `RefreshTracker`.
+        ask: lets the feeder respond, if this is a worker; None if it does not.
     """
 
     def __init__(
@@ -68,7 +73,10 @@ class WebhooksHandler:
         secrets: Sequence[Secret],
         recheck_after: Sequence[float] = RECHECK_AFTER,
         burst: float = BURST,
+        *,
+        ask: Ask | None = None,
     ) -> None:
+        self._ask = ask
         self._environments = environments
         self._new_tracker = partial(RefreshTracker, recheck_after=recheck_after, burst=burst)
         self._trackers: dict[Environment, RefreshTracker] = {}
@@ -106,6 +114,17 @@ class WebhooksHandler:
         finally:
             body.release()
         signature = header(request, "x-ld-signature").decode("latin-1")
+        if self._ask is not None:
+            return await self._ask(content, signature) or BUSY
+        return self.respond(content, signature)
+
+    def respond(self, content: bytes, signature: str) -> PreparedResponse:
+        """Return the response to a webhook, which is acted upon.
+
+        Args:
+            content: its body.
+            signature: the header that signs it.
+        """
         if not webhook.is_signed(content, signature, self.secrets):
             return self._refuse(UNSIGNED)
         try:

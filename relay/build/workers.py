@@ -1,0 +1,65 @@
+"""Environments of a relay that has several processes."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from relay.build.databases import make_databases
+from relay.build.environments import EnvironmentParts
+from relay.build.sources import no_source
+from relay.config.schema import Config
+from relay.environment import Environment
+from relay.model.environment import EnvironmentSpec
+from relay.model.journal import Journal
+from relay.programs import ProgramCache
+from relay.relay import Relay
+from relay.stores import Mirror
+from relay.streams.hub import Hub
+from relay.workers.hub import WorkersHub
+from relay.workers.link import FeederLink
+
+_numbers = count()
+
+
+class FeederParts(EnvironmentParts):
+    """Makes environments whose streams are open in workers."""
+
+    def _hub(self, programs: ProgramCache, _journal: Journal, _big_segments: object) -> Hub:
+        return WorkersHub(next(_numbers), programs)
+
+
+class WorkerParts(EnvironmentParts):
+    """Makes environments that get their data from a feeder, which has their mirrors."""
+
+    def change(self, environment: Environment, spec: EnvironmentSpec) -> None:
+        """Prepare an environment for another spec: big segments may be elsewhere then."""
+        memberships = self.memberships(environment, spec, databases=False)
+        if memberships is not None and environment.big_segments is not None:
+            environment.big_segments.move(*memberships)
+
+    def _mirrors(self, _environment: Environment) -> tuple[Mirror, ...]:
+        return ()
+
+
+def build_worker(config: Config, address: str | bytes, number: int) -> tuple[Relay, FeederLink]:
+    """Return the relay of a worker, and its connection to the feeder.
+
+    Args:
+        config: of the relay.
+        address: of the feeder's socket.
+        number: of the worker.
+
+    Raises:
+        ConfigError: a resource that it names is unusable.
+    """
+    parts = WorkerParts(config, no_source, make_databases(config), None, None)
+    link = FeederLink(address, number, parts)
+    relay = Relay(
+        [],
+        config.main.init_timeout,
+        fetch=link.requests.fetch if config.uses_launchdarkly else None,
+        disconnected_after=config.main.disconnected_status_time,
+        directory=link,
+        reports_starts=False,
+    )
+    return relay, link

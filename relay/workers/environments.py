@@ -1,0 +1,198 @@
+"""Environments of a worker: those of the feeder, with the data that it sends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable
+from typing import Protocol
+
+from relay.environment import ConnectionState, Environment
+from relay.model.environment import EnvironmentSpec
+from relay.model.item import Item
+from relay.model.payload import ChangeSet
+from relay.protocol.workers import Check, Data, FromWorker, Memberships
+from relay.relay import Relay
+from relay.sources import DataSource, Update, UpToDate
+
+Send = Callable[[FromWorker], object]
+"""Sends a message to the feeder; it is lost while there is none."""
+
+
+class Parts(Protocol):
+    """Contract of what makes the environments of a worker."""
+
+    def environment(self, spec: EnvironmentSpec, source: DataSource) -> Environment:
+        """Return a new environment with a source."""
+
+    def change(self, environment: Environment, spec: EnvironmentSpec) -> None:
+        """Prepare an environment for another spec: big segments may be elsewhere then."""
+
+
+class FeederSource:
+    """Data of one environment, as the feeder passes them on.
+
+    Args:
+        send: sends a message to the feeder.
+        number: of the environment in messages.
+    """
+
+    def __init__(self, send: Send, number: int) -> None:
+        self.number = number
+        self.has_data = False
+        """True once there were complete data."""
+        self._send = send
+        self._items: list[Item] = []
+        """Items of a change that is still to be completed."""
+        self._updates: deque[Update] = deque()
+        self._arrived = asyncio.Event()
+        self.idle = asyncio.Event()
+        """Set while the environment has taken everything."""
+
+    def __repr__(self) -> str:
+        return f"<FeederSource {self.number}>"
+
+    def receive(self, data: Data) -> None:
+        """Take items."""
+        self._items += data.items
+        if not data.last:
+            return
+        changes = ChangeSet(tuple(self._items), data.full, evaluations=data.evaluations)
+        self._items = []
+        self.has_data |= data.full
+        self._add(changes)
+
+    def begin(self, number: int) -> None:
+        """Go on, with another feeder perhaps, which has not sent anything yet."""
+        if number != self.number:
+            self.number = number
+            self._items = []
+        self._add(UpToDate())
+
+    def _add(self, update: Update) -> None:
+        self._updates.append(update)
+        self.idle.clear()
+        self._arrived.set()
+
+    async def updates(self) -> AsyncGenerator[Update, None]:
+        """Yield changes; outages of upstream are the feeder's business."""
+        while True:
+            while self._updates:
+                yield self._updates.popleft()
+            self.idle.set()
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    def resync(self) -> None:
+        """Do nothing: the feeder asks upstream again when it has to."""
+
+    def check(self, *, reconnect: bool = False) -> None:
+        """Let the feeder check upstream."""
+        self._send(Check(self.number, reconnect))
+
+
+_Fed = tuple[Environment, FeederSource]
+
+
+class FedEnvironments:
+    """Keeps the environments of a worker equal to those of the feeder.
+
+    Args:
+        relay: of the worker.
+        parts: makes its environments.
+        send: sends a message to the feeder.
+    """
+
+    def __init__(
+        self,
+        relay: Relay,
+        parts: Parts,
+        send: Send,
+    ) -> None:
+        self._relay = relay
+        self._parts = parts
+        self._send = send
+        self._put: dict[int, EnvironmentSpec] = {}
+        self._gone: list[int] = []
+        self._present: dict[int, _Fed] = {}
+        self._former: dict[str, _Fed] = {}
+        """By name, environments of the former feeder that this one has not named yet."""
+
+    def __repr__(self) -> str:
+        return f"<FedEnvironments: {len(self._present)}, {len(self._former)} unconfirmed>"
+
+    def interrupt(self) -> None:
+        """Note that there is no feeder: the data stay, but may be old."""
+        for environment, _ in self._present.values():
+            environment.connection.enter(ConnectionState.INTERRUPTED)
+
+    def begin(self) -> frozenset[str]:
+        """Prepare for another feeder; return the names of the environments that have data."""
+        self._former |= {each[0].spec.name: each for each in self._present.values()}
+        self._present, self._put, self._gone = {}, {}, []
+        return frozenset(name for name, (_, source) in self._former.items() if source.has_data)
+
+    def put(self, number: int, spec: EnvironmentSpec) -> None:
+        """Note that there is an environment, or that it has changed; `carry_out` does it."""
+        self._put[number] = spec
+
+    def remove(self, number: int) -> None:
+        """Note that there is no such environment any more; `carry_out` does it."""
+        self._gone.append(number)
+
+    def carry_out(self, sharing: Iterable[int]) -> None:
+        """Let the environments be those of the feeder, in one turn.
+
+        So a credential that moves from one to another is refused at no time.
+
+        Args:
+            sharing: environments that have a credential of another one; the last one takes it.
+        """
+        for number in self._gone:
+            self._remove(number)
+        for number, spec in self._put.items():
+            self._change(number, spec)
+        self._gone, self._put = [], {}
+        for number in sharing:
+            environment, _ = self._present[number]
+            self._relay.change(environment, environment.spec)
+        for environment, _ in self._former.values():  # which this feeder has not named
+            self._relay.remove(environment)
+        self._former = {}
+
+    def _change(self, number: int, spec: EnvironmentSpec) -> None:
+        known = self._present.get(number) or self._former.pop(spec.name, None)
+        if known is None:
+            source = FeederSource(self._send, number)
+            environment = self._parts.environment(spec, source)
+            self._relay.put(environment)
+        else:
+            environment, source = known
+            source.begin(number)
+            if environment.spec != spec:
+                self._parts.change(environment, spec)
+                self._relay.change(environment, spec)
+        self._present[number] = environment, source
+
+    def _remove(self, number: int) -> None:
+        environment, _ = self._present.pop(number)
+        self._relay.remove(environment)
+
+    async def current(self) -> None:
+        """Wait until they have taken all data that the feeder has sent."""
+        for _, source in tuple(self._present.values()):
+            await source.idle.wait()
+
+    def receive(self, data: Data) -> None:
+        """Take data of an environment."""
+        self._present[data.number][1].receive(data)
+
+    def refuse(self, number: int) -> None:
+        """Note that LaunchDarkly refuses the key of an environment."""
+        self._present[number][0].connection.enter(ConnectionState.OFF)
+
+    def forget_memberships(self, message: Memberships) -> None:
+        """Let memberships in big segments be read again."""
+        big_segments = self._present[message.number][0].big_segments
+        if big_segments is not None:
+            big_segments.changed(message.hashes)
