@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,11 +108,7 @@ class EnvironmentParts:
         self, programs: ProgramCache, journal: Journal, big_segments: BigSegments | None
     ) -> Hub:
         """Return the hub of a new environment, of whose parts streams are made."""
-        jitter = self._config.main.ping_stream_jitter_time
-        client_side = client_side_channels(programs, jitter, big_segments)
-        channels: dict[str, Channel[Any]] = {DELTAS: DeltaChannel(journal), **client_side}
-        formats: dict[str, StreamFormat] = {"all": AllFormat(), "flags": FlagsFormat()}
-        return Hub(formats, _stream_limits(self._config.main), channels)
+        return Hub(*hub_parts(self._config.main, programs, journal, big_segments))
 
     def _mirrors(self, environment: Environment) -> tuple[Mirror, ...]:
         """Return all mirrors of a new environment."""
@@ -254,12 +250,25 @@ def log_for(spec: EnvironmentSpec) -> Log:
     return environment_log(spec.name, spec.sdk_key.masked)
 
 
-def _stream_limits(main: Main) -> StreamLimits:
-    return StreamLimits(
+def hub_parts(
+    main: Main, programs: ProgramCache, journal: Journal, big_segments: BigSegments | None
+) -> tuple[Mapping[str, StreamFormat], StreamLimits, Mapping[str, Channel[Any]]]:
+    """Return the formats, limits and channels of a hub.
+
+    Args:
+        main: options of the relay.
+        programs: of the environment.
+        journal: of the environment.
+        big_segments: of the environment; None without a database that has them.
+    """
+    formats: dict[str, StreamFormat] = {"all": AllFormat(), "flags": FlagsFormat()}
+    limits = StreamLimits(
         heartbeat_interval=main.heartbeat_interval,
         max_connection_time=main.max_client_connection_time,
         stall_timeout=main.client_stall_timeout,
     )
+    client_side = client_side_channels(programs, main.ping_stream_jitter_time, big_segments)
+    return formats, limits, {DELTAS: DeltaChannel(journal), **client_side}
 
 
 def _first_mirrors(

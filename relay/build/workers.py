@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from itertools import count
 
+from relay.bigsegments.environment import BigSegments
 from relay.build.databases import make_databases
-from relay.build.environments import EnvironmentParts
+from relay.build.environments import EnvironmentParts, hub_parts
 from relay.build.sources import no_source
 from relay.config.schema import Config
 from relay.environment import Environment
@@ -15,7 +16,7 @@ from relay.programs import ProgramCache
 from relay.relay import Relay
 from relay.stores import Mirror
 from relay.streams.hub import Hub
-from relay.workers.hub import WorkersHub
+from relay.workers.hub import SettledPings, WorkerHub, WorkersHub
 from relay.workers.link import FeederLink
 
 _numbers = count()
@@ -36,6 +37,13 @@ class WorkerParts(EnvironmentParts):
         memberships = self.memberships(environment, spec, databases=False)
         if memberships is not None and environment.big_segments is not None:
             environment.big_segments.move(*memberships)
+
+    def _hub(
+        self, programs: ProgramCache, journal: Journal, big_segments: BigSegments | None
+    ) -> Hub:
+        main = self._config.main
+        formats, limits, channels = hub_parts(main, programs, journal, big_segments)
+        return WorkerHub(formats, limits, channels, SettledPings(main.ping_stream_jitter_time))
 
     def _mirrors(self, _environment: Environment) -> tuple[Mirror, ...]:
         return ()

@@ -92,6 +92,8 @@ class Data(_Message, frozen=True, tag=4):
         full: True if these are all, with those of the messages after it up to the last.
         last: False if more messages belong to this.
         evaluations: version of what is evaluated with them.
+        change: number of the change, to be reported as `Applied`; 0 for what is no change to
+            others.
     """
 
     number: int
@@ -99,6 +101,19 @@ class Data(_Message, frozen=True, tag=4):
     full: bool
     last: bool
     evaluations: int
+    change: int = 0
+
+
+class Settled(_Message, frozen=True, tag=19):
+    """All workers serve a change, and those before it.
+
+    Args:
+        number: of the environment.
+        change: its number.
+    """
+
+    number: int
+    change: int
 
 
 class FiguresRequest(_Message, frozen=True, tag=18):
@@ -202,6 +217,13 @@ class WebhookRequest(_Message, frozen=True, tag=15):
     signature: str
 
 
+class Applied(_Message, frozen=True, tag=20):
+    """This worker serves a change, and those before it; as `Settled`."""
+
+    number: int
+    change: int
+
+
 class FetchRequest(_Message, frozen=True, tag=12):
     """A request to LaunchDarkly without a key, as `model.reply.Fetch`."""
 
@@ -256,11 +278,12 @@ FromFeeder = (
     | Memberships
     | Refused
     | FiguresRequest
+    | Settled
     | Stored
     | NotStored
     | Answer
 )
-FromWorker = Hello | Post | PageRequest | WebhookRequest | FetchRequest | Check | Figures
+FromWorker = Hello | Post | PageRequest | WebhookRequest | FetchRequest | Check | Applied | Figures
 
 FROM_FEEDER: msgspec.msgpack.Decoder[FromFeeder] = msgspec.msgpack.Decoder(FromFeeder)
 FROM_WORKER: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

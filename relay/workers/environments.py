@@ -11,9 +11,10 @@ from relay.environment import ConnectionState, Environment
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Item
 from relay.model.payload import ChangeSet
-from relay.protocol.workers import Check, Data, FromWorker, Memberships
+from relay.protocol.workers import Applied, Check, Data, FromWorker, Memberships
 from relay.relay import Relay
 from relay.sources import DataSource, Update, UpToDate
+from relay.workers.hub import WorkerHub
 
 Send = Callable[[FromWorker], object]
 """Sends a message to the feeder; it is lost while there is none."""
@@ -44,7 +45,8 @@ class FeederSource:
         self._send = send
         self._items: list[Item] = []
         """Items of a change that is still to be completed."""
-        self._updates: deque[Update] = deque()
+        self._change = 0
+        self._updates: deque[tuple[Update, int]] = deque()
         self._arrived = asyncio.Event()
         self.idle = asyncio.Event()
         """Set while the environment has taken everything."""
@@ -60,7 +62,11 @@ class FeederSource:
         changes = ChangeSet(tuple(self._items), data.full, evaluations=data.evaluations)
         self._items = []
         self.has_data |= data.full
-        self._add(changes)
+        self._add(changes, data.change)
+
+    def latest_change(self) -> int:
+        """Return the number of the change that the environment takes; 0 for what is no change."""
+        return self._change
 
     def begin(self, number: int) -> None:
         """Go on, with another feeder perhaps, which has not sent anything yet."""
@@ -69,8 +75,8 @@ class FeederSource:
             self._items = []
         self._add(UpToDate())
 
-    def _add(self, update: Update) -> None:
-        self._updates.append(update)
+    def _add(self, update: Update, change: int = 0) -> None:
+        self._updates.append((update, change))
         self.idle.clear()
         self._arrived.set()
 
@@ -78,7 +84,10 @@ class FeederSource:
         """Yield changes; outages of upstream are the feeder's business."""
         while True:
             while self._updates:
-                yield self._updates.popleft()
+                update, self._change = self._updates.popleft()
+                yield update
+                if self._change:
+                    self._send(Applied(self.number, self._change))
             self.idle.set()
             self._arrived.clear()
             await self._arrived.wait()
@@ -165,6 +174,8 @@ class FedEnvironments:
         if known is None:
             source = FeederSource(self._send, number)
             environment = self._parts.environment(spec, source)
+            if isinstance(environment.hub, WorkerHub):
+                environment.hub.pings.change = source.latest_change
             self._relay.put(environment)
         else:
             environment, source = known
@@ -186,6 +197,12 @@ class FedEnvironments:
     def receive(self, data: Data) -> None:
         """Take data of an environment."""
         self._present[data.number][1].receive(data)
+
+    def settle(self, number: int, change: int) -> None:
+        """Let clients poll for a change, and for those before it: all workers serve them."""
+        hub = self._present[number][0].hub
+        if isinstance(hub, WorkerHub):
+            hub.pings.settle(change)
 
     def refuse(self, number: int) -> None:
         """Note that LaunchDarkly refuses the key of an environment."""

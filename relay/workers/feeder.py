@@ -16,6 +16,7 @@ from relay.model.environment import EnvironmentSpec
 from relay.protocol.workers import (
     FROM_WORKER,
     Answer,
+    Applied,
     Check,
     EnvironmentGone,
     EnvironmentPut,
@@ -185,16 +186,23 @@ class Feeder:
                 self._count(self._workers[worker], worker, message)
             case Hello():
                 self._welcome(worker, message)
-            case Check():
+            case Applied() | Check():
                 environment = self._by_number.get(message.number)
                 if environment is not None:
-                    environment.check(reconnect=message.reconnect)
+                    self._pass_on(worker, environment, message)
             case WebhookRequest():
                 self._answer(worker, message)
             case PageRequest():
                 self._begin(self._show(worker, message))
             case FetchRequest():
                 self._begin(self._fetch(worker, message))
+
+    @staticmethod
+    def _pass_on(worker: Worker, environment: Environment, message: Applied | Check) -> None:
+        if isinstance(message, Applied):
+            _hub(environment).note_applied(worker, message.change)
+        else:
+            environment.check(reconnect=message.reconnect)
 
     def _welcome(self, worker: Worker, hello: Hello) -> None:
         status = _succeed(self._relay.workers.get(hello.worker), hello)

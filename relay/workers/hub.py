@@ -1,20 +1,29 @@
-"""Hub of the feeder: the streams of one environment are open in workers."""
+"""Hubs of one environment, in the feeder and in a worker."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from relay.model.item import Item
 from relay.model.payload import Change, Payload
 from relay.programs import ProgramCache
-from relay.protocol.workers import Data, FromWorker, Memberships, Refused, frame
-from relay.streams.hub import Hub
+from relay.protocol.workers import Data, FromWorker, Memberships, Refused, Settled, frame
+from relay.streams.channel import Channel, StreamFormat
+from relay.streams.evaluated import PINGS
+from relay.streams.hub import Hub, StreamLimits
+from relay.streams.ping import PingChannel
 from relay.workers.connection import Connection
 
 PART = 256 * 1024
 """Bytes of items from which on a message ends and another one follows, so that neither side is
 held up for long."""
+
+SETTLED_WITHIN = 0.25
+"""Seconds that clients which have to poll wait for all workers: the one that they ask must have
+what another has announced."""
 
 Worker = Connection[FromWorker]
 
@@ -38,6 +47,10 @@ class WorkersHub(Hub):
         self._streams: dict[Worker, Mapping[str, int]] = {}
         self._confirmed = False
         self._refused = False
+        self._change = 0
+        """Number of the last change."""
+        self._unsettled: dict[int, set[Worker]] = {}
+        """By number, changes that some workers do not serve yet."""
 
     def __repr__(self) -> str:
         return f"<WorkersHub of {len(self._workers)} workers, {len(self)} streams>"
@@ -77,6 +90,7 @@ class WorkersHub(Hub):
         """Forget a worker."""
         self._workers.discard(worker)
         self._waiting.discard(worker)
+        self.note_applied(worker, self._change)
         self._streams.pop(worker, None)
 
     def publish(self, payload: Payload | None, change: Change, _since: float | None = None) -> None:
@@ -84,10 +98,25 @@ class WorkersHub(Hub):
         workers = self._workers - self._waiting
         if not workers:
             return
+        self._change += 1
+        self._unsettled[self._change] = set(workers)
+        asyncio.get_running_loop().call_later(SETTLED_WITHIN, self._settle, self._change)
         if change.replace and payload is not None:
-            self._write(workers, self._all(payload))
+            self._write(workers, self._parts(payload, full=True, change=self._change))
         else:
-            self._write(workers, self._parts(change.items, full=False))
+            self._write(workers, self._parts(change.items, full=False, change=self._change))
+
+    def note_applied(self, worker: Worker, change: int) -> None:
+        """Note that a worker serves a change, and those before it."""
+        for number in [number for number in self._unsettled if number <= change]:
+            self._unsettled[number].discard(worker)
+            if not self._unsettled[number]:
+                self._settle(number)
+
+    def _settle(self, change: int) -> None:
+        """Let the workers know that all of them serve a change, or that one is too slow."""
+        if self._unsettled.pop(change, None) is not None:
+            self._write(self._workers, [frame(Settled(self.number, change))])
 
     def confirm(self, payload: Payload) -> None:
         """Pass confirmed data to workers that have waited for them."""
@@ -109,7 +138,9 @@ class WorkersHub(Hub):
     def _all(self, payload: Payload) -> Iterator[bytes]:
         return self._parts(payload, full=True)
 
-    def _parts(self, items: Payload | tuple[Item, ...], *, full: bool) -> Iterator[bytes]:
+    def _parts(
+        self, items: Payload | tuple[Item, ...], *, full: bool, change: int = 0
+    ) -> Iterator[bytes]:
         version = self._programs.version
         part: list[Item] = []
         size = 0
@@ -119,10 +150,61 @@ class WorkersHub(Hub):
                 part, size = [], 0
             part.append(item)
             size += len(item.json or b"")
-        yield frame(Data(self.number, tuple(part), full, True, version))
+        yield frame(Data(self.number, tuple(part), full, True, version, change))
 
     @staticmethod
     def _write(workers: set[Worker], frames: Iterator[bytes] | list[bytes]) -> None:
         for data in frames:
             for worker in workers:
                 worker.write(data)
+
+
+class SettledPings(PingChannel):
+    """Stream that tells clients of a worker to poll, once all workers serve the change.
+
+    Their polls may go to another worker, and they would not ask again.
+
+    Args:
+        jitter: maximum delay of a ping in seconds, besides.
+    """
+
+    def __init__(self, jitter: float) -> None:
+        super().__init__(jitter)
+        self.change: Callable[[], int] = lambda: 0
+        """Returns the number of the change that is published; 0 for what is no change to others."""
+        self._held: deque[tuple[int, Payload | None, Change, float]] = deque()
+
+    def publish(self, payload: Payload | None, change: Change, since: float) -> None:
+        """Ping all clients as soon as all workers serve the change."""
+        number = self.change()
+        if number:
+            self._held.append((number, payload, change, since))
+        else:
+            super().publish(payload, change, since)
+
+    def settle(self, number: int) -> None:
+        """Ping for a change, and for those before it: all workers serve them."""
+        while self._held and self._held[0][0] <= number:
+            _, payload, change, since = self._held.popleft()
+            super().publish(payload, change, since)
+
+
+class WorkerHub(Hub):
+    """Hub of a worker.
+
+    Args:
+        formats: as of any hub.
+        limits: as of any hub.
+        channels: as of any hub, without that of pings.
+        pings: the channel of pings.
+    """
+
+    def __init__(
+        self,
+        formats: Mapping[str, StreamFormat],
+        limits: StreamLimits,
+        channels: Mapping[str, Channel[Any]],
+        pings: SettledPings,
+    ) -> None:
+        super().__init__(formats, limits, {**channels, PINGS: pings})
+        self.pings = pings

@@ -29,6 +29,7 @@ from relay.protocol.workers import (
     Memberships,
     NotStored,
     Refused,
+    Settled,
     Stored,
 )
 from relay.relay import DirectoryChange, Relay
@@ -146,6 +147,8 @@ class FeederLink:
                 environments.forget_memberships(message)
             case Refused():
                 environments.refuse(message.number)
+            case Settled():
+                environments.settle(message.number, message.change)
             case FiguresRequest():
                 self.on_figures_request()
             case Fed():

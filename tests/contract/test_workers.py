@@ -229,6 +229,31 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+async def test_a_ping_comes_when_all_workers_have_the_change(tmp_path, upstream):
+    """A client that is told to poll may ask another worker, and it asks once."""
+    mobile = "mob-5ca1ab1e-0001-4000-8000-00000000b001"
+    variables = {"LD_MOBILE_KEY_main": mobile, "EVAL_STREAMS": "false"}
+    async with WorkersRelay(tmp_path, upstream, **variables) as relay, AsyncExitStack() as stack:
+        pings = [await Stream.open(relay.address, "/mping", key=mobile) for _ in range(4)]
+        for stream in pings:
+            stack.callback(stream.close)
+            await stream.until(b"\n\n")
+        first, _ = await relay.pids()
+        for stopped in (False, True):
+            if stopped:  # then the others do not wait for ever
+                os.kill(first, signal.SIGSTOP)
+            await upstream.patch(SDK_KEY, flag("lamp", 3 + stopped, f"value-{stopped}"))
+            told = [asyncio.create_task(stream.until(b"\n\n")) for stream in pings]
+            await asyncio.wait(told, return_when=asyncio.FIRST_COMPLETED)
+            if not stopped:
+                polls = [ask(relay.address, "/sdk/latest-all", AUTHORIZED) for _ in range(12)]
+                assert all(b"value-False" in reply.body for reply in await asyncio.gather(*polls))
+                await asyncio.wait(told)
+            for task in told:
+                task.cancel()
+        os.kill(first, signal.SIGCONT)
+
+
 async def test_a_silent_worker_is_replaced(tmp_path, upstream):
     async with WorkersRelay(tmp_path, upstream) as relay:
         first, _ = await relay.pids()

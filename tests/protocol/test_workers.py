@@ -15,6 +15,7 @@ from relay.protocol.workers import (
     FROM_FEEDER,
     FROM_WORKER,
     Answer,
+    Applied,
     Check,
     Data,
     EnvironmentGone,
@@ -31,6 +32,7 @@ from relay.protocol.workers import (
     PageRequest,
     Post,
     Refused,
+    Settled,
     Stored,
     frame,
 )
@@ -57,6 +59,7 @@ FROM_A_FEEDER = [
     Memberships(7, None),
     Refused(7),
     FiguresRequest(),
+    Settled(7, 2),
     Memberships(7, frozenset({"a"})),
     Stored(1, True, 1.5),
     NotStored(2),
@@ -68,6 +71,7 @@ FROM_A_WORKER = [
     PageRequest(2, "/status", b"expect=a"),
     FetchRequest(3, "https://x.example", {"a": "b"}, 1.0, 100),
     Check(7, reconnect=True),
+    Applied(7, 2),
     Figures(
         ((SERIES, 2),), (), (("main", 1),), (), (("main", 0.5, (1, 0)),), (), (("main", "all", 3),),
         None, 1.25, 12,
