@@ -56,7 +56,7 @@ def problems(variables: Mapping[str, str]) -> tuple[str, ...]:
         ({"POLL_INTERVAL": "999ms"}, "poll interval must be >= 1s (POLL_INTERVAL)"),
         ({"MAX_CLIENT_REQUEST_BODY_SIZE": "0B"}, "max client request body size must be greater than zero (MAX_CLIENT_REQUEST_BODY_SIZE)"),
         ({"MAX_REQUEST_HEAD_SIZE": "0"}, "max request head size must be greater than zero (MAX_REQUEST_HEAD_SIZE)"),
-        ({"WORKERS": "2"}, "[Main] workers: this release runs as one process only (WORKERS)"),
+        ({"WORKERS": "300"}, "workers must not be greater than 256 (WORKERS)"),
         ({"EVENTS_MAX_INBOUND_PAYLOAD_SIZE": "x"}, "EVENTS_MAX_INBOUND_PAYLOAD_SIZE: not a valid base-2 byte size"),
         ({"EVENTS_MAX_INBOUND_PAYLOAD_SIZE": "0B"}, "max inbound payload size must be greater than zero (EVENTS_MAX_INBOUND_PAYLOAD_SIZE)"),
         ({"EVENTS_MAX_INBOUND_PAYLOAD_SIZE": "-1B"}, "max inbound payload size must be greater than zero (EVENTS_MAX_INBOUND_PAYLOAD_SIZE)"),
@@ -324,7 +324,7 @@ def test_an_archive_makes_other_options_pointless(variables, warning) -> None:
 
 def test_all_problems_come_at_once() -> None:
     """All mistakes are reported together."""
-    variables = {"PORT": "x", "LOG_LEVEL": "y", "TLS_ENABLED": "1", "LD_ENV_a": "", "WORKERS": "2"}
+    variables = {"PORT": "x", "LOG_LEVEL": "y", "TLS_ENABLED": "1", "LD_ENV_a": "", "WORKERS": "0"}
     assert len(problems(variables)) == len(variables)
 
 

@@ -58,6 +58,12 @@ class RecordingHub:
     def publish(self, payload: Payload | None, change: Change, since: float | None = None) -> None:
         self.published.append((payload, change))
 
+    def confirm(self, payload: Payload) -> None:
+        pass
+
+    def interrupt(self, *, refused: bool) -> None:
+        pass
+
 
 class MemoryMirror:
     """A copy that is loaded when the test says so, and that records what it is told."""

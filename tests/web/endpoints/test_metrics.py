@@ -41,6 +41,7 @@ from relay.telemetry.traffic import (
     RequestLabels,
     RequestMetrics,
 )
+from relay.telemetry.workers import WorkerStatus
 from relay.upstream import Upstream
 from relay.web.endpoints import metrics
 from tests.support.contracts import MemoryMirror, ScriptedSource
@@ -164,7 +165,9 @@ async def test_a_busy_relay_exports_every_metric():
     forwarder = Forwarder(MemorySpool(Limits()), upstream, "http://h", {"main": main.spec}.get)
     main.spec = main.spec.with_credential(SDKKey("sdk-old"), clock.now() + 60)
     directory = KnownDirectory()
-    page = exporter_page(Relay([main], 0, events=forwarder, directory=directory), traffic)
+    relay = Relay([main], 0, events=forwarder, directory=directory)
+    relay.workers[0] = WorkerStatus(0, 4711, clock.unix(), resident=1, files=1)
+    page = exporter_page(relay, traffic)
     suffix = re.compile("_(bucket|sum|count)$")
     seen = {s.name if s.name.endswith("_total") else suffix.sub("", s.name) for s in page.samples}
     assert seen == {
