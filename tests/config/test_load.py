@@ -462,7 +462,9 @@ def test_a_redis_section_without_a_server_causes_a_warning(tmp_path: Path) -> No
     path.write_text("[Redis]\npassword = p\n")
     config = load(str(path), False, False, {})
     assert config.redis is None
-    assert config.warnings == (f"[Redis] has no effect without url, host or port ({path}:2)",)
+    assert config.warnings == (
+        f"[Redis] has no effect without url, host, port or sentinels ({path}:2)",
+    )
 
 
 @pytest.mark.parametrize(
