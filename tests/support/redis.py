@@ -67,6 +67,14 @@ class RedisServer:
         given = {"url": self.url, "connect_timeout": 1.0, "read_timeout": 1.0, **more}
         return RedisOptions(**given)
 
+    def setting(self, name: str) -> str:
+        """Return what it was started with."""
+        return self._settings[name]
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         settings = {
             "port": str(self.port),
