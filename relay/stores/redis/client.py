@@ -153,7 +153,8 @@ class RedisClient:
                 for those in groups.values():
                     tasks.create_task(fill(those))
         except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+            failure = failures.exceptions[0]
+            raise failure from failure.__cause__
         return {index: address for address, those in groups.items() for index in those}
 
     def _slot(self, key: str | bytes) -> int:

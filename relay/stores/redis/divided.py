@@ -121,8 +121,7 @@ class DividedRedisStore(RedisStore):
     async def _read(self) -> Hashes | None:
         """Return both hashes; None if the store is not initialised.
 
-        They are read against the order in which they are written, so that no segment is missing to
-        which a flag refers.
+        They are read against the order in which they are written: a new flag finds its segments.
         """
         if not await self._client.execute("EXISTS", self._layout.marker):
             return None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from relay.reasons import describe, shorten, tls_reason
+
+_ERRNO = re.compile("Error ([0-9]+) connecting to ")
 
 _IS_CLUSTER = "this is a Redis Cluster: set REDIS_CLUSTER=true"
 _WRONG_USER = "check REDIS_USERNAME and REDIS_PASSWORD, or what the URL has in their place"
@@ -51,6 +56,8 @@ def reason_of(error: Exception) -> str:
             reason = "no answer in time"
         case RedisConnectionError(__context__=OSError() as cause):
             reason = describe(cause)
+        case RedisConnectionError() if number := _ERRNO.match(str(error)):
+            reason = os.strerror(int(number[1]))  # the library may lose the cause
         case RedisConnectionError():
             reason = _with_advice(error)  # "loading" and "too many clients" are of this class, too
         case _:
