@@ -46,13 +46,23 @@ class Cluster:
         folder: an empty folder of its own.
         masters: their number.
         replicas: number of each master's.
+        announced: ports that they tell clients; their own if there are none.
         settings: of every server.
     """
 
-    def __init__(self, folder: Path, masters: int = 3, replicas: int = 0, **settings: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        masters: int = 3,
+        replicas: int = 0,
+        announced: Sequence[int] = (),
+        **settings: str,
+    ) -> None:
         self.servers: list[RedisServer] = []
         for number in range(masters * (1 + replicas)):
             (folder / str(number)).mkdir()
+            if announced:
+                settings["cluster_announce_port"] = str(announced[number])
             server = RedisServer(
                 folder / str(number),
                 cluster_enabled="yes",
@@ -64,6 +74,7 @@ class Cluster:
             )
             self.servers.append(server)
         self._masters = masters
+        self._announced = dict(zip(self.servers, announced, strict=False))
         self._stack = ExitStack()
 
     @property
@@ -118,7 +129,8 @@ class Cluster:
         info = server.do("INFO", "replication")
         in_sync = info["role"] == "master" or info["master_link_status"] == "up"
         nodes = self._nodes(server).values()
-        expected = {f"127.0.0.1:{each.port}" for each in self.running}
+        ports = [self._announced.get(each, each.port) for each in self.running]
+        expected = {f"127.0.0.1:{port}" for port in ports}
         known = {
             node["node_id"]
             for address, node in self._nodes(server).items()
@@ -291,6 +303,14 @@ class SentinelServers:
         with redis.Redis(port=self.ports[0], password=self._password or None) as sentinel:
             master = sentinel.sentinel_master(MASTER)
         return next(each for each in self.servers if each.port == master["port"])
+
+    def fail_over(self) -> None:
+        """Make the replica the master, while both run."""
+        with redis.Redis(port=self.ports[0], password=self._password or None) as sentinel:
+            sentinel.execute_command("SENTINEL FAILOVER", MASTER)
+
+    def await_master_other_than(self, former: RedisServer) -> None:
+        wait_until(lambda: self.master is not former)
 
     def do(self, *command: Any) -> Any:
         """Run one command at the master."""

@@ -14,10 +14,10 @@ from relay.reasons import describe, shorten, tls_reason
 _ERRNO = re.compile("Error ([0-9]+) connecting to ")
 
 _IS_CLUSTER = "this is a Redis Cluster: set REDIS_CLUSTER=true"
-_WRONG_USER = "check REDIS_USERNAME and REDIS_PASSWORD, or what the URL has in their place"
+_WRONG_USER = "check {0}_USERNAME and {0}_PASSWORD, or what the URL has in their place"
 
 ADVICE = {
-    "NOAUTH": "set REDIS_PASSWORD, and REDIS_USERNAME unless the user is called default",
+    "NOAUTH": "set {0}_PASSWORD, and {0}_USERNAME unless the user is called default",
     "WRONGPASS": _WRONG_USER,
     "ERR invalid password": _WRONG_USER,
     "ERR AUTH <password> called without any password": "the server has no password: configure none",
@@ -32,6 +32,7 @@ ADVICE = {
     "CROSSSLOT": _IS_CLUSTER,
     "ERR SELECT is not allowed in cluster mode": f"{_IS_CLUSTER}, and leave the number out",
     "ERR This instance has cluster support disabled": "this is no cluster: leave REDIS_CLUSTER out",
+    "ERR DB index is out of range": "the server has fewer databases: choose a smaller number",
     "CLUSTERDOWN": "a part of the cluster has no master: it answers when each has one again",
     "MASTERDOWN": "this is a replica that has lost its master: it answers when they are connected",
     "TRYAGAIN": "keys are moving to another server of the cluster: it answers when all are there",
@@ -39,19 +40,24 @@ ADVICE = {
     "MISCONF": "it cannot save its data: its own log says why",
     "OOM": "raise maxmemory, or remove what is not needed",
 }
-"""What to do, by the beginning of the server's answer."""
+"""What to do, by the beginning of the server's answer; `{0}` begins the variables of a user."""
 
 
-def reason_of(error: Exception) -> str:
-    """Return the reason of an error, in the server's words if it has sent any, with advice."""
+def reason_of(error: Exception, variables: str = "REDIS") -> str:
+    """Return the reason of an error, in the server's words if it has sent any, with advice.
+
+    Args:
+        error: of the library or the system.
+        variables: beginning of the names of the variables with user and password.
+    """
     tls = tls_reason(error)
     match error:
         case _ if tls:
             reason = f"TLS failed: {tls}"
         case AuthenticationError():
-            reason = f"the server refuses user or password: {_with_advice(error)}"
+            reason = f"the server refuses user or password: {_with_advice(error, variables)}"
         case ResponseError():
-            reason = f"the server answers: {_with_advice(error)}"
+            reason = f"the server answers: {_with_advice(error, variables)}"
         case RedisTimeout() | TimeoutError():
             reason = "no answer in time"
         case RedisConnectionError(__context__=OSError() as cause):
@@ -59,17 +65,19 @@ def reason_of(error: Exception) -> str:
         case RedisConnectionError() if number := _ERRNO.match(str(error)):
             reason = os.strerror(int(number[1]))  # the library may lose the cause
         case RedisConnectionError():
-            reason = _with_advice(error)  # "loading" and "too many clients" are of this class, too
+            reason = _with_advice(
+                error, variables
+            )  # "loading" and "too many clients" are of this class, too
         case _:
             reason = describe(error)
     return reason
 
 
-def _with_advice(error: RedisError) -> str:
+def _with_advice(error: RedisError, variables: str) -> str:
     text = _text(error)
     for beginning, advice in ADVICE.items():
         if text.startswith(beginning):
-            return f"{text.rstrip('.')} ({advice})"
+            return f"{text.rstrip('.')} ({advice.format(variables)})"
     return text
 
 

@@ -48,7 +48,7 @@ class Sentinels:
                         "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._name
                     )
             except (RedisError, OSError, TimeoutError) as e:
-                failure = f"no Sentinel answers: {reason_of(e)}"
+                failure = f"no Sentinel answers: {reason_of(e, 'REDIS_SENTINEL')}"
                 continue
             if reply is not None:
                 host, port = reply

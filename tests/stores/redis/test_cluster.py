@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import logging
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,29 +11,22 @@ from contextlib import asynccontextmanager
 import pytest
 from redis.crc import key_slot
 
-from relay.backoff import Backoff
 from relay.errors import StoreUnavailable
 from relay.model.item import Item, Kind
-from relay.model.payload import ChangeSet, Payload
+from relay.model.payload import Payload
 from relay.steps import finish
 from relay.stores import StoreState
 from relay.stores.fingerprint import Fingerprint
-from relay.stores.mirror import DatabaseMirror, MirrorTimings
 from relay.stores.redis.client import MAX_REDIRECTS
 from relay.stores.redis.cluster import SlotMap
 from relay.stores.redis.connect import connect
 from relay.stores.redis.divided import data_store
 from tests.stores.contract import flag, segment
+from tests.stores.redis.changing import PATIENCE, START, changing, logged
 from tests.support.rediscluster import Cluster
 from tests.support.serving import until
 
-LOG = logging.getLogger("relay.env.test")
-TIMINGS = MirrorTimings(probe=0.1, compare=0.5, retry=Backoff(0.05, 0.2), finish=1.0)
 PREFIXES = {"divided": "shop", "one slot": "{shop}"}
-PATIENCE = 30.0
-"""Seconds in which a cluster heals and is up to date again."""
-
-START = Payload.of([flag("lamp", 1), segment("crowd", 1)])
 
 
 @pytest.fixture(params=PREFIXES.values(), ids=PREFIXES.keys())
@@ -52,73 +43,8 @@ async def stored_in(cluster: Cluster, prefix: str, **options) -> AsyncIterator:
         await store.aclose()
 
 
-class Upstream:
-    """Changes flags, and lets a mirror follow.
-
-    Args:
-        mirror: of the database.
-    """
-
-    def __init__(self, mirror: DatabaseMirror) -> None:
-        self.mirror = mirror
-        self.payload = START
-        self.writes = asyncio.Event()
-        self.writes.set()
-        mirror.update(START, None, full=True)
-
-    async def run(self) -> None:
-        """Bring a new version of one item after the other."""
-        for version in range(2, 100_000):
-            await self.writes.wait()
-            make = random.choice((flag, segment))
-            items = (make(f"k{version % 7}", version), flag("lamp", version))
-            self.payload, change = self.payload.apply(ChangeSet(items))
-            self.mirror.update(self.payload, change)
-            await asyncio.sleep(0.005)
-
-
-@asynccontextmanager
-async def changing(cluster: Cluster, prefix: str) -> AsyncIterator[Upstream]:
-    """Keep a cluster up to date with data that change, and see that no version goes back."""
-    async with stored_in(cluster, prefix) as store, stored_in(cluster, prefix) as seen:
-        upstream = Upstream(DatabaseMirror(store, "redis", lambda: None, LOG, TIMINGS))
-
-        async def watch() -> None:
-            newest: dict = {}
-            while True:
-                with contextlib.suppress(StoreUnavailable):
-                    for key, version in (await seen.versions() or {}).items():
-                        assert version.number >= newest.get(key, 0)
-                        newest[key] = version.number
-                await asyncio.sleep(0.01)
-
-        writing = asyncio.create_task(upstream.mirror.run())
-        tasks = [writing, asyncio.create_task(upstream.run()), asyncio.create_task(watch())]
-        try:
-            await upstream.mirror.flushed()
-            yield upstream
-            async with asyncio.timeout(PATIENCE):
-                while True:
-                    with contextlib.suppress(StoreUnavailable):
-                        upstream.writes.clear()
-                        stored = await seen.load()
-                        if stored and set(stored.payload) == set(upstream.payload):
-                            break
-                    await asyncio.sleep(0.02)
-            assert not any(task.done() for task in tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-        assert all(task.cancelled() for task in tasks)
-
-
 async def in_thread(work, *args):
     return await asyncio.to_thread(work, *args)
-
-
-def logged(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == LOG.name]
 
 
 async def test_the_layout_is_that_of_a_single_server(cluster, prefix):
@@ -192,7 +118,7 @@ async def test_writers_never_take_a_version_back(cluster, prefix):
 
 async def test_nothing_fails_while_slots_move(cluster, prefix, caplog):
     """Neither writes nor reads: they follow the keys, also between two servers."""
-    async with changing(cluster, prefix) as upstream:
+    async with changing(cluster.options(), prefix) as upstream:
         for number in range(12):
             for key in (f"{prefix}:features", f"{prefix}:segments", f"{prefix}:$inited"):
                 source = await in_thread(cluster.master_of, key)
@@ -241,7 +167,7 @@ async def test_keys_that_are_sent_in_circles_are_given_up(cluster, monkeypatch):
 async def test_a_failover_under_writes_loses_nothing(tmp_path, prefix, caplog):
     """A replica takes over; the mirror goes on there, with one line each for begin and end."""
     with Cluster(tmp_path, replicas=1) as cluster:
-        async with changing(cluster, prefix) as upstream:
+        async with changing(cluster.options(), prefix) as upstream:
             key = f"{prefix}:features"
             master = await in_thread(cluster.master_of, key)
             upstream.writes.clear()
@@ -262,7 +188,7 @@ async def test_a_failover_under_writes_loses_nothing(tmp_path, prefix, caplog):
 async def test_a_master_that_is_away_comes_back_empty(tmp_path, prefix, caplog):
     """Its data are written again, though the marker may stand at another server."""
     with Cluster(tmp_path) as cluster:
-        async with changing(cluster, prefix) as upstream:
+        async with changing(cluster.options(), prefix) as upstream:
             master = await in_thread(cluster.master_of, f"{prefix}:features")
             master.kill()
             await until(lambda: upstream.mirror.status.state is StoreState.INTERRUPTED, 10)
