@@ -365,7 +365,7 @@ def _redis(draft: Draft) -> Iterator[Diagnostic]:
     if redis.sentinels:
         yield from _sentinels(redis)
     else:
-        yield from _redis_address(configured, redis)
+        yield from _redis_address(draft, redis)
     if bool(configured.client_certificate_file) != bool(configured.client_key_file):
         keys = _keys("Redis", "client_certificate_file", "client_key_file")
         yield "a Redis client certificate needs a key, and a key a certificate", keys
@@ -377,18 +377,16 @@ def _sentinels(redis: Redis) -> Iterator[Diagnostic]:
         text = "[Redis] sentinels need sentinelMaster, the name under which they know the server"
         yield text, sentinels
     if redis.cluster:
-        text = (
-            "[Redis] cluster and sentinels: a Redis Cluster has no Sentinels; specify one of both"
-        )
+        text = "please specify [Redis] cluster or sentinels, but not both: a cluster has none"
         yield text, _keys("Redis", "cluster", "sentinels")
     if redis.url or redis.host or redis.port:
         text = "[Redis] sentinels name the server: url, host and port must not be specified, too"
         yield text, _keys("Redis", "sentinels", "url", "host", "port")
 
 
-def _redis_address(configured: Redis, redis: Redis) -> Iterator[Diagnostic]:
+def _redis_address(draft: Draft, redis: Redis) -> Iterator[Diagnostic]:
     """Report what is wrong with the URL, or the URLs, that are given or made of host and port."""
-    address = _keys("Redis", "url", "host", "port")
+    configured, address = draft.of(Redis), _keys("Redis", "url", "host", "port")
     urls = redis_urls(redis.url)
     places = [_scheme_and_host(url) for url in urls]
     if configured.url and (configured.host or configured.port):
@@ -404,7 +402,7 @@ def _redis_address(configured: Redis, redis: Redis) -> Iterator[Diagnostic]:
     if redis.database and any(_database_in(url) for url in urls):
         text = "please specify the Redis database in the URL or as [Redis] database, but not both"
         yield text, _keys("Redis", "database", "url")
-    if redis.sentinel_master:
+    if redis.sentinel_master and ("Redis", None, "sentinels") not in draft.unusable:
         text = "[Redis] sentinelMaster has no sentinels to name it"
         yield text, _keys("Redis", "sentinel_master")
 
