@@ -154,12 +154,14 @@ class Cluster:
         return str(server.do("CLUSTER", "MYID").decode())
 
     def master_of(self, key: str) -> RedisServer:
-        """Return the server that has a key now."""
-        for server in self.masters:
-            for first, last, *_ in self._slots_of(server):
-                if first <= key_slot(key.encode()) <= last:
-                    return server
-        raise AssertionError(f"nobody has {key}")
+        """Return the server that has a key; wait until there is one."""
+
+        def has(server: RedisServer) -> bool:
+            slot = key_slot(key.encode())
+            return any(first <= slot <= last for first, last in self._slots_of(server))
+
+        found: RedisServer = wait_until(lambda: next(filter(has, self.masters), None))
+        return found
 
     def _slots_of(self, server: RedisServer) -> Sequence[tuple[int, int]]:
         own = next(node for node in self._nodes(server).values() if "myself" in node["flags"])
