@@ -171,7 +171,7 @@ async def test_a_reload_moves_from_a_server_to_a_cluster(upstream, tmp_path, red
         )
 
     write(f"url = {redis.url}")
-    async with RelayProcess(tmp_path, "--config", str(file)) as relay:
+    async with RelayProcess(tmp_path, "--config", str(file), "--from-env") as relay:
         await eventually(lambda: version(redis, "shop") == 1)
         write(f"url = {cluster.url}\ncluster = true")
         relay.signal(signal.SIGHUP)
