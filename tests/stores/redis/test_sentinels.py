@@ -79,6 +79,16 @@ async def test_a_number_selects_a_database(sentinels):
     assert sentinels.do("EXISTS", "launchdarkly:$inited") == 0
 
 
+async def test_a_user_without_the_right_to_ask_for_the_role_can_write(sentinels):
+    """A server that is no master refuses the write itself."""
+    rights = ["~*", "+@all", "-role"]
+    sentinels.do("ACL", "SETUSER", "few", "reset", "on", ">geheim", *rights)
+    user = {"username": "few", "password": secret("geheim")}
+    store = RedisStore(connect(sentinels.options(**user)))
+    await store.init(ONE)
+    await store.aclose()
+
+
 async def test_the_reason_names_what_is_wrong(sentinels):
     """The name of the master, or the Sentinels."""
     assert await reason_of(sentinels.options(sentinel_master="other")) == (
