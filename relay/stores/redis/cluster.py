@@ -1,7 +1,8 @@
 """Redis Cluster: which of its masters has the keys of a slot.
 
-redis-py's own client of a cluster is not used: it holds the event loop while it makes tables of all
-slots, repeats commands that may have been carried out, and hides why a server refuses.
+redis-py's own client of a cluster is not used: with each new map it makes tables of all slots, which
+holds the event loop for 5 ms, and closes all connections; it repeats commands that may have been
+carried out, and calls whatever a server answers to it "not a cluster".
 """
 
 from __future__ import annotations
