@@ -7,7 +7,11 @@ from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from redis.asyncio.connection import AbstractConnection, ConnectionPool, UnixDomainSocketConnection
+from redis.asyncio.connection import (
+    AbstractConnection,
+    BlockingConnectionPool,
+    UnixDomainSocketConnection,
+)
 from redis.exceptions import RedisError, ResponseError
 
 BATCH = 64
@@ -15,6 +19,9 @@ BATCH = 64
 
 LARGE = 64 * 1024
 """Bytes of commands that are sent at a time."""
+
+MAX_CONNECTIONS = 64
+"""Connections to one server. All environments share them, and wait for each other beyond that."""
 
 Command = Sequence[str | bytes]
 
@@ -122,7 +129,7 @@ class Connections:
         self._is_local = arguments["connection_class"] is UnixDomainSocketConnection
         self._connect_timeout = connect_timeout
         self._read_timeout = read_timeout
-        self._pools: dict[Address, ConnectionPool] = {}
+        self._pools: dict[Address, BlockingConnectionPool] = {}
 
     def __repr__(self) -> str:
         return f"<Connections to {len(self._pools)} servers>"
@@ -153,12 +160,14 @@ class Connections:
             await pool.disconnect(inuse_connections=False)
             raise
 
-    def _pool(self, address: Address) -> ConnectionPool:
+    def _pool(self, address: Address) -> BlockingConnectionPool:
         pool = self._pools.get(address)
         if pool is None:
             host, port = address
             place = {"path": host} if self._is_local else {"host": host, "port": port}
-            pool = self._pools[address] = ConnectionPool(**self._arguments, **place)
+            pool = self._pools[address] = BlockingConnectionPool(
+                max_connections=MAX_CONNECTIONS, timeout=None, **self._arguments, **place
+            )
         return pool
 
     async def keep(self, addresses: Collection[Address]) -> None:

@@ -20,12 +20,14 @@ from relay.model.item import Kind
 from relay.model.payload import Payload
 from relay.stores import UNREADABLE
 from relay.stores.redis.connect import connect
+from relay.stores.redis.connections import MAX_CONNECTIONS
 from relay.stores.redis.layout import CHUNK
 from relay.stores.redis.store import BATCH, RedisStore
 from tests.stores.contract import StoreContract, flag, segment
 from tests.support.authorities import UNTIDY, Authority
 from tests.support.peers import peer
 from tests.support.redis import RedisServer, commands_of_ld_relay, encrypted, secret
+from tests.support.serving import until
 
 ONE = Payload.of([flag("lamp", 1)])
 
@@ -424,6 +426,19 @@ async def test_a_server_that_cannot_be_reached_is_described(tmp_path):
     with peer(b"") as port:
         options = RedisOptions(url=f"redis://127.0.0.1:{port}")
         assert re.match("Connection (closed by server|reset by peer)", await reason_of(options))
+
+
+async def test_many_environments_share_few_connections(server):
+    """They wait for each other, and leave none behind."""
+    client = connect(server.options())
+    stores = [RedisStore(client, f"p{n}") for n in range(3 * MAX_CONNECTIONS)]
+    await asyncio.gather(*(store.init(ONE) for store in stores))
+    assert len(server.do("CLIENT LIST")) <= MAX_CONNECTIONS + 1
+    for store in stores[1:]:
+        await store.aclose()
+    assert await stores[0].load()
+    await stores[0].aclose()
+    await until(lambda: len(server.do("CLIENT LIST")) == 1)
 
 
 async def test_authentication_sends_no_other_commands(server):
