@@ -1,8 +1,8 @@
 """Redis Cluster: which of its masters has the keys of a slot.
 
 redis-py's own client of a cluster is not used. With each new map it makes tables of all slots,
-which holds the event loop for 5 ms, and closes all connections. It repeats commands that may have been
-carried out, and hides what a server answers to it.
+which holds the event loop for 5 ms, and closes all connections. It repeats commands that may have
+been carried out, and hides what a server answers to it.
 """
 
 from __future__ import annotations
