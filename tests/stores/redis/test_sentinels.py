@@ -13,8 +13,9 @@ from relay.stores.redis.connect import connect
 from relay.stores.redis.store import RedisStore
 from tests.stores.contract import flag
 from tests.stores.redis.changing import PATIENCE, changing, logged
+from tests.support.authorities import Authority
 from tests.support.peers import peer
-from tests.support.redis import RedisServer, secret
+from tests.support.redis import RedisServer, pump, secret
 from tests.support.rediscluster import MASTER, SentinelServers
 from tests.support.serving import until
 
@@ -113,6 +114,25 @@ async def test_servers_and_sentinels_have_passwords(tmp_path):
         assert "REDIS_SENTINEL_PASSWORD" in reason
         reason = await reason_of(servers.options(sentinel_password=secret("geheim")))
         assert reason.startswith("the server refuses user or password: NOAUTH")
+
+
+async def test_sentinels_with_tls(sentinels, tmp_path):
+    """With the authority, or client certificate, of the configuration; the server may have none."""
+    authority = Authority(tmp_path)
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner = await asyncio.open_connection("127.0.0.1", sentinels.ports[0])
+        await asyncio.gather(pump(reader, inner), pump(inner_reader, writer))
+
+    tls = authority.server("localhost")
+    async with await asyncio.start_server(forward, "localhost", 0, ssl=tls) as front:
+        address = f"localhost:{front.sockets[0].getsockname()[1]}"
+        named = {"sentinels": (address,), "ca_file": str(authority.file)}
+        store = RedisStore(connect(sentinels.options(**named, sentinel_tls=True)))
+        await store.init(ONE)
+        await store.aclose()
+        plain = await reason_of(sentinels.options(**named))
+    assert plain.startswith("no Sentinel answers: ")
 
 
 async def test_a_replica_that_a_sentinel_names_is_not_written_to(tmp_path):
