@@ -147,6 +147,12 @@ class RedisServer:
             stats = client.info("commandstats")
         return {name.removeprefix("cmdstat_"): each["calls"] for name, each in stats.items()}
 
+    def rejected(self, command: str) -> int:
+        """Return how often a command was refused before it was carried out."""
+        with closing(self.client()) as client:
+            stats = client.info("commandstats")
+        return int(stats.get(f"cmdstat_{command}", {}).get("rejected_calls", 0))
+
     def hash(self, key: str) -> dict[str, bytes]:
         """Return a hash, by its fields."""
         with closing(self.client()) as client:

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 from redis.exceptions import AskError, MovedError, RedisError, TryAgainError
 
 from relay.aio import run_in_slices
@@ -45,6 +46,11 @@ class SlotMap:
             return None
         _, last, master = self._ranges[index]
         return master if slot <= last else None
+
+    @property
+    def size(self) -> int:
+        """Number of slots that have a master."""
+        return sum(last - first + 1 for first, last, _ in self._ranges)
 
     @property
     def masters(self) -> frozenset[Address]:
@@ -117,8 +123,12 @@ class Cluster:
             return self._map
 
     async def _read(self) -> SlotMap:
-        """Return the map of the first server that answers."""
+        """Return the map of the first server that knows all slots, or else the largest map.
+
+        A server that has left the cluster, or has not joined it yet, knows none.
+        """
         failures: list[Exception] = []
+        best: tuple[Address, SlotMap] | None = None
         for address in dict.fromkeys((*self._known, *self._addresses)):
             try:
                 async with self._connections.lend(address) as connection:
@@ -127,11 +137,17 @@ class Cluster:
                 failures.append(e)
                 continue
             slots = await run_in_slices(SlotMap.parse(reply, address))
-            self._known = (address, *slots.masters)
-            await self._connections.keep({*self._known, *self._addresses})
-            return slots
-        self._failure = reason_of(failures[0])
-        raise StoreUnavailable(self._failure) from failures[0]
+            if best is None or slots.size > best[1].size:
+                best = address, slots
+            if slots.size == REDIS_CLUSTER_HASH_SLOTS:
+                break
+        if best is None:
+            self._failure = reason_of(failures[0])
+            raise StoreUnavailable(self._failure) from failures[0]
+        address, slots = best
+        self._known = (address, *slots.masters)
+        await self._connections.keep({*self._known, *self._addresses})
+        return slots
 
     async def redirected(self, error: Exception, address: Address) -> Address | None:
         """Return the server that takes a slot over, or None if there is another map.
