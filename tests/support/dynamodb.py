@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 from moto.server import ThreadedMotoServer
 
-from relay.stores.dynamodb.connect import DynamoDBConnection
+from relay.stores.dynamodb.connect import connect
 from relay.stores.dynamodb.store import DynamoDBStore
 
 VARIABLES = {
@@ -176,7 +176,7 @@ def failure(code: str, status: int = 400) -> Answer:
 
 def store_in(url: str, table: str, prefix: str = "p") -> DynamoDBStore:
     """Return the store of one environment, with a connection of its own."""
-    return DynamoDBStore(DynamoDBConnection(url, VARIABLES).lease(), table, prefix)
+    return DynamoDBStore(connect(url, VARIABLES).lease(), table, prefix)
 
 
 @pytest.fixture(autouse=True)

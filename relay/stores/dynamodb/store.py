@@ -19,7 +19,8 @@ from relay.errors import StoreUnavailable
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
 from relay.stores import Stored, Versions
-from relay.stores.dynamodb.connect import Lease, error_code, unavailable
+from relay.stores.aws.connection import Lease, error_code
+from relay.stores.dynamodb.connect import unavailable
 from relay.stores.dynamodb.layout import (
     FINGERPRINT,
     Attributes,

@@ -13,7 +13,7 @@ from relay.model.payload import Payload
 from relay.steps import finish
 from relay.stores import UNREADABLE, Version
 from relay.stores.dynamodb import store as module
-from relay.stores.dynamodb.connect import DynamoDBConnection
+from relay.stores.dynamodb.connect import connect
 from relay.stores.dynamodb.layout import FINGERPRINT, MAX_KEY
 from relay.stores.dynamodb.store import MAX_RACES, MAX_THROTTLED, DynamoDBStore
 from relay.stores.fingerprint import Fingerprint
@@ -330,34 +330,20 @@ async def test_a_service_that_is_away_is_reported(proxy, table):
     await store.aclose()
 
 
-async def test_expired_credentials_are_looked_for_again(proxy, table, monkeypatch):
-    """Files and variables may have others by now; the secret is never in the message."""
-    store = store_in(proxy.url, table.name)
-    proxy.misbehave = lambda _op, _body: failure("ExpiredTokenException")
-    with pytest.raises(StoreUnavailable, match="ExpiredTokenException") as caught:
-        await store.load()
-    assert "secret" not in str(caught.value)
-    proxy.misbehave = lambda _op, _body: None
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIANEW")
-    await store.init(ONE)
-    assert proxy.asked[-1].key_id == "AKIANEW"
-    await store.aclose()
-
-
 async def test_missing_credentials_and_regions_are_named(table, monkeypatch, tmp_path):
     """In words that say what to do."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    nowhere = DynamoDBStore(DynamoDBConnection("", {}).lease(), table.name, "p")
+    nowhere = DynamoDBStore(connect("", {}).lease(), table.name, "p")
     with pytest.raises(StoreUnavailable, match="there is no region; AWS_REGION"):
         await nowhere.load()
-    anonymous = DynamoDBStore(DynamoDBConnection("http://127.0.0.1:1", {}).lease(), table.name, "")
+    anonymous = DynamoDBStore(connect("http://127.0.0.1:1", {}).lease(), table.name, "")
     with pytest.raises(StoreUnavailable, match="there are no AWS credentials"):
         await anonymous.load()
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(ConfigError, match="nobody"):
-        DynamoDBConnection("", {})
+        connect("", {})
 
 
 @pytest.mark.parametrize(
@@ -370,7 +356,7 @@ async def test_missing_credentials_and_regions_are_named(table, monkeypatch, tmp
 async def test_the_region_is_that_of_the_variables(proxy, table, monkeypatch, environ, region):
     """`AWS_REGION` counts before `AWS_DEFAULT_REGION`."""
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
-    store = DynamoDBStore(DynamoDBConnection(proxy.url, environ).lease(), table.name, "p")
+    store = DynamoDBStore(connect(proxy.url, environ).lease(), table.name, "p")
     with pytest.raises(StoreUnavailable, match="there is no table"):
         await store.load()
     assert proxy.asked[0].region == region
@@ -379,7 +365,7 @@ async def test_the_region_is_that_of_the_variables(proxy, table, monkeypatch, en
 
 async def test_stores_share_one_client(proxy, table):
     """It is closed with the last one, and opened again by the next."""
-    connection = DynamoDBConnection(proxy.url, {"AWS_REGION": "us-east-1"})
+    connection = connect(proxy.url, {"AWS_REGION": "us-east-1"})
     stores = [DynamoDBStore(connection.lease(), table.name, prefix) for prefix in "abc"]
     await asyncio.gather(*(each.init(ONE) for each in stores))
     for each in stores[:2]:
@@ -387,20 +373,3 @@ async def test_stores_share_one_client(proxy, table):
     assert await stores[2].load() is not None
     await stores[2].aclose()
     assert connection._current is None
-
-
-async def test_credentials_are_not_looked_for_at_every_failure(proxy, table):
-    """A hundred environments whose keys have expired make one new client, not a hundred."""
-    connection = DynamoDBConnection(proxy.url, {"AWS_REGION": "us-east-1"})
-    stores = [DynamoDBStore(connection.lease(), table.name, str(n)) for n in range(20)]
-    proxy.misbehave = lambda _op, _body: failure("ExpiredTokenException")
-    sessions = set()
-    for _ in range(3):
-        failed = await asyncio.gather(*(each.load() for each in stores), return_exceptions=True)
-        assert all(isinstance(each, StoreUnavailable) for each in failed)
-        sessions.add(connection._session)
-    assert len(sessions) == 1
-    proxy.misbehave = lambda _op, _body: None
-    assert await stores[0].load() is None
-    for each in stores:
-        await each.aclose()
