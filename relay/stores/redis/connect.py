@@ -16,6 +16,7 @@ from redis.asyncio.connection import (
 )
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeout
@@ -57,8 +58,18 @@ async def _authenticate(connection: AbstractConnection) -> None:
         await connection.read_response()
 
 
-def connection_pool(options: RedisOptions) -> ConnectionPool:
-    """Return a connection pool. Check all options and files, but open no connection."""
+def connection_pool(
+    options: RedisOptions, credentials: CredentialProvider | None = None
+) -> ConnectionPool:
+    """Return a connection pool. Check all options and files, but open no connection.
+
+    Args:
+        options: connection options with a complete URL.
+        credentials: gives user and password of each new connection, instead of the options.
+
+    Raises:
+        ConfigError: the URL or a TLS file is unusable.
+    """
     label = f"Redis at {masked_address(options.url)}"
     kwargs = _connection_options(options)
     if options.url.startswith("rediss:"):
@@ -67,7 +78,10 @@ def connection_pool(options: RedisOptions) -> ConnectionPool:
         except ConfigError as e:
             raise ConfigError([f"{label}: {problem}" for problem in e.problems]) from e
     try:
-        return ConnectionPool(**kwargs | _url_options(options.url))
+        kwargs |= _url_options(options.url)
+        if credentials:
+            kwargs |= {"username": None, "password": None, "credential_provider": credentials}
+        return ConnectionPool(**kwargs)
     except ValueError as e:
         raise ConfigError([f"{label}: the URL cannot be used: {e}"]) from e
 
