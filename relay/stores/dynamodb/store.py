@@ -43,6 +43,9 @@ MAX_THROTTLED = 10
 """Consecutive throttled requests of one write that have written nothing, before it fails: about
 half a minute."""
 
+PAGE = 100
+"""Items of one answer: reading it takes three milliseconds, before other tasks can run."""
+
 _THROTTLING = frozenset(
     {
         "InternalServerError",
@@ -114,16 +117,11 @@ class DynamoDBStore:
             StoreUnavailable: the service does not answer, or refuses; some items may be written.
         """
         layout = self._layout
-        stored = {(kind, each["key"]["S"]): each for kind, each in await self._all_items()}
-        puts: list[Attributes] = []
-        for item in await run_in_slices(in_order(payload)):
-            attributes = layout.attributes(item)
-            if stored.pop((item.kind, item.key), None) != attributes:
-                puts.append({"PutRequest": {"Item": attributes}})
+        stored = await self._all_items()
+        items = await run_in_slices(in_order(payload))
+        puts, removals = await run_in_slices(layout.writes(items, stored))
         await self._write_all(puts)
-        await self._write_all(
-            {"DeleteRequest": {"Key": layout.key(kind, key)}} for kind, key in stored
-        )
+        await self._write_all(removals)
         await self._call("put_item", Item=layout.marker)
 
     async def upsert(self, items: Sequence[Item]) -> bool:
@@ -181,6 +179,7 @@ class DynamoDBStore:
                     KeyConditionExpression="#namespace = :namespace",
                     ExpressionAttributeNames={"#namespace": "namespace"},
                     ExpressionAttributeValues={":namespace": {"S": self._layout.namespace(kind)}},
+                    Limit=PAGE,
                     **start,
                 )
                 found += [(kind, each) for each in answer.get("Items", ())]

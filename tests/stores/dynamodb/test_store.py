@@ -15,10 +15,11 @@ from relay.stores import UNREADABLE, Version
 from relay.stores.dynamodb import store as module
 from relay.stores.dynamodb.connect import connect
 from relay.stores.dynamodb.layout import FINGERPRINT, MAX_KEY
-from relay.stores.dynamodb.store import MAX_RACES, MAX_THROTTLED, DynamoDBStore
+from relay.stores.dynamodb.store import MAX_RACES, MAX_THROTTLED, PAGE, DynamoDBStore
 from relay.stores.fingerprint import Fingerprint
 from tests.stores.contract import StoreContract, flag, segment
 from tests.support.dynamodb import failure, store_in
+from tests.support.holding import holding
 
 ONE = Payload.of([flag("lamp", 1)])
 THROTTLED = "ProvisionedThroughputExceededException"
@@ -145,6 +146,36 @@ async def test_collections_of_several_pages_are_read(store):
     await store.init(Payload.of(items))
     assert set((await store.load()).payload) == set(items)
     assert len(await store.versions()) == 4
+
+
+async def test_a_large_environment_is_read_in_short_answers(proxy, store):
+    """So that each can be read between two other tasks."""
+    await store.init(Payload.of([flag(f"f{n}", 1) for n in range(3 * PAGE - 1)]))
+    proxy.asked.clear()
+    assert len((await store.load()).payload) == 3 * PAGE - 1
+    assert proxy.operations.count("Query") == 1 + 3
+    assert all(each.body["Limit"] == PAGE for each in proxy.asked if each.operation == "Query")
+
+
+@pytest.mark.timing
+async def test_a_large_environment_never_holds_the_event_loop(server, table):
+    """Not for 10 ms, whatever is done with 1000 flags of 570 bytes."""
+    store = store_in(server.url, table.name)
+    await store.load()  # which connects
+
+    def flags(version):
+        return [large(f"f{n}", 500, version) for n in range(1000)]
+
+    versions = [flags(n) for n in range(4)]
+    first, changed = Payload.of(versions[1]), Payload.of(versions[3])
+    with holding() as longest:
+        await store.init(first)
+        await store.load()
+        await store.versions()
+        await store.upsert(versions[2][:100])
+        await store.init(changed)
+    await store.aclose()
+    assert longest.seconds < 0.01
 
 
 async def test_writes_are_in_order_and_25_in_a_request(proxy, store):
