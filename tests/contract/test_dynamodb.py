@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,18 @@ from relay.streams.hub import Hub
 from relay.upstream import Upstream
 from tests.support.data import all_data, flag, segment
 from tests.support.dynamodb import (
-    VARIABLES,
-    Table,
     aws_credentials,
+    content,
     dynamodb,
+    eventually,
     failure,
+    given,
     proxy,
     store_in,
     table,
+    version_of,
 )
-from tests.support.process import PATIENCE, RelayProcess
+from tests.support.process import RelayProcess
 from tests.support.redis import RedisServer
 from tests.support.serving import SDK_KEY, ask
 from tests.support.upstream import ScriptedUpstream, status
@@ -65,46 +67,6 @@ async def upstream() -> AsyncIterator[ScriptedUpstream]:
     async with ScriptedUpstream() as upstream:
         upstream.serve(SDK_KEY, all_data(flag(value="one"), flag("gone"), segment()))
         yield upstream
-
-
-async def eventually(holds: Callable[[], Any]) -> None:
-    """Wait for what is seen in the database only."""
-    async with asyncio.timeout(PATIENCE):
-        while not await asyncio.to_thread(holds):  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
-
-
-def given(upstream: ScriptedUpstream, url: str, table: str, **more: str) -> dict[str, str]:
-    """The relay's variables for these servers."""
-    return {
-        **VARIABLES,
-        "LD_ENV_main": SDK_KEY,
-        "LD_PREFIX_main": "p",
-        "STREAM_URI": upstream.url,
-        "BASE_URI": upstream.url,
-        "USE_DYNAMODB": "true",
-        "DYNAMODB_URL": url,
-        "DYNAMODB_TABLE": table,
-        "INIT_TIMEOUT": "10s",
-        **more,
-    }
-
-
-def content(items: list[dict[str, Any]]) -> dict[tuple[str, str], Any]:
-    """Items with what matters of them, by namespace and key."""
-    result: dict[tuple[str, str], Any] = {}
-    for each in items:
-        value = json.loads(each["item"]["S"]) if "item" in each else {}
-        version = each.get("version", {}).get("N")
-        assert version is None or not value or int(version) == value["version"]
-        where = each["namespace"]["S"], each["key"]["S"]
-        result[where] = version, value.get("deleted") or value.get("variations")
-    return result
-
-
-def version_of(table: Table, key: str) -> str | None:
-    item = table.get("p:features", key)
-    return item["version"]["N"] if item else None
 
 
 @asynccontextmanager
