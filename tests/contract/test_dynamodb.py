@@ -9,13 +9,8 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from ldclient import Context, LDClient
-from ldclient.config import Config
-from ldclient.feature_store import CacheConfig
-from ldclient.integrations import DynamoDB
 
 from relay.environment import Environment
 from relay.model.credential import SDKKey
@@ -42,6 +37,7 @@ from tests.support.dynamodb import (
 )
 from tests.support.process import RelayProcess
 from tests.support.redis import RedisServer
+from tests.support.sdk import EVERYTHING, Setup, evaluates_everything, make, sees
 from tests.support.serving import SDK_KEY, ask
 from tests.support.upstream import ScriptedUpstream, status
 
@@ -88,25 +84,24 @@ async def keeping(
         assert running.cancelled()
 
 
-async def test_an_sdk_in_daemon_mode_reads_what_the_relay_writes(upstream, server, table, tmp_path):
-    """LaunchDarkly's SDK for Python: first data, a change, a deletion."""
-    anna = Context.create("anna")
-
-    def values(sdk: LDClient) -> tuple[Any, Any]:
-        return sdk.variation("lamp", anna, None), sdk.variation("gone", anna, None)
-
+@pytest.mark.sdk
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("name", ["python", "node7"])
+async def test_an_sdk_in_daemon_mode_reads_what_the_relay_writes(
+    upstream, server, table, tmp_path, name
+):
+    """LaunchDarkly's SDKs, unmodified: all that is easily damaged, a change, a deletion."""
+    upstream.serve(SDK_KEY, all_data(*EVERYTHING))
     async with RelayProcess(tmp_path, **given(upstream, server.url, table.name)):
         await eventually(lambda: table.get("p:$inited", "p:$inited"))
-        options = {"endpoint_url": server.url}
-        store = DynamoDB.new_feature_store(table.name, "p", options, caching=CacheConfig.disabled())
-        config = Config(SDK_KEY, feature_store=store, use_ldd=True, send_events=False)
-        sdk = await asyncio.to_thread(LDClient, config)
-        await eventually(lambda: values(sdk) == ("one", True))
-        await upstream.patch(SDK_KEY, flag(value="two", version=2))
-        await eventually(lambda: values(sdk) == ("two", True))
-        await upstream.delete(SDK_KEY, "/flags/gone", 2)
-        await eventually(lambda: values(sdk) == ("two", None))
-        await asyncio.to_thread(sdk.close)
+        setup = Setup(SDK_KEY, dynamodb=server.url, table=table.name, prefix="p")
+        async with make(name, setup) as sdk:
+            await sdk.ready()
+            await evaluates_everything(sdk)
+            await upstream.patch(SDK_KEY, flag(value="two", version=2))
+            await sees(sdk, "lamp", "two")
+            await upstream.delete(SDK_KEY, "/flags/text", 2)
+            await sees(sdk, "text", "(none)")
 
 
 # Recordings
