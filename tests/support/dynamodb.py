@@ -131,6 +131,8 @@ class DynamoDBProxy:
         self.amend: Callable[[str, dict[str, Any], dict[str, Any]], None] = lambda _o, _b, _a: None
         self.delay = 0.0
         """Seconds before each answer."""
+        self.key_id = ""
+        """Of the last request."""
         self._port = 0
 
     async def __aenter__(self) -> Self:
@@ -164,6 +166,7 @@ class DynamoDBProxy:
         operation = request.headers["X-Amz-Target"].rpartition(".")[2]
         body = json.loads(await request.read())
         credential = request.headers["Authorization"].partition("Credential=")[2].split("/")
+        self.key_id = credential[0]
         await asyncio.sleep(self.delay)
         answer = self.misbehave(operation, body)
         if answer is None:
