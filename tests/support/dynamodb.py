@@ -131,6 +131,8 @@ class DynamoDBProxy:
         self.amend: Callable[[str, dict[str, Any], dict[str, Any]], None] = lambda _o, _b, _a: None
         self.delay = 0.0
         """Seconds before each answer."""
+        self.busy = self.busiest = 0
+        """Requests under way, now and at most."""
         self.key_id = ""
         """Of the last request."""
         self._port = 0
@@ -163,6 +165,14 @@ class DynamoDBProxy:
         return [each.operation for each in self.asked]
 
     async def _handle(self, request: web.Request) -> web.Response:
+        self.busy += 1
+        self.busiest = max(self.busy, self.busiest)
+        try:
+            return await self._answer(request)
+        finally:
+            self.busy -= 1
+
+    async def _answer(self, request: web.Request) -> web.Response:
         operation = request.headers["X-Amz-Target"].rpartition(".")[2]
         body = json.loads(await request.read())
         credential = request.headers["Authorization"].partition("Credential=")[2].split("/")

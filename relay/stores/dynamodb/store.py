@@ -31,7 +31,7 @@ from relay.stores.dynamodb.layout import (
     stored_version,
 )
 from relay.stores.fingerprint import Fingerprint
-from relay.stores.items import in_order
+from relay.stores.items import in_order, in_waves
 
 MAX_RACES = 100
 """Attempts of a write that other writers interrupt, before it fails."""
@@ -42,6 +42,10 @@ THROTTLED = Backoff(first=0.05, longest=5.0)
 MAX_THROTTLED = 10
 """Consecutive throttled requests of one write that have written nothing, before it fails: about
 half a minute."""
+
+WRITERS = 4
+"""Conditional writes of one store at a time. Each keeps the event loop busy for up to two
+milliseconds."""
 
 PAGE = 100
 """Items of one answer: reading it takes three milliseconds, before other tasks can run."""
@@ -135,8 +139,8 @@ class DynamoDBStore:
         """
         if await self._marker() is None:
             return False
-        for item in await run_in_slices(in_order(items)):
-            await self._upsert_one(item)
+        for wave in await run_in_slices(in_waves(items)):
+            await self._upsert_all(wave)
         return True
 
     async def mark(self, fingerprint: Fingerprint) -> None:
@@ -199,6 +203,21 @@ class DynamoDBStore:
                 remaining = left
                 if remaining:
                     await _pause(failures, "the service leaves writes undone")
+
+    async def _upsert_all(self, items: Iterable[Item]) -> None:
+        """Upsert items in any order."""
+        remaining = iter(items)
+
+        async def write() -> None:
+            for item in remaining:
+                await self._upsert_one(item)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(WRITERS):
+                    tasks.create_task(write())
+        except* StoreUnavailable as failures:
+            raise failures.exceptions[0] from None
 
     async def _upsert_one(self, item: Item) -> None:
         attributes = self._layout.attributes(item)

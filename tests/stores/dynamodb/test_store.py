@@ -15,7 +15,7 @@ from relay.stores import UNREADABLE, Version
 from relay.stores.dynamodb import store as module
 from relay.stores.dynamodb.connect import connect
 from relay.stores.dynamodb.layout import FINGERPRINT, MAX_KEY
-from relay.stores.dynamodb.store import MAX_RACES, MAX_THROTTLED, PAGE, DynamoDBStore
+from relay.stores.dynamodb.store import MAX_RACES, MAX_THROTTLED, PAGE, WRITERS, DynamoDBStore
 from relay.stores.fingerprint import Fingerprint
 from tests.stores.contract import StoreContract, flag, segment
 from tests.support.dynamodb import failure, store_in
@@ -199,6 +199,35 @@ async def test_writes_are_in_order_and_25_in_a_request(proxy, store):
     assert keys.index("z") < keys.index("a")
     assert proxy.operations[-1] == "PutItem"
     assert proxy.asked[-1].body["Item"]["key"] == {"S": "p:$inited"}
+
+
+async def test_changes_are_written_a_few_at_a_time(proxy, table, store):
+    """Those that do not need each other; a flag is written after its prerequisites."""
+    await store.init(ONE)
+    proxy.asked.clear()
+    proxy.delay = 0.02
+    need = flag("a-needs-z", 1, b'{"version":1,"prerequisites":[{"key":"z","variation":0}]}')
+    items = [need, flag("z", 1), *(flag(f"f{n}", 1) for n in range(20)), segment("crowd", 1)]
+    assert await store.upsert(items)
+    assert proxy.busiest == WRITERS
+    written = [each.body["Item"]["key"]["S"] for each in proxy.asked[1:]]
+    assert written[0] == "crowd"
+    assert written[-1] == "a-needs-z"
+    assert len(written) == len(items)
+
+
+async def test_a_write_that_fails_ends_the_others(proxy, store):
+    """The error is that of the service; what is written is written, and nothing goes on."""
+    await store.init(ONE)
+    proxy.misbehave = lambda operation, _body: (
+        failure("AccessDeniedException") if operation == "PutItem" else None
+    )
+    with pytest.raises(StoreUnavailable, match="AccessDeniedException"):
+        await store.upsert([flag(f"f{n}", 1) for n in range(20)])
+    asked = len(proxy.asked)
+    proxy.misbehave = lambda _operation, _body: None
+    assert await store.upsert([flag("f1", 1)])
+    assert len(proxy.asked) == asked + 2
 
 
 async def test_what_is_there_already_is_not_written_again(proxy, store):
