@@ -63,10 +63,18 @@ class ContainerCredentials(_Server):
         self.given: list[str] = []
         self.is_down = False
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """Variables by which AWS's tools take their credentials here."""
+        return {
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{self.url}/credentials",
+            "AWS_CONTAINER_AUTHORIZATION_TOKEN": AUTHORIZATION,
+        }
+
     def use(self, patch: pytest.MonkeyPatch) -> None:
-        """Let AWS's tools take their credentials here."""
-        patch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{self.url}/credentials")
-        patch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN", AUTHORIZATION)
+        """Let AWS's tools in this process take their credentials here."""
+        for name, value in self.variables.items():
+            patch.setenv(name, value)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         if self.is_down or request.headers.get("Authorization") != AUTHORIZATION:
