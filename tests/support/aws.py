@@ -101,6 +101,8 @@ class Guard(_Server):
     def __init__(self, url: str) -> None:
         self._url = url
         self.refused: set[str] = set()
+        self.status = 400
+        """Of the answers to refused requests."""
         self.keys: list[str] = []
         """Of the requests so far."""
         self.regions: list[str] = []
@@ -119,7 +121,7 @@ class Guard(_Server):
         self.regions.append(credential[2])
         if credential[0] in self.refused:
             body = "" if request.method == "HEAD" else "<Error><Code>ExpiredToken</Code></Error>"
-            return web.Response(status=400, text=body, content_type="application/xml")
+            return web.Response(status=self.status, text=body, content_type="application/xml")
         headers = {n: v for n, v in request.headers.items() if n.lower() != "host"}
         async with self._session.request(
             request.method,

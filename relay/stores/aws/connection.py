@@ -30,7 +30,8 @@ _EXPIRED = frozenset(
         "InvalidToken",
         "RequestExpired",
         "UnrecognizedClientException",
-        "400",  # of S3, where the answer has no body
+        "400",  # of S3, where the answer has no body; 403 may also be for want of a right
+        "403",
     }
 )
 """Error codes after which credentials are looked for again: files and variables may have others."""

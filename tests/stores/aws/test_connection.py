@@ -96,9 +96,11 @@ async def test_a_containers_credentials_are_renewed_before_they_expire(
     assert set(guard.regions) == {"us-east-1"}
 
 
-async def test_refused_credentials_are_looked_for_again(guarded, monkeypatch):
+@pytest.mark.parametrize("status", [400, 403])
+async def test_refused_credentials_are_looked_for_again(guarded, monkeypatch, status):
     """Of variables, which do not say when they expire; S3 answers some requests without a body."""
     guard, client = guarded
+    guard.status = status
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAOLD")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
     await client.ask()
