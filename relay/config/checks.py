@@ -363,10 +363,8 @@ def _identity(redis: Redis) -> Iterator[Diagnostic]:
     label, key = f"[Redis] identity: {redis.identity}", _keys("Redis", "identity")
     scheme, _, rest = redis.url.partition("://")
     if scheme != "rediss":
-        yield (
-            f"{label} needs TLS, as in rediss:// or with tls",
-            (*key, *_keys("Redis", "url", "tls")),
-        )
+        keys = (*key, *_keys("Redis", "url", "tls"))
+        yield f"{label} needs TLS, as in rediss:// or with tls", keys
     if redis.password or "@" in rest:
         keys = (*key, *_keys("Redis", "password", "url"))
         yield f"{label} takes the place of a password, so there must not be one", keys
