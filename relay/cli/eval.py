@@ -25,7 +25,7 @@ from urllib.request import (
 from msgspec.structs import replace
 from yarl import URL
 
-from relay.config.types import HTTP_URI, KEY, URI, OptionType
+from relay.config.types import HTTP_URI, KEY, REDIS_URIS, OptionType
 from relay.errors import ConfigError, InvalidData, RelayError, StoreUnavailable
 from relay.evaluation.data import Data, Membership
 from relay.evaluation.evaluator import evaluate
@@ -42,7 +42,7 @@ from relay.tls import client_context
 
 USAGE = """relay eval FLAG --context JSON --flags FILE
        relay eval FLAG --context JSON --url URL --sdk-key KEY [--filter KEY]
-each with [--redis URL [--prefix PREFIX]] for members of big segments"""
+each with [--redis URL [--redis-cluster] [--prefix PREFIX]] for members of big segments"""
 
 TIME_LIMIT = 30.0
 """Timeout in seconds for connecting to a relay, and for each read."""
@@ -90,6 +90,7 @@ def _parser() -> _Parser:
     add("--sdk-key", metavar="KEY", help="the SDK key of the environment in that relay")
     add("--filter", metavar="KEY", default="", help="a payload filter, to see what it leaves in")
     add("--redis", metavar="URL", help="the database with the members of big segments")
+    add("--redis-cluster", action="store_true", help="that database is a Redis Cluster")
     add("--prefix", metavar="PREFIX", default="", help="of its keys; default launchdarkly")
     return parser
 
@@ -104,8 +105,9 @@ def _evaluate(options: argparse.Namespace) -> str:
         raise EvalError("--url needs the --sdk-key of the environment")
     if options.filter and not options.url:
         raise EvalError("--filter needs a relay with --url")
-    if options.prefix and not options.redis:
-        raise EvalError("--prefix needs a database with --redis")
+    for option, given in ("--prefix", options.prefix), ("--redis-cluster", options.redis_cluster):
+        if given and not options.redis:
+            raise EvalError(f"{option} needs a database with --redis")
     if options.flags:
         payload = _read_flags(options.flags)
     else:
@@ -114,21 +116,25 @@ def _evaluate(options: argparse.Namespace) -> str:
         payload = _fetch_flags(data_url(base, "/sdk/latest-all", options.filter), key.reveal())
     data = Data.of(payload)
     if options.redis:
-        url = _parse_option("--redis", URI, options.redis)
-        memberships = asyncio.run(_read_members(url, options.prefix, context))
+        url = _parse_option("--redis", REDIS_URIS, options.redis)
+        reading = _read_members(url, options.prefix, context, is_cluster=options.redis_cluster)
+        memberships = asyncio.run(reading)
         data = replace(data, memberships=memberships)
     return _explain(data, options.flag, context)
 
 
-async def _read_members(url: str, prefix: str, context: Context) -> dict[str, Membership]:
+async def _read_members(
+    url: str, prefix: str, context: Context, *, is_cluster: bool
+) -> dict[str, Membership]:
     """Return the memberships of a context in big segments, by context key."""
     from relay.bigsegments.environment import status_of  # noqa: PLC0415 - only if it is wanted
     from relay.config.schema import Redis  # noqa: PLC0415 - as above
-    from relay.stores.redis.bigsegments import RedisBigSegmentStore  # noqa: PLC0415 - as above
+    from relay.stores.redis.connect import connect  # noqa: PLC0415 - as above
+    from relay.stores.redis.divided_bigsegments import big_segment_store  # noqa: PLC0415 - as above
 
     keys = list({each.key: None for each in context.individuals.values()})
     try:
-        store = RedisBigSegmentStore(Redis(url=url), prefix)
+        store = big_segment_store(connect(Redis(url=url, cluster=is_cluster)), prefix)
         try:
             status = status_of(await store.metadata())
             found = await store.memberships([context_hash(key) for key in keys])

@@ -17,6 +17,7 @@ from relay.protocol.bigsegments import context_hash
 from relay.sources.bigsegments import BigSegmentSource
 from relay.sources.timings import SourceTimings
 from relay.stores.redis.bigsegments import RedisBigSegmentStore
+from relay.stores.redis.connect import connect
 from relay.upstream import Upstream
 from tests.support import upstream as answers
 from tests.support.redis import RedisServer
@@ -69,7 +70,7 @@ class Run:
 @asynccontextmanager
 async def synchronising(upstream, redis, keys=None):
     """Run a synchroniser with a connection of its own."""
-    store = RedisBigSegmentStore(redis.options(), "big")
+    store = RedisBigSegmentStore(connect(redis.options()), "big")
     keys = keys or [KEY]
     async with Upstream() as session:
         source = BigSegmentSource(
