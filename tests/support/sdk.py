@@ -28,7 +28,7 @@ from ldclient.impl.datasource.async_polling import AsyncPollingUpdateProcessor
 from ldclient.impl.datasource.feature_requester import FeatureRequesterImpl
 from ldclient.impl.datasource.polling import PollingUpdateProcessor
 from ldclient.impl.retry import for_polling
-from ldclient.integrations import Redis
+from ldclient.integrations import DynamoDB, Redis
 from ldclient.interfaces import (
     AsyncFeatureStore,
     AsyncUpdateProcessor,
@@ -63,10 +63,12 @@ class Setup:
     """How an SDK is configured; the same for all languages.
 
     Args:
-        url: of the relay; empty with `redis`.
+        url: of the relay; empty with `redis` or `dynamodb`.
         stream: False for polling.
         poll_interval: seconds; less than users can choose, whose SDKs enforce `MIN_POLL_INTERVAL`.
         redis: URL of the database to read in daemon mode.
+        dynamodb: URL of the service to read in daemon mode; the older Node SDK and Python only.
+        table: name of the table there.
         prefix: of the keys there.
         ca: file of the certificate authority to trust.
         payload_filter: key of the payload filter whose part of the data it gets; Python only.
@@ -85,6 +87,8 @@ class Setup:
     stream: bool = True
     poll_interval: float = MIN_POLL_INTERVAL
     redis: str = ""
+    dynamodb: str = ""
+    table: str = ""
     prefix: str = "launchdarkly"
     ca: str = ""
     payload_filter: str = ""
@@ -215,6 +219,14 @@ class PythonSDK:
                 setup.redis, setup.prefix, caching=CacheConfig.disabled()
             )
             options |= {"use_ldd": True, "feature_store": store}
+        if setup.dynamodb:
+            store = DynamoDB.new_feature_store(
+                setup.table,
+                setup.prefix,
+                {"endpoint_url": setup.dynamodb},
+                caching=CacheConfig.disabled(),
+            )
+            options |= {"use_ldd": True, "feature_store": store}
         if setup.url:
             options |= dict.fromkeys(("base_uri", "stream_uri", "events_uri"), setup.url)
         if not setup.stream and setup.poll_interval < MIN_POLL_INTERVAL:
@@ -252,6 +264,7 @@ class AsyncPythonSDK:
     def __init__(self, setup: Setup) -> None:
         assert not setup.fdv2, "not driven by this class"
         assert not setup.openfeature, "there is no asynchronous provider"
+        assert not setup.dynamodb, "it wants another library"
         options: dict[str, Any] = {"stream": setup.stream, "send_events": setup.events}
         options["enable_event_compression"] = setup.compressed
         self._end = AsyncExitStack()
@@ -323,6 +336,7 @@ class NodeSDK:
         assert line != "browser" or setup.bootstrap is not None, "it streams in a browser only"
         assert client_side == (setup.context is not None), "client-side SDKs serve one context"
         assert line == "9" or not setup.compressed, "the others cannot"
+        assert line == "7" or not setup.dynamodb, "its package for DynamoDB is not at hand"
         others = setup.redis or setup.ca or setup.fdv2 or setup.openfeature
         assert not (client_side and others), "not driven by this class"
         self._line = line

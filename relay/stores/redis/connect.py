@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
 from typing import Any
@@ -15,8 +16,9 @@ from redis.asyncio.connection import (
 )
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.credentials import CredentialProvider
+from redis.exceptions import AuthenticationError, RedisError
 
+from relay import clock
 from relay.config.schema import Redis as RedisOptions
 from relay.errors import ConfigError
 from relay.protocol.redisurl import host_and_port, masked_redis_urls, redis_urls
@@ -24,6 +26,7 @@ from relay.reasons import describe
 from relay.stores.redis.client import RedisClient
 from relay.stores.redis.cluster import Cluster
 from relay.stores.redis.connections import Address, Connections
+from relay.stores.redis.identity import REAUTHENTICATION, Identity, make_identity
 from relay.stores.redis.placement import OneServer, Placement
 from relay.stores.redis.sentinels import Sentinels, require_master
 from relay.tls import EncryptedKey, client_context, load_key_pair
@@ -39,6 +42,34 @@ class _TLSConnection(SSLConnection):
     def __init__(self, tls: ssl.SSLContext, **options: Any) -> None:
         super().__init__(**options)
         self.ssl_context.context = tls  # instead of the library's
+        self._authenticate_at = 0.0
+        """Monotonic time from which on a token is too old for the server."""
+
+    async def connect(self) -> None:
+        """Connect, or show a new token on a connection that the server would close for its age.
+
+        The pool calls this before it lends a connection.
+        """
+        now = clock.monotonic()
+        if self.is_connected and now < self._authenticate_at:
+            return
+        if self.is_connected and isinstance(self.credential_provider, Identity):
+            await self._authenticate_again(self.credential_provider)
+        # It returns at once if there is a connection.
+        await super().connect()  # type: ignore[no-untyped-call]
+        self._authenticate_at = now + REAUTHENTICATION
+
+    async def _authenticate_again(self, identity: Identity) -> None:
+        """Authenticate; close the connection if that fails."""
+        try:
+            credentials = await identity.get_credentials_async()
+            await self.send_command("AUTH", *credentials, check_health=False)
+            await self.read_response()
+        except RedisError:
+            await self.disconnect()
+        except BaseException:
+            await self.disconnect(nowait=True)
+            raise
 
 
 async def _authenticate(connection: AbstractConnection) -> None:
@@ -54,7 +85,12 @@ async def _authenticate(connection: AbstractConnection) -> None:
     """
     for name in ("driver_info", "lib_name", "lib_version"):
         setattr(connection, name, None)
-    await connection.on_connect()
+    try:
+        await connection.on_connect()
+    except AuthenticationError:
+        if isinstance(connection.credential_provider, Identity):
+            connection.credential_provider.note_refusal()
+        raise
     # The method had the longer name before redis-py 8.
     has_data = getattr(connection, "can_read", None) or connection.can_read_destructive
     if await has_data():
@@ -71,19 +107,18 @@ async def _authenticate_to_master(connection: AbstractConnection) -> None:
     await require_master(connection)
 
 
-def connect(options: RedisOptions, credentials: CredentialProvider | None = None) -> RedisClient:
+def connect(options: RedisOptions) -> RedisClient:
     """Return access to the configured servers. Check all options and files, but connect nothing.
 
     Args:
         options: connection options; without Sentinels their URL is complete.
-        credentials: gives user and password of each new connection, instead of the options.
 
     Raises:
-        ConfigError: a URL or a TLS file is unusable.
+        ConfigError: a URL or a TLS file is unusable, or a library of a cloud is missing.
     """
-    label = shown_address(options)
+    label, identity = shown_address(options), make_identity(options, os.environ)
     try:
-        placement, connections = _access(options, credentials)
+        placement, connections = _access(options, identity)
     except ConfigError as e:
         raise ConfigError([f"Redis at {label}: {problem}" for problem in e.problems]) from e
     except ValueError as e:
@@ -99,9 +134,7 @@ def shown_address(options: RedisOptions) -> str:
     return ",".join(url.partition("?")[0].partition("#")[0] for url in urls)
 
 
-def _access(
-    options: RedisOptions, credentials: CredentialProvider | None
-) -> tuple[Placement, Connections]:
+def _access(options: RedisOptions, identity: Identity | None) -> tuple[Placement, Connections]:
     """Return where keys are, and connections there.
 
     Raises:
@@ -116,7 +149,7 @@ def _access(
     if options.sentinels:
         arguments |= _over_network(tls if options.tls else None) | {"db": options.database}
         connections = Connections(
-            _with(credentials, arguments) | {"redis_connect_func": _authenticate_to_master},
+            _with(identity, arguments) | {"redis_connect_func": _authenticate_to_master},
             *timeouts,
         )
         password = options.sentinel_password.reveal()
@@ -127,7 +160,7 @@ def _access(
         return Sentinels(addresses, options.sentinel_master, asked), connections
     urls = [urlsplit(url) for url in redis_urls(options.url)]
     arguments |= {"db": options.database} | _url_arguments(urls[0], tls)
-    connections = Connections(_with(credentials, arguments), *timeouts)
+    connections = Connections(_with(identity, arguments), *timeouts)
     addresses = [_address(url) for url in urls]
     if options.cluster:
         return Cluster(addresses, connections), connections
@@ -146,11 +179,11 @@ def _arguments(options: RedisOptions, user: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _with(credentials: CredentialProvider | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments in which a credential provider, if any, replaces user and password."""
-    if credentials is None:
+def _with(identity: Identity | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments in which an identity, if any, replaces user and password."""
+    if identity is None:
         return arguments
-    return arguments | {"username": None, "password": None, "credential_provider": credentials}
+    return arguments | {"username": None, "password": None, "credential_provider": identity}
 
 
 def _over_network(tls: ssl.SSLContext | None) -> dict[str, Any]:
