@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from relay.environment import Environment
+from relay.evaluation.sdkkind import SDKKind
+from relay.model.credential import CredentialKind
 from relay.registry import Grant, Registry
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestLabels, RequestMetrics, client_label
@@ -35,6 +37,13 @@ class Access(NamedTuple):
         """The environment that the credential opens."""
         return self.grant.environment
 
+    @property
+    def sdk_kind(self) -> SDKKind:
+        """Kind of the SDK, which decides which flags are visible."""
+        if self.grant.credential.kind is CredentialKind.MOBILE_KEY:
+            return SDKKind.MOBILE
+        return self.route.sdk_kind
+
     def __repr__(self) -> str:
         return f"<Access {self.route.template} {self.environment.spec.name!r}>"
 
@@ -54,8 +63,8 @@ class Access(NamedTuple):
             headers: of the request, by name in lower case.
         """
         user_agent = client_label(traffic, headers)
-        name, route = self.environment.spec.name, self.route
-        return RequestLabels(name, route.template, method, route.sdk_kind.value, user_agent)
+        name, template = self.environment.spec.name, self.route.template
+        return RequestLabels(name, template, method, self.sdk_kind.value, user_agent)
 
 
 def resolve(
