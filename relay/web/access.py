@@ -13,6 +13,7 @@ from relay.relay import Relay
 from relay.telemetry.traffic import RequestLabels, RequestMetrics, client_label
 from relay.web.requests import parameter_in
 from relay.web.responses import (
+    FDV1_INSTEAD,
     MALFORMED_CREDENTIAL,
     NO_ENVIRONMENTS,
     UNKNOWN_CREDENTIAL,
@@ -91,7 +92,8 @@ def resolve(
     for kind in route.auth.accepted:
         grant = find(kind, credential, payload_filter)
         if grant is not None:
-            return Access(route, grant)
+            leads_away = relay.fdv1_fallback and route.is_fdv2
+            return FDV1_INSTEAD if leads_away else Access(route, grant)
     if not relay.knows_environments:
         return NO_ENVIRONMENTS  # on 401, SDKs would give up for good
     if not credential and route.auth.source is CredentialSource.HEADER:

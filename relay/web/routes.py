@@ -138,6 +138,11 @@ class Route:
         return self.auth is FDV2_CLIENT
 
     @property
+    def is_fdv2(self) -> bool:
+        """True if SDKs use it that speak FDv2."""
+        return self.evaluates_fdv2 or self.template in ("/sdk/stream", "/sdk/poll")
+
+    @property
     def for_browsers(self) -> bool:
         """True if scripts in browsers use it, so that its responses need CORS headers."""
         return bool(self.auth.exposed_headers)

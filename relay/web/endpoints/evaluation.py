@@ -174,7 +174,7 @@ class EvaluationHandler:
         segment: bytes,
         query: bytes,
         *,
-        fdv2: bool,
+        fdv2: bool = False,
     ) -> EvaluationResult | PreparedResponse | PendingEvaluation | None:
         """Return the result for a GET, or the refusal; None if it is left to the application.
 
