@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import orjson
 from msgspec import Struct
+from msgspec.structs import replace
 
 from relay.evaluation.client import EvalClient
 from relay.evaluation.clientjournal import ClientDelta
@@ -84,7 +85,7 @@ class ClientState(NamedTuple):
         """Return the parts of what a client names, which may be anything."""
         data, _, marks = basis.rpartition("~")
         client, _, memberships = marks.partition(".")
-        return cls(data, client, memberships)
+        return cls(data, client, memberships) if client else cls(basis, "", "")
 
 
 def _mark(memberships: Mapping[str, Membership]) -> str:
@@ -119,7 +120,9 @@ def respond(
     if isinstance(answer, Full):
         form = framing.form(with_reasons=client.with_reasons)
         flags = program.fill(form, client.context, client.memberships)
-        return full(framing, program.selector, flags, state, answer)
+        body = full(framing, program.selector, flags, state, answer)
+        # Some SDKs would show the tag for another basis than it came with (fdv2 13.5).
+        return replace(body, digest=b"") if any(named) else body
     keys = answer.keys
     if named.memberships != state.memberships:
         keys |= program.flags_with_big_segments

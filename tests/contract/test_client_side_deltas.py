@@ -6,13 +6,13 @@ import base64
 import gzip
 import hmac
 import json
+from dataclasses import replace
 from urllib.parse import quote
 
 import pytest
 
 from relay.evaluation.compiled.program import Program
-from relay.model.credential import EnvironmentID, MobileKey, SDKKey
-from relay.model.environment import EnvironmentSpec
+from relay.model.credential import MobileKey
 from relay.model.item import Item, Kind, parse
 from relay.model.payload import ChangeSet
 from relay.protocol import sse
@@ -48,7 +48,7 @@ LAMP, ONLY = flag("lamp"), flag("only-mobile", **MOBILE_ONLY)
 
 
 def environment(**more: object) -> Served:
-    return Served(mobile_key=MobileKey("mob-1"), **more)
+    return Served(mobile_key=MobileKey("mob-1"), **({"eval_streams": True} | more))
 
 
 @pytest.fixture(params=[True, False], ids=["fast path", "application"])
@@ -87,7 +87,7 @@ class Transfer:
             assert (last["version"], last["id"]) == (payload["target"], payload["id"])
             self.state = last["state"]
         self.put = {d["key"]: d for name, d in rest if name == "put-object"}
-        self.gone = [d["key"] for name, d in rest if name == "delete-object"]
+        self.gone = {d["key"] for name, d in rest if name == "delete-object"}
         assert len(rest) == len(self.put) + len(self.gone)
         assert all(d["kind"] == "flag-eval" for _, d in rest)
 
@@ -169,8 +169,8 @@ async def test_a_client_gets_everything_or_what_it_misses_or_nothing(site, ask_f
     assert (missed.code, missed.reason, missed.values) == ("xfer-changes", "stale", {"lamp": "new"})
     change(served, gone("lamp", 3), flag("filler-0", 2, **HIDDEN))
     missed = await ask_for(address, missed.state)
-    assert (missed.code, missed.put, missed.gone) == ("xfer-changes", {}, ["lamp", "filler-0"])
-    change(served, flag("lamp", 1, "again"))
+    assert (missed.code, missed.put, missed.gone) == ("xfer-changes", {}, {"lamp", "filler-0"})
+    change(served, *FILLERS, flag("lamp", 1, "again"), full=True)
     missed = await ask_for(address, missed.state)
     assert missed.values["lamp"] == "again"
     assert (await ask_for(address, missed.state)).code == "none"
@@ -213,7 +213,7 @@ async def test_the_credential_decides_what_a_client_sees(site, ask_for):
     missed = await ask_for(address, mobile.state, auth="mob-1")
     assert missed.values == {"only-mobile": "on"}
     missed = await ask_for(address, browser.state)
-    assert (missed.code, missed.put, missed.gone) == ("xfer-changes", {}, [])
+    assert (missed.code, missed.put, missed.gone) == ("xfer-changes", {}, set())
 
 
 @BOTH
@@ -293,7 +293,7 @@ async def test_changes_follow_as_they_come(site):
     change(served, flag("for-anna", 3, **anonymous))
     change(served, gone("lamp", 2))
     deleted = of_stream(await anna.chunk())
-    assert (deleted.values, deleted.gone) == ({"for-anna": "other"}, ["lamp"])
+    assert (deleted.values, deleted.gone) == ({"for-anna": "other"}, {"lamp"})
     for stream in (anna, ben):
         stream.close()
     assert (await first(address, deleted.state)).code == "none"
@@ -437,11 +437,7 @@ async def test_secure_mode_asks_for_the_hash(site):
     """Browsers only; a mobile key is a secret of its own."""
     served, address = site
     begin(served)
-    served.environment.change(
-        EnvironmentSpec(
-            "main", SDKKey(SDK_KEY), MobileKey("mob-1"), EnvironmentID("env-1"), secure_mode=True
-        )
-    )
+    served.environment.change(replace(served.environment.spec, secure_mode=True))
     proof = hmac.digest(SDK_KEY.encode(), b"anna", "sha256").hex()
     for ask_for in (polled, first):
         state = (await ask_for(address, h=proof)).state
@@ -459,9 +455,7 @@ async def test_pings_can_be_had_instead(site):
     """Each is followed by a poll with the state that the client has, which then tells the news."""
     served, address = site
     begin(served)
-    served.environment.spec = EnvironmentSpec(
-        "main", SDKKey(SDK_KEY), MobileKey("mob-1"), EnvironmentID("env-1"), eval_streams=False
-    )
+    served.environment.spec = replace(served.environment.spec, eval_streams=False)
     state = (await polled(address)).state
     stream = await opened(address, state)
     (ping,) = sse.Decoder().feed(await stream.chunk())
