@@ -11,7 +11,7 @@ from relay.model.credential import CredentialKind
 from relay.registry import Grant, Registry
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestLabels, RequestMetrics, client_label
-from relay.web.requests import parameter_in
+from relay.web.requests import parameters_in
 from relay.web.responses import (
     FDV1_INSTEAD,
     MALFORMED_CREDENTIAL,
@@ -86,8 +86,9 @@ def resolve(
         environment_id: client-side ID in the path; empty without one.
         query: of the request.
     """
-    credential = _credential(route.auth, headers, environment_id, query)
-    payload_filter = parameter_in(query, "filter")
+    parameters = parameters_in(query) if query else {}
+    credential = _credential(route.auth, headers, environment_id, parameters)
+    payload_filter = parameters.get("filter", "")
     find = relay.registry.grant
     for kind in route.auth.accepted:
         grant = find(kind, credential, payload_filter)
@@ -105,14 +106,17 @@ def resolve(
 
 
 def _credential(
-    auth: RouteAuth, headers: Mapping[bytes, bytes], environment_id: str, query: bytes
+    auth: RouteAuth,
+    headers: Mapping[bytes, bytes],
+    environment_id: str,
+    parameters: Mapping[str, str],
 ) -> str:
     """Return the credential of a request; empty if it is missing or malformed."""
     if auth.source is CredentialSource.PATH:
         return environment_id
     authorization = headers.get(b"authorization", b"").decode("latin-1").strip(_BLANKS)
     if auth.source is CredentialSource.QUERY:
-        return parameter_in(query, "auth").strip(_BLANKS) or authorization
+        return parameters.get("auth", "").strip(_BLANKS) or authorization
     if authorization.startswith(_PREFIX):
         authorization = authorization.removeprefix(_PREFIX).strip(_BLANKS)
     return "" if " " in authorization else authorization

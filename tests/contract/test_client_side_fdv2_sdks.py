@@ -71,7 +71,7 @@ class Site:
     @property
     def asked(self) -> list[str]:
         """What the relay was asked for, by its log."""
-        return [line for line in self.relay.log.splitlines() if "url=/sdk/" in line]
+        return [line for line in self.relay.log.splitlines() if "url=/" in line]
 
 
 @asynccontextmanager
