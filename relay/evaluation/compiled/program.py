@@ -378,17 +378,21 @@ class Program:
             memberships: those of `members_needed`; empty without a big-segment store.
             with_reasons: include reasons.
         """
-        return self.fill(EVALX_REASONED if with_reasons else EVALX, context, memberships)
+        form = EVALX_REASONED if with_reasons else EVALX
+        template = self._templates.get(form) or self._template(form)
+        return template.body(EvalContext(context, memberships))
 
     def fill(
         self, form: Form, context: Context, memberships: MembershipMap = NO_MEMBERSHIPS
     ) -> EvalBody:
         """Return all results in some form; see `body`."""
-        template = self._templates.get(form)
-        if template is None:
-            template = ResponseTemplate(self._flags.values(), self._index, form)
-            self._templates[form] = template
+        template = self._templates.get(form) or self._template(form)
         return template.body(EvalContext(context, memberships))
+
+    def _template(self, form: Form) -> ResponseTemplate:
+        template = ResponseTemplate(self._flags.values(), self._index, form)
+        self._templates[form] = template
+        return template
 
     def some(
         self,

@@ -69,21 +69,34 @@ class _EvaluationRequest(Struct, frozen=True):
         sdk_kind: decides which flags are visible.
         raw: context as received.
         reader: parses `raw`.
-        query: its parameters.
-        fdv2: whether the client speaks FDv2.
+        with_reasons: whether to include evaluation reasons.
+        secure_mode_hash: sent by the client; empty without one.
+        basis: state of the data of a client that speaks FDv2, empty without one; None for FDv1.
     """
 
     sdk_kind: SDKKind
     raw: bytes
     reader: Callable[[bytes], Context]
-    query: EvaluationQuery
-    fdv2: bool
+    with_reasons: bool
+    secure_mode_hash: str
+    basis: str | None
 
-    @property
-    def cache_key(self) -> tuple[object, ...]:
-        """Key of the result among those of an environment."""
-        basis = self.query.basis if self.fdv2 else None
-        return self.sdk_kind, self.raw, self.query.with_reasons, self.reader, basis
+    @classmethod
+    def of(
+        cls,
+        sdk_kind: SDKKind,
+        raw: bytes,
+        reader: Callable[[bytes], Context],
+        query: bytes,
+        *,
+        fdv2: bool,
+    ) -> _EvaluationRequest:
+        """Return a request with the parameters in a query."""
+        if not query:  # most have none
+            return cls(sdk_kind, raw, reader, False, "", "" if fdv2 else None)
+        parameters = EvaluationQuery.parse(query)
+        reasons, proof = parameters.with_reasons, parameters.secure_mode_hash
+        return cls(sdk_kind, raw, reader, reasons, proof, parameters.basis if fdv2 else None)
 
     @property
     def json(self) -> bytes:
@@ -189,8 +202,7 @@ class EvaluationHandler:
         """
         if len(segment) > MAX_AT_ONCE:
             return None
-        parameters = EvaluationQuery.parse(query)
-        evaluation = _EvaluationRequest(sdk_kind, segment, context_in_path, parameters, fdv2)
+        evaluation = _EvaluationRequest.of(sdk_kind, segment, context_in_path, query, fdv2=fdv2)
         try:
             program = environment.programs.current(sdk_kind)
             return self._evaluate(environment, program, evaluation)
@@ -215,9 +227,8 @@ class EvaluationHandler:
     ) -> PreparedResponse:
         none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
         environment, sdk_kind = access.environment, access.sdk_kind
-        parameters = EvaluationQuery.parse(request.scope["query_string"])
-        fdv2 = access.route.evaluates_fdv2
-        evaluation = _EvaluationRequest(sdk_kind, raw, reader, parameters, fdv2)
+        query, fdv2 = request.scope["query_string"], access.route.evaluates_fdv2
+        evaluation = _EvaluationRequest.of(sdk_kind, raw, reader, query, fdv2=fdv2)
         try:
             if len(evaluation.raw) > MAX_AT_ONCE:
                 body = await _evaluate_in_thread(environment, evaluation)
@@ -261,13 +272,14 @@ class EvaluationHandler:
         Raises:
             RequestRejected: the context is invalid or not allowed, or there is no data.
         """
-        cache_key = (environment, *evaluation.cache_key)
+        raw, reader, basis = evaluation.raw, evaluation.reader, evaluation.basis
+        cache_key = (environment, evaluation.sdk_kind, raw, evaluation.with_reasons, reader, basis)
         repeated = self._recent.is_repeated(cache_key)
         known = self.results.get(cache_key) if repeated else None
         if known is not None:
             _check_secure_mode(environment, known.key, evaluation)
             return known
-        context = evaluation.reader(evaluation.raw)
+        context = reader(raw)
         _check(environment, program, evaluation, context)
         if program is None:
             return None
@@ -323,13 +335,8 @@ class EvaluationHandler:
                 return PendingEvaluation(
                     environment, request, context, cache_key, big_segments, keys
                 )
-        body = _body(
-            program,
-            request,
-            context,
-            memberships,
-            _missed(environment, program, request),
-        )
+        missed = _missed(environment, program, request)
+        body = _body(program, request, context, memberships, missed)
         key = context.fully_qualified_key if environment.spec.secure_mode else ""
         result = EvaluationResult(environment, environment.payload, body, key)
         if keys:
@@ -353,9 +360,9 @@ def _missed(
     environment: Environment, program: Program, request: _EvaluationRequest
 ) -> _Missed | None:
     """Return what a client misses; None if it does not speak FDv2."""
-    if not request.fdv2:
+    if request.basis is None:
         return None
-    named = ClientState.parse(request.query.basis)
+    named = ClientState.parse(request.basis)
     journal = environment.programs.client_journal
     return _Missed(named, journal.answer(program, request.sdk_kind, named.data))
 
@@ -368,7 +375,7 @@ def _body(
     missed: _Missed | None,
 ) -> EvalBody:
     """Return the body of the response. May run in a thread."""
-    members, reasons = memberships.by_key, request.query.with_reasons
+    members, reasons = memberships.by_key, request.with_reasons
     if missed is None:
         return program.body(context, members, with_reasons=reasons)
     client = EvalClient(request.json, context, request.sdk_kind, with_reasons=reasons)
@@ -427,7 +434,7 @@ def _check_secure_mode(environment: Environment, key: str, evaluation: _Evaluati
         RequestRejected: the hash is wrong.
     """
     if evaluation.sdk_kind is SDKKind.BROWSER:
-        check_secure_mode_hash(environment.spec, key, evaluation.query.secure_mode_hash)
+        check_secure_mode_hash(environment.spec, key, evaluation.secure_mode_hash)
 
 
 def resource_for(body: EvalBody, environment: Environment) -> EvaluationResource:
