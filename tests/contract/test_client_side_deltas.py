@@ -250,6 +250,18 @@ async def test_a_state_of_another_environment_or_context_means_everything(site, 
     assert (await ask_for(address, own)).code == "none"
 
 
+async def test_a_stream_of_a_client_with_a_stale_state_begins_with_everything(site):
+    """Node's client-side SDK names the state of its first connection."""
+    served, address = site
+    begin(served)
+    state = (await polled(address)).state
+    path = f"/sdk/stream/eval/{encoded(ANNA)}?{query(state)}"
+    for agent, code in (("NodeClient/4.0.2", "xfer-full"), ("JSClient/4.10.3", "none")):
+        stream = await Stream.open(address, path, [f"User-Agent: {agent}"])
+        assert of_stream(await stream.chunk()).code == code
+        stream.close()
+
+
 @BOTH
 async def test_reasons_come_with_flags_if_asked_for(site, ask_for):
     """In full transfers and in deltas."""

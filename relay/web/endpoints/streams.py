@@ -44,9 +44,10 @@ from relay.web.routes import Route
 PIPE_LIMIT = 64 * 1024
 """Bytes that may wait for the ASGI server before the client counts as slow, as in a transport."""
 
-STALE_BASIS = b"NodeJSClient/"
-"""Beginning of the user agent of SDKs that name the state of their first connection each time they
-reconnect, and ignore items that are not newer than theirs: they need all data (fdv2 13.8.6)."""
+STALE_BASIS = b"NodeJSClient/", b"NodeClient/"
+"""Beginnings of the user agents of Node's SDKs, which name the state of their first connection each
+time they reconnect. That of servers ignores items that are not newer than its own, too. They need
+all data, as another replica may not know what they have got since (fdv2 13.8.6)."""
 
 _UNBUFFERED = (b"x-accel-buffering", b"no")
 
@@ -92,22 +93,31 @@ PING_STREAM = ClientStream(PINGS)
 """The stream of `/ping/{envId}` and `/mping`."""
 
 
-def client_stream(access: Access, segment: bytes, query: bytes) -> ClientStream | PreparedResponse:
+def client_stream(
+    access: Access, segment: bytes, query: bytes, headers: Mapping[bytes, bytes]
+) -> ClientStream | PreparedResponse:
     """Return the stream for a context in the path, or the refusal.
 
     Args:
         access: environment to evaluate for, and the route.
         segment: of the path, with the context, without percent escapes.
         query: as received.
+        headers: of the request, by name in lower case.
     """
     try:
         context = context_in_path(segment)
-        return _stream_for(access, json_in_path(segment), context, query)
+        return _stream_for(access, json_in_path(segment), context, query, headers)
     except RequestRejected as e:
         return e.response.with_headers(_UNBUFFERED)
 
 
-def _stream_for(access: Access, json: bytes, context: Context, query: bytes) -> ClientStream:
+def _stream_for(
+    access: Access,
+    json: bytes,
+    context: Context,
+    query: bytes,
+    headers: Mapping[bytes, bytes],
+) -> ClientStream:
     """Return the stream for a context; one that gets pings needs no key.
 
     Raises:
@@ -123,7 +133,7 @@ def _stream_for(access: Access, json: bytes, context: Context, query: bytes) -> 
     if context.has_empty_key:
         raise RequestRejected(NO_KEY)
     fdv2, reasons = access.route.evaluates_fdv2, parameters.with_reasons
-    basis = parameters.basis if fdv2 else ""
+    basis = _basis(headers, query) if fdv2 else ""
     client = EvalClient(json, context, sdk_kind, with_reasons=reasons, basis=basis)
     return ClientStream((EVALUATING_FDV2 if fdv2 else EVALUATING)[sdk_kind], client)
 
@@ -171,7 +181,8 @@ class StreamsHandler:
     async def in_path(self, request: Request, access: Access) -> Response | PreparedResponse:
         """Open a stream by a GET whose path ends in the context."""
         segment = request.path_params["context"].encode(errors="replace")
-        stream = client_stream(access, segment, request.scope["query_string"])
+        query = request.scope["query_string"]
+        stream = client_stream(access, segment, query, first_values(request))
         return (
             stream if isinstance(stream, PreparedResponse) else self._open(request, access, stream)
         )
@@ -181,7 +192,7 @@ class StreamsHandler:
         try:
             body = await read_context_body(request, self._budget)
             context, query = context_in_body(body), request.scope["query_string"]
-            stream = _stream_for(access, body, context, query)
+            stream = _stream_for(access, body, context, query, first_values(request))
         except RequestRejected as e:
             return e.response.with_headers(_UNBUFFERED)
         return self._open(request, access, stream)

@@ -47,7 +47,7 @@ def stream_request(traffic: RequestMetrics, head: RequestHead) -> StreamRequest 
     elif route.endpoint is Endpoint.PINGS:
         stream = PING_STREAM
     else:
-        stream = client_stream(access, head.segment, head.query)
+        stream = client_stream(access, head.segment, head.query, head.headers)
     if isinstance(stream, PreparedResponse):
         return None
     environment = access.environment
