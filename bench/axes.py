@@ -58,6 +58,7 @@ def axes(rotation_streams: int = rotation.STREAMS) -> list[Axis]:
         CLIENT_PINGS,
         CLIENT_EVALUATING,
         CLIENT_CHANGE,
+        CLIENT_RETURN,
         EVAL_WORST_POLL,
         WEBHOOK,
         *map(_written, DATABASES),
@@ -289,6 +290,19 @@ CLIENT_CHANGE = Axis(
         Row(f"{CHANGED_PINGS}: CPU", "cpu-s"),
     ),
     evaluations.change,
+)
+CLIENT_RETURN = Axis(
+    "client-return",
+    (
+        Row(evaluations.RETURN_SHARE, "×", (Goal(0.1, least=False),)),
+        Row(f"{evaluations.RETURN}: last client", "s"),
+        Row(f"{evaluations.RETURN}: CPU", "cpu-s"),
+        Row(f"{evaluations.RETURN_UNCHANGED}: last client", "s"),
+        Row(f"{evaluations.RETURN_UNCHANGED}: CPU", "cpu-s"),
+        Row(f"{evaluations.RETURN_FULL}: last client", "s"),
+        Row(f"{evaluations.RETURN_FULL}: CPU", "cpu-s"),
+    ),
+    evaluations.come_back,
 )
 EVAL_WORST_POLL = Axis(
     "eval-worst-poll",

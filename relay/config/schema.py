@@ -236,6 +236,12 @@ class Main(Struct, frozen=True):
         True,
         "Send evaluated flags on client-side streams; `false` sends pings, like ld-relay.",
     )
+    fdv1_fallback: bool = option(
+        "FDV1_FALLBACK",
+        BOOLEAN,
+        False,
+        "Lead SDKs that speak FDv2 back to FDv1, for as long as something is wrong with FDv2.",
+    )
     ping_stream_jitter_time: float = option(
         "PING_STREAM_JITTER_TIME",
         DURATION,

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from relay.environment import Environment
+from relay.evaluation.sdkkind import SDKKind
+from relay.model.credential import CredentialKind
 from relay.registry import Grant, Registry
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestLabels, RequestMetrics, client_label
-from relay.web.requests import parameter_in
+from relay.web.requests import parameters_in
 from relay.web.responses import (
+    FDV1_INSTEAD,
     MALFORMED_CREDENTIAL,
     NO_ENVIRONMENTS,
     UNKNOWN_CREDENTIAL,
@@ -35,6 +38,13 @@ class Access(NamedTuple):
         """The environment that the credential opens."""
         return self.grant.environment
 
+    @property
+    def sdk_kind(self) -> SDKKind:
+        """Kind of the SDK, which decides which flags are visible."""
+        if self.grant.credential.kind is CredentialKind.MOBILE_KEY:
+            return SDKKind.MOBILE
+        return self.route.sdk_kind
+
     def __repr__(self) -> str:
         return f"<Access {self.route.template} {self.environment.spec.name!r}>"
 
@@ -54,8 +64,8 @@ class Access(NamedTuple):
             headers: of the request, by name in lower case.
         """
         user_agent = client_label(traffic, headers)
-        name, route = self.environment.spec.name, self.route
-        return RequestLabels(name, route.template, method, route.sdk_kind.value, user_agent)
+        name, template = self.environment.spec.name, self.route.template
+        return RequestLabels(name, template, method, self.sdk_kind.value, user_agent)
 
 
 def resolve(
@@ -76,13 +86,15 @@ def resolve(
         environment_id: client-side ID in the path; empty without one.
         query: of the request.
     """
-    credential = _credential(route.auth, headers, environment_id, query)
-    payload_filter = parameter_in(query, "filter")
+    parameters = parameters_in(query) if query else {}
+    credential = _credential(route.auth, headers, environment_id, parameters)
+    payload_filter = parameters.get("filter", "")
     find = relay.registry.grant
     for kind in route.auth.accepted:
         grant = find(kind, credential, payload_filter)
         if grant is not None:
-            return Access(route, grant)
+            leads_away = relay.fdv1_fallback and route.is_fdv2
+            return FDV1_INSTEAD if leads_away else Access(route, grant)
     if not relay.knows_environments:
         return NO_ENVIRONMENTS  # on 401, SDKs would give up for good
     if not credential and route.auth.source is CredentialSource.HEADER:
@@ -94,14 +106,17 @@ def resolve(
 
 
 def _credential(
-    auth: RouteAuth, headers: Mapping[bytes, bytes], environment_id: str, query: bytes
+    auth: RouteAuth,
+    headers: Mapping[bytes, bytes],
+    environment_id: str,
+    parameters: Mapping[str, str],
 ) -> str:
     """Return the credential of a request; empty if it is missing or malformed."""
     if auth.source is CredentialSource.PATH:
         return environment_id
     authorization = headers.get(b"authorization", b"").decode("latin-1").strip(_BLANKS)
     if auth.source is CredentialSource.QUERY:
-        return parameter_in(query, "auth").strip(_BLANKS) or authorization
+        return parameters.get("auth", "").strip(_BLANKS) or authorization
     if authorization.startswith(_PREFIX):
         authorization = authorization.removeprefix(_PREFIX).strip(_BLANKS)
     return "" if " " in authorization else authorization

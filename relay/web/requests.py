@@ -15,10 +15,12 @@ def parameter(request: Request, name: str) -> str:
 
 def parameter_in(query: bytes, name: str) -> str:
     """Return the first value of a parameter in a query; empty without one."""
-    if not query:
-        return ""
-    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
-    return next((value for key, value in pairs if key == name), "")
+    return parameters_in(query).get(name, "") if query else ""
+
+
+def parameters_in(query: bytes) -> Mapping[str, str]:
+    """Return the parameters in a query by name, each with its first value."""
+    return dict(reversed(parse_qsl(query.decode("latin-1"), keep_blank_values=True)))
 
 
 def header(request: Request, name: str) -> bytes:

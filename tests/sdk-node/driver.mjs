@@ -45,7 +45,11 @@ function options(setup) {
   if (url) Object.assign(all, { baseUri: url, streamUri: url, eventsUri: url });
   if (redis || dynamodb) Object.assign(all, { useLdd: true, featureStore: store(setup) });
   if (ca) all.tlsParams = { ca: readFileSync(ca) };
-  if (fdv2) all.dataSystem = {};
+  if (fdv2) {
+    const dataSource = { default: undefined, streaming: { dataSourceOptionsType: 'streamingOnly' } };
+    dataSource.polling = { dataSourceOptionsType: 'pollingOnly', pollInterval: 30 };
+    all.dataSystem = dataSource[fdv2] ? { dataSource: dataSource[fdv2] } : {};
+  }
   if (setup.compressed) all.enableEventCompression = true;
   if (setup.line === '9') all.initialReconnectDelay = 0.1;
   else all.streamInitialReconnectDelay = 0.1;

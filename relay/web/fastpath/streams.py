@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from relay.environment import Environment
+from relay.evaluation.client import EvalClient
 from relay.registry import Grant
-from relay.streams.evaluated import EvalClient
 from relay.telemetry.traffic import RequestLabels, RequestMetrics
 from relay.web.cache import ANY_PAYLOAD, CacheEntry
 from relay.web.cors import cors_lines, with_cors
@@ -47,7 +47,7 @@ def stream_request(traffic: RequestMetrics, head: RequestHead) -> StreamRequest 
     elif route.endpoint is Endpoint.PINGS:
         stream = PING_STREAM
     else:
-        stream = client_stream(access, head.segment, head.query)
+        stream = client_stream(access, head.segment, head.query, head.headers)
     if isinstance(stream, PreparedResponse):
         return None
     environment = access.environment
