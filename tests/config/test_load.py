@@ -15,7 +15,7 @@ from relay.config.load import load
 from relay.config.options import Option, Support
 from relay.config.render import effective, quoted, secrets
 from relay.config.schema import Config, options
-from relay.config.types import BOOLEAN, HEADER_NAMES, ORIGINS, consul_url
+from relay.config.types import ADDRESSES, BOOLEAN, HEADER_NAMES, ORIGINS, consul_url
 from relay.errors import ConfigError
 
 
@@ -666,11 +666,13 @@ origins = st.sampled_from(
 def text_of(option: Option) -> st.SearchStrategy[str]:
     """Texts for an option: of its type, though maybe against a rule; or empty."""
     if option.attribute == "url" and option.section == "Redis":
-        right = st.sampled_from(["redis://u:p@h:1/2", "rediss://h", "http://h"])
+        right = st.sampled_from(["redis://u:p@h:1/2", "rediss://h", "http://h", "redis://a,b:1"])
     elif option.type.name in texts:
         right = texts[option.type.name]
     elif option.type is ORIGINS:
         right = origins
+    elif option.type is ADDRESSES:
+        right = st.sampled_from(["a", "a:1, [::1]:2,"])
     elif option.type is HEADER_NAMES:
         right = st.sampled_from(["X-A", "X-A , X-B,", "X A", ","])
     elif option.type.is_text or option.type.is_list:
@@ -696,7 +698,8 @@ def settings_of_both(draw: st.DrawFn) -> tuple[str, dict[str, str]]:
             text = draw(text_of(option))
             file += f"{option.name} = {quoted(text)}\n"
             variables[option.variable + name] = text
-    if any(variables.get(v) for v in ("REDIS_URL", "REDIS_HOST", "REDIS_PORT")):
+    addresses = ("REDIS_URL", "REDIS_HOST", "REDIS_PORT", "REDIS_SENTINELS")
+    if any(map(variables.get, addresses)):
         variables["USE_REDIS"] = "1"
     else:
         variables = {n: t for n, t in variables.items() if not n.startswith("REDIS_")}
