@@ -120,6 +120,6 @@ def test_a_seed_replays() -> None:
         worlds.append(World(11))
         worlds[-1].run()
     first, second = worlds
-    assert first.loop.steps == second.loop.steps
+    assert first.steps == second.steps > 1000
     assert first.redis.server.values.keys() == second.redis.server.values.keys()
     assert first.launchdarkly.states[-1].newest == second.launchdarkly.states[-1].newest

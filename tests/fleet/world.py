@@ -244,7 +244,8 @@ class World:
     def __init__(self, seed: int, members: int = 3) -> None:
         self.loop = SimulatedLoop(seed)
         self.findings: list[str] = []
-        self.elections = 0
+        self.steps = 0
+        """Number of callbacks until the end."""
         self._known: set[frozenset[tuple[str, int, bool]]] = set()
         self._lease_lost_at = -TTL
         random = self.loop.random
@@ -275,6 +276,7 @@ class World:
         try:
             self.loop.after(END, self.loop.stop)
             self.loop.run_forever()
+            self.steps = self.loop.steps
             self._check_end()
         finally:
             self.redis.is_closed = True
