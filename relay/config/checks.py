@@ -23,6 +23,7 @@ from relay.config.schema import (
     EnvironmentConfig,
     Events,
     Filters,
+    Fleet,
     Main,
     OfflineMode,
     Prometheus,
@@ -130,6 +131,7 @@ def problems(draft: Draft) -> list[str]:
         _consul,
         _dynamodb,
         _databases,
+        _fleet,
         _publish,
         _bootstrap,
         _document_names,
@@ -337,6 +339,18 @@ def _ambiguous_variants(draft: Draft) -> Iterator[Diagnostic]:
 
 def _uses_redis(redis: Redis) -> bool:
     return bool(redis.url or redis.host or redis.port)
+
+
+def _fleet(draft: Draft) -> Iterator[Diagnostic]:
+    key = ("Fleet", None, "enabled")
+    if not draft.of(Fleet).enabled:
+        return
+    if redis_of(draft) is None:
+        yield "[Fleet] enabled: a fleet needs Redis", (key,)
+    if draft.of(Main).flags_file or draft.of(OfflineMode).file_data_source:
+        yield "[Fleet] enabled: without LaunchDarkly there is nobody to elect", (key,)
+    if draft.of(Main).exit_always:
+        yield "[Fleet] enabled: a relay that exits cannot take part in a fleet", (key,)
 
 
 def _redis(draft: Draft) -> Iterator[Diagnostic]:

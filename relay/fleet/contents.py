@@ -5,7 +5,7 @@ The address covers tombstones, too: a member that lacks one could be made to tak
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from hashlib import blake2b
 from typing import Self
 
@@ -14,6 +14,7 @@ from msgspec import Struct
 from relay.model.item import Item
 from relay.model.payload import EMPTY, Payload
 from relay.steps import Steps
+from relay.stores import Key
 
 _SIZE = 16
 _MODULUS = 1 << 8 * _SIZE
@@ -86,10 +87,23 @@ def newer_items(payload: Payload, held: Payload) -> list[Item]:
     ]
 
 
-def different_items(before: Payload, after: Payload) -> Steps[list[Item]]:
-    """Return the items of a payload that differ from those before, with a step for each item."""
+def different_items(
+    before: Payload, after: Payload, among: Collection[Key] | None = None
+) -> Steps[list[Item]]:
+    """Return the items of a payload that differ from those before, with a step for each item.
+
+    Args:
+        before: the earlier data.
+        after: the later data.
+        among: items that may differ; None for all.
+    """
+    candidates: Iterable[Item | None] = after
+    if among is not None:
+        candidates = (after.all(kind).get(key) for kind, key in among)
     different = []
-    for item in after:
+    for item in candidates:
+        if item is None:
+            continue
         known = before.all(item.kind).get(item.key)
         if known is not item and known != item:
             different.append(item)

@@ -5,16 +5,16 @@ They need WATCH, MULTI and EXEC, but no scripts, so that a database user needs f
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any
 
 from msgspec import Struct
+from redis.exceptions import ResponseError
 
 from relay import clock
 from relay.aio import run_in_slices
-from relay.errors import InvalidData
+from relay.errors import InvalidData, StoreUnavailable
 from relay.fleet import Command, Connection, Database
 from relay.fleet.contents import Contents
 from relay.model.item import Item, Kind
@@ -133,9 +133,37 @@ class Feed:
         for database in (self._quick, self._large, self._waiting):
             await database.aclose()
 
+    async def problem_with(self, keys: Keys) -> str | None:
+        """Return why the database user cannot take part; None if it can. Nothing is written."""
+        entry = Entry(keys.prefix, Term(0, ""), 0, "", "", resigned=True)
+        commands: list[Command] = [
+            ("WATCH", keys.lease, *guarded(keys)),
+            ("MULTI",),
+            ("MGET", keys.lease, keys.head),
+            ("SET", keys.lease, "", "PX", "1"),
+            ("PEXPIRE", keys.lease, "1"),
+            ("DEL", keys.lease),
+            ("HSET", keys.notes, *_notes(entry)),
+            ("HGETALL", keys.notes),
+            ("SET", keys.head, ""),
+            ("SET", keys.term, ""),
+            _addition(entry),
+            ("XREVRANGE", FEED, "+", "-", "COUNT", "1"),
+            ("XREAD", "COUNT", "1", "STREAMS", FEED, "0-0"),
+            ("DISCARD",),
+        ]
+        try:
+            await self._quick.run(keys.lease, lambda lent: lent.execute_all(commands))
+        except StoreUnavailable as e:
+            if isinstance(e.__cause__, ResponseError):
+                return str(e)
+            raise
+        return None
+
     async def acquire(self, keys: Keys, owner: str, ttl: float) -> Term | None:
         """Take the lease if it is free, and begin a term; return None if another has it."""
-        async with self._quick.connection() as connection:
+
+        async def work(connection: Connection) -> Term | None:
             _, lease, term = await connection.execute_all(
                 [("WATCH", keys.lease, keys.term), ("GET", keys.lease), ("GET", keys.term)]
             )
@@ -150,23 +178,32 @@ class Feed:
             )
             return None if done is None else mine
 
+        return await self._quick.run(keys.lease, work)
+
     async def renew(self, keys: Keys, owner: str, ttl: float) -> bool:
         """Prolong the lease; return False if it is not the owner's any more."""
-        async with self._quick.connection() as connection:
+
+        async def work(connection: Connection) -> bool:
             if not await _holds(connection, keys, owner):
                 return False
             done = await _transaction(connection, ("PEXPIRE", keys.lease, _milliseconds(ttl)))
             return done is not None
 
+        return await self._quick.run(keys.lease, work)
+
     async def release(self, keys: Keys, owner: str, resignation: Entry) -> None:
         """Give the lease up, if it is the owner's, and tell the others."""
-        async with self._quick.connection() as connection:
+
+        async def work(connection: Connection) -> None:
             if await _holds(connection, keys, owner):
                 await _transaction(connection, ("DEL", keys.lease), _addition(resignation))
 
+        await self._quick.run(keys.lease, work)
+
     async def publish(self, keys: Keys, publication: Publication) -> Outcome:
         """Write data, head and entry, if nobody else was elected or has written."""
-        async with self._large.connection() as connection:
+
+        async def work(connection: Connection) -> Outcome:
             _, term, head = await connection.execute_all(
                 [("WATCH", *guarded(keys)), ("GET", keys.term), ("GET", keys.head)]
             )
@@ -185,6 +222,8 @@ class Feed:
             )
             return Outcome.MOVED if done is None else Outcome.PUBLISHED
 
+        return await self._large.run(keys.head, work)
+
     async def snapshot(self, keys: Keys, selector: str = "") -> Snapshot:
         """Return data and place of one moment.
 
@@ -193,17 +232,17 @@ class Feed:
             selector: address of the caller's own data, which are not read again.
         """
         place = ("XREVRANGE", FEED, "+", "-", "COUNT", "1")
-        notes = ("HGETALL", keys.notes)
-        async with self._large.connection() as connection:
+        small: list[Command] = [("GET", keys.head), place, ("HGETALL", keys.notes)]
+        hashes: list[Command] = [("HGETALL", keys.hash(kind)) for kind in Kind]
+
+        async def work(connection: Connection) -> list[Any]:
             if selector:
-                commands = [("GET", keys.head), place, notes]
-                replies = raise_failure(await _transaction(connection, *commands) or [])
+                replies = await _transaction(connection, *small) or []
                 if (head := Head.parse(replies[0])) and head.selector == selector:
-                    return await _snapshot(*replies)
-            hashes = [("HGETALL", keys.hash(kind)) for kind in Kind]
-            commands = [("GET", keys.head), place, notes, *hashes]
-            replies = raise_failure(await _transaction(connection, *commands) or [])
-        return await _snapshot(*replies)
+                    return replies
+            return await _transaction(connection, *small, *hashes) or []
+
+        return await _snapshot(*await self._large.run(keys.head, work))
 
     async def is_whole(self, keys: Keys, head: Head, payload: Payload) -> bool:
         """Return whether head, marker and hashes are there, at little cost.
@@ -211,28 +250,24 @@ class Feed:
         The hashes are looked at because a server that runs out of memory evicts keys one by one.
         """
         exist = [keys.marker, *(keys.hash(kind) for kind in Kind if payload.all(kind))]
-        async with self._quick.connection() as connection:
-            found, *others = await connection.execute_all(
-                [("GET", keys.head), *(("EXISTS", key) for key in exist)]
-            )
+        commands: list[Command] = [("GET", keys.head), *(("EXISTS", key) for key in exist)]
+        found, *others = await self._quick.run(keys.head, lambda lent: lent.execute_all(commands))
         return found == str(head).encode() and all(others)
 
     async def look(self, all_keys: Sequence[Keys]) -> list[Look]:
         """Return leases and heads of environments."""
         sent = clock.monotonic()
         names = [name for keys in all_keys for name in (keys.lease, keys.head)]
-        async with self._quick.connection() as connection:
-            [found] = await connection.execute_all([("MGET", *names)])
+        command: Command = ("MGET", *names)
+        [found] = await self._quick.run(FEED, lambda lent: lent.execute_all([command]))
         return [
             Look(sent, None if lease is None else lease.decode(errors="replace"), Head.parse(head))
             for lease, head in zip(found[::2], found[1::2], strict=True)
         ]
 
-    @asynccontextmanager
-    async def reader(self) -> AsyncIterator[Reader]:
-        """Lend a reader of the feed, which has a connection of its own."""
-        async with self._waiting.connection() as connection:
-            yield Reader(connection)
+    async def follow(self, work: Callable[[Reader], Awaitable[None]]) -> None:
+        """Do work with a reader of the feed, which has a connection of its own."""
+        await self._waiting.run(FEED, lambda connection: work(Reader(connection)))
 
 
 class Reader:

@@ -18,14 +18,18 @@ from relay.aio import run_in_slices, wait_for
 from relay.errors import StoreUnavailable
 from relay.fleet.contents import NOTHING, Contents, different_items
 from relay.fleet.feed import Outcome, Publication
+from relay.fleet.lease import Leadership
 from relay.fleet.member import Member
-from relay.fleet.source import FleetSource, Leadership
+from relay.fleet.source import FleetSource
 from relay.model.item import Item
 from relay.model.payload import Change, Payload
 from relay.protocol.feed import Entry, Head
-from relay.stores import Key, Stored, StoreState, StoreStatus, label_of
+from relay.stores import Key, Mirror, Stored, StoreState, StoreStatus, label_of
 from relay.telemetry.log import Log
 from relay.telemetry.outage import OutageLog
+
+MAX_TOUCHED = 1000
+"""Changed items that are remembered for the next publication; beyond, all are compared."""
 
 
 class FleetMirror:
@@ -35,8 +39,9 @@ class FleetMirror:
         member: this relay.
         source: says whether it leads.
         evaluated: returns the version of the data for client-side SDKs.
-        server: address of Redis, without secrets.
+        plain: makes what writes to Redis without a fleet, if there is none.
         log: a logger that names the environment.
+        server: address of Redis, without secrets.
     """
 
     def __init__(
@@ -44,24 +49,34 @@ class FleetMirror:
         member: Member,
         source: FleetSource,
         evaluated: Callable[[], int],
-        server: str,
+        plain: Callable[[], Mirror],
         log: Log,
+        *,
+        server: str,
     ) -> None:
         self._feed = member.feed
         self._timings = member.timings
         self._source = source
         self._keys = source.keys
         self._evaluated = evaluated
+        self._make_plain = plain
+        self._plain: Mirror | None = None
+        """Writes instead, as there is no fleet."""
+        self._last: tuple[Payload, Collection[Key]] | None = None
+        """Arguments of the last update while upstream is healthy."""
         self._label = label_of("redis", server)
         self._log = log
         self._outage = OutageLog(log)
-        self.status = StoreStatus(
+        self._status = StoreStatus(
             StoreState.INITIALIZING, clock.unix(), "redis", server, self._keys.prefix
         )
         self.outcomes = dict.fromkeys(Outcome, 0)
         """Numbers of publications."""
+        source.outcomes = lambda: {each.value: count for each, count in self.outcomes.items()}
         self._base: tuple[Head | None, Contents] | None = None
         """What the feed has; None if unknown."""
+        self._touched: set[Key] | None = None
+        """Items that may differ from what the feed has; None if all may."""
         self._is_damaged = False
         """True if the data in Redis are not those of the head."""
         self._confirmed: bool | None = None
@@ -73,7 +88,12 @@ class FleetMirror:
         self._flushed = asyncio.Event()
 
     def __repr__(self) -> str:
-        return f"<FleetMirror {self.status.server} {self.status.prefix!r}>"
+        return f"<FleetMirror {self._status.server} {self._status.prefix!r}>"
+
+    @property
+    def status(self) -> StoreStatus | None:
+        """Status for `/status`."""
+        return self._status if self._plain is None else self._plain.status
 
     async def load(self) -> Stored | None:
         """Return what others than fleets have stored; what a fleet has is the source's to read."""
@@ -92,27 +112,36 @@ class FleetMirror:
 
     def update(
         self,
-        payload: Payload,  # noqa: ARG002 - the source knows it
-        change: Change | None,  # noqa: ARG002 - see above
+        payload: Payload,
+        change: Change | None,
         *,
-        full: bool = False,  # noqa: ARG002 - see above
-        unusable: Collection[Key] = (),  # noqa: ARG002 - the payload has what is served instead
+        full: bool = False,
+        unusable: Collection[Key] = (),
     ) -> None:
         """Schedule a publication, if this relay leads; return at once."""
+        self._last = payload, unusable
+        self._touch(change, full=full)
+        if self._plain is not None:
+            self._plain.update(payload, change, full=full, unusable=unusable)
         self._wake()
 
     def suspend(self) -> None:
         """Tell the followers that upstream is lost."""
+        self._last = None
+        if self._plain is not None:
+            self._plain.suspend()
         self._wake()
 
     async def flushed(self) -> None:
         """Wait, without a timeout, until this relay's data are published by it."""
-        await self._flushed.wait()
+        await (self._flushed.wait() if self._plain is None else self._plain.flushed())
 
     async def run(self) -> None:
         """Publish whenever this relay leads, until cancelled."""
         while True:
             await self._source.leads.wait()
+            if self._source.is_denied:
+                await self._run_plain()
             if leadership := self._source.leadership:
                 self._base, self._confirmed = None, None
                 try:
@@ -121,6 +150,22 @@ class FleetMirror:
                     await self._finish(leadership)
                     raise
             self._flushed.clear()
+
+    async def _run_plain(self) -> None:
+        self._plain = plain = self._make_plain()
+        if self._last is not None:
+            payload, unusable = self._last
+            plain.update(payload, None, full=True, unusable=unusable)
+        await plain.run()
+
+    def _touch(self, change: Change | None, *, full: bool) -> None:
+        """Note what may differ from now on."""
+        if full or self._touched is None or (change is not None and change.replace):
+            self._touched = None
+        elif change is not None:
+            self._touched.update((item.kind, item.key) for item in change.items)
+            if len(self._touched) > MAX_TOUCHED:
+                self._touched = None
 
     def _wake(self) -> None:
         self._flushed.clear()
@@ -174,6 +219,7 @@ class FleetMirror:
         """Read what the feed has, for the guards and for the difference."""
         snapshot = await self._feed.snapshot(self._keys)
         self._compared_at = clock.monotonic()
+        self._touched = None
         if not leadership.adopted:
             await self._source.adopt(leadership, snapshot)
         contents = snapshot.contents or NOTHING
@@ -191,13 +237,14 @@ class FleetMirror:
         """Return the publication that is due, if any, and the data after it."""
         head, base = self._base or (None, NOTHING)
         confirmed = self._source.is_confirmed
-        held = self._source.held()
+        held, evaluated = self._source.held(), self._evaluated()
         if held is None or confirmed is None or (head is None and not confirmed):
             return None, base
         after, rewrite = base, None
         items: tuple[Item, ...] = ()
         if confirmed:
-            items = tuple(await run_in_slices(different_items(base.payload, held)))
+            touched, self._touched = self._touched, set()
+            items = tuple(await run_in_slices(different_items(base.payload, held, touched)))
             vanished = len(base.payload) + _added(base.payload, items) > len(held)
             if head is None or self._is_damaged or vanished:
                 after, rewrite = await run_in_slices(Contents.of(held)), held
@@ -215,7 +262,7 @@ class FleetMirror:
             head.selector if head else "",
             after.selector,
             confirmed,
-            self._evaluated(),
+            evaluated,
             None if rewrite is not None else items,
         )
         return Publication(head, entry, rewrite), after
@@ -232,12 +279,12 @@ class FleetMirror:
     def _note_outage(self, error: StoreUnavailable) -> None:
         text = "%s is unavailable: %s; flags are served from memory meanwhile"
         if self._outage.begin(str(error), text, self._label, error):
-            self.status = replace(self.status, state=StoreState.INTERRUPTED, since=clock.unix())
+            self._status = replace(self._status, state=StoreState.INTERRUPTED, since=clock.unix())
 
     def _note_success(self) -> None:
         self._outage.end("%s is available again", self._label)
-        if self.status.state is not StoreState.VALID:
-            self.status = replace(self.status, state=StoreState.VALID, since=clock.unix())
+        if self._status.state is not StoreState.VALID:
+            self._status = replace(self._status, state=StoreState.VALID, since=clock.unix())
 
 
 def _added(before: Payload, items: tuple[Item, ...]) -> int:

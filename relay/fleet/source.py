@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from relay import clock, randomness
 from relay.aio import run_in_slices
 from relay.errors import ErrorKind, StoreUnavailable
-from relay.fleet import Role
+from relay.fleet import FleetStatus, Role
 from relay.fleet.contents import Contents, is_at_least_as_new, newer_items
-from relay.fleet.doubts import Doubts
 from relay.fleet.feed import Keys, Look, Snapshot, place_order
+from relay.fleet.lease import Leadership, Lease
 from relay.fleet.member import Member
+from relay.fleet.upstream import Upstream
 from relay.model.item import Item
 from relay.model.payload import EMPTY, ChangeSet, Payload
-from relay.protocol.feed import Entry, Head, Term
+from relay.protocol.feed import Entry, Head
 from relay.sources import DataSource, Interrupted, Update, UpToDate
 from relay.telemetry.log import Log
 
@@ -38,37 +39,6 @@ LEADER_INTERRUPTED = Interrupted(
 )
 
 Event = Callable[[], Iterator[Update]]
-
-
-class Leadership:
-    """A term of this member.
-
-    Args:
-        term: its number and owner.
-        until: monotonic time until which the lease is certain.
-    """
-
-    def __init__(self, term: Term, until: float) -> None:
-        self.term = term
-        self.until = until
-        self.adopted = False
-        """True once what the feed has was read and adopted."""
-        self.ended = asyncio.Event()
-        """Set at its end, whatever the cause."""
-        self.on_end: Callable[[], None] = lambda: None
-
-    def __repr__(self) -> str:
-        return f"<Leadership {self.term.number}{' ended' if self.ended.is_set() else ''}>"
-
-    @property
-    def is_valid(self) -> bool:
-        """True while the lease is certain; ask before each write."""
-        return clock.monotonic() < self.until and not self.ended.is_set()
-
-    def end(self) -> None:
-        """End it."""
-        self.ended.set()
-        self.on_end()
 
 
 class FleetSource:
@@ -93,27 +63,39 @@ class FleetSource:
         self.leadership: Leadership | None = None
         """The present term of this member; None unless it leads."""
         self.leads = asyncio.Event()
-        """Set while this member leads."""
+        """Set while this member leads, or writes without a fleet."""
+        self.outcomes: Callable[[], Mapping[str, int]] = dict
+        """Returns the numbers of publications; set by the mirror."""
+        self.is_denied = False
+        """True if there is no fleet, as the database user has not the rights for it."""
         self.changes_of_role = 0
         self.snapshots = 0
         """Number of times that all data were read."""
-        self.leaderless_since: float | None = None
+        self._leaderless_since: float | None = None
         """Monotonic time since which nobody is seen to lead; None while somebody is."""
         self._member = member
-        self._feed = member.feed
         self._timings = member.timings
-        self._upstream = upstream
+        doubt = member.timings.doubt
+        self._upstream = Upstream(upstream, self._take_upstream, self._spawn, doubt, log)
         self._log = log
-        self._owner = randomness.new_id()
         self._events: deque[Event] = deque()
         self._wakeup = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._following_upstream: asyncio.Task[None] | None = None
-        self._acquiring = self._reading = self._rechecking = False
+        self._lease = Lease(
+            member,
+            keys,
+            self._spawn,
+            acquired=lambda won: self._post(partial(self._on_acquired, won)),
+            lost=lambda own: self._post(partial(self._on_lost, own)),
+            expired=lambda own: self._post(partial(self._on_expired, own)),
+        )
+        self._reading = False
         self._entered = clock.monotonic()
         """Monotonic time of the last change of role."""
         self._contents: Contents | None = None
         """The held data with their address, if known."""
+        self._number = 0
+        """Number of the last publication that was taken."""
         self._passed: deque[str] = deque(maxlen=MAX_PASSED)
         self._waiting: list[tuple[str, Entry]] = []
         """Entries that have come while all data are read."""
@@ -123,23 +105,33 @@ class FleetSource:
         """Head of the last look that found other data than ours."""
         self._has_delivered = False
         """True once any data have come from the fleet or from upstream."""
-        self._doubts = Doubts(self._timings.doubt)
         self._refusing = False
         """True while another environment leads under this prefix."""
-        self._unhealthy_since: float | None = None
-        """Monotonic time since which upstream is followed without success; None if it works."""
-        self._is_confirmed: bool | None = None
-        """True if upstream is healthy, False if it is lost; None before and without it."""
-        self._resignations = 0
-        self._abstains_until = 0.0
 
     def __repr__(self) -> str:
         return f"<FleetSource {self.keys.prefix!r} {self.role.value}>"
 
     @property
-    def owner(self) -> str:
-        """Name of this member in leases and terms."""
-        return self._owner
+    def status(self) -> FleetStatus:
+        """State of this member for the environment."""
+        seen = self.head.number if self.head else 0
+        return FleetStatus(
+            self.role,
+            self.leader,
+            self.leadership.term.number if self.leadership else None,
+            seen,
+            max(0, seen - self._number) if self.role is Role.FOLLOWER else 0,
+            self._leaderless,
+            self.changes_of_role,
+            self.snapshots,
+            self.outcomes(),
+        )
+
+    @property
+    def _leaderless(self) -> float:
+        """Seconds since which nobody is seen to lead; 0 while somebody is."""
+        since = self._leaderless_since
+        return 0.0 if since is None else clock.monotonic() - since
 
     @property
     def has_delivered(self) -> bool:
@@ -149,7 +141,7 @@ class FleetSource:
     @property
     def is_confirmed(self) -> bool | None:
         """True if upstream itself confirms the held data, False if it is lost; None if unknown."""
-        return self._is_confirmed
+        return self._upstream.is_confirmed
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         """Yield upstream's or the feed's data, until cancelled."""
@@ -169,17 +161,24 @@ class FleetSource:
 
     def resync(self) -> None:
         """Ask for all data again: upstream, or the feed."""
-        if self._following_upstream is None:
-            self._post(self._read_again)
-        else:
+        if self._upstream.is_followed:
             self._upstream.resync()
+        else:
+            self._post(self._read_again)
 
     def check(self, *, reconnect: bool = False) -> None:
         """Look for changes soon."""
-        if self._following_upstream is None:
-            self._member.look_soon()
-        else:
+        if self._upstream.is_followed:
             self._upstream.check(reconnect=reconnect)
+        else:
+            self._member.look_soon()
+
+    def change_upstream(self, upstream: DataSource) -> None:
+        """Follow another upstream, as with a new SDK key; the present one until it has delivered.
+
+        A follower simply has the new one from now on.
+        """
+        self._upstream.change(upstream)
 
     # What the member tells
 
@@ -196,6 +195,10 @@ class FleetSource:
         if self.role is Role.FOLLOWER:
             self._spawn(self._be_alone_soon(self._entered))
 
+    def denied(self, reason: str) -> None:
+        """Be on its own for good, as without a fleet."""
+        self._post(partial(self._on_denied, reason))
+
     # What the mirror tells
 
     async def adopt(self, leadership: Leadership, snapshot: Snapshot) -> None:
@@ -211,6 +214,9 @@ class FleetSource:
     # Events. One is handled after the other, and the environment has applied what each yields
     # before the next; so what `held` returns is exact.
 
+    def _take_upstream(self, source: DataSource, update: Update, handled: asyncio.Event) -> None:
+        self._post(partial(self._on_upstream, source, update, handled))
+
     def _post(self, event: Event) -> None:
         self._events.append(event)
         self._wakeup.set()
@@ -220,19 +226,19 @@ class FleetSource:
             return  # older than the role
         self.head = look.head
         self._note_leader(look.lease)
-        is_free = look.lease in (None, self._owner)
+        is_free = look.lease in (None, self._member.name)
         if self.role is Role.LEADER:
             if not is_free:
                 self._follow()
-            elif self._should_resign():
-                self._resign()
+            else:
+                self._resign_without_upstream()
             return
         if self.role is Role.ALONE and not self._member.is_settled:
             return
         if self._is_foreign(look):
             return
         if is_free:
-            self._contend()
+            self._lease.contend(self._leaderless)
         elif self.role is Role.ALONE:
             self._follow()
         if self.role is Role.FOLLOWER:
@@ -245,7 +251,7 @@ class FleetSource:
         if self._reading:
             self._waiting.append((place, entry))
             del self._waiting[:-MAX_WAITING]
-        elif self._following_upstream is not None:
+        elif self._upstream.is_followed:
             self._read()
         else:
             yield from self._follow_entry(entry)
@@ -264,25 +270,26 @@ class FleetSource:
         elif held is not None and not self._may_take(snapshot, contents, held):
             return
         if contents is not mine or not self._has_delivered:
-            yield ChangeSet(tuple(contents.payload), full=True)
+            items = tuple(contents.payload)
+            yield ChangeSet(items, full=True, evaluations=snapshot.evaluated)
+        if snapshot.head is not None:
+            self._number = snapshot.head.number
         self._contents = Contents(self.held() or EMPTY, contents.total)
         yield from self._synchronised(snapshot.confirmed)
         for place, entry in waiting:
             if place_order(place) > place_order(snapshot.place) and not self._reading:
                 yield from self._follow_entry(entry)
 
-    def _on_acquired(self, term: Term, until: float) -> Iterator[Update]:
-        self._acquiring = False
-        if self.role is Role.LEADER or clock.monotonic() >= until:
+    def _on_acquired(self, leadership: Leadership) -> Iterator[Update]:
+        self._lease.answered()
+        if self.role is Role.LEADER or not leadership.is_valid:
             return
-        leadership = Leadership(term, until)
         self._enter(Role.LEADER)
-        self._log.info("This relay leads the fleet (term %d)", term.number)
+        self._log.info("This relay leads the fleet (term %d)", leadership.term.number)
         self.leadership = leadership
-        self._note_leader(self._owner)
+        self._note_leader(self._member.name)
         self.leads.set()
-        self._spawn(self._renew(leadership))
-        self._spawn(self._watch_lease(leadership))
+        self._lease.keep(leadership)
         yield from ()
 
     def _on_base(
@@ -295,47 +302,49 @@ class FleetSource:
         if snapshot.contents is not None and self._is_ours(snapshot.head):
             held = self.held() or EMPTY
             if newer := newer_items(snapshot.contents.payload, held):
-                yield ChangeSet(tuple(held.with_items(newer)), full=True)
+                items = tuple(held.with_items(newer))
+                yield ChangeSet(items, full=True, evaluations=snapshot.evaluated)
             self._has_delivered = True
-        self._follow_upstream()
+        self._upstream.follow()
 
     def _on_lost(self, leadership: Leadership) -> Iterator[Update]:
         if leadership is self.leadership:
             self._follow()
         yield from ()
 
-    def _on_lease_over(self, leadership: Leadership) -> Iterator[Update]:
+    def _on_expired(self, leadership: Leadership) -> Iterator[Update]:
         if leadership is self.leadership:
             self._log.warning("This relay cannot renew its lease and listens to upstream alone")
             self._enter(Role.ALONE)
-            self._follow_upstream()
+            self._upstream.follow()
         yield from ()
 
     def _on_alone(self, entered: float) -> Iterator[Update]:
         is_same = self._entered == entered and self.role is Role.FOLLOWER
         if is_same and self._member.is_lost:
             self._enter(Role.ALONE)
-            self._follow_upstream()
+            self._upstream.follow()
         yield from ()
 
-    def _on_upstream(self, update: Update, taken: asyncio.Event) -> Iterator[Update]:
-        taken.set()
-        if self._following_upstream is None:
-            return
-        self._is_confirmed = not isinstance(update, Interrupted)
-        if isinstance(update, Interrupted):
-            self._unhealthy_since = self._unhealthy_since or clock.monotonic()
-        else:
-            self._unhealthy_since = None
-            self._resignations = 0
-        if isinstance(update, ChangeSet):
-            held = self.held()
-            if not update.full:
-                self._doubts.settle(update.items)
-            elif held is not None and self._has_delivered:
-                update = self._doubts.resolve(held, update, clock.monotonic())
-                self._recheck()
-        yield update
+    def _on_denied(self, reason: str) -> Iterator[Update]:
+        text = "Redis does not let this relay take part in the fleet, so it is on its own: %s"
+        self._log.error(text, reason)
+        self.is_denied = True
+        self._enter(Role.ALONE)
+        self.leads.set()
+        self._upstream.follow()
+        yield from ()
+
+    def _on_upstream(
+        self, upstream: DataSource, update: Update, handled: asyncio.Event
+    ) -> Iterator[Update]:
+        handled.set()
+        known = self.held() if self._has_delivered else None
+        used = self._upstream.interpret(upstream, update, known)
+        if used is not None:
+            yield used
+        if self._upstream.is_confirmed:
+            self._lease.rehabilitate()
 
     def _read_again(self) -> Iterator[Update]:
         self._contents = None
@@ -354,8 +363,9 @@ class FleetSource:
             self._read()
         elif (after := followed(mine, entry)) is not None:
             self.head = Head(entry.number, entry.after, self.keys.identity)
+            self._number = entry.number
             if entry.items:
-                yield _change_set(mine.payload, after.payload, entry.items)
+                yield _change_set(mine.payload, after.payload, entry.items, entry.evaluated)
                 self._passed.append(mine.selector)
                 self._contents = Contents(self.held() or EMPTY, after.total)
             else:
@@ -380,7 +390,7 @@ class FleetSource:
 
     def _synchronised(self, confirmed: bool) -> Iterator[Update]:
         self._older_since = self._last_seen = None
-        self._leave_upstream()
+        self._upstream.leave()
         yield UpToDate() if confirmed else LEADER_INTERRUPTED
 
     def _knows_contents(self) -> bool:
@@ -391,7 +401,7 @@ class FleetSource:
         if head is None:
             return
         mine = self._contents if self._knows_contents() else None
-        if mine is None or self._following_upstream is not None:
+        if mine is None or self._upstream.is_followed:
             self._read()
         elif mine.selector == head.selector:
             self._last_seen = None
@@ -416,7 +426,7 @@ class FleetSource:
             mine = self._contents if self._knows_contents() else None
             if mine is None and (held := self.held()) is not None:
                 mine = await run_in_slices(Contents.of(held))
-            snapshot = await self._feed.snapshot(self.keys, mine.selector if mine else "")
+            snapshot = await self._member.feed.snapshot(self.keys, mine.selector if mine else "")
         except StoreUnavailable:
             self._reading = False
             self._waiting.clear()
@@ -424,76 +434,17 @@ class FleetSource:
             self.snapshots += 1
             self._post(partial(self._on_snapshot, snapshot, mine))
 
-    # Leading
-
-    def _contend(self) -> None:
-        abstains = clock.monotonic() < self._abstains_until and not self._is_unwanted()
-        if self._acquiring or abstains:
-            return
-        self._acquiring = True
-        self._spawn(self._acquire())
-
-    def _is_unwanted(self) -> bool:
-        since = self.leaderless_since
-        return since is not None and clock.monotonic() - since >= self._timings.unwanted
-
-    async def _acquire(self) -> None:
-        await asyncio.sleep(self._timings.jitter * randomness.fraction())
-        sent = clock.monotonic()
-        try:
-            term = await self._feed.acquire(self.keys, self._owner, self._timings.ttl)
-        except StoreUnavailable:
-            term = None
-        if term is None:
-            self._acquiring = False
-        else:
-            until = lease_end(sent, clock.monotonic(), self._timings.lease)
-            self._post(partial(self._on_acquired, term, until))
-
-    async def _renew(self, leadership: Leadership) -> None:
-        delay = self._timings.renew
-        while not leadership.ended.is_set():
-            await asyncio.sleep(delay)
-            sent = clock.monotonic()
-            try:
-                kept = await self._feed.renew(self.keys, self._owner, self._timings.ttl)
-            except StoreUnavailable:
-                delay = self._timings.renew / 4
-                continue
-            if not kept:
-                self._post(partial(self._on_lost, leadership))
-                return
-            delay = self._timings.renew
-            until = lease_end(sent, clock.monotonic(), self._timings.lease)
-            leadership.until = max(leadership.until, until)
-
-    async def _watch_lease(self, leadership: Leadership) -> None:
-        while leadership.is_valid:  # noqa: ASYNC110 - renewals make it longer
-            await asyncio.sleep(max(0.001, leadership.until - clock.monotonic()))
-        self._post(partial(self._on_lease_over, leadership))
-
-    def _should_resign(self) -> bool:
-        since, now = self._unhealthy_since, clock.monotonic()
-        is_unhealthy = since is not None and now - since >= self._timings.unhealthy
-        return is_unhealthy and now >= self._abstains_until
-
-    def _resign(self) -> None:
-        """Let another lead, whose network may work."""
-        self._log.warning("This relay has no upstream and lets another one lead the fleet")
-        self._abstains_until = clock.monotonic() + self._timings.abstain.delay(self._resignations)
-        self._resignations += 1
-        if leadership := self.leadership:
-            self._spawn(self._release(leadership))
-        self._follow()
-
-    async def _release(self, leadership: Leadership) -> None:
-        entry = Entry(self.keys.prefix, leadership.term, 0, "", "", resigned=True)
-        try:
-            await self._feed.release(self.keys, self._owner, entry)
-        except StoreUnavailable:
-            return  # it expires
-
     # Changes of role
+
+    def _resign_without_upstream(self) -> None:
+        """Let another lead, whose network may work, if upstream is away for too long."""
+        since, leadership = self._upstream.lost_since, self.leadership
+        if since is None or leadership is None or self._lease.abstains:
+            return
+        if clock.monotonic() - since >= self._timings.unhealthy:
+            self._log.warning("This relay has no upstream and lets another one lead the fleet")
+            self._lease.resign(leadership)
+            self._follow()
 
     def _follow(self) -> None:
         """Become a follower. Upstream is kept until the feed has what this member has."""
@@ -521,9 +472,9 @@ class FleetSource:
     def _note_leader(self, owner: str | None) -> None:
         self.leader = owner
         if owner is not None:
-            self.leaderless_since = None
-        elif self.leaderless_since is None:
-            self.leaderless_since = clock.monotonic()
+            self._leaderless_since = None
+        elif self._leaderless_since is None:
+            self._leaderless_since = clock.monotonic()
 
     def _is_foreign(self, look: Look) -> bool:
         """Return whether another environment leads under this prefix; be alone then."""
@@ -540,44 +491,8 @@ class FleetSource:
         self._refusing = is_foreign
         if is_foreign and self.role is not Role.ALONE:
             self._enter(Role.ALONE)
-            self._follow_upstream()
+            self._upstream.follow()
         return is_foreign
-
-    # Upstream
-
-    def _follow_upstream(self) -> None:
-        if self._following_upstream is None:
-            self._doubts.forget()
-            self._unhealthy_since = clock.monotonic()
-            self._following_upstream = self._spawn(self._pump_upstream())
-
-    def _leave_upstream(self) -> None:
-        if self._following_upstream is not None:
-            self._following_upstream.cancel()
-            self._following_upstream = None
-            self._is_confirmed = self._unhealthy_since = None
-
-    async def _pump_upstream(self) -> None:
-        async with aclosing(self._upstream.updates()) as updates:
-            async for update in updates:
-                taken = asyncio.Event()
-                self._post(partial(self._on_upstream, update, taken))
-                await taken.wait()
-
-    def _recheck(self) -> None:
-        if self._doubts.recheck_at is not None and not self._rechecking:
-            self._rechecking = True
-            self._spawn(self._ask_again())
-
-    async def _ask_again(self) -> None:
-        """Ask upstream for everything once more, to settle doubts."""
-        try:
-            while (at := self._doubts.recheck_at) is not None:
-                await asyncio.sleep(max(1.0, at - clock.monotonic()))
-                if self._following_upstream is not None:
-                    self._upstream.resync()
-        finally:
-            self._rechecking = False
 
     # Tasks
 
@@ -595,25 +510,19 @@ class FleetSource:
     async def _end(self) -> None:
         leadership = self.leadership
         self._enter(Role.FOLLOWER)
-        self._leave_upstream()
+        self._upstream.leave()
         tasks = tuple(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._acquiring = self._reading = self._rechecking = False
+        self._lease.answered()
+        self._reading = False
         self._events.clear()
         self._waiting.clear()
         if leadership is not None:
-            await self._release(leadership)
-
-
-def lease_end(sent: float, answered: float, lease: float) -> float:  # noqa: ARG001 - see below
-    """Return until when a lease is certain.
-
-    It counts from before the command was sent: Redis may have executed it at once, however late the
-    answer has come.
-    """
-    return sent + lease
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._timings.finish):
+                    await self._lease.release(leadership)
 
 
 def followed(mine: Contents, entry: Entry) -> Contents | None:
@@ -624,10 +533,12 @@ def followed(mine: Contents, entry: Entry) -> Contents | None:
     return after if after.selector == entry.after else None
 
 
-def _change_set(before: Payload, after: Payload, items: tuple[Item, ...]) -> ChangeSet:
+def _change_set(
+    before: Payload, after: Payload, items: tuple[Item, ...], evaluated: int
+) -> ChangeSet:
     """Return what leads from a payload to the next: alone the items, if all of them are newer."""
     for item in items:
         known = before.all(item.kind).get(item.key)
         if known is not None and known.version >= item.version:
-            return ChangeSet(tuple(after), full=True)
-    return ChangeSet(items)
+            return ChangeSet(tuple(after), full=True, evaluations=evaluated)
+    return ChangeSet(items, evaluations=evaluated)

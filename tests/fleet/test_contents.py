@@ -60,5 +60,8 @@ def test_versions_of_tombstones_have_no_order() -> None:
 def test_differences() -> None:
     """Items that differ are written; those that are newer are adopted."""
     held, other = Payload.of([item("a", 2), item("b", 2)]), Payload.of([item("a", 1), item("c", 1)])
-    assert finish(different_items(held, other)) == [item("a", 1), item("c", 1)]
+    different = finish(different_items(held, other))
+    assert {each.key: each.version for each in different} == {"a": 1, "c": 1}
+    among = {(Kind.FLAG, "a"), (Kind.FLAG, "b"), (Kind.FLAG, "none")}
+    assert finish(different_items(held, other, among)) == [item("a", 1)]
     assert newer_items(other, held) == [item("c", 1)]

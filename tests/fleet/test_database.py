@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
 
 import pytest
 
-from relay.fleet import Database
+from relay.fleet import Connection, Database
 from relay.stores.redis.client import RedisClient
 from tests.support.fakeredis import FakeDatabase, FakeRedis, Link
 from tests.support.redis import RedisServer
@@ -31,8 +31,28 @@ async def database(request: pytest.FixtureRequest, server: RedisServer) -> Async
 
 
 async def run(database: Database, *commands: tuple[str, ...]) -> list[Any]:
-    async with database.connection() as connection:
-        return await connection.execute_all(commands)
+    return await database.run("a", lambda connection: connection.execute_all(commands))
+
+
+@asynccontextmanager
+async def lent(database: Database) -> AsyncIterator[Connection]:
+    """A connection, beside others."""
+    lending: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
+    returned = asyncio.Event()
+
+    async def work(connection: Connection) -> None:
+        lending.set_result(connection)
+        await returned.wait()
+
+    task = asyncio.create_task(database.run("a", work))
+    try:
+        yield await lending
+    except BaseException:
+        task.cancel()
+        await asyncio.wait([task])
+        raise
+    returned.set()
+    await task
 
 
 async def test_strings_expire(database: Database) -> None:
@@ -48,7 +68,7 @@ async def test_strings_expire(database: Database) -> None:
 
 async def test_a_transaction_fails_if_a_watched_key_has_changed(database: Database) -> None:
     """Between WATCH and EXEC nobody else may write."""
-    async with database.connection() as first:
+    async with lent(database) as first:
         await first.execute_all([("WATCH", "a", "b"), ("GET", "a")])
         await run(database, ("SET", "b", "2"))
         replies = await first.execute_all([("MULTI",), ("SET", "a", "1"), ("EXEC",)])
@@ -62,7 +82,7 @@ async def test_a_transaction_fails_if_a_watched_key_has_changed(database: Databa
 async def test_whatever_touches_a_watched_key_counts(database: Database, change: Any) -> None:
     """Deletions, renewals and equal values are changes."""
     await run(database, ("SET", "a", "1"))
-    async with database.connection() as connection:
+    async with lent(database) as connection:
         await connection.execute_all([("WATCH", "a")])
         await run(database, change)
         *_, done = await connection.execute_all([("MULTI",), ("GET", "a"), ("EXEC",)])
@@ -72,7 +92,7 @@ async def test_whatever_touches_a_watched_key_counts(database: Database, change:
 async def test_unwatch_and_discard_forget(database: Database) -> None:
     """What is not watched any more does not matter."""
     for forget in ([("UNWATCH",)], [("MULTI",), ("SET", "b", "1"), ("DISCARD",)]):
-        async with database.connection() as connection:
+        async with lent(database) as connection:
             await connection.execute_all([("WATCH", "a"), *forget])
             await run(database, ("SET", "a", "1"))
             *_, done = await connection.execute_all([("MULTI",), ("EXISTS", "b"), ("EXEC",)])
@@ -82,13 +102,12 @@ async def test_unwatch_and_discard_forget(database: Database) -> None:
 async def test_a_closed_connection_executes_nothing(database: Database) -> None:
     """A transaction whose connection is given up before EXEC never happens."""
 
-    async def abandoned(lent: AbstractAsyncContextManager[Any]) -> None:
-        async with lent as connection:
-            await connection.execute_all([("MULTI",), ("SET", "a", "1")])
-            raise KeyError
+    async def fail(connection: Connection) -> None:
+        await connection.execute_all([("MULTI",), ("SET", "a", "1")])
+        raise KeyError
 
     with pytest.raises(KeyError):
-        await abandoned(database.connection())
+        await database.run("a", fail)
     assert await run(database, ("GET", "a")) == [None]
 
 
@@ -120,7 +139,7 @@ async def test_a_reader_waits_for_the_next_entry(database: Database) -> None:
     waiting = asyncio.ensure_future(run(database, read))
     await asyncio.sleep(0.1)
     assert not waiting.done()
-    async with database.connection() as connection:
+    async with lent(database) as connection:
         add = ("XADD", "s", "MAXLEN", "~", "9", "*", "d", "1")
         *_, [place] = await connection.execute_all([("MULTI",), add, ("EXEC",)])
     assert await waiting == [[[b"s", [[place, [b"d", b"1"]]]]]]

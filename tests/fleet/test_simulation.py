@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from relay.errors import StoreUnavailable
-from relay.fleet import feed, source
+from relay.fleet import feed, lease, source
 from relay.fleet.feed import Feed, Outcome
-from relay.fleet.source import FleetSource
-from tests.fleet.world import World
+from relay.fleet.upstream import Upstream
+from tests.fleet.world import UpstreamSource, World
 
 # A history takes 90 ms of a core, so these take half a minute. `make nightly` has 100,000.
 HISTORIES = int(os.environ.get("HISTORIES", "350"))
@@ -69,12 +69,12 @@ def older_data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def deadline_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease counts from the answer, not from before the command."""
-    monkeypatch.setattr(source, "lease_end", lambda sent, answered, lease: answered + lease)
+    monkeypatch.setattr(lease, "lease_end", lambda _, answered, seconds: answered + seconds)
 
 
 def no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """A leader believes in its lease until it is told that it has lost it."""
-    monkeypatch.setattr(source, "lease_end", lambda *_: 1e9)
+    monkeypatch.setattr(lease, "lease_end", lambda *_: 1e9)
 
 
 def failed_renewal_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def failed_renewal_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def upstream_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A follower stays connected to upstream."""
-    monkeypatch.setattr(FleetSource, "_leave_upstream", lambda _: None)
+    monkeypatch.setattr(Upstream, "leave", lambda _: None)
 
 
 BUGS = [
@@ -111,6 +111,23 @@ def test_each_planted_bug_is_found(bug, monkeypatch: pytest.MonkeyPatch) -> None
     """The histories would show if a rule of the protocol were missing."""
     bug(monkeypatch)
     assert any(findings(seed) for seed in range(ENOUGH)), bug.__doc__
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_new_key_takes_over_upstream(seed: int) -> None:
+    """Whoever leads follows the new stream, and leaves the former one when it has delivered."""
+    world = World(seed)
+    renewed: list[UpstreamSource] = []
+
+    def renew() -> None:
+        for node in world.nodes:
+            node.upstream = UpstreamSource(world.launchdarkly, node.process)
+            renewed.append(node.upstream)
+            node.process.context.run(node.source.change_upstream, node.upstream)
+
+    world.loop.after(20.5, renew)
+    assert not world.run()
+    assert [source for source in renewed if source.has_delivered]
 
 
 def test_a_seed_replays() -> None:

@@ -25,6 +25,7 @@ from relay.model.payload import EMPTY, ChangeSet, Payload
 from relay.protocol.feed import FEED, Head, entry_of
 from relay.sources import Interrupted, Update, UpToDate
 from relay.steps import finish
+from relay.stores import Mirror
 from relay.stores.items import parse_items
 from relay.stores.redis.layout import entries
 from relay.streams.hub import Hub
@@ -113,6 +114,7 @@ class UpstreamSource:
         self._launchdarkly = launchdarkly
         self._process = process
         self.is_cut = False
+        self.has_delivered = False
         self._again = asyncio.Event()
 
     def resync(self) -> None:
@@ -145,6 +147,7 @@ class UpstreamSource:
         state = upstream.states[position]
         items = [each for each in state if not (upstream.forgets and each.deleted)]
         yield ChangeSet(tuple(items), full=True)
+        self.has_delivered = True
         catches_up = upstream.loop.now + random.uniform(0, 3)
         while not (self.is_cut or self._again.is_set()):
             available = upstream.position(lag if upstream.loop.now < catches_up else 0)
@@ -189,14 +192,15 @@ class Node:
     def _build(self) -> None:
         loop, redis = self.world.loop, self.world.redis
         quick, large = (FakeDatabase(redis, self.link, limit) for limit in (0.6, 2.0))
-        self.member = Member(Feed(quick, large, FakeDatabase(redis, self.link, 1.2)), LOG, TIMINGS)
+        feed = Feed(quick, large, FakeDatabase(redis, self.link, 1.2))
+        self.member = Member(feed, self.process.name, LOG, TIMINGS)
         self.upstream = UpstreamSource(self.world.launchdarkly, self.process)
         self.source = FleetSource(self.member, KEYS, self.upstream, LOG)
         observed = Observed(self.source, self._look)
         spec = EnvironmentSpec("simulation", SDKKey("sdk-simulation"))
         self.environment = Environment(spec, observed, Hub({}), LOG)
         self.source.held = lambda: self.environment.payload
-        mirror = FleetMirror(self.member, self.source, lambda: 0, "fake", LOG)
+        mirror = FleetMirror(self.member, self.source, lambda: 0, no_mirror, LOG, server="fake")
         self.environment.mirrors = (mirror,)
         self.task = loop.create_task(self._run(), context=self.process.context)
 
@@ -227,6 +231,10 @@ class Node:
         self.process.is_dead = True
         while self.process in self.world.launchdarkly.connected:
             self.world.launchdarkly.connected.remove(self.process)
+
+
+def no_mirror() -> Mirror:
+    raise AssertionError("there is a fleet")
 
 
 def versions(payload: Payload) -> frozenset[tuple[str, int, bool]]:
@@ -300,7 +308,7 @@ class World:
             self._crash,
             self._cut_upstream,
         ]
-        faults += [self._redis_down, self._redis_hangs, self._fade, self._detour]
+        faults += [self._redis_down, self._redis_hangs, self._fade, self._fade, self._detour]
         if self.loses_writes:
             faults += [self._fail_over, self._fail_over, self._wipe]
         random.choice(faults)(random.choice(self._alive))
@@ -355,7 +363,7 @@ class World:
 
     def _fade(self, node: Node) -> None:
         """Let answers come late, and then none."""
-        node.link.answer_delay = (0.3, 0.6)
+        node.link.answer_delay = (0.5, 0.59)
         self.loop.after(self.loop.random.uniform(0.5, 3), self._vanish, node)
 
     def _vanish(self, node: Node) -> None:

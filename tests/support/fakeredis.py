@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 from relay.errors import StoreUnavailable
+
+T = TypeVar("T")
 
 Command = Sequence[str | bytes]
 
@@ -402,9 +403,8 @@ class FakeDatabase:
         self._link = link
         self._limit = limit
 
-    @asynccontextmanager
-    async def connection(self) -> AsyncIterator[FakeConnection]:
-        yield FakeConnection(self._redis, self._link, self._limit)
+    async def run(self, key: str, work: Callable[[FakeConnection], Awaitable[T]]) -> T:
+        return await work(FakeConnection(self._redis, self._link, self._limit))
 
     async def aclose(self) -> None:
         pass
