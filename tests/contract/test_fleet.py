@@ -430,3 +430,16 @@ async def test_a_history_of_faults_breaks_nothing(upstream, tmp_path, redis):
         await eventually(lambda: stored(redis) == version)
         observing.cancel()
         assert check_feed(redis) > FAULTS
+
+
+async def test_a_relay_of_a_fleet_may_have_workers(upstream, tmp_path, redis):
+    """Its feeder takes part; its workers serve what it leads to, and name the leader."""
+    async with fleet_of(2, upstream, tmp_path, redis.url, WORKERS="2") as fleet:
+        leader = await fleet.settled()
+        await fleet.everywhere(1, WITHIN)
+        for _ in range(5):
+            await fleet.everywhere(await fleet.change(), WITHIN)
+        await leader.kill()
+        fleet.relays.remove(leader)
+        await fleet.everywhere(await fleet.change(), WITHIN + 1)
+        await fleet.settled()
