@@ -28,7 +28,7 @@ _log = logging.getLogger("relay.fleet")
 
 def make_member(config: Config) -> Member | None:
     """Return this relay as a member of the configured fleet; None without one."""
-    if not config.fleet.enabled or config.redis is None:
+    if not config.fleet.enabled or config.redis is None or not config.uses_launchdarkly:
         return None
     from relay.fleet.feed import Feed
     from relay.fleet.member import Member

@@ -342,15 +342,13 @@ def _uses_redis(redis: Redis) -> bool:
 
 
 def _fleet(draft: Draft) -> Iterator[Diagnostic]:
-    key = ("Fleet", None, "enabled")
     if not draft.of(Fleet).enabled:
         return
     if redis_of(draft) is None:
-        yield "[Fleet] enabled: a fleet needs Redis", (key,)
-    if draft.of(Main).flags_file or draft.of(OfflineMode).file_data_source:
-        yield "[Fleet] enabled: without LaunchDarkly there is nobody to elect", (key,)
+        yield "[Fleet] enabled: a fleet needs Redis", _keys("Fleet", "enabled")
     if draft.of(Main).exit_always:
-        yield "[Fleet] enabled: a relay that exits cannot take part in a fleet", (key,)
+        text = "[Fleet] enabled: a relay that exits cannot take part in a fleet"
+        yield text, _keys("Fleet", "enabled")
 
 
 def _redis(draft: Draft) -> Iterator[Diagnostic]:
@@ -581,6 +579,17 @@ def _list_in_memory(draft: Draft) -> Iterator[Diagnostic]:
         yield text, _keys("AutoConfig", "key")
 
 
+def _without_launchdarkly(draft: Draft) -> Iterator[Diagnostic]:
+    """Yield options that are about LaunchDarkly, where the flags come from elsewhere."""
+    if draft.environments or draft.of(AutoConfig).key:
+        return
+    tail = "has no effect: the flags do not come from LaunchDarkly"
+    if draft.of(Main).bootstrap_from:
+        yield f"[Main] bootstrapFrom {tail}", _main_key("bootstrap_from")
+    if draft.of(Fleet).enabled:
+        yield f"[Fleet] enabled {tail}", _keys("Fleet", "enabled")
+
+
 def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
     main = draft.of(Main)
     if main.flags_file and (draft.environments or draft.of(AutoConfig).key):
@@ -599,9 +608,7 @@ def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
     if main.bootstrap_token and not _is_http(main.bootstrap_from):
         text = "[Main] bootstrapToken has no effect without an https URL"
         yield text, _main_key("bootstrap_token")
-    if main.bootstrap_from and not (draft.environments or draft.of(AutoConfig).key):
-        text = "[Main] bootstrapFrom has no effect: the flags do not come from LaunchDarkly"
-        yield text, _main_key("bootstrap_from")
+    yield from _without_launchdarkly(draft)
     auto = draft.of(AutoConfig)
     if auto.cache_encryption_key and not auto.cache_key:
         text = "[AutoConfig] cacheEncryptionKey has no effect without cacheKey"
