@@ -61,6 +61,10 @@ class Synchronising(Protocol):
 
     applied: int
 
+    @property
+    def has_lease(self) -> bool:
+        """True while this relay is the one that synchronises."""
+
     async def run(self) -> None:
         """Apply patches until cancelled."""
 
