@@ -97,8 +97,6 @@ def status_of(metadata: Metadata, stale: float = STALE) -> BigSegmentsStatus:
         stale: seconds after the last synchronisation from which they are stale.
     """
     at = metadata.synchronized_at
-    if not metadata.is_readable:
-        return BigSegmentsStatus.STORE_ERROR
     fresh = at is not None and clock.unix() - at < stale
     return BigSegmentsStatus.HEALTHY if fresh else BigSegmentsStatus.STALE
 
@@ -129,6 +127,7 @@ class BigSegments:
         self._log = log
         self._timings = timings
         self._outage = OutageLog(log, begins=logging.ERROR, ends=logging.WARNING)
+        self._odd_time = OutageLog(log)
         self._known: LRUMap[str, KnownMembership] = LRUMap(MAX_KNOWN)
         self._metadata: Metadata | None = None
         """State of the database; None if it was never read or is away."""
@@ -256,6 +255,11 @@ class BigSegments:
             if self._outage.end("Big segments can be read from %s again", self.store.label):
                 self.changed(None)  # clients were answered without them
             self._set_status(status_of(metadata, self._timings.stale))
+            if metadata.is_readable:
+                self._odd_time.end("The time of the last synchronization is readable again")
+            else:
+                text = "The time of the last synchronization in %s is no number; members are stale"
+                self._odd_time.begin("no number", text, self.store.label)
             if before is not None and metadata.cursor != before.cursor:
                 self._note_move()
 
@@ -284,9 +288,10 @@ class BigSegments:
         """State for `/status`; None while there is no big segment."""
         if not self.in_use:
             return None
-        if self._status is BigSegmentsStatus.STORE_ERROR:
+        metadata = self._metadata or Metadata()
+        if self._status is BigSegmentsStatus.STORE_ERROR or not metadata.is_readable:
             return BigSegmentStatus(available=False)
-        age, at = self.age, self._metadata.synchronized_at if self._metadata else None
+        age, at = self.age, metadata.synchronized_at
         return BigSegmentStatus(True, age is None or age >= self._timings.reported, at)
 
     @property
