@@ -137,13 +137,21 @@ def stored_keys(redis: RedisServer) -> dict[str, Any]:
     return held
 
 
+USERS = ("ann", "ben", "both", "cleo")
+CONTEXTS: dict[str, dict[str, Any]] = {
+    **{name: {"kind": "user", "key": name} for name in USERS},
+    **{f"{name}, vip": {"kind": "user", "key": name, "vip": True} for name in USERS},
+    "listed in the segment itself": {"kind": "user", "key": "listed"},
+    "user acme": {"kind": "user", "key": "acme"},
+    "org acme": {"kind": "org", "key": "acme"},
+    "multi: user ann, org acme": {"kind": "multi", "user": {"key": "ann"}, "org": {"key": "acme"}},
+}
+"""Contexts by the words of the recordings."""
+
+
 def context_of(question: str) -> dict[str, Any] | None:
     """The context of a question, as it is told in words."""
-    _, _, who = question.partition(": ")
-    name, _, more = who.partition(", ")
-    if name in {"ann", "ben", "both", "cleo"}:
-        return {"kind": "user", "key": name, **({"group": "vip"} if more == "vip" else {})}
-    return None
+    return CONTEXTS.get(question.partition(": ")[2])
 
 
 def flags_put(scene: dict[str, Any], prefix: str = "big") -> str:
@@ -231,7 +239,7 @@ class Scene:
         found.append(without_times(json.loads(page.body)))
         for answer in step.get("answers", []):
             context = context_of(answer["ask"])
-            if context is None or "vip" in answer["ask"]:
+            if context is None:
                 continue
             segment = base64.urlsafe_b64encode(json.dumps(context).encode()).decode()
             reasons = "?withReasons=true" if "with reasons" in answer["ask"] else ""
