@@ -142,8 +142,9 @@ class BigSegments:
         self._reading: dict[str, asyncio.Future[KnownMembership]] = {}
         """Context keys that are being read."""
         self._reader: asyncio.Task[None] | None = None
-        self._dropped: set[str] | None = set()
-        """Hashes whose memberships have changed during the present read; None for all."""
+        self._dropped: set[str] | None = None
+        """Hashes whose memberships have changed during the present read; None for all of them, and
+        between reads."""
         self._changed: set[str] | None = set()
         """Hashes that the next notice names; None for all."""
         self._noticed_at = -timings.notice
@@ -410,10 +411,12 @@ class BigSegments:
             self._lose(str(e) or "no answer in time")
             return {key: self._unreadable(key) for key in keys}
         self.reads += len(keys)
-        return {
+        known = {
             key: self._remember(key, hashed, segments)
             for key, hashed, segments in zip(keys, hashes, found, strict=True)
         }
+        self._dropped = None
+        return known
 
     def _remember(self, key: str, hashed: str, segments: Mapping[str, bool]) -> KnownMembership:
         status = self._status or BigSegmentsStatus.STALE
@@ -437,10 +440,7 @@ class BigSegments:
             hashes: of the context keys; None if they are unknown.
         """
         self._drop(hashes)
-        if hashes is None or self._changed is None or len(self._changed) > MAX_CHANGED:
-            self._changed = None
-        else:
-            self._changed |= hashes
+        self._changed = _joined(self._changed, hashes)
         if self._notice is None:
             delay = self._noticed_at + self._timings.notice - clock.monotonic()
             self._notice = asyncio.get_running_loop().call_later(max(0.0, delay), self._send)
@@ -451,12 +451,17 @@ class BigSegments:
         self.on_change(None if changed is None else frozenset(changed))
 
     def _drop(self, hashes: frozenset[str] | None) -> None:
-        if hashes is None:
-            self._dropped = None
-        elif self._dropped is not None:
-            self._dropped |= hashes
+        self._dropped = _joined(self._dropped, hashes)
         for key in list(self._known):
             known = self._known.get(key)
             if known is not None and (hashes is None or known.hash in hashes):
                 known.drop()
                 self._known.forget(key)
+
+
+def _joined(gathered: set[str] | None, hashes: frozenset[str] | None) -> set[str] | None:
+    """Return hashes that were gathered with others; None if these are all, or too many."""
+    if gathered is None or hashes is None or len(gathered) > MAX_CHANGED:
+        return None
+    gathered |= hashes
+    return gathered

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import tracemalloc
 from contextlib import asynccontextmanager
 
 from relay import clock
@@ -248,6 +249,20 @@ async def test_an_outage_delays_one_read_only():
             await asyncio.sleep(2.5)
             assert await site.is_member("ann")
             assert site.notices == [None]
+
+
+@timed
+async def test_changes_that_nobody_asks_for_take_no_memory():
+    """Millions of members may come after a read, and before the next one."""
+    async with in_use() as site:
+        await site.is_member("ann")
+        tracemalloc.start()
+        for start in range(0, 100_000, 1000):
+            site.big_segments.changed(frozenset(map(str, range(start, start + 1000))))
+        grown, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert grown < 4_000_000
+        assert not await site.is_member("ann")
 
 
 @timed
