@@ -299,6 +299,7 @@ def brief_lease(monkeypatch):
     monkeypatch.setattr(RedisBigSegmentStore, "lease_lifetime", 0.6)
 
 
+@pytest.mark.timing
 async def test_one_of_several_relays_synchronises(upstream, server, brief_lease):
     """The others ask nothing of upstream, and look at the database again and again."""
     async with (
@@ -320,6 +321,7 @@ async def test_one_of_several_relays_synchronises(upstream, server, brief_lease)
         assert not any(run.synchroniser.applied or run.changes for run in waiting)
 
 
+@pytest.mark.timing
 async def test_the_next_relay_goes_on_when_one_ends(upstream, server):
     """At once when it ends in order; its clients hear that anything may have changed."""
     async with AsyncExitStack() as stack:
@@ -348,6 +350,7 @@ async def test_a_relay_without_upstream_leaves_the_lease_to_others(upstream, ser
                 assert broken.asked(POLL) <= asked + 1
 
 
+@pytest.mark.timing
 async def test_a_lease_that_another_takes_ends_the_work(upstream, server, brief_lease, caplog):
     """The stream is closed, and opened again when the lease is free."""
     caplog.set_level(logging.INFO, LOG.name)

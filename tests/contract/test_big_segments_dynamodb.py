@@ -144,6 +144,7 @@ async def test_a_database_that_throttles_is_waited_for(upstream, proxy, table, t
         assert "Traceback" not in relay.log
 
 
+@pytest.mark.timing
 async def test_another_relay_takes_over(upstream, server, table, tmp_path):
     """One of two synchronises; when it ends the other one does, and loses nothing."""
     folders = [tmp_path / name for name in ("one", "two")]

@@ -94,6 +94,7 @@ async def fleet(tmp_path, upstream, redis: RedisServer):
         yield relays
 
 
+@pytest.mark.timing
 async def test_one_of_two_relays_follows_the_stream(tmp_path, upstream, redis):
     """LaunchDarkly sees one; the clients of both hear of changes, and see them."""
     async with fleet(tmp_path, upstream, redis) as relays:
@@ -121,6 +122,7 @@ async def test_one_of_two_relays_follows_the_stream(tmp_path, upstream, redis):
             ping.close()
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 async def test_another_relay_takes_over(tmp_path, upstream, redis, end):
     """After a kill when the lease is over, after an orderly end at once; nothing is lost."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 
+import pytest
+
 from relay.protocol.bigsegments import Members, Patch, _Changes, context_hash
 from relay.stores.bigsegments import Metadata
 
@@ -126,6 +128,7 @@ class BigSegmentStoreContract:
             for each in (store, another_store):
                 await each.release(f"{each is store}-{number}")
 
+    @pytest.mark.timing
     async def test_a_lease_that_is_not_kept_ends(self, store, another_store, monkeypatch):
         """After its lifetime another relay gets it, and the first one has lost it."""
         assert store.lease_lifetime > 1.0
@@ -137,6 +140,7 @@ class BigSegmentStoreContract:
         assert asyncio.get_running_loop().time() - start > 0.4
         assert not await store.claim("one")
 
+    @pytest.mark.timing
     async def test_a_lease_that_is_kept_does_not_end(self, store, another_store, monkeypatch):
         """The others wait for as long as it is claimed again in time."""
         monkeypatch.setattr(inspect.getmodule(type(store)), "LEASE", 0.5)
