@@ -388,7 +388,7 @@ class SlowMembers:
 async def test_a_client_that_comes_while_members_are_read_waits_for_its_own():
     """Its put is made with its memberships, and not with those of the ones before it."""
     site, members = Site(), SlowMembers()
-    site.channel = EvaluatingChannel(site.programs, SDKKind.BROWSER, members)
+    site.channel = EvaluatingChannel(site.programs, SDKKind.BROWSER, big_segments=members)
     site.hub = Hub({}, StreamLimits(heartbeat_interval=0), {"eval": site.channel})
     site.programs.newest = MemberProgram(1000, {"a": (1, frozenset())})
     first = site.client("x")
