@@ -362,10 +362,10 @@ class MemberProgram(Program):
     def members_needed(self, context):
         return (context.get("user").key,)
 
-    def some(self, context, keys, memberships, *, with_reasons):
-        members = {key for key, each in memberships.items() if each.segments}
+    def results(self, context, keys, memberships):
+        members = frozenset(key for key, each in memberships.items() if each.segments)
         flags = {key: (version, members) for key, (version, _) in self.flags.items()}
-        return Program(self.version, flags).some(context, keys, {}, with_reasons=with_reasons)
+        return Program(self.version, flags).results(context, keys, {})
 
 
 class SlowMembers:
@@ -388,7 +388,7 @@ class SlowMembers:
 async def test_a_client_that_comes_while_members_are_read_waits_for_its_own():
     """Its put is made with its memberships, and not with those of the ones before it."""
     site, members = Site(), SlowMembers()
-    site.channel = EvaluatingChannel(site.programs, SDKKind.BROWSER, big_segments=members)
+    site.channel = EvaluatingChannel(site.programs, SDKKind.BROWSER, EvalxFormat(), members)
     site.hub = Hub({}, StreamLimits(heartbeat_interval=0), {"eval": site.channel})
     site.programs.newest = MemberProgram(1000, {"a": (1, frozenset())})
     first = site.client("x")
