@@ -45,8 +45,8 @@ EVALUATING: Mapping[SDKKind, str] = {
 """Names of the evaluating streams by kind of client-side SDK."""
 
 EVALUATING_FDV2: Mapping[SDKKind, str] = {
-    SDKKind.MOBILE: "eval-mobile-2",
-    SDKKind.BROWSER: "eval-browser-2",
+    SDKKind.MOBILE: "sdk/stream/eval-mobile",
+    SDKKind.BROWSER: "sdk/stream/eval-browser",
 }
 """Names of those that speak FDv2."""
 
