@@ -263,6 +263,7 @@ def _synchroniser(
     environment: Environment,
 ) -> Synchroniser:
     """Return what fetches big segments from LaunchDarkly, with the present SDK key."""
+    from relay.bigsegments.lease import Lease
     from relay.bigsegments.synchroniser import Synchroniser
     from relay.sources.bigsegments import BigSegmentSource
 
@@ -274,7 +275,8 @@ def _synchroniser(
         store,
         big_segments.changed,
         big_segments.look,
-        environment.log,
+        lease=Lease(store, big_segments.look, environment.log),
+        log=environment.log,
     )
 
 

@@ -183,7 +183,7 @@ class Journal:
         for item in vanished:
             self._vanished[item.kind, item.key] = item.version
         self._forget_oldest()
-        self._note_state()
+        self._note_state(self.step)
         is_barrier = self._barrier == self.step
         self.latest = CANNOT_CATCH_UP if is_barrier else Delta(items, self.step - 1)
 
@@ -214,10 +214,13 @@ class Journal:
         return Delta(items, since)
 
     def _begin(self, payload: Payload) -> None:
-        self.naming = Work(self._name(payload))
+        self.naming = Work(self._name(payload, self.step))
 
-    def _name(self, payload: Payload) -> Steps[None]:
-        """Name the state of a whole payload, with a step for each item."""
+    def _name(self, payload: Payload, step: int) -> Steps[None]:
+        """Name the state of a whole payload that came with a step of the journal.
+
+        Item by item: the next step may begin before.
+        """
         digest, versions = 0, 0
         for item in payload:
             if not item.deleted:
@@ -225,7 +228,7 @@ class Journal:
                 versions += item.version
             yield
         self._digest, self._versions, self.naming = digest, versions, None
-        self._note_state()
+        self._note_state(step)
 
     def _finish_naming(self) -> None:
         if self.naming is not None:
@@ -259,9 +262,9 @@ class Journal:
             for key, _ in recent:
                 yield items.get(key) or Item(kind, key, self._vanished.get((kind, key), 0), None)
 
-    def _note_state(self) -> None:
+    def _note_state(self, step: int) -> None:
         # A state may recur. Clients that go by the older occurrence may have seen more.
-        self._states.setdefault(self._state, self.step)
+        self._states.setdefault(self._state, step)
         if len(self._states) > MAX_STATES:
             self._states.popitem(last=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,11 @@ from relay.protocol.bigsegments import Patch
 from relay.stores import label_of
 from relay.stores.bigsegments import Metadata
 from relay.stores.redis.client import RedisClient
-from relay.stores.redis.connections import RedisConnection, raise_failure
+from relay.stores.redis.connections import Command, RedisConnection, commit, raise_failure
 from relay.stores.redis.layout import Layout
+
+LEASE = 6.0
+"""Seconds of the lease: renewed every two, and taken over within eight."""
 
 MemberCommand = tuple[str, str, str]
 """Command, key and reference of a segment."""
@@ -29,6 +32,8 @@ class RedisBigSegmentStore:
         prefix: prefix of the keys; empty for `launchdarkly`.
     """
 
+    lease_lifetime = LEASE
+
     def __init__(self, client: RedisClient, prefix: str = "") -> None:
         self._client = client
         self._prefix = prefix = Layout(prefix).prefix
@@ -38,6 +43,7 @@ class RedisBigSegmentStore:
         self._cursor = f"{prefix}:big_segments_cursor"
         self._synchronized = f"{prefix}:big_segments_synchronized_on"
         self._lock = f"{prefix}:big_segments_lock"
+        self._lease = f"{prefix}:$relay:big_segments"
         client.join(self)
 
     def __repr__(self) -> str:
@@ -107,9 +113,32 @@ class RedisBigSegmentStore:
             for included, excluded in zip(sets[::2], sets[1::2], strict=True)
         ]
 
+    async def claim(self, owner: str) -> bool:
+        """Take the lease if it is free, or keep it; Redis ends it."""
+        taking = ("SET", self._lease, owner, "PX", str(int(LEASE * 1000)))
+        return await self._swap(self._lease, [None, owner.encode()], taking)
+
+    async def release(self, owner: str) -> None:
+        """Give the lease up, if the owner has it."""
+        await self._swap(self._lease, [owner.encode()], ("DEL", self._lease))
+
+    async def _swap(self, key: str, accepted: Collection[bytes | None], command: Command) -> bool:
+        """Run a command if the value of its key is one of those that are accepted."""
+        return await self._client.run(key, partial(_swap, key, accepted, command))
+
     async def aclose(self) -> None:
         """Close all connections, unless other stores use them."""
         await self._client.leave(self)
+
+
+async def _swap(
+    key: str, accepted: Collection[bytes | None], command: Command, connection: RedisConnection
+) -> bool:
+    _, value = await connection.execute_all([("WATCH", key), ("GET", key)])
+    if value not in accepted:
+        await connection.execute("UNWATCH")
+        return False
+    return await commit(connection, [command])
 
 
 def is_at(stored: bytes | None, cursor: str | None) -> bool:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection
-from functools import partial
 
 from relay import clock, randomness
 from relay.errors import StoreUnavailable
 from relay.protocol.bigsegments import Patch
 from relay.stores.redis.bigsegments import RedisBigSegmentStore, is_at
 from relay.stores.redis.client import RedisClient
-from relay.stores.redis.connections import Command, RedisConnection, commit
 from relay.stores.redis.layout import Layout
 
 LOCK_TIME = 30.0
@@ -91,20 +88,6 @@ class DividedBigSegmentStore(RedisBigSegmentStore):
         if not await self._swap(self._cursor, [before], ("SET", self._cursor, patch.version)):
             return None
         return frozenset(each for each, _ in commands)
-
-    async def _swap(self, key: str, accepted: Collection[bytes | None], command: Command) -> bool:
-        """Run a command if the value of its key is one of those that are accepted."""
-        return await self._client.run(key, partial(_swap, key, accepted, command))
-
-
-async def _swap(
-    key: str, accepted: Collection[bytes | None], command: Command, connection: RedisConnection
-) -> bool:
-    _, value = await connection.execute_all([("WATCH", key), ("GET", key)])
-    if value not in accepted:
-        await connection.execute("UNWATCH")
-        return False
-    return await commit(connection, [command])
 
 
 def _milliseconds(seconds: float) -> str:
