@@ -136,6 +136,8 @@ class Environment:
         """Number of unusable upstream messages and items since the start."""
         self.init_done = asyncio.Event()
         """Set once upstream has delivered data or refused the key."""
+        self._next_change = asyncio.Event()
+        """Set at the next change of `payload`, and replaced by another one."""
         self._mirrors_updated_at = -float("inf")
         """Monotonic time of the last `update` of the mirrors."""
         self._outage = OutageLog(log)
@@ -218,6 +220,10 @@ class Environment:
         self.connection.last_error = (ErrorKind.UNKNOWN, clock.unix())
         if self.connection.has_data:
             self.connection.enter(ConnectionState.INTERRUPTED)
+
+    async def next_change(self) -> None:
+        """Wait for the next change of `payload`."""
+        await self._next_change.wait()
 
     async def _load_stored(self, mirror: Mirror) -> None:
         """Serve a mirror's stored data until upstream delivers; the newer of two mirrors wins."""
@@ -320,6 +326,8 @@ class Environment:
             self.programs.update(self.payload, changes.evaluations)
             self._look_for_big_segments(change)
             self.hub.publish(self.payload, change, since)
+            changed, self._next_change = self._next_change, asyncio.Event()
+            changed.set()
             if self._tasks is not None and self.journal.naming is not None:
                 self._tasks.create_task(self._name_state())
         return change

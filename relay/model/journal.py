@@ -11,15 +11,18 @@ them alike, without talking. A state that is not known always means a transfer o
 
 from __future__ import annotations
 
+import re
 from base64 import urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from itertools import takewhile
+from typing import ClassVar
 
 import msgspec
 from msgspec import Struct
 
+from relay.model.answers import AnswerCounter, AnswerCounts
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Change, Payload
 from relay.steps import Steps, Work
@@ -33,7 +36,18 @@ MAX_VANISHED = 10_000
 SHARE_OF_DELTA = 2
 """Divisor: a delta is sent if it has at most half of the bytes of everything."""
 
+MAX_ANSWERS = 64
+"""Deltas remembered until the next step: clients come back with few different states."""
+
+MAX_NUMBER = (1 << 31) - 1
+"""Limit of the number of a state: some SDKs read it into 32 bits, and fail if it does not fit."""
+
+UNRELIABLE = "?"
+"""Instead of the state that a client names, if its data may be others than those of that state."""
+
 _MODULUS = 1 << 256
+
+_NUMBER = re.compile(r"[0-9]{1,20}")
 
 
 class Full(Struct, frozen=True):
@@ -41,9 +55,12 @@ class Full(Struct, frozen=True):
 
     Args:
         reason: `payload-missing` if the client named no state, else `cant-catchup`.
+        cause: of that, for those who operate the relay.
     """
 
     reason: str
+    cause: str
+    kind: ClassVar[str] = "full"
 
     @property
     def key(self) -> str:
@@ -63,12 +80,27 @@ class Delta(Struct, frozen=True):
     since: int
 
     @property
+    def kind(self) -> str:
+        """`none` if the client is up to date, else `delta`."""
+        return "delta" if self.items else "none"
+
+    @property
+    def cause(self) -> str:
+        """Reason for the kind, as clients are told."""
+        return "stale" if self.items else "up-to-date"
+
+    @property
     def key(self) -> int:
         """Key by which it can be remembered until the next step."""
         return self.since
 
 
-MISSING, CANNOT_CATCH_UP = Full("payload-missing"), Full("cant-catchup")
+MISSING = Full("payload-missing", "no-state")
+UNKNOWN = Full("cant-catchup", "unknown-state")
+DOUBTED = Full("cant-catchup", "unreliable-state")
+TOO_OLD = Full("cant-catchup", "old-state")
+"""Before a barrier, or before what is remembered."""
+TOO_LARGE = Full("cant-catchup", "large-delta")
 
 
 class _Salted(Struct):
@@ -93,6 +125,8 @@ class Journal:
         """Number of changes of the data so far; 0 before there are any."""
         self.latest: Full | Delta = MISSING
         """Answer to a client that had seen all before the last step."""
+        self.answers = AnswerCounts()
+        """What clients were answered."""
         self._floor = 0
         """Step from which on all touches are known."""
         self._barrier = 0
@@ -100,8 +134,14 @@ class Journal:
         version, or a salt, that does not supersede what clients may have seen."""
         self._touched: dict[Kind, dict[str, int]] = {kind: {} for kind in Kind}
         """Last step at which each item was touched; the latest touch comes last."""
+        self.barriers = 0
+        """Number of such steps so far."""
         self._vanished: OrderedDict[tuple[Kind, str], int] = OrderedDict()
         """Versions of the tombstones of items that upstream has ceased to list."""
+        self._forgotten = -1
+        """Greatest version of those that are remembered no more."""
+        self._answers: dict[int, Full | Delta] = {}
+        """Answers since the last step, by the step at which the client's state was reached."""
         self._states: OrderedDict[str, int] = OrderedDict()
         """Step at which each state was first reached; the oldest first."""
         self.naming: Work[None] | None = None
@@ -118,14 +158,13 @@ class Journal:
     @property
     def depth(self) -> int:
         """Number of states that clients may come back with."""
-        self._finish_naming()
-        return len(self._states)
+        return len(self._states) + (self.naming is not None)
 
     @property
     def version(self) -> int:
-        """Number of the state: 1 at least, and equal for equal data."""
+        """Number of the state: from 1 to `MAX_NUMBER`, and equal for equal data."""
         self._finish_naming()
-        return max(1, self._versions)
+        return self._number
 
     @property
     def state(self) -> str:
@@ -136,7 +175,11 @@ class Journal:
     @property
     def _state(self) -> str:
         digest = _text((self._digest % _MODULUS).to_bytes(32, "big")[:16])
-        return f"(p:{self.id}-{digest}:{max(1, self._versions)})"
+        return f"(p:{self.id}-{digest}:{self._number})"
+
+    @property
+    def _number(self) -> int:
+        return self._versions % MAX_NUMBER or MAX_NUMBER if self._versions else 1
 
     def record(self, payload: Payload, change: Change, *, full: bool = False) -> None:
         """Record the next step.
@@ -148,6 +191,7 @@ class Journal:
         """
         before, self._payload = self._payload, payload
         self.step += 1
+        self._answers.clear()
         if self.step == 1:
             self._begin(payload)
             return
@@ -158,7 +202,7 @@ class Journal:
             return
         self._finish_naming()
         if not all(self._supersedes(before, item) for item in items):
-            self._barrier = self.step
+            self._set_barrier()
         for item in items:
             self._touch(before, item)
         for item in vanished:
@@ -166,33 +210,69 @@ class Journal:
         self._forget_oldest()
         self._note_state()
         is_barrier = self._barrier == self.step
-        self.latest = CANNOT_CATCH_UP if is_barrier else Delta(items, self.step - 1)
+        self.latest = TOO_OLD if is_barrier else Delta(items, self.step - 1)
 
     def _begin_anew(self, payload: Payload) -> None:
         """Let all clients get everything, as most of it has changed: cheaper than to compare."""
-        self._barrier = self.step
+        self._set_barrier()
         for touched in self._touched.values():
             touched.clear()
         self._vanished.clear()
+        self._forgotten = -1
         self._begin(payload)
-        self.latest = CANNOT_CATCH_UP
+        self.latest = TOO_OLD
+
+    def _set_barrier(self) -> None:
+        self._barrier = self.step
+        self.barriers += 1
 
     def answer(self, basis: str) -> Full | Delta:
         """Return what a client needs to be current (fdv2 13.8.3).
 
         Args:
-            basis: state that it names; empty for none.
+            basis: state that it names; empty for none, `UNRELIABLE` if it says nothing.
         """
         if not basis:
             return MISSING
+        if basis == UNRELIABLE:
+            return DOUBTED
         self._finish_naming()
         since = self._states.get(basis)
-        if since is None or since < max(self._floor, self._barrier):
-            return CANNOT_CATCH_UP
-        items = tuple(self._touched_after(since))
-        if _is_large(items, self._payload):
-            return CANNOT_CATCH_UP
-        return Delta(items, since)
+        if since is None:
+            return UNKNOWN
+        answer = self._answers.get(since)
+        if answer is None:
+            if len(self._answers) >= MAX_ANSWERS:
+                self._answers.clear()
+            answer = self._answers[since] = self._answer_since(since)
+        return answer
+
+    def counter(self, answer: Full | Delta) -> AnswerCounter:
+        """Return the counter of an answer, which has to count each time that it is given."""
+        saved = 0
+        if isinstance(answer, Delta):
+            saved = self._payload.size - sum(len(item.json or b"") for item in answer.items)
+        return self.answers.counter(answer.kind, answer.cause, saved)
+
+    def is_behind(self, basis: str) -> bool:
+        """Return whether a state may be one that these data have yet to reach (fdv2 13.8.3).
+
+        Only a hint that it may be worth waiting: it goes by the number.
+        """
+        if not basis.startswith("(p:" + self.id):
+            return False
+        self._finish_naming()
+        number = basis.rpartition(":")[2].removesuffix(")")
+        if basis in self._states or not _NUMBER.fullmatch(number):
+            return False
+        ahead = (int(number) - self._number) % MAX_NUMBER  # numbers begin anew after the greatest
+        return 0 < ahead < MAX_NUMBER // 2
+
+    def _answer_since(self, step: int) -> Full | Delta:
+        if step < max(self._floor, self._barrier):
+            return TOO_OLD
+        items = tuple(self._touched_after(step))
+        return TOO_LARGE if _is_large(items, self._payload) else Delta(items, step)
 
     def _begin(self, payload: Payload) -> None:
         self.naming = Work(self._name(payload))
@@ -215,8 +295,8 @@ class Journal:
     def _supersedes(self, before: Payload, item: Item) -> bool:
         """Return whether every client takes an item for newer than what it has seen."""
         known = before.all(item.kind).get(item.key)
-        gone = self._vanished.get((item.kind, item.key), -1)
-        seen = max(gone, -1 if known is None else known.version)
+        seen = self._forgotten if known is None else known.version
+        seen = self._vanished.get((item.kind, item.key), seen)
         if item.version <= seen:
             return False
         return known is None or known.deleted or item.deleted or _salt(known) == _salt(item)
@@ -248,7 +328,8 @@ class Journal:
 
     def _forget_oldest(self) -> None:
         while len(self._vanished) > MAX_VANISHED:
-            (kind, key), _ = self._vanished.popitem(last=False)
+            (kind, key), version = self._vanished.popitem(last=False)
+            self._forgotten = max(self._forgotten, version)
             self._touched[kind].pop(key, None)
             self._floor = self.step
 

@@ -78,8 +78,8 @@ def resolve(
     """
     credential = _credential(route.auth, headers, environment_id, query)
     payload_filter = parameter_in(query, "filter")
-    find = relay.registry.grant
-    for kind in route.auth.accepted:
+    find, kinds = relay.registry.grant, route.auth.accepted
+    for kind in kinds:
         grant = find(kind, credential, payload_filter)
         if grant is not None:
             return Access(route, grant)
@@ -87,8 +87,10 @@ def resolve(
         return NO_ENVIRONMENTS  # on 401, SDKs would give up for good
     if not credential and route.auth.source is CredentialSource.HEADER:
         return MALFORMED_CREDENTIAL
-    if payload_filter and any(find(kind, credential) for kind in route.auth.accepted):
-        return UNKNOWN_FILTER
+    for kind in kinds if payload_filter else ():
+        unfiltered = find(kind, credential)
+        if unfiltered is not None:
+            return Access(route, unfiltered) if route.ignores_filters else UNKNOWN_FILTER
     by_path = route.auth.source is CredentialSource.PATH
     return UNKNOWN_ENVIRONMENT_ID if by_path else UNKNOWN_CREDENTIAL
 

@@ -138,6 +138,14 @@ class Route:
         """True if scripts in browsers use it, so that its responses need CORS headers."""
         return bool(self.auth.exposed_headers)
 
+    @property
+    def ignores_filters(self) -> bool:
+        """True if an unknown filter means all data, as for LaunchDarkly (fdv2 13.1.1).
+
+        SDKs would give up for good on a refusal.
+        """
+        return self.template.startswith(("/sdk/stream", "/sdk/poll"))
+
     def match(self, path: bytes) -> RouteMatch | None:
         """Return the parameters of a plain path, which has no escapes; None for any other path."""
         found = self._pattern.fullmatch(path)

@@ -26,6 +26,7 @@ from relay.streams.evaluated import EVALUATING, PINGS, EvalClient
 from relay.streams.transport import LAST_CHUNK, decode_chunks
 from relay.telemetry.traffic import RequestMetrics
 from relay.web.access import Access
+from relay.web.bases import Bases
 from relay.web.bodies import MemoryBudget, RequestRejected
 from relay.web.contexts import (
     NO_KEY,
@@ -36,16 +37,11 @@ from relay.web.contexts import (
     secure_mode_hash_in,
     wants_reasons,
 )
-from relay.web.requests import first_values, parameter_in
+from relay.web.requests import first_values
 from relay.web.responses import Headers, PreparedResponse, environment_headers
-from relay.web.routes import Route
 
 PIPE_LIMIT = 64 * 1024
 """Bytes that may wait for the ASGI server before the client counts as slow, as in a transport."""
-
-STALE_BASIS = b"NodeJSClient/"
-"""Beginning of the user agent of SDKs that name the state of their first connection each time they
-reconnect, and ignore items that are not newer than theirs: they need all data (fdv2 13.8.6)."""
 
 _UNBUFFERED = (b"x-accel-buffering", b"no")
 
@@ -122,23 +118,21 @@ def _stream_for(access: Access, raw: bytes, context: Context, query: bytes) -> C
     return ClientStream(EVALUATING[sdk_kind], client)
 
 
-def server_stream(route: Route, headers: Mapping[bytes, bytes], query: bytes) -> ClientStream:
+def server_stream(
+    access: Access, headers: Mapping[bytes, bytes], query: bytes, bases: Bases
+) -> ClientStream:
     """Return the stream of `/all`, `/flags` or `/sdk/stream`.
 
     Args:
-        route: of the request.
+        access: environment of the stream, and the route.
         headers: of the request, by name in lower case.
         query: as received.
+        bases: reads the state that the client names.
     """
-    name = route.template.removeprefix("/")
-    return ClientStream(name, _basis(headers, query) if name == DELTAS else None)
-
-
-def _basis(headers: Mapping[bytes, bytes], query: bytes) -> str:
-    """Return the state of the client's data; empty if it names none that can be relied on."""
-    if headers.get(b"user-agent", b"").startswith(STALE_BASIS):
-        return ""
-    return parameter_in(query, "basis")
+    name = access.route.template.removeprefix("/")
+    if name != DELTAS:
+        return ClientStream(name)
+    return ClientStream(name, bases.of_stream(access.environment, headers, query))
 
 
 class StreamsHandler:
@@ -147,16 +141,19 @@ class StreamsHandler:
     Args:
         traffic: counts streams.
         budget: memory for contexts in bodies.
+        bases: reads the states that clients name.
     """
 
-    def __init__(self, traffic: RequestMetrics, budget: MemoryBudget) -> None:
+    def __init__(self, traffic: RequestMetrics, budget: MemoryBudget, bases: Bases) -> None:
         self._traffic = traffic
         self._budget = budget
+        self._bases = bases
 
     async def shared(self, request: Request, access: Access) -> Response:
         """Open a stream of a server-side SDK."""
         headers, query = first_values(request), request.scope["query_string"]
-        return self._open(request, access, server_stream(access.route, headers, query))
+        stream = server_stream(access, headers, query, self._bases)
+        return self._open(request, access, stream)
 
     async def pings(self, request: Request, access: Access) -> Response:
         """Open a stream of pings, whose path has no context."""
