@@ -191,6 +191,12 @@ def _spool_durable(view: MetricsView) -> Iterator[Row]:
         yield (), int(view.relay.events.spool.durable)
 
 
+def _answers(view: MetricsView) -> Iterator[Row]:
+    for name, environment in view.environments.items():
+        for (kind, reason), number in environment.journal.answers.numbers.items():
+            yield (name, kind, reason), number.value
+
+
 def _items(view: MetricsView) -> Iterator[Row]:
     for name, environment in view.environments.items():
         if environment.payload is not None:
@@ -284,6 +290,10 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_big_segments_patches_total", COUNTER, ("environment",), "Patches of big segments that this relay has written; others may have been written by another one."): _of_big_segments(lambda b: b.synchroniser.applied if b.synchroniser else None),
     Metric("relay_big_segments_reads_total", COUNTER, ("environment",), "Contexts whose memberships in big segments were read from the database for evaluations."): _of_big_segments(lambda b: b.reads),
     Metric("relay_big_segments_failed_reads_total", COUNTER, ("environment",), "Contexts that were evaluated without their memberships, because the database was away."): _of_big_segments(lambda b: b.failed_reads),
+    Metric("relay_transfers_total", COUNTER, ("environment", "answer", "reason"), "Answers to SDKs that may name the state of their data: `full`, `delta` or `none`, and why."): _answers,
+    Metric("relay_transfers_saved_bytes_total", COUNTER, ("environment",), "Bytes of flags and segments that these answers did not have to contain."): _per_environment(lambda e: e.journal.answers.saved.value),
+    Metric("relay_journal_states", GAUGE, ("environment",), "States from which SDKs can be brought up to date without all data."): _per_environment(lambda e: e.journal.depth),
+    Metric("relay_journal_barriers_total", COUNTER, ("environment",), "Changes after which all SDKs got everything, because an item went back in version or was created anew."): _per_environment(lambda e: e.journal.barriers),
     Metric("relay_items", GAUGE, ("environment", "kind"), "Flags and segments that are held, deleted ones included; none without data."): _items,
     Metric("relay_invalid_items", GAUGE, ("environment",), "Flags and segments of which LaunchDarkly's last version could not be used."): _per_environment(lambda e: len(e.invalid)),
     Metric("relay_rejected_total", COUNTER, ("environment",), "Messages and items of LaunchDarkly that could not be used."): _per_environment(lambda e: e.rejected),

@@ -265,6 +265,45 @@ async def test_streams_that_wait_for_data_then_get_what_they_miss(site):
         stream.close()
 
 
+async def test_answers_are_counted(site):
+    """By kind and reason, each time that one is given, with the bytes that it spares."""
+    served, address = site
+    old = change(served, LARGE, flag("a", 1), full=True)
+    assert "fdv2" not in (await status(address))
+    new = change(served, flag("a", 2))
+    size, changed = served.environment.payload.size, len(flag("a", 2).json)
+    for basis in ("", old, old, old, new, new, "(p:x:1)"):
+        await poll(address, basis)
+    await poll(address, "", ("If-None-Match", f'"{new}"'))
+    for basis in ("", old, new, "?"):
+        await first(address, basis)
+    await first(address, new, NODE)
+    change(served, LARGE, flag("a", 1), full=True)
+    await poll(address, new)
+    assert (await status(address))["fdv2"] == {
+        "answers": {
+            "delta": {"stale": 4},
+            "full": {"no-state": 2, "old-state": 1, "unknown-state": 1, "unreliable-state": 2},
+            "none": {"up-to-date": 4},
+        },
+        "bytesSaved": 8 * size - 4 * changed,
+        "states": 2,  # the first one again
+        "barriers": 1,
+    }
+    metrics = (await ask(address, "/metrics")).body.decode()
+    labels = 'environment="main",answer="delta",reason="stale"'
+    assert f"relay_transfers_total{{{labels}}} 4\n" in metrics
+    saved = 8 * size - 4 * changed
+    assert f'relay_transfers_saved_bytes_total{{environment="main"}} {saved}\n' in metrics
+    assert 'relay_journal_states{environment="main"} 2\n' in metrics
+    assert 'relay_journal_barriers_total{environment="main"} 1\n' in metrics
+
+
+async def status(address):
+    page = json.loads((await ask(address, "/status")).body)
+    return page["environments"]["main"]
+
+
 async def test_an_unknown_filter_means_all_data(site):
     """As for LaunchDarkly; SDKs would give up for good on a refusal (fdv2 13.4.2)."""
     served, address = site
