@@ -106,15 +106,17 @@ class DeltaChannel(BroadcastChannel[str]):
             self._start(_CatchUp(self, self._waiting))
 
     def catch_up(self, subscription: Subscription) -> None:
-        """Let a client that waits begin, if it has waited for long enough."""
+        """Let a client that waits begin, if it has what it waits for, or has waited long enough."""
         until = self._waiting.get(subscription)
         if until is None or self._payload is None:
             return
-        overdue = clock.monotonic() >= until
-        if overdue:
+        if clock.monotonic() >= until:
             self.subscriptions[subscription] = _GIVEN_UP
-        if overdue or not self._journal.is_behind(self.subscriptions[subscription]):
-            self.resync(subscription)
+        elif self._journal.is_behind(self.subscriptions[subscription]):
+            if until == math.inf:  # until now it has waited for data
+                self._wait(subscription)
+            return
+        self.resync(subscription)
 
     def forget(self, subscription: Subscription) -> None:
         """Remove a subscription whose connection is lost, or which begins."""

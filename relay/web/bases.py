@@ -17,8 +17,10 @@ MAX_BASIS = 256
 MAX_HANDED = 4096
 """Instances of an environment that may be between their poll and their stream at a time."""
 
-FRESH = 10.0
-"""Seconds within which an SDK that has polled opens its stream."""
+FRESH = 0.4
+"""Seconds within which a stream after a poll is an SDK's first one: it waits for at least half a
+second before it reconnects. A later one may follow a stream of another replica, which this relay
+has not seen, and whose data may be newer than the state that it names."""
 
 _STALE = b"NodeJSClient/"
 """Beginning of the user agent of SDKs that name the state of their first connection each time they

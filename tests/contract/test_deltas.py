@@ -131,8 +131,9 @@ async def test_a_client_with_a_stale_state_gets_everything(site):
     assert (await first(address, state, "User-Agent: PythonClient/9.20.0"))[0] == "none"
 
 
-async def test_the_first_stream_after_a_poll_is_fresh(site):
+async def test_the_first_stream_after_a_poll_is_fresh(site, monkeypatch):
     """Node's SDK polls, then opens a stream; reconnecting, it names the same state once more."""
+    monkeypatch.setattr(bases, "FRESH", 10.0)
     served, address = site
     state = change(served, LARGE, flag("a", 1), full=True)
     for _ in range(2):
@@ -146,6 +147,7 @@ async def test_the_first_stream_after_a_poll_is_fresh(site):
 
 async def test_only_what_a_poll_has_just_handed_out_is_fresh(site, monkeypatch):
     """Not to another instance, not another state, not after a stream of its own, not later."""
+    monkeypatch.setattr(bases, "FRESH", 10.0)
     served, address = site
     old = change(served, LARGE, flag("a", 1), full=True)
     state = change(served, flag("a", 2))
@@ -217,6 +219,16 @@ async def test_a_client_does_not_wait_for_ever(site, monkeypatch):
         state,
     )
     assert intent((await poll(address, other)).body) == "xfer-full"
+
+
+async def test_data_that_come_late_may_be_behind_as_well(site, monkeypatch):
+    """A client that has waited for them waits for the change, but not for ever."""
+    monkeypatch.setattr(deltas, "MAX_WAIT", 0.05)
+    served, address = site
+    stream = await opened(address, ahead([flag("a", 2)]))
+    change(served, LARGE, flag("a", 1), full=True)
+    assert transfer(await stream.chunk())[0] == "xfer-full"
+    stream.close()
 
 
 async def test_a_poll_waits_for_a_change_that_the_client_has_already(site):
