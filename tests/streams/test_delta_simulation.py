@@ -3,6 +3,13 @@
 Replicas of one environment lag, get changes in another order, take everything anew, and restart from
 any older snapshot. SDKs are cut off at any byte and come back to any replica. Journal, encoders,
 streams and polls are those of the product; only sockets are not.
+
+It finds each of these within 400 histories: a state that counts from its newest occurrence; a state
+that is a number of steps, or an address of keys and versions alone; a delta that leaves out one step,
+or what vanished from upstream's data; no barriers, or none for those who come back, or none for those
+who stay; tombstones that are forgotten; Node's stale states taken at their word; changes sent to
+clients that wait; deltas, openings, or pending changes kept over a change; a slow client that is not
+started over. And, within some thousands: deltas for polls of Node's SDK.
 """
 
 from __future__ import annotations
@@ -39,7 +46,7 @@ from tests.support.fdv2 import Client, Content, Keeper, Key, NodeClient
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "400"))
 REPLICAS = 3
-KEYS: list[tuple[Kind, str]] = [*((Kind.FLAG, key) for key in "abc"), (Kind.SEGMENT, "a")]
+KEYS = [(Kind.FLAG, "a"), (Kind.FLAG, "b"), (Kind.SEGMENT, "a")]
 PADDING = "x" * 1500
 """Of an item that never changes: beside it, deltas are small."""
 
@@ -72,7 +79,8 @@ class LaunchDarkly:
         self._count = 0
         large = item(Kind.FLAG, "large", 1, 0, PADDING)
         self.items = {(Kind.FLAG, "large"): large}
-        self.history = [tuple(self.items.values())]
+        self.history: list[tuple[Item, ...]] = []
+        self._remember()
         self.queues: list[list[ChangeSet]] = [[] for _ in range(REPLICAS)]
 
     def put(self, number: int) -> None:
@@ -88,9 +96,11 @@ class LaunchDarkly:
         if known and not known.deleted:
             self._issue(Item(kind, key, known.version + 1, None))
 
-    def create(self, number: int, version: int) -> None:
-        """Create an item anew, at any version, or change it without a greater one."""
+    def create(self, number: int, advance: int) -> None:
+        """Create an item anew, at a version that need not be greater."""
         kind, key = KEYS[number]
+        known = self.items.get((kind, key))
+        version = max(1, (known.version if known else 0) + advance)
         self._issue(item(kind, key, version, self._next(), self._count))
 
     def touch(self, number: int) -> None:
@@ -103,8 +113,8 @@ class LaunchDarkly:
 
     def purge(self, number: int) -> None:
         """Forget an item, its tombstone included: only the next full transfer shows it."""
-        self.items.pop(KEYS[number], None)
-        self._remember()
+        if self.items.pop(KEYS[number], None):
+            self._remember()
 
     def reset(self) -> None:
         """Begin all versions anew."""
@@ -120,7 +130,7 @@ class LaunchDarkly:
             queue.append(ChangeSet(items))
 
     def _remember(self) -> None:
-        self.history.append(tuple(self.items.values()))
+        self.history.append(tuple(each for each in self.items.values() if not each.deleted))
 
     def _next(self) -> int:
         self._count += 1
@@ -297,7 +307,7 @@ class World:
         """Content that each state names."""
         self.processes = [Process() for _ in range(REPLICAS)]
         self.snapshots: list[list[Payload]] = [[] for _ in range(REPLICAS)]
-        makes = [Client, NodeClient, NodeClient, Keeper, Client]
+        makes = [Client, NodeClient, NodeClient, Keeper, Keeper]
         self.visitors = [Visitor(self, make, number) for number, make in enumerate(makes)]
 
     def handle(self, replica: int, changes: ChangeSet) -> None:
@@ -323,6 +333,43 @@ class World:
         while self.launchdarkly.queues[replica]:
             self.deliver(replica, 0)
 
+    async def blink(self, replica: int, number: int, bytes_: int) -> None:
+        """Let a replica hear of an item, and of its deletion: the state before may recur.
+
+        Connections are cut within these messages.
+        """
+        self.launchdarkly.put(number)
+        self.catch_up(replica)
+        self.launchdarkly.delete(number)
+        self.catch_up(replica)
+        await asyncio.sleep(0.001)
+        for visitor in self.visitors:
+            if visitor.process is self.processes[replica]:
+                self.tear(visitor, bytes_)
+
+    def rebirth(self, replica: int, number: int, advance: int) -> None:
+        """Let a replica hear that an item is gone, and then that it is there anew."""
+        self.launchdarkly.delete(number)
+        self.full(replica)
+        self.launchdarkly.create(number, advance)
+        self.catch_up(replica)
+
+    def tear(self, visitor: Visitor, number: int) -> None:
+        """Cut a connection within what is on its way; the SDK comes back to the same relay."""
+        if visitor.wire is not None and visitor.process in self.processes:
+            visitor.take(number)
+            visitor.connect(visitor.process)
+
+    async def boot(self, visitor: Visitor, replica: int, change: tuple[Any, ...]) -> None:
+        """Start an SDK that polls, then opens a stream; meanwhile something changes."""
+        visitor.start()
+        visitor.poll(self.processes[replica])
+        await asyncio.sleep(0)
+        visitor.take_poll()
+        await self.do(change)
+        self.full(replica)
+        visitor.connect(self.processes[replica])
+
     def full(self, replica: int, back: int = 0) -> None:
         """Let a replica get all data, or those of an earlier time."""
         history = self.launchdarkly.history
@@ -343,27 +390,37 @@ class World:
             self.full(replica)
 
     async def do(self, action: tuple[Any, ...]) -> None:
+        """Let something happen: see `WEIGHTS`."""
         name, *arguments = action
-        match name:
-            case "put" | "delete" | "create" | "touch" | "purge" | "reset":
-                getattr(self.launchdarkly, name)(*arguments)
-            case "deliver" | "catch_up" | "full" | "restart":
-                getattr(self, name)(*arguments)
-            case "connect" | "poll":
-                visitor, replica, *bytes_ = arguments
-                if name == "connect" and self.visitors[visitor].reconnects:
-                    await asyncio.sleep(MIN_RECONNECT_DELAY)
-                getattr(self.visitors[visitor], name)(self.processes[replica])
-                await asyncio.sleep(0.001)
-                self.visitors[visitor].take(*bytes_ or [0])
-            case "take" | "cut" | "start" | "pause" | "resume" | "renew":
-                if name == "take":
-                    await asyncio.sleep(0.001)  # changes before it go out together
-                getattr(self.visitors[arguments[0]], name)(*arguments[1:])
-            case "sleep":
-                await asyncio.sleep(arguments[0])
+        if hasattr(self.launchdarkly, name):
+            getattr(self.launchdarkly, name)(*arguments)
+        elif hasattr(self, name):
+            if name in ("tear", "boot", "visit", "ask"):
+                arguments[0] = self.visitors[arguments[0]]
+            done = getattr(self, name)(*arguments)
+            if done is not None:
+                await done
+        else:
+            await asyncio.sleep(0.001)  # changes before it go out together
+            getattr(self.visitors[arguments[0]], name)(*arguments[1:])
         for visitor in self.visitors:
             visitor.take_poll()
+
+    async def visit(self, visitor: Visitor, replica: int, number: int) -> None:
+        """Let an SDK connect, and take bytes of what it gets."""
+        if visitor.reconnects:
+            await asyncio.sleep(MIN_RECONNECT_DELAY)
+        visitor.connect(self.processes[replica])
+        await asyncio.sleep(0.001)
+        visitor.take(number)
+
+    def ask(self, visitor: Visitor, replica: int) -> None:
+        """Let an SDK poll."""
+        visitor.poll(self.processes[replica])
+
+    async def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        await asyncio.sleep(seconds)
 
     async def settle(self) -> None:
         """Let everything arrive; SDKs that are not connected come back."""
@@ -386,20 +443,29 @@ REPLICA, VISITOR = st.integers(0, REPLICAS - 1), st.integers(0, 4)
 KEY = st.integers(0, len(KEYS) - 1)
 ALL = 1 << 30
 
+CHANGE = st.one_of(
+    st.tuples(st.sampled_from(["put", "delete", "purge"]), KEY),
+    st.tuples(st.just("create"), KEY, st.integers(-3, 2)),
+)
+
 # How often each happens: mostly what happens every day, so that there is something to get wrong.
 WEIGHTS: dict[st.SearchStrategy[tuple[Any, ...]], int] = {
     st.tuples(st.just("put"), KEY): 10,
     st.tuples(st.just("delete"), KEY): 4,
-    st.tuples(st.just("create"), KEY, st.integers(1, 4)): 1,
-    st.tuples(st.sampled_from(["touch", "purge"]), KEY): 1,
+    st.tuples(st.just("create"), KEY, st.integers(-3, 2)): 2,
+    st.tuples(st.sampled_from(["touch", "purge"]), KEY): 2,
     st.just(("reset",)): 1,
     st.tuples(st.just("deliver"), REPLICA, st.sampled_from([0, 0, 0, 1, 2])): 10,
     st.tuples(st.just("catch_up"), REPLICA): 10,
+    st.tuples(st.just("blink"), REPLICA, KEY, st.integers(200, 400)): 3,
+    st.tuples(st.just("rebirth"), REPLICA, KEY, st.integers(-3, 2)): 1,
     st.tuples(st.just("full"), REPLICA, st.sampled_from([0, 0, 0, 0, 1, 3])): 2,
     st.tuples(st.just("restart"), REPLICA, st.integers(0, 4)): 2,
-    st.tuples(st.just("connect"), VISITOR, REPLICA, st.just(ALL)): 15,
-    st.tuples(st.just("connect"), VISITOR, REPLICA, st.integers(0, 700)): 4,
-    st.tuples(st.just("poll"), VISITOR, REPLICA): 6,
+    st.tuples(st.just("visit"), VISITOR, REPLICA, st.just(ALL)): 15,
+    st.tuples(st.just("visit"), VISITOR, REPLICA, st.integers(0, 700)): 4,
+    st.tuples(st.just("tear"), VISITOR, st.integers(0, 700)): 5,
+    st.tuples(st.just("boot"), VISITOR, REPLICA, CHANGE): 4,
+    st.tuples(st.just("ask"), VISITOR, REPLICA): 6,
     st.tuples(st.just("take"), VISITOR, st.just(ALL)): 10,
     st.tuples(st.just("take"), VISITOR, st.integers(0, 700)): 4,
     st.tuples(st.sampled_from(["cut", "pause", "resume"]), VISITOR): 6,
