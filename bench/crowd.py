@@ -39,6 +39,8 @@ class Crowd(Closing):
             f"Host: localhost\r\nAuthorization: {sdk_key}\r\n"
             "Accept: text/event-stream\r\nCache-Control: no-cache\r\n\r\n"
         )
+        self.received = 0
+        """Bytes that the clients have read."""
         self._clients = clients
         self._tls = tls
         self._sockets: dict[int, socket.socket] = {}
@@ -49,8 +51,14 @@ class Crowd(Closing):
         self._view = memoryview(self._buffer)
         self._read = self._read_once if tls is None else self._read_all
 
-    def connect(self, timeout: float = 120) -> float:
-        """Open all streams at once; return the seconds until the last has its first `put`."""
+    def connect(self, timeout: float = 120, marker: str = "") -> float:
+        """Open all streams at once; return the seconds until the last has its first `put`.
+
+        Args:
+            timeout: seconds.
+            marker: of the last event, where a stream begins with several.
+        """
+        keep = TAIL_BYTES if marker else PUT_TAIL_BYTES
         start = time.monotonic()
         waiting: set[int] = set()
         done = 0
@@ -60,7 +68,7 @@ class Crowd(Closing):
             answered = len(self._tails) + done
             for _ in range(min(UNANSWERED + answered, self._clients) - opened):
                 waiting.add(self._open())
-            done += self._read_ready(waiting, b"", PUT_TAIL_BYTES)
+            done += self._read_ready(waiting, marker.encode(), keep)
             self._check(start, timeout, done)
         return time.monotonic() - start
 
@@ -122,6 +130,7 @@ class Crowd(Closing):
         tails, view = self._tails, self._view
         for number, _ in self._poll.poll(1, 256):
             size = self._read(self._sockets[number])
+            self.received += size
             if number not in waiting:
                 continue
             if size >= keep:

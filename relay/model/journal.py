@@ -144,9 +144,11 @@ class Journal:
         """Answers since the last step, by the step at which the client's state was reached."""
         self._states: OrderedDict[str, int] = OrderedDict()
         """Step at which each state was first reached; the oldest first."""
+        self._unnamed: dict[tuple[Kind, str], Item | None] = {}
+        """Former value of each item touched since a state was named last."""
         self.naming: Work[None] | None = None
         """Work after a step that began anew: the name of its state. Whoever asks for that finishes
-        the work; better, somebody does it in slices before."""
+        the work; better, somebody does it in slices before, and calls `finish_naming` later on."""
         self._digest = 0
         self._versions = 0
         self._payload = EMPTY
@@ -158,18 +160,23 @@ class Journal:
     @property
     def depth(self) -> int:
         """Number of states that clients may come back with."""
-        return len(self._states) + (self.naming is not None)
+        return len(self._states) + (not self.is_named)
+
+    @property
+    def is_named(self) -> bool:
+        """False if `finish_naming` has something to do."""
+        return not self._unnamed and self.naming is None
 
     @property
     def version(self) -> int:
         """Number of the state: from 1 to `MAX_NUMBER`, and equal for equal data."""
-        self._finish_naming()
+        self.finish_naming()
         return self._number
 
     @property
     def state(self) -> str:
         """State of the data, as clients send it back: `basis` (fdv2 13.2.5)."""
-        self._finish_naming()
+        self.finish_naming()
         return self._state
 
     @property
@@ -200,7 +207,8 @@ class Journal:
         if full and _is_large(items, payload):
             self._begin_anew(payload)
             return
-        self._finish_naming()
+        if self.naming is not None:
+            self.naming.run()
         if not all(self._supersedes(before, item) for item in items):
             self._set_barrier()
         for item in items:
@@ -208,7 +216,6 @@ class Journal:
         for item in vanished:
             self._vanished[item.kind, item.key] = item.version
         self._forget_oldest()
-        self._note_state()
         is_barrier = self._barrier == self.step
         self.latest = TOO_OLD if is_barrier else Delta(items, self.step - 1)
 
@@ -219,6 +226,7 @@ class Journal:
             touched.clear()
         self._vanished.clear()
         self._forgotten = -1
+        self._unnamed.clear()
         self._begin(payload)
         self.latest = TOO_OLD
 
@@ -236,7 +244,7 @@ class Journal:
             return MISSING
         if basis == UNRELIABLE:
             return DOUBTED
-        self._finish_naming()
+        self.finish_naming()
         since = self._states.get(basis)
         if since is None:
             return UNKNOWN
@@ -261,7 +269,7 @@ class Journal:
         """
         if not basis.startswith("(p:" + self.id):
             return False
-        self._finish_naming()
+        self.finish_naming()
         number = basis.rpartition(":")[2].removesuffix(")")
         if basis in self._states or not _NUMBER.fullmatch(number):
             return False
@@ -288,9 +296,22 @@ class Journal:
         self._digest, self._versions, self.naming = digest, versions, None
         self._note_state()
 
-    def _finish_naming(self) -> None:
+    def finish_naming(self) -> None:
+        """Name the state, so that clients of other replicas, which may have it, are known.
+
+        In a burst of changes that is worth while for the last one only.
+        """
         if self.naming is not None:
             self.naming.run()
+        if not self._unnamed:
+            return
+        for (kind, key), former in self._unnamed.items():
+            for item, sign in ((former, -1), (self._payload.all(kind).get(key), 1)):
+                if item is not None and not item.deleted:
+                    self._digest += sign * _digest(item)
+                    self._versions += sign * item.version
+        self._unnamed.clear()
+        self._note_state()
 
     def _supersedes(self, before: Payload, item: Item) -> bool:
         """Return whether every client takes an item for newer than what it has seen."""
@@ -302,12 +323,10 @@ class Journal:
         return known is None or known.deleted or item.deleted or _salt(known) == _salt(item)
 
     def _touch(self, before: Payload, item: Item) -> None:
-        known = before.all(item.kind).get(item.key)
-        for each, sign in ((known, -1), (item, 1)):
-            if each is not None and not each.deleted:
-                self._digest += sign * _digest(each)
-                self._versions += sign * each.version
-        self._vanished.pop((item.kind, item.key), None)
+        name = item.kind, item.key
+        if name not in self._unnamed:
+            self._unnamed[name] = before.all(item.kind).get(item.key)
+        self._vanished.pop(name, None)
         touched = self._touched[item.kind]
         touched.pop(item.key, None)
         touched[item.key] = self.step

@@ -42,7 +42,7 @@ from relay.web.endpoints.polling import PollingHandler
 from relay.web.routes import ROUTES
 from tests.support import virtual
 from tests.support.contracts import ScriptedSource
-from tests.support.fdv2 import Client, Content, Keeper, Key, NodeClient
+from tests.support.fdv2 import Client, Content, Keeper, NodeClient
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "400"))
 REPLICAS = 3
@@ -214,29 +214,26 @@ class Visitor:
         self.reconnects = False
         self.home = None
         commit, up_to_date = self.client.commit, self.client.up_to_date
-        item_came = self.client.item_came
 
         def committed(items: Any, state: str, *, full: bool) -> None:
             commit(items, state, full=full)
-            self.home = self.process if full else self.home
+            if full:
+                self.home = self.process
             self._check(state)
 
         def kept() -> None:
             up_to_date()
             self._check(self.client.named)
 
-        def came(key: Key, value: Any) -> None:
-            item_came(key, value)
-            if self.process is not self.home:
-                self.home = None
-
         self.client.commit = committed  # type: ignore[method-assign]
         self.client.up_to_date = kept  # type: ignore[method-assign]
-        self.client.item_came = came  # type: ignore[method-assign]
 
     @property
     def is_exact(self) -> bool:
-        """True where an SDK is promised to have exactly the data of its state (fdv2 13.8.1)."""
+        """True where an SDK is promised to have exactly the data of its state (fdv2 13.8.1).
+
+        A keeper of half transfers is, as long as all that it has is from this process.
+        """
         return not isinstance(self.client, Keeper) or self.home is not None
 
     def _check(self, state: str) -> None:
@@ -250,8 +247,14 @@ class Visitor:
         basis = self.client.stream_basis()
         environment, query = process.environment, f"basis={basis}".encode()
         reliable = process.polling.bases.of_stream(environment, self.client.headers, query)
-        self.wire, self.process = Wire(), process
+        self.wire = Wire()
+        self._come_to(process)
         environment.hub.subscribe(STREAM, self.wire, b"", None, reliable)
+
+    def _come_to(self, process: Process) -> None:
+        self.process = process
+        if process is not self.home:
+            self.home = None
 
     def cut(self) -> None:
         """Lose the connection, with all that has not been read."""
@@ -292,8 +295,8 @@ class Visitor:
 
     def take_poll(self) -> None:
         if self._polled is not None and self._polled[1].done():
-            self.process, task = self._polled
-            self._polled = None
+            (process, task), self._polled = self._polled, None
+            self._come_to(process)
             if task.result().status == 200:
                 self.client.feed_poll(task.result().body)
 
