@@ -372,6 +372,9 @@ DELTAS = (
                 "×",
                 (Goal(0.95, least=True),),
             ),
+            Row(
+                f"{deltas.POLLED}, without basis, not compressed, in polls of {deltas.LATEST}", "×"
+            ),
             Row(f"{deltas.POLLED}, up to date", "req/cpu-s"),
             Row(f"{deltas.POLLED}, one change behind", "req/cpu-s"),
             Row(f"{deltas.POLLED}, without basis", "req/cpu-s"),

@@ -29,6 +29,8 @@ STREAMS = 15_000
 LATEST, TRANSFER, STREAM = "/sdk/latest-all", "/sdk/poll", "/sdk/stream"
 END = "event: payload-transferred"
 """In the last message of a transfer."""
+COMPRESSED = {**HEADERS, "Accept-Encoding": "gzip"}
+"""Headers of SDKs, all of which want polls compressed."""
 UNJOURNALED = f"{sys.executable} -m bench.unjournaled --from-env"
 """Ours without the journal."""
 BURST = 3000
@@ -82,13 +84,17 @@ def polls(server: Server, _: Certificate) -> Measured:
             "304": _rate(session, POLL, known),
             "delta": _rate(session, f"{TRANSFER}?basis={behind}", HEADERS),
             "2 KB": _rate(session, POLL, {"Authorization": SMALL_SDK_KEY}),
-            "full": _rate(session, TRANSFER, HEADERS),
-            "latest": _rate(session, LATEST, HEADERS),
+            "full": _rate(session, TRANSFER, COMPRESSED),
+            "latest": _rate(session, LATEST, COMPRESSED),
+            "plain full": _rate(session, TRANSFER, HEADERS),
+            "plain latest": _rate(session, LATEST, HEADERS),
         }
     return {
         f"{POLLED}, up to date, in 304s": rates["none"] / rates["304"],
         f"{POLLED}, one change behind, in polls of 2 KB": rates["delta"] / rates["2 KB"],
         f"{POLLED}, without basis, in polls of {LATEST}": rates["full"] / rates["latest"],
+        f"{POLLED}, without basis, not compressed, in polls of {LATEST}": rates["plain full"]
+        / rates["plain latest"],
         f"{POLLED}, up to date": rates["none"],
         f"{POLLED}, one change behind": rates["delta"],
         f"{POLLED}, without basis": rates["full"],
@@ -160,7 +166,7 @@ def _basis_behind(session: Session) -> str:
     """Change a flag; return the basis of the data before."""
     session.await_status(size=whole(DATASET))
     before = _basis(session)
-    upstream_of(session).patch(SDK_KEY, 2, "marker")
+    upstream_of(session).patch(SDK_KEY, 2, "salt")  # another salt would be another flag
     while _basis(session) == before:
         sleep(0.01)
     return before

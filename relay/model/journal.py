@@ -267,7 +267,7 @@ class Journal:
 
         Only a hint that it may be worth waiting: it goes by the number.
         """
-        if not basis.startswith("(p:" + self.id):
+        if basis in self._states or not basis.startswith("(p:" + self.id):
             return False
         self.finish_naming()
         number = basis.rpartition(":")[2].removesuffix(")")

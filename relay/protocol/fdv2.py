@@ -79,7 +79,7 @@ def _item(item: Item) -> Event:
     kind, key = _KINDS[item.kind], orjson.dumps(item.key)
     if item.json is None:
         text = b'{"version":%d,"kind":"%b","key":%b}'
-        return b"delete-object", (text % (item.version, kind, key),)
+        return b"delete-object", (text % (max(0, item.version), kind, key),)
     start = b'{"version":%d,"kind":"%b","key":%b,"object":' % (item.version, kind, key)
     return b"put-object", (start, item.json, b"}")
 
