@@ -4,7 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from bench import deltas, environments, evaluations, measures, rotation, webhook, workers
+from bench import (
+    deltas,
+    environments,
+    evaluations,
+    measures,
+    rotation,
+    stores,
+    webhook,
+    workers,
+)
+from bench.databases import DATABASES
 from bench.servers import Certificate, Server, Session
 from bench.table import NGINX, PEER, Goal, Row, at_least, at_most
 
@@ -57,8 +67,11 @@ def axes(rotation_streams: int = rotation.STREAMS) -> list[Axis]:
         CLIENT_PINGS,
         CLIENT_EVALUATING,
         CLIENT_CHANGE,
+        CLIENT_RETURN,
         EVAL_WORST_POLL,
         WEBHOOK,
+        *map(_written, DATABASES),
+        *(_idle_database(name, *each) for name, each in IDLE_GOALS.items()),
         ENVIRONMENTS,
         ENVIRONMENT_ADDED,
         _rotation(rotation_streams),
@@ -108,6 +121,25 @@ def _rotation(streams: int) -> Axis:
         Row("rotation: polls", "req/s"),
     )
     return Axis("rotation", rows, partial(rotation.rotate, streams))
+
+
+def _written(name: str) -> Axis:
+    patch = f"one patch → readable: {name}"
+    beyond = f"{patch}, beyond a write and a read"
+    rows = (
+        Row(f"put of 1000 flags written: {name}", "ms"),
+        Row(f"{patch}, p50", "ms"),
+        Row(f"{patch}, p99", "ms"),
+        Row(f"{name}: a write and a read, p50", "ms"),
+        Row(f"{beyond}, p50", "ms", (at_most(10),)),
+        Row(f"{beyond}, p99", "ms"),
+    )
+    return Axis(f"stored-{name.lower()}", rows, partial(stores.written, name))
+
+
+def _idle_database(name: str, unit: str, most: float) -> Axis:
+    row = Row(f"idle, per environment and hour: {name}", unit, (at_most(most),))
+    return Axis(f"idle-{name.lower()}", (row,), partial(stores.idle, name))
 
 
 def _load_rows(figure: str, *goals: Goal) -> tuple[Row, ...]:
@@ -269,6 +301,19 @@ CLIENT_CHANGE = Axis(
     ),
     evaluations.change,
 )
+CLIENT_RETURN = Axis(
+    "client-return",
+    (
+        Row(evaluations.RETURN_SHARE, "×", (Goal(0.1, least=False),)),
+        Row(f"{evaluations.RETURN}: last client", "s"),
+        Row(f"{evaluations.RETURN}: CPU", "cpu-s"),
+        Row(f"{evaluations.RETURN_UNCHANGED}: last client", "s"),
+        Row(f"{evaluations.RETURN_UNCHANGED}: CPU", "cpu-s"),
+        Row(f"{evaluations.RETURN_FULL}: last client", "s"),
+        Row(f"{evaluations.RETURN_FULL}: CPU", "cpu-s"),
+    ),
+    evaluations.come_back,
+)
 EVAL_WORST_POLL = Axis(
     "eval-worst-poll",
     (
@@ -277,6 +322,8 @@ EVAL_WORST_POLL = Axis(
     ),
     evaluations.worst_poll,
 )
+IDLE_GOALS = {"Redis": ("commands", 2000), "DynamoDB": ("requests", 120)}
+"""What a relay may ask of a database while nothing happens; see `stores.IDLE_SECONDS`."""
 BEYOND = "webhook → Redis beyond upstream's latency"
 WEBHOOK = Axis(
     "webhook",

@@ -46,19 +46,22 @@ class Crowd(Closing):
         self._sockets: dict[int, socket.socket] = {}
         self._over: set[int] = set()
         self._tails: dict[int, bytes] = {}
+        self._ends: dict[int, bytes] = {}
         self._poll = select.epoll()
         self._buffer = bytearray(READ_BYTES)
         self._view = memoryview(self._buffer)
         self._read = self._read_once if tls is None else self._read_all
 
-    def connect(self, timeout: float = 120, marker: str = "") -> float:
+    def connect(
+        self, timeout: float = 120, marker: bytes = b"", keep: int = PUT_TAIL_BYTES
+    ) -> float:
         """Open all streams at once; return the seconds until the last has its first `put`.
 
         Args:
-            timeout: seconds.
-            marker: of the last event, where a stream begins with several.
+            timeout: in seconds.
+            marker: what the last event of the opening has, if it has several.
+            keep: bytes of the end of what comes that are kept; see `ends`.
         """
-        keep = TAIL_BYTES if marker else PUT_TAIL_BYTES
         start = time.monotonic()
         waiting: set[int] = set()
         done = 0
@@ -68,9 +71,13 @@ class Crowd(Closing):
             answered = len(self._tails) + done
             for _ in range(min(UNANSWERED + answered, self._clients) - opened):
                 waiting.add(self._open())
-            done += self._read_ready(waiting, marker.encode(), keep)
+            done += self._read_ready(waiting, marker, keep)
             self._check(start, timeout, done)
         return time.monotonic() - start
+
+    def ends(self) -> list[bytes]:
+        """Return the ends of the openings, in the order in which the clients were opened."""
+        return [self._ends[number] for number in self._sockets]
 
     def expect(self, marker: str, timeout: float = 60) -> list[float]:
         """Read until every client has the event with `marker`.
@@ -140,6 +147,8 @@ class Crowd(Closing):
             end = tail.rfind(END_OF_EVENT)
             if end >= 0 and tail.find(marker, 0, end) >= 0:
                 tails.pop(number, None)
+                if keep > PUT_TAIL_BYTES:
+                    self._ends[number] = tail
                 waiting.discard(number)
                 done += 1
             else:

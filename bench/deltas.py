@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import median
 from time import sleep
 
-from bench.crowd import Crowd
+from bench.crowd import TAIL_BYTES, Crowd
 from bench.measures import (
     LOAD_SECONDS,
     MB,
@@ -27,7 +27,7 @@ DATASET = "570k"
 RECONNECTING = 3000
 STREAMS = 15_000
 LATEST, TRANSFER, STREAM = "/sdk/latest-all", "/sdk/poll", "/sdk/stream"
-END = "event: payload-transferred"
+END = b"event: payload-transferred"
 """In the last message of a transfer."""
 COMPRESSED = {**HEADERS, "Accept-Encoding": "gzip"}
 """Headers of SDKs, all of which want polls compressed."""
@@ -55,7 +55,7 @@ def reconnect(server: Server, _: Certificate) -> Measured:
             with Crowd(
                 session.port, SDK_KEY, RECONNECTING, path=lambda _, path=path: path
             ) as crowd:
-                seconds = crowd.connect(marker=END)
+                seconds = crowd.connect(marker=END, keep=TAIL_BYTES)
                 received = crowd.received
             figures.append((seconds, session.process.cpu_seconds() - cpu, received))
         (all_of_it, delta) = figures
@@ -113,7 +113,7 @@ def fan_out(server: Server, _: Certificate) -> Measured:
             session.await_status(size=whole("2k"))
             before = session.process.private_bytes()
             with Crowd(session.port, SDK_KEY, STREAMS, path=lambda _, path=path: path) as crowd:
-                crowd.connect(marker=END if path == STREAM else "")
+                crowd.connect(marker=END if path == STREAM else b"", keep=TAIL_BYTES)
                 sleep(1)
                 if path == STREAM:
                     memory = (session.process.private_bytes() - before) / STREAMS / 1000

@@ -2,6 +2,7 @@
 round."""
 
 import json
+import re
 import shutil
 import tempfile
 import threading
@@ -32,6 +33,10 @@ NEW = 10**9
 """More contexts than can ask within a round: none comes twice."""
 IDLE = 10_000
 VIEWERS = 5_000
+RETURN = f"{VIEWERS} FDv2 client streams come back, one of 1000 flags changed"
+RETURN_FULL = f"{VIEWERS} FDv2 client streams, 1000 flags"
+RETURN_UNCHANGED = f"{VIEWERS} FDv2 client streams come back, nothing changed"
+RETURN_SHARE = f"{RETURN}: CPU beyond that of coming back, in that of all flags"
 SETTLE_SECONDS = 1.0
 CHANGES = 3
 """Changes of one flag in one round; their median is the round's figure."""
@@ -113,6 +118,50 @@ def _change(server: Server, evaluating: str) -> tuple[float, float]:
         return median(times), (session.process.cpu_seconds() - cpu) / CHANGES
 
 
+def come_back(server: Server, _: Certificate) -> Measured:
+    """Open FDv2 streams with nothing, change one of 1000 flags, open them again with what they had.
+
+    And once more, with nothing to tell: that is what connections cost.
+
+    Each has a context of its own. A relay without FDv2 for client-side SDKs gets no figures.
+    """
+    tail = 1024
+    with _serve(server, "eval-1000") as session:
+        client = session.client()
+        if client.get(state_poll_path(0)).status != 200:
+            return {}
+        measured: Measured = {}
+        states = [""] * VIEWERS
+        for version, figure in ((2, RETURN_FULL), (3, RETURN), (3, RETURN_UNCHANGED)):
+            end = b"up-to-date" if figure == RETURN_UNCHANGED else b"payload-transferred"
+            marker = f"marker-{version}-end-"
+            upstream_of(session).change(SDK_KEY, data.rollout_flag(7, version, marker))
+            while marker.encode() not in client.get(state_poll_path(0)).body:
+                time.sleep(0.01)
+            paths = [fdv2_stream_path(*each) for each in enumerate(states)]
+            time.sleep(SETTLE_SECONDS)  # those before are gone
+            cpu = session.process.cpu_seconds()
+            with Crowd(session.port, "", VIEWERS, path=paths.__getitem__) as crowd:
+                seconds = crowd.connect(300, end, tail)
+                cpu = session.process.cpu_seconds() - cpu
+                if figure != RETURN_UNCHANGED:
+                    states = [_state_in(each) for each in crowd.ends()]
+            measured |= {f"{figure}: last client": seconds, f"{figure}: CPU": cpu}
+        client.close()
+    answers, whole_answers = (
+        measured[f"{figure}: CPU"] - measured[f"{RETURN_UNCHANGED}: CPU"]
+        for figure in (RETURN, RETURN_FULL)
+    )
+    return measured | {RETURN_SHARE: answers / whole_answers}
+
+
+def _state_in(end: bytes) -> str:
+    found = re.search(rb'"state":"([^"]+)"', end)
+    if found is None:
+        raise RuntimeError("a transfer ended without a state")
+    return found[1].decode()
+
+
 def worst_poll(server: Server, _: Certificate) -> Measured:
     """Poll one environment while another one's flags are evaluated as fast as it goes."""
     dataset = "eval-1000"
@@ -165,6 +214,17 @@ def stream_path(number: int) -> str:
 def poll_path(number: int) -> str:
     """The path on which the same SDK polls."""
     return f"/sdk/evalx/{ENVIRONMENT_ID}/contexts/{data.USUAL_CONTEXTS.in_base64(number)}"
+
+
+def state_poll_path(number: int) -> str:
+    """The path on which an SDK polls that speaks FDv2."""
+    return f"/sdk/poll/eval/{data.USUAL_CONTEXTS.in_base64(number)}?auth={ENVIRONMENT_ID}"
+
+
+def fdv2_stream_path(number: int, basis: str) -> str:
+    """The path of the stream of such an SDK, which has the data of a state."""
+    query = f"?auth={ENVIRONMENT_ID}" + (f"&basis={basis}" if basis else "")
+    return f"/sdk/stream/eval/{data.USUAL_CONTEXTS.in_base64(number)}{query}"
 
 
 def _load(session: Session, dataset: str, contexts: int, first: int, seconds: float) -> Load:

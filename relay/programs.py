@@ -10,11 +10,13 @@ import asyncio
 
 from relay import clock
 from relay.aio import SLICE, run_for
+from relay.evaluation.clientjournal import ClientJournal
 from relay.evaluation.compiled.flag import CompiledFlag
 from relay.evaluation.compiled.index import Index
 from relay.evaluation.compiled.program import FlagCompiler, Program
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.item import version_of_time
+from relay.model.journal import Journal
 from relay.model.payload import Payload
 from relay.steps import Steps, Work
 
@@ -24,9 +26,16 @@ patch has changed."""
 
 
 class ProgramCache:
-    """Programs of an environment's newest payload, compiled on demand for each kind of SDK."""
+    """Programs of an environment's newest payload, compiled on demand for each kind of SDK.
 
-    def __init__(self) -> None:
+    Args:
+        journal: of the environment; knows a change before `update`.
+    """
+
+    def __init__(self, journal: Journal | None = None) -> None:
+        self._journal = journal or Journal("")
+        self.client_journal = ClientJournal(self._journal)
+        """Journal of what client-side SDKs see."""
         self._payload: Payload | None = None
         self._compiler: FlagCompiler | None = None
         self.version = 0
@@ -55,11 +64,16 @@ class ProgramCache:
         """
         if payload is self._payload:
             return
+        self.client_journal.record(self._payload)
         self._payload = payload
         least = max(self.version + 1, payload.newest + 1)
         self.version = max(least, version or version_of_time(clock.unix()))
         self._programs = {}
         self._partials = {}
+
+    def is_newest(self, program: Program) -> bool:
+        """Return whether a program is that of the newest payload."""
+        return program.version == self.version
 
     def current(self, sdk_kind: SDKKind, /) -> Program | None:
         """Return the program of the newest payload if it is ready or soon compiled, else None."""
@@ -96,7 +110,7 @@ class ProgramCache:
         return work.result
 
     def _compile(self, payload: Payload, sdk_kind: SDKKind) -> Steps[Program]:
-        """Compile a payload, with a step for each flag."""
+        """Compile a payload, with a step for each flag, and for each item to name its state."""
         if self._compiler is None or self._compiler.payload is not payload:
             self._compiler = FlagCompiler(payload, self._compiler)
         compiler, index = self._compiler, Index(self._indexes.get(sdk_kind))
@@ -108,5 +122,14 @@ class ProgramCache:
                 if flag.features:
                     index.add(flag.features)
             yield
+        while (naming := self._journal.naming) is not None:
+            naming.run(0.0, lambda: 1.0)
+            yield
         self._indexes[sdk_kind] = index
-        return Program(flags, self.version, index)
+        return Program(
+            flags,
+            self.version,
+            index,
+            selector=self._journal.selector,
+            dependencies=compiler.dependencies,
+        )

@@ -97,7 +97,10 @@ class Relay:
         directory: Directory | None = None,
         stale_big_segments_degrade: bool = False,
         reports_starts: bool = True,
+        fdv1_fallback: bool = False,
     ) -> None:
+        self.fdv1_fallback = fdv1_fallback
+        """True if SDKs that speak FDv2 are led back to FDv1."""
         self.stale_big_segments_degrade = stale_big_segments_degrade
         """True if `/status` reports `degraded` while big segments are out of date."""
         self.registry: Registry[Environment] = registry or Registry()

@@ -29,6 +29,7 @@ from bench.cold_start.ways import (
     ways,
 )
 from bench.crowd import Crowd
+from bench.databases import DATABASES, until_stored
 from bench.environments import await_all
 from bench.evaluations import ENVIRONMENT_ID, poll_path, stream_path
 from bench.polls import Client
@@ -62,6 +63,28 @@ def test_a_stream_with_an_unknown_key_is_refused() -> None:
         client = Client(upstream.url, {"Authorization": "sdk-other"})
         assert client.get("/all").status == 401
         client.close()
+
+
+@pytest.mark.parametrize("name", DATABASES)
+def test_a_relay_keeps_each_database_that_is_measured(name: str) -> None:
+    """Their clients see what a relay writes, and what it asks is counted."""
+    with DATABASES[name]() as database:
+        assert database.versions("bench") == []
+        variables = {**database.variables, "LD_PREFIX_main": "bench", "LD_PREFIX_small": "small"}
+        with Relay(OURS, OWN_COMMAND, variables).serve("2k") as session:
+            flags = [data.flag_key(index) for index in range(3)]
+            until_stored(database, "bench", flags, 1)
+            before = database.requests()
+            upstream = session.upstream
+            assert upstream
+            upstream.change(SDK_KEY, data.flag(flags[0], 2, 500))
+            deadline = time.monotonic() + 10
+            while database.version("bench", flags[0]) < 2:
+                assert time.monotonic() < deadline
+            assert database.requests() > before
+        database.write("other", flags[0], 7)
+        assert database.version("other", flags[0]) == 7
+        assert database.versions("other") == []
 
 
 @pytest.mark.parametrize(

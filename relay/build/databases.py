@@ -72,12 +72,12 @@ def make_databases(config: Config) -> tuple[Database, ...]:
 
 def _dynamodb(options: DynamoDB) -> Database:
     try:
-        from relay.stores.dynamodb.connect import DynamoDBConnection
+        from relay.stores.dynamodb.connect import connect
         from relay.stores.dynamodb.store import DynamoDBStore
     except ImportError as e:
         text = "[DynamoDB] enabled: DynamoDB needs the libraries for AWS: pip install 'relay[aws]'"
         raise ConfigError([text]) from e
-    connection = DynamoDBConnection(options.url, os.environ)
+    connection = connect(options.url, os.environ)
 
     def store_for(spec: EnvironmentSpec) -> DataStore:
         return DynamoDBStore(connection.lease(), spec.table, spec.prefix)

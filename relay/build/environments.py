@@ -90,7 +90,8 @@ class EnvironmentParts:
         databases, log = self._databases, log_for(spec)
         main, upstream = self._config.main, self._upstream
         source = source or self._make_source(spec, log)
-        programs, journal = ProgramCache(), Journal(spec.lineage)
+        journal = Journal(spec.lineage)
+        programs = ProgramCache(journal)
         big_segments = _big_segments(main, spec, log, databases)
         hub = self._hub(programs, journal, big_segments)
         environment = Environment(

@@ -100,6 +100,7 @@ def build_with_parts(
         registry=registry,
         directory=directory,
         stale_big_segments_degrade=config.main.big_segments_stale_as_degraded,
+        fdv1_fallback=config.main.fdv1_fallback,
     )
     return relay, parts if config.environments else None
 
@@ -166,6 +167,7 @@ def _offline(
         registry=registry,
         directory=archive,
         stale_big_segments_degrade=main.big_segments_stale_as_degraded,
+        fdv1_fallback=main.fdv1_fallback,
     )
     try:
         archive.load(relay)

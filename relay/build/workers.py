@@ -69,5 +69,6 @@ def build_worker(config: Config, address: str | bytes, number: int) -> tuple[Rel
         disconnected_after=config.main.disconnected_status_time,
         directory=link,
         reports_starts=False,
+        fdv1_fallback=config.main.fdv1_fallback,
     )
     return relay, link

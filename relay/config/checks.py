@@ -145,6 +145,7 @@ def warnings(draft: Draft) -> list[str]:
         _later,
         _no_effect,
         _ineffective,
+        _ineffective_iam,
         _events_in_memory,
         _list_in_memory,
         _prefixless_environment,
@@ -353,6 +354,23 @@ def _redis(draft: Draft) -> Iterator[Diagnostic]:
     if bool(configured.client_certificate_file) != bool(configured.client_key_file):
         keys = _keys("Redis", "client_certificate_file", "client_key_file")
         yield "a Redis client certificate needs a key, and a key a certificate", keys
+    if redis.identity:
+        yield from _identity(redis)
+
+
+def _identity(redis: Redis) -> Iterator[Diagnostic]:
+    """Report what is wrong where tokens of a cloud take the place of passwords."""
+    label, key = f"[Redis] identity: {redis.identity}", _keys("Redis", "identity")
+    scheme, _, rest = redis.url.partition("://")
+    if scheme != "rediss":
+        keys = (*key, *_keys("Redis", "url", "tls"))
+        yield f"{label} needs TLS, as in rediss:// or with tls", keys
+    if redis.password or "@" in rest:
+        keys = (*key, *_keys("Redis", "password", "url"))
+        yield f"{label} takes the place of a password, so there must not be one", keys
+    if redis.identity == "aws" and not (redis.username and redis.iam_cache):
+        keys = (*key, *_keys("Redis", "username", "iam_cache"))
+        yield f"{label} needs username and iamCache", keys
 
 
 def _scheme_and_host(url: str) -> tuple[str, str]:
@@ -580,6 +598,13 @@ def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
     consul = tuple(key for key in draft.sources if key[0] == "Consul" and key[2] != "host")
     if consul and not draft.of(Consul).host:
         yield "[Consul] has no effect without host", consul
+
+
+def _ineffective_iam(draft: Draft) -> Iterator[Diagnostic]:
+    keys = _keys("Redis", "iam_cache", "iam_service", "iam_region")
+    keys = tuple(key for key in keys if key in draft.sources)
+    if keys and draft.of(Redis).identity != "aws":
+        yield "[Redis] options of IAM have no effect without identity = aws", keys
 
 
 def _prefixless_environment(draft: Draft) -> Iterator[Diagnostic]:

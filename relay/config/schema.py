@@ -234,6 +234,12 @@ class Main(Struct, frozen=True):
         True,
         "Send evaluated flags on client-side streams; `false` sends pings, like ld-relay.",
     )
+    fdv1_fallback: bool = option(
+        "FDV1_FALLBACK",
+        BOOLEAN,
+        False,
+        "Lead SDKs that speak FDv2 back to FDv1, for as long as something is wrong with FDv2.",
+    )
     ping_stream_jitter_time: float = option(
         "PING_STREAM_JITTER_TIME",
         DURATION,
@@ -369,6 +375,34 @@ class Redis(Struct, frozen=True):
         Secret(""),
         "Password of the user or the server.",
         "a-long-random-text",
+    )
+    identity: str = option(
+        "REDIS_IDENTITY",
+        one_of("aws", "gcp"),
+        "",
+        "Cloud whose tokens take the place of `password`: `aws` (IAM of ElastiCache and MemoryDB) or"
+        " `gcp` (IAM of Memorystore). Requires TLS.",
+        "aws",
+    )
+    iam_cache: str = option(
+        "REDIS_IAM_CACHE",
+        STRING,
+        "",
+        "With `identity = aws`: name of the cache, the replication group or the MemoryDB cluster.",
+        "flags",
+    )
+    iam_service: str = option(
+        "REDIS_IAM_SERVICE",
+        one_of("elasticache", "elasticache-serverless", "memorydb"),
+        "elasticache",
+        "With `identity = aws`: `elasticache`, `elasticache-serverless` or `memorydb`.",
+    )
+    iam_region: str = option(
+        "REDIS_IAM_REGION",
+        STRING,
+        "",
+        "With `identity = aws`: region of the cache. Not set: that of AWS's variables and files.",
+        "eu-central-1",
     )
     local_ttl: float = option(
         "CACHE_TTL",

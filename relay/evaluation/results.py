@@ -128,13 +128,30 @@ def value(flag: Flag, detail: EvaluationDetail) -> bytes:
     return bytes(flag.variations[detail.variation])
 
 
-def render(flag: Flag, detail: EvaluationDetail, *, with_reasons: bool) -> bytes:
+def render_put(key: bytes, flag: Flag, detail: EvaluationDetail, *, with_reasons: bool) -> bytes:
+    """Return the data of a `put-object` for client-side SDKs (fdv2 13.3.1).
+
+    Args:
+        key: of the flag, as JSON.
+        flag: see `render`.
+        detail: its result.
+        with_reasons: see `render`.
+    """
+    entry = render(flag, detail, with_reasons=with_reasons, as_object=True)
+    members = int(flag.version), key, entry
+    return b'{"version":%d,"kind":"flag-eval","key":%b,"object":%b}' % members
+
+
+def render(
+    flag: Flag, detail: EvaluationDetail, *, with_reasons: bool, as_object: bool = False
+) -> bytes:
     """Return the JSON entry of a flag for client-side SDKs (endpoints 1.5).
 
     Args:
         flag: with raw variations (see `relay.evaluation.data.parse_flag`).
         detail: its result.
         with_reasons: include the reason; experiments include it in any case.
+        as_object: include `flagVersion`, as objects of FDv2 do.
     """
     variation = detail.variation
     members = [
@@ -142,6 +159,8 @@ def render(flag: Flag, detail: EvaluationDetail, *, with_reasons: bool) -> bytes
         b'"variation":null' if variation is None else b'"variation":%d' % variation,
         b'"version":%d' % int(flag.version),
     ]
+    if as_object:
+        members.append(b'"flagVersion":%d' % int(flag.version))
     if flag.track_events or detail.experiment:
         members.append(b'"trackEvents":true')
     if detail.experiment:

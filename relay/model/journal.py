@@ -97,6 +97,20 @@ class Delta(Struct, frozen=True):
         return self.since
 
 
+class Selector(Struct, frozen=True):
+    """Names of one content, as clients get them.
+
+    Args:
+        id: of the payload.
+        version: number of the state.
+        state: see `Journal.state`.
+    """
+
+    id: str = ""
+    version: int = 1
+    state: str = ""
+
+
 MISSING = Full("payload-missing", "no-state")
 UNKNOWN = Full("cant-catchup", "unknown-state")
 DOUBTED = Full("cant-catchup", "unreliable-state")
@@ -180,6 +194,11 @@ class Journal:
         """State of the data, as clients send it back: `basis` (fdv2 13.2.5)."""
         self.finish_naming()
         return self._state
+
+    @property
+    def selector(self) -> Selector:
+        """Names of the present content."""
+        return Selector(self.id, self.version, self.state)
 
     @property
     def _state(self) -> str:

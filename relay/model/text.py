@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import binascii
 import re
+from base64 import urlsafe_b64encode
 
 _NOT_IN_LINES = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -61,3 +62,8 @@ def from_base64(text: bytes, ignored: bytes = b"") -> bytes:
     """
     plain = text.translate(_STANDARD_ALPHABET, ignored).rstrip(b"=")
     return binascii.a2b_base64(plain + b"=" * (-len(plain) % 4), strict_mode=True)
+
+
+def to_base64(data: bytes) -> str:
+    """Encode bytes in the URL-safe alphabet, without padding."""
+    return urlsafe_b64encode(data).rstrip(b"=").decode()

@@ -7,6 +7,7 @@ state that the client then has. A stream has them as messages, a poll in one JSO
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import orjson
 
@@ -15,8 +16,24 @@ from relay.model.journal import Delta, Full, Journal
 from relay.model.payload import Payload
 from relay.protocol.sse import encode
 
+
+class Names(Protocol):
+    """What the events of a transfer say of its payload."""
+
+    @property
+    def id(self) -> str:
+        """ID of the payload."""
+
+    @property
+    def version(self) -> int:
+        """Number of the state."""
+
+
 Event = tuple[bytes, tuple[bytes, ...]]
 """Name, and data in parts."""
+
+STALE = b"xfer-changes", b"stale"
+"""Code and reason of an intent to transfer changes."""
 
 _KINDS = {Kind.FLAG: b"flag", Kind.SEGMENT: b"segment"}
 
@@ -30,22 +47,22 @@ def respond(journal: Journal, payload: Payload, answer: Full | Delta) -> Iterato
 
 def full(journal: Journal, payload: Payload, reason: Full) -> Iterator[Event]:
     """Yield the events of a transfer of everything, which replaces all that a client has."""
-    yield _intent(journal, b"xfer-full", reason.reason.encode())
+    yield intent(journal, b"xfer-full", reason.reason.encode())
     for kind in Kind:
         yield from map(_item, payload.live(kind))
-    yield _transferred(journal)
+    yield transferred(journal, journal.state)
 
 
 def changes(journal: Journal, items: Iterable[Item]) -> Iterator[Event]:
     """Yield the events of a transfer of items that replace those of the same keys."""
-    yield _intent(journal, b"xfer-changes", b"stale")
+    yield intent(journal, *STALE)
     yield from map(_item, items)
-    yield _transferred(journal)
+    yield transferred(journal, journal.state)
 
 
-def nothing(journal: Journal) -> Iterator[Event]:
+def nothing(names: Names) -> Iterator[Event]:
     """Yield the event for a client that is up to date."""
-    yield _intent(journal, b"none", b"up-to-date")
+    yield intent(names, b"none", b"up-to-date")
 
 
 def stream(events: Iterable[Event]) -> bytes:
@@ -69,8 +86,9 @@ def _poll(events: Iterable[Event]) -> Iterator[bytes]:
     yield b"]}"
 
 
-def _intent(journal: Journal, code: bytes, reason: bytes) -> Event:
-    members = journal.id.encode(), journal.version, code, reason
+def intent(names: Names, code: bytes, reason: bytes) -> Event:
+    """Return the event that begins a transfer."""
+    members = names.id.encode(), names.version, code, reason
     text = b'{"payloads":[{"id":"%b","target":%d,"intentCode":"%b","reason":"%b"}]}'
     return b"server-intent", (text % members,)
 
@@ -78,12 +96,24 @@ def _intent(journal: Journal, code: bytes, reason: bytes) -> Event:
 def _item(item: Item) -> Event:
     kind, key = _KINDS[item.kind], orjson.dumps(item.key)
     if item.json is None:
-        text = b'{"version":%d,"kind":"%b","key":%b}'
-        return b"delete-object", (text % (max(0, item.version), kind, key),)
+        return deleted(kind, key, max(0, item.version))
     start = b'{"version":%d,"kind":"%b","key":%b,"object":' % (item.version, kind, key)
     return b"put-object", (start, item.json, b"}")
 
 
-def _transferred(journal: Journal) -> Event:
-    members = journal.state.encode(), journal.id.encode(), journal.version
+def deleted(kind: bytes, key: bytes, version: int) -> Event:
+    """Return the event that removes an object.
+
+    Args:
+        kind: of the object.
+        key: as JSON.
+        version: greater than that of the object.
+    """
+    text = b'{"version":%d,"kind":"%b","key":%b}'
+    return b"delete-object", (text % (version, kind, key),)
+
+
+def transferred(names: Names, state: str) -> Event:
+    """Return the event that ends a transfer, after which the client has the data of a state."""
+    members = state.encode(), names.id.encode(), names.version
     return b"payload-transferred", (b'{"state":"%b","id":"%b","version":%d}' % members,)

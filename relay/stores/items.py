@@ -95,6 +95,26 @@ def in_order(items: Iterable[Item]) -> Steps[list[Item]]:
     return ordered
 
 
+def in_waves(items: Iterable[Item]) -> Steps[list[list[Item]]]:
+    """Return items in groups, each of which may be written in any order, with steps between.
+
+    An item is in a later group than those that it refers to; see `in_order`.
+    """
+    ordered = yield from in_order(items)
+    waves: list[list[Item]] = []
+    depths: dict[str, int] = {}
+    for item in ordered:
+        depth = 0
+        if item.kind is Kind.FLAG:
+            needs = [depths[need] for need in _needs(item) if need in depths]
+            depth = depths[item.key] = 1 + max(needs, default=0)
+        while len(waves) <= depth:
+            waves.append([])
+        waves[depth].append(item)
+        yield
+    return [wave for wave in waves if wave]
+
+
 def _needs(flag: Item) -> list[str]:
     """Return the keys of the flags that a flag refers to."""
     if flag.json is None or b'"prerequisites"' not in flag.json:

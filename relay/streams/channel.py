@@ -253,12 +253,16 @@ class Channel(ABC, Generic[ClientT]):
         # Without an await between the three steps no change is lost or sent twice.
         self._close_pending()
         subscription = Subscription(self, transport, ends_at, count, grant)
-        self.subscriptions[subscription] = client
+        self._register(subscription, client)
         transport.set_protocol(subscription)
         # In one call: each write is a packet, and may wake the client on its own.
         if parts := [part for part in (head, self._opening_for(subscription)) if part]:
             transport.writelines(parts)
         return subscription
+
+    def _register(self, subscription: Subscription, client: ClientT) -> None:
+        """Register a new subscription."""
+        self.subscriptions[subscription] = client
 
     def heartbeat(self) -> None:
         """Write a comment to all clients."""

@@ -12,29 +12,26 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from hashlib import blake2b
 from itertools import islice
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
 from msgspec import Struct
 
 from relay import clock
 from relay.bigsegments.environment import BigSegments
+from relay.evaluation.client import EvalClient
 from relay.evaluation.compiled.program import Program
-from relay.evaluation.data import NO_MEMBERSHIPS, Membership
+from relay.evaluation.data import Membership
 from relay.evaluation.results import BigSegmentsStatus
 from relay.evaluation.sdkkind import SDKKind
-from relay.model.context import Context
-from relay.model.metrics import MetricValue
 from relay.model.payload import Change, Payload
 from relay.programs import ProgramCache
-from relay.protocol import clientside
 from relay.protocol.bigsegments import context_hash
-from relay.registry import Grant
 from relay.streams.channel import FAN_OUT_SLICE, Channel, Subscription
+from relay.streams.evalformats import EvalFormat, EvalxFormat, FlagEvalFormat
 from relay.streams.ping import PingChannel
-from relay.streams.transport import StreamTransport, encode_chunk
+from relay.streams.transport import encode_chunk
 
 STORE_ERROR = BigSegmentsStatus.STORE_ERROR
 
@@ -46,6 +43,15 @@ EVALUATING: Mapping[SDKKind, str] = {
     SDKKind.BROWSER: "eval-browser",
 }
 """Names of the evaluating streams by kind of client-side SDK."""
+
+EVALUATING_FDV2: Mapping[SDKKind, str] = {
+    SDKKind.MOBILE: "eval-mobile-2",
+    SDKKind.BROWSER: "eval-browser-2",
+}
+"""Names of those that speak FDv2."""
+
+KeyT = TypeVar("KeyT")
+"""Key of the clients that get the same bytes."""
 
 SLICE_TIME = 0.004
 """Seconds of evaluation in one turn of the event loop: polls in between wait no longer than for a
@@ -63,40 +69,26 @@ MANY_SHARE = 4
 """Divisor: 4 means "at least a quarter of all flags"."""
 
 
-class EvalClient:
-    """The context that a stream is evaluated for; shared by streams with equal contexts.
-
-    Args:
-        raw: the JSON of the context as it was received.
-        context: parsed from it.
-        with_reasons: True if the entries have reasons.
-    """
-
-    __slots__ = ("__weakref__", "context", "identity", "memberships", "with_reasons")
-
-    def __init__(self, raw: bytes, context: Context, *, with_reasons: bool = False) -> None:
-        self.context = context
-        self.with_reasons = with_reasons
-        self.memberships: Mapping[str, Membership] = NO_MEMBERSHIPS
-        """Memberships in big segments, by context key, that the client has the results of."""
-        self.identity = blake2b(raw, digest_size=16, person=b"%d" % with_reasons).digest()
-        """Digest of context and `with_reasons`; the JSON itself is not kept."""
-
-
 class EvaluatingChannel(Channel[EvalClient]):
     """Channel of evaluated flags for one kind of SDK.
 
     Args:
         programs: compiled flags of the environment.
         sdk_kind: determines the flags that clients may see.
+        stream_format: encodes their results.
         big_segments: memberships in big segments; None if there is no database that has them.
     """
 
     def __init__(
-        self, programs: ProgramCache, sdk_kind: SDKKind, big_segments: BigSegments | None = None
+        self,
+        programs: ProgramCache,
+        sdk_kind: SDKKind,
+        stream_format: EvalFormat,
+        big_segments: BigSegments | None = None,
     ) -> None:
         super().__init__()
         self._programs = programs
+        self._format = stream_format
         self._sdk_kind = sdk_kind
         self._big_segments = big_segments
         self._changed_members: frozenset[str] | None = frozenset()
@@ -104,7 +96,9 @@ class EvaluatingChannel(Channel[EvalClient]):
         all."""
         self._version = 0
         """Version of the last messages; see `relay.protocol.clientside`."""
-        self._clients: WeakValueDictionary[bytes, EvalClient] = WeakValueDictionary()
+        self._clients: WeakValueDictionary[str, EvalClient] = WeakValueDictionary()
+        self._bases: dict[Subscription, str] = {}
+        """States that clients have named that wait for their opening."""
         self._sent: Program | None = None
         """The program that clients have the results of, running fan-outs included."""
         self._awaiting_put: dict[Subscription, None] = {}
@@ -136,31 +130,28 @@ class EvaluatingChannel(Channel[EvalClient]):
         self._since = since if self._since is None else self._since
         self._check_soon()
 
-    def subscribe(
-        self,
-        transport: StreamTransport,
-        head: bytes,
-        ends_at: float,
-        count: MetricValue,
-        client: EvalClient,
-        *,
-        grant: Grant[Any] | None,
-    ) -> Subscription:
-        """Register a client and write its put, now if there is a program."""
-        known_client = self._clients.setdefault(client.identity, client)
-        return super().subscribe(transport, head, ends_at, count, known_client, grant=grant)
+    def _register(self, subscription: Subscription, client: EvalClient) -> None:
+        if client.basis:
+            # It holds for the opening only: a slow client that is started over gets everything.
+            self._bases[subscription], client.basis = client.basis, ""
+        super()._register(subscription, self._clients.setdefault(client.identity, client))
 
     def forget(self, subscription: Subscription) -> None:
         """Remove a subscription whose connection is lost."""
         self._awaiting_put.pop(subscription, None)
+        self._bases.pop(subscription, None)
         super().forget(subscription)
 
     def _opening_for(self, subscription: Subscription) -> bytes:
-        if self._sent is None or not self._has_members(self._sent, subscription):
+        sent = self._sent
+        # Who comes with data may have the newest; it must not get those before.
+        is_old = subscription in self._bases and sent and not self._programs.is_newest(sent)
+        if sent is None or is_old or not self._has_members(sent, subscription):
             self._awaiting_put[subscription] = None
             self._check_soon()
             return b""
-        return _put(self._sent, self.subscriptions[subscription])
+        client, basis = self.subscriptions[subscription], self._bases.pop(subscription, "")
+        return encode_chunk(self._format.opening(sent, client, basis))
 
     def _has_members(self, program: Program, subscription: Subscription) -> bool:
         """Return whether the memberships that a client's flags need are there."""
@@ -265,7 +256,7 @@ class EvaluatingChannel(Channel[EvalClient]):
         self._version = max(self._version + 1, program.version)
         updated = {s: client for s, client in self.subscriptions.items() if s not in awaiting_put}
         if before is not None and updated:
-            step = _Step(before, program, moved, self._version)
+            step = _Step(before, program, moved, self._version, self._format)
             touched = program.flags_touched_by(before)
             many = len(touched) >= max(MANY_FLAGS, program.size / MANY_SHARE)
             if many:
@@ -276,8 +267,12 @@ class EvaluatingChannel(Channel[EvalClient]):
                 affected = {s: client for s, client in updated.items() if client in moved}
                 self._start(_UpdateFanOut(step, touched, affected, since))
         if awaiting_put:
-            newcomers = {s: client for s, client in self.subscriptions.items() if s in awaiting_put}
-            self._start(_OpeningFanOut(program, newcomers))
+            newcomers = {
+                s: (client, self._bases.pop(s, ""))
+                for s, client in self.subscriptions.items()
+                if s in awaiting_put
+            }
+            self._start(_OpeningFanOut(program, newcomers, self._format))
 
 
 class _Prepared(Struct, frozen=True, eq=False):
@@ -295,12 +290,14 @@ class _Step(Struct, frozen=True, eq=False):
         after: program that they get the results of.
         moved: the earlier memberships of clients that have got others.
         version: of the messages.
+        format: of the messages.
     """
 
     before: Program
     after: Program
     moved: Mapping[EvalClient, Mapping[str, Membership]]
     version: int
+    format: EvalFormat
 
     def memberships_before(self, client: EvalClient) -> Mapping[str, Membership]:
         """Return the memberships that a client has the results of."""
@@ -317,34 +314,37 @@ def client_side_channels(
         ping_jitter: maximum delay of pings in seconds.
         big_segments: memberships in big segments; None if there is no database that has them.
     """
+    formats = (
+        (EVALUATING, EvalxFormat()),
+        (EVALUATING_FDV2, FlagEvalFormat(programs.client_journal)),
+    )
     evaluating = {
-        name: EvaluatingChannel(programs, sdk_kind, big_segments)
-        for sdk_kind, name in EVALUATING.items()
+        name: EvaluatingChannel(programs, sdk_kind, stream_format, big_segments)
+        for names, stream_format in formats
+        for sdk_kind, name in names.items()
     }
     return {PINGS: PingChannel(ping_jitter), **evaluating}
 
 
-class _PersonalFanOut(ABC):
+class _PersonalFanOut(ABC, Generic[KeyT]):
     """Fan-out of different bytes to each client, encoded once for all streams of the client.
 
     Args:
-        receivers: the subscriptions at creation, with their clients.
+        receivers: the subscriptions at creation, with the keys of their clients.
         since: monotonic time of the first change in it; None if there is none.
     """
 
-    def __init__(
-        self, receivers: Mapping[Subscription, EvalClient], since: float | None = None
-    ) -> None:
+    def __init__(self, receivers: Mapping[Subscription, KeyT], since: float | None = None) -> None:
         self.since = since
-        by_client: dict[EvalClient, list[Subscription]] = {}
+        by_client: dict[KeyT, list[Subscription]] = {}
         for subscription, client in receivers.items():
             by_client.setdefault(client, []).append(subscription)
         self._receivers = _flatten(by_client)
-        self._client: EvalClient | None = None
+        self._client: KeyT | None = None
         self._chunk = b""
 
     @abstractmethod
-    def _encode_for(self, client: EvalClient) -> bytes:
+    def _encode_for(self, client: KeyT) -> bytes:
         """Return the chunk for a client; empty if there is nothing to send."""
 
     def write_slice(self) -> bool:
@@ -362,26 +362,38 @@ class _PersonalFanOut(ABC):
 
 
 def _flatten(
-    by_client: Mapping[EvalClient, Iterable[Subscription]],
-) -> Iterator[tuple[EvalClient, Subscription]]:
+    by_client: Mapping[KeyT, Iterable[Subscription]],
+) -> Iterator[tuple[KeyT, Subscription]]:
     for client, subscriptions in by_client.items():
         for subscription in subscriptions:
             yield client, subscription
 
 
-class _OpeningFanOut(_PersonalFanOut):
-    """Puts for clients that subscribed before there was a program."""
+class _OpeningFanOut(_PersonalFanOut[tuple[EvalClient, str]]):
+    """Openings for clients that subscribed before there was a program.
 
-    def __init__(self, program: Program, receivers: Mapping[Subscription, EvalClient]) -> None:
+    Args:
+        program: to give the results of.
+        receivers: the subscriptions, with their clients and the states that these have named.
+        stream_format: encodes them.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        receivers: Mapping[Subscription, tuple[EvalClient, str]],
+        stream_format: EvalFormat,
+    ) -> None:
         super().__init__(receivers)
         self._program = program
+        self._format = stream_format
 
-    def _encode_for(self, client: EvalClient) -> bytes:
-        return _put(self._program, client)
+    def _encode_for(self, client: tuple[EvalClient, str]) -> bytes:
+        return encode_chunk(self._format.opening(self._program, *client))
 
 
-class _UpdateFanOut(_PersonalFanOut):
-    """Patches and deletes for the results that differ between two programs."""
+class _UpdateFanOut(_PersonalFanOut[EvalClient]):
+    """Messages for the results that differ between two programs."""
 
     def __init__(
         self,
@@ -395,18 +407,18 @@ class _UpdateFanOut(_PersonalFanOut):
         self._touched = touched
 
     def _encode_for(self, client: EvalClient) -> bytes:
-        context, reasons, step = client.context, client.with_reasons, self._step
+        context, step = client.context, self._step
         touched, former = self._touched, step.memberships_before(client)
         if former is not client.memberships:
             touched |= step.after.flags_with_big_segments
-        before = step.before.some(context, touched, former, with_reasons=reasons)
-        after = step.after.some(context, touched, client.memberships, with_reasons=reasons)
-        messages = clientside.changes(before, after, step.version)
+        before = step.before.results(context, touched, former)
+        after = step.after.results(context, touched, client.memberships)
+        messages = step.format.changes(step.after, client, before, after, step.version)
         return encode_chunk(messages) if messages else b""
 
 
-class _ReplacementFanOut(_PersonalFanOut):
-    """Puts for clients with any result that differs between two programs."""
+class _ReplacementFanOut(_PersonalFanOut[EvalClient]):
+    """All results for clients with any that differs between two programs."""
 
     def __init__(
         self,
@@ -419,15 +431,8 @@ class _ReplacementFanOut(_PersonalFanOut):
 
     def _encode_for(self, client: EvalClient) -> bytes:
         step = self._step
-        put = _put(step.after, client)
-        before = _put(step.before, client, step.memberships_before(client))
-        return b"" if put == before else put
-
-
-def _put(
-    program: Program, client: EvalClient, memberships: Mapping[str, Membership] | None = None
-) -> bytes:
-    """Return the put for a client, with its memberships unless others are given."""
-    known = client.memberships if memberships is None else memberships
-    flags = program.all(client.context, known, with_reasons=client.with_reasons)
-    return encode_chunk(clientside.put(flags))
+        flags = step.format.flags(step.after, client, client.memberships)
+        before = step.format.flags(step.before, client, step.memberships_before(client))
+        if flags.digest == before.digest:
+            return b""
+        return encode_chunk(step.format.put(step.after, client, flags))

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from relay.environment import Environment
+from relay.evaluation.sdkkind import SDKKind
+from relay.model.credential import CredentialKind
 from relay.registry import Grant, Registry
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestLabels, RequestMetrics, client_label
 from relay.web.requests import parameter_in
 from relay.web.responses import (
+    FDV1_INSTEAD,
     MALFORMED_CREDENTIAL,
     NO_ENVIRONMENTS,
     UNKNOWN_CREDENTIAL,
@@ -35,6 +38,13 @@ class Access(NamedTuple):
         """The environment that the credential opens."""
         return self.grant.environment
 
+    @property
+    def sdk_kind(self) -> SDKKind:
+        """Kind of the SDK, which decides which flags are visible."""
+        if self.grant.credential.kind is CredentialKind.MOBILE_KEY:
+            return SDKKind.MOBILE
+        return self.route.sdk_kind
+
     def __repr__(self) -> str:
         return f"<Access {self.route.template} {self.environment.spec.name!r}>"
 
@@ -54,8 +64,8 @@ class Access(NamedTuple):
             headers: of the request, by name in lower case.
         """
         user_agent = client_label(traffic, headers)
-        name, route = self.environment.spec.name, self.route
-        return RequestLabels(name, route.template, method, route.sdk_kind.value, user_agent)
+        name, template = self.environment.spec.name, self.route.template
+        return RequestLabels(name, template, method, self.sdk_kind.value, user_agent)
 
 
 def resolve(
@@ -82,7 +92,7 @@ def resolve(
     for kind in kinds:
         grant = find(kind, credential, payload_filter)
         if grant is not None:
-            return Access(route, grant)
+            return _access(relay, route, grant)
     if not relay.knows_environments:
         return NO_ENVIRONMENTS  # on 401, SDKs would give up for good
     if not credential and route.auth.source is CredentialSource.HEADER:
@@ -90,9 +100,14 @@ def resolve(
     for kind in kinds if payload_filter else ():
         unfiltered = find(kind, credential)
         if unfiltered is not None:
-            return Access(route, unfiltered) if route.ignores_filters else UNKNOWN_FILTER
+            # LaunchDarkly gives all data (fdv2 13.1.1); SDKs would give up for good on a refusal.
+            return _access(relay, route, unfiltered) if route.is_fdv2 else UNKNOWN_FILTER
     by_path = route.auth.source is CredentialSource.PATH
     return UNKNOWN_ENVIRONMENT_ID if by_path else UNKNOWN_CREDENTIAL
+
+
+def _access(relay: Relay, route: Route, grant: Grant[Environment]) -> Access | PreparedResponse:
+    return FDV1_INSTEAD if relay.fdv1_fallback and route.is_fdv2 else Access(route, grant)
 
 
 def _credential(

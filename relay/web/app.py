@@ -18,7 +18,6 @@ from starlette.types import ASGIApp
 
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestMetrics
-from relay.web.access import Access
 from relay.web.access_log import AccessLogMiddleware
 from relay.web.endpoints import metrics
 from relay.web.endpoints.streams import StreamsHandler
@@ -26,7 +25,7 @@ from relay.web.endpoints.webhooks import PATH as WEBHOOK
 from relay.web.handlers import Handlers
 from relay.web.middleware import PathNormalizationMiddleware, ServerErrorMiddleware
 from relay.web.pages import Page, Pages, respond
-from relay.web.responses import FDV1_INSTEAD, NOT_FOUND, PreparedResponse
+from relay.web.responses import NOT_FOUND, PreparedResponse
 from relay.web.routes import ROUTES, Endpoint
 from relay.web.routing import AuthenticatedRoute, Handler
 
@@ -58,7 +57,6 @@ def make_app(handlers: Handlers, ask: Ask | None = None) -> ASGIApp:
         Endpoint.EVENTS: events.handle,
         Endpoint.EVENTS_IMAGE: events.image,
         Endpoint.GOALS: handlers.goals.handle,
-        Endpoint.FDV2: _use_fdv1,
     }
     routes = [
         (route, AuthenticatedRoute(relay, traffic, route, by_endpoint[route.endpoint]))
@@ -121,7 +119,3 @@ def _page_route(page: Page, ask: Ask | None = None) -> Route:
 
     template = page.path + "{environment:path}" if page.path.endswith("/") else page.path
     return Route(template, handle, methods=_GET)
-
-
-async def _use_fdv1(_request: Request, _access: Access) -> PreparedResponse:
-    return FDV1_INSTEAD

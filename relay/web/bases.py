@@ -26,6 +26,9 @@ _STALE = b"NodeJSClient/"
 """Beginning of the user agent of SDKs that name the state of their first connection each time they
 reconnect, and ignore items that are not newer than theirs (fdv2 13.8.6)."""
 
+_STALE_CLIENT_SIDE = _STALE, b"NodeClient/"
+"""The same for client-side SDKs, which compare no versions."""
+
 _INSTANCE = b"x-launchdarkly-instance-id"
 
 Headers = Mapping[bytes, bytes]
@@ -92,6 +95,13 @@ class Bases:
         handed.forget(instance)
         state, at = known
         return state if clock.monotonic() - at <= FRESH else ""
+
+
+def client_side_basis(headers: Headers, query: bytes) -> str:
+    """Return the basis of a request for an evaluated stream; empty if it cannot be relied on."""
+    stale = headers.get(b"user-agent", b"").startswith(_STALE_CLIENT_SIDE)
+    basis = "" if stale else _basis(query)
+    return "" if basis == UNRELIABLE else basis
 
 
 def is_cacheable(headers: Headers) -> bool:

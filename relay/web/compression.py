@@ -48,20 +48,21 @@ class EvaluationResource(Resource):
 
 
 def etag_of(body: EvalBody) -> bytes:
-    """Return the ETag; replicas with equal flags return equal ones."""
-    return b'"%b"' % body.digest.hex().encode()
+    """Return the ETag; replicas with equal flags return equal ones. Empty without a digest."""
+    return b'"%b"' % body.digest.hex().encode() if body.digest else b""
 
 
 def to_compress(body: EvalBody) -> int:
     """Return the number of bytes of a body that have not been compressed yet."""
     new = (len(fragment.text) for fragment in body.shared if fragment not in _deflated)
-    return len(body.pieces[0]) + sum(new)
+    return len(body.pieces[0]) + sum(new) + len(body.tail)
 
 
 def compressed(body: EvalBody) -> bytes:
     """Return a body as gzip. May run in a thread."""
     shared = [_deflated.get(fragment) or _deflate_shared(fragment) for fragment in body.shared]
-    blocks = (_START, _deflate(body.pieces[0]), *shared, _LAST_BLOCK)
+    tail = (_deflate(body.tail),) if body.tail else ()
+    blocks = (_START, _deflate(body.pieces[0]), *shared, *tail, _LAST_BLOCK)
     return b"".join((*blocks, _trailer(body.pieces)))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 
+from msgspec import Struct
 from starlette.requests import Request
 
 from relay import clock
@@ -32,8 +33,8 @@ NO_KEY = json_error(400, "User must have a 'key' attribute")
 WRONG_HASH = json_error(400, "Environment is in secure mode, and context hash does not match.")
 
 
-def context_in_path(segment: bytes) -> Context:
-    """Return the context in a path segment, which is base64.
+def json_in_path(segment: bytes) -> bytes:
+    """Return the JSON in a path segment, which is base64.
 
     Both alphabets are accepted, padded or not; line ends are ignored.
 
@@ -41,12 +42,21 @@ def context_in_path(segment: bytes) -> Context:
         segment: without percent escapes.
 
     Raises:
-        RequestRejected: the segment is not base64, or not a context.
+        RequestRejected: the segment is not base64.
     """
     try:
-        json = from_base64(segment, ignored=b"\r\n")
+        return from_base64(segment, ignored=b"\r\n")
     except ValueError:
         raise RequestRejected(NOT_BASE64) from None
+
+
+def context_in_path(segment: bytes) -> Context:
+    """Return the context in a path segment; see `json_in_path`.
+
+    Raises:
+        RequestRejected: the segment is not base64, or not a context.
+    """
+    json = json_in_path(segment)
     try:
         return parse_context(json)
     except InvalidData:
@@ -101,14 +111,29 @@ def _check_type(content_type: bytes) -> None:
         raise RequestRejected(WRONG_TYPE)
 
 
-def wants_reasons(query: bytes) -> bool:
-    """Return whether a query asks for evaluation reasons."""
-    return parameter_in(query, "withReasons") == "true"
+class EvaluationQuery(Struct, frozen=True):
+    """Parameters of a request for evaluated flags.
+
+    Args:
+        with_reasons: whether to include evaluation reasons.
+        secure_mode_hash: sent by the client; empty without one.
+        basis: state of the client's data (fdv2 13.2.5); empty without one.
+    """
+
+    with_reasons: bool = False
+    secure_mode_hash: str = ""
+    basis: str = ""
+
+    @classmethod
+    def parse(cls, query: bytes) -> EvaluationQuery:
+        """Return the parameters in a query."""
+        if not query:  # most have none
+            return _NO_PARAMETERS
+        reasons = parameter_in(query, "withReasons") == "true"
+        return cls(reasons, parameter_in(query, "h"), parameter_in(query, "basis"))
 
 
-def secure_mode_hash_in(query: bytes) -> str:
-    """Return the secure mode hash in a query; empty without one."""
-    return parameter_in(query, "h")
+_NO_PARAMETERS = EvaluationQuery()
 
 
 def check_secure_mode_hash(spec: EnvironmentSpec, key: str, secure_mode_hash: str) -> None:
@@ -117,7 +142,7 @@ def check_secure_mode_hash(spec: EnvironmentSpec, key: str, secure_mode_hash: st
     Args:
         spec: of the environment.
         key: fully qualified key of the context.
-        secure_mode_hash: parameter `h` (see `secure_mode_hash_in`).
+        secure_mode_hash: parameter `h`.
 
     Raises:
         RequestRejected: secure mode is on, and the hash is wrong.

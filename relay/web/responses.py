@@ -108,8 +108,7 @@ EVENTS_DISABLED = json_error(
     "Event proxy is not enabled for this environment: set [Events] sendEvents (USE_EVENTS=true)",
 )
 
-# FDv2 routes exist although they are not supported yet: a 404 would make SDKs give up for good.
 FDV1_INSTEAD = json_error(
-    503, "This relay speaks FDv1; SDKs turn to it by themselves"
-).with_headers((b"x-ld-fd-fallback", b"true"))
-"""Makes SDKs that speak FDv2 switch to FDv1 polling at once (sdk-behaviour 11.11)."""
+    503, "FDv2 is switched off for now; SDKs turn to FDv1 by themselves"
+).with_headers((b"x-ld-fd-fallback", b"true"), (b"x-ld-fd-fallback-ttl", b"3600"))
+"""Makes SDKs that speak FDv2 poll by FDv1 at once; a few return after an hour (fdv2 13.4.1)."""

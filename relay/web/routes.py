@@ -37,7 +37,6 @@ class Endpoint(Enum):
     EVENTS = auto()
     EVENTS_IMAGE = auto()
     GOALS = auto()
-    FDV2 = auto()
 
     __hash__ = object.__hash__  # Enum's own costs as much as several dict lookups
 
@@ -57,7 +56,7 @@ class RouteAuth(Struct, frozen=True, eq=False):
     """Authentication of a route.
 
     Args:
-        sdk_kind: decides which flags are visible.
+        sdk_kind: decides which flags are visible, unless the credential does.
         source: place of the credential.
         accepted: kinds of credentials, tried in order.
         exposed_headers: response headers that scripts in browsers may read; empty if the route is
@@ -77,11 +76,11 @@ MOBILE = RouteAuth(SDKKind.MOBILE, CredentialSource.HEADER, (CredentialKind.MOBI
 BROWSER = RouteAuth(
     SDKKind.BROWSER, CredentialSource.PATH, (CredentialKind.ENVIRONMENT_ID,), ("Date",)
 )
-FDV2_CLIENT = RouteAuth(  # newer-versions 10.5
+FDV2_CLIENT = RouteAuth(  # fdv2 13.1
     SDKKind.BROWSER,
     CredentialSource.QUERY,
     (CredentialKind.MOBILE_KEY, CredentialKind.ENVIRONMENT_ID),
-    ("Date", "X-LD-FD-Fallback"),
+    ("Date", "X-LD-EnvID", "X-LD-FD-Fallback", "X-LD-FD-Fallback-TTL"),
     open_preflight=True,
 )
 
@@ -130,21 +129,23 @@ class Route:
 
     @property
     def sdk_kind(self) -> SDKKind:
-        """Kind of the SDKs that use it."""
+        """Kind of the SDKs that use it; see also `relay.web.access.Access.sdk_kind`."""
         return self.auth.sdk_kind
+
+    @property
+    def evaluates_fdv2(self) -> bool:
+        """True if client-side SDKs use it that speak FDv2."""
+        return self.auth is FDV2_CLIENT
+
+    @property
+    def is_fdv2(self) -> bool:
+        """True if SDKs use it that speak FDv2."""
+        return self.evaluates_fdv2 or self.template in ("/sdk/stream", "/sdk/poll")
 
     @property
     def for_browsers(self) -> bool:
         """True if scripts in browsers use it, so that its responses need CORS headers."""
         return bool(self.auth.exposed_headers)
-
-    @property
-    def ignores_filters(self) -> bool:
-        """True if an unknown filter means all data, as for LaunchDarkly (fdv2 13.1.1).
-
-        SDKs would give up for good on a refusal.
-        """
-        return self.template.startswith(("/sdk/stream", "/sdk/poll"))
 
     def match(self, path: bytes) -> RouteMatch | None:
         """Return the parameters of a plain path, which has no escapes; None for any other path."""
@@ -207,10 +208,10 @@ ROUTES: Sequence[Route] = (
     Route("/sdk/latest-all", _GET, SERVER, Endpoint.POLL),
     Route("/sdk/stream", _GET, SERVER, Endpoint.STREAM),
     Route("/sdk/poll", _GET, SERVER, Endpoint.POLL),
-    Route("/sdk/stream/eval", _POST_REPORT_OPTIONS, FDV2_CLIENT, Endpoint.FDV2),
-    Route("/sdk/stream/eval/{context}", _GET_OPTIONS, FDV2_CLIENT, Endpoint.FDV2),
-    Route("/sdk/poll/eval", _POST_REPORT_OPTIONS, FDV2_CLIENT, Endpoint.FDV2),
-    Route("/sdk/poll/eval/{context}", _GET_OPTIONS, FDV2_CLIENT, Endpoint.FDV2),
+    Route("/sdk/stream/eval", _POST_REPORT_OPTIONS, FDV2_CLIENT, Endpoint.EVALUATED_STREAM_REPORT),
+    Route("/sdk/stream/eval/{context}", _GET_OPTIONS, FDV2_CLIENT, Endpoint.EVALUATED_STREAM),
+    Route("/sdk/poll/eval", _POST_REPORT_OPTIONS, FDV2_CLIENT, Endpoint.EVALUATION_REPORT),
+    Route("/sdk/poll/eval/{context}", _GET_OPTIONS, FDV2_CLIENT, Endpoint.EVALUATION),
     Route("/sdk/goals/{envId}", _GET_OPTIONS, BROWSER, Endpoint.GOALS),
     *_evaluations("/sdk/evalx/{envId}", BROWSER),
     *_evaluations("/sdk/evalx", SERVER),

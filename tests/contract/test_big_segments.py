@@ -9,6 +9,7 @@ import signal
 import time
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from ldclient import LDClient
@@ -17,6 +18,7 @@ from ldclient.context import Context
 from ldclient.feature_store import CacheConfig
 from ldclient.integrations import Redis as SDKRedis
 
+from relay.protocol import sse
 from tests.support.data import all_data, flag, segment
 from tests.support.process import RelayProcess
 from tests.support.redis import RedisServer
@@ -185,6 +187,49 @@ async def test_streams_get_what_changed_for_their_context(tmp_path, upstream, re
         assert (other["key"], other["value"]) == ("member", "no")
         for stream in (*streams.values(), ping):
             stream.close()
+
+
+async def test_clients_that_speak_fdv2_get_what_changed(tmp_path, upstream, redis):
+    """A poll and a stream with the state of before bring the flag; other clients are up to date."""
+
+    def path(kind: str, key: str, basis: str = "") -> str:
+        text = base64.urlsafe_b64encode(json.dumps(user(key)).encode()).decode().rstrip("=")
+        query = f"&basis={quote(basis)}" if basis else ""
+        return f"/sdk/{kind}/eval/{text}?auth={MOBILE_KEY}{query}"
+
+    async def poll(key: str, basis: str = "") -> tuple[str, dict[str, Any], str]:
+        """Code, values and state of the transfer in a poll."""
+        reply = await ask(relay.address, path("poll", key, basis))
+        return transfer(json.loads(reply.body)["events"])
+
+    def transfer(events: list[dict[str, Any]]) -> tuple[str, dict[str, Any], str]:
+        (payload,) = events[0]["data"]["payloads"]
+        puts = [e["data"] for e in events if e["event"] == "put-object"]
+        values = {each["key"]: each["object"]["value"] for each in puts}
+        return payload["intentCode"], values, events[-1]["data"].get("state", "")
+
+    async with relaying(tmp_path, upstream, redis) as relay:
+        await eventually(relay, "ann", "yes")
+        await eventually(relay, "ben", "no")
+        states = {key: (await poll(key))[2] for key in ("ann", "ben")}
+        for key, state in states.items():
+            assert (await poll(key, state))[0] == "none"
+        stream = await Stream.open(relay.address, path("stream", "ben", states["ben"]))
+        assert b'"none"' in await stream.until(b"\n\n")
+        patch = segment_patch("team.g2", "v2", "v1", include=["ben"])
+        await upstream.send_patches(SDK_KEY, patch)
+        message = await stream.until(b"\n\n")
+        events = [
+            {"event": e.name, "data": json.loads(e.data)} for e in sse.Decoder().feed(message)
+        ]
+        code, values, state = transfer(events)
+        assert (code, values) == ("xfer-changes", {"member": "yes"})
+        assert await poll("ben", state) == ("none", {}, "")
+        code, values, _ = await poll("ben", states["ben"])
+        assert (code, values["member"]) == ("xfer-changes", "yes")
+        assert values.keys() <= {"member", "org-member"}
+        assert (await poll("ann", states["ann"]))[0] == "none"
+        stream.close()
 
 
 async def test_changes_of_another_relay_are_noticed(tmp_path, upstream, redis):

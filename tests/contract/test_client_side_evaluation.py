@@ -243,8 +243,13 @@ async def test_nothing_of_a_context_is_logged(upstream, caplog, front):
             body = json.dumps(context).encode()
             await ask(relay, f"{BROWSER}/context", JSON, method="REPORT", body=body)
             await ask(relay, f"/sdk/evalx/id-strict/contexts/{encoded(context)}?h=0123")
+            for kind in ("poll", "stream"):
+                path = f"/sdk/{kind}/eval"
+                await ask(relay, f"{path}/{encoded(context)}?auth=mob-main&basis={PERSON}")
+                await ask(relay, f"{path}?auth=mob-main", JSON, method="POST", body=body)
     assert "/sdk/evalx/" in caplog.text
-    for secret in (PERSON, encoded(person)[-40:], encoded(bad)[-40:]):
+    assert "/sdk/poll/eval/" in caplog.text
+    for secret in (PERSON, encoded(person)[-40:], encoded(bad)[-40:], "mob-main"):
         assert secret not in caplog.text
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from relay.evaluation.client import EvalClient
+from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import parse_context
 from relay.model.credential import MobileKey
 from relay.protocol.clientside import PING
-from relay.streams.evaluated import EvalClient
 from relay.streams.hub import StreamLimits
 from tests.contract.test_server_side_streams import replay
 from tests.support import data
@@ -477,7 +478,7 @@ async def test_an_idle_client_costs_little(eval_streams, limit):
                     context = {"kind": "user", "key": f"user-{n}", "name": f"Number {n}"}
                     context |= {"email": f"{n}@example.com", "country": "de", "plan": "pro"}
                     raw = json.dumps(context).encode()
-                    who = EvalClient(raw, parse_context(raw))
+                    who = EvalClient(raw, parse_context(raw), SDKKind.MOBILE)
                 stream = "eval-mobile" if eval_streams else "ping"
                 relay.hub.subscribe(stream, Quiet(), b"", None, who)
             for _ in range(50):

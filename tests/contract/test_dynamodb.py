@@ -6,16 +6,12 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ldclient import Context, LDClient
-from ldclient.config import Config
-from ldclient.feature_store import CacheConfig
-from ldclient.integrations import DynamoDB
 
 from relay.environment import Environment
 from relay.model.credential import SDKKey
@@ -29,18 +25,21 @@ from relay.streams.hub import Hub
 from relay.upstream import Upstream
 from tests.support.data import all_data, flag, segment
 from tests.support.dynamodb import (
-    VARIABLES,
-    Table,
     aws_credentials,
+    content,
     dynamodb,
+    eventually,
     failure,
+    given,
     proxy,
     store_in,
     table,
+    version_of,
 )
-from tests.support.process import PATIENCE, RelayProcess
+from tests.support.process import RelayProcess
 from tests.support.redis import RedisServer
-from tests.support.serving import SDK_KEY, ask
+from tests.support.sdk import EVERYTHING, Setup, evaluates_everything, make, sees
+from tests.support.serving import SDK_KEY, Stream, ask
 from tests.support.upstream import ScriptedUpstream, status
 
 __all__ = ["aws_credentials", "dynamodb", "proxy", "table"]
@@ -67,46 +66,6 @@ async def upstream() -> AsyncIterator[ScriptedUpstream]:
         yield upstream
 
 
-async def eventually(holds: Callable[[], Any]) -> None:
-    """Wait for what is seen in the database only."""
-    async with asyncio.timeout(PATIENCE):
-        while not await asyncio.to_thread(holds):  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
-
-
-def given(upstream: ScriptedUpstream, url: str, table: str, **more: str) -> dict[str, str]:
-    """The relay's variables for these servers."""
-    return {
-        **VARIABLES,
-        "LD_ENV_main": SDK_KEY,
-        "LD_PREFIX_main": "p",
-        "STREAM_URI": upstream.url,
-        "BASE_URI": upstream.url,
-        "USE_DYNAMODB": "true",
-        "DYNAMODB_URL": url,
-        "DYNAMODB_TABLE": table,
-        "INIT_TIMEOUT": "10s",
-        **more,
-    }
-
-
-def content(items: list[dict[str, Any]]) -> dict[tuple[str, str], Any]:
-    """Items with what matters of them, by namespace and key."""
-    result: dict[tuple[str, str], Any] = {}
-    for each in items:
-        value = json.loads(each["item"]["S"]) if "item" in each else {}
-        version = each.get("version", {}).get("N")
-        assert version is None or not value or int(version) == value["version"]
-        where = each["namespace"]["S"], each["key"]["S"]
-        result[where] = version, value.get("deleted") or value.get("variations")
-    return result
-
-
-def version_of(table: Table, key: str) -> str | None:
-    item = table.get("p:features", key)
-    return item["version"]["N"] if item else None
-
-
 @asynccontextmanager
 async def keeping(
     upstream: ScriptedUpstream, url: str, table: str, timings: MirrorTimings = QUICK
@@ -126,25 +85,24 @@ async def keeping(
         assert running.cancelled()
 
 
-async def test_an_sdk_in_daemon_mode_reads_what_the_relay_writes(upstream, server, table, tmp_path):
-    """LaunchDarkly's SDK for Python: first data, a change, a deletion."""
-    anna = Context.create("anna")
-
-    def values(sdk: LDClient) -> tuple[Any, Any]:
-        return sdk.variation("lamp", anna, None), sdk.variation("gone", anna, None)
-
+@pytest.mark.sdk
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("name", ["python", "node7"])
+async def test_an_sdk_in_daemon_mode_reads_what_the_relay_writes(
+    upstream, server, table, tmp_path, name
+):
+    """LaunchDarkly's SDKs, unmodified: all that is easily damaged, a change, a deletion."""
+    upstream.serve(SDK_KEY, all_data(*EVERYTHING))
     async with RelayProcess(tmp_path, **given(upstream, server.url, table.name)):
         await eventually(lambda: table.get("p:$inited", "p:$inited"))
-        options = {"endpoint_url": server.url}
-        store = DynamoDB.new_feature_store(table.name, "p", options, caching=CacheConfig.disabled())
-        config = Config(SDK_KEY, feature_store=store, use_ldd=True, send_events=False)
-        sdk = await asyncio.to_thread(LDClient, config)
-        await eventually(lambda: values(sdk) == ("one", True))
-        await upstream.patch(SDK_KEY, flag(value="two", version=2))
-        await eventually(lambda: values(sdk) == ("two", True))
-        await upstream.delete(SDK_KEY, "/flags/gone", 2)
-        await eventually(lambda: values(sdk) == ("two", None))
-        await asyncio.to_thread(sdk.close)
+        setup = Setup(SDK_KEY, dynamodb=server.url, table=table.name, prefix="p")
+        async with make(name, setup) as sdk:
+            await sdk.ready()
+            await evaluates_everything(sdk)
+            await upstream.patch(SDK_KEY, flag(value="two", version=2))
+            await sees(sdk, "lamp", "two")
+            await upstream.delete(SDK_KEY, "/flags/text", 2)
+            await sees(sdk, "text", "(none)")
 
 
 # Recordings
@@ -277,6 +235,106 @@ async def test_an_outage_is_said_once_and_ends(upstream, proxy, table, caplog, c
     assert code in line
 
 
+# Faults of a whole relay
+
+
+async def served(relay: RelayProcess, key: str) -> int:
+    """The version of a flag that the relay serves."""
+    answer = await ask(relay.address, f"/sdk/flags/{key}", ASKED)
+    return int(json.loads(answer.body)["version"])
+
+
+async def test_a_slow_database_delays_no_client(upstream, proxy, table, tmp_path):
+    """Streams and polls have a change before its first request is answered; then it is written."""
+    async with RelayProcess(tmp_path, **given(upstream, proxy.url, table.name)) as relay:
+        await eventually(lambda: FINGERPRINT in (table.get("p:$inited", "p:$inited") or {}))
+        proxy.delay = 1.0
+        stream = await Stream.open(relay.address)
+        await stream.until(b"\n\n")
+        asked = len(proxy.asked)
+        await upstream.patch(SDK_KEY, flag(value="two", version=2))
+        assert b'"two"' in await stream.until(b"\n\n")
+        assert await served(relay, "lamp") == 2
+        assert len(proxy.asked) == asked
+        stream.writer.close()
+        await eventually(lambda: version_of(table, "lamp") == "2")
+        assert "is unavailable" not in relay.log
+
+
+async def test_a_throttled_database_gets_everything(upstream, proxy, table, tmp_path):
+    """Refused and half-done requests are sent again until all is written; that is no outage."""
+    throttled: set[str] = set()
+    flags = [flag(f"f{n}") for n in range(60)]
+    upstream.serve(SDK_KEY, all_data(*flags))
+
+    def refuse_once(operation: str, body: dict[str, Any]) -> Any:
+        request = json.dumps([operation, body])
+        if request in throttled:
+            return None
+        throttled.add(request)
+        if operation == "BatchWriteItem":
+            return 200, {"UnprocessedItems": body["RequestItems"]}
+        return failure("ProvisionedThroughputExceededException")
+
+    proxy.misbehave = refuse_once
+    async with RelayProcess(tmp_path, **given(upstream, proxy.url, table.name)) as relay:
+        await eventually(lambda: len(table.items()) == 60 + 1)
+        await upstream.patch(SDK_KEY, flag("f7", version=2))
+        await eventually(lambda: version_of(table, "f7") == "2")
+        assert await served(relay, "f7") == 2
+        assert "is unavailable" not in relay.log
+
+
+async def test_credentials_in_a_file_expire_and_are_replaced(upstream, proxy, table, tmp_path):
+    """As by a program that renews them; a relay goes on with the new ones, without a restart."""
+    file = tmp_path / "credentials"
+
+    def write(key_id: str) -> None:
+        secret = "a-secret-of-a-file"
+        file.write_text(
+            f"[default]\naws_access_key_id = {key_id}\naws_secret_access_key = {secret}\n"
+        )
+
+    def expired(_operation: str, _body: dict[str, Any]) -> Any:
+        return failure("ExpiredTokenException") if proxy.key_id == "AKIAOLD" else None
+
+    write("AKIAOLD")
+    variables = given(upstream, proxy.url, table.name)
+    variables |= {"AWS_SHARED_CREDENTIALS_FILE": str(file)}
+    del variables["AWS_ACCESS_KEY_ID"], variables["AWS_SECRET_ACCESS_KEY"]
+    async with RelayProcess(tmp_path, **variables) as relay:
+        await eventually(lambda: version_of(table, "lamp") == "1")
+        proxy.misbehave = expired
+        await upstream.patch(SDK_KEY, flag(value="two", version=2))
+        await relay.said("is unavailable: the service answers ExpiredTokenException")
+        assert await served(relay, "lamp") == 2
+        write("AKIANEW")
+        await relay.said("is available again")
+        await eventually(lambda: version_of(table, "lamp") == "2")
+        assert relay.log.count("is unavailable") == 1
+        assert "a-secret-of-a-file" not in relay.log
+
+
+async def test_an_older_backup_is_brought_up_to_date_by_the_next_relay(
+    upstream, server, table, tmp_path
+):
+    """It was restored while no relay ran: the marker stands, versions are old, items are missing."""
+    variables = given(upstream, server.url, table.name)
+    async with RelayProcess(tmp_path, **variables) as relay:
+        await eventually(lambda: version_of(table, "lamp") == "1")
+        await eventually(lambda: FINGERPRINT in (table.get("p:$inited", "p:$inited") or {}))
+        backup = table.items()
+        changed = all_data(flag(value="two", version=2), flag("gone"), segment(), flag("added"))
+        await upstream.put(SDK_KEY, changed)
+        await eventually(lambda: version_of(table, "added") == "1")
+        assert await relay.stop() == 0
+        table.empty()
+        for each in backup:
+            server.client.put_item(TableName=table.name, Item=each)
+        await relay.start()
+        await eventually(lambda: version_of(table, "lamp") == "2" and version_of(table, "added"))
+
+
 # Cost
 
 
@@ -296,6 +354,22 @@ async def test_requests_for_a_change_and_while_idle(upstream, proxy, table):
         await upstream.patch(SDK_KEY, flag(value="two", version=2))
         await eventually(lambda: len(proxy.asked) >= 3)
         assert proxy.operations == ["GetItem", "PutItem", "PutItem"]
+
+
+async def test_requests_for_a_full_set_of_data(upstream, proxy, table):
+    """The table in the documentation: 25 items in a write, 100 in an answer, equal ones stay."""
+    upstream.serve(SDK_KEY, all_data(*(flag(f"f{n}") for n in range(250))))
+    async with keeping(upstream, proxy.url, table.name, MirrorTimings(probe=60)) as mirror:
+        await eventually(lambda: mirror._marked is not None)
+    looks, queries = ["GetItem"] * 2, ["Query"] * 2
+    marks = ["PutItem"] * 2  # the marker, and the note beside it
+    assert proxy.operations == looks + queries + ["BatchWriteItem"] * 10 + marks
+    proxy.asked.clear()
+    async with keeping(upstream, proxy.url, table.name, MirrorTimings(probe=60)) as mirror:
+        await eventually(lambda: mirror._marked is not None)
+    everything = ["GetItem", *["Query"] * 4]  # segments, and flags in three answers
+    assert sorted(proxy.operations) == sorted([*everything * 2, "PutItem"])
+    assert TIMINGS["dynamodb"].compare == 3600
 
 
 # Several databases, and runs that end

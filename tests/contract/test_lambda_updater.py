@@ -18,7 +18,8 @@ from aiohttp import web
 from relay.aws import updater
 from relay.model.credential import Secret
 from relay.protocol.webhook import MAX_BODY, sign
-from tests.support.data import all_data, flag
+from tests.support.data import all_data, flag, segment
+from tests.support.dynamodb import VARIABLES, DynamoDBServer
 from tests.support.process import PATIENCE, ROOT
 from tests.support.redis import RedisServer
 from tests.support.serving import SDK_KEY
@@ -165,6 +166,32 @@ def test_documents_are_published_without_any_database(call, upstream, s3_server,
         status, _ = call(http(body, sign(body, Secret(SECRET))))
         assert status == 200
         assert json.loads(bucket.get("LD-Env-id"))["flags"]["lamp"]["version"] == version
+
+
+def test_a_table_of_dynamodb_is_brought_up_to_date(call, upstream, monkeypatch):
+    """First all, then the difference; each call has connections of its own."""
+    monkeypatch.delenv("USE_REDIS")
+    monkeypatch.delenv("REDIS_URL")
+    with DynamoDBServer() as server:
+        table = server.new_table()
+        of_the_function = VARIABLES | {"AWS_SESSION_TOKEN": "of-the-role"}
+        settings = {"USE_DYNAMODB": "1", "DYNAMODB_URL": server.url, "DYNAMODB_TABLE": table.name}
+        for name, value in (of_the_function | settings).items():
+            monkeypatch.setenv(name, value)
+        upstream.do("serve", SDK_KEY, all_data(flag(), flag("other"), segment()))
+        counts = {"added": 3, "updated": 0, "deleted": 0, "kept": 0, "items": 3}
+        for version in (1, 2):
+            body = announcing(version, f"table-{version}")
+            status, said = call(http(body, sign(body, Secret(SECRET))))
+            assert (status, said["environments"]["main"]) == (200, counts)
+            assert table.get("features", "lamp")["version"]["N"] == str(version)
+            assert table.get("$inited", "$inited")
+            upstream.do("serve", SDK_KEY, all_data(flag(version=2), flag("other"), segment()))
+            counts |= {"added": 0, "updated": 1}
+        table.drop()
+        status, said = call(http(BODY, sign(BODY, Secret(SECRET))), seconds=4)
+        assert status == 502
+        assert "problem" in said["environments"]["main"]
 
 
 def test_one_destination_that_fails_is_a_failure(call, redis, monkeypatch):

@@ -21,9 +21,11 @@ from relay.stores.mirror import DatabaseMirror, MirrorTimings
 from relay.stores.redis.store import RedisStore
 from relay.streams.hub import Hub
 from relay.upstream import Upstream
+from tests.support.authorities import Authority
+from tests.support.aws import ContainerCredentials
 from tests.support.data import all_data, flag, segment
 from tests.support.process import RelayProcess
-from tests.support.redis import RedisServer
+from tests.support.redis import RedisServer, encrypted
 from tests.support.sdk import PythonSDK, Setup, sees
 from tests.support.serving import SDK_KEY
 from tests.support.upstream import ScriptedUpstream
@@ -198,7 +200,7 @@ async def test_a_relay_that_stays_behind_interferes_ever_more_seldom(upstream, r
             async with keeping(late, redis, "late"):
                 await eventually(lambda: len(told()) == len(waits))
                 await late.put(SDK_KEY, newest)
-                await eventually(lambda: stored(redis, "lamp")["version"] == 2)
+                await eventually(lambda: stored(redis, "lamp").get("version") == 2)
                 assert stored(redis, "new")["version"] == 1
                 asked = len(late.requests)
                 compared = redis.do("INFO", "commandstats")["cmdstat_hgetall"]["calls"]
@@ -210,3 +212,35 @@ async def test_a_relay_that_stays_behind_interferes_ever_more_seldom(upstream, r
                 assert stored(redis, "lamp")["version"] == 2
                 assert len(late.requests) == asked
     assert [(each.name, each.args[-1]) for each in told()] == [("late", wait) for wait in waits]
+
+
+async def test_a_relay_shows_tokens_of_its_role(upstream, tmp_path, redis):
+    """Those of AWS, to a server that first knows none; no token and no secret is in the log."""
+    authority = Authority(tmp_path)
+    redis.do("ACL", "SETUSER", "relay", "reset", "on", "allkeys", "+@all")
+    async with (
+        ContainerCredentials(lifetime=3600) as container,
+        encrypted(redis, authority.server("localhost")) as url,
+    ):
+        variables = {
+            "LD_ENV_main": SDK_KEY,
+            "STREAM_URI": upstream.url,
+            "USE_REDIS": "true",
+            "REDIS_URL": url,
+            "REDIS_CA_FILE": str(authority.file),
+            "REDIS_IDENTITY": "aws",
+            "REDIS_IAM_CACHE": "flags",
+            "REDIS_USERNAME": "relay",
+            "AWS_REGION": "eu-central-1",
+            **container.variables,
+        }
+        async with RelayProcess(tmp_path, **variables) as relay:
+            await relay.said("the server refuses user or password")
+            redis.do("ACL", "SETUSER", "relay", "nopass")
+            await relay.said("is available again")
+            await eventually(lambda: stored(redis, "lamp").get("version") == 1)
+            await upstream.patch(SDK_KEY, flag(value="two", version=2))
+            await eventually(lambda: stored(redis, "lamp").get("version") == 2)
+            for secret in ("X-Amz", "secret-of-a-container", container.given[0]):
+                assert secret not in relay.log
+    assert container.given

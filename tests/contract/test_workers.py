@@ -103,6 +103,29 @@ async def test_all_workers_share_one_upstream_connection(tmp_path, upstream):
         assert all(worker["streams"] for worker in status["workers"])
 
 
+async def test_states_of_one_worker_are_known_to_the_others(tmp_path, upstream):
+    """A client-side SDK that speaks FDv2 may come to any of them with what it has."""
+    visible = {"clientSideAvailability": {"usingMobileKey": True}}
+    items = [flag(f"filler-{n}", value="x" * 100, **visible) for n in range(8)]
+    upstream.serve(SDK_KEY, all_data(flag("lamp", 1, "one", **visible), *items))
+
+    async def polled(basis: str = "") -> tuple[str, bytes]:
+        """Code of the transfer in a poll on a connection of its own, and the body."""
+        path = "/sdk/poll/eval/eyJraW5kIjoidXNlciIsImtleSI6ImEifQ?auth=mob-1"
+        reply = await ask(relay.address, path + (f"&basis={basis}" if basis else ""))
+        (payload,) = json.loads(reply.body)["events"][0]["data"]["payloads"]
+        return payload["intentCode"], reply.body
+
+    async with WorkersRelay(tmp_path, upstream, LD_MOBILE_KEY_main="mob-1") as relay:
+        bodies = {(await polled())[1] for _ in range(20)}
+        (state,) = {json.loads(body)["events"][-1]["data"]["state"] for body in bodies}
+        assert {(await polled(state))[0] for _ in range(20)} == {"none"}
+        await upstream.patch(SDK_KEY, flag("lamp", 2, "two", **visible))
+        async with asyncio.timeout(10):
+            while {(await polled(state))[0] for _ in range(20)} != {"xfer-changes"}:
+                pass
+
+
 async def opened(relay: RelayProcess, stack: AsyncExitStack) -> Stream:
     stream = await Stream.open(relay.address)
     stack.callback(stream.close)

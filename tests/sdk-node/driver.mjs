@@ -21,7 +21,14 @@ function hasten(seconds) {
   }
 }
 
-function store({ line, redis, prefix }) {
+function store({ line, redis, dynamodb, table, prefix }) {
+  if (dynamodb) {
+    // Only that of the old line is in every registry; without this it warns of its library's age.
+    process.env.AWS_SDK_JS_SUPPRESS_MAINTENANCE_MODE_MESSAGE = '1';
+    const { DynamoDBFeatureStore } = require('launchdarkly-node-server-sdk-dynamodb');
+    const clientOptions = { endpoint: dynamodb, region: process.env.AWS_REGION };
+    return DynamoDBFeatureStore(table, { clientOptions, prefix, cacheTTL: 0 });
+  }
   if (line === '7') {
     const { RedisFeatureStore } = require('launchdarkly-node-server-sdk-redis');
     return RedisFeatureStore({ redisOpts: { url: redis }, prefix, cacheTTL: 0, logger: silent });
@@ -33,12 +40,16 @@ function store({ line, redis, prefix }) {
 }
 
 function options(setup) {
-  const { url, stream, redis, ca, fdv2, events } = setup;
+  const { url, stream, redis, dynamodb, ca, fdv2, events } = setup;
   const all = { logger: silent, sendEvents: events, diagnosticOptOut: !events, stream };
   if (url) Object.assign(all, { baseUri: url, streamUri: url, eventsUri: url });
-  if (redis) Object.assign(all, { useLdd: true, featureStore: store(setup) });
+  if (redis || dynamodb) Object.assign(all, { useLdd: true, featureStore: store(setup) });
   if (ca) all.tlsParams = { ca: readFileSync(ca) };
-  if (fdv2) all.dataSystem = {};
+  if (fdv2) {
+    const dataSource = { default: undefined, streaming: { dataSourceOptionsType: 'streamingOnly' } };
+    dataSource.polling = { dataSourceOptionsType: 'pollingOnly', pollInterval: 30 };
+    all.dataSystem = dataSource[fdv2] ? { dataSource: dataSource[fdv2] } : {};
+  }
   if (setup.compressed) all.enableEventCompression = true;
   if (setup.line === '9') all.initialReconnectDelay = 0.1;
   else all.streamInitialReconnectDelay = 0.1;

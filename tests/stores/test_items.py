@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from relay.model.item import Item
 from relay.steps import finish
 from relay.stores import UNREADABLE, Version
-from relay.stores.items import in_order, version_of
+from relay.stores.items import in_order, in_waves, version_of
 from tests.stores.contract import flag, segment
 
 
@@ -42,12 +42,19 @@ def needing(key: str, *needs: str) -> Item:
 
 @given(st.dictionaries(st.sampled_from("abcdefgh"), st.sets(st.sampled_from("abcdefghxy"))))
 def test_flags_come_after_their_prerequisites(needs):
-    """Segments come first; each item once, also in circles and beside unknown keys."""
+    """Segments come first; each item once, also in circles and beside unknown keys.
+
+    In waves, they come in an earlier one.
+    """
     items = [needing(key, *others) for key, others in needs.items()] + [segment("s", 1)]
     ordered = finish(in_order(items))
     assert sorted(ordered, key=items.index) == items
     assert ordered[0] == segment("s", 1)
+    waves = finish(in_waves(items))
+    assert waves[0] == [segment("s", 1)]
+    assert sorted((item for wave in waves for item in wave), key=items.index) == items
     place = {item.key: n for n, item in enumerate(ordered)}
+    wave_of = {item.key: n for n, wave in enumerate(waves) for item in wave}
 
     def reaches(start: str, end: str, seen: frozenset[str] = frozenset()) -> bool:
         nexts = needs.get(start, set()) - seen
@@ -56,6 +63,7 @@ def test_flags_come_after_their_prerequisites(needs):
     for key, others in needs.items():
         for other in others & needs.keys():
             assert place[other] < place[key] or reaches(other, key)
+            assert wave_of[other] < wave_of[key] or reaches(other, key)
 
 
 def test_flags_without_readable_prerequisites_have_their_place():
@@ -68,3 +76,4 @@ def test_a_long_chain_of_prerequisites_is_no_problem():
     """Nothing recurses."""
     items = [needing(f"f{n}", f"f{n + 1}") for n in range(5_000)] + [flag("f5000", 1)]
     assert finish(in_order(items)) == items[::-1]
+    assert finish(in_waves(items)) == [[item] for item in items[::-1]]

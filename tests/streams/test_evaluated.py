@@ -11,17 +11,33 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from relay.evaluation.client import EvalClient
+from relay.evaluation.compiled.fragments import EvalBody
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import parse_context
 from relay.model.payload import EMPTY, Change
 from relay.streams import channel as channel_module
 from relay.streams import evaluated
-from relay.streams.evaluated import EvalClient, EvaluatingChannel
+from relay.streams.evalformats import EvalxFormat
+from relay.streams.evaluated import EvaluatingChannel
 from relay.streams.hub import Hub, StreamLimits
 from relay.streams.transport import LAST_CHUNK, decode_chunks
 from tests.streams.test_hub import Buffer, turns
 
 NEW_DATA = Change((), (), replace=True)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Result of a flag."""
+
+    value: bool
+    version: int
+
+    def entry(self, *, with_reasons):
+        reason = b',"reason":{"kind":"OFF"}' if with_reasons else b""
+        members = json.dumps(self.value).encode(), self.version, reason
+        return b'{"value":%b,"variation":0,"version":%d%b}' % members
 
 
 @dataclass(frozen=True)
@@ -39,18 +55,18 @@ class Program:
 
     has_big_segments = False
 
-    def all(self, context, memberships, *, with_reasons):
-        entries = self.some(context, self.flags, memberships, with_reasons=with_reasons)
+    def body(self, context, memberships, *, with_reasons):
+        results = self.results(context, self.flags, memberships)
+        entries = {key: result.entry(with_reasons=with_reasons) for key, result in results.items()}
         members = (b'"%b":%b' % (key.encode(), entry) for key, entry in entries.items())
-        return b"{" + b",".join(members) + b"}"
+        text = b"{" + b",".join(members) + b"}"
+        return EvalBody((text,), digest=text)
 
-    def some(self, context, keys, memberships, *, with_reasons):
+    def results(self, context, keys, memberships):
         user = context.get("user").key
         self.asked[user] += 1
-        reason = b',"reason":{"kind":"OFF"}' if with_reasons else b""
         return {
-            key: b'{"value":%b,"variation":0,"version":%d%b}'
-            % (json.dumps(user in users).encode(), version, reason)
+            key: Result(user in users, version)
             for key, (version, users) in self.flags.items()
             if key in keys
         }
@@ -88,7 +104,7 @@ class Site:
 
     def __init__(self) -> None:
         self.programs = Programs()
-        self.channel = EvaluatingChannel(self.programs, SDKKind.BROWSER)
+        self.channel = EvaluatingChannel(self.programs, SDKKind.BROWSER, EvalxFormat())
         self.hub = Hub({}, StreamLimits(heartbeat_interval=0), {"eval": self.channel})
 
     def set(self, **flags: tuple[int, str]) -> None:
@@ -103,7 +119,9 @@ class Site:
     def client(self, user: str, *, with_reasons: bool = False) -> Client:
         client = Client(user)
         raw = json.dumps({"kind": "user", "key": user}).encode()
-        eval_client = EvalClient(raw, parse_context(raw), with_reasons=with_reasons)
+        eval_client = EvalClient(
+            raw, parse_context(raw), SDKKind.BROWSER, with_reasons=with_reasons
+        )
         self.hub.subscribe("eval", client, client=eval_client)
         return client
 
@@ -318,10 +336,10 @@ async def test_a_failure_for_one_client_does_not_reach_the_others():
     broken = site.programs.newest
 
     class Broken(Program):
-        def some(self, context, keys, memberships, *, with_reasons):
+        def results(self, context, keys, memberships):
             if context.get("user").key == "y":
                 raise ZeroDivisionError
-            return super().some(context, keys, memberships, with_reasons=with_reasons)
+            return super().results(context, keys, memberships)
 
     site.programs.newest = Broken(broken.version, broken.flags)
     await turns()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,8 +15,11 @@ import pytest
 from aiohttp import web
 from moto.server import ThreadedMotoServer
 
-from relay.stores.dynamodb.connect import DynamoDBConnection
+from relay.stores.dynamodb.connect import connect
 from relay.stores.dynamodb.store import DynamoDBStore
+from tests.support.process import PATIENCE
+from tests.support.serving import SDK_KEY
+from tests.support.upstream import ScriptedUpstream
 
 VARIABLES = {
     "AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST",
@@ -107,6 +111,7 @@ class Asked:
     status: int
     key_id: str = ""
     region: str = ""
+    token: str | None = None
 
 
 Answer = tuple[int, dict[str, Any]]
@@ -116,7 +121,7 @@ class DynamoDBProxy:
     """Passes requests on, and records them. Entered it runs, left it is ended.
 
     `misbehave` may answer in the server's place: it gets operation and body, and returns status and
-    body, or None; it may change the body. `amend` may change an answer.
+    body, or None; it may change the body. `amend` may change an answer, `delay` is before each.
     """
 
     def __init__(self, server: DynamoDBServer) -> None:
@@ -124,31 +129,55 @@ class DynamoDBProxy:
         self.asked: list[Asked] = []
         self.misbehave: Callable[[str, dict[str, Any]], Answer | None] = lambda _op, _body: None
         self.amend: Callable[[str, dict[str, Any], dict[str, Any]], None] = lambda _o, _b, _a: None
+        self.delay = 0.0
+        """Seconds before each answer."""
+        self.busy = self.busiest = 0
+        """Requests under way, now and at most."""
+        self.key_id = ""
+        """Of the last request."""
+        self._port = 0
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession()
-        app = web.Application(client_max_size=2**26)
-        app.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(app)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        [address] = self._runner.addresses
-        self.url = f"http://127.0.0.1:{address[1]}"
+        await self.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._runner.cleanup()
+        await self.stop()
         await self._session.close()
+
+    async def start(self) -> None:
+        """Listen; after `stop` on the same port."""
+        app = web.Application(client_max_size=2**26)
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.05)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
+        self._port = self._runner.addresses[0][1]
+        self.url = f"http://127.0.0.1:{self._port}"
+
+    async def stop(self) -> None:
+        """Close all connections, and refuse others."""
+        await self._runner.cleanup()
 
     @property
     def operations(self) -> list[str]:
         return [each.operation for each in self.asked]
 
     async def _handle(self, request: web.Request) -> web.Response:
+        self.busy += 1
+        self.busiest = max(self.busy, self.busiest)
+        try:
+            return await self._answer(request)
+        finally:
+            self.busy -= 1
+
+    async def _answer(self, request: web.Request) -> web.Response:
         operation = request.headers["X-Amz-Target"].rpartition(".")[2]
         body = json.loads(await request.read())
         credential = request.headers["Authorization"].partition("Credential=")[2].split("/")
+        self.key_id = credential[0]
+        await asyncio.sleep(self.delay)
         answer = self.misbehave(operation, body)
         if answer is None:
             headers = {
@@ -161,12 +190,53 @@ class DynamoDBProxy:
             ) as response:
                 answer = response.status, json.loads(await response.read())
         self.amend(operation, body, answer[1])
-        self.asked.append(Asked(operation, body, answer[0], credential[0], credential[2]))
+        token = request.headers.get("X-Amz-Security-Token")
+        self.asked.append(Asked(operation, body, answer[0], credential[0], credential[2], token))
         return web.Response(
             status=answer[0],
             body=json.dumps(answer[1]).encode(),
             content_type="application/x-amz-json-1.0",
         )
+
+
+async def eventually(holds: Callable[[], Any]) -> None:
+    """Wait for what is seen in the database only."""
+    async with asyncio.timeout(PATIENCE):
+        while not await asyncio.to_thread(holds):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+def given(upstream: ScriptedUpstream, url: str, table: str, **more: str) -> dict[str, str]:
+    """The relay's variables for these servers."""
+    return {
+        **VARIABLES,
+        "LD_ENV_main": SDK_KEY,
+        "LD_PREFIX_main": "p",
+        "STREAM_URI": upstream.url,
+        "BASE_URI": upstream.url,
+        "USE_DYNAMODB": "true",
+        "DYNAMODB_URL": url,
+        "DYNAMODB_TABLE": table,
+        "INIT_TIMEOUT": "10s",
+        **more,
+    }
+
+
+def content(items: list[dict[str, Any]]) -> dict[tuple[str, str], Any]:
+    """Items with what matters of them, by namespace and key."""
+    result: dict[tuple[str, str], Any] = {}
+    for each in items:
+        value = json.loads(each["item"]["S"]) if "item" in each else {}
+        version = each.get("version", {}).get("N")
+        assert version is None or not value or int(version) == value["version"]
+        where = each["namespace"]["S"], each["key"]["S"]
+        result[where] = version, value.get("deleted") or value.get("variations")
+    return result
+
+
+def version_of(table: Table, key: str) -> str | None:
+    item = table.get("p:features", key)
+    return item["version"]["N"] if item else None
 
 
 def failure(code: str, status: int = 400) -> Answer:
@@ -176,7 +246,7 @@ def failure(code: str, status: int = 400) -> Answer:
 
 def store_in(url: str, table: str, prefix: str = "p") -> DynamoDBStore:
     """Return the store of one environment, with a connection of its own."""
-    return DynamoDBStore(DynamoDBConnection(url, VARIABLES).lease(), table, prefix)
+    return DynamoDBStore(connect(url, VARIABLES).lease(), table, prefix)
 
 
 @pytest.fixture(autouse=True)

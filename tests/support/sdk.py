@@ -17,18 +17,28 @@ from typing import Any, Protocol, Self, cast
 from ld_openfeature import LaunchDarklyProvider
 from ldclient import Context, LDClient
 from ldclient.async_client import AsyncLDClient
-from ldclient.async_config import AsyncConfig
-from ldclient.config import Config, HTTPConfig
-from ldclient.datasystem import default as fdv2
-from ldclient.datasystem import fdv1_fallback_ds_builder
+from ldclient.async_config import AsyncConfig, AsyncDataSystemConfig
+from ldclient.config import Config, DataSystemConfig, HTTPConfig
+from ldclient.datasystem import (
+    default,
+    fdv1_fallback_ds_builder,
+    polling,
+    polling_ds_builder,
+    streaming,
+)
 from ldclient.feature_store import CacheConfig
 from ldclient.impl.aio.concurrency import AsyncEvent
 from ldclient.impl.datasource.async_feature_requester import AsyncFeatureRequesterImpl
 from ldclient.impl.datasource.async_polling import AsyncPollingUpdateProcessor
 from ldclient.impl.datasource.feature_requester import FeatureRequesterImpl
 from ldclient.impl.datasource.polling import PollingUpdateProcessor
+from ldclient.impl.datasourcev2.async_polling import (
+    AsyncFallbackToFDv1PollingDataSourceBuilder,
+    AsyncPollingDataSourceBuilder,
+)
+from ldclient.impl.datasourcev2.async_streaming import AsyncStreamingDataSourceBuilder
 from ldclient.impl.retry import for_polling
-from ldclient.integrations import Redis
+from ldclient.integrations import DynamoDB, Redis
 from ldclient.interfaces import (
     AsyncFeatureStore,
     AsyncUpdateProcessor,
@@ -63,14 +73,17 @@ class Setup:
     """How an SDK is configured; the same for all languages.
 
     Args:
-        url: of the relay; empty with `redis`.
+        url: of the relay; empty with `redis` or `dynamodb`.
         stream: False for polling.
         poll_interval: seconds; less than users can choose, whose SDKs enforce `MIN_POLL_INTERVAL`.
         redis: URL of the database to read in daemon mode.
+        dynamodb: URL of the service to read in daemon mode; the older Node SDK and Python only.
+        table: name of the table there.
         prefix: of the keys there.
         ca: file of the certificate authority to trust.
         payload_filter: key of the payload filter whose part of the data it gets; Python only.
-        fdv2: ask by the newer protocol first.
+        fdv2: how to ask by the newer protocol: `default` polls first and then streams, `streaming`
+            and `polling` do nothing else; empty for the older one.
         openfeature: evaluate through the OpenFeature provider.
         events: send events, and diagnostics.
         compressed: send events in gzip.
@@ -85,10 +98,12 @@ class Setup:
     stream: bool = True
     poll_interval: float = MIN_POLL_INTERVAL
     redis: str = ""
+    dynamodb: str = ""
+    table: str = ""
     prefix: str = "launchdarkly"
     ca: str = ""
     payload_filter: str = ""
-    fdv2: bool = False
+    fdv2: str = ""
     openfeature: bool = False
     events: bool = False
     compressed: bool = False
@@ -215,13 +230,20 @@ class PythonSDK:
                 setup.redis, setup.prefix, caching=CacheConfig.disabled()
             )
             options |= {"use_ldd": True, "feature_store": store}
+        if setup.dynamodb:
+            store = DynamoDB.new_feature_store(
+                setup.table,
+                setup.prefix,
+                {"endpoint_url": setup.dynamodb},
+                caching=CacheConfig.disabled(),
+            )
+            options |= {"use_ldd": True, "feature_store": store}
         if setup.url:
             options |= dict.fromkeys(("base_uri", "stream_uri", "events_uri"), setup.url)
         if not setup.stream and setup.poll_interval < MIN_POLL_INTERVAL:
             options["update_processor_class"] = self._polls
         if setup.fdv2:
-            fallback = fdv1_fallback_ds_builder().poll_interval(setup.poll_interval)
-            options["datasystem_config"] = fdv2().fdv1_compatible_synchronizer(fallback).build()
+            options["datasystem_config"] = _data_system(setup)
         config = Config(
             setup.key,
             http=HTTPConfig(ca_certs=setup.ca or None),
@@ -246,12 +268,36 @@ class PythonSDK:
             self._client.close()
 
 
+def _data_system(setup: Setup) -> DataSystemConfig:
+    fallback = fdv1_fallback_ds_builder().poll_interval(setup.poll_interval)
+    poll = polling_ds_builder().poll_interval(setup.poll_interval)
+    builders = {"default": default, "streaming": streaming, "polling": polling}
+    builder = builders[setup.fdv2]().fdv1_compatible_synchronizer(fallback)
+    if setup.fdv2 == "polling":
+        builder.synchronizers(poll)
+    return builder.build()
+
+
+def _async_data_system(setup: Setup) -> AsyncDataSystemConfig:
+    fallback = AsyncFallbackToFDv1PollingDataSourceBuilder().poll_interval(setup.poll_interval)
+    poll = AsyncPollingDataSourceBuilder().poll_interval(setup.poll_interval)
+    stream = AsyncStreamingDataSourceBuilder()
+    return AsyncDataSystemConfig(
+        initializers=[poll] if setup.fdv2 == "default" else None,
+        synchronizers=[
+            *([] if setup.fdv2 == "polling" else [stream]),
+            *([] if setup.fdv2 == "streaming" else [poll]),
+        ],
+        fdv1_fallback_synchronizer=fallback,
+    )
+
+
 class AsyncPythonSDK:
     """The asynchronous client of the same package: aiohttp below, and it offers gzip for streams."""
 
     def __init__(self, setup: Setup) -> None:
-        assert not setup.fdv2, "not driven by this class"
         assert not setup.openfeature, "there is no asynchronous provider"
+        assert not setup.dynamodb, "it wants another library"
         options: dict[str, Any] = {"stream": setup.stream, "send_events": setup.events}
         options["enable_event_compression"] = setup.compressed
         self._end = AsyncExitStack()
@@ -265,6 +311,8 @@ class AsyncPythonSDK:
             options |= dict.fromkeys(("base_uri", "stream_uri", "events_uri"), setup.url)
         if not setup.stream and setup.poll_interval < MIN_POLL_INTERVAL:
             options["update_processor_class"] = self._polls
+        if setup.fdv2:
+            options["datasystem_config"] = _async_data_system(setup)
         config = AsyncConfig(
             setup.key,
             http=HTTPConfig(ca_certs=setup.ca or None),
@@ -323,6 +371,7 @@ class NodeSDK:
         assert line != "browser" or setup.bootstrap is not None, "it streams in a browser only"
         assert client_side == (setup.context is not None), "client-side SDKs serve one context"
         assert line == "9" or not setup.compressed, "the others cannot"
+        assert line == "7" or not setup.dynamodb, "its package for DynamoDB is not at hand"
         others = setup.redis or setup.ca or setup.fdv2 or setup.openfeature
         assert not (client_side and others), "not driven by this class"
         self._line = line
@@ -394,7 +443,7 @@ def make(name: str, setup: Setup) -> SDK:
 
 SDKS = ["python", "python-async", "node9", "node7"]
 CLIENT_SIDE_SDKS = ["client", "browser"]
-FDV2_SDKS = ["python", "node9"]
+FDV2_SDKS = ["python", "python-async", "node9"]
 """Those that can be configured for FDv2."""
 
 

@@ -54,8 +54,8 @@ class Served:
         self.source = ScriptedSource()
         spec = EnvironmentSpec("main", SDKKey(SDK_KEY), environment_id=EnvironmentID("env-1"))
         spec = replace(spec, **more)
-        evaluations = ProgramCache()
         journal = Journal(spec.lineage)
+        evaluations = ProgramCache(journal)
         client_side = client_side_channels(evaluations, ping_jitter)
         channels = {DELTAS: DeltaChannel(journal), **client_side}
         self.hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, limits, channels)

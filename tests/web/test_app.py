@@ -112,28 +112,48 @@ async def test_configured_origins():
             assert reply.headers["access-control-allow-headers"].endswith("-Tags,X-Extra")
 
 
+FDV2_REQUESTS = [
+    ("GET", f"/{CONTEXT}?auth=env-1", ()),
+    ("GET", f"/{CONTEXT}?withReasons=true&auth=mob-1", ()),
+    ("POST", "?auth=env-1", ()),
+    ("REPORT", "", MOBILE),
+    ("GET", f"/{CONTEXT}", [("Authorization", "env-1")]),
+]
+
+
 @pytest.mark.parametrize("path", ["/sdk/stream/eval", "/sdk/poll/eval"])
-async def test_fdv2_client_side_sdks_fall_back(address, path):
-    """Browsers and mobile SDKs are sent to FDv1 as well, with a header that scripts can read."""
-    requests = [
-        ("GET", f"{path}/{CONTEXT}?auth=env-1", ()),
-        ("GET", f"{path}/{CONTEXT}?withReasons=true&auth=mob-1", ()),
-        ("POST", f"{path}?auth=env-1", ()),
-        ("REPORT", path, MOBILE),
-        ("GET", f"{path}/{CONTEXT}", [("Authorization", "env-1")]),
-    ]
-    for method, target, credential in requests:
-        reply = await ask(address, target, credential, method=method, body=b"{}")
-        assert (reply.status, reply.headers["x-ld-fd-fallback"]) == (503, "true")
-        assert "X-LD-FD-Fallback" in reply.headers["access-control-expose-headers"]
-        assert reply.headers["access-control-allow-origin"] == "*"
-        preflight = await ask(address, target.partition("?")[0], method="OPTIONS")
+async def test_fdv2_client_side_sdks_need_a_credential(address, path):
+    """Preflights need none, for browsers send none with them."""
+    for method, target, _ in FDV2_REQUESTS:
+        preflight = await ask(address, path + target.partition("?")[0], method="OPTIONS")
         assert preflight.status == 200
         assert method in preflight.headers["access-control-allow-methods"].split(",")
     for auth in ("", "?auth=sdk-x", f"?auth={SDK_KEY}"):
         reply = await ask(address, f"{path}/{CONTEXT}{auth}")
         assert reply.status == 401
         assert reply.body.startswith(b"Relay Proxy does not recognize the client credential")
+
+
+@pytest.mark.parametrize("front", [True, False], ids=["front", "app"])
+async def test_fdv2_can_be_switched_off(front):
+    """All SDKs that speak it are led to FDv1 then, by headers that scripts can read, too."""
+    served = with_all_credentials()
+    served.relay.fdv1_fallback = True
+    key = [("Authorization", SDK_KEY)]
+    requests = [("GET", "/sdk/poll", key), ("GET", "/sdk/stream", key)]
+    for path in ("/sdk/stream/eval", "/sdk/poll/eval"):
+        requests += [(method, path + target, key) for method, target, key in FDV2_REQUESTS]
+    async with serving(served, front=front) as address:
+        for method, target, credential in requests:
+            reply = await ask(address, target, credential, method=method, body=b"{}")
+            assert (reply.status, reply.headers["x-ld-fd-fallback"]) == (503, "true")
+            assert reply.headers["x-ld-fd-fallback-ttl"] == "3600"
+            if "/eval" in target:
+                exposed = reply.headers["access-control-expose-headers"].split(",")
+                assert {"X-LD-FD-Fallback", "X-LD-FD-Fallback-TTL", "X-LD-EnvID"} <= {*exposed}
+                assert reply.headers["access-control-allow-origin"] == "*"
+        assert (await ask(address, "/sdk/poll", [("Authorization", "sdk-x")])).status == 401
+        assert (await ask(address, "/sdk/latest-all", key)).headers.get("x-ld-fd-fallback") is None
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,14 @@ from relay.evaluation.compiled.hashing import Hashing, hashing, suffix_hash_of
 from relay.evaluation.compiled.thresholds import NOTHING, threshold
 from relay.evaluation.data import Data
 from relay.evaluation.evaluator import evaluate, is_experiment
-from relay.evaluation.results import BigSegmentsStatus, EvaluationDetail, Reason, ReasonKind, render
+from relay.evaluation.results import (
+    BigSegmentsStatus,
+    EvaluationDetail,
+    Reason,
+    ReasonKind,
+    render,
+    render_put,
+)
 from relay.model.context import DEFAULT_KIND
 from relay.model.flag import Flag, Number, Rollout, Target, VariationOrRollout
 
@@ -46,7 +53,17 @@ NO_BIG_SEGMENTS = BigSegmentUse()
 class CompiledResult:
     """One possible result of a flag. Its JSON is rendered on first use, and cached."""
 
-    __slots__ = ("_flag", "_label", "_with_status", "detail", "plain", "reasoned", "variation")
+    __slots__ = (
+        "_flag",
+        "_label",
+        "_with_status",
+        "detail",
+        "plain",
+        "plain_put",
+        "reasoned",
+        "reasoned_put",
+        "variation",
+    )
 
     def __init__(self, flag: Flag, label: bytes, detail: EvaluationDetail) -> None:
         self.detail = detail
@@ -55,6 +72,10 @@ class CompiledResult:
         """The flag's member of the body without reasons; None until it is rendered."""
         self.reasoned: bytes | None = None
         """The flag's member of the body with reasons; None until it is rendered."""
+        self.plain_put: bytes | None = None
+        """The data of its `put-object` without reasons; None until it is rendered."""
+        self.reasoned_put: bytes | None = None
+        """The data of its `put-object` with reasons; None until it is rendered."""
         self._flag = flag
         self._label = label
         self._with_status: dict[BigSegmentsStatus, CompiledResult] = {}
@@ -89,6 +110,22 @@ class CompiledResult:
     def entry(self, *, with_reasons: bool) -> bytes:
         """Return the value of the member, without the flag's key."""
         return self.member(with_reasons=with_reasons)[len(self._label) :]
+
+    def put(self, *, with_reasons: bool) -> bytes:
+        """Return the data of the `put-object` that sets the flag to this."""
+        put = self.reasoned_put if with_reasons else self.plain_put
+        if put is None:
+            put = render_put(self._label[:-1], self._flag, self.detail, with_reasons=with_reasons)
+            if with_reasons:
+                self.reasoned_put = put
+            else:
+                self.plain_put = put
+        return put
+
+    @property
+    def version(self) -> int:
+        """Version of the flag."""
+        return int(self._flag.version)
 
     @property
     def depends_on(self) -> object:

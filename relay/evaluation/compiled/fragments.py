@@ -33,8 +33,27 @@ GROUP_SIZE = 1024
 FEATURE_SIZE = 128
 """Estimated bytes of an unusual feature in the key of a group."""
 
-Join = Callable[[Iterable[CompiledResult]], bytes]
-Member = Callable[[CompiledResult], bytes]
+
+class Form(Struct, frozen=True, eq=False):
+    """Form of a body: how the results of flags become a text.
+
+    Args:
+        with_reasons: include reasons.
+        member: returns the text of one result.
+        frame: joins the texts of a group of results.
+        join: the same as to `frame` each `member`, of any number of results.
+        between: stands between two groups, none of which is empty.
+        opening: begins a body.
+        closing: ends a body.
+    """
+
+    with_reasons: bool
+    member: Callable[[CompiledResult], bytes]
+    frame: Callable[[Sequence[bytes]], bytes]
+    join: Callable[[Iterable[CompiledResult]], bytes]
+    between: bytes = b""
+    opening: bytes = b""
+    closing: bytes = b""
 
 
 class EvalBody(Struct, frozen=True):
@@ -42,13 +61,16 @@ class EvalBody(Struct, frozen=True):
 
     Args:
         pieces: the parts of the body; the first belongs to the context.
-        shared: the other parts, the same objects for many contexts.
-        digest: identifies the body; the same in all replicas that have the same flags.
+        shared: the parts after the first, the same objects for many contexts.
+        digest: identifies the body; the same in all replicas that have the same flags. Empty if it
+            is of use to one client only.
+        tail: the last part, after those that are shared, if it belongs to the context, too.
     """
 
     pieces: tuple[bytes, ...]
-    shared: tuple[Fragment, ...]
-    digest: bytes
+    shared: tuple[Fragment, ...] = ()
+    digest: bytes = b""
+    tail: bytes = b""
 
     @property
     def size(self) -> int:
@@ -57,16 +79,16 @@ class EvalBody(Struct, frozen=True):
 
 
 class ResponseTemplate:
-    """Template of the response bodies of a program, with or without reasons.
+    """Template of the response bodies of a program.
 
     Args:
         flags: all flags of the program.
         index: the index of their features.
-        with_reasons: include reasons.
+        form: of the bodies.
     """
 
-    def __init__(self, flags: Iterable[CompiledFlag], index: Index, *, with_reasons: bool) -> None:
-        join = _join_reasoned if with_reasons else _join_plain
+    def __init__(self, flags: Iterable[CompiledFlag], index: Index, form: Form) -> None:
+        with_reasons, between = form.with_reasons, form.between
         constant: list[CompiledResult] = []
         grouped: list[CompiledFlag] = []
         varying: list[Choose] = []
@@ -81,17 +103,16 @@ class ResponseTemplate:
         if len(grouped) < MIN_GROUPED:
             varying += [flag.choose for flag in grouped]
             grouped = []
-        self._join: Join = join
+        self._opening, self._join = form.opening, form.join
         self._varying = tuple(varying)
-        start = b"," if varying else b""
-        member = _reasoned if with_reasons else _plain
-        self._groups = _Groups(grouped, index, start, member) if grouped else None
-        comma = b"," if constant and (varying or grouped) else b""
-        self._end = Fragment(comma + join(constant) + b"}")
+        start = between if varying else b""
+        self._groups = _Groups(grouped, index, start, form) if grouped else None
+        start = between if constant and (varying or grouped) else b""
+        self._end = Fragment(start + form.join(constant) + form.closing)
 
     def body(self, context: EvalContext) -> EvalBody:
         """Fill the template for a context."""
-        head = b"{" + self._join([choose(context) for choose in self._varying])
+        head = self._opening + self._join([choose(context) for choose in self._varying])
         end = self._end
         if self._groups is None:
             digest = sha256(head + end.digest).digest()[:DIGEST_SIZE]
@@ -123,7 +144,7 @@ class _Groups:
     """
 
     def __init__(
-        self, flags: Sequence[CompiledFlag], index: Index, start: bytes, member: Member
+        self, flags: Sequence[CompiledFlag], index: Index, start: bytes, form: Form
     ) -> None:
         self._index = index
         self._flags = tuple(flag.choose for flag in flags)
@@ -133,11 +154,11 @@ class _Groups:
             for feature in flag.features or ():
                 self._positions.setdefault(feature, []).append(position)
         self._uses_all_features = len(self._positions) == index.size
-        self._member = member
+        self._member, self._frame = form.member, form.frame
         self._start = start
-        self._usual_members = [member(flag.usual) for flag in flags if flag.usual is not None]
+        self._usual_members = [form.member(flag.usual) for flag in flags if flag.usual is not None]
         """The usual member of each flag."""
-        self._usual = Fragment(start + b",".join(self._usual_members))
+        self._usual = Fragment(start + form.frame(self._usual_members))
         self._cache: dict[frozenset[tuple[Feature[Any], Any]], Fragment] = {}
         self._size = 0
         self._hits = 0
@@ -173,7 +194,7 @@ class _Groups:
         if not differing:
             return self._usual
         digest = sha256(self._usual.digest + b",".join(differing)).digest()
-        return Fragment(self._start + b",".join(members), digest)
+        return Fragment(self._start + self._frame(members), digest)
 
     def _store(self, features: frozenset[tuple[Feature[Any], Any]], fragment: Fragment) -> None:
         self._size += GROUP_SIZE + FEATURE_SIZE * len(features) + len(fragment.text)
@@ -199,3 +220,10 @@ def _join_plain(results: Iterable[CompiledResult]) -> bytes:
 
 def _join_reasoned(results: Iterable[CompiledResult]) -> bytes:
     return b",".join([each.reasoned or each.make_reasoned() for each in results])
+
+
+EVALX = Form(False, _plain, b",".join, _join_plain, b",", b"{", b"}")
+"""Body of an evalx response."""
+
+EVALX_REASONED = Form(True, _reasoned, b",".join, _join_reasoned, b",", b"{", b"}")
+"""Body of an evalx response with reasons."""

@@ -8,7 +8,9 @@ differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from functools import cached_property
 
 from msgspec import Struct
@@ -19,10 +21,17 @@ from relay.evaluation.compiled.flag import (
     NO_BIG_SEGMENTS,
     BigSegmentUse,
     CompiledFlag,
+    CompiledResult,
     compile_flag,
     interpret_flag,
 )
-from relay.evaluation.compiled.fragments import EvalBody, ResponseTemplate
+from relay.evaluation.compiled.fragments import (
+    EVALX,
+    EVALX_REASONED,
+    EvalBody,
+    Form,
+    ResponseTemplate,
+)
 from relay.evaluation.compiled.index import Index
 from relay.evaluation.data import NO_MEMBERSHIPS, Data, Membership, parse_flag, parse_segment
 from relay.evaluation.evaluator import MAX_CHAIN
@@ -30,6 +39,7 @@ from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import DEFAULT_KIND, Context
 from relay.model.flag import Clause, Flag
 from relay.model.item import Item, Kind
+from relay.model.journal import Selector
 from relay.model.payload import Payload
 from relay.model.segment import Segment
 
@@ -121,6 +131,10 @@ class FlagCompiler:
             if known is not None:
                 self._flags[key] = known
         return known
+
+    def dependencies(self, key: str) -> Iterator[Name]:
+        """Return the names of all items that a compiled flag may look up, except its own."""
+        return (name for name, _ in self._cache[key].dependencies)
 
     def _item(self, name: Name) -> Item | None:
         kind, key = name
@@ -291,13 +305,24 @@ class Program:
         flags: the flags that it may see, by key, in the order of the response.
         version: version of the data.
         index: index of their features; built here if None.
+        selector: names the payload.
+        dependencies: returns the names of the items that a flag may look up beside its own.
     """
 
     def __init__(
-        self, flags: Mapping[str, CompiledFlag], version: int, index: Index | None = None
+        self,
+        flags: Mapping[str, CompiledFlag],
+        version: int,
+        index: Index | None = None,
+        *,
+        selector: Selector | None = None,
+        dependencies: Callable[[str], Iterable[Name]] = lambda _: (),
     ) -> None:
         self.version = version
+        self.selector = selector or Selector()
         self._flags = flags
+        self._dependencies = dependencies
+        self._templates: dict[Form, ResponseTemplate] = {}
         self._big_segment_kinds = tuple(
             sorted({kind for flag in flags.values() for kind in flag.big_segments.kinds})
         )
@@ -309,6 +334,10 @@ class Program:
 
     def __repr__(self) -> str:
         return f"<Program of {self.size} flags, version {self.version}>"
+
+    def __contains__(self, key: str) -> bool:
+        """Return whether a flag is visible."""
+        return key in self._flags
 
     @property
     def size(self) -> int:
@@ -349,8 +378,21 @@ class Program:
             memberships: those of `members_needed`; empty without a big-segment store.
             with_reasons: include reasons.
         """
-        template = self._with_reasons if with_reasons else self._without_reasons
+        form = EVALX_REASONED if with_reasons else EVALX
+        template = self._templates.get(form) or self._template(form)
         return template.body(EvalContext(context, memberships))
+
+    def fill(
+        self, form: Form, context: Context, memberships: MembershipMap = NO_MEMBERSHIPS
+    ) -> EvalBody:
+        """Return all results in some form; see `body`."""
+        template = self._templates.get(form) or self._template(form)
+        return template.body(EvalContext(context, memberships))
+
+    def _template(self, form: Form) -> ResponseTemplate:
+        template = ResponseTemplate(self._flags.values(), self._index, form)
+        self._templates[form] = template
+        return template
 
     def some(
         self,
@@ -361,24 +403,37 @@ class Program:
         with_reasons: bool,
     ) -> dict[str, bytes]:
         """Return the entries of some flags, without those that this kind of SDK may not see."""
+        results = self.results(context, keys, memberships)
+        return {key: result.entry(with_reasons=with_reasons) for key, result in results.items()}
+
+    def results(
+        self, context: Context, keys: Iterable[str], memberships: MembershipMap = NO_MEMBERSHIPS
+    ) -> dict[str, CompiledResult]:
+        """Return the results of some flags, without those that this kind of SDK may not see."""
         eval_context = EvalContext(context, memberships)
         flags = ((key, self._flags.get(key)) for key in keys)
-        return {
-            key: flag.choose(eval_context).entry(with_reasons=with_reasons)
-            for key, flag in flags
-            if flag is not None
-        }
+        return {key: flag.choose(eval_context) for key, flag in flags if flag is not None}
+
+    def affected_by(self, names: AbstractSet[Name]) -> frozenset[str]:
+        """Return the keys of the flags that are among some items, or may look one up."""
+        flags, dependents = self._flags, self._dependents
+        return frozenset(
+            {key for kind, key in names if kind is Kind.FLAG and key in flags}.union(
+                *(dependents.get(name, ()) for name in names)
+            )
+        )
+
+    @cached_property
+    def _dependents(self) -> Mapping[Name, AbstractSet[str]]:
+        """Keys of the flags that may look up an item."""
+        dependents: defaultdict[Name, set[str]] = defaultdict(set)
+        for key in self._flags:
+            for name in self._dependencies(key):
+                dependents[name].add(key)
+        return dependents
 
     def flags_touched_by(self, previous: Program) -> frozenset[str]:
         """Return the keys of flags whose result may differ from `previous` for some context."""
         after, before = self._flags, previous._flags
         changed = {key for key, flag in after.items() if before.get(key) is not flag}
         return frozenset(changed | (before.keys() - after.keys()))
-
-    @cached_property
-    def _without_reasons(self) -> ResponseTemplate:
-        return ResponseTemplate(self._flags.values(), self._index, with_reasons=False)
-
-    @cached_property
-    def _with_reasons(self) -> ResponseTemplate:
-        return ResponseTemplate(self._flags.values(), self._index, with_reasons=True)

@@ -8,6 +8,7 @@ imported when the first URL needs them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -108,7 +109,7 @@ class Places:
             except ImportError as e:
                 text = f"{url} needs the libraries for AWS: pip install 'relay[aws]'"
                 raise ConfigError([text]) from e
-            self._s3 = S3Connection(self._proxy)
+            self._s3 = S3Connection(os.environ, self._proxy)
         return self._s3
 
 

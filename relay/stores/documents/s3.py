@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from aiobotocore.config import AioConfig
-from aiobotocore.session import AioSession, get_session
 from botocore.exceptions import BotoCoreError, ClientError
 
 from relay.errors import StoreUnavailable
 from relay.protocol.document import MAX_SIZE
-from relay.reasons import describe, shorten
-from relay.stores.awssession import load_descriptions
+from relay.reasons import shorten
+from relay.stores.aws.connection import AWSConnection, Lease, error_code, reason_of
 from relay.stores.documents import DocumentChanged
 from relay.stores.documents.location import Location
-
-CONNECT_TIMEOUT = 5.0
-"""Seconds for a connection to the service."""
 
 READ_TIMEOUT = 20.0
 """Seconds of silence of the service."""
@@ -41,73 +36,34 @@ _FORBIDDEN = 403
 
 
 class S3Connection:
-    """The one client for all places of a process. Make it before the event loop is busy.
-
-    The first request opens it, in its event loop, and the last place closes it. Region, credentials
-    and endpoint are found as by all of AWS's tools.
+    """The connection that all places share. Make it before the event loop is busy.
 
     Args:
+        environ: environment variables.
         proxy: URL of the proxy for all requests; empty for that of the environment variables.
+
+    Raises:
+        ConfigError: the profile that `AWS_PROFILE` names does not exist, for example.
     """
 
-    def __init__(self, proxy: str = "") -> None:
-        self._session: AioSession = get_session()
-        load_descriptions(self._session, "s3")
-        self._config = AioConfig(
-            connect_timeout=CONNECT_TIMEOUT,
+    def __init__(self, environ: Mapping[str, str], proxy: str = "") -> None:
+        config = AioConfig(
             read_timeout=READ_TIMEOUT,
-            retries={"total_max_attempts": 1},  # the mirror tries again, with growing delays
             proxies={"http": proxy, "https": proxy} if proxy else None,
             # Checksums beside TLS's own are unknown to many services.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        self._users: set[object] = set()
-        self._opening = asyncio.Lock()
-        self._client: Any = None
-        self._closing: AbstractAsyncContextManager[Any] | None = None
+        self._connection = AWSConnection("s3", environ, config)
         self.has_conditions = True
         """False once the service has said that it knows no conditional writes."""
 
     def __repr__(self) -> str:
-        return f"<S3Connection of {len(self._users)} places>"
+        return f"<S3Connection {self._connection!r}>"
 
-    async def release(self, user: object) -> None:
-        """Note that a place needs the client no more; close it with the last one."""
-        self._users.discard(user)
-        closing = self._closing
-        if not self._users and closing is not None:
-            self._client = self._closing = None
-            await closing.__aexit__(None, None, None)
-
-    @contextlib.asynccontextmanager
-    async def client(self, user: object) -> AsyncIterator[Any]:
-        """Yield the client for one request, whose errors are translated.
-
-        Args:
-            user: the place, which calls `release` at its end.
-
-        Raises:
-            StoreUnavailable: there is no answer, or an error.
-            DocumentChanged: a condition of the request does not hold.
-        """
-        self._users.add(user)
-        try:
-            async with asyncio.timeout(REQUEST_TIMEOUT):
-                yield await self._opened()
-        except ClientError as e:
-            if e.response["Error"].get("Code") in _CHANGED:
-                raise DocumentChanged from e
-            raise StoreUnavailable(_reason(e)) from e
-        except (BotoCoreError, OSError, TimeoutError) as e:
-            raise StoreUnavailable(describe(e)) from e
-
-    async def _opened(self) -> Any:
-        async with self._opening:
-            if self._client is None:
-                self._closing = self._session.create_client("s3", config=self._config)
-                self._client = await self._closing.__aenter__()
-        return self._client
+    def lease(self) -> Lease:
+        """Return a share in the client, for one place."""
+        return self._connection.lease()
 
 
 class S3Place:
@@ -123,6 +79,7 @@ class S3Place:
         self.in_gzip = location.in_gzip
         self._object = {"Bucket": location.bucket, "Key": location.path}
         self._connection = connection
+        self._lease = connection.lease()
 
     def __repr__(self) -> str:
         return f"<S3Place {self.url}>"
@@ -133,11 +90,11 @@ class S3Place:
         Raises:
             StoreUnavailable: the object cannot be read, or is too long.
         """
-        async with self._connection.client(self) as client:
+        async with self._client() as client:
             try:
                 response = await client.get_object(**self._object)
             except ClientError as e:
-                if e.response["Error"].get("Code") in _MISSING:
+                if error_code(e) in _MISSING:
                     return None
                 raise
             if response["ContentLength"] > MAX_SIZE:
@@ -151,7 +108,7 @@ class S3Place:
         Raises:
             StoreUnavailable: the service does not answer.
         """
-        async with self._connection.client(self) as client:
+        async with self._client() as client:
             return await self._tag(client) == tag
 
     async def write(self, content: bytes, tag: str | None) -> str:
@@ -175,7 +132,7 @@ class S3Place:
 
     async def _put(self, content: bytes, condition: dict[str, str]) -> str:
         encoding = {"ContentEncoding": "gzip"} if self.in_gzip else {}
-        async with self._connection.client(self) as client:
+        async with self._client() as client:
             try:
                 response = await client.put_object(
                     **self._object,
@@ -186,23 +143,41 @@ class S3Place:
                     CacheControl="no-cache",  # readers ask by ETag, and get 304 while it stands
                 )
             except ClientError as e:
-                if e.response["Error"].get("Code") in _MISSING:
+                if error_code(e) in _MISSING:
                     raise DocumentChanged from e  # it was removed
                 raise
         return str(response["ETag"])
+
+    @contextlib.asynccontextmanager
+    async def _client(self) -> AsyncIterator[Any]:
+        """Lend the client for one request, whose errors are translated.
+
+        Raises:
+            StoreUnavailable: there is no answer, or an error.
+            DocumentChanged: a condition of the request does not hold.
+        """
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT), self._lease.client() as client:
+                yield client
+        except ClientError as e:
+            if error_code(e) in _CHANGED:
+                raise DocumentChanged from e
+            raise StoreUnavailable(_reason(e)) from e
+        except (BotoCoreError, OSError, TimeoutError) as e:
+            raise StoreUnavailable(reason_of(e)) from e
 
     async def _tag(self, client: Any) -> str | None:
         try:
             response = await client.head_object(**self._object)
         except ClientError as e:
-            if e.response["Error"].get("Code") in _MISSING:
+            if error_code(e) in _MISSING:
                 return None
             raise
         return str(response["ETag"])
 
     async def aclose(self) -> None:
         """Close the client if this is the last place."""
-        await self._connection.release(self)
+        await self._lease.aclose()
 
 
 def _is_unknown_to_service(error: BaseException | None) -> bool:

@@ -60,6 +60,33 @@ class Layout:
             "item": {"S": stored_json(item).decode()},
         }
 
+    def writes(
+        self, items: Iterable[Item], stored: Iterable[tuple[Kind, Attributes]]
+    ) -> Steps[tuple[list[Attributes], list[Attributes]]]:
+        """Return the puts and the removals after which a table holds these items and no others.
+
+        There is a step for each item.
+
+        Args:
+            items: in the order in which to write them.
+            stored: all items of the table, some of which may be equal.
+        """
+        others: dict[Key, Attributes] = {}
+        for kind, attributes in stored:
+            others[kind, attributes["key"]["S"]] = attributes
+            yield
+        puts: list[Attributes] = []
+        for item in items:
+            attributes = self.attributes(item)
+            if others.pop((item.kind, item.key), None) != attributes:
+                puts.append({"PutRequest": {"Item": attributes}})
+            yield
+        removals: list[Attributes] = []
+        for kind, key in others:
+            removals.append({"DeleteRequest": {"Key": self.key(kind, key)}})
+            yield
+        return puts, removals
+
     def problem_with(self, item: Item) -> str | None:
         """Return why a table cannot hold an item; None if it can."""
         length = len(item.key.encode())

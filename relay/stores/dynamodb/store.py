@@ -19,7 +19,8 @@ from relay.errors import StoreUnavailable
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
 from relay.stores import Stored, Versions
-from relay.stores.dynamodb.connect import Lease, error_code, unavailable
+from relay.stores.aws.connection import Lease, error_code
+from relay.stores.dynamodb.connect import unavailable
 from relay.stores.dynamodb.layout import (
     FINGERPRINT,
     Attributes,
@@ -30,7 +31,7 @@ from relay.stores.dynamodb.layout import (
     stored_version,
 )
 from relay.stores.fingerprint import Fingerprint
-from relay.stores.items import in_order
+from relay.stores.items import in_order, in_waves
 
 MAX_RACES = 100
 """Attempts of a write that other writers interrupt, before it fails."""
@@ -41,6 +42,13 @@ THROTTLED = Backoff(first=0.05, longest=5.0)
 MAX_THROTTLED = 10
 """Consecutive throttled requests of one write that have written nothing, before it fails: about
 half a minute."""
+
+WRITERS = 4
+"""Conditional writes of one store at a time. Each keeps the event loop busy for up to two
+milliseconds."""
+
+PAGE = 100
+"""Items of one answer: reading it takes three milliseconds, before other tasks can run."""
 
 _THROTTLING = frozenset(
     {
@@ -113,16 +121,11 @@ class DynamoDBStore:
             StoreUnavailable: the service does not answer, or refuses; some items may be written.
         """
         layout = self._layout
-        stored = {(kind, each["key"]["S"]): each for kind, each in await self._all_items()}
-        puts: list[Attributes] = []
-        for item in await run_in_slices(in_order(payload)):
-            attributes = layout.attributes(item)
-            if stored.pop((item.kind, item.key), None) != attributes:
-                puts.append({"PutRequest": {"Item": attributes}})
+        stored = await self._all_items()
+        items = await run_in_slices(in_order(payload))
+        puts, removals = await run_in_slices(layout.writes(items, stored))
         await self._write_all(puts)
-        await self._write_all(
-            {"DeleteRequest": {"Key": layout.key(kind, key)}} for kind, key in stored
-        )
+        await self._write_all(removals)
         await self._call("put_item", Item=layout.marker)
 
     async def upsert(self, items: Sequence[Item]) -> bool:
@@ -136,8 +139,8 @@ class DynamoDBStore:
         """
         if await self._marker() is None:
             return False
-        for item in await run_in_slices(in_order(items)):
-            await self._upsert_one(item)
+        for wave in await run_in_slices(in_waves(items)):
+            await self._upsert_all(wave)
         return True
 
     async def mark(self, fingerprint: Fingerprint) -> None:
@@ -180,6 +183,7 @@ class DynamoDBStore:
                     KeyConditionExpression="#namespace = :namespace",
                     ExpressionAttributeNames={"#namespace": "namespace"},
                     ExpressionAttributeValues={":namespace": {"S": self._layout.namespace(kind)}},
+                    Limit=PAGE,
                     **start,
                 )
                 found += [(kind, each) for each in answer.get("Items", ())]
@@ -199,6 +203,21 @@ class DynamoDBStore:
                 remaining = left
                 if remaining:
                     await _pause(failures, "the service leaves writes undone")
+
+    async def _upsert_all(self, items: Iterable[Item]) -> None:
+        """Upsert items in any order."""
+        remaining = iter(items)
+
+        async def write() -> None:
+            for item in remaining:
+                await self._upsert_one(item)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(WRITERS):
+                    tasks.create_task(write())
+        except* StoreUnavailable as failures:
+            raise failures.exceptions[0] from None
 
     async def _upsert_one(self, item: Item) -> None:
         attributes = self._layout.attributes(item)

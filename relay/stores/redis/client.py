@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from redis.asyncio.connection import AbstractConnection
+from redis.credentials import CredentialProvider
 from redis.exceptions import RedisError
 
 from relay.config.schema import Redis as RedisOptions
@@ -45,13 +46,16 @@ class RedisClient:
 
     Args:
         options: connection options with a complete URL.
+        credentials: gives user and password of each new connection, instead of the options.
 
     Raises:
         ConfigError: the URL or a TLS file is unusable.
     """
 
-    def __init__(self, options: RedisOptions) -> None:
-        self._pool = connection_pool(options)
+    def __init__(
+        self, options: RedisOptions, credentials: CredentialProvider | None = None
+    ) -> None:
+        self._pool = connection_pool(options, credentials)
         self._connect_timeout = options.connect_timeout
         self._read_timeout = options.read_timeout
 

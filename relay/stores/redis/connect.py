@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
 from typing import Any
@@ -16,14 +17,17 @@ from redis.asyncio.connection import (
 )
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeout
 
+from relay import clock
 from relay.config.schema import Redis as RedisOptions
 from relay.errors import ConfigError
 from relay.model.credential import masked_url
 from relay.reasons import describe, shorten, tls_reason
+from relay.stores.redis.identity import REAUTHENTICATION, Identity, make_identity
 from relay.tls import EncryptedKey, client_context, load_key_pair
 
 DEFAULT_PORT = 6379
@@ -35,6 +39,34 @@ class _TLSConnection(SSLConnection):
     def __init__(self, tls: ssl.SSLContext, **options: Any) -> None:
         super().__init__(**options)
         self.ssl_context.context = tls  # instead of the library's
+        self._authenticate_at = 0.0
+        """Monotonic time from which on a token is too old for the server."""
+
+    async def connect(self) -> None:
+        """Connect, or show a new token on a connection that the server would close for its age.
+
+        The pool calls this before it lends a connection.
+        """
+        now = clock.monotonic()
+        if self.is_connected and now < self._authenticate_at:
+            return
+        if self.is_connected and isinstance(self.credential_provider, Identity):
+            await self._authenticate_again(self.credential_provider)
+        # It returns at once if there is a connection.
+        await super().connect()  # type: ignore[no-untyped-call]
+        self._authenticate_at = now + REAUTHENTICATION
+
+    async def _authenticate_again(self, identity: Identity) -> None:
+        """Authenticate; close the connection if that fails."""
+        try:
+            credentials = await identity.get_credentials_async()
+            await self.send_command("AUTH", *credentials, check_health=False)
+            await self.read_response()
+        except RedisError:
+            await self.disconnect()
+        except BaseException:
+            await self.disconnect(nowait=True)
+            raise
 
 
 async def _authenticate(connection: AbstractConnection) -> None:
@@ -50,15 +82,31 @@ async def _authenticate(connection: AbstractConnection) -> None:
     """
     for name in ("driver_info", "lib_name", "lib_version"):
         setattr(connection, name, None)
-    await connection.on_connect()
+    try:
+        await connection.on_connect()
+    except AuthenticationError:
+        if isinstance(connection.credential_provider, Identity):
+            connection.credential_provider.note_refusal()
+        raise
     # The method had the longer name before redis-py 8.
     has_data = getattr(connection, "can_read", None) or connection.can_read_destructive
     if await has_data():
         await connection.read_response()
 
 
-def connection_pool(options: RedisOptions) -> ConnectionPool:
-    """Return a connection pool. Check all options and files, but open no connection."""
+def connection_pool(
+    options: RedisOptions, credentials: CredentialProvider | None = None
+) -> ConnectionPool:
+    """Return a connection pool. Check all options and files, but open no connection.
+
+    Args:
+        options: connection options with a complete URL.
+        credentials: gives user and password of each new connection, instead of the options.
+
+    Raises:
+        ConfigError: the URL or a TLS file is unusable, or a library of a cloud is missing.
+    """
+    credentials = credentials or make_identity(options, os.environ)
     label = f"Redis at {masked_address(options.url)}"
     kwargs = _connection_options(options)
     if options.url.startswith("rediss:"):
@@ -67,7 +115,10 @@ def connection_pool(options: RedisOptions) -> ConnectionPool:
         except ConfigError as e:
             raise ConfigError([f"{label}: {problem}" for problem in e.problems]) from e
     try:
-        return ConnectionPool(**kwargs | _url_options(options.url))
+        kwargs |= _url_options(options.url)
+        if credentials:
+            kwargs |= {"username": None, "password": None, "credential_provider": credentials}
+        return ConnectionPool(**kwargs)
     except ValueError as e:
         raise ConfigError([f"{label}: the URL cannot be used: {e}"]) from e
 

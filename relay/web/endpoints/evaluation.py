@@ -1,5 +1,7 @@
 """Client-side evaluation: all flags, evaluated for one context (endpoints 1.5).
 
+SDKs that speak FDv2 may name the state of their data, and get the flags that they miss (fdv2 13.8).
+
 Clients repeat their requests, so results are cached by the bytes of the request.
 """
 
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 from starlette.requests import Request
@@ -15,10 +17,15 @@ from starlette.requests import Request
 from relay.bigsegments.environment import BigSegments
 from relay.bigsegments.memberships import NO_MEMBERSHIPS, Memberships
 from relay.environment import Environment
+from relay.evaluation.client import EvalClient
+from relay.evaluation.clientjournal import ClientDelta
 from relay.evaluation.compiled.fragments import EvalBody
 from relay.evaluation.compiled.program import Program
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context
+from relay.model.journal import Full
+from relay.protocol import flageval
+from relay.protocol.flageval import ClientState
 from relay.registry import Registry
 from relay.web.access import Access
 from relay.web.bodies import RequestRejected
@@ -26,13 +33,13 @@ from relay.web.cache import CacheEntry, ResponseCache
 from relay.web.compression import EvaluationResource
 from relay.web.contexts import (
     NO_KEY,
+    EvaluationQuery,
     check_secure_mode_hash,
     context_budget,
     context_in_body,
     context_in_path,
+    json_in_path,
     read_context_body,
-    secure_mode_hash_in,
-    wants_reasons,
 )
 from relay.web.requests import header
 from relay.web.resources import with_ttl
@@ -64,6 +71,7 @@ class _EvaluationRequest(Struct, frozen=True):
         reader: parses `raw`.
         with_reasons: whether to include evaluation reasons.
         secure_mode_hash: sent by the client; empty without one.
+        basis: state of the data of a client that speaks FDv2, empty without one; None for FDv1.
     """
 
     sdk_kind: SDKKind
@@ -71,6 +79,29 @@ class _EvaluationRequest(Struct, frozen=True):
     reader: Callable[[bytes], Context]
     with_reasons: bool
     secure_mode_hash: str
+    basis: str | None
+
+    @classmethod
+    def of(
+        cls,
+        sdk_kind: SDKKind,
+        raw: bytes,
+        reader: Callable[[bytes], Context],
+        query: bytes,
+        *,
+        fdv2: bool,
+    ) -> _EvaluationRequest:
+        """Return a request with the parameters in a query."""
+        if not query:  # most have none
+            return cls(sdk_kind, raw, reader, False, "", "" if fdv2 else None)
+        parameters = EvaluationQuery.parse(query)
+        reasons, proof = parameters.with_reasons, parameters.secure_mode_hash
+        return cls(sdk_kind, raw, reader, reasons, proof, parameters.basis if fdv2 else None)
+
+    @property
+    def json(self) -> bytes:
+        """The context in JSON."""
+        return json_in_path(self.raw) if self.reader is context_in_path else self.raw
 
 
 class EvaluationResult(CacheEntry, eq=False):
@@ -150,7 +181,13 @@ class EvaluationHandler:
         return f"<EvaluationHandler [{len(self.results)} results, {self.results.size} bytes]>"
 
     def evaluate(
-        self, environment: Environment, sdk_kind: SDKKind, segment: bytes, query: bytes
+        self,
+        environment: Environment,
+        sdk_kind: SDKKind,
+        segment: bytes,
+        query: bytes,
+        *,
+        fdv2: bool = False,
     ) -> EvaluationResult | PreparedResponse | PendingEvaluation | None:
         """Return the result for a GET, or the refusal; None if it is left to the application.
 
@@ -161,10 +198,11 @@ class EvaluationHandler:
             sdk_kind: decides which flags are visible.
             segment: of the path, with the context, without percent escapes.
             query: as received.
+            fdv2: whether the client speaks FDv2.
         """
         if len(segment) > MAX_AT_ONCE:
             return None
-        evaluation = _evaluation_request(sdk_kind, segment, context_in_path, query)
+        evaluation = _EvaluationRequest.of(sdk_kind, segment, context_in_path, query, fdv2=fdv2)
         try:
             program = environment.programs.current(sdk_kind)
             return self._evaluate(environment, program, evaluation)
@@ -188,8 +226,9 @@ class EvaluationHandler:
         self, request: Request, access: Access, raw: bytes, reader: Callable[[bytes], Context]
     ) -> PreparedResponse:
         none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
-        environment, sdk_kind = access.environment, access.route.sdk_kind
-        evaluation = _evaluation_request(sdk_kind, raw, reader, request.scope["query_string"])
+        environment, sdk_kind = access.environment, access.sdk_kind
+        query, fdv2 = request.scope["query_string"], access.route.evaluates_fdv2
+        evaluation = _EvaluationRequest.of(sdk_kind, raw, reader, query, fdv2=fdv2)
         try:
             if len(evaluation.raw) > MAX_AT_ONCE:
                 body = await _evaluate_in_thread(environment, evaluation)
@@ -233,8 +272,8 @@ class EvaluationHandler:
         Raises:
             RequestRejected: the context is invalid or not allowed, or there is no data.
         """
-        raw, reader = evaluation.raw, evaluation.reader
-        cache_key = (environment, evaluation.sdk_kind, raw, evaluation.with_reasons, reader)
+        raw, reader, basis = evaluation.raw, evaluation.reader, evaluation.basis
+        cache_key = (environment, evaluation.sdk_kind, raw, evaluation.with_reasons, reader, basis)
         repeated = self._recent.is_repeated(cache_key)
         known = self.results.get(cache_key) if repeated else None
         if known is not None:
@@ -296,7 +335,8 @@ class EvaluationHandler:
                 return PendingEvaluation(
                     environment, request, context, cache_key, big_segments, keys
                 )
-        body = program.body(context, memberships.by_key, with_reasons=request.with_reasons)
+        missed = _missed(environment, program, request)
+        body = _body(program, request, context, memberships, missed)
         key = context.fully_qualified_key if environment.spec.secure_mode else ""
         result = EvaluationResult(environment, environment.payload, body, key)
         if keys:
@@ -309,13 +349,38 @@ class EvaluationHandler:
         return result
 
 
-def _evaluation_request(
-    sdk_kind: SDKKind, raw: bytes, reader: Callable[[bytes], Context], query: bytes
-) -> _EvaluationRequest:
-    with_reasons, secure_mode_hash = False, ""
-    if query:  # most have none
-        with_reasons, secure_mode_hash = wants_reasons(query), secure_mode_hash_in(query)
-    return _EvaluationRequest(sdk_kind, raw, reader, with_reasons, secure_mode_hash)
+class _Missed(NamedTuple):
+    """What a client has named, and what it misses since."""
+
+    named: ClientState
+    answer: Full | ClientDelta
+
+
+def _missed(
+    environment: Environment, program: Program, request: _EvaluationRequest
+) -> _Missed | None:
+    """Return what a client misses; None if it does not speak FDv2."""
+    if request.basis is None:
+        return None
+    named = ClientState.parse(request.basis)
+    journal = environment.programs.client_journal
+    return _Missed(named, journal.answer(program, request.sdk_kind, named.data))
+
+
+def _body(
+    program: Program,
+    request: _EvaluationRequest,
+    context: Context,
+    memberships: Memberships,
+    missed: _Missed | None,
+) -> EvalBody:
+    """Return the body of the response. May run in a thread."""
+    members, reasons = memberships.by_key, request.with_reasons
+    if missed is None:
+        return program.body(context, members, with_reasons=reasons)
+    client = EvalClient(request.json, context, request.sdk_kind, with_reasons=reasons)
+    client.memberships = members
+    return flageval.respond(flageval.POLL, program, client, *missed)
 
 
 async def _evaluate_in_thread(
@@ -339,9 +404,8 @@ async def _evaluate_in_thread(
     memberships, keys = NO_MEMBERSHIPS, program.members_needed(context)
     if keys and environment.big_segments is not None:
         memberships = await environment.big_segments.memberships(keys)
-    return await asyncio.to_thread(
-        program.body, context, memberships.by_key, with_reasons=evaluation.with_reasons
-    )
+    missed = _missed(environment, program, evaluation)
+    return await asyncio.to_thread(_body, program, evaluation, context, memberships, missed)
 
 
 def _check(

@@ -17,25 +17,26 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from relay.environment import Environment
+from relay.evaluation.client import EvalClient
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import Context
 from relay.model.metrics import MetricValue
 from relay.registry import Grant
 from relay.streams.deltas import STREAM as DELTAS
-from relay.streams.evaluated import EVALUATING, PINGS, EvalClient
+from relay.streams.evaluated import EVALUATING, EVALUATING_FDV2, PINGS
 from relay.streams.transport import LAST_CHUNK, decode_chunks
 from relay.telemetry.traffic import RequestMetrics
 from relay.web.access import Access
-from relay.web.bases import Bases
+from relay.web.bases import Bases, client_side_basis
 from relay.web.bodies import MemoryBudget, RequestRejected
 from relay.web.contexts import (
     NO_KEY,
+    EvaluationQuery,
     check_secure_mode_hash,
     context_in_body,
     context_in_path,
+    json_in_path,
     read_context_body,
-    secure_mode_hash_in,
-    wants_reasons,
 )
 from relay.web.requests import first_values
 from relay.web.responses import Headers, PreparedResponse, environment_headers
@@ -87,35 +88,49 @@ PING_STREAM = ClientStream(PINGS)
 """The stream of `/ping/{envId}` and `/mping`."""
 
 
-def client_stream(access: Access, segment: bytes, query: bytes) -> ClientStream | PreparedResponse:
-    """Return the stream of `/eval/{envId}/{context}` or `/meval/{context}`, or the refusal.
+def client_stream(
+    access: Access, segment: bytes, query: bytes, headers: Mapping[bytes, bytes]
+) -> ClientStream | PreparedResponse:
+    """Return the stream for a context in the path, or the refusal.
 
     Args:
         access: environment to evaluate for, and the route.
         segment: of the path, with the context, without percent escapes.
         query: as received.
+        headers: of the request, by name in lower case.
     """
     try:
-        return _stream_for(access, segment, context_in_path(segment), query)
+        context = context_in_path(segment)
+        return _stream_for(access, json_in_path(segment), context, query, headers)
     except RequestRejected as e:
         return e.response.with_headers(_UNBUFFERED)
 
 
-def _stream_for(access: Access, raw: bytes, context: Context, query: bytes) -> ClientStream:
+def _stream_for(
+    access: Access,
+    json: bytes,
+    context: Context,
+    query: bytes,
+    headers: Mapping[bytes, bytes],
+) -> ClientStream:
     """Return the stream for a context; one that gets pings needs no key.
 
     Raises:
         RequestRejected: the secure mode hash is wrong, or the context has no key to evaluate for.
     """
-    spec, sdk_kind = access.environment.spec, access.route.sdk_kind
+    spec, sdk_kind = access.environment.spec, access.sdk_kind
+    parameters = EvaluationQuery.parse(query)
     if sdk_kind is SDKKind.BROWSER:
-        check_secure_mode_hash(spec, context.fully_qualified_key, secure_mode_hash_in(query))
+        proof = parameters.secure_mode_hash
+        check_secure_mode_hash(spec, context.fully_qualified_key, proof)
     if not spec.eval_streams:
         return PING_STREAM
     if context.has_empty_key:
         raise RequestRejected(NO_KEY)
-    client = EvalClient(raw, context, with_reasons=wants_reasons(query))
-    return ClientStream(EVALUATING[sdk_kind], client)
+    fdv2, reasons = access.route.evaluates_fdv2, parameters.with_reasons
+    basis = client_side_basis(headers, query) if fdv2 else ""
+    client = EvalClient(json, context, sdk_kind, with_reasons=reasons, basis=basis)
+    return ClientStream((EVALUATING_FDV2 if fdv2 else EVALUATING)[sdk_kind], client)
 
 
 def server_stream(
@@ -162,17 +177,18 @@ class StreamsHandler:
     async def in_path(self, request: Request, access: Access) -> Response | PreparedResponse:
         """Open a stream by a GET whose path ends in the context."""
         segment = request.path_params["context"].encode(errors="replace")
-        stream = client_stream(access, segment, request.scope["query_string"])
+        query = request.scope["query_string"]
+        stream = client_stream(access, segment, query, first_values(request))
         return (
             stream if isinstance(stream, PreparedResponse) else self._open(request, access, stream)
         )
 
     async def in_body(self, request: Request, access: Access) -> Response | PreparedResponse:
-        """Open a stream by a REPORT whose body is the context."""
+        """Open a stream by a request whose body is the context."""
         try:
             body = await read_context_body(request, self._budget)
             context, query = context_in_body(body), request.scope["query_string"]
-            stream = _stream_for(access, body, context, query)
+            stream = _stream_for(access, body, context, query, first_values(request))
         except RequestRejected as e:
             return e.response.with_headers(_UNBUFFERED)
         return self._open(request, access, stream)

@@ -1,4 +1,4 @@
-"""Fast path of client-side evaluation (`GET /sdk/evalx/…`, `/msdk/evalx/…`)."""
+"""Fast path of client-side evaluation (`GET /sdk/evalx/…`, `/msdk/evalx/…`, `/sdk/poll/eval/…`)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,13 @@ PROFILE_SIZE = 2 * 1024
 _LINE_END = b" HTTP/1.1\r\n"
 _BASE64_PUNCTUATION = b"-_=+"
 """Characters of base64 in both alphabets that `isalnum` refuses, except the slash."""
-_PLAIN_QUERY = re.compile(rb"[0-9A-Za-z=&_.~-]*")
+_PLAIN_QUERY = re.compile(rb"[0-9A-Za-z=&_.~():-]*")
+
+
+_Selection = tuple[str, str]
+"""Payload filter and credential in a query; each is empty without one."""
+
+_SELECTS_NOTHING: _Selection = "", ""
 
 
 class ClientProfile(CacheEntry, eq=False):
@@ -48,6 +54,7 @@ class ClientProfile(CacheEntry, eq=False):
         environment: provides the flags.
         payload: `ANY_PAYLOAD`.
         sdk_kind: kind of the clients.
+        fdv2: True if they speak FDv2.
         count: counter of the requests.
         cors: CORS headers of responses to browsers.
         if_none_match: value of the header; empty if there is none.
@@ -56,6 +63,7 @@ class ClientProfile(CacheEntry, eq=False):
     """
 
     sdk_kind: SDKKind
+    fdv2: bool
     count: MetricValue
     cors: Headers
     if_none_match: bytes
@@ -137,8 +145,8 @@ class EvaluationFastPath:
         self._evaluation = evaluation
         self._traffic = traffic
         self.profiles: ResponseCache[ClientProfile] = ResponseCache(registry, MAX_PROFILES)
-        """By the bytes before the context in a request, the bytes after the request line, and the
-        payload filter."""
+        """By the bytes before the context in a request, the bytes after the request line, and what
+        the query selects."""
 
     def answer_known(self, head: bytes) -> WireResponse | PendingResponse | None:
         """Return the response to a request that differs from an earlier one in its context only.
@@ -153,10 +161,10 @@ class EvaluationFastPath:
         start, _, target = line.rpartition(b"/")
         segment, _, query = target.partition(b"?")
         # Anything else has to be judged by the parser.
-        payload_filter = _plain_filter(query)
-        if payload_filter is None or not segment.translate(None, _BASE64_PUNCTUATION).isalnum():
+        selection = _plain_selection(query)
+        if selection is None or not segment.translate(None, _BASE64_PUNCTUATION).isalnum():
             return None
-        profile = self.profiles.get((start, rest, payload_filter))
+        profile = self.profiles.get((start, rest, selection))
         if profile is None:
             return None
         return self._respond(profile, segment, query)
@@ -165,23 +173,25 @@ class EvaluationFastPath:
         """Return the response to a GET, or a pending one; None to leave it to the application."""
         profile = self._profile(head)
         response = self._respond(profile, head.segment, head.query)
-        payload_filter = _plain_filter(head.query)
-        if response is not None and not profile.if_none_match and payload_filter is not None:
-            self._remember(head.raw, payload_filter, profile)
+        selection = _plain_selection(head.query)
+        if response is not None and not profile.if_none_match and selection is not None:
+            self._remember(head.raw, selection, profile)
         return response
 
-    def _remember(self, head: bytes, payload_filter: str, profile: ClientProfile) -> None:
+    def _remember(self, head: bytes, selection: _Selection, profile: ClientProfile) -> None:
         line, _, rest = head.partition(_LINE_END)
         if rest and len(rest) <= MAX_HEAD:
             start = line.partition(b"?")[0].rpartition(b"/")[0]
-            profile.size = PROFILE_SIZE + len(start) + len(rest) + len(payload_filter)
-            self.profiles.put((start, rest, payload_filter), profile)
+            size = len(start) + len(rest) + sum(map(len, selection))
+            profile.size = PROFILE_SIZE + size
+            self.profiles.put((start, rest, selection), profile)
 
     def _respond(
         self, profile: ClientProfile, segment: bytes, query: bytes
     ) -> WireResponse | PendingResponse | None:
-        environment, sdk_kind = profile.environment, profile.sdk_kind
-        result = self._evaluation.evaluate(environment, sdk_kind, segment, query)
+        result = self._evaluation.evaluate(
+            profile.environment, profile.sdk_kind, segment, query, fdv2=profile.fdv2
+        )
         if isinstance(result, PendingEvaluation):
             return PendingResponse(profile, result)
         return self._response(profile, result)
@@ -203,7 +213,7 @@ class EvaluationFastPath:
             return None
         if isinstance(result, PreparedResponse):
             return profile.respond(result)
-        if profile.is_usual:
+        if profile.is_usual and result.body.digest:
             response = profile.respond_usual(result)
         else:
             resource = resource_for(result.body, environment)
@@ -224,7 +234,8 @@ class EvaluationFastPath:
         return ClientProfile(
             access.environment,
             ANY_PAYLOAD,
-            route.sdk_kind,
+            access.sdk_kind,
+            route.evaluates_fdv2,
             self._traffic.requests[access.labels(self._traffic, "GET", headers)],
             cors_lines(spec, origin, route) if route.for_browsers else (),
             headers.get(b"if-none-match", b""),
@@ -233,10 +244,12 @@ class EvaluationFastPath:
         )
 
 
-def _plain_filter(query: bytes) -> str | None:
-    """Return the payload filter in a query, empty without one; None if it needs decoding."""
+def _plain_selection(query: bytes) -> _Selection | None:
+    """Return what a query selects; None if it needs decoding."""
     if not query:
-        return ""
+        return _SELECTS_NOTHING
     if _PLAIN_QUERY.fullmatch(query) is None:
         return None
-    return parameter_in(query, "filter") if b"filter" in query else ""
+    if b"filter" not in query and b"auth" not in query:
+        return _SELECTS_NOTHING
+    return parameter_in(query, "filter"), parameter_in(query, "auth")

@@ -25,7 +25,7 @@ MAX_HEAD = 4096
 LENGTH = b"content-length"
 PAYLOAD_ID = b"x-launchdarkly-payload-id"
 
-EVALUATION_STARTS = (b"GET /sdk/evalx/", b"GET /msdk/evalx/")
+EVALUATION_STARTS = (b"GET /sdk/evalx/", b"GET /msdk/evalx/", b"GET /sdk/poll/eval/")
 """First bytes of evaluation requests."""
 
 _VARIABLE = re.compile(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from relay.environment import Environment
+from relay.evaluation.client import EvalClient
 from relay.registry import Grant
 from relay.streams.deltas import STREAM as DELTAS
-from relay.streams.evaluated import EvalClient
 from relay.telemetry.traffic import RequestLabels, RequestMetrics
 from relay.web.bases import Bases, is_cacheable
 from relay.web.cache import ANY_PAYLOAD, CacheEntry
@@ -51,7 +51,7 @@ def stream_request(
     elif route.endpoint is Endpoint.PINGS:
         stream = PING_STREAM
     else:
-        stream = client_stream(access, head.segment, head.query)
+        stream = client_stream(access, head.segment, head.query, head.headers)
     if isinstance(stream, PreparedResponse):
         return None
     environment = access.environment

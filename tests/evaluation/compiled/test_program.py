@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from relay.evaluation.bucketing import int_to_float32, to_float32
 from relay.evaluation.compiled import fragments
+from relay.evaluation.compiled.fragments import EVALX
 from relay.evaluation.compiled.index import Index
 from relay.evaluation.compiled.program import MAX_CALLS, FlagCompiler, Program
 from relay.evaluation.compiled.thresholds import threshold
@@ -443,7 +444,8 @@ def test_the_cache_of_groups_is_bounded_and_given_up_if_it_does_not_pay(monkeypa
     payload = payload_of({"flags": items, "segments": {}})
     for repeats, worthwhile in ((1, False), (3, True)):
         program = program_of(FlagCompiler(payload), SDKKind.SERVER)
-        groups = program._without_reasons._groups
+        program.body(context_of("anna"), with_reasons=False)
+        groups = program._templates[EVALX]._groups
         assert groups is not None
         for value in values:
             context = context_of("anna", tag=value)

@@ -307,7 +307,7 @@ async def test_credentials_that_are_missing_are_told(s3, open_store, monkeypatch
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    with pytest.raises(StoreUnavailable, match="Unable to locate credentials"):
+    with pytest.raises(StoreUnavailable, match="there are no AWS credentials"):
         await open_store("s3://bucket/p").load()
 
 

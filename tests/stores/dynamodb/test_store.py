@@ -13,12 +13,13 @@ from relay.model.payload import Payload
 from relay.steps import finish
 from relay.stores import UNREADABLE, Version
 from relay.stores.dynamodb import store as module
-from relay.stores.dynamodb.connect import DynamoDBConnection
+from relay.stores.dynamodb.connect import connect
 from relay.stores.dynamodb.layout import FINGERPRINT, MAX_KEY
-from relay.stores.dynamodb.store import MAX_RACES, MAX_THROTTLED, DynamoDBStore
+from relay.stores.dynamodb.store import MAX_RACES, MAX_THROTTLED, PAGE, WRITERS, DynamoDBStore
 from relay.stores.fingerprint import Fingerprint
 from tests.stores.contract import StoreContract, flag, segment
 from tests.support.dynamodb import failure, store_in
+from tests.support.holding import holding
 
 ONE = Payload.of([flag("lamp", 1)])
 THROTTLED = "ProvisionedThroughputExceededException"
@@ -147,6 +148,36 @@ async def test_collections_of_several_pages_are_read(store):
     assert len(await store.versions()) == 4
 
 
+async def test_a_large_environment_is_read_in_short_answers(proxy, store):
+    """So that each can be read between two other tasks."""
+    await store.init(Payload.of([flag(f"f{n}", 1) for n in range(3 * PAGE - 1)]))
+    proxy.asked.clear()
+    assert len((await store.load()).payload) == 3 * PAGE - 1
+    assert proxy.operations.count("Query") == 1 + 3
+    assert all(each.body["Limit"] == PAGE for each in proxy.asked if each.operation == "Query")
+
+
+@pytest.mark.timing
+async def test_a_large_environment_never_holds_the_event_loop(server, table):
+    """Not for 10 ms, whatever is done with 1000 flags of 570 bytes."""
+    store = store_in(server.url, table.name)
+    await store.load()  # which connects
+
+    def flags(version):
+        return [large(f"f{n}", 500, version) for n in range(1000)]
+
+    versions = [flags(n) for n in range(4)]
+    first, changed = Payload.of(versions[1]), Payload.of(versions[3])
+    with holding() as longest:
+        await store.init(first)
+        await store.load()
+        await store.versions()
+        await store.upsert(versions[2][:100])
+        await store.init(changed)
+    await store.aclose()
+    assert longest.seconds < 0.01
+
+
 async def test_writes_are_in_order_and_25_in_a_request(proxy, store):
     """Segments, flags after those that they need, removals, and alone at the end the marker."""
     await store.init(Payload.of([flag(f"old-{n}", 1) for n in range(30)]))
@@ -168,6 +199,35 @@ async def test_writes_are_in_order_and_25_in_a_request(proxy, store):
     assert keys.index("z") < keys.index("a")
     assert proxy.operations[-1] == "PutItem"
     assert proxy.asked[-1].body["Item"]["key"] == {"S": "p:$inited"}
+
+
+async def test_changes_are_written_a_few_at_a_time(proxy, table, store):
+    """Those that do not need each other; a flag is written after its prerequisites."""
+    await store.init(ONE)
+    proxy.asked.clear()
+    proxy.delay = 0.02
+    need = flag("a-needs-z", 1, b'{"version":1,"prerequisites":[{"key":"z","variation":0}]}')
+    items = [need, flag("z", 1), *(flag(f"f{n}", 1) for n in range(20)), segment("crowd", 1)]
+    assert await store.upsert(items)
+    assert proxy.busiest == WRITERS
+    written = [each.body["Item"]["key"]["S"] for each in proxy.asked[1:]]
+    assert written[0] == "crowd"
+    assert written[-1] == "a-needs-z"
+    assert len(written) == len(items)
+
+
+async def test_a_write_that_fails_ends_the_others(proxy, store):
+    """The error is that of the service; what is written is written, and nothing goes on."""
+    await store.init(ONE)
+    proxy.misbehave = lambda operation, _body: (
+        failure("AccessDeniedException") if operation == "PutItem" else None
+    )
+    with pytest.raises(StoreUnavailable, match="AccessDeniedException"):
+        await store.upsert([flag(f"f{n}", 1) for n in range(20)])
+    asked = len(proxy.asked)
+    proxy.misbehave = lambda _operation, _body: None
+    assert await store.upsert([flag("f1", 1)])
+    assert len(proxy.asked) == asked + 2
 
 
 async def test_what_is_there_already_is_not_written_again(proxy, store):
@@ -330,34 +390,20 @@ async def test_a_service_that_is_away_is_reported(proxy, table):
     await store.aclose()
 
 
-async def test_expired_credentials_are_looked_for_again(proxy, table, monkeypatch):
-    """Files and variables may have others by now; the secret is never in the message."""
-    store = store_in(proxy.url, table.name)
-    proxy.misbehave = lambda _op, _body: failure("ExpiredTokenException")
-    with pytest.raises(StoreUnavailable, match="ExpiredTokenException") as caught:
-        await store.load()
-    assert "secret" not in str(caught.value)
-    proxy.misbehave = lambda _op, _body: None
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIANEW")
-    await store.init(ONE)
-    assert proxy.asked[-1].key_id == "AKIANEW"
-    await store.aclose()
-
-
 async def test_missing_credentials_and_regions_are_named(table, monkeypatch, tmp_path):
     """In words that say what to do."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    nowhere = DynamoDBStore(DynamoDBConnection("", {}).lease(), table.name, "p")
+    nowhere = DynamoDBStore(connect("", {}).lease(), table.name, "p")
     with pytest.raises(StoreUnavailable, match="there is no region; AWS_REGION"):
         await nowhere.load()
-    anonymous = DynamoDBStore(DynamoDBConnection("http://127.0.0.1:1", {}).lease(), table.name, "")
+    anonymous = DynamoDBStore(connect("http://127.0.0.1:1", {}).lease(), table.name, "")
     with pytest.raises(StoreUnavailable, match="there are no AWS credentials"):
         await anonymous.load()
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(ConfigError, match="nobody"):
-        DynamoDBConnection("", {})
+        connect("", {})
 
 
 @pytest.mark.parametrize(
@@ -370,7 +416,7 @@ async def test_missing_credentials_and_regions_are_named(table, monkeypatch, tmp
 async def test_the_region_is_that_of_the_variables(proxy, table, monkeypatch, environ, region):
     """`AWS_REGION` counts before `AWS_DEFAULT_REGION`."""
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
-    store = DynamoDBStore(DynamoDBConnection(proxy.url, environ).lease(), table.name, "p")
+    store = DynamoDBStore(connect(proxy.url, environ).lease(), table.name, "p")
     with pytest.raises(StoreUnavailable, match="there is no table"):
         await store.load()
     assert proxy.asked[0].region == region
@@ -379,7 +425,7 @@ async def test_the_region_is_that_of_the_variables(proxy, table, monkeypatch, en
 
 async def test_stores_share_one_client(proxy, table):
     """It is closed with the last one, and opened again by the next."""
-    connection = DynamoDBConnection(proxy.url, {"AWS_REGION": "us-east-1"})
+    connection = connect(proxy.url, {"AWS_REGION": "us-east-1"})
     stores = [DynamoDBStore(connection.lease(), table.name, prefix) for prefix in "abc"]
     await asyncio.gather(*(each.init(ONE) for each in stores))
     for each in stores[:2]:
@@ -387,20 +433,3 @@ async def test_stores_share_one_client(proxy, table):
     assert await stores[2].load() is not None
     await stores[2].aclose()
     assert connection._current is None
-
-
-async def test_credentials_are_not_looked_for_at_every_failure(proxy, table):
-    """A hundred environments whose keys have expired make one new client, not a hundred."""
-    connection = DynamoDBConnection(proxy.url, {"AWS_REGION": "us-east-1"})
-    stores = [DynamoDBStore(connection.lease(), table.name, str(n)) for n in range(20)]
-    proxy.misbehave = lambda _op, _body: failure("ExpiredTokenException")
-    sessions = set()
-    for _ in range(3):
-        failed = await asyncio.gather(*(each.load() for each in stores), return_exceptions=True)
-        assert all(isinstance(each, StoreUnavailable) for each in failed)
-        sessions.add(connection._session)
-    assert len(sessions) == 1
-    proxy.misbehave = lambda _op, _body: None
-    assert await stores[0].load() is None
-    for each in stores:
-        await each.aclose()

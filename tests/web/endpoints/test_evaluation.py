@@ -188,7 +188,7 @@ async def test_the_same_request_is_answered_from_memory_until_the_data_change():
     set_flags(served.environment, *ITEMS)
     calls = []
     find = served.evaluation.evaluate
-    served.evaluation.evaluate = lambda *args: calls.append(args) or find(*args)
+    served.evaluation.evaluate = lambda *args, **more: calls.append(args) or find(*args, **more)
     await served.environment.programs.ready(SDKKind.BROWSER)
     async with serving(served) as address:
         reader, writer = await address.connect()

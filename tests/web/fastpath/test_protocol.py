@@ -355,10 +355,10 @@ def slow(monkeypatch) -> tuple[Served, list[bytes]]:
     served, contexts = Served(), []
     evaluate = served.evaluation.evaluate
 
-    def slow_evaluate(environment, sdk_kind, segment, query):
+    def slow_evaluate(environment, sdk_kind, segment, query, **more):
         time.sleep(0.002)
         contexts.append(segment)
-        return evaluate(environment, sdk_kind, segment, query)
+        return evaluate(environment, sdk_kind, segment, query, **more)
 
     monkeypatch.setattr(served.evaluation, "evaluate", slow_evaluate)
     return served, contexts

@@ -1,0 +1,1 @@
+"""AWS, as all stores there reach it: region, credentials and clients."""
