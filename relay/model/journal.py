@@ -304,10 +304,13 @@ class Journal:
         return TOO_LARGE if _is_large(items, self._payload) else Delta(items, step)
 
     def _begin(self, payload: Payload) -> None:
-        self.naming = Work(self._name(payload))
+        self.naming = Work(self._name(payload, self.step))
 
-    def _name(self, payload: Payload) -> Steps[None]:
-        """Name the state of a whole payload, with a step for each item."""
+    def _name(self, payload: Payload, step: int) -> Steps[None]:
+        """Name the state of a whole payload that came with a step of the journal.
+
+        Item by item: the next step may begin before.
+        """
         digest, versions = 0, 0
         for item in payload:
             if not item.deleted:
@@ -315,7 +318,7 @@ class Journal:
                 versions += item.version
             yield
         self._digest, self._versions, self.naming = digest, versions, None
-        self._note_state()
+        self._note_state(step)
 
     def finish_naming(self) -> None:
         """Name the state, so that clients of other replicas, which may have it, are known.
@@ -332,7 +335,7 @@ class Journal:
                     self._digest += sign * _digest(item)
                     self._versions += sign * item.version
         self._unnamed.clear()
-        self._note_state()
+        self._note_state(self.step)
 
     def _supersedes(self, before: Payload, item: Item) -> bool:
         """Return whether every client takes an item for newer than what it has seen."""
@@ -360,9 +363,9 @@ class Journal:
             for key, _ in recent:
                 yield items.get(key) or Item(kind, key, self._vanished.get((kind, key), 0), None)
 
-    def _note_state(self) -> None:
+    def _note_state(self, step: int) -> None:
         # A state may recur. Clients that go by the older occurrence may have seen more.
-        self._states.setdefault(self._state, self.step)
+        self._states.setdefault(self._state, step)
         if len(self._states) > MAX_STATES:
             self._states.popitem(last=False)
 
