@@ -6,6 +6,7 @@ from functools import partial
 
 from bench import (
     bigsegments,
+    deltas,
     environments,
     evaluations,
     measures,
@@ -82,6 +83,7 @@ def axes(rotation_streams: int = rotation.STREAMS) -> list[Axis]:
         WORKERS,
         WORKERS_MEMORY,
         WORKERS_PATCH,
+        *DELTAS,
     ]
 
 
@@ -423,4 +425,60 @@ ENVIRONMENT_POLLS = Axis(
         Row(f"poll among {MANY}", "req/cpu-s"),
     ),
     environments.beside,
+)
+DELTAS = (
+    Axis(
+        "fdv2-reconnect",
+        (
+            Row(f"{deltas.BACK}: last client, in full transfers", "×", (at_most(0.15),)),
+            Row(f"{deltas.BACK}: CPU, in full transfers", "×", (at_most(0.15),)),
+            Row(f"{deltas.BACK}: bytes, in full transfers", "×", (at_most(0.01),)),
+            Row(f"{deltas.BACK}: last client", "s"),
+            Row(f"{deltas.BACK}: CPU", "cpu-s"),
+            Row(f"{deltas.BACK}: bytes", "MB"),
+        ),
+        deltas.reconnect,
+    ),
+    Axis(
+        "fdv2-polls",
+        (
+            Row(f"{deltas.POLLED}, up to date, in 304s", "×", (Goal(0.9, least=True),)),
+            Row(
+                f"{deltas.POLLED}, one change behind, in polls of 2 KB",
+                "×",
+                (Goal(0.7, least=True),),
+            ),
+            Row(
+                f"{deltas.POLLED}, without basis, in polls of {deltas.LATEST}",
+                "×",
+                (Goal(0.95, least=True),),
+            ),
+            Row(
+                f"{deltas.POLLED}, without basis, not compressed, in polls of {deltas.LATEST}", "×"
+            ),
+            Row(f"{deltas.POLLED}, up to date", "req/cpu-s"),
+            Row(f"{deltas.POLLED}, one change behind", "req/cpu-s"),
+            Row(f"{deltas.POLLED}, without basis", "req/cpu-s"),
+        ),
+        deltas.polls,
+    ),
+    Axis(
+        "fdv2-fan-out",
+        (
+            Row(f"{deltas.FAN_OUT}: last client, in those of FDv1", "×", (at_most(1.1),)),
+            Row(f"{deltas.FAN_OUT}: CPU, in those of FDv1", "×", (at_most(1.1),)),
+            Row(f"{deltas.FAN_OUT}: last client", "ms"),
+            Row("idle stream of FDv2", "KB", (at_most(2),)),
+        ),
+        deltas.fan_out,
+    ),
+    Axis(
+        "fdv2-journal",
+        (
+            Row(f"{deltas.JOURNAL}: memory", "MB", (at_most(3),)),
+            Row(f"{deltas.JOURNAL}: cost of a patch, in those without", "×", (at_most(1.2),)),
+            Row(f"{deltas.JOURNAL}: cost of a patch", "µs"),
+        ),
+        deltas.journal,
+    ),
 )

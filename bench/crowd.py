@@ -39,6 +39,8 @@ class Crowd(Closing):
             f"Host: localhost\r\nAuthorization: {sdk_key}\r\n"
             "Accept: text/event-stream\r\nCache-Control: no-cache\r\n\r\n"
         )
+        self.received = 0
+        """Bytes that the clients have read."""
         self._clients = clients
         self._tls = tls
         self._sockets: dict[int, socket.socket] = {}
@@ -135,6 +137,7 @@ class Crowd(Closing):
         tails, view = self._tails, self._view
         for number, _ in self._poll.poll(1, 256):
             size = self._read(self._sockets[number])
+            self.received += size
             if number not in waiting:
                 continue
             if size >= keep:

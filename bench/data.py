@@ -29,6 +29,7 @@ SIZES = {
     "28k": Size(50, 555),
     "100k": Size(175, 555),
     "570k": Size(1000, 555),
+    "5m": Size(10_000, 555),
     # A relay that parses flags and writes them anew serves only a quarter of this one's bytes.
     "2m": Size(1000, 2075, known=False),
     "2m-known": Size(1000, 2075),

@@ -124,7 +124,7 @@ def fan_out(server: Server, _: Certificate) -> Measured:
         with Crowd(session.port, SDK_KEY, clients) as crowd:
             crowd.connect()
             cpu = session.process.cpu_seconds()
-            last = _send_patches(session, crowd, PATCHES, 1)
+            last = send_patches(session, crowd, PATCHES, 1)
             cpu = session.process.cpu_seconds() - cpu
         return {
             "one patch to 15,000 streams: last client": median(last) * 1e3,
@@ -137,11 +137,11 @@ def burst(server: Server, _: Certificate) -> Measured:
         session.await_status(size=whole("2k"))
         with Crowd(session.port, SDK_KEY, 3000) as crowd:
             crowd.connect()
-            last = _send_patches(session, crowd, 3, 50)
+            last = send_patches(session, crowd, 3, 50)
         return {"50 patches at once × 3000 streams: last client": median(last) * 1e3}
 
 
-def _send_patches(session: Session, crowd: Crowd, times: int, count: int) -> list[float]:
+def send_patches(session: Session, crowd: Crowd, times: int, count: int) -> list[float]:
     """Send `count` patches at once, several `times`.
 
     Returns:
@@ -192,7 +192,7 @@ def tls_streams(server: Server, certificate: Certificate) -> Measured:
             time.sleep(1)
             after = session.process.private_bytes()
             cpu = session.process.cpu_seconds()
-            last = _send_patches(session, crowd, PATCHES, 1)
+            last = send_patches(session, crowd, PATCHES, 1)
             cpu = session.process.cpu_seconds() - cpu
         return {
             "TLS idle stream": (after - before) / clients / 1000,

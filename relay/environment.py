@@ -33,6 +33,9 @@ CONFIRM_EVERY = 60.0
 """Seconds between the confirmations that mirrors get while nothing changes, so that the age of
 stored data is accurate to a minute after a restart."""
 
+NAMING_DELAY = 0.01
+"""Seconds in which changes gather, of which only the last one has its state named."""
+
 
 class ConnectionState(Enum):
     """State of the upstream connection, named as in `/status` (status 8.1)."""
@@ -139,6 +142,10 @@ class Environment:
         """Number of unusable upstream messages and items since the start."""
         self.init_done = asyncio.Event()
         """Set once upstream has delivered data or refused the key."""
+        self._naming: asyncio.Task[None] | None = None
+        """Names the state of the data."""
+        self._next_change: asyncio.Event | None = None
+        """Set at the next change of `payload`; None if nobody waits for that."""
         self._mirrors_updated_at = -float("inf")
         """Monotonic time of the last `update` of the mirrors."""
         self._outage = OutageLog(log)
@@ -223,6 +230,11 @@ class Environment:
         self.connection.last_error = (ErrorKind.UNKNOWN, clock.unix())
         if self.connection.has_data:
             self.connection.enter(ConnectionState.INTERRUPTED)
+
+    async def next_change(self) -> None:
+        """Wait for the next change of `payload`."""
+        self._next_change = self._next_change or asyncio.Event()
+        await self._next_change.wait()
 
     async def _load_stored(self, mirror: Mirror) -> None:
         """Serve a mirror's stored data until upstream delivers; the newer of two mirrors wins."""
@@ -325,15 +337,25 @@ class Environment:
             self.programs.update(self.payload, changes.evaluations)
             self._look_for_big_segments(change)
             self.hub.publish(self.payload, change, since)
-            if self._tasks is not None and self.journal.naming is not None:
-                self._tasks.create_task(self._name_state())
+            if self._next_change is not None:
+                self._next_change.set()
+                self._next_change = None
+            if self._tasks is not None and self._naming is None:
+                self._naming = self._tasks.create_task(self._name_states())
         return change
 
-    async def _name_state(self) -> None:
-        """Name the state of the data, behind everything else: all of them have to be hashed."""
-        while (naming := self.journal.naming) is not None:
-            run_for(SLICE, naming)
-            await asyncio.sleep(0)
+    async def _name_states(self) -> None:
+        """Name the states of the data, behind everything else: what is new has to be hashed."""
+        try:
+            while not self.journal.is_named:
+                while (naming := self.journal.naming) is not None:
+                    run_for(SLICE, naming)
+                    await asyncio.sleep(0)
+                await asyncio.sleep(NAMING_DELAY)
+                if self.journal.naming is None:
+                    self.journal.finish_naming()
+        finally:
+            self._naming = None
 
     def _look_for_big_segments(self, change: Change) -> None:
         if self.big_segments is not None and not self._has_big_segments:

@@ -21,7 +21,7 @@ from relay.evaluation.data import parse_flag
 from relay.evaluation.sdkkind import SDKKind
 from relay.lru import LRUMap
 from relay.model.item import Item, Kind
-from relay.model.journal import CANNOT_CATCH_UP, SHARE_OF_DELTA, Delta, Full, Journal
+from relay.model.journal import SHARE_OF_DELTA, TOO_LARGE, TOO_OLD, Delta, Full, Journal
 from relay.model.payload import Payload
 
 MAX_SEEN = 10_000
@@ -116,13 +116,13 @@ class ClientJournal:
     def _delta(self, program: Program, sdk_kind: SDKKind, delta: Delta) -> Full | ClientDelta:
         keys = program.affected_by({(item.kind, item.key) for item in delta.items})
         if len(keys) * SHARE_OF_DELTA > program.size:
-            return CANNOT_CATCH_UP
+            return TOO_LARGE
         gone: list[Item] = []
         for item in delta.items:
             if item.kind is Kind.FLAG and item.key not in program:
                 seen = self._seen[sdk_kind].get(item.key)
                 if seen is None and delta.since < self._floor:
-                    return CANNOT_CATCH_UP
+                    return TOO_OLD
                 if seen is not None and seen > delta.since:
                     gone.append(item)
         return ClientDelta(keys, tuple(gone))

@@ -192,6 +192,12 @@ def _spool_durable(view: MetricsView) -> Iterator[Row]:
         yield (), int(view.relay.events.spool.durable)
 
 
+def _answers(view: MetricsView) -> Iterator[Row]:
+    for name, environment in view.environments.items():
+        for (kind, reason), number in environment.journal.answers.numbers.items():
+            yield (name, kind, reason), number.value
+
+
 def _items(view: MetricsView) -> Iterator[Row]:
     for name, environment in view.environments.items():
         if environment.payload is not None:
@@ -320,6 +326,10 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_fleet_behind_publications", GAUGE, ("environment",), "Publications of the leader that this follower has not taken yet."): _of_fleet(lambda f: f.behind),
     Metric("relay_fleet_publications_total", COUNTER, ("environment", "outcome"), "Publications of this relay: `published`, `moved` if it had to look again first, `fenced` if another relay had been elected."): _fleet_publications,
     Metric("relay_fleet_snapshots_total", COUNTER, ("environment",), "Times that this relay has read where the feed stands, with all data if they were others."): _of_fleet(lambda f: f.snapshots),
+    Metric("relay_transfers_total", COUNTER, ("environment", "answer", "reason"), "Answers to SDKs that may name the state of their data: `full`, `delta` or `none`, and why."): _answers,
+    Metric("relay_transfers_saved_bytes_total", COUNTER, ("environment",), "Bytes of flags and segments that these answers did not have to contain."): _per_environment(lambda e: e.journal.answers.saved.value),
+    Metric("relay_journal_states", GAUGE, ("environment",), "States from which SDKs can be brought up to date without all data."): _per_environment(lambda e: e.journal.depth),
+    Metric("relay_journal_barriers_total", COUNTER, ("environment",), "Changes after which all SDKs got everything, because an item went back in version or was created anew."): _per_environment(lambda e: e.journal.barriers),
     Metric("relay_items", GAUGE, ("environment", "kind"), "Flags and segments that are held, deleted ones included; none without data."): _items,
     Metric("relay_invalid_items", GAUGE, ("environment",), "Flags and segments of which LaunchDarkly's last version could not be used."): _per_environment(lambda e: len(e.invalid)),
     Metric("relay_rejected_total", COUNTER, ("environment",), "Messages and items of LaunchDarkly that could not be used."): _per_environment(lambda e: e.rejected),

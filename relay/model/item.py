@@ -90,13 +90,16 @@ def parse(kind: Kind, key: str, json: bytes) -> Item:
     one, because older SDKs read only that.
 
     Raises:
-        InvalidData: not JSON, or a known property has the wrong type.
+        InvalidData: not JSON, or a known property has the wrong type, or a version is negative:
+            SDKs in Rust and C++ reject that.
     """
     try:
         value = _DECODERS[kind].decode(json)
         version = int(value.version)
     except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError, RecursionError) as e:
         raise InvalidData(f'{kind.noun} "{key}"', str(e)) from e
+    if version < 0:
+        raise InvalidData(f'{kind.noun} "{key}"', "the version is negative")
     if value.deleted:
         return Item(kind, key, version, None)
     return Item(kind, key, version, _with_client_side(value, _one_line(json)))

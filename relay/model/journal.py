@@ -11,15 +11,18 @@ them alike, without talking. A state that is not known always means a transfer o
 
 from __future__ import annotations
 
+import re
 from base64 import urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from itertools import takewhile
+from typing import ClassVar
 
 import msgspec
 from msgspec import Struct
 
+from relay.model.answers import AnswerCounter, AnswerCounts
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Change, Payload
 from relay.steps import Steps, Work
@@ -33,7 +36,20 @@ MAX_VANISHED = 10_000
 SHARE_OF_DELTA = 2
 """Divisor: a delta is sent if it has at most half of the bytes of everything."""
 
+MAX_ANSWERS = 64
+"""Deltas remembered until the next step: clients come back with few different states."""
+
+MAX_NUMBER = (1 << 31) - 1
+"""Limit of the number of a state: some SDKs read it into 32 bits, and fail if it does not fit."""
+
+UNRELIABLE = "?"
+"""Instead of the state that a client names, if its data may be others than those of that state."""
+
 _MODULUS = 1 << 256
+
+_NAMES = {kind: kind.value.encode() for kind in Kind}
+
+_NUMBER = re.compile(r"[0-9]{1,20}")
 
 
 class Full(Struct, frozen=True):
@@ -41,9 +57,12 @@ class Full(Struct, frozen=True):
 
     Args:
         reason: `payload-missing` if the client named no state, else `cant-catchup`.
+        cause: of that, for those who operate the relay.
     """
 
     reason: str
+    cause: str
+    kind: ClassVar[str] = "full"
 
     @property
     def key(self) -> str:
@@ -61,6 +80,16 @@ class Delta(Struct, frozen=True):
 
     items: tuple[Item, ...]
     since: int
+
+    @property
+    def kind(self) -> str:
+        """`none` if the client is up to date, else `delta`."""
+        return "delta" if self.items else "none"
+
+    @property
+    def cause(self) -> str:
+        """Reason for the kind, as clients are told."""
+        return "stale" if self.items else "up-to-date"
 
     @property
     def key(self) -> int:
@@ -82,7 +111,12 @@ class Selector(Struct, frozen=True):
     state: str = ""
 
 
-MISSING, CANNOT_CATCH_UP = Full("payload-missing"), Full("cant-catchup")
+MISSING = Full("payload-missing", "no-state")
+UNKNOWN = Full("cant-catchup", "unknown-state")
+DOUBTED = Full("cant-catchup", "unreliable-state")
+TOO_OLD = Full("cant-catchup", "old-state")
+"""Before a barrier, or before what is remembered."""
+TOO_LARGE = Full("cant-catchup", "large-delta")
 
 
 class _Salted(Struct):
@@ -107,6 +141,8 @@ class Journal:
         """Number of changes of the data so far; 0 before there are any."""
         self.latest: Full | Delta = MISSING
         """Answer to a client that had seen all before the last step."""
+        self.answers = AnswerCounts()
+        """What clients were answered."""
         self._floor = 0
         """Step from which on all touches are known."""
         self._barrier = 0
@@ -114,13 +150,21 @@ class Journal:
         version, or a salt, that does not supersede what clients may have seen."""
         self._touched: dict[Kind, dict[str, int]] = {kind: {} for kind in Kind}
         """Last step at which each item was touched; the latest touch comes last."""
+        self.barriers = 0
+        """Number of such steps so far."""
         self._vanished: OrderedDict[tuple[Kind, str], int] = OrderedDict()
         """Versions of the tombstones of items that upstream has ceased to list."""
+        self._forgotten = -1
+        """Greatest version of those that are remembered no more."""
+        self._answers: dict[int, Full | Delta] = {}
+        """Answers since the last step, by the step at which the client's state was reached."""
         self._states: OrderedDict[str, int] = OrderedDict()
         """Step at which each state was first reached; the oldest first."""
+        self._unnamed: dict[tuple[Kind, str], Item | None] = {}
+        """Former value of each item touched since a state was named last."""
         self.naming: Work[None] | None = None
         """Work after a step that began anew: the name of its state. Whoever asks for that finishes
-        the work; better, somebody does it in slices before."""
+        the work; better, somebody does it in slices before, and calls `finish_naming` later on."""
         self._digest = 0
         self._versions = 0
         self._payload = EMPTY
@@ -132,19 +176,23 @@ class Journal:
     @property
     def depth(self) -> int:
         """Number of states that clients may come back with."""
-        self._finish_naming()
-        return len(self._states)
+        return len(self._states) + (not self.is_named)
+
+    @property
+    def is_named(self) -> bool:
+        """False if `finish_naming` has something to do."""
+        return not self._unnamed and self.naming is None
 
     @property
     def version(self) -> int:
-        """Number of the state: 1 at least, and equal for equal data."""
-        self._finish_naming()
-        return max(1, self._versions)
+        """Number of the state: from 1 to `MAX_NUMBER`, and equal for equal data."""
+        self.finish_naming()
+        return self._number
 
     @property
     def state(self) -> str:
         """State of the data, as clients send it back: `basis` (fdv2 13.2.5)."""
-        self._finish_naming()
+        self.finish_naming()
         return self._state
 
     @property
@@ -155,7 +203,11 @@ class Journal:
     @property
     def _state(self) -> str:
         digest = _text((self._digest % _MODULUS).to_bytes(32, "big")[:16])
-        return f"(p:{self.id}-{digest}:{max(1, self._versions)})"
+        return f"(p:{self.id}-{digest}:{self._number})"
+
+    @property
+    def _number(self) -> int:
+        return self._versions % MAX_NUMBER or MAX_NUMBER if self._versions else 1
 
     def record(self, payload: Payload, change: Change, *, full: bool = False) -> None:
         """Record the next step.
@@ -167,6 +219,7 @@ class Journal:
         """
         before, self._payload = self._payload, payload
         self.step += 1
+        self._answers.clear()
         if self.step == 1:
             self._begin(payload)
             return
@@ -175,43 +228,80 @@ class Journal:
         if full and _is_large(items, payload):
             self._begin_anew(payload)
             return
-        self._finish_naming()
+        if self.naming is not None:
+            self.naming.run()
         if not all(self._supersedes(before, item) for item in items):
-            self._barrier = self.step
+            self._set_barrier()
         for item in items:
             self._touch(before, item)
         for item in vanished:
             self._vanished[item.kind, item.key] = item.version
         self._forget_oldest()
-        self._note_state(self.step)
         is_barrier = self._barrier == self.step
-        self.latest = CANNOT_CATCH_UP if is_barrier else Delta(items, self.step - 1)
+        self.latest = TOO_OLD if is_barrier else Delta(items, self.step - 1)
 
     def _begin_anew(self, payload: Payload) -> None:
         """Let all clients get everything, as most of it has changed: cheaper than to compare."""
-        self._barrier = self.step
+        self._set_barrier()
         for touched in self._touched.values():
             touched.clear()
         self._vanished.clear()
+        self._forgotten = -1
+        self._unnamed.clear()
         self._begin(payload)
-        self.latest = CANNOT_CATCH_UP
+        self.latest = TOO_OLD
+
+    def _set_barrier(self) -> None:
+        self._barrier = self.step
+        self.barriers += 1
 
     def answer(self, basis: str) -> Full | Delta:
         """Return what a client needs to be current (fdv2 13.8.3).
 
         Args:
-            basis: state that it names; empty for none.
+            basis: state that it names; empty for none, `UNRELIABLE` if it says nothing.
         """
         if not basis:
             return MISSING
-        self._finish_naming()
+        if basis == UNRELIABLE:
+            return DOUBTED
+        self.finish_naming()
         since = self._states.get(basis)
-        if since is None or since < max(self._floor, self._barrier):
-            return CANNOT_CATCH_UP
-        items = tuple(self._touched_after(since))
-        if _is_large(items, self._payload):
-            return CANNOT_CATCH_UP
-        return Delta(items, since)
+        if since is None:
+            return UNKNOWN
+        answer = self._answers.get(since)
+        if answer is None:
+            if len(self._answers) >= MAX_ANSWERS:
+                self._answers.clear()
+            answer = self._answers[since] = self._answer_since(since)
+        return answer
+
+    def counter(self, answer: Full | Delta) -> AnswerCounter:
+        """Return the counter of an answer, which has to count each time that it is given."""
+        saved = 0
+        if isinstance(answer, Delta):
+            saved = self._payload.size - sum(len(item.json or b"") for item in answer.items)
+        return self.answers.counter(answer.kind, answer.cause, saved)
+
+    def is_behind(self, basis: str) -> bool:
+        """Return whether a state may be one that these data have yet to reach (fdv2 13.8.3).
+
+        Only a hint that it may be worth waiting: it goes by the number.
+        """
+        if basis in self._states or not basis.startswith("(p:" + self.id):
+            return False
+        self.finish_naming()
+        number = basis.rpartition(":")[2].removesuffix(")")
+        if basis in self._states or not _NUMBER.fullmatch(number):
+            return False
+        ahead = (int(number) - self._number) % MAX_NUMBER  # numbers begin anew after the greatest
+        return 0 < ahead < MAX_NUMBER // 2
+
+    def _answer_since(self, step: int) -> Full | Delta:
+        if step < max(self._floor, self._barrier):
+            return TOO_OLD
+        items = tuple(self._touched_after(step))
+        return TOO_LARGE if _is_large(items, self._payload) else Delta(items, step)
 
     def _begin(self, payload: Payload) -> None:
         self.naming = Work(self._name(payload, self.step))
@@ -230,26 +320,37 @@ class Journal:
         self._digest, self._versions, self.naming = digest, versions, None
         self._note_state(step)
 
-    def _finish_naming(self) -> None:
+    def finish_naming(self) -> None:
+        """Name the state, so that clients of other replicas, which may have it, are known.
+
+        In a burst of changes that is worth while for the last one only.
+        """
         if self.naming is not None:
             self.naming.run()
+        if not self._unnamed:
+            return
+        for (kind, key), former in self._unnamed.items():
+            for item, sign in ((former, -1), (self._payload.all(kind).get(key), 1)):
+                if item is not None and not item.deleted:
+                    self._digest += sign * _digest(item)
+                    self._versions += sign * item.version
+        self._unnamed.clear()
+        self._note_state(self.step)
 
     def _supersedes(self, before: Payload, item: Item) -> bool:
         """Return whether every client takes an item for newer than what it has seen."""
         known = before.all(item.kind).get(item.key)
-        gone = self._vanished.get((item.kind, item.key), -1)
-        seen = max(gone, -1 if known is None else known.version)
+        seen = self._forgotten if known is None else known.version
+        seen = self._vanished.get((item.kind, item.key), seen)
         if item.version <= seen:
             return False
-        return known is None or known.deleted or item.deleted or _salt(known) == _salt(item)
+        return known is None or known.deleted or item.deleted or _have_same_salt(known, item)
 
     def _touch(self, before: Payload, item: Item) -> None:
-        known = before.all(item.kind).get(item.key)
-        for each, sign in ((known, -1), (item, 1)):
-            if each is not None and not each.deleted:
-                self._digest += sign * _digest(each)
-                self._versions += sign * each.version
-        self._vanished.pop((item.kind, item.key), None)
+        name = item.kind, item.key
+        if name not in self._unnamed:
+            self._unnamed[name] = before.all(item.kind).get(item.key)
+        self._vanished.pop(name, None)
         touched = self._touched[item.kind]
         touched.pop(item.key, None)
         touched[item.key] = self.step
@@ -270,7 +371,8 @@ class Journal:
 
     def _forget_oldest(self) -> None:
         while len(self._vanished) > MAX_VANISHED:
-            (kind, key), _ = self._vanished.popitem(last=False)
+            (kind, key), version = self._vanished.popitem(last=False)
+            self._forgotten = max(self._forgotten, version)
             self._touched[kind].pop(key, None)
             self._floor = self.step
 
@@ -290,10 +392,18 @@ def _digest(item: Item) -> int:
     """Return the share of an item in the address of the content; 0 for a tombstone."""
     if item.json is None:
         return 0
-    start = b"%b\0%b\0" % (item.kind.value.encode(), item.key.encode())
-    digest = blake2b(start, digest_size=32)
-    digest.update(item.json)
-    return int.from_bytes(digest.digest(), "big")
+    text = b"%b\0%b\0%b" % (_NAMES[item.kind], item.key.encode(), item.json)
+    return int.from_bytes(blake2b(text, digest_size=32).digest(), "big")
+
+
+def _have_same_salt(former: Item, item: Item) -> bool:
+    """Return whether an item is the former one, and not one that was created anew."""
+    text = former.json or b""
+    start = text.find(b'"salt":"')
+    written = text[start : text.find(b'"', start + 8) + 1] if start >= 0 else b""
+    if written and written in (item.json or b""):
+        return True  # without a parser, which costs ten times as much
+    return _salt(former) == _salt(item)
 
 
 def _salt(item: Item) -> str | None:

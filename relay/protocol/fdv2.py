@@ -96,7 +96,7 @@ def intent(names: Names, code: bytes, reason: bytes) -> Event:
 def _item(item: Item) -> Event:
     kind, key = _KINDS[item.kind], orjson.dumps(item.key)
     if item.json is None:
-        return deleted(kind, key, item.version)
+        return deleted(kind, key, max(0, item.version))
     start = b'{"version":%d,"kind":"%b","key":%b,"object":' % (item.version, kind, key)
     return b"put-object", (start, item.json, b"}")
 

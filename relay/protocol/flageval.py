@@ -21,7 +21,7 @@ from relay.evaluation.compiled.flag import CompiledResult
 from relay.evaluation.compiled.fragments import DIGEST_SIZE, EvalBody, Form
 from relay.evaluation.compiled.program import Program
 from relay.evaluation.data import Membership
-from relay.model.journal import CANNOT_CATCH_UP, Full, Selector
+from relay.model.journal import UNKNOWN, Full, Selector
 from relay.model.text import to_base64
 from relay.protocol import fdv2
 from relay.protocol.fdv2 import Event
@@ -116,7 +116,7 @@ def respond(
     """
     state = ClientState.of(program.selector, client)
     if any(named) and named.client != state.client:
-        answer = CANNOT_CATCH_UP
+        answer = UNKNOWN
     if isinstance(answer, Full):
         form = framing.form(with_reasons=client.with_reasons)
         flags = program.fill(form, client.context, client.memberships)

@@ -400,5 +400,9 @@ class BroadcastChannel(Channel[ClientT]):
         if self._pending:
             chunks = self._pending
             chunk = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-            self._fan_outs.append(SharedFanOut(chunk, self.subscriptions, self._pending_since))
+            self._fan_outs.append(SharedFanOut(chunk, self._receivers(), self._pending_since))
             self._pending, self._pending_since = [], None
+
+    def _receivers(self) -> Iterable[Subscription]:
+        """Return the clients that have had their opening."""
+        return self.subscriptions

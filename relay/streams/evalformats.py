@@ -11,7 +11,7 @@ from relay.evaluation.compiled.flag import CompiledResult
 from relay.evaluation.compiled.fragments import EvalBody
 from relay.evaluation.compiled.program import Program
 from relay.evaluation.data import Membership
-from relay.model.journal import CANNOT_CATCH_UP
+from relay.model.journal import TOO_OLD
 from relay.protocol import clientside, flageval
 from relay.protocol.flageval import ClientState
 
@@ -123,7 +123,7 @@ class FlagEvalFormat(EvalFormat):
         """Return a transfer of everything."""
         state = ClientState.of(program.selector, client)
         selector = program.selector
-        body = flageval.full(flageval.STREAM, selector, flags, state, CANNOT_CATCH_UP)
+        body = flageval.full(flageval.STREAM, selector, flags, state, TOO_OLD)
         return b"".join(body.pieces)
 
     def changes(

@@ -11,7 +11,7 @@ from relay.model.credential import CredentialKind
 from relay.registry import Grant, Registry
 from relay.relay import Relay
 from relay.telemetry.traffic import RequestLabels, RequestMetrics, client_label
-from relay.web.requests import parameters_in
+from relay.web.requests import parameter_in
 from relay.web.responses import (
     FDV1_INSTEAD,
     MALFORMED_CREDENTIAL,
@@ -86,37 +86,39 @@ def resolve(
         environment_id: client-side ID in the path; empty without one.
         query: of the request.
     """
-    parameters = parameters_in(query) if query else {}
-    credential = _credential(route.auth, headers, environment_id, parameters)
-    payload_filter = parameters.get("filter", "")
-    find = relay.registry.grant
-    for kind in route.auth.accepted:
+    credential = _credential(route.auth, headers, environment_id, query)
+    payload_filter = parameter_in(query, "filter")
+    find, kinds = relay.registry.grant, route.auth.accepted
+    for kind in kinds:
         grant = find(kind, credential, payload_filter)
         if grant is not None:
-            leads_away = relay.fdv1_fallback and route.is_fdv2
-            return FDV1_INSTEAD if leads_away else Access(route, grant)
+            return _access(relay, route, grant)
     if not relay.knows_environments:
         return NO_ENVIRONMENTS  # on 401, SDKs would give up for good
     if not credential and route.auth.source is CredentialSource.HEADER:
         return MALFORMED_CREDENTIAL
-    if payload_filter and any(find(kind, credential) for kind in route.auth.accepted):
-        return UNKNOWN_FILTER
+    for kind in kinds if payload_filter else ():
+        unfiltered = find(kind, credential)
+        if unfiltered is not None:
+            # LaunchDarkly gives all data (fdv2 13.1.1); SDKs would give up for good on a refusal.
+            return _access(relay, route, unfiltered) if route.is_fdv2 else UNKNOWN_FILTER
     by_path = route.auth.source is CredentialSource.PATH
     return UNKNOWN_ENVIRONMENT_ID if by_path else UNKNOWN_CREDENTIAL
 
 
+def _access(relay: Relay, route: Route, grant: Grant[Environment]) -> Access | PreparedResponse:
+    return FDV1_INSTEAD if relay.fdv1_fallback and route.is_fdv2 else Access(route, grant)
+
+
 def _credential(
-    auth: RouteAuth,
-    headers: Mapping[bytes, bytes],
-    environment_id: str,
-    parameters: Mapping[str, str],
+    auth: RouteAuth, headers: Mapping[bytes, bytes], environment_id: str, query: bytes
 ) -> str:
     """Return the credential of a request; empty if it is missing or malformed."""
     if auth.source is CredentialSource.PATH:
         return environment_id
     authorization = headers.get(b"authorization", b"").decode("latin-1").strip(_BLANKS)
     if auth.source is CredentialSource.QUERY:
-        return parameters.get("auth", "").strip(_BLANKS) or authorization
+        return parameter_in(query, "auth").strip(_BLANKS) or authorization
     if authorization.startswith(_PREFIX):
         authorization = authorization.removeprefix(_PREFIX).strip(_BLANKS)
     return "" if " " in authorization else authorization

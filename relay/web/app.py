@@ -45,7 +45,7 @@ def make_app(handlers: Handlers, ask: Ask | None = None) -> ASGIApp:
     """
     relay, traffic, webhooks = handlers.relay, handlers.traffic, handlers.webhooks
     events, evaluation = handlers.events, handlers.evaluation
-    streams = StreamsHandler(traffic, evaluation.budget)
+    streams = StreamsHandler(traffic, evaluation.budget, handlers.polling.bases)
     by_endpoint: Mapping[Endpoint, Handler] = {
         Endpoint.POLL: handlers.polling.handle,
         Endpoint.STREAM: streams.shared,

@@ -16,7 +16,7 @@ from relay.model.context import Context, parse_context
 from relay.model.environment import EnvironmentSpec
 from relay.model.text import from_base64
 from relay.web.bodies import MemoryBudget, RequestBody, RequestRejected
-from relay.web.requests import header, parameters_in
+from relay.web.requests import header, parameter_in
 from relay.web.responses import json_error, text
 
 MAX_CONTEXT = 5 * 1024 * 1024
@@ -129,9 +129,8 @@ class EvaluationQuery(Struct, frozen=True):
         """Return the parameters in a query."""
         if not query:  # most have none
             return _NO_PARAMETERS
-        values = parameters_in(query)
-        reasons, proof = values.get("withReasons") == "true", values.get("h", "")
-        return cls(reasons, proof, values.get("basis", ""))
+        reasons = parameter_in(query, "withReasons") == "true"
+        return cls(reasons, parameter_in(query, "h"), parameter_in(query, "basis"))
 
 
 _NO_PARAMETERS = EvaluationQuery()

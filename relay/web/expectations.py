@@ -37,6 +37,10 @@ ENVIRONMENT: Schema = {
     "bigSegmentStatus": dict.fromkeys(("available", "potentiallyStale", "lastSynchronizedOn")),
     "published": {"[]": dict.fromkeys(("state", "stateSince", "document", "url"))},
     "events": {"*": None},
+    "fdv2": {
+        "answers": {"*": {"*": None}},
+        **dict.fromkeys(("bytesSaved", "states", "barriers")),
+    },
     **_INVALID,
 }
 """Members of one environment."""

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from urllib.parse import parse_qsl
+from functools import lru_cache
+from urllib.parse import unquote_plus
 
 from starlette.requests import Request
+
+MAX_VALUE = 1024
+"""Bytes of a value that is decoded: more than any key, hash or state has, and soon done."""
 
 
 def parameter(request: Request, name: str) -> str:
     """Return the first value of a query parameter of a request; empty without one."""
-    return parameter_in(request.scope["query_string"], name)
+    query = request.scope["query_string"]
+    return parameter_in(query, name, len(query))
 
 
-def parameter_in(query: bytes, name: str) -> str:
-    """Return the first value of a parameter in a query; empty without one."""
-    return parameters_in(query).get(name, "") if query else ""
+def parameter_in(query: bytes, name: str, limit: int = MAX_VALUE) -> str:
+    """Return the first value of a parameter in a query; empty without one.
+
+    Without looking at the others: a query may have thousands.
+
+    Args:
+        query: as received.
+        name: of letters.
+        limit: bytes of a value that is decoded; a longer one is returned as it is.
+    """
+    if not query:
+        return ""
+    found = _pattern(name).search(query)
+    value = (found and found[1]) or b""
+    text = value.decode("latin-1")
+    return unquote_plus(text) if len(value) <= limit else text
 
 
-def parameters_in(query: bytes) -> Mapping[str, str]:
-    """Return the parameters in a query by name, each with its first value."""
-    return dict(reversed(parse_qsl(query.decode("latin-1"), keep_blank_values=True)))
+@lru_cache
+def _pattern(name: str) -> re.Pattern[bytes]:
+    """Return the pattern of a parameter, each letter of whose name may be escaped."""
+    letters = (f"(?:{letter}|%{ord(letter):x}|%{ord(letter):X})" for letter in name)
+    return re.compile(f"(?:^|&){''.join(letters)}(?:=([^&]*))?(?=&|\\Z)".encode())
 
 
 def header(request: Request, name: str) -> bytes:

@@ -35,6 +35,9 @@ class _OfEnvironment(Struct, frozen=True, array_like=True):
     delay: float
     delays: tuple[int, ...]
     events: dict[str, int]
+    answers: tuple[tuple[str, str, int], ...]
+    saved: int
+    barriers: int
 
 
 class _State(Struct, frozen=True, array_like=True):
@@ -125,19 +128,28 @@ class SharedCounts:
 
     def _counts_of(self, name: str, environment: Environment) -> _OfEnvironment:
         delays = environment.hub.delays
-        events = self._relay.events
+        events, journal = self._relay.events, environment.journal
+        answers = journal.answers.numbers.items()
         return _OfEnvironment(
             environment.changes,
             environment.rejected,
             delays.total,
             delays.counts,
             events.counts(name).totals if events else {},
+            tuple((kind, reason, number.value) for (kind, reason), number in answers),
+            journal.answers.saved.value,
+            journal.barriers,
         )
 
     def _add(self, environment: Environment, former: _OfEnvironment) -> None:
         environment.changes += former.changes
         environment.rejected += former.rejected
         environment.hub.delays.merge(former.delay, former.delays)
+        journal = environment.journal
+        for kind, reason, number in former.answers:
+            journal.answers.numbers[kind, reason].value += number
+        journal.answers.saved.value += former.saved
+        journal.barriers += former.barriers
         if self._relay.events is not None:
             self._relay.events.counts(environment.spec.name).add(former.events)
 

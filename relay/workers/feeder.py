@@ -239,6 +239,7 @@ class Feeder:
         for name, total, buckets in figures.delays:
             if name in environments:
                 environments[name].hub.delays.merge(total, buckets)
+        self._count_answers(figures)
         self._count_clients(state, {RequestLabels(*s): number for s, number in figures.clients})
         by_environment: dict[str, dict[str, int]] = {name: {} for name in environments}
         for name, stream, number in figures.streams:
@@ -250,6 +251,15 @@ class Feeder:
         status.resident, status.files = figures.resident, figures.files
         status.cpu = status.former_cpu + figures.cpu
         state.reported.set()
+
+    def _count_answers(self, figures: Figures) -> None:
+        environments = self._relay.environments
+        for name, kind, reason, number in figures.answers:
+            if name in environments:
+                environments[name].journal.answers.numbers[kind, reason].value += number
+        for name, saved in figures.saved:
+            if name in environments:
+                environments[name].journal.answers.saved.value += saved
 
     def _count_clients(self, state: _WorkerState, clients: dict[RequestLabels, int]) -> None:
         for labels in state.clients.keys() | clients.keys():

@@ -36,6 +36,8 @@ class FiguresReporter:
         self._unusable: Counter[str] = Counter()
         self._discarded: Counter[str] = Counter()
         self._delays: dict[str, tuple[float, tuple[int, ...]]] = {}
+        self._answers: Counter[tuple[str, str, str]] = Counter()
+        self._saved: Counter[str] = Counter()
         self._due = asyncio.Event()
 
     def __repr__(self) -> str:
@@ -55,6 +57,7 @@ class FiguresReporter:
         traffic = self._traffic
         requests, new_streams = _values(traffic.requests), _values(traffic.new_streams)
         unusable, discarded = Counter(traffic.unusable), Counter(traffic.discarded)
+        answers, saved = self._count_answers()
         delays = {
             name: (each.hub.delays.total, each.hub.delays.counts)
             for name, each in self._relay.environments.items()
@@ -75,10 +78,22 @@ class FiguresReporter:
             resident=process.resident_bytes(),
             cpu=process.cpu_seconds(),
             files=process.open_files(),
+            answers=tuple((*of, number) for of, number in (answers - self._answers).items()),
+            saved=tuple((saved - self._saved).items()),
         )
         if self._report(figures):
             self._requests, self._new_streams = requests, new_streams
             self._unusable, self._discarded, self._delays = unusable, discarded, delays
+            self._answers, self._saved = answers, saved
+
+    def _count_answers(self) -> tuple[Counter[tuple[str, str, str]], Counter[str]]:
+        answers: Counter[tuple[str, str, str]] = Counter()
+        saved: Counter[str] = Counter()
+        for name, environment in self._relay.environments.items():
+            for (kind, reason), number in environment.journal.answers.numbers.items():
+                answers[name, kind, reason] = number.value
+            saved[name] = environment.journal.answers.saved.value
+        return answers, saved
 
     def _new_delays(
         self, delays: Mapping[str, tuple[float, tuple[int, ...]]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from urllib.parse import quote
 
@@ -11,9 +12,16 @@ from relay.model.credential import SDKKey
 from relay.model.item import Item, Kind
 from relay.model.payload import ChangeSet
 from relay.protocol import sse
-from tests.support.serving import SDK_KEY, Served, Stream, ask, serving
+from relay.streams import deltas
+from relay.streams.hub import StreamLimits
+from relay.web import bases
+from relay.web.endpoints import polling
+from tests.support.serving import SDK_KEY, Served, Stream, ask, serving, until
 
 SDK = [("Authorization", SDK_KEY)]
+NODE = "User-Agent: NodeJSClient/9.13.7"
+INSTANCE = "X-LaunchDarkly-Instance-Id: 1"
+NODE_HEADERS = [("User-Agent", "NodeJSClient/9.13.7"), ("X-LaunchDarkly-Instance-Id", "1")]
 PADDING = "x" * 2000
 
 
@@ -118,9 +126,247 @@ async def test_a_client_with_a_stale_state_gets_everything(site):
     """Node's server SDK names the state of its first connection, and compares versions."""
     served, address = site
     state = change(served, LARGE, full=True)
-    agent = "User-Agent: NodeJSClient/9.13.7"
-    assert (await first(address, state, agent))[0] == "xfer-full"
+    assert (await first(address, state, NODE))[0] == "xfer-full"
+    assert (await first(address, state, NODE, INSTANCE))[0] == "xfer-full"
     assert (await first(address, state, "User-Agent: PythonClient/9.20.0"))[0] == "none"
+
+
+async def test_the_first_stream_after_a_poll_is_fresh(site, monkeypatch):
+    """Node's SDK polls, then opens a stream; reconnecting, it names the same state once more."""
+    monkeypatch.setattr(bases, "FRESH", 10.0)
+    served, address = site
+    state = change(served, LARGE, flag("a", 1), full=True)
+    for _ in range(2):
+        assert intent((await poll(address, "", *NODE_HEADERS)).body) == "xfer-full"
+        assert (await first(address, state, NODE, INSTANCE))[0] == "none"
+        assert (await first(address, state, NODE, INSTANCE))[0] == "xfer-full"
+    await poll(address, "", *NODE_HEADERS)
+    change(served, flag("a", 2))
+    assert (await first(address, state, NODE, INSTANCE))[1] == ["put-object a 2"]
+
+
+async def test_only_what_a_poll_has_just_handed_out_is_fresh(site, monkeypatch):
+    """Not to another instance, not another state, not after a stream of its own, not later."""
+    monkeypatch.setattr(bases, "FRESH", 10.0)
+    served, address = site
+    old = change(served, LARGE, flag("a", 1), full=True)
+    state = change(served, flag("a", 2))
+    await poll(address, "", *NODE_HEADERS)
+    other = "X-LaunchDarkly-Instance-Id: 2"
+    assert (await first(address, state, NODE, other))[0] == "xfer-full"
+    assert (await first(address, old, NODE, INSTANCE))[0] == "xfer-full"
+    await poll(address, "", *NODE_HEADERS)
+    assert (await first(address, "", NODE, INSTANCE))[0] == "xfer-full"
+    assert (await first(address, state, NODE, INSTANCE))[0] == "xfer-full"
+    known = ("If-None-Match", f'"{state}"')
+    assert (await poll(address, "", *NODE_HEADERS, known)).status == 304
+    assert (await first(address, state, NODE, INSTANCE))[0] == "xfer-full"
+    await poll(address, "", *NODE_HEADERS)
+    monkeypatch.setattr(bases, "FRESH", -1.0)
+    assert (await first(address, state, NODE, INSTANCE))[0] == "xfer-full"
+
+
+async def test_an_sdk_that_compares_versions_polls_for_everything_or_nothing(site):
+    """It may remember deletions that only another replica has seen."""
+    served, address = site
+    old = change(served, LARGE, flag("a", 1), full=True)
+    new = change(served, flag("a", 2))
+    for basis, code in ((new, "none"), (old, "xfer-full"), ("", "xfer-full")):
+        assert intent((await poll(address, basis, *NODE_HEADERS)).body) == code
+    assert intent((await poll(address, old)).body) == "xfer-changes"
+
+
+def ahead(*changes: list[Item]) -> str:
+    """Return the state of another replica, which has seen more."""
+    other = Served()
+    change(other, LARGE, flag("a", 1), full=True)
+    return [change(other, *items) for items in changes][-1]
+
+
+async def test_a_client_of_a_replica_that_is_ahead_waits(site):
+    """Until the change is here, too: then it needs nothing, or only what came after it."""
+    served, address = site
+    change(served, LARGE, flag("a", 1), full=True)
+    waiting = await opened(address, ahead([flag("a", 2)]))
+    before, further = (
+        await opened(address),
+        await opened(address, ahead([flag("a", 2), flag("b", 1)])),
+    )
+    await before.chunk()
+    state = change(served, flag("a", 2))
+    assert transfer(await waiting.chunk()) == ("none", [], None)
+    assert transfer(await before.chunk()) == ("xfer-changes", ["put-object a 2"], state)
+    state = change(served, flag("b", 1), flag("c", 1))
+    changed = ("xfer-changes", ["put-object b 1", "put-object c 1"], state)
+    assert transfer(await waiting.chunk()) == transfer(await before.chunk()) == changed
+    code, items, _ = transfer(await further.chunk())  # which it would not have got before
+    assert (code, items[-1]) == ("xfer-full", "put-object large 1")
+    assert "put-object c 1" in items
+    for stream in (waiting, before, further):
+        stream.close()
+
+
+async def test_a_client_does_not_wait_for_ever(site, monkeypatch):
+    """It gets everything if the change does not come."""
+    monkeypatch.setattr(deltas, "MAX_WAIT", 0.05)
+    monkeypatch.setattr(polling, "MAX_WAIT", 0.05)
+    served, address = site
+    state = change(served, LARGE, flag("a", 1), full=True)
+    other = ahead([flag("a", 2)])
+    assert await first(address, other) == (
+        "xfer-full",
+        ["put-object a 1", "put-object large 1"],
+        state,
+    )
+    assert intent((await poll(address, other)).body) == "xfer-full"
+
+
+async def test_data_that_come_late_may_be_behind_as_well(site, monkeypatch):
+    """A client that has waited for them waits for the change, but not for ever."""
+    monkeypatch.setattr(deltas, "MAX_WAIT", 0.05)
+    served, address = site
+    stream = await opened(address, ahead([flag("a", 2)]))
+    change(served, LARGE, flag("a", 1), full=True)
+    assert transfer(await stream.chunk())[0] == "xfer-full"
+    stream.close()
+
+
+async def test_a_poll_waits_for_a_change_that_the_client_has_already(site):
+    served, address = site
+    change(served, LARGE, flag("a", 1), full=True)
+    asked = asyncio.create_task(poll(address, ahead([flag("a", 2)])))
+    await asyncio.sleep(0.05)
+    assert not asked.done()
+    change(served, flag("a", 2))
+    assert intent((await asked).body) == "none"
+
+
+async def test_waiting_streams_are_alive_and_end():
+    """They get heartbeats, and their proper end."""
+    served = Served(StreamLimits(heartbeat_interval=0.05))
+    async with serving(served) as address:
+        change(served, LARGE, flag("a", 1), full=True)
+        stream = await opened(address, ahead([flag("a", 2)]))
+        assert await stream.chunk() == b":\n"
+        assert len(served.hub) == 1
+    rest = await stream.rest()
+    assert rest == b":\n" * (len(rest) // 2)
+    stream.close()
+
+
+async def test_a_client_that_leaves_while_it_waits_is_forgotten(site):
+    served, address = site
+    change(served, LARGE, flag("a", 1), full=True)
+    stream = await opened(address, ahead([flag("a", 2)]))
+    await until(lambda: len(served.hub) == 1)
+    stream.close()
+    await until(lambda: len(served.hub) == 0)
+    change(served, flag("a", 2))
+
+
+async def test_streams_that_wait_for_data_then_get_what_they_miss(site):
+    """Such as stored data, whose state their clients have already."""
+    served, address = site
+    other = Served()
+    state = change(other, LARGE, full=True)
+    streams = [await opened(address, basis) for basis in (state, "", "(p:x:1)")]
+    change(served, LARGE, full=True)
+    codes = [transfer(await stream.chunk())[0] for stream in streams]
+    assert codes == ["none", "xfer-full", "xfer-full"]
+    for stream in streams:
+        stream.close()
+
+
+async def test_answers_are_counted(site):
+    """By kind and reason, each time that one is given, with the bytes that it spares."""
+    served, address = site
+    old = change(served, LARGE, flag("a", 1), full=True)
+    assert "fdv2" not in (await status(address))
+    new = change(served, flag("a", 2))
+    size, changed = served.environment.payload.size, len(flag("a", 2).json)
+    for basis in ("", old, old, old, new, new, "(p:x:1)"):
+        await poll(address, basis)
+    await poll(address, "", ("If-None-Match", f'"{new}"'))
+    for basis in ("", old, new, "?"):
+        await first(address, basis)
+    await first(address, new, NODE)
+    change(served, LARGE, flag("a", 1), full=True)
+    await poll(address, new)
+    assert (await status(address))["fdv2"] == {
+        "answers": {
+            "delta": {"stale": 4},
+            "full": {"no-state": 2, "old-state": 1, "unknown-state": 1, "unreliable-state": 2},
+            "none": {"up-to-date": 4},
+        },
+        "bytesSaved": 8 * size - 4 * changed,
+        "states": 2,  # the first one again
+        "barriers": 1,
+    }
+    metrics = (await ask(address, "/metrics")).body.decode()
+    labels = 'environment="main",answer="delta",reason="stale"'
+    assert f"relay_transfers_total{{{labels}}} 4\n" in metrics
+    saved = 8 * size - 4 * changed
+    assert f'relay_transfers_saved_bytes_total{{environment="main"}} {saved}\n' in metrics
+    assert 'relay_journal_states{environment="main"} 2\n' in metrics
+    assert 'relay_journal_barriers_total{environment="main"} 1\n' in metrics
+
+
+async def status(address):
+    page = json.loads((await ask(address, "/status")).body)
+    return page["environments"]["main"]
+
+
+async def test_an_unknown_filter_means_all_data(site):
+    """As for LaunchDarkly; SDKs would give up for good on a refusal (fdv2 13.4.2)."""
+    served, address = site
+    change(served, LARGE, full=True)
+    assert (await ask(address, "/sdk/poll?filter=x", SDK)).status == 200
+    stream = await Stream.open(address, "/sdk/stream?filter=x")
+    assert transfer(await stream.chunk())[1] == ["put-object large 1"]
+    stream.close()
+    assert (await ask(address, "/sdk/latest-all?filter=x", SDK)).status == 404
+
+
+HOSTILE = [
+    "%00",
+    "%ff%fe",
+    "x" * 5000,
+    "%25" * 2000,
+    "(p:%0d%0aX: y:1)",
+    "?",
+    "-",
+    "(p:" + "9" * 4000 + ")",
+    "\u00fc",
+]
+
+
+@pytest.mark.parametrize("basis", HOSTILE)
+@pytest.mark.parametrize("more", ["", "&basis=%s", "&a=b" * 1000, "&unknown=%00&&="])
+async def test_hostile_bases_get_everything(site, basis, more):
+    """Whatever it is; it is kept nowhere, and unknown parameters mean nothing."""
+    served, address = site
+    state = change(served, LARGE, full=True)
+    query = f"?basis={quote(basis, safe='%')}{more.replace('%s', state)}"
+    reply = await ask(address, f"/sdk/poll{query}", SDK)
+    assert (reply.status, intent(reply.body)) == (200, "xfer-full")
+    stream = await Stream.open(address, f"/sdk/stream{query}")
+    assert transfer(await stream.chunk()) == ("xfer-full", ["put-object large 1"], state)
+    stream.close()
+
+
+async def test_a_number_of_any_size_is_no_state(site, monkeypatch):
+    """Also if it seems to be of this environment's data."""
+    monkeypatch.setattr(deltas, "MAX_WAIT", 0.02)
+    monkeypatch.setattr(polling, "MAX_WAIT", 0.02)
+    served, address = site
+    change(served, LARGE, full=True)
+    id_ = served.environment.journal.id
+    for number in ("0", "-1", "9" * 20, "9" * 200, "1e9", "%D9%A3", ""):
+        query = f"?basis=(p:{id_}-x:{number})"
+        assert intent((await ask(address, f"/sdk/poll{query}", SDK)).body) == "xfer-full"
+        stream = await Stream.open(address, f"/sdk/stream{query}")
+        assert transfer(await stream.chunk())[0] == "xfer-full"
+        stream.close()
 
 
 async def poll(address, basis: str = "", *headers: tuple[str, str]):

@@ -286,6 +286,28 @@ async def test_a_user_without_the_rights_is_served_without_a_fleet(upstream, tmp
         version = await fleet.change()
         await fleet.everywhere(version, WITHIN)
         await eventually(lambda: stored(redis) == version)
+        await upstream.stop()
+        for relay in fleet.relays:
+            await relay.kill()
+            await relay.start()
+        await fleet.everywhere(version, WITHIN)
+
+
+async def test_a_fleet_starts_without_upstream(upstream, tmp_path, redis):
+    """What was published is served, and changes again as soon as upstream is back."""
+    async with fleet_of(2, upstream, tmp_path, redis.url) as fleet:
+        await fleet.everywhere(await fleet.change(), WITHIN)
+        await eventually(lambda: stored(redis) == 2)
+        await upstream.stop()
+        for relay in fleet.relays:
+            await relay.kill()
+        for relay in fleet.relays:
+            await relay.start()
+        await fleet.everywhere(2, WITHIN + 3)  # a lease of the dead expires first
+        await upstream.start()
+        version = await fleet.change()
+        await fleet.everywhere(version, 3 * WITHIN)
+        await fleet.settled()
 
 
 async def test_an_sdk_gets_changes_across_a_failover(upstream, tmp_path, redis):

@@ -211,9 +211,12 @@ async def test_all_requests_are_counted(tmp_path, upstream):
 async def test_counts_go_on_when_the_feeder_dies(tmp_path, upstream):
     async with WorkersRelay(tmp_path, upstream) as relay:
         for number in range(20):
-            await ask(relay.address, "/sdk/latest-all", AUTHORIZED)
+            path = "/sdk/poll" if number % 2 else "/sdk/latest-all"
+            await ask(relay.address, path, AUTHORIZED)
             await upstream.patch(SDK_KEY, flag("lamp", 2 + number, "two"))
         await relay.until_status(lambda s: s["environments"]["main"]["requests"] == 20)
+        status = await relay.status()
+        assert status["environments"]["main"]["fdv2"]["answers"] == {"full": {"no-state": 10}}
         before = await relay.counters()
         await asyncio.sleep(1.5)  # counts are handed on once a second
         os.kill(relay.feeder(), signal.SIGKILL)

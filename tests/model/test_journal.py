@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 
 from relay.model.item import Item, Kind
 from relay.model.journal import (
-    CANNOT_CATCH_UP,
+    DOUBTED,
     MAX_STATES,
     MAX_VANISHED,
     MISSING,
+    TOO_LARGE,
+    TOO_OLD,
+    UNKNOWN,
+    UNRELIABLE,
     Delta,
     Full,
     Journal,
@@ -67,7 +71,7 @@ def test_a_client_without_a_state_gets_everything():
 
 @pytest.mark.parametrize("basis", ["(p:x:1)", "nonsense", "(p:", "\0", "x" * 10_000, "ü"])
 def test_a_state_that_is_not_known_means_everything(basis):
-    assert History(LARGE).answer(basis) == CANNOT_CATCH_UP
+    assert History(LARGE).answer(basis) == UNKNOWN
 
 
 def test_a_state_that_is_named_after_the_next_step_is_that_of_its_own():
@@ -161,8 +165,8 @@ def test_what_does_not_supersede_means_everything(steps):
     before = history.journal.state
     for items in steps:
         history.apply(*items, full=True)
-    assert history.answer(before) == CANNOT_CATCH_UP
-    assert history.journal.latest == CANNOT_CATCH_UP
+    assert history.answer(before) == TOO_OLD
+    assert history.journal.latest == TOO_OLD
     after = history.journal.state
     history.apply(flag("b", 1))
     assert history.answer(after) == {flag("b", 1)}
@@ -175,14 +179,14 @@ def test_a_forgotten_tombstone_still_counts():
     before = history.journal.state
     history.apply(LARGE, flag("c", 1), full=True)
     history.apply(flag("a", 3))
-    assert history.answer(before) == CANNOT_CATCH_UP
+    assert history.answer(before) == TOO_OLD
 
 
 def test_a_large_delta_is_everything():
     history = History(flag("a", 1), flag("b", 1, text=PADDING))
     before = history.journal.state
     history.apply(flag("b", 2, text=PADDING))
-    assert history.answer(before) == CANNOT_CATCH_UP
+    assert history.answer(before) == TOO_LARGE
     assert isinstance(history.journal.latest, Delta)  # live, one change is never more than all
 
 
@@ -203,7 +207,7 @@ def test_memory_is_bounded():
     for version in range(2, MAX_STATES + 2):
         last = history.apply(flag("a", version))
     assert history.journal.depth == MAX_STATES
-    assert history.answer(first) == CANNOT_CATCH_UP
+    assert history.answer(first) == UNKNOWN
     assert history.answer(last) == set()
 
 
@@ -213,6 +217,37 @@ def test_forgotten_deletions_end_older_states():
     history.apply(LARGE, full=True)
     assert isinstance(history.answer(before), Full)
     assert history.answer(history.journal.state) == set()
+
+
+def test_forgotten_deletions_are_not_undone():
+    """Clients that compare versions remember them: what may be one of them starts them over."""
+    huge = flag("huge", 1, text=b"x" * 300_000)
+    history = History(huge, *(flag(f"f{n}", 5) for n in range(MAX_VANISHED + 1)))
+    before = history.journal.state
+    after = history.apply(huge, full=True)
+    assert history.answer(before) == TOO_OLD
+    assert history.answer(after) == set()
+    history.apply(flag("new", 7))
+    assert isinstance(history.journal.latest, Delta)
+    history.apply(flag("perhaps", 6))
+    assert history.journal.latest == TOO_OLD
+
+
+def test_a_delta_is_made_once_for_all_who_need_it():
+    history = History(LARGE, flag("a", 1))
+    state = history.journal.state
+    history.apply(flag("a", 2))
+    assert history.journal.answer(state) is history.journal.answer(state)
+    assert history.answer(state) == {flag("a", 2)}
+    history.apply(flag("b", 1))
+    assert history.answer(state) == {flag("a", 2), flag("b", 1)}
+
+
+def test_barriers_are_counted():
+    history = History(LARGE, flag("a", 2))
+    history.apply(flag("a", 3))
+    history.apply(LARGE, flag("a", 1), full=True)
+    assert history.journal.barriers == 1
 
 
 def test_a_state_is_named_behind_the_step():
@@ -232,6 +267,41 @@ def test_a_state_is_named_behind_the_step():
     assert journal.answer(other.state) == Delta((), 2)
     assert journal.naming is None
     assert journal.state == other.state
+
+
+def test_a_client_whose_data_are_in_doubt_gets_everything():
+    assert History(LARGE).answer(UNRELIABLE) == DOUBTED
+
+
+def test_numbers_fit_into_32_bits():
+    """Java's SDK reads them into an int, and versions of files are times."""
+    history = History(LARGE)
+    numbers = [history.journal.version]
+    for n in range(3):
+        history.apply(flag(f"f{n}", 2**31 - 2**20))
+        numbers.append(history.journal.version)
+    assert all(1 <= number < 2**31 for number in numbers)
+    assert len(set(numbers)) == 4
+
+
+def test_a_state_that_is_still_to_come_is_recognised_by_its_number():
+    """Of another replica, which is ahead; also after the greatest number."""
+    for items in ([flag("a", 1)], [flag("a", 2**31 - 5)]):
+        ahead, behind = History(LARGE, *items), History(LARGE, *items)
+        state = ahead.apply(flag("b", 7))
+        assert behind.journal.is_behind(state)
+        assert not ahead.journal.is_behind(state)
+        assert not ahead.journal.is_behind(behind.journal.state)
+        behind.apply(flag("b", 7))
+        assert not behind.journal.is_behind(state)
+
+
+@pytest.mark.parametrize("number", ["", "x", "-1", "1e3", "٣", "9" * 21, "9" * 10_000, "1:", "1))"])
+def test_only_a_number_of_the_same_data_is_worth_waiting_for(number):
+    history = History(LARGE)
+    assert not history.journal.is_behind(f"(p:{history.journal.id}-x:{number})")
+    assert history.journal.is_behind(f"(p:{history.journal.id}-x:99)")
+    assert not history.journal.is_behind("(p:other-x:99)")
 
 
 KEYS = st.sampled_from("abc")

@@ -68,7 +68,7 @@ def test_credentials(header, status):
         (FDV2, {b"authorization": b"mob-1"}, "", b"auth=x", responses.UNKNOWN_CREDENTIAL),
         (FDV2, {}, "", b"auth=" + SDK_KEY.encode(), responses.UNKNOWN_CREDENTIAL),
         (FDV2, {}, "", b"", responses.UNKNOWN_CREDENTIAL),
-        (FDV2, {}, "", b"auth=env-1&filter=f", responses.UNKNOWN_FILTER),
+        (FDV2, {}, "", b"auth=env-1&filter=f", None),
     ],
 )
 def test_refusals(route, headers, environment_id, query, refusal):

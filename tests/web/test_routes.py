@@ -112,9 +112,7 @@ def test_every_poll_of_the_table_is_served():
     for route in ROUTES:
         if route.endpoint is Endpoint.POLL:
             access = Access(route, Grant(environment, environment.spec.sdk_key))
-            response = polling.respond(
-                access, "a" if "{key}" in route.template else "", b"", b"", b""
-            )
+            response = polling.respond(access, "a" if "{key}" in route.template else "", b"", b"")
             assert response is not None
             assert response.status == (404 if "{key}" in route.template else 200)
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
+from http import HTTPStatus
 from weakref import WeakKeyDictionary
 
 from starlette.requests import Request
 
 from relay.environment import Environment
 from relay.lru import LRUMap
+from relay.model.answers import AnswerCounter
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Kind
-from relay.model.journal import Journal
+from relay.model.journal import Delta, Journal
 from relay.model.payload import Payload
 from relay.protocol import fdv2
 from relay.protocol.fdv1 import all_data, all_flags
 from relay.web.access import Access
-from relay.web.requests import header, parameter_in
+from relay.web.bases import Bases
+from relay.web.requests import first_values
 from relay.web.resources import Resource, with_ttl
 from relay.web.responses import (
     NO_DATA,
@@ -32,6 +37,10 @@ MAX_ITEMS = 1024
 
 MAX_TRANSFERS = 64
 """Prepared transfers per environment: clients come with few different states between changes."""
+
+MAX_WAIT = 1.0
+"""Seconds for which a client waits that seems to be ahead of this relay: .NET's SDK gives a poll
+two."""
 
 DELTAS = "/sdk/poll"
 """Template of the route whose clients name the state of their data."""
@@ -125,53 +134,118 @@ class PollingHandler:
     """Handler of polls, for the application and the fast path."""
 
     def __init__(self) -> None:
+        self.bases = Bases()
+        """Reads the states that clients name."""
         self._resources: WeakKeyDictionary[Environment, _PollResources] = WeakKeyDictionary()
 
     async def handle(self, request: Request, access: Access) -> PreparedResponse:
         """Respond to a poll; a large body is compressed in a thread if necessary."""
-        segment, query = request.path_params.get("key", ""), request.scope["query_string"]
-        resource = self._resource(access, segment, query)
+        headers, query = first_values(request), request.scope["query_string"]
+        key = self.key(access, request.path_params.get("key", ""), headers, query)
+        await self._wait_until_known(access, key)
+        resource = self._resource(access, key)
         if not isinstance(resource, Resource):
             return resource or NO_DATA
-        none_match, encoding = header(request, "if-none-match"), header(request, "accept-encoding")
-        response = resource.variant(none_match, encoding)
+        none_match = headers.get(b"if-none-match", b"")
+        response = resource.variant(none_match, headers.get(b"accept-encoding", b""))
+        noted = response or resource.plain
+        self.note(access, key, headers, noted)
+        if counter := self.counter(access, key, noted):
+            counter.add()
         if response is None:
             response = await resource.compress_in_thread()
         return _with_ttl(response, access)
 
-    def respond(
-        self,
-        access: Access,
-        segment: str,
-        query: bytes,
-        if_none_match: bytes,
-        accept_encoding: bytes,
-    ) -> PreparedResponse | None:
-        """Return the response to a poll at once.
-
-        None if there is no data, or if a large body must be compressed in a thread first.
+    def key(
+        self, access: Access, segment: str, headers: Mapping[bytes, bytes], query: bytes
+    ) -> str:
+        """Return what a poll asks for, besides its route: an item, or what follows a state.
 
         Args:
             access: environment to poll, and the route.
             segment: key of the item; empty for a route without one.
+            headers: of the request, by name in lower case.
             query: of the request.
+        """
+        if access.route.template != DELTAS:
+            return segment
+        return self.bases.of_poll(access.environment, headers, query)
+
+    def respond(
+        self, access: Access, key: str, if_none_match: bytes, accept_encoding: bytes
+    ) -> PreparedResponse | None:
+        """Return the response to a poll at once.
+
+        None if there is no data, if a large body must be compressed in a thread first, or if these
+        data seem to be behind those of the client.
+
+        Args:
+            access: environment to poll, and the route.
+            key: see `key`.
             if_none_match: the header; empty without one.
             accept_encoding: the header; empty without one.
         """
-        resource = self._resource(access, segment, query)
+        if self._is_behind(access, key):
+            return None
+        resource = self._resource(access, key)
         if not isinstance(resource, Resource):
             return resource
         response = resource.variant(if_none_match, accept_encoding)
         return response and _with_ttl(response, access)
 
-    def _resource(
-        self, access: Access, segment: str, query: bytes
-    ) -> Resource | PreparedResponse | None:
+    def note(
+        self,
+        access: Access,
+        key: str,
+        headers: Mapping[bytes, bytes],
+        response: PreparedResponse,
+    ) -> bool:
+        """Remember a response that tells about the client's next request; return if it was one.
+
+        Args:
+            access: environment that was polled, and the route.
+            key: see `key`.
+            headers: of the request, by name in lower case.
+            response: to the poll.
+        """
+        if access.route.template != DELTAS or not self.bases.is_noted(headers, key):
+            return False
+        if response.status == HTTPStatus.OK:
+            self.bases.note(access.environment, headers)
+        return True
+
+    def counter(self, access: Access, key: str, response: PreparedResponse) -> AnswerCounter | None:
+        """Return what counts an answer to a client that names its state, each time it is given.
+
+        Args:
+            access: environment that was polled, and the route.
+            key: see `key`.
+            response: to the poll.
+        """
+        if access.route.template != DELTAS:
+            return None
+        journal = access.environment.journal
+        is_known = response.status == HTTPStatus.NOT_MODIFIED
+        return journal.counter(Delta((), journal.step) if is_known else journal.answer(key))
+
+    def _is_behind(self, access: Access, key: str) -> bool:
+        environment = access.environment
+        is_transfer = access.route.template == DELTAS and environment.payload is not None
+        return is_transfer and environment.journal.is_behind(key)
+
+    async def _wait_until_known(self, access: Access, key: str) -> None:
+        """Wait for the change that a client's state has already, as on a replica that lags."""
+        if self._is_behind(access, key):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(MAX_WAIT):
+                    while self._is_behind(access, key):
+                        await access.environment.next_change()
+
+    def _resource(self, access: Access, key: str) -> Resource | PreparedResponse | None:
         environment, template = access.environment, access.route.template
         if environment.payload is None:
             return None
         resources = self._resources_of(environment, environment.payload)
-        key = parameter_in(query, "basis") if template == DELTAS else segment
         resource = resources.get(template, key)
         return resource or NO_SUCH_ITEM.with_headers(*environment_headers(environment.spec))
 

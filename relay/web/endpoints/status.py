@@ -15,6 +15,7 @@ from relay.environment import ConnectionState, Environment
 from relay.model.credential import Credential, CredentialKind
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem
+from relay.model.journal import Journal
 from relay.relay import Directory, Relay
 from relay.stores import StoreState, StoreStatus, statuses_of
 from relay.telemetry.traffic import RequestMetrics, totals
@@ -151,6 +152,7 @@ def _environment_members(
         **_invalid_members(environment.invalid.values()),
         "rejected": environment.rejected or None,
         "streams": len(environment.hub),
+        "fdv2": _answers_members(environment.journal),
         **{member: sums.get(spec.name, 0) for member, sums in counts.items()},
         "events": _events_members(relay, traffic, spec.name),
     }
@@ -266,6 +268,21 @@ def _events_members(relay: Relay, traffic: RequestMetrics, name: str) -> dict[st
     members = {**asdict(relay.events.counts(name)), "oldestAge": age}
     durable = relay.events.spool.durable
     return {"kept": "on disk" if durable else "in memory", **_without_none(members)}
+
+
+def _answers_members(journal: Journal) -> dict[str, object] | None:
+    """Return what SDKs of FDv2 were answered; None if there were none."""
+    answers: dict[str, dict[str, int]] = {}
+    for (kind, reason), number in sorted(journal.answers.numbers.items()):
+        answers.setdefault(kind, {})[reason] = number.value
+    if not answers:
+        return None
+    return {
+        "answers": answers,
+        "bytesSaved": journal.answers.saved.value,
+        "states": journal.depth,
+        "barriers": journal.barriers,
+    }
 
 
 def _without_none(members: Mapping[str, object]) -> dict[str, object]:

@@ -27,6 +27,7 @@ from relay.streams.evaluated import EVALUATING, EVALUATING_FDV2, PINGS
 from relay.streams.transport import LAST_CHUNK, decode_chunks
 from relay.telemetry.traffic import RequestMetrics
 from relay.web.access import Access
+from relay.web.bases import Bases, client_side_basis
 from relay.web.bodies import MemoryBudget, RequestRejected
 from relay.web.contexts import (
     NO_KEY,
@@ -37,17 +38,11 @@ from relay.web.contexts import (
     json_in_path,
     read_context_body,
 )
-from relay.web.requests import first_values, parameter_in
+from relay.web.requests import first_values
 from relay.web.responses import Headers, PreparedResponse, environment_headers
-from relay.web.routes import Route
 
 PIPE_LIMIT = 64 * 1024
 """Bytes that may wait for the ASGI server before the client counts as slow, as in a transport."""
-
-STALE_BASIS = b"NodeJSClient/", b"NodeClient/"
-"""Beginnings of the user agents of Node's SDKs, which name the state of their first connection each
-time they reconnect. That of servers ignores items that are not newer than its own, too. They need
-all data, as another replica may not know what they have got since (fdv2 13.8.6)."""
 
 _UNBUFFERED = (b"x-accel-buffering", b"no")
 
@@ -133,28 +128,26 @@ def _stream_for(
     if context.has_empty_key:
         raise RequestRejected(NO_KEY)
     fdv2, reasons = access.route.evaluates_fdv2, parameters.with_reasons
-    basis = _basis(headers, query) if fdv2 else ""
+    basis = client_side_basis(headers, query) if fdv2 else ""
     client = EvalClient(json, context, sdk_kind, with_reasons=reasons, basis=basis)
     return ClientStream((EVALUATING_FDV2 if fdv2 else EVALUATING)[sdk_kind], client)
 
 
-def server_stream(route: Route, headers: Mapping[bytes, bytes], query: bytes) -> ClientStream:
+def server_stream(
+    access: Access, headers: Mapping[bytes, bytes], query: bytes, bases: Bases
+) -> ClientStream:
     """Return the stream of `/all`, `/flags` or `/sdk/stream`.
 
     Args:
-        route: of the request.
+        access: environment of the stream, and the route.
         headers: of the request, by name in lower case.
         query: as received.
+        bases: reads the state that the client names.
     """
-    name = route.template.removeprefix("/")
-    return ClientStream(name, _basis(headers, query) if name == DELTAS else None)
-
-
-def _basis(headers: Mapping[bytes, bytes], query: bytes) -> str:
-    """Return the state of the client's data; empty if it names none that can be relied on."""
-    if headers.get(b"user-agent", b"").startswith(STALE_BASIS):
-        return ""
-    return parameter_in(query, "basis")
+    name = access.route.template.removeprefix("/")
+    if name != DELTAS:
+        return ClientStream(name)
+    return ClientStream(name, bases.of_stream(access.environment, headers, query))
 
 
 class StreamsHandler:
@@ -163,16 +156,19 @@ class StreamsHandler:
     Args:
         traffic: counts streams.
         budget: memory for contexts in bodies.
+        bases: reads the states that clients name.
     """
 
-    def __init__(self, traffic: RequestMetrics, budget: MemoryBudget) -> None:
+    def __init__(self, traffic: RequestMetrics, budget: MemoryBudget, bases: Bases) -> None:
         self._traffic = traffic
         self._budget = budget
+        self._bases = bases
 
     async def shared(self, request: Request, access: Access) -> Response:
         """Open a stream of a server-side SDK."""
         headers, query = first_values(request), request.scope["query_string"]
-        return self._open(request, access, server_stream(access.route, headers, query))
+        stream = server_stream(access, headers, query, self._bases)
+        return self._open(request, access, stream)
 
     async def pings(self, request: Request, access: Access) -> Response:
         """Open a stream of pings, whose path has no context."""

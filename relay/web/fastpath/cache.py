@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from relay.environment import Environment
+from relay.model.answers import AnswerCounter
 from relay.model.metrics import MetricValue
 from relay.registry import Registry
 from relay.web.cache import CacheEntry, ResponseCache
@@ -34,6 +35,7 @@ class WireResponse(CacheEntry, eq=False):
         count: counter of such requests.
         closes: True if the client wants the connection closed after the response.
         line: to log for each such request; empty for none.
+        answer: counts the answer to a client that names its state, each time.
         size: see `CacheEntry`; 0 if it is not worth caching.
     """
 
@@ -42,6 +44,7 @@ class WireResponse(CacheEntry, eq=False):
     count: MetricValue
     closes: bool = False
     line: str = ""
+    answer: AnswerCounter | None = None
     _date: bytes = b""
     _assembled: tuple[bytes, ...] = ()
 

@@ -50,14 +50,18 @@ def authorization(head: RequestHead) -> str:
 
 
 def _open_stream(shared: FastPath, head: RequestHead) -> StreamRequest | None:
-    request = stream_request(shared.traffic, head)
+    request = _stream(shared, head)
     if request is not None and shared.traffic.logs:
         request.size = 0  # a cached one could not be logged
     return request
 
 
 def _open_client_stream(shared: FastPath, head: RequestHead) -> StreamRequest | None:
-    return None if shared.traffic.logs else stream_request(shared.traffic, head)
+    return None if shared.traffic.logs else _stream(shared, head)
+
+
+def _stream(shared: FastPath, head: RequestHead) -> StreamRequest | None:
+    return stream_request(shared.traffic, head, shared.polling.bases)
 
 
 def _answer_evaluation(
@@ -67,21 +71,23 @@ def _answer_evaluation(
 
 
 def _answer_poll(shared: FastPath, head: RequestHead) -> WireResponse | None:
-    access, headers = head.access, head.headers
+    access, headers, polling = head.access, head.headers, shared.polling
     none_match, encoding = headers.get(b"if-none-match"), headers.get(b"accept-encoding")
-    prepared = shared.polling.respond(
-        access, head.segment.decode(), head.query, none_match or b"", encoding or b""
-    )
+    key = polling.key(access, head.segment.decode(), headers, head.query)
+    prepared = polling.respond(access, key, none_match or b"", encoding or b"")
     if prepared is None:
         return None
+    noted = polling.note(access, key, headers, prepared)
     traffic, environment, body = shared.traffic, access.environment, prepared.body
     count = traffic.requests[access.labels(traffic, "GET", headers)]
     response = WireResponse(
         environment, environment.payload, prepared.head, (body,), count, closes=head.closes
     )
+    response.answer = polling.counter(access, key, prepared)
     if traffic.logs:
         response.line = log_line(head, prepared.status, len(body))
-    if environment.spec.ttl <= 0:  # otherwise it states its expiry, different each time
+    expires = environment.spec.ttl > 0  # at another time for each response
+    if not (expires or noted):
         # A larger body is that of the resource, and not a copy.
         response.size = ENTRY_SIZE + (len(body) if len(body) <= JOINED_BODY else 0)
     return response

@@ -24,7 +24,7 @@ from relay.web.endpoints.evaluation import (
 )
 from relay.web.fastpath.cache import ENTRY_SIZE, WireResponse
 from relay.web.fastpath.heads import MAX_HEAD, RequestHead
-from relay.web.requests import parameters_in
+from relay.web.requests import parameter_in
 from relay.web.resources import MAX_COMPRESSED_AT_ONCE, MIN_COMPRESSED, accepts_gzip
 from relay.web.responses import Headers, PreparedResponse
 
@@ -252,5 +252,4 @@ def _plain_selection(query: bytes) -> _Selection | None:
         return None
     if b"filter" not in query and b"auth" not in query:
         return _SELECTS_NOTHING
-    parameters = parameters_in(query)
-    return parameters.get("filter", ""), parameters.get("auth", "")
+    return parameter_in(query, "filter"), parameter_in(query, "auth")

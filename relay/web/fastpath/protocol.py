@@ -347,6 +347,8 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
             log_request(response.line)
         self._server_state.total_requests += 1
         response.count.value += 1
+        if response.answer is not None:
+            response.answer.add()
         self._transport.writelines(response.to_wire(self._shared.date))
         if response.closes:
             self._transport.close()

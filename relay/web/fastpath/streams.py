@@ -5,7 +5,9 @@ from __future__ import annotations
 from relay.environment import Environment
 from relay.evaluation.client import EvalClient
 from relay.registry import Grant
+from relay.streams.deltas import STREAM as DELTAS
 from relay.telemetry.traffic import RequestLabels, RequestMetrics
+from relay.web.bases import Bases, is_cacheable
 from relay.web.cache import ANY_PAYLOAD, CacheEntry
 from relay.web.cors import cors_lines, with_cors
 from relay.web.endpoints.streams import (
@@ -38,12 +40,14 @@ class StreamRequest(CacheEntry, eq=False):
     """See `ClientStream`."""
 
 
-def stream_request(traffic: RequestMetrics, head: RequestHead) -> StreamRequest | None:
+def stream_request(
+    traffic: RequestMetrics, head: RequestHead, bases: Bases
+) -> StreamRequest | None:
     """Return the request for a stream; None to leave it to the application."""
     access, route = head.access, head.access.route
     stream: ClientStream | PreparedResponse
     if route.endpoint is Endpoint.STREAM:
-        stream = server_stream(route, head.headers, head.query)
+        stream = server_stream(access, head.headers, head.query, bases)
     elif route.endpoint is Endpoint.PINGS:
         stream = PING_STREAM
     else:
@@ -57,7 +61,8 @@ def stream_request(traffic: RequestMetrics, head: RequestHead) -> StreamRequest 
         headers = with_cors(headers, cors_lines(environment.spec, origin, route))
     labels = access.labels(traffic, "GET", head.headers)
     grant, client = access.grant, stream.client
-    size = 0 if head.segment else REQUEST_SIZE
+    cacheable = not head.segment and (stream.name != DELTAS or is_cacheable(head.headers))
+    size = REQUEST_SIZE if cacheable else 0
     return StreamRequest(
         environment, ANY_PAYLOAD, grant, stream.name, headers, labels, client, size=size
     )

@@ -26,6 +26,7 @@ from relay.metrics import catalogue
 from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Item, Kind
+from relay.model.journal import MISSING
 from relay.model.payload import Payload
 from relay.protocol import fdv1
 from relay.protocol.fdv1 import AllFormat, FlagsFormat
@@ -161,6 +162,7 @@ async def test_a_busy_relay_exports_every_metric():
     main = environment("main", [mirror, document])
     main.payload, main.connection.last_confirmed = Payload.of([]), time.monotonic()
     main.big_segments = await used_big_segments()
+    main.journal.counter(MISSING).add()
     traffic = RequestMetrics()
     series = RequestLabels("main", "/all", "GET", "server")
     for counts in (traffic.requests, traffic.new_streams, traffic.streams):

@@ -32,10 +32,8 @@ def poll(
     found = match(b"GET", path.partition("?")[0].encode())
     assert found
     access = Access(found.route, Grant(environment, environment.spec.sdk_key))
-    path, _, query = path.partition("?")
-    return handler.respond(
-        access, found.segment.decode(), query.encode(), if_none_match, accept_encoding
-    )
+    key = handler.key(access, found.segment.decode(), {}, path.partition("?")[2].encode())
+    return handler.respond(access, key, if_none_match, accept_encoding)
 
 
 def item(kind, value):

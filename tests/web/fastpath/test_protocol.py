@@ -49,7 +49,7 @@ class PollHandler(PollingHandler):
         super().__init__()
         self.calls = 0
 
-    def respond(self, access, segment, query, if_none_match, accept_encoding):
+    def respond(self, access, key, if_none_match, accept_encoding):
         if access.environment.payload is None:
             return None
         self.calls += 1
