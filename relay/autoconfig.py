@@ -187,7 +187,6 @@ class AutoConfiguration:
 
     async def _take(self, relay: Relay, put: Put) -> None:
         """Let the environments be those of a list; whatever is newer outranks a stored one."""
-        mask_keys(_keys(put.environments.values()))  # at once, because each time costs
         relay.unusable.clear()  # all of them are tried again
         outranks = self._stored is not None and not self.known.is_set()
         environments = self._environments.put(put.environments, put.unusable, outranks=outranks)
@@ -206,7 +205,7 @@ class AutoConfiguration:
             before, after = self._variants(change.before), self._variants(change.after)
             for payload_filter in before:
                 if payload_filter not in after:
-                    self._remove(relay, change.id, payload_filter)
+                    await self._remove(relay, change.id, payload_filter)
             if change.after is not None:
                 await self._attempt(relay, change.after, "")
             environment = relay.environments.get(change.id)
@@ -228,8 +227,7 @@ class AutoConfiguration:
             for each in self._environments.values():
                 gone = change.before
                 if gone and gone.key not in self._variants(each):
-                    self._remove(relay, each.id, gone.key)
-            await asyncio.sleep(0)
+                    await self._remove(relay, each.id, gone.key)
         # This includes variants that could not be made the last time.
         for each in self._environments.values():
             for payload_filter in self._variants(each):
@@ -262,13 +260,14 @@ class AutoConfiguration:
             relay.unusable[name] = reason
         await asyncio.sleep(0)
 
-    def _remove(self, relay: Relay, environment_id: str, payload_filter: str) -> None:
+    async def _remove(self, relay: Relay, environment_id: str, payload_filter: str) -> None:
         name = variant_name(environment_id, payload_filter)
         relay.unusable.pop(name, None)
         environment = relay.environments.get(name)
         if environment is not None:
             relay.remove(environment)
             self._report(DirectoryChange.REMOVED, environment.spec)
+            await asyncio.sleep(0)
 
     def _carry_out(
         self, relay: Relay, description: EnvironmentDescription, payload_filter: str

@@ -133,6 +133,8 @@ class Relay:
         self._running: dict[Environment, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
         """Tasks of removed environments that write their last changes."""
+        self._ended: asyncio.Task[object] | None = None
+        """Waits for all of them, for any number of new environments."""
         self._reported: WeakSet[Environment] = WeakSet()
         """Environments whose start has been logged."""
         self._expiry_timer: asyncio.TimerHandle | None = None
@@ -285,12 +287,15 @@ class Relay:
             task = self._running.pop(environment)
             task.cancel()
             self._ending.add(task)
+            self._ended = None
             task.add_done_callback(self._ending.discard)
             self._tasks.create_task(environment.hub.close(ENDED_WITHIN))
 
     async def _run_environment(self, environment: Environment, init_deadline: float) -> None:
-        if self._ending:  # they may have the same snapshot or prefix
-            await asyncio.wait(self._ending)
+        if self._ending and self._tasks is not None:  # they may have the same snapshot or prefix
+            if self._ended is None:
+                self._ended = self._tasks.create_task(asyncio.wait(frozenset(self._ending)))
+            await asyncio.shield(self._ended)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_running(environment))
             tasks.create_task(self._wait_started(environment, init_deadline))

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
@@ -23,6 +24,7 @@ from relay.protocol.environments import SharedSettings, describe
 from relay.relay import DirectoryChange, Relay
 from relay.sources import Interrupted, UpToDate
 from relay.sources.autoconfig import AutoConfigStream
+from relay.steps import finish
 from relay.stores.listmirror import ListMirror, ListTimings
 from relay.streams.hub import Hub
 from relay.telemetry.log import Log
@@ -47,7 +49,7 @@ class ScriptedStream(ScriptedSource):
     async def send(self, message: bytes) -> None:
         """Deliver a message as LaunchDarkly writes it."""
         event, data = (line.split(b": ", 1)[1] for line in message.strip().split(b"\n"))
-        await self.give(cast("Any", autoconfig.read(event.decode(), data)))
+        await self.give(cast("Any", finish(autoconfig.read(event.decode(), data))))
 
 
 class ScriptedStore:
@@ -129,6 +131,29 @@ async def configured(*stores: ScriptedStore) -> AsyncIterator[Configured]:
     finally:
         running.cancel()
         await asyncio.wait([running])
+
+
+async def test_a_long_list_leaves_room_for_requests():
+    """The event loop turns after each environment that comes or goes, and each variant."""
+    counts: list[int] = []
+
+    async def watch(relay: Relay) -> None:
+        while True:
+            counts.append(len(relay.environments))
+            await asyncio.sleep(0)
+
+    entries = [description(f"e{number}") for number in range(50)]
+    async with configured() as made:
+        watching = asyncio.create_task(watch(made.relay))
+        await made.stream.send(environments.put(*entries))
+        await made.stream.send(environments.put(*entries, filters={"f": FILTER}))
+        await made.stream.send(environments.put(*entries))
+        await made.stream.send(environments.put())
+        watching.cancel()
+    assert max(counts) == 100
+    assert counts[-1] <= 1
+    steps = [abs(after - before) for before, after in pairwise(counts)]
+    assert max(steps) == 1
 
 
 async def test_environments_come_change_and_go():

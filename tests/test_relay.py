@@ -153,15 +153,22 @@ async def test_last_writes_of_a_removed_environment_come_before_its_successor() 
                 await may_end.wait()
 
     stage, successor = Stage("a", SlowMirror()), Stage("a")
+    other, gone = Stage("b"), Stage("c")
     async with running(Relay([stage.environment], 5)) as relay:
         await stage.put()
         relay.remove(stage.environment)
-        relay.put(successor.environment)
+        for each in (gone, successor, other):
+            relay.put(each.environment)
+        await asyncio.sleep(0.02)
+        relay.remove(gone.environment)  # this leaves the others waiting
         await asyncio.sleep(0.02)
         assert successor.source.running.locked()
+        assert other.source.running.locked()
         may_end.set()
         async with asyncio.timeout(5):
             await successor.source.running.acquire()
+            await other.source.running.acquire()
+        assert gone.source.running.locked()
 
 
 async def test_an_environment_that_fails_while_it_is_removed_does_not_return(

@@ -20,6 +20,7 @@ from relay.protocol.environments import (
     members_of,
     text_in,
 )
+from relay.steps import Steps
 
 MAX_TOMBSTONES = 10_000
 """Maximum number of versions of deleted IDs to remember; each put forgets what it does not name."""
@@ -100,8 +101,8 @@ _KINDS: Mapping[str, type[Description]] = {
 }
 
 
-def read(event: str, content: bytes) -> Message:
-    """Return the message that an event is.
+def read(event: str, content: bytes) -> Steps[Message]:
+    """Return the message that an event is, with a step for each entry of a list.
 
     Args:
         event: `put`, `patch` or `delete`.
@@ -116,7 +117,7 @@ def read(event: str, content: bytes) -> Message:
     if event == "put":
         if path != "/":
             return Ignored(f'Ignoring "put" event for unknown path "{path}"')
-        return _put(members)
+        return (yield from _put(members))
     folder, _, identifier = path.rpartition("/")
     kind = _KINDS.get(folder)
     if kind is None or not identifier:
@@ -138,7 +139,7 @@ def _patch(kind: type[Description], identifier: str, members: Members) -> Messag
     return Ignored(mismatch) if mismatch else Upsert(identifier, environment)
 
 
-def _put(members: Members) -> Put:
+def _put(members: Members) -> Steps[Put]:
     """Return a put; malformed entries do not spoil the others.
 
     ld-relay takes a put without a list for an empty one, and would end all service.
@@ -155,11 +156,12 @@ def _put(members: Members) -> Put:
             environment = describe(entry)
         except InvalidData as e:
             unusable[identifier] = f"Ignoring environment data with key {identifier!r}: {e}"
-            continue
-        if mismatch := _mismatch(identifier, environment):
-            unusable[identifier] = mismatch
         else:
-            environments[identifier] = environment
+            if mismatch := _mismatch(identifier, environment):
+                unusable[identifier] = mismatch
+            else:
+                environments[identifier] = environment
+        yield
     filters: dict[str, FilterDescription] = {}
     filter_entries = data.get("filters") or {}
     if not isinstance(filter_entries, dict):

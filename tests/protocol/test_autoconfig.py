@@ -21,11 +21,12 @@ from relay.protocol.autoconfig import (
     VersionedList,
 )
 from relay.protocol.environments import EnvironmentDescription, describe
+from relay.steps import finish
 from tests.support.environments import description
 
 
 def read(event: str, message: object) -> Any:
-    return autoconfig.read(event, json.dumps(message).encode())
+    return finish(autoconfig.read(event, json.dumps(message).encode()))
 
 
 def test_a_put_names_all_environments_and_filters():
@@ -51,6 +52,13 @@ def test_a_bad_entry_does_not_spoil_the_others():
     put = read("put", message)
     assert list(put.environments) == ["id-alpha"]
     assert sorted(put.unusable) == ["", "f", "id-beta", "id-gamma"]
+
+
+def test_a_long_list_is_read_in_steps():
+    """One for each environment, so that requests come in between."""
+    entries = {f"id-e{number}": description(f"e{number}") for number in range(50)}
+    message = {"path": "/", "data": {"environments": entries}}
+    assert len(list(autoconfig.read("put", json.dumps(message).encode()))) == 50
 
 
 @pytest.mark.parametrize(
@@ -97,7 +105,7 @@ def test_messages_that_do_not_fit_are_passed_over(event, message):
 def test_malformed_messages(event, content):
     """A put without a list is one of them: it must not remove everything."""
     with pytest.raises(InvalidData):
-        autoconfig.read(event, content)
+        finish(autoconfig.read(event, content))
 
 
 def test_patches_and_deletes():
