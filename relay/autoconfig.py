@@ -87,6 +87,7 @@ class AutoConfiguration:
         self.connection = UpstreamConnection()
         self.known = asyncio.Event()
         self.changes: Counter[DirectoryChange] = Counter()
+        self.invalid_entries: dict[tuple[str, str], str] = {}
         self._stream = stream
         self._settings = settings
         self._make_environment = make_environment
@@ -135,7 +136,7 @@ class AutoConfiguration:
             self._stored = stored
             if age is not None:
                 self.connection.last_confirmed = clock.monotonic() - age
-            await self._take(relay, Put(stored.environments, stored.filters, {}))
+            await self._take(relay, Put(stored.environments, stored.filters))
 
     async def _keep_stored(self, mirror: ListMirror) -> None:
         """Store the list, and begin anew after any exception, which affects nothing else."""
@@ -165,21 +166,25 @@ class AutoConfiguration:
             case Put():
                 await self._put(relay, message)
             case Upsert(id=identifier, value=EnvironmentDescription() as environment):
+                self.invalid_entries.pop(("environment", identifier), None)
                 await self._apply(relay, self._environments.upsert(identifier, environment))
             case Delete(of=kind, id=identifier) if kind is EnvironmentDescription:
+                self.invalid_entries.pop(("environment", identifier), None)
                 await self._apply(relay, self._environments.delete(identifier, message.version))
                 if identifier not in relay.environments:
                     relay.unusable.pop(identifier, None)
             case Upsert(id=identifier, value=FilterDescription() as payload_filter):
+                self.invalid_entries.pop(("filter", identifier), None)
                 changes = self._filters.upsert(identifier, payload_filter)
                 await self._apply_filters(relay, changes)
             case Delete(id=identifier):
+                self.invalid_entries.pop(("filter", identifier), None)
                 changes = self._filters.delete(identifier, message.version)
                 await self._apply_filters(relay, changes)
 
     async def _put(self, relay: Relay, put: Put) -> None:
         log.info("Received configuration for %d environment(s)", len(put.environments))
-        for reason in put.unusable.values():
+        for reason in (*put.invalid_environments.values(), *put.invalid_filters.values()):
             log.warning("%s", reason)
         await self._take(relay, put)
         self.known.set()
@@ -189,9 +194,16 @@ class AutoConfiguration:
         """Let the environments be those of a list; whatever is newer outranks a stored one."""
         relay.unusable.clear()  # all of them are tried again
         outranks = self._stored is not None and not self.known.is_set()
-        environments = self._environments.put(put.environments, put.unusable, outranks=outranks)
+        invalid = put.invalid_environments
+        self.invalid_entries = {
+            **{("environment", identifier): reason for identifier, reason in invalid.items()},
+            **{
+                ("filter", identifier): reason for identifier, reason in put.invalid_filters.items()
+            },
+        }
+        environments = self._environments.put(put.environments, invalid, outranks=outranks)
         await self._apply(relay, environments)
-        filters = self._filters.put(put.filters, put.unusable, outranks=outranks)
+        filters = self._filters.put(put.filters, put.invalid_filters, outranks=outranks)
         await self._apply_filters(relay, filters)
 
     async def _apply(

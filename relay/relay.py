@@ -61,6 +61,13 @@ class Directory(Protocol):
     is_upstream: bool
     """True if it is LaunchDarkly's list, so that `/status` and metrics report on it."""
 
+    @property
+    def invalid_entries(self) -> Mapping[tuple[str, str], str]:
+        """Entries of LaunchDarkly's list that cannot be used, with the reason.
+
+        They are named by `environment` or `filter`, and ID.
+        """
+
     async def run(self, relay: Relay) -> None:
         """Put, change and remove environments until cancelled."""
 

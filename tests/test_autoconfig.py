@@ -218,10 +218,41 @@ async def test_what_cannot_be_used_harms_only_itself(caplog):
         for text in ("version is not an integer", "no SDK key", "Unable to initialize"):
             assert text in caplog.text
         assert sorted(made.relay.unusable) == ["id-delta", "id-gamma"]
+        assert list(made.directory.invalid_entries) == [("environment", "id-beta")]
         made.broken.clear()
         await made.stream.send(environments.put(description(), description("gamma")))
         assert not made.relay.unusable
         assert sorted(made.relay.environments) == ["id-alpha", "id-gamma"]
+
+
+async def test_invalid_entries_are_named_until_they_are_mended():
+    """By a patch, the end of what they stand for, or the next list."""
+    async with configured() as made:
+        directory, send = made.directory, made.stream.send
+        bad = [description(name, version="x") for name in ("alpha", "beta", "gamma")]
+        filters = {"id-alpha": payload_filter("north", version="x"), "f2": 1}
+        await send(environments.put(*bad, filters=filters))
+        assert len(directory.invalid_entries) == 5
+        reason = directory.invalid_entries["environment", "id-alpha"]
+        assert "version is not an integer" in reason
+        await send(environments.patch(description()))
+        await send(environments.delete("beta", 1))
+        await send(environments.patch_filter("f2", payload_filter("south")))
+        assert list(directory.invalid_entries) == [
+            ("environment", "id-gamma"),
+            ("filter", "id-alpha"),
+        ]
+        await send(environments.put(description()))
+        assert not directory.invalid_entries
+
+
+async def test_an_invalid_filter_says_nothing_of_an_environment_with_its_id():
+    """Each is known by its own entry."""
+    async with configured() as made:
+        await made.stream.send(environments.put(description()))
+        bad = {"id-alpha": payload_filter("north", version="x")}
+        await made.stream.send(environments.put(filters=bad))
+        assert not made.relay.environments
 
 
 async def test_interruptions_change_nothing_but_the_state(caplog):

@@ -50,13 +50,16 @@ class Put(Struct, frozen=True):
     Args:
         environments: by ID.
         filters: by ID.
-        unusable: reasons for which entries cannot be used, by ID; what is known of them stays.
+        invalid_environments: reasons for which entries cannot be used, by ID; what is known of them
+            stays.
+        invalid_filters: likewise.
     """
 
     full: ClassVar[bool] = True
     environments: Mapping[str, EnvironmentDescription]
     filters: Mapping[str, FilterDescription]
-    unusable: Mapping[str, str]
+    invalid_environments: Mapping[str, str] = {}
+    invalid_filters: Mapping[str, str] = {}
 
 
 class Upsert(Struct, frozen=True):
@@ -150,19 +153,21 @@ def _put(members: Members) -> Steps[Put]:
     if not isinstance(entries, dict):
         raise InvalidData(what, "there is no list of environments")
     environments: dict[str, EnvironmentDescription] = {}
-    unusable: dict[str, str] = {}
+    invalid_environments: dict[str, str] = {}
     for identifier, entry in entries.items():
         try:
             environment = describe(entry)
         except InvalidData as e:
-            unusable[identifier] = f"Ignoring environment data with key {identifier!r}: {e}"
+            text = f"Ignoring environment data with key {identifier!r}: {e}"
+            invalid_environments[identifier] = text
         else:
             if mismatch := _mismatch(identifier, environment):
-                unusable[identifier] = mismatch
+                invalid_environments[identifier] = mismatch
             else:
                 environments[identifier] = environment
         yield
     filters: dict[str, FilterDescription] = {}
+    invalid_filters: dict[str, str] = {}
     filter_entries = data.get("filters") or {}
     if not isinstance(filter_entries, dict):
         raise InvalidData(what, "filters is not an object")
@@ -170,8 +175,9 @@ def _put(members: Members) -> Steps[Put]:
         try:
             filters[identifier] = describe_filter(entry)
         except InvalidData as e:
-            unusable[identifier] = f"Ignoring filter data with key {identifier!r}: {e}"
-    return Put(environments, filters, unusable)
+            text = f"Ignoring filter data with key {identifier!r}: {e}"
+            invalid_filters[identifier] = text
+    return Put(environments, filters, invalid_environments, invalid_filters)
 
 
 def _mismatch(identifier: str, environment: EnvironmentDescription) -> str:

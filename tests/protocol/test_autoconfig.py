@@ -33,11 +33,11 @@ def test_a_put_names_all_environments_and_filters():
     """Both are found by their IDs."""
     alpha, entry = description(), {"projKey": "proj", "key": "north", "version": 3}
     data = {"environments": {"id-alpha": alpha}, "filters": {"f": entry}}
-    expected = Put({"id-alpha": describe(alpha)}, {"f": FilterDescription(3, "proj", "north")}, {})
+    expected = Put({"id-alpha": describe(alpha)}, {"f": FilterDescription(3, "proj", "north")})
     assert read("put", {"path": "/", "data": data}) == expected
     odd = {"PATH": "/", "Data": {"Environments": {"id-alpha": alpha}, "FILTERS": {"f": entry}}}
     assert read("put", odd) == expected
-    assert read("put", {"path": "/", "data": {"environments": {}}}) == Put({}, {}, {})
+    assert read("put", {"path": "/", "data": {"environments": {}}}) == Put({}, {})
 
 
 def test_a_bad_entry_does_not_spoil_the_others():
@@ -51,7 +51,8 @@ def test_a_bad_entry_does_not_spoil_the_others():
     message = {"path": "/", "data": {"environments": entries, "filters": {"f": 1}}}
     put = read("put", message)
     assert list(put.environments) == ["id-alpha"]
-    assert sorted(put.unusable) == ["", "f", "id-beta", "id-gamma"]
+    assert sorted(put.invalid_environments) == ["", "id-beta", "id-gamma"]
+    assert list(put.invalid_filters) == ["f"]
 
 
 def test_a_long_list_is_read_in_steps():
