@@ -937,6 +937,7 @@ class Config(Struct, frozen=True):
         warnings: messages for the operator, such as on options without effect.
         certificate: digest of the server's certificate and its key, by which a renewal is noticed;
             empty without TLS.
+        files: paths of all files that were read, also of those that do not exist.
     """
 
     main: Main = Main()
@@ -957,6 +958,7 @@ class Config(Struct, frozen=True):
     sources: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     certificate: str = ""
+    files: tuple[str, ...] = ()
 
     @property
     def uses_launchdarkly(self) -> bool:

@@ -414,7 +414,22 @@ def test_a_missing_file_is_an_error_unless_allowed(tmp_path: Path) -> None:
     path = str(tmp_path / "none")
     with pytest.raises(ConfigError, match="does not exist"):
         load(path, False, False, {})
-    assert load(path, False, True, {}) == Config(main=from_env({}).main)
+    assert load(path, False, True, {}) == Config(main=from_env({}).main, files=(path,))
+
+
+def test_all_files_that_are_read_are_known(tmp_path: Path) -> None:
+    """By their states it is known whether the configuration has changed."""
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    key.write_text("sdk-a")
+    lines = '[Environment "a"]', f"sdkKeyFile = {key}", "[Main]", "tlsEnabled = true"
+    file = tmp_path / "relay.conf"
+    tls = f"tlsCert = {certificate}", f"tlsKey = {certificate}.key"
+    file.write_text("\n".join((*lines, *tls)))
+    names = ("relay.conf", "mobile", "key", "certificate", "certificate.key")
+    variables = {"LD_MOBILE_KEY_a_FILE": str(tmp_path / "mobile"), "LD_ENV_a_FILE": str(key)}
+    (tmp_path / "mobile").write_text("mob-a")
+    files = load(str(file), True, False, variables).files
+    assert set(files) == {str(tmp_path / name) for name in names}
 
 
 def test_a_hundred_environments() -> None:
@@ -710,7 +725,7 @@ def settings_of_both(draw: st.DrawFn) -> tuple[str, dict[str, str]]:
 
 
 def load_result(names: Mapping[str, str], *arguments: Any) -> Config | list[str]:
-    """Return the resulting configuration or errors, without sources."""
+    """Return the resulting configuration or errors, without its sources and files."""
     try:
         config = load(*arguments)
     except ConfigError as e:
@@ -719,7 +734,7 @@ def load_result(names: Mapping[str, str], *arguments: Any) -> Config | list[str]
         for name in names:
             errors = [problem.removeprefix(f"{name}: ") for problem in errors]
         return sorted(errors)
-    return replace(config, sources={}, warnings=())
+    return replace(config, sources={}, warnings=(), files=())
 
 
 @settings(deadline=None)
