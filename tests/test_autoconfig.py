@@ -419,6 +419,22 @@ async def test_the_first_list_outranks_the_stored_one():
         assert made.opened(SDK, "sdk-alpha-3") == "id-alpha"
 
 
+async def test_a_patch_before_the_list_changes_what_is_stored():
+    """By the versions of that; the rest is served on, and nothing can be called unknown yet."""
+    store = ScriptedStore(stored(description("alpha", 2), description("beta", 2)))
+    async with configured(store) as made:
+        await until(lambda: len(made.relay.environments) == 2)
+        await made.stream.send(environments.patch(description("alpha", 2, 2)))
+        assert made.opened(SDK, "sdk-alpha-1") == "id-alpha"
+        await made.stream.send(environments.patch(description("alpha", 3, 2)))
+        await made.stream.send(environments.patch(description("gamma")))
+        await made.stream.send(environments.delete("beta", 3))
+        assert made.opened(SDK, "sdk-alpha-2") == "id-alpha"
+        assert sorted(made.relay.environments) == ["id-alpha", "id-gamma"]
+        assert not made.relay.knows_environments
+        assert not store.written, "it is not the list"
+
+
 async def test_the_newer_of_two_stored_lists_is_served():
     """Whichever is read first; one of unknown age counts as old."""
     old, new = (ScriptedStore(stored(description(n), confirmed=t)) for n, t in (("a", 5), ("b", 6)))
