@@ -869,8 +869,9 @@ class AutoConfig(Struct, frozen=True):
         STRING,
         "",
         "Database key under which the list of environments is stored, encrypted, for a start"
-        " without LaunchDarkly; in Redis it is the whole key. Requires Redis. Not set: it is"
-        " stored in `snapshotDir` only.",
+        " without LaunchDarkly; in Redis it is the whole key, in DynamoDB the `namespace` in the"
+        " table `tableName`. Requires Redis or DynamoDB. Not set: it is stored in `snapshotDir`"
+        " only.",
         "relay-environments",
     )
     cache_encryption_key: Secret = option(

@@ -937,9 +937,17 @@ def test_automatic_configuration_takes_the_place_of_environments() -> None:
     assert not from_env({"FLAGS_FILE": "f"}).uses_launchdarkly
 
 
-def test_the_list_of_environments_may_be_stored() -> None:
+@pytest.mark.parametrize(
+    "database",
+    [
+        {"USE_REDIS": "1"},
+        {"USE_DYNAMODB": "1", "DYNAMODB_TABLE": "t"},
+        {"USE_REDIS": "1", "USE_DYNAMODB": "1", "ENV_DATASTORE_TABLE_NAME": "t-$CID"},
+    ],
+)
+def test_the_list_of_environments_may_be_stored(database: dict[str, str]) -> None:
     """In the database of the flags, encrypted with a secret of its own."""
-    variables = {"AUTO_CONFIG_KEY": "k", "USE_REDIS": "1", "ENV_DATASTORE_PREFIX": "$CID"}
+    variables = {"AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_PREFIX": "$CID"} | database
     cache = {"AUTO_CONFIG_CACHE_KEY": " cache ", "AUTO_CONFIG_CACHE_ENCRYPTION_KEY": "a-long-text"}
     config = from_env(variables | cache)
     assert config.auto_config.cache_key == "cache"
@@ -964,6 +972,18 @@ def test_the_list_of_environments_may_be_stored() -> None:
                 "ENV_DATASTORE_PREFIX": "p-$CID",
             },
             "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled",
+        ),
+        (
+            {
+                "AUTO_CONFIG_KEY": "k",
+                "AUTO_CONFIG_CACHE_KEY": "c",
+                "USE_DYNAMODB": "1",
+                "ENV_DATASTORE_TABLE_NAME": "t-$CID",
+            },
+            (
+                "AUTO_CONFIG_CACHE_KEY: the list of environments needs a table in DynamoDB;"
+                " [DynamoDB] tableName names it"
+            ),
         ),
         (
             {"LD_ENV_a": "sdk-a", "USE_REDIS": "1", "AUTO_CONFIG_CACHE_KEY": "c"},
