@@ -345,6 +345,15 @@ class Relay:
         text = 'Error initializing LaunchDarkly client for "%s": %s; serving %s, still trying'
         _log.log(self._init_failure_level, text, name, reason, serving)
 
+    async def wait_until_started(self) -> None:
+        """Wait until every environment has data or a refused key; at most `init_timeout`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, self._init_deadline - clock.monotonic())):
+                if self.directory is not None:
+                    await self.directory.known.wait()
+                for environment in tuple(self.environments.values()):
+                    await environment.init_done.wait()
+
     async def wait_until_synced(self, *, fail_fast: bool = False) -> bool:
         """Wait until every environment has data from upstream, and its mirrors have stored it.
 

@@ -17,6 +17,7 @@ from relay.environment import ConnectionState, Environment
 from relay.errors import ErrorKind
 from relay.model.credential import CredentialKind, SDKKey
 from relay.model.environment import EnvironmentSpec
+from relay.model.payload import ChangeSet
 from relay.protocol import autoconfig
 from relay.protocol.autoconfig import describe_filter
 from relay.protocol.environmentlist import EnvironmentList
@@ -103,7 +104,7 @@ class Configured:
             self.make_source,
             [ListMirror(store, logging.getLogger("relay"), AT_ONCE) for store in stores],
         )
-        self.relay = Relay([], 1, directory=self.directory)
+        self.relay = Relay([], 5, directory=self.directory)
 
     def make_environment(self, spec: EnvironmentSpec) -> Environment:
         if spec.name in self.broken:
@@ -193,6 +194,19 @@ async def test_a_rotation_has_a_source_of_its_own():
         expected = {DirectoryChange.ADDED: 1, DirectoryChange.CHANGED: 3}
         assert made.directory.changes == expected | {DirectoryChange.ROTATED: 2}
         assert made.opened(SDK, "sdk-alpha-1") == "id-alpha", "its grace period goes on"
+
+
+async def test_a_relay_starts_with_the_environments_of_the_list():
+    """It has started when the list has come, and data for each."""
+    async with configured() as made:
+        waiting = asyncio.create_task(made.relay.wait_until_started())
+        await made.stream.send(environments.put(description(), description("beta")))
+        (_, first), (_, second) = made.sources
+        await first.give(ChangeSet((), full=True))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await second.give(ChangeSet((), full=True))
+        await asyncio.wait_for(waiting, 5)
 
 
 async def test_a_patch_before_the_list_is_not_the_list():

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
 from relay.environment import ConnectionState, Environment
+from relay.errors import ErrorKind
 from relay.model.credential import CredentialKind, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Item, Kind
@@ -17,6 +18,7 @@ from relay.model.payload import ChangeSet
 from relay.protocol.fdv1 import AllFormat
 from relay.registry import Registry
 from relay.relay import Relay
+from relay.sources import Interrupted
 from relay.stores import Mirror
 from relay.streams.hub import Hub
 from tests.streams.test_hub import Buffer
@@ -139,6 +141,22 @@ async def test_a_removed_environment_may_come_again() -> None:
         assert relay.registry.find(SDK, "sdk-a") is successor.environment
         assert stage.source.ended == 1
         assert successor.source.ended == 0
+
+
+async def test_a_relay_has_started_when_all_have_data_or_a_refused_key() -> None:
+    """Or when the time for that is over, whatever is missing."""
+    one, refused = Stage("a"), Stage("b")
+    async with running(Relay([one.environment, refused.environment], 5)) as relay:
+        waiting = asyncio.create_task(relay.wait_until_started())
+        await one.put()
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        why = Interrupted(ErrorKind.ERROR_RESPONSE, "HTTP error 401", 401, refused=True)
+        await refused.source.give(why)
+        async with asyncio.timeout(5):
+            await waiting
+    async with running(Relay([Stage("a").environment], 0.02)) as relay, asyncio.timeout(5):
+        await relay.wait_until_started()
 
 
 async def test_last_writes_of_a_removed_environment_come_before_its_successor() -> None:
