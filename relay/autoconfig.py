@@ -196,10 +196,8 @@ class AutoConfiguration:
         outranks = self._stored is not None and not self.known.is_set()
         invalid = put.invalid_environments
         self.invalid_entries = {
-            **{("environment", identifier): reason for identifier, reason in invalid.items()},
-            **{
-                ("filter", identifier): reason for identifier, reason in put.invalid_filters.items()
-            },
+            **{("environment", each): reason for each, reason in invalid.items()},
+            **{("filter", each): reason for each, reason in put.invalid_filters.items()},
         }
         environments = self._environments.put(put.environments, invalid, outranks=outranks)
         await self._apply(relay, environments)
