@@ -28,6 +28,7 @@ from relay.relay import Relay
 from relay.stores import DOCUMENT, StoreState, StoreStatus
 from relay.streams.hub import Hub
 from relay.telemetry.traffic import RequestLabels, RequestMetrics
+from relay.telemetry.workers import WorkerStatus
 from relay.upstream import Upstream
 from relay.web import expectations
 from relay.web.endpoints import status
@@ -127,6 +128,7 @@ def everything() -> Relay:
     )
     relay.unusable["id-beta"] = "there is no SDK key"
     relay.unusable_archive = "it is a directory", 1.0
+    relay.workers[0] = WorkerStatus(0, 4711, 1.0, 1)
     return relay
 
 
