@@ -15,7 +15,7 @@ from relay.aio import in_thread
 from relay.errors import InvalidData
 from relay.model.credential import AutoConfigKey, Secret
 from relay.protocol.environmentlist import EnvironmentList, entries_of, is_name
-from relay.stores.dynamodb.connect import Lease
+from relay.stores.aws.connection import Lease
 from relay.stores.dynamodb.layout import Attributes
 from relay.stores.dynamodb.table import Table
 from relay.stores.sealing import SealedEntries

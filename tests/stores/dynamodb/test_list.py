@@ -16,7 +16,7 @@ from relay.model.credential import AutoConfigKey, Secret
 from relay.protocol.autoconfig import FilterDescription
 from relay.protocol.environmentlist import EnvironmentList
 from relay.protocol.environments import describe
-from relay.stores.dynamodb.connect import DynamoDBConnection
+from relay.stores.dynamodb.connect import connect
 from relay.stores.dynamodb.layout import MAX_BATCH
 from relay.stores.dynamodb.list import DynamoDBList
 from tests.support.dynamodb import VARIABLES, Table, failure
@@ -32,7 +32,7 @@ LIST = EnvironmentList(
 async def stored(
     table: Table, owner: str = KEY, secret: str = "", url: str = ""
 ) -> AsyncIterator[DynamoDBList]:
-    lease = DynamoDBConnection(url or table.server.url, VARIABLES).lease()
+    lease = connect(url or table.server.url, VARIABLES).lease()
     place = DynamoDBList(lease, table.name, "cache", AutoConfigKey(owner), Secret(secret))
     try:
         yield place
@@ -211,7 +211,7 @@ async def test_a_throttled_request_is_sent_again(table, proxy):
 
 def test_no_key_is_shown(server):
     """In the place that log lines name."""
-    lease = DynamoDBConnection(server.url, VARIABLES).lease()
+    lease = connect(server.url, VARIABLES).lease()
     place = DynamoDBList(lease, "table", "cache", AutoConfigKey(KEY), Secret("se-cret"))
     assert place.label == 'key "cache" of table "table" in DynamoDB'
     assert "se-cret" not in repr(place)
