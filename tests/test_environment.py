@@ -14,7 +14,8 @@ from relay.errors import ErrorKind
 from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Item, Kind
-from relay.model.payload import ChangeSet, Payload
+from relay.model.journal import Full, Journal
+from relay.model.payload import Change, ChangeSet, Payload
 from relay.relay import Relay
 from relay.sources import Interrupted, UpToDate
 from relay.stores import Stored
@@ -158,6 +159,73 @@ async def test_stored_data_are_served_at_once():
         assert env.payload.get(Kind.FLAG, "a") == flag("a", 1)
         assert env.connection.state is ConnectionState.INITIALIZING
         assert stage.mirrors[0].told == []
+
+
+LARGE = Item(Kind.FLAG, "large", 1, b'{"version":1,"text":"%b"}' % (b"x" * 2000))
+"""Beside it, any change is small."""
+
+
+class Snapshot(MemoryMirror):
+    """A mirror with a journal."""
+
+    has_journal = True
+
+
+def before_a_restart(*items):
+    """Return what a relay of before has stored, and its journal."""
+    journal, payload = (
+        Journal(EnvironmentSpec("test", SDKKey("sdk-test")).lineage),
+        Payload.of(items),
+    )
+    journal.record(payload, Change(items, items, replace=True), full=True)
+    return Stored(payload, journal=journal.saved(payload) if journal.state else None), journal
+
+
+@contextlib.asynccontextmanager
+async def restarted():
+    """Yield an environment with a snapshot and a database."""
+    stage = Stage(mirrors=1)
+    stage.snapshot = Snapshot()
+    stage.environment.mirrors = (stage.snapshot, *stage.mirrors)
+    async with stage:
+        yield stage
+
+
+async def test_clients_of_before_a_restart_are_known():
+    """The journal is loaded before anything is served, and goes on with what upstream sends."""
+    stored, journal = before_a_restart(flag("a", 1), LARGE)
+    async with restarted() as stage:
+        stage.mirrors[0].loading.set_result(Stored(Payload.of([flag("a", 2), LARGE])))
+        giving = asyncio.create_task(stage.source.give(put(flag("a", 2), LARGE, flag("c", 1))))
+        await asyncio.sleep(0.01)
+        environment = stage.environment
+        assert environment.payload is None  # neither database nor upstream come first
+        stage.snapshot.loading.set_result(stored)
+        await giving
+        answer = environment.journal.answer(journal.state)
+        assert not isinstance(answer, Full)
+        assert set(answer.items) == {flag("a", 2), flag("c", 1)}
+        assert stage.hub.published[0][0] is stored.payload
+
+
+@pytest.mark.parametrize("stored", [None, Stored(Payload.of([flag("a", 1)]))])
+async def test_a_snapshot_without_a_journal_delays_nothing(stored):
+    async with restarted() as stage:
+        stage.snapshot.loading.set_result(stored)
+        await stage.source.give(put(flag("a", 2)))
+        assert stage.environment.payload.get(Kind.FLAG, "a") == flag("a", 2)
+
+
+async def test_a_disk_that_hangs_does_not_keep_upstream_waiting(monkeypatch):
+    """What it says later comes too late."""
+    monkeypatch.setattr("relay.environment.RECALL_TIMEOUT", 0.01)
+    stored, journal = before_a_restart(flag("a", 1))
+    async with restarted() as stage:
+        await stage.source.give(put(flag("a", 2)))
+        stage.snapshot.loading.set_result(stored)
+        await asyncio.sleep(0.01)
+        assert stage.environment.payload.get(Kind.FLAG, "a") == flag("a", 2)
+        assert isinstance(stage.environment.journal.answer(journal.state), Full)
 
 
 async def test_the_age_of_stored_data_is_that_of_the_mirror():

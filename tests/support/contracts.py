@@ -68,6 +68,8 @@ class RecordingHub:
 class MemoryMirror:
     """A copy that is loaded when the test says so, and that records what it is told."""
 
+    has_journal = False
+
     def __init__(self) -> None:
         self.loading: asyncio.Future[Stored | None] = asyncio.get_running_loop().create_future()
         self.told: list[Change | str | None] = []
