@@ -168,6 +168,11 @@ class Environment:
         """Logger that names this environment."""
         return self._log
 
+    @property
+    def protocol(self) -> str:
+        """Protocol by which upstream is followed; empty without upstream."""
+        return self._source.protocol
+
     def __repr__(self) -> str:
         items = "no data" if self.payload is None else f"{len(self.payload)} items"
         return f"<Environment {self.spec.name!r} {self.connection.state.value} {items}>"
@@ -300,7 +305,9 @@ class Environment:
 
     async def _handle_updates(self, source: DataSource) -> None:
         await self._wait_for_journal()
-        async with aclosing(source.updates()) as updates:
+        # A new key may see other data than the former one, so its source begins with everything.
+        basis = self.journal.upstream if source is self._source else ""
+        async with aclosing(source.updates(basis)) as updates:
             async for update in updates:
                 if source is self._successor and not self._takes_over(source, update):
                     continue
@@ -323,25 +330,40 @@ class Environment:
             case ChangeSet():
                 self._handle_changes(update, clock.monotonic())
             case UpToDate():
-                self._confirm()
+                self._handle_confirmation(update)
             case Interrupted():
                 self._handle_interruption(update)
 
     def _handle_changes(self, changes: ChangeSet, since: float) -> None:
+        if changes.since and changes.since != self.journal.upstream:
+            self._source.resync()  # they are a change of other data
+            return
         self._track_invalid(changes)
-        if changes.full or self.connection.has_data:
+        if changes.full or changes.since or self.connection.has_data:
             change = self._apply(changes, since)
             self.changes += change is not None
-            self.connection.has_data = True
+            self._note_delivery()
             self._confirm(change, full=changes.full)
-            if self.big_segments is not None and self._has_big_segments:
-                self.big_segments.start(synchronise=True)
         else:
             # A patch before the first put: subscribers get it (streams 2.2), but a single item is
             # not the data of an environment.
             _, change = EMPTY.apply(changes)
             if change is not None:
                 self.hub.publish(self.payload, change, since)
+
+    def _handle_confirmation(self, confirmation: UpToDate) -> None:
+        if confirmation.since:
+            if confirmation.since != self.journal.upstream:
+                self._source.resync()  # upstream has confirmed other data
+                return
+            self._note_delivery()
+        self._confirm()
+
+    def _note_delivery(self) -> None:
+        """Record that upstream has said what its data are."""
+        self.connection.has_data = True
+        if self.big_segments is not None and self._has_big_segments:
+            self.big_segments.start(synchronise=True)
 
     def _apply(self, changes: ChangeSet, since: float | None = None) -> Change | None:
         """Build the next payload and publish the change to subscribers."""

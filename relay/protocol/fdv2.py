@@ -8,7 +8,8 @@ state that the client then has. A stream has them as messages, a poll in one JSO
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import msgspec
@@ -134,6 +135,32 @@ MAX_TRANSFER = MAX_MESSAGE
 """Maximum size of one transfer in bytes: upstream may send everything in one poll as well."""
 
 
+MAX_FALLBACK = 3600.0
+"""Seconds after which FDv2 is tried again at the latest, whatever upstream says (fdv2 13.4.1)."""
+
+
+class Fallback(Struct, frozen=True):
+    """Upstream wants to be followed by FDv1 for a while.
+
+    Args:
+        seconds: for how long, as upstream says; None if it says nothing.
+    """
+
+    seconds: float | None = None
+
+    def period(self, chance: float) -> float:
+        """Return the seconds after which to try FDv2 again.
+
+        If upstream names no usable time, they differ, so that relays do not return all at once.
+
+        Args:
+            chance: random number in [0, 1).
+        """
+        if self.seconds is not None and 1 <= self.seconds <= MAX_FALLBACK:
+            return self.seconds
+        return MAX_FALLBACK * (1 - chance / 2)
+
+
 class Current(Struct, frozen=True):
     """Upstream has nothing new.
 
@@ -149,11 +176,11 @@ class Goodbye(Struct, frozen=True):
 
     Args:
         reason: words of upstream; may be empty.
-        fallback: seconds for which to use FDv1 instead, as upstream wants it; None if it does not.
+        fallback: what it says about FDv1; None if it says nothing.
     """
 
     reason: str
-    fallback: float | None
+    fallback: Fallback | None = None
 
 
 class _Intent(Struct):
@@ -204,6 +231,7 @@ _TRANSFERRED = msgspec.json.Decoder(_Transferred)
 _GOODBYE = msgspec.json.Decoder(_Goodbye)
 _POLL = msgspec.json.Decoder(_Poll)
 
+_SECONDS = re.compile("[0-9]{1,9}")
 _KINDS_BY_NAME = {name.decode(): kind for kind, name in _KINDS.items()}
 
 Told = ChangeSet | Current | Goodbye
@@ -344,5 +372,18 @@ def _goodbye(data: bytes) -> Goodbye:
     try:
         goodbye = decode(_GOODBYE, "goodbye", data)
     except InvalidData:
-        return Goodbye("", None)
-    return Goodbye(goodbye.reason, goodbye.fallback)
+        return Goodbye("")
+    seconds = goodbye.fallback
+    return Goodbye(goodbye.reason, None if seconds is None else Fallback(seconds))
+
+
+def fallback(headers: Mapping[str, str]) -> Fallback | None:
+    """Return what a response says about FDv1; None if it says nothing.
+
+    Args:
+        headers: by name in lower case.
+    """
+    if headers.get("x-ld-fd-fallback", "").strip().lower() != "true":
+        return None
+    seconds = headers.get("x-ld-fd-fallback-ttl", "").strip()
+    return Fallback(float(seconds) if _SECONDS.fullmatch(seconds) else None)

@@ -15,7 +15,7 @@ from relay.model.item import InvalidItem, Item, Kind
 from relay.model.journal import MISSING, Delta, Journal
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload, Selector
 from relay.protocol import fdv2, sse
-from relay.protocol.fdv2 import Current, Goodbye, Reader, Told
+from relay.protocol.fdv2 import Current, Fallback, Goodbye, Reader, Told
 from relay.steps import finish
 from tests.support import fdv2_upstream as upstream
 from tests.support.data import flag, segment
@@ -173,10 +173,10 @@ def test_an_error_voids_what_was_collected():
 @pytest.mark.parametrize(
     ("data", "goodbye"),
     [
-        ('{"reason":"so long"}', Goodbye("so long", None)),
-        ('{"reason":"x","silent":true,"protocolFallbackTTL":60}', Goodbye("x", 60)),
-        ('{"protocolFallbackTTL":null}', Goodbye("", None)),
-        ("{oops", Goodbye("", None)),
+        ('{"reason":"so long"}', Goodbye("so long")),
+        ('{"reason":"x","silent":true,"protocolFallbackTTL":60}', Goodbye("x", Fallback(60.0))),
+        ('{"protocolFallbackTTL":null}', Goodbye("")),
+        ("{oops", Goodbye("")),
     ],
 )
 def test_a_goodbye_voids_what_was_collected(data, goodbye):
@@ -290,6 +290,33 @@ def test_a_cut_at_any_byte_shows_nothing_incomplete():
         assert reader.state == ("", "(p:P:1)", "(p:P:2)", "(p:P:3)")[complete]
 
 
+@pytest.mark.parametrize(
+    ("value", "ttl", "fallback"),
+    [
+        ("true", None, Fallback()),
+        (" TRUE", "60", Fallback(60)),
+        ("true", "0", Fallback(0)),
+        ("true", "-5", Fallback()),
+        ("true", "soon", Fallback()),
+        ("false", "60", None),
+        ("", None, None),
+    ],
+)
+def test_headers_lead_back_to_fdv1(value, ttl, fallback):
+    headers = {"x-ld-fd-fallback": value}
+    if ttl is not None:
+        headers["x-ld-fd-fallback-ttl"] = ttl
+    assert fdv2.fallback(headers) == fallback
+
+
+def test_a_fallback_always_ends():
+    """After the time that upstream names, if it is one; within an hour otherwise."""
+    assert Fallback(1).period(0.9) == 1
+    assert Fallback(3600).period(0.9) == 3600
+    for seconds in (None, 0, -1, 3601, 1e300, float("inf")):
+        assert (Fallback(seconds).period(0.0), Fallback(seconds).period(0.5)) == (3600, 2700)
+
+
 def poll(content: bytes, basis: str = "") -> Told:
     return finish(fdv2.read_poll(upstream.body(content), basis))
 
@@ -299,7 +326,7 @@ def test_polls_are_read_alike():
     assert poll(FULL) == read(FULL)[0]
     assert poll(CHANGES, "(p:P:1)") == read(CHANGES, "(p:P:1)")[0]
     assert poll(upstream.intent("P", 1, "none"), "x") == Current("x")
-    assert poll(upstream.event("goodbye", '{"reason":"x"}')) == Goodbye("x", None)
+    assert poll(upstream.event("goodbye", '{"reason":"x"}')) == Goodbye("x")
     assert poll(FULL + CHANGES) == read(FULL)[0]
 
 
