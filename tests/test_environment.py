@@ -15,7 +15,7 @@ from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Item, Kind
 from relay.model.journal import Full, Journal
-from relay.model.payload import Change, ChangeSet, Payload
+from relay.model.payload import Change, ChangeSet, Payload, Selector
 from relay.relay import Relay
 from relay.sources import Interrupted, UpToDate
 from relay.stores import Stored
@@ -226,6 +226,67 @@ async def test_a_disk_that_hangs_does_not_keep_upstream_waiting(monkeypatch):
         await asyncio.sleep(0.01)
         assert stage.environment.payload.get(Kind.FLAG, "a") == flag("a", 2)
         assert isinstance(stage.environment.journal.answer(journal.state), Full)
+
+
+NAME = Selector("(p:UP:1)", "UP", 1)
+LATER = Selector("(p:UP:2)", "UP", 2)
+
+
+async def named_before_a_restart(stage):
+    """Let the snapshot hold data that upstream has given a name."""
+    items = (flag("a", 1), LARGE)
+    journal, payload = Journal("test"), Payload.of(items)
+    journal.record(payload, Change(items, items, replace=True), full=True, selector=NAME)
+    assert journal.naming is not None
+    journal.naming.run()
+    stage.snapshot.loading.set_result(Stored(payload, journal=journal.saved(payload)))
+    await until(lambda: stage.source.bases)
+
+
+async def test_upstream_continues_from_the_data_of_before_a_restart():
+    """A difference to them is data, though nothing else has come from upstream."""
+    async with restarted() as stage:
+        await named_before_a_restart(stage)
+        environment = stage.environment
+        assert stage.source.bases == ["(p:UP:1)"]
+        await stage.source.give(ChangeSet((flag("a", 2),), selector=LATER, since="(p:UP:1)"))
+        assert environment.payload.get(Kind.FLAG, "a") == flag("a", 2)
+        assert environment.connection.state is ConnectionState.VALID
+        assert environment.journal.state == "(p:UP:2)"
+        assert set(environment.journal.answer("(p:UP:1)").items) == {flag("a", 2)}
+
+
+async def test_upstream_confirms_the_data_of_before_a_restart():
+    """They are current then, and mirrors may be written."""
+    async with restarted() as stage:
+        await named_before_a_restart(stage)
+        await stage.source.give(UpToDate())
+        assert stage.environment.connection.state is ConnectionState.INITIALIZING
+        await stage.source.give(UpToDate("(p:UP:1)"))
+        assert stage.environment.connection.state is ConnectionState.VALID
+        assert stage.mirrors[0].told == [None]
+        assert stage.source.refreshed == 0
+
+
+@pytest.mark.parametrize(
+    "update",
+    [UpToDate("(p:UP:1)"), ChangeSet((flag("a", 2),), selector=LATER, since="(p:UP:1)")],
+)
+async def test_what_builds_on_other_data_is_not_applied(update):
+    """A database had newer ones meanwhile; so upstream is asked for everything."""
+    async with restarted() as stage:
+        await named_before_a_restart(stage)
+        newer = Payload.of([flag("a", 7), LARGE])
+        stage.mirrors[0].loading.set_result(Stored(newer))
+        await until(lambda: stage.environment.payload.get(Kind.FLAG, "a") == flag("a", 7))
+        await stage.source.give(update)
+        environment = stage.environment
+        assert environment.payload.get(Kind.FLAG, "a") == flag("a", 7)
+        assert environment.connection.state is ConnectionState.INITIALIZING
+        assert stage.source.refreshed == 1
+        await stage.source.give(ChangeSet((flag("a", 2), LARGE), full=True, selector=LATER))
+        assert environment.payload.get(Kind.FLAG, "a") == flag("a", 2)
+        assert environment.journal.state == "(p:UP:2)"
 
 
 async def test_the_age_of_stored_data_is_that_of_the_mirror():

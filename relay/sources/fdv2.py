@@ -213,7 +213,7 @@ class FDv2Source:
 
         Args:
             error: how the last one ended.
-            polled: result of a poll besides; None if there was none.
+            polled: result of a poll before or after it; None if there was none.
             backoff: for streams.
 
         Raises:
@@ -221,7 +221,7 @@ class FDv2Source:
         """
         if isinstance(error, Reconnect):
             return backoff.failed(clock.monotonic(), randomness.fraction()), None
-        if isinstance(polled, Success):
+        if isinstance(polled, Success) and self._needs_poll(error):
             text, delay = "Polling every %g s, as the stream fails: %s", self._timings.poll_interval
             self._stream_outage.begin(str(error), text, delay, error)
             return delay, None
@@ -289,10 +289,11 @@ class FDv2Source:
         except (InvalidData, UpstreamUnavailable) as e:
             if directive is not None:
                 raise _FallBack(directive, _WANTED) from e
-            self._begins_anew |= not delivered and (not basis or isinstance(e, InvalidData))
+            self._begins_anew |= not delivered and isinstance(e, InvalidData)
             raise
         finally:
             self._response = None
+            self._begins_anew |= not delivered and not basis
 
     async def _told(self, response: Response, reader: Reader) -> AsyncGenerator[Told | None, None]:
         """Yield what a stream tells; None if it only shows that it is alive."""

@@ -148,24 +148,22 @@ class FDv2Upstream(ScriptedUpstream):
         return await super()._respond(request, key, path)
 
 
-def answer(content: bytes, status: int = 200, **headers: str) -> Answer:
-    """Answer a poll with the events of a stream, and headers written with `_` for `-`."""
+def answer(content: bytes, headers: dict[str, str] | None = None) -> Answer:
+    """Answer a poll with the events of a stream."""
 
     async def respond(_: web.Request) -> web.Response:
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return web.Response(
-            body=body(content), status=status, content_type="application/json", headers=named
-        )
+        return web.Response(body=body(content), content_type="application/json", headers=headers)
 
     return respond
 
 
-def streaming(content: bytes, *, then: str = "stall", **headers: str) -> Answer:
+def streaming(
+    content: bytes, headers: dict[str, str] | None = None, *, then: str = "stall"
+) -> Answer:
     """Answer a stream with some content; then `stall`, or `end` it."""
 
     async def respond(request: web.Request) -> web.StreamResponse:
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        stream = web.StreamResponse(headers=EVENT_STREAM | named)
+        stream = web.StreamResponse(headers=EVENT_STREAM | (headers or {}))
         await stream.prepare(request)
         await stream.write(content)
         if then == "stall":
