@@ -148,6 +148,7 @@ def warnings(draft: Draft) -> list[str]:
         _ineffective_iam,
         _events_in_memory,
         _list_in_memory,
+        _half_of_upstream,
         _prefixless_environment,
         _archive_without_prefix,
         _duplicates,
@@ -565,6 +566,20 @@ def _list_in_memory(draft: Draft) -> Iterator[Diagnostic]:
             " [Main] snapshotDir or [AutoConfig] cacheKey keeps it"
         )
         yield text, _keys("AutoConfig", "key")
+
+
+def _half_of_upstream(draft: Draft) -> Iterator[Diagnostic]:
+    """Report that only one of the two addresses that FDv2 uses is another than LaunchDarkly's."""
+    main, default = draft.of(Main), Main()
+    if main.data_system != "fdv2" or main.data_source == "polling":
+        return
+    others = main.stream_uri != default.stream_uri, main.base_uri != default.base_uri
+    if any(others) and not all(others):
+        text = (
+            "[Main] dataSystem = fdv2 streams from streamUri and polls baseUri; only one of them is"
+            " another than LaunchDarkly's"
+        )
+        yield text, (*_main_key("data_system"), *_main_key("stream_uri"), *_main_key("base_uri"))
 
 
 def _ineffective(draft: Draft) -> Iterator[Diagnostic]:

@@ -424,7 +424,7 @@ def _goodbye(goodbye: Goodbye, error: RelayError) -> RelayError:
     return error if goodbye.fallback is None else _FallBack(goodbye.fallback, _WANTED)
 
 
-def _is_not_there(error: RelayError) -> bool:
+def _is_not_there(error: object) -> bool:
     """Return whether upstream does not know a path of FDv2."""
     return isinstance(error, UpstreamUnavailable) and error.status in _NOT_THERE
 

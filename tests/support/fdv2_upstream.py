@@ -34,11 +34,12 @@ def intent(payload: str, version: int, code: str, reason: str = "stale") -> byte
 
 
 def objects(payload: str, version: int, *items: dict) -> bytes:
-    """The puts of flags and segments; segments have `included`."""
+    """The puts of flags and segments, in the form of FDv1; segments have `included`."""
     del payload
+    text = '{{"version":{},"kind":"{}","key":{},"object":{}}}'
     kinds = ["segment" if "included" in item else "flag" for item in items]
     puts = (
-        _event("put-object", version=version, kind=kind, key=item["key"], object=item)
+        event("put-object", text.format(version, kind, json.dumps(item["key"]), json.dumps(item)))
         for kind, item in zip(kinds, items, strict=True)
     )
     return b"".join(puts)
