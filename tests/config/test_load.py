@@ -432,6 +432,7 @@ def test_options_of_a_later_release_are_accepted_with_a_warning(tmp_path: Path) 
         ({"PUBLISH_TOKEN": "t", "PUBLISH_TO": "s3://b"}, "[Publish] token has no effect without an https URL (PUBLISH_TOKEN)"),
         ({"BOOTSTRAP_TOKEN": "t", "LD_ENV_a": "k"}, "[Main] bootstrapToken has no effect without an https URL (BOOTSTRAP_TOKEN)"),
         ({"BOOTSTRAP_FROM": "s3://b", "FLAGS_FILE": "f"}, "[Main] bootstrapFrom has no effect: the flags do not come from LaunchDarkly (BOOTSTRAP_FROM)"),
+        ({"DATA_SYSTEM": "fdv2", "STREAM_URI": "http://h"}, "[Main] dataSystem = fdv2 streams from streamUri and polls baseUri; only one of them is another than LaunchDarkly's (DATA_SYSTEM, STREAM_URI)"),
     ],
 )  # fmt: skip
 def test_questionable_options_cause_a_warning(variables: dict[str, str], warning: str) -> None:
@@ -450,6 +451,9 @@ def test_harmless_settings_cause_no_warning() -> None:
         "REDIS_PORT": "tcp://10.0.0.1:6379",
         "OTEL_LOGS_EXPORTER": "console",
         "LD_LIBRARY_PATH": "/lib",
+        "DATA_SYSTEM": "fdv2",
+        "STREAM_URI": "http://h",
+        "BASE_URI": "http://h",
     }
     config = from_env(variables)
     assert (config.warnings, config.redis) == ((), None)

@@ -47,6 +47,17 @@ def relay_of(url: str, folder: Path, **variables: str) -> RelayProcess:
     return RelayProcess(folder, **{**given, **variables})
 
 
+async def upstream_of(relay: RelayProcess) -> dict[str, str]:
+    """What `/status` says about upstream."""
+    status = json.loads((await ask(relay.address, "/status")).body)
+    upstream: dict[str, str] = status["environments"]["main"]["upstream"]
+    metrics = (await ask(relay.address, "/metrics")).body.decode()
+    for protocol in ("fdv1", "fdv2"):
+        line = f'relay_upstream_protocol{{environment="main",protocol="{protocol}"}} '
+        assert f"{line}{int(protocol == upstream['protocol'])}\n" in metrics
+    return upstream
+
+
 def paths(server: ScriptedUpstream) -> list[str]:
     return [request.path.replace("%28", "(").replace("%29", ")") for request in server.requests]
 
@@ -56,6 +67,7 @@ async def test_upstreams_names_are_ours(server, tmp_path):
     async with relay_of(server.url, tmp_path) as relay:
         first = await served(relay, "lamp 1")
         assert first == state(PAYLOAD, 1) == server.state(SDK_KEY)
+        assert await upstream_of(relay) == {"protocol": "fdv2", "selector": first}
         await server.connected(STREAMS + SDK_KEY)
         stream = await Stream.open(relay.address, f"/sdk/stream?basis={first}")
         assert transfer(await stream.chunk()) == ("none", [])
@@ -109,6 +121,7 @@ async def test_a_relay_falls_back_and_returns(server, tmp_path):
         await server.put(SDK_KEY, all_data(flag("lamp", 2), *OTHERS))
         second = await served(relay, "lamp 2")
         assert not second.startswith(f"(p:{PAYLOAD}")
+        assert await upstream_of(relay) == {"protocol": "fdv1"}
         assert await poll(relay, first) == ("xfer-changes", ["lamp 2"], second)
         await relay.said("Upstream is followed by FDv2 again")
         reply = await ask(relay.address, f"/sdk/poll?basis={first}", AUTHORISED)

@@ -13,7 +13,7 @@ from relay.stores import Key, Stored, StoreStatus
 class ScriptedSource:
     """A data source that yields what the test gives it."""
 
-    protocol = "fdv2"
+    protocol = ""
 
     def __init__(self) -> None:
         self._updates: asyncio.Queue[Update | Exception] = asyncio.Queue()
