@@ -159,6 +159,7 @@ async def test_a_busy_relay_exports_every_metric():
     main.payload, main.connection.last_confirmed = Payload.of([]), time.monotonic()
     main.big_segments = await used_big_segments()
     main.journal.counter(MISSING).add()
+    main._source.protocol = "fdv2"
     traffic = RequestMetrics()
     series = RequestLabels("main", "/all", "GET", "server")
     for counts in (traffic.requests, traffic.new_streams, traffic.streams):
