@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from bench import (
+    bigsegments,
     deltas,
     environments,
     evaluations,
@@ -69,6 +70,9 @@ def axes(rotation_streams: int = rotation.STREAMS) -> list[Axis]:
         CLIENT_CHANGE,
         CLIENT_RETURN,
         EVAL_WORST_POLL,
+        _big_segments("new", 0.5),
+        _big_segments("repeated", 0.8),
+        MILLION,
         WEBHOOK,
         *map(_written, DATABASES),
         *(_idle_database(name, *each) for name, each in IDLE_GOALS.items()),
@@ -105,6 +109,16 @@ def _evaluations(dataset: str, label: str, contexts: str, times: float) -> Axis:
     figure = f"evaluate {label}, {CONTEXTS[contexts][0]}"
     measure = partial(evaluations.evaluate, figure, dataset, CONTEXTS[contexts][1])
     return Axis(f"{dataset}-{contexts}", _load_rows(figure, at_least(times, PEER)), measure)
+
+
+def _big_segments(contexts: str, share: float) -> Axis:
+    figure = f"evaluate 1000 flags, 50 with big segments, {CONTEXTS[contexts][0]}"
+    rows = (
+        Row(figure, "req/cpu-s"),
+        Row(f"{figure}, in those with listed members", "×", (Goal(share, least=True),)),
+    )
+    measure = partial(bigsegments.evaluate, figure, CONTEXTS[contexts][1])
+    return Axis(f"big-segments-{contexts}", rows, measure)
 
 
 def _tls_polls(dataset: str, label: str) -> Axis:
@@ -324,6 +338,18 @@ EVAL_WORST_POLL = Axis(
 )
 IDLE_GOALS = {"Redis": ("commands", 2000), "DynamoDB": ("requests", 120)}
 """What a relay may ask of a database while nothing happens; see `stores.IDLE_SECONDS`."""
+MILLION = Axis(
+    "big-segments-million",
+    (
+        Row("a million members: time", "s"),
+        Row("a million members: CPU", "cpu-s"),
+        Row("a million members: memory growth", "MB", (at_most(50),)),
+        Row("a million members: worst small poll", "ms", (at_most(15),)),
+        Row("a million members: p99.9 of small polls", "ms"),
+        Row("a million members: worst small poll before", "ms"),
+    ),
+    bigsegments.million,
+)
 BEYOND = "webhook → Redis beyond upstream's latency"
 WEBHOOK = Axis(
     "webhook",

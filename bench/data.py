@@ -1,9 +1,11 @@
 """Made-up flag data of known size, in the form in which LaunchDarkly sends them."""
 
 import base64
+import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from bench import targeting
@@ -34,11 +36,20 @@ SIZES = {
     "seed": Size(1, 555),
     "eval-1000": Size(1000, 740, mixed={"constant": 737, "ruled": 163, "rollout": 100}),
     "eval-3": Size(3, 740, mixed={"constant": 1, "ruled": 1, "rollout": 1}),
+    "eval-big": Size(1000, 740, mixed={"constant": 687, "ruled": 163, "big": 50, "rollout": 100}),
+    "eval-listed": Size(
+        1000, 740, mixed={"constant": 687, "ruled": 163, "listed": 50, "rollout": 100}
+    ),
+    "million": Size(3, 665),
     "eval-rules": Size(
         1000, 740, mixed={"constant": 600, "rule-heavy": 250, "segment": 50, "rollout": 100}
     ),
 }
 PATCH_BYTES = 1000
+SEGMENTS, MEMBERS = 10, 100
+"""Segments that flags ask for by membership alone, and the members of each."""
+MILLION_PATCHES, MILLION_PATCH = 1000, 1000
+"""Patches that bring a million members, and the members of each."""
 EVENTS = 43
 """Events of one post of the usual size."""
 EVENT_KEY = "bench-event-"
@@ -151,12 +162,86 @@ def segment_flag(index: int, version: int) -> dict[str, Any]:
     return constant_flag(index, version) | {"on": True, "rules": targeting.segment_rules(index)}
 
 
+def segment_member_flag(index: int, version: int, segments: str) -> dict[str, Any]:
+    """A flag for the members of one of a few segments."""
+    named = clause("", "segmentMatch", [f"{segments}-{index % SEGMENTS}"])
+    rules = [{"variation": 1, "id": "rule-0", "clauses": [named]}]
+    return constant_flag(index, version) | {"on": True, "rules": rules}
+
+
+MEMBER_SEGMENTS = {
+    "eval-big": ("big", SEGMENTS),
+    "eval-listed": ("listed", SEGMENTS),
+    "million": ("big", 1),
+}
+"""The kind of segments of a data set, and their number."""
+
+
+def member_segments(name: str, version: int) -> dict[str, Any]:
+    """The segments of a data set that are big, or list the same members themselves."""
+    kinds = {
+        "eval-big": ("big", SEGMENTS),
+        "eval-listed": ("listed", SEGMENTS),
+        "million": ("big", 1),
+    }
+    kind, count = kinds.get(name, ("", 0))
+    usual = {"excluded": [], "salt": "salt", "rules": [], "deleted": False, "version": version}
+    return {
+        key: {"key": key, **usual, **_members(kind, number)}
+        for number, key in ((number, f"{kind}-{number}") for number in range(count))
+    }
+
+
+def _members(kind: str, number: int) -> dict[str, Any]:
+    if kind == "big":
+        return {"included": [], "unbounded": True, "generation": 1}
+    return {"included": member_keys(number)}
+
+
+def member_keys(number: int) -> list[str]:
+    """The keys of the members of a segment of which there are `SEGMENTS`: few of those who ask."""
+    return [f"user-{key:09}" for key in range(number, MEMBERS * SEGMENTS, SEGMENTS)]
+
+
+def member_patches(name: str) -> Iterator[bytes]:
+    """The patches that fill the big segments of a data set, each leading to the next version."""
+    if name == "eval-big":
+        for number in range(SEGMENTS):
+            yield _member_patch(f"big-{number}", number, member_keys(number))
+    elif name == "million":
+        for number in range(MILLION_PATCHES):
+            first = number * MILLION_PATCH
+            keys = [f"user-{key:09}" for key in range(first, first + MILLION_PATCH)]
+            yield _member_patch("big-0", number, keys)
+
+
+def member_version(number: int) -> str:
+    """The version of big segments before the patch of a number."""
+    return f"v{number}" if number else ""
+
+
+def _member_patch(segment: str, number: int, keys: Iterable[str]) -> bytes:
+    hashes = [base64.b64encode(hashlib.sha256(key.encode()).digest()).decode() for key in keys]
+    none: dict[str, list[str]] = {"add": [], "remove": []}
+    return compact(
+        {
+            "environmentId": "bench",
+            "segmentId": f"{segment}.g1",
+            "version": member_version(number + 1),
+            "previousVersion": member_version(number),
+            "changes": {"included": {"add": hashes, "remove": []}, "excluded": none},
+        }
+    )
+
+
 MAKERS = {
     "constant": constant_flag,
     "ruled": ruled_flag,
     "rollout": rollout_flag,
     "rule-heavy": rule_heavy_flag,
     "segment": segment_flag,
+    "big": partial(segment_member_flag, segments="big"),
+    "listed": partial(segment_member_flag, segments="listed"),
 }
 
 
@@ -195,6 +280,8 @@ USUAL_CONTEXTS = Contexts(
 CONTEXTS = {
     "eval-1000": USUAL_CONTEXTS,
     "eval-3": USUAL_CONTEXTS,
+    "eval-big": USUAL_CONTEXTS,
+    "eval-listed": USUAL_CONTEXTS,
     "eval-rules": Contexts((CONTEXT_START, targeting.CONTEXT_MIDDLES, targeting.CONTEXT_ENDS)),
 }
 """Who asks, by data set."""
@@ -210,7 +297,7 @@ def everything(name: str, version: int = 1) -> dict[str, Any]:
     asked_for = "segment" in (SIZES[name].mixed or {})
     return {
         "flags": flags(name, version),
-        "segments": targeting.segments(version) if asked_for else {},
+        "segments": targeting.segments(version) if asked_for else member_segments(name, version),
     }
 
 

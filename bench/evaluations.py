@@ -61,10 +61,10 @@ end
 
 def evaluate(figure: str, dataset: str, contexts: int, server: Server, _: Certificate) -> Measured:
     """Ask for all flags, for so many contexts in turn."""
-    with _serve(server, dataset) as session:
-        _load(session, dataset, contexts, 0, WARM_SECONDS)
+    with serve(server, dataset) as session:
+        ask(session, dataset, contexts, 0, WARM_SECONDS)
         cpu = session.process.cpu_seconds()
-        result = _load(session, dataset, contexts, contexts // 2, LOAD_SECONDS)
+        result = ask(session, dataset, contexts, contexts // 2, LOAD_SECONDS)
         cpu = session.process.cpu_seconds() - cpu
         return {
             figure: result.requests / cpu,
@@ -84,7 +84,7 @@ def idle_evaluating(server: Server, _: Certificate) -> Measured:
 
 
 def _idle(server: Server, path: Callable[[int], str]) -> float:
-    with _serve(server, "eval-1000") as session:
+    with serve(server, "eval-1000") as session:
         before = session.process.private_bytes()
         with Crowd(session.port, "", IDLE, path=path) as crowd:
             crowd.connect(timeout=300)
@@ -105,7 +105,7 @@ def change(server: Server, _: Certificate) -> Measured:
 
 def _change(server: Server, evaluating: str) -> tuple[float, float]:
     with (
-        _serve(server, "eval-1000", EVAL_STREAMS=evaluating) as session,
+        serve(server, "eval-1000", EVAL_STREAMS=evaluating) as session,
         Viewers(session.port, VIEWERS, stream_path, poll_path) as viewers,
     ):
         viewers.connect()
@@ -126,7 +126,7 @@ def come_back(server: Server, _: Certificate) -> Measured:
     Each has a context of its own. A relay without FDv2 for client-side SDKs gets no figures.
     """
     tail = 1024
-    with _serve(server, "eval-1000") as session:
+    with serve(server, "eval-1000") as session:
         client = session.client()
         if client.get(state_poll_path(0)).status != 200:
             return {}
@@ -165,10 +165,10 @@ def _state_in(end: bytes) -> str:
 def worst_poll(server: Server, _: Certificate) -> Measured:
     """Poll one environment while another one's flags are evaluated as fast as it goes."""
     dataset = "eval-1000"
-    with _serve(server, dataset) as session:
-        _load(session, dataset, NEW, 0, WARM_SECONDS)
+    with serve(server, dataset) as session:
+        ask(session, dataset, NEW, 0, WARM_SECONDS)
         seconds = WATCHED_SECONDS * (1 + PUTS) + 1
-        load = threading.Thread(target=_load, args=(session, dataset, NEW, NEW // 2, seconds))
+        load = threading.Thread(target=ask, args=(session, dataset, NEW, NEW // 2, seconds))
         load.start()
         worst = _worst(session)
         after = []
@@ -193,7 +193,7 @@ def _worst(session: Session) -> float:
 
 
 @contextmanager
-def _serve(server: Server, dataset: str, **variables: str) -> Iterator[Session]:
+def serve(server: Server, dataset: str, **variables: str) -> Iterator[Session]:
     """Run a relay with a client-side ID until all flags can be evaluated.
 
     Its client-side streams evaluate, unless told otherwise or it cannot.
@@ -227,7 +227,7 @@ def fdv2_stream_path(number: int, basis: str) -> str:
     return f"/sdk/stream/eval/{data.USUAL_CONTEXTS.in_base64(number)}{query}"
 
 
-def _load(session: Session, dataset: str, contexts: int, first: int, seconds: float) -> Load:
+def ask(session: Session, dataset: str, contexts: int, first: int, seconds: float) -> Load:
     """Ask for all flags on all connections for a while.
 
     Raises:

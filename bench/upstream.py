@@ -28,6 +28,8 @@ POLLED = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n"
     b"Content-Length: %d\r\nConnection: close\r\n\r\n%b"
 )
+MEMBERS = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n["
+BIG_SEGMENTS = ("/sdk/big-segments/revisions", "/big-segments")
 ACCEPTED = b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 UNAUTHORIZED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -122,8 +124,12 @@ class Upstream(Closing):
 class Feed:
     """What a new stream begins with, what a poll gets, and the streams that are open."""
 
-    def __init__(self, first: bytes, everything: bytes = b"") -> None:
+    def __init__(self, first: bytes, everything: bytes = b"", dataset: str = "") -> None:
         self._lock = threading.Lock()
+        self.dataset = dataset
+        """The name of the data set that was put last."""
+        self.members: list[socket.socket] = []
+        """Open streams of big segments, on which nothing comes."""
         self._first = first
         self._everything = everything
         self.asked = 0
@@ -143,6 +149,15 @@ class Feed:
         with self._lock:
             self.asked += 1
         client.sendall(POLLED % (len(self._everything), self._everything))
+        client.close()
+
+    def send_members(self, client: socket.socket, *, is_first: bool) -> None:
+        """Answer a poll of big segments: all patches the first time, and no more after that."""
+        client.sendall(MEMBERS)
+        if is_first:
+            for number, patch in enumerate(data.member_patches(self.dataset)):
+                client.sendall((b"," if number else b"") + patch)
+        client.sendall(b"]")
         client.close()
 
     def send(self, frames: bytes) -> float:
@@ -193,6 +208,7 @@ def send(feed: Feed, order: Mapping[str, Any]) -> float:
         return feed.send(event("patch", data.compact(patch)))
     version = order["version"]
     if order["order"] == "put":
+        feed.dataset = order["name"]
         return feed.send(event("put", data.put(order["name"], version)))
     last = order["count"] - 1
     patches = (
@@ -212,8 +228,8 @@ def answer(client: socket.socket, feeds: Mapping[str, Feed], latency: float) -> 
         head += received
     request, *lines = head.decode("latin-1").split("\r\n")
     time.sleep(2 * latency)
-    path = request.split(" ")[1].partition("?")[0]
-    if path not in ("/all", "/sdk/latest-all", "/relay_auto_config"):
+    path, _, query = request.split(" ")[1].partition("?")
+    if path not in (*BIG_SEGMENTS, "/all", "/sdk/latest-all", "/relay_auto_config"):
         client.sendall(ACCEPTED)
         client.close()
         return
@@ -223,7 +239,12 @@ def answer(client: socket.socket, feeds: Mapping[str, Feed], latency: float) -> 
         client.sendall(UNAUTHORIZED)
         client.close()
         return
-    if path == "/sdk/latest-all":
+    if path == "/sdk/big-segments/revisions":
+        feed.send_members(client, is_first="after=" not in query)
+    elif path == "/big-segments":
+        client.sendall(OK)
+        feed.members.append(client)
+    elif path == "/sdk/latest-all":
         feed.poll(client)
     else:
         feed.join(client)
@@ -240,7 +261,7 @@ def accept(listener: socket.socket, feeds: Mapping[str, Feed], latency: float) -
 def main() -> None:
     """Serve until standard input ends."""
     given = json.loads(sys.argv[1])
-    feeds = {key: Feed(*contents(name)) for key, name in given.items()}
+    feeds = {key: Feed(*contents(name), name) for key, name in given.items()}
     listed = data.environments_put(data.environment(key, key) for key in given)
     feeds[AUTO_CONFIG_KEY] = Feed(event("put", listed))
     listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)

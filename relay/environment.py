@@ -16,6 +16,7 @@ from relay import clock
 from relay.aio import SLICE, run_for, wait_for
 from relay.bigsegments.environment import BigSegments
 from relay.errors import ErrorKind
+from relay.fleet import Participant
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Kind
 from relay.model.journal import Journal, SavedJournal
@@ -129,6 +130,8 @@ class Environment:
         """Items that the last changes of `payload` have touched."""
         self.programs = programs or ProgramCache(self.journal)
         """The flags of `payload`, compiled for client-side evaluation."""
+        self.fleet: Participant | None = None
+        """Part that this relay takes in a fleet; None without one."""
         self.big_segments = big_segments
         """Memberships in big segments; None without a database that has them."""
         if big_segments is not None:
@@ -213,7 +216,9 @@ class Environment:
             set_environment_level(spec.name, spec.log_level)
         if self.big_segments is not None:
             self.big_segments.check()
-        if source is not None:
+        if source is not None and self.fleet is not None:
+            self.fleet.change_upstream(source)
+        elif source is not None:
             self._dismiss(self._successor)
             self._successor, self._successor_outage = source, OutageLog(self._log)
             self._follow(source)

@@ -13,6 +13,7 @@ from weakref import WeakSet
 
 from relay import clock
 from relay.environment import ConnectionState, Environment, UpstreamConnection
+from relay.fleet import FleetMember
 from relay.model.credential import CredentialKind
 from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Fetch
@@ -81,6 +82,7 @@ class Relay:
         stale_big_segments_degrade: report `degraded` while big segments are out of date.
         reports_starts: log whether environments were initialised; a worker leaves that to its
             feeder.
+        member: this relay in a fleet; None without one.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Relay:
         stale_big_segments_degrade: bool = False,
         reports_starts: bool = True,
         fdv1_fallback: bool = False,
+        member: FleetMember | None = None,
     ) -> None:
         self.fdv1_fallback = fdv1_fallback
         """True if SDKs that speak FDv2 are led back to FDv1."""
@@ -109,6 +112,7 @@ class Relay:
         self.fetch = fetch
         self.events = events
         self.directory = directory
+        self._member = member
         self._init_failure_level = logging.WARNING if ignore_connection_errors else logging.ERROR
         self.init_timeout = init_timeout
         self._reports_starts = reports_starts
@@ -205,6 +209,7 @@ class Relay:
 
     async def run(self) -> None:
         """Keep all environments up to date until cancelled."""
+        member = asyncio.create_task(self._take_part(self._member)) if self._member else None
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 for environment in self.environments.values():
@@ -220,6 +225,19 @@ class Relay:
             self._tasks = None
             if self._expiry_timer is not None:
                 self._expiry_timer.cancel()
+            if member is not None:  # until now, environments have had to give up their leases
+                member.cancel()
+                with suppress(asyncio.CancelledError):
+                    await member
+
+    async def _take_part(self, member: FleetMember) -> None:
+        """Take part in the fleet, and begin again after any exception."""
+        while True:
+            try:
+                await member.run()
+            except Exception:  # noqa: BLE001 - environments listen to upstream meanwhile
+                _log.exception("The fleet cannot be followed; trying again")
+            await asyncio.sleep(RESTART_DELAY)
 
     async def _follow(self, directory: Directory) -> None:
         """Let the environments be what a directory says, and restart it after any exception."""

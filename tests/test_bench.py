@@ -7,6 +7,7 @@ import math
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from urllib.parse import urlsplit
 from xml.etree import ElementTree as ET
 
@@ -38,6 +39,7 @@ from bench.table import NGINX, OURS, PEER, Figures, Row, at_least, at_most, mark
 from bench.upstream import Upstream, event
 from bench.viewers import Viewers
 from relay.evaluation.compiled.program import FlagCompiler, Program
+from relay.protocol.bigsegments import PatchReader
 from relay.web.contexts import context_in_path
 from tests.evaluation.strategies import payload_of
 from tests.support.sdk import install_packages
@@ -103,6 +105,24 @@ def test_data_sets_have_the_size_in_their_name(name: str, least: int, most: int)
     assert least <= len(put) <= most
     flags = json.loads(put)["data"]["flags"]
     assert all(flag["key"] == key for key, flag in flags.items())
+
+
+@pytest.mark.parametrize(("name", "patches"), [("eval-big", 10), ("million", 1000), ("2k", 0)])
+def test_big_segments_come_once_in_patches_that_follow_each_other(name: str, patches: int) -> None:
+    """The first poll has all of them, for segments of the data set, and the next one none."""
+    with Upstream({"sdk-one": name}) as upstream:
+        client = Client(upstream.url, {"Authorization": "sdk-one"})
+        reader = PatchReader()
+        answer = client.get("/sdk/big-segments/revisions").body
+        received = [*reader.feed(answer), *reader.finish()]
+        again = client.get("/sdk/big-segments/revisions?after=v1").body
+        client.close()
+    assert again == b"[]"
+    assert len(received) == patches
+    assert all(before.version == patch.previous_version for before, patch in pairwise(received))
+    segments = data.everything(name)["segments"]
+    references = {f"{key}.g{each['generation']}" for key, each in segments.items()}
+    assert {patch.segment_id for patch in received} == references
 
 
 def test_every_axis_has_a_name_and_figures_of_its_own() -> None:

@@ -147,6 +147,22 @@ def test_compose_runs_the_relay_as_it_is_meant_to_run(compose: dict[str, Any]) -
     assert service["ports"] == ["${RELAY_PORT:-8030}:8030"]
 
 
+def test_compose_has_a_fleet(compose: dict[str, Any]) -> None:
+    """The profile adds two relays like the first and a balancer that knows all three."""
+    services = compose["services"]
+    first, further = services["relay"], [services["relay-2"], services["relay-3"]]
+    assert "FLEET=true" in first["environment"]
+    for service in further:
+        assert service["profiles"] == ["fleet"]
+        assert service["environment"] == first["environment"]
+        assert "data:/data" not in service["volumes"], "a spool has one owner"
+    balancer = compose["configs"]["balancer"]["content"]
+    for name in ("relay", *services["balancer"]["depends_on"]):
+        assert f" {name}:8030" in balancer
+    port = services["balancer"]["ports"][0].rpartition(":")[2]
+    assert f"bind :{port}\n" in balancer
+
+
 def test_compose_passes_environments_on_and_has_demo_flags(compose: dict[str, Any]) -> None:
     """LD_ENV_… comes from outside; without any, the demo flags are served."""
     environment = dict(

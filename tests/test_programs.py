@@ -190,6 +190,18 @@ async def test_versions_grow_with_each_payload_and_fit_32_bits():
 
 
 @pytest.mark.usefixtures("quick_machine")
+async def test_a_fleet_names_the_version():
+    """All relays of a fleet show clients the same version, unless one would go back."""
+    cache = ProgramCache()
+    cache.update(Payload.of([make_item("lamp", 1)]), 2**30)
+    assert cache.current(SDKKind.BROWSER).version == cache.version == 2**30
+    cache.update(Payload.of([make_item("lamp", 2)]), 2**30 + 7)
+    assert cache.version == 2**30 + 7
+    cache.update(Payload.of([make_item("lamp", 3)]), 2**30)
+    assert cache.version == 2**30 + 8
+
+
+@pytest.mark.usefixtures("quick_machine")
 async def test_versions_fit_whatever_the_clock_says():
     """They still grow."""
     cache = ProgramCache()

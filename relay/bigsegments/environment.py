@@ -61,6 +61,10 @@ class Synchronising(Protocol):
 
     applied: int
 
+    @property
+    def has_lease(self) -> bool:
+        """True while this relay is the one that synchronises."""
+
     async def run(self) -> None:
         """Apply patches until cancelled."""
 
@@ -93,8 +97,6 @@ def status_of(metadata: Metadata, stale: float = STALE) -> BigSegmentsStatus:
         stale: seconds after the last synchronisation from which they are stale.
     """
     at = metadata.synchronized_at
-    if not metadata.is_readable:
-        return BigSegmentsStatus.STORE_ERROR
     fresh = at is not None and clock.unix() - at < stale
     return BigSegmentsStatus.HEALTHY if fresh else BigSegmentsStatus.STALE
 
@@ -125,6 +127,7 @@ class BigSegments:
         self._log = log
         self._timings = timings
         self._outage = OutageLog(log, begins=logging.ERROR, ends=logging.WARNING)
+        self._odd_time = OutageLog(log)
         self._known: LRUMap[str, KnownMembership] = LRUMap(MAX_KNOWN)
         self._metadata: Metadata | None = None
         """State of the database; None if it was never read or is away."""
@@ -139,8 +142,9 @@ class BigSegments:
         self._reading: dict[str, asyncio.Future[KnownMembership]] = {}
         """Context keys that are being read."""
         self._reader: asyncio.Task[None] | None = None
-        self._dropped: set[str] | None = set()
-        """Hashes whose memberships have changed during the present read; None for all."""
+        self._dropped: set[str] | None = None
+        """Hashes whose memberships have changed during the present read; None for all of them, and
+        between reads."""
         self._changed: set[str] | None = set()
         """Hashes that the next notice names; None for all."""
         self._noticed_at = -timings.notice
@@ -252,6 +256,11 @@ class BigSegments:
             if self._outage.end("Big segments can be read from %s again", self.store.label):
                 self.changed(None)  # clients were answered without them
             self._set_status(status_of(metadata, self._timings.stale))
+            if metadata.is_readable:
+                self._odd_time.end("The time of the last synchronization is readable again")
+            else:
+                text = "The time of the last synchronization in %s is no number; members are stale"
+                self._odd_time.begin("no number", text, self.store.label)
             if before is not None and metadata.cursor != before.cursor:
                 self._note_move()
 
@@ -280,9 +289,10 @@ class BigSegments:
         """State for `/status`; None while there is no big segment."""
         if not self.in_use:
             return None
-        if self._status is BigSegmentsStatus.STORE_ERROR:
+        metadata = self._metadata or Metadata()
+        if self._status is BigSegmentsStatus.STORE_ERROR or not metadata.is_readable:
             return BigSegmentStatus(available=False)
-        age, at = self.age, self._metadata.synchronized_at if self._metadata else None
+        age, at = self.age, metadata.synchronized_at
         return BigSegmentStatus(True, age is None or age >= self._timings.reported, at)
 
     @property
@@ -401,10 +411,12 @@ class BigSegments:
             self._lose(str(e) or "no answer in time")
             return {key: self._unreadable(key) for key in keys}
         self.reads += len(keys)
-        return {
+        known = {
             key: self._remember(key, hashed, segments)
             for key, hashed, segments in zip(keys, hashes, found, strict=True)
         }
+        self._dropped = None
+        return known
 
     def _remember(self, key: str, hashed: str, segments: Mapping[str, bool]) -> KnownMembership:
         status = self._status or BigSegmentsStatus.STALE
@@ -428,10 +440,7 @@ class BigSegments:
             hashes: of the context keys; None if they are unknown.
         """
         self._drop(hashes)
-        if hashes is None or self._changed is None or len(self._changed) > MAX_CHANGED:
-            self._changed = None
-        else:
-            self._changed |= hashes
+        self._changed = _joined(self._changed, hashes)
         if self._notice is None:
             delay = self._noticed_at + self._timings.notice - clock.monotonic()
             self._notice = asyncio.get_running_loop().call_later(max(0.0, delay), self._send)
@@ -442,12 +451,17 @@ class BigSegments:
         self.on_change(None if changed is None else frozenset(changed))
 
     def _drop(self, hashes: frozenset[str] | None) -> None:
-        if hashes is None:
-            self._dropped = None
-        elif self._dropped is not None:
-            self._dropped |= hashes
+        self._dropped = _joined(self._dropped, hashes)
         for key in list(self._known):
             known = self._known.get(key)
             if known is not None and (hashes is None or known.hash in hashes):
                 known.drop()
                 self._known.forget(key)
+
+
+def _joined(gathered: set[str] | None, hashes: frozenset[str] | None) -> set[str] | None:
+    """Return hashes that were gathered with others; None if these are all, or too many."""
+    if gathered is None or hashes is None or len(gathered) > MAX_CHANGED:
+        return None
+    gathered |= hashes
+    return gathered

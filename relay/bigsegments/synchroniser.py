@@ -1,7 +1,8 @@
 """Brings LaunchDarkly's patches of big segments into the database, each once and in order.
 
-Several relays may do so side by side. The cursor in the database decides who applies a patch; the
-others see that it has been applied, and go on.
+Of several relays on a database the one with the lease does so. Should two believe that they have
+it, or should one be an ld-relay, which knows no lease, the cursor in the database decides who
+applies a patch; the others see that it has been applied, and go on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Protocol
 
 from relay import clock, randomness
 from relay.aio import wait_for
+from relay.bigsegments.lease import Lease
 from relay.errors import (
     InvalidData,
     RelayError,
@@ -56,6 +58,7 @@ class Synchroniser:
         changed: called with the hashes of the context keys whose memberships have changed; with
             None if those are unknown.
         synchronised: called when all patches are known to be stored.
+        lease: lease of this environment.
         log: a logger that names the environment.
         timings: delays after failures.
     """
@@ -66,8 +69,9 @@ class Synchroniser:
         store: BigSegmentStore,
         changed: Callable[[frozenset[str] | None], None],
         synchronised: Callable[[], None],
-        log: Log,
         *,
+        lease: Lease,
+        log: Log,
         timings: SourceTimings = SourceTimings(),
     ) -> None:
         self.applied = 0
@@ -78,6 +82,7 @@ class Synchroniser:
         self._store = store
         self._changed = changed
         self._synchronised = synchronised
+        self._lease = lease
         self._log = log
         self._timings = timings
         self._outage = OutageLog(log)
@@ -96,12 +101,17 @@ class Synchroniser:
         self._retry_now.set()
 
     async def run(self) -> None:
-        """Apply patches until cancelled."""
+        """Apply patches whenever this relay has the lease, until cancelled.
+
+        It gives the lease up after each failure: another relay may reach LaunchDarkly.
+        """
         backoff = SourceBackoff(self._timings)
         while True:
             self._retry_now.clear()
             try:
-                await self._follow(backoff)
+                if await self._lease.acquire():
+                    self._changed(None)  # the other one's last patches
+                await self._lease.use(self._follow(backoff))
             except (UpstreamUnavailable, InvalidData, StoreUnavailable, _Misfit) as e:
                 refused = isinstance(e, UpstreamRefused)
                 delay = backoff.failed(clock.monotonic(), randomness.fraction(), refused=refused)
@@ -191,6 +201,11 @@ class Synchroniser:
         if self._cursor is None:
             raise _Misfit("the database has lost its big segments")
         return True
+
+    @property
+    def has_lease(self) -> bool:
+        """True while this relay is the one that synchronises."""
+        return self._lease.is_held
 
     @property
     def cursor(self) -> str | None:

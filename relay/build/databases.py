@@ -72,6 +72,7 @@ def make_databases(config: Config) -> tuple[Database, ...]:
 
 def _dynamodb(options: DynamoDB) -> Database:
     try:
+        from relay.stores.dynamodb.bigsegments import DynamoDBBigSegmentStore
         from relay.stores.dynamodb.connect import connect
         from relay.stores.dynamodb.store import DynamoDBStore
     except ImportError as e:
@@ -82,7 +83,10 @@ def _dynamodb(options: DynamoDB) -> Database:
     def store_for(spec: EnvironmentSpec) -> DataStore:
         return DynamoDBStore(connection.lease(), spec.table, spec.prefix)
 
-    return Database("dynamodb", store_for, has_tables=True)
+    def big_segments_for(spec: EnvironmentSpec) -> BigSegmentStore:
+        return DynamoDBBigSegmentStore(connection.lease(), spec.table, spec.prefix)
+
+    return Database("dynamodb", store_for, big_segments_for, has_tables=True)
 
 
 def memberships(

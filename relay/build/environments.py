@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relay.build.databases import Database, common_table, make_databases, make_places, memberships
+from relay.build.fleet import fleet_mirror, fleet_source, join
 from relay.build.sources import SourceFactory
 from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
@@ -30,6 +32,7 @@ from relay.telemetry.log import Log, environment_log, set_environment_level
 if TYPE_CHECKING:
     from relay.bigsegments.environment import BigSegments
     from relay.bigsegments.synchroniser import Synchroniser
+    from relay.fleet.member import Member
     from relay.stores.documents.connect import Places
     from relay.upstream import Upstream as HTTPSession
 
@@ -44,6 +47,7 @@ class EnvironmentParts:
         databases: the configured ones.
         places: of documents.
         upstream: session for big segments; None without a network.
+        member: this relay in a fleet; None without one.
     """
 
     def __init__(
@@ -53,7 +57,10 @@ class EnvironmentParts:
         databases: Sequence[Database],
         places: Places | None,
         upstream: HTTPSession | None,
+        *,
+        member: Member | None = None,
     ) -> None:
+        self._member = member
         self._config = config
         self._make_source = make_source
         self._databases = databases
@@ -73,7 +80,9 @@ class EnvironmentParts:
         """
         those = make_databases(config) if databases else self._databases
         places = make_places(config) if documents else self._places
-        return type(self)(config, self._make_source, those, places, self._upstream)
+        return type(self)(
+            config, self._make_source, those, places, self._upstream, member=self._member
+        )
 
     @property
     def specs(self) -> Sequence[EnvironmentSpec]:
@@ -92,11 +101,20 @@ class EnvironmentParts:
         source = source or self._make_source(spec, log)
         journal = Journal(spec.lineage)
         programs = ProgramCache(journal)
+        fleet = fleet_source(self._member, spec, source, log) if self._member else None
         big_segments = _big_segments(main, spec, log, databases)
         hub = self._hub(programs, journal, big_segments)
         environment = Environment(
-            spec, source, hub, log, programs=programs, journal=journal, big_segments=big_segments
+            spec,
+            fleet or source,
+            hub,
+            log,
+            programs=programs,
+            journal=journal,
+            big_segments=big_segments,
         )
+        if fleet is not None:
+            join(environment, fleet)
         if big_segments is not None and upstream is not None:
             store = big_segments.store
             big_segments.synchroniser = _synchroniser(
@@ -117,17 +135,20 @@ class EnvironmentParts:
         resync = environment.resync
         return (
             *_first_mirrors(config, spec, log, places, environment.journal),
-            *_database_mirrors(config, spec, resync, log, self._databases),
+            *self._database_mirrors(environment),
             *_document_mirrors(config, spec, resync, log, places),
         )
 
     def keeps(self, environment: Environment, spec: EnvironmentSpec, *, databases: bool) -> bool:
         """Return whether an environment can go on with another spec, or must be made anew.
 
-        It must where big segments come, with the first database that can hold them, or go.
+        It must where big segments come, with the first database that can hold them, or go; and
+        where its place in a fleet's Redis changes.
         """
         if not databases and not _moves(environment.spec, spec):
             return True
+        if self._member is not None:
+            return False
         has_any = memberships(self._databases) is not None
         return has_any == (environment.big_segments is not None)
 
@@ -162,11 +183,23 @@ class EnvironmentParts:
         if spec.sdk_key != before.sdk_key or not has_same_id:
             first = list(_first_mirrors(config, spec, log, places, environment.journal))
         if databases or _moves(before, spec):
-            stores = list(_database_mirrors(config, spec, resync, log, self._databases))
+            made = (_database_mirror(config, spec, resync, log, each) for each in self._databases)
+            stores = list(made)
         if documents or not has_same_id:
             published = list(_document_mirrors(config, spec, resync, log, places))
         mirrors = (*first, *stores, *published)
         return None if mirrors == environment.mirrors else mirrors
+
+    def _database_mirrors(self, environment: Environment) -> Iterator[Mirror]:
+        """Yield a mirror for each database of a new environment, as configured."""
+        for database in self._databases:
+            arguments = self._config, environment.spec, environment.resync, environment.log
+            plain = partial(_database_mirror, *arguments, database)
+            if self._member is not None and database.kind == "redis":
+                server = database.store_for(environment.spec).server
+                yield fleet_mirror(self._member, environment, plain, server=server)
+            else:
+                yield plain()
 
     def memberships(
         self, environment: Environment, spec: EnvironmentSpec, *, databases: bool
@@ -230,6 +263,7 @@ def _synchroniser(
     environment: Environment,
 ) -> Synchroniser:
     """Return what fetches big segments from LaunchDarkly, with the present SDK key."""
+    from relay.bigsegments.lease import Lease
     from relay.bigsegments.synchroniser import Synchroniser
     from relay.sources.bigsegments import BigSegmentSource
 
@@ -241,7 +275,8 @@ def _synchroniser(
         store,
         big_segments.changed,
         big_segments.look,
-        environment.log,
+        lease=Lease(store, big_segments.look, environment.log),
+        log=environment.log,
     )
 
 
@@ -290,26 +325,23 @@ def _first_mirrors(
         yield Bootstrap(places.place(main.bootstrap_from, main.bootstrap_token, spec), log)
 
 
-def _database_mirrors(
+def _database_mirror(
     config: Config,
     spec: EnvironmentSpec,
     resync: Callable[[], None],
     log: Log,
-    databases: Sequence[Database],
-) -> Iterator[Mirror]:
-    """Yield a mirror for each database, as configured."""
-    if not databases:
-        return
+    database: Database,
+) -> Mirror:
+    """Return the mirror of an environment in a database."""
     from relay.stores import DATABASES
     from relay.stores.mirror import SINGLE_RUN, TIMINGS, DatabaseMirror, MirrorTimings
 
-    for database in databases:
-        kind, table, store = database.kind, database.table_of(spec), database.store_for(spec)
-        text = "Using %s data store: %s with prefix: %s"
-        log.info(text, DATABASES[kind], table or store.server, store.prefix)
-        usual = TIMINGS.get(kind, MirrorTimings())
-        timings = SINGLE_RUN if config.main.exit_always else usual
-        yield DatabaseMirror(store, kind, resync, log, timings, table=table)
+    kind, table, store = database.kind, database.table_of(spec), database.store_for(spec)
+    text = "Using %s data store: %s with prefix: %s"
+    log.info(text, DATABASES[kind], table or store.server, store.prefix)
+    usual = TIMINGS.get(kind, MirrorTimings())
+    timings = SINGLE_RUN if config.main.exit_always else usual
+    return DatabaseMirror(store, kind, resync, log, timings, table=table)
 
 
 def _document_mirrors(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from relay.build.databases import Database, common_table, make_databases, make_places
 from relay.build.environments import EnvironmentParts
+from relay.build.fleet import make_member
 from relay.build.sources import Session, from_file, from_launchdarkly, no_source
 from relay.config.schema import AutoConfig, Config, OfflineMode
 from relay.environment import Environment
@@ -84,7 +85,8 @@ def build_with_parts(
         events = _forwarder(config, upstream, registry.spec_of)
     else:
         make_source = from_file(config)
-    parts = make_parts(config, make_source, databases, make_places(config), upstream)
+    member, places = make_member(config), make_places(config)
+    parts = make_parts(config, make_source, databases, places, upstream, member=member)
     if upstream is not None and config.auto_config.key:
         directory = _auto_configuration(config, upstream, parts)
     demo = replace(DEMO, eval_streams=config.main.eval_streams)
@@ -101,6 +103,7 @@ def build_with_parts(
         directory=directory,
         stale_big_segments_degrade=config.main.big_segments_stale_as_degraded,
         fdv1_fallback=config.main.fdv1_fallback,
+        member=member,
     )
     return relay, parts if config.environments else None
 

@@ -54,8 +54,9 @@ def from_launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
     def fdv2(spec: EnvironmentSpec, log: Log) -> DataSource:
         from relay.sources.fdv2 import FDv2Source
 
-        if spec.payload_filter:
-            return fdv1(spec, log)  # LaunchDarkly would send everything (fdv2 13.1.1)
+        if spec.payload_filter or config.fleet.enabled:
+            # LaunchDarkly would send everything (fdv2 13.1.1); a fleet's feed goes by versions.
+            return fdv1(spec, log)
         return FDv2Source(
             upstream,
             main.base_uri,

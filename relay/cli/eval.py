@@ -3,6 +3,8 @@
 The flag and everything that it depends on are read from a file or from a running relay.
 """
 
+# ruff: noqa: PLC0415 - databases are imported where they are wanted
+
 from __future__ import annotations
 
 import argparse
@@ -38,11 +40,12 @@ from relay.protocol.bigsegments import context_hash
 from relay.protocol.urls import data_url
 from relay.proxies import environment_proxies
 from relay.reasons import describe, shorten
+from relay.stores.bigsegments import BigSegmentStore
 from relay.tls import client_context
 
 USAGE = """relay eval FLAG --context JSON --flags FILE
        relay eval FLAG --context JSON --url URL --sdk-key KEY [--filter KEY]
-each with [--redis URL [--prefix PREFIX]] for members of big segments"""
+each with [--redis URL | --dynamodb TABLE] [--prefix PREFIX] for members of big segments"""
 
 TIME_LIMIT = 30.0
 """Timeout in seconds for connecting to a relay, and for each read."""
@@ -90,7 +93,10 @@ def _parser() -> _Parser:
     add("--sdk-key", metavar="KEY", help="the SDK key of the environment in that relay")
     add("--filter", metavar="KEY", default="", help="a payload filter, to see what it leaves in")
     add("--redis", metavar="URL", help="the database with the members of big segments")
-    add("--prefix", metavar="PREFIX", default="", help="of its keys; default launchdarkly")
+    add("--dynamodb", metavar="TABLE", help="the same in AWS, as its tools find it")
+    add(
+        "--prefix", metavar="PREFIX", default="", help="of its keys; in Redis launchdarkly if empty"
+    )
     return parser
 
 
@@ -104,8 +110,10 @@ def _evaluate(options: argparse.Namespace) -> str:
         raise EvalError("--url needs the --sdk-key of the environment")
     if options.filter and not options.url:
         raise EvalError("--filter needs a relay with --url")
-    if options.prefix and not options.redis:
-        raise EvalError("--prefix needs a database with --redis")
+    if options.redis and options.dynamodb:
+        raise EvalError("name one database, with --redis or with --dynamodb")
+    if options.prefix and not (options.redis or options.dynamodb):
+        raise EvalError("--prefix needs a database with --redis or --dynamodb")
     if options.flags:
         payload = _read_flags(options.flags)
     else:
@@ -113,22 +121,18 @@ def _evaluate(options: argparse.Namespace) -> str:
         base = _parse_option("--url", HTTP_URI, options.url)
         payload = _fetch_flags(data_url(base, "/sdk/latest-all", options.filter), key.reveal())
     data = Data.of(payload)
-    if options.redis:
-        url = _parse_option("--redis", URI, options.redis)
-        memberships = asyncio.run(_read_members(url, options.prefix, context))
-        data = replace(data, memberships=memberships)
+    if options.redis or options.dynamodb:
+        data = replace(data, memberships=asyncio.run(_read_members(options, context)))
     return _explain(data, options.flag, context)
 
 
-async def _read_members(url: str, prefix: str, context: Context) -> dict[str, Membership]:
+async def _read_members(options: argparse.Namespace, context: Context) -> dict[str, Membership]:
     """Return the memberships of a context in big segments, by context key."""
-    from relay.bigsegments.environment import status_of  # noqa: PLC0415 - only if it is wanted
-    from relay.config.schema import Redis  # noqa: PLC0415 - as above
-    from relay.stores.redis.bigsegments import RedisBigSegmentStore  # noqa: PLC0415 - as above
+    from relay.bigsegments.environment import status_of
 
     keys = list({each.key: None for each in context.individuals.values()})
     try:
-        store = RedisBigSegmentStore(Redis(url=url), prefix)
+        store = _members_store(options)
         try:
             status = status_of(await store.metadata())
             found = await store.memberships([context_hash(key) for key in keys])
@@ -137,6 +141,23 @@ async def _read_members(url: str, prefix: str, context: Context) -> dict[str, Me
     except (StoreUnavailable, ConfigError) as e:
         raise EvalError(f"the database cannot be asked: {e}") from e
     return {key: Membership(status, each) for key, each in zip(keys, found, strict=True)}
+
+
+def _members_store(options: argparse.Namespace) -> BigSegmentStore:
+    if options.redis:
+        from relay.config.schema import Redis
+        from relay.stores.redis.bigsegments import RedisBigSegmentStore
+
+        url = _parse_option("--redis", URI, options.redis)
+        return RedisBigSegmentStore(Redis(url=url), options.prefix)
+    try:
+        from relay.stores.dynamodb.bigsegments import DynamoDBBigSegmentStore
+        from relay.stores.dynamodb.connect import connect
+    except ImportError as e:
+        text = "--dynamodb needs the libraries for AWS: pip install 'relay[aws]'"
+        raise EvalError(text) from e
+    connection = connect("", os.environ)
+    return DynamoDBBigSegmentStore(connection.lease(), options.dynamodb, options.prefix)
 
 
 def _parse_option(option: str, kind: OptionType, text: str) -> Any:

@@ -23,6 +23,7 @@ from relay.config.schema import (
     EnvironmentConfig,
     Events,
     Filters,
+    Fleet,
     Main,
     OfflineMode,
     Prometheus,
@@ -130,6 +131,7 @@ def problems(draft: Draft) -> list[str]:
         _consul,
         _dynamodb,
         _databases,
+        _fleet,
         _publish,
         _bootstrap,
         _document_names,
@@ -338,6 +340,16 @@ def _ambiguous_variants(draft: Draft) -> Iterator[Diagnostic]:
 
 def _uses_redis(redis: Redis) -> bool:
     return bool(redis.url or redis.host or redis.port)
+
+
+def _fleet(draft: Draft) -> Iterator[Diagnostic]:
+    if not draft.of(Fleet).enabled:
+        return
+    if redis_of(draft) is None:
+        yield "[Fleet] enabled: a fleet needs Redis", _keys("Fleet", "enabled")
+    if draft.of(Main).exit_always:
+        text = "[Fleet] enabled: a relay that exits cannot take part in a fleet"
+        yield text, _keys("Fleet", "enabled")
 
 
 def _redis(draft: Draft) -> Iterator[Diagnostic]:
@@ -569,8 +581,11 @@ def _list_in_memory(draft: Draft) -> Iterator[Diagnostic]:
 
 
 def _half_of_upstream(draft: Draft) -> Iterator[Diagnostic]:
-    """Report that only one of the two addresses that FDv2 uses is another than LaunchDarkly's."""
+    """Report that FDv2 is not used, or that only one of its addresses is not LaunchDarkly's."""
     main, default = draft.of(Main), Main()
+    if main.data_system == "fdv2" and draft.of(Fleet).enabled:
+        yield "[Main] dataSystem = fdv2 has no effect in a fleet, so far", _main_key("data_system")
+        return
     if main.data_system != "fdv2" or main.data_source == "polling":
         return
     others = main.stream_uri != default.stream_uri, main.base_uri != default.base_uri
@@ -580,6 +595,17 @@ def _half_of_upstream(draft: Draft) -> Iterator[Diagnostic]:
             " another than LaunchDarkly's"
         )
         yield text, (*_main_key("data_system"), *_main_key("stream_uri"), *_main_key("base_uri"))
+
+
+def _without_launchdarkly(draft: Draft) -> Iterator[Diagnostic]:
+    """Yield options that are about LaunchDarkly, where the flags come from elsewhere."""
+    if draft.environments or draft.of(AutoConfig).key:
+        return
+    tail = "has no effect: the flags do not come from LaunchDarkly"
+    if draft.of(Main).bootstrap_from:
+        yield f"[Main] bootstrapFrom {tail}", _main_key("bootstrap_from")
+    if draft.of(Fleet).enabled:
+        yield f"[Fleet] enabled {tail}", _keys("Fleet", "enabled")
 
 
 def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
@@ -600,9 +626,7 @@ def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
     if main.bootstrap_token and not _is_http(main.bootstrap_from):
         text = "[Main] bootstrapToken has no effect without an https URL"
         yield text, _main_key("bootstrap_token")
-    if main.bootstrap_from and not (draft.environments or draft.of(AutoConfig).key):
-        text = "[Main] bootstrapFrom has no effect: the flags do not come from LaunchDarkly"
-        yield text, _main_key("bootstrap_from")
+    yield from _without_launchdarkly(draft)
     auto = draft.of(AutoConfig)
     if auto.cache_encryption_key and not auto.cache_key:
         text = "[AutoConfig] cacheEncryptionKey has no effect without cacheKey"

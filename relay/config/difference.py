@@ -62,7 +62,9 @@ def difference(before: Config, after: Config) -> Difference:
     attributes = {name.replace("_", ""): name for name in Config.__struct_fields__}
     for section, cls in SECTIONS.items():
         attribute = attributes.get(section.lower())
-        if are_listed and attribute in (*_STORES, "publish"):
+        # The fleet is where it was at the start, and whoever leads writes there.
+        stays = attribute in _STORES and before.fleet.enabled
+        if are_listed and attribute in (*_STORES, "publish") and not stays:
             in_force[attribute] = getattr(after, attribute)
         elif attribute is not None:
             old = getattr(before, attribute)

@@ -136,7 +136,7 @@ def _upstream_lines(config: Config) -> Iterator[str]:
     """Yield comments about the way in which flags come."""
     main, by_option = config.main, "([Main] dataSystem)"
     polls = f"polls of baseUri every {main.poll_interval:g} s"
-    if main.data_system == "fdv1":
+    if main.data_system == "fdv1" or config.fleet.enabled:
         way = polls if main.data_source == "polling" else "a stream of streamUri"
         yield f"# Flags come by FDv1 {by_option}: {way}, which begins with everything."
         return

@@ -527,6 +527,19 @@ class DynamoDB(Struct, frozen=True):
 
 
 @section
+class Fleet(Struct, frozen=True):
+    """`[Fleet]`: relays that share a Redis listen to LaunchDarkly once, and serve the same."""
+
+    enabled: bool = option(
+        "FLEET",
+        BOOLEAN,
+        False,
+        "Elect, over the configured Redis and for each environment, the relay that listens to"
+        " LaunchDarkly; the others follow it.",
+    )
+
+
+@section
 class Publish(Struct, frozen=True):
     """`[Publish]`: each environment as one document, for functions, edge SDKs and other relays."""
 
@@ -851,6 +864,7 @@ SECTIONS: dict[str, type] = {
     "Redis": Redis,
     "Consul": Consul,
     "DynamoDB": DynamoDB,
+    "Fleet": Fleet,
     "Publish": Publish,
     "Proxy": Proxy,
     "Http": Http,
@@ -892,6 +906,7 @@ class Config(Struct, frozen=True):
     redis: Redis | None = None
     consul: Consul | None = None
     dynamodb: DynamoDB | None = None
+    fleet: Fleet = Fleet()
     publish: Publish = Publish()
     proxy: Proxy = Proxy()
     http: Http = Http()

@@ -15,6 +15,7 @@ from relay.bigsegments.environment import BigSegments
 from relay.config.schema import Prometheus
 from relay.environment import ConnectionState, Environment
 from relay.events.reports import EventCounts
+from relay.fleet import FleetStatus, Role
 from relay.model.item import Kind
 from relay.model.metrics import Histogram, MetricValue
 from relay.protocol.prometheus import COUNTER, GAUGE, HISTOGRAM, Metric, Row
@@ -279,6 +280,33 @@ def _of_workers(read: Callable[[WorkerStatus], float | None]) -> Collector:
     return rows
 
 
+def _of_fleet(value: Callable[[FleetStatus], float | None]) -> Collector:
+    """Return a collector of one value per environment of a fleet."""
+
+    def collect(view: MetricsView) -> Iterator[Row]:
+        for name, environment in view.environments.items():
+            if environment.fleet is not None:
+                found = value(environment.fleet.status)
+                if found is not None:
+                    yield (name,), found
+
+    return collect
+
+
+def _fleet_roles(view: MetricsView) -> Iterator[Row]:
+    for name, environment in view.environments.items():
+        if environment.fleet is not None:
+            for role in Role:
+                yield (name, role.value), int(environment.fleet.status.role is role)
+
+
+def _fleet_publications(view: MetricsView) -> Iterator[Row]:
+    for name, environment in view.environments.items():
+        if environment.fleet is not None:
+            for outcome, count in environment.fleet.status.outcomes.items():
+                yield (name, outcome), count
+
+
 def _build_info(_view: MetricsView) -> Rows:
     return [((__version__, platform.python_version()), 1)]
 
@@ -297,6 +325,7 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_store_unreadable_items", GAUGE, ("environment", "database"), "Items in the database that could not be read."): _unreadable_items,
     Metric("relay_big_segments_available", GAUGE, ("environment",), "1 if the members of big segments can be read from the database, 0 if not; none without big segments."): _of_big_segments(lambda b: int(b.status is not None and b.status.available)),
     Metric("relay_big_segments_age_seconds", GAUGE, ("environment",), "Time since it was last known that the database has all members of big segments; none before the first time."): _of_big_segments(_synchronisation_age),
+    Metric("relay_big_segments_synchronizing", GAUGE, ("environment",), "1 if this relay is the one that brings big segments into the database, 0 if another one does."): _of_big_segments(lambda b: int(b.synchroniser.has_lease) if b.synchroniser else None),
     Metric("relay_big_segments_patches_total", COUNTER, ("environment",), "Patches of big segments that this relay has written; others may have been written by another one."): _of_big_segments(lambda b: b.synchroniser.applied if b.synchroniser else None),
     Metric("relay_big_segments_reads_total", COUNTER, ("environment",), "Contexts whose memberships in big segments were read from the database for evaluations."): _of_big_segments(lambda b: b.reads),
     Metric("relay_big_segments_failed_reads_total", COUNTER, ("environment",), "Contexts that were evaluated without their memberships, because the database was away."): _of_big_segments(lambda b: b.failed_reads),
@@ -304,6 +333,13 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_transfers_saved_bytes_total", COUNTER, ("environment",), "Bytes of flags and segments that these answers did not have to contain."): _per_environment(lambda e: e.journal.answers.saved.value),
     Metric("relay_journal_states", GAUGE, ("environment",), "States from which SDKs can be brought up to date without all data."): _per_environment(lambda e: e.journal.depth),
     Metric("relay_journal_barriers_total", COUNTER, ("environment",), "Changes after which all SDKs got everything, because an item went back in version or was created anew."): _per_environment(lambda e: e.journal.barriers),
+    Metric("relay_fleet_role", GAUGE, ("environment", "role"), "Role in the fleet: 1 for `leader`, `follower` or `alone`, 0 for the others; none without a fleet."): _fleet_roles,
+    Metric("relay_fleet_term", GAUGE, ("environment",), "Number of this relay's leadership; none unless it leads."): _of_fleet(lambda f: f.term),
+    Metric("relay_fleet_role_changes_total", COUNTER, ("environment",), "Changes of the role."): _of_fleet(lambda f: f.changes_of_role),
+    Metric("relay_fleet_leaderless_seconds", GAUGE, ("environment",), "For how long no relay is seen to lead; 0 while one does."): _of_fleet(lambda f: round(f.leaderless, 3)),
+    Metric("relay_fleet_behind_publications", GAUGE, ("environment",), "Publications of the leader that this follower has not taken yet."): _of_fleet(lambda f: f.behind),
+    Metric("relay_fleet_publications_total", COUNTER, ("environment", "outcome"), "Publications of this relay: `published`, `moved` if it had to look again first, `fenced` if another relay had been elected."): _fleet_publications,
+    Metric("relay_fleet_snapshots_total", COUNTER, ("environment",), "Times that this relay has read where the feed stands, with all data if they were others."): _of_fleet(lambda f: f.snapshots),
     Metric("relay_items", GAUGE, ("environment", "kind"), "Flags and segments that are held, deleted ones included; none without data."): _items,
     Metric("relay_invalid_items", GAUGE, ("environment",), "Flags and segments of which LaunchDarkly's last version could not be used."): _per_environment(lambda e: len(e.invalid)),
     Metric("relay_rejected_total", COUNTER, ("environment",), "Messages and items of LaunchDarkly that could not be used."): _per_environment(lambda e: e.rejected),

@@ -240,8 +240,11 @@ class Journal:
 
     @property
     def _state(self) -> str:
-        if self._selector:
-            return self._selector.state
+        return self._selector.state if self._selector else self._address
+
+    @property
+    def _address(self) -> str:
+        """State that follows from the content."""
         digest = _text((self._digest % _MODULUS).to_bytes(32, "big")[:16])
         return f"(p:{self._own_id}-{digest}:{self._number})"
 
@@ -287,7 +290,7 @@ class Journal:
             self._vanished[item.kind, item.key] = item.version
         self._forget_oldest()
         if self._selector:
-            self._note_state()
+            self._note_state(self._selector.state, self.step)
         is_barrier = self._barrier == self.step
         self.latest = TOO_OLD if is_barrier else Delta(items, self.step - 1)
 
@@ -302,7 +305,7 @@ class Journal:
         """
         self._take_name(selector, full=full)
         if self.step and (self._selector or self.is_named):
-            self._note_state()
+            self._note_state(self._state, self.step)
 
     def _take_name(self, selector: Selector | None, *, full: bool) -> None:
         self.upstream = selector.state if selector else ""
@@ -359,7 +362,7 @@ class Journal:
         self.upstream, self._selector = saved.upstream, saved.selector
         self._verbatim = saved.verbatim
         self._payload, self.latest = payload, TOO_OLD
-        self._note_state()  # with another SDK key, the state has another name now
+        self._note_state(self._state, self.step)  # another one, if the SDK key is
 
     def _begin_anew(self, payload: Payload) -> None:
         """Let all clients get everything, as most of it has changed: cheaper than to compare."""
@@ -425,12 +428,15 @@ class Journal:
         return TOO_LARGE if _is_large(items, self._payload) else Delta(items, step)
 
     def _begin(self, payload: Payload) -> None:
-        self.naming = Work(self._name(payload))
+        self.naming = Work(self._name(payload, self.step))
         if self._selector:
-            self._note_state()
+            self._note_state(self._selector.state, self.step)
 
-    def _name(self, payload: Payload) -> Steps[None]:
-        """Name the state of a whole payload, with a step for each item."""
+    def _name(self, payload: Payload, step: int) -> Steps[None]:
+        """Name the state of a whole payload that came with a step of the journal.
+
+        Item by item: the next step may begin before.
+        """
         digest, versions = 0, 0
         for item in payload:
             if not item.deleted:
@@ -438,7 +444,7 @@ class Journal:
                 versions += item.version
             yield
         self._digest, self._versions, self.naming = digest, versions, None
-        self._note_state()
+        self._note_state(self._address, step)
 
     def finish_naming(self) -> None:
         """Name the state, so that clients of other replicas, which may have it, are known.
@@ -455,7 +461,7 @@ class Journal:
                     self._digest += sign * _digest(item)
                     self._versions += sign * item.version
         self._unnamed.clear()
-        self._note_state()
+        self._note_state(self._address, self.step)
 
     def _supersedes(self, before: Payload, item: Item) -> bool:
         """Return whether every client takes an item for newer than what it has seen."""
@@ -486,9 +492,9 @@ class Journal:
         """Yield the keys of a kind touched after a step, with their steps, the latest first."""
         return takewhile(lambda entry: entry[1] > step, reversed(self._touched[kind].items()))
 
-    def _note_state(self) -> None:
+    def _note_state(self, state: str, step: int) -> None:
         # A state may recur. Clients that go by the older occurrence may have seen more.
-        self._states.setdefault(self._state, self.step)
+        self._states.setdefault(state, step)
         if len(self._states) > MAX_STATES:
             self._states.popitem(last=False)
 

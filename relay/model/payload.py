@@ -134,7 +134,7 @@ class Payload(Struct, frozen=True, eq=False):
         newer = [item for item in _newest(changes.items) if self._is_newer(item)]
         if not newer:
             return self, None
-        return self._with_items(newer), Change(tuple(newer), tuple(filter(self._is_visible, newer)))
+        return self.with_items(newer), Change(tuple(newer), tuple(filter(self._is_visible, newer)))
 
     def is_newer_than(self, other: Payload) -> bool:
         """Return whether more items are newer than in `other`, by version, than older."""
@@ -150,7 +150,8 @@ class Payload(Struct, frozen=True, eq=False):
         known = self.all(item.kind).get(item.key)
         return known is None or item.version > known.version
 
-    def _with_items(self, items: Sequence[Item]) -> Payload:
+    def with_items(self, items: Iterable[Item]) -> Payload:
+        """Return the payload with these items in place of those of their keys, newer or not."""
         after = self
         for item in items:
             before = after.all(item.kind).get(item.key)
@@ -173,7 +174,7 @@ class Payload(Struct, frozen=True, eq=False):
             return self, None
         visible = tuple(filter(self._is_visible, different))
         change = Change(tuple(different), visible, replace=not all(map(self._is_newer, different)))
-        return self._with_items(different), change
+        return self.with_items(different), change
 
     def _numbered(self, item: Item) -> Item:
         """Return an item; a tombstone with the version after its item's (fdv2 13.8.4)."""

@@ -35,6 +35,10 @@ class BigSegmentStore(Protocol):
     def label(self) -> str:
         """Kind and address of the database for people, without secrets."""
 
+    @property
+    def lease_lifetime(self) -> float:
+        """Seconds for which a lease is kept without being claimed again."""
+
     async def metadata(self) -> Metadata:
         """Return the state of what is stored."""
 
@@ -59,6 +63,22 @@ class BigSegmentStore(Protocol):
             For each, True by reference of a segment that includes it, False for one that excludes
             it; a segment that does both includes it.
         """
+
+    async def claim(self, owner: str) -> bool:
+        """Take the lease, or keep it, for `lease_lifetime` from the moment of the call.
+
+        It gives one relay at a time the task to synchronise. It does not guard `apply`, which is
+        safe without it.
+
+        Args:
+            owner: ID that nobody else has.
+
+        Returns:
+            False if another owner has it.
+        """
+
+    async def release(self, owner: str) -> None:
+        """Give the lease up, if the owner has it."""
 
     async def aclose(self) -> None:
         """Close all connections."""

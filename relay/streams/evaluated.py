@@ -45,8 +45,8 @@ EVALUATING: Mapping[SDKKind, str] = {
 """Names of the evaluating streams by kind of client-side SDK."""
 
 EVALUATING_FDV2: Mapping[SDKKind, str] = {
-    SDKKind.MOBILE: "eval-mobile-2",
-    SDKKind.BROWSER: "eval-browser-2",
+    SDKKind.MOBILE: "sdk/stream/eval-mobile",
+    SDKKind.BROWSER: "sdk/stream/eval-browser",
 }
 """Names of those that speak FDv2."""
 
@@ -266,11 +266,16 @@ class EvaluatingChannel(Channel[EvalClient]):
             elif moved:
                 affected = {s: client for s, client in updated.items() if client in moved}
                 self._start(_UpdateFanOut(step, touched, affected, since))
-        if awaiting_put:
+        # Those who came while memberships were read may lack theirs.
+        late = {s: None for s in awaiting_put if not self._has_members(program, s)}
+        if late:
+            self._awaiting_put |= late
+            self._check_soon()
+        if len(late) < len(awaiting_put):
             newcomers = {
                 s: (client, self._bases.pop(s, ""))
                 for s, client in self.subscriptions.items()
-                if s in awaiting_put
+                if s in awaiting_put and s not in late
             }
             self._start(_OpeningFanOut(program, newcomers, self._format))
 

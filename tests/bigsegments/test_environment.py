@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import tracemalloc
 from contextlib import asynccontextmanager
 
 from relay import clock
@@ -251,13 +252,29 @@ async def test_an_outage_delays_one_read_only():
 
 
 @timed
-async def test_an_odd_time_counts_as_an_error():
-    """As in ld-relay, nothing is available then."""
+async def test_changes_that_nobody_asks_for_take_no_memory():
+    """Millions of members may come after a read, and before the next one."""
     async with in_use() as site:
+        await site.is_member("ann")
+        tracemalloc.start()
+        for start in range(0, 100_000, 1000):
+            site.big_segments.changed(frozenset(map(str, range(start, start + 1000))))
+        grown, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert grown < 4_000_000
+        assert not await site.is_member("ann")
+
+
+@timed
+async def test_an_odd_time_counts_as_none():
+    """As in ld-relay, `/status` says that nothing is available, and members are found."""
+    async with in_use() as site:
+        site.store.include("ann")
         site.store.readable = False
         site.big_segments.look()
         await asyncio.sleep(0.1)
-        assert await site.status("ann") is Status.STORE_ERROR
+        assert await site.status("ann") is Status.STALE
+        assert await site.is_member("ann")
         assert not site.big_segments.status.available
         site.store.readable = True
         await asyncio.sleep(5.1)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 from aiohttp import web
 
+from relay import clock
 from relay.backoff import Backoff
+from relay.bigsegments.lease import Lease
 from relay.bigsegments.synchroniser import Synchroniser
 from relay.model.credential import SDKKey
 from relay.protocol.bigsegments import context_hash
 from relay.sources.bigsegments import BigSegmentSource
 from relay.sources.timings import SourceTimings
+from relay.stores.redis import bigsegments as module
 from relay.stores.redis.bigsegments import RedisBigSegmentStore
 from relay.upstream import Upstream
 from tests.support import upstream as answers
@@ -46,17 +49,22 @@ async def scripted_upstream():
 class Run:
     """A synchroniser at work, and what it has said."""
 
-    def __init__(self, store, source):
+    def __init__(self, store, source, lease_store):
         self.store = store
         self.changes: list[frozenset[str] | None] = []
         self.times = 0
+        self.looks = 0
+        lease = Lease(lease_store, self._look, LOG)
         self.synchroniser = Synchroniser(
-            source, store, self.changes.append, self._count, LOG, timings=FAST
+            source, store, self.changes.append, self._count, lease=lease, log=LOG, timings=FAST
         )
         self.key = KEY
 
     def _count(self):
         self.times += 1
+
+    def _look(self):
+        self.looks += 1
 
     async def cursor(self, expected: str | None) -> None:
         """Wait until this version is stored and the stream is followed."""
@@ -67,15 +75,16 @@ class Run:
 
 
 @asynccontextmanager
-async def synchronising(upstream, redis, keys=None):
-    """Run a synchroniser with a connection of its own."""
+async def synchronising(upstream, redis, keys=None, lease="big"):
+    """Run a synchroniser with a connection of its own, and the lease of a prefix."""
     store = RedisBigSegmentStore(redis.options(), "big")
+    lease_store = RedisBigSegmentStore(redis.options(), lease)
     keys = keys or [KEY]
     async with Upstream() as session:
         source = BigSegmentSource(
             session, upstream.url, upstream.url + "/", lambda: SDKKey(keys[-1])
         )
-        run = Run(store, source)
+        run = Run(store, source, lease_store)
         task = asyncio.create_task(run.synchroniser.run())
         try:
             yield run
@@ -86,6 +95,7 @@ async def synchronising(upstream, redis, keys=None):
             with contextlib.suppress(asyncio.CancelledError):
                 await task
             await store.aclose()
+            await lease_store.aclose()
 
 
 async def test_patches_are_fetched_until_there_are_none(upstream, server):
@@ -230,11 +240,11 @@ async def test_a_patch_before_the_failure_is_kept(upstream, server):
         assert run.synchroniser.applied == 2
 
 
-async def test_two_relays_apply_each_patch_once(upstream, server):
-    """Both follow the stream; together they apply each patch once, and both report it."""
+async def test_two_that_both_have_a_lease_apply_each_patch_once(upstream, server):
+    """As beside ld-relay, both follow the stream; each patch is applied once, and both report it."""
     async with (
-        synchronising(upstream, server) as one,
-        synchronising(upstream, server) as other,
+        synchronising(upstream, server, lease="one") as one,
+        synchronising(upstream, server, lease="other") as other,
     ):
         await one.cursor("v2")
         await other.cursor("v2")
@@ -277,3 +287,91 @@ async def test_a_database_that_is_away_is_waited_for(upstream, tmp_path):
             redis.start()
             await run.cursor("v3")
             assert run.synchroniser.applied == 3
+
+
+# The lease
+
+
+@pytest.fixture
+def brief_lease(monkeypatch):
+    """A lease that is over soon."""
+    monkeypatch.setattr(module, "LEASE", 0.6)
+    monkeypatch.setattr(RedisBigSegmentStore, "lease_lifetime", 0.6)
+
+
+@pytest.mark.timing
+async def test_one_of_several_relays_synchronises(upstream, server, brief_lease):
+    """The others ask nothing of upstream, and look at the database again and again."""
+    async with (
+        synchronising(upstream, server) as one,
+        synchronising(upstream, server) as other,
+        synchronising(upstream, server) as third,
+    ):
+        runs = [one, other, third]
+        await until(lambda: any(run.synchroniser.connected for run in runs), 10)
+        await upstream.send_patches(KEY, V3)
+        [holder] = [run for run in runs if run.synchroniser.has_lease]
+        await holder.cursor("v3")
+        waiting = [run for run in runs if run is not holder]
+        for run in waiting:
+            looks = run.looks
+            await until(lambda run=run, looks=looks: run.looks > looks + 8, 10)
+        assert [run for run in runs if run.synchroniser.has_lease] == [holder]
+        assert upstream.asked(STREAM) == 1
+        assert not any(run.synchroniser.applied or run.changes for run in waiting)
+
+
+@pytest.mark.timing
+async def test_the_next_relay_goes_on_when_one_ends(upstream, server):
+    """At once when it ends in order; its clients hear that anything may have changed."""
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(synchronising(upstream, server))
+        await first.cursor("v2")
+        async with synchronising(upstream, server) as following:
+            await until(lambda: following.looks > 0)
+            await stack.aclose()
+            start = clock.monotonic()
+            await following.cursor("v2")
+            assert clock.monotonic() - start < module.LEASE / 2
+            assert following.changes == [None]
+
+
+async def test_a_relay_without_upstream_leaves_the_lease_to_others(upstream, server, brief_lease):
+    """It cannot reach LaunchDarkly; within moments another one synchronises."""
+    async with ScriptedUpstream() as broken:
+        broken.script_path(POLL, *[answers.status(503)] * 1000)
+        async with synchronising(broken, server) as blind:
+            await broken.until_asked(POLL, 3)
+            async with synchronising(upstream, server) as seeing:
+                await seeing.cursor("v2")
+                asked = broken.asked(POLL)
+                looks = blind.looks
+                await until(lambda: blind.looks > looks + 5, 10)
+                assert broken.asked(POLL) <= asked + 1
+
+
+@pytest.mark.timing
+async def test_a_lease_that_another_takes_ends_the_work(upstream, server, brief_lease, caplog):
+    """The stream is closed, and opened again when the lease is free."""
+    caplog.set_level(logging.INFO, LOG.name)
+    async with synchronising(upstream, server) as run:
+        await run.cursor("v2")
+        server.do("SET", "big:$relay:big_segments", "somebody-else", "PX", 1500)
+        await until(lambda: not run.synchroniser.connected)
+        assert not run.synchroniser.has_lease
+        upstream.patches[KEY] += [V3]
+        await run.cursor("v3")
+        assert None in run.changes
+    for line in ("has lost its lease", "another relay synchronizes", "from now on"):
+        assert caplog.text.count(line) == 1
+
+
+async def test_a_lease_that_cannot_be_renewed_ends_the_work(upstream, tmp_path, brief_lease):
+    """With the database away this relay cannot know whether another one has begun."""
+    with RedisServer(tmp_path, appendonly="yes", appendfsync="always") as redis:
+        async with synchronising(upstream, redis) as run:
+            await run.cursor("v2")
+            redis.pause()
+            await until(lambda: not run.synchroniser.has_lease, 5)
+            redis.go_on()
+            await run.cursor("v2")

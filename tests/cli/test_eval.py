@@ -14,6 +14,7 @@ import pytest
 from relay.cli.eval import main as evaluate
 from tests.support.authorities import UNTIDY, Authority
 from tests.support.data import flag, segment
+from tests.support.dynamodb import VARIABLES, DynamoDBServer
 from tests.support.process import PATIENCE, ROOT, RelayProcess
 from tests.support.proxy import a_proxy
 from tests.support.redis import RedisServer
@@ -220,10 +221,35 @@ def test_members_of_big_segments_are_read(tmp_path, capsys):
         assert '"bigSegmentsStatus":"NOT_CONFIGURED"' in capsys.readouterr().out
 
 
+def test_members_of_big_segments_are_read_from_dynamodb(tmp_path, capsys, monkeypatch):
+    """Where AWS's variables say."""
+    ask = ["lamp", "--context", ANNA, "--flags", str(big_segment_flags(tmp_path))]
+    with DynamoDBServer() as server:
+        for name, value in {**VARIABLES, "AWS_ENDPOINT_URL_DYNAMODB": server.url}.items():
+            monkeypatch.setenv(name, value)
+        table = server.new_table()
+        asked = [*ask, "--dynamodb", table.name]
+        key = {"namespace": {"S": "prod:big_segments_user"}, "key": {"S": context_hash("anna")}}
+        item = {**key, "included": {"SS": ["team.g2"]}}
+        server.client.put_item(TableName=table.name, Item=item)
+        assert evaluate([*asked, "--prefix", "prod"]) == 0
+        found = capsys.readouterr().out
+        assert 'value      "yes"' in found
+        assert '"bigSegmentsStatus":"STALE"' in found
+        assert evaluate(asked) == 0
+        assert 'value      "no"' in capsys.readouterr().out
+        table.drop()
+        assert evaluate(asked) == 1
+        assert f'the database cannot be asked: there is no table "{table.name}"' in (
+            capsys.readouterr().err
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["--prefix", "p"], "--prefix needs a database with --redis"),
+        (["--prefix", "p"], "--prefix needs a database with --redis or --dynamodb"),
+        (["--redis", "redis://x", "--dynamodb", "t"], "name one database"),
         (["--redis", "redis://127.0.0.1:1"], "the database cannot be asked: "),
         (["--redis", "redis://127.0.0.1:1/x"], "the database cannot be asked: "),
     ],

@@ -80,6 +80,8 @@ def problems(variables: Mapping[str, str]) -> tuple[str, ...]:
         ({"USE_REDIS": "1", "REDIS_IDENTITY": "aws", "REDIS_TLS": "1", "REDIS_USERNAME": "u"}, "[Redis] identity: aws needs username and iamCache (REDIS_IDENTITY, REDIS_USERNAME)"),
         ({"USE_REDIS": "1", "REDIS_IDENTITY": "aws", "REDIS_TLS": "1", "REDIS_IAM_CACHE": "c"}, "[Redis] identity: aws needs username and iamCache (REDIS_IDENTITY, REDIS_IAM_CACHE)"),
         ({"USE_REDIS": "1", "REDIS_CLIENT_CERT_FILE": "c"}, "a Redis client certificate needs a key, and a key a certificate (REDIS_CLIENT_CERT_FILE)"),
+        ({"FLEET": "1"}, "[Fleet] enabled: a fleet needs Redis (FLEET)"),
+        ({"FLEET": "1", "USE_REDIS": "1", "EXIT_ALWAYS": "1"}, "[Fleet] enabled: a relay that exits cannot take part in a fleet (FLEET)"),
         ({"FILE_DATA_SOURCE_MONITORING_INTERVAL": "1s"}, "must specify offline mode filename if other offline mode properties are set (FILE_DATA_SOURCE_MONITORING_INTERVAL)"),
         ({"USE_CONSUL": "1", "CONSUL_HOST": "ftp://h"}, "CONSUL_HOST: must begin with http://, https:// or unix://, or with the host"),
         ({"USE_CONSUL": "1", "CONSUL_HOST": "http://u:hush@h"}, "CONSUL_HOST: must not contain a user or a password; Consul knows tokens only"),
@@ -431,7 +433,9 @@ def test_options_of_a_later_release_are_accepted_with_a_warning(tmp_path: Path) 
         ({"USE_REDIS": "1", "LD_ENV_a": "k"}, f'environment "a" {PREFIX_MISSING}; this would be an error if multiple environments were configured (LD_ENV_a)'),
         ({"PUBLISH_TOKEN": "t", "PUBLISH_TO": "s3://b"}, "[Publish] token has no effect without an https URL (PUBLISH_TOKEN)"),
         ({"BOOTSTRAP_TOKEN": "t", "LD_ENV_a": "k"}, "[Main] bootstrapToken has no effect without an https URL (BOOTSTRAP_TOKEN)"),
+        ({"FLEET": "1", "USE_REDIS": "1", "FLAGS_FILE": "f"}, "[Fleet] enabled has no effect: the flags do not come from LaunchDarkly (FLEET)"),
         ({"BOOTSTRAP_FROM": "s3://b", "FLAGS_FILE": "f"}, "[Main] bootstrapFrom has no effect: the flags do not come from LaunchDarkly (BOOTSTRAP_FROM)"),
+        ({"DATA_SYSTEM": "fdv2", "FLEET": "1", "USE_REDIS": "1", "LD_ENV_a": "k", "LD_PREFIX_a": "p"}, "[Main] dataSystem = fdv2 has no effect in a fleet, so far (DATA_SYSTEM)"),
         ({"DATA_SYSTEM": "fdv2", "STREAM_URI": "http://h"}, "[Main] dataSystem = fdv2 streams from streamUri and polls baseUri; only one of them is another than LaunchDarkly's (DATA_SYSTEM, STREAM_URI)"),
     ],
 )  # fmt: skip

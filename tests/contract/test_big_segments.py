@@ -12,16 +12,12 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from ldclient import LDClient
-from ldclient.config import BigSegmentsConfig, Config
-from ldclient.context import Context
-from ldclient.feature_store import CacheConfig
-from ldclient.integrations import Redis as SDKRedis
 
 from relay.protocol import sse
 from tests.support.data import all_data, flag, segment
 from tests.support.process import RelayProcess
 from tests.support.redis import RedisServer
+from tests.support.sdk import SDKS, Setup, make, sees
 from tests.support.serving import SDK_KEY, Stream, ask
 from tests.support.upstream import BIG_SEGMENTS, ScriptedUpstream, context_hash, segment_patch
 
@@ -321,26 +317,18 @@ async def test_without_big_segments_nothing_is_asked(tmp_path, upstream, redis):
         assert not redis.calls().keys() & {"get", "smembers"}
 
 
-async def test_the_python_sdk_in_daemon_mode_finds_members(tmp_path, upstream, redis):
-    """LaunchDarkly's own big segment store reads what the relay has written."""
+@pytest.mark.sdk
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("name", SDKS)
+async def test_sdks_in_daemon_mode_find_members(tmp_path, upstream, redis, name):
+    """LaunchDarkly's own big segment stores read what the relay has written."""
     async with relaying(tmp_path, upstream, redis) as relay:
         await eventually(relay, "ann", "yes")
         await relay.until(lambda: redis.do("EXISTS", "launchdarkly:$inited"))
-        store = SDKRedis.new_feature_store(redis.url, caching=CacheConfig.disabled())
-        members = BigSegmentsConfig(store=SDKRedis.new_big_segment_store(redis.url))
-        config = Config(
-            SDK_KEY, feature_store=store, big_segments=members, use_ldd=True, send_events=False
-        )
-        client = await asyncio.to_thread(LDClient, config)
-        try:
-            for key, value in (("ann", "yes"), ("ben", "no")):
-                detail = await asyncio.to_thread(
-                    client.variation_detail, "member", Context.create(key), "?"
-                )
-                assert detail.value == value
-                assert detail.reason["bigSegmentsStatus"] == "HEALTHY"
-        finally:
-            client.close()
+        async with make(name, Setup(SDK_KEY, redis=redis.url)) as sdk:
+            await sees(sdk, "member", "yes", user("ann"))
+            assert await sdk.value("member", user("ben"), "?") == "no"
+            assert await sdk.value("org-member", user("ann"), "?") == "no"
 
 
 async def test_evaluated_streams_keep_what_they_have_in_an_outage(tmp_path, upstream, redis):

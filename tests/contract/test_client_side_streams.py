@@ -445,6 +445,7 @@ async def test_streams_are_counted():
         assert sum(count.value for count in relay.traffic.streams.values()) == 4
         wanted = {"all": 0, "flags": 0, "sdk/stream": 0}
         wanted |= {"ping": 2, "eval-mobile": 1, "eval-browser": 1}
+        wanted |= {"sdk/stream/eval-mobile": 0, "sdk/stream/eval-browser": 0}
         assert relay.hub.streams == wanted
         for stream in streams:
             stream.close()

@@ -90,6 +90,18 @@ def test_a_state_that_is_not_known_means_everything(basis):
     assert History(LARGE).answer(basis) == UNKNOWN
 
 
+def test_a_state_that_is_named_after_the_next_step_is_that_of_its_own():
+    """Else a client that another replica gave it would be told that nothing is new."""
+    state = History(LARGE, flag("a", 1)).journal.state
+    history = History()
+    for items in ((LARGE, flag("a", 1)), (flag("a", 2),)):
+        full = len(items) > 1
+        history.payload, change = history.payload.apply(ChangeSet(items, full=full))
+        assert change is not None
+        history.journal.record(history.payload, change, full=full)
+    assert history.answer(state) == {flag("a", 2)}
+
+
 def test_a_client_that_is_up_to_date_needs_nothing():
     history = History(LARGE)
     assert history.answer(history.journal.state) == set()

@@ -21,29 +21,40 @@ function hasten(seconds) {
   }
 }
 
-function store({ line, redis, dynamodb, table, prefix }) {
-  if (dynamodb) {
-    // Only that of the old line is in every registry; without this it warns of its library's age.
-    process.env.AWS_SDK_JS_SUPPRESS_MAINTENANCE_MODE_MESSAGE = '1';
-    const { DynamoDBFeatureStore } = require('launchdarkly-node-server-sdk-dynamodb');
-    const clientOptions = { endpoint: dynamodb, region: process.env.AWS_REGION };
-    return DynamoDBFeatureStore(table, { clientOptions, prefix, cacheTTL: 0 });
-  }
-  if (line === '7') {
-    const { RedisFeatureStore } = require('launchdarkly-node-server-sdk-redis');
-    return RedisFeatureStore({ redisOpts: { url: redis }, prefix, cacheTTL: 0, logger: silent });
-  }
-  const { RedisFeatureStore } = require('@launchdarkly/node-server-sdk-redis');
+// The flags and the members of big segments in a database, for daemon mode.
+function stores(setup) {
+  return setup.dynamodb ? storesInDynamoDB(setup) : storesInRedis(setup);
+}
+
+function storesInDynamoDB({ dynamodb, table, prefix }) {
+  // Only that of the old line is in every registry; without this it warns of its library's age.
+  process.env.AWS_SDK_JS_SUPPRESS_MAINTENANCE_MODE_MESSAGE = '1';
+  const name = 'launchdarkly-node-server-sdk-dynamodb';
+  const { DynamoDBFeatureStore, DynamoDBBigSegmentStore } = require(name);
+  const options = { clientOptions: { endpoint: dynamodb, region: process.env.AWS_REGION }, prefix };
+  return {
+    featureStore: DynamoDBFeatureStore(table, { ...options, cacheTTL: 0 }),
+    bigSegments: { store: DynamoDBBigSegmentStore(table, options) },
+  };
+}
+
+function storesInRedis({ line, redis, prefix }) {
+  const name = line === '7' ? 'launchdarkly-node-server-sdk-redis' : '@launchdarkly/node-server-sdk-redis';
+  const { RedisFeatureStore, RedisBigSegmentStore } = require(name);
   const { hostname, port } = new URL(redis);
-  const redisOpts = { host: hostname, port: Number(port) };
-  return RedisFeatureStore({ redisOpts, prefix, cacheTTL: 0 });
+  const redisOpts = line === '7' ? { url: redis } : { host: hostname, port: Number(port) };
+  const options = { redisOpts, prefix, logger: silent };
+  return {
+    featureStore: RedisFeatureStore({ ...options, cacheTTL: 0 }),
+    bigSegments: { store: RedisBigSegmentStore(options) },
+  };
 }
 
 function options(setup) {
   const { url, stream, redis, dynamodb, ca, fdv2, events } = setup;
   const all = { logger: silent, sendEvents: events, diagnosticOptOut: !events, stream };
   if (url) Object.assign(all, { baseUri: url, streamUri: url, eventsUri: url });
-  if (redis || dynamodb) Object.assign(all, { useLdd: true, featureStore: store(setup) });
+  if (redis || dynamodb) Object.assign(all, { useLdd: true, ...stores(setup) });
   if (ca) all.tlsParams = { ca: readFileSync(ca) };
   if (fdv2) {
     const dataSource = { default: undefined, streaming: { dataSourceOptionsType: 'streamingOnly' } };

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+
+import pytest
 
 from relay.protocol.bigsegments import Members, Patch, _Changes, context_hash
 from relay.stores.bigsegments import Metadata
@@ -26,6 +29,9 @@ def patch(
 
 class BigSegmentStoreContract:
     """Subclass it with a fixture `store` that is connected to an empty database."""
+
+    many = 1000
+    """Members of a patch that are far more than any limit of one request."""
 
     async def test_a_new_store_holds_nothing(self, store):
         """There is neither a version nor a time, and nobody is a member."""
@@ -78,9 +84,10 @@ class BigSegmentStoreContract:
 
     async def test_a_patch_of_many_members_is_applied_whole(self, store):
         """Far more members than any limit of one request."""
-        many = [context_hash(str(number)) for number in range(1000)]
+        many = [context_hash(str(number)) for number in range(self.many)]
         assert await store.apply(patch("v1", include=many), None) == frozenset(many)
-        assert await store.memberships(many[::100]) == [{"team.g2": True}] * 10
+        tenth = many[::10]
+        assert await store.memberships(tenth) == [{"team.g2": True}] * len(tenth)
 
     async def test_one_of_several_writers_applies_a_patch(self, store, another_store):
         """Of two who apply the same patch at a time, one is told that it was not the one."""
@@ -98,3 +105,46 @@ class BigSegmentStoreContract:
         assert await store.metadata() == Metadata(None, 1_700_000_000.123)
         await store.apply(patch("v1"), None)
         assert await store.metadata() == Metadata("v1", 1_700_000_000.123)
+
+    async def test_one_of_several_relays_has_the_lease(self, store, another_store):
+        """Until it gives it up; it may claim it again, and cannot give up another's."""
+        assert await store.claim("one")
+        assert not await another_store.claim("two")
+        assert await store.claim("one")
+        await another_store.release("two")
+        assert not await another_store.claim("two")
+        await store.release("one")
+        assert await another_store.claim("two")
+        assert not await store.claim("one")
+
+    async def test_one_of_those_who_claim_at_a_time_gets_the_lease(self, store, another_store):
+        """However often they try."""
+        for number in range(20):
+            claims = await asyncio.gather(
+                *(each.claim(f"{each is store}-{number}") for each in (store, another_store) * 3)
+            )
+            assert claims.count(True) >= 1
+            assert len({n % 2 for n, claimed in enumerate(claims) if claimed}) == 1
+            for each in (store, another_store):
+                await each.release(f"{each is store}-{number}")
+
+    @pytest.mark.timing
+    async def test_a_lease_that_is_not_kept_ends(self, store, another_store, monkeypatch):
+        """After its lifetime another relay gets it, and the first one has lost it."""
+        assert store.lease_lifetime > 1.0
+        monkeypatch.setattr(inspect.getmodule(type(store)), "LEASE", 0.5)
+        assert await store.claim("one")
+        start = asyncio.get_running_loop().time()
+        while not await another_store.claim("two"):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        assert asyncio.get_running_loop().time() - start > 0.4
+        assert not await store.claim("one")
+
+    @pytest.mark.timing
+    async def test_a_lease_that_is_kept_does_not_end(self, store, another_store, monkeypatch):
+        """The others wait for as long as it is claimed again in time."""
+        monkeypatch.setattr(inspect.getmodule(type(store)), "LEASE", 0.5)
+        for _ in range(12):
+            assert await store.claim("one")
+            assert not await another_store.claim("two")
+            await asyncio.sleep(0.1)

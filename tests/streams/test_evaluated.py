@@ -11,8 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from relay.bigsegments.memberships import Memberships
 from relay.evaluation.client import EvalClient
 from relay.evaluation.compiled.fragments import EvalBody
+from relay.evaluation.data import Membership
+from relay.evaluation.results import BigSegmentsStatus
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import parse_context
 from relay.model.payload import EMPTY, Change
@@ -348,6 +351,61 @@ async def test_a_failure_for_one_client_does_not_reach_the_others():
     assert [len(client.messages) for client in clients] == [2, 1, 2]
     assert [type(about["exception"]) for about in reported] == [ZeroDivisionError]
     for client in clients:
+        client.abort()
+
+
+class MemberProgram(Program):
+    """Flags that are on for members of a big segment."""
+
+    has_big_segments = True
+
+    def members_needed(self, context):
+        return (context.get("user").key,)
+
+    def results(self, context, keys, memberships):
+        members = frozenset(key for key, each in memberships.items() if each.segments)
+        flags = {key: (version, members) for key, (version, _) in self.flags.items()}
+        return Program(self.version, flags).results(context, keys, {})
+
+
+class SlowMembers:
+    """Big segments in which everybody is a member, once each read has been let go on."""
+
+    def __init__(self) -> None:
+        self.may_answer = asyncio.Semaphore(0)
+        self.reads = 0
+
+    def known(self, keys):
+        return None
+
+    async def memberships(self, keys):
+        self.reads += 1
+        await self.may_answer.acquire()
+        membership = Membership(BigSegmentsStatus.HEALTHY, {"team.g1": True})
+        return Memberships(dict.fromkeys(keys, membership), ())
+
+
+async def test_a_client_that_comes_while_members_are_read_waits_for_its_own():
+    """Its put is made with its memberships, and not with those of the ones before it."""
+    site, members = Site(), SlowMembers()
+    site.channel = EvaluatingChannel(site.programs, SDKKind.BROWSER, EvalxFormat(), members)
+    site.hub = Hub({}, StreamLimits(heartbeat_interval=0), {"eval": site.channel})
+    site.programs.newest = MemberProgram(1000, {"a": (1, frozenset())})
+    first = site.client("x")
+    await turns()
+    assert members.reads == 1
+    second = site.client("y")
+    members.may_answer.release()
+    await turns()
+    for client in (first, second):
+        client.read()
+    assert (first.state(), second.state()) == ({"a": True}, None)
+    members.may_answer.release()
+    await turns()
+    second.read()
+    assert second.state() == {"a": True}
+    for client in (first, second):
+        assert len(client.messages) == 1
         client.abort()
 
 

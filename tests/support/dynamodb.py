@@ -120,12 +120,14 @@ Answer = tuple[int, dict[str, Any]]
 class DynamoDBProxy:
     """Passes requests on, and records them. Entered it runs, left it is ended.
 
+    One request goes on at a time, since moto's transactions are none while others come.
     `misbehave` may answer in the server's place: it gets operation and body, and returns status and
     body, or None; it may change the body. `amend` may change an answer, `delay` is before each.
     """
 
     def __init__(self, server: DynamoDBServer) -> None:
         self._server = server
+        self._turn = asyncio.Lock()
         self.asked: list[Asked] = []
         self.misbehave: Callable[[str, dict[str, Any]], Answer | None] = lambda _op, _body: None
         self.amend: Callable[[str, dict[str, Any], dict[str, Any]], None] = lambda _o, _b, _a: None
@@ -185,9 +187,12 @@ class DynamoDBProxy:
                 for name, value in request.headers.items()
                 if name.lower() not in ("host", "content-length", "accept-encoding")
             }
-            async with self._session.post(
-                self._server.url, data=json.dumps(body), headers=headers
-            ) as response:
+            async with (
+                self._turn,
+                self._session.post(
+                    self._server.url, data=json.dumps(body), headers=headers
+                ) as response,
+            ):
                 answer = response.status, json.loads(await response.read())
         self.amend(operation, body, answer[1])
         token = request.headers.get("X-Amz-Security-Token")

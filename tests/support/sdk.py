@@ -18,7 +18,7 @@ from ld_openfeature import LaunchDarklyProvider
 from ldclient import Context, LDClient
 from ldclient.async_client import AsyncLDClient
 from ldclient.async_config import AsyncConfig, AsyncDataSystemConfig
-from ldclient.config import Config, DataSystemConfig, HTTPConfig
+from ldclient.config import BigSegmentsConfig, Config, DataSystemConfig, HTTPConfig
 from ldclient.datasystem import (
     default,
     fdv1_fallback_ds_builder,
@@ -229,15 +229,17 @@ class PythonSDK:
             store = Redis.new_feature_store(
                 setup.redis, setup.prefix, caching=CacheConfig.disabled()
             )
-            options |= {"use_ldd": True, "feature_store": store}
+            members = BigSegmentsConfig(Redis.new_big_segment_store(setup.redis, setup.prefix))
+            options |= {"use_ldd": True, "feature_store": store, "big_segments": members}
         if setup.dynamodb:
+            where = {"endpoint_url": setup.dynamodb}
             store = DynamoDB.new_feature_store(
-                setup.table,
-                setup.prefix,
-                {"endpoint_url": setup.dynamodb},
-                caching=CacheConfig.disabled(),
+                setup.table, setup.prefix, where, caching=CacheConfig.disabled()
             )
-            options |= {"use_ldd": True, "feature_store": store}
+            members = BigSegmentsConfig(
+                DynamoDB.new_big_segment_store(setup.table, setup.prefix, where)
+            )
+            options |= {"use_ldd": True, "feature_store": store, "big_segments": members}
         if setup.url:
             options |= dict.fromkeys(("base_uri", "stream_uri", "events_uri"), setup.url)
         if not setup.stream and setup.poll_interval < MIN_POLL_INTERVAL:
@@ -305,7 +307,8 @@ class AsyncPythonSDK:
             store = Redis.async_feature_store(
                 setup.redis, setup.prefix, caching=CacheConfig.disabled()
             )
-            options |= {"use_ldd": True, "feature_store": store}
+            members = BigSegmentsConfig(Redis.async_big_segment_store(setup.redis, setup.prefix))
+            options |= {"use_ldd": True, "feature_store": store, "big_segments": members}
             self._end.push_async_callback(store.close)  # the client leaves it open
         if setup.url:
             options |= dict.fromkeys(("base_uri", "stream_uri", "events_uri"), setup.url)

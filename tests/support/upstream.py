@@ -202,6 +202,10 @@ class ScriptedUpstream:
         """Wait until `n` events have been accepted; those which came twice count twice."""
         await self._until(lambda: sum(len(p.events) for p in self.accepted) >= n)
 
+    def open_streams(self, key: str) -> int:
+        """Return how many streams `key` has now."""
+        return len(self._streams.get(key, ()))
+
     async def left(self, key: str) -> None:
         """Wait until `key` has no open stream."""
         await self._until(lambda: not self._streams.get(key))

@@ -24,7 +24,9 @@ def connect(url: str, environ: Mapping[str, str]) -> AWSConnection:
     Raises:
         ConfigError: the profile that `AWS_PROFILE` names does not exist, for example.
     """
-    return AWSConnection("dynamodb", environ, AioConfig(read_timeout=READ_TIMEOUT), url)
+    # Parameters are ours, and right. To validate them would take as long as all else.
+    config = AioConfig(read_timeout=READ_TIMEOUT, parameter_validation=False)
+    return AWSConnection("dynamodb", environ, config, url)
 
 
 def unavailable(error: Exception, table: str) -> StoreUnavailable:

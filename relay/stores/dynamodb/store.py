@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError
-
-from relay import randomness
 from relay.aio import run_in_slices
-from relay.backoff import Backoff
 from relay.errors import StoreUnavailable
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
 from relay.stores import Stored, Versions
-from relay.stores.aws.connection import Lease, error_code
-from relay.stores.dynamodb.connect import unavailable
+from relay.stores.aws.connection import Lease
 from relay.stores.dynamodb.layout import (
     FINGERPRINT,
     Attributes,
@@ -30,18 +24,12 @@ from relay.stores.dynamodb.layout import (
     parse_versions,
     stored_version,
 )
+from relay.stores.dynamodb.table import ConditionFailed, Table, pause
 from relay.stores.fingerprint import Fingerprint
 from relay.stores.items import in_order, in_waves
 
 MAX_RACES = 100
 """Attempts of a write that other writers interrupt, before it fails."""
-
-THROTTLED = Backoff(first=0.05, longest=5.0)
-"""Delays after requests that the service refuses because there are too many, or in part."""
-
-MAX_THROTTLED = 10
-"""Consecutive throttled requests of one write that have written nothing, before it fails: about
-half a minute."""
 
 WRITERS = 4
 """Conditional writes of one store at a time. Each keeps the event loop busy for up to two
@@ -49,21 +37,6 @@ milliseconds."""
 
 PAGE = 100
 """Items of one answer: reading it takes three milliseconds, before other tasks can run."""
-
-_THROTTLING = frozenset(
-    {
-        "InternalServerError",
-        "LimitExceededException",
-        "ProvisionedThroughputExceededException",
-        "RequestLimitExceeded",
-        "ServiceUnavailable",
-        "ThrottlingException",
-        "TransactionInProgressException",
-    }
-)
-"""Error codes of requests that succeed when they are sent again later."""
-
-_CONDITION_FAILED = "ConditionalCheckFailedException"
 
 _NEWER = "attribute_not_exists(#key) or (:version > #version and #version <> :none)"
 """The condition of most writes. An attribute that is 0 or missing says nothing of the version."""
@@ -81,7 +54,7 @@ class DynamoDBStore:
     """
 
     def __init__(self, connection: Lease, table: str, prefix: str) -> None:
-        self._connection = connection
+        self._table = Table(connection, table)
         self._layout = Layout(prefix)
         self.table = table
         self.prefix = prefix
@@ -126,7 +99,7 @@ class DynamoDBStore:
         puts, removals = await run_in_slices(layout.writes(items, stored))
         await self._write_all(puts)
         await self._write_all(removals)
-        await self._call("put_item", Item=layout.marker)
+        await self._table.call("put_item", Item=layout.marker)
 
     async def upsert(self, items: Sequence[Item]) -> bool:
         """Write the items that are newer than the stored versions.
@@ -164,12 +137,10 @@ class DynamoDBStore:
 
     async def aclose(self) -> None:
         """End the share in the client."""
-        await self._connection.aclose()
+        await self._table.aclose()
 
     async def _marker(self) -> Attributes | None:
-        answer = await self._call("get_item", Key=self._layout.marker, ConsistentRead=True)
-        item: Attributes | None = answer.get("Item")
-        return item
+        return await self._table.get(self._layout.marker)
 
     async def _all_items(self) -> list[tuple[Kind, Attributes]]:
         """Return all items of all kinds, segments first."""
@@ -177,7 +148,7 @@ class DynamoDBStore:
         for kind in (Kind.SEGMENT, Kind.FLAG):
             start: Attributes = {}
             while True:
-                answer = await self._call(
+                answer = await self._table.call(
                     "query",
                     ConsistentRead=True,
                     KeyConditionExpression="#namespace = :namespace",
@@ -197,12 +168,13 @@ class DynamoDBStore:
         for batch in in_batches(writes):
             failures, remaining = 0, batch
             while remaining:
-                answer = await self._call("batch_write_item", RequestItems={self.table: remaining})
+                requests = {self.table: remaining}
+                answer = await self._table.call("batch_write_item", RequestItems=requests)
                 left = (answer.get("UnprocessedItems") or {}).get(self.table, [])
                 failures = failures + 1 if len(left) == len(remaining) else 0
                 remaining = left
                 if remaining:
-                    await _pause(failures, "the service leaves writes undone")
+                    await pause(failures, "the service leaves writes undone")
 
     async def _upsert_all(self, items: Iterable[Item]) -> None:
         """Upsert items in any order."""
@@ -239,53 +211,16 @@ class DynamoDBStore:
     ) -> Attributes | None:
         """Put an item on a condition; return what is stored if that does not hold, else None."""
         try:
-            await self._call(
+            await self._table.call(
                 "put_item",
                 Item=attributes,
                 ConditionExpression=condition,
                 ExpressionAttributeNames={f"#{name}": name for name in names},
                 **({"ExpressionAttributeValues": values} if values else {}),
             )
-        except ClientError as e:
-            if error_code(e) != _CONDITION_FAILED:
-                raise unavailable(e, self.table) from e
-        else:
-            return None
-        key = {name: attributes[name] for name in ("namespace", "key")}
-        answer = await self._call("get_item", Key=key, ConsistentRead=True)
-        return answer.get("Item")
-
-    async def _call(self, operation: str, **arguments: Any) -> Attributes:
-        """Send a request, again while it is throttled; return the answer.
-
-        Raises:
-            ClientError: a condition does not hold.
-            StoreUnavailable: the service does not answer, or refuses.
-        """
-        if operation != "batch_write_item":
-            arguments["TableName"] = self.table
-        failures = 0
-        while True:
-            try:
-                async with self._connection.client() as client:
-                    answer: Attributes = await getattr(client, operation)(**arguments)
-                    return answer
-            except ClientError as e:
-                if error_code(e) == _CONDITION_FAILED:
-                    raise
-                if error_code(e) not in _THROTTLING:
-                    raise unavailable(e, self.table) from e
-                failures += 1
-                await _pause(failures, str(unavailable(e, self.table)))
-            except (BotoCoreError, OSError, TimeoutError) as e:
-                raise unavailable(e, self.table) from e
-
-
-async def _pause(failures: int, reason: str) -> None:
-    """Wait before a throttled request is sent again; give up after too many in vain."""
-    if failures > MAX_THROTTLED:
-        raise StoreUnavailable(reason)
-    await asyncio.sleep(THROTTLED.delay(max(0, failures - 1), randomness.fraction()))
+        except ConditionFailed:
+            return await self._table.get({name: attributes[name] for name in ("namespace", "key")})
+        return None
 
 
 def _unchanged(before: Attributes) -> tuple[str, tuple[str, ...], Attributes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from relay.config.schema import Redis as RedisOptions
@@ -17,6 +17,9 @@ from relay.stores.redis.layout import Layout
 
 BATCH = 64
 """Commands in one batch: about a millisecond before the event loop can run other tasks."""
+
+LEASE = 6.0
+"""Seconds of the lease: renewed every two, and taken over within eight."""
 
 Command = tuple[str, ...]
 
@@ -32,6 +35,8 @@ class RedisBigSegmentStore:
         ConfigError: the URL or a TLS file is unusable.
     """
 
+    lease_lifetime = LEASE
+
     def __init__(self, options: RedisOptions, prefix: str = "") -> None:
         self._client = RedisClient(options)
         self._prefix = prefix = Layout(prefix).prefix
@@ -41,6 +46,7 @@ class RedisBigSegmentStore:
         self._cursor = f"{prefix}:big_segments_cursor"
         self._synchronized = f"{prefix}:big_segments_synchronized_on"
         self._lock = f"{prefix}:big_segments_lock"
+        self._lease = f"{prefix}:$relay:big_segments"
 
     def __repr__(self) -> str:
         return f"<RedisBigSegmentStore {self.label} {self._prefix!r}>"
@@ -112,6 +118,29 @@ class RedisBigSegmentStore:
             }
             for included, excluded in zip(sets[::2], sets[1::2], strict=True)
         ]
+
+    async def claim(self, owner: str) -> bool:
+        """Take the lease if it is free, or keep it; Redis ends it."""
+        lifetime = str(int(LEASE * 1000))
+        return await self._change_lease({None, owner.encode()}, "SET", owner, "PX", lifetime)
+
+    async def release(self, owner: str) -> None:
+        """Give the lease up, if the owner has it."""
+        await self._change_lease({owner.encode()}, "DEL")
+
+    async def _change_lease(
+        self, allowed: Collection[bytes | None], command: str, *arguments: str
+    ) -> bool:
+        """Run a command on the lease if its owner is one of those allowed."""
+        async with self._client.connection() as connection:
+            _, holder = await connection.execute_all([("WATCH", self._lease), ("GET", self._lease)])
+            if holder not in allowed:
+                await connection.execute("UNWATCH")
+                return False
+            *_, replies = await connection.execute_all(
+                [("MULTI",), (command, self._lease, *arguments), ("EXEC",)]
+            )
+        return replies is not None and bool(raise_failure(replies))
 
     async def aclose(self) -> None:
         """Close all connections."""

@@ -6,9 +6,9 @@ redis-py's exceptions are translated here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from redis.asyncio.connection import AbstractConnection
 from redis.credentials import CredentialProvider
@@ -17,6 +17,8 @@ from redis.exceptions import RedisError
 from relay.config.schema import Redis as RedisOptions
 from relay.errors import StoreUnavailable
 from relay.stores.redis.connect import connection_pool, reason_of
+
+T = TypeVar("T")
 
 
 class RedisConnection:
@@ -62,6 +64,19 @@ class RedisClient:
     async def aclose(self) -> None:
         """Close all connections."""
         await self._pool.aclose()
+
+    async def run(
+        self,
+        key: str,  # noqa: ARG002 - there is one server
+        work: Callable[[RedisConnection], Awaitable[T]],
+    ) -> T:
+        """Return the result of work with a connection to the server that has a key.
+
+        Raises:
+            StoreUnavailable: the server cannot be reached, or refuses.
+        """
+        async with self.connection() as connection:
+            return await work(connection)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[RedisConnection]:

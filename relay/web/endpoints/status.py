@@ -147,6 +147,7 @@ def _environment_members(
         "dataStores": _all_stores_members(environment),
         "bigSegmentStatus": _big_segment_members(environment),
         "published": _published_members(environment),
+        "fleet": _fleet_members(environment),
         "dataAge": None if age is None else round(age),
         "items": None if payload is None else len(payload),
         **_invalid_members(environment.invalid.values()),
@@ -157,6 +158,21 @@ def _environment_members(
         "events": _events_members(relay, traffic, spec.name),
     }
     return _without_none(members)
+
+
+def _fleet_members(environment: Environment) -> Mapping[str, object] | None:
+    """Return who leads the fleet, and the part that this relay has in it; None without one."""
+    if environment.fleet is None:
+        return None
+    status = environment.fleet.status
+    return _without_none(
+        {
+            "role": status.role.value,
+            "leader": status.leader,
+            "term": status.term,
+            "behind": status.behind or None,
+        }
+    )
 
 
 def _names(spec: EnvironmentSpec) -> Mapping[str, object]:

@@ -16,6 +16,7 @@ import pytest
 
 from relay import __version__, clock
 from relay.bigsegments.environment import BigSegments
+from relay.bigsegments.lease import Lease
 from relay.bigsegments.synchroniser import Synchroniser
 from relay.environment import ConnectionState, Environment, UpstreamConnection
 from relay.events.forwarder import Forwarder
@@ -132,6 +133,7 @@ class EmptyBigSegmentStore:
     """A database in which everything is synchronised, and nobody is a member."""
 
     label = "a test's store"
+    lease_lifetime = 1.0
 
     async def metadata(self):
         return Metadata("v1", time.time())
@@ -142,8 +144,10 @@ class EmptyBigSegmentStore:
 
 async def used_big_segments() -> BigSegments:
     """Big segments that an evaluation has looked at."""
-    big_segments = BigSegments(EmptyBigSegmentStore(), logging.getLogger("relay.env.main"))
-    big_segments.synchroniser = Synchroniser(None, None, None, None, logging.getLogger())
+    store, log = EmptyBigSegmentStore(), logging.getLogger("relay.env.main")
+    big_segments = BigSegments(store, log)
+    lease = Lease(store, big_segments.look, log)
+    big_segments.synchroniser = Synchroniser(None, store, None, None, lease=lease, log=log)
     big_segments.start(synchronise=False)
     await big_segments.memberships(["anna"])
     return big_segments

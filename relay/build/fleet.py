@@ -1,0 +1,84 @@
+"""The relay as a member of a fleet."""
+
+# ruff: noqa: PLC0415 - implementations are imported where they are chosen
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from msgspec import structs
+
+from relay import randomness
+from relay.config.schema import Config
+from relay.environment import Environment
+from relay.model.environment import EnvironmentSpec
+from relay.sources import DataSource
+from relay.stores import Mirror
+from relay.telemetry.log import Log
+
+if TYPE_CHECKING:
+    from relay.fleet.member import Member
+    from relay.fleet.source import FleetSource
+
+_log = logging.getLogger("relay.fleet")
+
+
+def make_member(config: Config) -> Member | None:
+    """Return this relay as a member of the configured fleet; None without one."""
+    if not config.fleet.enabled or config.redis is None or not config.uses_launchdarkly:
+        return None
+    from relay.fleet.feed import Feed
+    from relay.fleet.member import Member
+    from relay.fleet.timings import FleetTimings
+    from relay.stores.redis.client import RedisClient
+
+    timings, options = FleetTimings(), config.redis
+    quick = structs.replace(options, connect_timeout=timings.answer, read_timeout=timings.answer)
+    waiting = structs.replace(options, read_timeout=timings.poll + options.read_timeout)
+    feed = Feed(*map(RedisClient, (quick, options, waiting)))
+    name = f"{socket.gethostname()}-{randomness.new_id()[:8]}"
+    return Member(feed, name, _log, timings)
+
+
+def fleet_source(
+    member: Member, spec: EnvironmentSpec, upstream: DataSource, log: Log
+) -> FleetSource:
+    """Return what takes an environment's data from upstream or from the fleet."""
+    from hashlib import blake2b
+
+    from relay.fleet.feed import Keys
+    from relay.fleet.source import FleetSource
+
+    identity = blake2b(spec.lineage.encode(), digest_size=9).hexdigest()
+    return FleetSource(member, Keys(spec.prefix, identity), upstream, log)
+
+
+def join(environment: Environment, source: FleetSource) -> None:
+    """Let an environment that has this source take part in the fleet."""
+    source.held = lambda: environment.payload
+    environment.fleet = source
+
+
+def fleet_mirror(
+    member: Member,
+    environment: Environment,
+    plain: Callable[[], Mirror],
+    *,
+    server: str,
+) -> Mirror:
+    """Return the mirror that publishes an environment in the fleet's Redis.
+
+    Args:
+        member: this relay.
+        environment: whose data are published; it has joined.
+        plain: makes the mirror of a relay without a fleet.
+        server: address of Redis, without secrets.
+    """
+    from relay.fleet.mirror import FleetMirror
+
+    source = cast("FleetSource", environment.fleet)
+    programs, log = environment.programs, environment.log
+    return FleetMirror(member, source, lambda: programs.version, plain, log, server=server)

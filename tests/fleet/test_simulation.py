@@ -1,0 +1,142 @@
+"""The protocol of a fleet in histories that are drawn: stops, cuts, crashes, failovers, clocks.
+
+The program's code is unchanged; the network, upstream, time and chance are the world's.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from relay.errors import StoreUnavailable
+from relay.fleet import feed, lease, source
+from relay.fleet.feed import Feed, Outcome
+from relay.fleet.upstream import Upstream
+from tests.fleet.world import UpstreamSource, World
+
+# A history takes 90 ms of a core, so these take half a minute. `make nightly` has 100,000.
+HISTORIES = int(os.environ.get("HISTORIES", "350"))
+PER_TEST = max(25, HISTORIES // 100)
+
+ENOUGH = 100
+"""Histories within which each planted bug must be found."""
+
+
+def findings(seed: int) -> list[str]:
+    try:
+        return World(seed).run()
+    except AssertionError as e:
+        return [str(e)]
+
+
+@pytest.mark.parametrize("first", range(0, HISTORIES, PER_TEST))
+def test_no_history_breaks_the_fleet(first: int) -> None:
+    """Whatever happens, nobody goes back, the feed is a chain, and all are current at the end."""
+    for seed in range(first, first + PER_TEST):
+        assert not findings(seed), f"seed {seed}"
+
+
+def no_head_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publication looks at the term only."""
+    monkeypatch.setattr(feed, "guarded", lambda keys: (keys.term,))
+    refused = feed.refused
+
+    def refused_by_term(*arguments: Any) -> Outcome | None:
+        outcome = refused(*arguments)
+        return None if outcome is Outcome.MOVED else outcome
+
+    monkeypatch.setattr(feed, "refused", refused_by_term)
+
+
+def no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A publication looks at nothing."""
+    monkeypatch.setattr(feed, "guarded", lambda keys: ("p:nothing",))
+    monkeypatch.setattr(feed, "refused", lambda *_: None)
+
+
+def no_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follower applies whatever comes."""
+    monkeypatch.setattr(source, "followed", lambda mine, entry: mine.with_items(entry.items or ()))
+
+
+def older_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follower takes what the feed has, though it has newer data itself."""
+    monkeypatch.setattr(source, "is_at_least_as_new", lambda *_: True)
+
+
+def deadline_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease counts from the answer, not from before the command."""
+    monkeypatch.setattr(lease, "lease_end", lambda _, answered, seconds: answered + seconds)
+
+
+def no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leader believes in its lease until it is told that it has lost it."""
+    monkeypatch.setattr(lease, "lease_end", lambda *_: 1e9)
+
+
+def failed_renewal_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leader takes a renewal that gets no answer for a success."""
+    renew = Feed.renew
+
+    async def renewed(*arguments: Any) -> bool:
+        with suppress(StoreUnavailable):
+            await renew(*arguments)
+        return True
+
+    monkeypatch.setattr(Feed, "renew", renewed)
+
+
+def upstream_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follower stays connected to upstream."""
+    monkeypatch.setattr(Upstream, "leave", lambda _: None)
+
+
+BUGS = [
+    no_head_guard,
+    no_guard,
+    no_chain,
+    older_data,
+    deadline_of_the_answer,
+    no_deadline,
+    failed_renewal_ignored,
+    upstream_kept,
+]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+def test_each_planted_bug_is_found(bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The histories would show if a rule of the protocol were missing."""
+    bug(monkeypatch)
+    assert any(findings(seed) for seed in range(ENOUGH)), bug.__doc__
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_new_key_takes_over_upstream(seed: int) -> None:
+    """Whoever leads follows the new stream, and leaves the former one when it has delivered."""
+    world = World(seed)
+    renewed: list[UpstreamSource] = []
+
+    def renew() -> None:
+        for node in world.nodes:
+            node.upstream = UpstreamSource(world.launchdarkly, node.process)
+            renewed.append(node.upstream)
+            node.process.context.run(node.source.change_upstream, node.upstream)
+
+    world.loop.after(20.5, renew)
+    assert not world.run()
+    assert [source for source in renewed if source.has_delivered]
+
+
+def test_a_seed_replays() -> None:
+    """A seed gives the same history each time."""
+    worlds = []
+    for _ in range(2):
+        worlds.append(World(11))
+        worlds[-1].run()
+    first, second = worlds
+    assert first.steps == second.steps > 1000
+    assert first.redis.server.values.keys() == second.redis.server.values.keys()
+    assert first.launchdarkly.states[-1].newest == second.launchdarkly.states[-1].newest

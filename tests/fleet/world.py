@@ -1,0 +1,483 @@
+"""Histories of a fleet, drawn from a seed: what happens to its members, and what must hold."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from bisect import bisect_right
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+from relay.aio import wait_for
+from relay.environment import Environment
+from relay.errors import ErrorKind
+from relay.fleet import Role
+from relay.fleet.contents import Contents, is_at_least_as_new
+from relay.fleet.feed import Feed, Keys
+from relay.fleet.member import Member
+from relay.fleet.mirror import FleetMirror
+from relay.fleet.source import FleetSource
+from relay.fleet.timings import FleetTimings
+from relay.model.credential import SDKKey
+from relay.model.environment import EnvironmentSpec
+from relay.model.item import Item, Kind
+from relay.model.payload import EMPTY, ChangeSet, Payload
+from relay.protocol.feed import FEED, Head, entry_of
+from relay.sources import Interrupted, Update, UpToDate
+from relay.steps import finish
+from relay.stores import Mirror
+from relay.stores.items import parse_items
+from relay.stores.redis.layout import entries
+from relay.streams.hub import Hub
+from tests.support.fakeredis import FakeDatabase, FakeRedis, Link
+from tests.support.simulation import Process, SimulatedLoop
+
+FAULTS_UNTIL = 20.0
+CHANGES_UNTIL = 22.0
+END = 38.0
+"""Times of the world: long enough at the end for doubts to be settled."""
+
+TIMINGS = FleetTimings(doubt=4.0, patience=13.0)
+"""The program's, but for those that would only make histories longer."""
+
+MAX_STEPS = 50_000
+"""Ten times as many callbacks as a history has."""
+
+MAX_LAG = 3.0
+"""Seconds by which LaunchDarkly's servers may lag."""
+
+TTL = TIMINGS.ttl
+
+LOG = logging.getLogger("relay.env.simulation")
+LOG.setLevel(logging.CRITICAL + 1)
+
+KEYS = Keys("p", "an-environment")
+
+
+class LaunchDarkly:
+    """Upstream: a sequence of states, and servers that lag behind it.
+
+    Args:
+        loop: of the world.
+        forgets: True if complete answers leave deleted items out.
+    """
+
+    def __init__(self, loop: SimulatedLoop, *, forgets: bool) -> None:
+        self.loop = loop
+        self.forgets = forgets
+        self.states: list[Payload] = []
+        self._times: list[float] = []
+        self.connected: list[Process] = []
+        self.news = asyncio.Event()
+        items = [item(name, 1) for name in ("a", "b", "c")]
+        self._add(Payload.of(items))
+        self._plan()
+
+    def _add(self, payload: Payload) -> None:
+        self.states.append(payload)
+        self._times.append(self.loop.now)
+        news, self.news = self.news, asyncio.Event()
+        news.set()
+
+    def position(self, lag: int) -> int:
+        """Return the state that a server has which lags by some changes, but not for too long."""
+        newest = len(self.states) - 1
+        known = bisect_right(self._times, self.loop.now - MAX_LAG) - 1
+        return max(0, newest - lag, known)
+
+    def _plan(self) -> None:
+        random = self.loop.random
+        pause = random.choice((0.02, 0.1, 0.4, 1.5))
+        self.loop.after(random.uniform(0, 2 * pause), self._change)
+
+    def _change(self) -> None:
+        if self.loop.now > CHANGES_UNTIL:
+            return
+        random, before = self.loop.random, self.states[-1]
+        key = random.choice("abcdef")
+        known = before.flags.get(key)
+        version = known.version + 1 if known else 1
+        is_deleted = bool(known) and not known.deleted and random.random() < 0.15
+        self._add(before.with_items([item(key, version, deleted=is_deleted)]))
+        self._plan()
+
+
+def item(key: str, version: int, *, deleted: bool = False) -> Item:
+    json = None if deleted else b'{"key":"%b","version":%d}' % (key.encode(), version)
+    return Item(Kind.FLAG, key, version, json)
+
+
+class UpstreamSource:
+    """A stream of one process from one of LaunchDarkly's servers."""
+
+    def __init__(self, launchdarkly: LaunchDarkly, process: Process) -> None:
+        self._launchdarkly = launchdarkly
+        self._process = process
+        self.is_cut = False
+        self.has_delivered = False
+        self._again = asyncio.Event()
+
+    def resync(self) -> None:
+        self._again.set()
+
+    def check(self, *, reconnect: bool = False) -> None:
+        pass
+
+    async def updates(self) -> AsyncGenerator[Update, None]:
+        upstream, random = self._launchdarkly, self._launchdarkly.loop.random
+        upstream.connected.append(self._process)
+        try:
+            while True:
+                await asyncio.sleep(random.uniform(0.02, 0.3))
+                if self.is_cut:
+                    yield Interrupted(ErrorKind.NETWORK_ERROR, "cut")
+                    await asyncio.sleep(0.5)
+                    continue
+                self._again.clear()
+                async with aclosing(self._connection()) as updates:
+                    async for update in updates:
+                        yield update
+        finally:
+            upstream.connected.remove(self._process)
+
+    async def _connection(self) -> AsyncGenerator[Update, None]:
+        upstream, random = self._launchdarkly, self._launchdarkly.loop.random
+        lag = random.choice((0, 0, 1, 2, 4))
+        position = upstream.position(lag)
+        state = upstream.states[position]
+        items = [each for each in state if not (upstream.forgets and each.deleted)]
+        yield ChangeSet(tuple(items), full=True)
+        self.has_delivered = True
+        catches_up = upstream.loop.now + random.uniform(0, 3)
+        while not (self.is_cut or self._again.is_set()):
+            available = upstream.position(lag if upstream.loop.now < catches_up else 0)
+            if position < available:
+                before, position = upstream.states[position], position + 1
+                after = upstream.states[position]
+                changed = tuple(each for each in after if before.flags.get(each.key) != each)
+                yield ChangeSet(changed)
+                continue
+            await wait_for(upstream.news, 0.5)
+            if upstream.loop.random.random() < 0.1:
+                yield UpToDate()
+
+
+class Observed:
+    """A source that looks at the environment after each update."""
+
+    def __init__(self, source: FleetSource, look: Callable[[], None]) -> None:
+        self._source = source
+        self._look = look
+        self.resync, self.check = source.resync, source.check
+
+    async def updates(self) -> AsyncGenerator[Update, None]:
+        async with aclosing(self._source.updates()) as updates:
+            async for update in updates:
+                yield update
+                self._look()
+
+
+class Node:
+    """A relay of the fleet, in its process."""
+
+    def __init__(self, world: World, name: str) -> None:
+        loop = world.loop
+        self.world = world
+        self.process = loop.process(name, loop.random.uniform(0.96, 1.04))
+        self.link = Link()
+        self.held: Payload = EMPTY
+        self.is_up = True
+        self.process.context.run(self._build)
+
+    def _build(self) -> None:
+        loop, redis = self.world.loop, self.world.redis
+        quick, large = (FakeDatabase(redis, self.link, limit) for limit in (0.6, 2.0))
+        feed = Feed(quick, large, FakeDatabase(redis, self.link, 1.2))
+        self.member = Member(feed, self.process.name, LOG, TIMINGS)
+        self.upstream = UpstreamSource(self.world.launchdarkly, self.process)
+        self.source = FleetSource(self.member, KEYS, self.upstream, LOG)
+        observed = Observed(self.source, self._look)
+        spec = EnvironmentSpec("simulation", SDKKey("sdk-simulation"))
+        self.environment = Environment(spec, observed, Hub({}), LOG)
+        self.source.held = lambda: self.environment.payload
+        mirror = FleetMirror(self.member, self.source, lambda: 0, no_mirror, LOG, server="fake")
+        self.environment.mirrors = (mirror,)
+        self.task = loop.create_task(self._run(), context=self.process.context)
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.member.run())
+            tasks.create_task(self.environment.run())
+
+    def _look(self) -> None:
+        payload = self.environment.payload
+        if payload is None or payload is self.held:
+            return
+        if not is_at_least_as_new(payload, self.held):
+            self.world.report(f"{self.process.name} went back")
+        if not self.world.launchdarkly.forgets and versions(payload) not in self.world.known():
+            self.world.report(f"{self.process.name} holds what upstream never had")
+        self.held = payload
+
+    @property
+    def believes_to_lead(self) -> bool:
+        leadership = self.source.leadership
+        if leadership is None or leadership.ended.is_set():
+            return False
+        return self.world.loop.now * self.process.rate < leadership.until
+
+    def crash(self) -> None:
+        self.is_up = False
+        self.process.is_dead = True
+        while self.process in self.world.launchdarkly.connected:
+            self.world.launchdarkly.connected.remove(self.process)
+
+
+def no_mirror() -> Mirror:
+    raise AssertionError("there is a fleet")
+
+
+def versions(payload: Payload) -> frozenset[tuple[str, int, bool]]:
+    return frozenset((each.key, each.version, each.deleted) for each in payload)
+
+
+class World:
+    """One history.
+
+    Args:
+        seed: of all that happens.
+        members: number of relays.
+    """
+
+    def __init__(self, seed: int, members: int = 3) -> None:
+        self.loop = SimulatedLoop(seed)
+        self.findings: list[str] = []
+        self.steps = 0
+        """Number of callbacks until the end."""
+        self._known: set[frozenset[tuple[str, int, bool]]] = set()
+        self._lease_lost_at = -TTL
+        random = self.loop.random
+        self.loses_writes = random.random() < 0.5
+        self.redis = FakeRedis(self.loop.after, lambda: self.loop.now, random)
+        self.redis.before = self._before
+        self.redis.checked = self._check_publication
+        self.loop.after_each = self._check_leaders
+        self.loop.use()
+        self.launchdarkly = LaunchDarkly(self.loop, forgets=random.random() < 0.3)
+        self.nodes = [Node(self, f"m{number}") for number in range(members)]
+        for _ in range(random.randint(2, 6)):
+            self.loop.after(random.uniform(1, FAULTS_UNTIL), self._fault)
+        self.loop.after(FAULTS_UNTIL + 0.01, self._heal)
+
+    def report(self, finding: str) -> None:
+        self.findings.append(f"{self.loop.now:.3f}: {finding}")
+
+    def known(self) -> set[frozenset[tuple[str, int, bool]]]:
+        """Return the versions of all states that upstream has had."""
+        states = self.launchdarkly.states
+        for state in states[len(self._known) :]:
+            self._known.add(versions(state))
+        return self._known
+
+    def run(self) -> list[str]:
+        """Let everything happen; return what should not have happened."""
+        try:
+            self.loop.after(END, self.loop.stop)
+            self.loop.run_forever()
+            self.steps = self.loop.steps
+            self._check_end()
+        finally:
+            self.redis.is_closed = True
+            self.loop.after_each = lambda: None
+            self.loop.release()
+        return self.findings
+
+    # Faults
+
+    @property
+    def _alive(self) -> list[Node]:
+        return [node for node in self.nodes if node.is_up]
+
+    def _fault(self) -> None:
+        random = self.loop.random
+        faults = [
+            self._stop,
+            self._stop_at_worst,
+            self._cut,
+            self._slow,
+            self._crash,
+            self._cut_upstream,
+        ]
+        faults += [self._redis_down, self._redis_hangs, self._fade, self._fade, self._detour]
+        if self.loses_writes:
+            faults += [self._fail_over, self._fail_over, self._wipe]
+        random.choice(faults)(random.choice(self._alive))
+
+    def _stop(self, node: Node) -> None:
+        node.process.is_stopped = True
+        self.loop.after(self.loop.random.uniform(0.3, 8), self._continue, node)
+
+    def _continue(self, node: Node) -> None:
+        node.process.is_stopped = False
+
+    def _stop_at_worst(self, node: Node) -> None:
+        """Stop it when a command is just sent, or an answer has just come."""
+
+        def stop() -> None:
+            node.link.before_send = node.link.before_answer = lambda: None
+            self._stop(node)
+
+        countdown = self.loop.random.randint(0, 8)
+
+        def count() -> None:
+            nonlocal countdown
+            countdown -= 1
+            if countdown < 0:
+                stop()
+
+        if self.loop.random.random() < 0.5:
+            node.link.before_send = count
+        else:
+            node.link.before_answer = count
+
+    def _cut(self, node: Node) -> None:
+        if self.loop.random.random() < 0.5:
+            node.link.held = []
+        else:
+            node.link.is_reset = True
+        self.loop.after(self.loop.random.uniform(0.2, 6), self.redis.heal, node.link)
+
+    def _slow(self, node: Node) -> None:
+        random = self.loop.random
+        slow = (0.0, random.choice((0.1, 0.5, 1.5)))
+        if random.random() < 0.6:
+            node.link.answer_delay = slow
+        else:
+            node.link.delay = slow
+        self.loop.after(random.uniform(1, 6), self._hurry, node)
+
+    def _detour(self, _: Node) -> None:
+        """Let one publication of each arrive long after its sender has given it up."""
+        for node in self.nodes:
+            node.link.detour = self.loop.random.uniform(2.0, 4.0)
+
+    def _fade(self, node: Node) -> None:
+        """Let answers come late, and then none."""
+        node.link.answer_delay = (0.5, 0.59)
+        self.loop.after(self.loop.random.uniform(0.5, 3), self._vanish, node)
+
+    def _vanish(self, node: Node) -> None:
+        self._hurry(node)
+        self.loop.random.choice((self._stop, self._cut))(node)
+
+    def _hurry(self, node: Node) -> None:
+        node.link.delay = node.link.answer_delay = (0.0002, 0.002)
+
+    def _crash(self, node: Node) -> None:
+        if len(self._alive) > 1:
+            node.crash()
+            self.loop.after(self.loop.random.uniform(0.2, 4), self._restart, node)
+
+    def _restart(self, node: Node) -> None:
+        if node in self.nodes:
+            self.nodes.remove(node)
+            self.nodes.append(Node(self, node.process.name + "'"))
+
+    def _cut_upstream(self, node: Node) -> None:
+        node.upstream.is_cut = True
+        self.loop.after(self.loop.random.uniform(0.5, 14), self._mend_upstream, node)
+
+    def _mend_upstream(self, node: Node) -> None:
+        node.upstream.is_cut = False
+
+    def _redis_down(self, _: Node) -> None:
+        self.redis.crash()
+        self.loop.after(self.loop.random.uniform(0.2, 6), self.redis.start)
+
+    def _redis_hangs(self, _: Node) -> None:
+        self.redis.hang()
+        self.loop.after(self.loop.random.uniform(0.2, 6), self.redis.go_on)
+
+    def _fail_over(self, _: Node) -> None:
+        self.redis.crash()
+        self.redis.server.lose_writes(self.loop.random.uniform(0, 0.4))
+        self._lease_lost_at = self.loop.now
+        self.loop.after(self.loop.random.uniform(0.05, 3), self._end_failover)
+
+    def _end_failover(self) -> None:
+        self._lease_lost_at = self.loop.now
+        self.redis.start()
+
+    def _wipe(self, _: Node) -> None:
+        self.redis.server.wipe()
+        self._lease_lost_at = self.loop.now
+
+    def _heal(self) -> None:
+        self.redis.start()
+        self.redis.go_on()
+        for node in self.nodes[:]:
+            node.process.is_stopped = False
+            node.link.before_send = node.link.before_answer = lambda: None
+            self.redis.heal(node.link)
+            self._hurry(node)
+            node.link.detour = 0.0
+            self._mend_upstream(node)
+            if not node.is_up:
+                self._restart(node)
+
+    # What must hold
+
+    def _check_leaders(self) -> None:
+        assert self.loop.steps < MAX_STEPS, "something runs in a circle"
+        leading = [node for node in self.nodes if node.source.leadership is not None]
+        if len(leading) < 2 or self.loop.now < self._lease_lost_at + TTL:
+            return
+        names = [node.process.name for node in leading if node.believes_to_lead and node.is_up]
+        if len(names) > 1:
+            self.report(f"{' and '.join(names)} lead at once")
+
+    def _before(self) -> tuple[bytes | None, object]:
+        values = self.redis.server.values
+        return values.get(KEYS.head.encode()), values.get(FEED.encode())
+
+    def _check_publication(self, before: tuple[bytes | None, object]) -> None:
+        values = self.redis.server.values
+        stream = values.get(FEED.encode())
+        if stream is None or stream is before[1]:
+            return
+        pairs = stream.last[1]
+        entry = entry_of(dict(zip(pairs[::2], pairs[1::2], strict=True)))
+        if entry.resigned:
+            return
+        head = Head.parse(before[0])
+        number, selector = (head.number, head.selector) if head else (0, "")
+        if entry.number != number + 1:
+            self.report(f"entry {entry.number} follows entry {number}")
+        if entry.before != selector:
+            self.report(f"entry {entry.number} breaks the chain")
+        hashes = {kind: values.get(KEYS.hash(kind).encode(), {}) for kind in Kind}
+        stored = finish(parse_items(entries(hashes))).payload
+        if finish(Contents.of(stored)).selector != entry.after:
+            self.report(f"the data after entry {entry.number} are not what it says")
+
+    def _check_end(self) -> None:
+        final = visible(self.launchdarkly.states[-1])
+        for node in self.nodes:
+            if node.task.done():
+                self.report(f"{node.process.name} ended: {node.task.exception()!r}")
+            elif visible(node.environment.payload or EMPTY) != final:
+                self.report(f"{node.process.name} is not current")
+        roles = sorted(node.source.role.value for node in self.nodes)
+        if roles != sorted([Role.LEADER.value] + [Role.FOLLOWER.value] * (len(self.nodes) - 1)):
+            self.report(f"roles at the end: {roles}")
+        connected = [process.name for process in self.launchdarkly.connected]
+        if len(connected) != 1:
+            self.report(f"connected at the end: {connected}")
+        fields = self.redis.server.values.get(KEYS.hash(Kind.FLAG).encode(), {})
+        stored = finish(parse_items(entries({Kind.FLAG: fields}))).payload
+        if visible(stored) != final:
+            self.report("Redis is not current")
+
+
+def visible(payload: Payload) -> dict[str, int]:
+    return {each.key: each.version for each in payload.live(Kind.FLAG)}
