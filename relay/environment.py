@@ -13,21 +13,25 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from relay import clock
-from relay.aio import SLICE, run_for
+from relay.aio import SLICE, run_for, wait_for
 from relay.bigsegments.environment import BigSegments
 from relay.errors import ErrorKind
 from relay.fleet import Participant
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Kind
-from relay.model.journal import Journal
+from relay.model.journal import Journal, SavedJournal
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.programs import ProgramCache
 from relay.protocol.bigsegments import include_big_segment
 from relay.sources import DataSource, Interrupted, Update, UpToDate
-from relay.stores import Mirror
+from relay.stores import Mirror, Stored
 from relay.streams.hub import Hub
 from relay.telemetry.log import EnvironmentLog, Log, set_environment_level
 from relay.telemetry.outage import OutageLog
+
+RECALL_TIMEOUT = 5.0
+"""Seconds to wait for the journal on disk, which takes milliseconds unless the disk hangs. Without
+it, clients of before the restart get all data once."""
 
 CONFIRM_EVERY = 60.0
 """Seconds between the confirmations that mirrors get while nothing changes, so that the age of
@@ -146,6 +150,8 @@ class Environment:
         """Names the state of the data."""
         self._next_change: asyncio.Event | None = None
         """Set at the next change of `payload`; None if nobody waits for that."""
+        self._recalled = asyncio.Event()
+        """Set once the journal has been loaded, or there is none."""
         self._mirrors_updated_at = -float("inf")
         """Monotonic time of the last `update` of the mirrors."""
         self._outage = OutageLog(log)
@@ -165,6 +171,11 @@ class Environment:
         """Logger that names this environment."""
         return self._log
 
+    @property
+    def protocol(self) -> str:
+        """Protocol by which upstream is followed; empty without upstream."""
+        return self._source.protocol
+
     def __repr__(self) -> str:
         items = "no data" if self.payload is None else f"{len(self.payload)} items"
         return f"<Environment {self.spec.name!r} {self.connection.state.value} {items}>"
@@ -173,6 +184,8 @@ class Environment:
         """Keep the environment current until cancelled."""
         try:
             async with asyncio.TaskGroup() as self._tasks:
+                if not any(mirror.has_journal for mirror in self.mirrors):
+                    self._recalled.set()
                 for mirror in self.mirrors:
                     self._keep(mirror)
                 if self.big_segments is not None:
@@ -239,13 +252,27 @@ class Environment:
     async def _load_stored(self, mirror: Mirror) -> None:
         """Serve a mirror's stored data until upstream delivers; the newer of two mirrors wins."""
         stored = await mirror.load()
-        if stored is None or self.connection.has_data:
-            return
+        if not mirror.has_journal:
+            await self._wait_for_journal()
+        if stored is not None and not self.connection.has_data:
+            self._serve_stored(stored)
+        if mirror.has_journal:
+            self._recalled.set()
+
+    async def _wait_for_journal(self) -> None:
+        """Wait until the journal has been loaded: it belongs to the first data that are served."""
+        await wait_for(self._recalled, RECALL_TIMEOUT)
+        self._recalled.set()
+
+    def _serve_stored(self, stored: Stored) -> None:
         if self.payload is None or stored.payload.is_newer_than(self.payload):
             self._log.info(
                 "Serving stored data (%d items) until upstream delivers", len(stored.payload)
             )
-            self._apply(ChangeSet(tuple(stored.payload), full=True))
+            if self.payload is None and stored.journal is not None:
+                self._restore(stored.payload, stored.journal)
+            else:
+                self._apply(ChangeSet(tuple(stored.payload), full=True))
             self.connection.last_confirmed = _clock_before(stored.age)
         elif self.connection.last_confirmed is None and not self.payload.is_newer_than(
             stored.payload
@@ -282,7 +309,10 @@ class Environment:
                     mirror.update(self.payload, None, full=True, unusable=self.invalid)
 
     async def _handle_updates(self, source: DataSource) -> None:
-        async with aclosing(source.updates()) as updates:
+        await self._wait_for_journal()
+        # A new key may see other data than the former one, so its source begins with everything.
+        basis = self.journal.upstream if source is self._source else ""
+        async with aclosing(source.updates(basis)) as updates:
             async for update in updates:
                 if source is self._successor and not self._takes_over(source, update):
                     continue
@@ -305,25 +335,40 @@ class Environment:
             case ChangeSet():
                 self._handle_changes(update, clock.monotonic())
             case UpToDate():
-                self._confirm()
+                self._handle_confirmation(update)
             case Interrupted():
                 self._handle_interruption(update)
 
     def _handle_changes(self, changes: ChangeSet, since: float) -> None:
+        if changes.since and changes.since != self.journal.upstream:
+            self._source.resync()  # they are a change of other data
+            return
         self._track_invalid(changes)
-        if changes.full or self.connection.has_data:
+        if changes.full or changes.since or self.connection.has_data:
             change = self._apply(changes, since)
             self.changes += change is not None
-            self.connection.has_data = True
+            self._note_delivery()
             self._confirm(change, full=changes.full)
-            if self.big_segments is not None and self._has_big_segments:
-                self.big_segments.start(synchronise=True)
         else:
             # A patch before the first put: subscribers get it (streams 2.2), but a single item is
             # not the data of an environment.
             _, change = EMPTY.apply(changes)
             if change is not None:
                 self.hub.publish(self.payload, change, since)
+
+    def _handle_confirmation(self, confirmation: UpToDate) -> None:
+        if confirmation.since:
+            if confirmation.since != self.journal.upstream:
+                self._source.resync()  # upstream has confirmed other data
+                return
+            self._note_delivery()
+        self._confirm()
+
+    def _note_delivery(self) -> None:
+        """Record that upstream has said what its data are."""
+        self.connection.has_data = True
+        if self.big_segments is not None and self._has_big_segments:
+            self.big_segments.start(synchronise=True)
 
     def _apply(self, changes: ChangeSet, since: float | None = None) -> Change | None:
         """Build the next payload and publish the change to subscribers."""
@@ -333,16 +378,30 @@ class Environment:
             change = Change((), (), replace=True)
         if change is not None:
             # First, because publishing makes streams use programs and journal immediately.
-            self.journal.record(self.payload, change, full=changes.full)
-            self.programs.update(self.payload, changes.evaluations)
-            self._look_for_big_segments(change)
-            self.hub.publish(self.payload, change, since)
-            if self._next_change is not None:
-                self._next_change.set()
-                self._next_change = None
-            if self._tasks is not None and self._naming is None:
-                self._naming = self._tasks.create_task(self._name_states())
+            self.journal.record(self.payload, change, full=changes.full, selector=changes.selector)
+            self._publish(self.payload, change, since, changes.evaluations)
+        else:
+            self.journal.rename(changes.selector, full=changes.full)
         return change
+
+    def _restore(self, payload: Payload, journal: SavedJournal) -> None:
+        """Serve data of before a restart, with what is known of the clients of then."""
+        self.payload = payload
+        self.journal.restore(journal, payload)
+        live = tuple(item for item in payload if not item.deleted)
+        self._publish(payload, Change(tuple(payload), live, replace=True), None)
+
+    def _publish(
+        self, payload: Payload, change: Change, since: float | None, evaluations: int = 0
+    ) -> None:
+        self.programs.update(payload, evaluations)
+        self._look_for_big_segments(change)
+        self.hub.publish(payload, change, since)
+        if self._next_change is not None:
+            self._next_change.set()
+            self._next_change = None
+        if self._tasks is not None and self._naming is None:
+            self._naming = self._tasks.create_task(self._name_states())
 
     async def _name_states(self) -> None:
         """Name the states of the data, behind everything else: what is new has to be hashed."""

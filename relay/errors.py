@@ -13,7 +13,7 @@ Exceptions of libraries are translated once, where the library is called, and ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 RETRYABLE_4XX = frozenset({407, 408, 429})
@@ -71,13 +71,21 @@ class UpstreamUnavailable(RelayError):
         kind: class of the failure, as named in `/status`.
         reason: a sentence without secrets.
         status: HTTP status of the response, if there was one.
+        headers: of that response, by name in lower case.
     """
 
-    def __init__(self, kind: ErrorKind, reason: str, status: int | None = None) -> None:
+    def __init__(
+        self,
+        kind: ErrorKind,
+        reason: str,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(reason)
         self.kind = kind
         self.reason = reason
         self.status = status
+        self.headers = headers or {}
 
 
 class UpstreamRefused(UpstreamUnavailable):

@@ -161,7 +161,7 @@ class Upstream:
                 )
         try:
             if response.status not in statuses:
-                raise _status_error(response.status, has_key=has_key)
+                raise _status_error(response, has_key=has_key)
             with _translate_errors():
                 yield response
         finally:
@@ -204,7 +204,7 @@ class Upstream:
             UpstreamUnavailable: there was no response.
         """
         async with self._exchange("PUT", url, body, headers, within) as response:
-            return Reply(response.status, _first_headers(response), b"")
+            return Reply(response.status, first_headers(response), b"")
 
     @asynccontextmanager
     async def _exchange(
@@ -254,7 +254,7 @@ class Upstream:
                     body = await read_body(response, max_body)
                 finally:
                     response.close()
-        return Reply(response.status, _first_headers(response), body)
+        return Reply(response.status, first_headers(response), body)
 
     async def _get_following_redirects(
         self, url: URL, headers: dict[str, str], read_timeout: float
@@ -357,7 +357,7 @@ async def read_body(response: Response, max_body: int = MAX_BODY) -> bytes:
     return b"".join(chunks)
 
 
-def _first_headers(response: Response) -> dict[str, str]:
+def first_headers(response: Response) -> dict[str, str]:
     """Return the headers by name in lower case; of a repeated one the first."""
     headers: dict[str, str] = {}
     for name, value in response.headers.items():
@@ -382,13 +382,14 @@ def _retry_after(text: str | None, now: float | None) -> float | None:
     return None if date is None or now is None else max(0.0, date - now)
 
 
-def _status_error(status: int, *, has_key: bool) -> UpstreamUnavailable:
+def _status_error(response: Response, *, has_key: bool) -> UpstreamUnavailable:
     """Return the error for a status. Only a server that has received the key can refuse it."""
+    status = response.status
     text = _STATUS_TEXTS.get(status)
     reason = f"HTTP error {status}" + (f" ({text})" if text else "")
     refused = has_key and 400 <= status < 500 and status not in _NOT_REFUSALS  # noqa: PLR2004 - 4xx
     kind = UpstreamRefused if refused else UpstreamUnavailable
-    return kind(ErrorKind.ERROR_RESPONSE, reason, status)
+    return kind(ErrorKind.ERROR_RESPONSE, reason, status, first_headers(response))
 
 
 @contextmanager

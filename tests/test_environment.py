@@ -14,7 +14,8 @@ from relay.errors import ErrorKind
 from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Item, Kind
-from relay.model.payload import ChangeSet, Payload
+from relay.model.journal import Full, Journal
+from relay.model.payload import Change, ChangeSet, Payload, Selector
 from relay.relay import Relay
 from relay.sources import Interrupted, UpToDate
 from relay.stores import Stored
@@ -158,6 +159,134 @@ async def test_stored_data_are_served_at_once():
         assert env.payload.get(Kind.FLAG, "a") == flag("a", 1)
         assert env.connection.state is ConnectionState.INITIALIZING
         assert stage.mirrors[0].told == []
+
+
+LARGE = Item(Kind.FLAG, "large", 1, b'{"version":1,"text":"%b"}' % (b"x" * 2000))
+"""Beside it, any change is small."""
+
+
+class Snapshot(MemoryMirror):
+    """A mirror with a journal."""
+
+    has_journal = True
+
+
+def before_a_restart(*items):
+    """Return what a relay of before has stored, and its journal."""
+    journal, payload = (
+        Journal(EnvironmentSpec("test", SDKKey("sdk-test")).lineage),
+        Payload.of(items),
+    )
+    journal.record(payload, Change(items, items, replace=True), full=True)
+    return Stored(payload, journal=journal.saved(payload) if journal.state else None), journal
+
+
+@contextlib.asynccontextmanager
+async def restarted():
+    """Yield an environment with a snapshot and a database."""
+    stage = Stage(mirrors=1)
+    stage.snapshot = Snapshot()
+    stage.environment.mirrors = (stage.snapshot, *stage.mirrors)
+    async with stage:
+        yield stage
+
+
+async def test_clients_of_before_a_restart_are_known():
+    """The journal is loaded before anything is served, and goes on with what upstream sends."""
+    stored, journal = before_a_restart(flag("a", 1), LARGE)
+    async with restarted() as stage:
+        stage.mirrors[0].loading.set_result(Stored(Payload.of([flag("a", 2), LARGE])))
+        giving = asyncio.create_task(stage.source.give(put(flag("a", 2), LARGE, flag("c", 1))))
+        await asyncio.sleep(0.01)
+        environment = stage.environment
+        assert environment.payload is None  # neither database nor upstream come first
+        stage.snapshot.loading.set_result(stored)
+        await giving
+        answer = environment.journal.answer(journal.state)
+        assert not isinstance(answer, Full)
+        assert set(answer.items) == {flag("a", 2), flag("c", 1)}
+        assert stage.hub.published[0][0] is stored.payload
+
+
+@pytest.mark.parametrize("stored", [None, Stored(Payload.of([flag("a", 1)]))])
+async def test_a_snapshot_without_a_journal_delays_nothing(stored):
+    async with restarted() as stage:
+        stage.snapshot.loading.set_result(stored)
+        await stage.source.give(put(flag("a", 2)))
+        assert stage.environment.payload.get(Kind.FLAG, "a") == flag("a", 2)
+
+
+async def test_a_disk_that_hangs_does_not_keep_upstream_waiting(monkeypatch):
+    """What it says later comes too late."""
+    monkeypatch.setattr("relay.environment.RECALL_TIMEOUT", 0.01)
+    stored, journal = before_a_restart(flag("a", 1))
+    async with restarted() as stage:
+        await stage.source.give(put(flag("a", 2)))
+        stage.snapshot.loading.set_result(stored)
+        await asyncio.sleep(0.01)
+        assert stage.environment.payload.get(Kind.FLAG, "a") == flag("a", 2)
+        assert isinstance(stage.environment.journal.answer(journal.state), Full)
+
+
+NAME = Selector("(p:UP:1)", "UP", 1)
+LATER = Selector("(p:UP:2)", "UP", 2)
+
+
+async def named_before_a_restart(stage):
+    """Let the snapshot hold data that upstream has given a name."""
+    items = (flag("a", 1), LARGE)
+    journal, payload = Journal("test"), Payload.of(items)
+    journal.record(payload, Change(items, items, replace=True), full=True, selector=NAME)
+    assert journal.naming is not None
+    journal.naming.run()
+    stage.snapshot.loading.set_result(Stored(payload, journal=journal.saved(payload)))
+    await until(lambda: stage.source.bases)
+
+
+async def test_upstream_continues_from_the_data_of_before_a_restart():
+    """A difference to them is data, though nothing else has come from upstream."""
+    async with restarted() as stage:
+        await named_before_a_restart(stage)
+        environment = stage.environment
+        assert stage.source.bases == ["(p:UP:1)"]
+        await stage.source.give(ChangeSet((flag("a", 2),), selector=LATER, since="(p:UP:1)"))
+        assert environment.payload.get(Kind.FLAG, "a") == flag("a", 2)
+        assert environment.connection.state is ConnectionState.VALID
+        assert environment.journal.state == "(p:UP:2)"
+        assert set(environment.journal.answer("(p:UP:1)").items) == {flag("a", 2)}
+
+
+async def test_upstream_confirms_the_data_of_before_a_restart():
+    """They are current then, and mirrors may be written."""
+    async with restarted() as stage:
+        await named_before_a_restart(stage)
+        await stage.source.give(UpToDate())
+        assert stage.environment.connection.state is ConnectionState.INITIALIZING
+        await stage.source.give(UpToDate("(p:UP:1)"))
+        assert stage.environment.connection.state is ConnectionState.VALID
+        assert stage.mirrors[0].told == [None]
+        assert stage.source.refreshed == 0
+
+
+@pytest.mark.parametrize(
+    "update",
+    [UpToDate("(p:UP:1)"), ChangeSet((flag("a", 2),), selector=LATER, since="(p:UP:1)")],
+)
+async def test_what_builds_on_other_data_is_not_applied(update):
+    """A database had newer ones meanwhile; so upstream is asked for everything."""
+    async with restarted() as stage:
+        await named_before_a_restart(stage)
+        newer = Payload.of([flag("a", 7), LARGE])
+        stage.mirrors[0].loading.set_result(Stored(newer))
+        await until(lambda: stage.environment.payload.get(Kind.FLAG, "a") == flag("a", 7))
+        await stage.source.give(update)
+        environment = stage.environment
+        assert environment.payload.get(Kind.FLAG, "a") == flag("a", 7)
+        assert environment.connection.state is ConnectionState.INITIALIZING
+        assert stage.source.refreshed == 1
+        await stage.source.give(ChangeSet((flag("a", 2), LARGE), full=True, selector=LATER))
+        assert environment.payload.get(Kind.FLAG, "a") == flag("a", 2)
+        assert environment.journal.state == "(p:UP:2)"
 
 
 async def test_the_age_of_stored_data_is_that_of_the_mirror():

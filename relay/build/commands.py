@@ -114,7 +114,9 @@ def _sources(
 ) -> tuple[Session, list[tuple[EnvironmentSpec, Callable[[], DataSource], Log]]]:
     """Return the upstream session, and the environments with what makes their sources."""
     if relay_url:
-        main = structs.replace(config.main, data_source="polling", base_uri=relay_url)
+        main = structs.replace(
+            config.main, data_source="polling", data_system="fdv1", base_uri=relay_url
+        )
         config = structs.replace(config, main=main)
     session, make_source = from_launchdarkly(config)
     specs = [spec_of(each, config) for each in config.all_environments]

@@ -134,7 +134,7 @@ class EnvironmentParts:
         config, spec, log, places = self._config, environment.spec, environment.log, self._places
         resync = environment.resync
         return (
-            *_first_mirrors(config, spec, log, places),
+            *_first_mirrors(config, spec, log, places, environment.journal),
             *self._database_mirrors(environment),
             *_document_mirrors(config, spec, resync, log, places),
         )
@@ -181,7 +181,7 @@ class EnvironmentParts:
             (of_kind if status else first).append(mirror)
         has_same_id = spec.environment_id == before.environment_id
         if spec.sdk_key != before.sdk_key or not has_same_id:
-            first = list(_first_mirrors(config, spec, log, places))
+            first = list(_first_mirrors(config, spec, log, places, environment.journal))
         if databases or _moves(before, spec):
             made = (_database_mirror(config, spec, resync, log, each) for each in self._databases)
             stores = list(made)
@@ -308,7 +308,7 @@ def hub_parts(
 
 
 def _first_mirrors(
-    config: Config, spec: EnvironmentSpec, log: Log, places: Places | None
+    config: Config, spec: EnvironmentSpec, log: Log, places: Places | None, journal: Journal
 ) -> Iterator[Mirror]:
     """Yield what an environment may start from: the snapshot, and a document, as configured."""
     main = config.main
@@ -317,9 +317,8 @@ def _first_mirrors(
 
         # Keys rotate where LaunchDarkly names the environments; their data stay.
         owner = (config.auto_config.key and spec.environment_id) or spec.sdk_key
-        yield SnapshotMirror(
-            Path(main.snapshot_dir), owner, log, payload_filter=spec.payload_filter
-        )
+        directory, payload_filter = Path(main.snapshot_dir), spec.payload_filter
+        yield SnapshotMirror(directory, owner, log, payload_filter=payload_filter, journal=journal)
     if main.bootstrap_from and places and config.uses_launchdarkly:
         from relay.stores.documents.bootstrap import Bootstrap
 

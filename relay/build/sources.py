@@ -41,16 +41,33 @@ def from_launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
 
     main, upstream = config.main, http_session(config)
     timings = SourceTimings(poll_interval=main.poll_interval)
+    polls = main.data_source == "polling"
 
-    def make_source(spec: EnvironmentSpec, log: Log) -> DataSource:
+    def fdv1(spec: EnvironmentSpec, log: Log) -> DataSource:
         key, payload_filter = spec.sdk_key, spec.payload_filter
-        if main.data_source == "polling":
+        if polls:
             uri = main.base_uri
             return PollingSource(upstream, uri, key, timings, payload_filter=payload_filter)
         uri = main.stream_uri
         return StreamingSource(upstream, uri, key, log, timings, payload_filter=payload_filter)
 
-    return upstream, make_source
+    def fdv2(spec: EnvironmentSpec, log: Log) -> DataSource:
+        from relay.sources.fdv2 import FDv2Source
+
+        if spec.payload_filter or config.fleet.enabled:
+            # LaunchDarkly would send everything (fdv2 13.1.1); a fleet's feed goes by versions.
+            return fdv1(spec, log)
+        return FDv2Source(
+            upstream,
+            main.base_uri,
+            None if polls else main.stream_uri,
+            spec.sdk_key,
+            make_fdv1=lambda: fdv1(spec, log),
+            log=log,
+            timings=timings,
+        )
+
+    return upstream, fdv2 if main.data_system == "fdv2" else fdv1
 
 
 def no_source(_spec: EnvironmentSpec, _log: Log) -> DataSource:

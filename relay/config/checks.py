@@ -157,6 +157,7 @@ def warnings(draft: Draft) -> list[str]:
         _ineffective_iam,
         _events_in_memory,
         _list_in_memory,
+        _half_of_upstream,
         _prefixless_environment,
         _archive_without_prefix,
         _duplicates,
@@ -366,6 +367,9 @@ def _fleet(draft: Draft) -> Iterator[Diagnostic]:
         return
     if redis_of(draft) is None:
         yield "[Fleet] enabled: a fleet needs Redis", _keys("Fleet", "enabled")
+    if draft.of(Redis).cluster:
+        text = "[Fleet] enabled: a fleet cannot use a Redis Cluster in this release; one server or"
+        yield f"{text} Sentinels", (*_keys("Fleet", "enabled"), *_keys("Redis", "cluster"))
     if draft.of(Main).exit_always:
         text = "[Fleet] enabled: a relay that exits cannot take part in a fleet"
         yield text, _keys("Fleet", "enabled")
@@ -654,6 +658,23 @@ def _list_in_memory(draft: Draft) -> Iterator[Diagnostic]:
             " [Main] snapshotDir or [AutoConfig] cacheKey keeps it"
         )
         yield text, _keys("AutoConfig", "key")
+
+
+def _half_of_upstream(draft: Draft) -> Iterator[Diagnostic]:
+    """Report that FDv2 is not used, or that only one of its addresses is not LaunchDarkly's."""
+    main, default = draft.of(Main), Main()
+    if main.data_system == "fdv2" and draft.of(Fleet).enabled:
+        yield "[Main] dataSystem = fdv2 has no effect in a fleet, so far", _main_key("data_system")
+        return
+    if main.data_system != "fdv2" or main.data_source == "polling":
+        return
+    others = main.stream_uri != default.stream_uri, main.base_uri != default.base_uri
+    if any(others) and not all(others):
+        text = (
+            "[Main] dataSystem = fdv2 streams from streamUri and polls baseUri; only one of them is"
+            " another than LaunchDarkly's"
+        )
+        yield text, (*_main_key("data_system"), *_main_key("stream_uri"), *_main_key("base_uri"))
 
 
 def _without_launchdarkly(draft: Draft) -> Iterator[Diagnostic]:

@@ -120,6 +120,8 @@ def effective(config: Config) -> str:
     for section, values in _sections(config):
         block = list(_lines(config, section, None, values))
         lines += ["", f"[{section}]", *block] if block else []
+    if config.uses_launchdarkly:
+        lines += ["", *_upstream_lines(config)]
     if config.redis is None:
         lines += ["", "# [Redis] is not used."]
     for each in config.environments:
@@ -130,6 +132,23 @@ def effective(config: Config) -> str:
         lines += ["", header, *_lines(config, FILTERS, project, filters)]
     lines += ["", *(f"# Warning: {warning}" for warning in config.warnings)]
     return "\n".join(map(one_line, lines)).rstrip("\n") + "\n"
+
+
+def _upstream_lines(config: Config) -> Iterator[str]:
+    """Yield comments about the way in which flags come."""
+    main, by_option = config.main, "([Main] dataSystem)"
+    polls = f"polls of baseUri every {main.poll_interval:g} s"
+    if main.data_system == "fdv1" or config.fleet.enabled:
+        way = polls if main.data_source == "polling" else "a stream of streamUri"
+        yield f"# Flags come by FDv1 {by_option}: {way}, which begins with everything."
+        return
+    ways = polls
+    if main.data_source != "polling":
+        ways = f"a poll of baseUri, then a stream of streamUri; {polls} while that fails"
+    yield f"# Flags come by FDv2 {by_option}: {ways}."
+    yield "# They come by FDv1 instead while upstream asks for it, or does not know FDv2."
+    if any(each.filter_key for each in config.all_environments):
+        yield "# Filtered environments come by FDv1: LaunchDarkly does not filter with FDv2."
 
 
 def secrets(config: Config) -> tuple[str, ...]:

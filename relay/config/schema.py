@@ -66,7 +66,8 @@ class Main(Struct, frozen=True):
         "BASE_URI",
         HTTP_URI,
         "https://sdk.launchdarkly.com",
-        "Base URL of LaunchDarkly's polling service; used with `dataSource = polling`.",
+        "Base URL of LaunchDarkly's polling service; used with `dataSource = polling` and with"
+        " `dataSystem = fdv2`.",
     )
     client_side_base_uri: str = option(
         "CLIENT_SIDE_BASE_URI",
@@ -83,8 +84,19 @@ class Main(Struct, frozen=True):
         "How flags are fetched from LaunchDarkly: over one long-lived stream, or with a request"
         " every `pollInterval`.",
     )
+    data_system: str = option(
+        "DATA_SYSTEM",
+        one_of("fdv1", "fdv2"),
+        "fdv1",
+        "Protocol by which flags are fetched from LaunchDarkly, or from another relay: `fdv2`"
+        " fetches only what has changed, also after an interruption or a restart. Where the other"
+        " side does not know it or does not want it, `fdv1` takes its place by itself.",
+    )
     poll_interval: float = option(
-        "POLL_INTERVAL", DURATION, 30.0, "Interval between polls with `dataSource = polling`."
+        "POLL_INTERVAL",
+        DURATION,
+        30.0,
+        "Interval between polls with `dataSource = polling`, and while a stream of FDv2 fails.",
     )
     flags_file: str = option(
         "FLAGS_FILE",

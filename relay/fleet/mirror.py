@@ -44,6 +44,8 @@ class FleetMirror:
         server: address of Redis, without secrets.
     """
 
+    has_journal = False
+
     def __init__(
         self,
         member: Member,

@@ -51,6 +51,8 @@ class FleetSource:
         log: a logger that names the environment.
     """
 
+    protocol = "fdv1"
+
     def __init__(self, member: Member, keys: Keys, upstream: DataSource, log: Log) -> None:
         self.keys = keys
         self.held: Callable[[], Payload | None] = lambda: None
@@ -143,8 +145,9 @@ class FleetSource:
         """True if upstream itself confirms the held data, False if it is lost; None if unknown."""
         return self._upstream.is_confirmed
 
-    async def updates(self) -> AsyncGenerator[Update, None]:
+    async def updates(self, basis: str = "") -> AsyncGenerator[Update, None]:
         """Yield upstream's or the feed's data, until cancelled."""
+        del basis  # the feed has names of its own
         self._entered = clock.monotonic()
         self._member.join(self)
         try:

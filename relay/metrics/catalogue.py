@@ -31,6 +31,8 @@ UNCOUNTED_ROUTES = frozenset(("/mping",))
 """Routes that ld-relay leaves out of its `requests` metric (status 8.2)."""
 
 
+PROTOCOLS = ("fdv1", "fdv2")
+
 Rows = Iterable[Row]
 
 
@@ -118,6 +120,13 @@ def _upstream_states(view: MetricsView) -> Iterator[Row]:
     for name, environment in view.environments.items():
         for state in ConnectionState:
             yield (name, state.value), int(environment.connection.state is state)
+
+
+def _upstream_protocols(view: MetricsView) -> Iterator[Row]:
+    for name, environment in view.environments.items():
+        if environment.protocol:
+            for protocol in PROTOCOLS:
+                yield (name, protocol), int(environment.protocol == protocol)
 
 
 def _store_statuses(view: MetricsView) -> Iterator[tuple[str, StoreStatus]]:
@@ -317,6 +326,7 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_change_delivery_seconds", HISTOGRAM, ("environment",), "Time from the arrival of a change until it was written to the last stream whose client keeps up."): _per_environment(lambda e: e.hub.delays),
     Metric("relay_data_age_seconds", GAUGE, ("environment",), "Time since LaunchDarkly last confirmed that the flags are current; also of a stored list; none if that is unknown."): _per_environment(_data_age),
     Metric("relay_upstream_state", GAUGE, ("environment", "state"), "How it stands with LaunchDarkly: 1 for the state that `/status` shows, 0 for the others."): _upstream_states,
+    Metric("relay_upstream_protocol", GAUGE, ("environment", "protocol"), "1 for the protocol by which LaunchDarkly is followed at present, `fdv1` or `fdv2`; 0 for the other one."): _upstream_protocols,
     Metric("relay_store_state", GAUGE, ("environment", "database", "state"), "How it stands with the database: 1 for the state that `/status` shows, 0 for the others."): _store_states,
     Metric("relay_publication_state", GAUGE, ("environment", "url", "state"), "How it stands with a published document: 1 for the state that `/status` shows, 0 for the others."): _publication_states,
     Metric("relay_store_unreadable_items", GAUGE, ("environment", "database"), "Items in the database that could not be read."): _unreadable_items,

@@ -5,8 +5,9 @@ each recent state of the data the step at which it was first reached. A delta fr
 *present* value of every item touched since, so it is right for any client that has seen at least
 that state, and for one that has seen a part of what came after it.
 
-A state is an address of the content: replicas and restarted relays that hold the same items name
-them alike, without talking. A state that is not known always means a transfer of everything.
+A state is the name that upstream gives to the data, if clients get just what it sent. Else it is an
+address of the content: replicas and restarted relays that hold the same items name them alike,
+without talking. A state that is not known always means a transfer of everything.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from msgspec import Struct
 
 from relay.model.answers import AnswerCounter, AnswerCounts
 from relay.model.item import Item, Kind
-from relay.model.payload import EMPTY, Change, Payload
+from relay.model.payload import EMPTY, Change, Payload, Selector
 from relay.steps import Steps, Work
 
 MAX_STATES = 4096
@@ -42,10 +43,16 @@ MAX_ANSWERS = 64
 MAX_NUMBER = (1 << 31) - 1
 """Limit of the number of a state: some SDKs read it into 32 bits, and fail if it does not fit."""
 
+MAX_SAVED_STATES = 1024
+"""States that a restarted relay still knows: 60 KB beside the data, and the touches since."""
+
 UNRELIABLE = "?"
 """Instead of the state that a client names, if its data may be others than those of that state."""
 
 _MODULUS = 1 << 256
+
+_USABLE = re.compile(r"[A-Za-z0-9().:_~-]{1,256}")
+"""Names of upstream that clients can send back as they are (fdv2 13.8.5)."""
 
 _NAMES = {kind: kind.value.encode() for kind in Kind}
 
@@ -97,26 +104,44 @@ class Delta(Struct, frozen=True):
         return self.since
 
 
-class Selector(Struct, frozen=True):
-    """Names of one content, as clients get them.
-
-    Args:
-        id: of the payload.
-        version: number of the state.
-        state: see `Journal.state`.
-    """
-
-    id: str = ""
-    version: int = 1
-    state: str = ""
-
-
 MISSING = Full("payload-missing", "no-state")
 UNKNOWN = Full("cant-catchup", "unknown-state")
 DOUBTED = Full("cant-catchup", "unreliable-state")
 TOO_OLD = Full("cant-catchup", "old-state")
 """Before a barrier, or before what is remembered."""
 TOO_LARGE = Full("cant-catchup", "large-delta")
+
+
+class SavedJournal(Struct, frozen=True):
+    """What of a journal is kept over a restart, together with the data.
+
+    Args:
+        step: number of changes of the data.
+        floor: step from which on all touches are known.
+        barrier: last step after which older clients need everything.
+        states: the latest states, each with the step at which it was first reached.
+        touched: keys touched since the oldest of these, by kind, each with its last step.
+        vanished: kind, key and version of items that upstream has ceased to list.
+        forgotten: greatest version of those that are remembered no more.
+        digest: address of the content.
+        versions: sum of the versions of all items.
+        upstream: name that upstream gives to the data, as clients of it send it back.
+        selector: the same, if it is what clients get.
+        verbatim: False if something of upstream's data is held back.
+    """
+
+    step: int
+    floor: int
+    barrier: int
+    states: list[tuple[str, int]]
+    touched: dict[Kind, list[tuple[str, int]]]
+    vanished: list[tuple[Kind, str, int]]
+    forgotten: int
+    digest: bytes
+    versions: int
+    upstream: str = ""
+    selector: Selector | None = None
+    verbatim: bool = False
 
 
 class _Salted(Struct):
@@ -135,8 +160,7 @@ class Journal:
     """
 
     def __init__(self, lineage: str) -> None:
-        self.id = "r" + _text(blake2b(lineage.encode(), digest_size=6).digest())
-        """Payload ID: characters of base64url."""
+        self._own_id = "r" + _text(blake2b(lineage.encode(), digest_size=6).digest())
         self.step = 0
         """Number of changes of the data so far; 0 before there are any."""
         self.latest: Full | Delta = MISSING
@@ -165,6 +189,12 @@ class Journal:
         self.naming: Work[None] | None = None
         """Work after a step that began anew: the name of its state. Whoever asks for that finishes
         the work; better, somebody does it in slices before, and calls `finish_naming` later on."""
+        self.upstream = ""
+        """Name that upstream gives to the data; empty if it gives none."""
+        self._verbatim = False
+        """True while clients get all that upstream has sent since it last sent everything."""
+        self._selector: Selector | None = None
+        """The same name, if clients get it, too."""
         self._digest = 0
         self._versions = 0
         self._payload = EMPTY
@@ -184,42 +214,64 @@ class Journal:
         return not self._unnamed and self.naming is None
 
     @property
+    def id(self) -> str:
+        """Payload ID: that of upstream, or our own in characters of base64url."""
+        return self._selector.id if self._selector else self._own_id
+
+    @property
     def version(self) -> int:
         """Number of the state: from 1 to `MAX_NUMBER`, and equal for equal data."""
+        if self._selector:
+            return self._selector.version
         self.finish_naming()
         return self._number
 
     @property
     def state(self) -> str:
         """State of the data, as clients send it back: `basis` (fdv2 13.2.5)."""
-        self.finish_naming()
+        if self._selector is None:
+            self.finish_naming()
         return self._state
 
     @property
     def selector(self) -> Selector:
         """Names of the present content."""
-        return Selector(self.id, self.version, self.state)
+        return Selector(self.state, self.id, self.version)
 
     @property
     def _state(self) -> str:
+        return self._selector.state if self._selector else self._address
+
+    @property
+    def _address(self) -> str:
+        """State that follows from the content."""
         digest = _text((self._digest % _MODULUS).to_bytes(32, "big")[:16])
-        return f"(p:{self.id}-{digest}:{self._number})"
+        return f"(p:{self._own_id}-{digest}:{self._number})"
 
     @property
     def _number(self) -> int:
         return self._versions % MAX_NUMBER or MAX_NUMBER if self._versions else 1
 
-    def record(self, payload: Payload, change: Change, *, full: bool = False) -> None:
+    def record(
+        self,
+        payload: Payload,
+        change: Change,
+        *,
+        full: bool = False,
+        selector: Selector | None = None,
+    ) -> None:
         """Record the next step.
 
         Args:
             payload: the data after it.
             change: the difference to the data before.
             full: True if upstream sent all data, so that items may have vanished.
+            selector: name that upstream gives to the data after it; None for none.
         """
         before, self._payload = self._payload, payload
         self.step += 1
         self._answers.clear()
+        self._take_name(selector, full=full)
         if self.step == 1:
             self._begin(payload)
             return
@@ -237,8 +289,80 @@ class Journal:
         for item in map(_tombstone, change.vanished):
             self._vanished[item.kind, item.key] = item.version
         self._forget_oldest()
+        if self._selector:
+            self._note_state(self._selector.state, self.step)
         is_barrier = self._barrier == self.step
         self.latest = TOO_OLD if is_barrier else Delta(items, self.step - 1)
+
+    def rename(self, selector: Selector | None, *, full: bool = False) -> None:
+        """Note that upstream gives the same data another name, or none.
+
+        Clients that know them by the former name are up to date.
+
+        Args:
+            selector: the new name; None for none.
+            full: True if upstream sent all data.
+        """
+        self._take_name(selector, full=full)
+        if self.step and (self._selector or self.is_named):
+            self._note_state(self._state, self.step)
+
+    def _take_name(self, selector: Selector | None, *, full: bool) -> None:
+        self.upstream = selector.state if selector else ""
+        self._verbatim = selector is not None and selector.verbatim and (full or self._verbatim)
+        self._selector = selector if selector and self._verbatim and _is_usable(selector) else None
+
+    def saved(self, payload: Payload) -> SavedJournal | None:
+        """Return what a restarted relay has to know.
+
+        Args:
+            payload: the data that it is saved with.
+
+        Returns:
+            None if the journal is not of these data, or they have not been named yet.
+        """
+        if payload is not self._payload or not self.is_named or not self._states:
+            return None
+        latest = dict(list(self._states.items())[-MAX_SAVED_STATES:])
+        since = next(iter(latest.values()))
+        if (present := self._state) in self._states:  # it may recur, and be an old one
+            latest.setdefault(present, self._states[present])
+        touched = {kind: list(self._recent(kind, since))[::-1] for kind in Kind}
+        vanished = [(kind, key, version) for (kind, key), version in self._vanished.items()]
+        return SavedJournal(
+            self.step,
+            max(self._floor, since),
+            self._barrier,
+            list(latest.items()),
+            touched,
+            vanished,
+            self._forgotten,
+            (self._digest % _MODULUS).to_bytes(32, "big"),
+            self._versions,
+            self.upstream,
+            self._selector,
+            self._verbatim,
+        )
+
+    def restore(self, saved: SavedJournal, payload: Payload) -> None:
+        """Go on where a journal was saved. Call it before the first step.
+
+        Args:
+            saved: what was saved.
+            payload: the data that it was saved with.
+        """
+        self.step, self._floor, self._barrier = saved.step, saved.floor, saved.barrier
+        self._states = OrderedDict(saved.states)
+        self._touched = {kind: dict(saved.touched.get(kind, ())) for kind in Kind}
+        self._vanished = OrderedDict(
+            ((kind, key), version) for kind, key, version in saved.vanished
+        )
+        self._forgotten = saved.forgotten
+        self._digest, self._versions = int.from_bytes(saved.digest, "big"), saved.versions
+        self.upstream, self._selector = saved.upstream, saved.selector
+        self._verbatim = saved.verbatim
+        self._payload, self.latest = payload, TOO_OLD
+        self._note_state(self._state, self.step)  # another one, if the SDK key is
 
     def _begin_anew(self, payload: Payload) -> None:
         """Let all clients get everything, as most of it has changed: cheaper than to compare."""
@@ -265,7 +389,8 @@ class Journal:
             return MISSING
         if basis == UNRELIABLE:
             return DOUBTED
-        self.finish_naming()
+        if self._selector is None:
+            self.finish_naming()
         since = self._states.get(basis)
         if since is None:
             return UNKNOWN
@@ -290,11 +415,10 @@ class Journal:
         """
         if basis in self._states or not basis.startswith("(p:" + self.id):
             return False
-        self.finish_naming()
         number = basis.rpartition(":")[2].removesuffix(")")
         if basis in self._states or not _NUMBER.fullmatch(number):
             return False
-        ahead = (int(number) - self._number) % MAX_NUMBER  # numbers begin anew after the greatest
+        ahead = (int(number) - self.version) % MAX_NUMBER  # numbers begin anew after the greatest
         return 0 < ahead < MAX_NUMBER // 2
 
     def _answer_since(self, step: int) -> Full | Delta:
@@ -305,6 +429,8 @@ class Journal:
 
     def _begin(self, payload: Payload) -> None:
         self.naming = Work(self._name(payload, self.step))
+        if self._selector:
+            self._note_state(self._selector.state, self.step)
 
     def _name(self, payload: Payload, step: int) -> Steps[None]:
         """Name the state of a whole payload that came with a step of the journal.
@@ -318,7 +444,7 @@ class Journal:
                 versions += item.version
             yield
         self._digest, self._versions, self.naming = digest, versions, None
-        self._note_state(step)
+        self._note_state(self._address, step)
 
     def finish_naming(self) -> None:
         """Name the state, so that clients of other replicas, which may have it, are known.
@@ -335,7 +461,7 @@ class Journal:
                     self._digest += sign * _digest(item)
                     self._versions += sign * item.version
         self._unnamed.clear()
-        self._note_state(self.step)
+        self._note_state(self._address, self.step)
 
     def _supersedes(self, before: Payload, item: Item) -> bool:
         """Return whether every client takes an item for newer than what it has seen."""
@@ -357,15 +483,18 @@ class Journal:
 
     def _touched_after(self, step: int) -> Iterator[Item]:
         """Yield the present values of the items touched after a step, the latest first."""
-        for kind, touched in self._touched.items():
+        for kind in self._touched:
             items = self._payload.all(kind)
-            recent = takewhile(lambda entry: entry[1] > step, reversed(touched.items()))
-            for key, _ in recent:
+            for key, _ in self._recent(kind, step):
                 yield items.get(key) or Item(kind, key, self._vanished.get((kind, key), 0), None)
 
-    def _note_state(self, step: int) -> None:
+    def _recent(self, kind: Kind, step: int) -> Iterator[tuple[str, int]]:
+        """Yield the keys of a kind touched after a step, with their steps, the latest first."""
+        return takewhile(lambda entry: entry[1] > step, reversed(self._touched[kind].items()))
+
+    def _note_state(self, state: str, step: int) -> None:
         # A state may recur. Clients that go by the older occurrence may have seen more.
-        self._states.setdefault(self._state, step)
+        self._states.setdefault(state, step)
         if len(self._states) > MAX_STATES:
             self._states.popitem(last=False)
 
@@ -401,6 +530,12 @@ def _have_same_salt(former: Item, item: Item) -> bool:
     if written and written in (item.json or b""):
         return True  # without a parser, which costs ten times as much
     return _salt(former) == _salt(item)
+
+
+def _is_usable(selector: Selector) -> bool:
+    """Return whether clients can get a name of upstream, and send it back."""
+    names = selector.state, selector.id
+    return all(map(_USABLE.fullmatch, names)) and 0 < selector.version <= MAX_NUMBER
 
 
 def _salt(item: Item) -> str | None:

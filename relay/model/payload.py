@@ -23,14 +23,35 @@ SMALL_SHARE = 4
 """Divisor: a larger data set is sent as patches if they are at most a quarter of the payload."""
 
 
+class Selector(Struct, frozen=True):
+    """Name of one content, as its clients get it (fdv2 13.2.5).
+
+    Args:
+        state: what a client sends back as its basis; empty if there is none.
+        id: of the payload.
+        version: of the payload.
+        verbatim: False if something that upstream sent is left out or held back here, so that its
+            name must not stand for the data that clients of this relay get.
+    """
+
+    state: str = ""
+    id: str = ""
+    version: int = 1
+    verbatim: bool = True
+
+
 class ChangeSet(Struct, frozen=True):
     """Items received from a source, to be applied to a payload.
 
     Args:
         items: the new or changed items.
         full: True if these are all items, which replace the payload regardless of versions
-            (streams 2.6); False if each is applied only if its version is greater.
+            (streams 2.6).
         invalid: items that were received but are unusable; their previous versions are kept.
+        selector: name of the data after it; None if upstream gives no names (FDv1). If it does,
+            each item replaces the one before whatever its version, and the versions of tombstones
+            mean nothing (fdv2 13.2.2); else an item is applied if its version is greater.
+        since: name of the data before it; empty if upstream does not tell.
         evaluations: version of what is evaluated with them, if another process has chosen it, so
             that clients see the same one everywhere; 0 to choose one.
     """
@@ -38,6 +59,8 @@ class ChangeSet(Struct, frozen=True):
     items: tuple[Item, ...]
     full: bool = False
     invalid: tuple[InvalidItem, ...] = ()
+    selector: Selector | None = None
+    since: str = ""
     evaluations: int = 0
 
 
@@ -114,6 +137,8 @@ class Payload(Struct, frozen=True, eq=False):
         """Return the next payload and the actual change; None if nothing changed."""
         if changes.full:
             return self._replace_all(changes)
+        if changes.selector is not None:
+            return self._replace_some(changes.items)
         newer = [item for item in _newest(changes.items) if self._is_newer(item)]
         if not newer:
             return self, None
@@ -148,6 +173,25 @@ class Payload(Struct, frozen=True, eq=False):
                 newest=max(after.newest, item.version),
             )
         return after
+
+    def _replace_some(self, items: Iterable[Item]) -> tuple[Payload, Change | None]:
+        latest = {(item.kind, item.key): item for item in items}
+        numbered = map(self._numbered, latest.values())
+        different = [item for item in numbered if self.all(item.kind).get(item.key) != item]
+        if not different:
+            return self, None
+        visible = tuple(filter(self._is_visible, different))
+        change = Change(tuple(different), visible, replace=not all(map(self._is_newer, different)))
+        return self.with_items(different), change
+
+    def _numbered(self, item: Item) -> Item:
+        """Return an item; a tombstone with the version after its item's (fdv2 13.8.4)."""
+        if not item.deleted:
+            return item
+        known = self.all(item.kind).get(item.key)
+        if known is None:
+            return Item(item.kind, item.key, 0, None)
+        return known if known.deleted else Item(item.kind, item.key, known.version + 1, None)
 
     def _replace_all(self, changes: ChangeSet) -> tuple[Payload, Change | None]:
         retained = (self.all(invalid.kind).get(invalid.key) for invalid in changes.invalid)

@@ -70,12 +70,12 @@ def in_steps(name: str, data: bytes) -> Steps[ChangeSet | None]:
     """Do the same as `parse`, with a step for each item."""
     match name:
         case "put":
-            return (yield from _parse_data(_decode(_PUT, "put message", data).data, "put message"))
+            return (yield from _parse_data(decode(_PUT, "put message", data).data, "put message"))
         case "patch":
-            patch = _decode(_PATCH, "patch message", data)
+            patch = decode(_PATCH, "patch message", data)
             return _patch_changes(patch.path, bytes(patch.data))
         case "delete":
-            delete = _decode(_DELETE, "delete message", data)
+            delete = decode(_DELETE, "delete message", data)
             return _delete_changes(delete.path, int(delete.version))
     return None
 
@@ -92,7 +92,7 @@ def parse_all(body: bytes) -> ChangeSet:
 def all_in_steps(body: bytes) -> Steps[ChangeSet]:
     """Do the same as `parse_all`, with a step for each item."""
     subject = "body of /sdk/latest-all"
-    return (yield from _parse_data(_decode(_DATA, subject, body), subject))
+    return (yield from _parse_data(decode(_DATA, subject, body), subject))
 
 
 def parse_archived(data: bytes) -> ChangeSet:
@@ -102,12 +102,17 @@ def parse_archived(data: bytes) -> ChangeSet:
         InvalidData: the data as a whole are broken.
     """
     subject = "data"
-    kinds = _decode(_ARCHIVED, subject, data) or _Data()
+    kinds = decode(_ARCHIVED, subject, data) or _Data()
     flags, segments = kinds.flags or {}, kinds.segments or {}
     return finish(_parse_data(_Data(flags, segments), subject))
 
 
-def _decode(decoder: msgspec.json.Decoder[T], subject: str, data: bytes) -> T:
+def decode(decoder: msgspec.json.Decoder[T], subject: str, data: bytes) -> T:
+    """Decode JSON of upstream.
+
+    Raises:
+        InvalidData: it is broken, or something else than it should be.
+    """
     try:
         return decoder.decode(_replace_invalid_utf8(data))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:

@@ -21,7 +21,8 @@ from relay.evaluation.compiled.flag import CompiledResult
 from relay.evaluation.compiled.fragments import DIGEST_SIZE, EvalBody, Form
 from relay.evaluation.compiled.program import Program
 from relay.evaluation.data import Membership
-from relay.model.journal import UNKNOWN, Full, Selector
+from relay.model.journal import UNKNOWN, Full
+from relay.model.payload import Selector
 from relay.model.text import to_base64
 from relay.protocol import fdv2
 from relay.protocol.fdv2 import Event

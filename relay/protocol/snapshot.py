@@ -1,7 +1,8 @@
-"""Format of snapshot files: a header line of fixed length, then one line of JSON per item.
+"""Format of snapshot files: a header line of fixed length, one line of JSON per item, the journal.
 
 The first line is a `Header` with its own checksum. Item lines are `[kind, key, version, item]`, the
-item verbatim, or null for a tombstone. The format is private to Relay.
+item verbatim, or null for a tombstone. The last line is the journal of these data, if there is one:
+a checksum of both makes sure that they belong together. The format is private to Relay.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import msgspec
 
 from relay.errors import InvalidData
 from relay.model.item import Item, Kind
+from relay.model.journal import SavedJournal
 from relay.model.payload import Payload
 
 CHUNK = 1024 * 1024
@@ -24,9 +26,11 @@ HEADER_SIZE = 512
 """Bytes of the first line: at most one disk sector, so that an update of it is atomic."""
 
 _FORMAT = b"relay snapshot "
-_VERSION = b"1 "
-"""Incremented whenever items of earlier releases become incompatible."""
+_VERSION = b"2 "
+"""Incremented whenever files become unreadable for earlier releases."""
 
+_READABLE = (_VERSION, b"1 ")
+"""Versions that can be read. Files of version 1 have no journal."""
 
 EARLIEST = 1_735_689_600.0
 """Start of 2025 in Unix seconds. No snapshot is older, so an earlier clock is wrong."""
@@ -48,7 +52,8 @@ class Header(msgspec.Struct, frozen=True):
         confirmed: time at which upstream last confirmed the data, in Unix seconds.
         items: number of items.
         size: total size of the item lines in bytes.
-        sha256: SHA-256 of the item lines.
+        sha256: SHA-256 of all lines but the first.
+        journal: size of the journal in bytes; 0 if there is none.
     """
 
     environment: str
@@ -57,6 +62,7 @@ class Header(msgspec.Struct, frozen=True):
     items: int
     size: int
     sha256: str
+    journal: int = 0
 
 
 def header(line: bytes) -> Header:
@@ -66,13 +72,14 @@ def header(line: bytes) -> Header:
         InvalidData: the line is damaged.
         UnknownFormat: the file belongs to another release.
     """
-    if line.startswith(_FORMAT) and not line.startswith(_FORMAT + _VERSION):
+    starts = [_FORMAT + version for version in _READABLE if line.startswith(_FORMAT + version)]
+    if line.startswith(_FORMAT) and not starts:
         raise UnknownFormat("it was written by another release")
     text, _, checksum = line.rstrip().rpartition(b" ")
     if len(line) != HEADER_SIZE or checksum != _checksum(text):
         raise damaged("its first line is not that of a snapshot")
     try:
-        return _DECODE_HEADER(text.removeprefix(_FORMAT + _VERSION))
+        return _DECODE_HEADER(text.removeprefix(starts[0]))
     except msgspec.MsgspecError as e:
         raise damaged(str(e)) from e
 
@@ -99,22 +106,38 @@ def first_line(header: Header) -> bytes:
 
 
 def payload(header: Header, body: bytes) -> Payload:
-    """Decode the item lines.
+    """Decode the item lines of all that follows the header.
 
     Raises:
         InvalidData: the lines do not match the header.
     """
-    if len(body) != header.size:
-        raise damaged(f"{len(body)} bytes of items instead of {header.size}")
+    if len(body) != header.size + header.journal:
+        raise damaged(f"{len(body)} bytes instead of {header.size + header.journal}")
     if hashlib.sha256(body).hexdigest() != header.sha256:
         raise damaged("its checksum is wrong")
     try:
-        result = Payload.of(_items(body))
+        result = Payload.of(_items(body[: header.size] if header.journal else body))
     except (msgspec.MsgspecError, ValueError) as e:
         raise damaged(str(e)) from e
     if len(result) != header.items:
         raise damaged(f"{len(result)} items instead of {header.items}")
     return result
+
+
+def journal(header: Header, body: bytes) -> SavedJournal | None:
+    """Decode the journal, of what `payload` has found intact; None if there is none to be read.
+
+    That of another release may differ. Without it clients get all data once, which is always right.
+    """
+    try:
+        return _DECODE_JOURNAL(body[header.size :]) if header.journal else None
+    except msgspec.MsgspecError:
+        return None
+
+
+def journal_line(journal: SavedJournal | None) -> bytes:
+    """Encode the journal; nothing if there is none."""
+    return b"" if journal is None else msgspec.json.encode(journal) + b"\n"
 
 
 def damaged(reason: str) -> InvalidData:
@@ -153,4 +176,5 @@ def _checksum(text: bytes) -> bytes:
 
 
 _DECODE_HEADER = msgspec.json.Decoder(Header).decode
+_DECODE_JOURNAL = msgspec.json.Decoder(SavedJournal).decode
 _DECODE_LINES = msgspec.json.Decoder(tuple[str, str, int, msgspec.Raw]).decode_lines

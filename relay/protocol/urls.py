@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote_plus
+from urllib.parse import quote, quote_plus
 
 
 def join(base: str, path: str) -> str:
@@ -25,3 +25,14 @@ def data_url(base: str, path: str, payload_filter: str) -> str:
     """
     query = f"?filter={quote_plus(payload_filter)}" if payload_filter else ""
     return join(base, path) + query
+
+
+def transfer_url(base: str, path: str, basis: str) -> str:
+    """Return the URL of what a client misses that has the data of a state (fdv2 13.1).
+
+    Args:
+        base: base URL.
+        path: path with a leading `/`.
+        basis: the state; empty for none.
+    """
+    return join(base, path) + (f"?basis={quote(basis, safe='')}" if basis else "")

@@ -60,6 +60,8 @@ def log_environments(config: Config, relay: Relay) -> None:
         origin = f"{_without_secrets(main.base_uri)} (polled)"
     else:
         origin = _without_secrets(main.stream_uri)
+    if main.data_system == "fdv2" and config.uses_launchdarkly:
+        origin += " by FDv2"
     if len(relay.environments) > MAX_NAMED:
         _log.info("Serving %d environments from %s", len(relay.environments), origin)
         return

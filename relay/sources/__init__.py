@@ -1,6 +1,7 @@
 """Data sources: the contract, and the updates that sources yield.
 
-`streaming`, `polling` and `file` implement it; nothing downstream depends on which one is used.
+`fdv2`, `streaming`, `polling` and `file` implement it; nothing downstream depends on which one is
+used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from relay.model.payload import ChangeSet
 
 
 class UpToDate(Struct, frozen=True):
-    """The source works, and the data delivered so far is current."""
+    """The source works, and the data delivered so far is current.
+
+    Args:
+        since: state of the data that upstream has confirmed (fdv2 13.2.5), which need not have been
+            delivered by this source; empty if upstream gives the data no name.
+    """
+
+    since: str = ""
 
 
 class Interrupted(Struct, frozen=True):
@@ -40,11 +48,20 @@ Update = ChangeSet | UpToDate | Interrupted
 class DataSource(Protocol):
     """Delivers one environment's data."""
 
-    def updates(self) -> AsyncGenerator[Update, None]:
+    @property
+    def protocol(self) -> str:
+        """Protocol by which upstream is followed, `fdv1` or `fdv2`; empty without upstream."""
+
+    def updates(self, basis: str = "") -> AsyncGenerator[Update, None]:
         """Yield all data as soon as possible, then changes, until cancelled.
 
         Failures are yielded as `Interrupted` while the source keeps retrying; only unexpected
         errors are raised. Consume the generator under `contextlib.aclosing`.
+
+        Args:
+            basis: name that upstream has given to the data that are there already; empty if there
+                are none. A source that can continues from there, and its first change set, or
+                `UpToDate`, has it as `since`; others yield all data.
         """
 
     def resync(self) -> None:

@@ -12,6 +12,8 @@ from relay.sources import Interrupted, Update, UpToDate
 class ArchiveSource:
     """Data source that yields what it is given; the newest of each kind of update counts."""
 
+    protocol = ""
+
     def __init__(self) -> None:
         self._data: ChangeSet | None = None
         """The data given last: all of them."""
@@ -42,8 +44,9 @@ class ArchiveSource:
     def check(self, *, reconnect: bool = False) -> None:
         """Do nothing: whoever reads the archive looks at it all the time."""
 
-    async def updates(self) -> AsyncGenerator[Update, None]:
+    async def updates(self, basis: str = "") -> AsyncGenerator[Update, None]:
         """Yield all data, then what is given, until cancelled."""
+        del basis  # archives have no names for their content
         self.resync()
         while True:
             await self._given.wait()

@@ -94,8 +94,11 @@ class EventStream(Generic[DeliveryT]):
         elif reconnect:
             self.resync()
 
-    async def updates(self) -> AsyncGenerator[DeliveryT | UpToDate | Interrupted, None]:
+    async def updates(
+        self, basis: str = ""
+    ) -> AsyncGenerator[DeliveryT | UpToDate | Interrupted, None]:
         """Yield changes, confirmations and interruptions until cancelled."""
+        del basis  # each stream begins with everything
         backoff = SourceBackoff(self._timings)
         error: UpstreamUnavailable | InvalidData | Reconnect
         while True:
@@ -132,7 +135,7 @@ class EventStream(Generic[DeliveryT]):
             read_timeout=self._timings.read_timeout,
             headers={"Last-Event-Id": self._last_id} if self._last_id else None,
         ) as response:
-            _require_event_stream(response)
+            require_event_stream(response)
             self._response = response
             try:
                 async with aclosing(self._messages(response, backoff)) as updates:
@@ -166,7 +169,12 @@ class EventStream(Generic[DeliveryT]):
                 yield UpToDate()
 
 
-def _require_event_stream(response: Response) -> None:
+def require_event_stream(response: Response) -> None:
+    """Check the content type of a response.
+
+    Raises:
+        UpstreamUnavailable: it is something else than an event stream.
+    """
     if response.content_type != "text/event-stream":
         reason = "the answer is not an event stream"
         raise UpstreamUnavailable(ErrorKind.ERROR_RESPONSE, reason, response.status)

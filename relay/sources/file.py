@@ -32,6 +32,8 @@ class FileSource:
         timings: delays between checks.
     """
 
+    protocol = ""
+
     def __init__(self, path: Path, timings: SourceTimings = SourceTimings()) -> None:
         self._path = path
         self._timings = timings
@@ -50,8 +52,9 @@ class FileSource:
         del reconnect  # a file has no connection and no cache
         self._read_now.set()
 
-    async def updates(self) -> AsyncGenerator[Update, None]:
+    async def updates(self, basis: str = "") -> AsyncGenerator[Update, None]:
         """Yield all data on each change of the file, and confirmations, until cancelled."""
+        del basis  # files have no names for their content
         last_state: FileState | str | None = "nothing yet"
         usable, last_yield = False, 0.0
         while True:

@@ -38,6 +38,8 @@ class PollingSource:
         payload_filter: key of the payload filter whose part of the data is wanted; empty for all.
     """
 
+    protocol = "fdv1"
+
     def __init__(
         self,
         upstream: Upstream,
@@ -77,8 +79,9 @@ class PollingSource:
         self._check_requested = True
         self._poll_now.set()
 
-    async def updates(self) -> AsyncGenerator[Update, None]:
+    async def updates(self, basis: str = "") -> AsyncGenerator[Update, None]:
         """Yield all data on each change, and confirmations, until cancelled."""
+        del basis  # only that of FDv2 could be named
         backoff = SourceBackoff(self._timings)
         self._etag = ""
         while True:

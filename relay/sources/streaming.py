@@ -31,6 +31,8 @@ class StreamingSource(EventStream[ChangeSet]):
         payload_filter: key of the payload filter whose part of the data is wanted; empty for all.
     """
 
+    protocol = "fdv1"
+
     def __init__(
         self,
         upstream: Upstream,

@@ -24,6 +24,12 @@ class SourceTimings:
     """Silence after which a stream counts as dead; upstream sends a comment every three minutes."""
     confirm_every: float = 10.0
     """Minimum time between two `UpToDate` of a quiet source."""
+    first_event: float = 30.0
+    """Time within which a stream of FDv2 says something. Proxies that keep back what they pass on
+    are noticed by it."""
+    polls_after: float = 60.0
+    """Time for which a stream of FDv2 may fail until polls take its place, as in SDKs (fdv2
+    13.4.3). It is tried again before each of them."""
     poll_interval: float = 30.0
     poll_timeout: float = 60.0
     """Timeout for a complete poll."""

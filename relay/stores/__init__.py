@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 from msgspec import Struct
 
 from relay.model.item import InvalidItem, Item, Kind
+from relay.model.journal import SavedJournal
 from relay.model.payload import Change, Payload
 from relay.stores.fingerprint import Fingerprint
 
@@ -25,11 +26,13 @@ class Stored(Struct, frozen=True):
         payload: all readable items.
         invalid: the unreadable items.
         age: seconds since upstream last confirmed the data; None if the store does not know.
+        journal: of the data; None if the store has none.
     """
 
     payload: Payload
     invalid: tuple[InvalidItem, ...] = ()
     age: float | None = None
+    journal: SavedJournal | None = None
 
     @property
     def versions(self) -> Versions:
@@ -166,6 +169,10 @@ class StoreStatus(Struct, frozen=True):
 
 class Mirror(Protocol):
     """Data kept equal to an environment's payload. No method raises because of an outage."""
+
+    @property
+    def has_journal(self) -> bool:
+        """True if it keeps the journal of the data, too: then it is loaded before all else."""
 
     @property
     def status(self) -> StoreStatus | None:

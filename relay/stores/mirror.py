@@ -98,6 +98,8 @@ class DatabaseMirror:
         table: table of the database; empty if it has none.
     """
 
+    has_journal = False
+
     def __init__(
         self,
         store: DataStore,

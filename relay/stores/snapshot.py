@@ -1,5 +1,7 @@
 """Snapshots on disk: the data that upstream last confirmed, for a start without upstream.
 
+The journal is written with the data, so that clients of before a restart get what they miss.
+
 There is one file per environment, in the format of `protocol/snapshot.py`. Files are replaced
 atomically; only the time of the last confirmation is updated in place, by a single write within the
 first block.
@@ -19,10 +21,11 @@ from pathlib import Path
 import msgspec
 
 from relay import clock
-from relay.aio import in_thread
+from relay.aio import SLICE, in_thread, run_for
 from relay.errors import InvalidData
 from relay.files import make_directory, remove_unfinished, replacing
 from relay.model.credential import Credential
+from relay.model.journal import Journal, SavedJournal
 from relay.model.payload import EMPTY, Change, Payload
 from relay.protocol import snapshot as snapshot_format
 from relay.protocol.snapshot import HEADER_SIZE, Header, UnknownFormat
@@ -67,9 +70,11 @@ class SnapshotMirror:
         log: a logger that names the environment.
         timings: delays and limits for writing.
         payload_filter: key of the payload filter whose part of the data is kept; empty for all.
+        journal: of the data; None to keep none.
     """
 
     status: StoreStatus | None = None
+    has_journal = True
 
     def __init__(
         self,
@@ -79,9 +84,11 @@ class SnapshotMirror:
         timings: SnapshotTimings = SnapshotTimings(),
         *,
         payload_filter: str = "",
+        journal: Journal | None = None,
     ) -> None:
         filter_digest = _digest(payload_filter) if payload_filter else ""
         self._file = _SnapshotFile(directory, _digest(owner.value), filter_digest)
+        self._journal = journal
         self._log = log
         self._timings = timings
         self._confirmed: tuple[Payload, float] = (EMPTY, 0.0)
@@ -143,6 +150,7 @@ class SnapshotMirror:
             while True:
                 await self._dirty.wait()
                 await self._wait_until_due()
+                await self._wait_for_name()
                 writing = self._write()
                 await asyncio.wait({writing})
                 if isinstance(writing.exception(), OSError):
@@ -162,13 +170,22 @@ class SnapshotMirror:
                     await self._flush_requested.wait()
                     return
 
+    async def _wait_for_name(self) -> None:
+        """Wait until the state of the data has a name: else the journal cannot be written."""
+        while self._journal is not None and (naming := self._journal.naming) is not None:
+            run_for(SLICE, naming)
+            await asyncio.sleep(0)
+        if self._journal is not None:
+            self._journal.finish_naming()
+
     def _due_at(self, updated_at: float) -> float:
         """Return the monotonic time at which to write an update that came at `updated_at`."""
         payload, _ = self._confirmed
         earliest = updated_at + self._timings.gather
         if self._file.contains(payload):
             return earliest  # only the time is renewed
-        return max(earliest, self._last_full_write + payload.size / self._timings.bytes_per_second)
+        size = payload.size + self._file.journal_size
+        return max(earliest, self._last_full_write + size / self._timings.bytes_per_second)
 
     def _write(self) -> asyncio.Future[None]:
         """Start writing the confirmed data."""
@@ -178,7 +195,8 @@ class SnapshotMirror:
         self._flush_requested.clear()
         if not self._file.contains(payload):
             self._last_full_write = clock.monotonic()
-        self._writing = in_thread(lambda: self._file.store(payload, confirmed), "snapshot")
+        journal = self._journal.saved(payload) if self._journal else None
+        self._writing = in_thread(lambda: self._file.store(payload, confirmed, journal), "snapshot")
         self._writing.add_done_callback(lambda future: self._write_done(future, snapshot))
         return self._writing
 
@@ -197,6 +215,8 @@ class SnapshotMirror:
         if self._writing is not None:
             await asyncio.wait({self._writing}, timeout=self._timings.finish)
         if not self._flushed.is_set() and (self._writing is None or self._writing.done()):
+            if self._journal is not None:
+                self._journal.finish_naming()
             await asyncio.wait({self._write()}, timeout=max(0.0, deadline - clock.monotonic()))
         if not self._flushed.is_set() and self._outage.reason is None:
             text = "Snapshot %s: the last state could not be written within %g s"
@@ -230,26 +250,31 @@ class _SnapshotFile:
         with _IO_LOCK:
             remove_unfinished(self.path)
             try:
-                payload, header = self._read()
+                stored = self._read()
             except InvalidData:
                 with contextlib.suppress(OSError):
                     self.path.replace(self._directory / f"{self._stem}.damaged")
                 raise
-        return Stored(payload, age=snapshot_format.age(header, clock.unix()))
+        return stored
+
+    @property
+    def journal_size(self) -> int:
+        """Size of the journal that was written last, in bytes."""
+        return self._written[1].journal if self._written else 0
 
     def contains(self, payload: Payload) -> bool:
         """Return whether this object has written `payload` into the file."""
         return self._written is not None and self._written[0] is payload
 
-    def store(self, payload: Payload, confirmed: float) -> None:
+    def store(self, payload: Payload, confirmed: float, journal: SavedJournal | None) -> None:
         """Write the payload, or only the time if the file holds the payload already."""
         with _IO_LOCK:
             header = None
             if self._written is not None and self._written[0] is payload:
                 header = self._renew_time(self._written[1], confirmed)
-            self._written = payload, header or self._replace_file(payload, confirmed)
+            self._written = payload, header or self._replace_file(payload, confirmed, journal)
 
-    def _read(self) -> tuple[Payload, Header]:
+    def _read(self) -> Stored:
         with self.path.open("rb") as file:
             if os.fstat(file.fileno()).st_size > MAX_SIZE:
                 raise snapshot_format.damaged(f"longer than {MAX_SIZE} bytes")
@@ -258,7 +283,9 @@ class _SnapshotFile:
         header = snapshot_format.header(first_line)
         if (header.environment, header.filter) != self._identity:
             raise UnknownFormat("it belongs to another environment")
-        return snapshot_format.payload(header, body), header
+        payload = snapshot_format.payload(header, body)
+        age = snapshot_format.age(header, clock.unix())
+        return Stored(payload, age=age, journal=snapshot_format.journal(header, body))
 
     def _renew_time(self, old_header: Header, confirmed: float) -> Header | None:
         """Update the time in place; return None if another process has changed the file."""
@@ -272,27 +299,36 @@ class _SnapshotFile:
             return None
         return new_header
 
-    def _replace_file(self, payload: Payload, confirmed: float) -> Header:
+    def _replace_file(
+        self, payload: Payload, confirmed: float, journal: SavedJournal | None
+    ) -> Header:
         """Replace the file atomically."""
         make_directory(self._directory)
         with replacing(self.path) as file:
-            header = self._write_items(file.write, payload, confirmed)
+            header = self._write_body(file.write, payload, confirmed, journal)
             file.flush()
             os.pwrite(file.fileno(), snapshot_format.first_line(header), 0)
         return header
 
-    def _write_items(
-        self, write: Callable[[bytes], object], payload: Payload, confirmed: float
+    def _write_body(
+        self,
+        write: Callable[[bytes], object],
+        payload: Payload,
+        confirmed: float,
+        journal: SavedJournal | None,
     ) -> Header:
-        """Write blanks in place of the header, then all items; return the header."""
+        """Write blanks in place of the header, then items and journal; return the header."""
         write(b" " * HEADER_SIZE)
         size, checksum = 0, hashlib.sha256()
         for chunk in snapshot_format.chunks(payload):
             write(chunk)
             checksum.update(chunk)
             size += len(chunk)
+        line = snapshot_format.journal_line(journal)
+        write(line)
+        checksum.update(line)
         digest = checksum.hexdigest()
-        return Header(*self._identity, confirmed, len(payload), size, digest)
+        return Header(*self._identity, confirmed, len(payload), size, digest, len(line))
 
 
 def _digest(text: str) -> str:

@@ -38,6 +38,8 @@ class FeederSource:
         number: of the environment in messages.
     """
 
+    protocol = ""
+
     def __init__(self, send: Send, number: int) -> None:
         self.number = number
         self.has_data = False
@@ -80,8 +82,9 @@ class FeederSource:
         self.idle.clear()
         self._arrived.set()
 
-    async def updates(self) -> AsyncGenerator[Update, None]:
+    async def updates(self, basis: str = "") -> AsyncGenerator[Update, None]:
         """Yield changes; outages of upstream are the feeder's business."""
+        del basis  # the feeder sends everything first
         while True:
             while self._updates:
                 update, self._change = self._updates.popleft()

@@ -98,6 +98,13 @@ def problems(variables: Mapping[str, str]) -> tuple[str, ...]:
         ({"USE_REDIS": "1", "REDIS_SENTINEL_MASTER": "m"}, "[Redis] sentinelMaster has no sentinels to name it (REDIS_SENTINEL_MASTER)"),
         ({"USE_REDIS": "1", "REDIS_CLIENT_CERT_FILE": "c"}, "a Redis client certificate needs a key, and a key a certificate (REDIS_CLIENT_CERT_FILE)"),
         ({"FLEET": "1"}, "[Fleet] enabled: a fleet needs Redis (FLEET)"),
+        (
+            {"FLEET": "1", "USE_REDIS": "1", "REDIS_CLUSTER": "1"},
+            (
+                "[Fleet] enabled: a fleet cannot use a Redis Cluster in this release; one server or"
+                " Sentinels (FLEET, REDIS_CLUSTER)"
+            ),
+        ),
         ({"FLEET": "1", "USE_REDIS": "1", "EXIT_ALWAYS": "1"}, "[Fleet] enabled: a relay that exits cannot take part in a fleet (FLEET)"),
         ({"FILE_DATA_SOURCE_MONITORING_INTERVAL": "1s"}, "must specify offline mode filename if other offline mode properties are set (FILE_DATA_SOURCE_MONITORING_INTERVAL)"),
         ({"USE_CONSUL": "1", "CONSUL_HOST": "ftp://h"}, "CONSUL_HOST: must begin with http://, https:// or unix://, or with the host"),
@@ -469,6 +476,8 @@ def test_options_of_a_later_release_are_accepted_with_a_warning(tmp_path: Path) 
         ({"BOOTSTRAP_TOKEN": "t", "LD_ENV_a": "k"}, "[Main] bootstrapToken has no effect without an https URL (BOOTSTRAP_TOKEN)"),
         ({"FLEET": "1", "USE_REDIS": "1", "FLAGS_FILE": "f"}, "[Fleet] enabled has no effect: the flags do not come from LaunchDarkly (FLEET)"),
         ({"BOOTSTRAP_FROM": "s3://b", "FLAGS_FILE": "f"}, "[Main] bootstrapFrom has no effect: the flags do not come from LaunchDarkly (BOOTSTRAP_FROM)"),
+        ({"DATA_SYSTEM": "fdv2", "FLEET": "1", "USE_REDIS": "1", "LD_ENV_a": "k", "LD_PREFIX_a": "p"}, "[Main] dataSystem = fdv2 has no effect in a fleet, so far (DATA_SYSTEM)"),
+        ({"DATA_SYSTEM": "fdv2", "STREAM_URI": "http://h"}, "[Main] dataSystem = fdv2 streams from streamUri and polls baseUri; only one of them is another than LaunchDarkly's (DATA_SYSTEM, STREAM_URI)"),
     ],
 )  # fmt: skip
 def test_questionable_options_cause_a_warning(variables: dict[str, str], warning: str) -> None:
@@ -487,6 +496,9 @@ def test_harmless_settings_cause_no_warning() -> None:
         "REDIS_PORT": "tcp://10.0.0.1:6379",
         "OTEL_LOGS_EXPORTER": "console",
         "LD_LIBRARY_PATH": "/lib",
+        "DATA_SYSTEM": "fdv2",
+        "STREAM_URI": "http://h",
+        "BASE_URI": "http://h",
     }
     config = from_env(variables)
     assert (config.warnings, config.redis) == ((), None)

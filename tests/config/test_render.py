@@ -95,6 +95,49 @@ def test_options_that_were_set_carry_their_source(tmp_path: Path) -> None:
     assert "with 2 environments" in shown
 
 
+FILTERED = {"LD_PROJ_KEY_a": "p", "LD_FILTER_KEYS_p": "north"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "lines"),
+    [
+        ({}, ["by FDv1 ([Main] dataSystem): a stream of streamUri, which begins with everything."]),
+        (
+            {"DATA_SOURCE": "polling", "POLL_INTERVAL": "90s"},
+            ["by FDv1 ([Main] dataSystem): polls of baseUri every 90 s, which begins with"],
+        ),
+        (
+            {"DATA_SYSTEM": "fdv2"},
+            [
+                "by FDv2 ([Main] dataSystem): a poll of baseUri, then a stream of streamUri; polls",
+                "polls of baseUri every 30 s while that fails.",
+                "by FDv1 instead while upstream asks for it, or does not know FDv2.",
+            ],
+        ),
+        (
+            {"DATA_SYSTEM": "fdv2", "DATA_SOURCE": "polling", **FILTERED},
+            [
+                "by FDv2 ([Main] dataSystem): polls of baseUri every 30 s.",
+                "Filtered environments come by FDv1: LaunchDarkly does not filter with FDv2.",
+            ],
+        ),
+    ],
+)
+def test_the_way_of_flags_is_explained(variables: dict[str, str], lines: list[str]) -> None:
+    """The protocol, what is asked, and what happens where it is not known."""
+    shown = effective(load("", True, False, {"LD_ENV_a": "sdk-1", **variables}))
+    for line in lines:
+        assert line in shown
+    assert ("FDv1 instead" in shown) == (variables.get("DATA_SYSTEM") == "fdv2")
+    assert ("Filtered" in shown) == ("LD_FILTER_KEYS_p" in variables)
+
+
+def test_a_file_of_flags_has_no_upstream() -> None:
+    assert "FDv" not in effective(load("", True, False, {"FLAGS_FILE": "flags.yaml"})).replace(
+        "`fdv1`", ""
+    )
+
+
 def test_warnings_come_last() -> None:
     """Each on a line of its own."""
     config = load(

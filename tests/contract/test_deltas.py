@@ -12,6 +12,7 @@ from relay.model.credential import SDKKey
 from relay.model.item import Item, Kind
 from relay.model.payload import ChangeSet
 from relay.protocol import sse
+from relay.stores import Stored
 from relay.streams import deltas
 from relay.streams.hub import StreamLimits
 from relay.web import bases
@@ -120,6 +121,26 @@ async def test_a_stream_waits_for_data(site):
     assert transfer(await stream.chunk()) == ("xfer-full", ["put-object large 1"], state)
     stream.close()
     served.environment.payload = None
+
+
+async def test_clients_that_waited_get_what_they_miss(site):
+    """As after a restart, when many are there before the data."""
+    served, address = site
+    before = Served()
+    old = change(before, LARGE, flag("a", 1), full=True)
+    new = change(before, flag("a", 2))
+    journal, payload = before.environment.journal, before.environment.payload
+    bases = ["", old, new, "(p:other:1)"] * 40
+    streams = [await opened(address, basis) for basis in bases]
+    served.environment._serve_stored(Stored(payload, journal=journal.saved(payload)))
+    got = [transfer(await stream.chunk())[:2] for stream in streams]
+    everything = "xfer-full", ["put-object a 2", "put-object large 1"]
+    expected = [everything, ("xfer-changes", ["put-object a 2"]), ("none", []), everything]
+    assert got == expected * 40
+    state = change(served, LARGE, flag("a", 3), full=True)
+    assert transfer(await streams[-1].chunk()) == ("xfer-changes", ["put-object a 3"], state)
+    for stream in streams:
+        stream.close()
 
 
 async def test_a_client_with_a_stale_state_gets_everything(site):

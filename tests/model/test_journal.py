@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from relay.model.item import Item, Kind
 from relay.model.journal import (
     DOUBTED,
+    MAX_SAVED_STATES,
     MAX_STATES,
     MAX_VANISHED,
     MISSING,
@@ -21,8 +23,9 @@ from relay.model.journal import (
     Delta,
     Full,
     Journal,
+    SavedJournal,
 )
-from relay.model.payload import EMPTY, Change, ChangeSet, Payload
+from relay.model.payload import EMPTY, Change, ChangeSet, Payload, Selector
 
 PADDING = b"x" * 2000
 EXAMPLES = int(os.environ.get("EXAMPLES", "300"))
@@ -53,12 +56,25 @@ class History:
         self.payload = EMPTY
         self.apply(*items, full=True)
 
-    def apply(self, *items: Item, full: bool = False) -> str:
+    def apply(self, *items: Item, full: bool = False, selector: Selector | None = None) -> str:
         """Apply a change set; return the state after it."""
-        self.payload, change = self.payload.apply(ChangeSet(items, full=full))
+        changes = ChangeSet(items, full=full, selector=selector)
+        self.payload, change = self.payload.apply(changes)
         if change is not None:
-            self.journal.record(self.payload, change, full=full)
+            self.journal.record(self.payload, change, full=full, selector=selector)
+        else:
+            self.journal.rename(selector, full=full)
         return self.journal.state
+
+    def saved(self) -> SavedJournal:
+        """Return the journal as it is saved, on its way to a file and back."""
+        self.journal.finish_naming()
+        saved = self.journal.saved(self.payload)
+        return msgspec.json.decode(msgspec.json.encode(saved), type=SavedJournal)
+
+    def restart(self, lineage: str = "environment") -> None:
+        saved, self.journal = self.saved(), Journal(lineage)
+        self.journal.restore(saved, self.payload)
 
     def answer(self, basis: str) -> set[Item] | Full:
         answer = self.journal.answer(basis)
@@ -304,6 +320,141 @@ def test_only_a_number_of_the_same_data_is_worth_waiting_for(number):
     assert not history.journal.is_behind("(p:other-x:99)")
 
 
+def test_a_restarted_relay_goes_on_where_it_was():
+    """Clients of before get what they miss, also of what comes after."""
+    history = History(LARGE, flag("a", 1), segment("s", 1))
+    first = history.journal.state
+    second = history.apply(flag("a", 2), gone("s", 9))
+    history.restart()
+    assert history.journal.state == second
+    assert history.answer(second) == set()
+    assert history.answer(first) == {flag("a", 2), gone("s", 9)}
+    assert history.journal.latest == TOO_OLD  # of whoever is there already
+    third = history.apply(LARGE, flag("a", 3), segment("s", 1), full=True)
+    assert history.answer(second) == {flag("a", 3)}
+    assert history.answer(third) == set()
+
+
+def test_a_restart_forgets_neither_barriers_nor_tombstones():
+    history = History(LARGE, flag("a", 5))
+    first = history.journal.state
+    second = history.apply(LARGE, full=True)  # deleted in version 6
+    history.restart()
+    assert history.answer(first) == {gone("a", 6)}
+    history.apply(flag("a", 6))
+    history.restart()
+    assert history.answer(second) == TOO_OLD
+
+
+def test_a_new_key_gives_the_environment_new_names():
+    """And the former ones stay known."""
+    history = History(LARGE, flag("a", 1))
+    first = history.journal.state
+    history.restart("other")
+    assert history.journal.state != first
+    assert history.answer(first) == set()
+    assert history.answer(history.journal.state) == set()
+
+
+def test_only_the_latest_states_are_saved():
+    """What is saved beside small data is small, too; older clients get everything."""
+    history = History(LARGE, flag("a", 1), flag("b", 1))
+    first = history.apply(flag("b", 2))
+    states = [history.apply(flag("a", version)) for version in range(2, MAX_SAVED_STATES + 10)]
+    saved = history.saved()
+    assert len(saved.states) == MAX_SAVED_STATES
+    assert saved.touched == {Kind.FLAG: [("a", history.journal.step)], Kind.SEGMENT: []}
+    assert len(msgspec.json.encode(saved)) < 80_000
+    history.restart()
+    assert history.answer(first) == UNKNOWN
+    for state in states[-MAX_SAVED_STATES:-1]:
+        assert history.answer(state) == {flag("a", MAX_SAVED_STATES + 9)}
+
+
+def test_a_journal_is_saved_with_its_own_data_only():
+    history = History(LARGE)
+    assert history.journal.saved(history.payload)
+    assert history.journal.saved(Payload.of([LARGE])) is None
+    journal = Journal("environment")
+    journal.record(history.payload, Change((), (), replace=True), full=True)
+    assert journal.saved(history.payload) is None  # the state has no name yet
+    assert Journal("environment").saved(EMPTY) is None
+
+
+UPSTREAM = Selector("(p:UP:7)", "UP", 7)
+
+
+def test_upstreams_name_is_ours_if_clients_get_what_it_sent():
+    history = History(LARGE)
+    own = history.journal.state
+    assert history.apply(LARGE, flag("a", 1), full=True, selector=UPSTREAM) == "(p:UP:7)"
+    journal = history.journal
+    assert (journal.id, journal.version, journal.upstream) == ("UP", 7, "(p:UP:7)")
+    state = history.apply(flag("a", 2), selector=Selector("(p:UP:8)", "UP", 8))
+    assert state == "(p:UP:8)"
+    assert history.answer("(p:UP:7)") == {flag("a", 2)}
+    assert history.answer(own) == {flag("a", 2)}
+
+
+def test_another_protocol_of_upstream_ends_no_state():
+    """Clients get deltas over the switch, and back."""
+    history = History(LARGE)
+    history.apply(LARGE, flag("a", 1), full=True, selector=UPSTREAM)
+    own = history.apply(LARGE, flag("a", 1), full=True)
+    assert own.startswith(f"(p:{Journal('environment').id}-")
+    assert history.journal.upstream == ""
+    history.apply(flag("a", 2))
+    history.apply(LARGE, flag("a", 2), full=True, selector=Selector("(p:UP:8)", "UP", 8))
+    assert history.journal.state == "(p:UP:8)"
+    assert history.answer("(p:UP:7)") == history.answer(own) == {flag("a", 2)}
+
+
+def test_the_same_data_may_get_another_name():
+    """Whoever has them by the former is up to date."""
+    history = History(LARGE)
+    history.apply(LARGE, flag("a", 1), full=True, selector=UPSTREAM)
+    step = history.journal.step
+    assert history.apply(selector=Selector("(p:UP:9)", "UP", 9)) == "(p:UP:9)"
+    assert history.journal.step == step
+    assert history.answer("(p:UP:7)") == history.answer("(p:UP:9)") == set()
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        Selector("", "UP", 7),
+        Selector("(p:U P:7)", "UP", 7),
+        Selector("(p:UP:7)", "", 7),
+        Selector("x" * 257, "UP", 7),
+        Selector("(p:UP:7)", "UP", 0),
+        Selector("(p:UP:7)", "UP", 1 << 53),
+        Selector("(p:UP:7)", "UP", 7, verbatim=False),
+    ],
+)
+def test_a_name_that_will_not_do_is_kept_for_upstream(selector):
+    """Clients get an address of the content."""
+    history = History(LARGE)
+    history.apply(LARGE, flag("a", 1), full=True, selector=selector)
+    assert history.journal.id == Journal("environment").id
+    assert history.journal.upstream == selector.state
+    assert history.answer(history.journal.state) == set()
+
+
+def test_data_that_were_held_back_have_no_name_of_upstream_until_all_are_there():
+    """Over restarts, too."""
+    history = History(LARGE)
+    history.apply(LARGE, full=True, selector=Selector("(p:UP:7)", "UP", 7, verbatim=False))
+    history.restart()
+    state = history.apply(flag("a", 1), selector=Selector("(p:UP:8)", "UP", 8))
+    assert state != "(p:UP:8)"
+    history.restart()
+    assert history.journal.upstream == "(p:UP:8)"
+    history.apply(LARGE, flag("a", 1), full=True, selector=Selector("(p:UP:9)", "UP", 9))
+    history.restart()
+    assert history.journal.state == "(p:UP:9)"
+    assert history.answer(state) == set()
+
+
 KEYS = st.sampled_from("abc")
 LIVE = st.builds(flag, KEYS, st.integers(1, 4), st.sampled_from("st"))
 ITEMS = st.one_of(LIVE, st.builds(gone, KEYS, st.integers(1, 5)))
@@ -358,12 +509,15 @@ class ComparingClient(PlainClient):
     steps=st.lists(STEPS, max_size=12),
     visits=st.lists(st.booleans(), min_size=12, max_size=12),
     cuts=st.lists(st.integers(0, 2), min_size=12, max_size=12),
+    restarts=st.sets(st.integers(0, 11), max_size=2),
 )
-def test_after_an_answer_a_client_holds_exactly_the_data(steps, visits, cuts):
+def test_after_an_answer_a_client_holds_exactly_the_data(steps, visits, cuts, restarts):
     """Whatever happened, whichever answers were cut, and however long it was away."""
     history = History(LARGE, flag("a", 1))
     plain, comparing, hasty = PlainClient(), ComparingClient(), PlainClient()
-    for (full, items), visit, cut in zip(steps, visits, cuts, strict=False):
+    for n, ((full, items), visit, cut) in enumerate(zip(steps, visits, cuts, strict=False)):
+        if n in restarts:
+            history.restart()
         history.apply(*([LARGE, *items] if full else items), full=full)
         data = {i.key: i for i in history.payload.live(Kind.FLAG)}
         # One keeps a part of each answer, and comes back with the state that it had before.

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.model.item import InvalidItem, Item, Kind
-from relay.model.payload import EMPTY, SMALL_PAYLOAD, ChangeSet, Payload
+from relay.model.payload import EMPTY, SMALL_PAYLOAD, Change, ChangeSet, Payload, Selector
 
 
 def flag(key, version, json=b"{}"):
@@ -156,3 +156,37 @@ def test_a_payload_prints_its_size_and_not_its_content():
     assert repr(EMPTY) == "<Payload of 0 flags and 0 segments, newest version 0>"
     payload, _ = EMPTY.apply(ChangeSet((Item(Kind.FLAG, "lamp", 3, None),)))
     assert repr(payload) == "<Payload of 1 flags and 0 segments, newest version 3>"
+
+
+NAMED = Selector("(p:UP:2)", "UP", 2)
+
+
+def named(*changes):
+    return ChangeSet(changes, selector=NAMED)
+
+
+def test_where_upstream_names_its_data_no_versions_are_compared():
+    """A lower one replaces a higher; clients that compare versions need everything then."""
+    before = Payload.of([flag("a", 5), flag("b", 1)])
+    after, change = before.apply(named(flag("a", 3)))
+    assert after.get(Kind.FLAG, "a") == flag("a", 3)
+    assert change == Change((flag("a", 3),), (flag("a", 3),), replace=True)
+    after, change = before.apply(named(flag("a", 6), flag("c", 1)))
+    assert change == Change((flag("a", 6), flag("c", 1)), (flag("a", 6), flag("c", 1)))
+    assert before.apply(named(flag("a", 5))) == (before, None)
+    assert before.apply(named()) == (before, None)
+    assert before.apply(named(flag("a", 6), flag("a", 5))) == (before, None)  # the last one counts
+
+
+def test_where_upstream_names_its_data_tombstones_get_versions_of_their_items():
+    """The next one: what upstream says is the version of its payload."""
+    before = Payload.of([flag("a", 5), tombstone("gone", 7)])
+    after, change = before.apply(
+        named(tombstone("a", 0), tombstone("gone", 0), tombstone("new", 0))
+    )
+    assert change == Change((tombstone("a", 6), tombstone("new", 0)), (tombstone("a", 6),))
+    assert after.apply(named(tombstone("a", 0), tombstone("new", 0))) == (after, None)
+    _, change = after.apply(named(flag("new", 1)))
+    assert not change.replace
+    _, change = after.apply(named(flag("a", 6)))  # created anew
+    assert change.replace

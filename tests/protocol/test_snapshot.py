@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from relay.errors import InvalidData
 from relay.model.item import Item, Kind
+from relay.model.journal import SavedJournal
+from relay.model.payload import Selector
 from relay.protocol import snapshot
 from relay.protocol.snapshot import EARLIEST, HEADER_SIZE, Header, UnknownFormat
 
@@ -55,6 +57,7 @@ def test_a_header_is_read_as_it_was_written():
     assert snapshot.header(line) == written
 
 
+BODY = b"".join(snapshot.chunks([Item(Kind.FLAG, "a", 1, b"{}")]))
 LINE = snapshot.first_line(header(b"", 0))
 
 
@@ -75,7 +78,7 @@ def test_what_is_no_header_is_refused(line):
 
 def test_a_header_with_other_members_is_damaged():
     """Even if its checksum is right."""
-    text = b"relay snapshot 1 {}"
+    text = b"relay snapshot 2 {}"
     line = (text + b" " + b"%08x" % crc32(text)).ljust(HEADER_SIZE - 1) + b"\n"
     with pytest.raises(InvalidData, match="environment"):
         snapshot.header(line)
@@ -84,16 +87,68 @@ def test_a_header_with_other_members_is_damaged():
 def test_another_release_is_no_damage():
     """Its snapshot is not counted as damaged."""
     with pytest.raises(UnknownFormat):
-        snapshot.header(LINE.replace(b"snapshot 1 ", b"snapshot 2 "))
+        snapshot.header(LINE.replace(b"snapshot 2 ", b"snapshot 3 "))
 
 
-BODY = b"".join(snapshot.chunks([Item(Kind.FLAG, "a", 1, b"{}")]))
+def test_the_release_before_is_read():
+    """Its files have no journal."""
+    text = LINE.replace(b"snapshot 2 ", b"snapshot 1 ").replace(b',"journal":0', b"")
+    text = text.rstrip().rpartition(b" ")[0]
+    line = (text + b" " + b"%08x" % crc32(text)).ljust(HEADER_SIZE - 1) + b"\n"
+    assert b"journal" not in line
+    assert snapshot.header(line) == header(b"", 0)
+    assert snapshot.journal(snapshot.header(line), b"") is None
+
+
+JOURNAL = SavedJournal(
+    step=7,
+    floor=2,
+    barrier=3,
+    states=[("(p:a:1)", 2), ("(p:b:2)", 7)],
+    touched={Kind.FLAG: [("a", 5), ("\u2028", 7)], Kind.SEGMENT: []},
+    vanished=[(Kind.SEGMENT, "gone", 12)],
+    forgotten=-1,
+    digest=b"\0\xff" * 16,
+    versions=9,
+    upstream="(p:up:3)",
+    selector=Selector("(p:up:3)", "up", 3),
+    verbatim=True,
+)
+
+
+def with_journal(line: bytes) -> tuple[Header, bytes]:
+    body = BODY + line
+    digest = sha256(body).hexdigest()
+    return Header("env", "", EARLIEST, 1, len(BODY), digest, len(line)), body
+
+
+def test_a_journal_is_read_as_it_was_written():
+    """Behind the items, which do not change by it."""
+    given, body = with_journal(snapshot.journal_line(JOURNAL))
+    assert len(snapshot.payload(given, body)) == 1
+    assert snapshot.journal(given, body) == JOURNAL
+    assert snapshot.header(snapshot.first_line(given)) == given
+
+
+@pytest.mark.parametrize("line", [b"{}\n", b'{"step":"x"}\n', b"\xff\n", b"[\n"])
+def test_a_journal_of_another_release_is_left_out(line):
+    """The data are good without it."""
+    given, body = with_journal(line)
+    assert len(snapshot.payload(given, body)) == 1
+    assert snapshot.journal(given, body) is None
+
+
+def test_a_journal_that_is_damaged_damages_the_file():
+    """It has to be that of these data."""
+    given, body = with_journal(snapshot.journal_line(JOURNAL))
+    with pytest.raises(InvalidData, match="checksum"):
+        snapshot.payload(given, body.replace(b"(p:b:2)", b"(p:b:3)"))
 
 
 @pytest.mark.parametrize(
     ("body", "given", "reason"),
     [
-        (BODY + b" ", header(BODY, 1), "bytes of items"),
+        (BODY + b" ", header(BODY, 1), "bytes instead"),
         (BODY[:-2] + b"x\n", header(BODY, 1), "checksum"),
         (BODY, header(BODY, 2), "1 items instead of 2"),
         (BODY[:-2], header(BODY[:-2], 1), "truncated"),

@@ -12,6 +12,7 @@ from relay.model.credential import SDKKey
 from relay.protocol.fdv1 import parse_archived
 from relay.sources import Interrupted, UpToDate
 from relay.sources.archive import ArchiveSource
+from relay.sources.fdv2 import FDv2Source
 from relay.sources.file import FileSource
 from relay.sources.polling import PollingSource
 from relay.sources.streaming import StreamingSource
@@ -20,6 +21,7 @@ from relay.upstream import Upstream
 from tests.sources.contract import SourceContract
 from tests.support import upstream as answers
 from tests.support.data import put
+from tests.support.fdv2_upstream import FDv2Upstream, event
 from tests.support.upstream import ScriptedUpstream
 
 KEY = "sdk-1"
@@ -57,6 +59,20 @@ class StreamStage(ServerStage):
     async def beat(self):
         await self.server.connected(KEY)
         await self.server.raw(KEY, b":\n")
+
+
+class FDv2Stage(ServerStage):
+    async def spoil(self):
+        self.server.always(KEY, answers.body(event("put-object", "{oops")))
+
+    restore = StreamStage.restore
+
+
+class FDv2PollStage(ServerStage):
+    async def spoil(self):
+        self.server.always(KEY, answers.body(b'{"events":', "application/json"))
+
+    restore = StreamStage.restore
 
 
 class PollStage(ServerStage):
@@ -118,6 +134,42 @@ class TestPolling(SourceContract):
     @pytest.fixture
     def stage(self, server, session):
         return PollStage(server, PollingSource(session, server.url, SDKKey(KEY), FAST))
+
+
+class TestFDv2(SourceContract):
+    @pytest.fixture(params=[FDv2Stage, FDv2PollStage])
+    async def stage(self, session, request):
+        async with FDv2Upstream() as server:
+            streams = server.url if request.param is FDv2Stage else None
+            log = logging.getLogger("relay.env.test")
+            source = FDv2Source(
+                session,
+                server.url,
+                streams,
+                SDKKey(KEY),
+                make_fdv1=lambda: StreamingSource(session, server.url, SDKKey(KEY), log, FAST),
+                log=log,
+                timings=FAST,
+            )
+            yield request.param(server, source)
+
+
+class TestFDv1InPlaceOfFDv2(SourceContract):
+    """An upstream that does not know FDv2, such as ld-relay 8."""
+
+    @pytest.fixture
+    def stage(self, server, session):
+        log = logging.getLogger("relay.env.test")
+        source = FDv2Source(
+            session,
+            server.url,
+            server.url,
+            SDKKey(KEY),
+            make_fdv1=lambda: StreamingSource(session, server.url, SDKKey(KEY), log, FAST),
+            log=log,
+            timings=FAST,
+        )
+        return StreamStage(server, source)
 
 
 class TestFile(SourceContract):

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from relay import clock
 from relay.model.credential import SDKKey
 from relay.model.item import Item, Kind
-from relay.model.payload import EMPTY, Payload
+from relay.model.journal import Journal
+from relay.model.payload import EMPTY, Change, Payload
 from relay.protocol import snapshot as snapshot_format
 from relay.protocol.snapshot import HEADER_SIZE
 from relay.stores.snapshot import SnapshotMirror, SnapshotTimings
@@ -49,8 +50,10 @@ def payload(*items):
     return Payload.of(items or (flag("a", 1),))
 
 
-def snapshot(directory, key=KEY, timings=FAST, payload_filter=""):
-    return SnapshotMirror(Path(directory), key, LOG, timings, payload_filter=payload_filter)
+def snapshot(directory, key=KEY, timings=FAST, payload_filter="", journal=None):
+    return SnapshotMirror(
+        Path(directory), key, LOG, timings, payload_filter=payload_filter, journal=journal
+    )
 
 
 @contextlib.asynccontextmanager
@@ -119,6 +122,30 @@ async def test_an_impossible_age_is_unknown(tmp_path, written, read, age):
     finally:
         clock.use()
     assert (stored.age, len(stored.payload)) == (age, 1)
+
+
+async def test_the_journal_is_there_after_a_restart(tmp_path):
+    """With the data that it was written for, even if it had no name for them yet."""
+    journal, data = Journal("environment"), payload(flag("a", 3))
+    journal.record(data, Change((), (), replace=True), full=True)
+    assert journal.naming is not None
+    await save(tmp_path, data, journal=journal)
+    stored = await load(tmp_path)
+    assert stored.journal == journal.saved(data)
+    assert stored.journal.states == [(journal.state, 1)]
+    await save(tmp_path, payload(flag("a", 4)), journal=journal)
+    assert (await load(tmp_path)).journal is None
+
+
+async def test_a_relay_that_ends_early_names_the_state(tmp_path):
+    """The last write has the journal, too."""
+    journal, data = Journal("environment"), payload(flag("a", 3))
+    journal.record(data, Change((), (), replace=True), full=True)
+    mirror = snapshot(tmp_path, timings=AT_THE_END, journal=journal)
+    async with running(mirror):
+        await asyncio.sleep(0)
+        mirror.update(data, None)
+    assert (await load(tmp_path)).journal == journal.saved(data)
 
 
 numbers = st.sampled_from(["1e21", "-0", "1.0", "9007199254740993", "1e400", "1" * 40])
@@ -201,7 +228,7 @@ async def test_it_is_bound_to_its_environment(tmp_path, caplog):
 async def test_a_file_of_another_release_is_not_used(tmp_path, caplog):
     """After a downgrade it is not reported as damaged, and the next write replaces it."""
     path = await save(tmp_path, payload())
-    path.write_bytes(path.read_bytes().replace(b"relay snapshot 1 ", b"relay snapshot 9 ", 1))
+    path.write_bytes(path.read_bytes().replace(b"relay snapshot 2 ", b"relay snapshot 9 ", 1))
     assert await load(tmp_path) is None
     assert "another release" in caplog.text
     await save(tmp_path, payload())

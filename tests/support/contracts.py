@@ -13,10 +13,14 @@ from relay.stores import Key, Stored, StoreStatus
 class ScriptedSource:
     """A data source that yields what the test gives it."""
 
+    protocol = ""
+
     def __init__(self) -> None:
         self._updates: asyncio.Queue[Update | Exception] = asyncio.Queue()
         self.running = asyncio.Semaphore(0)
         """Released each time that somebody begins to listen."""
+        self.bases: list[str] = []
+        """The basis of each."""
         self.refreshed = 0
         self.looked: list[bool] = []
         """Hints that came, each with its doubt."""
@@ -28,7 +32,8 @@ class ScriptedSource:
             self._updates.put_nowait(update)
         await self._updates.join()
 
-    async def updates(self) -> AsyncGenerator[Update, None]:
+    async def updates(self, basis: str = "") -> AsyncGenerator[Update, None]:
+        self.bases.append(basis)
         self.running.release()
         try:
             while True:
@@ -67,6 +72,8 @@ class RecordingHub:
 
 class MemoryMirror:
     """A copy that is loaded when the test says so, and that records what it is told."""
+
+    has_journal = False
 
     def __init__(self) -> None:
         self.loading: asyncio.Future[Stored | None] = asyncio.get_running_loop().create_future()

@@ -218,7 +218,7 @@ class ScriptedUpstream:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _answer(self, request: web.Request) -> web.StreamResponse:  # noqa: PLR0911 - a table
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.requests.append(Request(request.method, request.path_qs, request.headers))
         await self._note()
         key = filtered(request.headers.get("Authorization", ""), request.query.get("filter", ""))
@@ -231,6 +231,10 @@ class ScriptedUpstream:
             return await self._answers[key].popleft()(request)
         if key not in self._data:
             return web.Response(status=401)
+        return await self._respond(request, key, path)
+
+    async def _respond(self, request: web.Request, key: str, path: str) -> web.StreamResponse:
+        """Answer a request with a known key for which nothing else was scripted."""
         match path:
             case "/all" | "/relay_auto_config":
                 return await self._stream(request, key, data.put(self._data[key]))

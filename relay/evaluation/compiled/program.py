@@ -39,8 +39,7 @@ from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import DEFAULT_KIND, Context
 from relay.model.flag import Clause, Flag
 from relay.model.item import Item, Kind
-from relay.model.journal import Selector
-from relay.model.payload import Payload
+from relay.model.payload import Payload, Selector
 from relay.model.segment import Segment
 
 MAX_CALLS = 1000

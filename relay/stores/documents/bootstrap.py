@@ -30,6 +30,7 @@ class Bootstrap:
     """
 
     status: StoreStatus | None = None
+    has_journal = False
 
     def __init__(self, place: Place, log: Log, retry: Backoff = RETRY) -> None:
         self._place = place

@@ -143,6 +143,7 @@ def _environment_members(
         **_further_credentials(spec),
         "status": "connected" if _is_connected(relay, environment) else "disconnected",
         "connectionStatus": _connection_members(environment),
+        "upstream": _upstream_members(environment),
         "dataStoreStatus": _store_members(relay, environment),
         "dataStores": _all_stores_members(environment),
         "bigSegmentStatus": _big_segment_members(environment),
@@ -306,6 +307,14 @@ def _connection_members(environment: Environment) -> dict[str, object]:
         kind, at = connection.last_error
         members["lastError"] = {"kind": kind.value, "time": _ms(at)}
     return members
+
+
+def _upstream_members(environment: Environment) -> dict[str, object] | None:
+    """Return how upstream is followed, and its name of the data; None without upstream."""
+    if not environment.protocol:
+        return None
+    selector = environment.journal.upstream or None
+    return _without_none({"protocol": environment.protocol, "selector": selector})
 
 
 def _store_members(relay: Relay, environment: Environment) -> dict[str, object]:
