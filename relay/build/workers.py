@@ -14,8 +14,10 @@ from relay.model.environment import EnvironmentSpec
 from relay.model.journal import Journal
 from relay.programs import ProgramCache
 from relay.relay import Relay
+from relay.sources import DataSource
 from relay.stores import Mirror
 from relay.streams.hub import Hub
+from relay.workers.environments import FedJournal, FeederSource
 from relay.workers.hub import SettledPings, WorkerHub, WorkersHub
 from relay.workers.link import FeederLink
 
@@ -25,8 +27,8 @@ _numbers = count()
 class FeederParts(EnvironmentParts):
     """Makes environments whose streams are open in workers."""
 
-    def _hub(self, programs: ProgramCache, _journal: Journal, _big_segments: object) -> Hub:
-        return WorkersHub(next(_numbers), programs)
+    def _hub(self, programs: ProgramCache, journal: Journal, _big_segments: object) -> Hub:
+        return WorkersHub(next(_numbers), programs, journal)
 
 
 class WorkerParts(EnvironmentParts):
@@ -44,6 +46,13 @@ class WorkerParts(EnvironmentParts):
         main = self._config.main
         formats, limits, channels = hub_parts(main, programs, journal, big_segments)
         return WorkerHub(formats, limits, channels, SettledPings(main.ping_stream_jitter_time))
+
+    def environment(self, spec: EnvironmentSpec, source: DataSource | None = None) -> Environment:
+        """Return a new environment, which begins with the feeder's journal."""
+        environment = super().environment(spec, source)
+        if isinstance(source, FeederSource):
+            environment.mirrors = (FedJournal(source),)
+        return environment
 
     def _mirrors(self, _environment: Environment) -> tuple[Mirror, ...]:
         return ()

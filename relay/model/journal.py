@@ -234,6 +234,11 @@ class Journal:
         return self._state
 
     @property
+    def given(self) -> Selector | None:
+        """Name that upstream gives to the data, if it is what clients get; else None."""
+        return self._selector
+
+    @property
     def selector(self) -> Selector:
         """Names of the present content."""
         return Selector(self.state, self.id, self.version)

@@ -16,6 +16,8 @@ from relay.model.credential import Credential, CredentialKind, EnvironmentID, Mo
 from relay.model.environment import EnvironmentSpec
 from relay.model.event import EventPayload
 from relay.model.item import Item
+from relay.model.journal import SavedJournal
+from relay.model.payload import Selector
 
 MessageT = TypeVar("MessageT")
 
@@ -94,6 +96,8 @@ class Data(_Message, frozen=True, tag=4):
         evaluations: version of what is evaluated with them.
         change: number of the change, to be reported as `Applied`; 0 for what is no change to
             others.
+        selector: name that upstream gives to the data after it; None for none.
+        journal: of these data, if they are all, for a worker that has no journal yet.
     """
 
     number: int
@@ -102,6 +106,8 @@ class Data(_Message, frozen=True, tag=4):
     last: bool
     evaluations: int
     change: int = 0
+    selector: Selector | None = None
+    journal: SavedJournal | None = None
 
 
 class Settled(_Message, frozen=True, tag=19):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from typing import Protocol
 
 from relay.environment import ConnectionState, Environment
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Item
-from relay.model.payload import ChangeSet
+from relay.model.payload import Change, ChangeSet, Payload
 from relay.protocol.workers import Applied, Check, Data, FromWorker, Memberships
 from relay.relay import Relay
 from relay.sources import DataSource, Update, UpToDate
+from relay.stores import Key, Stored
 from relay.workers.hub import WorkerHub
 
 Send = Callable[[FromWorker], object]
@@ -52,6 +53,7 @@ class FeederSource:
         self._arrived = asyncio.Event()
         self.idle = asyncio.Event()
         """Set while the environment has taken everything."""
+        self._first: asyncio.Future[Stored | None] = asyncio.get_running_loop().create_future()
 
     def __repr__(self) -> str:
         return f"<FeederSource {self.number}>"
@@ -61,10 +63,20 @@ class FeederSource:
         self._items += data.items
         if not data.last:
             return
-        changes = ChangeSet(tuple(self._items), data.full, evaluations=data.evaluations)
-        self._items = []
+        items, self._items = tuple(self._items), []
+        changes = ChangeSet(items, data.full, selector=data.selector, evaluations=data.evaluations)
+        if data.full and not self._first.done():
+            stored = Stored(Payload.of(items), journal=data.journal) if data.journal else None
+            self._first.set_result(stored)
         self.has_data |= data.full
         self._add(changes, data.change)
+
+    async def first(self) -> Stored | None:
+        """Wait for the first complete data; return them if they have a journal."""
+        stored = await asyncio.shield(self._first)
+        self._first = asyncio.get_running_loop().create_future()
+        self._first.set_result(None)  # they are needed once
+        return stored
 
     def latest_change(self) -> int:
         """Return the number of the change that the environment takes; 0 for what is no change."""
@@ -101,6 +113,47 @@ class FeederSource:
     def check(self, *, reconnect: bool = False) -> None:
         """Let the feeder check upstream."""
         self._send(Check(self.number, reconnect))
+
+
+class FedJournal:
+    """Mirror from which a worker has the journal of the feeder's data; it keeps nothing.
+
+    Args:
+        source: of the data.
+    """
+
+    has_journal = True
+    status = None
+
+    def __init__(self, source: FeederSource) -> None:
+        self._source = source
+
+    def __repr__(self) -> str:
+        return f"<FedJournal of {self._source}>"
+
+    async def load(self) -> Stored | None:
+        """Return the first data with their journal; the source has them, too."""
+        return await self._source.first()
+
+    def update(
+        self,
+        payload: Payload,
+        change: Change | None,
+        *,
+        full: bool = False,
+        unusable: Collection[Key] = (),
+    ) -> None:
+        """Write nothing."""
+
+    def suspend(self) -> None:
+        """Do nothing."""
+
+    async def flushed(self) -> None:
+        """Return at once: nothing is ever to be written."""
+
+    async def run(self) -> None:
+        """Wait until cancelled."""
+        await asyncio.Event().wait()
 
 
 _Fed = tuple[Environment, FeederSource]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from relay.model.item import Item
+from relay.model.journal import Journal, SavedJournal
 from relay.model.payload import Change, Payload
 from relay.programs import ProgramCache
 from relay.protocol.workers import Data, FromWorker, Memberships, Refused, Settled, frame
@@ -34,10 +35,12 @@ class WorkersHub(Hub):
     Args:
         number: of the environment in messages.
         programs: know the version of the data.
+        journal: knows their name, and what new workers have to know of their clients.
     """
 
-    def __init__(self, number: int, programs: ProgramCache) -> None:
+    def __init__(self, number: int, programs: ProgramCache, journal: Journal) -> None:
         super().__init__({})
+        self._journal = journal
         self.number = number
         self._programs = programs
         self._workers: set[Worker] = set()
@@ -136,10 +139,15 @@ class WorkersHub(Hub):
         self._write(self._workers, [frame(Memberships(self.number, hashes))])
 
     def _all(self, payload: Payload) -> Iterator[bytes]:
-        return self._parts(payload, full=True)
+        return self._parts(payload, full=True, journal=self._journal.saved(payload))
 
     def _parts(
-        self, items: Payload | tuple[Item, ...], *, full: bool, change: int = 0
+        self,
+        items: Payload | tuple[Item, ...],
+        *,
+        full: bool,
+        change: int = 0,
+        journal: SavedJournal | None = None,
     ) -> Iterator[bytes]:
         version = self._programs.version
         part: list[Item] = []
@@ -150,7 +158,9 @@ class WorkersHub(Hub):
                 part, size = [], 0
             part.append(item)
             size += len(item.json or b"")
-        yield frame(Data(self.number, tuple(part), full, True, version, change))
+        selector = self._journal.given
+        last = Data(self.number, tuple(part), full, True, version, change, selector, journal)
+        yield frame(last)
 
     @staticmethod
     def _write(workers: set[Worker], frames: Iterator[bytes] | list[bytes]) -> None:

@@ -11,6 +11,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import trustme
@@ -149,6 +150,27 @@ async def test_a_worker_that_dies_is_replaced_and_the_streams_of_others_go_on(tm
         assert 0 < ended < 8
         await relay.said("The worker 0 has ended (killed by signal 9)")
         assert upstream.asked("/all") == 1
+
+
+async def test_a_client_of_a_worker_that_is_replaced_gets_what_has_changed(tmp_path, upstream):
+    """Its basis is known to a process that was not there when it was given."""
+    large = {"description": "x" * 5000}
+    upstream.serve(SDK_KEY, all_data(flag("lamp", 1, "one"), flag("large", 1, "one", **large)))
+    async with WorkersRelay(tmp_path, upstream) as relay:
+        path = "/sdk/poll"
+        first = (await ask(relay.address, path, AUTHORIZED, patience=1)).body
+        state = json.loads(first)["events"][-1]["data"]["state"]
+        await upstream.patch(SDK_KEY, flag("lamp", 2, "two"))
+        await relay.until_status(lambda s: s["environments"]["main"]["items"] == 2)
+        for pid in await relay.pids():
+            os.kill(pid, signal.SIGKILL)
+        await relay.until_status(
+            lambda s: all_connected(s) and all(w["restarts"] == 1 for w in s["workers"])
+        )
+        for _ in range(8):
+            reply = await ask(relay.address, f"{path}?basis={quote(state)}", AUTHORIZED, patience=1)
+            events = json.loads(reply.body)["events"]
+            assert [e["data"].get("key") for e in events if e["event"] == "put-object"] == ["lamp"]
 
 
 async def test_nobody_notices_that_the_feeder_dies(tmp_path, upstream):
