@@ -148,12 +148,16 @@ def _written(name: str) -> Axis:
         Row(f"{beyond}, p50", "ms", (at_most(10),)),
         Row(f"{beyond}, p99", "ms"),
     )
-    return Axis(f"stored-{name.lower()}", rows, partial(stores.written, name))
+    return Axis(f"stored-{_dashed(name)}", rows, partial(stores.written, name))
+
+
+def _dashed(name: str) -> str:
+    return name.lower().replace(" ", "-")
 
 
 def _idle_database(name: str, unit: str, most: float) -> Axis:
     row = Row(f"idle, per environment and hour: {name}", unit, (at_most(most),))
-    return Axis(f"idle-{name.lower()}", (row,), partial(stores.idle, name))
+    return Axis(f"idle-{_dashed(name)}", (row,), partial(stores.idle, name))
 
 
 def _load_rows(figure: str, *goals: Goal) -> tuple[Row, ...]:
@@ -336,7 +340,11 @@ EVAL_WORST_POLL = Axis(
     ),
     evaluations.worst_poll,
 )
-IDLE_GOALS = {"Redis": ("commands", 2000), "DynamoDB": ("requests", 120)}
+IDLE_GOALS = {
+    "Redis": ("commands", 2000),
+    "Redis Cluster": ("commands", 2000),
+    "DynamoDB": ("requests", 120),
+}
 """What a relay may ask of a database while nothing happens; see `stores.IDLE_SECONDS`."""
 MILLION = Axis(
     "big-segments-million",

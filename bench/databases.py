@@ -13,6 +13,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from bench.machine import LOAD_CORE, ROOT, Closing, pinned
@@ -100,6 +101,49 @@ class Valkey(Database):
         self._end.close()
 
 
+class ValkeyCluster(Database):
+    """A cluster of three masters; the prefixes have no hash tag."""
+
+    def __init__(self) -> None:
+        # Not at the top: as above, and it is the tests'.
+        from redis.cluster import RedisCluster  # noqa: PLC0415
+
+        from tests.support.rediscluster import Cluster  # noqa: PLC0415
+
+        self._end = ExitStack()
+        folder = self._end.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
+        with pinned(LOAD_CORE):
+            self._cluster = self._end.enter_context(Cluster(Path(folder)))
+        self.client = RedisCluster.from_url(self._cluster.servers[0].url)
+        self.variables = {
+            "USE_REDIS": "true",
+            "REDIS_CLUSTER": "true",
+            "REDIS_URL": self._cluster.url,
+        }
+
+    def version(self, prefix: str, flag: str) -> int:
+        return _version(self.client.hget(f"{prefix}:features", flag))
+
+    def versions(self, prefix: str) -> list[int]:
+        if not self.client.exists(f"{prefix}:$inited"):
+            return []
+        stored: Any = self.client.hvals(f"{prefix}:features")
+        return list(map(_version, stored))
+
+    def write(self, prefix: str, flag: str, version: int) -> None:
+        self.client.hset(f"{prefix}:features", flag, _flag(version))
+
+    def requests(self) -> int:
+        """Leave out what servers and this count ask."""
+        others = ("cluster", "info", "hello", "auth", "client", "ping", "select", "command")
+        calls = self._cluster.calls()
+        return sum(count for name, count in calls.items() if not name.startswith(others))
+
+    def close(self) -> None:
+        self.client.close()
+        self._end.close()
+
+
 class DynamoDB(Database):
     """Moto's server with one table."""
 
@@ -171,7 +215,11 @@ class DynamoDB(Database):
         self._program.communicate()
 
 
-DATABASES: Mapping[str, type[Database]] = {"Redis": Valkey, "DynamoDB": DynamoDB}
+DATABASES: Mapping[str, type[Database]] = {
+    "Redis": Valkey,
+    "Redis Cluster": ValkeyCluster,
+    "DynamoDB": DynamoDB,
+}
 """By the names under which figures are shown."""
 
 

@@ -49,14 +49,16 @@ def make_databases(config: Config) -> tuple[Database, ...]:
     """
     databases = []
     if redis := config.redis:
-        from relay.stores.redis.bigsegments import RedisBigSegmentStore
-        from relay.stores.redis.store import RedisStore
+        from relay.stores.redis.connect import connect as connect_to_redis
+        from relay.stores.redis.divided import data_store
+        from relay.stores.redis.divided_bigsegments import big_segment_store
 
+        client = connect_to_redis(redis)
         databases.append(
             Database(
                 "redis",
-                lambda spec: RedisStore(redis, spec.prefix),
-                lambda spec: RedisBigSegmentStore(redis, spec.prefix),
+                lambda spec: data_store(client, spec.prefix),
+                lambda spec: big_segment_store(client, spec.prefix),
             )
         )
     if consul := config.consul:

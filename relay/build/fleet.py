@@ -33,12 +33,12 @@ def make_member(config: Config) -> Member | None:
     from relay.fleet.feed import Feed
     from relay.fleet.member import Member
     from relay.fleet.timings import FleetTimings
-    from relay.stores.redis.client import RedisClient
+    from relay.stores.redis.connect import connect
 
     timings, options = FleetTimings(), config.redis
     quick = structs.replace(options, connect_timeout=timings.answer, read_timeout=timings.answer)
     waiting = structs.replace(options, read_timeout=timings.poll + options.read_timeout)
-    feed = Feed(*map(RedisClient, (quick, options, waiting)))
+    feed = Feed(*map(connect, (quick, options, waiting)))
     name = f"{socket.gethostname()}-{randomness.new_id()[:8]}"
     return Member(feed, name, _log, timings)
 

@@ -139,9 +139,11 @@ def _list_mirrors(config: Config, key: AutoConfigKey, log: Log) -> Iterator[List
 
         yield ListMirror(ListFile(Path(main.snapshot_dir), key), log)
     if config.redis and auto.cache_key:
+        from relay.stores.redis.connect import connect
         from relay.stores.redis.list import RedisList
 
-        store = RedisList(config.redis, auto.cache_key, key, auto.cache_encryption_key)
+        client = connect(config.redis)
+        store = RedisList(client, auto.cache_key, key, auto.cache_encryption_key)
         yield ListMirror(store, log)
 
 

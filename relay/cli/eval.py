@@ -27,7 +27,7 @@ from urllib.request import (
 from msgspec.structs import replace
 from yarl import URL
 
-from relay.config.types import HTTP_URI, KEY, URI, OptionType
+from relay.config.types import HTTP_URI, KEY, REDIS_URIS, OptionType
 from relay.errors import ConfigError, InvalidData, RelayError, StoreUnavailable
 from relay.evaluation.data import Data, Membership
 from relay.evaluation.evaluator import evaluate
@@ -45,7 +45,8 @@ from relay.tls import client_context
 
 USAGE = """relay eval FLAG --context JSON --flags FILE
        relay eval FLAG --context JSON --url URL --sdk-key KEY [--filter KEY]
-each with [--redis URL | --dynamodb TABLE] [--prefix PREFIX] for members of big segments"""
+each with [--redis URL [--redis-cluster] | --dynamodb TABLE] [--prefix PREFIX] for members of big
+segments"""
 
 TIME_LIMIT = 30.0
 """Timeout in seconds for connecting to a relay, and for each read."""
@@ -93,6 +94,7 @@ def _parser() -> _Parser:
     add("--sdk-key", metavar="KEY", help="the SDK key of the environment in that relay")
     add("--filter", metavar="KEY", default="", help="a payload filter, to see what it leaves in")
     add("--redis", metavar="URL", help="the database with the members of big segments")
+    add("--redis-cluster", action="store_true", help="that database is a Redis Cluster")
     add("--dynamodb", metavar="TABLE", help="the same in AWS, as its tools find it")
     add(
         "--prefix", metavar="PREFIX", default="", help="of its keys; in Redis launchdarkly if empty"
@@ -112,6 +114,8 @@ def _evaluate(options: argparse.Namespace) -> str:
         raise EvalError("--filter needs a relay with --url")
     if options.redis and options.dynamodb:
         raise EvalError("name one database, with --redis or with --dynamodb")
+    if options.redis_cluster and not options.redis:
+        raise EvalError("--redis-cluster needs a database with --redis")
     if options.prefix and not (options.redis or options.dynamodb):
         raise EvalError("--prefix needs a database with --redis or --dynamodb")
     if options.flags:
@@ -146,10 +150,12 @@ async def _read_members(options: argparse.Namespace, context: Context) -> dict[s
 def _members_store(options: argparse.Namespace) -> BigSegmentStore:
     if options.redis:
         from relay.config.schema import Redis
-        from relay.stores.redis.bigsegments import RedisBigSegmentStore
+        from relay.stores.redis.connect import connect as connect_to_redis
+        from relay.stores.redis.divided_bigsegments import big_segment_store
 
-        url = _parse_option("--redis", URI, options.redis)
-        return RedisBigSegmentStore(Redis(url=url), options.prefix)
+        url = _parse_option("--redis", REDIS_URIS, options.redis)
+        database = Redis(url=url, cluster=options.redis_cluster)
+        return big_segment_store(connect_to_redis(database), options.prefix)
     try:
         from relay.stores.dynamodb.bigsegments import DynamoDBBigSegmentStore
         from relay.stores.dynamodb.connect import connect

@@ -7,7 +7,7 @@ they concern, so that each message can name the source of these.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TypeVar, cast
 from urllib.parse import urlsplit
@@ -36,6 +36,7 @@ from relay.config.schema import (
 )
 from relay.model.environment import DEFAULT_PREFIX
 from relay.model.text import one_line
+from relay.protocol.redisurl import redis_urls
 
 ENVIRONMENT, FILTERS = "Environment", "Filters"
 
@@ -56,6 +57,12 @@ _MIN_METRICS_CAPACITY = 1000
 _METRIC_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 _KEY = "{key}"
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
+_REDIS_PORT = 6379
+_OF_SENTINELS = {
+    "sentinel_username": "sentinelUsername",
+    "sentinel_password": "sentinelPassword",
+    "sentinel_tls": "sentinelTls",
+}
 
 Key = tuple[str, str | None, str]
 """Section, name of the subsection, attribute; an empty attribute stands for the section itself."""
@@ -183,10 +190,23 @@ def redis_of(draft: Draft) -> Redis | None:
     redis = draft.of(Redis)
     if not _uses_redis(redis):
         return None
-    url = redis.url or f"redis://{redis.host or 'localhost'}:{redis.port or 6379}"
-    if redis.tls and url.startswith("redis://"):
-        url = "rediss" + url.removeprefix("redis")
-    return replace(redis, url=url)
+    if redis.sentinels:
+        return redis
+    urls = redis_urls(redis.url) if redis.url else _urls_of_hosts(redis)
+    if redis.tls:
+        urls = tuple(re.sub("^redis://", "rediss://", url) for url in urls)
+    return replace(redis, url=",".join(urls))
+
+
+def _urls_of_hosts(redis: Redis) -> tuple[str, ...]:
+    """Return the URLs of the hosts; in a cluster each may have a port of its own."""
+    port = redis.port or _REDIS_PORT
+    hosts = redis.host.split(",") if redis.cluster else [redis.host or "localhost"]
+    own = re.compile(r".+(?<!:):[0-9]+") if redis.cluster else re.compile("$^")
+    return tuple(
+        f"redis://{host}" if own.fullmatch(host) else f"redis://{host}:{port}"
+        for host in map(str.strip, hosts)
+    )
 
 
 def consul_of(draft: Draft) -> Consul | None:
@@ -339,7 +359,7 @@ def _ambiguous_variants(draft: Draft) -> Iterator[Diagnostic]:
 
 
 def _uses_redis(redis: Redis) -> bool:
-    return bool(redis.url or redis.host or redis.port)
+    return bool(redis.url or redis.host or redis.port or redis.sentinels)
 
 
 def _fleet(draft: Draft) -> Iterator[Diagnostic]:
@@ -347,6 +367,9 @@ def _fleet(draft: Draft) -> Iterator[Diagnostic]:
         return
     if redis_of(draft) is None:
         yield "[Fleet] enabled: a fleet needs Redis", _keys("Fleet", "enabled")
+    if draft.of(Redis).cluster:
+        text = "[Fleet] enabled: a fleet cannot use a Redis Cluster in this release; one server or"
+        yield f"{text} Sentinels", (*_keys("Fleet", "enabled"), *_keys("Redis", "cluster"))
     if draft.of(Main).exit_always:
         text = "[Fleet] enabled: a relay that exits cannot take part in a fleet"
         yield text, _keys("Fleet", "enabled")
@@ -356,14 +379,10 @@ def _redis(draft: Draft) -> Iterator[Diagnostic]:
     configured, redis = draft.of(Redis), redis_of(draft)
     if redis is None:
         return
-    address = _keys("Redis", "url", "host", "port")
-    scheme, host = _scheme_and_host(redis.url)
-    if configured.url and (configured.host or configured.port):
-        yield "please specify Redis URL or host/port, but not both", address
-    elif scheme not in _REDIS_SCHEMES:
-        yield "invalid Redis URL: it must begin with redis:// or rediss://", address
-    elif not host and scheme != "unix":
-        yield "invalid Redis hostname", address
+    if redis.sentinels:
+        yield from _sentinels(redis)
+    else:
+        yield from _redis_address(draft, redis)
     if bool(configured.client_certificate_file) != bool(configured.client_key_file):
         keys = _keys("Redis", "client_certificate_file", "client_key_file")
         yield "a Redis client certificate needs a key, and a key a certificate", keys
@@ -375,7 +394,10 @@ def _identity(redis: Redis) -> Iterator[Diagnostic]:
     """Report what is wrong where tokens of a cloud take the place of passwords."""
     label, key = f"[Redis] identity: {redis.identity}", _keys("Redis", "identity")
     scheme, _, rest = redis.url.partition("://")
-    if scheme != "rediss":
+    if redis.sentinels:
+        keys = (*key, *_keys("Redis", "sentinels"))
+        yield f"{label} does not go with Sentinels, as the cloud has none", keys
+    elif scheme != "rediss":
         keys = (*key, *_keys("Redis", "url", "tls"))
         yield f"{label} needs TLS, as in rediss:// or with tls", keys
     if redis.password or "@" in rest:
@@ -384,6 +406,64 @@ def _identity(redis: Redis) -> Iterator[Diagnostic]:
     if redis.identity == "aws" and not (redis.username and redis.iam_cache):
         keys = (*key, *_keys("Redis", "username", "iam_cache"))
         yield f"{label} needs username and iamCache", keys
+
+
+def _sentinels(redis: Redis) -> Iterator[Diagnostic]:
+    sentinels = _keys("Redis", "sentinels")
+    if not redis.sentinel_master:
+        text = "[Redis] sentinels need sentinelMaster, the name under which they know the server"
+        yield text, sentinels
+    if redis.cluster:
+        text = "please specify [Redis] cluster or sentinels, but not both: a cluster has none"
+        yield text, _keys("Redis", "cluster", "sentinels")
+    if redis.url or redis.host or redis.port:
+        text = "[Redis] sentinels name the server: url, host and port must not be specified, too"
+        yield text, _keys("Redis", "sentinels", "url", "host", "port")
+
+
+def _redis_address(draft: Draft, redis: Redis) -> Iterator[Diagnostic]:
+    """Report what is wrong with the URL, or the URLs, that are given or made of host and port."""
+    configured, address = draft.of(Redis), _keys("Redis", "url", "host", "port")
+    urls = redis_urls(redis.url)
+    places = [_scheme_and_host(url) for url in urls]
+    if configured.url and (configured.host or configured.port):
+        yield "please specify Redis URL or host/port, but not both", address
+    elif any(scheme not in _REDIS_SCHEMES for scheme, _ in places):
+        yield "invalid Redis URL: it must begin with redis:// or rediss://", address
+    elif not all(host or scheme == "unix" for scheme, host in places):
+        yield "invalid Redis hostname", address
+    elif redis.cluster:
+        yield from _cluster(redis, urls)
+    elif len(urls) > 1:
+        yield "[Redis] a list of servers is for a cluster; cluster = true makes it one", address
+    if redis.database and any(_database_in(url) for url in urls):
+        text = "please specify the Redis database in the URL or as [Redis] database, but not both"
+        yield text, _keys("Redis", "database", "url")
+    if redis.sentinel_master and ("Redis", None, "sentinels") not in draft.unusable:
+        text = "[Redis] sentinelMaster has no sentinels to name it"
+        yield text, _keys("Redis", "sentinel_master")
+
+
+def _cluster(redis: Redis, urls: Sequence[str]) -> Iterator[Diagnostic]:
+    if any(url.startswith("unix:") for url in urls):
+        yield "[Redis] a cluster has no Unix socket", _keys("Redis", "cluster", "url")
+    elif redis.database or any(_database_in(url).strip("0") for url in urls):
+        text = "[Redis] a cluster has no databases but number 0"
+        yield text, _keys("Redis", "cluster", "database", "url")
+    elif len({_without_place(url) for url in urls}) > 1:
+        text = "[Redis] the servers of a cluster differ in host and port only"
+        yield text, _keys("Redis", "url")
+
+
+def _database_in(url: str) -> str:
+    """Return the number of the database that the URL of a server names."""
+    parts = urlsplit(url)
+    return "" if parts.scheme == "unix" else parts.path.strip("/")
+
+
+def _without_place(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[0]).geturl()
 
 
 def _scheme_and_host(url: str) -> tuple[str, str]:
@@ -447,7 +527,7 @@ def _enabled_databases(draft: Draft) -> dict[str, tuple[Key, ...]]:
     """Return the enabled databases, with the options that enable them."""
     enabled = {}
     if _uses_redis(draft.of(Redis)):
-        enabled["Redis"] = _keys("Redis", "url", "host", "port")
+        enabled["Redis"] = _keys("Redis", "url", "host", "port", "sentinels")
     if draft.of(Consul).host:
         enabled["Consul"] = _keys("Consul", "host")
     if draft.of(DynamoDB).enabled:
@@ -631,9 +711,17 @@ def _ineffective(draft: Draft) -> Iterator[Diagnostic]:
     if auto.cache_encryption_key and not auto.cache_key:
         text = "[AutoConfig] cacheEncryptionKey has no effect without cacheKey"
         yield text, _keys("AutoConfig", "cache_encryption_key")
+    yield from _ineffective_databases(draft)
+
+
+def _ineffective_databases(draft: Draft) -> Iterator[Diagnostic]:
     redis = tuple(key for key in draft.sources if key[0] == "Redis")
     if redis and not _uses_redis(draft.of(Redis)):
-        yield "[Redis] has no effect without url, host or port", redis
+        yield "[Redis] has no effect without url, host, port or sentinels", redis
+    elif not draft.of(Redis).sentinels:
+        for key in redis:
+            if key[2] in _OF_SENTINELS:
+                yield f"[Redis] {_OF_SENTINELS[key[2]]} has no effect without sentinels", (key,)
     consul = tuple(key for key in draft.sources if key[0] == "Consul" and key[2] != "host")
     if consul and not draft.of(Consul).host:
         yield "[Consul] has no effect without host", consul

@@ -338,7 +338,8 @@ def _read_redis(raw: _RawOptions, environ: Mapping[str, str]) -> None:
     is_on = _is_on(raw, environ, "USE_REDIS")
     if not is_on and not _redis_enabled(raw):
         # REDIS_PORT is ignored: Kubernetes sets it if there is a service named "redis".
-        ineffective = [v for v in ("REDIS_URL", "REDIS_HOST") if environ.get(v)]
+        addresses = ("REDIS_URL", "REDIS_HOST", "REDIS_SENTINELS")
+        ineffective = [v for v in addresses if environ.get(v)]
         if not environ.get("USE_REDIS"):
             raw.warnings += [f"{v} has no effect without USE_REDIS=true" for v in ineffective]
         return
@@ -350,7 +351,7 @@ def _read_redis(raw: _RawOptions, environ: Mapping[str, str]) -> None:
             if option.variable == "REDIS_PORT" and text.startswith("tcp://"):
                 # A service link holds the whole address of the service named "redis" (config 3.5).
                 host, _, text = text.removeprefix("tcp://").rpartition(":")
-                if not _is_linked(raw, host):
+                if environ.get("REDIS_SENTINELS") or not _is_linked(raw, host):
                     continue
                 raw.set(("Redis", None, "host"), host, "REDIS_PORT")
             _put(raw, ("Redis", None, option.attribute), option, option.variable, text)
@@ -362,12 +363,13 @@ def _is_linked(raw: _RawOptions, address: str) -> bool:
     """Return whether a link named "redis" contradicts nothing that the operator has set."""
     redis = raw.of("Redis")
     host = str(redis.get("host") or "redis").lower()
-    return not redis.get("url") and (host == address or host.partition(".")[0] == "redis")
+    has_others = redis.get("url") or redis.get("sentinels")
+    return not has_others and (host == address or host.partition(".")[0] == "redis")
 
 
 def _redis_enabled(raw: _RawOptions) -> bool:
     redis = raw.of("Redis")
-    return any(redis.get(attribute) for attribute in ("url", "host", "port"))
+    return any(redis.get(attribute) for attribute in ("url", "host", "port", "sentinels"))
 
 
 def _read_consul(raw: _RawOptions, environ: Mapping[str, str]) -> None:

@@ -25,10 +25,12 @@ from relay.config.types import (
     DOCUMENT_URIS,
     DURATION,
     HTTP_URI,
+    REDIS_URIS,
     URI,
 )
 from relay.model.credential import Secret, masked, masked_url
 from relay.model.text import one_line
+from relay.protocol.redisurl import masked_redis_urls, redis_urls
 
 MASK = "********"
 
@@ -162,6 +164,8 @@ def secrets(config: Config) -> tuple[str, ...]:
                     texts += (secret.reveal() for secret in values.secrets)
             elif option.type in (URI, HTTP_URI) and value:
                 texts += _url_secrets(value)
+            elif option.type is REDIS_URIS:
+                texts += (text for url in redis_urls(value) for text in _url_secrets(url))
             elif option.type in (DOCUMENT_URI, DOCUMENT_URIS):
                 urls = (value,) if isinstance(value, str) else value
                 texts += (text for url in urls for text in _document_url_secrets(url))
@@ -191,7 +195,9 @@ def _lines(config: Config, section: str, name: str | None, values: object) -> It
     label = section if name is None else f'{section} "{name}"'
     sources = dict(config.sources)
     skipped: tuple[str, ...] = ()
-    if isinstance(values, Redis) and f"{label}.url" not in sources:
+    if isinstance(values, Redis) and values.sentinels:
+        skipped = ("url", "host", "port")
+    elif isinstance(values, Redis) and f"{label}.url" not in sources:
         # Host and port were merged into the URL; all three together would be rejected.
         skipped = ("host", "port")
         labels = [f"{label}.{attribute}" for attribute in skipped]
@@ -217,6 +223,8 @@ def _value(option: Option, value: Any) -> str:
         return masked(value.reveal())
     if option.type in _URIS:
         return quoted(masked_url(value, MASK))
+    if option.type is REDIS_URIS:
+        return quoted(masked_redis_urls(value, MASK))
     if option.type is DOCUMENT_URIS:
         return quoted(",".join(masked_url(url, MASK) for url in value))
     return quoted(option.type.show(value))

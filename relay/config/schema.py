@@ -15,8 +15,10 @@ from msgspec.structs import replace
 
 from relay.config.options import NO_EFFECT, REFUSED, Option, declared, option, section
 from relay.config.types import (
+    ADDRESSES,
     BOOLEAN,
     CONSUL_ADDRESS,
+    COUNT,
     DOCUMENT_URI,
     DOCUMENT_URIS,
     DURATION,
@@ -30,11 +32,11 @@ from relay.config.types import (
     ORIGINS,
     PATH,
     PATHS,
+    REDIS_URIS,
     SECRET,
     SIZE,
     STRING,
     TLS_VERSION,
-    URI,
     WORKERS,
     one_of,
     stripped,
@@ -364,21 +366,70 @@ class Webhook(Struct, frozen=True):
 class Redis(Struct, frozen=True):
     """`[Redis]`: Redis or Valkey server that the relay keeps up to date for SDKs in daemon mode.
 
-    In a file, `url`, `host` or `port` enables it; with variables, `USE_REDIS=true` does.
+    In a file, `url`, `host`, `port` or `sentinels` enables it; with variables, `USE_REDIS=true`
+    does.
     """
 
     url: str = option(
         "REDIS_URL",
-        URI,
+        REDIS_URIS,
         "",
-        "URL of the form `redis://[user[:password]@]host[:port][/database]`. The variable requires"
-        " `USE_REDIS=true`.",
+        "URL of the form `redis://[user[:password]@]host[:port][/database]`; for a cluster a list"
+        " of some of its servers. The variable requires `USE_REDIS=true`.",
         "redis://localhost:6379",
     )
     host: str = option(
-        "REDIS_HOST", STRING, "", "Host, instead of `url`; default `localhost`.", "localhost"
+        "REDIS_HOST",
+        STRING,
+        "",
+        "Host, instead of `url`; default `localhost`. For a cluster a list of some of its servers,"
+        " as `host` or `host:port`.",
+        "localhost",
     )
     port: int = option("REDIS_PORT", INTEGER, 0, "Port, instead of `url`; default 6379.", "6379")
+    database: int = option(
+        "REDIS_DATABASE", COUNT, 0, "Number of the database, instead of in `url`.", "1"
+    )
+    cluster: bool = option(
+        "REDIS_CLUSTER",
+        BOOLEAN,
+        False,
+        "The servers are a Redis Cluster: the keys are divided between its masters, and each"
+        " server knows the others. A prefix with a hash tag, such as `{production}`, keeps the"
+        " keys of an environment together.",
+    )
+    sentinels: tuple[str, ...] = option(
+        "REDIS_SENTINELS",
+        ADDRESSES,
+        (),
+        "Redis Sentinels as `host` or `host:port` (default 26379), which name the server, instead"
+        " of `url`, `host` and `port`.",
+        "sentinel-1:26379,sentinel-2:26379",
+    )
+    sentinel_master: str = option(
+        "REDIS_SENTINEL_MASTER",
+        STRING,
+        "",
+        "Name under which the Sentinels know the server.",
+        "mymaster",
+    )
+    sentinel_username: str = option(
+        "REDIS_SENTINEL_USERNAME",
+        STRING,
+        "",
+        "Name of the ACL user at the Sentinels.",
+        "relay",
+    )
+    sentinel_password: Secret = option(
+        "REDIS_SENTINEL_PASSWORD",
+        SECRET,
+        Secret(""),
+        "Password of that user or of the Sentinels.",
+        "a-long-random-text",
+    )
+    sentinel_tls: bool = option(
+        "REDIS_SENTINEL_TLS", BOOLEAN, False, "Use TLS for the Sentinels, too."
+    )
     tls: bool = option("REDIS_TLS", BOOLEAN, False, "Use TLS, like `rediss://`.")
     username: str = option("REDIS_USERNAME", STRING, "", "Name of the Redis ACL user.", "relay")
     password: Secret = option(
@@ -889,7 +940,8 @@ class Config(Struct, frozen=True):
     Args:
         environments: in configuration order, without the variants of `filters`.
         filters: payload filters by project key.
-        redis: None if Redis is not configured; otherwise `redis.url` is complete.
+        redis: None if Redis is not configured; otherwise `redis.url` is complete, unless there are
+            Sentinels.
         consul: None if Consul is not configured.
         dynamodb: None if DynamoDB is not enabled.
         sources: source of each option that was set, `FILE:LINE` or the variable, by

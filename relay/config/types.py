@@ -21,6 +21,7 @@ from msgspec import Struct
 
 from relay.model.credential import Secret
 from relay.model.text import is_utf8, one_line
+from relay.protocol.redisurl import host_and_port, redis_urls
 
 _DURATION_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)")
 _NANOSECONDS = {
@@ -293,6 +294,22 @@ def _consul_address(text: str) -> str:
     return text
 
 
+def _redis_uris(text: str) -> str:
+    """Return one or several URLs of Redis servers as they are."""
+    for url in redis_urls(text):
+        _uri(url)
+    return text
+
+
+def _server_address(text: str) -> str:
+    """Return an address such as `host:port` as it is."""
+    try:
+        host_and_port(_text(text), 0)
+    except ValueError as e:
+        raise ValueError("a server is written host or host:port") from e
+    return text
+
+
 def _document_uri(text: str) -> str:
     """Return the URL of a place for documents; see `stores.documents.location`."""
     scheme, _, rest = text.partition("://")
@@ -353,6 +370,7 @@ COUNT = OptionType("integer", _count)
 DURATION = OptionType("duration", _duration, _show_duration)
 SIZE = OptionType("size", _size, _show_size)
 URI = OptionType("URL", _uri, by_reference=True)
+REDIS_URIS = OptionType("URL", _redis_uris, by_reference=True)
 HTTP_URI = OptionType("URL", _http_uri, by_reference=True)
 CONSUL_ADDRESS = OptionType("address", _consul_address, is_text=True)
 
@@ -367,6 +385,7 @@ KEY = OptionType("key", _key, lambda _: "********", is_text=True, by_reference=T
 ENVIRONMENT_ID = OptionType("ID", _environment_id, is_text=True)
 LIST = _list_of(STRING, keeps_empty=True)
 PATHS = _list_of(PATH)
+ADDRESSES = _list_of(OptionType("address", _server_address))
 ORIGINS = _list_of(OptionType("origin", _origin))
 HEADER_NAMES = _list_of(OptionType("name", _header_name))
 DOCUMENT_URIS = _list_of(DOCUMENT_URI)

@@ -47,8 +47,11 @@ class Database(Protocol):
             StoreUnavailable: whether the last commands were executed is unknown.
         """
 
-    async def aclose(self) -> None:
-        """Close all connections."""
+    def join(self, user: object) -> None:
+        """Note that somebody uses the connections from now on."""
+
+    async def leave(self, user: object) -> None:
+        """Note that somebody needs the connections no more; the last one closes them."""
 
 
 class Role(Enum):

@@ -65,15 +65,23 @@ def _digest(item: Item) -> int:
     return int.from_bytes(digest.digest(), "big")
 
 
-def is_at_least_as_new(payload: Payload, other: Payload) -> bool:
+def is_at_least_as_new(payload: Payload, other: Payload, *, lacking: bool = False) -> bool:
     """Return whether a payload has every item of another, in the same or a greater version.
 
     The versions of tombstones are not compared: those of items that upstream has ceased to list are
     guessed, each by who has seen that.
+
+    Args:
+        payload: maybe the newer one.
+        other: maybe the older one.
+        lacking: True if the payload may lack items of the other.
     """
     for item in other:
         known = payload.all(item.kind).get(item.key)
-        if known is None or (known.version < item.version and not (known.deleted and item.deleted)):
+        if known is None:
+            if not lacking:
+                return False
+        elif known.version < item.version and not (known.deleted and item.deleted):
             return False
     return True
 

@@ -21,7 +21,7 @@ from relay.model.item import Item, Kind
 from relay.model.payload import Payload
 from relay.protocol.feed import FEED, Entry, Head, Term, entry_of, fields_of
 from relay.stores.items import parse_items
-from relay.stores.redis.client import raise_failure
+from relay.stores.redis.connections import raise_failure
 from relay.stores.redis.layout import CHUNK, Layout, chunks, entries, fields
 
 MAX_ENTRIES = 10_000
@@ -127,11 +127,13 @@ class Feed:
         self._quick = quick
         self._large = large
         self._waiting = waiting
+        for database in (quick, large, waiting):
+            database.join(self)
 
     async def aclose(self) -> None:
         """Close all connections."""
         for database in (self._quick, self._large, self._waiting):
-            await database.aclose()
+            await database.leave(self)
 
     async def problem_with(self, keys: Keys) -> str | None:
         """Return why the database user cannot take part; None if it can. Nothing is written."""

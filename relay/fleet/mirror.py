@@ -100,6 +100,8 @@ class FleetMirror:
     async def load(self) -> Stored | None:
         """Return what others than fleets have stored; what a fleet has is the source's to read."""
         while not self._source.has_delivered:
+            if self._plain is not None:
+                return await self._plain.load()
             try:
                 [look] = await self._feed.look([self._keys])
                 if look.head is not None:

@@ -380,7 +380,8 @@ class FleetSource:
         """Return whether the feed's data may replace those that are held."""
         if not snapshot.is_intact:
             return False  # the leader repairs them
-        if is_at_least_as_new(contents.payload, held):
+        # Stored data may have what upstream has ceased to list while this relay was away.
+        if is_at_least_as_new(contents.payload, held, lacking=not self._has_delivered):
             return True
         if not self._has_waited():
             return False

@@ -271,6 +271,9 @@ class Figures(_Message, frozen=True, tag=14):
     files: int | None
     answers: tuple[tuple[str, str, str, int], ...] = ()
     saved: tuple[tuple[str, int], ...] = ()
+    reads: tuple[tuple[str, int, int], ...] = ()
+    """Contexts whose memberships in big segments were read, by environment, and those for which
+    that failed."""
 
 
 FromFeeder = (

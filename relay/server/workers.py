@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from relay.announcement import announce
 from relay.config.render import secrets as secrets_of
@@ -31,6 +32,9 @@ from relay.workers.counts import shared_memory
 
 FEEDER_SILENCE, WORKER_SILENCE = 3.0, 5.0
 """Seconds without a sign of life after which a process is killed."""
+
+WORKERS_SHARE = 0.7
+"""Share of the drain time in which workers end streams; the rest is the feeder's, for events."""
 
 CONNECTIONS = 1024
 """Maximum number of workers' connections that wait for a feeder."""
@@ -67,7 +71,8 @@ class _Work(Struct, frozen=True):
 
     def serve(self, number: int, listeners: Sequence[socket.socket], control: socket.socket) -> int:
         """Be a worker; return the exit code."""
-        config, options, read, address = self.config, self.options, self.read, self.address
+        config, read, address = self.config, self.read, self.address
+        options = replace(self.options, drain=self.options.drain * WORKERS_SHARE)
         build = partial(build_worker_site, config, options, read, address=address, number=number)
         return _run(
             config, partial(run_worker, control, build, options, listeners, number), WorkerFilter()

@@ -260,6 +260,11 @@ class Feeder:
         for name, saved in figures.saved:
             if name in environments:
                 environments[name].journal.answers.saved.value += saved
+        for name, reads, failed in figures.reads:
+            big_segments = environments[name].big_segments if name in environments else None
+            if big_segments is not None:
+                big_segments.reads += reads
+                big_segments.failed_reads += failed
 
     def _count_clients(self, state: _WorkerState, clients: dict[RequestLabels, int]) -> None:
         for labels in state.clients.keys() | clients.keys():

@@ -38,7 +38,8 @@ class FiguresReporter:
         self._delays: dict[str, tuple[float, tuple[int, ...]]] = {}
         self._answers: Counter[tuple[str, str, str]] = Counter()
         self._saved: Counter[str] = Counter()
-        self._due = asyncio.Event()
+        self._reads: Counter[str] = Counter()
+        self._failed: Counter[str] = Counter()
 
     def __repr__(self) -> str:
         return f"<FiguresReporter of {self._relay}>"
@@ -62,6 +63,10 @@ class FiguresReporter:
             name: (each.hub.delays.total, each.hub.delays.counts)
             for name, each in self._relay.environments.items()
         }
+        reads, failed = Counter[str](), Counter[str]()
+        for name, each in self._relay.environments.items():
+            if each.big_segments is not None:
+                reads[name], failed[name] = each.big_segments.reads, each.big_segments.failed_reads
         figures = Figures(
             requests=_increments(requests, self._requests),
             new_streams=_increments(new_streams, self._new_streams),
@@ -80,11 +85,17 @@ class FiguresReporter:
             files=process.open_files(),
             answers=tuple((*of, number) for of, number in (answers - self._answers).items()),
             saved=tuple((saved - self._saved).items()),
+            reads=tuple(
+                (name, reads[name] - self._reads[name], failed[name] - self._failed[name])
+                for name in reads
+                if reads[name] != self._reads[name]
+            ),
         )
         if self._report(figures):
             self._requests, self._new_streams = requests, new_streams
             self._unusable, self._discarded, self._delays = unusable, discarded, delays
             self._answers, self._saved = answers, saved
+            self._reads, self._failed = reads, failed
 
     def _count_answers(self) -> tuple[Counter[tuple[str, str, str]], Counter[str]]:
         answers: Counter[tuple[str, str, str]] = Counter()

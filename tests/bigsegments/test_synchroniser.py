@@ -20,6 +20,7 @@ from relay.sources.bigsegments import BigSegmentSource
 from relay.sources.timings import SourceTimings
 from relay.stores.redis import bigsegments as module
 from relay.stores.redis.bigsegments import RedisBigSegmentStore
+from relay.stores.redis.connect import connect
 from relay.upstream import Upstream
 from tests.support import upstream as answers
 from tests.support.redis import RedisServer
@@ -77,8 +78,8 @@ class Run:
 @asynccontextmanager
 async def synchronising(upstream, redis, keys=None, lease="big"):
     """Run a synchroniser with a connection of its own, and the lease of a prefix."""
-    store = RedisBigSegmentStore(redis.options(), "big")
-    lease_store = RedisBigSegmentStore(redis.options(), lease)
+    store = RedisBigSegmentStore(connect(redis.options()), "big")
+    lease_store = RedisBigSegmentStore(connect(redis.options()), lease)
     keys = keys or [KEY]
     async with Upstream() as session:
         source = BigSegmentSource(

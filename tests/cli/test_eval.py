@@ -18,6 +18,7 @@ from tests.support.dynamodb import VARIABLES, DynamoDBServer
 from tests.support.process import PATIENCE, ROOT, RelayProcess
 from tests.support.proxy import a_proxy
 from tests.support.redis import RedisServer
+from tests.support.rediscluster import Cluster
 from tests.support.serving import until
 from tests.support.upstream import context_hash
 
@@ -221,6 +222,21 @@ def test_members_of_big_segments_are_read(tmp_path, capsys):
         assert '"bigSegmentsStatus":"NOT_CONFIGURED"' in capsys.readouterr().out
 
 
+def test_members_are_read_from_a_cluster(tmp_path, capsys):
+    """The keys of a context may be on any of its servers; without the option the error names it."""
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    flags = big_segment_flags(tmp_path)
+    with Cluster(folder) as cluster:
+        cluster.do("SADD", f"prod:big_segment_include:{context_hash('anna')}", "team.g2")
+        url = cluster.servers[1].url
+        asked = ["lamp", "--context", ANNA, "--flags", str(flags), "--redis", url]
+        assert evaluate([*asked, "--prefix", "prod", "--redis-cluster"]) == 0
+        assert 'value      "yes"' in capsys.readouterr().out
+        assert evaluate([*asked, "--prefix", "prod"]) == 1
+        assert "REDIS_CLUSTER=true" in capsys.readouterr().err
+
+
 def test_members_of_big_segments_are_read_from_dynamodb(tmp_path, capsys, monkeypatch):
     """Where AWS's variables say."""
     ask = ["lamp", "--context", ANNA, "--flags", str(big_segment_flags(tmp_path))]
@@ -249,6 +265,7 @@ def test_members_of_big_segments_are_read_from_dynamodb(tmp_path, capsys, monkey
     ("arguments", "error"),
     [
         (["--prefix", "p"], "--prefix needs a database with --redis or --dynamodb"),
+        (["--redis-cluster"], "--redis-cluster needs a database with --redis"),
         (["--redis", "redis://x", "--dynamodb", "t"], "name one database"),
         (["--redis", "redis://127.0.0.1:1"], "the database cannot be asked: "),
         (["--redis", "redis://127.0.0.1:1/x"], "the database cannot be asked: "),

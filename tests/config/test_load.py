@@ -15,7 +15,7 @@ from relay.config.load import load
 from relay.config.options import Option, Support
 from relay.config.render import effective, quoted, secrets
 from relay.config.schema import Config, options
-from relay.config.types import BOOLEAN, HEADER_NAMES, ORIGINS, consul_url
+from relay.config.types import ADDRESSES, BOOLEAN, HEADER_NAMES, ORIGINS, consul_url
 from relay.errors import ConfigError
 
 
@@ -75,12 +75,36 @@ def problems(variables: Mapping[str, str]) -> tuple[str, ...]:
         ({"USE_REDIS": "1", "REDIS_URL": "redis://h", "REDIS_HOST": "h"}, "please specify Redis URL or host/port, but not both (REDIS_URL, REDIS_HOST)"),
         ({"USE_REDIS": "1", "REDIS_IDENTITY": "azure"}, 'REDIS_IDENTITY: "azure" is not a valid value (must be aws or gcp)'),
         ({"USE_REDIS": "1", "REDIS_IDENTITY": "gcp"}, "[Redis] identity: gcp needs TLS, as in rediss:// or with tls (REDIS_IDENTITY)"),
+        ({"USE_REDIS": "1", "REDIS_IDENTITY": "gcp", "REDIS_TLS": "1", "REDIS_SENTINELS": "a", "REDIS_SENTINEL_MASTER": "m"}, "[Redis] identity: gcp does not go with Sentinels, as the cloud has none (REDIS_IDENTITY, REDIS_SENTINELS)"),
         ({"USE_REDIS": "1", "REDIS_IDENTITY": "gcp", "REDIS_TLS": "1", "REDIS_PASSWORD": "p"}, "[Redis] identity: gcp takes the place of a password, so there must not be one (REDIS_IDENTITY, REDIS_PASSWORD)"),
         ({"USE_REDIS": "1", "REDIS_IDENTITY": "gcp", "REDIS_URL": "rediss://u:p@h"}, "[Redis] identity: gcp takes the place of a password, so there must not be one (REDIS_IDENTITY, REDIS_URL)"),
         ({"USE_REDIS": "1", "REDIS_IDENTITY": "aws", "REDIS_TLS": "1", "REDIS_USERNAME": "u"}, "[Redis] identity: aws needs username and iamCache (REDIS_IDENTITY, REDIS_USERNAME)"),
         ({"USE_REDIS": "1", "REDIS_IDENTITY": "aws", "REDIS_TLS": "1", "REDIS_IAM_CACHE": "c"}, "[Redis] identity: aws needs username and iamCache (REDIS_IDENTITY, REDIS_IAM_CACHE)"),
+        ({"USE_REDIS": "1", "REDIS_URL": "redis://a,redis://b"}, "[Redis] a list of servers is for a cluster; cluster = true makes it one (REDIS_URL)"),
+        ({"USE_REDIS": "1", "REDIS_HOST": "a,b"}, "[Redis] a list of servers is for a cluster; cluster = true makes it one (REDIS_HOST)"),
+        ({"USE_REDIS": "1", "REDIS_CLUSTER": "1", "REDIS_HOST": "a,,b"}, "invalid Redis hostname (REDIS_HOST)"),
+        ({"USE_REDIS": "1", "REDIS_CLUSTER": "1", "REDIS_HOST": "a:x"}, "invalid Redis hostname (REDIS_HOST)"),
+        ({"USE_REDIS": "1", "REDIS_CLUSTER": "1", "REDIS_URL": "redis://a,redis:///"}, "invalid Redis hostname (REDIS_URL)"),
+        ({"USE_REDIS": "1", "REDIS_CLUSTER": "1", "REDIS_URL": "redis://a/3"}, "[Redis] a cluster has no databases but number 0 (REDIS_CLUSTER, REDIS_URL)"),
+        ({"USE_REDIS": "1", "REDIS_CLUSTER": "1", "REDIS_DATABASE": "3"}, "[Redis] a cluster has no databases but number 0 (REDIS_CLUSTER, REDIS_DATABASE)"),
+        ({"USE_REDIS": "1", "REDIS_CLUSTER": "1", "REDIS_URL": "redis://:p@a,redis://:q@b"}, "[Redis] the servers of a cluster differ in host and port only (REDIS_URL)"),
+        ({"USE_REDIS": "1", "REDIS_CLUSTER": "1", "REDIS_URL": "redis://a,rediss://b"}, "[Redis] the servers of a cluster differ in host and port only (REDIS_URL)"),
+        ({"USE_REDIS": "1", "REDIS_CLUSTER": "1", "REDIS_URL": "unix:///s"}, "[Redis] a cluster has no Unix socket (REDIS_CLUSTER, REDIS_URL)"),
+        ({"USE_REDIS": "1", "REDIS_URL": "redis://a/3", "REDIS_DATABASE": "3"}, "please specify the Redis database in the URL or as [Redis] database, but not both (REDIS_DATABASE, REDIS_URL)"),
+        ({"USE_REDIS": "1", "REDIS_SENTINELS": "a"}, "[Redis] sentinels need sentinelMaster, the name under which they know the server (REDIS_SENTINELS)"),
+        ({"USE_REDIS": "1", "REDIS_SENTINELS": "a:b", "REDIS_SENTINEL_MASTER": "m"}, "REDIS_SENTINELS: a server is written host or host:port"),
+        ({"USE_REDIS": "1", "REDIS_SENTINELS": "a", "REDIS_SENTINEL_MASTER": "m", "REDIS_CLUSTER": "1"}, "please specify [Redis] cluster or sentinels, but not both: a cluster has none (REDIS_CLUSTER, REDIS_SENTINELS)"),
+        ({"USE_REDIS": "1", "REDIS_SENTINELS": "a", "REDIS_SENTINEL_MASTER": "m", "REDIS_URL": "redis://b"}, "[Redis] sentinels name the server: url, host and port must not be specified, too (REDIS_SENTINELS, REDIS_URL)"),
+        ({"USE_REDIS": "1", "REDIS_SENTINEL_MASTER": "m"}, "[Redis] sentinelMaster has no sentinels to name it (REDIS_SENTINEL_MASTER)"),
         ({"USE_REDIS": "1", "REDIS_CLIENT_CERT_FILE": "c"}, "a Redis client certificate needs a key, and a key a certificate (REDIS_CLIENT_CERT_FILE)"),
         ({"FLEET": "1"}, "[Fleet] enabled: a fleet needs Redis (FLEET)"),
+        (
+            {"FLEET": "1", "USE_REDIS": "1", "REDIS_CLUSTER": "1"},
+            (
+                "[Fleet] enabled: a fleet cannot use a Redis Cluster in this release; one server or"
+                " Sentinels (FLEET, REDIS_CLUSTER)"
+            ),
+        ),
         ({"FLEET": "1", "USE_REDIS": "1", "EXIT_ALWAYS": "1"}, "[Fleet] enabled: a relay that exits cannot take part in a fleet (FLEET)"),
         ({"FILE_DATA_SOURCE_MONITORING_INTERVAL": "1s"}, "must specify offline mode filename if other offline mode properties are set (FILE_DATA_SOURCE_MONITORING_INTERVAL)"),
         ({"USE_CONSUL": "1", "CONSUL_HOST": "ftp://h"}, "CONSUL_HOST: must begin with http://, https:// or unix://, or with the host"),
@@ -425,6 +449,8 @@ def test_options_of_a_later_release_are_accepted_with_a_warning(tmp_path: Path) 
         ({"FLAGS_FILE": "f", "LD_ENV_a": "k"}, "[Main] flagsFile is not served, because environments are configured (FLAGS_FILE)"),
         ({"REDIS_URL": "redis://h"}, "REDIS_URL has no effect without USE_REDIS=true"),
         ({"USE_REDIS": "1", "REDIS_IAM_CACHE": "c"}, "[Redis] options of IAM have no effect without identity = aws (REDIS_IAM_CACHE)"),
+        ({"REDIS_SENTINELS": "h"}, "REDIS_SENTINELS has no effect without USE_REDIS=true"),
+        ({"USE_REDIS": "1", "REDIS_SENTINEL_TLS": "1"}, "[Redis] sentinelTls has no effect without sentinels (REDIS_SENTINEL_TLS)"),
         ({"LD_MOBILE_KEY_a": "m"}, "LD_MOBILE_KEY_a has no effect without LD_ENV_a"),
         ({"EVENTS_METRICS_CAPACITY": "10000", "LD_ENV_a": "k", "LD_ENV_b": "k"}, 'environments "a" and "b" have the same SDK key; "b" answers to it (LD_ENV_a, LD_ENV_b)'),
         ({"LD_ENV_a": "k", "LD_ENV_b": "l", "LD_MOBILE_KEY_a": "m", "LD_MOBILE_KEY_b": "m"}, 'environments "a" and "b" have the same mobile key; "b" answers to it (LD_MOBILE_KEY_a, LD_MOBILE_KEY_b)'),
@@ -477,7 +503,9 @@ def test_a_redis_section_without_a_server_causes_a_warning(tmp_path: Path) -> No
     path.write_text("[Redis]\npassword = p\n")
     config = load(str(path), False, False, {})
     assert config.redis is None
-    assert config.warnings == (f"[Redis] has no effect without url, host or port ({path}:2)",)
+    assert config.warnings == (
+        f"[Redis] has no effect without url, host, port or sentinels ({path}:2)",
+    )
 
 
 @pytest.mark.parametrize(
@@ -490,6 +518,19 @@ def test_a_redis_section_without_a_server_causes_a_warning(tmp_path: Path) -> No
         ({"USE_REDIS": "1", "REDIS_HOST": ""}, "redis://localhost:6379"),
         ({"USE_REDIS": "1", "REDIS_URL": "rediss://u:p@h:1/2"}, "rediss://u:p@h:1/2"),
         ({"USE_REDIS": "1", "REDIS_TLS": "1"}, "rediss://localhost:6379"),
+        ({"USE_REDIS": "1", "REDIS_CLUSTER": "1"}, "redis://localhost:6379"),
+        (
+            {"USE_REDIS": "1", "REDIS_CLUSTER": "1", "REDIS_HOST": "a, b:7", "REDIS_TLS": "1"},
+            "rediss://a:6379,rediss://b:7",
+        ),
+        (
+            {"USE_REDIS": "1", "REDIS_CLUSTER": "1", "REDIS_URL": "redis://:p,q@a:1,b/0"},
+            "redis://:p,q@a:1/0,redis://:p,q@b/0",
+        ),
+        (
+            {"USE_REDIS": "1", "REDIS_SENTINELS": "a,b:7", "REDIS_SENTINEL_MASTER": "m"},
+            "",
+        ),
     ],
 )
 def test_the_redis_url_is_complete(variables: dict[str, str], url: str) -> None:
@@ -640,11 +681,13 @@ origins = st.sampled_from(
 def text_of(option: Option) -> st.SearchStrategy[str]:
     """Texts for an option: of its type, though maybe against a rule; or empty."""
     if option.attribute == "url" and option.section == "Redis":
-        right = st.sampled_from(["redis://u:p@h:1/2", "rediss://h", "http://h"])
+        right = st.sampled_from(["redis://u:p@h:1/2", "rediss://h", "http://h", "redis://a,b:1"])
     elif option.type.name in texts:
         right = texts[option.type.name]
     elif option.type is ORIGINS:
         right = origins
+    elif option.type is ADDRESSES:
+        right = st.sampled_from(["a", "a:1, [::1]:2,"])
     elif option.type is HEADER_NAMES:
         right = st.sampled_from(["X-A", "X-A , X-B,", "X A", ","])
     elif option.type.is_text or option.type.is_list:
@@ -670,7 +713,8 @@ def settings_of_both(draw: st.DrawFn) -> tuple[str, dict[str, str]]:
             text = draw(text_of(option))
             file += f"{option.name} = {quoted(text)}\n"
             variables[option.variable + name] = text
-    if any(variables.get(v) for v in ("REDIS_URL", "REDIS_HOST", "REDIS_PORT")):
+    addresses = ("REDIS_URL", "REDIS_HOST", "REDIS_PORT", "REDIS_SENTINELS")
+    if any(map(variables.get, addresses)):
         variables["USE_REDIS"] = "1"
     else:
         variables = {n: t for n, t in variables.items() if not n.startswith("REDIS_")}

@@ -163,6 +163,25 @@ def test_the_url_of_redis_is_shown_as_it_is_used() -> None:
     assert "host =" not in shown
 
 
+def test_the_servers_of_a_cluster_are_shown_without_passwords() -> None:
+    """Each URL of the list is masked, and its password is a secret of the configuration."""
+    url = "redis://:geheim@a:1,redis://:geheim@b:2"
+    variables = {"USE_REDIS": "1", "REDIS_CLUSTER": "1", "REDIS_URL": url}
+    config = load("", True, False, variables)
+    assert re.search(
+        r"(?m)^url = redis://:\*+@a:1,redis://:\*+@b:2 +# REDIS_URL$", effective(config)
+    )
+    assert "geheim" in secrets(config)
+
+
+def test_with_sentinels_there_is_no_url() -> None:
+    """They name the server; what is shown is a file that can be used."""
+    variables = {"REDIS_SENTINELS": "a:1", "REDIS_SENTINEL_MASTER": "m"}
+    shown = effective(load("", True, False, {"USE_REDIS": "1", **variables}))
+    assert re.search(r"(?m)^sentinels = a:1 +# REDIS_SENTINELS$", shown)
+    assert not re.search("(?m)^(# )?(url|host|port) = redis", shown)
+
+
 def test_the_output_is_a_file_of_the_same_meaning(tmp_path: Path) -> None:
     """Except for secrets, which are masked."""
     variables = {

@@ -8,8 +8,11 @@ import uvloop
 
 from relay.server.options import Certificate
 from tests.support.redis import RedisServer
+from tests.support.rediscluster import cluster, sentinels, shared_cluster, shared_sentinels
 from tests.support.s3 import S3Server
 from tests.support.sdk import EDGE_PACKAGES, install_packages
+
+__all__ = ["cluster", "sentinels", "shared_cluster", "shared_sentinels"]
 
 
 def pytest_asyncio_loop_factories(config, item):

@@ -28,6 +28,7 @@ from tests.support.dynamodb import (
     table,
 )
 from tests.support.process import RelayProcess
+from tests.support.sdk import Setup, make, sees
 from tests.support.serving import ask
 from tests.support.upstream import BIG_SEGMENTS, ScriptedUpstream, body, segment_patch
 
@@ -127,6 +128,20 @@ async def test_an_sdk_in_daemon_mode_finds_members(upstream, server, table, tmp_
                 assert detail.reason["bigSegmentsStatus"] == "HEALTHY"
         finally:
             await asyncio.to_thread(sdk.close)
+
+
+@pytest.mark.sdk
+@pytest.mark.usefixtures("packages")
+async def test_nodes_sdk_in_daemon_mode_finds_members(upstream, server, table, tmp_path):
+    """That of the older line, whose big segment store is at hand."""
+    async with RelayProcess(tmp_path, **given(upstream, server.url, table.name)) as relay:
+        await relay.said("Initialized LaunchDarkly client")
+        await until(lambda: "synchronizedOn" in (table.get(METADATA, METADATA) or {}))
+        await until(lambda: table.get("p:$inited", "p:$inited"))
+        setup = Setup(KEY, dynamodb=server.url, table=table.name, prefix="p")
+        async with make("node7", setup) as sdk:
+            await sees(sdk, "member", "yes", user("ann"))
+            assert await sdk.value("member", user("ben"), "?") == "no"
 
 
 async def test_a_database_that_throttles_is_waited_for(upstream, proxy, table, tmp_path):

@@ -21,6 +21,7 @@ from relay.protocol.feed import FEED, entry_of
 from tests.support.data import all_data, flag
 from tests.support.process import RelayProcess
 from tests.support.redis import RedisServer
+from tests.support.rediscluster import SentinelServers
 from tests.support.sdk import PythonSDK, Setup, sees
 from tests.support.serving import SDK_KEY
 from tests.support.upstream import ScriptedUpstream
@@ -285,6 +286,28 @@ async def test_a_user_without_the_rights_is_served_without_a_fleet(upstream, tmp
         version = await fleet.change()
         await fleet.everywhere(version, WITHIN)
         await eventually(lambda: stored(redis) == version)
+        await upstream.stop()
+        for relay in fleet.relays:
+            await relay.kill()
+            await relay.start()
+        await fleet.everywhere(version, WITHIN)
+
+
+async def test_a_fleet_starts_without_upstream(upstream, tmp_path, redis):
+    """What was published is served, and changes again as soon as upstream is back."""
+    async with fleet_of(2, upstream, tmp_path, redis.url) as fleet:
+        await fleet.everywhere(await fleet.change(), WITHIN)
+        await eventually(lambda: stored(redis) == 2)
+        await upstream.stop()
+        for relay in fleet.relays:
+            await relay.kill()
+        for relay in fleet.relays:
+            await relay.start()
+        await fleet.everywhere(2, WITHIN + 3)  # a lease of the dead expires first
+        await upstream.start()
+        version = await fleet.change()
+        await fleet.everywhere(version, 3 * WITHIN)
+        await fleet.settled()
 
 
 async def test_an_sdk_gets_changes_across_a_failover(upstream, tmp_path, redis):
@@ -443,3 +466,31 @@ async def test_a_relay_of_a_fleet_may_have_workers(upstream, tmp_path, redis):
         fleet.relays.remove(leader)
         await fleet.everywhere(await fleet.change(), WITHIN + 1)
         await fleet.settled()
+
+
+@pytest.mark.timing
+async def test_sentinels_may_name_another_master(upstream, tmp_path):
+    """The master is killed while relays are elected: the fleet goes on at the new one."""
+    (tmp_path / "servers").mkdir()
+    with SentinelServers(tmp_path / "servers") as servers:
+        options = servers.options()
+        given = {
+            "REDIS_URL": "",
+            "REDIS_SENTINELS": ",".join(options.sentinels),
+            "REDIS_SENTINEL_MASTER": options.sentinel_master,
+        }
+        async with fleet_of(3, upstream, tmp_path, "", **given) as fleet:
+            leader = await fleet.settled()
+            await fleet.everywhere(await fleet.change(), WITHIN)
+            master = await asyncio.to_thread(lambda: servers.master)
+            await leader.kill()
+            fleet.relays.remove(leader)
+            await asyncio.to_thread(master.kill)
+            await fleet.everywhere(await fleet.change(), WITHIN + 1)
+            await asyncio.to_thread(servers.await_master_other_than, master)
+            await fleet.settled()
+            version = await fleet.change()
+            await fleet.everywhere(version, WITHIN)
+            new = await asyncio.to_thread(lambda: servers.master)
+            await eventually(lambda: stored(new) == version)
+            master.start()

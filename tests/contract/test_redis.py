@@ -18,6 +18,7 @@ from relay.sources.polling import PollingSource
 from relay.sources.streaming import StreamingSource
 from relay.stores.conflicts import ConflictTimings
 from relay.stores.mirror import DatabaseMirror, MirrorTimings
+from relay.stores.redis.connect import connect
 from relay.stores.redis.store import RedisStore
 from relay.streams.hub import Hub
 from relay.upstream import Upstream
@@ -117,7 +118,7 @@ async def keeping(
             if polls
             else StreamingSource(session, upstream.url, spec.sdk_key, log)
         )
-        store = RedisStore(redis.options(read_timeout=10.0))
+        store = RedisStore(connect(redis.options(read_timeout=10.0)))
         mirror = DatabaseMirror(store, "redis", source.resync, log, QUICK)
         environment = Environment(spec, source, Hub({"all": AllFormat()}), log, [mirror])
         running = asyncio.create_task(environment.run())

@@ -21,6 +21,7 @@ from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Reply
 from relay.registry import Grant
+from relay.stores.redis.connect import connect
 from relay.stores.redis.store import RedisStore
 from relay.telemetry.log import JSONFormatter, TextFormatter
 from relay.web.access import Access
@@ -203,7 +204,7 @@ def test_no_text_of_the_configuration_ends_a_header_a_line_or_a_key(given_texts,
         assert spec.sdk_key.value.isascii()
         see_heads(spec, b"https://a.example")
         assert config.redis
-        prefix = RedisStore(config.redis, spec.prefix).prefix
+        prefix = RedisStore(connect(config.redis), spec.prefix).prefix
         assert prefix == (spec.prefix or "launchdarkly")
         assert not set(prefix) & set("\r\n\0")
         lines_of(f"{spec.name} {prefix}")

@@ -51,6 +51,13 @@ def test_newer_data_have_all_in_no_smaller_version() -> None:
     assert is_at_least_as_new(of(item("a", 2), item("b", 3, None)).payload, held)
 
 
+def test_newer_data_may_lack_what_is_gone() -> None:
+    """Whoever comes back with stored data has items that nobody lists any more."""
+    held = of(item("a", 2), item("gone", 2)).payload
+    assert is_at_least_as_new(of(item("a", 2)).payload, held, lacking=True)
+    assert not is_at_least_as_new(of(item("a", 1)).payload, held, lacking=True)
+
+
 def test_versions_of_tombstones_have_no_order() -> None:
     """Those of items that ceased to be listed are guessed by each relay."""
     assert is_at_least_as_new(of(item("a", 1, None)).payload, of(item("a", 2, None)).payload)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from relay.fleet import Connection, Database
-from relay.stores.redis.client import RedisClient
+from relay.stores.redis.connect import connect
 from tests.support.fakeredis import FakeDatabase, FakeRedis, Link
 from tests.support.redis import RedisServer
 
@@ -25,9 +25,9 @@ def fake() -> FakeDatabase:
 
 @pytest.fixture(params=["simulated", "real"])
 async def database(request: pytest.FixtureRequest, server: RedisServer) -> AsyncIterator[Database]:
-    database = fake() if request.param == "simulated" else RedisClient(server.options())
+    database = fake() if request.param == "simulated" else connect(server.options())
     yield database
-    await database.aclose()
+    await database.leave(None)
 
 
 async def run(database: Database, *commands: tuple[str, ...]) -> list[Any]:

@@ -18,6 +18,7 @@ from relay.stores import StoreState
 from relay.stores.conflicts import NEVER, ConflictTimings
 from relay.stores.fingerprint import Fingerprint
 from relay.stores.mirror import MAX_PENDING, SINGLE_RUN, DatabaseMirror, MirrorTimings
+from relay.stores.redis.connect import connect
 from relay.stores.redis.store import RedisStore
 from tests.stores.contract import flag, segment
 from tests.support.redis import RedisServer, recorded
@@ -40,7 +41,7 @@ class Site:
         self.payload = EMPTY
         self.resyncs = 0
         self.server = server
-        self.store = RedisStore(server.options(read_timeout=0.3, **options), "p")
+        self.store = RedisStore(connect(server.options(read_timeout=0.3, **options)), "p")
         self.mirror = DatabaseMirror(self.store, "redis", self._resync, LOG, timings)
 
     def _resync(self) -> None:
@@ -68,7 +69,7 @@ class Site:
         await self.wait_for_content(self.payload)
 
     async def wait_for_content(self, payload: Payload) -> None:
-        store = RedisStore(self.server.options(), "p")
+        store = RedisStore(connect(self.server.options()), "p")
         stored = None
         try:
             async with asyncio.timeout(5):
@@ -218,7 +219,7 @@ async def test_what_the_database_cannot_hold_keeps_its_last_version(server, capl
     """SDKs read on, other items are written, and log and status name the item once."""
     large = flag("lamp", 4, b'{"version":4,"text":"%b"}' % (b"x" * 100))
     async with Site(server, replace(TIMINGS, compare=NEVER)) as site:
-        site.mirror._store = SmallStore(server.options(), "p")
+        site.mirror._store = SmallStore(connect(server.options()), "p")
         site.update(START)
         await site.wait_marked()
         site.apply(ChangeSet((large, flag("new", 1))))
@@ -252,7 +253,7 @@ async def test_an_old_backup_heals(site, caplog):
     caplog.set_level(logging.INFO)
     site.update(START)
     await site.mirror.flushed()
-    backup = RedisStore(site.server.options(), "p")
+    backup = RedisStore(connect(site.server.options()), "p")
     await backup.init(Payload.of([flag("lamp", 1), flag("long-deleted", 1), segment("crowd", 5)]))
     await backup.aclose()
     await site.wait_equal()
@@ -305,7 +306,7 @@ async def test_newer_items_are_replaced_after_upstream_was_asked_twice(site, cap
 async def test_a_single_run_keeps_newer_items(server):
     """It does not know what earlier runs replaced; items only in the database are removed."""
     once = replace(SINGLE_RUN, conflicts=replace(SINGLE_RUN.conflicts, refresh=0.1, extra=0.1))
-    store = RedisStore(server.options(), "p")
+    store = RedisStore(connect(server.options()), "p")
     await store.init(Payload.of([flag("lamp", 99), flag("long-deleted", 1), flag("new", 1)]))
     await store.aclose()
     async with Site(server, once) as site:
@@ -550,7 +551,7 @@ UNLIKE_LD_RELAY = {
 async def test_recorded_contents(server, recording):
     """After each recorded message the database has the same content as with ld-relay."""
     prefix = recording["prefix"] or "launchdarkly"
-    store = RedisStore(server.options(), recording["prefix"])
+    store = RedisStore(connect(server.options()), recording["prefix"])
     site = Site(server, MirrorTimings(probe=60))
     await site.store.aclose()
     site.mirror = DatabaseMirror(store, "redis", site._resync, LOG, MirrorTimings(probe=60))

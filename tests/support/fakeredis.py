@@ -406,5 +406,8 @@ class FakeDatabase:
     async def run(self, key: str, work: Callable[[FakeConnection], Awaitable[T]]) -> T:
         return await work(FakeConnection(self._redis, self._link, self._limit))
 
-    async def aclose(self) -> None:
+    def join(self, user: object) -> None:
+        pass
+
+    async def leave(self, user: object) -> None:
         pass

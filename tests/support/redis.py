@@ -67,6 +67,14 @@ class RedisServer:
         given = {"url": self.url, "connect_timeout": 1.0, "read_timeout": 1.0, **more}
         return RedisOptions(**given)
 
+    def setting(self, name: str) -> str:
+        """Return what it was started with."""
+        return self._settings[name]
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         settings = {
             "port": str(self.port),
@@ -139,6 +147,12 @@ class RedisServer:
             stats = client.info("commandstats")
         return {name.removeprefix("cmdstat_"): each["calls"] for name, each in stats.items()}
 
+    def rejected(self, command: str) -> int:
+        """Return how often a command was refused before it was carried out."""
+        with closing(self.client()) as client:
+            stats = client.info("commandstats")
+        return int(stats.get(f"cmdstat_{command}", {}).get("rejected_calls", 0))
+
     def hash(self, key: str) -> dict[str, bytes]:
         """Return a hash, by its fields."""
         with closing(self.client()) as client:
@@ -162,14 +176,16 @@ class RedisServer:
 
 
 @asynccontextmanager
-async def encrypted(server: RedisServer, tls: ssl.SSLContext) -> AsyncGenerator[str, None]:
+async def encrypted(
+    server: RedisServer, tls: ssl.SSLContext, port: int = 0
+) -> AsyncGenerator[str, None]:
     """The server behind TLS, which the one at hand does not know; yields its URL."""
 
     async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inner_reader, inner_writer = await asyncio.open_unix_connection(server.socket)
         await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
 
-    async with await asyncio.start_server(forward, "localhost", 0, ssl=tls) as front:
+    async with await asyncio.start_server(forward, "localhost", port, ssl=tls) as front:
         yield f"rediss://localhost:{front.sockets[0].getsockname()[1]}"
 
 

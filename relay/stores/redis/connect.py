@@ -1,4 +1,4 @@
-"""Connections to Redis: addresses, TLS, authentication and error messages."""
+"""Access to Redis as configured: one server, a cluster, or what Sentinels name; TLS and users."""
 
 from __future__ import annotations
 
@@ -6,31 +6,34 @@ import os
 import re
 import ssl
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from redis.asyncio.connection import (
     AbstractConnection,
     Connection,
-    ConnectionPool,
     SSLConnection,
     UnixDomainSocketConnection,
 )
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.credentials import CredentialProvider
-from redis.exceptions import AuthenticationError, RedisError, ResponseError
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeout
+from redis.exceptions import AuthenticationError, RedisError
 
 from relay import clock
 from relay.config.schema import Redis as RedisOptions
 from relay.errors import ConfigError
-from relay.model.credential import masked_url
-from relay.reasons import describe, shorten, tls_reason
+from relay.protocol.redisurl import host_and_port, masked_redis_urls, redis_urls
+from relay.reasons import describe
+from relay.stores.redis.client import RedisClient
+from relay.stores.redis.cluster import Cluster
+from relay.stores.redis.connections import Address, Connections
 from relay.stores.redis.identity import REAUTHENTICATION, Identity, make_identity
+from relay.stores.redis.placement import OneServer, Placement
+from relay.stores.redis.sentinels import Sentinels, require_master
 from relay.tls import EncryptedKey, client_context, load_key_pair
 
 DEFAULT_PORT = 6379
+
+SENTINEL_PORT = 26379
 
 
 class _TLSConnection(SSLConnection):
@@ -94,33 +97,100 @@ async def _authenticate(connection: AbstractConnection) -> None:
         await connection.read_response()
 
 
-def connection_pool(
-    options: RedisOptions, credentials: CredentialProvider | None = None
-) -> ConnectionPool:
-    """Return a connection pool. Check all options and files, but open no connection.
-
-    Args:
-        options: connection options with a complete URL.
-        credentials: gives user and password of each new connection, instead of the options.
+async def _authenticate_to_master(connection: AbstractConnection) -> None:
+    """Do as `_authenticate`, and make sure that the server is a master, not a former one.
 
     Raises:
-        ConfigError: the URL or a TLS file is unusable, or a library of a cloud is missing.
+        RedisError: the server refuses the client, or is a replica.
     """
-    credentials = credentials or make_identity(options, os.environ)
-    label = f"Redis at {masked_address(options.url)}"
-    kwargs = _connection_options(options)
-    if options.url.startswith("rediss:"):
-        try:
-            kwargs["tls"] = _tls_context(options)
-        except ConfigError as e:
-            raise ConfigError([f"{label}: {problem}" for problem in e.problems]) from e
+    await _authenticate(connection)
+    await require_master(connection)
+
+
+def connect(options: RedisOptions) -> RedisClient:
+    """Return access to the configured servers. Check all options and files, but connect nothing.
+
+    Args:
+        options: connection options; without Sentinels their URL is complete.
+
+    Raises:
+        ConfigError: a URL or a TLS file is unusable, or a library of a cloud is missing.
+    """
+    label, identity = shown_address(options), make_identity(options, os.environ)
     try:
-        kwargs |= _url_options(options.url)
-        if credentials:
-            kwargs |= {"username": None, "password": None, "credential_provider": credentials}
-        return ConnectionPool(**kwargs)
+        placement, connections = _access(options, identity)
+    except ConfigError as e:
+        raise ConfigError([f"Redis at {label}: {problem}" for problem in e.problems]) from e
     except ValueError as e:
-        raise ConfigError([f"{label}: the URL cannot be used: {e}"]) from e
+        raise ConfigError([f"Redis at {label}: the URL cannot be used: {e}"]) from e
+    return RedisClient(placement, connections, label)
+
+
+def shown_address(options: RedisOptions) -> str:
+    """Return the servers as shown in `/status`: a password is `xxxxx` (status 8.1)."""
+    if options.sentinels:
+        return f"redis-sentinel://{','.join(options.sentinels)}/{options.sentinel_master}"
+    urls = masked_redis_urls(options.url, "xxxxx").split(",")
+    return ",".join(url.partition("?")[0].partition("#")[0] for url in urls)
+
+
+def _access(options: RedisOptions, identity: Identity | None) -> tuple[Placement, Connections]:
+    """Return where keys are, and connections there.
+
+    Raises:
+        ConfigError: a TLS file is unusable.
+        ValueError: a URL is unusable.
+    """
+    timeouts = options.connect_timeout, options.read_timeout
+    uses_tls = options.tls or options.sentinel_tls or options.url.startswith("rediss:")
+    tls = _tls_context(options) if uses_tls else None
+    user = {"username": options.username, "password": options.password.reveal()}
+    arguments = _arguments(options, user)
+    if options.sentinels:
+        arguments |= _over_network(tls if options.tls else None) | {"db": options.database}
+        connections = Connections(
+            _with(identity, arguments) | {"redis_connect_func": _authenticate_to_master},
+            *timeouts,
+        )
+        password = options.sentinel_password.reveal()
+        user = {"username": options.sentinel_username, "password": password}
+        of_sentinels = _over_network(tls if options.sentinel_tls else None)
+        asked = Connections(_arguments(options, user) | of_sentinels, *timeouts)
+        addresses = [host_and_port(each, SENTINEL_PORT) for each in options.sentinels]
+        return Sentinels(addresses, options.sentinel_master, asked), connections
+    urls = [urlsplit(url) for url in redis_urls(options.url)]
+    arguments |= {"db": options.database} | _url_arguments(urls[0], tls)
+    connections = Connections(_with(identity, arguments), *timeouts)
+    addresses = [_address(url) for url in urls]
+    if options.cluster:
+        return Cluster(addresses, connections), connections
+    return OneServer(addresses[0]), connections
+
+
+def _arguments(options: RedisOptions, user: dict[str, str]) -> dict[str, Any]:
+    """Return arguments of the library for every connection."""
+    return {
+        "socket_connect_timeout": options.connect_timeout,
+        "socket_timeout": None,  # see `RedisConnection`
+        "retry": Retry(NoBackoff(), 0),  # the mirror retries and logs
+        "protocol": 2,  # older servers and proxies know no other
+        "redis_connect_func": _authenticate,
+        **{name: value for name, value in user.items() if value},
+    }
+
+
+def _with(identity: Identity | None, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments in which an identity, if any, replaces user and password."""
+    if identity is None:
+        return arguments
+    return arguments | {"username": None, "password": None, "credential_provider": identity}
+
+
+def _over_network(tls: ssl.SSLContext | None) -> dict[str, Any]:
+    """Return the arguments for TCP."""
+    if tls is None:
+        return {"connection_class": Connection, "socket_keepalive": True}
+    return {"connection_class": _TLSConnection, "socket_keepalive": True, "tls": tls}
 
 
 def _tls_context(options: RedisOptions) -> ssl.SSLContext:
@@ -139,23 +209,8 @@ def _tls_context(options: RedisOptions) -> ssl.SSLContext:
     return context
 
 
-def _connection_options(options: RedisOptions) -> dict[str, Any]:
-    kwargs: dict[str, Any] = {
-        "socket_connect_timeout": options.connect_timeout,
-        "socket_timeout": None,  # see `RedisStore._execute_all`
-        "retry": Retry(NoBackoff(), 0),  # the mirror retries and logs
-        "protocol": 2,  # older servers and proxies know no other
-        "redis_connect_func": _authenticate,
-    }
-    if options.username:
-        kwargs["username"] = options.username
-    if options.password:
-        kwargs["password"] = options.password.reveal()
-    return kwargs
-
-
-def _url_options(url: str) -> dict[str, Any]:
-    """Return the connection options of a URL, by the rules of ld-relay's driver.
+def _url_arguments(url: SplitResult, tls: ssl.SSLContext | None) -> dict[str, Any]:
+    """Return the arguments that a URL gives, by the rules of ld-relay's driver.
 
     They override the other options. A single word before the `@` is a password. Only Unix sockets
     accept a query, because they have no other place for `db=N`; in other drivers a query can
@@ -164,67 +219,31 @@ def _url_options(url: str) -> dict[str, Any]:
     Raises:
         ValueError: a part of the URL is not supported.
     """
-    parts = urlsplit(url)
-    query = parse_qs(parts.query, keep_blank_values=True)
+    query = parse_qs(url.query, keep_blank_values=True)
+    is_local = url.scheme == "unix"
     # Do not quote them: the "query" may be part of a password.
-    if parts.fragment or query.keys() - ({"db"} if parts.scheme == "unix" else set()):
+    if url.fragment or query.keys() - ({"db"} if is_local else set()):
         raise ValueError("what follows ? or # is not understood (in a password: %3F, %23)")
-    name, password = unquote(parts.username or ""), unquote(parts.password or "")
-    if parts.password is None:
+    name, password = unquote(url.username or ""), unquote(url.password or "")
+    if url.password is None:
         name, password = "", name
-    kwargs: dict[str, Any] = {"username": name} if name and password else {}
+    arguments: dict[str, Any] = {"username": name} if name and password else {}
     if password:
-        kwargs["password"] = password
-    if parts.scheme == "unix":
-        if not parts.path:
+        arguments["password"] = password
+    if is_local:
+        if not url.path:
             raise ValueError("unix:// needs a path, as in unix:///run/redis.sock")
         database = query.get("db", [""])[0]
-        kwargs |= {"connection_class": UnixDomainSocketConnection, "path": unquote(parts.path)}
+        arguments["connection_class"] = UnixDomainSocketConnection
     else:
-        database = parts.path.removeprefix("/")
-        tls = parts.scheme == "rediss"
-        kwargs |= {
-            "connection_class": _TLSConnection if tls else Connection,
-            "host": parts.hostname,
-            "port": parts.port or DEFAULT_PORT,
-            "socket_keepalive": True,
-        }
+        database = url.path.removeprefix("/")
+        arguments |= _over_network(tls if url.scheme == "rediss" else None)
     if not re.fullmatch("[0-9]{0,9}", database):
         raise ValueError("a database is a number, as in redis://host:6379/1")
-    return kwargs | {"db": int(database or 0)}
+    return arguments | ({"db": int(database)} if database else {})
 
 
-def masked_address(url: str) -> str:
-    """Return a URL as shown in `/status`: the password is `xxxxx` (status 8.1)."""
-    return masked_url(url, "xxxxx").partition("?")[0].partition("#")[0]
-
-
-def reason_of(error: Exception) -> str:
-    """Return the reason of an error, in the server's words if it has sent any."""
-    tls = tls_reason(error)
-    match error:
-        case _ if tls:
-            reason = f"TLS failed: {tls}"
-        case AuthenticationError():
-            reason = f"the server refuses user or password: {_error_text(error)}"
-        case ResponseError():
-            reason = f"the server answers: {_error_text(error)}"
-        case RedisTimeout() | TimeoutError():
-            reason = "no answer in time"
-        case RedisConnectionError(__context__=OSError() as cause):
-            reason = describe(cause)
-        case RedisConnectionError():
-            reason = _error_text(error)  # "loading" and "too many clients" are of this class, too
-        case _:
-            reason = describe(error)
-    return reason
-
-
-def _error_text(error: RedisError) -> str:
-    """Return the text of an error without the arguments of the command.
-
-    A server that does not know AUTH repeats the password in its error.
-    """
-    text, _, _ = str(error).partition(", with args beginning")
-    code = getattr(error, "status_code", None)  # redis-py 8 removes it from the text
-    return shorten(f"{code} {text}" if code else text)
+def _address(url: SplitResult) -> Address:
+    if url.scheme == "unix":
+        return unquote(url.path), 0
+    return url.hostname or "", url.port or DEFAULT_PORT

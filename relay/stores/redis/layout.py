@@ -5,7 +5,7 @@ Two hashes hold flags and segments as JSON by key; an empty string marks both as
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from relay.model.environment import DEFAULT_PREFIX
 from relay.model.item import Item, Kind
@@ -32,9 +32,22 @@ class Layout:
         self.notes = f"{self.prefix}:$relay"
         """Hash of what relays write for each other; SDKs do not read it."""
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys, where one server has them all."""
+        return (self.marker, self.notes, *map(self.hash, Kind))
+
     def hash(self, kind: Kind) -> str:
         """Return the key of the hash of a kind."""
         return f"{self.prefix}:{KIND_NAMES[kind]}"
+
+    def notes_beside(self, kind: Kind) -> str:
+        """Return the key of what relays note of one kind, in a cluster that divides the keys.
+
+        It is in the slot of the hash, unless the prefix has a brace: what a failover loses, it
+        loses of both.
+        """
+        return f"{{{self.hash(kind)}}}:$relay"
 
 
 def fields(items: Iterable[Item]) -> Iterator[tuple[str, bytes]]:
@@ -54,6 +67,11 @@ def chunks(pairs: Iterable[tuple[str, bytes]]) -> Iterator[list[str | bytes]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
+
+
+def pairs_of(reply: Sequence[bytes]) -> dict[bytes, bytes]:
+    """Return the fields and values of a hash."""
+    return dict(zip(reply[::2], reply[1::2], strict=True))
 
 
 def entries(hashes: Hashes) -> Iterator[Entry]:

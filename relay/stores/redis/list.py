@@ -9,13 +9,12 @@ import hashlib
 from collections.abc import Mapping
 
 from relay.aio import in_thread
-from relay.config.schema import Redis as RedisOptions
 from relay.errors import InvalidData
 from relay.model.credential import AutoConfigKey, Secret
 from relay.protocol.environmentlist import EnvironmentList
-from relay.stores.redis.client import RedisClient, raise_failure
-from relay.stores.redis.connect import masked_address
-from relay.stores.redis.layout import chunks
+from relay.stores.redis.client import RedisClient
+from relay.stores.redis.connections import commit
+from relay.stores.redis.layout import chunks, pairs_of
 from relay.stores.sealing import Seal, derived, opened_entries, sealed_entries
 
 
@@ -23,32 +22,29 @@ class RedisList:
     """The list of one automatic configuration key.
 
     Args:
-        options: connection options with a complete URL.
+        client: access to the servers.
         key: key of the hash.
         owner: the automatic configuration key; only its list is used.
         encryption_key: encrypts the fields; empty for the automatic configuration key.
-
-    Raises:
-        ConfigError: the URL or a TLS file is unusable.
     """
 
     def __init__(
-        self, options: RedisOptions, key: str, owner: AutoConfigKey, encryption_key: Secret
+        self, client: RedisClient, key: str, owner: AutoConfigKey, encryption_key: Secret
     ) -> None:
-        self._client = RedisClient(options)
+        self._client = client
         self._hash = key
         self._owner = derived(owner.value, "relay: owner of the list of environments").hex()[:32]
         secret = encryption_key.reveal() or owner.value
         self._seal = Seal(hashlib.sha256(secret.encode()).digest())
-        self._server = masked_address(options.url)
+        client.join(self)
 
     def __repr__(self) -> str:
-        return f"<RedisList {self._server} {self._hash!r}>"
+        return f"<RedisList {self._client.label} {self._hash!r}>"
 
     @property
     def label(self) -> str:
         """The place for log lines."""
-        return f'key "{self._hash}" of Redis at {self._server}'
+        return f'key "{self._hash}" of Redis at {self._client.label}'
 
     async def load(self) -> EnvironmentList | None:
         """Return what is stored; None if there is nothing.
@@ -57,9 +53,7 @@ class RedisList:
             InvalidData: nothing of it is usable.
             StoreUnavailable: the database does not answer.
         """
-        async with self._client.connection() as connection:
-            pairs = await connection.execute("HGETALL", self._hash)
-        fields = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        fields = pairs_of(await self._client.execute("HGETALL", self._hash))
         return await in_thread(lambda: self._opened(fields), "list") if fields else None
 
     async def save(self, environments: EnvironmentList) -> None:
@@ -71,16 +65,13 @@ class RedisList:
         sealed = await in_thread(
             lambda: sealed_entries(self._seal, environments, self._owner), "list"
         )
-        async with self._client.connection() as connection:
-            await connection.execute("MULTI")
-            await connection.execute("DEL", self._hash)
-            for chunk in chunks(sealed.items()):
-                await connection.execute("HSET", self._hash, *chunk)
-            raise_failure(await connection.execute("EXEC"))
+        fields = chunks(sealed.items())
+        commands = [("DEL", self._hash), *(("HSET", self._hash, *chunk) for chunk in fields)]
+        await self._client.run(self._hash, lambda connection: commit(connection, commands))
 
     async def aclose(self) -> None:
-        """Close all connections."""
-        await self._client.aclose()
+        """Close all connections, unless others use them."""
+        await self._client.leave(self)
 
     def _opened(self, fields: Mapping[bytes, bytes]) -> EnvironmentList:
         sealed = {name.decode(errors="replace"): value for name, value in fields.items()}

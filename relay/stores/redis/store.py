@@ -6,22 +6,22 @@ database user whose permissions fit ld-relay suffices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from redis.exceptions import NoPermissionError, ResponseError
 
 from relay.aio import run_in_slices
-from relay.config.schema import Redis as RedisOptions
 from relay.errors import StoreUnavailable
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
 from relay.stores import Stored, Versions
 from relay.stores.fingerprint import Fingerprint
 from relay.stores.items import parse_items, parse_versions, version_of
-from relay.stores.redis.client import RedisClient, RedisConnection, raise_failure
-from relay.stores.redis.connect import masked_address
-from relay.stores.redis.layout import Hashes, Layout, chunks, entries, fields
+from relay.stores.redis.client import RedisClient
+from relay.stores.redis.connections import Command, RedisConnection, commit, raise_failure
+from relay.stores.redis.layout import Hashes, Layout, chunks, entries, fields, pairs_of
 
 BATCH = 256
 """Stored items that are read and compared at a time: about a millisecond for the event loop."""
@@ -32,28 +32,31 @@ FINGERPRINT = "fingerprint"
 MAX_RACES = 100
 """Attempts of a write that other writers interrupt, before it fails."""
 
+IN_ORDER = (Kind.SEGMENT, Kind.FLAG)
+"""Kinds in the order in which they are written: flags refer to segments."""
+
 
 class RedisStore:
-    """Data store for one environment in Redis.
+    """Data store for one environment in Redis, where one transaction holds all its keys.
+
+    That is one server, or a cluster if the prefix has a hash tag; see also `DividedRedisStore`.
 
     Args:
-        options: connection options with a complete URL.
+        client: access to the servers.
         prefix: prefix of the keys; empty for `launchdarkly`.
-
-    Raises:
-        ConfigError: the URL or a TLS file is unusable.
     """
 
-    def __init__(self, options: RedisOptions, prefix: str = "") -> None:
+    def __init__(self, client: RedisClient, prefix: str = "") -> None:
         self._layout = Layout(prefix)
         self.prefix = self._layout.prefix
-        self.server = masked_address(options.url)
-        self._client = RedisClient(options)
+        self.server = client.label
+        self._client = client
         self._may_note = True
         """False once the server has refused access to the relays' own hash."""
+        client.join(self)
 
     def __repr__(self) -> str:
-        return f"<RedisStore {self.server} {self.prefix!r}>"
+        return f"<{type(self).__name__} {self.server} {self.prefix!r}>"
 
     async def load(self) -> Stored | None:
         """Return everything stored; None if the store was never initialised.
@@ -79,13 +82,15 @@ class RedisStore:
         Raises:
             StoreUnavailable: nothing was changed.
         """
-        async with self._client.connection() as connection:
-            await connection.execute("MULTI")
-            for kind in (Kind.SEGMENT, Kind.FLAG):
-                await connection.execute("DEL", self._layout.hash(kind))
-                await self._write_items(connection, kind, payload.all(kind).values())
-            await connection.execute("SET", self._layout.marker, b"")
-            raise_failure(await connection.execute("EXEC"))
+
+        def commands() -> Iterator[Command]:
+            for kind in IN_ORDER:
+                yield from self._replacing(kind, payload)
+            yield ("SET", self._layout.marker, b"")
+
+        await self._client.run(
+            self._layout.marker, lambda connection: commit(connection, commands())
+        )
 
     async def upsert(self, items: Sequence[Item]) -> bool:
         """Write the items that are newer than the stored versions.
@@ -96,54 +101,57 @@ class RedisStore:
         Raises:
             StoreUnavailable: nothing was changed.
         """
-        watched = (self._layout.marker, *map(self._layout.hash, Kind))
-        async with self._client.connection() as connection:
-            for _ in range(MAX_RACES):
-                await connection.execute("WATCH", *watched)
-                if not await connection.execute("EXISTS", self._layout.marker):
+        return await self._client.run(
+            self._layout.marker, partial(self._write_newer, items, self._layout.marker)
+        )
+
+    async def _write_newer(
+        self, items: Sequence[Item], marker: str | None, connection: RedisConnection
+    ) -> bool:
+        """Write newer items in one transaction; return False if a marker is wanted and missing.
+
+        Args:
+            items: of all kinds whose hashes are at this server.
+            marker: key of the marker; None if it is at another server.
+            connection: to the server.
+        """
+        watched = [self._layout.hash(kind) for kind in Kind if marker or kind is items[0].kind]
+        checks: list[Command] = [("EXISTS", marker)] if marker else []
+        watch: Command = ("WATCH", *([marker] if marker else []), *watched)
+        for _ in range(MAX_RACES):
+            head = [watch, *checks]
+            newer: list[Item] = []
+            for start in range(0, max(1, len(items)), BATCH):
+                batch = items[start : start + BATCH]
+                reads = [("HGET", self._layout.hash(item.kind), item.key) for item in batch]
+                replies = await connection.execute_all([*head, *reads])
+                if checks and head and not replies[1]:
                     await connection.execute("UNWATCH")
                     return False
-                if await self._write_newer(connection, items):
-                    return True
+                stored, head = replies[len(head) :], []
+                newer += [
+                    item
+                    for item, json in zip(batch, stored, strict=True)
+                    if json is None or item.version > version_of(json).number
+                ]
+            if not newer:
+                await connection.execute("UNWATCH")
+                return True
+            if await commit(connection, self._adding(newer)):
+                return True
         raise StoreUnavailable("other writers leave no room")
 
-    async def _write_newer(self, connection: RedisConnection, items: Sequence[Item]) -> bool:
-        """Write newer items; return False if another writer has changed a watched key."""
-        by_kind = {kind: [item for item in items if item.kind is kind] for kind in Kind}
-        kinds = [kind for kind in Kind if by_kind[kind]]
-        newer = {kind: await self._newer(connection, kind, by_kind[kind]) for kind in kinds}
-        if not any(newer.values()):
-            await connection.execute("UNWATCH")
-            return True
-        await connection.execute("MULTI")
-        for kind in kinds:
-            await self._write_items(connection, kind, newer[kind])
-        done = await connection.execute("EXEC")
-        if done is None:
-            return False
-        raise_failure(done)
-        return True
+    def _adding(self, items: Iterable[Item]) -> Iterator[Command]:
+        """Yield the commands that write items."""
+        items = list(items)
+        for kind in IN_ORDER:
+            for chunk in chunks(fields(item for item in items if item.kind is kind)):
+                yield ("HSET", self._layout.hash(kind), *chunk)
 
-    async def _newer(
-        self, connection: RedisConnection, kind: Kind, items: Sequence[Item]
-    ) -> list[Item]:
-        """Return the items of one kind that are newer than the stored ones."""
-        name, newer = self._layout.hash(kind), []
-        for start in range(0, len(items), BATCH):
-            batch = items[start : start + BATCH]
-            stored = await connection.execute_all([("HGET", name, item.key) for item in batch])
-            newer += [
-                item
-                for item, json in zip(batch, stored, strict=True)
-                if json is None or item.version > version_of(json).number
-            ]
-        return newer
-
-    async def _write_items(
-        self, connection: RedisConnection, kind: Kind, items: Iterable[Item]
-    ) -> None:
-        for chunk in chunks(fields(items)):
-            await connection.execute("HSET", self._layout.hash(kind), *chunk)
+    def _replacing(self, kind: Kind, payload: Payload) -> Iterator[Command]:
+        """Yield the commands that replace all items of a kind."""
+        yield ("DEL", self._layout.hash(kind))
+        yield from self._adding(payload.all(kind).values())
 
     def problem_with(self, item: Item) -> str | None:  # noqa: ARG002 - the contract's
         """Return None: Redis holds items of any size that upstream sends."""
@@ -156,7 +164,11 @@ class RedisStore:
             StoreUnavailable: the database does not answer.
         """
         if self._may_note:
-            await self._run(("HSET", self._layout.notes, FINGERPRINT, str(fingerprint)))
+            await self._run(self._marking(fingerprint))
+
+    def _marking(self, fingerprint: Fingerprint) -> list[Command]:
+        """Return the commands that write a fingerprint."""
+        return [("HSET", self._layout.notes, FINGERPRINT, str(fingerprint))]
 
     async def holds(self, fingerprint: Fingerprint) -> bool:
         """Return whether marker, hashes and fingerprint are there.
@@ -168,21 +180,20 @@ class RedisStore:
         """
         kinds = [kind for kind in Kind if fingerprint.counts[kind]]
         keys = [self._layout.marker, *map(self._layout.hash, kinds)]
-        exist = [("EXISTS", key) for key in keys]
+        exist = ("EXISTS", *keys)
         if not self._may_note:
-            await self._run(*exist)
+            await self._run([exist])
             return False
-        found, *exist = await self._run(("HGET", self._layout.notes, FINGERPRINT), *exist)
-        return found == str(fingerprint).encode() and all(exist)
+        found, count = await self._run([("HGET", self._layout.notes, FINGERPRINT), exist])
+        return bool(found == str(fingerprint).encode() and count == len(keys))
 
-    async def _run(self, *commands: Sequence[str]) -> list[Any]:
+    async def _run(self, commands: Sequence[Command]) -> list[Any]:
         """Run commands that may name the relays' own hash; return their replies.
 
         A database user may be restricted to the keys that SDKs read. Then it is never named again.
         """
         try:
-            async with self._client.connection() as connection:
-                return await connection.execute_all(commands)
+            return await self._client.execute_all(commands)
         except StoreUnavailable as e:
             if not self._may_note or not isinstance(e.__cause__, NoPermissionError):
                 raise
@@ -190,27 +201,29 @@ class RedisStore:
             return [None] * len(commands)
 
     async def aclose(self) -> None:
-        """Close all connections."""
-        await self._client.aclose()
+        """Close all connections, unless other stores use them."""
+        await self._client.leave(self)
 
     async def _read(self) -> Hashes | None:
         """Return both hashes, read in one transaction; None if the store is not initialised."""
-        async with self._client.connection() as connection:
-            await connection.execute("MULTI")
-            await connection.execute("EXISTS", self._layout.marker)
-            for kind in Kind:
-                await connection.execute("HGETALL", self._layout.hash(kind))
-            replies = await connection.execute("EXEC")
-            if any(map(_is_wrong_type, replies)):
-                return None  # another program has replaced a hash
-            marked, *hashes = raise_failure(replies)
-        if not marked:
+        hashes = [("HGETALL", self._layout.hash(kind)) for kind in Kind]
+        commands = [("EXISTS", self._layout.marker), *hashes]
+        replies = await self._client.run(
+            self._layout.marker, lambda connection: _read_at_once(connection, commands)
+        )
+        if replies is None or not replies[0]:
             return None
-        return {
-            kind: dict(zip(pairs[::2], pairs[1::2], strict=True))
-            for kind, pairs in zip(Kind, hashes, strict=True)
-        }
+        return {kind: pairs_of(reply) for kind, reply in zip(Kind, replies[1:], strict=True)}
 
 
-def _is_wrong_type(reply: Any) -> bool:
+async def _read_at_once(
+    connection: RedisConnection, commands: Sequence[Command]
+) -> list[Any] | None:
+    """Return the replies of a transaction; None if another program has replaced a hash."""
+    replies = await connection.transaction(commands) or []
+    return None if any(map(is_wrong_type, replies)) else raise_failure(replies)
+
+
+def is_wrong_type(reply: Any) -> bool:
+    """Return whether a reply says that a key is no hash."""
     return isinstance(reply, ResponseError) and str(reply).startswith("WRONGTYPE")

@@ -7,20 +7,21 @@ import pytest
 from relay.errors import StoreUnavailable
 from relay.stores.bigsegments import Metadata
 from relay.stores.redis.bigsegments import RedisBigSegmentStore
+from relay.stores.redis.connect import connect
 from tests.stores.bigsegments_contract import ANN, BEN, CLEO, BigSegmentStoreContract, patch
 from tests.support.redis import RedisServer
 
 
 @pytest.fixture
 async def store(server):
-    store = RedisBigSegmentStore(server.options(), "big")
+    store = RedisBigSegmentStore(connect(server.options()), "big")
     yield store
     await store.aclose()
 
 
 @pytest.fixture
 async def another_store(server):
-    store = RedisBigSegmentStore(server.options(), "big")
+    store = RedisBigSegmentStore(connect(server.options()), "big")
     yield store
     await store.aclose()
 
@@ -66,7 +67,7 @@ async def test_foreign_types_are_an_error(server, store):
 async def test_a_server_that_is_away_is_reported(tmp_path):
     """Every method raises the same error, and works again afterwards."""
     with RedisServer(tmp_path) as server:
-        store = RedisBigSegmentStore(server.options(), "big")
+        store = RedisBigSegmentStore(connect(server.options()), "big")
         await store.apply(patch("v1", include=[ANN]), None)
         server.kill()
         for attempt in (

@@ -26,7 +26,10 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from relay.config.schema import Redis as RedisOptions
 from relay.errors import ConfigError, StoreUnavailable
 from relay.model.payload import Payload
+from relay.stores import DataStore
 from relay.stores.redis.awsidentity import VALIDITY, make_token
+from relay.stores.redis.connect import connect
+from relay.stores.redis.divided import data_store
 from relay.stores.redis.identity import REAUTHENTICATION, make_identity
 from relay.stores.redis.store import RedisStore
 from tests.stores.contract import flag
@@ -188,14 +191,14 @@ def clients(server: RedisServer) -> set[str]:
         return {each["id"] for each in client.client_list() if each["user"] == "relay"}
 
 
-async def write(store: RedisStore, version: int) -> None:
+async def write(store: DataStore, version: int) -> None:
     await store.init(Payload.of([flag("lamp", version)]))
 
 
 async def test_a_connection_shows_a_token(time, server, front):
     """One AUTH for any number of commands."""
     allow(server, expected())
-    store = RedisStore(server.options(**front, **iam()))
+    store = RedisStore(connect(server.options(**front, **iam())))
     for version in (1, 2, 3):
         await write(store, version)
     assert server.calls()["auth"] == 1
@@ -205,7 +208,7 @@ async def test_a_connection_shows_a_token(time, server, front):
 async def test_a_connection_shows_a_new_token_before_the_server_closes_it(time, server, front):
     """The same connection, before twelve hours; the former token is worth nothing by then."""
     allow(server, expected())
-    store = RedisStore(server.options(**front, **iam()))
+    store = RedisStore(connect(server.options(**front, **iam())))
     await write(store, 1)
     [client] = clients(server)
     for round_ in (2, 3):
@@ -224,7 +227,7 @@ async def test_a_connection_shows_a_new_token_before_the_server_closes_it(time, 
 async def test_a_new_connection_shows_a_new_token(time, server, front):
     """A token is valid for 15 minutes, and a database may be restarted after days."""
     allow(server, expected())
-    store = RedisStore(server.options(**front, **iam()))
+    store = RedisStore(connect(server.options(**front, **iam())))
     await write(store, 1)
     time.skip(VALIDITY)
     allow(server, expected())
@@ -236,7 +239,7 @@ async def test_a_new_connection_shows_a_new_token(time, server, front):
 async def test_a_connection_that_is_not_let_in_again_is_replaced(time, server, front):
     """If the new token is refused, the reason is told, and nothing is written."""
     allow(server, expected())
-    store = RedisStore(server.options(**front, **iam()))
+    store = RedisStore(connect(server.options(**front, **iam())))
     await write(store, 1)
     allow(server, "another token")
     time.skip(REAUTHENTICATION)
@@ -251,13 +254,34 @@ async def test_a_connection_that_is_not_let_in_again_is_replaced(time, server, f
 async def test_refused_credentials_are_looked_for_again(time, server, front, monkeypatch):
     """Files and variables may have others by now."""
     allow(server, expected(key_id="AKIANEW"))
-    store = RedisStore(server.options(**front, **iam()))
+    store = RedisStore(connect(server.options(**front, **iam())))
     with pytest.raises(StoreUnavailable, match="refuses user or password") as caught:
         await write(store, 1)
     assert SECRET not in str(caught.value)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIANEW")
     await write(store, 1)
     await store.aclose()
+
+
+async def test_each_server_of_a_cluster_is_shown_a_token(time, cluster):
+    """Without TLS here, which the configuration would not allow."""
+    for server in cluster.running:
+        allow(server, expected())
+    store = data_store(connect(cluster.options(**iam())), "p")
+    try:
+        await write(store, 1)
+        assert all(clients(server) for server in cluster.masters)
+        time.skip(VALIDITY)
+        for server in cluster.running:
+            allow(server, expected())
+            server.do("CLIENT", "KILL", "USER", "relay")
+        with contextlib.suppress(StoreUnavailable):
+            await store.load()
+        await write(store, 2)
+    finally:
+        await store.aclose()
+        for server in cluster.running:
+            server.do("ACL", "DELUSER", "relay")
 
 
 async def test_credentials_of_a_container_are_renewed_before_they_expire(time, monkeypatch):
@@ -276,14 +300,14 @@ async def test_credentials_of_a_container_are_renewed_before_they_expire(time, m
 async def test_what_is_missing_is_told_in_one_line(server, front, monkeypatch):
     """Credentials, and the region."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    store = RedisStore(server.options(**front, **iam()))
+    store = RedisStore(connect(server.options(**front, **iam())))
     with pytest.raises(StoreUnavailable) as caught:
         await store.load()
     told = "there are no AWS credentials, neither in variables nor elsewhere"
     assert str(caught.value) == told
     await store.aclose()
     monkeypatch.delenv("AWS_REGION")
-    store = RedisStore(server.options(**front, **iam()))
+    store = RedisStore(connect(server.options(**front, **iam())))
     with pytest.raises(StoreUnavailable) as caught:
         await store.load()
     assert str(caught.value) == "there is no region; AWS_REGION or REDIS_IAM_REGION names it"
@@ -301,7 +325,7 @@ def test_a_missing_library_is_named(monkeypatch, identity, library, ours):
     monkeypatch.delitem(sys.modules, f"relay.stores.redis.{ours}", raising=False)
     options = RedisOptions(url="rediss://h", identity=identity, username="u", iam_cache="c")
     with pytest.raises(ConfigError, match=re.escape(f"pip install 'relay[{identity}]'")):
-        RedisStore(options)
+        RedisStore(connect(options))
 
 
 # Google Cloud
@@ -360,7 +384,7 @@ async def google_cloud(tmp_path, monkeypatch) -> AsyncIterator[Google]:
 async def test_an_access_token_is_renewed_before_it_expires(time, server, front, google):
     """The former is worth nothing by then."""
     allow(server, "ya29.1")
-    store = RedisStore(server.options(**front, identity="gcp", username="relay"))
+    store = RedisStore(connect(server.options(**front, identity="gcp", username="relay")))
     await write(store, 1)
     await write(store, 2)
     assert google.given == 1
@@ -390,7 +414,7 @@ async def test_the_default_user_shows_the_token_alone(google, tmp_path):
     with RedisServer(tmp_path, requirepass="ya29.1") as server:
         async with encrypted(server, authority.server("localhost")) as url:
             options = server.options(url=url, ca_file=str(authority.file), identity="gcp")
-            store = RedisStore(options)
+            store = RedisStore(connect(options))
             await write(store, 1)
             await store.aclose()
 
@@ -400,7 +424,7 @@ async def test_a_refusal_of_google_is_told(server, front, google, monkeypatch):
     allow(server, "ya29.1")
     google.is_down = True
     options = server.options(**front, identity="gcp", username="relay")
-    store = RedisStore(options)
+    store = RedisStore(connect(options))
     with pytest.raises(StoreUnavailable, match=r"Google gives no access token: .*unavailable"):
         await write(store, 1)
     google.is_down = False
@@ -409,7 +433,7 @@ async def test_a_refusal_of_google_is_told(server, front, google, monkeypatch):
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS")
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv("HOME", "/nowhere")
-    store = RedisStore(options)
+    store = RedisStore(connect(options))
     with pytest.raises(StoreUnavailable) as caught:
         await write(store, 1)
     told = (

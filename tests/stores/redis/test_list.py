@@ -16,6 +16,7 @@ from relay.model.credential import AutoConfigKey, Secret
 from relay.protocol.autoconfig import FilterDescription
 from relay.protocol.environmentlist import EnvironmentList
 from relay.protocol.environments import describe
+from relay.stores.redis.connect import connect
 from relay.stores.redis.layout import CHUNK
 from relay.stores.redis.list import RedisList
 from tests.support.environments import description, payload_filter
@@ -28,7 +29,9 @@ LIST = EnvironmentList(
 
 @asynccontextmanager
 async def stored(server, owner: str = KEY, secret: str = "", **options) -> AsyncIterator[RedisList]:
-    place = RedisList(server.options(**options), "cache", AutoConfigKey(owner), Secret(secret))
+    place = RedisList(
+        connect(server.options(**options)), "cache", AutoConfigKey(owner), Secret(secret)
+    )
     try:
         yield place
     finally:
@@ -127,6 +130,6 @@ async def test_a_database_that_fails_is_told(server, fault):
 def test_no_password_is_shown(server):
     """In the place that log lines name."""
     options = server.options(url="redis://:pass-word@127.0.0.1:1")
-    place = RedisList(options, "cache", AutoConfigKey(KEY), Secret("se-cret"))
+    place = RedisList(connect(options), "cache", AutoConfigKey(KEY), Secret("se-cret"))
     assert place.label == 'key "cache" of Redis at redis://:xxxxx@127.0.0.1:1'
     assert "se-cret" not in repr(place)

@@ -19,20 +19,22 @@ from relay.errors import ConfigError, StoreUnavailable
 from relay.model.item import Kind
 from relay.model.payload import Payload
 from relay.stores import UNREADABLE
-from relay.stores.redis.connect import connection_pool
+from relay.stores.redis.connect import connect
+from relay.stores.redis.connections import MAX_CONNECTIONS
 from relay.stores.redis.layout import CHUNK
 from relay.stores.redis.store import BATCH, RedisStore
 from tests.stores.contract import StoreContract, flag, segment
 from tests.support.authorities import UNTIDY, Authority
 from tests.support.peers import peer
 from tests.support.redis import RedisServer, commands_of_ld_relay, encrypted, secret
+from tests.support.serving import until
 
 ONE = Payload.of([flag("lamp", 1)])
 
 
 @pytest.fixture
 async def store(server):
-    store = RedisStore(server.options(), "p")
+    store = RedisStore(connect(server.options()), "p")
     yield store
     await store.aclose()
 
@@ -56,7 +58,7 @@ async def test_the_layout_is_that_of_the_sdks(server, store):
 
 async def test_without_a_prefix_keys_begin_with_launchdarkly(server):
     """The default is that of the SDKs."""
-    store = RedisStore(server.options())
+    store = RedisStore(connect(server.options()))
     await store.init(ONE)
     await store.aclose()
     assert server.do("EXISTS", "launchdarkly:$inited", "launchdarkly:features") == 2
@@ -64,7 +66,7 @@ async def test_without_a_prefix_keys_begin_with_launchdarkly(server):
 
 async def test_the_repr_states_server_and_prefix():
     """Passwords are masked."""
-    store = RedisStore(RedisOptions(url="redis://anna:geheim@h/3"), "p")
+    store = RedisStore(connect(RedisOptions(url="redis://anna:geheim@h/3")), "p")
     assert repr(store) == "<RedisStore redis://anna:xxxxx@h/3 'p'>"
 
 
@@ -103,7 +105,7 @@ async def test_items_larger_than_a_command_are_whole(server, store):
 
 async def test_two_writers_never_take_a_version_back(server):
     """Stored items only become newer, and the newest version is stored in the end."""
-    stores = [RedisStore(server.options(), "p") for _ in range(4)]
+    stores = [RedisStore(connect(server.options()), "p") for _ in range(4)]
     await stores[0].init(Payload.of([]))
     order = [(flag(f"f{n % 3}", version), n % 4) for n, version in enumerate(range(1, 121))]
     random.Random(1).shuffle(order)
@@ -136,7 +138,7 @@ async def test_a_database_number_and_a_user_in_the_url(server):
     """All parts of `redis://user:password@host:port/N` are used."""
     server.do("ACL", "SETUSER", "anna", "on", ">geheim", "~p:*", "+@all", "-@scripting")
     url = f"redis://anna:geheim@127.0.0.1:{server.port}/3"
-    store = RedisStore(server.options(url=url), "p")
+    store = RedisStore(connect(server.options(url=url)), "p")
     await store.init(ONE)
     assert await store.upsert([flag("lamp", 2)])
     await store.aclose()
@@ -155,7 +157,7 @@ async def test_user_and_password_beside_the_url(server):
         (f"redis://geheim@{address}", ""),
     ]:
         options = server.options(url=url, username="ben", password=secret(password))
-        store = RedisStore(options)
+        store = RedisStore(connect(options))
         await store.init(ONE)
         await store.aclose()
         assert "geheim" not in store.server
@@ -174,9 +176,12 @@ async def test_user_and_password_beside_the_url(server):
         ("unix://:p@/run/s?db=4", {"path": "/run/s", "db": 4, "password": "p"}),
     ],
 )
-def test_urls_are_read_like_ld_relay(url, expected):
+async def test_urls_are_read_like_ld_relay(url, expected):
     """A single word before the `@` is a password."""
-    arguments = {"username": None, **connection_pool(RedisOptions(url=url)).connection_kwargs}
+    client = connect(RedisOptions(url=url))
+    host, port = await client._placement.address_of(0)
+    arguments = {"username": None, "path": host, "host": host, "port": port}
+    arguments |= client._connections._arguments
     assert {name: arguments[name] for name in expected} == expected
 
 
@@ -199,7 +204,7 @@ def test_urls_are_read_like_ld_relay(url, expected):
 def test_unsupported_urls_are_refused(url):
     """They would select another database, or one whose certificate is not verified."""
     with pytest.raises(ConfigError, match="the URL cannot be used") as caught:
-        RedisStore(RedisOptions(url=url))
+        connect(RedisOptions(url=url))
     assert "geheim" not in str(caught.value)
 
 
@@ -208,7 +213,7 @@ async def test_the_commands_of_ld_relay_suffice(tmp_path):
     with RedisServer(tmp_path) as server:
         server.add_user_of_ld_relay("few", "geheim", "p")
         url = f"redis://few:geheim@127.0.0.1:{server.port}/3"
-        store = RedisStore(server.options(url=url), "p")
+        store = RedisStore(connect(server.options(url=url)), "p")
         many = [flag(f"f{n}", 1) for n in range(2 * BATCH + 1)]
         await store.init(Payload.of([*many, segment("crowd", 1)]))
         newer = [flag("f0", 2), flag(f"f{2 * BATCH}", 2, None), flag("new", 1), segment("crowd", 2)]
@@ -230,7 +235,7 @@ def test_the_recording_names_what_the_database_needs():
 
 async def test_a_unix_socket(server):
     """`unix://` works where the server is on the same machine."""
-    store = RedisStore(server.options(url=f"unix://{server.socket}"), "p")
+    store = RedisStore(connect(server.options(url=f"unix://{server.socket}")), "p")
     await store.init(ONE)
     await store.aclose()
     assert server.do("EXISTS", "p:$inited") == 1
@@ -247,11 +252,11 @@ async def test_tls_with_client_certificates(server, tmp_path):
     async with encrypted(server, tls) as url:
         trusted = {"url": url, "ca_file": str(authority.file)}
         certified = {"client_certificate_file": certificate, "client_key_file": key}
-        store = RedisStore(server.options(**trusted, **certified))
+        store = RedisStore(connect(server.options(**trusted, **certified)))
         await store.init(ONE)
         await store.aclose()
         for options in ({"url": url}, trusted):
-            store = RedisStore(server.options(**options))
+            store = RedisStore(connect(server.options(**options)))
             with pytest.raises(StoreUnavailable):
                 await store.load()
             await store.aclose()
@@ -268,7 +273,9 @@ async def test_an_authority_that_is_not_by_the_book_is_trusted(
     if not named:
         monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
     async with encrypted(server, authority.server("localhost")) as url:
-        store = RedisStore(server.options(url=url, ca_file=str(authority.file) if named else ""))
+        store = RedisStore(
+            connect(server.options(url=url, ca_file=str(authority.file) if named else ""))
+        )
         await store.init(ONE)
         await store.aclose()
     assert server.do("EXISTS", "launchdarkly:$inited") == 1
@@ -282,7 +289,7 @@ async def test_another_host_and_an_unknown_authority_are_not_trusted(server, tmp
         (other, "localhost", "unable to get local issuer certificate"),
     ]:  # fmt: skip
         async with encrypted(server, authority.server(host)) as url:
-            store = RedisStore(server.options(url=url, ca_file=str(known.file)))
+            store = RedisStore(connect(server.options(url=url, ca_file=str(known.file))))
             with pytest.raises(StoreUnavailable) as caught:
                 await store.load()
             await store.aclose()
@@ -303,11 +310,13 @@ def test_files_for_tls_that_cannot_be_used_are_named(tmp_path):
         ),
     ]:  # fmt: skip
         with pytest.raises(ConfigError) as caught:
-            RedisStore(RedisOptions(url="rediss://:geheim@h", **options))
+            RedisStore(connect(RedisOptions(url="rediss://:geheim@h", **options)))
         assert str(caught.value).startswith("Redis at rediss://:xxxxx@h: ")
         assert str(caught.value).endswith(reason)
     RedisStore(
-        RedisOptions(url="rediss://h", client_certificate_file=certificate, client_key_file=key)
+        connect(
+            RedisOptions(url="rediss://h", client_certificate_file=certificate, client_key_file=key)
+        )
     )
 
 
@@ -323,7 +332,7 @@ async def test_a_server_that_speaks_no_tls_or_sends_an_alert_says_so(tmp_path):
     ]:
         with peer(words, tls=tls) as port:
             url = f"rediss://localhost:{port}"
-            store = RedisStore(RedisOptions(url=url, ca_file=str(authority.file)))
+            store = RedisStore(connect(RedisOptions(url=url, ca_file=str(authority.file))))
             with pytest.raises(StoreUnavailable, match=reason):
                 await store.load()
             await store.aclose()
@@ -349,7 +358,7 @@ def test_errors_sent_before_closing_are_reported(run, words, reason, *, listens,
     """Before or after the first command, and with both event loops."""
 
     async def attempt(port: int) -> str:
-        store = RedisStore(RedisOptions(url=f"redis://127.0.0.1:{port}/0", **more))
+        store = RedisStore(connect(RedisOptions(url=f"redis://127.0.0.1:{port}/0", **more)))
         try:
             await store.load()
         except StoreUnavailable as e:
@@ -363,7 +372,7 @@ def test_errors_sent_before_closing_are_reported(run, words, reason, *, listens,
 
 
 async def reason_of(options) -> str:
-    store = RedisStore(options)
+    store = RedisStore(connect(options))
     with pytest.raises(StoreUnavailable) as caught:
         await store.load()
     await store.aclose()
@@ -401,7 +410,10 @@ async def test_a_server_that_wants_a_password_says_so(tmp_path):
     """A real server, contacted without a password."""
     with RedisServer(tmp_path, requirepass="the-right-one") as server:
         reason = await reason_of(server.options())
-    assert reason == "the server refuses user or password: NOAUTH Authentication required."
+    assert reason == (
+        "the server refuses user or password: NOAUTH Authentication required"
+        " (set REDIS_PASSWORD, and REDIS_USERNAME unless the user is called default)"
+    )
 
 
 async def test_a_server_that_cannot_be_reached_is_described(tmp_path):
@@ -416,10 +428,23 @@ async def test_a_server_that_cannot_be_reached_is_described(tmp_path):
         assert re.match("Connection (closed by server|reset by peer)", await reason_of(options))
 
 
+async def test_many_environments_share_few_connections(server):
+    """They wait for each other, and leave none behind."""
+    client = connect(server.options())
+    stores = [RedisStore(client, f"p{n}") for n in range(3 * MAX_CONNECTIONS)]
+    await asyncio.gather(*(store.init(ONE) for store in stores))
+    assert len(server.do("CLIENT LIST")) <= MAX_CONNECTIONS + 1
+    for store in stores[1:]:
+        await store.aclose()
+    assert await stores[0].load()
+    await stores[0].aclose()
+    await until(lambda: len(server.do("CLIENT LIST")) == 1)
+
+
 async def test_authentication_sends_no_other_commands(server):
     """CLIENT SETINFO would hide a refusal, and few users have the permission."""
     with server.client() as monitor, monitor.monitor() as heard:
-        store = RedisStore(server.options(url=f"{server.url}/2"))
+        store = RedisStore(connect(server.options(url=f"{server.url}/2")))
         await store.load()
         await store.aclose()
         commands = [heard.next_command()["command"] for _ in range(2)]
@@ -437,7 +462,7 @@ async def test_authentication_sends_no_other_commands(server):
 async def test_a_server_that_refuses_is_unavailable(tmp_path, break_it, reason):
     """The server's reply is reported, and nothing is changed."""
     with RedisServer(tmp_path) as server:
-        store = RedisStore(server.options(), "p")
+        store = RedisStore(connect(server.options()), "p")
         await store.init(ONE)
         server.do(*break_it)
         await store.aclose()
@@ -452,7 +477,7 @@ async def test_a_wrong_password_is_not_shown(tmp_path):
     """Neither the configured password nor the correct one."""
     with RedisServer(tmp_path, requirepass="the-right-one") as server:
         url = f"redis://:the-wrong-one@127.0.0.1:{server.port}"
-        store = RedisStore(server.options(url=url))
+        store = RedisStore(connect(server.options(url=url)))
         with pytest.raises(StoreUnavailable, match="refuses user or password") as caught:
             await store.load()
         await store.aclose()
@@ -462,7 +487,9 @@ async def test_a_wrong_password_is_not_shown(tmp_path):
 async def test_a_server_that_repeats_the_password_is_not_quoted(tmp_path):
     """A server without AUTH repeats its arguments."""
     with RedisServer(tmp_path, rename_command='AUTH ""') as server:
-        store = RedisStore(server.options(url=f"redis://anna:geheim@127.0.0.1:{server.port}"))
+        store = RedisStore(
+            connect(server.options(url=f"redis://anna:geheim@127.0.0.1:{server.port}"))
+        )
         with pytest.raises(StoreUnavailable, match="unknown command 'AUTH'") as caught:
             await store.load()
         await store.aclose()
@@ -489,7 +516,7 @@ async def test_whatever_a_server_answers_it_is_unavailable(answer):
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as fake:
         url = f"redis://127.0.0.1:{fake.sockets[0].getsockname()[1]}"
-        store = RedisStore(RedisOptions(url=url, connect_timeout=0.1, read_timeout=0.1))
+        store = RedisStore(connect(RedisOptions(url=url, connect_timeout=0.1, read_timeout=0.1)))
         for attempt in (store.load, store.versions):
             with pytest.raises(StoreUnavailable):
                 await attempt()
@@ -503,7 +530,7 @@ async def test_whatever_a_server_answers_it_is_unavailable(answer):
 async def test_a_server_that_is_gone_or_hangs_is_unavailable(tmp_path):
     """No call exceeds the configured timeouts, and a new server is used again."""
     with RedisServer(tmp_path) as server:
-        store = RedisStore(server.options(read_timeout=0.2), "p")
+        store = RedisStore(connect(server.options(read_timeout=0.2)), "p")
         await store.init(ONE)
         server.pause()
         with pytest.raises(StoreUnavailable, match="no answer in time"):
@@ -520,7 +547,7 @@ async def test_a_server_that_is_gone_or_hangs_is_unavailable(tmp_path):
 
 async def test_a_killed_init_leaves_the_old_data(server):
     """An incomplete transaction has no effect."""
-    store = RedisStore(server.options(), "p")
+    store = RedisStore(connect(server.options()), "p")
     await store.init(ONE)
     pad = b'{"version":2,"pad":"%b"}' % (b"x" * CHUNK)
     large = Payload.of(flag(f"f{i}", 2, pad) for i in range(40))
@@ -538,12 +565,14 @@ async def test_a_killed_init_leaves_the_old_data(server):
 WRITER = """
 import asyncio, sys
 from relay.config.schema import Redis
+from relay.stores.redis.connect import connect
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
+from relay.stores.redis.connect import connect
 from relay.stores.redis.store import RedisStore
 
 async def write() -> None:
-    store = RedisStore(Redis(url=sys.argv[1]), "p")
+    store = RedisStore(connect(Redis(url=sys.argv[1])), "p")
     for version in range(1, 1000):
         json = b'{"version":%d,"pad":"%b"}' % (version, b"x" * 250_000)
         await store.init(Payload.of(Item(Kind.FLAG, f"f{i}", version, json) for i in range(40)))

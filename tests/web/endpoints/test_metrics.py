@@ -22,6 +22,7 @@ from relay.environment import ConnectionState, Environment, UpstreamConnection
 from relay.events.forwarder import Forwarder
 from relay.events.spool import MemorySpool
 from relay.events.store import Limits
+from relay.fleet import FleetStatus, Role
 from relay.metrics import catalogue
 from relay.model.credential import EnvironmentID, SDKKey
 from relay.model.environment import EnvironmentSpec
@@ -153,6 +154,15 @@ async def used_big_segments() -> BigSegments:
     return big_segments
 
 
+class Leader:
+    """Part of a relay that leads its environment in a fleet."""
+
+    status = FleetStatus(Role.LEADER, "this", 3, 7, 0, 0.0, 1, 1, {"published": 7})
+
+    def change_upstream(self, upstream):
+        raise NotImplementedError
+
+
 async def test_a_busy_relay_exports_every_metric():
     """A directory, and an environment with everything that it can have, export the declared metrics and no others."""
     mirror = MemoryMirror()
@@ -172,6 +182,7 @@ async def test_a_busy_relay_exports_every_metric():
     forwarder = Forwarder(MemorySpool(Limits()), upstream, "http://h", {"main": main.spec}.get)
     main.spec = main.spec.with_credential(SDKKey("sdk-old"), clock.now() + 60)
     directory = KnownDirectory()
+    main.fleet = Leader()
     relay = Relay([main], 0, events=forwarder, directory=directory)
     relay.workers[0] = WorkerStatus(0, 4711, clock.unix(), resident=1, files=1)
     page = exporter_page(relay, traffic)
