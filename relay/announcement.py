@@ -1,4 +1,4 @@
-"""Announce a server's port to `relay health`, by a name in the kernel's table of Unix sockets."""
+"""Announce a server to other commands, by a name in the kernel's table of Unix sockets."""
 
 from __future__ import annotations
 
@@ -49,6 +49,32 @@ def announced(table: str = SOCKETS) -> list[Announced]:
             case [space, process, ("http" | "https") as scheme, port] if port.isdecimal():
                 servers.append((space, process, scheme, port))
     return servers
+
+
+def has_announced(process: int) -> bool | None:
+    """Return whether a process is a server that has announced itself, here or in a container.
+
+    Args:
+        process: its ID in this PID namespace.
+
+    Returns:
+        None on systems without such names.
+
+    Raises:
+        PermissionError: it belongs to another user.
+        ProcessLookupError: it does not exist.
+    """
+    if not os.path.exists(SOCKETS):  # noqa: PTH110 - pathlib is slow to import
+        return None
+    folder = f"/proc/{process}"
+    try:
+        # Its own table and IDs: a container has others than its host.
+        space = os.readlink(f"{folder}/ns/pid")  # noqa: PTH115 - see above
+        with open(f"{folder}/status", encoding="latin-1") as file:  # noqa: PTH123 - see above
+            ids = [line.split()[-1] for line in file if line.startswith(("Pid:", "NSpid:"))]
+    except FileNotFoundError as e:
+        raise ProcessLookupError from e
+    return any(each[:2] == (space, ids[-1]) for each in announced(f"{folder}/net/unix"))
 
 
 def namespace() -> str:

@@ -87,6 +87,7 @@ class AutoConfiguration:
         self.connection = UpstreamConnection()
         self.known = asyncio.Event()
         self.changes: Counter[DirectoryChange] = Counter()
+        self.invalid_entries: dict[tuple[str, str], str] = {}
         self._stream = stream
         self._settings = settings
         self._make_environment = make_environment
@@ -135,7 +136,7 @@ class AutoConfiguration:
             self._stored = stored
             if age is not None:
                 self.connection.last_confirmed = clock.monotonic() - age
-            await self._take(relay, Put(stored.environments, stored.filters, {}))
+            await self._take(relay, Put(stored.environments, stored.filters))
 
     async def _keep_stored(self, mirror: ListMirror) -> None:
         """Store the list, and begin anew after any exception, which affects nothing else."""
@@ -165,21 +166,25 @@ class AutoConfiguration:
             case Put():
                 await self._put(relay, message)
             case Upsert(id=identifier, value=EnvironmentDescription() as environment):
+                self.invalid_entries.pop(("environment", identifier), None)
                 await self._apply(relay, self._environments.upsert(identifier, environment))
             case Delete(of=kind, id=identifier) if kind is EnvironmentDescription:
+                self.invalid_entries.pop(("environment", identifier), None)
                 await self._apply(relay, self._environments.delete(identifier, message.version))
                 if identifier not in relay.environments:
                     relay.unusable.pop(identifier, None)
             case Upsert(id=identifier, value=FilterDescription() as payload_filter):
+                self.invalid_entries.pop(("filter", identifier), None)
                 changes = self._filters.upsert(identifier, payload_filter)
                 await self._apply_filters(relay, changes)
             case Delete(id=identifier):
+                self.invalid_entries.pop(("filter", identifier), None)
                 changes = self._filters.delete(identifier, message.version)
                 await self._apply_filters(relay, changes)
 
     async def _put(self, relay: Relay, put: Put) -> None:
         log.info("Received configuration for %d environment(s)", len(put.environments))
-        for reason in put.unusable.values():
+        for reason in (*put.invalid_environments.values(), *put.invalid_filters.values()):
             log.warning("%s", reason)
         await self._take(relay, put)
         self.known.set()
@@ -187,12 +192,16 @@ class AutoConfiguration:
 
     async def _take(self, relay: Relay, put: Put) -> None:
         """Let the environments be those of a list; whatever is newer outranks a stored one."""
-        mask_keys(_keys(put.environments.values()))  # at once, because each time costs
         relay.unusable.clear()  # all of them are tried again
         outranks = self._stored is not None and not self.known.is_set()
-        environments = self._environments.put(put.environments, put.unusable, outranks=outranks)
+        invalid = put.invalid_environments
+        self.invalid_entries = {
+            **{("environment", each): reason for each, reason in invalid.items()},
+            **{("filter", each): reason for each, reason in put.invalid_filters.items()},
+        }
+        environments = self._environments.put(put.environments, invalid, outranks=outranks)
         await self._apply(relay, environments)
-        filters = self._filters.put(put.filters, put.unusable, outranks=outranks)
+        filters = self._filters.put(put.filters, put.invalid_filters, outranks=outranks)
         await self._apply_filters(relay, filters)
 
     async def _apply(
@@ -206,7 +215,7 @@ class AutoConfiguration:
             before, after = self._variants(change.before), self._variants(change.after)
             for payload_filter in before:
                 if payload_filter not in after:
-                    self._remove(relay, change.id, payload_filter)
+                    await self._remove(relay, change.id, payload_filter)
             if change.after is not None:
                 await self._attempt(relay, change.after, "")
             environment = relay.environments.get(change.id)
@@ -228,8 +237,7 @@ class AutoConfiguration:
             for each in self._environments.values():
                 gone = change.before
                 if gone and gone.key not in self._variants(each):
-                    self._remove(relay, each.id, gone.key)
-            await asyncio.sleep(0)
+                    await self._remove(relay, each.id, gone.key)
         # This includes variants that could not be made the last time.
         for each in self._environments.values():
             for payload_filter in self._variants(each):
@@ -262,13 +270,14 @@ class AutoConfiguration:
             relay.unusable[name] = reason
         await asyncio.sleep(0)
 
-    def _remove(self, relay: Relay, environment_id: str, payload_filter: str) -> None:
+    async def _remove(self, relay: Relay, environment_id: str, payload_filter: str) -> None:
         name = variant_name(environment_id, payload_filter)
         relay.unusable.pop(name, None)
         environment = relay.environments.get(name)
         if environment is not None:
             relay.remove(environment)
             self._report(DirectoryChange.REMOVED, environment.spec)
+            await asyncio.sleep(0)
 
     def _carry_out(
         self, relay: Relay, description: EnvironmentDescription, payload_filter: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Sequence
 
 from relay.relay import Relay
@@ -46,7 +47,10 @@ class Housekeeping:
         """Forget the names that were former ones already at the last round, and their keys."""
         registry, events = self._relay.registry, self._relay.events
         former = frozenset(registry.former_names)
-        for name in former & self._seen:
+        due = former & self._seen
+        if due:
+            gc.unfreeze()  # environments of the start are exempt from garbage collection
+        for name in due:
             if events is None or events.forget(name):
                 registry.forget(name)
                 forget_environment(name)

@@ -95,6 +95,7 @@ class OfflineArchive:
         self.connection = UpstreamConnection()
         self.known = asyncio.Event()
         self.changes: Counter[DirectoryChange] = Counter()
+        self.invalid_entries: Mapping[tuple[str, str], str] = {}
         self._settings = settings
         self._path = path
         self._interval = interval

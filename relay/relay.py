@@ -61,6 +61,13 @@ class Directory(Protocol):
     is_upstream: bool
     """True if it is LaunchDarkly's list, so that `/status` and metrics report on it."""
 
+    @property
+    def invalid_entries(self) -> Mapping[tuple[str, str], str]:
+        """Entries of LaunchDarkly's list that cannot be used, with the reason.
+
+        They are named by `environment` or `filter`, and ID.
+        """
+
     async def run(self, relay: Relay) -> None:
         """Put, change and remove environments until cancelled."""
 
@@ -133,6 +140,8 @@ class Relay:
         self._running: dict[Environment, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
         """Tasks of removed environments that write their last changes."""
+        self._ended: asyncio.Task[object] | None = None
+        """Waits for all of them, for any number of new environments."""
         self._reported: WeakSet[Environment] = WeakSet()
         """Environments whose start has been logged."""
         self._expiry_timer: asyncio.TimerHandle | None = None
@@ -285,12 +294,15 @@ class Relay:
             task = self._running.pop(environment)
             task.cancel()
             self._ending.add(task)
+            self._ended = None
             task.add_done_callback(self._ending.discard)
             self._tasks.create_task(environment.hub.close(ENDED_WITHIN))
 
     async def _run_environment(self, environment: Environment, init_deadline: float) -> None:
-        if self._ending:  # they may have the same snapshot or prefix
-            await asyncio.wait(self._ending)
+        if self._ending and self._tasks is not None:  # they may have the same snapshot or prefix
+            if self._ended is None:
+                self._ended = self._tasks.create_task(asyncio.wait(frozenset(self._ending)))
+            await asyncio.shield(self._ended)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_running(environment))
             tasks.create_task(self._wait_started(environment, init_deadline))
@@ -332,6 +344,15 @@ class Relay:
         serving = "no data" if environment.payload is None else "stored data"
         text = 'Error initializing LaunchDarkly client for "%s": %s; serving %s, still trying'
         _log.log(self._init_failure_level, text, name, reason, serving)
+
+    async def wait_until_started(self) -> None:
+        """Wait until every environment has data or a refused key; at most `init_timeout`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, self._init_deadline - clock.monotonic())):
+                if self.directory is not None:
+                    await self.directory.known.wait()
+                for environment in tuple(self.environments.values()):
+                    await environment.init_done.wait()
 
     async def wait_until_synced(self, *, fail_fast: bool = False) -> bool:
         """Wait until every environment has data from upstream, and its mirrors have stored it.

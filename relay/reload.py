@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 from msgspec import Struct
@@ -21,6 +22,7 @@ from relay.config.render import secrets
 from relay.config.schema import Config
 from relay.environment import Environment
 from relay.errors import ConfigError
+from relay.files import FileState, file_state
 from relay.model.credential import MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.relay import Relay
@@ -31,8 +33,9 @@ from relay.telemetry.log import Log, mask_secrets, set_level
 from relay.telemetry.reloads import ReloadResult
 
 WATCH_INTERVAL = 2.0
-"""Seconds between two readings of a configuration that is watched. A change takes effect when two
-readings agree, so that no file is used that is still being written."""
+"""Seconds between two looks at a configuration that is watched. It is read if the state of its
+files has changed; a change takes effect when two readings agree, so that no file is used that is
+still being written."""
 
 OPTIONS = {
     "name": "name",
@@ -152,6 +155,9 @@ class _Problems(Struct, frozen=True):
 
 _Reading = Config | _Problems
 
+_Files = Sequence[tuple[str, FileState | None]]
+"""Paths of files with their states; links are followed."""
+
 
 class Reload:
     """Reads the configuration again, on request or when it has changed, and carries it out.
@@ -164,7 +170,7 @@ class Reload:
         parts: makes environments; None if they are not those that the configuration lists.
         carry_out: is called with the configuration in force, for those who use options directly.
         certificate: of the server, which is renewed when its files change; None without TLS.
-        interval: seconds between two readings of a configuration that is watched.
+        interval: seconds between two looks at a configuration that is watched.
     """
 
     def __init__(
@@ -191,6 +197,9 @@ class Reload:
         """The reading that was carried out, or refused, last."""
         self._seen: _Reading = config
         """The last reading of a configuration that is watched."""
+        self._read_files: _Files = ()
+        """Files that need not be read again while they have this state; none if the last reading
+        has not been confirmed."""
 
     def __repr__(self) -> str:
         return f"<Reload of {self._relay}>"
@@ -220,8 +229,12 @@ class Reload:
             _log.info("The configuration is watched, and reloaded when it has changed")
 
     async def _reload(self, *, is_requested: bool) -> None:
+        files = await in_thread(partial(_files_of, self._seen), "reload")
+        if files and files == self._read_files and not is_requested:
+            return
         reading = await self._reading()
         is_steady, self._seen = _same(reading, self._seen), reading
+        self._read_files = files if is_steady else ()
         if is_requested or (is_steady and not _same(reading, self._last)):
             before, self._last = self._last, reading
             if isinstance(reading, _Problems):
@@ -388,6 +401,12 @@ def _possessions(spec: EnvironmentSpec) -> Iterator[Hashable]:
     yield spec.name
     for credential in spec.credentials:
         yield credential, spec.payload_filter
+
+
+def _files_of(reading: _Reading) -> _Files:
+    """Return the files that were read; none if they are not known."""
+    files = reading.files if isinstance(reading, Config) else ()
+    return [(path, file_state(Path(path))) for path in files]
 
 
 def _same(one: _Reading, other: _Reading) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
@@ -16,6 +17,7 @@ from relay.environment import ConnectionState, Environment
 from relay.errors import ErrorKind
 from relay.model.credential import CredentialKind, SDKKey
 from relay.model.environment import EnvironmentSpec
+from relay.model.payload import ChangeSet
 from relay.protocol import autoconfig
 from relay.protocol.autoconfig import describe_filter
 from relay.protocol.environmentlist import EnvironmentList
@@ -23,6 +25,7 @@ from relay.protocol.environments import SharedSettings, describe
 from relay.relay import DirectoryChange, Relay
 from relay.sources import Interrupted, UpToDate
 from relay.sources.autoconfig import AutoConfigStream
+from relay.steps import finish
 from relay.stores.listmirror import ListMirror, ListTimings
 from relay.streams.hub import Hub
 from relay.telemetry.log import Log
@@ -47,7 +50,7 @@ class ScriptedStream(ScriptedSource):
     async def send(self, message: bytes) -> None:
         """Deliver a message as LaunchDarkly writes it."""
         event, data = (line.split(b": ", 1)[1] for line in message.strip().split(b"\n"))
-        await self.give(cast("Any", autoconfig.read(event.decode(), data)))
+        await self.give(cast("Any", finish(autoconfig.read(event.decode(), data))))
 
 
 class ScriptedStore:
@@ -101,7 +104,7 @@ class Configured:
             self.make_source,
             [ListMirror(store, logging.getLogger("relay"), AT_ONCE) for store in stores],
         )
-        self.relay = Relay([], 1, directory=self.directory)
+        self.relay = Relay([], 5, directory=self.directory)
 
     def make_environment(self, spec: EnvironmentSpec) -> Environment:
         if spec.name in self.broken:
@@ -129,6 +132,29 @@ async def configured(*stores: ScriptedStore) -> AsyncIterator[Configured]:
     finally:
         running.cancel()
         await asyncio.wait([running])
+
+
+async def test_a_long_list_leaves_room_for_requests():
+    """The event loop turns after each environment that comes or goes, and each variant."""
+    counts: list[int] = []
+
+    async def watch(relay: Relay) -> None:
+        while True:
+            counts.append(len(relay.environments))
+            await asyncio.sleep(0)
+
+    entries = [description(f"e{number}") for number in range(50)]
+    async with configured() as made:
+        watching = asyncio.create_task(watch(made.relay))
+        await made.stream.send(environments.put(*entries))
+        await made.stream.send(environments.put(*entries, filters={"f": FILTER}))
+        await made.stream.send(environments.put(*entries))
+        await made.stream.send(environments.put())
+        watching.cancel()
+    assert max(counts) == 100
+    assert counts[-1] <= 1
+    steps = [abs(after - before) for before, after in pairwise(counts)]
+    assert max(steps) == 1
 
 
 async def test_environments_come_change_and_go():
@@ -170,6 +196,19 @@ async def test_a_rotation_has_a_source_of_its_own():
         assert made.opened(SDK, "sdk-alpha-1") == "id-alpha", "its grace period goes on"
 
 
+async def test_a_relay_starts_with_the_environments_of_the_list():
+    """It has started when the list has come, and data for each."""
+    async with configured() as made:
+        waiting = asyncio.create_task(made.relay.wait_until_started())
+        await made.stream.send(environments.put(description(), description("beta")))
+        (_, first), (_, second) = made.sources
+        await first.give(ChangeSet((), full=True))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await second.give(ChangeSet((), full=True))
+        await asyncio.wait_for(waiting, 5)
+
+
 async def test_a_patch_before_the_list_is_not_the_list():
     """It has its effect, but no credential can be called unknown yet."""
     async with configured() as made:
@@ -193,10 +232,41 @@ async def test_what_cannot_be_used_harms_only_itself(caplog):
         for text in ("version is not an integer", "no SDK key", "Unable to initialize"):
             assert text in caplog.text
         assert sorted(made.relay.unusable) == ["id-delta", "id-gamma"]
+        assert list(made.directory.invalid_entries) == [("environment", "id-beta")]
         made.broken.clear()
         await made.stream.send(environments.put(description(), description("gamma")))
         assert not made.relay.unusable
         assert sorted(made.relay.environments) == ["id-alpha", "id-gamma"]
+
+
+async def test_invalid_entries_are_named_until_they_are_mended():
+    """By a patch, the end of what they stand for, or the next list."""
+    async with configured() as made:
+        directory, send = made.directory, made.stream.send
+        bad = [description(name, version="x") for name in ("alpha", "beta", "gamma")]
+        filters = {"id-alpha": payload_filter("north", version="x"), "f2": 1}
+        await send(environments.put(*bad, filters=filters))
+        assert len(directory.invalid_entries) == 5
+        reason = directory.invalid_entries["environment", "id-alpha"]
+        assert "version is not an integer" in reason
+        await send(environments.patch(description()))
+        await send(environments.delete("beta", 1))
+        await send(environments.patch_filter("f2", payload_filter("south")))
+        assert list(directory.invalid_entries) == [
+            ("environment", "id-gamma"),
+            ("filter", "id-alpha"),
+        ]
+        await send(environments.put(description()))
+        assert not directory.invalid_entries
+
+
+async def test_an_invalid_filter_says_nothing_of_an_environment_with_its_id():
+    """Each is known by its own entry."""
+    async with configured() as made:
+        await made.stream.send(environments.put(description()))
+        bad = {"id-alpha": payload_filter("north", version="x")}
+        await made.stream.send(environments.put(filters=bad))
+        assert not made.relay.environments
 
 
 async def test_interruptions_change_nothing_but_the_state(caplog):
@@ -361,6 +431,22 @@ async def test_the_first_list_outranks_the_stored_one():
         assert made.opened(SDK, "sdk-alpha-2") == "id-alpha", "from now on versions count"
         await made.stream.send(environments.patch(description("alpha", 3, 3)))
         assert made.opened(SDK, "sdk-alpha-3") == "id-alpha"
+
+
+async def test_a_patch_before_the_list_changes_what_is_stored():
+    """By the versions of that; the rest is served on, and nothing can be called unknown yet."""
+    store = ScriptedStore(stored(description("alpha", 2), description("beta", 2)))
+    async with configured(store) as made:
+        await until(lambda: len(made.relay.environments) == 2)
+        await made.stream.send(environments.patch(description("alpha", 2, 2)))
+        assert made.opened(SDK, "sdk-alpha-1") == "id-alpha"
+        await made.stream.send(environments.patch(description("alpha", 3, 2)))
+        await made.stream.send(environments.patch(description("gamma")))
+        await made.stream.send(environments.delete("beta", 3))
+        assert made.opened(SDK, "sdk-alpha-2") == "id-alpha"
+        assert sorted(made.relay.environments) == ["id-alpha", "id-gamma"]
+        assert not made.relay.knows_environments
+        assert not store.written, "it is not the list"
 
 
 async def test_the_newer_of_two_stored_lists_is_served():

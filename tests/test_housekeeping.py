@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from contextlib import closing
@@ -94,6 +95,17 @@ async def test_it_goes_round_by_itself() -> None:
     await until(lambda: site.forgotten == ["gone"])
     running.cancel()
     await asyncio.wait([running])
+
+
+def test_garbage_of_removed_environments_is_collected() -> None:
+    """Those of the start were exempt from that."""
+    gc.freeze()
+    site = Site()
+    site.relay.remove(site.environment)
+    site.housekeeping.tidy()
+    assert gc.get_freeze_count()
+    site.housekeeping.tidy()
+    assert not gc.get_freeze_count()
 
 
 def test_a_revoked_key_is_masked_a_little_longer() -> None:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
 from relay.environment import ConnectionState, Environment
+from relay.errors import ErrorKind
 from relay.model.credential import CredentialKind, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Item, Kind
@@ -17,6 +18,7 @@ from relay.model.payload import ChangeSet
 from relay.protocol.fdv1 import AllFormat
 from relay.registry import Registry
 from relay.relay import Relay
+from relay.sources import Interrupted
 from relay.stores import Mirror
 from relay.streams.hub import Hub
 from tests.streams.test_hub import Buffer
@@ -141,6 +143,22 @@ async def test_a_removed_environment_may_come_again() -> None:
         assert successor.source.ended == 0
 
 
+async def test_a_relay_has_started_when_all_have_data_or_a_refused_key() -> None:
+    """Or when the time for that is over, whatever is missing."""
+    one, refused = Stage("a"), Stage("b")
+    async with running(Relay([one.environment, refused.environment], 5)) as relay:
+        waiting = asyncio.create_task(relay.wait_until_started())
+        await one.put()
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        why = Interrupted(ErrorKind.ERROR_RESPONSE, "HTTP error 401", 401, refused=True)
+        await refused.source.give(why)
+        async with asyncio.timeout(5):
+            await waiting
+    async with running(Relay([Stage("a").environment], 0.02)) as relay, asyncio.timeout(5):
+        await relay.wait_until_started()
+
+
 async def test_last_writes_of_a_removed_environment_come_before_its_successor() -> None:
     """Both may have the same snapshot."""
     may_end = asyncio.Event()
@@ -153,15 +171,22 @@ async def test_last_writes_of_a_removed_environment_come_before_its_successor() 
                 await may_end.wait()
 
     stage, successor = Stage("a", SlowMirror()), Stage("a")
+    other, gone = Stage("b"), Stage("c")
     async with running(Relay([stage.environment], 5)) as relay:
         await stage.put()
         relay.remove(stage.environment)
-        relay.put(successor.environment)
+        for each in (gone, successor, other):
+            relay.put(each.environment)
+        await asyncio.sleep(0.02)
+        relay.remove(gone.environment)  # this leaves the others waiting
         await asyncio.sleep(0.02)
         assert successor.source.running.locked()
+        assert other.source.running.locked()
         may_end.set()
         async with asyncio.timeout(5):
             await successor.source.running.acquire()
+            await other.source.running.acquire()
+        assert gone.source.running.locked()
 
 
 async def test_an_environment_that_fails_while_it_is_removed_does_not_return(

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import fields, replace
 
 import pytest
+from msgspec import structs
 
 from relay.build.relay import build_with_parts
 from relay.config.load import load
@@ -82,6 +83,38 @@ async def test_two_readings_must_agree():
         await until(lambda: set(relay.environments) == {"a", "b"})
         await until(lambda: read.given > 10)
     assert relay.reloads.results == {SUCCESS: 1}
+
+
+async def test_files_are_read_again_only_when_their_state_has_changed(tmp_path):
+    """Until two readings agree; a request reads them in any case."""
+    file, link = tmp_path / "one", tmp_path / "link"
+    file.write_text("1")
+    link.symlink_to(file)
+
+    class FileReadings(Readings):
+        def __call__(self) -> Config:
+            return structs.replace(super().__call__(), files=(str(link), str(tmp_path / "none")))
+
+    start = structs.replace(config("a"), files=(str(link),))
+    read = FileReadings(config("a"))
+    async with reloading(read, start) as (_, requested):
+        await until(lambda: read.given == 2)  # as the first reading names another file
+        await asyncio.sleep(0.1)
+        assert read.given == 2
+        file.write_text("22")
+        await until(lambda: read.given == 3)
+        other = tmp_path / "two"
+        other.write_text("33")
+        link.unlink()
+        await until(lambda: read.given == 4)
+        link.symlink_to(other)
+        await until(lambda: read.given == 5)
+        (tmp_path / "none").write_text("now there is one")
+        await until(lambda: read.given == 6)
+        await asyncio.sleep(0.1)
+        assert read.given == 6
+        requested.set()
+        await until(lambda: read.given == 7)
 
 
 async def test_a_fault_that_stays_is_told_once(caplog):

@@ -6,19 +6,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from relay.build.sources import http_session
-from relay.config.schema import Config, DynamoDB
+from relay.config.schema import AutoConfig, Config, DynamoDB
 from relay.errors import ConfigError
+from relay.model.credential import AutoConfigKey
 from relay.model.environment import EnvironmentSpec
 from relay.stores import DataStore
 from relay.stores.bigsegments import BigSegmentStore
 
 if TYPE_CHECKING:
     from relay.stores.documents.connect import Places
+    from relay.stores.listmirror import ListStore
+    from relay.stores.redis.client import RedisClient
 
 
 class Database(Struct, frozen=True):
@@ -29,11 +33,14 @@ class Database(Struct, frozen=True):
         store_for: returns the store of an environment.
         has_tables: True if environments may have different tables.
         big_segments_for: returns the members of its big segments; None if it cannot hold any.
+        list_for: returns what stores the list of environments of automatic configuration; None if
+            it cannot.
     """
 
     kind: str
     store_for: Callable[[EnvironmentSpec], DataStore]
     big_segments_for: Callable[[EnvironmentSpec], BigSegmentStore] | None = None
+    list_for: Callable[[AutoConfig], ListStore] | None = None
     has_tables: bool = False
 
     def table_of(self, spec: EnvironmentSpec) -> str:
@@ -59,6 +66,7 @@ def make_databases(config: Config) -> tuple[Database, ...]:
                 "redis",
                 lambda spec: data_store(client, spec.prefix),
                 lambda spec: big_segment_store(client, spec.prefix),
+                partial(_redis_list, client),
             )
         )
     if consul := config.consul:
@@ -70,6 +78,13 @@ def make_databases(config: Config) -> tuple[Database, ...]:
     if config.dynamodb:
         databases.append(_dynamodb(config.dynamodb))
     return tuple(databases)
+
+
+def _redis_list(client: RedisClient, auto: AutoConfig) -> ListStore:
+    from relay.stores.redis.list import RedisList
+
+    key = AutoConfigKey(auto.key.reveal())
+    return RedisList(client, auto.cache_key, key, auto.cache_encryption_key)
 
 
 def _dynamodb(options: DynamoDB) -> Database:
@@ -88,7 +103,15 @@ def _dynamodb(options: DynamoDB) -> Database:
     def big_segments_for(spec: EnvironmentSpec) -> BigSegmentStore:
         return DynamoDBBigSegmentStore(connection.lease(), spec.table, spec.prefix)
 
-    return Database("dynamodb", store_for, big_segments_for, has_tables=True)
+    def list_for(auto: AutoConfig) -> ListStore:
+        from relay.stores.dynamodb.list import DynamoDBList
+
+        lease, key = connection.lease(), AutoConfigKey(auto.key.reveal())
+        table, secret = options.table_name, auto.cache_encryption_key
+        return DynamoDBList(lease, table, auto.cache_key, key, secret)
+
+    has_list = list_for if options.table_name else None
+    return Database("dynamodb", store_for, big_segments_for, has_list, has_tables=True)
 
 
 def memberships(

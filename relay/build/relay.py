@@ -26,13 +26,12 @@ from relay.model.environment import EnvironmentSpec
 from relay.model.reply import Fetch
 from relay.registry import Registry
 from relay.relay import Directory, Relay
-from relay.telemetry.log import Log
 
 if TYPE_CHECKING:
     from relay.autoconfig import AutoConfiguration
     from relay.model.credential import AutoConfigKey
     from relay.protocol.environments import SharedSettings
-    from relay.stores.listmirror import ListMirror
+    from relay.stores.listmirror import ListStore
     from relay.upstream import Upstream as HTTPSession
 
 DEMO = EnvironmentSpec(
@@ -88,7 +87,7 @@ def build_with_parts(
     member, places = make_member(config), make_places(config)
     parts = make_parts(config, make_source, databases, places, upstream, member=member)
     if upstream is not None and config.auto_config.key:
-        directory = _auto_configuration(config, upstream, parts)
+        directory = _auto_configuration(config, upstream, parts, databases)
     demo = replace(DEMO, eval_streams=config.main.eval_streams)
     specs = parts.specs if config.uses_launchdarkly else [demo]
     relay = Relay(
@@ -109,12 +108,13 @@ def build_with_parts(
 
 
 def _auto_configuration(
-    config: Config, session: HTTPSession, parts: EnvironmentParts
+    config: Config, session: HTTPSession, parts: EnvironmentParts, databases: Sequence[Database]
 ) -> AutoConfiguration:
     """Return what follows the list of environments; it makes them as the configured ones are."""
     from relay.autoconfig import AutoConfiguration, log
     from relay.model.credential import AutoConfigKey
     from relay.sources.autoconfig import AutoConfigStream
+    from relay.stores.listmirror import ListMirror
 
     main, auto = config.main, config.auto_config
     key = AutoConfigKey(auto.key.reveal())
@@ -123,28 +123,24 @@ def _auto_configuration(
         _shared(auto, config),
         parts.environment,
         parts.source,
-        tuple(_list_mirrors(config, key, log)),
+        [ListMirror(store, log) for store in _list_stores(config, key, databases)],
     )
 
 
-def _list_mirrors(config: Config, key: AutoConfigKey, log: Log) -> Iterator[ListMirror]:
+def _list_stores(
+    config: Config, key: AutoConfigKey, databases: Sequence[Database]
+) -> Iterator[ListStore]:
     """Yield the places where the list of environments is stored, as configured."""
-    from relay.stores.listmirror import ListMirror
-
     main, auto = config.main, config.auto_config
     if main.exit_always:
         return  # such a run waits for LaunchDarkly's list
     if main.snapshot_dir:
         from relay.stores.listfile import ListFile
 
-        yield ListMirror(ListFile(Path(main.snapshot_dir), key), log)
-    if config.redis and auto.cache_key:
-        from relay.stores.redis.connect import connect
-        from relay.stores.redis.list import RedisList
-
-        client = connect(config.redis)
-        store = RedisList(client, auto.cache_key, key, auto.cache_encryption_key)
-        yield ListMirror(store, log)
+        yield ListFile(Path(main.snapshot_dir), key)
+    for database in databases if auto.cache_key else ():
+        if database.list_for is not None:
+            yield database.list_for(auto)
 
 
 def _offline(

@@ -1,7 +1,8 @@
 """`relay reload`: let the running relay of this container or host read its configuration again.
 
-It sends SIGHUP to the process that has announced itself, as `relay health` finds it. It imports
-next to nothing, and so does not need the configuration.
+It sends SIGHUP to the process that has announced itself, as `relay health` finds it, and to no
+other: most programs end with that signal. It imports next to nothing, and so does not need the
+configuration.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 
-from relay.announcement import Announced, announced, namespace
+from relay.announcement import Announced, announced, has_announced, namespace
 
 USAGE = """Usage: relay reload [--pid N]
 
 Let a running relay read its configuration again, as SIGHUP does. Its log says what has changed, or
 all that is wrong with the configuration; then nothing changes. Without --pid it is the relay of
-this container or host; the variable PORT chooses one of several.
+this container or host; the variable PORT chooses one of several. A process that is no relay gets no
+signal.
 """
 
 
@@ -33,6 +35,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         return 0
     try:
         process = _process(arguments, environ)
+        if has_announced(process) is False:
+            return _failed(f"process {process} is no running relay, so SIGHUP might end it")
         os.kill(process, signal.SIGHUP)
     except ProcessLookupError:
         return _failed(f"there is no process {process}")

@@ -279,9 +279,9 @@ def _auto_config(draft: Draft) -> Iterator[Diagnostic]:
     cache = _keys("AutoConfig", "cache_key")
     if auto.cache_key and not (enabled := _enabled_databases(draft)).keys() - {"Consul"}:
         yield "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled", cache
-    elif auto.cache_key and "Redis" not in enabled:
-        text = "is kept in Redis only, so far; without Redis use [Main] snapshotDir"
-        yield f"AUTO_CONFIG_CACHE_KEY: the list of environments {text}", cache
+    elif auto.cache_key and "Redis" not in enabled and not draft.of(DynamoDB).table_name:
+        text = "the list of environments needs a table in DynamoDB; [DynamoDB] tableName names it"
+        yield f"AUTO_CONFIG_CACHE_KEY: {text}", cache
     if not auto.key and (keys or auto.cache_key):
         keys = (*keys, *(cache if auto.cache_key else ()))
         text = "must specify auto-configuration key if other auto-configuration properties are set"

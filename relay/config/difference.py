@@ -103,7 +103,7 @@ def _has_same_files(before: Config, after: Config) -> bool:
 
 def same(one: Config, other: Config) -> bool:
     """Return whether two configurations differ in nothing but comments, lines and warnings."""
-    bare = [structs.replace(each, sources={}, warnings=()) for each in (one, other)]
+    bare = [structs.replace(each, sources={}, warnings=(), files=()) for each in (one, other)]
     return bare[0] == bare[1]
 
 

@@ -33,7 +33,7 @@ from relay.config.schema import (
     options,
 )
 from relay.config.syntax import Assignment, FileSyntaxError, parse
-from relay.config.types import BOOLEAN, file_boolean, stripped
+from relay.config.types import BOOLEAN, PATH, file_boolean, stripped
 from relay.errors import ConfigError
 from relay.model.text import is_utf8, one_line
 
@@ -64,6 +64,8 @@ class _RawOptions:
     """Source of each variable whose value is in a file: `X_FILE=PATH` by X."""
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    """Paths of the files that were read."""
     complete: bool = True
     """False if a source could not be read; checks would then report options as missing."""
 
@@ -112,10 +114,11 @@ def load(
     Raises:
         ConfigError: the configuration is invalid; contains every problem.
     """
+    raw = _RawOptions()
     if not config_path and not from_env:
         from_env = not Path(DEFAULT_FILE).exists()
         config_path = "" if from_env else DEFAULT_FILE
-    raw = _RawOptions()
+        raw.files += [DEFAULT_FILE] if from_env else []
     if config_path:
         _read_file(raw, config_path, allow_missing_file)
     if from_env:
@@ -124,10 +127,11 @@ def load(
     problems = raw.problems + (checks.problems(draft) if raw.complete else [])
     if problems:
         raise ConfigError(problems)
-    return _config(draft, raw.warnings)
+    return _config(draft, raw)
 
 
 def _read_file(raw: _RawOptions, path: str, allow_missing: bool) -> None:
+    raw.files.append(path)
     try:
         content = Path(path).read_bytes()
         assignments = parse(content.decode())
@@ -199,6 +203,7 @@ def _put_assigned(
 
 def _value_in(raw: _RawOptions, key: Key, path: str) -> str:
     """Return the value that a file holds for an option; raises ValueError without one."""
+    raw.files.append(PATH.parse(path))
     try:
         return references.read_value(path)
     except ValueError:
@@ -431,8 +436,9 @@ def _draft(raw: _RawOptions) -> Draft:
     )
 
 
-def _config(draft: Draft, warnings: list[str]) -> Config:
+def _config(draft: Draft, raw: _RawOptions) -> Config:
     main = checks.main_of(draft)
+    certificate = [main.tls_cert, main.tls_key] if main.tls_enabled else []
     return Config(
         main=main,
         events=checks.events_of(draft),
@@ -450,8 +456,9 @@ def _config(draft: Draft, warnings: list[str]) -> Config:
         offline_mode=draft.of(OfflineMode),
         auto_config=draft.of(AutoConfig),
         sources={_label(key): source for key, source in draft.sources.items()},
-        warnings=(*warnings, *checks.warnings(draft)),
-        certificate=_digest([main.tls_cert, main.tls_key] if main.tls_enabled else []),
+        warnings=(*raw.warnings, *checks.warnings(draft)),
+        certificate=_digest(certificate),
+        files=(*raw.files, *certificate),
     )
 
 

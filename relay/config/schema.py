@@ -881,8 +881,9 @@ class AutoConfig(Struct, frozen=True):
         STRING,
         "",
         "Database key under which the list of environments is stored, encrypted, for a start"
-        " without LaunchDarkly; in Redis it is the whole key. Requires Redis. Not set: it is"
-        " stored in `snapshotDir` only.",
+        " without LaunchDarkly; in Redis it is the whole key, in DynamoDB the `namespace` in the"
+        " table `tableName`. Requires Redis or DynamoDB. Not set: it is stored in `snapshotDir`"
+        " only.",
         "relay-environments",
     )
     cache_encryption_key: Secret = option(
@@ -949,6 +950,7 @@ class Config(Struct, frozen=True):
         warnings: messages for the operator, such as on options without effect.
         certificate: digest of the server's certificate and its key, by which a renewal is noticed;
             empty without TLS.
+        files: paths of all files that were read, also of those that do not exist.
     """
 
     main: Main = Main()
@@ -969,6 +971,7 @@ class Config(Struct, frozen=True):
     sources: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     certificate: str = ""
+    files: tuple[str, ...] = ()
 
     @property
     def uses_launchdarkly(self) -> bool:

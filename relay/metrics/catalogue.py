@@ -246,6 +246,13 @@ def _directory_states(view: MetricsView) -> Iterator[Row]:
             yield (state.value,), int(current is state)
 
 
+def _invalid_entries(view: MetricsView) -> Iterator[Row]:
+    if view.relay.auto_configuration is not None:
+        counts = Counter(kind for kind, _ in view.relay.auto_configuration.invalid_entries)
+        for kind in ("environment", "filter"):
+            yield (kind,), counts[kind]
+
+
 def _directory_age(view: MetricsView) -> Iterator[Row]:
     if view.relay.auto_configuration is not None:
         age = view.relay.auto_configuration.connection.data_age
@@ -359,6 +366,7 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_archive_unusable", GAUGE, (), "1 while the archive of offline mode is unusable, so that what was read before is served; 0 otherwise."): _unusable_archive,
     Metric("relay_key_expires_in_seconds", GAUGE, ("environment", "kind"), "Time until the next key expires; none if none does."): _expiring_keys,
     Metric("relay_autoconfig_state", GAUGE, ("state",), "How it stands with automatic configuration: 1 for the state that `/status` shows, 0 for the others."): _directory_states,
+    Metric("relay_autoconfig_invalid_entries", GAUGE, ("kind",), "Environments and payload filters whose entry in LaunchDarkly's list cannot be used; `/status` says why."): _invalid_entries,
     Metric("relay_autoconfig_age_seconds", GAUGE, (), "Time since LaunchDarkly last confirmed the list of environments; none before the first time."): _directory_age,
     Metric("relay_autoconfig_changes_total", COUNTER, ("change",), "Environments that automatic configuration has added, changed or removed, and SDK keys that it has rotated."): _directory_changes,
     Metric("relay_reloads_total", COUNTER, ("result",), "Reloads of the configuration: `success`, or `failure`, after which nothing has changed."): _reloads,

@@ -275,18 +275,18 @@ class Journal:
         if self.step == 1:
             self._begin(payload)
             return
-        vanished = _vanished(before, payload) if full else []
-        items = (*change.items, *(item for item in vanished if before.get(item.kind, item.key)))
-        if full and _is_large(items, payload):
+        if full and change.size * SHARE_OF_DELTA > payload.size:
             self._begin_anew(payload)
             return
+        gone = (_tombstone(item) for item in change.vanished if not item.deleted)
+        items = (*change.items, *gone)
         if self.naming is not None:
             self.naming.run()
         if not all(self._supersedes(before, item) for item in items):
             self._set_barrier()
         for item in items:
             self._touch(before, item)
-        for item in vanished:
+        for item in map(_tombstone, change.vanished):
             self._vanished[item.kind, item.key] = item.version
         self._forget_oldest()
         if self._selector:
@@ -506,15 +506,12 @@ class Journal:
             self._floor = self.step
 
 
-def _vanished(before: Payload, after: Payload) -> list[Item]:
-    """Return tombstones of the items that upstream has ceased to list.
+def _tombstone(item: Item) -> Item:
+    """Return the tombstone of an item that upstream has ceased to list.
 
-    The version of each is greater than any that clients have seen.
+    Its version is greater than any that clients have seen.
     """
-    gone = (item for item in before if item.key not in after.all(item.kind))
-    return [
-        item if item.deleted else Item(item.kind, item.key, item.version + 1, None) for item in gone
-    ]
+    return item if item.deleted else Item(item.kind, item.key, item.version + 1, None)
 
 
 def _digest(item: Item) -> int:

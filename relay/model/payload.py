@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from immutables import Map
 from msgspec import Struct
+from msgspec.structs import replace
 
 from relay.model.item import InvalidItem, Item, Kind
 
@@ -71,11 +72,18 @@ class Change(Struct, frozen=True):
         visible: those that clients can notice: all but tombstones of unknown keys.
         replace: clients and stores need the whole payload, because items vanished or went back
             in version, which patches cannot express, or because patches would not be cheaper.
+        vanished: items of the former payload that the new one does not have, tombstones included.
     """
 
     items: tuple[Item, ...]
     visible: tuple[Item, ...]
     replace: bool = False
+    vanished: tuple[Item, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of JSON of the items that differ."""
+        return sum(map(_size, self.items))
 
 
 class Payload(Struct, frozen=True, eq=False):
@@ -188,15 +196,33 @@ class Payload(Struct, frozen=True, eq=False):
     def _replace_all(self, changes: ChangeSet) -> tuple[Payload, Change | None]:
         retained = (self.all(invalid.kind).get(invalid.key) for invalid in changes.invalid)
         after = Payload.of([*(item for item in retained if item), *changes.items])
-        different = tuple(item for item in after if self.all(item.kind).get(item.key) != item)
-        vanished = any(not item.deleted and item.key not in after.all(item.kind) for item in self)
-        if not different and not vanished:
+        different: list[Item] = []
+        visible: list[Item] = []
+        added, are_newer = 0, True
+        # One pass over both, because a put of many items holds the event loop.
+        for before, items in ((self.segments, after.segments), (self.flags, after.flags)):
+            for key, item in items.items():
+                known = before.get(key)
+                if known is None:
+                    added += 1
+                elif known == item:
+                    continue
+                elif item.version <= known.version:
+                    are_newer = False
+                different.append(item)
+                if item.json is not None or (known is not None and known.json is not None):
+                    visible.append(item)
+        vanished: tuple[Item, ...] = ()
+        if len(after) - added < len(self):
+            vanished = tuple(item for item in self if item.key not in after.all(item.kind))
+        has_lost = not all(item.deleted for item in vanished)
+        if not different and not has_lost:
             return self, None
-        patches_suffice = not vanished and all(map(self._is_newer, different))
+        change = Change(tuple(different), tuple(visible), replace=True, vanished=vanished)
         large = after.size > SMALL_PAYLOAD
-        cheap = large and sum(map(_size, different)) * SMALL_SHARE <= after.size
-        visible = tuple(filter(self._is_visible, different))
-        return after, Change(different, visible, replace=not (patches_suffice and cheap))
+        if not has_lost and are_newer and large and change.size * SMALL_SHARE <= after.size:
+            change = replace(change, replace=False)
+        return after, change
 
 
 EMPTY = Payload(Map(), Map(), 0, 0)

@@ -20,6 +20,7 @@ from relay.protocol.environments import (
     members_of,
     text_in,
 )
+from relay.steps import Steps
 
 MAX_TOMBSTONES = 10_000
 """Maximum number of versions of deleted IDs to remember; each put forgets what it does not name."""
@@ -49,13 +50,16 @@ class Put(Struct, frozen=True):
     Args:
         environments: by ID.
         filters: by ID.
-        unusable: reasons for which entries cannot be used, by ID; what is known of them stays.
+        invalid_environments: reasons for which entries cannot be used, by ID; what is known of them
+            stays.
+        invalid_filters: likewise.
     """
 
     full: ClassVar[bool] = True
     environments: Mapping[str, EnvironmentDescription]
     filters: Mapping[str, FilterDescription]
-    unusable: Mapping[str, str]
+    invalid_environments: Mapping[str, str] = {}
+    invalid_filters: Mapping[str, str] = {}
 
 
 class Upsert(Struct, frozen=True):
@@ -100,8 +104,8 @@ _KINDS: Mapping[str, type[Description]] = {
 }
 
 
-def read(event: str, content: bytes) -> Message:
-    """Return the message that an event is.
+def read(event: str, content: bytes) -> Steps[Message]:
+    """Return the message that an event is, with a step for each entry of a list.
 
     Args:
         event: `put`, `patch` or `delete`.
@@ -116,7 +120,7 @@ def read(event: str, content: bytes) -> Message:
     if event == "put":
         if path != "/":
             return Ignored(f'Ignoring "put" event for unknown path "{path}"')
-        return _put(members)
+        return (yield from _put(members))
     folder, _, identifier = path.rpartition("/")
     kind = _KINDS.get(folder)
     if kind is None or not identifier:
@@ -138,7 +142,7 @@ def _patch(kind: type[Description], identifier: str, members: Members) -> Messag
     return Ignored(mismatch) if mismatch else Upsert(identifier, environment)
 
 
-def _put(members: Members) -> Put:
+def _put(members: Members) -> Steps[Put]:
     """Return a put; malformed entries do not spoil the others.
 
     ld-relay takes a put without a list for an empty one, and would end all service.
@@ -149,18 +153,21 @@ def _put(members: Members) -> Put:
     if not isinstance(entries, dict):
         raise InvalidData(what, "there is no list of environments")
     environments: dict[str, EnvironmentDescription] = {}
-    unusable: dict[str, str] = {}
+    invalid_environments: dict[str, str] = {}
     for identifier, entry in entries.items():
         try:
             environment = describe(entry)
         except InvalidData as e:
-            unusable[identifier] = f"Ignoring environment data with key {identifier!r}: {e}"
-            continue
-        if mismatch := _mismatch(identifier, environment):
-            unusable[identifier] = mismatch
+            text = f"Ignoring environment data with key {identifier!r}: {e}"
+            invalid_environments[identifier] = text
         else:
-            environments[identifier] = environment
+            if mismatch := _mismatch(identifier, environment):
+                invalid_environments[identifier] = mismatch
+            else:
+                environments[identifier] = environment
+        yield
     filters: dict[str, FilterDescription] = {}
+    invalid_filters: dict[str, str] = {}
     filter_entries = data.get("filters") or {}
     if not isinstance(filter_entries, dict):
         raise InvalidData(what, "filters is not an object")
@@ -168,8 +175,9 @@ def _put(members: Members) -> Put:
         try:
             filters[identifier] = describe_filter(entry)
         except InvalidData as e:
-            unusable[identifier] = f"Ignoring filter data with key {identifier!r}: {e}"
-    return Put(environments, filters, unusable)
+            text = f"Ignoring filter data with key {identifier!r}: {e}"
+            invalid_filters[identifier] = text
+    return Put(environments, filters, invalid_environments, invalid_filters)
 
 
 def _mismatch(identifier: str, environment: EnvironmentDescription) -> str:

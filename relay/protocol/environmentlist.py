@@ -121,6 +121,11 @@ def list_of(entries: Mapping[str, bytes], owner: str = "") -> EnvironmentList:
     return EnvironmentList(environments, filters, confirmed, unusable)
 
 
+def is_name(name: str) -> bool:
+    """Return whether an entry may have a name."""
+    return name.startswith(tuple(_PREFIXES.values()))
+
+
 def _read(name: str, content: bytes) -> _Entry:
     """Return an entry.
 

@@ -86,7 +86,9 @@ async def run_relay(
     """
     relay = site.relay
     async with relay.upstream, asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(run()) for run in (relay.run, *site.background)]
+        background = (run() for run in (relay.run, *site.background))
+        starting = _start_without_collections(relay)
+        running = [tasks.create_task(each) for each in (*background, starting)]
         forwarding = tasks.create_task(relay.events.run()) if relay.events else None
 
         def begin_shutdown() -> None:
@@ -106,6 +108,16 @@ async def run_relay(
             _cancel([*running, *([forwarding] if forwarding else [])])
             if exporter:
                 exporter.stop()
+
+
+async def _start_without_collections(relay: Relay) -> None:
+    """Pause the garbage collector while a relay starts.
+
+    With hundreds of environments it takes a tenth of the start, and finds nothing: what it looks at
+    lives on. Nor does a connection leave any garbage.
+    """
+    with garbage_collection_paused():
+        await relay.wait_until_started()
 
 
 def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:

@@ -59,13 +59,12 @@ class AutoConfigStream(EventStream[Message]):
         self._warnings = Throttle(WARNINGS_WITHIN, MAX_WARNINGS)
 
     def _interpret_event(self, event: Event) -> Steps[Message | None]:
-        yield  # a generator, as large messages of other streams need it
         if event.name == "reconnect":
             text = "Will restart auto-configuration stream to get new data due to a policy change"
             self._log.info("%s", text)
             raise Reconnect
         if event.name in _EVENTS:
-            message = autoconfig.read(event.name, event.data)
+            message = yield from autoconfig.read(event.name, event.data)
             if not isinstance(message, Ignored):
                 return message
             self._warn("%s", message.reason)

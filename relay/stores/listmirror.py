@@ -37,10 +37,10 @@ class ListStore(Protocol):
         """
 
     async def save(self, environments: EnvironmentList) -> None:
-        """Replace what is stored, at once.
+        """Replace what is stored, each entry at once.
 
         Raises:
-            StoreUnavailable: it cannot be written; what was stored is still there.
+            StoreUnavailable: it cannot be written; each entry is the former or the new one.
         """
 
     async def aclose(self) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from msgspec.structs import replace
 
 from relay.errors import InvalidData
+from relay.model.credential import AutoConfigKey, Secret
 from relay.protocol.environmentlist import EnvironmentList, entries_of, list_of
 
 NONCE_SIZE = 12
@@ -72,26 +73,45 @@ def derived(key: str, purpose: str) -> bytes:
     return hmac.digest(key.encode(), purpose.encode(), hashlib.sha256)
 
 
-def sealed_entries(seal: Seal, environments: EnvironmentList, owner: str = "") -> dict[str, bytes]:
-    """Return the entries to store, each encrypted for itself; see `entries_of`."""
-    entries = entries_of(environments, owner)
-    return {name: seal.close(content) for name, content in entries.items()}
+class SealedEntries:
+    """Encrypts the list of one automatic configuration key entry by entry, as ld-relay does.
 
-
-def opened_entries(seal: Seal, sealed: Mapping[str, bytes], owner: str = "") -> EnvironmentList:
-    """Return the list that encrypted entries are; the unusable ones are left out.
+    The form of entries is that of newer-versions 10.2. All methods block; any thread may call them.
 
     Args:
-        seal: with the key of the entries.
-        sealed: by name.
-        owner: see `list_of`.
+        key: the automatic configuration key; only its list is used.
+        encryption_key: encrypts the entries; empty for the automatic configuration key.
     """
-    entries: dict[str, bytes] = {}
-    unusable: dict[str, str] = {}
-    for name, content in sealed.items():
-        try:
-            entries[name] = seal.open(content)
-        except InvalidData as e:
-            unusable[name] = e.reason
-    result = list_of(entries, owner)
-    return replace(result, unusable={**unusable, **result.unusable})
+
+    def __init__(self, key: AutoConfigKey, encryption_key: Secret) -> None:
+        self.owner = derived(key.value, "relay: owner of the list of environments").hex()[:32]
+        """Stands for the automatic configuration key."""
+        secret = encryption_key.reveal() or key.value
+        self.seal = Seal(hashlib.sha256(secret.encode()).digest())
+
+    def __repr__(self) -> str:
+        return "<SealedEntries>"  # no keys
+
+    def close(self, environments: EnvironmentList) -> dict[str, bytes]:
+        """Return the entries to store, each encrypted for itself."""
+        entries = entries_of(environments, self.owner)
+        return {name: self.seal.close(content) for name, content in entries.items()}
+
+    def open(self, sealed: Mapping[str, bytes]) -> EnvironmentList:
+        """Return the list that encrypted entries are; unusable ones are left out.
+
+        Raises:
+            InvalidData: all of them are unusable.
+        """
+        entries: dict[str, bytes] = {}
+        unusable: dict[str, str] = {}
+        for name, content in sealed.items():
+            try:
+                entries[name] = self.seal.open(content)
+            except InvalidData as e:
+                unusable[name] = e.reason
+        result = list_of(entries, self.owner)
+        unusable |= result.unusable
+        if unusable and not result.environments and not result.filters:
+            raise InvalidData("list", next(iter(unusable.values())))
+        return replace(result, unusable=unusable)

@@ -196,7 +196,8 @@ class Channel(ABC, Generic[ClientT]):
         self.subscriptions: dict[Subscription, ClientT] = {}
         self._slow: set[Subscription] = set()
         """Subscriptions with pending output, and ended ones whose connection is still open."""
-        self.drained = asyncio.Event()
+        self._drained: asyncio.Event | None = None
+        """Set when no client is connected any more; None until somebody waits for that."""
         self._fan_outs: deque[FanOut] = deque()
         self._slice_scheduled = False
 
@@ -281,8 +282,15 @@ class Channel(ABC, Generic[ClientT]):
         self.subscriptions.pop(subscription, None)
         self._slow.discard(subscription)
         subscription.pending = _PendingOutput(0, 0.0)  # running fan-outs must not write to it
-        if not self.has_clients:
-            self.drained.set()
+        if self._drained is not None and not self.has_clients:
+            self._drained.set()
+
+    async def wait_drained(self) -> None:
+        """Wait until no client is connected any more."""
+        if self.has_clients:
+            self._drained = self._drained or asyncio.Event()
+            self._drained.clear()
+            await self._drained.wait()
 
     def mark_slow(self, subscription: Subscription) -> None:
         """Keep further chunks for a client, as its buffer is full."""

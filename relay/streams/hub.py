@@ -178,7 +178,7 @@ class Hub:
             async with asyncio.timeout(within):
                 await self._end_slowly(within / 2)
                 for channel in self._channels.values():
-                    await _wait_drained(channel)
+                    await channel.wait_drained()
         except TimeoutError:
             for channel in self._channels.values():
                 channel.abort()
@@ -250,9 +250,3 @@ class Hub:
 def _end_all(subscriptions: Iterable[Subscription]) -> None:
     for subscription in subscriptions:
         subscription.end()
-
-
-async def _wait_drained(channel: Channel[Any]) -> None:
-    channel.drained.clear()
-    if channel.has_clients:
-        await channel.drained.wait()

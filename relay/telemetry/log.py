@@ -1,22 +1,19 @@
-"""Format and destination of log lines (status 8.3).
-
-A thread writes the lines from a bounded queue: a reader that stalls, a broken pipe or a full disk
-costs lines, which are counted, but never delays the relay.
-"""
+"""Format and destination of log lines (status 8.3)."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import queue
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Final
 
 from relay.model.text import one_line
+from relay.telemetry.linewriter import LineWriter
+from relay.telemetry.masking import SecretMask
 
 LEVELS: Final = {
     "debug": logging.DEBUG,
@@ -26,15 +23,6 @@ LEVELS: Final = {
     "none": logging.CRITICAL + 1,
 }
 """Levels of `logging` by their names in the configuration."""
-
-WAITING_LINES = 10_000
-"""Maximum number of queued lines, a few megabytes; further ones are dropped and counted."""
-
-CLOSE_LIMIT = 1.0
-"""Time limit in seconds for writing the last lines at the end of the process."""
-
-SHORTEST_SECRET = 6
-"""Minimum length of a secret that is masked: shorter ones would mask ordinary words."""
 
 STDOUT, STDERR = 1, 2
 
@@ -115,8 +103,12 @@ class JSONFormatter(logging.Formatter):
 
 def local_time(created: float) -> str:
     """Return a time in Unix seconds as text lines show it."""
-    text = time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(created))
-    return f"{text}.{int(created % 1 * 1e6):06d}"
+    return f"{_local_second(int(created))}.{int(created % 1 * 1e6):06d}"
+
+
+@lru_cache(maxsize=1)  # lines come in bursts
+def _local_second(created: int) -> str:
+    return time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(created))
 
 
 def _level_name(record: logging.LogRecord) -> str:
@@ -126,7 +118,7 @@ def _level_name(record: logging.LogRecord) -> str:
 
 
 class LogHandler(logging.Handler):
-    """Handler of all records: masks secrets and queues the lines for the thread that writes them.
+    """Handler of all records: masks secrets and leaves the lines to a thread that writes them.
 
     Args:
         secrets: texts to mask wherever they appear, as the last line of defence.
@@ -138,83 +130,65 @@ class LogHandler(logging.Handler):
         self, secrets: Iterable[str] = (), stdout: int = STDOUT, stderr: int = STDERR
     ) -> None:
         super().__init__()
-        self.lost = 0
-        """Number of lines that could not be written."""
-        self._spellings: dict[str, frozenset[str]] = {}
-        """Spellings of each secret that is masked."""
-        self._secrets: list[str] = []
+        self._mask = SecretMask()
         self._configured: frozenset[str] = frozenset()
-        """Those that are secrets of the configuration."""
+        """Masked texts that are secrets of the configuration."""
         self.mask_secrets(frozenset(secrets))
         self._stdout, self._stderr = stdout, stderr
-        self._queue: queue.Queue[tuple[int, bytes] | None] = queue.Queue(WAITING_LINES)
-        self._writer = threading.Thread(target=self._write_queued, name="log", daemon=True)
-        self._writer.start()
+        self._writer = LineWriter()
 
     def __repr__(self) -> str:
-        return f"<LogHandler: {self._queue.qsize()} lines queued, {self.lost} lost>"
+        return f"<LogHandler: {self._writer!r}>"
+
+    @property
+    def lost(self) -> int:
+        """Number of lines that could not be written."""
+        return self._writer.lost
 
     @property
     def masked_keys(self) -> frozenset[str]:
         """Texts that are masked besides the secrets."""
-        return frozenset(self._spellings.keys() - self._configured)
+        return frozenset(self._mask.secrets - self._configured)
 
     def mask(self, keys: frozenset[str]) -> None:
         """Mask further texts."""
-        added = {key for key in keys - self._spellings.keys() if len(key) >= SHORTEST_SECRET}
-        if added:
-            self._spellings.update((key, frozenset(_spellings(key))) for key in added)
-            self._sort_secrets()
+        with self._no_line():
+            self._mask.add(keys)
 
     def unmask(self, keys: frozenset[str]) -> None:
         """Stop masking texts, unless they are secrets."""
-        dropped = keys & self.masked_keys
-        if dropped:
-            for key in dropped:
-                del self._spellings[key]
-            self._sort_secrets()
+        if dropped := keys & self.masked_keys:
+            with self._no_line():
+                self._mask.drop(dropped)
 
     def mask_secrets(self, secrets: frozenset[str]) -> None:
         """Mask other secrets from now on; the former ones become `masked_keys`."""
         self.mask(secrets)
-        self._configured = secrets & self._spellings.keys()
-
-    def _sort_secrets(self) -> None:
-        # Longest first: one secret may be the beginning of another.
-        spellings = {text for texts in self._spellings.values() for text in texts}
-        self._secrets = sorted(spellings, key=len)[::-1]
+        self._configured = secrets & self._mask.secrets
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue a line, or count it as lost."""
         target = self._stderr if record.levelno >= logging.ERROR else self._stdout
         try:
-            line = self._mask(self.format(record))
-            self._queue.put_nowait((target, f"{line}\n".encode(errors="replace")))
-        except queue.Full:
-            self.lost += 1
+            line = f"{self._mask.mask(self.format(record))}\n".encode(errors="replace")
         except Exception:  # noqa: BLE001 - a bad record must not raise in its caller
-            self.lost += 1
+            self._writer.lost += 1
+        else:
+            self._writer.put(target, line)
+
+    @contextmanager
+    def _no_line(self) -> Iterator[None]:
+        """Keep other threads from logging a line meanwhile."""
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
 
     def close(self) -> None:
-        """Write the queued lines, within a time limit, and end the thread."""
-        try:
-            self._queue.put(None, timeout=CLOSE_LIMIT)
-            self._writer.join(CLOSE_LIMIT)
-        except queue.Full:
-            self.lost += self._queue.qsize()
+        """Write the queued lines, within a time limit."""
+        self._writer.close()
         super().close()
-
-    def _mask(self, line: str) -> str:
-        for secret in self._secrets:
-            line = line.replace(secret, f"...{secret[-4:]}")
-        return line
-
-    def _write_queued(self) -> None:
-        while (entry := self._queue.get()) is not None:
-            try:
-                _write(*entry)
-            except OSError:
-                self.lost += 1
 
 
 class WorkerFilter(logging.Filter):
@@ -230,17 +204,6 @@ class WorkerFilter(logging.Filter):
 def direct_handler() -> logging.Handler:
     """Return a handler for a process that may have no threads: it writes each line at once."""
     return logging.StreamHandler(sys.stdout)
-
-
-def _spellings(secret: str) -> Iterator[str]:
-    """Yield the spellings of a secret in lines: plain, and escaped by `repr`, text or JSON."""
-    for text in (secret, repr(secret)[1:-1]):
-        yield from (text, one_line(text), json.dumps(text)[1:-1])
-
-
-def _write(target: int, line: bytes) -> None:
-    while line:
-        line = line[os.write(target, line) :]
 
 
 def lost_lines() -> int:

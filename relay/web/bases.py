@@ -98,10 +98,10 @@ class Bases:
 
 
 def client_side_basis(headers: Headers, query: bytes) -> str:
-    """Return the basis of a request for an evaluated stream; empty if it cannot be relied on."""
+    """Return the basis of a request for an evaluated stream."""
+    basis = _basis(query)
     stale = headers.get(b"user-agent", b"").startswith(_STALE_CLIENT_SIDE)
-    basis = "" if stale else _basis(query)
-    return "" if basis == UNRELIABLE else basis
+    return UNRELIABLE if basis and stale else basis
 
 
 def is_cacheable(headers: Headers) -> bool:

@@ -34,6 +34,7 @@ ENVIRONMENT: Schema = {
     "mobileKeys": _KEYS,
     "connectionStatus": {"state": None, "stateSince": None, "lastError": _ERROR},
     "dataStoreStatus": _DATABASE,
+    "dataStores": {"[]": _DATABASE},
     "bigSegmentStatus": dict.fromkeys(("available", "potentiallyStale", "lastSynchronizedOn")),
     "published": {"[]": dict.fromkeys(("state", "stateSince", "document", "url"))},
     "events": {"*": None},
@@ -53,6 +54,8 @@ OVERVIEW: Schema = {
     "autoConfigStatus": {
         **dict.fromkeys(("state", "stateSince", "dataAge", "lastConfirmed", "stored")),
         "lastError": _ERROR,
+        "invalidEntryCount": None,
+        "invalidEntries": {"*": None},
     },
     "archiveStatus": {"unusable": None, "time": None},
     "workers": {"[]": dict.fromkeys(("number", "state", "pid", "since", "restarts", "streams"))},

@@ -10,7 +10,7 @@ import asyncio
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from relay.environment import ConnectionState, UpstreamConnection
@@ -57,6 +57,7 @@ class FeederLink:
         self.connection = UpstreamConnection()
         self.known = asyncio.Event()
         self.changes: Counter[DirectoryChange] = Counter()
+        self.invalid_entries: Mapping[tuple[str, str], str] = {}
         self._fed = asyncio.Event()
         """Set once the feeder has sent all data that it had."""
         self.posts = PostSender(self.send)

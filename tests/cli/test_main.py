@@ -530,10 +530,15 @@ class Contained(RelayProcess):
 
     command = (*CONTAINER, f'{LOOPBACK} && exec "$@"', "sh", *RelayProcess.command)
 
+    @property
+    def inside(self) -> str:
+        """The process ID of the relay outside its container."""
+        [inside] = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return inside
+
     def beside(self, *arguments: str, **variables: str) -> int:
         """Run a command in the same container; return its exit code."""
-        [inside] = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        enter = ("nsenter", "--pid", "--net", "--mount", f"--wd={ROOT}", "--target", inside)
+        enter = ("nsenter", "--pid", "--net", "--mount", f"--wd={ROOT}", "--target", self.inside)
         return subprocess.run(
             [*enter, *RelayProcess.command, *arguments],
             env={"PATH": os.environ["PATH"], **variables},
@@ -562,6 +567,25 @@ async def test_health_finds_the_relay_of_its_container(tmp_path, configured):
         assert await asyncio.to_thread(relay.beside, "health", **image) == 0
         for url, code in (f"https://127.0.0.1:{port}", 0), ("http://127.0.0.1:8030", 1):
             assert await asyncio.to_thread(relay.beside, "health", url, **image) == code
+    finally:
+        await relay.kill()
+
+
+@pytest.mark.usefixtures("containers")
+async def test_reload_knows_a_relay_in_a_container(tmp_path, configured):
+    """From inside, and from the host by its process ID there; what started it is no relay."""
+    file, _ = configured
+    relay = Contained(tmp_path, "--config", str(file))
+    await relay.spawn()
+    try:
+        await relay.said("Initialized")
+        assert await asyncio.to_thread(relay.beside, "reload") == 0
+        await relay.said("Configuration reloaded", 1)
+        asked = await asyncio.to_thread(run, "reload", "--pid", str(relay.pid))
+        assert (asked.code, "is no running relay" in asked.err) == (1, True)
+        asked = await asyncio.to_thread(run, "reload", "--pid", relay.inside)
+        assert (asked.code, asked.err) == (0, "")
+        await relay.said("Configuration reloaded", 2)
     finally:
         await relay.kill()
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
+from relay import announcement
 from relay.announcement import namespace
 from relay.cli import reload
 
@@ -80,16 +83,56 @@ def test_no_relay_is_an_error(monkeypatch, capsys):
     )
 
 
+ANNOUNCING = """
+import signal, sys
+from relay.announcement import announce
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+holder = announce(8030, tls=False) if sys.argv[1:] else None
+print(flush=True)
+print(signal.sigtimedwait([signal.SIGHUP], 60).si_signo)
+"""
+
+
+@contextmanager
+def waiting(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that waits for the signal, as a relay if it has an argument."""
+    command = [sys.executable, "-c", ANNOUNCING, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("form", ["--pid {}", "-pid {}", "--pid={}"])
 def test_the_process_gets_the_signal(form, capsys):
     """It is a hangup."""
-    program = "import signal; print(flush=True); print(signal.sigwait([signal.SIGHUP]))"
-    blocked = f"import signal; signal.pthread_sigmask(0, [{signal.SIGHUP.value}]); {program}"
-    with subprocess.Popen([sys.executable, "-c", blocked], stdout=subprocess.PIPE) as process:
+    with waiting("relay") as process:
         assert process.stdout is not None
-        process.stdout.readline()
         assert reload.main(form.format(process.pid).split(), {}) == 0
-        assert process.stdout.read().strip() in (b"1", b"Signals.SIGHUP")
+        assert process.stdout.read().strip() == b"%d" % signal.SIGHUP
+    assert f"process {process.pid} reloads" in capsys.readouterr().out
+
+
+def test_a_process_that_is_no_relay_gets_no_signal(capsys):
+    """It might end, as most programs do."""
+    with waiting("relay"), waiting() as process:
+        assert reload.main(["--pid", str(process.pid)], {}) == 1
+        text = f"not reloaded: process {process.pid} is no running relay, so SIGHUP might end it\n"
+        assert capsys.readouterr().err == text
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(10) == 0  # only this one came
+
+
+def test_where_nothing_is_announced_the_process_is_believed(monkeypatch, tmp_path, capsys):
+    """Systems other than Linux have no table of names."""
+    monkeypatch.setattr(announcement, "SOCKETS", str(tmp_path / "none"))
+    with waiting() as process:
+        assert process.stdout is not None
+        assert reload.main(["--pid", str(process.pid)], {}) == 0
+        assert process.stdout.read().strip() == b"%d" % signal.SIGHUP
     assert f"process {process.pid} reloads" in capsys.readouterr().out
 
 

@@ -421,7 +421,22 @@ def test_a_missing_file_is_an_error_unless_allowed(tmp_path: Path) -> None:
     path = str(tmp_path / "none")
     with pytest.raises(ConfigError, match="does not exist"):
         load(path, False, False, {})
-    assert load(path, False, True, {}) == Config(main=from_env({}).main)
+    assert load(path, False, True, {}) == Config(main=from_env({}).main, files=(path,))
+
+
+def test_all_files_that_are_read_are_known(tmp_path: Path) -> None:
+    """By their states it is known whether the configuration has changed."""
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    key.write_text("sdk-a")
+    lines = '[Environment "a"]', f"sdkKeyFile = {key}", "[Main]", "tlsEnabled = true"
+    file = tmp_path / "relay.conf"
+    tls = f"tlsCert = {certificate}", f"tlsKey = {certificate}.key"
+    file.write_text("\n".join((*lines, *tls)))
+    names = ("relay.conf", "mobile", "key", "certificate", "certificate.key")
+    variables = {"LD_MOBILE_KEY_a_FILE": str(tmp_path / "mobile"), "LD_ENV_a_FILE": str(key)}
+    (tmp_path / "mobile").write_text("mob-a")
+    files = load(str(file), True, False, variables).files
+    assert set(files) == {str(tmp_path / name) for name in names}
 
 
 def test_a_hundred_environments() -> None:
@@ -722,7 +737,7 @@ def settings_of_both(draw: st.DrawFn) -> tuple[str, dict[str, str]]:
 
 
 def load_result(names: Mapping[str, str], *arguments: Any) -> Config | list[str]:
-    """Return the resulting configuration or errors, without sources."""
+    """Return the resulting configuration or errors, without its sources and files."""
     try:
         config = load(*arguments)
     except ConfigError as e:
@@ -731,7 +746,7 @@ def load_result(names: Mapping[str, str], *arguments: Any) -> Config | list[str]
         for name in names:
             errors = [problem.removeprefix(f"{name}: ") for problem in errors]
         return sorted(errors)
-    return replace(config, sources={}, warnings=())
+    return replace(config, sources={}, warnings=(), files=())
 
 
 @settings(deadline=None)
@@ -934,9 +949,17 @@ def test_automatic_configuration_takes_the_place_of_environments() -> None:
     assert not from_env({"FLAGS_FILE": "f"}).uses_launchdarkly
 
 
-def test_the_list_of_environments_may_be_stored() -> None:
+@pytest.mark.parametrize(
+    "database",
+    [
+        {"USE_REDIS": "1"},
+        {"USE_DYNAMODB": "1", "DYNAMODB_TABLE": "t"},
+        {"USE_REDIS": "1", "USE_DYNAMODB": "1", "ENV_DATASTORE_TABLE_NAME": "t-$CID"},
+    ],
+)
+def test_the_list_of_environments_may_be_stored(database: dict[str, str]) -> None:
     """In the database of the flags, encrypted with a secret of its own."""
-    variables = {"AUTO_CONFIG_KEY": "k", "USE_REDIS": "1", "ENV_DATASTORE_PREFIX": "$CID"}
+    variables = {"AUTO_CONFIG_KEY": "k", "ENV_DATASTORE_PREFIX": "$CID"} | database
     cache = {"AUTO_CONFIG_CACHE_KEY": " cache ", "AUTO_CONFIG_CACHE_ENCRYPTION_KEY": "a-long-text"}
     config = from_env(variables | cache)
     assert config.auto_config.cache_key == "cache"
@@ -961,6 +984,18 @@ def test_the_list_of_environments_may_be_stored() -> None:
                 "ENV_DATASTORE_PREFIX": "p-$CID",
             },
             "AUTO_CONFIG_CACHE_KEY requires Redis or DynamoDB to be enabled",
+        ),
+        (
+            {
+                "AUTO_CONFIG_KEY": "k",
+                "AUTO_CONFIG_CACHE_KEY": "c",
+                "USE_DYNAMODB": "1",
+                "ENV_DATASTORE_TABLE_NAME": "t-$CID",
+            },
+            (
+                "AUTO_CONFIG_CACHE_KEY: the list of environments needs a table in DynamoDB;"
+                " [DynamoDB] tableName names it"
+            ),
         ),
         (
             {"LD_ENV_a": "sdk-a", "USE_REDIS": "1", "AUTO_CONFIG_CACHE_KEY": "c"},

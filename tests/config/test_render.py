@@ -47,7 +47,7 @@ def test_the_page_agrees_with_the_code() -> None:
 
 def test_the_file_as_it_is_changes_nothing(tmp_path: Path) -> None:
     """All options are commented out."""
-    assert from_file(tmp_path / "relay.conf", reference()) == from_file(tmp_path / "empty", "")
+    assert from_file(tmp_path / "relay.conf", reference()) == from_file(tmp_path / "relay.conf", "")
 
 
 def test_every_option_of_the_file_can_be_uncommented(tmp_path: Path) -> None:

@@ -216,13 +216,12 @@ async def test_the_credential_decides_what_a_client_sees(site, ask_for):
     assert (missed.code, missed.put, missed.gone) == ("xfer-changes", {}, set())
 
 
-@BOTH
 @pytest.mark.parametrize(
     "basis",
     ["x", "~", "(p:x:1)", "(p:x:1)~abc", "x" * 3000, "%00\udcff", "é" * 400, "~" * 100, ". ."],
     ids=lambda basis: ascii(basis[:8]),
 )
-async def test_a_state_that_is_unknown_means_everything(site, ask_for, basis):
+async def test_a_state_that_is_unknown_means_everything(site, basis):
     """Whatever it is; never an error."""
     served, address = site
     begin(served)

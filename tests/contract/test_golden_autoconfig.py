@@ -38,7 +38,8 @@ PLAYED = [
 WANTED = {
     ("properties change in place", "patch, version 7: project key of an unknown project"),
     ("properties change in place", "patch, version 8: project key of another known project"),
-    # An environment that is known is served; only of the others nothing is known yet.
+    # An environment that is known is served, also from a stored list, which a patch changes; only
+    # of the others nothing is known yet.
     ("messages that do not fit are passed over", "patch: alpha, before any put"),
     (
         "messages that do not fit are passed over",

@@ -467,6 +467,7 @@ async def test_a_directory_of_a_kubernetes_volume_is_watched(tmp_path, upstream)
         await relay.process.said(REFUSED)
         _publish(volume, 4, f'[Environment "c"]\nsdkKey = {C}\n', upstream)
         await relay.serves(C)
+        await relay.process.said(RELOADED, 2)
         assert relay.process.log.count(REFUSED) == 1
         assert relay.process.log.count(RELOADED) == 2
 

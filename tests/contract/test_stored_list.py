@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,14 @@ import pytest
 from tests.support import environments
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag
+from tests.support.dynamodb import VARIABLES, Table, aws_credentials, dynamodb, table
 from tests.support.environments import description, environment_list, payload_filter
 from tests.support.process import RelayProcess
 from tests.support.redis import RedisServer
 from tests.support.serving import ask, until
 from tests.support.upstream import ScriptedUpstream, filtered
+
+__all__ = ["aws_credentials", "dynamodb", "table"]
 
 KEY = "rel-5ca1ab1e-0001-4000-8000-00000000c001"
 OTHER_KEY = "rel-5ca1ab1e-0002-4000-8000-00000000c002"
@@ -43,7 +47,8 @@ async def scripted_upstream():
 
 def relay(folder: Path, upstream: ScriptedUpstream, **variables: str) -> RelayProcess:
     """A relay that stores in files, unless a database is named."""
-    places = {} if "USE_REDIS" in variables else {"SNAPSHOT_DIR": str(folder / "stored")}
+    in_database = "AUTO_CONFIG_CACHE_KEY" in variables
+    places = {} if in_database else {"SNAPSHOT_DIR": str(folder / "stored")}
     settings = {"AUTO_CONFIG_KEY": KEY, "STREAM_URI": upstream.url, **places}
     return RelayProcess(folder, **settings | variables)
 
@@ -54,18 +59,59 @@ def in_redis(redis: RedisServer, **variables: str) -> dict[str, str]:
     return given | {"AUTO_CONFIG_CACHE_KEY": "the-list"} | variables
 
 
-async def fill(process: RelayProcess, folder: Path, redis: RedisServer | None = None) -> None:
+def in_dynamodb(table: Table, **variables: str) -> dict[str, str]:
+    """Settings with which a relay stores in a table."""
+    address = {"USE_DYNAMODB": "1", "DYNAMODB_URL": table.server.url, "DYNAMODB_TABLE": table.name}
+    given = {**VARIABLES, **address, "ENV_DATASTORE_PREFIX": "ac-$CID"}
+    return given | {"AUTO_CONFIG_CACHE_KEY": "the-list"} | variables
+
+
+async def fill(
+    process: RelayProcess, folder: Path, database: RedisServer | Table | None = None
+) -> None:
     """Let a relay store what LaunchDarkly has, flags included; then kill it."""
     async with process:
         await process.said("Initialized LaunchDarkly client for", 2)
-        if redis is None:
+        if database is None:
             for pattern, count in (("*.snapshot", 2), ("environments-*.sealed", 1)):
                 await process.until(lambda p=pattern, n=count: len([*folder.rglob(p)]) == n)
         else:
             hashes = [f"ac-id-{name}:features" for name in NAMES]
-            await process.until(lambda: all("lamp" in redis.hash(each) for each in hashes))
-            await process.until(lambda: len(redis.hash("the-list")) == len(NAMES))
+            await process.until(lambda: all("lamp" in names_in(database, each) for each in hashes))
+            await process.until(lambda: len(names_in(database, "the-list")) == len(NAMES))
+            if isinstance(database, Table):  # the time comes last
+                await process.until(lambda: names_in(database, "the-list:relayConfirmed"))
         await process.kill()
+
+
+def names_in(database: RedisServer | Table, key: str) -> list[str]:
+    """The names of what a database has under a key."""
+    if isinstance(database, RedisServer):
+        return list(database.hash(key))
+    return [each["key"]["S"] for each in database.items() if each["namespace"]["S"] == key]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a relay stores the list and the flags; without a database, in files."""
+
+    settings: dict[str, str] = field(default_factory=dict)
+    database: RedisServer | Table | None = None
+
+
+@pytest.fixture
+def place(request) -> Place:
+    """One of the places."""
+    if request.param == "redis":
+        redis = request.getfixturevalue("redis")
+        return Place(in_redis(redis), redis)
+    if request.param == "dynamodb":
+        table = request.getfixturevalue("table")
+        return Place(in_dynamodb(table), table)
+    return Place()
+
+
+EVERYWHERE = pytest.mark.parametrize("place", ["file", "redis", "dynamodb"], indirect=True)
 
 
 async def status(process: RelayProcess, key: str, path: str = "/sdk/latest-all") -> int:
@@ -89,17 +135,19 @@ def lines(process: RelayProcess, *texts: str) -> list[str]:
 
 
 @pytest.mark.timing
-@pytest.mark.parametrize("place", ["file", "redis"])
-async def test_a_start_without_launchdarkly(tmp_path, upstream, redis, place):
-    """All environments known before are served within a second; the rest is not known."""
-    settings = in_redis(redis) if place == "redis" else {}
-    await fill(relay(tmp_path, upstream, **settings), tmp_path, redis if settings else None)
+@EVERYWHERE
+async def test_a_start_without_launchdarkly(tmp_path, upstream, place):
+    """All environments known before are served within a second; the rest is not known.
+
+    The libraries for DynamoDB alone take half a second.
+    """
+    await fill(relay(tmp_path, upstream, **place.settings), tmp_path, place.database)
     await upstream.stop()
     begin = time.monotonic()
-    async with relay(tmp_path, upstream, **settings) as process:
+    async with relay(tmp_path, upstream, **place.settings) as process:
         await served(process, "sdk-alpha-1", "sdk-beta-1")
         await served(process, "mob-beta-key", path=f"/msdk/evalx/contexts/{CONTEXT}")
-        assert time.monotonic() - begin < 1.0
+        assert time.monotonic() - begin < (3.0 if isinstance(place.database, Table) else 1.0)
         for key, path in (
             ("sdk-unknown", "/sdk/latest-all"),
             ("sdk-alpha-1", "/sdk/latest-all?filter=north"),
@@ -192,11 +240,11 @@ async def test_expiring_keys_and_filters_are_part_of_the_list(tmp_path, upstream
         )
 
 
-@pytest.mark.parametrize("place", ["file", "redis"])
-async def test_a_relay_is_killed_while_it_stores(tmp_path, upstream, redis, place):
+@EVERYWHERE
+async def test_a_relay_is_killed_while_it_stores(tmp_path, upstream, place):
     """Whenever that happens, the next one finds a whole list, no older than the one before."""
-    settings = in_redis(redis) if place == "redis" else {}
-    await fill(relay(tmp_path, upstream, **settings), tmp_path, redis if settings else None)
+    settings = place.settings
+    await fill(relay(tmp_path, upstream, **settings), tmp_path, place.database)
     chance, version, last, change = random.Random(7), 1, 1, description("beta")
     for _ in range(KILLS):
         async with relay(tmp_path, upstream, **settings) as process:
@@ -300,6 +348,41 @@ async def test_a_wrong_key_for_the_database(tmp_path, upstream, redis, before, a
     await upstream.stop()
     async with relay(tmp_path, upstream, **in_redis(redis, **after)) as process:
         await served(process, "sdk-alpha-1", "sdk-beta-1")
+
+
+async def test_a_wrong_key_for_a_table(tmp_path, upstream, table):
+    """One line says so; the next list of LaunchDarkly replaces what is stored."""
+    await fill(relay(tmp_path, upstream, **in_dynamodb(table)), tmp_path, table)
+    other = in_dynamodb(table, AUTO_CONFIG_CACHE_ENCRYPTION_KEY=SECRET)
+    was = table.get("the-list", "env:id-alpha")
+    await upstream.stop()
+    async with relay(tmp_path, upstream, **other) as process:
+        where = f'key "the-list" of table "{table.name}" in DynamoDB'
+        await process.said(f"The stored list of environments ({where}) is not used: it was enc")
+        assert await status(process, "sdk-alpha-1") == 503
+        assert table.get("the-list", "env:id-alpha") == was
+        await upstream.start()
+        await process.said("Initialized LaunchDarkly client for", 2)
+        await process.until(lambda: table.get("the-list", "env:id-alpha") != was)
+        assert SECRET not in process.log + json.dumps(await page(process))
+        await process.kill()
+    await upstream.stop()
+    async with relay(tmp_path, upstream, **other) as process:
+        await served(process, "sdk-alpha-1", "sdk-beta-1")
+
+
+async def test_a_table_that_is_missing_is_told_once(tmp_path, upstream, table):
+    """LaunchDarkly's list is served meanwhile, and stored as soon as there is one."""
+    settings = in_dynamodb(table)
+    table.drop()
+    async with relay(tmp_path, upstream, **settings) as process:
+        await process.said("Initialized LaunchDarkly client for", 2)
+        await process.said(f'in DynamoDB) cannot be read: there is no table "{table.name}"')
+        assert await status(process, "sdk-beta-1") == 200
+        table.create()
+        await process.said("in DynamoDB) can be used again")
+        assert sorted(names_in(table, "the-list")) == ["env:id-alpha", "env:id-beta"]
+        assert len(lines(process, "stored list", "cannot be")) == 1
 
 
 async def test_a_full_disk_is_told_once_and_heals(tmp_path, upstream):

@@ -125,6 +125,25 @@ def test_the_visible_changes_lead_a_client_to_the_payload(first, second):
 
 
 @given(consistent, consistent)
+def test_a_full_change_says_what_differs_and_what_is_gone(first, second):
+    """Tombstones included; visible is what clients can notice."""
+    before = Payload.of(first)
+    after, change = before.apply(ChangeSet(tuple(second), full=True))
+    if change is None:
+        assert {i for i in before if not i.deleted} == {i for i in after if not i.deleted}
+        return
+    known = {(i.kind, i.key): i for i in before}
+    kept = {(i.kind, i.key) for i in after}
+    assert set(change.items) == {i for i in after if known.get((i.kind, i.key)) != i}
+    assert set(change.vanished) == {i for k, i in known.items() if k not in kept}
+    live = {key for key, item in known.items() if not item.deleted}
+    assert set(change.visible) == {
+        i for i in change.items if not i.deleted or (i.kind, i.key) in live
+    }
+    assert change.replace, "the payload is small"
+
+
+@given(consistent, consistent)
 def test_of_two_payloads_at_most_one_is_newer(one, other):
     """The comparison that chooses between stored payloads at start is antisymmetric."""
     a, b = Payload.of(one), Payload.of(other)

@@ -21,22 +21,23 @@ from relay.protocol.autoconfig import (
     VersionedList,
 )
 from relay.protocol.environments import EnvironmentDescription, describe
+from relay.steps import finish
 from tests.support.environments import description
 
 
 def read(event: str, message: object) -> Any:
-    return autoconfig.read(event, json.dumps(message).encode())
+    return finish(autoconfig.read(event, json.dumps(message).encode()))
 
 
 def test_a_put_names_all_environments_and_filters():
     """Both are found by their IDs."""
     alpha, entry = description(), {"projKey": "proj", "key": "north", "version": 3}
     data = {"environments": {"id-alpha": alpha}, "filters": {"f": entry}}
-    expected = Put({"id-alpha": describe(alpha)}, {"f": FilterDescription(3, "proj", "north")}, {})
+    expected = Put({"id-alpha": describe(alpha)}, {"f": FilterDescription(3, "proj", "north")})
     assert read("put", {"path": "/", "data": data}) == expected
     odd = {"PATH": "/", "Data": {"Environments": {"id-alpha": alpha}, "FILTERS": {"f": entry}}}
     assert read("put", odd) == expected
-    assert read("put", {"path": "/", "data": {"environments": {}}}) == Put({}, {}, {})
+    assert read("put", {"path": "/", "data": {"environments": {}}}) == Put({}, {})
 
 
 def test_a_bad_entry_does_not_spoil_the_others():
@@ -50,7 +51,15 @@ def test_a_bad_entry_does_not_spoil_the_others():
     message = {"path": "/", "data": {"environments": entries, "filters": {"f": 1}}}
     put = read("put", message)
     assert list(put.environments) == ["id-alpha"]
-    assert sorted(put.unusable) == ["", "f", "id-beta", "id-gamma"]
+    assert sorted(put.invalid_environments) == ["", "id-beta", "id-gamma"]
+    assert list(put.invalid_filters) == ["f"]
+
+
+def test_a_long_list_is_read_in_steps():
+    """One for each environment, so that requests come in between."""
+    entries = {f"id-e{number}": description(f"e{number}") for number in range(50)}
+    message = {"path": "/", "data": {"environments": entries}}
+    assert len(list(autoconfig.read("put", json.dumps(message).encode()))) == 50
 
 
 @pytest.mark.parametrize(
@@ -97,7 +106,7 @@ def test_messages_that_do_not_fit_are_passed_over(event, message):
 def test_malformed_messages(event, content):
     """A put without a list is one of them: it must not remove everything."""
     with pytest.raises(InvalidData):
-        autoconfig.read(event, content)
+        finish(autoconfig.read(event, content))
 
 
 def test_patches_and_deletes():

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.errors import InvalidData
+from relay.model.credential import AutoConfigKey, Secret
 from relay.protocol.environmentlist import EnvironmentList
 from relay.protocol.environments import describe
-from relay.stores.sealing import NONCE_SIZE, Seal, derived, opened_entries, sealed_entries
+from relay.stores.sealing import NONCE_SIZE, Seal, SealedEntries, derived
 from tests.support.environments import description
 
 KEY = b"k" * 32
@@ -55,26 +56,29 @@ def test_derived_keys_say_nothing_of_each_other():
 def test_entries_have_ld_relays_encryption():
     """AES-256-GCM after a nonce of 12 bytes, with the digest of a text as the key."""
     key = hashlib.sha256(b"a-long-random-text").digest()
-    [(name, sealed)] = sealed_entries(Seal(key), LIST).items()
+    entries = SealedEntries(AutoConfigKey("rel-1"), Secret("a-long-random-text"))
+    [(name, sealed)] = entries.close(LIST).items()
     content = AESGCM(key).decrypt(sealed[:NONCE_SIZE], sealed[NONCE_SIZE:], None)
     assert (name, json.loads(content)["data"]["envID"]) == ("env:id-alpha", "id-alpha")
-    assert opened_entries(Seal(key), {name: sealed}) == LIST
+    assert entries.open({name: sealed}) == LIST
 
 
 def test_entries_that_cannot_be_opened_are_left_out():
     """The others are used."""
     both = EnvironmentList({**LIST.environments, "e": describe(description(envID="e"))}, {})
-    sealed = sealed_entries(Seal(KEY), both) | {"env:e": b"short"}
-    read = opened_entries(Seal(KEY), sealed)
+    entries = SealedEntries(AutoConfigKey("rel-1"), Secret(""))
+    read = entries.open(entries.close(both) | {"env:e": b"short"})
     assert list(read.environments) == ["id-alpha"]
     assert list(read.unusable) == ["env:e"]
+    with pytest.raises(InvalidData, match="another key, or has been altered"):
+        entries.open({"env:e": b"short"})
 
 
 def test_the_library_is_imported_with_the_first_use_only():
     """It takes a tenth of a start."""
     code = """
 import sys
-import relay.autoconfig, relay.stores.listfile, relay.stores.redis.list
+import relay.autoconfig, relay.stores.dynamodb.list, relay.stores.listfile, relay.stores.redis.list
 assert "cryptography.hazmat.primitives.ciphers.aead" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

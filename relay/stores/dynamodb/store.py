@@ -19,12 +19,11 @@ from relay.stores.dynamodb.layout import (
     FINGERPRINT,
     Attributes,
     Layout,
-    in_batches,
     parse_stored,
     parse_versions,
     stored_version,
 )
-from relay.stores.dynamodb.table import ConditionFailed, Table, pause
+from relay.stores.dynamodb.table import ConditionFailed, Table
 from relay.stores.fingerprint import Fingerprint
 from relay.stores.items import in_order, in_waves
 
@@ -34,9 +33,6 @@ MAX_RACES = 100
 WRITERS = 4
 """Conditional writes of one store at a time. Each keeps the event loop busy for up to two
 milliseconds."""
-
-PAGE = 100
-"""Items of one answer: reading it takes three milliseconds, before other tasks can run."""
 
 _NEWER = "attribute_not_exists(#key) or (:version > #version and #version <> :none)"
 """The condition of most writes. An attribute that is 0 or missing says nothing of the version."""
@@ -97,8 +93,8 @@ class DynamoDBStore:
         stored = await self._all_items()
         items = await run_in_slices(in_order(payload))
         puts, removals = await run_in_slices(layout.writes(items, stored))
-        await self._write_all(puts)
-        await self._write_all(removals)
+        await self._table.write(puts)
+        await self._table.write(removals)
         await self._table.call("put_item", Item=layout.marker)
 
     async def upsert(self, items: Sequence[Item]) -> bool:
@@ -144,37 +140,11 @@ class DynamoDBStore:
 
     async def _all_items(self) -> list[tuple[Kind, Attributes]]:
         """Return all items of all kinds, segments first."""
-        found: list[tuple[Kind, Attributes]] = []
-        for kind in (Kind.SEGMENT, Kind.FLAG):
-            start: Attributes = {}
-            while True:
-                answer = await self._table.call(
-                    "query",
-                    ConsistentRead=True,
-                    KeyConditionExpression="#namespace = :namespace",
-                    ExpressionAttributeNames={"#namespace": "namespace"},
-                    ExpressionAttributeValues={":namespace": {"S": self._layout.namespace(kind)}},
-                    Limit=PAGE,
-                    **start,
-                )
-                found += [(kind, each) for each in answer.get("Items", ())]
-                if not (last := answer.get("LastEvaluatedKey")):
-                    break
-                start = {"ExclusiveStartKey": last}
-        return found
-
-    async def _write_all(self, writes: Iterable[Attributes]) -> None:
-        """Carry out writes in order, 25 in a request, each until it is done."""
-        for batch in in_batches(writes):
-            failures, remaining = 0, batch
-            while remaining:
-                requests = {self.table: remaining}
-                answer = await self._table.call("batch_write_item", RequestItems=requests)
-                left = (answer.get("UnprocessedItems") or {}).get(self.table, [])
-                failures = failures + 1 if len(left) == len(remaining) else 0
-                remaining = left
-                if remaining:
-                    await pause(failures, "the service leaves writes undone")
+        return [
+            (kind, each)
+            for kind in (Kind.SEGMENT, Kind.FLAG)
+            for each in await self._table.query(self._layout.namespace(kind))
+        ]
 
     async def _upsert_all(self, items: Iterable[Item]) -> None:
         """Upsert items in any order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -13,7 +14,7 @@ from relay.errors import RelayError, StoreUnavailable
 from relay.reasons import shorten
 from relay.stores.aws.connection import Lease, error_code
 from relay.stores.dynamodb.connect import unavailable
-from relay.stores.dynamodb.layout import Attributes
+from relay.stores.dynamodb.layout import Attributes, in_batches
 
 THROTTLED = Backoff(first=0.05, longest=5.0)
 """Delays after requests that the service refuses because there are too many, or in part."""
@@ -21,6 +22,9 @@ THROTTLED = Backoff(first=0.05, longest=5.0)
 MAX_THROTTLED = 10
 """Consecutive throttled requests of one write that have written nothing, before it fails: about
 half a minute."""
+
+PAGE = 100
+"""Items of one answer: reading it takes three milliseconds, before other tasks can run."""
 
 _THROTTLING = frozenset(
     {
@@ -94,6 +98,45 @@ class Table:
         answer = await self.call("get_item", Key=key, ConsistentRead=True)
         item: Attributes | None = answer.get("Item")
         return item
+
+    async def query(self, namespace: str) -> list[Attributes]:
+        """Return all items of a namespace as they are now, sorted by their keys.
+
+        Raises:
+            StoreUnavailable: the service does not answer, or refuses.
+        """
+        found: list[Attributes] = []
+        start: Attributes = {}
+        while True:
+            answer = await self.call(
+                "query",
+                ConsistentRead=True,
+                KeyConditionExpression="#namespace = :namespace",
+                ExpressionAttributeNames={"#namespace": "namespace"},
+                ExpressionAttributeValues={":namespace": {"S": namespace}},
+                Limit=PAGE,
+                **start,
+            )
+            found += answer.get("Items", ())
+            if not (last := answer.get("LastEvaluatedKey")):
+                return found
+            start = {"ExclusiveStartKey": last}
+
+    async def write(self, writes: Iterable[Attributes]) -> None:
+        """Carry out writes in order, 25 in a request, each until it is done.
+
+        Raises:
+            StoreUnavailable: the service does not answer, or refuses; some may be done.
+        """
+        for batch in in_batches(writes):
+            failures, remaining = 0, batch
+            while remaining:
+                answer = await self.call("batch_write_item", RequestItems={self.name: remaining})
+                left = (answer.get("UnprocessedItems") or {}).get(self.name, [])
+                failures = failures + 1 if len(left) == len(remaining) else 0
+                remaining = left
+                if remaining:
+                    await pause(failures, "the service leaves writes undone")
 
     async def aclose(self) -> None:
         """End the share in the client."""

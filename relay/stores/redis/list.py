@@ -5,17 +5,15 @@ It is a hash with an encrypted field for each environment and payload filter.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 from relay.aio import in_thread
-from relay.errors import InvalidData
 from relay.model.credential import AutoConfigKey, Secret
 from relay.protocol.environmentlist import EnvironmentList
 from relay.stores.redis.client import RedisClient
 from relay.stores.redis.connections import commit
 from relay.stores.redis.layout import chunks, pairs_of
-from relay.stores.sealing import Seal, derived, opened_entries, sealed_entries
+from relay.stores.sealing import SealedEntries
 
 
 class RedisList:
@@ -33,9 +31,7 @@ class RedisList:
     ) -> None:
         self._client = client
         self._hash = key
-        self._owner = derived(owner.value, "relay: owner of the list of environments").hex()[:32]
-        secret = encryption_key.reveal() or owner.value
-        self._seal = Seal(hashlib.sha256(secret.encode()).digest())
+        self._entries = SealedEntries(owner, encryption_key)
         client.join(self)
 
     def __repr__(self) -> str:
@@ -62,9 +58,7 @@ class RedisList:
         Raises:
             StoreUnavailable: nothing was changed.
         """
-        sealed = await in_thread(
-            lambda: sealed_entries(self._seal, environments, self._owner), "list"
-        )
+        sealed = await in_thread(lambda: self._entries.close(environments), "list")
         fields = chunks(sealed.items())
         commands = [("DEL", self._hash), *(("HSET", self._hash, *chunk) for chunk in fields)]
         await self._client.run(self._hash, lambda connection: commit(connection, commands))
@@ -75,7 +69,4 @@ class RedisList:
 
     def _opened(self, fields: Mapping[bytes, bytes]) -> EnvironmentList:
         sealed = {name.decode(errors="replace"): value for name, value in fields.items()}
-        result = opened_entries(self._seal, sealed, self._owner)
-        if not result.environments and not result.filters:
-            raise InvalidData("list", next(iter(result.unusable.values())))
-        return result
+        return self._entries.open(sealed)

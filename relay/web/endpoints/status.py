@@ -22,10 +22,11 @@ from relay.telemetry.traffic import RequestMetrics, totals
 from relay.web.responses import PreparedResponse, json
 
 MAX_INVALID = 20
-"""Invalid items that are listed, for each environment and database; their count is complete."""
+"""Invalid items that are listed, for each environment and database, and invalid entries of the list
+of environments; their count is complete."""
 
 MAX_REASON = 200
-"""Characters of the reason for which an item is invalid."""
+"""Characters of the reason for which an item or entry is invalid."""
 
 
 def overview(relay: Relay, traffic: RequestMetrics) -> PreparedResponse:
@@ -228,6 +229,12 @@ def _directory_members(relay: Relay, directory: Directory) -> Mapping[str, objec
         members["lastConfirmed"] = _ms(clock.unix() - age)
     if relay.environments and not relay.knows_environments:
         members["stored"] = True
+    if invalid := directory.invalid_entries:
+        members["invalidEntryCount"] = len(invalid)
+        members["invalidEntries"] = {
+            f"{kind} {identifier}": reason[:MAX_REASON]
+            for (kind, identifier), reason in islice(invalid.items(), MAX_INVALID)
+        }
     return members
 
 

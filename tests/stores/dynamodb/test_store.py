@@ -15,8 +15,8 @@ from relay.stores import UNREADABLE, Version
 from relay.stores.dynamodb import table as module
 from relay.stores.dynamodb.connect import connect
 from relay.stores.dynamodb.layout import FINGERPRINT, MAX_KEY
-from relay.stores.dynamodb.store import MAX_RACES, PAGE, WRITERS, DynamoDBStore
-from relay.stores.dynamodb.table import MAX_THROTTLED
+from relay.stores.dynamodb.store import MAX_RACES, WRITERS, DynamoDBStore
+from relay.stores.dynamodb.table import MAX_THROTTLED, PAGE
 from relay.stores.fingerprint import Fingerprint
 from tests.stores.contract import StoreContract, flag, segment
 from tests.support.dynamodb import failure, store_in

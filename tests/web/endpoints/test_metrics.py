@@ -125,6 +125,7 @@ class KnownDirectory:
         self.connection = UpstreamConnection(ConnectionState.VALID, last_confirmed=time.monotonic())
         self.known = asyncio.Event()
         self.changes: Counter[DirectoryChange] = Counter()
+        self.invalid_entries = {("environment", "id-beta"): "version is not an integer"}
 
     async def run(self, relay: Relay) -> None:
         raise NotImplementedError

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from relay import __version__
-from relay.environment import ConnectionState, Environment
+from relay import __version__, clock
+from relay.bigsegments.environment import BigSegmentStatus
+from relay.environment import ConnectionState, Environment, UpstreamConnection
 from relay.errors import ErrorKind
+from relay.events.forwarder import Forwarder
+from relay.events.spool import MemorySpool
+from relay.events.store import Limits
 from relay.model.credential import EnvironmentID, MobileKey, SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Item, Kind
@@ -19,6 +28,9 @@ from relay.relay import Relay
 from relay.stores import DOCUMENT, StoreState, StoreStatus
 from relay.streams.hub import Hub
 from relay.telemetry.traffic import RequestLabels, RequestMetrics
+from relay.telemetry.workers import WorkerStatus
+from relay.upstream import Upstream
+from relay.web import expectations
 from relay.web.endpoints import status
 from tests.support.clocks import SystemClock
 from tests.support.contracts import MemoryMirror, ScriptedSource
@@ -85,6 +97,70 @@ async def test_the_members_of_an_environment():
     assert list(page) == ["environments", "status", "version", "clientVersion"]
     assert (page["status"], page["version"]) == ("healthy", __version__)
     assert not any(secret in json.dumps(page) for secret in SECRETS)
+
+
+def everything() -> Relay:
+    """A relay of which `/status` has every member."""
+    bad = InvalidItem(Kind.FLAG, "bad", "not JSON")
+    database, other, document = MemoryMirror(), MemoryMirror(), MemoryMirror()
+    for mirror in (database, other):
+        mirror.status = StoreStatus(StoreState.VALID, 1.0, "redis", "redis://h", "p", (bad,), "t")
+    document.status = StoreStatus(StoreState.VALID, 1.0, DOCUMENT, "s3://b/p", "LD-Env-1")
+    main = connected(environment(mirrors=[database, other, document]))
+    names = {"project_key": "p", "project_name": "P", "environment_key": "m"}
+    soon = clock.now() + 60
+    expiries = ((SDKKey("sdk-old-12345"), soon), (MobileKey("mob-old-12345"), soon))
+    main.spec = replace(main.spec, **names, environment_name="M", expiries=expiries)
+    main.payload = Payload.of([])
+    main.invalid, main.rejected = {(Kind.FLAG, "bad"): bad}, 1
+    main.connection.last_error = (ErrorKind.NETWORK_ERROR, 1.0)
+    main.big_segments = cast("Any", SimpleNamespace(status=BigSegmentStatus(True, False, 1.0)))
+    directory: Any = SimpleNamespace(
+        is_upstream=True,
+        connection=UpstreamConnection(last_error=(ErrorKind.ERROR_RESPONSE, 1.0), last_status=401),
+        known=asyncio.Event(),
+        invalid_entries={("filter", "f"): "there is no key"},
+    )
+    directory.connection.last_confirmed = clock.monotonic()
+    spool, specs = MemorySpool(Limits()), {"main": main.spec}
+    relay = Relay(
+        [main], 0, directory=directory, events=Forwarder(spool, Upstream(), "http://h", specs.get)
+    )
+    relay.unusable["id-beta"] = "there is no SDK key"
+    relay.unusable_archive = "it is a directory", 1.0
+    relay.workers[0] = WorkerStatus(0, 4711, 1.0, 1)
+    return relay
+
+
+def covered(value: object, schema: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the paths of the schema at which a page has values; all of them must be there."""
+    if isinstance(value, list):
+        for each in value:
+            yield from covered(each, schema["[]"], (*path, "[]"))
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            step = name if name in schema else "*"
+            assert step in schema, (*path, name)
+            yield from covered(each, schema[step], (*path, step))
+    else:
+        assert schema is None, path
+        yield path
+
+
+def paths_of(schema: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    if schema is None:
+        yield path
+    for name, each in (schema or {}).items():
+        yield from paths_of(each, (*path, name))
+
+
+async def test_every_member_can_be_expected():
+    """The schema of expectations has all that the page can have, and little else."""
+    page = json.loads(status.overview(everything(), RequestMetrics()).body)
+    schema = expectations.OVERVIEW
+    missing = {*paths_of(schema)} - {*covered(page, schema)}
+    names = {path[-2:] for path in missing if "fdv2" not in path}  # no client has asked
+    assert names == {("[]", "key"), ("lastError", "statusCode")}  # ld-relay 9 tells them
 
 
 async def test_an_outage_shows_after_a_while():
