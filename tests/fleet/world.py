@@ -110,6 +110,8 @@ def item(key: str, version: int, *, deleted: bool = False) -> Item:
 class UpstreamSource:
     """A stream of one process from one of LaunchDarkly's servers."""
 
+    protocol = "fdv1"
+
     def __init__(self, launchdarkly: LaunchDarkly, process: Process) -> None:
         self._launchdarkly = launchdarkly
         self._process = process
@@ -123,7 +125,8 @@ class UpstreamSource:
     def check(self, *, reconnect: bool = False) -> None:
         pass
 
-    async def updates(self) -> AsyncGenerator[Update, None]:
+    async def updates(self, basis: str = "") -> AsyncGenerator[Update, None]:
+        del basis
         upstream, random = self._launchdarkly, self._launchdarkly.loop.random
         upstream.connected.append(self._process)
         try:
@@ -168,10 +171,10 @@ class Observed:
     def __init__(self, source: FleetSource, look: Callable[[], None]) -> None:
         self._source = source
         self._look = look
-        self.resync, self.check = source.resync, source.check
+        self.resync, self.check, self.protocol = source.resync, source.check, source.protocol
 
-    async def updates(self) -> AsyncGenerator[Update, None]:
-        async with aclosing(self._source.updates()) as updates:
+    async def updates(self, basis: str = "") -> AsyncGenerator[Update, None]:
+        async with aclosing(self._source.updates(basis)) as updates:
             async for update in updates:
                 yield update
                 self._look()
