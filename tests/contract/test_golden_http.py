@@ -47,7 +47,7 @@ WHOLE = json.loads((GOLDEN / "environment.json").read_text("utf-8"))
 SIX = ("lamp", "crews", "kettle-off", "gone", "circle", "circle-big")
 SOME = {kind: {k: item for k, item in WHOLE[kind].items() if k in SIX} for kind in WHOLE}
 
-OURS = ("dataAge", "items", "streams", "requests", "newStreams", "events", "upstream")
+OURS = ("dataAge", "items", "streams", "requests", "newStreams", "events", "upstream", "fdv2")
 """Members that the reference's `/status` does not have."""
 
 MAIN = "5ca1ab1e00000000000c0001"

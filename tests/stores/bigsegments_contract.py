@@ -132,7 +132,7 @@ class BigSegmentStoreContract:
     async def test_a_lease_that_is_not_kept_ends(self, store, another_store, monkeypatch):
         """After its lifetime another relay gets it, and the first one has lost it."""
         assert store.lease_lifetime > 1.0
-        monkeypatch.setattr(inspect.getmodule(type(store)), "LEASE", 0.5)
+        monkeypatch.setattr(inspect.getmodule(type(store).claim), "LEASE", 0.5)
         assert await store.claim("one")
         start = asyncio.get_running_loop().time()
         while not await another_store.claim("two"):  # noqa: ASYNC110
@@ -143,7 +143,7 @@ class BigSegmentStoreContract:
     @pytest.mark.timing
     async def test_a_lease_that_is_kept_does_not_end(self, store, another_store, monkeypatch):
         """The others wait for as long as it is claimed again in time."""
-        monkeypatch.setattr(inspect.getmodule(type(store)), "LEASE", 0.5)
+        monkeypatch.setattr(inspect.getmodule(type(store).claim), "LEASE", 0.5)
         for _ in range(12):
             assert await store.claim("one")
             assert not await another_store.claim("two")
