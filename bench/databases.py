@@ -51,7 +51,25 @@ class Database(Closing):
         """Return the number of commands or requests so far."""
 
 
-class Valkey(Database):
+class _InHashes(Database):
+    """A database in Redis' layout; `client` reads and writes it, wherever its keys are."""
+
+    client: Any
+
+    def version(self, prefix: str, flag: str) -> int:
+        return _version(self.client.hget(f"{prefix}:features", flag))
+
+    def versions(self, prefix: str) -> list[int]:
+        if not self.client.exists(f"{prefix}:$inited"):
+            return []
+        stored: Any = self.client.hvals(f"{prefix}:features")
+        return list(map(_version, stored))
+
+    def write(self, prefix: str, flag: str, version: int) -> None:
+        self.client.hset(f"{prefix}:features", flag, _flag(version))
+
+
+class Valkey(_InHashes):
     """One server."""
 
     def __init__(self) -> None:
@@ -79,18 +97,6 @@ class Valkey(Database):
                 break
         self.variables = {"USE_REDIS": "true", "REDIS_URL": f"redis://127.0.0.1:{port}"}
 
-    def version(self, prefix: str, flag: str) -> int:
-        return _version(self.client.hget(f"{prefix}:features", flag))
-
-    def versions(self, prefix: str) -> list[int]:
-        if not self.client.exists(f"{prefix}:$inited"):
-            return []
-        stored: Any = self.client.hvals(f"{prefix}:features")
-        return list(map(_version, stored))
-
-    def write(self, prefix: str, flag: str, version: int) -> None:
-        self.client.hset(f"{prefix}:features", flag, _flag(version))
-
     def requests(self) -> int:
         stats: Any = self.client.info("commandstats")
         return sum(each["calls"] for each in stats.values())
@@ -101,7 +107,7 @@ class Valkey(Database):
         self._end.close()
 
 
-class ValkeyCluster(Database):
+class ValkeyCluster(_InHashes):
     """A cluster of three masters; the prefixes have no hash tag."""
 
     def __init__(self) -> None:
@@ -120,18 +126,6 @@ class ValkeyCluster(Database):
             "REDIS_CLUSTER": "true",
             "REDIS_URL": self._cluster.url,
         }
-
-    def version(self, prefix: str, flag: str) -> int:
-        return _version(self.client.hget(f"{prefix}:features", flag))
-
-    def versions(self, prefix: str) -> list[int]:
-        if not self.client.exists(f"{prefix}:$inited"):
-            return []
-        stored: Any = self.client.hvals(f"{prefix}:features")
-        return list(map(_version, stored))
-
-    def write(self, prefix: str, flag: str, version: int) -> None:
-        self.client.hset(f"{prefix}:features", flag, _flag(version))
 
     def requests(self) -> int:
         """Leave out what servers and this count ask."""
