@@ -13,7 +13,6 @@ without talking. A state that is not known always means a transfer of everything
 from __future__ import annotations
 
 import re
-from base64 import urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
@@ -26,6 +25,7 @@ from msgspec import Struct
 from relay.model.answers import AnswerCounter, AnswerCounts
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, Change, Payload, Selector
+from relay.model.text import to_base64
 from relay.steps import Steps, Work
 
 MAX_STATES = 4096
@@ -113,7 +113,7 @@ TOO_LARGE = Full("cant-catchup", "large-delta")
 
 
 class SavedJournal(Struct, frozen=True):
-    """What of a journal is kept over a restart, together with the data.
+    """Part of a journal that is kept over a restart, together with the data.
 
     Args:
         step: number of changes of the data.
@@ -160,7 +160,7 @@ class Journal:
     """
 
     def __init__(self, lineage: str) -> None:
-        self._own_id = "r" + _text(blake2b(lineage.encode(), digest_size=6).digest())
+        self._own_id = "r" + to_base64(blake2b(lineage.encode(), digest_size=6).digest())
         self.step = 0
         """Number of changes of the data so far; 0 before there are any."""
         self.latest: Full | Delta = MISSING
@@ -250,7 +250,7 @@ class Journal:
     @property
     def _address(self) -> str:
         """State that follows from the content."""
-        digest = _text((self._digest % _MODULUS).to_bytes(32, "big")[:16])
+        digest = to_base64((self._digest % _MODULUS).to_bytes(32, "big")[:16])
         return f"(p:{self._own_id}-{digest}:{self._number})"
 
     @property
@@ -557,7 +557,3 @@ def _is_large(items: Iterable[Item], payload: Payload) -> bool:
 
 def _size(item: Item) -> int:
     return len(item.json or b"") + len(item.key)
-
-
-def _text(digest: bytes) -> str:
-    return urlsafe_b64encode(digest).rstrip(b"=").decode()

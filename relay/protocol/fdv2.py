@@ -28,7 +28,7 @@ from relay.steps import Steps
 
 
 class Names(Protocol):
-    """What the events of a transfer say of its payload."""
+    """Names of a payload, as the events of a transfer have them."""
 
     @property
     def id(self) -> str:

@@ -36,7 +36,7 @@ _MARK_SIZE = 9
 
 
 class Framing(Struct, frozen=True, eq=False):
-    """How events become a text.
+    """Form in which events become a text.
 
     Args:
         plain: form of all flags.

@@ -350,7 +350,7 @@ class EvaluationHandler:
 
 
 class _Missed(NamedTuple):
-    """What a client has named, and what it misses since."""
+    """State that a client has named, and the answer that brings it up to date."""
 
     named: ClientState
     answer: Full | ClientDelta
