@@ -118,12 +118,9 @@ def build_site(
     from relay.events.usage import UsageReporter, reported_names  # noqa: PLC0415
     from relay.housekeeping import Housekeeping  # noqa: PLC0415
     from relay.reload import Reload  # noqa: PLC0415
+    from relay.server.handlers import make_handlers  # noqa: PLC0415
     from relay.telemetry.traffic import RequestMetrics  # noqa: PLC0415
     from relay.web.app import make_app, make_exporter  # noqa: PLC0415
-    from relay.web.endpoints.evaluation import EvaluationHandler  # noqa: PLC0415
-    from relay.web.endpoints.events import EventsHandler  # noqa: PLC0415
-    from relay.web.endpoints.goals import GoalsHandler  # noqa: PLC0415
-    from relay.web.endpoints.webhooks import WebhooksHandler  # noqa: PLC0415
     from relay.web.routes import POLLS  # noqa: PLC0415
 
     relay, parts = build_with_parts(config)
@@ -132,24 +129,14 @@ def build_site(
     traffic = RequestMetrics()
     forwarder = relay.events if config.events.send_events else None
     acceptor = forwarder if config.uses_launchdarkly else DiscardingAcceptor(traffic.discarded)
-    events = EventsHandler(acceptor, config.events.max_inbound_payload_size, traffic.unusable)
-    secrets = config.webhook.secrets
-    webhooks = WebhooksHandler(relay.environments, secrets) if secrets else None
-    handlers = Handlers.of(
-        relay,
-        traffic=traffic,
-        evaluation=EvaluationHandler(relay.registry, config.main.max_client_request_body_size),
-        events=events,
-        goals=GoalsHandler(relay.fetch, config.main.client_side_base_uri),
-        webhooks=webhooks,
-    )
-    background = [Housekeeping(relay, (traffic.forget, events.intake.forget)).run]
+    handlers = make_handlers(config, relay, traffic, acceptor)
+    background = [Housekeeping(relay, (traffic.forget, handlers.events.intake.forget)).run]
     if relay.events:
         accept = relay.events.accept
         names = partial(reported_names, relay.registry)
         background.append(UsageReporter(names, traffic, accept, POLLS).run)
-    if webhooks:
-        background.append(webhooks.run)
+    if handlers.webhooks:
+        background.append(handlers.webhooks.run)
     if read and hangups:
         carry_out = partial(use_options, handlers)
         reload = Reload(

@@ -15,16 +15,13 @@ from relay.events.usage import UsageReporter, reported_names
 from relay.housekeeping import Housekeeping
 from relay.protocol.workers import Answer, PageRequest, WebhookRequest
 from relay.reload import Reload
+from relay.server.handlers import make_handlers
 from relay.server.options import ServerOptions
 from relay.server.site import RelaySite, Site, log_environments, log_events, use_options
 from relay.telemetry.traffic import RequestMetrics
 from relay.web.app import make_app, make_exporter
-from relay.web.endpoints.evaluation import EvaluationHandler
-from relay.web.endpoints.events import EventsHandler
-from relay.web.endpoints.goals import GoalsHandler
 from relay.web.endpoints.webhooks import WebhooksHandler
 from relay.web.fastpath.shared import FastPath
-from relay.web.handlers import Handlers
 from relay.web.pages import Pages
 from relay.web.responses import PreparedResponse
 from relay.web.routes import POLLS
@@ -122,24 +119,11 @@ def build_worker_site(
     """
     relay, link = build_worker(config, address, number)
     traffic = RequestMetrics()
-    acceptor = DiscardingAcceptor(traffic.discarded)
     sender = link.posts if config.events.send_events else None
-    events = EventsHandler(
-        sender if config.uses_launchdarkly else acceptor,
-        config.events.max_inbound_payload_size,
-        traffic.unusable,
-    )
-    secrets, ask = config.webhook.secrets, partial(_ask_about_webhook, link)
-    webhooks = WebhooksHandler(relay.environments, secrets, ask=ask) if secrets else None
-    handlers = Handlers.of(
-        relay,
-        traffic=traffic,
-        evaluation=EvaluationHandler(relay.registry, config.main.max_client_request_body_size),
-        events=events,
-        goals=GoalsHandler(relay.fetch, config.main.client_side_base_uri),
-        webhooks=webhooks,
-    )
-    forget = (traffic.forget, events.intake.forget, link.posts.forget)
+    acceptor = sender if config.uses_launchdarkly else DiscardingAcceptor(traffic.discarded)
+    ask = partial(_ask_about_webhook, link)
+    handlers = make_handlers(config, relay, traffic, acceptor, ask)
+    forget = (traffic.forget, handlers.events.intake.forget, link.posts.forget)
     carry_out = partial(use_options, handlers)
     figures = FiguresReporter(relay, traffic, link.send)
     link.on_figures_request = figures.report
