@@ -306,6 +306,8 @@ class Feeder:
 
     async def _show(self, worker: Worker, request: PageRequest) -> None:
         """Answer for a page, with the figures that all workers have now."""
+        if worker not in self._workers:
+            return  # it has gone, and perhaps all others
         reports = [asyncio.create_task(each.reported.wait()) for each in self._workers.values()]
         for each in self._workers.values():
             each.reported.clear()
