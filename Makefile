@@ -34,13 +34,17 @@ test: lint coverage ## lint, types, import rules, all tests, and what they cover
 test-image: ## all tests on the Python of the image, if this machine has it
 	@python=$$(scripts/find-python $(IMAGE_PYTHON)) && $(MAKE) --no-print-directory pytest PYTHON=$$python
 
-# In parallel first. What fails in company is run once more alone, for a busy machine may miss time
-# limits; what fails again has failed. Exit code 5: no test was chosen.
+# In parallel first, but for tests that measure time. What fails is run once more alone, for a busy
+# machine may miss time limits; what fails again has failed. Exit code 5: no test was chosen.
 pytest: $(VENV)/test $(NODE_PACKAGES)
-	$(BIN)/python -m pytest $(PARALLEL) -m "not timing" --durations 20 $(PYTEST_ARGS); \
-	  code=$$?; [ $$code = 1 ] || { [ $$code = 0 ] || [ $$code = 5 ]; exit; }; \
-	  $(BIN)/python -m pytest --last-failed -m "not timing" $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -m timing $(PYTEST_ARGS) || [ $$? = 5 ]
+	$(call run-tests,-m "not timing",$(PARALLEL) --durations 20)
+	$(call run-tests,-m timing)
+
+define run-tests
+$(BIN)/python -m pytest $(1) $(2) $(PYTEST_ARGS); \
+  code=$$?; [ $$code = 1 ] || { [ $$code = 0 ] || [ $$code = 5 ]; exit; }; \
+  $(BIN)/python -m pytest --last-failed $(1) $(PYTEST_ARGS)
+endef
 
 coverage: $(VENV)/test ## the tests of the pure folders, and the branches that they leave out
 	$(BIN)/coverage erase

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -145,6 +145,9 @@ class DatabaseMirror:
         self._reconciler = Reconciler(timings.conflicts)
         self._recheck_at = NEVER
         """Monotonic time at which to compare again, for open conflicts or as a routine."""
+        self._compare_due = False
+        self._probe_at = clock.monotonic() + timings.probe
+        """Monotonic time of the next probe, however much is written until then."""
         self._probe_due = False
         self._written_at = -NEVER
         """Monotonic time of the last write of items."""
@@ -230,14 +233,14 @@ class DatabaseMirror:
 
     async def _wait_for_work(self) -> None:
         """Wait until there is something to write, or the next comparison is due."""
-        wait = max(0.0, min(self._timings.probe, self._recheck_at - clock.monotonic()))
-        try:
+        wait = max(0.0, min(self._probe_at, self._recheck_at) - clock.monotonic())
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait):
                 await self._wakeup.wait()
-        except TimeoutError:
-            self._probe_due = True
-            if clock.monotonic() >= self._recheck_at:
-                self._needs_compare, self._recheck_at = True, NEVER
+        if (now := clock.monotonic()) >= self._probe_at:
+            self._probe_due, self._probe_at = True, now + self._timings.probe
+        if now >= self._recheck_at:
+            self._compare_due, self._recheck_at = True, NEVER
         if (rest := self._written_at + self._timings.pause - clock.monotonic()) > 0:
             await asyncio.sleep(rest)
 
@@ -253,35 +256,36 @@ class DatabaseMirror:
         """Write pending items, probe, or compare everything. Raises `StoreUnavailable`."""
         self._wakeup.clear()
         probe_due, self._probe_due = self._probe_due, False
-        payload = self._payload
-        if payload is None or not self._healthy:
+        compare_due, self._compare_due = self._compare_due, False
+        if self._payload is None or not self._healthy:
             await self._check_recovery()
             return
-        if self._needs_compare or (probe_due and not await self._probe()):
-            await self._compare(payload)
+        compare_due |= self._needs_compare
+        if compare_due or (probe_due and not await self._probe()):
+            await self._compare()
         elif self._pending:
-            items, self._pending = list(self._pending.values()), {}
-            await self._write(items, payload)
-        if self._stored and self._marked != self._stored[1] and not self._pending:
+            await self._write(self._payload)
+        if self._stored and self._marked != self._stored[1] and (probe_due or not self._pending):
             _, fingerprint = self._stored
             await self._store.mark(fingerprint)
             self._marked = fingerprint
 
     async def _probe(self) -> bool:
         """Return whether the database seems to be as it was left, at little cost."""
-        if self._stored is None:
+        if self._stored is None or self._marked is None:
             return False
-        if await self._store.holds(self._stored[1]):
+        if await self._store.holds(self._marked):
             return True
         self._marked = None
         return False
 
-    async def _write(self, items: Sequence[Item], payload: Payload) -> None:
+    async def _write(self, payload: Payload) -> None:
         """Write changed items, if the database can hold them and was not emptied."""
+        items, self._pending = list(self._pending.values()), {}
         self._written_at = clock.monotonic()
         if any(map(self._store.problem_with, items)) or not await self._store.upsert(items):
             self._marked = None
-            await self._compare(payload)
+            await self._compare()
             return
         if self._stored:
             before, fingerprint = self._stored
@@ -297,14 +301,16 @@ class DatabaseMirror:
             await self._store.holds(finish(Fingerprint.of(EMPTY)))
             self._end_outage()
 
-    async def _compare(self, payload: Payload) -> None:
+    async def _compare(self) -> None:
         """Compare all versions; write what differs, or ask upstream for all data."""
-        # Read before awaiting: updates that arrive meanwhile may be newer than `payload`.
+        if (payload := self._payload) is None:
+            return
+        # Read before awaiting: what arrives meanwhile is newer than `payload`, and written later.
         last_full_at = self._last_full_at
         storable = self._storable(payload)
         unusable = self._unusable | self._unstorable.keys()
         self._needs_compare, self._stored = False, None
-        self._pending.clear()
+        pending, self._pending = self._pending, {}
         versions = await self._store.versions()
         now = clock.monotonic()
         repair = self._reconciler.decide(now, versions, storable, unusable, last_full_at)
@@ -312,7 +318,7 @@ class DatabaseMirror:
         self._log_findings(repair)
         if repair.verdict.ask:
             self._resync()
-        await self._carry_out(repair, storable)
+        await self._carry_out(repair, storable, pending)
         if repair.verdict.replace and versions is not None:
             text = (
                 "%s held what upstream does not have, though it was asked for everything twice"
@@ -356,15 +362,16 @@ class DatabaseMirror:
             text = "%s holds other data than this relay (%s); asking upstream for everything"
             self._log.info(text, self._label, _names_text(verdict.ask))
 
-    async def _carry_out(self, repair: Repair, payload: Payload) -> None:
+    async def _carry_out(self, repair: Repair, payload: Payload, pending: Collection[Key]) -> None:
+        """Write the repair; changes that were pending are none, so they are not logged."""
         if repair.replaces or repair.outdated:
             self._written_at = clock.monotonic()
         if repair.replaces:
             await self._store.init(await self._with_kept(repair.kept, payload))
         elif repair.outdated:
             await self._store.upsert(repair.outdated)
-        if repair.size and not repair.fill:
-            self._log.info("%s brought up to date in %d items", self._label, repair.size)
+        if (repaired := len(repair.changed.difference(pending))) and not repair.fill:
+            self._log.info("%s brought up to date in %d items", self._label, repaired)
 
     async def _with_kept(self, kept: Collection[Key], payload: Payload) -> Payload:
         """Return the payload, but with the database's version of some items."""

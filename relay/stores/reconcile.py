@@ -77,9 +77,9 @@ class Repair:
         return self.fill or bool(self.surplus)
 
     @property
-    def size(self) -> int:
-        """Number of items that differ and are written."""
-        return len(self.surplus | {(item.kind, item.key) for item in self.outdated})
+    def changed(self) -> frozenset[Key]:
+        """Keys of the items that are written, replaced or removed."""
+        return self.surplus.union((item.kind, item.key) for item in self.outdated)
 
 
 class Reconciler:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -190,6 +192,60 @@ async def test_while_nothing_happens_no_item_is_read(server):
         await until(lambda: server.calls().get("hget", 0) > 5)
         assert "hgetall" not in server.calls()
         assert "hset" not in server.calls()
+
+
+@asynccontextmanager
+async def changing(site: Site) -> AsyncIterator[None]:
+    """Let items change so often that something always waits to be written."""
+
+    async def change() -> None:
+        for version in range(10, 100_000):
+            site.apply(ChangeSet((flag("lamp", version), flag(f"k{version % 5}", version))))
+            await asyncio.sleep(0.001)
+
+    task = asyncio.create_task(change())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_while_items_change_no_other_is_read(server, caplog):
+    """Probes know that what is not written yet is missing; nothing is repaired."""
+    caplog.set_level(logging.INFO)
+    async with Site(server, replace(TIMINGS, compare=NEVER)) as site:
+        site.update(START)
+        await site.wait_marked()
+        server.do("CONFIG", "RESETSTAT")
+        async with changing(site):
+            await until(lambda: server.calls().get("hget", 0) > 5)
+            assert "hgetall" not in server.calls()
+        await site.wait_equal()
+    assert caplog.messages == []
+
+
+async def test_a_comparison_while_items_change_repairs_nothing(server, caplog):
+    """Changes that wait to be written are written first."""
+    caplog.set_level(logging.INFO)
+    async with Site(server) as site:
+        site.update(START)
+        await site.wait_marked()
+        server.do("CONFIG", "RESETSTAT")
+        async with changing(site):
+            await until(lambda: server.calls().get("hgetall", 0) > 5)
+        await site.mirror.flushed()
+    assert caplog.messages == []
+
+
+async def test_a_loss_is_found_while_items_change(server):
+    """A probe is due at its time, however many writes come in between."""
+    async with Site(server, replace(TIMINGS, compare=NEVER)) as site:
+        site.update(START)
+        await site.wait_marked()
+        async with changing(site):
+            server.do("DEL", "p:segments")
+            await until(lambda: server.do("HLEN", "p:segments") == 1)
 
 
 async def test_relays_at_the_same_versions_share_a_fingerprint(server):

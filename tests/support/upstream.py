@@ -171,9 +171,10 @@ class ScriptedUpstream:
         await self.raw(key, data.delete(path, version))
 
     async def raw(self, key: str, content: bytes) -> None:
-        """Send bytes on the open streams of `key`."""
+        """Send bytes on the open streams of `key`; one whose client has gone gets nothing."""
         for stream in list(self._streams[key]):
-            await stream.write(content)
+            with contextlib.suppress(ConnectionResetError):
+                await stream.write(content)
 
     def close_streams(self, key: str | None = None) -> None:
         """Cut the open streams of `key`, or all, in the middle."""
