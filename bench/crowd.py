@@ -121,7 +121,10 @@ class Crowd(Closing):
 
     def _open(self) -> int:
         path = self._path(len(self._sockets))
-        client = socket.create_connection(self._address, timeout=30)
+        # Without a look-up of the address, which takes longer than the server needs to accept.
+        client = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        client.settimeout(30)
+        client.connect(self._address)
         if self._tls is not None:
             client = self._tls.wrap_socket(client)
         client.sendall(f"GET {path} HTTP/1.1\r\n{self._headers}".encode())

@@ -33,6 +33,7 @@ COMPRESSED = {**HEADERS, "Accept-Encoding": "gzip"}
 """Headers of SDKs, all of which want polls compressed."""
 UNJOURNALED = f"{sys.executable} -m bench.unjournaled --from-env"
 """Ours without the journal."""
+SETTLE_SECONDS = 1.0
 BURST = 3000
 """Patches at once, of which the cost of one is derived."""
 
@@ -50,14 +51,15 @@ def reconnect(server: Server, _: Certificate) -> Measured:
         basis = _basis_behind(session)
         figures = []
         for query in ("", f"?basis={basis}"):
-            cpu = session.process.cpu_seconds()
+            sleep(SETTLE_SECONDS)  # the end of the streams before is not theirs
+            cpu = session.process.own_cpu_seconds()
             path = STREAM + query
             with Crowd(
                 session.port, SDK_KEY, RECONNECTING, path=lambda _, path=path: path
             ) as crowd:
                 seconds = crowd.connect(marker=END, keep=TAIL_BYTES)
-                received = crowd.received
-            figures.append((seconds, session.process.cpu_seconds() - cpu, received))
+                cpu = session.process.own_cpu_seconds() - cpu
+                figures.append((seconds, cpu, crowd.received))
         (all_of_it, delta) = figures
     ratios = [part / whole_ for part, whole_ in zip(delta, all_of_it, strict=True)]
     return {
