@@ -163,6 +163,9 @@ class Journal:
         self._own_id = "r" + to_base64(blake2b(lineage.encode(), digest_size=6).digest())
         self.step = 0
         """Number of changes of the data so far; 0 before there are any."""
+        self.revision = 0
+        """Grows with each step, and with each other name for the same data: answers that were
+        encoded before are out of date."""
         self.latest: Full | Delta = MISSING
         """Answer to a client that had seen all before the last step."""
         self.answers = AnswerCounts()
@@ -275,6 +278,7 @@ class Journal:
         """
         before, self._payload = self._payload, payload
         self.step += 1
+        self.revision += 1
         self._answers.clear()
         self._take_name(selector, full=full)
         if self.step == 1:
@@ -308,6 +312,7 @@ class Journal:
             selector: the new name; None for none.
             full: True if upstream sent all data.
         """
+        self.revision += 1
         self._take_name(selector, full=full)
         if self.step and (self._selector or self.is_named):
             self._note_state(self._state, self.step)
@@ -367,6 +372,7 @@ class Journal:
         self.upstream, self._selector = saved.upstream, saved.selector
         self._verbatim = saved.verbatim
         self._payload, self.latest = payload, TOO_OLD
+        self.revision += 1
         self._note_state(self._state, self.step)  # another one, if the SDK key is
 
     def _begin_anew(self, payload: Payload) -> None:

@@ -252,13 +252,17 @@ class Channel(ABC, Generic[ClientT]):
         """Register a client and write its opening."""
         # The opening includes the pending changes, so they go to the earlier subscribers only.
         # Without an await between the three steps no change is lost or sent twice.
-        self._close_pending()
+        if self._is_pending:
+            self._close_pending()
         subscription = Subscription(self, transport, ends_at, count, grant)
         self._register(subscription, client)
         transport.set_protocol(subscription)
-        # In one call: each write is a packet, and may wake the client on its own.
-        if parts := [part for part in (head, self._opening_for(subscription)) if part]:
-            transport.writelines(parts)
+        opening = self._opening_for(subscription)
+        if head and opening:
+            # In one call: each write is a packet, and may wake the client on its own.
+            transport.writelines((head, opening))
+        elif head or opening:
+            transport.write(head or opening)
         return subscription
 
     def _register(self, subscription: Subscription, client: ClientT) -> None:

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from itertools import islice
 
 from relay import clock
-from relay.lru import LRUMap
 from relay.model.answers import AnswerCounter
-from relay.model.journal import MISSING, TOO_OLD, UNRELIABLE, Delta, Full, Journal
+from relay.model.journal import MISSING, TOO_OLD, UNRELIABLE, Full, Journal
 from relay.model.payload import Change, Payload
 from relay.protocol import fdv2
 from relay.streams.channel import FAN_OUT_SLICE, BroadcastChannel, Subscription
@@ -20,7 +19,8 @@ STREAM = "sdk/stream"
 """Name of the channel: the path of its route."""
 
 MAX_OPENINGS = 64
-"""Openings kept until the next change. After an outage most clients name one of a few states."""
+"""Openings kept until the next change. After an outage most clients name one of a few states; if
+they name more, all are made anew, of bytes that are shared for the most part."""
 
 MAX_WAIT = 3.0
 """Seconds for which a client waits that seems to be ahead of this relay: SDKs wait for longer, and
@@ -90,7 +90,10 @@ class DeltaChannel(BroadcastChannel[str]):
         super().__init__(FDv2Format(journal))
         self._journal = journal
         self._step = 0
-        self._openings: LRUMap[int | str, tuple[bytes, AnswerCounter]] = LRUMap(MAX_OPENINGS)
+        self._openings: dict[str, tuple[bytes, AnswerCounter]] = {}
+        """By the state that clients name."""
+        self._revision = 0
+        """Revision of the journal that the openings are of."""
         self._waiting: dict[Subscription, float] = {}
         """Clients without a message so far, and the monotonic time until which they wait."""
         self._timer: asyncio.TimerHandle | None = None
@@ -100,7 +103,6 @@ class DeltaChannel(BroadcastChannel[str]):
         if self._step == self._journal.step:
             return
         self._step = self._journal.step
-        self._openings.clear()
         super().publish(payload, change, since)
         if self._waiting:
             self._start(_CatchUp(self, self._waiting))
@@ -138,28 +140,33 @@ class DeltaChannel(BroadcastChannel[str]):
         return [each for each in self.subscriptions if each not in self._waiting]
 
     def _opening_for(self, subscription: Subscription) -> bytes:
+        if self._revision != self._journal.revision:
+            self._revision, self._opening = self._journal.revision, None
+            self._openings.clear()
         basis = self.subscriptions[subscription]
-        if self._payload is None or self._journal.is_behind(basis):
-            self._wait(subscription)
-            return b""
+        encoded = self._openings.get(basis)
+        if encoded is None:
+            if self._payload is None or self._journal.is_behind(basis):
+                self._wait(subscription)
+                return b""
+            encoded = self._encode(self._payload, basis)
         # After its first message the client has taken more than its basis says.
         self.subscriptions[subscription] = UNRELIABLE
-        opening, counter = self._encoded_answer(self._payload, self._journal.answer(basis))
+        opening, counter = encoded
         counter.add()
         return opening
 
-    def _encoded_answer(
-        self, payload: Payload, answer: Full | Delta
-    ) -> tuple[bytes, AnswerCounter]:
-        key = answer.cause if isinstance(answer, Full) else answer.key
-        encoded = self._openings.get(key)
-        if encoded is None:
-            if isinstance(answer, Full) and answer is not MISSING:
-                opening = self._encoded_opening()
-            else:
-                opening = encode_chunk(fdv2.stream(fdv2.respond(self._journal, payload, answer)))
-            encoded = opening, self._journal.counter(answer)
-            self._openings.put(key, encoded)
+    def _encode(self, payload: Payload, basis: str) -> tuple[bytes, AnswerCounter]:
+        """Return the opening for those who name a state, and its counter."""
+        journal = self._journal
+        answer = journal.answer(basis)
+        if isinstance(answer, Full) and answer is not MISSING:
+            opening = self._encoded_opening()
+        else:
+            opening = encode_chunk(fdv2.stream(fdv2.respond(journal, payload, answer)))
+        if len(self._openings) >= MAX_OPENINGS:
+            self._openings.clear()
+        encoded = self._openings[basis] = opening, journal.counter(answer)
         return encoded
 
     def _wait(self, subscription: Subscription) -> None:

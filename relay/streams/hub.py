@@ -158,10 +158,11 @@ class Hub:
             client: the channel's own data about the client; None for broadcast channels.
             grant: opened the environment; the stream ends with it. None if it lasts for ever.
         """
-        self._keep_ticking()
+        if self._ticker is None:
+            self._start_ticking()
         count = count or MetricValue()
         count.value += 1
-        ends_at = self._new_end_time()
+        ends_at = self._new_end_time() if self._limits.max_connection_time > 0 else 0.0
         channel = self._channels[stream]
         subscription = channel.subscribe(transport, head, ends_at, count, client, grant=grant)
         if self._closing or (grant is not None and grant.revoked):
@@ -208,18 +209,14 @@ class Hub:
         return [s for c in channels for s in c.subscriptions if grant is None or s.grant is grant]
 
     def _new_end_time(self) -> float:
-        max_time = self._limits.max_connection_time
-        if max_time <= 0:
-            return 0.0
         jitter = randomness.fraction() * CONNECTION_TIME_JITTER
-        return clock.monotonic() + max_time * (1 - jitter)
+        return clock.monotonic() + self._limits.max_connection_time * (1 - jitter)
 
-    def _keep_ticking(self) -> None:
-        if self._ticker is None:
-            now = clock.monotonic()
-            interval = self._limits.heartbeat_interval
-            self._next_heartbeat = now + interval if interval > 0 else math.inf
-            self._schedule_tick(now)
+    def _start_ticking(self) -> None:
+        now = clock.monotonic()
+        interval = self._limits.heartbeat_interval
+        self._next_heartbeat = now + interval if interval > 0 else math.inf
+        self._schedule_tick(now)
 
     def _schedule_tick(self, now: float) -> None:
         delay = min(self._sweep_interval, self._next_heartbeat - now)

@@ -47,6 +47,15 @@ class RequestLabels(NamedTuple):
 Counts = defaultdict[RequestLabels, MetricValue]
 
 
+class StreamCounts(NamedTuple):
+    """Counts that a new stream adds to."""
+
+    requests: MetricValue
+    opened: MetricValue
+    open: MetricValue
+    """Its user adds the stream, and subtracts it at its end."""
+
+
 class RequestMetrics:
     """Counts of requests and streams since the start, and of open streams."""
 
@@ -69,6 +78,10 @@ class RequestMetrics:
         """Log each request from now on, or no longer, as the log's level says; return if new."""
         before, self.logs = self.logs, _log.isEnabledFor(logging.DEBUG)
         return self.logs is not before
+
+    def stream_counts(self, labels: RequestLabels) -> StreamCounts:
+        """Return the counts of streams with these labels, to be kept by whoever opens many."""
+        return StreamCounts(self.requests[labels], self.new_streams[labels], self.streams[labels])
 
     def user_agent(self, own: bytes, general: bytes) -> str:
         """Return the label of a client's user agent.

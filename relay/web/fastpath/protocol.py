@@ -9,7 +9,6 @@ same routes and gives the same bytes.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from typing import Any, cast
@@ -18,9 +17,7 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from relay.clock import monotonic
-from relay.model.metrics import MetricValue
 from relay.streams.transport import StreamTransport
-from relay.telemetry.traffic import RequestLabels
 from relay.web.access_log import LoggedTransport, log_request
 from relay.web.fastpath.application import ApplicationProtocol
 from relay.web.fastpath.cache import CLOSING, WireResponse
@@ -30,7 +27,6 @@ from relay.web.fastpath.events import CHUNKED, EventUpload, only_chunk
 from relay.web.fastpath.heads import END, EVALUATION_STARTS, RequestHead, read_head
 from relay.web.fastpath.shared import FastPath, SweptConnection
 from relay.web.fastpath.streams import StreamRequest
-from relay.web.responses import Headers
 
 MAX_HEADS_REMEMBERED = 32
 """Maximum number of upload heads remembered from one connection: enough for the clients behind a
@@ -74,17 +70,17 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
 
     Args:
         shared: state shared by all connections.
-        server_state: uvicorn's state of the server.
-        make_application: makes the protocol for requests that the application answers.
+        config, server_state, app_state: as in uvicorn's protocol.
     """
 
     __slots__ = (
+        "_app_state",
         "_application",
+        "_config",
         "_deferred",
         "_heads_remembered",
         "_last_activity",
         "_last_backlog",
-        "_make_application",
         "_pending",
         "_received",
         "_server_state",
@@ -98,14 +94,18 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
     def __init__(
         self,
         shared: FastPath,
+        config: Config,
         server_state: ServerState,
-        make_application: Callable[[], ApplicationProtocol],
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._shared = shared
+        self._config = config
         self._server_state = server_state
-        self._make_application = make_application
+        self._app_state = app_state
         self._state = CLOSED
-        self._transport: asyncio.Transport = cast("asyncio.Transport", None)
+        self._transport: asyncio.Transport
+        """Set when the connection is made."""
         self._application: ApplicationProtocol | None = None
         """Made for the first request that the application answers."""
         self._upload: EventUpload | None = None
@@ -133,8 +133,8 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note the transport; the addresses are only looked up for the application."""
-        # uvicorn's set of protocols; its type names uvicorn's own.
-        self._server_state.connections.add(cast("Any", self))
+        connections: set[Any] = self._server_state.connections  # the type names uvicorn's own
+        connections.add(self)
         self._transport = cast("asyncio.Transport", transport)
         self._state = READY
 
@@ -161,7 +161,8 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release the memory of the upload, and end the application's request."""
-        self._server_state.connections.discard(cast("Any", self))
+        connections: set[Any] = self._server_state.connections
+        connections.discard(self)
         self._state, self._deferred = CLOSED, b""
         if self._upload is not None:
             self._upload.release()
@@ -330,7 +331,9 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
     def _pass_on(self, data: bytes) -> None:
         """Let the application answer a request that begins with these bytes."""
         if self._application is None:
-            self._application = self._make_application()
+            self._application = ApplicationProtocol(
+                self._shared, self._config, self._server_state, self._app_state
+            )
             self._application.connection_made(self._transport)
             # The server knows this protocol; it must not shut down both.
             self._application.connections.discard(self._application)
@@ -365,13 +368,16 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
             request: what the client wants.
             head: of the request; needed only if requests are logged.
         """
-        shared = self._shared
+        shared, state = self._shared, self._server_state
+        connections: set[Any] = state.connections
+        connections.discard(self)
         self._state = CLOSED
-        self._server_state.total_requests += 1
-        self._server_state.connections.discard(cast("Any", self))
-        count = self._count_stream(request.labels)
+        state.total_requests += 1
+        counts = request.counts
+        counts.requests.value += 1
+        counts.opened.value += 1
         transport: StreamTransport = self._transport
-        start = _stream_head(request.headers, shared.date)
+        start = request.to_wire(shared.date)
         if shared.traffic.logs and head is not None:
             log_request(log_line(head, 200, None))
             self._transport.write(start)
@@ -379,14 +385,7 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
             transport, start = logged, b""
         self._application = None
         hub, grant = request.grant.environment.hub, request.grant
-        hub.subscribe(request.name, transport, start, count, request.client, grant=grant)
-
-    def _count_stream(self, labels: RequestLabels) -> MetricValue:
-        """Count a new stream; return the counter of open ones."""
-        traffic = self._shared.traffic
-        traffic.requests[labels].value += 1
-        traffic.new_streams[labels].value += 1
-        return traffic.streams[labels]
+        hub.subscribe(request.name, transport, start, counts.open, request.client, grant=grant)
 
     # Uploads
 
@@ -480,21 +479,6 @@ def _is_successful(stored: asyncio.Future[bool]) -> bool:
     return stored.done() and not stored.cancelled() and stored.exception() is None
 
 
-def _stream_head(headers: Headers, date: bytes) -> bytes:
-    lines = (b"%b: %b\r\n" % header for header in headers)
-    return b"HTTP/1.1 200 OK\r\n" + b"".join(lines) + b"transfer-encoding: chunked\r\n" + date
-
-
 def protocol_factory(shared: FastPath) -> type[asyncio.Protocol]:
     """Return the factory of connection protocols, for uvicorn's option `http`."""
-
-    def make_protocol(
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> FastHTTPProtocol:
-        make_application = partial(ApplicationProtocol, shared, config, server_state, app_state)
-        return FastHTTPProtocol(shared, server_state, make_application)
-
-    return cast("type[asyncio.Protocol]", make_protocol)
+    return cast("type[asyncio.Protocol]", partial(FastHTTPProtocol, shared))

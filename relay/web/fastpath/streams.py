@@ -6,7 +6,7 @@ from relay.environment import Environment
 from relay.evaluation.client import EvalClient
 from relay.registry import Grant
 from relay.streams.deltas import STREAM as DELTAS
-from relay.telemetry.traffic import RequestLabels, RequestMetrics
+from relay.telemetry.traffic import RequestMetrics, StreamCounts
 from relay.web.bases import Bases, is_cacheable
 from relay.web.cache import ANY_PAYLOAD, CacheEntry
 from relay.web.cors import cors_lines, with_cors
@@ -32,12 +32,24 @@ class StreamRequest(CacheEntry, eq=False):
     """Opens the environment; the stream ends with it."""
     name: str
     """Name of the format or channel."""
-    headers: Headers
-    """Headers of the response."""
-    labels: RequestLabels
-    """Labels of the metrics that count the stream."""
+    head: bytes
+    """Status line and headers of the response, each with its CRLF, without `Date`."""
+    counts: StreamCounts
+    """Count the stream."""
     client: EvalClient | str | None = None
     """See `ClientStream`."""
+    _date: bytes = b""
+    _assembled: bytes = b""
+
+    def to_wire(self, date: bytes) -> bytes:
+        """Return the head of the response; assembled once a second.
+
+        Args:
+            date: the `Date` header and the blank line that ends a head.
+        """
+        if self._date is not date:
+            self._date, self._assembled = date, self.head + date
+        return self._assembled
 
 
 def stream_request(
@@ -59,10 +71,16 @@ def stream_request(
     if route.for_browsers:
         origin = head.headers.get(b"origin", b"")
         headers = with_cors(headers, cors_lines(environment.spec, origin, route))
-    labels = access.labels(traffic, "GET", head.headers)
+    counts = traffic.stream_counts(access.labels(traffic, "GET", head.headers))
     grant, client = access.grant, stream.client
     cacheable = not head.segment and (stream.name != DELTAS or is_cacheable(head.headers))
     size = REQUEST_SIZE if cacheable else 0
+    start = _response_head(headers)
     return StreamRequest(
-        environment, ANY_PAYLOAD, grant, stream.name, headers, labels, client, size=size
+        environment, ANY_PAYLOAD, grant, stream.name, start, counts, client, size=size
     )
+
+
+def _response_head(headers: Headers) -> bytes:
+    lines = (b"%b: %b\r\n" % header for header in headers)
+    return b"HTTP/1.1 200 OK\r\n" + b"".join(lines) + b"transfer-encoding: chunked\r\n"
