@@ -27,7 +27,8 @@ MAX_BATCH = 128
 """Context keys that are read in one request: a millisecond of unpacking."""
 
 MAX_CHANGED = 10_000
-"""Hashes of changed memberships that are gathered; beyond that, all count as changed."""
+"""Hashes of changed memberships that are gathered, and sent to workers; beyond that, all count as
+changed."""
 
 
 STALE = 120.0
@@ -120,6 +121,11 @@ class BigSegments:
         """Set by the one who builds it; None if nothing may be asked of upstream."""
         self.on_change: Callable[[frozenset[str] | None], None] = lambda _hashes: None
         """Called with the hashes of context keys whose memberships have changed; None for all."""
+        self.on_status: Callable[[], None] = lambda: None
+        """Called when memberships that are read from now on have another status."""
+        self.watches_cursor = True
+        """True if memberships have changed when the cursor moves; False if somebody else tells
+        which ones."""
         self.reads = 0
         """Number of context keys whose memberships were read."""
         self.failed_reads = 0
@@ -261,7 +267,8 @@ class BigSegments:
             else:
                 text = "The time of the last synchronization in %s is no number; members are stale"
                 self._odd_time.begin("no number", text, self.store.label)
-            if before is not None and metadata.cursor != before.cursor:
+            is_moved = before is not None and metadata.cursor != before.cursor
+            if is_moved and self.watches_cursor:
                 self._note_move()
 
     def _note_move(self) -> None:
@@ -317,6 +324,7 @@ class BigSegments:
         if status is not self._status:
             self._status = status
             self._drop(None)
+            self.on_status()
 
     # Memberships
 
@@ -461,7 +469,7 @@ class BigSegments:
 
 def _joined(gathered: set[str] | None, hashes: frozenset[str] | None) -> set[str] | None:
     """Return hashes that were gathered with others; None if these are all, or too many."""
-    if gathered is None or hashes is None or len(gathered) > MAX_CHANGED:
+    if gathered is None or hashes is None or len(gathered) + len(hashes) > MAX_CHANGED:
         return None
     gathered |= hashes
     return gathered

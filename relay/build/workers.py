@@ -27,6 +27,13 @@ _numbers = count()
 class FeederParts(EnvironmentParts):
     """Makes environments whose streams are open in workers."""
 
+    def environment(self, spec: EnvironmentSpec, source: DataSource | None = None) -> Environment:
+        """Return a new environment, which tells the workers of its big segments."""
+        environment = super().environment(spec, source)
+        if environment.big_segments is not None and isinstance(environment.hub, WorkersHub):
+            environment.big_segments.on_status = environment.hub.publish_memberships_status
+        return environment
+
     def _hub(self, programs: ProgramCache, journal: Journal, _big_segments: object) -> Hub:
         return WorkersHub(next(_numbers), programs, journal)
 
@@ -48,8 +55,13 @@ class WorkerParts(EnvironmentParts):
         return WorkerHub(formats, limits, channels, SettledPings(main.ping_stream_jitter_time))
 
     def environment(self, spec: EnvironmentSpec, source: DataSource | None = None) -> Environment:
-        """Return a new environment, which begins with the feeder's journal."""
+        """Return a new environment, which begins with the feeder's journal.
+
+        The feeder tells which memberships in big segments change, this relay's or another one's.
+        """
         environment = super().environment(spec, source)
+        if environment.big_segments is not None:
+            environment.big_segments.watches_cursor = False
         if isinstance(source, FeederSource):
             environment.mirrors = (FedJournal(source),)
         return environment

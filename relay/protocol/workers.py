@@ -133,11 +133,12 @@ class Refused(_Message, frozen=True, tag=17):
 
 
 class Memberships(_Message, frozen=True, tag=5):
-    """Memberships in big segments have changed.
+    """Memberships in big segments have changed, or their status.
 
     Args:
         number: of the environment.
-        hashes: of the context keys; None if they are unknown.
+        hashes: of the context keys; none if the status has changed only, None if they are unknown
+            or too many.
     """
 
     number: int

@@ -236,6 +236,8 @@ class FedEnvironments:
         else:
             environment, source = known
             source.begin(number)
+            if number not in self._present:
+                _forget_memberships(environment)
             if environment.spec != spec:
                 self._parts.change(environment, spec)
                 self._relay.change(environment, spec)
@@ -265,7 +267,17 @@ class FedEnvironments:
         self._present[number][0].connection.enter(ConnectionState.OFF)
 
     def forget_memberships(self, message: Memberships) -> None:
-        """Let memberships in big segments be read again."""
+        """Let memberships in big segments that have changed be read again, and their status."""
         big_segments = self._present[message.number][0].big_segments
-        if big_segments is not None:
+        if big_segments is None:
+            return
+        big_segments.look()
+        if message.hashes is None or message.hashes:
             big_segments.changed(message.hashes)
+
+
+def _forget_memberships(environment: Environment) -> None:
+    """Let memberships be read again: the former feeder may not have told of the last changes."""
+    big_segments = environment.big_segments
+    if big_segments is not None and big_segments.in_use:
+        big_segments.changed(None)

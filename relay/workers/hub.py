@@ -138,6 +138,10 @@ class WorkersHub(Hub):
         """Let the workers know that memberships in big segments have changed."""
         self._write(self._workers, [frame(Memberships(self.number, hashes))])
 
+    def publish_memberships_status(self) -> None:
+        """Let the workers know that memberships in big segments have another status."""
+        self.publish_memberships(frozenset())
+
     def _all(self, payload: Payload) -> Iterator[bytes]:
         return self._parts(payload, full=True, journal=self._journal.saved(payload))
 

@@ -9,7 +9,7 @@ import tracemalloc
 from contextlib import asynccontextmanager
 
 from relay import clock
-from relay.bigsegments.environment import MAX_KNOWN, BigSegments, BigSegmentTimings
+from relay.bigsegments.environment import MAX_CHANGED, MAX_KNOWN, BigSegments, BigSegmentTimings
 from relay.errors import StoreUnavailable
 from relay.evaluation.results import BigSegmentsStatus as Status
 from relay.protocol.bigsegments import context_hash
@@ -263,6 +263,34 @@ async def test_changes_that_nobody_asks_for_take_no_memory():
         tracemalloc.stop()
         assert grown < 4_000_000
         assert not await site.is_member("ann")
+
+
+@timed
+async def test_one_patch_with_very_many_members_counts_as_all():
+    """No notice names more than `MAX_CHANGED`, however they came."""
+    async with in_use() as site:
+        most = frozenset(map(str, range(MAX_CHANGED)))
+        site.big_segments.changed(most)
+        await asyncio.sleep(1.1)
+        site.big_segments.changed(most | {"one more"})
+        await asyncio.sleep(1.1)
+        assert site.notices == [most, None]
+
+
+@timed
+async def test_who_is_told_of_changes_looks_at_no_cursor():
+    """Its status is looked at all the same, and whoever wants to know hears when it changes."""
+    async with in_use() as site:
+        statuses = []
+        site.big_segments.on_status = lambda: statuses.append(site.big_segments.age)
+        site.big_segments.watches_cursor = False
+        site.store.include("ann")
+        assert await site.is_member("ann")
+        site.store.cursor, site.store.now = "v2", clock.unix() - 200
+        await asyncio.sleep(5.1)
+        assert site.notices == []
+        assert await site.status("ann") is Status.STALE
+        assert len(statuses) == 1
 
 
 @timed

@@ -210,17 +210,17 @@ class Stream:
         lines = self.head.decode().split("\r\n")[1:-2]
         return {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
 
-    async def chunk(self) -> bytes:
+    async def chunk(self, within: float = 5) -> bytes:
         """Return the next chunk; empty for the last."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(within):
             size = int(await self._reader.readuntil(b"\r\n"), 16)
             return (await self._reader.readexactly(size + 2))[:-2]
 
-    async def until(self, end: bytes) -> bytes:
+    async def until(self, end: bytes, within: float = 5) -> bytes:
         """Return the bytes of the body up to and including `end`."""
         received = b""
         while not received.endswith(end):
-            chunk = await self.chunk()
+            chunk = await self.chunk(within)
             assert chunk, received
             received += chunk
         return received
