@@ -99,7 +99,8 @@ class RedisClient:
         Commands for one server go in one batch, all batches at a time.
 
         Args:
-            commands: the first argument of each is its only key, or all its keys are in one slot.
+            commands: the first argument of each is its only key, or all its keys are in one slot;
+                the keys of a script follow their number.
 
         Raises:
             StoreUnavailable: a server cannot be reached, or refuses.
@@ -120,7 +121,7 @@ class RedisClient:
                     continue
                 command = commands[index]
                 replies[index] = await self._run(
-                    self._slot(command[1]), partial(_execute, command), asked
+                    self._slot(_key_of(command)), partial(_execute, command), asked
                 )
             if not waiting:
                 return replies
@@ -136,13 +137,13 @@ class RedisClient:
         """
         groups: dict[Address, list[int]] = {}
         for index in indexes:
-            address = await self._placement.address_of(self._slot(commands[index][1]))
+            address = await self._placement.address_of(self._slot(_key_of(commands[index])))
             groups.setdefault(address, []).append(index)
 
         async def fill(those: Sequence[int]) -> None:
             batch = [commands[index] for index in those]
             got = await self._run(
-                self._slot(batch[0][1]),
+                self._slot(_key_of(batch[0])),
                 lambda connection: connection.execute_all(batch, return_errors=True),
             )
             for index, reply in zip(those, got, strict=True):
@@ -161,6 +162,10 @@ class RedisClient:
         if not self._placement.is_cluster:
             return 0
         return key_slot(key.encode() if isinstance(key, str) else key)
+
+
+def _key_of(command: Command) -> str | bytes:
+    return command[3 if command[0] == "EVAL" else 1]
 
 
 async def _execute(command: Command, connection: RedisConnection) -> Any:
