@@ -22,6 +22,7 @@ from tests.support.data import all_data, flag, segment
 from tests.support.dynamodb import VARIABLES, DynamoDBServer
 from tests.support.process import PATIENCE, ROOT
 from tests.support.redis import RedisServer
+from tests.support.rediscluster import Cluster, wait_until
 from tests.support.serving import SDK_KEY
 from tests.support.upstream import ScriptedUpstream, ThreadedUpstream, in_thread
 
@@ -192,6 +193,54 @@ def test_a_table_of_dynamodb_is_brought_up_to_date(call, upstream, monkeypatch):
         status, said = call(http(BODY, sign(BODY, Secret(SECRET))), seconds=4)
         assert status == 502
         assert "problem" in said["environments"]["main"]
+
+
+@pytest.mark.parametrize("prefix", ["shop", "{shop}"])
+def test_a_cluster_is_brought_up_to_date(call, upstream, cluster, monkeypatch, prefix):
+    """With any prefix: first all, then the difference, then what a master has lost."""
+    settings = {"REDIS_URL": cluster.url, "REDIS_CLUSTER": "true", "LD_PREFIX_main": prefix}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    upstream.do("serve", SDK_KEY, all_data(flag(), flag("other"), segment()))
+    counts = {"added": 3, "updated": 0, "deleted": 0, "kept": 0, "items": 3}
+
+    def bring_up_to_date(version: int) -> tuple[int, dict]:
+        body = announcing(version, f"cluster-{prefix}-{version}")
+        return call(http(body, sign(body, Secret(SECRET))))
+
+    for version in (1, 2):
+        status, said = bring_up_to_date(version)
+        assert (status, said["environments"]["main"]) == (200, counts)
+        flags = cluster.hash(f"{prefix}:features")
+        assert json.loads(flags["lamp"])["version"] == version
+        assert cluster.do("EXISTS", f"{prefix}:$inited")
+        upstream.do("serve", SDK_KEY, all_data(flag(version=2), flag("other"), segment()))
+        counts |= {"added": 0, "updated": 1}
+    cluster.do("DEL", f"{prefix}:segments")
+    upstream.do("serve", SDK_KEY, all_data(flag(version=3), flag("other"), segment()))
+    status, said = bring_up_to_date(3)
+    assert (status, said["environments"]["main"]) == (200, counts | {"added": 1})
+    assert cluster.hash(f"{prefix}:segments").keys() == {"crowd"}
+
+
+def test_a_cluster_that_lacks_a_master_is_a_failure(call, upstream, tmp_path, monkeypatch):
+    """LaunchDarkly calls again, and then it is brought up to date."""
+    with Cluster(tmp_path) as cluster:
+        monkeypatch.setenv("REDIS_URL", cluster.url)
+        monkeypatch.setenv("REDIS_CLUSTER", "true")
+        master = cluster.master_of("launchdarkly:features")
+        master.kill()
+        body = announcing(1, "a-master-is-away")
+        status, said = call(http(body, sign(body, Secret(SECRET))), seconds=4)
+        assert status == 502
+        assert "problem" in said["environments"]["main"]
+        master.start()
+        wait_until(
+            lambda: all(s.do("CLUSTER INFO")["cluster_state"] == "ok" for s in cluster.servers)
+        )
+        status, _ = call(http(body, sign(body, Secret(SECRET))))
+        assert status == 200
+        assert cluster.hash("launchdarkly:features").keys() == {"lamp"}
 
 
 def test_one_destination_that_fails_is_a_failure(call, redis, monkeypatch):
