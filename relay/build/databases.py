@@ -98,17 +98,17 @@ def _dynamodb(options: DynamoDB) -> Database:
     connection = connect(options.url, os.environ)
 
     def store_for(spec: EnvironmentSpec) -> DataStore:
-        return DynamoDBStore(connection.lease(), spec.table, spec.prefix)
+        return DynamoDBStore(connection.share(), spec.table, spec.prefix)
 
     def big_segments_for(spec: EnvironmentSpec) -> BigSegmentStore:
-        return DynamoDBBigSegmentStore(connection.lease(), spec.table, spec.prefix)
+        return DynamoDBBigSegmentStore(connection.share(), spec.table, spec.prefix)
 
     def list_for(auto: AutoConfig) -> ListStore:
         from relay.stores.dynamodb.list import DynamoDBList
 
-        lease, key = connection.lease(), AutoConfigKey(auto.key.reveal())
+        share, key = connection.share(), AutoConfigKey(auto.key.reveal())
         table, secret = options.table_name, auto.cache_encryption_key
-        return DynamoDBList(lease, table, auto.cache_key, key, secret)
+        return DynamoDBList(share, table, auto.cache_key, key, secret)
 
     has_list = list_for if options.table_name else None
     return Database("dynamodb", store_for, big_segments_for, has_list, has_tables=True)

@@ -163,7 +163,7 @@ def _members_store(options: argparse.Namespace) -> BigSegmentStore:
         text = "--dynamodb needs the libraries for AWS: pip install 'relay[aws]'"
         raise EvalError(text) from e
     connection = connect("", os.environ)
-    return DynamoDBBigSegmentStore(connection.lease(), options.dynamodb, options.prefix)
+    return DynamoDBBigSegmentStore(connection.share(), options.dynamodb, options.prefix)
 
 
 def _parse_option(option: str, kind: OptionType, text: str) -> Any:

@@ -297,7 +297,7 @@ async def test_where_region_and_credentials_come_from(step, proxy, sources, monk
         with pytest.raises(ConfigError, match="missing"):
             connect(endpoint, os.environ)
         return
-    store = DynamoDBStore(connect(endpoint, os.environ).lease(), "t", "pre")
+    store = DynamoDBStore(connect(endpoint, os.environ).share(), "t", "pre")
     try:
         if not step["requests to the database"]:
             with pytest.raises(StoreUnavailable, match="there are no AWS credentials"):

@@ -251,7 +251,7 @@ def failure(code: str, status: int = 400) -> Answer:
 
 def store_in(url: str, table: str, prefix: str = "p") -> DynamoDBStore:
     """Return the store of one environment, with a connection of its own."""
-    return DynamoDBStore(connect(url, VARIABLES).lease(), table, prefix)
+    return DynamoDBStore(connect(url, VARIABLES).share(), table, prefix)
 
 
 @pytest.fixture(autouse=True)

@@ -56,7 +56,7 @@ class _Client:
 class AWSConnection:
     """The one client of a service. Make it before the event loop is busy.
 
-    The first request opens it, in its event loop, and the last lease closes it.
+    The first request opens it, in its event loop, and the last share closes it.
 
     Args:
         service: name of the service, such as `s3`.
@@ -83,28 +83,28 @@ class AWSConnection:
             ).merge(config),
         }
         self._service = service
-        self._leases: set[Lease] = set()
+        self._shares: set[Share] = set()
         self._opening = asyncio.Lock()
         self._places = asyncio.Semaphore(MAX_CONCURRENT)
         self._current: _Client | None = None
 
     def __repr__(self) -> str:
-        return f"<AWSConnection to {self.server or self._service!r} of {len(self._leases)} leases>"
+        return f"<AWSConnection to {self.server or self._service!r} of {len(self._shares)} shares>"
 
-    def lease(self) -> Lease:
+    def share(self) -> Share:
         """Return a share in the client, for one store."""
-        return Lease(self)
+        return Share(self)
 
-    async def release(self, lease: Lease) -> None:
-        """Note that a lease is over; close the client with the last one."""
-        self._leases.discard(lease)
-        if not self._leases:
+    async def release(self, share: Share) -> None:
+        """Note that a share has ended; close the client with the last one."""
+        self._shares.discard(share)
+        if not self._shares:
             await self._replace(self._current)
 
     @contextlib.asynccontextmanager
-    async def client(self, lease: Lease) -> AsyncIterator[Any]:
+    async def client(self, share: Share) -> AsyncIterator[Any]:
         """Lend the client for one request; wait while too many are under way."""
-        self._leases.add(lease)
+        self._shares.add(share)
         async with self._places:
             lent = await self._opened()
             lent.users += 1
@@ -139,7 +139,7 @@ class AWSConnection:
             return self._current
 
 
-class Lease:
+class Share:
     """Share of one store in the connection.
 
     Args:

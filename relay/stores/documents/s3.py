@@ -17,7 +17,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from relay.errors import StoreUnavailable
 from relay.protocol.document import MAX_SIZE
 from relay.reasons import shorten
-from relay.stores.aws.connection import AWSConnection, Lease, error_code, reason_of
+from relay.stores.aws.connection import AWSConnection, Share, error_code, reason_of
 from relay.stores.documents import DocumentChanged
 from relay.stores.documents.location import Location
 
@@ -61,9 +61,9 @@ class S3Connection:
     def __repr__(self) -> str:
         return f"<S3Connection {self._connection!r}>"
 
-    def lease(self) -> Lease:
+    def share(self) -> Share:
         """Return a share in the client, for one place."""
-        return self._connection.lease()
+        return self._connection.share()
 
 
 class S3Place:
@@ -79,7 +79,7 @@ class S3Place:
         self.in_gzip = location.in_gzip
         self._object = {"Bucket": location.bucket, "Key": location.path}
         self._connection = connection
-        self._lease = connection.lease()
+        self._share = connection.share()
 
     def __repr__(self) -> str:
         return f"<S3Place {self.url}>"
@@ -157,7 +157,7 @@ class S3Place:
             DocumentChanged: a condition of the request does not hold.
         """
         try:
-            async with asyncio.timeout(REQUEST_TIMEOUT), self._lease.client() as client:
+            async with asyncio.timeout(REQUEST_TIMEOUT), self._share.client() as client:
                 yield client
         except ClientError as e:
             if error_code(e) in _CHANGED:
@@ -177,7 +177,7 @@ class S3Place:
 
     async def aclose(self) -> None:
         """Close the client if this is the last place."""
-        await self._lease.aclose()
+        await self._share.aclose()
 
 
 def _is_unknown_to_service(error: BaseException | None) -> bool:

@@ -17,7 +17,7 @@ from relay import clock
 from relay.errors import StoreUnavailable
 from relay.protocol.bigsegments import Members, Patch
 from relay.stores import label_of
-from relay.stores.aws.connection import Lease, error_code
+from relay.stores.aws.connection import Share, error_code
 from relay.stores.bigsegments import Metadata
 from relay.stores.dynamodb.layout import Attributes
 from relay.stores.dynamodb.table import ConditionFailed, Table, pause
@@ -49,7 +49,7 @@ class DynamoDBBigSegmentStore:
 
     lease_lifetime = LEASE
 
-    def __init__(self, connection: Lease, table: str, prefix: str) -> None:
+    def __init__(self, connection: Share, table: str, prefix: str) -> None:
         self._table = Table(connection, table)
         self._prefix = prefix
         start = f"{prefix}:" if prefix else ""

@@ -15,7 +15,7 @@ from relay.aio import in_thread
 from relay.errors import InvalidData
 from relay.model.credential import AutoConfigKey, Secret
 from relay.protocol.environmentlist import EnvironmentList, entries_of, is_name
-from relay.stores.aws.connection import Lease
+from relay.stores.aws.connection import Share
 from relay.stores.dynamodb.layout import Attributes
 from relay.stores.dynamodb.table import Table
 from relay.stores.sealing import SealedEntries
@@ -33,7 +33,7 @@ class DynamoDBList:
     """
 
     def __init__(
-        self, connection: Lease, table: str, key: str, owner: AutoConfigKey, encryption_key: Secret
+        self, connection: Share, table: str, key: str, owner: AutoConfigKey, encryption_key: Secret
     ) -> None:
         self._table = Table(connection, table)
         self._namespace = key

@@ -14,7 +14,7 @@ from relay.errors import StoreUnavailable
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
 from relay.stores import Stored, Versions
-from relay.stores.aws.connection import Lease
+from relay.stores.aws.connection import Share
 from relay.stores.dynamodb.layout import (
     FINGERPRINT,
     Attributes,
@@ -49,7 +49,7 @@ class DynamoDBStore:
         prefix: prefix of the namespaces; may be empty.
     """
 
-    def __init__(self, connection: Lease, table: str, prefix: str) -> None:
+    def __init__(self, connection: Share, table: str, prefix: str) -> None:
         self._table = Table(connection, table)
         self._layout = Layout(prefix)
         self.table = table

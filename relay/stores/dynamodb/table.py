@@ -12,7 +12,7 @@ from relay import randomness
 from relay.backoff import Backoff
 from relay.errors import RelayError, StoreUnavailable
 from relay.reasons import shorten
-from relay.stores.aws.connection import Lease, error_code
+from relay.stores.aws.connection import Share, error_code
 from relay.stores.dynamodb.connect import unavailable
 from relay.stores.dynamodb.layout import Attributes, in_batches
 
@@ -59,7 +59,7 @@ class Table:
         name: name of the table.
     """
 
-    def __init__(self, connection: Lease, name: str) -> None:
+    def __init__(self, connection: Share, name: str) -> None:
         self._connection = connection
         self.name = name
         self.server = connection.server

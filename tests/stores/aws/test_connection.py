@@ -51,7 +51,7 @@ class OfDynamoDB:
     """An environment in a table, behind a guard."""
 
     def __init__(self, guard: Guard, table: str) -> None:
-        self._store = DynamoDBStore(connect(guard.url, os.environ).lease(), table, "p")
+        self._store = DynamoDBStore(connect(guard.url, os.environ).share(), table, "p")
         self.aclose = self._store.aclose
 
     async def ask(self) -> None:

@@ -17,7 +17,7 @@ USERS = "p:big_segments_user"
 
 
 def members_in(url: str, table: str, prefix: str = "p") -> DynamoDBBigSegmentStore:
-    return DynamoDBBigSegmentStore(connect(url, VARIABLES).lease(), table, prefix)
+    return DynamoDBBigSegmentStore(connect(url, VARIABLES).share(), table, prefix)
 
 
 @pytest.fixture

@@ -32,8 +32,8 @@ LIST = EnvironmentList(
 async def stored(
     table: Table, owner: str = KEY, secret: str = "", url: str = ""
 ) -> AsyncIterator[DynamoDBList]:
-    lease = connect(url or table.server.url, VARIABLES).lease()
-    place = DynamoDBList(lease, table.name, "cache", AutoConfigKey(owner), Secret(secret))
+    share = connect(url or table.server.url, VARIABLES).share()
+    place = DynamoDBList(share, table.name, "cache", AutoConfigKey(owner), Secret(secret))
     try:
         yield place
     finally:
@@ -211,8 +211,8 @@ async def test_a_throttled_request_is_sent_again(table, proxy):
 
 def test_no_key_is_shown(server):
     """In the place that log lines name."""
-    lease = connect(server.url, VARIABLES).lease()
-    place = DynamoDBList(lease, "table", "cache", AutoConfigKey(KEY), Secret("se-cret"))
+    share = connect(server.url, VARIABLES).share()
+    place = DynamoDBList(share, "table", "cache", AutoConfigKey(KEY), Secret("se-cret"))
     assert place.label == 'key "cache" of table "table" in DynamoDB'
     assert "se-cret" not in repr(place)
     assert KEY not in repr(place)

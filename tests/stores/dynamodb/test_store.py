@@ -396,10 +396,10 @@ async def test_missing_credentials_and_regions_are_named(table, monkeypatch, tmp
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    nowhere = DynamoDBStore(connect("", {}).lease(), table.name, "p")
+    nowhere = DynamoDBStore(connect("", {}).share(), table.name, "p")
     with pytest.raises(StoreUnavailable, match="there is no region; AWS_REGION"):
         await nowhere.load()
-    anonymous = DynamoDBStore(connect("http://127.0.0.1:1", {}).lease(), table.name, "")
+    anonymous = DynamoDBStore(connect("http://127.0.0.1:1", {}).share(), table.name, "")
     with pytest.raises(StoreUnavailable, match="there are no AWS credentials"):
         await anonymous.load()
     monkeypatch.setenv("AWS_PROFILE", "nobody")
@@ -417,7 +417,7 @@ async def test_missing_credentials_and_regions_are_named(table, monkeypatch, tmp
 async def test_the_region_is_that_of_the_variables(proxy, table, monkeypatch, environ, region):
     """`AWS_REGION` counts before `AWS_DEFAULT_REGION`."""
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
-    store = DynamoDBStore(connect(proxy.url, environ).lease(), table.name, "p")
+    store = DynamoDBStore(connect(proxy.url, environ).share(), table.name, "p")
     with pytest.raises(StoreUnavailable, match="there is no table"):
         await store.load()
     assert proxy.asked[0].region == region
@@ -427,7 +427,7 @@ async def test_the_region_is_that_of_the_variables(proxy, table, monkeypatch, en
 async def test_stores_share_one_client(proxy, table):
     """It is closed with the last one, and opened again by the next."""
     connection = connect(proxy.url, {"AWS_REGION": "us-east-1"})
-    stores = [DynamoDBStore(connection.lease(), table.name, prefix) for prefix in "abc"]
+    stores = [DynamoDBStore(connection.share(), table.name, prefix) for prefix in "abc"]
     await asyncio.gather(*(each.init(ONE) for each in stores))
     for each in stores[:2]:
         await each.aclose()
