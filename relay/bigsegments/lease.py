@@ -1,15 +1,23 @@
-"""The lease that lets one relay of many synchronise the big segments of an environment."""
+"""The lease that lets one relay of many synchronise the big segments of an environment.
+
+Relays that only share a database take it there. In a fleet the leader of the environment has it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from relay import clock, randomness
+from relay.aio import wait_for
 from relay.errors import StoreUnavailable
 from relay.stores.bigsegments import BigSegmentStore
 from relay.telemetry.log import Log
+
+if TYPE_CHECKING:
+    from relay.fleet.lease import Leadership
+    from relay.fleet.source import FleetSource
 
 RENEWALS = 3
 """Claims in the lifetime of a lease: two may fail before it is lost."""
@@ -21,8 +29,38 @@ MARGIN = 0.1
 """Part of the lifetime by which a relay stops early, as clocks of machines differ in speed."""
 
 
-class Lease:
-    """The lease of one environment, as one relay sees it.
+FOLLOWER_LOOK = 1.0
+"""Seconds between two looks of a fleet's follower at the cursor, so that its clients hear soon."""
+
+_WAITS = "BigSegmentSynchronizer: another relay synchronizes; this one waits"
+_TAKES_OVER = "BigSegmentSynchronizer: this relay synchronizes from now on"
+_HAS_LOST = "BigSegmentSynchronizer: this relay has lost its lease"
+
+
+class Lease(Protocol):
+    """Contract: says when this relay is the one that synchronises an environment."""
+
+    @property
+    def is_held(self) -> bool:
+        """True while this relay has the lease, as far as it knows."""
+
+    async def acquire(self) -> bool:
+        """Wait for the lease; return whether another relay had it.
+
+        Raises:
+            StoreUnavailable: the database does not answer.
+        """
+
+    async def use(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do some work until it ends or the lease is lost.
+
+        Raises:
+            Exception: what the work raises.
+        """
+
+
+class StoreLease:
+    """The lease of one environment in the database, as one relay sees it.
 
     Several relays share a database. One of them synchronises; the others wait until the lease is
     free, and are so the next ones when that one ends, or cannot reach LaunchDarkly.
@@ -45,7 +83,7 @@ class Lease:
         """Monotonic time until which this relay surely has the lease."""
 
     def __repr__(self) -> str:
-        return f"<Lease {'held' if self.is_held else 'not held'}>"
+        return f"<StoreLease {'held' if self.is_held else 'not held'}>"
 
     async def acquire(self) -> bool:
         """Wait until the lease is free, and take it; return whether another relay had it.
@@ -56,12 +94,12 @@ class Lease:
         has_waited = False
         while not await self._claim():
             if not has_waited:
-                self._log.info("BigSegmentSynchronizer: another relay synchronizes; this one waits")
+                self._log.info(_WAITS)
                 has_waited = True
             self._waited()
             await asyncio.sleep(self._lifetime / LOOKS * (1 + randomness.fraction() / 4))
         if has_waited:
-            self._log.info("BigSegmentSynchronizer: this relay synchronizes from now on")
+            self._log.info(_TAKES_OVER)
         self.is_held = True
         return has_waited
 
@@ -71,15 +109,9 @@ class Lease:
         Raises:
             Exception: what the work raises.
         """
-        working, keeping = asyncio.ensure_future(work), asyncio.ensure_future(self._keep())
         try:
-            ended, _ = await asyncio.wait((working, keeping), return_when=asyncio.FIRST_COMPLETED)
-            for task in ended:
-                task.result()
+            await _until_either(work, self._keep())
         finally:
-            for task in (working, keeping):
-                task.cancel()
-            await asyncio.wait((working, keeping))
             self.is_held = False
             await self._release()
 
@@ -93,7 +125,7 @@ class Lease:
             except (StoreUnavailable, TimeoutError):
                 is_kept = clock.monotonic() < self._until
             if not is_kept:
-                self._log.info("BigSegmentSynchronizer: this relay has lost its lease")
+                self._log.info(_HAS_LOST)
                 return
 
     async def _claim(self) -> bool:
@@ -110,3 +142,86 @@ class Lease:
                 await self._store.release(self._owner)
         except (StoreUnavailable, TimeoutError):
             return  # it ends by itself
+
+
+class LeaderLease:
+    """The lease of one environment in a fleet: its leader has it, and nothing else is asked for it.
+
+    A follower looks at the cursor meanwhile. A relay that may not take part in the fleet takes the
+    lease in the database, as without one.
+
+    Args:
+        source: says whether this relay leads.
+        otherwise: lease in the database.
+        waited: called while another relay leads, again and again.
+        log: a logger that names the environment.
+    """
+
+    def __init__(
+        self, source: FleetSource, otherwise: StoreLease, waited: Callable[[], None], log: Log
+    ) -> None:
+        self._source = source
+        self._otherwise = otherwise
+        self._waited = waited
+        self._log = log
+        self._leadership: Leadership | None = None
+
+    def __repr__(self) -> str:
+        return f"<LeaderLease {'held' if self.is_held else 'not held'}>"
+
+    @property
+    def is_held(self) -> bool:
+        """True while this relay leads and synchronises, as far as it knows."""
+        return self._leadership is not None or self._otherwise.is_held
+
+    async def acquire(self) -> bool:
+        """Wait until this relay leads; return whether another one did.
+
+        Raises:
+            StoreUnavailable: there is no fleet, and the database does not answer.
+        """
+        has_waited = False
+        while not self._source.leads.is_set():
+            if not has_waited and self._source.leader is not None:
+                self._log.info(_WAITS)
+                has_waited = True
+            self._waited()
+            await wait_for(self._source.leads, FOLLOWER_LOOK)
+        if self._source.is_denied:
+            return await self._otherwise.acquire()
+        if has_waited:
+            self._log.info(_TAKES_OVER)
+        self._leadership = self._source.leadership
+        return has_waited
+
+    async def use(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do some work until it ends or this relay leads no more.
+
+        Raises:
+            Exception: what the work raises.
+        """
+        leadership = self._leadership
+        if leadership is None:
+            await self._otherwise.use(work)
+            return
+        try:
+            await _until_either(work, self._end_of(leadership))
+        finally:
+            self._leadership = None
+
+    async def _end_of(self, leadership: Leadership) -> None:
+        await leadership.ended.wait()
+        self._log.info(_HAS_LOST)
+
+
+async def _until_either(work: Coroutine[Any, Any, None], end: Coroutine[Any, Any, None]) -> None:
+    """Do both until one of them ends; raise what it raises."""
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(end)
+    try:
+        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relay.build.databases import Database, common_table, make_databases, make_places, memberships
-from relay.build.fleet import fleet_mirror, fleet_source, join
+from relay.build.fleet import fleet_mirror, fleet_source, fleet_source_of, join
 from relay.build.sources import SourceFactory
 from relay.config.schema import Config, EnvironmentConfig, Main
 from relay.environment import Environment
@@ -263,20 +263,23 @@ def _synchroniser(
     environment: Environment,
 ) -> Synchroniser:
     """Return what fetches big segments from LaunchDarkly, with the present SDK key."""
-    from relay.bigsegments.lease import Lease
+    from relay.bigsegments.lease import LeaderLease, StoreLease
     from relay.bigsegments.synchroniser import Synchroniser
     from relay.sources.bigsegments import BigSegmentSource
 
     def key() -> SDKKey:
         return environment.spec.sdk_key
 
+    look, log = big_segments.look, environment.log
+    in_store = StoreLease(store, look, log)
+    source = fleet_source_of(environment)
     return Synchroniser(
         BigSegmentSource(upstream, main.base_uri, main.stream_uri, key),
         store,
         big_segments.changed,
-        big_segments.look,
-        lease=Lease(store, big_segments.look, environment.log),
-        log=environment.log,
+        look,
+        lease=LeaderLease(source, in_store, look, log) if source else in_store,
+        log=log,
     )
 
 

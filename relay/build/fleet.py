@@ -62,6 +62,11 @@ def join(environment: Environment, source: FleetSource) -> None:
     environment.fleet = source
 
 
+def fleet_source_of(environment: Environment) -> FleetSource | None:
+    """Return the part of this relay in an environment's fleet; None without a fleet."""
+    return cast("FleetSource | None", environment.fleet)
+
+
 def fleet_mirror(
     member: Member,
     environment: Environment,

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from relay import clock
 from relay.backoff import Backoff
-from relay.bigsegments.lease import Lease
+from relay.bigsegments.lease import StoreLease
 from relay.bigsegments.synchroniser import Synchroniser
 from relay.model.credential import SDKKey
 from relay.protocol.bigsegments import context_hash
@@ -55,7 +55,7 @@ class Run:
         self.changes: list[frozenset[str] | None] = []
         self.times = 0
         self.looks = 0
-        lease = Lease(lease_store, self._look, LOG)
+        lease = StoreLease(lease_store, self._look, LOG)
         self.synchroniser = Synchroniser(
             source, store, self.changes.append, self._count, lease=lease, log=LOG, timings=FAST
         )

@@ -71,8 +71,14 @@ async def metric(relay: RelayProcess, name: str) -> float | None:
     return float(values[0]) if values else None
 
 
+@pytest.fixture(params=["lease", "fleet"])
+def shape(request) -> dict[str, str]:
+    """Variables: relays that only share a database, or those of a fleet, whose leader synchronises."""
+    return {"FLEET": "true"} if request.param == "fleet" else {}
+
+
 @asynccontextmanager
-async def fleet(tmp_path, upstream, redis: RedisServer):
+async def fleet(tmp_path, upstream, redis: RedisServer, shape: dict[str, str]):
     given = {
         "LD_ENV_main": SDK_KEY,
         "LD_MOBILE_KEY_main": MOBILE_KEY,
@@ -80,6 +86,7 @@ async def fleet(tmp_path, upstream, redis: RedisServer):
         "BASE_URI": upstream.url,
         "USE_REDIS": "true",
         "REDIS_URL": redis.url,
+        **shape,
     }
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
@@ -95,9 +102,9 @@ async def fleet(tmp_path, upstream, redis: RedisServer):
 
 
 @pytest.mark.timing
-async def test_one_of_two_relays_follows_the_stream(tmp_path, upstream, redis):
+async def test_one_of_two_relays_follows_the_stream(tmp_path, upstream, redis, shape):
     """LaunchDarkly sees one; the clients of both hear of changes, and see them."""
-    async with fleet(tmp_path, upstream, redis) as relays:
+    async with fleet(tmp_path, upstream, redis, shape) as relays:
         for relay in relays.relays:
             await eventually(relay, "ann", "yes")
         await asyncio.sleep(1.1)  # notices come at most once a second
@@ -118,15 +125,16 @@ async def test_one_of_two_relays_follows_the_stream(tmp_path, upstream, redis):
         pages = [json.loads((await ask(r.address, "/status")).body) for r in relays.relays]
         for page in pages:
             assert page["environments"]["main"]["bigSegmentStatus"]["available"]
+        assert bool(redis.do("EXISTS", HOLDER)) is not bool(shape)  # a fleet needs no second lease
         for ping in pings:
             ping.close()
 
 
 @pytest.mark.timing
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-async def test_another_relay_takes_over(tmp_path, upstream, redis, end):
+async def test_another_relay_takes_over(tmp_path, upstream, redis, end, shape):
     """After a kill when the lease is over, after an orderly end at once; nothing is lost."""
-    async with fleet(tmp_path, upstream, redis) as relays:
+    async with fleet(tmp_path, upstream, redis, shape) as relays:
         holder = await relays.holder()
         other = relays.other(holder)
         relays.relays.remove(holder)
@@ -145,9 +153,9 @@ async def test_another_relay_takes_over(tmp_path, upstream, redis, end):
         await holder.ended()
 
 
-async def test_a_relay_that_was_stopped_applies_nothing_twice(tmp_path, upstream, redis):
+async def test_a_relay_that_was_stopped_applies_nothing_twice(tmp_path, upstream, redis, shape):
     """It goes on when the other has taken over, with patches in its buffers that are old by then."""
-    async with fleet(tmp_path, upstream, redis) as relays:
+    async with fleet(tmp_path, upstream, redis, shape) as relays:
         stopped = await relays.holder()
         other = relays.other(stopped)
         stopped.signal(signal.SIGSTOP)

@@ -16,7 +16,7 @@ import pytest
 
 from relay import __version__, clock
 from relay.bigsegments.environment import BigSegments
-from relay.bigsegments.lease import Lease
+from relay.bigsegments.lease import StoreLease
 from relay.bigsegments.synchroniser import Synchroniser
 from relay.environment import ConnectionState, Environment, UpstreamConnection
 from relay.events.forwarder import Forwarder
@@ -148,7 +148,7 @@ async def used_big_segments() -> BigSegments:
     """Big segments that an evaluation has looked at."""
     store, log = EmptyBigSegmentStore(), logging.getLogger("relay.env.main")
     big_segments = BigSegments(store, log)
-    lease = Lease(store, big_segments.look, log)
+    lease = StoreLease(store, big_segments.look, log)
     big_segments.synchroniser = Synchroniser(None, store, None, None, lease=lease, log=log)
     big_segments.start(synchronise=False)
     await big_segments.memberships(["anna"])
