@@ -37,8 +37,9 @@ def make_member(config: Config) -> Member | None:
 
     timings, options = FleetTimings(), config.redis
     quick = structs.replace(options, connect_timeout=timings.answer, read_timeout=timings.answer)
-    waiting = structs.replace(options, read_timeout=timings.poll + options.read_timeout)
-    feed = Feed(*map(connect, (quick, options, waiting)))
+    wait = timings.wait if options.cluster else timings.poll
+    waiting = structs.replace(options, read_timeout=wait + options.read_timeout)
+    feed = Feed(*map(connect, (quick, options, waiting)), in_cluster=options.cluster)
     name = f"{socket.gethostname()}-{randomness.new_id()[:8]}"
     return Member(feed, name, _log, timings)
 
@@ -49,11 +50,10 @@ def fleet_source(
     """Return what takes an environment's data from upstream or from the fleet."""
     from hashlib import blake2b
 
-    from relay.fleet.feed import Keys
     from relay.fleet.source import FleetSource
 
     identity = blake2b(spec.lineage.encode(), digest_size=9).hexdigest()
-    return FleetSource(member, Keys(spec.prefix, identity), upstream, log)
+    return FleetSource(member, member.feed.keys(spec.prefix, identity), upstream, log)
 
 
 def join(environment: Environment, source: FleetSource) -> None:

@@ -367,9 +367,6 @@ def _fleet(draft: Draft) -> Iterator[Diagnostic]:
         return
     if redis_of(draft) is None:
         yield "[Fleet] enabled: a fleet needs Redis", _keys("Fleet", "enabled")
-    if draft.of(Redis).cluster:
-        text = "[Fleet] enabled: a fleet cannot use a Redis Cluster in this release; one server or"
-        yield f"{text} Sentinels", (*_keys("Fleet", "enabled"), *_keys("Redis", "cluster"))
     if draft.of(Main).exit_always:
         text = "[Fleet] enabled: a relay that exits cannot take part in a fleet"
         yield text, _keys("Fleet", "enabled")

@@ -6,12 +6,13 @@ comparison with the head of the feed in every publication: whoever writes must k
 last.
 
 `feed` has the steps against Redis, `member` what a process does once for all environments, `source`
-the roles of one environment, and `mirror` its publications.
+the roles of one environment, and `mirror` its publications. `divided` writes what SDKs read where a
+cluster has it in other slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any, Protocol, TypeVar
 
@@ -30,6 +31,13 @@ class Connection(Protocol):
     async def execute_all(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands in one batch; return their replies. A refused command raises."""
 
+    async def transaction(self, commands: Iterable[Command]) -> list[Any] | None:
+        """Run commands as one transaction.
+
+        Returns:
+            The replies, errors among them; None if another writer has changed a watched key.
+        """
+
 
 class Database(Protocol):
     """Access to Redis, as fleets need it; `RedisClient` keeps it, and the simulation's server."""
@@ -40,7 +48,7 @@ class Database(Protocol):
         Closing discards its transaction, if that has not been executed.
 
         Args:
-            key: a key; the work uses only keys that are on the same server.
+            key: a key; the work uses only keys of the same server, in a cluster of its slot.
             work: may be repeated from its beginning.
 
         Raises:

@@ -1,28 +1,31 @@
 """The steps of a fleet against Redis: lease, publication, snapshot, look, feed.
 
-They need WATCH, MULTI and EXEC, but no scripts, so that a database user needs few rights.
+They need WATCH, MULTI and EXEC, but no scripts, so that a database user needs few rights. All keys
+of a step are in one slot; `divided` has what SDKs read where a cluster has it elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from msgspec import Struct
+from redis.crc import key_slot
 from redis.exceptions import ResponseError
 
 from relay import clock
 from relay.aio import run_in_slices
 from relay.errors import InvalidData, StoreUnavailable
-from relay.fleet import Command, Connection, Database
+from relay.fleet import Command, Connection, Database, T
 from relay.fleet.contents import Contents
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
 from relay.protocol.feed import FEED, Entry, Head, Term, entry_of, fields_of
 from relay.stores.items import parse_items
 from relay.stores.redis.connections import raise_failure
-from relay.stores.redis.layout import CHUNK, Layout, chunks, entries, fields
+from relay.stores.redis.layout import Layout, chunks, entries, fields, pairs_of
 
 MAX_ENTRIES = 10_000
 """Entries of the feed, about; who has missed more reads all data."""
@@ -34,20 +37,54 @@ CONFIRMED, EVALUATED = "confirmed", "evaluated"
 """Fields of the relays' own hash: as in the last entry."""
 
 
-class Keys(Layout):
+EVICTING = "allkeys-"
+"""Beginning of the policies by which a server that is full evicts keys that do not expire."""
+
+
+class Keys:
     """Keys of one environment, and who it is.
+
+    In a cluster an environment has a feed of its own, for no transaction holds keys of two slots.
+    If its prefix has no hash tag, the keys that SDKs read are in several slots. Then the fleet has
+    the data once more, in its own slot.
 
     Args:
         prefix: prefix of the keys; empty for `launchdarkly`.
         identity: of the environment, without secrets.
+        in_cluster: True if the database is a cluster.
     """
 
-    def __init__(self, prefix: str, identity: str) -> None:
-        super().__init__(prefix)
+    def __init__(self, prefix: str, identity: str, *, in_cluster: bool = False) -> None:
+        self.data = Layout(prefix)
+        """Where the fleet has the data."""
+        self.visible: Layout | None = None
+        """Where SDKs read them, if that is elsewhere."""
+        self.prefix = self.data.prefix
         self.identity = identity
+        if in_cluster and len(_slots(self.data.keys)) > 1:
+            self.visible, self.data = self.data, Layout(f"{{{self.prefix}:$relay}}")
         self.lease, self.term, self.head = (
-            f"{self.notes}:{name}" for name in ("lease", "term", "head")
+            f"{self.data.notes}:{name}" for name in ("lease", "term", "head")
         )
+        self.feed = f"{self.data.notes}:feed:1" if in_cluster else FEED
+        self._in_cluster = in_cluster
+
+    def __repr__(self) -> str:
+        return f"<Keys of {self.prefix!r}{', divided' if self.visible else ''}>"
+
+    @property
+    def are_together(self) -> bool:
+        """True if transactions can hold what they must; a brace may be in the way."""
+        if not self._in_cluster:
+            return True
+        parts = [(self.lease, self.feed, *self.data.keys)]
+        if self.visible is not None:
+            parts += [(self.visible.hash(kind), self.visible.notes_beside(kind)) for kind in Kind]
+        return all(len(_slots(keys)) == 1 for keys in parts)
+
+
+def _slots(keys: Iterable[str]) -> set[int]:
+    return {key_slot(key.encode()) for key in keys}
 
 
 class Outcome(Enum):
@@ -121,9 +158,13 @@ class Feed:
         quick: for small commands, which must not take long.
         large: for data.
         waiting: for the feed, whose entries are waited for.
+        in_cluster: True if they are a cluster.
     """
 
-    def __init__(self, quick: Database, large: Database, waiting: Database) -> None:
+    def __init__(
+        self, quick: Database, large: Database, waiting: Database, *, in_cluster: bool = False
+    ) -> None:
+        self._in_cluster = in_cluster
         self._quick = quick
         self._large = large
         self._waiting = waiting
@@ -135,8 +176,14 @@ class Feed:
         for database in (self._quick, self._large, self._waiting):
             await database.leave(self)
 
+    def keys(self, prefix: str, identity: str) -> Keys:
+        """Return the keys of an environment in this database."""
+        return Keys(prefix, identity, in_cluster=self._in_cluster)
+
     async def problem_with(self, keys: Keys) -> str | None:
         """Return why the database user cannot take part; None if it can. Nothing is written."""
+        if not keys.are_together:
+            return f'the prefix "{keys.prefix}" has a brace that keeps no keys together'
         entry = Entry(keys.prefix, Term(0, ""), 0, "", "", resigned=True)
         commands: list[Command] = [
             ("WATCH", keys.lease, *guarded(keys)),
@@ -145,17 +192,19 @@ class Feed:
             ("SET", keys.lease, "", "PX", "1"),
             ("PEXPIRE", keys.lease, "1"),
             ("DEL", keys.lease),
-            ("HSET", keys.notes, *_notes(entry)),
-            ("HGETALL", keys.notes),
+            ("HSET", keys.data.notes, *_notes(entry)),
+            ("HGETALL", keys.data.notes),
             ("SET", keys.head, ""),
             ("SET", keys.term, ""),
-            _addition(entry),
-            ("XREVRANGE", FEED, "+", "-", "COUNT", "1"),
-            ("XREAD", "COUNT", "1", "STREAMS", FEED, "0-0"),
+            _addition(keys, entry),
+            ("XREVRANGE", keys.feed, "+", "-", "COUNT", "1"),
+            ("XREAD", "COUNT", "1", "STREAMS", keys.feed, "0-0"),
             ("DISCARD",),
         ]
+        steps = [commands, *_hash_steps(keys)]
         try:
-            await self._quick.run(keys.lease, lambda lent: lent.execute_all(commands))
+            for step in steps:
+                await self._quick.run(str(step[0][1]), partial(_try_out, step))
         except StoreUnavailable as e:
             if isinstance(e.__cause__, ResponseError):
                 return str(e)
@@ -182,23 +231,38 @@ class Feed:
 
         return await self._quick.run(keys.lease, work)
 
-    async def renew(self, keys: Keys, owner: str, ttl: float) -> bool:
-        """Prolong the lease; return False if it is not the owner's any more."""
+    async def renew(self, all_keys: Sequence[Keys], owner: str, ttl: float) -> list[bool]:
+        """Prolong leases of one server together.
 
-        async def work(connection: Connection) -> bool:
-            if not await _holds(connection, keys, owner):
-                return False
-            done = await _transaction(connection, ("PEXPIRE", keys.lease, _milliseconds(ttl)))
-            return done is not None
+        Returns:
+            For each, False if it is not the owner's any more.
+        """
+        leases = [keys.lease for keys in all_keys]
 
-        return await self._quick.run(keys.lease, work)
+        async def work(connection: Connection) -> list[bool] | None:
+            _, owners = await connection.execute_all([("WATCH", *leases), ("MGET", *leases)])
+            mine = [each == owner.encode() for each in owners]
+            if not any(mine):
+                await connection.execute_all([("UNWATCH",)])
+                return mine
+            kept = (lease for lease, is_mine in zip(leases, mine, strict=True) if is_mine)
+            renewals = [("PEXPIRE", lease, _milliseconds(ttl)) for lease in kept]
+            return None if await _transaction(connection, *renewals) is None else mine
+
+        renewed = await self._quick.run(leases[0], work)
+        if renewed is not None:
+            return renewed
+        if len(leases) == 1:
+            return [False]
+        # One of them has changed, and the others need not suffer for it.
+        return [(await self.renew([keys], owner, ttl))[0] for keys in all_keys]
 
     async def release(self, keys: Keys, owner: str, resignation: Entry) -> None:
         """Give the lease up, if it is the owner's, and tell the others."""
 
         async def work(connection: Connection) -> None:
             if await _holds(connection, keys, owner):
-                await _transaction(connection, ("DEL", keys.lease), _addition(resignation))
+                await _transaction(connection, ("DEL", keys.lease), _addition(keys, resignation))
 
         await self._quick.run(keys.lease, work)
 
@@ -217,10 +281,10 @@ class Feed:
             done = await _transaction(
                 connection,
                 *_writes(keys, publication),
-                ("SET", keys.marker, b""),
-                ("HSET", keys.notes, *_notes(entry)),
+                ("SET", keys.data.marker, b""),
+                ("HSET", keys.data.notes, *_notes(entry)),
                 ("SET", keys.head, str(head)),
-                _addition(entry),
+                _addition(keys, entry),
             )
             return Outcome.MOVED if done is None else Outcome.PUBLISHED
 
@@ -233,9 +297,9 @@ class Feed:
             keys: of the environment.
             selector: address of the caller's own data, which are not read again.
         """
-        place = ("XREVRANGE", FEED, "+", "-", "COUNT", "1")
-        small: list[Command] = [("GET", keys.head), place, ("HGETALL", keys.notes)]
-        hashes: list[Command] = [("HGETALL", keys.hash(kind)) for kind in Kind]
+        place = ("XREVRANGE", keys.feed, "+", "-", "COUNT", "1")
+        small: list[Command] = [("GET", keys.head), place, ("HGETALL", keys.data.notes)]
+        hashes: list[Command] = [("HGETALL", keys.data.hash(kind)) for kind in Kind]
 
         async def work(connection: Connection) -> list[Any]:
             if selector:
@@ -251,36 +315,74 @@ class Feed:
 
         The hashes are looked at because a server that runs out of memory evicts keys one by one.
         """
-        exist = [keys.marker, *(keys.hash(kind) for kind in Kind if payload.all(kind))]
+        exist = [keys.data.marker, *(keys.data.hash(kind) for kind in Kind if payload.all(kind))]
         commands: list[Command] = [("GET", keys.head), *(("EXISTS", key) for key in exist)]
         found, *others = await self._quick.run(keys.head, lambda lent: lent.execute_all(commands))
         return found == str(head).encode() and all(others)
 
     async def look(self, all_keys: Sequence[Keys]) -> list[Look]:
-        """Return leases and heads of environments."""
+        """Return leases and heads of environments with one feed."""
         sent = clock.monotonic()
         names = [name for keys in all_keys for name in (keys.lease, keys.head)]
         command: Command = ("MGET", *names)
-        [found] = await self._quick.run(FEED, lambda lent: lent.execute_all([command]))
+        [found] = await self._quick.run(names[0], lambda lent: lent.execute_all([command]))
         return [
             Look(sent, None if lease is None else lease.decode(errors="replace"), Head.parse(head))
             for lease, head in zip(found[::2], found[1::2], strict=True)
         ]
 
-    async def follow(self, work: Callable[[Reader], Awaitable[None]]) -> None:
-        """Do work with a reader of the feed, which has a connection of its own."""
-        await self._waiting.run(FEED, lambda connection: work(Reader(connection)))
+    async def follow(self, feed: str, work: Callable[[Reader], Awaitable[None]]) -> None:
+        """Do work with a reader of a feed, which has a connection of its own."""
+        await self._waiting.run(feed, lambda connection: work(Reader(feed, connection)))
+
+    async def run(self, key: str, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """Return the result of work with data; see `Database`."""
+        return await self._large.run(key, work)
+
+    async def prove(self, keys: Keys, term: Term, head: Head) -> Outcome | None:
+        """Return why data of a publication must not be written elsewhere; None if they may.
+
+        They may while the term is that of their writer, and they were published.
+        """
+        commands = [("GET", keys.term), ("GET", keys.head)]
+        found = await self._quick.run(keys.head, lambda lent: lent.execute_all(commands))
+        if Term.parse(found[0]) != term:
+            return Outcome.FENCED
+        newest = Head.parse(found[1])
+        return None if newest is not None and newest.number >= head.number else Outcome.MOVED
+
+    async def evicting_policy(self, keys: Keys) -> str | None:
+        """Return the policy by which the server may evict the fleet's keys; None if it may not.
+
+        It is unknown, and None, if the user may not ask.
+        """
+        try:
+            [info] = await self._quick.run(
+                keys.head, lambda lent: lent.execute_all([("INFO", "memory")])
+            )
+        except StoreUnavailable as e:
+            if isinstance(e.__cause__, ResponseError):
+                return None
+            raise
+        return evicting_policy(info.decode(errors="replace"))
 
 
 class Reader:
-    """Reads the feed of all environments."""
+    """Reads a feed.
 
-    def __init__(self, connection: Connection) -> None:
+    Args:
+        feed: its key.
+        connection: for exclusive use.
+    """
+
+    def __init__(self, feed: str, connection: Connection) -> None:
+        self._feed = feed
         self._connection = connection
 
     async def last_place(self) -> str:
         """Return the place of the last entry."""
-        [found] = await self._connection.execute_all([("XREVRANGE", FEED, "+", "-", "COUNT", "1")])
+        command = ("XREVRANGE", self._feed, "+", "-", "COUNT", "1")
+        [found] = await self._connection.execute_all([command])
         return _place_of(found)
 
     async def read(self, place: str, wait: float) -> list[tuple[str, Entry | None]]:
@@ -291,8 +393,30 @@ class Reader:
             wait: seconds to wait for the next one, if there is none.
         """
         command = ("XREAD", "COUNT", str(READ_COUNT), "BLOCK", _milliseconds(wait))
-        [found] = await self._connection.execute_all([(*command, "STREAMS", FEED, place)])
+        [found] = await self._connection.execute_all([(*command, "STREAMS", self._feed, place)])
         return [(name.decode(), _readable(pairs)) for name, pairs in (found[0][1] if found else ())]
+
+
+def _hash_steps(keys: Keys) -> Iterator[list[Command]]:
+    """Yield what is done to hashes that SDKs read in other slots, to be discarded."""
+    for kind in Kind if keys.visible is not None else ():
+        assert keys.visible is not None
+        key, note = keys.visible.hash(kind), keys.visible.notes_beside(kind)
+        yield [
+            ("WATCH", key, note),
+            ("MULTI",),
+            ("HSET", key, "", ""),
+            ("HDEL", key, ""),
+            ("HLEN", key),
+            ("HGETALL", key),
+            ("HSET", note, "", ""),
+            ("HGET", note, ""),
+            ("DISCARD",),
+        ]
+
+
+async def _try_out(commands: Sequence[Command], connection: Connection) -> None:
+    await connection.execute_all(commands)
 
 
 def guarded(keys: Keys) -> tuple[str, ...]:
@@ -305,6 +429,14 @@ def refused(publication: Publication, term: Term, head: Head | None) -> Outcome 
     if term != publication.entry.term:
         return Outcome.FENCED
     return None if head == publication.head else Outcome.MOVED
+
+
+def evicting_policy(info: str) -> str | None:
+    """Return the policy of a server that may evict the fleet's keys, of its INFO memory."""
+    values = dict(line.partition(":")[::2] for line in info.splitlines())
+    policy = values.get("maxmemory_policy", "")
+    may_fill = values.get("maxmemory", "0") != "0"
+    return policy if may_fill and policy.startswith(EVICTING) else None
 
 
 def place_order(place: str) -> tuple[int, int]:
@@ -324,20 +456,12 @@ async def _holds(connection: Connection, keys: Keys, owner: str) -> bool:
 
 async def _transaction(connection: Connection, *commands: Command) -> list[Any] | None:
     """Execute commands in one transaction; return None if a watched key has changed."""
-    batch: list[Command] = [("MULTI",)]
-    size = 0
-    for command in commands:
-        batch.append(command)
-        size += sum(map(len, command))
-        if size >= CHUNK:  # the event loop has other work, too
-            await connection.execute_all(batch)
-            batch, size = [], 0
-    *_, done = await connection.execute_all([*batch, ("EXEC",)])
-    return None if done is None else raise_failure(done)
+    replies = await connection.transaction(commands)
+    return None if replies is None else raise_failure(replies)
 
 
-def _addition(entry: Entry) -> Command:
-    return ("XADD", FEED, "MAXLEN", "~", str(MAX_ENTRIES), "*", *fields_of(entry))
+def _addition(keys: Keys, entry: Entry) -> Command:
+    return ("XADD", keys.feed, "MAXLEN", "~", str(MAX_ENTRIES), "*", *fields_of(entry))
 
 
 def _notes(entry: Entry) -> tuple[str, ...]:
@@ -351,19 +475,19 @@ def _writes(keys: Keys, publication: Publication) -> Iterable[Command]:
         if rewrite is None:
             items = [item for item in publication.entry.items or () if item.kind is kind]
         else:
-            yield "DEL", keys.hash(kind)
+            yield "DEL", keys.data.hash(kind)
             items = rewrite.all(kind).values()
         for chunk in chunks(fields(items)):
-            yield "HSET", keys.hash(kind), *chunk
+            yield "HSET", keys.data.hash(kind), *chunk
 
 
 async def _snapshot(
     head: bytes | None, last: list[Any], notes: list[bytes], *hashes: list[bytes]
 ) -> Snapshot:
-    noted = _pairs(notes)
+    noted = pairs_of(notes)
     contents = None
     if hashes:
-        by_kind = {kind: _pairs(pairs) for kind, pairs in zip(Kind, hashes, strict=True)}
+        by_kind = {kind: pairs_of(pairs) for kind, pairs in zip(Kind, hashes, strict=True)}
         stored = await run_in_slices(parse_items(entries(by_kind)))
         contents = await run_in_slices(Contents.of(stored.payload))
     evaluated = noted.get(EVALUATED.encode(), b"")
@@ -376,17 +500,13 @@ async def _snapshot(
     )
 
 
-def _pairs(flat: list[bytes]) -> dict[bytes, bytes]:
-    return dict(zip(flat[::2], flat[1::2], strict=True))
-
-
 def _place_of(found: list[Any]) -> str:
     return found[0][0].decode() if found else "0-0"
 
 
 def _readable(pairs: list[bytes]) -> Entry | None:
     try:
-        return entry_of(_pairs(pairs))
+        return entry_of(pairs_of(pairs))
     except InvalidData:
         return None
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from relay import clock, randomness
 from relay.errors import StoreUnavailable
 from relay.fleet.feed import Keys
-from relay.fleet.member import Member
+from relay.fleet.member import Member, Renewal
 from relay.protocol.feed import Entry, Term
-
-RETRIES = 4
-"""Attempts of a failed renewal in the time between two renewals."""
 
 SHORTEST_WAIT = 0.001
 """Seconds; a shorter wait might not let any time pass."""
@@ -107,7 +105,8 @@ class Lease:
 
     def keep(self, leadership: Leadership) -> None:
         """Renew the lease until the leadership ends, and tell if that fails."""
-        self._spawn(self._renew(leadership))
+        ended, renewed = leadership.ended, partial(self._renewed, leadership)
+        self._member.watch(self._keys).renew(Renewal(self._keys, ended.is_set, renewed))
         self._spawn(self._watch(leadership))
 
     def resign(self, leadership: Leadership) -> None:
@@ -141,24 +140,12 @@ class Lease:
             until = lease_end(sent, clock.monotonic(), self._timings.lease)
             self._acquired(Leadership(term, until))
 
-    async def _renew(self, leadership: Leadership) -> None:
-        delay = self._timings.renew
-        while not leadership.ended.is_set():
-            await asyncio.sleep(delay)
-            sent = clock.monotonic()
-            try:
-                kept = await self._member.feed.renew(
-                    self._keys, self._member.name, self._timings.ttl
-                )
-            except StoreUnavailable:
-                delay = self._timings.renew / RETRIES
-                continue
-            if not kept:
-                self._lost(leadership)
-                return
-            delay = self._timings.renew
-            until = lease_end(sent, clock.monotonic(), self._timings.lease)
+    def _renewed(self, leadership: Leadership, sent: float, answered: float, is_kept: bool) -> None:
+        if is_kept:
+            until = lease_end(sent, answered, self._timings.lease)
             leadership.until = max(leadership.until, until)
+        elif not leadership.ended.is_set():
+            self._lost(leadership)
 
     async def _watch(self, leadership: Leadership) -> None:
         while leadership.is_valid:  # noqa: ASYNC110 - renewals make it longer

@@ -17,6 +17,7 @@ from relay import clock
 from relay.aio import run_in_slices, wait_for
 from relay.errors import StoreUnavailable
 from relay.fleet.contents import NOTHING, Contents, different_items
+from relay.fleet.divided import DividedHashes, Refused
 from relay.fleet.feed import Outcome, Publication
 from relay.fleet.lease import Leadership
 from relay.fleet.member import Member
@@ -59,7 +60,12 @@ class FleetMirror:
         self._feed = member.feed
         self._timings = member.timings
         self._source = source
-        self._keys = source.keys
+        self._keys = keys = source.keys
+        self._divided: DividedHashes | None = None
+        """Writes what SDKs read, where that is in other slots."""
+        if keys.visible is not None:
+            arguments = keys.visible, member.feed, member.timings, log
+            self._divided = DividedHashes(keys, *arguments)
         self._evaluated = evaluated
         self._make_plain = plain
         self._plain: Mirror | None = None
@@ -106,13 +112,19 @@ class FleetMirror:
                 [look] = await self._feed.look([self._keys])
                 if look.head is not None:
                     return None  # the source reads it
-                snapshot = await self._feed.snapshot(self._keys)
+                payload = await self._visible()
             except StoreUnavailable:
                 await asyncio.sleep(self._timings.poll)
                 continue
-            contents = snapshot.contents
-            return Stored(contents.payload) if contents and len(contents.payload) else None
+            return Stored(payload) if payload else None
         return None
+
+    async def _visible(self) -> Payload | None:
+        """Return what SDKs read."""
+        if self._divided is not None:
+            return await self._divided.load()
+        snapshot = await self._feed.snapshot(self._keys)
+        return snapshot.contents.payload if snapshot.contents else None
 
     def update(
         self,
@@ -138,7 +150,12 @@ class FleetMirror:
 
     async def flushed(self) -> None:
         """Wait, without a timeout, until this relay's data are published by it."""
-        await (self._flushed.wait() if self._plain is None else self._plain.flushed())
+        if self._plain is not None:
+            await self._plain.flushed()
+            return
+        await self._flushed.wait()
+        if self._divided is not None:
+            await self._divided.flushed.wait()
 
     async def run(self) -> None:
         """Publish whenever this relay leads, until cancelled."""
@@ -149,7 +166,7 @@ class FleetMirror:
             if leadership := self._source.leadership:
                 self._base, self._confirmed = None, None
                 try:
-                    await self._lead(leadership)
+                    await self._lead_with_hashes(leadership)
                 except asyncio.CancelledError:
                     await self._finish(leadership)
                     raise
@@ -174,6 +191,22 @@ class FleetMirror:
     def _wake(self) -> None:
         self._flushed.clear()
         self._wakeup.set()
+
+    async def _lead_with_hashes(self, leadership: Leadership) -> None:
+        """Publish; behind that, write what SDKs read, where no transaction does both."""
+        divided = self._divided
+        if divided is None:
+            await self._lead(leadership)
+            return
+        divided.begin()
+        async with asyncio.TaskGroup() as tasks:
+            writing = tasks.create_task(self._write_divided(divided, leadership))
+            await self._lead(leadership)
+            writing.cancel()
+
+    async def _write_divided(self, divided: DividedHashes, leadership: Leadership) -> None:
+        await divided.run(leadership)
+        self._source.fenced(leadership)
 
     async def _lead(self, leadership: Leadership) -> None:
         failures = 0
@@ -218,6 +251,7 @@ class FleetMirror:
                 self._base = Head(entry.number, entry.after, self._keys.identity), after
                 self._is_damaged, self._confirmed = False, entry.confirmed
                 self._written_at = clock.monotonic()
+                self._write_hashes(entry.items)
 
     async def _read_base(self, leadership: Leadership) -> None:
         """Read what the feed has, for the guards and for the difference."""
@@ -232,6 +266,18 @@ class FleetMirror:
         self._is_damaged = not snapshot.is_intact or bool(is_foreign)
         if not snapshot.is_intact and snapshot.head is not None:
             self._log.warning("%s has lost or damaged data; they are written again", self._label)
+        if not self._is_damaged:
+            self._write_hashes(None)
+
+    def _write_hashes(self, items: Collection[Item] | None) -> None:
+        """Schedule that what SDKs read becomes what the feed has.
+
+        Args:
+            items: that have changed; None to compare all.
+        """
+        head, contents = self._base or (None, NOTHING)
+        if self._divided is not None and head is not None:
+            self._divided.update(head, contents.payload, items)
 
     async def _is_whole(self) -> bool:
         head, contents = self._base or (None, NOTHING)
@@ -273,12 +319,19 @@ class FleetMirror:
 
     async def _finish(self, leadership: Leadership) -> None:
         """Publish what is left, within a limit: the guards hold even if the lease is given up."""
-        with contextlib.suppress(TimeoutError, StoreUnavailable):
+        with contextlib.suppress(TimeoutError, StoreUnavailable, Refused):
             async with asyncio.timeout(self._timings.finish):
                 if leadership.adopted and self._base is not None:
-                    publication, _ = await self._due(leadership)
+                    publication, after = await self._due(leadership)
                     if publication is not None:
-                        await self._feed.publish(self._keys, publication)
+                        outcome = await self._feed.publish(self._keys, publication)
+                        if outcome is Outcome.PUBLISHED:
+                            entry = publication.entry
+                            head = Head(entry.number, entry.after, self._keys.identity)
+                            self._base = head, after
+                            self._write_hashes(entry.items)
+                    if self._divided is not None:
+                        await self._divided.write(leadership, at_end=True)
 
     def _note_outage(self, error: StoreUnavailable) -> None:
         text = "%s is unavailable: %s; flags are served from memory meanwhile"

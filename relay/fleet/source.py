@@ -20,7 +20,7 @@ from relay.fleet import FleetStatus, Role
 from relay.fleet.contents import Contents, is_at_least_as_new, newer_items
 from relay.fleet.feed import Keys, Look, Snapshot, place_order
 from relay.fleet.lease import Leadership, Lease
-from relay.fleet.member import Member
+from relay.fleet.member import Member, Watch
 from relay.fleet.upstream import Upstream
 from relay.model.item import Item
 from relay.model.payload import EMPTY, ChangeSet, Payload
@@ -130,6 +130,10 @@ class FleetSource:
         )
 
     @property
+    def _watch(self) -> Watch:
+        return self._member.watch(self.keys)
+
+    @property
     def _leaderless(self) -> float:
         """Seconds since which nobody is seen to lead; 0 while somebody is."""
         since = self._leaderless_since
@@ -174,7 +178,7 @@ class FleetSource:
         if self._upstream.is_followed:
             self._upstream.check(reconnect=reconnect)
         else:
-            self._member.look_soon()
+            self._watch.look_soon()
 
     def change_upstream(self, upstream: DataSource) -> None:
         """Follow another upstream, as with a new SDK key; the present one until it has delivered.
@@ -236,7 +240,7 @@ class FleetSource:
             else:
                 self._resign_without_upstream()
             return
-        if self.role is Role.ALONE and not self._member.is_settled:
+        if self.role is Role.ALONE and not self._watch.is_settled:
             return
         if self._is_foreign(look):
             return
@@ -324,7 +328,7 @@ class FleetSource:
 
     def _on_alone(self, entered: float) -> Iterator[Update]:
         is_same = self._entered == entered and self.role is Role.FOLLOWER
-        if is_same and self._member.is_lost:
+        if is_same and self._watch.is_lost:
             self._enter(Role.ALONE)
             self._upstream.follow()
         yield from ()
@@ -456,7 +460,7 @@ class FleetSource:
         self._enter(Role.FOLLOWER)
         if was is not Role.FOLLOWER:
             self._log.info("This relay follows the fleet's leader")
-        self._member.look_soon()
+        self._watch.look_soon()
         self._read()
 
     async def _be_alone_soon(self, entered: float) -> None:

@@ -16,6 +16,7 @@ class FleetTimings:
         renew: from one renewal of it to the next.
         margin: share of `ttl` by which a leader stops early, for clocks that run differently.
         poll: between two looks at leases and heads.
+        wait: for entries of a feed that is one environment's: longer, as there are many of them.
         jitter: upper bound of a candidate's delay, so that not all acquire at once.
         answer: for a small command.
         lost: without an answer of Redis, until members are on their own.
@@ -38,6 +39,7 @@ class FleetTimings:
     renew: float = 1.0
     margin: float = 0.1
     poll: float = 0.5
+    wait: float = 2.0
     jitter: float = 0.2
     answer: float = 0.6
     lost: float = 2.0

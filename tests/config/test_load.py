@@ -98,13 +98,6 @@ def problems(variables: Mapping[str, str]) -> tuple[str, ...]:
         ({"USE_REDIS": "1", "REDIS_SENTINEL_MASTER": "m"}, "[Redis] sentinelMaster has no sentinels to name it (REDIS_SENTINEL_MASTER)"),
         ({"USE_REDIS": "1", "REDIS_CLIENT_CERT_FILE": "c"}, "a Redis client certificate needs a key, and a key a certificate (REDIS_CLIENT_CERT_FILE)"),
         ({"FLEET": "1"}, "[Fleet] enabled: a fleet needs Redis (FLEET)"),
-        (
-            {"FLEET": "1", "USE_REDIS": "1", "REDIS_CLUSTER": "1"},
-            (
-                "[Fleet] enabled: a fleet cannot use a Redis Cluster in this release; one server or"
-                " Sentinels (FLEET, REDIS_CLUSTER)"
-            ),
-        ),
         ({"FLEET": "1", "USE_REDIS": "1", "EXIT_ALWAYS": "1"}, "[Fleet] enabled: a relay that exits cannot take part in a fleet (FLEET)"),
         ({"FILE_DATA_SOURCE_MONITORING_INTERVAL": "1s"}, "must specify offline mode filename if other offline mode properties are set (FILE_DATA_SOURCE_MONITORING_INTERVAL)"),
         ({"USE_CONSUL": "1", "CONSUL_HOST": "ftp://h"}, "CONSUL_HOST: must begin with http://, https:// or unix://, or with the host"),

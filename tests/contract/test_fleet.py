@@ -66,6 +66,8 @@ class Fleet:
         self._upstream = upstream
         self._session = session
         self._version = 1
+        self.others: tuple[dict[str, Any], ...] = ()
+        """What LaunchDarkly has beside the flag."""
 
     async def get(self, relay: RelayProcess, path: str) -> Any:
         try:
@@ -108,7 +110,7 @@ class Fleet:
         """Change the flag at LaunchDarkly; return its new version."""
         self._version += 1
         changed = flag(version=self._version)
-        self._upstream.serve(SDK_KEY, all_data(changed))
+        self._upstream.serve(SDK_KEY, all_data(changed, *self.others))
         await self._upstream.patch(SDK_KEY, changed)
         return self._version
 

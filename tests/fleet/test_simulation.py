@@ -81,10 +81,10 @@ def failed_renewal_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """A leader takes a renewal that gets no answer for a success."""
     renew = Feed.renew
 
-    async def renewed(*arguments: Any) -> bool:
+    async def renewed(own: Feed, all_keys: Any, *arguments: Any) -> list[bool]:
         with suppress(StoreUnavailable):
-            await renew(*arguments)
-        return True
+            await renew(own, all_keys, *arguments)
+        return [True] * len(all_keys)
 
     monkeypatch.setattr(Feed, "renew", renewed)
 

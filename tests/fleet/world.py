@@ -458,7 +458,7 @@ class World:
             self.report(f"entry {entry.number} follows entry {number}")
         if entry.before != selector:
             self.report(f"entry {entry.number} breaks the chain")
-        hashes = {kind: values.get(KEYS.hash(kind).encode(), {}) for kind in Kind}
+        hashes = {kind: values.get(KEYS.data.hash(kind).encode(), {}) for kind in Kind}
         stored = finish(parse_items(entries(hashes))).payload
         if finish(Contents.of(stored)).selector != entry.after:
             self.report(f"the data after entry {entry.number} are not what it says")
@@ -476,7 +476,7 @@ class World:
         connected = [process.name for process in self.launchdarkly.connected]
         if len(connected) != 1:
             self.report(f"connected at the end: {connected}")
-        fields = self.redis.server.values.get(KEYS.hash(Kind.FLAG).encode(), {})
+        fields = self.redis.server.values.get(KEYS.data.hash(Kind.FLAG).encode(), {})
         stored = finish(parse_items(entries({Kind.FLAG: fields}))).payload
         if visible(stored) != final:
             self.report("Redis is not current")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from random import Random
 from typing import Any, TypeVar
 
@@ -186,6 +186,26 @@ class FakeServer:
 
     def _hgetall(self, key: bytes) -> list[bytes]:
         return [word for pair in self.values.get(key, {}).items() for word in pair]
+
+    def _hget(self, key: bytes, field: bytes) -> bytes | None:
+        value: bytes | None = self.values.get(key, {}).get(field)
+        return value
+
+    def _hlen(self, key: bytes) -> int:
+        return len(self.values.get(key, {}))
+
+    def _hdel(self, key: bytes, *fields: bytes) -> int:
+        before = self.values.get(key, {})
+        after = {field: value for field, value in before.items() if field not in fields}
+        if not after:
+            self._delete(key)
+        elif len(after) < len(before):
+            self.values[key] = after
+            self._touch(key)
+        return len(before) - len(after)
+
+    def _info(self, section: bytes) -> bytes:
+        return b"maxmemory:0\r\nmaxmemory_policy:noeviction\r\n"
 
     def _xadd(self, key: bytes, *words: bytes) -> bytes:
         pairs = list(words[words.index(b"*") + 1 :])
@@ -387,6 +407,11 @@ class FakeConnection:
                 return replies
         except TimeoutError as e:
             raise StoreUnavailable("no answer in time") from e
+
+    async def transaction(self, commands: Iterable[Command]) -> list[Any] | None:
+        *_, done = await self.execute_all([("MULTI",), *commands, ("EXEC",)])
+        replies: list[Any] | None = done
+        return replies
 
 
 class FakeDatabase:
