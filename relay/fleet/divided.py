@@ -11,7 +11,9 @@ after the earlier one, so its proof is later, too; its term is the same or a lat
 begins with all that was published before. A write that a stopped leader sends when it goes on finds
 the hash touched, for the first write of each term touches it in any case.
 
-What a leader has left half done, the next one finds: it compares everything at its beginning.
+What a leader has left half done, the next one finishes: it compares everything at its beginning.
+If the fleet's slot has lost publications that were written here, as in a failover, the next leader
+finds them here, by the note beside each hash.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ from relay.telemetry.log import Log
 from relay.telemetry.outage import OutageLog
 
 HEAD = "head"
-"""Field of the note beside each hash: term and number of the publication that was written last."""
+"""Field of the note beside each hash: number and term of the publication that was written last, and
+whose it is."""
 
 MAX_RACES = 20
 """Attempts of a write that others interrupt, before it counts as failed."""
@@ -148,6 +151,20 @@ class DividedHashes:
         }
         stored = await run_in_slices(parse_items(entries(hashes)))
         return stored.payload
+
+    async def are_ahead_of(self, head: Head | None) -> bool:
+        """Return whether the fleet's slot has lost publications that were written already.
+
+        Raises:
+            StoreUnavailable: a server does not answer.
+        """
+        number = head.number if head else 0
+        if self._written is not None:
+            return self._written.due.head.number > number
+        notes = [
+            await self._execute("HGET", self._visible.notes_beside(kind), HEAD) for kind in Kind
+        ]
+        return max(_number_in(note, self._keys.identity) for note in notes) > number
 
     def update(self, head: Head, payload: Payload, items: Iterable[Item] | None) -> None:
         """Schedule that a publication is written.
@@ -273,7 +290,7 @@ class _Writer:
         self._leadership = leadership
         self._due = due
         self._at_end = at_end
-        self._note = f"{leadership.term}:{due.head.number}".encode()
+        self._note = f"{due.head.number}:{keys.identity}:{leadership.term}".encode()
 
     async def write_items(
         self, items: Mapping[Key, Item], notes: Mapping[Kind, bytes]
@@ -323,7 +340,7 @@ class _Writer:
         self, watched: Sequence[str], commands: Commands, connection: Connection
     ) -> _Result:
         """Watch, prove, write."""
-        await connection.execute_all([("WATCH", *watched)])
+        await connection.execute_all([watch(watched)])
         batch = await commands(connection)
         refusal = await self._refusal() if batch is not None else _Result.RACE
         if batch is None or refusal is not None:
@@ -375,6 +392,11 @@ class _Writer:
         return [("SET", self._visible.marker, b"")]
 
 
+def watch(keys: Sequence[str]) -> Command:
+    """Return the command after which a transaction fails if somebody else writes the keys."""
+    return "WATCH", *keys
+
+
 def _different(items: Iterable[Item], stored: Mapping[bytes, bytes]) -> Steps[list[Item]]:
     """Return the items that are not stored as they are, with a step for each."""
     different = []
@@ -383,3 +405,9 @@ def _different(items: Iterable[Item], stored: Mapping[bytes, bytes]) -> Steps[li
             different.append(item)
         yield
     return different
+
+
+def _number_in(note: bytes | None, identity: str) -> int:
+    """Return the number of the publication that a note names; 0 if it is not this environment's."""
+    number, _, rest = (note or b"").decode(errors="replace").partition(":")
+    return int(number) if number.isdecimal() and rest.startswith(f"{identity}:") else 0

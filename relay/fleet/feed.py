@@ -399,9 +399,10 @@ class Reader:
 
 def _hash_steps(keys: Keys) -> Iterator[list[Command]]:
     """Yield what is done to hashes that SDKs read in other slots, to be discarded."""
-    for kind in Kind if keys.visible is not None else ():
-        assert keys.visible is not None
-        key, note = keys.visible.hash(kind), keys.visible.notes_beside(kind)
+    if (visible := keys.visible) is None:
+        return
+    for kind in Kind:
+        key, note = visible.hash(kind), visible.notes_beside(kind)
         yield [
             ("WATCH", key, note),
             ("MULTI",),

@@ -16,14 +16,14 @@ from msgspec.structs import replace
 from relay import clock
 from relay.aio import run_in_slices, wait_for
 from relay.errors import StoreUnavailable
-from relay.fleet.contents import NOTHING, Contents, different_items
+from relay.fleet.contents import NOTHING, Contents, different_items, newer_items
 from relay.fleet.divided import DividedHashes, Refused
-from relay.fleet.feed import Outcome, Publication
+from relay.fleet.feed import Outcome, Publication, Snapshot
 from relay.fleet.lease import Leadership
 from relay.fleet.member import Member
 from relay.fleet.source import FleetSource
 from relay.model.item import Item
-from relay.model.payload import Change, Payload
+from relay.model.payload import EMPTY, Change, Payload
 from relay.protocol.feed import Entry, Head
 from relay.stores import Key, Mirror, Stored, StoreState, StoreStatus, label_of
 from relay.telemetry.log import Log
@@ -87,6 +87,10 @@ class FleetMirror:
         """Items that may differ from what the feed has; None if all may."""
         self._is_damaged = False
         """True if the data in Redis are not those of the head."""
+        self._compares_hashes = False
+        """True if what SDKs read in other slots may differ anywhere from what the feed has."""
+        self._is_behind = False
+        """True if the feed has lost what SDKs read in other slots, in a failover."""
         self._confirmed: bool | None = None
         """What the last publication of this term says of upstream; None before the first."""
         self._written_at = 0.0
@@ -238,6 +242,8 @@ class FleetMirror:
         while leadership.is_valid and self._base is not None:
             publication, after = await self._due(leadership)
             if publication is None:
+                if self._compares_hashes and (self._source.is_confirmed or not self._is_behind):
+                    self._write_hashes(None)
                 return
             outcome = await self._feed.publish(self._keys, publication)
             self.outcomes[outcome] += 1
@@ -258,16 +264,31 @@ class FleetMirror:
         snapshot = await self._feed.snapshot(self._keys)
         self._compared_at = clock.monotonic()
         self._touched = None
+        known = snapshot
+        if self._divided is not None:
+            known = await self._with_hashes(self._divided, leadership, snapshot)
         if not leadership.adopted:
-            await self._source.adopt(leadership, snapshot)
+            await self._source.adopt(leadership, known)
         contents = snapshot.contents or NOTHING
         self._base = snapshot.head, contents
         is_foreign = snapshot.head and snapshot.head.identity != self._keys.identity
         self._is_damaged = not snapshot.is_intact or bool(is_foreign)
         if not snapshot.is_intact and snapshot.head is not None:
             self._log.warning("%s has lost or damaged data; they are written again", self._label)
-        if not self._is_damaged:
-            self._write_hashes(None)
+        self._compares_hashes = True
+
+    async def _with_hashes(
+        self, divided: DividedHashes, leadership: Leadership, snapshot: Snapshot
+    ) -> Snapshot:
+        """Return what the feed has, at the beginning of a term with what only SDKs read."""
+        self._is_behind = False
+        with contextlib.suppress(StoreUnavailable):  # the fleet goes on without those servers
+            self._is_behind = await divided.are_ahead_of(snapshot.head)
+            if self._is_behind and not leadership.adopted and (found := await divided.load()):
+                payload = snapshot.contents.payload if snapshot.contents else EMPTY
+                lost = newer_items(found, payload)
+                return replace(snapshot, contents=Contents(payload.with_items(lost), 0))
+        return snapshot
 
     def _write_hashes(self, items: Collection[Item] | None) -> None:
         """Schedule that what SDKs read becomes what the feed has.
@@ -276,8 +297,10 @@ class FleetMirror:
             items: that have changed; None to compare all.
         """
         head, contents = self._base or (None, NOTHING)
-        if self._divided is not None and head is not None:
-            self._divided.update(head, contents.payload, items)
+        if self._divided is None or head is None or self._is_damaged:
+            return
+        self._divided.update(head, contents.payload, None if self._compares_hashes else items)
+        self._compares_hashes = False
 
     async def _is_whole(self) -> bool:
         head, contents = self._base or (None, NOTHING)

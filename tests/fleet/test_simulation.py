@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from relay.errors import StoreUnavailable
-from relay.fleet import feed, lease, source
+from relay.fleet import divided, feed, lease, source
 from relay.fleet.feed import Feed, Outcome
 from relay.fleet.upstream import Upstream
 from tests.fleet.world import UpstreamSource, World
@@ -20,14 +20,16 @@ from tests.fleet.world import UpstreamSource, World
 # A history takes 90 ms of a core, so these take half a minute. `make nightly` has 100,000.
 HISTORIES = int(os.environ.get("HISTORIES", "350"))
 PER_TEST = max(25, HISTORIES // 100)
+DIVIDED = HISTORIES // 3
+"""As many in a cluster besides."""
 
 ENOUGH = 100
 """Histories within which each planted bug must be found."""
 
 
-def findings(seed: int) -> list[str]:
+def findings(seed: int, *, in_cluster: bool = False) -> list[str]:
     try:
-        return World(seed).run()
+        return World(seed, divided=in_cluster).run()
     except AssertionError as e:
         return [str(e)]
 
@@ -37,6 +39,13 @@ def test_no_history_breaks_the_fleet(first: int) -> None:
     """Whatever happens, nobody goes back, the feed is a chain, and all are current at the end."""
     for seed in range(first, first + PER_TEST):
         assert not findings(seed), f"seed {seed}"
+
+
+@pytest.mark.parametrize("first", range(0, DIVIDED, PER_TEST))
+def test_no_history_breaks_a_fleet_over_a_cluster(first: int) -> None:
+    """Each server fails by itself; what SDKs read never goes back, and is current at the end."""
+    for seed in range(first, min(first + PER_TEST, DIVIDED)):
+        assert not findings(seed, in_cluster=True), f"seed {seed}"
 
 
 def no_head_guard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +103,20 @@ def upstream_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Upstream, "leave", lambda _: None)
 
 
+def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What SDKs read in other slots is written without a look at who leads."""
+
+    async def prove(*_: Any) -> None:
+        return None
+
+    monkeypatch.setattr(Feed, "prove", prove)
+
+
+def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What SDKs read in other slots is written though others have written it since."""
+    monkeypatch.setattr(divided, "watch", lambda _: ("WATCH", "p:nothing"))
+
+
 BUGS = [
     no_head_guard,
     no_guard,
@@ -111,6 +134,13 @@ def test_each_planted_bug_is_found(bug, monkeypatch: pytest.MonkeyPatch) -> None
     """The histories would show if a rule of the protocol were missing."""
     bug(monkeypatch)
     assert any(findings(seed) for seed in range(ENOUGH)), bug.__doc__
+
+
+@pytest.mark.parametrize("bug", [unproved, unwatched], ids=lambda bug: bug.__name__)
+def test_each_planted_bug_of_a_cluster_is_found(bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The histories would show if a part of the rule for other slots were missing."""
+    bug(monkeypatch)
+    assert any(findings(seed, in_cluster=True) for seed in range(ENOUGH)), bug.__doc__
 
 
 @pytest.mark.parametrize("seed", range(5))

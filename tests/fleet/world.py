@@ -22,12 +22,12 @@ from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Item, Kind
 from relay.model.payload import EMPTY, ChangeSet, Payload
-from relay.protocol.feed import FEED, Head, entry_of
+from relay.protocol.feed import Head, entry_of
 from relay.sources import Interrupted, Update, UpToDate
 from relay.steps import finish
 from relay.stores import Mirror
 from relay.stores.items import parse_items
-from relay.stores.redis.layout import entries
+from relay.stores.redis.layout import Layout, entries
 from relay.streams.hub import Hub
 from tests.support.fakeredis import FakeDatabase, FakeRedis, Link
 from tests.support.simulation import Process, SimulatedLoop
@@ -52,6 +52,8 @@ LOG = logging.getLogger("relay.env.simulation")
 LOG.setLevel(logging.CRITICAL + 1)
 
 KEYS = Keys("p", "an-environment")
+
+DIVIDED_KEYS = Keys("p", "an-environment", in_cluster=True)
 
 
 class LaunchDarkly:
@@ -193,12 +195,13 @@ class Node:
         self.process.context.run(self._build)
 
     def _build(self) -> None:
-        loop, redis = self.world.loop, self.world.redis
-        quick, large = (FakeDatabase(redis, self.link, limit) for limit in (0.6, 2.0))
-        feed = Feed(quick, large, FakeDatabase(redis, self.link, 1.2))
+        loop, server_of = self.world.loop, self.world.server_of
+        quick, large = (FakeDatabase(server_of, self.link, limit) for limit in (0.6, 2.0))
+        wait = TIMINGS.wait if self.world.keys.visible else TIMINGS.poll
+        feed = Feed(quick, large, FakeDatabase(server_of, self.link, wait + 0.7))
         self.member = Member(feed, self.process.name, LOG, TIMINGS)
         self.upstream = UpstreamSource(self.world.launchdarkly, self.process)
-        self.source = FleetSource(self.member, KEYS, self.upstream, LOG)
+        self.source = FleetSource(self.member, self.world.keys, self.upstream, LOG)
         observed = Observed(self.source, self._look)
         spec = EnvironmentSpec("simulation", SDKKey("sdk-simulation"))
         self.environment = Environment(spec, observed, Hub({}), LOG)
@@ -250,10 +253,13 @@ class World:
     Args:
         seed: of all that happens.
         members: number of relays.
+        divided: True if the database is a cluster, and what SDKs read is at another server than
+            the fleet's keys.
     """
 
-    def __init__(self, seed: int, members: int = 3) -> None:
+    def __init__(self, seed: int, members: int = 3, *, divided: bool = False) -> None:
         self.loop = SimulatedLoop(seed)
+        self.keys = DIVIDED_KEYS if divided else KEYS
         self.findings: list[str] = []
         self.steps = 0
         """Number of callbacks until the end."""
@@ -264,6 +270,14 @@ class World:
         self.redis = FakeRedis(self.loop.after, lambda: self.loop.now, random)
         self.redis.before = self._before
         self.redis.checked = self._check_publication
+        self.servers = [self.redis]
+        """The one with the fleet's keys; in a cluster, then the one with what SDKs read."""
+        if divided:
+            other = FakeRedis(self.loop.after, lambda: self.loop.now, random)
+            other.checked = self._check_visible
+            self.servers.append(other)
+        self.visible = EMPTY
+        """What SDKs read in the cluster; empty after a loss."""
         self.loop.after_each = self._check_leaders
         self.loop.use()
         self.launchdarkly = LaunchDarkly(self.loop, forgets=random.random() < 0.3)
@@ -274,6 +288,10 @@ class World:
 
     def report(self, finding: str) -> None:
         self.findings.append(f"{self.loop.now:.3f}: {finding}")
+
+    def server_of(self, key: str) -> FakeRedis:
+        """Return the server that has a key."""
+        return self.servers[0 if key.startswith(self.keys.data.prefix) else -1]
 
     def known(self) -> set[frozenset[tuple[str, int, bool]]]:
         """Return the versions of all states that upstream has had."""
@@ -290,7 +308,8 @@ class World:
             self.steps = self.loop.steps
             self._check_end()
         finally:
-            self.redis.is_closed = True
+            for server in self.servers:
+                server.is_closed = True
             self.loop.after_each = lambda: None
             self.loop.release()
         return self.findings
@@ -314,6 +333,9 @@ class World:
         faults += [self._redis_down, self._redis_hangs, self._fade, self._fade, self._detour]
         if self.loses_writes:
             faults += [self._fail_over, self._fail_over, self._wipe]
+        if len(self.servers) > 1:
+            faults += [self._detour_of_hashes, self._detour_of_hashes]
+            faults += [self._lead_twice] * (2 * self.loses_writes)
         random.choice(faults)(random.choice(self._alive))
 
     def _stop(self, node: Node) -> None:
@@ -364,6 +386,22 @@ class World:
         for node in self.nodes:
             node.link.detour = self.loop.random.uniform(2.0, 4.0)
 
+    def _detour_of_hashes(self, _: Node) -> None:
+        """Let one write of each of what SDKs read arrive long after its sender has given it up."""
+        for node in self.nodes:
+            node.link.hash_detour = self.loop.random.uniform(2.0, 4.0)
+
+    def _lead_twice(self, _: Node) -> None:
+        """Let a lease be lost while its owner waits for the server that has what SDKs read."""
+        random, other = self.loop.random, self.servers[-1]
+        other.hang()
+        self.loop.after(random.uniform(0.5, 3), other.go_on)
+        self.loop.after(random.uniform(0.1, 0.5), self._lose_lease)
+
+    def _lose_lease(self) -> None:
+        self.redis.server.values.pop(self.keys.lease.encode(), None)
+        self._lease_lost_at = self.loop.now
+
     def _fade(self, node: Node) -> None:
         """Let answers come late, and then none."""
         node.link.answer_delay = (0.5, 0.59)
@@ -393,31 +431,44 @@ class World:
     def _mend_upstream(self, node: Node) -> None:
         node.upstream.is_cut = False
 
+    def _some_server(self) -> FakeRedis:
+        return self.loop.random.choice(self.servers) if len(self.servers) > 1 else self.redis
+
     def _redis_down(self, _: Node) -> None:
-        self.redis.crash()
-        self.loop.after(self.loop.random.uniform(0.2, 6), self.redis.start)
+        server = self._some_server()
+        server.crash()
+        self.loop.after(self.loop.random.uniform(0.2, 6), server.start)
 
     def _redis_hangs(self, _: Node) -> None:
-        self.redis.hang()
-        self.loop.after(self.loop.random.uniform(0.2, 6), self.redis.go_on)
+        server = self._some_server()
+        server.hang()
+        self.loop.after(self.loop.random.uniform(0.2, 6), server.go_on)
 
     def _fail_over(self, _: Node) -> None:
-        self.redis.crash()
-        self.redis.server.lose_writes(self.loop.random.uniform(0, 0.4))
-        self._lease_lost_at = self.loop.now
-        self.loop.after(self.loop.random.uniform(0.05, 3), self._end_failover)
+        server = self._some_server()
+        server.crash()
+        server.server.lose_writes(self.loop.random.uniform(0, 0.4))
+        self._note_loss(server)
+        self.loop.after(self.loop.random.uniform(0.05, 3), self._end_failover, server)
 
-    def _end_failover(self) -> None:
-        self._lease_lost_at = self.loop.now
-        self.redis.start()
+    def _end_failover(self, server: FakeRedis) -> None:
+        self._note_loss(server)
+        server.start()
 
     def _wipe(self, _: Node) -> None:
-        self.redis.server.wipe()
-        self._lease_lost_at = self.loop.now
+        server = self._some_server()
+        server.server.wipe()
+        self._note_loss(server)
+
+    def _note_loss(self, server: FakeRedis) -> None:
+        if server is self.redis:
+            self._lease_lost_at = self.loop.now
+        self.visible = EMPTY
 
     def _heal(self) -> None:
-        self.redis.start()
-        self.redis.go_on()
+        for server in self.servers:
+            server.start()
+            server.go_on()
         for node in self.nodes[:]:
             node.process.is_stopped = False
             node.link.before_send = node.link.before_answer = lambda: None
@@ -441,11 +492,11 @@ class World:
 
     def _before(self) -> tuple[bytes | None, object]:
         values = self.redis.server.values
-        return values.get(KEYS.head.encode()), values.get(FEED.encode())
+        return values.get(self.keys.head.encode()), values.get(self.keys.feed.encode())
 
     def _check_publication(self, before: tuple[bytes | None, object]) -> None:
         values = self.redis.server.values
-        stream = values.get(FEED.encode())
+        stream = values.get(self.keys.feed.encode())
         if stream is None or stream is before[1]:
             return
         pairs = stream.last[1]
@@ -458,8 +509,7 @@ class World:
             self.report(f"entry {entry.number} follows entry {number}")
         if entry.before != selector:
             self.report(f"entry {entry.number} breaks the chain")
-        hashes = {kind: values.get(KEYS.data.hash(kind).encode(), {}) for kind in Kind}
-        stored = finish(parse_items(entries(hashes))).payload
+        stored = self._stored(self.redis, self.keys.data)
         if finish(Contents.of(stored)).selector != entry.after:
             self.report(f"the data after entry {entry.number} are not what it says")
 
@@ -476,10 +526,23 @@ class World:
         connected = [process.name for process in self.launchdarkly.connected]
         if len(connected) != 1:
             self.report(f"connected at the end: {connected}")
-        fields = self.redis.server.values.get(KEYS.data.hash(Kind.FLAG).encode(), {})
-        stored = finish(parse_items(entries({Kind.FLAG: fields}))).payload
-        if visible(stored) != final:
-            self.report("Redis is not current")
+        read = self.keys.visible or self.keys.data
+        if visible(self._stored(self.servers[-1], read)) != final:
+            self.report("what SDKs read is not current")
+        if read.marker.encode() not in self.servers[-1].server.values:
+            self.report("what SDKs read has no marker")
+
+    def _check_visible(self, _: object) -> None:
+        read = self._stored(self.servers[-1], self.keys.visible or self.keys.data)
+        if not is_at_least_as_new(read, self.visible):
+            self.report("what SDKs read went back")
+        self.visible = read
+
+    @staticmethod
+    def _stored(redis: FakeRedis, layout: Layout) -> Payload:
+        values = redis.server.values
+        hashes = {kind: values.get(layout.hash(kind).encode(), {}) for kind in Kind}
+        return finish(parse_items(entries(hashes))).payload
 
 
 def visible(payload: Payload) -> dict[str, int]:

@@ -250,6 +250,8 @@ class Link:
         self.answer_delay = (0.0002, 0.002)
         self.detour = 0.0
         """Seconds that the next addition to a stream takes, while everything else flows."""
+        self.hash_detour = 0.0
+        """Seconds that the next transaction with hashes, but without a stream, takes."""
         self.before_send: Callable[[], None] = lambda: None
         self.before_answer: Callable[[], None] = lambda: None
 
@@ -327,9 +329,11 @@ class FakeRedis:
             else:
                 self._answer(link, future, replies)
 
-        delay = link.delay
-        if link.detour and any(command[0] == "XADD" for command in commands):
+        delay, names = link.delay, {command[0] for command in commands}
+        if link.detour and "XADD" in names:
             delay, link.detour = (link.detour, link.detour), 0.0
+        elif link.hash_detour and names >= {"HSET", "EXEC"} and "XADD" not in names:
+            delay, link.hash_detour = (link.hash_detour, link.hash_detour), 0.0
         self._travel(link, delay, arrive, future)
         return future
 
@@ -418,18 +422,21 @@ class FakeDatabase:
     """Access of one process to the server.
 
     Args:
-        redis: the server.
+        redis: the server; or returns that of a key, in a cluster.
         link: of the process.
         limit: seconds for each batch of commands.
     """
 
-    def __init__(self, redis: FakeRedis, link: Link, limit: float) -> None:
+    def __init__(
+        self, redis: FakeRedis | Callable[[str], FakeRedis], link: Link, limit: float
+    ) -> None:
         self._redis = redis
         self._link = link
         self._limit = limit
 
     async def run(self, key: str, work: Callable[[FakeConnection], Awaitable[T]]) -> T:
-        return await work(FakeConnection(self._redis, self._link, self._limit))
+        redis = self._redis if isinstance(self._redis, FakeRedis) else self._redis(key)
+        return await work(FakeConnection(redis, self._link, self._limit))
 
     def join(self, user: object) -> None:
         pass
