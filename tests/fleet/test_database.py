@@ -119,6 +119,28 @@ async def test_hashes(database: Database) -> None:
     assert await run(database, ("DEL", "h", "i"), ("HGETALL", "h")) == [1, []]
 
 
+async def test_fields_of_hashes(database: Database) -> None:
+    """Single fields are read, counted and removed; the last one takes the hash along."""
+    await run(database, ("HSET", "h", "a", "1", "b", "2"))
+    assert await run(database, ("HGET", "h", "a"), ("HGET", "h", "c")) == [b"1", None]
+    assert await run(database, ("HLEN", "h"), ("HDEL", "h", "a", "c")) == [2, 1]
+    assert await run(database, ("HDEL", "h", "b"), ("EXISTS", "h"), ("HLEN", "h")) == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "change", [("HDEL", "h", "a"), ("HSET", "h", "a", "1"), ("HSET", "h", "b", "")]
+)
+async def test_changes_of_a_hash_count(database: Database, change: Any) -> None:
+    """A field that is set to what it was is a change, too."""
+    await run(database, ("HSET", "h", "a", "1"))
+    async with lent(database) as connection:
+        await connection.execute_all([("WATCH", "h")])
+        await run(database, change)
+        assert await connection.transaction([("HSET", "h", "a", "2")]) is None
+        assert await connection.transaction([("HSET", "h", "a", "2"), ("HLEN", "h")]) is not None
+    assert await run(database, ("HGET", "h", "a")) == [b"2"]
+
+
 async def test_streams_are_read_from_a_place(database: Database) -> None:
     """Who names a place gets what was added after it."""
     add = ("XADD", "s", "MAXLEN", "~", "10000", "*", "p", "x", "d")
