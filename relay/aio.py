@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from relay import clock
@@ -66,3 +66,18 @@ def in_thread(work: Callable[[], T], name: str) -> asyncio.Future[T]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
+
+
+@contextmanager
+def meanwhile(work: Coroutine[Any, Any, T]) -> Iterator[asyncio.Task[T]]:
+    """Do some work beside the body; at its end that is cancelled, and what it raised is forgotten.
+
+    Args:
+        work: may be awaited as the task that is yielded, also more than once.
+    """
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    try:
+        yield task
+    finally:
+        task.cancel()

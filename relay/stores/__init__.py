@@ -93,7 +93,7 @@ class DataStore(Protocol):
         """Write the items that are newer than the stored versions.
 
         Returns:
-            True if the store was initialised; otherwise nothing is written.
+            True if the store was initialised; otherwise nothing is written that readers see.
         """
 
     async def versions(self) -> Versions | None:

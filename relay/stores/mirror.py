@@ -59,6 +59,8 @@ class MirrorTimings:
         retry: after consecutive failures.
         finish: time limit for the last write when the relay ends.
         pause: least time from one write of changes to the next, in which further changes gather.
+        mark: after a write of changes; then the fingerprint is written, unless another one came: a
+            change that comes soon after another does not wait for that.
         conflicts: before items that are newer in the database, or only there, are replaced.
     """
 
@@ -67,6 +69,7 @@ class MirrorTimings:
     retry: Backoff = Backoff(first=0.5, longest=5.0)
     finish: float = 2.0
     pause: float = 0.0
+    mark: float = 0.5
     conflicts: ConflictTimings = ConflictTimings()
 
 
@@ -156,6 +159,8 @@ class DatabaseMirror:
         written to it."""
         self._marked: Fingerprint | None = None
         """Fingerprint that was last written or found beside the data."""
+        self._mark_at = -NEVER
+        """Monotonic time from which on the fingerprint may be written."""
 
     def __repr__(self) -> str:
         status = self.status
@@ -233,7 +238,8 @@ class DatabaseMirror:
 
     async def _wait_for_work(self) -> None:
         """Wait until there is something to write, or the next comparison is due."""
-        wait = max(0.0, min(self._probe_at, self._recheck_at) - clock.monotonic())
+        mark_at = self._mark_at if self._healthy and self._is_unmarked else NEVER
+        wait = max(0.0, min(self._probe_at, self._recheck_at, mark_at) - clock.monotonic())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait):
                 await self._wakeup.wait()
@@ -265,10 +271,16 @@ class DatabaseMirror:
             await self._compare()
         elif self._pending:
             await self._write(self._payload)
-        if self._stored and self._marked != self._stored[1] and (probe_due or not self._pending):
+        is_time = not self._pending and clock.monotonic() >= self._mark_at
+        if self._stored and self._is_unmarked and (probe_due or is_time):
             _, fingerprint = self._stored
             await self._store.mark(fingerprint)
             self._marked = fingerprint
+
+    @property
+    def _is_unmarked(self) -> bool:
+        """True if the fingerprint beside the data is not theirs."""
+        return self._stored is not None and self._marked != self._stored[1]
 
     async def _probe(self) -> bool:
         """Return whether the database seems to be as it was left, at little cost."""
@@ -291,6 +303,7 @@ class DatabaseMirror:
             before, fingerprint = self._stored
             after, change = before.apply(ChangeSet(tuple(items)))
             self._stored = after, fingerprint.after(before, change.items if change else ())
+        self._mark_at = clock.monotonic() + self._timings.mark
         for item in items:
             self._unstorable.pop((item.kind, item.key), None)
         self._record_success(payload)
@@ -309,7 +322,7 @@ class DatabaseMirror:
         last_full_at = self._last_full_at
         storable = self._storable(payload)
         unusable = self._unusable | self._unstorable.keys()
-        self._needs_compare, self._stored = False, None
+        self._needs_compare, self._stored, self._mark_at = False, None, -NEVER
         pending, self._pending = self._pending, {}
         versions = await self._store.versions()
         now = clock.monotonic()

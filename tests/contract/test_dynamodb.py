@@ -351,9 +351,13 @@ async def test_requests_for_a_change_and_while_idle(upstream, proxy, table):
     async with keeping(upstream, proxy.url, table.name, MirrorTimings(probe=60)) as mirror:
         await eventually(lambda: mirror._marked is not None)
         proxy.asked.clear()
-        await upstream.patch(SDK_KEY, flag(value="two", version=2))
-        await eventually(lambda: len(proxy.asked) >= 3)
-        assert proxy.operations == ["GetItem", "PutItem", "PutItem"]
+        for version in range(2, 7):
+            await upstream.patch(SDK_KEY, flag(value="two", version=version))
+            await eventually(lambda v=version: version_of(table, "lamp") == str(v))
+        await eventually(lambda: len(proxy.asked) >= 11)
+        assert sorted(proxy.operations[:10]) == ["GetItem"] * 5 + ["PutItem"] * 5
+        assert proxy.operations[10:] == ["PutItem"]  # the note, behind the last one
+        assert proxy.busiest == 2  # the marker is looked at meanwhile
 
 
 async def test_requests_for_a_full_set_of_data(upstream, proxy, table):

@@ -23,13 +23,13 @@ from relay.stores.mirror import MAX_PENDING, SINGLE_RUN, DatabaseMirror, MirrorT
 from relay.stores.redis.connect import connect
 from relay.stores.redis.store import RedisStore
 from tests.stores.contract import flag, segment
-from tests.support.redis import RedisServer, recorded
+from tests.support.redis import RedisServer, pump, recorded
 from tests.support.serving import until
 
 LOG = logging.getLogger("relay.env.test")
 QUICK = ConflictTimings(second_look=0.02, refresh=0.1, newer=0.2, extra=0.2)
 TIMINGS = MirrorTimings(
-    probe=0.05, compare=0.05, retry=Backoff(0.02, 0.05), finish=1.0, conflicts=QUICK
+    probe=0.05, compare=0.05, retry=Backoff(0.02, 0.05), finish=1.0, mark=0.0, conflicts=QUICK
 )
 CAUTIOUS = replace(TIMINGS, conflicts=replace(QUICK, newer=NEVER))
 """Timings with which newer items of the database are kept."""
@@ -192,6 +192,39 @@ async def test_while_nothing_happens_no_item_is_read(server):
         await until(lambda: server.calls().get("hget", 0) > 5)
         assert "hgetall" not in server.calls()
         assert "hset" not in server.calls()
+
+
+async def test_round_trips_for_changes(server):
+    """Two each, and one more behind the last, when nothing waits for it."""
+    trips = 0
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def count() -> None:
+            nonlocal trips
+            while data := await reader.read(2**20):
+                trips += 1
+                inner.write(data)
+            inner.close()
+
+        inner_reader, inner = await asyncio.open_unix_connection(server.socket)
+        await asyncio.gather(count(), pump(inner_reader, writer))
+
+    async with await asyncio.start_server(forward, "127.0.0.1", 0) as front:
+        port = front.sockets[0].getsockname()[1]
+        timings = MirrorTimings(probe=60, compare=NEVER)
+        async with Site(server, timings, url=f"redis://127.0.0.1:{port}") as site:
+            site.update(START)
+            await site.wait_marked()
+            before = trips
+            for version in range(10, 20):
+                site.apply(ChangeSet((flag("lamp", version),)))
+                async with asyncio.timeout(5):
+                    await site.mirror.flushed()
+            assert trips == before + 2 * 10
+            await site.wait_marked()
+            assert trips == before + 2 * 10 + 1
+            site.apply(ChangeSet((flag("lamp", 20),)))
+            await site.wait_marked()  # though nothing else comes
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 
-from relay.aio import run_in_slices
+from relay.aio import meanwhile, run_in_slices
 from relay.errors import StoreUnavailable
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
@@ -101,16 +101,18 @@ class DynamoDBStore:
         """Write the items that are newer than the stored versions.
 
         Returns:
-            True if the store was initialised; otherwise nothing is written.
+            True if the store was initialised; otherwise a few may be written, which readers do not
+            see without a marker: it is looked at meanwhile.
 
         Raises:
             StoreUnavailable: the service does not answer, or refuses; some items may be written.
         """
-        if await self._marker() is None:
-            return False
-        for wave in await run_in_slices(in_waves(items)):
-            await self._upsert_all(wave)
-        return True
+        with meanwhile(self._marker()) as marker:
+            for wave in await run_in_slices(in_waves(items)):
+                await self._upsert_all(wave)
+                if await marker is None:
+                    return False
+            return await marker is not None
 
     async def mark(self, fingerprint: Fingerprint) -> None:
         """Write the fingerprint of the stored items beside the marker, if that stands.

@@ -12,6 +12,7 @@ from functools import partial
 
 from redis.exceptions import ResponseError
 
+from relay.aio import meanwhile
 from relay.errors import StoreUnavailable
 from relay.model.item import Item, Kind
 from relay.model.payload import Payload
@@ -80,14 +81,17 @@ class DividedRedisStore(RedisStore):
         Raises:
             StoreUnavailable: maybe a part was written.
         """
-        if not await self._client.execute("EXISTS", self._layout.marker):
-            return False
-        for kind in IN_ORDER:
-            those = [item for item in items if item.kind is kind]
-            if those:
-                work = partial(self._write_newer, those, None)
-                await self._client.run(self._layout.hash(kind), work)
-        return True
+        with meanwhile(self._is_initialised()) as is_initialised:
+            for kind in IN_ORDER:
+                those = [item for item in items if item.kind is kind]
+                if those:
+                    work = partial(self._write_newer, those, is_initialised)
+                    if not await self._client.run(self._layout.hash(kind), work):
+                        return False
+            return await is_initialised
+
+    async def _is_initialised(self) -> bool:
+        return bool(await self._client.execute("EXISTS", self._layout.marker))
 
     def _marking(self, fingerprint: Fingerprint) -> list[Command]:
         return [

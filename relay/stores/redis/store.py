@@ -6,7 +6,7 @@ database user whose permissions fit ld-relay suffices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -106,18 +106,19 @@ class RedisStore:
         )
 
     async def _write_newer(
-        self, items: Sequence[Item], marker: str | None, connection: RedisConnection
+        self, items: Sequence[Item], marker: str | Awaitable[bool], connection: RedisConnection
     ) -> bool:
-        """Write newer items in one transaction; return False if a marker is wanted and missing.
+        """Write newer items in one transaction; return False if the marker is missing.
 
         Args:
             items: of all kinds whose hashes are at this server.
-            marker: key of the marker; None if it is at another server.
+            marker: key of the marker; if it is at another server, whether it stands there.
             connection: to the server.
         """
-        watched = [self._layout.hash(kind) for kind in Kind if marker or kind is items[0].kind]
-        checks: list[Command] = [("EXISTS", marker)] if marker else []
-        watch: Command = ("WATCH", *([marker] if marker else []), *watched)
+        here = [marker] if isinstance(marker, str) else []
+        watched = [self._layout.hash(kind) for kind in Kind if here or kind is items[0].kind]
+        checks: list[Command] = [("EXISTS", *here)] if here else []
+        watch: Command = ("WATCH", *here, *watched)
         for _ in range(MAX_RACES):
             head = [watch, *checks]
             newer: list[Item] = []
@@ -134,9 +135,10 @@ class RedisStore:
                     for item, json in zip(batch, stored, strict=True)
                     if json is None or item.version > version_of(json).number
                 ]
-            if not newer:
+            stands = isinstance(marker, str) or await marker
+            if not newer or not stands:
                 await connection.execute("UNWATCH")
-                return True
+                return stands
             if await commit(connection, self._adding(newer)):
                 return True
         raise StoreUnavailable("other writers leave no room")

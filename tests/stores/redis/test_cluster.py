@@ -324,3 +324,22 @@ def test_a_map_knows_the_master_of_each_slot():
     assert {slot: (slots.master_of(slot) or (None,))[0] for slot in owners} == owners
     assert slots.masters == {("a", 1), ("b", 2), ("c", 3)}
     assert slots.size == 16
+
+
+async def test_the_marker_is_looked_at_while_items_are(tmp_path):
+    """A change waits for two round trips, as on a single server; without a marker it is not made."""
+    with Cluster(tmp_path) as cluster:
+        store = data_store(connect(cluster.options(read_timeout=10.0)), "shop")
+        assert not await store.upsert([flag("lamp", 1)])
+        assert cluster.hash("shop:features") == {}
+        await store.init(Payload.of([flag("lamp", 1)]))
+        master, other = cluster.master_of("shop:features"), cluster.master_of("shop:$inited")
+        assert master is not other
+        before = master.calls()["watch"]
+        other.pause()
+        writing = asyncio.create_task(store.upsert([flag("lamp", 2)]))
+        await until(lambda: master.calls()["watch"] == before + 1)
+        other.go_on()
+        assert await writing
+        assert json.loads(cluster.hash("shop:features")["lamp"])["version"] == 2
+        await store.aclose()
