@@ -114,7 +114,7 @@ def test_big_segments_come_once_in_patches_that_follow_each_other(name: str, pat
         client = Client(upstream.url, {"Authorization": "sdk-one"})
         reader = PatchReader()
         answer = client.get("/sdk/big-segments/revisions").body
-        received = [*reader.feed(answer), *reader.finish()]
+        received = [patch for patch in (*reader.feed(answer), *reader.finish()) if patch]
         again = client.get("/sdk/big-segments/revisions?after=v1").body
         client.close()
     assert again == b"[]"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from hashlib import sha256
 from urllib.parse import quote
 
@@ -21,6 +21,9 @@ from relay.protocol.urls import join
 
 MAX_PATCH = 128 * 1024 * 1024
 """Maximum bytes of one patch, as for one message of a stream."""
+
+PIECE = 64 * 1024
+"""Bytes that are read between two pauses: less than a millisecond."""
 
 WORTH_A_RETRY = 2
 """Divisor: an incomplete patch is searched for its end again when half as many bytes have come as
@@ -66,7 +69,29 @@ class Patch(Struct, frozen=True, rename="camel", gc=False):
         return cursor is None or cursor == self.previous_version
 
 
+class _RawMembers(Struct, frozen=True):
+    add: msgspec.Raw = msgspec.Raw(b"null")
+    remove: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class _RawChanges(Struct, frozen=True):
+    included: _RawMembers = _RawMembers()
+    excluded: _RawMembers = _RawMembers()
+
+
+class _RawPatch(Struct, frozen=True, rename="camel"):
+    segment_id: str
+    version: str = ""
+    previous_version: str = ""
+    changes: _RawChanges = _RawChanges()
+
+
 _PATCH = msgspec.json.Decoder(Patch)
+_RAW_PATCH = msgspec.json.Decoder(_RawPatch)
+_HASHES: msgspec.json.Decoder[list[str] | None] = msgspec.json.Decoder(list[str] | None)
+
+_TEXT = re.compile(rb'[^"\[\]{}]*+(?:"(?:[^"\\]++|\\.)*+"[^"\[\]{}]*+)*+', re.DOTALL)
+"""Text up to a bracket outside of strings, or to a string that is incomplete."""
 
 _TO_BRACKET = re.compile(
     rb'([^"\[\]{}]*+)((?:"(?:[^"\\]++|\\.)*+"[^"\[\]{}]*+)*+)([\[\]{}])', re.DOTALL
@@ -75,7 +100,10 @@ _TO_BRACKET = re.compile(
 
 
 class PatchReader:
-    """Incremental reader of an array of patches, which holds one patch in memory at a time."""
+    """Incremental reader of an array of patches, which holds one patch in memory at a time.
+
+    It pauses now and then, and yields None for that: a patch may have any number of members.
+    """
 
     def __init__(self) -> None:
         self._text = b""
@@ -89,8 +117,8 @@ class PatchReader:
         """Text that came after `_text`, not searched yet."""
         self._size = 0
 
-    def feed(self, chunk: bytes) -> Iterator[Patch]:
-        """Yield the patches that a chunk completes.
+    def feed(self, chunk: bytes) -> Iterator[Patch | None]:
+        """Yield the patches that a chunk completes; None to pause.
 
         Raises:
             InvalidData: this is not an array of patches.
@@ -101,8 +129,8 @@ class PatchReader:
             return
         yield from self._read()
 
-    def finish(self) -> Iterator[Patch]:
-        """Yield the last patches.
+    def finish(self) -> Iterator[Patch | None]:
+        """Yield the last patches; None to pause.
 
         Raises:
             InvalidData: the array is incomplete.
@@ -111,11 +139,16 @@ class PatchReader:
         if not self._complete:
             raise InvalidData("big segment patches", "the answer is cut off")
 
-    def _read(self) -> Iterator[Patch]:
+    def _read(self) -> Iterator[Patch | None]:
         text = b"".join((self._text, *self._following))
         self._following, self._size = [], 0
         position, start = self._position, 0
-        while not self._complete and (found := _TO_BRACKET.match(text, position)):
+        while not self._complete:
+            if self._depth > 2:  # noqa: PLR2004 - within the members of a patch
+                position = yield from _skip(text, position)
+            found = _TO_BRACKET.match(text, position)
+            if found is None:
+                break
             position = found.end()
             if found[3] in b"[{":
                 self._open(found)
@@ -124,7 +157,7 @@ class PatchReader:
             else:
                 self._close(found)
                 if self._depth == 1:
-                    yield _decoded(text[start:position])
+                    yield (yield from _decoded(text[start:position]))
                     start = position
         if self._depth < 2:  # noqa: PLR2004 - as above
             start = position
@@ -161,11 +194,57 @@ def _unexpected(text: bytes) -> InvalidData:
     return InvalidData("big segment patches", f"an array of patches was expected, not {shown!r}")
 
 
-def _decoded(json: bytes) -> Patch:
+def _skip(text: bytes, position: int) -> Generator[None, None, int]:
+    """Return the end of the strings from a position on, which no bracket interrupts; pause."""
+    end = position + PIECE
+    while end < len(text):
+        found = _TEXT.match(text, position, end)
+        reached = found.end() if found else position
+        if reached > position and text[reached : reached + 1] in b"[]{}":
+            return reached
+        # A string that is longer than a piece is looked at again with more of it.
+        end = reached + PIECE if reached > position else 2 * end - position
+        position = reached
+        yield
+    return position
+
+
+def _decoded(json: bytes) -> Generator[None, None, Patch]:
+    """Return a patch; pause while it is decoded."""
     try:
-        return _PATCH.decode(json)
+        if len(json) <= PIECE:
+            return _PATCH.decode(json)
+        raw = _RAW_PATCH.decode(json)
+        yield
+        included = yield from _members(raw.changes.included)
+        excluded = yield from _members(raw.changes.excluded)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise InvalidData("big segment patch", str(e)) from e
+    changes = _Changes(included, excluded)
+    return Patch(raw.segment_id, raw.version, raw.previous_version, changes)
+
+
+def _members(raw: _RawMembers) -> Generator[None, None, Members]:
+    add = yield from _hashes(bytes(raw.add))
+    remove = yield from _hashes(bytes(raw.remove))
+    return Members(add, remove)
+
+
+def _hashes(json: bytes) -> Generator[None, None, list[str] | None]:
+    """Return an array of strings, decoded in pieces."""
+    hashes: list[str] = []
+    start = 1
+    while (end := json.find(b'",', start + PIECE)) > 0:
+        try:
+            hashes += _HASHES.decode(b"[%b]" % json[start : end + 1]) or ()
+        except msgspec.MsgspecError:
+            break  # that was within a string, or there are others than strings
+        start = end + 2
+        yield
+    else:
+        if start > 1:
+            return hashes + (_HASHES.decode(b"[" + json[start:]) or [])
+    return _HASHES.decode(json)
 
 
 class _Boundless(Struct, frozen=True):

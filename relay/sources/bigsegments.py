@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from itertools import chain
 
 from relay.errors import ErrorKind, UpstreamUnavailable
 from relay.model.credential import SDKKey
@@ -56,9 +58,9 @@ class BigSegmentSource:
             url, self._key(), accept="application/json", read_timeout=POLL_TIMEOUT
         ) as response:
             async for chunk in response.content.iter_any():
-                for patch in reader.feed(chunk):
+                async for patch in _unhurried(reader.feed(chunk)):
                     yield patch
-            for patch in reader.finish():
+            async for patch in _unhurried(reader.finish()):
                 yield patch
 
     @asynccontextmanager
@@ -80,5 +82,15 @@ async def _events(response: Response) -> AsyncGenerator[tuple[Patch, ...], None]
     async for chunk in response.content.iter_any():
         for event in decoder.feed(chunk):
             reader = PatchReader()
-            yield (*reader.feed(event.data), *reader.finish())
+            patches = chain(reader.feed(event.data), reader.finish())
+            yield tuple([patch async for patch in _unhurried(patches)])
     raise UpstreamUnavailable(ErrorKind.NETWORK_ERROR, "the server closed the stream")
+
+
+async def _unhurried(patches: Iterator[Patch | None]) -> AsyncGenerator[Patch, None]:
+    """Yield patches; let other tasks run where their reader pauses."""
+    for patch in patches:
+        if patch is None:
+            await asyncio.sleep(0)
+        else:
+            yield patch

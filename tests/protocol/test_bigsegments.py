@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from relay.errors import InvalidData
 from relay.model.item import Item, Kind
 from relay.protocol.bigsegments import (
+    PIECE,
     PatchReader,
     context_hash,
     include_big_segment,
@@ -32,7 +33,7 @@ def read(text: bytes, *cuts: int):
     patches = []
     for start, end in pairwise(places):
         patches += reader.feed(text[start:end])
-    return [*patches, *reader.finish()]
+    return [patch for patch in (*patches, *reader.finish()) if patch is not None]
 
 
 @given(
@@ -58,6 +59,58 @@ def test_patches_come_before_the_array_is_complete():
     """A patch is there as soon as its last byte is."""
     reader, text = PatchReader(), json.dumps(PATCHES).encode()
     assert len(list(reader.feed(text[: text.index(b"odd")]))) == 1
+
+
+HASHES = st.lists(st.text(st.sampled_from('",\\[]{}ab')) | st.sampled_from([",", '",', "x" * 90]))
+
+
+@given(
+    members=st.tuples(HASHES, HASHES, HASHES, HASHES),
+    cuts=st.lists(st.integers(0, 3000)),
+    piece=st.integers(1, 40),
+    separators=st.sampled_from([(",", ":"), (", ", ": "), (" , ", ":\n")]),
+)
+def test_pauses_make_no_difference(members, cuts, piece, separators):
+    """Nor what is in strings, or where they are decoded in pieces."""
+    included, no_longer, excluded, no_longer_excluded = members
+    sent = segment_patch("team.g2", "v1", "")
+    sent["changes"] = {
+        "included": {"add": included, "remove": no_longer},
+        "excluded": {"add": excluded, "remove": no_longer_excluded},
+    }
+    text = json.dumps([sent, PATCHES[0]], separators=separators).encode()
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr("relay.protocol.bigsegments.PIECE", piece)
+        patch, other = read(text, *(cut for cut in cuts if cut < len(text)))
+    assert (patch.included.add, patch.included.remove) == (included, no_longer)
+    assert (patch.excluded.add, patch.excluded.remove) == (excluded, no_longer_excluded)
+    assert other.included.add == PATCHES[0]["changes"]["included"]["add"]
+
+
+@pytest.mark.parametrize("size", [65_536, 10_000_000])
+def test_a_patch_of_any_size_is_read_with_pauses(size):
+    """Twice for each piece, to find its end and to decode it, however it arrives."""
+    many = [context_hash(str(number)) for number in range(100_000)]
+    text = json.dumps(
+        [segment_patch("team.g2", "v1", "") | {"changes": {"included": {"add": many}}}]
+    )
+    reader, content = PatchReader(), text.encode()
+    steps = []
+    for start in range(0, len(content), size):
+        steps += reader.feed(content[start : start + size])
+    steps += reader.finish()
+    assert steps.count(None) > len(content) / PIECE
+    [patch] = filter(None, steps)
+    assert patch.included.add == many
+
+
+@pytest.mark.parametrize("wrong", ["[1]", '["a",1]', '"a"', "{}"])
+def test_members_that_are_no_strings_are_refused_in_large_patches(wrong):
+    """Before anything of them is stored."""
+    many = json.dumps(["x" * 100] * 2000)
+    sets = f'{{"add":{many},"remove":{wrong}}}'
+    with pytest.raises(InvalidData, match="big segment patch"):
+        read(f'[{{"segmentId":"a.g1","changes":{{"included":{sets}}}}}]'.encode())
 
 
 def test_missing_members_are_empty():

@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import islice
 
 from botocore.exceptions import ClientError
 
 from relay import clock
+from relay.aio import run_in_slices
 from relay.errors import StoreUnavailable
-from relay.protocol.bigsegments import Members, Patch
+from relay.protocol.bigsegments import Patch
+from relay.steps import Steps
 from relay.stores import label_of
 from relay.stores.aws.connection import Share, error_code
 from relay.stores.bigsegments import Metadata
@@ -81,16 +84,17 @@ class DynamoDBBigSegmentStore:
 
         DynamoDB does not tell which items have changed: all those of the patch may have.
         """
-        changes = _changes(patch)
-        writes = [self._update(each, sets, patch.segment_id) for each, sets in changes.items()]
-        room = MAX_TRANSACTION - 1
+        changes = await run_in_slices(_changes(patch))
+        room, waiting = MAX_TRANSACTION - 1, iter(changes.items())
         try:
-            for start in range(0, len(writes) or 1, room):
-                is_last = start + room >= len(writes)
+            for start in range(0, len(changes) or 1, room):
+                is_last = start + room >= len(changes)
                 head = self._moving(cursor, patch.version) if is_last else self._guard(cursor)
-                await self._table.call(
-                    "transact_write_items", TransactItems=[head, *writes[start : start + room]]
-                )
+                writes = [
+                    self._update(each, sets, patch.segment_id)
+                    for each, sets in islice(waiting, room)
+                ]
+                await self._table.call("transact_write_items", TransactItems=[head, *writes])
         except ConditionFailed:
             return None
         return frozenset(changes)
@@ -224,18 +228,22 @@ def _key(name: str) -> Attributes:
     return {"namespace": {"S": name}, "key": {"S": name}}
 
 
-def _changes(patch: Patch) -> dict[str, _Sets]:
+def _changes(patch: Patch) -> Steps[dict[str, _Sets]]:
     """Return what happens to the sets of each context; one write may change an item only once.
 
     As in Redis, a removal comes after an addition.
     """
-    included, excluded = _verbs(patch.included), _verbs(patch.excluded)
-    both = dict.fromkeys((*included, *excluded))
-    return {hashed: (included.get(hashed), excluded.get(hashed)) for hashed in both}
-
-
-def _verbs(members: Members) -> dict[str, str]:
-    return dict.fromkeys(members.add or (), "ADD") | dict.fromkeys(members.remove or (), "DELETE")
+    changes: dict[str, _Sets] = {}
+    for verb, members in (("ADD", patch.included.add), ("DELETE", patch.included.remove)):
+        for each in members or ():
+            changes[each] = verb, None
+            yield
+    for verb, members in (("ADD", patch.excluded.add), ("DELETE", patch.excluded.remove)):
+        for each in members or ():
+            included, _ = changes.get(each, (None, None))
+            changes[each] = included, verb
+            yield
+    return changes
 
 
 @cache

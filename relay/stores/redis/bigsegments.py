@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
+from relay.aio import run_in_slices
 from relay.protocol.bigsegments import Patch
+from relay.steps import Steps
 from relay.stores import label_of
 from relay.stores.bigsegments import Metadata
 from relay.stores.redis.client import RedisClient
@@ -76,15 +79,13 @@ class RedisBigSegmentStore:
         if not is_at(stored, cursor):
             await connection.execute("UNWATCH")
             return None
-        commands = list(self._commands(patch))
-        replies = await connection.transaction(
-            (
-                ("SET", self._lock, ""),
-                ("SET", self._cursor, patch.version),
-                *(command for _, command in commands),
-            )
-        )
-        return None if replies is None else _changed(commands, replies[2:])
+        moving: list[Command] = [("SET", self._lock, ""), ("SET", self._cursor, patch.version)]
+        members = (command for _, command in self._commands(patch))
+        replies = await connection.transaction(chain(moving, members))
+        if replies is None:
+            return None
+        hashes = (each for each, _ in self._commands(patch))
+        return await run_in_slices(_changed(hashes, replies, len(moving)))
 
     def _commands(self, patch: Patch) -> Iterator[tuple[str, MemberCommand]]:
         """Yield the commands of a patch, each with the hash that it is about."""
@@ -150,7 +151,20 @@ def _text(reference: bytes) -> str:
     return reference.decode(errors="replace")
 
 
-def _changed(commands: Sequence[tuple[str, MemberCommand]], replies: list[Any]) -> frozenset[str]:
-    """Return the hashes whose sets have changed; raise the error of a failed command."""
-    raise_failure(replies)
-    return frozenset(each for (each, _), reply in zip(commands, replies, strict=True) if reply)
+def _changed(hashes: Iterable[str], replies: list[Any], others: int) -> Steps[frozenset[str]]:
+    """Return the hashes whose sets have changed; raise the error of a failed command.
+
+    Args:
+        hashes: of the commands.
+        replies: to them, after those to others.
+        others: number of other commands.
+    """
+    raise_failure(replies[:others])
+    changed = set()
+    for each, reply in zip(hashes, islice(replies, others, None), strict=True):
+        if isinstance(reply, Exception):
+            raise reply
+        if reply:
+            changed.add(each)
+        yield
+    return frozenset(changed)

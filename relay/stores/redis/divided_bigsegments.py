@@ -20,13 +20,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from msgspec import Struct
 
 from relay import clock, randomness
+from relay.aio import run_in_slices
 from relay.errors import StoreUnavailable
 from relay.protocol.bigsegments import Patch
+from relay.steps import Steps
 from relay.stores.redis.bigsegments import MemberCommand, RedisBigSegmentStore, is_at
 from relay.stores.redis.client import RedisClient
 from relay.stores.redis.connections import Command, RedisConnection, raise_failure
@@ -41,6 +44,9 @@ RENEWAL = 5.0
 
 WAIT = 0.05
 """Seconds between two attempts to get the lock."""
+
+PATIENCE = 60.0
+"""Seconds after which they have failed."""
 
 BATCH = 1000
 """Members that are written at a time."""
@@ -92,13 +98,13 @@ class DividedBigSegmentStore(RedisBigSegmentStore):
             if not await self._begins(turn, cursor):
                 return None  # another relay was faster, before it gave the lock away
             leaves = _INTERRUPTED
-            commands = list(self._commands(patch))
-            if not await self._write(turn, [command for _, command in commands]):
+            members = (command for _, command in self._commands(patch))
+            if not await self._write(turn, members):
                 return None
             if not await self._move(turn, cursor, patch.version):
                 return None
             leaves = _FREE
-            return frozenset(each for each, _ in commands)
+            return await run_in_slices(_hashes(each for each, _ in self._commands(patch)))
         finally:
             with contextlib.suppress(StoreUnavailable):  # it ends by itself
                 await self._swap(self._lock, [turn.token], self._release_lock(leaves))
@@ -112,7 +118,7 @@ class DividedBigSegmentStore(RedisBigSegmentStore):
 
         The key is that of ld-relay's lock.
         """
-        deadline = clock.monotonic() + 2 * LOCK_TIME
+        deadline = clock.monotonic() + PATIENCE
         while is_at(await self._client.execute("GET", self._cursor), cursor):
             turn = await self._client.run(self._lock, self._take)
             if turn is not None:
@@ -147,17 +153,17 @@ class DividedBigSegmentStore(RedisBigSegmentStore):
         begin = self._fences.move(turn.number, self._cursor, cursor, None, mark=mark)
         return bool(await self._client.execute(*begin))
 
-    async def _write(self, turn: _Turn, commands: Sequence[MemberCommand]) -> bool:
+    async def _write(self, turn: _Turn, commands: Iterator[MemberCommand]) -> bool:
         """Write the members; return False if somebody later has begun, or the lock is lost."""
         renewal = ("PEXPIRE", self._lock, _milliseconds(LOCK_TIME))
         renewed_at = clock.monotonic()
-        for start in range(0, len(commands), BATCH):
+        while batch := list(islice(commands, BATCH)):
             if clock.monotonic() - renewed_at >= RENEWAL:
                 if not await self._swap(self._lock, [turn.token], renewal):
                     return False
                 renewed_at = clock.monotonic()
-            batch, mark = commands[start : start + BATCH], turn.follows_interruption
-            scripts = self._fences.writes(turn.number, batch, mark=mark)
+            mark = turn.follows_interruption
+            scripts = await run_in_slices(self._fences.writes(turn.number, batch, mark=mark))
             if not all(await self._client.execute_all(scripts)):
                 return False
         return True
@@ -166,6 +172,15 @@ class DividedBigSegmentStore(RedisBigSegmentStore):
         """Move the cursor if it is still as given, and nobody later has begun."""
         move = self._fences.move(turn.number, self._cursor, before, after, mark=False)
         return bool(await self._client.execute(*move))
+
+
+def _hashes(hashes: Iterable[str]) -> Steps[frozenset[str]]:
+    """Return hashes as a set."""
+    found = set()
+    for each in hashes:
+        found.add(each)
+        yield
+    return frozenset(found)
 
 
 def _milliseconds(seconds: float) -> str:

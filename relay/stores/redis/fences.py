@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from binascii import crc_hqx
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
+from relay.steps import Steps
 from relay.stores.redis.connections import Command
 
 _NIBBLES = 5
@@ -62,7 +62,7 @@ class Fences:
 
     def writes(
         self, number: int, commands: Iterable[Sequence[str]], *, mark: bool
-    ) -> list[Command]:
+    ) -> Steps[list[Command]]:
         """Return commands of one argument as scripts that the fences let pass, one for each slot.
 
         A script returns 0 if its fence has a higher number.
@@ -72,16 +72,17 @@ class Fences:
             commands: name, key and argument; the argument is the same for all.
             mark: True to leave the number at the fences.
         """
-        by_slot = sorted(
-            ((key_slot(command[1].encode()), command) for command in commands),
-            key=lambda each: each[0],
-        )
+        by_slot: dict[int, list[Sequence[str]]] = {}
+        for command in commands:
+            by_slot.setdefault(key_slot(command[1].encode()), []).append(command)
+            yield
         scripts: list[Command] = []
-        for slot, those in groupby(by_slot, key=lambda each: each[0]):
-            names, keys, arguments = zip(*(command for _, command in those), strict=True)
+        for slot, those in by_slot.items():
+            names, keys, arguments = zip(*those, strict=True)
             count, fence = str(len(keys) + 1), self._in(slot)
             given = (str(number), _mark(mark), arguments[0], *names)
             scripts.append(("EVAL", _WRITE, count, fence, *keys, *given))
+            yield
         return scripts
 
     def move(

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from itertools import chain
+
 import pytest
 
 from relay.errors import StoreUnavailable
+from relay.protocol.bigsegments import PatchReader
 from relay.stores.bigsegments import Metadata
 from relay.stores.redis.bigsegments import RedisBigSegmentStore
 from relay.stores.redis.connect import connect
 from tests.stores.bigsegments_contract import ANN, BEN, CLEO, BigSegmentStoreContract, patch
+from tests.support.holding import holding
 from tests.support.redis import RedisServer
+from tests.support.upstream import segment_patch
 
 
 @pytest.fixture
@@ -81,3 +88,24 @@ async def test_a_server_that_is_away_is_reported(tmp_path):
         server.start()
         assert (await store.metadata()).cursor is None
         await store.aclose()
+
+
+@pytest.mark.timing
+async def test_a_large_patch_never_holds_the_event_loop(server):
+    """Not for 15 ms, from its bytes to the database, though it has a hundred thousand members."""
+    store = RedisBigSegmentStore(connect(server.options(read_timeout=10.0)), "big")
+    await store.metadata()  # which connects
+    members = [f"user-{number}" for number in range(100_000)]
+    text = json.dumps([segment_patch("team.g2", "v1", "", include=members)]).encode()
+    reader = PatchReader()
+    with holding() as longest:
+        pieces = (text[start : start + 2**18] for start in range(0, len(text), 2**18))
+        read = (each for piece in pieces for each in reader.feed(piece))
+        for each in chain(read, reader.finish()):
+            if each is None:
+                await asyncio.sleep(0)
+            else:
+                changed = await store.apply(each, None)
+    await store.aclose()
+    assert len(changed) == 100_000
+    assert longest.seconds < 0.015

@@ -242,7 +242,8 @@ async def test_a_process_that_was_stopped_changes_nothing_afterwards(cluster, st
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", APPLY, cluster.options().url
     )
-    await until(lambda: cluster.do("EXISTS", f"shop:big_segment_include:{MEMBERS[9]}") == 1)
+    key = f"shop:big_segment_include:{MEMBERS[9]}"
+    await until(lambda: cluster.do("EXISTS", key) == 1, 30)
     process.send_signal(signal.SIGSTOP)
     await asyncio.sleep(0.6)
     assert await store.apply(patch("v2", include=MEMBERS), "v1") == set(MEMBERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from redis.crc import key_slot
 
+from relay.steps import finish
 from relay.stores.redis.fences import Fences
 
 
@@ -26,7 +27,7 @@ def test_each_slot_has_one(prefix):
 def test_commands_of_a_slot_go_together():
     """In their order, and those of a key too."""
     commands = [("SADD", f"set-{n}", "a") for n in range(50)] + [("SREM", "set-7", "a")]
-    scripts = Fences("shop").writes(3, commands, mark=False)
+    scripts = finish(Fences("shop").writes(3, commands, mark=False))
     for script in scripts:
         count = int(script[2])
         assert len({key_slot(key.encode()) for key in script[3 : 3 + count]}) == 1
@@ -39,11 +40,11 @@ def test_commands_of_a_slot_go_together():
 def test_who_is_late_writes_nothing(cluster, mark):
     """A fence stops lower numbers, and stays as it is unless it is marked."""
     fences = Fences("shop")
-    [write] = fences.writes(5, [("SADD", "set", "a")], mark=mark)
+    [write] = finish(fences.writes(5, [("SADD", "set", "a")], mark=mark))
     assert cluster.master_of("set").do(*write) == 1
-    [late] = fences.writes(4, [("SADD", "set", "late")], mark=True)
+    [late] = finish(fences.writes(4, [("SADD", "set", "late")], mark=True))
     assert cluster.master_of("set").do(*late) == (0 if mark else 1)
-    [equal] = fences.writes(5, [("SREM", "set", "a")], mark=False)
+    [equal] = finish(fences.writes(5, [("SREM", "set", "a")], mark=False))
     assert cluster.master_of("set").do(*equal) == 1
     assert cluster.do("SMEMBERS", "set") == (set() if mark else {b"late"})
 
