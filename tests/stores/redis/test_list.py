@@ -2,129 +2,94 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import pytest
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from relay.errors import InvalidData, StoreUnavailable
+from relay.errors import StoreUnavailable
 from relay.model.credential import AutoConfigKey, Secret
-from relay.protocol.autoconfig import FilterDescription
 from relay.protocol.environmentlist import EnvironmentList
 from relay.protocol.environments import describe
 from relay.stores.redis.connect import connect
 from relay.stores.redis.layout import CHUNK
 from relay.stores.redis.list import RedisList
-from tests.support.environments import description, payload_filter
+from tests.stores.list_contract import KEY, LIST, Database, StoredListContract
+from tests.support.environments import description
 
-KEY = "rel-5ca1ab1e-0001"
-LIST = EnvironmentList(
-    {"id-alpha": describe(description())}, {"f": FilterDescription(1, "proj", "north")}, 5.0
-)
+SHAPES = ["server", "cluster", "sentinels"]
 
 
-@asynccontextmanager
-async def stored(server, owner: str = KEY, secret: str = "", **options) -> AsyncIterator[RedisList]:
-    place = RedisList(
-        connect(server.options(**options)), "cache", AutoConfigKey(owner), Secret(secret)
-    )
-    try:
-        yield place
-    finally:
-        await place.aclose()
+class RedisWithList(Database):
+    """Redis in any shape.
+
+    Args:
+        servers: with options, and commands that find their keys.
+    """
+
+    def __init__(self, servers) -> None:
+        self.servers = servers
+
+    @asynccontextmanager
+    async def stored(
+        self, owner: str = KEY, secret: str = "", **options
+    ) -> AsyncIterator[RedisList]:
+        client = connect(self.servers.options(**options))
+        place = RedisList(client, "cache", AutoConfigKey(owner), Secret(secret))
+        try:
+            yield place
+        finally:
+            await place.aclose()
+
+    def content(self) -> Mapping[str, bytes]:
+        return self.servers.hash("cache")
+
+    def put(self, name: str, content: bytes) -> None:
+        self.servers.do("HSET", "cache", name, content)
 
 
-async def load(server, *args: str, **options) -> EnvironmentList | None:
-    async with stored(server, *args, **options) as place:
-        return await place.load()
+class TestContract(StoredListContract):
+    """Every shape keeps the contract of stored lists."""
+
+    @pytest.fixture(params=SHAPES)
+    def database(self, request):
+        return RedisWithList(request.getfixturevalue(request.param))
 
 
-async def save(server, content: EnvironmentList, *args: str) -> None:
-    async with stored(server, *args) as place:
-        await place.save(content)
+@pytest.fixture
+def database(server):
+    return RedisWithList(server)
 
 
-@pytest.mark.parametrize("secret", ["", "a-long-random-text"])
-async def test_the_list_survives(server, secret):
-    """Each write replaces everything."""
-    assert await load(server, KEY, secret) is None
-    await save(server, LIST, KEY, secret)
-    assert await load(server, KEY, secret) == LIST
-    assert sorted(server.hash("cache")) == ["env:id-alpha", "filter:f"]
-    assert all(b"alpha" not in value for value in server.hash("cache").values())
-    beta = EnvironmentList({"id-beta": describe(description("beta"))}, {})
-    await save(server, beta, KEY, secret)
-    assert await load(server, KEY, secret) == beta
-    await save(server, EnvironmentList({}, {}), KEY, secret)
-    assert await load(server, KEY, secret) is None
-
-
-@pytest.mark.parametrize("secret", ["", "a-long-random-text"])
-async def test_what_ld_relay_has_stored_is_used(server, secret):
-    """The list of a relay that this one replaces."""
-    key = hashlib.sha256((secret or KEY).encode()).digest()
-    contents = {
-        "env:id-alpha": {"kind": "environment", "modelVersion": 2, "data": description()},
-        "filter:f": {"kind": "filter", "modelVersion": 2, "data": payload_filter("north")},
-    }
-    for name, content in contents.items():
-        nonce = os.urandom(12)
-        sealed = nonce + AESGCM(key).encrypt(nonce, json.dumps(content).encode(), None)
-        server.do("HSET", "cache", name, sealed)
-    read = await load(server, KEY, secret)
-    assert (read.environments, read.filters) == (LIST.environments, LIST.filters)
-    assert read.confirmed is None
-
-
-@pytest.mark.parametrize(
-    ("owner", "secret", "reason"),
-    [
-        (KEY, "another", "another key, or has been altered"),
-        ("rel-other", "", "another key, or has been altered"),
-        ("rel-other", "text", "belongs to another automatic configuration key"),
-    ],
-)
-async def test_a_list_of_others_is_not_used(server, owner, secret, reason):
-    """The next write replaces it."""
-    before = "text" if secret == "text" else ""
-    await save(server, LIST, KEY, before)
-    with pytest.raises(InvalidData, match=reason):
-        await load(server, owner, secret)
-    await save(server, LIST, owner, secret)
-    assert await load(server, owner, secret) == LIST
-
-
-async def test_a_long_list_is_written_in_pieces(server):
+async def test_a_long_list_is_written_in_pieces(database):
     """In one transaction all the same."""
     many = {f"e{n}": describe(description(envID=f"e{n}", envName="x" * 900)) for n in range(500)}
-    await save(server, EnvironmentList(many, {}))
-    assert sum(map(len, server.hash("cache").values())) > CHUNK
-    assert (await load(server)).environments == many
+    database.servers.do("CONFIG", "RESETSTAT")
+    await database.save(EnvironmentList(many, {}))
+    assert sum(map(len, database.content().values())) > CHUNK
+    assert database.servers.calls()["exec"] == 1
 
 
 @pytest.mark.parametrize("fault", ["full", "of another type", "down"])
-async def test_a_database_that_fails_is_told(server, fault):
+async def test_a_database_that_fails_is_told(server, database, fault):
     """In the server's words, and what was stored stays."""
     if fault == "full":
-        await save(server, LIST)
+        await database.save(LIST)
         server.do("CONFIG", "SET", "maxmemory", "1")
         try:
             with pytest.raises(StoreUnavailable, match="command not allowed when used memory"):
-                await save(server, EnvironmentList({}, LIST.filters))
+                await database.save(EnvironmentList({}, LIST.filters))
         finally:
             server.do("CONFIG", "SET", "maxmemory", "0")
-        assert await load(server) == LIST
+        assert await database.load() == LIST
     elif fault == "of another type":
         server.do("SET", "cache", "text")
         with pytest.raises(StoreUnavailable, match="WRONGTYPE"):
-            await load(server)
+            await database.load()
     else:
         with pytest.raises(StoreUnavailable, match="refused"):
-            await load(server, url="redis://127.0.0.1:1")
+            async with database.stored(url="redis://127.0.0.1:1") as place:
+                await place.load()
 
 
 def test_no_password_is_shown(server):
