@@ -351,6 +351,7 @@ async def test_requests_for_a_change_and_while_idle(upstream, proxy, table):
     async with keeping(upstream, proxy.url, table.name, MirrorTimings(probe=60)) as mirror:
         await eventually(lambda: mirror._marked is not None)
         proxy.asked.clear()
+        proxy.busiest = 0
         for version in range(2, 7):
             await upstream.patch(SDK_KEY, flag(value="two", version=version))
             await eventually(lambda v=version: version_of(table, "lamp") == str(v))
