@@ -1,24 +1,25 @@
 """Whatever happens to relays and connections, SDKs end up with exactly what the relay has.
 
-Replicas of one environment lag, get changes in another order, take everything anew, and restart from
-any older snapshot. SDKs are cut off at any byte and come back to any replica. Journal, encoders,
-streams and polls are those of the product; only sockets are not.
+Replicas of one environment lag, get changes in another order, take everything anew, are led back to
+FDv1 and return, and restart from any older snapshot, with its journal or without. SDKs are cut off at
+any byte and come back to any replica. Journal, encoders, file format, streams and polls are those of
+the product; only sockets and disks are not.
 
-It finds each of these within 400 histories: a state that counts from its newest occurrence; a state
-that is a number of steps, or an address of keys and versions alone; a delta that leaves out one step,
-or what vanished from upstream's data; no barriers, or none for those who come back, or none for those
-who stay; tombstones that are forgotten; Node's stale states taken at their word; changes sent to
-clients that wait; deltas, openings, or pending changes kept over a change; a slow client that is not
-started over. And, within some thousands: deltas for polls of Node's SDK.
+A relay that says that nothing is new is believed only if the SDK has all that this relay has. The defects
+that it finds are planted in `test_planted_defects.py`. It has also found, within some hundred histories:
+no barriers for those who come back, or none for those who stay; changes sent to clients that wait;
+openings, or pending changes kept over a change; a slow client that is not started over. And, within
+some thousands: deltas for polls of Node's SDK.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import orjson
@@ -27,18 +28,22 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 
 from relay.environment import Environment
+from relay.model import journal as journal_module
 from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Item, Kind
-from relay.model.journal import Journal
-from relay.model.payload import ChangeSet, Payload
+from relay.model.journal import Journal, SavedJournal
+from relay.model.payload import ChangeSet, Payload, Selector
+from relay.protocol import snapshot
 from relay.registry import Grant
+from relay.stores import Stored
 from relay.streams import channel
 from relay.streams.deltas import STREAM, DeltaChannel
 from relay.streams.hub import Hub
 from relay.streams.transport import decode_chunks
 from relay.web.access import Access
 from relay.web.endpoints.polling import PollingHandler
+from relay.web.responses import PreparedResponse
 from relay.web.routes import ROUTES
 from tests.support import virtual
 from tests.support.contracts import ScriptedSource
@@ -46,9 +51,13 @@ from tests.support.fdv2 import Client, Content, Keeper, NodeClient
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "400"))
 REPLICAS = 3
+Key = tuple[Kind, str]
 KEYS = [(Kind.FLAG, "a"), (Kind.FLAG, "b"), (Kind.SEGMENT, "a")]
+LARGE = Kind.FLAG, "large"
 PADDING = "x" * 1500
-"""Of an item that never changes: beside it, deltas are small."""
+"""Of an item that seldom changes: beside it, deltas are small."""
+
+NONE = b'"intentCode":"none"'
 
 MIN_RECONNECT_DELAY = 0.5
 """Seconds: one, of which SDKs take off up to a half by chance."""
@@ -72,16 +81,52 @@ def content(payload: Payload | None) -> Content:
     }
 
 
+def selector_of(number: int) -> Selector:
+    """Return LaunchDarkly's name of its data of a number."""
+    return Selector(f"(p:LD:{number})", "LD", number)
+
+
 class LaunchDarkly:
     """The truth, and the messages that have yet to reach each replica."""
 
     def __init__(self) -> None:
         self._count = 0
-        large = item(Kind.FLAG, "large", 1, 0, PADDING)
-        self.items = {(Kind.FLAG, "large"): large}
+        self.items = {LARGE: item(*LARGE, 1, 0, PADDING)}
         self.history: list[tuple[Item, ...]] = []
-        self._remember()
+        """All data that there have been; the number of the first ones is 1."""
+        self._touched: list[set[Key]] = []
+        """Keys that each of these differs in from the one before."""
+        self._remember(*self.items)
         self.queues: list[list[ChangeSet]] = [[] for _ in range(REPLICAS)]
+        """Messages of FDv1 on their way to each replica."""
+
+    @property
+    def newest(self) -> int:
+        """Number of the present data."""
+        return len(self.history)
+
+    @property
+    def content(self) -> Content:
+        return content(Payload.of(self.history[-1]))
+
+    def everything(self, number: int, *, fdv2: bool) -> ChangeSet:
+        """Return the message with all data of a number."""
+        items = self.history[number - 1]
+        return ChangeSet(items, full=True, selector=selector_of(number) if fdv2 else None)
+
+    def changes(self, basis: str, number: int) -> ChangeSet:
+        """Return the message of FDv2 for one who has the data of a state.
+
+        Args:
+            basis: the state.
+            number: of the data that it leads to.
+        """
+        before = int(basis.rpartition(":")[2].removesuffix(")"))
+        assert before <= number
+        live = {(each.kind, each.key): each for each in self.history[number - 1]}
+        touched = set().union(*self._touched[before:number])
+        items = (live.get(key) or Item(*key, 0, None) for key in (*KEYS, LARGE) if key in touched)
+        return ChangeSet(tuple(items), selector=selector_of(number), since=basis)
 
     def put(self, number: int) -> None:
         """Change an item, or create it."""
@@ -114,7 +159,12 @@ class LaunchDarkly:
     def purge(self, number: int) -> None:
         """Forget an item, its tombstone included: only the next full transfer shows it."""
         if self.items.pop(KEYS[number], None):
-            self._remember()
+            self._remember(KEYS[number])
+
+    def grow(self) -> None:
+        """Change what most of the bytes are of, so that nothing less than everything is sent."""
+        large = self.items[LARGE]
+        self._issue(item(*LARGE, large.version + 1, 0, f"{PADDING}{self._next()}"))
 
     def reset(self) -> None:
         """Begin all versions anew."""
@@ -125,11 +175,12 @@ class LaunchDarkly:
     def _issue(self, *items: Item) -> None:
         for each in items:
             self.items[each.kind, each.key] = each
-        self._remember()
+        self._remember(*((each.kind, each.key) for each in items))
         for queue in self.queues:
             queue.append(ChangeSet(items))
 
-    def _remember(self) -> None:
+    def _remember(self, *touched: Key) -> None:
+        self._touched.append(set(touched))
         self.history.append(tuple(each for each in self.items.values() if not each.deleted))
 
     def _next(self) -> int:
@@ -140,14 +191,21 @@ class LaunchDarkly:
 class Process:
     """One process of a replica."""
 
-    def __init__(self, stored: Payload | None = None) -> None:
+    def __init__(self, stored: Stored | None = None, *, fdv2: bool = False) -> None:
+        self.speaks_fdv2 = fdv2
+        """True if it follows LaunchDarkly by FDv2."""
         journal = Journal(SPEC.lineage)
         hub = Hub({}, channels={STREAM: DeltaChannel(journal)})
         self.environment = Environment(SPEC, ScriptedSource(), hub, LOG, journal=journal)
         self.polling = PollingHandler()
         self.access = Access(POLL, Grant(self.environment, SPEC.sdk_key))
         if stored is not None:
-            self.environment._apply(ChangeSet(tuple(stored), full=True))
+            self.environment._serve_stored(stored)
+
+    @property
+    def upstream(self) -> str:
+        """State that it names to LaunchDarkly; empty if it is to get everything."""
+        return self.environment.journal.upstream if self.speaks_fdv2 else ""
 
     @property
     def content(self) -> Content:
@@ -157,13 +215,19 @@ class Process:
 class Wire:
     """Transport whose client reads when the simulation says so."""
 
-    def __init__(self) -> None:
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self.confirmed: Content = {}
+        """Data that the process had as it said that the client has them."""
         self.unread = b""
         self.protocol: Any = None
         self.is_paused = False
 
     def write(self, data: bytes) -> None:
-        self.unread += b"".join(decode_chunks(data))
+        text = b"".join(decode_chunks(data))
+        if NONE in text:
+            self.confirmed = self._process.content
+        self.unread += text
 
     def writelines(self, parts: list[bytes]) -> None:
         self.write(b"".join(parts))
@@ -198,7 +262,9 @@ class Visitor:
         self._number = number
         self._starts = 0
         self.wire: Wire | None = None
-        self._polled: tuple[Process, asyncio.Task[Any]] | None = None
+        self._polled: tuple[Process, asyncio.Task[tuple[PreparedResponse, Content]]] | None = None
+        self._confirmed: Content = {}
+        """Data that the relay had as it sent what the SDK is about to read, if that is `none`."""
         self.process: Process | None = None
         """Process that the last bytes are from."""
         self.home: Process | None = None
@@ -224,6 +290,8 @@ class Visitor:
         def kept() -> None:
             up_to_date()
             self._check(self.client.named)
+            if self.is_exact:
+                assert self.client.items == self._confirmed, self.client
 
         self.client.commit = committed  # type: ignore[method-assign]
         self.client.up_to_date = kept  # type: ignore[method-assign]
@@ -247,7 +315,7 @@ class Visitor:
         basis = self.client.stream_basis()
         environment, query = process.environment, f"basis={basis}".encode()
         reliable = process.polling.bases.of_stream(environment, self.client.headers, query)
-        self.wire = Wire()
+        self.wire = Wire(process)
         self._come_to(process)
         environment.hub.subscribe(STREAM, self.wire, b"", None, reliable)
 
@@ -265,6 +333,7 @@ class Visitor:
     def take(self, number: int) -> None:
         if self.wire is not None:
             data, self.wire.unread = self.wire.unread[:number], self.wire.unread[number:]
+            self._confirmed = self.wire.confirmed
             self.client.feed(data)
 
     def pause(self) -> None:
@@ -290,26 +359,53 @@ class Visitor:
             "query_string": f"basis={basis}".encode(),
             "path_params": {},
         }
-        answer = process.polling.handle(Request(scope), process.access)
-        self._polled = process, asyncio.create_task(answer)
+
+        async def answer() -> tuple[PreparedResponse, Content]:
+            return await process.polling.handle(Request(scope), process.access), process.content
+
+        self._polled = process, asyncio.create_task(answer())
 
     def take_poll(self) -> None:
         if self._polled is not None and self._polled[1].done():
             (process, task), self._polled = self._polled, None
             self._come_to(process)
-            if task.result().status == 200:
-                self.client.feed_poll(task.result().body)
+            response, self._confirmed = task.result()
+            if response.status == 200:
+                self.client.feed_poll(response.body)
+
+
+class Snapshot(NamedTuple):
+    """File that a replica has written: data, and their journal, if it was of these data."""
+
+    payload: Payload
+    journal: SavedJournal | None
+
+    def read(self, *, with_journal: bool) -> Stored:
+        """Return its content, as the next process reads it."""
+        chunks = list(snapshot.chunks(self.payload))
+        size = sum(map(len, chunks))
+        line = snapshot.journal_line(self.journal if with_journal else None)
+        body = b"".join(chunks) + line
+        digest = hashlib.sha256(body).hexdigest()
+        header = snapshot.Header("main", "", 0.0, len(self.payload), size, digest, len(line))
+        payload = snapshot.payload(header, body)
+        return Stored(payload, age=0.0, journal=snapshot.journal(header, body))
 
 
 class World:
-    """LaunchDarkly, replicas, and SDKs."""
+    """LaunchDarkly, replicas, and SDKs.
 
-    def __init__(self) -> None:
+    Args:
+        fdv2: whether the replicas follow LaunchDarkly by FDv2, to begin with.
+    """
+
+    def __init__(self, *, fdv2: bool) -> None:
         self.launchdarkly = LaunchDarkly()
         self.states: dict[str, Content] = {}
         """Content that each state names."""
-        self.processes = [Process() for _ in range(REPLICAS)]
-        self.snapshots: list[list[Payload]] = [[] for _ in range(REPLICAS)]
+        self.processes = [Process(fdv2=fdv2) for _ in range(REPLICAS)]
+        self.payloads: list[list[Payload]] = [[] for _ in range(REPLICAS)]
+        self.snapshots: list[list[Snapshot]] = [[] for _ in range(REPLICAS)]
         makes = [Client, NodeClient, NodeClient, Keeper, Keeper]
         self.visitors = [Visitor(self, make, number) for number, make in enumerate(makes)]
 
@@ -324,17 +420,42 @@ class World:
         payload, state = process.environment.payload, process.environment.journal.state
         if payload is not None:
             assert self.states.setdefault(state, process.content) == process.content
-            self.snapshots[replica].append(payload)
+            self.payloads[replica].append(payload)
+
+    def save(self, replica: int, lag: int) -> None:
+        """Write a snapshot. Data of before have no journal any more."""
+        journal = self.processes[replica].environment.journal
+        if lag < len(self.payloads[replica]):
+            payload = self.payloads[replica][-1 - lag]
+            journal.finish_naming()
+            self.snapshots[replica].append(Snapshot(payload, journal.saved(payload)))
 
     def deliver(self, replica: int, at: int) -> None:
-        queue = self.launchdarkly.queues[replica]
-        if queue:
+        """Let a replica hear one message: by FDv1 in any order, by FDv2 one that leads further."""
+        process, queue = self.processes[replica], self.launchdarkly.queues[replica]
+        if process.upstream:
+            basis, newest = process.upstream, self.launchdarkly.newest
+            number = min(newest, int(basis.rpartition(":")[2].removesuffix(")")) + 1 + at)
+            self.handle(replica, self.launchdarkly.changes(basis, number))
+        elif process.speaks_fdv2 or not process.environment.connection.has_data:
+            self.full(replica)
+        elif queue:
             self.handle(replica, queue.pop(at % len(queue)))
 
     def catch_up(self, replica: int) -> None:
         """Let a replica hear all that it has not heard yet."""
-        while self.launchdarkly.queues[replica]:
+        queue = self.launchdarkly.queues[replica]
+        if self.processes[replica].speaks_fdv2:
+            self.deliver(replica, self.launchdarkly.newest)
+            queue.clear()
+        while queue:
             self.deliver(replica, 0)
+
+    def switch(self, replica: int) -> None:
+        """Lead a replica back to FDv1, or let it return: either begins with everything."""
+        process = self.processes[replica]
+        process.speaks_fdv2 = not process.speaks_fdv2
+        self.full(replica)
 
     async def blink(self, replica: int, number: int, bytes_: int) -> None:
         """Let a replica hear of an item, and of its deletion: the state before may recur.
@@ -375,22 +496,38 @@ class World:
 
     def full(self, replica: int, back: int = 0) -> None:
         """Let a replica get all data, or those of an earlier time."""
-        history = self.launchdarkly.history
-        self.handle(replica, ChangeSet(history[max(0, len(history) - 1 - back)], full=True))
+        number = max(1, self.launchdarkly.newest - back)
+        fdv2 = self.processes[replica].speaks_fdv2
+        self.handle(replica, self.launchdarkly.everything(number, fdv2=fdv2))
         if not back:
             self.launchdarkly.queues[replica].clear()
 
-    def restart(self, replica: int, back: int) -> None:
-        """Start a replica anew, from one of its former states or from nothing."""
+    def restart(self, replica: int, back: int, with_journal: bool) -> None:
+        """Start a replica anew, from one of its snapshots or from nothing."""
         for visitor in self.visitors:
             if visitor.process is self.processes[replica]:
                 visitor.cut()
-        snapshots = self.snapshots[replica]
-        stored = snapshots[-back] if 0 < back <= len(snapshots) else None
-        self.processes[replica] = Process(stored)
+        snapshots, fdv2 = self.snapshots[replica], self.processes[replica].speaks_fdv2
+        stored = None
+        if 0 < back <= len(snapshots):
+            stored = snapshots[-back].read(with_journal=with_journal)
+        self.processes[replica] = Process(stored, fdv2=fdv2)
         self._note(replica)
         if stored is None:
             self.full(replica)
+
+    async def relapse(
+        self, visitor: Visitor, replica: int, change: tuple[Any, ...], lost: tuple[Any, ...]
+    ) -> None:
+        """Start a replica anew from before its last change; an SDK of further before comes back."""
+        await self.visit(visitor, replica, ALL)
+        await self.do(change)
+        self.catch_up(replica)
+        self.save(replica, 0)
+        await self.do(lost)
+        self.catch_up(replica)
+        self.restart(replica, 1, with_journal=True)
+        await self.visit(visitor, replica, ALL)
 
     async def do(self, action: tuple[Any, ...]) -> None:
         """Let something happen: see `WEIGHTS`."""
@@ -398,7 +535,7 @@ class World:
         if hasattr(self.launchdarkly, name):
             getattr(self.launchdarkly, name)(*arguments)
         elif hasattr(self, name):
-            if name in ("tear", "boot", "visit", "ask"):
+            if name in ("tear", "boot", "visit", "ask", "relapse"):
                 arguments[0] = self.visitors[arguments[0]]
             done = getattr(self, name)(*arguments)
             if done is not None:
@@ -427,8 +564,12 @@ class World:
 
     async def settle(self) -> None:
         """Let everything arrive; SDKs that are not connected come back."""
-        for replica in range(REPLICAS):
-            self.full(replica)
+        for replica, process in enumerate(self.processes):
+            if process.upstream:
+                self.catch_up(replica)
+            else:
+                self.full(replica)
+            assert process.content == self.launchdarkly.content
         for number, visitor in enumerate(self.visitors):
             visitor.take_poll()
             if visitor.wire is None:
@@ -442,7 +583,7 @@ class World:
                 assert visitor.client.items == visitor.process.content, visitor.client
 
 
-REPLICA, VISITOR = st.integers(0, REPLICAS - 1), st.integers(0, 4)
+REPLICA, VISITOR = st.integers(0, REPLICAS - 1), st.sampled_from([0, 0, 1, 2, 3, 4])
 KEY = st.integers(0, len(KEYS) - 1)
 ALL = 1 << 30
 
@@ -457,13 +598,16 @@ WEIGHTS: dict[st.SearchStrategy[tuple[Any, ...]], int] = {
     st.tuples(st.just("delete"), KEY): 4,
     st.tuples(st.just("create"), KEY, st.integers(-3, 2)): 2,
     st.tuples(st.sampled_from(["touch", "purge"]), KEY): 2,
-    st.just(("reset",)): 1,
+    st.sampled_from([("reset",), ("grow",)]): 1,
     st.tuples(st.just("deliver"), REPLICA, st.sampled_from([0, 0, 0, 1, 2])): 10,
     st.tuples(st.just("catch_up"), REPLICA): 10,
-    st.tuples(st.just("blink"), REPLICA, KEY, st.integers(200, 400)): 3,
+    st.tuples(st.just("blink"), REPLICA, KEY, st.integers(200, 400)): 5,
     st.tuples(st.just("rebirth"), REPLICA, KEY, st.integers(-3, 2)): 1,
     st.tuples(st.just("full"), REPLICA, st.sampled_from([0, 0, 0, 0, 1, 3])): 2,
-    st.tuples(st.just("restart"), REPLICA, st.integers(0, 4)): 2,
+    st.tuples(st.just("save"), REPLICA, st.sampled_from([0, 0, 0, 1, 2])): 6,
+    st.tuples(st.just("restart"), REPLICA, st.integers(0, 6), st.booleans()): 4,
+    st.tuples(st.just("relapse"), VISITOR, REPLICA, CHANGE, CHANGE): 2,
+    st.tuples(st.just("switch"), REPLICA): 1,
     st.tuples(st.just("visit"), VISITOR, REPLICA, st.just(ALL)): 15,
     st.tuples(st.just("visit"), VISITOR, REPLICA, st.integers(0, 700)): 4,
     st.tuples(st.just("tear"), VISITOR, st.integers(0, 700)): 5,
@@ -480,8 +624,8 @@ ACTIONS = st.sampled_from(
 ).flatmap(lambda action: action)
 
 
-async def simulate(actions: list[tuple[Any, ...]]) -> None:
-    world = World()
+async def simulate(actions: list[tuple[Any, ...]], *, fdv2: bool) -> None:
+    world = World(fdv2=fdv2)
     for replica in range(REPLICAS - 1):  # the last one has no data yet
         world.full(replica)
     for action in actions:
@@ -489,9 +633,20 @@ async def simulate(actions: list[tuple[Any, ...]]) -> None:
     await world.settle()
 
 
+def run(actions: list[tuple[Any, ...]], *, fdv2: bool) -> None:
+    with (
+        patch.object(channel, "MAX_PENDING", 300),
+        patch.object(journal_module, "MAX_SAVED_STATES", 4),
+        patch.object(journal_module, "MAX_VANISHED", 2),
+    ):
+        virtual.run(simulate(actions, fdv2=fdv2))
+
+
+HISTORIES = st.lists(ACTIONS, min_size=30, max_size=100)
+
+
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(actions=st.lists(ACTIONS, min_size=30, max_size=100))
-def test_sdks_end_up_with_exactly_what_the_relay_has(actions):
+@given(actions=HISTORIES, fdv2=st.booleans())
+def test_sdks_end_up_with_exactly_what_the_relay_has(actions, fdv2):
     """After each transfer with the content of its state, and in the end with the relay's."""
-    with patch.object(channel, "MAX_PENDING", 300):
-        virtual.run(simulate(actions))
+    run(actions, fdv2=fdv2)
