@@ -87,7 +87,7 @@ image: ## the container image relay:latest
 	docker build -t relay .
 
 clean: ## remove what make made here
-	rm -rf .venv .venv-* tests/sdk-*/node_modules dist .*_cache .hypothesis .coverage*
+	rm -rf .venv .venv-* tests/sdk-*/node_modules tests/sdk-python/packages dist .*_cache .hypothesis .coverage*
 
 # The lock of the tests holds everything that the lock of the program holds, in the same versions.
 $(VENV)/run: requirements.lock scripts/venv

@@ -26,6 +26,7 @@ MODULES = sorted(
 LOCKS = [
     "requirements.lock",
     "requirements-dev.lock",
+    "tests/sdk-python/requirements.lock",
     "tests/sdk-node/package-lock.json",
     "tests/sdk-edge/package-lock.json",
 ]
@@ -89,8 +90,8 @@ def test_a_lock_names_no_registry(name: str) -> None:
 
 
 def test_every_locked_distribution_has_a_checksum() -> None:
-    """`pip install --require-hashes` accepts both locks."""
-    for name in ("requirements.lock", "requirements-dev.lock"):
+    """`pip install --require-hashes` accepts all locks."""
+    for name in LOCKS[:3]:
         text = (ROOT / name).read_text()
         heads = re.findall(r"(?m)^[a-z0-9].*$", text)
         assert all(head.endswith("\\") for head in heads)

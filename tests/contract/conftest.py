@@ -10,7 +10,7 @@ from relay.server.options import Certificate
 from tests.support.redis import RedisServer
 from tests.support.rediscluster import cluster, sentinels, shared_cluster, shared_sentinels
 from tests.support.s3 import S3Server
-from tests.support.sdk import EDGE_PACKAGES, install_packages
+from tests.support.sdk import EDGE_PACKAGES, install_older_python, install_packages
 
 __all__ = ["cluster", "sentinels", "shared_cluster", "shared_sentinels"]
 
@@ -23,6 +23,13 @@ def pytest_asyncio_loop_factories(config, item):
 def packages():
     """What the Node and browser SDKs need, installed on first use."""
     install_packages()
+
+
+@pytest.fixture(scope="session")
+def older_python():
+    """The Python SDK as it was before, installed on first use."""
+    if why := install_older_python():
+        pytest.skip(why)
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ from tests.support.sdk import (
     ANNA,
     EVERYTHING,
     FDV2_SDKS,
+    OLDER_FDV2_SDKS,
     SDK,
     SDKS,
     Setup,
@@ -50,7 +51,9 @@ ASKED |= {"fdv2-streaming": "/sdk/stream", "fdv2-polling": "/sdk/poll"}
 """Where SDKs get their data, in the log."""
 FDV2 = {"fdv2": "default", "fdv2-streaming": "streaming", "fdv2-polling": "polling"}
 MODES = ["streaming", "polling", "daemon", *FDV2]
-GIVES_UP = {("fdv2-polling", "python"), ("fdv2-polling", "python-async")}
+GIVES_UP = {
+    ("fdv2-polling", name) for name in (*FDV2_SDKS, *OLDER_FDV2_SDKS) if name.startswith("python")
+}
 """SDKs that never poll again after one connection was refused, whoever is asked."""
 SETTINGS = {"GRACEFUL_SHUTDOWN_TIMEOUT": "1s", "INIT_TIMEOUT": "60s", "LOG_LEVEL": "debug"}
 """Streams end within a second, stored data must not wait for LaunchDarkly, requests are seen."""
@@ -141,12 +144,16 @@ class Deployment:
     relay: RelayProcess
     launchdarkly: LaunchDarkly
     redis: str
+    older: bool = False
+    """True for SDKs of older releases."""
 
     def fleet(self, but: Collection[tuple[str, str]] = (), *, openfeature: bool = False) -> Fleet:
         """The SDKs that know this mode; on demand, OpenFeature providers as well."""
         names = FDV2_SDKS if self.mode in FDV2 else SDKS
+        if self.older:
+            names = OLDER_FDV2_SDKS
         setups = {name: self._setup() for name in names if (self.mode, name) not in but}
-        if openfeature:
+        if openfeature and not self.older:
             for name in ("python", "node9"):
                 setups[f"{name} with OpenFeature"] = self._setup(openfeature=True)
         return Fleet(setups)
@@ -189,10 +196,14 @@ def database(server: RedisServer) -> str:
     return server.url
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture(params=[*MODES, *(f"{mode} of older SDKs" for mode in FDV2)])
 async def deployment(request, tmp_path, database) -> AsyncIterator[Deployment]:
     """One for each mode; LaunchDarkly has `EVERYTHING`, and the relay is not yet started."""
-    async with deployed(request.param, tmp_path, database) as made:
+    mode, _, older = request.param.partition(" of older")
+    if older:
+        request.getfixturevalue("older_python")
+    async with deployed(mode, tmp_path, database) as made:
+        made.older = bool(older)
         yield made
 
 

@@ -1,4 +1,4 @@
-"""LaunchDarkly's SDKs, unmodified, behind one face: Python here, Node in a process beside."""
+"""LaunchDarkly's SDKs, unmodified, behind one face: Python here, others in a process beside."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import contextlib
 import fcntl
 import itertools
 import json
+import os
 import subprocess
+import sys
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any, Protocol, Self, cast
+from typing import Any, ClassVar, Protocol, Self, cast
 
 from ld_openfeature import LaunchDarklyProvider
 from ldclient import Context, LDClient
@@ -52,6 +55,7 @@ from tests.support.data import flag, segment
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ROOT / "tests/sdk-node"
+OLDER_PYTHON = ROOT / "tests/sdk-python"
 EDGE_PACKAGES = ROOT / "tests/sdk-edge"
 EDGE_SDKS = ["cloudflare", "vercel"]
 PATIENCE = 10.0
@@ -360,23 +364,20 @@ class AsyncPythonSDK:
         return AsyncPollingUpdateProcessor(config, requester, store, ready, every)
 
 
-class NodeSDK:
-    """A Node SDK in a process of its own, driven by JSON lines (tests/sdk-node/driver.mjs).
+class DrivenSDK:
+    """An SDK in a process of its own, driven by JSON lines.
 
     Args:
-        line: of the SDK: `9` is the current one of servers, `7` the one before; `client` is for
-            programs on desktops, `browser` the current one of browsers. The latter two know only
-            the context that they serve; `identify` changes it.
+        line: which one the process is to make.
+        setup: how it is configured.
     """
 
+    command: ClassVar[tuple[str, ...]]
+    """Program that makes it, and its arguments."""
+    environment: ClassVar[Mapping[str, str] | None] = None
+    """Environment of the program; None for that of this process."""
+
     def __init__(self, line: str, setup: Setup) -> None:
-        client_side = line in CLIENT_SIDE_SDKS
-        assert line != "browser" or setup.bootstrap is not None, "it streams in a browser only"
-        assert client_side == (setup.context is not None), "client-side SDKs serve one context"
-        assert line == "9" or not setup.compressed, "the others cannot"
-        assert line == "7" or not setup.dynamodb, "its package for DynamoDB is not at hand"
-        others = setup.redis or setup.ca or setup.fdv2 or setup.openfeature
-        assert not (client_side and others), "not driven by this class"
         self._line = line
         self._setup = setup
         self._process: asyncio.subprocess.Process | None = None
@@ -384,9 +385,10 @@ class NodeSDK:
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
-            *("node", str(PACKAGES / "driver.mjs")),
+            *self.command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            env=self.environment,
         )
         try:
             await self._ask("init", line=self._line, **asdict(self._setup))
@@ -434,13 +436,53 @@ class NodeSDK:
         await self._process.wait()
 
 
+class NodeSDK(DrivenSDK):
+    """A Node SDK (tests/sdk-node/driver.mjs).
+
+    Args:
+        line: of the SDK: `9` is the current one of servers, `7` the one before; `client` is for
+            programs on desktops, `browser` the current one of browsers. The latter two know only
+            the context that they serve; `identify` changes it.
+        setup: how it is configured.
+    """
+
+    command = "node", str(PACKAGES / "driver.mjs")
+
+    def __init__(self, line: str, setup: Setup) -> None:
+        client_side = line in CLIENT_SIDE_SDKS
+        assert line != "browser" or setup.bootstrap is not None, "it streams in a browser only"
+        assert client_side == (setup.context is not None), "client-side SDKs serve one context"
+        assert line == "9" or not setup.compressed, "the others cannot"
+        assert line == "7" or not setup.dynamodb, "its package for DynamoDB is not at hand"
+        others = setup.redis or setup.ca or setup.fdv2 or setup.openfeature
+        assert not (client_side and others), "not driven by this class"
+        super().__init__(line, setup)
+
+
+class OlderPythonSDK(DrivenSDK):
+    """The Python SDK as it was before: the classes above, with its package (tests/sdk-python).
+
+    Args:
+        line: `python` or `python-async`.
+        setup: how it is configured.
+    """
+
+    command = sys.executable, str(OLDER_PYTHON / "driver.py")
+    environment: ClassVar[Mapping[str, str]] = {
+        **os.environ,
+        "PYTHONPATH": f"{OLDER_PYTHON / 'packages'}{os.pathsep}{ROOT}",
+    }
+
+
 def make(name: str, setup: Setup) -> SDK:
-    """Return the SDK of a name in `SDKS` or `CLIENT_SIDE_SDKS`; enter it to start it."""
+    """Return the SDK of a name in one of the lists below; enter it to start it."""
     match name:
         case "python":
             return PythonSDK(setup)
         case "python-async":
             return AsyncPythonSDK(setup)
+        case "python9.18" | "python9.18-async":
+            return OlderPythonSDK(name.replace("9.18", ""), setup)
     return NodeSDK(name.removeprefix("node"), setup)
 
 
@@ -448,6 +490,8 @@ SDKS = ["python", "python-async", "node9", "node7"]
 CLIENT_SIDE_SDKS = ["client", "browser"]
 FDV2_SDKS = ["python", "python-async", "node9"]
 """Those that can be configured for FDv2."""
+OLDER_FDV2_SDKS = ["python9.18", "python9.18-async"]
+"""The same, of older releases; `install_older_python` has to be called before."""
 
 
 def install_packages(folder: Path = PACKAGES) -> None:
@@ -459,6 +503,27 @@ def install_packages(folder: Path = PACKAGES) -> None:
         if not done.exists() or done.stat().st_mtime < lock.stat().st_mtime:
             subprocess.run([ROOT / "scripts/node-packages", folder], check=True, timeout=300)
             done.touch()
+
+
+def install_older_python() -> str:
+    """Install the older Python SDK beside the present one, once; return why it is not possible."""
+    lock, done = OLDER_PYTHON / "requirements.lock", OLDER_PYTHON / "packages/.installed"
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if done.exists() and done.stat().st_mtime >= lock.stat().st_mtime:
+            return ""
+        script = ROOT / "scripts/python-packages"
+        installed = subprocess.run(
+            [sys.executable, script, OLDER_PYTHON],
+            check=False,
+            timeout=120,
+            capture_output=True,
+            text=True,
+        )
+        if installed.returncode == 0:
+            done.touch()
+            return ""
+    return f"the older Python SDK cannot be installed: {installed.stderr.strip()[-300:]}"
 
 
 async def evaluated_at_the_edge(
