@@ -7,7 +7,7 @@ Stored data is served immediately; data from upstream always takes precedence ov
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,6 +17,7 @@ from relay.aio import SLICE, run_for, wait_for
 from relay.bigsegments.environment import BigSegments
 from relay.errors import ErrorKind
 from relay.fleet import Participant
+from relay.model.answers import AnswerCounts
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem, Kind
 from relay.model.journal import Journal, SavedJournal
@@ -175,6 +176,11 @@ class Environment:
     def protocol(self) -> str:
         """Protocol by which upstream is followed; empty without upstream."""
         return self._source.protocol
+
+    @property
+    def answers(self) -> Mapping[str, AnswerCounts]:
+        """What SDKs of FDv2 were answered, by their side: `server` or `client`."""
+        return {"server": self.journal.answers, "client": self.programs.client_journal.answers}
 
     def __repr__(self) -> str:
         items = "no data" if self.payload is None else f"{len(self.payload)} items"

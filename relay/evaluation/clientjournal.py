@@ -13,6 +13,7 @@ deleted only if they may have seen it, for which its visibility before each step
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from msgspec import Struct
 
@@ -20,6 +21,7 @@ from relay.evaluation.compiled.program import Program
 from relay.evaluation.data import parse_flag
 from relay.evaluation.sdkkind import SDKKind
 from relay.lru import LRUMap
+from relay.model.answers import AnswerCounter, AnswerCounts
 from relay.model.item import Item, Kind
 from relay.model.journal import SHARE_OF_DELTA, TOO_LARGE, TOO_OLD, Delta, Full, Journal
 from relay.model.payload import Payload
@@ -60,6 +62,11 @@ class ClientJournal:
             sdk_kind: OrderedDict() for sdk_kind in CLIENT_SIDE
         }
         """Last step before which each touched flag was visible; the latest comes last."""
+        self.answers = AnswerCounts()
+        """What clients were answered."""
+        self._full_sizes: dict[tuple[SDKKind, bool], int] = {}
+        """Bytes of the last transfer of everything to each kind of SDK, with and without reasons:
+        measured, for nobody evaluates everything only to know what a delta has saved."""
         self._answers: LRUMap[tuple[Program, str], Full | ClientDelta] = LRUMap(MAX_ANSWERS)
 
     def __repr__(self) -> str:
@@ -112,6 +119,36 @@ class ClientJournal:
         known = self._delta(program, sdk_kind, answer)
         self._answers.put((program, basis), known)
         return known
+
+    def counter(
+        self,
+        sdk_kind: SDKKind,
+        kind: str,
+        reason: str,
+        size: int,
+        *,
+        with_reasons: bool,
+        everything: Callable[[], int],
+    ) -> AnswerCounter:
+        """Return the counter of an answer, which has to count each time that it is given.
+
+        Args:
+            sdk_kind: of the client.
+            kind: of the answer: `full`, `delta` or `none`.
+            reason: of the answer.
+            size: bytes of it.
+            with_reasons: whether the client gets reasons.
+            everything: returns the bytes of all results for the client; 0 if it would take too
+                long. It is asked until they are known.
+        """
+        of = sdk_kind, with_reasons
+        if kind == Full.kind:
+            self._full_sizes[of] = size
+            return self.answers.counter(kind, reason, 0)
+        full = self._full_sizes.get(of)
+        if not full:
+            full = self._full_sizes[of] = everything()
+        return self.answers.counter(kind, reason, max(0, full - size))
 
     def _delta(self, program: Program, sdk_kind: SDKKind, delta: Delta) -> Full | ClientDelta:
         keys = program.affected_by({(item.kind, item.key) for item in delta.items})

@@ -203,8 +203,15 @@ def _spool_durable(view: MetricsView) -> Iterator[Row]:
 
 def _answers(view: MetricsView) -> Iterator[Row]:
     for name, environment in view.environments.items():
-        for (kind, reason), number in environment.journal.answers.numbers.items():
-            yield (name, kind, reason), number.value
+        for side, answers in environment.answers.items():
+            for (kind, reason), number in answers.numbers.items():
+                yield (name, side, kind, reason), number.value
+
+
+def _saved_bytes(view: MetricsView) -> Iterator[Row]:
+    for name, environment in view.environments.items():
+        for side, answers in environment.answers.items():
+            yield (name, side), answers.saved.value
 
 
 def _items(view: MetricsView) -> Iterator[Row]:
@@ -343,8 +350,8 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_fleet_behind_publications", GAUGE, ("environment",), "Publications of the leader that this follower has not taken yet."): _of_fleet(lambda f: f.behind),
     Metric("relay_fleet_publications_total", COUNTER, ("environment", "outcome"), "Publications of this relay: `published`, `moved` if it had to look again first, `fenced` if another relay had been elected."): _fleet_publications,
     Metric("relay_fleet_snapshots_total", COUNTER, ("environment",), "Times that this relay has read where the feed stands, with all data if they were others."): _of_fleet(lambda f: f.snapshots),
-    Metric("relay_transfers_total", COUNTER, ("environment", "answer", "reason"), "Answers to SDKs that may name the state of their data: `full`, `delta` or `none`, and why."): _answers,
-    Metric("relay_transfers_saved_bytes_total", COUNTER, ("environment",), "Bytes of flags and segments that these answers did not have to contain."): _per_environment(lambda e: e.journal.answers.saved.value),
+    Metric("relay_transfers_total", COUNTER, ("environment", "side", "answer", "reason"), "Answers to SDKs that may name the state of their data, of the `server` or `client` side: `full`, `delta` or `none`, and why."): _answers,
+    Metric("relay_transfers_saved_bytes_total", COUNTER, ("environment", "side"), "Bytes of flags and segments, or of evaluated flags, that these answers did not have to contain."): _saved_bytes,
     Metric("relay_journal_states", GAUGE, ("environment",), "States from which SDKs can be brought up to date without all data."): _per_environment(lambda e: e.journal.depth),
     Metric("relay_journal_barriers_total", COUNTER, ("environment",), "Changes after which all SDKs got everything, because an item went back in version or was created anew."): _per_environment(lambda e: e.journal.barriers),
     Metric("relay_items", GAUGE, ("environment", "kind"), "Flags and segments that are held, deleted ones included; none without data."): _items,

@@ -8,6 +8,9 @@ from msgspec import Struct
 
 from relay.model.metrics import MetricValue
 
+UP_TO_DATE = "none", "up-to-date"
+"""Kind and reason of the answer to a client that has everything."""
+
 
 class AnswerCounter(Struct, frozen=True, eq=False):
     """Counts one answer, each time that it is given.

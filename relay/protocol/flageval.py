@@ -21,6 +21,7 @@ from relay.evaluation.compiled.flag import CompiledResult
 from relay.evaluation.compiled.fragments import DIGEST_SIZE, EvalBody, Form
 from relay.evaluation.compiled.program import Program
 from relay.evaluation.data import Membership
+from relay.model.answers import UP_TO_DATE
 from relay.model.journal import UNKNOWN, Full
 from relay.model.payload import Selector
 from relay.model.text import to_base64
@@ -99,13 +100,27 @@ def _mark(memberships: Mapping[str, Membership]) -> str:
     return to_base64(blake2b(text, digest_size=_MARK_SIZE).digest())
 
 
+class Transfer(Struct, frozen=True, eq=False):
+    """Answer to a client: all results, a delta, or nothing.
+
+    Args:
+        body: text of it.
+        kind: `full`, `delta` or `none`.
+        cause: of that, for those who operate the relay.
+    """
+
+    body: EvalBody
+    kind: str
+    cause: str
+
+
 def respond(
     framing: Framing,
     program: Program,
     client: EvalClient,
     named: ClientState,
     answer: Full | ClientDelta,
-) -> EvalBody:
+) -> Transfer:
     """Return what a client needs to have the results of a program: all, a delta, or nothing.
 
     Args:
@@ -123,17 +138,18 @@ def respond(
         flags = program.fill(form, client.context, client.memberships)
         body = full(framing, program.selector, flags, state, answer)
         # Some SDKs would show the tag for another basis than it came with (fdv2 13.5).
-        return replace(body, digest=b"") if any(named) else body
+        body = replace(body, digest=b"") if any(named) else body
+        return Transfer(body, answer.kind, answer.cause)
     keys = answer.keys
     if named.memberships != state.memberships:
         keys |= program.flags_with_big_segments
     if not keys and not answer.gone and named == state:
-        return EvalBody((framing.text(fdv2.nothing(program.selector)),))
+        return Transfer(EvalBody((framing.text(fdv2.nothing(program.selector)),)), *UP_TO_DATE)
     results = program.results(client.context, sorted(keys), client.memberships).values()
     gone = {item.key: item.version for item in answer.gone}
     reasons = client.with_reasons
     text = changes(framing, program.selector, results, gone, state, with_reasons=reasons)
-    return EvalBody((text,))
+    return Transfer(EvalBody((text,)), "delta", "stale")
 
 
 def full(

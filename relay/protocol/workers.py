@@ -262,8 +262,8 @@ class Figures(_Message, frozen=True, tag=14):
         resident: bytes of memory; None if unknown.
         cpu: seconds of processor time since the start of the process.
         files: open file descriptors; None if unknown.
-        answers: counts of answers to SDKs of FDv2, by environment, kind and reason.
-        saved: bytes that these answers spared, by environment.
+        answers: counts of answers to SDKs of FDv2, by environment, side, kind and reason.
+        saved: bytes that these answers spared, by environment and side.
     """
 
     requests: tuple[tuple[Series, int], ...]
@@ -276,8 +276,8 @@ class Figures(_Message, frozen=True, tag=14):
     resident: int | None
     cpu: float
     files: int | None
-    answers: tuple[tuple[str, str, str, int], ...] = ()
-    saved: tuple[tuple[str, int], ...] = ()
+    answers: tuple[tuple[str, str, str, str, int], ...] = ()
+    saved: tuple[tuple[str, str, int], ...] = ()
     reads: tuple[tuple[str, int, int], ...] = ()
     """Contexts whose memberships in big segments were read, by environment, and those for which
     that failed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from relay.evaluation.client import EvalClient
 from relay.evaluation.clientjournal import ClientJournal
@@ -11,16 +12,25 @@ from relay.evaluation.compiled.flag import CompiledResult
 from relay.evaluation.compiled.fragments import EvalBody
 from relay.evaluation.compiled.program import Program
 from relay.evaluation.data import Membership
+from relay.model.answers import AnswerCounter
 from relay.model.journal import TOO_OLD
 from relay.protocol import clientside, flageval
 from relay.protocol.flageval import ClientState
+
+
+class Opening(NamedTuple):
+    """Messages that a client begins with."""
+
+    messages: bytes
+    answer: AnswerCounter | None = None
+    """Counts them, each time that they are sent; None if they are the same for all."""
 
 
 class EvalFormat(ABC):
     """Format of streams of evaluated flags."""
 
     @abstractmethod
-    def opening(self, program: Program, client: EvalClient, basis: str) -> bytes:
+    def opening(self, program: Program, client: EvalClient, basis: str) -> Opening:
         """Return what a new client gets.
 
         Args:
@@ -62,10 +72,10 @@ class EvalFormat(ABC):
 class EvalxFormat(EvalFormat):
     """Format of `/eval` and `/meval`."""
 
-    def opening(self, program: Program, client: EvalClient, basis: str) -> bytes:
+    def opening(self, program: Program, client: EvalClient, basis: str) -> Opening:
         """Return a put."""
         del basis
-        return self.put(program, client, self.flags(program, client, client.memberships))
+        return Opening(self.put(program, client, self.flags(program, client, client.memberships)))
 
     def flags(
         self, program: Program, client: EvalClient, memberships: Mapping[str, Membership]
@@ -106,11 +116,20 @@ class FlagEvalFormat(EvalFormat):
     def __init__(self, journal: ClientJournal) -> None:
         self._journal = journal
 
-    def opening(self, program: Program, client: EvalClient, basis: str) -> bytes:
+    def opening(self, program: Program, client: EvalClient, basis: str) -> Opening:
         """Return what the client misses."""
         named = ClientState.parse(basis)
         answer = self._journal.answer(program, client.sdk_kind, named.data)
-        return b"".join(flageval.respond(flageval.STREAM, program, client, named, answer).pieces)
+        transfer = flageval.respond(flageval.STREAM, program, client, named, answer)
+        counter = self._journal.counter(
+            client.sdk_kind,
+            transfer.kind,
+            transfer.cause,
+            transfer.body.size,
+            with_reasons=client.with_reasons,
+            everything=lambda: self.flags(program, client, client.memberships).size,
+        )
+        return Opening(b"".join(transfer.body.pieces), counter)
 
     def flags(
         self, program: Program, client: EvalClient, memberships: Mapping[str, Membership]

@@ -25,6 +25,7 @@ from relay.evaluation.compiled.program import Program
 from relay.evaluation.data import Membership
 from relay.evaluation.results import BigSegmentsStatus
 from relay.evaluation.sdkkind import SDKKind
+from relay.model.answers import AnswerCounter
 from relay.model.payload import Change, Payload
 from relay.programs import ProgramCache
 from relay.protocol.bigsegments import context_hash
@@ -151,7 +152,10 @@ class EvaluatingChannel(Channel[EvalClient]):
             self._check_soon()
             return b""
         client, basis = self.subscriptions[subscription], self._bases.pop(subscription, "")
-        return encode_chunk(self._format.opening(sent, client, basis))
+        opening = self._format.opening(sent, client, basis)
+        if opening.answer is not None:
+            opening.answer.add()
+        return encode_chunk(opening.messages)
 
     def _has_members(self, program: Program, subscription: Subscription) -> bool:
         """Return whether the memberships that a client's flags need are there."""
@@ -347,6 +351,8 @@ class _PersonalFanOut(ABC, Generic[KeyT]):
         self._receivers = _flatten(by_client)
         self._client: KeyT | None = None
         self._chunk = b""
+        self._answer: AnswerCounter | None = None
+        """Counts the chunk, each time that it is sent; None if nobody counts it."""
 
     @abstractmethod
     def _encode_for(self, client: KeyT) -> bytes:
@@ -361,6 +367,8 @@ class _PersonalFanOut(ABC, Generic[KeyT]):
                 self._client, self._chunk = client, self._encode_for(client)
             if self._chunk:
                 subscription.send(self._chunk)
+            if self._answer is not None:
+                self._answer.add()
             if clock.monotonic() > end:
                 return False
         return count < FAN_OUT_SLICE
@@ -394,7 +402,9 @@ class _OpeningFanOut(_PersonalFanOut[tuple[EvalClient, str]]):
         self._format = stream_format
 
     def _encode_for(self, client: tuple[EvalClient, str]) -> bytes:
-        return encode_chunk(self._format.opening(self._program, *client))
+        opening = self._format.opening(self._program, *client)
+        self._answer = opening.answer
+        return encode_chunk(opening.messages)
 
 
 class _UpdateFanOut(_PersonalFanOut[EvalClient]):

@@ -35,8 +35,8 @@ class _OfEnvironment(Struct, frozen=True, array_like=True):
     delay: float
     delays: tuple[int, ...]
     events: dict[str, int]
-    answers: tuple[tuple[str, str, int], ...]
-    saved: int
+    answers: tuple[tuple[str, str, str, int], ...]
+    saved: dict[str, int]
     barriers: int
 
 
@@ -128,28 +128,32 @@ class SharedCounts:
 
     def _counts_of(self, name: str, environment: Environment) -> _OfEnvironment:
         delays = environment.hub.delays
-        events, journal = self._relay.events, environment.journal
-        answers = journal.answers.numbers.items()
+        events, answers = self._relay.events, environment.answers
         return _OfEnvironment(
             environment.changes,
             environment.rejected,
             delays.total,
             delays.counts,
             events.counts(name).totals if events else {},
-            tuple((kind, reason, number.value) for (kind, reason), number in answers),
-            journal.answers.saved.value,
-            journal.barriers,
+            tuple(
+                (side, kind, reason, number.value)
+                for side, counts in answers.items()
+                for (kind, reason), number in counts.numbers.items()
+            ),
+            {side: counts.saved.value for side, counts in answers.items()},
+            environment.journal.barriers,
         )
 
     def _add(self, environment: Environment, former: _OfEnvironment) -> None:
         environment.changes += former.changes
         environment.rejected += former.rejected
         environment.hub.delays.merge(former.delay, former.delays)
-        journal = environment.journal
-        for kind, reason, number in former.answers:
-            journal.answers.numbers[kind, reason].value += number
-        journal.answers.saved.value += former.saved
-        journal.barriers += former.barriers
+        answers = environment.answers
+        for side, kind, reason, number in former.answers:
+            answers[side].numbers[kind, reason].value += number
+        for side, saved in former.saved.items():
+            answers[side].saved.value += saved
+        environment.journal.barriers += former.barriers
         if self._relay.events is not None:
             self._relay.events.counts(environment.spec.name).add(former.events)
 

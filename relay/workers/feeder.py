@@ -254,12 +254,12 @@ class Feeder:
 
     def _count_answers(self, figures: Figures) -> None:
         environments = self._relay.environments
-        for name, kind, reason, number in figures.answers:
+        for name, side, kind, reason, number in figures.answers:
             if name in environments:
-                environments[name].journal.answers.numbers[kind, reason].value += number
-        for name, saved in figures.saved:
+                environments[name].answers[side].numbers[kind, reason].value += number
+        for name, side, saved in figures.saved:
             if name in environments:
-                environments[name].journal.answers.saved.value += saved
+                environments[name].answers[side].saved.value += saved
         for name, reads, failed in figures.reads:
             big_segments = environments[name].big_segments if name in environments else None
             if big_segments is not None:

@@ -36,8 +36,8 @@ class FiguresReporter:
         self._unusable: Counter[str] = Counter()
         self._discarded: Counter[str] = Counter()
         self._delays: dict[str, tuple[float, tuple[int, ...]]] = {}
-        self._answers: Counter[tuple[str, str, str]] = Counter()
-        self._saved: Counter[str] = Counter()
+        self._answers: Counter[tuple[str, str, str, str]] = Counter()
+        self._saved: Counter[tuple[str, str]] = Counter()
         self._reads: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
 
@@ -84,7 +84,7 @@ class FiguresReporter:
             cpu=process.cpu_seconds(),
             files=process.open_files(),
             answers=tuple((*of, number) for of, number in (answers - self._answers).items()),
-            saved=tuple((saved - self._saved).items()),
+            saved=tuple((*of, number) for of, number in (saved - self._saved).items()),
             reads=tuple(
                 (name, reads[name] - self._reads[name], failed[name] - self._failed[name])
                 for name in reads
@@ -97,13 +97,14 @@ class FiguresReporter:
             self._answers, self._saved = answers, saved
             self._reads, self._failed = reads, failed
 
-    def _count_answers(self) -> tuple[Counter[tuple[str, str, str]], Counter[str]]:
-        answers: Counter[tuple[str, str, str]] = Counter()
-        saved: Counter[str] = Counter()
+    def _count_answers(self) -> tuple[Counter[tuple[str, str, str, str]], Counter[tuple[str, str]]]:
+        answers: Counter[tuple[str, str, str, str]] = Counter()
+        saved: Counter[tuple[str, str]] = Counter()
         for name, environment in self._relay.environments.items():
-            for (kind, reason), number in environment.journal.answers.numbers.items():
-                answers[name, kind, reason] = number.value
-            saved[name] = environment.journal.answers.saved.value
+            for side, counts in environment.answers.items():
+                for (kind, reason), number in counts.numbers.items():
+                    answers[name, side, kind, reason] = number.value
+                saved[name, side] = counts.saved.value
         return answers, saved
 
     def _new_delays(

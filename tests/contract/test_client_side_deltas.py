@@ -565,3 +565,85 @@ async def test_after_a_restart_clients_go_on(site):
         begin(again)
         assert (await polled(other, state)).code == "none"
         assert (await first(other, state)).code == "none"
+
+
+async def test_answers_are_counted(site):
+    """By kind and reason, each time that one is given, known ones too, with the bytes it spares."""
+    served, address = site
+    begin(served)
+    change(served, flag("one", rules=[{"variation": 0, "clauses": [BY_CROWD]}]))
+    assert "fdv2" not in await status(address)
+    everything = await poll(address)
+    old, tag = of_poll(everything).state, everything.headers["etag"]
+    change(served, flag("lamp", 2, value="off"))
+    bodies = [(await poll(address, old)).body for _ in range(4)]  # the last ones are remembered
+    new = of_poll_body(bodies[-1]).state
+    for _ in range(3):
+        bodies.append((await poll(address, new)).body)
+    for _ in range(3):
+        everything = await poll(address)
+    assert everything.headers["etag"] != tag
+    known = (("If-None-Match", everything.headers["etag"]),)
+    for _ in range(3):
+        assert (await poll(address, headers=known)).status == 304
+    await poll(address, new, BEN)
+    await poll(address, "(p:x:1)")
+    large = {**ANNA, "text": "x" * 20_000}
+    body = json.dumps(large).encode()
+    await ask(address, f"/sdk/poll/eval?{query()}", [JSON], method="POST", body=body)
+    assert (await status(address))["fdv2"]["clientSide"]["answers"] == {
+        "delta": {"stale": 4},
+        "full": {"no-state": 5, "unknown-state": 2},
+        "none": {"up-to-date": 6},
+    }
+    saved = (await status(address))["fdv2"]["clientSide"]["bytesSaved"]
+    size = len(everything.body)
+    assert saved == pytest.approx(10 * size - sum(map(len, bodies)), rel=0.05)
+    page = (await ask(address, "/metrics")).body.decode()
+    labels = 'environment="main",side="client",answer="delta",reason="stale"'
+    assert f"relay_transfers_total{{{labels}}} 4\n" in page
+    labels = 'environment="main",side="client"'
+    assert f"relay_transfers_saved_bytes_total{{{labels}}} {saved}\n" in page
+
+
+async def test_answers_of_streams_are_counted(site):
+    """Also to those who wait together for data; what follows is not an answer."""
+    served, address = site
+    waiting = [await opened(address, basis) for basis in ("", "", "(p:x:1)~y")]
+    begin(served)
+    transfers = [of_stream(await stream.chunk()) for stream in waiting]
+    state = transfers[0].state
+    assert (await first(address, state)).code == "none"
+    change(served, flag("lamp", 2, value="off"))
+    assert of_stream(await waiting[0].chunk()).code == "xfer-changes"
+    assert (await first(address, state)).code == "xfer-changes"
+    client = (await status(address))["fdv2"]["clientSide"]
+    assert client["answers"] == {
+        "delta": {"stale": 1},
+        "full": {"no-state": 2, "unknown-state": 1},
+        "none": {"up-to-date": 1},
+    }
+    assert client["bytesSaved"] > 2000
+    for stream in waiting:
+        stream.close()
+
+
+async def test_what_is_spared_is_known_without_a_transfer_of_everything():
+    """As after a restart, when all come back with what they have."""
+    before, served = environment(), environment()
+    begin(before)
+    async with serving(before) as address:
+        state = (await polled(address)).state
+    begin(served)
+    async with serving(served) as address:
+        assert (await polled(address, state)).code == "none"
+        assert (await status(address))["fdv2"]["clientSide"]["bytesSaved"] > 1600
+
+
+async def status(address: Address) -> dict:
+    page = json.loads((await ask(address, "/status")).body)
+    return page["environments"]["main"]
+
+
+def of_poll_body(body: bytes) -> Transfer:
+    return Transfer([(each["event"], each["data"]) for each in json.loads(body)["events"]])

@@ -324,10 +324,10 @@ async def test_answers_are_counted(site):
         "barriers": 1,
     }
     metrics = (await ask(address, "/metrics")).body.decode()
-    labels = 'environment="main",answer="delta",reason="stale"'
+    labels = 'environment="main",side="server",answer="delta",reason="stale"'
     assert f"relay_transfers_total{{{labels}}} 4\n" in metrics
     saved = 8 * size - 4 * changed
-    assert f'relay_transfers_saved_bytes_total{{environment="main"}} {saved}\n' in metrics
+    assert f'relay_transfers_saved_bytes_total{{environment="main",side="server"}} {saved}\n' in metrics
     assert 'relay_journal_states{environment="main"} 2\n' in metrics
     assert 'relay_journal_barriers_total{environment="main"} 1\n' in metrics
 

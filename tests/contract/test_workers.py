@@ -231,14 +231,21 @@ async def test_all_requests_are_counted(tmp_path, upstream):
 
 
 async def test_counts_go_on_when_the_feeder_dies(tmp_path, upstream):
-    async with WorkersRelay(tmp_path, upstream) as relay:
+    evaluated = "/sdk/poll/eval/eyJraW5kIjoidXNlciIsImtleSI6ImEifQ?auth=mob-1"
+    async with WorkersRelay(tmp_path, upstream, LD_MOBILE_KEY_main="mob-1") as relay:
         for number in range(20):
             path = "/sdk/poll" if number % 2 else "/sdk/latest-all"
             await ask(relay.address, path, AUTHORIZED)
             await upstream.patch(SDK_KEY, flag("lamp", 2 + number, "two"))
-        await relay.until_status(lambda s: s["environments"]["main"]["requests"] == 20)
-        status = await relay.status()
-        assert status["environments"]["main"]["fdv2"]["answers"] == {"full": {"no-state": 10}}
+        for _ in range(10):
+            reply = await ask(relay.address, evaluated)
+            state = json.loads(reply.body)["events"][-1]["data"]["state"]
+            await ask(relay.address, f"{evaluated}&basis={state}")
+        await relay.until_status(lambda s: s["environments"]["main"]["requests"] == 40)
+        answers = (await relay.status())["environments"]["main"]["fdv2"]
+        assert answers["answers"] == {"full": {"no-state": 10}}
+        client_side = answers["clientSide"]["answers"]
+        assert client_side == {"full": {"no-state": 10}, "none": {"up-to-date": 10}}
         before = await relay.counters()
         await asyncio.sleep(1.5)  # counts are handed on once a second
         os.kill(relay.feeder(), signal.SIGKILL)

@@ -64,7 +64,7 @@ class Replica:
         program = self.program(client.about.sdk_kind)
         named = ClientState.parse(client.basis)
         answer = self.programs.client_journal.answer(program, client.about.sdk_kind, named.data)
-        return b"".join(respond(POLL, program, client.about, named, answer).pieces)
+        return b"".join(respond(POLL, program, client.about, named, answer).body.pieces)
 
     def results(self, client: Client) -> dict[str, dict]:
         """All results for a client."""

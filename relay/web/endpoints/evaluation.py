@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
+from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from msgspec import Struct
@@ -22,10 +24,11 @@ from relay.evaluation.clientjournal import ClientDelta
 from relay.evaluation.compiled.fragments import EvalBody
 from relay.evaluation.compiled.program import Program
 from relay.evaluation.sdkkind import SDKKind
+from relay.model.answers import UP_TO_DATE, AnswerCounter
 from relay.model.context import Context
 from relay.model.journal import Full
 from relay.protocol import flageval
-from relay.protocol.flageval import ClientState
+from relay.protocol.flageval import ClientState, Transfer
 from relay.registry import Registry
 from relay.web.access import Access
 from relay.web.bodies import RequestRejected
@@ -112,11 +115,20 @@ class EvaluationResult(CacheEntry, eq=False):
         payload: its data that the flags were evaluated with.
         body: of the response.
         key: fully qualified key of the context; empty without secure mode.
+        answer: counts the answer to a client that may name its state, each time that it is given;
+            None for FDv1.
+        known: the same, of the answer that the client has it already.
         size: see `CacheEntry`; 0 unless the request was repeated, and so is worth caching.
     """
 
     body: EvalBody
     key: str
+    answer: AnswerCounter | None = None
+    known: AnswerCounter | None = None
+
+    def counter(self, response: PreparedResponse) -> AnswerCounter | None:
+        """Return what counts a response with this result."""
+        return self.known if response.status == HTTPStatus.NOT_MODIFIED else self.answer
 
 
 class PendingEvaluation(Struct, frozen=True, eq=False):
@@ -231,16 +243,17 @@ class EvaluationHandler:
         evaluation = _EvaluationRequest.of(sdk_kind, raw, reader, query, fdv2=fdv2)
         try:
             if len(evaluation.raw) > MAX_AT_ONCE:
-                body = await _evaluate_in_thread(environment, evaluation)
+                result = await _evaluate_in_thread(environment, evaluation)
             else:
                 result = await self._evaluate_when_ready(environment, evaluation)
-                body = result.body if result else None
         except RequestRejected as e:
             return _with_environment_headers(environment, e.response)
-        if body is None:
+        if result is None:
             return _with_environment_headers(environment, NOT_INITIALIZED)
-        resource = resource_for(body, environment)
+        resource = resource_for(result.body, environment)
         response = resource.variant(none_match, encoding)
+        if counter := result.counter(response or resource.plain):
+            counter.add()
         if response is None:
             response = await resource.compress_in_thread()
         return with_expiry(response, environment, sdk_kind)
@@ -336,15 +349,17 @@ class EvaluationHandler:
                     environment, request, context, cache_key, big_segments, keys
                 )
         missed = _missed(environment, program, request)
-        body = _body(program, request, context, memberships, missed)
+        evaluated = _evaluated(program, request, context, memberships, missed)
         key = context.fully_qualified_key if environment.spec.secure_mode else ""
-        result = EvaluationResult(environment, environment.payload, body, key)
+        result = _result(environment, evaluated, key)
+        if isinstance(evaluated, Transfer):
+            _count(result, evaluated, request, partial(_everything, program, request, context))
         if keys:
             result.memberships = memberships
         if cache_key is not None:
             # Entries share most of their bodies. Each is counted in full all the same: those of
             # contexts without a group share nothing.
-            result.size = ENTRY_SIZE + body.size + len(request.raw)
+            result.size = ENTRY_SIZE + result.body.size + len(request.raw)
             self.results.put(cache_key, result)
         return result
 
@@ -367,14 +382,14 @@ def _missed(
     return _Missed(named, journal.answer(program, request.sdk_kind, named.data))
 
 
-def _body(
+def _evaluated(
     program: Program,
     request: _EvaluationRequest,
     context: Context,
     memberships: Memberships,
     missed: _Missed | None,
-) -> EvalBody:
-    """Return the body of the response. May run in a thread."""
+) -> EvalBody | Transfer:
+    """Return the response; with its kind, if the client speaks FDv2. May run in a thread."""
     members, reasons = memberships.by_key, request.with_reasons
     if missed is None:
         return program.body(context, members, with_reasons=reasons)
@@ -383,10 +398,42 @@ def _body(
     return flageval.respond(flageval.POLL, program, client, *missed)
 
 
+def _everything(program: Program, request: _EvaluationRequest, context: Context) -> int:
+    """Return about how many bytes all results have."""
+    form = flageval.POLL.form(with_reasons=request.with_reasons)
+    return program.fill(form, context).size
+
+
+def _result(
+    environment: Environment, evaluated: EvalBody | Transfer, key: str = ""
+) -> EvaluationResult:
+    body = evaluated.body if isinstance(evaluated, Transfer) else evaluated
+    return EvaluationResult(environment, environment.payload, body, key)
+
+
+def _count(
+    result: EvaluationResult,
+    transfer: Transfer,
+    request: _EvaluationRequest,
+    everything: Callable[[], int],
+) -> None:
+    """Let a result have the counters of the answers that it may be given as."""
+    journal, body = result.environment.programs.client_journal, transfer.body
+    count = partial(
+        journal.counter,
+        request.sdk_kind,
+        with_reasons=request.with_reasons,
+        everything=everything,
+    )
+    result.answer = count(transfer.kind, transfer.cause, body.size)
+    if body.digest:
+        result.known = count(*UP_TO_DATE, 0)
+
+
 async def _evaluate_in_thread(
     environment: Environment, evaluation: _EvaluationRequest
-) -> EvalBody | None:
-    """Return the body for a large context; None if there is no payload.
+) -> EvaluationResult | None:
+    """Return the result for a large context; None if there is no payload.
 
     Raises:
         RequestRejected: the context is invalid or not allowed, or there is no data.
@@ -405,7 +452,13 @@ async def _evaluate_in_thread(
     if keys and environment.big_segments is not None:
         memberships = await environment.big_segments.memberships(keys)
     missed = _missed(environment, program, evaluation)
-    return await asyncio.to_thread(_body, program, evaluation, context, memberships, missed)
+    evaluated = await asyncio.to_thread(
+        _evaluated, program, evaluation, context, memberships, missed
+    )
+    result = _result(environment, evaluated)
+    if isinstance(evaluated, Transfer):
+        _count(result, evaluated, evaluation, lambda: 0)
+    return result
 
 
 def _check(

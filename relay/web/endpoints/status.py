@@ -12,10 +12,10 @@ from itertools import islice
 
 from relay import __version__, clock
 from relay.environment import ConnectionState, Environment
+from relay.model.answers import AnswerCounts
 from relay.model.credential import Credential, CredentialKind
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import InvalidItem
-from relay.model.journal import Journal
 from relay.relay import Directory, Relay
 from relay.stores import StoreState, StoreStatus, statuses_of
 from relay.telemetry.traffic import RequestMetrics, totals
@@ -154,7 +154,7 @@ def _environment_members(
         **_invalid_members(environment.invalid.values()),
         "rejected": environment.rejected or None,
         "streams": len(environment.hub),
-        "fdv2": _answers_members(environment.journal),
+        "fdv2": _fdv2_members(environment),
         **{member: sums.get(spec.name, 0) for member, sums in counts.items()},
         "events": _events_members(relay, traffic, spec.name),
     }
@@ -278,19 +278,21 @@ def _events_members(relay: Relay, traffic: RequestMetrics, name: str) -> dict[st
     return {"kept": "on disk" if durable else "in memory", **_without_none(members)}
 
 
-def _answers_members(journal: Journal) -> dict[str, object] | None:
+def _fdv2_members(environment: Environment) -> dict[str, object] | None:
     """Return what SDKs of FDv2 were answered; None if there were none."""
-    answers: dict[str, dict[str, int]] = {}
-    for (kind, reason), number in sorted(journal.answers.numbers.items()):
-        answers.setdefault(kind, {})[reason] = number.value
-    if not answers:
+    journal = environment.journal
+    server, client = map(_answers_members, environment.answers.values())
+    if not (server or client):
         return None
-    return {
-        "answers": answers,
-        "bytesSaved": journal.answers.saved.value,
-        "states": journal.depth,
-        "barriers": journal.barriers,
-    }
+    members = {"states": journal.depth, "barriers": journal.barriers, "clientSide": client}
+    return _without_none({**(server or {}), **members})
+
+
+def _answers_members(counts: AnswerCounts) -> dict[str, object] | None:
+    answers: dict[str, dict[str, int]] = {}
+    for (kind, reason), number in sorted(counts.numbers.items()):
+        answers.setdefault(kind, {})[reason] = number.value
+    return {"answers": answers, "bytesSaved": counts.saved.value} if answers else None
 
 
 def _without_none(members: Mapping[str, object]) -> dict[str, object]:

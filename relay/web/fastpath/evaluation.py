@@ -215,12 +215,16 @@ class EvaluationFastPath:
             return profile.respond(result)
         if profile.is_usual and result.body.digest:
             response = profile.respond_usual(result)
+            counter = result.answer
         else:
             resource = resource_for(result.body, environment)
             variant = resource.variant(profile.if_none_match, profile.accept_encoding)
             if variant is None:
                 return None
             response = profile.respond(with_expiry(variant, environment, sdk_kind))
+            counter = result.counter(variant)
+        if response is not None:
+            response.answer = counter
         # A response that states its expiry is different each time.
         if response and result.size and environment.spec.ttl <= 0:
             response.size = ENTRY_SIZE + response.body_size
