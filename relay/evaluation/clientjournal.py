@@ -102,6 +102,10 @@ class ClientJournal:
                     _, step = seen.popitem(last=False)
                     self._floor = max(self._floor, step)
 
+    def is_behind(self, basis: str) -> bool:
+        """Return whether a state may be one that the data have yet to reach; only a hint."""
+        return self._journal.is_behind(basis)
+
     def answer(self, program: Program, sdk_kind: SDKKind, basis: str) -> Full | ClientDelta:
         """Return what a client needs to have the results of a program.
 

@@ -29,6 +29,11 @@ class Opening(NamedTuple):
 class EvalFormat(ABC):
     """Format of streams of evaluated flags."""
 
+    def is_behind(self, basis: str) -> bool:
+        """Return whether the data may have yet to reach the state that a client names."""
+        del basis
+        return False
+
     @abstractmethod
     def opening(self, program: Program, client: EvalClient, basis: str) -> Opening:
         """Return what a new client gets.
@@ -115,6 +120,10 @@ class FlagEvalFormat(EvalFormat):
 
     def __init__(self, journal: ClientJournal) -> None:
         self._journal = journal
+
+    def is_behind(self, basis: str) -> bool:
+        """Return whether the data may have yet to reach the state that a client names."""
+        return self._journal.is_behind(ClientState.parse(basis).data)
 
     def opening(self, program: Program, client: EvalClient, basis: str) -> Opening:
         """Return what the client misses."""

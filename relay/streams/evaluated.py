@@ -63,6 +63,9 @@ MANY_FLAGS = 200
 """Minimum number of flags, and a quarter of all, that may have changed for clients to get a put
 instead of patches: from there on it costs less than to find and write each change."""
 
+MAX_WAIT = 3.0
+"""Seconds for which a client waits that seems to be ahead of this relay, as in `streams.deltas`."""
+
 MEMBERS_AT_ONCE = 256
 """Clients whose memberships are read together."""
 
@@ -107,6 +110,10 @@ class EvaluatingChannel(Channel[EvalClient]):
 
         An ordered set.
         """
+        self._ahead: dict[Subscription, float] = {}
+        """Those among them that seem to be ahead of this relay, and the monotonic time until which
+        they wait for the change that their state has already."""
+        self._ahead_timer: asyncio.TimerHandle | None = None
         self._is_behind = False
         """True if there may be a newer program than those sent or being compiled."""
         self._preparing: asyncio.Task[None] | None = None
@@ -141,6 +148,7 @@ class EvaluatingChannel(Channel[EvalClient]):
         """Remove a subscription whose connection is lost."""
         self._awaiting_put.pop(subscription, None)
         self._bases.pop(subscription, None)
+        self._ahead.pop(subscription, None)
         super().forget(subscription)
 
     def _opening_for(self, subscription: Subscription) -> bytes:
@@ -151,11 +159,35 @@ class EvaluatingChannel(Channel[EvalClient]):
             self._awaiting_put[subscription] = None
             self._check_soon()
             return b""
+        if self._is_ahead(subscription):
+            self._awaiting_put[subscription] = None
+            return b""
         client, basis = self.subscriptions[subscription], self._bases.pop(subscription, "")
         opening = self._format.opening(sent, client, basis)
         if opening.answer is not None:
             opening.answer.add()
         return encode_chunk(opening.messages)
+
+    def _is_ahead(self, subscription: Subscription) -> bool:
+        """Return whether a client is to wait for the change that its state has already."""
+        basis = self._bases.get(subscription, "")
+        if not (basis and self._format.is_behind(basis)):
+            self._ahead.pop(subscription, None)
+            return False
+        now = clock.monotonic()
+        if now >= self._ahead.setdefault(subscription, now + MAX_WAIT):
+            del self._ahead[subscription]
+            return False
+        if self._ahead_timer is None:
+            delay = min(self._ahead.values()) - now
+            self._ahead_timer = asyncio.get_running_loop().call_later(delay, self._end_waiting)
+        return True
+
+    def _end_waiting(self) -> None:
+        """Look again for those who have waited for long enough."""
+        self._ahead_timer = None
+        if self._ahead:
+            self._check_soon()
 
     def _has_members(self, program: Program, subscription: Subscription) -> bool:
         """Return whether the memberships that a client's flags need are there."""
@@ -275,11 +307,13 @@ class EvaluatingChannel(Channel[EvalClient]):
         if late:
             self._awaiting_put |= late
             self._check_soon()
-        if len(late) < len(awaiting_put):
+        ahead = {s: None for s in awaiting_put if s not in late and self._is_ahead(s)}
+        self._awaiting_put |= ahead
+        if len(late) + len(ahead) < len(awaiting_put):
             newcomers = {
                 s: (client, self._bases.pop(s, ""))
                 for s, client in self.subscriptions.items()
-                if s in awaiting_put and s not in late
+                if s in awaiting_put and s not in late and s not in ahead
             }
             self._start(_OpeningFanOut(program, newcomers, self._format))
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from weakref import WeakKeyDictionary
 
 from relay import clock
 from relay.environment import Environment
 from relay.lru import LRUMap
 from relay.model.journal import UNRELIABLE
-from relay.web.requests import parameter_in
+from relay.web.requests import MAX_BASIS, basis_in
 
-MAX_BASIS = 256
-"""Characters of a state that can be one of ours or of LaunchDarkly's: four times as many."""
+MAX_WAIT = 1.0
+"""Seconds for which a poll waits whose client seems to be ahead of this relay: .NET's SDK gives a
+poll two."""
 
 MAX_HANDED = 4096
 """Instances of an environment that may be between their poll and their stream at a time."""
@@ -58,7 +61,7 @@ class Bases:
             headers: of the request, by name in lower case.
             query: as received.
         """
-        basis = _basis(query)
+        basis = basis_in(query)
         if not _is_stale(headers):
             return basis
         handed = self._take(environment, headers)
@@ -70,7 +73,7 @@ class Bases:
         An SDK that compares versions names the present state of its data there. But it may remember
         deletions that this relay has never seen, so it gets all data or nothing.
         """
-        basis = _basis(query)
+        basis = basis_in(query)
         if basis and _is_stale(headers) and basis != environment.journal.state:
             return UNRELIABLE
         return basis
@@ -99,7 +102,7 @@ class Bases:
 
 def client_side_basis(headers: Headers, query: bytes) -> str:
     """Return the basis of a request for an evaluated stream."""
-    basis = _basis(query)
+    basis = basis_in(query)
     stale = headers.get(b"user-agent", b"").startswith(_STALE_CLIENT_SIDE)
     return UNRELIABLE if basis and stale else basis
 
@@ -109,9 +112,18 @@ def is_cacheable(headers: Headers) -> bool:
     return not (_is_stale(headers) and _INSTANCE in headers)
 
 
-def _basis(query: bytes) -> str:
-    basis = parameter_in(query, "basis")
-    return basis if len(basis) <= MAX_BASIS else UNRELIABLE
+def is_behind(environment: Environment, basis: str) -> bool:
+    """Return whether the data may have yet to reach a state, as on a replica that lags."""
+    return environment.payload is not None and environment.journal.is_behind(basis)
+
+
+async def wait_until_reached(environment: Environment, basis: str) -> None:
+    """Let a poll wait for the change that its client's state has already, but not for long."""
+    if is_behind(environment, basis):
+        with suppress(TimeoutError):
+            async with asyncio.timeout(MAX_WAIT):
+                while is_behind(environment, basis):
+                    await environment.next_change()
 
 
 def _is_stale(headers: Headers) -> bool:

@@ -16,7 +16,7 @@ from relay.model.context import Context, parse_context
 from relay.model.environment import EnvironmentSpec
 from relay.model.text import from_base64
 from relay.web.bodies import MemoryBudget, RequestBody, RequestRejected
-from relay.web.requests import header, parameter_in
+from relay.web.requests import basis_in, header, parameter_in
 from relay.web.responses import json_error, text
 
 MAX_CONTEXT = 5 * 1024 * 1024
@@ -130,7 +130,7 @@ class EvaluationQuery(Struct, frozen=True):
         if not query:  # most have none
             return _NO_PARAMETERS
         reasons = parameter_in(query, "withReasons") == "true"
-        return cls(reasons, parameter_in(query, "h"), parameter_in(query, "basis"))
+        return cls(reasons, parameter_in(query, "h"), basis_in(query))
 
 
 _NO_PARAMETERS = EvaluationQuery()

@@ -9,6 +9,11 @@ from urllib.parse import unquote_plus
 
 from starlette.requests import Request
 
+from relay.model.journal import UNRELIABLE
+
+MAX_BASIS = 512
+"""Characters of a state that can be one of ours or of LaunchDarkly's: several times as many."""
+
 MAX_VALUE = 1024
 """Bytes of a value that is decoded: more than any key, hash or state has, and soon done."""
 
@@ -35,6 +40,15 @@ def parameter_in(query: bytes, name: str, limit: int = MAX_VALUE) -> str:
     value = (found and found[1]) or b""
     text = value.decode("latin-1")
     return unquote_plus(text) if len(value) <= limit else text
+
+
+def basis_in(query: bytes) -> str:
+    """Return the state that a client names in a query (fdv2 13.2.5); empty without one.
+
+    One that is too long is kept nowhere.
+    """
+    basis = parameter_in(query, "basis")
+    return basis if len(basis) <= MAX_BASIS else UNRELIABLE
 
 
 @lru_cache

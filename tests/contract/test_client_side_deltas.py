@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import hmac
@@ -16,7 +17,10 @@ from relay.model.credential import MobileKey
 from relay.model.item import Item, Kind, parse
 from relay.model.payload import ChangeSet
 from relay.protocol import sse
+from relay.streams import evaluated
+from relay.web import bases
 from tests.contract.test_client_side_evaluation import BAD_SEGMENTS, NOT_CONTEXTS, PERSON
+from tests.contract.test_deltas import HOSTILE
 from tests.support import data
 from tests.support.serving import SDK_KEY, Address, Reply, Served, Stream, ask, serving, until
 
@@ -578,8 +582,7 @@ async def test_answers_are_counted(site):
     change(served, flag("lamp", 2, value="off"))
     bodies = [(await poll(address, old)).body for _ in range(4)]  # the last ones are remembered
     new = of_poll_body(bodies[-1]).state
-    for _ in range(3):
-        bodies.append((await poll(address, new)).body)
+    bodies += [(await poll(address, new)).body for _ in range(3)]
     for _ in range(3):
         everything = await poll(address)
     assert everything.headers["etag"] != tag
@@ -626,6 +629,120 @@ async def test_answers_of_streams_are_counted(site):
     assert client["bytesSaved"] > 2000
     for stream in waiting:
         stream.close()
+
+
+@pytest.mark.parametrize("basis", HOSTILE)
+@pytest.mark.parametrize("more", ["", "&basis=%s", "&a=b" * 1000, "&unknown=%00&&="])
+async def test_hostile_bases_get_everything(site, basis, more):
+    """Whatever it is, twice, by each method; the first one of several counts."""
+    served, address = site
+    begin(served)
+    state = (await polled(address)).state
+    asked = f"auth=env-1&basis={quote(basis, safe='%')}{more.replace('%s', quote(state))}"
+    everything = {"lamp", *(item.key for item in FILLERS)}
+    body = json.dumps(ANNA).encode()
+    for _ in range(2):
+        replies = [await ask(address, f"/sdk/poll/eval/{encoded(ANNA)}?{asked}")]
+        for method in ("POST", "REPORT"):
+            path = f"/sdk/poll/eval?{asked}"
+            replies.append(await ask(address, path, [JSON], method=method, body=body))
+        stream = await Stream.open(address, f"/sdk/stream/eval/{encoded(ANNA)}?{asked}")
+        transfers = [*map(of_poll, replies), of_stream(await stream.chunk())]
+        stream.close()
+        for transfer in transfers:
+            assert (transfer.code, transfer.reason) == ("xfer-full", "cant-catchup")
+            assert transfer.put.keys() == everything
+
+
+@BOTH
+async def test_states_of_others_mean_nothing(site, ask_for, monkeypatch):
+    """Another environment's, a server's, another context's, and parts of the client's own."""
+    monkeypatch.setattr(bases, "MAX_WAIT", 0.02)
+    monkeypatch.setattr(evaluated, "MAX_WAIT", 0.02)
+    served, address = site
+    begin(served)
+    state = (await polled(address)).state
+    data_state, _, client = state.partition("~")
+    others = (await polled(address, context=BEN)).state
+    number = data_state.rpartition(":")[2]
+    elsewhere = f"(p:rXXXXXXXX-{'A' * 22}:{number}"
+    wrong = [
+        f"{elsewhere}~{client}",
+        data_state,
+        others,
+        f"~{client}",
+        f"{data_state}~",
+        f"{data_state}~{client[:-1]}",
+        f"{data_state}~{client}x",
+        state + state,
+        f"{data_state[:-1]}0)~{client}",
+    ]
+    for basis in wrong:
+        assert (await ask_for(address, basis)).code == "xfer-full", basis
+    assert (await ask_for(address, state)).code == "none"
+
+
+def ahead(*items: Item) -> str:
+    """State of another replica, which has more."""
+    other = environment()
+    begin(other)
+    change(other, *items)
+    return other.environment.journal.state
+
+
+async def state_of(address: Address, data_state: str) -> str:
+    """State that Anna would have with other data."""
+    return f"{data_state}~{(await polled(address)).state.partition('~')[2]}"
+
+
+@BOTH
+async def test_a_client_of_a_replica_that_is_ahead_waits(site, ask_for):
+    """It never goes back to older values, and then needs nothing, or only what came after it."""
+    served, address = site
+    begin(served)
+    lamp, other = flag("lamp", 2, value="off"), flag("only-mobile", 2, value="x", **MOBILE_ONLY)
+    near = asyncio.create_task(ask_for(address, await state_of(address, ahead(lamp))))
+    far = asyncio.create_task(ask_for(address, await state_of(address, ahead(lamp, other))))
+    await asyncio.sleep(0.1)
+    assert not near.done()
+    change(served, lamp)
+    assert (await near).code == "none"
+    assert not far.done()
+    change(served, other)
+    assert (await far).code == "none"
+
+
+@BOTH
+async def test_it_does_not_wait_for_ever(site, ask_for, monkeypatch):
+    """Nor for what is no state; a stream goes on after it."""
+    monkeypatch.setattr(bases, "MAX_WAIT", 0.1)
+    monkeypatch.setattr(evaluated, "MAX_WAIT", 0.1)
+    served, address = site
+    begin(served)
+    state = await state_of(address, ahead(flag("lamp", 2, value="off")))
+    for _ in range(2):
+        transfer = await ask_for(address, state)
+        assert (transfer.code, transfer.values["lamp"]) == ("xfer-full", "on")
+
+
+async def test_streams_that_wait_are_let_go_one_by_one(site, monkeypatch):
+    """Each after its own time; one that leaves meanwhile is forgotten."""
+    monkeypatch.setattr(evaluated, "MAX_WAIT", 0.3)
+    served, address = site
+    begin(served)
+    state = await state_of(address, ahead(flag("lamp", 2, value="off")))
+    streams = []
+    for _ in range(4):
+        streams.append(await opened(address, state))
+        await asyncio.sleep(0.05)
+    streams.pop().close()
+    for stream in streams:
+        assert of_stream(await stream.chunk()).code == "xfer-full"
+    change(served, flag("lamp", 3, value="new"))
+    for stream in streams:
+        assert of_stream(await stream.chunk()).values == {"lamp": "new"}
+        stream.close()
+    await until(lambda: len(served.hub) == 0)
 
 
 async def test_what_is_spared_is_known_without_a_transfer_of_everything():

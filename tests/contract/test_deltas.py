@@ -16,7 +16,6 @@ from relay.stores import Stored
 from relay.streams import deltas
 from relay.streams.hub import StreamLimits
 from relay.web import bases
-from relay.web.endpoints import polling
 from tests.support.serving import SDK_KEY, Served, Stream, ask, serving, until
 
 SDK = [("Authorization", SDK_KEY)]
@@ -230,7 +229,7 @@ async def test_a_client_of_a_replica_that_is_ahead_waits(site):
 async def test_a_client_does_not_wait_for_ever(site, monkeypatch):
     """It gets everything if the change does not come."""
     monkeypatch.setattr(deltas, "MAX_WAIT", 0.05)
-    monkeypatch.setattr(polling, "MAX_WAIT", 0.05)
+    monkeypatch.setattr(bases, "MAX_WAIT", 0.05)
     served, address = site
     state = change(served, LARGE, flag("a", 1), full=True)
     other = ahead([flag("a", 2)])
@@ -327,7 +326,10 @@ async def test_answers_are_counted(site):
     labels = 'environment="main",side="server",answer="delta",reason="stale"'
     assert f"relay_transfers_total{{{labels}}} 4\n" in metrics
     saved = 8 * size - 4 * changed
-    assert f'relay_transfers_saved_bytes_total{{environment="main",side="server"}} {saved}\n' in metrics
+    assert (
+        f'relay_transfers_saved_bytes_total{{environment="main",side="server"}} {saved}\n'
+        in metrics
+    )
     assert 'relay_journal_states{environment="main"} 2\n' in metrics
     assert 'relay_journal_barriers_total{environment="main"} 1\n' in metrics
 
@@ -378,7 +380,7 @@ async def test_hostile_bases_get_everything(site, basis, more):
 async def test_a_number_of_any_size_is_no_state(site, monkeypatch):
     """Also if it seems to be of this environment's data."""
     monkeypatch.setattr(deltas, "MAX_WAIT", 0.02)
-    monkeypatch.setattr(polling, "MAX_WAIT", 0.02)
+    monkeypatch.setattr(bases, "MAX_WAIT", 0.02)
     served, address = site
     change(served, LARGE, full=True)
     id_ = served.environment.journal.id

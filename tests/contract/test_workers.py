@@ -16,6 +16,7 @@ from urllib.parse import quote
 import pytest
 import trustme
 
+from tests.contract.test_deltas import HOSTILE
 from tests.support.data import all_data, flag
 from tests.support.process import RelayProcess
 from tests.support.sdk import Setup, make, sees
@@ -125,6 +126,30 @@ async def test_states_of_one_worker_are_known_to_the_others(tmp_path, upstream):
         async with asyncio.timeout(10):
             while {(await polled(state))[0] for _ in range(20)} != {"xfer-changes"}:
                 pass
+
+
+async def test_hostile_states_get_everything_from_every_worker(tmp_path, upstream):
+    """By each of the four paths; the feeder goes on, and no worker is replaced."""
+    visible = {"clientSideAvailability": {"usingMobileKey": True}}
+    upstream.serve(SDK_KEY, all_data(flag("lamp", 1, "one", **visible)))
+    context = "eyJraW5kIjoidXNlciIsImtleSI6ImEifQ"
+    async with WorkersRelay(tmp_path, upstream, LD_MOBILE_KEY_main="mob-1") as relay:
+        mobile = [("Authorization", "mob-1")]
+        for basis in HOSTILE:
+            asked = f"?basis={quote(basis, safe='%')}"
+            for _ in range(4):  # connections go to either
+                for path, headers in (
+                    (f"/sdk/poll{asked}", AUTHORIZED),
+                    (f"/sdk/stream{asked}", AUTHORIZED),
+                    (f"/sdk/poll/eval/{context}{asked}", mobile),
+                    (f"/sdk/stream/eval/{context}{asked}", mobile),
+                ):
+                    reply = await ask(relay.address, path, headers, patience=2)
+                    assert reply.status == 200
+                    assert b'"intentCode":"xfer-full","reason":"cant-catchup"' in reply.body
+                    assert b'"one"' in reply.body
+        status = await relay.status()
+        assert [worker["restarts"] for worker in status["workers"]] == [0, 0]
 
 
 async def opened(relay: RelayProcess, stack: AsyncExitStack) -> Stream:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from relay.web.requests import parameter_in
+from relay.model.journal import UNRELIABLE
+from relay.web.requests import MAX_BASIS, basis_in, parameter_in
 
 NAMES = st.sampled_from(["basis", "filter", "h", "withReasons", "%62asis", "basi%73", "b+asis", ""])
 PAIRS = st.tuples(NAMES, st.sampled_from(["=", "", "=="]), st.text("ab%+&=2fF\xe9", max_size=6))
@@ -24,6 +25,15 @@ def test_the_first_value_of_a_parameter(query, name):
     """Wherever it stands, and however it is escaped."""
     values = [value for key, value in parse_qsl(query, keep_blank_values=True) if key == name]
     assert parameter_in(query.encode("latin-1"), name) == (values or [""])[0]
+
+
+@pytest.mark.parametrize("value", ["x", "%78"])
+def test_a_state_that_is_too_long_is_kept_nowhere(value):
+    """Answers are remembered by it, and clients choose it."""
+    for length in (MAX_BASIS, MAX_BASIS + 1, 60_000):
+        query = b"basis=" + value.encode() * length
+        expected = "x" * length if length == MAX_BASIS and value == "x" else UNRELIABLE
+        assert basis_in(query) == expected
 
 
 @pytest.mark.timing

@@ -31,6 +31,7 @@ from relay.protocol import flageval
 from relay.protocol.flageval import ClientState, Transfer
 from relay.registry import Registry
 from relay.web.access import Access
+from relay.web.bases import is_behind, wait_until_reached
 from relay.web.bodies import RequestRejected
 from relay.web.cache import CacheEntry, ResponseCache
 from relay.web.compression import EvaluationResource
@@ -100,6 +101,11 @@ class _EvaluationRequest(Struct, frozen=True):
         parameters = EvaluationQuery.parse(query)
         reasons, proof = parameters.with_reasons, parameters.secure_mode_hash
         return cls(sdk_kind, raw, reader, reasons, proof, parameters.basis if fdv2 else None)
+
+    @property
+    def data_basis(self) -> str:
+        """State of the environment's data that the client names; empty without one."""
+        return ClientState.parse(self.basis).data if self.basis else ""
 
     @property
     def json(self) -> bytes:
@@ -203,7 +209,8 @@ class EvaluationHandler:
     ) -> EvaluationResult | PreparedResponse | PendingEvaluation | None:
         """Return the result for a GET, or the refusal; None if it is left to the application.
 
-        If memberships have to be read first, the evaluation is pending; see `finish`.
+        If memberships have to be read first, the evaluation is pending; see `finish`. It is left to
+        the application, too, if these data seem to be behind those of the client.
 
         Args:
             environment: to evaluate for.
@@ -215,6 +222,8 @@ class EvaluationHandler:
         if len(segment) > MAX_AT_ONCE:
             return None
         evaluation = _EvaluationRequest.of(sdk_kind, segment, context_in_path, query, fdv2=fdv2)
+        if evaluation.basis and is_behind(environment, evaluation.data_basis):
+            return None
         try:
             program = environment.programs.current(sdk_kind)
             return self._evaluate(environment, program, evaluation)
@@ -241,6 +250,8 @@ class EvaluationHandler:
         environment, sdk_kind = access.environment, access.sdk_kind
         query, fdv2 = request.scope["query_string"], access.route.evaluates_fdv2
         evaluation = _EvaluationRequest.of(sdk_kind, raw, reader, query, fdv2=fdv2)
+        if evaluation.basis:
+            await wait_until_reached(environment, evaluation.data_basis)
         try:
             if len(evaluation.raw) > MAX_AT_ONCE:
                 result = await _evaluate_in_thread(environment, evaluation)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from weakref import WeakKeyDictionary
@@ -22,7 +20,7 @@ from relay.model.payload import Payload
 from relay.protocol import fdv2
 from relay.protocol.fdv1 import all_data, all_flags
 from relay.web.access import Access
-from relay.web.bases import Bases
+from relay.web.bases import Bases, is_behind, wait_until_reached
 from relay.web.requests import first_values
 from relay.web.resources import Resource, with_ttl
 from relay.web.responses import (
@@ -37,10 +35,6 @@ MAX_ITEMS = 1024
 
 MAX_TRANSFERS = 64
 """Prepared transfers per environment: clients come with few different states between changes."""
-
-MAX_WAIT = 1.0
-"""Seconds for which a client waits that seems to be ahead of this relay: .NET's SDK gives a poll
-two."""
 
 DELTAS = "/sdk/poll"
 """Template of the route whose clients name the state of their data."""
@@ -142,7 +136,8 @@ class PollingHandler:
         """Respond to a poll; a large body is compressed in a thread if necessary."""
         headers, query = first_values(request), request.scope["query_string"]
         key = self.key(access, request.path_params.get("key", ""), headers, query)
-        await self._wait_until_known(access, key)
+        if access.route.template == DELTAS:
+            await wait_until_reached(access.environment, key)
         resource = self._resource(access, key)
         if not isinstance(resource, Resource):
             return resource or NO_DATA
@@ -185,7 +180,7 @@ class PollingHandler:
             if_none_match: the header; empty without one.
             accept_encoding: the header; empty without one.
         """
-        if self._is_behind(access, key):
+        if access.route.template == DELTAS and is_behind(access.environment, key):
             return None
         resource = self._resource(access, key)
         if not isinstance(resource, Resource):
@@ -227,19 +222,6 @@ class PollingHandler:
         journal = access.environment.journal
         is_known = response.status == HTTPStatus.NOT_MODIFIED
         return journal.counter(Delta((), journal.step) if is_known else journal.answer(key))
-
-    def _is_behind(self, access: Access, key: str) -> bool:
-        environment = access.environment
-        is_transfer = access.route.template == DELTAS and environment.payload is not None
-        return is_transfer and environment.journal.is_behind(key)
-
-    async def _wait_until_known(self, access: Access, key: str) -> None:
-        """Wait for the change that a client's state has already, as on a replica that lags."""
-        if self._is_behind(access, key):
-            with suppress(TimeoutError):
-                async with asyncio.timeout(MAX_WAIT):
-                    while self._is_behind(access, key):
-                        await access.environment.next_change()
 
     def _resource(self, access: Access, key: str) -> Resource | PreparedResponse | None:
         environment, template = access.environment, access.route.template
