@@ -1,5 +1,7 @@
 """Client-side SDKs that speak FDv2, cut anywhere and coming back: they end with all their results.
 
+Relays restart from any older snapshot, with its journal or without, or from the data of before.
+
 The channel, the journals, the programs and the encoders are the real ones. Clients are models of
 SDKs (fdv2 13.2.3): what of a transfer came before a cut is void.
 """
@@ -16,15 +18,16 @@ from relay.evaluation.client import EvalClient
 from relay.evaluation.sdkkind import SDKKind
 from relay.model.context import parse_context
 from relay.model.item import Item, Kind, parse
-from relay.model.journal import Journal
-from relay.model.payload import EMPTY, ChangeSet
+from relay.model.journal import Journal, SavedJournal
+from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.programs import ProgramCache
 from relay.protocol import sse
 from relay.streams import evaluated
-from relay.streams.evaluated import EVALUATING_FDV2, client_side_channels
+from relay.streams.evaluated import EVALUATING_FDV2, EvaluatingChannel, client_side_channels
 from relay.streams.hub import Hub, StreamLimits
 from tests.streams.test_hub import Buffer, turns
 from tests.support import data
+from tests.support.serving import until
 
 SEEDS = range(int(os.environ.get("EXAMPLES", "40")))
 STEPS = 80
@@ -39,17 +42,50 @@ class Site:
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
         self._version = 0
-        self.payload = None
-        self.restart()
+        self.payload: Payload | None = None
+        self._snapshots: list[tuple[Payload, SavedJournal | None]] = []
+        self.late: Payload | None = None
+        """Data that a process had whose successor has not heard them from upstream yet."""
+        self._begin()
 
-    def restart(self) -> None:
-        """Begin anew with the data of before, if there are any; all streams end."""
+    def _begin(self) -> None:
         self.journal = Journal("lineage")
         self.programs = ProgramCache(self.journal)
         channels = client_side_channels(self.programs)
         self.hub = Hub({}, StreamLimits(heartbeat_interval=0), channels)
+
+    def save(self) -> None:
+        """Write a snapshot."""
+        if self.payload is not None:
+            self.journal.finish_naming()
+            self._snapshots.append((self.payload, self.journal.saved(self.payload)))
+
+    def restart(self) -> None:
+        """Begin anew, from a snapshot with its journal or from data alone; all streams end.
+
+        Upstream then sends everything, as it is now.
+        """
         kept, self.payload = self.payload, None
-        if kept is not None:
+        assert kept is not None
+        self._begin()
+        if self._snapshots and self._chance.random() < 0.7:
+            payload, journal = self._chance.choice(self._snapshots[-4:])
+            if journal is not None and self._chance.random() < 0.8:
+                self.payload = payload
+                self.journal.restore(journal, payload)
+                self.programs.update(payload)
+                self.hub.publish(payload, Change(tuple(payload), tuple(payload), replace=True))
+            else:
+                self.take(*payload, full=True)
+            if self._chance.random() < 0.5:
+                self.late = kept
+                return
+        self.take(*kept, full=True)
+
+    def catch_up(self) -> None:
+        """Let upstream send what was lost with the process, if it has not yet."""
+        if self.late is not None:
+            kept, self.late = self.late, None
             self.take(*kept, full=True)
 
     def take(self, *items: Item, full: bool = False) -> None:
@@ -64,6 +100,7 @@ class Site:
     def change(self) -> None:
         """Change, hide, delete or create a few items, or send everything anew."""
         chance = self._chance
+        self.catch_up()
         if self.payload is None or chance.random() < 0.08:
             keys = chance.sample(KEYS, chance.randint(8, len(KEYS)))
             self.take(*map(self._flag, keys), *map(self._segment, SEGMENTS), full=True)
@@ -98,6 +135,11 @@ class Site:
         included = self._chance.sample(USERS, self._chance.randint(0, 2))
         text = json.dumps(data.segment(key, self._version, included=included, salt=""))
         return parse(Kind.SEGMENT, key, text.encode())
+
+    @property
+    def keeps_nobody_waiting(self) -> bool:
+        channels = self.hub._channels.values()
+        return not any(each._ahead for each in channels if isinstance(each, EvaluatingChannel))
 
     async def results(self, about: EvalClient) -> dict:
         """All results for a client."""
@@ -189,13 +231,15 @@ def _body(chunks: bytes) -> bytes:
 async def step(site: Site, sdks: list[SDK], chance: random.Random) -> None:
     """Let something happen, and then the loop turn a few times."""
     sdk, what = chance.choice(sdks), chance.random()
+    if chance.random() < 0.1:
+        site.save()
     if what < 0.45:
         site.change()
     elif what < 0.6:
         sdk.connect()
     elif what < 0.72:
         sdk.read(chance.randint(1, 3000))
-        if what < 0.7:
+        if what < 0.68:
             sdk.cut()
         elif site.payload is not None:
             for each in sdks:
@@ -212,6 +256,7 @@ async def test_clients_end_with_all_their_results(seed: int, monkeypatch: pytest
     chance = random.Random(seed)
     if chance.random() < 0.5:
         monkeypatch.setattr(evaluated, "MANY_FLAGS", 4)
+    monkeypatch.setattr(evaluated, "MAX_WAIT", 0.01)
     site = Site(chance)
     sdks = [
         SDK(site, user, kind, with_reasons=bool(n % 2))
@@ -224,6 +269,8 @@ async def test_clients_end_with_all_their_results(seed: int, monkeypatch: pytest
     for sdk in sdks:
         if not sdk.is_connected or chance.random() < 0.5:
             sdk.connect()
+    await turns(200)
+    await until(lambda: site.keeps_nobody_waiting)  # for data that were lost with a process
     for _ in range(2):  # who has read slowly is started over
         await turns(200)
         for sdk in sdks:
