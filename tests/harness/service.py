@@ -42,6 +42,9 @@ CAPABILITIES = ["server-side", "server-side-polling", "fdv1-fallback"]
 NOWHERE = "http://127.0.0.1:9"
 """Where a relay polls that is to have no initialiser: nobody listens there."""
 
+MAX_PATIENCE = 60.0
+"""Seconds for which a client waits for data at the most; one case asks for a year."""
+
 LOG = logging.getLogger("relay.env.harness")
 
 
@@ -69,8 +72,9 @@ class Client:
         relay = Relay([environment], 0)
         site = serving_site(site_of(Handlers.of(relay)), ServerOptions(0))
         self._port = await self._running.enter_async_context(site)
+        patience = (configuration.get("startWaitTimeMs") or 5000) / 1000
         try:
-            async with asyncio.timeout((configuration.get("startWaitTimeMs") or 5000) / 1000):
+            async with asyncio.timeout(min(patience, MAX_PATIENCE)):
                 await environment.init_done.wait()
         except TimeoutError:
             return False
