@@ -137,6 +137,7 @@ DEFECTS = {
 }
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_the_simulation_finds(defect: str) -> None:
     @seed(SEEDS.get(defect, 1))
