@@ -74,7 +74,7 @@ FROM_A_WORKER = [
     Applied(7, 2),
     Figures(
         ((SERIES, 2),), (), (("main", 1),), (), (("main", 0.5, (1, 0)),), (), (("main", "all", 3),),
-        None, 1.25, 12, (("main", "full", "no-state", 1),), (("main", 7),),
+        None, 1.25, 12, (("main", "server", "full", "no-state", 1),), (("main", "client", 7),),
     ),
 ]  # fmt: skip
 
