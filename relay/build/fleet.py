@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, cast
 from msgspec import structs
 
 from relay import randomness
-from relay.config.schema import Config
+from relay.config.schema import Config, Redis
 from relay.environment import Environment
+from relay.errors import StoreUnavailable
 from relay.model.environment import EnvironmentSpec
 from relay.sources import DataSource
 from relay.stores import Mirror
@@ -36,12 +37,41 @@ def make_member(config: Config) -> Member | None:
     from relay.stores.redis.connect import connect
 
     timings, options = FleetTimings(), config.redis
-    quick = structs.replace(options, connect_timeout=timings.answer, read_timeout=timings.answer)
+    quick = _quick(options, timings.answer)
     wait = timings.wait if options.cluster else timings.poll
     waiting = structs.replace(options, read_timeout=wait + options.read_timeout)
     feed = Feed(*map(connect, (quick, options, waiting)), in_cluster=options.cluster)
     name = f"{socket.gethostname()}-{randomness.new_id()[:8]}"
     return Member(feed, name, _log, timings)
+
+
+async def eviction_warning(config: Config) -> str | None:
+    """Return what is wrong with the policy of the fleet's Redis; None if nothing, or unknown.
+
+    It is unknown if there is no fleet, or the server does not answer at once, or not that.
+    """
+    if not config.fleet.enabled or config.redis is None:
+        return None
+    from relay.fleet.feed import Feed
+    from relay.fleet.member import EVICTS
+    from relay.fleet.timings import FleetTimings
+    from relay.stores.redis.connect import connect
+
+    options = _quick(config.redis, FleetTimings().answer)
+    feed = Feed(*(connect(options) for _ in range(3)), in_cluster=options.cluster)
+    prefix = next((each.prefix for each in config.all_environments), "")
+    try:
+        policy = await feed.evicting_policy(feed.keys(prefix, ""))
+    except StoreUnavailable:
+        return None
+    finally:
+        await feed.aclose()
+    return None if policy is None else EVICTS % policy
+
+
+def _quick(options: Redis, seconds: float) -> Redis:
+    """Return options for small commands, which must be answered in some seconds."""
+    return structs.replace(options, connect_timeout=seconds, read_timeout=seconds)
 
 
 def fleet_source(

@@ -20,6 +20,7 @@ import uvloop
 from msgspec.structs import replace
 
 from relay import __version__
+from relay.build.fleet import eviction_warning
 from relay.config.load import DEFAULT_FILE, load
 from relay.config.render import effective, secrets
 from relay.config.schema import Config
@@ -265,8 +266,10 @@ def _failed(text: str, reason: RelayError, code: int) -> int:
 
 def _check(config: Config) -> int:
     """Print the configuration, and the problems that otherwise only a start would find."""
-    sys.stdout.write(effective(config))
     problems = list(_unusable_resources(config))
+    if not problems and (warning := asyncio.run(eviction_warning(config))):
+        config = replace(config, warnings=(*config.warnings, warning))
+    sys.stdout.write(effective(config))
     sys.stderr.writelines(f"{one_line(problem)}\n" for problem in problems)
     return 1 if problems else 0
 

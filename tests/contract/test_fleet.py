@@ -347,6 +347,32 @@ async def test_the_documented_rights_suffice(upstream, tmp_path, redis):
         assert redis.denied() == []
 
 
+async def test_a_server_that_may_evict_the_fleets_keys_is_named(upstream, tmp_path):
+    """Once in the log of each relay, and by `relay check`; no server that is not full evicts any."""
+    (tmp_path / "full").mkdir()
+    with RedisServer(tmp_path / "full", maxmemory="100mb", maxmemory_policy="allkeys-lru") as full:
+        text = "may evict keys that the fleet stands on (maxmemory-policy allkeys-lru)"
+        async with fleet_of(1, upstream, tmp_path, full.url) as fleet:
+            await fleet.settled()
+            assert fleet.relays[0].log.count(text) == 1
+        given = variables(upstream, full.url)
+        assert text in await checked(tmp_path, given)
+        full.do("CONFIG", "SET", "maxmemory-policy", "volatile-lru")
+        assert text not in await checked(tmp_path, given)
+        full.do("CONFIG", "SET", "maxmemory-policy", "allkeys-lru", "maxmemory", "0")
+        assert "may evict" not in await checked(tmp_path, given)
+        full.pause()
+        assert "may evict" not in await checked(tmp_path, given)
+
+
+async def checked(folder: Path, given: dict[str, str]) -> str:
+    """What `relay check` prints; it finds no problem."""
+    check = RelayProcess(folder, "check", "--from-env", **given)
+    await check.spawn()
+    assert await check.ended() == 0, check.log
+    return check.log
+
+
 async def test_large_data_and_large_changes_are_followed(upstream, tmp_path, redis):
     """What does not fit into the feed is read from where SDKs in daemon mode read it."""
     many = [flag(f"flag-{number}", note="x" * 2000) for number in range(1000)]
