@@ -54,7 +54,8 @@ coverage: $(VENV)/test ## the tests of the pure folders, and the branches that t
 
 nightly: $(VENV)/test $(NODE_PACKAGES) ## the tests that kill relays and those that make things up, many times over
 	KILL_ROUNDS=200 $(BIN)/python -m pytest --timeout 3600 tests/events/test_spool.py tests/events/test_forwarder.py tests/contract/test_events.py tests/contract/test_stored_list.py
-	FLEET_FAULTS=100 $(BIN)/python -m pytest --timeout 3600 tests/contract/test_fleet.py
+	FLEET_FAULTS=100 $(BIN)/python -m pytest --timeout 3600 tests/contract/test_fleet.py tests/contract/test_fleet_cluster.py tests/contract/test_fleet_histories.py
+	WORKER_FAULTS=100 $(BIN)/python -m pytest --timeout 3600 tests/contract/test_worker_faults.py
 	HISTORIES=100000 $(BIN)/python -m pytest $(PARALLEL) --timeout 3600 tests/fleet/test_simulation.py
 	EXAMPLES=20000 $(BIN)/python -m pytest --timeout 3600 tests/model/test_journal.py tests/streams/test_delta_simulation.py tests/streams/test_client_side_simulation.py tests/evaluation/test_against_sdk.py tests/contract/test_credentials_at_run_time.py tests/test_environments_at_run_time.py tests/test_reload_sequences.py
 	SDK_TEST_HARNESS_LONG=yes $(BIN)/python -m pytest --timeout 3600 -rs tests/harness

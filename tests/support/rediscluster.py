@@ -314,6 +314,10 @@ class SentinelServers:
     def await_master_other_than(self, former: RedisServer) -> None:
         wait_until(lambda: self.master is not former)
 
+    def await_replica(self) -> None:
+        """Wait until the master has its replica in sync, and all Sentinels know it."""
+        wait_until(lambda: all(map(self._is_ready, self.ports)))
+
     def do(self, *command: Any) -> Any:
         """Run one command at the master."""
         return self.master.do(*command)
