@@ -5,7 +5,7 @@ The address covers tombstones, too: a member that lacks one could be made to tak
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from hashlib import blake2b
 from typing import Self
 
@@ -68,22 +68,32 @@ def _digest(item: Item) -> int:
 def is_at_least_as_new(payload: Payload, other: Payload, *, lacking: bool = False) -> bool:
     """Return whether a payload has every item of another, in the same or a greater version.
 
+    Args:
+        payload: maybe the newer one.
+        other: maybe the older one.
+        lacking: True if the payload may lack items of the other.
+    """
+    return next(items_behind(payload, other, lacking=lacking), None) is None
+
+
+def items_behind(payload: Payload, other: Payload, *, lacking: bool = False) -> Iterator[Item]:
+    """Yield the items of another payload that a payload has not, or in a smaller version.
+
     The versions of tombstones are not compared: those of items that upstream has ceased to list are
     guessed, each by who has seen that.
 
     Args:
-        payload: maybe the newer one.
-        other: maybe the older one.
+        payload: maybe the older one.
+        other: maybe the newer one.
         lacking: True if the payload may lack items of the other.
     """
     for item in other:
         known = payload.all(item.kind).get(item.key)
         if known is None:
             if not lacking:
-                return False
+                yield item
         elif known.version < item.version and not (known.deleted and item.deleted):
-            return False
-    return True
+            yield item
 
 
 def newer_items(payload: Payload, held: Payload) -> list[Item]:

@@ -17,8 +17,9 @@ from relay import clock, randomness
 from relay.aio import run_in_slices
 from relay.errors import ErrorKind, StoreUnavailable
 from relay.fleet import FleetStatus, Role
-from relay.fleet.contents import Contents, is_at_least_as_new, newer_items
+from relay.fleet.contents import Contents, is_at_least_as_new, items_behind, newer_items
 from relay.fleet.feed import Keys, Look, Snapshot, place_order
+from relay.fleet.lag import Lag
 from relay.fleet.lease import Leadership, Lease
 from relay.fleet.member import Member, Watch
 from relay.fleet.upstream import Upstream
@@ -101,8 +102,8 @@ class FleetSource:
         self._passed: deque[str] = deque(maxlen=MAX_PASSED)
         self._waiting: list[tuple[str, Entry]] = []
         """Entries that have come while all data are read."""
-        self._older_since: float | None = None
-        """Monotonic time since which the feed is behind the held data; None if it is not."""
+        self._lag = Lag(member.timings.patience)
+        """Of the feed behind the held data."""
         self._last_seen: Head | None = None
         """Head of the last look that found other data than ours."""
         self._has_delivered = False
@@ -385,9 +386,11 @@ class FleetSource:
         if not snapshot.is_intact:
             return False  # the leader repairs them
         # Stored data may have what upstream has ceased to list while this relay was away.
-        if is_at_least_as_new(contents.payload, held, lacking=not self._has_delivered):
+        lacking = not self._has_delivered
+        if is_at_least_as_new(contents.payload, held, lacking=lacking):
             return True
-        if not self._has_waited():
+        newer = items_behind(contents.payload, held, lacking=lacking)
+        if not self._lag.is_over(newer, contents.payload, clock.monotonic()):
             return False
         text = "The fleet does not get what this relay has; its data are taken, though older"
         self._log.warning(text)
@@ -397,7 +400,8 @@ class FleetSource:
         return head is not None and head.identity == self.keys.identity
 
     def _synchronised(self, confirmed: bool) -> Iterator[Update]:
-        self._older_since = self._last_seen = None
+        self._last_seen = None
+        self._lag.end()
         self._upstream.leave()
         yield UpToDate() if confirmed else LEADER_INTERRUPTED
 
@@ -413,16 +417,10 @@ class FleetSource:
             self._read()
         elif mine.selector == head.selector:
             self._last_seen = None
-        elif self._last_seen == head or self._older_since is not None:
+        elif self._last_seen == head or self._lag:
             self._read()
         else:
             self._last_seen = head
-
-    def _has_waited(self) -> bool:
-        """Return whether the feed has been behind for so long that its data are taken."""
-        now = clock.monotonic()
-        self._older_since = self._older_since or now
-        return now - self._older_since >= self._timings.patience
 
     def _read(self) -> None:
         if not self._reading:
@@ -475,7 +473,8 @@ class FleetSource:
         self.changes_of_role += role is not self.role
         self.role = role
         self._entered = clock.monotonic()
-        self._older_since = self._last_seen = None
+        self._last_seen = None
+        self._lag.end()
 
     def _note_leader(self, owner: str | None) -> None:
         self.leader = owner

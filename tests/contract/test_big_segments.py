@@ -238,7 +238,7 @@ async def test_changes_of_another_relay_are_noticed(tmp_path, upstream, redis):
         redis.do("SADD", f"launchdarkly:big_segment_include:{context_hash('zoe')}", "team.g2")
         redis.do("SET", "launchdarkly:big_segments_cursor", "v1b")
         async with asyncio.timeout(8):
-            await ping._reader.readuntil(b"\n\n")
+            await ping.reader.readuntil(b"\n\n")
         await eventually(relay, "zoe", "yes")
         ping.close()
 

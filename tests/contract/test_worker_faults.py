@@ -31,6 +31,9 @@ STREAMS = 6
 REPORTED = 1.5
 """Seconds after which what a process has counted is known to others, and survives its kill."""
 
+SILENCE = 30.0
+"""Seconds after which a client gives a stream up."""
+
 GONE = (OSError, AssertionError, TimeoutError, asyncio.IncompleteReadError, ValueError, IndexError)
 """What a client meets when the process that serves it dies."""
 
@@ -120,8 +123,16 @@ class Load:
                     stream.close()
 
     async def _follow(self, stream: Stream, name: str) -> None:
+        """Record what comes; there may be silence while the feeder is replaced."""
+        message = b""
         while not self._is_ending:
-            self.history.note(name, await stream.until(b"\n\n"))
+            async with asyncio.timeout(SILENCE):
+                size = int(await stream.reader.readuntil(b"\r\n"), 16)
+                message += (await stream.reader.readexactly(size + 2))[:-2]
+            assert size, "the stream has ended"
+            if message.endswith(b"\n\n"):
+                self.history.note(name, message)
+                message = b""
 
     async def _poll(self, number: int) -> None:
         request = f"GET /sdk/latest-all HTTP/1.1\r\nHost: x\r\nAuthorization: {SDK_KEY}\r\n\r\n"

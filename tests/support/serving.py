@@ -178,7 +178,7 @@ class Stream:
     """One open stream, read chunk by chunk."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
+        self.reader = reader
         self.writer = writer
         self.head = b""
 
@@ -198,7 +198,7 @@ class Stream:
         lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Authorization: {key}", *headers, "", ""]
         stream.writer.write("\r\n".join(lines).encode() + body)
         async with asyncio.timeout(5):
-            stream.head = await stream._reader.readuntil(b"\r\n\r\n")
+            stream.head = await stream.reader.readuntil(b"\r\n\r\n")
         return stream
 
     @property
@@ -213,8 +213,8 @@ class Stream:
     async def chunk(self, within: float = 5) -> bytes:
         """Return the next chunk; empty for the last."""
         async with asyncio.timeout(within):
-            size = int(await self._reader.readuntil(b"\r\n"), 16)
-            return (await self._reader.readexactly(size + 2))[:-2]
+            size = int(await self.reader.readuntil(b"\r\n"), 16)
+            return (await self.reader.readexactly(size + 2))[:-2]
 
     async def until(self, end: bytes, within: float = 5) -> bytes:
         """Return the bytes of the body up to and including `end`."""
@@ -235,7 +235,7 @@ class Stream:
     async def closed(self) -> bool:
         """Wait until the server closes the connection."""
         async with asyncio.timeout(5):
-            return await self._reader.read() == b""
+            return await self.reader.read() == b""
 
     def close(self) -> None:
         self.writer.close()
