@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ from redis.exceptions import RedisError
 
 from relay.fleet.feed import Keys
 from relay.protocol.feed import entry_of
-from tests.contract.test_fleet import PATIENCE, WITHIN, Fleet, eventually, fleet_of
+from tests.contract.test_fleet import PATIENCE, ROOT, WITHIN, Fleet, eventually, fleet_of
 from tests.support.data import all_data, flag, segment
 from tests.support.rediscluster import Cluster
 from tests.support.serving import SDK_KEY
@@ -244,6 +245,34 @@ async def test_a_server_of_what_sdks_read_may_lose_it(upstream, tmp_path):
             server.do("FLUSHALL")
             await eventually(lambda: stored(servers, prefix) == version)
             assert await fleet.settled() is leader
+
+
+@pytest.mark.timing
+async def test_the_documented_rights_suffice(upstream, tmp_path):
+    """A user with those of daemon mode in a cluster and those of a fleet leads and writes."""
+    pages = [
+        (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
+        for name in ("daemon-mode", "scaling")
+    ]
+    lists = re.findall("`([+](?:asking|del)[^`]*)`", "".join(pages))
+    [keys] = re.findall("keys `(~launchdarkly:[*] ~{launchdarkly:[*])`", pages[0])
+    rights = (*keys.split(), "-@all", *(right for each in lists for right in each.split()))
+    (tmp_path / "servers").mkdir()
+    with Cluster(tmp_path / "servers") as servers:
+        for server in servers.servers:
+            server.do("ACL", "SETUSER", "some", "reset", "on", ">geheim", "resetchannels", *rights)
+        user = {"REDIS_USERNAME": "some", "REDIS_PASSWORD": "geheim"}
+        more = variables(servers, "launchdarkly") | user
+        async with fleet_of(2, upstream, tmp_path, "", **more) as fleet:
+            fleet.others = (TEAM,)
+            leader = await fleet.settled()
+            await fleet.everywhere(await fleet.change(), WITHIN)
+            await leader.stop()
+            fleet.relays.remove(leader)
+            version = await fleet.change()
+            await fleet.everywhere(version, WITHIN)
+            await is_stored(servers, "launchdarkly", version)
+            assert [server.denied() for server in servers.servers] == [[], [], []]
 
 
 def is_apart(servers: Cluster, prefix: str) -> bool:
