@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("relay.fleet")
 
+MAX_READERS = 10_000
+"""Connections to one server for feeds: in a cluster each environment has one, all the time."""
+
 
 def make_member(config: Config) -> Member | None:
     """Return this relay as a member of the configured fleet; None without one."""
@@ -40,7 +43,8 @@ def make_member(config: Config) -> Member | None:
     quick = _quick(options, timings.answer)
     wait = timings.wait if options.cluster else timings.poll
     waiting = structs.replace(options, read_timeout=wait + options.read_timeout)
-    feed = Feed(*map(connect, (quick, options, waiting)), in_cluster=options.cluster)
+    readers = connect(waiting, MAX_READERS)
+    feed = Feed(connect(quick), connect(options), readers, in_cluster=options.cluster)
     name = f"{socket.gethostname()}-{randomness.new_id()[:8]}"
     return Member(feed, name, _log, timings)
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,8 +16,11 @@ import pytest
 from redis.crc import key_slot
 from redis.exceptions import RedisError
 
+from relay.build.fleet import make_member
+from relay.config.load import load
 from relay.fleet.feed import Keys
-from relay.protocol.feed import entry_of
+from relay.protocol.feed import Entry, Term, entry_of, fields_of
+from relay.stores.redis.connections import MAX_CONNECTIONS
 from tests.contract.test_fleet import PATIENCE, ROOT, WITHIN, Fleet, eventually, fleet_of
 from tests.support.data import all_data, flag, segment
 from tests.support.rediscluster import Cluster
@@ -278,3 +282,54 @@ async def test_the_documented_rights_suffice(upstream, tmp_path):
 def is_apart(servers: Cluster, prefix: str) -> bool:
     """Return whether flags are at another server than the fleet's keys."""
     return servers.master_of(f"{prefix}:features") is not servers.master_of(keys_of(prefix).head)
+
+
+class Reads:
+    """Takes what happens to one environment."""
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+        self.has_looked = asyncio.Event()
+        self.has_read = asyncio.Event()
+
+    def looked(self, _: object) -> None:
+        self.has_looked.set()
+
+    def read(self, _: str, entry: Entry) -> None:
+        assert entry.prefix == self.keys.prefix
+        self.has_read.set()
+
+    def fell_silent(self) -> None:
+        """Nothing to do."""
+
+    def denied(self, reason: str) -> None:
+        raise AssertionError(reason)
+
+
+@pytest.mark.timing
+async def test_a_relay_follows_hundreds_of_environments(cluster):
+    """Each has a connection of its own for its feed; none waits for another's."""
+    given = {"USE_REDIS": "true", "FLEET": "true", "LD_ENV_main": SDK_KEY}
+    member = make_member(load("", True, False, given | variables(cluster, "main")))
+    assert member is not None
+    observers = [Reads(member.feed.keys(f"many-{number}", "")) for number in range(300)]
+    running = asyncio.create_task(member.run())
+    try:
+        for observer in observers:
+            member.join(observer)
+        async with asyncio.timeout(60):
+            for observer in observers:
+                await observer.has_looked.wait()
+        places = Counter(cluster.master_of(observer.keys.feed).port for observer in observers)
+        assert min(places.values()) > MAX_CONNECTIONS
+        for observer in observers:
+            entry = Entry(observer.keys.prefix, Term(1, "me"), 1, "", "")
+            cluster.do("XADD", observer.keys.feed, "*", *fields_of(entry))
+        async with asyncio.timeout(60):
+            for observer in observers:
+                await observer.has_read.wait()
+        for observer in observers:
+            member.leave(observer)
+    finally:
+        running.cancel()
+        await asyncio.wait([running])

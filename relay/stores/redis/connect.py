@@ -25,7 +25,7 @@ from relay.protocol.redisurl import host_and_port, masked_redis_urls, redis_urls
 from relay.reasons import describe
 from relay.stores.redis.client import RedisClient
 from relay.stores.redis.cluster import Cluster
-from relay.stores.redis.connections import Address, Connections
+from relay.stores.redis.connections import MAX_CONNECTIONS, Address, Connections
 from relay.stores.redis.identity import REAUTHENTICATION, Identity, make_identity
 from relay.stores.redis.placement import OneServer, Placement
 from relay.stores.redis.sentinels import Sentinels, require_master
@@ -107,18 +107,19 @@ async def _authenticate_to_master(connection: AbstractConnection) -> None:
     await require_master(connection)
 
 
-def connect(options: RedisOptions) -> RedisClient:
+def connect(options: RedisOptions, limit: int = MAX_CONNECTIONS) -> RedisClient:
     """Return access to the configured servers. Check all options and files, but connect nothing.
 
     Args:
         options: connection options; without Sentinels their URL is complete.
+        limit: number of connections to one server.
 
     Raises:
         ConfigError: a URL or a TLS file is unusable, or a library of a cloud is missing.
     """
     label, identity = shown_address(options), make_identity(options, os.environ)
     try:
-        placement, connections = _access(options, identity)
+        placement, connections = _access(options, identity, limit)
     except ConfigError as e:
         raise ConfigError([f"Redis at {label}: {problem}" for problem in e.problems]) from e
     except ValueError as e:
@@ -134,7 +135,9 @@ def shown_address(options: RedisOptions) -> str:
     return ",".join(url.partition("?")[0].partition("#")[0] for url in urls)
 
 
-def _access(options: RedisOptions, identity: Identity | None) -> tuple[Placement, Connections]:
+def _access(
+    options: RedisOptions, identity: Identity | None, limit: int
+) -> tuple[Placement, Connections]:
     """Return where keys are, and connections there.
 
     Raises:
@@ -151,6 +154,7 @@ def _access(options: RedisOptions, identity: Identity | None) -> tuple[Placement
         connections = Connections(
             _with(identity, arguments) | {"redis_connect_func": _authenticate_to_master},
             *timeouts,
+            limit,
         )
         password = options.sentinel_password.reveal()
         user = {"username": options.sentinel_username, "password": password}
@@ -160,7 +164,7 @@ def _access(options: RedisOptions, identity: Identity | None) -> tuple[Placement
         return Sentinels(addresses, options.sentinel_master, asked), connections
     urls = [urlsplit(url) for url in redis_urls(options.url)]
     arguments |= {"db": options.database} | _url_arguments(urls[0], tls)
-    connections = Connections(_with(identity, arguments), *timeouts)
+    connections = Connections(_with(identity, arguments), *timeouts, limit)
     addresses = [_address(url) for url in urls]
     if options.cluster:
         return Cluster(addresses, connections), connections

@@ -120,12 +120,18 @@ class Connections:
         arguments: of the library, for each connection.
         connect_timeout: seconds for a new connection.
         read_timeout: seconds for each batch of commands.
+        limit: number of connections to one server.
     """
 
     def __init__(
-        self, arguments: dict[str, Any], connect_timeout: float, read_timeout: float
+        self,
+        arguments: dict[str, Any],
+        connect_timeout: float,
+        read_timeout: float,
+        limit: int = MAX_CONNECTIONS,
     ) -> None:
         self._arguments = arguments
+        self._limit = limit
         self._is_local = arguments["connection_class"] is UnixDomainSocketConnection
         self._connect_timeout = connect_timeout
         self._read_timeout = read_timeout
@@ -166,7 +172,7 @@ class Connections:
             host, port = address
             place = {"path": host} if self._is_local else {"host": host, "port": port}
             pool = self._pools[address] = BlockingConnectionPool(
-                max_connections=MAX_CONNECTIONS, timeout=None, **self._arguments, **place
+                max_connections=self._limit, timeout=None, **self._arguments, **place
             )
         return pool
 
