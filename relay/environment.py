@@ -378,16 +378,16 @@ class Environment:
 
     def _apply(self, changes: ChangeSet, since: float | None = None) -> Change | None:
         """Build the next payload and publish the change to subscribers."""
-        first = self.payload is None
+        first, is_all = self.payload is None, changes.full or changes.exact
         self.payload, change = (self.payload or EMPTY).apply(changes)
         if change is None and first:
             change = Change((), (), replace=True)
         if change is not None:
             # First, because publishing makes streams use programs and journal immediately.
-            self.journal.record(self.payload, change, full=changes.full, selector=changes.selector)
+            self.journal.record(self.payload, change, full=is_all, selector=changes.selector)
             self._publish(self.payload, change, since, changes.evaluations)
         else:
-            self.journal.rename(changes.selector, full=changes.full)
+            self.journal.rename(changes.selector, full=is_all)
         return change
 
     def _restore(self, payload: Payload, journal: SavedJournal) -> None:

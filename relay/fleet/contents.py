@@ -96,6 +96,13 @@ def items_behind(payload: Payload, other: Payload, *, lacking: bool = False) -> 
             yield item
 
 
+def has_equal_items(payload: Payload, other: Payload) -> bool:
+    """Return whether two payloads have the same items."""
+    return len(payload) == len(other) and all(
+        other.all(item.kind).get(item.key) == item for item in payload
+    )
+
+
 def newer_items(payload: Payload, held: Payload) -> list[Item]:
     """Return the items that are newer in a payload, or only there."""
     return [

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from msgspec.structs import replace
+
 from relay.model.item import Item
 from relay.model.payload import ChangeSet, Payload
 from relay.stores import Key
@@ -43,12 +45,23 @@ class Doubts:
         for item in items:
             self._since.pop((item.kind, item.key), None)
 
+    def accept(self, held: Payload, changes: ChangeSet) -> ChangeSet:
+        """Return what to make of a complete answer that is known to be newer: it is not doubted.
+
+        Items that it does not list leave tombstones, as in `resolve`.
+        """
+        self._since.clear()
+        return self._resolve(held, changes, 0.0, patience=0.0)
+
     def resolve(self, held: Payload, changes: ChangeSet, now: float) -> ChangeSet:
         """Return what to make of a complete answer: doubted items stay as they are held.
 
         An item that upstream has ceased to list leaves a tombstone, so that versions tell everybody
         which data are newer.
         """
+        return self._resolve(held, changes, now, self._patience)
+
+    def _resolve(self, held: Payload, changes: ChangeSet, now: float, patience: float) -> ChangeSet:
         answer = Payload.of(changes.items)
         unusable = {(bad.kind, bad.key) for bad in changes.invalid}
         since: dict[Key, float] = {}
@@ -58,7 +71,7 @@ class Doubts:
             if key in unusable:
                 continue
             first = since[key] = self._since.get(key, now)
-            if now - first < self._patience:
+            if now - first < patience:
                 items[key] = item
             elif key not in items:
                 items[key] = Item(item.kind, item.key, item.version + 1, None)
@@ -69,7 +82,7 @@ class Doubts:
             if item.deleted and (item.kind, item.key) not in unusable:
                 items.setdefault((item.kind, item.key), item)
         self._since = since
-        return ChangeSet(tuple(items.values()), full=True, invalid=changes.invalid)
+        return replace(changes, items=tuple(items.values()))
 
     def _taken_back(self, held: Payload, answer: Payload) -> Iterator[Item]:
         for item in held:

@@ -21,8 +21,8 @@ from relay.errors import InvalidData, StoreUnavailable
 from relay.fleet import Command, Connection, Database, T
 from relay.fleet.contents import Contents
 from relay.model.item import Item, Kind
-from relay.model.payload import Payload
-from relay.protocol.feed import FEED, Entry, Head, Term, entry_of, fields_of
+from relay.model.payload import Payload, Selector
+from relay.protocol.feed import FEED, Entry, Head, Term, entry_of, fields_of, name_of, note_of
 from relay.stores.items import parse_items
 from relay.stores.redis.connections import raise_failure
 from relay.stores.redis.layout import Layout, chunks, entries, fields, pairs_of
@@ -33,7 +33,7 @@ MAX_ENTRIES = 10_000
 READ_COUNT = 256
 """Entries that are read at a time."""
 
-CONFIRMED, EVALUATED = "confirmed", "evaluated"
+CONFIRMED, EVALUATED, NAME = "confirmed", "evaluated", "name"
 """Fields of the relays' own hash: as in the last entry."""
 
 
@@ -120,6 +120,7 @@ class Snapshot(Struct, frozen=True):
         place: of the last entry of the feed.
         confirmed: True if the leader's upstream was healthy.
         evaluated: version of the data for client-side SDKs.
+        noted: name that upstream gives to the published data; None if it gives none.
     """
 
     head: Head | None
@@ -127,6 +128,7 @@ class Snapshot(Struct, frozen=True):
     place: str
     confirmed: bool
     evaluated: int
+    noted: Selector | None = None
 
     @property
     def is_intact(self) -> bool:
@@ -135,6 +137,11 @@ class Snapshot(Struct, frozen=True):
             self.head is not None and self.contents.selector == self.head.selector
         )
         return self.head is not None and same
+
+    @property
+    def name(self) -> Selector | None:
+        """Name that upstream gives to the data; None if it gives none, or if they are damaged."""
+        return self.noted if self.is_intact else None
 
 
 class Look(Struct, frozen=True):
@@ -465,8 +472,9 @@ def _addition(keys: Keys, entry: Entry) -> Command:
     return ("XADD", keys.feed, "MAXLEN", "~", str(MAX_ENTRIES), "*", *fields_of(entry))
 
 
-def _notes(entry: Entry) -> tuple[str, ...]:
-    return CONFIRMED, str(int(entry.confirmed)), EVALUATED, str(entry.evaluated)
+def _notes(entry: Entry) -> tuple[str | bytes, ...]:
+    confirmed, evaluated = str(int(entry.confirmed)), str(entry.evaluated)
+    return CONFIRMED, confirmed, EVALUATED, evaluated, NAME, note_of(entry)
 
 
 def _writes(keys: Keys, publication: Publication) -> Iterable[Command]:
@@ -492,12 +500,14 @@ async def _snapshot(
         stored = await run_in_slices(parse_items(entries(by_kind)))
         contents = await run_in_slices(Contents.of(stored.payload))
     evaluated = noted.get(EVALUATED.encode(), b"")
+    parsed = Head.parse(head)
     return Snapshot(
-        Head.parse(head),
+        parsed,
         contents,
         _place_of(last),
         confirmed=noted.get(CONFIRMED.encode()) == b"1",
         evaluated=int(evaluated) if evaluated.isdigit() else 0,
+        noted=name_of(noted.get(NAME.encode(), b""), parsed),
     )
 
 

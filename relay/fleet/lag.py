@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from relay.model.item import Item
-from relay.model.payload import Payload
+from relay.model.payload import Payload, distance
 from relay.stores import Key
 
 LIMIT = 2
@@ -26,16 +26,19 @@ class Lag:
         self._patience = patience
         self._since: dict[Key, tuple[float, int]] = {}
         """Monotonic time since which the feed is behind, and the version that it has to reach."""
+        self._name: tuple[float, str] | None = None
+        """The same for the name of all data, where upstream gives them names with an order."""
 
     def __repr__(self) -> str:
         return f"<Lag in {len(self._since)} items>"
 
     def __bool__(self) -> bool:
-        return bool(self._since)
+        return bool(self._since) or self._name is not None
 
     def end(self) -> None:
         """Note that the feed is behind no more."""
         self._since.clear()
+        self._name = None
 
     def is_over(self, held: Iterable[Item], feed: Payload, now: float) -> bool:
         """Return whether the feed has been waited for in vain.
@@ -57,3 +60,18 @@ class Lag:
         waits = [now - begun for begun, _ in since.values()]
         longest, shortest = max(waits, default=0.0), min(waits, default=0.0)
         return shortest >= self._patience or longest >= LIMIT * self._patience
+
+    def is_over_in_name(self, held: str, feed: str, now: float) -> bool:
+        """Return whether the feed has been waited for in vain, whose data have an older name.
+
+        Args:
+            held: state of the data that the member has.
+            feed: state of the feed's data.
+            now: monotonic time.
+        """
+        begun, state = self._name or (now, held)
+        steps = distance(state, feed)
+        if steps is None or steps >= 0:
+            begun, state = now, held  # it moves, or has begun to count anew
+        self._name = begun, state
+        return now - begun >= self._patience

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Collection
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from relay import clock
@@ -23,7 +24,7 @@ from relay.fleet.lease import Leadership
 from relay.fleet.member import Member
 from relay.fleet.source import FleetSource
 from relay.model.item import Item
-from relay.model.payload import EMPTY, Change, Payload
+from relay.model.payload import EMPTY, Change, Payload, Selector
 from relay.protocol.feed import Entry, Head
 from relay.stores import Key, Mirror, Stored, StoreState, StoreStatus, label_of
 from relay.telemetry.log import Log
@@ -31,6 +32,20 @@ from relay.telemetry.outage import OutageLog
 
 MAX_TOUCHED = 1000
 """Changed items that are remembered for the next publication; beyond, all are compared."""
+
+
+class Base(Struct, frozen=True):
+    """What the feed has.
+
+    Args:
+        head: the last publication; None if there was none.
+        contents: the data.
+        name: name that upstream gives to them; None for none.
+    """
+
+    head: Head | None = None
+    contents: Contents = NOTHING
+    name: Selector | None = None
 
 
 class FleetMirror:
@@ -81,7 +96,7 @@ class FleetMirror:
         self.outcomes = dict.fromkeys(Outcome, 0)
         """Numbers of publications."""
         source.outcomes = lambda: {each.value: count for each, count in self.outcomes.items()}
-        self._base: tuple[Head | None, Contents] | None = None
+        self._base: Base | None = None
         """What the feed has; None if unknown."""
         self._touched: set[Key] | None = None
         """Items that may differ from what the feed has; None if all may."""
@@ -240,7 +255,7 @@ class FleetMirror:
             self._base = None
             return
         while leadership.is_valid and self._base is not None:
-            publication, after = await self._due(leadership)
+            publication, contents = await self._due(leadership)
             if publication is None:
                 if self._compares_hashes and (self._source.is_confirmed or not self._is_behind):
                     self._write_hashes(None)
@@ -254,7 +269,8 @@ class FleetMirror:
                 self._base = None
             else:
                 entry = publication.entry
-                self._base = Head(entry.number, entry.after, self._keys.identity), after
+                head = Head(entry.number, entry.after, self._keys.identity)
+                self._base = Base(head, contents, entry.name)
                 self._is_damaged, self._confirmed = False, entry.confirmed
                 self._written_at = clock.monotonic()
                 self._write_hashes(entry.items)
@@ -269,8 +285,7 @@ class FleetMirror:
             known = await self._with_hashes(self._divided, leadership, snapshot)
         if not leadership.adopted:
             await self._source.adopt(leadership, known)
-        contents = snapshot.contents or NOTHING
-        self._base = snapshot.head, contents
+        self._base = Base(snapshot.head, snapshot.contents or NOTHING, snapshot.name)
         is_foreign = snapshot.head and snapshot.head.identity != self._keys.identity
         self._is_damaged = not snapshot.is_intact or bool(is_foreign)
         if not snapshot.is_intact and snapshot.head is not None:
@@ -296,21 +311,25 @@ class FleetMirror:
         Args:
             items: that have changed; None to compare all.
         """
-        head, contents = self._base or (None, NOTHING)
-        if self._divided is None or head is None or self._is_damaged:
+        base = self._base or Base()
+        if self._divided is None or base.head is None or self._is_damaged:
             return
-        self._divided.update(head, contents.payload, None if self._compares_hashes else items)
+        payload = base.contents.payload
+        self._divided.update(base.head, payload, None if self._compares_hashes else items)
         self._compares_hashes = False
 
     async def _is_whole(self) -> bool:
-        head, contents = self._base or (None, NOTHING)
-        return head is None or await self._feed.is_whole(self._keys, head, contents.payload)
+        base = self._base or Base()
+        head, payload = base.head, base.contents.payload
+        return head is None or await self._feed.is_whole(self._keys, head, payload)
 
     async def _due(self, leadership: Leadership) -> tuple[Publication | None, Contents]:
         """Return the publication that is due, if any, and the data after it."""
-        head, base = self._base or (None, NOTHING)
+        published = self._base or Base()
+        head, base = published.head, published.contents
         confirmed = self._source.is_confirmed
         held, evaluated = self._source.held(), self._evaluated()
+        name = self._source.named() if confirmed else published.name
         if held is None or confirmed is None or (head is None and not confirmed):
             return None, base
         after, rewrite = base, None
@@ -323,7 +342,10 @@ class FleetMirror:
                 after, rewrite = await run_in_slices(Contents.of(held)), held
             elif items:
                 after = base.with_items(items)
-        is_news = rewrite is not None or items or confirmed is not self._confirmed
+            elif name is None:
+                name = published.name  # of the same data, so it stays right
+        is_renamed = name is not None and name != published.name
+        is_news = rewrite is not None or items or is_renamed or confirmed is not self._confirmed
         if not is_news and clock.monotonic() - self._written_at < self._timings.confirm:
             if confirmed:
                 self._flushed.set()
@@ -337,6 +359,7 @@ class FleetMirror:
             confirmed,
             evaluated,
             None if rewrite is not None else items,
+            name=name,
         )
         return Publication(head, entry, rewrite), after
 
@@ -351,7 +374,7 @@ class FleetMirror:
                         if outcome is Outcome.PUBLISHED:
                             entry = publication.entry
                             head = Head(entry.number, entry.after, self._keys.identity)
-                            self._base = head, after
+                            self._base = Base(head, after, entry.name)
                             self._write_hashes(entry.items)
                     if self._divided is not None:
                         await self._divided.write(leadership, at_end=True)

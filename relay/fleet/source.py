@@ -17,14 +17,19 @@ from relay import clock, randomness
 from relay.aio import run_in_slices
 from relay.errors import ErrorKind, StoreUnavailable
 from relay.fleet import FleetStatus, Role
-from relay.fleet.contents import Contents, is_at_least_as_new, items_behind, newer_items
+from relay.fleet.contents import (
+    Contents,
+    has_equal_items,
+    is_at_least_as_new,
+    items_behind,
+    newer_items,
+)
 from relay.fleet.feed import Keys, Look, Snapshot, place_order
 from relay.fleet.lag import Lag
 from relay.fleet.lease import Leadership, Lease
 from relay.fleet.member import Member, Watch
-from relay.fleet.upstream import Upstream
-from relay.model.item import Item
-from relay.model.payload import EMPTY, ChangeSet, Payload
+from relay.fleet.upstream import Upstream, has_delivered
+from relay.model.payload import EMPTY, ChangeSet, Payload, Selector, distance
 from relay.protocol.feed import Entry, Head
 from relay.sources import DataSource, Interrupted, Update, UpToDate
 from relay.telemetry.log import Log
@@ -52,12 +57,12 @@ class FleetSource:
         log: a logger that names the environment.
     """
 
-    protocol = "fdv1"
-
     def __init__(self, member: Member, keys: Keys, upstream: DataSource, log: Log) -> None:
         self.keys = keys
         self.held: Callable[[], Payload | None] = lambda: None
         """Returns the data of the environment; set by whoever makes both."""
+        self.named: Callable[[], Selector | None] = lambda: None
+        """Returns the name that upstream gives to these data; set likewise."""
         self.role = Role.FOLLOWER
         self.leader: str | None = None
         """Owner of the lease when it was last seen; None if it was free."""
@@ -78,8 +83,14 @@ class FleetSource:
         """Monotonic time since which nobody is seen to lead; None while somebody is."""
         self._member = member
         self._timings = member.timings
-        doubt = member.timings.doubt
-        self._upstream = Upstream(upstream, self._take_upstream, self._spawn, doubt, log)
+        self._upstream = Upstream(
+            upstream,
+            self._take_upstream,
+            self._spawn,
+            member.timings.doubt,
+            lambda: self._state,
+            log=log,
+        )
         self._log = log
         self._events: deque[Event] = deque()
         self._wakeup = asyncio.Event()
@@ -135,6 +146,18 @@ class FleetSource:
         return self._member.watch(self.keys)
 
     @property
+    def protocol(self) -> str:
+        """Protocol by which this member follows upstream; `feed` if it follows the leader."""
+        is_following = self.role is Role.FOLLOWER and not self._upstream.is_followed
+        return "feed" if is_following else self._upstream.protocol
+
+    @property
+    def _state(self) -> str:
+        """Upstream's name of the held data; empty for none."""
+        name = self.named()
+        return name.state if name is not None else ""
+
+    @property
     def _leaderless(self) -> float:
         """Seconds since which nobody is seen to lead; 0 while somebody is."""
         since = self._leaderless_since
@@ -152,14 +175,14 @@ class FleetSource:
 
     async def updates(self, basis: str = "") -> AsyncGenerator[Update, None]:
         """Yield upstream's or the feed's data, until cancelled."""
-        del basis  # the feed has names of its own
+        del basis  # it may be another once upstream is asked
         self._entered = clock.monotonic()
         self._member.join(self)
         try:
             while True:
                 while self._events:
                     for update in self._events.popleft()():
-                        self._has_delivered |= isinstance(update, ChangeSet)
+                        self._has_delivered |= has_delivered(update)
                         yield update
                 self._wakeup.clear()
                 await self._wakeup.wait()
@@ -278,8 +301,9 @@ class FleetSource:
         elif held is not None and not self._may_take(snapshot, contents, held):
             return
         if contents is not mine or not self._has_delivered:
-            items = tuple(contents.payload)
-            yield ChangeSet(items, full=True, evaluations=snapshot.evaluated)
+            yield _all_of(contents.payload, snapshot.name, snapshot.evaluated)
+        elif self._is_new_name(snapshot.name):
+            yield ChangeSet((), selector=snapshot.name, exact=True)
         if snapshot.head is not None:
             self._number = snapshot.head.number
         self._contents = Contents(self.held() or EMPTY, contents.total)
@@ -308,11 +332,7 @@ class FleetSource:
             return
         leadership.adopted = True
         if snapshot.contents is not None and self._is_ours(snapshot.head):
-            held = self.held() or EMPTY
-            if newer := newer_items(snapshot.contents.payload, held):
-                items = tuple(held.with_items(newer))
-                yield ChangeSet(items, full=True, evaluations=snapshot.evaluated)
-            self._has_delivered = True
+            yield _all_of(*self._adopted(snapshot, snapshot.contents), snapshot.evaluated)
         self._upstream.follow()
 
     def _on_lost(self, leadership: Leadership) -> Iterator[Update]:
@@ -373,10 +393,13 @@ class FleetSource:
             self.head = Head(entry.number, entry.after, self.keys.identity)
             self._number = entry.number
             if entry.items:
-                yield _change_set(mine.payload, after.payload, entry.items, entry.evaluated)
+                evaluated = entry.evaluated
+                yield ChangeSet(entry.items, selector=entry.name, evaluations=evaluated, exact=True)
                 self._passed.append(mine.selector)
                 self._contents = Contents(self.held() or EMPTY, after.total)
             else:
+                if self._is_new_name(entry.name):
+                    yield ChangeSet((), selector=entry.name, exact=True)
                 yield UpToDate() if entry.confirmed else LEADER_INTERRUPTED
         elif entry.after != mine.selector and entry.after not in self._passed:
             self._read()
@@ -385,16 +408,41 @@ class FleetSource:
         """Return whether the feed's data may replace those that are held."""
         if not snapshot.is_intact:
             return False  # the leader repairs them
-        # Stored data may have what upstream has ceased to list while this relay was away.
-        lacking = not self._has_delivered
-        if is_at_least_as_new(contents.payload, held, lacking=lacking):
-            return True
-        newer = items_behind(contents.payload, held, lacking=lacking)
-        if not self._lag.is_over(newer, contents.payload, clock.monotonic()):
+        now, state = clock.monotonic(), self._state
+        steps = distance(state, snapshot.name.state) if snapshot.name else None
+        if steps is not None and snapshot.name is not None:
+            if steps >= 0:
+                return True
+            is_over = self._lag.is_over_in_name(state, snapshot.name.state, now)
+        else:
+            # Stored data may have what upstream has ceased to list while this relay was away.
+            lacking = not self._has_delivered
+            if is_at_least_as_new(contents.payload, held, lacking=lacking):
+                return True
+            newer = items_behind(contents.payload, held, lacking=lacking)
+            is_over = self._lag.is_over(newer, contents.payload, now)
+        if not is_over:
             return False
         text = "The fleet does not get what this relay has; its data are taken, though older"
         self._log.warning(text)
         return True
+
+    def _is_new_name(self, name: Selector | None) -> bool:
+        return name is not None and name != self.named()
+
+    def _adopted(self, snapshot: Snapshot, contents: Contents) -> tuple[Payload, Selector | None]:
+        """Return the newer of feed and held data with their name, item by item if need be."""
+        feed, held, name = contents.payload, self.held(), self.named()
+        steps = distance(self._state, snapshot.name.state) if snapshot.name else None
+        if not held or (steps is not None and steps > 0):
+            return feed, snapshot.name
+        if steps is not None:
+            return held, name
+        newer = newer_items(feed, held)
+        merged = held.with_items(newer)
+        if snapshot.name is not None and has_equal_items(merged, feed):
+            return merged, snapshot.name
+        return merged, None if newer else name
 
     def _is_ours(self, head: Head | None) -> bool:
         return head is not None and head.identity == self.keys.identity
@@ -540,12 +588,6 @@ def followed(mine: Contents, entry: Entry) -> Contents | None:
     return after if after.selector == entry.after else None
 
 
-def _change_set(
-    before: Payload, after: Payload, items: tuple[Item, ...], evaluated: int
-) -> ChangeSet:
-    """Return what leads from a payload to the next: alone the items, if all of them are newer."""
-    for item in items:
-        known = before.all(item.kind).get(item.key)
-        if known is not None and known.version >= item.version:
-            return ChangeSet(tuple(after), full=True, evaluations=evaluated)
-    return ChangeSet(items, evaluations=evaluated)
+def _all_of(payload: Payload, name: Selector | None, evaluated: int) -> ChangeSet:
+    items = tuple(payload)
+    return ChangeSet(items, full=True, selector=name, evaluations=evaluated, exact=True)

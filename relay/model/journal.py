@@ -242,6 +242,13 @@ class Journal:
         return self._selector
 
     @property
+    def named(self) -> Selector | None:
+        """Name that upstream gives to the data, whether or not clients get it; None for none."""
+        if self._selector is not None:
+            return self._selector
+        return Selector(self.upstream, verbatim=False) if self.upstream else None
+
+    @property
     def selector(self) -> Selector:
         """Names of the present content."""
         return Selector(self.state, self.id, self.version)
@@ -273,7 +280,7 @@ class Journal:
         Args:
             payload: the data after it.
             change: the difference to the data before.
-            full: True if upstream sent all data, so that items may have vanished.
+            full: True if whoever sent the items vouches for all data, not only for these.
             selector: name that upstream gives to the data after it; None for none.
         """
         before, self._payload = self._payload, payload
@@ -310,7 +317,7 @@ class Journal:
 
         Args:
             selector: the new name; None for none.
-            full: True if upstream sent all data.
+            full: True if whoever gives it vouches for all data.
         """
         self.revision += 1
         self._take_name(selector, full=full)

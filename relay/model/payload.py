@@ -6,6 +6,7 @@ cost of a change is proportional to the change, not to the environment.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from immutables import Map
@@ -40,6 +41,27 @@ class Selector(Struct, frozen=True):
     verbatim: bool = True
 
 
+_STATE = re.compile(r"\(p:([^():]+):([0-9]{1,20})\)")
+"""State with the ID of a payload, and a number that grows with its changes (fdv2 13.2.5)."""
+
+
+def distance(before: str, after: str) -> int | None:
+    """Return by how much a state is newer than another; negative if it is older.
+
+    Args:
+        before: name of the other content.
+        after: name of the one content.
+
+    Returns:
+        None if the names do not tell, as those of different payloads. Addresses of contents never
+        do, because the content is in the ID of their payload.
+    """
+    first, second = _STATE.fullmatch(before), _STATE.fullmatch(after)
+    if first is None or second is None or first[1] != second[1]:
+        return None
+    return int(second[2]) - int(first[2])
+
+
 class ChangeSet(Struct, frozen=True):
     """Items received from a source, to be applied to a payload.
 
@@ -54,6 +76,8 @@ class ChangeSet(Struct, frozen=True):
         since: name of the data before it; empty if upstream does not tell.
         evaluations: version of what is evaluated with them, if another process has chosen it, so
             that clients see the same one everywhere; 0 to choose one.
+        exact: True if they come from another relay that has applied them already: each replaces the
+            one before as it is, tombstones included, and the selector stands for all data.
     """
 
     items: tuple[Item, ...]
@@ -62,6 +86,7 @@ class ChangeSet(Struct, frozen=True):
     selector: Selector | None = None
     since: str = ""
     evaluations: int = 0
+    exact: bool = False
 
 
 class Change(Struct, frozen=True):
@@ -137,8 +162,10 @@ class Payload(Struct, frozen=True, eq=False):
         """Return the next payload and the actual change; None if nothing changed."""
         if changes.full:
             return self._replace_all(changes)
-        if changes.selector is not None:
+        if changes.exact:
             return self._replace_some(changes.items)
+        if changes.selector is not None:
+            return self._replace_some(map(self._numbered, _latest(changes.items)))
         newer = [item for item in _newest(changes.items) if self._is_newer(item)]
         if not newer:
             return self, None
@@ -175,9 +202,7 @@ class Payload(Struct, frozen=True, eq=False):
         return after
 
     def _replace_some(self, items: Iterable[Item]) -> tuple[Payload, Change | None]:
-        latest = {(item.kind, item.key): item for item in items}
-        numbered = map(self._numbered, latest.values())
-        different = [item for item in numbered if self.all(item.kind).get(item.key) != item]
+        different = [item for item in items if self.all(item.kind).get(item.key) != item]
         if not different:
             return self, None
         visible = tuple(filter(self._is_visible, different))
@@ -226,6 +251,11 @@ class Payload(Struct, frozen=True, eq=False):
 
 
 EMPTY = Payload(Map(), Map(), 0, 0)
+
+
+def _latest(items: Iterable[Item]) -> Iterable[Item]:
+    """Return only the last value of each item."""
+    return {(item.kind, item.key): item for item in items}.values()
 
 
 def _newest(items: Sequence[Item]) -> Iterable[Item]:

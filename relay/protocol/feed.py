@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from relay.errors import InvalidData
 from relay.model.item import Item, Kind
+from relay.model.payload import Selector
 from relay.protocol.gzip import CORRUPT, GZIP
 
 FEED = "relay:feed:1"
@@ -89,6 +90,8 @@ class Entry(Struct, frozen=True):
         items: new values of the changed items; None if they are too large for the feed, so that
             the data have to be read.
         resigned: True if nothing changes but that the leader gives up its lease.
+        name: name that upstream gives to the data after it; None if it gives none, or if the
+            writer is of a release that does not tell.
     """
 
     prefix: str
@@ -100,9 +103,11 @@ class Entry(Struct, frozen=True):
     evaluated: int = 0
     items: tuple[Item, ...] | None = ()
     resigned: bool = False
+    name: Selector | None = None
 
 
 _Item = tuple[str, str, int, bytes | None]
+_Name = tuple[str, str, int, bool]
 
 
 class _Wire(Struct, array_like=True):
@@ -115,10 +120,19 @@ class _Wire(Struct, array_like=True):
     evaluated: int
     items: list[_Item] | None
     resigned: bool
+    name: _Name | None = None
+    """Not in entries of older releases, which take no notice of it."""
+
+
+class _Note(Struct, array_like=True):
+    number: int
+    address: str
+    name: _Name
 
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(_Wire)
+_NOTE = msgspec.msgpack.Decoder(_Note)
 
 PREFIX, PLAIN, COMPRESSED = b"p", b"d", b"z"
 """Fields of an entry: whose it is, and its content in one of two forms."""
@@ -139,6 +153,7 @@ def fields_of(entry: Entry) -> tuple[str | bytes, ...]:
         entry.evaluated,
         None if items is None else [(i.kind.value, i.key, i.version, i.json) for i in items],
         entry.resigned,
+        _plain(entry.name),
     )
     content = _ENCODER.encode(wire)
     if len(content) < LARGE:
@@ -170,7 +185,35 @@ def entry_of(fields: Mapping[bytes, bytes]) -> Entry:
         wire.evaluated,
         items,
         wire.resigned,
+        _selector(wire.name),
     )
+
+
+def note_of(entry: Entry) -> bytes:
+    """Return what is written beside the head about the name of the data; nothing without one.
+
+    It says to which publication it belongs, because members of older releases leave it as it is.
+    """
+    name = _plain(entry.name)
+    return _ENCODER.encode(_Note(entry.number, entry.after, name)) if name else b""
+
+
+def name_of(note: bytes, head: Head | None) -> Selector | None:
+    """Return the name of the data of a head; None if the note is of others, or is none."""
+    try:
+        noted = _NOTE.decode(note)
+    except msgspec.MsgspecError:
+        return None
+    is_same = head is not None and (noted.number, noted.address) == (head.number, head.selector)
+    return _selector(noted.name) if is_same else None
+
+
+def _plain(name: Selector | None) -> _Name | None:
+    return None if name is None else (name.state, name.id, name.version, name.verbatim)
+
+
+def _selector(name: _Name | None) -> Selector | None:
+    return None if name is None else Selector(*name)
 
 
 def _item_of(wire: _Item) -> Item:

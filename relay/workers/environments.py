@@ -64,7 +64,13 @@ class FeederSource:
         if not data.last:
             return
         items, self._items = tuple(self._items), []
-        changes = ChangeSet(items, data.full, selector=data.selector, evaluations=data.evaluations)
+        changes = ChangeSet(
+            items,
+            data.full,
+            selector=data.selector,
+            evaluations=data.evaluations,
+            exact=data.selector is not None,
+        )
         if data.full and not self._first.done():
             stored = Stored(Payload.of(items), journal=data.journal) if data.journal else None
             self._first.set_result(stored)

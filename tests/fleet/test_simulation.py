@@ -10,11 +10,16 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from relay.errors import StoreUnavailable
-from relay.fleet import divided, feed, lease, source
+from relay.fleet import divided, feed, lease, source, upstream
+from relay.fleet.doubts import Doubts
 from relay.fleet.feed import Feed, Outcome
+from relay.fleet.mirror import Base, FleetMirror
 from relay.fleet.upstream import Upstream
+from relay.protocol import feed as protocol
+from relay.protocol.feed import entry_of
 from tests.fleet.world import UpstreamSource, World
 
 # A history takes 90 ms of a core, so these take half a minute. `make nightly` has 100,000.
@@ -27,9 +32,9 @@ ENOUGH = 100
 """Histories within which each planted bug must be found."""
 
 
-def findings(seed: int, *, in_cluster: bool = False) -> list[str]:
+def findings(seed: int, upstream: str = "", *, in_cluster: bool = False) -> list[str]:
     try:
-        return World(seed, divided=in_cluster).run()
+        return World(seed, upstream, divided=in_cluster).run()
     except AssertionError as e:
         return [str(e)]
 
@@ -133,14 +138,81 @@ BUGS = [
 def test_each_planted_bug_is_found(bug, monkeypatch: pytest.MonkeyPatch) -> None:
     """The histories would show if a rule of the protocol were missing."""
     bug(monkeypatch)
-    assert any(findings(seed) for seed in range(ENOUGH)), bug.__doc__
+    assert any(findings(seed, "fdv1") for seed in range(ENOUGH)), bug.__doc__
+
+
+def name_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry has the name of the data before it."""
+    due = FleetMirror._due
+
+    async def named(self: FleetMirror, *arguments: Any) -> Any:
+        base = self._base or Base()
+        publication, after = await due(self, *arguments)
+        if publication is not None and publication.entry.items:
+            publication = replace(publication, entry=replace(publication.entry, name=base.name))
+        return publication, after
+
+    monkeypatch.setattr(FleetMirror, "_due", named)
+
+
+def name_of_doubted_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data keep upstream's name though some items are not those that it has sent."""
+    resolve = Doubts.resolve
+
+    def resolved(doubts: Doubts, *arguments: Any) -> Any:
+        answer = resolve(doubts, *arguments)
+        doubts.forget()
+        return answer
+
+    monkeypatch.setattr(Doubts, "resolve", resolved)
+
+
+def name_of_merged_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leader that takes newer items from the feed takes the name of the feed's data, too."""
+    monkeypatch.setattr(source, "has_equal_items", lambda *_: True)
+
+
+def names_without_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody sees by names that an answer is older, or versions of items may go back."""
+    for module in (source, upstream):
+        monkeypatch.setattr(module, "distance", lambda *_: None)
+
+
+def changes_of_other_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leader applies changes whatever data they were made for."""
+    monkeypatch.setattr(Upstream, "_later", lambda _, changes, __: replace(changes, since=""))
+
+
+def forgotten_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The feed does not tell the names."""
+    monkeypatch.setattr(protocol, "_plain", lambda _: None)
+    monkeypatch.setattr(feed, "entry_of", lambda fields: replace(entry_of(fields), name=None))
+
+
+BUGS_OF_NAMES = [
+    (name_of_before, "numbered"),
+    (name_of_doubted_data, "addressed"),
+    (name_of_merged_data, "addressed"),
+    (names_without_order, "numbered"),
+    (changes_of_other_data, "addressed"),
+    (forgotten_names, "numbered"),
+]
+
+
+@pytest.mark.parametrize(
+    ("bug", "kind"), BUGS_OF_NAMES, ids=[bug.__name__ for bug, _ in BUGS_OF_NAMES]
+)
+def test_each_wrong_name_is_found(bug, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member with a wrong basis would keep wrong data for good, so the histories show it."""
+    bug(monkeypatch)
+    assert any(findings(seed, kind) for seed in range(ENOUGH)), bug.__doc__
 
 
 @pytest.mark.parametrize("bug", [unproved, unwatched], ids=lambda bug: bug.__name__)
 def test_each_planted_bug_of_a_cluster_is_found(bug, monkeypatch: pytest.MonkeyPatch) -> None:
     """The histories would show if a part of the rule for other slots were missing."""
     bug(monkeypatch)
-    assert any(findings(seed, in_cluster=True) for seed in range(ENOUGH)), bug.__doc__
+    assert any(findings(seed, "fdv1", in_cluster=True) for seed in range(ENOUGH)), bug.__doc__
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -151,7 +223,7 @@ def test_a_new_key_takes_over_upstream(seed: int) -> None:
 
     def renew() -> None:
         for node in world.nodes:
-            node.upstream = UpstreamSource(world.launchdarkly, node.process)
+            node.upstream = node.new_upstream()
             renewed.append(node.upstream)
             node.process.context.run(node.source.change_upstream, node.upstream)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from hashlib import blake2b
 
 from relay.aio import wait_for
 from relay.environment import Environment
@@ -21,11 +23,12 @@ from relay.fleet.timings import FleetTimings
 from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Item, Kind
-from relay.model.payload import EMPTY, ChangeSet, Payload
+from relay.model.journal import SavedJournal
+from relay.model.payload import EMPTY, Change, ChangeSet, Payload, Selector
 from relay.protocol.feed import Head, entry_of
 from relay.sources import Interrupted, Update, UpToDate
 from relay.steps import finish
-from relay.stores import Mirror
+from relay.stores import Mirror, Stored
 from relay.stores.items import parse_items
 from relay.stores.redis.layout import Layout, entries
 from relay.streams.hub import Hub
@@ -55,6 +58,10 @@ KEYS = Keys("p", "an-environment")
 
 DIVIDED_KEYS = Keys("p", "an-environment", in_cluster=True)
 
+UPSTREAMS = "fdv1", "numbered", "addressed", "mixed"
+"""Upstream without names; with names that have an order, as LaunchDarkly's; with addresses of the
+content, as a relay's; as the second, but for members that fall back to FDv1."""
+
 
 class LaunchDarkly:
     """Upstream: a sequence of states, and servers that lag behind it.
@@ -62,21 +69,32 @@ class LaunchDarkly:
     Args:
         loop: of the world.
         forgets: True if complete answers leave deleted items out.
+        kind: one of `UPSTREAMS`.
     """
 
-    def __init__(self, loop: SimulatedLoop, *, forgets: bool) -> None:
+    def __init__(self, loop: SimulatedLoop, *, forgets: bool, kind: str) -> None:
         self.loop = loop
-        self.forgets = forgets
+        self.forgets = forgets or kind != "fdv1"
+        self.kind = kind
         self.states: list[Payload] = []
+        self.names: list[Selector] = []
+        self.answers: Counter[str] = Counter()
+        """Numbers of answers of FDv2 by kind."""
         self._times: list[float] = []
         self.connected: list[Process] = []
         self.news = asyncio.Event()
-        items = [item(name, 1) for name in ("a", "b", "c")]
+        items = [item(name, 1, serial=0) for name in ("a", "b", "c")]
         self._add(Payload.of(items))
         self._plan()
 
     def _add(self, payload: Payload) -> None:
         self.states.append(payload)
+        number = len(self.states)
+        payload_id = "U"
+        if self.kind == "addressed":
+            payload_id = f"r-{blake2b(repr(sorted(visible(payload).items())).encode()).hexdigest()}"
+            number = 1
+        self.names.append(Selector(f"(p:{payload_id}:{number})", payload_id, number))
         self._times.append(self.loop.now)
         news, self.news = self.news, asyncio.Event()
         news.set()
@@ -86,6 +104,18 @@ class LaunchDarkly:
         newest = len(self.states) - 1
         known = bisect_right(self._times, self.loop.now - MAX_LAG) - 1
         return max(0, newest - lag, known)
+
+    def named(self, state: str, newest: int | None = None) -> int | None:
+        """Return the last position with a name, of those up to the newest one."""
+        names = self.names if newest is None else self.names[: newest + 1]
+        return next((n for n in reversed(range(len(names))) if names[n].state == state), None)
+
+    def missing(self, before: int, after: int) -> tuple[Item, ...]:
+        """Return what has changed between positions; tombstones as FDv2 has them."""
+        earlier, later = (self.states[position].flags for position in (before, after))
+        items = (Item(each.kind, each.key, 0, None) if each.deleted else each
+                 for key, each in later.items() if earlier.get(key) != each)  # fmt: skip
+        return tuple(items)
 
     def _plan(self) -> None:
         random = self.loop.random
@@ -100,23 +130,41 @@ class LaunchDarkly:
         known = before.flags.get(key)
         version = known.version + 1 if known else 1
         is_deleted = bool(known) and not known.deleted and random.random() < 0.15
-        self._add(before.with_items([item(key, version, deleted=is_deleted)]))
+        if self.kind == "numbered" and known and known.deleted and random.random() < 0.7:
+            version = 1  # it is created anew
+        serial = len(self.states)
+        changed = [item(key, version, deleted=is_deleted, serial=serial)]
+        if self.kind != "fdv1" and random.random() < 0.1:
+            changed = []  # another name for the same data
+        self._add(before.with_items(changed))
         self._plan()
 
 
-def item(key: str, version: int, *, deleted: bool = False) -> Item:
-    json = None if deleted else b'{"key":"%b","version":%d}' % (key.encode(), version)
-    return Item(Kind.FLAG, key, version, json)
+def item(key: str, version: int, *, deleted: bool = False, serial: int) -> Item:
+    text = b'{"key":"%b","version":%d,"serial":%d}'
+    return Item(
+        Kind.FLAG, key, version, None if deleted else text % (key.encode(), version, serial)
+    )
 
 
 class UpstreamSource:
-    """A stream of one process from one of LaunchDarkly's servers."""
+    """A stream of one process from one of LaunchDarkly's servers.
+
+    Args:
+        launchdarkly: upstream.
+        process: that follows it.
+        check: is told the basis from which the process wants to continue.
+    """
 
     protocol = "fdv1"
 
-    def __init__(self, launchdarkly: LaunchDarkly, process: Process) -> None:
+    def __init__(
+        self, launchdarkly: LaunchDarkly, process: Process, check: Callable[[str], None]
+    ) -> None:
         self._launchdarkly = launchdarkly
         self._process = process
+        self._check = check
+        self._basis = ""
         self.is_cut = False
         self.has_delivered = False
         self._again = asyncio.Event()
@@ -128,8 +176,10 @@ class UpstreamSource:
         pass
 
     async def updates(self, basis: str = "") -> AsyncGenerator[Update, None]:
-        del basis
         upstream, random = self._launchdarkly, self._launchdarkly.loop.random
+        self._check(basis)
+        self._basis = basis
+        self._again.clear()
         upstream.connected.append(self._process)
         try:
             while True:
@@ -138,8 +188,14 @@ class UpstreamSource:
                     yield Interrupted(ErrorKind.NETWORK_ERROR, "cut")
                     await asyncio.sleep(0.5)
                     continue
-                self._again.clear()
-                async with aclosing(self._connection()) as updates:
+                if self._again.is_set():
+                    self._again.clear()
+                    self._basis = ""
+                speaks_fdv1 = upstream.kind == "fdv1"
+                if upstream.kind == "mixed":
+                    speaks_fdv1 = random.random() < 0.4
+                connection = self._connection if speaks_fdv1 else self._connection_of_fdv2
+                async with aclosing(connection()) as updates:
                     async for update in updates:
                         yield update
         finally:
@@ -151,6 +207,7 @@ class UpstreamSource:
         position = upstream.position(lag)
         state = upstream.states[position]
         items = [each for each in state if not (upstream.forgets and each.deleted)]
+        self._basis = ""
         yield ChangeSet(tuple(items), full=True)
         self.has_delivered = True
         catches_up = upstream.loop.now + random.uniform(0, 3)
@@ -165,6 +222,68 @@ class UpstreamSource:
             await wait_for(upstream.news, 0.5)
             if upstream.loop.random.random() < 0.1:
                 yield UpToDate()
+
+    async def _connection_of_fdv2(self) -> AsyncGenerator[Update, None]:
+        upstream, random = self._launchdarkly, self._launchdarkly.loop.random
+        lag = random.choice((0, 0, 1, 2, 4))
+        position = upstream.position(lag)
+        known = upstream.named(self._basis, position) if random.random() < 0.8 else None
+        name = upstream.names[position]
+        if known is None:
+            upstream.answers["full"] += 1
+            items = tuple(upstream.states[position].live(Kind.FLAG))
+            yield self._told(ChangeSet(items, full=True, selector=name))
+        elif name.state == self._basis:
+            upstream.answers["none"] += 1
+            yield UpToDate(self._basis)
+        else:
+            upstream.answers["changes"] += 1
+            items = upstream.missing(known, position)
+            yield self._told(ChangeSet(items, selector=name, since=self._basis))
+        self.has_delivered = True
+        catches_up = upstream.loop.now + random.uniform(0, 3)
+        while not (self.is_cut or self._again.is_set()):
+            available = upstream.position(lag if upstream.loop.now < catches_up else 0)
+            if position < available:
+                before, position = position, min(available, position + random.randint(1, 3))
+                items, name = upstream.missing(before, position), upstream.names[position]
+                yield self._told(ChangeSet(items, selector=name, since=self._basis))
+                continue
+            await wait_for(upstream.news, 0.5)
+            if random.random() < 0.1:
+                yield UpToDate()
+            if random.random() < 0.05:
+                return  # the connection is lost, and the next one continues
+
+    def _told(self, changes: ChangeSet) -> ChangeSet:
+        assert changes.selector is not None
+        self._basis = changes.selector.state
+        return changes
+
+
+class Disk:
+    """The snapshot of a relay, as a mirror: what one process has left there for the next."""
+
+    has_journal = True
+    status = None
+
+    def __init__(self) -> None:
+        self.saved: tuple[Payload, SavedJournal] | None = None
+
+    async def load(self) -> Stored | None:
+        return Stored(self.saved[0], journal=self.saved[1]) if self.saved else None
+
+    def update(self, payload: Payload, change: Change | None, **_: object) -> None:
+        pass
+
+    def suspend(self) -> None:
+        pass
+
+    async def flushed(self) -> None:
+        pass
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
 
 
 class Observed:
@@ -185,9 +304,12 @@ class Observed:
 class Node:
     """A relay of the fleet, in its process."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: World, name: str, disk: Disk | None = None) -> None:
         loop = world.loop
         self.world = world
+        self.disk = disk or Disk()
+        self.position = 0
+        """The first state of upstream that it may have."""
         self.process = loop.process(name, loop.random.uniform(0.96, 1.04))
         self.link = Link()
         self.held: Payload = EMPTY
@@ -200,15 +322,31 @@ class Node:
         wait = TIMINGS.wait if self.world.keys.visible else TIMINGS.poll
         feed = Feed(quick, large, FakeDatabase(server_of, self.link, wait + 0.7))
         self.member = Member(feed, self.process.name, LOG, TIMINGS)
-        self.upstream = UpstreamSource(self.world.launchdarkly, self.process)
+        self.upstream = self.new_upstream()
         self.source = FleetSource(self.member, self.world.keys, self.upstream, LOG)
         observed = Observed(self.source, self._look)
         spec = EnvironmentSpec("simulation", SDKKey("sdk-simulation"))
         self.environment = Environment(spec, observed, Hub({}), LOG)
         self.source.held = lambda: self.environment.payload
+        self.source.named = lambda: self.environment.journal.named
         mirror = FleetMirror(self.member, self.source, lambda: 0, no_mirror, LOG, server="fake")
         self.environment.mirrors = (mirror,)
+        if self.world.launchdarkly.kind != "fdv1":
+            self.environment.mirrors = (self.disk, mirror)
         self.task = loop.create_task(self._run(), context=self.process.context)
+
+    def new_upstream(self) -> UpstreamSource:
+        return UpstreamSource(self.world.launchdarkly, self.process, self._check_basis)
+
+    def _check_basis(self, basis: str) -> None:
+        """Look whether the data are those that upstream will take them for."""
+        upstream = self.world.launchdarkly
+        position = upstream.named(basis)
+        if position is None:
+            if basis:
+                self.world.report(f"{self.process.name} has a name that upstream never gave")
+        elif visible(self.environment.payload or EMPTY) != visible(upstream.states[position]):
+            self.world.report(f"{self.process.name} has other data than those of its basis")
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -217,13 +355,31 @@ class Node:
 
     def _look(self) -> None:
         payload = self.environment.payload
+        journal = self.environment.journal
+        self._check_basis(journal.upstream)
         if payload is None or payload is self.held:
             return
-        if not is_at_least_as_new(payload, self.held):
+        if self.world.launchdarkly.kind != "fdv1" and self.world.loop.random.random() < 0.3:
+            journal.finish_naming()
+            if saved := journal.saved(payload):
+                self.disk.saved = payload, saved
+        if self.world.launchdarkly.kind == "numbered":
+            self._check_position(payload)
+        elif not is_at_least_as_new(payload, self.held):
             self.world.report(f"{self.process.name} went back")
         if not self.world.launchdarkly.forgets and versions(payload) not in self.world.known():
             self.world.report(f"{self.process.name} holds what upstream never had")
         self.held = payload
+
+    def _check_position(self, payload: Payload) -> None:
+        """Versions of items may go back, but not the sequence of states."""
+        states, items = self.world.launchdarkly.states, visible(payload)
+        equal = (n for n in range(self.position, len(states)) if visible(states[n]) == items)
+        position = next(equal, None)
+        if position is None:
+            self.world.report(f"{self.process.name} went back, or holds what upstream never had")
+        else:
+            self.position = position
 
     @property
     def believes_to_lead(self) -> bool:
@@ -252,12 +408,16 @@ class World:
 
     Args:
         seed: of all that happens.
+        upstream: one of `UPSTREAMS`; drawn if omitted.
         members: number of relays.
         divided: True if the database is a cluster, and what SDKs read is at another server than
             the fleet's keys.
     """
 
-    def __init__(self, seed: int, members: int = 3, *, divided: bool = False) -> None:
+    def __init__(
+        self, seed: int, upstream: str = "", members: int = 3, *, divided: bool = False
+    ) -> None:
+        upstream = upstream or UPSTREAMS[seed % len(UPSTREAMS)]
         self.loop = SimulatedLoop(seed)
         self.keys = DIVIDED_KEYS if divided else KEYS
         self.findings: list[str] = []
@@ -280,7 +440,8 @@ class World:
         """What SDKs read in the cluster; empty after a loss."""
         self.loop.after_each = self._check_leaders
         self.loop.use()
-        self.launchdarkly = LaunchDarkly(self.loop, forgets=random.random() < 0.3)
+        forgets = random.random() < 0.3
+        self.launchdarkly = LaunchDarkly(self.loop, forgets=forgets, kind=upstream)
         self.nodes = [Node(self, f"m{number}") for number in range(members)]
         for _ in range(random.randint(2, 6)):
             self.loop.after(random.uniform(1, FAULTS_UNTIL), self._fault)
@@ -422,7 +583,9 @@ class World:
     def _restart(self, node: Node) -> None:
         if node in self.nodes:
             self.nodes.remove(node)
-            self.nodes.append(Node(self, node.process.name + "'"))
+            keeps_disk = node.disk.saved is not None and self.loop.random.random() < 0.7
+            disk = node.disk if keeps_disk else None
+            self.nodes.append(Node(self, node.process.name + "'", disk))
 
     def _cut_upstream(self, node: Node) -> None:
         node.upstream.is_cut = True
@@ -520,6 +683,10 @@ class World:
                 self.report(f"{node.process.name} ended: {node.task.exception()!r}")
             elif visible(node.environment.payload or EMPTY) != final:
                 self.report(f"{node.process.name} is not current")
+            elif self.launchdarkly.kind in {"numbered", "addressed"}:
+                name = node.environment.journal.upstream
+                if name != self.launchdarkly.names[-1].state:
+                    self.report(f"{node.process.name} does not know the name of its data: {name}")
         roles = sorted(node.source.role.value for node in self.nodes)
         if roles != sorted([Role.LEADER.value] + [Role.FOLLOWER.value] * (len(self.nodes) - 1)):
             self.report(f"roles at the end: {roles}")
@@ -545,5 +712,5 @@ class World:
         return finish(parse_items(entries(hashes))).payload
 
 
-def visible(payload: Payload) -> dict[str, int]:
-    return {each.key: each.version for each in payload.live(Kind.FLAG)}
+def visible(payload: Payload) -> dict[str, bytes | None]:
+    return {each.key: each.json for each in payload.live(Kind.FLAG)}
