@@ -54,9 +54,6 @@ def from_launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
     def fdv2(spec: EnvironmentSpec, log: Log) -> DataSource:
         from relay.sources.fdv2 import FDv2Source
 
-        if spec.payload_filter or config.fleet.enabled:
-            # LaunchDarkly would send everything (fdv2 13.1.1); a fleet's feed goes by versions.
-            return fdv1(spec, log)
         return FDv2Source(
             upstream,
             main.base_uri,
@@ -65,6 +62,7 @@ def from_launchdarkly(config: Config) -> tuple[HTTPSession, SourceFactory]:
             make_fdv1=lambda: fdv1(spec, log),
             log=log,
             timings=timings,
+            payload_filter=spec.payload_filter,
         )
 
     return upstream, fdv2 if main.data_system == "fdv2" else fdv1

@@ -658,11 +658,8 @@ def _list_in_memory(draft: Draft) -> Iterator[Diagnostic]:
 
 
 def _half_of_upstream(draft: Draft) -> Iterator[Diagnostic]:
-    """Report that FDv2 is not used, or that only one of its addresses is not LaunchDarkly's."""
+    """Report that only one of the addresses of FDv2 is not LaunchDarkly's."""
     main, default = draft.of(Main), Main()
-    if main.data_system == "fdv2" and draft.of(Fleet).enabled:
-        yield "[Main] dataSystem = fdv2 has no effect in a fleet, so far", _main_key("data_system")
-        return
     if main.data_system != "fdv2" or main.data_source == "polling":
         return
     others = main.stream_uri != default.stream_uri, main.base_uri != default.base_uri

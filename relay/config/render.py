@@ -138,7 +138,7 @@ def _upstream_lines(config: Config) -> Iterator[str]:
     """Yield comments about the way in which flags come."""
     main, by_option = config.main, "([Main] dataSystem)"
     polls = f"polls of baseUri every {main.poll_interval:g} s"
-    if main.data_system == "fdv1" or config.fleet.enabled:
+    if main.data_system == "fdv1":
         way = polls if main.data_source == "polling" else "a stream of streamUri"
         yield f"# Flags come by FDv1 {by_option}: {way}, which begins with everything."
         return
@@ -148,7 +148,9 @@ def _upstream_lines(config: Config) -> Iterator[str]:
     yield f"# Flags come by FDv2 {by_option}: {ways}."
     yield "# They come by FDv1 instead while upstream asks for it, or does not know FDv2."
     if any(each.filter_key for each in config.all_environments):
-        yield "# Filtered environments come by FDv1: LaunchDarkly does not filter with FDv2."
+        yield "# So do filtered environments if upstream filters: LaunchDarkly does by FDv1 only."
+    if config.fleet.enabled:
+        yield "# In the fleet only the leader asks; the others follow it by Redis."
 
 
 def secrets(config: Config) -> tuple[str, ...]:

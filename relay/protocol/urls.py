@@ -27,12 +27,15 @@ def data_url(base: str, path: str, payload_filter: str) -> str:
     return join(base, path) + query
 
 
-def transfer_url(base: str, path: str, basis: str) -> str:
+def transfer_url(base: str, path: str, basis: str, payload_filter: str = "") -> str:
     """Return the URL of what a client misses that has the data of a state (fdv2 13.1).
 
     Args:
         base: base URL.
         path: path with a leading `/`.
         basis: the state; empty for none.
+        payload_filter: key of the filter that lets a part of the data through; empty for all.
     """
-    return join(base, path) + (f"?basis={quote(basis, safe='')}" if basis else "")
+    url = data_url(base, path, payload_filter)
+    separator = "&" if payload_filter else "?"
+    return url + (f"{separator}basis={quote(basis, safe='')}" if basis else "")

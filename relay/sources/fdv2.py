@@ -17,7 +17,7 @@ from relay.errors import (
     UpstreamUnavailable,
 )
 from relay.model.credential import SDKKey, masked_url
-from relay.model.payload import ChangeSet, Selector
+from relay.model.payload import ChangeSet, Selector, distance
 from relay.protocol import fdv2
 from relay.protocol.fdv2 import Fallback, Goodbye, Reader, Told
 from relay.protocol.sse import Decoder
@@ -67,6 +67,8 @@ class FDv2Source:
         make_fdv1: makes the source that is used while upstream wants FDv1, or knows nothing else.
         log: a logger that names the environment.
         timings: delays and timeouts.
+        payload_filter: key of the payload filter whose part of the data is wanted; empty for all.
+            It is followed by FDv1 if upstream does not filter by FDv2, as LaunchDarkly.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class FDv2Source:
         make_fdv1: Callable[[], DataSource],
         log: Log,
         timings: SourceTimings = SourceTimings(),
+        payload_filter: str = "",
     ) -> None:
         self._upstream = upstream
         self._base_uri = base_uri
@@ -87,6 +90,11 @@ class FDv2Source:
         self._make_fdv1 = make_fdv1
         self._log = log
         self._timings = timings
+        self._filter = payload_filter
+        self._filtered_id: str | None = None
+        """ID of the payload that upstream is known to have filtered."""
+        self._unfiltered = ""
+        """Upstream's name of data that it has not filtered; empty if it does, as far as known."""
         self._basis = ""
         """Upstream's name of the data that are there already."""
         self._selector: Selector | None = None
@@ -139,6 +147,7 @@ class FDv2Source:
     async def updates(self, basis: str = "") -> AsyncGenerator[Update, None]:
         """Yield what upstream has beyond `basis`, then changes, until cancelled."""
         self._basis, self._begins_anew, self._selector = basis, not basis, None
+        self._filtered_id, self._unfiltered = None, ""
         while True:
             try:
                 follow = self._polls() if self._stream_uri is None else self._streams()
@@ -248,15 +257,10 @@ class FDv2Source:
         is_check, self._check_requested = self._check_requested, False
         basis = self._take_basis()
         try:
-            limit = self._timings.poll_timeout
-            url = transfer_url(self._base_uri, POLL, basis)
-            async with self._get(url, "application/json", limit) as response:
-                directive = fdv2.fallback(first_headers(response))
-                async with asyncio.timeout(limit):
-                    body = await read_body(response)
-            told = await run_in_slices(fdv2.read_poll(body, basis))
+            told, directive = await self._ask(basis, self._filter)
             if isinstance(told, Goodbye):
                 raise _goodbye(told, UpstreamUnavailable(ErrorKind.ERROR_RESPONSE, "goodbye"))
+            await self._require_filter(told)
             older = is_check and isinstance(told, ChangeSet) and self._is_older(told)
             update = UpToDate() if older else self._delivered(told)
         except (InvalidData, UpstreamUnavailable) as e:
@@ -266,19 +270,60 @@ class FDv2Source:
             raise _FallBack(directive, _WANTED, update)
         return update
 
+    async def _ask(self, basis: str, payload_filter: str) -> tuple[Told, Fallback | None]:
+        """Return what a poll tells, and what it says about FDv1."""
+        limit = self._timings.poll_timeout
+        url = transfer_url(self._base_uri, POLL, basis, payload_filter)
+        async with self._get(url, "application/json", limit) as response:
+            directive = fdv2.fallback(first_headers(response))
+            async with asyncio.timeout(limit):
+                body = await read_body(response)
+        return await run_in_slices(fdv2.read_poll(body, basis)), directive
+
+    async def _require_filter(self, told: Told) -> None:
+        """Ensure that upstream has filtered what it tells.
+
+        LaunchDarkly takes no notice of filters by FDv2 (fdv2 13.7.1). Then all data are of the same
+        payload as those with the filter. So all are asked for once, with the filtered ones as
+        basis: that costs much only where the filter works.
+
+        Raises:
+            _FallBack: it has not.
+        """
+        is_full = isinstance(told, ChangeSet) and told.full
+        if self._unfiltered and not is_full:
+            if isinstance(told, ChangeSet) and told.selector:
+                self._unfiltered = told.selector.state
+            raise _FallBack(Fallback(), _NOT_FILTERED)
+        if not self._filter or not isinstance(told, ChangeSet) or not told.full:
+            return
+        selector = told.selector or Selector()
+        if selector.id == self._filtered_id:
+            return
+        others, _ = await self._ask(selector.state, "")
+        if isinstance(others, Goodbye):
+            raise UpstreamUnavailable(ErrorKind.ERROR_RESPONSE, "goodbye")
+        other = others.selector if isinstance(others, ChangeSet) and others.full else selector
+        if other is None or _is_one_payload(other, selector):
+            self._unfiltered = selector.state
+            raise _FallBack(Fallback(), _NOT_FILTERED)
+        self._filtered_id, self._unfiltered = selector.id, ""
+
     async def _stream(self, backoff: SourceBackoff) -> AsyncGenerator[Success, None]:
         """Yield the updates of one stream, which always ends by raising; see `_poll`."""
         basis = self._take_basis()
         directive: Fallback | None = None
         delivered = False
         try:
-            url = transfer_url(self._stream_uri or "", STREAM, basis)
+            url = transfer_url(self._stream_uri or "", STREAM, basis, self._filter)
             async with self._get(url, "text/event-stream", self._timings.read_timeout) as response:
                 directive = fdv2.fallback(first_headers(response))
                 require_event_stream(response)
                 self._response = response
                 async with aclosing(self._told(response, Reader(basis))) as told:
                     async for each in told:
+                        if each is not None:
+                            await self._require_filter(each)
                         update = UpToDate() if each is None else self._delivered(each)
                         if directive is not None:
                             raise _FallBack(directive, _WANTED, update)
@@ -377,7 +422,10 @@ class FDv2Source:
         """Return everything by FDv2, once upstream has it after a period."""
         while True:
             await asyncio.sleep(period)
-            self._begins_anew = True
+            self._begins_anew = not self._unfiltered
+            self._basis = (
+                self._unfiltered or self._basis
+            )  # so that it costs little to see that again
             try:
                 return await self._poll()
             except _FallBack as e:
@@ -389,6 +437,7 @@ class FDv2Source:
 
 
 _WANTED = "Upstream asks for FDv1"
+_NOT_FILTERED = "Upstream does not filter by FDv2"
 
 
 async def _next_chunk(response: Response, until: float | None) -> bytes:
@@ -422,6 +471,11 @@ def _goodbye(goodbye: Goodbye, error: RelayError) -> RelayError:
         error: if that says nothing about FDv1.
     """
     return error if goodbye.fallback is None else _FallBack(goodbye.fallback, _WANTED)
+
+
+def _is_one_payload(one: Selector, other: Selector) -> bool:
+    """Return whether names are of one payload; some give each state an ID of its own."""
+    return one.id == other.id or distance(one.state, other.state) is not None
 
 
 def _is_not_there(error: object) -> bool:

@@ -469,7 +469,6 @@ def test_options_of_a_later_release_are_accepted_with_a_warning(tmp_path: Path) 
         ({"BOOTSTRAP_TOKEN": "t", "LD_ENV_a": "k"}, "[Main] bootstrapToken has no effect without an https URL (BOOTSTRAP_TOKEN)"),
         ({"FLEET": "1", "USE_REDIS": "1", "FLAGS_FILE": "f"}, "[Fleet] enabled has no effect: the flags do not come from LaunchDarkly (FLEET)"),
         ({"BOOTSTRAP_FROM": "s3://b", "FLAGS_FILE": "f"}, "[Main] bootstrapFrom has no effect: the flags do not come from LaunchDarkly (BOOTSTRAP_FROM)"),
-        ({"DATA_SYSTEM": "fdv2", "FLEET": "1", "USE_REDIS": "1", "LD_ENV_a": "k", "LD_PREFIX_a": "p"}, "[Main] dataSystem = fdv2 has no effect in a fleet, so far (DATA_SYSTEM)"),
         ({"DATA_SYSTEM": "fdv2", "STREAM_URI": "http://h"}, "[Main] dataSystem = fdv2 streams from streamUri and polls baseUri; only one of them is another than LaunchDarkly's (DATA_SYSTEM, STREAM_URI)"),
     ],
 )  # fmt: skip

@@ -118,7 +118,7 @@ FILTERED = {"LD_PROJ_KEY_a": "p", "LD_FILTER_KEYS_p": "north"}
             {"DATA_SYSTEM": "fdv2", "DATA_SOURCE": "polling", **FILTERED},
             [
                 "by FDv2 ([Main] dataSystem): polls of baseUri every 30 s.",
-                "Filtered environments come by FDv1: LaunchDarkly does not filter with FDv2.",
+                "So do filtered environments if upstream filters: LaunchDarkly does by FDv1 only.",
             ],
         ),
     ],
@@ -129,7 +129,8 @@ def test_the_way_of_flags_is_explained(variables: dict[str, str], lines: list[st
     for line in lines:
         assert line in shown
     assert ("FDv1 instead" in shown) == (variables.get("DATA_SYSTEM") == "fdv2")
-    assert ("Filtered" in shown) == ("LD_FILTER_KEYS_p" in variables)
+    assert ("filtered" in shown) == ("LD_FILTER_KEYS_p" in variables)
+    assert ("the leader asks" in shown) == ("FLEET" in variables)
 
 
 def test_a_file_of_flags_has_no_upstream() -> None:

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from ldclient import Context, LDClient
@@ -164,15 +165,65 @@ async def test_what_is_created_anew_reaches_all_clients(server, tmp_path):
         new.close()
 
 
-async def test_filtered_environments_come_by_fdv1(server, tmp_path):
-    """LaunchDarkly would send everything by FDv2, whatever the filter is."""
-    text = all_data(flag("north", 1), *OTHERS)
-    server.serve(answers.filtered(SDK_KEY, "north"), text)
-    variables = {"LD_PROJ_KEY_main": "p", "LD_FILTER_KEYS_p": "north"}
-    async with relay_of(server.url, tmp_path, **variables) as relay:
+NORTH = answers.filtered(SDK_KEY, "north")
+FILTERED = {"LD_PROJ_KEY_main": "p", "LD_FILTER_KEYS_p": "north"}
+
+
+async def poll_north(relay: RelayProcess, basis: str = "") -> tuple[str, list[str], str]:
+    """Intent, items and state of a poll with the filter."""
+    return await poll(relay, basis, payload_filter="north")
+
+
+async def served_north(relay: RelayProcess, *items: str) -> str:
+    """Wait until a relay serves just these items with the filter; return the state."""
+    async with asyncio.timeout(10):
+        while True:
+            _, names, name = await poll_north(relay)
+            if set(items) == set(names):
+                return name
+            await asyncio.sleep(0.01)
+
+
+async def test_filtered_environments_come_by_fdv1_where_upstream_does_not_filter(server, tmp_path):
+    """LaunchDarkly sends everything by FDv2, whatever the filter is."""
+    server.serve(NORTH, all_data(flag("north", 1)))
+    server.filters = False
+    async with relay_of(server.url, tmp_path, **FILTERED) as relay:
         await served(relay, "lamp 1")
-        await server.connected(answers.filtered(SDK_KEY, "north"))
-    assert sorted(paths(server))[:2] == ["/all?filter=north", "/sdk/poll"]
+        await served_north(relay, "north 1")
+        await server.connected(NORTH)
+        assert relay.log.count("Upstream does not filter by FDv2; it is followed by FDv1") == 1
+        status = json.loads((await ask(relay.address, "/status")).body)["environments"]
+        assert status["main/north"]["upstream"] == {"protocol": "fdv1"}
+        assert status["main"]["upstream"]["protocol"] == "fdv2"
+
+
+async def test_filtered_environments_have_names_of_their_own(server, tmp_path):
+    """Each variant continues by itself after a restart."""
+    server.serve(NORTH, all_data(flag("north", 1), *OTHERS))
+    others = [f"{other['key']} 1" for other in OTHERS]
+    relay = relay_of(server.url, tmp_path, **FILTERED)
+    async with relay:
+        whole = await served(relay, "lamp 1")
+        part = await served_north(relay, "north 1", *others)
+        assert (whole, part) == (server.state(SDK_KEY), server.state(NORTH))
+        assert whole != part
+        await server.connected(STREAMS + NORTH)
+        await server.put(NORTH, all_data(flag("north", 2), *OTHERS))
+        second = await served_north(relay, "north 2", *others)
+        assert await poll_north(relay, part) == ("xfer-changes", ["north 2"], second)
+        assert (await poll(relay, whole))[0] == "none"
+        assert (await poll_north(relay, whole))[0] == "xfer-full"
+        for name in (whole, second):
+            await written(tmp_path / "snapshots", name)
+        await relay.kill()
+        server.serve(NORTH, all_data(flag("north", 3), *OTHERS))
+        server.transfers.clear()
+        await relay.start()
+        third = await served_north(relay, "north 3", *others)
+        assert await poll_north(relay, part) == ("xfer-changes", ["north 3"], third)
+        await server.connected(STREAMS + SDK_KEY, 2)
+    assert sorted(code for code, _ in server.transfers) == ["none", "xfer-changes"]
 
 
 class Chain:
@@ -194,13 +245,15 @@ class Chain:
 
 
 @contextlib.asynccontextmanager
-async def chain(url: str, folder: Path, **outer: str) -> AsyncGenerator[Chain, None]:
+async def chain(
+    url: str, folder: Path, inner: Mapping[str, str] = MappingProxyType({}), **outer: str
+) -> AsyncGenerator[Chain, None]:
     folders = [folder / "outer", folder / "inner"]
     for each in folders:
         each.mkdir()
     async with relay_of(url, folders[0], **outer) as first, overhearing(first.address) as heard:
         await served(first, "lamp 1")
-        async with relay_of(heard.url, folders[1]) as second:
+        async with relay_of(heard.url, folders[1], **inner) as second:
             await served(second, "lamp 1")
             yield Chain(first, second, heard)
 
@@ -246,6 +299,30 @@ async def test_a_relay_behind_a_relay_gets_deltas(server, tmp_path, protocol):
         await pair.outer.start()
         await until(lambda: pair.intents == ["none"], 10)
         assert await poll(pair.inner, second) == ("xfer-changes", ["lamp 3"], third)
+
+
+async def test_a_filtered_relay_behind_a_relay_gets_deltas(server, tmp_path):
+    """LaunchDarkly filters by FDv1 only, but the outer relay by FDv2 as well."""
+    server.serve(NORTH, all_data(flag("north", 1), *OTHERS))
+    server.filters = False
+    others = [f"{other['key']} 1" for other in OTHERS]
+    async with chain(server.url, tmp_path, inner=FILTERED, **FILTERED) as pair:
+        first = await served_north(pair.inner, "north 1", *others)
+        assert await served_north(pair.outer, "north 1", *others) == first
+        await server.connected(NORTH)
+        await written(tmp_path / "inner/snapshots", first)
+        await pair.inner.kill()
+        await server.patch(SDK_KEY + "?filter=north", flag("north", 2))
+        server.serve(NORTH, all_data(flag("north", 2), *OTHERS))
+        await served_north(pair.outer, "north 2", *others)
+        pair.hear()
+        await pair.inner.start()
+        second = await served_north(pair.inner, "north 2", *others)
+        await until(lambda: sorted(pair.intents) == ["none", "xfer-changes"])
+        assert b"other1" not in pair.heard.answered
+        assert await poll_north(pair.inner, first) == ("xfer-changes", ["north 2"], second)
+        status = json.loads((await ask(pair.inner.address, "/status")).body)["environments"]
+        assert status["main/north"]["upstream"] == {"protocol": "fdv2", "selector": second}
 
 
 async def test_an_sdk_behind_two_relays_sees_changes(server, tmp_path):

@@ -14,6 +14,7 @@ from relay.backoff import Backoff
 from relay.errors import ErrorKind
 from relay.model.credential import SDKKey
 from relay.model.payload import ChangeSet, Selector
+from relay.protocol import fdv2 as protocol
 from relay.sources import Interrupted, UpToDate
 from relay.sources.fdv2 import FDv2Source
 from relay.sources.polling import PollingSource
@@ -24,6 +25,7 @@ from tests.support import fdv2_upstream as fdv2
 from tests.support import upstream as answers
 from tests.support.data import all_data, flag, segment
 from tests.support.fdv2_upstream import STREAMS, FDv2Upstream, answer, state, streaming
+from tests.support.upstream import filtered
 
 KEY = "sdk-secret-4711"
 LOG = logging.getLogger("relay.env.test")
@@ -48,15 +50,16 @@ async def scripted_upstream():
 
 
 @asynccontextmanager
-async def following(server, basis="", timings=PATIENT, *, streams=True):
+async def following(server, basis="", timings=PATIENT, *, streams=True, payload_filter=""):
     """Yield the updates of a source, and the source."""
     url = server.url + "/"
     async with Upstream() as session:
 
         def fdv1():
+            part = {"payload_filter": payload_filter}
             if streams:
-                return StreamingSource(session, url, SDKKey(KEY), LOG, timings)
-            return PollingSource(session, url, SDKKey(KEY), timings)
+                return StreamingSource(session, url, SDKKey(KEY), LOG, timings, **part)
+            return PollingSource(session, url, SDKKey(KEY), timings, **part)
 
         source = FDv2Source(
             session,
@@ -66,6 +69,7 @@ async def following(server, basis="", timings=PATIENT, *, streams=True):
             make_fdv1=fdv1,
             log=LOG,
             timings=timings,
+            payload_filter=payload_filter,
         )
         async with asyncio.timeout(20), aclosing(source.updates(basis)) as updates:
             yield updates, source
@@ -484,3 +488,80 @@ async def test_the_repr_states_the_connection(streams, url):
         source = FDv2Source(session, base, streams, SDKKey(KEY), make_fdv1=object, log=LOG)
         assert repr(source).endswith(f"{url} disconnected basis=''>")
         assert "hidden" not in repr(source)
+
+
+NORTH = filtered(KEY, "north")
+OF_NORTH = state(fdv2.payload_of(NORTH), 1)
+
+
+def queries(server):
+    """Return path, filter and basis of each request."""
+    urls = [urlsplit(request.path) for request in server.requests]
+    found = [(url.path, parse_qs(url.query)) for url in urls]
+    return [(path, *(query.get(n, [""])[0] for n in ("filter", "basis"))) for path, query in found]
+
+
+@pytest.mark.parametrize("streams", [True, False], ids=["streams", "polls"])
+async def test_a_filter_that_upstream_knows(server, streams):
+    """It is another payload, with names of its own; that is made sure once, and costs a poll."""
+    server.serve(NORTH, all_data(flag("n", 1)))
+    async with following(server, streams=streams, payload_filter="north") as (updates, source):
+        first = await anext(updates)
+        assert first.selector.state == OF_NORTH
+        assert await anext(updates) == UpToDate(OF_NORTH)
+        await server.put(NORTH, all_data(flag("n", 2)))
+        assert (await changes_of(updates, "n")).since == OF_NORTH
+        assert source.protocol == "fdv2"
+        path = "/sdk/stream" if streams else "/sdk/poll"
+        wanted = [
+            ("/sdk/poll", "north", ""),
+            ("/sdk/poll", "", OF_NORTH),
+            (path, "north", OF_NORTH),
+        ]
+        assert queries(server)[:3] == wanted
+        assert ("/sdk/poll", "") not in [each[:2] for each in queries(server)[2:]]
+        server.close_streams()
+
+
+async def test_a_filtered_part_continues_from_its_basis(server):
+    """A restart costs what has changed, and nothing to make sure: upstream knows the name."""
+    server.serve(NORTH, all_data(flag("n", 1)))
+    server.serve(NORTH, all_data(flag("n", 2)))
+    async with following(server, OF_NORTH, payload_filter="north") as (updates, _):
+        changes = await anext(updates)
+        assert (changes.full, changes.since, len(changes.items)) == (False, OF_NORTH, 1)
+        assert queries(server) == [("/sdk/stream", "north", OF_NORTH)]
+        server.close_streams()
+
+
+@pytest.mark.parametrize("streams", [True, False], ids=["streams", "polls"])
+@pytest.mark.parametrize("basis", ["", "(p:other:3)"])
+async def test_a_filter_that_upstream_ignores(server, streams, basis, monkeypatch):
+    """As LaunchDarkly does. Nobody gets what the filter leaves out: FDv1 filters.
+
+    Whether that has changed is asked with what is known by then, so that it costs little.
+    """
+    monkeypatch.setattr(protocol, "MAX_FALLBACK", 0.05)
+    server.serve(NORTH, all_data(flag("n", 1)))
+    server.filters = False
+    patient = following(server, basis, streams=streams, payload_filter="north")
+    async with patient as (updates, source):
+        first = await until(updates, ChangeSet)
+        assert ([item.key for item in first.items], first.selector) == (["n"], None)
+        assert source.protocol == "fdv1"
+        await server.until_asked("/sdk/poll", 5)
+        codes = [code for code, _ in server.transfers]
+        assert codes.count("xfer-full") == 1
+        assert codes[-1] == "none"
+        await server.put(KEY, all_data(flag("a", 2)))
+        await server.put(NORTH, all_data(flag("n", 2)))
+        assert (await changes_of(updates, "n")).selector is None
+
+        server.filters = True
+        change = await until(updates, ChangeSet)
+        while change.selector is None:
+            change = await until(updates, ChangeSet)
+        assert (change.full, [item.key for item in change.items]) == (True, ["n"])
+        assert change.selector.id == fdv2.payload_of(NORTH)
+        assert source.protocol == "fdv2"
+        server.close_streams()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from relay.protocol import sse
 from tests.support.process import PATIENCE, RelayProcess
@@ -19,9 +19,12 @@ def told(events: list[tuple[str, dict]]) -> tuple[str, list[str]]:
     return intent["payloads"][0]["intentCode"], names
 
 
-async def poll(relay: RelayProcess, basis: str = "") -> tuple[str, list[str], str]:
+async def poll(
+    relay: RelayProcess, basis: str = "", *, payload_filter: str = ""
+) -> tuple[str, list[str], str]:
     """Intent, items and state of a poll; the state is empty if it stays."""
-    path = f"/sdk/poll?basis={quote(basis)}" if basis else "/sdk/poll"
+    query = {"filter": payload_filter, "basis": basis}
+    path = "/sdk/poll?" + urlencode({name: value for name, value in query.items() if value})
     reply = await ask(relay.address, path, [("Authorization", SDK_KEY)])
     if reply.status != 200:
         return f"status {reply.status}", [], ""

@@ -90,7 +90,12 @@ STREAMS = "fdv2:"
 """Before an SDK key: its streams of FDv2."""
 
 PAYLOAD = "UPSTREAM"
-"""ID of the payload of every environment."""
+"""ID of the payload of every environment; with a filter it has another one."""
+
+
+def payload_of(key: str) -> str:
+    """ID of the payload for an SDK key, or for one with a filter."""
+    return PAYLOAD + key.partition("?filter=")[2].upper()
 
 
 class FDv2Upstream(ScriptedUpstream):
@@ -102,6 +107,10 @@ class FDv2Upstream(ScriptedUpstream):
         """Each version of the data, by SDK key; the first is 1."""
         self.forgets = False
         """True if it knows no basis any more."""
+        self.filters = True
+        """False if it takes no notice of filters by FDv2, as LaunchDarkly."""
+        self.transfers: list[tuple[str, int]] = []
+        """What was answered by FDv2: the intent, and the bytes of the transfer."""
 
     def serve(self, key: str, text: str) -> None:
         super().serve(key, text)
@@ -115,38 +124,43 @@ class FDv2Upstream(ScriptedUpstream):
         await super().put(key, text)
         version = self.version(key)
         if version > 1:
-            await self.raw(STREAMS + key, self.transfer(key, state(PAYLOAD, version - 1)))
+            basis = state(payload_of(key), version - 1)
+            await self.raw(STREAMS + key, self.transfer(key, basis))
 
     def version(self, key: str) -> int:
         return len(self._contents[key])
 
     def state(self, key: str) -> str:
         """The present name of the data."""
-        return state(PAYLOAD, self.version(key))
+        return state(payload_of(key), self.version(key))
 
     def transfer(self, key: str, basis: str) -> bytes:
         """What a client misses that has this basis."""
-        contents, version = self._contents[key], self.version(key)
-        known = {state(PAYLOAD, n + 1): items for n, items in enumerate(contents)}
-        if basis == state(PAYLOAD, version):
-            return intent(PAYLOAD, version, "none", "up-to-date")
+        contents, version, payload = self._contents[key], self.version(key), payload_of(key)
+        known = {state(payload, n + 1): items for n, items in enumerate(contents)}
+        if basis == state(payload, version):
+            return intent(payload, version, "none", "up-to-date")
         if basis not in known or self.forgets:
             reason = "cant-catchup" if basis else "payload-missing"
-            start = intent(PAYLOAD, version, "xfer-full", reason)
-            content = objects(PAYLOAD, version, *contents[-1].values())
-            return start + content + transferred(PAYLOAD, version)
+            start = intent(payload, version, "xfer-full", reason)
+            content = objects(payload, version, *contents[-1].values())
+            return start + content + transferred(payload, version)
         before, after = known[basis], contents[-1]
         changed = [item for k, item in after.items() if before.get(k) != item]
         gone = [k for k in before if k not in after]
-        return changes(PAYLOAD, version, *changed, deleted=gone)
+        return changes(payload, version, *changed, deleted=gone)
 
     async def _respond(self, request: web.Request, key: str, path: str) -> web.StreamResponse:
+        if path not in {"/sdk/poll", "/sdk/stream"}:
+            return await super()._respond(request, key, path)
+        if not self.filters:
+            key = key.partition("?filter=")[0]
         content = self.transfer(key, request.query.get("basis", ""))
+        code = json.loads(sse.Decoder().feed(content)[0].data)["payloads"][0]["intentCode"]
+        self.transfers.append((code, len(content)))
         if path == "/sdk/poll":
             return web.Response(body=body(content), content_type="application/json")
-        if path == "/sdk/stream":
-            return await self._stream(request, STREAMS + key, content)
-        return await super()._respond(request, key, path)
+        return await self._stream(request, STREAMS + key, content)
 
 
 def answer(content: bytes, headers: dict[str, str] | None = None) -> Answer:
