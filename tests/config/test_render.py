@@ -121,6 +121,10 @@ FILTERED = {"LD_PROJ_KEY_a": "p", "LD_FILTER_KEYS_p": "north"}
                 "So do filtered environments if upstream filters: LaunchDarkly does by FDv1 only.",
             ],
         ),
+        (
+            {"DATA_SYSTEM": "fdv2", "FLEET": "true", "USE_REDIS": "true", "LD_PREFIX_a": "p"},
+            ["by FDv2 ([Main] dataSystem)", "In the fleet only the leader asks; the others follow"],
+        ),
     ],
 )
 def test_the_way_of_flags_is_explained(variables: dict[str, str], lines: list[str]) -> None:

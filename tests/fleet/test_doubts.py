@@ -32,6 +32,16 @@ def test_the_first_answer_takes_nothing_back() -> None:
     assert doubts.recheck_at == 115.0
 
 
+def test_a_newer_answer_is_not_doubted() -> None:
+    """Where names tell the order, versions of items may go back: an item was created anew."""
+    doubts = Doubts(15.0)
+    doubts.resolve(HELD, full(item("b", 1)), 100.0)
+    result = doubts.accept(HELD, full(item("a", 1)))
+    found = {each.key: (each.version, each.deleted) for each in result.items}
+    assert found == {"a": (1, False), "b": (3, True), "gone": (3, True)}
+    assert doubts.recheck_at is None
+
+
 def test_a_second_answer_later_does() -> None:
     """What upstream says twice is so; a vanished item leaves a tombstone."""
     doubts = Doubts(15.0)

@@ -1,10 +1,19 @@
 """Payloads: versions decide, and the cost of a change is proportional to it."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.model.item import InvalidItem, Item, Kind
-from relay.model.payload import EMPTY, SMALL_PAYLOAD, Change, ChangeSet, Payload, Selector
+from relay.model.payload import (
+    EMPTY,
+    SMALL_PAYLOAD,
+    Change,
+    ChangeSet,
+    Payload,
+    Selector,
+    distance,
+)
 
 
 def flag(key, version, json=b"{}"):
@@ -190,3 +199,36 @@ def test_where_upstream_names_its_data_tombstones_get_versions_of_their_items():
     assert not change.replace
     _, change = after.apply(named(flag("a", 6)))  # created anew
     assert change.replace
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "steps"),
+    [
+        ("(p:P:7)", "(p:P:9)", 2),
+        ("(p:P:9)", "(p:P:7)", -2),
+        ("(p:P:7)", "(p:P:7)", 0),
+        ("(p:P:7)", "(p:Q:9)", None),
+        ("(p:rx-aa:7)", "(p:rx-bb:9)", None),
+        ("", "(p:P:7)", None),
+        ("(p:P:7)", "elsewhere", None),
+        ("(p:P:x)", "(p:P:7)", None),
+    ],
+)
+def test_names_of_one_payload_have_an_order(before, after, steps):
+    """Addresses of contents have none, whatever their numbers are."""
+    assert distance(before, after) == steps
+
+
+@given(st.lists(items, max_size=8), consistent)
+def test_exact_items_are_taken_as_they_are(before, drawn):
+    """Tombstones too: another relay has numbered them already."""
+    latest = {(item.kind, item.key): item for item in drawn}
+    held = Payload.of(before)
+    for selector in (None, Selector("(p:P:1)", "P", 1)):
+        changes = ChangeSet(tuple(latest.values()), selector=selector, exact=True)
+        after, change = held.apply(changes)
+        assert contents(after) == contents(held) | latest
+        different = [
+            item for item in latest.values() if contents(held).get((item.kind, item.key)) != item
+        ]
+        assert (change.items if change else ()) == tuple(different)

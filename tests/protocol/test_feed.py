@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from relay.errors import InvalidData
 from relay.model.item import Item, Kind
-from relay.protocol.feed import LARGE, LARGEST, Entry, Head, Term, entry_of, fields_of
+from relay.model.payload import Selector
+from relay.protocol.feed import (
+    LARGE,
+    LARGEST,
+    Entry,
+    Head,
+    Term,
+    entry_of,
+    fields_of,
+    name_of,
+    note_of,
+)
 
 ITEMS = (
     Item(Kind.FLAG, "lämp", 3, b'{"key": "l\xc3\xa4mp", "version":3 }'),
@@ -25,11 +37,54 @@ def again(entry: Entry) -> Entry:
 
 @pytest.mark.parametrize(
     "members",
-    [{"items": ITEMS, "evaluated": 5}, {"confirmed": False}, {"items": None}, {"resigned": True}],
+    [
+        {"items": ITEMS, "evaluated": 5},
+        {"confirmed": False},
+        {"items": None},
+        {"resigned": True},
+        {"items": ITEMS, "name": Selector("(p:P:7)", "P", 7)},
+        {"name": Selector("(p:P:8)", "P", 8, verbatim=False)},
+    ],
 )
 def test_an_entry_is_read_as_it_was_written(members: dict) -> None:
     """Followers get the very bytes that upstream has sent to the leader."""
     assert again(entry(**members)) == entry(**members)
+
+
+class _Former(msgspec.Struct, array_like=True):
+    """An entry as releases know it that tell no names."""
+
+    term: int
+    owner: str
+    number: int
+    before: str
+    after: str
+    confirmed: bool
+    evaluated: int
+    items: list[tuple[str, str, int, bytes | None]] | None
+    resigned: bool
+
+
+def test_releases_without_names_understand_those_with_names() -> None:
+    """And the other way round: relays of a fleet are not replaced all at once."""
+    fields = fields_of(entry(items=ITEMS, name=Selector("(p:P:7)", "P", 7)))
+    content = fields[fields.index(b"d") + 1]
+    assert isinstance(content, bytes)
+    former = msgspec.msgpack.decode(content, type=_Former)
+    assert (former.number, former.after, former.resigned) == (12, "bb", False)
+    again = entry_of({b"p": b"p:x", b"d": msgspec.msgpack.encode(former)})
+    assert again == entry(items=ITEMS)
+
+
+def test_the_name_beside_the_head_is_that_of_its_data() -> None:
+    """A former release writes data and head, but leaves the name of other data there."""
+    name = Selector("(p:P:7)", "P", 7)
+    note = note_of(entry(name=name))
+    assert name_of(note, Head(12, "bb", "id")) == name
+    for head in (None, Head(13, "bb", "id"), Head(12, "cc", "id")):
+        assert name_of(note, head) is None
+    for nothing in (note_of(entry()), b"", b"\x93\1", b"{}"):
+        assert name_of(nothing, Head(12, "bb", "id")) is None
 
 
 def test_large_entries_are_compressed() -> None:
