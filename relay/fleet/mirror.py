@@ -139,11 +139,12 @@ class FleetMirror:
         return None
 
     async def _visible(self) -> Payload | None:
-        """Return what SDKs read."""
+        """Return what SDKs read; None if a fleet has published it by now."""
         if self._divided is not None:
             return await self._divided.load()
         snapshot = await self._feed.snapshot(self._keys)
-        return snapshot.contents.payload if snapshot.contents else None
+        is_published = snapshot.head is not None
+        return snapshot.contents.payload if snapshot.contents and not is_published else None
 
     def update(
         self,
