@@ -473,6 +473,24 @@ DELTAS = (
         deltas.fan_out,
     ),
     Axis(
+        "fdv2-restart",
+        (
+            *(
+                Row(f"{deltas.RESTART}: {what}, in those of {other}", "×", goals)
+                for other in ("FDv2 without basis", "FDv1")
+                for what, goals in (
+                    ("bytes from upstream", (at_most(0.05),)),
+                    ("exec → current", ()),
+                    ("CPU", ()),
+                )
+            ),
+            Row(f"{deltas.RESTART}: bytes from upstream", "KB"),
+            Row(f"{deltas.RESTART}: exec → current", "ms"),
+            Row(f"{deltas.RESTART}: CPU", "cpu-ms"),
+        ),
+        deltas.restarts,
+    ),
+    Axis(
         "fdv2-journal",
         (
             Row(f"{deltas.JOURNAL}: memory", "MB", (at_most(3),)),

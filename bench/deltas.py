@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from statistics import median
-from time import sleep
+from time import monotonic, sleep
 
 from bench.crowd import TAIL_BYTES, Crowd
 from bench.measures import (
@@ -18,6 +20,7 @@ from bench.measures import (
     send_patches,
     upstream_of,
     whole,
+    with_variables,
 )
 from bench.polls import load
 from bench.servers import HEADERS, POLL, SDK_KEY, SMALL_SDK_KEY, Certificate, Server, Session
@@ -37,6 +40,16 @@ SETTLE_SECONDS = 1.0
 BURST = 3000
 """Patches at once, of which the cost of one is derived."""
 
+LATENCY = 0.02
+"""Seconds of a round trip to upstream, for restarts."""
+SNAPSHOT_SECONDS = 3.0
+"""After which a change is surely in the snapshot."""
+SETTLED_SECONDS = 0.5
+"""After which upstream has sent what a start asks for, to the second environment as well."""
+RESTARTS = 5
+"""Restarts of each kind, of which the median counts."""
+
+RESTART = "restart with one flag of 1000 changed"
 BACK = f"{RECONNECTING} streams come back one change of 1000 flags behind"
 POLLED = "poll of FDv2"
 FAN_OUT = f"one patch to {STREAMS:,} streams of FDv2"
@@ -155,6 +168,68 @@ def journal(server: Server, _: Certificate) -> Measured:
         f"{JOURNAL}: cost of a patch": with_ * 1e6,
         f"{JOURNAL}: memory": memory[True] - memory[False],
     }
+
+
+def restarts(server: Server, _: Certificate) -> Measured:
+    """Kill a relay with a snapshot, change a flag, start it again: what does upstream send?
+
+    By FDv2 with the basis in the snapshot, by FDv2 without one, and by FDv1.
+    """
+    if server.name == PEER:
+        return {}
+    kinds = {
+        "basis": {"DATA_SYSTEM": "fdv2"},
+        "full": {"DATA_SYSTEM": "fdv2"},
+        "FDv1": {"DATA_SYSTEM": "fdv1"},
+    }
+    figures = {}
+    for kind, variables in kinds.items():
+        given = {"SNAPSHOT_DIR": "snapshots", "DISCONNECTED_STATUS_TIME": "0s", **variables}
+        relay = with_variables(as_relay(server), **given)
+        with relay.serve(DATASET, latency=LATENCY) as session:
+            runs = [_restart(session, 2 + n, keeps=kind != "full") for n in range(RESTARTS)]
+        figures[kind] = [median(each) for each in zip(*runs, strict=True)]
+    ratios = {
+        f"{RESTART}: {what}, in those of {other}": figures["basis"][place] / figures[of][place]
+        for of, other in (("full", "FDv2 without basis"), ("FDv1", "FDv1"))
+        for place, what in enumerate(("bytes from upstream", "exec → current", "CPU"))
+    }
+    size, seconds, cpu = figures["basis"]
+    return ratios | {
+        f"{RESTART}: bytes from upstream": size / 1000,
+        f"{RESTART}: exec → current": seconds * 1e3,
+        f"{RESTART}: CPU": cpu * 1e3,
+    }
+
+
+def _restart(session: Session, version: int, *, keeps: bool) -> tuple[float, float, float]:
+    """Return bytes from upstream, seconds until the change is served, and CPU seconds until then.
+
+    Args:
+        session: of a relay that runs.
+        version: of the flag that changes meanwhile.
+        keeps: False if the snapshot is lost.
+    """
+    upstream, process = upstream_of(session), session.process
+    session.await_status(size=whole(DATASET) - 1)
+    sleep(SNAPSHOT_SECONDS)
+    process.stop()
+    if not keeps:
+        shutil.rmtree(process.folder / "snapshots")
+    upstream.alter(SDK_KEY, version)
+    before = upstream.transferred()
+    started = process.start_again()
+    wanted = b'"version":%d' % version
+    client = session.client()
+    while True:
+        with suppress(OSError):
+            if wanted in client.get(f"{POLL}").body:
+                break
+        sleep(0.005)
+    seconds, cpu = monotonic() - started, process.cpu_seconds()
+    client.close()
+    sleep(SETTLED_SECONDS)
+    return upstream.transferred() - before, seconds, cpu
 
 
 def _rate(session: Session, path: str, headers: dict[str, str]) -> float:

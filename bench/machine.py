@@ -68,10 +68,16 @@ class Process:
     def __init__(
         self, command: Sequence[str], env: Mapping[str, str], cwd: Path, log: IO[bytes]
     ) -> None:
+        self.folder = cwd
+        self._arguments = command, dict(env), cwd, log
+        self._start()
+
+    def _start(self) -> None:
+        command, env, cwd, log = self._arguments
         with pinned(SERVER_CORE):
             self._program = subprocess.Popen(
                 command,
-                env=dict(env),
+                env=env,
                 cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -118,6 +124,12 @@ class Process:
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._program.wait()
+
+    def start_again(self) -> float:
+        """Start it as before, after it was stopped; return the time just before exec."""
+        started = time.monotonic()
+        self._start()
+        return started
 
     def _tree(self) -> list[int]:
         found = [self.pid]

@@ -1,10 +1,10 @@
 """A scripted stand-in for LaunchDarkly's flags and events services, in a process of its own.
 
-Run as a program it serves `/all`, `/sdk/latest-all` and, for automatic configuration,
-`/relay_auto_config`, as if it were `latency` seconds away, and takes orders, one JSON object a
-line, on its standard input; for each it answers on its standard output: with the CLOCK_MONOTONIC
-time just before sending, or with what has arrived. `Upstream` starts that program and gives the
-orders.
+Run as a program it serves `/all`, `/sdk/latest-all`, `/sdk/stream` and `/sdk/poll` of FDv2 and, for
+automatic configuration, `/relay_auto_config`, as if it were `latency` seconds away, and takes
+orders, one JSON object a line, on its standard input; for each it answers on its standard output:
+with the CLOCK_MONOTONIC time just before sending, or with what has arrived. `Upstream` starts that
+program and gives the orders.
 """
 
 import gzip
@@ -14,9 +14,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
+from urllib.parse import unquote
 
 from bench import data
 from bench.machine import LOAD_CORE, ROOT, Closing, pinned
@@ -30,6 +31,9 @@ POLLED = (
 )
 MEMBERS = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n["
 BIG_SEGMENTS = ("/sdk/big-segments/revisions", "/big-segments")
+FDV2 = ("/sdk/stream", "/sdk/poll")
+PAYLOAD = "BENCH"
+"""ID of the payload of each environment."""
 ACCEPTED = b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 UNAUTHORIZED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -75,6 +79,16 @@ class Upstream(Closing):
         """Send a patch of one flag; return the time just before sending."""
         self._order(order="change", sdk_key=sdk_key, flag=flag)
         return float(self._reply())
+
+    def alter(self, sdk_key: str, version: int) -> None:
+        """Let the first flag have another version for those who connect from now on."""
+        self._order(order="alter", sdk_key=sdk_key, version=version)
+        self._reply()
+
+    def transferred(self) -> int:
+        """Bytes of flags that were sent so far, heads of responses included."""
+        self._order(order="transferred")
+        return int(self._reply())
 
     def environment(self, dataset: str, description: Mapping[str, Any]) -> float:
         """Add an environment, or change it, for relays that are configured automatically.
@@ -134,22 +148,75 @@ class Feed:
         self._everything = everything
         self.asked = 0
         """Streams and polls so far."""
+        self.bytes = 0
+        """Sent in answer to these."""
+        self._altered: list[dict[str, Any]] = []
+        """The first flag in the versions of its data after the first one."""
         self._streams: list[socket.socket] = []
 
     def join(self, stream: socket.socket) -> None:
         """Begin a stream: response head and first put."""
-        stream.sendall(OK)
         with self._lock:
-            self.asked += 1
-            stream.sendall(self._first)
-            self._streams.append(stream)
+            self._begin(stream, self._first)
+
+    def _begin(self, stream: socket.socket, first: bytes) -> None:
+        self.asked += 1
+        self.bytes += len(OK) + len(first)
+        stream.sendall(OK + first)
+        self._streams.append(stream)
 
     def poll(self, client: socket.socket) -> None:
         """Answer a poll with what a new stream begins with."""
+        self._answer(client, self._everything)
+
+    def _answer(self, client: socket.socket, body: bytes) -> None:
+        response = POLLED % (len(body), body)
         with self._lock:
             self.asked += 1
-        client.sendall(POLLED % (len(self._everything), self._everything))
+            self.bytes += len(response)
+        client.sendall(response)
         client.close()
+
+    def alter(self, version: int) -> None:
+        """Let the first flag have another version."""
+        altered = data.flag(data.flag_key(0), version, data.PATCH_BYTES)
+        with self._lock:
+            self._altered.append(altered)
+            everything = self._content()
+            self._first = event("put", data.compact({"path": "/", "data": everything}))
+            self._everything = gzip.compress(data.compact(everything))
+
+    def _content(self) -> dict[str, Any]:
+        content = data.everything(self.dataset)
+        return content | {
+            "flags": content["flags"] | {each["key"]: each for each in self._altered[-1:]}
+        }
+
+    def transfer(self, client: socket.socket, basis: str, *, stream: bool) -> None:
+        """Answer a client of FDv2, which has the data of a basis."""
+        with self._lock:
+            events = [(name, data.compact(each)) for name, each in self._transfer(basis)]
+            if stream:
+                self._begin(client, b"".join(event(*each) for each in events))
+                return
+        texts = (b'{"event":"%b","data":%b}' % (name.encode(), text) for name, text in events)
+        self._answer(client, gzip.compress(b'{"events":[%b]}' % b",".join(texts)))
+
+    def _transfer(self, basis: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        version = 1 + len(self._altered)
+        known = [f"(p:{PAYLOAD}:{number})" for number in range(1, version + 1)]
+        items = [] if basis in known else list(self._content()["flags"].values())
+        code = "xfer-full" if items else "none"
+        if basis in known[:-1]:
+            code, items = "xfer-changes", self._altered[-1:]
+        intent = {"id": PAYLOAD, "target": version, "intentCode": code, "reason": "bench"}
+        yield "server-intent", {"payloads": [intent]}
+        if code == "none":
+            return
+        for item in items:
+            put = {"version": version, "kind": "flag", "key": item["key"], "object": item}
+            yield "put-object", put
+        yield "payload-transferred", {"state": known[-1], "id": PAYLOAD, "version": version}
 
     def send_members(self, client: socket.socket, *, is_first: bool) -> None:
         """Answer a poll of big segments: all patches the first time, and no more after that."""
@@ -192,6 +259,8 @@ def obey(feeds: dict[str, Feed], mailbox: Mailbox, order: Mapping[str, Any]) -> 
         return json.dumps(mailbox.arrived(events=order["events"]))
     if order["order"] == "asked":
         return str(sum(feed.asked for feed in feeds.values()))
+    if order["order"] == "transferred":
+        return str(sum(feed.bytes for feed in feeds.values()))
     if order["order"] == "environment":
         described = order["description"]
         feeds[described["sdkKey"]["value"]] = Feed(*contents(order["name"]))
@@ -207,6 +276,9 @@ def send(feed: Feed, order: Mapping[str, Any]) -> float:
         patch = {"path": f"/flags/{flag['key']}", "data": flag}
         return feed.send(event("patch", data.compact(patch)))
     version = order["version"]
+    if order["order"] == "alter":
+        feed.alter(version)
+        return time.monotonic()
     if order["order"] == "put":
         feed.dataset = order["name"]
         return feed.send(event("put", data.put(order["name"], version)))
@@ -229,7 +301,7 @@ def answer(client: socket.socket, feeds: Mapping[str, Feed], latency: float) -> 
     request, *lines = head.decode("latin-1").split("\r\n")
     time.sleep(2 * latency)
     path, _, query = request.split(" ")[1].partition("?")
-    if path not in (*BIG_SEGMENTS, "/all", "/sdk/latest-all", "/relay_auto_config"):
+    if path not in (*BIG_SEGMENTS, *FDV2, "/all", "/sdk/latest-all", "/relay_auto_config"):
         client.sendall(ACCEPTED)
         client.close()
         return
@@ -246,6 +318,9 @@ def answer(client: socket.socket, feeds: Mapping[str, Feed], latency: float) -> 
         feed.members.append(client)
     elif path == "/sdk/latest-all":
         feed.poll(client)
+    elif path in FDV2:
+        basis = unquote(query.partition("basis=")[2])
+        feed.transfer(client, basis, stream=path == "/sdk/stream")
     else:
         feed.join(client)
 

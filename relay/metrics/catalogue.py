@@ -333,7 +333,7 @@ OWN: Mapping[Metric, Collector] = {
     Metric("relay_change_delivery_seconds", HISTOGRAM, ("environment",), "Time from the arrival of a change until it was written to the last stream whose client keeps up."): _per_environment(lambda e: e.hub.delays),
     Metric("relay_data_age_seconds", GAUGE, ("environment",), "Time since LaunchDarkly last confirmed that the flags are current; also of a stored list; none if that is unknown."): _per_environment(_data_age),
     Metric("relay_upstream_state", GAUGE, ("environment", "state"), "How it stands with LaunchDarkly: 1 for the state that `/status` shows, 0 for the others."): _upstream_states,
-    Metric("relay_upstream_protocol", GAUGE, ("environment", "protocol"), "1 for the protocol by which LaunchDarkly is followed at present, `fdv1` or `fdv2`; 0 for the other one."): _upstream_protocols,
+    Metric("relay_upstream_protocol", GAUGE, ("environment", "protocol"), "1 for the protocol by which LaunchDarkly is followed at present, `fdv1` or `fdv2`; 0 for the other one, and for both in a follower of a fleet."): _upstream_protocols,
     Metric("relay_store_state", GAUGE, ("environment", "database", "state"), "How it stands with the database: 1 for the state that `/status` shows, 0 for the others."): _store_states,
     Metric("relay_publication_state", GAUGE, ("environment", "url", "state"), "How it stands with a published document: 1 for the state that `/status` shows, 0 for the others."): _publication_states,
     Metric("relay_store_unreadable_items", GAUGE, ("environment", "database"), "Items in the database that could not be read."): _unreadable_items,
