@@ -9,6 +9,7 @@ import os
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -19,7 +20,7 @@ from relay.fleet.feed import Feed, Outcome
 from relay.fleet.mirror import Base, FleetMirror
 from relay.fleet.upstream import Upstream
 from relay.protocol import feed as protocol
-from relay.protocol.feed import entry_of
+from relay.protocol.feed import Head, entry_of
 from tests.fleet.world import UpstreamSource, World
 
 # A history takes 90 ms of a core, so these take half a minute. `make nightly` has 100,000.
@@ -189,6 +190,17 @@ def forgotten_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "entry_of", lambda fields: replace(entry_of(fields), name=None))
 
 
+def name_of_another_publication(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies beside the head counts, whoever has written the head."""
+    name_of = feed.name_of
+
+    def named(note: bytes, head: Head | None) -> Any:
+        noted = msgspec.msgpack.decode(note) if note else None
+        return name_of(note, head and Head(noted[0], noted[1], head.identity)) if noted else None
+
+    monkeypatch.setattr(feed, "name_of", named)
+
+
 BUGS_OF_NAMES = [
     (name_of_before, "numbered"),
     (name_of_doubted_data, "addressed"),
@@ -196,6 +208,7 @@ BUGS_OF_NAMES = [
     (names_without_order, "numbered"),
     (changes_of_other_data, "addressed"),
     (forgotten_names, "numbered"),
+    (name_of_another_publication, "mixed"),
 ]
 
 

@@ -6,16 +6,19 @@ import asyncio
 import logging
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from hashlib import blake2b
+from typing import Any, TypeVar
+
+from msgspec.structs import replace
 
 from relay.aio import wait_for
 from relay.environment import Environment
 from relay.errors import ErrorKind
-from relay.fleet import Role
+from relay.fleet import Command, Role
 from relay.fleet.contents import Contents, is_at_least_as_new
-from relay.fleet.feed import Feed, Keys
+from relay.fleet.feed import NAME, Feed, Keys, Outcome, Publication, Snapshot
 from relay.fleet.member import Member
 from relay.fleet.mirror import FleetMirror
 from relay.fleet.source import FleetSource
@@ -25,15 +28,17 @@ from relay.model.environment import EnvironmentSpec
 from relay.model.item import Item, Kind
 from relay.model.journal import SavedJournal
 from relay.model.payload import EMPTY, Change, ChangeSet, Payload, Selector
-from relay.protocol.feed import Head, entry_of
+from relay.protocol.feed import Entry, Head, entry_of
 from relay.sources import Interrupted, Update, UpToDate
 from relay.steps import finish
 from relay.stores import Mirror, Stored
 from relay.stores.items import parse_items
 from relay.stores.redis.layout import Layout, entries
 from relay.streams.hub import Hub
-from tests.support.fakeredis import FakeDatabase, FakeRedis, Link
+from tests.support.fakeredis import FakeConnection, FakeDatabase, FakeRedis, Link
 from tests.support.simulation import Process, SimulatedLoop
+
+T = TypeVar("T")
 
 FAULTS_UNTIL = 20.0
 CHANGES_UNTIL = 22.0
@@ -60,7 +65,8 @@ DIVIDED_KEYS = Keys("p", "an-environment", in_cluster=True)
 
 UPSTREAMS = "fdv1", "numbered", "addressed", "mixed"
 """Upstream without names; with names that have an order, as LaunchDarkly's; with addresses of the
-content, as a relay's; as the second, but for members that fall back to FDv1."""
+content, as a relay's; as the second, but for members that fall back to FDv1, and for members of a
+release whose feed tells no names."""
 
 
 class LaunchDarkly:
@@ -154,13 +160,20 @@ class UpstreamSource:
         launchdarkly: upstream.
         process: that follows it.
         check: is told the basis from which the process wants to continue.
+        knows_names: False if it speaks FDv1 only.
     """
 
     protocol = "fdv1"
 
     def __init__(
-        self, launchdarkly: LaunchDarkly, process: Process, check: Callable[[str], None]
+        self,
+        launchdarkly: LaunchDarkly,
+        process: Process,
+        check: Callable[[str], None],
+        *,
+        knows_names: bool,
     ) -> None:
+        self._knows_names = knows_names
         self._launchdarkly = launchdarkly
         self._process = process
         self._check = check
@@ -191,8 +204,8 @@ class UpstreamSource:
                 if self._again.is_set():
                     self._again.clear()
                     self._basis = ""
-                speaks_fdv1 = upstream.kind == "fdv1"
-                if upstream.kind == "mixed":
+                speaks_fdv1 = not self._knows_names
+                if upstream.kind == "mixed" and self._knows_names:
                     speaks_fdv1 = random.random() < 0.4
                 connection = self._connection if speaks_fdv1 else self._connection_of_fdv2
                 async with aclosing(connection()) as updates:
@@ -261,6 +274,46 @@ class UpstreamSource:
         return changes
 
 
+class FormerFeed(Feed):
+    """Redis for a member of a release whose feed tells no names."""
+
+    async def publish(self, keys: Keys, publication: Publication) -> Outcome:
+        entry = replace(publication.entry, name=None)
+        return await super().publish(keys, replace(publication, entry=entry))
+
+    async def snapshot(self, keys: Keys, selector: str = "") -> Snapshot:
+        return replace(await super().snapshot(keys, selector), noted=None)
+
+
+class FormerDatabase(FakeDatabase):
+    """Its access to Redis: it does not write names, but leaves those that are there."""
+
+    async def run(self, key: str, work: Callable[[Any], Awaitable[T]]) -> T:
+        return await super().run(key, lambda connection: work(FormerConnection(connection)))
+
+
+class FormerConnection:
+    def __init__(self, connection: FakeConnection) -> None:
+        self._connection = connection
+
+    async def execute_all(self, commands: Sequence[Command]) -> list[Any]:
+        return await self._connection.execute_all(_without_names(commands))
+
+    async def transaction(self, commands: Iterable[Command]) -> list[Any] | None:
+        return await self._connection.transaction(_without_names(commands))
+
+
+def _without_names(commands: Iterable[Command]) -> list[Command]:
+    return [each[: each.index(NAME)] if NAME in each else each for each in commands]
+
+
+class FormerSource(FleetSource):
+    """It takes no notice of names in entries."""
+
+    def read(self, place: str, entry: Entry) -> None:
+        super().read(place, replace(entry, name=None))
+
+
 class Disk:
     """The snapshot of a relay, as a mirror: what one process has left there for the next."""
 
@@ -318,12 +371,16 @@ class Node:
 
     def _build(self) -> None:
         loop, server_of = self.world.loop, self.world.server_of
-        quick, large = (FakeDatabase(server_of, self.link, limit) for limit in (0.6, 2.0))
+        self.is_former = self.world.launchdarkly.kind == "mixed" and loop.random.random() < 0.3
+        database = FormerDatabase if self.is_former else FakeDatabase
+        make_feed = FormerFeed if self.is_former else Feed
         wait = TIMINGS.wait if self.world.keys.visible else TIMINGS.poll
-        feed = Feed(quick, large, FakeDatabase(server_of, self.link, wait + 0.7))
+        limits = 0.6, 2.0, wait + 0.7
+        feed = make_feed(*(database(server_of, self.link, limit) for limit in limits))
         self.member = Member(feed, self.process.name, LOG, TIMINGS)
         self.upstream = self.new_upstream()
-        self.source = FleetSource(self.member, self.world.keys, self.upstream, LOG)
+        make_source = FormerSource if self.is_former else FleetSource
+        self.source = make_source(self.member, self.world.keys, self.upstream, LOG)
         observed = Observed(self.source, self._look)
         spec = EnvironmentSpec("simulation", SDKKey("sdk-simulation"))
         self.environment = Environment(spec, observed, Hub({}), LOG)
@@ -336,7 +393,10 @@ class Node:
         self.task = loop.create_task(self._run(), context=self.process.context)
 
     def new_upstream(self) -> UpstreamSource:
-        return UpstreamSource(self.world.launchdarkly, self.process, self._check_basis)
+        upstream = self.world.launchdarkly
+        knows_names = upstream.kind != "fdv1" and not self.is_former
+        check = self._check_basis
+        return UpstreamSource(upstream, self.process, check, knows_names=knows_names)
 
     def _check_basis(self, basis: str) -> None:
         """Look whether the data are those that upstream will take them for."""
