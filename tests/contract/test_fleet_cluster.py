@@ -21,8 +21,8 @@ from relay.config.load import load
 from relay.fleet.feed import Keys
 from relay.protocol.feed import Entry, Term, entry_of, fields_of
 from relay.stores.redis.connections import MAX_CONNECTIONS
-from tests.contract.test_fleet import PATIENCE, ROOT, WITHIN, Fleet, eventually, fleet_of
 from tests.support.data import all_data, flag, segment
+from tests.support.fleet import PATIENCE, ROOT, WITHIN, Fleet, eventually, fleet_of
 from tests.support.rediscluster import Cluster
 from tests.support.serving import SDK_KEY
 from tests.support.upstream import ScriptedUpstream

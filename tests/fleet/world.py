@@ -116,6 +116,11 @@ class LaunchDarkly:
         names = self.names if newest is None else self.names[: newest + 1]
         return next((n for n in reversed(range(len(names))) if names[n].state == state), None)
 
+    def position_of(self, payload: Payload, first: int) -> int | None:
+        """Return the first state from a position on with the items of a payload."""
+        items, later = visible(payload), range(first, len(self.states))
+        return next((n for n in later if visible(self.states[n]) == items), None)
+
     def missing(self, before: int, after: int) -> tuple[Item, ...]:
         """Return what has changed between positions; tombstones as FDv2 has them."""
         earlier, later = (self.states[position].flags for position in (before, after))
@@ -433,9 +438,7 @@ class Node:
 
     def _check_position(self, payload: Payload) -> None:
         """Versions of items may go back, but not the sequence of states."""
-        states, items = self.world.launchdarkly.states, visible(payload)
-        equal = (n for n in range(self.position, len(states)) if visible(states[n]) == items)
-        position = next(equal, None)
+        position = self.world.launchdarkly.position_of(payload, self.position)
         if position is None:
             self.world.report(f"{self.process.name} went back, or holds what upstream never had")
         else:
@@ -761,7 +764,11 @@ class World:
 
     def _check_visible(self, _: object) -> None:
         read = self._stored(self.servers[-1], self.keys.visible or self.keys.data)
-        if not is_at_least_as_new(read, self.visible):
+        if self.launchdarkly.kind == "numbered":
+            former = self.launchdarkly.position_of(self.visible, 0) or 0
+            if len(read) and self.launchdarkly.position_of(read, former) is None:
+                self.report("what SDKs read went back, or upstream never had it")
+        elif not is_at_least_as_new(read, self.visible):
             self.report("what SDKs read went back")
         self.visible = read
 
