@@ -162,13 +162,13 @@ class Upstream:
         held = self._named()
         if isinstance(update, ChangeSet):
             self._doubts.settle(update.items)
-            if update.selector is None:
-                return update
-            if held and update.since == held:
-                self._older_since = None
-                return None if known and _may_be_older(known, update) else update
-            return None if known is None else self._later(update, held)
+            if update.selector is not None and (not held or update.since != held):
+                return None if known is None else self._later(update, held)
+            self._older_since = None
+            return None if known and _may_be_older(known, update) else update
         if update.since in ("", held):
+            if update.since:
+                self._older_since = None
             return update
         steps = distance(update.since, held)
         is_older = steps is not None and steps > 0
@@ -185,16 +185,17 @@ class Upstream:
         behind = distance(changes.since, held)
         if ahead is None or behind is None or behind < 0:
             return None
-        if ahead <= 0:
+        if ahead < 0:
             return UpToDate()
         self._older_since = None
-        return replace(changes, since="")
+        return replace(changes, since="") if ahead else UpToDate()
 
     def _complete(self, known: Payload, answer: ChangeSet) -> ChangeSet | UpToDate:
         """Return what to make of a complete answer, where clients may have seen other data."""
         now, selector = clock.monotonic(), answer.selector
         steps = distance(self._named(), selector.state) if selector else None
         if steps is None:
+            self._older_since = None
             resolved = self._doubts.resolve(known, answer, now)
             # Data with doubted items are not those that upstream has given a name to.
             return resolved if self._doubts.recheck_at is None else replace(resolved, selector=None)
@@ -253,7 +254,7 @@ def _may_be_older(known: Payload, changes: ChangeSet) -> bool:
     An address of the content may recur, and a server that lags may be at its former occurrence.
     """
     selector = changes.selector
-    if selector is not None and distance(changes.since, selector.state) is not None:
-        return False
+    if selector is None or distance(changes.since, selector.state) is not None:
+        return False  # versions decide, or names
     items = ((known.all(item.kind).get(item.key), item) for item in changes.items)
     return any(held and not item.deleted and item.version < held.version for held, item in items)
