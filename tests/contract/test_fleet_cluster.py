@@ -22,11 +22,12 @@ from relay.fleet.feed import Keys
 from relay.protocol.feed import Entry, Term, entry_of, fields_of
 from relay.stores.redis.connections import MAX_CONNECTIONS
 from tests.support.data import all_data, flag, segment
-from tests.support.fleet import PATIENCE, ROOT, WITHIN, Fleet, eventually, fleet_of
+from tests.support.fleet import PATIENCE, WITHIN, Fleet, eventually, fleet_of
 from tests.support.rediscluster import Cluster
 from tests.support.serving import SDK_KEY
 from tests.support.upstream import ScriptedUpstream
 
+ROOT = Path(__file__).parent.parent.parent
 TEAM = segment("team", version=1)
 
 TAGGED, DIVIDED = "{main}", "main"

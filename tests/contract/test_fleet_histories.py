@@ -22,8 +22,8 @@ from redis.exceptions import RedisError
 
 from relay.fleet.feed import Keys
 from relay.protocol.feed import entry_of
-from tests.contract.test_fleet import PATIENCE, WITHIN, Fleet, fleet_of
 from tests.support.data import all_data, flag
+from tests.support.fleet import PATIENCE, WITHIN, Fleet, fleet_of
 from tests.support.process import RelayProcess
 from tests.support.redis import RedisServer
 from tests.support.rediscluster import Cluster, SentinelServers
