@@ -149,6 +149,7 @@ class _Salted(Struct):
 
 
 _SALT = msgspec.json.Decoder(_Salted)
+_SALT_MEMBER = b'"salt":"'
 
 
 class Journal:
@@ -199,6 +200,9 @@ class Journal:
         self._selector: Selector | None = None
         """The same name, if clients get it, too."""
         self._digest = 0
+        self._shares: dict[Kind, dict[str, int]] = {kind: {} for kind in Kind}
+        """Share of each item in it, as of the last state that was named, so that each item is
+        hashed once; those that are missing, as after a restart, are hashed when they change."""
         self._versions = 0
         self._payload = EMPTY
 
@@ -294,20 +298,24 @@ class Journal:
         if full and change.size * SHARE_OF_DELTA > payload.size:
             self._begin_anew(payload)
             return
-        gone = (_tombstone(item) for item in change.vanished if not item.deleted)
-        items = (*change.items, *gone)
+        items = change.items
+        if change.vanished:
+            items += tuple(_tombstone(item) for item in change.vanished if not item.deleted)
         if self.naming is not None:
             self.naming.run()
-        if not all(self._supersedes(before, item) for item in items):
-            self._set_barrier()
+        is_barrier = False
         for item in items:
-            self._touch(before, item)
-        for item in map(_tombstone, change.vanished):
-            self._vanished[item.kind, item.key] = item.version
-        self._forget_oldest()
+            known = before.all(item.kind).get(item.key)
+            is_barrier = is_barrier or not self._supersedes(known, item)
+            self._touch(known, item)
+        if is_barrier:
+            self._set_barrier()
+        if change.vanished:
+            for item in map(_tombstone, change.vanished):
+                self._vanished[item.kind, item.key] = item.version
+            self._forget_oldest()
         if self._selector:
             self._note_state(self._selector.state, self.step)
-        is_barrier = self._barrier == self.step
         self.latest = TOO_OLD if is_barrier else Delta(items, self.step - 1)
 
     def rename(self, selector: Selector | None, *, full: bool = False) -> None:
@@ -455,13 +463,16 @@ class Journal:
 
         Item by item: the next step may begin before.
         """
+        shares: dict[Kind, dict[str, int]] = {kind: {} for kind in Kind}
         digest, versions = 0, 0
         for item in payload:
             if not item.deleted:
-                digest += _digest(item)
+                share = shares[item.kind][item.key] = _digest(item)
+                digest += share
                 versions += item.version
             yield
         self._digest, self._versions, self.naming = digest, versions, None
+        self._shares = shares
         self._note_state(self._address, step)
 
     def finish_naming(self) -> None:
@@ -473,31 +484,46 @@ class Journal:
             self.naming.run()
         if not self._unnamed:
             return
+        digest, versions, payload = self._digest, self._versions, self._payload
         for (kind, key), former in self._unnamed.items():
-            for item, sign in ((former, -1), (self._payload.all(kind).get(key), 1)):
-                if item is not None and not item.deleted:
-                    self._digest += sign * _digest(item)
-                    self._versions += sign * item.version
+            shares = self._shares[kind]
+            if former is not None and former.json is not None:
+                digest -= shares.pop(key, 0) or _digest(former)
+                versions -= former.version
+            item = payload.all(kind).get(key)
+            if item is not None and item.json is not None:
+                share = shares[key] = _digest(item)
+                digest += share
+                versions += item.version
+        self._digest, self._versions = digest, versions
         self._unnamed.clear()
         self._note_state(self._address, self.step)
 
-    def _supersedes(self, before: Payload, item: Item) -> bool:
-        """Return whether every client takes an item for newer than what it has seen."""
-        known = before.all(item.kind).get(item.key)
+    def _supersedes(self, known: Item | None, item: Item) -> bool:
+        """Return whether every client takes an item for newer than what it has seen.
+
+        Args:
+            known: the item before; None if there was none.
+            item: the item now.
+        """
         seen = self._forgotten if known is None else known.version
-        seen = self._vanished.get((item.kind, item.key), seen)
+        if self._vanished:
+            seen = self._vanished.get((item.kind, item.key), seen)
         if item.version <= seen:
             return False
-        return known is None or known.deleted or item.deleted or _have_same_salt(known, item)
+        if known is None or known.json is None or item.json is None:
+            return True
+        return _have_same_salt(known.json, item.json)
 
-    def _touch(self, before: Payload, item: Item) -> None:
-        name = item.kind, item.key
-        if name not in self._unnamed:
-            self._unnamed[name] = before.all(item.kind).get(item.key)
-        self._vanished.pop(name, None)
-        touched = self._touched[item.kind]
-        touched.pop(item.key, None)
-        touched[item.key] = self.step
+    def _touch(self, known: Item | None, item: Item) -> None:
+        kind, key = item.kind, item.key
+        self._unnamed.setdefault((kind, key), known)
+        if self._vanished:
+            self._vanished.pop((kind, key), None)
+        touched = self._touched[kind]
+        if key in touched:
+            del touched[key]  # the latest touch comes last
+        touched[key] = self.step
 
     def _touched_after(self, step: int) -> Iterator[Item]:
         """Yield the present values of the items touched after a step, the latest first."""
@@ -540,14 +566,15 @@ def _digest(item: Item) -> int:
     return int.from_bytes(blake2b(text, digest_size=32).digest(), "big")
 
 
-def _have_same_salt(former: Item, item: Item) -> bool:
+def _have_same_salt(former: bytes, json: bytes) -> bool:
     """Return whether an item is the former one, and not one that was created anew."""
-    text = former.json or b""
-    start = text.find(b'"salt":"')
-    written = text[start : text.find(b'"', start + 8) + 1] if start >= 0 else b""
-    if written and written in (item.json or b""):
-        return True  # without a parser, which costs ten times as much
-    return _salt(former) == _salt(item)
+    start = former.find(_SALT_MEMBER)
+    # Without a parser, which costs ten times as much. A value of the flag may have a salt, too.
+    if former.count(_SALT_MEMBER) == 1 == json.count(_SALT_MEMBER):
+        written = former[start : former.find(b'"', start + len(_SALT_MEMBER)) + 1]
+        if written in json and b"\\" not in written:
+            return True
+    return _salt(former) == _salt(json)
 
 
 def _is_usable(selector: Selector) -> bool:
@@ -556,9 +583,9 @@ def _is_usable(selector: Selector) -> bool:
     return all(map(_USABLE.fullmatch, names)) and 0 < selector.version <= MAX_NUMBER
 
 
-def _salt(item: Item) -> str | None:
+def _salt(json: bytes) -> str | None:
     try:
-        return _SALT.decode(item.json or b"{}").salt
+        return _SALT.decode(json).salt
     except msgspec.MsgspecError:
         return None
 

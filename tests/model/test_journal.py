@@ -188,6 +188,29 @@ def test_what_does_not_supersede_means_everything(steps):
     assert history.answer(after) == {flag("b", 1)}
 
 
+@pytest.mark.parametrize(
+    ("value", "salt", "is_new"),
+    [
+        (b'{"salt":"s"}', "other", True),  # a value has the former salt
+        (b'{"salt":"t"}', "s", False),
+        (b'{\\"salt\\":\\"s', "other", True),
+        (b"[]", 'a\\"other', True),
+    ],
+)
+def test_a_salt_is_that_of_the_flag(value, salt, is_new):
+    """Values of flags are any JSON, and salts any string; neither must hide that a flag is new."""
+
+    def valued(version: int, salt: str) -> Item:
+        json = b'{"variations":[%b],"key":"a","version":%d,"salt":"%b"}'
+        text = b'"%b"' % value if b"\\" in value else value
+        return Item(Kind.FLAG, "a", version, json % (text, version, salt.encode()))
+
+    history = History(LARGE, valued(1, 'a\\"s' if "\\" in salt else "s"))
+    before = history.journal.state
+    history.apply(valued(2, salt))
+    assert history.answer(before) == (TOO_OLD if is_new else {valued(2, salt)})
+
+
 def test_a_forgotten_tombstone_still_counts():
     """Clients remember the deletion, though upstream lists it no more."""
     history = History(LARGE, flag("a", 1))
@@ -547,11 +570,13 @@ def test_clients_that_stay_hold_exactly_the_data(steps):
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(steps=st.lists(STEPS, max_size=8))
-def test_a_state_names_one_content(steps):
+@given(steps=st.lists(STEPS, max_size=8), restarts=st.sets(st.integers(0, 7)))
+def test_a_state_names_one_content(steps, restarts):
     """Followed from change to change, or made of the result, it is the same."""
-    history = History(LARGE)
-    for full, items in steps:
+    history = History(LARGE, flag("a", 1), flag("b", 1))
+    for number, (full, items) in enumerate(steps):
         history.apply(*([LARGE, *items] if full else items), full=full)
+        if number in restarts:
+            history.restart()
     fresh = History(*Payload.of(history.payload.live(Kind.FLAG)))
     assert history.journal.state == fresh.journal.state
