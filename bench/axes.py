@@ -322,7 +322,8 @@ CLIENT_CHANGE = Axis(
 CLIENT_RETURN = Axis(
     "client-return",
     (
-        Row(evaluations.RETURN_SHARE, "×", (Goal(0.1, least=False),)),
+        Row(evaluations.RETURN_WHOLE, "×", (Goal(0.1, least=False),)),
+        Row(evaluations.RETURN_ANSWERS, "×"),
         Row(f"{evaluations.RETURN}: last client", "s"),
         Row(f"{evaluations.RETURN}: CPU", "cpu-s"),
         Row(f"{evaluations.RETURN_UNCHANGED}: last client", "s"),
