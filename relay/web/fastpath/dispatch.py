@@ -12,7 +12,7 @@ from relay.web.fastpath.evaluation import PendingResponse
 from relay.web.fastpath.events import EventUpload
 from relay.web.fastpath.heads import RequestHead
 from relay.web.fastpath.shared import FastPath
-from relay.web.fastpath.streams import StreamRequest, stream_request
+from relay.web.fastpath.streams import StreamRequest
 from relay.web.routes import Endpoint
 
 Outcome = WireResponse | StreamRequest | EventUpload | PendingResponse
@@ -50,18 +50,14 @@ def authorization(head: RequestHead) -> str:
 
 
 def _open_stream(shared: FastPath, head: RequestHead) -> StreamRequest | None:
-    request = _stream(shared, head)
+    request = shared.streams.request(head)
     if request is not None and shared.traffic.logs:
         request.size = 0  # a cached one could not be logged
     return request
 
 
 def _open_client_stream(shared: FastPath, head: RequestHead) -> StreamRequest | None:
-    return None if shared.traffic.logs else _stream(shared, head)
-
-
-def _stream(shared: FastPath, head: RequestHead) -> StreamRequest | None:
-    return stream_request(shared.traffic, head, shared.polling.bases)
+    return None if shared.traffic.logs else shared.streams.request(head)
 
 
 def _answer_evaluation(

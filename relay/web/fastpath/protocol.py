@@ -373,11 +373,12 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         connections.discard(self)
         self._state = CLOSED
         state.total_requests += 1
-        counts = request.counts
+        profile = request.profile
+        counts = profile.counts
         counts.requests.value += 1
         counts.opened.value += 1
         transport: StreamTransport = self._transport
-        start = request.to_wire(shared.date)
+        start = profile.to_wire(shared.date)
         if shared.traffic.logs and head is not None:
             log_request(log_line(head, 200, None))
             self._transport.write(start)

@@ -13,6 +13,7 @@ from relay.web.fastpath.cache import HeadCache
 from relay.web.fastpath.evaluation import EvaluationFastPath
 from relay.web.fastpath.events import EventsFastPath
 from relay.web.fastpath.scheduler import EvaluationScheduler
+from relay.web.fastpath.streams import StreamsFastPath
 from relay.web.handlers import Handlers
 
 DATE_LIFETIME = 1.0
@@ -72,6 +73,7 @@ class FastPath:
         self.polling = handlers.polling
         self.events = EventsFastPath(relay.registry, handlers.events, traffic)
         self.evaluation = EvaluationFastPath(relay.registry, handlers.evaluation, traffic)
+        self.streams = StreamsFastPath(relay.registry, traffic, handlers.polling.bases)
         self.date = b"\r\n"
         """The `Date` header and the blank line that ends a head."""
         self.date_expires_at = 0.0

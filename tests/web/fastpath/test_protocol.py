@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import time
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from unittest.mock import Mock
 
@@ -162,6 +163,32 @@ async def test_stream_requests_are_cached():
         await until(lambda: len(served.hub) == 0)
         [opened] = [count.value for count in served.traffic.new_streams.values()]
         assert opened == 3
+
+
+async def test_streams_of_one_kind_of_client_share_a_head():
+    """It is made anew for another origin, and when the settings of the environment change."""
+    served = Served()
+
+    async def head(origin: str, agent: str) -> bytes:
+        """The head of a client-side stream."""
+        reader, writer = await address.connect()
+        request = f"GET /ping/env-1 HTTP/1.1\r\nHost: x\r\nOrigin: {origin}\r\nUser-Agent: {agent}"
+        writer.write(f"{request}\r\n\r\n".encode())
+        try:
+            return await reader.readuntil(b"\r\n\r\n")
+        finally:
+            writer.close()
+
+    async with serving(served) as address:
+        await give(served, 1)
+        for origin, agent in (("https://a", "A/1"), ("https://b", "A/1"), ("https://b", "B/1")) * 2:
+            allowed = b"access-control-allow-origin: %b\r\n" % origin.encode()
+            assert allowed in await head(origin, agent)
+        opened = {each.user_agent: count for each, count in served.traffic.new_streams.items()}
+        assert {agent: count.value for agent, count in opened.items()} == {"A/1": 4, "B/1": 2}
+        spec = replace(served.environment.spec, allowed_origins=("https://a",))
+        served.relay.change(served.environment, spec)
+        assert b"access-control-allow-origin: https://a\r\n" in await head("https://b", "B/1")
 
 
 async def test_polls_with_connection_close_are_cached():
