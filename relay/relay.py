@@ -20,6 +20,7 @@ from relay.model.reply import Fetch
 from relay.registry import Registry, RegistryChange
 from relay.sources import DataSource
 from relay.stores import Mirror
+from relay.streams.admission import Admission
 from relay.telemetry.log import mask_keys
 from relay.telemetry.reloads import Reloads
 from relay.telemetry.workers import WorkerStatus
@@ -90,6 +91,7 @@ class Relay:
         reports_starts: log whether environments were initialised; a worker leaves that to its
             feeder.
         member: this relay in a fleet; None without one.
+        admission: of the streams of all environments; a new one if omitted.
     """
 
     def __init__(
@@ -108,7 +110,9 @@ class Relay:
         reports_starts: bool = True,
         fdv1_fallback: bool = False,
         member: FleetMember | None = None,
+        admission: Admission | None = None,
     ) -> None:
+        self.admission = admission or Admission()
         self.fdv1_fallback = fdv1_fallback
         """True if SDKs that speak FDv2 are led back to FDv1."""
         self.stale_big_segments_degrade = stale_big_segments_degrade

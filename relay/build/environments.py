@@ -22,6 +22,7 @@ from relay.protocol.fdv1 import AllFormat, FlagsFormat
 from relay.sources import DataSource
 from relay.stores import Mirror
 from relay.stores.bigsegments import BigSegmentStore
+from relay.streams.admission import Admission
 from relay.streams.channel import Channel, StreamFormat
 from relay.streams.deltas import STREAM as DELTAS
 from relay.streams.deltas import DeltaChannel
@@ -48,6 +49,7 @@ class EnvironmentParts:
         places: of documents.
         upstream: session for big segments; None without a network.
         member: this relay in a fleet; None without one.
+        admission: of the streams of all environments; a new one if omitted.
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class EnvironmentParts:
         upstream: HTTPSession | None,
         *,
         member: Member | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self._member = member
+        self.admission = admission or Admission(config.main.max_unread_data)
         self._config = config
         self._make_source = make_source
         self._databases = databases
@@ -81,7 +85,13 @@ class EnvironmentParts:
         those = make_databases(config) if databases else self._databases
         places = make_places(config) if documents else self._places
         return type(self)(
-            config, self._make_source, those, places, self._upstream, member=self._member
+            config,
+            self._make_source,
+            those,
+            places,
+            self._upstream,
+            member=self._member,
+            admission=self.admission,
         )
 
     @property
@@ -127,7 +137,8 @@ class EnvironmentParts:
         self, programs: ProgramCache, journal: Journal, big_segments: BigSegments | None
     ) -> Hub:
         """Return the hub of a new environment, of whose parts streams are made."""
-        return Hub(*hub_parts(self._config.main, programs, journal, big_segments))
+        parts = hub_parts(self._config.main, programs, journal, big_segments)
+        return Hub(*parts, admission=self.admission)
 
     def _mirrors(self, environment: Environment) -> tuple[Mirror, ...]:
         """Return all mirrors of a new environment."""

@@ -103,6 +103,7 @@ def build_with_parts(
         stale_big_segments_degrade=config.main.big_segments_stale_as_degraded,
         fdv1_fallback=config.main.fdv1_fallback,
         member=member,
+        admission=parts.admission,
     )
     return relay, parts if config.environments else None
 
@@ -169,6 +170,7 @@ def _offline(
         directory=archive,
         stale_big_segments_degrade=main.big_segments_stale_as_degraded,
         fdv1_fallback=main.fdv1_fallback,
+        admission=parts.admission,
     )
     try:
         archive.load(relay)

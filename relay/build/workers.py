@@ -51,8 +51,9 @@ class WorkerParts(EnvironmentParts):
         self, programs: ProgramCache, journal: Journal, big_segments: BigSegments | None
     ) -> Hub:
         main = self._config.main
-        formats, limits, channels = hub_parts(main, programs, journal, big_segments)
-        return WorkerHub(formats, limits, channels, SettledPings(main.ping_stream_jitter_time))
+        parts = hub_parts(main, programs, journal, big_segments)
+        pings = SettledPings(main.ping_stream_jitter_time)
+        return WorkerHub(*parts, pings, self.admission)
 
     def environment(self, spec: EnvironmentSpec, source: DataSource | None = None) -> Environment:
         """Return a new environment, which begins with the feeder's journal.
@@ -91,5 +92,6 @@ def build_worker(config: Config, address: str | bytes, number: int) -> tuple[Rel
         directory=link,
         reports_starts=False,
         fdv1_fallback=config.main.fdv1_fallback,
+        admission=parts.admission,
     )
     return relay, link

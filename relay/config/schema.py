@@ -131,6 +131,14 @@ class Main(Struct, frozen=True):
         60.0,
         "A stream is closed if its client has read none of its pending data for this long.",
     )
+    max_unread_data: int = option(
+        "MAX_UNREAD_DATA",
+        SIZE,
+        256 * 1024 * 1024,
+        "Bytes of all data, for each process, that may be on their way to streams at a time: further"
+        " streams wait for theirs until others have read. They are in the memory of the kernel, which"
+        " counts for a container.",
+    )
     disconnected_status_time: float = option(
         "DISCONNECTED_STATUS_TIME",
         DURATION,

@@ -21,6 +21,7 @@ from relay.model.metrics import Histogram, MetricValue
 from relay.protocol.prometheus import COUNTER, GAUGE, HISTOGRAM, Metric, Row
 from relay.relay import DirectoryChange, Relay
 from relay.stores import StoreState, StoreStatus, statuses_of
+from relay.streams.admission import Admission
 from relay.telemetry import process
 from relay.telemetry.log import lost_lines
 from relay.telemetry.reloads import ReloadResult
@@ -109,6 +110,18 @@ def _new_streams(view: MetricsView) -> Rows:
 
 def _requests(view: MetricsView) -> Rows:
     return _sums(view.traffic.requests, lambda s: (s.environment, s.platform, s.route, s.method))
+
+
+def _of_admission(
+    own: Callable[[Admission], int], of_worker: Callable[[WorkerStatus], int]
+) -> Collector:
+    """Return a collector of one value of this process and its workers."""
+
+    def rows(view: MetricsView) -> Rows:
+        workers = view.relay.workers.values()
+        return [((), own(view.relay.admission) + sum(map(of_worker, workers)))]
+
+    return rows
 
 
 def _data_age(environment: Environment) -> float | None:
@@ -328,6 +341,9 @@ def _build_info(_view: MetricsView) -> Rows:
 OWN: Mapping[Metric, Collector] = {
     Metric("relay_streams", GAUGE, ("environment", "stream"), "Open streams."): _streams,
     Metric("relay_new_streams_total", COUNTER, ("environment", "platform", "route"), "Streams that were opened."): _new_streams,
+    Metric("relay_streams_delayed", GAUGE, (), "Streams that wait for all data until others have read theirs."): _of_admission(lambda a: a.waiting, lambda w: w.delayed),
+    Metric("relay_streams_unread_bytes", GAUGE, (), "Bytes of all data that are on their way to clients; `maxUnreadData` bounds them."): _of_admission(lambda a: a.unread, lambda w: w.unread),
+    Metric("relay_streams_cut_total", COUNTER, (), "Streams that were closed because their clients did not read, while others waited for all data."): _of_admission(lambda a: a.cut, lambda w: w.cut),
     Metric("relay_requests_total", COUNTER, ("environment", "platform", "route", "method"), "Requests whose credential opened an environment, streams included."): _requests,
     Metric("relay_changes_total", COUNTER, ("environment",), "Messages of LaunchDarkly that changed something."): _per_environment(lambda e: e.changes),
     Metric("relay_change_delivery_seconds", HISTOGRAM, ("environment",), "Time from the arrival of a change until it was written to the last stream whose client keeps up."): _per_environment(lambda e: e.hub.delays),

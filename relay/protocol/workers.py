@@ -264,6 +264,10 @@ class Figures(_Message, frozen=True, tag=14):
         files: open file descriptors; None if unknown.
         answers: counts of answers to SDKs of FDv2, by environment, side, kind and reason.
         saved: bytes that these answers spared, by environment and side.
+        delayed: streams that wait until others have read all data.
+        unread: bytes of all data that clients have not read.
+        cut: streams that were closed because their clients did not read, since the start of the
+            process.
     """
 
     requests: tuple[tuple[Series, int], ...]
@@ -281,6 +285,9 @@ class Figures(_Message, frozen=True, tag=14):
     reads: tuple[tuple[str, int, int], ...] = ()
     """Contexts whose memberships in big segments were read, by environment, and those for which
     that failed."""
+    delayed: int = 0
+    unread: int = 0
+    cut: int = 0
 
 
 FromFeeder = (

@@ -140,21 +140,30 @@ class DeltaChannel(BroadcastChannel[str]):
         return [each for each in self.subscriptions if each not in self._waiting]
 
     def _opening_for(self, subscription: Subscription) -> bytes:
-        if self._revision != self._journal.revision:
-            self._revision, self._opening = self._journal.revision, None
-            self._openings.clear()
-        basis = self.subscriptions[subscription]
-        encoded = self._openings.get(basis)
+        encoded = self._answer(subscription)
         if encoded is None:
-            if self._payload is None or self._journal.is_behind(basis):
-                self._wait(subscription)
-                return b""
-            encoded = self._encode(self._payload, basis)
+            self._wait(subscription)
+            return b""
         # After its first message the client has taken more than its basis says.
         self.subscriptions[subscription] = UNRELIABLE
         opening, counter = encoded
         counter.add()
         return opening
+
+    def _opening_size(self, subscription: Subscription) -> int:
+        encoded = self._answer(subscription)
+        return 0 if encoded is None else len(encoded[0])
+
+    def _answer(self, subscription: Subscription) -> tuple[bytes, AnswerCounter] | None:
+        """Return the opening of a client, and its counter; None if it has to wait for one."""
+        if self._revision != self._journal.revision:
+            self._revision, self._opening = self._journal.revision, None
+            self._openings.clear()
+        basis = self.subscriptions[subscription]
+        encoded = self._openings.get(basis)
+        if encoded is None and self._payload is not None and not self._journal.is_behind(basis):
+            encoded = self._encode(self._payload, basis)
+        return encoded
 
     def _encode(self, payload: Payload, basis: str) -> tuple[bytes, AnswerCounter]:
         """Return the opening for those who name a state, and its counter."""

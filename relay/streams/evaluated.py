@@ -29,6 +29,7 @@ from relay.model.answers import AnswerCounter
 from relay.model.payload import Change, Payload
 from relay.programs import ProgramCache
 from relay.protocol.bigsegments import context_hash
+from relay.streams.admission import LARGE
 from relay.streams.channel import FAN_OUT_SLICE, Channel, Subscription
 from relay.streams.evalformats import EvalFormat, EvalxFormat, FlagEvalFormat
 from relay.streams.ping import PingChannel
@@ -101,6 +102,9 @@ class EvaluatingChannel(Channel[EvalClient]):
         self._version = 0
         """Version of the last messages; see `relay.protocol.clientside`."""
         self._clients: WeakValueDictionary[str, EvalClient] = WeakValueDictionary()
+        self._sizes = {False: 0, True: 0}
+        """Bytes of the last opening, for clients that have named no state, and for those that
+        have."""
         self._bases: dict[Subscription, str] = {}
         """States that clients have named that wait for their opening."""
         self._sent: Program | None = None
@@ -166,7 +170,9 @@ class EvaluatingChannel(Channel[EvalClient]):
         opening = self._format.opening(sent, client, basis)
         if opening.answer is not None:
             opening.answer.add()
-        return encode_chunk(opening.messages)
+        chunk = encode_chunk(opening.messages)
+        self._sizes[bool(basis)] = len(chunk)
+        return chunk
 
     def _is_ahead(self, subscription: Subscription) -> bool:
         """Return whether a client is to wait for the change that its state has already."""
@@ -188,6 +194,17 @@ class EvaluatingChannel(Channel[EvalClient]):
         self._ahead_timer = None
         if self._ahead:
             self._check_soon()
+
+    def _opening_size(self, subscription: Subscription) -> int:
+        """Return the size of the last opening of this kind: to know it costs an evaluation."""
+        return 0 if self._sent is None else self._sizes[subscription in self._bases]
+
+    def _renew(self, subscription: Subscription) -> Subscription:
+        basis = self._bases.get(subscription)
+        new = super()._renew(subscription)
+        if basis:
+            self._bases[new] = basis
+        return new
 
     def _has_members(self, program: Program, subscription: Subscription) -> bool:
         """Return whether the memberships that a client's flags need are there."""
@@ -290,7 +307,11 @@ class EvaluatingChannel(Channel[EvalClient]):
                 moved[client] = client.memberships
                 client.memberships = memberships
         self._version = max(self._version + 1, program.version)
-        updated = {s: client for s, client in self.subscriptions.items() if s not in awaiting_put}
+        updated = {
+            s: client
+            for s, client in self.subscriptions.items()
+            if s not in awaiting_put and not s.is_delayed
+        }
         if before is not None and updated:
             step = _Step(before, program, moved, self._version, self._format)
             touched = program.flags_touched_by(before)
@@ -398,6 +419,9 @@ class _PersonalFanOut(ABC, Generic[KeyT]):
         for client, subscription in islice(self._receivers, FAN_OUT_SLICE):
             count += 1
             if client is not self._client:
+                if len(self._chunk) > LARGE and subscription.must_wait:
+                    subscription.wait()  # the next one is as large; it is not evaluated in vain
+                    continue
                 self._client, self._chunk = client, self._encode_for(client)
             if self._chunk:
                 subscription.send(self._chunk)

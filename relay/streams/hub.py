@@ -19,6 +19,7 @@ from relay import clock, randomness
 from relay.model.metrics import Histogram, MetricValue
 from relay.model.payload import Change, Payload
 from relay.registry import Grant
+from relay.streams.admission import Admission
 from relay.streams.channel import (
     BroadcastChannel,
     Channel,
@@ -75,6 +76,7 @@ class Hub:
         formats: the formats of broadcast channels by stream name, such as `all`.
         limits: time limits of streams.
         channels: other channels by stream name.
+        admission: of the process; one for this hub alone if omitted.
     """
 
     def __init__(
@@ -82,13 +84,15 @@ class Hub:
         formats: Mapping[str, StreamFormat],
         limits: StreamLimits | None = None,
         channels: Mapping[str, Channel[Any]] | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self.delays = Histogram()
         """Seconds from receiving a change to writing it to the last stream that is not slow."""
         broadcast = {name: BroadcastChannel[None](format_) for name, format_ in formats.items()}
         self._channels: Mapping[str, Channel[Any]] = {**broadcast, **(channels or {})}
+        admission = admission or Admission()
         for channel in self._channels.values():
-            channel.delays = self.delays
+            channel.delays, channel.admission = self.delays, admission
         self._limits = limits or StreamLimits()
         self._sweep_interval = self._limits.sweep_interval
         self._ticker: asyncio.TimerHandle | None = None

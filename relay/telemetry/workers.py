@@ -19,6 +19,11 @@ class WorkerStatus(Struct):
         cpu: seconds of processor time, of all processes that have been this worker.
         former_cpu: those of all but the present one.
         files: open file descriptors; None if unknown.
+        delayed: streams that wait until others have read all data.
+        unread: bytes of all data that clients have not read.
+        cut: streams that were closed because their clients did not read, by all processes that have
+            been this worker.
+        former_cut: those of all but the present one.
     """
 
     number: int
@@ -31,3 +36,7 @@ class WorkerStatus(Struct):
     cpu: float = 0.0
     former_cpu: float = 0.0
     files: int | None = None
+    delayed: int = 0
+    unread: int = 0
+    cut: int = 0
+    former_cut: int = 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from relay.streams.transport import StreamTransport, decode_chunks
+from relay.streams.transport import StreamTransport, find_chunks
 from relay.telemetry.redaction import mask_credential, redact_url
 from relay.telemetry.traffic import RequestMetrics
 
@@ -137,7 +138,7 @@ class LoggedTransport(asyncio.Protocol):
 
     def write(self, data: bytes, /) -> None:
         """Write chunks, and count the bytes of their data."""
-        self._size += sum(map(len, decode_chunks(data)))
+        self._size += sum(end - begin for begin, end in find_chunks(data))
         self._transport.write(data)
 
     def writelines(self, parts: Iterable[bytes], /) -> None:
@@ -156,6 +157,10 @@ class LoggedTransport(asyncio.Protocol):
     def get_write_buffer_size(self) -> int:
         """Return the number of unsent bytes."""
         return self._transport.get_write_buffer_size()
+
+    def get_extra_info(self, name: str, /) -> Any:
+        """Return what asyncio knows of the connection."""
+        return self._transport.get_extra_info(name)
 
     def pause_writing(self) -> None:
         """Forward that the buffer is full."""

@@ -6,16 +6,23 @@ import asyncio
 import re
 from typing import cast
 
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from relay.streams.transport import decode_chunks
 
+_CONNECTION = "relay.connection"
 _CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
 _WITHOUT_PATH = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]*://[^/?#]+)(\?.*)?", re.DOTALL)
 
 
 class HTTPProtocol(HttpToolsProtocol):
     """One connection whose requests are all served by the application."""
+
+    def on_message_begin(self) -> None:
+        """Begin a request; streams have to know how much of them their clients have read."""
+        super().on_message_begin()
+        self.scope["extensions"] = {_CONNECTION: {"transport": self.transport}}
 
     def on_headers_complete(self) -> None:
         """Pass a request, whose head has been read, to the application."""
@@ -24,6 +31,12 @@ class HTTPProtocol(HttpToolsProtocol):
         if self.parser.get_http_version() == "1.0":
             self.cycle.transport = cast("asyncio.Transport", BareTransport(self.transport))
             self.cycle.waiting_for_100_continue = False
+
+
+def connection_of(scope: Scope) -> asyncio.Transport | None:
+    """Return the connection of a request; None if another server than ours received it."""
+    found = scope.get("extensions", {}).get(_CONNECTION, {}).get("transport")
+    return cast("asyncio.Transport | None", found)  # uvloop's are of no class of asyncio's
 
 
 class BareTransport:

@@ -82,7 +82,9 @@ class SharedCounts:
         traffic.unusable.update(state.unusable)
         traffic.discarded.update(state.discarded)
         for worker in state.workers:
-            relay.workers[worker.number] = replace(worker, connected=False, streams=0)
+            relay.workers[worker.number] = replace(
+                worker, connected=False, streams=0, delayed=0, unread=0
+            )
 
     def __repr__(self) -> str:
         return f"<SharedCounts, state {self._number}>"

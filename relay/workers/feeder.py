@@ -220,7 +220,7 @@ class Feeder:
         if state is None:
             return
         state.status.connected = False
-        state.status.streams = 0
+        state.status.streams = state.status.delayed = state.status.unread = 0
         self._count_clients(state, {})
         for environment in self._listed:
             _hub(environment).discard(worker)
@@ -250,6 +250,8 @@ class Feeder:
         status.streams = sum(number for _, _, number in figures.streams)
         status.resident, status.files = figures.resident, figures.files
         status.cpu = status.former_cpu + figures.cpu
+        status.delayed, status.unread = figures.delayed, figures.unread
+        status.cut = status.former_cut + figures.cut
         state.reported.set()
 
     def _count_answers(self, figures: Figures) -> None:
@@ -351,6 +353,8 @@ def _succeed(known: WorkerStatus | None, hello: Hello) -> WorkerStatus:
         status.starts = known.starts + (not is_same)
         status.cpu = known.cpu
         status.former_cpu = known.former_cpu if is_same else known.cpu
+        status.cut = known.cut
+        status.former_cut = known.former_cut if is_same else known.cut
     return status
 
 

@@ -85,6 +85,9 @@ class FiguresReporter:
             files=process.open_files(),
             answers=tuple((*of, number) for of, number in (answers - self._answers).items()),
             saved=tuple((*of, number) for of, number in (saved - self._saved).items()),
+            delayed=self._relay.admission.waiting,
+            unread=self._relay.admission.unread,
+            cut=self._relay.admission.cut,
             reads=tuple(
                 (name, reads[name] - self._reads[name], failed[name] - self._failed[name])
                 for name in reads

@@ -12,6 +12,7 @@ from relay.model.journal import Journal, SavedJournal
 from relay.model.payload import Change, Payload
 from relay.programs import ProgramCache
 from relay.protocol.workers import Data, FromWorker, Memberships, Refused, Settled, frame
+from relay.streams.admission import Admission
 from relay.streams.channel import Channel, StreamFormat
 from relay.streams.evaluated import PINGS
 from relay.streams.hub import Hub, StreamLimits
@@ -211,6 +212,7 @@ class WorkerHub(Hub):
         limits: as of any hub.
         channels: as of any hub, without that of pings.
         pings: the channel of pings.
+        admission: of the process.
     """
 
     def __init__(
@@ -219,6 +221,7 @@ class WorkerHub(Hub):
         limits: StreamLimits,
         channels: Mapping[str, Channel[Any]],
         pings: SettledPings,
+        admission: Admission,
     ) -> None:
-        super().__init__(formats, limits, {**channels, PINGS: pings})
+        super().__init__(formats, limits, {**channels, PINGS: pings}, admission)
         self.pings = pings

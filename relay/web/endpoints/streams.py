@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from typing import Any
 
 from msgspec import Struct
 from starlette.requests import Request
@@ -24,7 +25,7 @@ from relay.model.metrics import MetricValue
 from relay.registry import Grant
 from relay.streams.deltas import STREAM as DELTAS
 from relay.streams.evaluated import EVALUATING, EVALUATING_FDV2, PINGS
-from relay.streams.transport import LAST_CHUNK, decode_chunks
+from relay.streams.transport import LAST_CHUNK, PIECE, find_chunks
 from relay.telemetry.traffic import RequestMetrics
 from relay.web.access import Access
 from relay.web.bases import Bases, client_side_basis
@@ -38,6 +39,7 @@ from relay.web.contexts import (
     json_in_path,
     read_context_body,
 )
+from relay.web.protocol import connection_of
 from relay.web.requests import first_values
 from relay.web.responses import Headers, PreparedResponse, environment_headers
 
@@ -217,6 +219,7 @@ class StreamResponse(Response):
     ) -> None:
         super().__init__()
         self._count = count
+        self._connection = connection_of(scope)
         self.raw_headers = list(stream_headers(grant.environment, closes=_closes(scope)))
         self._grant = grant
         self._stream = stream
@@ -231,7 +234,7 @@ class StreamResponse(Response):
         await response(scope, receive, send)
 
     async def _messages(self) -> AsyncGenerator[bytes, None]:
-        pipe = _Pipe()
+        pipe = _Pipe(self._connection)
         hub, stream = self._grant.environment.hub, self._stream
         hub.subscribe(stream.name, pipe, b"", self._count, stream.client, grant=self._grant)
         try:
@@ -250,9 +253,14 @@ def _closes(scope: Scope) -> bool:
 
 
 class _Pipe:
-    """Transport for the hub, whose other end is an async iterator of messages."""
+    """Transport for the hub, whose other end is an async iterator of messages.
 
-    def __init__(self) -> None:
+    Args:
+        connection: to which the server writes them; None if it does not tell.
+    """
+
+    def __init__(self, connection: asyncio.Transport | None) -> None:
+        self._connection = connection
         self._chunks: deque[bytes] = deque()
         self._size = 0
         self._changed = asyncio.Event()
@@ -286,27 +294,45 @@ class _Pipe:
 
     def abort(self) -> None:
         self._chunks.clear()
+        self._size = 0
         self.close()
+        if self._connection is not None:  # the server may be waiting for the client
+            self._connection.abort()
 
     def get_write_buffer_size(self) -> int:
-        return self._size
+        unsent = 0 if self._connection is None else self._connection.get_write_buffer_size()
+        return self._size + unsent
+
+    def get_extra_info(self, name: str, /) -> Any:
+        return None if self._connection is None else self._connection.get_extra_info(name)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:
             while self._chunks:
-                chunk = self._pop()
-                if chunk is not LAST_CHUNK:
-                    for data in decode_chunks(chunk):
-                        yield data
+                chunk = self._chunks[0]
+                left = len(chunk)
+                for piece in () if chunk is LAST_CHUNK else _pieces(chunk):
+                    yield piece
+                    if not self._chunks:
+                        return  # aborted
+                    self._size -= len(piece)
+                    left -= len(piece)
+                self._chunks.popleft()
+                self._size -= left
+                if self._protocol and self._paused and not self._chunks:
+                    self._paused = False
+                    self._protocol.resume_writing()
             if self._ended:
                 return
             self._changed.clear()
             await self._changed.wait()
 
-    def _pop(self) -> bytes:
-        chunk = self._chunks.popleft()
-        self._size -= len(chunk)
-        if self._protocol and self._paused and not self._chunks:
-            self._paused = False
-            self._protocol.resume_writing()
-        return chunk
+
+def _pieces(chunk: bytes) -> Iterator[bytes]:
+    """Yield the data of chunks in pieces.
+
+    The server copies what it is given, and asks for no more while the client does not read.
+    """
+    for begin, end in find_chunks(chunk):
+        for at in range(begin, end, PIECE):
+            yield chunk[at : min(at + PIECE, end)]

@@ -17,7 +17,7 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from relay.clock import monotonic
-from relay.streams.transport import StreamTransport
+from relay.streams.transport import StreamTransport, TLSTransport
 from relay.web.access_log import LoggedTransport, log_request
 from relay.web.fastpath.application import ApplicationProtocol
 from relay.web.fastpath.cache import CLOSING, WireResponse
@@ -379,10 +379,12 @@ class FastHTTPProtocol(asyncio.Protocol, SweptConnection):
         counts.opened.value += 1
         transport: StreamTransport = self._transport
         start = profile.to_wire(shared.date)
+        if self._transport.get_extra_info("sslcontext") is not None:
+            transport = TLSTransport(self._transport)
         if shared.traffic.logs and head is not None:
             log_request(log_line(head, 200, None))
-            self._transport.write(start)
-            logged = LoggedTransport(self._transport, redacted_url(head), authorization(head))
+            transport.write(start)
+            logged = LoggedTransport(transport, redacted_url(head), authorization(head))
             transport, start = logged, b""
         self._application = None
         hub, grant = request.grant.environment.hub, request.grant
