@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from contextlib import nullcontext
 
 import pytest
 
@@ -27,6 +28,7 @@ from relay.streams.evaluated import EVALUATING_FDV2, EvaluatingChannel, client_s
 from relay.streams.hub import Hub, StreamLimits
 from tests.streams.test_hub import Buffer, turns
 from tests.support import data
+from tests.support.admission import patient, small_sizes
 from tests.support.serving import until
 
 SEEDS = range(int(os.environ.get("EXAMPLES", "40")))
@@ -39,8 +41,9 @@ USERS = ["anna", "ben", "carla"]
 class Site:
     """The hub of one environment, fed by random changes."""
 
-    def __init__(self, chance: random.Random) -> None:
+    def __init__(self, chance: random.Random, limit: int | None) -> None:
         self._chance = chance
+        self._admission = None if limit is None else patient(limit)
         self._version = 0
         self.payload: Payload | None = None
         self._snapshots: list[tuple[Payload, SavedJournal | None]] = []
@@ -52,7 +55,8 @@ class Site:
         self.journal = Journal("lineage")
         self.programs = ProgramCache(self.journal)
         channels = client_side_channels(self.programs)
-        self.hub = Hub({}, StreamLimits(heartbeat_interval=0), channels)
+        limits = StreamLimits(heartbeat_interval=0)
+        self.hub = Hub({}, limits, channels, self._admission)
 
     def save(self) -> None:
         """Write a snapshot."""
@@ -250,14 +254,25 @@ async def step(site: Site, sdks: list[SDK], chance: random.Random) -> None:
     await turns(chance.choice([0, 1, 3, 10]))
 
 
+@pytest.mark.parametrize("limit", [None, 2500])
 @pytest.mark.parametrize("seed", SEEDS)
-async def test_clients_end_with_all_their_results(seed: int, monkeypatch: pytest.MonkeyPatch):
-    """However often they are cut, whatever they had, and however slowly they read."""
+async def test_clients_end_with_all_their_results(
+    seed: int, limit: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    """However often they are cut, whatever they had, and however slowly they read.
+
+    With a limit large data have to be admitted.
+    """
+    with nullcontext() if limit is None else small_sizes(interval=0):
+        await live(seed, limit, monkeypatch)
+
+
+async def live(seed: int, limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(seed)
     if chance.random() < 0.5:
         monkeypatch.setattr(evaluated, "MANY_FLAGS", 4)
     monkeypatch.setattr(evaluated, "MAX_WAIT", 0.01)
-    site = Site(chance)
+    site = Site(chance, limit)
     sdks = [
         SDK(site, user, kind, with_reasons=bool(n % 2))
         for n, user in enumerate(USERS)
@@ -271,7 +286,8 @@ async def test_clients_end_with_all_their_results(seed: int, monkeypatch: pytest
             sdk.connect()
     await turns(200)
     await until(lambda: site.keeps_nobody_waiting)  # for data that were lost with a process
-    for _ in range(2):  # who has read slowly is started over
+    # Who has read slowly is started over; who waits for admission gets everything after others.
+    for _ in range(2 if limit is None else len(sdks) + 2):
         await turns(200)
         for sdk in sdks:
             sdk.read()

@@ -46,6 +46,7 @@ from relay.web.endpoints.polling import PollingHandler
 from relay.web.responses import PreparedResponse
 from relay.web.routes import ROUTES
 from tests.support import virtual
+from tests.support.admission import patient, small_sizes
 from tests.support.contracts import ScriptedSource
 from tests.support.fdv2 import Client, Content, Keeper, NodeClient
 
@@ -191,11 +192,15 @@ class LaunchDarkly:
 class Process:
     """One process of a replica."""
 
+    limit: int | None = None
+    """Bytes that may be unread at a time, if large data have to be admitted."""
+
     def __init__(self, stored: Stored | None = None, *, fdv2: bool = False) -> None:
         self.speaks_fdv2 = fdv2
         """True if it follows LaunchDarkly by FDv2."""
         journal = Journal(SPEC.lineage)
-        hub = Hub({}, channels={STREAM: DeltaChannel(journal)})
+        admission = None if self.limit is None else patient(self.limit)
+        hub = Hub({}, channels={STREAM: DeltaChannel(journal)}, admission=admission)
         self.environment = Environment(SPEC, ScriptedSource(), hub, LOG, journal=journal)
         self.polling = PollingHandler()
         self.access = Access(POLL, Grant(self.environment, SPEC.sdk_key))
@@ -237,6 +242,9 @@ class Wire:
 
     def get_write_buffer_size(self) -> int:
         return len(self.unread)
+
+    def get_extra_info(self, _name: str) -> None:
+        return None
 
     def pause(self) -> None:
         self.is_paused = True
@@ -575,9 +583,12 @@ class World:
             if visitor.wire is None:
                 visitor.connect(self.processes[number % REPLICAS])
             visitor.wire.resume()
-        await asyncio.sleep(5)
+        rounds = 1 if Process.limit is None else 1 + len(self.visitors)
+        for _ in range(rounds):  # who waits for admission gets everything after others
+            await asyncio.sleep(5)
+            for visitor in self.visitors:
+                visitor.take(1 << 30)
         for visitor in self.visitors:
-            visitor.take(1 << 30)
             if visitor.is_exact:
                 assert visitor.process is not None
                 assert visitor.client.items == visitor.process.content, visitor.client
@@ -650,3 +661,11 @@ HISTORIES = st.lists(ACTIONS, min_size=30, max_size=100)
 def test_sdks_end_up_with_exactly_what_the_relay_has(actions, fdv2):
     """After each transfer with the content of its state, and in the end with the relay's."""
     run(actions, fdv2=fdv2)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(actions=st.lists(ACTIONS, min_size=30, max_size=100))
+def test_sdks_that_wait_for_admission_end_up_with_the_same(actions):
+    """Whatever changes until they get their data."""
+    with small_sizes(interval=1.0), patch.object(Process, "limit", 2500):
+        run(actions, fdv2=False)

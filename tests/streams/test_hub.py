@@ -17,9 +17,11 @@ from relay.model.payload import EMPTY, Change, ChangeSet, Payload
 from relay.protocol.fdv1 import AllFormat
 from relay.registry import Grant
 from relay.streams import channel as channel_module
+from relay.streams.admission import Admission
 from relay.streams.hub import Hub, StreamLimits
 from relay.streams.ping import PingChannel
 from relay.streams.transport import HEARTBEAT, LAST_CHUNK, PING_CHUNK, decode_chunks, encode_chunk
+from tests.support.admission import patient, small_sizes
 
 HIGH, LOW = 2000, 500
 
@@ -53,6 +55,9 @@ class Buffer:
 
     def close(self) -> None:
         self.closed = True
+
+    def get_extra_info(self, _name: str) -> None:
+        return None
 
     def abort(self) -> None:
         self.closed = True
@@ -101,10 +106,13 @@ async def turns(count: int = 20) -> None:
 class Interleavings(RuleBasedStateMachine):
     """Changes, subscriptions, readers of any speed and turns of the loop in any order."""
 
+    admission: Admission | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.hub = Hub({"all": AllFormat()}, StreamLimits(heartbeat_interval=0))
+        limits = StreamLimits(heartbeat_interval=0)
+        self.hub = Hub({"all": AllFormat()}, limits, admission=self.admission)
         self.payload: Payload | None = None
         self.version = 0
         self.buffers: list[Buffer] = []
@@ -183,6 +191,27 @@ class Interleavings(RuleBasedStateMachine):
 
 TestInterleavings = Interleavings.TestCase
 TestInterleavings.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+class Admitted(Interleavings):
+    """The same, where large data have to be admitted, and a few unread bytes stop all others."""
+
+    def __init__(self) -> None:
+        self._sizes = small_sizes(interval=0)
+        self._sizes.__enter__()
+        self.admission = patient(4000)
+        super().__init__()
+
+    def teardown(self):
+        try:
+            super().teardown()
+            assert (self.admission.waiting, self.admission.unread) == (0, 0)
+        finally:
+            self._sizes.__exit__(None, None, None)
+
+
+TestAdmitted = Admitted.TestCase
+TestAdmitted.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def payload(*flags: Item) -> tuple[Payload, Change]:
@@ -453,14 +482,14 @@ async def test_objects_state_their_condition():
     subscription = hub.subscribe("all", buffer)
     assert repr(hub) == "<Hub [all: 1, ping: 0]>"
     channel = hub._channels["all"]
-    assert repr(channel) == "<BroadcastChannel [1 streams, 0 slow or ended, 0 fan-outs]>"
+    assert repr(channel) == "<BroadcastChannel [1 streams, 0 slow or ended, 0 delayed, 0 fan-outs]>"
     assert repr(subscription) == "<Subscription [fast]>"
     subscription.pause_writing()
     subscription.send(b"1\r\n\n\r\n")
     assert repr(subscription) == "<Subscription [slow, 6 bytes pending]>"
     subscription.end()
     assert repr(subscription) == "<Subscription [ended]>"
-    assert repr(channel) == "<BroadcastChannel [0 streams, 1 slow or ended, 0 fan-outs]>"
+    assert repr(channel) == "<BroadcastChannel [0 streams, 1 slow or ended, 0 delayed, 0 fan-outs]>"
     buffer.abort()
 
 

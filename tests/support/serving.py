@@ -25,6 +25,8 @@ from relay.server.listeners import listen
 from relay.server.options import Certificate, ServerOptions
 from relay.server.server import make_server
 from relay.server.site import Site
+from relay.streams.admission import Admission
+from relay.streams.channel import StreamFormat
 from relay.streams.deltas import STREAM as DELTAS
 from relay.streams.deltas import DeltaChannel
 from relay.streams.evaluated import client_side_channels
@@ -45,11 +47,17 @@ class Served:
     Args:
         limits: of its streams.
         ping_jitter: of pings.
+        admission: of its streams.
         more: what the environment is beside.
     """
 
     def __init__(
-        self, limits: StreamLimits | None = None, *, ping_jitter: float = 0.0, **more: Any
+        self,
+        limits: StreamLimits | None = None,
+        *,
+        ping_jitter: float = 0.0,
+        admission: Admission | None = None,
+        **more: Any,
     ) -> None:
         self.source = ScriptedSource()
         spec = EnvironmentSpec("main", SDKKey(SDK_KEY), environment_id=EnvironmentID("env-1"))
@@ -58,12 +66,14 @@ class Served:
         evaluations = ProgramCache(journal)
         client_side = client_side_channels(evaluations, ping_jitter)
         channels = {DELTAS: DeltaChannel(journal), **client_side}
-        self.hub = Hub({"all": AllFormat(), "flags": FlagsFormat()}, limits, channels)
+        self.admission = admission or Admission()
+        formats: dict[str, StreamFormat] = {"all": AllFormat(), "flags": FlagsFormat()}
+        self.hub = Hub(formats, limits, channels, self.admission)
         log = logging.getLogger("main")
         self.environment = Environment(
             spec, self.source, self.hub, log, programs=evaluations, journal=journal
         )
-        self.serve(Relay([self.environment], 0))
+        self.serve(Relay([self.environment], 0, admission=self.admission))
 
     def serve(self, relay: Relay) -> None:
         """Serve another relay, with handlers of its own."""
