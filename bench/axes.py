@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from bench import (
+    admission,
     bigsegments,
     deltas,
     environments,
@@ -48,6 +49,9 @@ def axes(rotation_streams: int = rotation.STREAMS) -> list[Axis]:
         _storm("100k", 2000, "100 KB", 0.2),
         _storm("2m", 300, "2 MB", 0.5),
         _storm("2m-known", 300, "2 MB known", 0.5),
+        _unread("2m-known", 3000, "2 MB", encrypted=False),
+        _unread("2m-known", 600, "2 MB", encrypted=True),
+        _unread("20m", 300, "20 MB", encrypted=True),
         FAN_OUT,
         BURST,
         WORST_POLL,
@@ -175,6 +179,20 @@ def _storm(dataset: str, clients: int, label: str, times: float) -> Axis:
         Row(f"{figure}: peak memory", "MB", (at_most(90),)),
     )
     return Axis(f"storm-{dataset}", rows, partial(measures.storm, figure, dataset, clients))
+
+
+def _unread(dataset: str, clients: int, label: str, *, encrypted: bool) -> Axis:
+    figure = f"{clients} clients that do not read {label}{' over TLS' if encrypted else ''}"
+    rows = (
+        Row(f"{figure}: last client that reads", "s", (at_most(0.5, PEER),)),
+        Row(f"{figure}: peak memory", "MB", (at_most(400),)),
+        Row(f"{figure}: unread in the kernel", "MB", (at_most(400),)),
+        Row(f"{figure}: worst poll", "ms", (at_most(0.5, PEER),)),
+        Row(f"{figure}: worst /status", "ms", (at_most(0.5, PEER),)),
+    )
+    name = f"admission-{dataset}{'-tls' if encrypted else ''}"
+    measure = partial(admission.unread, figure, dataset, clients, encrypted=encrypted)
+    return Axis(name, rows, measure)
 
 
 CONNECTIONS = Axis(

@@ -33,6 +33,7 @@ SIZES = {
     # A relay that parses flags and writes them anew serves only a quarter of this one's bytes.
     "2m": Size(1000, 2075, known=False),
     "2m-known": Size(1000, 2075),
+    "20m": Size(10_000, 2075, known=False),
     "seed": Size(1, 555),
     "eval-1000": Size(1000, 740, mixed={"constant": 737, "ruled": 163, "rollout": 100}),
     "eval-3": Size(3, 740, mixed={"constant": 1, "ruled": 1, "rollout": 1}),
