@@ -5,7 +5,7 @@ import gc
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bench import rotation
@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     chosen = [axis for axis in axes(options.rotation_streams) if _chosen(axis.name, options.only)]
+    if options.list:
+        print(listed(chosen))
+        return 0
     servers = _servers(options)
     if allow_many_files() < STREAMS + 100:
         print(f"the limit of open files is too low for {STREAMS} streams", file=sys.stderr)
@@ -86,6 +89,17 @@ def _servers(options: argparse.Namespace) -> Mapping[str, Server]:
     return servers
 
 
+def listed(chosen: Iterable[Axis]) -> str:
+    """Return names of axes, each above its figures with their units and goals."""
+    lines = []
+    for axis in chosen:
+        lines.append(axis.name)
+        for row in axis.rows:
+            goals = " and ".join(goal.text(row.unit) for goal in row.goals)
+            lines.append(f"    {row.figure} ({row.unit})" + (f": {goals}" if goals else ""))
+    return "\n".join(lines)
+
+
 def _chosen(name: str, prefixes: Sequence[str]) -> bool:
     return not prefixes or any(name.startswith(prefix) for prefix in prefixes)
 
@@ -104,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         help="only axes whose name begins so; may be repeated: "
         + ", ".join(axis.name for axis in axes()),
     )
+    parser.add_argument("--list", action="store_true", help="list axes and rows, measure nothing")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument(
         "--rotation-streams", type=int, default=rotation.STREAMS, help="(default: %(default)s)"

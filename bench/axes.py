@@ -13,6 +13,7 @@ from bench import (
     measures,
     rotation,
     stores,
+    twocores,
     webhook,
     workers,
 )
@@ -85,8 +86,11 @@ def axes(rotation_streams: int = rotation.STREAMS) -> list[Axis]:
         _rotation(rotation_streams),
         ENVIRONMENT_POLLS,
         WORKERS,
+        WORKERS_ROLLING,
+        WORKERS_FEEDER,
         WORKERS_MEMORY,
         WORKERS_PATCH,
+        *TWO_CORES,
         *DELTAS,
     ]
 
@@ -169,6 +173,15 @@ def _load_rows(figure: str, *goals: Goal) -> tuple[Row, ...]:
         Row(figure, "req/cpu-s", goals),
         Row(f"{figure}: wall", "req/s"),
         Row(f"{figure}: p99", "ms"),
+    )
+
+
+def _both_rows(figure: str, times: float, share: float) -> tuple[Row, ...]:
+    return (
+        Row(figure, "req/cpu-s", (at_least(times, PEER),)),
+        Row(f"{figure}: wall", "req/s", (at_least(1, PEER),)),
+        Row(f"{figure}, {twocores.OF_ONE}", "×", (Goal(share, least=True),)),
+        Row(f"{figure}: wall, {twocores.OF_ONE}", "×"),
     )
 
 
@@ -386,18 +399,40 @@ WEBHOOK = Axis(
     ),
     webhook.webhook,
 )
+ENDED_WORKERS = "4 workers end, one by one"
 WORKERS = Axis(
-    "workers",
+    "workers-deaths",
     (
+        Row("4 workers: connections upstream", "", (at_most(1),)),
         Row(f"{workers.STREAMS} streams on 4 workers: most by fewest", "×", (at_most(1.25),)),
         Row("a worker dies: until it is replaced", "ms", (at_most(100),)),
+        Row("a worker dies: until it is replaced, in a start of a relay", "×", (at_most(0.333),)),
         Row("a worker dies: failed new connections", "", (at_most(0),)),
         Row("a worker dies: worst answer", "ms", (at_most(1000),)),
+    ),
+    workers.workers,
+)
+WORKERS_ROLLING = Axis(
+    "workers-rolling",
+    (
+        Row(f"{ENDED_WORKERS}: until all are replaced", "ms"),
+        Row(f"{ENDED_WORKERS}: failed new connections", "", (at_most(0),)),
+        Row(f"{ENDED_WORKERS}: worst answer", "ms", (at_most(1000),)),
+    ),
+    workers.rolling,
+)
+WORKERS_FEEDER = Axis(
+    "workers-feeder",
+    (
         Row("the feeder dies: until it is replaced", "ms", (at_most(1000),)),
         Row("the feeder dies: failed new connections", "", (at_most(0),)),
         Row("the feeder dies: worst answer", "ms"),
+        Row("the feeder dies: streams that end", "", (at_most(0),)),
+        Row("the feeder dies: posts lost", "", (at_most(0),)),
+        Row("the feeder dies: posts delivered twice", "", (at_most(0),)),
+        Row("the feeder dies: counters that go back", "", (at_most(0),)),
     ),
-    workers.workers,
+    workers.feeder,
 )
 WORKERS_MEMORY = Axis(
     "workers-memory",
@@ -416,6 +451,42 @@ WORKERS_PATCH = Axis(
         Row("patch through feeder and worker", "ms"),
     ),
     workers.patch,
+)
+BOTH_PATCH, BOTH_POSTS = twocores.PATCH, twocores.POSTED
+OF_ONE = twocores.OF_ONE
+TWO_CORES = (
+    Axis(
+        "workers-fan-out",
+        (
+            Row(f"{BOTH_PATCH}: last write", "ms", (at_most(0.75, PEER),)),
+            Row(f"{BOTH_PATCH}: CPU per message", "µs", (at_most(0.75, PEER),)),
+            Row(f"{BOTH_PATCH}: last write, {OF_ONE}", "×", (at_most(0.65),)),
+            Row(f"{BOTH_PATCH}: CPU per message, {OF_ONE}", "×", (at_most(1.1),)),
+        ),
+        twocores.fan_out,
+    ),
+    Axis(
+        "workers-churn",
+        (
+            Row(f"{twocores.CHURNED}: p99 of a patch", "ms", (at_most(200),)),
+            Row(f"{twocores.CHURNED}: worst of a patch", "ms"),
+        ),
+        twocores.churn,
+    ),
+    Axis("workers-eval", _both_rows(twocores.EVALUATED, 5, 0.9), twocores.evaluate),
+    Axis("workers-polls", _both_rows(twocores.POLLED, 5, 0.8), twocores.polls),
+    Axis(
+        "workers-events",
+        (
+            *_load_rows(BOTH_POSTS, at_least(3, PEER)),
+            Row(f"{BOTH_POSTS}, {OF_ONE}", "×"),
+            Row(f"{BOTH_POSTS}: peak memory", "MB"),
+            Row(f"{BOTH_POSTS}: p50", "ms"),
+            Row(f"{BOTH_POSTS}: arrived", "%"),
+            Row(f"{BOTH_POSTS}: with delivery", "posts/cpu-s"),
+        ),
+        partial(twocores.post_events, DEFAULT_CAPACITY),
+    ),
 )
 MANY = environments.MANY
 ENVIRONMENTS = Axis(

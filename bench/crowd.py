@@ -3,6 +3,7 @@
 import select
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable
 
@@ -17,12 +18,16 @@ TAIL_BYTES = 2048
 PUT_TAIL_BYTES = 16
 END_OF_EVENT = b"\n\n"
 LAST_CHUNK = b"0\r\n\r\n"
+SO_TIMESTAMPNS = 35
+TIMESPEC = struct.Struct("qq")
+"""Lets the kernel note when bytes arrive, and the form in which it tells."""
 
 
 class Crowd(Closing):
     """Clients of one stream, read as fast as one core can; `path` may tell one from the other.
 
     A client "has" an event when its bytes are in, up to the empty line that ends it.
+    If `stamped`, the kernel notes when bytes arrive, so that `arrivals` needs no core meanwhile.
     """
 
     def __init__(
@@ -32,6 +37,8 @@ class Crowd(Closing):
         clients: int,
         tls: ssl.SSLContext | None = None,
         path: Callable[[int], str] = lambda _: "/all",
+        *,
+        stamped: bool = False,
     ) -> None:
         self._address = ("127.0.0.1", port)
         self._path = path
@@ -43,6 +50,9 @@ class Crowd(Closing):
         """Bytes that the clients have read."""
         self._clients = clients
         self._tls = tls
+        self._stamped = stamped
+        self._opened: dict[int, float] = {}
+        """The CLOCK_MONOTONIC time of each."""
         self._sockets: dict[int, socket.socket] = {}
         self._over: set[int] = set()
         self._tails: dict[int, bytes] = {}
@@ -94,6 +104,37 @@ class Crowd(Closing):
             self._check(start, timeout, len(times))
         return times
 
+    def arrivals(self, marker: str, sent: float, timeout: float = 60) -> list[float]:
+        """Tell when an event came to clients that were open when it was sent.
+
+        Returns:
+            The CLOCK_MONOTONIC time at which the event with `marker` arrived at each of them, even
+            if it is read only now.
+        """
+        start, times = time.monotonic(), []
+        waiting = {number for number, opened in self._opened.items() if opened < sent}
+        since = time.monotonic() - time.time()
+        while waiting:
+            for number in tuple(waiting):
+                tail, stamp = self._read_stamped(self._sockets[number])
+                tail = self._tails.pop(number, b"") + tail
+                if marker.encode() in tail:
+                    waiting.discard(number)
+                    times.append(stamp + since)
+                elif tail:
+                    self._tails[number] = tail[-TAIL_BYTES:]
+            self._check(start, timeout, len(times))
+        return times
+
+    def replace(self) -> None:
+        """Hang up with the client that is open for longest, and open another one."""
+        number = min(self._opened, key=self._opened.__getitem__)
+        self._poll.unregister(number)
+        self._tails.pop(number, None)
+        del self._opened[number]
+        self._sockets.pop(number).close()
+        self._open()
+
     def ended(self) -> int:
         """Read what has come; return how many streams the server has ended."""
         streams = self._sockets.items()
@@ -125,12 +166,15 @@ class Crowd(Closing):
         client = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         client.settimeout(30)
         client.connect(self._address)
+        if self._stamped:
+            client.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         if self._tls is not None:
             client = self._tls.wrap_socket(client)
         client.sendall(f"GET {path} HTTP/1.1\r\n{self._headers}".encode())
         client.setblocking(False)
         number = client.fileno()
         self._sockets[number] = client
+        self._opened[number] = time.monotonic()
         self._poll.register(number, select.EPOLLIN)
         return number
 
@@ -163,6 +207,21 @@ class Crowd(Closing):
         if not size:
             raise ConnectionError("the server closed a stream")
         return size
+
+    def _read_stamped(self, client: socket.socket) -> tuple[bytes, float]:
+        """Return the end of what has come, and the Unix time at which the last of it came."""
+        tail, stamp = b"", 0.0
+        while True:
+            try:
+                size, ancillary, _, _ = client.recvmsg_into([self._buffer], 64)
+            except BlockingIOError:
+                return tail, stamp
+            if not size:
+                raise ConnectionError("the server closed a stream")
+            tail = (tail + bytes(self._view[:size]))[-TAIL_BYTES:]
+            for _, _, data in ancillary:
+                seconds, nanoseconds = TIMESPEC.unpack(data)
+                stamp = seconds + nanoseconds / 1e9
 
     def _read_all(self, client: socket.socket) -> int:
         """Read until TLS has nothing left: what it holds back would wake nobody."""

@@ -63,18 +63,23 @@ class Closing(ABC):
 
 
 class Process:
-    """A server on its core, with the processes it starts."""
+    """A server on its cores, with the processes it starts."""
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], cwd: Path, log: IO[bytes]
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        cwd: Path,
+        log: IO[bytes],
+        cores: Sequence[int] = (SERVER_CORE,),
     ) -> None:
         self.folder = cwd
-        self._arguments = command, dict(env), cwd, log
+        self._arguments = command, dict(env), cwd, log, cores
         self._start()
 
     def _start(self) -> None:
-        command, env, cwd, log = self._arguments
-        with pinned(SERVER_CORE):
+        command, env, cwd, log, cores = self._arguments
+        with pinned(*cores):
             self._program = subprocess.Popen(
                 command,
                 env=env,

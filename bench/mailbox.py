@@ -23,6 +23,7 @@ GZIP = b"\x1f\x8b"
 
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
 _CHUNKED = re.compile(rb"(?i)\r\ntransfer-encoding: *chunked")
+_PAYLOAD_ID = re.compile(rb"(?i)\r\nx-launchdarkly-payload-id: *([^\r]+)")
 _NUMBER = re.compile(data.EVENT_KEY.encode() + rb"(\d+)")
 
 
@@ -35,6 +36,8 @@ class Arrived(NamedTuple):
     """Distinct numbered events, among the bodies that were kept."""
     last: float
     """CLOCK_MONOTONIC time at which the last of them came that had not come before."""
+    repeated: int
+    """Numbered events that came again under another payload id: upstream would count them twice."""
 
 
 class Mailbox:
@@ -52,7 +55,7 @@ class Mailbox:
         self._lock = threading.Lock()
         self._keep = False
         self._size = 0
-        self._kept: list[tuple[float, bytes]] = []
+        self._kept: list[tuple[float, bytes, bytes]] = []
 
     def open(self, *, keep: bool) -> float:
         """Accept connections from now on; return the time.
@@ -70,13 +73,19 @@ class Mailbox:
         with self._lock:
             size, kept = self._size, self._kept[:] if events else []
         seen: set[bytes] = set()
-        last = 0.0
-        for when, body in kept:
-            new = set(_NUMBER.findall(gzip.decompress(body) if _is_gzip(body) else body)) - seen
+        payloads: set[bytes] = set()
+        last, repeated = 0.0, 0
+        for when, payload, body in kept:
+            if payload and payload in payloads:
+                continue
+            payloads.add(payload)
+            found = _NUMBER.findall(gzip.decompress(body) if _is_gzip(body) else body)
+            new = set(found) - seen
+            repeated += len(found) - len(new)
             if new:
                 seen |= new
                 last = when
-        return Arrived(size, len(seen), last)
+        return Arrived(size, len(seen), last, repeated)
 
     def _accept(self) -> None:
         while True:
@@ -108,18 +117,19 @@ class Mailbox:
                     raise ValueError(f"a post without a length: {received[:end]!r}")
                 if whole is None:
                     return
+                payload = _PAYLOAD_ID.search(received, 0, end + 2)
                 body, received = whole
-                self._note(body)
+                self._note(payload[1] if payload else b"", body)
                 time.sleep(trips * self._latency)
                 trips = 1
                 client.sendall(ACCEPTED)
 
-    def _note(self, body: bytes) -> None:
+    def _note(self, payload: bytes, body: bytes) -> None:
         size = int.from_bytes(body[-4:], "little") if _is_gzip(body) else len(body)
         with self._lock:
             self._size += size
             if self._keep:
-                self._kept.append((time.monotonic(), body))
+                self._kept.append((time.monotonic(), payload, body))
 
 
 def _read_length(client: socket.socket, received: bytes, size: int) -> tuple[bytes, bytes] | None:

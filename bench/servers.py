@@ -8,13 +8,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import data
-from bench.machine import ROOT, Process
+from bench.machine import ROOT, SERVER_CORE, Process
 from bench.polls import Client
 from bench.upstream import AUTO_CONFIG_KEY, Upstream
 
@@ -71,6 +71,7 @@ class Relay:
     name: str
     command: str
     variables: Mapping[str, str] = field(default_factory=dict)
+    cores: Sequence[int] = (SERVER_CORE,)
 
     @contextmanager
     def serve(
@@ -93,22 +94,41 @@ class Relay:
             if automatic
             else {SDK_KEY: dataset, SMALL_SDK_KEY: "2k"}
         )
+        which = (
+            {"AUTO_CONFIG_KEY": AUTO_CONFIG_KEY}
+            if automatic
+            else {"LD_ENV_main": SDK_KEY, "LD_ENV_small": SMALL_SDK_KEY}
+        )
+        with (
+            Upstream(environments, latency) as upstream,
+            self.follow(upstream, which, tls, events=events) as session,
+        ):
+            yield session
+
+    @contextmanager
+    def follow(
+        self,
+        upstream: Upstream,
+        which: Mapping[str, str],
+        tls: "Certificate | None" = None,
+        *,
+        events: bool = False,
+    ) -> Iterator[Session]:
+        """Run it on a free port, fed by an upstream that others may follow, too.
+
+        The variables `which` name its environments. With `events` it forwards them to the
+        upstream's mailbox.
+        """
         with (
             tempfile.TemporaryDirectory(prefix="bench-") as folder,
             (Path(folder) / "log").open("w+b") as log,
-            Upstream(environments, latency) as upstream,
         ):
             port = free_port()
-            which = (
-                {"AUTO_CONFIG_KEY": AUTO_CONFIG_KEY}
-                if automatic
-                else {"LD_ENV_main": SDK_KEY, "LD_ENV_small": SMALL_SDK_KEY}
-            )
             env = {**self._environment(upstream.url, port, tls), **which, **self.variables}
             if events:
                 env |= {"USE_EVENTS": "true", "EVENTS_HOST": upstream.events_url}
             started = time.monotonic()
-            process = Process(shlex.split(self.command), env, Path(folder), log)
+            process = Process(shlex.split(self.command), env, Path(folder), log, self.cores)
             scheme = "https" if tls else "http"
             try:
                 yield Session(process, started, port, scheme, upstream)

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any
 from urllib.parse import unquote
@@ -76,7 +77,11 @@ class Upstream(Closing):
         self._order(order="patch", sdk_key=sdk_key, version=version, marker=marker, count=count)
 
     def change(self, sdk_key: str, flag: Mapping[str, Any]) -> float:
-        """Send a patch of one flag; return the time just before sending."""
+        """Send a patch of one flag, which new streams begin with, too.
+
+        Returns:
+            The time just before sending.
+        """
         self._order(order="change", sdk_key=sdk_key, flag=flag)
         return float(self._reply())
 
@@ -118,6 +123,11 @@ class Upstream(Closing):
         self._order(order="asked")
         return int(self._reply())
 
+    def connections(self, sdk_key: str) -> list[tuple[float, int]]:
+        """How many streams of an environment were open, from each CLOCK_MONOTONIC time on."""
+        self._order(order="connections", sdk_key=sdk_key)
+        return [(since, number) for since, number in json.loads(self._reply())]
+
     def _order(self, **order: Any) -> None:
         assert self._program.stdin
         self._program.stdin.write(json.dumps(order) + "\n")
@@ -152,18 +162,52 @@ class Feed:
         """Sent in answer to these."""
         self._altered: list[dict[str, Any]] = []
         """The first flag in the versions of its data after the first one."""
+        self._changed: dict[str, Any] = {}
+        """Everything with what was changed; empty before the first change."""
+        self.connections: list[tuple[float, int]] = []
+        """Times at which streams were opened or closed, with the number after it."""
         self._streams: list[socket.socket] = []
 
     def join(self, stream: socket.socket) -> None:
-        """Begin a stream: response head and first put."""
+        """Serve a stream: response head, first put, and then what is sent, until it is closed."""
         with self._lock:
-            self._begin(stream, self._first)
+            self._begin(stream, self._opening())
+        self._wait_for_end(stream)
 
     def _begin(self, stream: socket.socket, first: bytes) -> None:
         self.asked += 1
         self.bytes += len(OK) + len(first)
         stream.sendall(OK + first)
         self._streams.append(stream)
+        self._note_connections()
+
+    def _wait_for_end(self, stream: socket.socket) -> None:
+        with suppress(OSError):
+            stream.recv(1)
+        with self._lock:
+            self._leave(stream)
+
+    def change(self, flag: Mapping[str, Any]) -> float:
+        """Send a patch of one flag, and let new streams begin with it."""
+        patch = {"path": f"/flags/{flag['key']}", "data": flag}
+        with self._lock:
+            self._changed = self._changed or data.everything(self.dataset)
+            self._changed["flags"][flag["key"]] = flag
+            return self._send(event("patch", data.compact(patch)))
+
+    def _opening(self) -> bytes:
+        if not self._changed:
+            return self._first
+        return event("put", data.compact({"path": "/", "data": self._changed}))
+
+    def _note_connections(self) -> None:
+        self.connections.append((time.monotonic(), len(self._streams)))
+
+    def _leave(self, stream: socket.socket) -> None:
+        if stream in self._streams:
+            self._streams.remove(stream)
+            self._note_connections()
+        stream.close()
 
     def poll(self, client: socket.socket) -> None:
         """Answer a poll with what a new stream begins with."""
@@ -198,7 +242,9 @@ class Feed:
             events = [(name, data.compact(each)) for name, each in self._transfer(basis)]
             if stream:
                 self._begin(client, b"".join(event(*each) for each in events))
-                return
+        if stream:
+            self._wait_for_end(client)
+            return
         texts = (b'{"event":"%b","data":%b}' % (name.encode(), text) for name, text in events)
         self._answer(client, gzip.compress(b'{"events":[%b]}' % b",".join(texts)))
 
@@ -230,13 +276,16 @@ class Feed:
     def send(self, frames: bytes) -> float:
         """Send to every open stream; return the time just before."""
         with self._lock:
-            start = time.monotonic()
-            for stream in self._streams[:]:
-                try:
-                    stream.sendall(frames)
-                except OSError:
-                    self._streams.remove(stream)
-            return start
+            return self._send(frames)
+
+    def _send(self, frames: bytes) -> float:
+        start = time.monotonic()
+        for stream in self._streams[:]:
+            try:
+                stream.sendall(frames)
+            except OSError:
+                self._leave(stream)
+        return start
 
 
 @cache
@@ -257,13 +306,15 @@ def obey(feeds: dict[str, Feed], mailbox: Mailbox, order: Mapping[str, Any]) -> 
         return repr(mailbox.open(keep=order["keep"]))
     if order["order"] == "arrived":
         return json.dumps(mailbox.arrived(events=order["events"]))
+    if order["order"] == "connections":
+        return json.dumps(feeds[order["sdk_key"]].connections)
     if order["order"] == "asked":
         return str(sum(feed.asked for feed in feeds.values()))
     if order["order"] == "transferred":
         return str(sum(feed.bytes for feed in feeds.values()))
     if order["order"] == "environment":
         described = order["description"]
-        feeds[described["sdkKey"]["value"]] = Feed(*contents(order["name"]))
+        feeds[described["sdkKey"]["value"]] = Feed(*contents(order["name"]), order["name"])
         patch = event("patch", data.environment_patch(described))
         return repr(feeds[AUTO_CONFIG_KEY].send(patch))
     return repr(send(feeds[order["sdk_key"]], order))
@@ -272,9 +323,7 @@ def obey(feeds: dict[str, Feed], mailbox: Mailbox, order: Mapping[str, Any]) -> 
 def send(feed: Feed, order: Mapping[str, Any]) -> float:
     """Send what is ordered; return the time just before."""
     if order["order"] == "change":
-        flag = order["flag"]
-        patch = {"path": f"/flags/{flag['key']}", "data": flag}
-        return feed.send(event("patch", data.compact(patch)))
+        return feed.change(order["flag"])
     version = order["version"]
     if order["order"] == "alter":
         feed.alter(version)

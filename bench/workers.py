@@ -1,19 +1,43 @@
-"""Several processes: what a worker costs, and who notices that one dies."""
+"""Several processes: what a worker costs, and who notices that one dies or is restarted."""
 
 import json
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
+from bench import posts
 from bench.crowd import Crowd
-from bench.machine import CORES, pinned
-from bench.measures import MB, Measured, as_relay, upstream_of, with_variables
-from bench.servers import POLL, SDK_KEY, START_SECONDS, Certificate, Server, Session
+from bench.data import numbered_event
+from bench.machine import CORES, Closing
+from bench.measures import (
+    DISK,
+    MB,
+    SILENCE_SECONDS,
+    Measured,
+    as_relay,
+    upstream_of,
+    with_variables,
+)
+from bench.polls import Load
+from bench.servers import (
+    HEADERS,
+    POLL,
+    SDK_KEY,
+    START_SECONDS,
+    Certificate,
+    Relay,
+    Server,
+    Session,
+)
 from bench.table import OURS
 
 STREAMS = 3000
@@ -23,24 +47,95 @@ BUSY_SECONDS = 0.3
 """For so long a worker does nothing before it is killed."""
 AFTER_SECONDS = 2.0
 PATCHES = 30
+POSTS, POST_SECONDS = 200, 5
+"""Posts of events a second while the feeder dies, and for how long."""
+COUNTERS_EVERY = 0.02
 DATASETS = {"2k": "2 KB", "2m": "2 MB"}
 
 
 def workers(server: Server, _: Certificate) -> Measured:
-    """Share streams out, kill a worker, then the feeder, under new connections."""
+    """Share streams out, then kill a worker under new connections."""
     if server.name != OURS:
         return {}
-    figures: dict[str, float] = {}
-    with _serving(server, "2k", 4) as session:
+    start = _start_seconds(server)
+    with serving(server, "2k", 4) as session:
         with Crowd(session.port, SDK_KEY, STREAMS) as crowd:
             crowd.connect()
             time.sleep(AFTER_SECONDS)
             shares = [each["streams"] for each in _status(session)["workers"]]
-            figures[f"{STREAMS} streams on 4 workers: most by fewest"] = max(shares) / min(shares)
+        opened = upstream_of(session).connections(SDK_KEY)
         victim = _status(session)["workers"][0]["pid"]
-        figures |= _watched(session, "a worker dies", lambda: _kill_worker(session, victim))
-        figures |= _watched(session, "the feeder dies", lambda: _kill_feeder(session))
-    return figures
+        figures = _watched(session, "a worker dies", lambda: _kill_worker(session, victim))
+    replaced = figures["a worker dies: until it is replaced"]
+    return {
+        "4 workers: connections upstream": max(number for _, number in opened),
+        f"{STREAMS} streams on 4 workers: most by fewest": max(shares) / min(shares),
+        **figures,
+        "a worker dies: until it is replaced, in a start of a relay": replaced / 1e3 / start,
+    }
+
+
+def rolling(server: Server, _: Certificate) -> Measured:
+    """Let all workers end in an orderly way, one after the other, under new connections."""
+    if server.name != OURS:
+        return {}
+    with serving(server, "2k", 4) as session, Crowd(session.port, SDK_KEY, 400) as crowd:
+        crowd.connect()
+
+        def restart() -> float:
+            began = time.monotonic()
+            for number, worker in enumerate(_status(session)["workers"]):
+                os.kill(worker["pid"], signal.SIGTERM)
+                _await(session, partial(_has_restarted, number))
+            return time.monotonic() - began
+
+        return _watched(session, "4 workers end, one by one", restart, "all are replaced")
+
+
+def feeder(server: Server, _: Certificate) -> Measured:
+    """Kill the feeder under streams, new connections, polls of counters, and posts of events."""
+    if server.name != OURS:
+        return {}
+    label, made = "the feeder dies", POSTS * POST_SECONDS
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=DISK) as folder, ExitStack() as end:
+        relay = with_variables(on_cores(server, 2), EVENTS_SPOOL_DIR=f"{folder}/spool")
+        session = end.enter_context(relay.serve("2k", events=True))
+        session.await_status()
+        _await_workers(session, 2)
+        upstream_of(session).open_mailbox(keep=True)
+        crowd = end.enter_context(Crowd(session.port, SDK_KEY, 1000))
+        crowd.connect()
+        counters = end.enter_context(_Counters(session))
+        pool = end.enter_context(ThreadPoolExecutor(1))
+        posting = pool.submit(_post, session)
+        figures = _watched(session, label, lambda: _kill_feeder(session))
+        taken = posting.result()
+        until = time.monotonic() + SILENCE_SECONDS
+        while (arrived := upstream_of(session).arrived(events=True)).events < made:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.1)
+        return {
+            **figures,
+            f"{label}: streams that end": crowd.ended(),
+            f"{label}: posts lost": taken.requests - arrived.events,
+            f"{label}: posts delivered twice": arrived.repeated,
+            f"{label}: counters that go back": counters.stop(),
+        }
+
+
+def _post(session: Session) -> Load:
+    """Post distinct events at a steady pace; each must be accepted."""
+    url = session.url("/bulk")
+    return posts.post(
+        url, HEADERS, lambda n: numbered_event(n, 500), seconds=POST_SECONDS, rate=POSTS
+    )
+
+
+def _start_seconds(server: Server) -> float:
+    """The time that a relay of one process takes from exec to its first 200."""
+    with on_cores(server, 1).serve("2k") as session:
+        return session.await_status(pause=0.002) - session.started
 
 
 def memory(server: Server, _: Certificate) -> Measured:
@@ -51,7 +146,7 @@ def memory(server: Server, _: Certificate) -> Measured:
     for dataset, label in DATASETS.items():
         sizes = {}
         for number in (1, 2, 4):
-            with _serving(server, dataset, number) as session:
+            with serving(server, dataset, number) as session:
                 time.sleep(AFTER_SECONDS)
                 sizes[number] = session.process.proportional_bytes() / MB
         figures[f"one worker more, {label}: memory"] = (sizes[4] - sizes[2]) / 2
@@ -65,7 +160,7 @@ def patch(server: Server, _: Certificate) -> Measured:
         return {}
     times = {}
     for number in (1, 2):
-        with _serving(server, "2k", number) as session, Crowd(session.port, SDK_KEY, 1) as crowd:
+        with serving(server, "2k", number) as session, Crowd(session.port, SDK_KEY, 1) as crowd:
             crowd.connect()
             each = []
             for version in range(PATCHES):
@@ -80,14 +175,29 @@ def patch(server: Server, _: Certificate) -> Measured:
     }
 
 
+def on_cores(server: Server, number: int) -> Relay:
+    """Return the relay with so many workers, or threads in Go, on all cores."""
+    relay = with_variables(as_relay(server), WORKERS=str(number), GOMAXPROCS=str(number))
+    return replace(relay, cores=CORES)
+
+
 @contextmanager
-def _serving(server: Server, dataset: str, number: int) -> Iterator[Session]:
-    relay = with_variables(as_relay(server), WORKERS=str(number))
-    with pinned(*CORES), relay.serve(dataset) as session:
+def serving(server: Server, dataset: str, number: int, **variables: str) -> Iterator[Session]:
+    """Run it with so many workers until all of them serve."""
+    relay = with_variables(on_cores(server, number), **variables)
+    with relay.serve(dataset) as session:
         session.await_status()
-        if number > 1:
-            _await(session, lambda status: len(status.get("workers", ())) == number)
+        if number > 1 and server.name == OURS:
+            _await_workers(session, number)
         yield session
+
+
+def _await_workers(session: Session, number: int) -> None:
+    _await(session, lambda status: len(status.get("workers", ())) == number)
+
+
+def _has_restarted(number: int, status: Mapping[str, Any]) -> bool:
+    return bool(status["workers"][number]["restarts"] == 1)
 
 
 def _status(session: Session) -> Mapping[str, Any]:
@@ -115,7 +225,7 @@ def _kill_worker(session: Session, victim: int) -> float:
     time.sleep(BUSY_SECONDS)
     killed = time.time()
     os.kill(victim, signal.SIGKILL)
-    status = _await(session, lambda status: status["workers"][0]["restarts"] == 1)
+    status = _await(session, partial(_has_restarted, 0))
     return float(status["workers"][0]["since"]) / 1000 - killed
 
 
@@ -134,7 +244,9 @@ def _kill_feeder(session: Session) -> float:
     return time.time() - killed
 
 
-def _watched(session: Session, label: str, kill: Callable[[], float]) -> Measured:
+def _watched(
+    session: Session, label: str, kill: Callable[[], float], until: str = "it is replaced"
+) -> Measured:
     """Return what new connections notice while something dies."""
     visitor = _Visitor(session)
     time.sleep(AFTER_SECONDS / 2)
@@ -142,7 +254,7 @@ def _watched(session: Session, label: str, kill: Callable[[], float]) -> Measure
     time.sleep(AFTER_SECONDS)
     visitor.stop()
     return {
-        f"{label}: until it is replaced": seconds * 1e3,
+        f"{label}: until {until}": seconds * 1e3,
         f"{label}: failed new connections": visitor.failed,
         f"{label}: worst answer": visitor.worst * 1e3,
     }
@@ -178,3 +290,34 @@ class _Visitor:
         self._stopped.set()
         for thread in self._threads:
             thread.join()
+
+
+class _Counters(Closing):
+    """Asks for metrics again and again, and counts how often a counter is less than before."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._stopped = threading.Event()
+        self._fell = 0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        known: dict[str, float] = {}
+        while not self._stopped.wait(COUNTERS_EVERY):
+            client = self._session.client()  # each time of any worker
+            for line in client.get("/metrics").body.decode().splitlines():
+                name, _, value = line.rpartition(" ")
+                if "_total{" in name and not name.startswith("#"):
+                    self._fell += float(value) < known.get(name, 0.0)
+                    known[name] = float(value)
+            client.close()
+
+    def stop(self) -> int:
+        """End it; return how often a counter fell."""
+        self.close()
+        return self._fell
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._thread.join()
