@@ -63,10 +63,12 @@ def build_feeder_site(
     forwarder = relay.events if config.events.send_events else None
     acceptor = forwarder if config.uses_launchdarkly else DiscardingAcceptor(traffic.discarded)
     pages = Pages(relay, traffic)
+    counts = SharedCounts(memory, relay, traffic)
     webhooks = WebhooksHandler(relay.environments, config.webhook.secrets)
 
     def respond(request: PageRequest | WebhookRequest) -> Answer:
         if isinstance(request, PageRequest):
+            counts.write()  # the next feeder must not show less
             response = pages.response(request.path, request.query)
         else:
             response = webhooks.respond(request.content, request.signature)
@@ -82,7 +84,7 @@ def build_feeder_site(
         Housekeeping(relay, (traffic.forget,)).run,
         reload.run,
         webhooks.run,
-        SharedCounts(memory, relay, traffic).run,
+        counts.run,
     ]
     if relay.events:
         names = partial(reported_names, relay.registry)

@@ -82,7 +82,6 @@ class FeederLink:
                 if await self._connect(environments):
                     await self._ended.wait()
                     environments.interrupt()
-                    self.requests.cancel()
                 else:
                     self.posts.refuse_late()
                 await asyncio.sleep(RECONNECT_AFTER)
@@ -128,6 +127,7 @@ class FeederLink:
 
     def _lost(self, _connection: Connection[FromFeeder]) -> None:
         self._feeder = None
+        self.requests.cancel()
         self.connection.enter(ConnectionState.INTERRUPTED)
         self._ended.set()
 
@@ -153,6 +153,7 @@ class FeederLink:
             case FiguresRequest():
                 self.on_figures_request()
             case Fed():
+                self.requests.begin()
                 self._fed.set()
 
     def _list(

@@ -5,12 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from relay import clock
+from relay.aio import wait_for
 from relay.errors import ErrorKind, UpstreamUnavailable
 from relay.model.reply import Reply
 from relay.protocol.workers import Answer, FetchRequest, FromWorker, PageRequest, WebhookRequest
 
 WITHIN = 0.3
 """Seconds within which the feeder answers, besides the time that LaunchDarkly may take."""
+
+RETURNS_WITHIN = 2.0
+"""Seconds for which a page waits for the next feeder: one worker alone has counted less than all,
+so counters would seem to go back."""
 
 
 class Requests:
@@ -23,6 +29,8 @@ class Requests:
     def __init__(self, send: Callable[[FromWorker], bool]) -> None:
         self._send = send
         self._number = 0
+        self._connected = asyncio.Event()
+        """Set while there is a feeder that has begun to feed."""
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
 
     def __repr__(self) -> str:
@@ -46,9 +54,19 @@ class Requests:
         return Reply(answer.status, returned, answer.body)
 
     async def page(self, path: str, query: bytes) -> Answer | None:
-        """Return the feeder's answer to a request for a page; None if it does not answer."""
-        self._number += 1
-        return await self._ask(PageRequest(self._number, path, query), WITHIN)
+        """Return the feeder's answer to a request for a page; None if it does not answer.
+
+        Without a feeder this waits for the next one, which is there soon.
+        """
+        until = clock.monotonic() + RETURNS_WITHIN
+        while (left := until - clock.monotonic()) > 0:
+            self._number += 1
+            began = self._connected.is_set()
+            answer = await self._ask(PageRequest(self._number, path, query), min(WITHIN, left))
+            if answer is not None or (began and self._connected.is_set()):
+                return answer
+            await wait_for(self._connected, until - clock.monotonic())
+        return None
 
     async def webhook(self, content: bytes, signature: str) -> Answer | None:
         """Return the feeder's answer to a webhook; None if it does not answer."""
@@ -61,8 +79,13 @@ class Requests:
         if waiting is not None and not waiting.done():
             waiting.set_result(answer)
 
+    def begin(self) -> None:
+        """Note that there is a feeder that has begun to feed."""
+        self._connected.set()
+
     def cancel(self) -> None:
         """Give up what waits for a feeder that is gone."""
+        self._connected.clear()
         for waiting in self._waiting.values():
             waiting.cancel()
         self._waiting.clear()
