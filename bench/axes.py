@@ -10,6 +10,7 @@ from bench import (
     deltas,
     environments,
     evaluations,
+    fleet,
     measures,
     rotation,
     stores,
@@ -91,6 +92,9 @@ def axes(rotation_streams: int = rotation.STREAMS) -> list[Axis]:
         WORKERS_MEMORY,
         WORKERS_PATCH,
         *TWO_CORES,
+        _fleet_of(3),
+        _fleet_of(10),
+        *FLEET,
         *DELTAS,
     ]
 
@@ -173,6 +177,28 @@ def _load_rows(figure: str, *goals: Goal) -> tuple[Row, ...]:
         Row(figure, "req/cpu-s", goals),
         Row(f"{figure}: wall", "req/s"),
         Row(f"{figure}: p99", "ms"),
+    )
+
+
+def _fleet_of(members: int) -> Axis:
+    label = f"fleet of {members}"
+    behind = f"{label}: last replica behind upstream"
+    rows = (
+        Row(f"{label}: connections upstream", "", (at_most(1),)),
+        Row(f"{label}: more of them at a change of leader", "ms", (at_most(1000),)),
+        Row(f"{behind}, p50", "ms"),
+        Row(f"{behind}, p99", "ms", (at_most(50),)),
+        Row(f"{behind}, worst", "ms", (at_most(250),)),
+    )
+    return Axis(f"fleet-{members}", rows, partial(fleet.connections, members))
+
+
+def _lost_redis(fault: str) -> tuple[Row, ...]:
+    return (
+        Row(f"{fault}: longest gap of the leader's clients", "s", (at_most(1),)),
+        Row(f"{fault}: longest gap of others", "s", (at_most(5),)),
+        Row(f"{fault}, then back: longest gap", "s", (at_most(1),)),
+        Row(f"{fault}, then back: until one connection upstream", "s", (at_most(5),)),
     )
 
 
@@ -486,6 +512,53 @@ TWO_CORES = (
             Row(f"{BOTH_POSTS}: with delivery", "posts/cpu-s"),
         ),
         partial(twocores.post_events, DEFAULT_CAPACITY),
+    ),
+)
+FLEET = (
+    Axis(
+        "fleet-failover",
+        (
+            *(
+                row
+                for fault in (fleet.KILLED, fleet.STOPPED)
+                for row in (
+                    Row(f"{fault}: next change everywhere, median", "s", (at_most(4),)),
+                    Row(f"{fault}: next change everywhere, worst", "s", (at_most(5),)),
+                )
+            ),
+            Row("leaders killed and stopped: clients that went back", "", (at_most(0),)),
+            Row("figures of a fleet that are missing", "", (at_most(0),)),
+        ),
+        fleet.failover,
+    ),
+    Axis(
+        "fleet-redis",
+        (
+            *_lost_redis(fleet.REDIS_STOPPED),
+            *_lost_redis(fleet.REDIS_KILLED),
+            Row(f"{fleet.REDIS_EMPTIED}: longest gap", "s", (at_most(1),)),
+            Row("Redis lost: clients that went back", "", (at_most(0),)),
+        ),
+        fleet.redis,
+    ),
+    Axis(
+        "fleet-chaos",
+        (
+            Row(f"{fleet.CHAOS}: breaks in the feed", "", (at_most(0),)),
+            Row(f"{fleet.CHAOS}: clients that went back", "", (at_most(0),)),
+            Row(f"{fleet.CHAOS}: relays that are not current", "", (at_most(0),)),
+            Row(f"{fleet.CHAOS}: faults", ""),
+            Row(f"{fleet.CHAOS}: terms", ""),
+        ),
+        fleet.chaos,
+    ),
+    Axis(
+        "fleet-start",
+        (
+            Row(fleet.FOLLOWER, "ms"),
+            Row(f"{fleet.FOLLOWER}, beyond 2 KB", "ms", (at_most(50),)),
+        ),
+        fleet.follower,
     ),
 )
 MANY = environments.MANY

@@ -5,6 +5,7 @@ of its standard input it prints the number of requests so far.
 """
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -81,29 +82,51 @@ class Valkey(_InHashes):
         self._end = ExitStack()
         folder = self._end.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
         options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
-        command = [get_binary_path(), *options]
-        with pinned(LOAD_CORE):
-            self._program = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self._command = [get_binary_path(), *options]
         self.client = redis.Redis(port=port)
+        self._refused = redis.ConnectionError
+        self.start()
+        self.variables = {"USE_REDIS": "true", "REDIS_URL": f"redis://127.0.0.1:{port}"}
+
+    def start(self) -> None:
+        """Start it, empty, and wait until it answers."""
+        with pinned(LOAD_CORE):
+            self._program = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
         until = time.monotonic() + START_SECONDS
         while True:
             try:
                 self.client.ping()
-            except redis.ConnectionError:
+            except self._refused:
                 if time.monotonic() > until:
                     raise
                 time.sleep(0.01)
             else:
                 break
-        self.variables = {"USE_REDIS": "true", "REDIS_URL": f"redis://127.0.0.1:{port}"}
+
+    def kill(self) -> None:
+        """End it without a chance to do anything; its data are lost."""
+        self._program.kill()
+        self._program.wait()
+
+    def pause(self) -> None:
+        """Let it hang: connections stay open, and nothing is answered."""
+        self._program.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let it answer again."""
+        self._program.send_signal(signal.SIGCONT)
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that it has taken so far."""
+        used: Any = self.client.info("cpu")
+        return float(used["used_cpu_user"]) + float(used["used_cpu_sys"])
 
     def requests(self) -> int:
         stats: Any = self.client.info("commandstats")
         return sum(each["calls"] for each in stats.values())
 
     def close(self) -> None:
-        self._program.kill()
-        self._program.wait()
+        self.kill()
         self._end.close()
 
 

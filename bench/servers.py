@@ -113,8 +113,9 @@ class Relay:
         tls: "Certificate | None" = None,
         *,
         events: bool = False,
+        port: int = 0,
     ) -> Iterator[Session]:
-        """Run it on a free port, fed by an upstream that others may follow, too.
+        """Run it, on a free port unless one is given, fed by an upstream that others may follow.
 
         The variables `which` name its environments. With `events` it forwards them to the
         upstream's mailbox.
@@ -123,7 +124,7 @@ class Relay:
             tempfile.TemporaryDirectory(prefix="bench-") as folder,
             (Path(folder) / "log").open("w+b") as log,
         ):
-            port = free_port()
+            port = port or free_port()
             env = {**self._environment(upstream.url, port, tls), **which, **self.variables}
             if events:
                 env |= {"USE_EVENTS": "true", "EVENTS_HOST": upstream.events_url}
