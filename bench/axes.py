@@ -11,6 +11,7 @@ from bench import (
     environments,
     evaluations,
     fleet,
+    fleetload,
     measures,
     rotation,
     stores,
@@ -514,6 +515,7 @@ TWO_CORES = (
         partial(twocores.post_events, DEFAULT_CAPACITY),
     ),
 )
+FLEET_CHANGES = f"{fleetload.LABEL}, {fleetload.CHANGES} changes/s"
 FLEET = (
     Axis(
         "fleet-failover",
@@ -559,6 +561,23 @@ FLEET = (
             Row(f"{fleet.FOLLOWER}, beyond 2 KB", "ms", (at_most(50),)),
         ),
         fleet.follower,
+    ),
+    Axis(
+        "fleet-read",
+        (
+            Row(f"{fleetload.AT_ONCE}: last", "s", (at_most(0.5),)),
+            Row(f"{fleetload.AT_ONCE}: CPU of Redis, each", "ms"),
+        ),
+        fleetload.read,
+    ),
+    Axis(
+        "fleet-load",
+        (
+            Row(f"Redis, {fleetload.LABEL}, idle: CPU", "%", (at_most(2),)),
+            Row(f"Redis, {FLEET_CHANGES}: CPU", "%", (at_most(25),)),
+            Row(f"Redis, {FLEET_CHANGES}: published", "/s"),
+        ),
+        fleetload.load,
     ),
 )
 MANY = environments.MANY

@@ -1,0 +1,129 @@
+"""What a large fleet asks of its Redis. Its members have no clients, and are many in a process."""
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+from bench.databases import Valkey
+from bench.machine import CORES, ROOT, Closing, pinned
+from bench.measures import Measured
+from bench.servers import Certificate, Server
+from bench.table import OURS
+
+MEMBERS, PROCESSES = 50, 5
+ENVIRONMENTS = 100
+CHANGES = 100
+"""Changes a second, in all environments together."""
+START_SECONDS = 60
+SETTLE_SECONDS = 5
+WATCHED_SECONDS = 15
+READS = 5
+"""Times that all members read all data at once; their median counts."""
+LABEL = f"{MEMBERS} members × {ENVIRONMENTS} environments"
+AT_ONCE = f"{MEMBERS} members read 2 MB at once"
+
+
+class Members(Closing):
+    """Members of a fleet, in a few processes on all cores; see `bench.members`."""
+
+    def __init__(self, database: Valkey, members: int, environments: int, dataset: str) -> None:
+        url = database.variables["REDIS_URL"]
+        given = [url, str(members // PROCESSES), str(environments), dataset]
+        command = [sys.executable, "-m", "bench.members", *given]
+        with pinned(*CORES):
+            self._programs = [
+                subprocess.Popen(
+                    command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
+                for _ in range(PROCESSES)
+            ]
+        until = time.monotonic() + START_SECONDS
+        wanted = [environments * (members // PROCESSES * PROCESSES - 1), environments, 0]
+        while (roles := self.roles()) != wanted:
+            if time.monotonic() > until:
+                raise RuntimeError(f"followers, leaders and members alone are {roles}")
+            time.sleep(0.2)
+
+    def roles(self) -> list[int]:
+        """Return the numbers of followers and leaders that have data, and of members alone."""
+        return [sum(each) for each in zip(*self._ask(roles=1), strict=True)]
+
+    def change(self, changes: float) -> None:
+        """Let each environment change so many times a second from now on."""
+        self._ask(changes=changes)
+
+    def read(self) -> float:
+        """Let all members read all data at once; return the seconds until the last has them."""
+        start = time.monotonic() + 0.1
+        return max(self._ask(read_at=start)) - start
+
+    def _ask(self, **order: float) -> list[Any]:
+        for program in self._programs:
+            assert program.stdin
+            program.stdin.write(json.dumps(order) + "\n")
+            program.stdin.flush()
+        answers = []
+        for program in self._programs:
+            assert program.stdout
+            line = program.stdout.readline()
+            if not line:
+                raise RuntimeError("members have ended")
+            answers.append(json.loads(line))
+        return answers
+
+    def close(self) -> None:
+        for program in self._programs:
+            assert program.stdin
+            program.stdin.close()
+        for program in self._programs:
+            program.wait()
+            assert program.stdout
+            program.stdout.close()
+
+
+def load(server: Server, _: Certificate) -> Measured:
+    """Measure the CPU time of Redis while nothing changes, and while much does."""
+    if server.name != OURS:
+        return {}
+    with Valkey() as database, Members(database, MEMBERS, ENVIRONMENTS, "2k") as members:
+        time.sleep(SETTLE_SECONDS)
+        idle, _ = _watch(database)
+        members.change(CHANGES / ENVIRONMENTS)
+        time.sleep(SETTLE_SECONDS)
+        busy, published = _watch(database)
+    return {
+        f"Redis, {LABEL}, idle: CPU": idle,
+        f"Redis, {LABEL}, {CHANGES} changes/s: CPU": busy,
+        f"Redis, {LABEL}, {CHANGES} changes/s: published": published,
+    }
+
+
+def _watch(database: Valkey) -> tuple[float, float]:
+    """Return the CPU time of Redis in percent, and publications a second."""
+    cpu, entries, start = database.cpu_seconds(), _entries(database), time.monotonic()
+    time.sleep(WATCHED_SECONDS)
+    seconds = time.monotonic() - start
+    used = database.cpu_seconds() - cpu
+    return used / seconds * 100, (_entries(database) - entries) / seconds
+
+
+def _entries(database: Valkey) -> int:
+    stream: Any = database.client.xinfo_stream("relay:feed:1")
+    return int(stream["entries-added"])
+
+
+def read(server: Server, _: Certificate) -> Measured:
+    """Let all members read all data at once, as after a restart of Redis."""
+    if server.name != OURS:
+        return {}
+    with Valkey() as database, Members(database, MEMBERS, 1, "2m") as members:
+        time.sleep(SETTLE_SECONDS)
+        before = database.cpu_seconds()
+        times = sorted(members.read() for _ in range(READS))
+        cpu = database.cpu_seconds() - before
+    return {
+        f"{AT_ONCE}: last": times[READS // 2],
+        f"{AT_ONCE}: CPU of Redis, each": cpu / READS / MEMBERS * 1e3,
+    }
