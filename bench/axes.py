@@ -196,9 +196,9 @@ def _fleet_of(members: int) -> Axis:
 
 def _lost_redis(fault: str) -> tuple[Row, ...]:
     return (
-        Row(f"{fault}: longest gap of the leader's clients", "s", (at_most(1),)),
-        Row(f"{fault}: longest gap of others", "s", (at_most(5),)),
-        Row(f"{fault}, then back: longest gap", "s", (at_most(1),)),
+        Row(f"{fault}: a change at the leader's clients", "s", (at_most(1),)),
+        Row(f"{fault}: a change at those of others", "s", (at_most(5),)),
+        Row(f"{fault}, then back: a change", "s", (at_most(1),)),
         Row(f"{fault}, then back: until one connection upstream", "s", (at_most(5),)),
     )
 
@@ -538,7 +538,7 @@ FLEET = (
         (
             *_lost_redis(fleet.REDIS_STOPPED),
             *_lost_redis(fleet.REDIS_KILLED),
-            Row(f"{fleet.REDIS_EMPTIED}: longest gap", "s", (at_most(1),)),
+            Row(f"{fleet.REDIS_EMPTIED}: a change", "s", (at_most(1),)),
             Row("Redis lost: clients that went back", "", (at_most(0),)),
         ),
         fleet.redis,

@@ -1,4 +1,4 @@
-"""What a large fleet asks of its Redis. Its members have no clients, and are many in a process."""
+"""What a large fleet asks of its Redis. Its members have no clients; many share a process."""
 
 import json
 import subprocess
@@ -12,7 +12,10 @@ from bench.measures import Measured
 from bench.servers import Certificate, Server
 from bench.table import OURS
 
-MEMBERS, PROCESSES = 50, 5
+WHOLE, WATCHING = 5, (15, 15, 15)
+"""Members of both kinds, see `bench.members`: the whole ones, among whom the leaders are, share one
+process, the others three."""
+MEMBERS = WHOLE + sum(WATCHING)
 ENVIRONMENTS = 100
 CHANGES = 100
 """Changes a second, in all environments together."""
@@ -26,25 +29,35 @@ AT_ONCE = f"{MEMBERS} members read 2 MB at once"
 
 
 class Members(Closing):
-    """Members of a fleet, in a few processes on all cores; see `bench.members`."""
+    """Members of a fleet, in a few processes on all cores."""
 
-    def __init__(self, database: Valkey, members: int, environments: int, dataset: str) -> None:
-        url = database.variables["REDIS_URL"]
-        given = [url, str(members // PROCESSES), str(environments), dataset]
-        command = [sys.executable, "-m", "bench.members", *given]
-        with pinned(*CORES):
-            self._programs = [
-                subprocess.Popen(
-                    command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-                )
-                for _ in range(PROCESSES)
-            ]
+    def __init__(self, database: Valkey, environments: int, dataset: str) -> None:
+        self._url = database.variables["REDIS_URL"]
+        self._environments, self._dataset = environments, dataset
+        self._programs: list[subprocess.Popen[str]] = []
+        self._start(WHOLE, 0)
         until = time.monotonic() + START_SECONDS
-        wanted = [environments * (members // PROCESSES * PROCESSES - 1), environments, 0]
+        wanted = [environments * (WHOLE - 1), environments, 0]
         while (roles := self.roles()) != wanted:
             if time.monotonic() > until:
+                self.close()
                 raise RuntimeError(f"followers, leaders and members alone are {roles}")
             time.sleep(0.2)
+        for number in WATCHING:
+            self._start(0, number)
+        self.roles()
+
+    def _start(self, whole: int, watching: int) -> None:
+        given = [self._url, str(whole), str(watching), str(self._environments), self._dataset]
+        with pinned(*CORES):
+            program = subprocess.Popen(
+                [sys.executable, "-m", "bench.members", *given],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        self._programs.append(program)
 
     def roles(self) -> list[int]:
         """Return the numbers of followers and leaders that have data, and of members alone."""
@@ -87,7 +100,7 @@ def load(server: Server, _: Certificate) -> Measured:
     """Measure the CPU time of Redis while nothing changes, and while much does."""
     if server.name != OURS:
         return {}
-    with Valkey() as database, Members(database, MEMBERS, ENVIRONMENTS, "2k") as members:
+    with Valkey() as database, Members(database, ENVIRONMENTS, "2k") as members:
         time.sleep(SETTLE_SECONDS)
         idle, _ = _watch(database)
         members.change(CHANGES / ENVIRONMENTS)
@@ -118,7 +131,7 @@ def read(server: Server, _: Certificate) -> Measured:
     """Let all members read all data at once, as after a restart of Redis."""
     if server.name != OURS:
         return {}
-    with Valkey() as database, Members(database, MEMBERS, 1, "2m") as members:
+    with Valkey() as database, Members(database, 1, "2m") as members:
         time.sleep(SETTLE_SECONDS)
         before = database.cpu_seconds()
         times = sorted(members.read() for _ in range(READS))

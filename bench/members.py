@@ -1,10 +1,13 @@
-"""Members of a fleet without clients: many in one process, each with environments, mirrors and
-connections to Redis of its own, as a relay has them. Their upstream is simulated.
+"""Members of a fleet without clients, many in one process; their upstream is simulated.
 
-Run as a program this takes the URL of Redis, the number of members, that of environments, and the
-data set of these. It takes orders, one JSON object a line, on its standard input, and answers each:
-with the numbers of followers, leaders and members alone, or with the CLOCK_MONOTONIC time at which
-all members had read all data.
+A *whole* one has for each environment what a relay has: data, source and mirror. A *watching* one
+asks of Redis what a follower asks as long as it misses nothing (the looks and the feed, on
+connections of its own), and ignores the answers.
+
+Run as a program this takes the URL of Redis, the numbers of members of both kinds, that of
+environments, and the data set of these. It takes orders, one JSON object a line, on its standard
+input, and answers each: with the numbers of followers, leaders and members alone, or with the
+CLOCK_MONOTONIC time at which all members had read all data.
 """
 
 import asyncio
@@ -17,13 +20,14 @@ import sys
 import time
 from collections.abc import AsyncGenerator
 
+import uvloop
 from msgspec.structs import replace
 
 from bench import data
 from relay.config.schema import Redis
 from relay.environment import Environment
 from relay.fleet import Role
-from relay.fleet.feed import Feed, Keys
+from relay.fleet.feed import Feed, Keys, Look
 from relay.fleet.member import Member
 from relay.fleet.mirror import FleetMirror
 from relay.fleet.source import FleetSource
@@ -32,6 +36,7 @@ from relay.model.credential import SDKKey
 from relay.model.environment import EnvironmentSpec
 from relay.model.item import Item, Kind
 from relay.model.payload import ChangeSet
+from relay.protocol.feed import Entry
 from relay.sources import Update
 from relay.stores import Mirror
 from relay.stores.redis.connect import connect
@@ -82,20 +87,46 @@ def _item(flag: dict[str, object]) -> Item:
     return Item(Kind.FLAG, str(flag["key"]), int(str(flag["version"])), data.compact(flag))
 
 
-class OneOfMany:
-    """One member with all its environments."""
+def _member(url: str, number: int) -> Member:
+    timings, options = FleetTimings(), Redis(url=url)
+    quick = replace(options, connect_timeout=timings.answer, read_timeout=timings.answer)
+    waiting = replace(options, read_timeout=timings.poll + options.read_timeout)
+    feed = Feed(*map(connect, (quick, options, waiting)))
+    return Member(feed, f"{socket.gethostname()}-{os.getpid()}-{number}", LOG, timings)
 
-    def __init__(self, url: str, name: str, environments: int, dataset: str) -> None:
-        timings, options = FleetTimings(), Redis(url=url)
-        quick = replace(options, connect_timeout=timings.answer, read_timeout=timings.answer)
-        waiting = replace(options, read_timeout=timings.poll + options.read_timeout)
-        self.feed = Feed(*map(connect, (quick, options, waiting)))
-        self.member = Member(self.feed, name, LOG, timings)
+
+def _keys(number: int) -> Keys:
+    return Keys(f"env-{number}", f"identity-{number}")
+
+
+class Watcher:
+    """Ignores what happens to an environment."""
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+
+    def looked(self, look: Look) -> None:
+        pass
+
+    def read(self, place: str, entry: Entry) -> None:
+        pass
+
+    def fell_silent(self) -> None:
+        pass
+
+    def denied(self, reason: str) -> None:
+        raise AssertionError(reason)
+
+
+class Whole:
+    """A member with all its environments."""
+
+    def __init__(self, member: Member, environments: int, dataset: str) -> None:
+        self.member = member
         self.sources = []
         self.environments = []
         for number in range(environments):
-            keys = Keys(f"env-{number}", f"identity-{number}")
-            source = FleetSource(self.member, keys, Upstream(dataset), LOG)
+            source = FleetSource(self.member, _keys(number), Upstream(dataset), LOG)
             spec = EnvironmentSpec(f"env-{number}", SDKKey(f"sdk-bench-{number}"))
             environment = Environment(spec, source, Hub({}), LOG)
             source.held = lambda held=environment: held.payload  # type: ignore[misc]
@@ -116,16 +147,21 @@ def _no_mirror() -> Mirror:
     raise AssertionError("there is a fleet")
 
 
-async def serve(url: str, members: int, environments: int, dataset: str) -> None:
+async def serve(url: str, whole: int, watching: int, environments: int, dataset: str) -> None:
     """Take part, and obey, until standard input ends."""
-    names = [f"{socket.gethostname()}-{os.getpid()}-{number}" for number in range(members)]
-    many = [OneOfMany(url, name, environments, dataset) for name in names]
+    members = [_member(url, number) for number in range(whole + watching)]
+    complete = [Whole(member, environments, dataset) for member in members[:whole]]
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    running = [asyncio.create_task(each.run()) for each in many]
+    running = [asyncio.create_task(each.run()) for each in complete]
+    for member in members[whole:]:
+        for number in range(environments):
+            member.join(Watcher(_keys(number)))
+        running.append(asyncio.create_task(member.run()))
+    sources = [source for each in complete for source in each.sources]
     while line := await reader.readline():
-        print(json.dumps(await _obey(many, json.loads(line))), flush=True)
+        print(json.dumps(await _obey(json.loads(line), members, sources)), flush=True)
         for task in running:
             if task.done():
                 task.result()
@@ -134,18 +170,19 @@ async def serve(url: str, members: int, environments: int, dataset: str) -> None
     await asyncio.wait(running)
 
 
-async def _obey(many: list[OneOfMany], order: dict[str, float]) -> object:
+async def _obey(
+    order: dict[str, float], members: list[Member], sources: list[FleetSource]
+) -> object:
     if "changes" in order:
         Upstream.pause = 1 / order["changes"]
         Upstream.news.set()
     if "read_at" in order:
         await asyncio.sleep(order["read_at"] - time.monotonic())
-        await asyncio.gather(*(each.feed.snapshot(each.sources[0].keys) for each in many))
+        await asyncio.gather(*(each.feed.snapshot(_keys(0)) for each in members))
         return time.monotonic()
-    sources = [source for each in many for source in each.sources]
     delivered = [source for source in sources if source.has_delivered]
     return [sum(source.role is role for source in delivered) for role in Role]
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]))
+    uvloop.run(serve(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]))

@@ -5,8 +5,7 @@ import select
 import socket
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from threading import Event, Thread
 
 from bench.data import flag_key
@@ -38,19 +37,16 @@ class Replica:
         self._received = b""
         self._due = 0.0
 
-    def has_at(self, version: int, since: float = 0.0) -> float:
-        """Return when it had a version or a newer one, at the earliest `since`; or infinity."""
-        first = bisect_left(self.times, since)
-        for when, each in zip(self.times[first:], self.versions[first:], strict=True):
-            if each >= version:
-                return when
-        return float("inf")
+    def has_at(self, version: int) -> float:
+        """Return since when it has a version or a newer one; infinity if it has none."""
+        position = bisect_left(self.versions, version)
+        return self.times[position] if position < len(self.versions) else float("inf")
 
-    def longest_gap(self, since: float, until: float) -> float:
-        """Return the longest time in which it was sent nothing new."""
-        within = [each for each in self.times if since <= each <= until]
-        edges = [since, *within, until]
-        return max(after - before for before, after in pairwise(edges))
+    def longest_wait(self, sent: Mapping[int, float], since: float, until: float) -> float:
+        """Return the longest time that a version took which was sent in a time."""
+        now = time.monotonic()
+        within = {version: when for version, when in sent.items() if since <= when <= until}
+        return max(min(self.has_at(version), now) - when for version, when in within.items())
 
     def connect(self, poll: select.epoll) -> int | None:
         """Connect if it is time to; return the number of the socket, None if there is none."""
