@@ -575,7 +575,7 @@ FLEET = (
         (
             Row(f"Redis, {fleetload.LABEL}, idle: CPU", "%", (at_most(2),)),
             Row(f"Redis, {FLEET_CHANGES}: CPU", "%", (at_most(25),)),
-            Row(f"Redis, {FLEET_CHANGES}: published", "/s"),
+            Row(f"Redis, {FLEET_CHANGES}: published", "/s", (Goal(95, least=True),)),
         ),
         fleetload.load,
     ),

@@ -35,17 +35,23 @@ class Members(Closing):
         self._url = database.variables["REDIS_URL"]
         self._environments, self._dataset = environments, dataset
         self._programs: list[subprocess.Popen[str]] = []
-        self._start(WHOLE, 0)
+        roles = [environments * (WHOLE - 1), environments, 0]
+        try:
+            self._start(WHOLE, 0)
+            self._await([*roles, 0])
+            for number in WATCHING:
+                self._start(0, number)
+            self._await([*roles, sum(WATCHING) * environments])
+        except BaseException:
+            self.close()
+            raise
+
+    def _await(self, wanted: list[int]) -> None:
         until = time.monotonic() + START_SECONDS
-        wanted = [environments * (WHOLE - 1), environments, 0]
         while (roles := self.roles()) != wanted:
             if time.monotonic() > until:
-                self.close()
-                raise RuntimeError(f"followers, leaders and members alone are {roles}")
+                raise RuntimeError(f"followers, leaders, members alone, watchers are {roles}")
             time.sleep(0.2)
-        for number in WATCHING:
-            self._start(0, number)
-        self.roles()
 
     def _start(self, whole: int, watching: int) -> None:
         given = [self._url, str(whole), str(watching), str(self._environments), self._dataset]
@@ -60,12 +66,12 @@ class Members(Closing):
         self._programs.append(program)
 
     def roles(self) -> list[int]:
-        """Return the numbers of followers and leaders that have data, and of members alone."""
+        """Return the numbers of followers, leaders, members alone, and watchers that look."""
         return [sum(each) for each in zip(*self._ask(roles=1), strict=True)]
 
     def change(self, changes: float) -> None:
         """Let each environment change so many times a second from now on."""
-        self._ask(changes=changes)
+        self._ask(changes=changes, since=time.monotonic())
 
     def read(self) -> float:
         """Let all members read all data at once; return the seconds until the last has them."""
@@ -88,12 +94,8 @@ class Members(Closing):
 
     def close(self) -> None:
         for program in self._programs:
-            assert program.stdin
-            program.stdin.close()
-        for program in self._programs:
-            program.wait()
-            assert program.stdout
-            program.stdout.close()
+            program.kill()
+            program.communicate()
 
 
 def load(server: Server, _: Certificate) -> Measured:

@@ -6,15 +6,14 @@ connections of its own), and ignores the answers.
 
 Run as a program this takes the URL of Redis, the numbers of members of both kinds, that of
 environments, and the data set of these. It takes orders, one JSON object a line, on its standard
-input, and answers each: with the numbers of followers, leaders and members alone, or with the
-CLOCK_MONOTONIC time at which all members had read all data.
+input, and answers each: with the numbers of followers, leaders, members alone, and watchers that
+have looked, or with the CLOCK_MONOTONIC time at which all members had read all data.
 """
 
 import asyncio
 import json
 import logging
 import os
-import random
 import socket
 import sys
 import time
@@ -43,44 +42,56 @@ from relay.stores.redis.connect import connect
 from relay.streams.hub import Hub
 
 LOG = logging.getLogger("relay.env.bench")
-CHANGED = data.flag_key(0)
+LOG.setLevel(logging.CRITICAL)
+CHANGED = "changed"
 
 
 class Upstream:
-    """What leaders listen to: everything, then changes of one flag at a pace that all share."""
+    """What leaders listen to: everything, then changes of one flag, whoever leads.
+
+    Args:
+        dataset: of the environment.
+        phase: tells when within each pause it changes.
+    """
 
     protocol = "fdv1"
-    pause = float("inf")
-    """Seconds between two changes of an environment."""
+    began = pause = float("inf")
+    """CLOCK_MONOTONIC time since when environments change, and seconds between two changes."""
     news = asyncio.Event()
-    """Set once there is a pace."""
+    """Set once they change."""
 
-    def __init__(self, dataset: str) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: str, phase: float) -> None:
+        self._flags = data.flags(dataset)
+        self._phase = phase
         self.has_delivered = False
 
     async def updates(self, basis: str = "") -> AsyncGenerator[Update, None]:
         del basis
-        flags = data.flags(self._dataset) | {CHANGED: _changed()}
-        yield ChangeSet(tuple(map(_item, flags.values())), full=True)
+        sent = self._version()
+        yield ChangeSet((*map(_item, self._flags.values()), self._changed(sent)), full=True)
         self.has_delivered = True
         await self.news.wait()
-        due = time.monotonic() + self.pause * random.random()
         while True:
+            due = self.began + (sent - self._phase) * self.pause
             await asyncio.sleep(due - time.monotonic())
-            due += self.pause
-            yield ChangeSet((_item(_changed()),))
+            sent += 1
+            yield ChangeSet((self._changed(sent),))
+
+    def _version(self) -> int:
+        """Return the present version of the flag that changes."""
+        if not self.news.is_set():
+            return 1
+        return max(1, 1 + int((time.monotonic() - self.began) / self.pause + self._phase))
+
+    @staticmethod
+    def _changed(version: int) -> Item:
+        return _item(data.flag(CHANGED, version, data.PATCH_BYTES))
 
     def resync(self) -> None:
         pass
 
     def check(self, *, reconnect: bool = False) -> None:
         pass
-
-
-def _changed() -> dict[str, object]:
-    """The flag that changes, in a version that no leader has given to an earlier one."""
-    return data.flag(CHANGED, time.time_ns() // 1_000_000, data.PATCH_BYTES)
 
 
 def _item(flag: dict[str, object]) -> Item:
@@ -104,9 +115,11 @@ class Watcher:
 
     def __init__(self, keys: Keys) -> None:
         self.keys = keys
+        self.has_looked = False
 
     def looked(self, look: Look) -> None:
-        pass
+        del look
+        self.has_looked = True
 
     def read(self, place: str, entry: Entry) -> None:
         pass
@@ -126,7 +139,8 @@ class Whole:
         self.sources = []
         self.environments = []
         for number in range(environments):
-            source = FleetSource(self.member, _keys(number), Upstream(dataset), LOG)
+            upstream = Upstream(dataset, number / environments)
+            source = FleetSource(self.member, _keys(number), upstream, LOG)
             spec = EnvironmentSpec(f"env-{number}", SDKKey(f"sdk-bench-{number}"))
             environment = Environment(spec, source, Hub({}), LOG)
             source.held = lambda held=environment: held.payload  # type: ignore[misc]
@@ -148,40 +162,49 @@ def _no_mirror() -> Mirror:
 
 
 async def serve(url: str, whole: int, watching: int, environments: int, dataset: str) -> None:
-    """Take part, and obey, until standard input ends."""
+    """Take part, and obey, until the process is killed."""
     members = [_member(url, number) for number in range(whole + watching)]
     complete = [Whole(member, environments, dataset) for member in members[:whole]]
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    running = [asyncio.create_task(each.run()) for each in complete]
+    running = []
+    for each in complete:
+        running.append(asyncio.create_task(each.run()))
+        while not all(source.has_delivered for source in each.sources):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)  # one after the other: a process for each would be as fast
+    watchers = []
     for member in members[whole:]:
-        for number in range(environments):
-            member.join(Watcher(_keys(number)))
+        of_member = [Watcher(_keys(number)) for number in range(environments)]
+        watchers += of_member
+        for watcher in of_member:
+            member.join(watcher)
         running.append(asyncio.create_task(member.run()))
     sources = [source for each in complete for source in each.sources]
     while line := await reader.readline():
-        print(json.dumps(await _obey(json.loads(line), members, sources)), flush=True)
+        answer = await _obey(json.loads(line), members, sources, watchers)
+        print(json.dumps(answer), flush=True)
         for task in running:
             if task.done():
                 task.result()
-    for task in running:
-        task.cancel()
-    await asyncio.wait(running)
 
 
 async def _obey(
-    order: dict[str, float], members: list[Member], sources: list[FleetSource]
+    order: dict[str, float],
+    members: list[Member],
+    sources: list[FleetSource],
+    watchers: list[Watcher],
 ) -> object:
     if "changes" in order:
-        Upstream.pause = 1 / order["changes"]
+        Upstream.began, Upstream.pause = order["since"], 1 / order["changes"]
         Upstream.news.set()
     if "read_at" in order:
         await asyncio.sleep(order["read_at"] - time.monotonic())
         await asyncio.gather(*(each.feed.snapshot(_keys(0)) for each in members))
         return time.monotonic()
     delivered = [source for source in sources if source.has_delivered]
-    return [sum(source.role is role for source in delivered) for role in Role]
+    roles = [sum(source.role is role for source in delivered) for role in Role]
+    return [*roles, sum(watcher.has_looked for watcher in watchers)]
 
 
 if __name__ == "__main__":
