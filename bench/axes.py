@@ -559,6 +559,7 @@ FLEET = (
         (
             Row(fleet.FOLLOWER, "ms"),
             Row(f"{fleet.FOLLOWER}, beyond 2 KB", "ms", (at_most(50),)),
+            Row(f"{fleet.FOLLOWER}, beyond 2 KB: CPU", "ms"),
         ),
         fleet.follower,
     ),
@@ -567,6 +568,7 @@ FLEET = (
         (
             Row(f"{fleetload.AT_ONCE}: last", "s", (at_most(0.5),)),
             Row(f"{fleetload.AT_ONCE}: CPU of Redis, each", "ms"),
+            Row(f"{fleetload.AT_ONCE}: CPU of a member", "ms"),
         ),
         fleetload.read,
     ),

@@ -13,7 +13,7 @@ from statistics import median
 from threading import Event, Thread
 from typing import Any
 
-from bench.data import SIZES, flag
+from bench.data import flag
 from bench.databases import Valkey
 from bench.machine import CORES, Closing
 from bench.measures import Measured, as_relay, whole
@@ -27,6 +27,8 @@ CHANGE_EVERY = 0.05
 CHANGE_BYTES = 1000
 CHANGES = 300
 """Changes in a row of which each is timed."""
+LOOKED_SECONDS = 1.5
+"""After so long every member has looked who leads."""
 FAILOVER_MEMBERS = 4
 FAILOVERS = 4
 """Leaders that are killed, and that are stopped."""
@@ -39,7 +41,7 @@ PATIENCE = 20.0
 CHAOS_SECONDS = 60
 STARTS = 5
 """Starts of a follower; their median counts."""
-STARTED = {"2k": "2 KB", "2m": "2 MB"}
+STARTED = ("2k", "2m")
 KILLED, STOPPED = "leader killed", "leader stopped"
 REDIS_STOPPED, REDIS_KILLED, REDIS_EMPTIED = "Redis stopped", "Redis killed", "Redis emptied"
 CHAOS = f"chaos for {CHAOS_SECONDS} s"
@@ -246,7 +248,7 @@ def failover(server: Server, _: Certificate) -> Measured:
                         fleet.restart(leader)
                     else:
                         fleet.signal(leader, signal.SIGCONT)
-        missing = _missing_figures(fleet, fleet.leader())
+        missing = missing_figures(fleet, fleet.leader())
         back = sum(client.back for client in clients)
     measured: Measured = {"figures of a fleet that are missing": missing}
     for fault, each in times.items():
@@ -269,8 +271,9 @@ def _until_everywhere(
     return PATIENCE
 
 
-def _missing_figures(fleet: Fleet, leader: int) -> int:
-    """Count what neither the leader's metrics nor every status has."""
+def missing_figures(fleet: Fleet, leader: int) -> int:
+    """Count what the leader's metrics lack, and who does not name the leader in its status."""
+    time.sleep(LOOKED_SECONDS)
     client = fleet.sessions[leader].client()
     page = client.get("/metrics").body.decode()
     client.close()
@@ -400,19 +403,21 @@ def follower(server: Server, _: Certificate) -> Measured:
     """Start followers with little data and with much."""
     if server.name != OURS:
         return {}
-    seconds = {}
+    seconds, cpu = {}, {}
     for dataset in STARTED:
-        times = []
+        times, used = [], []
         with Fleet(as_relay(server), 1, dataset) as fleet:
             fleet.leader()
             for _ in range(STARTS):
                 session = fleet.add()
-                served = session.await_status(pause=0.002, size=SIZES[dataset].flags * 400)
+                served = session.await_status(pause=0.002, size=whole(dataset))
                 times.append(served - session.started)
+                used.append(session.process.own_cpu_seconds())
                 session.process.stop()
                 fleet.sessions.pop()
-        seconds[dataset] = median(times)
+        seconds[dataset], cpu[dataset] = median(times), median(used)
     return {
         FOLLOWER: seconds["2m"] * 1e3,
         f"{FOLLOWER}, beyond 2 KB": (seconds["2m"] - seconds["2k"]) * 1e3,
+        f"{FOLLOWER}, beyond 2 KB: CPU": (cpu["2m"] - cpu["2k"]) * 1e3,
     }

@@ -4,10 +4,11 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from bench.databases import Valkey
-from bench.machine import CORES, ROOT, Closing, pinned
+from bench.machine import CORES, ROOT, Closing, cpu_seconds, pinned
 from bench.measures import Measured
 from bench.servers import Certificate, Server
 from bench.table import OURS
@@ -31,17 +32,24 @@ AT_ONCE = f"{MEMBERS} members read 2 MB at once"
 class Members(Closing):
     """Members of a fleet, in a few processes on all cores."""
 
-    def __init__(self, database: Valkey, environments: int, dataset: str) -> None:
+    def __init__(
+        self,
+        database: Valkey,
+        environments: int,
+        dataset: str,
+        whole: int = WHOLE,
+        watching: Sequence[int] = WATCHING,
+    ) -> None:
         self._url = database.variables["REDIS_URL"]
         self._environments, self._dataset = environments, dataset
         self._programs: list[subprocess.Popen[str]] = []
-        roles = [environments * (WHOLE - 1), environments, 0]
+        roles = [environments * (whole - 1), environments, 0]
         try:
-            self._start(WHOLE, 0)
+            self._start(whole, 0)
             self._await([*roles, 0])
-            for number in WATCHING:
+            for number in watching:
                 self._start(0, number)
-            self._await([*roles, sum(WATCHING) * environments])
+            self._await([*roles, sum(watching) * environments])
         except BaseException:
             self.close()
             raise
@@ -77,6 +85,10 @@ class Members(Closing):
         """Let all members read all data at once; return the seconds until the last has them."""
         start = time.monotonic() + 0.1
         return max(self._ask(read_at=start)) - start
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that they have taken so far."""
+        return sum(cpu_seconds(program.pid) for program in self._programs)
 
     def _ask(self, **order: float) -> list[Any]:
         for program in self._programs:
@@ -117,14 +129,14 @@ def load(server: Server, _: Certificate) -> Measured:
 
 def _watch(database: Valkey) -> tuple[float, float]:
     """Return the CPU time of Redis in percent, and publications a second."""
-    cpu, entries, start = database.cpu_seconds(), _entries(database), time.monotonic()
+    cpu, entries, start = database.cpu_seconds(), entries_of(database), time.monotonic()
     time.sleep(WATCHED_SECONDS)
     seconds = time.monotonic() - start
     used = database.cpu_seconds() - cpu
-    return used / seconds * 100, (_entries(database) - entries) / seconds
+    return used / seconds * 100, (entries_of(database) - entries) / seconds
 
 
-def _entries(database: Valkey) -> int:
+def entries_of(database: Valkey) -> int:
     stream: Any = database.client.xinfo_stream("relay:feed:1")
     return int(stream["entries-added"])
 
@@ -135,10 +147,11 @@ def read(server: Server, _: Certificate) -> Measured:
         return {}
     with Valkey() as database, Members(database, 1, "2m") as members:
         time.sleep(SETTLE_SECONDS)
-        before = database.cpu_seconds()
+        redis, own = database.cpu_seconds(), members.cpu_seconds()
         times = sorted(members.read() for _ in range(READS))
-        cpu = database.cpu_seconds() - before
+        redis, own = database.cpu_seconds() - redis, members.cpu_seconds() - own
     return {
         f"{AT_ONCE}: last": times[READS // 2],
-        f"{AT_ONCE}: CPU of Redis, each": cpu / READS / MEMBERS * 1e3,
+        f"{AT_ONCE}: CPU of Redis, each": redis / READS / MEMBERS * 1e3,
+        f"{AT_ONCE}: CPU of a member": own / READS / MEMBERS * 1e3,
     }

@@ -101,7 +101,7 @@ class Process:
 
     def own_cpu_seconds(self) -> float:
         """CPU time so far of the first process alone, to the microsecond."""
-        return time.clock_gettime(~self.pid << 3 | 2)  # what clock_getcpuclockid(3) returns
+        return cpu_seconds(self.pid)
 
     def private_bytes(self) -> int:
         """Memory that ending the tree would free (USS)."""
@@ -142,6 +142,11 @@ class Process:
             for children in Path(f"/proc/{pid}/task").glob("*/children"):
                 found += map(int, children.read_text().split())
         return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far, to the microsecond."""
+    return time.clock_gettime(~pid << 3 | 2)  # what clock_getcpuclockid(3) returns
 
 
 def _cpu_ticks(pid: int) -> int:

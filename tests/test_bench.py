@@ -4,16 +4,21 @@ import base64
 import gzip
 import json
 import math
+import os
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from itertools import pairwise
+from typing import Any
 from urllib.parse import urlsplit
 from xml.etree import ElementTree as ET
 
 import pytest
 
 from bench import data, posts
+from bench.__main__ import listed
 from bench.axes import axes
 from bench.cold_start.__main__ import measure, measure_starts
 from bench.cold_start.burst import Run, Setup, standing_ready
@@ -30,14 +35,19 @@ from bench.cold_start.ways import (
     ways,
 )
 from bench.crowd import Crowd
-from bench.databases import DATABASES, until_stored
+from bench.databases import DATABASES, Valkey, until_stored
 from bench.environments import await_all
 from bench.evaluations import ENVIRONMENT_ID, poll_path, stream_path
+from bench.fleet import Fleet, check_feed, missing_figures, watched
+from bench.fleetload import Members, entries_of
+from bench.machine import CORES
 from bench.polls import Client
+from bench.replicas import FLAG, Replicas
 from bench.servers import OWN_COMMAND, POLL, SDK_KEY, Relay, Session
 from bench.table import NGINX, OURS, PEER, Figures, Row, at_least, at_most, markdown
 from bench.upstream import Upstream, event
 from bench.viewers import Viewers
+from bench.workers import on_cores, serving
 from relay.evaluation.compiled.program import FlagCompiler, Program
 from relay.protocol.bigsegments import PatchReader
 from relay.web.contexts import context_in_path
@@ -162,7 +172,23 @@ def test_a_mailbox_refuses_until_it_is_opened_and_counts_distinct_events() -> No
         )
         arrived = upstream.arrived(events=True)
         assert (made.requests, arrived.size, arrived.events) == (40, 40_000, 20)
+        assert arrived.repeated == 20
         assert arrived.last > opened
+
+
+def test_a_mailbox_counts_what_comes_again_under_its_payload_id_once() -> None:
+    """LaunchDarkly knows a payload by its id, so a post that is repeated does no harm."""
+    with Upstream({"sdk-one": "2k"}) as upstream:
+        upstream.open_mailbox(keep=True)
+        parts = urlsplit(upstream.events_url)
+        connection = HTTPConnection(parts.hostname or "", parts.port)
+        for payload in ("one", "one", "two"):
+            headers = {"X-LaunchDarkly-Payload-ID": payload}
+            connection.request("POST", "/bulk", data.numbered_event(7, 500), headers)
+            assert connection.getresponse().read() == b""
+        connection.close()
+        arrived = upstream.arrived(events=True)
+        assert (arrived.events, arrived.repeated) == (1, 1)
 
 
 def test_a_compressed_post_counts_with_the_size_of_its_content() -> None:
@@ -279,6 +305,119 @@ def test_a_relay_is_told_its_environments_and_a_rotation() -> None:
             while (ended := old.ended()) < 5 and time.monotonic() < until:
                 time.sleep(0.01)
             assert ended == 5
+
+
+def test_arrivals_are_when_bytes_came_and_not_when_they_are_read() -> None:
+    """A client that comes for another one after a patch was sent does not count."""
+    with Upstream({"sdk-one": "2k"}) as upstream:
+        port = urlsplit(upstream.url).port
+        assert port
+        with Crowd(port, "sdk-one", 10, stamped=True) as crowd:
+            crowd.connect(timeout=10)
+            sent = upstream.patch("sdk-one", 2, "the-marker")
+            crowd.replace()
+            time.sleep(0.5)
+            times = crowd.arrivals("the-marker", sent, timeout=10)
+            assert len(times) == 9
+            assert all(sent <= each < sent + 0.4 for each in times)
+
+
+def test_upstream_tells_its_connections_and_new_ones_begin_with_changes() -> None:
+    """Each stream that opens or closes is noted with its time."""
+    with Upstream({SDK_KEY: "2k"}) as upstream:
+        port = urlsplit(upstream.url).port
+        assert port
+        assert upstream.connections(SDK_KEY) == []
+        with Crowd(port, SDK_KEY, 1) as before:
+            before.connect(timeout=10)
+            upstream.change(SDK_KEY, data.flag(data.flag_key(0), 7, 500))
+            with Replicas([port]) as replicas:
+                (client,) = replicas.clients
+                _until(lambda: client.versions == [7])
+                assert [number for _, number in upstream.connections(SDK_KEY)] == [1, 2]
+            _until(lambda: upstream.connections(SDK_KEY)[-1][1] == 1)
+        times = [when for when, _ in upstream.connections(SDK_KEY)]
+        assert times == sorted(times)
+
+
+def test_a_replica_knows_since_when_it_has_a_version_and_whether_it_went_back() -> None:
+    """A version counts as had with a newer one, and as late as it is missing."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        Replicas([listener.getsockname()[1]]) as replicas,
+    ):
+        (client,) = replicas.clients
+        stream, _ = listener.accept()
+        for version in (2, 5, 3):
+            stream.sendall(event("put", data.compact({"data": _flags(version)})))
+        _until(lambda: client.back == 1)
+        assert client.versions == [2, 5]
+        assert client.has_at(3) == client.has_at(5) == client.times[1]
+        assert client.has_at(6) == math.inf
+        sent = {2: client.times[0] - 1, 3: client.times[1] - 2, 6: client.times[1] + 10}
+        assert client.longest_wait(sent, 0, client.times[1]) == pytest.approx(2)
+        stream.close()
+        again, _ = listener.accept()
+        again.sendall(event("put", data.compact({"data": _flags(6)})))
+        _until(lambda: client.versions == [2, 5, 6])
+        again.close()
+
+
+def _flags(version: int) -> dict[str, Any]:
+    return {"flags": {FLAG: data.flag(FLAG, version, 500)}}
+
+
+@pytest.mark.timing
+def test_a_fleet_has_one_connection_and_another_leader_when_one_is_killed() -> None:
+    """Its clients see each change, and its feed in Redis has no break."""
+    with Fleet(Relay(OURS, OWN_COMMAND), 2) as fleet:
+        leader = fleet.leader()
+        with watched(fleet) as (changes, clients):
+            fleet.restart(leader)
+            other = fleet.leader()
+            version = changes.next_after(time.monotonic())
+            _until(lambda: all(each.has_at(version) < math.inf for each in clients))
+            assert missing_figures(fleet, other) == 0
+        assert not sum(each.back for each in clients)
+        broken, terms = check_feed(fleet.database)
+        assert broken == 0
+        assert terms >= 1
+        assert fleet.upstream.connections(SDK_KEY)[-1][1] == 1
+
+
+def test_members_without_clients_lead_and_follow_and_publish_what_changes() -> None:
+    """As many as were started look at Redis, and each environment has one leader."""
+    with Valkey() as database, Members(database, 2, "2k", 2, (1,)) as members:
+        assert members.roles() == [2, 2, 0, 2]
+        before = entries_of(database)
+        members.change(20)
+        _until(lambda: entries_of(database) > before + 10)
+        assert 0 < members.read() < 10
+
+
+def test_workers_share_the_work_and_the_peer_gets_two_threads() -> None:
+    """Each of two workers serves, on all cores."""
+    with serving(Relay(OURS, OWN_COMMAND), "2k", 2) as session:
+        client = session.client()
+        status = json.loads(client.get("/status").body)
+        client.close()
+        assert [each["state"] for each in status["workers"]] == ["VALID", "VALID"]
+        assert os.sched_getaffinity(session.process.pid) == set(CORES)
+    relay = on_cores(Relay(PEER, "other"), 2)
+    assert relay.variables["GOMAXPROCS"] == "2"
+
+
+def test_the_list_of_axes_names_rows_with_their_goals() -> None:
+    """It is printed without measuring anything."""
+    text = listed([axis for axis in axes() if axis.name == "put"])
+    assert text == "put\n    put of 2 MB → served (ms): ≤ 1×"
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def _await_status(session: Session, sdk_key: str, status: int) -> None:
