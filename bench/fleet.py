@@ -355,6 +355,9 @@ def chaos(server: Server, _: Certificate) -> Measured:
     return {
         f"{CHAOS}: breaks in the feed": broken,
         f"{CHAOS}: clients that went back": sum(client.back for client in clients),
+        f"{CHAOS}: connections that began with older data": sum(
+            client.began_older for client in clients
+        ),
         f"{CHAOS}: relays that are not current": late,
         f"{CHAOS}: faults": faults,
         f"{CHAOS}: terms": terms,

@@ -32,7 +32,12 @@ class Replica:
         self.times: list[float] = []
         self.versions: list[int] = []
         self.back = 0
-        """How often it was sent an older version than it had."""
+        """How often it was sent an older version on a connection than it had got on that one."""
+        self.began_older = 0
+        """How often a connection began with an older version than it had from one before: FDv1 has
+        no way to tell a relay what one has, and a leader may die before it has published."""
+        self._newest = 0
+        """Version that it has got on this connection."""
         self._socket: socket.socket | None = None
         self._received = b""
         self._due = 0.0
@@ -60,7 +65,7 @@ class Replica:
             self.close()
             return None
         self._socket.setblocking(False)
-        self._received = b""
+        self._received, self._newest = b"", 0
         poll.register(self._socket, select.EPOLLIN)
         return self._socket.fileno()
 
@@ -81,7 +86,9 @@ class Replica:
         now = time.monotonic()
         for version in map(int, _VERSION.findall(events) if ended else ()):
             newest = self.versions[-1] if self.versions else 0
-            self.back += version < newest
+            self.back += version < self._newest
+            self.began_older += version < newest and not self._newest
+            self._newest = version
             if version > newest:
                 self.times.append(now)
                 self.versions.append(version)

@@ -358,8 +358,10 @@ def test_a_replica_knows_since_when_it_has_a_version_and_whether_it_went_back() 
         assert client.longest_wait(sent, 0, client.times[1]) == pytest.approx(2)
         stream.close()
         again, _ = listener.accept()
-        again.sendall(event("put", data.compact({"data": _flags(6)})))
+        for version in (4, 6):
+            again.sendall(event("put", data.compact({"data": _flags(version)})))
         _until(lambda: client.versions == [2, 5, 6])
+        assert (client.back, client.began_older) == (1, 1)
         again.close()
 
 
