@@ -6,6 +6,7 @@ import socket
 import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from threading import Event, Thread
 
 from bench.data import flag_key
@@ -27,8 +28,9 @@ END_OF_EVENT = b"\n\n"
 class Replica:
     """One client: the versions that it was sent, with their CLOCK_MONOTONIC times."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, poll: select.epoll) -> None:
         self.port = port
+        self._poll = poll
         self.times: list[float] = []
         self.versions: list[int] = []
         self.back = 0
@@ -53,20 +55,20 @@ class Replica:
         within = {version: when for version, when in sent.items() if since <= when <= until}
         return max(min(self.has_at(version), now) - when for version, when in within.items())
 
-    def connect(self, poll: select.epoll) -> int | None:
+    def connect(self) -> int | None:
         """Connect if it is time to; return the number of the socket, None if there is none."""
         if self._socket is not None or time.monotonic() < self._due:
             return None
         self._due = time.monotonic() + RECONNECT_SECONDS
         try:
             self._socket = socket.create_connection(("127.0.0.1", self.port), timeout=1)
+            self._poll.register(self._socket, select.EPOLLIN)
             self._socket.sendall(REQUEST.format(key=SDK_KEY).encode())
         except OSError:
             self.close()
             return None
         self._socket.setblocking(False)
         self._received, self._newest = b"", 0
-        poll.register(self._socket, select.EPOLLIN)
         return self._socket.fileno()
 
     def read(self) -> None:
@@ -96,6 +98,8 @@ class Replica:
     def close(self) -> None:
         """Hang up."""
         if self._socket is not None:
+            with suppress(OSError):  # a process that is just started may still hold it open
+                self._poll.unregister(self._socket)
             self._socket.close()
             self._socket = None
 
@@ -104,24 +108,25 @@ class Replicas(Closing):
     """Clients of all relays, read by one thread; who is cut off connects again."""
 
     def __init__(self, ports: Sequence[int]) -> None:
-        self.clients = [Replica(port) for port in ports]
+        self._poll = select.epoll()
+        self.clients = [Replica(port, self._poll) for port in ports]
         self._stopped = Event()
         self._thread = Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
         by_number: dict[int, Replica] = {}
-        with select.epoll() as poll:
-            while not self._stopped.is_set():
-                for client in self.clients:
-                    number = client.connect(poll)
-                    if number is not None:
-                        by_number[number] = client
-                for number, _ in poll.poll(RECONNECT_SECONDS):
-                    by_number[number].read()
+        while not self._stopped.is_set():
+            for client in self.clients:
+                number = client.connect()
+                if number is not None:
+                    by_number[number] = client
+            for number, _ in self._poll.poll(RECONNECT_SECONDS):
+                by_number[number].read()
 
     def close(self) -> None:
         self._stopped.set()
         self._thread.join()
         for client in self.clients:
             client.close()
+        self._poll.close()
