@@ -126,6 +126,7 @@ class Valkey(_InHashes):
         return sum(each["calls"] for each in stats.values())
 
     def close(self) -> None:
+        self.client.close()
         self.kill()
         self._end.close()
 
