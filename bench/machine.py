@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE = CORES[0]
 LOAD_CORE = CORES[1 % len(CORES)]
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -97,7 +96,7 @@ class Process:
 
     def cpu_seconds(self) -> float:
         """CPU time so far, in user and system mode, of the whole tree."""
-        return sum(_cpu_ticks(pid) for pid in self._tree()) / TICKS
+        return sum(map(cpu_seconds, self._tree()))
 
     def own_cpu_seconds(self) -> float:
         """CPU time so far of the first process alone, to the microsecond."""
@@ -147,11 +146,6 @@ class Process:
 def cpu_seconds(pid: int) -> float:
     """CPU time of a process so far, to the microsecond."""
     return time.clock_gettime(~pid << 3 | 2)  # what clock_getcpuclockid(3) returns
-
-
-def _cpu_ticks(pid: int) -> int:
-    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(after_name[11]) + int(after_name[12])
 
 
 def _fields(pid: int, file: str) -> dict[str, int]:

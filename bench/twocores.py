@@ -24,6 +24,7 @@ UNREAD_SECONDS = 1.0
 CHURN = 0.003
 """Share of the clients that come anew each second."""
 CHURN_PATCHES = 20
+WARM_REQUESTS = 5000
 BOTH = "2 workers on 2 cores"
 PATCH = f"{BOTH}, one patch to {STREAMS:,} streams"
 CHURNED = f"{BOTH}, {STREAMS:,} streams, 0.3 % of them new each second"
@@ -156,7 +157,9 @@ def _compared(
 
 def _rates(session: Session, ask: Callable[[int, float], Load]) -> tuple[float, float]:
     """Return requests per CPU-second of the server, and by the wall."""
-    ask(0, WARM_SECONDS * 2)
+    warm = 0
+    while warm < WARM_REQUESTS:  # each worker compiles flags, and learns what contexts share
+        warm += ask(evaluations.NEW // 4 + warm, WARM_SECONDS).requests
     cpu = session.process.cpu_seconds()
     result = ask(evaluations.NEW // 2, LOAD_SECONDS)
     cpu = session.process.cpu_seconds() - cpu

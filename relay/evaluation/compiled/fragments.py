@@ -24,6 +24,10 @@ DIGEST_SIZE = 16
 MAX_GROUPS = 2 * 1024 * 1024
 """Bytes of cached fragments, for all groups of contexts of one template."""
 
+RETRY_AFTER = 2000
+"""Contexts after which caching that did not pay is tried again: those who came may not be those who
+come."""
+
 MIN_GROUPED = 8
 """Flags from which looking up a group pays. Fewer are evaluated just as fast."""
 
@@ -140,7 +144,7 @@ class Fragment:
 class _Groups:
     """Cache of the flags that only features decide, by the unusual features of a context.
 
-    If most contexts turn out to be in a new group, caching stops.
+    If most contexts turn out to be in a new group, caching stops for a while.
     """
 
     def __init__(
@@ -163,6 +167,8 @@ class _Groups:
         self._size = 0
         self._hits = 0
         self._worthwhile = True
+        self._skipped = 0
+        """Contexts since caching has stopped."""
 
     def fragment(self, context: EvalContext) -> Fragment:
         """Return the members of all flags for a context."""
@@ -171,6 +177,8 @@ class _Groups:
             positions = self._positions
             unusual = {each: value for each, value in unusual.items() if each in positions}
         if not self._worthwhile:
+            self._skipped += 1
+            self._worthwhile = self._skipped >= RETRY_AFTER
             return self._join_members(context, unusual)
         features = frozenset(unusual.items())
         fragment = self._cache.get(features)
@@ -201,7 +209,7 @@ class _Groups:
         if self._size > MAX_GROUPS:
             self._worthwhile = self._hits > len(self._cache)
             self._cache.clear()
-            self._size = self._hits = 0
+            self._size = self._hits = self._skipped = 0
         else:
             self._cache[features] = fragment
 

@@ -455,6 +455,11 @@ def test_the_cache_of_groups_is_bounded_and_given_up_if_it_does_not_pay(monkeypa
             cached = sum(len(fragment.text) for fragment in groups._cache.values())
             assert cached <= groups._size <= 32 * 1024
         assert groups._worthwhile is worthwhile
+        # Others come, who are all alike: caching is tried again.
+        for number in range(2 * fragments.RETRY_AFTER):
+            program.body(context_of(f"new-{number}"), with_reasons=False)
+        assert groups._worthwhile
+        assert groups._hits >= fragments.RETRY_AFTER - 1
 
 
 def test_programs_and_flags_print_their_state():
