@@ -302,22 +302,29 @@ def event(name: str, body: bytes) -> bytes:
 
 def obey(feeds: dict[str, Feed], mailbox: Mailbox, order: Mapping[str, Any]) -> str:
     """Carry out one order; return the answer."""
-    if order["order"] == "open":
-        return repr(mailbox.open(keep=order["keep"]))
-    if order["order"] == "arrived":
-        return json.dumps(mailbox.arrived(events=order["events"]))
+    match order["order"]:
+        case "open":
+            return repr(mailbox.open(keep=order["keep"]))
+        case "arrived":
+            return json.dumps(mailbox.arrived(events=order["events"]))
+        case "connections" | "asked" | "transferred":
+            return json.dumps(count(feeds, order))
+        case "environment":
+            described = order["description"]
+            feeds[described["sdkKey"]["value"]] = Feed(*contents(order["name"]), order["name"])
+            patch = event("patch", data.environment_patch(described))
+            return repr(feeds[AUTO_CONFIG_KEY].send(patch))
+        case _:
+            return repr(send(feeds[order["sdk_key"]], order))
+
+
+def count(feeds: Mapping[str, Feed], order: Mapping[str, Any]) -> object:
+    """Return what relays have asked for."""
     if order["order"] == "connections":
-        return json.dumps(feeds[order["sdk_key"]].connections)
+        return feeds[order["sdk_key"]].connections
     if order["order"] == "asked":
-        return str(sum(feed.asked for feed in feeds.values()))
-    if order["order"] == "transferred":
-        return str(sum(feed.bytes for feed in feeds.values()))
-    if order["order"] == "environment":
-        described = order["description"]
-        feeds[described["sdkKey"]["value"]] = Feed(*contents(order["name"]), order["name"])
-        patch = event("patch", data.environment_patch(described))
-        return repr(feeds[AUTO_CONFIG_KEY].send(patch))
-    return repr(send(feeds[order["sdk_key"]], order))
+        return sum(feed.asked for feed in feeds.values())
+    return sum(feed.bytes for feed in feeds.values())
 
 
 def send(feed: Feed, order: Mapping[str, Any]) -> float:
