@@ -129,6 +129,7 @@ class FallbackStore:
         disk, self._disk = self._disk, None
         self._retry_at = clock.monotonic() + self._retry
         if disk is not None:
+            self._memory.recent = disk.recent  # an SDK's retry is one in memory, too
             _close(disk)
         reason = describe(error)
         if isinstance(error, sqlite3.DatabaseError) and _is_damage(error):

@@ -390,11 +390,23 @@ class DiskStore:
         return backlog
 
     def receive(self, content: StoreContent) -> None:
-        """Take everything that another store had."""
+        """Take everything that another store had.
+
+        Payloads that are here already are left out: that store did not know of them. Batches stay
+        as they are, for upstream may have them.
+        """
+        batches = (*content.suspects, *content.batches)
+        sent = {id(payload) for fixed in batches for payload in fixed.payloads}
+        known = self.recent.seen.keys()
         (last,) = self._db.execute("SELECT coalesce(max(id),0) FROM posts").fetchone()
         (asides,) = self._db.execute("SELECT coalesce(max(aside),0) FROM batches").fetchone()
         row_ids: dict[int, int] = {}
-        for row_id, payload in enumerate(content.payloads, last + 1):
+        payloads = (
+            payload
+            for payload in content.payloads
+            if id(payload) in sent or dedup_key(payload) not in known
+        )
+        for row_id, payload in enumerate(payloads, last + 1):
             row_ids[id(payload)] = row_id
             values = (row_id, *self._row(payload))
             self._db.execute("INSERT INTO posts VALUES (?,?,?,?,?,?,?)", values)

@@ -107,6 +107,32 @@ def test_a_batch_of_the_memory_may_be_on_its_way_when_the_disk_takes_over(connec
     assert moved.maybe_delivered
 
 
+def test_a_retry_is_recognised_though_the_disk_fails_meanwhile(connections, store):
+    """An SDK sends a payload again that is on the disk; and once more when that is back."""
+    assert store.perform(lambda: store.add([payload(1)])) == [True]
+    fail(connections)
+    assert store.perform(lambda: store.add([large(2)])) == [True]
+    assert store.perform(lambda: store.add([payload(1), payload(3)])) == [False, True]
+    (backlog,) = store.reopen()
+    assert backlog.payloads == 3
+    assert store.perform(lambda: store.add([payload(1), payload(3)])) == [False, False]
+
+
+def test_what_came_while_the_file_was_in_use_is_taken_once(tmp_path):
+    """Another process has it, so nobody knows what is in it; an SDK sends something again."""
+    path = tmp_path / "events.db"
+    former, store = (FallbackStore(path, LIMITS, retry=0.0) for _ in range(2))
+    former.reopen()
+    former.perform(lambda: former.add([payload(1)]))
+    assert store.reopen() is None
+    assert store.perform(lambda: store.add([payload(1), payload(2), payload(3)])) == [True] * 3
+    former.close()
+    (backlog,) = store.reopen()
+    assert backlog.payloads == 3
+    assert take(store)[1] == [payload(1).body, payload(2).body, payload(3).body]
+    store.close()
+
+
 def test_what_a_failed_transaction_evicted_is_not_counted(tmp_path):
     """It is still there."""
     limits = Limits(disk=150_000, memory=1 << 20)
