@@ -93,7 +93,7 @@ def fleet_source(
 def join(environment: Environment, source: FleetSource) -> None:
     """Let an environment that has this source take part in the fleet."""
     source.held = lambda: environment.payload
-    source.named = lambda: environment.journal.named
+    source.selector = lambda: environment.journal.upstream_selector
     environment.fleet = source
 
 

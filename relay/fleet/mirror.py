@@ -330,7 +330,7 @@ class FleetMirror:
         head, base = published.head, published.contents
         confirmed = self._source.is_confirmed
         held, evaluated = self._source.held(), self._evaluated()
-        name = self._source.named() if confirmed else published.name
+        name = self._source.selector() if confirmed else published.name
         if held is None or confirmed is None or (head is None and not confirmed):
             return None, base
         after, rewrite = base, None

@@ -61,7 +61,7 @@ class FleetSource:
         self.keys = keys
         self.held: Callable[[], Payload | None] = lambda: None
         """Returns the data of the environment; set by whoever makes both."""
-        self.named: Callable[[], Selector | None] = lambda: None
+        self.selector: Callable[[], Selector | None] = lambda: None
         """Returns the name that upstream gives to these data; set likewise."""
         self.role = Role.FOLLOWER
         self.leader: str | None = None
@@ -154,7 +154,7 @@ class FleetSource:
     @property
     def _state(self) -> str:
         """Upstream's name of the held data; empty for none."""
-        name = self.named()
+        name = self.selector()
         return name.state if name is not None else ""
 
     @property
@@ -428,11 +428,11 @@ class FleetSource:
         return True
 
     def _is_new_name(self, name: Selector | None) -> bool:
-        return name is not None and name != self.named()
+        return name is not None and name != self.selector()
 
     def _adopted(self, snapshot: Snapshot, contents: Contents) -> tuple[Payload, Selector | None]:
         """Return the newer of feed and held data with their name, item by item if need be."""
-        feed, held, name = contents.payload, self.held(), self.named()
+        feed, held, name = contents.payload, self.held(), self.selector()
         steps = distance(self._state, snapshot.name.state) if snapshot.name else None
         if not held or (steps is not None and steps > 0):
             return feed, snapshot.name

@@ -241,13 +241,13 @@ class Journal:
         return self._state
 
     @property
-    def given(self) -> Selector | None:
-        """Name that upstream gives to the data, if it is what clients get; else None."""
+    def client_selector(self) -> Selector | None:
+        """Selector of upstream, if clients get it; else None."""
         return self._selector
 
     @property
-    def named(self) -> Selector | None:
-        """Name that upstream gives to the data, whether or not clients get it; None for none."""
+    def upstream_selector(self) -> Selector | None:
+        """Selector of upstream, whether or not clients get it; None if there is none."""
         if self._selector is not None:
             return self._selector
         return Selector(self.upstream, verbatim=False) if self.upstream else None

@@ -163,7 +163,7 @@ class WorkersHub(Hub):
                 part, size = [], 0
             part.append(item)
             size += len(item.json or b"")
-        selector = self._journal.given
+        selector = self._journal.client_selector
         last = Data(self.number, tuple(part), full, True, version, change, selector, journal)
         yield frame(last)
 

@@ -309,3 +309,27 @@ def test_clients_of_two_replicas_always_have_all_results(start, steps, contexts)
         for client in clients:
             seen[client] |= replicas[0].results(client).keys() | replicas[1].results(client).keys()
             assert {*client.named} <= seen[client]
+
+
+def test_answers_spare_what_the_last_full_one_had():
+    """Of the same kind of client; if there was none, everything is made once to know its size."""
+    journal = Replica().programs.client_journal
+    made: list[int] = []
+
+    def everything() -> int:
+        made.append(1)
+        return 1000
+
+    def count(kind: str, size: int, *, with_reasons: bool = False) -> None:
+        about = {"with_reasons": with_reasons, "everything": everything}
+        journal.counter(SDKKind.MOBILE, kind, "why", size, **about).add()
+
+    count("delta", 100)
+    assert (journal.answers.saved.value, len(made)) == (900, 1)
+    count("full", 500)
+    count("none", 50)
+    assert (journal.answers.saved.value, len(made)) == (1350, 1)
+    count("delta", 600)
+    assert journal.answers.saved.value == 1350
+    count("none", 0, with_reasons=True)
+    assert (journal.answers.saved.value, len(made)) == (2350, 2)

@@ -390,7 +390,7 @@ class Node:
         spec = EnvironmentSpec("simulation", SDKKey("sdk-simulation"))
         self.environment = Environment(spec, observed, Hub({}), LOG)
         self.source.held = lambda: self.environment.payload
-        self.source.named = lambda: self.environment.journal.named
+        self.source.selector = lambda: self.environment.journal.upstream_selector
         mirror = FleetMirror(self.member, self.source, lambda: 0, no_mirror, LOG, server="fake")
         self.environment.mirrors = (mirror,)
         if self.world.launchdarkly.kind != "fdv1":

@@ -580,3 +580,34 @@ def test_a_state_names_one_content(steps, restarts):
             history.restart()
     fresh = History(*Payload.of(history.payload.live(Kind.FLAG)))
     assert history.journal.state == fresh.journal.state
+
+
+def test_answers_are_counted_with_what_they_spare():
+    """By kind and reason; a full transfer spares nothing, and who is up to date needs nothing."""
+    history = History(LARGE)
+    before = history.journal.state
+    after = history.apply(flag("small", 1))
+    size, small = history.payload.size, len(flag("small", 1).json or b"")
+    for basis in ("", before, after, after):
+        history.journal.counter(history.journal.answer(basis)).add()
+    answers = history.journal.answers
+    assert {key: count.value for key, count in answers.numbers.items()} == {
+        (Full.kind, MISSING.cause): 1,
+        ("delta", "stale"): 1,
+        ("none", "up-to-date"): 2,
+    }
+    assert answers.saved.value == size - small + 2 * size
+    assert repr(answers) == "<AnswerCounts [4 answers]>"
+
+
+@pytest.mark.parametrize("verbatim", [True, False])
+def test_the_selector_of_upstream_is_known_also_if_clients_do_not_get_it(verbatim):
+    """A fleet passes it on, so that another relay can go on from there."""
+    history = History(LARGE)
+    assert history.journal.upstream_selector is None
+    selector = Selector("(p:x:7)", "x", 7, verbatim=verbatim)
+    history.apply(LARGE, full=True, selector=selector)
+    known = history.journal.upstream_selector
+    assert known is not None
+    assert known.state == "(p:x:7)"
+    assert history.journal.client_selector == (selector if verbatim else None)

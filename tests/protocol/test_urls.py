@@ -4,7 +4,7 @@ import pytest
 from isal import isal_zlib
 
 from relay.protocol.gzip import CORRUPT, GZIP
-from relay.protocol.urls import data_url, join
+from relay.protocol.urls import data_url, join, transfer_url
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,21 @@ def test_a_path_is_joined_to_a_base_that_may_have_one(base, url):
 def test_a_payload_filter_is_form_encoded(key, query):
     """As ld-relay sends it."""
     assert data_url("http://host/", "/all", key) == f"http://host/all{query}"
+
+
+@pytest.mark.parametrize(
+    ("basis", "payload_filter", "query"),
+    [
+        ("", "", ""),
+        ("(p:x:1)", "", "?basis=%28p%3Ax%3A1%29"),
+        ("", "a b", "?filter=a+b"),
+        ("a&b/c", "north", "?filter=north&basis=a%26b%2Fc"),
+    ],
+)
+def test_a_basis_is_quoted(basis, payload_filter, query):
+    """It is upstream's text, so it may have any character."""
+    url = transfer_url("http://host/", "/sdk/poll", basis, payload_filter)
+    assert url == f"http://host/sdk/poll{query}"
 
 
 def test_the_constants_of_gzip_fit_the_library():
