@@ -179,7 +179,7 @@ class Environment:
 
     @property
     def answers(self) -> Mapping[str, AnswerCounts]:
-        """What SDKs of FDv2 were answered, by their side: `server` or `client`."""
+        """Counts of the answers to SDKs of FDv2, by their side: `server` or `client`."""
         return {"server": self.journal.answers, "client": self.programs.client_journal.answers}
 
     def __repr__(self) -> str:

@@ -63,7 +63,7 @@ class ClientJournal:
         }
         """Last step before which each touched flag was visible; the latest comes last."""
         self.answers = AnswerCounts()
-        """What clients were answered."""
+        """Counts of the answers to clients."""
         self._full_sizes: dict[tuple[SDKKind, bool], int] = {}
         """Bytes of the last transfer of everything to each kind of SDK, with and without reasons:
         measured, for nobody evaluates everything only to know what a delta has saved."""

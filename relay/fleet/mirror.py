@@ -35,7 +35,7 @@ MAX_TOUCHED = 1000
 
 
 class Base(Struct, frozen=True):
-    """What the feed has.
+    """Content of the feed.
 
     Args:
         head: the last publication; None if there was none.
@@ -97,7 +97,7 @@ class FleetMirror:
         """Numbers of publications."""
         source.outcomes = lambda: {each.value: count for each, count in self.outcomes.items()}
         self._base: Base | None = None
-        """What the feed has; None if unknown."""
+        """Content of the feed; None if unknown."""
         self._touched: set[Key] | None = None
         """Items that may differ from what the feed has; None if all may."""
         self._is_damaged = False
@@ -107,7 +107,7 @@ class FleetMirror:
         self._is_behind = False
         """True if the feed has lost what SDKs read in other slots, in a failover."""
         self._confirmed: bool | None = None
-        """What the last publication of this term says of upstream; None before the first."""
+        """State of upstream by the last publication of this term; None before the first."""
         self._written_at = 0.0
         """Monotonic time of the last publication."""
         self._compared_at = 0.0

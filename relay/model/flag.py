@@ -72,7 +72,7 @@ class Prerequisite(Struct, rename="camel", frozen=True, gc=False):
 
 
 class ClientSideAvailability(Struct, rename="camel", frozen=True, gc=False):
-    """Which client-side SDKs may see the flag."""
+    """Client-side SDKs that may see the flag."""
 
     using_mobile_key: bool = False
     using_environment_id: bool = False

@@ -170,7 +170,7 @@ class Journal:
         self.latest: Full | Delta = MISSING
         """Answer to a client that had seen all before the last step."""
         self.answers = AnswerCounts()
-        """What clients were answered."""
+        """Counts of the answers to clients."""
         self._floor = 0
         """Step from which on all touches are known."""
         self._barrier = 0

@@ -235,7 +235,7 @@ _SECONDS = re.compile("[0-9]{1,9}")
 _KINDS_BY_NAME = {name.decode(): kind for kind, name in _KINDS.items()}
 
 Told = ChangeSet | Current | Goodbye
-"""What upstream has told with an event."""
+"""Content of an event of upstream."""
 
 
 class Reader:

@@ -1,4 +1,4 @@
-"""What relays of a fleet write for each other in Redis: term, head, entries of the feed; pure.
+"""Texts that the relays of a fleet exchange in Redis: term, head, entries of the feed; pure.
 
 Term and head are text and never change their form, so that relays of all releases understand them.
 The key of the feed carries the number of its format.

@@ -40,7 +40,7 @@ ADVICE = {
     "MISCONF": "it cannot save its data: its own log says why",
     "OOM": "raise maxmemory, or remove what is not needed",
 }
-"""What to do, by the beginning of the server's answer; `{0}` begins the variables of a user."""
+"""Advice, by the beginning of the server's answer; `{0}` begins the variables of a user."""
 
 
 def reason_of(error: Exception, variables: str = "REDIS") -> str:

@@ -1,4 +1,4 @@
-"""What the fast path does for a request head that it sees for the first time."""
+"""Dispatch of a request head that the fast path sees for the first time."""
 
 from __future__ import annotations
 
