@@ -1,4 +1,4 @@
-"""What is measured, and what it shall reach."""
+"""Axes of the measurements, with their goals."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -404,7 +404,7 @@ IDLE_GOALS = {
     "Redis Cluster": ("commands", 2000),
     "DynamoDB": ("requests", 120),
 }
-"""What a relay may ask of a database while nothing happens; see `stores.IDLE_SECONDS`."""
+"""Most that a relay may ask of a database while nothing happens; see `stores.IDLE_SECONDS`."""
 MILLION = Axis(
     "big-segments-million",
     (

@@ -1,4 +1,4 @@
-"""What is done with a relay and a Valkey to measure big segments: one function, one round."""
+"""Measurements of big segments with a relay and a Valkey: each function measures one round."""
 
 import threading
 import time

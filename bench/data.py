@@ -13,14 +13,14 @@ from bench.targeting import clause
 
 
 class Size(NamedTuple):
-    """How many flags, how many bytes of JSON each has, and what fills them up to that."""
+    """Number of flags, bytes of JSON of each, and the property that fills them up to that."""
 
     flags: int
     bytes_each: int
     known: bool = True
     """Fill with a variation, otherwise with a property that no SDK knows."""
     mixed: Mapping[str, int] | None = None
-    """How many there are of each kind in `MAKERS`: for client-side SDKs."""
+    """Number of flags of each kind in `MAKERS`, in data sets for client-side SDKs."""
 
 
 SIZES = {
@@ -54,13 +54,13 @@ MILLION_PATCHES, MILLION_PATCH = 1000, 1000
 EVENTS = 43
 """Events of one post of the usual size."""
 EVENT_KEY = "bench-event-"
-"""What the keys of numbered events begin with."""
+"""Beginning of the keys of numbered events."""
 EVENT_TIME = 1_700_000_000_000
 FOR_CLIENTS = {
     "clientSideAvailability": {"usingMobileKey": True, "usingEnvironmentId": True},
     "clientSide": True,
 }
-"""What lets client-side SDKs see a flag."""
+"""Properties that let client-side SDKs see a flag."""
 
 
 def flag_key(index: int) -> str:
@@ -285,7 +285,7 @@ CONTEXTS = {
     "eval-listed": USUAL_CONTEXTS,
     "eval-rules": Contexts((CONTEXT_START, targeting.CONTEXT_MIDDLES, targeting.CONTEXT_ENDS)),
 }
-"""Who asks, by data set."""
+"""Contexts that ask, by data set."""
 
 
 def base64url(text: str) -> str:

@@ -33,7 +33,7 @@ class Database(Closing):
     """A database that runs, with a client that knows the layout that SDKs read."""
 
     variables: Mapping[str, str]
-    """What makes a relay use it."""
+    """Variables that make a relay use it."""
 
     @abstractmethod
     def version(self, prefix: str, flag: str) -> int:

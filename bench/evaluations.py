@@ -1,5 +1,4 @@
-"""What is done with a running relay to measure how it serves client-side SDKs: one function, one
-round."""
+"""Measurements of a relay that serves client-side SDKs: each function measures one round."""
 
 import json
 import re
@@ -42,7 +41,7 @@ SETTLE_SECONDS = 1.0
 CHANGES = 3
 """Changes of one flag in one round; their median is the round's figure."""
 WATCHED_SECONDS = 3
-"""How long small polls are watched, once beside evaluations and once after each put."""
+"""Time that small polls are watched, once beside evaluations and once after each put."""
 PUTS = 3
 
 SCRIPT = """

@@ -1,4 +1,4 @@
-"""What a large fleet asks of its Redis. Its members have no clients; many share a process."""
+"""Load of a large fleet on its Redis. Its members have no clients; many share a process."""
 
 import json
 import subprocess

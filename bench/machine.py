@@ -43,7 +43,7 @@ def allow_many_files() -> int:
 
 
 class Closing(ABC):
-    """What is closed at the end of a `with`."""
+    """Base of objects that are closed at the end of a `with`."""
 
     @abstractmethod
     def close(self) -> None:
@@ -91,7 +91,7 @@ class Process:
         self.pid = self._program.pid
 
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """True until it has ended."""
         return self._program.poll() is None
 
     def cpu_seconds(self) -> float:

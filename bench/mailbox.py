@@ -28,7 +28,7 @@ _NUMBER = re.compile(data.EVENT_KEY.encode() + rb"(\d+)")
 
 
 class Arrived(NamedTuple):
-    """What has come in so far."""
+    """Counts of the bodies and events that have come in so far."""
 
     size: int
     """Bytes of all bodies, uncompressed."""

@@ -1,4 +1,4 @@
-"""What is done with a running server to get its figures: one function, one round."""
+"""Measurements of a running server: each function measures one round."""
 
 import os
 import tempfile
@@ -32,7 +32,7 @@ ENDED = {"Connection": "close"}
 PATCHES = 5
 """Single patches sent in one round; their median is the round's figure."""
 WATCHED_SECONDS = 1.0
-"""How long polls are watched after a patch was sent."""
+"""Time that polls are watched after a patch was sent."""
 
 DISK = Path("/var/tmp")
 """Where the spool is: unlike `/tmp`, this is on a disk everywhere."""
@@ -304,7 +304,7 @@ def _post_load(figure: str, session: Session, headers: Mapping[str, str]) -> tup
 
 
 def _sync_seconds(folder: Path) -> list[float]:
-    """What it takes, time after time, to append a post to a file and to make it safe."""
+    """Times that it takes, again and again, to append a post to a file and to make it safe."""
     body, times = events(), []
     with (folder / "bare").open("wb", buffering=0) as file:
         for _ in range(300):

@@ -47,7 +47,7 @@ CHANGED = "changed"
 
 
 class Upstream:
-    """What leaders listen to: everything, then changes of one flag, whoever leads.
+    """Source of updates for leaders: everything, then changes of one flag, whoever leads.
 
     Args:
         dataset: of the environment.

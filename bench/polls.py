@@ -19,7 +19,7 @@ UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4}
 
 
 class Load(NamedTuple):
-    """What a crowd of polling clients saw."""
+    """Requests of a crowd of polling clients, and the times that they took."""
 
     requests: int
     seconds: float

@@ -17,7 +17,7 @@ ACCEPTED = b"HTTP/1.1 202 "
 END_OF_HEAD = b"\r\n\r\n"
 READ_BYTES = 64 * 1024
 LAST_SECONDS = 30
-"""How long posts may take beyond their time."""
+"""Time that posts may take beyond their own."""
 
 SCRIPT = """
 local number, head, body = 0, {head}, {body}
@@ -99,7 +99,7 @@ def _received(client: socket.socket) -> bytes:
 
 
 def _is_accepted(answer: bytes) -> bool:
-    """Whether an answer is complete; one that does not accept the post is an error."""
+    """True if an answer is complete; one that does not accept the post is an error."""
     if END_OF_HEAD in answer and not answer.startswith(ACCEPTED):
         raise RuntimeError(f"a post was not accepted: {answer!r}")
     return END_OF_HEAD in answer

@@ -34,10 +34,10 @@ class Replica:
         self.times: list[float] = []
         self.versions: list[int] = []
         self.back = 0
-        """How often it was sent an older version on a connection than it had got on that one."""
+        """Number of times that it was sent an older version than before on the same connection."""
         self.began_older = 0
-        """How often a connection began with an older version than it had from one before: FDv1 has
-        no way to tell a relay what one has, and a leader may die before it has published."""
+        """Number of times that a connection began with an older version than one before had: FDv1
+        has no way to tell a relay what one has, and a leader may die before it has published."""
         self._newest = 0
         """Version that it has got on this connection."""
         self._socket: socket.socket | None = None

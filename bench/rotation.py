@@ -23,7 +23,7 @@ MARGIN_SECONDS = 0.25
 """Clients have the new key so long after LaunchDarkly tells relays, and drop the old one so long
 before it expires: the message is on its way, and clocks are read."""
 AFTER_SECONDS = 2.0
-"""How long things are watched after the old key has expired."""
+"""Time that clients are watched after the old key has expired."""
 POLLS_A_SECOND = 1000
 POLLERS = 4
 

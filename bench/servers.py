@@ -239,5 +239,5 @@ def free_port() -> int:
 
 
 def has_nginx() -> bool:
-    """Whether nginx can be compared with."""
+    """True if nginx is installed, to compare with."""
     return shutil.which("nginx") is not None

@@ -63,7 +63,7 @@ def written(name: str, server: Server, _: Certificate) -> Measured:
 
 
 def _own_round_trip(database: Database, version: int) -> float:
-    """What the database needs for a write and a read of one flag, without any relay."""
+    """Time that the database needs for a write and a read of one flag, without any relay."""
     began = time.monotonic()
     database.write("bench-own", PATCHED, version)
     while database.version("bench-own", PATCHED) < version:

@@ -19,7 +19,7 @@ class Goal:
     """The server whose figure `bound` multiplies; empty for a bound on the figure itself."""
 
     def met(self, medians: Mapping[str, float]) -> bool | None:
-        """Whether it is reached, None where something was not measured."""
+        """True if it is reached, None where something was not measured."""
         ours = medians.get(OURS)
         other = medians.get(self.times) if self.times else 1.0
         if ours is None or other is None:

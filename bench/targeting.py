@@ -20,7 +20,7 @@ bank care data energy foods games health labs logistics media motors soft
 COUNTRIES = tuple(CODES.split())
 COMPANIES = tuple(f"{one}{other}.example" for one, other in permutations(WORDS.split(), 2))[::3]
 VERSIONS = tuple(f"{major}.{minor}." for major in range(3, 9) for minor in range(20))
-"""What versions of an app begin with; a last number follows."""
+"""Beginnings of an app's versions; a last number follows."""
 PATCHES = 10
 VALUES = 4
 """Of each clause."""

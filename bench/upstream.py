@@ -114,17 +114,17 @@ class Upstream(Closing):
         return float(self._reply())
 
     def arrived(self, *, events: bool = False) -> Arrived:
-        """What events came in; numbered ones are counted only if they are asked for."""
+        """Return the counts of events that came in; numbered ones only if they are asked for."""
         self._order(order="arrived", events=events)
         return Arrived(*json.loads(self._reply()))
 
     def asked(self) -> int:
-        """How often flags were asked for: streams and polls that it answered."""
+        """Return the number of requests for flags: streams and polls that it answered."""
         self._order(order="asked")
         return int(self._reply())
 
     def connections(self, sdk_key: str) -> list[tuple[float, int]]:
-        """How many streams of an environment were open, from each CLOCK_MONOTONIC time on."""
+        """Return the number of an environment's open streams, from each CLOCK_MONOTONIC time on."""
         self._order(order="connections", sdk_key=sdk_key)
         return [(since, number) for since, number in json.loads(self._reply())]
 
@@ -146,7 +146,7 @@ class Upstream(Closing):
 
 
 class Feed:
-    """What a new stream begins with, what a poll gets, and the streams that are open."""
+    """Content of one environment: first put, body of polls, and the open streams."""
 
     def __init__(self, first: bytes, everything: bytes = b"", dataset: str = "") -> None:
         self._lock = threading.Lock()
@@ -290,7 +290,7 @@ class Feed:
 
 @cache
 def contents(name: str) -> tuple[bytes, bytes]:
-    """What streams begin with and polls get in an environment with the data set `name`."""
+    """First put and body of polls in an environment with the data set `name`."""
     return event("put", data.put(name)), gzip.compress(data.compact(data.everything(name)))
 
 

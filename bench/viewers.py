@@ -36,11 +36,11 @@ class _Viewer:
     missing: int | None = None
     """Bytes of the answer that are still to come; None before its head, -1 if it is in chunks."""
     seen: bool = False
-    """Whether the marker was in the answer."""
+    """True if the marker was in the answer."""
     complete: bool = False
-    """Whether the answer was read whole."""
+    """True once the answer was read whole."""
     greeted: bool = False
-    """Whether the stream has begun."""
+    """True once the stream has begun."""
 
 
 class Viewers(Closing):

@@ -201,7 +201,7 @@ def test_a_compressed_post_counts_with_the_size_of_its_content() -> None:
 
 
 def test_busy_clients_post_events_of_the_usual_size() -> None:
-    """What the busy clients say that they have posted has arrived."""
+    """All events that the busy clients say they have posted have arrived."""
     assert 6_800 <= len(data.events()) <= 7_200
     assert len(json.loads(data.events())) == data.EVENTS
     with Upstream({"sdk-one": "2k"}) as upstream:
@@ -259,7 +259,7 @@ def test_few_of_many_rules_match_a_context() -> None:
 
 @pytest.mark.parametrize("name", data.CONTEXTS)
 def test_a_context_is_put_together_of_the_base64_of_its_parts(name: str) -> None:
-    """What wrk joins is what the encoding of the whole gives."""
+    """The parts that wrk joins equal the encoding of the whole."""
     number, contexts = 123_456_789, data.CONTEXTS[name]
     parts = (each[number % len(each)] for each in contexts.parts)
     digits = "".join(map(data.base64url, ("123", "456", "789")))

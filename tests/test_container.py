@@ -93,7 +93,7 @@ def test_the_image_writes_nowhere_but_in_its_volume(image: dict[str, str]) -> No
 def test_the_image_is_built_from_locked_packages_and_without_a_compiler(
     stages: list[list[tuple[str, str]]],
 ) -> None:
-    """What is installed is what the lock names; nothing is built from source."""
+    """Exactly the packages that the lock names are installed; nothing is built from source."""
     build = " ".join(argument for word, argument in stages[0] if word == "RUN")
     assert "--require-hashes -r requirements.lock" in build
     assert "--only-binary :all:" in build

@@ -43,7 +43,7 @@ def snippets(language: str, page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link may name after `#`: headings, in the form that GitHub gives them."""
+    """Names that a link may have after `#`: headings, in the form that GitHub gives them."""
     headings = re.findall(r"(?m)^#+ (.+)$", prose(page))
     plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}
@@ -126,7 +126,7 @@ def test_python_in_daemon_mode_is_configured_as_shown() -> None:
 
 
 def test_yaml_is_yaml() -> None:
-    """What is to be pasted into a configuration can be read."""
+    """Snippets to paste into a configuration can be read."""
     found = [yaml.safe_load(each) for page in pages() for each in snippets("yaml", page)]
     assert {"scrape_configs"} in [set(each) for each in found]
     (probes,) = [each for each in found if "livenessProbe" in each]

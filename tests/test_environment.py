@@ -217,7 +217,7 @@ async def test_a_snapshot_without_a_journal_delays_nothing(stored):
 
 
 async def test_a_disk_that_hangs_does_not_keep_upstream_waiting(monkeypatch):
-    """What it says later comes too late."""
+    """Data that it gives later come too late."""
     monkeypatch.setattr("relay.environment.RECALL_TIMEOUT", 0.01)
     stored, journal = before_a_restart(flag("a", 1))
     async with restarted() as stage:

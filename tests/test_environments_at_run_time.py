@@ -171,7 +171,7 @@ class Interleavings(RuleBasedStateMachine):
         self.model = Model()
         self.last = b""
         self.held: dict[Door, Access] = {}
-        """What requests that take long hold, as long as their credential opens the environment."""
+        """Access of requests that take long, as long as their credential opens the environment."""
         self.expected = dict.fromkeys(DOORS, UNKNOWN)
         self.generation = self.made.relay.registry.generation
 

@@ -103,7 +103,7 @@ async def gone(process: asyncio.subprocess.Process) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """What functions find: LaunchDarkly, a relay, a database, and the variables that name them."""
+    """Surroundings of functions: LaunchDarkly, a relay, a database, and variables to name them."""
 
     upstream: ScriptedUpstream
     relay: RelayProcess
@@ -378,7 +378,7 @@ SERVICE_MONITOR = {
         },
     },
 }
-"""What of the Prometheus operator's definition is used here."""
+"""The part of the Prometheus operator's definition that is used here."""
 
 
 def manifest(name: str) -> dict[str, Any]:
@@ -412,7 +412,7 @@ def test_the_service_monitor_has_its_shape_and_finds_the_service():
 
 
 def test_selectors_find_the_pods_and_kustomization_finds_the_files():
-    """What belongs together is named alike."""
+    """Things that belong together are named alike."""
     deployment, kustomization = manifest("deployment"), manifest("kustomization")
     pods = deployment["spec"]["template"]
     labels = pods["metadata"]["labels"].items()

@@ -1,4 +1,4 @@
-"""What the relay writes is as private as where it is written."""
+"""Files that the relay writes are as private as the directory they are in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What environments leave behind is forgotten, but not while it is needed."""
+"""Traces of removed environments are forgotten, but not while they are needed."""
 
 from __future__ import annotations
 

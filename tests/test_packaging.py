@@ -1,4 +1,4 @@
-"""What the repository promises about itself: versions, locks, modules that import alone."""
+"""Promises of the repository about itself: versions, locks, modules that import alone."""
 
 import json
 import os
@@ -130,7 +130,7 @@ def test_every_module_imports_alone() -> None:
 
 
 def test_another_python_has_an_environment_of_its_own() -> None:
-    """What one installs does not pass for the other's: `make test PYTHON=…` really runs on that."""
+    """Packages of one Python do not pass for another's: `make test PYTHON=…` really runs on that."""
     named = f"PYTHON={sys.executable}"
     for given, folder in ((), ".venv"), ((named,), ".venv-{}.{}".format(*sys.version_info)):
         done = subprocess.run(

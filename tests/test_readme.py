@@ -1,4 +1,4 @@
-"""What README says to paste works when pasted."""
+"""Commands that README says to paste work when pasted."""
 
 import os
 import re

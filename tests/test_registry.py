@@ -182,7 +182,7 @@ def test_what_has_expired_before_it_comes_opens_nothing(
 def test_a_credential_moves_to_the_environment_that_names_it_last(
     registry: Registry[str],
 ) -> None:
-    """What was opened with it before is closed; its return needs another change."""
+    """Everything that was opened with it before is closed; its return needs another change."""
     grant = registry.grant(SDK, "sdk-a")
     change = registry.put("B", OTHER.with_credential(SDKKey("sdk-a")))
     assert change.closed == (grant,)

@@ -33,7 +33,7 @@ def config(*names: str, **variables: str) -> Config:
 
 
 class Readings:
-    """What is read time after time; the last one again and again."""
+    """Successive readings of a configuration; the last one again and again."""
 
     def __init__(self, *readings: Config | Exception) -> None:
         self.given = 0
@@ -75,7 +75,7 @@ async def reloading(
 
 
 async def test_two_readings_must_agree():
-    """What is read only once, such as a file that is being written, is never used."""
+    """A state that is read only once, such as a half-written file, is never used."""
     half, whole = config("a", "half"), config("a", "b")
     fault = ConfigError(["half a line"])
     read = Readings(config("a"), half, fault, config("a", "c"), whole)
@@ -137,7 +137,7 @@ async def test_a_fault_that_stays_is_told_once(caplog):
 
 
 async def test_a_request_needs_one_reading_only():
-    """Who asks has finished writing."""
+    """The user who asks has finished writing."""
     read = Readings(config("a", "b"))
     async with reloading(read, config("a", RELOAD="signal")) as (relay, requested):
         await asyncio.sleep(0.05)

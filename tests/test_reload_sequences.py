@@ -61,7 +61,7 @@ def configurations(draw: st.DrawFn) -> dict[str, str]:
 
 
 def served(relay: Relay) -> dict[object, object]:
-    """What each credential opens, and with which settings it is served and stored."""
+    """Settings with which each credential's environment is served and stored, by credential."""
     opened = {}
     kinds = [CredentialKind.SDK_KEY, CredentialKind.MOBILE_KEY, CredentialKind.ENVIRONMENT_ID]
     for kind, values in zip(kinds, (KEYS, MOBILE_KEYS, IDS), strict=True):

@@ -1,4 +1,4 @@
-"""What one synchronisation reports about its database."""
+"""Reports of one synchronisation about its database."""
 
 from __future__ import annotations
 

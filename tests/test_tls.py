@@ -32,7 +32,7 @@ def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext, host: str) -> No
 
 @pytest.mark.parametrize("form", UNTIDY.values(), ids=UNTIDY.keys())
 def test_the_form_of_an_authority_is_not_judged(tmp_path, form):
-    """What inspection proxies and plain `openssl req -x509` make is trusted, if it is named."""
+    """Authorities of inspection proxies and plain `openssl req -x509` are trusted, if named."""
     authority = Authority(tmp_path, **form)
     shake_hands(client_context([authority.file]), authority.server("a.example"), "a.example")
 

@@ -31,7 +31,7 @@ SDKS = ("python", "node")
 
 @dataclass(frozen=True)
 class Setup:
-    """How the SDK of each process is configured."""
+    """Configuration of the SDK of each process."""
 
     sdk_key: str
     flags_url: str
@@ -45,11 +45,11 @@ class Setup:
     count: int = 1
     """Processes that a program makes."""
     number: int = 0
-    """Which one it is, where a program makes one."""
+    """Number of the process, where a program makes one."""
 
 
 class Run(NamedTuple):
-    """How one process fared."""
+    """Result of one process."""
 
     number: int
     first: float
@@ -64,7 +64,7 @@ class Run(NamedTuple):
     error: str
     """Empty when the value was the flag's."""
     closed: bool
-    """Whether `close` returned without an error."""
+    """True if `close` returned without an error."""
 
     @property
     def unhindered(self) -> float:
@@ -123,7 +123,7 @@ def standing_ready(sdk: str, setup: Setup, count: int) -> Iterator[Standing]:
 
 
 def _commands(sdk: str, setup: Setup, count: int) -> Iterator[Sequence[str]]:
-    """What to start: one Python program that forks, but as many of Node, which cannot."""
+    """Commands to start: one Python program that forks, but as many of Node, which cannot."""
     if sdk == "python":
         given = json.dumps(asdict(replace(setup, count=count)))
         yield [sys.executable, "-m", "bench.cold_start.python_sdk", given]

@@ -30,7 +30,7 @@ _INSTANCE = re.compile(rb"(?i)(\r\nx-launchdarkly-instance-id: )[^\r]*")
 
 @dataclass(frozen=True)
 class Overheard:
-    """What an SDK asks first, and how many seconds after its construction."""
+    """First request of an SDK, and its delay in seconds after the SDK's construction."""
 
     request: bytes
     delay: float

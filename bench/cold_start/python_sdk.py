@@ -23,7 +23,7 @@ from ldclient.integrations import Redis
 MISSING = "(none)"
 """The fallback value: to get it means that flags did not arrive."""
 FLAGS_THREAD = "ldclient.datasource"
-"""What the name of the thread that gets flags begins with."""
+"""Beginning of the name of the thread that gets flags."""
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def _fork(setup: Mapping[str, Any], number: int) -> int:
 
 
 def _run(setup: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """What a function does."""
+    """Do the work of one function: get a flag, track an event, close the client."""
     context = Context.create(f"user-{number}")
     queued, cpu, start = _queued(), time.process_time(), time.monotonic()
     client = LDClient(_config(setup), start_wait=setup["limit"])

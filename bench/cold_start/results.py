@@ -1,4 +1,4 @@
-"""What was measured, the tables that show it, and what it shall reach."""
+"""Results of the measurements, the tables that show them, and their goals."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ CPU_SHARE = 0.2
 
 
 class Scene(NamedTuple):
-    """What happens, whatever the way."""
+    """SDK, flags and processes of a burst, whatever the way."""
 
     sdk: str
     flags: int
@@ -36,7 +36,7 @@ class Scene(NamedTuple):
 
 
 class Burst(NamedTuple):
-    """What one burst gave."""
+    """Figures of one burst."""
 
     p50_ms: float
     """Median time from an SDK's construction to the first flag's value."""
@@ -60,7 +60,7 @@ TIMES = 3
 
 
 class Starts(NamedTuple):
-    """How functions fared each of which had a core of its own, while others asked as it did."""
+    """Figures of functions that had a core of their own each, while others asked as they did."""
 
     p50_ms: float
     """Median time from an SDK's construction to the first flag's value."""

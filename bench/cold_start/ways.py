@@ -26,7 +26,7 @@ DATASETS = {10: "6k", 1000: "570k"}
 
 @dataclass(frozen=True)
 class Place:
-    """What serves a burst."""
+    """Servers of a burst, and the setup that leads SDKs to them."""
 
     setup: Setup
     upstream: Upstream

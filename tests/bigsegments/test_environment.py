@@ -168,7 +168,7 @@ async def test_only_what_has_changed_is_forgotten():
 
 @timed
 async def test_a_change_during_a_read_is_not_overlooked():
-    """What was read before the change is used for the one who waits, and not remembered."""
+    """Memberships read before the change go to the one who waits, and are not remembered."""
     async with in_use() as site:
         reading = asyncio.create_task(site.is_member("ann"))
         await asyncio.sleep(0)

@@ -17,7 +17,7 @@ LOG = logging.getLogger("relay.env.test")
 
 
 class Source:
-    """What an environment's part in a fleet says of its role."""
+    """An environment's part in a fleet, which tells its role."""
 
     def __init__(self) -> None:
         self.leads = asyncio.Event()

@@ -211,7 +211,7 @@ async def test_errors_are_waited_out(upstream, server, path, answer, caplog):
 
 
 async def test_a_lost_stream_is_opened_again(upstream, server):
-    """What came meanwhile is polled."""
+    """Patches that were made meanwhile are polled."""
     async with synchronising(upstream, server) as run:
         await run.cursor("v2")
         upstream.close_streams()
@@ -232,7 +232,7 @@ async def test_the_current_key_is_used(upstream, server):
 
 
 async def test_a_patch_before_the_failure_is_kept(upstream, server):
-    """What a broken answer had before its end is stored, and the next poll asks for the rest."""
+    """Patches before a broken answer's end are stored, and the next poll asks for the rest."""
     text = b"[" + event(V1).partition(b": [")[2].strip()[:-1]
     upstream.script_path(POLL, answers.body(b"[" + text[1:] + b",{", "application/json"))
     async with synchronising(upstream, server) as run:

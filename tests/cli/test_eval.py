@@ -182,7 +182,7 @@ def test_what_cannot_be_evaluated_is_said(flags, capsys, key, context, error):
     ],
 )
 def test_a_question_that_makes_no_sense_is_refused(capsys, arguments, error):
-    """What is missing or wrong in the arguments is named."""
+    """The error names the argument that is missing or wrong."""
     assert evaluate(arguments) == 1
     assert error in capsys.readouterr().err
 

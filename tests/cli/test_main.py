@@ -61,7 +61,7 @@ HIDDEN = (*SECRETS.values(), "password-in-redis-url", "password%20of-proxy", "pa
 
 @dataclass(frozen=True)
 class Run:
-    """How a command ended, and what it printed."""
+    """Exit code of a command, and the text that it printed."""
 
     code: int
     out: str

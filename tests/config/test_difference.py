@@ -1,4 +1,4 @@
-"""What a configuration that is read again changes, and what needs a restart."""
+"""Changes that a second reading of a configuration makes, and those that need a restart."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_the_same_again_changes_nothing(read):
 
 @given(configurations(), configurations())
 def test_a_second_time_changes_nothing_more(before, after):
-    """What needs a restart goes on needing it."""
+    """Changes that need a restart go on needing it."""
     first = difference(before, after)
     second = difference(first.config, after)
     assert same(second.config, first.config)

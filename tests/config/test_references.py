@@ -188,7 +188,7 @@ def test_files_without_a_value(write, content, reason):
     ],
 )
 def test_references_that_cannot_be_used(variables, expected):
-    """What may be the secret itself, by mistake, is not repeated."""
+    """Text that may be the secret itself, by mistake, is not repeated."""
     assert problems(lambda: from_env(**variables)) == expected
 
 

@@ -21,7 +21,7 @@ def pytest_asyncio_loop_factories(config, item):
 
 @pytest.fixture(scope="session")
 def packages():
-    """What the Node and browser SDKs need, installed on first use."""
+    """Packages that the Node and browser SDKs need, installed on first use."""
     install_packages()
 
 
@@ -34,7 +34,7 @@ def older_python():
 
 @pytest.fixture(scope="session")
 def edge_packages():
-    """What the edge SDKs need, installed on first use."""
+    """Packages that the edge SDKs need, installed on first use."""
     install_packages(EDGE_PACKAGES)
 
 

@@ -229,7 +229,7 @@ async def test_clients_that_speak_fdv2_get_what_changed(tmp_path, upstream, redi
 
 
 async def test_changes_of_another_relay_are_noticed(tmp_path, upstream, redis):
-    """What somebody else writes reaches clients within seconds."""
+    """Changes by another writer reach clients within seconds."""
     async with relaying(tmp_path, upstream, redis) as relay:
         await eventually(relay, "ann", "yes")
         await asyncio.sleep(1.1)

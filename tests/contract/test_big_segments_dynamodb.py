@@ -38,7 +38,7 @@ METADATA = "p:big_segments_metadata"
 
 
 def stored_items(table: Table) -> list[dict[str, Any]]:
-    """What a table holds of big segments, but for the relays' own lease."""
+    """Items of big segments in a table, but for the relays' own lease."""
     items = [each for each in table.items() if "big_segments_" in each["namespace"]["S"]]
     for item in items:
         if "synchronizedOn" in item:

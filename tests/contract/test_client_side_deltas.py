@@ -76,7 +76,7 @@ def encoded(context: dict) -> str:
 
 
 class Transfer:
-    """What one transfer says."""
+    """Content of one transfer: intent, state, and items put or deleted."""
 
     def __init__(self, events: list[tuple[str, dict]]) -> None:
         (name, first), *rest = events

@@ -451,7 +451,7 @@ async def test_goals_that_are_old_are_confirmed(upstream, relay):
 
 @pytest.mark.parametrize("failure", [status(503), status(302), status(429), hang_up])
 async def test_goals_outlast_a_failure(upstream, relay, failure, caplog):
-    """Who had them once goes on giving them; LaunchDarkly is left alone for a while; told once."""
+    """A relay that had them goes on giving them, asks LaunchDarkly rarely, and logs it once."""
     upstream.always("", GoalsUpstream("max-age=0"))
     await ask(relay, PATH)
     requests = len(upstream.requests)

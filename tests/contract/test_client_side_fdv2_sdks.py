@@ -70,7 +70,7 @@ class Site:
 
     @property
     def asked(self) -> list[str]:
-        """What the relay was asked for, by its log."""
+        """Requests to the relay, by its log."""
         return [line for line in self.relay.log.splitlines() if "url=/" in line]
 
 

@@ -84,7 +84,7 @@ async def test_a_change_of_upstream_reaches_clients_as_a_change(server, tmp_path
 
 @pytest.mark.parametrize("forgets", [False, True], ids=["changes", "everything"])
 async def test_clients_of_before_a_restart_get_what_changed(server, tmp_path, forgets):
-    """Whether upstream still knows the relay's basis or sends everything."""
+    """They do both when upstream still knows the relay's basis and when it sends everything."""
     relay = relay_of(server, tmp_path)
     async with relay:
         before = await shown(relay, "one")

@@ -1,4 +1,4 @@
-"""What client-side streams promise, at both doors, with and without TLS: pings, and evaluated flags."""
+"""Promises of client-side streams, at both doors, with and without TLS: pings, evaluated flags."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ async def test_recorded_beginning(door, line):
 
 
 def live(served: Served) -> set:
-    """What is served, as far as anybody can see it."""
+    """Items that are served, as far as anybody can see them."""
     return {item for item in served.environment.payload or () if not item.deleted}
 
 
@@ -465,7 +465,7 @@ class Quiet(asyncio.Transport):
 
 @pytest.mark.parametrize(("eval_streams", "limit"), [(False, 1024), (True, 3 * 1024)])
 async def test_an_idle_client_costs_little(eval_streams, limit):
-    """What the hub keeps for each client, beside its connection; all contexts are different."""
+    """The hub keeps little for each client, beside its connection; all contexts are different."""
     relay = served(eval_streams=eval_streams)
     async with serving(relay):
         await begin(relay, *(visible(f"f{n}") for n in range(100)))

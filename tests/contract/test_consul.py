@@ -101,7 +101,7 @@ async def keeping(
 
 
 class SmallestClient:
-    """What LaunchDarkly's SDK needs of the package `python-consul`, which nobody maintains."""
+    """The part of the unmaintained package `python-consul` that LaunchDarkly's SDK needs."""
 
     def __init__(self, host: str, port: int) -> None:
         self.kv = self

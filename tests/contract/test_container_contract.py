@@ -45,7 +45,7 @@ DOCKERFILE = re.sub(r"\\\n\s*", " ", (ROOT / "Dockerfile").read_text())
 
 
 def run_as(user: str) -> Sequence[str]:
-    """What makes root's command that of a user, such as `1000:1000`."""
+    """Prefix that makes root's command that of a user, such as `1000:1000`."""
     return (sys.executable, "-c", BECOME, user)
 
 
@@ -137,7 +137,7 @@ class Image:
 
 
 def usable(python: str) -> bool:
-    """Whether the image's user may run a Python, with the packages that are installed here."""
+    """True if the image's user may run a Python, with the packages that are installed here."""
     environ = {"PYTHONPATH": PACKAGES, "PATH": ""}
     done = subprocess.run(
         [*run_as(instruction("USER")), python, "-c", "import aiohttp, uvloop"],

@@ -285,7 +285,7 @@ class Interleavings(RuleBasedStateMachine):
         self.requests: list[Client] = []
         self.made = 0
         self.opened: dict[Credential, Place | None] = dict.fromkeys(CREDENTIALS)
-        """What each credential opened after the last change."""
+        """Place that each credential opened after the last change."""
         self.changed: set[Place] = set()
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:

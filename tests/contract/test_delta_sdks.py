@@ -1,4 +1,4 @@
-"""What SDKs of FDv2 are strict about, and how they deviate, harms nobody (fdv2 13.2.4).
+"""Strict checks of FDv2's SDKs, and their deviations, harm nobody (fdv2 13.2.4).
 
 The model SDKs fail on whatever any real one fails on; see `tests/support/fdv2.py`. Here they talk to
 a real server, over both paths.

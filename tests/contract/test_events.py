@@ -23,7 +23,7 @@ from tests.support.serving import SDK_KEY, Address, ask, until
 from tests.support.upstream import ScriptedUpstream, status
 
 ROUNDS = int(os.environ.get("KILL_ROUNDS", "3"))
-"""How often the relay is killed; at night more often: KILL_ROUNDS=200."""
+"""Number of times that the relay is killed; at night more: KILL_ROUNDS=200."""
 ANNA = {"kind": "user", "key": "anna", "name": "Ännä <&> \u2028"}
 BOOTSTRAP = {"lamp": "on", "$flagsState": {"lamp": {"version": 3, "variation": 0}}, "$valid": True}
 MOBILE_KEY = "mob-main"
@@ -91,7 +91,7 @@ async def page(relay: RelayProcess, path: str) -> bytes:
 
 
 async def events_status(relay: RelayProcess) -> dict:
-    """What `/status` says of the events of the environment."""
+    """Return the section of `/status` about the environment's events."""
     return json.loads(await page(relay, "/status"))["environments"]["main"]["events"]
 
 

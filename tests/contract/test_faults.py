@@ -60,7 +60,7 @@ async def page(relay: RelayProcess, path: str) -> tuple[int, dict]:
 
 
 async def serves(relay: RelayProcess, version: int, key: str = SDK_KEY) -> bool:
-    """Whether the flag `lamp` has this version."""
+    """True if the flag `lamp` has this version."""
     reply = await poll(relay, key)
     return reply.status == 200 and json.loads(reply.body)["flags"]["lamp"]["version"] == version
 
@@ -113,7 +113,7 @@ async def opener() -> AsyncIterator[Opener]:
 
 @dataclass(frozen=True)
 class Fault:
-    """What LaunchDarkly does to one environment.
+    """A fault of LaunchDarkly in one environment.
 
     Args:
         answer: to each request.
@@ -440,7 +440,7 @@ async def test_fifty_megabytes_at_once(upstream, tmp_path):
 
 @dataclass(frozen=True)
 class Harm:
-    """What happens to a database, and how it ends.
+    """A fault of a database, and its repair.
 
     Args:
         begin: the fault.
@@ -483,7 +483,7 @@ def in_redis(redis: RedisServer, prefix: str = "launchdarkly") -> int:
 
 
 def tried(redis: RedisServer) -> int:
-    """How often the relay has come to the database since its start, in any way."""
+    """Number of times that the relay has come to the database since its start, in any way."""
     stats = redis.do("INFO", "commandstats")
     names = ("hgetall", "auth", "hset")
     return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in names)
@@ -755,7 +755,7 @@ async def test_a_kill_while_the_database_is_filled(upstream, tmp_path, redis):
 
 
 def fills(redis: RedisServer) -> bool:
-    """Whether a client is in the middle of a transaction."""
+    """True if a client is in the middle of a transaction."""
     return any(int(client["multi"]) > 2 for client in redis.do("CLIENT LIST"))
 
 

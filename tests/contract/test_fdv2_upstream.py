@@ -49,7 +49,7 @@ def relay_of(url: str, folder: Path, **variables: str) -> RelayProcess:
 
 
 async def upstream_of(relay: RelayProcess) -> dict[str, str]:
-    """What `/status` says about upstream."""
+    """Return the section of `/status` about upstream."""
     status = json.loads((await ask(relay.address, "/status")).body)
     upstream: dict[str, str] = status["environments"]["main"]["upstream"]
     metrics = (await ask(relay.address, "/metrics")).body.decode()
@@ -239,7 +239,7 @@ class Chain:
 
     @property
     def intents(self) -> list[str]:
-        """What streams of the outer relay have begun to send; polls are compressed."""
+        """Intents that streams of the outer relay have sent so far; polls are compressed."""
         found = re.findall(rb'"intentCode":"([a-z-]+)"', bytes(self.heard.answered))
         return [each.decode() for each in found]
 

@@ -170,7 +170,7 @@ async def test_a_user_without_the_rights_is_served_without_a_fleet(upstream, tmp
 
 
 async def test_a_fleet_starts_without_upstream(upstream, tmp_path, redis):
-    """What was published is served, and changes again as soon as upstream is back."""
+    """Published data are served, and change again as soon as upstream is back."""
     async with fleet_of(2, upstream, tmp_path, redis.url) as fleet:
         await fleet.everywhere(await fleet.change(), WITHIN)
         await eventually(lambda: stored(redis) == 2)
@@ -240,7 +240,7 @@ async def test_a_server_that_may_evict_the_fleets_keys_is_named(upstream, tmp_pa
 
 
 async def checked(folder: Path, given: dict[str, str]) -> str:
-    """What `relay check` prints; it finds no problem."""
+    """Return the output of `relay check`, which finds no problem."""
     check = RelayProcess(folder, "check", "--from-env", **given)
     await check.spawn()
     assert await check.ended() == 0, check.log
@@ -248,7 +248,7 @@ async def checked(folder: Path, given: dict[str, str]) -> str:
 
 
 async def test_large_data_and_large_changes_are_followed(upstream, tmp_path, redis):
-    """What does not fit into the feed is read from where SDKs in daemon mode read it."""
+    """Data that do not fit into the feed are read from where SDKs in daemon mode read them."""
     many = [flag(f"flag-{number}", note="x" * 2000) for number in range(1000)]
     upstream.serve(SDK_KEY, all_data(flag(version=1), *many))
     async with fleet_of(2, upstream, tmp_path, redis.url) as fleet:

@@ -45,7 +45,7 @@ class FDv2Fleet(Fleet):
         return self._version
 
     async def upstream(self, relay: RelayProcess) -> dict[str, str]:
-        """What `/status` says about upstream."""
+        """Return the section of `/status` about upstream."""
         found: dict[str, Any] = await self.get(relay, "/status")
         return dict(found["environments"]["main"]["upstream"])
 

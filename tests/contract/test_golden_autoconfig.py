@@ -123,7 +123,7 @@ def request(asked: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 async def seen(relay: RelayProcess, scene: str, step: dict[str, Any]) -> tuple[Any, Any]:
-    """What the relay shows and answers, and what ld-relay did, in the form that is compared."""
+    """Return this relay's status and answers, and ld-relay's, in the form that is compared."""
     ours: dict[str, object] = {}
     theirs: dict[str, object] = {}
     # An update before the first put is lost in ld-relay.

@@ -105,7 +105,7 @@ def patches_in_table(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def expected_items(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What ld-relay's table held of big segments."""
+    """Items of big segments in ld-relay's table."""
     [items] = tables.values()
     return [
         {name: sorted(each["SS"]) if "SS" in each else each for name, each in item.items()}
@@ -115,7 +115,7 @@ def expected_items(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, An
 
 
 def expected_keys(recorded: dict[str, Any]) -> dict[str, Any]:
-    """What ld-relay's database held of big segments."""
+    """Keys of big segments in ld-relay's database, with their values."""
     return {
         key: sorted(each["value"]) if each["type"] == "set" else each["value"]
         for key, each in recorded.items()

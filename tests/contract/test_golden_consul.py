@@ -147,7 +147,7 @@ async def test_another_writer_in_between(upstream, consul, tmp_path):
 
 
 async def test_more_than_one_transaction_holds(upstream, consul, tmp_path):
-    """What ld-relay never gets in, 900 KB in 30 flags, is stored as well."""
+    """Data that ld-relay never gets in, 900 KB in 30 flags, are stored as well."""
     scene = "more than 64 operations, more than 512 KiB"
     first, second = SCENES[scene]["steps"]
     flags = {f"f{n:03}": {"key": f"f{n:03}", "version": 1, "variations": ["x"]} for n in range(100)}

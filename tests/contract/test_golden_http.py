@@ -147,7 +147,7 @@ ALPHABET = str.maketrans("+/", "-_")
 
 
 def understood(r: Recording) -> Reply:
-    """What the reference answers to the same question in a form that it understands."""
+    """Return the reference's reply to the same question in a form that it understands."""
     audience, context = EVALUATION_PATH.match(r.path), context_of(r)
     assert audience
     same = [
@@ -281,7 +281,7 @@ def row_11(r: Recording, reply: Reply) -> Reply | None:
 
 
 def has_head(r: Recording) -> bool:
-    """Whether row 11 makes this an answer like that to GET."""
+    """True if row 11 makes this an answer like that to GET."""
     return r.method == "HEAD" and "HEAD" in allowed(r.path)
 
 
@@ -380,7 +380,7 @@ STATES = (
 
 
 def answered_like(setup: str, short: str) -> Reply:
-    """What the reference answers to the same request in another setup."""
+    """Return the reference's reply to the same request in another setup."""
     return next(r.reply for r in RECORDINGS if r.setup == setup and r.short == short)
 
 
@@ -577,7 +577,7 @@ async def relay_in(setup: str, *, front: bool) -> AsyncGenerator[Address, None]:
 
 
 def meaning(reply: Reply) -> tuple[int, dict[str, str], Any]:
-    """What is compared of a response."""
+    """Return the parts of a response that are compared: status, headers, and content."""
     headers = {name: value for name, value in reply.headers.items() if name not in NOT_MEANT}
     kind = headers.get("content-type", "")
     if headers.get("content-encoding") == "gzip" and reply.body.startswith(b"\x1f\x8b"):

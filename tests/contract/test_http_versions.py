@@ -34,7 +34,7 @@ def request(line: str, key: str, *headers: str, body: bytes = b"", version: str 
 
 
 def judged(received: bytes, method: str = "GET") -> tuple[h11.Response, bytes, list[bytes]]:
-    """What h11 takes all that a server has sent, up to the end, for: head, body, `Connection`s."""
+    """Parse all that a server has sent, up to the end, with h11: head, body, `Connection`s."""
     client = h11.Connection(h11.CLIENT)
     client.send(h11.Request(method=method, target="/", headers=[("Host", "x")]))
     client.send(h11.EndOfMessage())
@@ -86,7 +86,7 @@ async def test_a_stream_of_http_1_0_has_no_chunks(door, line, key, body, beginni
 
 @pytest.mark.parametrize(("line", "key", "body", "beginning"), STREAMS)
 async def test_a_stream_says_once_what_becomes_of_the_connection(door, line, key, body, beginning):
-    """Who wants it to end with the stream is told that it will; as nginx asks without keep-alive."""
+    """A client that asks it to end with the stream is told so; nginx without keep-alive does."""
     served = Served(mobile_key=MobileKey("mob-1"), eval_streams=True)
     async with serving(served, **door) as address:
         await begin(served, visible())

@@ -314,7 +314,7 @@ def test_what_is_not_yet_there_is_asked_for_again(call, redis, upstream):
 
 
 def test_a_function_that_has_little_time_does_not_wait(call, redis, upstream):
-    """What it could get is stored, and it answers before it is ended."""
+    """Data that it could get are stored, and it answers before it is ended."""
     body = announcing(9, "3")
     assert call(http(body, sign(body, Secret(SECRET))), seconds=5)[0] == 200
     assert stored(redis) == "one"
@@ -371,7 +371,7 @@ def test_a_cold_import_is_fast():
 
 
 class RuntimeAPI:
-    """What a Lambda function sees of Lambda: it fetches events there and posts its answers."""
+    """Lambda's side of a function: it fetches events there and posts its answers."""
 
     def __init__(self) -> None:
         self.events: asyncio.Queue[object] = asyncio.Queue()

@@ -128,7 +128,7 @@ async def answer(served: Offline, asked: str) -> Reply:
 
 
 def same(body: bytes, recorded: str) -> bool:
-    """Whether a body says what was recorded; ld-relay adds members to flags."""
+    """True if a body agrees with the recorded one; ld-relay adds members to flags."""
     try:
         ours, theirs = json.loads(body), json.loads(recorded)
     except ValueError:

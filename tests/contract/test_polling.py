@@ -1,4 +1,4 @@
-"""What polling SDKs get: at both doors, with and without TLS, the same bytes."""
+"""Polling SDKs get the same bytes at both doors, with and without TLS."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ class Deployment:
 
 
 def setup(mode: str, relay: RelayProcess, redis: str = "", *, openfeature: bool = False) -> Setup:
-    """How an SDK is pointed at a relay, or at the database that the relay writes."""
+    """Setup that points an SDK at a relay, or at the database that the relay writes."""
     if mode == "daemon":
         return Setup(SDK_KEY, redis=redis, openfeature=openfeature)
     return Setup(

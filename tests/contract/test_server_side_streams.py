@@ -1,4 +1,4 @@
-"""What `/all` and `/flags` promise, at both doors, with and without TLS."""
+"""Promises of `/all` and `/flags`, at both doors, with and without TLS."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ async def test_recorded_changes(door, setup, path):
 
 
 def folded(received: list[Message]) -> dict[tuple[str, str], object]:
-    """What a client that got these messages holds."""
+    """Items that a client holds once it got these messages."""
     held: dict[tuple[str, str], object] = {}
     for name, path, news in received:
         if isinstance(news, dict):

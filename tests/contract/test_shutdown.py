@@ -66,7 +66,7 @@ async def test_a_thousand_streams_end_properly():
 
 
 async def test_a_second_signal_forces_the_end():
-    """Who asks twice does not want to wait for streams."""
+    """A user who asks twice does not want to wait for streams."""
     process, address = await start()
     streams = [await Stream.open(address) for _ in range(STREAMS)]
     begin = time.monotonic()

@@ -61,7 +61,7 @@ class Subject(ABC):
     """
 
     harms: ClassVar[Mapping[str, str]] = {}
-    """What the log says of each fault, by its name; `begin` and `end` know the names, and `away`."""
+    """Text of the log for each fault, by its name; `begin` and `end` know the names, and `away`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

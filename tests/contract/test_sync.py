@@ -89,7 +89,7 @@ async def test_a_second_run_finds_nothing_to_do(upstream, redis):
 
 
 async def test_updates_additions_and_deletions_arrive(upstream, redis):
-    """What only the database has is looked at twice before it goes."""
+    """An item that only the database has is looked at twice before it goes."""
     upstream.serve(SDK_KEY, all_data(flag(), flag("gone"), segment()))
     await Sync(upstream, redis).run()
     upstream.serve(SDK_KEY, all_data(flag(version=2), flag("new"), segment()))
@@ -179,7 +179,7 @@ async def test_one_failure_does_not_keep_the_others_back(upstream, redis):
 
 
 async def test_data_come_from_a_running_relay(upstream, redis, tmp_path):
-    """Which needs no new connection to LaunchDarkly."""
+    """The command opens no new connection to LaunchDarkly."""
     variables = {"LD_ENV_main": SDK_KEY, "STREAM_URI": upstream.url}
     async with RelayProcess(tmp_path, **variables) as relay:
         await upstream.connected(SDK_KEY)

@@ -224,7 +224,7 @@ async def test_the_former_secret_is_good_as_long_as_it_is_configured(upstream, t
 
 
 async def test_with_streaming_a_healthy_stream_is_left_alone(upstream, tmp_path):
-    """What it has brought already needs no look, and news come by themselves."""
+    """Changes that it has brought need no look, and news come by themselves."""
     async with relay_of(upstream, tmp_path, DATA_SOURCE="streaming") as relay:
         await upstream.connected(SDK_KEY)
         await shows(relay, "one")

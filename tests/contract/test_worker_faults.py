@@ -35,7 +35,7 @@ SILENCE = 30.0
 """Seconds after which a client gives a stream up."""
 
 GONE = (OSError, AssertionError, TimeoutError, asyncio.IncompleteReadError, ValueError, IndexError)
-"""What a client meets when the process that serves it dies."""
+"""Errors that a client meets when the process that serves it dies."""
 
 AUTHORIZED = (("Authorization", SDK_KEY),)
 
@@ -50,7 +50,7 @@ async def scripted_upstream() -> AsyncIterator[ScriptedUpstream]:
 
 
 class History:
-    """What clients have seen: versions by connection, and posts that were acknowledged."""
+    """History of clients: versions seen by connection, and posts that were acknowledged."""
 
     def __init__(self) -> None:
         self.seen: dict[str, list[int]] = defaultdict(list)

@@ -75,7 +75,7 @@ class WorkersRelay(RelayProcess):
                 await asyncio.sleep(0.02)
 
     async def is_whole(self) -> bool:
-        """Whether all workers are connected to a feeder with confirmed data."""
+        """Return True if all workers are connected to a feeder with confirmed data."""
         status = await self.status()
         return status["status"] == "healthy" and all_connected(status)
 

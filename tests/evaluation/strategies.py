@@ -222,7 +222,7 @@ memberships = st.builds(
     st.sampled_from(BigSegmentsStatus),
     st.dictionaries(st.sampled_from([f"{key}.g1" for key in SEGMENTS]), st.booleans()),
 )
-"""What a database says of one context key."""
+"""Answers of a database about one context key."""
 
 contexts: st.SearchStrategy[Context] = context_values.map(
     lambda value: parse_context(json.dumps(value).encode())

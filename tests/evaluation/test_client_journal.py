@@ -60,7 +60,7 @@ class Replica:
         return asyncio.run(self.programs.ready(sdk_kind))
 
     def say(self, client: Client) -> bytes:
-        """What a client gets that comes back."""
+        """Return the answer to a client that comes back."""
         program = self.program(client.about.sdk_kind)
         named = ClientState.parse(client.basis)
         answer = self.programs.client_journal.answer(program, client.about.sdk_kind, named.data)
@@ -196,7 +196,7 @@ def test_after_a_restart_what_was_visible_before_is_unknown(replica, client):
 
 
 def test_the_memory_of_what_was_seen_is_bounded(replica, client, monkeypatch):
-    """Who misses more gets everything."""
+    """A client that misses more gets everything."""
     monkeypatch.setattr(clientjournal, "MAX_SEEN", 2)
     for version in (2, 3):
         replica.take(*(flag(f"filler-{n}", version, **OPEN) for n in range(3)))

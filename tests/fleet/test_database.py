@@ -90,7 +90,7 @@ async def test_whatever_touches_a_watched_key_counts(database: Database, change:
 
 
 async def test_unwatch_and_discard_forget(database: Database) -> None:
-    """What is not watched any more does not matter."""
+    """Changes of a key that is not watched any more do not matter."""
     for forget in ([("UNWATCH",)], [("MULTI",), ("SET", "b", "1"), ("DISCARD",)]):
         async with lent(database) as connection:
             await connection.execute_all([("WATCH", "a"), *forget])
@@ -142,7 +142,7 @@ async def test_changes_of_a_hash_count(database: Database, change: Any) -> None:
 
 
 async def test_streams_are_read_from_a_place(database: Database) -> None:
-    """Who names a place gets what was added after it."""
+    """A reader that names a place gets the entries that were added after it."""
     add = ("XADD", "s", "MAXLEN", "~", "10000", "*", "p", "x", "d")
     last = ("XREVRANGE", "s", "+", "-", "COUNT", "1")
     assert await run(database, last) == [[]]

@@ -43,7 +43,7 @@ def test_a_newer_answer_is_not_doubted() -> None:
 
 
 def test_a_second_answer_later_does() -> None:
-    """What upstream says twice is so; a vanished item leaves a tombstone."""
+    """An answer that upstream gives twice is true; a vanished item leaves a tombstone."""
     doubts = Doubts(15.0)
     resolved(doubts, full(item("a", 4)), 100.0)
     assert resolved(doubts, full(item("a", 4)), 114.0)["a"] == (5, False)

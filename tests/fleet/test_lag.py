@@ -55,7 +55,7 @@ def test_a_feed_that_always_lags_is_not_waited_for_without_end():
 
 
 def test_nothing_is_remembered_of_a_lag_that_has_ended():
-    """Who is behind again begins again."""
+    """A member that falls behind again begins again."""
     lag = Lag(PATIENCE)
     assert not is_over(lag, 100.0, item("a", 2))
     lag.end()

@@ -110,7 +110,7 @@ def upstream_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What SDKs read in other slots is written without a look at who leads."""
+    """Data that SDKs read in other slots are written without a look at who leads."""
 
     async def prove(*_: Any) -> None:
         return None
@@ -119,7 +119,7 @@ def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What SDKs read in other slots is written though others have written it since."""
+    """Data that SDKs read in other slots are written though others have written them since."""
     monkeypatch.setattr(divided, "watch", lambda _: ("WATCH", "p:nothing"))
 
 
@@ -191,7 +191,7 @@ def forgotten_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def name_of_another_publication(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies beside the head counts, whoever has written the head."""
+    """The note beside the head counts, whoever has written the head."""
     name_of = feed.name_of
 
     def named(note: bytes, head: Head | None) -> Any:

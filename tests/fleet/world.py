@@ -500,7 +500,7 @@ class World:
             other.checked = self._check_visible
             self.servers.append(other)
         self.visible = EMPTY
-        """What SDKs read in the cluster; empty after a loss."""
+        """Data that SDKs read in the cluster; empty after a loss."""
         self.loop.after_each = self._check_leaders
         self.loop.use()
         forgets = random.random() < 0.3

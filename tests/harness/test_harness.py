@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 HARNESS = os.environ.get("SDK_TEST_HARNESS", "")
 LONG = bool(os.environ.get("SDK_TEST_HARNESS_LONG"))
-"""Whether to run the cases that take minutes."""
+"""True to run the cases that take minutes, too."""
 KNOWN = set((HERE / "known-failures.txt").read_text().splitlines())
 KNOWN |= set((HERE / "known-failures-long.txt").read_text().splitlines()) if LONG else set()
 SUITES = "^streaming|^polling"

@@ -380,7 +380,7 @@ def test_a_new_key_gives_the_environment_new_names():
 
 
 def test_only_the_latest_states_are_saved():
-    """What is saved beside small data is small, too; older clients get everything."""
+    """The journal saved beside small data is small, too; older clients get everything."""
     history = History(LARGE, flag("a", 1), flag("b", 1))
     first = history.apply(flag("b", 2))
     states = [history.apply(flag("a", version)) for version in range(2, MAX_SAVED_STATES + 10)]

@@ -41,7 +41,7 @@ def test_a_put_names_all_environments_and_filters():
 
 
 def test_a_bad_entry_does_not_spoil_the_others():
-    """What is known of its ID stays, as the ID is there."""
+    """The environment of a bad entry stays as it is known, as its ID is there."""
     entries = {
         "id-alpha": description(),
         "id-beta": description("beta", version="x"),

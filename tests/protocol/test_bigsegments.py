@@ -147,7 +147,7 @@ def test_missing_members_are_empty():
     ],
 )
 def test_anything_else_is_refused(text):
-    """What is no complete array of patches raises an error, and nothing else."""
+    """Any text but a complete array of patches raises InvalidData, and nothing else."""
     with pytest.raises(InvalidData, match="big segment"):
         read(text)
 

@@ -162,7 +162,7 @@ def test_a_new_intent_voids_what_was_collected():
 
 
 def test_an_error_voids_what_was_collected():
-    """What follows is a new transfer of the same intent."""
+    """The events that follow are a new transfer of the same intent."""
     half = upstream.intent("P", 1, "xfer-full") + upstream.objects("P", 1, flag("x"))
     rest = upstream.objects("P", 1, flag("y")) + upstream.transferred("P", 1)
     for error in (upstream.error("oops"), b"event: error\ndata: {\n\n"):
@@ -279,7 +279,7 @@ def test_a_transfer_without_end_is_refused(monkeypatch):
 
 
 def test_a_cut_at_any_byte_shows_nothing_incomplete():
-    """What was complete before it counts, and its state is the next basis."""
+    """Transfers that were complete before it count, and the last one's state is the next basis."""
     content = FULL + CHANGES + upstream.changes("P", 3, flag("b"))
     whole = read(content)
     ends = [0, len(FULL), len(FULL + CHANGES), len(content)]

@@ -1,4 +1,4 @@
-"""What runs beside the relay in its process."""
+"""Work beside the relay in its process."""
 
 from __future__ import annotations
 

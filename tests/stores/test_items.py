@@ -30,7 +30,7 @@ from tests.stores.contract import flag, segment
     ],
 )
 def test_versions_are_read_of_whatever_is_stored(stored, version):
-    """What cannot be read is older than anything."""
+    """An item that cannot be read is older than any other."""
     assert version_of(stored) == version
 
 

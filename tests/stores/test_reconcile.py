@@ -1,4 +1,4 @@
-"""How a database is made equal to a payload: tables of decisions, without a database."""
+"""Decisions that make a database equal to a payload: tables, without a database."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Upstream:
     ],
 )
 def test_at_first_sight_only_outdated_items_are_written(stored, unusable, outdated, surplus, kept):
-    """What another writer may know better stays."""
+    """Items of which another writer may know more stay."""
     repair = Upstream().decide(1.0, stored, unusable=unusable)
     assert len(repair.outdated) == outdated
     assert (repair.surplus, repair.kept) == (frozenset(surplus), frozenset(kept))

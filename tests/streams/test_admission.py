@@ -173,7 +173,7 @@ def begun(clients: list[Client]) -> int:
 
 
 async def test_those_who_come_together_begin_in_turns_of_the_loop():
-    """What is written in one turn is bounded, so that others come in between."""
+    """The bytes written in one turn are bounded, so that others come in between."""
     admission = Admission()
     clients = [Client(admission, TURN // 4).come() for _ in range(10)]
     assert begun(clients) == 4

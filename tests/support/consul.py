@@ -45,7 +45,7 @@ START_LIMIT = 30.0
 
 
 def recordings() -> dict[str, Any]:
-    """What ld-relay did with Consul, by name of the scene."""
+    """Recordings of ld-relay with Consul, by name of the scene."""
     recorded: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))["recordings"]
     return recorded
 

@@ -55,7 +55,7 @@ class ScriptedSource:
 
 
 class RecordingHub:
-    """What an environment tells its hub."""
+    """A hub that records the changes that an environment publishes."""
 
     def __init__(self) -> None:
         self.published: list[tuple[Payload | None, Change]] = []

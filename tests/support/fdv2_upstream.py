@@ -1,4 +1,4 @@
-"""What LaunchDarkly sends by FDv2: events of a stream, bodies of polls, and a server of both."""
+"""LaunchDarkly's side of FDv2: events of a stream, bodies of polls, and a server of both."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class FDv2Upstream(ScriptedUpstream):
         self.filters = True
         """False if it takes no notice of filters by FDv2, as LaunchDarkly."""
         self.transfers: list[tuple[str, int]] = []
-        """What was answered by FDv2: the intent, and the bytes of the transfer."""
+        """Answers by FDv2 so far: the intent, and the bytes of the transfer."""
 
     def serve(self, key: str, text: str) -> None:
         super().serve(key, text)
@@ -135,7 +135,7 @@ class FDv2Upstream(ScriptedUpstream):
         return state(payload_of(key), self.version(key))
 
     def transfer(self, key: str, basis: str) -> bytes:
-        """What a client misses that has this basis."""
+        """Return the transfer that brings a client with this basis up to date."""
         contents, version, payload = self._contents[key], self.version(key), payload_of(key)
         known = {state(payload, n + 1): items for n, items in enumerate(contents)}
         if basis == state(payload, version):

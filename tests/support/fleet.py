@@ -49,7 +49,7 @@ class Fleet:
         self._session = session
         self._version = 1
         self.others: tuple[dict[str, Any], ...] = ()
-        """What LaunchDarkly has beside the flag."""
+        """Flags and segments that LaunchDarkly has beside the flag."""
 
     async def get(self, relay: RelayProcess, path: str) -> Any:
         try:

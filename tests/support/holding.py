@@ -1,4 +1,4 @@
-"""How long a piece of work holds the event loop, whatever else the machine does."""
+"""Time that a piece of work holds the event loop, whatever else the machine does."""
 
 from __future__ import annotations
 

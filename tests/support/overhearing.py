@@ -12,7 +12,7 @@ from tests.support.serving import Address
 
 @dataclass
 class Overheard:
-    """What has gone through.
+    """Bytes that have gone through, in both directions.
 
     Args:
         url: at which clients find the server.

@@ -33,7 +33,7 @@ MONITOR hides the first, and all are of database 0."""
 
 
 def recorded() -> list[dict[str, Any]]:
-    """What ld-relay did with a database, step by step, with and without a prefix."""
+    """Recordings of ld-relay with a database, step by step, with and without a prefix."""
     with GOLDEN.open(encoding="utf-8", newline="\n") as lines:
         return list(map(json.loads, lines))
 
@@ -137,7 +137,7 @@ class RedisServer:
         self.do("ACL", "SETUSER", name, "reset", "on", f">{password}", *rights)
 
     def denied(self) -> list[str]:
-        """What users were refused for want of a right, since the start."""
+        """Return the commands and keys that users had no right to, since the start."""
         with closing(self.client()) as client:
             return [str(entry["object"]) for entry in client.acl_log()]
 

@@ -74,7 +74,7 @@ class SDKFailed(Exception):
 
 @dataclass(frozen=True)
 class Setup:
-    """How an SDK is configured; the same for all languages.
+    """Configuration of an SDK; the same for all languages.
 
     Args:
         url: of the relay; empty with `redis` or `dynamodb`.

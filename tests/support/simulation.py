@@ -21,7 +21,7 @@ START = 1_800_000_000.0
 
 
 class Process:
-    """What runs by itself, and can be stopped.
+    """A process of the simulated world: it runs by itself, and can be stopped.
 
     Args:
         name: for messages.

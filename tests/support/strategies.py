@@ -1,4 +1,4 @@
-"""What Hypothesis may make up: items, change sets, messages of a stream."""
+"""Strategies of Hypothesis: items, change sets, messages of a stream."""
 
 from hypothesis import strategies as st
 

@@ -91,7 +91,7 @@ def test_refusals(route, headers, environment_id, query, refusal):
 def test_until_the_list_is_known_no_credential_is_unknown(
     route, headers, environment_id, query, opens
 ):
-    """What is known opens all the same: it may be of a stored list."""
+    """A credential that is known opens all the same: it may be of a stored list."""
     relay = served().relay
     relay.directory = cast("Directory", SimpleNamespace(known=asyncio.Event()))
     resolved = resolve(relay, route, headers, environment_id, query)

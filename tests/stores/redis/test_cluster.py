@@ -71,7 +71,7 @@ def referring(key: str, version: int, to: str) -> Item:
 
 
 async def test_readers_in_between_miss_nothing(cluster, prefix):
-    """What both states have in common is always there, and the segment that a flag needs."""
+    """Items that both states have are always there, and so is the segment that a flag needs."""
     common = [flag(f"f{n}", 1) for n in range(30)]
     states = [
         Payload.of([*common, segment(name, 1), segment("both", 1), referring("r", 1, name)])
