@@ -278,7 +278,10 @@ def clients_of(server: RedisServer) -> int:
 
 
 async def test_stores_share_their_connections(cluster):
-    """A hundred environments need a connection to each master, and ask for the map once."""
+    """A hundred environments need two connections to a master at most, and ask for the map once.
+
+    The marker is looked at while a hash is written that may be on the same server.
+    """
     client = connect(cluster.options())
     stores = [data_store(client, f"p{n}") for n in range(100)]
     before = cluster.calls().get("cluster|slots", 0)
@@ -286,7 +289,7 @@ async def test_stores_share_their_connections(cluster):
         await store.init(START)
         assert await store.upsert([flag("lamp", 2)])
     assert cluster.calls()["cluster|slots"] == before + 1
-    await until(lambda: [clients_of(server) for server in cluster.servers] == [1, 1, 1])
+    assert all(1 <= clients_of(server) <= 2 for server in cluster.servers)
     for store in stores:
         await store.aclose()
     await until(lambda: [clients_of(server) for server in cluster.servers] == [0, 0, 0])
