@@ -158,8 +158,9 @@ def _written(name: str) -> Axis:
         Row(f"{patch}, p50", "ms"),
         Row(f"{patch}, p99", "ms"),
         Row(f"{name}: a write and a read, p50", "ms"),
+        Row(f"{name}: a write and a read, p99", "ms"),
         Row(f"{beyond}, p50", "ms", (at_most(10),)),
-        Row(f"{beyond}, p99", "ms"),
+        Row(f"{beyond}, p99", "ms", (at_most(10),)),
     )
     return Axis(f"stored-{_dashed(name)}", rows, partial(stores.written, name))
 
