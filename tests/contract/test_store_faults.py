@@ -231,7 +231,7 @@ class DynamoDB(Subject):
     """A table; `table` is set by the test."""
 
     harms: ClassVar[Mapping[str, str]] = {
-        "killed": "Could not connect",
+        "killed": "endpoint URL",
         "no right to write": "AccessDeniedException",
     }
 
