@@ -143,6 +143,11 @@ class Snapshot(Struct, frozen=True):
         """Name that upstream gives to the data; None if it gives none, or if they are damaged."""
         return self.noted if self.is_intact else None
 
+    @property
+    def state(self) -> str:
+        """State in that name; empty if there is none."""
+        return self.name.state if self.name else ""
+
 
 class Look(Struct, frozen=True):
     """Lease and head of an environment.

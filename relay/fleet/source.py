@@ -408,12 +408,12 @@ class FleetSource:
         """Return whether the feed's data may replace those that are held."""
         if not snapshot.is_intact:
             return False  # the leader repairs them
-        now, state = clock.monotonic(), self._state
-        steps = distance(state, snapshot.name.state) if snapshot.name else None
-        if steps is not None and snapshot.name is not None:
+        now, state = clock.monotonic(), snapshot.state
+        steps = distance(self._state, state)
+        if steps is not None:
             if steps >= 0:
                 return True
-            is_over = self._lag.is_over_in_name(state, snapshot.name.state, now)
+            is_over = self._lag.is_over_in_name(self._state, state, now)
         else:
             # Stored data may have what upstream has ceased to list while this relay was away.
             lacking = not self._has_delivered
@@ -433,7 +433,7 @@ class FleetSource:
     def _adopted(self, snapshot: Snapshot, contents: Contents) -> tuple[Payload, Selector | None]:
         """Return the newer of feed and held data with their name, item by item if need be."""
         feed, held, name = contents.payload, self.held(), self.selector()
-        steps = distance(self._state, snapshot.name.state) if snapshot.name else None
+        steps = distance(self._state, snapshot.state)
         if not held or (steps is not None and steps > 0):
             return feed, snapshot.name
         if steps is not None:

@@ -61,3 +61,19 @@ def test_nothing_is_remembered_of_a_lag_that_has_ended():
     lag.end()
     assert not lag
     assert not is_over(lag, 111.0, item("a", 2))
+
+
+def test_a_name_is_waited_for_as_items_are():
+    """Again if the feed has reached the one that was missed first, or names count anew."""
+    lag = Lag(PATIENCE)
+    assert not lag.is_over_in_name("(p:x:5)", "(p:x:3)", 100.0)
+    assert lag
+    assert not lag.is_over_in_name("(p:x:7)", "(p:x:4)", 109.9)
+    assert lag.is_over_in_name("(p:x:7)", "(p:x:4)", 110.0)
+    assert not lag.is_over_in_name("(p:x:7)", "(p:x:5)", 111.0)
+    assert not lag.is_over_in_name("(p:y:9)", "(p:y:8)", 120.0)
+    assert not lag.is_over_in_name("(p:y:9)", "(p:y:8)", 129.9)
+    assert lag.is_over_in_name("(p:y:9)", "(p:y:8)", 130.0)
+    lag.end()
+    assert not lag
+    assert not lag.is_over_in_name("(p:y:9)", "(p:y:8)", 130.0)
