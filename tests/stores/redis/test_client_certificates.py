@@ -18,9 +18,8 @@ from relay.stores.redis.divided_bigsegments import big_segment_store
 from tests.stores.bigsegments_contract import ANN, patch
 from tests.stores.contract import flag, segment
 from tests.support.authorities import Authority
-from tests.support.process import free_port
 from tests.support.redis import encrypted, pump
-from tests.support.rediscluster import Cluster
+from tests.support.rediscluster import encrypted_cluster
 
 CONTENT = Payload.of([flag("lamp", 1), segment("crowd", 1)])
 
@@ -62,23 +61,12 @@ async def test_a_cluster_wants_certificates(tmp_path):
     """Each of its servers does, also those that only the first one names."""
     authority = Authority(tmp_path)
     tls = demanding(authority, "localhost")
-    fronts = [free_port() for _ in range(3)]
-    (tmp_path / "servers").mkdir()
-    with Cluster(
-        tmp_path / "servers",
-        cluster_announce_hostname="localhost",
-        cluster_preferred_endpoint_type="hostname",
-        announced=fronts,
-    ) as cluster:
-        async with AsyncExitStack() as stack:
-            for server, port in zip(cluster.servers, fronts, strict=True):
-                await stack.enter_async_context(encrypted(server, tls, port))
+    async with encrypted_cluster(tmp_path, tls) as (cluster, url):
 
-            def options(**more: str) -> RedisOptions:
-                url = f"rediss://localhost:{fronts[0]}"
-                return cluster.options(url=url, ca_file=str(authority.file), **more)
+        def options(**more: str) -> RedisOptions:
+            return cluster.options(url=url, ca_file=str(authority.file), **more)
 
-            await check(options, authority)
+        await check(options, authority)
 
 
 async def test_sentinels_and_their_master_want_certificates(sentinels, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,8 @@ from relay.stores.redis.divided_bigsegments import big_segment_store
 from tests.stores.bigsegments_contract import ANN, BEN, patch
 from tests.stores.contract import flag, segment
 from tests.support.authorities import Authority
-from tests.support.process import free_port
-from tests.support.redis import encrypted, secret
-from tests.support.rediscluster import Cluster
+from tests.support.redis import secret
+from tests.support.rediscluster import encrypted_cluster
 
 PAGE = Path(__file__).parents[3] / "docs" / "daemon-mode.md"
 
@@ -39,28 +37,19 @@ async def serverless(tmp_path):
     """
     authority = Authority(tmp_path)
     tls = authority.server("localhost")
-    fronts = [free_port() for _ in range(3)]
-    (tmp_path / "servers").mkdir()
-    with Cluster(
-        tmp_path / "servers",
-        cluster_announce_hostname="localhost",
-        cluster_preferred_endpoint_type="hostname",
-        announced=fronts,
-    ) as cluster:
-        async with AsyncExitStack() as stack:
-            for server, port in zip(cluster.servers, fronts, strict=True):
-                allowed = documented_rights()
-                keys = ("~shop:*", "~{shop:*", "~{shop}:*")
-                server.do("ACL", "SETUSER", "relay", "reset", "on", ">geheim", *keys, *allowed)
-                await stack.enter_async_context(encrypted(server, tls, port))
-            yield cluster.options(
-                url=f"rediss://localhost:{fronts[0]}",
-                username="relay",
-                password=secret("geheim"),
-                ca_file=str(authority.file),
-            )
-            for server in cluster.servers:
-                assert server.denied() == []
+    async with encrypted_cluster(tmp_path, tls) as (cluster, url):
+        for server in cluster.servers:
+            allowed = documented_rights()
+            keys = ("~shop:*", "~{shop:*", "~{shop}:*")
+            server.do("ACL", "SETUSER", "relay", "reset", "on", ">geheim", *keys, *allowed)
+        yield cluster.options(
+            url=url,
+            username="relay",
+            password=secret("geheim"),
+            ca_file=str(authority.file),
+        )
+        for server in cluster.servers:
+            assert server.denied() == []
 
 
 @pytest.mark.parametrize("prefix", ["shop", "{shop}"])
