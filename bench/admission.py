@@ -4,10 +4,11 @@ import multiprocessing
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from bench.crowd import Crowd
 from bench.machine import LOAD_CORE, pinned
@@ -46,7 +47,8 @@ def unread(
     trust = trusting_context() if encrypted else None
     with server.serve(dataset, certificate if encrypted else None) as session, ExitStack() as stack:
         session.await_status(size=whole(dataset))
-        with _watched(session) as worst, _unread_bytes(session.port) as kernel:
+        pages, kernel = _watching(_watch_pages, session), _watching(_watch_kernel, session.port)
+        with pages as waits, kernel as unread_bytes:
             for _ in range(clients):
                 stack.enter_context(_silent_stream(session.port, trust))
             with Crowd(session.port, SDK_KEY, READERS, trust) as crowd, pinned(LOAD_CORE):
@@ -54,10 +56,11 @@ def unread(
             time.sleep(1)
             upstream_of(session).put(SDK_KEY, dataset, 2)
             time.sleep(4)
+        (worst,) = waits
         return {
             f"{figure}: last client that reads": last,
             f"{figure}: peak memory": session.process.peak_bytes() / MB,
-            f"{figure}: unread in the kernel": max(kernel) / MB,
+            f"{figure}: unread in the kernel": max(unread_bytes) / MB,
             f"{figure}: worst poll": worst[POLL] * 1e3,
             f"{figure}: worst /status": worst[STATUS] * 1e3,
         }
@@ -88,21 +91,22 @@ def _silent_stream(port: int, trust: ssl.SSLContext | None) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(session: Session) -> Iterator[dict[str, float]]:
-    """Ask for small pages all the time; give the seconds that each took at worst, at the end."""
-    worst = dict.fromkeys(PAGES, 0.0)
+def _watching(watch: Callable[..., None], *arguments: object) -> Iterator[list[Any]]:
+    """Run a watcher in a process of its own; give what it has seen at the end, as the only item."""
+    seen: list[Any] = []
     ours, theirs = multiprocessing.Pipe()
-    watcher = multiprocessing.Process(target=_watch, args=(session, theirs), daemon=True)
+    watcher = multiprocessing.Process(target=watch, args=(*arguments, theirs), daemon=True)
     watcher.start()
     try:
-        yield worst
+        yield seen
     finally:
         ours.send(None)
-        worst.update(ours.recv())
+        seen.append(ours.recv())
         watcher.join()
 
 
-def _watch(session: Session, pipe: Connection) -> None:
+def _watch_pages(session: Session, pipe: Connection) -> None:
+    """Ask for small pages all the time; send the seconds that each took at worst."""
     worst = dict.fromkeys(PAGES, 0.0)
     client = session.client(SMALL_SDK_KEY)
     while not pipe.poll(0.002):
@@ -114,22 +118,8 @@ def _watch(session: Session, pipe: Connection) -> None:
     pipe.send(worst)
 
 
-@contextmanager
-def _unread_bytes(port: int) -> Iterator[list[int]]:
-    """Look how many bytes the kernel keeps for the clients of a port; give the most, at the end."""
-    most: list[int] = []
-    ours, theirs = multiprocessing.Pipe()
-    watcher = multiprocessing.Process(target=_watch_kernel, args=(port, theirs), daemon=True)
-    watcher.start()
-    try:
-        yield most
-    finally:
-        ours.send(None)
-        most.append(ours.recv())
-        watcher.join()
-
-
 def _watch_kernel(port: int, pipe: Connection) -> None:
+    """Look how many bytes the kernel keeps for the clients of a port; send the most."""
     most, suffix = 0, f":{port:04X}"
     while not pipe.poll(0.3):
         queued = 0
